@@ -1,0 +1,224 @@
+"""Every setting of every stage, once: type, default, bounds, unit and help text.
+
+Owns the settings as frozen dataclasses. The command line, the YAML reader and the checks are all
+made from the fields below, so adding a field here is all it takes to add a flag. Leaves what a
+setting *does* to the stage that reads it. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from drllm.errors import ConfigError, unknown_name
+
+STOP_RULES = ("paper", "released", "exhaust")
+STRATEGIES = ("tree", "walk")
+REWARDS = ("loglikelihood", "letter", "boxed", "exact")
+TARGETS = ("shortest", "largest_margin", "paper")
+SPLITS = ("search", "fit", "select", "test")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    alias: str | None = None,
+) -> Any:
+    """Declare one field: its default, help text and the values it accepts.
+
+    Args:
+        default: The value when the user gives none; `...` where the user must give one.
+        help: One line for `--help`, with the unit and where the default comes from.
+        minimum: Smallest accepted number.
+        maximum: Largest accepted number.
+        above: Accepted numbers are strictly larger than this.
+        choices: The only accepted strings (None is accepted too where it is the default).
+        alias: Another flag name under which published commands know this setting.
+    """
+    rules = {
+        "help": help,
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+        "choices": choices,
+        "alias": alias,
+    }
+    if default is ...:
+        return field(metadata=rules)
+    return field(default=default, metadata=rules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A group of settings that checks its values when it is made."""
+
+    def __post_init__(self) -> None:
+        """Check each field against its rules.
+
+        Raises:
+            ConfigError: Naming the setting, the value, and what was expected.
+        """
+        for declared in dataclasses.fields(self):
+            value = getattr(self, declared.name)
+            _check(declared.name, value, declared.metadata)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain JSON types, for manifests."""
+        return dataclasses.asdict(self)
+
+
+def _check(name: str, value: Any, rules: Any) -> None:
+    flag = "--" + name.replace("_", "-")
+    choices = rules.get("choices")
+    if choices and value is not None and value not in choices:
+        raise ConfigError(f"{flag}: " + unknown_name("value", str(value), choices))
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    if not math.isfinite(value):
+        raise ConfigError(f"{flag} is {value}; give a finite number")
+    minimum, maximum, above = rules.get("minimum"), rules.get("maximum"), rules.get("above")
+    if minimum is not None and value < minimum:
+        raise ConfigError(f"{flag} is {value}; give a value of at least {minimum}")
+    if above is not None and value <= above:
+        raise ConfigError(f"{flag} is {value}; give a value above {above}")
+    if maximum is not None and value > maximum:
+        raise ConfigError(f"{flag} is {value}; give a value of at most {maximum}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Settings):
+    """Which base model, and how it is loaded."""
+
+    model: str = setting(
+        "smollm2-135m", "base model: an alias, a hub id or a local folder", alias="model_id"
+    )
+    revision: str | None = setting(None, "branch, tag or commit of a hub model")
+    dtype: str = setting(
+        "auto", "weights: auto is bfloat16 on a GPU that has it, else float32", choices=DTYPES
+    )
+    device: str = setting("auto", "where to run: auto is cuda, else mps, else cpu")
+    attn_implementation: str | None = setting(None, "attention code of transformers, e.g. sdpa")
+    trust_remote_code: bool = setting(False, "run modelling code that comes with a hub model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(Settings):
+    """The tree search over layer paths; its numbers are the paper's unless said otherwise."""
+
+    dataset: str = setting("builtin_facts", "tasks (comma list), or a .jsonl file of your own")
+    output_dir: str = setting("data/", "folder that receives search.jsonl and supervision.jsonl")
+    data_dir: str | None = setting(None, "folder with SPLIT.jsonl[.gz] files by task")
+    split: str = setting("search", "which questions", choices=SPLITS)
+    limit: int | None = setting(
+        None, "at most this many questions a task, drawn with the seed", minimum=1
+    )
+    reward: str | None = setting(
+        None, "how a path is graded; default: the task's own", choices=REWARDS
+    )
+    num_simulations: int = setting(50, "paths tried a question (paper: 50)", minimum=1)
+    budget: float = setting(
+        2.0, "most executions of a path, as a factor of L (paper: 2)", minimum=1.0, maximum=2.0
+    )
+    strategy: str = setting(
+        "tree", "tree, or the released code's walk (one chain of edits)", choices=STRATEGIES
+    )
+    stop_rule: str = setting(
+        "exhaust", "when a question is done before its simulations are", choices=STOP_RULES
+    )
+    exploration_constant: float = setting(1.8, "c of the UCB rule (paper: 1.8)", minimum=0.0)
+    length_penalty: float = setting(3.0, "lambda of the UCB rule (paper: 3.0)", minimum=0.0)
+    random_child_probability: float = setting(
+        0.1, "share of selections made at random (paper)", minimum=0.0, maximum=1.0
+    )
+    margin_tolerance: float = setting(
+        0.5, "re-test: nats a path's margin may lie below the full path's", minimum=0.0
+    )
+    block_size: int = setting(8, "questions searched together and committed at once", minimum=1)
+    state_cache_gb: float = setting(4.0, "memory for shared path prefixes, in GB", above=0.0)
+    seed: int = setting(0, "seed of the search and of --limit", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperviseConfig(Settings):
+    """How one target path is chosen for each searched question."""
+
+    target: str = setting("shortest", "rule that picks among the valid paths", choices=TARGETS)
+    quota_improving: float | None = setting(
+        None,
+        "keep this share of improving targets by dropping others (published: 0.30)",
+        above=0.0,
+        maximum=1.0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Settings):
+    """The routers and their training; numbers are the paper's unless said otherwise."""
+
+    num_epochs: int = setting(25, "passes over the targets (paper: 25)", minimum=1)
+    learning_rate: float = setting(1e-3, "peak of the cosine schedule (paper: 1e-3)", above=0.0)
+    weight_decay: float = setting(0.01, "AdamW weight decay (paper: 0.01)", minimum=0.0)
+    warmup_steps: int = setting(500, "steps of linear warm-up (paper: 500)", minimum=0)
+    gradient_accumulation: int = setting(
+        16, "examples an optimiser step (paper: 1 x 16)", minimum=1
+    )
+    num_windows: int = setting(
+        8, "windows W a router averages the prompt into (paper: 8)", minimum=1
+    )
+    router_width: int = setting(128, "hidden width of a router (paper: 128)", minimum=1)
+    gamma: float = setting(2.0, "focal loss exponent (paper: 2)", minimum=0.0)
+    beta: float = setting(
+        0.999, "effective-number class weights (paper: 0.999)", minimum=0.0, maximum=0.9999999
+    )
+    validation_fraction: float = setting(
+        0.1, "share of the targets held out for metrics (ours)", minimum=0.0, maximum=0.5
+    )
+    seed: int = setting(0, "seed of initial weights, order and held-out part", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Settings):
+    """How text is generated."""
+
+    max_new_tokens: int = setting(64, "most tokens generated", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Settings):
+    """What is evaluated, on which questions, against which opponents."""
+
+    tasks: str = setting("builtin_facts", "tasks (comma list), or a .jsonl file of your own")
+    data_dir: str | None = setting(None, "folder with SPLIT.jsonl[.gz] files by task")
+    split: str = setting("test", "which questions", choices=SPLITS)
+    limit: int | None = setting(
+        None, "at most this many questions a task, drawn with the seed", minimum=1
+    )
+    num_random_draws: int = setting(10, "draws of the random opponents a question", minimum=1)
+    batch_size: int = setting(16, "questions a forward pass", minimum=1)
+    seed: int = setting(0, "seed of permutations, random draws and --limit", minimum=0)
+
+
+def from_dict(kind: type[Any], values: dict[str, Any], where: str) -> Any:
+    """Make a settings group from a mapping, refusing keys that don't exist.
+
+    Args:
+        kind: One of the dataclasses above.
+        values: Names and values, as read from YAML.
+        where: What the mapping is part of, for the message.
+
+    Raises:
+        ConfigError: An unknown key (with the nearest valid one) or a value out of range.
+    """
+    known = {declared.name for declared in dataclasses.fields(kind)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{where}: " + unknown_name("setting", str(name), known))
+    return kind(**values)

@@ -1,0 +1,61 @@
+"""What running layers costs: executions in layer equivalents, and the budget they must keep to.
+
+Owns every conversion from decisions to cost. Costs are floats in *layer equivalents* (1.0 = one
+execution of one layer), so that a layer that runs only in part can be priced later. Measured time
+is never derived from here. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from drllm.errors import ConfigError
+from drllm.paths import num_executions
+
+
+def executions(decisions: Sequence[int]) -> float:
+    """Return the cost of decisions in layer equivalents.
+
+    Example:
+        >>> executions([1, 0, 2])
+        3.0
+    """
+    return float(num_executions(decisions))
+
+
+def max_executions(budget: float, num_layers: int) -> int:
+    """Return the most executions that a path within the budget may have.
+
+    Args:
+        budget: A factor of L, at least 1.
+        num_layers: L.
+
+    Returns:
+        The whole number of executions; a rounding error of the product never costs one.
+
+    Raises:
+        ConfigError: A budget below 1, which the full path itself would break.
+
+    Source: Dr.LLM section 3.1 (paths of at most 2L layers).
+
+    Example:
+        >>> max_executions(1.1, 30)
+        33
+    """
+    if not budget >= 1:
+        raise ConfigError(
+            f"budget {budget} is below 1, so not even the full path fits; "
+            f"give a factor of the number of layers from 1 to 2"
+        )
+    return math.floor(budget * num_layers + 1e-9)
+
+
+def mean_executions(rows: Sequence[Sequence[int]]) -> float:
+    """Return the mean cost of several decision vectors in layer equivalents."""
+    return sum(executions(row) for row in rows) / len(rows)
+
+
+def share_saved(mean: float, num_layers: int) -> float:
+    """Return the share of the full path's executions that were saved (negative: spent more)."""
+    return 1.0 - mean / num_layers

@@ -1,0 +1,78 @@
+"""Every exception that drllm raises on purpose.
+
+    DrllmError
+    ├── ConfigError      (ValueError)    a setting is out of range, unknown, or has no effect
+    ├── PathError        (ValueError)    a path or decisions that no model of this depth can run
+    ├── TaskError        (ValueError)    an unknown task, or questions that can't be used
+    ├── RecordError      (ValueError)    a file that can't be trusted (names file and line)
+    ├── ModelError       (OSError)       a base model that can't be found, opened or verified
+    ├── CheckpointError  (ValueError)    routers that are broken or were made for another model
+    ├── ArchitectureError (LookupError)  a model whose layers can't be routed exactly
+    └── RoutingError     (RuntimeError)  a request that can't be routed exactly
+
+Each is also the built-in that a caller would catch. A message says what is wrong with which
+value, what was expected, the nearest valid choice, and what to do. The command line prints it on
+one line and exits with status 2; any other exception is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DrllmError(Exception):
+    """The base of all errors that a user can cause and mend."""
+
+
+class ConfigError(DrllmError, ValueError):
+    """A setting is out of range, unknown, or has no effect in this combination."""
+
+
+class PathError(DrllmError, ValueError):
+    """A path or decisions that no model of this depth can run."""
+
+
+class TaskError(DrllmError, ValueError):
+    """An unknown task, or a question that can't be used."""
+
+
+class RecordError(DrllmError, ValueError):
+    """A file of ours that can't be trusted; the message names the file and the line."""
+
+
+class ModelError(DrllmError, OSError):
+    """A base model that can't be found, opened or verified."""
+
+
+class CheckpointError(DrllmError, ValueError):
+    """Routers that are broken, incomplete, or made for another base model."""
+
+
+class ArchitectureError(DrllmError, LookupError):
+    """A model whose layers can't be found, or can't be routed exactly."""
+
+
+class RoutingError(DrllmError, RuntimeError):
+    """A request to a routed model that can't be answered exactly."""
+
+
+def unknown_name(kind: str, name: str, choices: Iterable[str]) -> str:
+    """Word the message for a name that isn't in a table.
+
+    Args:
+        kind: What the name stands for, in the singular ("task", "flag").
+        name: The name as the user wrote it.
+        choices: Every valid name.
+
+    Returns:
+        One line with the name, the closest valid names if any is close, and the whole list.
+
+    Example:
+        >>> unknown_name("task", "arc_esay", ["arc_easy", "dart"])
+        "unknown task 'arc_esay'; did you mean 'arc_easy'? Valid: arc_easy, dart"
+    """
+    valid = sorted(choices)
+    close = difflib.get_close_matches(name, valid, n=2)
+    hint = f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else "."
+    return f"unknown {kind} {name!r}{hint} Valid: {', '.join(valid)}"

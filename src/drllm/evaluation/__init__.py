@@ -1,0 +1,1 @@
+"""What routing gains: systems compared on the same questions, with intervals."""

@@ -1,0 +1,268 @@
+"""The routers: what they read of a prompt, what they compute, how they are saved.
+
+Owns pooling, `RouterStack` (one router per layer, computed in one batch) and the checkpoint
+format. Leaves to `policies` what is done with the logits and to `training` how they come about.
+
+Axes: B rows, T tokens, D hidden, L layers, W windows, H router width, C = 3 decisions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from drllm.errors import CheckpointError, unknown_name
+from drllm.records import write_atomically
+
+NUM_DECISIONS = 3
+FORMAT_VERSION = 1
+CONFIG_FILE = "router_config.json"
+WEIGHTS_FILE = "routers.safetensors"
+ROUTER_WIDTH = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """A prompt as a router sees it.
+
+    Attributes:
+        means: `[B, W, D]` in float32: mean hidden state of each window, zeros past `filled`.
+        filled: `[B]`: how many windows hold tokens, `min(T, W)`.
+    """
+
+    means: Tensor
+    filled: Tensor
+
+
+def pool(hidden: Tensor, readable: Tensor, num_windows: int) -> Windows:
+    """Average each row's readable tokens in W contiguous windows.
+
+    Window w holds the readable tokens floor(w·T/W) … floor((w+1)·T/W) − 1, counted without the
+    padding; a row of T < W tokens has T windows of one token. Padded positions may hold anything,
+    NaN too.
+
+    Args:
+        hidden: `[B, T, D]`, any floating dtype.
+        readable: `[B, T]` bool, the tokens that the router may read; at least one a row.
+        num_windows: W.
+
+    Returns:
+        The means in float32.
+
+    Source: Dr.LLM section 3.2; keeping the tail that doesn't fill a window is ours (D-03).
+
+    Example:
+        >>> pool(torch.arange(4.0).view(1, 4, 1), torch.ones(1, 4, dtype=torch.bool), 2).means
+        tensor([[[0.5000],
+                 [2.5000]]])
+    """
+    count = readable.sum(dim=1)  # [B]
+    filled = count.clamp(max=num_windows)  # [B]
+    rank = readable.cumsum(dim=1) - 1  # [B, T], position among the readable tokens
+    # Token r lies in window w iff floor(w·n/W) <= r < floor((w+1)·n/W), with n tokens and W
+    # windows filled. Integer arithmetic only: a float division would misplace tokens.
+    edges = torch.arange(num_windows + 1, device=hidden.device)  # [W + 1]
+    starts = (edges * count[:, None]) // filled.clamp(min=1)[:, None]  # [B, W + 1]
+    starts = torch.where(edges <= filled[:, None], starts, count[:, None])
+    inside = (rank[:, None, :] >= starts[:, :-1, None]) & (rank[:, None, :] < starts[:, 1:, None])
+    inside = inside & readable[:, None, :]  # [B, W, T]
+    size = inside.sum(dim=2).clamp(min=1)  # [B, W]
+    # where(), not a product: 0 · NaN would leak what padding holds.
+    clean = torch.where(readable[..., None], hidden.float(), 0.0)  # [B, T, D]
+    means = torch.bmm(inside.float(), clean) / size[..., None]  # [B, W, D]
+    return Windows(means=means, filled=filled)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """Which routers these are and for which base model; saved as `router_config.json`.
+
+    Attributes:
+        num_layers: L of the base model.
+        hidden_size: D of the base model.
+        num_windows: W.
+        router_width: H.
+        base_model: Hub id, alias or path of the base model.
+        base_revision: Its revision, where known.
+        base_class: Class name of the base model.
+        base_fingerprint: Hash over three named weight tensors of the base model.
+        label_counts: `[L][3]`: how often each decision was the target at each layer in training;
+            empty where the routers weren't trained on targets.
+        training: Settings and final metrics, for the reader; not interpreted.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_windows: int = 8
+    router_width: int = ROUTER_WIDTH
+    base_model: str = ""
+    base_revision: str | None = None
+    base_class: str = ""
+    base_fingerprint: str = ""
+    label_counts: tuple[tuple[int, int, int], ...] = ()
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class RouterStack(nn.Module):
+    """One small router per layer: Linear(D→H), GELU, Linear(H→3), mean over windows.
+
+    All L routers live in four stacked tensors, so that training evaluates them in two batched
+    products. Weights are Xavier-uniform per layer, biases zero; everything is float32.
+
+    Args:
+        config: Shapes and the base model they belong to.
+        generator: Source of the initial weights.
+
+    Source: Dr.LLM section 3.2 and appendix (bottleneck 128).
+
+    Example:
+        >>> stack = RouterStack(RouterConfig(num_layers=28, hidden_size=3072))
+        >>> sum(weight.numel() for weight in stack.parameters())
+        11024468
+    """
+
+    def __init__(self, config: RouterConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        L, D, H = config.num_layers, config.hidden_size, config.router_width
+        self.hidden_weight = nn.Parameter(torch.empty(L, H, D))
+        self.hidden_bias = nn.Parameter(torch.zeros(L, H))
+        self.decision_weight = nn.Parameter(torch.empty(L, NUM_DECISIONS, H))
+        self.decision_bias = nn.Parameter(torch.zeros(L, NUM_DECISIONS))
+        for stacked in (self.hidden_weight, self.decision_weight):
+            for weight in stacked.data:
+                nn.init.xavier_uniform_(weight, generator=generator)
+
+    def forward(self, means: Tensor, filled: Tensor) -> Tensor:
+        """Return the logits of every layer's router on its own input.
+
+        Args:
+            means: `[B, L, W, D]` windows of each layer's input.
+            filled: `[B]` windows that hold tokens.
+
+        Returns:
+            `[B, L, 3]` logits: the mean over the filled windows.
+        """
+        inner = torch.einsum("blwd,lhd->blwh", means, self.hidden_weight)
+        inner = inner + self.hidden_bias[:, None, :]
+        inner = nn.functional.gelu(inner, approximate="tanh")
+        inner = _mean_over_filled(inner, filled[:, None])  # [B, L, H]
+        return torch.einsum("blh,lch->blc", inner, self.decision_weight) + self.decision_bias
+
+    def layer_logits(self, layer: int, windows: Windows) -> Tensor:
+        """Return the logits of one layer's router, `[B, 3]`."""
+        inner = windows.means @ self.hidden_weight[layer].T + self.hidden_bias[layer]  # [B, W, H]
+        inner = nn.functional.gelu(inner, approximate="tanh")
+        inner = _mean_over_filled(inner, windows.filled)  # [B, H]
+        return inner @ self.decision_weight[layer].T + self.decision_bias[layer]
+
+    def save(self, folder: Path | str) -> None:
+        """Write `router_config.json` and `routers.safetensors`; the base model is not saved.
+
+        Raises:
+            CheckpointError: The folder can't be written.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = folder / f".{WEIGHTS_FILE}.tmp"
+            tensors = {name: weight.detach().cpu() for name, weight in self.state_dict().items()}
+            save_file(tensors, temporary)
+            temporary.replace(folder / WEIGHTS_FILE)
+        except OSError as error:
+            raise CheckpointError(
+                f"can't write routers to {folder}: {error.strerror}; "
+                f"choose a folder that you may write to"
+            ) from error
+        values = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self.config)}
+        write_atomically(folder / CONFIG_FILE, json.dumps(values, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> RouterStack:
+        """Read routers that `save` has written.
+
+        Raises:
+            CheckpointError: A missing or broken file, a future format, unknown or missing keys,
+                tensors of other shapes, or values that are not finite.
+        """
+        folder = Path(folder)
+        config = read_config(folder)
+        stack = cls(config)
+        path = folder / WEIGHTS_FILE
+        if not path.is_file():
+            raise CheckpointError(f"{folder} has no {WEIGHTS_FILE}; is it a folder of routers?")
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{path} is broken or cut off ({error}); train the routers again"
+            ) from error
+        expected = stack.state_dict()
+        for name in expected.keys() | tensors.keys():
+            if name not in tensors:
+                raise CheckpointError(f"{path} lacks the tensor {name!r}; train the routers again")
+            if name not in expected:
+                raise CheckpointError(f"{path}: " + unknown_name("tensor", name, expected))
+            if tensors[name].shape != expected[name].shape:
+                raise CheckpointError(
+                    f"{path}: {name!r} has shape {list(tensors[name].shape)}, "
+                    f"{CONFIG_FILE} asks for {list(expected[name].shape)}"
+                )
+            if not torch.isfinite(tensors[name]).all():
+                raise CheckpointError(f"{path}: {name!r} holds NaN or infinity; train again")
+        stack.load_state_dict(tensors)
+        return stack
+
+
+def read_config(folder: Path | str) -> RouterConfig:
+    """Read and check the `router_config.json` of a routers folder.
+
+    Raises:
+        CheckpointError: Missing, broken, incomplete, of a future format, or with unknown keys.
+    """
+    path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no {CONFIG_FILE}; give a folder that 'drllm train' has written"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON; train the routers again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is not a JSON object; train the routers again")
+    version = values.pop("format_version", None)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, this drllm reads up to {FORMAT_VERSION}; "
+            f"install a newer drllm"
+        )
+    fields = {declared.name: declared for declared in dataclasses.fields(RouterConfig)}
+    for name in values:
+        if name not in fields:
+            raise CheckpointError(f"{path}: " + unknown_name("key", name, fields))
+    for name in ("num_layers", "hidden_size", "num_windows", "router_width"):
+        value = values.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"{path}: {name!r} is {value!r}; expected a whole number from 1")
+    counts = tuple(tuple(int(count) for count in row) for row in values.get("label_counts", ()))
+    if counts and (len(counts) != values["num_layers"] or any(len(row) != 3 for row in counts)):
+        raise CheckpointError(f"{path}: 'label_counts' isn't num_layers rows of 3 counts")
+    return RouterConfig(**{**values, "label_counts": counts})
+
+
+def _mean_over_filled(values: Tensor, filled: Tensor) -> Tensor:
+    """Average axis -2 (W) over its first `filled` entries; `filled` has the axes before it."""
+    W = values.shape[-2]
+    present = torch.arange(W, device=values.device) < filled[..., None]  # [..., W]
+    total = torch.where(present[..., None], values, 0.0).sum(dim=-2)
+    return total / filled[..., None]

@@ -1,0 +1,151 @@
+"""Paths and decisions: the two ways to write down which layers run, and how they convert.
+
+Owns the algebra and its invariants. A *path* lists layer indices in the order executed
+(`0 1 3 3 4`). *Decisions* hold one count per layer: 0 skip, 1 execute, 2 repeat (`1 1 0 2 1`).
+Every decision vector is a path; a path is a decision vector only if it visits the layers in order
+and none more than twice. Knows nothing of models, costs or files; loads no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import TypeAlias
+
+from drllm.errors import PathError
+
+Decisions: TypeAlias = tuple[int, ...]
+"""One decision per layer, `[L]`, each 0, 1 or 2, at least one of them not 0."""
+
+Path: TypeAlias = tuple[int, ...]
+"""Layer indices from 0 in the order executed, at least one."""
+
+
+class Decision(IntEnum):
+    """What happens at one layer; the value is the number of executions.
+
+    Source: Dr.LLM (arXiv 2510.12773), section 3.
+    """
+
+    SKIP = 0
+    EXECUTE = 1
+    REPEAT = 2
+
+
+def check_decisions(decisions: Sequence[int], num_layers: int | None = None) -> Decisions:
+    """Return the decisions as a tuple, or say why no model can run them.
+
+    Args:
+        decisions: One value per layer.
+        num_layers: L, the expected length; None accepts any length of at least 1.
+
+    Returns:
+        The same values as a tuple of plain ints.
+
+    Raises:
+        PathError: A value outside 0, 1, 2; another length than `num_layers`; nothing executed.
+
+    Example:
+        >>> check_decisions([1, 0, 2], num_layers=3)
+        (1, 0, 2)
+    """
+    values = tuple(int(value) for value in decisions)
+    if num_layers is not None and len(values) != num_layers:
+        raise PathError(
+            f"{len(values)} decisions were given for a model of {num_layers} layers; "
+            f"give one of 0 (skip), 1 (execute), 2 (repeat) per layer"
+        )
+    for layer, (value, given) in enumerate(zip(values, decisions, strict=True)):
+        if value not in (0, 1, 2) or value != given:
+            raise PathError(
+                f"decision {given!r} at layer {layer} is not one of "
+                f"0 (skip), 1 (execute), 2 (repeat)"
+            )
+    if not any(values):
+        raise PathError("all layers are skipped; at least one layer must be executed")
+    return values
+
+
+def full_decisions(num_layers: int) -> Decisions:
+    """Return the decisions of the base model itself: every layer once.
+
+    Example:
+        >>> full_decisions(3)
+        (1, 1, 1)
+    """
+    return (int(Decision.EXECUTE),) * num_layers
+
+
+def num_executions(decisions: Sequence[int]) -> int:
+    """Count the layer executions that decisions cost.
+
+    Example:
+        >>> num_executions([1, 0, 2])
+        3
+    """
+    return sum(int(value) for value in decisions)
+
+
+def to_path(decisions: Sequence[int]) -> Path:
+    """Write decisions as the path they run.
+
+    Args:
+        decisions: One of 0, 1, 2 per layer, at least one execution.
+
+    Returns:
+        Layer indices in the order executed.
+
+    Raises:
+        PathError: As for `check_decisions`.
+
+    Example:
+        >>> to_path([1, 1, 0, 2, 1])
+        (0, 1, 3, 3, 4)
+    """
+    checked = check_decisions(decisions)
+    return tuple(layer for layer, count in enumerate(checked) for _ in range(count))
+
+
+def to_decisions(path: Sequence[int], num_layers: int) -> Decisions:
+    """Write a path as decisions, if it is one that decisions can express.
+
+    Args:
+        path: Layer indices in the order executed.
+        num_layers: L of the model.
+
+    Returns:
+        One count per layer, `[L]`.
+
+    Raises:
+        PathError: An index outside the model, a layer visited out of order or more than twice,
+            or an empty path.
+
+    Example:
+        >>> to_decisions([0, 1, 3, 3, 4], num_layers=5)
+        (1, 1, 0, 2, 1)
+    """
+    counts = [0] * num_layers
+    previous = -1
+    for layer in path:
+        if not 0 <= layer < num_layers:
+            raise PathError(
+                f"layer {layer} is not in a model of {num_layers} layers (0 to {num_layers - 1})"
+            )
+        if layer < previous:
+            raise PathError(
+                f"layer {layer} follows layer {previous}; decisions can only express paths "
+                f"that visit the layers in order"
+            )
+        counts[layer] += 1
+        previous = layer
+    return check_decisions(counts, num_layers)
+
+
+def sketch(decisions: Sequence[int]) -> str:
+    """Draw decisions as one character per layer: `·` skip, `█` execute, `2` repeat.
+
+    Example:
+        >>> sketch([1, 0, 2])
+        '█·2'
+    """
+    return "".join("·█2"[int(value)] for value in decisions)

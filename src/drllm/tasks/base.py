@@ -1,0 +1,161 @@
+"""What a task is: where its questions come from, how they are asked, and how answers are graded.
+
+Owns the contract between question sets and everything that asks them, and the table of names.
+A task never sees a model or a tokenizer: it hands out texts and grades texts. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+from drllm.errors import TaskError, unknown_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One question with its answer.
+
+    Attributes:
+        id: Unique within the task.
+        task: The task's name.
+        question: The question's text alone, without instructions or options.
+        choices: The options' texts; empty where the answer can only be generated.
+        gold: Index of the right option; None without options.
+        answer: The right answer's text.
+    """
+
+    id: str
+    task: str
+    question: str
+    choices: tuple[str, ...] = ()
+    gold: int | None = None
+    answer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One way of asking an example, complete: what the model reads and what counts as right.
+
+    Attributes:
+        text: What the model reads; the routers see this and nothing else.
+        reward: `loglikelihood` (score `continuations`), or how a generated answer is graded:
+            `letter`, `boxed` or `exact`.
+        answer: What a generated answer is graded against (for `letter`, the letter).
+        continuations: For `loglikelihood`, the texts that follow `text` directly, each with its
+            leading space; else empty.
+        gold: Index of the right continuation; None for generated answers.
+        chat: Send `text` as the user's turn of the tokenizer's chat template, where it has one.
+        max_new_tokens: Most tokens that a generated answer may have.
+        normalised: Score continuations by log-probability per character (as `acc_norm` of
+            lm-evaluation-harness does), not by their sum. Only re-tests ask for it.
+    """
+
+    text: str
+    reward: str
+    answer: str
+    continuations: tuple[str, ...] = ()
+    gold: int | None = None
+    chat: bool = False
+    max_new_tokens: int = 16
+    normalised: bool = False
+
+
+class Task(ABC):
+    """A set of questions and the ways of asking them.
+
+    Attributes:
+        name: As users write it.
+        description: One line for `drllm ls tasks`.
+        rewards: The rewards that fit, the default first.
+    """
+
+    name: str
+    description: str
+    rewards: tuple[str, ...]
+
+    @abstractmethod
+    def examples(self, split: str, data_dir: Path | None = None) -> list[Example]:
+        """Return the questions of one split (`search`, `fit`, `select`, `test`), in fixed order.
+
+        Args:
+            split: Which questions; no question is in two splits.
+            data_dir: Folder with the task's files; None uses the hub, or nothing at all for
+                tasks that bring their own questions.
+
+        Raises:
+            TaskError: No such file, no network, or a line that can't be used (with its number).
+        """
+
+    @abstractmethod
+    def prompt(self, example: Example, reward: str) -> Prompt:
+        """Return how the question is asked."""
+
+    @abstractmethod
+    def retests(self, example: Example, reward: str) -> tuple[Prompt, ...]:
+        """Return the other ways of asking the same question that a lucky path must survive.
+
+        Source: ours (docs/differences.md, D-05).
+        """
+
+    def check_reward(self, reward: str | None) -> str:
+        """Return the reward to use, or refuse one that the task can't grade.
+
+        Raises:
+            TaskError: Naming the rewards that fit.
+        """
+        if reward is None:
+            return self.rewards[0]
+        if reward not in self.rewards:
+            raise TaskError(
+                f"reward {reward!r} doesn't fit task {self.name!r}; "
+                f"it takes {', '.join(self.rewards)}"
+            )
+        return reward
+
+
+TASKS: dict[str, str] = {
+    "arc_easy": "drllm.tasks.multiple_choice:ARC_EASY",
+    "arc_challenge": "drllm.tasks.multiple_choice:ARC_CHALLENGE",
+    "builtin_facts": "drllm.tasks.builtin_facts:BUILTIN_FACTS",
+    "builtin_arithmetic": "drllm.tasks.math:BUILTIN_ARITHMETIC",
+}
+"""Name → `module:attribute`, resolved on use. A task is added here and in one file of its own."""
+
+
+def get_task(name: str) -> Task:
+    """Return a task by name, or the task that a `.jsonl` file of the user's own describes.
+
+    Raises:
+        TaskError: No such name (with the nearest) or file.
+
+    Example:
+        >>> get_task("builtin_facts").name
+        'builtin_facts'
+    """
+    if name.endswith((".jsonl", ".jsonl.gz")):
+        from drllm.tasks.files import FileTask
+
+        return FileTask(Path(name))
+    if name not in TASKS:
+        raise TaskError(unknown_name("task", name, TASKS) + ", or a .jsonl file")
+    module, attribute = TASKS[name].split(":")
+    task: Task = getattr(importlib.import_module(module), attribute)
+    return task
+
+
+def get_tasks(names: str) -> list[Task]:
+    """Return the tasks of a comma list, in order.
+
+    Raises:
+        TaskError: An unknown name, an empty list, or a name given twice.
+    """
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise TaskError(f"no task is named in {names!r}. Valid: {', '.join(sorted(TASKS))}")
+    for name in wanted:
+        if wanted.count(name) > 1:
+            raise TaskError(f"task {name!r} is named twice in {names!r}; name it once")
+    return [get_task(name) for name in wanted]

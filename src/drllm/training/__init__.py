@@ -1,0 +1,1 @@
+"""Teacher-forced training of the routers on features of the frozen model."""
