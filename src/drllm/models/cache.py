@@ -1,0 +1,234 @@
+"""The K/V cache under routing: one slot per execution of a layer, holding only the rows that ran.
+
+Owns `RoutedCacheLayer`, which replaces an entry of the `Cache` that transformers (or the user)
+made, in place. So lengths, masks, beam reordering and continuation keep working, and the pinned
+decisions travel with the cache. Which decisions those are is `routing`'s business.
+
+Axes: B rows, H heads, T tokens, E head size.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from drllm.errors import RoutingError
+
+
+class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
+    """The cache entry of one layer: an inner entry per pass, and the decisions it was made under.
+
+    Pass k holds the K/V rows of exactly those sequences that execute the layer more than k times,
+    so the rows stored equal the plan. A layer that no row runs keeps a *shadow*: an entry of the
+    same class fed with one zero per token, so that lengths and masks come out of the class's own
+    arithmetic. The shadow is not counted as stored.
+
+    Args:
+        pristine: The empty entry that it replaces; every pass starts as a copy of it.
+    """
+
+    supports_early_init = False
+    is_compileable = False
+
+    def __init__(self, pristine: CacheLayerMixin) -> None:
+        # No super().__init__(): it would set keys and values that this entry doesn't have.
+        self.pristine = pristine
+        self.is_sliding = getattr(pristine, "is_sliding", False)
+        self.decisions: tuple[int, ...] | None = None
+        self.passes: list[CacheLayerMixin] = []
+        self.rows: list[tuple[int, ...]] = []
+        self.shadow: CacheLayerMixin | None = None
+        self._active: CacheLayerMixin | None = None
+
+    def __repr__(self) -> str:
+        return f"RoutedCacheLayer(rows={[len(rows) for rows in self.rows]})"
+
+    # --- what routing calls ---
+
+    def pin(self, decisions: tuple[int, ...]) -> None:
+        """Fix the decisions of all rows, once, before the first token is stored.
+
+        Args:
+            decisions: `[B]`, 0, 1 or 2 for each row.
+        """
+        self.decisions = decisions
+        for count in range(max(decisions)):
+            self.passes.append(copy.deepcopy(self.pristine))
+            self.rows.append(tuple(r for r, value in enumerate(decisions) if value > count))
+        if not self.passes:
+            self.shadow = copy.deepcopy(self.pristine)
+
+    def begin_pass(self, index: int) -> None:
+        """Direct `update` and the lengths to one pass until `end_pass`."""
+        self._active = self.passes[index]
+
+    def end_pass(self) -> None:
+        """Let the lengths speak for the whole entry again."""
+        self._active = None
+
+    def lengthen_shadow(self, num_tokens: int, like: Tensor) -> None:
+        """Count tokens that passed a layer which no row runs.
+
+        Args:
+            num_tokens: T of this forward pass.
+            like: Any tensor of the layer's device and dtype.
+        """
+        assert self.shadow is not None
+        _feed_zeros(self.shadow, num_tokens, like)
+
+    @property
+    def num_stored_rows(self) -> int:
+        """K/V rows held, over all passes, without the shadow."""
+        return sum(len(rows) for rows in self.rows)
+
+    # --- what transformers calls ---
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether decisions were pinned."""
+        return self.decisions is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the inner entries can be cropped."""
+        return bool(getattr(self.pristine, "is_croppable", True))
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: each pass initialises itself at its first update."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Store the K/V of the pass that is running, `[R, H, T, E]`, and return all of its K/V."""
+        if self._active is None:
+            raise RoutingError(
+                "this cache belongs to a routed model, and its layer was run without routing; "
+                "attach the routers again or start with a new cache"
+            )
+        return self._active.update(key_states, value_states, *args, **kwargs)
+
+    def get_seq_length(self) -> Any:
+        """Return the tokens stored so far, for whoever asks: a running pass or the mask code."""
+        return self._speaker().get_seq_length()
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
+        """Return K/V length and offset for the mask code, by the inner class's own arithmetic."""
+        return self._speaker().get_mask_sizes(*args, **kwargs)
+
+    def get_max_length(self) -> Any:
+        """Return the inner class's greatest length."""
+        return self._speaker().get_max_length()
+
+    def get_max_cache_shape(self) -> Any:
+        """Return the same under the name that transformers 4 uses."""
+        return self._speaker().get_max_cache_shape()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row r be what row `beam_idx[r]` was."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows (indices or a mask), in their order."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Put `repeats` copies of each row next to one another."""
+        assert self.decisions is not None
+        self._select(torch.arange(len(self.decisions)).repeat_interleave(repeats))
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Cut every pass to the same length."""
+        for entry in self._entries():
+            entry.crop(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget everything, the decisions too."""
+        self.decisions, self.passes, self.rows, self.shadow = None, [], [], None
+
+    def offload(self) -> None:
+        """Move every pass off the accelerator."""
+        for entry in self._entries():
+            entry.offload()
+
+    def prefetch(self) -> None:
+        """Move every pass back."""
+        for entry in self._entries():
+            entry.prefetch()
+
+    def _entries(self) -> list[CacheLayerMixin]:
+        return [*self.passes, *([self.shadow] if self.shadow is not None else [])]
+
+    def _speaker(self) -> CacheLayerMixin:
+        if self._active is not None:
+            return self._active
+        entries = self._entries()
+        return entries[0] if entries else self.pristine
+
+    def _select(self, indices: Tensor) -> None:
+        if self.decisions is None:
+            return
+        chosen = [int(index) for index in indices.tolist()]
+        length = int(self.get_seq_length())
+        passes: list[CacheLayerMixin] = []
+        rows: list[tuple[int, ...]] = []
+        for entry, held in zip(self.passes, self.rows, strict=True):
+            position = {row: place for place, row in enumerate(held)}
+            kept = tuple(r for r, index in enumerate(chosen) if index in position)
+            if not kept:
+                if self.shadow is None and not passes:  # nobody is left to speak for the length
+                    self.shadow = copy.deepcopy(self.pristine)
+                    _feed_zeros(self.shadow, length, entry.keys)
+                continue
+            places = torch.tensor([position[chosen[r]] for r in kept], device=entry.keys.device)
+            entry.reorder_cache(places)
+            passes.append(entry)
+            rows.append(kept)
+        self.decisions = tuple(self.decisions[index] for index in chosen)
+        self.passes, self.rows = passes, rows
+
+
+def _feed_zeros(entry: CacheLayerMixin, num_tokens: int, like: Tensor) -> None:
+    """Store one zero per token, `[1, 1, T, 1]`, in an entry that only has to know its length."""
+    start = int(entry.get_seq_length())
+    positions = torch.arange(start, start + num_tokens, device=like.device)
+    zeros = torch.zeros(1, 1, num_tokens, 1, dtype=like.dtype, device=like.device)
+    # transformers 4.56 asks static entries for cache_position; later ones ignore the mapping.
+    entry.update(zeros, zeros, {"cache_position": positions})
+
+
+def routed_entry(cache: Cache, index: int) -> RoutedCacheLayer:
+    """Return the routed entry of a layer, putting it in place at the first visit.
+
+    Args:
+        cache: The cache that the model's loop hands to its layers.
+        index: Layer index from 0.
+
+    Raises:
+        RoutingError: An entry that is not K/V, or one filled without routing.
+    """
+    if getattr(cache, "layer_class_to_replicate", None) is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    entry = cache.layers[index]
+    if isinstance(entry, RoutedCacheLayer):
+        return entry
+    if not isinstance(entry, CacheLayerMixin):
+        raise RoutingError(
+            f"cache entry {index} is a {type(entry).__name__}, not K/V; it can't be routed"
+        )
+    if int(entry.get_seq_length()) > 0:
+        raise RoutingError(
+            "the cache was filled without routing; start with an empty cache, so that the prompt "
+            "and its continuation run the same layers"
+        )
+    cache.layers[index] = RoutedCacheLayer(entry)
+    return cache.layers[index]  # type: ignore[no-any-return]
+
+
+def stored_rows(cache: Cache) -> int:
+    """Count the K/V rows that a routed cache holds; equals the executions of its rows' plans."""
+    return sum(e.num_stored_rows for e in cache.layers if isinstance(e, RoutedCacheLayer))

@@ -1,0 +1,419 @@
+"""The base model: from what the user named to a frozen model with its tokenizer.
+
+Owns the table of aliases, the choice of device and dtype, and the wording of everything that can
+go wrong on the way: transformers reports it over many lines and by many exceptions. Weights come
+from safetensors only, and code that comes with a model runs only where the user asked for it.
+Leaves routing to `routed`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils.tqdm import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging as transformers_logging
+
+from drllm.config import DTYPES, ModelConfig
+from drllm.errors import ConfigError, ModelError, unknown_name
+from drllm.models import smollm2
+from drllm.models.injection import find_layers
+
+ALIASES: dict[str, Callable[[], Path]] = {smollm2.ALIAS: smollm2.folder}
+"""Alias → function that returns the model's folder, making it first where need be."""
+
+FINGERPRINT_VALUES = 2**20  # values read of each tensor: enough to tell fine-tunes apart
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+TOKEN_VARIABLE = "HF_TOKEN"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A frozen base model, ready to run.
+
+    Attributes:
+        model: In evaluation mode; no parameter asks for gradients.
+        tokenizer: Pads on the left; its padding token is the end token where it has none.
+        name: Alias, hub id or folder, as the user gave it.
+        revision: Commit of a hub model; None for an alias or a folder.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    revision: str | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return int(self.model.config.get_text_config().num_hidden_layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What manifests and router checkpoints store to recognise the model again."""
+        return {
+            "id": self.name,
+            "revision": self.revision,
+            "class": type(self.model).__name__,
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "fingerprint": fingerprint(self.model),
+        }
+
+
+def load(config: ModelConfig) -> BaseModel:
+    """Load a base model and its tokenizer, frozen.
+
+    Args:
+        config: Which model, and how; `auto` device and dtype are resolved here.
+
+    Returns:
+        The model in evaluation mode on its device.
+
+    Raises:
+        ConfigError: A device, attention code or revision that can't be had or has no effect.
+        ModelError: A model that is absent, gated, incomplete, not a decoder-only language model,
+            or needs code of its own; also where the network is needed and can't be reached.
+    """
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    _check_attention(config.attn_implementation)
+    with _quiet():
+        source, revision = _locate(config)
+        model, tokenizer = _open(source, revision, dtype, config)
+    try:
+        model.to(device)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ModelError(
+            f"model {config.model!r} doesn't fit in the memory of {device}; "
+            f"use --dtype bfloat16, --device cpu or a smaller model"
+        ) from error
+    model.name_or_path = config.model  # not the folder that an alias stands for
+    model.eval()
+    model.requires_grad_(False)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return BaseModel(model=model, tokenizer=tokenizer, name=config.model, revision=revision)
+
+
+def list_models() -> list[tuple[str, str]]:
+    """Return each alias with one line on what it is and where it lies, for `drllm ls models`."""
+    place = smollm2.converted()
+    state = f"converted in {place}" if place else "not converted yet (done on first use)"
+    return [(smollm2.ALIAS, f"{smollm2.DESCRIPTION}; {state}")]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a short hash that another model, or a fine-tune of the same one, doesn't share.
+
+    Hashed are the names, shapes and the signs of the values of three weights: input embedding, and
+    the first matrix of the middle and of the last layer. Signs survive every change of dtype, so
+    routers trained on a float32 model fit its bfloat16 or float16 load.
+
+    Args:
+        model: A Hugging Face decoder-only model.
+
+    Returns:
+        16 hex digits.
+
+    Raises:
+        ArchitectureError: The model's layers can't be found, or can't be routed.
+
+    Source: ours.
+    """
+    _, layers = find_layers(model)
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    chosen = [("embedding", embedding.weight)]
+    for index in (len(layers) // 2, len(layers) - 1):
+        matrices = (item for item in layers[index].named_parameters() if item[1].dim() == 2)
+        name, weight = next(matrices)
+        chosen.append((f"layers.{index}.{name}", weight))
+    digest = hashlib.sha256()
+    for name, weight in chosen:
+        digest.update(f"{name} {list(weight.shape)}\n".encode())
+        values = weight.detach().reshape(-1)[:FINGERPRINT_VALUES]
+        digest.update(np.packbits(torch.signbit(values).cpu().numpy()).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that a `--device` names; `auto` is CUDA, else MPS, else the CPU.
+
+    Raises:
+        ConfigError: An unknown device, or one that this machine doesn't have.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    match = re.fullmatch(r"(cpu|mps|cuda)(?::(\d+))?", name)
+    if match is None:
+        known = ("auto", "cpu", "cuda", "mps")
+        raise ConfigError("--device: " + unknown_name("device", name, known) + ", or e.g. cuda:1")
+    kind, index = match[1], int(match[2] or 0)
+    count = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }[kind]
+    if index >= count:
+        have = f"this machine has {count} of that kind" if count else "this machine has none"
+        raise ConfigError(f"--device is {name!r}, but {have}; use --device auto or cpu")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of the weights; `auto` is bfloat16 on a GPU that has it, else float32.
+
+    Raises:
+        ConfigError: An unknown dtype.
+    """
+    if name not in DTYPES:
+        raise ConfigError("--dtype: " + unknown_name("dtype", name, DTYPES))
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    if device.type == "mps" and torch.backends.mps.is_macos_or_newer(14, 0):
+        return torch.bfloat16
+    return torch.float32
+
+
+# --- finding the model -------------------------------------------------------------------------
+
+
+def _locate(config: ModelConfig) -> tuple[str, str | None]:
+    """Return the folder or hub id to open, and the commit of a hub model."""
+    name = config.model
+    if name in ALIASES:
+        _refuse_hub_options(config, "an alias")
+        return str(ALIASES[name]()), None
+    place = Path(name).expanduser()
+    if place.is_dir():
+        if config.revision is not None:
+            raise ConfigError(
+                f"--revision {config.revision!r} has no effect on the folder {name}; leave it out"
+            )
+        _check_folder(place, name)
+        return str(place), None
+    if place.exists():
+        raise ModelError(f"{name} is a file; give the folder that holds config.json and weights")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise ModelError(
+            f"there is no folder {name!r}, and it isn't a hub id (OWNER/NAME) either; "
+            f"{_nearest_alias(name)}"
+        )
+    return name, _ask_hub(name, config.revision)
+
+
+def _refuse_hub_options(config: ModelConfig, what: str) -> None:
+    for flag, given in (
+        ("--revision", config.revision is not None),
+        ("--trust-remote-code", config.trust_remote_code),
+    ):
+        if given:
+            raise ConfigError(
+                f"{flag} has no effect on {config.model!r}, which is {what}; leave it out"
+            )
+
+
+def _nearest_alias(name: str) -> str:
+    close = difflib.get_close_matches(name, ALIASES, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"give a hub id, a local folder, or an alias ({', '.join(sorted(ALIASES))})"
+
+
+def _check_folder(place: Path, name: str) -> None:
+    """Refuse a folder that can't hold a model, naming what it lacks."""
+    missing = []
+    if not (place / "config.json").is_file():
+        missing.append("config.json")
+    if not any(place.glob("*.safetensors")):
+        missing.append("weights (*.safetensors)")
+    if not any((place / file).is_file() for file in TOKENIZER_FILES):
+        missing.append("a tokenizer (tokenizer.json)")
+    if missing:
+        hint = "; are these routers? Give them as --routers" * (
+            (place / "router_config.json").is_file()
+        )
+        raise ModelError(
+            f"the folder {name} doesn't hold a model: it lacks {', '.join(missing)}"
+            f"{hint or '; give a folder that save_pretrained has written'}"
+        )
+
+
+def _ask_hub(name: str, revision: str | None) -> str | None:
+    """Fetch a hub model's config, the smallest file that tells whether the model can be had.
+
+    Returns:
+        The commit that the revision stands for.
+    """
+    what = f"model {name!r}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{what} is gated: accept its terms on its hub page, then set {TOKEN_VARIABLE} to a "
+            f"token of yours"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(
+            f"model {name!r} has no revision {revision!r}; give a branch, tag or commit of it"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{what} isn't on the hub, or is private (then set {TOKEN_VARIABLE}); "
+            f"{_nearest_alias(name)}"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        offline = constants.HF_HUB_OFFLINE
+        why = "HF_HUB_OFFLINE is set" if offline else "the hub can't be reached"
+        raise ModelError(
+            f"{what} isn't in the local cache and {why}; connect (gated models need "
+            f"{TOKEN_VARIABLE}), or {_nearest_alias(name)}"
+        ) from error
+    except EntryNotFoundError as error:
+        raise ModelError(f"{what} has no config.json, so it isn't a transformers model") from error
+    except HFValidationError as error:
+        raise ModelError(f"{name!r} can't be a hub id; {_nearest_alias(name)}") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"the hub refused {what}: {_first_line(error)}; if it needs a login, set "
+            f"{TOKEN_VARIABLE} to a valid token"
+        ) from error
+    # The cache keeps a file of a hub model under snapshots/COMMIT.
+    return Path(file).parent.name
+
+
+# --- opening it --------------------------------------------------------------------------------
+
+
+def _check_attention(name: str | None) -> None:
+    if name is None or "/" in name:  # OWNER/NAME is a kernel on the hub; transformers fetches it
+        return
+    known = {"eager"} | {key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in key}
+    if name not in known:
+        raise ConfigError(
+            "--attn-implementation: " + unknown_name("attention implementation", name, known)
+        )
+
+
+def _open(
+    source: str, revision: str | None, dtype: torch.dtype, config: ModelConfig
+) -> tuple[Any, Any]:
+    common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if revision is not None:
+        common["revision"] = revision
+    options = dict(common, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        model, info = AutoModelForCausalLM.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        raise _explain(error, config) from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(key) for key in info[problem])
+        if names:
+            # transformers would fill these with random numbers and say so in a warning only.
+            raise ModelError(
+                f"the weights of {config.model} don't fit its config: {problem.replace('_', ' ')} "
+                f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''} ({len(names)} in all)"
+            )
+    if info["unexpected_keys"]:
+        logger.warning(
+            "%s has %d weights that its class doesn't use",
+            config.model,
+            len(info["unexpected_keys"]),
+        )
+    return model, tokenizer
+
+
+def _explain(error: Exception, config: ModelConfig) -> ModelError | ConfigError:
+    """Turn what transformers raised into one line that says what to do."""
+    text, name = str(error), config.model
+    if "trust_remote_code" in text and not config.trust_remote_code:
+        return ModelError(
+            f"model {name!r} needs modelling code of its own, which drllm doesn't run unasked; "
+            f"read that code, then pass --trust-remote-code"
+        )
+    if isinstance(error, ImportError):
+        return ModelError(
+            f"model {name!r} needs a package that isn't installed: {_first_line(error)}"
+        )
+    if config.attn_implementation and re.search("attn_implementation|attention", text, re.I):
+        return ConfigError(
+            f"--attn-implementation {config.attn_implementation!r} can't be used with {name!r}: "
+            f"{_first_line(error)}"
+        )
+    if "Unrecognized configuration class" in text:
+        return ModelError(
+            f"{name!r} isn't a decoder-only language model that transformers can open"
+        )
+    if isinstance(error, SafetensorError):
+        return ModelError(f"the weights of {name!r} are broken or cut off: {_first_line(error)}")
+    return ModelError(f"model {name!r} can't be opened: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the bars and notes of transformers while a model is opened; downloads keep theirs."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    downloads = not are_progress_bars_disabled()
+    if bars:
+        transformers_logging.disable_progress_bar()  # the hub's too
+    if downloads:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+            if not downloads:
+                disable_progress_bars()

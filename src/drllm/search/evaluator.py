@@ -1,0 +1,166 @@
+"""What a path is worth on a question: reward, margin and answer, for a block of questions at once.
+
+Owns the step from a task's `Prompt` to an `Outcome`. Leaves the forward passes and their shared
+prefixes to `models.scoring`, the grading rules to `tasks.grading`, and which paths are tried to
+the strategies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from drllm.models.prompts import encode, encode_continuation, render
+from drllm.models.routed import RoutedModel
+from drllm.models.scoring import Answer, AnswerBatch, ChoiceBatch, Question
+from drllm.models.sharing import Pair, StateCache
+from drllm.tasks.base import Prompt
+from drllm.tasks.grading import score_choices, verdict
+
+PAIRS_PER_PASS = 32
+"""Paths in one forward pass; bounds the logits held at once."""
+
+WRONG_ANSWERS = 4
+"""Wrong answers, the most frequent ones, that a right answer's margin is measured against."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one path fared on one question.
+
+    Attributes:
+        reward: In [0, 1].
+        margin: In nats, positive when right; None where it isn't known (yet).
+        answer: What was generated; None when choices were scored.
+    """
+
+    reward: float
+    margin: float | None
+    answer: Answer | None = None
+
+
+class BlockEvaluator:
+    """Evaluates paths on a fixed block of prompts, remembering what paths have in common.
+
+    Args:
+        routed: The model, with its tokenizer.
+        prompts: All of one reward.
+        state_cache_gb: Most memory for shared states, in GB.
+    """
+
+    def __init__(
+        self, routed: RoutedModel, prompts: Sequence[Prompt], state_cache_gb: float
+    ) -> None:
+        self.routed = routed
+        self.prompts = list(prompts)
+        self._state_cache_gb = state_cache_gb
+        self._texts = [render(routed.tokenizer, p.text, chat=p.chat) for p in self.prompts]
+        self._contexts = [encode(routed.tokenizer, text) for text in self._texts]
+        self._choices: ChoiceBatch | None = None
+        self._answers: AnswerBatch | None = None
+        if self.prompts[0].reward == "loglikelihood":
+            self._choices = self._scoring([p.continuations for p in self.prompts])
+        else:
+            questions = [Question(context) for context in self._contexts]
+            self._answers = AnswerBatch(routed, routed.tokenizer, questions, state_cache_gb)
+
+    @property
+    def texts(self) -> list[str]:
+        """What the model reads of each prompt."""
+        return self._texts
+
+    @property
+    def states(self) -> StateCache:
+        """The shared states, with the count of executions run and asked for."""
+        batch = self._choices or self._answers
+        assert batch is not None
+        return batch.states
+
+    def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
+        """Return the outcome of each path on its prompt.
+
+        Args:
+            pairs: Prompt's place in the block, and decisions.
+
+        Returns:
+            Outcomes in order. Margins of generated answers are None: they compare with what other
+            paths answered, so `with_margins` adds them when all paths are known.
+        """
+        outcomes: list[Outcome] = []
+        for start in range(0, len(pairs), PAIRS_PER_PASS):
+            outcomes += self._evaluate(pairs[start : start + PAIRS_PER_PASS])
+        return outcomes
+
+    def with_margins(self, pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """Return the outcomes of all paths of the block with their margins.
+
+        For a generated answer the margin is the mean token log-probability of the gold answer
+        minus that of the path's own answer if that is wrong, else that of the best of the most
+        frequent wrong answers to the question; None where nobody answered wrong.
+        """
+        if self._answers is None:
+            return list(outcomes)
+        wrong: dict[int, Counter[tuple[int, ...]]] = {}
+        for (place, _), outcome in zip(pairs, outcomes, strict=True):
+            if outcome.reward < 1 and outcome.answer is not None and outcome.answer.tokens:
+                wrong.setdefault(place, Counter())[outcome.answer.tokens] += 1
+        rivals = {
+            place: [tokens for tokens, _ in counts.most_common(WRONG_ANSWERS)]
+            for place, counts in wrong.items()
+        }
+        questions = [
+            Question(
+                context,
+                [
+                    encode_continuation(self.routed.tokenizer, text, gold_text(prompt)),
+                    *rivals.get(place, []),
+                ],
+            )
+            for place, (context, text, prompt) in enumerate(
+                zip(self._contexts, self._texts, self.prompts, strict=True)
+            )
+        ]
+        batch = ChoiceBatch(self.routed, questions, self._state_cache_gb)
+        completed = []
+        for start in range(0, len(pairs), PAIRS_PER_PASS):
+            part = pairs[start : start + PAIRS_PER_PASS]
+            for offset, sums in enumerate(batch.logprobs(part)):
+                outcome = outcomes[start + offset]
+                continuations = questions[part[offset][0]].continuations
+                means = [s / len(c) for s, c in zip(sums, continuations, strict=True)]
+                margin: float | None
+                if outcome.reward < 1 and outcome.answer is not None:
+                    margin = means[0] - outcome.answer.logprob
+                else:
+                    margin = means[0] - max(means[1:]) if means[1:] else None
+                completed.append(dataclasses.replace(outcome, margin=margin))
+        return completed
+
+    def _evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
+        if self._choices is not None:
+            return [
+                Outcome(*score_choices(sums, self.prompts[place]))
+                for (place, _), sums in zip(pairs, self._choices.logprobs(pairs), strict=True)
+            ]
+        assert self._answers is not None
+        answers = self._answers.answers(
+            pairs,
+            max(prompt.max_new_tokens for prompt in self.prompts),
+            lambda pair, text, finished: verdict(self.prompts[pairs[pair][0]], text, finished),
+        )
+        return [Outcome(answer.grade, None, answer) for answer in answers]
+
+    def _scoring(self, continuations: Sequence[Sequence[str]]) -> ChoiceBatch:
+        questions = [
+            Question(context, [encode_continuation(self.routed.tokenizer, text, c) for c in each])
+            for context, text, each in zip(self._contexts, self._texts, continuations, strict=True)
+        ]
+        return ChoiceBatch(self.routed, questions, self._state_cache_gb)
+
+
+def gold_text(prompt: Prompt) -> str:
+    """Return the gold answer as the model would write it right behind the prompt."""
+    answer = f"\\boxed{{{prompt.answer}}}" if prompt.reward == "boxed" else prompt.answer
+    return answer if prompt.chat else f" {answer}"
