@@ -254,10 +254,32 @@ def read_config(folder: Path | str) -> RouterConfig:
         value = values.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise CheckpointError(f"{path}: {name!r} is {value!r}; expected a whole number from 1")
-    counts = tuple(tuple(int(count) for count in row) for row in values.get("label_counts", ()))
-    if counts and (len(counts) != values["num_layers"] or any(len(row) != 3 for row in counts)):
+    for name in ("base_model", "base_revision", "base_class", "base_fingerprint"):
+        value = values.get(name, "")
+        if not isinstance(value, str) and not (name == "base_revision" and value is None):
+            raise CheckpointError(f"{path}: {name!r} is {value!r}; expected a text")
+    if not isinstance(values.get("training", {}), dict):
+        raise CheckpointError(f"{path}: 'training' is not a JSON object; train the routers again")
+    counts = values.get("label_counts", [])
+    if not _are_label_counts(counts, values["num_layers"]):
         raise CheckpointError(f"{path}: 'label_counts' isn't num_layers rows of 3 counts")
-    return RouterConfig(**{**values, "label_counts": counts})
+    return RouterConfig(**{**values, "label_counts": tuple(tuple(row) for row in counts)})
+
+
+def _are_label_counts(value: Any, num_layers: int) -> bool:
+    """Tell whether a parsed value is `[L][3]` whole numbers from 0, or an empty list."""
+    return isinstance(value, list) and (
+        not value
+        or (
+            len(value) == num_layers
+            and all(
+                isinstance(row, list)
+                and len(row) == NUM_DECISIONS
+                and all(type(count) is int and count >= 0 for count in row)
+                for row in value
+            )
+        )
+    )
 
 
 def _mean_over_filled(values: Tensor, filled: Tensor) -> Tensor:

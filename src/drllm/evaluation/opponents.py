@@ -1,0 +1,112 @@
+"""Opponents at equal executions: decisions that a router must beat to have learned anything.
+
+Owns how each opponent's decisions are drawn. All of them are functions on decisions alone: none
+sees a model, a question or an answer. Leaves running and scoring them to the evaluator.
+
+Axes: Q questions, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from drllm.errors import CheckpointError
+from drllm.paths import Decision
+
+
+def permuted(routes: Tensor, generator: torch.Generator) -> Tensor:
+    """Give every question the route that the routed model took on another question.
+
+    Controls for everything but the match between question and route: the same routes run, each
+    as often, so executions are equal in sum and every layer is used alike. If this does as well
+    as the routed model, the routers found a good mixture of routes but read nothing in the
+    question that matters.
+
+    No question keeps its own place. It may still receive the very decisions it had, where
+    another question had the same route; `share_unchanged` says how often. A single question has
+    no other, and keeps its route.
+
+    Args:
+        routes: `[Q, L]` decisions of the routed model.
+        generator: Source of randomness.
+
+    Returns:
+        `[Q, L]`: the rows in another order, all orders without a fixed place equally likely.
+
+    Source: ours.
+    """
+    Q = len(routes)
+    places = torch.arange(Q)
+    order = torch.randperm(Q, generator=generator)
+    # Drawing again until no place is fixed keeps all such orders equally likely; one draw in e
+    # succeeds, whatever Q is.
+    while Q > 1 and bool((order == places).any()):
+        order = torch.randperm(Q, generator=generator)
+    return routes[order]
+
+
+def share_unchanged(routes: Tensor, others: Tensor) -> float:
+    """Return the share of questions whose decisions are the same in both, `[Q, L]` each.
+
+    Example:
+        >>> share_unchanged(torch.tensor([[1, 0], [1, 1]]), torch.tensor([[1, 1], [1, 1]]))
+        0.5
+    """
+    return float((routes == others).all(dim=1).double().mean())
+
+
+def random_like(routes: Tensor, generator: torch.Generator) -> Tensor:
+    """Give every question as many skips and repeats as its route had, at layers drawn at random.
+
+    Controls for how much is executed, question by question: executions are equal for each. If
+    this does as well as the routed model, it doesn't matter which layers the routers pick.
+
+    Args:
+        routes: `[Q, L]` decisions of the routed model.
+        generator: Source of randomness.
+
+    Returns:
+        `[Q, L]`: each row's decisions in random order.
+
+    Source: ours.
+    """
+    order = torch.rand(routes.shape, generator=generator, dtype=torch.float64).argsort(dim=1)
+    return routes.gather(1, order)
+
+
+def label_frequency(
+    label_counts: Sequence[Sequence[int]], num_questions: int, generator: torch.Generator
+) -> Tensor:
+    """Draw every decision as often as it was the target at its layer in training.
+
+    Controls for what the targets are like on the whole, layer by layer. If this does as well as
+    the routed model, the routers learned the frequencies of the labels and no more. Executions
+    equal those of the targets on average, not those of the routed model.
+
+    Args:
+        label_counts: `[L][3]` from `router_config.json`.
+        num_questions: Q.
+        generator: Source of randomness.
+
+    Returns:
+        `[Q, L]`; where a draw would skip every layer, the last one is executed, as in a routed
+        model.
+
+    Raises:
+        CheckpointError: The routers carry no label counts.
+
+    Source: ours.
+    """
+    counts = torch.tensor(label_counts, dtype=torch.float64)
+    if counts.numel() == 0 or bool((counts.sum(dim=1) == 0).any()):
+        raise CheckpointError(
+            "these routers carry no label counts for some layer, so decisions can't be drawn by "
+            "label frequency; use routers that 'drllm train' has written"
+        )
+    drawn = torch.multinomial(counts, num_questions, replacement=True, generator=generator).T
+    drawn = drawn.contiguous()
+    drawn[drawn.sum(dim=1) == 0, -1] = int(Decision.EXECUTE)
+    return drawn

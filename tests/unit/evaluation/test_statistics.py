@@ -1,0 +1,175 @@
+import itertools
+import math
+import random
+
+import pytest
+
+from drllm.evaluation.statistics import (
+    holm,
+    mcnemar_exact,
+    mean_interval,
+    paired_bootstrap,
+    wilson_interval,
+)
+
+# --- Wilson ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "bounds"),
+    [  # Newcombe 1998, Statistics in Medicine 17, table I, method 3
+        (81, 263, (0.2553, 0.3662)),
+        (15, 148, (0.0624, 0.1605)),
+        (0, 20, (0.0000, 0.1611)),
+        (1, 29, (0.0061, 0.1718)),
+    ],
+)
+def test_wilson_intervals_equal_published_ones(correct, n, bounds):
+    assert bounds == tuple(round(bound, 4) for bound in wilson_interval(correct, n))
+
+
+@pytest.mark.parametrize(("correct", "n"), [(3, 10), (50, 100), (1799, 2376)])
+def test_wilson_bounds_are_where_the_score_test_is_just_not_rejected(correct, n):
+    for bound in wilson_interval(correct, n):
+        score = abs(correct / n - bound) / math.sqrt(bound * (1 - bound) / n)
+        assert score == pytest.approx(1.959963984540054, rel=1e-9)
+
+
+def test_wilson_intervals_touch_the_ends_exactly():
+    assert wilson_interval(0, 7)[0] == 0.0
+    assert wilson_interval(7, 7)[1] == 1.0
+
+
+def test_wilson_intervals_are_symmetric_in_right_and_wrong():
+    lower, upper = wilson_interval(3, 11)
+    assert (1 - upper, 1 - lower) == pytest.approx(wilson_interval(8, 11))
+
+
+def test_more_confidence_gives_a_wider_interval():
+    narrow, wide = wilson_interval(30, 60, 0.9), wilson_interval(30, 60, 0.99)
+    assert wide[0] < narrow[0] < 0.5 < narrow[1] < wide[1]
+
+
+@pytest.mark.parametrize(("correct", "n"), [(0, 0), (-1, 5), (6, 5), (2.5, 5)])
+def test_impossible_counts_are_refused(correct, n):
+    with pytest.raises(ValueError, match="impossible"):
+        wilson_interval(correct, n)
+
+
+# --- McNemar ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("won", range(8))
+@pytest.mark.parametrize("lost", range(8))
+def test_mcnemar_equals_counting_every_outcome(won, lost):
+    n = won + lost
+    outcomes = [sum(signs) for signs in itertools.product((0, 1), repeat=n)]
+    as_far = sum(abs(2 * wins - n) >= abs(won - lost) for wins in outcomes)
+    assert as_far / len(outcomes) == pytest.approx(mcnemar_exact(won, lost), rel=1e-12)
+
+
+def test_mcnemar_without_disagreement_says_nothing():
+    assert mcnemar_exact(0, 0) == 1.0
+
+
+def test_mcnemar_holds_for_thousands_of_questions():
+    # Normal approximation with continuity correction, good to a few per cent here.
+    z = (abs(1300 - 1200) - 1) / math.sqrt(2500)
+    assert math.erfc(z / math.sqrt(2)) == pytest.approx(mcnemar_exact(1300, 1200), rel=0.02)
+
+
+# --- bootstrap -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0, 5.0], [-1.0, 0.0, 0.5, 2.0], [1.0, 1.0, -1.0, 0.0]])
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_the_bootstrap_equals_enumerating_every_resample(values, confidence):
+    means = sorted(sum(s) / len(s) for s in itertools.product(values, repeat=len(values)))
+    outside = (1 - confidence) / 2
+    expected = tuple(means[math.ceil(share * len(means)) - 1] for share in (outside, 1 - outside))
+    assert expected == pytest.approx(paired_bootstrap(values, 0, 200_000, confidence))
+
+
+def test_the_bootstrap_of_many_questions_approaches_the_normal_interval():
+    rng = random.Random(0)
+    differences = [rng.choice([-1, 0, 0, 0, 1, 1]) for _ in range(2000)]
+    mean = sum(differences) / 2000
+    spread = math.sqrt(sum((value - mean) ** 2 for value in differences)) / 2000
+    expected = (mean - 1.96 * spread, mean + 1.96 * spread)
+    assert expected == pytest.approx(paired_bootstrap(differences, seed=1), abs=0.1 * spread)
+
+
+def test_the_bootstrap_covers_the_true_mean_about_as_often_as_it_says():
+    rng = random.Random(3)
+    covered = 0
+    for trial in range(200):
+        values = [rng.random() for _ in range(60)]
+        lower, upper = paired_bootstrap(values, seed=trial, draws=400)
+        covered += lower <= 0.5 <= upper
+    assert 178 <= covered <= 199  # 190 expected, 3 standard deviations and the method's bias
+
+
+def test_the_bootstrap_is_a_function_of_its_seed():
+    values = [float(value) for value in range(30)]
+    assert paired_bootstrap(values, seed=5, draws=200) == paired_bootstrap(values, 5, draws=200)
+    assert paired_bootstrap(values, seed=5, draws=200) != paired_bootstrap(values, 6, draws=200)
+
+
+def test_all_draws_are_made_when_they_do_not_fit_in_one_chunk(monkeypatch):
+    values = [float(value % 7) for value in range(50)]
+    whole = paired_bootstrap(values, seed=0, draws=1000)
+    monkeypatch.setattr("drllm.evaluation.statistics._CHUNK", 50 * 300)
+    chunked = paired_bootstrap(values, seed=0, draws=1000)
+    assert whole == pytest.approx(chunked, abs=1e-9)
+
+
+def test_the_interval_of_a_mean_is_the_bootstrap_of_its_values():
+    values = [0.0, 0.3, 0.3, 1.0, 0.7, 0.2]
+    assert mean_interval(values, seed=4) == paired_bootstrap(values, seed=4)
+
+
+def test_equal_values_have_an_interval_of_no_width():
+    assert mean_interval([0.25] * 9) == (0.25, 0.25)
+
+
+def test_an_interval_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="at least one question"):
+        mean_interval([])
+
+
+# --- Holm ------------------------------------------------------------------------------------
+
+
+def rejected_by_steps(pvalues: list[float], level: float) -> set[int]:
+    """Holm's procedure in words: smallest first, stop at the first that isn't small enough."""
+    order = sorted(range(len(pvalues)), key=lambda index: pvalues[index])
+    rejected: set[int] = set()
+    for rank, index in enumerate(order):
+        if pvalues[index] > level / (len(pvalues) - rank):
+            break
+        rejected.add(index)
+    return rejected
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_adjusted_p_values_reject_what_the_stepwise_procedure_rejects(seed):
+    rng = random.Random(seed)
+    pvalues = [rng.random() ** 4 for _ in range(rng.randint(1, 9))]
+    for level in (0.01, 0.05, 0.2, 0.5):
+        adjusted = holm(pvalues)
+        assert rejected_by_steps(pvalues, level) == {
+            index for index, value in enumerate(adjusted) if value <= level
+        }
+
+
+def test_adjusted_p_values_are_given_in_the_order_of_the_tasks():
+    assert holm([0.04, 0.001, 0.5, 0.02]) == pytest.approx([0.08, 0.004, 0.5, 0.06])
+
+
+def test_adjusted_p_values_never_exceed_one():
+    assert holm([0.6, 0.7, 0.9]) == [1.0, 1.0, 1.0]
+
+
+def test_a_single_p_value_is_left_alone_and_none_give_none():
+    assert holm([0.03]) == [0.03]
+    assert holm([]) == []

@@ -1,0 +1,236 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import drllm
+from drllm.config import TrainConfig
+from drllm.errors import CheckpointError, RecordError
+from drllm.training.checkpoint import CHECKPOINT_FILE
+from drllm.training.loop import train
+
+SETTINGS = TrainConfig(
+    num_epochs=6, gradient_accumulation=4, num_windows=4, router_width=5, warmup_steps=5
+)
+
+
+class InterruptedRunError(Exception):
+    pass
+
+
+def stop_after(steps: int):
+    def on_progress(done: int, total: int) -> None:
+        if done == steps:
+            raise InterruptedRunError
+
+    return on_progress
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "routers.safetensors").read_bytes()
+
+
+@pytest.fixture
+def interrupted(features_of, identity, tmp_path):
+    """A folder left behind in the middle of the fourth of six epochs of three steps."""
+    folder = tmp_path / "interrupted"
+    with pytest.raises(InterruptedRunError):
+        train(features_of(), identity, SETTINGS, folder, on_progress=stop_after(10))
+    return folder
+
+
+def test_an_interrupted_run_leaves_no_routers(interrupted):
+    names = sorted(path.name for path in interrupted.iterdir())
+    assert names == [CHECKPOINT_FILE, "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4, 10, 17, 18])
+def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(features_of, identity, tmp_path, steps):
+    features = features_of()
+    unbroken = train(features, identity, SETTINGS, tmp_path / "unbroken")
+    with pytest.raises(InterruptedRunError):
+        train(features, identity, SETTINGS, tmp_path / "broken", on_progress=stop_after(steps))
+    assert unbroken == train(features, identity, SETTINGS, tmp_path / "broken")
+    for path in (tmp_path / "unbroken").iterdir():
+        assert path.read_bytes() == (tmp_path / "broken" / path.name).read_bytes()
+    assert not (tmp_path / "broken" / CHECKPOINT_FILE).exists()
+
+
+def test_a_resumed_run_repeats_no_finished_epoch(features_of, identity, interrupted):
+    seen = []
+    train(
+        features_of(),
+        identity,
+        SETTINGS,
+        interrupted,
+        on_progress=lambda done, total: seen.append(done),
+    )
+    assert seen == list(range(9, 19))
+
+
+def test_a_run_cut_off_after_its_last_epoch_only_writes_what_is_missing(
+    features_of, identity, tmp_path
+):
+    train(features_of(), identity, SETTINGS, tmp_path / "unbroken")
+    folder = tmp_path / "broken"
+    (folder / "README.md").mkdir(parents=True)  # in the way of the card
+    with pytest.raises(RecordError):
+        train(features_of(), identity, SETTINGS, folder)
+    assert (folder / CHECKPOINT_FILE).exists()
+    (folder / "README.md").rmdir()
+    train(features_of(), identity, SETTINGS, folder)
+    assert weights_of(tmp_path / "unbroken") == weights_of(folder)
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from conftest import make_features
+from drllm.config import TrainConfig
+from drllm.training.loop import train
+identity = {"id": "org/tiny", "revision": "main", "class": "LlamaForCausalLM", "num_layers": 3,
+            "hidden_size": 6, "fingerprint": "0123456789abcdef"}
+settings = TrainConfig(num_epochs=6, gradient_accumulation=4, num_windows=4, router_width=5,
+                       warmup_steps=5)
+train(make_features(), identity, settings, Path(sys.argv[2]),
+      on_progress=lambda done, total: time.sleep(0.1))
+"""
+
+
+def test_a_killed_process_is_resumed_bit_for_bit(features_of, identity, tmp_path):
+    folder = tmp_path / "killed"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(drllm.__file__).parents[1]),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(folder)], env=environment
+    )
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or '"epoch": 2' not in metrics.read_text():
+        assert process.poll() is None, "the process ended before it could be killed"
+        assert time.monotonic() < deadline, "the process wrote no checkpoint"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "routers.safetensors").exists()
+    resumed_at = []
+    train(
+        features_of(),
+        identity,
+        SETTINGS,
+        folder,
+        on_progress=lambda done, total: resumed_at.append(done),
+    )
+    assert 6 <= resumed_at[0] < 18
+    train(features_of(), identity, SETTINGS, tmp_path / "unbroken")
+    assert weights_of(tmp_path / "unbroken") == weights_of(folder)
+
+
+# --- what isn't trusted ----------------------------------------------------------------------
+
+
+def refused(message: str, *arguments) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        train(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_other_settings_names_each_that_differs(features_of, identity, interrupted):
+    other = replace(SETTINGS, learning_rate=0.01, num_epochs=7)
+    refused(
+        r"belongs to another run: its --learning-rate is 0\.001, yours 0\.01; its --num-epochs is "
+        r"6, yours 7\. Choose another output folder",
+        features_of(),
+        identity,
+        other,
+        interrupted,
+    )
+
+
+def test_a_checkpoint_of_other_targets_is_refused(features_of, identity, interrupted):
+    features = features_of()
+    labels = features.labels.clone()
+    labels[0] = 2
+    refused(
+        "it was made from other targets",
+        replace(features, labels=labels),
+        identity,
+        SETTINGS,
+        interrupted,
+    )
+
+
+def test_a_checkpoint_of_other_features_is_refused(features_of, identity, interrupted):
+    features = features_of()
+    means = features.means.clone()
+    means[3, 1] *= 1.01
+    refused("its features differ", replace(features, means=means), identity, SETTINGS, interrupted)
+
+
+def test_a_checkpoint_for_another_base_model_is_refused(features_of, identity, interrupted):
+    other = {**identity, "fingerprint": "another"}
+    refused("another base model", features_of(), other, SETTINGS, interrupted)
+
+
+def test_a_refused_checkpoint_is_left_alone(features_of, identity, interrupted):
+    before = {path.name: path.read_bytes() for path in interrupted.iterdir()}
+    other = replace(SETTINGS, seed=5)
+    refused("its --seed is 0, yours 5", features_of(), identity, other, interrupted)
+    assert before == {path.name: path.read_bytes() for path in interrupted.iterdir()}
+
+
+def test_last_bits_of_the_features_do_not_make_another_run(features_of, identity, interrupted):
+    features = features_of()
+    noisy = replace(features, means=features.means * (1 + 1e-6))
+    train(noisy, identity, SETTINGS, interrupted)
+    assert (interrupted / "router_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "kept", [0, 5, 200, -1], ids=["empty", "5 bytes", "200 bytes", "all but 1"]
+)
+def test_a_cut_off_checkpoint_is_refused(features_of, identity, interrupted, kept):
+    path = interrupted / CHECKPOINT_FILE
+    path.write_bytes(path.read_bytes()[:kept])
+    refused(
+        "is broken; delete it to train from the beginning",
+        features_of(),
+        identity,
+        SETTINGS,
+        interrupted,
+    )
+
+
+def test_a_foreign_safetensors_file_is_refused(features_of, identity, interrupted):
+    save_file({"weights": torch.ones(2)}, interrupted / CHECKPOINT_FILE)
+    refused("is broken", features_of(), identity, SETTINGS, interrupted)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(features_of, identity, interrupted):
+    path = interrupted / CHECKPOINT_FILE
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del tensors["exp_avg.decision_bias"]
+    save_file(tensors, path, metadata=header)
+    refused("is broken", features_of(), identity, SETTINGS, interrupted)
+
+
+def test_a_checkpoint_is_one_file_of_plain_tensors(interrupted):
+    with safe_open(interrupted / CHECKPOINT_FILE, framework="pt") as file:
+        names = set(file.keys())
+    weights = ("hidden_weight", "hidden_bias", "decision_weight", "decision_bias")
+    parts = ("weights", "step", "exp_avg", "exp_avg_sq")
+    assert names == {f"{part}.{weight}" for part in parts for weight in weights} | {"feature_sizes"}

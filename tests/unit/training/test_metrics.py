@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from drllm.training.metrics import Counts, count, ratios
+
+
+def batch(rows: int = 20, layers: int = 5, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, layers, 3, generator=generator)
+    labels = torch.randint(3, (rows, layers), generator=generator)
+    return logits, labels
+
+
+def pairs(logits, labels) -> list[tuple[int, int]]:
+    """(label, decision) of every layer, one by one."""
+    found = []
+    for row_logits, row_labels in zip(logits.tolist(), labels.tolist(), strict=True):
+        for three, label in zip(row_logits, row_labels, strict=True):
+            found.append((label, three.index(max(three))))
+    return found
+
+
+def f1_of(found: list[tuple[int, int]], wanted: int) -> float:
+    hits = sum(label == decision == wanted for label, decision in found)
+    precision = hits / sum(decision == wanted for _, decision in found)
+    recall = hits / sum(label == wanted for label, _ in found)
+    return 2 * precision * recall / (precision + recall)
+
+
+def test_the_confusion_counts_every_layer_once():
+    logits, labels = batch()
+    found = pairs(logits, labels)
+    expected = tuple(
+        tuple(found.count((label, decision)) for decision in range(3)) for label in range(3)
+    )
+    assert expected == count(logits, labels, loss=0.0).confusion
+
+
+def test_counts_of_parts_add_up_to_the_counts_of_the_whole():
+    logits, labels = batch()
+    parts = Counts()
+    for start in (0, 7, 14):
+        rows = slice(start, start + 7)
+        parts += count(logits[rows], labels[rows], loss=2.0)
+    assert count(logits, labels, loss=2.0) == parts
+
+
+def test_ratios_equal_their_definitions():
+    logits, labels = batch(seed=1)
+    found = pairs(logits, labels)
+    measured = ratios(count(logits, labels, loss=0.25))
+    f1 = [f1_of(found, wanted) for wanted in range(3)]
+    skips = [decision for label, decision in found if label == 0]
+    repeats = [decision for label, decision in found if label == 2]
+    assert measured == pytest.approx(
+        {
+            "routers_loss": 0.25,
+            "macro_f1": sum(f1) / 3,
+            "f1_skip": f1[0],
+            "f1_execute": f1[1],
+            "f1_repeat": f1[2],
+            "acc_skip": skips.count(0) / len(skips),
+            "acc_repeat": repeats.count(2) / len(repeats),
+            "avg_layers": sum(decision for _, decision in found) / len(labels),
+        }
+    )
+
+
+def test_the_loss_of_unequal_batches_is_weighted_by_their_examples():
+    logits, labels = batch(rows=4)
+    counts = count(logits[:3], labels[:3], loss=1.0) + count(logits[3:], labels[3:], loss=5.0)
+    assert ratios(counts)["routers_loss"] == 2.0
+
+
+def test_a_class_neither_labelled_nor_decided_has_no_f1_and_no_share_in_the_macro_f1():
+    logits = torch.tensor([[[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]])
+    measured = ratios(count(logits, torch.tensor([[1, 0]]), loss=0.0))
+    assert measured["f1_repeat"] is None
+    assert measured["acc_repeat"] is None
+    assert measured["macro_f1"] == 1.0
+
+
+def test_a_class_decided_but_never_labelled_has_f1_zero():
+    logits = torch.tensor([[[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]])
+    measured = ratios(count(logits, torch.tensor([[1, 1]]), loss=0.0))
+    assert measured["f1_repeat"] == 0.0
+    assert measured["acc_repeat"] is None
+
+
+def test_skipping_everything_still_costs_one_execution():
+    logits = torch.tensor([[[1.0, 0.0, 0.0]] * 4, [[0.0, 0.0, 1.0]] * 4])
+    assert ratios(count(logits, torch.ones(2, 4, dtype=torch.long), loss=0.0))["avg_layers"] == 4.5
