@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,8 +67,10 @@ class Settings:
         Raises:
             ConfigError: Naming the setting, the value, and what was expected.
         """
+        hints = typing.get_type_hints(type(self))
         for declared in dataclasses.fields(self):
             value = getattr(self, declared.name)
+            _check_type(declared.name, value, hints[declared.name])
             _check(declared.name, value, declared.metadata)
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,8 +78,30 @@ class Settings:
         return dataclasses.asdict(self)
 
 
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number (in YAML 1e-3 is text; write 1.0e-3)",
+    str: "text",
+}
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """Refuse a value of another type, as a YAML file or a caller may give it."""
+    kinds = typing.get_args(hint) or (hint,)  # `int | None` is two
+    accepted = (*kinds, int) if float in kinds else kinds
+    misfit = isinstance(value, bool) and bool not in kinds  # to Python a bool is an int
+    if misfit or not isinstance(value, accepted):
+        wanted = " or ".join(_KINDS.get(kind, "nothing") for kind in kinds)
+        raise ConfigError(f"{_flag(name)} is {value!r}; give {wanted}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _check(name: str, value: Any, rules: Any) -> None:
-    flag = "--" + name.replace("_", "-")
+    flag = _flag(name)
     choices = rules.get("choices")
     if choices and value is not None and value not in choices:
         raise ConfigError(f"{flag}: " + unknown_name("value", str(value), choices))
@@ -215,7 +240,8 @@ def from_dict(kind: type[Any], values: dict[str, Any], where: str) -> Any:
         where: What the mapping is part of, for the message.
 
     Raises:
-        ConfigError: An unknown key (with the nearest valid one) or a value out of range.
+        ConfigError: An unknown key (with the nearest valid one), a value of another type, or one
+            out of range.
     """
     known = {declared.name for declared in dataclasses.fields(kind)}
     for name in values:

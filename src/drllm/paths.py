@@ -49,18 +49,18 @@ def check_decisions(decisions: Sequence[int], num_layers: int | None = None) -> 
         >>> check_decisions([1, 0, 2], num_layers=3)
         (1, 0, 2)
     """
-    values = tuple(int(value) for value in decisions)
-    if num_layers is not None and len(values) != num_layers:
+    if num_layers is not None and len(decisions) != num_layers:
         raise PathError(
-            f"{len(values)} decisions were given for a model of {num_layers} layers; "
+            f"{len(decisions)} decisions were given for a model of {num_layers} layers; "
             f"give one of 0 (skip), 1 (execute), 2 (repeat) per layer"
         )
-    for layer, (value, given) in enumerate(zip(values, decisions, strict=True)):
-        if value not in (0, 1, 2) or value != given:
+    for layer, value in enumerate(decisions):
+        if value not in (0, 1, 2):
             raise PathError(
-                f"decision {given!r} at layer {layer} is not one of "
+                f"decision {value!r} at layer {layer} is not one of "
                 f"0 (skip), 1 (execute), 2 (repeat)"
             )
+    values = tuple(int(value) for value in decisions)
     if not any(values):
         raise PathError("all layers are skipped; at least one layer must be executed")
     return values
@@ -137,6 +137,11 @@ def to_decisions(path: Sequence[int], num_layers: int) -> Decisions:
                 f"that visit the layers in order"
             )
         counts[layer] += 1
+        if counts[layer] > Decision.REPEAT:
+            raise PathError(
+                f"layer {layer} is visited more than twice; decisions can only express "
+                f"paths that visit a layer once or twice"
+            )
         previous = layer
     return check_decisions(counts, num_layers)
 

@@ -7,12 +7,15 @@ describes the same formats for readers without Python. Loads no torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
-import tempfile
+import reprlib
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -37,8 +40,9 @@ def split_of(question: str, origin: str) -> str:
 
     Args:
         question: The question's text; surrounding white space and case don't count.
-        origin: `train` (divided 60/20/20 into search, fit, select), `validation` (all test), or
-            `single` for sets that come as one file (halved into select and test).
+        origin: `train` (divided 60/20/20 into search, fit, select), `validation` (all test),
+            `single` for sets that are only evaluated (halved into select and test), or `own` for
+            one set that serves every stage (50/10/15/25 into search, fit, select, test).
 
     Returns:
         One of `search`, `fit`, `select`, `test`.
@@ -51,13 +55,28 @@ def split_of(question: str, origin: str) -> str:
     """
     if origin == "validation":
         return "test"
-    text = " ".join(question.split()).casefold()
-    share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    digest = hashlib.sha256(question_key(question).encode()).digest()
+    share = int.from_bytes(digest[:8], "big") / 2**64
     if origin == "train":
         return "search" if share < 0.6 else "fit" if share < 0.8 else "select"
     if origin == "single":
         return "select" if share < 0.5 else "test"
-    raise ValueError(f"origin {origin!r} is not train, validation or single")
+    if origin == "own":
+        bounds = {"search": 0.5, "fit": 0.6, "select": 0.75, "test": 1.0}
+        return next(split for split, bound in bounds.items() if share < bound)
+    raise ValueError(f"origin {origin!r} is not train, validation, single or own")
+
+
+def question_key(question: str) -> str:
+    """Return the text under which two copies of a question count as the same one.
+
+    Surrounding white space, line breaks and case don't count.
+
+    Example:
+        >>> question_key("  What is  ICE? ")
+        'what is ice?'
+    """
+    return " ".join(question.split()).casefold()
 
 
 # --- what a line holds -------------------------------------------------------------------------
@@ -166,8 +185,15 @@ class SupervisionRecord:
 
 
 def to_json(record: Any) -> str:
-    """Write a record as one line of JSON, without the newline."""
-    return json.dumps(dataclasses.asdict(record), ensure_ascii=False, separators=(",", ":"))
+    """Write a record as one line of JSON, without the newline.
+
+    Raises:
+        ValueError: A number that is not finite, which JSON can't hold; a margin that isn't
+            defined is None.
+    """
+    return json.dumps(
+        dataclasses.asdict(record), ensure_ascii=False, separators=(",", ":"), allow_nan=False
+    )
 
 
 def search_record(row: Mapping[str, Any]) -> SearchRecord:
@@ -217,7 +243,7 @@ def supervision_record(row: Mapping[str, Any]) -> SupervisionRecord:
         id=_get(row, "id", str) if "id" in row else digest,
         task=_get(row, "task", str) if "task" in row else "own",
         executions=float(num_executions(decisions)),
-        improving=bool(row.get("improving", False)),
+        improving=_get(row, "improving", bool) if "improving" in row else False,
         margin=_optional_float(row, "margin"),
     )
 
@@ -232,22 +258,23 @@ def _tried_path(row: Any, num_layers: int) -> TriedPath:
     reward = float(_get(row, "reward", float))
     if not 0 <= reward <= 1:
         raise RecordError(f"'reward' is {reward}; it must be in [0, 1]")
-    retest = row.get("retest")
     return TriedPath(
         decisions=decisions,
         simulation=_get(row, "simulation", int),
         reward=reward,
         margin=_optional_float(row, "margin"),
         executions=float(_get(row, "executions", float)),
-        answer=row.get("answer"),
-        retest=None
-        if retest is None
-        else Retest(
-            passed=_get(retest, "passed", int),
-            asked=_get(retest, "asked", int),
-            margin=_optional_float(retest, "margin"),
-            survived=_get(retest, "survived", bool),
-        ),
+        answer=None if row.get("answer") is None else _get(row, "answer", str),
+        retest=None if row.get("retest") is None else _retest(_get(row, "retest", dict)),
+    )
+
+
+def _retest(row: Mapping[str, Any]) -> Retest:
+    return Retest(
+        passed=_get(row, "passed", int),
+        asked=_get(row, "asked", int),
+        margin=_optional_float(row, "margin"),
+        survived=_get(row, "survived", bool),
     )
 
 
@@ -259,7 +286,9 @@ def _get(row: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
     value = row[key]
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
-        raise RecordError(f"{key!r} is {value!r}; expected {kind.__name__}")
+        raise RecordError(f"{key!r} is {reprlib.repr(value)}; expected {kind.__name__}")
+    if kind is float and not math.isfinite(value):
+        raise RecordError(f"{key!r} is {value}; expected a finite number")
     return value
 
 
@@ -278,7 +307,9 @@ def _ints(row: Mapping[str, Any], key: str) -> list[int]:
     values = _get(row, key, list)
     for value in values:
         if not isinstance(value, int) or isinstance(value, bool):
-            raise RecordError(f"{key!r} holds {value!r}; expected whole numbers 0, 1 or 2")
+            raise RecordError(
+                f"{key!r} holds {reprlib.repr(value)}; expected whole numbers 0, 1 or 2"
+            )
     return list(values)
 
 
@@ -375,24 +406,34 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that readers see the old content or all of the new, never a part.
 
     Raises:
-        RecordError: The folder can't be written.
+        RecordError: A folder that can't be written, a full disk, or a path that is a folder.
     """
-    try:
+    with _refusing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        # Not tempfile.mkstemp: its files, and so ours, could be read by their owner alone.
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            with temporary.open("x", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses while a file is written into an error of ours."""
+    if path.is_dir():
+        raise RecordError(f"can't write {path}: it is a folder; give the name of a file")
+    try:
+        yield
     except OSError as error:
         raise RecordError(
             f"can't write {path}: {error.strerror}; choose a folder that you may write to"
         ) from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any]) -> None:
@@ -404,7 +445,9 @@ def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any
         manifest: From `new_manifest`; gets the number of records and the file's hash.
     """
     lines = [to_json(record) + "\n" for record in records]
-    manifest_path(path).unlink(missing_ok=True)  # never a new file under an old manifest
+    if manifest_path(path).is_file():
+        with _refusing(path):
+            manifest_path(path).unlink()  # never a new file under an old manifest
     write_atomically(path, "".join(lines))
     complete = {**manifest, "num_records": len(lines), "sha256": sha256(path)}
     write_atomically(manifest_path(path), json.dumps(complete, indent=2, ensure_ascii=False) + "\n")
@@ -432,9 +475,10 @@ def new_manifest(
         schema: `search`, `supervision`, …
         model: Identity of the base model (id, revision, class, num_layers, fingerprint).
         config: The resolved settings.
-        inputs: Files that were read; their hashes are stored.
+        inputs: Files that were read; their hashes are stored, by name where names differ.
         extra: More keys of the stage's own.
     """
+    distinct = len({file.name for file in inputs}) == len(inputs)
     return {
         "schema": f"drllm.{schema}",
         "schema_version": SCHEMA_VERSION,
@@ -442,7 +486,7 @@ def new_manifest(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": dict(model),
         "config": dict(config),
-        "inputs": {file.name: sha256(file) for file in inputs},
+        "inputs": {file.name if distinct else str(file): sha256(file) for file in inputs},
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         **(extra or {}),
     }
@@ -469,10 +513,16 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
         raise RecordError(
             f"{beside} says {schema!r}; expected 'drllm.{kind}'. Is it the right file?"
         )
-    if manifest.get("schema_version", 0) > SCHEMA_VERSION:
+    version = manifest.get("schema_version")
+    if not isinstance(version, int) or not isinstance(manifest.get("model"), dict):
         raise RecordError(
-            f"{beside} has schema version {manifest['schema_version']}, this drllm reads up to "
-            f"{SCHEMA_VERSION}; install a newer drllm"
+            f"{beside} lacks 'schema_version' (a number) or 'model' (an object); "
+            f"make {path.name} again"
+        )
+    if version > SCHEMA_VERSION:
+        raise RecordError(
+            f"{beside} has schema version {version}, this drllm reads up to {SCHEMA_VERSION}; "
+            f"install a newer drllm"
         )
     return dict(manifest)
 

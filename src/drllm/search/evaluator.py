@@ -7,6 +7,7 @@ the strategies.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 from drllm.models.prompts import encode, encode_continuation, render
 from drllm.models.routed import RoutedModel
-from drllm.models.scoring import Answer, AnswerBatch, ChoiceBatch, Question
+from drllm.models.scoring import Answer, AnswerBatch, ChoiceBatch, Question, tokenised
 from drllm.models.sharing import Pair, StateCache
 from drllm.tasks.base import Prompt
 from drllm.tasks.grading import score_choices, verdict
@@ -61,7 +62,11 @@ class BlockEvaluator:
         self._choices: ChoiceBatch | None = None
         self._answers: AnswerBatch | None = None
         if self.prompts[0].reward == "loglikelihood":
-            self._choices = self._scoring([p.continuations for p in self.prompts])
+            choices = [
+                tokenised(routed.tokenizer, text, p.continuations)
+                for text, p in zip(self._texts, self.prompts, strict=True)
+            ]
+            self._choices = ChoiceBatch(routed, choices, state_cache_gb)
         else:
             questions = [Question(context) for context in self._contexts]
             self._answers = AnswerBatch(routed, routed.tokenizer, questions, state_cache_gb)
@@ -77,6 +82,24 @@ class BlockEvaluator:
         batch = self._choices or self._answers
         assert batch is not None
         return batch.states
+
+    def reads_the_same(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether other prompts put the same tokens before the model, and only judge otherwise."""
+        return [(p.text, p.continuations) for p in prompts] == [
+            (p.text, p.continuations) for p in self.prompts
+        ]
+
+    def judged_as(self, prompts: Sequence[Prompt]) -> BlockEvaluator:
+        """Return this evaluator, its known states included, with another way of judging.
+
+        Raises:
+            ValueError: The prompts read differently.
+        """
+        if not self.reads_the_same(prompts):
+            raise ValueError("the prompts differ in what the model reads")
+        other = copy.copy(self)
+        other.prompts = list(prompts)
+        return other
 
     def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
         """Return the outcome of each path on its prompt.
@@ -151,13 +174,6 @@ class BlockEvaluator:
             lambda pair, text, finished: verdict(self.prompts[pairs[pair][0]], text, finished),
         )
         return [Outcome(answer.grade, None, answer) for answer in answers]
-
-    def _scoring(self, continuations: Sequence[Sequence[str]]) -> ChoiceBatch:
-        questions = [
-            Question(context, [encode_continuation(self.routed.tokenizer, text, c) for c in each])
-            for context, text, each in zip(self._contexts, self._texts, continuations, strict=True)
-        ]
-        return ChoiceBatch(self.routed, questions, self._state_cache_gb)
 
 
 def gold_text(prompt: Prompt) -> str:

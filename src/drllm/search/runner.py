@@ -38,7 +38,7 @@ from drllm.records import (
 )
 from drllm.search.evaluator import BlockEvaluator, Outcome
 from drllm.search.strategies import PathSearch, new_search
-from drllm.tasks.base import Example, Prompt, Task
+from drllm.tasks.base import Example, Prompt, Task, choose
 
 OnProgress = Callable[[float, int, str], None]
 """Called with questions done (in fractions while a block runs), questions in all, and a note."""
@@ -116,7 +116,7 @@ def search_block(
     completed = evaluator.with_margins(tried, [found[place][d] for place, d in tried])
     for (place, decisions), outcome in zip(tried, completed, strict=True):
         found[place][decisions] = outcome
-    retests = _retest(routed, examples, task, reward, config, found)
+    retests = _retest(evaluator, examples, task, config, found)
     seconds = (time.perf_counter() - started) / len(examples)
     return [
         SearchRecord(
@@ -151,10 +151,9 @@ def _proposals(searches: Sequence[PathSearch]) -> list[Pair]:
 
 
 def _retest(
-    routed: RoutedModel,
+    asked_first: BlockEvaluator,
     examples: Sequence[Example],
     task: Task,
-    reward: str,
     config: SearchConfig,
     found: Sequence[dict[Decisions, Outcome]],
 ) -> dict[Pair, Retest]:
@@ -165,6 +164,8 @@ def _retest(
 
     Source: ours (docs/differences.md, D-05).
     """
+    routed = asked_first.routed
+    reward = asked_first.prompts[0].reward
     full = full_decisions(routed.num_layers)
     candidates = [
         (place, decisions)
@@ -184,17 +185,33 @@ def _retest(
     for way in range(max(len(prompts) for prompts in asked.values())):
         # Questions may have different numbers of ways: one with 3 options has fewer rotations.
         here = [place for place in places if way < len(asked[place])]
-        prompts: list[Prompt] = [asked[place][way] for place in here]
-        evaluator = BlockEvaluator(routed, prompts, config.state_cache_gb)
         part = [pair for pair in pairs if pair[0] in here]
-        local = [(here.index(place), decisions) for place, decisions in part]
-        outcomes = evaluator.with_margins(local, evaluator.evaluate(local))
+        outcomes = _ask(asked_first, [asked[place][way] for place in here], here, part, config)
         for pair, outcome in zip(part, outcomes, strict=True):
             results[pair].append(outcome)
     return {
         pair: _judge(results[pair], results[pair[0], full], config.margin_tolerance)
         for pair in candidates
     }
+
+
+def _ask(
+    asked_first: BlockEvaluator,
+    prompts: list[Prompt],
+    places: list[int],
+    pairs: list[Pair],
+    config: SearchConfig,
+) -> list[Outcome]:
+    """Return the outcomes of paths on another way of asking the questions at `places`."""
+    as_before = list(asked_first.prompts)
+    for place, prompt in zip(places, prompts, strict=True):
+        as_before[place] = prompt
+    if asked_first.reads_the_same(as_before):  # only judged otherwise: every state is known
+        evaluator = asked_first.judged_as(as_before)
+    else:
+        evaluator = BlockEvaluator(asked_first.routed, prompts, config.state_cache_gb)
+        pairs = [(places.index(place), decisions) for place, decisions in pairs]
+    return evaluator.with_margins(pairs, evaluator.evaluate(pairs))
 
 
 def _judge(outcomes: list[Outcome], full: list[Outcome], tolerance: float) -> Retest:
@@ -284,27 +301,25 @@ def _reporter(
     return lambda share: on_progress(done + size * share, total, "searching")
 
 
-def choose(examples: Sequence[Example], limit: int | None, seed: int) -> list[Example]:
-    """Return at most `limit` examples, drawn with the seed, in their own order."""
-    if limit is None or limit >= len(examples):
-        return list(examples)
-    kept = sorted(Random(seed).sample(range(len(examples)), limit))
-    return [examples[place] for place in kept]
-
-
 def _blocks(tasks: Sequence[Task], config: SearchConfig) -> list[tuple[Task, list[Example]]]:
     data_dir = None if config.data_dir is None else Path(config.data_dir)
     blocks: list[tuple[Task, list[Example]]] = []
     for task in tasks:
-        task.check_reward(config.reward)
         examples = choose(task.examples(config.split, data_dir), config.limit, config.seed)
         if not examples:
             raise TaskError(f"task {task.name!r} has no questions in split {config.split!r}")
+        # Questions of like length make a block: little of the batch is then padding.
+        reward = task.check_reward(config.reward)
+        by_length = sorted(examples, key=lambda example: _length(task.prompt(example, reward)))
         blocks += [
-            (task, examples[start : start + config.block_size])
-            for start in range(0, len(examples), config.block_size)
+            (task, by_length[start : start + config.block_size])
+            for start in range(0, len(by_length), config.block_size)
         ]
     return blocks
+
+
+def _length(prompt: Prompt) -> int:
+    return len(prompt.text) + sum(len(text) for text in prompt.continuations)
 
 
 def _plan(

@@ -1,0 +1,83 @@
+"""Actions: the edits of decisions from which every searched path is made.
+
+Owns which edits there are and when one is legal. Leaves the choice among them to the strategies
+(`mcts`, `walk`). An edit turns layers that are executed once into skipped or repeated ones and
+nothing else. A layer is thus changed at most once on the way from the full path: there are no
+edits that change nothing, no cycles, no counts above 2, and every decision vector within the
+budget can be reached. Loads no torch.
+
+Axes: L layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from drllm.paths import Decision, Decisions, num_executions
+
+MAX_SKIPPED_AT_ONCE = 2
+
+
+class Action(NamedTuple):
+    """One edit: set neighbouring layers, each executed once so far, to another decision.
+
+    Attributes:
+        layer: The first layer it changes.
+        span: How many neighbouring layers it changes: 1, or 2 for a skip.
+        decision: What they become: `Decision.SKIP` or `Decision.REPEAT`.
+
+    Source: Dr.LLM section 3.1 (skip one or two neighbouring layers, repeat one).
+    """
+
+    layer: int
+    span: int
+    decision: Decision
+
+    def __str__(self) -> str:
+        last = self.layer + self.span - 1
+        where = f"{self.layer}" if self.span == 1 else f"{self.layer}-{last}"
+        return f"{self.decision.name.lower()} {where}"
+
+
+def legal_actions(decisions: Decisions, limit: int) -> tuple[Action, ...]:
+    """List the edits that decisions allow.
+
+    Args:
+        decisions: `[L]`, valid.
+        limit: The most executions that the edited path may have, from `cost.max_executions`.
+
+    Returns:
+        Single skips, then double skips, then repeats, each by layer. Empty where no edit is left.
+
+    Example:
+        >>> [str(action) for action in legal_actions((1, 1, 0), limit=3)]
+        ['skip 0', 'skip 1', 'repeat 0', 'repeat 1']
+    """
+    spent = num_executions(decisions)
+    found: list[Action] = []
+    for span in range(1, MAX_SKIPPED_AT_ONCE + 1):
+        if spent - span < 1:  # at least one execution must stay
+            break
+        found += [
+            Action(layer, span, Decision.SKIP)
+            for layer in range(len(decisions) - span + 1)
+            if decisions[layer] == decisions[layer + span - 1] == Decision.EXECUTE
+        ]
+    if spent < limit:
+        found += [
+            Action(layer, 1, Decision.REPEAT)
+            for layer, count in enumerate(decisions)
+            if count == Decision.EXECUTE
+        ]
+    return tuple(found)
+
+
+def apply(decisions: Decisions, action: Action) -> Decisions:
+    """Return the decisions after an edit that is legal for them.
+
+    Example:
+        >>> apply((1, 1, 1), Action(1, 2, Decision.SKIP))
+        (1, 0, 0)
+    """
+    before, after = decisions[: action.layer], decisions[action.layer + action.span :]
+    return (*before, *(int(action.decision),) * action.span, *after)

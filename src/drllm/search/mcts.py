@@ -1,0 +1,165 @@
+"""The tree search: UCB over decision vectors, with transpositions and progressive widening.
+
+Owns the tree, selection, expansion and backup. Leaves the edits to `actions`, the conversation
+with the runner and the stop rules to `strategies`, and rewards to whoever observes them: nothing
+here knows a model. Loads no torch.
+
+Axes: L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from random import Random
+
+from drllm.config import SearchConfig
+from drllm.paths import Decisions, num_executions
+from drllm.search.actions import Action, apply, legal_actions
+from drllm.search.strategies import PathSearch
+
+WIDENING_FACTOR = 5.0
+WIDENING_EXPONENT = 0.5
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One decision vector. Everything that leads to it shares its statistics.
+
+    Attributes:
+        decisions: `[L]`.
+        executions: Their cost in layer equivalents.
+        untried: Legal edits that have no edge yet.
+        edges: Edges to the nodes below, in the order they were made.
+        visits: Simulations that passed through or ended here; 0 while the first is under way.
+        value_sum: Sum of those simulations' rewards.
+        closed: Every path below was tried.
+    """
+
+    decisions: Decisions
+    executions: int
+    untried: list[Action]
+    edges: list[Edge] = field(default_factory=list)
+    visits: int = 0
+    value_sum: float = 0.0
+    closed: bool = False
+
+    @property
+    def value(self) -> float:
+        """Mean reward of the simulations that came this way."""
+        return self.value_sum / self.visits
+
+
+@dataclass(slots=True, eq=False)
+class Edge:
+    """One edit that was made at a node.
+
+    Attributes:
+        action: The edit.
+        node: Where it leads; several edges may lead to one node.
+        visits: Simulations that took this edge.
+    """
+
+    action: Action
+    node: Node
+    visits: int = 0
+
+
+class TreeSearch(PathSearch):
+    """Monte Carlo tree search over the decisions of one question.
+
+    Each simulation goes down from the full path, makes one edit that leads to a decision vector
+    never tried before, and adds that vector's reward to every node it passed. An edit that leads
+    to a known vector links it, and the simulation goes on from there. Below a node the next edge
+    is the one with the highest
+
+        Q / v + c · sqrt(ln V / v) − lambda · executions / L
+
+    with Q and v the sum of rewards and the visits of the node it leads to, V the visits of the
+    node it starts from; now and then it is a random one. Length enters here only, never the
+    reward. Nodes below which nothing new is left are passed over; when the root is one, the
+    search is over.
+
+    A node of V visits has room for ceil(5 · sqrt(V)) edges (closed ones not counted). Without such
+    a bound the roughly 3L edits of the full path would use up all 50 simulations before the
+    second edit is ever made; with a bound of one edge a node the search is a chain. The numbers
+    are chosen by measurement: docs/decisions/0003-progressive-widening.md.
+
+    Attributes:
+        root: The full path's node.
+        nodes: Every node, by its decisions.
+
+    Source: Dr.LLM section 3.1 and appendix (UCB rule, its constants, random child);
+        transpositions and widening are ours (docs/decisions/0003-progressive-widening.md).
+
+    Example:
+        >>> search = TreeSearch(2, SearchConfig(num_simulations=3), Random(0))
+        >>> while (decisions := search.propose()) is not None:
+        ...     search.observe(decisions, reward=1.0)
+        >>> search.root.visits, len(search.nodes)
+        (4, 4)
+    """
+
+    def __init__(self, num_layers: int, config: SearchConfig, rng: Random) -> None:
+        super().__init__(num_layers, config, rng)
+        self.nodes: dict[Decisions, Node] = {}
+        self.root = self._node(self._full)
+        self._trail: list[Edge] = []
+
+    def _next(self) -> Decisions | None:
+        trail: list[Edge] = []
+        while True:
+            node = trail[-1].node if trail else self.root
+            edge = self._edge_below(node)
+            if edge is None:
+                node.closed = True
+                if not trail:
+                    return None
+                trail.pop()
+                continue
+            trail.append(edge)
+            if edge.node.visits == 0:
+                self._trail = trail
+                return edge.node.decisions
+
+    def _learn(self, reward: float) -> None:
+        for node in (self.root, *(edge.node for edge in self._trail)):
+            node.visits += 1
+            node.value_sum += reward
+        for edge in self._trail:
+            edge.visits += 1
+
+    def _edge_below(self, node: Node) -> Edge | None:
+        """Return the edge to go down by, a new one where the node has room, None at a dead end."""
+        open_edges = [edge for edge in node.edges if not edge.node.closed]
+        room = math.ceil(WIDENING_FACTOR * node.visits**WIDENING_EXPONENT)
+        if node.untried and len(open_edges) < room:
+            return self._expand(node)
+        if not open_edges:
+            return None
+        if self._rng.random() < self.config.random_child_probability:
+            return self._rng.choice(open_edges)
+        return max(open_edges, key=lambda edge: self._bound(node, edge.node))
+
+    def _expand(self, node: Node) -> Edge:
+        action = node.untried.pop(self._rng.randrange(len(node.untried)))
+        edge = Edge(action, self._node(apply(node.decisions, action)))
+        node.edges.append(edge)
+        return edge
+
+    def _bound(self, parent: Node, child: Node) -> float:
+        """Return a child's upper confidence bound, less its length penalty."""
+        explore = self.config.exploration_constant * math.sqrt(
+            math.log(parent.visits) / child.visits
+        )
+        length = self.config.length_penalty * child.executions / self.num_layers
+        return child.value + explore - length
+
+    def _node(self, decisions: Decisions) -> Node:
+        if decisions not in self.nodes:
+            self.nodes[decisions] = Node(
+                decisions=decisions,
+                executions=num_executions(decisions),
+                untried=list(legal_actions(decisions, self.limit)),
+            )
+        return self.nodes[decisions]

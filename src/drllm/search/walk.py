@@ -1,0 +1,55 @@
+"""The released code's search: one chain of random edits, as an opponent for the tree.
+
+Owns the chain. Leaves the edits to `actions`, the conversation with the runner and the stop rules
+to `strategies`. Rewards never steer it. Loads no torch.
+
+Axes: L layers.
+"""
+
+from __future__ import annotations
+
+from random import Random
+
+from drllm.config import SearchConfig
+from drllm.paths import Decisions
+from drllm.search.actions import apply, legal_actions
+from drllm.search.strategies import PathSearch
+
+
+class WalkSearch(PathSearch):
+    """A random walk of edits that starts from the full path.
+
+    Each simulation edits the last path once, at random, whatever it was worth. Where no edit is
+    legal any more, the walk starts again from the full path. A path that was tried before is
+    walked through, not evaluated again, and counts as a simulation. Unlike the released code this
+    walk makes legal edits only: no edit without effect, no layer more than twice, none over the
+    budget.
+
+    Source: the published code of Dr.LLM (commit 14e8837), whose tree gives every node one child.
+
+    Example:
+        >>> search = WalkSearch(4, SearchConfig(), Random(0))
+        >>> search.propose()
+        (1, 1, 1, 1)
+    """
+
+    def __init__(self, num_layers: int, config: SearchConfig, rng: Random) -> None:
+        super().__init__(num_layers, config, rng)
+        self._last = self._full
+
+    def _next(self) -> Decisions | None:
+        while self.num_simulations_done < self.config.num_simulations:
+            actions = legal_actions(self._last, self.limit)
+            if not actions and self._last == self._full:
+                return None
+            if not actions:
+                self._last = self._full
+                continue
+            self._last = apply(self._last, self._rng.choice(actions))
+            if self._last not in self.tried:
+                return self._last
+            self.num_simulations_done += 1
+        return None
+
+    def _learn(self, reward: float) -> None:
+        """Do nothing: the walk goes on from the last path, whatever it was worth."""

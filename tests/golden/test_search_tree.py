@@ -1,0 +1,68 @@
+"""One whole search tree, stored so that a change of the search shows as a readable diff.
+
+python tests/golden/test_search_tree.py     writes the stored tree anew
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+from drllm.config import SearchConfig
+from drllm.paths import Decisions, sketch
+from drllm.search.mcts import Node, TreeSearch
+
+STORED = Path(__file__).with_name("search_tree.txt")
+CONFIG = SearchConfig(num_simulations=24, budget=1.2)
+
+
+def reward(decisions: Decisions) -> float:
+    """Layer 0 is needed, each other skip costs 0.1, and repeating layer 3 makes up for two."""
+    if decisions[0] == 0:
+        return 0.0
+    return (8 - decisions[1:].count(0) + 2 * (decisions[3] == 2)) / 10
+
+
+def draw() -> str:
+    """Draw the tree: one line an edge, below its parent; a node met again is not drawn again."""
+    search = TreeSearch(5, CONFIG, Random(0))
+    while (decisions := search.propose()) is not None:
+        search.observe(decisions, reward(decisions))
+
+    lines = [
+        "edit · decisions · simulation and reward · visits and mean reward of the node",
+        "",
+    ]
+    drawn: set[Decisions] = set()
+
+    def add(label: str, node: Node, depth: int) -> None:
+        simulation, own = search.tried[node.decisions]
+        start = f"{'  ' * depth}{label}".ljust(26)
+        if node.decisions in drawn:
+            lines.append(f"{start}{sketch(node.decisions)}  as above")
+            return
+        drawn.add(node.decisions)
+        lines.append(
+            f"{start}{sketch(node.decisions)}  #{simulation:<2} {own:.1f}  "
+            f"{node.visits:>2} visits, {node.value:.3f}"
+        )
+        for edge in node.edges:
+            add(str(edge.action), edge.node, depth + 1)
+
+    add("full path", search.root, 0)
+    return "\n".join(lines) + "\n"
+
+
+def test_the_search_grows_the_stored_tree():
+    assert STORED.read_text(encoding="utf-8") == draw()
+
+
+def test_the_stored_tree_shows_every_node_and_a_shared_one():
+    text = STORED.read_text(encoding="utf-8")
+
+    assert text.count("#") == CONFIG.num_simulations + 1
+    assert "as above" in text
+
+
+if __name__ == "__main__":
+    STORED.write_text(draw(), encoding="utf-8")

@@ -1,0 +1,227 @@
+"""Records come back as they were written, and a damaged file never reads as a whole one."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from drllm.cost import executions
+from drllm.errors import RecordError
+from drllm.paths import full_decisions
+from drllm.records import (
+    Retest,
+    SearchRecord,
+    SupervisionRecord,
+    TriedPath,
+    new_manifest,
+    read_search,
+    read_supervision,
+    search_record,
+    split_of,
+    supervision_record,
+    to_json,
+    write_records,
+)
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
+filled = texts.filter(str.strip)
+margins = st.none() | st.floats(-100, 100)
+retests = st.builds(
+    Retest,
+    passed=st.integers(0, 4),
+    asked=st.integers(0, 4),
+    margin=margins,
+    survived=st.booleans(),
+)
+
+
+@st.composite
+def search_records(draw: st.DrawFn) -> SearchRecord:
+    layers = draw(st.integers(1, 6))
+    vectors = st.lists(st.sampled_from([0, 1, 2]), min_size=layers, max_size=layers)
+    others = draw(st.lists(vectors.filter(any).map(tuple), max_size=4, unique=True))
+    full = full_decisions(layers)
+    tried = [full, *(decisions for decisions in others if decisions != full)]
+    return SearchRecord(
+        id=draw(texts),
+        task=draw(texts),
+        question=draw(filled),
+        prompt=draw(filled),
+        answer=draw(texts),
+        reward="loglikelihood",
+        num_layers=layers,
+        paths=tuple(
+            TriedPath(
+                decisions=decisions,
+                simulation=simulation,
+                reward=draw(st.floats(0, 1)),
+                margin=draw(margins),
+                executions=executions(decisions),
+                answer=draw(st.none() | texts),
+                retest=draw(st.none() | retests),
+            )
+            for simulation, decisions in enumerate(tried)
+        ),
+        seconds=draw(st.floats(0, 1e6)),
+    )
+
+
+@st.composite
+def supervision_records(draw: st.DrawFn, layers: int = 4) -> SupervisionRecord:
+    vectors = st.lists(st.sampled_from([0, 1, 2]), min_size=layers, max_size=layers)
+    decisions = tuple(draw(vectors.filter(any)))
+    return SupervisionRecord(
+        question=draw(filled),
+        optimal_layer_config=decisions,
+        answer=draw(texts),
+        prompt=draw(filled),
+        id=draw(texts),
+        task=draw(texts),
+        executions=executions(decisions),
+        improving=draw(st.booleans()),
+        margin=draw(margins),
+    )
+
+
+def by_id(record: SearchRecord | SupervisionRecord) -> tuple[str, str]:
+    return record.task, record.id
+
+
+one_file = st.lists(search_records(), min_size=1, max_size=3, unique_by=by_id)
+files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+
+
+@given(search_records())
+def test_a_search_record_survives_its_line(record: SearchRecord):
+    line = to_json(record)
+
+    assert "\n" not in line
+    assert search_record(json.loads(line)) == record
+
+
+@given(supervision_records())
+def test_a_supervision_record_survives_its_line(record: SupervisionRecord):
+    assert supervision_record(json.loads(to_json(record))) == record
+
+
+@given(records=one_file)
+@files
+def test_a_search_file_comes_back_as_it_was_written(records: list[SearchRecord], tmp_path: Path):
+    file = tmp_path / "search.jsonl"
+    write_records(file, records, new_manifest("search", model={}, config={}))
+
+    assert read_search(file) == records
+
+
+@given(records=st.lists(supervision_records(), min_size=1, max_size=3, unique_by=by_id))
+@files
+def test_a_supervision_file_comes_back_as_it_was_written(
+    records: list[SupervisionRecord], tmp_path: Path
+):
+    file = tmp_path / "supervision.jsonl"
+    write_records(file, records, new_manifest("supervision", model={}, config={}))
+
+    assert read_supervision(file) == records
+
+
+@given(records=one_file, data=st.data())
+@files
+def test_a_file_cut_off_anywhere_is_refused(
+    records: list[SearchRecord], data: st.DataObject, tmp_path: Path
+):
+    file = tmp_path / "search.jsonl"
+    write_records(file, records, new_manifest("search", model={}, config={}))
+    whole = file.read_bytes()
+    file.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+
+    with pytest.raises(RecordError, match=r"search\.jsonl"):
+        read_search(file)
+
+
+@given(records=one_file, data=st.data())
+@files
+def test_without_a_manifest_a_file_cut_off_inside_a_line_is_refused(
+    records: list[SearchRecord], data: st.DataObject, tmp_path: Path
+):
+    file = tmp_path / "own.jsonl"
+    lines = [(to_json(record) + "\n").encode() for record in records]
+    whole_lines = data.draw(st.integers(0, len(lines) - 1))
+    part = lines[whole_lines][: data.draw(st.integers(1, len(lines[whole_lines]) - 2))]
+    file.write_bytes(b"".join(lines[:whole_lines]) + part)
+
+    with pytest.raises(RecordError, match=r"own\.jsonl"):
+        read_search(file)
+
+
+@given(records=one_file, data=st.data())
+@files
+def test_a_file_changed_after_it_was_written_is_refused(
+    records: list[SearchRecord], data: st.DataObject, tmp_path: Path
+):
+    file = tmp_path / "search.jsonl"
+    write_records(file, records, new_manifest("search", model={}, config={}))
+    whole = bytearray(file.read_bytes())
+    where = data.draw(st.integers(0, len(whole) - 1))
+    whole[where] ^= data.draw(st.integers(1, 255))
+    file.write_bytes(whole)
+
+    with pytest.raises(RecordError):
+        read_search(file)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(string.ascii_letters, max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+def refused_or_understood(read: Callable[[Any], Any], row: dict[str, Any]) -> bool:
+    """Whether a row is refused in one line, or read into something that can be read again."""
+    try:
+        record = read(row)
+    except RecordError as error:
+        return "\n" not in str(error)
+    return bool(read(json.loads(to_json(record))) == record)
+
+
+@given(search_records(), st.data())
+def test_any_foreign_value_in_a_search_line_is_refused_or_understood(
+    record: SearchRecord, data: st.DataObject
+):
+    row = json.loads(to_json(record))
+    first = row["paths"][0]
+    at = data.draw(st.sampled_from([row, first, *([first["retest"]] if first["retest"] else [])]))
+    at[data.draw(st.sampled_from([*at]))] = data.draw(json_values)
+
+    assert refused_or_understood(search_record, row)
+
+
+@given(supervision_records(), st.data())
+def test_any_foreign_value_in_a_supervision_line_is_refused_or_understood(
+    record: SupervisionRecord, data: st.DataObject
+):
+    row = json.loads(to_json(record))
+    row[data.draw(st.sampled_from([*row]))] = data.draw(json_values)
+
+    assert refused_or_understood(supervision_record, row)
+
+
+@given(filled, st.sampled_from(["train", "validation", "single", "own"]))
+def test_a_question_is_in_one_split_however_it_is_spaced_and_cased(question: str, origin: str):
+    split = split_of(question, origin)
+
+    assert split in {"search", "fit", "select", "test"}
+    assert split_of(f"  {question}\n", origin) == split
+    if question.isascii():
+        assert split_of(question.upper(), origin) == split

@@ -1,0 +1,136 @@
+"""What holds for every search, whatever the model, the budget, the rewards and the seed."""
+
+from __future__ import annotations
+
+from random import Random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drllm.config import STOP_RULES, STRATEGIES, SearchConfig
+from drllm.cost import max_executions
+from drllm.paths import Decisions, full_decisions, num_executions
+from drllm.search.actions import apply, legal_actions
+from drllm.search.mcts import TreeSearch
+from drllm.search.strategies import PathSearch, new_search
+
+configs = st.builds(
+    SearchConfig,
+    num_simulations=st.integers(1, 120),
+    budget=st.sampled_from([1.0, 1.1, 1.5, 2.0]),
+    strategy=st.sampled_from(STRATEGIES),
+    stop_rule=st.sampled_from(STOP_RULES),
+    exploration_constant=st.floats(0, 10),
+    length_penalty=st.floats(0, 10),
+    random_child_probability=st.floats(0, 1),
+)
+layers = st.integers(1, 14)
+seeds = st.integers(0, 2**32)
+scales = st.sampled_from([0, 1, 2, 5])
+
+
+def reward_of(decisions: Decisions, seed: int, scale: int) -> float:
+    """A reward without order: always 0, 0 or 1, or one of a few steps."""
+    steps = Random(f"{seed} {decisions}").randint(0, scale)
+    return steps / scale if scale else 0.0
+
+
+def run(num_layers: int, config: SearchConfig, seed: int, scale: int) -> PathSearch:
+    search = new_search(num_layers, config, Random(seed))
+    while (decisions := search.propose()) is not None:
+        assert decisions not in search.tried
+        search.observe(decisions, reward_of(decisions, seed, scale))
+    return search
+
+
+@given(layers, configs, seeds, scales)
+def test_every_path_can_be_run_and_is_within_the_budget(num_layers, config, seed, scale):
+    search = run(num_layers, config, seed, scale)
+
+    limit = max_executions(config.budget, num_layers)
+    for decisions in search.tried:
+        assert len(decisions) == num_layers
+        assert set(decisions) <= {0, 1, 2}
+        assert 1 <= num_executions(decisions) <= limit
+
+
+@given(layers, configs, seeds, scales)
+def test_a_search_never_does_more_simulations_than_asked_for(num_layers, config, seed, scale):
+    search = run(num_layers, config, seed, scale)
+
+    assert len(search.tried) - 1 <= search.num_simulations_done <= config.num_simulations
+    numbers = [tried.simulation for tried in search.tried.values()]
+    assert numbers == sorted(set(numbers))
+
+
+@given(layers, configs, seeds, scales)
+def test_the_same_seed_and_rewards_try_the_same_paths(num_layers, config, seed, scale):
+    first, second = (run(num_layers, config, seed, scale) for _ in range(2))
+
+    assert list(first.tried.items()) == list(second.tried.items())
+
+
+@given(layers, configs, seeds, scales)
+def test_under_every_stop_rule_only_the_last_path_can_be_one_that_stops(
+    num_layers, config, seed, scale
+):
+    search = run(num_layers, config, seed, scale)
+
+    *others, _ = search.tried
+    full = search.tried[full_decisions(num_layers)].reward
+    saved = {"paper": 1, "released": 2, "exhaust": num_layers + 1}[config.stop_rule]
+    for decisions in others[1:]:
+        right = search.tried[decisions].reward == 1
+        improving = right and full < 1 and config.stop_rule != "exhaust"
+        assert not improving
+        assert not (right and num_layers - num_executions(decisions) >= saved)
+
+
+@given(layers, configs, seeds, scales)
+def test_the_trees_statistics_add_up(num_layers, config, seed, scale):
+    search = TreeSearch(num_layers, config, Random(seed))
+    while (decisions := search.propose()) is not None:
+        search.observe(decisions, reward_of(decisions, seed, scale))
+
+    assert set(search.nodes) == set(search.tried)  # one node a vector, one vector a simulation
+    assert search.root.visits == search.num_simulations_done + 1
+    arrivals = dict.fromkeys(search.nodes, 0)
+    for decisions, node in search.nodes.items():
+        assert node.decisions == decisions
+        assert node.executions == num_executions(decisions)
+        assert 0 <= node.value <= 1
+        assert node.visits == 1 + sum(edge.visits for edge in node.edges)
+        for edge in node.edges:
+            arrivals[edge.node.decisions] += edge.visits
+    arrivals[search.root.decisions] += search.root.visits
+    assert arrivals == {decisions: node.visits for decisions, node in search.nodes.items()}
+
+
+@given(layers, configs, seeds, scales)
+def test_every_edge_is_one_legal_edit_to_its_own_node(num_layers, config, seed, scale):
+    search = TreeSearch(num_layers, config, Random(seed))
+    while (decisions := search.propose()) is not None:
+        search.observe(decisions, reward_of(decisions, seed, scale))
+
+    for node in search.nodes.values():
+        legal = legal_actions(node.decisions, search.limit)
+        made = [edge.action for edge in node.edges]
+        assert sorted(made + node.untried) == sorted(legal)  # each once, made or still to make
+        for edge in node.edges:
+            assert edge.node is search.nodes[apply(node.decisions, edge.action)]
+            assert edge.node.decisions != node.decisions
+
+
+@given(st.integers(1, 4), st.sampled_from([1.0, 1.1, 1.5, 2.0]), seeds, scales)
+@settings(max_examples=30)
+def test_a_tree_given_enough_simulations_tries_everything_and_ends(num_layers, budget, seed, scale):
+    search = run(num_layers, SearchConfig(budget=budget, num_simulations=1000), seed, scale)
+
+    limit = max_executions(budget, num_layers)
+    front, everything = [full_decisions(num_layers)], {full_decisions(num_layers)}
+    while front:
+        decisions = front.pop()
+        edited = {apply(decisions, action) for action in legal_actions(decisions, limit)}
+        front += edited - everything
+        everything |= edited
+    assert set(search.tried) == everything

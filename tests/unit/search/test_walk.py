@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import itertools
+from random import Random
+
+import pytest
+
+from drllm.config import SearchConfig
+from drllm.cost import max_executions
+from drllm.paths import full_decisions, num_executions
+from drllm.search.actions import apply, legal_actions
+from drllm.search.walk import WalkSearch
+
+
+def walk(num_layers: int, reward: float = 0.0, seed: int = 0, **settings: object) -> WalkSearch:
+    """Walk to the end, every path being worth the same."""
+    search = WalkSearch(num_layers, SearchConfig(strategy="walk", **settings), Random(seed))
+    while (decisions := search.propose()) is not None:
+        search.observe(decisions, reward)
+    return search
+
+
+def neighbours(decisions: tuple[int, ...], limit: int) -> set[tuple[int, ...]]:
+    return {apply(decisions, action) for action in legal_actions(decisions, limit)}
+
+
+def test_each_path_is_one_edit_away_from_the_path_before():
+    search = walk(30, num_simulations=20)
+
+    paths = list(search.tried)
+    assert len(paths) == 21
+    for before, after in itertools.pairwise(paths):
+        assert after in neighbours(before, limit=60)
+
+
+def test_the_walk_ignores_what_paths_are_worth():
+    assert list(walk(12, reward=0.0).tried) == list(walk(12, reward=0.9).tried)
+
+
+def test_a_walk_at_its_end_starts_again_from_the_full_path():
+    search = walk(6, num_simulations=40, budget=1.0)
+
+    restarts = [
+        after
+        for before, after in itertools.pairwise(search.tried)
+        if not legal_actions(before, limit=6)
+        and search.tried[after].simulation == search.tried[before].simulation + 1
+    ]
+    assert restarts
+    assert set(restarts) <= neighbours((1, 1, 1, 1, 1, 1), limit=6)
+
+
+def test_a_path_met_again_counts_as_a_simulation_and_is_not_evaluated_again():
+    search = walk(2, num_simulations=50)
+
+    assert search.num_simulations_done == 50
+    assert len(search.tried) - 1 < 50
+
+
+def test_simulation_numbers_leave_gaps_where_a_path_was_met_again():
+    search = walk(3, num_simulations=200)
+
+    numbers = [tried.simulation for tried in search.tried.values()]
+    assert numbers == sorted(set(numbers))
+    assert numbers[0] == 0
+    assert len(search.tried) < numbers[-1] <= 200
+
+
+@pytest.mark.parametrize("budget", [1.0, 1.1, 2.0])
+def test_the_walk_keeps_to_the_budget(budget: float):
+    search = walk(10, budget=budget, num_simulations=300)
+
+    limit = max_executions(budget, 10)
+    assert all(1 <= num_executions(path) <= limit for path in search.tried)
+    assert all(set(path) <= {0, 1, 2} for path in search.tried)
+
+
+def test_a_single_layer_within_budget_1_leaves_nothing_to_walk():
+    search = walk(1, budget=1.0)
+
+    assert list(search.tried) == [full_decisions(1)]
+
+
+def test_the_same_seed_walks_the_same_way():
+    assert walk(12, seed=3).tried == walk(12, seed=3).tried
+    assert walk(12, seed=3).tried != walk(12, seed=4).tried

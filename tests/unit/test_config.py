@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from drllm.config import (
+    EvaluateConfig,
+    GenerateConfig,
+    ModelConfig,
+    SearchConfig,
+    Settings,
+    SuperviseConfig,
+    TrainConfig,
+    from_dict,
+)
+from drllm.errors import ConfigError
+
+GROUPS = [ModelConfig, SearchConfig, SuperviseConfig, TrainConfig, GenerateConfig, EvaluateConfig]
+FIELDS = [(group, declared) for group in GROUPS for declared in dataclasses.fields(group)]
+NAMES = [f"{group.__name__}.{declared.name}" for group, declared in FIELDS]
+
+
+def test_the_search_settings_are_the_papers():
+    config = SearchConfig()
+
+    assert (config.num_simulations, config.budget) == (50, 2.0)
+    assert (config.exploration_constant, config.length_penalty) == (1.8, 3.0)
+    assert config.random_child_probability == 0.1
+
+
+def test_the_training_settings_are_the_papers():
+    config = TrainConfig()
+
+    assert (config.num_epochs, config.learning_rate, config.weight_decay) == (25, 1e-3, 0.01)
+    assert (config.warmup_steps, config.gradient_accumulation) == (500, 16)
+    assert (config.num_windows, config.router_width) == (8, 128)
+    assert (config.gamma, config.beta) == (2.0, 0.999)
+
+
+@pytest.mark.parametrize(("group", "declared"), FIELDS, ids=NAMES)
+def test_every_setting_has_one_line_of_help(group: type[Settings], declared: Any):
+    text = declared.metadata["help"]
+
+    assert 0 < len(text) <= 80
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(("group", "declared"), FIELDS, ids=NAMES)
+def test_every_bound_is_kept(group: type[Settings], declared: Any):
+    rules = declared.metadata
+    values = []
+    if rules["minimum"] is not None:
+        values.append((rules["minimum"] - 1, f"at least {rules['minimum']}"))
+    if rules["maximum"] is not None:
+        values.append((rules["maximum"] + 1, f"at most {rules['maximum']}"))
+    if rules["above"] is not None:
+        values.append((rules["above"], f"above {rules['above']}"))
+    if rules["choices"]:
+        values.append(("no such choice", "Valid: "))
+
+    for value, message in values:
+        with pytest.raises(ConfigError, match=message) as caught:
+            group(**{declared.name: value})
+        assert str(caught.value).startswith(f"--{declared.name.replace('_', '-')}")
+
+
+@pytest.mark.parametrize(("group", "declared"), FIELDS, ids=NAMES)
+def test_the_bounds_themselves_and_every_choice_are_accepted(group: type[Settings], declared: Any):
+    rules = declared.metadata
+    edges = [rules[name] for name in ("minimum", "maximum") if rules[name] is not None]
+
+    for value in [declared.default, *edges, *(rules["choices"] or ())]:
+        assert getattr(group(**{declared.name: value}), declared.name) == value
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_settings_come_back_from_plain_types(group: type[Settings]):
+    assert from_dict(group, group().to_dict(), "here") == group()
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SearchConfig().budget = 1.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_not_finite_is_refused(value: float):
+    with pytest.raises(ConfigError, match=r"--budget is .*; give a finite number"):
+        SearchConfig(budget=value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("num_simulations", "50", "give a whole number"),
+        ("num_simulations", 50.0, "give a whole number"),
+        ("num_simulations", True, "give a whole number"),
+        ("num_simulations", None, "give a whole number"),
+        ("limit", "all", "give a whole number or nothing"),
+        ("budget", "2", "give a number"),
+        ("budget", [2.0], "give a number"),
+        ("dataset", 5, "give text"),
+        ("data_dir", False, "give text or nothing"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name: str, value: Any, wanted: str):
+    with pytest.raises(ConfigError, match=wanted):
+        SearchConfig(**{name: value})
+
+
+def test_a_number_without_a_point_is_a_number():
+    assert SearchConfig(budget=2).budget == 2
+
+
+def test_a_number_in_a_switch_is_refused():
+    with pytest.raises(ConfigError, match=r"--trust-remote-code is 1; give true or false"):
+        ModelConfig(trust_remote_code=1)  # type: ignore[arg-type]
+
+
+def test_an_unknown_choice_comes_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"--stop-rule: .*'exhaus'; did you mean 'exhaust'"):
+        SearchConfig(stop_rule="exhaus")
+
+
+def test_an_unknown_setting_comes_with_its_place_and_the_nearest():
+    with pytest.raises(ConfigError, match="search: unknown setting 'buget'; did you mean 'budget'"):
+        from_dict(SearchConfig, {"buget": 2.0}, "search")

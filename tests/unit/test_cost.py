@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+
+from drllm.cost import executions, max_executions, mean_executions, share_saved
+from drllm.errors import ConfigError
+
+
+def test_a_cost_is_a_float_in_layer_equivalents():
+    assert executions([1, 0, 2]) == 3.0
+    assert isinstance(executions([1, 0, 2]), float)
+
+
+@pytest.mark.parametrize(
+    ("budget", "num_layers", "expected"),
+    [(1.0, 30, 30), (2.0, 30, 60), (1.1, 30, 33), (1.5, 5, 7), (1.1, 5, 5), (1, 1, 1)],
+)
+def test_a_budget_is_a_factor_of_the_number_of_layers(
+    budget: float, num_layers: int, expected: int
+):
+    assert max_executions(budget, num_layers) == expected
+
+
+@pytest.mark.parametrize("num_layers", range(1, 129))
+def test_a_rounding_error_never_costs_an_execution(num_layers: int):
+    for tenths in range(10, 21):
+        assert max_executions(tenths / 10, num_layers) == tenths * num_layers // 10
+
+
+@pytest.mark.parametrize("budget", [0.99, 0, -1, float("nan")])
+def test_a_budget_below_1_is_refused(budget: float):
+    with pytest.raises(ConfigError, match="not even the full path fits"):
+        max_executions(budget, 30)
+
+
+def test_the_mean_is_over_rows():
+    assert mean_executions([[1, 1, 1], [1, 0, 0]]) == 2.0
+
+
+def test_saved_is_the_share_of_the_full_path_and_negative_when_more_was_spent():
+    assert share_saved(27.0, 30) == pytest.approx(0.1)
+    assert share_saved(30.0, 30) == 0.0
+    assert share_saved(33.0, 30) == pytest.approx(-0.1)

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from drllm import errors
+from drllm.errors import DrllmError, unknown_name
+
+CLASSES = [
+    kind
+    for _, kind in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(kind, Exception) and kind is not DrllmError
+]
+
+
+def test_there_are_errors_to_check():
+    assert len(CLASSES) == 8
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_every_error_is_ours_and_a_builtin_that_callers_catch(kind: type[Exception]):
+    ours, builtin = kind.__bases__
+
+    assert ours is DrllmError
+    assert builtin.__module__ == "builtins"
+    assert builtin is not Exception
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_module_lists_every_error_with_its_builtin(kind: type[Exception]):
+    (line,) = [row for row in (errors.__doc__ or "").splitlines() if f" {kind.__name__} " in row]
+
+    assert f"({kind.__bases__[1].__name__})" in line
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_message_is_printed_as_it_was_given(kind: type[Exception]):
+    assert str(kind("budget 0.5 is below 1")) == "budget 0.5 is below 1"
+
+
+def test_an_unknown_name_comes_with_the_closest_and_all_valid_ones():
+    assert unknown_name("task", "arc_esay", ["dart", "arc_easy"]) == (
+        "unknown task 'arc_esay'; did you mean 'arc_easy'? Valid: arc_easy, dart"
+    )
+
+
+def test_two_close_names_are_both_offered():
+    assert "did you mean 'arc_easy' or 'arc_east'?" in unknown_name(
+        "task", "arc_eas", ["arc_east", "arc_easy", "dart"]
+    )
+
+
+def test_a_name_that_resembles_nothing_comes_with_all_valid_ones():
+    assert unknown_name("verb", "xyz", ["run", "search"]) == (
+        "unknown verb 'xyz'. Valid: run, search"
+    )

@@ -1,0 +1,516 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drllm.config import SuperviseConfig
+from drllm.cost import executions
+from drllm.errors import RecordError
+from drllm.records import (
+    Retest,
+    SearchRecord,
+    TriedPath,
+    manifest_path,
+    new_manifest,
+    read_supervision,
+    sha256,
+    write_records,
+)
+from drllm.supervision import REASONS, choose, targets, write
+
+MODEL = {
+    "id": "some/model",
+    "revision": "abc",
+    "class": "LlamaForCausalLM",
+    "num_layers": 4,
+    "hidden_size": 32,
+    "fingerprint": "0123456789abcdef",
+}
+GOOD = Retest(passed=3, asked=4, margin=1.0, survived=True)
+BAD = Retest(passed=1, asked=4, margin=-1.0, survived=False)
+
+
+def good(margin: float | None) -> Retest:
+    return Retest(passed=4, asked=4, margin=margin, survived=True)
+
+
+def tried(
+    decisions: str, reward: float = 1.0, retest: Retest | None = None, margin: float | None = None
+) -> TriedPath:
+    """A path from its decisions as text; `record` numbers the simulations."""
+    values = tuple(int(value) for value in decisions)
+    return TriedPath(
+        decisions=values,
+        simulation=0,
+        reward=reward,
+        margin=margin,
+        executions=executions(values),
+        retest=retest,
+    )
+
+
+def record(*paths: TriedPath, question: str = "What is water?", **fields: Any) -> SearchRecord:
+    """A searched question; the first path is the full one."""
+    values = {"id": question, "task": "facts", "prompt": f"Q: {question}", "answer": "wet"}
+    return SearchRecord(
+        **(values | fields),
+        question=question,
+        reward="loglikelihood",
+        num_layers=len(paths[0].decisions),
+        paths=tuple(
+            TriedPath(**{name: getattr(path, name) for name in path.__slots__} | {"simulation": n})
+            for n, path in enumerate(paths)
+        ),
+        seconds=1.0,
+    )
+
+
+def chosen(target: str, *paths: TriedPath) -> str:
+    """The decisions that the rule picks, as text, or its reason."""
+    found = choose(record(*paths), target)
+    return found if isinstance(found, str) else "".join(map(str, found.decisions))
+
+
+# --- one question ------------------------------------------------------------------------------
+
+
+def test_shortest_picks_the_fewest_executions_among_the_survivors():
+    assert (
+        chosen(
+            "shortest",
+            tried("1111", retest=GOOD),
+            tried("1110", retest=GOOD),
+            tried("1100", retest=GOOD),
+            tried("1000", retest=BAD),
+            tried("0001"),
+        )
+        == "1100"
+    )
+
+
+def test_shortest_breaks_ties_by_the_larger_margin_in_the_retest():
+    assert (
+        chosen(
+            "shortest",
+            tried("1111", retest=GOOD),
+            tried("1110", retest=good(0.5), margin=9.0),
+            tried("1101", retest=good(0.7), margin=0.1),
+            tried("1011", retest=good(None)),
+        )
+        == "1101"
+    )
+
+
+def test_a_path_without_margin_comes_after_one_with_a_negative_margin():
+    assert (
+        chosen(
+            "shortest",
+            tried("1111", retest=GOOD),
+            tried("1011", retest=good(None)),
+            tried("1110", retest=good(-5.0)),
+        )
+        == "1110"
+    )
+
+
+def test_shortest_breaks_the_last_ties_by_the_earlier_simulation():
+    assert (
+        chosen(
+            "shortest",
+            tried("1111", retest=GOOD),
+            tried("1101", retest=good(0.5)),
+            tried("1110", retest=good(0.5)),
+        )
+        == "1101"
+    )
+
+
+def test_largest_margin_picks_by_the_retest_whatever_the_length():
+    assert (
+        chosen(
+            "largest_margin",
+            tried("1111", 0.0),
+            tried("1110", retest=good(0.5), margin=9.0),
+            tried("2111", retest=good(0.7), margin=0.1),
+            tried("1000", retest=good(None)),
+        )
+        == "2111"
+    )
+
+
+def test_largest_margin_breaks_ties_by_fewer_executions():
+    assert (
+        chosen(
+            "largest_margin",
+            tried("1111", 0.0),
+            tried("1110", retest=good(0.5)),
+            tried("1100", retest=good(0.5)),
+        )
+        == "1100"
+    )
+
+
+@pytest.mark.parametrize("target", ["shortest", "largest_margin"])
+def test_a_right_full_path_is_the_target_where_nothing_else_survived(target: str):
+    assert chosen(target, tried("1111", retest=GOOD), tried("1110", retest=BAD)) == "1111"
+
+
+@pytest.mark.parametrize("target", ["shortest", "largest_margin"])
+def test_a_right_path_that_was_not_retested_is_no_target(target: str):
+    reason = chosen(target, tried("1111", 0.0), tried("1110"), tried("1101", retest=BAD))
+
+    assert reason == "no path survived the re-test"
+
+
+@pytest.mark.parametrize("target", ["shortest", "largest_margin"])
+def test_a_wrong_path_is_no_target_even_if_its_retest_went_well(target: str):
+    assert chosen(target, tried("1111", 0.0), tried("1110", 0.9, GOOD)) == "no valid path"
+
+
+@pytest.mark.parametrize("target", ["shortest", "largest_margin", "paper"])
+def test_a_question_without_a_right_path_has_no_target(target: str):
+    assert chosen(target, tried("1111", 0.0), tried("1110", 0.5)) == "no valid path"
+
+
+def test_paper_picks_the_shortest_right_path_without_a_retest():
+    assert chosen("paper", tried("1111"), tried("1110"), tried("1000", retest=BAD)) == "1000"
+
+
+def test_paper_breaks_ties_by_the_earlier_simulation():
+    assert (
+        chosen(
+            "paper", tried("1111"), tried("1101", retest=good(0.1)), tried("1110", retest=good(9.0))
+        )
+        == "1101"
+    )
+
+
+def test_paper_keeps_an_improving_path_that_is_longer_than_the_full_path():
+    assert chosen("paper", tried("1111", 0.0), tried("1112"), tried("0111", 0.0)) == "1112"
+
+
+@pytest.mark.parametrize("others", [(), (tried("2111"), tried("2011"), tried("0111", 0.0))])
+def test_paper_has_no_target_where_no_right_path_is_shorter_than_the_full_one(others: Any):
+    assert chosen("paper", tried("1111"), *others) == "only the full path"
+
+
+# --- many questions ----------------------------------------------------------------------------
+
+SAVING = (tried("1111", retest=GOOD), tried("1100", retest=GOOD, margin=2.5))
+IMPROVING = (tried("1111", 0.0), tried("2110", retest=GOOD))
+FULL_ONLY = (tried("1111", retest=GOOD),)
+LUCKY = (tried("1111", 0.0), tried("1110", retest=BAD))
+HOPELESS = (tried("1111", 0.0), tried("1110", 0.0))
+
+
+def questions(*kinds: tuple[TriedPath, ...]) -> list[SearchRecord]:
+    return [record(*paths, question=f"Question {n}?") for n, paths in enumerate(kinds)]
+
+
+def test_a_target_carries_what_training_needs():
+    (target,) = targets(questions(SAVING), SuperviseConfig()).records
+
+    assert target.question == "Question 0?"
+    assert target.prompt == "Q: Question 0?"
+    assert target.answer == "wet"
+    assert target.optimal_layer_config == (1, 1, 0, 0)
+    assert (target.id, target.task) == ("Question 0?", "facts")
+    assert (target.executions, target.improving, target.margin) == (2.0, False, 2.5)
+
+
+def test_a_target_is_improving_where_the_full_path_failed():
+    supervision = targets(questions(SAVING, IMPROVING, FULL_ONLY), SuperviseConfig())
+
+    assert [target.improving for target in supervision.records] == [False, True, False]
+
+
+def test_the_summary_counts_what_the_search_found_and_what_became_of_it():
+    found = questions(SAVING, IMPROVING, FULL_ONLY, LUCKY, HOPELESS, HOPELESS)
+
+    assert targets(found, SuperviseConfig()).summary == {
+        "questions": 6,
+        "targets": 3,
+        "rejected": {
+            "no valid path": 2,
+            "only the full path": 0,
+            "no path survived the re-test": 1,
+            "same question twice": 0,
+            "over the quota": 0,
+        },
+        "base_correct": 2,
+        "valid_before_retest": 4,
+        "valid_after_retest": 3,
+        "saving_before_retest": 2,
+        "saving_after_retest": 1,
+        "improving_before_retest": 2,
+        "improving_after_retest": 1,
+        "class_counts": [3, 8, 1],
+    }
+
+
+def test_no_questions_make_no_targets():
+    supervision = targets([], SuperviseConfig())
+
+    assert supervision.records == ()
+    assert supervision.summary["class_counts"] == [0, 0, 0]
+
+
+def test_a_question_asked_twice_counts_once_in_whatever_task_and_spelling():
+    found = [
+        record(*SAVING, question="What is ice?", task="first"),
+        record(*IMPROVING, question="  what is\nICE? ", task="second"),
+    ]
+    supervision = targets(found, SuperviseConfig())
+
+    assert [target.task for target in supervision.records] == ["first"]
+    assert supervision.summary["rejected"]["same question twice"] == 1
+
+
+def test_the_first_of_two_copies_counts_even_if_it_has_no_target():
+    found = [
+        record(*HOPELESS, question="What is ice?", task="first"),
+        record(*SAVING, question="What is ice?", task="second"),
+    ]
+    supervision = targets(found, SuperviseConfig())
+
+    assert supervision.records == ()
+    assert supervision.summary["rejected"]["no valid path"] == 1
+    assert supervision.summary["rejected"]["same question twice"] == 1
+
+
+def kept(share: float, *kinds: tuple[TriedPath, ...]) -> list[str]:
+    config = SuperviseConfig(quota_improving=share)
+    return [target.id[9] for target in targets(questions(*kinds), config).records]
+
+
+def test_the_quota_drops_the_last_targets_that_do_not_improve():
+    assert kept(0.5, SAVING, SAVING, IMPROVING, SAVING, IMPROVING) == ["0", "1", "2", "4"]
+
+
+def test_the_quota_keeps_all_where_enough_improve():
+    assert kept(0.3, SAVING, IMPROVING, SAVING) == ["0", "1", "2"]
+
+
+def test_a_quota_of_1_keeps_only_improving_targets():
+    assert kept(1.0, SAVING, IMPROVING, SAVING) == ["1"]
+
+
+def test_the_quota_drops_everything_where_nothing_improves():
+    assert kept(0.3, SAVING, SAVING) == []
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.3, 1 / 3, 0.7, 0.9])
+@pytest.mark.parametrize("improving", [1, 3, 9])
+def test_the_quota_is_met_with_as_few_drops_as_possible(share: float, improving: int):
+    config = SuperviseConfig(quota_improving=share)
+    supervision = targets(questions(*[SAVING] * 100, *[IMPROVING] * improving), config)
+
+    left = len(supervision.records)
+    assert improving / left >= share - 1e-12
+    assert improving / (left + 1) < share or left == 100 + improving
+    assert supervision.summary["rejected"]["over the quota"] == 100 + improving - left
+
+
+def test_every_question_has_a_target_or_a_reason():
+    found = questions(SAVING, SAVING, SAVING, IMPROVING, FULL_ONLY, LUCKY, HOPELESS)
+    found.append(record(*SAVING, question="question 0?", task="copy"))
+    summary = targets(found, SuperviseConfig(quota_improving=0.5)).summary
+
+    assert set(summary["rejected"]) == set(REASONS)
+    assert summary["targets"] + sum(summary["rejected"].values()) == summary["questions"] == 8
+    assert summary["rejected"]["over the quota"] == 3
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def search_file(
+    folder: Path, *kinds: tuple[TriedPath, ...], name: str = "search.jsonl", **model: Any
+) -> Path:
+    found = [record(*paths, question=f"{name} {n}?") for n, paths in enumerate(kinds)]
+    file = folder / name
+    write_records(file, found, new_manifest("search", model=MODEL | model, config={}))
+    return file
+
+
+def test_write_makes_a_supervision_file_that_can_be_read_back(tmp_path: Path):
+    source = search_file(tmp_path, SAVING, IMPROVING, HOPELESS)
+    output = tmp_path / "new" / "supervision.jsonl"
+    summary = write([source], output, SuperviseConfig())
+
+    assert summary["targets"] == 2
+    assert [row.optimal_layer_config for row in read_supervision(output)] == [
+        (1, 1, 0, 0),
+        (2, 1, 1, 0),
+    ]
+
+
+def test_the_manifest_tells_model_settings_inputs_and_summary(tmp_path: Path):
+    source = search_file(tmp_path, SAVING)
+    output = tmp_path / "supervision.jsonl"
+    config = SuperviseConfig(target="largest_margin")
+    summary = write([source], output, config)
+
+    manifest = json.loads(manifest_path(output).read_text())
+    assert manifest["schema"] == "drllm.supervision"
+    assert manifest["model"] == MODEL
+    assert manifest["config"] == config.to_dict()
+    assert manifest["inputs"] == {"search.jsonl": sha256(source)}
+    assert manifest["summary"] == summary
+
+
+def test_targets_follow_the_order_of_the_files(tmp_path: Path):
+    first = search_file(tmp_path, SAVING, SAVING, name="b.jsonl")
+    second = search_file(tmp_path, SAVING, name="a.jsonl")
+    output = tmp_path / "supervision.jsonl"
+    write([first, second], output, SuperviseConfig())
+
+    assert [row.id for row in read_supervision(output)] == [
+        "b.jsonl 0?",
+        "b.jsonl 1?",
+        "a.jsonl 0?",
+    ]
+
+
+def test_files_of_one_name_in_two_folders_are_both_inputs(tmp_path: Path):
+    one = search_file(tmp_path / "one", SAVING, IMPROVING)
+    two = search_file(tmp_path / "two", SAVING)
+    output = tmp_path / "supervision.jsonl"
+    summary = write([one, two], output, SuperviseConfig())
+
+    assert summary["rejected"]["same question twice"] == 1
+    manifest = json.loads(manifest_path(output).read_text())
+    assert manifest["inputs"] == {str(one): sha256(one), str(two): sha256(two)}
+
+
+def test_a_file_without_a_manifest_is_used_as_a_file_of_ones_own(tmp_path: Path):
+    source = search_file(tmp_path, SAVING)
+    manifest_path(source).unlink()
+    output = tmp_path / "supervision.jsonl"
+    write([source], output, SuperviseConfig())
+
+    assert json.loads(manifest_path(output).read_text())["model"] == {"num_layers": 4}
+
+
+def test_one_set_of_weights_under_two_ids_is_one_model(tmp_path: Path):
+    first = search_file(tmp_path, SAVING, name="a.jsonl")
+    second = search_file(tmp_path, SAVING, name="b.jsonl", id="local/copy", revision=None)
+
+    assert write([first, second], tmp_path / "out.jsonl", SuperviseConfig())["targets"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("fingerprint", "fedcba9876543210"), ("class", "Qwen3ForCausalLM"), ("hidden_size", 64)],
+)
+def test_files_of_different_base_models_are_refused_naming_both(
+    tmp_path: Path, name: str, value: Any
+):
+    first = search_file(tmp_path, SAVING, name="a.jsonl")
+    second = search_file(tmp_path, SAVING, name="b.jsonl", **{name: value})
+    output = tmp_path / "supervision.jsonl"
+
+    with pytest.raises(RecordError, match=rf"a\.jsonl and .*b\.jsonl are .*{name}.*{value}"):
+        write([first, second], output, SuperviseConfig())
+    assert not output.exists()
+
+
+def test_without_fingerprints_the_ids_must_agree(tmp_path: Path):
+    files = []
+    for name, model in (("a.jsonl", "one/model"), ("b.jsonl", "other/model")):
+        file = tmp_path / name
+        found = [record(*SAVING, question=name)]
+        write_records(file, found, new_manifest("search", model={"id": model}, config={}))
+        files.append(file)
+
+    with pytest.raises(RecordError, match="id 'one/model' and 'other/model'"):
+        write(files, tmp_path / "supervision.jsonl", SuperviseConfig())
+
+
+def test_files_of_different_depths_are_refused_even_without_manifests(tmp_path: Path):
+    first = search_file(tmp_path, SAVING, name="a.jsonl")
+    second = search_file(tmp_path, (tried("111", retest=GOOD),), name="b.jsonl")
+    for file in (first, second):
+        manifest_path(file).unlink()
+
+    with pytest.raises(RecordError, match="num_layers 4 and 3"):
+        write([first, second], tmp_path / "supervision.jsonl", SuperviseConfig())
+
+
+def test_two_depths_in_one_file_are_refused_with_the_line(tmp_path: Path):
+    source = search_file(tmp_path, SAVING, (tried("111", retest=GOOD),))
+
+    with pytest.raises(RecordError, match=r"line 2: .* 3 layers, that of line 1 on 4"):
+        write([source], tmp_path / "supervision.jsonl", SuperviseConfig())
+
+
+def test_a_manifest_of_another_depth_than_the_paths_is_refused(tmp_path: Path):
+    source = search_file(tmp_path, SAVING, num_layers=30)
+
+    with pytest.raises(RecordError, match=r"paths of 4 layers, but its manifest names .* of 30"):
+        write([source], tmp_path / "supervision.jsonl", SuperviseConfig())
+
+
+def test_the_model_is_known_if_one_of_the_files_tells_it(tmp_path: Path):
+    first = search_file(tmp_path, SAVING, name="a.jsonl")
+    second = search_file(tmp_path, SAVING, name="b.jsonl")
+    manifest_path(first).unlink()
+    output = tmp_path / "supervision.jsonl"
+    write([first, second], output, SuperviseConfig())
+
+    assert json.loads(manifest_path(output).read_text())["model"] == MODEL
+
+
+def test_two_questions_under_one_id_are_refused(tmp_path: Path):
+    files = []
+    for name in ("a.jsonl", "b.jsonl"):
+        file = tmp_path / name
+        found = [record(*SAVING, question=f"What is {name}?", id="q1")]
+        write_records(file, found, new_manifest("search", model=MODEL, config={}))
+        files.append(file)
+
+    with pytest.raises(RecordError, match="different questions with id 'q1' of task 'facts'"):
+        write(files, tmp_path / "supervision.jsonl", SuperviseConfig())
+
+
+def test_no_target_at_all_is_an_error_that_names_the_reasons(tmp_path: Path):
+    source = search_file(tmp_path, LUCKY, HOPELESS, HOPELESS)
+    output = tmp_path / "supervision.jsonl"
+
+    with pytest.raises(
+        RecordError, match=r"none of the 3 .* \(2 no valid path, 1 no path survived the re-test\)"
+    ):
+        write([source], output, SuperviseConfig())
+    assert [file.name for file in tmp_path.glob("supervision*")] == []
+
+
+def test_a_failed_run_leaves_the_old_file_alone(tmp_path: Path):
+    output = tmp_path / "supervision.jsonl"
+    write([search_file(tmp_path, SAVING, name="a.jsonl")], output, SuperviseConfig())
+
+    with pytest.raises(RecordError):
+        write([search_file(tmp_path, HOPELESS, name="b.jsonl")], output, SuperviseConfig())
+    assert len(read_supervision(output)) == 1
+
+
+def test_the_output_may_not_be_an_input(tmp_path: Path):
+    source = search_file(tmp_path, SAVING)
+
+    with pytest.raises(RecordError, match="both read and written"):
+        write([source], tmp_path / "." / "search.jsonl", SuperviseConfig())
+
+
+def test_no_search_file_is_an_error():
+    with pytest.raises(RecordError, match="no search file is given"):
+        write([], Path("supervision.jsonl"), SuperviseConfig())
+
+
+def test_a_supervision_file_is_not_taken_for_a_search_file(tmp_path: Path):
+    output = tmp_path / "supervision.jsonl"
+    write([search_file(tmp_path, SAVING)], output, SuperviseConfig())
+
+    with pytest.raises(RecordError, match=r"says 'drllm\.supervision'; expected 'drllm\.search'"):
+        write([output], tmp_path / "again.jsonl", SuperviseConfig())
