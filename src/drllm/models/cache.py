@@ -10,6 +10,7 @@ Axes: B rows, H heads, T tokens, E head size.
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -232,3 +233,9 @@ def routed_entry(cache: Cache, index: int) -> RoutedCacheLayer:
 def stored_rows(cache: Cache) -> int:
     """Count the K/V rows that a routed cache holds; equals the executions of its rows' plans."""
     return sum(e.num_stored_rows for e in cache.layers if isinstance(e, RoutedCacheLayer))
+
+
+def cache_argument(model: Any) -> str:
+    """Return the name under which a model takes its cache: transformers renamed it in 5.24."""
+    accepted = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in accepted else "past_key_values"

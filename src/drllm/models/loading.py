@@ -3,7 +3,7 @@
 Owns the table of aliases, the choice of device and dtype, and the wording of everything that can
 go wrong on the way: transformers reports it over many lines and by many exceptions. Weights come
 from safetensors only, and code that comes with a model runs only where the user asked for it.
-Leaves routing to `routed`.
+Leaves what the hub answers to `hub` and routing to `routed`.
 """
 
 from __future__ import annotations
@@ -12,39 +12,21 @@ import difflib
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import torch
-from huggingface_hub import constants
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils.tqdm import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-)
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import logging as transformers_logging
 
 from drllm.config import DTYPES, ModelConfig
 from drllm.errors import ConfigError, ModelError, unknown_name
-from drllm.models import smollm2
+from drllm.models import hub, smollm2
 from drllm.models.injection import find_layers
 
 ALIASES: dict[str, Callable[[], Path]] = {smollm2.ALIAS: smollm2.folder}
@@ -52,7 +34,16 @@ ALIASES: dict[str, Callable[[], Path]] = {smollm2.ALIAS: smollm2.folder}
 
 FINGERPRINT_VALUES = 2**20  # values read of each tensor: enough to tell fine-tunes apart
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-TOKEN_VARIABLE = "HF_TOKEN"
+
+# What transformers raises for a model that it can't open; a defect of ours is none of these.
+_FOREIGN_ERRORS: tuple[type[Exception], ...] = (
+    *hub.ERRORS,
+    ImportError,
+    KeyError,
+    RuntimeError,
+    SafetensorError,
+    ValueError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +104,7 @@ def load(config: ModelConfig) -> BaseModel:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     _check_attention(config.attn_implementation)
-    with _quiet():
+    with hub.quiet():
         source, revision = _locate(config)
         model, tokenizer = _open(source, revision, dtype, config)
     try:
@@ -226,21 +217,21 @@ def _locate(config: ModelConfig) -> tuple[str, str | None]:
         _refuse_hub_options(config, "an alias")
         return str(ALIASES[name]()), None
     place = Path(name).expanduser()
-    if place.is_dir():
+    if name and place.is_dir():
         if config.revision is not None:
             raise ConfigError(
                 f"--revision {config.revision!r} has no effect on the folder {name}; leave it out"
             )
         _check_folder(place, name)
         return str(place), None
-    if place.exists():
+    if place.is_file():
         raise ModelError(f"{name} is a file; give the folder that holds config.json and weights")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ModelError(
             f"there is no folder {name!r}, and it isn't a hub id (OWNER/NAME) either; "
             f"{_nearest_alias(name)}"
         )
-    return name, _ask_hub(name, config.revision)
+    return name, hub.find_commit(name, config.revision, otherwise=_nearest_alias(name))
 
 
 def _refuse_hub_options(config: ModelConfig, what: str) -> None:
@@ -280,49 +271,6 @@ def _check_folder(place: Path, name: str) -> None:
         )
 
 
-def _ask_hub(name: str, revision: str | None) -> str | None:
-    """Fetch a hub model's config, the smallest file that tells whether the model can be had.
-
-    Returns:
-        The commit that the revision stands for.
-    """
-    what = f"model {name!r}" + (f" at revision {revision!r}" if revision else "")
-    try:
-        file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
-    except GatedRepoError as error:
-        raise ModelError(
-            f"{what} is gated: accept its terms on its hub page, then set {TOKEN_VARIABLE} to a "
-            f"token of yours"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelError(
-            f"model {name!r} has no revision {revision!r}; give a branch, tag or commit of it"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{what} isn't on the hub, or is private (then set {TOKEN_VARIABLE}); "
-            f"{_nearest_alias(name)}"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        offline = constants.HF_HUB_OFFLINE
-        why = "HF_HUB_OFFLINE is set" if offline else "the hub can't be reached"
-        raise ModelError(
-            f"{what} isn't in the local cache and {why}; connect (gated models need "
-            f"{TOKEN_VARIABLE}), or {_nearest_alias(name)}"
-        ) from error
-    except EntryNotFoundError as error:
-        raise ModelError(f"{what} has no config.json, so it isn't a transformers model") from error
-    except HFValidationError as error:
-        raise ModelError(f"{name!r} can't be a hub id; {_nearest_alias(name)}") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"the hub refused {what}: {_first_line(error)}; if it needs a login, set "
-            f"{TOKEN_VARIABLE} to a valid token"
-        ) from error
-    # The cache keeps a file of a hub model under snapshots/COMMIT.
-    return Path(file).parent.name
-
-
 # --- opening it --------------------------------------------------------------------------------
 
 
@@ -342,16 +290,22 @@ def _open(
     common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if revision is not None:
         common["revision"] = revision
-    options = dict(common, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    options = dict(
+        common,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+    )
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
         model, info = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+    except _FOREIGN_ERRORS as error:
         raise _explain(error, config) from error
     for problem in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(key) for key in info[problem])
+        names = sorted(_tensor_name(key) for key in info[problem])
         if names:
             # transformers would fill these with random numbers and say so in a warning only.
             raise ModelError(
@@ -367,6 +321,11 @@ def _open(
     return model, tokenizer
 
 
+def _tensor_name(key: Any) -> str:
+    """Return the name in an entry of the loading info: a name, or one with two shapes."""
+    return str(key if isinstance(key, str) else key[0])
+
+
 def _explain(error: Exception, config: ModelConfig) -> ModelError | ConfigError:
     """Turn what transformers raised into one line that says what to do."""
     text, name = str(error), config.model
@@ -377,43 +336,17 @@ def _explain(error: Exception, config: ModelConfig) -> ModelError | ConfigError:
         )
     if isinstance(error, ImportError):
         return ModelError(
-            f"model {name!r} needs a package that isn't installed: {_first_line(error)}"
+            f"model {name!r} needs a package that isn't installed: {hub.first_line(error)}"
         )
     if config.attn_implementation and re.search("attn_implementation|attention", text, re.I):
         return ConfigError(
             f"--attn-implementation {config.attn_implementation!r} can't be used with {name!r}: "
-            f"{_first_line(error)}"
+            f"{hub.first_line(error)}"
         )
     if "Unrecognized configuration class" in text:
         return ModelError(
             f"{name!r} isn't a decoder-only language model that transformers can open"
         )
     if isinstance(error, SafetensorError):
-        return ModelError(f"the weights of {name!r} are broken or cut off: {_first_line(error)}")
-    return ModelError(f"model {name!r} can't be opened: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the bars and notes of transformers while a model is opened; downloads keep theirs."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    downloads = not are_progress_bars_disabled()
-    if bars:
-        transformers_logging.disable_progress_bar()  # the hub's too
-    if downloads:
-        enable_progress_bars()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-            if not downloads:
-                disable_progress_bars()
+        return ModelError(f"the weights of {name!r} are broken or cut off: {hub.first_line(error)}")
+    return ModelError(f"model {name!r} can't be opened: {hub.first_line(error)}")

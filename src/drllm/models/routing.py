@@ -25,6 +25,7 @@ from drllm.paths import Decision
 
 _policy: ContextVar[tuple[tuple[int, Policy], ...]] = ContextVar("drllm_policy", default=())
 _lengths: ContextVar[Tensor | None] = ContextVar("drllm_prompt_lengths", default=None)
+_reading: ContextVar[Tensor | None] = ContextVar("drllm_reading", default=None)
 _session: ContextVar[Session | None] = ContextVar("drllm_session", default=None)
 
 
@@ -68,6 +69,20 @@ class RoutingDriver:
             yield
         finally:
             _lengths.reset(token)
+
+    @staticmethod
+    @contextmanager
+    def reading(readable: Tensor) -> Iterator[None]:
+        """Say token by token what policies may read inside the block, `[B, T]` bool.
+
+        For layouts that an attention mask and a length can't describe, such as several
+        continuations packed behind one prompt.
+        """
+        token = _reading.set(readable)
+        try:
+            yield
+        finally:
+            _reading.reset(token)
 
     @staticmethod
     @contextmanager
@@ -196,7 +211,10 @@ def execute(
 def _readable(mask: Tensor | None, hidden: Tensor) -> Tensor:
     """Return which of the T tokens of this pass the policy may read, `[B, T]`."""
     B, T = hidden.shape[:2]
-    if mask is None:
+    given = _reading.get()
+    if given is not None:
+        readable = given
+    elif mask is None:
         readable = torch.ones(B, T, dtype=torch.bool, device=hidden.device)
     elif mask.dim() == 2:
         readable = mask[:, -T:].bool()

@@ -10,8 +10,8 @@ Axes: P prompts, N pairs, T tokens, C continuations of a prompt, S scored column
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,7 +20,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from drllm.errors import RoutingError
-from drllm.models.prompts import left_padded
+from drllm.models.cache import cache_argument
+from drllm.models.injection import Driver
+from drllm.models.policies import Policy
+from drllm.models.prompts import encode, encode_continuation, left_padded
 from drllm.models.routed import RoutedModel
 from drllm.models.sharing import Pair, SharingDriver, StateCache
 
@@ -43,6 +46,14 @@ class Question:
 
     context: Tokens
     continuations: Sequence[Tokens] = ()
+
+
+def tokenised(tokenizer: Any, text: str, continuations: Sequence[str]) -> Question:
+    """Return a rendered prompt and the continuations behind it as tokens."""
+    return Question(
+        encode(tokenizer, text),
+        [encode_continuation(tokenizer, text, continuation) for continuation in continuations],
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,25 +115,55 @@ class ChoiceBatch:
         Returns:
             For each pair the sums, in the order of the question's continuations.
         """
-        driver = SharingDriver(pairs, self.states)
-        with torch.no_grad(), self.routed.injection.driven_by(driver):
-            logits = self.routed.model(
+        logits = self._forward(SharingDriver(pairs, self.states))
+        return [self._sums(question, logits[row]) for row, (question, _) in enumerate(pairs)]
+
+    def routed_logprobs(self, policy: Policy) -> tuple[list[tuple[float, ...]], Tensor]:
+        """Score every question once under a policy that decides on its prompt alone.
+
+        The decisions are taken in the same pass that scores the continuations, and hold for them.
+
+        Args:
+            policy: What decides; it reads the contexts and never a continuation.
+
+        Returns:
+            The sums for each question, and the routes taken, `[P, L]`.
+        """
+        driver = self.routed.driver
+        with driver.using(policy), driver.reading(self._readable):
+            logits = self._forward(driver)
+        return [self._sums(row, logits[row]) for row in range(len(logits))], self.routed.last_route
+
+    def base_logprobs(self) -> list[tuple[float, ...]]:
+        """Score every question once with the plain base model."""
+        with self.routed.injection.untouched():
+            logits = self._forward(None)
+        return [self._sums(row, logits[row]) for row in range(len(logits))]
+
+    def forget(self) -> None:
+        """Give up all shared states."""
+        self.states = StateCache(self.states.max_bytes)
+
+    def _forward(self, driver: Driver | None) -> Tensor:
+        """Return the logits of the scored columns, `[rows, S, V]`."""
+        injection = self.routed.injection
+        with torch.no_grad(), injection.driven_by(driver) if driver else nullcontext():
+            logits: Tensor = self.routed.model(
                 input_ids=self._ids,
                 attention_mask=self._mask,
                 position_ids=self._positions,
                 use_cache=False,
                 logits_to_keep=self._num_scored,
-            ).logits  # [N, S, V]
-        scores = []
-        for row, (question, _) in enumerate(pairs):
-            columns, targets, owners = self._targets[question]
-            wanted = logits[row, columns].float()  # [targets, V]
-            each = wanted.gather(1, targets[:, None])[:, 0] - wanted.logsumexp(dim=1)
-            total = torch.zeros(
-                len(self.questions[question].continuations), dtype=each.dtype, device=each.device
-            ).index_add(0, owners, each)
-            scores.append(tuple(total.tolist()))
-        return scores
+            ).logits
+        return logits
+
+    def _sums(self, question: int, logits: Tensor) -> tuple[float, ...]:
+        columns, targets, owners = self._targets[question]
+        wanted = logits[columns].float()  # [targets, V]
+        each = wanted.gather(1, targets[:, None])[:, 0] - wanted.logsumexp(dim=1)
+        num = len(self.questions[question].continuations)
+        total = torch.zeros(num, dtype=each.dtype, device=each.device).index_add(0, owners, each)
+        return tuple(total.tolist())
 
     def _pack(self) -> None:
         device = self.routed.model.device
@@ -172,6 +213,10 @@ class ChoiceBatch:
         self._num_scored = behind + 1
         self._ids, self._positions = ids.to(device), positions.to(device)
         self._mask = mask.to(device)
+        fronts = [front - len(q.context) for q in self.questions]
+        self._readable = torch.zeros(P, T, dtype=torch.bool, device=device)
+        for row, start in enumerate(fronts):
+            self._readable[row, start:front] = True
 
 
 class AnswerBatch:
@@ -199,9 +244,7 @@ class AnswerBatch:
         self._positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)
         ends = routed.model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [ends])
-        # transformers renamed the argument in 5.24; the old name warns, and goes in 5.40.
-        accepted = inspect.signature(routed.model.forward).parameters
-        self._cache_argument = "cache" if "cache" in accepted else "past_key_values"
+        self._cache_argument = cache_argument(routed.model)
 
     def answers(self, pairs: Sequence[Pair], max_new_tokens: int, verdict: Verdict) -> list[Answer]:
         """Generate until the verdict on every pair is in.

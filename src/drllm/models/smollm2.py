@@ -311,6 +311,7 @@ def _write_tokenizer(metadata: dict[str, Any], target: Path) -> None:
             "add_bos_token": read("add_bos_token"),
             "add_prefix_space": read("add_space_prefix"),
             "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": int(metadata["llama.context_length"].contents()),
             "chat_template": metadata["tokenizer.chat_template"].contents(),
         },

@@ -1,0 +1,380 @@
+"""The routed model against the slow way: plain model, layers listed in path order, row by row."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from drllm.errors import CheckpointError, PathError, RoutingError
+from drllm.models.cache import cache_argument, stored_rows
+from drllm.models.policies import FullPolicy, RouterPolicy
+from drllm.models.prompts import left_padded
+from drllm.models.routed import RoutedModel
+from drllm.models.routers import RouterConfig, RouterStack
+
+PROMPTS = [[5, 6, 7, 8, 9], [3, 4], [10, 11, 12, 13, 14, 15, 16, 17], [20, 21, 22]]
+
+PLANS = {
+    "skip of layer 0": [0, 1, 1, 1, 1, 1],
+    "skip of everything but one layer": [0, 0, 0, 1, 0, 0],
+    "repeats": [1, 2, 1, 1, 2, 1],
+    "all repeated": [2, 2, 2, 2, 2, 2],
+    "skips and repeats": [1, 0, 2, 0, 1, 2],
+}
+MIXED = [PLANS["skip of layer 0"], PLANS["all repeated"], PLANS["skips and repeats"], [1] * 6]
+
+
+def generate(routed, plan, prompts=PROMPTS, num_new=20, **options):
+    ids, mask = left_padded(prompts, "cpu")
+    with routed.fixed(plan):
+        output = routed.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=num_new,
+            min_new_tokens=num_new,
+            do_sample=False,
+            **options,
+        )
+    return output[:, ids.shape[1] :].tolist()
+
+
+def greedy(listed, model, plans, prompts=PROMPTS, num_new=20):
+    # min_new_tokens keeps generate from ending early; the slow way must not choose the end either.
+    end = model.generation_config.eos_token_id
+    rows = []
+    for plan, prompt in zip(plans, prompts, strict=True):
+        slow, row = listed(model, plan), list(prompt)
+        for _ in range(num_new):
+            logits = slow.logits(row)[-1]
+            logits[end] = -torch.inf
+            row.append(int(logits.argmax()))
+        rows.append(row[len(prompt) :])
+    return rows
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def test_every_row_of_a_padded_batch_equals_the_row_alone(tiny_llama, listed, plan, attention):
+    model = tiny_llama(attn_implementation=attention)
+    expected = greedy(listed, model, [plan] * len(PROMPTS))
+    assert expected == generate(RoutedModel(model), plan)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_rows_of_one_batch_follow_plans_of_their_own(tiny_llama, listed, attention):
+    model = tiny_llama(attn_implementation=attention)
+    expected = greedy(listed, model, MIXED)
+    assert expected == generate(RoutedModel(model), MIXED)
+
+
+def test_prefill_logits_equal_the_slow_way_at_every_real_position(
+    tiny_llama, listed, logit_tolerance
+):
+    model = tiny_llama()
+    expected = [listed(model, plan).logits(row) for plan, row in zip(MIXED, PROMPTS, strict=True)]
+    ids, mask = left_padded(PROMPTS, "cpu")
+    routed = RoutedModel(model)
+    with routed.fixed(MIXED), torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = routed.model(ids, attention_mask=mask, position_ids=positions).logits
+    for row, slow in enumerate(expected):
+        torch.testing.assert_close(slow, logits[row, -len(slow) :], atol=logit_tolerance, rtol=0)
+
+
+def test_generation_without_a_cache_keeps_the_decisions(tiny_llama, listed):
+    model = tiny_llama()
+    expected = greedy(listed, model, MIXED, num_new=6)
+    assert expected == generate(RoutedModel(model), MIXED, num_new=6, use_cache=False)
+
+
+def test_all_execute_is_bit_identical_to_the_untouched_model(tiny_llama):
+    model = tiny_llama()
+    ids, mask = left_padded(PROMPTS, "cpu")
+    untouched = model(ids, attention_mask=mask).logits
+    generated = model.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False)
+    routed = RoutedModel(model)
+    assert torch.equal(untouched, routed.model(ids, attention_mask=mask).logits)
+    again = routed.generate(input_ids=ids, attention_mask=mask, max_new_tokens=10, do_sample=False)
+    assert torch.equal(generated, again)
+
+
+def test_keys_and_weights_never_change(tiny_llama):
+    model = tiny_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    routed = RoutedModel(model)
+    generate(routed, MIXED, num_new=2)
+    after = model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_detach_restores_the_model_exactly(tiny_llama):
+    model = tiny_llama()
+    ids = torch.tensor([PROMPTS[0]])
+    before = model(ids).logits
+    attributes = [dict(layer.__dict__) for layer in model.model.layers]
+    hooks = len(model.model._forward_pre_hooks), len(model.model._forward_hooks)
+    routed = RoutedModel(model)
+    assert model is routed.detach()
+    assert attributes == [dict(layer.__dict__) for layer in model.model.layers]
+    assert hooks == (len(model.model._forward_pre_hooks), len(model.model._forward_hooks))
+    assert torch.equal(before, model(ids).logits)
+    assert torch.equal(before, RoutedModel(model).model(ids).logits)  # and it attaches again
+
+
+def test_stored_kv_rows_equal_the_plan(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    ids, mask = left_padded(PROMPTS, "cpu")
+    cache = DynamicCache(config=routed.model.config)
+    with routed.fixed(MIXED):
+        routed.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=3,
+            **{cache_argument(routed.model): cache},
+        )
+    assert sum(map(sum, MIXED)) == stored_rows(cache)
+
+
+def test_a_continuation_on_the_same_cache_keeps_the_route(tiny_llama, listed):
+    model = tiny_llama()
+    plan = PLANS["skips and repeats"]
+    prompt, turn = [5, 6, 7, 8], [9, 10, 11]
+    slow = listed(model, plan)
+    expected = slow.logits([*prompt, *turn])[-1]
+    routed = RoutedModel(model)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        with routed.fixed(plan):
+            routed.model(torch.tensor([prompt]), **{cache_argument(model): cache}, use_cache=True)
+        logits = routed.model(
+            torch.tensor([turn]), **{cache_argument(model): cache}, use_cache=True
+        ).logits
+    torch.testing.assert_close(expected, logits[0, -1], atol=2e-5, rtol=0)
+
+
+def test_beam_search_equals_a_plain_model_of_the_listed_layers(tiny_llama, listed):
+    model = tiny_llama()
+    plan = PLANS["skips and repeats"]
+    options = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    ids, mask = left_padded(PROMPTS, "cpu")
+    plain = listed(model, plan).model
+    # The plain model's cache has one slot per listed layer only if layer_idx says so.
+    for index, layer in enumerate(copied := [copy.deepcopy(x) for x in plain.model.layers]):
+        layer.self_attn.layer_idx = index
+    plain.model.layers = torch.nn.ModuleList(copied)
+    expected = plain.generate(ids, attention_mask=mask, **options)
+    routed = RoutedModel(model)
+    with routed.fixed([plan] * len(PROMPTS)):
+        assert torch.equal(expected, routed.generate(input_ids=ids, attention_mask=mask, **options))
+
+
+def new_routers(model, num_windows=4, seed=0):
+    config = RouterConfig(num_layers=6, hidden_size=32, num_windows=num_windows, router_width=16)
+    stack = RouterStack(config, torch.Generator().manual_seed(seed))
+    with torch.no_grad():  # far from the zero biases, so that all three decisions turn up
+        stack.decision_weight.mul_(3)
+    return stack
+
+
+def slow_route(model, stack, prompt):
+    """Route one prompt by hand: layer by layer, windows cut in plain Python."""
+    hidden = model.model.embed_tokens(torch.tensor([prompt]))
+    positions = torch.arange(len(prompt))[None]
+    rotary = model.model.rotary_emb(hidden, positions)
+    mask = torch.full((len(prompt), len(prompt)), -torch.inf).triu(1)[None, None]
+    route, W = [], min(stack.config.num_windows, len(prompt))
+    for index, layer in enumerate(model.model.layers):
+        logits = []
+        for w in range(W):
+            tokens = hidden[0, w * len(prompt) // W : (w + 1) * len(prompt) // W]
+            inner = stack.hidden_weight[index] @ tokens.mean(0) + stack.hidden_bias[index]
+            inner = torch.nn.functional.gelu(inner, approximate="tanh")
+            logits.append(stack.decision_weight[index] @ inner + stack.decision_bias[index])
+        decision = int(torch.stack(logits).mean(0).argmax())
+        if index == 5 and not any(route):
+            decision = decision or 1
+        route.append(decision)
+        for _ in range(decision):
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+    return route
+
+
+def test_routers_decide_in_a_padded_batch_as_they_do_by_hand(tiny_llama):
+    model = tiny_llama()
+    stack = new_routers(model)
+    with torch.no_grad():
+        expected = [slow_route(model, stack, prompt) for prompt in PROMPTS]
+    assert len({value for row in expected for value in row}) == 3, "the sample must be a test"
+    routed = RoutedModel(model, stack)
+    ids, mask = left_padded(PROMPTS, "cpu")
+    routed.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5)
+    assert expected == routed.last_route.tolist()
+
+
+def test_routes_are_taken_once_and_hold_while_decoding(tiny_llama, listed):
+    model = tiny_llama()
+    routed = RoutedModel(model, new_routers(model))
+    ids, mask = left_padded(PROMPTS, "cpu")
+    output = routed.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=12, min_new_tokens=12
+    )
+    route = routed.last_route.tolist()
+    routed.detach()
+    assert greedy(listed, model, route, num_new=12) == output[:, ids.shape[1] :].tolist()
+
+
+def test_prompt_lengths_keep_continuations_from_the_routers(tiny_llama):
+    routed = RoutedModel(tiny_llama(), new_routers(None))
+    alone, padded = [], []
+    for prompt in PROMPTS:
+        routed.model(torch.tensor([prompt]))
+        alone.append(routed.last_route[0].tolist())
+    rows = [[*prompt, 40 + i, 50, 60] for i, prompt in enumerate(PROMPTS)]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])  # right padding
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    with routed.prompt_lengths([len(prompt) for prompt in PROMPTS]):
+        routed.model(ids, attention_mask=mask)
+        padded = routed.last_route.tolist()
+        routed.model(ids)  # as some harnesses do: right padding without a mask
+        assert alone == routed.last_route.tolist()
+    assert alone == padded
+
+
+@pytest.mark.parametrize("lengths", [[0, 1, 1, 1], [1, 1, 1], [9, 2, 8, 3]])
+def test_impossible_prompt_lengths_are_refused(tiny_llama, lengths):
+    routed = RoutedModel(tiny_llama(), new_routers(None))
+    ids, mask = left_padded(PROMPTS, "cpu")
+    with routed.prompt_lengths(lengths), pytest.raises(RoutingError, match="prompt_lengths"):
+        routed.model(ids, attention_mask=mask)
+
+
+def test_routers_that_skip_everything_still_execute_one_layer(tiny_llama):
+    stack = new_routers(None)
+    with torch.no_grad():
+        stack.decision_bias.copy_(torch.tensor([100.0, 0.0, 0.0]))
+    routed = RoutedModel(tiny_llama(), stack)
+    routed.model(torch.tensor([PROMPTS[0]]))
+    assert routed.last_route.tolist() == [[0, 0, 0, 0, 0, 1]]
+
+
+def test_a_copy_routes_by_itself(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    twin = copy.deepcopy(routed)
+    ids = torch.tensor([PROMPTS[0]])
+    with routed.fixed(PLANS["repeats"]):
+        routed.model(ids)
+    twin.model(ids)
+    assert [PLANS["repeats"]] == routed.last_route.tolist()
+    assert twin.last_route.tolist() == [[1] * 6]
+
+
+def test_a_pickled_model_routes_as_before(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    twin = pickle.loads(pickle.dumps(routed))
+    ids = torch.tensor([PROMPTS[2]])
+    with routed.fixed(PLANS["repeats"]), twin.fixed(PLANS["repeats"]):
+        assert torch.equal(routed.model(ids).logits, twin.model(ids).logits)
+
+
+def test_a_removed_override_is_noticed(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    del routed.model.model.layers[3].forward
+    with pytest.raises(RoutingError, match="layer 3 was taken off"):
+        routed.model(torch.tensor([PROMPTS[0]]))
+
+
+def test_an_override_over_ours_is_not_swept_away(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    layer = routed.model.model.layers[2]
+    layer.forward = lambda *args, **kwargs: None
+    with pytest.raises(RoutingError, match="layer 2 was overridden again"):
+        routed.detach()
+    assert hasattr(routed.model.model.layers[0].forward, "__self__")
+
+
+def test_a_model_is_routed_once_only(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    with pytest.raises(RoutingError, match="routed already"):
+        RoutedModel(routed.model)
+
+
+def test_a_cache_filled_without_routing_is_refused(tiny_llama):
+    model = tiny_llama()
+    cache = DynamicCache(config=model.config)
+    model(torch.tensor([PROMPTS[0]]), **{cache_argument(model): cache}, use_cache=True)
+    routed = RoutedModel(model)
+    with pytest.raises(RoutingError, match="filled without routing"):
+        routed.model(torch.tensor([[4]]), **{cache_argument(model): cache}, use_cache=True)
+
+
+def test_attentions_are_refused_under_routing_and_given_without(tiny_llama):
+    routed = RoutedModel(tiny_llama(attn_implementation="eager"))
+    ids = torch.tensor([PROMPTS[0]])
+    with (
+        routed.fixed(PLANS["repeats"]),
+        pytest.raises(RoutingError, match="output_attentions"),
+    ):
+        routed.model(ids, output_attentions=True)
+    with routed.using(FullPolicy()):
+        assert len(routed.model(ids, output_attentions=True).attentions) == 6
+
+
+def test_an_error_inside_a_forward_leaves_routing_usable(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    ids = torch.tensor([PROMPTS[0]])
+    with routed.fixed([PLANS["repeats"]] * 3), pytest.raises(RoutingError, match="3 prompts"):
+        routed.model(ids)
+    routed.model(ids)
+    assert routed.last_route.tolist() == [[1] * 6]
+
+
+def test_beams_without_a_cache_are_refused(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    with pytest.raises(RoutingError, match="beam search without a cache"):
+        routed.generate(input_ids=torch.tensor([[3]]), num_beams=2, use_cache=False)
+
+
+@pytest.mark.parametrize("plan", [[1] * 5, [1, 1, 3, 1, 1, 1], [0] * 6, [[1] * 6, [0] * 6]])
+def test_plans_that_no_model_can_run_are_refused(tiny_llama, plan):
+    routed = RoutedModel(tiny_llama())
+    with pytest.raises(PathError), routed.fixed(plan):
+        pass
+
+
+def test_routers_of_another_depth_or_width_are_refused(tiny_llama):
+    stack = RouterStack(RouterConfig(num_layers=5, hidden_size=32))
+    with pytest.raises(CheckpointError, match="num_layers 5"):
+        RoutedModel(tiny_llama(), stack)
+    stack = RouterStack(RouterConfig(num_layers=6, hidden_size=16))
+    with pytest.raises(CheckpointError, match="hidden_size 16"):
+        RoutedModel(tiny_llama(), stack)
+
+
+def test_routers_and_a_policy_together_are_refused(tiny_llama):
+    with pytest.raises(RoutingError, match="not both"):
+        RoutedModel(tiny_llama(), new_routers(None), policy=FullPolicy())
+
+
+def test_last_route_before_any_prompt_is_an_error(tiny_llama):
+    with pytest.raises(RoutingError, match="no prompt"):
+        _ = RoutedModel(tiny_llama()).last_route
+
+
+def test_saved_routers_load_and_route_the_same(tiny_llama, tmp_path):
+    model = tiny_llama()
+    routed = RoutedModel(model, new_routers(model))
+    ids = torch.tensor([PROMPTS[2]])
+    routed.model(ids)
+    expected = routed.last_route
+    routed.save_pretrained(tmp_path / "routers")
+    routed.detach()
+    again = RoutedModel.from_pretrained(tmp_path / "routers", base=model)
+    again.model(ids)
+    assert torch.equal(expected, again.last_route)
+    assert isinstance(again.driver.policy, RouterPolicy)

@@ -1,0 +1,194 @@
+"""Shared prefixes and packed choices against running every path alone, choice by choice."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from drllm.errors import RoutingError
+from drllm.models.policies import FixedPolicy
+from drllm.models.routed import RoutedModel
+from drllm.models.scoring import AnswerBatch, ChoiceBatch, Question
+
+SUM_TOLERANCE = 1e-4
+"""Nats that a summed log-probability may differ from the path run alone (design figure; 5e-6 was
+measured on these models)."""
+
+QUESTIONS = [
+    Question([5, 6, 7, 8, 9], [[10], [11, 12, 13], [14, 15]]),
+    Question([20, 21], [[30, 31, 32, 33], [34], [35], [36, 37]]),
+    Question([40, 41, 42, 43, 44, 45, 46], [[50, 51], [52, 53]]),
+]
+
+
+def some_pairs(num, num_layers=6, seed=0):
+    rng = random.Random(seed)
+    pairs = []
+    while len(pairs) < num:
+        decisions = tuple(rng.choices([0, 1, 2], [2, 5, 2], k=num_layers))
+        if any(decisions):
+            pairs.append((rng.randrange(len(QUESTIONS)), decisions))
+    return pairs
+
+
+def alone(listed, model, question, decisions):
+    """Score each continuation in a row of its own, without padding."""
+    slow, sums = listed(model, decisions), []
+    for tokens in question.continuations:
+        row = [*question.context, *tokens]
+        logprobs = slow.logits(row).log_softmax(-1)
+        start = len(question.context) - 1
+        sums.append(sum(float(logprobs[start + k, token]) for k, token in enumerate(tokens)))
+    return sums
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_shared_scores_equal_each_path_alone(tiny_llama, listed, attention):
+    model = tiny_llama(attn_implementation=attention)
+    pairs = some_pairs(24)
+    expected = [alone(listed, model, QUESTIONS[row], decisions) for row, decisions in pairs]
+    scores = ChoiceBatch(RoutedModel(model), QUESTIONS, 1.0).logprobs(pairs)
+    for slow, fast in zip(expected, scores, strict=True):
+        assert slow == pytest.approx(fast, abs=SUM_TOLERANCE)
+
+
+def test_scores_across_calls_reuse_states_and_stay_equal(tiny_llama):
+    model = tiny_llama()
+    pairs = some_pairs(30)
+    routed = RoutedModel(model)
+    at_once = ChoiceBatch(routed, QUESTIONS, 1.0).logprobs(pairs)
+    batch = ChoiceBatch(routed, QUESTIONS, 1.0)
+    one_by_one = [batch.logprobs([pair])[0] for pair in pairs]
+    for first, second in zip(at_once, one_by_one, strict=True):
+        assert first == pytest.approx(second, abs=SUM_TOLERANCE)
+    run, asked = batch.states.executions_run, batch.states.executions_asked
+    assert sum(sum(decisions) for _, decisions in pairs) == asked
+    distinct = {
+        (row, tuple(i for i, d in enumerate(decisions) for _ in range(d))[:length])
+        for row, decisions in pairs
+        for length in range(1, sum(decisions) + 1)
+    }
+    assert len(distinct) == run, "every distinct state is run exactly once"
+
+
+def test_a_state_cache_that_is_too_small_costs_time_and_nothing_else(tiny_llama):
+    model = tiny_llama()
+    pairs = some_pairs(20)
+    routed = RoutedModel(model)
+    roomy = ChoiceBatch(routed, QUESTIONS, 1.0)
+    tight = ChoiceBatch(routed, QUESTIONS, 20e-6)  # 20 kB: a handful of states
+    for pair in pairs:
+        assert roomy.logprobs([pair])[0] == pytest.approx(tight.logprobs([pair])[0], abs=1e-4)
+    assert tight.states.num_bytes <= 20e3 < roomy.states.num_bytes
+    assert tight.states.executions_run > roomy.states.executions_run
+
+
+def test_deciding_and_scoring_in_one_pass_equals_scoring_under_that_route(tiny_llama):
+    model = tiny_llama()
+    routed = RoutedModel(model)
+    plans = [(1, 0, 2, 1, 1, 1), (0, 1, 1, 1, 2, 1), (1, 1, 1, 1, 0, 0)]
+    batch = ChoiceBatch(routed, QUESTIONS, 1.0)
+    scores, route = batch.routed_logprobs(FixedPolicy(plans, 6))
+    assert plans == [tuple(row) for row in route.tolist()]
+    for fast, slow in zip(scores, batch.logprobs(list(enumerate(plans))), strict=True):
+        assert slow == pytest.approx(fast, abs=SUM_TOLERANCE)
+
+
+class Recorder:
+    """A policy that executes everything and keeps what it could read."""
+
+    def __init__(self):
+        self.views = []
+
+    def decide(self, layer, prompts):
+        if layer == 0:
+            self.views.append(prompts)
+        return torch.ones(prompts.num_rows, dtype=torch.long)
+
+
+def test_policies_read_the_context_and_no_candidate_answer(tiny_llama):
+    model = tiny_llama()
+    routed = RoutedModel(model)
+    recorder = Recorder()
+    ChoiceBatch(routed, QUESTIONS, 1.0).routed_logprobs(recorder)
+    [view] = recorder.views
+    for row, question in enumerate(QUESTIONS):
+        readable = view.hidden[row][view.readable[row]]
+        expected = model.model.embed_tokens(torch.tensor(question.context))
+        assert torch.equal(expected, readable)
+
+
+def test_base_scores_are_those_of_the_untouched_model(tiny_llama):
+    model = tiny_llama()
+    routed = RoutedModel(model)
+    batch = ChoiceBatch(routed, QUESTIONS, 1.0)
+    with routed.fixed([2] * 6):  # no policy reaches the base model's pass
+        base = batch.base_logprobs()
+    full = batch.logprobs([(row, (1,) * 6) for row in range(len(QUESTIONS))])
+    for first, second in zip(base, full, strict=True):
+        assert first == pytest.approx(second, abs=SUM_TOLERANCE)
+
+
+def test_packing_refuses_attention_that_takes_no_mask_of_its_own(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    routed.model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(RoutingError, match="flash_attention_2"):
+        ChoiceBatch(routed, QUESTIONS, 1.0)
+
+
+def never(place, text, finished):
+    return 0.0 if finished else None
+
+
+def test_answers_equal_plain_generation_of_each_path(tiny_llama, tiny_tokenizer, listed):
+    model = tiny_llama(eos_token_id=None)
+    pairs = some_pairs(16, seed=3)
+    expected = [listed(model, d).greedy(QUESTIONS[row].context, 20) for row, d in pairs]
+    batch = AnswerBatch(RoutedModel(model), tiny_tokenizer, QUESTIONS, 1.0)
+    first = batch.answers(pairs[:9], 20, never)
+    second = batch.answers(pairs[9:], 20, never)  # partly from states of the first call
+    assert expected == [list(answer.tokens) for answer in first + second]
+
+
+def test_an_answer_stops_at_its_verdict_and_lets_the_others_go_on(
+    tiny_llama, tiny_tokenizer, listed
+):
+    model = tiny_llama(eos_token_id=None)
+    pairs = some_pairs(8, seed=4)
+    expected = [listed(model, d).greedy(QUESTIONS[row].context, 20) for row, d in pairs]
+
+    def verdict(place, text, finished):
+        return float(place) if finished or len(text) >= place + 1 else None
+
+    answers = AnswerBatch(RoutedModel(model), tiny_tokenizer, QUESTIONS, 1.0).answers(
+        pairs, 20, verdict
+    )
+    assert list(range(8)) == [answer.grade for answer in answers]
+    lengths = [len(answer.tokens) for answer in answers]
+    assert lengths[0] < 20, "the first answer must have stopped early"
+    for slow, answer in zip(expected, answers, strict=True):
+        assert slow[: len(answer.tokens)] == list(answer.tokens)
+
+
+def test_an_answer_ends_at_the_end_of_sequence_token(tiny_llama, tiny_tokenizer, listed):
+    model = tiny_llama(eos_token_id=None)
+    tokens = listed(model, (1,) * 6).greedy(QUESTIONS[0].context, 20)
+    model.generation_config.eos_token_id = tokens[4]
+    [answer] = AnswerBatch(RoutedModel(model), tiny_tokenizer, QUESTIONS, 1.0).answers(
+        [(0, (1,) * 6)], 20, never
+    )
+    assert tokens[: tokens.index(tokens[4])] == list(answer.tokens)
+
+
+def test_the_logprob_of_an_answer_is_the_mean_over_its_tokens(tiny_llama, tiny_tokenizer, listed):
+    model = tiny_llama(eos_token_id=None)
+    decisions = (1, 0, 2, 1, 1, 1)
+    slow = listed(model, decisions)
+    batch = AnswerBatch(RoutedModel(model), tiny_tokenizer, QUESTIONS, 1.0)
+    [answer] = batch.answers([(0, decisions)], 6, never)
+    context = list(QUESTIONS[0].context)
+    logprobs = slow.logits(context + list(answer.tokens)).log_softmax(-1)
+    each = [float(logprobs[len(context) - 1 + k, t]) for k, t in enumerate(answer.tokens)]
+    assert sum(each) / len(each) == pytest.approx(answer.logprob, abs=1e-4)
