@@ -103,7 +103,7 @@ def run_evaluation(
         TaskError: A task without options, or without questions in the split.
         CheckpointError: Routers of another model.
 
-    Source: the comparison is ours (docs/differences.md, D-08).
+    Source: the comparison is ours (docs/differences.md, D-18).
     """
     routers = RouterStack.load(routers_dir)
     questions = {task.name: load_examples(task, config) for task in tasks}

@@ -78,7 +78,7 @@ class ChoiceBatch:
 
     All continuations of a question stand behind one copy of its context. A mask keeps them from
     seeing one another and each continues at the position where the context ends, so every
-    log-probability is what a row of its own would give. Contexts end in a common column.
+    log-probability is what a row of its own would give. Rows end in a common column.
 
     Args:
         routed: The model.
@@ -115,8 +115,10 @@ class ChoiceBatch:
         Returns:
             For each pair the sums, in the order of the question's continuations.
         """
-        logits = self._forward(SharingDriver(pairs, self.states))
-        return [self._sums(question, logits[row]) for row, (question, _) in enumerate(pairs)]
+        driver = SharingDriver(pairs, self.states, keep_last=self._num_scored)
+        logits = self._forward(driver, columns=0)[0]  # all kept tokens of all pairs behind another
+        each = torch.split(logits, [self._num_scored[question] for question, _ in pairs])
+        return [self._sums(question, part) for (question, _), part in zip(pairs, each, strict=True)]
 
     def routed_logprobs(self, policy: Policy) -> tuple[list[tuple[float, ...]], Tensor]:
         """Score every question once under a policy that decides on its prompt alone.
@@ -131,21 +133,21 @@ class ChoiceBatch:
         """
         driver = self.routed.driver
         with driver.using(policy), driver.reading(self._readable):
-            logits = self._forward(driver)
-        return [self._sums(row, logits[row]) for row in range(len(logits))], self.routed.last_route
+            logits = self._forward(driver, columns=max(self._num_scored))
+        return self._all_sums(logits), self.routed.last_route
 
     def base_logprobs(self) -> list[tuple[float, ...]]:
         """Score every question once with the plain base model."""
         with self.routed.injection.untouched():
-            logits = self._forward(None)
-        return [self._sums(row, logits[row]) for row in range(len(logits))]
+            logits = self._forward(None, columns=max(self._num_scored))
+        return self._all_sums(logits)
 
     def forget(self) -> None:
         """Give up all shared states."""
         self.states = StateCache(self.states.max_bytes)
 
-    def _forward(self, driver: Driver | None) -> Tensor:
-        """Return the logits of the scored columns, `[rows, S, V]`."""
+    def _forward(self, driver: Driver | None, *, columns: int) -> Tensor:
+        """Return the logits of the last columns (0: of all that the driver kept)."""
         injection = self.routed.injection
         with torch.no_grad(), injection.driven_by(driver) if driver else nullcontext():
             logits: Tensor = self.routed.model(
@@ -153,9 +155,16 @@ class ChoiceBatch:
                 attention_mask=self._mask,
                 position_ids=self._positions,
                 use_cache=False,
-                logits_to_keep=self._num_scored,
+                logits_to_keep=columns,
             ).logits
         return logits
+
+    def _all_sums(self, logits: Tensor) -> list[tuple[float, ...]]:
+        """Return the sums of every question from the last columns of its row, `[P, S, V]`."""
+        return [
+            self._sums(row, logits[row, logits.shape[1] - num :])
+            for row, num in enumerate(self._num_scored)
+        ]
 
     def _sums(self, question: int, logits: Tensor) -> tuple[float, ...]:
         columns, targets, owners = self._targets[question]
@@ -166,57 +175,53 @@ class ChoiceBatch:
         return tuple(total.tolist())
 
     def _pack(self) -> None:
-        device = self.routed.model.device
-        front = max(len(q.context) for q in self.questions)
-        behind = max(sum(len(c) - 1 for c in q.continuations) for q in self.questions)
-        P, T = len(self.questions), front + behind
-        ids = torch.zeros(P, T, dtype=torch.long)
-        positions = torch.zeros(P, T, dtype=torch.long)
-        # Padding sees itself alone: a row of the mask without any key would give NaN.
-        seen = torch.eye(T, dtype=torch.bool).repeat(P, 1, 1)  # [P, T, T]
-        self._targets: list[tuple[Tensor, Tensor, Tensor]] = []
-        for row, question in enumerate(self.questions):
+        for question in self.questions:
             if not question.context or not all(question.continuations):
                 raise RoutingError("a prompt or one of its continuations has no tokens")
+        device = self.routed.model.device
+        # The last token of a continuation is only predicted, never read.
+        behind = [sum(len(c) - 1 for c in q.continuations) for q in self.questions]
+        P = len(self.questions)
+        T = max(len(q.context) + b for q, b in zip(self.questions, behind, strict=True))
+        ids = torch.zeros(P, T, dtype=torch.long)
+        positions = torch.zeros(P, T, dtype=torch.long)
+        readable = torch.zeros(P, T, dtype=torch.bool)
+        # Padding sees itself alone: a row of the mask without any key would give NaN.
+        seen = torch.eye(T, dtype=torch.bool).repeat(P, 1, 1)  # [P, T, T]
+        self._targets: list[tuple[Tensor, ...]] = []
+        for row, question in enumerate(self.questions):
             length = len(question.context)
+            front = T - behind[row]  # where the context ends
             start = front - length
             ids[row, start:front] = torch.tensor(list(question.context))
             positions[row, start:front] = torch.arange(length)
+            readable[row, start:front] = True
             seen[row, start:front, start:front] = torch.ones(length, length).tril().bool()
             columns: list[int] = []
             targets: list[int] = []
             owners: list[int] = []
             column = front
             for owner, tokens in enumerate(question.continuations):
-                inner = len(tokens) - 1  # the last token is only predicted, never read
+                inner = len(tokens) - 1
                 end = column + inner
                 ids[row, column:end] = torch.tensor(list(tokens[:-1]), dtype=torch.long)
                 positions[row, column:end] = torch.arange(length, length + inner)
                 seen[row, column:end, start:front] = True
                 seen[row, column:end, column:end] = torch.ones(inner, inner).tril().bool()
-                # The scored columns start with the context's last one.
+                # The row's scored columns start with the context's last one.
                 columns += [0, *range(column - front + 1, end - front + 1)]
                 targets += list(tokens)
                 owners += [owner] * len(tokens)
                 column = end
-            self._targets.append(
-                (
-                    torch.tensor(columns, device=device),
-                    torch.tensor(targets, device=device),
-                    torch.tensor(owners, device=device),
-                )
-            )
+            indices = (columns, targets, owners)
+            self._targets.append(tuple(torch.tensor(each, device=device) for each in indices))
         dtype = self.routed.model.dtype
         mask = torch.zeros(P, 1, T, T, dtype=dtype).masked_fill(
             ~seen[:, None], torch.finfo(dtype).min
         )
-        self._num_scored = behind + 1
+        self._num_scored = [count + 1 for count in behind]
         self._ids, self._positions = ids.to(device), positions.to(device)
-        self._mask = mask.to(device)
-        fronts = [front - len(q.context) for q in self.questions]
-        self._readable = torch.zeros(P, T, dtype=torch.bool, device=device)
-        for row, start in enumerate(fronts):
-            self._readable[row, start:front] = True
+        self._mask, self._readable = mask.to(device), readable.to(device)
 
 
 class AnswerBatch:

@@ -93,18 +93,29 @@ class SharingDriver:
     """Runs the distinct states of all pairs, layer by layer, and hands the last ones on.
 
     The model's own loop carries the P prompts up to the last layer; there the driver returns the
-    N final states in the order of the pairs, so that norm and head see N rows.
+    N final states in the order of the pairs, so that norm and head see these.
 
     Args:
         pairs: Prompt row and decisions of each result; rows index the batch of the forward pass.
         states: States of earlier passes over the same prompts; new ones are added.
         keep_kv: Keep K/V with each state, so that `routed_cache` can be built afterwards.
+        keep_last: For each prompt, how many of its last tokens are wanted in the end. The driver
+            then hands on these alone, `[1, sum, D]`, pair behind pair, so that the head computes
+            nothing else; None hands on `[N, T, D]`.
     """
 
-    def __init__(self, pairs: Sequence[Pair], states: StateCache, *, keep_kv: bool = False) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        states: StateCache,
+        *,
+        keep_kv: bool = False,
+        keep_last: Sequence[int] | None = None,
+    ) -> None:
         self.pairs = list(pairs)
         self.states = states
         self.keep_kv = keep_kv
+        self.keep_last = keep_last
         self._paths = [to_path(decisions) for _, decisions in self.pairs]
         self._used: dict[Key, State] = {}
         self._pristine: list[object] = []
@@ -129,7 +140,11 @@ class SharingDriver:
                 self._run(call, hidden, wanted, entry)
         if not call.is_last:
             return hidden
-        return torch.stack([self._used[row, path].hidden for (row, _), path in self._zip()])
+        final: list[Tensor] = [self._used[row, p].hidden for (row, _), p in self._zip()]
+        if self.keep_last is None:
+            return torch.stack(final)
+        kept = [self.keep_last[row] for row, _ in self.pairs]
+        return torch.cat([h[len(h) - num :] for h, num in zip(final, kept, strict=True)])[None]
 
     def end(self, forward: Forward) -> None:
         """Nothing is left to do."""

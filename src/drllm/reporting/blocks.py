@@ -1,0 +1,138 @@
+"""What a report consists of, before it is HTML or Markdown: plain values with plain text.
+
+Owns the vocabulary of blocks that `sections` fills and that `page` and `markdown` render. Texts
+are never markup: both renderers escape all of them. Axes: L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from drllm.paths import Decisions
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A paragraph; `strong` for the sentence that the section is about."""
+
+    text: str
+    strong: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Lines that belong together, in order."""
+
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A table; the first cell of each row names the row.
+
+    Attributes:
+        caption: What the table shows.
+        header: One name per column.
+        rows: Cells as text, each row as long as the header.
+        texts: Columns that hold words (left-aligned); the others hold numbers.
+        folded: Shown on request only, where the medium can.
+    """
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    texts: Sequence[int] = (0,)
+    folded: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeatMap:
+    """Shares by decision and layer, coloured on a scale of its own for each row.
+
+    Attributes:
+        caption: What is shown.
+        rows: Name of each row with its `[L]` shares in [0, 1].
+    """
+
+    caption: str
+    rows: Sequence[tuple[str, Sequence[float]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A drawing.
+
+    Attributes:
+        svg: The drawing, an `<svg>` element made by `figures`.
+        alt: What a reader who can't see it would be told.
+        caption: What is shown.
+    """
+
+    svg: str
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One test question with the route taken on it.
+
+    Attributes:
+        kind: Why it is shown.
+        id: The question's id.
+        question: Its text.
+        choices: The options.
+        gold: Index of the right one.
+        verdicts: One line on who answered right.
+        route: Decisions of the routed model.
+    """
+
+    kind: str
+    id: str
+    question: str
+    choices: Sequence[str]
+    gold: int | None
+    verdicts: str
+    route: Decisions
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """A text to be shown as it is, such as a settings file."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class PathKey:
+    """What the marks in drawn routes mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Groups of blocks that stand side by side where there is room, else below each other."""
+
+    groups: Sequence[Sequence[Block]]
+
+
+Block: TypeAlias = Text | Listing | Table | HeatMap | Figure | Question | Code | PathKey | Columns
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading with its blocks; `level` 2 or 3."""
+
+    title: str
+    blocks: Sequence[Block]
+    level: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A whole report."""
+
+    title: str
+    sections: Sequence[Section]

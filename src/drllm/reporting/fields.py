@@ -1,0 +1,91 @@
+"""One JSON object from a file, read field by field with messages that name the place.
+
+Owns the checks of single values. Leaves what the fields mean to `run` and `results`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from drllm.errors import RecordError
+
+
+class Fields:
+    """A JSON object with the place it came from, read one checked field at a time."""
+
+    def __init__(self, values: Any, where: str) -> None:
+        if not isinstance(values, dict):
+            raise RecordError(f"{where}: not a JSON object")
+        self.values: dict[str, Any] = values
+        self.where = where
+
+    def _take(self, key: str, kinds: tuple[type, ...], expected: str) -> Any:
+        if key not in self.values:
+            raise RecordError(
+                f"{self.where}: {key!r} is missing "
+                f"(there is: {', '.join(sorted(self.values)) or 'nothing'})"
+            )
+        value = self.values[key]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise RecordError(f"{self.where}: {key!r} is {value!r}; expected {expected}")
+        return value
+
+    def text(self, key: str) -> str:
+        """Return a required string."""
+        return str(self._take(key, (str,), "a text"))
+
+    def whole(self, key: str) -> int:
+        """Return a required whole number of at least 0."""
+        value = int(self._take(key, (int,), "a whole number"))
+        if value < 0:
+            raise RecordError(f"{self.where}: {key!r} is {value}; expected at least 0")
+        return value
+
+    def number(self, key: str) -> float:
+        """Return a required finite number."""
+        value = float(self._take(key, (int, float), "a number"))
+        if not math.isfinite(value):
+            raise RecordError(f"{self.where}: {key!r} is {value}; expected a finite number")
+        return value
+
+    def items(self, key: str) -> list[Any]:
+        """Return a required list."""
+        return list(self._take(key, (list,), "a list"))
+
+    def optional_number(self, key: str) -> float | None:
+        """Return a number, or None where the key is absent or null."""
+        return None if self.values.get(key) is None else self.number(key)
+
+    def optional_whole(self, key: str) -> int | None:
+        """Return a whole number, or None where the key is absent or null."""
+        return None if self.values.get(key) is None else self.whole(key)
+
+
+def read_text(path: Path) -> str:
+    """Read a text file.
+
+    Raises:
+        RecordError: It isn't UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path} is not a UTF-8 text file; make it again") from error
+
+
+def read_object(path: Path) -> Fields:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        RecordError: It isn't JSON, or not an object.
+    """
+    try:
+        values = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise RecordError(
+            f"{path}, line {error.lineno}: not JSON ({error.msg}); make the file again"
+        ) from error
+    return Fields(values, str(path))

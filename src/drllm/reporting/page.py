@@ -1,0 +1,171 @@
+"""A report as one HTML page that needs nothing else: styles and drawings are inside it.
+
+Owns the rendering and the escaping; colours and layout are in `style.css`, which is copied into
+the page. Axes: L layers.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from importlib import resources
+
+from drllm.paths import Decision, Decisions, num_executions
+from drllm.reporting.blocks import (
+    Block,
+    Code,
+    Columns,
+    Document,
+    Figure,
+    HeatMap,
+    Listing,
+    PathKey,
+    Question,
+    Section,
+    Table,
+    Text,
+)
+
+STRONGEST = 0.6
+"""Opacity of the strongest colour of a heat map; beyond that the values on it are hard to read."""
+
+KEY = (
+    '<ul class="key"><li><span class="execute"></span>layer executed once</li>'
+    '<li><span class="skip"></span>skipped</li>'
+    '<li><span class="repeat"></span>executed twice</li></ul>'
+)
+"""What the cells of a drawn route mean."""
+
+
+def render(document: Document) -> str:
+    """Return the whole page."""
+    style = resources.files("drllm.reporting").joinpath("style.css").read_text(encoding="utf-8")
+    title = html.escape(document.title)
+    body = "\n".join(_section(section) for section in document.sections)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        f"<h1>{title}</h1>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _section(section: Section) -> str:
+    blocks = "\n".join(_block(block) for block in section.blocks)
+    heading = f"<h{section.level}>{html.escape(section.title)}</h{section.level}>"
+    return f"<section>\n{heading}\n{blocks}\n</section>"
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Text(text, strong):
+            return f"<p{' class=strong' if strong else ''}>{html.escape(text)}</p>"
+        case Listing(lines):
+            items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+            return f"<ul>{items}</ul>"
+        case Table():
+            return _table(block)
+        case HeatMap():
+            return _heat_map(block)
+        case Figure(svg=svg, alt=alt, caption=caption):
+            # The label belongs to the drawing; the texts inside it are then not read one by one.
+            drawn = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1)
+            return f"<figure>{drawn}<figcaption>{html.escape(caption)}</figcaption></figure>"
+        case Question():
+            return _question(block)
+        case Code(title, text):
+            return (
+                f"<details><summary>{html.escape(title)}</summary>"
+                f"<pre>{html.escape(text)}</pre></details>"
+            )
+        case PathKey():
+            return KEY
+        case Columns(groups):
+            columns = "".join(f"<div>{''.join(map(_block, group))}</div>" for group in groups)
+            return f'<div class="columns">{columns}</div>'
+
+
+def _scroll(label: str, content: str) -> str:
+    """Let wide content scroll by itself; reachable by keyboard, hence with a name."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">{content}</div>'
+
+
+def _table(table: Table) -> str:
+    caption = html.escape(table.caption)
+    words = [' class="words"' if column in table.texts else "" for column in _columns(table)]
+    header = "".join(
+        f'<th scope="col"{word}>{html.escape(name)}</th>'
+        for name, word in zip(table.header, words, strict=True)
+    )
+    rows = "".join(f"<tr>{_row(row, words)}</tr>" for row in table.rows)
+    content = _scroll(
+        caption, f"<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table>"
+    )
+    if table.folded:
+        return f"<details><summary>{caption}</summary>{content}</details>"
+    return f'<p class="caption">{caption}</p>{content}'
+
+
+def _columns(table: Table) -> range:
+    return range(len(table.header))
+
+
+def _row(row: Sequence[str], words: Sequence[str]) -> str:
+    first = f'<th scope="row"{words[0]}>{html.escape(row[0])}</th>'
+    return first + "".join(
+        f"<td{word}>{html.escape(cell)}</td>" for cell, word in zip(row[1:], words[1:], strict=True)
+    )
+
+
+def _heat_map(heat: HeatMap) -> str:
+    layers = range(len(heat.rows[0][1]))
+    header = "".join(f'<th scope="col">{layer}</th>' for layer in layers)
+    rows = []
+    for name, values in heat.rows:
+        largest = max(values) or 1.0
+        cells = "".join(
+            f'<td class="{html.escape(name)}" style="--a:{STRONGEST * value / largest:.3f}" '
+            f'title="layer {layer}: {name} {100 * value:.1f} %">{_whole_percent(value)}</td>'
+            for layer, value in enumerate(values)
+        )
+        rows.append(f'<tr><th scope="row">{html.escape(name)}</th>{cells}</tr>')
+    caption = html.escape(heat.caption)
+    table = (
+        f'<table class="heat"><thead><tr><th scope="col">layer</th>{header}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )
+    return f'<p class="caption">{caption}</p>{_scroll(caption, table)}'
+
+
+def _whole_percent(share: float) -> str:
+    """Write a share in few characters, so that none and hardly any look different."""
+    if share == 0:
+        return ""
+    return "&lt;1" if share < 0.005 else f"{100 * share:.0f}"
+
+
+def _question(example: Question) -> str:
+    choices = "".join(
+        f'<li class="right">{html.escape(choice)} (right)</li>'
+        if number == example.gold
+        else f"<li>{html.escape(choice)}</li>"
+        for number, choice in enumerate(example.choices)
+    )
+    cost = f"{num_executions(example.route)} of {len(example.route)} executions"
+    return (
+        f'<div class="question"><p class="kind">{html.escape(example.kind)} '
+        f"({html.escape(example.id)})</p><p>{html.escape(example.question)}</p>"
+        f"<ul>{choices}</ul>{_path(example.route)}"
+        f"<p>{cost}. {html.escape(example.verdicts)}</p></div>"
+    )
+
+
+def _path(route: Decisions) -> str:
+    names = {value.value: value.name.lower() for value in Decision}
+    cells = "".join(
+        f'<li class="{names[value]}" title="layer {layer}: {names[value]}">{layer}</li>'
+        for layer, value in enumerate(route)
+    )
+    special = [f"{names[value]}s layer {layer}" for layer, value in enumerate(route) if value != 1]
+    label = ", ".join(special) or "executes every layer once"
+    return f'<ol class="path" role="img" aria-label="Route: {label}">{cells}</ol>'

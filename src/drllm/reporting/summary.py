@@ -1,0 +1,203 @@
+"""The arithmetic of a report: shares, effects of single edits, baselines, the choice of examples.
+
+Owns every number that a report derives itself; what a stage has already counted is taken from its
+files. Axes: L layers, C = 3 decisions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from drllm.paths import Decision, Decisions, num_executions
+from drllm.records import SearchRecord
+from drllm.reporting.results import BASE, ROUTED, Evaluation, Sample
+
+ClassCounts = Sequence[Sequence[int]]
+"""`[L][C]`: how often each decision is the label of each layer."""
+
+
+def class_counts(rows: Sequence[Decisions]) -> list[list[int]]:
+    """Count each layer's decisions.
+
+    Example:
+        >>> class_counts([(1, 0), (1, 2)])
+        [[0, 2, 0], [1, 0, 1]]
+    """
+    counted = [Counter(layer) for layer in zip(*rows, strict=True)]
+    return [[layer[int(decision)] for decision in Decision] for layer in counted]
+
+
+def shares(rows: Sequence[Decisions], decision: Decision) -> list[float]:
+    """Return each layer's share of rows that take a decision.
+
+    Example:
+        >>> shares([(1, 0), (1, 2)], Decision.SKIP)
+        [0.0, 0.5]
+    """
+    return [layer[int(decision)] / len(rows) for layer in class_counts(rows)]
+
+
+# --- the search --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditEffect:
+    """What one edit of the full path did, over the questions on which it was tried.
+
+    Attributes:
+        layer: The edited layer.
+        questions: Questions on which exactly this edit was tried.
+        reward: Mean reward minus the full path's on the same questions.
+        margin: The same for the margin, in nats; None where no margin is defined.
+    """
+
+    layer: int
+    questions: int
+    reward: float
+    margin: float | None
+
+
+def edit_effects(records: Sequence[SearchRecord], decision: Decision) -> list[EditEffect]:
+    """Return the effect of paths that differ from the full path at one layer only.
+
+    Args:
+        records: Search records of one model.
+        decision: `SKIP` or `REPEAT`, what the one layer does.
+
+    Returns:
+        One effect per layer on which the edit was tried, in order of layer.
+    """
+    rewards: dict[int, list[float]] = {}
+    margins: dict[int, list[float]] = {}
+    for record in records:
+        for path in record.paths:
+            layer = _only_edit(path.decisions, decision)
+            if layer is None:
+                continue
+            rewards.setdefault(layer, []).append(path.reward - record.full.reward)
+            if path.margin is not None and record.full.margin is not None:
+                margins.setdefault(layer, []).append(path.margin - record.full.margin)
+    return [
+        EditEffect(
+            layer=layer,
+            questions=len(changes),
+            reward=sum(changes) / len(changes),
+            margin=sum(margins[layer]) / len(margins[layer]) if layer in margins else None,
+        )
+        for layer, changes in sorted(rewards.items())
+    ]
+
+
+def _only_edit(decisions: Decisions, decision: Decision) -> int | None:
+    edited = [layer for layer, value in enumerate(decisions) if value != Decision.EXECUTE]
+    return edited[0] if len(edited) == 1 and decisions[edited[0]] == decision else None
+
+
+# --- what guessing would score -----------------------------------------------------------------
+
+
+def always_execute(counts: ClassCounts) -> dict[str, float | None]:
+    """Score the decision "execute" everywhere against the labels; see `score_constant`."""
+    return score_constant(counts, [int(Decision.EXECUTE)] * len(counts))
+
+
+def most_frequent(counts: ClassCounts) -> dict[str, float | None]:
+    """Score each layer's most frequent label against the labels; see `score_constant`."""
+    return score_constant(counts, [max(range(3), key=layer.__getitem__) for layer in counts])
+
+
+def score_constant(counts: ClassCounts, decided: Sequence[int]) -> dict[str, float | None]:
+    """Score decisions that are the same for every question, by the metrics of the training.
+
+    Args:
+        counts: Labels by layer.
+        decided: `[L]`, one decision per layer.
+
+    Returns:
+        `accuracy` (share of labels hit), `macro_f1` (mean of the F1 that are defined), `f1_*`
+        (None where a class is neither a label nor decided), `acc_skip`, `acc_repeat` (share of
+        the class' labels hit; None where it has none), `avg_layers`.
+
+    Example:
+        >>> score_constant([[1, 3, 0]], [1])["accuracy"]
+        0.75
+    """
+    names = ("skip", "execute", "repeat")
+    scores: dict[str, float | None] = {}
+    labelled = [sum(layer[value] for layer in counts) for value in range(3)]
+    hits = [0, 0, 0]
+    guessed = [0, 0, 0]
+    for layer, value in zip(counts, decided, strict=True):
+        hits[value] += layer[value]
+        guessed[value] += sum(layer)
+    for name, hit, of_label, of_guess in zip(names, hits, labelled, guessed, strict=True):
+        scores[f"f1_{name}"] = 2 * hit / (of_label + of_guess) if of_label + of_guess else None
+        scores[f"acc_{name}"] = hit / of_label if of_label else None
+    defined = [scores[f"f1_{name}"] for name in names]
+    f1 = [value for value in defined if value is not None]
+    total = sum(labelled)
+    scores["macro_f1"] = sum(f1) / len(f1) if f1 else None
+    scores["accuracy"] = sum(hits) / total if total else None
+    scores["avg_layers"] = float(sum(decided))
+    return scores
+
+
+# --- examples ----------------------------------------------------------------------------------
+
+
+def choose_examples(evaluation: Evaluation) -> list[tuple[str, Sample]]:
+    """Pick three questions by a fixed rule, so that nobody picks the pretty ones.
+
+    Returns:
+        The first question that routing won, the first that it lost, and the unchanged one of
+        fewest executions; then the first others, until there are three. Each with its kind.
+    """
+    able = [sample for sample in evaluation.samples if has_route(sample)]
+    chosen: list[tuple[str, Sample]] = []
+
+    def add(kind: str, candidates: Sequence[Sample]) -> None:
+        taken = [sample for _, sample in chosen]
+        left = [sample for sample in candidates if sample not in taken]
+        if left and len(chosen) < 3:
+            chosen.append((kind, left[0]))
+
+    add("First question won", [sample for sample in able if _change(sample) > 0])
+    add("First question lost", [sample for sample in able if _change(sample) < 0])
+    unchanged = [sample for sample in able if _change(sample) == 0]
+    add("Unchanged, fewest executions", sorted(unchanged, key=_cost))
+    while len(chosen) < min(3, len(able)):
+        add("First of the others", able)
+    return chosen
+
+
+def has_route(sample: Sample) -> bool:
+    """Say whether base's outcome, the routed model's and its route are all known."""
+    routed = sample.outcomes.get(ROUTED)
+    return BASE in sample.outcomes and routed is not None and routed.decisions is not None
+
+
+def route(sample: Sample) -> Decisions:
+    """Return the routed model's decisions on a question for which `has_route` holds."""
+    decisions = sample.outcomes[ROUTED].decisions
+    assert decisions is not None
+    return decisions
+
+
+def _change(sample: Sample) -> float:
+    return sample.outcomes[ROUTED].correct - sample.outcomes[BASE].correct
+
+
+def _cost(sample: Sample) -> int:
+    return num_executions(route(sample))
+
+
+def mean_length(rows: Sequence[Decisions]) -> float | None:
+    """Return the mean executions of decision vectors; None without any."""
+    return sum(map(num_executions, rows)) / len(rows) if rows else None
+
+
+def last_values(epochs: Mapping[int, Mapping[str, float | None]]) -> Mapping[str, float | None]:
+    """Return the metrics of the last epoch; empty without any."""
+    return epochs[max(epochs)] if epochs else {}

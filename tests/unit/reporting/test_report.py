@@ -1,0 +1,302 @@
+"""`write_report`: what it writes, where, from what, and what it never does."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drllm.errors import ConfigError, RecordError
+from drllm.reporting import write_report
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "report.md"
+VOID = {"meta", "br", "hr", "img", "input", "link", "use", "path"}
+
+
+class Page(HTMLParser):
+    """Collects what a test wants to know of a page, and notices tags that don't nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.errors: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in VOID:
+            return
+        if not self.open or self.open.pop() != tag:
+            self.errors.append(f"</{tag}> closes nothing")
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def written(folder: Any, **evaluation: Any) -> tuple[str, str]:
+    html, md = write_report([folder.everything(**evaluation)])
+    return html.read_text(encoding="utf-8"), md.read_text(encoding="utf-8")
+
+
+def test_the_page_nests_and_has_no_name_twice(report):
+    page = Page(report[0])
+    assert page.errors == []
+    assert page.open == []
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_page_needs_nothing_from_elsewhere(report):
+    html, _ = report
+    page = Page(html)
+    assert not page.all("script")
+    assert not page.all("link")
+    addresses = [
+        value
+        for _, attributes in page.tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "xlink:href", "srcset") and value
+    ]
+    assert [address for address in addresses if not address.startswith("#")] == []
+    assert "http" not in html
+    assert "@import" not in html
+    assert re.findall(r"url\((?!#)", html) == []
+
+
+def test_every_reference_inside_a_figure_has_its_shape(report):
+    html, _ = report
+    ids = set(re.findall(r' id="([^"]+)"', html))
+    used = set(re.findall(r'href="#([^"]+)"', html)) | set(re.findall(r"url\(#([^)]+)\)", html))
+    assert used
+    assert used <= ids
+
+
+def test_the_page_says_its_language_and_fits_phones(report):
+    page = Page(report[0])
+    assert page.all("html")[0]["lang"] == "en"
+    assert any(meta.get("name") == "viewport" for meta in page.all("meta"))
+
+
+def test_every_figure_has_words_for_those_who_cannot_see_it(report):
+    page = Page(report[0])
+    drawings = page.all("svg")
+    assert len(drawings) == 5
+    for drawing in drawings:
+        assert drawing["role"] == "img"
+        assert len(drawing["aria-label"] or "") > 40
+
+
+def test_every_table_has_headers_and_scrolls_in_a_box_of_its_own(report):
+    html, _ = report
+    tables = html.count("<table")
+    assert tables > 5
+    assert tables == len(re.findall(r'<div class="scroll"[^>]*><table', html))
+    for table in re.findall(r"<table.*?</table>", html, flags=re.DOTALL):
+        assert '<th scope="col"' in table
+        rows = re.findall(r"<tr>(.*?)</tr>", table.split("<tbody>")[1], flags=re.DOTALL)
+        assert all(row.startswith('<th scope="row"') for row in rows)
+
+
+def test_the_colours_follow_light_and_dark(report):
+    html, _ = report
+    assert "prefers-color-scheme: dark" in html
+    for drawing in re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL):
+        assert "var(--ink)" in drawing
+        assert re.findall(r"#[0-9a-fA-F]{6}\b", drawing) == []
+
+
+def test_every_colour_that_is_used_is_defined_in_both_schemes(report):
+    html, _ = report
+    light, dark = re.findall(r":root \{(.*?)\}", html, flags=re.DOTALL)
+    used = set(re.findall(r"var\(--([\w-]+)\)", html)) - {"a"}
+    in_light = set(re.findall(r"--([\w-]+):", light))
+    in_dark = set(re.findall(r"--([\w-]+):", dark))
+    assert used <= in_light
+    assert {name for name in used if not name.endswith("-rgb")} <= in_dark
+
+
+EVIL = "<script>alert('x')</script> & \"quoted\" | `code` $\\frac{1}{2}$ 木"
+
+
+def test_a_question_with_markup_is_shown_and_not_run(make_folder):
+    html, md = written(make_folder(), question=lambda number: f"{EVIL} {number}")
+    page = Page(html)
+    assert not page.all("script")
+    assert EVIL in "".join(page.texts)
+    assert "<script" not in md
+    assert "&lt;script&gt;" in md
+
+
+def test_markup_in_any_text_of_an_evaluation_is_escaped(make_folder):
+    folder = make_folder()
+    folder.everything(task="evil")
+    result = (folder.path / "eval" / "evil.json").read_text(encoding="utf-8")
+    marked = result.replace("what permuted routes means", "<img src=x onerror=alert(1)>")
+    marked = marked.replace("No difference between", "<b>No</b> difference between")
+    (folder.path / "eval" / "evil.json").write_text(marked, encoding="utf-8")
+    folder.text("run.yaml", "model: </pre><script>alert(1)</script>\n")
+    html_file, md_file = write_report([folder.path])
+    page = Page(html_file.read_text(encoding="utf-8"))
+    assert not page.all("img")
+    assert not page.all("script")
+    assert not page.all("b")
+    assert page.errors == []
+    outside = re.sub(r"```.*?```", "", md_file.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert re.findall(r"<\w", outside) == []
+
+
+def test_a_name_of_a_system_may_hold_anything(make_folder):
+    folder = make_folder()
+    folder.everything()
+    for name in ("eval/arc_easy.json", "eval/samples.jsonl"):
+        path = folder.path / name
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace("permuted routes", "$x_ <i>"), encoding="utf-8")
+    html, _ = write_report([folder.path])
+    page = Page(html.read_text(encoding="utf-8"))
+    assert not page.all("i")
+    assert sum("$x_ <i>" in text for text in page.texts) >= 3  # table, words, figure
+
+
+def test_the_recipe_can_hold_a_fence_of_its_own(make_folder):
+    folder = make_folder()
+    folder.everything()
+    folder.text("run.yaml", "note: |\n  ```\n  # not a heading\n  ```\n")
+    _, md = write_report([folder.path])
+    assert "\n````\nnote: |" in md.read_text(encoding="utf-8")
+
+
+def test_two_reports_of_the_same_records_are_equal(make_folder, report):
+    folder = make_folder(num_layers=30, seed=1)  # as the fixture's
+    assert written(folder) == report
+
+
+def test_the_markdown_is_the_golden_one(make_folder):
+    _, md = written(make_folder(name="golden", num_layers=6, seed=3))
+    if os.environ.get("DRLLM_UPDATE_GOLDEN"):
+        GOLDEN.write_text(md, encoding="utf-8")
+    assert md == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_every_row_of_every_markdown_table_has_the_same_cells(make_folder):
+    _, md = written(make_folder(num_layers=30), question=lambda number: f"a | b {number}")
+    tables = re.findall(r"(?:^\|.*\n)+", md, flags=re.MULTILINE)
+    assert len(tables) > 5
+    for table in tables:
+        cells = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(cells) == 1
+
+
+def evaluated(folder: Any) -> Path:
+    """A folder that is quick to report on, for tests that ask where and not what."""
+    folder.evaluation(questions=12)
+    return Path(folder.path)
+
+
+def test_the_report_lies_in_the_run_folder_by_default(make_folder):
+    folder = make_folder()
+    html, md = write_report([evaluated(folder)])
+    assert (html, md) == (folder.path / "report.html", folder.path / "report.md")
+    assert html.is_file()
+    assert md.is_file()
+
+
+def test_an_output_may_be_a_folder_that_does_not_exist_yet(make_folder, tmp_path):
+    html, md = write_report([evaluated(make_folder())], tmp_path / "new" / "place")
+    assert (html, md) == (
+        tmp_path / "new" / "place" / "report.html",
+        tmp_path / "new" / "place" / "report.md",
+    )
+    assert html.is_file()
+    assert md.is_file()
+
+
+def test_an_output_may_be_an_html_file(make_folder, tmp_path):
+    html, md = write_report([evaluated(make_folder())], tmp_path / "one.html")
+    assert (html, md) == (tmp_path / "one.html", tmp_path / "one.md")
+
+
+def test_another_kind_of_output_is_refused(make_folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"one\.pdf; give a folder or a file that ends in"):
+        write_report([evaluated(make_folder())], tmp_path / "one.pdf")
+
+
+def test_an_output_that_is_a_file_without_ending_is_refused(make_folder, tmp_path):
+    (tmp_path / "taken").write_text("mine", encoding="utf-8")
+    with pytest.raises(RecordError, match="taken is a file"):
+        write_report([evaluated(make_folder())], tmp_path / "taken")
+    assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
+
+
+def test_no_run_folder_is_refused():
+    with pytest.raises(ConfigError, match="no run folder is given"):
+        write_report([])
+
+
+def test_several_runs_need_an_output(make_folder):
+    folders = [evaluated(make_folder("a")), evaluated(make_folder("b"))]
+    with pytest.raises(ConfigError, match="2 run folders are given and no --output"):
+        write_report(folders)
+
+
+def test_several_runs_are_compared_and_then_shown_one_by_one(make_folder, tmp_path):
+    small = evaluated(make_folder("small", num_layers=4))
+    large = evaluated(make_folder("large", num_layers=30))
+    _, md = write_report([small, large], tmp_path / "both")
+    text = md.read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
+    assert headings == ["Runs compared", "Run 1: small", "Run 2: large"]
+    comparison = text.split("## Run 1")[0]
+    assert comparison.count("| 1: small |") == 2
+    assert comparison.count("| 2: large |") == 2
+
+
+def test_a_broken_second_folder_leaves_nothing_behind(make_folder, tmp_path):
+    good = evaluated(make_folder("good"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecordError, match="holds no search"):
+        write_report([good, tmp_path / "empty"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_reporting_loads_no_torch_and_matplotlib_only_when_drawing():
+    code = (
+        "import sys, drllm.reporting\n"
+        "print([name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_drawing_leaves_the_settings_of_matplotlib_alone(make_folder):
+    import matplotlib
+
+    def settings() -> dict[str, Any]:
+        # Not the backend: looking at it makes matplotlib choose one.
+        return {
+            name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"
+        }
+
+    before = settings()
+    write_report([evaluated(make_folder())])
+    assert before == settings()
+    assert "matplotlib.pyplot" not in sys.modules

@@ -1,0 +1,173 @@
+"""The arithmetic of the report, against counts done by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from drllm.cost import executions
+from drllm.paths import Decision
+from drllm.records import SearchRecord, TriedPath
+from drllm.reporting.results import Evaluation, Outcome, Sample
+from drllm.reporting.summary import (
+    always_execute,
+    choose_examples,
+    class_counts,
+    edit_effects,
+    mean_length,
+    most_frequent,
+    score_constant,
+    shares,
+)
+
+
+def tried(decisions: tuple[int, ...], reward: float, margin: float | None) -> TriedPath:
+    return TriedPath(
+        decisions=decisions,
+        simulation=0,
+        reward=reward,
+        margin=margin,
+        executions=executions(decisions),
+    )
+
+
+def searched(*paths: TriedPath) -> SearchRecord:
+    return SearchRecord(
+        id="q",
+        task="t",
+        question="Why?",
+        prompt="Why?",
+        answer="So",
+        reward="loglikelihood",
+        num_layers=3,
+        paths=paths,
+        seconds=1.0,
+    )
+
+
+def test_shares_are_counted_by_layer():
+    rows = [(0, 1, 2), (1, 1, 2), (1, 1, 0), (1, 1, 1)]
+    assert shares(rows, Decision.SKIP) == [0.25, 0.0, 0.25]
+    assert shares(rows, Decision.REPEAT) == [0.0, 0.0, 0.5]
+
+
+def test_effects_count_only_paths_with_that_single_edit():
+    records = [
+        searched(
+            tried((1, 1, 1), 1.0, 0.5),
+            tried((0, 1, 1), 0.0, -0.5),
+            tried((0, 0, 1), 0.0, -9.0),  # two edits
+            tried((2, 1, 1), 1.0, 0.75),  # another edit
+        ),
+        searched(tried((1, 1, 1), 0.0, -0.25), tried((0, 1, 1), 1.0, 0.25)),
+    ]
+    (skip,) = edit_effects(records, Decision.SKIP)
+    assert (skip.layer, skip.questions, skip.reward, skip.margin) == (0, 2, 0.0, -0.25)
+    (repeat,) = edit_effects(records, Decision.REPEAT)
+    assert (repeat.layer, repeat.questions, repeat.reward, repeat.margin) == (0, 1, 0.0, 0.25)
+
+
+def test_an_effect_without_margins_has_none():
+    records = [searched(tried((1, 1, 1), 1.0, None), tried((1, 0, 1), 0.0, None))]
+    (effect,) = edit_effects(records, Decision.SKIP)
+    assert effect.reward == -1.0
+    assert effect.margin is None
+
+
+def test_always_execute_scores_as_counted_by_hand():
+    scores = always_execute([[1, 3, 0], [0, 4, 0]])
+    assert scores["accuracy"] == 7 / 8
+    assert scores["f1_execute"] == pytest.approx(14 / 15)
+    assert scores["f1_skip"] == 0.0
+    assert scores["f1_repeat"] is None  # neither a label nor decided
+    assert scores["macro_f1"] == pytest.approx(7 / 15)
+    assert scores["acc_skip"] == 0.0
+    assert scores["acc_repeat"] is None
+    assert scores["avg_layers"] == 2.0
+
+
+def test_the_most_frequent_label_is_taken_a_layer_at_a_time():
+    scores = most_frequent([[3, 1, 0], [0, 4, 0]])
+    assert scores["accuracy"] == 7 / 8
+    assert scores["avg_layers"] == 1.0
+    assert scores["acc_skip"] == 1.0
+
+
+@pytest.mark.parametrize("decided", [(0, 1, 2), (1, 1, 1), (2, 0, 1)])
+def test_scores_of_constant_decisions_equal_a_count_label_by_label(decided):
+    rows = [(0, 1, 2), (1, 1, 2), (1, 0, 0), (1, 1, 1), (0, 1, 2)]
+    scores = score_constant(class_counts(rows), decided)
+    pairs = [(label, guess) for row in rows for label, guess in zip(row, decided, strict=True)]
+    assert scores["accuracy"] == sum(label == guess for label, guess in pairs) / len(pairs)
+    f1 = []
+    for value, name in enumerate(("skip", "execute", "repeat")):
+        hits = sum(label == guess == value for label, guess in pairs)
+        precision = hits / max(1, sum(guess == value for _, guess in pairs))
+        recall = hits / max(1, sum(label == value for label, _ in pairs))
+        f1.append(2 * precision * recall / (precision + recall) if hits else 0.0)
+        assert scores[f"f1_{name}"] == pytest.approx(f1[-1])
+    assert scores["macro_f1"] == pytest.approx(sum(f1) / 3)
+
+
+def test_no_rows_have_no_mean_length():
+    assert mean_length([]) is None
+    assert mean_length([(1, 0), (2, 2)]) == 2.5
+
+
+def sample(name: str, base: float, routed: float, route: tuple[int, ...] | None) -> Sample:
+    return Sample(
+        id=name,
+        question=f"question {name}",
+        choices=("a", "b"),
+        gold=0,
+        outcomes={
+            "base": Outcome(correct=base, gold_logprob=None, decisions=(1, 1, 1)),
+            "routed": Outcome(correct=routed, gold_logprob=None, decisions=route),
+        },
+    )
+
+
+def chosen(*samples: Sample) -> list[tuple[str, str]]:
+    evaluation = Evaluation(
+        task="t",
+        split="test",
+        num_questions=len(samples),
+        num_layers=3,
+        chance=None,
+        systems=(),
+        findings=(),
+        samples=samples,
+    )
+    return [(kind, found.id) for kind, found in choose_examples(evaluation)]
+
+
+def test_examples_are_the_first_won_the_first_lost_and_the_cheapest_unchanged():
+    assert chosen(
+        sample("same", 1, 1, (1, 1, 1)),
+        sample("lost", 1, 0, (1, 0, 1)),
+        sample("won", 0, 1, (1, 2, 1)),
+        sample("won later", 0, 1, (0, 0, 1)),
+        sample("cheap", 0, 0, (1, 0, 0)),
+    ) == [
+        ("First question won", "won"),
+        ("First question lost", "lost"),
+        ("Unchanged, fewest executions", "cheap"),
+    ]
+
+
+def test_missing_kinds_of_example_are_filled_with_the_first_others():
+    assert chosen(
+        sample("a", 1, 1, (1, 1, 1)),
+        sample("b", 1, 1, (1, 0, 1)),
+        sample("c", 0, 0, (1, 1, 1)),
+        sample("d", 0, 0, (1, 1, 1)),
+    ) == [
+        ("Unchanged, fewest executions", "b"),
+        ("First of the others", "a"),
+        ("First of the others", "c"),
+    ]
+
+
+def test_questions_without_a_route_are_never_examples():
+    assert chosen(sample("a", 0, 1, None), sample("b", 1, 1, (1, 1, 0))) == [
+        ("Unchanged, fewest executions", "b")
+    ]

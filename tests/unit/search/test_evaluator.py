@@ -1,0 +1,191 @@
+"""Outcomes against asking the plain model one path, one question, one choice at a time."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+from collections import Counter
+from statistics import mean
+
+import pytest
+import torch
+from torch import nn
+
+from drllm.models.prompts import encode, render
+from drllm.models.routed import RoutedModel
+from drllm.paths import to_path
+from drllm.search.evaluator import BlockEvaluator, gold_text
+from drllm.tasks.base import Prompt
+from drllm.tasks.grading import grade
+
+MARGIN_TOLERANCE = 1e-4
+"""Nats; the design's figure for records of equal runs. 1e-5 was measured here."""
+
+CHOICES = [
+    Prompt(
+        text=f"Question: which is {word}?\nAnswer:",
+        reward="loglikelihood",
+        answer=options[gold],
+        continuations=tuple(f" {option}" for option in options),
+        gold=gold,
+    )
+    for word, options, gold in [
+        ("red", ["a cat", "rust", "snow"], 1),
+        ("tall", ["a tower", "a pin"], 0),
+        ("wet", ["the sea", "sand", "dust", "ash"], 0),
+    ]
+]
+QUESTIONS = [("Say something:", False), ("And now:", True), ("At last", False)]
+NUM_NEW = 6
+
+
+def some_pairs(num, seed=0):
+    rng = random.Random(seed)
+    pairs = [(place, (1,) * 6) for place in range(3)]
+    while len(pairs) < num:
+        decisions = tuple(rng.choices([0, 1, 2], [2, 5, 2], k=6))
+        if any(decisions):
+            pairs.append((rng.randrange(3), decisions))
+    return pairs
+
+
+def listed(model, decisions):
+    plain = copy.deepcopy(model)
+    layers = plain.model.layers
+    path = to_path(decisions)
+    plain.model.layers = nn.ModuleList([layers[index] for index in path])
+    plain.config.num_hidden_layers = len(path)
+    return plain
+
+
+def slow_logprobs(model, context, tokens):
+    row = [*context, *tokens]
+    logprobs = model(torch.tensor([row]), use_cache=False).logits[0].log_softmax(-1)
+    return [float(logprobs[place - 1, row[place]]) for place in range(len(context), len(row))]
+
+
+def slow_sum(model, tokenizer, text, continuation):
+    context = encode(tokenizer, text)
+    return sum(
+        slow_logprobs(model, context, encode(tokenizer, text + continuation)[len(context) :])
+    )
+
+
+def test_choices_give_the_reward_and_margin_of_plain_scoring(tiny_llama, tiny_tokenizer):
+    model = tiny_llama()
+    pairs, expected = some_pairs(24), []
+    for place, decisions in pairs:
+        prompt, plain = CHOICES[place], listed(model, decisions)
+        sums = [slow_sum(plain, tiny_tokenizer, prompt.text, c) for c in prompt.continuations]
+        best = sums.index(max(sums))
+        others = [value for index, value in enumerate(sums) if index != prompt.gold]
+        expected.append((float(best == prompt.gold), sums[prompt.gold] - max(others)))
+    assert {reward for reward, _ in expected} == {0.0, 1.0}, "the sample must hold both verdicts"
+    routed = RoutedModel(model, tokenizer=tiny_tokenizer)
+    outcomes = BlockEvaluator(routed, CHOICES, 1.0).evaluate(pairs)
+    assert [reward for reward, _ in expected] == [outcome.reward for outcome in outcomes]
+    assert [margin for _, margin in expected] == pytest.approx(
+        [outcome.margin for outcome in outcomes], abs=MARGIN_TOLERANCE
+    )
+
+
+def slow_answer(model, tokenizer, prompt):
+    row = encode(tokenizer, render(tokenizer, prompt.text, chat=prompt.chat))
+    start, end = len(row), model.generation_config.eos_token_id
+    for _ in range(prompt.max_new_tokens):
+        token = int(model(torch.tensor([row]), use_cache=False).logits[0, -1].argmax())
+        if token == end:
+            break
+        row.append(token)
+    return tokenizer.decode(row[start:], skip_special_tokens=True)
+
+
+def asked_and_answered(model, tokenizer, pairs):
+    """Ask each pair's question the slow way, and let the gold answer be what one path says."""
+    prompts = [
+        Prompt(text=text, chat=chat, reward="exact", answer="", max_new_tokens=NUM_NEW)
+        for text, chat in QUESTIONS
+    ]
+    texts = [slow_answer(listed(model, d), tokenizer, prompts[place]) for place, d in pairs]
+    for place, prompt in enumerate(prompts):
+        said = [t for (p, _), t in zip(pairs, texts, strict=True) if p == place and t.strip()]
+        prompts[place] = dataclasses.replace(prompt, answer=max(said, key=said.count))
+    return prompts, texts
+
+
+def test_answers_get_the_grade_of_plain_generation(tiny_llama, tiny_tokenizer):
+    model = tiny_llama()
+    pairs = some_pairs(40, seed=1)
+    prompts, texts = asked_and_answered(model, tiny_tokenizer, pairs)
+    expected = [grade(prompts[place], text) for (place, _), text in zip(pairs, texts, strict=True)]
+    assert set(expected) == {0.0, 1.0}, "the sample must hold both verdicts"
+    routed = RoutedModel(model, tokenizer=tiny_tokenizer)
+    outcomes = BlockEvaluator(routed, prompts, 1.0).evaluate(pairs)
+    assert expected == [outcome.reward for outcome in outcomes]
+    for text, outcome in zip(texts, outcomes, strict=True):
+        assert text.startswith(outcome.answer.text), "an answer is a beginning of the plain one"
+
+
+def test_margins_of_answers_compare_gold_with_what_was_answered_wrong(tiny_llama, tiny_tokenizer):
+    model = tiny_llama()
+    pairs = some_pairs(40, seed=1)
+    prompts, _ = asked_and_answered(model, tiny_tokenizer, pairs)
+    routed = RoutedModel(model, tokenizer=tiny_tokenizer)
+    evaluator = BlockEvaluator(routed, prompts, 1.0)
+    outcomes = evaluator.with_margins(pairs, evaluator.evaluate(pairs))
+    routed.detach()
+    wrong: dict[int, Counter] = {place: Counter() for place in range(len(prompts))}
+    for (place, _), outcome in zip(pairs, outcomes, strict=True):
+        if outcome.reward < 1 and outcome.answer.tokens:
+            wrong[place][outcome.answer.tokens] += 1
+    seen = set()
+    for (place, decisions), outcome in zip(pairs, outcomes, strict=True):
+        plain = listed(model, decisions)
+        text = render(tiny_tokenizer, prompts[place].text, chat=prompts[place].chat)
+        gold = gold_text(prompts[place])
+        expected = slow_sum(plain, tiny_tokenizer, text, gold) / len(gold)
+        if outcome.reward < 1:
+            expected -= outcome.answer.logprob
+        else:
+            context = encode(tiny_tokenizer, text)
+            expected -= max(
+                mean(slow_logprobs(plain, context, tokens))
+                for tokens, _ in wrong[place].most_common(4)
+            )
+        assert expected == pytest.approx(outcome.margin, abs=MARGIN_TOLERANCE)
+        seen.add(outcome.reward)
+    assert seen == {0.0, 1.0}, "the sample must hold both verdicts"
+
+
+def test_a_right_answer_that_nobody_got_wrong_has_no_margin(tiny_llama, tiny_tokenizer):
+    prompt = Prompt(text="x", reward="exact", answer="y", max_new_tokens=4)
+    routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
+    evaluator = BlockEvaluator(routed, [prompt], 1.0)
+    pairs = [(0, (1,) * 6)]
+    [outcome] = evaluator.evaluate(pairs)
+    [right] = evaluator.with_margins(
+        pairs, [type(outcome)(reward=1.0, margin=None, answer=outcome.answer)]
+    )
+    assert right.margin is None
+
+
+def test_another_way_of_judging_runs_no_layer_again(tiny_llama, tiny_tokenizer):
+    routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
+    evaluator = BlockEvaluator(routed, CHOICES, 1.0)
+    pairs = some_pairs(10)
+    evaluator.evaluate(pairs)
+    run = evaluator.states.executions_run
+    normalised = [dataclasses.replace(prompt, normalised=True) for prompt in CHOICES]
+    again = evaluator.judged_as(normalised).evaluate(pairs)
+    fresh = BlockEvaluator(routed, normalised, 1.0).evaluate(pairs)
+    assert run == evaluator.states.executions_run
+    assert [o.reward for o in fresh] == [o.reward for o in again]
+    assert [o.margin for o in fresh] == pytest.approx([o.margin for o in again], abs=1e-5)
+
+
+def test_other_texts_are_not_another_way_of_judging(tiny_llama, tiny_tokenizer):
+    routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
+    evaluator = BlockEvaluator(routed, CHOICES, 1.0)
+    with pytest.raises(ValueError, match="differ"):
+        evaluator.judged_as(CHOICES[::-1])
