@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from drllm import records
 from drllm.errors import RecordError
 from drllm.records import (
     SCHEMA_VERSION,
@@ -16,7 +15,9 @@ from drllm.records import (
     SearchRecord,
     SupervisionRecord,
     TriedPath,
+    files,
     manifest_path,
+    manifests,
     new_manifest,
     question_key,
     read_lines,
@@ -366,7 +367,7 @@ def test_a_manifest_tells_where_a_file_comes_from(tmp_path: Path):
     assert stored["inputs"] == {"source.jsonl": sha256(source)}
     assert (stored["num_records"], stored["sha256"]) == (1, sha256(file))
     assert stored["prompt_hash"] == "abc"
-    assert set(stored["libraries"]) == set(records.LIBRARIES)
+    assert set(stored["libraries"]) == set(manifests.LIBRARIES)
 
 
 def test_a_manifest_lies_beside_its_file():
@@ -480,12 +481,12 @@ def test_a_new_file_never_stands_beside_an_old_manifest(
 ):
     """A run killed between the two files leaves one that nobody vouches for."""
     seen = []
-    write = records.write_atomically
+    write = files.write_atomically
 
     def watch(path: Path, text: str) -> None:
         seen.append((path.name, manifest_path(two_lines).exists()))
         write(path, text)
 
-    monkeypatch.setattr(records, "write_atomically", watch)
+    monkeypatch.setattr(files, "write_atomically", watch)
     written(two_lines, RECORD)
     assert seen == [("search.jsonl", False), ("search.manifest.json", False)]

@@ -1,0 +1,161 @@
+"""Whole records files: read line by line with line numbers, written atomically.
+
+Owns reading, refusing what can't be trusted, and writing. Leaves a line's contents to `lines` and
+what stands beside a file to `manifests`. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from drllm.errors import RecordError
+from drllm.records.lines import (
+    SearchRecord,
+    SupervisionRecord,
+    search_record,
+    supervision_record,
+    to_json,
+)
+from drllm.records.manifests import manifest_path, read_manifest, sha256
+
+KINDS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "search": search_record,
+    "supervision": supervision_record,
+}
+
+
+def read_search(path: Path | str) -> list[SearchRecord]:
+    """Read and check a whole `search.jsonl`; see `read_lines` for what is refused."""
+    return _read(Path(path), "search")
+
+
+def read_supervision(path: Path | str) -> list[SupervisionRecord]:
+    """Read and check a whole `supervision.jsonl`; see `read_lines` for what is refused.
+
+    Raises:
+        RecordError: Also when rows disagree on the number of layers, or one question of a task
+            has two different targets.
+    """
+    records: list[SupervisionRecord] = _read(Path(path), "supervision")
+    layers = len(records[0].optimal_layer_config)
+    for line, record in enumerate(records, start=1):
+        if len(record.optimal_layer_config) != layers:
+            raise RecordError(
+                f"{path}, line {line}: 'optimal_layer_config' has "
+                f"{len(record.optimal_layer_config)} layers, line 1 has {layers}; "
+                f"a file holds the targets of one model"
+            )
+    return records
+
+
+def _read(path: Path, kind: str) -> list[Any]:
+    manifest = read_manifest(path, kind)
+    records: list[Any] = []
+    seen: dict[tuple[str, str], int] = {}
+    for line, row in read_lines(path):
+        try:
+            record = KINDS[kind](row)
+        except RecordError as error:
+            raise RecordError(f"{path}, line {line}: {error}") from error
+        key = (record.task, record.id)
+        if key in seen:
+            raise RecordError(
+                f"{path}, line {line}: question {record.id!r} of task {record.task!r} stands "
+                f"already in line {seen[key]}; keep one of them"
+            )
+        seen[key] = line
+        records.append(record)
+    if manifest is not None and manifest.get("sha256") != sha256(path):
+        raise RecordError(
+            f"{path} was changed or cut off after it was written (its manifest has another hash); "
+            f"make it again, or delete {manifest_path(path).name} to use it as a file of your own"
+        )
+    return records
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield `(line number, object)` for each line of a JSON lines file.
+
+    Raises:
+        RecordError: A missing, empty or unreadable file; a line that is cut off, is not JSON, or
+            is not an object. The message names file and line.
+    """
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "doesn't exist"
+        raise RecordError(f"{path} {what}; give a .jsonl file that a stage has written")
+    empty = True
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                empty = False
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    cut = "is cut off" if not line.endswith("\n") else "is not JSON"
+                    raise RecordError(
+                        f"{path}, line {number}: the line {cut} ({error.msg})"
+                    ) from error
+                if not isinstance(row, dict):
+                    raise RecordError(f"{path}, line {number}: not a JSON object")
+                yield number, row
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path} is not a UTF-8 text file; give a .jsonl file") from error
+    if empty:
+        raise RecordError(f"{path} is empty; run the stage that writes it again")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that readers see the old content or all of the new, never a part.
+
+    Raises:
+        RecordError: A folder that can't be written, a full disk, or a path that is a folder.
+    """
+    with _refusing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not tempfile.mkstemp: its files, and so ours, could be read by their owner alone.
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            with temporary.open("x", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses while a file is written into an error of ours."""
+    if path.is_dir():
+        raise RecordError(f"can't write {path}: it is a folder; give the name of a file")
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(
+            f"can't write {path}: {error.strerror}; choose a folder that you may write to"
+        ) from error
+
+
+def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any]) -> None:
+    """Write a whole records file and the manifest beside it, each atomically.
+
+    Args:
+        path: The `.jsonl` file.
+        records: What becomes one line each.
+        manifest: From `new_manifest`; gets the number of records and the file's hash.
+    """
+    lines = [to_json(record) + "\n" for record in records]
+    if manifest_path(path).is_file():
+        with _refusing(path):
+            manifest_path(path).unlink()  # never a new file under an old manifest
+    write_atomically(path, "".join(lines))
+    complete = {**manifest, "num_records": len(lines), "sha256": sha256(path)}
+    write_atomically(manifest_path(path), json.dumps(complete, indent=2, ensure_ascii=False) + "\n")
