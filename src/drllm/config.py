@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ REWARDS = ("loglikelihood", "letter", "boxed", "exact")
 TARGETS = ("shortest", "largest_margin", "paper")
 SPLITS = ("search", "fit", "select", "test")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def setting(
@@ -133,6 +135,18 @@ class ModelConfig(Settings):
     attn_implementation: str | None = setting(None, "attention code of transformers, e.g. sdpa")
     trust_remote_code: bool = setting(False, "run modelling code that comes with a hub model")
 
+    def __post_init__(self) -> None:
+        """Check the values, and that the device is one there could be.
+
+        Raises:
+            ConfigError: Naming the setting, the value, and what was expected.
+        """
+        super().__post_init__()
+        if not re.fullmatch(r"auto|(cpu|cuda|mps)(:\d+)?", self.device):
+            raise ConfigError(
+                "--device: " + unknown_name("device", self.device, DEVICES) + ", or e.g. cuda:1"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(Settings):
@@ -214,6 +228,7 @@ class GenerateConfig(Settings):
     """How text is generated."""
 
     max_new_tokens: int = setting(64, "most tokens generated", minimum=1)
+    chat: bool = setting(True, "ask through the tokenizer's chat template, where it has one")
 
 
 @dataclass(frozen=True, kw_only=True)

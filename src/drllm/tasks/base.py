@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
+from drllm.config import SPLITS
 from drllm.errors import TaskError, unknown_name
 
 
@@ -51,6 +54,7 @@ class Prompt:
         max_new_tokens: Most tokens that a generated answer may have.
         normalised: Score continuations by log-probability per character (as `acc_norm` of
             lm-evaluation-harness does), not by their sum. Only re-tests ask for it.
+        letters: For `letter`, the letters that name an option.
     """
 
     text: str
@@ -61,6 +65,7 @@ class Prompt:
     chat: bool = False
     max_new_tokens: int = 16
     normalised: bool = False
+    letters: str = "ABCDE"
 
 
 class Task(ABC):
@@ -116,6 +121,17 @@ class Task(ABC):
         return reward
 
 
+def check_split(split: str) -> str:
+    """Return the split's name, or refuse one that doesn't exist.
+
+    Raises:
+        TaskError: Naming the nearest and all splits.
+    """
+    if split not in SPLITS:
+        raise TaskError(unknown_name("split", split, SPLITS))
+    return split
+
+
 TASKS: dict[str, str] = {
     "arc_easy": "drllm.tasks.multiple_choice:ARC_EASY",
     "arc_challenge": "drllm.tasks.multiple_choice:ARC_CHALLENGE",
@@ -150,7 +166,8 @@ def get_tasks(names: str) -> list[Task]:
     """Return the tasks of a comma list, in order.
 
     Raises:
-        TaskError: An unknown name, an empty list, or a name given twice.
+        TaskError: An unknown name, an empty list, a name given twice, or two files of the same
+            name.
     """
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
@@ -158,4 +175,27 @@ def get_tasks(names: str) -> list[Task]:
     for name in wanted:
         if wanted.count(name) > 1:
             raise TaskError(f"task {name!r} is named twice in {names!r}; name it once")
-    return [get_task(name) for name in wanted]
+    tasks = [get_task(name) for name in wanted]
+    for task in tasks:
+        if [other.name for other in tasks].count(task.name) > 1:
+            raise TaskError(f"two tasks of {names!r} are named {task.name!r}; rename a file")
+    return tasks
+
+
+def describe_tasks() -> list[tuple[str, str, str]]:
+    """Return name, rewards (the default first) and description of every task, by name.
+
+    Example:
+        >>> describe_tasks()[0][:2]
+        ('arc_challenge', 'loglikelihood, letter')
+    """
+    tasks = [get_task(name) for name in sorted(TASKS)]
+    return [(task.name, ", ".join(task.rewards), task.description) for task in tasks]
+
+
+def choose(examples: Sequence[Example], limit: int | None, seed: int) -> list[Example]:
+    """Return at most `limit` examples, drawn with the seed, in their own order."""
+    if limit is None or limit >= len(examples):
+        return list(examples)
+    kept = sorted(Random(seed).sample(range(len(examples)), limit))
+    return [examples[place] for place in kept]
