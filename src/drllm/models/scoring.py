@@ -168,7 +168,8 @@ class ChoiceBatch:
 
     def _sums(self, question: int, logits: Tensor) -> tuple[float, ...]:
         columns, targets, owners = self._targets[question]
-        wanted = logits[columns].float()  # [targets, V]
+        wanted = logits[columns]
+        wanted = wanted.to(torch.promote_types(wanted.dtype, torch.float32))  # [targets, V]
         each = wanted.gather(1, targets[:, None])[:, 0] - wanted.logsumexp(dim=1)
         num = len(self.questions[question].continuations)
         total = torch.zeros(num, dtype=each.dtype, device=each.device).index_add(0, owners, each)

@@ -1,0 +1,186 @@
+"""The evaluation stage on a tiny model, against asking question by question."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from drllm.config import EvaluateConfig
+from drllm.errors import CheckpointError, TaskError
+from drllm.evaluation.multiple_choice import DESCRIPTIONS, run_evaluation
+from drllm.models.loading import BaseModel, fingerprint
+from drllm.models.policies import RouterPolicy
+from drllm.models.prompts import encode
+from drllm.models.routed import RoutedModel
+from drllm.models.routers import RouterConfig, RouterStack
+from drllm.paths import to_path
+from drllm.records import read_lines, read_manifest
+from drllm.tasks.base import get_task
+
+NUM_QUESTIONS = 24
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama, tiny_tokenizer):
+    model = tiny_llama(max_position_embeddings=1024)
+    return BaseModel(model=model, tokenizer=tiny_tokenizer, name="tiny", revision=None)
+
+
+def new_routers(base, num_layers=6):
+    config = RouterConfig(
+        num_layers=num_layers,
+        hidden_size=32,
+        base_model="tiny",
+        base_fingerprint=fingerprint(base.model),
+        label_counts=((2, 7, 1),) * num_layers,
+    )
+    stack = RouterStack(config, torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        stack.decision_weight.mul_(3)
+    return stack
+
+
+@pytest.fixture(scope="module")
+def routers_dir(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("routers")
+    new_routers(base).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task():
+    return get_task("builtin_facts")
+
+
+def settings(**values):
+    return EvaluateConfig(limit=NUM_QUESTIONS, num_random_draws=3, batch_size=5, **values)
+
+
+@pytest.fixture(scope="module")
+def evaluated(base, routers_dir, task, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval")
+    calls = []
+    [path] = run_evaluation(
+        base, routers_dir, [task], settings(), folder, lambda *args: calls.append(args)
+    )
+    samples = [row for _, row in read_lines(folder / "samples.jsonl")]
+    return json.loads(path.read_text()), samples, calls
+
+
+def alone(base, decisions, task, example):
+    """Ask one question of a plain model whose layer list is the path, choice by choice."""
+    model = copy.deepcopy(base.model)
+    path = to_path(decisions)
+    model.model.layers = nn.ModuleList([model.model.layers[index] for index in path])
+    model.config.num_hidden_layers = len(path)
+    prompt = task.prompt(example, "loglikelihood")
+    context, sums = encode(base.tokenizer, prompt.text), []
+    for continuation in prompt.continuations:
+        row = encode(base.tokenizer, prompt.text + continuation)
+        logprobs = model(torch.tensor([row]), use_cache=False).logits[0].log_softmax(-1)
+        sums.append(sum(float(logprobs[i - 1, row[i]]) for i in range(len(context), len(row))))
+    gold = sums[example.gold] - math.log(sum(math.exp(value) for value in sums))
+    return float(sums.index(max(sums)) == example.gold), gold
+
+
+@pytest.mark.parametrize("system", ["base", "routed"])
+def test_every_sample_equals_the_question_asked_alone(evaluated, base, task, system):
+    _, samples, _ = evaluated
+    examples = {example.id: example for example in task.examples("test")}
+    for sample in samples:
+        outcome = sample["systems"][system]
+        correct, gold = alone(base, outcome["decisions"], task, examples[sample["id"]])
+        assert correct == outcome["correct"]
+        assert gold == pytest.approx(outcome["gold_logprob"], abs=1e-4)
+
+
+def test_routes_are_those_of_the_question_alone(evaluated, base, routers_dir, task):
+    _, samples, _ = evaluated
+    examples = {example.id: example for example in task.examples("test")}
+    routed = RoutedModel(base.model, RouterStack.load(routers_dir))
+    seen = set()
+    for sample in samples:
+        text = task.prompt(examples[sample["id"]], "loglikelihood").text
+        routed.model(torch.tensor([encode(base.tokenizer, text)]))
+        route = routed.last_route[0].tolist()
+        assert route == sample["systems"]["routed"]["decisions"]
+        seen.add(tuple(route))
+    routed.detach()
+    assert len(seen) > 1, "the sample must hold several routes"
+    assert isinstance(routed.driver.policy, RouterPolicy)
+
+
+def test_the_table_holds_every_system_with_interval_executions_and_seconds(evaluated):
+    result, samples, _ = evaluated
+    rows = {row["name"]: row for row in result["systems"]}
+    assert list(DESCRIPTIONS) == list(rows)
+    assert len(samples) == result["num_questions"] == NUM_QUESTIONS
+    for name, row in rows.items():
+        mean = sum(sample["systems"][name]["correct"] for sample in samples) / NUM_QUESTIONS
+        assert row["accuracy"] == pytest.approx(mean)
+        assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
+        assert row["seconds"] > 0
+    assert rows["base"]["executions"] == 6
+
+
+def test_opponents_run_at_the_routed_model_s_executions(evaluated):
+    rows = {row["name"]: row for row in evaluated[0]["systems"]}
+    for name in ("permuted routes", "random decisions"):
+        assert rows[name]["executions"] == pytest.approx(rows["routed"]["executions"])
+        assert rows[name]["draws"] == 3
+
+
+def test_won_and_lost_questions_are_counted_against_base(evaluated):
+    result, samples, _ = evaluated
+    row = next(row for row in result["systems"] if row["name"] == "routed")
+    pairs = [(s["systems"]["routed"]["correct"], s["systems"]["base"]["correct"]) for s in samples]
+    assert row["won"] == sum(routed > base for routed, base in pairs)
+    assert row["lost"] == sum(routed < base for routed, base in pairs)
+
+
+def test_chance_and_findings_and_provenance_are_written(evaluated, base):
+    result, _, _ = evaluated
+    assert result["chance"] == 0.25
+    assert len(result["findings"]) >= 3
+    assert result["model"] == base.identity
+    assert len(result["routers_sha256"]) == 64
+    assert result["config"]["seed"] == 0
+
+
+def test_progress_ends_at_the_total(evaluated):
+    _, _, calls = evaluated
+    assert calls[-1][0] == calls[-1][1]
+    assert [done for done, *_ in calls] == sorted(done for done, *_ in calls)
+
+
+def test_the_same_seed_gives_the_same_result(base, routers_dir, task, evaluated, tmp_path):
+    [path] = run_evaluation(base, routers_dir, [task], settings(), tmp_path)
+    again = json.loads(path.read_text())
+    for first, second in zip(evaluated[0]["systems"], again["systems"], strict=True):
+        assert {**first, "seconds": None} == {**second, "seconds": None}
+    assert read_manifest(tmp_path / "samples.jsonl", "samples") is not None
+
+
+def test_the_model_is_given_back_untouched(base, routers_dir, task, tmp_path):
+    run_evaluation(base, routers_dir, [task], settings(), tmp_path)
+    assert all("forward" not in layer.__dict__ for layer in base.model.model.layers)
+
+
+def test_a_task_without_options_is_refused(base, routers_dir, tmp_path):
+    with pytest.raises(TaskError, match="no options"):
+        run_evaluation(
+            base, routers_dir, [get_task("builtin_arithmetic")], settings(), tmp_path / "new"
+        )
+    assert not (tmp_path / "new").exists()
+
+
+def test_routers_of_another_model_are_refused(base, task, tmp_path):
+    new_routers(base, num_layers=5).save(tmp_path / "routers")
+    with pytest.raises(CheckpointError, match="num_layers 5"):
+        run_evaluation(base, tmp_path / "routers", [task], settings(), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
