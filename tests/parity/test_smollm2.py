@@ -17,7 +17,7 @@ from drllm.tasks.base import get_task
 
 NUM_NEW = 8
 EXACT = 1e-9
-"""Nats between the two ways in float64, where arithmetic noise is out of the way (1e-12 measured)."""
+"""Nats between the two ways in float64, where next to no arithmetic noise is left."""
 NOISE = 5e-4
 """Nats that float32 costs: paths without an early layer are badly conditioned. On this sample the
 shared way is up to 2.4e-4 from the float64 value, plain one-by-one scoring up to 5e-5; on paths
@@ -108,9 +108,9 @@ def test_shared_packed_scores_give_the_verdict_and_margin_of_each_path_alone(
     smollm2, facts, dtype, tolerance
 ):
     task, examples = facts
-    asked = [task.prompt(example, "loglikelihood") for example in examples[:3]]
+    asked = [task.prompt(example, "loglikelihood") for example in examples[:2]]
     pairs = [
-        (place, tuple(plan)) for place in range(len(asked)) for plan in plans(30, 4, seed=place)
+        (place, tuple(plan)) for place in range(len(asked)) for plan in plans(30, 3, seed=place)
     ]
     smollm2.model.to(dtype)
     try:

@@ -1,0 +1,10 @@
+"""`python -m drllm` is the same as `drllm`."""
+
+from __future__ import annotations
+
+import sys
+
+from drllm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

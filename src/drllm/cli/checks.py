@@ -1,0 +1,133 @@
+"""What is refused before a base model is loaded or anything is written.
+
+Owns the checks of names, questions and places that no single stage owns, and of targets against
+the model they are to be used with. Leaves reading files to their modules. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from drllm.config import EvaluateConfig, SearchConfig
+from drllm.errors import ConfigError, RecordError, TaskError
+from drllm.records import read_manifest, sha256
+from drllm.tasks.base import Task, choose, get_tasks
+
+OPTIONS_REWARD = "loglikelihood"
+"""The reward that every multiple-choice task takes; `evaluate` uses it."""
+
+
+def tasks_to_search(config: SearchConfig) -> list[Task]:
+    """Return the tasks, once it is sure that they can be searched.
+
+    Raises:
+        TaskError: An unknown task, a reward that it can't grade, or no questions to be had.
+    """
+    tasks = get_tasks(config.dataset)
+    for task in tasks:
+        task.check_reward(config.reward)
+    _check_questions(tasks, config.split, config.data_dir)
+    return tasks
+
+
+def tasks_to_evaluate(config: EvaluateConfig) -> list[Task]:
+    """Return the tasks, once it is sure that they can be evaluated.
+
+    Raises:
+        TaskError: An unknown task, one without options, or no questions to be had.
+    """
+    tasks = get_tasks(config.tasks)
+    for task in tasks:
+        if OPTIONS_REWARD not in task.rewards:
+            raise TaskError(
+                f"task {task.name!r} has no options to choose from; evaluate takes "
+                f"multiple-choice tasks, 'drllm ls tasks' shows which have {OPTIONS_REWARD}"
+            )
+    _check_questions(tasks, config.split, config.data_dir)
+    return tasks
+
+
+def _check_questions(tasks: Sequence[Task], split: str, data_dir: str | None) -> None:
+    folder = None if data_dir is None else Path(data_dir)
+    if folder is not None and not folder.is_dir():
+        raise TaskError(f"--data-dir {data_dir} is not a folder; give the folder with the tasks'")
+    for task in tasks:
+        if not task.examples(split, folder):
+            raise TaskError(
+                f"task {task.name!r} has no questions in split {split!r}; give another --split or "
+                f"more questions"
+            )
+
+
+def questions_digest(
+    tasks: Sequence[Task], split: str, data_dir: str | None, limit: int | None, seed: int
+) -> str:
+    """Return a hash of the questions that a stage would use."""
+    folder = None if data_dir is None else Path(data_dir)
+    digest = hashlib.sha256()
+    for task in tasks:
+        for example in choose(task.examples(split, folder), limit, seed):
+            digest.update(repr(example).encode())
+    return digest.hexdigest()
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Refuse a folder that can't be written; nothing is made yet.
+
+    Raises:
+        ConfigError: A part of the path is a file, or the folder isn't writable.
+    """
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(
+            f"{flag}: can't write to {folder}, since {place} is a file; give a folder that you may "
+            f"write to"
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{flag}: can't write to {folder}: no permission in {place}; give a folder that you "
+            f"may write to"
+        )
+
+
+def check_file(file: Path, flag: str) -> None:
+    """Refuse a file that can't be written; nothing is made yet.
+
+    Raises:
+        ConfigError: It is a folder, or its folder can't be written.
+    """
+    if file.is_dir():
+        raise ConfigError(f"{flag} is {file}, which is a folder; give the name of a file in it")
+    check_folder(file.parent, flag)
+
+
+def check_supervision_model(supervision: Path, ours: Mapping[str, Any]) -> None:
+    """Refuse targets that were searched with another base model.
+
+    Args:
+        supervision: The file; one without a manifest says nothing about its model.
+        ours: Identity of the base model to be trained on.
+
+    Raises:
+        RecordError: Another number of layers or fingerprint; another id alone doesn't matter.
+    """
+    manifest = read_manifest(supervision, "supervision")
+    theirs: dict[str, Any] = {} if manifest is None else manifest["model"]
+    for name in ("num_layers", "fingerprint"):
+        if name in theirs and theirs[name] != ours[name]:
+            raise RecordError(
+                f"{supervision} holds targets of {theirs.get('id', 'another model')!r} ({name} "
+                f"{theirs[name]}), the base model {ours['id']!r} has {name} {ours[name]}; give the "
+                f"model that they were searched with, or search with this one"
+            )
+
+
+def file_hash(path: Path) -> str:
+    """Return a file's hash; empty for one that isn't there."""
+    return sha256(path) if path.is_file() else ""

@@ -1,0 +1,377 @@
+"""`drllm run`: all stages of a recipe in a row, skipping what is done.
+
+Owns the recipe file, the run folder and its ledger. A stage is done when the ledger says that it
+was made from exactly what it would be made from now (settings, questions, hashes of its input
+files, version), and every file that it wrote is still there, unchanged. Leaves the work to
+`stages`; what is resumed inside a stage (blocks of the search, epochs of the training) is up to
+the stage.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from drllm.cli import checks, show, stages
+from drllm.cli.parser import Request, canonical, read_yaml, with_underscores
+from drllm.cli.terminal import Terminal, duration
+from drllm.config import (
+    EvaluateConfig,
+    ModelConfig,
+    SearchConfig,
+    Settings,
+    SuperviseConfig,
+    TrainConfig,
+    from_dict,
+)
+from drllm.errors import ConfigError, RecordError, unknown_name
+from drllm.records import SCHEMA_VERSION, sha256, write_atomically
+from drllm.supervision import write as write_supervision
+from drllm.tasks.base import Task
+
+if TYPE_CHECKING:
+    from drllm.models.loading import BaseModel
+
+SECTIONS: dict[str, type[Settings]] = {
+    "model": ModelConfig,
+    "search": SearchConfig,
+    "supervise": SuperviseConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+}
+RUNS = Path("runs")
+RECIPE_FILE = "run.yaml"
+LEDGER_FILE = "run.manifest.json"
+LEDGER_SCHEMA = "drllm.run"
+NOT_DECISIVE = ("output_dir", "state_cache_gb")
+"""Settings of the search that change nothing in its records."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """The settings of all stages."""
+
+    model: ModelConfig
+    search: SearchConfig
+    supervise: SuperviseConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+
+    def to_yaml(self) -> str:
+        """Write all settings, defaults too; the text is a recipe itself."""
+        values = {name: getattr(self, name).to_dict() for name in SECTIONS}
+        del values["search"]["output_dir"]  # the folder that the text lies in
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def read_recipe(path: Path, folder: Path, data_dir: str | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: YAML with the sections `model`, `search`, `supervise`, `train`, `evaluate`; each may
+            be left out, and so may any of its settings.
+        folder: The run folder.
+        data_dir: Replaces `data_dir` of search and evaluation.
+
+    Raises:
+        ConfigError: No such file, not YAML, an unknown section or setting, a value that doesn't
+            fit.
+    """
+    values = read_yaml(path, "a recipe")
+    groups = {}
+    for name in values:
+        if name not in SECTIONS:
+            raise ConfigError(f"{path}: " + unknown_name("section", name, SECTIONS))
+    for name, kind in SECTIONS.items():
+        section = values.get(name) or {}
+        if not isinstance(section, dict):
+            raise ConfigError(
+                f"{path}: section {name!r} is {section!r}; give settings, written 'name: value'"
+            )
+        section = canonical(kind, with_underscores(section))
+        if name == "search":
+            if "output_dir" in section:
+                raise ConfigError(
+                    f"{path}: search: 'output_dir' is {section['output_dir']!r}; leave it out, a "
+                    f"run writes to the folder given as --output-dir"
+                )
+            section["output_dir"] = str(folder)
+        if data_dir is not None and name in ("search", "evaluate"):
+            section["data_dir"] = data_dir
+        try:
+            groups[name] = from_dict(kind, section, name)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+    return Recipe(**groups)
+
+
+# --- what has been done ------------------------------------------------------------------------
+
+
+class Ledger:
+    """`run.manifest.json`: what each stage was made from, what it wrote and how long it took.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        RecordError: A ledger that is broken or of a future version.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / LEDGER_FILE
+        self.stages: dict[str, dict[str, Any]] = {}
+        if not self.path.exists():
+            return
+        try:
+            values = json.loads(self.path.read_text(encoding="utf-8"))
+            self.stages = dict(values["stages"])
+            version = int(values["schema_version"])
+            known = values["schema"] == LEDGER_SCHEMA and all(
+                isinstance(stage, dict) for stage in self.stages.values()
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RecordError(
+                f"{self.path} is broken; delete it, and finished stages are checked or made anew"
+            ) from error
+        if not known or version > SCHEMA_VERSION:
+            raise RecordError(
+                f"{self.path} isn't a ledger that this drllm reads (schema version up to "
+                f"{SCHEMA_VERSION}); choose another --output-dir, or install a newer drllm"
+            )
+
+    def is_done(self, stage: str, made_from: Mapping[str, Any]) -> bool:
+        """Tell whether a stage need not be run again."""
+        entry = self.stages.get(stage, {})
+        outputs = entry.get("outputs", {})
+        return (
+            bool(outputs)
+            and entry.get("made_from") == made_from
+            and all(checks.file_hash(self.folder / name) == sha for name, sha in outputs.items())
+        )
+
+    def begin(self, stage: str, made_from: Mapping[str, Any]) -> bool:
+        """Note that a stage begins; tell whether an earlier attempt was made from the same."""
+        same = self.stages.get(stage, {}).get("made_from") == made_from
+        self.stages[stage] = {"made_from": dict(made_from)}
+        self._write()
+        return same
+
+    def finish(self, stage: str, outputs: Sequence[Path], seconds: float) -> None:
+        """Note what a stage has written."""
+        hashes = {path.relative_to(self.folder).as_posix(): sha256(path) for path in outputs}
+        self.stages[stage].update(outputs=hashes, seconds=round(seconds, 3))
+        self._write()
+
+    def outputs(self, stage: str) -> list[Path]:
+        """Return the files that the last finished attempt at a stage wrote."""
+        return [self.folder / name for name in self.stages.get(stage, {}).get("outputs", {})]
+
+    def _write(self) -> None:
+        values = {
+            "schema": LEDGER_SCHEMA,
+            "schema_version": SCHEMA_VERSION,
+            "drllm_version": importlib.metadata.version("drllm"),
+            "stages": self.stages,
+        }
+        write_atomically(self.path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+# --- the run -----------------------------------------------------------------------------------
+
+
+def run(request: Request, terminal: Terminal) -> None:
+    """Carry out a recipe, and print the results, each stage's time and the report's place.
+
+    Raises:
+        ConfigError: The recipe or the folder can't be used; nothing has been written then.
+        RecordError: The folder holds files that can't be trusted, or no question has a target.
+    """
+    path = request.path("recipe")
+    given = request.values["output_dir"]
+    folder = request.path("output_dir") if given else RUNS / path.stem
+    recipe = read_recipe(path, folder, request.values["data_dir"])
+    tasks = {
+        "search": checks.tasks_to_search(recipe.search),
+        "evaluate": checks.tasks_to_evaluate(recipe.evaluate),
+    }
+    checks.check_folder(folder, "--output-dir")
+    with ExitStack() as stack:
+        done = Run(recipe, tasks, folder, terminal, stack).carry_out()
+    show.show_results(folder / "eval", terminal)
+    terminal.say()
+    for name, seconds, skipped in done:
+        terminal.say(f"{name:12} {duration(seconds)}{', done before' if skipped else ''}")
+    terminal.say(f"{'report':12} {folder / 'report.html'}")
+
+
+class Run:
+    """One run of a recipe in a folder.
+
+    Args:
+        recipe: The settings.
+        tasks: Those of `search` and those of `evaluate`.
+        folder: The run folder.
+        terminal: Where progress is shown.
+        stack: Holds the base model, once it is loaded.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tasks: Mapping[str, Sequence[Task]],
+        folder: Path,
+        terminal: Terminal,
+        stack: ExitStack,
+    ) -> None:
+        self.recipe = recipe
+        self.tasks = tasks
+        self.folder = folder
+        self.terminal = terminal
+        self.stack = stack
+        self.ledger = Ledger(folder)
+        self.search_file = folder / "search.jsonl"
+        self.supervision_file = folder / "supervision.jsonl"
+        self.routers = folder / "routers"
+        self._base: BaseModel | None = None
+        self._resumes = False
+
+    @property
+    def base(self) -> BaseModel:
+        """The base model; loaded by the first stage that isn't done."""
+        if self._base is None:
+            self._base = self.stack.enter_context(stages.loaded(self.recipe.model, self.terminal))
+        return self._base
+
+    def carry_out(self) -> list[tuple[str, float, bool]]:
+        """Run what isn't done, in order.
+
+        Returns:
+            Each stage's name, its measured time in seconds, and whether an earlier run did it.
+        """
+        steps: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], Sequence[Path]]]] = {
+            "search": (self._search_from, self._search),
+            "supervise": (self._supervise_from, self._supervise),
+            "train": (self._train_from, self._train),
+            "evaluate": (self._evaluate_from, self._evaluate),
+            "report": (self._report_from, self._report),
+        }
+        times = []
+        for number, (name, (gather, perform)) in enumerate(steps.items(), start=1):
+            made_from = {"drllm_version": importlib.metadata.version("drllm"), **gather()}
+            skipped = self.ledger.is_done(name, made_from)
+            label = f"[{number}/{len(steps)}] {name}"
+            if not skipped:
+                self._perform(name, made_from, perform)
+            if name == "search":
+                self._keep_recipe()
+            seconds = float(self.ledger.stages[name]["seconds"])
+            self.terminal.note(f"{label}: {'done before' if skipped else duration(seconds)}")
+            times.append((name, seconds, skipped))
+        return times
+
+    def _perform(
+        self, name: str, made_from: Mapping[str, Any], perform: Callable[[], Sequence[Path]]
+    ) -> None:
+        if name == "evaluate":
+            for stale in self.ledger.outputs(name):
+                stale.unlink(missing_ok=True)  # the tasks may be others now
+        started = time.perf_counter()
+        if name == "search":
+            # It refuses a folder with another search in it: then the ledger stays as it is.
+            outputs = perform()
+            self.ledger.begin(name, made_from)
+        else:
+            self._resumes = self.ledger.begin(name, made_from)
+            outputs = perform()
+        self.ledger.finish(name, outputs, time.perf_counter() - started)
+
+    def _keep_recipe(self) -> None:
+        """Write the recipe with all its settings into the folder, now that it fits the folder."""
+        path, text = self.folder / RECIPE_FILE, self.recipe.to_yaml()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_atomically(path, text)
+
+    # What each stage is made from, and its work. The work returns the files it wrote.
+
+    def _search_from(self) -> dict[str, Any]:
+        config = self.recipe.search
+        settings = {k: v for k, v in config.to_dict().items() if k not in NOT_DECISIVE}
+        questions = checks.questions_digest(
+            self.tasks["search"], config.split, config.data_dir, config.limit, config.seed
+        )
+        return {"config": settings, "model": self.recipe.model.to_dict(), "questions": questions}
+
+    def _search(self) -> Sequence[Path]:
+        stages.run_search_stage(self.base, self.tasks["search"], self.recipe.search, self.terminal)
+        return [self.search_file, self.folder / "search.manifest.json"]
+
+    def _supervise_from(self) -> dict[str, Any]:
+        return {
+            "config": self.recipe.supervise.to_dict(),
+            "search.jsonl": checks.file_hash(self.search_file),
+        }
+
+    def _supervise(self) -> Sequence[Path]:
+        write_supervision([self.search_file], self.supervision_file, self.recipe.supervise)
+        return [self.supervision_file, self.folder / "supervision.manifest.json"]
+
+    def _train_from(self) -> dict[str, Any]:
+        return {
+            "config": self.recipe.train.to_dict(),
+            "model": self.recipe.model.to_dict(),
+            "supervision.jsonl": checks.file_hash(self.supervision_file),
+        }
+
+    def _train(self) -> Sequence[Path]:
+        if not self._resumes:
+            (self.routers / "checkpoint.safetensors").unlink(missing_ok=True)
+        stages.run_train_stage(
+            self.base, self.supervision_file, self.routers, self.recipe.train, self.terminal
+        )
+        names = ("router_config.json", "routers.safetensors", "metrics.jsonl", "README.md")
+        return [self.routers / name for name in names]
+
+    def _evaluate_from(self) -> dict[str, Any]:
+        config = self.recipe.evaluate
+        return {
+            "config": config.to_dict(),
+            "model": self.recipe.model.to_dict(),
+            "questions": checks.questions_digest(
+                self.tasks["evaluate"], config.split, config.data_dir, config.limit, config.seed
+            ),
+            "router_config.json": checks.file_hash(self.routers / "router_config.json"),
+            "routers.safetensors": checks.file_hash(self.routers / "routers.safetensors"),
+        }
+
+    def _evaluate(self) -> Sequence[Path]:
+        output = self.folder / "eval"
+        results = stages.run_evaluate_stage(
+            self.base,
+            self.routers,
+            self.tasks["evaluate"],
+            self.recipe.evaluate,
+            output,
+            self.terminal,
+        )
+        return [*results, output / "samples.jsonl", output / "samples.manifest.json"]
+
+    def _report_from(self) -> dict[str, Any]:
+        made = {RECIPE_FILE: sha256(self.folder / RECIPE_FILE)}
+        for stage in ("search", "supervise", "train", "evaluate"):
+            made.update(self.ledger.stages[stage]["outputs"])
+        return made
+
+    def _report(self) -> Sequence[Path]:
+        from drllm.reporting import write_report
+
+        return list(write_report([self.folder]))

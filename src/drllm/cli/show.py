@@ -1,0 +1,355 @@
+"""Records as people read them: the result table, the route picture, `ls` and `show`.
+
+Owns what is printed about a file or folder of ours. Leaves reading and checking to `records` and
+`reporting`. Loads no torch, except to list the models. Axes: L layers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from drllm.cli.terminal import Terminal
+from drllm.errors import ConfigError, RecordError, unknown_name
+from drllm.paths import Decision, sketch
+from drllm.records import (
+    SearchRecord,
+    SupervisionRecord,
+    read_lines,
+    read_manifest,
+    read_search,
+    read_supervision,
+)
+from drllm.reporting.fields import read_object
+from drllm.reporting.numbers import NBSP, p_value, percent, plain
+from drllm.reporting.results import Evaluation, read_evaluations
+from drllm.supervision import is_improving, is_saving, is_valid, summarise
+from drllm.tasks.base import describe_tasks
+
+STYLES = {Decision.SKIP: "red", Decision.EXECUTE: "dim", Decision.REPEAT: "bold green"}
+LAYERS_A_ROW = 60
+TICK = 10
+
+
+# --- ls ----------------------------------------------------------------------------------------
+
+
+def list_what(what: str, terminal: Terminal) -> None:
+    """Print the tasks or the models that have a name.
+
+    Raises:
+        ConfigError: Another word.
+    """
+    lists = {"tasks": _list_tasks, "models": _list_models}
+    if what not in lists:
+        raise ConfigError(unknown_name("list", what, lists) + "; for example: drllm ls tasks")
+    lists[what](terminal)
+
+
+def _list_tasks(terminal: Terminal) -> None:
+    table = _table("task", "rewards (default first)", "what it asks")
+    for row in describe_tasks():
+        table.add_row(*row)
+    terminal.show(table)
+    terminal.say("Or name a .jsonl file of your own; docs/formats.md says what it holds.")
+
+
+def _list_models(terminal: Terminal) -> None:
+    from drllm.models.loading import list_models
+
+    for alias, description in list_models():
+        terminal.say(f"{alias}  {description}")
+    terminal.say("Or any hub id (OWNER/NAME) or local folder of a decoder-only model.")
+
+
+# --- a route -----------------------------------------------------------------------------------
+
+
+def draw_route(decisions: Sequence[int]) -> Text:
+    """Draw decisions with numbered layers; the three kinds differ in shape, not only in colour.
+
+    Example:
+        >>> print(draw_route([1, 0, 2, 1]).plain)
+        layer  0
+               █·2█
+               █ execute  · skip  2 repeat
+    """
+    text = Text()
+    margin = " " * 7
+    for start in range(0, len(decisions), LAYERS_A_ROW):
+        row = decisions[start : start + LAYERS_A_ROW]
+        ticks = ""
+        for layer in range(start, start + len(row)):
+            if layer % TICK == 0:
+                ticks = ticks.ljust(layer - start) + str(layer)
+        text.append(f"layer  {ticks}\n{margin}")
+        for value in row:
+            text.append(sketch([value]), style=STYLES[Decision(value)])
+        text.append("\n")
+    kinds = (
+        (Decision.EXECUTE, "execute"),
+        (Decision.SKIP, "skip"),
+        (Decision.REPEAT, "repeat"),
+    )
+    legend = Text("  ").join(
+        Text.assemble((sketch([kind]), STYLES[kind]), f" {name}") for kind, name in kinds
+    )
+    return text.append(margin).append_text(legend)
+
+
+# --- results -----------------------------------------------------------------------------------
+
+
+def show_evaluation(evaluation: Evaluation, terminal: Terminal) -> None:
+    """Print one task's table and what it does and doesn't show."""
+    table = _table(
+        "system",
+        "accuracy",
+        "95 %\ninterval",
+        "executions\na forward",
+        "gold\nlog-prob.",
+        "p vs\nbase",
+        "seconds",
+        title=f"{evaluation.task}, {evaluation.split}: {evaluation.num_questions} questions, "
+        f"{evaluation.num_layers} layers",
+        numbers_from=1,
+    )
+    for system in evaluation.systems:
+        low, high = (plain(100 * end) for end in system.interval)
+        table.add_row(
+            system.name + (f" ({system.draws} draws)" if system.draws > 1 else ""),
+            percent(system.accuracy),
+            f"{low} to {high}",
+            plain(system.executions, 2),
+            plain(system.gold_logprob, 3),
+            p_value(system.mcnemar_p),
+            plain(system.seconds),
+        )
+    terminal.show(table)
+    for finding in evaluation.findings:
+        terminal.say(finding.replace(NBSP, " "))
+
+
+def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
+    """Print the tables of an `eval` folder.
+
+    Args:
+        folder: What `evaluate` has written.
+        terminal: Where to.
+        tasks: Only these; empty for all.
+
+    Raises:
+        RecordError: A result that can't be trusted.
+    """
+    for evaluation in read_evaluations(folder, [], []):
+        if not tasks or evaluation.task in tasks:
+            show_evaluation(evaluation, terminal)
+
+
+def say_search(records: Sequence[SearchRecord], terminal: Terminal) -> None:
+    """Print what a search found, before any re-test."""
+    n = len(records)
+    paths = [path for record in records for path in record.paths]
+    by_task = ", ".join(f"{name} {k}" for name, k in Counter(r.task for r in records).items())
+
+    def share(found: int) -> str:
+        return f"{found} of {n} ({percent(found / n)})".replace(NBSP, " ")
+
+    saving = [
+        min(p.executions for p in record.paths if is_saving(p, record))
+        for record in records
+        if any(is_saving(p, record) for p in record.paths)
+    ]
+    terminal.say(f"questions      {n} ({by_task}), {records[0].num_layers} layers")
+    terminal.say(f"paths tried    {len(paths)}, {plain(len(paths) / n)} a question")
+    terminal.say(f"base right     {share(sum(is_valid(r.full) for r in records))}")
+    for name, test in (("saving", is_saving), ("improving", is_improving)):
+        found = sum(any(test(path, record) for path in record.paths) for record in records)
+        terminal.say(f"{name + ' path':14} {share(found)}, before any re-test")
+    if saving:
+        terminal.say(f"shortest       {plain(sum(saving) / len(saving))} executions on average")
+    terminal.say(f"time           {plain(sum(r.seconds for r in records))} s in all")
+
+
+def say_supervision(summary: Mapping[str, Any], terminal: Terminal) -> None:
+    """Print a supervision summary: targets, decisions, and why questions have none."""
+    total, targets = summary["questions"], summary["targets"]
+    terminal.say(f"targets        {targets} of {total} questions")
+    for name in ("valid", "saving", "improving"):
+        before, after = summary[f"{name}_before_retest"], summary[f"{name}_after_retest"]
+        terminal.say(f"{name + ' path':14} {before} questions, {after} after the re-test")
+    rejects = [f"{n} {reason}" for reason, n in summary["rejected"].items() if n]
+    terminal.say(f"without        {', '.join(rejects) or 'none'}")
+    _say_classes(summary["class_counts"], terminal)
+
+
+def _say_classes(counts: Sequence[int], terminal: Terminal) -> None:
+    total = sum(counts) or 1
+    shown = [
+        f"{name} {n} ({percent(n / total)})".replace(NBSP, " ")
+        for name, n in zip(("skip", "execute", "repeat"), counts, strict=True)
+    ]
+    terminal.say(f"decisions      {', '.join(shown)}")
+
+
+# --- show --------------------------------------------------------------------------------------
+
+
+def show(place: Path, terminal: Terminal) -> None:
+    """Print any file or folder of ours in readable form.
+
+    Raises:
+        RecordError: Nothing there, nothing of ours, or a file that can't be trusted.
+    """
+    if place.is_dir():
+        _show_folder(place, terminal)
+    elif place.suffix == ".json":
+        _show_json(place, terminal)
+    elif place.suffix == ".jsonl" or not place.exists():
+        _show_lines(place, terminal)
+    else:
+        raise RecordError(
+            f"{place} is no file of records; give a .jsonl or .json file, or a folder, that drllm "
+            f"has written"
+        )
+
+
+def _show_folder(folder: Path, terminal: Terminal) -> None:
+    if (folder / "router_config.json").is_file():
+        _show_routers(folder, terminal)
+        return
+    files = [name for name in ("search.jsonl", "supervision.jsonl") if (folder / name).is_file()]
+    parts: list[tuple[Path, Callable[[Path, Terminal], None]]] = [
+        (folder / name, _show_lines) for name in files
+    ]
+    if (folder / "routers" / "router_config.json").is_file():
+        parts.append((folder / "routers", _show_routers))
+    results = [place for place in (folder / "eval", folder) if _results(place)]
+    parts += [(place, show_results) for place in results]
+    if not parts:
+        raise RecordError(
+            f"{folder} holds no search.jsonl, supervision.jsonl, routers or results; "
+            f"give a folder that a stage of drllm has written"
+        )
+    for number, (place, print_it) in enumerate(parts):
+        terminal.say(f"{chr(10) * (number > 0)}{place}")
+        print_it(place, terminal)
+    if (folder / "report.html").is_file():
+        terminal.say(f"\nreport         {folder / 'report.html'}")
+
+
+def _results(folder: Path) -> list[Path]:
+    """Return the files of a folder that say that they are results."""
+    return [
+        path
+        for path in sorted(folder.glob("*.json"))
+        if not path.name.endswith(".manifest.json")
+        and read_object(path).values.get("schema") == "drllm.evaluation"
+    ]
+
+
+def _show_json(path: Path, terminal: Terminal) -> None:
+    if not path.is_file():
+        raise RecordError(f"{path} doesn't exist; give a file or folder that drllm has written")
+    if path.name == "router_config.json":
+        _show_routers(path.parent, terminal)
+        return
+    if path.name == "run.manifest.json":
+        _show_folder(path.parent, terminal)
+        return
+    if path.name.endswith(".manifest.json"):
+        _show_lines(path.with_name(path.name.replace(".manifest.json", ".jsonl")), terminal)
+        return
+    schema = read_object(path).values.get("schema")
+    if schema != "drllm.evaluation":
+        raise RecordError(
+            f"{path} says it is {schema!r}; expected 'drllm.evaluation'. Give a result of "
+            f"'drllm evaluate', a records file or a folder"
+        )
+    show_results(path.parent, terminal, [read_object(path).text("task")])
+
+
+def _show_lines(path: Path, terminal: Terminal) -> None:
+    _, first = next(read_lines(path))
+    if "paths" in first:
+        say_search(read_search(path), terminal)
+    elif "optimal_layer_config" in first:
+        _show_supervision(path, read_supervision(path), terminal)
+    elif "systems" in first:
+        rows = sum(1 for _ in read_lines(path))
+        terminal.say(f"samples        {rows}; systems {', '.join(first['systems'])}")
+        terminal.say(f"tables         drllm show {path.parent}")
+    elif "epoch" in first:
+        _show_metrics(path, terminal)
+    else:
+        raise RecordError(
+            f"{path}, line 1: has {', '.join(sorted(first)) or 'nothing'}; expected 'paths' "
+            f"(search), 'optimal_layer_config' (supervision), 'systems' (samples) or 'epoch' "
+            f"(metrics)"
+        )
+
+
+def _show_supervision(path: Path, records: Sequence[SupervisionRecord], terminal: Terminal) -> None:
+    manifest = read_manifest(path, "supervision") or {}
+    if "summary" in manifest:
+        say_supervision(manifest["summary"], terminal)
+    else:
+        counts = summarise([], records, {})["class_counts"]
+        terminal.say(f"targets        {len(records)}, no manifest (a file of your own)")
+        _say_classes(counts, terminal)
+    mean = sum(record.executions for record in records) / len(records)
+    layers = len(records[0].optimal_layer_config)
+    terminal.say(f"executions     {plain(mean, 2)} of {layers} on average")
+
+
+def _show_routers(folder: Path, terminal: Terminal) -> None:
+    config = read_object(folder / "router_config.json")
+    training = config.values.get("training") or {}
+    terminal.say(
+        f"base model     {config.values.get('base_model') or 'not named'}, "
+        f"{config.whole('num_layers')} layers of width {config.whole('hidden_size')}"
+    )
+    terminal.say(
+        f"routers        {config.whole('num_windows')} windows, "
+        f"inner width {config.values.get('router_width')}"
+    )
+    if training:
+        tasks = ", ".join(f"{name} {n}" for name, n in training.get("tasks", {}).items())
+        terminal.say(
+            f"trained on     {training.get('num_trained')} targets ({tasks}), "
+            f"{training.get('num_held_out')} held out, {training.get('steps')} steps"
+        )
+    counts = config.values.get("label_counts") or []
+    if counts:
+        _say_classes([sum(column) for column in zip(*counts, strict=True)], terminal)
+    if (folder / "metrics.jsonl").is_file():
+        _show_metrics(folder / "metrics.jsonl", terminal)
+
+
+def _show_metrics(path: Path, terminal: Terminal) -> None:
+    rows = [row for _, row in read_lines(path)]
+    last = max(row["epoch"] for row in rows)
+    table = _table("metric", title=f"epoch {last}")
+    chosen = [row for row in rows if row["epoch"] == last]
+    for row in chosen:
+        table.add_column(str(row["split"]), justify="right")
+    names = [name for name in chosen[0] if name not in ("epoch", "split", "learning_rate")]
+    for name in names:
+        table.add_row(name, *(plain(row.get(name), 3) for row in chosen))
+    terminal.show(table)
+
+
+def _table(*columns: str, title: str | None = None, numbers_from: int = 99) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for place, column in enumerate(columns):
+        # Narrow terminals break lines; nothing is cut off.
+        table.add_column(
+            column, justify="right" if place >= numbers_from else "left", overflow="fold"
+        )
+    return table

@@ -1,0 +1,346 @@
+"""Each verb's work: check what can be checked without a model, load it, run the stage, say so.
+
+Owns the order of things: names, numbers, input files and the output's place are refused before
+the base model is loaded, and nothing is written before all of them are right. Leaves the stages
+themselves to their packages, which meet only here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from drllm.cli import checks, show
+from drllm.cli.parser import Request
+from drllm.cli.terminal import Terminal, duration
+from drllm.config import (
+    EvaluateConfig,
+    GenerateConfig,
+    ModelConfig,
+    SearchConfig,
+    SuperviseConfig,
+    TrainConfig,
+)
+from drllm.errors import CheckpointError, ConfigError
+from drllm.paths import num_executions
+from drllm.records import read_manifest, read_search, read_supervision, sha256
+from drllm.supervision import targets
+from drllm.supervision import write as write_supervision
+from drllm.tasks.base import Task
+
+if TYPE_CHECKING:
+    from drllm.models.loading import BaseModel
+    from drllm.models.routed import RoutedModel
+    from drllm.models.routers import RouterStack
+
+CHECKPOINTS = Path("checkpoints")
+
+
+# --- the verbs ---------------------------------------------------------------------------------
+
+
+def search(request: Request, terminal: Terminal) -> None:
+    """Search the tasks' questions, then choose target paths by the default rules."""
+    config = request.of(SearchConfig)
+    folder = Path(config.output_dir).expanduser()
+    config = dataclasses.replace(config, output_dir=str(folder))
+    tasks = checks.tasks_to_search(config)
+    checks.check_folder(folder, "--output-dir")
+    was_complete = (folder / "search.jsonl").is_file()
+    with loaded(request.of(ModelConfig), terminal) as base:
+        output = run_search_stage(base, tasks, config, terminal)
+    if was_complete:
+        terminal.say(f"{output} is complete already; nothing was searched anew")
+    terminal.say(f"search         {output}")
+    show.say_search(read_search(output), terminal)
+    _supervise_by_default(output, folder / "supervision.jsonl", terminal)
+
+
+def _supervise_by_default(search_file: Path, output: Path, terminal: Terminal) -> None:
+    if output.is_file():
+        manifest = read_manifest(output, "supervision")
+        if manifest is None:
+            terminal.note(f"drllm: {output} has no manifest, so it isn't ours; it stays as it is")
+            return
+        if sha256(search_file) in manifest.get("inputs", {}).values():
+            terminal.say(f"{output} is made from this search already; it stays as it is")
+            return
+    if not targets(read_search(search_file), SuperviseConfig()).records:
+        terminal.note(
+            f"drllm: no question has a target path, so {output.name} was not written; search more "
+            f"questions or simulations, or try 'drllm supervise' with another --target"
+        )
+        return
+    summary = write_supervision([search_file], output, SuperviseConfig())
+    terminal.say(f"supervision    {output}")
+    show.say_supervision(summary, terminal)
+
+
+def supervise(request: Request, terminal: Terminal) -> None:
+    """Choose target paths from search records."""
+    output = request.path("output")
+    checks.check_file(output, "--output")
+    summary = write_supervision(request.paths("search"), output, request.of(SuperviseConfig))
+    terminal.say(f"supervision    {output}")
+    show.say_supervision(summary, terminal)
+
+
+def train(request: Request, terminal: Terminal) -> None:
+    """Train routers on target paths."""
+    output = _routers_folder(request)
+    supervision = request.path("supervision")
+    read_supervision(supervision)
+    checks.check_folder(output, "--output" if request.values["output"] else "--run-name")
+    if (output / "routers.safetensors").exists() and not _is_unfinished(output):
+        raise CheckpointError(
+            f"{output} holds trained routers already; choose another "
+            f"{'--output' if request.values['output'] else '--run-name'}, or delete the folder"
+        )
+    with loaded(request.of(ModelConfig), terminal) as base:
+        run_train_stage(base, supervision, output, request.of(TrainConfig), terminal)
+    terminal.say(f"routers        {output}")
+    show.show(output, terminal)
+
+
+def _routers_folder(request: Request) -> Path:
+    name, output = request.values["run_name"], request.values["output"]
+    if bool(name) == bool(output):
+        what = f"both --run-name {name!r} and --output {output!r} are" if name else "neither is"
+        raise ConfigError(
+            f"{what} given; give --run-name NAME (writes checkpoints/NAME) or --output DIR"
+        )
+    if not name:
+        return request.path("output")
+    if Path(name).name != name or name in (".", ".."):
+        raise ConfigError(
+            f"--run-name is {name!r}; give a plain name without slashes, or a folder as --output"
+        )
+    return CHECKPOINTS / str(name)
+
+
+def _is_unfinished(output: Path) -> bool:
+    from drllm.training.checkpoint import CHECKPOINT_FILE
+
+    return (output / CHECKPOINT_FILE).exists()
+
+
+def evaluate(request: Request, terminal: Terminal) -> None:
+    """Evaluate base, routed model and opponents, and print the table."""
+    config = request.of(EvaluateConfig)
+    output = request.path("output_dir")
+    tasks = checks.tasks_to_evaluate(config)
+    checks.check_folder(output, "--output-dir")
+    routers_dir = request.path("routers")
+    model = _model_of(request, read_routers(routers_dir))
+    with loaded(model, terminal) as base:
+        run_evaluate_stage(base, routers_dir, tasks, config, output, terminal)
+    show.show_results(output, terminal, [task.name for task in tasks])
+    terminal.say(f"results        {output}")
+
+
+def generate(request: Request, terminal: Terminal) -> None:
+    """Answer one prompt, and show its route, its cost and the time it took."""
+    config = request.of(GenerateConfig)
+    place = request.values["routers"]
+    routers = read_routers(request.path("routers")) if place else None
+    model = _model_of(request, routers)
+    with loaded(model, terminal) as base, attached(base, routers) as routed:
+        answer(routed, request.text("prompt"), config, terminal)
+
+
+def _model_of(request: Request, routers: RouterStack | None) -> ModelConfig:
+    """Return the settings of the base model: the user's, or the one that the routers name."""
+    config = request.of(ModelConfig)
+    if request.model_given or routers is None:
+        return config
+    if not routers.config.base_model:
+        raise CheckpointError(
+            f"the routers in {request.text('routers')} don't name their base model; "
+            f"give it as --model"
+        )
+    revision = config.revision or routers.config.base_revision
+    return dataclasses.replace(config, model=routers.config.base_model, revision=revision)
+
+
+def report(request: Request, terminal: Terminal) -> None:
+    """Write the report of one or more run folders."""
+    from drllm.reporting import write_report
+
+    output = request.values["output"]
+    files = write_report(request.paths("run_dir"), request.path("output") if output else None)
+    terminal.say(f"report         {', '.join(map(str, files))}")
+
+
+def list_names(request: Request, terminal: Terminal) -> None:
+    """List tasks or models."""
+    show.list_what(request.text("what"), terminal)
+
+
+def show_place(request: Request, terminal: Terminal) -> None:
+    """Print a file or folder of ours."""
+    show.show(request.path("place"), terminal)
+
+
+# --- the stages, with a loaded model -----------------------------------------------------------
+
+
+def read_routers(folder: Path) -> RouterStack:
+    """Read routers, which is quick, before the base model is loaded.
+
+    Raises:
+        CheckpointError: Missing or broken.
+    """
+    from drllm.models.routers import RouterStack
+
+    return RouterStack.load(folder)
+
+
+@contextmanager
+def loaded(config: ModelConfig, terminal: Terminal) -> Iterator[BaseModel]:
+    """Load the base model, and keep transformers quiet until the block ends."""
+    with terminal.busy(f"loading {config.model}"):
+        from drllm.models.hub import quiet
+        from drllm.models.loading import load
+
+        base = load(config)
+    with quiet():
+        yield base
+
+
+@contextmanager
+def attached(base: BaseModel, routers: RouterStack | None = None) -> Iterator[RoutedModel]:
+    """Route the base model inside the block."""
+    from drllm.models.routed import RoutedModel
+
+    routed = RoutedModel(base.model, routers, tokenizer=base.tokenizer)
+    try:
+        yield routed
+    finally:
+        routed.detach()
+
+
+def run_search_stage(
+    base: BaseModel, tasks: Sequence[Task], config: SearchConfig, terminal: Terminal
+) -> Path:
+    """Search, or go on with a search, and return `search.jsonl`."""
+    from drllm.search.runner import run_search
+
+    with attached(base) as routed, terminal.progress("searching", "questions") as progress:
+        return run_search(routed, tasks, config, base.identity, progress)
+
+
+def run_train_stage(
+    base: BaseModel, supervision: Path, output: Path, config: TrainConfig, terminal: Terminal
+) -> None:
+    """Pool the routers' inputs along the target paths, then train on them."""
+    from drllm.training.features import collect
+    from drllm.training.loop import train as train_routers
+
+    records = read_supervision(supervision)
+    checks.check_supervision_model(supervision, base.identity)
+    with attached(base) as routed, terminal.progress("pooling", "targets") as progress:
+        features = collect(
+            routed,
+            base.tokenizer,
+            records,
+            num_windows=config.num_windows,
+            on_progress=progress,
+        )
+    with terminal.progress("training", "steps") as progress:
+        train_routers(
+            features,
+            base.identity,
+            config,
+            output,
+            device=base.model.device,
+            on_progress=progress,
+        )
+
+
+def run_evaluate_stage(
+    base: BaseModel,
+    routers_dir: Path,
+    tasks: Sequence[Task],
+    config: EvaluateConfig,
+    output: Path,
+    terminal: Terminal,
+) -> list[Path]:
+    """Evaluate the tasks and return their results' files."""
+    from drllm.evaluation.multiple_choice import run_evaluation
+
+    with terminal.progress("evaluating", "passes") as progress:
+        return run_evaluation(base, routers_dir, tasks, config, output, progress)
+
+
+def answer(routed: RoutedModel, prompt: str, config: GenerateConfig, terminal: Terminal) -> None:
+    """Generate greedily from one prompt; print the answer, its route, its cost and the time.
+
+    Raises:
+        ConfigError: A prompt without tokens, or too long for the model's context.
+    """
+    import torch
+
+    from drllm.models.prompts import encode, render
+
+    tokenizer = routed.tokenizer
+    tokens = encode(tokenizer, render(tokenizer, prompt, chat=config.chat))
+    context = getattr(routed.model.config.get_text_config(), "max_position_embeddings", None)
+    if not tokens:
+        raise ConfigError(f"PROMPT {prompt!r} has no tokens; give a text")
+    if context is not None and len(tokens) + config.max_new_tokens > context:
+        raise ConfigError(
+            f"PROMPT has {len(tokens)} tokens and --max-new-tokens is {config.max_new_tokens}, "
+            f"the model's context holds {context}; shorten the prompt or lower --max-new-tokens"
+        )
+    ids = torch.tensor([tokens], device=routed.model.device)
+    clock = _Clock()
+    with torch.no_grad():
+        output = routed.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=config.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=tokenizer.pad_token_id,
+            streamer=clock,
+        )
+    new = output[0, len(tokens) :].tolist()
+    route = routed.last_route[0].tolist()
+    executions, L = num_executions(route), routed.num_layers
+    terminal.say(tokenizer.decode(new, skip_special_tokens=True).strip())
+    terminal.say()
+    terminal.show(show.draw_route(route))
+    terminal.say(
+        f"executions  {executions} of {L} a forward pass ({100 * executions / L:.0f} %), "
+        f"{len(new)} forward passes"
+    )
+    terminal.say(f"tokens      {len(tokens)} read, {len(new)} generated")
+    terminal.say(f"time        {clock.describe()}")
+
+
+class _Clock:
+    """A streamer of transformers that notes when tokens arrive: the prompt first, then each new."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        """Note the time; the tokens are on the CPU already, so the device has finished."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+    def describe(self) -> str:
+        """Say how long the prompt and the tokens after the first took, measured."""
+        prefill = self.times[1] - self.times[0]
+        text = f"prefill {duration(prefill)}"
+        after = len(self.times) - 2
+        if after > 0:
+            decode = self.times[-1] - self.times[1]
+            text += f", decode {duration(decode)} ({after / decode:.1f} tokens a second)"
+        return text

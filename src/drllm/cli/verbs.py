@@ -1,0 +1,168 @@
+"""The verbs of the command line: what each reads and writes, and which settings are its flags.
+
+Owns the table that the parser, the help texts and the messages are made from. Leaves carrying a
+verb out to `stages` and `recipe`. Loads no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from drllm.config import (
+    EvaluateConfig,
+    GenerateConfig,
+    ModelConfig,
+    SearchConfig,
+    Settings,
+    SuperviseConfig,
+    TrainConfig,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flag:
+    """What a verb reads or writes, beside its settings.
+
+    Attributes:
+        name: Of the flag, with underscores; of the place on the line for a positional one.
+        help: One line.
+        default: None where the user must give one, or may leave it out.
+        required: The verb can't run without.
+        many: Takes one value or more.
+        positional: Given without a name.
+    """
+
+    name: str
+    help: str
+    default: str | None = None
+    required: bool = False
+    many: bool = False
+    positional: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The name as a user writes it."""
+        return self.name.upper() if self.positional else "--" + self.name.replace("_", "-")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verb:
+    """One command.
+
+    Attributes:
+        help: One line for `drllm --help`.
+        example: A command line that works.
+        groups: The settings that become flags.
+        flags: What it reads and writes.
+        model_from_routers: Without `--model`, the routers name the base model.
+    """
+
+    help: str
+    example: str
+    groups: tuple[type[Settings], ...] = ()
+    flags: tuple[Flag, ...] = ()
+    model_from_routers: bool = False
+
+
+VERBS: dict[str, Verb] = {
+    "search": Verb(
+        help="try layer paths for each question: search.jsonl, then supervision.jsonl",
+        example="drllm search --dataset builtin_facts --limit 64 --output-dir data/",
+        groups=(ModelConfig, SearchConfig),
+    ),
+    "supervise": Verb(
+        help="choose one target path a question from what the search tried",
+        example="drllm supervise --search data/search.jsonl --output data/supervision.jsonl",
+        groups=(SuperviseConfig,),
+        flags=(
+            Flag(name="search", help="search.jsonl files to read", many=True, required=True),
+            Flag(name="output", help="supervision.jsonl to write", required=True),
+        ),
+    ),
+    "train": Verb(
+        help="train the routers on target paths",
+        example="drllm train --supervision data/supervision.jsonl --run-name first",
+        groups=(ModelConfig, TrainConfig),
+        flags=(
+            Flag(name="supervision", help="supervision.jsonl to learn from", required=True),
+            Flag(name="run_name", help="write the routers to checkpoints/NAME"),
+            Flag(name="output", help="write the routers to this folder instead"),
+        ),
+    ),
+    "generate": Verb(
+        help="answer a prompt and show the route that it took",
+        example='drllm generate --routers checkpoints/first "Why is the sky blue?"',
+        groups=(ModelConfig, GenerateConfig),
+        flags=(
+            Flag(name="prompt", help="what to answer", required=True, positional=True),
+            Flag(name="routers", help="folder of routers; without one every layer is executed"),
+        ),
+        model_from_routers=True,
+    ),
+    "evaluate": Verb(
+        help="compare base, routed model and opponents on multiple-choice tasks",
+        example="drllm evaluate --routers checkpoints/first --tasks builtin_facts",
+        groups=(ModelConfig, EvaluateConfig),
+        flags=(
+            Flag(name="routers", help="folder of routers", required=True),
+            Flag(name="output_dir", help="folder for TASK.json and samples.jsonl", default="eval/"),
+        ),
+        model_from_routers=True,
+    ),
+    "report": Verb(
+        help="write report.html and report.md from the records of a run",
+        example="drllm report runs/demo",
+        flags=(
+            Flag(
+                name="run_dir",
+                help="folders that 'drllm run' has written; several are compared",
+                many=True,
+                required=True,
+                positional=True,
+            ),
+            Flag(name="output", help="folder or .html file; default: the one run folder"),
+        ),
+    ),
+    "run": Verb(
+        help="carry out a recipe: all stages in a row, skipping what is done",
+        example="drllm run recipes/demo.yaml --output-dir runs/demo",
+        flags=(
+            Flag(name="recipe", help="YAML file", required=True, positional=True),
+            Flag(name="output_dir", help="run folder; default: runs/ and the recipe's name"),
+            Flag(name="data_dir", help="folder with SPLIT.jsonl[.gz] files by task"),
+        ),
+    ),
+    "ls": Verb(
+        help="list tasks or models",
+        example="drllm ls tasks",
+        flags=(Flag(name="what", help="tasks or models", required=True, positional=True),),
+    ),
+    "show": Verb(
+        help="print any file or folder of ours in readable form",
+        example="drllm show runs/demo",
+        flags=(
+            Flag(
+                name="place",
+                help="a records file, a result, a folder of routers or a run folder",
+                required=True,
+                positional=True,
+            ),
+        ),
+    ),
+}
+
+
+def overview() -> str:
+    """Return the text of `drllm --help`."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:{width}}  {verb.help}" for name, verb in VERBS.items())
+    return (
+        "usage: drllm VERB [flags]\n\n"
+        "Layer routing for frozen Hugging Face language models: skip, execute or repeat each\n"
+        "layer, once per prompt.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        "flags:\n"
+        "  --help       this text; after a verb, its flags\n"
+        "  --version    the version\n\n"
+        f"first try: {VERBS['run'].example}\n"
+    )

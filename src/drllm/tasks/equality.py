@@ -1,0 +1,151 @@
+"""Whether two short LaTeX answers mean the same number or expression.
+
+Owns the call of math-verify and the fast way for plain numbers, which agrees with it. Leaves
+finding the answer in a text to `grading`. Loads no torch.
+
+math-verify guards against expressions that never finish (`9^{9^{9^9}}`) by an alarm signal, which
+works in the main thread only and clobbers an alarm that the caller has set. Here it runs without
+its alarm in a process of its own, which is ended when an answer takes too long: any thread may
+ask, and no signal is touched.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+from decimal import Decimal
+
+LIMIT_S = 5.0
+"""Longest time for one comparison, in seconds; math-verify's own default."""
+
+_PLAIN = re.compile(r"-?(?:0|[1-9][0-9]{0,8})(?:\.[0-9]{1,4})?")
+_WORKER = """
+import sys
+sys.path.pop(0)  # the folder the user happens to be in
+import json, logging
+logging.disable()
+from math_verify import parse, verify
+answers, sys.stdout = sys.stdout, sys.stderr
+print("ready", file=answers, flush=True)
+for line in sys.stdin:
+    gold, given = (
+        parse("\\\\boxed{" + text + "}", parsing_timeout=None) for text in json.loads(line)
+    )
+    equal = bool(verify(gold, given, timeout_seconds=None))
+    print(json.dumps(equal), file=answers, flush=True)
+"""
+
+logger = logging.getLogger(__name__)
+
+
+def plain_number(text: str) -> Decimal | None:
+    """Return the value of a plainly written number of moderate length, else None.
+
+    Example:
+        >>> plain_number("12.50")
+        Decimal('12.50')
+        >>> plain_number("12 apples") is None
+        True
+    """
+    stripped = text.strip()
+    return Decimal(stripped) if _PLAIN.fullmatch(stripped) else None
+
+
+@functools.lru_cache(maxsize=65536)
+def same_value(gold: str, given: str) -> bool:
+    r"""Say whether an answer means the same as the gold answer.
+
+    Args:
+        gold: The right answer in LaTeX or plain text, without `\boxed`.
+        given: What was inside the box.
+
+    Returns:
+        As math-verify says; False where it needs more than `LIMIT_S` seconds.
+
+    Example:
+        >>> same_value("12", "12.0"), same_value("12", "13")
+        (True, False)
+    """
+    plain_gold, plain_given = plain_number(gold), plain_number(given)
+    if plain_gold is not None and plain_given is not None:
+        return plain_gold == plain_given
+    return _comparer.ask(gold, given)
+
+
+class _Comparer:
+    """The process that compares, started when first asked and again after a time-out or a fork."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._owner = 0
+
+    def ask(self, gold: str, given: str) -> bool:
+        with self._lock:
+            process = self._started()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            late = threading.Event()
+
+            def stop() -> None:
+                late.set()
+                process.kill()
+
+            alarm = threading.Timer(LIMIT_S, stop)
+            alarm.daemon = True
+            alarm.start()
+            try:
+                process.stdin.write(json.dumps([gold, given]) + "\n")
+                process.stdin.flush()
+                answer = process.stdout.readline()
+            finally:
+                alarm.cancel()
+                alarm.join()
+            if late.is_set() or not answer:
+                self._end()
+            if not answer:
+                logger.warning("comparing %r with %r gave no answer: counted as wrong", given, gold)
+                return False
+            return bool(json.loads(answer))
+
+    def end(self) -> None:
+        with self._lock:
+            self._end()
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is not None and self._owner != os.getpid():
+            self._process = None  # a fork's parent owns it
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _WORKER],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="utf-8",
+            )
+            self._owner = os.getpid()
+            assert self._process.stdout is not None
+            if self._process.stdout.readline().strip() != "ready":
+                self._end()
+                raise ImportError(
+                    f"{sys.executable} can't import math_verify; run pip install math-verify"
+                )
+        return self._process
+
+    def _end(self) -> None:
+        if self._process is not None and self._owner == os.getpid():
+            self._process.kill()
+            self._process.communicate()
+        self._process = None
+
+
+_comparer = _Comparer()
+atexit.register(_comparer.end)

@@ -1,0 +1,223 @@
+"""Questions from a `.jsonl` file of the user's own.
+
+Owns the two kinds of rows (`question`, `choices`, `answer`; or `question`, `answer`, `grader`) and
+the messages for rows that can't be used. Leaves how they are asked to `multiple_choice` and
+`math`, and reading lines to `rows`. Loads no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from drllm.errors import TaskError, unknown_name
+from drllm.records import question_key, split_of
+from drllm.tasks.base import TASKS, Example, Prompt, check_split
+from drllm.tasks.grading import normalise
+from drllm.tasks.math import OTHER_TEMPLATES as OTHER_BOXED_TEMPLATES
+from drllm.tasks.math import TEMPLATE as BOXED_TEMPLATE
+from drllm.tasks.multiple_choice import LETTER_TOKENS, LETTERS, MultipleChoiceTask
+from drllm.tasks.rows import read_rows, text_of, texts_of
+
+GRADERS = ("letter", "exact", "boxed")
+ANSWER_TOKENS = 16
+"""Fewest tokens that a generated answer is allowed; more where the right one is longer."""
+
+TEMPLATES = {
+    "letter": "{question}\n\nAnswer with the letter of the right option only.",
+    "exact": "{question}\n\nGive the answer only, with no explanation.",
+}
+OTHER_TEMPLATES = {
+    "letter": (
+        "Choose the right option and reply with its letter alone.\n\n{question}",
+        "{question}\n\nWhich letter is right? Letter:",
+    ),
+    "exact": (
+        "Answer the question in as few words as possible.\n\n{question}",
+        "Question: {question}\nReply with the answer alone.",
+    ),
+}
+
+
+class FileTask(MultipleChoiceTask):
+    """The questions of one file; which rewards fit depends on the rows.
+
+    Every question belongs to one of the four splits by its text, so that one file serves search,
+    training and evaluation, and no question is trained on and reported on.
+
+    Args:
+        path: A `.jsonl` or `.jsonl.gz` file. Rows are `question`, `choices` and `answer` (the
+            right option's index from 0, its text, or its letter), or `question`, `answer` and
+            `grader` (`letter`, `exact` or `boxed`), the same for all.
+
+    Raises:
+        TaskError: A missing, empty or broken file, or a row that can't be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
+        self.name = f"{stem}_file" if stem in TASKS else stem
+        self.description = f"the questions of {path}"
+        self._examples, self._grader = self._read()
+        self.rewards = (self._grader,) if self._grader else MultipleChoiceTask.rewards
+        last = max(LETTERS.find(example.answer) for example in self._examples)
+        self._letters = LETTERS[: max(5, last + 1)]  # the options stand in the questions' texts
+
+    def examples(self, split: str, data_dir: Path | None = None) -> list[Example]:
+        """Return the questions of one split, in the file's order.
+
+        Args:
+            split: `search` (half of the questions), `fit` (10 %), `select` (15 %) or `test`
+                (25 %).
+            data_dir: Not needed, and not looked at.
+
+        Raises:
+            TaskError: An unknown split.
+        """
+        check_split(split)
+        return [example for example in self._examples if split_of(example.question, "own") == split]
+
+    def prompt(self, example: Example, reward: str) -> Prompt:
+        """Return how the question is asked.
+
+        Raises:
+            TaskError: A reward that doesn't fit the file.
+        """
+        if self._grader is None:
+            return super().prompt(example, reward)
+        grader = self.check_reward(reward)
+        return self._generated(example, TEMPLATES.get(grader, BOXED_TEMPLATE))
+
+    def retests(self, example: Example, reward: str) -> tuple[Prompt, ...]:
+        """Return the other ways of asking the same question.
+
+        Raises:
+            TaskError: A reward that doesn't fit the file.
+
+        Source: ours (docs/differences.md, D-05).
+        """
+        if self._grader is None:
+            return super().retests(example, reward)
+        templates = OTHER_TEMPLATES.get(self.check_reward(reward), OTHER_BOXED_TEMPLATES)
+        return tuple(self._generated(example, template) for template in templates)
+
+    def _generated(self, example: Example, template: str) -> Prompt:
+        assert self._grader is not None
+        longest = 8 + len(example.answer.encode())  # no token is shorter than a byte
+        return Prompt(
+            text=template.format(question=example.question),
+            reward=self._grader,
+            answer=example.answer,
+            chat=True,
+            max_new_tokens=(
+                LETTER_TOKENS if self._grader == "letter" else max(ANSWER_TOKENS, longest)
+            ),
+            letters=self._letters,
+        )
+
+    def _read(self) -> tuple[list[Example], str | None]:
+        """Return the questions and the grader of all rows; None where options are scored."""
+        examples: list[Example] = []
+        lines: dict[str, tuple[int, Example]] = {}
+        kind: str | None = None
+        for line, row in read_rows(self.path):
+            try:
+                its_kind = _kind(row)
+                kind = kind or its_kind
+                if its_kind != kind:
+                    raise TaskError(
+                        f"a row with {its_kind}, but the first has {kind}; "
+                        f"put them into files of their own"
+                    )
+                example = self._example(row, line)
+                first, earlier = lines.setdefault(question_key(example.question), (line, example))
+                if (earlier.choices, earlier.answer) != (example.choices, example.answer):
+                    raise TaskError(
+                        f"the question stands on line {first} with another answer or other "
+                        f"choices; keep one of them"
+                    )
+            except TaskError as error:
+                raise TaskError(f"{self.path}, line {line}: {error}") from error
+            if first == line:
+                examples.append(example)
+        return examples, None if kind == CHOICES else str(row["grader"])
+
+    def _example(self, row: Mapping[str, Any], line: int) -> Example:
+        question = text_of(row, "question")
+        if "choices" not in row:
+            answer = _graded_answer(row)
+            return Example(id=f"line-{line}", task=self.name, question=question, answer=answer)
+        choices = texts_of(row, "choices", minimum=2)
+        for choice in choices:
+            if choices.count(choice) > 1:
+                raise TaskError(f"'choices' holds {choice!r} twice; every choice must be another")
+        if len(choices) > len(LETTERS):
+            raise TaskError(f"'choices' has {len(choices)} entries; give at most {len(LETTERS)}")
+        gold = _gold(row, choices)
+        return Example(
+            id=f"line-{line}",
+            task=self.name,
+            question=question,
+            choices=choices,
+            gold=gold,
+            answer=choices[gold],
+        )
+
+
+CHOICES = "'choices'"
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    """Say which kind of row this is, in the words of a message."""
+    if "choices" in row and "grader" in row:
+        raise TaskError(
+            "a row with 'choices' takes no 'grader'; leave it out and choose by --reward"
+        )
+    if "choices" in row:
+        return CHOICES
+    if "grader" not in row:
+        raise TaskError(
+            f"'choices' or 'grader' is missing (the line has: {', '.join(row) or 'nothing'}); "
+            f"give question, choices, answer or question, answer, grader"
+        )
+    grader = row["grader"]
+    if grader not in GRADERS:
+        raise TaskError(unknown_name("grader", str(grader), GRADERS))
+    return f"grader {grader!r}"
+
+
+def _gold(row: Mapping[str, Any], choices: tuple[str, ...]) -> int:
+    """Return the index of the right option, which may be given as index, text or letter."""
+    last = len(choices) - 1
+    answer = row.get("answer")
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if not 0 <= answer <= last:
+            raise TaskError(f"'answer' {answer} is out of range; the valid indices are 0 to {last}")
+        return answer
+    text = text_of(row, "answer")
+    if text in choices:
+        return choices.index(text)
+    letters = LETTERS[: len(choices)]
+    if len(text) == 1 and text in letters:
+        return letters.index(text)
+    raise TaskError(
+        f"'answer' {text!r} is not among the choices; "
+        f"give a choice's text, its index (0 to {last}) or its letter (A to {letters[-1]})"
+    )
+
+
+def _graded_answer(row: Mapping[str, Any]) -> str:
+    """Return the right answer of a row with a grader, as text."""
+    value = row.get("answer")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        answer = str(value)
+    else:
+        answer = text_of(row, "answer").strip()
+    grader = row["grader"]
+    if grader == "letter" and (len(answer) != 1 or answer not in LETTERS):
+        raise TaskError(f"'answer' is {answer!r}; the grader 'letter' expects one of A to Z")
+    if grader == "exact" and (not normalise(answer) or len(answer.splitlines()) > 1):
+        raise TaskError(f"'answer' is {answer!r}; the grader 'exact' expects one line of words")
+    return answer

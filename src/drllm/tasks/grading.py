@@ -1,0 +1,184 @@
+"""What counts as right: grades of generated answers, verdicts on unfinished ones, choice scores.
+
+Owns the three rules for generated answers (`letter`, `boxed`, `exact`) and the one for scored
+choices (`loglikelihood`). A *verdict* is a grade that no continuation of the text can change, so
+that generation can stop there. Leaves whether two expressions are equal to `equality`, and
+generating and scoring to whoever holds the model. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+from drllm.tasks.base import Prompt
+from drllm.tasks.equality import same_value
+
+_OPENING_MARKS = " \t\"'`*_“”‘’«»"
+_CLOSING_MARKS = _OPENING_MARKS + ".,;:!?"
+_UNFINISHED_CHARACTER = "\ufffd"
+"""What tokenizers show for the first bytes of a character whose other bytes are still to come."""
+
+
+def grade(prompt: Prompt, text: str) -> float:
+    """Grade a finished answer.
+
+    Args:
+        prompt: What was asked; its `reward` names the rule.
+        text: All that was generated, without special tokens.
+
+    Returns:
+        1.0 for a right answer, else 0.0.
+
+    Raises:
+        ValueError: The prompt isn't answered by generating.
+
+    Example:
+        >>> grade(Prompt(text="…", reward="letter", answer="B"), "The answer is B.")
+        1.0
+    """
+    result = verdict(prompt, text, finished=True)
+    assert result is not None
+    return result
+
+
+def verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
+    r"""Return the grade once no continuation of the text can change it.
+
+    Args:
+        prompt: What was asked; its `reward` names the rule:
+            `letter`: the first option letter that stands alone decides (upper case, no letter or
+            digit beside it); `boxed`: the first `\boxed{…}` whose braces close decides, compared
+            by value; `exact`: the first line that isn't blank must equal the answer, apart from
+            case, white space, quotation marks and emphasis around it and a final punctuation mark.
+        text: What was generated so far, without special tokens.
+        finished: Nothing more will come.
+
+    Returns:
+        The grade, or None while it is open. Never None when finished.
+
+    Raises:
+        ValueError: The prompt isn't answered by generating.
+
+    Source: Dr.LLM section 4 grades ARC by a letter pattern and DART by `\boxed{}`; stopping at
+        the verdict is ours.
+    """
+    if not finished:
+        text = text.rstrip(_UNFINISHED_CHARACTER)
+    if prompt.reward == "letter":
+        return _letter_verdict(prompt, text, finished)
+    if prompt.reward == "boxed":
+        return _boxed_verdict(prompt, text, finished)
+    if prompt.reward == "exact":
+        return _exact_verdict(prompt, text, finished)
+    raise ValueError(f"reward {prompt.reward!r} does not grade generated answers")
+
+
+def score_choices(logprobs: Sequence[float], prompt: Prompt) -> tuple[float, float]:
+    """Return reward and margin of a multiple-choice question from its options' log-probabilities.
+
+    Args:
+        logprobs: Summed log-probability of each continuation in nats, in the prompt's order.
+        prompt: What was asked, with `continuations` and `gold`; `normalised` divides each sum by
+            the option's length in characters, without its leading space.
+
+    Returns:
+        The reward (1.0 if the gold option is the best; of equal ones the first counts as best, as
+        in lm-evaluation-harness) and the margin in nats: the gold option's score minus the best
+        other's.
+
+    Raises:
+        ValueError: Another number of scores than continuations, a score that isn't finite, or a
+            prompt without options.
+
+    Example:
+        >>> prompt = Prompt(text="…", reward="loglikelihood", answer="ice", gold=1,
+        ...                 continuations=(" fire", " ice"))
+        >>> score_choices([-3.0, -1.0], prompt)
+        (1.0, 2.0)
+    """
+    if prompt.gold is None or len(prompt.continuations) < 2:
+        raise ValueError(f"a prompt with reward {prompt.reward!r} has no options to score")
+    if len(logprobs) != len(prompt.continuations):
+        raise ValueError(f"{len(logprobs)} scores for {len(prompt.continuations)} options")
+    scores = [float(value) for value in logprobs]
+    if not all(map(math.isfinite, scores)):
+        raise ValueError(f"log-probabilities {scores} are not all finite")
+    if prompt.normalised:
+        lengths = [len(text.removeprefix(" ")) for text in prompt.continuations]
+        scores = [score / length for score, length in zip(scores, lengths, strict=True)]
+    others = scores[: prompt.gold] + scores[prompt.gold + 1 :]
+    right = scores.index(max(scores)) == prompt.gold
+    return float(right), scores[prompt.gold] - max(others)
+
+
+# --- letter ------------------------------------------------------------------------------------
+
+
+def _letter_verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
+    # A letter or digit is a word character other than the underscore (so that _B_ stands alone).
+    alone = re.search(rf"(?<![^\W_])[{re.escape(prompt.letters)}](?![^\W_])", text)
+    if alone is None:
+        return 0.0 if finished else None
+    if alone.end() == len(text) and not finished:
+        return None  # the next character may make a word of it
+    return float(alone.group() == prompt.answer)
+
+
+# --- boxed -------------------------------------------------------------------------------------
+
+
+def first_boxed(text: str) -> str | None:
+    r"""Return the content of the first `\boxed{…}` that closes, or None.
+
+    Example:
+        >>> first_boxed(r"so \boxed{\frac{1}{2}} or \boxed{3}")
+        '\\frac{1}{2}'
+    """
+    open_braces: list[int | None] = []  # where a box's content starts; None for other braces
+    for token in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
+        found = token.group()
+        if found == "{":
+            open_braces.append(None)
+        elif found == "}":
+            start = open_braces.pop() if open_braces else None
+            if start is not None:
+                return text[start : token.start()]
+        elif found.startswith("\\boxed"):
+            open_braces.append(token.end())
+    return None
+
+
+def _boxed_verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
+    content = first_boxed(text)
+    if content is None:
+        return 0.0 if finished else None
+    return float(same_value(prompt.answer, content))
+
+
+# --- exact -------------------------------------------------------------------------------------
+
+
+def normalise(answer: str) -> str:
+    """Return an answer without what doesn't count: case, outer marks, runs of white space.
+
+    Example:
+        >>> normalise(' **New  York.** ')
+        'new york'
+    """
+    return " ".join(answer.split()).casefold().lstrip(_OPENING_MARKS).rstrip(_CLOSING_MARKS)
+
+
+def _exact_verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
+    first, *rest = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)
+    gold = normalise(prompt.answer)
+    if finished or rest:
+        return float(normalise(first) == gold)
+    # White space at the end may stand between this and the next word: keep one space of it.
+    begun = re.sub(r"\s+", " ", first).casefold().lstrip(_OPENING_MARKS)
+    if gold.startswith(begun):
+        return None
+    if begun.startswith(gold) and not begun[len(gold) :].strip(_CLOSING_MARKS):
+        return None
+    return 0.0

@@ -1,0 +1,350 @@
+"""The whole loop on a tiny model: all stages, again, and after a kill at any moment."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
+
+import pytest
+
+from drllm.cli import main
+from drllm.records import SearchRecord, read_search
+
+FILES = {
+    "run.yaml",
+    "run.manifest.json",
+    "search.jsonl",
+    "search.manifest.json",
+    "supervision.jsonl",
+    "supervision.manifest.json",
+    "routers/router_config.json",
+    "routers/routers.safetensors",
+    "routers/metrics.jsonl",
+    "routers/README.md",
+    "eval/builtin_facts.json",
+    "eval/samples.jsonl",
+    "eval/samples.manifest.json",
+    "report.html",
+    "report.md",
+}
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    """Return every file below a folder with its time of change, in nanoseconds."""
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def run_copy(tmp_path: Path, finished_run: Path) -> Path:
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+# --- a recipe ----------------------------------------------------------------------------------
+
+
+def test_a_recipe_leaves_every_file_and_nothing_else(finished_run: Path):
+    assert set(files_of(finished_run)) == FILES
+
+
+def test_the_same_recipe_again_does_nothing_anew(
+    finished_run: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+):
+    before = files_of(finished_run)
+    started = time.monotonic()
+
+    status = main(["run", str(recipe), "--output-dir", str(finished_run)])
+
+    out, err = capsys.readouterr()
+    assert status == 0
+    assert files_of(finished_run) == before
+    assert time.monotonic() - started < 2
+    assert err.count("done before") == 5
+    assert f"report       {finished_run / 'report.html'}" in out
+
+
+def test_the_recipe_kept_in_the_folder_is_the_same_run(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+):
+    before = files_of(finished_run)
+
+    assert main(["run", str(finished_run / "run.yaml"), "--output-dir", str(finished_run)]) == 0
+
+    assert files_of(finished_run) == before
+    assert capsys.readouterr().err.count("done before") == 5
+
+
+def test_other_training_settings_redo_the_training_and_what_follows(
+    run_copy: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    before = files_of(run_copy)
+    other = tmp_path / "other.yaml"
+    other.write_text(recipe.read_text().replace("num_epochs: 2", "num_epochs: 3"))
+
+    assert main(["run", str(other), "--output-dir", str(run_copy)]) == 0
+
+    after = files_of(run_copy)
+    unchanged = {name for name in after if after[name] == before[name]}
+    assert unchanged == {name for name in FILES if name.startswith(("search", "supervision"))}
+    assert len((run_copy / "routers" / "metrics.jsonl").read_text().splitlines()) == 3
+    assert capsys.readouterr().err.count("done before") == 2
+
+
+def test_a_result_that_was_changed_by_hand_is_made_again(
+    run_copy: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+):
+    result = run_copy / "eval" / "builtin_facts.json"
+    right = json.loads(result.read_text())
+    result.write_text(result.read_text().replace('"accuracy": ', '"accuracy": 1.0e-9 + '))
+
+    assert main(["run", str(recipe), "--output-dir", str(run_copy)]) == 0
+
+    made_again = json.loads(result.read_text())
+    for system, expected in zip(made_again["systems"], right["systems"], strict=True):
+        assert system["accuracy"] == expected["accuracy"]
+        assert system["gold_logprob"] == pytest.approx(expected["gold_logprob"], abs=1e-4)
+    assert capsys.readouterr().err.count("done before") == 3
+
+
+def test_other_tasks_leave_no_result_of_the_earlier_ones(
+    run_copy: Path, recipe: Path, tmp_path: Path
+):
+    own = tmp_path / "own.jsonl"
+    rows = [
+        {"question": f"Which number follows {n}?", "choices": [str(n + 1), str(n)], "answer": 0}
+        for n in range(40)
+    ]
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = tmp_path / "other.yaml"
+    other.write_text(recipe.read_text().replace("tasks: builtin_facts", f"tasks: {own}"))
+
+    assert main(["run", str(other), "--output-dir", str(run_copy)]) == 0
+
+    assert [path.name for path in (run_copy / "eval").glob("[!.s]*.json")] == ["own.json"]
+
+
+# --- single verbs ------------------------------------------------------------------------------
+
+
+def test_the_stages_one_by_one_end_in_an_evaluation(
+    tmp_path: Path,
+    model_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    model = ["--model-id", str(model_folder()), "--device", "cpu"]
+
+    assert main(["search", *model, "--limit", "6", "--num_simulations", "6"]) == 0
+    supervised = ["supervise", "--search", "data/search.jsonl", "--output", "data/paper.jsonl"]
+    assert main([*supervised, "--target", "paper"]) == 0
+    trained = ["train", *model, "--supervision", "data/supervision.jsonl", "--run-name", "first"]
+    assert main([*trained, "--num-epochs", "1", "--warmup-steps", "0"]) == 0
+    evaluated = ["evaluate", "--routers", "checkpoints/first", "--device", "cpu", "--limit", "4"]
+    assert main([*evaluated, "--num-random-draws", "1"]) == 0
+
+    out = capsys.readouterr().out
+    assert Path("data/paper.jsonl").is_file()
+    assert Path("eval/builtin_facts.json").is_file()
+    assert "builtin_facts, test: 4 questions" in out
+    for system in ("base", "routed", "permuted routes", "random decisions", "label frequency"):
+        assert re.search(rf"^ {system} .*%", out, re.MULTILINE)
+
+
+def test_a_search_that_is_complete_says_so_and_stays_as_it_is(
+    run_copy: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+):
+    settings = recipe.read_text()
+    model = re.search(r"model: (/[^,]+),", settings)
+    assert model is not None
+    before = (run_copy / "search.jsonl").stat().st_mtime_ns
+
+    words = ["search", "--model", model[1], "--device", "cpu", "--output-dir", str(run_copy)]
+    status = main([*words, "--limit", "6", "--num-simulations", "6", "--block-size", "3"])
+
+    assert status == 0
+    assert "search.jsonl is complete already" in capsys.readouterr().out
+    assert (run_copy / "search.jsonl").stat().st_mtime_ns == before
+
+
+def test_targets_by_another_rule_survive_the_same_search_again(
+    run_copy: Path, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+):
+    search, output = run_copy / "search.jsonl", run_copy / "supervision.jsonl"
+    words = ["supervise", "--search", str(search), "--output", str(output), "--target", "paper"]
+    assert main(words) == 0
+    chosen = output.read_text()
+
+    words = ["search", "--model", str(model_folder()), "--device", "cpu"]
+    settings = ["--limit", "6", "--num-simulations", "6", "--block-size", "3"]
+    assert main([*words, *settings, "--output-dir", str(run_copy)]) == 0
+
+    assert output.read_text() == chosen
+    assert "supervision.jsonl is made from this search already" in capsys.readouterr().out
+
+
+def test_generate_draws_the_route_and_counts_its_cost(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["generate", "--routers", str(finished_run / "routers"), "--device", "cpu"]
+
+    assert main([*words, "--max-new-tokens", "5", "What is ice?"]) == 0
+
+    out = capsys.readouterr().out
+    route = re.search(r"layer  0\n       ([█·2]{4})\n", out)
+    assert route is not None
+    counts = {"·": 0, "█": 1, "2": 2}
+    executions = sum(counts[mark] for mark in route[1])
+    assert f"executions  {executions} of 4 a forward pass" in out
+    assert re.search(r"time        prefill \d", out)
+
+
+def test_generate_without_routers_gives_the_base_models_answer(
+    model_folder: Callable[..., Path], tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_folder())
+    ids = torch.tensor([tiny_tokenizer("Name an ice.")["input_ids"]])
+    output = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    expected = tiny_tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    assert expected.strip()
+
+    words = ["generate", "--model", str(model_folder()), "--device", "cpu", "--no-chat"]
+    assert main([*words, "--max-new-tokens", "6", "Name an ice."]) == 0
+
+    out = capsys.readouterr().out
+    assert out.startswith(expected.strip() + "\n")
+    assert "4 of 4 a forward pass (100 %)" in out
+
+
+@pytest.mark.parametrize(
+    ("place", "shown"),
+    [
+        ("", "search.jsonl"),
+        ("search.jsonl", "paths tried    42, 7.0 a question"),
+        ("supervision.jsonl", "targets        "),
+        ("routers", "4 layers of width 32"),
+        ("routers/metrics.jsonl", "macro_f1"),
+        ("eval", "builtin_facts, test: 6 questions"),
+        ("eval/builtin_facts.json", "builtin_facts, test: 6 questions"),
+        ("eval/samples.jsonl", "samples        6; systems base, routed"),
+        ("search.manifest.json", "paths tried"),
+        ("run.manifest.json", "report.html"),
+    ],
+)
+def test_everything_in_a_run_folder_can_be_shown(
+    finished_run: Path, place: str, shown: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["show", str(finished_run / place)]) == 0
+
+    assert shown in capsys.readouterr().out
+
+
+# --- kill, interrupt, go on --------------------------------------------------------------------
+
+
+def search_words(model: Path, dataset: str, output: Path) -> list[str]:
+    settings = ["--num-simulations", "8", "--limit", "10", "--block-size", "2"]
+    words = ["search", "--model", str(model), "--device", "cpu", "--dataset", dataset]
+    return [*words, *settings, "--output-dir", str(output)]
+
+
+def wait_for_first_block(process: Popen[str], output: Path) -> None:
+    first = output / "search.blocks" / "00000.jsonl"
+    deadline = time.monotonic() + 60
+    while not first.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def without_times(records: list[SearchRecord]) -> list[Any]:
+    """Return what must be equal exactly: everything but times and margins."""
+    return [
+        (
+            record.id,
+            record.prompt,
+            record.reward,
+            [(p.decisions, p.simulation, p.reward, p.answer) for p in record.paths],
+            [p.retest and (p.retest.passed, p.retest.survived) for p in record.paths],
+        )
+        for record in records
+    ]
+
+
+def margins(records: list[SearchRecord]) -> list[float | None]:
+    return [path.margin for record in records for path in record.paths]
+
+
+@pytest.fixture
+def letters_file(tmp_path: Path) -> str:
+    """Questions to be answered by a letter; the tiny model's babble is right at times."""
+    path = tmp_path / "letters.jsonl"
+    rows = [
+        {"question": f"Is {n} A) odd, B) even or C) big?", "answer": "C", "grader": "letter"}
+        for n in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("dataset", ["builtin_facts", "builtin_arithmetic", "letters"])
+def test_a_killed_search_goes_on_and_ends_as_an_unbroken_one(
+    dataset: str,
+    tmp_path: Path,
+    model_folder: Callable[..., Path],
+    letters_file: str,
+    start: Any,
+):
+    dataset = dataset.replace("letters", letters_file)
+    killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
+    process = start(search_words(model_folder(), dataset, killed))
+    wait_for_first_block(process, killed)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kept = {path.name: path.read_text() for path in killed.glob("search.blocks/0*.jsonl")}
+    assert 1 <= len(kept) < 5  # the kill came in the middle of it
+    assert not (killed / "search.jsonl").exists()
+
+    assert main(search_words(model_folder(), dataset, killed)) == 0
+    assert main(search_words(model_folder(), dataset, unbroken)) == 0
+
+    assert not (killed / "search.blocks").exists()
+    assert (killed / "search.jsonl").read_text().startswith(kept["00000.jsonl"])
+    resumed, expected = read_search(killed / "search.jsonl"), read_search(unbroken / "search.jsonl")
+    assert without_times(resumed) == without_times(expected)
+    assert margins(resumed) == pytest.approx(margins(expected), abs=1e-4)
+    if dataset != "builtin_arithmetic":  # too hard for a model of random weights
+        assert {path.reward for record in expected for path in record.paths} == {0.0, 1.0}
+
+
+def test_an_interrupted_search_ends_in_one_sentence_and_keeps_its_blocks(
+    tmp_path: Path, model_folder: Callable[..., Path], start: Any
+):
+    output = tmp_path / "data"
+    process = start(search_words(model_folder(), "builtin_arithmetic", output))
+    wait_for_first_block(process, output)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+
+    last = err.splitlines()[-1]
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert last == (
+        "drllm: interrupted; finished blocks of questions are kept; "
+        "the same command goes on behind them"
+    )
+    assert list((output / "search.blocks").glob("0*.jsonl"))
+    assert not (output / "search.jsonl").exists()

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drllm.cli import ACTIONS, main
+from drllm.cli.parser import parse, read_yaml
+from drllm.cli.verbs import VERBS, overview
+from drllm.config import GenerateConfig, ModelConfig, SearchConfig, TrainConfig
+from drllm.errors import ConfigError
+
+FIELDS = [
+    (name, declared)
+    for name, verb in VERBS.items()
+    for group in verb.groups
+    for declared in dataclasses.fields(group)
+]
+
+
+def test_every_verb_has_an_action_and_a_line_in_the_overview():
+    assert set(ACTIONS) == set(VERBS)
+    for name, verb in VERBS.items():
+        assert f"  {name}" in overview()
+        assert verb.help in overview()
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_every_verbs_example_is_understood(name: str):
+    words = [word.strip('"') for word in VERBS[name].example.split()]
+    if name == "generate":  # its prompt has spaces
+        words = [*words[: words.index("Why")], "Why is the sky blue?"]
+
+    assert words[0] == "drllm"
+    assert parse(words[1:]).verb == name
+
+
+@pytest.mark.parametrize(
+    ("verb", "declared"), FIELDS, ids=[f"{verb}-{field.name}" for verb, field in FIELDS]
+)
+def test_every_setting_is_a_flag_with_its_default_in_the_help(
+    verb: str, declared: Any, capsys: pytest.CaptureFixture[str]
+):
+    assert main([verb, "--help"]) == 0
+
+    flag = "--" + declared.name.replace("_", "-")
+    entries = re.split(r"\n(?=  -|\n)", capsys.readouterr().out)
+    entry = next(text for text in entries if re.match(rf"  {flag}[ ,]", text))
+    text = " ".join(entry.split())
+    assert declared.metadata["help"] in text
+    default = "null" if declared.default is None else declared.default
+    if declared.name == "model" and VERBS[verb].model_from_routers:
+        default = "null"
+    assert text.endswith(f"default: {default})")
+
+
+def test_underscores_and_dashes_are_the_same():
+    dashes = parse(["search", "--num-simulations", "7", "--stop-rule=paper"])
+    underscores = parse(["search", "--num_simulations=7", "--stop_rule", "paper"])
+
+    assert dashes == underscores
+    assert dashes.of(SearchConfig).num_simulations == 7
+
+
+def test_values_keep_their_underscores():
+    assert parse(["search", "--dataset", "builtin_facts"]).of(SearchConfig).dataset == (
+        "builtin_facts"
+    )
+    assert parse(["generate", "--", "--a_b"]).text("prompt") == "--a_b"
+
+
+def test_a_published_name_is_accepted():
+    assert parse(["search", "--model_id", "owner/name"]).of(ModelConfig).model == "owner/name"
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path, where: str):
+    file = tmp_path / "s.yaml"
+    file.write_text("num-epochs: 7\nlearning_rate: 0.5\nmodel_id: owner/name\n")
+    flags, config = ["--num-epochs", "9"], ["--config", str(file)]
+    order = [*config, *flags] if where == "before" else [*flags, *config]
+
+    request = parse(["train", "--supervision", "s", "--run-name", "n", *order])
+
+    settings = request.of(TrainConfig)
+    assert (settings.num_epochs, settings.learning_rate) == (9, 0.5)
+    assert settings.gamma == TrainConfig().gamma
+    assert request.of(ModelConfig).model == "owner/name"
+    assert request.model_given
+
+
+def test_a_file_may_name_what_a_verb_reads(tmp_path: Path):
+    file = tmp_path / "s.yaml"
+    file.write_text("search: a.jsonl\noutput: b.jsonl\ntarget: paper\n")
+
+    request = parse(["supervise", "--config", str(file)])
+
+    assert request.paths("search") == [Path("a.jsonl")]
+    assert request.path("output") == Path("b.jsonl")
+
+
+def test_a_switch_can_be_turned_on_and_off():
+    assert parse(["generate", "hello"]).of(GenerateConfig).chat is True
+    assert parse(["generate", "--no-chat", "hello"]).of(GenerateConfig).chat is False
+    assert parse(["search", "--trust-remote-code"]).of(ModelConfig).trust_remote_code is True
+
+
+def test_without_a_model_it_is_known_that_none_was_given():
+    given = parse(["evaluate", "--routers", "r", "--model", "smollm2-135m"])
+    not_given = parse(["evaluate", "--routers", "r"])
+
+    assert given.model_given
+    assert not not_given.model_given
+    assert given.of(ModelConfig) == not_given.of(ModelConfig)
+
+
+def test_abbreviated_flags_are_refused():
+    with pytest.raises(ConfigError, match="unknown flag '--lim'; did you mean '--limit'"):
+        parse(["search", "--lim", "3"])
+
+
+def test_numbers_with_an_exponent_are_numbers_on_the_line():
+    words = ["train", "--supervision", "s", "--output", "o", "--learning-rate", "1e-3"]
+
+    assert parse(words).of(TrainConfig).learning_rate == 1e-3
+
+
+def test_an_empty_yaml_file_is_refused(tmp_path: Path):
+    file = tmp_path / "s.yaml"
+    file.write_text("")
+
+    with pytest.raises(ConfigError, match="holds NoneType, not names and values"):
+        read_yaml(file, "settings")
+
+
+def test_a_yaml_file_in_another_encoding_is_refused(tmp_path: Path):
+    file = tmp_path / "s.yaml"
+    file.write_bytes(b"model: \xff\xfe")
+
+    with pytest.raises(ConfigError, match="not a UTF-8 text"):
+        read_yaml(file, "settings")
+
+
+QUIET_WORDS = [["--help"], ["--version"], ["ls", "tasks"], *([verb, "--help"] for verb in VERBS)]
+
+
+def test_help_version_and_lists_load_no_torch():
+    script = (
+        "import sys\nfrom drllm.cli import main\n"
+        f"assert [main(words) for words in {QUIET_WORDS!r}] == [0] * {len(QUIET_WORDS)}\n"
+        "print({'torch', 'transformers'} & set(sys.modules))"
+    )
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "set()"
+    assert done.stderr == ""
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]):
+    import importlib.metadata
+
+    assert main(["--version"]) == 0
+
+    assert capsys.readouterr().out == f"drllm {importlib.metadata.version('drllm')}\n"

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from drllm.cli.recipe import Ledger, read_recipe
+from drllm.errors import ConfigError, RecordError
+from drllm.tasks.base import get_tasks
+
+RECIPES = sorted((Path(__file__).resolve().parents[3] / "recipes").glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "r.yaml"
+    path.write_text(text)
+    return path
+
+
+# --- recipes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_the_recipes_that_come_with_the_project_are_understood(path: Path, tmp_path: Path):
+    recipe = read_recipe(path, tmp_path)
+
+    assert get_tasks(recipe.search.dataset)
+    assert get_tasks(recipe.evaluate.tasks)
+    assert recipe.evaluate.split == "test"
+    assert recipe.search.split == "search"
+
+
+def test_there_are_recipes():
+    assert {path.name for path in RECIPES} >= {"demo.yaml", "arc_easy_smollm2.yaml"}
+
+
+def test_names_may_have_dashes_and_the_published_spelling(tmp_path: Path):
+    path = write(tmp_path, "model: {model-id: owner/name}\ntrain: {num-epochs: 3}\n")
+
+    recipe = read_recipe(path, tmp_path)
+
+    assert recipe.model.model == "owner/name"
+    assert recipe.train.num_epochs == 3
+
+
+def test_a_data_folder_on_the_line_wins_over_the_recipe(tmp_path: Path):
+    path = write(tmp_path, "search: {data_dir: here}\n")
+
+    recipe = read_recipe(path, tmp_path, "there")
+
+    assert (recipe.search.data_dir, recipe.evaluate.data_dir) == ("there", "there")
+
+
+def test_a_recipe_written_out_is_the_same_recipe(tmp_path: Path):
+    recipe = read_recipe(write(tmp_path, "train: {learning_rate: 1.0e-5}\n"), tmp_path, "data")
+
+    text = recipe.to_yaml()
+
+    assert "output_dir" not in yaml.safe_load(text)["search"]
+    assert read_recipe(write(tmp_path, text), tmp_path) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: 3\n", "section 'train' is 3; give settings"),
+        ("train: {num_epochs: 0}\n", "--num-epochs is 0; give a value of at least 1"),
+        ("evalute: {limit: 3}\n", "unknown section 'evalute'; did you mean 'evaluate'"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_refused_with_its_name(
+    tmp_path: Path, text: str, message: str
+):
+    path = write(tmp_path, text)
+
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_recipe(path, tmp_path)
+
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+# --- the ledger --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    """The ledger of a folder in which one stage is done."""
+    (tmp_path / "out.txt").write_text("result")
+    ledger = Ledger(tmp_path)
+    ledger.begin("train", {"config": {"seed": 0}})
+    ledger.finish("train", [tmp_path / "out.txt"], 1.5)
+    return ledger
+
+
+def test_a_finished_stage_is_done_for_the_next_run_too(ledger: Ledger):
+    again = Ledger(ledger.folder)
+
+    assert again.is_done("train", {"config": {"seed": 0}})
+    assert again.stages["train"]["seconds"] == 1.5
+
+
+def test_a_stage_that_never_ran_is_not_done(ledger: Ledger):
+    assert not ledger.is_done("evaluate", {})
+
+
+def test_a_stage_made_from_something_else_is_not_done(ledger: Ledger):
+    assert not ledger.is_done("train", {"config": {"seed": 1}})
+
+
+def test_a_stage_whose_file_was_changed_is_not_done(ledger: Ledger):
+    (ledger.folder / "out.txt").write_text("Result")
+
+    assert not ledger.is_done("train", {"config": {"seed": 0}})
+
+
+def test_a_stage_whose_file_is_gone_is_not_done(ledger: Ledger):
+    (ledger.folder / "out.txt").unlink()
+
+    assert not ledger.is_done("train", {"config": {"seed": 0}})
+
+
+def test_a_stage_that_began_again_is_not_done_until_it_ends(ledger: Ledger):
+    same = ledger.begin("train", {"config": {"seed": 0}})
+
+    assert same
+    assert not Ledger(ledger.folder).is_done("train", {"config": {"seed": 0}})
+
+
+def test_another_attempt_is_told_from_the_same_one(ledger: Ledger):
+    assert not ledger.begin("train", {"config": {"seed": 1}})
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "drllm.run", "stages": {"a": 1}}'])
+def test_a_broken_ledger_is_refused(ledger: Ledger, text: str):
+    ledger.path.write_text(text)
+
+    with pytest.raises(RecordError, match=r"is broken; delete it"):
+        Ledger(ledger.folder)
+
+
+@pytest.mark.parametrize(("key", "value"), [("schema", "drllm.search"), ("schema_version", 2)])
+def test_a_foreign_or_future_ledger_is_refused(ledger: Ledger, key: str, value: object):
+    values = json.loads(ledger.path.read_text())
+    ledger.path.write_text(json.dumps({**values, key: value}))
+
+    with pytest.raises(RecordError, match="isn't a ledger that this drllm reads"):
+        Ledger(ledger.folder)

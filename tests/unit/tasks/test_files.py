@@ -1,0 +1,198 @@
+"""A user's own `.jsonl` file: both kinds of rows, the splits, and every row that can't be used."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drllm.config import SPLITS
+from drllm.errors import TaskError
+from drllm.tasks.base import Example, get_task, get_tasks
+from drllm.tasks.grading import grade
+
+CHOICES = {"question": "Which is cold?", "choices": ["fire", "ice", "steam"], "answer": 1}
+GRADED = {"question": "What is 3 + 4?", "answer": "7", "grader": "boxed"}
+
+
+def write(folder: Path, *rows: Any, name: str = "mine.jsonl") -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def questions(path: Path) -> list[Example]:
+    task = get_task(str(path))
+    return [example for split in SPLITS for example in task.examples(split)]
+
+
+@pytest.mark.parametrize("answer", [1, "ice", "B"])
+def test_the_right_option_may_be_given_by_index_text_or_letter(
+    tmp_path: Path, answer: int | str
+) -> None:
+    path = write(tmp_path, {**CHOICES, "answer": answer})
+    (example,) = questions(path)
+    assert (example.gold, example.answer, example.id) == (1, "ice", "line-1")
+    assert get_task(str(path)).rewards == ("loglikelihood", "letter")
+
+
+def test_a_choices_text_comes_before_a_letter(tmp_path: Path) -> None:
+    path = write(tmp_path, {"question": "Second letter?", "choices": ["B", "A"], "answer": "B"})
+    assert questions(path)[0].gold == 0
+
+
+def test_options_are_asked_as_in_arc(tmp_path: Path) -> None:
+    task = get_task(str(write(tmp_path, CHOICES)))
+    (example,) = questions(write(tmp_path, CHOICES))
+    prompt = task.prompt(example, "loglikelihood")
+    assert prompt.text == "Question: Which is cold?\nAnswer:"
+    assert prompt.continuations == (" fire", " ice", " steam")
+    assert len(task.retests(example, "loglikelihood")) == 4
+    assert len(task.retests(example, "letter")) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "right", "wrong"),
+    [
+        (GRADED, "\\boxed{7}", "\\boxed{8}"),
+        ({**GRADED, "answer": 7}, "\\boxed{7.0}", "7"),
+        ({**GRADED, "answer": "Rome", "grader": "exact"}, "Rome.", "in Rome"),
+        ({**GRADED, "answer": "C", "grader": "letter"}, "(C)", "A or C"),
+        ({**GRADED, "answer": "H", "grader": "letter"}, "H", "F"),
+    ],
+)
+def test_generated_answers_are_graded_as_the_row_says(
+    tmp_path: Path, row: dict[str, Any], right: str, wrong: str
+) -> None:
+    task = get_task(str(write(tmp_path, row)))
+    (example,) = questions(write(tmp_path, row))
+    assert task.rewards == (row["grader"],)
+    prompts = [task.prompt(example, row["grader"]), *task.retests(example, row["grader"])]
+    assert len({prompt.text for prompt in prompts}) == 3
+    for prompt in prompts:
+        assert row["question"] in prompt.text
+        assert grade(prompt, right) == 1.0
+        assert grade(prompt, wrong) == 0.0
+
+
+def test_a_long_answer_gets_the_tokens_that_it_needs(tmp_path: Path) -> None:
+    long = "ж" * 100  # two bytes, and so up to two tokens, each
+    path = write(tmp_path, {"question": "?", "answer": long, "grader": "exact"})
+    (example,) = questions(path)
+    assert get_task(str(path)).prompt(example, "exact").max_new_tokens >= 200
+
+
+def test_one_file_serves_every_stage_and_no_question_two_of_them(tmp_path: Path) -> None:
+    rows = [{**CHOICES, "question": f"Question {number}?"} for number in range(1000)]
+    task = get_task(str(write(tmp_path, *rows)))
+    splits = {split: [e.question for e in task.examples(split)] for split in SPLITS}
+    everything = [question for split in SPLITS for question in splits[split]]
+    assert sorted(everything) == sorted(str(row["question"]) for row in rows)
+    for split, share in {"search": 0.5, "fit": 0.1, "select": 0.15, "test": 0.25}.items():
+        assert abs(len(splits[split]) / 1000 - share) < 0.05
+        numbers = [int(question.split()[1][:-1]) for question in splits[split]]
+        assert numbers == sorted(numbers)
+
+
+def test_gzipped_files_and_blank_lines_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl.gz"
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("\n" + json.dumps(CHOICES) + "\n\n")
+    assert questions(path)[0].id == "line-2"
+    assert get_task(str(path)).name == "mine"
+
+
+def test_a_repeated_question_with_the_same_answer_counts_once(tmp_path: Path) -> None:
+    path = write(tmp_path, CHOICES, {**CHOICES, "question": "which is  COLD?", "answer": "ice"})
+    assert len(questions(path)) == 1
+
+
+def test_a_file_never_takes_the_name_of_a_built_in_task(tmp_path: Path) -> None:
+    assert get_task(str(write(tmp_path, CHOICES, name="arc_easy.jsonl"))).name == "arc_easy_file"
+
+
+def test_two_files_of_one_name_are_refused_together(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    paths = [write(folder, CHOICES) for folder in (tmp_path, tmp_path / "other")]
+    with pytest.raises(TaskError, match="named 'mine'; rename a file"):
+        get_tasks(",".join(map(str, paths)))
+
+
+BROKEN: list[tuple[list[dict[str, Any]], str]] = [
+    (
+        [{**CHOICES, "answer": 3}],
+        "line 1: 'answer' 3 is out of range; the valid indices are 0 to 2",
+    ),
+    ([{**CHOICES, "answer": -1}], "line 1: 'answer' -1 is out of range"),
+    ([{**CHOICES, "answer": "snow"}], "line 1: 'answer' 'snow' is not among the choices"),
+    ([{**CHOICES, "answer": "D"}], "its letter (A to C)"),
+    ([{**CHOICES, "answer": True}], "line 1: 'answer' is True"),
+    ([{**CHOICES, "answer": None}], "line 1: 'answer' is None; expected text"),
+    (
+        [{**CHOICES, "choices": ["ice"], "answer": 0}],
+        "'choices' has 1 entries; expected at least 2",
+    ),
+    ([{**CHOICES, "choices": "ice"}], "line 1: 'choices' is 'ice'; expected a list"),
+    ([{**CHOICES, "choices": ["ice", ""]}], "line 1: 'choices' holds ''"),
+    ([{**CHOICES, "choices": ["ice", "ice"]}], "line 1: 'choices' holds 'ice' twice"),
+    (
+        [{**CHOICES, "choices": [str(n) for n in range(27)]}],
+        "'choices' has 27 entries; give at most",
+    ),
+    ([{**CHOICES, "grader": "letter"}], "takes no 'grader'"),
+    ([CHOICES, {"choices": ["a", "b"], "answer": 0}], "line 2: 'question' is missing"),
+    ([{"question": "Why?", "choices": ["a", "b"]}], "line 1: 'answer' is missing"),
+    ([{"question": "Why?", "answer": "so"}], "line 1: 'choices' or 'grader' is missing"),
+    ([{**GRADED, "grader": "exakt"}], "unknown grader 'exakt'; did you mean 'exact'?"),
+    ([{**GRADED, "grader": ["exact"]}], "unknown grader"),
+    ([{**GRADED, "grader": "letter"}], "the grader 'letter' expects one of A to Z"),
+    ([{**GRADED, "grader": "exact", "answer": "**"}], "expects one line of words"),
+    ([{**GRADED, "grader": "exact", "answer": "a\nb"}], "expects one line of words"),
+    ([CHOICES, GRADED], "line 2: a row with grader 'boxed', but the first has 'choices'"),
+    ([GRADED, {**GRADED, "grader": "exact"}], "line 2: a row with grader 'exact', but the first"),
+    ([CHOICES, {**CHOICES, "answer": 0}], "line 2: the question stands on line 1 with another"),
+    ([GRADED, {**GRADED, "answer": "8"}], "line 2: the question stands on line 1 with another"),
+]
+
+
+@pytest.mark.parametrize(("rows", "message"), BROKEN, ids=[message for _, message in BROKEN])
+def test_a_row_that_cannot_be_used_is_named(
+    tmp_path: Path, rows: list[dict[str, Any]], message: str
+) -> None:
+    path = write(tmp_path, *rows)
+    with pytest.raises(TaskError) as caught:
+        get_task(str(path))
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{path}, line {len(rows)}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "doesn't exist"),
+        (b"", "is empty"),
+        (b"\n\n", "is empty"),
+        (b'{"question": "W', "line 1: not JSON"),
+        (b'"text"\n', "is not a JSON object"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(TaskError, match=message) as caught:
+        get_task(str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_a_reward_that_the_rows_do_not_have_is_refused(tmp_path: Path) -> None:
+    task = get_task(str(write(tmp_path, GRADED)))
+    with pytest.raises(TaskError, match="it takes boxed"):
+        task.prompt(questions(write(tmp_path, GRADED))[0], "letter")

@@ -1,0 +1,207 @@
+"""Grades, verdicts on unfinished answers, and the scoring of options."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from drllm.tasks.base import Prompt
+from drllm.tasks.grading import first_boxed, grade, normalise, score_choices, verdict
+
+PROMPTS = {
+    "letter": Prompt(text="?", reward="letter", answer="B", letters="ABCD"),
+    "boxed": Prompt(text="?", reward="boxed", answer="12"),
+    "exact": Prompt(text="?", reward="exact", answer="New York"),
+}
+# Pieces that answers are made of, so that random texts come near every rule's borders.
+PIECES = st.lists(
+    st.one_of(
+        st.sampled_from(list('AbBE3é. \n_(-{}\\"\r\t\ufffdßx!')),
+        st.sampled_from(["12", "**", "\\boxed", "\\{", "\\}", "\\boxed{12}", "\\boxed {1"]),
+        st.sampled_from(["New", "new york", "York"]),
+    ),
+    max_size=8,
+).map("".join)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("B", 1.0),
+        ("The answer is (B).", 1.0),
+        ("**B**", 1.0),
+        ("_B_", 1.0),
+        ("B, not A", 1.0),
+        ("A, not B", 0.0),
+        ("Because B is right", 1.0),  # a letter inside a word doesn't stand alone
+        ("b", 0.0),
+        ("B2", 0.0),
+        ("E or B", 1.0),  # E is no option here
+        ("", 0.0),
+        ("none", 0.0),
+    ],
+)
+def test_the_first_letter_that_stands_alone_decides(text: str, expected: float) -> None:
+    assert grade(PROMPTS["letter"], text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\\boxed{12}", 1.0),
+        ("so \\boxed {12.0} it is", 1.0),
+        ("\\boxed{12} or \\boxed{13}", 1.0),
+        ("\\boxed{13} or \\boxed{12}", 0.0),
+        ("\\boxed{\\frac{24}{2}}", 1.0),
+        ("\\boxed{x = 12}", 1.0),
+        ("\\boxed{12", 0.0),
+        ("12", 0.0),
+        ("\\boxed{}", 0.0),
+        ("\\\\boxed{12}", 0.0),  # a line break, then the word "boxed"
+    ],
+)
+def test_the_first_box_that_closes_decides(text: str, expected: float) -> None:
+    assert grade(PROMPTS["boxed"], text) == expected
+
+
+def test_a_box_ends_where_its_own_brace_closes() -> None:
+    assert first_boxed(r"{a} \boxed{\{1, {2}\}} \boxed{3}") == r"\{1, {2}\}"
+    assert first_boxed(r"\boxed{ \boxed{5} and") == "5"
+    assert first_boxed(r"} \boxed{7}") == "7"
+    assert first_boxed(r"\boxed{\}") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("New York", 1.0),
+        ("\n  new   york.\nIt is a city", 1.0),
+        ("**New York**", 1.0),
+        ('"New York"!', 1.0),
+        ("New York City", 0.0),
+        ("York", 0.0),
+        ("", 0.0),
+        ("It is\nNew York", 0.0),
+    ],
+)
+def test_an_exact_answer_is_the_first_line_apart_from_marks(text: str, expected: float) -> None:
+    assert grade(PROMPTS["exact"], text) == expected
+
+
+def test_a_minus_sign_and_a_decimal_point_are_part_of_an_exact_answer() -> None:
+    assert grade(Prompt(text="?", reward="exact", answer="-5"), "5") == 0.0
+    assert grade(Prompt(text="?", reward="exact", answer=".5"), "5") == 0.0
+
+
+@given(PIECES)
+def test_normalising_twice_changes_nothing(text: str) -> None:
+    assert normalise(normalise(text)) == normalise(text)
+
+
+@pytest.mark.parametrize("reward", sorted(PROMPTS))
+@given(begun=PIECES, more=PIECES)
+@settings(max_examples=400, deadline=None)
+@example(begun="B", more="ecause")
+@example(begun="B\ufffd", more="A")
+@example(begun="\\boxed{1", more="2}")
+@example(begun="new york", more=" city")
+@example(begun="new york.", more=" Really")
+def test_no_continuation_changes_a_verdict(reward: str, begun: str, more: str) -> None:
+    prompt = PROMPTS[reward]
+    decided = verdict(prompt, begun, finished=False)
+    # The replacement characters of an unfinished character give way to what it turns out to be.
+    stable = begun.rstrip("\ufffd")
+    if decided is not None:
+        assert grade(prompt, stable + more) == decided
+        assert grade(prompt, stable) == decided
+
+
+@pytest.mark.parametrize("reward", sorted(PROMPTS))
+@given(text=PIECES)
+@settings(deadline=None)
+def test_a_finished_verdict_is_the_grade(reward: str, text: str) -> None:
+    assert verdict(PROMPTS[reward], text, finished=True) == grade(PROMPTS[reward], text)
+
+
+@pytest.mark.parametrize("reward", sorted(PROMPTS))
+@given(text=PIECES)
+@settings(max_examples=300, deadline=None)
+def test_an_open_verdict_has_continuations_either_way(reward: str, text: str) -> None:
+    """The verdict comes as early as it can: while it is open, both grades can still happen."""
+    prompt = PROMPTS[reward]
+    if verdict(prompt, text, finished=False) is not None:
+        return
+    stable = text.rstrip("\ufffd")
+    right = {
+        "letter": ["", " B ", "x B "],
+        # Open boxes, with one digit in them or a half-written command, can all be closed.
+        "boxed": [tail + " \\boxed{12} " for tail in ("", "x", "{")],
+        "exact": ["New York"[start:] for start in range(9)] + [" York", " new york", '"', "\n"],
+    }[reward]
+    wrong = {"letter": " A ", "boxed": " \\boxed{13} ", "exact": "qq"}[reward]
+    assert any(grade(prompt, stable + more) == 1.0 for more in right)
+    assert any(grade(prompt, stable + more) == 0.0 for more in (wrong, "x" + wrong))
+
+
+def test_an_answer_is_decided_long_before_it_ends() -> None:
+    assert verdict(PROMPTS["letter"], "B", finished=False) is None
+    assert verdict(PROMPTS["letter"], "B.", finished=False) == 1.0
+    assert verdict(PROMPTS["boxed"], "\\boxed{12}", finished=False) == 1.0
+    assert verdict(PROMPTS["exact"], "London", finished=False) == 0.0
+    assert verdict(PROMPTS["exact"], "New York\n", finished=False) == 1.0
+
+
+def test_a_prompt_with_options_to_score_is_not_graded_as_text() -> None:
+    prompt = Prompt(text="?", reward="loglikelihood", answer="a", continuations=(" a", " b"))
+    with pytest.raises(ValueError, match="loglikelihood"):
+        grade(prompt, "a")
+
+
+def options(*texts: str, gold: int, normalised: bool = False) -> Prompt:
+    return Prompt(
+        text="?",
+        reward="loglikelihood",
+        answer=texts[gold],
+        continuations=tuple(f" {text}" for text in texts),
+        gold=gold,
+        normalised=normalised,
+    )
+
+
+def test_the_margin_is_the_gold_score_minus_the_best_other() -> None:
+    assert score_choices([-4.0, -1.5, -2.0], options("a", "b", "c", gold=1)) == (1.0, 0.5)
+    assert score_choices([-4.0, -1.5, -2.0], options("a", "b", "c", gold=0)) == (0.0, -2.5)
+
+
+def test_of_equal_options_the_first_counts_as_best() -> None:
+    assert score_choices([-1.0, -1.0], options("a", "b", gold=0)) == (1.0, 0.0)
+    assert score_choices([-1.0, -1.0], options("a", "b", gold=1)) == (0.0, 0.0)
+
+
+@given(
+    st.lists(
+        st.tuples(st.text("abcß ", min_size=1, max_size=9), st.floats(-50, -0.01)),
+        min_size=2,
+        max_size=5,
+    ),
+    st.data(),
+)
+def test_normalised_scores_pick_what_acc_norm_of_the_harness_picks(
+    choices: list[tuple[str, float]], data: st.DataObject
+) -> None:
+    gold = data.draw(st.integers(0, len(choices) - 1))
+    prompt = options(*(text for text, _ in choices), gold=gold, normalised=True)
+    logprobs = [value for _, value in choices]
+    # lm_eval.api.task.ConfigurableTask.process_results, for multiple_choice
+    lengths = numpy.array([float(len(text)) for text, _ in choices])
+    assert score_choices(logprobs, prompt)[0] == float(
+        numpy.argmax(numpy.array(logprobs) / lengths) == gold
+    )
+
+
+@pytest.mark.parametrize("scores", [[-1.0], [-1.0, float("nan")], [-1.0, float("-inf")]])
+def test_scores_that_cannot_be_compared_are_refused(scores: list[float]) -> None:
+    with pytest.raises(ValueError):
+        score_choices(scores, options("a", "b", gold=0))
