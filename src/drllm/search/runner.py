@@ -276,12 +276,16 @@ def run_search(
         part = parts / f"{number:05d}.jsonl"
         if not part.exists():
             records = search_block(
-                routed, examples, task, config, _reporter(on_progress, done, len(examples), total)
+                routed,
+                examples,
+                task,
+                config,
+                _reporter(on_progress, done, len(examples), total, task.name),
             )
             write_atomically(part, "".join(to_json(record) + "\n" for record in records))
         done += len(examples)
         if on_progress is not None:
-            on_progress(done, total, f"{task.name}")
+            on_progress(done, total, task.name)
     records = [
         search_record(row)
         for number in range(len(blocks))
@@ -294,11 +298,11 @@ def run_search(
 
 
 def _reporter(
-    on_progress: OnProgress | None, done: int, size: int, total: int
+    on_progress: OnProgress | None, done: int, size: int, total: int, note: str
 ) -> Callable[[float], None] | None:
     if on_progress is None:
         return None
-    return lambda share: on_progress(done + size * share, total, "searching")
+    return lambda share: on_progress(done + size * share, total, note)
 
 
 def _blocks(tasks: Sequence[Task], config: SearchConfig) -> list[tuple[Task, list[Example]]]:
