@@ -122,11 +122,12 @@ class RoutedModel:
             raise RoutingError("no prompt has passed through this routed model yet")
         return self.driver.last_route
 
-    def generate(self, **inputs: Any) -> Any:
+    def generate(self, *args: Any, **inputs: Any) -> Any:
         """Generate with the base model's own `generate`; decisions are made once per prompt.
 
         Args:
-            inputs: Whatever `model.generate` takes.
+            args: Whatever `model.generate` takes by position (the token ids).
+            inputs: Whatever it takes by name.
 
         Returns:
             What `model.generate` returns.
@@ -147,8 +148,8 @@ class RoutedModel:
             if isinstance(policy, FixedPolicy) and not policy.shared and copies > 1:
                 expanded = FixedPolicy(policy.plan, self.num_layers, rows_per_prompt=copies)
                 with self.driver.using(expanded):
-                    return self.model.generate(**inputs)
-            return self.model.generate(**inputs)
+                    return self.model.generate(*args, **inputs)
+            return self.model.generate(*args, **inputs)
 
     @contextmanager
     def using(self, policy: Policy) -> Iterator[None]:
