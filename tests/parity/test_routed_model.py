@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -378,3 +379,117 @@ def test_saved_routers_load_and_route_the_same(tiny_llama, tmp_path):
     again.model(ids)
     assert torch.equal(expected, again.last_route)
     assert isinstance(again.driver.policy, RouterPolicy)
+
+
+class Counting(FullPolicy):
+    """Executes everything and counts how many tokens it could read."""
+
+    def __init__(self):
+        self.read = []
+
+    def decide(self, layer, prompts):
+        if layer == 0:
+            self.read.append(prompts.readable.sum(dim=1).tolist())
+        return super().decide(layer, prompts)
+
+
+def test_chunked_prefill_is_refused_unless_the_plan_is_fixed(tiny_llama):
+    model = tiny_llama()
+    routed = RoutedModel(model, new_routers(model))
+    options = {"input_ids": torch.tensor([PROMPTS[2]]), "prefill_chunk_size": 3}
+    with pytest.raises(RoutingError, match="first chunk"):
+        routed.generate(**options, max_new_tokens=2)
+    with routed.fixed(PLANS["repeats"]):
+        whole = routed.generate(input_ids=options["input_ids"], max_new_tokens=4)
+        assert torch.equal(whole, routed.generate(**options, max_new_tokens=4))
+
+
+def test_generation_without_a_cache_asks_the_policy_once(tiny_llama):
+    policy = Counting()
+    routed = RoutedModel(tiny_llama(), policy=policy)
+    routed.generate(
+        input_ids=torch.tensor([PROMPTS[0]]), use_cache=False, max_new_tokens=4, min_new_tokens=4
+    )
+    assert policy.read == [[len(PROMPTS[0])]]
+
+
+def test_attentions_asked_for_by_the_configuration_are_refused_too(tiny_llama):
+    model = tiny_llama(attn_implementation="eager")
+    routed = RoutedModel(model)
+    model.config.output_attentions = True
+    with routed.fixed(PLANS["repeats"]), pytest.raises(RoutingError, match="output_attentions"):
+        routed.model(torch.tensor([PROMPTS[0]]))
+
+
+class Opaque:
+    """Stands for a mask whose rows can't be cut, as flex attention's."""
+
+
+def test_an_argument_that_cannot_be_cut_by_rows_is_refused(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    ids = torch.tensor([[3, 4], [5, 6]])
+    with (
+        routed.fixed([[1] * 6, [1, 0, 1, 1, 1, 1]]),
+        pytest.raises(RoutingError, match="Opaque"),
+    ):
+        routed.model(ids, custom=Opaque())
+
+
+def test_what_one_model_may_read_is_no_matter_of_another(tiny_llama):
+    first, second = RoutedModel(tiny_llama()), Counting()
+    other = RoutedModel(tiny_llama(), policy=second)
+    with first.prompt_lengths([2]):
+        other.model(torch.tensor([PROMPTS[0]]))
+    assert second.read == [[len(PROMPTS[0])]]
+
+
+def test_two_threads_route_the_same_model_apart(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    ids = torch.tensor([PROMPTS[2]])
+    chosen = [PLANS["repeats"], PLANS["skip of layer 0"]] * 8
+    with torch.no_grad():
+        expected = []
+        for plan in chosen:
+            with routed.fixed(plan):
+                expected.append(routed.model(ids).logits)
+
+        def run(plan):
+            with routed.fixed(plan), torch.no_grad():
+                return routed.model(ids).logits
+
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(run, chosen))
+    for slow, fast in zip(expected, found, strict=True):
+        torch.testing.assert_close(slow, fast, atol=2e-5, rtol=0)
+
+
+def test_an_interrupted_forward_leaves_nothing_behind(tiny_llama):
+    class Interrupting(FullPolicy):
+        def decide(self, layer, prompts):
+            if layer == 3:
+                raise KeyboardInterrupt
+            return super().decide(layer, prompts)
+
+    routed = RoutedModel(tiny_llama())
+    ids = torch.tensor([PROMPTS[0]])
+    expected = routed.model(ids).logits
+    with pytest.raises(KeyboardInterrupt), routed.using(Interrupting()):
+        routed.model(ids)
+    assert torch.equal(expected, routed.model(ids).logits)
+    layer, hidden = routed.model.model.layers[0], torch.randn(1, 3, 32)
+    rotary = routed.model.model.rotary_emb(hidden, torch.arange(3)[None])
+    by_hand = layer(hidden, position_embeddings=rotary)
+    routed.detach()
+    assert torch.equal(by_hand, layer(hidden, position_embeddings=rotary))
+
+
+def test_a_detached_model_says_so(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    routed.detach()
+    for use in (
+        routed.detach,
+        lambda: routed.generate(input_ids=torch.tensor([[3]])),
+        lambda: routed.fixed([1] * 6).__enter__(),
+    ):
+        with pytest.raises(RoutingError, match="detach"):
+            use()

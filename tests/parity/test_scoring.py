@@ -138,6 +138,13 @@ def test_packing_refuses_attention_that_takes_no_mask_of_its_own(tiny_llama):
         ChoiceBatch(routed, QUESTIONS, 1.0)
 
 
+def test_a_question_longer_than_a_sliding_window_is_refused(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    routed.model.config.sliding_window = 8
+    with pytest.raises(RoutingError, match="slides over 8"):
+        ChoiceBatch(routed, QUESTIONS, 1.0)
+
+
 def never(place, text, finished):
     return 0.0 if finished else None
 
@@ -147,8 +154,8 @@ def test_answers_equal_plain_generation_of_each_path(tiny_llama, tiny_tokenizer,
     pairs = some_pairs(16, seed=3)
     expected = [listed(model, d).greedy(QUESTIONS[row].context, 20) for row, d in pairs]
     batch = AnswerBatch(RoutedModel(model), tiny_tokenizer, QUESTIONS, 1.0)
-    first = batch.answers(pairs[:9], 20, never)
-    second = batch.answers(pairs[9:], 20, never)  # partly from states of the first call
+    first = batch.answers(pairs[:9], [20] * 9, never)
+    second = batch.answers(pairs[9:], [20] * 7, never)  # partly from states of the first call
     assert expected == [list(answer.tokens) for answer in first + second]
 
 
@@ -163,7 +170,7 @@ def test_an_answer_stops_at_its_verdict_and_lets_the_others_go_on(
         return float(place) if finished or len(text) >= place + 1 else None
 
     answers = AnswerBatch(RoutedModel(model), tiny_tokenizer, QUESTIONS, 1.0).answers(
-        pairs, 20, verdict
+        pairs, [20] * 8, verdict
     )
     assert list(range(8)) == [answer.grade for answer in answers]
     lengths = [len(answer.tokens) for answer in answers]
@@ -177,7 +184,7 @@ def test_an_answer_ends_at_the_end_of_sequence_token(tiny_llama, tiny_tokenizer,
     tokens = listed(model, (1,) * 6).greedy(QUESTIONS[0].context, 20)
     model.generation_config.eos_token_id = tokens[4]
     [answer] = AnswerBatch(RoutedModel(model), tiny_tokenizer, QUESTIONS, 1.0).answers(
-        [(0, (1,) * 6)], 20, never
+        [(0, (1,) * 6)], [20], never
     )
     assert tokens[: tokens.index(tokens[4])] == list(answer.tokens)
 
@@ -187,7 +194,7 @@ def test_the_logprob_of_an_answer_is_the_mean_over_its_tokens(tiny_llama, tiny_t
     decisions = (1, 0, 2, 1, 1, 1)
     slow = listed(model, decisions)
     batch = AnswerBatch(RoutedModel(model), tiny_tokenizer, QUESTIONS, 1.0)
-    [answer] = batch.answers([(0, decisions)], 6, never)
+    [answer] = batch.answers([(0, decisions)], [6], never)
     context = list(QUESTIONS[0].context)
     logprobs = slow.logits(context + list(answer.tokens)).log_softmax(-1)
     each = [float(logprobs[len(context) - 1 + k, t]) for k, t in enumerate(answer.tokens)]

@@ -61,3 +61,7 @@ def test_every_module_of_the_package_stands_in_the_tree():
         folder = module.parent.name
         named = stem in tree or f"{folder}/ " in tree or module.parent.name == "drllm"
         assert named or stem.startswith("fact_tables"), f"{module.name} is not in the README"
+
+
+def test_the_readme_shows_real_output():
+    assert "@@" not in README

@@ -201,6 +201,14 @@ def _feed_zeros(entry: CacheLayerMixin, num_tokens: int, like: Tensor) -> None:
     entry.update(zeros, zeros, {"cache_position": positions})
 
 
+def entry_of(cache: Cache, index: int) -> Any:
+    """Return a layer's entry, made first where the cache makes its entries as they are needed."""
+    if getattr(cache, "layer_class_to_replicate", None) is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    return cache.layers[index]
+
+
 def routed_entry(cache: Cache, index: int) -> RoutedCacheLayer:
     """Return the routed entry of a layer, putting it in place at the first visit.
 
@@ -211,10 +219,7 @@ def routed_entry(cache: Cache, index: int) -> RoutedCacheLayer:
     Raises:
         RoutingError: An entry that is not K/V, or one filled without routing.
     """
-    if getattr(cache, "layer_class_to_replicate", None) is not None:
-        while len(cache.layers) <= index:
-            cache.layers.append(cache.layer_class_to_replicate())
-    entry = cache.layers[index]
+    entry = entry_of(cache, index)
     if isinstance(entry, RoutedCacheLayer):
         return entry
     if not isinstance(entry, CacheLayerMixin):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -48,16 +48,22 @@ class Forward:
 
     Attributes:
         attention_mask: As the caller gave it: `[B, K]`, `[B, 1, T, K]`, or None for no padding.
+        opaque_mask: The caller gave a mask of a kind that doesn't say which tokens are padding.
         rejected: Names of requested outputs that routing can't give.
+        owner: The injection that this pass runs under.
         driver: Who drives this pass.
+        outer: The pass that was under way when this one began.
         visited: Layers that the model's loop has called so far.
         slices: Layer arguments already sliced, by rows, so that a slice is made once a pass.
         notes: Room for the driver.
     """
 
     attention_mask: Tensor | None
+    opaque_mask: bool
     rejected: tuple[str, ...]
+    owner: Injection
     driver: Driver
+    outer: Forward | None
     visited: list[int] = field(default_factory=list)
     slices: dict[tuple[int, ...], dict[str, tuple[Any, Any]]] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
@@ -117,9 +123,14 @@ class LayerCall:
         return result
 
     def _sliced(self, name: str, value: Any, rows: tuple[int, ...]) -> Any:
-        tensors = value if isinstance(value, (tuple, list)) else (value,)
-        if not any(isinstance(tensor, Tensor) for tensor in tensors):
+        if value is None or isinstance(value, (bool, int, float, str, Cache)):
             return value
+        tensors = value if isinstance(value, (tuple, list)) else (value,)
+        if not all(isinstance(tensor, Tensor) for tensor in tensors):
+            raise RoutingError(
+                f"the layers of this model take {name!r} as a {type(value).__name__}, which can't "
+                f"be cut by rows; load it with --attn-implementation sdpa (or eager)"
+            )
         if name not in BATCH_AXES:
             raise RoutingError(
                 f"the layers of this model take a tensor argument {name!r} whose batch axis isn't "
@@ -170,8 +181,8 @@ class LayerHandle:
 class Injection:
     """Puts a driver between a model's loop and its layers.
 
-    A one-token probe at the start learns what the layers return and that the model's loop really
-    calls each of them in order.
+    A one-token probe at the start learns what the layers return and that the model's loop calls
+    each of them; every later pass is checked to call them in order.
 
     Args:
         model: A decoder-only model of transformers; its weights and keys stay as they are.
@@ -201,7 +212,6 @@ class Injection:
             self.decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             self.decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
-        self._tokens: list[Token[Forward | None]] = []
 
     def remove(self) -> None:
         """Take every override and hook off; the model is then exactly what it was.
@@ -252,20 +262,26 @@ class Injection:
         if any(name.startswith("cu_seq_lens") for name in given):
             raise RoutingError("packed sequences can't be routed: a row is no longer one prompt")
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        outer = _forward.get()
+        while outer is not None and outer.owner is self:  # left behind by a KeyboardInterrupt
+            outer = outer.outer
         forward = Forward(
             attention_mask=mask if isinstance(mask, Tensor) else None,
-            rejected=tuple(name for name in REFUSED_OUTPUTS if kwargs.get(name)),
+            opaque_mask=mask is not None and not isinstance(mask, Tensor),
+            rejected=tuple(name for name in REFUSED_OUTPUTS if self._requested(name, kwargs)),
+            owner=self,
             driver=self._active(),
+            outer=outer,
         )
         forward.driver.begin(forward)
-        self._tokens.append(_forward.set(forward))
+        _forward.set(forward)
 
     def _after(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        if not self._tokens:  # the pre-hook itself raised
-            return
         forward = _forward.get()
-        _forward.reset(self._tokens.pop())
-        if output is None or forward is None:  # the forward raised: let that error through
+        if forward is None or forward.owner is not self:  # the pre-hook itself raised
+            return
+        _forward.set(forward.outer)
+        if output is None:  # the forward raised: let that error through
             return
         if forward.visited != list(range(self.num_layers)):
             raise RoutingError(
@@ -273,6 +289,10 @@ class Injection:
                 f"{self.num_layers} layers once; its code was replaced and can't be routed"
             )
         forward.driver.end(forward)
+
+    def _requested(self, name: str, kwargs: dict[str, Any]) -> bool:
+        asked = kwargs.get(name)
+        return bool(getattr(self.decoder.config, name, False) if asked is None else asked)
 
     def _probe(self) -> None:
         outputs: list[Any] = []

@@ -23,15 +23,18 @@ from drllm.models.injection import Injection
 from drllm.models.loading import fingerprint, load
 from drllm.models.policies import FixedPolicy, FullPolicy, Policy, RouterPolicy
 from drllm.models.routers import RouterStack
-from drllm.models.routing import RoutingDriver
+from drllm.models.routing import PLANS, RoutingDriver
 
 
 class RoutedModel:
     """A base model under routing.
 
     The model is used in place: `routed.model` is the same object, its weights and state-dict
-    keys unchanged, and `model.generate(...)` is routed from then on. Without routers and without
-    a policy every layer is executed once, bit for bit as before.
+    keys unchanged, and from then on its forward passes are routed. A pass that starts with an
+    empty cache, or has none, is taken for a prompt; its decisions hold for whatever follows on
+    the same cache. Generation without a cache has nothing to hold them in: use `generate` below,
+    which keeps them, instead of the model's own. Without routers and without a policy every layer
+    is executed once, bit for bit as before.
 
     Args:
         model: A decoder-only model of transformers.
@@ -76,6 +79,7 @@ class RoutedModel:
         self.tokenizer = tokenizer
         self.driver = RoutingDriver(policy)
         self.injection = Injection(model, self.driver)
+        self._attached = True
 
     @classmethod
     def from_pretrained(
@@ -99,8 +103,8 @@ class RoutedModel:
             ModelError: The base model can't be had.
         """
         routers = RouterStack.load(routers_dir)
-        if base is None or isinstance(base, str):
-            name = base or routers.config.base_model
+        if base is None or isinstance(base, (str, Path)):
+            name = str(base or routers.config.base_model)
             revision = routers.config.base_revision if base is None else None
             loaded = load(ModelConfig(model=name, revision=revision, dtype=dtype, device=device))
             return cls(loaded.model, routers, tokenizer=loaded.tokenizer)
@@ -114,6 +118,8 @@ class RoutedModel:
     @property
     def last_route(self) -> Tensor:
         """The decisions of the last prompts that passed, int `[B, L]`.
+
+        `generate` lays out a row for every beam and every answer, so B counts these.
 
         Raises:
             RoutingError: No prompt has passed yet.
@@ -134,16 +140,24 @@ class RoutedModel:
 
         Raises:
             RoutingError: `use_cache=False` with beams, whose rows change places without a cache
-                that could carry their decisions along.
+                that could carry their decisions along; `prefill_chunk_size` with a policy that
+                reads the prompt, since it would decide on the first chunk; a detached model.
         """
+        self._check_attached()
         config = inputs.get("generation_config") or self.model.generation_config
         beams = inputs.get("num_beams") or config.num_beams or 1
         if inputs.get("use_cache", config.use_cache) is False and beams > 1:
             raise RoutingError(
                 "beam search without a cache can't keep each row's decisions; use the cache"
             )
-        copies = max(beams, inputs.get("num_return_sequences") or config.num_return_sequences or 1)
         policy = self.driver.current_policy
+        chunk = inputs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
+        if chunk is not None and not isinstance(policy, PLANS):
+            raise RoutingError(
+                f"prefill_chunk_size={chunk} would let the policy decide on the first chunk of the "
+                f"prompt alone; leave it out, or pin a plan with routed.fixed(...)"
+            )
+        copies = max(beams, inputs.get("num_return_sequences") or config.num_return_sequences or 1)
         with self.driver.session():
             if isinstance(policy, FixedPolicy) and not policy.shared and copies > 1:
                 expanded = FixedPolicy(policy.plan, self.num_layers, rows_per_prompt=copies)
@@ -154,6 +168,7 @@ class RoutedModel:
     @contextmanager
     def using(self, policy: Policy) -> Iterator[None]:
         """Let another policy decide inside the block."""
+        self._check_attached()
         with self.driver.using(policy):
             yield
 
@@ -167,7 +182,7 @@ class RoutedModel:
         Raises:
             PathError: Decisions that this model can't run.
         """
-        with self.driver.using(FixedPolicy(decisions, self.num_layers)):
+        with self.using(FixedPolicy(decisions, self.num_layers)):
             yield
 
     @contextmanager
@@ -183,9 +198,21 @@ class RoutedModel:
             yield
 
     def detach(self) -> Any:
-        """Take the routing off and return the model, exactly what it was before."""
+        """Take the routing off and return the model, exactly what it was before.
+
+        Raises:
+            RoutingError: It was taken off already, or somebody put another override over ours.
+        """
+        self._check_attached()
         self.injection.remove()
+        self._attached = False
         return self.model
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise RoutingError(
+                "the routing was taken off this model by detach(); make a new RoutedModel"
+            )
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Save the routers; the base model isn't copied.

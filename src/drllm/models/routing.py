@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +21,17 @@ from torch import Tensor
 from drllm.errors import RoutingError
 from drllm.models.cache import RoutedCacheLayer, routed_entry
 from drllm.models.injection import Forward, LayerCall
-from drllm.models.policies import FullPolicy, Policy, PromptView
+from drllm.models.policies import FixedPolicy, FullPolicy, Policy, PromptView
 from drllm.paths import Decision
 
 _policy: ContextVar[tuple[tuple[int, Policy], ...]] = ContextVar("drllm_policy", default=())
-_lengths: ContextVar[Tensor | None] = ContextVar("drllm_prompt_lengths", default=None)
-_reading: ContextVar[Tensor | None] = ContextVar("drllm_reading", default=None)
-_session: ContextVar[Session | None] = ContextVar("drllm_session", default=None)
+_lengths: ContextVar[tuple[tuple[int, Tensor], ...]] = ContextVar("drllm_lengths", default=())
+_reading: ContextVar[tuple[tuple[int, Tensor], ...]] = ContextVar("drllm_reading", default=())
+_session: ContextVar[tuple[tuple[int, Session], ...]] = ContextVar("drllm_session", default=())
+
+
+PLANS = (FullPolicy, FixedPolicy)
+"""Policies whose decisions don't depend on what they could read."""
 
 
 @dataclass(slots=True)
@@ -54,50 +59,35 @@ class RoutingDriver:
     @contextmanager
     def using(self, policy: Policy) -> Iterator[None]:
         """Ask another policy inside the block."""
-        token = _policy.set(((id(self), policy), *_policy.get()))
-        try:
+        with _holding(_policy, self, policy):
             yield
-        finally:
-            _policy.reset(token)
 
-    @staticmethod
     @contextmanager
-    def prompt_lengths(lengths: Tensor) -> Iterator[None]:
+    def prompt_lengths(self, lengths: Tensor) -> Iterator[None]:
         """Let policies read only the first `lengths[b]` real tokens of row b inside the block."""
-        token = _lengths.set(lengths)
-        try:
+        with _holding(_lengths, self, lengths):
             yield
-        finally:
-            _lengths.reset(token)
 
-    @staticmethod
     @contextmanager
-    def reading(readable: Tensor) -> Iterator[None]:
+    def reading(self, readable: Tensor) -> Iterator[None]:
         """Say token by token what policies may read inside the block, `[B, T]` bool.
 
         For layouts that an attention mask and a length can't describe, such as several
         continuations packed behind one prompt.
         """
-        token = _reading.set(readable)
-        try:
+        with _holding(_reading, self, readable):
             yield
-        finally:
-            _reading.reset(token)
 
-    @staticmethod
     @contextmanager
-    def session() -> Iterator[None]:
+    def session(self) -> Iterator[None]:
         """Pin decisions for the length of the block where there is no cache to pin them in."""
-        token = _session.set(Session())
-        try:
+        with _holding(_session, self, Session()):
             yield
-        finally:
-            _session.reset(token)
 
     @property
     def current_policy(self) -> Policy:
         """The policy that is asked now."""
-        return next((p for owner, p in _policy.get() if owner == id(self)), self.policy)
+        return _held(_policy, self) or self.policy
 
     # --- the Driver interface ---
 
@@ -138,7 +128,7 @@ class RoutingDriver:
     ) -> tuple[int, ...] | None:
         if entry is not None:
             return entry.decisions
-        session = _session.get()
+        session = _held(_session, self)
         if session is None or call.index not in session.decisions:
             return None
         pinned = session.decisions[call.index]
@@ -147,7 +137,7 @@ class RoutingDriver:
     def _pin(
         self, entry: RoutedCacheLayer | None, call: LayerCall, decisions: tuple[int, ...]
     ) -> None:
-        session = _session.get()
+        session = _held(_session, self)
         if entry is not None:
             entry.pin(decisions)
         elif session is not None:
@@ -156,7 +146,7 @@ class RoutingDriver:
     def _decide(self, call: LayerCall, hidden: Tensor) -> tuple[int, ...]:
         notes = call.forward.notes
         if "readable" not in notes:
-            notes["readable"] = _readable(call.forward.attention_mask, hidden)
+            notes["readable"] = self._readable(call.forward, hidden)
         prompts = PromptView(hidden=hidden, readable=notes["readable"])
         decided = self.current_policy.decide(call.index, prompts)
         decisions = [int(value) for value in decided.tolist()]
@@ -174,6 +164,55 @@ class RoutingDriver:
             ]
         route.append(decisions)
         return tuple(decisions)
+
+    def _readable(self, forward: Forward, hidden: Tensor) -> Tensor:
+        """Return which of the T tokens of this pass the policy may read, `[B, T]`."""
+        B, T = hidden.shape[:2]
+        mask = forward.attention_mask
+        given: Tensor | None = _held(_reading, self)
+        if forward.opaque_mask and given is None and not isinstance(self.current_policy, PLANS):
+            raise RoutingError(
+                "the attention mask is of a kind that doesn't say which tokens are padding; give a "
+                "mask of ones and zeros, or a fixed plan"
+            )
+        if given is not None:
+            readable = given
+        elif mask is None:
+            readable = torch.ones(B, T, dtype=torch.bool, device=hidden.device)
+        elif mask.dim() == 2:
+            readable = mask[:, -T:].bool()
+        else:  # [B, 1, T, K]: what the last query sees; a static cache has K > T, unfilled behind
+            last = mask[:, 0, -1, :T]
+            readable = last if last.dtype == torch.bool else last == 0
+        readable = readable.to(hidden.device).expand(B, T)
+        lengths: Tensor | None = _held(_lengths, self)
+        if lengths is not None:
+            lengths = torch.as_tensor(lengths).to(hidden.device)
+            real = readable.sum(dim=1)
+            if lengths.shape != (B,) or bool((lengths < 1).any()) or bool((lengths > real).any()):
+                raise RoutingError(
+                    f"prompt_lengths is {lengths.tolist()}; expected one length for each of {B} "
+                    f"rows, from 1 to its number of real tokens ({real.tolist()})"
+                )
+            readable = readable & (readable.cumsum(dim=1) <= lengths[:, None])
+        if not bool(readable.any(dim=1).all()):
+            raise RoutingError("a row of the batch has no real token; every row needs a prompt")
+        return readable
+
+
+@contextmanager
+def _holding(variable: ContextVar[Any], driver: RoutingDriver, value: Any) -> Iterator[None]:
+    """Let a driver hold a value inside the block; other drivers and other threads don't see it."""
+    token = variable.set(((id(driver), value), *variable.get()))
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def _held(variable: ContextVar[Any], driver: RoutingDriver) -> Any:
+    """Return what a driver holds now, or None."""
+    return next((value for owner, value in variable.get() if owner == id(driver)), None)
 
 
 def execute(
@@ -206,32 +245,3 @@ def execute(
             if entry is not None:
                 entry.end_pass()
     return hidden
-
-
-def _readable(mask: Tensor | None, hidden: Tensor) -> Tensor:
-    """Return which of the T tokens of this pass the policy may read, `[B, T]`."""
-    B, T = hidden.shape[:2]
-    given = _reading.get()
-    if given is not None:
-        readable = given
-    elif mask is None:
-        readable = torch.ones(B, T, dtype=torch.bool, device=hidden.device)
-    elif mask.dim() == 2:
-        readable = mask[:, -T:].bool()
-    else:  # [B, 1, T, K]: what the last query sees; a static cache has K > T, unfilled behind
-        last = mask[:, 0, -1, :T]
-        readable = last if last.dtype == torch.bool else last == 0
-    readable = readable.to(hidden.device).expand(B, T)
-    lengths = _lengths.get()
-    if lengths is not None:
-        lengths = torch.as_tensor(lengths).to(hidden.device)
-        real = readable.sum(dim=1)
-        if lengths.shape != (B,) or bool((lengths < 1).any()) or bool((lengths > real).any()):
-            raise RoutingError(
-                f"prompt_lengths is {lengths.tolist()}; expected one length for each of {B} rows, "
-                f"from 1 to its number of real tokens ({real.tolist()})"
-            )
-        readable = readable & (readable.cumsum(dim=1) <= lengths[:, None])
-    if not bool(readable.any(dim=1).all()):
-        raise RoutingError("a row of the batch has no real token; every row needs a prompt")
-    return readable

@@ -86,7 +86,8 @@ class ChoiceBatch:
         state_cache_gb: Most memory for shared states, in GB.
 
     Raises:
-        RoutingError: An attention implementation that can't take such a mask.
+        RoutingError: An attention implementation that can't take such a mask, or a row that is
+            longer than the sliding window of the model's attention, which the mask would undo.
 
     Source: ours; the row that it stands for is lm-evaluation-harness' (context and continuation
         without its last token).
@@ -184,6 +185,12 @@ class ChoiceBatch:
         behind = [sum(len(c) - 1 for c in q.continuations) for q in self.questions]
         P = len(self.questions)
         T = max(len(q.context) + b for q, b in zip(self.questions, behind, strict=True))
+        window = getattr(self.routed.model.config.get_text_config(), "sliding_window", None)
+        if window is not None and window < T:
+            raise RoutingError(
+                f"a question and its choices have {T} tokens, but attention of this model slides "
+                f"over {window}; choices can only be scored within the window"
+            )
         ids = torch.zeros(P, T, dtype=torch.long)
         positions = torch.zeros(P, T, dtype=torch.long)
         readable = torch.zeros(P, T, dtype=torch.bool)
@@ -252,17 +259,20 @@ class AnswerBatch:
         self._ends = set(ends if isinstance(ends, list) else [ends])
         self._cache_argument = cache_argument(routed.model)
 
-    def answers(self, pairs: Sequence[Pair], max_new_tokens: int, verdict: Verdict) -> list[Answer]:
+    def answers(
+        self, pairs: Sequence[Pair], max_new_tokens: Sequence[int], verdict: Verdict
+    ) -> list[Answer]:
         """Generate until the verdict on every pair is in.
 
         Args:
             pairs: Prompt's place and decisions.
-            max_new_tokens: Most tokens of an answer.
+            max_new_tokens: For each pair, the most tokens of its answer.
             verdict: Grades the text so far; an answer stops as soon as it isn't None.
 
         Returns:
-            One answer per pair, in order. As far as it goes, its text is what plain greedy
-            `generate` of the routed model gives.
+            One answer per pair, in order. As far as it goes, its text is what greedy `generate`
+            of the routed model gives without logits processors: a repetition penalty in a model's
+            generation settings is not applied (docs/differences.md, D-19).
         """
         logits, cache = self._prefill(pairs)
         rows = torch.tensor([row for row, _ in pairs], device=self._ids.device)
@@ -272,7 +282,7 @@ class AnswerBatch:
         logprobs = [0.0] * len(pairs)
         done: dict[int, Answer] = {}
         active = list(range(len(pairs)))  # the pair behind each row of the shrinking batch
-        for step in range(1, max_new_tokens + 1):
+        for step in range(1, max(max_new_tokens) + 1):
             highest, best = logits.float().max(dim=-1)  # [rows]
             each = (highest - logits.float().logsumexp(dim=-1)).tolist()
             for place, token, logprob in zip(active, best.tolist(), each, strict=True):
@@ -281,7 +291,7 @@ class AnswerBatch:
                 if not finished:
                     tokens[place].append(token)
                 text = self.tokenizer.decode(tokens[place], skip_special_tokens=True)
-                grade = verdict(place, text, finished or step == max_new_tokens)
+                grade = verdict(place, text, finished or step == max_new_tokens[place])
                 if grade is not None:
                     done[place] = Answer(text, tuple(tokens[place]), grade, logprobs[place] / step)
             going = [row for row, place in enumerate(active) if place not in done]
@@ -303,6 +313,10 @@ class AnswerBatch:
                     **{self._cache_argument: cache},
                 ).logits[:, -1]
         return [done[place] for place in range(len(pairs))]
+
+    def forget(self) -> None:
+        """Give up all shared states."""
+        self.states = StateCache(self.states.max_bytes)
 
     def _prefill(self, pairs: Sequence[Pair]) -> tuple[Tensor, Any]:
         """Return the last token's logits `[N, V]` and the routed cache of N rows."""

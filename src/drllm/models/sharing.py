@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from drllm.errors import RoutingError
-from drllm.models.cache import RoutedCacheLayer
+from drllm.models.cache import RoutedCacheLayer, entry_of
 from drllm.models.injection import Forward, LayerCall
 from drllm.paths import Decisions, Path, to_path
 
@@ -234,9 +234,6 @@ class SharingDriver:
             self.states.put(key, state)
 
     def _entry(self, cache: Cache, index: int) -> object:
-        if getattr(cache, "layer_class_to_replicate", None) is not None:
-            while len(cache.layers) <= index:
-                cache.layers.append(cache.layer_class_to_replicate())
         if len(self._pristine) == index:
-            self._pristine.append(copy.deepcopy(cache.layers[index]))
+            self._pristine.append(copy.deepcopy(entry_of(cache, index)))
         return self._pristine[index]

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from drllm.errors import ModelError
 from drllm.models.prompts import encode, encode_continuation, render
 from drllm.models.routed import RoutedModel
 from drllm.models.scoring import Answer, AnswerBatch, ChoiceBatch, Question, tokenised
@@ -125,6 +127,7 @@ class BlockEvaluator:
         """
         if self._answers is None:
             return list(outcomes)
+        self.forget()  # the answers are in; what follows has states of its own
         wrong: dict[int, Counter[tuple[int, ...]]] = {}
         for (place, _), outcome in zip(pairs, outcomes, strict=True):
             if outcome.reward < 1 and outcome.answer is not None and outcome.answer.tokens:
@@ -158,22 +161,53 @@ class BlockEvaluator:
                     margin = means[0] - outcome.answer.logprob
                 else:
                     margin = means[0] - max(means[1:]) if means[1:] else None
+                if margin is not None and not math.isfinite(margin):
+                    margin = None
                 completed.append(dataclasses.replace(outcome, margin=margin))
         return completed
 
     def _evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
         if self._choices is not None:
             return [
-                Outcome(*score_choices(sums, self.prompts[place]))
-                for (place, _), sums in zip(pairs, self._choices.logprobs(pairs), strict=True)
+                self._judged(pair, sums)
+                for pair, sums in zip(pairs, self._choices.logprobs(pairs), strict=True)
             ]
         assert self._answers is not None
         answers = self._answers.answers(
             pairs,
-            max(prompt.max_new_tokens for prompt in self.prompts),
+            [self.prompts[place].max_new_tokens for place, _ in pairs],
             lambda pair, text, finished: verdict(self.prompts[pairs[pair][0]], text, finished),
         )
+        for pair, answer in zip(pairs, answers, strict=True):
+            self._check_finite(pair, [answer.logprob])
         return [Outcome(answer.grade, None, answer) for answer in answers]
+
+    def _judged(self, pair: Pair, sums: Sequence[float]) -> Outcome:
+        if not self._check_finite(pair, sums):
+            return Outcome(0.0, None)
+        return Outcome(*score_choices(sums, self.prompts[pair[0]]))
+
+    def _check_finite(self, pair: Pair, logprobs: Sequence[float]) -> bool:
+        """Say whether a path's numbers can be judged; one that overflows has no answer.
+
+        Raises:
+            ModelError: The full path itself overflows, so that nothing can be compared with it.
+        """
+        place, decisions = pair
+        if all(math.isfinite(value) for value in logprobs):
+            return True
+        if set(decisions) == {1}:
+            raise ModelError(
+                f"the base model's own log-probabilities are not finite on {self.texts[place]!r}; "
+                f"load it with --dtype float32"
+            )
+        return False
+
+    def forget(self) -> None:
+        """Give up all shared states."""
+        batch = self._choices or self._answers
+        assert batch is not None
+        batch.forget()
 
 
 def gold_text(prompt: Prompt) -> str:

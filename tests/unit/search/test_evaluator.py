@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from drllm.errors import ModelError
 from drllm.models.prompts import encode, render
 from drllm.models.routed import RoutedModel
 from drllm.paths import to_path
@@ -189,3 +190,34 @@ def test_other_texts_are_not_another_way_of_judging(tiny_llama, tiny_tokenizer):
     evaluator = BlockEvaluator(routed, CHOICES, 1.0)
     with pytest.raises(ValueError, match="differ"):
         evaluator.judged_as(CHOICES[::-1])
+
+
+def test_a_question_s_limit_of_tokens_is_its_own(tiny_llama, tiny_tokenizer):
+    prompts = [
+        Prompt(text="Say:", reward="boxed", answer="1", max_new_tokens=limit) for limit in (3, 9)
+    ]
+    model = tiny_llama(eos_token_id=None)
+    routed = RoutedModel(model, tokenizer=tiny_tokenizer)
+    outcomes = BlockEvaluator(routed, prompts, 1.0).evaluate([(0, (1,) * 6), (1, (1,) * 6)])
+    assert [len(outcome.answer.tokens) for outcome in outcomes] == [3, 9]
+
+
+def with_scores(evaluator, scores):
+    """Let the model's scores be what a path that overflows gives."""
+    evaluator._choices.logprobs = lambda pairs: [scores for _ in pairs]
+    return evaluator
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_path_that_overflows_is_wrong_and_has_no_margin(tiny_llama, tiny_tokenizer, bad):
+    routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
+    evaluator = with_scores(BlockEvaluator(routed, CHOICES, 1.0), (-1.0, bad, -2.0))
+    [outcome] = evaluator.evaluate([(0, (1, 2, 1, 1, 1, 1))])
+    assert (outcome.reward, outcome.margin) == (0.0, None)
+
+
+def test_a_base_model_that_overflows_is_an_error(tiny_llama, tiny_tokenizer):
+    routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
+    evaluator = with_scores(BlockEvaluator(routed, CHOICES, 1.0), (-1.0, float("nan"), -2.0))
+    with pytest.raises(ModelError, match="--dtype float32"):
+        evaluator.evaluate([(0, (1,) * 6)])
