@@ -49,10 +49,12 @@ class Supervision:
     Attributes:
         records: One per question that has a target, in the order of the questions.
         summary: Counts, as `summarise` describes them.
+        rewards: The rewards that the prompts of the targets were made for, by name.
     """
 
     records: tuple[SupervisionRecord, ...]
     summary: dict[str, Any]
+    rewards: tuple[str, ...]
 
 
 # --- which paths count -------------------------------------------------------------------------
@@ -151,7 +153,13 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
         within = _within_quota(kept, config.quota_improving)
         rejected[OVER_QUOTA] = len(kept) - len(within)
         kept = within
-    return Supervision(records=tuple(kept), summary=summarise(records, kept, rejected))
+    ids = {(record.task, record.id) for record in kept}
+    rewards = {record.reward for record in records if (record.task, record.id) in ids}
+    return Supervision(
+        records=tuple(kept),
+        summary=summarise(records, kept, rejected),
+        rewards=tuple(sorted(rewards)),
+    )
 
 
 def _supervision_record(record: SearchRecord, path: TriedPath) -> SupervisionRecord:
@@ -270,7 +278,7 @@ def write(search_files: Sequence[Path], output: Path, config: SuperviseConfig) -
         model=max((source.model for source in sources), key=len),  # the one that tells most
         config=config.to_dict(),
         inputs=search_files,
-        extra={"summary": supervision.summary},
+        extra={"summary": supervision.summary, "rewards": list(supervision.rewards)},
     )
     write_records(output, supervision.records, manifest)
     return supervision.summary

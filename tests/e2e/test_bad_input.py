@@ -127,6 +127,13 @@ def one_layer_more(lines: list[str]) -> list[str]:
     return [lines[0], json.dumps(row) + "\n", *lines[2:]]
 
 
+def with_the_first_question(lines: list[str]) -> list[str]:
+    first, row = (json.loads(line) for line in lines[:2])
+    row["question"], row["task"] = first["question"].upper(), first["task"]
+    row["optimal_layer_config"] = [2 - value or 1 for value in first["optimal_layer_config"]]
+    return [lines[0], json.dumps(row) + "\n", *lines[2:]]
+
+
 def a_nan(tensors: dict[str, Any]) -> None:
     tensors["hidden_weight"][0, 0, 0] = float("nan")
 
@@ -139,6 +146,12 @@ def another_models_search(folder: Path) -> None:
     manifest = json.loads(path.read_text())
     manifest["model"]["fingerprint"] = "0123456789abcdef"
     path.write_text(json.dumps(manifest))
+
+
+def another_dtype(folder: Path) -> None:
+    text = (folder / "run" / "run.yaml").read_text()
+    assert "dtype: auto" in text
+    (folder / "r.yaml").write_text(text.replace("dtype: auto", "dtype: bfloat16"))
 
 
 def another_recipe(folder: Path) -> None:
@@ -393,6 +406,14 @@ CASES = [
         ),
         says=("run/search.jsonl was made with", "choose another --output-dir"),
     ),
+    Case(
+        name="a search in another dtype in the folder",
+        words=(
+            "search --model MODEL --device cpu --dtype bfloat16 --output-dir run "
+            "--limit 6 --num-simulations 6 --block-size 3"
+        ),
+        says=("made with dtype 'float32', this run has 'bfloat16'", "choose another --output-dir"),
+    ),
     # records
     Case(
         name="search file missing",
@@ -479,6 +500,13 @@ CASES = [
         words=f"{TRAIN} run/supervision.jsonl",
         says=("run/supervision.jsonl, line 2", "has 5 layers, line 1 has 4", "of one model"),
         prepare=own("run/supervision.jsonl", one_layer_more),
+        without_torch=True,
+    ),
+    Case(
+        name="two targets of one question",
+        words=f"{TRAIN} run/supervision.jsonl",
+        says=("line 2: the question stands already in line 1", "another target", "keep one"),
+        prepare=own("run/supervision.jsonl", with_the_first_question),
         without_torch=True,
     ),
     Case(
@@ -627,6 +655,12 @@ CASES = [
         words="run r.yaml --output-dir run",
         says=("run/search.jsonl was made with", "this run has", "choose another --output-dir"),
         prepare=another_recipe,
+    ),
+    Case(
+        name="recipe for a folder with a search in another dtype",
+        words="run r.yaml --output-dir run",
+        says=("made with dtype 'float32', this run has 'bfloat16'", "choose another --output-dir"),
+        prepare=another_dtype,
     ),
     Case(
         name="broken ledger of a run",

@@ -133,6 +133,20 @@ def test_other_tasks_leave_no_result_of_the_earlier_ones(
     assert [path.name for path in (run_copy / "eval").glob("[!.s]*.json")] == ["own.json"]
 
 
+def test_a_moved_data_folder_with_the_same_questions_redoes_the_report_only(
+    run_copy: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    elsewhere = tmp_path / "data"
+    elsewhere.mkdir()
+
+    words = ["run", str(recipe), "--output-dir", str(run_copy), "--data-dir", str(elsewhere)]
+    assert main(words) == 0
+
+    said = capsys.readouterr().err
+    for stage in ("[1/5] search", "[2/5] supervise", "[3/5] train", "[4/5] evaluate"):
+        assert f"{stage}: done before" in said
+
+
 # --- single verbs ------------------------------------------------------------------------------
 
 
@@ -185,12 +199,96 @@ def test_targets_by_another_rule_survive_the_same_search_again(
     assert main(words) == 0
     chosen = output.read_text()
 
-    words = ["search", "--model", str(model_folder()), "--device", "cpu"]
-    settings = ["--limit", "6", "--num-simulations", "6", "--block-size", "3"]
-    assert main([*words, *settings, "--output-dir", str(run_copy)]) == 0
+    assert search_again(run_copy, model_folder()) == 0
 
     assert output.read_text() == chosen
     assert "supervision.jsonl is made from this search already" in capsys.readouterr().out
+
+
+def search_again(folder: Path, model: Path) -> int:
+    words = ["search", "--model", str(model), "--device", "cpu", "--output-dir", str(folder)]
+    return main([*words, "--limit", "6", "--num-simulations", "6", "--block-size", "3"])
+
+
+def test_targets_whose_manifest_a_kill_prevented_get_it_from_the_same_search_again(
+    run_copy: Path, model_folder: Callable[..., Path]
+):
+    manifest = run_copy / "supervision.manifest.json"
+    before = json.loads(manifest.read_text())
+    manifest.unlink()
+
+    assert search_again(run_copy, model_folder()) == 0
+
+    after = json.loads(manifest.read_text())
+    assert {**after, "created": ""} == {**before, "created": ""}
+    assert after["rewards"] == ["loglikelihood"]
+
+
+def test_targets_of_ones_own_stay_as_they_are(
+    run_copy: Path, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+):
+    (run_copy / "supervision.manifest.json").unlink()
+    output = run_copy / "supervision.jsonl"
+    lines = output.read_text().splitlines(keepends=True)
+    output.write_text("".join(lines[1:]))
+
+    assert search_again(run_copy, model_folder()) == 0
+
+    assert output.read_text() == "".join(lines[1:])
+    assert not (run_copy / "supervision.manifest.json").exists()
+    assert "has no manifest, so it isn't ours; it stays as it is" in capsys.readouterr().err
+
+
+def trained_for(routers: Path, *rewards: str) -> str:
+    """Rewrite what the routers' prompts were made for, and return their folder."""
+    path = routers / "router_config.json"
+    config = json.loads(path.read_text())
+    config["training"]["rewards"] = list(rewards)
+    path.write_text(json.dumps(config))
+    return str(routers)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rewards", "notes"),
+    [
+        ([], ["loglikelihood"], 1),
+        (["--no-chat"], ["loglikelihood"], 0),
+        ([], ["loglikelihood", "letter"], 0),
+        ([], [], 0),
+    ],
+)
+def test_generate_says_so_where_routers_read_a_chat_template_but_were_trained_without(
+    run_copy: Path,
+    flags: list[str],
+    rewards: list[str],
+    notes: int,
+    capsys: pytest.CaptureFixture[str],
+):
+    routers = run_copy / "routers"
+    assert json.loads((routers / "router_config.json").read_text())["training"]["rewards"] == [
+        "loglikelihood"
+    ]
+    words = ["generate", "--routers", trained_for(routers, *rewards), "--device", "cpu", *flags]
+
+    assert main([*words, "--max-new-tokens", "2", "What is ice?"]) == 0
+
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == notes
+    assert all("with --no-chat they read as in training" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "notes"), [(["letter"], 1), (["letter", "loglikelihood"], 0), ([], 0)]
+)
+def test_evaluate_says_so_where_routers_were_trained_on_other_prompts(
+    run_copy: Path, tmp_path: Path, rewards: list[str], notes: int, capsys: Any
+):
+    words = ["evaluate", "--routers", trained_for(run_copy / "routers", *rewards)]
+    words += ["--device", "cpu", "--limit", "2", "--num-random-draws", "1"]
+
+    assert main([*words, "--output-dir", str(tmp_path / "eval")]) == 0
+
+    assert capsys.readouterr().err.count("were trained on prompts for letter, the") == notes
 
 
 def test_generate_draws_the_route_and_counts_its_cost(

@@ -21,6 +21,7 @@ from drllm.records import (
     SupervisionRecord,
     TriedPath,
     new_manifest,
+    question_key,
     read_search,
     read_supervision,
     search_record,
@@ -94,6 +95,10 @@ def by_id(record: SearchRecord | SupervisionRecord) -> tuple[str, str]:
     return record.task, record.id
 
 
+def by_question(record: SupervisionRecord) -> tuple[str, str]:
+    return record.task, question_key(record.question)
+
+
 one_file = st.lists(search_records(), min_size=1, max_size=3, unique_by=by_id)
 files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 
@@ -120,7 +125,9 @@ def test_a_search_file_comes_back_as_it_was_written(records: list[SearchRecord],
     assert read_search(file) == records
 
 
-@given(records=st.lists(supervision_records(), min_size=1, max_size=3, unique_by=by_id))
+@given(
+    records=st.lists(supervision_records(), min_size=1, max_size=3, unique_by=(by_id, by_question))
+)
 @files
 def test_a_supervision_file_comes_back_as_it_was_written(
     records: list[SupervisionRecord], tmp_path: Path

@@ -344,6 +344,31 @@ def test_targets_of_two_depths_are_refused(tmp_path: Path):
         read_supervision(file)
 
 
+@pytest.mark.parametrize("question", ["What is ice?", "  what is\n ICE?"])
+def test_two_targets_of_one_question_are_refused_with_both_lines(tmp_path: Path, question: str):
+    between = dataclasses.replace(TARGET, id="q2", question="What is steam?")
+    other = dataclasses.replace(TARGET, id="q3", question=question, optimal_layer_config=(1, 1, 0))
+    file = written(tmp_path / "supervision.jsonl", TARGET, between, other, schema="supervision")
+
+    with pytest.raises(
+        RecordError, match=r"line 3: the question stands already in line 1 with another target .*q3"
+    ):
+        read_supervision(file)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"id": "q2"}, {"task": "more", "optimal_layer_config": (1, 1, 0), "executions": 2.0}],
+)
+def test_one_target_twice_and_one_question_in_two_tasks_are_accepted(
+    tmp_path: Path, changes: dict[str, Any]
+):
+    other = dataclasses.replace(TARGET, **changes)
+    file = written(tmp_path / "supervision.jsonl", TARGET, other, schema="supervision")
+
+    assert read_supervision(file) == [TARGET, other]
+
+
 # --- manifests ---------------------------------------------------------------------------------
 
 

@@ -54,11 +54,16 @@ def tried(
 
 def record(*paths: TriedPath, question: str = "What is water?", **fields: Any) -> SearchRecord:
     """A searched question; the first path is the full one."""
-    values = {"id": question, "task": "facts", "prompt": f"Q: {question}", "answer": "wet"}
+    values = {
+        "id": question,
+        "task": "facts",
+        "prompt": f"Q: {question}",
+        "answer": "wet",
+        "reward": "loglikelihood",
+    }
     return SearchRecord(
         **(values | fields),
         question=question,
-        reward="loglikelihood",
         num_layers=len(paths[0].decisions),
         paths=tuple(
             TriedPath(**{name: getattr(path, name) for name in path.__slots__} | {"simulation": n})
@@ -360,6 +365,21 @@ def test_the_manifest_tells_model_settings_inputs_and_summary(tmp_path: Path):
     assert manifest["config"] == config.to_dict()
     assert manifest["inputs"] == {"search.jsonl": sha256(source)}
     assert manifest["summary"] == summary
+    assert manifest["rewards"] == ["loglikelihood"]
+
+
+def test_the_manifest_names_the_rewards_of_the_targets_only(tmp_path: Path):
+    found = [
+        record(*SAVING, question="a?", reward="letter"),
+        record(*SAVING, question="b?", reward="exact"),
+        record(*HOPELESS, question="c?", reward="boxed"),
+    ]
+    source = tmp_path / "search.jsonl"
+    write_records(source, found, new_manifest("search", model=MODEL, config={}))
+    write([source], tmp_path / "supervision.jsonl", SuperviseConfig())
+
+    manifest = json.loads(manifest_path(tmp_path / "supervision.jsonl").read_text())
+    assert manifest["rewards"] == ["exact", "letter"]
 
 
 def test_targets_follow_the_order_of_the_files(tmp_path: Path):

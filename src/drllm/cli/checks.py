@@ -17,9 +17,6 @@ from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.records import read_manifest, sha256
 from drllm.tasks.base import Task, choose, get_tasks
 
-OPTIONS_REWARD = "loglikelihood"
-"""The reward that every multiple-choice task takes; `evaluate` uses it."""
-
 
 def tasks_to_search(config: SearchConfig) -> list[Task]:
     """Return the tasks, once it is sure that they can be searched.
@@ -42,11 +39,7 @@ def tasks_to_evaluate(config: EvaluateConfig) -> list[Task]:
     """
     tasks = get_tasks(config.tasks)
     for task in tasks:
-        if OPTIONS_REWARD not in task.rewards:
-            raise TaskError(
-                f"task {task.name!r} has no options to choose from; evaluate takes "
-                f"multiple-choice tasks, 'drllm ls tasks' shows which have {OPTIONS_REWARD}"
-            )
+        task.check_options()
     _check_questions(tasks, config.split, config.data_dir)
     return tasks
 
@@ -126,6 +119,13 @@ def check_supervision_model(supervision: Path, ours: Mapping[str, Any]) -> None:
                 f"{theirs[name]}), the base model {ours['id']!r} has {name} {ours[name]}; give the "
                 f"model that they were searched with, or search with this one"
             )
+
+
+def rewards_of(supervision: Path) -> list[str]:
+    """Return the rewards that the prompts of a supervision file were made for, where known."""
+    manifest = read_manifest(supervision, "supervision") or {}
+    rewards = manifest.get("rewards")
+    return [str(reward) for reward in rewards] if isinstance(rewards, list) else []
 
 
 def file_hash(path: Path) -> str:

@@ -34,6 +34,7 @@ from drllm.config import (
 )
 from drllm.errors import ConfigError, RecordError, unknown_name
 from drllm.records import SCHEMA_VERSION, sha256, write_atomically
+from drllm.search.plan import decisive
 from drllm.supervision import write as write_supervision
 from drllm.tasks.base import Task
 
@@ -51,8 +52,6 @@ RUNS = Path("runs")
 RECIPE_FILE = "run.yaml"
 LEDGER_FILE = "run.manifest.json"
 LEDGER_SCHEMA = "drllm.run"
-NOT_DECISIVE = ("output_dir", "state_cache_gb")
-"""Settings of the search that change nothing in its records."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,11 +304,14 @@ class Run:
 
     def _search_from(self) -> dict[str, Any]:
         config = self.recipe.search
-        settings = {k: v for k, v in config.to_dict().items() if k not in NOT_DECISIVE}
         questions = checks.questions_digest(
             self.tasks["search"], config.split, config.data_dir, config.limit, config.seed
         )
-        return {"config": settings, "model": self.recipe.model.to_dict(), "questions": questions}
+        return {
+            "config": decisive(config),
+            "model": self.recipe.model.to_dict(),
+            "questions": questions,
+        }
 
     def _search(self) -> Sequence[Path]:
         stages.run_search_stage(self.base, self.tasks["search"], self.recipe.search, self.terminal)
@@ -344,7 +346,7 @@ class Run:
     def _evaluate_from(self) -> dict[str, Any]:
         config = self.recipe.evaluate
         return {
-            "config": config.to_dict(),
+            "config": decisive(config),
             "model": self.recipe.model.to_dict(),
             "questions": checks.questions_digest(
                 self.tasks["evaluate"], config.split, config.data_dir, config.limit, config.seed

@@ -27,10 +27,17 @@ from drllm.config import (
 )
 from drllm.errors import CheckpointError, ConfigError
 from drllm.paths import num_executions
-from drllm.records import read_manifest, read_search, read_supervision, sha256
+from drllm.records import (
+    manifest_path,
+    read_manifest,
+    read_search,
+    read_supervision,
+    sha256,
+    to_lines,
+)
 from drllm.supervision import targets
 from drllm.supervision import write as write_supervision
-from drllm.tasks.base import Task
+from drllm.tasks.base import OPTIONS_REWARD, Task
 
 if TYPE_CHECKING:
     from drllm.models.loading import BaseModel
@@ -50,7 +57,7 @@ def search(request: Request, terminal: Terminal) -> None:
     config = dataclasses.replace(config, output_dir=str(folder))
     tasks = checks.tasks_to_search(config)
     checks.check_folder(folder, "--output-dir")
-    was_complete = (folder / "search.jsonl").is_file()
+    was_complete = manifest_path(folder / "search.jsonl").is_file()
     with loaded(request.of(ModelConfig), terminal) as base:
         output = run_search_stage(base, tasks, config, terminal)
     if was_complete:
@@ -61,15 +68,17 @@ def search(request: Request, terminal: Terminal) -> None:
 
 
 def _supervise_by_default(search_file: Path, output: Path, terminal: Terminal) -> None:
+    found = targets(read_search(search_file), SuperviseConfig()).records
     if output.is_file():
         manifest = read_manifest(output, "supervision")
-        if manifest is None:
+        # A kill between the file and its manifest leaves exactly what would be written now.
+        if manifest is None and output.read_bytes() != to_lines(found).encode():
             terminal.note(f"drllm: {output} has no manifest, so it isn't ours; it stays as it is")
             return
-        if sha256(search_file) in manifest.get("inputs", {}).values():
+        if manifest is not None and sha256(search_file) in manifest.get("inputs", {}).values():
             terminal.say(f"{output} is made from this search already; it stays as it is")
             return
-    if not targets(read_search(search_file), SuperviseConfig()).records:
+    if not found:
         terminal.note(
             f"drllm: no question has a target path, so {output.name} was not written; search more "
             f"questions or simulations, or try 'drllm supervise' with another --target"
@@ -150,6 +159,18 @@ def generate(request: Request, terminal: Terminal) -> None:
     model = _model_of(request, routers)
     with loaded(model, terminal) as base, attached(base, routers) as routed:
         answer(routed, request.text("prompt"), config, terminal)
+        _note_chat(routed, config, terminal)
+
+
+def _note_chat(routed: RoutedModel, config: GenerateConfig, terminal: Terminal) -> None:
+    """Say so where the routers read a chat template that they never saw in training."""
+    trained = routed.routers.config.training.get("rewards") if routed.routers else None
+    templated = config.chat and getattr(routed.tokenizer, "chat_template", None)
+    if templated and trained == [OPTIONS_REWARD]:
+        terminal.note(
+            "drllm: the routers were trained on plain prompts and read a chat template here; "
+            "with --no-chat they read as in training"
+        )
 
 
 def _model_of(request: Request, routers: RouterStack | None) -> ModelConfig:
@@ -230,7 +251,7 @@ def run_search_stage(
     from drllm.search.runner import run_search
 
     with attached(base) as routed, terminal.progress("searching", "questions") as progress:
-        return run_search(routed, tasks, config, base.identity, progress)
+        return run_search(routed, tasks, config, base.identity, base.runtime, progress)
 
 
 def run_train_stage(
@@ -256,6 +277,7 @@ def run_train_stage(
             base.identity,
             config,
             output,
+            rewards=checks.rewards_of(supervision),
             device=base.model.device,
             on_progress=progress,
         )
@@ -271,7 +293,15 @@ def run_evaluate_stage(
 ) -> list[Path]:
     """Evaluate the tasks and return their results' files."""
     from drllm.evaluation.multiple_choice import run_evaluation
+    from drllm.models.routers import read_config
 
+    trained = read_config(routers_dir).training.get("rewards")
+    if isinstance(trained, list) and trained and OPTIONS_REWARD not in trained:
+        terminal.note(
+            f"drllm: the routers were trained on prompts for {', '.join(map(str, trained))}, the "
+            f"evaluation asks by {OPTIONS_REWARD}; to have both alike, search with --reward "
+            f"{OPTIONS_REWARD}"
+        )
     with terminal.progress("evaluating", "passes") as progress:
         return run_evaluation(base, routers_dir, tasks, config, output, progress)
 

@@ -16,6 +16,9 @@ from torch import Tensor
 from drllm.errors import CheckpointError
 from drllm.paths import Decision
 
+STEEPEST = 60.0
+"""Largest tilt in either direction: what is left of a decision then can't be drawn."""
+
 
 def permuted(routes: Tensor, generator: torch.Generator) -> Tensor:
     """Give every question the route that the routed model took on another question.
@@ -77,28 +80,32 @@ def random_like(routes: Tensor, generator: torch.Generator) -> Tensor:
     return routes.gather(1, order)
 
 
-def label_frequency(
-    label_counts: Sequence[Sequence[int]], num_questions: int, generator: torch.Generator
-) -> Tensor:
-    """Draw every decision as often as it was the target at its layer in training.
+def tilted(label_counts: Sequence[Sequence[int]], executions: float) -> Tensor:
+    """Return each layer's frequencies of the targets, tilted to a number of executions.
 
-    Controls for what the targets are like on the whole, layer by layer. If this does as well as
-    the routed model, the routers learned the frequencies of the labels and no more. Executions
-    equal those of the targets on average, not those of the routed model.
+    A decision d is weighted by its count times exp(-θ d), with one θ for all layers, so that
+    drawing by the weights runs the wanted executions on average. Of all distributions with that
+    mean these are the nearest to the targets' own (in relative entropy), so layers that the
+    targets skip more often than others are still skipped more often. A decision that was never
+    the target at a layer stays impossible there.
 
     Args:
         label_counts: `[L][3]` from `router_config.json`.
-        num_questions: Q.
-        generator: Source of randomness.
+        executions: Mean executions wanted, those of the routed model.
 
     Returns:
-        `[Q, L]`; where a draw would skip every layer, the last one is executed, as in a routed
-        model.
+        `[L, 3]` probabilities. Where the labels can't reach the executions wanted, those that
+        come nearest; `expected_executions` says how near.
 
     Raises:
         CheckpointError: The routers carry no label counts.
 
-    Source: ours.
+    Source: ours (docs/differences.md, D-18).
+
+    Example:
+        >>> tilted([[1, 1, 0], [0, 1, 0]], executions=1.5)
+        tensor([[0.5000, 0.5000, 0.0000],
+                [0.0000, 1.0000, 0.0000]], dtype=torch.float64)
     """
     counts = torch.tensor(label_counts, dtype=torch.float64)
     if counts.numel() == 0 or bool((counts.sum(dim=1) == 0).any()):
@@ -106,7 +113,54 @@ def label_frequency(
             "these routers carry no label counts for some layer, so decisions can't be drawn by "
             "label frequency; use routers that 'drllm train' has written"
         )
-    drawn = torch.multinomial(counts, num_questions, replacement=True, generator=generator).T
-    drawn = drawn.contiguous()
+    decisions = torch.arange(3, dtype=torch.float64)
+    low, high = -STEEPEST, STEEPEST
+    for _ in range(60):  # executions fall as θ grows
+        theta = (low + high) / 2
+        probabilities = (counts.log() - theta * decisions).softmax(dim=1)
+        if expected_executions(probabilities) > executions:
+            low = theta
+        else:
+            high = theta
+    return probabilities
+
+
+def expected_executions(probabilities: Tensor) -> float:
+    """Return the mean executions of `label_frequency`, the rule of its empty draws included.
+
+    Args:
+        probabilities: `[L, 3]`.
+
+    Example:
+        >>> expected_executions(torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]))
+        1.25
+    """
+    drawn = float((probabilities @ torch.arange(3, dtype=probabilities.dtype)).sum())
+    empty = float(probabilities[:, int(Decision.SKIP)].prod())
+    return drawn + empty
+
+
+def label_frequency(
+    probabilities: Tensor, num_questions: int, generator: torch.Generator
+) -> Tensor:
+    """Draw every decision at random with the probabilities of its layer.
+
+    Controls for what the targets are like on the whole, layer by layer. If this does as well as
+    the routed model, the routers learned the frequencies of the labels and no more. With
+    probabilities from `tilted`, executions equal the routed model's on average.
+
+    Args:
+        probabilities: `[L, 3]`.
+        num_questions: Q.
+        generator: Source of randomness.
+
+    Returns:
+        `[Q, L]`; where a draw would skip every layer, the last one is executed, as in a routed
+        model.
+
+    Source: ours.
+    """
+    drawn = torch.multinomial(probabilities, num_questions, replacement=True, generator=generator)
+    drawn = drawn.T.contiguous()
     drawn[drawn.sum(dim=1) == 0, -1] = int(Decision.EXECUTE)
     return drawn

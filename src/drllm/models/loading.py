@@ -86,6 +86,15 @@ class BaseModel:
             "fingerprint": fingerprint(self.model),
         }
 
+    @property
+    def runtime(self) -> dict[str, Any]:
+        """How the model runs, as resolved: what may change its numbers, but not which it is."""
+        return {
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.model.device.type,
+            "attn_implementation": self.model.config._attn_implementation,
+        }
+
 
 def load(config: ModelConfig) -> BaseModel:
     """Load a base model and its tokenizer, frozen.

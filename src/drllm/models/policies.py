@@ -159,27 +159,6 @@ class RandomPolicy:
         )
 
 
-class LabelFrequencyPolicy:
-    """Draw each decision as often as it was the target at that layer in training.
-
-    Knows what the targets look like and nothing of the question: what a router must beat.
-
-    Args:
-        label_counts: `[L][3]` from `router_config.json`.
-        generator: Source of randomness.
-    """
-
-    def __init__(self, label_counts: Sequence[Sequence[int]], generator: torch.Generator) -> None:
-        self.frequencies = torch.tensor(label_counts, dtype=torch.float)  # [L, 3]
-        self.generator = generator
-
-    def decide(self, layer: int, prompts: PromptView) -> Tensor:
-        """Return one draw per row."""
-        return torch.multinomial(
-            self.frequencies[layer], prompts.num_rows, replacement=True, generator=self.generator
-        )
-
-
 class RouterPolicy:
     """Ask the trained routers: argmax of a layer's logits on the windows of its input.
 

@@ -96,7 +96,8 @@ class RouterConfig:
         base_fingerprint: Hash over three named weight tensors of the base model.
         label_counts: `[L][3]`: how often each decision was the target at each layer in training;
             empty where the routers weren't trained on targets.
-        training: Settings and final metrics, for the reader; not interpreted.
+        training: Settings and final metrics, for the reader. Only `rewards`, the rewards that the
+            prompts trained on were made for, are interpreted, and only for a note to the user.
     """
 
     num_layers: int
@@ -168,7 +169,7 @@ class RouterStack(nn.Module):
         """Write `router_config.json` and `routers.safetensors`; the base model is not saved.
 
         Raises:
-            CheckpointError: The folder can't be written.
+            CheckpointError: The folder can't be written, or the disk is full.
         """
         folder = Path(folder)
         try:
@@ -177,10 +178,11 @@ class RouterStack(nn.Module):
             tensors = {name: weight.detach().cpu() for name, weight in self.state_dict().items()}
             save_file(tensors, temporary)
             temporary.replace(folder / WEIGHTS_FILE)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise CheckpointError(
-                f"can't write routers to {folder}: {error.strerror}; "
-                f"choose a folder that you may write to"
+                f"can't write routers to {folder}: {reason}; "
+                f"free some space or choose a folder that you may write to"
             ) from error
         values = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self.config)}
         write_atomically(folder / CONFIG_FILE, json.dumps(values, indent=2) + "\n")

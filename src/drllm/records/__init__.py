@@ -9,6 +9,7 @@ from drllm.records.files import (
     read_lines,
     read_search,
     read_supervision,
+    to_lines,
     write_atomically,
     write_records,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "split_of",
     "supervision_record",
     "to_json",
+    "to_lines",
     "write_atomically",
     "write_records",
 ]

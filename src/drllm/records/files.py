@@ -23,6 +23,7 @@ from drllm.records.lines import (
     to_json,
 )
 from drllm.records.manifests import manifest_path, read_manifest, sha256
+from drllm.records.splits import question_key
 
 KINDS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "search": search_record,
@@ -40,16 +41,24 @@ def read_supervision(path: Path | str) -> list[SupervisionRecord]:
 
     Raises:
         RecordError: Also when rows disagree on the number of layers, or one question of a task
-            has two different targets.
+            has two different targets, under whatever ids.
     """
     records: list[SupervisionRecord] = _read(Path(path), "supervision")
     layers = len(records[0].optimal_layer_config)
+    first: dict[tuple[str, str], int] = {}
     for line, record in enumerate(records, start=1):
         if len(record.optimal_layer_config) != layers:
             raise RecordError(
                 f"{path}, line {line}: 'optimal_layer_config' has "
                 f"{len(record.optimal_layer_config)} layers, line 1 has {layers}; "
                 f"a file holds the targets of one model"
+            )
+        earlier = first.setdefault((record.task, question_key(record.question)), line)
+        if records[earlier - 1].optimal_layer_config != record.optimal_layer_config:
+            raise RecordError(
+                f"{path}, line {line}: the question stands already in line {earlier} with another "
+                f"target (ids {records[earlier - 1].id!r} and {record.id!r} of task "
+                f"{record.task!r}); keep one of them"
             )
     return records
 
@@ -144,6 +153,11 @@ def _refusing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def to_lines(records: Iterable[Any]) -> str:
+    """Write records as the text of a JSON lines file."""
+    return "".join(to_json(record) + "\n" for record in records)
+
+
 def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any]) -> None:
     """Write a whole records file and the manifest beside it, each atomically.
 
@@ -152,10 +166,10 @@ def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any
         records: What becomes one line each.
         manifest: From `new_manifest`; gets the number of records and the file's hash.
     """
-    lines = [to_json(record) + "\n" for record in records]
+    text = to_lines(records)
     if manifest_path(path).is_file():
         with _refusing(path):
             manifest_path(path).unlink()  # never a new file under an old manifest
-    write_atomically(path, "".join(lines))
-    complete = {**manifest, "num_records": len(lines), "sha256": sha256(path)}
+    write_atomically(path, text)
+    complete = {**manifest, "num_records": text.count("\n"), "sha256": sha256(path)}
     write_atomically(manifest_path(path), json.dumps(complete, indent=2, ensure_ascii=False) + "\n")

@@ -23,7 +23,7 @@ from drllm.reporting.blocks import (
     Table,
     Text,
 )
-from drllm.reporting.numbers import NBSP, count, interval, p_value, percent, plain
+from drllm.reporting.numbers import NBSP, count, interval, p_value, percent, plain, signed
 from drllm.reporting.results import BASE, ROUTED, Evaluation, Sample, System
 from drllm.reporting.run import Run
 
@@ -68,9 +68,16 @@ def _accuracy(system: System) -> str:
     return f"{percent(system.accuracy)} (95{NBSP}% interval {interval(system.interval)})"
 
 
+def _above_chance(evaluation: Evaluation, base: System) -> bool:
+    return base.interval[0] > evaluation.chance
+
+
 def _against_base(evaluation: Evaluation, base: System, routed: System) -> str:
-    points = plain(100 * abs(routed.accuracy - base.accuracy))
-    if routed.accuracy < base.accuracy:
+    change = 100 * (routed.accuracy - base.accuracy)
+    points = plain(abs(change))
+    if not _above_chance(evaluation, base):
+        lead = f"The routed model's accuracy less base's is {signed(change, 1)} points"
+    elif routed.accuracy < base.accuracy:
         lead = f"The routed model is worse than base by {points} points"
     elif routed.accuracy > base.accuracy:
         lead = f"The routed model is better than base by {points} points"
@@ -85,7 +92,7 @@ def _against_base(evaluation: Evaluation, base: System, routed: System) -> str:
 
 def _allowed(evaluation: Evaluation, base: System, routed: System) -> str:
     """Say what follows from the difference: a claim only where the set and the test carry it."""
-    if evaluation.chance is not None and base.interval[0] <= evaluation.chance:
+    if not _above_chance(evaluation, base):
         return (
             f"Base isn't shown to be above chance ({percent(evaluation.chance)}), so this set can "
             f"show neither a gain nor the absence of a loss."
@@ -93,7 +100,11 @@ def _allowed(evaluation: Evaluation, base: System, routed: System) -> str:
     if routed.mcnemar_p is None:
         return "No paired test was recorded, so no difference is claimed."
     test = f"McNemar p {_p(routed.mcnemar_p)}"
-    if routed.mcnemar_p >= SIGNIFICANT:
+    decides = routed.mcnemar_p
+    if routed.mcnemar_p_holm is not None:
+        decides = routed.mcnemar_p_holm
+        test += f", corrected for several tasks {_p(decides)}"
+    if decides >= SIGNIFICANT:
         return (
             f"The paired test doesn't show a difference in either direction ({test}); that is no "
             f"evidence that there is none."
@@ -202,6 +213,21 @@ def _systems(evaluation: Evaluation) -> list[Block]:
             "defined."
         ),
     ]
+    corrected = [
+        f"{system.name} p {_p(system.mcnemar_p_holm)}"
+        for system in evaluation.systems
+        if system.mcnemar_p_holm is not None and system.mcnemar_p_holm != system.mcnemar_p
+    ]
+    if corrected:
+        listed = ", ".join(corrected)
+        blocks.append(Text(f"Corrected for the tests on several tasks (Holm): {listed}."))
+    if any(system.interval[0] == system.interval[1] for system in evaluation.systems):
+        blocks.append(
+            Text(
+                "An interval without width comes from resampling questions that all gave the same "
+                "mean over draws; it is no sign of certainty."
+            )
+        )
     drawn = Figure(
         svg=figures.accuracy_against_executions(evaluation),
         alt=f"Accuracy against executions a forward pass: {shown}.",

@@ -64,14 +64,13 @@ def accuracy_against_executions(evaluation: Evaluation) -> str:
         base = evaluation.system(BASE)
         if base is not None:
             axes.axhline(100 * base.accuracy, color=COLOURS["faint"], linewidth=0.8, zorder=0)
-        if evaluation.chance is not None:
-            axes.axhline(
-                100 * evaluation.chance,
-                color=COLOURS["faint"],
-                linewidth=1,
-                linestyle=":",
-                label="chance",
-            )
+        axes.axhline(
+            100 * evaluation.chance,
+            color=COLOURS["faint"],
+            linewidth=1,
+            linestyle=":",
+            label="chance",
+        )
         axes.margins(x=0.12)
         axes.set_xlabel(f"executions a forward pass (full path: {evaluation.num_layers})")
         axes.set_ylabel("accuracy, %, with 95 % interval")

@@ -34,11 +34,12 @@ class System:
         interval: 95 % interval of the accuracy.
         executions: Mean layer executions a forward pass, in layer equivalents.
         gold_logprob: Mean log-probability of the right option among the options, in nats.
-        seconds: Measured time; None where it wasn't measured.
+        seconds: Measured time of one draw.
         draws: Random draws that the numbers are means over.
         mcnemar_p: Exact McNemar test against base; None for base itself or without a test.
         won: Questions right here and wrong in base; None where draws are averaged.
         lost: Questions wrong here and right in base; None where draws are averaged.
+        mcnemar_p_holm: The test's p-value corrected for several tasks; None with one task.
     """
 
     name: str
@@ -47,11 +48,12 @@ class System:
     interval: tuple[float, float]
     executions: float
     gold_logprob: float | None
-    seconds: float | None
+    seconds: float
     draws: int
     mcnemar_p: float | None
     won: int | None
     lost: int | None
+    mcnemar_p_holm: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,7 @@ class Evaluation:
     split: str
     num_questions: int
     num_layers: int
-    chance: float | None
+    chance: float
     systems: tuple[System, ...]
     findings: tuple[str, ...]
     samples: tuple[Sample, ...]
@@ -222,7 +224,7 @@ def _evaluation(
         split=fields.text("split"),
         num_questions=fields.whole("num_questions"),
         num_layers=fields.whole("num_layers"),
-        chance=fields.optional_number("chance"),
+        chance=fields.number("chance"),
         systems=systems,
         findings=tuple(str(finding) for finding in fields.items("findings")),
         samples=tuple(sample for _, sample in placed),
@@ -251,11 +253,12 @@ def _system(fields: Fields) -> System:
         interval=(low, high),
         executions=fields.number("executions"),
         gold_logprob=fields.optional_number("gold_logprob"),
-        seconds=fields.optional_number("seconds"),
+        seconds=fields.number("seconds"),
         draws=fields.whole("draws"),
         mcnemar_p=fields.optional_number("mcnemar_p"),
         won=fields.optional_whole("won"),
         lost=fields.optional_whole("lost"),
+        mcnemar_p_holm=fields.optional_number("mcnemar_p_holm"),
     )
 
 

@@ -1,24 +1,21 @@
 """The search as a stage: questions in, `search.jsonl` out, resumable at any moment.
 
 Owns the blocks of questions that are searched together and committed at once, the re-test of
-what they found, and resuming. Leaves choosing paths to the strategies and what a path is worth to
-`evaluator`.
+what they found, and resuming. Leaves choosing paths to the strategies, what a path is worth to
+`evaluator`, and whose files may be gone on from to `plan`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from drllm.config import SearchConfig
 from drllm.cost import executions
-from drllm.errors import ConfigError, RecordError, TaskError
+from drllm.errors import TaskError
 from drllm.models.routed import RoutedModel
 from drllm.models.sharing import Pair
 from drllm.paths import Decisions, full_decisions
@@ -26,17 +23,15 @@ from drllm.records import (
     Retest,
     SearchRecord,
     TriedPath,
-    manifest_path,
     new_manifest,
     read_lines,
-    read_manifest,
-    read_search,
     search_record,
-    to_json,
+    to_lines,
     write_atomically,
     write_records,
 )
 from drllm.search.evaluator import BlockEvaluator, Outcome
+from drllm.search.plan import is_complete, new_plan, open_blocks, remove_blocks
 from drllm.search.strategies import PathSearch, new_search
 from drllm.tasks.base import Example, Prompt, Task, choose
 
@@ -45,8 +40,6 @@ OnProgress = Callable[[float, int, str], None]
 
 SEARCH_FILE = "search.jsonl"
 BLOCKS_FOLDER = "search.blocks"
-NOT_DECISIVE = ("output_dir", "data_dir", "state_cache_gb")
-"""Settings that may change between a run and its continuation: they don't change its records."""
 
 
 def search_path(
@@ -182,36 +175,30 @@ def _retest(
     pairs = [*dict.fromkeys([*((place, full) for place in places), *candidates])]
     asked = {place: task.retests(examples[place], reward) for place in places}
     results: dict[Pair, list[Outcome]] = {pair: [] for pair in pairs}
+    ways = []
     for way in range(max(len(prompts) for prompts in asked.values())):
         # Questions may have different numbers of ways: one with 3 options has fewer rotations.
         here = [place for place in places if way < len(asked[place])]
+        as_first = list(asked_first.prompts)
+        for place in here:
+            as_first[place] = asked[place][way]
+        ways.append((not asked_first.reads_the_same(as_first), here, as_first))
+    # What reads as at first needs the states that are held; they can go before other states come.
+    for reads_anew, here, prompts in sorted(ways, key=lambda way: way[0]):
         part = [pair for pair in pairs if pair[0] in here]
-        outcomes = _ask(asked_first, [asked[place][way] for place in here], here, part, config)
+        if reads_anew:
+            asked_first.forget()
+            evaluator = BlockEvaluator(routed, [prompts[p] for p in here], config.state_cache_gb)
+            asking = [(here.index(place), decisions) for place, decisions in part]
+        else:
+            evaluator, asking = asked_first.judged_as(prompts), part
+        outcomes = evaluator.with_margins(asking, evaluator.evaluate(asking))
         for pair, outcome in zip(part, outcomes, strict=True):
             results[pair].append(outcome)
     return {
         pair: _judge(results[pair], results[pair[0], full], config.margin_tolerance)
         for pair in candidates
     }
-
-
-def _ask(
-    asked_first: BlockEvaluator,
-    prompts: list[Prompt],
-    places: list[int],
-    pairs: list[Pair],
-    config: SearchConfig,
-) -> list[Outcome]:
-    """Return the outcomes of paths on another way of asking the questions at `places`."""
-    as_before = list(asked_first.prompts)
-    for place, prompt in zip(places, prompts, strict=True):
-        as_before[place] = prompt
-    if asked_first.reads_the_same(as_before):  # only judged otherwise: every state is known
-        evaluator = asked_first.judged_as(as_before)
-    else:
-        evaluator = BlockEvaluator(asked_first.routed, prompts, config.state_cache_gb)
-        pairs = [(places.index(place), decisions) for place, decisions in pairs]
-    return evaluator.with_margins(pairs, evaluator.evaluate(pairs))
 
 
 def _judge(outcomes: list[Outcome], full: list[Outcome], tolerance: float) -> Retest:
@@ -236,41 +223,42 @@ def run_search(
     routed: RoutedModel,
     tasks: Sequence[Task],
     config: SearchConfig,
-    identity: dict[str, Any],
+    identity: Mapping[str, Any],
+    runtime: Mapping[str, Any],
     on_progress: OnProgress | None = None,
 ) -> Path:
     """Search all questions of the tasks and write `search.jsonl` with its manifest.
 
-    Blocks of questions are committed one by one; after an interruption the same call goes on
-    behind the last committed block and ends with the same records as an unbroken run (times
-    apart).
+    Blocks of questions are committed one by one; after an interruption at any moment the same
+    call goes on behind the last committed block and ends with the same records as an unbroken run
+    (times apart).
 
     Args:
         routed: The model, made with its tokenizer.
         tasks: Where the questions come from.
         config: Settings of the search.
         identity: The base model's identity, for the manifest.
+        runtime: How the base model runs; another dtype, say, is another search.
         on_progress: See `OnProgress`.
 
     Returns:
         The path of `search.jsonl`.
 
     Raises:
-        ConfigError: The folder holds a search with other settings, model or questions.
+        ConfigError: The folder holds a search with other settings, model, runtime, version or
+            questions.
         TaskError: No questions, or questions that can't be had.
-        RecordError: The folder can't be written.
+        RecordError: The folder can't be written, or holds a `search.jsonl` that isn't ours.
     """
     folder = Path(config.output_dir)
+    output, parts = folder / SEARCH_FILE, folder / BLOCKS_FOLDER
     blocks = _blocks(tasks, config)
-    plan = _plan(blocks, config, identity)
-    output = folder / SEARCH_FILE
-    total = sum(len(examples) for _, examples in blocks)
-    if output.exists() or manifest_path(output).exists():
-        _check_same(output, plan)
-        read_search(output)  # complete and unchanged, or an error
+    plan = new_plan(blocks, config, identity, runtime)
+    if is_complete(output, plan):
+        remove_blocks(parts, plan)  # a kill after the manifest leaves them
         return output
-    parts = folder / BLOCKS_FOLDER
-    _open_plan(parts, plan)
+    open_blocks(parts, plan, output, len(blocks))
+    total = sum(len(examples) for _, examples in blocks)
     done = 0
     for number, (task, examples) in enumerate(blocks):
         part = parts / f"{number:05d}.jsonl"
@@ -282,7 +270,7 @@ def run_search(
                 config,
                 _reporter(on_progress, done, len(examples), total, task.name),
             )
-            write_atomically(part, "".join(to_json(record) + "\n" for record in records))
+            write_atomically(part, to_lines(records))
         done += len(examples)
         if on_progress is not None:
             on_progress(done, total, task.name)
@@ -293,7 +281,7 @@ def run_search(
     ]
     manifest = new_manifest("search", model=identity, config=config.to_dict(), extra={"plan": plan})
     write_records(output, records, manifest)
-    shutil.rmtree(parts)
+    remove_blocks(parts, plan)
     return output
 
 
@@ -324,52 +312,3 @@ def _blocks(tasks: Sequence[Task], config: SearchConfig) -> list[tuple[Task, lis
 
 def _length(prompt: Prompt) -> int:
     return len(prompt.text) + sum(len(text) for text in prompt.continuations)
-
-
-def _plan(
-    blocks: Sequence[tuple[Task, Sequence[Example]]],
-    config: SearchConfig,
-    identity: dict[str, Any],
-) -> dict[str, Any]:
-    """Return what must be equal for a run to be continued: settings, model, questions, prompts."""
-    digest = hashlib.sha256()
-    for task, examples in blocks:
-        reward = task.check_reward(config.reward)
-        for example in examples:
-            for prompt in (task.prompt(example, reward), *task.retests(example, reward)):
-                digest.update(repr(prompt).encode())
-    settings = {k: v for k, v in config.to_dict().items() if k not in NOT_DECISIVE}
-    return {"settings": settings, "model": identity, "prompts_sha256": digest.hexdigest()}
-
-
-def _open_plan(parts: Path, plan: dict[str, Any]) -> None:
-    path = parts / "plan.json"
-    if not path.exists():
-        write_atomically(path, json.dumps(plan, indent=2) + "\n")
-        return
-    _compare(parts, json.loads(path.read_text(encoding="utf-8")), plan)
-
-
-def _check_same(output: Path, plan: dict[str, Any]) -> None:
-    manifest = read_manifest(output, "search")
-    if manifest is None:
-        raise RecordError(
-            f"{output} exists without its manifest, so it can't be continued; "
-            f"choose another --output-dir"
-        )
-    _compare(output, manifest.get("plan", {}), plan)
-
-
-def _compare(where: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for part in ("settings", "model"):
-        old, new = stored.get(part, {}), wanted[part]
-        for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name):
-                raise ConfigError(
-                    f"{where} was made with {name} {old.get(name)!r}, this run has "
-                    f"{new.get(name)!r}; choose another --output-dir, or the same settings"
-                )
-    if stored.get("prompts_sha256") != wanted["prompts_sha256"]:
-        raise ConfigError(
-            f"{where} was made from other questions or prompts; choose another --output-dir"
-        )

@@ -16,6 +16,9 @@ from random import Random
 from drllm.config import SPLITS
 from drllm.errors import TaskError, unknown_name
 
+OPTIONS_REWARD = "loglikelihood"
+"""The reward of every task that has options, and the one that an evaluation uses."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
@@ -119,6 +122,18 @@ class Task(ABC):
                 f"it takes {', '.join(self.rewards)}"
             )
         return reward
+
+    def check_options(self) -> None:
+        """Refuse a task without options where options are to be scored.
+
+        Raises:
+            TaskError: Saying where the other tasks are listed.
+        """
+        if OPTIONS_REWARD not in self.rewards:
+            raise TaskError(
+                f"task {self.name!r} has no options to choose from; evaluate takes "
+                f"multiple-choice tasks, 'drllm ls tasks' shows which have {OPTIONS_REWARD}"
+            )
 
 
 def check_split(split: str) -> str:

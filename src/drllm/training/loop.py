@@ -27,7 +27,7 @@ from torch import Tensor
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.models.routers import NUM_DECISIONS, RouterConfig, RouterStack
-from drllm.records import write_atomically
+from drllm.records import question_key, write_atomically
 from drllm.training import checkpoint
 from drllm.training.card import model_card
 from drllm.training.features import Features
@@ -49,6 +49,7 @@ def train(
     config: TrainConfig,
     output: Path,
     *,
+    rewards: Sequence[str] = (),
     device: torch.device | str = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -64,6 +65,7 @@ def train(
             fingerprint; stored with the routers.
         config: The settings.
         output: The folder that receives the routers.
+        rewards: The rewards that the prompts were made for, where known; stored with the routers.
         device: Where the routers are trained; the features stay where they are.
         on_progress: Is told (steps done, steps in all) at the start and after each step.
 
@@ -115,6 +117,7 @@ def train(
             "num_trained": len(trained),
             "num_held_out": len(held_out),
             "tasks": dict(sorted(Counter(features.tasks).items())),
+            "rewards": list(rewards),
             "metrics": [row for row in rows if row["epoch"] == config.num_epochs],
         },
     )
@@ -148,8 +151,7 @@ def hold_out(questions: Sequence[str], fraction: float, seed: int) -> tuple[list
     everything = list(range(len(questions)))
     if fraction == 0 or len(questions) < FEWEST_TO_HOLD_OUT:
         return everything, []
-    texts = [" ".join(question.split()).casefold() for question in questions]
-    shares = [_hash(f"held out {seed} {text}") / 2**63 for text in texts]
+    shares = [_hash(f"held out {seed} {question_key(text)}") / 2**63 for text in questions]
     threshold = max(fraction, math.nextafter(min(shares), math.inf))
     held_out = [row for row in everything if shares[row] < threshold]
     if len(held_out) == len(questions):

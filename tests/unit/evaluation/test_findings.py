@@ -5,20 +5,38 @@ from __future__ import annotations
 import pytest
 
 from drllm.evaluation.findings import findings
-from drllm.evaluation.statistics import wilson_interval
+from drllm.evaluation.statistics import mcnemar_exact, wilson_interval
 
 
-def said(base, routed, permuted=None, *, chance=0.25, executions=27.0, logprobs=None):
+def said(
+    base,
+    routed,
+    permuted=None,
+    *,
+    chance=0.25,
+    executions=27.0,
+    logprobs=None,
+    num_routes=7,
+    unchanged=0.0,
+    p_holm=None,
+):
     """Return the findings for per-question outcomes of base, routed and permuted routes."""
     correct = {"base": base, "routed": routed}
     if permuted is not None:
         correct["permuted routes"] = permuted
     n = len(base)
+    won = sum(r > b for r, b in zip(routed, base, strict=True))
+    lost = sum(r < b for r, b in zip(routed, base, strict=True))
     rows = {
         name: {
             "accuracy": sum(values) / n,
             "interval": list(wilson_interval(round(sum(values)), n)),
             "executions": 30.0 if name == "base" else executions,
+            "won": won,
+            "lost": lost,
+            "mcnemar_p": mcnemar_exact(won, lost),
+            "mcnemar_p_holm": p_holm,
+            "unchanged_routes": unchanged,
         }
         for name, values in correct.items()
     }
@@ -28,6 +46,7 @@ def said(base, routed, permuted=None, *, chance=0.25, executions=27.0, logprobs=
         rows=rows,
         correct=correct,
         gold_logprob=gold,
+        num_routes=num_routes,
         chance=chance,
         num_layers=30,
         seed=0,
@@ -60,12 +79,64 @@ def test_no_difference_names_the_loss_that_is_not_excluded():
     routed = RIGHT_80.copy()
     routed[0:3], routed[-3:] = [0.0] * 3, [1.0] * 3
     text = " ".join(said(RIGHT_80, routed))
-    assert "a loss of up to 5.0 points is not excluded" in text
+    # Tango's interval for 3 won and 3 lost of 100; symmetric, so also what may be gained.
+    assert "95 % interval -5.9 to +5.9" in text
+    assert "a loss of up to 5.9 points is not excluded" in text
 
 
-def test_nothing_is_claimed_where_the_base_may_be_guessing():
-    assert "not shown to be above chance" in said([1.0] * 30 + [0.0] * 70, RIGHT_50)[0]
+def test_a_gain_too_small_for_the_exact_test_is_not_called_a_loss_of_nothing():
+    text = " ".join(said([1.0] * 15 + [0.0] * 5, [1.0] * 20))
+    assert "no difference is shown (+25.0 points, 95 % interval +4.9 to +46.9" in text
+    assert "is not excluded" not in text
+
+
+def test_few_questions_without_any_disagreement_leave_a_wide_interval():
+    right = [1.0] * 6
+    text = " ".join(said(right, right))
+    assert "+0.0 points, 95 % interval -39.0 to +39.0, won 0, lost 0" in text
+    assert "a loss of up to 39.0 points is not excluded" in text
+
+
+def test_the_base_above_chance_is_not_mentioned():
     assert "chance" not in " ".join(said(RIGHT_50, RIGHT_50))
+
+
+VERDICTS = (
+    "routing gains",
+    "routing loses",
+    "no difference",
+    "not excluded",
+    "is lower",
+    "is higher",
+    "not shown to differ",
+    "matters",
+    "do better",
+)
+
+
+@pytest.mark.parametrize("routed_right", [10, 20, 40])
+@pytest.mark.parametrize("permuted_right", [5, 40, 80])
+@pytest.mark.parametrize("logprob", [-2.0, -1.0, -0.5])
+def test_no_sentence_has_a_verdict_where_the_base_may_be_guessing(
+    routed_right, permuted_right, logprob
+):
+    base, routed, permuted = (
+        [1.0] * right + [0.0] * (100 - right) for right in (20, routed_right, permuted_right)
+    )
+    logprobs = {"base": [-1.0] * 100, "routed": [logprob + i / 1000 for i in range(100)]}
+    first, *others = said(base, routed, permuted, logprobs=logprobs)
+    assert "not shown to be above chance (25.0 %), so no gain" in first
+    assert len(others) == 3
+    for words in VERDICTS:
+        assert words not in " ".join(others)
+    assert f"{routed_right - 20:+.1f} points, 95 % interval" in others[0]
+
+
+def test_with_several_tasks_the_corrected_p_value_decides():
+    text = " ".join(said(RIGHT_50, RIGHT_80, p_holm=0.2))
+    assert "no difference is shown (+30.0 points" in text
+    assert "exact McNemar p = 1.86e-09, corrected for several tasks 0.2)" in text
+    assert "routing gains" in " ".join(said(RIGHT_50, RIGHT_80, p_holm=0.04))
 
 
 @pytest.mark.parametrize(
@@ -94,3 +165,39 @@ def test_the_gold_log_probability_is_compared_question_by_question(routed, word)
 )
 def test_routes_permuted_over_the_questions_decide_whether_reading_matters(permuted, words):
     assert words in " ".join(said(RIGHT_50, RIGHT_50, permuted))
+
+
+def test_a_resampled_interval_without_width_is_not_given_as_one():
+    logprobs = {"base": [-1.0] * 100, "routed": [-1.0 + 1e-6] * 100}
+    text = " ".join(said(RIGHT_50, RIGHT_50, RIGHT_50, logprobs=logprobs))
+    assert "+0.000 nats a question, the same on every question" in text
+    assert "+0.0 points, the same on every question, so resampling gives no interval" in text
+    assert "+0.000 to" not in text
+
+
+@pytest.mark.parametrize(("different", "word"), [(5, "not shown to differ"), (6, "higher")])
+def test_a_few_differing_questions_carry_no_verdict(different, word):
+    # All of them in one direction, so that the resampled interval lies above nothing.
+    logprobs = {
+        "base": [-1.0] * different,
+        "routed": [-0.5 + place / 10 for place in range(different)],
+    }
+    right = [1.0] * different
+    text = " ".join(said(right, right, logprobs=logprobs))
+    assert f"options is {word} under routing" in text
+
+
+@pytest.mark.parametrize(
+    ("unchanged", "words"),
+    [
+        (0.005, "reading the question matters."),
+        (0.123, "matters; 12.3 % of the questions kept their route by chance."),
+    ],
+)
+def test_routes_that_the_permutation_left_in_place_are_mentioned(unchanged, words):
+    assert said(RIGHT_50, RIGHT_50, RIGHT_50, unchanged=unchanged)[-1].endswith(words)
+
+
+def test_a_single_route_for_all_questions_makes_permuting_say_nothing():
+    last = said(RIGHT_50, RIGHT_50, RIGHT_50, num_routes=1, unchanged=1.0)[-1]
+    assert last == "All questions took one route, so permuting says nothing."

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -12,12 +14,16 @@ from torch import nn
 
 from drllm.config import EvaluateConfig
 from drllm.errors import CheckpointError, TaskError
+from drllm.evaluation import multiple_choice, systems
 from drllm.evaluation.multiple_choice import DESCRIPTIONS, run_evaluation
+from drllm.evaluation.opponents import permuted, share_unchanged
+from drllm.evaluation.statistics import holm
 from drllm.models.loading import BaseModel, fingerprint
 from drllm.models.policies import RouterPolicy
 from drllm.models.prompts import encode
 from drllm.models.routed import RoutedModel
 from drllm.models.routers import RouterConfig, RouterStack
+from drllm.models.scoring import ChoiceBatch
 from drllm.paths import to_path
 from drllm.records import read_lines, read_manifest
 from drllm.tasks.base import get_task
@@ -133,6 +139,122 @@ def test_opponents_run_at_the_routed_model_s_executions(evaluated):
     for name in ("permuted routes", "random decisions"):
         assert rows[name]["executions"] == pytest.approx(rows["routed"]["executions"])
         assert rows[name]["draws"] == 3
+    # Equal on average only: 3 draws of 24 questions, a row's standard deviation is about 1.2.
+    assert rows["label frequency"]["executions"] == pytest.approx(
+        rows["routed"]["executions"], abs=0.5
+    )
+    assert rows["label frequency"]["description"].endswith("the routed model's executions")
+
+
+def test_labels_that_cannot_reach_the_routed_executions_are_said_not_to(
+    base, routers_dir, task, tmp_path
+):
+    routers = RouterStack.load(routers_dir)
+    config = dataclasses.replace(routers.config, label_counts=((0, 10, 0),) * 6)
+    only_execute = RouterStack(config)
+    only_execute.load_state_dict(routers.state_dict())
+    only_execute.save(tmp_path / "routers")
+    [path] = run_evaluation(base, tmp_path / "routers", [task], settings(), tmp_path / "eval")
+    result = json.loads(path.read_text())
+    rows = {row["name"]: row for row in result["systems"]}
+    assert rows["label frequency"]["executions"] == 6
+    assert rows["routed"]["executions"] != 6
+    assert rows["label frequency"]["description"].endswith("as near as the labels allow")
+    assert result["findings"][-1] == (
+        "The label-frequency opponent is not at equal executions: whatever the tilt, the labels "
+        f"give no nearer mean than 6.00 where the routed model has "
+        f"{rows['routed']['executions']:.2f}."
+    )
+
+
+def test_routes_left_in_place_by_the_permutation_are_counted(evaluated):
+    result, samples, _ = evaluated
+    rows = {row["name"]: row for row in result["systems"]}
+    routes = torch.tensor([sample["systems"]["routed"]["decisions"] for sample in samples])
+    generator = torch.Generator().manual_seed(0)
+    shares = [share_unchanged(routes, permuted(routes, generator)) for _ in range(3)]
+    assert rows["permuted routes"]["unchanged_routes"] == pytest.approx(sum(shares) / 3)
+    assert sum(shares) > 0, "the sample must hold questions of the same route"
+    assert [name for name, row in rows.items() if row["unchanged_routes"] is not None] == [
+        "permuted routes"
+    ]
+
+
+def test_the_clock_starts_when_base_and_routed_have_run_once(
+    base, routers_dir, task, tmp_path, monkeypatch
+):
+    events = []
+    passes = {name: getattr(ChoiceBatch, name) for name in ("base_logprobs", "routed_logprobs")}
+
+    def recording(name):
+        def run(*args):
+            events.append(name)
+            return passes[name](*args)
+
+        return run
+
+    for name in passes:
+        monkeypatch.setattr(ChoiceBatch, name, recording(name))
+    clock = systems._now
+    monkeypatch.setattr(systems, "_now", lambda device: (events.append("clock"), clock(device))[1])
+    run_evaluation(base, routers_dir, [task], settings(), tmp_path)
+    assert events[:4] == ["base_logprobs", "routed_logprobs", "clock", "base_logprobs"]
+    timed = events[2:]
+    assert timed.count("base_logprobs") == 5  # 24 questions by 5
+    assert timed.count("clock") == 2 * len(DESCRIPTIONS)
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda:0", 1), ("cpu", 0)])
+def test_the_clock_waits_for_a_gpu_to_finish(device, waits, monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    before = time.perf_counter()
+    assert before <= systems._now(torch.device(device)) <= time.perf_counter()
+    assert waited == [torch.device(device)] * waits
+
+
+def test_one_task_has_no_corrected_p_value(evaluated):
+    assert all(row["mcnemar_p_holm"] is None for row in evaluated[0]["systems"])
+
+
+@pytest.fixture
+def two_tasks(task):
+    """Return the task and a smaller one with other questions."""
+
+    class Half(type(task)):
+        name = "half"
+
+        def examples(self, split, data_dir=None):
+            examples = super().examples(split, data_dir)[24:36]
+            return [dataclasses.replace(example, task="half") for example in examples]
+
+    return [task, Half()]
+
+
+def test_several_tasks_have_corrected_p_values(base, routers_dir, two_tasks, tmp_path):
+    config = dataclasses.replace(settings(), num_random_draws=1)
+    paths = run_evaluation(base, routers_dir, two_tasks, config, tmp_path)
+    results = [json.loads(path.read_text()) for path in paths]
+    assert [result["task"] for result in results] == ["builtin_facts", "half"]
+    for first, second in zip(*(result["systems"] for result in results), strict=True):
+        given = [first["mcnemar_p"], second["mcnemar_p"]]
+        corrected = [first["mcnemar_p_holm"], second["mcnemar_p_holm"]]
+        assert corrected == ([None, None] if first["name"] == "base" else holm(given))
+    for result in results:
+        p = next(row for row in result["systems"] if row["name"] == "routed")["mcnemar_p_holm"]
+        assert f"corrected for several tasks {p:.3g}" in " ".join(result["findings"])
+
+
+def test_p_values_are_corrected_system_by_system():
+    tables = [
+        [{"mcnemar_p": p, "mcnemar_p_holm": None} for p in column]
+        for column in ((None, 0.01, 0.5), (None, 0.04, 0.02), (None, 0.03, 0.9))
+    ]
+    multiple_choice._correct(tables)
+    adjusted = [[row["mcnemar_p_holm"] for row in table] for table in tables]
+    assert [row[0] for row in adjusted] == [None] * 3
+    assert [row[1] for row in adjusted] == pytest.approx([0.03, 0.06, 0.06])
+    assert [row[2] for row in adjusted] == pytest.approx([1.0, 0.06, 1.0])
 
 
 def test_won_and_lost_questions_are_counted_against_base(evaluated):

@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from drllm.errors import CheckpointError
-from drllm.evaluation.opponents import label_frequency, permuted, random_like, share_unchanged
+from drllm.evaluation.opponents import (
+    expected_executions,
+    label_frequency,
+    permuted,
+    random_like,
+    share_unchanged,
+    tilted,
+)
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -87,31 +94,95 @@ def test_questions_with_the_same_route_get_different_draws():
 # --- label frequency -------------------------------------------------------------------------
 
 
-def test_decisions_follow_the_label_counts_of_their_layer():
-    counts = [[30, 60, 10], [0, 5, 5], [0, 7, 0], [900, 100, 0]]
-    drawn = label_frequency(counts, 20_000, rng())
+LABELS = [[30, 60, 10], [1, 95, 4], [0, 5, 5], [0, 7, 0], [60, 30, 10], [10, 80, 10]]
+"""Six layers; drawn as they are, 5.52 executions."""
+
+
+def test_decisions_follow_the_probabilities_of_their_layer():
+    probabilities = torch.tensor([[0.3, 0.6, 0.1], [0, 0.5, 0.5], [0, 1, 0], [0.9, 0.1, 0]])
+    drawn = label_frequency(probabilities, 20_000, rng())
     assert drawn.shape == (20_000, 4)
-    for layer, row in enumerate(counts):
-        for decision, count in enumerate(row):
+    for layer, row in enumerate(probabilities.tolist()):
+        for decision, probability in enumerate(row):
             share = float((drawn[:, layer] == decision).double().mean())
-            assert share == pytest.approx(count / sum(row), abs=0.015)
+            assert share == pytest.approx(probability, abs=0.015)
 
 
 def test_layers_are_drawn_independently():
-    drawn = label_frequency([[1, 1, 0], [1, 1, 0], [0, 1, 0]], 8000, rng())
+    probabilities = torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 1, 0]])
+    drawn = label_frequency(probabilities, 8000, rng())
     both = float(((drawn[:, 0] == 0) & (drawn[:, 1] == 0)).double().mean())
     assert both == pytest.approx(0.25, abs=0.02)
 
 
 def test_a_draw_that_skips_everything_executes_the_last_layer():
-    drawn = label_frequency([[1, 0, 0], [1, 0, 0], [999, 1, 0]], 200, rng())
-    assert rows_of(drawn) == [(0, 0, 1)] * 200
+    probabilities = torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [1.0, 0, 0]])
+    assert rows_of(label_frequency(probabilities, 200, rng())) == [(0, 0, 1)] * 200
+
+
+@pytest.mark.parametrize("wanted", [3.0, 4.5, 5.52, 6.0, 7.4])
+def test_tilted_labels_run_the_executions_wanted(wanted):
+    drawn = label_frequency(tilted(LABELS, wanted), 20_000, rng())
+    # The standard deviation of a row is below 1.3, that of the mean below 0.01.
+    assert float(drawn.sum(dim=1).double().mean()) == pytest.approx(wanted, abs=0.04)
+
+
+def test_labels_are_left_as_they_are_where_they_run_the_executions_wanted():
+    counts = torch.tensor(LABELS, dtype=torch.float64)
+    frequencies = counts / counts.sum(dim=1, keepdim=True)
+    probabilities = tilted(LABELS, expected_executions(frequencies))
+    assert torch.allclose(probabilities, frequencies, atol=1e-9)
+
+
+def test_one_factor_tilts_all_layers():
+    probabilities = tilted(LABELS, 4.5)
+    counts = torch.tensor(LABELS, dtype=torch.float64)
+    ratios = (probabilities / counts)[[0, 1, 4, 5]]  # layers with all three labels
+    factors = ratios[:, 1:] / ratios[:, :-1]
+    assert float(factors.max()) == pytest.approx(float(factors.min()))
+    assert float(factors.max()) < 1
+    assert bool((probabilities[counts == 0] == 0).all())
+
+
+@pytest.mark.parametrize("wanted", [4.0, 5.0, 7.0])
+def test_layers_that_are_skipped_more_often_in_the_targets_still_are(wanted):
+    skips = tilted(LABELS, wanted)[:, 0].tolist()
+    by_targets = sorted(range(6), key=lambda layer: LABELS[layer][0] / sum(LABELS[layer]))
+    assert [skips[layer] for layer in by_targets] == sorted(skips)
+
+
+@pytest.mark.parametrize(
+    ("counts", "wanted", "nearest"),
+    [
+        ([[0, 9, 0]] * 4, 3.5, 4.0),  # labels with neither a skip nor a repeat
+        ([[1, 9, 0], [0, 9, 0]], 2.5, 2.0),
+        ([[1, 9, 0], [0, 9, 1]], 0.5, 1.0),
+        ([[9, 0, 0], [9, 0, 0]], 2.0, 1.0),  # only the rule for empty draws executes anything
+    ],
+)
+def test_labels_that_cannot_reach_the_executions_wanted_come_as_near_as_they_can(
+    counts, wanted, nearest
+):
+    probabilities = tilted(counts, wanted)
+    assert expected_executions(probabilities) == pytest.approx(nearest, abs=1e-9)
+    assert float(label_frequency(probabilities, 500, rng()).sum(dim=1).double().mean()) == nearest
+
+
+def test_expected_executions_count_the_layer_that_runs_where_all_were_skipped():
+    probabilities = tilted([[5, 3, 1], [4, 2, 2], [6, 1, 0]], 1.3)
+    expected = sum(
+        max(1, sum(decisions))
+        * float(torch.stack([probabilities[i, d] for i, d in enumerate(decisions)]).prod())
+        for decisions in itertools.product(range(3), repeat=3)
+    )
+    assert expected_executions(probabilities) == pytest.approx(expected)
+    assert expected == pytest.approx(1.3)
 
 
 @pytest.mark.parametrize("counts", [[], [[0, 1, 0], [0, 0, 0]]])
 def test_routers_without_label_counts_are_refused(counts):
     with pytest.raises(CheckpointError, match="carry no label counts"):
-        label_frequency(counts, 3, rng())
+        tilted(counts, 3)
 
 
 # --- all -------------------------------------------------------------------------------------
@@ -122,7 +193,7 @@ def test_routers_without_label_counts_are_refused(counts):
     [
         lambda generator: permuted(random_routes(), generator),
         lambda generator: random_like(random_routes(), generator),
-        lambda generator: label_frequency([[3, 4, 3]] * 8, 30, generator),
+        lambda generator: label_frequency(tilted([[3, 4, 3]] * 8, 7.5), 30, generator),
     ],
     ids=["permuted", "random_like", "label_frequency"],
 )

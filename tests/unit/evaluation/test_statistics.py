@@ -9,6 +9,7 @@ from drllm.evaluation.statistics import (
     mcnemar_exact,
     mean_interval,
     paired_bootstrap,
+    paired_interval,
     wilson_interval,
 )
 
@@ -76,6 +77,118 @@ def test_mcnemar_holds_for_thousands_of_questions():
     # Normal approximation with continuity correction, good to a few per cent here.
     z = (abs(1300 - 1200) - 1) / math.sqrt(2500)
     assert math.erfc(z / math.sqrt(2)) == pytest.approx(mcnemar_exact(1300, 1200), rel=0.02)
+
+
+# --- difference of two accuracies ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("won", "lost", "n", "confidence", "bounds"),
+    [
+        # Fagerland, Lydersen, Laake 2014, Statistics in Medicine 33, table V
+        (1, 7, 21, 0.95, (-0.517, -0.026)),
+        # R packages: contingencytables 3.0.0 (data of Cavo 2012), PropCIs 0.3-0
+        (6, 16, 161, 0.95, (-0.1240, -0.0054)),
+        (28, 25, 618, 0.9, (-0.0148, 0.0247)),
+    ],
+)
+def test_paired_intervals_equal_published_ones(won, lost, n, confidence, bounds):
+    assert bounds == pytest.approx(
+        paired_interval(won, lost, n, confidence), abs=5e-4 if n == 21 else 5e-5
+    )
+
+
+def score(won, lost, n, difference):
+    """Return the score statistic, its free share found by trying shares instead of a formula."""
+    tied = n - won - lost
+
+    def loglikelihood(share_lost):
+        shares = (share_lost + difference, share_lost, 1 - 2 * share_lost - difference)
+        return sum(
+            count * math.log(share) if count else 0.0
+            for count, share in zip((won, lost, tied), shares, strict=True)
+        )
+
+    low, high = max(0.0, -difference) + 1e-12, (1 - difference) / 2 - 1e-12
+    for _ in range(200):  # the log-likelihood is concave: ternary search
+        third = (high - low) / 3
+        if loglikelihood(low + third) < loglikelihood(high - third):
+            low += third
+        else:
+            high -= third
+    variance = n * (2 * low + difference - difference**2)
+    return (won - lost - n * difference) / math.sqrt(variance)
+
+
+@pytest.mark.parametrize(("won", "lost", "n"), [(3, 3, 100), (0, 0, 6), (1, 0, 44), (40, 20, 160)])
+def test_paired_bounds_are_where_the_score_test_is_just_not_rejected(won, lost, n):
+    lower, upper = paired_interval(won, lost, n)
+    assert score(won, lost, n, lower) == pytest.approx(1.96, abs=1e-3)
+    assert score(won, lost, n, upper) == pytest.approx(-1.96, abs=1e-3)
+
+
+def test_without_disagreement_the_paired_interval_is_known_in_closed_form():
+    z = 1.959963984540054
+    for n in (1, 6, 500):
+        bound = z * z / (n + z * z)
+        assert paired_interval(0, 0, n) == pytest.approx((-bound, bound))
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 12])
+def test_paired_intervals_have_width_hold_the_estimate_and_mirror(n):
+    for won in range(n + 1):
+        for lost in range(n - won + 1):
+            lower, upper = paired_interval(won, lost, n)
+            assert -1 <= lower <= (won - lost) / n <= upper <= 1
+            assert upper - lower > 0.1
+            assert paired_interval(lost, won, n) == pytest.approx((-upper, -lower), abs=1e-9)
+
+
+@pytest.mark.parametrize(("n", "least", "mean"), [(10, 0.91, 0.95), (20, 0.92, 0.95)])
+def test_paired_intervals_cover_every_true_difference_about_as_often_as_they_say(n, least, mean):
+    tables = [(won, lost) for won in range(n + 1) for lost in range(n - won + 1)]
+    intervals = {table: paired_interval(*table, n) for table in tables}
+    covered = []
+    for tenth_won, tenth_lost in itertools.product(range(11), repeat=2):
+        tied = 10 - tenth_won - tenth_lost
+        if tied < 0:
+            continue
+        difference = (tenth_won - tenth_lost) / 10
+        covered.append(
+            sum(
+                math.comb(n, won)
+                * math.comb(n - won, lost)
+                * (tenth_won / 10) ** won
+                * (tenth_lost / 10) ** lost
+                * (tied / 10) ** (n - won - lost)
+                for (won, lost), (lower, upper) in intervals.items()
+                if lower - 1e-9 <= difference <= upper + 1e-9
+            )
+        )
+    assert min(covered) > least
+    assert mean < sum(covered) / len(covered) < 0.98
+
+
+def test_where_little_differs_the_bootstrap_covers_too_seldom_and_the_paired_interval_does_not():
+    # Each of 20 questions is won with probability 0.03: most samples show none or one.
+    rng = random.Random(1)
+    n, true = 20, 0.03
+    covered = {"bootstrap": 0, "paired": 0}
+    for trial in range(300):
+        won = sum(rng.random() < true for _ in range(n))
+        differences = [1.0] * won + [0.0] * (n - won)
+        lower, upper = paired_bootstrap(differences, seed=trial, draws=200)
+        covered["bootstrap"] += lower <= true <= upper
+        lower, upper = paired_interval(won, 0, n)
+        covered["paired"] += lower <= true <= upper
+    assert covered["bootstrap"] < 0.6 * 300
+    assert covered["paired"] > 0.94 * 300
+
+
+@pytest.mark.parametrize(("won", "lost", "n"), [(0, 0, 0), (-1, 0, 5), (0, -1, 5), (3, 3, 5)])
+def test_impossible_paired_counts_are_refused(won, lost, n):
+    with pytest.raises(ValueError, match="impossible"):
+        paired_interval(won, lost, n)
 
 
 # --- bootstrap -------------------------------------------------------------------------------

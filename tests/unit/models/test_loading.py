@@ -87,6 +87,25 @@ def test_identity_names_the_model_and_its_shape(saved: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("float32", "sdpa")),
+        ({"dtype": "bfloat16"}, ("bfloat16", "sdpa")),
+        ({"dtype": "float32", "attn_implementation": "eager"}, ("float32", "eager")),
+    ],
+)
+def test_runtime_tells_how_the_model_runs_as_resolved(
+    saved: Path, given: dict[str, Any], expected: tuple[str, str]
+) -> None:
+    dtype, attention = expected
+    assert loading.load(on_cpu(saved, **given)).runtime == {
+        "dtype": dtype,
+        "device": "cpu",
+        "attn_implementation": attention,
+    }
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype_is_what_was_asked_for(saved: Path, dtype: str) -> None:
     assert loading.load(on_cpu(saved, dtype=dtype)).model.dtype == getattr(torch, dtype)

@@ -247,8 +247,17 @@ def test_a_saved_folder_holds_two_files_and_saving_again_replaces_them(saved):
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CheckpointError, match=r"can't write routers to .*; choose a folder"):
+    with pytest.raises(
+        CheckpointError, match=r"can't write routers to .*: Not a directory; .*choose a"
+    ):
         new_stack().save(tmp_path / "file" / "routers")
+
+
+def test_weights_that_cannot_be_written_are_refused(tmp_path):
+    (tmp_path / ".routers.safetensors.tmp").mkdir()  # safetensors reports this in its own way
+    with pytest.raises(CheckpointError, match=r"can't write routers to .*; free some space or"):
+        new_stack().save(tmp_path)
+    assert not (tmp_path / "router_config.json").exists()
 
 
 def refused(folder, message: str) -> None:

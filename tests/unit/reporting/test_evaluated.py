@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from drllm.reporting.blocks import Text
 from drllm.reporting.evaluated import sections, verdict
 from drllm.reporting.numbers import NBSP
 from drllm.reporting.results import Evaluation, System
@@ -19,7 +20,7 @@ def system(name: str, accuracy: float, half: float = 0.04, **changes: Any) -> Sy
         "interval": (accuracy - half, accuracy + half),
         "executions": 30.0 if name == "base" else 27.0,
         "gold_logprob": None,
-        "seconds": None,
+        "seconds": 12.3,
         "draws": 1,
         "mcnemar_p": None,
         "won": None,
@@ -28,7 +29,7 @@ def system(name: str, accuracy: float, half: float = 0.04, **changes: Any) -> Sy
     return System(**{**values, **changes})
 
 
-def evaluation(*systems: System, chance: float | None = 0.25) -> Evaluation:
+def evaluation(*systems: System, chance: float = 0.25) -> Evaluation:
     return Evaluation(
         task="arc_easy",
         split="test",
@@ -41,7 +42,7 @@ def evaluation(*systems: System, chance: float | None = 0.25) -> Evaluation:
     )
 
 
-def said(*systems: System, chance: float | None = 0.25) -> str:
+def said(*systems: System, chance: float = 0.25) -> str:
     return " ".join(verdict(evaluation(*systems, chance=chance))).replace(NBSP, " ")
 
 
@@ -71,6 +72,33 @@ def test_nothing_is_claimed_where_base_is_not_above_chance(routed):
     text = said(system("base", 0.27), system("routed", routed, mcnemar_p=0.0001))
     assert "isn't shown to be above chance (25.0 %)" in text
     assert "The paired test shows" not in text
+    assert "better" not in text
+    assert "worse" not in text
+    assert f"accuracy less base's is {'+13.0' if routed == 0.4 else '−7.0'} points" in text
+
+
+def test_with_several_tasks_the_corrected_p_value_decides():
+    routed = system("routed", 0.60, mcnemar_p=0.02, mcnemar_p_holm=0.06)
+    text = said(system("base", 0.50), routed)
+    assert "(McNemar p = 0.020, corrected for several tasks = 0.060)" in text
+    assert "doesn't show a difference" in text
+    assert "a gain" not in text
+
+
+@pytest.mark.parametrize(("corrected", "shown"), [(0.06, True), (0.02, False), (None, False)])
+def test_corrected_p_values_stand_below_the_table_where_they_differ(run, corrected, shown):
+    routed = system("routed", 0.60, mcnemar_p=0.02, mcnemar_p_holm=corrected)
+    compared = sections(run, evaluation(system("base", 0.50), routed))[0]
+    texts = [block.text for block in compared.blocks if isinstance(block, Text)]
+    assert shown == any("(Holm): routed p = 0.060." in text for text in texts)
+    assert len(texts) == (2 if shown else 1)
+
+
+@pytest.mark.parametrize("half", [0.0, 0.04])
+def test_an_interval_without_width_is_said_to_be_no_certainty(run, half):
+    compared = sections(run, evaluation(system("base", 0.5), system("random", 0.5, half)))[0]
+    texts = " ".join(block.text for block in compared.blocks if isinstance(block, Text))
+    assert ("no sign of certainty" in texts) == (half == 0)
 
 
 def test_nothing_is_claimed_without_a_test():

@@ -325,7 +325,7 @@ def test_samples_changed_after_writing_are_refused(make_folder):
         read_run(folder.path)
 
 
-def test_a_task_without_choices_can_be_reported(make_folder):
+def test_samples_without_choices_can_be_reported(make_folder):
     folder = make_folder()
     folder.everything()
     path = folder.path / "eval" / "samples.jsonl"
@@ -333,9 +333,32 @@ def test_a_task_without_choices_can_be_reported(make_folder):
     for row in rows:
         row.update(choices=[], gold=None)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    change_result(folder, lambda values: values.update(chance=None))
     _, md = write_report([folder.path])
     assert "## Example questions" in md.read_text(encoding="utf-8")
+
+
+def test_a_result_without_chance_is_refused(make_folder):
+    folder = make_folder()
+    folder.evaluation()
+    change_result(folder, lambda values: values.update(chance=None))
+    with pytest.raises(RecordError, match="'chance' is None; expected a number"):
+        read_run(folder.path)
+
+
+def test_a_result_without_measured_time_is_refused(make_folder):
+    folder = make_folder()
+    folder.evaluation()
+    change_result(folder, lambda values: values["systems"][1].update(seconds=None))
+    with pytest.raises(RecordError, match="system 2: 'seconds' is None; expected a number"):
+        read_run(folder.path)
+
+
+def test_corrected_p_values_are_read(make_folder):
+    folder = make_folder()
+    folder.evaluation()
+    change_result(folder, lambda values: values["systems"][1].update(mcnemar_p_holm=0.5))
+    [evaluation] = read_run(folder.path).evaluations
+    assert [system.mcnemar_p_holm for system in evaluation.systems] == [None, 0.5, None]
 
 
 def test_the_samples_of_several_tasks_are_kept_apart(make_folder):

@@ -132,7 +132,7 @@ def chosen(*samples: Sample) -> list[tuple[str, str]]:
         split="test",
         num_questions=len(samples),
         num_layers=3,
-        chance=None,
+        chance=0.5,
         systems=(),
         findings=(),
         samples=samples,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
+import shutil
 
 import pytest
 
@@ -12,12 +14,13 @@ from drllm.config import SearchConfig
 from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.models.routed import RoutedModel
 from drllm.paths import full_decisions
-from drllm.records import manifest_path, read_search
+from drllm.records import manifest_path, read_search, write_atomically
 from drllm.search.evaluator import BlockEvaluator, Outcome
 from drllm.search.runner import _judge, run_search, search_block
 from drllm.tasks.base import get_task
 
 IDENTITY = {"id": "tiny", "num_layers": 6, "fingerprint": "0"}
+RUNTIME = {"dtype": "float32", "device": "cpu", "attn_implementation": "sdpa"}
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +168,7 @@ def test_a_model_without_its_tokenizer_is_refused(tiny_llama, facts):
 
 def run(routed, folder, tasks, on_progress=None, **values):
     config = settings(output_dir=str(folder), limit=7, block_size=2, **values)
-    return run_search(routed, tasks, config, IDENTITY, on_progress)
+    return run_search(routed, tasks, config, IDENTITY, RUNTIME, on_progress)
 
 
 class StopAfter:
@@ -235,7 +238,33 @@ def test_another_model_does_not_continue_a_run(routed, facts, tmp_path):
     run(routed, tmp_path, [facts])
     config = settings(output_dir=str(tmp_path), limit=7, block_size=2)
     with pytest.raises(ConfigError, match="fingerprint"):
-        run_search(routed, [facts], config, {**IDENTITY, "fingerprint": "1"})
+        run_search(routed, [facts], config, {**IDENTITY, "fingerprint": "1"}, RUNTIME)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dtype", "bfloat16"), ("device", "cuda"), ("attn_implementation", "eager")],
+)
+@pytest.mark.parametrize("questions", [2, 7], ids=["interrupted", "complete"])
+def test_a_model_that_runs_otherwise_does_not_continue_a_run(
+    routed, facts, tmp_path, questions, name, value
+):
+    config = settings(output_dir=str(tmp_path), limit=7, block_size=2)
+    if questions == 7:
+        run(routed, tmp_path, [facts])
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run(routed, tmp_path, [facts], StopAfter(questions))
+    with pytest.raises(ConfigError, match=f"{name} {RUNTIME[name]!r}, this run has {value!r}"):
+        run_search(routed, [facts], config, IDENTITY, {**RUNTIME, name: value})
+
+
+def test_another_version_does_not_continue_a_run(routed, facts, tmp_path, monkeypatch):
+    run(routed, tmp_path, [facts])
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version(name) + "+other")
+    with pytest.raises(ConfigError, match=r"drllm_version .*choose another --output-dir"):
+        run(routed, tmp_path, [facts])
 
 
 def test_a_cut_off_result_is_not_taken_for_a_finished_one(routed, facts, tmp_path):
@@ -252,12 +281,82 @@ def test_a_result_without_its_manifest_is_not_overwritten(routed, facts, tmp_pat
         run(routed, tmp_path, [facts])
 
 
+def test_a_foreign_result_beside_unfinished_blocks_is_not_overwritten(routed, facts, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(routed, tmp_path, [facts], StopAfter(4))
+    (tmp_path / "search.jsonl").write_text("mine")
+    with pytest.raises(RecordError, match="without its manifest"):
+        run(routed, tmp_path, [facts])
+    assert (tmp_path / "search.jsonl").read_text() == "mine"
+
+
+@pytest.fixture
+def left_over(routed, facts, tmp_path):
+    """A complete search, and beside it the blocks that it was made from."""
+    parts, kept = tmp_path / "search.blocks", tmp_path / "kept"
+
+    def keep(done, total, note):
+        if done == total:  # said again once the last block is committed
+            shutil.copytree(parts, kept, dirs_exist_ok=True)
+
+    output = run(routed, tmp_path, [facts], keep)
+    kept.rename(parts)
+    return output
+
+
+def test_a_run_killed_before_its_manifest_is_completed_from_its_blocks(
+    routed, facts, tmp_path, left_over
+):
+    before = left_over.read_bytes()
+    manifest_path(left_over).unlink()
+    assert run(routed, tmp_path, [facts]) == left_over
+    assert left_over.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "search.jsonl",
+        "search.manifest.json",
+    ]
+
+
+def test_a_run_killed_behind_its_manifest_is_cleared_of_its_blocks(
+    routed, facts, tmp_path, left_over
+):
+    before = left_over.stat().st_mtime_ns
+    assert run(routed, tmp_path, [facts]) == left_over
+    assert left_over.stat().st_mtime_ns == before
+    assert not (tmp_path / "search.blocks").exists()
+
+
+@pytest.mark.parametrize("kept", ["plan.json", "nothing"])
+def test_a_clearing_that_was_killed_is_ended(routed, facts, tmp_path, left_over, kept):
+    for file in (tmp_path / "search.blocks").iterdir():
+        if file.name != kept:
+            file.unlink()
+    run(routed, tmp_path, [facts])
+    assert not (tmp_path / "search.blocks").exists()
+
+
+def test_blocks_of_another_search_beside_a_complete_one_stay(routed, facts, tmp_path, left_over):
+    write_atomically(tmp_path / "search.blocks" / "plan.json", '{"settings": {"seed": 9}}\n')
+    run(routed, tmp_path, [facts])
+    assert (tmp_path / "search.blocks" / "00000.jsonl").exists()
+
+
+def test_a_broken_plan_is_answered_with_what_to_delete(routed, facts, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(routed, tmp_path, [facts], StopAfter(4))
+    (tmp_path / "search.blocks" / "plan.json").write_text("{")
+    with pytest.raises(RecordError, match=r"plan\.json is broken; delete the folder"):
+        run(routed, tmp_path, [facts])
+
+
 def test_the_manifest_names_model_settings_and_prompts(routed, facts, tmp_path):
     output = run(routed, tmp_path, [facts])
     manifest = json.loads(manifest_path(output).read_text())
     assert manifest["model"] == IDENTITY
     assert manifest["config"]["num_simulations"] == 8
     assert manifest["num_records"] == 7
+    assert manifest["plan"]["runtime"] == RUNTIME
+    assert manifest["plan"]["drllm_version"] == manifest["drllm_version"]
     assert len(manifest["plan"]["prompts_sha256"]) == 64
 
 

@@ -48,6 +48,12 @@ def test_the_default_reward_is_the_first() -> None:
     assert get_task("builtin_facts").check_reward("letter") == "letter"
 
 
+def test_a_task_without_options_is_refused_where_options_are_scored() -> None:
+    get_task("builtin_facts").check_options()
+    with pytest.raises(TaskError, match=r"'builtin_arithmetic' has no options .*'drllm ls tasks'"):
+        get_task("builtin_arithmetic").check_options()
+
+
 def test_making_and_grading_questions_loads_no_torch() -> None:
     code = """
 import importlib, pkgutil, sys

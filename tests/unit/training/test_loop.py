@@ -211,13 +211,14 @@ def test_the_folder_holds_exactly_the_finished_routers(features_of, identity, tm
 
 def test_the_saved_config_says_what_was_trained_for_which_model(features_of, identity, tmp_path):
     features = features_of(40)
-    rows = train(features, identity, QUICK, tmp_path)
+    rows = train(features, identity, QUICK, tmp_path, rewards=["letter"])
     trained, held_out = hold_out(features.questions, QUICK.validation_fraction, QUICK.seed)
     config = RouterStack.load(tmp_path).config
     assert config.label_counts == count_labels(features.labels[trained])
     assert config.training["num_trained"] == len(trained)
     assert config.training["num_held_out"] == len(held_out) > 0
     assert config.training["tasks"] == {"even": 20, "odd": 20}
+    assert config.training["rewards"] == ["letter"]
     assert config.training["settings"] == QUICK.to_dict()
     assert config.training["metrics"] == rows[-2:]
     assert {
