@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -65,6 +66,11 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path
     return folder
 
 
+def _hear_interrupts() -> None:
+    """Undo what a shell does to the commands it runs in the background: they ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start() -> Any:
     """A function that starts `python -m drllm …` in a process of its own."""
@@ -78,6 +84,7 @@ def start() -> Any:
             stdout=PIPE,
             stderr=PIPE,
             text=True,
+            preexec_fn=_hear_interrupts,
         )
         running.append(process)
         return process
