@@ -10,7 +10,7 @@ import torch
 from drllm.errors import RoutingError
 from drllm.models.policies import FixedPolicy
 from drllm.models.routed import RoutedModel
-from drllm.models.scoring import AnswerBatch, ChoiceBatch, Question
+from drllm.models.scoring import PAIRS_PER_PASS, AnswerBatch, ChoiceBatch, Question
 
 SUM_TOLERANCE = 1e-4
 """Nats that a summed log-probability may differ from the path run alone (design figure; 5e-6 was
@@ -199,3 +199,21 @@ def test_the_logprob_of_an_answer_is_the_mean_over_its_tokens(tiny_llama, tiny_t
     logprobs = slow.logits(context + list(answer.tokens)).log_softmax(-1)
     each = [float(logprobs[len(context) - 1 + k, t]) for k, t in enumerate(answer.tokens)]
     assert sum(each) / len(each) == pytest.approx(answer.logprob, abs=1e-4)
+
+
+def test_more_pairs_than_one_pass_takes_keep_their_places(tiny_llama, tiny_tokenizer):
+    routed = RoutedModel(tiny_llama(eos_token_id=None))
+    pairs = some_pairs(PAIRS_PER_PASS + 5, seed=6)
+
+    def verdict(place, text, finished):
+        return float(place) if finished else None
+
+    batch = AnswerBatch(routed, tiny_tokenizer, QUESTIONS, 1.0)
+    limits = [1 + place % 3 for place in range(len(pairs))]
+    answers = batch.answers(pairs, limits, verdict)
+    assert [float(place) for place in range(len(pairs))] == [a.grade for a in answers]
+    assert limits == [len(answer.tokens) for answer in answers]
+    scores = ChoiceBatch(routed, QUESTIONS, 1.0).logprobs(pairs)
+    last = ChoiceBatch(routed, QUESTIONS, 1.0).logprobs(pairs[-5:])
+    for first, second in zip(scores[-5:], last, strict=True):
+        assert first == pytest.approx(second, abs=SUM_TOLERANCE)

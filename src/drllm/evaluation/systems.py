@@ -44,7 +44,6 @@ Decide: TypeAlias = Callable[[list[int]], Policy]
 OnProgress: TypeAlias = Callable[[float, int, str], None]
 """Called with passes done, passes in all, and what is being run."""
 
-PAIRS_PER_PASS = 32
 STATE_CACHE_GB = 2.0
 
 DESCRIPTIONS = {
@@ -147,11 +146,9 @@ class QuestionRun:
                 for draw, plan in enumerate(plans)
                 for row, place in enumerate(places)
             ]
-            for start in range(0, len(wanted), PAIRS_PER_PASS):
-                part = wanted[start : start + PAIRS_PER_PASS]
-                sums = batch.logprobs([pair for _, _, pair in part])
-                for (draw, place, _), value in zip(part, sums, strict=True):
-                    draws[draw][place] = value
+            sums = batch.logprobs([pair for _, _, pair in wanted])
+            for (draw, place, _), value in zip(wanted, sums, strict=True):
+                draws[draw][place] = value
             batch.forget()
         return draws
 

@@ -34,6 +34,9 @@ Verdict: TypeAlias = Callable[[int, str, bool], float | None]
 
 GIGABYTE = 1e9
 
+PAIRS_PER_PASS = 32
+"""Pairs in one forward pass; bounds the logits held at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -116,6 +119,13 @@ class ChoiceBatch:
         Returns:
             For each pair the sums, in the order of the question's continuations.
         """
+        return [
+            sums
+            for start in range(0, len(pairs), PAIRS_PER_PASS)
+            for sums in self._logprobs(pairs[start : start + PAIRS_PER_PASS])
+        ]
+
+    def _logprobs(self, pairs: Sequence[Pair]) -> list[tuple[float, ...]]:
         driver = SharingDriver(pairs, self.states, keep_last=self._num_scored)
         logits = self._forward(driver, columns=0)[0]  # all kept tokens of all pairs behind another
         each = torch.split(logits, [self._num_scored[question] for question, _ in pairs])
@@ -274,6 +284,16 @@ class AnswerBatch:
             of the routed model gives without logits processors: a repetition penalty in a model's
             generation settings is not applied (docs/differences.md, D-19).
         """
+        answers: list[Answer] = []
+        for start in range(0, len(pairs), PAIRS_PER_PASS):
+            part = slice(start, start + PAIRS_PER_PASS)
+            answers += self._generate(pairs[part], max_new_tokens[part], verdict, start)
+        return answers
+
+    def _generate(
+        self, pairs: Sequence[Pair], max_new_tokens: Sequence[int], verdict: Verdict, start: int
+    ) -> list[Answer]:
+        """Answer the pairs of one pass, the first of which stands at place `start` of them all."""
         logits, cache = self._prefill(pairs)
         rows = torch.tensor([row for row, _ in pairs], device=self._ids.device)
         mask = self._mask[rows]
@@ -291,7 +311,7 @@ class AnswerBatch:
                 if not finished:
                     tokens[place].append(token)
                 text = self.tokenizer.decode(tokens[place], skip_special_tokens=True)
-                grade = verdict(place, text, finished or step == max_new_tokens[place])
+                grade = verdict(start + place, text, finished or step == max_new_tokens[place])
                 if grade is not None:
                     done[place] = Answer(text, tuple(tokens[place]), grade, logprobs[place] / step)
             going = [row for row, place in enumerate(active) if place not in done]

@@ -22,9 +22,6 @@ from drllm.models.sharing import Pair, StateCache
 from drllm.tasks.base import Prompt
 from drllm.tasks.grading import score_choices, verdict
 
-PAIRS_PER_PASS = 32
-"""Paths in one forward pass; bounds the logits held at once."""
-
 WRONG_ANSWERS = 4
 """Wrong answers, the most frequent ones, that a right answer's margin is measured against."""
 
@@ -113,10 +110,20 @@ class BlockEvaluator:
             Outcomes in order. Margins of generated answers are None: they compare with what other
             paths answered, so `with_margins` adds them when all paths are known.
         """
-        outcomes: list[Outcome] = []
-        for start in range(0, len(pairs), PAIRS_PER_PASS):
-            outcomes += self._evaluate(pairs[start : start + PAIRS_PER_PASS])
-        return outcomes
+        if self._choices is not None:
+            return [
+                self._judged(pair, sums)
+                for pair, sums in zip(pairs, self._choices.logprobs(pairs), strict=True)
+            ]
+        assert self._answers is not None
+        answers = self._answers.answers(
+            pairs,
+            [self.prompts[place].max_new_tokens for place, _ in pairs],
+            lambda pair, text, finished: verdict(self.prompts[pairs[pair][0]], text, finished),
+        )
+        for pair, answer in zip(pairs, answers, strict=True):
+            self._check_finite(pair, [answer.logprob])
+        return [Outcome(answer.grade, None, answer) for answer in answers]
 
     def with_margins(self, pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> list[Outcome]:
         """Return the outcomes of all paths of the block with their margins.
@@ -150,37 +157,19 @@ class BlockEvaluator:
         ]
         batch = ChoiceBatch(self.routed, questions, self._state_cache_gb)
         completed = []
-        for start in range(0, len(pairs), PAIRS_PER_PASS):
-            part = pairs[start : start + PAIRS_PER_PASS]
-            for offset, sums in enumerate(batch.logprobs(part)):
-                outcome = outcomes[start + offset]
-                continuations = questions[part[offset][0]].continuations
-                means = [s / len(c) for s, c in zip(sums, continuations, strict=True)]
-                margin: float | None
-                if outcome.reward < 1 and outcome.answer is not None:
-                    margin = means[0] - outcome.answer.logprob
-                else:
-                    margin = means[0] - max(means[1:]) if means[1:] else None
-                if margin is not None and not math.isfinite(margin):
-                    margin = None
-                completed.append(dataclasses.replace(outcome, margin=margin))
+        scores = batch.logprobs(pairs)
+        for (place, _), outcome, sums in zip(pairs, outcomes, scores, strict=True):
+            continuations = questions[place].continuations
+            means = [s / len(c) for s, c in zip(sums, continuations, strict=True)]
+            margin: float | None
+            if outcome.reward < 1 and outcome.answer is not None:
+                margin = means[0] - outcome.answer.logprob
+            else:
+                margin = means[0] - max(means[1:]) if means[1:] else None
+            if margin is not None and not math.isfinite(margin):
+                margin = None
+            completed.append(dataclasses.replace(outcome, margin=margin))
         return completed
-
-    def _evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
-        if self._choices is not None:
-            return [
-                self._judged(pair, sums)
-                for pair, sums in zip(pairs, self._choices.logprobs(pairs), strict=True)
-            ]
-        assert self._answers is not None
-        answers = self._answers.answers(
-            pairs,
-            [self.prompts[place].max_new_tokens for place, _ in pairs],
-            lambda pair, text, finished: verdict(self.prompts[pairs[pair][0]], text, finished),
-        )
-        for pair, answer in zip(pairs, answers, strict=True):
-            self._check_finite(pair, [answer.logprob])
-        return [Outcome(answer.grade, None, answer) for answer in answers]
 
     def _judged(self, pair: Pair, sums: Sequence[float]) -> Outcome:
         if not self._check_finite(pair, sums):
