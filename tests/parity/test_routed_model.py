@@ -335,10 +335,11 @@ def test_an_error_inside_a_forward_leaves_routing_usable(tiny_llama):
     assert routed.last_route.tolist() == [[1] * 6]
 
 
-def test_beams_without_a_cache_are_refused(tiny_llama):
+def test_beams_without_a_cache_equal_beams_with_one(tiny_llama):
     routed = RoutedModel(tiny_llama())
-    with pytest.raises(RoutingError, match="beam search without a cache"):
-        routed.generate(input_ids=torch.tensor([[3]]), num_beams=2, use_cache=False)
+    options = {"num_beams": 3, "num_return_sequences": 2, "num_new": 6}
+    expected = generate(routed, MIXED, **options)
+    assert expected == generate(routed, MIXED, use_cache=False, **options)
 
 
 @pytest.mark.parametrize("plan", [[1] * 5, [1, 1, 3, 1, 1, 1], [0] * 6, [[1] * 6, [0] * 6]])
@@ -383,6 +384,8 @@ def test_saved_routers_load_and_route_the_same(tiny_llama, tmp_path):
 
 class Counting(FullPolicy):
     """Executes everything and counts how many tokens it could read."""
+
+    reads_prompt = True
 
     def __init__(self):
         self.read = []
@@ -493,3 +496,145 @@ def test_a_detached_model_says_so(tiny_llama):
     ):
         with pytest.raises(RoutingError, match="detach"):
             use()
+
+
+# --- what a skipped layer leaves behind --------------------------------------------------------
+
+
+def own_mlp(call, hidden):
+    """Stand in for a layer by its own MLP, without its attention."""
+    layer = call.module
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def test_a_bypass_takes_the_place_of_skipped_layers_row_by_row(tiny_llama, listed, logit_tolerance):
+    model = tiny_llama()
+    plans = [[1, 0, 1, 0, 1, 1], [0, 1, 2, 1, 1, 0], [1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 2, 1]]
+    expected = []
+    for plan, prompt in zip(plans, PROMPTS, strict=True):
+        # By hand: every layer listed once more where it is skipped, its attention silenced.
+        by_hand = copy.deepcopy(model)
+        layers = []
+        for index, count in enumerate(plan):
+            for _ in range(max(count, 1)):
+                layer = copy.deepcopy(by_hand.model.layers[index])
+                if count == 0:
+                    layer.self_attn.o_proj.weight.data.zero_()
+                layers.append(layer)
+        by_hand.model.layers = torch.nn.ModuleList(layers)
+        by_hand.config.num_hidden_layers = len(layers)
+        with torch.no_grad():
+            expected.append(by_hand(torch.tensor([prompt]), use_cache=False).logits[0])
+    routed = RoutedModel(model, bypass=own_mlp)
+    ids, mask = left_padded(PROMPTS, "cpu")
+    with routed.fixed(plans), torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        found = routed.model(ids, attention_mask=mask, position_ids=positions).logits
+    for row, slow in enumerate(expected):
+        torch.testing.assert_close(slow, found[row, -len(slow) :], atol=logit_tolerance, rtol=0)
+
+
+def test_a_bypass_stores_nothing_in_the_cache(tiny_llama):
+    routed = RoutedModel(tiny_llama(), bypass=own_mlp)
+    ids, mask = left_padded(PROMPTS, "cpu")
+    cache = DynamicCache(config=routed.model.config)
+    with routed.fixed(MIXED), torch.no_grad():
+        routed.model(
+            ids, attention_mask=mask, **{cache_argument(routed.model): cache}, use_cache=True
+        )
+    assert sum(map(sum, MIXED)) == stored_rows(cache)
+
+
+# --- whose generate it is ----------------------------------------------------------------------
+
+
+def test_the_models_own_generate_keeps_the_decisions_too(tiny_llama):
+    policy = Counting()
+    routed = RoutedModel(tiny_llama(), policy=policy)
+    options = {"use_cache": False, "max_new_tokens": 4, "min_new_tokens": 4}
+    routed.model.generate(torch.tensor([PROMPTS[0]]), **options)
+    assert policy.read == [[len(PROMPTS[0])]]
+
+
+def test_beams_of_one_prompt_are_asked_about_once(tiny_llama):
+    policy = Counting()
+    routed = RoutedModel(tiny_llama(), policy=policy)
+    ids, mask = left_padded(PROMPTS, "cpu")
+    routed.generate(ids, attention_mask=mask, num_beams=3, max_new_tokens=4)
+    assert policy.read == [[len(prompt) for prompt in PROMPTS]]
+    assert len(routed.last_route) == 3 * len(PROMPTS)
+
+
+@pytest.mark.parametrize("drafting", ["prompt lookup", "assistant"])
+def test_drafted_tokens_are_not_read_as_part_of_the_prompt(tiny_llama, drafting):
+    policy = Counting()
+    routed = RoutedModel(tiny_llama(), policy=policy)
+    options = {
+        "prompt lookup": {"prompt_lookup_num_tokens": 3},
+        "assistant": {"assistant_model": tiny_llama(seed=1)},
+    }[drafting]
+    prompt = [5, 6, 7, 5, 6, 7, 5, 6]
+    routed.model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, **options)
+    assert policy.read == [[len(prompt)]]
+
+
+def test_detaching_gives_the_model_its_own_generate_back(tiny_llama):
+    model = tiny_llama()
+    routed = RoutedModel(model)
+    assert "generate" in model.__dict__
+    routed.detach()
+    assert "generate" not in model.__dict__
+
+
+# --- what can't be right -----------------------------------------------------------------------
+
+
+def test_packed_sequences_are_refused(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    with pytest.raises(RoutingError, match="packed sequences"):
+        routed.model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1]]))
+    with pytest.raises(RoutingError, match="packed sequences"):
+        routed.model(ids, cu_seq_lens_q=torch.tensor([0, 3, 5]))
+
+
+def test_a_cache_of_a_foreign_kind_is_refused(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    layer, hidden = routed.model.model.layers[0], torch.zeros(1, 1, 32)
+
+    def call_first(module, args, kwargs):
+        layer(hidden, past_key_values=object())
+
+    hook = routed.model.model.register_forward_pre_hook(call_first, with_kwargs=True)
+    with pytest.raises(RoutingError, match="cache of this model is a object"):
+        routed.model(torch.tensor([[3]]))
+    hook.remove()
+
+
+def test_an_argument_whose_axis_does_not_count_the_rows_is_refused(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    ids, mask = left_padded(PROMPTS[:3], "cpu")
+    layer = routed.model.model.layers[1]
+    forward = layer.forward
+
+    def cut(hidden, **kwargs):
+        kwargs["attention_mask"] = kwargs["attention_mask"][:2]
+        return forward(hidden, **kwargs)
+
+    cut.__wrapped__ = forward
+    layer.forward = cut
+    with (
+        routed.fixed([[1] * 6, [1, 0, 1, 1, 1, 1], [1] * 6]),
+        pytest.raises(RoutingError, match="doesn't count the 3 rows"),
+    ):
+        routed.model(ids, attention_mask=mask)
+
+
+def test_a_policy_that_answers_for_too_few_rows_is_refused(tiny_llama):
+    class Short(FullPolicy):
+        def decide(self, layer, prompts):
+            return [1]
+
+    routed = RoutedModel(tiny_llama(), policy=Short())
+    with pytest.raises(RoutingError, match=r"the policy gave \[1\] at layer 0"):
+        routed.model(torch.tensor([[3, 4], [5, 6]]))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from drllm.errors import CheckpointError
+from drllm.models.policies import label_frequencies
 from drllm.paths import Decision
 
 STEEPEST = 60.0
@@ -107,17 +107,12 @@ def tilted(label_counts: Sequence[Sequence[int]], executions: float) -> Tensor:
         tensor([[0.5000, 0.5000, 0.0000],
                 [0.0000, 1.0000, 0.0000]], dtype=torch.float64)
     """
-    counts = torch.tensor(label_counts, dtype=torch.float64)
-    if counts.numel() == 0 or bool((counts.sum(dim=1) == 0).any()):
-        raise CheckpointError(
-            "these routers carry no label counts for some layer, so decisions can't be drawn by "
-            "label frequency; use routers that 'drllm train' has written"
-        )
+    frequencies = label_frequencies(label_counts)
     decisions = torch.arange(3, dtype=torch.float64)
     low, high = -STEEPEST, STEEPEST
     for _ in range(60):  # executions fall as θ grows
         theta = (low + high) / 2
-        probabilities = (counts.log() - theta * decisions).softmax(dim=1)
+        probabilities = (frequencies.log() - theta * decisions).softmax(dim=1)
         if expected_executions(probabilities) > executions:
             low = theta
         else:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from drllm.errors import RoutingError
 
@@ -33,10 +34,12 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     """
 
     supports_early_init = False
-    is_compileable = False
 
     def __init__(self, pristine: CacheLayerMixin) -> None:
         # No super().__init__(): it would set keys and values that this entry doesn't have.
+        # It is empty, but may have its room already, for all rows: each pass takes its own.
+        pristine.keys = pristine.values = None
+        pristine.is_initialized = False
         self.pristine = pristine
         self.is_sliding = getattr(pristine, "is_sliding", False)
         self.decisions: tuple[int, ...] | None = None
@@ -92,6 +95,11 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def is_initialized(self) -> bool:
         """Whether decisions were pinned."""
         return self.decisions is not None
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether the inner entries are: the mask code then masks what they have not yet filled."""
+        return bool(getattr(self.pristine, "is_compileable", False))
 
     @property
     def is_croppable(self) -> bool:
@@ -150,6 +158,23 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """Forget everything, the decisions too."""
         self.decisions, self.passes, self.rows, self.shadow = None, [], [], None
 
+    def activate_past_recording(self) -> None:
+        """Let every sliding pass keep what `crop` may have to bring back."""
+        for entry in (self.pristine, *self._entries()):
+            if hasattr(entry, "activate_past_recording"):
+                entry.activate_past_recording()
+
+    @property
+    def record_past(self) -> bool:
+        """Whether sliding passes keep what `crop` may have to bring back."""
+        return bool(getattr(self.pristine, "record_past", False))
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        for entry in (self.pristine, *self._entries()):
+            if hasattr(entry, "record_past"):
+                entry.record_past = value
+
     def offload(self) -> None:
         """Move every pass off the accelerator."""
         for entry in self._entries():
@@ -201,8 +226,27 @@ def _feed_zeros(entry: CacheLayerMixin, num_tokens: int, like: Tensor) -> None:
     entry.update(zeros, zeros, {"cache_position": positions})
 
 
+FOREIGN = tuple(
+    getattr(cache_utils, name)
+    for name in ("LinearAttentionCacheLayerMixin", "DynamicIndexedLayer", "StaticIndexedLayer")
+    if hasattr(cache_utils, name)  # newer than the oldest supported transformers
+)
+"""Entries that hold more than K/V."""
+
+
+def is_kv(entry: Any) -> bool:
+    """Tell whether a cache entry holds K/V and nothing else."""
+    return isinstance(entry, CacheLayerMixin) and not isinstance(entry, FOREIGN)
+
+
 def entry_of(cache: Cache, index: int) -> Any:
-    """Return a layer's entry, made first where the cache makes its entries as they are needed."""
+    """Return a layer's entry, made first where the cache makes its entries as they are needed.
+
+    Raises:
+        RoutingError: A cache with an encoder's half.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        raise RoutingError("the cache has a half for an encoder; it can't be routed")
     if getattr(cache, "layer_class_to_replicate", None) is not None:
         while len(cache.layers) <= index:
             cache.layers.append(cache.layer_class_to_replicate())
@@ -222,7 +266,7 @@ def routed_entry(cache: Cache, index: int) -> RoutedCacheLayer:
     entry = entry_of(cache, index)
     if isinstance(entry, RoutedCacheLayer):
         return entry
-    if not isinstance(entry, CacheLayerMixin):
+    if not is_kv(entry):
         raise RoutingError(
             f"cache entry {index} is a {type(entry).__name__}, not K/V; it can't be routed"
         )

@@ -9,7 +9,6 @@ Leaves what the hub answers to `hub` and routing to `routed`.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import logging
 import re
 from collections.abc import Callable
@@ -17,22 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from drllm.config import DTYPES, ModelConfig
 from drllm.errors import ConfigError, ModelError, unknown_name
 from drllm.models import hub, smollm2
-from drllm.models.injection import find_layers
+from drllm.models.identity import describe
 
 ALIASES: dict[str, Callable[[], Path]] = {smollm2.ALIAS: smollm2.folder}
 """Alias → function that returns the model's folder, making it first where need be."""
 
-FINGERPRINT_VALUES = 2**20  # values read of each tensor: enough to tell fine-tunes apart
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 # What transformers raises for a model that it can't open; a defect of ours is none of these.
@@ -77,14 +73,7 @@ class BaseModel:
     @property
     def identity(self) -> dict[str, Any]:
         """What manifests and router checkpoints store to recognise the model again."""
-        return {
-            "id": self.name,
-            "revision": self.revision,
-            "class": type(self.model).__name__,
-            "num_layers": self.num_layers,
-            "hidden_size": self.hidden_size,
-            "fingerprint": fingerprint(self.model),
-        }
+        return {"id": self.name, "revision": self.revision, **describe(self.model)}
 
     @property
     def runtime(self) -> dict[str, Any]:
@@ -137,39 +126,6 @@ def list_models() -> list[tuple[str, str]]:
     place = smollm2.converted()
     state = f"converted in {place}" if place else "not converted yet (done on first use)"
     return [(smollm2.ALIAS, f"{smollm2.DESCRIPTION}; {state}")]
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return a short hash that another model, or a fine-tune of the same one, doesn't share.
-
-    Hashed are the names, shapes and the signs of the values of three weights: input embedding, and
-    the first matrix of the middle and of the last layer. Signs survive every change of dtype, so
-    routers trained on a float32 model fit its bfloat16 or float16 load.
-
-    Args:
-        model: A Hugging Face decoder-only model.
-
-    Returns:
-        16 hex digits.
-
-    Raises:
-        ArchitectureError: The model's layers can't be found, or can't be routed.
-
-    Source: ours.
-    """
-    _, layers = find_layers(model)
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    chosen = [("embedding", embedding.weight)]
-    for index in (len(layers) // 2, len(layers) - 1):
-        matrices = (item for item in layers[index].named_parameters() if item[1].dim() == 2)
-        name, weight = next(matrices)
-        chosen.append((f"layers.{index}.{name}", weight))
-    digest = hashlib.sha256()
-    for name, weight in chosen:
-        digest.update(f"{name} {list(weight.shape)}\n".encode())
-        values = weight.detach().reshape(-1)[:FINGERPRINT_VALUES]
-        digest.update(np.packbits(torch.signbit(values).cpu().numpy()).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,22 +1,27 @@
 """Policies: what decides, for a prompt, which layers are skipped, executed or repeated.
 
-Owns the one-method interface and the policies that come with the package. A policy of your own
-is a class with `decide`; it may look at the prompt through the `PromptView` or ignore it. Leaves
-executing the decisions, pinning them and keeping at least one execution to `routing`.
+Owns the one-method interface, the policies that come with the package, and what the knobs of the
+depth dial do to a router's logits. A policy of your own is a class with `decide`
+(`examples/own_policy.py`); it may look at the prompt through the `PromptView` or ignore it. Leaves
+executing the decisions, pinning them and keeping at least one execution to `routing`, and finding
+a knob's position to `dial`.
 
 Axes: B rows, T tokens, D hidden, L layers, W windows.
 """
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from drllm.errors import RoutingError
+from drllm.config import DepthConfig
+from drllm.errors import CheckpointError, ConfigError, RoutingError
 from drllm.models.routers import RouterStack, Windows, pool
 from drllm.paths import Decision, check_decisions
 
@@ -40,14 +45,24 @@ class PromptView:
         return int(self.hidden.shape[0])
 
     def windows(self, num_windows: int) -> Windows:
-        """Return the prompts averaged in W windows; computed when asked for."""
-        return pool(self.hidden, self.readable, num_windows)
+        """Return the prompts averaged in W windows, in float32; computed when asked for."""
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            return pool(self.hidden, self.readable, num_windows)
 
 
 class Policy(Protocol):
-    """Gives the decisions of every row at one layer."""
+    """Gives the decisions of every row at one layer.
 
-    def decide(self, layer: int, prompts: PromptView) -> Tensor:
+    Attributes:
+        reads_prompt: Whether it may read the `PromptView`. One that never does says False, and
+            then also works where a pass doesn't show the whole prompt, or not which of its
+            tokens are padding.
+    """
+
+    reads_prompt: ClassVar[bool] = True
+
+    @abstractmethod
+    def decide(self, layer: int, prompts: PromptView) -> Tensor | Sequence[int]:
         """Return one decision per row.
 
         Args:
@@ -55,53 +70,55 @@ class Policy(Protocol):
             prompts: What the layer is about to read.
 
         Returns:
-            `[B]` integers 0, 1 or 2, on any device.
+            `[B]` integers 0, 1 or 2: a tensor on any device, or a sequence.
         """
 
 
-class FullPolicy:
+class FullPolicy(Policy):
     """Execute every layer once: the base model."""
 
-    def decide(self, layer: int, prompts: PromptView) -> Tensor:
+    reads_prompt = False
+
+    def decide(self, layer: int, prompts: PromptView) -> Sequence[int]:
         """Return 1 for every row."""
-        return torch.full((prompts.num_rows,), int(Decision.EXECUTE))
+        return [1] * prompts.num_rows
 
 
-class FixedPolicy:
+class FixedPolicy(Policy):
     """Follow given decisions, whatever the prompt says.
 
     Args:
         decisions: `[L]` for all rows, or `[B, L]`.
         num_layers: L of the model.
-        rows_per_prompt: How many neighbouring rows share one row of `decisions`; `generate`
-            lays beams and several answers out like that.
 
     Raises:
         PathError: Decisions that no model of L layers can run.
     """
 
+    reads_prompt = False
+
     def __init__(
-        self,
-        decisions: Sequence[int] | Sequence[Sequence[int]] | Tensor,
-        num_layers: int,
-        rows_per_prompt: int = 1,
+        self, decisions: Sequence[int] | Sequence[Sequence[int]] | Tensor, num_layers: int
     ) -> None:
         plan = torch.as_tensor(decisions).cpu()
         rows = plan.tolist() if plan.dim() == 2 else [plan.tolist()]
-        self.plan = torch.tensor([check_decisions(row, num_layers) for row in rows])  # [B, L]
+        self.plan = [check_decisions(row, num_layers) for row in rows]  # [B][L]
         self.shared = plan.dim() == 1
-        self.rows_per_prompt = rows_per_prompt
 
-    def decide(self, layer: int, prompts: PromptView) -> Tensor:
-        """Return column `layer` of the plan."""
+    def decide(self, layer: int, prompts: PromptView) -> Sequence[int]:
+        """Return column `layer` of the plan.
+
+        Raises:
+            RoutingError: Decisions of their own for another number of rows.
+        """
         if self.shared:
-            return self.plan[:, layer].expand(prompts.num_rows)
-        if len(self.plan) * self.rows_per_prompt != prompts.num_rows:
+            return [self.plan[0][layer]] * prompts.num_rows
+        if len(self.plan) != prompts.num_rows:
             raise RoutingError(
                 f"decisions for {len(self.plan)} prompts were given, the batch has "
-                f"{prompts.num_rows // self.rows_per_prompt}; give one row each, or one for all"
+                f"{prompts.num_rows}; give one row each, or one for all"
             )
-        return self.plan[:, layer].repeat_interleave(self.rows_per_prompt)
+        return [row[layer] for row in self.plan]
 
 
 class LabelsPolicy(FixedPolicy):
@@ -116,6 +133,8 @@ class LabelsPolicy(FixedPolicy):
     Source: Dr.LLM section 3.3; recording instead of training in the loop is ours (D-09).
     """
 
+    reads_prompt = True
+
     def __init__(self, decisions: Sequence[Sequence[int]] | Tensor, num_windows: int) -> None:
         plan = torch.as_tensor(decisions)
         super().__init__(plan, plan.shape[-1])
@@ -123,7 +142,7 @@ class LabelsPolicy(FixedPolicy):
         self._means: list[Tensor] = []
         self.filled = torch.empty(0, dtype=torch.long)
 
-    def decide(self, layer: int, prompts: PromptView) -> Tensor:
+    def decide(self, layer: int, prompts: PromptView) -> Sequence[int]:
         """Record the windows at this layer and return its labels."""
         if layer == 0:
             self._means = []
@@ -134,45 +153,195 @@ class LabelsPolicy(FixedPolicy):
 
     @property
     def means(self) -> Tensor:
-        """Every router's input, `[B, L, W, D]`."""
-        return torch.stack(self._means, dim=1)
+        """Every router's input, `[B, L, W, D]`; L layers on several devices meet on the first."""
+        device = self._means[0].device
+        return torch.stack([means.to(device) for means in self._means], dim=1)
 
 
-class RandomPolicy:
+class RandomPolicy(Policy):
     """Draw each decision at random with the same probabilities at every layer.
 
     Args:
         probabilities: Of skip, execute and repeat; they add up to 1.
         generator: Source of randomness.
+
+    Raises:
+        ConfigError: Numbers that are no probabilities.
     """
 
-    def __init__(
-        self, probabilities: tuple[float, float, float], generator: torch.Generator
-    ) -> None:
-        self.probabilities = torch.tensor(probabilities)
+    reads_prompt = False
+
+    def __init__(self, probabilities: Sequence[float], generator: torch.Generator) -> None:
+        given = tuple(probabilities)
+        if (
+            len(given) != len(Decision)
+            or not all(0 <= value <= 1 for value in given)
+            or not math.isclose(sum(given), 1.0, abs_tol=1e-6)
+        ):
+            raise ConfigError(
+                f"the probabilities of skip, execute and repeat are {list(given)}; give three "
+                f"numbers from 0 to 1 that add up to 1"
+            )
+        self.probabilities = torch.tensor(given)
         self.generator = generator
 
     def decide(self, layer: int, prompts: PromptView) -> Tensor:
         """Return one draw per row."""
-        return torch.multinomial(
-            self.probabilities, prompts.num_rows, replacement=True, generator=self.generator
+        return _draw(self.probabilities, prompts.num_rows, self.generator)
+
+
+class LabelFrequencyPolicy(Policy):
+    """Draw each decision at random, as often as it was the target of its layer in training.
+
+    The null hypothesis for routers: what they would do if they knew how often each layer is
+    skipped and repeated, and nothing of the prompt.
+
+    Args:
+        label_counts: `[L][3]`, as in `router_config.json`.
+        generator: Source of randomness.
+
+    Raises:
+        CheckpointError: A layer without counts.
+
+    Example:
+        >>> policy = LabelFrequencyPolicy([[0, 9, 0], [5, 0, 0]], torch.Generator())
+        >>> prompts = PromptView(torch.zeros(2, 1, 4), torch.ones(2, 1, dtype=torch.bool))
+        >>> [policy.decide(layer, prompts).tolist() for layer in (0, 1)]
+        [[1, 1], [0, 0]]
+    """
+
+    reads_prompt = False
+
+    def __init__(self, label_counts: Sequence[Sequence[int]], generator: torch.Generator) -> None:
+        self.frequencies = label_frequencies(label_counts)  # [L, 3]
+        self.generator = generator
+
+    def decide(self, layer: int, prompts: PromptView) -> Tensor:
+        """Return one draw per row.
+
+        Raises:
+            RoutingError: A layer that the counts don't go up to.
+        """
+        if layer >= len(self.frequencies):
+            raise RoutingError(
+                f"there are label counts of {len(self.frequencies)} layers, the model has more; "
+                f"use the counts of routers that were trained for this model"
+            )
+        return _draw(self.frequencies[layer], prompts.num_rows, self.generator)
+
+
+def label_frequencies(label_counts: Sequence[Sequence[int]]) -> Tensor:
+    """Return how often each decision was the target of each layer, `[L, 3]` in float64.
+
+    Args:
+        label_counts: `[L][3]`, as in `router_config.json`.
+
+    Raises:
+        CheckpointError: No counts, or none for some layer.
+    """
+    counts = torch.tensor(label_counts, dtype=torch.float64)
+    if counts.numel() == 0 or bool((counts.sum(dim=1) == 0).any()):
+        raise CheckpointError(
+            "these routers carry no label counts for some layer, so decisions can't be drawn by "
+            "label frequency; use routers that 'drllm train' has written"
         )
+    return counts / counts.sum(dim=1, keepdim=True)
 
 
-class RouterPolicy:
+def _draw(probabilities: Tensor, num_rows: int, generator: torch.Generator) -> Tensor:
+    weights = probabilities.to(generator.device)
+    return torch.multinomial(weights, num_rows, replacement=True, generator=generator)
+
+
+class RouterPolicy(Policy):
     """Ask the trained routers: argmax of a layer's logits on the windows of its input.
+
+    Either knob moves the depth of all prompts; without one the routers decide alone.
 
     Args:
         routers: One router per layer.
+        depth_bias: See `biased`; 0 leaves the logits as they are.
+        router_penalty: See `penalised`; None leaves the logits as they are.
 
-    Source: Dr.LLM section 3.2.
+    Raises:
+        ConfigError: Both knobs, or a value out of range.
+
+    Source: Dr.LLM section 3.2; `depth_bias` is ours (D-20).
     """
 
-    def __init__(self, routers: RouterStack) -> None:
+    def __init__(
+        self,
+        routers: RouterStack,
+        *,
+        depth_bias: float = 0.0,
+        router_penalty: float | None = None,
+    ) -> None:
+        DepthConfig(depth_bias=depth_bias, router_penalty=router_penalty).knob()
         self.routers = routers
+        self.depth_bias = depth_bias
+        self.router_penalty = router_penalty
 
     def decide(self, layer: int, prompts: PromptView) -> Tensor:
         """Return the routers' decisions."""
         windows = prompts.windows(self.routers.config.num_windows)
-        with torch.autocast(prompts.hidden.device.type, enabled=False), torch.no_grad():
-            return self.routers.layer_logits(layer, windows).argmax(dim=-1)
+        device = self.routers.hidden_weight.device
+        with torch.autocast(device.type, enabled=False), torch.no_grad():
+            logits = self.routers.layer_logits(layer, windows)
+            if self.router_penalty is not None:
+                return penalised(logits, self.router_penalty).argmax(dim=-1)
+            return biased(logits, self.depth_bias).argmax(dim=-1)
+
+
+def biased(logits: Tensor, depth_bias: float) -> Tensor:
+    """Charge every execution the same price, in logits.
+
+    A decision d gets its logit minus `depth_bias` · d. So with a price above 0 a layer is skipped
+    where its router is less sure that it should run, the least sure first; below 0 layers are
+    repeated. Of the logits only differences count, so a price is comparable between layers as far
+    as their routers are.
+
+    Args:
+        logits: `[B, 3]` of skip, execute and repeat.
+        depth_bias: The price; 0 leaves the logits as they are.
+
+    Returns:
+        `[B, 3]`.
+
+    Source: ours (D-20).
+
+    Example:
+        >>> biased(torch.tensor([[0.0, 1.0, -2.0]]), 1.5).tolist()
+        [[0.0, -0.5, -5.0]]
+    """
+    counts = torch.arange(len(Decision), dtype=logits.dtype, device=logits.device)
+    return logits - depth_bias * counts
+
+
+def penalised(logits: Tensor, router_penalty: float) -> Tensor:
+    """Blend the routers' probabilities with certain decisions, as published.
+
+    From -1 to -0.5 certain skip gives way to the routers, from there to 0.5 the routers to certain
+    execute, and from there to 1 that to certain repeat. What is certain wins as soon as it makes
+    up more than half of the blend, so routers have a say between -0.75 and 0 only: below that
+    everything is skipped, above it everything executed, and above 0.75 everything repeated.
+
+    Args:
+        logits: `[B, 3]` of skip, execute and repeat.
+        router_penalty: In [-1, 1].
+
+    Returns:
+        `[B, 3]` probabilities.
+
+    Source: Dr.LLM figure 7 and its code for Qwen2 (D-20).
+
+    Example:
+        >>> penalised(torch.tensor([[0.0, 0.0, -torch.inf]]), -0.75).tolist()
+        [[0.75, 0.25, 0.0]]
+    """
+    skip, execute, repeat = torch.eye(len(Decision), dtype=logits.dtype, device=logits.device)
+    routers = logits.softmax(dim=-1)
+    if router_penalty <= -0.5:
+        return torch.lerp(skip.expand_as(routers), routers, (router_penalty + 1) / 0.5)
+    if router_penalty <= 0.5:
+        return torch.lerp(routers, execute.expand_as(routers), router_penalty + 0.5)
+    return torch.lerp(execute, repeat, (router_penalty - 0.5) / 0.5).expand_as(routers)

@@ -8,7 +8,6 @@ Axes: B rows, L layers.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,29 +16,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drllm.config import ModelConfig
-from drllm.errors import CheckpointError, RoutingError
+from drllm.errors import RoutingError
+from drllm.models import pretrained
+from drllm.models.bypass import Bypass, identity
+from drllm.models.generation import GenerateHandle
 from drllm.models.injection import Injection
-from drllm.models.loading import fingerprint, load
+from drllm.models.layers import base_of
 from drllm.models.policies import FixedPolicy, FullPolicy, Policy, RouterPolicy
 from drllm.models.routers import RouterStack
-from drllm.models.routing import PLANS, RoutingDriver
+from drllm.models.routing import RoutingDriver
 
 
 class RoutedModel:
     """A base model under routing.
 
     The model is used in place: `routed.model` is the same object, its weights and state-dict
-    keys unchanged, and from then on its forward passes are routed. A pass that starts with an
-    empty cache, or has none, is taken for a prompt; its decisions hold for whatever follows on
-    the same cache. Generation without a cache has nothing to hold them in: use `generate` below,
-    which keeps them, instead of the model's own. Without routers and without a policy every layer
-    is executed once, bit for bit as before.
+    keys unchanged, and from then on its forward passes and its `generate` are routed, whoever
+    calls them. A pass that starts with an empty cache, or has none, is taken for a prompt; its
+    decisions hold for whatever follows on the same cache, or in the same `generate`. Without
+    routers and without a policy every layer is executed once, bit for bit as before.
 
     Args:
-        model: A decoder-only model of transformers.
+        model: A decoder-only model of transformers, or a PEFT model around one.
         routers: Trained routers for exactly this model.
         policy: Any other policy; give routers or a policy, not both.
+        bypass: What a skipped layer leaves behind; by default the hidden state as it is.
         tokenizer: The model's tokenizer, for whatever starts from texts (`search_path`).
 
     Raises:
@@ -66,49 +67,54 @@ class RoutedModel:
         routers: RouterStack | None = None,
         *,
         policy: Policy | None = None,
+        bypass: Bypass = identity,
         tokenizer: Any = None,
     ) -> None:
         if routers is not None and policy is not None:
             raise RoutingError("give routers or a policy, not both: only one of them can decide")
         if routers is not None:
-            check_routers(model, routers)
-            routers = routers.to(model.device)
+            pretrained.check_routers(model, routers)
+            if model.device.type != "meta":  # where accelerate keeps the weights elsewhere
+                routers = routers.to(model.device)
             policy = RouterPolicy(routers)
         self.model: Any = model
         self.routers = routers
         self.tokenizer = tokenizer
-        self.driver = RoutingDriver(policy)
+        self.driver = RoutingDriver(policy, bypass)
         self.injection = Injection(model, self.driver)
+        self._generation = GenerateHandle(base_of(model), self.driver)
+        self._generation.attach()
         self._attached = True
 
     @classmethod
     def from_pretrained(
         cls,
-        routers_dir: Path | str,
+        routers: Path | str,
         base: Any = None,
         *,
+        revision: str | None = None,
         dtype: str = "auto",
         device: str = "auto",
     ) -> RoutedModel:
         """Load routers and the base model they belong to.
 
         Args:
-            routers_dir: A folder that `drllm train` or `save_pretrained` has written.
+            routers: A folder that `drllm train` or `save_pretrained` has written, or OWNER/NAME on
+                the hub; a folder of that name comes first.
             base: The base model, or its id or folder; None takes it from `router_config.json`.
-            dtype: Of the base model, as `--dtype`.
-            device: Of the base model, as `--device`.
+            revision: Branch, tag or commit of the routers on the hub.
+            dtype: Of a base model that is loaded here, as `--dtype`.
+            device: Of a base model that is loaded here, as `--device`.
 
         Raises:
-            CheckpointError: Broken routers, or routers of another model.
+            CheckpointError: Routers that are broken, can't be had, or belong to another model.
+            ConfigError: A setting that has no effect on what is given.
             ModelError: The base model can't be had.
         """
-        routers = RouterStack.load(routers_dir)
-        if base is None or isinstance(base, (str, Path)):
-            name = str(base or routers.config.base_model)
-            revision = routers.config.base_revision if base is None else None
-            loaded = load(ModelConfig(model=name, revision=revision, dtype=dtype, device=device))
-            return cls(loaded.model, routers, tokenizer=loaded.tokenizer)
-        return cls(base, routers)
+        model, stack, tokenizer = pretrained.load(
+            routers, base, revision=revision, dtype=dtype, device=device
+        )
+        return cls(model, stack, tokenizer=tokenizer)
 
     @property
     def num_layers(self) -> int:
@@ -124,12 +130,20 @@ class RoutedModel:
         Raises:
             RoutingError: No prompt has passed yet.
         """
-        if self.driver.last_route is None:
+        if not self.driver.last_route:
             raise RoutingError("no prompt has passed through this routed model yet")
-        return self.driver.last_route
+        return torch.tensor(self.driver.last_route).T.contiguous()  # [B, L]
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force: the one of the innermost `using` or `fixed`, else the model's."""
+        return self.driver.current_policy
 
     def generate(self, *args: Any, **inputs: Any) -> Any:
-        """Generate with the base model's own `generate`; decisions are made once per prompt.
+        """Generate with the model's own `generate`; decisions are made once per prompt.
+
+        The same as `routed.model.generate`: beams, sampling, several answers, assisted decoding,
+        streaming, with a cache and without.
 
         Args:
             args: Whatever `model.generate` takes by position (the token ids).
@@ -139,35 +153,19 @@ class RoutedModel:
             What `model.generate` returns.
 
         Raises:
-            RoutingError: `use_cache=False` with beams, whose rows change places without a cache
-                that could carry their decisions along; `prefill_chunk_size` with a policy that
-                reads the prompt, since it would decide on the first chunk; a detached model.
+            RoutingError: `prefill_chunk_size` with a policy that reads the prompt, since it would
+                decide on the first chunk; a detached model.
         """
         self._check_attached()
-        config = inputs.get("generation_config") or self.model.generation_config
-        beams = inputs.get("num_beams") or config.num_beams or 1
-        if inputs.get("use_cache", config.use_cache) is False and beams > 1:
-            raise RoutingError(
-                "beam search without a cache can't keep each row's decisions; use the cache"
-            )
-        policy = self.driver.current_policy
-        chunk = inputs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
-        if chunk is not None and not isinstance(policy, PLANS):
-            raise RoutingError(
-                f"prefill_chunk_size={chunk} would let the policy decide on the first chunk of the "
-                f"prompt alone; leave it out, or pin a plan with routed.fixed(...)"
-            )
-        copies = max(beams, inputs.get("num_return_sequences") or config.num_return_sequences or 1)
-        with self.driver.session():
-            if isinstance(policy, FixedPolicy) and not policy.shared and copies > 1:
-                expanded = FixedPolicy(policy.plan, self.num_layers, rows_per_prompt=copies)
-                with self.driver.using(expanded):
-                    return self.model.generate(*args, **inputs)
-            return self.model.generate(*args, **inputs)
+        return self.model.generate(*args, **inputs)
 
     @contextmanager
     def using(self, policy: Policy) -> Iterator[None]:
-        """Let another policy decide inside the block."""
+        """Let another policy decide inside the block.
+
+        The block counts for the thread that entered it; a thread started inside doesn't inherit
+        it, so give the policy to `RoutedModel`, or open the block in that thread.
+        """
         self._check_attached()
         with self.driver.using(policy):
             yield
@@ -205,6 +203,7 @@ class RoutedModel:
         """
         self._check_attached()
         self.injection.remove()
+        self._generation.remove()
         self._attached = False
         return self.model
 
@@ -215,45 +214,56 @@ class RoutedModel:
             )
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Save the routers; the base model isn't copied.
+        """Save the routers with a model card; the base model isn't copied.
+
+        Routers that are in the folder already are replaced, their card too: all files or none.
 
         Raises:
+            CheckpointError: A folder that can't be written, or holds a README.md of something
+                else; weights that are no longer finite float32.
             RoutingError: There are no routers.
         """
-        if self.routers is None:
-            raise RoutingError("there are no routers to save: this model follows a policy")
-        self.routers.save(folder)
+        pretrained.save(self._own_routers(), self.model, folder)
 
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload routers",
+    ) -> str:
+        """Push the routers with a model card to the hub; the base model isn't pushed.
 
-def check_routers(model: Any, routers: RouterStack) -> None:
-    """Refuse routers that were made for another model.
+        Args:
+            repo: OWNER/NAME; made if need be.
+            private: Make the repository private; one that is public already is refused.
+            token: With write access; None takes the one that is set (HF_TOKEN) or logged in with.
+            revision: Branch, made if need be; None for the default branch.
+            commit_message: First line of the commit.
 
-    Raises:
-        CheckpointError: Another class, L, D or fingerprint; another id alone is a warning.
-    """
-    config = routers.config
-    text = model.config.get_text_config()
-    found = {
-        "num_layers": text.num_hidden_layers,
-        "hidden_size": text.hidden_size,
-        "base_class": type(model).__name__,
-        "base_fingerprint": fingerprint(model),
-    }
-    for name, value in found.items():
-        expected = getattr(config, name)
-        if expected not in ("", value):
-            raise CheckpointError(
-                f"these routers were trained for {config.base_model or 'another model'} with "
-                f"{name} {expected}, this model has {value}; load the model they belong to, or "
-                f"train routers for this one"
-            )
-    name = getattr(model, "name_or_path", "")
-    if config.base_model and name and config.base_model != name:
-        warnings.warn(
-            f"the routers name {config.base_model!r} as their base, the model is {name!r}; "
-            f"the weights are the same",
-            stacklevel=2,
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CheckpointError: What the hub or `save_pretrained` refuses, or no network.
+            RoutingError: There are no routers.
+        """
+        return pretrained.push(
+            self._own_routers(),
+            self.model,
+            repo,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
         )
 
+    def _own_routers(self) -> RouterStack:
+        if self.routers is None:
+            raise RoutingError("there are no routers to save: this model follows a policy")
+        return self.routers
 
-__all__ = ["FullPolicy", "RoutedModel", "check_routers"]
+
+__all__ = ["FullPolicy", "RoutedModel"]

@@ -1,7 +1,8 @@
-"""The routers: what they read of a prompt, what they compute, how they are saved.
+"""The routers: what they read of a prompt, what they compute, what is saved of them.
 
-Owns pooling, `RouterStack` (one router per layer, computed in one batch) and the checkpoint
-format. Leaves to `policies` what is done with the logits and to `training` how they come about.
+Owns pooling, `RouterStack` (one router per layer, computed in one batch) and what their config and
+weights must be like. Leaves to `routers_folder` the files, to `policies` what is done with the
+logits, to `training` how they come about, and to `pretrained` whether they fit a base model.
 
 Axes: B rows, T tokens, D hidden, L layers, W windows, H router width, C = 3 decisions.
 """
@@ -10,22 +11,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from drllm.errors import CheckpointError, unknown_name
-from drllm.records import write_atomically
+from drllm.errors import CheckpointError, ConfigError, unknown_name
+from drllm.models import routers_folder
+from drllm.models.routers_folder import CARD_FILE, CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE
 
 NUM_DECISIONS = 3
-FORMAT_VERSION = 1
-CONFIG_FILE = "router_config.json"
-WEIGHTS_FILE = "routers.safetensors"
 ROUTER_WIDTH = 128
 
 
@@ -98,6 +97,9 @@ class RouterConfig:
             empty where the routers weren't trained on targets.
         training: Settings and final metrics, for the reader. Only `rewards`, the rewards that the
             prompts trained on were made for, are interpreted, and only for a note to the user.
+
+    Raises:
+        ConfigError: A value of another kind, or a size below 1.
     """
 
     num_layers: int
@@ -110,6 +112,20 @@ class RouterConfig:
     base_fingerprint: str = ""
     label_counts: tuple[tuple[int, int, int], ...] = ()
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_windows", "router_width"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:  # True is an int too
+                raise ConfigError(f"{name!r} is {value!r}; expected a whole number from 1")
+        for name in ("base_model", "base_revision", "base_class", "base_fingerprint"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (name == "base_revision" and value is None):
+                raise ConfigError(f"{name!r} is {value!r}; expected a text")
+        if not isinstance(self.training, dict):
+            raise ConfigError("'training' is not a JSON object; give settings and metrics by name")
+        if not _are_label_counts(self.label_counts, self.num_layers):
+            raise ConfigError("'label_counts' isn't num_layers rows of 3 counts")
 
 
 class RouterStack(nn.Module):
@@ -159,33 +175,45 @@ class RouterStack(nn.Module):
         return torch.einsum("blh,lch->blc", inner, self.decision_weight) + self.decision_bias
 
     def layer_logits(self, layer: int, windows: Windows) -> Tensor:
-        """Return the logits of one layer's router, `[B, 3]`."""
-        inner = windows.means @ self.hidden_weight[layer].T + self.hidden_bias[layer]  # [B, W, H]
-        inner = nn.functional.gelu(inner, approximate="tanh")
-        inner = _mean_over_filled(inner, windows.filled)  # [B, H]
+        """Return the logits of one layer's router, `[B, 3]`, wherever that layer itself runs."""
+        device = self.hidden_weight.device
+        inner = windows.means.to(device) @ self.hidden_weight[layer].T + self.hidden_bias[layer]
+        inner = nn.functional.gelu(inner, approximate="tanh")  # [B, W, H]
+        inner = _mean_over_filled(inner, windows.filled.to(device))  # [B, H]
         return inner @ self.decision_weight[layer].T + self.decision_bias[layer]
 
-    def save(self, folder: Path | str) -> None:
+    def save(self, folder: Path | str, *, card: str | None = None) -> None:
         """Write `router_config.json` and `routers.safetensors`; the base model is not saved.
 
+        All files are replaced or none is; what else lies in the folder stays there.
+
+        Args:
+            folder: Made if need be.
+            card: Text of a `README.md` to be written with them.
+
         Raises:
-            CheckpointError: The folder can't be written, or the disk is full.
+            CheckpointError: Weights that no folder could be loaded with, or a folder that can't
+                be written.
         """
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f".{WEIGHTS_FILE}.tmp"
-            tensors = {name: weight.detach().cpu() for name, weight in self.state_dict().items()}
-            save_file(tensors, temporary)
-            temporary.replace(folder / WEIGHTS_FILE)
-        except (OSError, SafetensorError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise CheckpointError(
-                f"can't write routers to {folder}: {reason}; "
-                f"free some space or choose a folder that you may write to"
-            ) from error
+        tensors = {
+            name: weight.detach().cpu().contiguous() for name, weight in self.state_dict().items()
+        }
+        misfit = _misfit(tensors, self.config)
+        if misfit is not None:
+            raise CheckpointError(f"these routers can't be saved: {misfit}")
         values = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self.config)}
-        write_atomically(folder / CONFIG_FILE, json.dumps(values, indent=2) + "\n")
+        try:
+            text = json.dumps(values, indent=2) + "\n"
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"these routers can't be saved: their config's 'training' isn't JSON ({error})"
+            ) from error
+        # One note only: safetensors writes several in an order that varies from run to run.
+        notes = {"num_windows": str(self.config.num_windows)}
+        files = {WEIGHTS_FILE: to_safetensors(tensors, notes), CONFIG_FILE: text.encode()}
+        if card is not None:
+            files[CARD_FILE] = card.encode()
+        routers_folder.replace(Path(folder), files)
 
     @classmethod
     def load(cls, folder: Path | str) -> RouterStack:
@@ -193,35 +221,25 @@ class RouterStack(nn.Module):
 
         Raises:
             CheckpointError: A missing or broken file, a future format, unknown or missing keys,
-                tensors of other shapes, or values that are not finite.
+                tensors of another shape or dtype, values that are not finite, or weights that were
+                saved with another config.
         """
         folder = Path(folder)
         config = read_config(folder)
-        stack = cls(config)
+        tensors, notes = routers_folder.read_weights(folder)
         path = folder / WEIGHTS_FILE
-        if not path.is_file():
-            raise CheckpointError(f"{folder} has no {WEIGHTS_FILE}; is it a folder of routers?")
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        misfit = _misfit(tensors, config)
+        if misfit is not None:
+            raise CheckpointError(f"{path}: {misfit}")
+        saved_for = notes.get("num_windows", str(config.num_windows))
+        if saved_for != str(config.num_windows):
             raise CheckpointError(
-                f"{path} is broken or cut off ({error}); train the routers again"
-            ) from error
-        expected = stack.state_dict()
-        for name in expected.keys() | tensors.keys():
-            if name not in tensors:
-                raise CheckpointError(f"{path} lacks the tensor {name!r}; train the routers again")
-            if name not in expected:
-                raise CheckpointError(f"{path}: " + unknown_name("tensor", name, expected))
-            if tensors[name].shape != expected[name].shape:
-                raise CheckpointError(
-                    f"{path}: {name!r} has shape {list(tensors[name].shape)}, "
-                    f"{CONFIG_FILE} asks for {list(expected[name].shape)}"
-                )
-            if not torch.isfinite(tensors[name]).all():
-                raise CheckpointError(f"{path}: {name!r} holds NaN or infinity; train again")
-        stack.load_state_dict(tensors)
+                f"{path} was saved for num_windows {saved_for}, {CONFIG_FILE} says "
+                f"{config.num_windows}; put the config back that belongs to the weights"
+            )
+        with torch.device("meta"):  # no weights are drawn only to be replaced
+            stack = cls(config)
+        stack.load_state_dict(tensors, assign=True)
         return stack
 
 
@@ -231,51 +249,59 @@ def read_config(folder: Path | str) -> RouterConfig:
     Raises:
         CheckpointError: Missing, broken, incomplete, of a future format, or with unknown keys.
     """
+    values = routers_folder.read_values(Path(folder))
     path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} has no {CONFIG_FILE}; give a folder that 'drllm train' has written"
-        )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON; train the routers again") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is not a JSON object; train the routers again")
-    version = values.pop("format_version", None)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {version}, this drllm reads up to {FORMAT_VERSION}; "
-            f"install a newer drllm"
-        )
-    fields = {declared.name: declared for declared in dataclasses.fields(RouterConfig)}
+    fields = [declared.name for declared in dataclasses.fields(RouterConfig)]
     for name in values:
         if name not in fields:
             raise CheckpointError(f"{path}: " + unknown_name("key", name, fields))
-    for name in ("num_layers", "hidden_size", "num_windows", "router_width"):
-        value = values.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"{path}: {name!r} is {value!r}; expected a whole number from 1")
-    for name in ("base_model", "base_revision", "base_class", "base_fingerprint"):
-        value = values.get(name, "")
-        if not isinstance(value, str) and not (name == "base_revision" and value is None):
-            raise CheckpointError(f"{path}: {name!r} is {value!r}; expected a text")
-    if not isinstance(values.get("training", {}), dict):
-        raise CheckpointError(f"{path}: 'training' is not a JSON object; train the routers again")
-    counts = values.get("label_counts", [])
-    if not _are_label_counts(counts, values["num_layers"]):
-        raise CheckpointError(f"{path}: 'label_counts' isn't num_layers rows of 3 counts")
-    return RouterConfig(**{**values, "label_counts": tuple(tuple(row) for row in counts)})
+    for name in fields:
+        if name not in values:
+            raise CheckpointError(f"{path} lacks the key {name!r}; train the routers again")
+    counts = values["label_counts"]
+    if isinstance(counts, list):
+        values["label_counts"] = tuple(
+            tuple(row) if isinstance(row, list) else row for row in counts
+        )
+    try:
+        return RouterConfig(**values)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _misfit(tensors: Mapping[str, Tensor], config: RouterConfig) -> str | None:
+    """Say in what weights aren't those of routers with this config; None where they are."""
+    L, D, H = config.num_layers, config.hidden_size, config.router_width
+    expected = {
+        "hidden_weight": [L, H, D],
+        "hidden_bias": [L, H],
+        "decision_weight": [L, NUM_DECISIONS, H],
+        "decision_bias": [L, NUM_DECISIONS],
+    }
+    for name in sorted(tensors.keys() - expected.keys()):
+        return unknown_name("tensor", name, expected)
+    for name, shape in expected.items():
+        if name not in tensors:
+            return f"lacks the tensor {name!r}; train the routers again"
+        found = tensors[name]
+        if list(found.shape) != shape:
+            return f"{name!r} has shape {list(found.shape)}, {CONFIG_FILE} asks for {shape}"
+        if found.dtype != torch.float32:
+            dtype = str(found.dtype).removeprefix("torch.")
+            return f"{name!r} has dtype {dtype}, expected float32; save routers.float() instead"
+        if not torch.isfinite(found).all():
+            return f"{name!r} holds NaN or infinity; train again"
+    return None
 
 
 def _are_label_counts(value: Any, num_layers: int) -> bool:
-    """Tell whether a parsed value is `[L][3]` whole numbers from 0, or an empty list."""
-    return isinstance(value, list) and (
+    """Tell whether a value is `[L][3]` whole numbers from 0, or empty."""
+    return isinstance(value, (tuple, list)) and (
         not value
         or (
             len(value) == num_layers
             and all(
-                isinstance(row, list)
+                isinstance(row, (tuple, list))
                 and len(row) == NUM_DECISIONS
                 and all(type(count) is int and count >= 0 for count in row)
                 for row in value

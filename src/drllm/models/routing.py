@@ -11,34 +11,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from drllm.errors import RoutingError
+from drllm.models.bypass import Bypass, identity
 from drllm.models.cache import RoutedCacheLayer, routed_entry
-from drllm.models.injection import Forward, LayerCall
-from drllm.models.policies import FixedPolicy, FullPolicy, Policy, PromptView
-from drllm.paths import Decision
-
-_policy: ContextVar[tuple[tuple[int, Policy], ...]] = ContextVar("drllm_policy", default=())
-_lengths: ContextVar[tuple[tuple[int, Tensor], ...]] = ContextVar("drllm_lengths", default=())
-_reading: ContextVar[tuple[tuple[int, Tensor], ...]] = ContextVar("drllm_reading", default=())
-_session: ContextVar[tuple[tuple[int, Session], ...]] = ContextVar("drllm_session", default=())
-
-
-PLANS = (FullPolicy, FixedPolicy)
-"""Policies whose decisions don't depend on what they could read."""
+from drllm.models.held import Held
+from drllm.models.injection import Forward
+from drllm.models.layer_call import LayerCall
+from drllm.models.policies import FullPolicy, Policy, PromptView
 
 
 @dataclass(slots=True)
 class Session:
-    """Decisions of one `generate` call that uses no cache to pin them in, by layer."""
+    """One `generate` call.
 
+    Attributes:
+        copies: How many neighbouring rows belong to one prompt: its beams, or its answers.
+        decisions: Pinned by layer, where there is no cache to pin them in.
+    """
+
+    copies: int = 1
     decisions: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+_policy: Held[Policy] = Held("policy")
+_lengths: Held[Tensor] = Held("prompt lengths")
+_reading: Held[Tensor] = Held("readable tokens")
+_session: Held[Session] = Held("generate call")
 
 
 class RoutingDriver:
@@ -50,22 +53,24 @@ class RoutingDriver:
 
     Args:
         policy: What decides unless `using` puts another policy in its place.
+        bypass: What a skipped layer leaves behind.
     """
 
-    def __init__(self, policy: Policy | None = None) -> None:
+    def __init__(self, policy: Policy | None = None, bypass: Bypass = identity) -> None:
         self.policy: Policy = policy or FullPolicy()
-        self.last_route: Tensor | None = None
+        self.bypass = bypass
+        self.last_route: list[tuple[int, ...]] = []  # [L][B]
 
     @contextmanager
     def using(self, policy: Policy) -> Iterator[None]:
         """Ask another policy inside the block."""
-        with _holding(_policy, self, policy):
+        with _policy.holding(self, policy):
             yield
 
     @contextmanager
     def prompt_lengths(self, lengths: Tensor) -> Iterator[None]:
         """Let policies read only the first `lengths[b]` real tokens of row b inside the block."""
-        with _holding(_lengths, self, lengths):
+        with _lengths.holding(self, lengths):
             yield
 
     @contextmanager
@@ -75,19 +80,28 @@ class RoutingDriver:
         For layouts that an attention mask and a length can't describe, such as several
         continuations packed behind one prompt.
         """
-        with _holding(_reading, self, readable):
+        with _reading.holding(self, readable):
             yield
 
     @contextmanager
-    def session(self) -> Iterator[None]:
-        """Pin decisions for the length of the block where there is no cache to pin them in."""
-        with _holding(_session, self, Session()):
+    def session(self, copies: int = 1) -> Iterator[None]:
+        """Take the block for one `generate` call, whose decisions are taken once.
+
+        Args:
+            copies: Neighbouring rows that belong to one prompt; the policy is asked once for all.
+        """
+        with _session.holding(self, Session(copies)):
             yield
 
     @property
     def current_policy(self) -> Policy:
         """The policy that is asked now."""
-        return _held(_policy, self) or self.policy
+        return _policy.get(self) or self.policy
+
+    @property
+    def has_prompt_lengths(self) -> bool:
+        """Whether somebody said where the prompts end."""
+        return _lengths.get(self) is not None
 
     # --- the Driver interface ---
 
@@ -104,7 +118,7 @@ class RoutingDriver:
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
         """Run each row as often as its decision says, `[B, T, D]` to `[B, T, D]`."""
         entry = None if call.cache is None else routed_entry(call.cache, call.index)
-        decisions = self._pinned(entry, call, hidden)
+        decisions = self._pinned(entry, call)
         if decisions is None:
             decisions = self._decide(call, hidden)
             self._pin(entry, call, decisions)
@@ -113,64 +127,74 @@ class RoutingDriver:
                 f"decisions for {len(decisions)} rows are pinned, but the batch has "
                 f"{hidden.shape[0]}; a continuation must keep the rows of its prompts"
             )
-        return execute(call, hidden, decisions, entry)
+        return execute(call, hidden, decisions, entry, self.bypass)
 
     def end(self, forward: Forward) -> None:
         """Keep the route if this pass decided one."""
-        route = forward.notes["route"]
-        if route:
-            self.last_route = torch.tensor(route).T.contiguous()  # [B, L]
+        if forward.notes["route"]:
+            self.last_route = forward.notes["route"]
 
     # --- taking and pinning decisions ---
 
-    def _pinned(
-        self, entry: RoutedCacheLayer | None, call: LayerCall, hidden: Tensor
-    ) -> tuple[int, ...] | None:
+    def _pinned(self, entry: RoutedCacheLayer | None, call: LayerCall) -> tuple[int, ...] | None:
+        route: list[tuple[int, ...]] = call.forward.notes["route"]
+        if call.index < len(route):  # a checkpointed layer, recomputed in the backward pass
+            return route[call.index]
         if entry is not None:
             return entry.decisions
-        session = _held(_session, self)
-        if session is None or call.index not in session.decisions:
-            return None
-        pinned = session.decisions[call.index]
-        return pinned if len(pinned) == hidden.shape[0] else None
+        session = _session.get(self)
+        return None if session is None else session.decisions.get(call.index)
 
     def _pin(
         self, entry: RoutedCacheLayer | None, call: LayerCall, decisions: tuple[int, ...]
     ) -> None:
-        session = _held(_session, self)
+        session = _session.get(self)
         if entry is not None:
             entry.pin(decisions)
         elif session is not None:
             session.decisions[call.index] = decisions
 
     def _decide(self, call: LayerCall, hidden: Tensor) -> tuple[int, ...]:
-        notes = call.forward.notes
-        if "readable" not in notes:
-            notes["readable"] = self._readable(call.forward, hidden)
-        prompts = PromptView(hidden=hidden, readable=notes["readable"])
-        decided = self.current_policy.decide(call.index, prompts)
-        decisions = [int(value) for value in decided.tolist()]
-        if len(decisions) != hidden.shape[0] or not all(0 <= value <= 2 for value in decisions):
+        notes, B = call.forward.notes, hidden.shape[0]
+        session = _session.get(self)
+        copies = 1 if session is None else session.copies
+        if B % copies:
             raise RoutingError(
-                f"the policy gave {decisions} at layer {call.index}; expected one of 0, 1, 2 for "
-                f"each of {hidden.shape[0]} rows"
+                f"the batch has {B} rows, which aren't {copies} for each prompt; give generate() "
+                f"one row per prompt"
             )
-        route: list[list[int]] = notes["route"]
+        if "policy" not in notes:
+            notes["policy"] = self.current_policy
+            notes["readable"] = self._readable(call.forward, hidden)[::copies]
+        prompts = PromptView(hidden=hidden[::copies], readable=notes["readable"])
+        decided = notes["policy"].decide(call.index, prompts)
+        decisions = tuple(decided.tolist() if isinstance(decided, Tensor) else decided)
+        if len(decisions) * copies != B or not all(value in (0, 1, 2) for value in decisions):
+            raise RoutingError(
+                f"the policy gave {list(decisions)} at layer {call.index}; expected one of 0, 1, 2 "
+                f"for each of {B // copies} prompts"
+            )
+        decisions = tuple([int(value) for value in decisions for _ in range(copies)])
+        route: list[tuple[int, ...]] = notes["route"]
         if call.is_last:
             # A row that skipped everything so far would answer from its embeddings (D-10).
-            decisions = [
-                value if value or any(layer[row] for layer in route) else int(Decision.EXECUTE)
-                for row, value in enumerate(decisions)
-            ]
+            decisions = tuple(
+                [
+                    value if value or any(layer[row] for layer in route) else 1
+                    for row, value in enumerate(decisions)
+                ]
+            )
         route.append(decisions)
-        return tuple(decisions)
+        return decisions
 
     def _readable(self, forward: Forward, hidden: Tensor) -> Tensor:
         """Return which of the T tokens of this pass the policy may read, `[B, T]`."""
         B, T = hidden.shape[:2]
+        if not reads_prompt(forward.notes["policy"]):
+            return torch.ones(B, T, dtype=torch.bool, device=hidden.device)
         mask = forward.attention_mask
-        given: Tensor | None = _held(_reading, self)
-        if forward.opaque_mask and given is None and not isinstance(self.current_policy, PLANS):
+        given = _reading.get(self)
+        if forward.opaque_mask and given is None:
             raise RoutingError(
                 "the attention mask is of a kind that doesn't say which tokens are padding; give a "
                 "mask of ones and zeros, or a fixed plan"
@@ -181,11 +205,10 @@ class RoutingDriver:
             readable = torch.ones(B, T, dtype=torch.bool, device=hidden.device)
         elif mask.dim() == 2:
             readable = mask[:, -T:].bool()
-        else:  # [B, 1, T, K]: what the last query sees; a static cache has K > T, unfilled behind
-            last = mask[:, 0, -1, :T]
-            readable = last if last.dtype == torch.bool else last == 0
+        else:
+            readable = _real_tokens(mask, T)
         readable = readable.to(hidden.device).expand(B, T)
-        lengths: Tensor | None = _held(_lengths, self)
+        lengths = _lengths.get(self)
         if lengths is not None:
             lengths = torch.as_tensor(lengths).to(hidden.device)
             real = readable.sum(dim=1)
@@ -200,23 +223,31 @@ class RoutingDriver:
         return readable
 
 
-@contextmanager
-def _holding(variable: ContextVar[Any], driver: RoutingDriver, value: Any) -> Iterator[None]:
-    """Let a driver hold a value inside the block; other drivers and other threads don't see it."""
-    token = variable.set(((id(driver), value), *variable.get()))
-    try:
-        yield
-    finally:
-        variable.reset(token)
+def reads_prompt(policy: Policy) -> bool:
+    """Tell whether a policy's decisions depend on the prompt; unless it says no, they do."""
+    return bool(getattr(policy, "reads_prompt", True))
 
 
-def _held(variable: ContextVar[Any], driver: RoutingDriver) -> Any:
-    """Return what a driver holds now, or None."""
-    return next((value for owner, value in variable.get() if owner == id(driver)), None)
+def _real_tokens(mask: Tensor, num_tokens: int) -> Tensor:
+    """Return which tokens of a prompt are real, from its `[B, 1, T, K]` mask, `[B, T]`.
+
+    A real token sees itself, whatever window the layer has, and nothing that lies behind it; the
+    row of a padded token sees nothing, or all keys where that keeps the softmax finite. A static
+    cache has K > T, its keys behind T not yet filled.
+    """
+    seen = mask[:, 0]  # [B, T, K]
+    if seen.dtype != torch.bool:
+        seen = seen == 0
+    itself = seen[:, :, :num_tokens].diagonal(dim1=1, dim2=2)
+    return itself & ~seen.triu(1).any(dim=2)
 
 
 def execute(
-    call: LayerCall, hidden: Tensor, decisions: tuple[int, ...], entry: RoutedCacheLayer | None
+    call: LayerCall,
+    hidden: Tensor,
+    decisions: tuple[int, ...],
+    entry: RoutedCacheLayer | None,
+    bypass: Bypass = identity,
 ) -> Tensor:
     """Run one layer on each row as often as decided.
 
@@ -225,21 +256,27 @@ def execute(
         hidden: `[B, T, D]`.
         decisions: `[B]` of 0, 1, 2.
         entry: The layer's routed cache entry, its decisions pinned; None without a cache.
+        bypass: What a skipped row is given instead.
 
     Returns:
-        `[B, T, D]`: a skipped row is what it was.
+        `[B, T, D]`: a skipped row is what `bypass` leaves of it.
     """
     if entry is not None and entry.shadow is not None:
         entry.lengthen_shadow(hidden.shape[1], hidden)
+    if bypass is not identity and 0 in decisions:
+        skipped = tuple([row for row, value in enumerate(decisions) if value == 0])
+        index = call.forward.index(skipped, hidden.device)
+        left = bypass(call, hidden.index_select(0, index))
+        hidden = hidden.index_copy(0, index, left.to(hidden.dtype))
     for count in range(max(decisions)):
-        rows = tuple(row for row, value in enumerate(decisions) if value > count)
+        rows = tuple([row for row, value in enumerate(decisions) if value > count])
         if entry is not None:
             entry.begin_pass(count)
         try:
             if len(rows) == len(decisions):
                 hidden = call.run(hidden)
             else:
-                index = torch.tensor(rows, device=hidden.device)
+                index = call.forward.index(rows, hidden.device)
                 hidden = hidden.index_copy(0, index, call.run(hidden.index_select(0, index), rows))
         finally:
             if entry is not None:

@@ -23,7 +23,8 @@ from transformers.cache_utils import Cache
 
 from drllm.errors import RoutingError
 from drllm.models.cache import RoutedCacheLayer, entry_of
-from drllm.models.injection import Forward, LayerCall
+from drllm.models.injection import Forward
+from drllm.models.layer_call import LayerCall
 from drllm.paths import Decisions, Path, to_path
 
 Pair: TypeAlias = tuple[int, Decisions]

@@ -3,7 +3,7 @@
 Owns the split into trained and held-out targets, the schedule, the epochs, and the folder that
 comes out: `router_config.json`, `routers.safetensors`, `metrics.jsonl`, `README.md`. Leaves the
 objective to `losses`, the numbers reported to `metrics`, the state between epochs to `checkpoint`
-and the text for readers to `card`.
+and the text for readers to `models.card`.
 
 Axes: N targets, B rows of a step, D hidden, L layers, W windows, C = 3 decisions.
 """
@@ -26,10 +26,10 @@ from torch import Tensor
 
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
+from drllm.models.card import model_card
 from drllm.models.routers import NUM_DECISIONS, RouterConfig, RouterStack
 from drllm.records import question_key, write_atomically
 from drllm.training import checkpoint
-from drllm.training.card import model_card
 from drllm.training.features import Features
 from drllm.training.losses import class_weights, focal_loss
 from drllm.training.metrics import Counts, count, ratios
@@ -37,7 +37,6 @@ from drllm.training.metrics import Counts, count, ratios
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
-CARD_FILE = "README.md"
 FEWEST_TO_HOLD_OUT = 10
 WARMUP_SHARE = 0.1
 EVALUATION_ROWS = 32
@@ -122,8 +121,7 @@ def train(
         },
     )
     _write_metrics(output, rows)
-    write_atomically(output / CARD_FILE, model_card(stack.config))
-    stack.save(output)
+    stack.save(output, card=model_card(stack.config))
     checkpoint.remove(output)
     return rows
 

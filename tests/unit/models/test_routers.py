@@ -2,13 +2,18 @@ import dataclasses
 import itertools
 import json
 import math
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from drllm.errors import CheckpointError
+from drllm.errors import CheckpointError, ConfigError
 from drllm.models.routers import RouterConfig, RouterStack, Windows, pool, read_config
 
 L, D, W, H = 3, 5, 4, 7
@@ -245,19 +250,111 @@ def test_a_saved_folder_holds_two_files_and_saving_again_replaces_them(saved):
     assert torch.equal(RouterStack.load(saved).hidden_weight, new_stack(seed=5).hidden_weight)
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(
-        CheckpointError, match=r"can't write routers to .*: Not a directory; .*choose a"
-    ):
-        new_stack().save(tmp_path / "file" / "routers")
+sizes = st.integers(1, 6)
+texts = st.text(max_size=20)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=8,
+)
 
 
-def test_weights_that_cannot_be_written_are_refused(tmp_path):
-    (tmp_path / ".routers.safetensors.tmp").mkdir()  # safetensors reports this in its own way
-    with pytest.raises(CheckpointError, match=r"can't write routers to .*; free some space or"):
-        new_stack().save(tmp_path)
-    assert not (tmp_path / "router_config.json").exists()
+@st.composite
+def configs(draw) -> RouterConfig:
+    num_layers = draw(sizes)
+    row = st.tuples(*[st.integers(0, 2**40)] * 3)
+    counts = st.lists(row, min_size=num_layers, max_size=num_layers).map(tuple)
+    return RouterConfig(
+        num_layers=num_layers,
+        hidden_size=draw(sizes),
+        num_windows=draw(st.integers(1, 1000)),
+        router_width=draw(sizes),
+        base_model=draw(texts),
+        base_revision=draw(st.none() | texts),
+        base_class=draw(texts),
+        base_fingerprint=draw(texts),
+        label_counts=draw(st.just(()) | counts),
+        training=draw(st.dictionaries(texts, json_values, max_size=3)),
+    )
+
+
+def any_finite_weights(config: RouterConfig, seed: int) -> RouterStack:
+    """Routers whose weights may be any finite float32: denormal, huge, negative zero."""
+    stack = RouterStack(config, generator(seed))
+    for weight in stack.parameters():
+        bits = torch.randint(-(2**31), 2**31, weight.shape, generator=generator(seed))
+        values = bits.to(torch.int32).view(torch.float32)
+        weight.data = torch.where(torch.isfinite(values), values, -0.0)
+    return stack
+
+
+@settings(max_examples=60, deadline=None)
+@given(config=configs(), seed=st.integers(0, 2**32))
+def test_whatever_is_saved_is_loaded_bit_for_bit_and_saved_again_byte_for_byte(config, seed):
+    stack = any_finite_weights(config, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        one, two = Path(folder, "one"), Path(folder, "two")
+        stack.save(one)
+        loaded = RouterStack.load(one)
+        loaded.save(two)
+        for name in ("router_config.json", "routers.safetensors"):
+            assert (one / name).read_bytes() == (two / name).read_bytes()
+    assert config == loaded.config
+    assert stack.state_dict().keys() == loaded.state_dict().keys()
+    for name, weight in stack.state_dict().items():
+        found = loaded.state_dict()[name]
+        assert torch.equal(weight.view(torch.int32), found.view(torch.int32))
+
+
+def test_loaded_routers_can_be_trained_and_outlive_their_files(saved):
+    loaded = RouterStack.load(saved)
+    (saved / "routers.safetensors").write_bytes(b"")
+    means, filled = batch_of_windows()
+    loaded(means, filled).sum().backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in loaded.parameters())
+
+
+def test_loading_draws_no_random_numbers(saved):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    RouterStack.load(saved)
+    assert torch.equal(expected, torch.rand(1))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda stack: stack.half(), "has dtype float16, expected float32; save routers.float()"),
+        (lambda stack: stack.double(), "has dtype float64, expected float32"),
+        (lambda stack: stack.hidden_bias.data[1].fill_(math.nan), "'hidden_bias' holds NaN"),
+        (
+            lambda stack: setattr(stack, "config", RouterConfig(num_layers=4, hidden_size=D)),
+            "shape",
+        ),
+        (lambda stack: stack.config.training.update(path=Path()), "'training' isn't JSON .*Path"),
+    ],
+)
+def test_what_could_not_be_loaded_again_is_not_saved_over_what_can(saved, spoil, message):
+    stack = RouterStack.load(saved)
+    spoil(stack)
+    with pytest.raises(CheckpointError, match=f"these routers can't be saved: .*{message}"):
+        stack.save(saved)
+    assert torch.equal(RouterStack.load(saved).hidden_weight, new_stack().hidden_weight)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_windows": 0}, "'num_windows' is 0; expected a whole number from 1"),
+        ({"num_windows": "8"}, "'num_windows' is '8'; expected a whole number from 1"),
+        ({"label_counts": ((1, 2, 3),)}, "'label_counts' isn't num_layers rows of 3 counts"),
+        ({"base_class": None}, "'base_class' is None; expected a text"),
+    ],
+)
+def test_a_config_that_no_routers_can_have_is_not_made(values, message):
+    with pytest.raises(ConfigError, match=message):
+        RouterConfig(**{"num_layers": 2, "hidden_size": 3, **values})
 
 
 def refused(folder, message: str) -> None:
@@ -281,11 +378,21 @@ def edit(folder, **changes) -> None:
     ("changes", "message"),
     [
         ({"format_version": 2}, "has format version 2, this drllm reads up to 1; install a newer"),
-        ({"format_version": "1"}, "has format version 1"),
-        ({"format_version": ...}, "has format version None"),
+        ({"format_version": 10**30}, "has format version 10{30}, this drllm reads up to 1"),
+        ({"format_version": "1"}, "'format_version' is '1'; expected a whole number from 1 to 1"),
+        ({"format_version": 1.0}, r"'format_version' is 1\.0; expected a whole number"),
+        ({"format_version": True}, "'format_version' is True; expected a whole number"),
+        ({"format_version": 0}, "'format_version' is 0; expected a whole number"),
+        ({"format_version": ...}, "'format_version' is None; .*is it the config of routers"),
         ({"num_window": 8}, "unknown key 'num_window'; did you mean 'num_windows'"),
-        ({"num_layers": ...}, "'num_layers' is None; expected a whole number from 1"),
+        ({"num_layers": ...}, "lacks the key 'num_layers'; train the routers again"),
+        ({"base_fingerprint": ...}, "lacks the key 'base_fingerprint'"),
+        ({"num_layers": None}, "'num_layers' is None; expected a whole number from 1"),
         ({"hidden_size": 0}, "'hidden_size' is 0; expected a whole number from 1"),
+        ({"num_windows": -8}, "'num_windows' is -8; expected a whole number from 1"),
+        ({"num_windows": "8"}, "'num_windows' is '8'; expected a whole number from 1"),
+        ({"num_windows": 8}, "was saved for num_windows 4, router_config.json says 8; put the co"),
+        ({"num_layers": 10**12, "label_counts": []}, r"has shape \[3, 7, 5\], .* asks for"),
         ({"num_windows": True}, "'num_windows' is True; expected a whole number from 1"),
         ({"router_width": 7.0}, r"'router_width' is 7\.0; expected a whole number from 1"),
         ({"label_counts": [[1, 2, 3]]}, "'label_counts' isn't num_layers rows of 3 counts"),
@@ -327,10 +434,6 @@ def test_a_config_that_is_not_text_is_refused(saved):
     refused(saved, "is not JSON")
 
 
-def test_a_folder_without_config_is_refused(tmp_path):
-    refused(tmp_path, r"has no router_config\.json; give a folder that 'drllm train' has written")
-
-
 def test_a_folder_without_weights_is_refused(saved):
     (saved / "routers.safetensors").unlink()
     refused(saved, r"has no routers\.safetensors; is it a folder of routers\?")
@@ -351,6 +454,9 @@ def test_weights_that_are_cut_off_are_refused(saved, kept):
         ("decision_bias", torch.zeros(3, 2), r"has shape \[3, 2\], .* asks for \[3, 3\]"),
         ("decision_bias", torch.full((3, 3), math.nan), "'decision_bias' holds NaN or infinity"),
         ("hidden_bias", torch.full((3, 7), math.inf), "'hidden_bias' holds NaN or infinity"),
+        ("hidden_bias", torch.full((3, 7), -math.inf), "'hidden_bias' holds NaN or infinity"),
+        ("hidden_bias", torch.zeros(3, 7).half(), "'hidden_bias' has dtype float16, expected fl"),
+        ("decision_bias", torch.zeros(3, 3).long(), "'decision_bias' has dtype int64, expected"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(saved, name, value, message):
@@ -362,6 +468,14 @@ def test_weights_that_do_not_fit_are_refused(saved, name, value, message):
         tensors[name] = value
     save_file(tensors, path)
     refused(saved, message)
+
+
+def test_weights_say_how_many_windows_they_are_for_and_need_not(saved):
+    path = saved / "routers.safetensors"
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"num_windows": str(W)}
+    save_file(load_file(path), path)  # as saved by others: without a note
+    assert RouterStack.load(saved).config == CONFIG
 
 
 def test_every_field_of_the_config_is_saved(saved):

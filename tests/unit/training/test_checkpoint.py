@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import drllm
 from drllm.config import TrainConfig
-from drllm.errors import CheckpointError, RecordError
+from drllm.errors import CheckpointError
 from drllm.training.checkpoint import CHECKPOINT_FILE
 from drllm.training.loop import train
 
@@ -82,7 +82,7 @@ def test_a_run_cut_off_after_its_last_epoch_only_writes_what_is_missing(
     train(features_of(), identity, SETTINGS, tmp_path / "unbroken")
     folder = tmp_path / "broken"
     (folder / "README.md").mkdir(parents=True)  # in the way of the card
-    with pytest.raises(RecordError):
+    with pytest.raises(CheckpointError, match=r"README\.md in it is a folder"):
         train(features_of(), identity, SETTINGS, folder)
     assert (folder / CHECKPOINT_FILE).exists()
     (folder / "README.md").rmdir()

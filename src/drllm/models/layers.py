@@ -1,0 +1,97 @@
+"""Which layers a model has, found by rule: no table of model names.
+
+Owns finding the decoder and its list of layers, and refusing the models whose layers hold a state
+that skipping or repeating would break. Leaves putting anything on the layers to `injection`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from drllm.errors import ArchitectureError
+
+
+def base_of(model: Any) -> Any:
+    """Return the transformers model inside an adapter's wrapper, or the model itself.
+
+    Args:
+        model: A model of transformers, or a PEFT model around one.
+    """
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
+    """Find the decoder and its list of layers.
+
+    The list is the one `ModuleList` of `num_hidden_layers` entries that is a direct child of
+    `model.get_decoder()`. Where `get_decoder()` ends above the text stack, it is the one such
+    list in any module that takes token ids, its entries of the classes that transformers never
+    splits over devices.
+
+    Args:
+        model: A decoder-only model of transformers, a PEFT model around one included.
+
+    Returns:
+        The module whose loop runs the layers, and the layers.
+
+    Raises:
+        ArchitectureError: The model has no such list, shares K/V between layers, or has layers
+            with a state other than K/V.
+
+    Source: ours; a rule in place of a table of model names.
+    """
+    model = base_of(model)
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_decoder"):
+        raise ArchitectureError(f"{name} is not a decoder-only language model of transformers")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ArchitectureError(f"{name} has an encoder; only decoder-only models can be routed")
+    text = config.get_text_config()
+    _refuse_foreign_state(name, text)
+    num_layers = text.num_hidden_layers
+    decoder = model.get_decoder()
+    found = [
+        (decoder, child)
+        for child in decoder.children()
+        if isinstance(child, nn.ModuleList) and len(child) == num_layers
+    ]
+    if not found:
+        whole = set(getattr(model, "_no_split_modules", None) or ())
+        found = [
+            (parent, child)
+            for parent in model.modules()
+            for child in parent.children()
+            if isinstance(child, nn.ModuleList)
+            and len(child) == num_layers
+            and {type(layer).__name__ for layer in child} <= whole
+            and "input_ids" in inspect.signature(parent.forward).parameters
+        ]
+    if len(found) != 1:
+        raise ArchitectureError(
+            f"{name}: found {len(found)} lists of {num_layers} layers in "
+            f"{type(decoder).__name__}, expected one; this architecture can't be routed yet"
+        )
+    return found[0]
+
+
+def _refuse_foreign_state(model: str, text: Any) -> None:
+    if getattr(text, "num_kv_shared_layers", 0) or getattr(text, "kv_sharing_modes", None):
+        raise ArchitectureError(
+            f"{model} shares keys and values between layers; skipping a layer would break its "
+            f"readers, so it can't be routed"
+        )
+    kinds = {
+        kind
+        for name in ("layer_types", "layers_block_type")
+        for kind in getattr(text, name, None) or ()
+    }
+    foreign = sorted(kind for kind in kinds if not kind.endswith("attention") or "linear" in kind)
+    if foreign:
+        raise ArchitectureError(
+            f"{model} has layers of type {', '.join(foreign)}, whose state is not K/V; "
+            f"it can't be routed"
+        )

@@ -1,0 +1,300 @@
+"""A routed model among the tools people use with one: each leaves routing right, or says so."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import io
+
+import accelerate
+import accelerate.hooks
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipeline
+
+from drllm.errors import RoutingError
+from drllm.models.policies import FixedPolicy
+from drllm.models.prompts import left_padded
+from drllm.models.routed import RoutedModel
+from drllm.models.routers import RouterConfig, RouterStack
+
+pytestmark = pytest.mark.filterwarnings(  # transformers renames it; PEFT still asks by the old name
+    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
+)
+
+PLAN = [0, 1, 2, 1, 0, 2]
+MIXED = [PLAN, [1, 1, 1, 1, 1, 1], [2, 0, 0, 1, 1, 0]]
+PROMPTS = [[5, 6, 7, 8, 9], [3, 4], [10, 11, 12, 13, 14, 15, 16]]
+GRADIENT_TOLERANCE = 1e-5
+"""Relative to the greatest gradient: recomputing a batch adds its rows up in another order."""
+
+
+def lora(seed=0):
+    torch.manual_seed(seed)
+    return LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+
+
+def prompts():
+    ids, mask = left_padded(PROMPTS, "cpu")
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def logits(routed, plan=MIXED, model=None):
+    with routed.fixed(plan), torch.no_grad():
+        return (model or routed.model)(**prompts()).logits
+
+
+def slow(listed, model, plan=MIXED):
+    return [listed(model, row).logits(prompt) for row, prompt in zip(plan, PROMPTS, strict=True)]
+
+
+def assert_same(expected, found, tolerance):
+    positions = prompts()["attention_mask"].sum(1)
+    for row, (alone, together) in enumerate(zip(expected, found, strict=True)):
+        assert len(alone) == positions[row]
+        torch.testing.assert_close(alone, together[-len(alone) :], atol=tolerance, rtol=0)
+
+
+# --- adapters ----------------------------------------------------------------------------------
+
+
+def test_an_adapter_attached_before_routing_is_routed(tiny_llama, listed, logit_tolerance):
+    adapted = get_peft_model(tiny_llama(), lora())
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    routed = RoutedModel(adapted)
+    assert_same(slow(listed, merged), logits(routed), logit_tolerance)
+    assert routed.detach() is adapted
+
+
+def test_an_adapter_attached_after_routing_is_routed(tiny_llama, listed, logit_tolerance):
+    merged = get_peft_model(tiny_llama(), lora()).merge_and_unload()
+    routed = RoutedModel(tiny_llama())
+    adapted = get_peft_model(routed.model, lora())
+    assert_same(slow(listed, merged), logits(routed, model=adapted), logit_tolerance)
+
+
+def test_an_adapted_model_generates_under_routing(tiny_llama):
+    routed = RoutedModel(get_peft_model(tiny_llama(), lora()))
+    twin = RoutedModel(routed.detach().merge_and_unload())
+    with twin.fixed(MIXED):
+        expected = twin.generate(**prompts(), max_new_tokens=8, do_sample=False)
+    assert expected.shape == (3, 15)
+    again = RoutedModel(get_peft_model(tiny_llama(), lora()))
+    with again.fixed(MIXED):
+        assert torch.equal(expected, again.generate(**prompts(), max_new_tokens=8, do_sample=False))
+
+
+def test_adapter_weights_keep_their_names(tiny_llama, tmp_path):
+    plain = get_peft_model(tiny_llama(), lora())
+    adapted = get_peft_model(RoutedModel(tiny_llama()).model, lora())
+    assert list(plain.state_dict()) == list(adapted.state_dict())
+    adapted.save_pretrained(tmp_path)
+    assert isinstance(PeftModel.from_pretrained(tiny_llama(), tmp_path), PeftModel)
+
+
+# --- accelerate --------------------------------------------------------------------------------
+
+
+def test_a_dispatched_model_is_routed(tiny_llama, listed, logit_tolerance):
+    model = tiny_llama()
+    expected = slow(listed, model)
+    names = [name for name, _ in model.named_children()]
+    dispatched = accelerate.dispatch_model(model, dict.fromkeys(names, "cpu"), force_hooks=True)
+    assert_same(expected, logits(RoutedModel(dispatched)), logit_tolerance)
+
+
+def test_hooks_put_on_after_routing_keep_it(tiny_llama, listed, logit_tolerance):
+    model = tiny_llama()
+    expected = slow(listed, model)
+    routed = RoutedModel(model)
+    for layer in model.model.layers:
+        accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.ModelHook())
+    assert_same(expected, logits(routed), logit_tolerance)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert_same(expected, logits(routed), logit_tolerance)
+    routed.detach()
+
+
+def test_weights_offloaded_before_routing_are_found(tiny_llama, listed, logit_tolerance):
+    model = tiny_llama()
+    expected = slow(listed, model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert_same(expected, logits(RoutedModel(model)), logit_tolerance)
+
+
+def test_hooks_removed_from_under_routing_are_noticed(tiny_llama):
+    model = tiny_llama()
+    accelerate.hooks.add_hook_to_module(model.model.layers[2], accelerate.hooks.ModelHook())
+    routed = RoutedModel(model)
+    accelerate.hooks.remove_hook_from_submodules(model)  # restores the forward from before ours
+    with pytest.raises(RoutingError, match="layer 2 was taken off the model by other code"):
+        logits(routed)
+
+
+# --- gradients ---------------------------------------------------------------------------------
+
+
+def gradients(model, plan, reentrant=None, attach=True):
+    """Return the gradient of every parameter after one step on the prompts."""
+    model = copy.deepcopy(model).train().requires_grad_(True)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    routed = RoutedModel(model)
+    with routed.fixed(plan):
+        loss = model(**prompts(), labels=prompts()["input_ids"]).loss
+    loss.backward()  # outside the block: what is recomputed must not ask again
+    return {name: weight.grad for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("plan", [PLAN, MIXED], ids=["one plan", "a plan a row"])
+@pytest.mark.filterwarnings("ignore:.*use_reentrant.*", "ignore:None of the inputs:UserWarning")
+def test_gradient_checkpointing_leaves_every_gradient_as_it_is(tiny_llama, plan, reentrant):
+    model = tiny_llama()
+    expected, found = gradients(model, plan), gradients(model, plan, reentrant)
+    for name, gradient in expected.items():
+        if gradient is None:  # a layer that no row runs
+            assert found[name] is None
+        else:
+            tolerance = GRADIENT_TOLERANCE * float(gradient.abs().max())
+            torch.testing.assert_close(gradient, found[name], atol=tolerance, rtol=0)
+
+
+def test_two_checkpointed_passes_before_one_backward_keep_their_plans_apart(tiny_llama):
+    def run(checkpointed):
+        model = tiny_llama().train().requires_grad_(True)
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        routed = RoutedModel(model)
+        total = 0
+        for plan in (PLAN, [1, 2, 0, 1, 1, 1]):
+            with routed.fixed(plan):
+                total = total + model(**prompts(), labels=prompts()["input_ids"]).loss
+        total.backward()
+        return model.model.layers[2].mlp.down_proj.weight.grad
+
+    expected = run(False)
+    tolerance = GRADIENT_TOLERANCE * float(expected.abs().max())
+    torch.testing.assert_close(expected, run(True), atol=tolerance, rtol=0)
+
+
+def test_detaching_leaves_the_checkpointing_function_as_it_was(tiny_llama):
+    model = tiny_llama().train().requires_grad_(True)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    functions = [layer._gradient_checkpointing_func for layer in model.model.layers]
+    routed = RoutedModel(model)
+    model(**prompts())
+    routed.detach()
+    assert functions == [layer._gradient_checkpointing_func for layer in model.model.layers]
+
+
+# --- copying and saving ------------------------------------------------------------------------
+
+
+def test_a_deep_copy_of_the_model_is_routed_by_itself(tiny_llama):
+    routed = RoutedModel(tiny_llama(), policy=FixedPolicy(PLAN, 6))
+    twin = copy.deepcopy(routed.model)
+    expected = routed.model(**prompts()).logits
+    routed.detach()
+    assert torch.equal(expected, twin(**prompts()).logits)
+    assert not torch.equal(expected, routed.model(**prompts()).logits)
+
+
+def test_a_model_saved_whole_is_routed_when_it_is_loaded(tiny_llama):
+    routed = RoutedModel(tiny_llama(), policy=FixedPolicy(PLAN, 6))
+    file = io.BytesIO()
+    torch.save(routed.model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(routed.model(**prompts()).logits, loaded(**prompts()).logits)
+    expected = routed.generate(**prompts(), max_new_tokens=5, do_sample=False)
+    assert torch.equal(expected, loaded.generate(**prompts(), max_new_tokens=5, do_sample=False))
+
+
+def test_save_pretrained_writes_the_base_model_as_ever(tiny_llama, tmp_path):
+    model = tiny_llama()
+    keys = list(model.state_dict())
+    with torch.no_grad():
+        expected = model(**prompts()).logits
+    RoutedModel(model, policy=FixedPolicy(PLAN, 6)).model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(loaded) is LlamaForCausalLM
+    assert keys == list(loaded.state_dict())
+    with torch.no_grad():
+        assert torch.equal(expected, loaded(**prompts()).logits)
+
+
+# --- running it --------------------------------------------------------------------------------
+
+
+def test_a_text_generation_pipeline_is_routed(tiny_llama, tiny_tokenizer):
+    text = "to be or not"
+    routed = RoutedModel(tiny_llama(), policy=FixedPolicy(PLAN, 6))
+    options = {"max_new_tokens": 8, "do_sample": False}
+    ids = tiny_tokenizer(text, return_tensors="pt")
+    expected = tiny_tokenizer.decode(routed.generate(**ids, **options)[0], skip_special_tokens=True)
+    run = pipeline("text-generation", model=routed.model, tokenizer=tiny_tokenizer)
+    assert run(text, **options)[0]["generated_text"] == expected
+    routed.detach()
+    assert run(text, **options)[0]["generated_text"] != expected
+
+
+TORCH = tuple(map(int, importlib.metadata.version("torch").split(".")[:2]))
+needs_tracing = pytest.mark.skipif(
+    TORCH < (2, 9), reason="torch before 2.9 can't trace overrides of forward (shown on 2.4)"
+)
+
+
+def compiled(model, **options):
+    torch._dynamo.reset()
+    return torch.compile(model, backend="eager", **options)
+
+
+@needs_tracing
+def test_a_fixed_plan_compiles_to_one_graph(tiny_llama):
+    routed = RoutedModel(tiny_llama(), policy=FixedPolicy(PLAN, 6))
+    with torch.no_grad():
+        expected = routed.model(**prompts()).logits
+        fast = compiled(routed.model, fullgraph=True)
+        assert torch.equal(expected, fast(**prompts()).logits)
+        assert routed.last_route.tolist() == [PLAN] * 3
+
+
+@needs_tracing
+def test_rows_with_plans_of_their_own_compile_to_one_graph(tiny_llama):
+    routed = RoutedModel(tiny_llama(), policy=FixedPolicy(MIXED, 6))
+    with torch.no_grad():
+        expected = routed.model(**prompts()).logits
+        fast = compiled(routed.model, fullgraph=True)
+        assert torch.equal(expected, fast(**prompts()).logits)
+
+
+@needs_tracing
+@pytest.mark.thorough
+def test_a_compiled_model_follows_a_change_of_plan(tiny_llama):
+    routed = RoutedModel(tiny_llama(), policy=FixedPolicy(PLAN, 6))
+    fast = compiled(routed.model)
+    with torch.no_grad():
+        fast(**prompts())
+        for plan in ([1] * 6, [2, 1, 1, 0, 1, 1], PLAN):
+            with routed.fixed(plan):  # breaks the graph, and is right all the same
+                expected = routed.model(**prompts()).logits
+                assert torch.equal(expected, fast(**prompts()).logits)
+
+
+@needs_tracing
+@pytest.mark.thorough
+def test_decoding_with_a_compiled_model_follows_the_pinned_route(tiny_llama):
+    config = RouterConfig(num_layers=6, hidden_size=32, num_windows=4, router_width=16)
+    stack = RouterStack(config, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stack.decision_weight.mul_(3)
+    routed = RoutedModel(tiny_llama(), stack)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    expected = routed.generate(**prompts(), **options)
+    assert len({tuple(row) for row in routed.last_route.tolist()}) > 1, "the sample must be a test"
+    routed.model.forward = compiled(routed.model.forward)
+    assert torch.equal(expected, routed.generate(**prompts(), **options))

@@ -1,0 +1,183 @@
+"""A base model is recognised whatever is put around it, and told from every other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import peft
+import pytest
+import torch
+
+from drllm.errors import ArchitectureError, ModelError
+from drllm.models.identity import describe, fingerprint
+
+# PEFT asks transformers by a name that the newest versions call old.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tiny(tiny_llama: Callable[..., Any]) -> Callable[..., Any]:
+    """The same three-layer model again at each call."""
+    return lambda **overrides: tiny_llama(num_layers=3, **overrides)
+
+
+# --- what changes the fingerprint and what doesn't ---------------------------------------------
+
+
+def test_the_fingerprint_is_the_one_that_earlier_checkpoints_carry(tiny: Any) -> None:
+    model = tiny()
+    for index, (_, weight) in enumerate(sorted(model.named_parameters())):
+        values = (torch.arange(weight.numel()) * 7919 + 31 * index) % 101 - 50
+        weight.copy_(values.view(weight.shape) / 100)
+    assert fingerprint(model) == "f8ac63ac6268aed0"
+
+
+def test_describe_names_class_shape_and_fingerprint(tiny: Any) -> None:
+    model = tiny()
+    assert describe(model) == {
+        "class": "LlamaForCausalLM",
+        "num_layers": 3,
+        "hidden_size": 32,
+        "fingerprint": fingerprint(model),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_fingerprint_survives_every_dtype(tiny: Any, dtype: torch.dtype) -> None:
+    assert fingerprint(tiny()) == fingerprint(tiny().to(dtype))
+
+
+def test_the_fingerprint_survives_eight_bits(tiny: Any) -> None:
+    model = tiny()
+    for weight in model.parameters():
+        weight.data = weight.data.to(torch.float8_e4m3fn)
+    assert fingerprint(tiny()) == fingerprint(model)
+
+
+def test_the_fingerprint_tells_other_weights_apart(tiny: Any) -> None:
+    assert len({fingerprint(tiny(seed=seed)) for seed in range(4)}) == 4
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.2.self_attn.q_proj.weight",
+    ],
+)
+def test_the_fingerprint_notices_a_light_fine_tune(tiny: Any, name: str) -> None:
+    model = tiny()
+    before = fingerprint(model)
+    weight = model.get_parameter(name)
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    weight.add_(noise * 0.02 * weight.std())
+    assert fingerprint(model) != before
+
+
+def test_a_model_whose_layers_cant_be_found_is_named() -> None:
+    with pytest.raises(ArchitectureError, match="Linear is not a decoder-only language model"):
+        fingerprint(torch.nn.Linear(2, 2))
+
+
+# --- adapters ----------------------------------------------------------------------------------
+
+ADAPTERS = {
+    "LoRA": lambda: peft.LoraConfig(target_modules=["q_proj", "v_proj"]),
+    "LoRA of the embedding": lambda: peft.LoraConfig(target_modules=["q_proj", "embed_tokens"]),
+    "whole modules": lambda: peft.LoraConfig(
+        target_modules=["v_proj"], modules_to_save=["embed_tokens", "lm_head"]
+    ),
+    "new tokens": lambda: peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3]),
+    "IA3": lambda: peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+    "soft prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_changes_nothing_that_a_model_is_recognised_by(tiny: Any, kind: str) -> None:
+    adapted = peft.get_peft_model(tiny(), ADAPTERS[kind]())
+    assert describe(tiny()) == describe(adapted)
+
+
+def test_an_adapter_inside_the_model_changes_nothing_either(tiny: Any) -> None:
+    adapted = peft.inject_adapter_in_model(ADAPTERS["LoRA"](), tiny())
+    assert type(adapted).__name__ == "LlamaForCausalLM"
+    assert "model.layers.1.self_attn.q_proj.base_layer.weight" in adapted.state_dict()
+    assert describe(tiny()) == describe(adapted)
+
+
+def test_an_adapter_merged_into_the_weights_makes_another_model(tiny: Any) -> None:
+    adapted = peft.get_peft_model(tiny(), ADAPTERS["LoRA"]())
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:  # zero to begin with: without this the adapter does nothing
+            weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    before = fingerprint(adapted)
+    assert fingerprint(adapted.merge_and_unload()) != before
+
+
+# --- weights that are elsewhere ----------------------------------------------------------------
+
+DEVICES = {
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.layers.2": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+}
+
+
+def offload_to_memory(model: Any, _folder: Path) -> Any:
+    return accelerate.cpu_offload(model, execution_device=CPU)
+
+
+def offload_to_disk(model: Any, folder: Path) -> Any:
+    return accelerate.disk_offload(model, folder, execution_device=CPU)
+
+
+def dispatch(model: Any, folder: Path) -> Any:
+    return accelerate.dispatch_model(model, DEVICES, main_device="cpu", offload_dir=folder)
+
+
+def dispatch_whole_layers(model: Any, folder: Path) -> Any:
+    """The hook then sits on the layer, not on the module that owns the weight."""
+    return accelerate.dispatch_model(
+        model,
+        DEVICES,
+        main_device="cpu",
+        offload_dir=folder,
+        preload_module_classes=["LlamaDecoderLayer"],
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize(
+    "offload", [offload_to_memory, offload_to_disk, dispatch, dispatch_whole_layers]
+)
+def test_offloaded_weights_are_read_where_they_are_and_stay_there(
+    tiny: Any, offload: Callable[..., Any], tied: bool, tmp_path: Path
+) -> None:
+    model = offload(tiny(tie_word_embeddings=tied), tmp_path / "weights")
+    away = [name for name, weight in model.named_parameters() if weight.is_meta]
+    assert "model.layers.2.self_attn.q_proj.weight" in away
+    assert describe(tiny(tie_word_embeddings=tied)) == describe(model)
+    assert away == [name for name, weight in model.named_parameters() if weight.is_meta]
+
+
+def test_an_adapter_on_offloaded_weights_changes_nothing(tiny: Any) -> None:
+    adapted = peft.get_peft_model(tiny(), ADAPTERS["LoRA"]())
+    accelerate.cpu_offload(adapted, execution_device=CPU)
+    assert describe(tiny()) == describe(adapted)
+
+
+def test_a_model_without_values_is_refused(tiny: Any) -> None:
+    model = tiny().to("meta")
+    with pytest.raises(ModelError, match=r"'embedding' is on the meta device.*load its weights"):
+        fingerprint(model)
