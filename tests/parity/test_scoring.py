@@ -138,6 +138,13 @@ def test_packing_refuses_attention_that_takes_no_mask_of_its_own(tiny_llama):
         ChoiceBatch(routed, QUESTIONS, 1.0)
 
 
+def test_paths_are_not_shared_where_a_skipped_layer_leaves_something_else(tiny_llama):
+    routed = RoutedModel(tiny_llama(), bypass=lambda call, hidden: 2 * hidden)
+    batch = ChoiceBatch(routed, [Question([5, 6], [[7], [8]])], state_cache_gb=1.0)
+    with pytest.raises(RoutingError, match="leaves its input as it is"):
+        batch.logprobs([(0, (1, 1, 1, 1, 1, 1))])
+
+
 def test_a_question_longer_than_a_sliding_window_is_refused(tiny_llama):
     routed = RoutedModel(tiny_llama())
     routed.model.config.sliding_window = 8

@@ -126,7 +126,9 @@ class ChoiceBatch:
         ]
 
     def _logprobs(self, pairs: Sequence[Pair]) -> list[tuple[float, ...]]:
-        driver = SharingDriver(pairs, self.states, keep_last=self._num_scored)
+        driver = SharingDriver(
+            pairs, self.states, keep_last=self._num_scored, bypass=self.routed.driver.bypass
+        )
         logits = self._forward(driver, columns=0)[0]  # all kept tokens of all pairs behind another
         each = torch.split(logits, [self._num_scored[question] for question, _ in pairs])
         return [self._sums(question, part) for (question, _), part in zip(pairs, each, strict=True)]
@@ -340,7 +342,7 @@ class AnswerBatch:
 
     def _prefill(self, pairs: Sequence[Pair]) -> tuple[Tensor, Any]:
         """Return the last token's logits `[N, V]` and the routed cache of N rows."""
-        driver = SharingDriver(pairs, self.states, keep_kv=True)
+        driver = SharingDriver(pairs, self.states, keep_kv=True, bypass=self.routed.driver.bypass)
         with torch.no_grad(), self.routed.injection.driven_by(driver):
             output = self.routed.model(
                 input_ids=self._ids,

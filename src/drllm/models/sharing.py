@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from drllm.errors import RoutingError
+from drllm.models.bypass import Bypass, identity
 from drllm.models.cache import RoutedCacheLayer, entry_of
 from drllm.models.injection import Forward
 from drllm.models.layer_call import LayerCall
@@ -103,6 +104,10 @@ class SharingDriver:
         keep_last: For each prompt, how many of its last tokens are wanted in the end. The driver
             then hands on these alone, `[1, sum, D]`, pair behind pair, so that the head computes
             nothing else; None hands on `[N, T, D]`.
+        bypass: What a skipped layer leaves behind in this model.
+
+    Raises:
+        RoutingError: A bypass that changes anything: a skip would no longer keep its state.
     """
 
     def __init__(
@@ -112,7 +117,13 @@ class SharingDriver:
         *,
         keep_kv: bool = False,
         keep_last: Sequence[int] | None = None,
+        bypass: Bypass = identity,
     ) -> None:
+        if bypass is not identity:
+            raise RoutingError(
+                "paths can share their prefixes only where a skipped layer leaves its input as it "
+                "is; make the RoutedModel without bypass=..."
+            )
         self.pairs = list(pairs)
         self.states = states
         self.keep_kv = keep_kv
