@@ -229,6 +229,89 @@ class GenerateConfig(Settings):
 
     max_new_tokens: int = setting(64, "most tokens generated", minimum=1)
     chat: bool = setting(True, "ask through the tokenizer's chat template, where it has one")
+    batch_size: int | None = setting(
+        None, "with --file: most prompts decoded together; 16 unless given", minimum=1
+    )
+    temperature: float = setting(0.0, "of the draws; 0 takes the likeliest token", minimum=0.0)
+    top_p: float | None = setting(
+        None, "draw from the likeliest tokens of this share; 1 unless given", above=0.0, maximum=1.0
+    )
+    seed: int | None = setting(None, "seed of the draws; 0 unless given", minimum=0)
+
+    def sampling(self) -> dict[str, Any]:
+        """Return the options of transformers' `generate` that say how tokens are chosen.
+
+        The flags say all of it: a model's own settings for draws are not mixed in.
+
+        Raises:
+            ConfigError: A setting of draws where nothing is drawn. Not checked when the settings
+                are made, since a file and the command line may each give a part of them.
+        """
+        if self.temperature == 0:
+            for name in ("top_p", "seed"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{_flag(name)} {getattr(self, name)} has no effect with --temperature 0, "
+                        f"which takes the likeliest token; give a temperature above 0, e.g. 0.7"
+                    )
+            return {"do_sample": False, "num_beams": 1}
+        top_p = 1.0 if self.top_p is None else self.top_p
+        draws = {"temperature": self.temperature, "top_p": top_p, "top_k": 0}
+        return {"do_sample": True, "num_beams": 1, **draws}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthConfig(Settings):
+    """How deep the routers go: one knob, or none for the routers as they were trained."""
+
+    depth_bias: float = setting(
+        0.0, "price of an execution in logits; below 0 runs more", minimum=-1e6, maximum=1e6
+    )
+    target_executions: float | None = setting(
+        None, "mean executions wanted; a bias that gives them is looked for", minimum=1.0
+    )
+    calibration: str | None = setting(None, "prompts (.jsonl) that --target-executions looks on")
+    router_penalty: float | None = setting(
+        None, "published knob: -1 skips all, 0.5 executes all", minimum=-1.0, maximum=1.0
+    )
+    static_routing: bool = setting(
+        False, "execute every layer, whatever the routers say", alias="is_static_routing"
+    )
+
+    def knob(self) -> str | None:
+        """Return the name of the setting that is turned, None where the routers decide alone.
+
+        Not checked when the settings are made, since a file and the command line may each give
+        a part of them.
+
+        Raises:
+            ConfigError: More than one knob; a calibration set without a target, or a target
+                without one.
+        """
+        turned = {
+            "depth_bias": self.depth_bias != 0,
+            "target_executions": self.target_executions is not None,
+            "router_penalty": self.router_penalty is not None,
+            "static_routing": self.static_routing,
+        }
+        names = [name for name, given in turned.items() if given]
+        if len(names) > 1:
+            flags = [_flag(name) for name in names]
+            raise ConfigError(
+                f"{', '.join(flags[:-1])} and {flags[-1]} are given, but only one of them can set "
+                f"the depth; leave the others out"
+            )
+        if turned["target_executions"] and self.calibration is None:
+            raise ConfigError(
+                f"--target-executions {self.target_executions:g} needs prompts to look on; give "
+                f"a file of them as --calibration, for example supervision.jsonl"
+            )
+        if self.calibration is not None and not turned["target_executions"]:
+            raise ConfigError(
+                f"--calibration {self.calibration} has no effect without --target-executions; "
+                f"give both or neither"
+            )
+        return names[0] if names else None
 
 
 @dataclass(frozen=True, kw_only=True)

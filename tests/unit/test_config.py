@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from drllm.config import (
+    DepthConfig,
     EvaluateConfig,
     GenerateConfig,
     ModelConfig,
@@ -17,7 +18,15 @@ from drllm.config import (
 )
 from drllm.errors import ConfigError
 
-GROUPS = [ModelConfig, SearchConfig, SuperviseConfig, TrainConfig, GenerateConfig, EvaluateConfig]
+GROUPS = [
+    ModelConfig,
+    SearchConfig,
+    SuperviseConfig,
+    TrainConfig,
+    GenerateConfig,
+    DepthConfig,
+    EvaluateConfig,
+]
 FIELDS = [(group, declared) for group in GROUPS for declared in dataclasses.fields(group)]
 NAMES = [f"{group.__name__}.{declared.name}" for group, declared in FIELDS]
 
@@ -127,3 +136,42 @@ def test_an_unknown_choice_comes_with_the_nearest():
 def test_an_unknown_setting_comes_with_its_place_and_the_nearest():
     with pytest.raises(ConfigError, match="search: unknown setting 'buget'; did you mean 'budget'"):
         from_dict(SearchConfig, {"buget": 2.0}, "search")
+
+
+@pytest.mark.parametrize(
+    ("given", "knob"),
+    [
+        ({}, None),
+        ({"depth_bias": 0.0}, None),
+        ({"depth_bias": -0.1}, "depth_bias"),
+        ({"router_penalty": 0.0}, "router_penalty"),
+        ({"static_routing": True}, "static_routing"),
+        ({"target_executions": 20, "calibration": "prompts.jsonl"}, "target_executions"),
+    ],
+)
+def test_the_depth_dial_says_which_knob_is_turned(given: dict[str, Any], knob: str | None):
+    assert DepthConfig(**given).knob() == knob
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"depth_bias": 1.0, "router_penalty": 0.5},
+            "--depth-bias and --router-penalty are given, but only one of them can set the depth",
+        ),
+        (
+            {"target_executions": 20.0, "calibration": "x.jsonl", "static_routing": True},
+            "--target-executions and --static-routing are given",
+        ),
+        (
+            {"depth_bias": 1.0, "router_penalty": 0.5, "static_routing": True},
+            "--depth-bias, --router-penalty and --static-routing are given",
+        ),
+        ({"target_executions": 20.5}, "--target-executions 20.5 needs prompts to look on; give"),
+        ({"calibration": "x.jsonl"}, "--calibration x.jsonl has no effect without --target-exec"),
+    ],
+)
+def test_knobs_that_contradict_one_another_are_refused(given: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        DepthConfig(**given).knob()

@@ -165,7 +165,7 @@ def _add_settings(parser: ArgumentParser, group: type[Settings], verb: Verb) -> 
             hint, default = str | None, None
         if hint is bool:
             section.add_argument(
-                names[0],
+                *names,
                 action=ActionYesNo(yes_prefix="", no_prefix="no-"),
                 default=default,
                 help=_escaped(text),

@@ -1,0 +1,79 @@
+"""A policy of your own: skip a layer where the one before it hardly changed the prompt's end.
+
+No training and no routers: at each layer the policy compares the mean hidden state of the last
+quarter of the prompt with what it was one layer earlier. Where the cosine of the two is above a
+threshold, the layer is skipped. It is shown for how little it takes, not for its answers: whether
+a policy is worth having is for `drllm evaluate` and a comparison at equal executions to say.
+
+    python examples/own_policy.py [--model smollm2-135m] [--threshold 0.985] [PROMPT …]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from drllm.config import ModelConfig
+from drllm.models.loading import load
+from drllm.models.policies import FullPolicy, Policy, PromptView
+from drllm.models.routed import RoutedModel
+from drllm.paths import num_executions
+
+PROMPTS = (
+    "Question: What is the capital of France?\nAnswer:",
+    "Question: Which planet is the largest?\nAnswer:",
+    "Once upon a time, a small robot found a garden behind the station. It",
+)
+
+
+class SettledPolicy(Policy):
+    """Skip a layer where the one before it hardly changed the prompt's end; never two in a row."""
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+
+    def decide(self, layer: int, prompts: PromptView) -> torch.Tensor:
+        """Return 0 where the prompt's end has settled, else 1."""
+        end = prompts.windows(4).means[:, -1]  # [B, D]; zeros where a prompt has under 4 tokens
+        if layer == 0:
+            decisions = torch.ones(prompts.num_rows, dtype=torch.long, device=end.device)
+        else:
+            likeness = torch.cosine_similarity(end, self.before.to(end.device))
+            # A skipped layer changes nothing, which says nothing about the next.
+            ran = self.decisions.to(end.device) == 1
+            decisions = torch.where(ran & (likeness > self.threshold), 0, 1)
+        self.before, self.decisions = end, decisions
+        return decisions
+
+
+def main() -> None:
+    """Answer each prompt with all layers and under the policy, and print both."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("prompts", nargs="*", default=PROMPTS, metavar="PROMPT")
+    parser.add_argument("--model", default="smollm2-135m", help="alias, hub id or folder")
+    parser.add_argument("--threshold", type=float, default=0.985, help="a cosine")
+    parser.add_argument("--max-new-tokens", type=int, default=12)
+    options = parser.parse_args()
+    base = load(ModelConfig(model=options.model))
+    routed = RoutedModel(base.model)
+    for prompt in options.prompts:
+        print(repr(prompt))
+        inputs = base.tokenizer(prompt, return_tensors="pt").to(base.model.device)
+        for policy in (FullPolicy(), SettledPolicy(options.threshold)):
+            with routed.using(policy):
+                output = routed.generate(
+                    **inputs,
+                    max_new_tokens=options.max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=base.tokenizer.pad_token_id,
+                )
+            [route] = routed.last_route.tolist()
+            answer = base.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+            skipped = [layer for layer, decision in enumerate(route) if decision == 0]
+            print(f"  {type(policy).__name__}: {num_executions(route)} layers, skipped {skipped}")
+            print(f"    {answer!r}")
+
+
+if __name__ == "__main__":
+    main()
