@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache
+from transformers.utils import is_torch_flex_attn_available
 
 from drllm.errors import CheckpointError, PathError, RoutingError
 from drllm.models.cache import cache_argument, stored_rows
@@ -396,15 +398,25 @@ class Counting(FullPolicy):
         return super().decide(layer, prompts)
 
 
-def test_chunked_prefill_is_refused_unless_the_plan_is_fixed(tiny_llama):
+def test_chunked_prefill_is_refused_where_routers_would_read_one_chunk(tiny_llama):
     model = tiny_llama()
     routed = RoutedModel(model, new_routers(model))
     options = {"input_ids": torch.tensor([PROMPTS[2]]), "prefill_chunk_size": 3}
     with pytest.raises(RoutingError, match="first chunk"):
         routed.generate(**options, max_new_tokens=2)
+
+
+def test_chunked_prefill_under_a_fixed_plan_says_what_the_whole_prompt_does(tiny_llama):
+    model = tiny_llama()
+    options = {"input_ids": torch.tensor([PROMPTS[2]]), "max_new_tokens": 4}
+    try:
+        model.generate(**options, prefill_chunk_size=3)
+    except ValueError as error:
+        pytest.skip(f"transformers {transformers.__version__}: the untouched model fails: {error}")
+    routed = RoutedModel(model)
     with routed.fixed(PLANS["repeats"]):
-        whole = routed.generate(input_ids=options["input_ids"], max_new_tokens=4)
-        assert torch.equal(whole, routed.generate(**options, max_new_tokens=4))
+        whole = routed.generate(**options)
+        assert torch.equal(whole, routed.generate(**options, prefill_chunk_size=3))
 
 
 def test_generation_without_a_cache_asks_the_policy_once(tiny_llama):
@@ -638,3 +650,17 @@ def test_a_policy_that_answers_for_too_few_rows_is_refused(tiny_llama):
     routed = RoutedModel(tiny_llama(), policy=Short())
     with pytest.raises(RoutingError, match=r"the policy gave \[1\] at layer 0"):
         routed.model(torch.tensor([[3, 4], [5, 6]]))
+
+
+@pytest.mark.thorough  # its mask is compiled first
+@pytest.mark.skipif(not is_torch_flex_attn_available(), reason="this torch has no flex attention")
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
+def test_flex_attention_is_refused_where_rows_differ(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    routed.model.config._attn_implementation = "flex_attention"
+    ids, mask = left_padded(PROMPTS, "cpu")
+    with (
+        routed.fixed(MIXED),  # its first layer runs on some of the rows
+        pytest.raises(RoutingError, match="BlockMask, which can't be cut by rows"),
+    ):
+        routed.model(ids, attention_mask=mask)
