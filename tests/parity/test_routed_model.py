@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 from transformers.utils import is_torch_flex_attn_available
 
 from drllm.errors import CheckpointError, PathError, RoutingError
@@ -588,6 +588,33 @@ def test_drafted_tokens_are_not_read_as_part_of_the_prompt(tiny_llama, drafting)
     prompt = [5, 6, 7, 5, 6, 7, 5, 6]
     routed.model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, **options)
     assert policy.read == [[len(prompt)]]
+
+
+def test_a_generation_config_given_by_position_is_read_too(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    ids, mask = left_padded(PROMPTS, "cpu")
+    options = GenerationConfig(num_beams=3, max_new_tokens=4, pad_token_id=0)
+    with routed.fixed(MIXED):
+        routed.generate(ids, options, attention_mask=mask)
+    assert MIXED == routed.last_route[::3].tolist()
+
+
+def test_guidance_without_a_cache_is_refused(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    with pytest.raises(RoutingError, match="guidance_scale=2.0 runs a second prompt"):
+        routed.generate(torch.tensor([[3]]), guidance_scale=2.0, use_cache=False)
+
+
+def test_a_cache_cropped_to_nothing_takes_a_new_prompt(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    cache = DynamicCache(config=routed.model.config)
+    named = {cache_argument(routed.model): cache, "use_cache": True}
+    with torch.no_grad():
+        for plan in (PLANS["repeats"], PLANS["skip of layer 0"]):
+            with routed.fixed(plan):
+                expected = routed.model(torch.tensor([[5, 6]])).logits
+                assert torch.equal(expected, routed.model(torch.tensor([[5, 6]]), **named).logits)
+            cache.crop(-2)
 
 
 def test_detaching_gives_the_model_its_own_generate_back(tiny_llama):

@@ -150,9 +150,11 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self._select(torch.arange(len(self.decisions)).repeat_interleave(repeats))
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Cut every pass to the same length."""
+        """Cut every pass to the same length; at length 0 the decisions are forgotten too."""
         for entry in self._entries():
             entry.crop(*args, **kwargs)
+        if self.decisions is not None and int(self.get_seq_length()) == 0:
+            self.reset()
 
     def reset(self) -> None:
         """Forget everything, the decisions too."""

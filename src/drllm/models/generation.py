@@ -45,15 +45,21 @@ class GenerateHandle:
 
         Raises:
             RoutingError: `prefill_chunk_size` with a policy that reads the prompt, since it would
-                decide on the first chunk alone.
+                decide on the first chunk alone; `guidance_scale` without a cache, whose second
+                prompt would be given the decisions of the first.
         """
-        option = _Options(self.model, kwargs)
+        option = _Options(self.model, args, kwargs)
         policy = self.driver.current_policy
         chunk = option("prefill_chunk_size")
         if chunk is not None and reads_prompt(policy):
             raise RoutingError(
                 f"prefill_chunk_size={chunk} would let the policy decide on the first chunk of the "
                 f"prompt alone; leave it out, or pin a plan with routed.fixed(...)"
+            )
+        if option("guidance_scale") not in (None, 1) and option("use_cache") is False:
+            raise RoutingError(
+                f"guidance_scale={option('guidance_scale')} runs a second prompt, and without a "
+                f"cache nothing tells its decisions from the first one's; leave use_cache on"
             )
         copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
         with ExitStack() as stack:
@@ -68,11 +74,13 @@ class GenerateHandle:
 
 
 class _Options:
-    """The options of one call: what was given by name, else the generation config's."""
+    """The options of one call: what was given by name, else the generation configs'."""
 
-    def __init__(self, model: Any, kwargs: dict[str, Any]) -> None:
+    def __init__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.kwargs = kwargs
-        self.configs = (kwargs.get("generation_config"), model.generation_config)
+        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        alone = kwargs.get("use_model_defaults") is False
+        self.configs = (given,) if alone else (given, model.generation_config)
 
     def __call__(self, name: str) -> Any:
         for value in (self.kwargs.get(name), *(getattr(c, name, None) for c in self.configs)):
