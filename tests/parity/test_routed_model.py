@@ -596,12 +596,12 @@ def test_a_generation_config_given_by_position_is_read_too(tiny_llama):
     options = GenerationConfig(num_beams=3, max_new_tokens=4, pad_token_id=0)
     with routed.fixed(MIXED):
         routed.generate(ids, options, attention_mask=mask)
-    assert MIXED == routed.last_route[::3].tolist()
+    assert routed.last_route[::3].tolist() == MIXED
 
 
 def test_guidance_without_a_cache_is_refused(tiny_llama):
     routed = RoutedModel(tiny_llama())
-    with pytest.raises(RoutingError, match="guidance_scale=2.0 runs a second prompt"):
+    with pytest.raises(RoutingError, match="guidance_scale=2"):
         routed.generate(torch.tensor([[3]]), guidance_scale=2.0, use_cache=False)
 
 

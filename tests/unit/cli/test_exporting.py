@@ -1,0 +1,250 @@
+"""`drllm export`: the file it reads, what it refuses, and what it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drllm.cli import main
+from drllm.cli.exporting import Plan, read_plan
+from drllm.errors import PathError, RecordError
+from drllm.paths import to_path
+
+NUM_NEW = 12
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(
+    tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama(num_layers=5).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "plan"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+# --- the file ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ('{"decisions": [1, 1, 0, 2, 1]}', (0, 1, 3, 3, 4)),
+        ('{"path": [0, 1, 3, 3, 4]}', (0, 1, 3, 3, 4)),
+        ('\ufeff{\n  "path": [4, 0]\n}\n', (4, 0)),
+        ("0 1 2 3 1 2 3 4", (0, 1, 2, 3, 1, 2, 3, 4)),
+        ("0, 1,3 3\t4\r\n", (0, 1, 3, 3, 4)),
+        ("2\n", (2,)),
+        ("0 1 2 1", (0, 1, 2, 1)),  # four numbers can't be decisions of five layers
+        ("0 0 0 0 0", (0, 0, 0, 0, 0)),  # nor can five that skip everything
+    ],
+)
+def test_every_form_gives_its_path(tmp_path: Path, text: str, path: tuple[int, ...]) -> None:
+    assert read_plan(written(tmp_path, text)).path(5) == path
+
+
+def test_bare_numbers_that_only_decisions_can_be_are_decisions(tmp_path: Path) -> None:
+    assert read_plan(written(tmp_path, "1 2")).path(2) == (0, 1, 1)
+
+
+def test_bare_numbers_that_can_be_both_are_refused_with_both_ways_out(tmp_path: Path) -> None:
+    plan = read_plan(written(tmp_path, "1 1 0 2 1"))
+    with pytest.raises(PathError) as caught:
+        plan.path(5)
+    assert '{"decisions": [1, …]} or {"path": [1, …]}' in str(caught.value)
+    assert plan.path(6) == (1, 1, 0, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is empty"),
+        (" \n", "is empty"),
+        ('{"decisions": [1, 1', "is not JSON"),
+        ("[0, 1, 2]", "a list and doesn't say of what"),
+        ("{}", "neither 'decisions' nor 'path'"),
+        ('{"path": [0], "decisions": [1]}', "both 'decisions' and 'path'"),
+        ('{"decision": [1, 1]}', "did you mean 'decisions'?"),
+        ('{"path": "0 1 2"}', "'path' is '0 1 2'; give a list"),
+        ("0 1 2\n0 1 3\n", "2 lines; give one path a file"),
+    ],
+)
+def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, says: str) -> None:
+    file = written(tmp_path, text)
+    with pytest.raises(RecordError) as caught:
+        read_plan(file)
+    message = str(caught.value)
+    assert says in message
+    assert str(file) in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"path": []}', "the path is empty"),
+        (",", "the line is empty"),
+        ('{"decisions": [1, 1.5, 1]}', "1.5 at position 1 of the decisions (counted from 0)"),
+        ('{"path": [0, true]}', "True at position 1 of the path"),
+        ('{"path": [0, null]}', "None at position 1"),
+        ("0 1 two 3", "'two' at position 2 of the line"),
+        ("0 1.0", "'1.0' at position 1"),
+        ("0 " + "9" * 5000, "at position 1 of the line"),
+    ],
+)
+def test_a_value_that_is_no_whole_number_is_named_with_its_place(
+    tmp_path: Path, text: str, says: str
+) -> None:
+    with pytest.raises(PathError) as caught:
+        read_plan(written(tmp_path, text))
+    assert says in str(caught.value)
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "says"),
+    [
+        ("decisions", (1, 1, 3, 1, 1), "decision 3 at layer 2"),
+        ("decisions", (1, 1, 1, 1), "4 decisions were given for a model of 5 layers"),
+        ("decisions", (0, 0, 0, 0, 0), "all layers are skipped"),
+        ("path", (0, 5), "5 at position 1 of the path"),
+        ("path", (0, -1), "-1 at position 1 of the path"),
+        (None, (0, 1, 2, 3, 7), "7 at position 4 of the path"),
+    ],
+)
+def test_values_that_the_model_cannot_run_are_named(
+    kind: str | None, values: tuple[int, ...], says: str
+) -> None:
+    with pytest.raises(PathError) as caught:
+        Plan(Path("plan.json"), kind, values).path(5)
+    assert str(caught.value).startswith("plan.json: ")
+    assert says in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="doesn't exist"):
+        read_plan(tmp_path / "none")
+    with pytest.raises(RecordError, match="is a folder"):
+        read_plan(tmp_path)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecordError, match="UTF-8"):
+        read_plan(tmp_path / "binary")
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def test_the_checkpoint_is_written_and_described(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = written(tmp_path, "0 1 2 3 1 2 3 4")
+    words = ["export", "--model", str(tiny_folder), "--device", "cpu", "--decisions", str(plan)]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    for text in (
+        f"export      {tmp_path / 'out'}",
+        "path        0 1 2 3 1 2 3 4",
+        "layers      8, the base model has 5",
+        "in float32; 0.1 MB of it are layers that are executed again",
+        "logits equal the path's bit by bit",
+    ):
+        assert text in said.out
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 8
+
+
+MISTAKES = {
+    "a path outside the model": ('{"path": [0, 9]}', "out", "9 at position 1"),
+    "a line that can be both": ("1 1 1 1 1", "out", "can be decisions or a path"),
+    "not a number": ("0 x", "out", "'x' at position 1"),
+    "an output that is there": ("0 1", "taken", "isn't empty"),
+    "an output that is a file": ("0 1", "plan", "is a file"),
+}
+
+
+@pytest.mark.parametrize(("text", "output", "says"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_one_line_and_leaves_everything_as_it_was(
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    output: str,
+    says: str,
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").write_text("x")
+    plan = written(tmp_path, text)
+    before = sorted(tmp_path.rglob("*"))
+    words = ["export", "--model", str(tiny_folder), "--device", "cpu", "--decisions", str(plan)]
+    assert main([*words, "--output", str(tmp_path / output)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    [line] = said.err.splitlines()
+    assert says in line
+    assert before == sorted(tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("missing", ["decisions", "output"])
+def test_both_flags_are_needed(capsys: pytest.CaptureFixture[str], missing: str) -> None:
+    given = {"decisions": "plan.json", "output": "out"}
+    del given[missing]
+    [(flag, value)] = given.items()
+    assert main(["export", f"--{flag}", value]) == 2
+    assert f"needs --{missing}" in capsys.readouterr().err
+
+
+def test_a_wrong_file_is_answered_without_loading_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from drllm.cli import main; "
+        f"status = main(['export', '--decisions', {str(tmp_path / 'none')!r}, '--output', 'o']); "
+        "sys.exit(status if 'torch' not in sys.modules else 3)"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (child.returncode, child.stdout) == (2, "")
+    assert "doesn't exist" in child.stderr
+
+
+def test_a_real_model_exported_from_decisions_answers_as_the_routed_one(
+    smollm2: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from drllm.models.routed import RoutedModel
+
+    decisions = [1] * 30
+    decisions[12], decisions[20] = 0, 2
+    plan = written(tmp_path, json.dumps({"decisions": decisions}))
+    output = tmp_path / "out"
+    assert (
+        main(["export", "--device", "cpu", "--decisions", str(plan), "--output", str(output)]) == 0
+    )
+    assert " ".join(map(str, to_path(decisions))) in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    plain = AutoModelForCausalLM.from_pretrained(output)
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    options = {"max_new_tokens": NUM_NEW, "do_sample": False}
+    routed = RoutedModel(smollm2.model)
+    try:
+        with routed.fixed(decisions), torch.no_grad():
+            expected = routed.model(**inputs).logits
+            answer = routed.generate(**inputs, **options)
+    finally:
+        routed.detach()
+    with torch.no_grad():
+        # Equal weights elsewhere in memory: the last bits may differ (standard deviation about 6).
+        torch.testing.assert_close(plain(**inputs).logits, expected, atol=1e-4, rtol=0)
+    assert plain.generate(**inputs, **options).tolist() == answer.tolist()
