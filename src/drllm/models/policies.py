@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from drllm.config import DepthConfig
 from drllm.errors import CheckpointError, ConfigError, RoutingError
-from drllm.models.routers import RouterStack, Windows, pool
+from drllm.models.pooling import Spans, Windows
+from drllm.models.routers import RouterStack
 from drllm.paths import Decision, check_decisions
 
 
@@ -34,10 +35,12 @@ class PromptView:
         hidden: `[B, T, D]`, the layer's input; padded positions may hold anything.
         readable: `[B, T]` bool: real tokens of the prompt, without padding and without whatever
             lies behind a prompt length that the caller gave.
+        spans: Where windows lie, by their number; the layers of a pass share it.
     """
 
     hidden: Tensor
     readable: Tensor
+    spans: dict[int, Spans] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -47,7 +50,9 @@ class PromptView:
     def windows(self, num_windows: int) -> Windows:
         """Return the prompts averaged in W windows, in float32; computed when asked for."""
         with torch.autocast(self.hidden.device.type, enabled=False):
-            return pool(self.hidden, self.readable, num_windows)
+            if num_windows not in self.spans:
+                self.spans[num_windows] = Spans(self.readable, num_windows)
+            return self.spans[num_windows].means(self.hidden)
 
 
 class Policy(Protocol):
@@ -289,7 +294,9 @@ class RouterPolicy(Policy):
             logits = self.routers.layer_logits(layer, windows)
             if self.router_penalty is not None:
                 return penalised(logits, self.router_penalty).argmax(dim=-1)
-            return biased(logits, self.depth_bias).argmax(dim=-1)
+            if self.depth_bias:
+                logits = biased(logits, self.depth_bias)
+            return logits.argmax(dim=-1)
 
 
 def biased(logits: Tensor, depth_bias: float) -> Tensor:

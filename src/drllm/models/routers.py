@@ -1,8 +1,9 @@
-"""The routers: what they read of a prompt, what they compute, what is saved of them.
+"""The routers: what they compute, and what is saved of them.
 
-Owns pooling, `RouterStack` (one router per layer, computed in one batch) and what their config and
-weights must be like. Leaves to `routers_folder` the files, to `policies` what is done with the
-logits, to `training` how they come about, and to `pretrained` whether they fit a base model.
+Owns `RouterStack` (one router per layer, computed in one batch) and what their config and weights
+must be like. Leaves to `pooling` what they read of a prompt, to `routers_folder` the files, to
+`policies` what is done with the logits, to `training` how they come about, and to `pretrained`
+whether they fit a base model.
 
 Axes: B rows, T tokens, D hidden, L layers, W windows, H router width, C = 3 decisions.
 """
@@ -22,62 +23,11 @@ from torch import Tensor, nn
 
 from drllm.errors import CheckpointError, ConfigError, unknown_name
 from drllm.models import routers_folder
+from drllm.models.pooling import Windows
 from drllm.models.routers_folder import CARD_FILE, CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE
 
 NUM_DECISIONS = 3
 ROUTER_WIDTH = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Windows:
-    """A prompt as a router sees it.
-
-    Attributes:
-        means: `[B, W, D]` in float32: mean hidden state of each window, zeros past `filled`.
-        filled: `[B]`: how many windows hold tokens, `min(T, W)`.
-    """
-
-    means: Tensor
-    filled: Tensor
-
-
-def pool(hidden: Tensor, readable: Tensor, num_windows: int) -> Windows:
-    """Average each row's readable tokens in W contiguous windows.
-
-    Window w holds the readable tokens floor(w·T/W) … floor((w+1)·T/W) − 1, counted without the
-    padding; a row of T < W tokens has T windows of one token. Padded positions may hold anything,
-    NaN too.
-
-    Args:
-        hidden: `[B, T, D]`, any floating dtype.
-        readable: `[B, T]` bool, the tokens that the router may read; at least one a row.
-        num_windows: W.
-
-    Returns:
-        The means in float32.
-
-    Source: Dr.LLM section 3.2; keeping the tail that doesn't fill a window is ours (D-03).
-
-    Example:
-        >>> pool(torch.arange(4.0).view(1, 4, 1), torch.ones(1, 4, dtype=torch.bool), 2).means
-        tensor([[[0.5000],
-                 [2.5000]]])
-    """
-    count = readable.sum(dim=1)  # [B]
-    filled = count.clamp(max=num_windows)  # [B]
-    rank = readable.cumsum(dim=1) - 1  # [B, T], position among the readable tokens
-    # Token r lies in window w iff floor(w·n/W) <= r < floor((w+1)·n/W), with n tokens and W
-    # windows filled. Integer arithmetic only: a float division would misplace tokens.
-    edges = torch.arange(num_windows + 1, device=hidden.device)  # [W + 1]
-    starts = (edges * count[:, None]) // filled.clamp(min=1)[:, None]  # [B, W + 1]
-    starts = torch.where(edges <= filled[:, None], starts, count[:, None])
-    inside = (rank[:, None, :] >= starts[:, :-1, None]) & (rank[:, None, :] < starts[:, 1:, None])
-    inside = inside & readable[:, None, :]  # [B, W, T]
-    size = inside.sum(dim=2).clamp(min=1)  # [B, W]
-    # where(), not a product: 0 · NaN would leak what padding holds.
-    clean = torch.where(readable[..., None], hidden.float(), 0.0)  # [B, T, D]
-    means = torch.bmm(inside.float(), clean) / size[..., None]  # [B, W, D]
-    return Windows(means=means, filled=filled)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,11 +126,15 @@ class RouterStack(nn.Module):
 
     def layer_logits(self, layer: int, windows: Windows) -> Tensor:
         """Return the logits of one layer's router, `[B, 3]`, wherever that layer itself runs."""
-        device = self.hidden_weight.device
-        inner = windows.means.to(device) @ self.hidden_weight[layer].T + self.hidden_bias[layer]
-        inner = nn.functional.gelu(inner, approximate="tanh")  # [B, W, H]
-        inner = _mean_over_filled(inner, windows.filled.to(device))  # [B, H]
-        return inner @ self.decision_weight[layer].T + self.decision_bias[layer]
+        linear, device = nn.functional.linear, self.hidden_weight.device
+        means, filled = windows.means.to(device), windows.filled.to(device)
+        inner = linear(means, self.hidden_weight[layer], self.hidden_bias[layer])  # [B, W, H]
+        inner = nn.functional.gelu(inner, approximate="tanh")
+        if windows.are_all_filled:  # spares four small steps a layer
+            inner = inner.sum(dim=-2) / filled[..., None]  # [B, H]
+        else:
+            inner = _mean_over_filled(inner, filled)
+        return linear(inner, self.decision_weight[layer], self.decision_bias[layer])
 
     def save(self, folder: Path | str, *, card: str | None = None) -> None:
         """Write `router_config.json` and `routers.safetensors`; the base model is not saved.

@@ -166,7 +166,8 @@ class RoutingDriver:
         if "policy" not in notes:
             notes["policy"] = self.current_policy
             notes["readable"] = self._readable(call.forward, hidden)[::copies]
-        prompts = PromptView(hidden=hidden[::copies], readable=notes["readable"])
+            notes["spans"] = {}
+        prompts = PromptView(hidden[::copies], notes["readable"], notes["spans"])
         decided = notes["policy"].decide(call.index, prompts)
         decisions = tuple(decided.tolist() if isinstance(decided, Tensor) else decided)
         if len(decisions) * copies != B or not all(value in (0, 1, 2) for value in decisions):

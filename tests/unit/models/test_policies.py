@@ -17,8 +17,9 @@ from drllm.models.policies import (
     label_frequencies,
     penalised,
 )
+from drllm.models.pooling import pool
 from drllm.models.routed import RoutedModel
-from drllm.models.routers import RouterConfig, RouterStack, pool
+from drllm.models.routers import RouterConfig, RouterStack
 from drllm.paths import num_executions
 
 D = 32

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from drllm.errors import CheckpointError, ConfigError
-from drllm.models.routers import RouterConfig, RouterStack, Windows, pool, read_config
+from drllm.models.pooling import Windows, pool
+from drllm.models.routers import RouterConfig, RouterStack, read_config
 
 L, D, W, H = 3, 5, 4, 7
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # float32 sums in another order
