@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.utils import is_torch_flex_attn_available
 
 from drllm.errors import CheckpointError, PathError, RoutingError
@@ -691,3 +691,32 @@ def test_flex_attention_is_refused_where_rows_differ(tiny_llama):
         pytest.raises(RoutingError, match="BlockMask, which can't be cut by rows"),
     ):
         routed.model(ids, attention_mask=mask)
+
+
+def test_a_static_cache_counts_the_tokens_of_a_layer_that_nobody_runs(tiny_llama, listed):
+    model = tiny_llama()
+    plan = PLANS["skip of layer 0"]
+    prompt, turn = [5, 6, 7, 8], [9, 10, 11]
+    expected = listed(model, plan).logits([*prompt, *turn])[-1]
+    routed = RoutedModel(model)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad(), routed.fixed(plan):
+        for tokens in (prompt, turn):
+            logits = routed.model(
+                torch.tensor([tokens]), **{cache_argument(model): cache}, use_cache=True
+            ).logits
+    torch.testing.assert_close(expected, logits[0, -1], atol=2e-5, rtol=0)
+
+
+def test_a_static_cache_is_not_kept_for_the_next_generate(tiny_llama):
+    model = tiny_llama()
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+    ids = torch.tensor([PROMPTS[0]])
+    untouched = model.generate(ids, **options)
+    routed = RoutedModel(model)
+    for plan in (PLANS["repeats"], PLANS["skip of layer 0"]):
+        with routed.fixed(plan):
+            expected = routed.generate(ids, max_new_tokens=4, do_sample=False)
+            assert torch.equal(expected, routed.generate(ids, **options))
+    routed.detach()
+    assert torch.equal(untouched, model.generate(ids, **options))

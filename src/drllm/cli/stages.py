@@ -8,25 +8,22 @@ themselves to their packages, which meet only here.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from drllm.cli import checks, show
+from drllm.cli import checks, listing, show
 from drllm.cli.parser import Request
-from drllm.cli.terminal import Terminal, duration
+from drllm.cli.terminal import Terminal
 from drllm.config import (
     EvaluateConfig,
-    GenerateConfig,
     ModelConfig,
     SearchConfig,
     SuperviseConfig,
     TrainConfig,
 )
 from drllm.errors import CheckpointError, ConfigError
-from drllm.paths import num_executions
 from drllm.records import (
     manifest_path,
     read_manifest,
@@ -143,37 +140,15 @@ def evaluate(request: Request, terminal: Terminal) -> None:
     output = request.path("output_dir")
     tasks = checks.tasks_to_evaluate(config)
     checks.check_folder(output, "--output-dir")
-    routers_dir = request.path("routers")
-    model = _model_of(request, read_routers(routers_dir))
+    routers_dir = find_routers(request.path("routers"))
+    model = model_of(request, read_routers(routers_dir))
     with loaded(model, terminal) as base:
         run_evaluate_stage(base, routers_dir, tasks, config, output, terminal)
     show.show_results(output, terminal, [task.name for task in tasks])
     terminal.say(f"results        {output}")
 
 
-def generate(request: Request, terminal: Terminal) -> None:
-    """Answer one prompt, and show its route, its cost and the time it took."""
-    config = request.of(GenerateConfig)
-    place = request.values["routers"]
-    routers = read_routers(request.path("routers")) if place else None
-    model = _model_of(request, routers)
-    with loaded(model, terminal) as base, attached(base, routers) as routed:
-        answer(routed, request.text("prompt"), config, terminal)
-        _note_chat(routed, config, terminal)
-
-
-def _note_chat(routed: RoutedModel, config: GenerateConfig, terminal: Terminal) -> None:
-    """Say so where the routers read a chat template that they never saw in training."""
-    trained = routed.routers.config.training.get("rewards") if routed.routers else None
-    templated = config.chat and getattr(routed.tokenizer, "chat_template", None)
-    if templated and trained == [OPTIONS_REWARD]:
-        terminal.note(
-            "drllm: the routers were trained on plain prompts and read a chat template here; "
-            "with --no-chat they read as in training"
-        )
-
-
-def _model_of(request: Request, routers: RouterStack | None) -> ModelConfig:
+def model_of(request: Request, routers: RouterStack | None) -> ModelConfig:
     """Return the settings of the base model: the user's, or the one that the routers name."""
     config = request.of(ModelConfig)
     if request.model_given or routers is None:
@@ -197,8 +172,8 @@ def report(request: Request, terminal: Terminal) -> None:
 
 
 def list_names(request: Request, terminal: Terminal) -> None:
-    """List tasks or models."""
-    show.list_what(request.text("what"), terminal)
+    """List tasks, models or architectures."""
+    listing.list_what(request.text("what"), terminal, request.values["model"])
 
 
 def show_place(request: Request, terminal: Terminal) -> None:
@@ -207,6 +182,17 @@ def show_place(request: Request, terminal: Terminal) -> None:
 
 
 # --- the stages, with a loaded model -----------------------------------------------------------
+
+
+def find_routers(place: Path) -> Path:
+    """Return a folder of routers, fetched first where the place is OWNER/NAME on the hub.
+
+    Raises:
+        CheckpointError: Routers that the hub doesn't have or doesn't give.
+    """
+    from drllm.models.routers_hub import find
+
+    return find(place)
 
 
 def read_routers(folder: Path) -> RouterStack:
@@ -304,73 +290,3 @@ def run_evaluate_stage(
         )
     with terminal.progress("evaluating", "passes") as progress:
         return run_evaluation(base, routers_dir, tasks, config, output, progress)
-
-
-def answer(routed: RoutedModel, prompt: str, config: GenerateConfig, terminal: Terminal) -> None:
-    """Generate greedily from one prompt; print the answer, its route, its cost and the time.
-
-    Raises:
-        ConfigError: A prompt without tokens, or too long for the model's context.
-    """
-    import torch
-
-    from drllm.models.prompts import encode, render
-
-    tokenizer = routed.tokenizer
-    tokens = encode(tokenizer, render(tokenizer, prompt, chat=config.chat))
-    context = getattr(routed.model.config.get_text_config(), "max_position_embeddings", None)
-    if not tokens:
-        raise ConfigError(f"PROMPT {prompt!r} has no tokens; give a text")
-    if context is not None and len(tokens) + config.max_new_tokens > context:
-        raise ConfigError(
-            f"PROMPT has {len(tokens)} tokens and --max-new-tokens is {config.max_new_tokens}, "
-            f"the model's context holds {context}; shorten the prompt or lower --max-new-tokens"
-        )
-    ids = torch.tensor([tokens], device=routed.model.device)
-    clock = _Clock()
-    with torch.no_grad():
-        output = routed.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=config.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=tokenizer.pad_token_id,
-            streamer=clock,
-        )
-    new = output[0, len(tokens) :].tolist()
-    route = routed.last_route[0].tolist()
-    executions, L = num_executions(route), routed.num_layers
-    terminal.say(tokenizer.decode(new, skip_special_tokens=True).strip())
-    terminal.say()
-    terminal.show(show.draw_route(route))
-    terminal.say(
-        f"executions  {executions} of {L} a forward pass ({100 * executions / L:.0f} %), "
-        f"{len(new)} forward passes"
-    )
-    terminal.say(f"tokens      {len(tokens)} read, {len(new)} generated")
-    terminal.say(f"time        {clock.describe()}")
-
-
-class _Clock:
-    """A streamer of transformers that notes when tokens arrive: the prompt first, then each new."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        """Note the time; the tokens are on the CPU already, so the device has finished."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is left to do."""
-
-    def describe(self) -> str:
-        """Say how long the prompt and the tokens after the first took, measured."""
-        prefill = self.times[1] - self.times[0]
-        text = f"prefill {duration(prefill)}"
-        after = len(self.times) - 2
-        if after > 0:
-            decode = self.times[-1] - self.times[1]
-            text += f", decode {duration(decode)} ({after / decode:.1f} tokens a second)"
-        return text

@@ -26,14 +26,17 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     Pass k holds the K/V rows of exactly those sequences that execute the layer more than k times,
     so the rows stored equal the plan. A layer that no row runs keeps a *shadow*: an entry of the
-    same class fed with one zero per token, so that lengths and masks come out of the class's own
-    arithmetic. The shadow is not counted as stored.
+    same class fed with a single one per token, so that lengths and masks come out of the class's
+    own arithmetic. The shadow is not counted as stored.
 
     Args:
         pristine: The empty entry that it replaces; every pass starts as a copy of it.
     """
 
     supports_early_init = False
+    max_batch_size = 0
+    """Fits no batch: up to 5.0 transformers keeps a static cache for its next `generate`, which
+    must not meet decisions of this one."""
 
     def __init__(self, pristine: CacheLayerMixin) -> None:
         # No super().__init__(): it would set keys and values that this entry doesn't have.
@@ -82,7 +85,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             like: Any tensor of the layer's device and dtype.
         """
         assert self.shadow is not None
-        _feed_zeros(self.shadow, num_tokens, like)
+        _feed_ones(self.shadow, num_tokens, like)
 
     @property
     def num_stored_rows(self) -> int:
@@ -95,6 +98,11 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def is_initialized(self) -> bool:
         """Whether decisions were pinned."""
         return self.decisions is not None
+
+    @property
+    def max_cache_len(self) -> Any:
+        """Room that the inner entries have."""
+        return getattr(self.pristine, "max_cache_len", 0)
 
     @property
     def is_compileable(self) -> bool:
@@ -209,7 +217,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             if not kept:
                 if self.shadow is None and not passes:  # nobody is left to speak for the length
                     self.shadow = copy.deepcopy(self.pristine)
-                    _feed_zeros(self.shadow, length, entry.keys)
+                    _feed_ones(self.shadow, length, entry.keys)
                 continue
             places = torch.tensor([position[chosen[r]] for r in kept], device=entry.keys.device)
             entry.reorder_cache(places)
@@ -219,13 +227,16 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.passes, self.rows = passes, rows
 
 
-def _feed_zeros(entry: CacheLayerMixin, num_tokens: int, like: Tensor) -> None:
-    """Store one zero per token, `[1, 1, T, 1]`, in an entry that only has to know its length."""
+def _feed_ones(entry: CacheLayerMixin, num_tokens: int, like: Tensor) -> None:
+    """Store a one per token, `[1, 1, T, 1]`, in an entry that only has to know its length.
+
+    Not a zero: up to transformers 5.0 a static entry counts what isn't zero for its length.
+    """
     start = int(entry.get_seq_length())
     positions = torch.arange(start, start + num_tokens, device=like.device)
-    zeros = torch.zeros(1, 1, num_tokens, 1, dtype=like.dtype, device=like.device)
+    ones = torch.ones(1, 1, num_tokens, 1, dtype=like.dtype, device=like.device)
     # transformers 4.56 asks static entries for cache_position; later ones ignore the mapping.
-    entry.update(zeros, zeros, {"cache_position": positions})
+    entry.update(ones, ones, {"cache_position": positions})
 
 
 FOREIGN = tuple(
