@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from drllm.models.grouping import generate_many as generate_many
     from drllm.models.routed import RoutedModel as RoutedModel
     from drllm.paths import to_decisions as to_decisions
     from drllm.paths import to_path as to_path
@@ -16,12 +17,13 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "RoutedModel": "drllm.models.routed",
+    "generate_many": "drllm.models.grouping",
     "search_path": "drllm.search.runner",
     "to_decisions": "drllm.paths",
     "to_path": "drllm.paths",
 }
 
-__all__ = ["RoutedModel", "search_path", "to_decisions", "to_path"]
+__all__ = ["RoutedModel", "generate_many", "search_path", "to_decisions", "to_path"]
 
 
 def __getattr__(name: str) -> Any:

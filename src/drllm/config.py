@@ -232,6 +232,9 @@ class GenerateConfig(Settings):
     batch_size: int | None = setting(
         None, "with --file: most prompts decoded together; 16 unless given", minimum=1
     )
+    route_first: bool = setting(
+        True, "with --file: route all prompts first, to decode equal plans together"
+    )
     temperature: float = setting(0.0, "of the draws; 0 takes the likeliest token", minimum=0.0)
     top_p: float | None = setting(
         None, "draw from the likeliest tokens of this share; 1 unless given", above=0.0, maximum=1.0

@@ -173,13 +173,13 @@ CASES = [
     Case(
         name="unknown verb",
         words="serch --limit 3",
-        says=("unknown verb 'serch'", "did you mean 'search'?", "Valid: evaluate, generate"),
+        says=("unknown verb 'serch'", "did you mean 'search'?", "Valid: evaluate, export, generate"),
         without_torch=True,
     ),
     Case(
         name="a verb of the published code that isn't there",
-        words="export --routers run/routers",
-        says=("unknown verb 'export'", "Valid: ", "'drllm --help'"),
+        words="rollout --routers run/routers",
+        says=("unknown verb 'rollout'", "Valid: ", "'drllm --help'"),
         without_torch=True,
     ),
     Case(

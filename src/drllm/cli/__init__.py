@@ -1,10 +1,11 @@
 """The command line: `drllm VERB …`.
 
 `verbs` lists the verbs, `parser` turns words into checked settings, `checks` refuses what can't
-work, `stages` does a verb's work, `recipe` carries out all stages in a row, `show` prints records,
-`terminal` owns what the user sees. Here the process
-begins and ends: errors of the user's become one line and exit status 2, an interruption one
-sentence and 130, anything else is a defect of ours and keeps its traceback.
+work, `stages` does a verb's work (`generation` that of `generate`, `exporting` that of `export`),
+`recipe` carries out all stages in a row, `show` prints records, `listing` names, `terminal` owns
+what the user sees. Here the process begins and ends: errors of the user's become one line and exit
+status 2, an interruption one sentence and 130, anything else is a defect of ours and keeps its
+traceback.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ ACTIONS: dict[str, str] = {
     "search": "drllm.cli.stages:search",
     "supervise": "drllm.cli.stages:supervise",
     "train": "drllm.cli.stages:train",
-    "generate": "drllm.cli.stages:generate",
+    "generate": "drllm.cli.generation:generate",
     "evaluate": "drllm.cli.stages:evaluate",
+    "export": "drllm.cli.exporting:export",
     "report": "drllm.cli.stages:report",
     "run": "drllm.cli.recipe:run",
     "ls": "drllm.cli.stages:list_names",

@@ -1,7 +1,7 @@
-"""Records as people read them: the result table, the route picture, `ls` and `show`.
+"""Records as people read them: the result table, the route picture, `show`.
 
 Owns what is printed about a file or folder of ours. Leaves reading and checking to `records` and
-`reporting`. Loads no torch, except to list the models. Axes: L layers.
+`reporting`. Loads no torch. Axes: L layers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from drllm.cli.terminal import Terminal
-from drllm.errors import ConfigError, RecordError, unknown_name
+from drllm.errors import RecordError
 from drllm.paths import Decision, sketch
 from drllm.records import (
     SearchRecord,
@@ -30,42 +30,10 @@ from drllm.reporting.fields import read_object
 from drllm.reporting.numbers import NBSP, p_value, percent, plain
 from drllm.reporting.results import Evaluation, read_evaluations
 from drllm.supervision import is_improving, is_saving, is_valid, summarise
-from drllm.tasks.base import describe_tasks
 
 STYLES = {Decision.SKIP: "red", Decision.EXECUTE: "dim", Decision.REPEAT: "bold green"}
 LAYERS_A_ROW = 60
 TICK = 10
-
-
-# --- ls ----------------------------------------------------------------------------------------
-
-
-def list_what(what: str, terminal: Terminal) -> None:
-    """Print the tasks or the models that have a name.
-
-    Raises:
-        ConfigError: Another word.
-    """
-    lists = {"tasks": _list_tasks, "models": _list_models}
-    if what not in lists:
-        raise ConfigError(unknown_name("list", what, lists) + "; for example: drllm ls tasks")
-    lists[what](terminal)
-
-
-def _list_tasks(terminal: Terminal) -> None:
-    table = _table("task", "rewards (default first)", "what it asks")
-    for row in describe_tasks():
-        table.add_row(*row)
-    terminal.show(table)
-    terminal.say("Or name a .jsonl file of your own; docs/formats.md says what it holds.")
-
-
-def _list_models(terminal: Terminal) -> None:
-    from drllm.models.loading import list_models
-
-    for alias, description in list_models():
-        terminal.say(f"{alias}  {description}")
-    terminal.say("Or any hub id (OWNER/NAME) or local folder of a decoder-only model.")
 
 
 # --- a route -----------------------------------------------------------------------------------
@@ -108,7 +76,7 @@ def draw_route(decisions: Sequence[int]) -> Text:
 
 def show_evaluation(evaluation: Evaluation, terminal: Terminal) -> None:
     """Print one task's table and what it does and doesn't show."""
-    table = _table(
+    table = new_table(
         "system",
         "accuracy",
         "95 %\ninterval",
@@ -335,7 +303,7 @@ def _show_routers(folder: Path, terminal: Terminal) -> None:
 def _show_metrics(path: Path, terminal: Terminal) -> None:
     rows = [row for _, row in read_lines(path)]
     last = max(row["epoch"] for row in rows)
-    table = _table("metric", title=f"epoch {last}")
+    table = new_table("metric", title=f"epoch {last}")
     chosen = [row for row in rows if row["epoch"] == last]
     for row in chosen:
         table.add_column(str(row["split"]), justify="right")
@@ -345,7 +313,8 @@ def _show_metrics(path: Path, terminal: Terminal) -> None:
     terminal.show(table)
 
 
-def _table(*columns: str, title: str | None = None, numbers_from: int = 99) -> Table:
+def new_table(*columns: str, title: str | None = None, numbers_from: int = 99) -> Table:
+    """Return an empty table; its columns from `numbers_from` on are aligned to the right."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for place, column in enumerate(columns):
         # Narrow terminals break lines; nothing is cut off.

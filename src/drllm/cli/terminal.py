@@ -44,7 +44,7 @@ class Terminal:
 
     def say(self, text: str = "") -> None:
         """Print a line of the result; nothing in it is markup, and long lines aren't broken."""
-        self.out.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.out.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def show(self, what: RenderableType) -> None:
         """Print a table or a styled text."""
@@ -52,7 +52,7 @@ class Terminal:
 
     def note(self, text: str) -> None:
         """Print a line that isn't part of the result."""
-        self.err.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.err.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def fail(self, text: str) -> None:
         """Print the one line by which a command ends that couldn't do its work."""
@@ -201,7 +201,7 @@ class Progress:
         step = int(STEPS * done / total) if total else STEPS
         if step > self.printed and (step > 0 or done > 0):
             self.printed = step
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from drllm.config import (
+    DepthConfig,
     EvaluateConfig,
     GenerateConfig,
     ModelConfig,
@@ -90,12 +91,17 @@ VERBS: dict[str, Verb] = {
         ),
     ),
     "generate": Verb(
-        help="answer a prompt and show the route that it took",
+        help="answer a prompt and show the route that it took, or answer a file of prompts",
         example='drllm generate --routers checkpoints/first "Why is the sky blue?"',
-        groups=(ModelConfig, GenerateConfig),
+        groups=(ModelConfig, GenerateConfig, DepthConfig),
         flags=(
-            Flag(name="prompt", help="what to answer", required=True, positional=True),
-            Flag(name="routers", help="folder of routers; without one every layer is executed"),
+            Flag(name="prompt", help="what to answer", positional=True),
+            Flag(
+                name="routers",
+                help="routers: a folder or a hub id; without, every layer is executed",
+            ),
+            Flag(name="file", help="prompts to answer instead of PROMPT (.jsonl)"),
+            Flag(name="output", help="with --file: answers to write (.jsonl); default: print them"),
         ),
         model_from_routers=True,
     ),
@@ -104,10 +110,19 @@ VERBS: dict[str, Verb] = {
         example="drllm evaluate --routers checkpoints/first --tasks builtin_facts",
         groups=(ModelConfig, EvaluateConfig),
         flags=(
-            Flag(name="routers", help="folder of routers", required=True),
+            Flag(name="routers", help="routers: a folder or a hub id", required=True),
             Flag(name="output_dir", help="folder for TASK.json and samples.jsonl", default="eval/"),
         ),
         model_from_routers=True,
+    ),
+    "export": Verb(
+        help="write a fixed path as an ordinary checkpoint, its layers listed in path order",
+        example="drllm export --model smollm2-135m --decisions plan.json --output exported/",
+        groups=(ModelConfig,),
+        flags=(
+            Flag(name="decisions", help="file with decisions or a path", required=True),
+            Flag(name="output", help="folder to make", required=True),
+        ),
     ),
     "report": Verb(
         help="write report.html and report.md from the records of a run",
@@ -133,9 +148,17 @@ VERBS: dict[str, Verb] = {
         ),
     ),
     "ls": Verb(
-        help="list tasks or models",
+        help="list tasks, models or architectures",
         example="drllm ls tasks",
-        flags=(Flag(name="what", help="tasks or models", required=True, positional=True),),
+        flags=(
+            Flag(
+                name="what",
+                help="tasks, models or architectures",
+                required=True,
+                positional=True,
+            ),
+            Flag(name="model", help="a model whose architecture to check, in place of all known"),
+        ),
     ),
     "show": Verb(
         help="print any file or folder of ours in readable form",

@@ -34,6 +34,10 @@ CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
 """The names that layers have had for their cache; only to notice one that isn't a `Cache`."""
 
 
+NOT_READ = ("tokenizer",)
+"""What `generate` was given for itself and hands down all the same; no layer reads it."""
+
+
 class LayerCall:
     """One visit of the model's loop at one layer: its index, its arguments, and how to run it.
 
@@ -111,7 +115,7 @@ class LayerCall:
         return result
 
     def _sliced(self, name: str, value: Any, rows: tuple[int, ...]) -> Any:
-        if value is None or isinstance(value, (bool, int, float, str, Cache)):
+        if value is None or isinstance(value, (bool, int, float, str, Cache)) or name in NOT_READ:
             return value
         tensors = value if isinstance(value, (tuple, list)) else (value,)
         if not all(isinstance(tensor, Tensor) for tensor in tensors):

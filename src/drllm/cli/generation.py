@@ -1,0 +1,365 @@
+"""`drllm generate`: one prompt with its route drawn, or a file of prompts.
+
+Owns the file of prompts, the file of answers, and what is said about either. Leaves batches to
+`models.grouping`, the depth dial to `models.dial`, and loading to `stages`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from drllm.cli import checks, show
+from drllm.cli.parser import Request
+from drllm.cli.stages import attached, find_routers, loaded, model_of, read_routers
+from drllm.cli.terminal import Terminal, duration
+from drllm.cli.verbs import VERBS
+from drllm.config import DepthConfig, GenerateConfig
+from drllm.cost import executions, mean_executions
+from drllm.errors import ConfigError, TaskError
+from drllm.records import write_atomically
+from drllm.tasks.base import OPTIONS_REWARD
+from drllm.tasks.rows import read_rows, text_of
+
+if TYPE_CHECKING:
+    from drllm.models.dial import CalibrationText
+    from drllm.models.grouping import Answer
+    from drllm.models.policies import Policy
+    from drllm.models.routed import RoutedModel
+
+KINDS = ("prompt", "question", "messages")
+"""What a row of a file may ask by; `question` is another name for `prompt`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One row of a file of prompts.
+
+    Attributes:
+        line: Its line, from 1.
+        id: Its own, or made from the line.
+        prompt: A text, or a conversation as a list of messages.
+    """
+
+    line: int
+    id: str | int
+    prompt: str | list[dict[str, Any]]
+
+
+def generate(request: Request, terminal: Terminal) -> None:
+    """Answer one prompt and show its route, or answer a file of prompts."""
+    config, depth = request.of(GenerateConfig), request.of(DepthConfig)
+    config.sampling()
+    _check_depth(request, depth)
+    _check_places(request, config)
+    asked = None
+    if request.values["file"]:
+        asked = read_prompts(request.path("file"), chat=config.chat)
+    texts = _calibration(depth)
+    place = request.path("routers") if request.values["routers"] else None
+    routers = None if place is None else read_routers(find_routers(place))
+    model = model_of(request, routers)
+    with loaded(model, terminal) as base, attached(base, routers) as routed:
+        with routed.using(_policy(routed, depth, texts, config, terminal)):
+            if asked is None:
+                answer(routed, request.text("prompt"), config, terminal)
+            else:
+                _answer_file(routed, asked, request, terminal)
+        _note_chat(routed, config, terminal)
+
+
+# --- what is refused before anything is loaded -------------------------------------------------
+
+
+def _check_places(request: Request, config: GenerateConfig) -> None:
+    """Refuse neither or both of PROMPT and `--file`, and what has no effect without the latter."""
+    prompt, file, output = (request.values[name] for name in ("prompt", "file", "output"))
+    if prompt and file:
+        raise ConfigError(f"PROMPT {prompt!r} and --file {file} are both given; give one of them")
+    if not prompt and not file:
+        raise ConfigError(
+            f"drllm generate needs PROMPT (what to answer) or --file (prompts to answer, .jsonl), "
+            f"for example: {VERBS['generate'].example}"
+        )
+    if file and output:
+        target = request.path("output")
+        checks.check_file(target, "--output")
+        if target.exists() and target.samefile(request.path("file")):
+            raise ConfigError(
+                f"--output {output} is the file of prompts itself, which would be lost; give "
+                f"another name"
+            )
+    for flag, given in (("--output", output), ("--batch-size", config.batch_size)):
+        if given is not None and not file:
+            raise ConfigError(f"{flag} {given} has no effect on one PROMPT; leave it out")
+    if not config.route_first:
+        reasons = {
+            "on one PROMPT": not file,
+            "without routers": not request.values["routers"],
+            "with --static-routing": request.of(DepthConfig).static_routing,
+        }
+        for why, holds in reasons.items():
+            if holds:
+                raise ConfigError(f"--no-route-first has no effect {why}; leave it out")
+
+
+def _check_depth(request: Request, depth: DepthConfig) -> None:
+    """Refuse a knob that has nothing to turn."""
+    knob = depth.knob()
+    if knob is not None and not request.values["routers"]:
+        raise ConfigError(
+            f"--{knob.replace('_', '-')} has no effect without routers; give --routers, or leave "
+            f"it out"
+        )
+
+
+def read_prompts(path: Path, *, chat: bool) -> list[Asked]:
+    """Read a file of prompts: JSON lines with `prompt`, `question` or `messages`.
+
+    Args:
+        path: A `.jsonl` or `.jsonl.gz` file.
+        chat: Whether the chat template is used, which alone can render messages.
+
+    Raises:
+        TaskError: A file that can't be read, is empty, or has a row that can't be used; the
+            message names file and line.
+    """
+    asked: list[Asked] = []
+    lines: dict[str, int] = {}
+    for line, row in read_rows(path):
+        try:
+            found = _asked(row, line, chat)
+            first = lines.setdefault(str(found.id), line)
+            if first != line:
+                raise TaskError(
+                    f"the id {found.id!r} is the one of line {first} already; give each its own"
+                )
+        except TaskError as error:
+            raise TaskError(f"{path}, line {line}: {error}") from error
+        asked.append(found)
+    return asked
+
+
+def _asked(row: dict[str, Any], line: int, chat: bool) -> Asked:
+    kinds = [kind for kind in KINDS if kind in row]
+    if len(kinds) != 1:
+        what = f"both {kinds[0]!r} and {kinds[1]!r}" if kinds else f"none of {', '.join(KINDS)}"
+        has = "" if kinds else f" (it has: {', '.join(row) or 'nothing'})"
+        raise TaskError(f"the row holds {what}{has}; give one of them")
+    own_id = row.get("id", f"line-{line}")
+    if not isinstance(own_id, (str, int)) or isinstance(own_id, bool):
+        raise TaskError(f"'id' is {own_id!r}; expected text or a whole number")
+    prompt = _messages(row, chat) if kinds == ["messages"] else text_of(row, kinds[0])
+    return Asked(line=line, id=own_id, prompt=prompt)
+
+
+def _messages(row: dict[str, Any], chat: bool) -> list[dict[str, Any]]:
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise TaskError(f"'messages' is {messages!r}; expected a list of messages")
+    for message in messages:
+        if not isinstance(message, dict):
+            raise TaskError(f"'messages' holds {message!r}; expected objects with role and content")
+        for key in ("role", "content"):
+            text_of(message, key)
+    if not chat:
+        raise TaskError("'messages' need the chat template; leave --no-chat out, or give 'prompt'")
+    return messages
+
+
+# --- the depth dial ----------------------------------------------------------------------------
+
+
+def _calibration(depth: DepthConfig) -> list[CalibrationText]:
+    """Read the calibration set, if the settings name one, before the base model is loaded."""
+    if depth.calibration is None:
+        return []
+    from drllm.models.dial import read_calibration
+
+    return read_calibration(Path(depth.calibration).expanduser())
+
+
+def _policy(
+    routed: RoutedModel,
+    depth: DepthConfig,
+    texts: list[CalibrationText],
+    config: GenerateConfig,
+    terminal: Terminal,
+) -> Policy:
+    """Return the policy that the settings ask for; say which bias was found, if one was."""
+    from drllm.models.dial import encode_calibration, policy_for
+
+    prompts = encode_calibration(texts, routed.tokenizer, chat=config.chat)
+    with terminal.busy("looking for a depth bias") if prompts else nullcontext():
+        policy, found = policy_for(routed, depth, prompts)
+    if found is not None:
+        terminal.note(
+            f"depth bias  {found.depth_bias}: {found.executions:.2f} of {routed.num_layers} "
+            f"executions a forward pass on {found.num_prompts} calibration prompts; next time give "
+            f"--depth-bias {found.depth_bias}"
+        )
+    return policy
+
+
+def _note_chat(routed: RoutedModel, config: GenerateConfig, terminal: Terminal) -> None:
+    """Say so where the routers read a chat template that they never saw in training."""
+    trained = routed.routers.config.training.get("rewards") if routed.routers else None
+    templated = config.chat and getattr(routed.tokenizer, "chat_template", None)
+    if templated and trained == [OPTIONS_REWARD]:
+        terminal.note(
+            "drllm: the routers were trained on plain prompts and read a chat template here; "
+            "with --no-chat they read as in training"
+        )
+
+
+# --- one prompt --------------------------------------------------------------------------------
+
+
+def answer(routed: RoutedModel, prompt: str, config: GenerateConfig, terminal: Terminal) -> None:
+    """Answer one prompt; print the answer, its route, its cost and the time.
+
+    Raises:
+        ConfigError: A prompt without tokens, or too long for the model's context.
+    """
+    import torch
+
+    from drllm.models.grouping import prompt_tokens
+
+    tokenizer = routed.tokenizer
+    tokens = prompt_tokens(routed, prompt, chat=config.chat, max_new_tokens=config.max_new_tokens)
+    ids = torch.tensor([tokens], device=routed.model.device)
+    clock = _Clock()
+    torch.manual_seed(config.seed or 0)
+    output = routed.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=config.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=clock,
+        **config.sampling(),
+    )
+    new = output[0, len(tokens) :].tolist()
+    route = routed.last_route[0].tolist()
+    terminal.say(tokenizer.decode(new, skip_special_tokens=True).strip())
+    terminal.say()
+    terminal.show(show.draw_route(route))
+    terminal.say(
+        f"executions  {executions(route):.0f} of {routed.num_layers} a forward pass "
+        f"({_percent(executions(route), routed.num_layers)}), {len(new)} forward "
+        f"pass{'es' * (len(new) > 1)}"
+    )
+    terminal.say(f"tokens      {len(tokens)} read, {len(new)} generated")
+    terminal.say(f"time        {clock.describe()}")
+
+
+class _Clock:
+    """A streamer of transformers that notes when tokens arrive: the prompt first, then each new."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        """Note the time; the tokens are on the CPU already, so the device has finished."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+    def describe(self) -> str:
+        """Say how long the prompt and the tokens after the first took, measured."""
+        prefill = self.times[1] - self.times[0]
+        text = f"prefill {duration(prefill)}"
+        after = len(self.times) - 2
+        if after > 0:
+            decode = self.times[-1] - self.times[1]
+            text += f", decode {duration(decode)} ({after / decode:.1f} tokens a second)"
+        return text
+
+
+# --- a file of prompts -------------------------------------------------------------------------
+
+
+def _answer_file(
+    routed: RoutedModel, asked: Sequence[Asked], request: Request, terminal: Terminal
+) -> None:
+    """Answer all prompts, write or print the answers, and say what it took."""
+    import torch
+
+    from drllm.models.grouping import BATCH_SIZE, generate_many
+
+    config = request.of(GenerateConfig)
+    num_read = sum(_count_tokens(routed, row, config, request.path("file")) for row in asked)
+    torch.manual_seed(config.seed or 0)
+    started = time.perf_counter()
+    with terminal.progress("answering", "prompts") as progress:
+        answers = generate_many(
+            routed,
+            [row.prompt for row in asked],
+            batch_size=config.batch_size or BATCH_SIZE,
+            max_new_tokens=config.max_new_tokens,
+            chat=config.chat,
+            route_first=config.route_first,
+            on_progress=progress,
+            **config.sampling(),
+        )
+    seconds = time.perf_counter() - started
+    text = "".join(to_line(row.id, given) + "\n" for row, given in zip(asked, answers, strict=True))
+    if request.values["output"]:
+        write_atomically(request.path("output"), text)
+        terminal.say(f"answers     {request.path('output')}")
+        _summarise(answers, num_read, seconds, routed.num_layers, terminal.say)
+    else:
+        terminal.out.out(text, end="")
+        _summarise(answers, num_read, seconds, routed.num_layers, terminal.note)
+
+
+def _count_tokens(routed: RoutedModel, row: Asked, config: GenerateConfig, file: Path) -> int:
+    """Return how many tokens a prompt has, once it is sure that it can be answered."""
+    from drllm.models.grouping import prompt_tokens
+
+    try:
+        tokens = prompt_tokens(
+            routed, row.prompt, chat=config.chat, max_new_tokens=config.max_new_tokens
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{file}, line {row.line}: {error}") from error
+    return len(tokens)
+
+
+def to_line(own_id: str | int, given: Answer) -> str:
+    """Write an answer as one line of JSON, without the newline; see docs/formats.md."""
+    values = {
+        "id": own_id,
+        "prompt" if isinstance(given.prompt, str) else "messages": given.prompt,
+        "answer": given.text.strip(),
+        "route": given.route,
+        "executions": executions(given.route),
+        "tokens": len(given.tokens),
+    }
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+
+
+def _summarise(
+    answers: Sequence[Answer],
+    num_read: int,
+    seconds: float,
+    num_layers: int,
+    tell: Callable[[str], None],
+) -> None:
+    """Say what all answers took together; the time includes routing them."""
+    routes = [given.route for given in answers]
+    mean, new = mean_executions(routes), sum(len(given.tokens) for given in answers)
+    plans = len(set(routes))
+    tell(f"prompts     {len(answers)} under {plans} plan{'s' * (plans > 1)}")
+    tell(f"executions  {mean:.2f} of {num_layers} a forward pass ({_percent(mean, num_layers)})")
+    tell(f"tokens      {num_read} read, {new} generated")
+    tell(f"time        {duration(seconds)} ({new / seconds:.1f} tokens generated a second)")
+
+
+def _percent(number: float, of: int) -> str:
+    return f"{100 * number / of:.0f} %"

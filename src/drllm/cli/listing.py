@@ -1,0 +1,98 @@
+"""What there is to choose from: `drllm ls` for tasks, models and architectures.
+
+Owns what is printed about names and about what a model's architecture allows. Leaves knowing them
+to `tasks`, `models.loading` and `models.architectures`. Loads no torch before it is needed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from drllm.cli.show import new_table
+from drllm.cli.terminal import Terminal
+from drllm.config import ModelConfig
+from drllm.errors import ConfigError, unknown_name
+from drllm.tasks.base import describe_tasks
+
+if TYPE_CHECKING:
+    from drllm.models.architectures import Finding
+
+
+def list_what(what: str, terminal: Terminal, model: str | None = None) -> None:
+    """Print the tasks or the models that have a name, or which architectures can be routed.
+
+    Args:
+        what: The list.
+        terminal: Where to.
+        model: Alias, hub id or folder of a model whose architecture is checked alone.
+
+    Raises:
+        ConfigError: Another word, or a model where it has no effect.
+    """
+    lists = {"tasks": _list_tasks, "models": _list_models, "architectures": _list_architectures}
+    if what not in lists:
+        raise ConfigError(unknown_name("list", what, lists) + "; for example: drllm ls tasks")
+    if what == "architectures" and model is not None:
+        _check_architecture(terminal, model)
+        return
+    if model is not None:
+        raise ConfigError(
+            f"--model has no effect on the list of {what}; leave it out, "
+            f"or try: drllm ls architectures --model {model}"
+        )
+    lists[what](terminal)
+
+
+def _list_tasks(terminal: Terminal) -> None:
+    table = new_table("task", "rewards (default first)", "what it asks")
+    for row in describe_tasks():
+        table.add_row(*row)
+    terminal.show(table)
+    terminal.say("Or name a .jsonl file of your own; docs/formats.md says what it holds.")
+
+
+def _list_models(terminal: Terminal) -> None:
+    from drllm.models.loading import list_models
+
+    for alias, description in list_models():
+        terminal.say(f"{alias}  {description}")
+    terminal.say("Or any hub id (OWNER/NAME) or local folder of a decoder-only model.")
+
+
+def _list_architectures(terminal: Terminal) -> None:
+    from drllm.models.architectures import check
+    from drllm.models.families import FAMILIES
+
+    findings = []
+    with terminal.progress("check", "families") as progress:
+        for family in FAMILIES:
+            findings.append(check(family))
+            progress(len(findings), len(FAMILIES), family)
+    _show_findings(findings, terminal)
+    terminal.say("Each was tried on a tiny model. Yours: drllm ls architectures --model NAME")
+
+
+def _check_architecture(terminal: Terminal, model: str) -> None:
+    from drllm.models.architectures import check_model
+    from drllm.models.loading import load
+
+    with terminal.busy(f"loading {model}"):
+        base = load(ModelConfig(model=model, dtype="float32"))
+    with terminal.busy(f"checking {model}"):
+        finding = check_model(base.model)
+    _show_findings([finding], terminal)
+
+
+def _show_findings(findings: Sequence[Finding], terminal: Terminal) -> None:
+    table = new_table("family", "class", "status", "prefill", "decode", "why")
+    for found in findings:
+        differences = ["–" if d is None else f"{d:.0e}" for d in (found.prefill, found.decode)]
+        table.add_row(found.family, found.class_name, found.status, *differences, found.reason)
+    terminal.show(table)
+    counts = Counter(found.status for found in findings)
+    terminal.say(", ".join(f"{count} {status}" for status, count in counts.items()))
+    terminal.say(
+        "Differences: greatest between logits, routed and plain, in their standard deviations."
+    )

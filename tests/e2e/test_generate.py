@@ -1,0 +1,221 @@
+"""`drllm generate` with a file of prompts, and with the depth dial, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drllm.cli import main
+
+TALK = [
+    {"role": "user", "content": "I am Ann."},
+    {"role": "assistant", "content": "Hi."},
+    {"role": "user", "content": "Who am I?"},
+]
+ROWS = [
+    {"id": "ice", "prompt": "What is ice?"},
+    {"question": "Name a metal that is liquid in a warm room."},
+    {"id": 7, "messages": TALK},
+    *({"prompt": f"Is {number} odd?"} for number in range(5)),
+]
+
+
+@pytest.fixture(scope="module")
+def routers(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path]) -> Path:
+    """Routers that send the prompts of these tests along several plans."""
+    import torch
+
+    from drllm.config import ModelConfig
+    from drllm.models.loading import load
+    from drllm.models.routed import RoutedModel
+    from drllm.models.routers import RouterConfig, RouterStack
+
+    config = RouterConfig(num_layers=4, hidden_size=32, num_windows=4, router_width=16)
+    stack = RouterStack(config, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stack.decision_weight.mul_(3)
+    folder = tmp_path_factory.mktemp("routers") / "r"
+    base = load(ModelConfig(model=str(model_folder()), device="cpu"))
+    RoutedModel(base.model, stack).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def words(model_folder: Callable[..., Path], routers: Path) -> list[str]:
+    """The start of every command line."""
+    shared = ["--model", str(model_folder()), "--device", "cpu", "--max-new-tokens", "6"]
+    return ["generate", "--routers", str(routers), *shared]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def sketch(route: list[int]) -> str:
+    return "".join("·█2"[value] for value in route)
+
+
+def test_each_prompt_of_a_file_is_answered_as_by_itself(
+    words: list[str], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "new" / "answers.jsonl"
+    assert main([*words, "--file", str(prompts), "--output", str(output)]) == 0
+    said = capsys.readouterr().out
+
+    answers = lines(output.read_text())
+    assert [row["id"] for row in answers] == [
+        "ice",
+        "line-2",
+        7,
+        *(f"line-{n}" for n in range(4, 9)),
+    ]
+    assert answers[2]["messages"] == TALK
+    plans = {tuple(row["route"]) for row in answers}
+    assert len(plans) > 2
+    assert f"prompts     8 under {len(plans)} plans" in said
+    mean = sum(row["executions"] for row in answers) / 8
+    assert f"executions  {mean:.2f} of 4 a forward pass" in said
+    assert f"{sum(row['tokens'] for row in answers)} generated" in said
+    for row, given in zip(answers, ROWS, strict=True):
+        if "messages" in row:
+            continue
+        assert row["prompt"] == given.get("prompt", given.get("question"))
+        assert row["executions"] == sum(row["route"])
+        assert main([*words, row["prompt"]]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(row["answer"] + "\n\nlayer")
+        assert f"\n       {sketch(row['route'])}\n" in out
+        assert f", {row['tokens']} generated" in out
+
+
+def test_without_an_output_the_answers_alone_go_to_standard_output(
+    words: list[str], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "answers.jsonl"
+    assert main([*words, "--file", str(prompts), "--output", str(output)]) == 0
+    capsys.readouterr()
+
+    for flags in (["--batch-size", "2"], ["--batch-size", "3", "--no-route-first"]):
+        assert main([*words, "--file", str(prompts), *flags]) == 0
+
+        captured = capsys.readouterr()
+        assert captured.out == output.read_text()
+        assert re.search(r"^prompts +8 under \d plans$", captured.err, re.MULTILINE)
+        assert re.search(r"^time .* tokens generated a second\)$", captured.err, re.MULTILINE)
+
+
+def test_emoji_codes_and_markup_of_a_prompt_come_back_as_they_are(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    text = ":fire: [bold]what?[/bold] \t\x0b\n" + "long " * 40
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"prompt": text}) + "\n")
+
+    assert main([*words, "--file", str(path)]) == 0
+
+    [row] = lines(capsys.readouterr().out)
+    assert row["prompt"] == text
+
+
+def test_draws_follow_the_seed(words: list[str], prompts: Path, capsys: pytest.CaptureFixture[str]):
+    def draw(*flags: str) -> str:
+        assert main([*words, "--file", str(prompts), "--temperature", "2", *flags]) == 0
+        return capsys.readouterr().out
+
+    assert draw("--seed", "1") == draw("--seed", "1")
+    assert draw("--seed", "1") != draw("--seed", "2")
+    assert draw() == draw("--seed", "0", "--top-p", "1")
+    assert draw("--top-p", "0.0001") == draw("--top-p", "0.0001", "--seed", "3")
+
+    def draw_one(*flags: str) -> str:
+        assert main([*words, "What is ice?", "--temperature", "2", *flags]) == 0
+        return capsys.readouterr().out.split("\n\n")[0]
+
+    assert draw_one("--seed", "1") == draw_one("--seed", "1")
+    assert draw_one("--seed", "1") != draw_one("--seed", "2")
+
+
+def test_static_routing_executes_every_layer(
+    words: list[str], prompts: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main([*words, "--file", str(prompts), "--static-routing"]) == 0
+
+    captured = capsys.readouterr()
+    assert [row["route"] for row in lines(captured.out)] == [[1] * 4] * 8
+    assert "8 under 1 plan\n" in captured.err
+
+
+def test_the_bias_that_was_found_is_said_and_does_the_same_when_given(
+    words: list[str], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    calibration = tmp_path / "c.jsonl"
+    calibration.write_text("".join(json.dumps(row) + "\n" for row in ROWS if "messages" not in row))
+    wanted = ["--target-executions", "2.5", "--calibration", str(calibration)]
+    assert main([*words, "--file", str(prompts), *wanted]) == 0
+    found = capsys.readouterr()
+
+    pattern = r"^depth bias  (\S+): (\S+) of 4 executions a forward pass on 7 calibration prompts"
+    match = re.search(pattern, found.err, re.MULTILINE)
+    assert match is not None, found.err
+    assert f"give --depth-bias {match[1]}\n" in found.err
+    assert float(match[1]) > 0
+    routes = [row["route"] for row in lines(found.out) if "messages" not in row]
+    assert sum(map(sum, routes)) / len(routes) == pytest.approx(float(match[2]), abs=0.005)
+
+    assert main([*words, "--file", str(prompts), "--depth-bias", match[1]]) == 0
+
+    assert capsys.readouterr().out == found.out
+
+
+@pytest.mark.parametrize(("penalty", "executions"), [("-1", 1), ("0.5", 4), ("1", 8)])
+def test_the_published_penalty_goes_from_one_execution_to_two_a_layer(
+    words: list[str], penalty: str, executions: int, capsys: pytest.CaptureFixture[str]
+):
+    assert main([*words, "What is ice?", "--router-penalty", penalty]) == 0
+
+    assert f"executions  {executions} of 4 a forward pass" in capsys.readouterr().out
+
+
+def test_a_prompt_too_long_for_the_model_is_named_by_its_line_and_nothing_is_written(
+    words: list[str], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with prompts.open("a") as file:
+        file.write(json.dumps({"prompt": "a" * 600}) + "\n")
+    output = tmp_path / "answers.jsonl"
+
+    assert main([*words, "--file", str(prompts), "--output", str(output)]) == 2
+
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"{prompts}, line 9: the prompt has 618 tokens" in line
+    assert "context holds 512" in line
+    assert not output.exists()
+
+
+def test_a_conversation_that_the_template_refuses_is_named_by_its_line(
+    model_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "p.jsonl"
+    rows = [{"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = tmp_path / "model"
+    shutil.copytree(model_folder(), model)
+    refusing = "{% if messages|length == 1 %}{{ raise_exception('too short') }}{% endif %}"
+    (model / "chat_template.jinja").write_text(refusing)
+
+    assert main(["generate", "--model", str(model), "--device", "cpu", "--file", str(path)]) == 2
+
+    [line] = capsys.readouterr().err.splitlines()
+    assert "p.jsonl, line 1: the model's chat template refuses the prompt: too short" in line

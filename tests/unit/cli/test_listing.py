@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+
+from drllm.cli import main
+from drllm.cli.listing import list_what
+from drllm.cli.terminal import Terminal
+from drllm.errors import ConfigError
+from drllm.models import families
+from drllm.models.families import FAMILIES
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_model, tiny_tokenizer):
+    """A function that saves a tiny model of a family with a tokenizer."""
+
+    def save(family: str):
+        place = tmp_path / family
+        tiny_model(family).save_pretrained(place)
+        tiny_tokenizer.save_pretrained(place)
+        return str(place)
+
+    return save
+
+
+def test_architectures_are_listed_with_class_status_and_difference(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    for name in list(FAMILIES):
+        if name not in ("gpt2", "lfm2"):
+            monkeypatch.delitem(families.FAMILIES, name)
+    list_what("architectures", Terminal())
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    [gpt2] = [line.split() for line in lines if line.startswith(" gpt2")]
+    assert gpt2[:3] == ["gpt2", "GPT2LMHeadModel", "exact"]
+    assert all(0 < float(number) < 1e-3 for number in gpt2[3:])
+    [lfm2] = [line for line in lines if line.startswith(" lfm2")]
+    assert lfm2.split()[:5] == ["lfm2", "Lfm2ForCausalLM", "refused", "–", "–"]
+    assert "conv" in lfm2
+    assert "1 exact, 1 refused" in lines
+    assert "2 of 2 families" in err
+
+
+def test_a_model_of_the_users_is_checked_alone(folder, capsys: pytest.CaptureFixture[str]):
+    assert main(["ls", "architectures", "--model", folder("gpt_neox")]) == 0
+    out = capsys.readouterr().out
+    assert "GPTNeoXForCausalLM" in out
+    assert "1 exact" in out.splitlines()
+
+
+def test_a_model_of_the_users_that_cannot_be_routed_is_no_error(
+    folder, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["ls", "architectures", "--model", folder("mamba")]) == 0
+    out = capsys.readouterr().out
+    assert "1 refused" in out.splitlines()
+    assert "K/V" in out
+
+
+@pytest.mark.parametrize("what", ["tasks", "models"])
+def test_a_model_is_refused_where_it_has_no_effect(what: str):
+    with pytest.raises(ConfigError, match=rf"--model has no effect on the list of {what}"):
+        list_what(what, Terminal(), "smollm2-135m")
+
+
+def test_an_unknown_list_is_an_error_with_the_lists_there_are():
+    with pytest.raises(ConfigError, match="Valid: architectures, models, tasks"):
+        list_what("archi", Terminal())
