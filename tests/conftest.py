@@ -39,6 +39,13 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Leave the tests marked `thorough` out unless the expression of `-m` speaks of them."""
+    chosen = config.option.markexpr
+    if "thorough" not in chosen:
+        config.option.markexpr = f"({chosen}) and not thorough" if chosen else "not thorough"
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(HUB_HOME, ignore_errors=True)
 
@@ -111,6 +118,19 @@ def tiny_llama() -> Callable[..., Any]:
             torch.manual_seed(seed)
             model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=num_layers, **values))
         return model.float().eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., Any]:
+    """`make_tiny(family, seed, attention, **overrides)`: any family, 6 layers, random weights."""
+    from drllm.models.families import known_to_transformers, make_tiny
+
+    def make(family: str, *args: Any, **options: Any) -> Any:
+        if not known_to_transformers(family):
+            pytest.skip(f"the installed transformers has no {family}")
+        return make_tiny(family, *args, **options)
 
     return make
 

@@ -1,48 +1,214 @@
-"""The slow, obvious way of running a path, which everything fast is compared with."""
+"""The slow, obvious way of running a path, which everything fast is compared with.
+
+And what the parity tests are made of: the families, the plans, the prompts, and the answers of
+the slow way, which are made once a session for each family and plan.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from drllm.models.routed import RoutedModel
 from drllm.paths import to_path
 
 LOGIT_TOLERANCE = 2e-5
 """Greatest difference of fp32 logits (standard deviation about 1.4) that batched arithmetic made
 on these models: 6e-6 was measured, rounded up for other processors."""
 
+FAMILIES = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "olmoe",
+    "mistral",
+    "gemma3_text",
+    "phi3",
+    "smollm3",
+    "gpt_neox",
+    "gpt2",
+)
+TELLING = ("llama", "gemma3_text", "gpt2")
+"""Families that differ in what can go wrong: the usual; sliding and full layers mixed, with a
+rotation for each kind; arguments by position and learned positions."""
+
+PLANS = {
+    "layer 0 skipped": [[0, 1, 1, 1, 1, 1]] * 4,
+    "all but one skipped": [[0, 0, 0, 1, 0, 0]] * 4,
+    "repeats": [[1, 2, 1, 1, 2, 1]] * 4,
+    "all repeated": [[2, 2, 2, 2, 2, 2]] * 4,
+    "mixed": [[0, 1, 1, 1, 1, 1], [2, 2, 2, 2, 2, 2], [1, 0, 2, 0, 1, 2], [1, 1, 1, 1, 1, 1]],
+}
+"""One row of decisions for each prompt."""
+
+PROMPTS = [[5, 6, 7, 8, 9], [3, 4], [10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 25], [20, 21, 22]]
+"""One is longer than the tokens that a sliding layer sees; with their answers all but one are."""
+
+NUM_NEW = 8
+END = 2
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Let a test that takes a family or a plan run on all of them.
+
+    A module may name in TELLING_ONLY the ways that are tried on everything in `make test-all`
+    alone.
+    """
+    if "family" in metafunc.fixturenames:
+        only = getattr(metafunc.module, "TELLING_ONLY", False)
+        metafunc.parametrize(
+            "family",
+            [
+                pytest.param(
+                    name, marks=[pytest.mark.thorough] if only and name not in TELLING else []
+                )
+                for name in FAMILIES
+            ],
+        )
+    if "plan" in metafunc.fixturenames and "family" in metafunc.fixturenames:
+        metafunc.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+
 
 class ListedModel:
-    """A plain copy of a model whose layer list *is* the path; one unpadded row, no cache."""
+    """A plain copy of a model whose layer list *is* the path; one unpadded row, no cache.
 
-    def __init__(self, model: Any, decisions: Sequence[int]) -> None:
+    The layers are those of the model's largest list. What the configuration says layer by layer is
+    put into the order of the path too.
+
+    Args:
+        model: A model that isn't routed; it stays as it is.
+        decisions: `[L]`.
+        cached: Give each listed layer a copy of its own and number them anew, so that the model
+            can be run with a cache too: one entry a listed layer.
+    """
+
+    def __init__(self, model: Any, decisions: Sequence[int], *, cached: bool = False) -> None:
         path = to_path(decisions)
         self.model = copy.deepcopy(model)
-        layers = self.model.model.layers
-        self.model.model.layers = nn.ModuleList([layers[index] for index in path])
-        self.model.config.num_hidden_layers = len(path)
+        lists = [
+            (sum(p.numel() for p in child.parameters()), parent, name)
+            for parent in self.model.modules()
+            for name, child in parent.named_children()
+            if isinstance(child, nn.ModuleList)
+        ]
+        _, stack, name = max(lists, key=lambda found: found[0])
+        layers = getattr(stack, name)
+        assert len(layers) == len(decisions)
+        listed = [copy.deepcopy(layers[i]) if cached else layers[i] for i in path]
+        if cached:
+            for place, layer in enumerate(listed):
+                for part in layer.modules():
+                    if hasattr(part, "layer_idx"):
+                        part.layer_idx = place
+        setattr(stack, name, nn.ModuleList(listed))
+        config = self.model.config
+        assert config is stack.config
+        for key, value in list(vars(config).items()):
+            if isinstance(value, (list, tuple)) and len(value) == len(decisions):
+                setattr(config, key, [value[i] for i in path])
+        config.num_hidden_layers = len(path)
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Return the logits of every position, `[T, V]`."""
         with torch.no_grad():
             return self.model(torch.tensor([list(tokens)]), use_cache=False).logits[0]
 
-    def greedy(self, tokens: Sequence[int], num_new: int) -> list[int]:
-        """Return the next tokens, each from a full recomputation of everything before it."""
+    def greedy(self, tokens: Sequence[int], num_new: int, never: int | None = None) -> list[int]:
+        """Return the next tokens, each from a full recomputation of everything before it.
+
+        Args:
+            tokens: The prompt.
+            num_new: How many.
+            never: A token that isn't said, as `min_new_tokens` keeps `generate` from ending early.
+        """
         row = list(tokens)
         for _ in range(num_new):
-            row.append(int(self.logits(row)[-1].argmax()))
+            logits = self.logits(row)[-1]
+            if never is not None:
+                logits[never] = -torch.inf
+            row.append(int(logits.argmax()))
         return row[len(tokens) :]
+
+
+class Slow:
+    """The slow way's answers on the tiny models, kept for the session."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self.make = make
+        self.models: dict[tuple[Any, ...], Any] = {}
+        self.lists: dict[tuple[Any, ...], ListedModel] = {}
+        self.answers: dict[tuple[Any, ...], list[int]] = {}
+
+    def untouched(self, family: str, **options: Any) -> Any:
+        """Return a model of the family, a copy of its own for each caller."""
+        key = (family, *sorted(options.items()))
+        if key not in self.models:
+            self.models[key] = self.make(family, **options)
+        return copy.deepcopy(self.models[key])
+
+    def listed(
+        self, family: str, decisions: Sequence[int], *, cached: bool = False, **options: Any
+    ) -> ListedModel:
+        """Return the family's model with its layers listed in path order."""
+        key = (family, tuple(decisions), cached, *sorted(options.items()))
+        if key not in self.lists:
+            self.lists[key] = ListedModel(
+                self.untouched(family, **options), decisions, cached=cached
+            )
+        return self.lists[key]
+
+    def greedy(
+        self,
+        family: str,
+        plan: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]] = PROMPTS,
+        num_new: int = NUM_NEW,
+        **options: Any,
+    ) -> list[list[int]]:
+        """Return each prompt's greedy answer under its own row of the plan."""
+        rows = []
+        for decisions, prompt in zip(plan, prompts, strict=True):
+            key = (family, tuple(decisions), tuple(prompt), num_new, *sorted(options.items()))
+            if key not in self.answers:
+                listed = self.listed(family, decisions, **options)
+                self.answers[key] = listed.greedy(prompt, num_new, never=END)
+            rows.append(self.answers[key])
+        return rows
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On two cores a second thread doubles the time that these take."""
+    threads = torch.get_num_threads()
+    if "family" in request.fixturenames:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
 def listed() -> type[ListedModel]:
     return ListedModel
+
+
+@pytest.fixture(scope="session")
+def slow(tiny_model: Callable[..., Any]) -> Slow:
+    return Slow(tiny_model)
+
+
+@pytest.fixture
+def routed(slow: Slow, family: str) -> RoutedModel:
+    return RoutedModel(slow.untouched(family))
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    return PROMPTS
 
 
 @pytest.fixture(scope="session")

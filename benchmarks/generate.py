@@ -1,0 +1,458 @@
+"""What routing costs and saves when SmolLM2-135M reads a prompt and answers.
+
+Models that share their weights take turns (A B C, then C B A, …), so that what else the machine
+does hits all of them alike, and are compared round by round; figures are medians over the rounds.
+
+(a) attached, every layer executed once, against the untouched model; the control is a second
+    untouched copy, and shows how far the machine's noise goes
+(b) plans that skip k of L layers against the untouched model; from both, the time of a model
+    without layers is taken off
+(c) routers whose every answer is to execute, against an attached model without routers
+(d) K/V rows and bytes in the cache against those of the plan, counted
+(e) many prompts under three plans: `generate_many`, which routes all prompts first and then
+    decodes those of one plan together, against batches of mixed plans
+
+    python benchmarks/generate.py [--quick] [--json FILE] [--clock cpu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.metadata
+import json
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from drllm.config import ModelConfig
+from drllm.models.cache import RoutedCacheLayer, cache_argument, stored_rows
+from drllm.models.grouping import generate_many
+from drllm.models.loading import BaseModel, load
+from drllm.models.policies import FixedPolicy, FullPolicy, Policy, PromptView, RouterPolicy
+from drllm.models.prompts import encode, left_padded
+from drllm.models.routed import RoutedModel
+from drllm.models.routers import RouterConfig, RouterStack
+from drllm.tasks.base import get_task
+
+PROMPT_TOKENS = 100
+NUM_SKIPPED = (3, 6, 10)
+MOST_OVERHEAD = 1.03
+MOST_FOR_A_PLAN = 1.05  # times the share of the layers that it runs
+MOST_FOR_ROUTERS = 1.01
+NUM_PROMPTS = 16
+
+OURS = {
+    "a": "RoutedModel(model), every layer executed once",
+    "b": "RoutedModel(model) under a plan that skips k layers",
+    "c": "RoutedModel(model, policy=RouterPolicy(routers)), which execute every layer",
+    "e": "generate_many: routed first, then decoded in batches of one plan",
+}
+THEIRS = {
+    "a": "the untouched model, the same weights",
+    "b": "the untouched model; both without the time of a model that has no layer",
+    "c": "RoutedModel(model) without routers",
+    "e": "routed.generate on batches of mixed plans, in the prompts' order",
+}
+
+Clock = Callable[[], float]
+Rounds = list[dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repeats:
+    """How many rounds of each kind are timed."""
+
+    prompt: int
+    batch: int
+    decode: int
+    routers: int
+    many: int
+    new_tokens: int
+
+
+QUICK = Repeats(prompt=5, batch=2, decode=16, routers=8, many=1, new_tokens=8)
+WHOLE = Repeats(prompt=30, batch=8, decode=200, routers=60, many=5, new_tokens=32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """A median over rounds, and the most it may be.
+
+    Attributes:
+        question: (a) to (e), as above.
+        name: What was compared.
+        value: The median.
+        quartiles: A quarter of the rounds lies below the first, a quarter above the second.
+        repeats: Rounds.
+        bound: The most that the value may be; None where any value is an answer.
+    """
+
+    question: str
+    name: str
+    value: float
+    quartiles: tuple[float, float]
+    repeats: int
+    bound: float | None = None
+
+    @classmethod
+    def of(
+        cls, question: str, name: str, ratios: Sequence[float], bound: float | None = None
+    ) -> Figure:
+        """Make a figure of one ratio a round."""
+        low, middle, high = quartiles(ratios)
+        return cls(
+            question=question,
+            name=name,
+            value=middle,
+            quartiles=(low, high),
+            repeats=len(ratios),
+            bound=bound,
+        )
+
+    @property
+    def is_met(self) -> bool | None:
+        """Whether the value keeps within its bound."""
+        return None if self.bound is None else self.value <= self.bound
+
+    def __str__(self) -> str:
+        low, high = self.quartiles
+        bound = "" if self.bound is None else f"{self.bound:.3f}"
+        verdict = {None: "", True: "met", False: "MISSED"}[self.is_met]
+        return (
+            f"({self.question}) {self.name:<40} {self.value:6.3f}  {low:6.3f} to {high:6.3f}  "
+            f"{self.repeats:6}  {bound:>5}  {verdict}"
+        ).rstrip()
+
+
+HEAD = f"    {'':<40} median  {'quartiles':<16}  rounds  bound"
+
+
+def quartiles(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """Return the quartiles, the median in their middle."""
+    if len(ratios) == 1:
+        return ratios[0], ratios[0], ratios[0]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return low, middle, high
+
+
+def twin(model: Any) -> Any:
+    """Return a copy of a model that shares its weights."""
+    return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
+
+
+def without_layers(model: Any) -> Any:
+    """Return a copy whose loop runs no layer: embeddings, last norm and output weights alone."""
+    bare = twin(model)
+    for config in (bare.config, bare.get_decoder().config):
+        config.num_hidden_layers = 0
+        config.layer_types = []
+    return bare
+
+
+def skipping(num_layers: int, num_skipped: int) -> list[int]:
+    """Return a plan that skips some layers, drawn at random."""
+    skipped = random.Random(num_skipped).sample(range(num_layers), num_skipped)
+    return [0 if layer in skipped else 1 for layer in range(num_layers)]
+
+
+def take_turns(calls: Mapping[str, Callable[[], Any]], repeats: int, clock: Clock) -> Rounds:
+    """Time calls in turn, every other round backwards."""
+    next(iter(calls.values()))()  # gets memory for shapes that weren't met before
+    rounds = []
+    for number in range(repeats):
+        times = {}
+        for name in calls if number % 2 == 0 else reversed(calls):
+            started = clock()
+            calls[name]()
+            times[name] = clock() - started
+        rounds.append(times)
+    return rounds
+
+
+def token_ids(base: BaseModel, num_rows: int, num_tokens: int) -> Tensor:
+    """Return rows of random tokens, `[B, T]`: what they are doesn't change the time they take."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, len(base.tokenizer), (num_rows, num_tokens), generator=generator)
+
+
+def empty_cache(model: Any) -> tuple[DynamicCache, dict[str, Cache]]:
+    """Return a cache, and the argument that hands it to the model."""
+    cache = DynamicCache(config=model.config)
+    return cache, {cache_argument(model): cache}
+
+
+def reading(model: Any, ids: Tensor) -> Callable[[], Any]:
+    """Return a call that reads prompts into a new cache."""
+    return lambda: model(ids, logits_to_keep=1, **empty_cache(model)[1])
+
+
+def decoding(model: Any, ids: Tensor) -> Callable[[], Any]:
+    """Return a call that reads one more token into the cache of prompts already read."""
+    _, argument = empty_cache(model)
+    model(ids, logits_to_keep=1, **argument)
+    return lambda: model(ids[:, :1], logits_to_keep=1, **argument)
+
+
+def variants(base: BaseModel) -> dict[str, Any]:
+    """Return the models of (a), (b) and (c), all on the same weights."""
+    L = base.num_layers
+    config = RouterConfig(num_layers=L, hidden_size=base.model.config.hidden_size)
+    stack = RouterStack(config, torch.Generator().manual_seed(0))
+    stack.decision_bias[:, 1] = 1e3  # the answer of every router is to execute
+    policies: dict[str, Policy] = {"attached": FullPolicy(), "routers": RouterPolicy(stack)}
+    policies |= {f"skip {k}": FixedPolicy(skipping(L, k), L) for k in NUM_SKIPPED}
+    return {
+        "untouched": base.model,
+        "control": twin(base.model),
+        "bare": without_layers(base.model),
+        **{
+            name: RoutedModel(twin(base.model), policy=policy).model
+            for name, policy in policies.items()
+        },
+    }
+
+
+def passes(base: BaseModel, repeats: Repeats, clock: Clock) -> list[Figure]:
+    """Measure (a), (b) and (c)."""
+    L, models = base.num_layers, variants(base)
+    one, eight = token_ids(base, 1, PROMPT_TOKENS), token_ids(base, 8, PROMPT_TOKENS)
+
+    def turns(way: Callable[..., Any], ids: Tensor, names: Sequence[str], num: int) -> Rounds:
+        return take_turns({name: way(models[name], ids) for name in names}, num, clock)
+
+    without_routers = [name for name in models if name != "routers"]
+    read = turns(reading, one, without_routers, repeats.prompt)
+    decode = turns(decoding, one, without_routers, repeats.decode)
+    batch = turns(reading, eight, ("untouched", "control", "attached", "routers"), repeats.batch)
+    routed = turns(reading, one, ("attached", "routers"), repeats.routers)
+
+    def figure(
+        question: str,
+        name: str,
+        rounds: Rounds,
+        ours: str,
+        theirs: str,
+        bound: float | None = None,
+    ) -> Figure:
+        return Figure.of(question, name, [r[ours] / r[theirs] for r in rounds], bound)
+
+    figures = []
+    for way, rounds in (
+        ("prefill_batch_1", read),
+        ("prefill_batch_8", batch),
+        ("decode_batch_1", decode),
+    ):
+        figures += [
+            figure("a", way, rounds, "attached", "untouched", MOST_OVERHEAD),
+            figure("a", f"{way}_control", rounds, "control", "untouched"),
+        ]
+    figures += [
+        Figure.of(
+            "b",
+            f"{way}_batch_1_skip_{k}_of_{L}",
+            [(r[f"skip {k}"] - r["bare"]) / (r["untouched"] - r["bare"]) for r in rounds],
+            MOST_FOR_A_PLAN * (1 - k / L),
+        )
+        for way, rounds in (("prefill", read), ("decode", decode))
+        for k in NUM_SKIPPED
+    ]
+    return [
+        *figures,
+        figure("c", "routers_batch_1", routed, "routers", "attached", MOST_FOR_ROUTERS),
+        figure("c", "routers_batch_8", batch, "routers", "attached"),
+    ]
+
+
+def num_bytes(cache: Cache) -> int:
+    """Return the bytes of K and V in a cache, those of layers that no row runs left out."""
+    entries = [
+        inner
+        for entry in cache.layers
+        for inner in (entry.passes if isinstance(entry, RoutedCacheLayer) else [entry])
+    ]
+    return sum(entry.keys.nbytes + entry.values.nbytes for entry in entries)
+
+
+def stored(base: BaseModel) -> list[dict[str, Any]]:
+    """Count (d): what plans leave in the cache after a prompt and eight more tokens."""
+    L, rng = base.num_layers, random.Random(0)
+    mixed = [[rng.choice((0, 1, 1, 1, 2)) for _ in range(L)] for _ in range(8)]
+    cases = {
+        "1 prompt, every layer": [[1] * L],
+        "1 prompt, 10 layers skipped": [skipping(L, 10)],
+        "1 prompt, every layer repeated": [[2] * L],
+        "4 prompts, layer 0 skipped by all": [[0] + [1] * (L - 1)] * 4,
+        "8 prompts, 8 plans": mixed,
+    }
+    routed = RoutedModel(twin(base.model))
+    counts = []
+    for case, plan in cases.items():
+        ids = token_ids(base, len(plan), 20)
+        caches = []
+        for model, decisions in ((base.model, [1] * L), (routed.model, plan)):
+            cache, argument = empty_cache(model)
+            with routed.fixed(decisions):
+                for part in (ids[:, :12], *ids[:, 12:].split(1, dim=1)):
+                    model(part, logits_to_keep=1, **argument)
+            caches.append(cache)
+        executions = sum(map(sum, plan))
+        counts.append(
+            {
+                "case": case,
+                "rows": stored_rows(caches[1]),
+                "rows_of_the_plan": executions,
+                "bytes": num_bytes(caches[1]),
+                "bytes_of_the_plan": num_bytes(caches[0]) * executions // (len(plan) * L),
+                "bytes_untouched": num_bytes(caches[0]),
+            }
+        )
+    return counts
+
+
+class ThreePlans(Policy):
+    """Gives a prompt one of three plans, by its number of tokens."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.plans = [skipping(num_layers, k) for k in NUM_SKIPPED]
+
+    def plan_of(self, num_tokens: int) -> list[int]:
+        """Return the plan of a prompt of so many tokens."""
+        return self.plans[num_tokens % len(self.plans)]
+
+    def decide(self, layer: int, prompts: PromptView) -> list[int]:
+        """Return the layer's decision in each prompt's plan."""
+        return [self.plan_of(num)[layer] for num in prompts.readable.sum(dim=1).tolist()]
+
+
+def many_prompts(
+    base: BaseModel, repeats: Repeats, clock: Clock
+) -> tuple[list[Figure], dict[str, int]]:
+    """Measure (e), and count the answers on which grouped and mixed batches differ.
+
+    Grouped batches are timed twice: with the pass that routes the prompts, and without it, as
+    where plans are given.
+    """
+    task, L = get_task("builtin_facts"), base.num_layers
+    texts = [task.prompt(e, "loglikelihood").text for e in task.examples("search")[:NUM_PROMPTS]]
+    rows = [encode(base.tokenizer, text) for text in texts]
+    policy = ThreePlans(L)
+    routed = RoutedModel(twin(base.model), policy=policy, tokenizer=base.tokenizer)
+    known = FixedPolicy([policy.plan_of(len(row)) for row in rows], L)
+    length = {"max_new_tokens": repeats.new_tokens, "min_new_tokens": repeats.new_tokens}
+
+    def mixed(size: int) -> list[tuple[int, ...]]:
+        answers = []
+        for start in range(0, len(rows), size):
+            ids, mask = left_padded(rows[start : start + size], "cpu")
+            output = routed.generate(ids, attention_mask=mask, do_sample=False, **length)
+            answers += [tuple(row) for row in output[:, ids.shape[1] :].tolist()]
+        return answers
+
+    def routed_and_grouped(size: int) -> list[tuple[int, ...]]:
+        answers = generate_many(routed, texts, batch_size=size, chat=False, **length)
+        return [answer.tokens for answer in answers]
+
+    def grouped(size: int) -> list[tuple[int, ...]]:
+        with routed.using(known):
+            return routed_and_grouped(size)
+
+    ways = {way.__name__: way for way in (mixed, routed_and_grouped, grouped)}
+    figures, differ = [], {}
+    for size in (NUM_PROMPTS, NUM_PROMPTS // 4):
+        said: dict[str, list[tuple[int, ...]]] = {}
+
+        def call(name: str, size: int = size, said: dict[str, Any] = said) -> None:
+            said[name] = ways[name](size)
+
+        calls = {name: partial(call, name) for name in ways}
+        rounds = take_turns(calls, repeats.many, clock)
+        for name in ("routed_and_grouped", "grouped"):
+            label = f"{name}_batches_of_{size}"
+            figures.append(Figure.of("e", label, [r["mixed"] / r[name] for r in rounds]))
+            differ[label] = sum(
+                ours != theirs for ours, theirs in zip(said[name], said["mixed"], strict=True)
+            )
+    return figures, differ
+
+
+def commit() -> str | None:
+    """Return the commit of this checkout; None where there is no git or no checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def main() -> None:
+    """Measure, print a table, and write the figures if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds, under a minute")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time of a single thread, for a machine that is used by others too",
+    )
+    options = parser.parse_args()
+    repeats = QUICK if options.quick else WHOLE
+    clock: Clock = time.perf_counter
+    if options.clock == "cpu":  # of several threads it would add up those that wait as well
+        torch.set_num_threads(1)
+        clock = time.process_time
+    base = load(ModelConfig(dtype="float32", device="cpu"))
+    with torch.no_grad():
+        figures = passes(base, repeats, clock)
+        counts = stored(base)
+        many, differ = many_prompts(base, repeats, clock)
+    figures += many
+    print("(a) to (c): ours / theirs; (e): theirs / ours")
+    print(HEAD)
+    print(*figures, sep="\n")
+    for count in counts:
+        exact = count["rows"] == count["rows_of_the_plan"]
+        exact = exact and count["bytes"] == count["bytes_of_the_plan"]
+        print(
+            f"(d) {count['case']:<40} {count['rows']} K/V rows stored, {count['rows_of_the_plan']} "
+            f"in the plan; {count['bytes']:,} bytes, {count['bytes_of_the_plan']:,} of the plan "
+            f"{'exact' if exact else 'MISSED'}"
+        )
+    print(f"(e) answers that differ: {sum(differ.values())}")
+    result = {
+        "overhead": {f.name: f.value for f in figures if f.question in "ac"},
+        "share_of_the_time": {f.name: f.value for f in figures if f.question == "b"},
+        "speedup": {f.name: f.value for f in figures if f.question == "e"},
+        "figures": [{**asdict(figure), "is_met": figure.is_met} for figure in figures],
+        "stored": counts,
+        "answers_that_differ": differ,
+        "repeats": asdict(repeats),
+        "ours": OURS,
+        "theirs": THEIRS,
+        "clock": options.clock,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, drllm "
+        f"{importlib.metadata.version('drllm')} at {commit() or 'an unknown commit'}",
+    }
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

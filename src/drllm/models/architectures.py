@@ -1,0 +1,276 @@
+"""Whether a model can be routed exactly, found by trying it.
+
+Owns the check behind `drllm ls architectures`: a padded batch under mixed plans, generating with a
+cache, against the plain model that lists the executed layers, one unpadded row at a time and
+without a cache. `families` has a tiny model of every family; the check takes any other model too.
+The parity suite compares more ways of generating, and with a reference of its own.
+
+Axes: B rows, L layers, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from drllm.errors import ArchitectureError, RoutingError
+from drllm.models.families import FAMILIES, known_to_transformers, make_tiny
+from drllm.models.hub import quiet
+from drllm.models.layers import find_layers
+from drllm.models.prompts import left_padded
+from drllm.models.routed import RoutedModel
+from drllm.paths import to_path
+
+TOLERANCE = 1e-3
+"""Greatest difference between two logits that counts as rounding, in standard deviations of the
+logits. Both ways are right within float32, and the worst family in any supported version was at
+1e-4 (docs/architectures.md); one token too many or too few among those that a single row attends
+to made 0.3 and more."""
+
+PROMPT_LENGTHS = (5, 2, 12, 3)
+NUM_NEW = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What trying a model has shown.
+
+    Attributes:
+        family: The `model_type` of transformers.
+        class_name: Class of the model; empty where it couldn't be made.
+        status: `exact`; `refused`; `absent` (not in the installed transformers); `broken` (the
+            plain model differs from itself, with padding and a cache from one row without);
+            `differs` (routing is wrong: a defect of ours).
+        reason: Why it isn't exact; empty where it is.
+        prefill: Greatest difference between the logits that end the prompts, in standard
+            deviations of the logits; None where nothing was compared.
+        decode: The same for the logits of the tokens decoded with the cache.
+    """
+
+    family: str
+    class_name: str = ""
+    status: str
+    reason: str = ""
+    prefill: float | None = None
+    decode: float | None = None
+
+    @property
+    def greatest_difference(self) -> float | None:
+        """Over prefill and decode, in standard deviations of the logits."""
+        if self.prefill is None or self.decode is None:
+            return None
+        return max(self.prefill, self.decode)
+
+
+def check(family: str) -> Finding:
+    """Try a tiny model of a family.
+
+    Args:
+        family: A name of `families.FAMILIES`.
+
+    Returns:
+        What was found; `absent` where the installed transformers doesn't have the family.
+
+    Raises:
+        ArchitectureError: A name that isn't in the table.
+
+    Example:
+        >>> check("qwen2").status
+        'exact'
+    """
+    if family in FAMILIES and not known_to_transformers(family):
+        reason = f"not in transformers {transformers.__version__}"
+        return Finding(family=family, status="absent", reason=reason)
+    with quiet(), _one_thread():
+        return check_model(make_tiny(family))
+
+
+def check_model(model: Any) -> Finding:
+    """Try a model: a padded batch, a plan for each row, a cache, `generate`.
+
+    Args:
+        model: A decoder-only model of transformers in float32 that isn't routed. It is left as
+            it was.
+
+    Returns:
+        What was found: exact, refused with the reason, or the size of the difference.
+    """
+    about: dict[str, Any] = {"family": model.config.model_type, "class_name": type(model).__name__}
+    try:
+        _, layers = find_layers(model)
+        prompts, answers = _random_rows(model)
+        plans = mixed_plans(len(layers))
+        with quiet():
+            prefill, decode = _differences(model, plans, prompts, answers)
+    except (ArchitectureError, RoutingError) as error:
+        return Finding(**about, status="refused", reason=str(error))
+    measured: dict[str, Any] = {"prefill": prefill, "decode": decode}
+    if max(prefill, decode) <= TOLERANCE:
+        return Finding(**about, **measured, status="exact")
+    with quiet():
+        plain = max(_differences(model, None, prompts, answers))
+    if plain > TOLERANCE:
+        reason = (
+            f"transformers {transformers.__version__} itself says something else with padding and "
+            f"a cache than without; another version may do better"
+        )
+        return Finding(**about, **measured, status="broken", reason=reason)
+    reason = "routed and plain logits differ by more than rounding; please report this model"
+    return Finding(**about, **measured, status="differs", reason=reason)
+
+
+def mixed_plans(num_layers: int) -> list[list[int]]:
+    """Return four plans that use a cache in all the ways that one can go wrong.
+
+    Args:
+        num_layers: L.
+
+    Example:
+        >>> mixed_plans(4)
+        [[0, 1, 1, 1], [2, 2, 2, 2], [1, 0, 2, 1], [0, 0, 1, 0]]
+    """
+    return [
+        [0] + [1] * (num_layers - 1) if num_layers > 1 else [1],
+        [2] * num_layers,
+        [(1, 0, 2)[layer % 3] for layer in range(num_layers)],
+        [int(layer == num_layers // 2) for layer in range(num_layers)],
+    ]
+
+
+@contextmanager
+def layers_listed(model: Any, decisions: Sequence[int]) -> Iterator[None]:
+    """Let a plain model's list of layers be a path inside the block.
+
+    What the configuration says layer by layer (kinds of attention, rotary or not) is put into the
+    order of the path too. A model like this is right without a cache only: a layer that is listed
+    twice would write one cache entry twice.
+
+    Args:
+        model: A decoder-only model of transformers that isn't routed.
+        decisions: `[L]`.
+
+    Source: ours; the definition of what a routed model has to equal.
+    """
+    decoder, layers = find_layers(model)
+    name = next(name for name, child in decoder.named_children() if child is layers)
+    config: Any = decoder.config
+    path = to_path(decisions)
+    by_layer = {
+        key: value
+        for key, value in vars(config).items()
+        if isinstance(value, (list, tuple)) and len(value) == len(layers)
+    }
+    num_layers = config.num_hidden_layers
+    setattr(decoder, name, nn.ModuleList([layers[index] for index in path]))
+    config.num_hidden_layers = len(path)
+    for key, value in by_layer.items():
+        setattr(config, key, [value[index] for index in path])
+    try:
+        yield
+    finally:
+        setattr(decoder, name, layers)
+        config.num_hidden_layers = num_layers
+        for key, value in by_layer.items():
+            setattr(config, key, value)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Use one thread inside the block: a second one has nothing to do in tiny models.
+
+    On a machine that is busy already, waiting for it took ten times as long as the work.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Forced(LogitsProcessor):  # type: ignore[misc]
+    """Makes `generate` say given answers, so that both ways read the same tokens."""
+
+    def __init__(self, answers: Sequence[Sequence[int]]) -> None:
+        self.answers = torch.tensor(answers)  # [B, T_new]
+        self.step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Rule every other token out."""
+        said = self.answers[:, self.step, None].to(scores.device)
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter(1, said, 0.0)
+
+
+def _random_rows(model: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """Return prompts, and answers that no end token cuts short."""
+    rng = random.Random(0)
+    ends = model.generation_config.eos_token_id
+    avoided = {0, 1, 2, *(ends if isinstance(ends, list) else [ends])}
+    vocab_size = model.config.get_text_config().vocab_size
+    tokens = [token for token in range(vocab_size) if token not in avoided]
+    prompts = [rng.choices(tokens, k=length) for length in PROMPT_LENGTHS]
+    return prompts, [rng.choices(tokens, k=NUM_NEW) for _ in PROMPT_LENGTHS]
+
+
+def _differences(
+    model: Any,
+    plans: Sequence[Sequence[int]] | None,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+) -> tuple[float, float]:
+    """Compare the two ways, in standard deviations of the logits.
+
+    Args:
+        model: A model that isn't routed.
+        plans: `[B, L]`; None compares the plain model with itself.
+        prompts: `[B]` rows of tokens.
+        answers: `[B, T_new]` tokens that both ways read after the prompts.
+
+    Returns:
+        Greatest difference where the prompts end, and while decoding.
+    """
+    slow = []
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        with layers_listed(model, plans[row]) if plans else nullcontext(), torch.no_grad():
+            ids = torch.tensor([[*prompt, *answer]], device=model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+        slow.append(logits[len(prompt) - 1 : -1].float().cpu())  # [T_new, V]
+    if plans is None:
+        fast = _decoded(model, prompts, answers)
+    else:
+        routed = RoutedModel(model)
+        try:
+            with routed.fixed(plans):
+                fast = _decoded(model, prompts, answers)
+        finally:
+            routed.detach()
+    expected = torch.stack(slow)  # [B, T_new, V]
+    difference = ((fast - expected).abs() / expected.std()).amax(dim=(0, 2))
+    return float(difference[0]), float(difference[1:].max())
+
+
+def _decoded(
+    model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> Tensor:
+    """Return the logits by which `generate` would choose each token, `[B, T_new, V]`."""
+    ids, mask = left_padded(prompts, model.device)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=GenerationConfig(do_sample=False, pad_token_id=0),
+        max_new_tokens=NUM_NEW,
+        use_cache=True,  # some models say no by default
+        logits_processor=LogitsProcessorList([_Forced(answers)]),
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.stack(output.logits, dim=1).float().cpu()

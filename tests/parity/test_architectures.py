@@ -1,0 +1,124 @@
+"""Every family of the suite, under every plan, against the slow way; greedy, in a padded batch."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache
+
+from drllm.models.cache import cache_argument, stored_rows
+from drllm.models.prompts import left_padded
+from drllm.models.routed import RoutedModel
+from drllm.models.routers import RouterConfig, RouterStack
+
+NUM_NEW = 8
+
+
+def generate(routed, prompts):
+    ids, mask = left_padded(prompts, "cpu")
+    output = routed.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=NUM_NEW,
+        min_new_tokens=NUM_NEW,
+        do_sample=False,
+    )
+    return output[:, ids.shape[1] :].tolist()
+
+
+def right_padded(rows):
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return ids, mask
+
+
+def test_every_row_of_a_padded_batch_says_what_it_says_alone(slow, routed, prompts, family, plan):
+    with routed.fixed(plan):
+        found = generate(routed, prompts)
+    assert slow.greedy(family, plan) == found
+
+
+def test_prefill_logits_equal_the_slow_way_at_every_real_position(
+    slow, routed, prompts, family, plan, logit_tolerance
+):
+    ids, mask = left_padded(prompts, "cpu")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with routed.fixed(plan), torch.no_grad():
+        logits = routed.model(ids, attention_mask=mask, position_ids=positions).logits
+    for row, (decisions, prompt) in enumerate(zip(plan, prompts, strict=True)):
+        expected = slow.listed(family, decisions).logits(prompt)
+        found = logits[row, -len(prompt) :]
+        torch.testing.assert_close(expected, found, atol=logit_tolerance, rtol=0)
+
+
+def test_right_padding_leaves_the_logits_at_real_positions_as_they_are(
+    slow, routed, prompts, family, plan, logit_tolerance
+):
+    ids, mask = right_padded(prompts)
+    with routed.fixed(plan), torch.no_grad():
+        logits = routed.model(ids, attention_mask=mask).logits
+    for row, (decisions, prompt) in enumerate(zip(plan, prompts, strict=True)):
+        expected = slow.listed(family, decisions).logits(prompt)
+        found = logits[row, : len(prompt)]
+        torch.testing.assert_close(expected, found, atol=logit_tolerance, rtol=0)
+
+
+def test_all_execute_is_bit_identical_to_the_untouched_model(slow, prompts, family):
+    model = slow.untouched(family)
+    ids, mask = left_padded(prompts, "cpu")
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits
+        said = generate(model, prompts)
+        routed = RoutedModel(model)
+        assert torch.equal(logits, routed.model(ids, attention_mask=mask).logits)
+        assert said == generate(routed, prompts)
+
+
+def test_routers_decide_once_and_their_route_holds_while_decoding(slow, prompts, family):
+    stack = RouterStack(
+        RouterConfig(num_layers=6, hidden_size=32, num_windows=4, router_width=16),
+        torch.Generator().manual_seed(3),
+    )
+    with torch.no_grad():  # far from the zero biases, so that all three decisions turn up
+        stack.decision_weight.mul_(6)
+    routed = RoutedModel(slow.untouched(family), stack)
+    found = generate(routed, prompts)
+    route = routed.last_route.tolist()
+    assert len({tuple(decisions) for decisions in route}) > 1
+    assert {0, 1, 2} == {value for decisions in route for value in decisions}
+    assert slow.greedy(family, route) == found
+
+
+def test_stored_kv_rows_equal_the_plan(routed, prompts, family, plan):
+    ids, mask = left_padded(prompts, "cpu")
+    cache = DynamicCache(config=routed.model.config)
+    with routed.fixed(plan), torch.no_grad():
+        routed.model(
+            ids, attention_mask=mask, use_cache=True, **{cache_argument(routed.model): cache}
+        )
+    assert sum(map(sum, plan)) == stored_rows(cache)
+
+
+def test_detach_restores_the_model_exactly(slow, prompts, family):
+    model = slow.untouched(family)
+    ids, mask = left_padded(prompts, "cpu")
+    modules = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits
+        routed = RoutedModel(model)
+        with routed.fixed([2, 0, 1, 0, 2, 1]):
+            generate(routed, prompts)
+        assert model is routed.detach()
+        assert {name: set(value) for name, value in modules.items()} == {
+            name: set(module.__dict__) for name, module in model.named_modules()
+        }
+        assert torch.equal(logits, model(ids, attention_mask=mask).logits)
+
+
+def test_every_plan_gives_other_answers_so_that_a_mistake_would_show(slow, prompts, family):
+    plans = [[1] * 6, [0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 0, 0], [1, 2, 1, 1, 2, 1], [2] * 6]
+    said = [slow.greedy(family, [plan] * len(prompts)) for plan in plans]
+    for row in range(len(prompts)):
+        assert len(plans) == len({tuple(answers[row]) for answers in said})
+    tokens = {token for answers in said for answer in answers for token in answer}
+    assert len(tokens) > 20

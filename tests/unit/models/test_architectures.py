@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from drllm.errors import ArchitectureError
+from drllm.models import architectures
+from drllm.models.architectures import Finding, check, check_model, layers_listed, mixed_plans
+from drllm.models.families import FAMILIES, NUM_LAYERS
+from drllm.models.layer_call import LayerCall
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+PAGE = (REPOSITORY / "docs" / "architectures.md").read_text(encoding="utf-8")
+DOCUMENTED = dict(re.findall(r"^ (\w+) +\w+ +(exact|refused|broken|absent|differs) ", PAGE, re.M))
+DOCUMENTED_VERSION = re.search(r"with transformers ([\d.]+)", PAGE)[1]
+SUITE = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "olmoe",
+    "mistral",
+    "gemma3_text",
+    "phi3",
+    "smollm3",
+    "gpt_neox",
+    "gpt2",
+)
+
+
+@pytest.fixture(scope="module")
+def findings() -> dict[str, Finding]:
+    return {family: check(family) for family in FAMILIES}
+
+
+def test_the_page_has_every_family_and_no_other():
+    assert list(FAMILIES) == list(DOCUMENTED)
+
+
+def test_no_family_is_routed_wrongly(findings):
+    assert [family for family, found in findings.items() if found.status == "differs"] == []
+
+
+def test_the_families_of_the_suite_are_exact(findings):
+    assert dict.fromkeys(SUITE, "exact") == {name: findings[name].status for name in SUITE}
+
+
+def test_what_the_page_says_is_so(findings):
+    if version("transformers") != DOCUMENTED_VERSION:
+        pytest.skip(f"the page is about transformers {DOCUMENTED_VERSION}")
+    assert {family: found.status for family, found in findings.items()} == DOCUMENTED
+
+
+def test_no_family_that_the_page_calls_refused_is_let_through_by_another_version(findings):
+    refused = [family for family, status in DOCUMENTED.items() if status == "refused"]
+    assert {"refused"} == {findings[family].status for family in refused} - {"absent"}
+
+
+def test_a_refusal_gives_its_reason_in_one_line(findings):
+    reasons = [found.reason for found in findings.values() if found.status == "refused"]
+    assert reasons
+    assert all(reason and "\n" not in reason for reason in reasons)
+
+
+def test_only_what_was_compared_has_a_difference(findings):
+    for found in findings.values():
+        assert (found.greatest_difference is not None) == (found.status in ("exact", "broken"))
+
+
+def test_a_family_that_transformers_lacks_is_absent(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(architectures, "known_to_transformers", lambda family: False)
+    found = check("llama")
+    assert (found.status, found.class_name) == ("absent", "")
+    assert version("transformers") in found.reason
+
+
+def test_an_unknown_family_is_an_error_with_the_nearest_name():
+    with pytest.raises(ArchitectureError, match="did you mean 'qwen2'"):
+        check("qwen22")
+
+
+def test_a_checked_model_is_left_as_it_was(tiny_model):
+    model = tiny_model("gemma3_text")
+    ids = torch.tensor([[5, 6, 7]])
+    logits, config = model(ids).logits, model.config.to_dict()
+    parts = [(name, id(part), set(part.__dict__)) for name, part in model.named_modules()]
+    assert check_model(model).status == "exact"
+    assert config == model.config.to_dict()
+    assert parts == [(name, id(part), set(part.__dict__)) for name, part in model.named_modules()]
+    assert torch.equal(logits, model(ids).logits)
+
+
+def test_the_list_of_layers_is_put_back_after_an_error(tiny_model):
+    model = tiny_model("gemma3_text")
+    layers, kinds = model.model.layers, list(model.config.layer_types)
+
+    def fail_inside():
+        with layers_listed(model, [2, 0, 1, 0, 1, 1]):
+            assert len(model.model.layers) == 5
+            assert [kinds[i] for i in (0, 0, 2, 4, 5)] == model.config.layer_types
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert model.model.layers is layers
+    assert (kinds, NUM_LAYERS) == (model.config.layer_types, model.config.num_hidden_layers)
+
+
+class Deaf(LlamaForCausalLM):
+    """A model that doesn't hear which tokens are padding."""
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
+def test_a_model_that_is_wrong_by_itself_is_called_broken(tiny_model):
+    model = tiny_model("llama")
+    deaf = Deaf(model.config).eval().requires_grad_(False)
+    deaf.load_state_dict(model.state_dict())
+    found = check_model(deaf)
+    assert found.status == "broken"
+    assert version("transformers") in found.reason
+
+
+def test_one_wrong_row_is_enough_to_differ(tiny_model, monkeypatch: pytest.MonkeyPatch):
+    original = LayerCall.run
+
+    def run(self, hidden, rows=None):
+        output = original(self, hidden, rows)
+        return output if rows is None else output.roll(1, dims=0)
+
+    monkeypatch.setattr(LayerCall, "run", run)
+    found = check_model(tiny_model("llama"))
+    assert found.status == "differs"
+    assert "report" in found.reason
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 30])
+def test_mixed_plans_can_be_run_by_a_model_of_any_depth(num_layers: int):
+    plans = mixed_plans(num_layers)
+    assert all(len(plan) == num_layers and sum(plan) > 0 for plan in plans)
+    assert all(0 <= value <= 2 for plan in plans for value in plan)
