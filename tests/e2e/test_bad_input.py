@@ -173,7 +173,11 @@ CASES = [
     Case(
         name="unknown verb",
         words="serch --limit 3",
-        says=("unknown verb 'serch'", "did you mean 'search'?", "Valid: evaluate, export, generate"),
+        says=(
+            "unknown verb 'serch'",
+            "did you mean 'search'?",
+            "Valid: evaluate, export, generate",
+        ),
         without_torch=True,
     ),
     Case(

@@ -30,9 +30,9 @@ from drllm.models.cache import cache_argument, stored_rows
 from drllm.models.families import known_to_transformers, make_tiny
 from drllm.models.layers import find_layers
 from drllm.models.policies import RouterPolicy
+from drllm.models.pooling import pool
 from drllm.models.prompts import left_padded
 from drllm.models.routed import RoutedModel
-from drllm.models.pooling import pool
 from drllm.models.routers import RouterConfig, RouterStack
 
 pytestmark = pytest.mark.filterwarnings(  # of a model that asks itself by an old name
