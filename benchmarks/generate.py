@@ -1,4 +1,4 @@
-"""What routing costs and saves when SmolLM2-135M reads a prompt and answers.
+"""What routing costs and saves when a model (SmolLM2-135M) reads a prompt and answers.
 
 Models that share their weights take turns (A B C, then C B A, …), so that what else the machine
 does hits all of them alike, and are compared round by round; figures are medians over the rounds.
@@ -12,7 +12,7 @@ does hits all of them alike, and are compared round by round; figures are median
 (e) many prompts under three plans: `generate_many`, which routes all prompts first and then
     decodes those of one plan together, against batches of mixed plans
 
-    python benchmarks/generate.py [--quick] [--json FILE] [--clock cpu]
+    python benchmarks/generate.py [--quick] [--json FILE] [--clock cpu] [--model MODEL]
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ import importlib.metadata
 import json
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,81 +72,46 @@ Clock = Callable[[], float]
 Rounds = list[dict[str, float]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Repeats:
-    """How many rounds of each kind are timed."""
-
-    prompt: int
-    batch: int
-    decode: int
-    routers: int
-    many: int
-    new_tokens: int
+QUICK = {"prompt": 5, "batch": 2, "decode": 16, "routers": 8, "many": 1, "new_tokens": 8}
+WHOLE = {"prompt": 30, "batch": 8, "decode": 200, "routers": 60, "many": 5, "new_tokens": 32}
 
 
-QUICK = Repeats(prompt=5, batch=2, decode=16, routers=8, many=1, new_tokens=8)
-WHOLE = Repeats(prompt=30, batch=8, decode=200, routers=60, many=5, new_tokens=32)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Figure:
-    """A median over rounds, and the most it may be.
+    """A ratio of times in every round, and the most that its median may be.
 
     Attributes:
         question: (a) to (e), as above.
         name: What was compared.
-        value: The median.
-        quartiles: A quarter of the rounds lies below the first, a quarter above the second.
-        repeats: Rounds.
-        bound: The most that the value may be; None where any value is an answer.
+        ratios: One of each round.
+        bound: None where any value is an answer.
     """
 
     question: str
     name: str
-    value: float
-    quartiles: tuple[float, float]
-    repeats: int
+    ratios: list[float]
     bound: float | None = None
 
-    @classmethod
-    def of(
-        cls, question: str, name: str, ratios: Sequence[float], bound: float | None = None
-    ) -> Figure:
-        """Make a figure of one ratio a round."""
-        low, middle, high = quartiles(ratios)
-        return cls(
-            question=question,
-            name=name,
-            value=middle,
-            quartiles=(low, high),
-            repeats=len(ratios),
-            bound=bound,
-        )
+    @property
+    def quartiles(self) -> list[float]:
+        """The first, the median and the third."""
+        if len(self.ratios) == 1:
+            return self.ratios * 3
+        return statistics.quantiles(self.ratios, n=4, method="inclusive")
 
     @property
     def is_met(self) -> bool | None:
-        """Whether the value keeps within its bound."""
-        return None if self.bound is None else self.value <= self.bound
+        """Whether the median keeps within the bound."""
+        return None if self.bound is None else self.quartiles[1] <= self.bound
 
     def __str__(self) -> str:
-        low, high = self.quartiles
+        low, middle, high = self.quartiles
         bound = "" if self.bound is None else f"{self.bound:.3f}"
         verdict = {None: "", True: "met", False: "MISSED"}[self.is_met]
         return (
-            f"({self.question}) {self.name:<40} {self.value:6.3f}  {low:6.3f} to {high:6.3f}  "
-            f"{self.repeats:6}  {bound:>5}  {verdict}"
+            f"({self.question}) {self.name:<42} {middle:6.3f}  {low:6.3f} to {high:6.3f}  "
+            f"{len(self.ratios):6}  {bound:>5}  {verdict}"
         ).rstrip()
-
-
-HEAD = f"    {'':<40} median  {'quartiles':<16}  rounds  bound"
-
-
-def quartiles(ratios: Sequence[float]) -> tuple[float, float, float]:
-    """Return the quartiles, the median in their middle."""
-    if len(ratios) == 1:
-        return ratios[0], ratios[0], ratios[0]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return low, middle, high
 
 
 def twin(model: Any) -> Any:
@@ -158,7 +124,6 @@ def without_layers(model: Any) -> Any:
     bare = twin(model)
     for config in (bare.config, bare.get_decoder().config):
         config.num_hidden_layers = 0
-        config.layer_types = []
     return bare
 
 
@@ -182,28 +147,32 @@ def take_turns(calls: Mapping[str, Callable[[], Any]], repeats: int, clock: Cloc
     return rounds
 
 
+def ratios(rounds: Rounds, above: str, below: str) -> list[float]:
+    """Return how many times as long one call took as another, in each round."""
+    return [times[above] / times[below] for times in rounds]
+
+
 def token_ids(base: BaseModel, num_rows: int, num_tokens: int) -> Tensor:
     """Return rows of random tokens, `[B, T]`: what they are doesn't change the time they take."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(3, len(base.tokenizer), (num_rows, num_tokens), generator=generator)
 
 
-def empty_cache(model: Any) -> tuple[DynamicCache, dict[str, Cache]]:
-    """Return a cache, and the argument that hands it to the model."""
-    cache = DynamicCache(config=model.config)
-    return cache, {cache_argument(model): cache}
+def empty_cache(model: Any) -> dict[str, Cache]:
+    """Return a cache, by the name under which the model takes it."""
+    return {cache_argument(model): DynamicCache(config=model.config)}
 
 
 def reading(model: Any, ids: Tensor) -> Callable[[], Any]:
     """Return a call that reads prompts into a new cache."""
-    return lambda: model(ids, logits_to_keep=1, **empty_cache(model)[1])
+    return lambda: model(ids, logits_to_keep=1, **empty_cache(model))
 
 
 def decoding(model: Any, ids: Tensor) -> Callable[[], Any]:
     """Return a call that reads one more token into the cache of prompts already read."""
-    _, argument = empty_cache(model)
-    model(ids, logits_to_keep=1, **argument)
-    return lambda: model(ids[:, :1], logits_to_keep=1, **argument)
+    cache = empty_cache(model)
+    model(ids, logits_to_keep=1, **cache)
+    return lambda: model(ids[:, :1], logits_to_keep=1, **cache)
 
 
 def variants(base: BaseModel) -> dict[str, Any]:
@@ -214,18 +183,14 @@ def variants(base: BaseModel) -> dict[str, Any]:
     stack.decision_bias[:, 1] = 1e3  # the answer of every router is to execute
     policies: dict[str, Policy] = {"attached": FullPolicy(), "routers": RouterPolicy(stack)}
     policies |= {f"skip {k}": FixedPolicy(skipping(L, k), L) for k in NUM_SKIPPED}
-    return {
-        "untouched": base.model,
-        "control": twin(base.model),
-        "bare": without_layers(base.model),
-        **{
-            name: RoutedModel(twin(base.model), policy=policy).model
-            for name, policy in policies.items()
-        },
-    }
+    models = {"untouched": base.model, "control": twin(base.model)}
+    models["bare"] = without_layers(base.model)
+    for name, policy in policies.items():
+        models[name] = RoutedModel(twin(base.model), policy=policy).model
+    return models
 
 
-def passes(base: BaseModel, repeats: Repeats, clock: Clock) -> list[Figure]:
+def passes(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[Figure]:
     """Measure (a), (b) and (c)."""
     L, models = base.num_layers, variants(base)
     one, eight = token_ids(base, 1, PROMPT_TOKENS), token_ids(base, 8, PROMPT_TOKENS)
@@ -233,57 +198,34 @@ def passes(base: BaseModel, repeats: Repeats, clock: Clock) -> list[Figure]:
     def turns(way: Callable[..., Any], ids: Tensor, names: Sequence[str], num: int) -> Rounds:
         return take_turns({name: way(models[name], ids) for name in names}, num, clock)
 
-    without_routers = [name for name in models if name != "routers"]
-    read = turns(reading, one, without_routers, repeats.prompt)
-    decode = turns(decoding, one, without_routers, repeats.decode)
-    batch = turns(reading, eight, ("untouched", "control", "attached", "routers"), repeats.batch)
-    routed = turns(reading, one, ("attached", "routers"), repeats.routers)
-
-    def figure(
-        question: str,
-        name: str,
-        rounds: Rounds,
-        ours: str,
-        theirs: str,
-        bound: float | None = None,
-    ) -> Figure:
-        return Figure.of(question, name, [r[ours] / r[theirs] for r in rounds], bound)
+    most = [name for name in models if name != "routers"]
+    read = turns(reading, one, most, repeats["prompt"])
+    decode = turns(decoding, one, most, repeats["decode"])
+    few = ("untouched", "control", "attached", "routers")
+    batch = turns(reading, eight, few, repeats["batch"])
+    routed = turns(reading, one, ("attached", "routers"), repeats["routers"])
 
     figures = []
-    for way, rounds in (
-        ("prefill_batch_1", read),
-        ("prefill_batch_8", batch),
-        ("decode_batch_1", decode),
-    ):
-        figures += [
-            figure("a", way, rounds, "attached", "untouched", MOST_OVERHEAD),
-            figure("a", f"{way}_control", rounds, "control", "untouched"),
-        ]
-    figures += [
-        Figure.of(
-            "b",
-            f"{way}_batch_1_skip_{k}_of_{L}",
-            [(r[f"skip {k}"] - r["bare"]) / (r["untouched"] - r["bare"]) for r in rounds],
-            MOST_FOR_A_PLAN * (1 - k / L),
-        )
-        for way, rounds in (("prefill", read), ("decode", decode))
-        for k in NUM_SKIPPED
-    ]
-    return [
-        *figures,
-        figure("c", "routers_batch_1", routed, "routers", "attached", MOST_FOR_ROUTERS),
-        figure("c", "routers_batch_8", batch, "routers", "attached"),
-    ]
+    passed = {"prefill_batch_1": read, "prefill_batch_8": batch, "decode_batch_1": decode}
+    for name, rounds in passed.items():
+        ours = ratios(rounds, "attached", "untouched")
+        control = ratios(rounds, "control", "untouched")
+        figures += [Figure("a", name, ours, MOST_OVERHEAD), Figure("a", f"{name}_control", control)]
+    for name, rounds in (("prefill", read), ("decode", decode)):
+        for k in NUM_SKIPPED:
+            shares = [(r[f"skip {k}"] - r["bare"]) / (r["untouched"] - r["bare"]) for r in rounds]
+            bound = MOST_FOR_A_PLAN * (1 - k / L)
+            figures.append(Figure("b", f"{name}_batch_1_skip_{k}_of_{L}", shares, bound))
+    cost = ratios(routed, "routers", "attached")
+    figures.append(Figure("c", "routers_prefill_batch_1", cost, MOST_FOR_ROUTERS))
+    cost = ratios(batch, "routers", "attached")
+    return [*figures, Figure("c", "routers_prefill_batch_8", cost)]
 
 
 def num_bytes(cache: Cache) -> int:
     """Return the bytes of K and V in a cache, those of layers that no row runs left out."""
-    entries = [
-        inner
-        for entry in cache.layers
-        for inner in (entry.passes if isinstance(entry, RoutedCacheLayer) else [entry])
-    ]
-    return sum(entry.keys.nbytes + entry.values.nbytes for entry in entries)
+    parts = [e.passes if isinstance(e, RoutedCacheLayer) else [e] for e in cache.layers]
+    return sum(part.keys.nbytes + part.values.nbytes for entry in parts for part in entry)
 
 
 def stored(base: BaseModel) -> list[dict[str, Any]]:
@@ -303,20 +245,23 @@ def stored(base: BaseModel) -> list[dict[str, Any]]:
         ids = token_ids(base, len(plan), 20)
         caches = []
         for model, decisions in ((base.model, [1] * L), (routed.model, plan)):
-            cache, argument = empty_cache(model)
+            cache = empty_cache(model)
             with routed.fixed(decisions):
                 for part in (ids[:, :12], *ids[:, 12:].split(1, dim=1)):
-                    model(part, logits_to_keep=1, **argument)
-            caches.append(cache)
-        executions = sum(map(sum, plan))
+                    model(part, logits_to_keep=1, **cache)
+            caches += cache.values()
+        untouched, executions = num_bytes(caches[0]), sum(map(sum, plan))
+        planned = (executions, untouched * executions // (len(plan) * L))
+        rows, size = stored_rows(caches[1]), num_bytes(caches[1])
         counts.append(
             {
                 "case": case,
-                "rows": stored_rows(caches[1]),
-                "rows_of_the_plan": executions,
-                "bytes": num_bytes(caches[1]),
-                "bytes_of_the_plan": num_bytes(caches[0]) * executions // (len(plan) * L),
-                "bytes_untouched": num_bytes(caches[0]),
+                "rows": rows,
+                "rows_of_the_plan": planned[0],
+                "bytes": size,
+                "bytes_of_the_plan": planned[1],
+                "bytes_untouched": untouched,
+                "is_exact": (rows, size) == planned,
             }
         )
     return counts
@@ -338,7 +283,7 @@ class ThreePlans(Policy):
 
 
 def many_prompts(
-    base: BaseModel, repeats: Repeats, clock: Clock
+    base: BaseModel, repeats: Mapping[str, int], clock: Clock
 ) -> tuple[list[Figure], dict[str, int]]:
     """Measure (e), and count the answers on which grouped and mixed batches differ.
 
@@ -351,7 +296,7 @@ def many_prompts(
     policy = ThreePlans(L)
     routed = RoutedModel(twin(base.model), policy=policy, tokenizer=base.tokenizer)
     known = FixedPolicy([policy.plan_of(len(row)) for row in rows], L)
-    length = {"max_new_tokens": repeats.new_tokens, "min_new_tokens": repeats.new_tokens}
+    length = dict.fromkeys(("max_new_tokens", "min_new_tokens"), repeats["new_tokens"])
 
     def mixed(size: int) -> list[tuple[int, ...]]:
         answers = []
@@ -370,34 +315,29 @@ def many_prompts(
             return routed_and_grouped(size)
 
     ways = {way.__name__: way for way in (mixed, routed_and_grouped, grouped)}
+    said: dict[str, list[tuple[int, ...]]] = {}
+
+    def answer(name: str, size: int) -> None:
+        said[name] = ways[name](size)
+
     figures, differ = [], {}
     for size in (NUM_PROMPTS, NUM_PROMPTS // 4):
-        said: dict[str, list[tuple[int, ...]]] = {}
-
-        def call(name: str, size: int = size, said: dict[str, Any] = said) -> None:
-            said[name] = ways[name](size)
-
-        calls = {name: partial(call, name) for name in ways}
-        rounds = take_turns(calls, repeats.many, clock)
+        calls = {name: partial(answer, name, size) for name in ways}
+        rounds = take_turns(calls, repeats["many"], clock)
         for name in ("routed_and_grouped", "grouped"):
             label = f"{name}_batches_of_{size}"
-            figures.append(Figure.of("e", label, [r["mixed"] / r[name] for r in rounds]))
-            differ[label] = sum(
-                ours != theirs for ours, theirs in zip(said[name], said["mixed"], strict=True)
-            )
+            figures.append(Figure("e", label, ratios(rounds, "mixed", name)))
+            differ[label] = sum(a != b for a, b in zip(said[name], said["mixed"], strict=True))
     return figures, differ
 
 
-def commit() -> str | None:
-    """Return the commit of this checkout; None where there is no git or no checkout."""
+def commit() -> str:
+    """Return the commit of this checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        found = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
+    if shutil.which("git") is None:
+        return "an unknown commit"
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return found.stdout.strip() or "an unknown commit"
 
 
 def main() -> None:
@@ -411,44 +351,49 @@ def main() -> None:
         default="wall",
         help="cpu: processor time of a single thread, for a machine that is used by others too",
     )
+    parser.add_argument("--model", default=ModelConfig().model, help="alias, hub id or folder")
     options = parser.parse_args()
     repeats = QUICK if options.quick else WHOLE
     clock: Clock = time.perf_counter
     if options.clock == "cpu":  # of several threads it would add up those that wait as well
         torch.set_num_threads(1)
         clock = time.process_time
-    base = load(ModelConfig(dtype="float32", device="cpu"))
+    base = load(ModelConfig(model=options.model, dtype="float32", device="cpu"))
+    if base.num_layers <= max(NUM_SKIPPED):
+        parser.error(f"{options.model} has {base.num_layers} layers; give a model of more than 10")
     with torch.no_grad():
         figures = passes(base, repeats, clock)
         counts = stored(base)
         many, differ = many_prompts(base, repeats, clock)
     figures += many
-    print("(a) to (c): ours / theirs; (e): theirs / ours")
-    print(HEAD)
+    head = "(a) to (c): ours / theirs; (e): theirs / ours"
+    print(f"{head:<46} median  quartiles         rounds  bound")
     print(*figures, sep="\n")
     for count in counts:
-        exact = count["rows"] == count["rows_of_the_plan"]
-        exact = exact and count["bytes"] == count["bytes_of_the_plan"]
         print(
-            f"(d) {count['case']:<40} {count['rows']} K/V rows stored, {count['rows_of_the_plan']} "
-            f"in the plan; {count['bytes']:,} bytes, {count['bytes_of_the_plan']:,} of the plan "
-            f"{'exact' if exact else 'MISSED'}"
+            f"(d) {count['case']:<42} {count['rows']} K/V rows of {count['rows_of_the_plan']} "
+            f"planned, {count['bytes']:,} bytes of {count['bytes_of_the_plan']:,}  "
+            f"{'exact' if count['is_exact'] else 'MISSED'}"
         )
     print(f"(e) answers that differ: {sum(differ.values())}")
+    medians = {figure.name: figure.quartiles[1] for figure in figures}
     result = {
-        "overhead": {f.name: f.value for f in figures if f.question in "ac"},
-        "share_of_the_time": {f.name: f.value for f in figures if f.question == "b"},
-        "speedup": {f.name: f.value for f in figures if f.question == "e"},
-        "figures": [{**asdict(figure), "is_met": figure.is_met} for figure in figures],
+        "overhead": {f.name: medians[f.name] for f in figures if f.question in "ac"},
+        "share_of_the_time": {f.name: medians[f.name] for f in figures if f.question == "b"},
+        "speedup": {f.name: medians[f.name] for f in figures if f.question == "e"},
+        "bounds": {f.name: f.bound for f in figures if f.bound is not None},
+        "is_met": {f.name: f.is_met for f in figures if f.bound is not None},
+        "quartiles": {f.name: f.quartiles for f in figures},
         "stored": counts,
         "answers_that_differ": differ,
-        "repeats": asdict(repeats),
+        "repeats": repeats,
         "ours": OURS,
         "theirs": THEIRS,
+        "model": base.name,
         "clock": options.clock,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, transformers {transformers.__version__}, drllm "
-        f"{importlib.metadata.version('drllm')} at {commit() or 'an unknown commit'}",
+        f"{importlib.metadata.version('drllm')} at {commit()}",
     }
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -47,6 +47,11 @@ def logits(routed, plan=MIXED, model=None):
         return (model or routed.model)(**prompts()).logits
 
 
+def logits_of_row(routed, plan, prompt):
+    with routed.fixed(plan), torch.no_grad():
+        return routed.model(torch.tensor([prompt])).logits[0]
+
+
 def slow(listed, model, plan=MIXED):
     return [listed(model, row).logits(prompt) for row, prompt in zip(plan, PROMPTS, strict=True)]
 
@@ -132,6 +137,18 @@ def test_hooks_removed_from_under_routing_are_noticed(tiny_llama):
     accelerate.hooks.remove_hook_from_submodules(model)  # restores the forward from before ours
     with pytest.raises(RoutingError, match="layer 2 was taken off the model by other code"):
         logits(routed)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch.ao
+def test_a_model_with_quantised_weights_is_routed(tiny_llama, listed, logit_tolerance):
+    model = torch.ao.quantization.quantize_dynamic(tiny_llama(), {torch.nn.Linear})
+    one_by_one = [
+        logits_of_row(RoutedModel(copy.deepcopy(model)), plan, prompt)
+        for plan, prompt in zip(MIXED, PROMPTS, strict=True)
+    ]
+    # Row by row on both sides: what a batch is quantised to depends on all of its rows.
+    for alone, expected in zip(one_by_one, slow(listed, model), strict=True):
+        torch.testing.assert_close(expected, alone, atol=logit_tolerance, rtol=0)
 
 
 # --- gradients ---------------------------------------------------------------------------------

@@ -122,6 +122,7 @@ BATCHED: dict[str, Callable[..., list[list[int]]]] = {
 ALONE: dict[str, Callable[..., list[list[int]]]] = {
     "prompt lookup": by_prompt_lookup,
     "streaming": by_streaming,
+    "itself in chunks": with_the_prompt_in_chunks,
 }
 
 

@@ -20,11 +20,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
+from drllm.errors import RoutingError
 from drllm.models.architectures import layers_listed
 from drllm.models.cache import cache_argument, stored_rows
 from drllm.models.families import known_to_transformers, make_tiny
@@ -803,3 +805,66 @@ def test_five_hundred_random_combinations_equal_the_slow_way(
     assert_telling(tally)
     upstream = Counter(reason.split(",")[0] for reason in tally.upstream.elements())
     assert all(tally.ways[way] > upstream[way] for way in WAYS), "each way is compared"
+
+
+# --- what was found -----------------------------------------------------------------------------
+
+PLAIN = Case(
+    family="llama",
+    attention=None,
+    way="greedy",
+    prompts=((5, 6, 7),),
+    plans=((1, 0, 2, 1, 1, 1),),
+    routers=None,
+    num_new=4,
+    ending=False,
+    cache="default",
+    size=2,
+    seed=4,
+)
+FOUND = {
+    # Without padding a mask that a dynamic cache may do without was left out: keys that weren't
+    # filled yet were attended to.
+    "one prompt on a static cache": replace(PLAIN, cache="static"),
+    "beams on a static cache": replace(PLAIN, cache="static", way="beams", routers=3),
+    "a static cache and no mask": replace(PLAIN, cache="static", way="reading on"),
+    # Up to transformers 5.0 a static entry counts the keys that aren't zero; the stand-in for a
+    # layer that nobody runs held zeros.
+    "a static cache whose first layer nobody runs": replace(
+        PLAIN, cache="static", way="interleaved", plans=((0, 1, 2, 1, 1, 1),), seed=3
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOUND.values(), ids=FOUND.keys())
+def test_what_went_wrong_once_equals_the_slow_way_with(case: Case) -> None:
+    tally = Tally()
+    try_out(case, tally)
+    if tally.upstream:
+        pytest.skip(f"transformers {transformers.__version__}: {next(iter(tally.upstream))}")
+
+
+def test_a_second_answer_on_a_static_cache_is_the_first_one_again() -> None:
+    """Up to transformers 5.0 `generate` keeps a static cache for its next call."""
+    side = Side(replace(PLAIN, cache="static"))
+    first, second = generate(side), generate(side)
+    assert first[0].tokens == second[0].tokens
+
+
+def test_a_generation_config_given_by_position_is_read() -> None:
+    case = replace(PLAIN, prompts=((5, 6, 7), (8, 9, 10)), plans=PLAIN.plans * 2)
+    side = Side(case)
+    ids, mask = left_padded(case.prompts, "cpu")
+    options = {"num_beams": 3, "max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": END}
+    with side.deciding():
+        expected = side.model.generate(ids, attention_mask=mask, **options)
+        found = side.model.generate(ids, GenerationConfig(**options), attention_mask=mask)
+    assert torch.equal(expected, found)
+
+
+def test_a_prompt_in_chunks_is_refused_however_it_is_asked_for() -> None:
+    side = Side(replace(PLAIN, routers=3))
+    ids, mask = left_padded(PLAIN.prompts, "cpu")
+    config = GenerationConfig(prefill_chunk_size=2, max_new_tokens=4, pad_token_id=0)
+    with side.deciding(), pytest.raises(RoutingError, match="prefill_chunk_size=2"):
+        side.model.generate(ids, config, attention_mask=mask)
