@@ -49,6 +49,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.passes: list[CacheLayerMixin] = []
         self.rows: list[tuple[int, ...]] = []
         self.shadow: CacheLayerMixin | None = None
+        self._uncounted = 0
         self._active: CacheLayerMixin | None = None
 
     def __repr__(self) -> str:
@@ -69,9 +70,10 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self.passes:
             self.shadow = copy.deepcopy(self.pristine)
 
-    def begin_pass(self, index: int) -> None:
-        """Direct `update` and the lengths to one pass until `end_pass`."""
+    def begin_pass(self, index: int) -> tuple[int, ...]:
+        """Direct `update` and the lengths to one pass until `end_pass`, and return its rows."""
         self._active = self.passes[index]
+        return self.rows[index]
 
     def end_pass(self) -> None:
         """Let the lengths speak for the whole entry again."""
@@ -80,12 +82,19 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def lengthen_shadow(self, num_tokens: int, like: Tensor) -> None:
         """Count tokens that passed a layer which no row runs.
 
+        Behind the prompt they only add up, and are stored once somebody asks for the length. The
+        mask code asks few layers; at all others a skip then costs next to nothing.
+
         Args:
             num_tokens: T of this forward pass.
             like: Any tensor of the layer's device and dtype.
         """
         assert self.shadow is not None
-        _feed_ones(self.shadow, num_tokens, like)
+        # A number that grows is no constant of a compiled graph, so that one stores them at once.
+        if self.shadow.is_initialized and not torch.compiler.is_compiling():
+            self._uncounted += num_tokens
+        else:
+            _feed_ones(self.shadow, num_tokens, like)
 
     @property
     def num_stored_rows(self) -> int:
@@ -167,6 +176,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything, the decisions too."""
         self.decisions, self.passes, self.rows, self.shadow = None, [], [], None
+        self._uncounted = 0
 
     def activate_past_recording(self) -> None:
         """Let every sliding pass keep what `crop` may have to bring back."""
@@ -196,6 +206,9 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             entry.prefetch()
 
     def _entries(self) -> list[CacheLayerMixin]:
+        if self.shadow is not None and self._uncounted:
+            num_tokens, self._uncounted = self._uncounted, 0
+            _feed_ones(self.shadow, num_tokens, self.shadow.keys)
         return [*self.passes, *([self.shadow] if self.shadow is not None else [])]
 
     def _speaker(self) -> CacheLayerMixin:

@@ -88,7 +88,9 @@ class Current(Generic[Value]):
 
     def get(self) -> Value | None:
         """Return the value, or None between `end` and `begin`."""
-        if torch.compiler.is_compiling() and (self._traced is not None or not self._is_untraced):
+        if not self._is_untraced:
+            return self._traced
+        if self._traced is not None and torch.compiler.is_compiling():
             return self._traced
         value: Value | None = _values.get().get(id(self), self._traced)
         return value

@@ -118,12 +118,12 @@ class LayerHandle:
     @property
     def is_in_place(self) -> bool:
         """Whether the layer still calls us, perhaps through wrappers that say what they wrap."""
-        return self in _overriding(self.layer)
+        return self.is_on_top or self in _overriding(self.layer)
 
     @property
     def is_on_top(self) -> bool:
         """Whether nobody has put anything over our override."""
-        return getattr(self.layer.forward, "__self__", None) is self
+        return getattr(self.layer.__dict__.get("forward"), "__self__", None) is self
 
 
 class RoutedRecomputation:

@@ -111,7 +111,7 @@ class LayerCall:
         if isinstance(output, tuple):
             self.extras = output[1:]
             output = output[0]
-        result: Tensor = output.to(hidden.dtype)
+        result: Tensor = output if output.dtype == hidden.dtype else output.to(hidden.dtype)
         return result
 
     def _sliced(self, name: str, value: Any, rows: tuple[int, ...]) -> Any:

@@ -55,8 +55,7 @@ class Spans:
         behind, ahead = starts[:, :-1, None], starts[:, 1:, None]
         inside = (rank[:, None, :] >= behind) & (rank[:, None, :] < ahead)
         inside = inside & readable[:, None, :]  # [B, W, T]
-        self.size = inside.sum(dim=2).clamp(min=1)[..., None]  # [B, W, 1]
-        self.inside = inside.float()
+        self.shares = inside / inside.sum(dim=2, keepdim=True).clamp(min=1)  # [B, W, T]
         self.readable = readable
         self.is_all_readable = bool(readable.all())
         self.are_all_filled = bool((self.filled == num_windows).all())
@@ -71,8 +70,7 @@ class Spans:
         if not self.is_all_readable:
             # where(), not a product: 0 · NaN would leak what padding holds.
             clean = torch.where(self.readable[..., None], clean, 0.0)
-        means = torch.bmm(self.inside, clean) / self.size  # [B, W, D]
-        return Windows(means, self.filled, self.are_all_filled)
+        return Windows(torch.bmm(self.shares, clean), self.filled, self.are_all_filled)
 
 
 def pool(hidden: Tensor, readable: Tensor, num_windows: int) -> Windows:

@@ -131,7 +131,7 @@ class RouterStack(nn.Module):
         inner = linear(means, self.hidden_weight[layer], self.hidden_bias[layer])  # [B, W, H]
         inner = nn.functional.gelu(inner, approximate="tanh")
         if windows.are_all_filled:  # spares four small steps a layer
-            inner = inner.sum(dim=-2) / filled[..., None]  # [B, H]
+            inner = inner.mean(dim=-2)  # [B, H]
         else:
             inner = _mean_over_filled(inner, filled)
         return linear(inner, self.decision_weight[layer], self.decision_bias[layer])

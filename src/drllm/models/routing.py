@@ -270,9 +270,10 @@ def execute(
         left = bypass(call, hidden.index_select(0, index))
         hidden = hidden.index_copy(0, index, left.to(hidden.dtype))
     for count in range(max(decisions)):
-        rows = tuple([row for row, value in enumerate(decisions) if value > count])
-        if entry is not None:
-            entry.begin_pass(count)
+        if entry is None:
+            rows = tuple([row for row, value in enumerate(decisions) if value > count])
+        else:
+            rows = entry.begin_pass(count)
         try:
             if len(rows) == len(decisions):
                 hidden = call.run(hidden)
