@@ -39,9 +39,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from drllm.config import ModelConfig
+from drllm.models.base.loading import BaseModel, load
 from drllm.models.cache import RoutedCacheLayer, cache_argument, stored_rows
 from drllm.models.grouping import generate_many
-from drllm.models.loading import BaseModel, load
 from drllm.models.policies import FixedPolicy, FullPolicy, Policy, PromptView, RouterPolicy
 from drllm.models.prompts import encode, left_padded
 from drllm.models.routed import RoutedModel

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from drllm.config import ModelConfig, SearchConfig
-from drllm.models.loading import load
+from drllm.models.base.loading import load
 from drllm.models.prompts import encode, render
 from drllm.models.routed import RoutedModel
 from drllm.paths import to_path

@@ -15,7 +15,7 @@ import argparse
 import torch
 
 from drllm.config import ModelConfig
-from drllm.models.loading import load
+from drllm.models.base.loading import load
 from drllm.models.policies import FullPolicy, Policy, PromptView
 from drllm.models.routed import RoutedModel
 from drllm.paths import num_executions

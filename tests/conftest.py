@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from drllm.models.loading import BaseModel
+    from drllm.models.base.loading import BaseModel
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -77,8 +77,8 @@ def data_dir() -> Path:
 def smollm2() -> BaseModel:
     """SmolLM2-135M-Instruct on the CPU in float32, from the user's cache or the wheel."""
     from drllm.config import ModelConfig
-    from drllm.models import loading
-    from drllm.models import smollm2 as source
+    from drllm.models.base import loading
+    from drllm.models.base import smollm2 as source
 
     if source.converted() is None:
         try:
@@ -125,7 +125,7 @@ def tiny_llama() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., Any]:
     """`make_tiny(family, seed, attention, **overrides)`: any family, 6 layers, random weights."""
-    from drllm.models.families import known_to_transformers, make_tiny
+    from drllm.models.architectures.families import known_to_transformers, make_tiny
 
     def make(family: str, *args: Any, **options: Any) -> Any:
         if not known_to_transformers(family):
@@ -159,3 +159,20 @@ def tiny_tokenizer() -> Any:
         model_input_names=["input_ids", "attention_mask"],
         chat_template=CHAT_TEMPLATE,
     )
+
+
+@pytest.fixture(scope="session")
+def model_folder(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], tiny_tokenizer: Any
+) -> Callable[..., Path]:
+    """A function that returns the folder of a tiny model; arguments as for `tiny_llama`."""
+    root = tmp_path_factory.mktemp("models")
+
+    def make(num_layers: int = 4, seed: int = 0) -> Path:
+        folder = root / f"layers{num_layers}-seed{seed}"
+        if not folder.exists():
+            tiny_llama(num_layers=num_layers, seed=seed).save_pretrained(folder)
+            tiny_tokenizer.save_pretrained(folder)
+        return folder
+
+    return make

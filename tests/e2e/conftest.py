@@ -34,23 +34,6 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def model_folder(
-    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Any], tiny_tokenizer: Any
-) -> Callable[..., Path]:
-    """A function that returns the folder of a tiny model; arguments as for `tiny_llama`."""
-    root = tmp_path_factory.mktemp("models")
-
-    def make(num_layers: int = 4, seed: int = 0) -> Path:
-        folder = root / f"layers{num_layers}-seed{seed}"
-        if not folder.exists():
-            tiny_llama(num_layers=num_layers, seed=seed).save_pretrained(folder)
-            tiny_tokenizer.save_pretrained(folder)
-        return folder
-
-    return make
-
-
-@pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path]) -> Path:
     """A small recipe for the tiny model."""
     path = tmp_path_factory.mktemp("recipe") / "small.yaml"

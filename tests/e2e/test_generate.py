@@ -32,7 +32,7 @@ def routers(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[...
     import torch
 
     from drllm.config import ModelConfig
-    from drllm.models.loading import load
+    from drllm.models.base.loading import load
     from drllm.models.routed import RoutedModel
     from drllm.models.routers import RouterConfig, RouterStack
 

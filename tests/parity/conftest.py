@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from drllm.models.architectures.families import IN_SUITE
 from drllm.models.routed import RoutedModel
 from drllm.paths import to_path
 
@@ -21,18 +22,6 @@ LOGIT_TOLERANCE = 2e-5
 """Greatest difference of fp32 logits (standard deviation about 1.4) that batched arithmetic made
 on these models: 6e-6 was measured, rounded up for other processors."""
 
-FAMILIES = (
-    "llama",
-    "qwen2",
-    "qwen3",
-    "olmoe",
-    "mistral",
-    "gemma3_text",
-    "phi3",
-    "smollm3",
-    "gpt_neox",
-    "gpt2",
-)
 TELLING = ("llama", "gemma3_text", "gpt2")
 """Families that differ in what can go wrong: the usual; sliding and full layers mixed, with a
 rotation for each kind; arguments by position and learned positions."""
@@ -67,7 +56,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 pytest.param(
                     name, marks=[pytest.mark.thorough] if only and name not in TELLING else []
                 )
-                for name in FAMILIES
+                for name in IN_SUITE
             ],
         )
     if "plan" in metafunc.fixturenames and "family" in metafunc.fixturenames:

@@ -27,9 +27,9 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from drllm.errors import RoutingError
-from drllm.models.architectures import layers_listed
+from drllm.models.architectures.check import layers_listed
+from drllm.models.architectures.families import IN_SUITE, known_to_transformers, make_tiny
 from drllm.models.cache import cache_argument, stored_rows
-from drllm.models.families import known_to_transformers, make_tiny
 from drllm.models.layers import find_layers
 from drllm.models.policies import RouterPolicy
 from drllm.models.pooling import pool
@@ -42,17 +42,8 @@ pytestmark = pytest.mark.filterwarnings(  # of a model that asks itself by an ol
 )
 
 FAMILIES = (
-    # The ten of the parity suite, and some that differ from them in what can go wrong.
-    "llama",
-    "qwen2",
-    "qwen3",
-    "olmoe",
-    "mistral",
-    "gemma3_text",
-    "phi3",
-    "smollm3",
-    "gpt_neox",
-    "gpt2",
+    # Beside those of the suite, some that differ from them in what can go wrong.
+    *IN_SUITE,
     "cohere2",
     "deepseek_v3",
     "falcon",

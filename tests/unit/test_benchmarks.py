@@ -30,13 +30,8 @@ def generate() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def tiny_folder(
-    tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_llama(num_layers=NUM_LAYERS).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+def tiny_folder(model_folder: Callable[..., Path]) -> Path:
+    return model_folder(num_layers=NUM_LAYERS)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,21 +13,15 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 
 
-@pytest.fixture(scope="module")
-def model_folder(tiny_llama, tiny_tokenizer, tmp_path_factory: Any) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_llama().save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def run(
-    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., str]:
     def run(script: Path, *arguments: str) -> str:
         """Run a script as from the command line, and return what it printed."""
-        monkeypatch.setattr(sys, "argv", [str(script), "--model", str(model_folder), *arguments])
+        monkeypatch.setattr(sys, "argv", [str(script), "--model", str(model_folder()), *arguments])
         runpy.run_path(str(script), run_name="__main__")
         return capsys.readouterr().out
 

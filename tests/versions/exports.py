@@ -20,9 +20,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from drllm.models.export import export_path
-from drllm.models.families import VOCAB_SIZE, make_tiny
-from drllm.models.loading import BaseModel
+from drllm.models.architectures.families import VOCAB_SIZE, make_tiny
+from drllm.models.base.loading import BaseModel
+from drllm.models.export.model import export_path
 
 PATH = (0, 1, 2, 3, 1, 2, 3, 5)
 PROMPT = list(range(5, 25))

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from drllm.config import ModelConfig
-from drllm.models import loading
+from drllm.models.base import loading
 from drllm.models.prompts import encode
 from drllm.models.routed import RoutedModel
 

@@ -18,11 +18,11 @@ from drllm.cli.stages import loaded
 from drllm.cli.terminal import Terminal
 from drllm.config import ModelConfig
 from drllm.errors import PathError, RecordError, unknown_name
-from drllm.models.export_files import check_output
+from drllm.models.export.files import check_output
 from drllm.paths import Decision, check_decisions, to_path
 
 if TYPE_CHECKING:
-    from drllm.models.export import Export
+    from drllm.models.export.model import Export
 
 KINDS = ("decisions", "path")
 FORMS = '{"decisions": [1, 0, 2, …]}, {"path": [0, 2, 2, …]}, or layer indices on one line'
@@ -49,7 +49,7 @@ class Plan:
         Raises:
             PathError: Values that this model can't run, or that could be decisions and a path.
         """
-        from drllm.models.export import check_path
+        from drllm.models.export.model import check_path
 
         kind = self.kind or self._meant(num_layers)
         try:
@@ -80,7 +80,7 @@ def export(request: Request, terminal: Terminal) -> None:
     checks.check_folder(output, "--output")
     check_output(output)
     with loaded(request.of(ModelConfig), terminal) as base:
-        from drllm.models.export import export_path
+        from drllm.models.export.model import export_path
 
         path = plan.path(base.num_layers)
         with terminal.busy("writing and checking"):

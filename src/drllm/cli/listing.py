@@ -17,7 +17,7 @@ from drllm.errors import ConfigError, unknown_name
 from drllm.tasks.base import describe_tasks
 
 if TYPE_CHECKING:
-    from drllm.models.architectures import Finding
+    from drllm.models.architectures.check import Finding
 
 
 def list_what(what: str, terminal: Terminal, model: str | None = None) -> None:
@@ -54,7 +54,7 @@ def _list_tasks(terminal: Terminal) -> None:
 
 
 def _list_models(terminal: Terminal) -> None:
-    from drllm.models.loading import list_models
+    from drllm.models.base.loading import list_models
 
     for alias, description in list_models():
         terminal.say(f"{alias}  {description}")
@@ -62,8 +62,8 @@ def _list_models(terminal: Terminal) -> None:
 
 
 def _list_architectures(terminal: Terminal) -> None:
-    from drllm.models.architectures import check
-    from drllm.models.families import FAMILIES
+    from drllm.models.architectures.check import check
+    from drllm.models.architectures.families import FAMILIES
 
     findings = []
     with terminal.progress("check", "families") as progress:
@@ -75,8 +75,8 @@ def _list_architectures(terminal: Terminal) -> None:
 
 
 def _check_architecture(terminal: Terminal, model: str) -> None:
-    from drllm.models.architectures import check_model
-    from drllm.models.loading import load
+    from drllm.models.architectures.check import check_model
+    from drllm.models.base.loading import load
 
     with terminal.busy(f"loading {model}"):
         base = load(ModelConfig(model=model, dtype="float32"))

@@ -39,7 +39,7 @@ from drllm.supervision import write as write_supervision
 from drllm.tasks.base import Task
 
 if TYPE_CHECKING:
-    from drllm.models.loading import BaseModel
+    from drllm.models.base.loading import BaseModel
 
 SECTIONS: dict[str, type[Settings]] = {
     "model": ModelConfig,

@@ -37,7 +37,7 @@ from drllm.supervision import write as write_supervision
 from drllm.tasks.base import OPTIONS_REWARD, Task
 
 if TYPE_CHECKING:
-    from drllm.models.loading import BaseModel
+    from drllm.models.base.loading import BaseModel
     from drllm.models.routed import RoutedModel
     from drllm.models.routers import RouterStack
 
@@ -190,7 +190,7 @@ def find_routers(place: Path) -> Path:
     Raises:
         CheckpointError: Routers that the hub doesn't have or doesn't give.
     """
-    from drllm.models.routers_hub import find
+    from drllm.models.checkpoints.hub import find
 
     return find(place)
 
@@ -210,8 +210,8 @@ def read_routers(folder: Path) -> RouterStack:
 def loaded(config: ModelConfig, terminal: Terminal) -> Iterator[BaseModel]:
     """Load the base model, and keep transformers quiet until the block ends."""
     with terminal.busy(f"loading {config.model}"):
-        from drllm.models.hub import quiet
-        from drllm.models.loading import load
+        from drllm.models.base.hub import quiet
+        from drllm.models.base.loading import load
 
         base = load(config)
     with quiet():

@@ -18,7 +18,7 @@ from drllm.errors import TaskError
 from drllm.evaluation.findings import findings
 from drllm.evaluation.statistics import holm, mcnemar_exact, mean_interval, wilson_interval
 from drllm.evaluation.systems import DESCRIPTIONS, UNREACHED, OnProgress, System, run_systems
-from drllm.models.loading import BaseModel
+from drllm.models.base.loading import BaseModel
 from drllm.models.routed import RoutedModel
 from drllm.models.routers import RouterStack
 from drllm.records import new_manifest, sha256, write_atomically, write_records

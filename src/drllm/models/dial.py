@@ -22,7 +22,7 @@ from drllm.config import DepthConfig
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError, RecordError
 from drllm.models.policies import FullPolicy, Policy, RouterPolicy
-from drllm.models.prompts import encode, left_padded, render
+from drllm.models.prompts import context_length, encode, left_padded, render
 from drllm.models.routed import RoutedModel
 from drllm.records import read_lines
 
@@ -79,8 +79,7 @@ def routes_of(
     Raises:
         ConfigError: No prompts, one without tokens, or one longer than the model's context.
     """
-    context = getattr(routed.model.config.get_text_config(), "max_position_embeddings", None)
-    _check_prompts(prompts, context)
+    _check_prompts(prompts, context_length(routed.model))
     routes = torch.empty(len(prompts), routed.num_layers, dtype=torch.long)
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     before = routed.driver.last_route

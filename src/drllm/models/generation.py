@@ -8,6 +8,7 @@ Axes: B prompts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -48,7 +49,7 @@ class GenerateHandle:
                 decide on the first chunk alone; `guidance_scale` without a cache, whose second
                 prompt would be given the decisions of the first.
         """
-        option = _Options(self.model, args, kwargs)
+        option = Options(self.model, kwargs, args)
         policy = self.driver.current_policy
         chunk = option("prefill_chunk_size")
         if chunk is not None and reads_prompt(policy):
@@ -73,17 +74,24 @@ class GenerateHandle:
             return type(self.model).generate(self.model, *args, **kwargs)
 
 
-class _Options:
-    """The options of one call: what was given by name, else the generation configs'."""
+class Options:
+    """The options of one call of `generate`: those given by name, else the generation configs'.
 
-    def __init__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.kwargs = kwargs
-        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-        alone = kwargs.get("use_model_defaults") is False
-        self.configs = (given,) if alone else (given, model.generation_config)
+    Args:
+        model: The model whose own generation config counts last.
+        given: The call's arguments by name.
+        args: The call's arguments by position.
+    """
+
+    def __init__(self, model: Any, given: Mapping[str, Any], args: Sequence[Any] = ()) -> None:
+        self.given = given
+        config = given.get("generation_config", args[1] if len(args) > 1 else None)
+        alone = given.get("use_model_defaults") is False
+        self.configs = (config,) if alone else (config, model.generation_config)
 
     def __call__(self, name: str) -> Any:
-        for value in (self.kwargs.get(name), *(getattr(c, name, None) for c in self.configs)):
+        """Return an option's value, or None."""
+        for value in (self.given.get(name), *(getattr(c, name, None) for c in self.configs)):
             if value is not None:
                 return value
         return None

@@ -14,23 +14,19 @@ Axes: N prompts, B rows of a batch, T tokens, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from drllm.errors import ConfigError
 from drllm.models.dial import routes_of
+from drllm.models.generation import Options
 from drllm.models.policies import FixedPolicy, FullPolicy, Policy, PromptView
-from drllm.models.prompts import encode, left_padded, render
+from drllm.models.prompts import Prompt, context_length, encode, left_padded, render
 from drllm.models.routed import RoutedModel
 from drllm.paths import Decisions
-
-Messages: TypeAlias = Sequence[Mapping[str, Any]]
-Prompt: TypeAlias = str | Messages
-"""A text, or a conversation so far: messages with `role` and `content`."""
 
 BATCH_SIZE = 16
 
@@ -119,8 +115,8 @@ def generate_many(
         >>> generate_many(routed, ["Name a metal.", "What is ice?"])  # doctest: +SKIP
         [Answer(prompt='Name a metal.', ...), Answer(prompt='What is ice?', ...)]
     """
-    option = _Options(routed.model, options)
-    ends = option.ends()
+    option = Options(routed.model, options)
+    ends = _ends(option)
     _check(prompts, batch_size, option, ends)
     rows = [
         prompt_tokens(routed, prompt, chat=chat, max_new_tokens=max_new_tokens)
@@ -185,8 +181,8 @@ def prompt_tokens(
     """
     if routed.tokenizer is None:
         raise ConfigError("prompts are texts; give RoutedModel its tokenizer")
-    tokens = encode(routed.tokenizer, _rendered(routed.tokenizer, prompt, chat))
-    context = getattr(routed.model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = encode(routed.tokenizer, render(routed.tokenizer, prompt, chat=chat))
+    context = context_length(routed.model)
     if not tokens:
         raise ConfigError(f"the prompt {prompt!r} has no tokens; give a text")
     if context is not None and len(tokens) + max_new_tokens > context:
@@ -197,44 +193,14 @@ def prompt_tokens(
     return tokens
 
 
-def _rendered(tokenizer: Any, prompt: Prompt, chat: bool) -> str:
-    try:
-        if isinstance(prompt, str):
-            return render(tokenizer, prompt, chat=chat)
-        if not chat or not getattr(tokenizer, "chat_template", None):
-            why = "the tokenizer has none" if chat else "chat is turned off"
-            raise ConfigError(
-                f"a conversation needs a chat template, and {why}; give a text instead"
-            )
-        rendered: str = tokenizer.apply_chat_template(
-            list(prompt), tokenize=False, add_generation_prompt=True
-        )
-    except TemplateError as error:
-        raise ConfigError(
-            f"the model's chat template refuses the prompt: {error}; see its model card"
-        ) from error
-    return rendered
-
-
-class _Options:
-    """The options of `generate`: what was given by name, else the model's own."""
-
-    def __init__(self, model: Any, given: Mapping[str, Any]) -> None:
-        self.given = given
-        self.config = model.generation_config
-
-    def __call__(self, name: str) -> Any:
-        value = self.given.get(name)
-        return getattr(self.config, name, None) if value is None else value
-
-    def ends(self) -> list[int]:
-        """Return the tokens that end an answer."""
-        ends = self("eos_token_id")
-        return [] if ends is None else [int(end) for end in torch.as_tensor(ends).reshape(-1)]
+def _ends(option: Options) -> list[int]:
+    """Return the tokens that end an answer."""
+    ends = option("eos_token_id")
+    return [] if ends is None else [int(end) for end in torch.as_tensor(ends).reshape(-1)]
 
 
 def _check(
-    prompts: Sequence[Prompt], batch_size: int, option: _Options, ends: Sequence[int]
+    prompts: Sequence[Prompt], batch_size: int, option: Options, ends: Sequence[int]
 ) -> None:
     if isinstance(prompts, str):
         raise ConfigError(f"prompts is the text {prompts!r}; give a list of prompts")

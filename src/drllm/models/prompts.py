@@ -6,28 +6,56 @@ encode through here, so that routers are trained on exactly what they will read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
+from drllm.errors import ConfigError
 
-def render(tokenizer: Any, text: str, *, chat: bool) -> str:
+Messages: TypeAlias = Sequence[Mapping[str, Any]]
+Prompt: TypeAlias = str | Messages
+"""A text, or a conversation so far: messages with `role` and `content`."""
+
+
+def render(tokenizer: Any, prompt: Prompt, *, chat: bool) -> str:
     """Return the text that the model reads.
 
     Args:
         tokenizer: The base model's tokenizer.
-        text: A prompt.
-        chat: Put the text into the user's turn of the tokenizer's chat template, where it has
-            one; a base model without a template reads the text as it is.
+        prompt: A text, or a conversation.
+        chat: Put a text into the user's turn of the tokenizer's chat template, where it has one;
+            a base model without a template reads the text as it is.
+
+    Raises:
+        ConfigError: A conversation without a template to put it into, or a prompt that the
+            template refuses.
     """
-    if not chat or not getattr(tokenizer, "chat_template", None):
-        return text
-    rendered: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-    )
+    template = chat and getattr(tokenizer, "chat_template", None)
+    if isinstance(prompt, str):
+        if not template:
+            return prompt
+        prompt = [{"role": "user", "content": prompt}]
+    elif not template:
+        why = "the tokenizer has none" if chat else "chat is turned off"
+        raise ConfigError(f"a conversation needs a chat template, and {why}; give a text instead")
+    try:
+        rendered: str = tokenizer.apply_chat_template(
+            list(prompt), tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        raise ConfigError(
+            f"the model's chat template refuses the prompt: {error}; see its model card"
+        ) from error
     return rendered
+
+
+def context_length(model: Any) -> int | None:
+    """Return how many tokens a model can read, or None where its config names no limit."""
+    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

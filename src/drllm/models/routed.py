@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from drllm.errors import RoutingError
-from drllm.models import pretrained
 from drllm.models.bypass import Bypass, identity
+from drllm.models.checkpoints import pretrained
 from drllm.models.generation import GenerateHandle
 from drllm.models.injection import Injection
 from drllm.models.layers import base_of

@@ -1,7 +1,7 @@
 """The routers: what they compute, and what is saved of them.
 
 Owns `RouterStack` (one router per layer, computed in one batch) and what their config and weights
-must be like. Leaves to `pooling` what they read of a prompt, to `routers_folder` the files, to
+must be like. Leaves to `pooling` what they read of a prompt, to `checkpoints` the files, to
 `policies` what is done with the logits, to `training` how they come about, and to `pretrained`
 whether they fit a base model.
 
@@ -22,9 +22,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from drllm.errors import CheckpointError, ConfigError, unknown_name
-from drllm.models import routers_folder
+from drllm.models.checkpoints import folder as router_files
+from drllm.models.checkpoints.folder import CARD_FILE, CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE
 from drllm.models.pooling import Windows
-from drllm.models.routers_folder import CARD_FILE, CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE
 
 NUM_DECISIONS = 3
 ROUTER_WIDTH = 128
@@ -166,7 +166,7 @@ class RouterStack(nn.Module):
         files = {WEIGHTS_FILE: to_safetensors(tensors, notes), CONFIG_FILE: text.encode()}
         if card is not None:
             files[CARD_FILE] = card.encode()
-        routers_folder.replace(Path(folder), files)
+        router_files.replace(Path(folder), files)
 
     @classmethod
     def load(cls, folder: Path | str) -> RouterStack:
@@ -179,7 +179,7 @@ class RouterStack(nn.Module):
         """
         folder = Path(folder)
         config = read_config(folder)
-        tensors, notes = routers_folder.read_weights(folder)
+        tensors, notes = router_files.read_weights(folder)
         path = folder / WEIGHTS_FILE
         misfit = _misfit(tensors, config)
         if misfit is not None:
@@ -202,7 +202,7 @@ def read_config(folder: Path | str) -> RouterConfig:
     Raises:
         CheckpointError: Missing, broken, incomplete, of a future format, or with unknown keys.
     """
-    values = routers_folder.read_values(Path(folder))
+    values = router_files.read_values(Path(folder))
     path = Path(folder) / CONFIG_FILE
     fields = [declared.name for declared in dataclasses.fields(RouterConfig)]
     for name in values:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from drllm.errors import ModelError, RecordError
 from drllm.models.policies import LabelsPolicy
-from drllm.models.prompts import encode, left_padded
+from drllm.models.prompts import context_length, encode, left_padded
 from drllm.models.routed import RoutedModel
 from drllm.records import SupervisionRecord
 
@@ -88,7 +88,7 @@ def collect(
     if not records:
         raise RecordError("there are no targets to train on; search more questions")
     prompts = [encode(tokenizer, record.prompt) for record in records]
-    context = getattr(routed.model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(routed.model)
     for record, tokens in zip(records, prompts, strict=True):
         _check(record, len(tokens), routed.num_layers, context)
     labels = torch.tensor([record.optimal_layer_config for record in records])  # [N, L]

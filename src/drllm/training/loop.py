@@ -26,7 +26,7 @@ from torch import Tensor
 
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
-from drllm.models.card import model_card
+from drllm.models.checkpoints.card import model_card
 from drllm.models.routers import NUM_DECISIONS, RouterConfig, RouterStack
 from drllm.records import question_key, write_atomically
 from drllm.training import checkpoint

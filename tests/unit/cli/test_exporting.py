@@ -20,13 +20,8 @@ NUM_NEW = 12
 
 
 @pytest.fixture(scope="module")
-def tiny_folder(
-    tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_llama(num_layers=5).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+def tiny_folder(model_folder: Callable[..., Path]) -> Path:
+    return model_folder(num_layers=5)
 
 
 def written(folder: Path, text: str) -> Path:

@@ -6,8 +6,8 @@ from drllm.cli import main
 from drllm.cli.listing import list_what
 from drllm.cli.terminal import Terminal
 from drllm.errors import ConfigError
-from drllm.models import families
-from drllm.models.families import FAMILIES
+from drllm.models.architectures import families
+from drllm.models.architectures.families import FAMILIES
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from drllm.evaluation import multiple_choice, systems
 from drllm.evaluation.multiple_choice import DESCRIPTIONS, run_evaluation
 from drllm.evaluation.opponents import permuted, share_unchanged
 from drllm.evaluation.statistics import holm
-from drllm.models.identity import fingerprint
-from drllm.models.loading import BaseModel
+from drllm.models.base.identity import fingerprint
+from drllm.models.base.loading import BaseModel
 from drllm.models.policies import RouterPolicy
 from drllm.models.prompts import encode
 from drllm.models.routed import RoutedModel

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2MoeConfig
 
 from drllm.errors import ArchitectureError
-from drllm.models.export_config import check_layers, config_along
+from drllm.models.export.config import check_layers, config_along
 from drllm.models.layers import find_layers
 
 

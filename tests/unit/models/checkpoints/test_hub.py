@@ -18,7 +18,7 @@ import pytest
 from huggingface_hub import constants
 
 from drllm.errors import CheckpointError
-from drllm.models import routers_hub
+from drllm.models.checkpoints import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REFUSED = {
@@ -150,7 +150,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import drllm
 from drllm.errors import DrllmError
 from drllm.models.routers import RouterConfig, RouterStack
-from drllm.models.routers_hub import find
+from drllm.models.checkpoints.hub import find
 
 torch.manual_seed(0)
 model = LlamaForCausalLM(LlamaConfig(
@@ -321,7 +321,7 @@ def test_each_refusal_of_a_push_is_one_line(said: dict[str, Any], name: str, exp
 def test_a_push_offline_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
     assert constants.HF_HUB_OFFLINE
     with pytest.raises(CheckpointError, match="to someone/routers: HF_HUB_OFFLINE is set; unset"):
-        routers_hub.push(tmp_path, "someone/routers", token="hf_secret")
+        hub.push(tmp_path, "someone/routers", token="hf_secret")
 
 
 # --- fetching ----------------------------------------------------------------------------------
@@ -359,15 +359,15 @@ def test_each_refusal_of_a_fetch_is_one_line(
 
 def test_routers_that_arent_cached_are_refused_offline() -> None:
     with pytest.raises(CheckpointError, match="aren't in the local cache, and HF_HUB_OFFLINE is"):
-        routers_hub.find("someone/absent")
+        hub.find("someone/absent")
 
 
 @pytest.mark.parametrize("place", ["x--y/z", "-a/b"])
 def test_a_name_that_cant_be_a_hub_id_is_refused(place: str) -> None:
     with pytest.raises(CheckpointError, match=f"no folder '{place}', and it can't be a hub id"):
-        routers_hub.find(place)
+        hub.find(place)
 
 
 @pytest.mark.parametrize("place", ["routers", "./a/b", "../routers", "a/b/c", "/no/such", "a/b/"])
 def test_a_place_that_is_no_hub_id_is_left_to_the_reader_of_folders(place: str) -> None:
-    assert routers_hub.find(place) == Path(place)
+    assert hub.find(place) == Path(place)

@@ -16,8 +16,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from drllm.errors import CheckpointError, ConfigError, RoutingError
-from drllm.models import pretrained
-from drllm.models.identity import describe
+from drllm.models.base.identity import describe
+from drllm.models.checkpoints import pretrained
 from drllm.models.routed import RoutedModel
 from drllm.models.routers import RouterConfig, RouterStack, read_config
 
@@ -26,13 +26,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module")
-def base_folder(
-    tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    tiny_llama(num_layers=3).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+def base_folder(model_folder: Callable[..., Path]) -> Path:
+    return model_folder(num_layers=3)
 
 
 @pytest.fixture

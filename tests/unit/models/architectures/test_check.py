@@ -9,27 +9,15 @@ import torch
 from transformers import LlamaForCausalLM
 
 from drllm.errors import ArchitectureError
-from drllm.models import architectures
-from drllm.models.architectures import Finding, check, check_model, layers_listed, mixed_plans
-from drllm.models.families import FAMILIES, NUM_LAYERS
+from drllm.models.architectures import check as checking
+from drllm.models.architectures.check import Finding, check, check_model, layers_listed, mixed_plans
+from drllm.models.architectures.families import FAMILIES, IN_SUITE, NUM_LAYERS
 from drllm.models.layer_call import LayerCall
 
-REPOSITORY = Path(__file__).resolve().parents[3]
+REPOSITORY = Path(__file__).resolve().parents[4]
 PAGE = (REPOSITORY / "docs" / "architectures.md").read_text(encoding="utf-8")
 DOCUMENTED = dict(re.findall(r"^ (\w+) +\w+ +(exact|refused|broken|absent|differs) ", PAGE, re.M))
 DOCUMENTED_VERSION = re.search(r"with transformers ([\d.]+)", PAGE)[1]
-SUITE = (
-    "llama",
-    "qwen2",
-    "qwen3",
-    "olmoe",
-    "mistral",
-    "gemma3_text",
-    "phi3",
-    "smollm3",
-    "gpt_neox",
-    "gpt2",
-)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +34,7 @@ def test_no_family_is_routed_wrongly(findings):
 
 
 def test_the_families_of_the_suite_are_exact(findings):
-    assert dict.fromkeys(SUITE, "exact") == {name: findings[name].status for name in SUITE}
+    assert dict.fromkeys(IN_SUITE, "exact") == {name: findings[name].status for name in IN_SUITE}
 
 
 def test_what_the_page_says_is_so(findings):
@@ -72,7 +60,7 @@ def test_only_what_was_compared_has_a_difference(findings):
 
 
 def test_a_family_that_transformers_lacks_is_absent(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(architectures, "known_to_transformers", lambda family: False)
+    monkeypatch.setattr(checking, "known_to_transformers", lambda family: False)
     found = check("llama")
     assert (found.status, found.class_name) == ("absent", "")
     assert version("transformers") in found.reason

@@ -3,21 +3,21 @@
 Owns rewriting a config along a path, and comparing the layers that a class builds from it with
 those they stand for. What a config means is found out in this way, not looked up by the model's
 name: some say the kind of every layer in a list, others derive it from the layer's place. Leaves
-weights and files to `export`.
+weights and files to `model`.
 
 Axes: L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from drllm.errors import ArchitectureError
-from drllm.models.export_files import add_older_words
+from drllm.models.export.files import add_older_words
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
 PASSING = ("training", "gradient_checkpointing")
@@ -50,21 +50,39 @@ def config_along(config: Any, path: Sequence[int]) -> Any:
         (3, ['full_attention', 'sliding_attention', 'sliding_attention'])
     """
     text = config.get_text_config()
-    L = text.num_hidden_layers
     values = config.to_dict()
     fields = values
     if text is not config:
         fields = values[next(name for name, part in vars(config).items() if part is text)]
-    for name, value in fields.items():
-        if not isinstance(value, (list, tuple)) or name.endswith(TOKENS):
-            continue
-        if "layer" in name and list(value) == [layer for layer in range(L) if layer in value]:
-            fields[name] = [place for place, layer in enumerate(path) if layer in value]
-        elif len(value) == L:
-            fields[name] = [value[layer] for layer in path]
+    fields.update(lists_along(fields, path, text.num_hidden_layers))
     fields[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(path)
     add_older_words(values)  # as it will be read: 5.0 forgets some of its own on the way
     return type(config).from_dict(values)
+
+
+def lists_along(fields: Mapping[str, Any], path: Sequence[int], num_layers: int) -> dict[str, Any]:
+    """Return the lists of a config that say something layer by layer, in path order.
+
+    Args:
+        fields: The config's values by name.
+        path: Layer indices in the order executed.
+        num_layers: L.
+
+    Source: ours.
+
+    Example:
+        >>> lists_along({"dense_layers": [0, 2], "windows": [4, 8, 8], "width": 64}, [2, 1, 2], 3)
+        {'dense_layers': [0, 2], 'windows': [8, 8, 8]}
+    """
+    lists = {}
+    for name, value in fields.items():
+        if not isinstance(value, (list, tuple)) or name.endswith(TOKENS):
+            continue
+        if "layer" in name and list(value) == [at for at in range(num_layers) if at in value]:
+            lists[name] = [place for place, layer in enumerate(path) if layer in value]
+        elif len(value) == num_layers:
+            lists[name] = [value[layer] for layer in path]
+    return lists
 
 
 def check_layers(ours: nn.ModuleList, theirs: nn.ModuleList, path: Sequence[int]) -> None:

@@ -23,8 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from drllm.config import DTYPES, ModelConfig
 from drllm.errors import ConfigError, ModelError, unknown_name
-from drllm.models import hub, smollm2
-from drllm.models.identity import describe
+from drllm.models.base import hub, smollm2
+from drllm.models.base.identity import describe
 
 ALIASES: dict[str, Callable[[], Path]] = {smollm2.ALIAS: smollm2.folder}
 """Alias → function that returns the model's folder, making it first where need be."""

@@ -16,20 +16,15 @@ from transformers.utils import logging as transformers_logging
 
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, ModelError
-from drllm.models import loading
-from drllm.models.identity import fingerprint
+from drllm.models.base import loading
+from drllm.models.base.identity import fingerprint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(scope="module")
-def saved(
-    tiny_llama: Callable[..., Any], tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("saved") / "tiny"
-    tiny_llama(num_layers=3).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+def saved(model_folder: Callable[..., Path]) -> Path:
+    return model_folder(num_layers=3)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Routers with the base model that they belong to: checked, saved, pushed, loaded.
 
 Owns which base models routers may be attached to, and what a saved checkpoint says of its base.
-Leaves the files to `routers` and `routers_folder`, the hub to `routers_hub`, the text for readers
+Leaves the files to `routers` and `folder`, the hub to `hub`, the text for readers
 to `card`, opening base models to `loading` and routing to `routed`.
 
 Axes: D hidden, L layers.
@@ -19,12 +19,13 @@ from typing import Any
 
 from drllm.config import ModelConfig
 from drllm.errors import CheckpointError, ConfigError
-from drllm.models import loading, routers_hub
-from drllm.models.card import FOLDER, MARK, model_card
-from drllm.models.identity import describe
+from drllm.models.base import loading
+from drllm.models.base.identity import describe
+from drllm.models.checkpoints import hub
+from drllm.models.checkpoints.card import FOLDER, MARK, model_card
+from drllm.models.checkpoints.folder import CARD_FILE
 from drllm.models.layers import base_of
 from drllm.models.routers import RouterConfig, RouterStack
-from drllm.models.routers_folder import CARD_FILE
 
 
 def check_routers(model: Any, routers: RouterStack) -> None:
@@ -96,7 +97,7 @@ def push(routers: RouterStack, model: Any, repo: str, **options: Any) -> str:
         routers: They may have been trained, or made by hand.
         model: The base model that they are attached to.
         repo: OWNER/NAME.
-        options: As for `routers_hub.push`.
+        options: As for `hub.push`.
 
     Returns:
         The address of the commit.
@@ -114,7 +115,7 @@ def push(routers: RouterStack, model: Any, repo: str, **options: Any) -> str:
         config = dataclasses.replace(config, base_model="", base_revision=None)
     with tempfile.TemporaryDirectory(prefix="drllm-routers-") as folder:
         _with(routers, config).save(folder, card=model_card(config, repo))
-        return routers_hub.push(Path(folder), repo, **options)
+        return hub.push(Path(folder), repo, **options)
 
 
 def load(
@@ -142,7 +143,7 @@ def load(
         ConfigError: A dtype or device for a model that is loaded already; a revision of a folder.
         ModelError: The base model can't be had.
     """
-    routers = RouterStack.load(routers_hub.find(place, revision))
+    routers = RouterStack.load(hub.find(place, revision))
     if not (base is None or isinstance(base, (str, Path))):
         for name, value in (("dtype", dtype), ("device", device)):
             if value != "auto":

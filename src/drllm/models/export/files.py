@@ -2,7 +2,7 @@
 
 Owns rewriting what transformers 5 says of RoPE and of the tokenizer in words that transformers 4
 knows too, which otherwise reads wrong numbers without a word, and the model card. Leaves the
-weights, and checking what was written, to `export`. Loads no torch. Axes: L layers.
+weights, and checking what was written, to `model`. Loads no torch. Axes: L layers.
 """
 
 from __future__ import annotations

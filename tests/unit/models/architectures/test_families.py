@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from drllm.errors import ArchitectureError
-from drllm.models import families
-from drllm.models.families import COMMON, FAMILIES, make_tiny
+from drllm.models.architectures import families
+from drllm.models.architectures.families import COMMON, FAMILIES, make_tiny
 
 
 def test_the_same_seed_makes_the_same_model():

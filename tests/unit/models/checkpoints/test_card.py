@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from drllm.models.card import METRICS, model_card
+from drllm.models.checkpoints.card import METRICS, model_card
 from drllm.models.routers import RouterConfig, RouterStack
 
 BY_HAND = RouterConfig(

@@ -1,7 +1,7 @@
 """The model card that lies beside saved routers.
 
 Owns its text, made from `router_config.json` alone: what isn't recorded there isn't claimed.
-Leaves the numbers to `training` and writing the file to `routers_folder`.
+Leaves the numbers to `training` and writing the file to `folder`.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drllm.errors import ModelError
-from drllm.models import smollm2
+from drllm.models.base import smollm2
 from drllm.records import sha256
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -302,7 +302,7 @@ def test_a_damaged_folder_is_not_trusted_and_made_again(
 CHILD = """
 import sys, time
 from pathlib import Path
-from drllm.models import smollm2
+from drllm.models.base import smollm2
 
 source, sha256, target, stop, barrier = sys.argv[1:]
 owner, name = {"tokenizer": (smollm2, "_write_tokenizer"), "rename": (Path, "rename")}[stop]

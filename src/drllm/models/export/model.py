@@ -2,7 +2,7 @@
 
 Owns the steps and their safety: build the stock class for the path, give it the base model's
 weights, write it, load it again and compare, and only then let the folder appear. Leaves what a
-config can say to `export_config` and the files beside the weights to `export_files`.
+config can say to `config` and the files beside the weights to `files`.
 
 Axes: T tokens, D hidden, V vocabulary, L layers.
 """
@@ -24,9 +24,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from drllm.errors import ArchitectureError, DrllmError, ModelError, PathError
-from drllm.models import hub
-from drllm.models.export_config import check_layers, config_along
-from drllm.models.export_files import (
+from drllm.models.base import hub
+from drllm.models.base.loading import BaseModel
+from drllm.models.export.config import check_layers, config_along
+from drllm.models.export.files import (
     CARD_FILE,
     check_output,
     model_card,
@@ -35,7 +36,6 @@ from drllm.models.export_files import (
 from drllm.models.injection import Forward, Injection
 from drllm.models.layer_call import LayerCall
 from drllm.models.layers import find_layers
-from drllm.models.loading import BaseModel
 
 NUM_TOKENS = 32
 """Length of the row on which the checkpoint is compared with the path."""

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from drllm.errors import ArchitectureError, RoutingError
-from drllm.models.families import FAMILIES, known_to_transformers, make_tiny
-from drllm.models.hub import quiet
+from drllm.models.architectures.families import FAMILIES, known_to_transformers, make_tiny
+from drllm.models.base.hub import quiet
+from drllm.models.export.config import lists_along
 from drllm.models.layers import find_layers
 from drllm.models.prompts import left_padded
 from drllm.models.routed import RoutedModel
@@ -163,22 +164,19 @@ def layers_listed(model: Any, decisions: Sequence[int]) -> Iterator[None]:
     name = next(name for name, child in decoder.named_children() if child is layers)
     config: Any = decoder.config
     path = to_path(decisions)
-    by_layer = {
-        key: value
-        for key, value in vars(config).items()
-        if isinstance(value, (list, tuple)) and len(value) == len(layers)
+    listed = {
+        "num_hidden_layers": len(path),
+        **lists_along(vars(config), path, len(layers)),
     }
-    num_layers = config.num_hidden_layers
+    before = {key: getattr(config, key) for key in listed}
     setattr(decoder, name, nn.ModuleList([layers[index] for index in path]))
-    config.num_hidden_layers = len(path)
-    for key, value in by_layer.items():
-        setattr(config, key, [value[index] for index in path])
+    for key, value in listed.items():
+        setattr(config, key, value)
     try:
         yield
     finally:
         setattr(decoder, name, layers)
-        config.num_hidden_layers = num_layers
-        for key, value in by_layer.items():
+        for key, value in before.items():
             setattr(config, key, value)
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 
 from drllm.errors import CheckpointError
-from drllm.models.routers_folder import read_values, read_weights, replace
+from drllm.models.checkpoints.folder import read_values, read_weights, replace
 
 OLD = {
     "routers.safetensors": b"old weights",
@@ -143,7 +143,7 @@ def test_weights_that_the_system_refuses_leave_what_was_there(folder: Path) -> N
 KILLED = """
 import json, os, sys
 from pathlib import Path
-from drllm.models import routers_folder
+from drllm.models.checkpoints import folder as routers_folder
 
 OLD, NEW = ({name: text.encode() for name, text in json.loads(files).items()}
             for files in sys.argv[2:])

@@ -20,9 +20,9 @@ from huggingface_hub.errors import (
 )
 
 from drllm.errors import CheckpointError, ConfigError
-from drllm.models.card import HUB_ID
-from drllm.models.hub import ERRORS, TOKEN_VARIABLE, first_line, quiet
-from drllm.models.routers_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from drllm.models.base.hub import ERRORS, TOKEN_VARIABLE, first_line, quiet
+from drllm.models.checkpoints.card import HUB_ID
+from drllm.models.checkpoints.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 
 NEW_TOKEN = "make one with write access in your settings there"
 NAME_EXAMPLE = "give OWNER/NAME, for example your-name/routers"

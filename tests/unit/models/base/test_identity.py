@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from drllm.errors import ArchitectureError, ModelError
-from drllm.models.identity import describe, fingerprint
+from drllm.models.base.identity import describe, fingerprint
 
 # PEFT asks transformers by a name that the newest versions call old.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

@@ -15,25 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from drllm.errors import ArchitectureError, ConfigError, ModelError, PathError, RoutingError
-from drllm.models import export
-from drllm.models.export import check_path, export_path
+from drllm.models.architectures.families import IN_SUITE
+from drllm.models.base.loading import BaseModel
+from drllm.models.export import model as export
+from drllm.models.export.model import check_path, export_path
 from drllm.models.layers import find_layers
-from drllm.models.loading import BaseModel
 from drllm.models.routed import RoutedModel
 from drllm.paths import to_decisions
 
-FAMILIES = (
-    "llama",
-    "qwen2",
-    "qwen3",
-    "olmoe",
-    "mistral",
-    "gemma3_text",
-    "phi3",
-    "smollm3",
-    "gpt_neox",
-    "gpt2",
-)
 PLAN = (0, 2, 2, 4, 5, 5)
 """Skips and repeats, which decisions can express."""
 BLOCK = (0, 1, 2, 3, 1, 2, 3, 4, 5)
@@ -115,7 +104,7 @@ def refused(kind: type[Exception], base: BaseModel, path: Sequence[int], output:
 
 
 @pytest.mark.parametrize("path", [PLAN, BLOCK, BACKWARDS], ids=["plan", "block", "backwards"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", IN_SUITE)
 def test_logits_equal_those_of_the_layers_listed_by_hand(
     exported: Exported, family: str, path: Sequence[int]
 ) -> None:
@@ -124,7 +113,7 @@ def test_logits_equal_those_of_the_layers_listed_by_hand(
     torch.testing.assert_close(found, expected, atol=LOGIT_TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", IN_SUITE)
 def test_logits_and_greedy_answers_equal_the_routed_models(exported: Exported, family: str) -> None:
     plain = exported(family, PLAN)
     model = copy.deepcopy(exported.base(family).model)

@@ -1,0 +1,1 @@
+"""A fixed path written as an ordinary checkpoint."""
