@@ -21,7 +21,9 @@ def run(
 ) -> Callable[..., str]:
     def run(script: Path, *arguments: str) -> str:
         """Run a script as from the command line, and return what it printed."""
-        monkeypatch.setattr(sys, "argv", [str(script), "--model", str(model_folder(num_layers=6)), *arguments])
+        monkeypatch.setattr(
+            sys, "argv", [str(script), "--model", str(model_folder(num_layers=6)), *arguments]
+        )
         runpy.run_path(str(script), run_name="__main__")
         return capsys.readouterr().out
 
