@@ -6,7 +6,9 @@ the way to either. Leaves what is in the files to `routers` and base models on t
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -24,6 +26,7 @@ from drllm.models.base.hub import ERRORS, TOKEN_VARIABLE, first_line, quiet
 from drllm.models.checkpoints.card import HUB_ID
 from drllm.models.checkpoints.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 NEW_TOKEN = "make one with write access in your settings there"
 NAME_EXAMPLE = "give OWNER/NAME, for example your-name/routers"
 
@@ -59,9 +62,7 @@ def _fetch(name: str, revision: str | None) -> Path:
     what = f"routers {name!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         with quiet():
-            fetched = huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
-            )
+            folder = _cached_commit(name, revision) or _download(name, revision)
     except GatedRepoError as error:
         raise CheckpointError(
             f"{what} are gated: accept the terms on their hub page, then set {TOKEN_VARIABLE} to a "
@@ -86,13 +87,36 @@ def _fetch(name: str, revision: str | None) -> Path:
         raise _unavailable(name, what, error.__cause__) from error
     except ERRORS as error:
         raise _unavailable(name, what, error) from error
-    folder = Path(fetched)
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(
             f"{what}: that hub repository has no {CONFIG_FILE}; is it a base model? Then give it "
             f"as --model"
         )
     return folder
+
+
+def _download(name: str, revision: str | None, **options: Any) -> Path:
+    wanted = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
+    return Path(
+        huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted, **options)
+    )
+
+
+def _cached_commit(name: str, revision: str | None) -> Path | None:
+    """Return where a commit lies in the cache, if it is one and lies there whole.
+
+    A commit never changes, so the hub needn't be asked. Some versions of its library ask all the
+    same for the list of files, where an older version put them there.
+    """
+    if revision is None or not COMMIT.fullmatch(revision):
+        return None
+    try:
+        folder = _download(name, revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return None
+    return (
+        folder if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file() else None
+    )
 
 
 def _unavailable(name: str, what: str, cause: BaseException | None) -> CheckpointError:
