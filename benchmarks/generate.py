@@ -134,11 +134,15 @@ def skipping(num_layers: int, num_skipped: int) -> list[int]:
 
 
 def take_turns(calls: Mapping[str, Callable[[], Any]], repeats: int, clock: Clock) -> Rounds:
-    """Time calls in turn, every other round backwards."""
+    """Time calls in turn, every round in another order.
+
+    In a fixed order one call would always follow the same other one, and find its weights and code
+    in the processor's caches, or not.
+    """
     rounds = []
     for number in range(repeats):
         times = {}
-        for name in calls if number % 2 == 0 else reversed(calls):
+        for name in random.Random(number).sample(list(calls), len(calls)):
             started = clock()
             calls[name]()
             times[name] = clock() - started

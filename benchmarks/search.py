@@ -1,42 +1,68 @@
-"""How much faster paths are evaluated with shared prefixes than one by one.
+"""How much faster paths are evaluated together than one by one, and where the rest of time goes.
 
-Ours: `BlockEvaluator`, all choices packed behind one context, states shared across paths.
-Obvious way: for every path a plain forward per choice (loglikelihood) or one greedy generation
-(boxed) of a model whose layer list is the path, batch 1, without sharing anything.
-Both evaluate the same paths of the same questions in one run; verdicts are compared.
+Ours: `BlockEvaluator` on one block of questions, one new path of each in a round: shared prefixes,
+a shared beginning of all prompts, choices packed behind one context, answers judged as they come.
+Theirs: for every path a plain forward per choice (loglikelihood), or one greedy `generate`
+(letter, boxed), of a model whose layer list is the path, batch 1, nothing shared.
+Both evaluate paths that a tree search meets, in one run, and verdicts are compared; where there
+are many, theirs runs a sample of the same paths and times count by path.
 
-    python benchmarks/search.py [--quick] [--json FILE]
+    python benchmarks/search.py [--quick] [--json FILE] [--clock cpu] [--data-dir DIR]
+        [--device DEVICE] [--dtype DTYPE] [--model MODEL] [--questions N] [--paths N]
+
+With `--dtype bfloat16` the verdicts that differ are those that its rounding costs.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import cProfile
 import json
 import platform
+import pstats
 import random
 import statistics
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from drllm.config import ModelConfig, SearchConfig
-from drllm.models.base.loading import load
+from drllm.models.base.loading import BaseModel, load
 from drllm.models.prompts import encode, render
 from drllm.models.routed import RoutedModel
 from drllm.paths import to_path
-from drllm.search.evaluator import BlockEvaluator
+from drllm.search.evaluator import BlockEvaluator, Outcome
 from drllm.search.strategies import new_search
 from drllm.tasks.base import Prompt, get_task
 from drllm.tasks.grading import grade, score_choices
 
-Pairs = list[tuple[int, tuple[int, ...]]]
+Pair = tuple[int, tuple[int, ...]]
+Rounds = list[list[Pair]]
+Clock = Callable[[], float]
+
+REWARDS = {
+    "loglikelihood": "builtin_facts",
+    "letter": "builtin_facts",
+    "boxed": "builtin_arithmetic",
+}
+REAL_REWARDS = {**REWARDS, "loglikelihood": "arc_easy", "letter": "arc_easy"}
+"""With --data-dir."""
+
+QUICK = {"repeats": 1, "questions": 8, "paths": 4, "sample": 8}
+WHOLE = {"repeats": 3, "questions": 32, "paths": 50, "sample": 160}
+
+OURS = "BlockEvaluator: all questions in step, prefixes and beginnings shared, choices packed"
+THEIRS = "one plain forward per choice, or one generate, for each path, batch 1"
 
 
-def searched_paths(num_layers: int, num_questions: int, num_paths: int) -> list[Pairs]:
+def searched_paths(num_layers: int, num_questions: int, num_paths: int) -> Rounds:
     """Return the rounds of a tree search: in each, one new path of every question.
 
     Rewards are drawn, so that both ways evaluate the same paths whatever the model answers.
@@ -44,16 +70,24 @@ def searched_paths(num_layers: int, num_questions: int, num_paths: int) -> list[
     config = SearchConfig(num_simulations=num_paths - 1)
     searches = [new_search(num_layers, config, random.Random(q)) for q in range(num_questions)]
     rng = random.Random(0)
-    rounds: list[Pairs] = []
+    rounds: Rounds = []
     for _ in range(num_paths):
-        pairs: Pairs = []
+        pairs: list[Pair] = []
         for question, search in enumerate(searches):
-            decisions = search.propose()
-            if decisions is not None:
+            for decisions in search.propose():
                 search.observe(decisions, float(rng.random() < 0.5))
                 pairs.append((question, decisions))
         rounds.append(pairs)
     return rounds
+
+
+def block_of(task_name: str, reward: str, num: int, data_dir: Path | None) -> list[Prompt]:
+    """Return the prompts of questions of like length, as the blocks of a long search hold."""
+    task = get_task(task_name)
+    prompts = [task.prompt(example, reward) for example in task.examples("search", data_dir)]
+    prompts.sort(key=lambda prompt: len(prompt.text) + sum(map(len, prompt.continuations)))
+    start = (len(prompts) - num) // 2
+    return prompts[start : start + num]
 
 
 def listed(model: Any, decisions: tuple[int, ...]) -> Any:
@@ -80,8 +114,8 @@ def one_by_one(model: Any, tokenizer: Any, prompt: Prompt, decisions: tuple[int,
     context = encode(tokenizer, text)
     if prompt.reward != "loglikelihood":
         output = plain.generate(
-            torch.tensor([context]),
-            attention_mask=torch.ones(1, len(context), dtype=torch.long),
+            torch.tensor([context], device=model.device),
+            attention_mask=torch.ones(1, len(context), dtype=torch.long, device=model.device),
             max_new_tokens=prompt.max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
@@ -90,41 +124,200 @@ def one_by_one(model: Any, tokenizer: Any, prompt: Prompt, decisions: tuple[int,
     sums = []
     for continuation in prompt.continuations:
         row = encode(tokenizer, text + continuation)
-        logprobs = plain(torch.tensor([row]), use_cache=False).logits[0].log_softmax(-1)
+        ids = torch.tensor([row], device=model.device)
+        logprobs = plain(ids, use_cache=False).logits[0].float().log_softmax(-1)
         sums.append(sum(float(logprobs[i - 1, row[i]]) for i in range(len(context), len(row))))
     return score_choices(sums, prompt)[0]
 
 
-def compare(base: Any, task_name: str, num_questions: int, num_paths: int) -> dict[str, Any]:
-    """Time both ways on one task, and count the verdicts on which they differ."""
-    task = get_task(task_name)
-    examples = task.examples("search")[:num_questions]
-    prompts = [task.prompt(example, task.rewards[0]) for example in examples]
-    rounds = searched_paths(base.num_layers, len(prompts), num_paths)
-    with torch.no_grad():
-        started = time.perf_counter()
-        slow = [
-            one_by_one(base.model, base.tokenizer, prompts[question], decisions)
-            for pairs in rounds
-            for question, decisions in pairs
-        ]
-        theirs = time.perf_counter() - started
-        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-        started = time.perf_counter()
-        evaluator = BlockEvaluator(routed, prompts, 2.0)
-        fast = [o.reward for pairs in rounds for o in evaluator.evaluate(pairs)]
-        ours = time.perf_counter() - started
+def synchronised(clock: Clock, device: torch.device) -> Clock:
+    """Return a clock that first waits for what a device was asked to do."""
+
+    def read() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock()
+
+    return read
+
+
+@contextmanager
+def routing(base: BaseModel) -> Iterator[RoutedModel]:
+    """Attach routing inside the block."""
+    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+    try:
+        yield routed
+    finally:
         routed.detach()
-    return {
-        "reward": prompts[0].reward,
-        "paths": len(slow),
-        "theirs_s": theirs,
-        "ours_s": ours,
-        "verdicts_that_differ": sum(a != b for a, b in zip(slow, fast, strict=True)),
-        "right": sum(slow),
-        "executions_run": evaluator.states.executions_run,
-        "executions_asked": evaluator.states.executions_asked,
+
+
+def together(
+    evaluator: BlockEvaluator, rounds: Rounds, clock: Clock
+) -> tuple[float, dict[Pair, Outcome]]:
+    """Evaluate all rounds our way; return the time a path, and what came out."""
+    found: dict[Pair, Outcome] = {}
+    started = clock()
+    for pairs in rounds:
+        found.update(zip(pairs, evaluator.evaluate(pairs), strict=True))
+    return (clock() - started) / len(found), found
+
+
+def parts_of_the_time(
+    base: BaseModel, prompts: Sequence[Prompt], rounds: Rounds, clock: Clock
+) -> dict[str, float]:
+    """Return which share of our time each part of the work takes, under a profiler.
+
+    The profiler makes what is written in Python look slower than it is.
+    """
+    head_seconds, started = 0.0, 0.0
+
+    def before(*_: Any) -> None:
+        nonlocal started
+        started = clock()
+
+    def after(*_: Any) -> None:
+        nonlocal head_seconds
+        head_seconds += clock() - started
+
+    profile = cProfile.Profile(clock)
+    head = base.model.get_output_embeddings()
+    hooks = [head.register_forward_pre_hook(before), head.register_forward_hook(after)]
+    with routing(base) as routed:
+        profile.enable()
+        evaluator = BlockEvaluator(routed, prompts, SearchConfig().state_cache_gb)
+        together(evaluator, rounds, clock)
+        profile.disable()
+    for hook in hooks:
+        hook.remove()
+    stats: Any = pstats.Stats(profile)
+    total = stats.total_tt
+
+    def within(file: str, function: str, caller: str = "") -> float:
+        seconds = 0.0
+        for (path, _, name), (_, _, _, cumulative, callers) in stats.stats.items():
+            if name == function and path.endswith(file):
+                seconds += (
+                    sum(times[3] for (_, _, by), times in callers.items() if by == caller)
+                    if caller
+                    else cumulative
+                )
+        return seconds
+
+    parts = {
+        "layers, prompts": within("layer_call.py", "run", "_run"),
+        "head": head_seconds,
+        "handling states": within("sharing.py", "layer"),
+        "cache to generate from": within("sharing.py", "routed_cache"),
+        "layers, decoding": within("layer_call.py", "run") - within("layer_call.py", "run", "_run"),
+        "scoring": within("scoring.py", "_sums"),
+        "judging": within("answering.py", "_say"),
+        "rows and masks, once": within("shared_rows.py", "shared_rows"),
     }
+    parts["handling states"] -= parts["layers, prompts"]
+    shares = {name: seconds / total for name, seconds in parts.items()}
+    return {**shares, "the rest": 1 - sum(shares.values())}
+
+
+def executions(
+    evaluator: BlockEvaluator, prompts: Sequence[Prompt], rounds: Rounds
+) -> dict[str, float]:
+    """Return executions a path: asked, distinct, and run, in executions of a whole prompt."""
+    pairs = [pair for each in rounds for pair in each]
+    prefixes = {
+        (question, to_path(decisions)[:length])
+        for question, decisions in pairs
+        for length in range(1, sum(decisions) + 1)
+    }
+    tokens = statistics.mean(evaluator.num_tokens(place) for place in range(len(prompts)))
+    return {
+        "run": evaluator.states.tokens_run / tokens / len(pairs),
+        "perfect_sharer": len(prefixes) / len(pairs),
+        "asked": sum(sum(decisions) for _, decisions in pairs) / len(pairs),
+    }
+
+
+def compare(
+    base: BaseModel, reward: str, prompts: Sequence[Prompt], sizes: dict[str, int], clock: Clock
+) -> dict[str, Any]:
+    """Time both ways on one block of questions, and count the verdicts on which they differ."""
+    rounds = searched_paths(base.num_layers, len(prompts), sizes["paths"])
+    everything = [pair for pairs in rounds for pair in pairs]
+    rng = random.Random(0)
+    runs: list[dict[str, float]] = []
+    differ, right, sampled = 0, 0.0, 0
+    state_cache_gb = SearchConfig().state_cache_gb
+    for repeat in range(sizes["repeats"]):
+        sample = rng.sample(everything, min(sizes["sample"], len(everything)))
+
+        def slowly() -> tuple[float, list[float]]:
+            started = clock()
+            rewards = [
+                one_by_one(base.model, base.tokenizer, prompts[place], decisions)
+                for place, decisions in sample  # noqa: B023 (called before the next repeat)
+            ]
+            return (clock() - started) / len(rewards), rewards
+
+        if repeat % 2 == 0:  # take turns, so that neither way always finds the machine warm
+            theirs, rewards = slowly()
+        with routing(base) as routed:
+            started = clock()
+            evaluator = BlockEvaluator(routed, prompts, state_cache_gb)
+            making = (clock() - started) / len(everything)
+            ours, found = together(evaluator, rounds, clock)
+            shares = executions(evaluator, prompts, rounds)
+            started = clock()
+            evaluator.with_margins(everything, [found[pair] for pair in everything])
+            margins = (clock() - started) / len(everything)
+            evaluator.forget()
+            if repeat == 0:
+                damage, _ = together(
+                    BlockEvaluator(routed, prompts, state_cache_gb, damage=True), rounds, clock
+                )
+                first = ours + making
+        if repeat % 2 == 1:
+            theirs, rewards = slowly()
+        runs.append({"theirs_s": theirs, "ours_s": ours + making, "margins_s": margins})
+        differ += sum(
+            found[pair].reward != value for pair, value in zip(sample, rewards, strict=True)
+        )
+        right, sampled = right + sum(rewards), sampled + len(rewards)
+    return {
+        "reward": reward,
+        "questions": len(prompts),
+        "paths": len(everything),
+        "max_new_tokens": None if reward == "loglikelihood" else prompts[0].max_new_tokens,
+        "speedup": statistics.median(run["theirs_s"] / run["ours_s"] for run in runs),
+        "runs": runs,
+        "verdicts_compared": sampled,
+        "verdicts_that_differ": differ,
+        "share_right": right / sampled,
+        "executions_a_path": shares,
+        "damage_overhead": damage / first,
+        "parts": parts_of_the_time(base, prompts, rounds[: max(2, len(rounds) // 4)], clock),
+    }
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print what was found about one reward."""
+    shares = result["executions_a_path"]
+    theirs, ours, margins = (
+        statistics.median(run[name] for run in result["runs"])
+        for name in ("theirs_s", "ours_s", "margins_s")
+    )
+    print(
+        f"{result['reward']}: speedup {result['speedup']:.2f} ({len(result['runs'])} repeats); "
+        f"{theirs * 1e3:.0f} ms a path one by one, {ours * 1e3:.0f} ms ours "
+        f"({margins * 1e3:.0f} ms more for the margins of answers); "
+        f"{result['questions']} questions, {result['paths']} paths\n"
+        f"  verdicts: {result['verdicts_that_differ']} of {result['verdicts_compared']} differ, "
+        f"{result['share_right']:.0%} are right\n"
+        f"  executions of a whole prompt, by path: {shares['run']:.1f} run, "
+        f"{shares['perfect_sharer']:.1f} if each state of each question were run once, "
+        f"{shares['asked']:.1f} asked\n"
+        f"  with damage=True {result['damage_overhead']:.2f} times the time\n"
+        f"  where ours goes: "
+        + ", ".join(f"{name} {share:.0%}" for name, share in result["parts"].items())
+    )
 
 
 def main() -> None:
@@ -132,35 +325,62 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small sample, under a minute")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time of a single thread, for a machine that is used by others too",
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, help="real ARC questions in place of built-in ones"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--model", default=ModelConfig().model, help="alias, hub id or folder")
+    parser.add_argument("--rewards", default=",".join(REWARDS), help="comma list")
+    parser.add_argument("--questions", type=int, help="searched in step, as --block-size")
+    parser.add_argument("--paths", type=int, help="of each question")
+    parser.add_argument("--sample", type=int, help="paths that are also run one by one")
+    parser.add_argument("--repeats", type=int)
     options = parser.parse_args()
-    repeats, questions, paths = (1, 4, 4) if options.quick else (3, 8, 20)
-    base = load(ModelConfig(dtype="float32", device="cpu"))
-    runs = [
-        compare(base, task, questions, paths)
-        for _ in range(repeats)
-        for task in ("builtin_facts", "builtin_arithmetic")
-    ]
-    speedup = {}
-    for reward in dict.fromkeys(run["reward"] for run in runs):
-        ratios = [run["theirs_s"] / run["ours_s"] for run in runs if run["reward"] == reward]
-        speedup[reward] = statistics.median(ratios)
-        run = next(run for run in runs if run["reward"] == reward)
-        print(
-            f"{reward:<14} speedup {speedup[reward]:.2f} (median of {repeats}); "
-            f"{run['paths']} paths, {run['executions_run']} of {run['executions_asked']} "
-            f"executions run, {run['verdicts_that_differ']} verdicts differ"
-        )
-    result = {
-        "speedup": speedup,
-        "repeats": repeats,
-        "ours": "BlockEvaluator: packed choices, shared prefixes",
-        "theirs": "one plain forward per choice, or one generate, for each path, batch 1",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}",
-        "runs": runs,
+    sizes = dict(QUICK if options.quick else WHOLE)
+    sizes |= {name: given for name in sizes if (given := getattr(options, name)) is not None}
+    if unknown := set(options.rewards.split(",")) - set(REWARDS):
+        parser.error(f"--rewards takes {', '.join(REWARDS)}; not {', '.join(sorted(unknown))}")
+    clock: Clock = time.perf_counter
+    if options.clock == "cpu":  # of several threads it would add up those that wait as well
+        torch.set_num_threads(1)
+        clock = time.process_time
+    base = load(ModelConfig(model=options.model, dtype=options.dtype, device=options.device))
+    clock = synchronised(clock, base.model.device)
+    tasks = REAL_REWARDS if options.data_dir else REWARDS
+    results = []
+    with torch.no_grad():
+        for reward in options.rewards.split(","):
+            prompts = block_of(tasks[reward], reward, sizes["questions"], options.data_dir)
+            results.append(compare(base, reward, prompts, sizes, clock))
+            report(results[-1])
+    by_reward = {result["reward"]: result for result in results}
+    figures = {
+        "speedup": {reward: result["speedup"] for reward, result in by_reward.items()},
+        "damage_overhead": {r: result["damage_overhead"] for r, result in by_reward.items()},
+        "verdicts_that_differ": {
+            reward: result["verdicts_that_differ"] for reward, result in by_reward.items()
+        },
+        "repeats": sizes["repeats"],
+        "ours": OURS,
+        "theirs": THEIRS,
+        "model": base.name,
+        "clock": options.clock,
+        "machine": f"{platform.machine()}, {base.model.device}, {base.model.dtype}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}",
+        "results": results,
     }
+    if base.model.device.type == "cuda":
+        figures["machine"] += f", {torch.cuda.get_device_name(base.model.device)}"
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

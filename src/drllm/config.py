@@ -17,9 +17,10 @@ from typing import Any
 from drllm.errors import ConfigError, unknown_name
 
 STOP_RULES = ("paper", "released", "exhaust")
-STRATEGIES = ("tree", "walk")
+STRATEGIES = ("tree", "sweep", "walk")
 REWARDS = ("loglikelihood", "letter", "boxed", "exact")
-TARGETS = ("shortest", "largest_margin", "paper")
+TARGETS = ("shortest", "largest_margin", "paper", "released", "damage")
+EXECUTORS = ("local", "ray")
 SPLITS = ("search", "fit", "select", "test")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -160,14 +161,14 @@ class SearchConfig(Settings):
         None, "at most this many questions a task, drawn with the seed", minimum=1
     )
     reward: str | None = setting(
-        None, "how a path is graded; default: the task's own", choices=REWARDS
+        None, "graded by: of a comma list the first that fits the task; default: the task's own"
     )
     num_simulations: int = setting(50, "paths tried a question (paper: 50)", minimum=1)
     budget: float = setting(
         2.0, "most executions of a path, as a factor of L (paper: 2)", minimum=1.0, maximum=2.0
     )
     strategy: str = setting(
-        "tree", "tree, or the released code's walk (one chain of edits)", choices=STRATEGIES
+        "tree", "tree, sweep (single edits, then pairs) or walk (one chain)", choices=STRATEGIES
     )
     stop_rule: str = setting(
         "exhaust", "when a question is done before its simulations are", choices=STOP_RULES
@@ -177,12 +178,44 @@ class SearchConfig(Settings):
     random_child_probability: float = setting(
         0.1, "share of selections made at random (paper)", minimum=0.0, maximum=1.0
     )
+    leaves_per_round: int = setting(
+        1, "paths of a question evaluated together; above 1 with virtual losses", minimum=1
+    )
+    damage: bool = setting(
+        True, "keep each path's mean KL from the full path over the prompt, in nats a token"
+    )
     margin_tolerance: float = setting(
         0.5, "re-test: nats a path's margin may lie below the full path's", minimum=0.0
     )
-    block_size: int = setting(8, "questions searched together and committed at once", minimum=1)
+    block_size: int = setting(32, "questions searched together and committed at once", minimum=1)
     state_cache_gb: float = setting(4.0, "memory for shared path prefixes, in GB", above=0.0)
+    paths_per_pass: int | None = setting(
+        None, "most paths in a forward pass; as many as memory allows unless given", minimum=1
+    )
+    shard: str | None = setting(None, "search part i of n (i/n, from 1), to be joined by supervise")
+    executor: str = setting(
+        "local", "where blocks run: in this process, or on Ray", choices=EXECUTORS
+    )
+    num_workers: int | None = setting(
+        None,
+        "with --executor ray: processes, one a device; as many as there are unless given",
+        minimum=1,
+    )
+    ray_address: str | None = setting(
+        None, "with --executor ray: a cluster to join; one on this machine unless given"
+    )
     seed: int = setting(0, "seed of the search and of --limit", minimum=0)
+
+    def __post_init__(self) -> None:
+        """Check the values, and that every reward has a name that there is.
+
+        Raises:
+            ConfigError: Naming the setting, the value, and what was expected.
+        """
+        super().__post_init__()
+        for name in () if self.reward is None else self.reward.split(","):
+            if name not in REWARDS:
+                raise ConfigError("--reward: " + unknown_name("value", name, REWARDS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +223,15 @@ class SuperviseConfig(Settings):
     """How one target path is chosen for each searched question."""
 
     target: str = setting("shortest", "rule that picks among the valid paths", choices=TARGETS)
+    min_saving: float | None = setting(
+        None,
+        "with --target damage: least share of the executions that a target saves (0.1)",
+        above=0.0,
+        maximum=1.0,
+    )
+    quotas: str | None = setting(
+        None, "most targets a task, first come: arc_easy=400,dart-1=200; others are not limited"
+    )
     quota_improving: float | None = setting(
         None,
         "keep this share of improving targets by dropping others (published: 0.30)",

@@ -130,7 +130,9 @@ def one_layer_more(lines: list[str]) -> list[str]:
 def with_the_first_question(lines: list[str]) -> list[str]:
     first, row = (json.loads(line) for line in lines[:2])
     row["question"], row["task"] = first["question"].upper(), first["task"]
-    row["optimal_layer_config"] = [2 - value or 1 for value in first["optimal_layer_config"]]
+    row["optimal_layer_config"] = [
+        2 if value == 1 else 1 for value in first["optimal_layer_config"]
+    ]
     return [lines[0], json.dumps(row) + "\n", *lines[2:]]
 
 

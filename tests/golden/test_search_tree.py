@@ -26,8 +26,8 @@ def reward(decisions: Decisions) -> float:
 def draw() -> str:
     """Draw the tree: one line an edge, below its parent; a node met again is not drawn again."""
     search = TreeSearch(5, CONFIG, Random(0))
-    while (decisions := search.propose()) is not None:
-        search.observe(decisions, reward(decisions))
+    while proposed := search.propose():
+        search.observe(*proposed, reward(*proposed))
 
     lines = [
         "edit · decisions · simulation and reward · visits and mean reward of the node",
@@ -36,7 +36,7 @@ def draw() -> str:
     drawn: set[Decisions] = set()
 
     def add(label: str, node: Node, depth: int) -> None:
-        simulation, own = search.tried[node.decisions]
+        simulation, own, _ = search.tried[node.decisions]
         start = f"{'  ' * depth}{label}".ljust(26)
         if node.decisions in drawn:
             lines.append(f"{start}{sketch(node.decisions)}  as above")

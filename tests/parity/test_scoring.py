@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import pytest
 import torch
 
 from drllm.errors import RoutingError
+from drllm.models import sharing
+from drllm.models.answering import AnswerBatch
 from drllm.models.policies import FixedPolicy
 from drllm.models.routed import RoutedModel
-from drllm.models.scoring import PAIRS_PER_PASS, AnswerBatch, ChoiceBatch, Question
+from drllm.models.scoring import ChoiceBatch
+from drllm.models.shared_rows import Question
 
 SUM_TOLERANCE = 1e-4
 """Nats that a summed log-probability may differ from the path run alone (design figure; 5e-6 was
 measured on these models)."""
+
+TELLING_ONLY = True
 
 QUESTIONS = [
     Question([5, 6, 7, 8, 9], [[10], [11, 12, 13], [14, 15]]),
     Question([20, 21], [[30, 31, 32, 33], [34], [35], [36, 37]]),
     Question([40, 41, 42, 43, 44, 45, 46], [[50, 51], [52, 53]]),
 ]
+CONTEXTS = [question.context for question in QUESTIONS]
 
 
 def some_pairs(num, num_layers=6, seed=0):
@@ -160,7 +167,7 @@ def test_answers_equal_plain_generation_of_each_path(tiny_llama, tiny_tokenizer,
     model = tiny_llama(eos_token_id=None)
     pairs = some_pairs(16, seed=3)
     expected = [listed(model, d).greedy(QUESTIONS[row].context, 20) for row, d in pairs]
-    batch = AnswerBatch(RoutedModel(model), tiny_tokenizer, QUESTIONS, 1.0)
+    batch = AnswerBatch(RoutedModel(model), tiny_tokenizer, CONTEXTS, 1.0)
     first = batch.answers(pairs[:9], [20] * 9, never)
     second = batch.answers(pairs[9:], [20] * 7, never)  # partly from states of the first call
     assert expected == [list(answer.tokens) for answer in first + second]
@@ -176,7 +183,7 @@ def test_an_answer_stops_at_its_verdict_and_lets_the_others_go_on(
     def verdict(place, text, finished):
         return float(place) if finished or len(text) >= place + 1 else None
 
-    answers = AnswerBatch(RoutedModel(model), tiny_tokenizer, QUESTIONS, 1.0).answers(
+    answers = AnswerBatch(RoutedModel(model), tiny_tokenizer, CONTEXTS, 1.0).answers(
         pairs, [20] * 8, verdict
     )
     assert list(range(8)) == [answer.grade for answer in answers]
@@ -190,7 +197,7 @@ def test_an_answer_ends_at_the_end_of_sequence_token(tiny_llama, tiny_tokenizer,
     model = tiny_llama(eos_token_id=None)
     tokens = listed(model, (1,) * 6).greedy(QUESTIONS[0].context, 20)
     model.generation_config.eos_token_id = tokens[4]
-    [answer] = AnswerBatch(RoutedModel(model), tiny_tokenizer, QUESTIONS, 1.0).answers(
+    [answer] = AnswerBatch(RoutedModel(model), tiny_tokenizer, CONTEXTS, 1.0).answers(
         [(0, (1,) * 6)], [20], never
     )
     assert tokens[: tokens.index(tokens[4])] == list(answer.tokens)
@@ -200,7 +207,7 @@ def test_the_logprob_of_an_answer_is_the_mean_over_its_tokens(tiny_llama, tiny_t
     model = tiny_llama(eos_token_id=None)
     decisions = (1, 0, 2, 1, 1, 1)
     slow = listed(model, decisions)
-    batch = AnswerBatch(RoutedModel(model), tiny_tokenizer, QUESTIONS, 1.0)
+    batch = AnswerBatch(RoutedModel(model), tiny_tokenizer, CONTEXTS, 1.0)
     [answer] = batch.answers([(0, decisions)], [6], never)
     context = list(QUESTIONS[0].context)
     logprobs = slow.logits(context + list(answer.tokens)).log_softmax(-1)
@@ -210,12 +217,12 @@ def test_the_logprob_of_an_answer_is_the_mean_over_its_tokens(tiny_llama, tiny_t
 
 def test_more_pairs_than_one_pass_takes_keep_their_places(tiny_llama, tiny_tokenizer):
     routed = RoutedModel(tiny_llama(eos_token_id=None))
-    pairs = some_pairs(PAIRS_PER_PASS + 5, seed=6)
+    pairs = some_pairs(37, seed=6)
 
     def verdict(place, text, finished):
         return float(place) if finished else None
 
-    batch = AnswerBatch(routed, tiny_tokenizer, QUESTIONS, 1.0)
+    batch = AnswerBatch(routed, tiny_tokenizer, CONTEXTS, 1.0)
     limits = [1 + place % 3 for place in range(len(pairs))]
     answers = batch.answers(pairs, limits, verdict)
     assert [float(place) for place in range(len(pairs))] == [a.grade for a in answers]
@@ -224,3 +231,164 @@ def test_more_pairs_than_one_pass_takes_keep_their_places(tiny_llama, tiny_token
     last = ChoiceBatch(routed, QUESTIONS, 1.0).logprobs(pairs[-5:])
     for first, second in zip(scores[-5:], last, strict=True):
         assert first == pytest.approx(second, abs=SUM_TOLERANCE)
+
+
+STEM = [60, 61, 62, 63, 64, 65, 66, 67]
+WITH_STEM = [Question([*STEM, *q.context], q.continuations) for q in QUESTIONS]
+
+
+def test_what_all_prompts_begin_with_is_run_once_for_all_of_them(tiny_llama, listed):
+    model = tiny_llama()
+    pairs = some_pairs(24)
+    expected = [alone(listed, model, WITH_STEM[row], decisions) for row, decisions in pairs]
+    batch = ChoiceBatch(RoutedModel(model), WITH_STEM, 1.0)
+    scores = batch.logprobs(pairs[:12]) + batch.logprobs(pairs[12:])
+    for slow, fast in zip(expected, scores, strict=True):
+        assert slow == pytest.approx(fast, abs=SUM_TOLERANCE)
+    prefixes = {
+        (row, tuple(i for i, d in enumerate(decisions) for _ in range(d))[:length])
+        for row, decisions in pairs
+        for length in range(1, sum(decisions) + 1)
+    }
+    stems = {path for _, path in prefixes}
+    assert len(prefixes) + len(stems) == batch.states.executions_run
+
+
+def test_answers_behind_a_common_beginning_equal_plain_generation(
+    tiny_llama, tiny_tokenizer, listed
+):
+    model = tiny_llama(eos_token_id=None)
+    pairs = some_pairs(16, seed=3)
+    contexts = [question.context for question in WITH_STEM]
+    expected = [listed(model, d).greedy(contexts[row], 12) for row, d in pairs]
+    batch = AnswerBatch(RoutedModel(model), tiny_tokenizer, contexts, 1.0)
+    assert batch.rows.front is not None
+    answers = batch.answers(pairs, [12] * 16, never)
+    assert expected == [list(answer.tokens) for answer in answers]
+
+
+def test_continuations_behind_contexts_that_were_run_equal_each_path_alone(
+    tiny_llama, tiny_tokenizer, listed
+):
+    model = tiny_llama(eos_token_id=None)
+    pairs = some_pairs(20, seed=5)
+    expected = {
+        len(questions[0].context): [alone(listed, model, questions[row], d) for row, d in pairs]
+        for questions in (QUESTIONS, WITH_STEM)
+    }
+    routed = RoutedModel(model)
+    for questions in (QUESTIONS, WITH_STEM):
+        answers = AnswerBatch(routed, tiny_tokenizer, [q.context for q in questions], 1.0)
+        answers.answers(pairs[:15], [2] * 15, never)
+        run = answers.states.executions_run
+        batch = ChoiceBatch(routed, questions, 1.0, contexts=answers.rows)
+        scores = batch.logprobs(pairs[:15])
+        contexts_run = answers.states.executions_run - run
+        assert contexts_run == len(
+            {
+                (row, tuple(i for i, d in enumerate(decisions) for _ in range(d))[:length])
+                for row, decisions in pairs[:15]
+                for length in range(1, sum(decisions) + 1)
+            }
+        ), "nothing but the continuations is run"
+        scores += batch.logprobs(pairs[15:])  # paths whose contexts weren't run yet
+        slow_scores = expected[len(questions[0].context)]
+        for slow, fast in zip(slow_scores, scores, strict=True):
+            assert slow == pytest.approx(fast, abs=SUM_TOLERANCE)
+
+
+def test_answers_equal_plain_generation_in_families_of_every_kind(
+    tiny_model, tiny_tokenizer, listed, family
+):
+    model = tiny_model(family)
+    contexts = [question.context for question in WITH_STEM]  # longer than a sliding window
+    pairs = some_pairs(8, seed=7)
+    expected = [listed(model, d).greedy(contexts[row], 6) for row, d in pairs]
+    model.generation_config.eos_token_id = None
+    batch = AnswerBatch(RoutedModel(model), tiny_tokenizer, contexts, 1.0)
+    answers = batch.answers(pairs, [6] * 8, never, damage=True)
+    assert expected == [list(answer.tokens) for answer in answers]
+    assert None not in [answer.damage for answer in answers]
+
+
+def test_scores_equal_each_path_alone_in_families_of_every_kind(tiny_model, listed, family):
+    model = tiny_model(family)
+    questions = [Question(q.context[-2:], [c[:2] for c in q.continuations]) for q in WITH_STEM]
+    pairs = some_pairs(8, seed=7)
+    expected = [alone(listed, model, questions[row], decisions) for row, decisions in pairs]
+    scores = ChoiceBatch(RoutedModel(model), questions, 1.0).logprobs(pairs)
+    for slow, fast in zip(expected, scores, strict=True):
+        assert slow == pytest.approx(fast, abs=SUM_TOLERANCE)
+
+
+@pytest.mark.parametrize("padding", [0, 5, 10_000])
+def test_rows_of_unequal_length_share_runs_whatever_padding_costs(
+    tiny_llama, listed, monkeypatch, padding
+):
+    monkeypatch.setitem(sharing.PADDING_WORTH_A_RUN, "cpu", padding)
+    model = tiny_llama()
+    pairs = some_pairs(12, seed=8)
+    expected = [alone(listed, model, WITH_STEM[row], decisions) for row, decisions in pairs]
+    scores = ChoiceBatch(RoutedModel(model), WITH_STEM, 1.0).logprobs(pairs)
+    for slow, fast in zip(expected, scores, strict=True):
+        assert slow == pytest.approx(fast, abs=SUM_TOLERANCE)
+
+
+@pytest.mark.parametrize("num_paths", [1, 3, 7])
+def test_scores_and_answers_do_not_depend_on_how_paths_are_split(
+    tiny_llama, tiny_tokenizer, num_paths
+):
+    routed = RoutedModel(tiny_llama(eos_token_id=None))
+    pairs = some_pairs(14, seed=9)
+    limits = [1 + place % 4 for place in range(14)]
+    contexts = [question.context for question in WITH_STEM]
+
+    def both(paths_per_pass):
+        scores = ChoiceBatch(routed, WITH_STEM, 1.0, paths_per_pass=paths_per_pass)
+        answers = AnswerBatch(
+            routed, tiny_tokenizer, contexts, 1.0, paths_per_pass=paths_per_pass
+        ).answers(pairs, limits, never)
+        return scores.logprobs(pairs), answers
+
+    whole, split = both(100), both(num_paths)
+    for first, second in zip(whole[0], split[0], strict=True):
+        assert first == pytest.approx(second, abs=SUM_TOLERANCE)
+    assert [a.tokens for a in whole[1]] == [a.tokens for a in split[1]]
+    assert [a.logprob for a in whole[1]] == pytest.approx(
+        [a.logprob for a in split[1]], abs=SUM_TOLERANCE
+    )
+
+
+def test_memory_stays_within_the_bound_but_for_what_one_pass_needs(tiny_llama, tiny_tokenizer):
+    routed = RoutedModel(tiny_llama(eos_token_id=None))
+    contexts = [question.context for question in WITH_STEM]
+    pairs = some_pairs(20, seed=10)
+    bound = 30e3
+    batch = AnswerBatch(routed, tiny_tokenizer, contexts, bound / 1e9)
+    needed = 0
+    for pair in pairs:
+        batch.answers([pair], [2], never, damage=True)
+        assert batch.states.num_bytes <= bound
+        row, decisions = pair
+        tokens = len(contexts[row])
+        # Hidden state, K and V of every execution, of the path and of the full path.
+        needed = max(needed, (sum(decisions) + 6) * tokens * (32 + 2 * 2 * 8) * 4)
+    distributions = sum(len(context) for context in contexts) * (101 + 1) * 4
+    assert bound < batch.states.peak_bytes <= bound + needed + distributions
+
+
+def tensors():
+    """Return all tensors that are alive."""
+    gc.collect()
+    return [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+
+
+def test_what_memory_holds_is_measured_on_the_tensors(tiny_llama, tiny_tokenizer):
+    routed = RoutedModel(tiny_llama(eos_token_id=None))
+    contexts = [question.context for question in QUESTIONS]
+    batch = AnswerBatch(routed, tiny_tokenizer, contexts, 1.0)
+    known = set(map(id, tensors()))
+    batch.answers(some_pairs(10, seed=11), [3] * 10, never)
+    new = [each for each in tensors() if id(each) not in known]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in new}
+    assert sum(storages.values()) == batch.states.num_bytes

@@ -27,6 +27,7 @@ configs = st.builds(
 layers = st.integers(1, 14)
 seeds = st.integers(0, 2**32)
 scales = st.sampled_from([0, 1, 2, 5])
+mosts = st.sampled_from([1, 2, 7, 100])
 
 
 def reward_of(decisions: Decisions, seed: int, scale: int) -> float:
@@ -35,17 +36,39 @@ def reward_of(decisions: Decisions, seed: int, scale: int) -> float:
     return steps / scale if scale else 0.0
 
 
-def run(num_layers: int, config: SearchConfig, seed: int, scale: int) -> PathSearch:
-    search = new_search(num_layers, config, Random(seed))
-    while (decisions := search.propose()) is not None:
-        assert decisions not in search.tried
-        search.observe(decisions, reward_of(decisions, seed, scale))
+def observed(search: PathSearch, most: int, seed: int, scale: int) -> PathSearch:
+    """Take a search to its end in rounds of at most so many paths, each observed in any order.
+
+    Now and then the next paths are asked for while some are still in flight.
+    """
+    order, in_flight = Random(seed), list[Decisions]()
+    while True:
+        proposed = search.propose(most)
+        assert len(proposed) <= most
+        assert len({*proposed, *in_flight}) == len(proposed) + len(in_flight)
+        assert not search.tried.keys() & {*proposed}
+        in_flight += proposed
+        if not in_flight:
+            return search
+        order.shuffle(in_flight)
+        for _ in range(order.randint(1, len(in_flight))):
+            decisions = in_flight.pop()
+            search.observe(decisions, reward_of(decisions, seed, scale))
+
+
+def run(num_layers: int, config: SearchConfig, seed: int, scale: int, most: int = 1) -> PathSearch:
+    return observed(new_search(num_layers, config, Random(seed)), most, seed, scale)
+
+
+def run_tree(num_layers: int, config: SearchConfig, seed: int, scale: int, most: int) -> TreeSearch:
+    search = TreeSearch(num_layers, config, Random(seed))
+    observed(search, most, seed, scale)
     return search
 
 
-@given(layers, configs, seeds, scales)
-def test_every_path_can_be_run_and_is_within_the_budget(num_layers, config, seed, scale):
-    search = run(num_layers, config, seed, scale)
+@given(layers, configs, seeds, scales, mosts)
+def test_every_path_can_be_run_and_is_within_the_budget(num_layers, config, seed, scale, most):
+    search = run(num_layers, config, seed, scale, most)
 
     limit = max_executions(config.budget, num_layers)
     for decisions in search.tried:
@@ -54,18 +77,21 @@ def test_every_path_can_be_run_and_is_within_the_budget(num_layers, config, seed
         assert 1 <= num_executions(decisions) <= limit
 
 
-@given(layers, configs, seeds, scales)
-def test_a_search_never_does_more_simulations_than_asked_for(num_layers, config, seed, scale):
-    search = run(num_layers, config, seed, scale)
+@given(layers, configs, seeds, scales, mosts)
+def test_a_search_never_does_more_simulations_than_asked_for(num_layers, config, seed, scale, most):
+    search = run(num_layers, config, seed, scale, most)
 
     assert len(search.tried) - 1 <= search.num_simulations_done <= config.num_simulations
     numbers = [tried.simulation for tried in search.tried.values()]
-    assert numbers == sorted(set(numbers))
+    assert len(set(numbers)) == len(numbers)
+    assert set(numbers) <= set(range(config.num_simulations + 1))
+    if most == 1:
+        assert numbers == sorted(numbers)
 
 
-@given(layers, configs, seeds, scales)
-def test_the_same_seed_and_rewards_try_the_same_paths(num_layers, config, seed, scale):
-    first, second = (run(num_layers, config, seed, scale) for _ in range(2))
+@given(layers, configs, seeds, scales, mosts)
+def test_the_same_seed_and_rewards_try_the_same_paths(num_layers, config, seed, scale, most):
+    first, second = (run(num_layers, config, seed, scale, most) for _ in range(2))
 
     assert list(first.tried.items()) == list(second.tried.items())
 
@@ -86,11 +112,27 @@ def test_under_every_stop_rule_only_the_last_path_can_be_one_that_stops(
         assert not (right and num_layers - num_executions(decisions) >= saved)
 
 
-@given(layers, configs, seeds, scales)
-def test_the_trees_statistics_add_up(num_layers, config, seed, scale):
-    search = TreeSearch(num_layers, config, Random(seed))
-    while (decisions := search.propose()) is not None:
-        search.observe(decisions, reward_of(decisions, seed, scale))
+@given(layers, configs, seeds, scales, mosts)
+def test_the_same_seed_and_rewards_give_the_same_tree(num_layers, config, seed, scale, most):
+    first, second = (run_tree(num_layers, config, seed, scale, most) for _ in range(2))
+
+    def statistics(search):
+        return [
+            (
+                node.decisions,
+                node.visits,
+                node.value_sum,
+                [(e.action, e.visits) for e in node.edges],
+            )
+            for node in search.nodes.values()
+        ]
+
+    assert statistics(first) == statistics(second)
+
+
+@given(layers, configs, seeds, scales, mosts)
+def test_the_trees_statistics_add_up(num_layers, config, seed, scale, most):
+    search = run_tree(num_layers, config, seed, scale, most)
 
     assert set(search.nodes) == set(search.tried)  # one node a vector, one vector a simulation
     assert search.root.visits == search.num_simulations_done + 1
@@ -106,11 +148,9 @@ def test_the_trees_statistics_add_up(num_layers, config, seed, scale):
     assert arrivals == {decisions: node.visits for decisions, node in search.nodes.items()}
 
 
-@given(layers, configs, seeds, scales)
-def test_every_edge_is_one_legal_edit_to_its_own_node(num_layers, config, seed, scale):
-    search = TreeSearch(num_layers, config, Random(seed))
-    while (decisions := search.propose()) is not None:
-        search.observe(decisions, reward_of(decisions, seed, scale))
+@given(layers, configs, seeds, scales, mosts)
+def test_every_edge_is_one_legal_edit_to_its_own_node(num_layers, config, seed, scale, most):
+    search = run_tree(num_layers, config, seed, scale, most)
 
     for node in search.nodes.values():
         legal = legal_actions(node.decisions, search.limit)
@@ -121,10 +161,20 @@ def test_every_edge_is_one_legal_edit_to_its_own_node(num_layers, config, seed, 
             assert edge.node.decisions != node.decisions
 
 
-@given(st.integers(1, 4), st.sampled_from([1.0, 1.1, 1.5, 2.0]), seeds, scales)
-@settings(max_examples=30)
-def test_a_tree_given_enough_simulations_tries_everything_and_ends(num_layers, budget, seed, scale):
-    search = run(num_layers, SearchConfig(budget=budget, num_simulations=1000), seed, scale)
+@given(
+    st.integers(1, 4),
+    st.sampled_from([1.0, 1.1, 1.5, 2.0]),
+    st.sampled_from(["tree", "sweep"]),
+    seeds,
+    scales,
+    mosts,
+)
+@settings(max_examples=60)
+def test_a_search_given_enough_simulations_tries_everything_and_ends(
+    num_layers, budget, strategy, seed, scale, most
+):
+    config = SearchConfig(strategy=strategy, budget=budget, num_simulations=1000)
+    search = run(num_layers, config, seed, scale, most)
 
     limit = max_executions(budget, num_layers)
     front, everything = [full_decisions(num_layers)], {full_decisions(num_layers)}
@@ -134,3 +184,11 @@ def test_a_tree_given_enough_simulations_tries_everything_and_ends(num_layers, b
         front += edited - everything
         everything |= edited
     assert set(search.tried) == everything
+
+
+@given(st.integers(1, 3), configs, seeds, scales, mosts)
+def test_every_search_of_a_tiny_model_ends_by_itself(num_layers, config, seed, scale, most):
+    search = run(num_layers, config, seed, scale, most)
+
+    assert search.propose(most) == []
+    assert len(search.tried) <= 3**num_layers - 1

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,20 +14,32 @@ from typing import Any
 
 import pytest
 
+from drllm.config import ModelConfig, SearchConfig
+from drllm.models.base.loading import load
+from drllm.models.routed import RoutedModel
+from drllm.tasks.base import get_task
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SCRIPTS = sorted(BENCHMARKS.glob("*.py"))
 NUM_LAYERS = 12
 
 
-@pytest.fixture(scope="module")
-def generate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_benchmark", BENCHMARKS / "generate.py")
+def imported(script: str) -> ModuleType:
+    """Import a benchmark, which is no module of the package."""
+    spec = importlib.util.spec_from_file_location(
+        f"{script}_benchmark", BENCHMARKS / f"{script}.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    return imported("generate")
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +92,176 @@ def test_a_missed_bound_is_said_plainly(generate: ModuleType) -> None:
     assert str(generate.Figure("a", "decode", [1.01, 1.03, 1.06], 1.03)).endswith("met")
 
 
-def test_models_take_turns_and_every_other_round_goes_backwards(generate: ModuleType) -> None:
+def test_models_take_turns_in_another_order_every_round(generate: ModuleType) -> None:
     called: list[str] = []
     calls = {name: lambda name=name: called.append(name) for name in "abc"}
     seconds = iter(range(100))
-    rounds = generate.take_turns(calls, 3, lambda: float(next(seconds)))
-    assert "".join(called) == "abc" + "cba" + "abc"
-    assert rounds == [dict.fromkeys("abc", 1.0)] * 3
+    rounds = generate.take_turns(calls, 8, lambda: float(next(seconds)))
+    orders = ["".join(called[start : start + 3]) for start in range(0, 24, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert {order[0] for order in orders} == {"a", "b", "c"}
+    assert rounds == [dict.fromkeys("abc", 1.0)] * 8
+
+
+# --- what the strategies find ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quality() -> ModuleType:
+    return imported("search_quality")
+
+
+@pytest.fixture(scope="module")
+def compare(
+    quality: ModuleType, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Any]]:
+    """A function that runs the quick comparison on a tiny model, and returns what it writes."""
+
+    def run(*arguments: str) -> dict[str, Any]:
+        file = tmp_path_factory.mktemp("quality") / "figures.json"
+        fixed = ["search_quality.py", "--quick", "--json", str(file), "--model", str(tiny_folder)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [*fixed, *arguments])
+            quality.main()
+        figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return figures
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def found(compare: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return compare()
+
+
+def test_every_strategy_is_compared_with_the_first_for_nearly_the_same_executions(
+    found: dict[str, Any],
+) -> None:
+    assert found["strategies"].keys() == {"tree", "sweep", "walk"}
+    assert found["speedup"].keys() == {"tree / sweep", "tree / walk"}
+    allowance = found["executions_a_question"]
+    for by_seed in found["strategies"].values():
+        for figures in by_seed:  # less than one more path of 2L executions is left over
+            assert allowance - 2 * NUM_LAYERS < figures["executions"] <= allowance
+
+
+def test_the_re_test_only_takes_away(found: dict[str, Any]) -> None:
+    for by_seed in found["strategies"].values():
+        for one in by_seed:
+            for name in ("valid", "saving", "improving"):
+                assert one[f"{name} after"] <= one[name] <= found["questions"]
+            assert one["shortest"] <= one["shortest after"] <= NUM_LAYERS
+
+
+def test_the_executions_counted_are_those_that_the_evaluator_runs(
+    quality: ModuleType, tiny_folder: Path
+) -> None:
+    base = load(ModelConfig(model=str(tiny_folder), dtype="float32", device="cpu"))
+    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+    task = get_task("builtin_facts")
+    for strategy in ("tree", "sweep", "walk"):
+        config = SearchConfig(strategy=strategy, num_simulations=10_000)
+        result = quality.search(routed, task.examples("search")[:1], task, config, 120)
+        (row,) = result["rows"]
+        assert result["executions_run"] == row["executions"] <= 120
+        assert len(row["paths"]) > 5
+
+
+def test_a_question_counts_as_saving_only_where_a_shorter_right_path_survived(
+    quality: ModuleType,
+) -> None:
+    survived = {"survived": True, "margin": 0.5}
+    full = {"decisions": [1, 1, 1], "reward": 1.0, "margin": 1.0, "damage": 0.0, "retest": survived}
+    lucky = full | {"decisions": [1, 0, 1], "retest": survived | {"survived": False}}
+    row = {"paths": [full, lucky]}
+
+    assert quality.has_saving(row, survived=False)
+    assert not quality.has_saving(row, survived=True)
+    assert quality.shortest(row, survived=False) == 2
+    assert quality.shortest(row, survived=True) == 3
+    assert quality.damage_of_shortest(row) is None
+    assert not quality.has_improving(row, survived=False)
+
+
+def test_a_strategy_can_come_with_settings(quality: ModuleType) -> None:
+    assert quality.strategy_settings("walk") == {"strategy": "walk"}
+    assert quality.strategy_settings("tree:length_penalty=0+budget=1.5") == {
+        "strategy": "tree",
+        "length_penalty": 0,
+        "budget": 1.5,
+    }
+
+
+def test_blocks_that_are_done_are_read_and_those_of_other_settings_are_not(
+    quality: ModuleType, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load(ModelConfig(model=str(tiny_folder), dtype="float32", device="cpu"))
+    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+    task = get_task("builtin_facts")
+    options = Namespace(
+        strategies=["tree", "walk"],
+        seeds=[0, 1],
+        block_size=1,
+        executions=30,
+        model=str(tiny_folder),
+        output_dir=tmp_path,
+    )
+    examples = task.examples("search")[:2]
+    first = quality.search_all(routed, task, examples, options)
+    asked: list[str] = []
+    monkeypatch.setattr(quality, "search", lambda *arguments: asked.append("") or {})
+    assert quality.search_all(routed, task, examples, options) == first
+    assert not asked
+    monkeypatch.undo()
+    options.executions = 50
+    assert quality.search_all(routed, task, examples, options) != first
+
+
+# --- how fast paths are evaluated --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def search() -> ModuleType:
+    return imported("search")
+
+
+@pytest.fixture(scope="module")
+def searched(
+    search: ModuleType, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What the benchmark of the evaluator writes for a tiny model."""
+    file = tmp_path_factory.mktemp("benchmark") / "figures.json"
+    sizes = ["--questions", "3", "--paths", "4", "--sample", "12"]
+    arguments = ["search.py", "--quick", "--json", str(file), "--model", str(tiny_folder), *sizes]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", arguments)
+        search.main()
+    figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return figures
+
+
+def test_the_evaluator_is_compared_on_every_reward(searched: dict[str, Any]) -> None:
+    rewards = {"loglikelihood", "letter", "boxed"}
+    assert rewards == searched["speedup"].keys() == searched["damage_overhead"].keys()
+    for result in searched["results"]:
+        assert result["paths"] == result["verdicts_compared"] == 12
+        assert result["speedup"] == searched["speedup"][result["reward"]]
+        assert sum(result["parts"].values()) == pytest.approx(1)
+
+
+def test_the_evaluator_and_the_obvious_way_come_to_the_same_verdicts(
+    searched: dict[str, Any],
+) -> None:
+    assert set(searched["verdicts_that_differ"].values()) == {0}
+
+
+def test_executions_lie_between_those_of_a_perfect_sharer_and_those_asked(
+    searched: dict[str, Any],
+) -> None:
+    for result in searched["results"]:
+        shares = result["executions_a_path"]
+        assert 0 < shares["run"] <= shares["perfect_sharer"] * (1 + 1e-9)
+        assert shares["perfect_sharer"] < shares["asked"]
 
 
 @pytest.mark.thorough

@@ -175,3 +175,9 @@ def test_the_depth_dial_says_which_knob_is_turned(given: dict[str, Any], knob: s
 def test_knobs_that_contradict_one_another_are_refused(given: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         DepthConfig(**given).knob()
+
+
+def test_a_reward_that_is_not_there_is_refused_in_a_list_too():
+    assert SearchConfig(reward="letter,boxed").reward == "letter,boxed"
+    with pytest.raises(ConfigError, match="--reward: unknown value 'leter'; did you mean 'letter'"):
+        SearchConfig(reward="boxed,leter")

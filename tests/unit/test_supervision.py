@@ -8,7 +8,7 @@ import pytest
 
 from drllm.config import SuperviseConfig
 from drllm.cost import executions
-from drllm.errors import RecordError
+from drllm.errors import ConfigError, RecordError
 from drllm.records import (
     Retest,
     SearchRecord,
@@ -19,7 +19,7 @@ from drllm.records import (
     sha256,
     write_records,
 )
-from drllm.supervision import REASONS, choose, targets, write
+from drllm.supervision import REASONS, check_settings, choose, targets, write
 
 MODEL = {
     "id": "some/model",
@@ -38,7 +38,11 @@ def good(margin: float | None) -> Retest:
 
 
 def tried(
-    decisions: str, reward: float = 1.0, retest: Retest | None = None, margin: float | None = None
+    decisions: str,
+    reward: float = 1.0,
+    retest: Retest | None = None,
+    margin: float | None = None,
+    damage: float | None = None,
 ) -> TriedPath:
     """A path from its decisions as text; `record` numbers the simulations."""
     values = tuple(int(value) for value in decisions)
@@ -48,6 +52,7 @@ def tried(
         reward=reward,
         margin=margin,
         executions=executions(values),
+        damage=damage,
         retest=retest,
     )
 
@@ -202,6 +207,73 @@ def test_paper_has_no_target_where_no_right_path_is_shorter_than_the_full_one(ot
     assert chosen("paper", tried("1111"), *others) == "only the full path"
 
 
+def harming(decisions: str, damage: float | None, **fields: Any) -> TriedPath:
+    return tried(decisions, **{"reward": 0.0} | fields, damage=damage)
+
+
+def test_damage_picks_the_least_damage_whatever_the_reward():
+    assert (
+        chosen(
+            "damage",
+            harming("1111", 0.0, reward=1.0, retest=GOOD),
+            harming("1110", 0.3, reward=1.0, retest=GOOD),
+            harming("1011", 0.1),
+            harming("0111", 0.2),
+        )
+        == "1011"
+    )
+
+
+def test_damage_breaks_ties_by_fewer_executions_and_then_by_the_earlier_simulation():
+    full = harming("1111", 0.0)
+    one, two, three = (harming(text, 0.5) for text in ("1110", "1100", "0011"))
+
+    assert chosen("damage", full, one, two, three) == "1100"
+    assert chosen("damage", full, one, three, two) == "0011"
+
+
+def test_a_damage_target_saves_the_least_share_or_more():
+    paths = (
+        harming("1111111111", 0.0),
+        harming("1111111110", 0.1),
+        harming("1111111100", 0.2),
+        harming("1111111000", 0.4),
+    )
+
+    def saving(least: float) -> str:
+        found = choose(record(*paths), "damage", min_saving=least)
+        return found if isinstance(found, str) else "".join(map(str, found.decisions))
+
+    assert saving(0.1) == "1111111110"
+    assert saving(0.11) == "1111111100"
+    assert saving(0.3) == "1111111000"
+    assert saving(0.31) == "no path saves enough"
+
+
+def test_damage_never_picks_a_path_that_saves_nothing():
+    paths = (harming("1111", 0.0), harming("2111", 0.01), harming("2011", 0.02))
+
+    assert chosen("damage", *paths) == "no path saves enough"
+
+
+def test_a_path_without_damage_is_no_damage_target():
+    assert (
+        chosen("damage", harming("1111", 0.0), harming("1110", None), harming("1100", 5.0))
+        == "1100"
+    )
+
+
+def test_a_record_without_damage_has_no_damage_target():
+    assert chosen("damage", tried("1111"), tried("1110")) == "no damage in the record"
+
+
+def test_released_is_paper_with_the_full_path_among_the_candidates():
+    assert chosen("released", tried("1111"), tried("2111"), tried("0111", 0.0)) == "1111"
+    assert chosen("released", tried("1111"), tried("1110"), tried("1000", retest=BAD)) == "1000"
+    assert chosen("released", tried("1111", 0.0), tried("1112")) == "1112"
+    assert chosen("released", tried("1111", 0.0), tried("1110", 0.5)) == "no valid path"
+
+
 # --- many questions ----------------------------------------------------------------------------
 
 SAVING = (tried("1111", retest=GOOD), tried("1100", retest=GOOD, margin=2.5))
@@ -242,6 +314,8 @@ def test_the_summary_counts_what_the_search_found_and_what_became_of_it():
             "no valid path": 2,
             "only the full path": 0,
             "no path survived the re-test": 1,
+            "no damage in the record": 0,
+            "no path saves enough": 0,
             "same question twice": 0,
             "over the quota": 0,
         },
@@ -252,8 +326,55 @@ def test_the_summary_counts_what_the_search_found_and_what_became_of_it():
         "saving_after_retest": 1,
         "improving_before_retest": 2,
         "improving_after_retest": 1,
+        "paths": {
+            "saving_before_retest": 2,
+            "saving_after_retest": 1,
+            "improving_before_retest": 2,
+            "improving_after_retest": 1,
+        },
+        "tasks": {
+            "facts": {
+                "questions": 6,
+                "base_correct": 2,
+                "valid_before_retest": 4,
+                "valid_after_retest": 3,
+                "saving_before_retest": 2,
+                "saving_after_retest": 1,
+                "improving_before_retest": 2,
+                "improving_after_retest": 1,
+                "targets": 3,
+                "improving_targets": 1,
+            }
+        },
+        "executions": pytest.approx(10 / 3),
         "class_counts": [3, 8, 1],
+        "class_counts_by_layer": [[0, 2, 1], [0, 3, 0], [1, 2, 0], [2, 1, 0]],
     }
+
+
+def test_the_summary_tells_the_tasks_apart():
+    found = [
+        record(*SAVING, question="a?", task="one"),
+        record(*IMPROVING, question="b?", task="two"),
+        record(*HOPELESS, question="c?", task="one"),
+    ]
+    tasks = targets(found, SuperviseConfig()).summary["tasks"]
+
+    told = {
+        name: (task["questions"], task["base_correct"], task["targets"], task["improving_targets"])
+        for name, task in tasks.items()
+    }
+    assert told == {"one": (2, 1, 1, 0), "two": (1, 0, 1, 1)}
+
+
+def test_every_question_is_told_why_it_has_no_target():
+    found = questions(SAVING, HOPELESS, LUCKY)
+
+    assert targets(found, SuperviseConfig()).reasons == (
+        None,
+        "no valid path",
+        "no path survived the re-test",
+    )
 
 
 def test_no_questions_make_no_targets():
@@ -317,6 +438,48 @@ def test_the_quota_is_met_with_as_few_drops_as_possible(share: float, improving:
     assert improving / left >= share - 1e-12
     assert improving / (left + 1) < share or left == 100 + improving
     assert supervision.summary["rejected"]["over the quota"] == 100 + improving - left
+
+
+def test_a_quota_takes_the_first_targets_not_the_first_questions():
+    found = questions(HOPELESS, SAVING, SAVING, SAVING)
+    supervision = targets(found, SuperviseConfig(quotas="facts=2"))
+
+    assert [target.id for target in supervision.records] == ["Question 1?", "Question 2?"]
+    assert supervision.reasons[3] == "over the quota"
+    assert supervision.summary["tasks"]["facts"]["targets"] == 2
+
+
+def test_a_copy_of_a_question_takes_no_place_in_a_quota():
+    found = [
+        record(*SAVING, question="a?", task="one"),
+        record(*SAVING, question="A?", id="copy", task="two"),
+        record(*SAVING, question="b?", task="two"),
+    ]
+    supervision = targets(found, SuperviseConfig(quotas="two=1"))
+
+    assert [target.question for target in supervision.records] == ["a?", "b?"]
+
+
+def test_a_quota_for_a_task_that_is_not_there_names_those_that_are():
+    with pytest.raises(ConfigError, match=r"unknown task 'fact'; did you mean 'facts'\? Valid"):
+        targets(questions(SAVING), SuperviseConfig(quotas="fact=2"))
+
+
+def test_the_least_saving_has_no_use_but_for_damage():
+    with pytest.raises(ConfigError, match=r"--min-saving 0\.2 has no effect with --target paper"):
+        check_settings(SuperviseConfig(target="paper", min_saving=0.2), ["facts"])
+    assert check_settings(SuperviseConfig(target="damage", min_saving=0.2), ["facts"]) == {}
+
+
+def test_the_least_saving_of_the_settings_is_followed():
+    paths = (harming("1111", 0.0), harming("1110", 0.1), harming("1000", 0.9))
+
+    def picked(**settings: Any) -> tuple[int, ...]:
+        config = SuperviseConfig(target="damage", **settings)
+        return targets([record(*paths)], config).records[0].optimal_layer_config
+
+    assert picked() == (1, 1, 1, 0)
+    assert picked(min_saving=0.5) == (1, 0, 0, 0)
 
 
 def test_every_question_has_a_target_or_a_reason():
@@ -404,6 +567,76 @@ def test_files_of_one_name_in_two_folders_are_both_inputs(tmp_path: Path):
     assert summary["rejected"]["same question twice"] == 1
     manifest = json.loads(manifest_path(output).read_text())
     assert manifest["inputs"] == {str(one): sha256(one), str(two): sha256(two)}
+
+
+def test_the_manifest_tells_what_became_of_each_file(tmp_path: Path):
+    one = search_file(tmp_path, SAVING, HOPELESS, name="a.jsonl")
+    two = search_file(tmp_path, SAVING, SAVING, LUCKY, name="b.jsonl")
+    output = tmp_path / "supervision.jsonl"
+    write([one, two], output, SuperviseConfig(quotas="facts=2"))
+
+    files = json.loads(manifest_path(output).read_text())["files"]
+    assert list(files) == ["a.jsonl", "b.jsonl"]
+    told = {
+        name: (file["questions"], file["targets"], {r: n for r, n in file["rejected"].items() if n})
+        for name, file in files.items()
+    }
+    assert told == {
+        "a.jsonl": (2, 1, {"no valid path": 1}),
+        "b.jsonl": (3, 1, {"no path survived the re-test": 1, "over the quota": 1}),
+    }
+
+
+def test_a_question_of_two_shards_counts_once(tmp_path: Path):
+    found = questions(SAVING, IMPROVING)
+    files = [tmp_path / "one" / "search.jsonl", tmp_path / "two" / "search.jsonl"]
+    for file, part in zip(files, (found, found[1:]), strict=True):
+        write_records(file, part, new_manifest("search", model=MODEL, config={}))
+    output = tmp_path / "supervision.jsonl"
+    summary = write(files, output, SuperviseConfig())
+
+    assert summary["targets"] == 2
+    second = json.loads(manifest_path(output).read_text())["files"][str(files[1])]
+    assert (second["questions"], second["targets"]) == (1, 0)
+    assert second["rejected"]["same question twice"] == 1
+
+
+def test_a_file_given_twice_is_refused(tmp_path: Path):
+    source = search_file(tmp_path, SAVING)
+
+    with pytest.raises(RecordError, match="given twice"):
+        write([source, tmp_path / "." / source.name], tmp_path / "out.jsonl", SuperviseConfig())
+
+
+def test_a_search_without_damage_says_how_to_get_it(tmp_path: Path):
+    source = search_file(tmp_path, SAVING, IMPROVING)
+
+    with pytest.raises(RecordError, match=r"2 no damage in the record\); search anew with --dama"):
+        write([source], tmp_path / "out.jsonl", SuperviseConfig(target="damage"))
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_paths_that_save_too_little_say_what_would_help(tmp_path: Path):
+    source = search_file(tmp_path, (harming("1111", 0.0), harming("1110", 0.25)))
+    config = SuperviseConfig(target="damage", min_saving=0.5)
+
+    with pytest.raises(RecordError, match=r"1 no path saves enough\); .* smaller --min-saving"):
+        write([source], tmp_path / "out.jsonl", config)
+
+
+def test_damage_is_read_back_from_a_search_file(tmp_path: Path):
+    source = search_file(tmp_path, (harming("1111", 0.0), harming("1110", 0.25)))
+    output = tmp_path / "out.jsonl"
+    write([source], output, SuperviseConfig(target="damage"))
+
+    (target,) = read_supervision(output)
+    assert target.optimal_layer_config == (1, 1, 1, 0)
+    assert not target.improving
+
+
+def test_quotas_that_cannot_be_read_are_refused_before_the_files_are(tmp_path: Path):
+    with pytest.raises(ConfigError, match="'facts' is no quota"):
+        write([tmp_path / "gone.jsonl"], tmp_path / "out.jsonl", SuperviseConfig(quotas="facts"))
 
 
 def test_a_file_without_a_manifest_is_used_as_a_file_of_ones_own(tmp_path: Path):

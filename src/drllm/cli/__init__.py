@@ -1,7 +1,8 @@
 """The command line: `drllm VERB …`.
 
 `verbs` lists the verbs, `parser` turns words into checked settings, `checks` refuses what can't
-work, `stages` does a verb's work (`generation` that of `generate`, `exporting` that of `export`),
+work, `stages` does a verb's work (`searching` that of `search`, `generation` that of `generate`,
+`exporting` that of `export`),
 `recipe` carries out all stages in a row, `show` prints records, `listing` names, `terminal` owns
 what the user sees. Here the process begins and ends: errors of the user's become one line and exit
 status 2, an interruption one sentence and 130, anything else is a defect of ours and keeps its
@@ -25,7 +26,7 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 ACTIONS: dict[str, str] = {
-    "search": "drllm.cli.stages:search",
+    "search": "drllm.cli.searching:search",
     "supervise": "drllm.cli.stages:supervise",
     "train": "drllm.cli.stages:train",
     "generate": "drllm.cli.generation:generate",

@@ -15,6 +15,7 @@ from typing import Any
 from drllm.config import EvaluateConfig, SearchConfig
 from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.records import read_manifest, sha256
+from drllm.search.questions import parse_shard
 from drllm.tasks.base import Task, choose, get_tasks
 
 
@@ -22,11 +23,28 @@ def tasks_to_search(config: SearchConfig) -> list[Task]:
     """Return the tasks, once it is sure that they can be searched.
 
     Raises:
+        ConfigError: A shard that makes no sense, or settings of Ray without Ray.
         TaskError: An unknown task, a reward that it can't grade, or no questions to be had.
     """
+    if config.shard is not None:
+        parse_shard(config.shard)
+    for flag, value in (
+        ("--num-workers", config.num_workers),
+        ("--ray-address", config.ray_address),
+    ):
+        if value is not None and config.executor != "ray":
+            raise ConfigError(
+                f"{flag} {value} has no effect with --executor {config.executor}; "
+                f"give --executor ray, or leave it out"
+            )
     tasks = get_tasks(config.dataset)
-    for task in tasks:
-        task.check_reward(config.reward)
+    used = {task.check_reward(config.reward) for task in tasks}
+    for name in () if config.reward is None else config.reward.split(","):
+        if name not in used:
+            raise TaskError(
+                f"--reward {config.reward}: no task of {config.dataset!r} is graded by {name!r}; "
+                f"leave it out"
+            )
     _check_questions(tasks, config.split, config.data_dir)
     return tasks
 

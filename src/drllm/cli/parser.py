@@ -143,6 +143,8 @@ def _add_flag(parser: ArgumentParser, flag: Flag) -> None:
     if flag.positional:
         # Optional to argparse, so that what is missing is said in our words.
         parser.add_argument(flag.name, nargs="*" if flag.many else "?", type=str, **options)
+    elif flag.switch:
+        parser.add_argument(flag.shown, action="store_true", help=options["help"])
     elif flag.many:
         parser.add_argument(flag.shown, nargs="+", type=str, default=[], **options)
     else:
@@ -295,6 +297,10 @@ def _check_flag_value(path: Path, flag: Flag, values: dict[str, Any]) -> None:
     if flag.name not in values:
         return
     value = values[flag.name]
+    if flag.switch:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{path}: {flag.shown} is {value!r}; give true or false")
+        return
     if flag.many and isinstance(value, str):
         values[flag.name] = value = [value]
     texts = value if flag.many and isinstance(value, list) else [value]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from drllm.cli import checks, show, stages
+from drllm.cli import checks, searching, show, stages
 from drllm.cli.parser import Request, canonical, read_yaml, with_underscores
 from drllm.cli.terminal import Terminal, duration
 from drllm.config import (
@@ -35,6 +35,7 @@ from drllm.config import (
 from drllm.errors import ConfigError, RecordError, unknown_name
 from drllm.records import SCHEMA_VERSION, sha256, write_atomically
 from drllm.search.plan import decisive
+from drllm.supervision import check_settings
 from drllm.supervision import write as write_supervision
 from drllm.tasks.base import Task
 
@@ -203,6 +204,7 @@ def run(request: Request, terminal: Terminal) -> None:
         "search": checks.tasks_to_search(recipe.search),
         "evaluate": checks.tasks_to_evaluate(recipe.evaluate),
     }
+    check_settings(recipe.supervise, [task.name for task in tasks["search"]])
     checks.check_folder(folder, "--output-dir")
     with ExitStack() as stack:
         done = Run(recipe, tasks, folder, terminal, stack).carry_out()
@@ -314,7 +316,13 @@ class Run:
         }
 
     def _search(self) -> Sequence[Path]:
-        stages.run_search_stage(self.base, self.tasks["search"], self.recipe.search, self.terminal)
+        searching.run_search_stage(
+            self.tasks["search"],
+            self.recipe.search,
+            self.recipe.model,
+            self.terminal,
+            base=self.base,
+        )
         return [self.search_file, self.folder / "search.manifest.json"]
 
     def _supervise_from(self) -> dict[str, Any]:

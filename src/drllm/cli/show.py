@@ -1,7 +1,8 @@
 """Records as people read them: the result table, the route picture, `show`.
 
-Owns what is printed about a file or folder of ours. Leaves reading and checking to `records` and
-`reporting`. Loads no torch. Axes: L layers.
+Owns what is printed about a file or folder of ours. Leaves the story of a search to `show_search`,
+one question's paths to `show_question`, reading and checking to `records` and `reporting`. Loads no
+torch. Axes: L layers.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
-from drllm.cli.terminal import Terminal
+from drllm.cli.show_question import show_question
+from drllm.cli.show_search import show_search
+from drllm.cli.tables import new_table
+from drllm.cli.terminal import Terminal, duration
 from drllm.errors import RecordError
 from drllm.paths import Decision, sketch
 from drllm.records import (
@@ -29,10 +31,11 @@ from drllm.records import (
 from drllm.reporting.fields import read_object
 from drllm.reporting.numbers import NBSP, p_value, percent, plain
 from drllm.reporting.results import Evaluation, read_evaluations
-from drllm.supervision import is_improving, is_saving, is_valid, summarise
+from drllm.supervision import summarise
 
 STYLES = {Decision.SKIP: "red", Decision.EXECUTE: "dim", Decision.REPEAT: "bold green"}
 LAYERS_A_ROW = 60
+LAYERS_NAMED = 5
 TICK = 10
 
 
@@ -121,40 +124,84 @@ def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) ->
 
 
 def say_search(records: Sequence[SearchRecord], terminal: Terminal) -> None:
-    """Print what a search found, before any re-test."""
+    """Print in a few lines what a search did; `show_search` tells the whole story."""
     n = len(records)
-    paths = [path for record in records for path in record.paths]
-    by_task = ", ".join(f"{name} {k}" for name, k in Counter(r.task for r in records).items())
-
-    def share(found: int) -> str:
-        return f"{found} of {n} ({percent(found / n)})".replace(NBSP, " ")
-
-    saving = [
-        min(p.executions for p in record.paths if is_saving(p, record))
-        for record in records
-        if any(is_saving(p, record) for p in record.paths)
-    ]
-    terminal.say(f"questions      {n} ({by_task}), {records[0].num_layers} layers")
-    terminal.say(f"paths tried    {len(paths)}, {plain(len(paths) / n)} a question")
-    terminal.say(f"base right     {share(sum(is_valid(r.full) for r in records))}")
-    for name, test in (("saving", is_saving), ("improving", is_improving)):
-        found = sum(any(test(path, record) for path in record.paths) for record in records)
-        terminal.say(f"{name + ' path':14} {share(found)}, before any re-test")
-    if saving:
-        terminal.say(f"shortest       {plain(sum(saving) / len(saving))} executions on average")
-    terminal.say(f"time           {plain(sum(r.seconds for r in records))} s in all")
+    tried = sum(len(record.paths) for record in records)
+    terminal.say(
+        f"questions      {n} ({_by_task(Counter(record.task for record in records))}), "
+        f"{records[0].num_layers} layers"
+    )
+    terminal.say(f"paths tried    {tried}, {plain(tried / n)} a question")
+    terminal.say(f"time           {duration(sum(record.seconds for record in records))} in all")
 
 
 def say_supervision(summary: Mapping[str, Any], terminal: Terminal) -> None:
-    """Print a supervision summary: targets, decisions, and why questions have none."""
+    """Print a supervision summary: what was found, what survived, what became a target.
+
+    Args:
+        summary: As `summarise` returns it, or as an older version left it in a manifest.
+        terminal: Where to.
+    """
     total, targets = summary["questions"], summary["targets"]
-    terminal.say(f"targets        {targets} of {total} questions")
+    terminal.say(f"base right     {_share(summary['base_correct'], total)}")
+    paths = summary.get("paths", {})
     for name in ("valid", "saving", "improving"):
-        before, after = summary[f"{name}_before_retest"], summary[f"{name}_after_retest"]
-        terminal.say(f"{name + ' path':14} {before} questions, {after} after the re-test")
+        before, after = (f"{name}_{when}_retest" for when in ("before", "after"))
+        of_paths = f"; {paths[after]} of {paths[before]} such paths" if before in paths else ""
+        terminal.say(
+            f"{name + ' path':14} {summary[before]} questions, {summary[after]} after the re-test"
+            f"{of_paths}"
+        )
+    mean = summary.get("executions")
+    terminal.say(
+        f"targets        {_share(targets, total)}"
+        + (f", {plain(mean, 2)} executions on average" if mean is not None else "")
+    )
+    tasks = summary.get("tasks", {})
+    if len(tasks) > 1:
+        _show_tasks(tasks, terminal)
     rejects = [f"{n} {reason}" for reason, n in summary["rejected"].items() if n]
     terminal.say(f"without        {', '.join(rejects) or 'none'}")
     _say_classes(summary["class_counts"], terminal)
+    _say_layers(summary.get("class_counts_by_layer", []), terminal)
+
+
+def _by_task(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in counts.items())
+
+
+def _share(part: int, total: int) -> str:
+    share = percent(part / total if total else None).replace(NBSP, " ")
+    return f"{part} of {total} questions ({share})"
+
+
+def _show_tasks(tasks: Mapping[str, Mapping[str, int]], terminal: Terminal) -> None:
+    table = new_table(
+        "task",
+        "questions",
+        "base right",
+        "saving,\nsurvived",
+        "improving,\nsurvived",
+        "targets",
+        "improving\ntargets",
+        numbers_from=1,
+    )
+    for name, counts in tasks.items():
+        table.add_row(
+            Text(name),
+            *(
+                str(counts[key])
+                for key in (
+                    "questions",
+                    "base_correct",
+                    "saving_after_retest",
+                    "improving_after_retest",
+                    "targets",
+                    "improving_targets",
+                )
+            ),
+        )
+    terminal.show(table)
 
 
 def _say_classes(counts: Sequence[int], terminal: Terminal) -> None:
@@ -166,16 +213,37 @@ def _say_classes(counts: Sequence[int], terminal: Terminal) -> None:
     terminal.say(f"decisions      {', '.join(shown)}")
 
 
+def _say_layers(counts: Sequence[Sequence[int]], terminal: Terminal) -> None:
+    """Say which layers the targets skip and repeat most, and how often."""
+    for decision, name in ((Decision.SKIP, "most skipped"), (Decision.REPEAT, "most repeated")):
+        ranked = sorted(range(len(counts)), key=lambda layer: (-counts[layer][decision], layer))
+        shown = [
+            f"{layer} ({counts[layer][decision]})"
+            for layer in ranked[:LAYERS_NAMED]
+            if counts[layer][decision]
+        ]
+        if shown:
+            terminal.say(f"{name:14} layers {', '.join(shown)}")
+
+
 # --- show --------------------------------------------------------------------------------------
 
 
-def show(place: Path, terminal: Terminal) -> None:
+def show(place: Path, terminal: Terminal, question: str | None = None) -> None:
     """Print any file or folder of ours in readable form.
 
+    Args:
+        place: The file or folder.
+        terminal: Where to.
+        question: Of a search, or of the one in the folder, draw this question's paths instead.
+
     Raises:
-        RecordError: Nothing there, nothing of ours, or a file that can't be trusted.
+        RecordError: Nothing there, nothing of ours, a file that can't be trusted, or no question
+            of that id.
     """
-    if place.is_dir():
+    if question is not None:
+        _show_question(place, question, terminal)
+    elif place.is_dir():
         _show_folder(place, terminal)
     elif place.suffix == ".json":
         _show_json(place, terminal)
@@ -186,6 +254,17 @@ def show(place: Path, terminal: Terminal) -> None:
             f"{place} is no file of records; give a .jsonl or .json file, or a folder, that drllm "
             f"has written"
         )
+
+
+def _show_question(place: Path, question: str, terminal: Terminal) -> None:
+    file = place / "search.jsonl" if place.is_dir() else place
+    _, first = next(read_lines(file))
+    if "paths" not in first:
+        raise RecordError(
+            f"{file} is no search.jsonl, and --question {question} draws what a search tried; "
+            f"give a search.jsonl or a folder that holds one"
+        )
+    show_question(read_search(file), question, file, terminal)
 
 
 def _show_folder(folder: Path, terminal: Terminal) -> None:
@@ -246,7 +325,7 @@ def _show_json(path: Path, terminal: Terminal) -> None:
 def _show_lines(path: Path, terminal: Terminal) -> None:
     _, first = next(read_lines(path))
     if "paths" in first:
-        say_search(read_search(path), terminal)
+        show_search(read_search(path), terminal)
     elif "optimal_layer_config" in first:
         _show_supervision(path, read_supervision(path), terminal)
     elif "systems" in first:
@@ -268,9 +347,10 @@ def _show_supervision(path: Path, records: Sequence[SupervisionRecord], terminal
     if "summary" in manifest:
         say_supervision(manifest["summary"], terminal)
     else:
-        counts = summarise([], records, {})["class_counts"]
+        counts = summarise([], records, {})
         terminal.say(f"targets        {len(records)}, no manifest (a file of your own)")
-        _say_classes(counts, terminal)
+        _say_classes(counts["class_counts"], terminal)
+        _say_layers(counts["class_counts_by_layer"], terminal)
     mean = sum(record.executions for record in records) / len(records)
     layers = len(records[0].optimal_layer_config)
     terminal.say(f"executions     {plain(mean, 2)} of {layers} on average")
@@ -311,14 +391,3 @@ def _show_metrics(path: Path, terminal: Terminal) -> None:
     for name in names:
         table.add_row(name, *(plain(row.get(name), 3) for row in chosen))
     terminal.show(table)
-
-
-def new_table(*columns: str, title: str | None = None, numbers_from: int = 99) -> Table:
-    """Return an empty table; its columns from `numbers_from` on are aligned to the right."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for place, column in enumerate(columns):
-        # Narrow terminals break lines; nothing is cut off.
-        table.add_column(
-            column, justify="right" if place >= numbers_from else "left", overflow="fold"
-        )
-    return table

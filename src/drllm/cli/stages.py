@@ -16,23 +16,9 @@ from typing import TYPE_CHECKING
 from drllm.cli import checks, listing, show
 from drllm.cli.parser import Request
 from drllm.cli.terminal import Terminal
-from drllm.config import (
-    EvaluateConfig,
-    ModelConfig,
-    SearchConfig,
-    SuperviseConfig,
-    TrainConfig,
-)
+from drllm.config import EvaluateConfig, ModelConfig, SuperviseConfig, TrainConfig
 from drllm.errors import CheckpointError, ConfigError
-from drllm.records import (
-    manifest_path,
-    read_manifest,
-    read_search,
-    read_supervision,
-    sha256,
-    to_lines,
-)
-from drllm.supervision import targets
+from drllm.records import read_supervision
 from drllm.supervision import write as write_supervision
 from drllm.tasks.base import OPTIONS_REWARD, Task
 
@@ -45,45 +31,6 @@ CHECKPOINTS = Path("checkpoints")
 
 
 # --- the verbs ---------------------------------------------------------------------------------
-
-
-def search(request: Request, terminal: Terminal) -> None:
-    """Search the tasks' questions, then choose target paths by the default rules."""
-    config = request.of(SearchConfig)
-    folder = Path(config.output_dir).expanduser()
-    config = dataclasses.replace(config, output_dir=str(folder))
-    tasks = checks.tasks_to_search(config)
-    checks.check_folder(folder, "--output-dir")
-    was_complete = manifest_path(folder / "search.jsonl").is_file()
-    with loaded(request.of(ModelConfig), terminal) as base:
-        output = run_search_stage(base, tasks, config, terminal)
-    if was_complete:
-        terminal.say(f"{output} is complete already; nothing was searched anew")
-    terminal.say(f"search         {output}")
-    show.say_search(read_search(output), terminal)
-    _supervise_by_default(output, folder / "supervision.jsonl", terminal)
-
-
-def _supervise_by_default(search_file: Path, output: Path, terminal: Terminal) -> None:
-    found = targets(read_search(search_file), SuperviseConfig()).records
-    if output.is_file():
-        manifest = read_manifest(output, "supervision")
-        # A kill between the file and its manifest leaves exactly what would be written now.
-        if manifest is None and output.read_bytes() != to_lines(found).encode():
-            terminal.note(f"drllm: {output} has no manifest, so it isn't ours; it stays as it is")
-            return
-        if manifest is not None and sha256(search_file) in manifest.get("inputs", {}).values():
-            terminal.say(f"{output} is made from this search already; it stays as it is")
-            return
-    if not found:
-        terminal.note(
-            f"drllm: no question has a target path, so {output.name} was not written; search more "
-            f"questions or simulations, or try 'drllm supervise' with another --target"
-        )
-        return
-    summary = write_supervision([search_file], output, SuperviseConfig())
-    terminal.say(f"supervision    {output}")
-    show.say_supervision(summary, terminal)
 
 
 def supervise(request: Request, terminal: Terminal) -> None:
@@ -178,7 +125,7 @@ def list_names(request: Request, terminal: Terminal) -> None:
 
 def show_place(request: Request, terminal: Terminal) -> None:
     """Print a file or folder of ours."""
-    show.show(request.path("place"), terminal)
+    show.show(request.path("place"), terminal, request.values["question"])
 
 
 # --- the stages, with a loaded model -----------------------------------------------------------
@@ -228,16 +175,6 @@ def attached(base: BaseModel, routers: RouterStack | None = None) -> Iterator[Ro
         yield routed
     finally:
         routed.detach()
-
-
-def run_search_stage(
-    base: BaseModel, tasks: Sequence[Task], config: SearchConfig, terminal: Terminal
-) -> Path:
-    """Search, or go on with a search, and return `search.jsonl`."""
-    from drllm.search.runner import run_search
-
-    with attached(base) as routed, terminal.progress("searching", "questions") as progress:
-        return run_search(routed, tasks, config, base.identity, base.runtime, progress)
 
 
 def run_train_stage(

@@ -31,6 +31,7 @@ class Flag:
         required: The verb can't run without.
         many: Takes one value or more.
         positional: Given without a name.
+        switch: Takes no value; False where it isn't given.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Flag:
     required: bool = False
     many: bool = False
     positional: bool = False
+    switch: bool = False
 
     @property
     def shown(self) -> str:
@@ -70,6 +72,13 @@ VERBS: dict[str, Verb] = {
         help="try layer paths for each question: search.jsonl, then supervision.jsonl",
         example="drllm search --dataset builtin_facts --limit 64 --output-dir data/",
         groups=(ModelConfig, SearchConfig),
+        flags=(
+            Flag(
+                name="dry_run",
+                help="measure a few paths and say what the search will take; writes nothing",
+                switch=True,
+            ),
+        ),
     ),
     "supervise": Verb(
         help="choose one target path a question from what the search tried",
@@ -170,6 +179,7 @@ VERBS: dict[str, Verb] = {
                 required=True,
                 positional=True,
             ),
+            Flag(name="question", help="of a search: draw the paths of the question with this id"),
         ),
     ),
 }

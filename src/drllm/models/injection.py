@@ -54,6 +54,7 @@ class Forward:
         driver: Who drives this pass.
         visited: Layers that the model's loop has called so far.
         slices: Layer arguments already sliced, by rows, so that a slice is made once a pass.
+        cuts: Layer arguments already cut to last tokens, by how many, likewise.
         indices: Rows as tensors, by rows and device, likewise.
         notes: Room for the driver.
     """
@@ -64,6 +65,7 @@ class Forward:
     driver: Driver
     visited: list[int] = field(default_factory=list)
     slices: dict[tuple[int, ...], dict[str, tuple[Any, Any]]] = field(default_factory=dict)
+    cuts: dict[tuple[int, int], dict[str, tuple[Any, Any]]] = field(default_factory=dict)
     indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -114,6 +115,30 @@ class LayerCall:
         result: Tensor = output if output.dtype == hidden.dtype else output.to(hidden.dtype)
         return result
 
+    def last_tokens(self, num_tokens: int, num_ahead: int = 0) -> LayerCall:
+        """Return this visit for rows that are cut to their last tokens, the first being padding.
+
+        Args:
+            num_tokens: Tokens that are left of the T of each row.
+            num_ahead: Positions in front of the T that may still be seen, the last of those that
+                the mask has.
+        """
+        memo = self.forward.cuts.setdefault((num_tokens, num_ahead), {})
+
+        def cut(name: str, value: Any) -> Any:
+            if name not in BATCH_AXES or value is None:
+                return value
+            if name not in memo or memo[name][0] is not value:
+                tensors = value if isinstance(value, (tuple, list)) else (value,)
+                parts = tuple([_last_tokens(name, t, num_tokens, num_ahead) for t in tensors])
+                memo[name] = (value, parts if tensors is value else parts[0])
+            return memo[name][1]
+
+        names = self._handle.positional
+        args = (*map(cut, names, self._args), *self._args[len(names) :])
+        kwargs = {name: cut(name, value) for name, value in self._kwargs.items()}
+        return LayerCall(self._handle, self.forward, self._num_rows, args, kwargs)
+
     def _sliced(self, name: str, value: Any, rows: tuple[int, ...]) -> Any:
         if value is None or isinstance(value, (bool, int, float, str, Cache)) or name in NOT_READ:
             return value
@@ -149,3 +174,16 @@ class LayerCall:
                 f"would be a guess, so give every row the same decisions"
             )
         return tensor.index_select(axis, self.forward.index(rows, tensor.device))
+
+
+def _last_tokens(name: str, tensor: Tensor, num_tokens: int, num_ahead: int) -> Tensor:
+    """Return the part of a layer's argument that belongs to the last tokens of its rows."""
+    if name in ROTARY:
+        return tensor if tensor.dim() == 2 else tensor[:, -num_tokens:]
+    if name != "attention_mask" or tensor.dim() == 2:
+        return tensor[..., -num_tokens:]
+    ahead = tensor.shape[-1] - tensor.shape[-2]
+    seen = tensor[..., -num_tokens:, :]
+    return torch.cat(
+        [seen[..., ahead - num_ahead : ahead], seen[..., seen.shape[-1] - num_tokens :]], dim=-1
+    )

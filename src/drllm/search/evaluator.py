@@ -15,10 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drllm.errors import ModelError
+from drllm.models.answering import Answer, AnswerBatch
 from drllm.models.prompts import encode, encode_continuation, render
 from drllm.models.routed import RoutedModel
-from drllm.models.scoring import Answer, AnswerBatch, ChoiceBatch, Question, tokenised
-from drllm.models.sharing import Pair, StateCache
+from drllm.models.scoring import ChoiceBatch, Score, tokenised
+from drllm.models.shared_rows import Question
+from drllm.models.sharing import Pair
+from drllm.models.states import StateCache
 from drllm.tasks.base import Prompt
 from drllm.tasks.grading import score_choices, verdict
 
@@ -34,11 +37,15 @@ class Outcome:
         reward: In [0, 1].
         margin: In nats, positive when right; None where it isn't known (yet).
         answer: What was generated; None when choices were scored.
+        damage: Mean KL divergence from the full path's next-token distributions to the path's,
+            over the prompt's tokens, in nats a token; None where it wasn't asked for or isn't
+            finite.
     """
 
     reward: float
     margin: float | None
     answer: Answer | None = None
+    damage: float | None = None
 
 
 class BlockEvaluator:
@@ -47,15 +54,29 @@ class BlockEvaluator:
     Args:
         routed: The model, with its tokenizer.
         prompts: All of one reward.
-        state_cache_gb: Most memory for shared states, in GB.
+        state_cache_gb: Most memory for shared states, in GB. States that a pass needs and the
+            full path's distributions count too; more than this is held only while a single pass
+            needs more.
+        damage: Measure each path's damage. It is 0 for the full path, which is run with the
+            others of its prompt if it wasn't before.
+        paths_per_pass: Most paths in a forward pass; None picks it by the memory that is free.
+            Where memory runs out, half as many are tried. What comes out doesn't depend on it.
     """
 
     def __init__(
-        self, routed: RoutedModel, prompts: Sequence[Prompt], state_cache_gb: float
+        self,
+        routed: RoutedModel,
+        prompts: Sequence[Prompt],
+        state_cache_gb: float,
+        *,
+        damage: bool = False,
+        paths_per_pass: int | None = None,
     ) -> None:
         self.routed = routed
         self.prompts = list(prompts)
+        self.damage = damage
         self._state_cache_gb = state_cache_gb
+        self._paths_per_pass = paths_per_pass
         self._texts = [render(routed.tokenizer, p.text, chat=p.chat) for p in self.prompts]
         self._contexts = [encode(routed.tokenizer, text) for text in self._texts]
         self._choices: ChoiceBatch | None = None
@@ -65,10 +86,17 @@ class BlockEvaluator:
                 tokenised(routed.tokenizer, text, p.continuations)
                 for text, p in zip(self._texts, self.prompts, strict=True)
             ]
-            self._choices = ChoiceBatch(routed, choices, state_cache_gb)
+            self._choices = ChoiceBatch(
+                routed, choices, state_cache_gb, paths_per_pass=paths_per_pass
+            )
         else:
-            questions = [Question(context) for context in self._contexts]
-            self._answers = AnswerBatch(routed, routed.tokenizer, questions, state_cache_gb)
+            self._answers = AnswerBatch(
+                routed,
+                routed.tokenizer,
+                self._contexts,
+                state_cache_gb,
+                paths_per_pass=paths_per_pass,
+            )
 
     @property
     def texts(self) -> list[str]:
@@ -82,6 +110,11 @@ class BlockEvaluator:
         assert batch is not None
         return batch.states
 
+    def num_tokens(self, place: int) -> int:
+        """Return how many tokens the model reads of a prompt and its continuations."""
+        behind = 0 if self._choices is None else self._choices.questions[place].num_behind
+        return len(self._contexts[place]) + behind
+
     def reads_the_same(self, prompts: Sequence[Prompt]) -> bool:
         """Whether other prompts put the same tokens before the model, and only judge otherwise."""
         return [(p.text, p.continuations) for p in prompts] == [
@@ -91,6 +124,8 @@ class BlockEvaluator:
     def judged_as(self, prompts: Sequence[Prompt]) -> BlockEvaluator:
         """Return this evaluator, its known states included, with another way of judging.
 
+        It measures no damage: that doesn't depend on how a path is judged.
+
         Raises:
             ValueError: The prompts read differently.
         """
@@ -98,6 +133,7 @@ class BlockEvaluator:
             raise ValueError("the prompts differ in what the model reads")
         other = copy.copy(self)
         other.prompts = list(prompts)
+        other.damage = False
         return other
 
     def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
@@ -111,19 +147,18 @@ class BlockEvaluator:
             paths answered, so `with_margins` adds them when all paths are known.
         """
         if self._choices is not None:
-            return [
-                self._judged(pair, sums)
-                for pair, sums in zip(pairs, self._choices.logprobs(pairs), strict=True)
-            ]
+            scores = self._choices.scores(pairs, damage=self.damage)
+            return [self._judged(pair, score) for pair, score in zip(pairs, scores, strict=True)]
         assert self._answers is not None
         answers = self._answers.answers(
             pairs,
             [self.prompts[place].max_new_tokens for place, _ in pairs],
             lambda pair, text, finished: verdict(self.prompts[pairs[pair][0]], text, finished),
+            damage=self.damage,
         )
         for pair, answer in zip(pairs, answers, strict=True):
             self._check_finite(pair, [answer.logprob])
-        return [Outcome(answer.grade, None, answer) for answer in answers]
+        return [Outcome(answer.grade, None, answer, answer.damage) for answer in answers]
 
     def with_margins(self, pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> list[Outcome]:
         """Return the outcomes of all paths of the block with their margins.
@@ -134,7 +169,6 @@ class BlockEvaluator:
         """
         if self._answers is None:
             return list(outcomes)
-        self.forget()  # the answers are in; what follows has states of its own
         wrong: dict[int, Counter[tuple[int, ...]]] = {}
         for (place, _), outcome in zip(pairs, outcomes, strict=True):
             if outcome.reward < 1 and outcome.answer is not None and outcome.answer.tokens:
@@ -155,7 +189,13 @@ class BlockEvaluator:
                 zip(self._contexts, self._texts, self.prompts, strict=True)
             )
         ]
-        batch = ChoiceBatch(self.routed, questions, self._state_cache_gb)
+        batch = ChoiceBatch(
+            self.routed,
+            questions,
+            self._state_cache_gb,
+            paths_per_pass=self._paths_per_pass,
+            contexts=self._answers.rows,
+        )
         completed = []
         scores = batch.logprobs(pairs)
         for (place, _), outcome, sums in zip(pairs, outcomes, scores, strict=True):
@@ -171,10 +211,11 @@ class BlockEvaluator:
             completed.append(dataclasses.replace(outcome, margin=margin))
         return completed
 
-    def _judged(self, pair: Pair, sums: Sequence[float]) -> Outcome:
-        if not self._check_finite(pair, sums):
-            return Outcome(0.0, None)
-        return Outcome(*score_choices(sums, self.prompts[pair[0]]))
+    def _judged(self, pair: Pair, score: Score) -> Outcome:
+        if not self._check_finite(pair, score.logprobs):
+            return Outcome(0.0, None, damage=score.damage)
+        reward, margin = score_choices(score.logprobs, self.prompts[pair[0]])
+        return Outcome(reward, margin, damage=score.damage)
 
     def _check_finite(self, pair: Pair, logprobs: Sequence[float]) -> bool:
         """Say whether a path's numbers can be judged; one that overflows has no answer.

@@ -14,12 +14,15 @@ from dataclasses import dataclass, field
 from random import Random
 
 from drllm.config import SearchConfig
-from drllm.paths import Decisions, num_executions
+from drllm.paths import Decision, Decisions, num_executions
 from drllm.search.actions import Action, apply, legal_actions
 from drllm.search.strategies import PathSearch
 
 WIDENING_FACTOR = 5.0
 WIDENING_EXPONENT = 0.5
+
+EDITS_DRAWN = 8
+"""Edits that a node draws at random when it widens, to make the most promising one of them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -31,9 +34,9 @@ class Node:
         executions: Their cost in layer equivalents.
         untried: Legal edits that have no edge yet.
         edges: Edges to the nodes below, in the order they were made.
-        visits: Simulations that passed through or ended here; 0 while the first is under way.
-        value_sum: Sum of those simulations' rewards.
-        closed: Every path below was tried.
+        visits: Simulations that passed through or ended here, those in flight included.
+        value_sum: Sum of those simulations' rewards, 0 for those in flight.
+        closed: Every path below was tried or is in flight.
     """
 
     decisions: Decisions
@@ -57,12 +60,25 @@ class Edge:
     Attributes:
         action: The edit.
         node: Where it leads; several edges may lead to one node.
-        visits: Simulations that took this edge.
+        visits: Simulations that took this edge, those in flight included.
     """
 
     action: Action
     node: Node
     visits: int = 0
+
+
+@dataclass(slots=True)
+class Gain:
+    """What a change of a layer has added to the scores of paths, in sum.
+
+    Attributes:
+        total: Sum of the paths' scores above the full path's, each divided by its changes.
+        times: Paths that were summed up.
+    """
+
+    total: float = 0.0
+    times: int = 0
 
 
 class TreeSearch(PathSearch):
@@ -80,6 +96,9 @@ class TreeSearch(PathSearch):
     reward. Nodes below which nothing new is left are passed over; when the root is one, the
     search is over.
 
+    A path in flight counts as a visit with reward 0 of every node that it passed (a virtual loss),
+    so that the next paths of a round go elsewhere; observing it makes up for the loss exactly.
+
     A node of V visits has room for ceil(5 · sqrt(V)) edges (closed ones not counted). Without such
     a bound the roughly 3L edits of the full path would use up all 50 simulations before the
     second edit is ever made; with a bound of one edge a node the search is a chain. The numbers
@@ -94,8 +113,8 @@ class TreeSearch(PathSearch):
 
     Example:
         >>> search = TreeSearch(2, SearchConfig(num_simulations=3), Random(0))
-        >>> while (decisions := search.propose()) is not None:
-        ...     search.observe(decisions, reward=1.0)
+        >>> while proposed := search.propose():
+        ...     search.observe(*proposed, reward=1.0)
         >>> search.root.visits, len(search.nodes)
         (4, 4)
     """
@@ -104,7 +123,10 @@ class TreeSearch(PathSearch):
         super().__init__(num_layers, config, rng)
         self.nodes: dict[Decisions, Node] = {}
         self.root = self._node(self._full)
-        self._trail: list[Edge] = []
+        self.root.visits = 1  # its own, the first of all
+        self._trails: dict[Decisions, list[Edge]] = {self._full: []}  # of the paths in flight
+        self._gains: dict[tuple[int, int], Gain] = {}  # by layer and what it became
+        self._usual = Gain()
 
     def _next(self) -> Decisions | None:
         trail: list[Edge] = []
@@ -119,15 +141,21 @@ class TreeSearch(PathSearch):
                 continue
             trail.append(edge)
             if edge.node.visits == 0:
-                self._trail = trail
+                self._depart(trail)
                 return edge.node.decisions
 
-    def _learn(self, reward: float) -> None:
-        for node in (self.root, *(edge.node for edge in self._trail)):
-            node.visits += 1
-            node.value_sum += reward
-        for edge in self._trail:
+    def _depart(self, trail: list[Edge]) -> None:
+        """Count the visits of a path that goes into flight; its reward is 0 until observed."""
+        self.root.visits += 1
+        for edge in trail:
             edge.visits += 1
+            edge.node.visits += 1
+        self._trails[trail[-1].node.decisions] = trail
+
+    def _learn(self, decisions: Decisions, reward: float) -> None:
+        for node in (self.root, *(edge.node for edge in self._trails.pop(decisions))):
+            node.value_sum += reward
+        self._credit(decisions)
 
     def _edge_below(self, node: Node) -> Edge | None:
         """Return the edge to go down by, a new one where the node has room, None at a dead end."""
@@ -142,10 +170,37 @@ class TreeSearch(PathSearch):
         return max(open_edges, key=lambda edge: self._bound(node, edge.node))
 
     def _expand(self, node: Node) -> Edge:
-        action = node.untried.pop(self._rng.randrange(len(node.untried)))
+        """Make a new edit: a random one, or as soon as scores are known the best of a few."""
+        num_drawn = EDITS_DRAWN if self._gains else 1
+        drawn = [self._rng.randrange(len(node.untried)) for _ in range(num_drawn)]
+        action = node.untried.pop(max(drawn, key=lambda place: self._promise(node.untried[place])))
         edge = Edge(action, self._node(apply(node.decisions, action)))
         node.edges.append(edge)
         return edge
+
+    def _credit(self, decisions: Decisions) -> None:
+        """Share what a path scores above the full path evenly among the layers it changes."""
+        full, own = self.tried[self._full].score, self.tried[decisions].score
+        changes = [change for change in enumerate(decisions) if change[1] != Decision.EXECUTE]
+        if full is None or own is None:
+            return
+        for change in changes:
+            for gain in (self._gains.setdefault(change, Gain()), self._usual):
+                gain.total += (own - full) / len(changes)
+                gain.times += 1
+
+    def _promise(self, action: Action) -> float:
+        """Return what an edit may add to the score, from the paths that changed its layers alike.
+
+        A layer's mean is drawn towards the mean of all, as if that had been seen once; so an edit
+        never seen promises the mean.
+        """
+        usual = self._usual.total / max(1, self._usual.times)
+        gains = (
+            self._gains.get((layer, int(action.decision)), Gain())
+            for layer in range(action.layer, action.layer + action.span)
+        )
+        return sum((usual + gain.total) / (1 + gain.times) for gain in gains)
 
     def _bound(self, parent: Node, child: Node) -> float:
         """Return a child's upper confidence bound, less its length penalty."""

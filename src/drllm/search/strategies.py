@@ -1,9 +1,9 @@
 """Strategies: what every search over one question's paths has in common, and the table of them.
 
 Owns the conversation with the runner (`propose`, `observe`), the count of simulations and the
-stop rules. Leaves which path comes next to `mcts` (the tree) and `walk` (the chain of edits), and
-what a path is worth to whoever observes it. A strategy is added here and in one file of its own.
-Loads no torch.
+stop rules. Leaves which path comes next to `mcts` (the tree), `sweep` (single edits, then the best
+together) and `walk` (the chain of edits), and what a path is worth to whoever observes it. A
+strategy is added here and in one file of its own. Loads no torch.
 
 Axes: L layers.
 """
@@ -11,6 +11,7 @@ Axes: L layers.
 from __future__ import annotations
 
 import importlib
+import math
 from abc import ABC, abstractmethod
 from random import Random
 from typing import NamedTuple
@@ -30,18 +31,22 @@ class Tried(NamedTuple):
     Attributes:
         simulation: 0 for the full path, else the simulation that tried it, from 1.
         reward: In [0, 1]; 1 is a right answer.
+        score: Graded value in nats, more is better; None where none was given.
     """
 
     simulation: int
     reward: float
+    score: float | None = None
 
 
 class PathSearch(ABC):
     """A search over the paths of one question, as a conversation.
 
-    The caller asks for the next path with `propose`, finds out what it is worth, and says so with
-    `observe`, until `propose` gives None. Many searches can so advance in step and have their
-    paths evaluated in one batch. The full path comes first and isn't counted as a simulation.
+    The caller asks for paths with `propose`, finds out what they are worth, and says so with
+    `observe`, until nothing is proposed although nothing is in flight. Many searches can so
+    advance in step and have their paths evaluated in one batch. A path is in flight from the
+    moment it is proposed until it is observed. The full path comes first, alone, and isn't counted
+    as a simulation.
 
     Args:
         num_layers: L of the model.
@@ -61,42 +66,73 @@ class PathSearch(ABC):
         self.num_simulations_done = 0
         self._rng = rng
         self._full = full_decisions(num_layers)
-        self._pending: Decisions | None = None
+        self._in_flight: dict[Decisions, int] = {}  # with the number of its simulation
         self._over = False
 
-    def propose(self) -> Decisions | None:
-        """Return the next path whose reward is wanted, or None when the search is over.
-
-        Until that path is observed, the same one is proposed again.
-        """
-        if self._pending is None and not self._over:
-            if not self.tried:
-                self._pending = self._full
-            elif self.num_simulations_done < self.config.num_simulations:
-                self._pending = self._next()
-            self._over = self._pending is None
-        return self._pending
-
-    def observe(self, decisions: Decisions, reward: float) -> None:
-        """Take in the reward of the path proposed last.
+    def propose(self, most: int = 1) -> list[Decisions]:
+        """Return new paths whose rewards are wanted.
 
         Args:
-            decisions: What `propose` returned.
-            reward: In [0, 1].
+            most: How many at most; with 1, each path is chosen knowing the rewards of all others.
+
+        Returns:
+            Distinct paths that were never proposed before. None when the search is over, or when
+            nothing can be chosen before a path in flight is observed.
 
         Raises:
-            ValueError: Another path than the one proposed, or a reward out of range.
+            ValueError: `most` is below 1.
         """
-        if decisions != self._pending:
-            raise ValueError(f"{decisions} was not proposed; propose() gave {self._pending}")
+        if most < 1:
+            raise ValueError(f"can't propose {most} paths; give at least 1")
+        if self._over:
+            return []
+        if not self.tried:
+            return [] if self._in_flight else [self._send(self._full, 0)]
+        proposed: list[Decisions] = []
+        while len(proposed) < most and self._num_begun < self.config.num_simulations:
+            decisions = self._next()
+            if decisions is None:
+                break
+            proposed.append(self._send(decisions, self._num_begun + 1))
+        self._over = not self._in_flight
+        return proposed
+
+    def observe(self, decisions: Decisions, reward: float, score: float | None = None) -> None:
+        """Take in the reward of a path in flight; after the end of a search too.
+
+        Args:
+            decisions: One of those that `propose` returned, in any order.
+            reward: In [0, 1].
+            score: What tells paths of equal reward apart (see `graded`). It helps to choose
+                edits, and is never a part of the reward. None where there is none.
+
+        Raises:
+            ValueError: A path that isn't in flight, a reward out of range, or a score that isn't
+                finite.
+        """
+        if decisions not in self._in_flight:
+            raise ValueError(
+                f"{decisions} is not in flight; propose() gave {[*self._in_flight]} to be observed"
+            )
         if not 0 <= reward <= 1:
             raise ValueError(f"reward {reward} is not in [0, 1]")
-        if self.tried:
+        if score is not None and not math.isfinite(score):
+            raise ValueError(f"score {score} is not finite; give None where there is none")
+        simulation = self._in_flight.pop(decisions)
+        if simulation:
             self.num_simulations_done += 1
-        self.tried[decisions] = Tried(self.num_simulations_done, reward)
-        self._pending = None
-        self._learn(reward)
-        self._over = self._stops_at(decisions, reward)
+        self.tried[decisions] = Tried(simulation, reward, score)
+        self._learn(decisions, reward)
+        self._over = self._over or self._stops_at(decisions, reward)
+
+    @property
+    def _num_begun(self) -> int:
+        """Simulations finished or in flight."""
+        return self.num_simulations_done + len(self._in_flight)
+
+    def _send(self, decisions: Decisions, simulation: int) -> Decisions:
+        self._in_flight[decisions] = simulation
+        return decisions
 
     def _stops_at(self, decisions: Decisions, reward: float) -> bool:
         """Say whether the stop rule ends the search with this path."""
@@ -109,15 +145,33 @@ class PathSearch(ABC):
 
     @abstractmethod
     def _next(self) -> Decisions | None:
-        """Return a path that wasn't tried yet, or None where none is left."""
+        """Return a path that is neither tried nor in flight, or None where none is left.
+
+        None too where the next one depends on a path in flight.
+        """
 
     @abstractmethod
-    def _learn(self, reward: float) -> None:
-        """Take in the reward of the full path, or of the path that `_next` returned last."""
+    def _learn(self, decisions: Decisions, reward: float) -> None:
+        """Take in the reward of the full path, or of one that `_next` returned."""
+
+
+def graded(margin: float | None, damage: float | None) -> float | None:
+    """Return a path's score: its margin, or where that isn't known its damage, negated.
+
+    Scores of one question are of one kind: a reward either has margins at once or for no path.
+
+    Example:
+        >>> graded(None, 0.25)
+        -0.25
+    """
+    if margin is not None:
+        return margin
+    return None if damage is None else -damage
 
 
 STRATEGIES: dict[str, str] = {
     "tree": "drllm.search.mcts:TreeSearch",
+    "sweep": "drllm.search.sweep:SweepSearch",
     "walk": "drllm.search.walk:WalkSearch",
 }
 """Name → `module:attribute`, resolved on use."""
@@ -137,7 +191,7 @@ def new_search(num_layers: int, config: SearchConfig, rng: Random) -> PathSearch
     Example:
         >>> search = new_search(3, SearchConfig(), Random(0))
         >>> search.propose()
-        (1, 1, 1)
+        [(1, 1, 1)]
     """
     if config.strategy not in STRATEGIES:
         raise ConfigError(unknown_name("strategy", config.strategy, STRATEGIES))

@@ -30,7 +30,7 @@ class WalkSearch(PathSearch):
     Example:
         >>> search = WalkSearch(4, SearchConfig(), Random(0))
         >>> search.propose()
-        (1, 1, 1, 1)
+        [(1, 1, 1, 1)]
     """
 
     def __init__(self, num_layers: int, config: SearchConfig, rng: Random) -> None:
@@ -38,7 +38,7 @@ class WalkSearch(PathSearch):
         self._last = self._full
 
     def _next(self) -> Decisions | None:
-        while self.num_simulations_done < self.config.num_simulations:
+        while self._num_begun < self.config.num_simulations:
             actions = legal_actions(self._last, self.limit)
             if not actions and self._last == self._full:
                 return None
@@ -46,10 +46,10 @@ class WalkSearch(PathSearch):
                 self._last = self._full
                 continue
             self._last = apply(self._last, self._rng.choice(actions))
-            if self._last not in self.tried:
+            if self._last not in self.tried and self._last not in self._in_flight:
                 return self._last
             self.num_simulations_done += 1
         return None
 
-    def _learn(self, reward: float) -> None:
+    def _learn(self, decisions: Decisions, reward: float) -> None:
         """Do nothing: the walk goes on from the last path, whatever it was worth."""

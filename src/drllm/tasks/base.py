@@ -31,6 +31,9 @@ class Example:
         choices: The options' texts; empty where the answer can only be generated.
         gold: Index of the right option; None without options.
         answer: The right answer's text.
+        other_answers: Further texts that are as right, for answers that are generated.
+        context: What stands before the question: the passage that it asks about, or a line on its
+            subject. Empty for most; a question is recognised by its own text alone.
     """
 
     id: str
@@ -39,6 +42,8 @@ class Example:
     choices: tuple[str, ...] = ()
     gold: int | None = None
     answer: str
+    other_answers: tuple[str, ...] = ()
+    context: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +55,7 @@ class Prompt:
         reward: `loglikelihood` (score `continuations`), or how a generated answer is graded:
             `letter`, `boxed` or `exact`.
         answer: What a generated answer is graded against (for `letter`, the letter).
+        other_answers: For `exact`, further answers that are as right.
         continuations: For `loglikelihood`, the texts that follow `text` directly, each with its
             leading space; else empty.
         gold: Index of the right continuation; None for generated answers.
@@ -63,6 +69,7 @@ class Prompt:
     text: str
     reward: str
     answer: str
+    other_answers: tuple[str, ...] = ()
     continuations: tuple[str, ...] = ()
     gold: int | None = None
     chat: bool = False
@@ -109,19 +116,24 @@ class Task(ABC):
         """
 
     def check_reward(self, reward: str | None) -> str:
-        """Return the reward to use, or refuse one that the task can't grade.
+        """Return the reward to use, or refuse what the task can't grade.
+
+        Args:
+            reward: A name, or several with commas between, of which the first that fits is taken
+                (`letter,boxed` for tasks with options and problems); None for the task's own.
 
         Raises:
             TaskError: Naming the rewards that fit.
         """
         if reward is None:
             return self.rewards[0]
-        if reward not in self.rewards:
+        fitting = [name for name in reward.split(",") if name in self.rewards]
+        if not fitting:
             raise TaskError(
                 f"reward {reward!r} doesn't fit task {self.name!r}; "
-                f"it takes {', '.join(self.rewards)}"
+                f"it takes {', '.join(self.rewards)} (without --reward each task has its own)"
             )
-        return reward
+        return fitting[0]
 
     def check_options(self) -> None:
         """Refuse a task without options where options are to be scored.
@@ -148,19 +160,34 @@ def check_split(split: str) -> str:
 
 
 TASKS: dict[str, str] = {
-    "arc_easy": "drllm.tasks.multiple_choice:ARC_EASY",
-    "arc_challenge": "drllm.tasks.multiple_choice:ARC_CHALLENGE",
+    "arc_easy": "drllm.tasks.arc:ARC_EASY",
+    "arc_challenge": "drllm.tasks.arc:ARC_CHALLENGE",
+    "commonsense_qa": "drllm.tasks.commonsense_qa:COMMONSENSE_QA",
+    "dart-1": "drllm.tasks.dart:DART_1",
+    "dart-2": "drllm.tasks.dart:DART_2",
+    "dart-3": "drllm.tasks.dart:DART_3",
+    "dart-4": "drllm.tasks.dart:DART_4",
+    "dart-5": "drllm.tasks.dart:DART_5",
+    "gsm8k": "drllm.tasks.gsm8k:GSM8K",
+    "mmlu": "drllm.tasks.mmlu:MMLU",
+    "squad_v2": "drllm.tasks.squad_v2:SQUAD_V2",
     "builtin_facts": "drllm.tasks.builtin_facts:BUILTIN_FACTS",
     "builtin_arithmetic": "drllm.tasks.math:BUILTIN_ARITHMETIC",
 }
 """Name → `module:attribute`, resolved on use. A task is added here and in one file of its own."""
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "arc": ("arc_easy", "arc_challenge"),
+    "dart": ("dart-1", "dart-2", "dart-3", "dart-4", "dart-5"),
+}
+"""Names that stand for several tasks wherever a list of tasks is given."""
 
 
 def get_task(name: str) -> Task:
     """Return a task by name, or the task that a `.jsonl` file of the user's own describes.
 
     Raises:
-        TaskError: No such name (with the nearest) or file.
+        TaskError: No such name (with the nearest) or file, or the name of several tasks.
 
     Example:
         >>> get_task("builtin_facts").name
@@ -170,23 +197,31 @@ def get_task(name: str) -> Task:
         from drllm.tasks.files import FileTask
 
         return FileTask(Path(name))
+    if name in GROUPS:
+        raise TaskError(f"{name!r} stands for {', '.join(GROUPS[name])}; name one of them")
     if name not in TASKS:
-        raise TaskError(unknown_name("task", name, TASKS) + ", or a .jsonl file")
+        raise TaskError(unknown_name("task", name, {**TASKS, **GROUPS}) + ", or a .jsonl file")
     module, attribute = TASKS[name].split(":")
     task: Task = getattr(importlib.import_module(module), attribute)
     return task
 
 
 def get_tasks(names: str) -> list[Task]:
-    """Return the tasks of a comma list, in order.
+    """Return the tasks of a comma list, in order; a group's name stands for its tasks.
 
     Raises:
-        TaskError: An unknown name, an empty list, a name given twice, or two files of the same
-            name.
+        TaskError: An unknown name, an empty list, a task named twice (alone and by its group
+            too), or two files of the same name.
+
+    Example:
+        >>> [task.name for task in get_tasks("gsm8k,arc")]
+        ['gsm8k', 'arc_easy', 'arc_challenge']
     """
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    if not wanted:
-        raise TaskError(f"no task is named in {names!r}. Valid: {', '.join(sorted(TASKS))}")
+    given = [name.strip() for name in names.split(",") if name.strip()]
+    if not given:
+        valid = ", ".join(sorted({**TASKS, **GROUPS}))
+        raise TaskError(f"no task is named in {names!r}. Valid: {valid}")
+    wanted = [name for one in given for name in GROUPS.get(one, (one,))]
     for name in wanted:
         if wanted.count(name) > 1:
             raise TaskError(f"task {name!r} is named twice in {names!r}; name it once")
@@ -198,14 +233,18 @@ def get_tasks(names: str) -> list[Task]:
 
 
 def describe_tasks() -> list[tuple[str, str, str]]:
-    """Return name, rewards (the default first) and description of every task, by name.
+    """Return name, rewards (the default first) and description of every task and group, by name.
 
     Example:
-        >>> describe_tasks()[0][:2]
-        ('arc_challenge', 'loglikelihood, letter')
+        >>> describe_tasks()[0]
+        ('arc', 'loglikelihood, letter', 'stands for arc_easy, arc_challenge')
     """
-    tasks = [get_task(name) for name in sorted(TASKS)]
-    return [(task.name, ", ".join(task.rewards), task.description) for task in tasks]
+    described = []
+    for name in sorted({**TASKS, **GROUPS}):
+        first = get_task(GROUPS[name][0] if name in GROUPS else name)
+        what = f"stands for {', '.join(GROUPS[name])}" if name in GROUPS else first.description
+        described.append((name, ", ".join(first.rewards), what))
+    return described
 
 
 def choose(examples: Sequence[Example], limit: int | None, seed: int) -> list[Example]:

@@ -17,7 +17,7 @@ from drllm.tasks.base import Example, check_split
 from drllm.tasks.fact_tables import NUMBERS, SCIENCE, Relation
 from drllm.tasks.fact_tables_life import ANIMALS, BODY, THINGS, WORDS
 from drllm.tasks.fact_tables_places import CULTURE, PLACES
-from drllm.tasks.multiple_choice import LETTERS, MultipleChoiceTask, example_of
+from drllm.tasks.multiple_choice import LETTERS, MultipleChoiceTask, labelled_example
 
 RELATIONS: tuple[Relation, ...] = (
     *SCIENCE,
@@ -51,7 +51,7 @@ class BuiltinFacts(MultipleChoiceTask):
             TaskError: An unknown split.
         """
         check_split(split)
-        return [example_of(row, self.name) for row in rows(split)]
+        return [labelled_example(row, self.name) for row in rows(split)]
 
 
 @functools.cache

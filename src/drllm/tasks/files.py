@@ -13,7 +13,7 @@ from typing import Any
 
 from drllm.errors import TaskError, unknown_name
 from drllm.records import question_key, split_of
-from drllm.tasks.base import TASKS, Example, Prompt, check_split
+from drllm.tasks.base import GROUPS, TASKS, Example, Prompt, check_split
 from drllm.tasks.grading import normalise
 from drllm.tasks.math import OTHER_TEMPLATES as OTHER_BOXED_TEMPLATES
 from drllm.tasks.math import TEMPLATE as BOXED_TEMPLATE
@@ -58,7 +58,7 @@ class FileTask(MultipleChoiceTask):
     def __init__(self, path: Path) -> None:
         self.path = path
         stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
-        self.name = f"{stem}_file" if stem in TASKS else stem
+        self.name = f"{stem}_file" if stem in {**TASKS, **GROUPS} else stem
         self.description = f"the questions of {path}"
         self._examples, self._grader = self._read()
         self.rewards = (self._grader,) if self._grader else MultipleChoiceTask.rewards

@@ -50,7 +50,7 @@ def verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
         prompt: What was asked; its `reward` names the rule:
             `letter`: the first option letter that stands alone decides (upper case, no letter or
             digit beside it); `boxed`: the first `\boxed{…}` whose braces close decides, compared
-            by value; `exact`: the first line that isn't blank must equal the answer, apart from
+            by value; `exact`: the first line that isn't blank must equal an answer, apart from
             case, white space, quotation marks and emphasis around it and a final punctuation mark.
         text: What was generated so far, without special tokens.
         finished: Nothing more will come.
@@ -172,13 +172,14 @@ def normalise(answer: str) -> str:
 
 def _exact_verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
     first, *rest = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)
-    gold = normalise(prompt.answer)
+    golds = {normalise(answer) for answer in (prompt.answer, *prompt.other_answers)}
     if finished or rest:
-        return float(normalise(first) == gold)
+        return float(normalise(first) in golds)
     # White space at the end may stand between this and the next word: keep one space of it.
     begun = re.sub(r"\s+", " ", first).casefold().lstrip(_OPENING_MARKS)
-    if gold.startswith(begun):
-        return None
-    if begun.startswith(gold) and not begun[len(gold) :].strip(_CLOSING_MARKS):
-        return None
+    for gold in golds:
+        if gold.startswith(begun):
+            return None
+        if begun.startswith(gold) and not begun[len(gold) :].strip(_CLOSING_MARKS):
+            return None
     return 0.0

@@ -1,21 +1,19 @@
-"""Multiple-choice questions: the two ways of asking them, and ARC from files or the hub.
+"""Multiple-choice questions: the two ways of asking them, and rows whose options have labels.
 
-Owns the prompt of `loglikelihood` (byte for byte what lm-evaluation-harness renders for
-`arc_easy` and `arc_challenge`) and of `letter`, the other templates of the re-test, and the ARC
-schema. Leaves grading to `grading` and which question is in which split to `records`. Loads no
-torch.
+Owns the prompt of `loglikelihood` (byte for byte what lm-evaluation-harness renders for ARC, and
+in its cloze form for MMLU) and of `letter`, the other templates of the re-test, and the schema
+that ARC and CommonsenseQA share. Leaves grading to `grading` and where questions come from to the
+tasks. Loads no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from drllm.errors import TaskError
-from drllm.records import question_key, split_of
-from drllm.tasks.base import Example, Prompt, Task, check_split
-from drllm.tasks.rows import read_rows, text_of, texts_of
+from drllm.tasks.base import Example, Prompt, Task
+from drllm.tasks.rows import text_of, texts_of
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 TEMPLATE = "Question: {question}\nAnswer:"
@@ -30,9 +28,6 @@ LETTER_TEMPLATE = (
 )
 LETTER_TOKENS = 10
 """Most tokens of a letter answer (Dr.LLM section 4)."""
-
-ORIGINS = {"search": "train", "fit": "train", "select": "train", "test": "validation"}
-"""Which file of ARC holds the questions of a split."""
 
 
 class MultipleChoiceTask(Task):
@@ -79,7 +74,7 @@ class MultipleChoiceTask(Task):
 def choices_prompt(example: Example, template: str, *, normalised: bool = False) -> Prompt:
     """Return a prompt whose continuations are the options' texts, each after a space."""
     return Prompt(
-        text=template.format(question=example.question),
+        text=_in_context(example, template.format(question=example.question)),
         reward="loglikelihood",
         answer=example.answer,
         continuations=tuple(f" {choice}" for choice in example.choices),
@@ -102,8 +97,9 @@ def letter_prompt(example: Example, rotation: int) -> Prompt:
     options = "\n".join(
         f"{letter}. {example.choices[index]}" for letter, index in zip(letters, order, strict=True)
     )
+    text = LETTER_TEMPLATE.format(question=example.question, options=options)
     return Prompt(
-        text=LETTER_TEMPLATE.format(question=example.question, options=options),
+        text=_in_context(example, text),
         reward="letter",
         answer=letters[order.index(example.gold)],
         chat=True,
@@ -112,8 +108,12 @@ def letter_prompt(example: Example, rotation: int) -> Prompt:
     )
 
 
-def example_of(row: Mapping[str, Any], task: str) -> Example:
-    """Read one row of the ARC schema.
+def _in_context(example: Example, text: str) -> str:
+    return f"{example.context}\n\n{text}" if example.context else text
+
+
+def labelled_example(row: Mapping[str, Any], task: str) -> Example:
+    """Read one row of the schema of ARC and CommonsenseQA.
 
     Args:
         row: `id`, `question`, `choices` (`text` and `label` of each) and `answerKey`. Labels may
@@ -147,109 +147,3 @@ def example_of(row: Mapping[str, Any], task: str) -> Example:
         gold=gold,
         answer=choices[gold],
     )
-
-
-class ArcTask(MultipleChoiceTask):
-    """The AI2 Reasoning Challenge: grade-school science questions.
-
-    The published training file gives the search, fit and select questions, the validation file is
-    the test. A training question that stands in a validation file too, of either ARC set, is left
-    out, so that it can't be trained on and reported on.
-
-    Args:
-        name: Our name of the task, and of its folder below the data folder.
-        config: The set's name on the hub.
-        description: One line for `drllm ls tasks`.
-    """
-
-    repository = "allenai/ai2_arc"
-
-    def __init__(self, name: str, config: str, description: str) -> None:
-        self.name = name
-        self.config = config
-        self.description = description
-
-    def examples(self, split: str, data_dir: Path | None = None) -> list[Example]:
-        """Return the questions of one split, in the file's order.
-
-        Of questions with the same text the first is kept.
-
-        Args:
-            split: `search`, `fit`, `select` or `test`.
-            data_dir: Folder with `arc_easy/train.jsonl[.gz]` and so on; None asks the hub.
-
-        Raises:
-            TaskError: A missing folder or file (naming where it was looked for), no network, or a
-                line that can't be used (with its number).
-        """
-        origin = ORIGINS[check_split(split)]
-        taken = self._reported(data_dir) if origin == "train" else set()
-        questions: list[Example] = []
-        for where, row in self._rows(origin, data_dir):
-            try:
-                example = example_of(row, self.name)
-            except TaskError as error:
-                raise TaskError(f"{where}: {error}") from error
-            key = question_key(example.question)
-            if key not in taken and split_of(example.question, origin) == split:
-                questions.append(example)
-            taken.add(key)
-        return questions
-
-    def _reported(self, data_dir: Path | None) -> set[str]:
-        """Return the keys of the validation questions of both sets, as far as they are there."""
-        keys: set[str] = set()
-        for task in (ARC_EASY, ARC_CHALLENGE):
-            if data_dir is None or find_file(data_dir / task.name, "validation") is not None:
-                rows = task._rows("validation", data_dir)
-                keys.update(question_key(str(row.get("question"))) for _, row in rows)
-        return keys
-
-    def _rows(self, origin: str, data_dir: Path | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        if data_dir is None:
-            yield from self._hub_rows(origin)
-            return
-        if not data_dir.is_dir():
-            raise TaskError(f"--data-dir {data_dir} is not a folder; give the folder of task data")
-        path = find_file(data_dir / self.name, origin)
-        if path is None:
-            raise TaskError(
-                f"task {self.name!r} found no {data_dir / self.name / origin}.jsonl or .jsonl.gz; "
-                f"put the file there, or leave out --data-dir to fetch {self.repository} "
-                f"from the hub"
-            )
-        for line, row in read_rows(path):
-            yield f"{path}, line {line}", row
-
-    def _hub_rows(self, origin: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        import datasets
-
-        try:
-            rows = datasets.load_dataset(self.repository, self.config, split=origin)
-        except OSError as error:
-            cause = str(error).splitlines()[0]
-            raise TaskError(
-                f"task {self.name!r} can't fetch {self.repository} from the hub ({cause}); "
-                f"connect, or give --data-dir with {self.name}/{origin}.jsonl"
-            ) from error
-        for number, row in enumerate(rows, start=1):
-            yield f"{self.repository} {self.config} {origin}, row {number}", row
-
-
-def find_file(folder: Path, stem: str) -> Path | None:
-    """Return `FOLDER/STEM.jsonl` or else `FOLDER/STEM.jsonl.gz`, or None where neither is."""
-    for suffix in (".jsonl", ".jsonl.gz"):
-        path = folder / f"{stem}{suffix}"
-        if path.is_file():
-            return path
-    return None
-
-
-ARC_EASY = ArcTask(
-    "arc_easy", "ARC-Easy", "grade-school science, the easy set (ARC; needs --data-dir or the hub)"
-)
-ARC_CHALLENGE = ArcTask(
-    "arc_challenge",
-    "ARC-Challenge",
-    "grade-school science, the hard set (ARC; needs --data-dir or the hub)",
-)

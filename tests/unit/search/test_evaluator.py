@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from drllm.errors import ModelError
+from drllm.models.layer_call import LayerCall
 from drllm.models.prompts import encode, render
 from drllm.models.routed import RoutedModel
+from drllm.models.scoring import Score
 from drllm.paths import to_path
 from drllm.search.evaluator import BlockEvaluator, gold_text
 from drllm.tasks.base import Prompt
@@ -204,7 +206,7 @@ def test_a_question_s_limit_of_tokens_is_its_own(tiny_llama, tiny_tokenizer):
 
 def with_scores(evaluator, scores):
     """Let the model's scores be what a path that overflows gives."""
-    evaluator._choices.logprobs = lambda pairs: [scores for _ in pairs]
+    evaluator._choices.scores = lambda pairs, damage: [Score(scores) for _ in pairs]
     return evaluator
 
 
@@ -221,3 +223,59 @@ def test_a_base_model_that_overflows_is_an_error(tiny_llama, tiny_tokenizer):
     evaluator = with_scores(BlockEvaluator(routed, CHOICES, 1.0), (-1.0, float("nan"), -2.0))
     with pytest.raises(ModelError, match="--dtype float32"):
         evaluator.evaluate([(0, (1,) * 6)])
+
+
+def test_outcomes_carry_damage_when_it_is_asked_for(tiny_llama, tiny_tokenizer):
+    model = tiny_llama()
+    pairs = [(0, (1, 1, 0, 1, 1, 2)), (1, (1,) * 6), (2, (1, 0, 1, 1, 1, 1))]
+    expected = []
+    for place, decisions in pairs:
+        row = torch.tensor([encode(tiny_tokenizer, CHOICES[place].text)])
+        full, path = (
+            listed(model, d)(row, use_cache=False).logits[0].log_softmax(-1)
+            for d in ((1,) * 6, decisions)
+        )
+        expected.append(float((full.exp() * (full - path)).sum(dim=-1).mean()))
+    routed = RoutedModel(model, tokenizer=tiny_tokenizer)
+    generated = [dataclasses.replace(p, reward="exact", continuations=()) for p in CHOICES]
+    for prompts in (CHOICES, generated):
+        evaluator = BlockEvaluator(routed, prompts, 1.0, damage=True)
+        outcomes = evaluator.evaluate(pairs)
+        assert expected == pytest.approx([o.damage for o in outcomes], abs=2e-5)
+        completed = evaluator.with_margins(pairs, outcomes)
+        assert [o.damage for o in outcomes] == [o.damage for o in completed]
+        again = evaluator.judged_as(prompts).evaluate(pairs)
+        assert [o.damage for o in again] == [None] * 3
+        assert [o.reward for o in outcomes] == [o.reward for o in again]
+
+
+def test_outcomes_are_the_same_after_memory_ran_out(
+    tiny_llama, tiny_tokenizer, caplog, monkeypatch
+):
+    routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
+    pairs = some_pairs(12, seed=2)
+    asked = [Prompt(text=t, reward="exact", answer="a", max_new_tokens=4) for t, _ in QUESTIONS]
+
+    def evaluated():
+        outcomes = []
+        for prompts in (CHOICES, asked):
+            evaluator = BlockEvaluator(routed, prompts, 1.0, damage=True, paths_per_pass=12)
+            outcomes += evaluator.with_margins(pairs, evaluator.evaluate(pairs))
+        return outcomes
+
+    expected = evaluated()
+    run = LayerCall.run
+
+    def run_out(call, hidden, rows=None):
+        if len(hidden) > 3:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return run(call, hidden, rows)
+
+    monkeypatch.setattr(LayerCall, "run", run_out)
+    outcomes = evaluated()
+    assert "out of memory on cpu with 12 paths in a pass; going on with 6" in caplog.text
+    for first, second in zip(expected, outcomes, strict=True):
+        assert first.reward == second.reward
+        assert first.margin == pytest.approx(second.margin, abs=MARGIN_TOLERANCE)
+        assert first.damage == pytest.approx(second.damage, abs=2e-5)
+        assert first.answer is None or first.answer.tokens == second.answer.tokens

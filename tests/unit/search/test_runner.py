@@ -1,174 +1,36 @@
-"""The search stage on a tiny model: what is recorded, re-tested, committed and resumed."""
+"""The search stage on a tiny model: what is committed, resumed, refused and written."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
+import logging
 import shutil
 
 import pytest
 
-import drllm
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.models.routed import RoutedModel
-from drllm.paths import full_decisions
-from drllm.records import manifest_path, read_search, write_atomically
-from drllm.search.evaluator import BlockEvaluator, Outcome
-from drllm.search.runner import _judge, run_search, search_block
-from drllm.tasks.base import get_task
+from drllm.records import manifest_path, read_lines, read_search, write_atomically
+from drllm.search.block import search_path
+from drllm.search.executors import LocalExecutor
+from drllm.search.questions import blocks_of
+from drllm.search.runner import run_search
+from drllm.tasks.base import choose, get_task
 
 IDENTITY = {"id": "tiny", "num_layers": 6, "fingerprint": "0"}
 RUNTIME = {"dtype": "float32", "device": "cpu", "attn_implementation": "sdpa"}
 
 
-@pytest.fixture(scope="module")
-def routed(tiny_llama, tiny_tokenizer):
-    return RoutedModel(tiny_llama(max_position_embeddings=1024), tokenizer=tiny_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def facts():
-    return get_task("builtin_facts")
-
-
-def settings(**values):
-    return SearchConfig(num_simulations=8, **values)
-
-
-def without_times(records):
-    return [dataclasses.replace(record, seconds=0.0) for record in records]
-
-
-def assert_same_run(first, second):
-    """Equal decisions and rewards, margins within 1e-4, times ignored (the design's words)."""
-    assert len(first) == len(second)
-    for a, b in zip(first, second, strict=True):
-        assert (a.id, a.task, a.prompt) == (b.id, b.task, b.prompt)
-        for p, q in zip(a.paths, b.paths, strict=True):
-            assert (p.decisions, p.simulation, p.reward, p.answer) == (
-                q.decisions,
-                q.simulation,
-                q.reward,
-                q.answer,
-            )
-            assert p.margin == pytest.approx(q.margin, abs=1e-4)
-            assert (p.retest is None) == (q.retest is None)
-            if p.retest is not None:
-                assert (p.retest.passed, p.retest.survived) == (q.retest.passed, q.retest.survived)
-
-
-def test_a_record_holds_the_full_path_first_and_then_every_simulation(routed, facts):
-    records = search_block(routed, facts.examples("search")[:3], facts, settings())
-    for record in records:
-        assert full_decisions(6) == record.full.decisions
-        assert list(range(9)) == [path.simulation for path in record.paths]
-        assert len(record.paths) == len({path.decisions for path in record.paths})
-        assert all(path.executions == sum(path.decisions) for path in record.paths)
-
-
-def test_recorded_outcomes_are_those_of_each_path_alone(routed, facts):
-    examples = facts.examples("search")[:3]
-    for record, example in zip(
-        search_block(routed, examples, facts, settings()), examples, strict=True
-    ):
-        for path in record.paths:
-            alone = BlockEvaluator(routed, [facts.prompt(example, "loglikelihood")], 1.0)
-            [outcome] = alone.evaluate([(0, path.decisions)])
-            assert outcome.reward == path.reward
-            assert outcome.margin == pytest.approx(path.margin, abs=1e-4)
-
-
-def test_neighbours_in_a_block_do_not_change_a_question_s_tree(routed, facts):
-    examples = facts.examples("search")[:4]
-    together = search_block(routed, examples, facts, settings())
-    alone = [drllm.search_path(routed, example, facts, settings()) for example in examples]
-    assert_same_run(together, alone)
-
-
-def test_another_seed_tries_other_paths(routed, facts):
-    examples = facts.examples("search")[:1]
-    [first] = search_block(routed, examples, facts, settings(seed=0))
-    [second] = search_block(routed, examples, facts, settings(seed=1))
-    assert {p.decisions for p in first.paths} != {p.decisions for p in second.paths}
-
-
-def test_every_candidate_is_retested_in_all_other_ways_and_nothing_else_is(routed, facts):
-    examples = facts.examples("search")[:12]
-    seen = set()
-    for record, example in zip(
-        search_block(routed, examples, facts, settings()), examples, strict=True
-    ):
-        ways = facts.retests(example, "loglikelihood")
-        for path in record.paths:
-            candidate = path.reward >= 1 and (
-                record.full.reward < 1 or path.simulation == 0 or path.executions < 6
-            )
-            assert candidate == (path.retest is not None)
-            if path.retest is None:
-                continue
-            passed = 0
-            for prompt in ways:
-                [outcome] = BlockEvaluator(routed, [prompt], 1.0).evaluate([(0, path.decisions)])
-                passed += outcome.reward >= 1
-            assert (passed, len(ways)) == (path.retest.passed, path.retest.asked)
-            seen.add(path.retest.survived)
-    assert seen == {True, False}, "the sample must hold both outcomes"
-
-
-def outcomes(rewards, margins):
-    return [Outcome(reward, margin) for reward, margin in zip(rewards, margins, strict=True)]
-
-
-@pytest.mark.parametrize(
-    ("rewards", "margins", "full", "survived"),
-    [
-        ([1, 1, 1, 0], [1.0] * 4, [1.0] * 4, True),
-        ([1, 1, 0, 0], [1.0] * 4, [1.0] * 4, False),  # half is not most
-        ([1, 1, 1, 1], [1.0] * 4, [1.5] * 4, True),  # exactly the tolerance below
-        ([1, 1, 1, 1], [1.0] * 4, [1.6] * 4, False),  # further below
-        ([1, 1, 1, 1], [1.0] * 4, [-9.0] * 4, True),  # better than the full path
-        ([1, 1], [None, 1.0], [9.0, 1.0], True),  # only where both have a margin
-        ([1, 1], [None, None], [None, None], True),  # no margins: the rewards decide
-    ],
-)
-def test_a_path_survives_if_right_in_most_ways_and_not_far_below_the_full_path(
-    rewards, margins, full, survived
-):
-    retest = _judge(outcomes(rewards, margins), outcomes(rewards, full), tolerance=0.5)
-    assert survived == retest.survived
-    assert sum(rewards) == retest.passed
-
-
-def test_generated_answers_are_searched_and_recorded(routed):
-    task = get_task("builtin_arithmetic")
-    [record] = search_block(routed, task.examples("search")[:1], task, settings())
-    assert record.reward == "boxed"
-    assert all(path.answer is not None for path in record.paths)
-    assert all(path.margin is not None for path in record.paths if path.reward < 1)
-
-
-def test_the_prompt_in_the_record_is_what_the_model_read(routed, tiny_tokenizer):
-    task = get_task("builtin_arithmetic")
-    example = task.examples("search")[0]
-    [record] = search_block(routed, [example], task, settings())
-    prompt = task.prompt(example, "boxed")
-    rendered = tiny_tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt.text}], tokenize=False, add_generation_prompt=True
-    )
-    assert rendered == record.prompt
-
-
-def test_a_model_without_its_tokenizer_is_refused(tiny_llama, facts):
-    bare = RoutedModel(tiny_llama())
-    with pytest.raises(TaskError, match="tokenizer"):
-        drllm.search_path(bare, facts.examples("search")[0], facts, settings())
+def settings(folder, **values):
+    values = {"limit": 7, "block_size": 2, **values}
+    return SearchConfig(num_simulations=8, output_dir=str(folder), **values)
 
 
 def run(routed, folder, tasks, on_progress=None, **values):
-    config = settings(output_dir=str(folder), limit=7, block_size=2, **values)
-    return run_search(routed, tasks, config, IDENTITY, RUNTIME, on_progress)
+    config = settings(folder, **values)
+    return run_search(LocalExecutor(routed, IDENTITY, RUNTIME), tasks, config, on_progress)
 
 
 class StopAfter:
@@ -177,20 +39,36 @@ class StopAfter:
     def __init__(self, questions):
         self.questions = questions
 
-    def __call__(self, done, total, note):
-        if done >= self.questions:
+    def __call__(self, status):
+        if status.done >= self.questions:
             raise KeyboardInterrupt
 
 
+@pytest.fixture(scope="module")
+def unbroken(routed, facts, tmp_path_factory):
+    """The records of a run that nothing disturbed."""
+    return read_search(run(routed, tmp_path_factory.mktemp("unbroken"), [facts]))
+
+
 @pytest.mark.parametrize("questions", [1, 2, 5])
-def test_an_interrupted_run_ends_as_an_unbroken_one(routed, facts, tmp_path, questions):
-    unbroken = read_search(run(routed, tmp_path / "unbroken", [facts]))
+def test_an_interrupted_run_ends_as_an_unbroken_one(
+    routed, facts, tmp_path, questions, unbroken, assert_same_run
+):
     with pytest.raises(KeyboardInterrupt):
         run(routed, tmp_path / "broken", [facts], StopAfter(questions))
     assert not (tmp_path / "broken" / "search.jsonl").exists()
     resumed = read_search(run(routed, tmp_path / "broken", [facts]))
     assert_same_run(unbroken, resumed)
     assert not (tmp_path / "broken" / "search.blocks").exists()
+
+
+def test_records_stand_in_the_order_of_the_questions_whatever_their_blocks(
+    routed, facts, unbroken, tmp_path
+):
+    asked = choose(facts.examples("search"), settings(tmp_path).limit, 0)
+    assert [example.id for example in asked] == [record.id for record in unbroken]
+    by_block = [e.id for block in blocks_of([facts], settings(tmp_path)) for e in block.examples]
+    assert by_block != [record.id for record in unbroken]
 
 
 def test_committed_blocks_are_not_searched_again(routed, facts, tmp_path):
@@ -209,7 +87,7 @@ def test_a_finished_search_is_returned_as_it_is(routed, facts, tmp_path):
     output = run(routed, tmp_path, [facts])
     before = output.stat().st_mtime_ns
     calls = []
-    assert output == run(routed, tmp_path, [facts], lambda *args: calls.append(args))
+    assert output == run(routed, tmp_path, [facts], calls.append)
     assert before == output.stat().st_mtime_ns
     assert calls == []
 
@@ -236,9 +114,10 @@ def test_other_questions_do_not_continue_a_run(routed, facts, tmp_path):
 
 def test_another_model_does_not_continue_a_run(routed, facts, tmp_path):
     run(routed, tmp_path, [facts])
-    config = settings(output_dir=str(tmp_path), limit=7, block_size=2)
+    config = settings(tmp_path)
+    other = LocalExecutor(routed, {**IDENTITY, "fingerprint": "1"}, RUNTIME)
     with pytest.raises(ConfigError, match="fingerprint"):
-        run_search(routed, [facts], config, {**IDENTITY, "fingerprint": "1"}, RUNTIME)
+        run_search(other, [facts], config)
 
 
 @pytest.mark.parametrize(
@@ -249,14 +128,14 @@ def test_another_model_does_not_continue_a_run(routed, facts, tmp_path):
 def test_a_model_that_runs_otherwise_does_not_continue_a_run(
     routed, facts, tmp_path, questions, name, value
 ):
-    config = settings(output_dir=str(tmp_path), limit=7, block_size=2)
+    config = settings(tmp_path)
     if questions == 7:
         run(routed, tmp_path, [facts])
     else:
         with pytest.raises(KeyboardInterrupt):
             run(routed, tmp_path, [facts], StopAfter(questions))
     with pytest.raises(ConfigError, match=f"{name} {RUNTIME[name]!r}, this run has {value!r}"):
-        run_search(routed, [facts], config, IDENTITY, {**RUNTIME, name: value})
+        run_search(LocalExecutor(routed, IDENTITY, {**RUNTIME, name: value}), [facts], config)
 
 
 def test_another_version_does_not_continue_a_run(routed, facts, tmp_path, monkeypatch):
@@ -295,8 +174,8 @@ def left_over(routed, facts, tmp_path):
     """A complete search, and beside it the blocks that it was made from."""
     parts, kept = tmp_path / "search.blocks", tmp_path / "kept"
 
-    def keep(done, total, note):
-        if done == total:  # said again once the last block is committed
+    def keep(status):
+        if status.done == status.total:  # said again once the last block is committed
             shutil.copytree(parts, kept, dirs_exist_ok=True)
 
     output = run(routed, tmp_path, [facts], keep)
@@ -362,13 +241,194 @@ def test_the_manifest_names_model_settings_and_prompts(routed, facts, tmp_path):
 
 def test_progress_counts_questions_and_ends_at_the_total(routed, facts, tmp_path):
     calls = []
-    run(routed, tmp_path, [facts], lambda done, total, note: calls.append((done, total)))
-    assert calls == sorted(calls)
-    assert calls[-1] == (7, 7)
-    assert any(done != int(done) for done, _ in calls), "progress moves within a block"
+    run(routed, tmp_path, [facts], calls.append)
+    done = [status.done for status in calls]
+    assert done == sorted(done)
+    assert (calls[-1].done, calls[-1].total) == (7, 7)
+    assert any(share != int(share) for share in done), "progress moves within a block"
 
 
 def test_a_reward_that_the_task_cannot_grade_is_refused_before_any_work(routed, facts, tmp_path):
     with pytest.raises(TaskError, match="boxed"):
         run(routed, tmp_path / "new", [facts], reward="boxed")
     assert not (tmp_path / "new").exists()
+
+
+def test_progress_counts_paths_and_what_they_are_worth(routed, facts, tmp_path):
+    calls = []
+    output = run(routed, tmp_path, [facts], calls.append)
+    records = read_search(output)
+    survived = [
+        [path for path in record.paths if path.retest is not None and path.retest.survived]
+        for record in records
+    ]
+    improving = [
+        bool(paths) and record.full.reward < 1
+        for record, paths in zip(records, survived, strict=True)
+    ]
+    assert calls[-1].fresh_paths == calls[-1].found.paths == 7 * 9
+    assert (sum(map(bool, survived)), sum(improving)) == (
+        calls[-1].found.valid,
+        calls[-1].found.improving,
+    )
+    assert 0 < sum(map(bool, survived)) < 7, "the sample must hold both"
+    fresh = [status.fresh_paths for status in calls]
+    assert fresh == sorted(fresh)
+
+
+def test_paths_of_an_earlier_run_are_not_fresh(routed, facts, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(routed, tmp_path, [facts], StopAfter(4.5))
+    calls = []
+    run(routed, tmp_path, [facts], calls.append)
+    assert calls[-1].fresh_paths == 3 * 9
+    assert calls[-1].found.paths == 7 * 9
+
+
+def test_who_does_the_work_changes_no_search(routed, facts, tmp_path):
+    output = run(routed, tmp_path, [facts])
+    before = output.stat().st_mtime_ns
+    run(routed, tmp_path, [facts], paths_per_pass=3, state_cache_gb=1.0, executor="ray")
+    assert before == output.stat().st_mtime_ns
+
+
+def test_another_shard_does_not_continue_a_run(routed, facts, tmp_path):
+    run(routed, tmp_path, [facts], shard="1/2", limit=20)
+    with pytest.raises(ConfigError, match=r"made with shard '1/2', this run has '2/2'"):
+        run(routed, tmp_path, [facts], shard="2/2", limit=20)
+
+
+def test_another_chat_template_does_not_continue_a_run(routed, tmp_path, monkeypatch):
+    task = get_task("builtin_arithmetic")
+    run(routed, tmp_path, [task], limit=2)
+    template = "{{ messages[0]['content'] }}!"
+    monkeypatch.setattr(routed.tokenizer, "chat_template", template)
+    with pytest.raises(ConfigError, match="another chat template"):
+        run(routed, tmp_path, [task], limit=2)
+
+
+def test_the_first_prompt_is_logged_as_the_model_reads_it(routed, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="drllm"):
+        output = run(routed, tmp_path, [get_task("builtin_arithmetic")], limit=2)
+    assert repr(read_search(output)[0].prompt) in caplog.text
+    assert "user: " in caplog.text
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_the_shards_together_are_the_whole_search(routed, facts, tmp_path, parts, assert_same_run):
+    whole = read_search(run(routed, tmp_path / "whole", [facts], limit=12))
+    shards = [
+        read_search(run(routed, tmp_path / str(part), [facts], limit=12, shard=f"{part}/{parts}"))
+        for part in range(1, parts + 1)
+    ]
+    assert all(shards)
+    joined = sorted((record for shard in shards for record in shard), key=lambda r: r.id)
+    assert_same_run(sorted(whole, key=lambda record: record.id), joined)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: text[:-40],
+        lambda text: text.splitlines(keepends=True)[0],
+        lambda text: "",
+        lambda text: text.replace('"reward":', '"rewar":', 1),
+        lambda text: text * 2,
+    ],
+    ids=["torn", "a line missing", "empty", "a field missing", "twice"],
+)
+def test_a_block_file_that_cannot_be_trusted_is_set_aside_and_searched_again(
+    routed, facts, tmp_path, spoil, caplog, unbroken, assert_same_run
+):
+    with pytest.raises(KeyboardInterrupt):
+        run(routed, tmp_path, [facts], StopAfter(2.5))
+    block = tmp_path / "search.blocks" / "00000.jsonl"
+    block.write_text(spoil(block.read_text()))
+    assert_same_run(unbroken, read_search(run(routed, tmp_path, [facts])))
+    [warning] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "set aside as 00000.jsonl.broken, and its questions are searched again" in warning
+
+
+def test_what_a_kill_left_half_written_is_cleared_away(routed, facts, tmp_path):
+    for name in ("search.jsonl", "search.manifest.json", "search.failed.jsonl"):
+        (tmp_path / f".{name}.0123").write_text("half")
+    run(routed, tmp_path, [facts])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "search.jsonl",
+        "search.manifest.json",
+    ]
+
+
+# --- questions that fail -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def some_fail(tiny_llama, tiny_tokenizer, tmp_path):
+    """A model that knows no number for `~`, and questions of which every fourth has one."""
+    model = tiny_llama(max_position_embeddings=1024)
+    model.get_input_embeddings().weight.data[tiny_tokenizer("~")["input_ids"][0]] = float("nan")
+    rows = [
+        {"question": f"{'~' * (n % 4 == 3)}What is {n}?", "choices": ["odd", "even"], "answer": 0}
+        for n in range(40)
+    ]
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return RoutedModel(model, tokenizer=tiny_tokenizer), get_task(str(file))
+
+
+def test_questions_that_fail_are_set_aside_and_the_run_goes_on(some_fail, tmp_path):
+    routed, task = some_fail
+    output = run(routed, tmp_path / "out", [task], limit=None)
+    bad = {e.id for e in task.examples("search") if "~" in e.question}
+    rows = [row for _, row in read_lines(tmp_path / "out" / "search.failed.jsonl")]
+    assert {row["id"] for row in rows} == bad
+    assert {tuple(row) for row in rows} == {("id", "task", "question", "error", "attempts")}
+    assert {3} == {row["attempts"] for row in rows}
+    assert all(row["error"].startswith("ModelError: the base model's own") for row in rows)
+    good = {record.id for record in read_search(output)}
+    assert good == {e.id for e in task.examples("search")} - bad
+    assert json.loads(manifest_path(output).read_text())["num_failed"] == len(bad)
+
+
+def test_neighbours_of_a_question_that_fails_are_searched_as_ever(
+    some_fail, tmp_path, assert_same_run
+):
+    routed, task = some_fail
+    found = read_search(run(routed, tmp_path / "out", [task], limit=None))
+    by_id = {example.id: example for example in task.examples("search")}
+    config = settings(tmp_path)
+    alone = [search_path(routed, by_id[record.id], task, config) for record in found]
+    assert_same_run(found, alone)
+
+
+def test_a_resumed_run_keeps_what_was_set_aside(some_fail, tmp_path, assert_same_run):
+    routed, task = some_fail
+    unbroken = run(routed, tmp_path / "unbroken", [task], limit=None)
+    with pytest.raises(KeyboardInterrupt):
+        run(routed, tmp_path / "broken", [task], StopAfter(9), limit=None)
+    resumed = run(routed, tmp_path / "broken", [task], limit=None)
+    assert_same_run(read_search(unbroken), read_search(resumed))
+    failed = "search.failed.jsonl"
+    assert unbroken.with_name(failed).read_text() == resumed.with_name(failed).read_text()
+
+
+def test_a_run_in_which_every_question_fails_ends_with_the_reason(
+    tiny_llama, tiny_tokenizer, facts, tmp_path
+):
+    model = tiny_llama(max_position_embeddings=1024)
+    model.get_input_embeddings().weight.data.fill_(float("nan"))
+    routed = RoutedModel(model, tokenizer=tiny_tokenizer)
+    message = r"none of the first 7 questions could be searched; .*--dtype float32"
+    with pytest.raises(TaskError, match=message):
+        run(routed, tmp_path, [facts])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hopeless_run_ends_before_all_questions_have_failed(
+    tiny_llama, tiny_tokenizer, facts, tmp_path
+):
+    model = tiny_llama(max_position_embeddings=1024)
+    model.get_input_embeddings().weight.data.fill_(float("nan"))
+    routed = RoutedModel(model, tokenizer=tiny_tokenizer)
+    with pytest.raises(TaskError, match="none of the first 16 questions"):
+        run(routed, tmp_path, [facts], limit=40)

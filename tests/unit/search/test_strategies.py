@@ -9,9 +9,10 @@ from drllm.config import SearchConfig
 from drllm.paths import full_decisions, num_executions
 from drllm.search.mcts import TreeSearch
 from drllm.search.strategies import STRATEGIES, PathSearch, new_search
+from drllm.search.sweep import SweepSearch
 from drllm.search.walk import WalkSearch
 
-KINDS = {"tree": TreeSearch, "walk": WalkSearch}
+KINDS = {"tree": TreeSearch, "sweep": SweepSearch, "walk": WalkSearch}
 
 
 def start(strategy: str, num_layers: int = 12, **settings: object) -> PathSearch:
@@ -20,7 +21,8 @@ def start(strategy: str, num_layers: int = 12, **settings: object) -> PathSearch
 
 def run(search: PathSearch, full: float, right: int) -> list[tuple[int, ...]]:
     """Reward the full path with `full`, and other paths only if at most `right` executions long."""
-    while (decisions := search.propose()) is not None:
+    while proposed := search.propose():
+        (decisions,) = proposed
         if num_executions(decisions) == search.num_layers and not search.tried:
             search.observe(decisions, full)
         else:
@@ -41,21 +43,66 @@ def test_the_setting_picks_the_strategy(strategy: str):
 def test_the_full_path_comes_first_and_is_no_simulation(strategy: str):
     search = start(strategy)
 
-    assert search.propose() == full_decisions(12)
+    assert search.propose(most=5) == [full_decisions(12)]
     search.observe(full_decisions(12), 1.0)
     assert search.num_simulations_done == 0
-    assert search.tried[full_decisions(12)] == (0, 1.0)
+    assert search.tried[full_decisions(12)] == (0, 1.0, None)
 
 
 @pytest.mark.parametrize("strategy", ACCEPTED)
-def test_a_path_is_proposed_again_until_it_is_observed(strategy: str):
+def test_nothing_is_proposed_before_the_full_path_is_observed(strategy: str):
     search = start(strategy)
-    search.observe(search.propose(), 1.0)
+    search.propose()
 
-    first = search.propose()
-    assert search.propose() == first
-    search.observe(first, 0.0)
-    assert search.propose() != first
+    assert search.propose(most=5) == []
+    search.observe(full_decisions(12), 1.0)
+    assert len(search.propose(most=5)) == 5
+
+
+@pytest.mark.parametrize("strategy", ACCEPTED)
+def test_a_path_in_flight_is_not_proposed_again(strategy: str):
+    search = start(strategy)
+    search.observe(*search.propose(), 1.0)
+
+    proposed = [*search.propose(most=4), *search.propose(most=6)]
+    assert len(set(proposed)) == 10
+    assert full_decisions(12) not in proposed
+    for decisions in proposed:
+        search.observe(decisions, 0.0)
+    assert not set(search.propose(most=10)) & set(proposed)
+
+
+@pytest.mark.parametrize("strategy", ACCEPTED)
+def test_paths_in_flight_count_towards_the_simulations(strategy: str):
+    search = start(strategy, num_simulations=10)
+    search.observe(*search.propose(), 1.0)
+
+    proposed = [*search.propose(most=6), *search.propose(most=6)]
+    assert len(proposed) == 10
+    assert search.num_simulations_done == 0
+    for decisions in proposed:
+        search.observe(decisions, 0.0)
+    assert search.num_simulations_done == 10
+    assert search.propose() == []
+
+
+@pytest.mark.parametrize("strategy", ACCEPTED)
+def test_simulations_are_numbered_as_proposed_whatever_is_observed_first(strategy: str):
+    search = start(strategy)
+    search.observe(*search.propose(), 1.0)
+    proposed = search.propose(most=5)
+    for decisions in reversed(proposed):
+        search.observe(decisions, 0.0)
+
+    numbers = [search.tried[decisions].simulation for decisions in proposed]
+    assert numbers == sorted(set(numbers))
+    assert numbers[0] == 1
+
+
+@pytest.mark.parametrize("most", [0, -1])
+def test_less_than_one_path_can_not_be_asked_for(most: int):
+    with pytest.raises(ValueError, match="at least 1"):
+        start("tree").propose(most)
 
 
 @pytest.mark.parametrize("strategy", ACCEPTED)
@@ -63,8 +110,17 @@ def test_a_path_that_was_not_proposed_is_refused(strategy: str):
     search = start(strategy)
     search.propose()
 
-    with pytest.raises(ValueError, match="was not proposed"):
+    with pytest.raises(ValueError, match="not in flight"):
         search.observe((0,) + (1,) * 11, 1.0)
+
+
+@pytest.mark.parametrize("strategy", ACCEPTED)
+def test_a_path_that_was_observed_can_not_be_observed_again(strategy: str):
+    search = start(strategy)
+    search.observe(*search.propose(), 1.0)
+
+    with pytest.raises(ValueError, match="not in flight"):
+        search.observe(full_decisions(12), 1.0)
 
 
 @pytest.mark.parametrize("reward", [-0.1, 1.1, float("nan")])
@@ -72,7 +128,26 @@ def test_a_reward_outside_0_to_1_is_refused(reward: float):
     search = start("tree")
 
     with pytest.raises(ValueError, match="not in"):
-        search.observe(search.propose(), reward)
+        search.observe(*search.propose(), reward)
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_is_refused(score: float):
+    search = start("tree")
+
+    with pytest.raises(ValueError, match="not finite"):
+        search.observe(*search.propose(), 1.0, score)
+
+
+@pytest.mark.parametrize("strategy", ACCEPTED)
+def test_a_score_is_no_part_of_the_reward_and_ends_nothing(strategy: str):
+    search = start(strategy, stop_rule="paper", num_simulations=10)
+    search.observe(*search.propose(), 0.0, -1.0)
+    while proposed := search.propose():
+        search.observe(*proposed, 0.0, 5.0)
+
+    assert search.num_simulations_done == 10
+    assert {tried.score for tried in search.tried.values()} == {-1.0, 5.0}
 
 
 @pytest.mark.parametrize("strategy", ACCEPTED)
@@ -90,7 +165,7 @@ def test_the_first_improving_path_ends_the_search_even_if_it_is_longer(strategy:
 
     tried = run(search, full=0.0, right=24)
     assert len(tried) == 2
-    assert search.propose() is None
+    assert search.propose() == []
 
 
 @pytest.mark.parametrize("strategy", ACCEPTED)
@@ -122,7 +197,25 @@ def test_wrong_short_paths_end_nothing(strategy: str, rule: str):
 
 def test_a_partial_reward_is_not_right_and_ends_nothing():
     search = start("tree", stop_rule="paper", num_simulations=10)
-    while (decisions := search.propose()) is not None:
-        search.observe(decisions, 0.99)
+    while proposed := search.propose():
+        search.observe(*proposed, 0.99)
 
     assert search.num_simulations_done == 10
+
+
+@pytest.mark.parametrize("strategy", ACCEPTED)
+@pytest.mark.parametrize("rule", ["paper", "released"])
+def test_once_a_path_ends_the_search_those_in_flight_are_observed_and_no_others(
+    strategy: str, rule: str
+):
+    search = start(strategy, stop_rule=rule)
+    search.observe(*search.propose(), 0.0)
+    first, *others = search.propose(most=5)
+    search.observe(first, 1.0)
+
+    assert search.propose(most=5) == []
+    for decisions in others:
+        search.observe(decisions, 0.0)
+    assert search.propose(most=5) == []
+    assert list(search.tried) == [full_decisions(12), first, *others]
+    assert search.num_simulations_done == 5

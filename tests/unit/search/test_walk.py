@@ -15,8 +15,8 @@ from drllm.search.walk import WalkSearch
 def walk(num_layers: int, reward: float = 0.0, seed: int = 0, **settings: object) -> WalkSearch:
     """Walk to the end, every path being worth the same."""
     search = WalkSearch(num_layers, SearchConfig(strategy="walk", **settings), Random(seed))
-    while (decisions := search.propose()) is not None:
-        search.observe(decisions, reward)
+    while proposed := search.propose():
+        search.observe(*proposed, reward)
     return search
 
 
@@ -79,6 +79,15 @@ def test_a_single_layer_within_budget_1_leaves_nothing_to_walk():
     search = walk(1, budget=1.0)
 
     assert list(search.tried) == [full_decisions(1)]
+
+
+def test_in_a_round_of_several_the_walk_takes_the_same_way():
+    alone, together = walk(12), WalkSearch(12, SearchConfig(strategy="walk"), Random(0))
+    while proposed := together.propose(most=7):
+        for decisions in reversed(proposed):
+            together.observe(decisions, 0.0)
+
+    assert alone.tried == together.tried
 
 
 def test_the_same_seed_walks_the_same_way():

@@ -8,18 +8,19 @@ import sys
 import pytest
 
 from drllm.errors import TaskError
-from drllm.tasks.base import TASKS, describe_tasks, get_task, get_tasks
+from drllm.tasks.base import GROUPS, TASKS, describe_tasks, get_task, get_tasks
 
 
 def test_every_name_in_the_table_is_the_name_of_its_task() -> None:
     assert [get_task(name).name for name in TASKS] == list(TASKS)
 
 
-def test_every_task_is_described_on_one_line() -> None:
+def test_every_task_and_group_is_described_on_one_line() -> None:
     described = describe_tasks()
-    assert [name for name, _, _ in described] == sorted(TASKS)
+    assert [name for name, _, _ in described] == sorted([*TASKS, *GROUPS])
     for name, rewards, description in described:
-        assert rewards == ", ".join(get_task(name).rewards)
+        for task in get_tasks(name):
+            assert rewards == ", ".join(task.rewards)
         assert description
         assert "\n" not in description
 
@@ -29,10 +30,25 @@ def test_a_comma_list_keeps_its_order() -> None:
     assert names == ["builtin_facts", "arc_easy"]
 
 
+def test_a_groups_name_stands_for_its_tasks_in_a_list_too() -> None:
+    levels = [f"dart-{level}" for level in range(1, 6)]
+    assert [task.name for task in get_tasks("arc")] == ["arc_easy", "arc_challenge"]
+    assert [task.name for task in get_tasks("dart, gsm8k")] == [*levels, "gsm8k"]
+    assert [task.name for task in get_tasks("dart-3")] == ["dart-3"]
+    with pytest.raises(TaskError, match="'arc' stands for arc_easy, arc_challenge; name one"):
+        get_task("arc")
+
+
+def test_a_group_and_one_of_its_tasks_name_the_task_twice() -> None:
+    with pytest.raises(TaskError, match="'dart-3' is named twice in 'dart-3,dart'"):
+        get_tasks("dart-3,dart")
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         ("arc_esay", "did you mean 'arc_easy'"),
+        ("drat", "did you mean 'dart'"),
         (",", "no task is named"),
         ("arc_easy,arc_easy", "named twice"),
         ("absent.jsonl", "absent.jsonl doesn't exist"),
@@ -46,6 +62,20 @@ def test_a_list_that_names_no_usable_tasks_is_refused(names: str, message: str) 
 def test_the_default_reward_is_the_first() -> None:
     assert get_task("builtin_facts").check_reward(None) == "loglikelihood"
     assert get_task("builtin_facts").check_reward("letter") == "letter"
+
+
+def test_of_several_rewards_a_task_takes_the_first_that_fits() -> None:
+    assert get_task("arc_easy").check_reward("letter,boxed") == "letter"
+    assert get_task("dart-1").check_reward("letter,boxed") == "boxed"
+
+
+def test_of_tasks_with_different_rewards_the_one_that_a_reward_does_not_fit_is_named() -> None:
+    tasks = get_tasks("dart,arc")
+    assert [task.check_reward(None) for task in tasks] == ["boxed"] * 5 + ["loglikelihood"] * 2
+    for task in tasks[:5]:
+        assert task.check_reward("boxed") == "boxed"
+    with pytest.raises(TaskError, match=r"'boxed' doesn't fit task 'arc_easy'; .*without --rew"):
+        tasks[5].check_reward("boxed")
 
 
 def test_a_task_without_options_is_refused_where_options_are_scored() -> None:

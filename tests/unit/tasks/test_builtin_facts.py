@@ -17,7 +17,7 @@ from drllm.tasks.base import get_task
 from drllm.tasks.builtin_facts import BUILTIN_FACTS, RELATIONS, distractors, rows
 from drllm.tasks.fact_tables import table
 from drllm.tasks.grading import score_choices
-from drllm.tasks.multiple_choice import example_of
+from drllm.tasks.multiple_choice import labelled_example
 
 if TYPE_CHECKING:
     from drllm.models.base.loading import BaseModel
@@ -63,7 +63,7 @@ def test_every_row_is_in_the_arc_schema_with_four_different_options() -> None:
     for row in ALL:
         assert row["choices"]["label"] == ["A", "B", "C", "D"]
         assert len({text.casefold() for text in row["choices"]["text"]}) == 4
-        example = example_of(row, "builtin_facts")
+        example = labelled_example(row, "builtin_facts")
         assert example.gold == "ABCD".index(row["answerKey"])
 
 

@@ -14,6 +14,7 @@ PROMPTS = {
     "letter": Prompt(text="?", reward="letter", answer="B", letters="ABCD"),
     "boxed": Prompt(text="?", reward="boxed", answer="12"),
     "exact": Prompt(text="?", reward="exact", answer="New York"),
+    "several": Prompt(text="?", reward="exact", answer="York", other_answers=("New York", "New")),
 }
 # Pieces that answers are made of, so that random texts come near every rule's borders.
 PIECES = st.lists(
@@ -90,6 +91,14 @@ def test_an_exact_answer_is_the_first_line_apart_from_marks(text: str, expected:
     assert grade(PROMPTS["exact"], text) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("york.", 1.0), ("New York", 1.0), ("new", 1.0), ("New New York", 0.0), ("Yorkshire", 0.0)],
+)
+def test_any_of_several_exact_answers_is_right(text: str, expected: float) -> None:
+    assert grade(PROMPTS["several"], text) == expected
+
+
 def test_a_minus_sign_and_a_decimal_point_are_part_of_an_exact_answer() -> None:
     assert grade(Prompt(text="?", reward="exact", answer="-5"), "5") == 0.0
     assert grade(Prompt(text="?", reward="exact", answer=".5"), "5") == 0.0
@@ -139,9 +148,10 @@ def test_an_open_verdict_has_continuations_either_way(reward: str, text: str) ->
         # Open boxes, with one digit in them or a half-written command, can all be closed.
         "boxed": [tail + " \\boxed{12} " for tail in ("", "x", "{")],
         "exact": ["New York"[start:] for start in range(9)] + [" York", " new york", '"', "\n"],
-    }[reward]
-    wrong = {"letter": " A ", "boxed": " \\boxed{13} ", "exact": "qq"}[reward]
-    assert any(grade(prompt, stable + more) == 1.0 for more in right)
+    }
+    right["several"] = right["exact"]
+    wrong = {"letter": " A ", "boxed": " \\boxed{13} "}.get(reward, "qq")
+    assert any(grade(prompt, stable + more) == 1.0 for more in right[reward])
     assert any(grade(prompt, stable + more) == 0.0 for more in (wrong, "x" + wrong))
 
 
@@ -151,6 +161,8 @@ def test_an_answer_is_decided_long_before_it_ends() -> None:
     assert verdict(PROMPTS["boxed"], "\\boxed{12}", finished=False) == 1.0
     assert verdict(PROMPTS["exact"], "London", finished=False) == 0.0
     assert verdict(PROMPTS["exact"], "New York\n", finished=False) == 1.0
+    assert verdict(PROMPTS["several"], "New", finished=False) is None
+    assert verdict(PROMPTS["several"], "New J", finished=False) == 0.0
 
 
 def test_a_prompt_with_options_to_score_is_not_graded_as_text() -> None:

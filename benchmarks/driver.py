@@ -1,0 +1,267 @@
+"""How many records a second the driver of a search can take, from its own process and from Ray.
+
+Ours: `run_search` with an executor that returns ready-made blocks at once, so that all of the time
+is the driver's own: forming blocks, hashing prompts, committing each block atomically, and joining
+the blocks to `search.jsonl` with its manifest. Through Ray (left out where it isn't installed) the
+same blocks come from worker processes; counted is the driver's processor time, not the workers'.
+Obvious way: each block is appended to one file and synchronised; it survives a kill only in part,
+and knows nothing of settings, failures or repeated questions.
+
+    python benchmarks/driver.py [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from drllm.config import ModelConfig, SearchConfig
+from drllm.paths import full_decisions
+from drllm.records import Retest, SearchRecord, TriedPath, to_lines
+from drllm.search import ray_executor
+from drllm.search.attempts import Searched
+from drllm.search.questions import Block, blocks_of
+from drllm.search.ray_executor import RayExecutor, Ready
+from drllm.search.runner import Status, run_search
+from drllm.search.tally import tally
+from drllm.tasks.base import Example, Prompt, Task
+
+LAYERS = 30
+PATHS = 51
+IDENTITY = {"id": "ready-made", "num_layers": LAYERS}
+RUNTIME = {"dtype": "float32", "device": "cpu"}
+
+
+class ManyQuestions(Task):
+    """As many questions as are wanted, each as long as a question of ARC."""
+
+    name = "many"
+    description = "questions for measuring"
+    rewards = ("loglikelihood",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def examples(self, split: str, data_dir: Path | None = None) -> list[Example]:
+        """Return the questions."""
+        text = "which of these things is the one that is asked for in this question?"
+        return [
+            Example(id=str(n), task=self.name, question=f"Of {n}, {text}", gold=0, answer="one")
+            for n in range(self.number)
+        ]
+
+    def prompt(self, example: Example, reward: str) -> Prompt:
+        """Return how the question is asked."""
+        return Prompt(text=f"Question: {example.question}\nAnswer:", reward=reward, answer="one")
+
+    def retests(self, example: Example, reward: str) -> tuple[Prompt, ...]:
+        """Return four other ways of asking, as many as a multiple-choice task has."""
+        return (self.prompt(example, reward),) * 4
+
+
+def ready_made(task: str, examples: Sequence[Example]) -> Searched:
+    """Return a block of records of the size that a search of 50 simulations gives."""
+    records = []
+    for example in examples:
+        rng = random.Random(example.id)
+        tried = {full_decisions(LAYERS): True}
+        while len(tried) < PATHS:
+            decisions = [1] * LAYERS
+            for _ in range(rng.randint(1, 4)):
+                decisions[rng.randrange(LAYERS)] = rng.choice((0, 2))
+            tried[tuple(decisions)] = rng.random() < 0.5
+        paths = tuple(
+            TriedPath(
+                decisions=decisions,
+                simulation=place,
+                reward=float(is_right),
+                margin=rng.gauss(0, 1),
+                executions=float(sum(decisions)),
+                damage=rng.random(),
+                retest=Retest(passed=3, asked=4, margin=rng.gauss(0, 1), survived=True)
+                if is_right
+                else None,
+            )
+            for place, (decisions, is_right) in enumerate(tried.items())
+        )
+        text = f"Question: {example.question}\nAnswer:"
+        records.append(
+            SearchRecord(
+                id=example.id,
+                task=task,
+                question=example.question,
+                prompt=text,
+                answer=example.answer,
+                reward="loglikelihood",
+                num_layers=LAYERS,
+                paths=paths,
+                seconds=1.0,
+            )
+        )
+    return Searched(to_lines(records), tally(records, []))
+
+
+class ReadyMade:
+    """An executor whose blocks were searched before."""
+
+    identity = IDENTITY
+    runtime = RUNTIME
+
+    def __init__(self, results: dict[int, Searched]) -> None:
+        self.results = results
+
+    def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
+        """Return the prompts' texts."""
+        return [prompt.text for prompt in prompts]
+
+    def search(
+        self, blocks: Iterable[Block], config: SearchConfig, on_share: Any = None
+    ) -> Iterator[tuple[Block, Searched]]:
+        """Hand over the blocks."""
+        for block in blocks:
+            yield block, self.results[block.number]
+
+
+class ReadyMadeWorker:
+    """A worker of Ray whose blocks cost it next to nothing: one is made, and sent every time."""
+
+    def load(self, model: ModelConfig, num_threads: int) -> Ready:
+        """Say that there is a model."""
+        self.made: dict[int, Searched] = {}
+        return Ready(IDENTITY, RUNTIME, os.getpid())
+
+    def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
+        """Return the prompts' texts."""
+        return [prompt.text for prompt in prompts]
+
+    def search(
+        self, number: int, task: Task, examples: tuple[Example, ...], config: SearchConfig
+    ) -> Searched:
+        """Return ready-made records of the examples."""
+        size = len(examples)
+        if size not in self.made:
+            self.made[size] = ready_made(task.name, examples)
+        first = self.made[size]
+        renamed = [
+            f'{{"id":"{example.id}",{line.partition(",")[2]}'
+            for line, example in zip(first.lines.splitlines(True), examples, strict=True)
+        ]
+        return Searched("".join(renamed), first.tally)
+
+
+class Clock:
+    """Hears of every block, and knows what the driver's processor spent on them.
+
+    Attributes:
+        seconds: From the first block to the last, joining the blocks not counted.
+    """
+
+    def __init__(self) -> None:
+        self.started: float | None = None
+        self.seconds = 0.0
+
+    def __call__(self, status: Status) -> None:
+        """Hear of a block."""
+        now = time.process_time()
+        self.started = now if self.started is None else self.started
+        self.seconds = now - self.started
+
+
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Return wall and processor seconds of this process."""
+    wall, processor = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def append(path: Path, blocks: Sequence[Block], results: dict[int, Searched]) -> None:
+    """Keep the blocks the obvious way."""
+    with path.open("a", encoding="utf-8") as file:
+        for block in blocks:
+            file.write(results[block.number].lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def main() -> None:
+    """Run the comparison and print it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small sample, under a minute")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args()
+    repeats, number = (2, 800) if options.quick else (5, 8000)
+    task = ManyQuestions(number)
+    blocks = blocks_of([task], SearchConfig())
+    results = {block.number: ready_made(task.name, block.examples) for block in blocks}
+    size = sum(len(result.lines.encode()) for result in results.values())
+    ways: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": [], "ray": []}
+    clocks: dict[str, list[Clock]] = {"ours": [], "ray": []}
+    executor = ReadyMade(results)
+
+    def run(way: str, by: Any, config: SearchConfig) -> None:
+        clocks[way].append(Clock())
+        ways[way].append(timed(partial(run_search, by, [task], config, clocks[way][-1])))
+
+    with tempfile.TemporaryDirectory() as folder:
+        configs = [SearchConfig(output_dir=f"{folder}/{repeat}") for repeat in range(2 * repeats)]
+        for repeat in range(repeats):
+            run("ours", executor, configs[repeat])
+            path = Path(folder) / f"{repeat}.jsonl"
+            ways["theirs"].append(timed(partial(append, path, blocks, results)))
+        if importlib.util.find_spec("ray") is None:
+            del ways["ray"], clocks["ray"]
+        else:
+            ray_executor.Worker = ReadyMadeWorker  # type: ignore[misc,assignment]
+            with RayExecutor(ModelConfig(device="cpu"), num_workers=2) as workers:
+                for config in configs[repeats:]:
+                    run("ray", workers, config)
+    wall = {way: statistics.median(w for w, _ in times) for way, times in ways.items()}
+    processor = {way: statistics.median(p for _, p in times) for way, times in ways.items()}
+    for way in ways:
+        print(
+            f"{way:<7} {number / wall[way]:>9.0f} records a second, "
+            f"{number / processor[way]:>9.0f} a second of the driver's processor"
+        )
+    commits = {
+        way: number / statistics.median(clock.seconds for clock in those)
+        for way, those in clocks.items()
+    }
+    for way, rate in commits.items():
+        print(f"{way:<7} {rate:>9.0f} a second of it while blocks come, before they are joined")
+    print(f"a record is {size / number / 1000:.1f} kB, a path {size / number / PATHS:.0f} B")
+    result = {
+        "overhead": {
+            "wall": wall["ours"] / wall["theirs"],
+            "processor": processor["ours"] / processor["theirs"],
+        },
+        "records_per_second": {way: number / seconds for way, seconds in wall.items()},
+        "records_per_processor_second": {
+            way: number / seconds for way, seconds in processor.items()
+        },
+        "committed_per_processor_second": commits,
+        "records": number,
+        "bytes_per_record": size / number,
+        "bytes_per_path": size / number / PATHS,
+        "repeats": repeats,
+        "ours": "run_search fed with ready-made blocks of 8 questions",
+        "theirs": "each block appended to one file and synchronised",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "runs": ways,
+    }
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""The story of a search: what it found by task, what it spent, which single edits were best.
+
+Owns the arithmetic and the printing of `drllm show search.jsonl`. Leaves one question's paths to
+`show_question`, reading and checking to `records`, and which paths count to `supervision`. Loads
+no torch. Axes: L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from rich.text import Text
+
+from drllm.cli.tables import new_table
+from drllm.cli.terminal import Terminal, duration
+from drllm.paths import Decision, Decisions, to_path
+from drllm.records import SearchRecord, TriedPath
+from drllm.reporting.numbers import NBSP, count, of_total, percent, plain, signed
+from drllm.supervision import is_valid, summarise, survived
+from drllm.supervision.summary import KINDS
+
+BEST, WORST = 5, 3
+"""Layers that a table of edits shows from either end."""
+OFTEN = 0.2
+"""An edit is ranked if it was tried on this share of the questions of the most tried one."""
+
+
+def show_search(records: Sequence[SearchRecord], terminal: Terminal) -> None:
+    """Print what a search found and what it spent.
+
+    Args:
+        records: Its questions; at least one.
+        terminal: Where to.
+    """
+    n = len(records)
+    paths = [path for record in records for path in record.paths]
+    rewards = ", ".join(sorted({record.reward for record in records}))
+    _say(terminal, "questions", f"{count(n)}, {records[0].num_layers} layers, reward {rewards}")
+    _say(terminal, "paths tried", f"{count(len(paths))}, {plain(len(paths) / n)} a question")
+    _show_yields(records, terminal)
+    asked_again = [path for path in paths if path.retest is not None]
+    left = sum(survived(path) for path in asked_again)
+    _say(
+        terminal,
+        "re-test",
+        f"{count(len(asked_again))} paths asked again, {of_total(left, len(asked_again))} survived",
+    )
+    _say_executions(records, terminal)
+    seconds = sum(record.seconds for record in records)
+    rate = f", {plain(len(paths) / seconds)} paths a second" if seconds > 0 else ""
+    _say(terminal, "time", f"{duration(seconds)}, {plain(seconds / n)} s a question{rate}")
+    for decision, title in ((Decision.SKIP, "skipped"), (Decision.REPEAT, "repeated")):
+        _show_edits(single_edits(records, decision), title, terminal)
+
+
+def _say(terminal: Terminal, name: str, text: str) -> None:
+    terminal.say(f"{name:14} {text.replace(NBSP, ' ')}")
+
+
+def _show_yields(records: Sequence[SearchRecord], terminal: Terminal) -> None:
+    counts = summarise(records, [], {})
+    rows = [*counts["tasks"].items()]
+    if len(rows) > 1:
+        rows.append(("all", counts))
+    table = new_table(
+        "task",
+        "questions",
+        "base right",
+        *KINDS,
+        title="Questions with such a path, as the search found it → after the re-test",
+        numbers_from=1,
+    )
+    for name, row in rows:
+        table.add_row(
+            Text(name),
+            count(row["questions"]),
+            of_total(row["base_correct"], row["questions"]),
+            *(
+                f"{count(row[f'{kind}_before_retest'])} → {count(row[f'{kind}_after_retest'])}"
+                for kind in KINDS
+            ),
+        )
+    terminal.show(table)
+
+
+def _say_executions(records: Sequence[SearchRecord], terminal: Terminal) -> None:
+    asked = round(sum(path.executions for record in records for path in record.paths))
+    distinct = sum(
+        distinct_executions([path.decisions for path in record.paths]) for record in records
+    )
+    _say(
+        terminal,
+        "executions",
+        f"{count(asked)} asked by paths, {of_total(distinct, asked)} distinct in a question",
+    )
+    shortest = [
+        min(path.executions for path in record.paths if survived(path))
+        for record in records
+        if any(survived(path) for path in record.paths)
+    ]
+    if shortest:
+        _say(
+            terminal,
+            "shortest",
+            f"{plain(fmean(shortest), 2)} executions of {records[0].num_layers} for the shortest "
+            f"surviving path, mean of {count(len(shortest))}",
+        )
+
+
+def distinct_executions(rows: Sequence[Decisions]) -> int:
+    """Count the executions that are left when paths share their common beginnings.
+
+    Args:
+        rows: The decisions of one question's paths.
+
+    Example:
+        >>> distinct_executions([(1, 1, 1), (1, 1, 0), (1, 2, 0)])  # 0, 01, 012, 011
+        4
+    """
+    states: dict[tuple[int, int], int] = {}  # a state and the layer that is run next → the state
+    for row in rows:
+        state = 0
+        for layer in to_path(row):
+            state = states.setdefault((state, layer), len(states) + 1)
+    return len(states)
+
+
+# --- single edits ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditOutcome:
+    """What came of one edit of the full path, over the questions on which it alone was tried.
+
+    Attributes:
+        layer: The edited layer.
+        tried: Questions on which it was tried.
+        right: Share of them that it answers right.
+        base_right: Share of them that the full path answers right.
+        damage: Mean damage, in nats a token; None where none was computed.
+        margin: Mean change of the margin, in nats; None where no margin is defined.
+    """
+
+    layer: int
+    tried: int
+    right: float
+    base_right: float
+    damage: float | None
+    margin: float | None
+
+
+def single_edits(records: Sequence[SearchRecord], decision: Decision) -> list[EditOutcome]:
+    """Return what skipping, or repeating, one layer and nothing else did, by layer.
+
+    Args:
+        records: Search records of one model.
+        decision: `SKIP` or `REPEAT`.
+
+    Returns:
+        One outcome for every layer on which the edit was tried; the least harmful first, by
+        damage, else by margin, else by answers.
+    """
+    found: dict[int, list[tuple[TriedPath, TriedPath]]] = {}
+    for record in records:
+        for path in record.paths:
+            edited = [layer for layer, value in enumerate(path.decisions) if value != 1]
+            if len(edited) == 1 and path.decisions[edited[0]] == decision:
+                found.setdefault(edited[0], []).append((record.full, path))
+    outcomes = []
+    for layer, pairs in found.items():
+        damages = [path.damage for _, path in pairs if path.damage is not None]
+        margins = [
+            path.margin - full.margin
+            for full, path in pairs
+            if path.margin is not None and full.margin is not None
+        ]
+        outcomes.append(
+            EditOutcome(
+                layer=layer,
+                tried=len(pairs),
+                right=fmean(is_valid(path) for _, path in pairs),
+                base_right=fmean(is_valid(full) for full, _ in pairs),
+                damage=fmean(damages) if damages else None,
+                margin=fmean(margins) if margins else None,
+            )
+        )
+    return sorted(outcomes, key=_harm)
+
+
+def _harm(edit: EditOutcome) -> tuple[bool, float, bool, float, float, int]:
+    """Order edits by what tells most about them; what isn't known comes last."""
+    return (
+        edit.damage is None,
+        edit.damage or 0.0,
+        edit.margin is None,
+        -(edit.margin or 0.0),
+        edit.base_right - edit.right,
+        edit.layer,
+    )
+
+
+def _show_edits(edits: Sequence[EditOutcome], title: str, terminal: Terminal) -> None:
+    if not edits:
+        _say(terminal, f"one {title}", "never tried alone")
+        return
+    least = OFTEN * max(edit.tried for edit in edits)
+    ranked = [edit for edit in edits if edit.tried >= least]
+    shown = ranked if len(ranked) <= BEST + WORST else [*ranked[:BEST], *ranked[-WORST:]]
+    table = new_table(
+        "layer",
+        "tried",
+        "right",
+        "base right",
+        "damage",
+        "margin change",
+        title=f"One layer {title}, the others executed once; the least harmful of "
+        f"{len(ranked)} layers first",
+        numbers_from=0,
+    )
+    for edit in shown:
+        if len(shown) < len(ranked) and edit is ranked[-WORST]:
+            table.add_row("…")
+        table.add_row(
+            str(edit.layer),
+            count(edit.tried),
+            percent(edit.right),
+            percent(edit.base_right),
+            plain(edit.damage, 3),
+            signed(edit.margin, 2),
+        )
+    terminal.show(table)

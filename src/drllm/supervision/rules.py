@@ -1,0 +1,134 @@
+"""One question's target: which tried paths count, the rules that pick among them, the reasons.
+
+Owns what is decided by looking at one question alone. Leaves what depends on the others (copies,
+quotas) to `selection` and `quotas`. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from drllm.records import SearchRecord, TriedPath
+
+NO_VALID_PATH = "no valid path"
+ONLY_FULL_PATH = "only the full path"
+NOT_SURVIVED = "no path survived the re-test"
+NO_DAMAGE = "no damage in the record"
+SAVES_TOO_LITTLE = "no path saves enough"
+TWICE = "same question twice"
+OVER_QUOTA = "over the quota"
+REASONS = (
+    NO_VALID_PATH,
+    ONLY_FULL_PATH,
+    NOT_SURVIVED,
+    NO_DAMAGE,
+    SAVES_TOO_LITTLE,
+    TWICE,
+    OVER_QUOTA,
+)
+"""Why a searched question has no target."""
+
+MIN_SAVING = 0.1
+"""Share of the full path's executions that a target of the rule `damage` saves at least."""
+_ROUNDING = 1e-9
+
+
+# --- which paths count -------------------------------------------------------------------------
+
+
+def is_valid(path: TriedPath) -> bool:
+    """Say whether a path answered right."""
+    return path.reward >= 1
+
+
+def is_saving(path: TriedPath, record: SearchRecord) -> bool:
+    """Say whether a path answered right with fewer executions than the full path."""
+    return is_valid(path) and path.executions < record.full.executions
+
+
+def is_improving(path: TriedPath, record: SearchRecord) -> bool:
+    """Say whether a path answered right where the full path failed."""
+    return is_valid(path) and not is_valid(record.full)
+
+
+def survived(path: TriedPath) -> bool:
+    """Say whether a path answered right, and again when asked in other ways."""
+    return is_valid(path) and path.retest is not None and path.retest.survived
+
+
+# --- the rules ---------------------------------------------------------------------------------
+
+
+def choose(record: SearchRecord, target: str, *, min_saving: float = MIN_SAVING) -> TriedPath | str:
+    """Pick one question's target path.
+
+    The full path is a candidate like any other where it is right: a question that no shorter path
+    answers teaches the routers to execute everything. Not so under `paper`, which keeps only
+    paths that improve on the full path or save executions, and under `damage`, whose targets save
+    by definition and needn't be right.
+
+    Args:
+        record: What the search found.
+        target: `shortest` (fewest executions, then largest margin in the re-test, then earliest)
+            or `largest_margin` (in the re-test; then fewest executions, then earliest), both
+            among the paths that survived the re-test; `paper` (fewest executions, then earliest,
+            re-tested or not) or `released` (the same, the full path being a candidate too); or
+            `damage` (least damage, then fewest executions, then earliest,
+            among the paths that save enough).
+        min_saving: For `damage`, the least share of the full path's executions to save.
+
+    Returns:
+        The path, or the reason why there is none.
+
+    Source: Dr.LLM section 3.1 for `paper`, its published code for `released`; the others are
+        ours (docs/differences.md, D-05 and, for `damage`, D-24).
+    """
+    if target == "damage":
+        return _least_damage(record, min_saving)
+    valid = [path for path in record.paths if is_valid(path)]
+    if not valid:
+        return NO_VALID_PATH
+    if target in ("paper", "released"):
+        kept = [
+            path
+            for path in valid
+            if target == "released" or is_improving(path, record) or is_saving(path, record)
+        ]
+        if not kept:
+            return ONLY_FULL_PATH
+        return min(kept, key=lambda path: (path.executions, path.simulation))
+    kept = [path for path in valid if survived(path)]
+    if not kept:
+        return NOT_SURVIVED
+    if target == "shortest":
+        return min(kept, key=lambda p: (p.executions, -_retest_margin(p), p.simulation))
+    return min(kept, key=lambda p: (-_retest_margin(p), p.executions, p.simulation))
+
+
+def _least_damage(record: SearchRecord, min_saving: float) -> TriedPath | str:
+    """Pick the path that changes the model's predictions least among those that save enough.
+
+    Whether one answer came out right is mostly chance that the prompt doesn't foretell: few
+    options, many tries. How far a path's next-token distributions lie from the full path's is a
+    mean over all tokens of the prompt, and regular enough to be learnt.
+    """
+    most = (1 - min_saving) * record.full.executions + _ROUNDING
+    known = _damages(record.paths)
+    if not known:
+        return NO_DAMAGE
+    kept = [(damage, path) for damage, path in known if path.executions <= most]
+    if not kept:
+        return SAVES_TOO_LITTLE
+    return min(kept, key=lambda pair: (pair[0], pair[1].executions, pair[1].simulation))[1]
+
+
+def _damages(paths: Sequence[TriedPath]) -> list[tuple[float, TriedPath]]:
+    """Return the paths but the full one, each with its damage, where it was computed."""
+    return [(path.damage, path) for path in paths[1:] if path.damage is not None]
+
+
+def _retest_margin(path: TriedPath) -> float:
+    """Return the margin in the re-test; a path without one comes last."""
+    margin = path.retest.margin if path.retest else None
+    return -math.inf if margin is None else margin

@@ -1,0 +1,97 @@
+"""A search that is killed again and again, at any moment, ends as one that nothing disturbed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drllm.cli import main
+from drllm.records import SearchRecord, read_search
+
+MOST_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def processes() -> Any:
+    """Processes that start at once, since what they need is loaded before they are forked."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["drllm.cli.searching", "drllm.search.runner", "drllm.models.base.loading"]
+    )
+    return context
+
+
+@pytest.fixture
+def words(model_folder: Callable[..., Path]) -> list[str]:
+    settings = ["--limit", "48", "--block-size", "1"]
+    return ["search", "--model", str(model_folder()), "--device", "cpu", *settings]
+
+
+def to_the_end(processes: Any, words: list[str]) -> float:
+    """Run a search in a process of its own and return its seconds."""
+    started = time.monotonic()
+    process = processes.Process(target=main, args=(words,))
+    process.start()
+    process.join(MOST_S)
+    assert process.exitcode == 0
+    return time.monotonic() - started
+
+
+def exact_part(records: list[SearchRecord]) -> list[Any]:
+    """Return what must be equal exactly: everything but times and numbers in nats."""
+    return [
+        (
+            record.id,
+            record.prompt,
+            record.reward,
+            [(p.decisions, p.simulation, p.reward, p.answer) for p in record.paths],
+            [p.retest and (p.retest.passed, p.retest.survived) for p in record.paths],
+        )
+        for record in records
+    ]
+
+
+def nats(records: list[SearchRecord]) -> list[tuple[float | None, float | None]]:
+    return [(path.margin, path.damage) for record in records for path in record.paths]
+
+
+@pytest.mark.parametrize(
+    ("kills", "simulations"), [(3, 8), pytest.param(20, 50, marks=pytest.mark.thorough)]
+)
+def test_a_search_killed_at_random_moments_ends_as_an_undisturbed_one(
+    kills: int, simulations: int, processes: Any, words: list[str], tmp_path: Path
+):
+    words = [*words, "--num-simulations", str(simulations), "--output-dir"]
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    to_the_end(processes, [*words, str(tmp_path / "first")])  # starts the server of processes
+    whole = to_the_end(processes, [*words, str(undisturbed)])
+    idle = to_the_end(processes, [*words, str(undisturbed)])  # it is complete: nothing to search
+    moments = random.Random(kills)
+    done: list[int] = []
+    while len(done) < kills:
+        process = processes.Process(target=main, args=([*words, str(killed)],))
+        process.start()
+        process.join(moments.uniform(idle / 2, idle + 2 * (whole - idle) / kills))
+        process.kill()
+        process.join(MOST_S)
+        assert process.exitcode in (-9, 0)  # 0: it was quicker than the kill
+        if process.exitcode == -9:
+            done.append(len([*(killed / "search.blocks").glob("0*.jsonl")]))
+    to_the_end(processes, [*words, str(killed)])
+
+    assert any(0 < blocks < 48 for blocks in done), f"no kill came in the midst of it: {done}"
+    expected, found = (
+        read_search(undisturbed / "search.jsonl"),
+        read_search(killed / "search.jsonl"),
+    )
+    assert exact_part(found) == exact_part(expected)
+    for ours, theirs in zip(nats(found), nats(expected), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (killed, undisturbed)]
+    assert names[0] == names[1], "nothing half-written is left behind"

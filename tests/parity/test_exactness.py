@@ -1,0 +1,235 @@
+"""Verdicts and margins of searched paths on real weights against plain transformers, path by path.
+
+SmolLM2-135M-Instruct, float32. Every reward is asked in a way that gives it enough right and wrong
+answers: the model can't box what it has to work out, so it is shown the answer and told to box it.
+"""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+import random
+from collections import Counter
+from statistics import mean
+
+import pytest
+import torch
+from torch import nn
+
+from drllm.config import SearchConfig
+from drllm.models.prompts import encode, encode_continuation, render
+from drllm.models.routed import RoutedModel
+from drllm.paths import to_path
+from drllm.search.evaluator import WRONG_ANSWERS, BlockEvaluator, gold_text
+from drllm.search.strategies import new_search
+from drllm.tasks.base import Prompt, choose, get_task
+from drllm.tasks.grading import grade, score_choices, verdict
+
+REWARDS = ("loglikelihood", "letter", "boxed", "exact")
+MARGIN_TOLERANCE = 1e-4
+"""Nats a margin may differ, for a token of the longest continuation (design: 1e-4)."""
+TIE = 3e-4
+"""Nats by which one token may lie behind another and still be said in its place."""
+LEAST_SHARE = 0.1
+"""Of right verdicts, and of wrong ones, in each sample."""
+MARGINS_CHECKED = 10
+"""One path in so many has its margins of answers checked: each takes several plain forwards."""
+
+BOXED_SHOTS = (
+    "Problem: Tom has 2 apples and buys 3 more. How many has he?\nAnswer: 5\nBoxed: \\boxed{5}\n\n"
+    "Problem: Of 12 eggs 4 are broken. How many are whole?\nAnswer: 8\nBoxed: \\boxed{8}\n\n"
+)
+EXACT_SHOTS = (
+    "Question: What do bees make?\nAnswer: honey\nSame answer: honey\n\n"
+    "Question: Which planet do we live on?\nAnswer: the Earth\nSame answer: the Earth\n\n"
+)
+
+
+def boxing(question, answer):
+    return Prompt(
+        text=f"{BOXED_SHOTS}Problem: {question}\nAnswer: {answer}\nBoxed:",
+        reward="boxed",
+        answer=answer,
+        max_new_tokens=16,
+    )
+
+
+def repeating(question, answer):
+    return Prompt(
+        text=f"{EXACT_SHOTS}Question: {question}\nAnswer: {answer}\nSame answer:",
+        reward="exact",
+        answer=answer,
+        max_new_tokens=12,
+    )
+
+
+def built_in(reward, num):
+    if reward == "boxed":
+        return [boxing(e.question, e.answer) for e in arithmetic()[:num]]
+    task = get_task("builtin_facts")
+    examples = choose(task.examples("search"), num, seed=3)
+    if reward == "exact":
+        return [repeating(example.question, example.answer) for example in examples]
+    return [task.prompt(example, reward) for example in examples]
+
+
+def arithmetic():
+    return get_task("builtin_arithmetic").examples("search")
+
+
+def real(reward, num, data_dir):
+    if reward == "boxed":
+        with gzip.open(data_dir / "gsm8k" / "train.jsonl.gz", "rt", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        rows = [row for row in rows if len(row["question"]) < 140][:num]
+        answers = [row["answer"].split("#### ")[1].replace(",", "") for row in rows]
+        return [boxing(row["question"], a) for row, a in zip(rows, answers, strict=True)]
+    task = get_task("arc_easy")
+    examples = task.examples("search", data_dir)
+    if reward == "exact":
+        short = [e for e in examples if len(e.answer.split()) < 3 and len(e.question) < 150]
+        return [repeating(example.question, example.answer) for example in short[:num]]
+    return [task.prompt(example, reward) for example in choose(examples, num, seed=0)]
+
+
+def searched(num_layers, num_questions, num_paths):
+    """Return the rounds of a tree search whose rewards are drawn."""
+    config = SearchConfig(num_simulations=num_paths - 1)
+    searches = [new_search(num_layers, config, random.Random(q)) for q in range(num_questions)]
+    rng = random.Random(0)
+    for _ in range(num_paths):
+        pairs = [(place, d) for place, search in enumerate(searches) for d in search.propose()]
+        for place, decisions in pairs:
+            searches[place].observe(decisions, float(rng.random() < 0.5))
+        yield pairs
+
+
+def listed(model, decisions):
+    """Return a plain model whose layer list is the path; weights are shared, not copied."""
+    plain = copy.copy(model)
+    plain._modules = dict(model._modules)
+    plain.model = copy.copy(model.model)
+    plain.model._modules = dict(model.model._modules)
+    plain.config = plain.model.config = copy.deepcopy(model.config)
+    layers = [copy.copy(model.model.layers[index]) for index in to_path(decisions)]
+    for index, layer in enumerate(layers):  # a cache slot per execution
+        layer._modules = dict(layer._modules)
+        layer.self_attn = copy.copy(layer.self_attn)
+        layer.self_attn.layer_idx = index
+    plain.model.layers = nn.ModuleList(layers)
+    plain.config.num_hidden_layers = len(layers)
+    return plain
+
+
+class Alone:
+    """One prompt under one path, asked in plain transformers."""
+
+    def __init__(self, base, prompt, decisions):
+        self.tokenizer, self.prompt = base.tokenizer, prompt
+        self.plain = listed(base.model, decisions)
+        self.text = render(base.tokenizer, prompt.text, chat=prompt.chat)
+        self.context = encode(base.tokenizer, self.text)
+
+    def logits(self, tokens):
+        row = torch.tensor([[*self.context, *tokens]])
+        return self.plain(row, use_cache=False).logits[0, len(self.context) - 1 :]
+
+    def each(self, tokens):
+        """Return the log-probability of each token behind the prompt."""
+        logprobs = self.logits(tokens).log_softmax(-1)
+        return [float(logprobs[place, token]) for place, token in enumerate(tokens)]
+
+    def score(self):
+        behind = (
+            encode_continuation(self.tokenizer, self.text, continuation)
+            for continuation in self.prompt.continuations
+        )
+        return score_choices([sum(self.each(tokens)) for tokens in behind], self.prompt)
+
+    def generate(self):
+        output = self.plain.generate(
+            torch.tensor([self.context]),
+            attention_mask=torch.ones(1, len(self.context), dtype=torch.long),
+            max_new_tokens=self.prompt.max_new_tokens,
+            do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return output[0, len(self.context) :].tolist()
+
+
+def check_choices(base, prompts, found):
+    """Compare choice scores; return how far margins are apart."""
+    apart = []
+    for (place, decisions), outcome in found.items():
+        alone = Alone(base, prompts[place], decisions)
+        reward, margin = alone.score()
+        apart.append(abs(margin - outcome.margin))
+        assert reward == outcome.reward or abs(margin) < MARGIN_TOLERANCE, (place, decisions)
+    return apart
+
+
+def check_answers(base, prompts, found):
+    """Compare answers and verdicts; return how far the margins of some paths are apart."""
+    wrong = {}
+    for (place, _), outcome in found.items():
+        if outcome.reward < 1 and outcome.answer.tokens:
+            wrong.setdefault(place, Counter())[outcome.answer.tokens] += 1
+    apart = []
+    for number, ((place, decisions), outcome) in enumerate(found.items()):
+        alone, prompt = Alone(base, prompts[place], decisions), prompts[place]
+        said, ours = alone.generate(), list(outcome.answer.tokens)
+        same = next((k for k, pair in enumerate(zip(said, ours)) if pair[0] != pair[1]), None)  # noqa: B905
+        if same is None:
+            assert said[: len(ours)] == ours
+            text = base.tokenizer.decode(said, skip_special_tokens=True)
+            assert grade(prompt, text) == outcome.reward, (place, decisions)
+        else:  # the two tokens must have been as good as equal
+            last = alone.logits(ours[:same])[-1]
+            assert abs(float(last[said[same]] - last[ours[same]])) < TIE, (place, decisions)
+        if number % MARGINS_CHECKED == 0 and outcome.margin is not None:
+            gold = encode_continuation(base.tokenizer, alone.text, gold_text(prompt))
+            if outcome.reward < 1:
+                other = outcome.answer.logprob
+                # An answer that no verdict cut short went on to its end, which counts as a token.
+                is_cut = verdict(prompt, outcome.answer.text, finished=False) is not None
+                steps = len(ours) if is_cut else len(said)
+                assert mean(alone.each(said[:steps])) == pytest.approx(other, abs=MARGIN_TOLERANCE)
+            else:
+                rivals = [tokens for tokens, _ in wrong[place].most_common(WRONG_ANSWERS)]
+                other = max(mean(alone.each(tokens)) for tokens in rivals)
+            apart.append(abs(mean(alone.each(gold)) - other - outcome.margin))
+    return apart
+
+
+@pytest.mark.parametrize("reward", REWARDS)
+@pytest.mark.parametrize(
+    ("num_questions", "num_paths"), [(3, 3), pytest.param(20, 50, marks=pytest.mark.thorough)]
+)
+def test_searched_paths_get_the_verdict_and_margin_of_each_path_alone(
+    smollm2, request, record_property, reward, num_questions, num_paths
+):
+    if num_paths > 10:
+        prompts = real(reward, num_questions, request.getfixturevalue("data_dir"))
+    else:
+        prompts = built_in(reward, num_questions)
+    assert num_questions == len(prompts)
+    found = {}
+    routed = RoutedModel(smollm2.model, tokenizer=smollm2.tokenizer)
+    try:
+        evaluator = BlockEvaluator(routed, prompts, 4.0)
+        for pairs in searched(30, num_questions, num_paths):
+            found.update(zip(pairs, evaluator.evaluate(pairs), strict=True))
+        pairs = list(found)
+        completed = evaluator.with_margins(pairs, list(found.values()))
+        found = dict(zip(pairs, completed, strict=True))
+    finally:
+        routed.detach()
+    right = mean(outcome.reward for outcome in found.values())
+    assert LEAST_SHARE <= right <= 1 - LEAST_SHARE, "the sample must hold both verdicts"
+    with torch.no_grad():
+        check = check_choices if reward == "loglikelihood" else check_answers
+        apart = check(smollm2, prompts, found)
+    record_property("margins_apart", f"{max(apart):.1e} at most, {mean(apart):.1e} on average")
+    record_property("share_right", right)
+    assert max(apart) < MARGIN_TOLERANCE

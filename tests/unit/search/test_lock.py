@@ -1,0 +1,70 @@
+"""One search at a time in a folder, however the one before it ended."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from drllm.errors import RecordError
+from drllm.search.lock import only_writer
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from drllm.search.lock import only_writer
+with only_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that writes to the folder."""
+    words = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path, holder):
+    for _ in range(2):
+        with (
+            pytest.raises(RecordError, match=r"another search is writing to .*choose another"),
+            only_writer(tmp_path),
+        ):
+            pass
+    assert holder.poll() is None
+
+
+def test_a_killed_writer_blocks_nobody(tmp_path, holder):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with only_writer(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_behind_even_by_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), only_writer(tmp_path / "new"):
+        raise ZeroDivisionError
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_two_writers_of_one_process_exclude_each_other(tmp_path):
+    with (
+        only_writer(tmp_path),
+        pytest.raises(RecordError, match="another search"),
+        only_writer(tmp_path),
+    ):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecordError, match="can't write"), only_writer(tmp_path / "file" / "new"):
+        pass

@@ -1,0 +1,59 @@
+"""The re-test: who is asked again, in which ways, and who survives."""
+
+from __future__ import annotations
+
+import pytest
+
+from drllm.config import SearchConfig
+from drllm.search.block import search_block
+from drllm.search.evaluator import BlockEvaluator, Outcome
+from drllm.search.retest import judge
+
+
+def test_every_candidate_is_retested_in_all_other_ways_and_nothing_else_is(routed, facts):
+    examples = facts.examples("search")[:12]
+    seen = set()
+    for record, example in zip(
+        search_block(routed, examples, facts, SearchConfig(num_simulations=8)),
+        examples,
+        strict=True,
+    ):
+        ways = facts.retests(example, "loglikelihood")
+        for path in record.paths:
+            candidate = path.reward >= 1 and (
+                record.full.reward < 1 or path.simulation == 0 or path.executions < 6
+            )
+            assert candidate == (path.retest is not None)
+            if path.retest is None:
+                continue
+            passed = 0
+            for prompt in ways:
+                [outcome] = BlockEvaluator(routed, [prompt], 1.0).evaluate([(0, path.decisions)])
+                passed += outcome.reward >= 1
+            assert (passed, len(ways)) == (path.retest.passed, path.retest.asked)
+            seen.add(path.retest.survived)
+    assert seen == {True, False}, "the sample must hold both outcomes"
+
+
+def outcomes(rewards, margins):
+    return [Outcome(reward, margin) for reward, margin in zip(rewards, margins, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "margins", "full", "survived"),
+    [
+        ([1, 1, 1, 0], [1.0] * 4, [1.0] * 4, True),
+        ([1, 1, 0, 0], [1.0] * 4, [1.0] * 4, False),  # half is not most
+        ([1, 1, 1, 1], [1.0] * 4, [1.5] * 4, True),  # exactly the tolerance below
+        ([1, 1, 1, 1], [1.0] * 4, [1.6] * 4, False),  # further below
+        ([1, 1, 1, 1], [1.0] * 4, [-9.0] * 4, True),  # better than the full path
+        ([1, 1], [None, 1.0], [9.0, 1.0], True),  # only where both have a margin
+        ([1, 1], [None, None], [None, None], True),  # no margins: the rewards decide
+    ],
+)
+def test_a_path_survives_if_right_in_most_ways_and_not_far_below_the_full_path(
+    rewards, margins, full, survived
+):
+    retest = judge(outcomes(rewards, margins), outcomes(rewards, full), tolerance=0.5)
+    assert survived == retest.survived
+    assert sum(rewards) == retest.passed

@@ -1,0 +1,244 @@
+"""Published questions: which file serves which split, what is left out, broken or absent."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drllm.config import SPLITS
+from drllm.errors import TaskError
+from drllm.records import split_of
+from drllm.tasks.arc import ARC_EASY
+from drllm.tasks.base import TASKS, get_task
+from drllm.tasks.commonsense_qa import COMMONSENSE_QA
+from drllm.tasks.gsm8k import GSM8K
+from drllm.tasks.published import SPLITS_OF, PublishedTask, find_file
+
+ROWS = [
+    {
+        "id": f"q{number}",
+        "question": f"Question {number}?",
+        "choices": {"text": ["one", "two", "three"], "label": ["1", "2", "3"]},
+        "answerKey": "3",
+    }
+    for number in range(40)
+]
+
+
+@pytest.fixture
+def arc(tmp_path: Path, write_rows: Callable[..., Path]) -> Path:
+    """A data folder with small ARC-Easy files."""
+    write_rows("arc_easy/train", ROWS)
+    write_rows("arc_easy/validation", [{**ROWS[0], "question": "Another?"}])
+    return tmp_path
+
+
+@pytest.mark.parametrize("origin", SPLITS_OF)
+def test_a_files_origin_says_which_splits_it_has(origin: str) -> None:
+    found = {split_of(f"question {number}", origin) for number in range(500)}
+    assert found == set(SPLITS_OF[origin])
+
+
+def test_every_split_of_every_published_task_comes_from_one_file() -> None:
+    for name in TASKS:
+        task = get_task(name)
+        if isinstance(task, PublishedTask):
+            splits = [split for origin in task.files.values() for split in SPLITS_OF[origin]]
+            assert len(splits) == len(set(splits)), name
+            assert "test" in splits, name
+
+
+def test_a_split_keeps_the_files_order_and_the_first_of_equal_questions(
+    arc: Path, write_rows: Callable[..., Path]
+) -> None:
+    copy = {**ROWS[0], "id": "copy", "question": "  question 0? ", "answerKey": "1"}
+    write_rows("arc_easy/train", [*ROWS, copy])
+    found = [e.id for split in SPLITS[:3] for e in ARC_EASY.examples(split, arc)]
+    assert sorted(found) == sorted(row["id"] for row in ROWS)
+    search = [e.id for e in ARC_EASY.examples("search", arc)]
+    expected = [r["id"] for r in ROWS if split_of(str(r["question"]), "train") == "search"]
+    assert search == expected
+
+
+def test_a_training_question_that_a_related_task_reports_is_left_out(
+    arc: Path, write_rows: Callable[..., Path]
+) -> None:
+    write_rows("arc_challenge/validation", [{**ROWS[5], "question": "QUESTION 5?"}])
+    found = [e.id for split in SPLITS[:3] for e in ARC_EASY.examples(split, arc)]
+    assert "q5" not in found
+    assert len(found) == len(ROWS) - 1
+
+
+def test_gzipped_files_are_read_too(arc: Path) -> None:
+    plain = arc / "arc_easy" / "train.jsonl"
+    expected = ARC_EASY.examples("search", arc)
+    with gzip.open(plain.with_name("train.jsonl.gz"), "wt", encoding="utf-8") as file:
+        file.write(plain.read_text())
+    plain.unlink()
+    assert ARC_EASY.examples("search", arc) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answerKey": "4"}, "'answerKey' is '4'; expected one of 1, 2, 3"),
+        ({"question": " "}, "'question' is empty"),
+        ({"choices": ["a"]}, "expected an object with 'text' and 'label'"),
+        ({"choices": {"text": ["a", "b"], "label": ["A"]}}, "'label' has 1 entries"),
+        ({"choices": {"text": ["a", 2], "label": ["A", "B"]}}, "'text' holds 2"),
+        ({"choices": {"text": ["a", "b"], "label": ["A", "A"]}}, "have the labels A, A"),
+        ({"id": 7}, "'id' is 7"),
+    ],
+)
+def test_a_broken_row_is_named_with_file_and_line(
+    arc: Path, write_rows: Callable[..., Path], change: dict[str, Any], message: str
+) -> None:
+    path = write_rows("arc_easy/train", [ROWS[0], {**ROWS[1], **change}])
+    with pytest.raises(TaskError) as caught:
+        ARC_EASY.examples("search", arc)
+    assert str(caught.value).startswith(f"{path}, line 2: ")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"id": "1"\n', "line 1: not JSON"),
+        ("[1]\n", "line 1: '[1]' is not a JSON object"),
+        ("", "is empty"),
+    ],
+)
+def test_a_broken_file_is_named(arc: Path, text: str, message: str) -> None:
+    (arc / "arc_easy" / "validation.jsonl").write_text(text)
+    with pytest.raises(TaskError, match=message.replace("[", r"\[")):
+        ARC_EASY.examples("test", arc)
+
+
+def test_a_cut_off_gzip_file_is_named(arc: Path) -> None:
+    path = arc / "arc_easy" / "validation.jsonl"
+    path.unlink()
+    whole = gzip.compress(json.dumps(ROWS[0]).encode())
+    path.with_name("validation.jsonl.gz").write_bytes(whole[:-12])
+    with pytest.raises(TaskError, match=r"validation\.jsonl\.gz can't be read"):
+        ARC_EASY.examples("test", arc)
+
+
+def test_a_missing_folder_or_file_is_named_where_it_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="is not a folder"):
+        ARC_EASY.examples("test", tmp_path / "absent")
+    with pytest.raises(TaskError) as caught:
+        ARC_EASY.examples("test", tmp_path)
+    assert str(tmp_path / "arc_easy" / "validation.jsonl") in str(caught.value)
+
+
+def test_without_data_and_network_one_line_names_the_flag() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import datasets  # noqa: F401  (its first import warns)
+    with pytest.raises(TaskError, match="--data-dir") as caught:
+        ARC_EASY.examples("test")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_split_is_refused_with_the_nearest(arc: Path) -> None:
+    with pytest.raises(TaskError, match="did you mean 'search'"):
+        ARC_EASY.examples("serch", arc)
+
+
+def test_a_training_question_that_the_task_itself_reports_is_left_out(
+    arc: Path, write_rows: Callable[..., Path]
+) -> None:
+    write_rows("arc_easy/validation", [{**ROWS[3], "question": " question  3? "}])
+    found = [e.id for split in SPLITS[:3] for e in ARC_EASY.examples(split, arc)]
+    assert sorted(found) == sorted(row["id"] for row in ROWS if row["id"] != "q3")
+
+
+def test_a_split_whose_file_is_missing_names_it(
+    tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    write_rows("commonsense_qa/validation", ROWS)
+    assert len(COMMONSENSE_QA.examples("test", tmp_path)) == len(ROWS)
+    missing = tmp_path / "commonsense_qa" / "train.jsonl"
+    for split in ("search", "fit", "select"):
+        with pytest.raises(TaskError) as caught:
+            COMMONSENSE_QA.examples(split, tmp_path)
+        assert f"found no {missing} or .jsonl.gz (its questions for search" in str(caught.value)
+
+
+def test_a_set_that_is_only_evaluated_has_no_questions_to_search() -> None:
+    with pytest.raises(TaskError, match=r"only evaluated .*'search'; give --split select or test"):
+        get_task("mmlu").examples("search")
+
+
+def test_a_part_of_a_set_serves_where_the_whole_is_not_there_and_is_warned_about_once(
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    part = write_rows("arc_easy/validation_subset3", ROWS[:3])
+    with caplog.at_level(logging.WARNING, "drllm"):
+        assert len(ARC_EASY.examples("test", tmp_path)) == 3
+        assert len(ARC_EASY.examples("test", tmp_path)) == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{part} is a part of the set only; what is reported on it is on that part"
+    ]
+    write_rows("arc_easy/validation", ROWS)
+    assert len(ARC_EASY.examples("test", tmp_path)) == len(ROWS)
+
+
+def test_several_parts_without_the_whole_are_refused(
+    tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    for size in (3, 4):
+        write_rows(f"arc_easy/validation_subset{size}", ROWS[:size])
+    with pytest.raises(TaskError, match=r"validation_subset3\.jsonl, validation_subset4\.jsonl"):
+        find_file(tmp_path / "arc_easy", "validation")
+
+
+def test_the_hub_is_asked_for_the_files_that_a_split_needs(hub: Any) -> None:
+    rows = [{"question": f"{n}?", "answer": f"So.\n#### {n}"} for n in range(20)]
+    hub.files["openai/gsm8k", "main", "train"] = rows
+    hub.files["openai/gsm8k", "main", "test"] = rows[:5]
+    splits = {split: [e.id for e in GSM8K.examples(split)] for split in SPLITS}
+    assert splits["test"] == [f"test-{n}" for n in range(1, 6)]
+    trained = [name for split in SPLITS[:3] for name in splits[split]]
+    assert sorted(trained) == sorted(f"train-{n}" for n in range(6, 21))
+    assert set(hub.asked) == set(hub.files)
+
+
+def test_a_broken_row_of_the_hub_is_named_by_its_number(hub: Any) -> None:
+    hub.files["openai/gsm8k", "main", "test"] = [
+        {"question": "1?", "answer": "#### 1"},
+        {"question": "2?", "answer": "two"},
+    ]
+    with pytest.raises(TaskError, match=r"^openai/gsm8k main test, row 2: 'answer' doesn't end"):
+        GSM8K.examples("test")
+
+
+@pytest.mark.parametrize("kind", ["offline", "gated", "missing", "split", "broken"])
+def test_what_the_hub_refuses_is_said_in_one_line(hub: Any, kind: str) -> None:
+    from datasets import exceptions
+
+    errors: dict[str, Exception] = {
+        "offline": ConnectionError("Couldn't reach the Hub\n(offline mode is enabled)"),
+        "gated": exceptions.DatasetNotFoundError("it is a gated dataset; log in"),
+        "missing": exceptions.DatasetNotFoundError("Dataset doesn't exist on the Hub"),
+        "split": ValueError("Unknown split \"test\". Should be one of ['train']."),
+        "broken": exceptions.DatasetGenerationError(),
+    }
+    hub.files["openai/gsm8k", "main", "test"] = errors[kind]
+    with pytest.raises(TaskError) as caught:
+        GSM8K.examples("test")
+    message = str(caught.value)
+    assert message.startswith("task 'gsm8k' can't fetch test of openai/gsm8k from the hub (")
+    assert (str(errors[kind]).split("\n")[0] or "DatasetGenerationError") in message
+    assert "--data-dir with gsm8k/test.jsonl" in message
+    assert "\n" not in message
+    assert caught.value.__cause__ is errors[kind]
