@@ -8,7 +8,6 @@ no torch. Axes: L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean
 
 from rich.text import Text
@@ -16,9 +15,10 @@ from rich.text import Text
 from drllm.cli.tables import new_table
 from drllm.cli.terminal import Terminal, duration
 from drllm.paths import Decision, Decisions, to_path
-from drllm.records import SearchRecord, TriedPath
+from drllm.records import SearchRecord
 from drllm.reporting.numbers import NBSP, count, of_total, percent, plain, signed
-from drllm.supervision import is_valid, summarise, survived
+from drllm.reporting.summary import EditEffect, edit_effects
+from drllm.supervision import summarise, survived
 from drllm.supervision.summary import KINDS
 
 BEST, WORST = 5, 3
@@ -52,7 +52,7 @@ def show_search(records: Sequence[SearchRecord], terminal: Terminal) -> None:
     rate = f", {plain(len(paths) / seconds)} paths a second" if seconds > 0 else ""
     _say(terminal, "time", f"{duration(seconds)}, {plain(seconds / n)} s a question{rate}")
     for decision, title in ((Decision.SKIP, "skipped"), (Decision.REPEAT, "repeated")):
-        _show_edits(single_edits(records, decision), title, terminal)
+        _show_edits(least_harmful_first(records, decision), title, terminal)
 
 
 def _say(terminal: Terminal, name: str, text: str) -> None:
@@ -130,66 +130,17 @@ def distinct_executions(rows: Sequence[Decisions]) -> int:
 # --- single edits ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EditOutcome:
-    """What came of one edit of the full path, over the questions on which it alone was tried.
-
-    Attributes:
-        layer: The edited layer.
-        tried: Questions on which it was tried.
-        right: Share of them that it answers right.
-        base_right: Share of them that the full path answers right.
-        damage: Mean damage, in nats a token; None where none was computed.
-        margin: Mean change of the margin, in nats; None where no margin is defined.
-    """
-
-    layer: int
-    tried: int
-    right: float
-    base_right: float
-    damage: float | None
-    margin: float | None
-
-
-def single_edits(records: Sequence[SearchRecord], decision: Decision) -> list[EditOutcome]:
-    """Return what skipping, or repeating, one layer and nothing else did, by layer.
+def least_harmful_first(records: Sequence[SearchRecord], decision: Decision) -> list[EditEffect]:
+    """Return what single edits did, the least harmful first: by damage, else margin, else answers.
 
     Args:
         records: Search records of one model.
         decision: `SKIP` or `REPEAT`.
-
-    Returns:
-        One outcome for every layer on which the edit was tried; the least harmful first, by
-        damage, else by margin, else by answers.
     """
-    found: dict[int, list[tuple[TriedPath, TriedPath]]] = {}
-    for record in records:
-        for path in record.paths:
-            edited = [layer for layer, value in enumerate(path.decisions) if value != 1]
-            if len(edited) == 1 and path.decisions[edited[0]] == decision:
-                found.setdefault(edited[0], []).append((record.full, path))
-    outcomes = []
-    for layer, pairs in found.items():
-        damages = [path.damage for _, path in pairs if path.damage is not None]
-        margins = [
-            path.margin - full.margin
-            for full, path in pairs
-            if path.margin is not None and full.margin is not None
-        ]
-        outcomes.append(
-            EditOutcome(
-                layer=layer,
-                tried=len(pairs),
-                right=fmean(is_valid(path) for _, path in pairs),
-                base_right=fmean(is_valid(full) for full, _ in pairs),
-                damage=fmean(damages) if damages else None,
-                margin=fmean(margins) if margins else None,
-            )
-        )
-    return sorted(outcomes, key=_harm)
+    return sorted(edit_effects(records, decision), key=_harm)
 
 
-def _harm(edit: EditOutcome) -> tuple[bool, float, bool, float, float, int]:
+def _harm(edit: EditEffect) -> tuple[bool, float, bool, float, float, int]:
     """Order edits by what tells most about them; what isn't known comes last."""
     return (
         edit.damage is None,
@@ -201,12 +152,12 @@ def _harm(edit: EditOutcome) -> tuple[bool, float, bool, float, float, int]:
     )
 
 
-def _show_edits(edits: Sequence[EditOutcome], title: str, terminal: Terminal) -> None:
+def _show_edits(edits: Sequence[EditEffect], title: str, terminal: Terminal) -> None:
     if not edits:
         _say(terminal, f"one {title}", "never tried alone")
         return
-    least = OFTEN * max(edit.tried for edit in edits)
-    ranked = [edit for edit in edits if edit.tried >= least]
+    least = OFTEN * max(edit.questions for edit in edits)
+    ranked = [edit for edit in edits if edit.questions >= least]
     shown = ranked if len(ranked) <= BEST + WORST else [*ranked[:BEST], *ranked[-WORST:]]
     table = new_table(
         "layer",
@@ -224,7 +175,7 @@ def _show_edits(edits: Sequence[EditOutcome], title: str, terminal: Terminal) ->
             table.add_row("…")
         table.add_row(
             str(edit.layer),
-            count(edit.tried),
+            count(edit.questions),
             percent(edit.right),
             percent(edit.base_right),
             plain(edit.damage, 3),

@@ -23,6 +23,7 @@ from drllm.reporting.numbers import (
 )
 from drllm.reporting.run import Run
 from drllm.supervision import summarise
+from drllm.supervision.summary import class_counts
 
 MIN_QUESTIONS = 5
 """Single edits tried on fewer questions are left out of the table of best and worst."""
@@ -157,7 +158,7 @@ def _single_edits(run: Run) -> list[Block]:
 def _targets(run: Run) -> list[Block]:
     targets = [record.optimal_layer_config for record in run.supervision]
     num_layers = len(targets[0])
-    counts = summary.class_counts(targets)
+    counts = class_counts(targets)
     totals = [sum(layer[value] for layer in counts) for value in range(3)]
     improving = sum(record.improving for record in run.supervision)
     mean = summary.mean_length(targets) or 0.0
@@ -253,7 +254,7 @@ def _routers(run: Run) -> list[Block]:
 def _label_counts(run: Run) -> Sequence[Sequence[int]]:
     """Return `[L][3]` counts of the targets, or those that the routers were saved with."""
     if run.supervision:
-        return summary.class_counts([record.optimal_layer_config for record in run.supervision])
+        return class_counts([record.optimal_layer_config for record in run.supervision])
     return list(run.router_config.get("label_counts") or [])
 
 

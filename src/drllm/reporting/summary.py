@@ -6,27 +6,18 @@ files. Axes: L layers, C = 3 decisions.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from drllm.paths import Decision, Decisions, num_executions
-from drllm.records import SearchRecord
+from drllm.records import SearchRecord, TriedPath
 from drllm.reporting.results import BASE, ROUTED, Evaluation, Sample
+from drllm.supervision import is_valid
+from drllm.supervision.summary import class_counts
 
 ClassCounts = Sequence[Sequence[int]]
 """`[L][C]`: how often each decision is the label of each layer."""
-
-
-def class_counts(rows: Sequence[Decisions]) -> list[list[int]]:
-    """Count each layer's decisions.
-
-    Example:
-        >>> class_counts([(1, 0), (1, 2)])
-        [[0, 2, 0], [1, 0, 1]]
-    """
-    counted = [Counter(layer) for layer in zip(*rows, strict=True)]
-    return [[layer[int(decision)] for decision in Decision] for layer in counted]
 
 
 def shares(rows: Sequence[Decisions], decision: Decision) -> list[float]:
@@ -44,23 +35,29 @@ def shares(rows: Sequence[Decisions], decision: Decision) -> list[float]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditEffect:
-    """What one edit of the full path did, over the questions on which it was tried.
+    """What one edit of the full path did, over the questions on which it alone was tried.
 
     Attributes:
         layer: The edited layer.
-        questions: Questions on which exactly this edit was tried.
+        questions: On how many it was tried.
+        right: Share of them that it answers right.
+        base_right: Share of them that the full path answers right.
         reward: Mean reward minus the full path's on the same questions.
         margin: The same for the margin, in nats; None where no margin is defined.
+        damage: Mean damage, in nats a token; None where none was computed.
     """
 
     layer: int
     questions: int
+    right: float
+    base_right: float
     reward: float
     margin: float | None
+    damage: float | None
 
 
 def edit_effects(records: Sequence[SearchRecord], decision: Decision) -> list[EditEffect]:
-    """Return the effect of paths that differ from the full path at one layer only.
+    """Return what skipping, or repeating, one layer and nothing else did.
 
     Args:
         records: Search records of one model.
@@ -69,25 +66,31 @@ def edit_effects(records: Sequence[SearchRecord], decision: Decision) -> list[Ed
     Returns:
         One effect per layer on which the edit was tried, in order of layer.
     """
-    rewards: dict[int, list[float]] = {}
-    margins: dict[int, list[float]] = {}
+    tried: dict[int, list[tuple[TriedPath, TriedPath]]] = {}
     for record in records:
         for path in record.paths:
             layer = _only_edit(path.decisions, decision)
-            if layer is None:
-                continue
-            rewards.setdefault(layer, []).append(path.reward - record.full.reward)
-            if path.margin is not None and record.full.margin is not None:
-                margins.setdefault(layer, []).append(path.margin - record.full.margin)
-    return [
-        EditEffect(
-            layer=layer,
-            questions=len(changes),
-            reward=sum(changes) / len(changes),
-            margin=sum(margins[layer]) / len(margins[layer]) if layer in margins else None,
-        )
-        for layer, changes in sorted(rewards.items())
+            if layer is not None:
+                tried.setdefault(layer, []).append((record.full, path))
+    return [_effect(layer, pairs) for layer, pairs in sorted(tried.items())]
+
+
+def _effect(layer: int, pairs: Sequence[tuple[TriedPath, TriedPath]]) -> EditEffect:
+    margins = [
+        path.margin - full.margin
+        for full, path in pairs
+        if path.margin is not None and full.margin is not None
     ]
+    damages = [path.damage for _, path in pairs if path.damage is not None]
+    return EditEffect(
+        layer=layer,
+        questions=len(pairs),
+        right=fmean(is_valid(path) for _, path in pairs),
+        base_right=fmean(is_valid(full) for full, _ in pairs),
+        reward=fmean(path.reward - full.reward for full, path in pairs),
+        margin=fmean(margins) if margins else None,
+        damage=fmean(damages) if damages else None,
+    )
 
 
 def _only_edit(decisions: Decisions, decision: Decision) -> int | None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from drllm.cli.show import say_search, say_supervision, show
 from drllm.cli.show_question import draw_paths, edits_between, show_question
-from drllm.cli.show_search import distinct_executions, show_search, single_edits
+from drllm.cli.show_search import distinct_executions, least_harmful_first, show_search
 from drllm.cli.terminal import Terminal
 from drllm.config import SuperviseConfig
 from drllm.cost import executions
@@ -123,16 +123,16 @@ def test_distinct_executions_are_the_distinct_beginnings_of_the_paths(rows: list
 
 
 def test_single_edits_are_told_by_layer_the_least_harmful_first():
-    skips = single_edits(FOUND, Decision.SKIP)
+    skips = least_harmful_first(FOUND, Decision.SKIP)
 
-    told = [(e.layer, e.tried, e.right, e.base_right, e.damage, e.margin) for e in skips]
+    told = [(e.layer, e.questions, e.right, e.base_right, e.damage, e.margin) for e in skips]
     assert told == [(1, 1, 1.0, 0.0, 0.25, 1.5), (3, 2, 0.5, 0.5, 0.75, -0.75)]
 
 
 def test_repeats_are_told_apart_from_skips():
-    (repeat,) = single_edits(FOUND, Decision.REPEAT)
+    (repeat,) = least_harmful_first(FOUND, Decision.REPEAT)
 
-    assert (repeat.layer, repeat.tried, repeat.margin) == (0, 1, 1.0)
+    assert (repeat.layer, repeat.questions, repeat.margin) == (0, 1, 1.0)
 
 
 def test_without_damage_edits_are_ranked_by_margin():
@@ -145,13 +145,13 @@ def test_without_damage_edits_are_ranked_by_margin():
         )
     ]
 
-    assert [edit.layer for edit in single_edits(found, Decision.SKIP)] == [1, 2, 0]
+    assert [edit.layer for edit in least_harmful_first(found, Decision.SKIP)] == [1, 2, 0]
 
 
 def test_without_damage_and_margin_edits_are_ranked_by_answers():
     found = [record(tried("111", 1.0), tried("011"), tried("101", 1.0))]
 
-    skips = single_edits(found, Decision.SKIP)
+    skips = least_harmful_first(found, Decision.SKIP)
 
     assert [edit.layer for edit in skips] == [1, 0]
     assert skips[0].damage is skips[0].margin is None

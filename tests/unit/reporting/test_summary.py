@@ -11,13 +11,13 @@ from drllm.reporting.results import Evaluation, Outcome, Sample
 from drllm.reporting.summary import (
     always_execute,
     choose_examples,
-    class_counts,
     edit_effects,
     mean_length,
     most_frequent,
     score_constant,
     shares,
 )
+from drllm.supervision.summary import class_counts
 
 
 def tried(decisions: tuple[int, ...], reward: float, margin: float | None) -> TriedPath:
