@@ -44,6 +44,7 @@ class LayerCall:
 
     Attributes:
         index: Layer index from 0.
+        num_layers: L of the model.
         is_last: Whether no layer follows.
         forward: The forward pass that this call belongs to.
         cache: The K/V cache among the arguments, found by its type; None without one.
@@ -63,7 +64,8 @@ class LayerCall:
         self._args = args
         self._kwargs = kwargs
         self.index = handle.index
-        self.is_last = handle.index == handle.injection.num_layers - 1
+        self.num_layers = handle.injection.num_layers
+        self.is_last = self.index == self.num_layers - 1
         self.forward = forward
         self.extras: tuple[Any, ...] = ()
         self.cache: Cache | None = None

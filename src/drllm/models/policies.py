@@ -60,9 +60,9 @@ class Policy(Protocol):
     """Gives the decisions of every row at one layer.
 
     Attributes:
-        reads_prompt: Whether it may read the `PromptView`. One that never does says False, and
-            then also works where a pass doesn't show the whole prompt, or not which of its
-            tokens are padding.
+        reads_prompt: Whether it may read the `PromptView`. One that never does says False. It is
+            asked for all layers before the first one runs, and also works where a pass doesn't
+            show the whole prompt, or not which of its tokens are padding.
     """
 
     reads_prompt: ClassVar[bool] = True

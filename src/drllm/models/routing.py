@@ -155,27 +155,14 @@ class RoutingDriver:
             session.decisions[call.index] = decisions
 
     def _decide(self, call: LayerCall, hidden: Tensor) -> tuple[int, ...]:
-        notes, B = call.forward.notes, hidden.shape[0]
-        session = _session.get(self)
-        copies = 1 if session is None else session.copies
-        if B % copies:
-            raise RoutingError(
-                f"the batch has {B} rows, which aren't {copies} for each prompt; give generate() "
-                f"one row per prompt"
-            )
+        notes = call.forward.notes
         if "policy" not in notes:
-            notes["policy"] = self.current_policy
-            notes["readable"] = self._readable(call.forward, hidden)[::copies]
-            notes["spans"] = {}
-        prompts = PromptView(hidden[::copies], notes["readable"], notes["spans"])
-        decided = notes["policy"].decide(call.index, prompts)
-        decisions = tuple(decided.tolist() if isinstance(decided, Tensor) else decided)
-        if len(decisions) * copies != B or not all(value in (0, 1, 2) for value in decisions):
-            raise RoutingError(
-                f"the policy gave {list(decisions)} at layer {call.index}; expected one of 0, 1, 2 "
-                f"for each of {B // copies} prompts"
-            )
-        decisions = tuple([int(value) for value in decisions for _ in range(copies)])
+            self._ask_first(call, hidden)
+        decisions: tuple[int, ...] = (
+            notes["plan"][call.index]
+            if "plan" in notes
+            else self._asked(call.index, call.forward, hidden)
+        )
         route: list[tuple[int, ...]] = notes["route"]
         if call.is_last:
             # A row that skipped everything so far would answer from its embeddings (D-10).
@@ -187,6 +174,41 @@ class RoutingDriver:
             )
         route.append(decisions)
         return decisions
+
+    def _ask_first(self, call: LayerCall, hidden: Tensor) -> None:
+        """Settle who decides in this pass; one who reads nothing decides for all layers at once.
+
+        Between two layers' matrix products the same lines take several times as long, since those
+        have thrown all code out of the processor's caches.
+        """
+        forward = call.forward
+        session = _session.get(self)
+        forward.notes["copies"] = 1 if session is None else session.copies
+        forward.notes["policy"] = self.current_policy
+        forward.notes["readable"] = self._readable(forward, hidden)[:: forward.notes["copies"]]
+        forward.notes["spans"] = {}
+        if not reads_prompt(forward.notes["policy"]):
+            layers = range(call.index, call.num_layers)
+            forward.notes["plan"] = {i: self._asked(i, forward, hidden) for i in layers}
+
+    def _asked(self, layer: int, forward: Forward, hidden: Tensor) -> tuple[int, ...]:
+        """Ask the policy for a layer's decisions, one for each row."""
+        notes, B = forward.notes, hidden.shape[0]
+        copies = notes["copies"]
+        if B % copies:
+            raise RoutingError(
+                f"the batch has {B} rows, which aren't {copies} for each prompt; give generate() "
+                f"one row per prompt"
+            )
+        prompts = PromptView(hidden[::copies], notes["readable"], notes["spans"])
+        decided = notes["policy"].decide(layer, prompts)
+        decisions = tuple(decided.tolist() if isinstance(decided, Tensor) else decided)
+        if len(decisions) * copies != B or not all(value in (0, 1, 2) for value in decisions):
+            raise RoutingError(
+                f"the policy gave {list(decisions)} at layer {layer}; expected one of 0, 1, 2 "
+                f"for each of {B // copies} prompts"
+            )
+        return tuple([int(value) for value in decisions for _ in range(copies)])
 
     def _readable(self, forward: Forward, hidden: Tensor) -> Tensor:
         """Return which of the T tokens of this pass the policy may read, `[B, T]`."""
