@@ -6,20 +6,24 @@ torch stay quick.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import importlib.util
 import os
 import shutil
 import string
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from drllm.models.base.loading import BaseModel
+    from drllm.records import SearchRecord
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -176,3 +180,48 @@ def model_folder(
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def assert_same_run() -> Callable[..., None]:
+    """Equal decisions and rewards, margins within 1e-4, times ignored (the design's words)."""
+
+    def check(first: Sequence[SearchRecord], second: Sequence[SearchRecord]) -> None:
+        assert len(first) == len(second)
+        for a, b in zip(first, second, strict=True):
+            assert (a.id, a.task, a.prompt, a.reward) == (b.id, b.task, b.prompt, b.reward)
+            for p, q in zip(a.paths, b.paths, strict=True):
+                assert (p.decisions, p.simulation, p.reward, p.answer) == (
+                    q.decisions,
+                    q.simulation,
+                    q.reward,
+                    q.answer,
+                )
+                assert p.margin == pytest.approx(q.margin, abs=1e-4)
+                assert p.damage == pytest.approx(q.damage, abs=1e-4)
+                assert (p.retest is None) == (q.retest is None)
+                if p.retest is not None and q.retest is not None:
+                    assert (p.retest.passed, p.retest.survived) == (
+                        q.retest.passed,
+                        q.retest.survived,
+                    )
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def benchmark() -> Callable[[str], ModuleType]:
+    """A function that imports a script of `benchmarks/`, which is no module of the package."""
+
+    @functools.cache
+    def imported(script: str) -> ModuleType:
+        path = REPOSITORY / "benchmarks" / f"{script}.py"
+        spec = importlib.util.spec_from_file_location(f"{script}_benchmark", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+    return imported

@@ -6,23 +6,17 @@ answers: the model can't box what it has to work out, so it is shown the answer 
 
 from __future__ import annotations
 
-import copy
 import gzip
 import json
-import random
 from collections import Counter
 from statistics import mean
 
 import pytest
 import torch
-from torch import nn
 
-from drllm.config import SearchConfig
 from drllm.models.prompts import encode, encode_continuation, render
 from drllm.models.routed import RoutedModel
-from drllm.paths import to_path
 from drllm.search.evaluator import WRONG_ANSWERS, BlockEvaluator, gold_text
-from drllm.search.strategies import new_search
 from drllm.tasks.base import Prompt, choose, get_task
 from drllm.tasks.grading import grade, score_choices, verdict
 
@@ -93,41 +87,12 @@ def real(reward, num, data_dir):
     return [task.prompt(example, reward) for example in choose(examples, num, seed=0)]
 
 
-def searched(num_layers, num_questions, num_paths):
-    """Return the rounds of a tree search whose rewards are drawn."""
-    config = SearchConfig(num_simulations=num_paths - 1)
-    searches = [new_search(num_layers, config, random.Random(q)) for q in range(num_questions)]
-    rng = random.Random(0)
-    for _ in range(num_paths):
-        pairs = [(place, d) for place, search in enumerate(searches) for d in search.propose()]
-        for place, decisions in pairs:
-            searches[place].observe(decisions, float(rng.random() < 0.5))
-        yield pairs
-
-
-def listed(model, decisions):
-    """Return a plain model whose layer list is the path; weights are shared, not copied."""
-    plain = copy.copy(model)
-    plain._modules = dict(model._modules)
-    plain.model = copy.copy(model.model)
-    plain.model._modules = dict(model.model._modules)
-    plain.config = plain.model.config = copy.deepcopy(model.config)
-    layers = [copy.copy(model.model.layers[index]) for index in to_path(decisions)]
-    for index, layer in enumerate(layers):  # a cache slot per execution
-        layer._modules = dict(layer._modules)
-        layer.self_attn = copy.copy(layer.self_attn)
-        layer.self_attn.layer_idx = index
-    plain.model.layers = nn.ModuleList(layers)
-    plain.config.num_hidden_layers = len(layers)
-    return plain
-
-
 class Alone:
     """One prompt under one path, asked in plain transformers."""
 
-    def __init__(self, base, prompt, decisions):
+    def __init__(self, base, plain, prompt):
         self.tokenizer, self.prompt = base.tokenizer, prompt
-        self.plain = listed(base.model, decisions)
+        self.plain = plain
         self.text = render(base.tokenizer, prompt.text, chat=prompt.chat)
         self.context = encode(base.tokenizer, self.text)
 
@@ -158,18 +123,18 @@ class Alone:
         return output[0, len(self.context) :].tolist()
 
 
-def check_choices(base, prompts, found):
+def check_choices(base, listed, prompts, found):
     """Compare choice scores; return how far margins are apart."""
     apart = []
     for (place, decisions), outcome in found.items():
-        alone = Alone(base, prompts[place], decisions)
+        alone = Alone(base, listed(base.model, decisions), prompts[place])
         reward, margin = alone.score()
         apart.append(abs(margin - outcome.margin))
         assert reward == outcome.reward or abs(margin) < MARGIN_TOLERANCE, (place, decisions)
     return apart
 
 
-def check_answers(base, prompts, found):
+def check_answers(base, listed, prompts, found):
     """Compare answers and verdicts; return how far the margins of some paths are apart."""
     wrong = {}
     for (place, _), outcome in found.items():
@@ -177,7 +142,8 @@ def check_answers(base, prompts, found):
             wrong.setdefault(place, Counter())[outcome.answer.tokens] += 1
     apart = []
     for number, ((place, decisions), outcome) in enumerate(found.items()):
-        alone, prompt = Alone(base, prompts[place], decisions), prompts[place]
+        prompt = prompts[place]
+        alone = Alone(base, listed(base.model, decisions), prompt)
         said, ours = alone.generate(), list(outcome.answer.tokens)
         same = next((k for k, pair in enumerate(zip(said, ours)) if pair[0] != pair[1]), None)  # noqa: B905
         if same is None:
@@ -207,8 +173,9 @@ def check_answers(base, prompts, found):
     ("num_questions", "num_paths"), [(3, 3), pytest.param(20, 50, marks=pytest.mark.thorough)]
 )
 def test_searched_paths_get_the_verdict_and_margin_of_each_path_alone(
-    smollm2, request, record_property, reward, num_questions, num_paths
+    smollm2, benchmark, request, record_property, reward, num_questions, num_paths
 ):
+    obvious = benchmark("search")  # times the way that is compared with here
     if num_paths > 10:
         prompts = real(reward, num_questions, request.getfixturevalue("data_dir"))
     else:
@@ -218,7 +185,7 @@ def test_searched_paths_get_the_verdict_and_margin_of_each_path_alone(
     routed = RoutedModel(smollm2.model, tokenizer=smollm2.tokenizer)
     try:
         evaluator = BlockEvaluator(routed, prompts, 4.0)
-        for pairs in searched(30, num_questions, num_paths):
+        for pairs in obvious.searched_paths(30, num_questions, num_paths):
             found.update(zip(pairs, evaluator.evaluate(pairs), strict=True))
         pairs = list(found)
         completed = evaluator.with_margins(pairs, list(found.values()))
@@ -229,7 +196,7 @@ def test_searched_paths_get_the_verdict_and_margin_of_each_path_alone(
     assert LEAST_SHARE <= right <= 1 - LEAST_SHARE, "the sample must hold both verdicts"
     with torch.no_grad():
         check = check_choices if reward == "loglikelihood" else check_answers
-        apart = check(smollm2, prompts, found)
+        apart = check(smollm2, obvious.listed, prompts, found)
     record_property("margins_apart", f"{max(apart):.1e} at most, {mean(apart):.1e} on average")
     record_property("share_right", right)
     assert max(apart) < MARGIN_TOLERANCE

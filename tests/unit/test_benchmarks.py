@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -24,22 +23,9 @@ SCRIPTS = sorted(BENCHMARKS.glob("*.py"))
 NUM_LAYERS = 12
 
 
-def imported(script: str) -> ModuleType:
-    """Import a benchmark, which is no module of the package."""
-    spec = importlib.util.spec_from_file_location(
-        f"{script}_benchmark", BENCHMARKS / f"{script}.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def generate() -> ModuleType:
-    return imported("generate")
+def generate(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("generate")
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +93,8 @@ def test_models_take_turns_in_another_order_every_round(generate: ModuleType) ->
 
 
 @pytest.fixture(scope="module")
-def quality() -> ModuleType:
-    return imported("search_quality")
+def quality(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("search_quality")
 
 
 @pytest.fixture(scope="module")
@@ -221,8 +207,8 @@ def test_blocks_that_are_done_are_read_and_those_of_other_settings_are_not(
 
 
 @pytest.fixture(scope="module")
-def search() -> ModuleType:
-    return imported("search")
+def search(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("search")
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from drllm.cli.stages import attached, loaded
 from drllm.cli.tables import new_table
 from drllm.cli.terminal import Progress, Terminal, duration
 from drllm.config import ModelConfig, SearchConfig, SuperviseConfig
-from drllm.records import manifest_path, read_manifest, read_search, sha256, to_lines
+from drllm.records import SearchRecord, manifest_path, read_manifest, read_search, sha256, to_lines
 from drllm.search.commits import clear_half_written
 from drllm.search.lock import only_writer
 from drllm.supervision import targets
@@ -47,12 +47,13 @@ def search(request: Request, terminal: Terminal) -> None:
     if was_complete:
         terminal.say(f"{output} is complete already; nothing was searched anew")
     terminal.say(f"search         {output}")
-    show.say_search(read_search(output), terminal)
+    records = read_search(output)
+    show.say_search(records, terminal)
     _say_failed(output, terminal)
     supervision = folder / "supervision.jsonl"
     with only_writer(folder):
         clear_half_written(supervision, manifest_path(supervision))
-        _supervise_by_default(output, supervision, terminal)
+        _supervise_by_default(output, records, supervision, terminal)
 
 
 def run_search_stage(
@@ -159,8 +160,10 @@ def _say_forecast(
     terminal.say("nothing was written; leave --dry-run out to search")
 
 
-def _supervise_by_default(search_file: Path, output: Path, terminal: Terminal) -> None:
-    found = targets(read_search(search_file), SuperviseConfig()).records
+def _supervise_by_default(
+    search_file: Path, records: Sequence[SearchRecord], output: Path, terminal: Terminal
+) -> None:
+    found = targets(records, SuperviseConfig()).records
     if output.is_file():
         manifest = read_manifest(output, "supervision")
         # A kill between the file and its manifest leaves exactly what would be written now.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from drllm.models.cache import cache_argument
 from drllm.models.damage import Damage
+from drllm.models.generation import end_tokens
 from drllm.models.passes import Passes, Price
 from drllm.models.routed import RoutedModel
 from drllm.models.scoring import GIGABYTE
@@ -81,8 +82,7 @@ class AnswerBatch:
         self._damage = Damage(self.rows)
         self._passes = Passes(routed.model, self.states, paths_per_pass)
         self._lengths = torch.tensor([len(context) for context in contexts])
-        ends = routed.model.generation_config.eos_token_id
-        self._ends = set(ends if isinstance(ends, list) else [ends])
+        self._ends = set(end_tokens(routed.model.generation_config.eos_token_id))
         self._cache_argument = cache_argument(routed.model)
 
     def answers(

@@ -97,6 +97,16 @@ class Options:
         return None
 
 
+def end_tokens(given: Any) -> list[int]:
+    """Return the tokens that end an answer, from an `eos_token_id` in any of its forms.
+
+    Example:
+        >>> end_tokens(2), end_tokens([2, 5]), end_tokens(None)
+        ([2], [2, 5], [])
+    """
+    return [] if given is None else [int(end) for end in torch.as_tensor(given).reshape(-1)]
+
+
 def _prompt_lengths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
     """Return each prompt's number of tokens, `[B]`, padding not counted."""
     mask = kwargs.get("attention_mask")

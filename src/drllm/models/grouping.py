@@ -22,7 +22,7 @@ import torch
 
 from drllm.errors import ConfigError
 from drllm.models.dial import routes_of
-from drllm.models.generation import Options
+from drllm.models.generation import Options, end_tokens
 from drllm.models.policies import FixedPolicy, FullPolicy, Policy, PromptView
 from drllm.models.prompts import Prompt, context_length, encode, left_padded, render
 from drllm.models.routed import RoutedModel
@@ -116,7 +116,7 @@ def generate_many(
         [Answer(prompt='Name a metal.', ...), Answer(prompt='What is ice?', ...)]
     """
     option = Options(routed.model, options)
-    ends = _ends(option)
+    ends = end_tokens(option("eos_token_id"))
     _check(prompts, batch_size, option, ends)
     rows = [
         prompt_tokens(routed, prompt, chat=chat, max_new_tokens=max_new_tokens)
@@ -191,12 +191,6 @@ def prompt_tokens(
             f"model's context holds {context}; shorten the prompt or lower --max-new-tokens"
         )
     return tokens
-
-
-def _ends(option: Options) -> list[int]:
-    """Return the tokens that end an answer."""
-    ends = option("eos_token_id")
-    return [] if ends is None else [int(end) for end in torch.as_tensor(ends).reshape(-1)]
 
 
 def _check(

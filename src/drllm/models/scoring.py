@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,6 @@ from torch import Tensor
 
 from drllm.errors import RoutingError
 from drllm.models.damage import Damage
-from drllm.models.injection import Driver
 from drllm.models.passes import Passes, Price
 from drllm.models.policies import Policy
 from drllm.models.prompts import encode, encode_continuation
@@ -156,24 +154,23 @@ class ChoiceBatch:
         """
         driver = self.routed.driver
         with driver.using(policy), driver.reading(self._whole().context):
-            sums = self._all_sums(None)
+            sums = self._all_sums()
         return sums, self.routed.last_route
 
     def base_logprobs(self) -> list[tuple[float, ...]]:
         """Score every question once with the plain base model."""
         with self.routed.injection.untouched():
-            return self._all_sums(None)
+            return self._all_sums()
 
     def forget(self) -> None:
         """Give up all shared states."""
         self._damage.forget()
         self.states.forget()
 
-    def _all_sums(self, driver: Driver | None) -> list[tuple[float, ...]]:
+    def _all_sums(self) -> list[tuple[float, ...]]:
         """Run whole rows once, and return the sums of every question."""
         rows = self._whole()
-        injection = self.routed.injection
-        with torch.no_grad(), injection.driven_by(driver) if driver else nullcontext():
+        with torch.no_grad():
             logits: Tensor = self.routed.model(
                 input_ids=rows.ids,
                 attention_mask=rows.mask,

@@ -25,6 +25,7 @@ from drllm.errors import ArchitectureError, RoutingError
 from drllm.models.architectures.families import FAMILIES, known_to_transformers, make_tiny
 from drllm.models.base.hub import quiet
 from drllm.models.export.config import lists_along
+from drllm.models.generation import end_tokens
 from drllm.models.layers import find_layers
 from drllm.models.prompts import left_padded
 from drllm.models.routed import RoutedModel
@@ -211,8 +212,7 @@ class _Forced(LogitsProcessor):  # type: ignore[misc]
 def _random_rows(model: Any) -> tuple[list[list[int]], list[list[int]]]:
     """Return prompts, and answers that no end token cuts short."""
     rng = random.Random(0)
-    ends = model.generation_config.eos_token_id
-    avoided = {0, 1, 2, *(ends if isinstance(ends, list) else [ends])}
+    avoided = {0, 1, 2, *end_tokens(model.generation_config.eos_token_id)}
     vocab_size = model.config.get_text_config().vocab_size
     tokens = [token for token in range(vocab_size) if token not in avoided]
     prompts = [rng.choices(tokens, k=length) for length in PROMPT_LENGTHS]

@@ -36,6 +36,7 @@ from drllm.models.export.files import (
 from drllm.models.injection import Forward, Injection
 from drllm.models.layer_call import LayerCall
 from drllm.models.layers import find_layers
+from drllm.models.prompts import context_length
 
 NUM_TOKENS = 32
 """Length of the row on which the checkpoint is compared with the path."""
@@ -277,7 +278,7 @@ class _PathDriver:
 
 def _logits(model: Any) -> Tensor:
     """Return a model's logits for one row of tokens, always the same, `[1, T, V]`."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", NUM_TOKENS)
+    most = context_length(model) or NUM_TOKENS
     num_tokens = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(num_tokens, (1, min(NUM_TOKENS, most)), generator=generator)

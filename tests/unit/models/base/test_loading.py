@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from transformers.utils import logging as transformers_logging
 
@@ -138,14 +137,8 @@ def test_the_alias_loads_by_its_own_name(smollm2: loading.BaseModel) -> None:
 
 
 @pytest.fixture
-def cached_hub_model(saved: Path) -> Iterator[str]:
-    """A hub model as the hub's library keeps it in its cache."""
-    repository = Path(constants.HF_HUB_CACHE) / "models--someone--tiny"
-    shutil.copytree(saved, repository / "snapshots" / COMMIT)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(COMMIT)
-    yield "someone/tiny"
-    shutil.rmtree(repository)
+def cached_hub_model(cached: Callable[[Path, str], str], saved: Path) -> str:
+    return cached(saved, "someone/tiny")
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])

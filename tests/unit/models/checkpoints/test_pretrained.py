@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import accelerate
 import peft
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from drllm.errors import CheckpointError, ConfigError, RoutingError
@@ -292,14 +290,8 @@ def test_a_revision_of_a_folder_is_refused(routers_folder: Path, model: Any) -> 
 
 
 @pytest.fixture
-def cached_on_hub(routers_folder: Path) -> Iterator[str]:
-    """Routers as the hub's library keeps them in its cache."""
-    repository = Path(constants.HF_HUB_CACHE) / "models--someone--routers"
-    shutil.copytree(routers_folder, repository / "snapshots" / COMMIT)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(COMMIT)
-    yield "someone/routers"
-    shutil.rmtree(repository)
+def cached_on_hub(cached: Callable[[Path, str], str], routers_folder: Path) -> str:
+    return cached(routers_folder, "someone/routers")
 
 
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])
