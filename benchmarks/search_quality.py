@@ -5,8 +5,8 @@ a question have in common counts once, as `BlockEvaluator` runs it once: a strat
 share more tries more of them. What the evaluator really ran stands beside; it differs where it
 reads a beginning that all prompts of a block have in common by itself, or gave states up. Paths
 that may become targets are re-tested, as in a search; re-tests aren't counted. Ours is the strategy
-named first, theirs are the others; `speedup` is the ratio of the questions with a saving path that
-survived.
+named first, theirs are the others; `speedup` is the ratio of the layers that the shortest path that
+survived saves.
 
     python benchmarks/search_quality.py --data-dir DIR [--questions 60] [--executions 600]
     python benchmarks/search_quality.py --quick [--json FILE]
@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 from drllm.config import ModelConfig, SearchConfig
-from drllm.evaluation.statistics import mcnemar_exact
+from drllm.evaluation.statistics import mcnemar_exact, paired_bootstrap
 from drllm.models.base.loading import load
 from drllm.models.routed import RoutedModel
 from drllm.paths import Decisions, num_executions, to_path
@@ -153,6 +153,17 @@ def has_improving(row: Row, *, survived: bool) -> bool:
     return row["paths"][0]["reward"] < 1 and has_valid(row, survived=survived)
 
 
+def saving_paths(row: Row, *, survived: bool) -> int:
+    """Return how many valid paths of a question are shorter than the full one."""
+    lengths = [num_executions(path["decisions"]) for path in right(row, survived=survived)]
+    return sum(length < len(row["paths"][0]["decisions"]) for length in lengths)
+
+
+def saved(row: Row) -> int:
+    """Return the layers that the shortest surviving path saves; 0 without a saving one."""
+    return len(row["paths"][0]["decisions"]) - shortest(row, survived=True)
+
+
 def shortest(row: Row, *, survived: bool) -> int:
     """Return the executions of the shortest valid path; the full path's where none is shorter."""
     lengths = [num_executions(path["decisions"]) for path in right(row, survived=survived)]
@@ -203,6 +214,8 @@ def figures(rows: Sequence[Row], executions_run: int) -> dict[str, float | None]
         "executions": mean([row["executions"] for row in rows]),
         "executions_run": executions_run / len(rows),
         **counted,
+        "saving paths": mean([saving_paths(row, survived=False) for row in rows]),
+        "saving paths after": mean([saving_paths(row, survived=True) for row in rows]),
         "margin": mean([best_margin(row, again=False) for row in rows]),
         "margin after": mean([best_margin(row, again=True) for row in rows]),
         "shortest": mean([shortest(row, survived=False) for row in rows]),
@@ -218,6 +231,7 @@ COLUMNS = {
     "valid": "valid",
     "saving": "saving",
     "improving": "improving",
+    "saving paths": "saving paths",
     "margin": "best margin",
     "shortest": "shortest",
     "damage": "its damage",
@@ -244,23 +258,28 @@ def table(found: Mapping[str, Sequence[Mapping[str, float | None]]]) -> str:
 
 
 def compared(ours: Sequence[Sequence[Row]], theirs: Sequence[Sequence[Row]]) -> dict[str, Any]:
-    """Compare two strategies on the questions with a saving path that survived, seed by seed."""
-    seeds = [
-        (
-            [has_saving(row, survived=True) for row in mine],
-            [has_saving(row, survived=True) for row in other],
-        )
-        for mine, other in zip(ours, theirs, strict=True)
+    """Compare two strategies on the same questions, by seed and question.
+
+    A question is one observation, however many seeds there are: questions are counted with the
+    first seed, and the layers that a question saves are a mean over the seeds.
+    """
+    first = [*zip(ours[0], theirs[0], strict=True)]
+    counted = {}
+    for name, has in (("saving", has_saving), ("improving", has_improving)):
+        pairs = [(has(mine, survived=True), has(other, survived=True)) for mine, other in first]
+        won, lost = (sum(pair == way for pair in pairs) for way in ((True, False), (False, True)))
+        counted[name] = {"won": won, "lost": lost, "p": mcnemar_exact(won, lost)}
+    by_question = [
+        [statistics.fmean(saved(row) for row in rows) for rows in zip(*side, strict=True)]
+        for side in (ours, theirs)
     ]
-    total = [sum(sum(side[which]) for side in seeds) for which in (0, 1)]
-    # A question is one observation, however many seeds there are: the first one's is tested.
-    won = sum(a > b for a, b in zip(*seeds[0], strict=True))
-    lost = sum(a < b for a, b in zip(*seeds[0], strict=True))
+    differences = [mine - other for mine, other in zip(*by_question, strict=True)]
+    mine, other = (statistics.fmean(side) for side in by_question)
     return {
-        "ratio": total[0] / total[1] if total[1] else None,
-        "won": won,
-        "lost": lost,
-        "p": mcnemar_exact(won, lost),
+        "saved_ratio": mine / other if other else None,
+        "saved_more": statistics.fmean(differences),
+        "saved_more_interval": paired_bootstrap(differences, seed=0),
+        **counted,
     }
 
 
@@ -332,14 +351,19 @@ def report(
         f"before → after the re-test\n\n{table(found)}\n"
     )
     for name, one in comparisons.items():
-        ratio = "–" if one["ratio"] is None else f"{one['ratio']:.2f}"
+        low, high = one["saved_more_interval"]
         print(
-            f"{name}: {ratio} times the questions with a saving path that survived; "
-            f"seed {options.seeds[0]}: won {one['won']}, lost {one['lost']}, "
-            f"McNemar p = {one['p']:.3f}"
+            f"{name}: the shortest surviving path saves {one['saved_more']:+.2f} layers "
+            f"({low:+.2f} to {high:+.2f})"
         )
+        for what in ("saving", "improving"):
+            print(
+                f"  questions with a surviving {what} path, seed {options.seeds[0]}: "
+                f"won {one[what]['won']}, lost {one[what]['lost']}, "
+                f"McNemar p = {one[what]['p']:.3f}"
+            )
     return {
-        "speedup": {name: one["ratio"] for name, one in comparisons.items()},
+        "speedup": {name: one["saved_ratio"] for name, one in comparisons.items()},
         "repeats": len(options.seeds),
         "ours": f"strategy {ours}",
         "theirs": f"{', '.join(others)}, for the same executions a question",

@@ -165,8 +165,27 @@ def test_a_question_counts_as_saving_only_where_a_shorter_right_path_survived(
     assert not quality.has_saving(row, survived=True)
     assert quality.shortest(row, survived=False) == 2
     assert quality.shortest(row, survived=True) == 3
+    assert [quality.saving_paths(row, survived=after) for after in (False, True)] == [1, 0]
     assert quality.damage_of_shortest(row) is None
     assert not quality.has_improving(row, survived=False)
+
+
+def test_strategies_are_compared_question_by_question(quality: ModuleType) -> None:
+    def row(*decisions: int, full_is_right: bool = True) -> dict[str, Any]:
+        path = {"reward": 1.0, "retest": {"survived": True}}
+        full = {"decisions": [1, 1, 1], "reward": float(full_is_right), "retest": None}
+        return {"paths": [full, path | {"decisions": [*decisions]}]}
+
+    ours = [[row(0, 0, 1), row(1, 1, 2, full_is_right=False)], [row(0, 1, 1), row(0, 1, 1)]]
+    theirs = [[row(0, 1, 1), row(1, 1, 2)], [row(1, 1, 1), row(1, 1, 1)]]
+
+    assert quality.compared(ours, theirs) == {
+        "saved_ratio": 4.0,  # (1.5 + 0.5) / 2 layers against (0.5 + 0) / 2
+        "saved_more": 0.75,
+        "saved_more_interval": (0.5, 1.0),
+        "saving": {"won": 0, "lost": 0, "p": 1.0},
+        "improving": {"won": 1, "lost": 0, "p": 1.0},
+    }
 
 
 def test_a_strategy_can_come_with_settings(quality: ModuleType) -> None:

@@ -92,9 +92,13 @@ class TreeSearch(PathSearch):
         Q / v + c · sqrt(ln V / v) − lambda · executions / L
 
     with Q and v the sum of rewards and the visits of the node it leads to, V the visits of the
-    node it starts from; now and then it is a random one. Length enters here only, never the
-    reward. Nodes below which nothing new is left are passed over; when the root is one, the
-    search is over.
+    node it starts from; ties go to the higher score, and now and then it is a random one. Length
+    enters here and where edits are drawn, never the reward. Nodes below which nothing new is left
+    are passed over; when the root is one, the search is over.
+
+    Which edit is new: one of a few drawn at random, the one that promises the highest score by the
+    paths seen so far. A right path is edited by skips alone while any are left, since nothing else
+    makes it shorter; repeats are for paths that are still wrong.
 
     A path in flight counts as a visit with reward 0 of every node that it passed (a virtual loss),
     so that the next paths of a round go elsewhere; observing it makes up for the loss exactly.
@@ -167,13 +171,15 @@ class TreeSearch(PathSearch):
             return None
         if self._rng.random() < self.config.random_child_probability:
             return self._rng.choice(open_edges)
-        return max(open_edges, key=lambda edge: self._bound(node, edge.node))
+        return max(open_edges, key=lambda e: (self._bound(node, e.node), self._score(e.node)))
 
     def _expand(self, node: Node) -> Edge:
         """Make a new edit: a random one, or as soon as scores are known the best of a few."""
         num_drawn = EDITS_DRAWN if self._gains else 1
-        drawn = [self._rng.randrange(len(node.untried)) for _ in range(num_drawn)]
-        action = node.untried.pop(max(drawn, key=lambda place: self._promise(node.untried[place])))
+        drawable = (self._is_right(node) and _skips(node.untried)) or node.untried
+        drawn = [self._rng.choice(drawable) for _ in range(num_drawn)]
+        action = max(drawn, key=self._promise)
+        node.untried.remove(action)
         edge = Edge(action, self._node(apply(node.decisions, action)))
         node.edges.append(edge)
         return edge
@@ -202,6 +208,16 @@ class TreeSearch(PathSearch):
         )
         return sum((usual + gain.total) / (1 + gain.times) for gain in gains)
 
+    def _is_right(self, node: Node) -> bool:
+        """Tell whether a path is known to be right; one in flight isn't."""
+        tried = self.tried.get(node.decisions)
+        return tried is not None and tried.reward >= 1
+
+    def _score(self, node: Node) -> float:
+        """Return a path's score, less than any where it has none yet."""
+        tried = self.tried.get(node.decisions)
+        return -math.inf if tried is None or tried.score is None else tried.score
+
     def _bound(self, parent: Node, child: Node) -> float:
         """Return a child's upper confidence bound, less its length penalty."""
         explore = self.config.exploration_constant * math.sqrt(
@@ -218,3 +234,7 @@ class TreeSearch(PathSearch):
                 untried=list(legal_actions(decisions, self.limit)),
             )
         return self.nodes[decisions]
+
+
+def _skips(actions: list[Action]) -> list[Action]:
+    return [action for action in actions if action.decision == Decision.SKIP]

@@ -12,7 +12,7 @@ from drllm.config import SearchConfig
 from drllm.paths import Decisions, num_executions
 from drllm.search.actions import apply, legal_actions
 from drllm.search.mcts import WIDENING_EXPONENT, WIDENING_FACTOR, Edge, Node, TreeSearch
-from drllm.search.strategies import PathSearch, new_search
+from drllm.search.strategies import PathSearch, Tried, new_search
 
 Reward = Callable[[Decisions], float]
 
@@ -293,6 +293,21 @@ def test_random_children_are_selected_whatever_the_rule_says(
     assert any(edge.visits > 1 for edge in longer) == longer_are_revisited
 
 
+@pytest.mark.parametrize(("full_is_right", "repeats"), [(True, False), (False, True)])
+def test_a_right_path_is_edited_by_skips_alone_a_wrong_one_by_repeats_too(
+    full_is_right: bool, repeats: bool
+):
+    search = tree(30, lambda decisions: float(full_is_right))
+
+    assert any(2 in decisions for decisions in search.tried) == repeats
+
+
+def test_a_right_path_without_skips_left_is_edited_by_repeats():
+    search = tree(2, lambda decisions: 1.0)
+
+    assert {*search.tried} == {(1, 1), (0, 1), (1, 0), (2, 1), (1, 2), (2, 2), (0, 2), (2, 0)}
+
+
 def test_a_node_has_no_more_open_children_than_its_visits_give_room_for():
     search = tree(30, noise, num_simulations=300)
 
@@ -325,6 +340,16 @@ def with_scores(score: Callable[[Decisions], float | None], seed: int) -> TreeSe
     while proposed := search.propose():
         search.observe(*proposed, 0.5, score(*proposed))
     return search
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_children_with_equal_bounds_the_one_with_the_higher_score_is_selected(order: int):
+    scores = {(0, 1, 1): -0.5, (1, 0, 1): 0.5, (1, 1, 0): 0.25}
+    children = [(decisions, 5, 2.5) for decisions in scores][::order]
+    search, parent = family(*children)
+    search.tried |= {decisions: Tried(1, 0.5, score) for decisions, score in scores.items()}
+
+    assert chosen(search, parent) == (1, 0, 1)
 
 
 @pytest.mark.parametrize("seed", range(5))
