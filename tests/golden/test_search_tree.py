@@ -16,34 +16,38 @@ STORED = Path(__file__).with_name("search_tree.txt")
 CONFIG = SearchConfig(num_simulations=24, budget=1.2)
 
 
-def reward(decisions: Decisions) -> float:
-    """Layer 0 is needed, each other skip costs 0.1, and repeating layer 3 makes up for two."""
-    if decisions[0] == 0:
-        return 0.0
-    return (8 - decisions[1:].count(0) + 2 * (decisions[3] == 2)) / 10
+def margin(decisions: Decisions) -> float:
+    """The full path is right by 1 nat, a skip costs 0.75; repeating layer 3 gains 0.5.
+
+    Without layer 0 nothing is right.
+    """
+    lost = 0.75 * decisions[1:].count(0) + 5 * (decisions[0] == 0)
+    return 1 - lost + 0.5 * (decisions[3] == 2)
 
 
 def draw() -> str:
     """Draw the tree: one line an edge, below its parent; a node met again is not drawn again."""
     search = TreeSearch(5, CONFIG, Random(0))
     while proposed := search.propose():
-        search.observe(*proposed, reward(*proposed))
+        score = margin(*proposed)
+        search.observe(*proposed, float(score >= 0), score)
 
     lines = [
-        "edit · decisions · simulation and reward · visits and mean reward of the node",
+        "edit · decisions · simulation, reward and margin · visits and mean reward of the node",
         "",
     ]
     drawn: set[Decisions] = set()
 
     def add(label: str, node: Node, depth: int) -> None:
-        simulation, own, _ = search.tried[node.decisions]
+        simulation, reward, score = search.tried[node.decisions]
         start = f"{'  ' * depth}{label}".ljust(26)
         if node.decisions in drawn:
             lines.append(f"{start}{sketch(node.decisions)}  as above")
             return
         drawn.add(node.decisions)
         lines.append(
-            f"{start}{sketch(node.decisions)}  #{simulation:<2} {own:.1f}  "
+            f"{start}{sketch(node.decisions)}  #{simulation:<2} "
+            f"{reward:.0f} {score:+.2f}  "
             f"{node.visits:>2} visits, {node.value:.3f}"
         )
         for edge in node.edges:

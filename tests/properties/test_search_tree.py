@@ -36,6 +36,11 @@ def reward_of(decisions: Decisions, seed: int, scale: int) -> float:
     return steps / scale if scale else 0.0
 
 
+def score_of(decisions: Decisions, seed: int) -> float | None:
+    """A score without order; with every other seed there is none."""
+    return None if seed % 2 else Random(f"score {seed} {decisions}").gauss(0, 2)
+
+
 def observed(search: PathSearch, most: int, seed: int, scale: int) -> PathSearch:
     """Take a search to its end in rounds of at most so many paths, each observed in any order.
 
@@ -53,7 +58,8 @@ def observed(search: PathSearch, most: int, seed: int, scale: int) -> PathSearch
         order.shuffle(in_flight)
         for _ in range(order.randint(1, len(in_flight))):
             decisions = in_flight.pop()
-            search.observe(decisions, reward_of(decisions, seed, scale))
+            score = score_of(decisions, seed)
+            search.observe(decisions, reward_of(decisions, seed, scale), score)
 
 
 def run(num_layers: int, config: SearchConfig, seed: int, scale: int, most: int = 1) -> PathSearch:

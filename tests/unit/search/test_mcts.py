@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from random import Random
@@ -9,12 +8,21 @@ from random import Random
 import pytest
 
 from drllm.config import SearchConfig
+from drllm.cost import max_executions
 from drllm.paths import Decisions, num_executions
-from drllm.search.actions import apply, legal_actions
-from drllm.search.mcts import WIDENING_EXPONENT, WIDENING_FACTOR, Edge, Node, TreeSearch
+from drllm.search.actions import Action, apply, legal_actions
+from drllm.search.mcts import (
+    EDITS_DRAWN,
+    WIDENING_EXPONENT,
+    WIDENING_FACTOR,
+    Edge,
+    Node,
+    TreeSearch,
+)
 from drllm.search.strategies import PathSearch, Tried, new_search
 
 Reward = Callable[[Decisions], float]
+Judge = Callable[[Decisions], tuple[float, float | None]]
 
 
 def run(search: PathSearch, reward: Reward) -> PathSearch:
@@ -126,19 +134,117 @@ def fly(search: TreeSearch, most: int, rounds: int, reward: Reward = noise) -> N
             search.observe(decisions, reward(decisions))
 
 
-def digest(search: TreeSearch) -> str:
-    return hashlib.sha256(repr(statistics(search)).encode()).hexdigest()[:16]
+class Sequential:
+    """The search as its rules read, one path at a time: dictionaries, recursion, no flight.
+
+    Args:
+        judge: Returns a path's reward and score.
+    """
+
+    def __init__(self, num_layers: int, config: SearchConfig, seed: int, judge: Judge) -> None:
+        self.L, self.config, self.rng, self.judge = num_layers, config, Random(seed), judge
+        self.limit = max_executions(config.budget, num_layers)
+        self.full = (1,) * num_layers
+        self.children: dict[Decisions, dict[Action, Decisions]] = {}
+        self.visits: dict[Decisions, int] = {}
+        self.sums: dict[Decisions, float] = {}
+        self.known: dict[Decisions, tuple[float, float | None]] = {}
+        self.closed: set[Decisions] = set()
+        self._evaluate(self.full, [self.full])
+        for _ in range(config.num_simulations):
+            while self.full not in self.closed and not self._simulate(self.full, [self.full]):
+                pass
+
+    def _evaluate(self, decisions: Decisions, way: list[Decisions]) -> None:
+        self.known[decisions] = self.judge(decisions)
+        self.children[decisions] = {}
+        for node in way:
+            self.visits[node] = self.visits.get(node, 0) + 1
+            self.sums[node] = self.sums.get(node, 0.0) + self.known[decisions][0]
+
+    def _simulate(self, node: Decisions, way: list[Decisions]) -> bool:
+        """Try one new path below a node; False, and the node closed, where none is left."""
+        while True:
+            below = self.children[node]
+            ways = [(edit, to) for edit, to in below.items() if to not in self.closed]
+            room = math.ceil(WIDENING_FACTOR * self.visits[node] ** WIDENING_EXPONENT)
+            left = [e for e in legal_actions(node, self.limit) if e not in below]
+            if left and len(ways) < room:
+                edit = self._new_edit(node, left)
+                to = below[edit] = apply(node, edit)
+            elif not ways:
+                self.closed.add(node)
+                return False
+            elif self.rng.random() < self.config.random_child_probability:
+                _, to = self.rng.choice(ways)
+            else:
+                _, to = max(ways, key=lambda way: self._rank(node, way[1]))
+            if to not in self.known:
+                self._evaluate(to, [*way, to])
+                return True
+            if self._simulate(to, [*way, to]):
+                return True
+
+    def _new_edit(self, node: Decisions, left: list[Action]) -> Action:
+        skips = [edit for edit in left if edit.decision == 0]
+        left = skips if skips and self.known[node][0] == 1 else left
+        return max((self.rng.choice(left) for _ in range(self._num_drawn())), key=self._promise)
+
+    def _num_drawn(self) -> int:
+        return EDITS_DRAWN if len(self.known) > 1 and self.known[self.full][1] is not None else 1
+
+    def _promise(self, edit: Action) -> float:
+        gains: list[tuple[int, int, float]] = []
+        for decisions, (_, score) in self.known.items():
+            changed = [(layer, count) for layer, count in enumerate(decisions) if count != 1]
+            if score is not None:
+                own = (score - self.known[self.full][1]) / max(1, len(changed))
+                gains += [(layer, count, own) for layer, count in changed]
+        usual = math.fsum(gain for *_, gain in gains) / max(1, len(gains))
+        promise = 0.0
+        for layer in range(edit.layer, edit.layer + edit.span):
+            own = [gain for *change, gain in gains if change == [layer, edit.decision]]
+            promise += (usual + math.fsum(own)) / (1 + len(own))
+        return promise
+
+    def _rank(self, parent: Decisions, child: Decisions) -> tuple[float, float]:
+        v, V = self.visits[child], self.visits[parent]
+        explore = self.config.exploration_constant * math.sqrt(math.log(V) / v)
+        length = self.config.length_penalty * sum(child) / self.L
+        score = self.known[child][1]
+        return self.sums[child] / v + explore - length, -math.inf if score is None else score
 
 
-@pytest.mark.parametrize(
-    ("num_layers", "simulations", "stored"),
-    [(30, 50, "ef9b26ab5d0713f4"), (12, 400, "0f565ecd46760cc1"), (5, 300, "10d2ae2afdb5f5c7")],
-)
+def quarters(decisions: Decisions) -> tuple[float, float]:
+    """Right or wrong, and a score that adds up without rounding."""
+    rng = Random(str(decisions))
+    return float(rng.random() < 0.5), rng.randint(-20, 20) * 0.25
+
+
+@pytest.mark.parametrize(("num_layers", "simulations"), [(30, 50), (12, 400), (5, 300)])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("scored", [True, False])
 def test_with_one_path_a_round_the_tree_is_that_of_a_sequential_search(
-    num_layers: int, simulations: int, stored: str
+    num_layers: int, simulations: int, seed: int, scored: bool
 ):
-    """Stored from a search that knew no paths in flight: nodes, their order, visits and sums."""
-    assert digest(tree(num_layers, noise, num_simulations=simulations)) == stored
+    def judge(decisions: Decisions) -> tuple[float, float | None]:
+        reward, score = quarters(decisions)
+        return reward, score if scored else None
+
+    config = SearchConfig(num_simulations=simulations)
+    plain = Sequential(num_layers, config, seed, judge)
+    search = TreeSearch(num_layers, config, Random(seed))
+    while proposed := search.propose():
+        search.observe(*proposed, *judge(*proposed))
+
+    assert [*search.tried] == [*plain.known]
+    assert [(n.decisions, n.visits, n.value_sum) for n in search.nodes.values()] == [
+        (decisions, plain.visits[decisions], plain.sums[decisions]) for decisions in plain.known
+    ]
+    assert all(
+        {edge.action: edge.node.decisions for edge in search.nodes[decisions].edges} == below
+        for decisions, below in plain.children.items()
+    )
 
 
 def test_a_path_in_flight_counts_as_a_visit_worth_0_of_every_node_on_its_way():
