@@ -113,7 +113,8 @@ class TreeSearch(PathSearch):
         nodes: Every node, by its decisions.
 
     Source: Dr.LLM section 3.1 and appendix (UCB rule, its constants, random child);
-        transpositions and widening are ours (docs/decisions/0003-progressive-widening.md).
+        transpositions, widening, the choice of edits and of ties are ours
+        (docs/decisions/0003-progressive-widening.md).
 
     Example:
         >>> search = TreeSearch(2, SearchConfig(num_simulations=3), Random(0))

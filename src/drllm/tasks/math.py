@@ -22,8 +22,8 @@ OTHER_TEMPLATES = (
     "Question: {question}\nReply with the final answer in the form \\boxed{{answer}} and no other "
     "words.",
 )
-ANSWER_TOKENS = 16
-"""Most tokens of an answer; no room for a chain of thought (Dr.LLM section 4: 15)."""
+ANSWER_TOKENS = 15
+"""Most tokens of an answer; no room for a chain of thought (Dr.LLM section 4)."""
 
 PROBLEMS_PER_KIND = 32
 SEED = 0

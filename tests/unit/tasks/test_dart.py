@@ -100,7 +100,7 @@ def test_the_answer_alone_is_asked_for_and_compared_by_value() -> None:
     assert len({prompt.text for prompt in prompts}) == 3
     for prompt in prompts:
         assert "Divide 1 by $7$." in prompt.text
-        assert (prompt.chat, prompt.max_new_tokens) == (True, 16)
+        assert (prompt.chat, prompt.max_new_tokens) == (True, 15)
         assert grade(prompt, "\\boxed{\\dfrac17}") == 1.0
         assert grade(prompt, "\\boxed{7}") == 0.0
 

@@ -39,7 +39,7 @@ def test_the_number_alone_is_asked_for_in_a_box_and_again_in_two_other_templates
     assert len({prompt.text for prompt in prompts}) == 3
     for prompt in prompts:
         assert "How many?" in prompt.text
-        assert (prompt.reward, prompt.chat, prompt.max_new_tokens) == ("boxed", True, 16)
+        assert (prompt.reward, prompt.chat, prompt.max_new_tokens) == ("boxed", True, 15)
         assert grade(prompt, "\\boxed{1,200}") == 1.0
     with pytest.raises(TaskError, match="it takes boxed"):
         GSM8K.prompt(example, "exact")
