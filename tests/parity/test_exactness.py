@@ -181,7 +181,8 @@ def check_answers(base, listed, prompts, found):
 
 @pytest.mark.parametrize("reward", REWARDS)
 @pytest.mark.parametrize(
-    ("num_questions", "num_paths"), [(3, 3), pytest.param(20, 50, marks=pytest.mark.thorough)]
+    ("num_questions", "num_paths"),
+    [(3, 3), pytest.param(20, 50, marks=[pytest.mark.thorough, pytest.mark.hour])],
 )
 def test_searched_paths_get_the_verdict_and_margin_of_each_path_alone(
     smollm2, benchmark, request, record_property, reward, num_questions, num_paths
