@@ -136,7 +136,7 @@ class ReadyMade:
 class ReadyMadeWorker:
     """A worker of Ray whose blocks cost it next to nothing: one is made, and sent every time."""
 
-    def load(self, model: ModelConfig, num_threads: int) -> Ready:
+    def load(self, model: ModelConfig, num_threads: int, num_sharing: int) -> Ready:
         """Say that there is a model."""
         self.made: dict[int, Searched] = {}
         return Ready(IDENTITY, RUNTIME, os.getpid())

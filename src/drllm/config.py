@@ -188,7 +188,11 @@ class SearchConfig(Settings):
         0.5, "re-test: nats a path's margin may lie below the full path's", minimum=0.0
     )
     block_size: int = setting(32, "questions searched together and committed at once", minimum=1)
-    state_cache_gb: float = setting(4.0, "memory for shared path prefixes, in GB", above=0.0)
+    state_cache_gb: float = setting(
+        4.0,
+        "memory for shared path prefixes, in GB; shared by Ray's workers on one CPU",
+        above=0.0,
+    )
     paths_per_pass: int | None = setting(
         None, "most paths in a forward pass; as many as memory allows unless given", minimum=1
     )
@@ -202,7 +206,8 @@ class SearchConfig(Settings):
         minimum=1,
     )
     ray_address: str | None = setting(
-        None, "with --executor ray: a cluster to join; one on this machine unless given"
+        None,
+        "with --executor ray: HOST:PORT of a cluster, or auto; else one starts here",
     )
     seed: int = setting(0, "seed of the search and of --limit", minimum=0)
 

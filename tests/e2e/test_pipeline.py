@@ -57,6 +57,23 @@ def test_a_recipe_leaves_every_file_and_nothing_else(finished_run: Path):
     assert set(files_of(finished_run)) == FILES
 
 
+@pytest.mark.thorough  # Ray, and a process that imports torch
+def test_a_recipe_may_leave_the_search_to_ray(
+    finished_run: Path, recipe: Path, tmp_path: Path, assert_same_run: Callable[..., None]
+):
+    pytest.importorskip("ray")
+    by_ray = tmp_path / "ray.yaml"
+    by_ray.write_text(
+        recipe.read_text().replace("search: {", "search: {executor: ray, num_workers: 1, ")
+    )
+
+    assert main(["run", str(by_ray), "--output-dir", str(tmp_path / "run")]) == 0
+
+    assert set(files_of(tmp_path / "run")) == FILES
+    ours, theirs = (read_search(run / "search.jsonl") for run in (finished_run, tmp_path / "run"))
+    assert_same_run(ours, theirs)
+
+
 def test_the_same_recipe_again_does_nothing_anew(
     finished_run: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
 ):

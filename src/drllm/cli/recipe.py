@@ -316,12 +316,13 @@ class Run:
         }
 
     def _search(self) -> Sequence[Path]:
+        config = self.recipe.search
         searching.run_search_stage(
             self.tasks["search"],
-            self.recipe.search,
+            config,
             self.recipe.model,
             self.terminal,
-            base=self.base,
+            base=None if config.executor == "ray" else self.base,  # Ray's workers load it
         )
         return [self.search_file, self.folder / "search.manifest.json"]
 

@@ -28,6 +28,8 @@ SHARE_OF_FREE_MEMORY = 0.5
 """The rest is for what isn't priced: activations inside a layer, fragments, other programs."""
 FLOAT_BYTES = 4
 
+_num_sharing = 1
+
 
 @dataclass(frozen=True, slots=True)
 class Price:
@@ -150,8 +152,18 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     )
 
 
+def share_memory(num_sharing: int) -> None:
+    """Say how many processes like this one share the machine's memory, this one included.
+
+    Of what is free, each of them then counts on an equal part. It holds for the whole process, as
+    torch's number of threads does. A CUDA device's memory isn't shared.
+    """
+    global _num_sharing
+    _num_sharing = num_sharing
+
+
 def free_bytes(device: torch.device) -> int:
-    """Return the memory that is free: on a CUDA device, else in the machine.
+    """Return the memory that is free: on a CUDA device, else this process's part of the machine's.
 
     What torch holds back for later counts as free.
     """
@@ -159,7 +171,7 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + unused)
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // _num_sharing
 
 
 def _give_back(device: torch.device) -> None:

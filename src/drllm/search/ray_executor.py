@@ -1,38 +1,36 @@
 """Blocks searched by Ray: one worker process a device, on this machine or on a cluster.
 
-Owns starting workers, keeping each of them busy with a bounded number of blocks, and searching
-the blocks of a worker that died again on a new one. Leaves what is searched and where results go
-to `runner`, which runs in the driver, and the search of a block to `attempts`. Ray is imported
-only when an executor is made.
+Owns starting workers, keeping each of them busy with a bounded number of blocks, and replacing a
+worker that died. Leaves what is searched and where results go to `runner`, which runs in the
+driver, what is searched again to `jobs`, the search of a block to `attempts`, and reaching Ray,
+which is imported only when an executor is made, to `ray_cluster`.
 """
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 import os
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any
 
 from drllm.config import ModelConfig, SearchConfig
 from drllm.errors import ConfigError, DrllmError, ModelError
-from drllm.search.attempts import Searched, given_up, searched
+from drllm.search.attempts import Searched, searched
 from drllm.search.executors import OnShare, read_texts
+from drllm.search.jobs import Job, Jobs
 from drllm.search.questions import Block
+from drllm.search.ray_cluster import connect, import_ray
 from drllm.tasks.base import Example, Prompt, Task
 
 BLOCKS_A_WORKER = 2
 """Blocks that a worker holds: the one it searches and the next, so that it never waits."""
-MAX_LOSSES = 3
-"""Workers that a block may cost before its questions are set aside."""
 MAX_FAILED_STARTS = 3
 """Workers in a row that may die while they load the model."""
 START_TIMEOUT_S = 600.0
 """How long nothing at all may happen while no worker has a model yet."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,20 +51,23 @@ class Ready:
 class Worker:
     """A process with a copy of the base model; Ray makes it an actor."""
 
-    def load(self, model: ModelConfig, num_threads: int) -> Ready:
+    def load(self, model: ModelConfig, num_threads: int, num_sharing: int) -> Ready:
         """Load the base model and route it.
 
         Args:
             model: Which, and how.
             num_threads: Threads that torch may use.
+            num_sharing: Workers that share the memory that the model is in, this one included.
         """
         import torch
 
         from drllm.models.base.hub import quiet
         from drllm.models.base.loading import load
+        from drllm.models.passes import share_memory
         from drllm.models.routed import RoutedModel
 
         torch.set_num_threads(num_threads)
+        share_memory(num_sharing)
         with quiet():
             base = load(model)
         self.routed = RoutedModel(base.model, tokenizer=base.tokenizer)
@@ -94,13 +95,13 @@ class Seat:
         worker: Ray's handle of it.
         starting: Ray's promise that it has loaded the model; None once it has.
         pid: Of its process, once it has loaded the model.
-        jobs: Promised results with their blocks, in the order in which they are searched.
+        jobs: Promised results with their jobs, in the order in which they are done.
     """
 
     worker: Any
     starting: Any
     pid: int | None = None
-    jobs: deque[tuple[Any, Block]] = field(default_factory=deque)
+    jobs: deque[tuple[Any, Job]] = field(default_factory=deque)
 
     @property
     def next_news(self) -> Any:
@@ -135,10 +136,10 @@ class RayExecutor:
     def __init__(
         self, model: ModelConfig, *, num_workers: int | None = None, address: str | None = None
     ) -> None:
-        self.ray = _import_ray()
+        self.ray = import_ray()
         self._is_ours = not self.ray.is_initialized()
         if self._is_ours:
-            _connect(self.ray, address, num_workers)
+            connect(self.ray, address, num_workers)
         try:
             self._plan_workers(model, num_workers)
             self.seats: list[Seat] = [self._seat() for _ in range(self.num_workers)]
@@ -197,47 +198,48 @@ class RayExecutor:
 
         The caller's pace is the limit: no more blocks are out than the workers can hold.
         """
-        waiting = iter(blocks)
-        again: deque[Block] = deque()
-        losses: Counter[int] = Counter()
-        stored = self.ray.put(config)
+        jobs = Jobs(blocks)
+        stored = self.ray.put(self._in_a_worker(config))
         tasks: dict[str, Any] = {}  # a task may hold many questions: it is sent once
         while True:
             for seat in self.seats:
                 while seat.starting is None and len(seat.jobs) < BLOCKS_A_WORKER:
-                    block = again.popleft() if again else next(waiting, None)
-                    if block is None:
+                    job = jobs.take()
+                    if job is None:
                         break
+                    block = job.block
                     name = block.task.name
                     if name not in tasks:
                         tasks[name] = self.ray.put(block.task)
-                    job = (block.number, tasks[name], block.examples, stored)
-                    seat.jobs.append((seat.worker.search.remote(*job), block))
-            if not again and not any(seat.jobs for seat in self.seats):
+                    asked = (block.number, tasks[name], block.examples, stored)
+                    seat.jobs.append((seat.worker.search.remote(*asked), job))
+            if not jobs.are_waiting and not any(seat.jobs for seat in self.seats):
                 return
             for seat in self._news():
                 if seat.starting is not None:
                     self._take_in(seat)
                     continue
-                promised, block = seat.jobs[0]
+                promised, job = seat.jobs[0]
                 try:
                     result = self._get(promised)
                 except self._lost:
                     # What stood behind the first job wasn't begun, and isn't to blame.
-                    again.extend(block for _, block in list(seat.jobs)[1:])
+                    jobs.put_back([job for _, job in seat.jobs][1:])
                     self._replace(seat)
-                    losses[block.number] += 1
-                    logger.warning(
-                        "a worker died while it searched block %d (loss %d of at most %d)",
-                        *(block.number, losses[block.number], MAX_LOSSES),
-                    )
-                    if losses[block.number] < MAX_LOSSES:
-                        again.append(block)
-                    else:
-                        yield block, given_up(block, "its worker process died", MAX_LOSSES)
+                    finished = jobs.lost(job)
                 else:
                     seat.jobs.popleft()
-                    yield block, result
+                    finished = jobs.done(job, result)
+                if finished is not None:
+                    yield finished
+
+    def _in_a_worker(self, config: SearchConfig) -> SearchConfig:
+        """Return the settings of a search as a worker gets them: its share of the memory.
+
+        No record depends on that, and the manifest keeps what the user has given.
+        """
+        share = config.state_cache_gb / self.num_sharing
+        return dataclasses.replace(config, state_cache_gb=share)
 
     def _plan_workers(self, model: ModelConfig, num_workers: int | None) -> None:
         """Find out how many workers there are, and what each of them gets."""
@@ -268,6 +270,10 @@ class RayExecutor:
         # A Ray of ours may count more cores than there are, so that workers can share them.
         real = min(cores, os.cpu_count() or 1) if self._is_alone() else cores
         self.num_threads = max(1, real // self.num_workers)
+        # As many as the node with the most cores has room for; a GPU's memory is one worker's own.
+        most = max(int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes())
+        on_a_node = min(self.num_workers, max(1, most // self.num_threads))
+        self.num_sharing = 1 if is_gpu else on_a_node
         self._model = model
         if model.device == "auto":
             self._model = ModelConfig(**{**model.to_dict(), "device": "cuda" if is_gpu else "cpu"})
@@ -281,7 +287,8 @@ class RayExecutor:
 
     def _seat(self) -> Seat:
         worker = self.ray.remote(Worker).options(**self._options).remote()
-        return Seat(worker, worker.load.remote(self._model, self.num_threads))
+        asked = (self._model, self.num_threads, self.num_sharing)
+        return Seat(worker, worker.load.remote(*asked))
 
     def _replace(self, seat: Seat) -> None:
         """Start a new worker in the place of one that died."""
@@ -339,32 +346,3 @@ class RayExecutor:
             if isinstance(error.cause, DrllmError):
                 raise error.cause from None
             raise
-
-
-def _import_ray() -> ModuleType:
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError(
-            "--executor ray needs the package ray, which isn't installed; install it with "
-            "pip install 'drllm[ray]', or leave --executor out"
-        ) from error
-    module: ModuleType = ray
-    return module
-
-
-def _connect(ray: Any, address: str | None, num_workers: int | None) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        cores = max(os.cpu_count() or 1, num_workers or 1)
-        # A RAY_ADDRESS in the environment isn't asked: without --ray-address, this machine.
-        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
-        return
-    try:
-        ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"--ray-address {address!r} can't be reached ({' '.join(str(error).split())[:200]}); "
-            f"give HOST:PORT of a running cluster, or leave it out"
-        ) from error

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from drllm.cli import main
 from drllm.cli.recipe import Ledger, read_recipe
 from drllm.errors import ConfigError, RecordError
 from drllm.tasks.base import get_tasks
@@ -30,6 +32,18 @@ def test_the_recipes_that_come_with_the_project_are_understood(path: Path, tmp_p
     assert get_tasks(recipe.evaluate.tasks)
     assert recipe.evaluate.split == "test"
     assert recipe.search.split == "search"
+
+
+def test_the_driver_of_ray_loads_no_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """A model that can't be loaded isn't missed before Ray is, which comes first."""
+    monkeypatch.setitem(sys.modules, "ray", None)  # importing it fails
+    path = write(tmp_path, "model: {model: no/such/folder}\nsearch: {executor: ray, limit: 2}\n")
+
+    assert main(["run", str(path), "--output-dir", str(tmp_path / "out")]) == 2
+
+    assert "needs the package ray" in capsys.readouterr().err
 
 
 def test_there_are_recipes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,6 +56,15 @@ def test_half_of_the_free_memory_is_filled_by_the_price_of_a_path(model, monkeyp
     # What states may still take of the free memory isn't spent twice, but for half of it.
     assert Passes(model, StateCache(8 * price)).num_paths(PRICE) == 6
     assert Passes(model, StateCache(90 * price)).num_paths(PRICE) == 5
+
+
+def test_processes_that_share_a_machine_count_on_a_part_of_its_memory_each(monkeypatch):
+    monkeypatch.setattr(passes, "_num_sharing", 1)  # set back afterwards
+    machine = SimpleNamespace(available=12_000)
+    monkeypatch.setattr(passes.psutil, "virtual_memory", lambda: machine)
+    assert passes.free_bytes(torch.device("cpu")) == 12_000
+    passes.share_memory(4)
+    assert passes.free_bytes(torch.device("cpu")) == 3_000
 
 
 def test_a_pass_has_a_path_at_least_and_no_more_than_keep_a_device_busy(model, monkeypatch):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
+import json
 import logging
 import os
 import signal
@@ -16,12 +18,12 @@ from drllm.config import ModelConfig, SearchConfig
 from drllm.errors import ConfigError, ModelError
 from drllm.models.base.loading import load
 from drllm.models.routed import RoutedModel
-from drllm.records import read_search
-from drllm.search import ray_executor
+from drllm.records import read_manifest, read_search
+from drllm.search import jobs, ray_executor
 from drllm.search.executors import LocalExecutor
 from drllm.search.questions import blocks_of
-from drllm.search.ray_executor import MAX_LOSSES, RayExecutor
-from drllm.search.runner import run_search
+from drllm.search.ray_executor import RayExecutor
+from drllm.search.runner import FAILED_FILE, run_search
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="ray isn't installed (pip install 'drllm[ray]')"
@@ -111,27 +113,79 @@ def test_no_more_blocks_are_out_than_the_workers_can_hold(workers, facts, tmp_pa
 
 
 @needs_ray
-def test_a_block_that_kills_its_workers_is_given_up_and_the_others_are_not(
+def test_a_question_that_kills_its_workers_is_set_aside_and_its_block_is_not(
+    workers, facts, tmp_path, in_process, assert_same_run, monkeypatch
+):
+    """The question kills the process in which it is asked, where that is a worker."""
+    bad = blocks_of([facts], settings(tmp_path))[3].examples[0]
+    driver = os.getpid()
+    monkeypatch.setattr(jobs, "MAX_LOSSES", 1)  # each is a process that imports torch
+
+    class Deadly(type(facts)):
+        def prompt(self, example, reward):
+            if example.id == bad.id and os.getpid() != driver:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().prompt(example, reward)
+
+    deadly = copy.copy(facts)
+    deadly.__class__ = Deadly
+    done = []
+    output = run_search(
+        workers, [deadly], settings(tmp_path), lambda status: done.append(status.done)
+    )
+    assert_same_run([record for record in in_process if record.id != bad.id], read_search(output))
+    [line] = output.with_name(FAILED_FILE).read_text().splitlines()
+    row = json.loads(line)
+    assert (row["id"], row["attempts"]) == (bad.id, 1)
+    assert row["error"] == "its worker process died"
+    assert done == [2, 4, 6, 8, 10, 12, 14, 16]
+
+
+@needs_ray
+def test_workers_share_the_memory_of_a_machine_and_the_manifest_keeps_all_of_it(
     workers, facts, tmp_path, monkeypatch
 ):
-    """A worker that is killed the moment it is seen with the last block, whichever it is."""
-    config = settings(tmp_path)
-    *good, bad = blocks_of([facts], config)[:4]
-    news = workers._news
+    config = dataclasses.replace(settings(tmp_path), state_cache_gb=3.0, limit=2)
+    sent = []
+    put = workers.ray.put
+    monkeypatch.setattr(workers.ray, "put", lambda value: sent.append(value) or put(value))
+    output = run_search(workers, [facts], config)
+    assert [x.state_cache_gb for x in sent if isinstance(x, SearchConfig)] == [3.0 / WORKERS]
+    assert read_manifest(output, "search")["config"]["state_cache_gb"] == 3.0
 
-    def kill_those_with_the_bad_block():
-        for seat in workers.seats:
-            if seat.pid and seat.jobs and seat.jobs[0][1] is bad:
-                workers.ray.kill(seat.worker)
-        return news()
+    def num_parts(worker):
+        import psutil
+        import torch
 
-    monkeypatch.setattr(workers, "_news", kill_those_with_the_bad_block)
-    results = {block.number: result for block, result in workers.search([*good, bad], config)}
-    assert sorted(results) == sorted(block.number for block in [*good, bad])
-    assert results[bad.number].tally.failed == len(bad.examples)
-    assert f'"attempts":{MAX_LOSSES}' in results[bad.number].lines
-    assert "its worker process died" in results[bad.number].lines
-    assert all(results[block.number].tally.failed == 0 for block in good)
+        from drllm.models.passes import free_bytes
+
+        return psutil.virtual_memory().available / free_bytes(torch.device("cpu"))
+
+    seat = next(seat for seat in workers.seats if seat.pid)
+    parts = workers.ray.get(seat.worker.__ray_call__.remote(num_parts))
+    assert parts == pytest.approx(WORKERS, rel=0.2)
+
+
+@needs_ray
+@pytest.mark.thorough  # two more processes that import torch
+def test_a_running_ray_is_joined_by_its_address_and_goes_on_afterwards(own_ray, model):
+    program = (
+        "import sys\n"
+        "from drllm.config import ModelConfig\n"
+        "from drllm.search.ray_executor import RayExecutor\n"
+        "model = ModelConfig(model=sys.argv[2], device='cpu', dtype='float32')\n"
+        "with RayExecutor(model, num_workers=1, address=sys.argv[1]) as executor:\n"
+        "    print(executor.identity['num_layers'])\n"
+    )
+    address = own_ray.get_runtime_context().gcs_address
+    child = subprocess.run(
+        [sys.executable, "-c", program, address, model.model],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (child.returncode, child.stdout) == (0, "4\n"), child.stderr
+    assert own_ray.get(own_ray.put("alive")) == "alive"
 
 
 @needs_ray
