@@ -15,6 +15,7 @@ import string
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -163,6 +164,22 @@ def tiny_tokenizer() -> Any:
         model_input_names=["input_ids", "attention_mask"],
         chat_template=CHAT_TEMPLATE,
     )
+
+
+@pytest.fixture
+def set_date(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int, int], None]:
+    """A function that sets the date that transformers tells chat templates."""
+    from transformers.utils import chat_template_utils
+
+    def change(year: int, month: int, day: int) -> None:
+        class Clock(datetime):
+            @classmethod
+            def now(cls) -> datetime:
+                return datetime(year, month, day, 12, 30)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+
+    return change
 
 
 @pytest.fixture(scope="session")

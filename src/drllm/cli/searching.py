@@ -1,14 +1,14 @@
 """`drllm search`: the work of the verb, and the search as a stage of a recipe.
 
-Owns who searches (this process or Ray), what progress says, and what a dry run prints. Leaves the
-search itself to `search` and the targets to `supervision`, which meet only here.
+Owns who searches (this process or Ray), what is said on the way, and what a dry run prints.
+Leaves the search itself to `search` and the targets to `supervision`, which meet only here.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,10 @@ from drllm.tasks.base import Task
 if TYPE_CHECKING:
     from drllm.models.base.loading import BaseModel
     from drllm.search.executors import Executor
-    from drllm.search.runner import OnProgress, Status
+    from drllm.search.runner import OnBegin, OnProgress, Status
+
+PROMPT_SHOWN = 600
+"""Characters of a prompt that are shown; of a longer one, half of them from either end."""
 
 
 def search(request: Request, terminal: Terminal) -> None:
@@ -76,7 +79,7 @@ def run_search_stage(
         from drllm.search.runner import run_search
 
         with terminal.progress("searching", "questions") as progress:
-            return run_search(executor, tasks, config, _told(progress))
+            return run_search(executor, tasks, config, _told(progress), _said_prompts(terminal))
 
 
 @contextmanager
@@ -115,6 +118,31 @@ def _told(progress: Progress) -> OnProgress:
         progress(status.done, status.total, note)
 
     return tell
+
+
+def _said_prompts(terminal: Terminal) -> OnBegin:
+    """Return what shows a prompt of each task: a wrong template is seen before hours are spent."""
+
+    def say(prompts: Mapping[str, str]) -> None:
+        for name, text in prompts.items():
+            terminal.note(f"a prompt of {name}, as the model reads it:")
+            for line in shortened(text, PROMPT_SHOWN).split("\n"):
+                terminal.note(f"  | {line}")
+
+    return say
+
+
+def shortened(text: str, most: int) -> str:
+    """Return a text with its middle left out where it is longer than `most` characters.
+
+    Example:
+        >>> shortened("0123456789", 4)
+        '01[... 6 characters left out ...]89'
+    """
+    if len(text) <= most:
+        return text
+    start, end = text[: most - most // 2], text[-(most // 2) :]
+    return f"{start}[... {len(text) - most} characters left out ...]{end}"
 
 
 def _say_failed(output: Path, terminal: Terminal) -> None:

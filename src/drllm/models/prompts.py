@@ -7,6 +7,7 @@ encode through here, so that routers are trained on exactly what they will read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, TypeAlias
 
 import torch
@@ -19,9 +20,24 @@ Messages: TypeAlias = Sequence[Mapping[str, Any]]
 Prompt: TypeAlias = str | Messages
 """A text, or a conversation so far: messages with `role` and `content`."""
 
+CLOCK = datetime(2024, 7, 26)
+"""What chat templates that print the date are told: the date that Llama 3.1's own template names.
+
+With today's date a prompt would be another one tomorrow: for a search that goes on, and for
+routers that were trained on it.
+"""
+DIRECTIVES = (
+    "%-d",
+    "%-m",
+    "%-H",
+    "%-I",
+    *(f"%{letter}" for letter in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"),
+)
+"""What a template's format of a date may hold."""
+
 
 def render(tokenizer: Any, prompt: Prompt, *, chat: bool) -> str:
-    """Return the text that the model reads.
+    """Return the text that the model reads, the same on every day.
 
     Args:
         tokenizer: The base model's tokenizer.
@@ -43,13 +59,44 @@ def render(tokenizer: Any, prompt: Prompt, *, chat: bool) -> str:
         raise ConfigError(f"a conversation needs a chat template, and {why}; give a text instead")
     try:
         rendered: str = tokenizer.apply_chat_template(
-            list(prompt), tokenize=False, add_generation_prompt=True
+            list(prompt),
+            chat_template=with_fixed_clock(tokenizer.get_chat_template()),
+            tokenize=False,
+            add_generation_prompt=True,
         )
     except TemplateError as error:
         raise ConfigError(
             f"the model's chat template refuses the prompt: {error}; see its model card"
         ) from error
     return rendered
+
+
+def with_fixed_clock(template: str) -> str:
+    """Return a chat template to which it is always `CLOCK`.
+
+    The only clock that a template can see is the function `strftime_now`, which transformers
+    hands it. It is replaced by a macro in front: transformers' newer versions let no function in
+    among the arguments. A template without it comes back as it is.
+
+    Source: ours (docs/differences.md, D-26).
+
+    Example:
+        >>> from jinja2 import Environment
+        >>> template = with_fixed_clock("{{ strftime_now('%d %b %Y') }}")
+        >>> Environment(trim_blocks=True).from_string(template).render()
+        '26 Jul 2024'
+    """
+    if "strftime_now" not in template:
+        return template
+    filled = "".join(f".replace({each!r}, {_at_clock(each)!r})" for each in DIRECTIVES)
+    # The line's end goes with the tag (`trim_blocks`), and the template begins as it would alone.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filled} }}}}{{% endmacro %}}\n{template}"
+
+
+def _at_clock(directive: str) -> str:
+    """Write a part of the date; a dash leaves out leading zeros, which not every C library can."""
+    text = CLOCK.strftime(directive.replace("-", ""))
+    return text if "-" not in directive else text.lstrip("0") or "0"
 
 
 def context_length(model: Any) -> int | None:

@@ -23,7 +23,7 @@ from drllm.tasks.base import Example
 ATTEMPTS = 3
 QUESTION_ERRORS = (
     ConfigError,  # a prompt that the chat template refuses
-    ModelError,  # log-probabilities that are not finite
+    ModelError,  # log-probabilities that are not finite, a prompt beyond the model's context
     RoutingError,
     TaskError,
     torch.cuda.OutOfMemoryError,  # a prompt too long for the device

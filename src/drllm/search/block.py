@@ -18,7 +18,7 @@ from drllm.models.routed import RoutedModel
 from drllm.models.sharing import Pair
 from drllm.paths import Decisions
 from drllm.records import SearchRecord, TriedPath
-from drllm.search.evaluator import BlockEvaluator, Outcome
+from drllm.search.evaluator import BlockEvaluator, Outcome, check_fits
 from drllm.search.retest import retested
 from drllm.search.strategies import PathSearch, graded, new_search
 from drllm.tasks.base import Example, Task
@@ -43,6 +43,8 @@ def search_path(
 
     Raises:
         TaskError: A reward that the task can't grade, or a model without its tokenizer.
+        ModelError: A question that is too long for the model's context in one of the ways that
+            it is asked; or log-probabilities that aren't finite.
 
     Source: Dr.LLM section 3.1.
     """
@@ -73,13 +75,19 @@ def search_block(
 
     Raises:
         TaskError: A reward that the task can't grade, or a model without its tokenizer.
+        ModelError: As in `search_path`.
     """
     check_tokenizer(routed)
     started = time.perf_counter()
     reward = task.check_reward(config.reward)
+    prompts = [task.prompt(example, reward) for example in examples]
+    for example, prompt in zip(examples, prompts, strict=True):
+        # Re-tests too, before anything is run: without them no path of the question could count.
+        for one in (prompt, *task.retests(example, reward)):
+            check_fits(routed, one)
     evaluator = BlockEvaluator(
         routed,
-        [task.prompt(example, reward) for example in examples],
+        prompts,
         config.state_cache_gb,
         damage=config.damage,
         paths_per_pass=config.paths_per_pass,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from drllm.errors import ModelError
 from drllm.models.answering import Answer, AnswerBatch
-from drllm.models.prompts import encode, encode_continuation, render
+from drllm.models.prompts import context_length, encode, encode_continuation, render
 from drllm.models.routed import RoutedModel
 from drllm.models.scoring import ChoiceBatch, Score, tokenised
 from drllm.models.shared_rows import Question
@@ -238,6 +238,35 @@ class BlockEvaluator:
         batch = self._choices or self._answers
         assert batch is not None
         batch.forget()
+
+
+def check_fits(routed: RoutedModel, prompt: Prompt) -> None:
+    """Refuse a prompt that, with the longest of what may follow it, is beyond the model's context.
+
+    Some models fail there; others go on, at positions that they have never learned.
+
+    Args:
+        routed: The model, with its tokenizer.
+        prompt: With its continuations; an answer that is generated may be as long as the prompt
+            allows, and the gold answer is scored behind the prompt too.
+
+    Raises:
+        ModelError: Naming the tokens and the context.
+    """
+    context = context_length(routed.model)
+    if context is None:
+        return
+    text = render(routed.tokenizer, prompt.text, chat=prompt.chat)
+    num_tokens = len(encode(routed.tokenizer, text))
+    texts = [text + each for each in prompt.continuations or (gold_text(prompt),)]
+    num_behind = max(len(encode(routed.tokenizer, each)) for each in texts) - num_tokens
+    if not prompt.continuations:
+        num_behind = max(num_behind, prompt.max_new_tokens)
+    if num_tokens + num_behind > context:
+        raise ModelError(
+            f"a prompt of the question has {num_tokens} tokens, and up to {num_behind} follow; the "
+            f"model's context holds {context}; shorten the question or leave it out"
+        )
 
 
 def gold_text(prompt: Prompt) -> str:

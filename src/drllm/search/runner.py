@@ -8,7 +8,7 @@ on from to `plan` and `commits`, and the search of a block to `block`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,8 @@ class Status:
     fresh_paths: int
 
 
+OnBegin = Callable[[Mapping[str, str]], None]
+"""Called before a block is searched, with one prompt of each task as the model reads it."""
 OnProgress = Callable[[Status], None]
 
 
@@ -61,6 +63,7 @@ def run_search(
     tasks: Sequence[Task],
     config: SearchConfig,
     on_progress: OnProgress | None = None,
+    on_begin: OnBegin | None = None,
 ) -> Path:
     """Search all questions of the tasks and write `search.jsonl` with its manifest.
 
@@ -73,6 +76,7 @@ def run_search(
         tasks: Where the questions come from.
         config: Settings of the search.
         on_progress: Called after each round or block.
+        on_begin: See `OnBegin`; not called where the search is complete already.
 
     Returns:
         The path of `search.jsonl`.
@@ -88,7 +92,6 @@ def run_search(
     output = folder / SEARCH_FILE
     blocks = blocks_of(tasks, config)
     texts = executor.texts([*_prompts(blocks, config)])
-    logger.info("the model reads, for example, %r", texts[0])
     plan = new_plan(blocks, texts, config, executor.identity, executor.runtime)
     commits = Commits(folder, plan)
     with only_writer(folder):
@@ -97,6 +100,10 @@ def run_search(
             commits.remove()  # a kill after the manifest leaves them
             return output
         commits.open(output, blocks)
+        samples = _samples(blocks, texts)
+        logger.info("the model reads, for example, %r", samples)
+        if on_begin is not None:
+            on_begin(samples)
         found = _search(executor, blocks, commits, config, on_progress)
         _write_failed(folder / FAILED_FILE, blocks, commits, found)
         places = {
@@ -122,6 +129,16 @@ def _prompts(blocks: Sequence[Block], config: SearchConfig) -> Iterator[Prompt]:
         reward = block.task.check_reward(config.reward)
         for example in block.examples:
             yield block.task.prompt(example, reward)
+
+
+def _samples(blocks: Sequence[Block], texts: Sequence[str | None]) -> dict[str, str]:
+    """Return the first prompt of each task that its chat template takes, as the model reads it."""
+    names = [block.task.name for block in blocks for _ in block.examples]
+    samples: dict[str, str] = {}
+    for name, text in zip(names, texts, strict=True):
+        if text is not None:
+            samples.setdefault(name, text)
+    return samples
 
 
 def _search(

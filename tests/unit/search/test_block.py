@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 import drllm
 from drllm.config import SearchConfig
-from drllm.errors import TaskError
+from drllm.errors import ModelError, TaskError
+from drllm.models.prompts import render
 from drllm.models.routed import RoutedModel
 from drllm.paths import full_decisions
 from drllm.search.block import search_block
-from drllm.search.evaluator import BlockEvaluator
+from drllm.search.evaluator import BlockEvaluator, gold_text
 from drllm.tasks.base import get_task
 
 
@@ -108,3 +111,40 @@ def test_progress_within_a_block_ends_with_all_of_its_paths(routed, facts):
     assert calls == sorted(calls)
     assert calls[0] == (0.0, 2)  # the full paths are no simulations
     assert calls[-1] == (1.0, 18)
+
+
+def length(prompt, tokenizer):
+    """Return what a prompt needs with the longest of what follows; a character is a token."""
+    behind = [*map(len, prompt.continuations)] or [prompt.max_new_tokens, len(gold_text(prompt))]
+    return len(render(tokenizer, prompt.text, chat=prompt.chat)) + max(behind)
+
+
+@pytest.mark.parametrize("name", ["builtin_facts", "builtin_arithmetic"])
+def test_a_question_must_fit_the_context_in_every_way_of_asking_it(
+    tiny_llama, tiny_tokenizer, name
+):
+    task = get_task(name)
+    example, reward = task.examples("search")[0], task.rewards[0]
+    first = length(task.prompt(example, reward), tiny_tokenizer)
+    longest = max(length(prompt, tiny_tokenizer) for prompt in task.retests(example, reward))
+    assert longest > first, "the sample must hold a longer way"
+    for context in (first - 1, longest - 1):
+        tight = RoutedModel(tiny_llama(max_position_embeddings=context), tokenizer=tiny_tokenizer)
+        with pytest.raises(ModelError, match=rf"tokens, and up to \d+ follow; .* holds {context};"):
+            drllm.search_path(tight, example, task, settings())
+    enough = RoutedModel(tiny_llama(max_position_embeddings=longest), tokenizer=tiny_tokenizer)
+    assert len(drllm.search_path(enough, example, task, settings()).paths) == 9
+
+
+def test_a_gold_answer_that_is_longer_than_answers_may_be_must_fit_too(
+    tiny_llama, tiny_tokenizer, monkeypatch
+):
+    task = get_task("builtin_arithmetic")
+    example = dataclasses.replace(task.examples("search")[0], answer="1" * 60)
+    prompt = task.prompt(example, "boxed")
+    monkeypatch.setattr(task, "retests", lambda example, reward: ())
+    context = length(prompt, tiny_tokenizer) - 1
+    tight = RoutedModel(tiny_llama(max_position_embeddings=context), tokenizer=tiny_tokenizer)
+    assert prompt.max_new_tokens < len(gold_text(prompt))
+    with pytest.raises(ModelError, match="up to 68 follow"):
+        drllm.search_path(tight, example, task, settings())

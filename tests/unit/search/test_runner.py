@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import re
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.models.routed import RoutedModel
-from drllm.records import manifest_path, read_lines, read_search, write_atomically
+from drllm.records import manifest_path, read_lines, read_search, split_of, write_atomically
 from drllm.search.block import search_path
 from drllm.search.executors import LocalExecutor
 from drllm.search.questions import blocks_of
@@ -307,11 +308,59 @@ def test_another_chat_template_does_not_continue_a_run(routed, tmp_path, monkeyp
         run(routed, tmp_path, [task], limit=2)
 
 
-def test_the_first_prompt_is_logged_as_the_model_reads_it(routed, tmp_path, caplog):
+def test_a_search_goes_on_the_next_day_under_a_template_that_prints_the_date(
+    routed, tmp_path, monkeypatch, set_date, assert_same_run
+):
+    template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
+    monkeypatch.setattr(routed.tokenizer, "chat_template", template)
+    task = get_task("builtin_arithmetic")
+    set_date(2031, 5, 1)
+    unbroken = read_search(run(routed, tmp_path / "unbroken", [task], limit=4))
+    with pytest.raises(KeyboardInterrupt):
+        run(routed, tmp_path / "broken", [task], StopAfter(2), limit=4)
+    set_date(2031, 5, 2)
+    resumed = read_search(run(routed, tmp_path / "broken", [task], limit=4))
+    assert_same_run(unbroken, resumed)
+    assert all(record.prompt.startswith("26 Jul 2024 ") for record in resumed)
+
+
+def test_one_prompt_of_each_task_is_told_and_logged_as_the_model_reads_it(
+    routed, facts, tmp_path, caplog
+):
+    told = []
+    executor = LocalExecutor(routed, IDENTITY, RUNTIME)
+    tasks = [facts, get_task("builtin_arithmetic")]
     with caplog.at_level(logging.INFO, logger="drllm"):
-        output = run(routed, tmp_path, [get_task("builtin_arithmetic")], limit=2)
-    assert repr(read_search(output)[0].prompt) in caplog.text
-    assert "user: " in caplog.text
+        output = run_search(executor, tasks, settings(tmp_path, limit=2), None, told.append)
+    [prompts] = told
+    assert list(prompts) == ["builtin_facts", "builtin_arithmetic"]
+    for name, text in prompts.items():
+        assert text in [record.prompt for record in read_search(output) if record.task == name]
+        assert repr(text) in caplog.text
+    assert prompts["builtin_arithmetic"].startswith("user: ")
+
+
+def test_no_prompt_is_told_of_a_search_that_is_complete(routed, facts, tmp_path):
+    executor, config, told = LocalExecutor(routed, IDENTITY, RUNTIME), settings(tmp_path), []
+    with pytest.raises(KeyboardInterrupt):
+        run_search(executor, [facts], config, StopAfter(2), told.append)
+    run_search(executor, [facts], config, None, told.append)
+    assert len(told) == 2
+    run_search(executor, [facts], config, None, told.append)
+    assert len(told) == 2
+
+
+def test_a_prompt_that_the_template_refuses_is_not_the_example(routed, tmp_path, monkeypatch):
+    task, told = get_task("builtin_arithmetic"), []
+    config = settings(tmp_path, limit=3)
+    [shortest, *_] = [e for block in blocks_of([task], config) for e in block.examples]
+    template = (
+        f"{{% if {shortest.question!r} in messages[0]['content'] %}}"
+        "{{ raise_exception('no') }}{% endif %}{{ messages[0]['content'] }}"
+    )
+    monkeypatch.setattr(routed.tokenizer, "chat_template", template)
+    run_search(LocalExecutor(routed, IDENTITY, RUNTIME), [task], config, None, told.append)
+    assert shortest.question not in told[0]["builtin_arithmetic"]
 
 
 @pytest.mark.parametrize("parts", [2, 3])
@@ -396,6 +445,34 @@ def test_neighbours_of_a_question_that_fails_are_searched_as_ever(
     routed, task = some_fail
     found = read_search(run(routed, tmp_path / "out", [task], limit=None))
     by_id = {example.id: example for example in task.examples("search")}
+    config = settings(tmp_path)
+    alone = [search_path(routed, by_id[record.id], task, config) for record in found]
+    assert_same_run(found, alone)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("how", [{"choices": ["odd", "even"], "answer": 0}, {"grader": "exact"}])
+def test_a_question_beyond_the_context_is_set_aside_and_its_neighbours_are_searched_as_ever(
+    tiny_model, tiny_tokenizer, tmp_path, family, how, assert_same_run
+):
+    routed = RoutedModel(tiny_model(family, max_position_embeddings=256), tokenizer=tiny_tokenizer)
+    texts = [f"What is {n}{' less' * (n % 3)}?" for n in range(12)]
+    rows = [{"question": text, "answer": "odd", **how} for text in texts]
+    long = next(row for row in rows if split_of(row["question"], "own") == "search")
+    while len(long["question"]) < 300 or split_of(long["question"], "own") != "search":
+        long["question"] += " Why?"
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = get_task(str(file))
+
+    found = read_search(run(routed, tmp_path / "out", [task], limit=None, block_size=8))
+
+    [[_, failed]] = read_lines(tmp_path / "out" / "search.failed.jsonl")
+    assert failed["question"] == long["question"]
+    says = r"ModelError: a prompt of the question has \d+ tokens, .* context holds 256; shorten"
+    assert re.match(says, failed["error"])
+    by_id = {example.id: example for example in task.examples("search")}
+    assert len(found) == len(by_id) - 1 > 2
     config = settings(tmp_path)
     alone = [search_path(routed, by_id[record.id], task, config) for record in found]
     assert_same_run(found, alone)
