@@ -107,6 +107,14 @@ class ListedModel:
         with torch.no_grad():
             return self.model(torch.tensor([list(tokens)]), use_cache=False).logits[0]
 
+    def sums(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
+        """Return each continuation's log-probability, in a row of its own without padding."""
+        start, sums = len(context) - 1, []
+        for tokens in continuations:
+            logprobs = self.logits([*context, *tokens]).log_softmax(-1)
+            sums.append(sum(float(logprobs[start + k, token]) for k, token in enumerate(tokens)))
+        return sums
+
     def greedy(self, tokens: Sequence[int], num_new: int, never: int | None = None) -> list[int]:
         """Return the next tokens, each from a full recomputation of everything before it.
 
@@ -174,7 +182,7 @@ class Slow:
 def _one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None]:
     """On two cores a second thread doubles the time that these take."""
     threads = torch.get_num_threads()
-    if "family" in request.fixturenames:
+    if {"family", "tiny_model"} & set(request.fixturenames):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

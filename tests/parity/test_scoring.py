@@ -42,13 +42,7 @@ def some_pairs(num, num_layers=6, seed=0):
 
 def alone(listed, model, question, decisions):
     """Score each continuation in a row of its own, without padding."""
-    slow, sums = listed(model, decisions), []
-    for tokens in question.continuations:
-        row = [*question.context, *tokens]
-        logprobs = slow.logits(row).log_softmax(-1)
-        start = len(question.context) - 1
-        sums.append(sum(float(logprobs[start + k, token]) for k, token in enumerate(tokens)))
-    return sums
+    return listed(model, decisions).sums(question.context, question.continuations)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -138,25 +132,11 @@ def test_base_scores_are_those_of_the_untouched_model(tiny_llama):
         assert first == pytest.approx(second, abs=SUM_TOLERANCE)
 
 
-def test_packing_refuses_attention_that_takes_no_mask_of_its_own(tiny_llama):
-    routed = RoutedModel(tiny_llama())
-    routed.model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(RoutingError, match="flash_attention_2"):
-        ChoiceBatch(routed, QUESTIONS, 1.0)
-
-
 def test_paths_are_not_shared_where_a_skipped_layer_leaves_something_else(tiny_llama):
     routed = RoutedModel(tiny_llama(), bypass=lambda call, hidden: 2 * hidden)
     batch = ChoiceBatch(routed, [Question([5, 6], [[7], [8]])], state_cache_gb=1.0)
     with pytest.raises(RoutingError, match="leaves its input as it is"):
         batch.logprobs([(0, (1, 1, 1, 1, 1, 1))])
-
-
-def test_a_question_longer_than_a_sliding_window_is_refused(tiny_llama):
-    routed = RoutedModel(tiny_llama())
-    routed.model.config.sliding_window = 8
-    with pytest.raises(RoutingError, match="slides over 8"):
-        ChoiceBatch(routed, QUESTIONS, 1.0)
 
 
 def never(place, text, finished):
@@ -311,9 +291,11 @@ def test_answers_equal_plain_generation_in_families_of_every_kind(
     assert None not in [answer.damage for answer in answers]
 
 
-def test_scores_equal_each_path_alone_in_families_of_every_kind(tiny_model, listed, family):
-    model = tiny_model(family)
-    questions = [Question(q.context[-2:], [c[:2] for c in q.continuations]) for q in WITH_STEM]
+@pytest.mark.parametrize("length", ["within a window", "longer than a window"])
+def test_scores_equal_each_path_alone_in_families_of_every_kind(tiny_model, listed, family, length):
+    model, questions = tiny_model(family), WITH_STEM
+    if length == "within a window":
+        questions = [Question(q.context[-2:], [c[:2] for c in q.continuations]) for q in WITH_STEM]
     pairs = some_pairs(8, seed=7)
     expected = [alone(listed, model, questions[row], decisions) for row, decisions in pairs]
     scores = ChoiceBatch(RoutedModel(model), questions, 1.0).logprobs(pairs)

@@ -8,6 +8,7 @@ Axes: B rows of the batch, R rows that run, T tokens, K positions, D hidden, E r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,7 +132,7 @@ class LayerCall:
             if name not in BATCH_AXES or value is None:
                 return value
             if name not in memo or memo[name][0] is not value:
-                tensors = value if isinstance(value, (tuple, list)) else (value,)
+                tensors = _tensors(name, value)
                 parts = tuple([_last_tokens(name, t, num_tokens, num_ahead) for t in tensors])
                 memo[name] = (value, parts if tensors is value else parts[0])
             return memo[name][1]
@@ -144,12 +145,7 @@ class LayerCall:
     def _sliced(self, name: str, value: Any, rows: tuple[int, ...]) -> Any:
         if value is None or isinstance(value, (bool, int, float, str, Cache)) or name in NOT_READ:
             return value
-        tensors = value if isinstance(value, (tuple, list)) else (value,)
-        if not all(isinstance(tensor, Tensor) for tensor in tensors):
-            raise RoutingError(
-                f"the layers of this model take {name!r} as a {type(value).__name__}, which can't "
-                f"be cut by rows; load it with --attn-implementation sdpa (or eager)"
-            )
+        tensors = _tensors(name, value)
         if name not in BATCH_AXES:
             raise RoutingError(
                 f"the layers of this model take a tensor argument {name!r} whose batch axis isn't "
@@ -176,6 +172,17 @@ class LayerCall:
                 f"would be a guess, so give every row the same decisions"
             )
         return tensor.index_select(axis, self.forward.index(rows, tensor.device))
+
+
+def _tensors(name: str, value: Any) -> Sequence[Tensor]:
+    """Return an argument as its tensors, or refuse one that is made of something else."""
+    tensors = value if isinstance(value, (tuple, list)) else (value,)
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise RoutingError(
+            f"the layers of this model take {name!r} as a {type(value).__name__}, which can't be "
+            f"cut by rows; load it with --attn-implementation sdpa (or eager)"
+        )
+    return tensors
 
 
 def _last_tokens(name: str, tensor: Tensor, num_tokens: int, num_ahead: int) -> Tensor:

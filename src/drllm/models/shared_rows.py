@@ -13,6 +13,7 @@ Axes: P rows, N pairs, T tokens of a row, F tokens in front, S kept tokens, V vo
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from transformers.cache_utils import Cache
 
 from drllm.models.injection import Forward
 from drllm.models.layer_call import LayerCall
+from drllm.models.prompts import context_length
 from drllm.models.routed import RoutedModel
 from drllm.models.sharing import Front, Pair, SharingDriver
 from drllm.models.states import StateCache
@@ -32,6 +34,8 @@ Tokens: TypeAlias = Sequence[int]
 
 MIN_STEM = 8
 """Fewer common tokens than these aren't worth a pass of their own."""
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+"""Names of the number of tokens that layers see which don't see all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,17 @@ class Question:
         """Tokens behind the context that are read: the last of a continuation is only predicted."""
         return sum(len(tokens) - 1 for tokens in self.continuations)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all that is read is one ordinary text: at most one continuation is read."""
+        return sum(len(tokens) > 1 for tokens in self.continuations) <= 1
+
+    def apart(self) -> list[Question]:
+        """Return plain questions that ask the same: itself, or one for each continuation."""
+        if self.is_plain:
+            return [self]
+        return [Question(self.context, [tokens]) for tokens in self.continuations]
+
 
 @dataclass(frozen=True, slots=True)
 class Packed:
@@ -59,7 +74,8 @@ class Packed:
     Attributes:
         ids: `[P, T]`.
         positions: `[P, T]`, each token's place in the prompt that it belongs to.
-        mask: `[P, 1, T, F + T]`, added to attention scores.
+        mask: `[P, 1, T, F + T]`, added to attention scores; or `[P, T]`, which tokens are real, for
+            plain questions without a front: any attention can take it, and keeps its own window.
         context: `[P, T]`, which columns hold the prompt's own tokens.
         num_ahead: For each row, the tokens of the prompt that stand in front.
         num_own: For each row, the prompt's other tokens.
@@ -111,37 +127,73 @@ def pack(
     T = max(own + behind for own, behind in zip(num_own, num_behind, strict=True))
     ids = torch.zeros(P, T, dtype=torch.long)
     positions = torch.zeros(P, T, dtype=torch.long)
-    context = torch.zeros(P, T, dtype=torch.bool)
-    # Padding sees itself alone: a row of the mask without any key would give NaN.
-    seen = torch.eye(T, dtype=torch.bool).repeat(P, 1, 1)  # [P, T, T]
+    owner = torch.full((P, T), -1)  # 0 for the prompt, 1 for its first continuation; -1 for padding
     for row, question in enumerate(questions):
         length = len(question.context)
         end = T - num_behind[row]  # of the prompt
         start = end - num_own[row]
         ids[row, start:end] = torch.tensor(list(question.context[ahead[row] :]))
         positions[row, start:end] = torch.arange(ahead[row], length)
-        context[row, start:end] = True
-        seen[row, start:end, start:end] = torch.ones(num_own[row], num_own[row]).tril().bool()
-        for tokens in question.continuations:
+        owner[row, start:end] = 0
+        for number, tokens in enumerate(question.continuations, start=1):
             inner = len(tokens) - 1
             first, end = end, end + inner
             ids[row, first:end] = torch.tensor(list(tokens[:-1]), dtype=torch.long)
             positions[row, first:end] = torch.arange(length, length + inner)
-            seen[row, first:end, start : T - num_behind[row]] = True
-            seen[row, first:end, first:end] = torch.ones(inner, inner).tril().bool()
-    F = max(ahead)
-    front = torch.arange(F) >= F - torch.tensor(ahead)[:, None]  # [P, F]
-    seen = torch.cat([front[:, None].expand(P, T, F), seen], dim=2)
-    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+            owner[row, first:end] = number
+    if num_ahead is None and all(question.is_plain for question in questions):
+        mask = (owner >= 0).long()
+    else:
+        seen = _seen(owner, ahead)
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
     return Packed(
         ids.to(device),
         positions.to(device),
-        mask[:, None].to(device),
-        context.to(device),
+        mask.to(device),
+        (owner == 0).to(device),
         ahead,
         num_own,
         num_behind,
     )
+
+
+def _seen(owner: Tensor, num_ahead: Sequence[int]) -> Tensor:
+    """Return what each token sees, `[P, 1, T, F + T]` bool.
+
+    Padding sees padding: a row of the mask without any key would give NaN.
+
+    Args:
+        owner: `[P, T]`, the continuation that each token belongs to; 0 for the prompt.
+        num_ahead: For each row, how many of the F columns in front hold tokens.
+    """
+    P, T = owner.shape
+    sees, seen = owner[:, :, None], owner[:, None, :]
+    behind = torch.ones(T, T).tril().bool() & ((seen == 0) | (seen == sees))  # [P, T, T]
+    F = max(num_ahead)
+    ahead = torch.arange(F) >= F - torch.tensor(num_ahead)[:, None]  # [P, F]
+    return torch.cat([ahead[:, None].expand(P, T, F), behind], dim=2)[:, None]
+
+
+def can_pack(model: Any, questions: Sequence[Question]) -> bool:
+    """Say whether the continuations of each question may stand behind one copy of its context.
+
+    It takes attention that is told by a mask what it may see. Such a mask takes the place of a
+    window, or is cut by it column by column, and some models keep one as wide as their context,
+    so no row may be longer than these.
+    """
+    longest = max(len(question.context) + question.num_behind for question in questions)
+    most = min(_window(model), context_length(model) or longest)
+    return _takes_any_mask(model) and longest <= most
+
+
+def _takes_any_mask(model: Any) -> bool:
+    return model.config._attn_implementation in ("sdpa", "eager")
+
+
+def _window(model: Any) -> float:
+    """Return how many tokens the layers see that see the fewest; infinity if all see all."""
+    sizes = [getattr(model.config.get_text_config(), name, None) for name in WINDOWS]
+    return min((size for size in sizes if size), default=math.inf)  # 0 is none too
 
 
 def can_split(model: Any) -> bool:
@@ -156,8 +208,8 @@ def can_split(model: Any) -> bool:
         if hasattr(module, "rope_type")
     ]
     return (
-        model.config._attn_implementation in ("sdpa", "eager")
-        and getattr(model.config.get_text_config(), "sliding_window", None) is None
+        _takes_any_mask(model)
+        and _window(model) == math.inf
         and not any("dynamic" in str(kind) or "longrope" in str(kind) for kind in rotations)
     )
 
@@ -231,7 +283,6 @@ class SharedRows:
         states: Where states are held; rows with different fronts may share it.
         keep_kv: Keep K/V too, so that something can go on behind these rows.
         front: The rows in front, which keep their K/V, and the row there of each row here.
-        mask: What the model is given in place of the packed mask (`[P, T]`, without a front).
     """
 
     _numbers = itertools.count()
@@ -244,14 +295,12 @@ class SharedRows:
         *,
         keep_kv: bool = False,
         front: tuple[SharedRows, Sequence[int]] | None = None,
-        mask: Tensor | None = None,
     ) -> None:
         self.routed = routed
         self.packed = packed
         self.states = states
         self.keep_kv = keep_kv
         self.front = front
-        self.mask = packed.mask if mask is None else mask
         self.number = next(self._numbers)
         self._can_drop_tokens = can_drop_tokens(routed)
 
@@ -301,7 +350,7 @@ class SharedRows:
             with torch.no_grad(), self.routed.injection.driven_by(driver):
                 output = self.routed.model(
                     input_ids=self.packed.ids,
-                    attention_mask=self.mask,
+                    attention_mask=self.packed.mask,
                     position_ids=self.packed.positions,
                     use_cache=self.keep_kv or front is not None,
                     logits_to_keep=0 if self._can_drop_tokens else max(1, *keep_last),
@@ -339,14 +388,10 @@ def shared_rows(
     lengths = [len(question.context) for question in questions]
     stem = stem_of([question.context for question in questions])
     if not can_split(model) or (contexts is None and not stem):
-        packed = pack(questions, **where)
-        # What has no continuations needs no mask but for padding, which any attention can take.
-        plain = not any(question.continuations for question in questions)
-        mask = packed.context.long() if plain else None
-        return SharedRows(routed, packed, states, keep_kv=keep_kv, mask=mask)
+        return SharedRows(routed, pack(questions, **where), states, keep_kv=keep_kv)
     if contexts is None:
         common = pack([Question(stem)], **where)
-        ahead = SharedRows(routed, common, states, keep_kv=True, mask=common.context.long())
+        ahead = SharedRows(routed, common, states, keep_kv=True)
         front, num_ahead = (ahead, [0] * len(questions)), [len(stem)] * len(questions)
     else:
         # A context's last token is run again, since its logits are needed.

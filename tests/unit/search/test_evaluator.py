@@ -22,6 +22,9 @@ from drllm.search.evaluator import BlockEvaluator, gold_text
 from drllm.tasks.base import Prompt
 from drllm.tasks.grading import grade
 
+KINDS = ("llama", "mistral")
+"""Choices are packed behind one context, or don't fit the window and stand in rows of their own."""
+
 MARGIN_TOLERANCE = 1e-4
 """Nats; the design's figure for records of equal runs. 1e-5 was measured here."""
 
@@ -75,8 +78,9 @@ def slow_sum(model, tokenizer, text, continuation):
     )
 
 
-def test_choices_give_the_reward_and_margin_of_plain_scoring(tiny_llama, tiny_tokenizer):
-    model = tiny_llama()
+@pytest.mark.parametrize("kind", KINDS)
+def test_choices_give_the_reward_and_margin_of_plain_scoring(tiny_model, tiny_tokenizer, kind):
+    model = tiny_model(kind)
     pairs, expected = some_pairs(24), []
     for place, decisions in pairs:
         prompt, plain = CHOICES[place], listed(model, decisions)
@@ -130,8 +134,11 @@ def test_answers_get_the_grade_of_plain_generation(tiny_llama, tiny_tokenizer):
         assert text.startswith(outcome.answer.text), "an answer is a beginning of the plain one"
 
 
-def test_margins_of_answers_compare_gold_with_what_was_answered_wrong(tiny_llama, tiny_tokenizer):
-    model = tiny_llama()
+@pytest.mark.parametrize("kind", KINDS)
+def test_margins_of_answers_compare_gold_with_what_was_answered_wrong(
+    tiny_model, tiny_tokenizer, kind
+):
+    model = tiny_model(kind)
     pairs = some_pairs(40, seed=1)
     prompts, _ = asked_and_answered(model, tiny_tokenizer, pairs)
     routed = RoutedModel(model, tokenizer=tiny_tokenizer)

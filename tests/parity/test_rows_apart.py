@@ -1,0 +1,329 @@
+"""Choices that can't be packed, in rows of their own, against packed ones and each alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import transformers
+from torch.nn.functional import kl_div
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from drllm.config import SearchConfig
+from drllm.errors import RoutingError
+from drllm.models.answering import AnswerBatch
+from drllm.models.policies import FixedPolicy, RouterPolicy
+from drllm.models.routed import RoutedModel
+from drllm.models.routers import RouterConfig, RouterStack
+from drllm.models.scoring import ChoiceBatch
+from drllm.models.shared_rows import Question
+from drllm.paths import to_path
+from drllm.search.block import search_block
+from drllm.tasks.base import get_task
+
+SUM_TOLERANCE = 1e-4
+"""Nats; as where choices are packed. 5e-6 was measured."""
+DAMAGE_TOLERANCE = 2e-5
+"""Nats a token; likewise."""
+
+SLIDING = ("mistral", "gemma3_text", "gpt_neo", "llama4_text")
+"""Layers that see 8 tokens: all of them; two of three; every other one, by column; in chunks."""
+
+FULL = (1,) * 6
+QUESTIONS = [
+    Question([60, 61, 62, 63, 64, 65, 5, 6, 7, 8, 9], [[10], [11, 12, 13], [14, 15]]),
+    Question([20, 21], [[30, 31, 32, 33], [34], [35], [36, 37]]),
+    Question([40, 41, 42, 43, 44, 45, 46, 47, 48], [[50], [52], [53]]),  # none of them is read
+]
+NUM_ROWS = [3, 4, 1]
+
+
+def some_pairs(num, seed=0):
+    rng = random.Random(seed)
+    pairs = []
+    while len(pairs) < num:
+        decisions = tuple(rng.choices([0, 1, 2], [2, 5, 2], k=6))
+        if any(decisions) and decisions != FULL:
+            pairs.append((rng.randrange(len(QUESTIONS)), decisions))
+    return pairs
+
+
+def alone(listed, model, pairs):
+    return [
+        listed(model, decisions).sums(QUESTIONS[place].context, QUESTIONS[place].continuations)
+        for place, decisions in pairs
+    ]
+
+
+def assert_equal(expected, found):
+    for slow, fast in zip(expected, found, strict=True):
+        assert slow == pytest.approx(fast, abs=SUM_TOLERANCE)
+
+
+def prefixes(pairs):
+    """Return the distinct states that paths go through."""
+    return {
+        (place, to_path(decisions)[:length])
+        for place, decisions in pairs
+        for length in range(1, sum(decisions) + 1)
+    }
+
+
+def said_to_slide(model):
+    """Let a model say that it slides, which a Llama doesn't do: its numbers stay the same."""
+    model.config.sliding_window = 8
+    return model
+
+
+@pytest.fixture(params=SLIDING)
+def sliding(request, tiny_model):
+    """A model that slides, unless the installed transformers gets its padded rows wrong itself."""
+    model = tiny_model(request.param)
+    tokens = torch.arange(5, 19)[None]
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), tokens], dim=1)
+    mask, positions = (
+        (padded > 0).long(),
+        torch.cat([torch.zeros(3).long(), torch.arange(14)])[None],
+    )
+    with torch.no_grad():
+        alone = model(tokens).logits[0]
+        beside = model(padded, attention_mask=mask, position_ids=positions).logits[0, 3:]
+    if not torch.allclose(alone, beside, atol=1e-3):
+        pytest.skip(f"transformers {transformers.__version__}: the plain model isn't itself padded")
+    return model
+
+
+def test_choices_longer_than_a_window_equal_each_path_alone(sliding, listed):
+    pairs = some_pairs(12)
+    expected = alone(listed, sliding, pairs)
+    full = alone(listed, sliding, [(place, FULL) for place in range(3)])
+    batch = ChoiceBatch(RoutedModel(sliding), QUESTIONS, 1.0)
+    assert_equal(expected, batch.logprobs(pairs[:8]) + batch.logprobs(pairs[8:]))
+    assert_equal(full, batch.base_logprobs())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neo"])
+def test_choices_that_fit_the_context_one_by_one_equal_each_path_alone(kind, tiny_model, listed):
+    """Some models keep a mask of the context's size, which together they would exceed."""
+    question = Question([5, 6, 7, 8, 9], [[10, 11, 12], [13, 14, 15], [16, 17, 18]])
+    windows = {"window_size": 64} if kind == "gpt_neo" else {}
+    model = tiny_model(kind, attention="eager", max_position_embeddings=8, **windows)
+    paths = [decisions for _, decisions in some_pairs(6)]
+    expected = [
+        listed(model, path).sums(question.context, question.continuations) for path in paths
+    ]
+    batch = ChoiceBatch(RoutedModel(model), [question], 1.0)
+    assert_equal(expected, batch.logprobs([(0, path) for path in paths]))
+
+
+def test_paths_of_a_row_of_its_own_share_their_states(tiny_model):
+    batch = ChoiceBatch(RoutedModel(tiny_model("mistral")), QUESTIONS, 1.0)
+    pairs = some_pairs(20)
+    for pair in pairs:
+        batch.logprobs([pair])
+    assert sum(NUM_ROWS[place] for place, _ in prefixes(pairs)) == batch.states.executions_run
+    asked = sum(NUM_ROWS[place] * sum(decisions) for place, decisions in pairs)
+    assert asked == batch.states.executions_asked
+
+
+def test_one_question_too_long_sets_the_rows_of_all_apart_and_none_does_not(tiny_model):
+    routed = RoutedModel(tiny_model("mistral"))
+    fits, too_long = Question([5, 6, 7, 8], [[1, 2, 3], [4, 5, 6]]), QUESTIONS[0]  # 8 tokens
+    for questions, num_rows in (([fits], 1), ([fits, too_long], 2)):
+        batch = ChoiceBatch(routed, questions, 1.0)
+        batch.logprobs([(0, FULL)])
+        assert 6 * num_rows == batch.states.executions_run
+
+
+@pytest.mark.parametrize("num_paths", [None, 1, 4])
+@pytest.mark.parametrize("gb", [1.0, 10e-6])  # 10 kB hold the distributions of one row at most
+def test_damage_is_measured_on_one_row_of_a_question(tiny_model, listed, num_paths, gb):
+    model = tiny_model("mistral")
+    pairs = [*some_pairs(10, seed=1), (1, FULL)]
+    full = {place: listed(model, FULL).logits(q.context) for place, q in enumerate(QUESTIONS)}
+    expected = [
+        float(
+            kl_div(
+                listed(model, decisions).logits(QUESTIONS[place].context).log_softmax(-1),
+                full[place].log_softmax(-1),
+                reduction="batchmean",
+                log_target=True,
+            )
+        )
+        for place, decisions in pairs
+    ]
+    assert min(expected[:-1]) > 0.01, "the paths must do some damage"
+    sums = alone(listed, model, pairs)
+    batch = ChoiceBatch(RoutedModel(model), QUESTIONS, gb, paths_per_pass=num_paths)
+    scores = batch.scores(pairs, damage=True)
+    assert expected == pytest.approx([s.damage for s in scores], abs=DAMAGE_TOLERANCE)
+    assert_equal(sums, [score.logprobs for score in scores])
+    if gb == 1.0:  # the full path beside others runs on the measured row alone
+        run = sum(NUM_ROWS[place] for place, _ in prefixes(pairs))
+        measured_too = {(place, FULL) for place, _ in pairs} - {(1, FULL)}
+        added = prefixes([*pairs, *measured_too]) - prefixes(pairs)
+        assert run + len(added) == batch.states.executions_run
+
+
+def test_a_window_of_zero_is_none(tiny_llama):
+    model = tiny_llama()
+    model.config.sliding_window = 0  # what Qwen2-MoE's says where it doesn't slide
+    batch = ChoiceBatch(RoutedModel(model), QUESTIONS, 1.0)
+    batch.logprobs([(0, FULL)])
+    assert batch.states.executions_run == 6
+
+
+def random_routers():
+    config = RouterConfig(num_layers=6, hidden_size=32, num_windows=4, router_width=16)
+    stack = RouterStack(config, torch.Generator().manual_seed(2))
+    with torch.no_grad():  # far from the zero biases, so that all three decisions turn up
+        stack.decision_weight.mul_(3)
+    return stack
+
+
+def test_routers_take_the_routes_that_they_take_where_choices_are_packed(tiny_llama):
+    routed = RoutedModel(tiny_llama())
+    policy = RouterPolicy(random_routers())
+    packed, packed_route = ChoiceBatch(routed, QUESTIONS, 1.0).routed_logprobs(policy)
+    said_to_slide(routed.model)
+    apart, route = ChoiceBatch(routed, QUESTIONS, 1.0).routed_logprobs(policy)
+    assert {0, 1, 2} == set(route.flatten().tolist()), "the sample must be a test"
+    assert len(set(map(tuple, route.tolist()))) == len(QUESTIONS), "the sample must be a test"
+    assert packed_route.tolist() == route.tolist() == routed.last_route.tolist()
+    assert_equal(packed, apart)
+
+
+def test_routes_of_rows_apart_score_as_those_paths_do_alone(sliding, listed):
+    routed = RoutedModel(sliding, random_routers())
+    batch = ChoiceBatch(routed, QUESTIONS, 1.0)
+    found, route = batch.routed_logprobs(RouterPolicy(routed.routers))
+    # The routers read the context: the route of a question without choices is the same.
+    for question, decisions in zip(QUESTIONS, route.tolist(), strict=True):
+        with torch.no_grad():
+            routed.model(torch.tensor([question.context]), use_cache=False)
+        assert [decisions] == routed.last_route.tolist()
+    routed.detach()
+    pairs = [(place, tuple(row)) for place, row in enumerate(route.tolist())]
+    assert_equal(alone(listed, sliding, pairs), found)
+
+
+def test_a_plan_has_one_row_for_each_question(tiny_llama):
+    routed = RoutedModel(said_to_slide(tiny_llama()))
+    plans = [(1, 0, 2, 1, 1, 1), (0, 1, 1, 1, 2, 1), (1, 1, 1, 1, 0, 0)]
+    batch = ChoiceBatch(routed, QUESTIONS, 1.0)
+    found, route = batch.routed_logprobs(FixedPolicy(plans, 6))
+    assert plans == [tuple(row) for row in route.tolist()]
+    assert_equal(batch.logprobs(list(enumerate(plans))), found)
+
+
+class Recorder:
+    """A policy that executes everything and keeps what it could read."""
+
+    def __init__(self):
+        self.views = []
+
+    def decide(self, layer, prompts):
+        self.views.append(prompts)
+        return torch.ones(prompts.num_rows, dtype=torch.long)
+
+
+def test_a_policy_is_asked_once_for_a_question_and_reads_its_context_alone(tiny_llama):
+    model = said_to_slide(tiny_llama())
+    recorder = Recorder()
+    ChoiceBatch(RoutedModel(model), QUESTIONS, 1.0).routed_logprobs(recorder)
+    assert [len(QUESTIONS)] * 6 == [view.num_rows for view in recorder.views]
+    for row, question in enumerate(QUESTIONS):
+        view = recorder.views[0]
+        expected = model.model.embed_tokens(torch.tensor(question.context))
+        assert torch.equal(expected, view.hidden[row][view.readable[row]])
+
+
+def test_continuations_of_answered_prompts_equal_each_path_alone(
+    tiny_model, tiny_tokenizer, listed
+):
+    model = tiny_model("mistral")
+    pairs = some_pairs(12, seed=5)
+    expected = alone(listed, model, pairs)
+    answers = AnswerBatch(RoutedModel(model), tiny_tokenizer, [q.context for q in QUESTIONS], 1.0)
+    answers.answers(pairs[:8], [2] * 8, lambda _place, _text, ended: 0.0 if ended else None)
+    batch = ChoiceBatch(answers.routed, QUESTIONS, 1.0, contexts=answers.rows)
+    assert_equal(expected, batch.logprobs(pairs))
+
+
+def lengths_only(module, query, key, value, attention_mask, sliding_window=None, **options):
+    """Attention that is told which tokens are real and makes out the rest, as flash attention."""
+    T = query.shape[2]
+    assert key.shape[2] == T
+    assert attention_mask is None or attention_mask.dim() == 2, "no other mask can be taken"
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    seen = (distance >= 0) & (distance < (sliding_window or T))
+    if attention_mask is not None:  # padding sees itself alone
+        seen = seen & attention_mask[:, None, None].bool() | torch.eye(T, dtype=torch.bool)
+    seen = seen.expand(len(query), 1, T, T)
+    return sdpa_attention_forward(module, query, key, value, seen, **options)
+
+
+def real_tokens(*_args, attention_mask=None, **_options):
+    return attention_mask
+
+
+@pytest.fixture
+def register(monkeypatch):
+    """A function that registers an attention implementation, and what makes its masks."""
+
+    def add(name, make_mask):
+        monkeypatch.setitem(AttentionInterface._global_mapping, name, lengths_only)
+        monkeypatch.setitem(AttentionMaskInterface._global_mapping, name, make_mask)
+        return name
+
+    return add
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_attention_that_takes_no_mask_for_packing_scores_rows_apart(
+    tiny_model, listed, register, kind
+):
+    attention = register("lengths_only", real_tokens)
+    model = tiny_model(kind, attention="sdpa")
+    pairs = some_pairs(12, seed=2)
+    expected = alone(listed, model, pairs)
+    routed = RoutedModel(tiny_model(kind, attention=attention))
+    batch = ChoiceBatch(routed, QUESTIONS, 1.0)
+    assert_equal(expected, batch.logprobs(pairs))
+    found, route = batch.routed_logprobs(RouterPolicy(random_routers()))
+    taken = [(place, tuple(row)) for place, row in enumerate(route.tolist())]
+    assert_equal(alone(listed, model, taken), found)
+
+
+class Opaque:
+    """Stands for a mask whose rows can't be cut, as flex attention's."""
+
+
+def test_attention_whose_masks_cannot_be_cut_is_refused(tiny_llama, tiny_tokenizer, register):
+    routed = RoutedModel(tiny_llama())
+    routed.model.config._attn_implementation = register("opaque", lambda *_, **_options: Opaque())
+    choices = ChoiceBatch(routed, QUESTIONS, 1.0)
+    answers = AnswerBatch(routed, tiny_tokenizer, [q.context for q in QUESTIONS], 1.0)
+    pairs = [(0, (1, 1, 0, 1, 1, 1))]
+    with pytest.raises(RoutingError, match="Opaque, which can't be cut by rows"):
+        choices.logprobs(pairs)
+    with pytest.raises(RoutingError, match="Opaque, which can't be cut by rows"):
+        answers.answers(pairs, [2], lambda *_: 0.0)
+
+
+@pytest.mark.parametrize("strategy", ["tree", "sweep"])
+def test_a_search_finds_the_same_where_choices_stand_in_rows_of_their_own(
+    tiny_llama, tiny_tokenizer, assert_same_run, strategy
+):
+    task = get_task("builtin_facts")
+    examples = task.examples("search")[:12]
+    config = SearchConfig(num_simulations=8, strategy=strategy)
+    routed = RoutedModel(tiny_llama(max_position_embeddings=1024), tokenizer=tiny_tokenizer)
+    packed = search_block(routed, examples, task, config)
+    said_to_slide(routed.model)
+    apart = search_block(routed, examples, task, config)
+    assert_same_run(packed, apart)
+    retested = [path for record in apart for path in record.paths if path.retest is not None]
+    assert retested, "the sample must hold candidates"
