@@ -115,6 +115,13 @@ def without_answer(lines: list[str]) -> list[str]:
     return [lines[0], json.dumps(row) + "\n", *lines[2:]]
 
 
+def without_improving(lines: list[str]) -> list[str]:
+    """Keep the questions that the full path answers right."""
+    right = [line for line in lines if json.loads(line)["paths"][0]["reward"] == 1]
+    assert right
+    return right
+
+
 def with_decision_three(lines: list[str]) -> list[str]:
     row = json.loads(lines[1])
     row["optimal_layer_config"][2] = 3
@@ -207,21 +214,49 @@ CASES = [
         without_torch=True,
     ),
     Case(
+        name="flag with choices without a value",
+        words="search --stop-rule",
+        says=("--stop-rule has no value; give one of paper, released, exhaust (when a question",),
+        without_torch=True,
+    ),
+    Case(
+        name="flag of a verb's own without a value",
+        words="show run --question",
+        says=("--question has no value; give one (id of a searched question, to draw the paths",),
+        without_torch=True,
+    ),
+    Case(
+        name="switch with a value",
+        words="search --damage maybe",
+        says=("drllm: --damage takes no value, but 'maybe' follows it; --no-damage turns it off",),
+        without_torch=True,
+    ),
+    Case(
+        name="switch with a value after =",
+        words="search --no_damage=maybe",
+        says=("takes no value, but 'maybe' follows it; --no-damage turns it off",),
+        without_torch=True,
+    ),
+    Case(
         name="prompt without quotes",
         words="generate why is the sky blue",
-        says=("no use for 'is'", "put texts with spaces in quotes", "generate --help"),
+        says=(
+            "drllm: generate has no use for 'is'",
+            "put texts with spaces in quotes",
+            "generate --help",
+        ),
         without_torch=True,
     ),
     Case(
         name="no prompt",
         words="generate --routers run/routers",
-        says=("generate needs PROMPT", "what to answer", "for example: drllm generate"),
+        says=("drllm: generate needs PROMPT", "what to answer", "for example: drllm generate"),
         without_torch=True,
     ),
     Case(
         name="no recipe",
         words="run",
-        says=("run needs RECIPE", "YAML file", "for example: drllm run"),
+        says=("drllm: run needs RECIPE", "YAML file", "for example: drllm run"),
         without_torch=True,
     ),
     Case(
@@ -303,6 +338,33 @@ CASES = [
         without_torch=True,
     ),
     Case(
+        name="a reward twice",
+        words="search --reward letter,letter",
+        says=("--reward names 'letter' twice", "name it once"),
+        without_torch=True,
+    ),
+    Case(
+        name="a number of the tree for another strategy",
+        words="search --strategy sweep --length-penalty 9",
+        says=(
+            "--length-penalty 9 has no effect with --strategy sweep",
+            "leave it out, or choose --strategy tree",
+        ),
+        without_torch=True,
+    ),
+    Case(
+        name="random children for another strategy",
+        words="search --strategy walk --random-child-probability 0",
+        says=("--random-child-probability 0 has no effect with --strategy walk", "leave it out"),
+        without_torch=True,
+    ),
+    Case(
+        name="a shard without questions",
+        words="search --model nowhere --shard 1/2 --limit 1",
+        says=("--shard 1/2 holds no questions", "give fewer shards"),
+        without_torch=True,
+    ),
+    Case(
         name="evaluating a task without options",
         words="evaluate --routers run/routers --tasks builtin_arithmetic",
         says=("'builtin_arithmetic' has no options", "multiple-choice", "'drllm ls tasks'"),
@@ -311,7 +373,7 @@ CASES = [
     Case(
         name="data folder missing",
         words="search --dataset arc_easy --data-dir nowhere",
-        says=("--data-dir nowhere is not a folder", "give the folder"),
+        says=("--data-dir nowhere is not a folder", "give the folder with the tasks' files"),
         without_torch=True,
     ),
     Case(
@@ -437,8 +499,15 @@ CASES = [
     Case(
         name="search file cut off",
         words="supervise --search run/search.jsonl --output new.jsonl",
-        says=("search.jsonl, line 6", "is cut off"),
+        says=("search.jsonl, line 6", "is cut off", "make the file again, or delete the line"),
         prepare=own("run/search.jsonl", lambda lines: [*lines[:5], lines[5][:100]]),
+        without_torch=True,
+    ),
+    Case(
+        name="a share of improving targets where none improves",
+        words="supervise --search run/search.jsonl --output new.jsonl --quota-improving 1.0",
+        says=("has a target (", "over the quota", "leave --quota-improving out"),
+        prepare=own("run/search.jsonl", without_improving),
         without_torch=True,
     ),
     Case(
@@ -700,6 +769,20 @@ CASES = [
         words="show notes.jsonl",
         says=("notes.jsonl, line 1: has text", "expected 'paths' (search)"),
         prepare=write("notes.jsonl", '{"text": "hello"}\n'),
+        without_torch=True,
+    ),
+    Case(
+        name="showing a file that is cut off",
+        words="show run/search.jsonl",
+        says=("search.jsonl, line 1", "is cut off", "make the file again, or delete the line"),
+        prepare=own("run/search.jsonl", lambda lines: [lines[0][:100]]),
+        without_torch=True,
+    ),
+    Case(
+        name="showing a line of rejects that lacks something",
+        words="show new.rejected.jsonl",
+        says=("new.rejected.jsonl, line 1: 'id' is missing or not text",),
+        prepare=write("new.rejected.jsonl", '{"reason": "no valid path"}\n'),
         without_torch=True,
     ),
     Case(

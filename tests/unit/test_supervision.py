@@ -15,11 +15,20 @@ from drllm.records import (
     TriedPath,
     manifest_path,
     new_manifest,
+    read_lines,
     read_supervision,
     sha256,
     write_records,
 )
-from drllm.supervision import REASONS, check_settings, choose, targets, write
+from drllm.supervision import (
+    REASONS,
+    check_settings,
+    choose,
+    rejected_path,
+    rejected_question,
+    targets,
+    write,
+)
 
 MODEL = {
     "id": "some/model",
@@ -309,6 +318,7 @@ def test_the_summary_counts_what_the_search_found_and_what_became_of_it():
 
     assert targets(found, SuperviseConfig()).summary == {
         "questions": 6,
+        "copies": 0,
         "targets": 3,
         "rejected": {
             "no valid path": 2,
@@ -316,7 +326,6 @@ def test_the_summary_counts_what_the_search_found_and_what_became_of_it():
             "no path survived the re-test": 1,
             "no damage in the record": 0,
             "no path saves enough": 0,
-            "same question twice": 0,
             "over the quota": 0,
         },
         "base_correct": 2,
@@ -335,6 +344,7 @@ def test_the_summary_counts_what_the_search_found_and_what_became_of_it():
         "tasks": {
             "facts": {
                 "questions": 6,
+                "copies": 0,
                 "base_correct": 2,
                 "valid_before_retest": 4,
                 "valid_after_retest": 3,
@@ -392,7 +402,31 @@ def test_a_question_asked_twice_counts_once_in_whatever_task_and_spelling():
     supervision = targets(found, SuperviseConfig())
 
     assert [target.task for target in supervision.records] == ["first"]
-    assert supervision.summary["rejected"]["same question twice"] == 1
+    assert supervision.reasons == (None, "same question twice")
+    assert (supervision.summary["questions"], supervision.summary["copies"]) == (1, 1)
+
+
+def test_a_copy_adds_to_no_count_but_that_of_copies():
+    found = [
+        record(*SAVING, question="What is ice?", task="first"),
+        record(*HOPELESS, question="What is fog?", task="first"),
+    ]
+    copies = [
+        record(*IMPROVING, question="what is ice?", task="second"),
+        record(*SAVING, question="What is fog?", id="again", task="second"),
+        record(*SAVING, question="What is fog?", id="again", task="third"),
+    ]
+    alone, joined = (
+        targets(records, SuperviseConfig()).summary for records in (found, [*found, *copies])
+    )
+
+    assert (alone.pop("copies"), joined.pop("copies")) == (0, 3)
+    assert joined["tasks"].pop("second") == {
+        **dict.fromkeys(joined["tasks"]["first"], 0),
+        "copies": 2,
+    }
+    assert joined["tasks"].pop("third")["copies"] == 1
+    assert joined == alone
 
 
 def test_the_first_of_two_copies_counts_even_if_it_has_no_target():
@@ -403,8 +437,9 @@ def test_the_first_of_two_copies_counts_even_if_it_has_no_target():
     supervision = targets(found, SuperviseConfig())
 
     assert supervision.records == ()
+    assert supervision.reasons == ("no valid path", "same question twice")
     assert supervision.summary["rejected"]["no valid path"] == 1
-    assert supervision.summary["rejected"]["same question twice"] == 1
+    assert sum(supervision.summary["rejected"].values()) == 1
 
 
 def kept(share: float, *kinds: tuple[TriedPath, ...]) -> list[str]:
@@ -488,7 +523,8 @@ def test_every_question_has_a_target_or_a_reason():
     summary = targets(found, SuperviseConfig(quota_improving=0.5)).summary
 
     assert set(summary["rejected"]) == set(REASONS)
-    assert summary["targets"] + sum(summary["rejected"].values()) == summary["questions"] == 8
+    assert summary["targets"] + sum(summary["rejected"].values()) == summary["questions"] == 7
+    assert summary["questions"] + summary["copies"] == len(found)
     assert summary["rejected"]["over the quota"] == 3
 
 
@@ -545,6 +581,99 @@ def test_the_manifest_names_the_rewards_of_the_targets_only(tmp_path: Path):
     assert manifest["rewards"] == ["exact", "letter"]
 
 
+def rejected(output: Path) -> list[tuple[str, str, str, str]]:
+    """The lines of the file of rejects beside the targets."""
+    rows = [rejected_question(row) for _, row in read_lines(rejected_path(output))]
+    return [(row.id, row.task, row.question, row.reason) for row in rows]
+
+
+def test_every_question_without_a_target_is_written_with_its_reason(tmp_path: Path):
+    one = search_file(tmp_path, HOPELESS, SAVING, name="a.jsonl")
+    two = tmp_path / "b.jsonl"
+    found = [
+        record(*LUCKY, question="b?", id="q1", task="other"),
+        record(*SAVING, question="A.jsonl  0?", id="q2", task="other"),
+    ]
+    write_records(two, found, new_manifest("search", model=MODEL, config={}))
+    output = tmp_path / "out" / "mine.jsonl"
+    write([one, two], output, SuperviseConfig())
+
+    assert rejected(output) == [
+        ("a.jsonl 0?", "facts", "a.jsonl 0?", "no valid path"),
+        ("q1", "other", "b?", "no path survived the re-test"),
+        ("q2", "other", "A.jsonl  0?", "same question twice"),
+    ]
+    assert sorted(path.name for path in output.parent.iterdir()) == [
+        "mine.jsonl",
+        "mine.manifest.json",
+        "mine.rejected.jsonl",
+    ]
+
+
+def test_where_all_have_a_target_rejects_of_earlier_targets_go(tmp_path: Path):
+    output = tmp_path / "supervision.jsonl"
+    write([search_file(tmp_path, SAVING, LUCKY, name="a.jsonl")], output, SuperviseConfig())
+    assert len(rejected(output)) == 1
+
+    write([search_file(tmp_path, SAVING, name="b.jsonl")], output, SuperviseConfig())
+
+    assert not rejected_path(output).exists()
+
+
+def test_rejects_are_replaced_with_the_targets(tmp_path: Path):
+    source, output = search_file(tmp_path, SAVING, LUCKY), tmp_path / "supervision.jsonl"
+    write([source], output, SuperviseConfig())
+    write([source], output, SuperviseConfig(target="paper", quotas="facts=1"))
+
+    assert [reason for *_, reason in rejected(output)] == ["over the quota"]
+
+
+def test_targets_are_never_trusted_before_their_rejects_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    output = tmp_path / "supervision.jsonl"
+    write([search_file(tmp_path, SAVING, name="a.jsonl")], output, SuperviseConfig())
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("drllm.supervision.files.write_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write([search_file(tmp_path, SAVING, LUCKY)], output, SuperviseConfig())
+
+    # The targets are still those of the first search, and so says their manifest.
+    assert list(json.loads(manifest_path(output).read_text())["inputs"]) == ["a.jsonl"]
+    assert [row.id for row in read_supervision(output)] == ["a.jsonl 0?"]
+
+
+def test_a_search_file_is_not_taken_for_the_place_of_the_rejects(tmp_path: Path):
+    source = search_file(tmp_path, SAVING, LUCKY, name="out.rejected.jsonl")
+    before = source.read_text()
+
+    with pytest.raises(RecordError, match=r"out\.rejected\.jsonl is both read and written"):
+        write([source], tmp_path / "out.jsonl", SuperviseConfig())
+    assert source.read_text() == before
+
+
+def test_rejects_that_cannot_be_written_leave_the_old_targets_alone(tmp_path: Path):
+    output = tmp_path / "supervision.jsonl"
+    write([search_file(tmp_path, SAVING, name="a.jsonl")], output, SuperviseConfig())
+    rejected_path(output).mkdir()
+
+    with pytest.raises(RecordError, match=r"rejected\.jsonl: it is a folder"):
+        write([search_file(tmp_path, LUCKY, SAVING, name="b.jsonl")], output, SuperviseConfig())
+    assert [row.id for row in read_supervision(output)] == ["a.jsonl 0?"]
+
+
+@pytest.mark.parametrize("name", ["id", "task", "question", "reason"])
+def test_a_reject_that_lacks_something_is_refused(name: str):
+    row = dict.fromkeys(("id", "task", "question", "reason"), "x")
+    assert rejected_question(row).reason == "x"
+
+    with pytest.raises(RecordError, match=f"'{name}' is missing or not text"):
+        rejected_question({**row, name: 3})
+
+
 def test_targets_follow_the_order_of_the_files(tmp_path: Path):
     first = search_file(tmp_path, SAVING, SAVING, name="b.jsonl")
     second = search_file(tmp_path, SAVING, name="a.jsonl")
@@ -564,7 +693,7 @@ def test_files_of_one_name_in_two_folders_are_both_inputs(tmp_path: Path):
     output = tmp_path / "supervision.jsonl"
     summary = write([one, two], output, SuperviseConfig())
 
-    assert summary["rejected"]["same question twice"] == 1
+    assert (summary["questions"], summary["copies"]) == (2, 1)
     manifest = json.loads(manifest_path(output).read_text())
     assert manifest["inputs"] == {str(one): sha256(one), str(two): sha256(two)}
 
@@ -597,8 +726,8 @@ def test_a_question_of_two_shards_counts_once(tmp_path: Path):
 
     assert summary["targets"] == 2
     second = json.loads(manifest_path(output).read_text())["files"][str(files[1])]
-    assert (second["questions"], second["targets"]) == (1, 0)
-    assert second["rejected"]["same question twice"] == 1
+    assert (second["questions"], second["copies"], second["targets"]) == (0, 1, 0)
+    assert sum(second["rejected"].values()) == 0
 
 
 def test_a_file_given_twice_is_refused(tmp_path: Path):

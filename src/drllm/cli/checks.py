@@ -15,7 +15,8 @@ from typing import Any
 from drllm.config import EvaluateConfig, SearchConfig
 from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.records import read_manifest, sha256
-from drllm.search.questions import parse_shard
+from drllm.search.questions import asked_of, parse_shard
+from drllm.search.strategies import READ_BY_TREE
 from drllm.tasks.base import Task, choose, get_tasks
 
 
@@ -23,7 +24,8 @@ def tasks_to_search(config: SearchConfig) -> list[Task]:
     """Return the tasks, once it is sure that they can be searched.
 
     Raises:
-        ConfigError: A shard that makes no sense, or settings of Ray without Ray.
+        ConfigError: A shard that makes no sense, settings of Ray without Ray, or of the tree
+            with another strategy; a reward named twice.
         TaskError: An unknown task, a reward that it can't grade, or no questions to be had.
     """
     if config.shard is not None:
@@ -37,15 +39,27 @@ def tasks_to_search(config: SearchConfig) -> list[Task]:
                 f"{flag} {value} has no effect with --executor {config.executor}; "
                 f"give --executor ray, or leave it out"
             )
+    for name in READ_BY_TREE:
+        value = getattr(config, name)
+        if config.strategy != "tree" and value != getattr(SearchConfig(), name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {value:g} has no effect with --strategy "
+                f"{config.strategy}; leave it out, or choose --strategy tree"
+            )
     tasks = get_tasks(config.dataset)
     used = {task.check_reward(config.reward) for task in tasks}
-    for name in () if config.reward is None else config.reward.split(","):
+    rewards = [] if config.reward is None else config.reward.split(",")
+    for name in rewards:
+        if rewards.count(name) > 1:
+            raise ConfigError(f"--reward names {name!r} twice; name it once")
         if name not in used:
             raise TaskError(
                 f"--reward {config.reward}: no task of {config.dataset!r} is graded by {name!r}; "
                 f"leave it out"
             )
     _check_questions(tasks, config.split, config.data_dir)
+    if config.shard is not None:
+        asked_of(tasks, config)
     return tasks
 
 
@@ -65,7 +79,9 @@ def tasks_to_evaluate(config: EvaluateConfig) -> list[Task]:
 def _check_questions(tasks: Sequence[Task], split: str, data_dir: str | None) -> None:
     folder = None if data_dir is None else Path(data_dir)
     if folder is not None and not folder.is_dir():
-        raise TaskError(f"--data-dir {data_dir} is not a folder; give the folder with the tasks'")
+        raise TaskError(
+            f"--data-dir {data_dir} is not a folder; give the folder with the tasks' files"
+        )
     for task in tasks:
         if not task.examples(split, folder):
             raise TaskError(

@@ -83,8 +83,8 @@ def _check_places(request: Request, config: GenerateConfig) -> None:
         raise ConfigError(f"PROMPT {prompt!r} and --file {file} are both given; give one of them")
     if not prompt and not file:
         raise ConfigError(
-            f"drllm generate needs PROMPT (what to answer) or --file (prompts to answer, .jsonl), "
-            f"for example: {VERBS['generate'].example}"
+            f"generate needs PROMPT (what to answer) or --file (prompts to answer, .jsonl), for "
+            f"example: {VERBS['generate'].example}"
         )
     if file and output:
         target = request.path("output")

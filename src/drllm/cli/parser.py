@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -94,7 +95,7 @@ def _request(name: str, verb: Verb, parsed: Mapping[str, Any]) -> Request:
     for flag in verb.flags:
         if flag.required and not parsed[flag.name]:
             raise ConfigError(
-                f"drllm {name} needs {flag.shown} ({flag.help}), for example: {verb.example}"
+                f"{name} needs {flag.shown} ({flag.help}), for example: {verb.example}"
             )
     values = dict(parsed)
     model_given = values.get("model") is not None
@@ -324,16 +325,34 @@ def _explain(error: argparse.ArgumentError, name: str, words: Sequence[str]) -> 
         if unknown.startswith("-"):
             wrong = unknown.partition("=")[0]
             return ConfigError(unknown_name("flag", wrong, flags) + f" ('drllm {name} --help')")
-        return ConfigError(
-            f"drllm {name} has no use for {unknown!r}; put texts with spaces in quotes, "
-            f"or see 'drllm {name} --help'"
+        before = {word: flag for flag, word in itertools.pairwise(words)}.get(unknown, "")
+        return _one_too_many(verb, before, unknown) or ConfigError(
+            f"{name} has no use for {unknown!r}; put texts with spaces in quotes, or see "
+            f"'drllm {name} --help'"
         )
+    match = re.search(r"argument (--[\w-]+).*ignored explicit argument '(.*)'", text)
+    if match and (refused := _one_too_many(verb, match[1], match[2])):
+        return refused
     if match := re.search(r"argument (--[\w-]+).*expected (?:one|at least one) argument", text):
         return ConfigError(f"{match[1]} has no value; {_expectation(verb, match[1])}")
     if match := re.search(r'Parser key "(\w+)"', text):
         flag = "--" + match[1].replace("_", "-")
         return ConfigError(f"{flag} is {_value_of(flag, words)!r}; {_expectation(verb, flag)}")
     return ConfigError(" ".join(text.split()) + f"; see 'drllm {name} --help'")
+
+
+def _one_too_many(verb: Verb, flag: str, value: str) -> ConfigError | None:
+    """Return what is wrong with a value behind a switch; None where the flag is no switch."""
+    said = f"takes no value, but {value!r} follows it"
+    if any(own.switch and own.shown == flag for own in verb.flags):
+        return ConfigError(f"{flag} {said}; leave that out")
+    for group in verb.groups:
+        for name, hint in typing.get_type_hints(group).items():
+            on, off = (f"--{prefix}{name.replace('_', '-')}" for prefix in ("", "no-"))
+            if hint is bool and flag in (on, off):
+                other = f"{off} turns it off" if flag == on else f"{on} turns it on"
+                return ConfigError(f"{flag} {said}; {other}")
+    return None
 
 
 def _flag_names(verb: Verb) -> list[str]:
@@ -346,14 +365,16 @@ def _flag_names(verb: Verb) -> list[str]:
 def _expectation(verb: Verb, flag: str) -> str:
     for own in verb.flags:
         if own.shown == flag:
-            return f"give {own.help}"
+            return f"give one ({own.help})"
     for group in verb.groups:
         hints = typing.get_type_hints(group)
         for declared in dataclasses.fields(group):
             alias = declared.metadata["alias"] or ""
             if flag.removeprefix("--").replace("-", "_") in (declared.name, alias):
                 kinds = typing.get_args(hints[declared.name]) or (hints[declared.name],)
-                return f"give {_WANTED[kinds[0]]} ({declared.metadata['help']})"
+                choices = declared.metadata["choices"]
+                wanted = f"one of {', '.join(choices)}" if choices else _WANTED[kinds[0]]
+                return f"give {wanted} ({declared.metadata['help']})"
     return "give the name of a YAML file"
 
 

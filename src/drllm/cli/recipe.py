@@ -35,7 +35,7 @@ from drllm.config import (
 from drllm.errors import ConfigError, RecordError, unknown_name
 from drllm.records import SCHEMA_VERSION, sha256, write_atomically
 from drllm.search.plan import decisive
-from drllm.supervision import check_settings
+from drllm.supervision import check_settings, rejected_path
 from drllm.supervision import write as write_supervision
 from drllm.tasks.base import Task
 
@@ -334,7 +334,12 @@ class Run:
 
     def _supervise(self) -> Sequence[Path]:
         write_supervision([self.search_file], self.supervision_file, self.recipe.supervise)
-        return [self.supervision_file, self.folder / "supervision.manifest.json"]
+        rejected = rejected_path(self.supervision_file)
+        return [
+            self.supervision_file,
+            self.folder / "supervision.manifest.json",
+            *([rejected] if rejected.is_file() else []),
+        ]
 
     def _train_from(self) -> dict[str, Any]:
         return {

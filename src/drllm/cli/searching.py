@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from drllm.cli import checks, show
 from drllm.cli.parser import Request
+from drllm.cli.show_supervision import say_written
 from drllm.cli.stages import attached, loaded
 from drllm.cli.tables import new_table
 from drllm.cli.terminal import Progress, Terminal, duration
@@ -22,7 +23,7 @@ from drllm.config import ModelConfig, SearchConfig, SuperviseConfig
 from drllm.records import SearchRecord, manifest_path, read_manifest, read_search, sha256, to_lines
 from drllm.search.commits import clear_half_written
 from drllm.search.lock import only_writer
-from drllm.supervision import targets
+from drllm.supervision import rejected_path, targets
 from drllm.supervision import write as write_supervision
 from drllm.tasks.base import Task
 
@@ -55,7 +56,7 @@ def search(request: Request, terminal: Terminal) -> None:
     _say_failed(output, terminal)
     supervision = folder / "supervision.jsonl"
     with only_writer(folder):
-        clear_half_written(supervision, manifest_path(supervision))
+        clear_half_written(supervision, manifest_path(supervision), rejected_path(supervision))
         _supervise_by_default(output, records, supervision, terminal)
 
 
@@ -208,5 +209,4 @@ def _supervise_by_default(
         )
         return
     summary = write_supervision([search_file], output, SuperviseConfig())
-    terminal.say(f"supervision    {output}")
-    show.say_supervision(summary, terminal)
+    say_written(output, summary, terminal)

@@ -1,8 +1,8 @@
 """Records as people read them: the result table, the route picture, `show`.
 
 Owns what is printed about a file or folder of ours. Leaves the story of a search to `show_search`,
-one question's paths to `show_question`, reading and checking to `records` and `reporting`. Loads no
-torch. Axes: L layers.
+one question's paths to `show_question`, targets to `show_supervision`, reading and checking to
+`records` and `reporting`. Loads no torch. Axes: L layers.
 """
 
 from __future__ import annotations
@@ -10,32 +10,34 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.text import Text
 
 from drllm.cli.show_question import show_question
-from drllm.cli.show_search import show_search
+from drllm.cli.show_search import show_failed, show_search, show_unfinished
+from drllm.cli.show_supervision import say_classes, show_rejected, show_supervision
 from drllm.cli.tables import new_table
 from drllm.cli.terminal import Terminal, duration
 from drllm.errors import RecordError
 from drllm.paths import Decision, sketch
 from drllm.records import (
     SearchRecord,
-    SupervisionRecord,
     read_lines,
-    read_manifest,
     read_search,
     read_supervision,
 )
 from drllm.reporting.fields import read_object
 from drllm.reporting.numbers import NBSP, p_value, percent, plain
 from drllm.reporting.results import Evaluation, read_evaluations
-from drllm.supervision import summarise
+from drllm.search.commits import BLOCKS_FOLDER
+from drllm.search.tally import failed_question
+from drllm.supervision import rejected_question
+
+RecordType = TypeVar("RecordType")
 
 STYLES = {Decision.SKIP: "red", Decision.EXECUTE: "dim", Decision.REPEAT: "bold green"}
 LAYERS_A_ROW = 60
-LAYERS_NAMED = 5
 TICK = 10
 
 
@@ -135,95 +137,8 @@ def say_search(records: Sequence[SearchRecord], terminal: Terminal) -> None:
     terminal.say(f"time           {duration(sum(record.seconds for record in records))} in all")
 
 
-def say_supervision(summary: Mapping[str, Any], terminal: Terminal) -> None:
-    """Print a supervision summary: what was found, what survived, what became a target.
-
-    Args:
-        summary: As `summarise` returns it, or as an older version left it in a manifest.
-        terminal: Where to.
-    """
-    total, targets = summary["questions"], summary["targets"]
-    terminal.say(f"base right     {_share(summary['base_correct'], total)}")
-    paths = summary.get("paths", {})
-    for name in ("valid", "saving", "improving"):
-        before, after = (f"{name}_{when}_retest" for when in ("before", "after"))
-        of_paths = f"; {paths[after]} of {paths[before]} such paths" if before in paths else ""
-        terminal.say(
-            f"{name + ' path':14} {summary[before]} questions, {summary[after]} after the re-test"
-            f"{of_paths}"
-        )
-    mean = summary.get("executions")
-    terminal.say(
-        f"targets        {_share(targets, total)}"
-        + (f", {plain(mean, 2)} executions on average" if mean is not None else "")
-    )
-    tasks = summary.get("tasks", {})
-    if len(tasks) > 1:
-        _show_tasks(tasks, terminal)
-    rejects = [f"{n} {reason}" for reason, n in summary["rejected"].items() if n]
-    terminal.say(f"without        {', '.join(rejects) or 'none'}")
-    _say_classes(summary["class_counts"], terminal)
-    _say_layers(summary.get("class_counts_by_layer", []), terminal)
-
-
 def _by_task(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {n}" for name, n in counts.items())
-
-
-def _share(part: int, total: int) -> str:
-    share = percent(part / total if total else None).replace(NBSP, " ")
-    return f"{part} of {total} questions ({share})"
-
-
-def _show_tasks(tasks: Mapping[str, Mapping[str, int]], terminal: Terminal) -> None:
-    table = new_table(
-        "task",
-        "questions",
-        "base right",
-        "saving,\nsurvived",
-        "improving,\nsurvived",
-        "targets",
-        "improving\ntargets",
-        numbers_from=1,
-    )
-    for name, counts in tasks.items():
-        table.add_row(
-            Text(name),
-            *(
-                str(counts[key])
-                for key in (
-                    "questions",
-                    "base_correct",
-                    "saving_after_retest",
-                    "improving_after_retest",
-                    "targets",
-                    "improving_targets",
-                )
-            ),
-        )
-    terminal.show(table)
-
-
-def _say_classes(counts: Sequence[int], terminal: Terminal) -> None:
-    total = sum(counts) or 1
-    shown = [
-        f"{name} {n} ({percent(n / total)})".replace(NBSP, " ")
-        for name, n in zip(("skip", "execute", "repeat"), counts, strict=True)
-    ]
-    terminal.say(f"decisions      {', '.join(shown)}")
-
-
-def _say_layers(counts: Sequence[Sequence[int]], terminal: Terminal) -> None:
-    """Say which layers the targets skip and repeat most, and how often."""
-    for decision, name in ((Decision.SKIP, "most skipped"), (Decision.REPEAT, "most repeated")):
-        ranked = sorted(range(len(counts)), key=lambda layer: (-counts[layer][decision], layer))
-        shown = [
-            f"{layer} ({counts[layer][decision]})"
-            for layer in ranked[:LAYERS_NAMED]
-            if counts[layer][decision]
-        ]
-        if shown:
-            terminal.say(f"{name:14} layers {', '.join(shown)}")
 
 
 # --- show --------------------------------------------------------------------------------------
@@ -243,6 +158,8 @@ def show(place: Path, terminal: Terminal, question: str | None = None) -> None:
     """
     if question is not None:
         _show_question(place, question, terminal)
+    elif place.name == BLOCKS_FOLDER and place.is_dir():
+        show_unfinished(place, terminal)
     elif place.is_dir():
         _show_folder(place, terminal)
     elif place.suffix == ".json":
@@ -271,10 +188,13 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
     if (folder / "router_config.json").is_file():
         _show_routers(folder, terminal)
         return
-    files = [name for name in ("search.jsonl", "supervision.jsonl") if (folder / name).is_file()]
     parts: list[tuple[Path, Callable[[Path, Terminal], None]]] = [
-        (folder / name, _show_lines) for name in files
+        (folder / name, _show_lines)
+        for name in ("search.jsonl", "search.failed.jsonl", "supervision.jsonl")
+        if (folder / name).is_file()
     ]
+    if (folder / BLOCKS_FOLDER).is_dir() and not (folder / "search.jsonl").is_file():
+        parts.insert(0, (folder / BLOCKS_FOLDER, show_unfinished))
     if (folder / "routers" / "router_config.json").is_file():
         parts.append((folder / "routers", _show_routers))
     results = [place for place in (folder / "eval", folder) if _results(place)]
@@ -327,7 +247,11 @@ def _show_lines(path: Path, terminal: Terminal) -> None:
     if "paths" in first:
         show_search(read_search(path), terminal)
     elif "optimal_layer_config" in first:
-        _show_supervision(path, read_supervision(path), terminal)
+        show_supervision(path, read_supervision(path), terminal)
+    elif "reason" in first:
+        show_rejected(_checked(path, rejected_question), terminal)
+    elif "error" in first:
+        show_failed(_checked(path, failed_question), terminal)
     elif "systems" in first:
         rows = sum(1 for _ in read_lines(path))
         terminal.say(f"samples        {rows}; systems {', '.join(first['systems'])}")
@@ -337,23 +261,19 @@ def _show_lines(path: Path, terminal: Terminal) -> None:
     else:
         raise RecordError(
             f"{path}, line 1: has {', '.join(sorted(first)) or 'nothing'}; expected 'paths' "
-            f"(search), 'optimal_layer_config' (supervision), 'systems' (samples) or 'epoch' "
-            f"(metrics)"
+            f"(search), 'error' (questions that failed), 'optimal_layer_config' (supervision), "
+            f"'reason' (questions without a target), 'systems' (samples) or 'epoch' (metrics)"
         )
 
 
-def _show_supervision(path: Path, records: Sequence[SupervisionRecord], terminal: Terminal) -> None:
-    manifest = read_manifest(path, "supervision") or {}
-    if "summary" in manifest:
-        say_supervision(manifest["summary"], terminal)
-    else:
-        counts = summarise([], records, {})
-        terminal.say(f"targets        {len(records)}, no manifest (a file of your own)")
-        _say_classes(counts["class_counts"], terminal)
-        _say_layers(counts["class_counts_by_layer"], terminal)
-    mean = sum(record.executions for record in records) / len(records)
-    layers = len(records[0].optimal_layer_config)
-    terminal.say(f"executions     {plain(mean, 2)} of {layers} on average")
+def _checked(path: Path, read: Callable[[Mapping[str, Any]], RecordType]) -> list[RecordType]:
+    def record(line: int, row: Mapping[str, Any]) -> RecordType:
+        try:
+            return read(row)
+        except RecordError as error:
+            raise RecordError(f"{path}, line {line}: {error}") from error
+
+    return [record(line, row) for line, row in read_lines(path)]
 
 
 def _show_routers(folder: Path, terminal: Terminal) -> None:
@@ -375,7 +295,7 @@ def _show_routers(folder: Path, terminal: Terminal) -> None:
         )
     counts = config.values.get("label_counts") or []
     if counts:
-        _say_classes([sum(column) for column in zip(*counts, strict=True)], terminal)
+        say_classes([sum(column) for column in zip(*counts, strict=True)], terminal)
     if (folder / "metrics.jsonl").is_file():
         _show_metrics(folder / "metrics.jsonl", terminal)
 

@@ -1,14 +1,17 @@
 """The story of a search: what it found by task, what it spent, which single edits were best.
 
-Owns the arithmetic and the printing of `drllm show search.jsonl`. Leaves one question's paths to
-`show_question`, reading and checking to `records`, and which paths count to `supervision`. Loads
-no torch. Axes: L layers.
+Owns the arithmetic and the printing of `drllm show search.jsonl`, and what is said of questions
+that failed and of a search that isn't finished. Leaves one question's paths to `show_question`,
+reading and checking to `records`, and which paths count to `supervision`. Loads no torch. Axes: L
+layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from rich.text import Text
 
@@ -18,6 +21,8 @@ from drllm.paths import Decision, Decisions, to_path
 from drllm.records import SearchRecord
 from drllm.reporting.numbers import NBSP, count, of_total, percent, plain, signed
 from drllm.reporting.summary import EditEffect, edit_effects
+from drllm.search.commits import PLAN_FILE, read_plan
+from drllm.search.tally import FailedQuestion
 from drllm.supervision import summarise, survived
 from drllm.supervision.summary import KINDS
 
@@ -35,11 +40,17 @@ def show_search(records: Sequence[SearchRecord], terminal: Terminal) -> None:
         terminal: Where to.
     """
     n = len(records)
+    counts = summarise(records, [], {})
     paths = [path for record in records for path in record.paths]
     rewards = ", ".join(sorted({record.reward for record in records}))
-    _say(terminal, "questions", f"{count(n)}, {records[0].num_layers} layers, reward {rewards}")
+    copies = f" and {count(counts['copies'])} copies" if counts["copies"] else ""
+    _say(
+        terminal,
+        "questions",
+        f"{count(counts['questions'])}{copies}, {records[0].num_layers} layers, reward {rewards}",
+    )
     _say(terminal, "paths tried", f"{count(len(paths))}, {plain(len(paths) / n)} a question")
-    _show_yields(records, terminal)
+    _show_yields(counts, terminal)
     asked_again = [path for path in paths if path.retest is not None]
     left = sum(survived(path) for path in asked_again)
     _say(
@@ -59,8 +70,7 @@ def _say(terminal: Terminal, name: str, text: str) -> None:
     terminal.say(f"{name:14} {text.replace(NBSP, ' ')}")
 
 
-def _show_yields(records: Sequence[SearchRecord], terminal: Terminal) -> None:
-    counts = summarise(records, [], {})
+def _show_yields(counts: Mapping[str, Any], terminal: Terminal) -> None:
     rows = [*counts["tasks"].items()]
     if len(rows) > 1:
         rows.append(("all", counts))
@@ -182,3 +192,44 @@ def _show_edits(edits: Sequence[EditEffect], title: str, terminal: Terminal) -> 
             signed(edit.margin, 2),
         )
     terminal.show(table)
+
+
+# --- what isn't in search.jsonl ----------------------------------------------------------------
+
+
+def show_failed(questions: Sequence[FailedQuestion], terminal: Terminal) -> None:
+    """Print the questions that a search has set aside, each with its last error.
+
+    Args:
+        questions: Those of a file; at least one.
+        terminal: Where to.
+    """
+    _say(terminal, "failed", f"{count(len(questions))} questions were set aside by the search")
+    table = new_table("task", "id", "attempts", "last error")
+    for question in questions:
+        texts = (question.task, question.id, count(question.attempts), question.error)
+        table.add_row(*map(Text, texts))
+    terminal.show(table)
+
+
+def show_unfinished(folder: Path, terminal: Terminal) -> None:
+    """Print how far a search is that has committed blocks and is still to be joined.
+
+    Args:
+        folder: Where its blocks lie.
+        terminal: Where to.
+
+    Raises:
+        RecordError: A plan that can't be read.
+    """
+    committed = sum(file.stem.isdecimal() for file in folder.glob("*.jsonl"))
+    total = (
+        read_plan(folder / PLAN_FILE).get("num_blocks") if (folder / PLAN_FILE).is_file() else None
+    )
+    of_all = f" of {count(total)}" if isinstance(total, int) else ""
+    _say(
+        terminal,
+        "search",
+        f"not finished: {count(committed)}{of_all} blocks of questions are committed; if it isn't "
+        f"running, the same command goes on behind them",
+    )

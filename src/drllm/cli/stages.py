@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from drllm.cli import checks, listing, show
 from drllm.cli.parser import Request
+from drllm.cli.show_supervision import say_written
 from drllm.cli.terminal import Terminal
 from drllm.config import EvaluateConfig, ModelConfig, SuperviseConfig, TrainConfig
 from drllm.errors import CheckpointError, ConfigError
@@ -38,8 +39,7 @@ def supervise(request: Request, terminal: Terminal) -> None:
     output = request.path("output")
     checks.check_file(output, "--output")
     summary = write_supervision(request.paths("search"), output, request.of(SuperviseConfig))
-    terminal.say(f"supervision    {output}")
-    show.say_supervision(summary, terminal)
+    say_written(output, summary, terminal)
 
 
 def train(request: Request, terminal: Terminal) -> None:

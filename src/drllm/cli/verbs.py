@@ -179,7 +179,7 @@ VERBS: dict[str, Verb] = {
                 required=True,
                 positional=True,
             ),
-            Flag(name="question", help="of a search: draw the paths of the question with this id"),
+            Flag(name="question", help="id of a searched question, to draw the paths tried on it"),
         ),
     ),
 }

@@ -108,7 +108,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 except json.JSONDecodeError as error:
                     cut = "is cut off" if not line.endswith("\n") else "is not JSON"
                     raise RecordError(
-                        f"{path}, line {number}: the line {cut} ({error.msg})"
+                        f"{path}, line {number}: the line {cut} ({error.msg}); make the file "
+                        f"again, or delete the line"
                     ) from error
                 if not isinstance(row, dict):
                     raise RecordError(f"{path}, line {number}: not a JSON object")

@@ -57,23 +57,21 @@ def sections(run: Run) -> list[Section]:
 
 def _search(run: Run) -> list[Block]:
     blocks: list[Block] = []
+    found = summarise(run.search, run.supervision, {})
     if run.search:
         tried = sum(len(record.paths) for record in run.search)
         seconds = sum(record.seconds for record in run.search)
-        right = sum(record.full.reward >= 1 for record in run.search)
+        copies = f" and {count(found['copies'])} copies of them" if found["copies"] else ""
         blocks.append(
             Text(
-                f"{count(len(run.search))} questions were searched, "
+                f"{count(found['questions'])} questions{copies} were searched, "
                 f"{plain(tried / len(run.search))} distinct paths each on average, in "
                 f"{plain(seconds)} seconds. The full path answers "
-                f"{of_total(right, len(run.search))} of them."
+                f"{of_total(found['base_correct'], found['questions'])} of them."
             )
         )
     # A supervision file of somebody else's has no summary; the search says all but the rejects.
-    counts = run.summary or {
-        **summarise(run.search, run.supervision, {}),
-        "rejected": None,
-    }
+    counts = run.summary or {**found, "rejected": None}
     blocks += _yield(counts)
     if run.search:
         blocks += _single_edits(run)

@@ -62,7 +62,7 @@ class Commits:
                 f"choose another --output-dir"
             )
         if is_begun:
-            compare(self.folder, self._read_plan(), self.plan)
+            compare(self.folder, read_plan(self.plan_file), self.plan)
         else:
             write_atomically(self.plan_file, json.dumps(self.plan, indent=2) + "\n")
 
@@ -113,7 +113,7 @@ class Commits:
         are.
         """
         is_begun = self.plan_file.exists()
-        if not self.folder.is_dir() or (is_begun and self._read_plan() != self.plan):
+        if not self.folder.is_dir() or (is_begun and read_plan(self.plan_file) != self.plan):
             return
         files = [file for file in self.folder.iterdir() if file != self.plan_file]
         if is_begun or not files:
@@ -124,14 +124,19 @@ class Commits:
     def _file(self, block: Block) -> Path:
         return self.folder / f"{block.number:05d}.jsonl"
 
-    def _read_plan(self) -> dict[str, Any]:
-        try:
-            return dict(json.loads(self.plan_file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise RecordError(
-                f"{self.plan_file} is broken; delete the folder {self.folder}, and the search "
-                f"begins anew"
-            ) from error
+
+def read_plan(file: Path) -> dict[str, Any]:
+    """Return the plan that stands beside committed blocks.
+
+    Raises:
+        RecordError: It can't be read.
+    """
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise RecordError(
+            f"{file} is broken; delete the folder {file.parent}, and the search begins anew"
+        ) from error
 
 
 def clear_half_written(*files: Path) -> None:

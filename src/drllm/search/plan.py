@@ -62,6 +62,7 @@ def new_plan(
         "settings": decisive(config),
         "model": dict(identity),
         "runtime": dict(runtime),
+        "num_blocks": len(blocks),
         "prompts_sha256": prompts.hexdigest(),
         "rendered_sha256": rendered.hexdigest(),
     }

@@ -1,12 +1,14 @@
 """Which questions a search asks, and in which blocks: limit, shard, like lengths together.
 
-Owns the partition into shards and into blocks, the units that are searched together and committed
-at once. Leaves where questions come from to the tasks. Loads no torch.
+Owns which questions are asked, each one once, and the partition into shards and into blocks, the
+units that are searched together and committed at once. Leaves where questions
+come from to the tasks. Loads no torch.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +18,23 @@ from drllm.config import SearchConfig
 from drllm.errors import ConfigError, TaskError
 from drllm.records import question_key
 from drllm.tasks.base import Example, Prompt, Task, choose
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a search asks of one task.
+
+    Attributes:
+        task: The task.
+        examples: Its questions in their own order; none where the shard or earlier tasks have all.
+        copies: Questions that are left out, since an earlier task of the search has them too.
+    """
+
+    task: Task
+    examples: tuple[Example, ...]
+    copies: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +55,11 @@ class Block:
     places: tuple[int, ...] = ()
 
 
-def blocks_of(tasks: Sequence[Task], config: SearchConfig) -> list[Block]:
-    """Return the questions that a search asks, in blocks.
+def asked_of(tasks: Sequence[Task], config: SearchConfig) -> list[Asked]:
+    """Return the questions that a search asks, each one once.
 
-    The limit comes before the shard, so that the shards of one limit add up to it.
+    The limit comes before the shard, so that the shards of one limit add up to it, and before
+    copies are left out, so that what is drawn of a task doesn't depend on the others.
 
     Args:
         tasks: Where the questions come from.
@@ -51,14 +71,43 @@ def blocks_of(tasks: Sequence[Task], config: SearchConfig) -> list[Block]:
     """
     data_dir = None if config.data_dir is None else Path(config.data_dir)
     shard = None if config.shard is None else parse_shard(config.shard)
-    blocks: list[Block] = []
-    before = 0
+    asked: list[Asked] = []
+    seen: set[str] = set()
     for task in tasks:
         examples = choose(task.examples(config.split, data_dir), config.limit, config.seed)
         if not examples:
             raise TaskError(f"task {task.name!r} has no questions in split {config.split!r}")
         if shard is not None:
             examples = [example for example in examples if in_shard(example, *shard)]
+        keys = [question_key(example.question) for example in examples]
+        kept = [e for e, key in zip(examples, keys, strict=True) if key not in seen]
+        seen.update(keys)
+        asked.append(Asked(task, tuple(kept), len(examples) - len(kept)))
+    if not any(one.examples for one in asked):
+        raise TaskError(f"--shard {config.shard} holds no questions; give fewer shards")
+    return asked
+
+
+def blocks_of(tasks: Sequence[Task], config: SearchConfig) -> list[Block]:
+    """Return the questions that a search asks, in blocks; copies are left out with a warning.
+
+    Args:
+        tasks: Where the questions come from.
+        config: Settings of the search.
+
+    Raises:
+        ConfigError: A shard that makes no sense.
+        TaskError: No questions in a task, or none in this shard.
+    """
+    blocks: list[Block] = []
+    before = 0
+    asked = asked_of(tasks, config)
+    if copies := sum(one.copies for one in asked):
+        logger.warning(
+            "questions left out, since an earlier task of this search has them too: %d", copies
+        )
+    for one in asked:
+        task, examples = one.task, one.examples
         # Questions of like length make a block: little of the batch is then padding.
         reward = task.check_reward(config.reward)
         by_length = sorted(
@@ -66,11 +115,10 @@ def blocks_of(tasks: Sequence[Task], config: SearchConfig) -> list[Block]:
         )
         for start in range(0, len(examples), config.block_size):
             part = by_length[start : start + config.block_size]
-            asked = tuple(examples[place] for place in part)
-            blocks.append(Block(len(blocks), task, asked, tuple(before + place for place in part)))
+            of_block = tuple(examples[place] for place in part)
+            places = tuple(before + place for place in part)
+            blocks.append(Block(len(blocks), task, of_block, places))
         before += len(examples)
-    if not blocks:
-        raise TaskError(f"--shard {config.shard} holds no questions; give fewer shards")
     return blocks
 
 

@@ -176,6 +176,9 @@ STRATEGIES: dict[str, str] = {
 }
 """Name → `module:attribute`, resolved on use."""
 
+READ_BY_TREE = ("exploration_constant", "length_penalty", "random_child_probability")
+"""Settings that no other strategy reads."""
+
 
 def new_search(num_layers: int, config: SearchConfig, rng: Random) -> PathSearch:
     """Start the search that `config.strategy` names on one question.

@@ -1,7 +1,8 @@
 """Whole files: search files of one base model in, `supervision.jsonl` with its manifest out.
 
-Owns which files may be joined and what the manifest tells. Leaves what becomes a target to
-`selection` and reading and writing lines to `records`. Loads no torch.
+Owns which files may be joined, what the manifest tells, and in which order files are written.
+Leaves what becomes a target to `selection`, what is told of the others to `rejects`, and reading
+and writing lines to `records`. Loads no torch.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from drllm.records import (
     question_key,
     read_manifest,
     read_search,
+    to_lines,
+    write_atomically,
     write_records,
 )
 from drllm.supervision.quotas import read_quotas
-from drllm.supervision.rules import NO_DAMAGE, REASONS, SAVES_TOO_LITTLE
+from drllm.supervision.rejects import rejected_path, rejected_questions
+from drllm.supervision.rules import NO_DAMAGE, OVER_QUOTA, REASONS, SAVES_TOO_LITTLE, TWICE
 from drllm.supervision.selection import Supervision, targets
 
 _SAME_MODEL = ("fingerprint", "num_layers", "hidden_size", "class")
@@ -33,10 +37,14 @@ _SAME_MODEL = ("fingerprint", "num_layers", "hidden_size", "class")
 def write(search_files: Sequence[Path], output: Path, config: SuperviseConfig) -> dict[str, Any]:
     """Read search files, pick the targets and write them with their manifest.
 
+    The questions without a target are written beside them, each with its reason; where all have
+    one, there is no such file afterwards.
+
     Args:
         search_files: `search.jsonl` files of one base model (the shards of a search, say), read
             in this order; a question that stands in several of them counts once.
-        output: The `supervision.jsonl` to write; replaced if it is there.
+        output: The `supervision.jsonl` to write; replaced if it is there, and so is
+            `supervision.rejected.jsonl`, or what it is called after the output.
         config: The rule, and the quotas if there are any.
 
     Returns:
@@ -45,8 +53,8 @@ def write(search_files: Sequence[Path], output: Path, config: SuperviseConfig) -
     Raises:
         ConfigError: Settings that can't be followed.
         RecordError: No file; one named twice; a file that can't be trusted; files of different
-            base models or numbers of layers; two questions under one id; an output that is one of
-            the inputs; no target at all. Nothing is written then.
+            base models or numbers of layers; two questions under one id; a file to write that is
+            one of the inputs; no target at all. Nothing is written then.
     """
     _check_names(search_files, output)
     read_quotas(config.quotas)  # what can't be read is refused before large files are
@@ -54,7 +62,8 @@ def write(search_files: Sequence[Path], output: Path, config: SuperviseConfig) -
     for first, other in itertools.combinations(sources, 2):
         _check_same_model(first, other)
     _check_ids(sources)
-    supervision = targets([r for source in sources for r in source.records], config)
+    records = [record for source in sources for record in source.records]
+    supervision = targets(records, config)
     if not supervision.records:
         raise RecordError(_without_targets(supervision.summary))
     manifest = new_manifest(
@@ -67,6 +76,12 @@ def write(search_files: Sequence[Path], output: Path, config: SuperviseConfig) -
     manifest["files"] = dict(
         zip(manifest["inputs"], _counts_by_file(sources, supervision), strict=True)
     )
+    # First, so that targets with a manifest never lie beside the rejects of others.
+    rejected = to_lines(rejected_questions(records, supervision.reasons))
+    if rejected:
+        write_atomically(rejected_path(output), rejected)
+    elif rejected_path(output).is_file():
+        rejected_path(output).unlink()
     write_records(output, supervision.records, manifest)
     return supervision.summary
 
@@ -79,8 +94,9 @@ def _check_names(search_files: Sequence[Path], output: Path) -> None:
         if file.resolve() in named:
             raise RecordError(f"{file} is given twice; name each search file once")
         named.add(file.resolve())
-    if output.resolve() in named:
-        raise RecordError(f"{output} is both read and written; choose another output file")
+    for file in (output, rejected_path(output)):
+        if file.resolve() in named:
+            raise RecordError(f"{file} is both read and written; choose another output file")
 
 
 def _without_targets(summary: Mapping[str, Any]) -> str:
@@ -91,6 +107,11 @@ def _without_targets(summary: Mapping[str, Any]) -> str:
         remedy = "search more simulations, or give a smaller --min-saving"
     if NO_DAMAGE in rejected:
         remedy = "search anew with --damage, or choose another --target"
+    if OVER_QUOTA in rejected:  # a quota alone leaves targets, a share leaves the improving ones
+        remedy = (
+            "no target improves on the full path, so leave --quota-improving out, or search more "
+            "simulations"
+        )
     reasons = ", ".join(f"{n} {reason}" for reason, n in rejected.items())
     return (
         f"none of the {summary['questions']} searched questions has a target ({reasons}); {remedy}"
@@ -105,7 +126,8 @@ def _counts_by_file(
     for source in sources:
         found = Counter(itertools.islice(reasons, len(source.records)))
         yield {
-            "questions": len(source.records),
+            "questions": len(source.records) - found[TWICE],
+            "copies": found[TWICE],
             "targets": found[None],
             "rejected": {reason: found[reason] for reason in REASONS},
         }

@@ -16,7 +16,6 @@ ONLY_FULL_PATH = "only the full path"
 NOT_SURVIVED = "no path survived the re-test"
 NO_DAMAGE = "no damage in the record"
 SAVES_TOO_LITTLE = "no path saves enough"
-TWICE = "same question twice"
 OVER_QUOTA = "over the quota"
 REASONS = (
     NO_VALID_PATH,
@@ -24,10 +23,11 @@ REASONS = (
     NOT_SURVIVED,
     NO_DAMAGE,
     SAVES_TOO_LITTLE,
-    TWICE,
     OVER_QUOTA,
 )
 """Why a searched question has no target."""
+TWICE = "same question twice"
+"""Why a record has no target though its question may have one: an earlier record counts."""
 
 MIN_SAVING = 0.1
 """Share of the full path's executions that a target of the rule `damage` saves at least."""

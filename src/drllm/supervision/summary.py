@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from drllm.paths import Decision, Decisions
-from drllm.records import SearchRecord, SupervisionRecord, TriedPath
+from drllm.records import SearchRecord, SupervisionRecord, TriedPath, question_key
 from drllm.supervision.rules import REASONS, is_improving, is_saving, is_valid, survived
 
 KINDS: dict[str, Callable[[TriedPath, SearchRecord], bool]] = {
@@ -30,35 +30,41 @@ def summarise(
     """Count what the search found and what became of it.
 
     Args:
-        records: Every searched question.
+        records: What was searched. Of records with the same question the first one counts,
+            whatever their tasks and files.
         kept: Their targets.
         rejected: Questions without a target, by reason.
 
     Returns:
         `questions` = `targets` + the sum of `rejected` (every reason is there, zeros too);
-        `base_correct`, the questions that the full path answers right; `valid_…`, `saving_…` and
-        `improving_…`, the questions with at least one such path (the full path is valid too where
-        it is right), `…_before_retest` by the search alone and `…_after_retest` among the paths
-        that survived; `paths`, how many saving and improving paths there were, before and after
-        (every one of them is re-tested, other right paths aren't); `tasks`, all counts of
-        questions by task, with `targets` and `improving_targets`; `executions`, the targets' mean
-        (None without any); `class_counts`, how often the targets skip, execute and repeat, and
-        `class_counts_by_layer`, `[L][3]`.
+        `copies`, the records that are left out of every other count since an earlier one has the
+        same question; `base_correct`, the questions that the full path answers right; `valid_…`,
+        `saving_…` and `improving_…`, the questions with at least one such path (the full path is
+        valid too where it is right), `…_before_retest` by the search alone and `…_after_retest`
+        among the paths that survived; `paths`, how many saving and improving paths there were,
+        before and after (every one of them is re-tested, other right paths aren't); `tasks`, all
+        counts of questions by task, with `targets` and `improving_targets`; `executions`, the
+        targets' mean (None without any); `class_counts`, how often the targets skip, execute and
+        repeat, and `class_counts_by_layer`, `[L][3]`.
     """
     rows = [record.optimal_layer_config for record in kept]
     by_layer = class_counts(rows)
     tasks = dict.fromkeys([*(record.task for record in records), *(r.task for r in kept)])
+    first = first_records(records)
+    copies = Counter(r.task for r in records) - Counter(r.task for r in first)
     return {
-        "questions": len(records),
+        "questions": len(first),
+        "copies": copies.total(),
         "targets": len(kept),
         "rejected": {reason: rejected.get(reason, 0) for reason in REASONS},
-        **_yields(records),
+        **_yields(first),
         "paths": {
-            name: n for name, n in _path_counts(records).items() if not name.startswith("valid")
+            name: n for name, n in _path_counts(first).items() if not name.startswith("valid")
         },
         "tasks": {
             task: _task_counts(
-                [record for record in records if record.task == task],
+                [record for record in first if record.task == task],
+                copies[task],
                 [record for record in kept if record.task == task],
             )
             for task in tasks
@@ -67,6 +73,14 @@ def summarise(
         "class_counts": [sum(layer[decision] for layer in by_layer) for decision in Decision],
         "class_counts_by_layer": by_layer,
     }
+
+
+def first_records(records: Sequence[SearchRecord]) -> list[SearchRecord]:
+    """Return the first record of each question, in order."""
+    first: dict[str, SearchRecord] = {}
+    for record in records:
+        first.setdefault(question_key(record.question), record)
+    return list(first.values())
 
 
 def class_counts(rows: Sequence[Decisions]) -> list[list[int]]:
@@ -84,10 +98,11 @@ def class_counts(rows: Sequence[Decisions]) -> list[list[int]]:
 
 
 def _task_counts(
-    records: Sequence[SearchRecord], kept: Sequence[SupervisionRecord]
+    records: Sequence[SearchRecord], copies: int, kept: Sequence[SupervisionRecord]
 ) -> dict[str, int]:
     return {
         "questions": len(records),
+        "copies": copies,
         **_yields(records),
         "targets": len(kept),
         "improving_targets": sum(record.improving for record in kept),

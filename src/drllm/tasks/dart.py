@@ -6,6 +6,7 @@ training file; here a problem counts once. Its one file serves every stage. Load
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -17,9 +18,14 @@ from drllm.tasks.rows import text_of
 
 LEVELS = (1, 2, 3, 4, 5)
 
+logger = logging.getLogger(__name__)
+
 
 class DartTask(PublishedTask, BoxedTask):
     """The problems of one level, the answer alone in a box.
+
+    A few problems of MATH have no level ("Level ?"). The hub's are passed over with a warning that
+    counts them; in a data folder, which its owner can mend, such a row is an error.
 
     Args:
         level: 1 (easiest) to 5, as MATH has it.
@@ -49,8 +55,7 @@ class DartTask(PublishedTask, BoxedTask):
         Raises:
             TaskError: What is missing or wrong, without file and line.
         """
-        metadata = row.get("query_metadata")
-        level = row.get("level", metadata.get("level") if isinstance(metadata, Mapping) else None)
+        level = _level(row)
         if level not in LEVELS:
             raise TaskError(f"'level' is {level!r}; expected a whole number from 1 to 5")
         question, answer = text_of(row, "query"), text_of(row, "gt_ans")
@@ -63,8 +68,24 @@ class DartTask(PublishedTask, BoxedTask):
             first: dict[str, Mapping[str, Any]] = {}
             for row in super()._hub_rows(file):
                 first.setdefault(str(row.get("query")), row)
-            self._problems[file] = tuple(first.values())
+            levelled = tuple(row for row in first.values() if _level(row) in LEVELS)
+            if not levelled:  # levels are written in another way: the first row is refused
+                return first.values()
+            if without := len(first) - len(levelled):
+                logger.warning(
+                    "%s %s: problems without a level from 1 to 5, which are passed over: %d",
+                    self.repository,
+                    file,
+                    without,
+                )
+            self._problems[file] = levelled
         return self._problems[file]
+
+
+def _level(row: Mapping[str, Any]) -> Any:
+    """Return a row's level as it stands there; None where it has none."""
+    metadata = row.get("query_metadata")
+    return row.get("level", metadata.get("level") if isinstance(metadata, Mapping) else None)
 
 
 DART = tuple(DartTask(level) for level in LEVELS)

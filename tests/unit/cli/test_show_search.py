@@ -8,15 +8,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drllm.cli.show import say_search, say_supervision, show
+from drllm.cli.show import say_search, show
 from drllm.cli.show_question import draw_paths, edits_between, show_question
 from drllm.cli.show_search import distinct_executions, least_harmful_first, show_search
+from drllm.cli.show_supervision import say_supervision
 from drllm.cli.terminal import Terminal
 from drllm.config import SuperviseConfig
 from drllm.cost import executions
 from drllm.errors import RecordError
 from drllm.paths import Decision, to_path
-from drllm.records import Retest, SearchRecord, TriedPath, new_manifest, write_records
+from drllm.records import (
+    Retest,
+    SearchRecord,
+    TriedPath,
+    new_manifest,
+    to_lines,
+    write_atomically,
+    write_records,
+)
+from drllm.search.tally import FailedQuestion
 from drllm.supervision import targets, write
 
 KEPT = Retest(passed=3, asked=4, margin=0.5, survived=True)
@@ -95,6 +105,19 @@ def test_the_story_tells_yields_by_task_before_and_after_the_retest(
     assert "other 1 0 (0.0 %) 1 → 1 1 → 1 1 → 1" in out
     assert "all 2 1 (50.0 %) 2 → 2 2 → 2 1 → 1" in out
     assert "re-test 4 paths asked again, 3 (75.0 %) survived" in out
+
+
+def test_a_copy_of_a_question_counts_in_what_was_spent_and_in_no_yield(
+    capsys: pytest.CaptureFixture[str],
+):
+    copy = record(*FOUND[0].paths, task="other", question="what is  WATER?")
+    show_search([*FOUND, copy], Terminal())
+
+    out = printed(capsys)
+    assert "questions 2 and 1 copies, 4 layers, reward loglikelihood" in out
+    assert "paths tried 11, 3.7 a question" in out
+    assert "other 1 0 (0.0 %) 1 → 1 1 → 1 1 → 1" in out
+    assert "all 2 1 (50.0 %) 2 → 2 2 → 2 1 → 1" in out
 
 
 def test_the_story_tells_executions_and_time(capsys: pytest.CaptureFixture[str]):
@@ -384,6 +407,79 @@ def test_a_folder_without_a_search_has_no_question_to_draw(tmp_path: Path):
         show(tmp_path, Terminal(), "q1")
 
 
+def failed_file(folder: Path) -> Path:
+    file = folder / "search.failed.jsonl"
+    failed = [
+        FailedQuestion(id="q7", task="facts", question="Why?", error=error, attempts=3)
+        for error in ("TaskError: [b]no[/b] prompt", "ModelError: not finite")
+    ]
+    write_atomically(file, to_lines(failed))
+    return file
+
+
+def test_questions_that_failed_are_shown_with_their_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    show(failed_file(tmp_path), Terminal())
+
+    out = printed(capsys)
+    assert "failed 2 questions were set aside by the search" in out
+    assert "facts q7 3 TaskError: [b]no[/b] prompt" in out
+    assert "facts q7 3 ModelError: not finite" in out
+
+
+def test_a_folder_tells_of_questions_that_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    search_file(tmp_path)
+    failed_file(tmp_path)
+    show(tmp_path, Terminal())
+
+    assert "failed 2 questions were set aside" in printed(capsys)
+
+
+def test_a_broken_line_of_the_failed_questions_is_named(tmp_path: Path):
+    file = failed_file(tmp_path)
+    file.write_text(file.read_text() + '{"error": "x"}\n')
+
+    with pytest.raises(RecordError, match=r"failed\.jsonl, line 3: 'id' is missing"):
+        show(file, Terminal())
+
+
+@pytest.mark.parametrize("place", ["", "search.blocks"])
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [('{"num_blocks": 5}', "2 of 5 blocks"), ("{}", "2 blocks"), (None, "2 blocks")],
+)
+def test_a_search_that_is_not_finished_says_how_far_it_is(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    plan: str | None,
+    said: str,
+    place: str,
+):
+    blocks = tmp_path / "search.blocks"
+    for name in ("00000.jsonl", "00003.jsonl", "00004.jsonl.broken", ".00001.jsonl.0a"):
+        write_atomically(blocks / name, "{}\n")
+    if plan is not None:
+        write_atomically(blocks / "plan.json", plan)
+    show(tmp_path / place, Terminal())
+
+    out = printed(capsys)
+    assert f"search not finished: {said} of questions are committed; if it isn't running" in out
+    assert out.endswith("the same command goes on behind them")
+
+
+def test_blocks_beside_a_whole_search_say_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    search_file(tmp_path)
+    write_atomically(tmp_path / "search.blocks" / "00000.jsonl", "{}\n")
+    show(tmp_path, Terminal())
+
+    assert "not finished" not in capsys.readouterr().out
+
+
 # --- supervision -------------------------------------------------------------------------------
 
 
@@ -403,11 +499,38 @@ def test_a_supervision_is_told_with_tasks_reasons_and_layers(capsys: pytest.Capt
     assert "most repeated" not in out
 
 
+def test_questions_without_a_target_are_counted_by_task_and_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    hopeless = [
+        record(tried("1111"), id=f"h{n}", question=f"{n}?", task="fa[ct]s" if n < 2 else "other")
+        for n in range(3)
+    ]
+    file = search_file(tmp_path, [*FOUND, *hopeless])
+    write([file], tmp_path / "mine.jsonl", SuperviseConfig(quotas="other=1,facts=1"))
+    show(tmp_path / "mine.rejected.jsonl", Terminal())
+
+    out = printed(capsys)
+    assert "without 3 records have no target" in out
+    assert "fa[ct]s no valid path 2" in out
+    assert out.endswith("other no valid path 1")
+
+
+def test_copies_of_questions_are_told_apart(capsys: pytest.CaptureFixture[str]):
+    copies = [record(*FOUND[1].paths, task=name, question="What is water?") for name in "ab"]
+    say_supervision(targets([*FOUND, *copies], SuperviseConfig()).summary, Terminal())
+
+    out = printed(capsys)
+    assert "base right 1 of 2 questions (50.0 %)" in out
+    assert "targets 2 of 2 questions (100.0 %)" in out
+    assert "without none copies 2 records, left out: each question counts once" in out
+
+
 def test_a_summary_of_an_older_version_is_told_as_far_as_it_goes(
     capsys: pytest.CaptureFixture[str],
 ):
     summary = targets(FOUND, SuperviseConfig()).summary
-    for name in ("paths", "tasks", "executions", "class_counts_by_layer"):
+    for name in ("copies", "paths", "tasks", "executions", "class_counts_by_layer"):
         del summary[name]
     say_supervision(summary, Terminal())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from drllm.reporting.blocks import Columns, Figure, Table, Text
@@ -45,6 +47,17 @@ def test_the_yield_is_that_of_the_manifest_before_and_after_the_retest(run, lear
             f"{after} ({100 * after / 40:.1f} %)",
         ]
         assert 40 > before >= after > 0  # the fixture has something to show
+
+
+def test_a_copy_of_a_question_is_told_and_counts_once(run):
+    copy = dataclasses.replace(run.search[0], task="another", id="copy")
+    copied = dataclasses.replace(run, search=(*run.search, copy), summary={})
+    (text, *_) = part(sections(copied), "What the search found")
+
+    assert text.text.startswith("40 questions and 1 copies of them were searched, ")
+    right = sum(record.full.reward >= 1 for record in run.search)
+    assert f"The full path answers {right} (" in text.text
+    assert table(part(sections(copied), "What the search found"), "Of 40 questions")
 
 
 def test_every_reason_for_a_missing_target_is_listed(run, learned):

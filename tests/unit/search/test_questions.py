@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, TaskError
-from drllm.search.questions import blocks_of, in_shard, num_questions, parse_shard
+from drllm.records import question_key
+from drllm.search.questions import asked_of, blocks_of, in_shard, num_questions, parse_shard
 from drllm.tasks.base import choose, get_task
 
 
@@ -92,3 +94,81 @@ def test_a_shard_that_makes_no_sense_is_refused(facts, text, says):
         parse_shard(text)
     with pytest.raises(ConfigError, match=says):
         blocks_of([facts], SearchConfig(shard=text))
+
+
+# --- questions of several tasks ----------------------------------------------------------------
+
+
+@pytest.fixture
+def overlapping(tmp_path):
+    """Two tasks of 60 questions, of which 30 are the same but for case and white space."""
+    names = []
+    for name, numbers, wording in (
+        ("one", range(60), "What is {} plus 1?"),
+        ("two", range(30, 90), " what is {}  plus 1?"),
+    ):
+        rows = [
+            {"question": wording.format(n), "answer": n + 1, "grader": "exact"} for n in numbers
+        ]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        names.append(str(path))
+    return [get_task(name) for name in names]
+
+
+def keys(examples):
+    return [question_key(example.question) for example in examples]
+
+
+def test_a_question_of_two_tasks_is_asked_of_the_first_one(overlapping, caplog):
+    first, second = (task.examples("search") for task in overlapping)
+    shared = set(keys(first)) & set(keys(second))
+    assert 0 < len(shared) < len(second)
+
+    one, two = asked_of(overlapping, SearchConfig())
+    assert (list(one.examples), one.copies) == (first, 0)
+    assert list(two.examples) == [e for e in second if question_key(e.question) not in shared]
+    assert two.copies == len(shared)
+
+    blocks = blocks_of(overlapping, SearchConfig(block_size=4))
+    in_order = sorted(
+        (place, example.task, example.id)
+        for block in blocks
+        for place, example in zip(block.places, block.examples, strict=True)
+    )
+    assert [number for number, _, _ in in_order] == list(range(num_questions(blocks)))
+    wanted = [(e.task, e.id) for e in (*one.examples, *two.examples)]
+    assert [(task, name) for _, task, name in in_order] == wanted
+    [warning] = caplog.records
+    told = f"since an earlier task of this search has them too: {len(shared)}"
+    assert warning.getMessage() == f"questions left out, {told}"
+
+
+def test_a_task_of_copies_alone_has_no_block(overlapping, caplog):
+    again = type(overlapping[0])(overlapping[0].path)
+    again.name = "again"
+
+    blocks = blocks_of([overlapping[0], again], SearchConfig())
+
+    assert {block.task.name for block in blocks} == {"one"}
+    assert num_questions(blocks) == len(overlapping[0].examples("search"))
+
+
+def test_tasks_without_a_question_in_common_are_asked_in_silence(facts, caplog):
+    blocks_of([facts, get_task("builtin_arithmetic")], SearchConfig())
+
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("limit", [None, 20])
+def test_shards_leave_out_the_same_copies_as_the_whole(overlapping, limit):
+    whole = asked_of(overlapping, SearchConfig(limit=limit))
+    parts = [asked_of(overlapping, SearchConfig(limit=limit, shard=f"{n}/2")) for n in (1, 2)]
+
+    for number, one in enumerate(whole):
+        shards = [part[number] for part in parts]
+        assert one.copies == sum(part.copies for part in shards)
+        assert sorted(keys(one.examples)) == sorted(
+            key for part in shards for key in keys(part.examples)
+        )
+    assert whole[1].copies > 0

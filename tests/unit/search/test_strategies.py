@@ -8,7 +8,7 @@ from drllm.config import STRATEGIES as ACCEPTED
 from drllm.config import SearchConfig
 from drllm.paths import full_decisions, num_executions
 from drllm.search.mcts import TreeSearch
-from drllm.search.strategies import STRATEGIES, PathSearch, new_search
+from drllm.search.strategies import READ_BY_TREE, STRATEGIES, PathSearch, new_search
 from drllm.search.sweep import SweepSearch
 from drllm.search.walk import WalkSearch
 
@@ -37,6 +37,16 @@ def test_the_table_has_every_strategy_that_the_setting_accepts():
 @pytest.mark.parametrize("strategy", ACCEPTED)
 def test_the_setting_picks_the_strategy(strategy: str):
     assert type(start(strategy)) is KINDS[strategy]
+
+
+@pytest.mark.parametrize("strategy", ACCEPTED)
+def test_the_settings_of_the_tree_change_the_tree_alone(strategy: str):
+    def tried(**settings: float) -> list[tuple[int, ...]]:
+        return run(start(strategy, num_simulations=300, **settings), full=1.0, right=10)
+
+    changed = [tried(**{name: 0.0}) != tried() for name in READ_BY_TREE]
+
+    assert changed == [strategy == "tree"] * len(READ_BY_TREE)
 
 
 @pytest.mark.parametrize("strategy", ACCEPTED)

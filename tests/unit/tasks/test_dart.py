@@ -70,6 +70,32 @@ def test_the_pool_is_read_once_for_all_levels_and_splits(pool: Any) -> None:
     assert pool.asked == [(REPOSITORY, None, "train")]
 
 
+@pytest.mark.parametrize("level", [None, 0, "missing"])
+def test_problems_of_the_pool_without_a_level_are_passed_over_and_counted_once(
+    pool: Any, caplog: pytest.LogCaptureFixture, level: Any
+) -> None:
+    expected = found()
+    DartTask._problems.clear()
+    metadata = {} if level == "missing" else {"level": level}
+    for number, place in ((PROBLEMS, 0), (PROBLEMS + 1, 7)):
+        for sample in range(3):
+            row = {**pool_row(number, sample), "query_metadata": metadata}
+            pool.files[REPOSITORY, None, "train"].insert(place, row)
+
+    assert found() == expected
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{REPOSITORY} train: problems without a level from 1 to 5, which are passed over: 2"
+    ]
+
+
+def test_a_pool_in_which_no_problem_has_a_level_is_refused(pool: Any) -> None:
+    for row in pool.files[REPOSITORY, None, "train"]:
+        row["query_metadata"] = {"level": "Level 2"}
+
+    with pytest.raises(TaskError, match=r"train, row 1: 'level' is 'Level 2'; expected a whole"):
+        DART[1].examples("search")
+
+
 def test_a_data_folder_holds_one_file_for_all_levels(
     pool: Any, tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:

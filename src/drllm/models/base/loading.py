@@ -299,14 +299,15 @@ def _explain(error: Exception, config: ModelConfig) -> ModelError | ConfigError:
             f"model {name!r} needs modelling code of its own, which drllm doesn't run unasked; "
             f"read that code, then pass --trust-remote-code"
         )
+    if config.attn_implementation and re.search("attn_implementation|attention", text, re.I):
+        remedy = "install what it needs, or give" if isinstance(error, ImportError) else "give"
+        return ConfigError(
+            f"--attn-implementation {config.attn_implementation!r} can't be used with {name!r}: "
+            f"{hub.first_line(error).rstrip('.')}; {remedy} --attn-implementation sdpa or eager"
+        )
     if isinstance(error, ImportError):
         return ModelError(
             f"model {name!r} needs a package that isn't installed: {hub.first_line(error)}"
-        )
-    if config.attn_implementation and re.search("attn_implementation|attention", text, re.I):
-        return ConfigError(
-            f"--attn-implementation {config.attn_implementation!r} can't be used with {name!r}: "
-            f"{hub.first_line(error)}"
         )
     if "Unrecognized configuration class" in text:
         return ModelError(

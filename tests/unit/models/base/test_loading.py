@@ -188,6 +188,24 @@ def test_a_device_that_this_machine_lacks_is_refused_with_a_remedy(name: str) ->
 # --- what is refused ---------------------------------------------------------------------------
 
 
+def test_attention_that_is_not_installed_says_what_to_do(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **options: Any) -> None:
+        assert options["attn_implementation"] == "flash_attention_2"
+        raise ImportError(
+            "FlashAttention2 has been toggled on, but there is no package flash_attn."
+        )
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", refuse)
+    message = refused(ConfigError, on_cpu(saved, attn_implementation="flash_attention_2"))
+    assert message.startswith("--attn-implementation 'flash_attention_2' can't be used with ")
+    assert message.endswith(
+        "there is no package flash_attn; install what it needs, or give --attn-implementation "
+        "sdpa or eager"
+    )
+
+
 def test_an_unknown_attention_is_refused_with_the_nearest(saved: Path) -> None:
     message = refused(ConfigError, on_cpu(saved, attn_implementation="spda"))
     assert "unknown attention implementation 'spda'; did you mean 'sdpa'?" in message
