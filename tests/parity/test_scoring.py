@@ -234,6 +234,14 @@ def test_what_all_prompts_begin_with_is_run_once_for_all_of_them(tiny_llama, lis
     assert len(prefixes) + len(stems) == batch.states.executions_run
 
 
+def test_a_model_that_counts_the_rows_of_its_mask_reads_a_common_beginning_too(tiny_model, listed):
+    model, pairs = tiny_model("xglm"), some_pairs(12)
+    expected = [alone(listed, model, WITH_STEM[row], decisions) for row, decisions in pairs]
+    scores = ChoiceBatch(RoutedModel(model), WITH_STEM, 1.0).logprobs(pairs)
+    for slow, fast in zip(expected, scores, strict=True):
+        assert slow == pytest.approx(fast, abs=SUM_TOLERANCE)
+
+
 def test_answers_behind_a_common_beginning_equal_plain_generation(
     tiny_llama, tiny_tokenizer, listed
 ):

@@ -164,7 +164,9 @@ class LayerCall:
 
     def _rows_of(self, name: str, tensor: Tensor, axis: int, rows: tuple[int, ...]) -> Tensor:
         if tensor.shape[axis] == 1:  # broadcast over the batch: the same for every row
-            return tensor
+            # Some models count a mask's rows; several states of a batch of one row need as many.
+            counted = name == "attention_mask" and self._num_rows == 1 and tensor.dim() == 4
+            return tensor.expand(len(rows), -1, -1, -1) if counted else tensor
         if tensor.shape[axis] != self._num_rows:
             raise RoutingError(
                 f"the layers of this model take {name!r} of shape {list(tensor.shape)}, whose axis "
