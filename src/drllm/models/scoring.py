@@ -118,7 +118,9 @@ class ChoiceBatch:
         self._places = [
             range(end - len(rows), end) for end, rows in zip(ends, parts, strict=True)
         ]  # [P], the rows of each question
-        self._rows = shared_rows(routed, self._parts, self.states, contexts=contexts)
+        # Contexts that were run are one a question; rows apart are more, and begin with their own.
+        ahead = contexts if packs else None
+        self._rows = shared_rows(routed, self._parts, self.states, contexts=ahead)
         self._damage = Damage(self._rows)
         self._passes = Passes(routed.model, self.states, paths_per_pass)
         self._whole_rows: Packed | None = None
