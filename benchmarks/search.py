@@ -34,6 +34,7 @@ import transformers
 from torch import nn
 
 from drllm.config import ModelConfig, SearchConfig
+from drllm.cost import distinct_executions
 from drllm.models.base.loading import BaseModel, load
 from drllm.models.prompts import encode, render
 from drllm.models.routed import RoutedModel
@@ -223,15 +224,11 @@ def executions(
 ) -> dict[str, float]:
     """Return executions a path: asked, distinct, and run, in executions of a whole prompt."""
     pairs = [pair for each in rounds for pair in each]
-    prefixes = {
-        (question, to_path(decisions)[:length])
-        for question, decisions in pairs
-        for length in range(1, sum(decisions) + 1)
-    }
+    tried = [[d for place, d in pairs if place == question] for question in range(len(prompts))]
     tokens = statistics.mean(evaluator.num_tokens(place) for place in range(len(prompts)))
     return {
         "run": evaluator.states.tokens_run / tokens / len(pairs),
-        "perfect_sharer": len(prefixes) / len(pairs),
+        "perfect_sharer": sum(map(distinct_executions, tried)) / len(pairs),
         "asked": sum(sum(decisions) for _, decisions in pairs) / len(pairs),
     }
 

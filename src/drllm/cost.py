@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from drllm.errors import ConfigError
-from drllm.paths import num_executions
+from drllm.paths import num_executions, to_path
 
 
 def executions(decisions: Sequence[int]) -> float:
@@ -49,6 +49,24 @@ def max_executions(budget: float, num_layers: int) -> int:
             f"give a factor of the number of layers from 1 to 2"
         )
     return math.floor(budget * num_layers + 1e-9)
+
+
+def distinct_executions(rows: Sequence[Sequence[int]]) -> int:
+    """Count the executions that are left when paths share their common beginnings.
+
+    Args:
+        rows: The decisions of one question's paths.
+
+    Example:
+        >>> distinct_executions([(1, 1, 1), (1, 1, 0), (1, 2, 0)])  # 0, 01, 012, 011
+        4
+    """
+    states: dict[tuple[int, int], int] = {}  # a state and the layer that is run next → the state
+    for row in rows:
+        state = 0
+        for layer in to_path(row):
+            state = states.setdefault((state, layer), len(states) + 1)
+    return len(states)
 
 
 def mean_executions(rows: Sequence[Sequence[int]]) -> float:

@@ -15,6 +15,7 @@ from drllm.models.policies import FixedPolicy
 from drllm.models.routed import RoutedModel
 from drllm.models.scoring import ChoiceBatch
 from drllm.models.shared_rows import Question
+from drllm.paths import to_path
 
 SUM_TOLERANCE = 1e-4
 """Nats that a summed log-probability may differ from the path run alone (design figure; 5e-6 was
@@ -38,6 +39,15 @@ def some_pairs(num, num_layers=6, seed=0):
         if any(decisions):
             pairs.append((rng.randrange(len(QUESTIONS)), decisions))
     return pairs
+
+
+def prefixes(pairs):
+    """Return the distinct states that paths go through."""
+    return {
+        (row, to_path(decisions)[:length])
+        for row, decisions in pairs
+        for length in range(1, sum(decisions) + 1)
+    }
 
 
 def alone(listed, model, question, decisions):
@@ -66,12 +76,7 @@ def test_scores_across_calls_reuse_states_and_stay_equal(tiny_llama):
         assert first == pytest.approx(second, abs=SUM_TOLERANCE)
     run, asked = batch.states.executions_run, batch.states.executions_asked
     assert sum(sum(decisions) for _, decisions in pairs) == asked
-    distinct = {
-        (row, tuple(i for i, d in enumerate(decisions) for _ in range(d))[:length])
-        for row, decisions in pairs
-        for length in range(1, sum(decisions) + 1)
-    }
-    assert len(distinct) == run, "every distinct state is run exactly once"
+    assert len(prefixes(pairs)) == run, "every distinct state is run exactly once"
 
 
 def test_a_state_cache_that_is_too_small_costs_time_and_nothing_else(tiny_llama):
@@ -225,13 +230,8 @@ def test_what_all_prompts_begin_with_is_run_once_for_all_of_them(tiny_llama, lis
     scores = batch.logprobs(pairs[:12]) + batch.logprobs(pairs[12:])
     for slow, fast in zip(expected, scores, strict=True):
         assert slow == pytest.approx(fast, abs=SUM_TOLERANCE)
-    prefixes = {
-        (row, tuple(i for i, d in enumerate(decisions) for _ in range(d))[:length])
-        for row, decisions in pairs
-        for length in range(1, sum(decisions) + 1)
-    }
-    stems = {path for _, path in prefixes}
-    assert len(prefixes) + len(stems) == batch.states.executions_run
+    stems = {path for _, path in prefixes(pairs)}
+    assert len(prefixes(pairs)) + len(stems) == batch.states.executions_run
 
 
 def test_a_model_that_counts_the_rows_of_its_mask_reads_a_common_beginning_too(tiny_model, listed):
@@ -272,13 +272,7 @@ def test_continuations_behind_contexts_that_were_run_equal_each_path_alone(
         batch = ChoiceBatch(routed, questions, 1.0, contexts=answers.rows)
         scores = batch.logprobs(pairs[:15])
         contexts_run = answers.states.executions_run - run
-        assert contexts_run == len(
-            {
-                (row, tuple(i for i, d in enumerate(decisions) for _ in range(d))[:length])
-                for row, decisions in pairs[:15]
-                for length in range(1, sum(decisions) + 1)
-            }
-        ), "nothing but the continuations is run"
+        assert contexts_run == len(prefixes(pairs[:15])), "nothing but the continuations is run"
         scores += batch.logprobs(pairs[15:])  # paths whose contexts weren't run yet
         slow_scores = expected[len(questions[0].context)]
         for slow, fast in zip(slow_scores, scores, strict=True):

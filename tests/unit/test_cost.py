@@ -1,9 +1,18 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from drllm.cost import executions, max_executions, mean_executions, share_saved
+from drllm.cost import (
+    distinct_executions,
+    executions,
+    max_executions,
+    mean_executions,
+    share_saved,
+)
 from drllm.errors import ConfigError
+from drllm.paths import to_path
 
 
 def test_a_cost_is_a_float_in_layer_equivalents():
@@ -41,3 +50,12 @@ def test_saved_is_the_share_of_the_full_path_and_negative_when_more_was_spent():
     assert share_saved(27.0, 30) == pytest.approx(0.1)
     assert share_saved(30.0, 30) == 0.0
     assert share_saved(33.0, 30) == pytest.approx(-0.1)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=5, max_size=5).filter(any).map(tuple), max_size=8)
+)
+def test_distinct_executions_are_the_distinct_beginnings_of_the_paths(rows: list[tuple[int, ...]]):
+    beginnings = {to_path(row)[:end] for row in rows for end in range(1, len(to_path(row)) + 1)}
+
+    assert distinct_executions(rows) == len(beginnings)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 from rich.text import Text
 
@@ -23,6 +22,7 @@ from drllm.errors import RecordError
 from drllm.paths import Decision, sketch
 from drllm.records import (
     SearchRecord,
+    read_each,
     read_lines,
     read_search,
     read_supervision,
@@ -33,8 +33,6 @@ from drllm.reporting.results import Evaluation, read_evaluations
 from drllm.search.commits import BLOCKS_FOLDER
 from drllm.search.tally import failed_question
 from drllm.supervision import rejected_question
-
-RecordType = TypeVar("RecordType")
 
 STYLES = {Decision.SKIP: "red", Decision.EXECUTE: "dim", Decision.REPEAT: "bold green"}
 LAYERS_A_ROW = 60
@@ -249,9 +247,9 @@ def _show_lines(path: Path, terminal: Terminal) -> None:
     elif "optimal_layer_config" in first:
         show_supervision(path, read_supervision(path), terminal)
     elif "reason" in first:
-        show_rejected(_checked(path, rejected_question), terminal)
+        show_rejected([one for _, one in read_each(path, rejected_question)], terminal)
     elif "error" in first:
-        show_failed(_checked(path, failed_question), terminal)
+        show_failed([one for _, one in read_each(path, failed_question)], terminal)
     elif "systems" in first:
         rows = sum(1 for _ in read_lines(path))
         terminal.say(f"samples        {rows}; systems {', '.join(first['systems'])}")
@@ -264,16 +262,6 @@ def _show_lines(path: Path, terminal: Terminal) -> None:
             f"(search), 'error' (questions that failed), 'optimal_layer_config' (supervision), "
             f"'reason' (questions without a target), 'systems' (samples) or 'epoch' (metrics)"
         )
-
-
-def _checked(path: Path, read: Callable[[Mapping[str, Any]], RecordType]) -> list[RecordType]:
-    def record(line: int, row: Mapping[str, Any]) -> RecordType:
-        try:
-            return read(row)
-        except RecordError as error:
-            raise RecordError(f"{path}, line {line}: {error}") from error
-
-    return [record(line, row) for line, row in read_lines(path)]
 
 
 def _show_routers(folder: Path, terminal: Terminal) -> None:

@@ -17,7 +17,8 @@ from rich.text import Text
 
 from drllm.cli.tables import new_table
 from drllm.cli.terminal import Terminal, duration
-from drllm.paths import Decision, Decisions, to_path
+from drllm.cost import distinct_executions
+from drllm.paths import Decision
 from drllm.records import SearchRecord
 from drllm.reporting.numbers import NBSP, count, of_total, percent, plain, signed
 from drllm.reporting.summary import EditEffect, edit_effects
@@ -117,24 +118,6 @@ def _say_executions(records: Sequence[SearchRecord], terminal: Terminal) -> None
             f"{plain(fmean(shortest), 2)} executions of {records[0].num_layers} for the shortest "
             f"surviving path, mean of {count(len(shortest))}",
         )
-
-
-def distinct_executions(rows: Sequence[Decisions]) -> int:
-    """Count the executions that are left when paths share their common beginnings.
-
-    Args:
-        rows: The decisions of one question's paths.
-
-    Example:
-        >>> distinct_executions([(1, 1, 1), (1, 1, 0), (1, 2, 0)])  # 0, 01, 012, 011
-        4
-    """
-    states: dict[tuple[int, int], int] = {}  # a state and the layer that is run next → the state
-    for row in rows:
-        state = 0
-        for layer in to_path(row):
-            state = states.setdefault((state, layer), len(states) + 1)
-    return len(states)
 
 
 # --- single edits ------------------------------------------------------------------------------

@@ -22,10 +22,9 @@ from drllm.models.damage import Damage
 from drllm.models.generation import end_tokens
 from drllm.models.passes import Passes, Price
 from drllm.models.routed import RoutedModel
-from drllm.models.scoring import GIGABYTE
 from drllm.models.shared_rows import Question, SharedRows, Tokens, shared_rows
 from drllm.models.sharing import Pair
-from drllm.models.states import StateCache
+from drllm.models.states import GIGABYTE, StateCache
 
 Verdict: TypeAlias = Callable[[int, str, bool], float | None]
 """Called with a pair's place, its text so far, and whether that is all; None while undecided."""

@@ -27,9 +27,7 @@ from drllm.models.prompts import encode, encode_continuation
 from drllm.models.routed import RoutedModel
 from drllm.models.shared_rows import Packed, Question, SharedRows, can_pack, pack, shared_rows
 from drllm.models.sharing import Pair
-from drllm.models.states import StateCache
-
-GIGABYTE = 1e9
+from drllm.models.states import GIGABYTE, StateCache
 
 
 def tokenised(tokenizer: Any, text: str, continuations: Sequence[str]) -> Question:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from drllm.paths import Path
 
+GIGABYTE = 1e9
+
 Key: TypeAlias = tuple[int, int, Path]
 """The rows that a row belongs to, by number; the row; and the layers executed so far."""
 

@@ -6,6 +6,7 @@ describes the same formats for readers without Python. Loads no torch.
 """
 
 from drllm.records.files import (
+    read_each,
     read_lines,
     read_search,
     read_supervision,
@@ -40,6 +41,7 @@ __all__ = [
     "manifest_path",
     "new_manifest",
     "question_key",
+    "read_each",
     "read_lines",
     "read_manifest",
     "read_search",

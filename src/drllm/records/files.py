@@ -12,7 +12,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from drllm.errors import RecordError
 from drllm.records.lines import (
@@ -24,6 +24,8 @@ from drllm.records.lines import (
 )
 from drllm.records.manifests import manifest_path, read_manifest, sha256
 from drllm.records.splits import question_key
+
+Record = TypeVar("Record")
 
 KINDS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "search": search_record,
@@ -67,11 +69,7 @@ def _read(path: Path, kind: str) -> list[Any]:
     manifest = read_manifest(path, kind)
     records: list[Any] = []
     seen: dict[tuple[str, str], int] = {}
-    for line, row in read_lines(path):
-        try:
-            record = KINDS[kind](row)
-        except RecordError as error:
-            raise RecordError(f"{path}, line {line}: {error}") from error
+    for line, record in read_each(path, KINDS[kind]):
         key = (record.task, record.id)
         if key in seen:
             raise RecordError(
@@ -86,6 +84,26 @@ def _read(path: Path, kind: str) -> list[Any]:
             f"make it again, or delete {manifest_path(path).name} to use it as a file of your own"
         )
     return records
+
+
+def read_each(
+    path: Path, read: Callable[[Mapping[str, Any]], Record]
+) -> Iterator[tuple[int, Record]]:
+    """Yield `(line number, record)` for each line of a JSON lines file.
+
+    Args:
+        path: The file.
+        read: Makes a record of a parsed line; its `RecordError` says what is wrong with it.
+
+    Raises:
+        RecordError: As `read_lines`, or that of `read` with file and line in front.
+    """
+    for line, row in read_lines(path):
+        try:
+            record = read(row)
+        except RecordError as error:
+            raise RecordError(f"{path}, line {line}: {error}") from error
+        yield line, record
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

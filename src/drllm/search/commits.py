@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from drllm.errors import RecordError
-from drllm.records import SearchRecord, read_lines, search_record, write_atomically
+from drllm.records import SearchRecord, read_each, search_record, write_atomically
 from drllm.search.plan import compare
 from drllm.search.questions import Block
 from drllm.search.tally import FailedQuestion, failed_question
@@ -99,7 +99,7 @@ class Commits:
             RecordError: A file that can't be read, or holds other questions than its block's.
         """
         file = self._file(block)
-        read = [_question(file, number, row) for number, row in read_lines(file)]
+        read = [one for _, one in read_each(file, _question)]
         records = [one for one in read if isinstance(one, SearchRecord)]
         failed = [one for one in read if isinstance(one, FailedQuestion)]
         if sorted(one.id for one in read) != sorted(example.id for example in block.examples):
@@ -146,8 +146,5 @@ def clear_half_written(*files: Path) -> None:
             part.unlink(missing_ok=True)
 
 
-def _question(file: Path, number: int, row: Mapping[str, Any]) -> SearchRecord | FailedQuestion:
-    try:
-        return failed_question(row) if "error" in row else search_record(row)
-    except RecordError as error:
-        raise RecordError(f"{file}, line {number}: {error}") from error
+def _question(row: Mapping[str, Any]) -> SearchRecord | FailedQuestion:
+    return failed_question(row) if "error" in row else search_record(row)

@@ -1,8 +1,8 @@
 """Which questions a search asks, and in which blocks: limit, shard, like lengths together.
 
 Owns which questions are asked, each one once, and the partition into shards and into blocks, the
-units that are searched together and committed at once. Leaves where questions
-come from to the tasks. Loads no torch.
+units that are searched together and committed at once. Leaves where questions come from to the
+tasks. Loads no torch.
 """
 
 from __future__ import annotations

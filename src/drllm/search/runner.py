@@ -21,7 +21,7 @@ from drllm.search.executors import Executor
 from drllm.search.lock import only_writer
 from drllm.search.plan import is_complete, new_plan
 from drllm.search.questions import Block, blocks_of, num_questions
-from drllm.search.tally import Tally, tally
+from drllm.search.tally import FailedQuestion, Tally, tally
 from drllm.tasks.base import Prompt, Task
 
 __all__ = ["FAILED_FILE", "SEARCH_FILE", "Status", "run_search", "search_block", "search_path"]
@@ -105,13 +105,14 @@ def run_search(
         if on_begin is not None:
             on_begin(samples)
         found = _search(executor, blocks, commits, config, on_progress)
-        _write_failed(folder / FAILED_FILE, blocks, commits, found)
+        held = [commits.read(block) for block in blocks]
+        _write_failed(folder / FAILED_FILE, [one for _, failed in held for one in failed])
         places = {
             (block.task.name, example.id): place
             for block in blocks
             for example, place in zip(block.examples, block.places, strict=True)
         }
-        records = [record for block in blocks for record in commits.read(block)[0]]
+        records = [record for read, _ in held for record in read]
         records.sort(key=lambda record: places[record.task, record.id])
         manifest = new_manifest(
             "search",
@@ -197,9 +198,8 @@ def _check_hope(found: Tally, total: int, last: Block, commits: Commits) -> None
         )
 
 
-def _write_failed(path: Path, blocks: Sequence[Block], commits: Commits, found: Tally) -> None:
-    if found.failed:
-        failed = (question for block in blocks for question in commits.read(block)[1])
+def _write_failed(path: Path, failed: Sequence[FailedQuestion]) -> None:
+    if failed:
         write_atomically(path, to_lines(failed))
     else:
         path.unlink(missing_ok=True)

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from drllm.cli.show import say_search, show
 from drllm.cli.show_question import draw_paths, edits_between, show_question
-from drllm.cli.show_search import distinct_executions, least_harmful_first, show_search
+from drllm.cli.show_search import least_harmful_first, show_search
 from drllm.cli.show_supervision import say_supervision
 from drllm.cli.terminal import Terminal
 from drllm.config import SuperviseConfig
 from drllm.cost import executions
 from drllm.errors import RecordError
-from drllm.paths import Decision, to_path
+from drllm.paths import Decision
 from drllm.records import (
     Retest,
     SearchRecord,
@@ -134,15 +134,6 @@ def test_a_search_without_survivors_has_no_shortest_path(capsys: pytest.CaptureF
     show_search([record(tried("11"), tried("10"))], Terminal())
 
     assert "shortest" not in printed(capsys)
-
-
-@given(
-    st.lists(st.lists(st.integers(0, 2), min_size=5, max_size=5).filter(any).map(tuple), max_size=8)
-)
-def test_distinct_executions_are_the_distinct_beginnings_of_the_paths(rows: list[tuple[int, ...]]):
-    beginnings = {to_path(row)[:end] for row in rows for end in range(1, len(to_path(row)) + 1)}
-
-    assert distinct_executions(rows) == len(beginnings)
 
 
 def test_single_edits_are_told_by_layer_the_least_harmful_first():
