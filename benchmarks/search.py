@@ -56,7 +56,7 @@ REWARDS = {
 REAL_REWARDS = {**REWARDS, "loglikelihood": "arc_easy", "letter": "arc_easy"}
 """With --data-dir."""
 
-QUICK = {"repeats": 1, "questions": 8, "paths": 4, "sample": 8}
+QUICK = {"repeats": 1, "questions": 8, "paths": 3, "sample": 6}
 WHOLE = {"repeats": 3, "questions": 32, "paths": 50, "sample": 160}
 
 OURS = "BlockEvaluator: all questions in step, prefixes and beginnings shared, choices packed"
