@@ -154,3 +154,28 @@ def sketch(decisions: Sequence[int]) -> str:
         '█·2'
     """
     return "".join("·█2"[int(value)] for value in decisions)
+
+
+def check_path(path: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Return a path as a tuple of plain ints, or say why the model can't run it.
+
+    Args:
+        path: Layer indices in the order executed.
+        num_layers: L.
+
+    Raises:
+        PathError: An empty path, or an index that isn't a layer of the model.
+
+    Example:
+        >>> check_path([0, 1, 0, 1, 2], num_layers=3)
+        (0, 1, 0, 1, 2)
+    """
+    if not len(path):
+        raise PathError("the path is empty; at least one layer must be executed")
+    for place, layer in enumerate(path):
+        if isinstance(layer, bool) or layer not in range(num_layers):
+            raise PathError(
+                f"{layer!r} at position {place} of the path (counted from 0) is not a layer of a "
+                f"model of {num_layers} layers; give indices from 0 to {num_layers - 1}"
+            )
+    return tuple(int(layer) for layer in path)

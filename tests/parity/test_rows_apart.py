@@ -57,6 +57,10 @@ def alone(listed, model, pairs):
     ]
 
 
+def logprobs(scores):
+    return [score.logprobs for score in scores]
+
+
 def assert_equal(expected, found):
     for slow, fast in zip(expected, found, strict=True):
         assert slow == pytest.approx(fast, abs=SUM_TOLERANCE)
@@ -101,7 +105,7 @@ def test_choices_longer_than_a_window_equal_each_path_alone(sliding, listed):
     full = alone(listed, sliding, [(place, FULL) for place in range(3)])
     batch = ChoiceBatch(RoutedModel(sliding), QUESTIONS, 1.0)
     assert_equal(expected, batch.logprobs(pairs[:8]) + batch.logprobs(pairs[8:]))
-    assert_equal(full, batch.base_logprobs())
+    assert_equal(full, logprobs(batch.base_scores()))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neo"])
@@ -186,19 +190,19 @@ def random_routers():
 def test_routers_take_the_routes_that_they_take_where_choices_are_packed(tiny_llama):
     routed = RoutedModel(tiny_llama())
     policy = RouterPolicy(random_routers())
-    packed, packed_route = ChoiceBatch(routed, QUESTIONS, 1.0).routed_logprobs(policy)
+    packed, packed_route = ChoiceBatch(routed, QUESTIONS, 1.0).routed_scores(policy)
     said_to_slide(routed.model)
-    apart, route = ChoiceBatch(routed, QUESTIONS, 1.0).routed_logprobs(policy)
+    apart, route = ChoiceBatch(routed, QUESTIONS, 1.0).routed_scores(policy)
     assert {0, 1, 2} == set(route.flatten().tolist()), "the sample must be a test"
     assert len(set(map(tuple, route.tolist()))) == len(QUESTIONS), "the sample must be a test"
     assert packed_route.tolist() == route.tolist() == routed.last_route.tolist()
-    assert_equal(packed, apart)
+    assert_equal(logprobs(packed), logprobs(apart))
 
 
 def test_routes_of_rows_apart_score_as_those_paths_do_alone(sliding, listed):
     routed = RoutedModel(sliding, random_routers())
     batch = ChoiceBatch(routed, QUESTIONS, 1.0)
-    found, route = batch.routed_logprobs(RouterPolicy(routed.routers))
+    found, route = batch.routed_scores(RouterPolicy(routed.routers))
     # The routers read the context: the route of a question without choices is the same.
     for question, decisions in zip(QUESTIONS, route.tolist(), strict=True):
         with torch.no_grad():
@@ -206,16 +210,16 @@ def test_routes_of_rows_apart_score_as_those_paths_do_alone(sliding, listed):
         assert [decisions] == routed.last_route.tolist()
     routed.detach()
     pairs = [(place, tuple(row)) for place, row in enumerate(route.tolist())]
-    assert_equal(alone(listed, sliding, pairs), found)
+    assert_equal(alone(listed, sliding, pairs), logprobs(found))
 
 
 def test_a_plan_has_one_row_for_each_question(tiny_llama):
     routed = RoutedModel(said_to_slide(tiny_llama()))
     plans = [(1, 0, 2, 1, 1, 1), (0, 1, 1, 1, 2, 1), (1, 1, 1, 1, 0, 0)]
     batch = ChoiceBatch(routed, QUESTIONS, 1.0)
-    found, route = batch.routed_logprobs(FixedPolicy(plans, 6))
+    found, route = batch.routed_scores(FixedPolicy(plans, 6))
     assert plans == [tuple(row) for row in route.tolist()]
-    assert_equal(batch.logprobs(list(enumerate(plans))), found)
+    assert_equal(batch.logprobs(list(enumerate(plans))), logprobs(found))
 
 
 class Recorder:
@@ -232,7 +236,7 @@ class Recorder:
 def test_a_policy_is_asked_once_for_a_question_and_reads_its_context_alone(tiny_llama):
     model = said_to_slide(tiny_llama())
     recorder = Recorder()
-    ChoiceBatch(RoutedModel(model), QUESTIONS, 1.0).routed_logprobs(recorder)
+    ChoiceBatch(RoutedModel(model), QUESTIONS, 1.0).routed_scores(recorder)
     assert [len(QUESTIONS)] * 6 == [view.num_rows for view in recorder.views]
     for row, question in enumerate(QUESTIONS):
         view = recorder.views[0]
@@ -292,9 +296,9 @@ def test_attention_that_takes_no_mask_for_packing_scores_rows_apart(
     routed = RoutedModel(tiny_model(kind, attention=attention))
     batch = ChoiceBatch(routed, QUESTIONS, 1.0)
     assert_equal(expected, batch.logprobs(pairs))
-    found, route = batch.routed_logprobs(RouterPolicy(random_routers()))
+    found, route = batch.routed_scores(RouterPolicy(random_routers()))
     taken = [(place, tuple(row)) for place, row in enumerate(route.tolist())]
-    assert_equal(alone(listed, model, taken), found)
+    assert_equal(alone(listed, model, taken), logprobs(found))
 
 
 class Opaque:

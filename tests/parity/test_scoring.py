@@ -96,10 +96,47 @@ def test_deciding_and_scoring_in_one_pass_equals_scoring_under_that_route(tiny_l
     routed = RoutedModel(model)
     plans = [(1, 0, 2, 1, 1, 1), (0, 1, 1, 1, 2, 1), (1, 1, 1, 1, 0, 0)]
     batch = ChoiceBatch(routed, QUESTIONS, 1.0)
-    scores, route = batch.routed_logprobs(FixedPolicy(plans, 6))
+    scores, route = batch.routed_scores(FixedPolicy(plans, 6))
     assert plans == [tuple(row) for row in route.tolist()]
     for fast, slow in zip(scores, batch.logprobs(list(enumerate(plans))), strict=True):
+        assert slow == pytest.approx(fast.logprobs, abs=SUM_TOLERANCE)
+
+
+def test_tokens_that_are_not_scored_are_read_like_those_of_the_prompt(tiny_llama, listed):
+    model = tiny_llama()
+    question = Question([5, 6, 7, 8], [[10, 11, 12, 13], [20, 21, 13], [30, 13]], [3, 2, 0])
+    pairs = [(0, decisions) for _, decisions in some_pairs(8)]
+    expected = []
+    for _, decisions in pairs:
+        plain = listed(model, decisions)
+        sums = [
+            plain.sums([*question.context, *tokens[:num]], [tokens[num:]])[0]
+            for tokens, num in zip(question.continuations, question.num_unscored, strict=True)
+        ]
+        expected.append(sums)
+    routed = RoutedModel(model)
+    packed = ChoiceBatch(routed, [question], 1.0).logprobs(pairs)
+    apart = [
+        [ChoiceBatch(routed, [row], 1.0).logprobs([pair])[0][0] for row in question.apart()]
+        for pair in pairs
+    ]
+    for slow, fast, row in zip(expected, packed, apart, strict=True):
         assert slow == pytest.approx(fast, abs=SUM_TOLERANCE)
+        assert slow == pytest.approx(row, abs=SUM_TOLERANCE)
+
+
+def test_greedy_are_the_continuations_that_the_path_would_say_itself(tiny_llama, listed):
+    model = tiny_llama()
+    decisions = (1, 0, 2, 1, 1, 1)
+    said = listed(model, decisions).greedy([5, 6, 7], 4)
+    other = [said[0], said[1] + 1, said[2]]
+    question = Question([5, 6, 7], [said, said[:2], other, [*other, 9]], [0, 0, 0, 3])
+    last = int(listed(model, decisions).logits([5, 6, 7, *other])[-1].argmax()) == 9
+    batch = ChoiceBatch(RoutedModel(model), [question], 1.0)
+    [alone] = batch.scores([(0, decisions)], greedy=True)
+    [routed_score], _ = batch.routed_scores(FixedPolicy(decisions, 6))
+    assert (True, True, False, last) == alone.greedy == routed_score.greedy
+    assert batch.scores([(0, decisions)])[0].greedy == ()
 
 
 class Recorder:
@@ -118,7 +155,7 @@ def test_policies_read_the_context_and_no_candidate_answer(tiny_llama):
     model = tiny_llama()
     routed = RoutedModel(model)
     recorder = Recorder()
-    ChoiceBatch(routed, QUESTIONS, 1.0).routed_logprobs(recorder)
+    ChoiceBatch(routed, QUESTIONS, 1.0).routed_scores(recorder)
     [view] = recorder.views
     for row, question in enumerate(QUESTIONS):
         readable = view.hidden[row][view.readable[row]]
@@ -131,10 +168,10 @@ def test_base_scores_are_those_of_the_untouched_model(tiny_llama):
     routed = RoutedModel(model)
     batch = ChoiceBatch(routed, QUESTIONS, 1.0)
     with routed.fixed([2] * 6):  # no policy reaches the base model's pass
-        base = batch.base_logprobs()
+        base = batch.base_scores()
     full = batch.logprobs([(row, (1,) * 6) for row in range(len(QUESTIONS))])
     for first, second in zip(base, full, strict=True):
-        assert first == pytest.approx(second, abs=SUM_TOLERANCE)
+        assert first.logprobs == pytest.approx(second, abs=SUM_TOLERANCE)
 
 
 def test_paths_are_not_shared_where_a_skipped_layer_leaves_something_else(tiny_llama):

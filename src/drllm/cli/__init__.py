@@ -15,11 +15,11 @@ import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from drllm.cli.parser import Request, parse
 from drllm.cli.terminal import Terminal
-from drllm.cli.verbs import overview
+from drllm.cli.verbs import FOREIGN, overview
 from drllm.errors import ConfigError, DrllmError
 
 EXIT_USAGE = 2
@@ -36,6 +36,7 @@ ACTIONS: dict[str, str] = {
     "run": "drllm.cli.recipe:run",
     "ls": "drllm.cli.stages:list_names",
     "show": "drllm.cli.stages:show_place",
+    "lm-eval": "drllm.evaluation.harness.command:run",
 }
 """Verb → `module:function`, resolved on use."""
 
@@ -84,6 +85,10 @@ def _run(words: list[str], terminal: Terminal) -> int:
     if words[0] == "--version":
         terminal.say(f"drllm {importlib.metadata.version('drllm')}")
         return 0
+    if words[0] in FOREIGN:
+        function = _resolved(ACTIONS[words[0]])
+        function(words[1:])
+        return 0
     try:
         request = parse(words)
     except SystemExit as left:  # after --help
@@ -93,5 +98,10 @@ def _run(words: list[str], terminal: Terminal) -> int:
 
 
 def _perform(request: Request, terminal: Terminal) -> None:
-    module, function = ACTIONS[request.verb].split(":")
-    getattr(importlib.import_module(module), function)(request, terminal)
+    _resolved(ACTIONS[request.verb])(request, terminal)
+
+
+def _resolved(action: str) -> Callable[..., None]:
+    module, function = action.split(":")
+    found: Callable[..., None] = getattr(importlib.import_module(module), function)
+    return found

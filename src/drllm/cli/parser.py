@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ActionYesNo, ArgumentParser
 
-from drllm.cli.verbs import VERBS, Flag, Verb
+from drllm.cli.verbs import FOREIGN, VERBS, Flag, Verb
 from drllm.config import ModelConfig, Settings
 from drllm.errors import ConfigError, unknown_name
 
@@ -76,7 +76,8 @@ def parse(words: Sequence[str]) -> Request:
     name, *rest = words
     if name not in VERBS:
         kind = "flag" if name.startswith("-") else "verb"
-        raise ConfigError(unknown_name(kind, name, VERBS) + "; 'drllm --help' explains them")
+        known = {**VERBS, **FOREIGN}
+        raise ConfigError(unknown_name(kind, name, known) + "; 'drllm --help' explains them")
     verb = VERBS[name]
     parser = new_parser(name)
     arguments, files = _take_config_files(_with_dashes(rest))

@@ -185,10 +185,17 @@ VERBS: dict[str, Verb] = {
 }
 
 
+FOREIGN: dict[str, str] = {
+    "lm-eval": "lm-evaluation-harness' own command line, with our model as --model drllm",
+}
+"""Verbs whose words somebody else reads, and what they do."""
+
+
 def overview() -> str:
     """Return the text of `drllm --help`."""
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {name:{width}}  {verb.help}" for name, verb in VERBS.items())
+    lines = {name: verb.help for name, verb in VERBS.items()} | FOREIGN
+    width = max(map(len, lines))
+    verbs = "\n".join(f"  {name:{width}}  {text}" for name, text in lines.items())
     return (
         "usage: drllm VERB [flags]\n\n"
         "Layer routing for frozen Hugging Face language models: skip, execute or repeat each\n"

@@ -111,8 +111,8 @@ class QuestionRun:
         Whatever is set up by the first passes (threads, memory, kernels) would else be counted
         as time of the system that happens to run first.
         """
-        self.batches[-1].base_logprobs()
-        self.batches[-1].routed_logprobs(policy)
+        self.batches[-1].base_scores()
+        self.batches[-1].routed_scores(policy)
 
     def alone(self, system: System, decide: Decide | None) -> Tensor:
         """Run one draw of a system by itself, measured, and return its routes `[Q, L]`.
@@ -128,10 +128,11 @@ class QuestionRun:
         started = _now(device)
         for places, batch in zip(self.places, self.batches, strict=True):
             if decide is None:
-                sums = batch.base_logprobs()
+                found = batch.base_scores()
             else:
-                sums, route = batch.routed_logprobs(decide(places))
+                found, route = batch.routed_scores(decide(places))
                 routes[places] = route
+            sums = [score.logprobs for score in found]
             scores.update(zip(places, sums, strict=True))
         system.seconds = _now(device) - started
         self.add_draw(system, routes, [scores[place] for place in range(len(self.prompts))])

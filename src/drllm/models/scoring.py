@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,10 +46,22 @@ class Score:
         logprobs: Summed log-probability of each continuation, in nats.
         damage: Mean KL from the full path over the prompt's tokens, in nats; None where it
             wasn't asked for, or isn't finite.
+        greedy: For each continuation, whether all of its scored tokens are the likeliest ones;
+            empty where it wasn't asked for.
     """
 
     logprobs: tuple[float, ...]
     damage: float | None = None
+    greedy: tuple[bool, ...] = ()
+
+
+def _joined(parts: Sequence[Score]) -> Score:
+    """Return the score of a question from those of its rows; damage stands with the first."""
+    return Score(
+        tuple(itertools.chain(*(part.logprobs for part in parts))),
+        parts[0].damage,
+        tuple(itertools.chain(*(part.greedy for part in parts))),
+    )
 
 
 class _OncePerQuestion(Policy):
@@ -124,6 +136,11 @@ class ChoiceBatch:
         self._whole_rows: Packed | None = None
         self._targets = [self._targets_of(part) for part in self._parts]
 
+    @property
+    def shares_beginning(self) -> bool:
+        """Whether the prompts begin alike, so that paths read their beginning once for all."""
+        return self._rows.front is not None
+
     def logprobs(self, pairs: Sequence[Pair]) -> list[tuple[float, ...]]:
         """Return the summed log-probability of each continuation, in nats.
 
@@ -135,12 +152,15 @@ class ChoiceBatch:
         """
         return [score.logprobs for score in self.scores(pairs)]
 
-    def scores(self, pairs: Sequence[Pair], *, damage: bool = False) -> list[Score]:
+    def scores(
+        self, pairs: Sequence[Pair], *, damage: bool = False, greedy: bool = False
+    ) -> list[Score]:
         """Return how each path scores its question's continuations.
 
         Args:
             pairs: Question's place and decisions.
             damage: Measure that too, in the same passes.
+            greedy: Say too which continuations are the likeliest ones.
         """
         of_rows = [(row, path) for place, path in pairs for row in self._places[place]]
         self.states.executions_asked += sum(sum(decisions) for _, decisions in of_rows)
@@ -150,14 +170,14 @@ class ChoiceBatch:
             for own, behind in zip(packed.num_own, packed.num_behind, strict=True)
         )
         price = Price(packed.num_columns, most)
-        found = iter(self._passes.run(of_rows, price, lambda part: self._scores(part, damage)))
-        each = [list(itertools.islice(found, len(self._places[place]))) for place, _ in pairs]
+        found = iter(
+            self._passes.run(of_rows, price, lambda part: self._scores(part, damage, greedy))
+        )
         return [
-            Score(tuple(itertools.chain(*(s.logprobs for s in scores))), scores[0].damage)
-            for scores in each
+            _joined(list(itertools.islice(found, len(self._places[place])))) for place, _ in pairs
         ]
 
-    def _scores(self, pairs: Sequence[Pair], damage: bool) -> list[Score]:
+    def _scores(self, pairs: Sequence[Pair], damage: bool, greedy: bool) -> list[Score]:
         """Return how each path scores its row; damage with the first row of a question alone."""
         num_own, num_behind = self._rows.packed.num_own, self._rows.packed.num_behind
         first = {places[0] for places in self._places} if damage else set()
@@ -168,14 +188,14 @@ class ChoiceBatch:
         damages: dict[Pair, float | None] = {}
         with self._rows.run(asked, keep) as shared:
             each = list(zip(asked, ahead, shared.logits, strict=True))
-            sums = self._sums([(pair[0], logits[num:]) for pair, num, logits in each])
+            scores = self._scored([(pair[0], logits[num:]) for pair, num, logits in each], greedy)
             if measured:
                 own = [logits[: num + 1] for _, num, logits in each[: len(measured)]]
                 damages = self._damage.measure(measured, own)
-        found = dict(zip(asked, sums, strict=True))
-        return [Score(found[pair], damages.get(pair)) for pair in pairs]
+        found = dict(zip(asked, scores, strict=True))
+        return [replace(found[pair], damage=damages.get(pair)) for pair in pairs]
 
-    def routed_logprobs(self, policy: Policy) -> tuple[list[tuple[float, ...]], Tensor]:
+    def routed_scores(self, policy: Policy) -> tuple[list[Score], Tensor]:
         """Score every question once under a policy that decides on its prompt alone.
 
         The decisions are taken in the same pass that scores the continuations, and hold for them.
@@ -184,66 +204,89 @@ class ChoiceBatch:
             policy: What decides; it reads the contexts and never a continuation.
 
         Returns:
-            The sums for each question, and the routes taken, `[P, L]`.
+            How each question's continuations score, greedy ones named, and the routes taken,
+            `[P, L]`.
         """
         driver = self.routed.driver
         if len(self._parts) > len(self.questions):
             policy = _OncePerQuestion(policy, self._places)
         with driver.using(policy), driver.reading(self._whole().context):
-            sums = self._all_sums()
+            scores = self._all_scores()
         driver.last_route = [  # one row for each question
             tuple([layer[places[0]] for places in self._places]) for layer in driver.last_route
         ]
-        return sums, self.routed.last_route
+        return scores, self.routed.last_route
 
-    def base_logprobs(self) -> list[tuple[float, ...]]:
-        """Score every question once with the plain base model."""
+    def base_scores(self) -> list[Score]:
+        """Score every question once with the plain base model, greedy continuations named."""
         with self.routed.injection.untouched():
-            return self._all_sums()
+            return self._all_scores()
 
     def forget(self) -> None:
         """Give up all shared states."""
         self._damage.forget()
         self.states.forget()
 
-    def _all_sums(self) -> list[tuple[float, ...]]:
-        """Run whole rows once, and return the sums of every question."""
+    def _all_scores(self) -> list[Score]:
+        """Run whole rows once, and return the scores of every question."""
         rows = self._whole()
+        # By index, not by number: a slice would lie scattered, and the head's product be slow.
+        T, keep = rows.ids.shape[1], max(rows.num_behind) + 1
         with torch.no_grad():
             logits: Tensor = self.routed.model(
                 input_ids=rows.ids,
                 attention_mask=rows.mask,
                 position_ids=rows.positions,
                 use_cache=False,
-                logits_to_keep=max(rows.num_behind) + 1,
+                logits_to_keep=torch.arange(T - keep, T, device=rows.ids.device),
             ).logits
-        sums = self._sums(
+        scores = self._scored(
             [
                 (row, logits[row, logits.shape[1] - num - 1 :])
                 for row, num in enumerate(rows.num_behind)
-            ]
+            ],
+            greedy=True,
         )
-        return [tuple(itertools.chain(*(sums[row] for row in places))) for places in self._places]
+        return [_joined([scores[row] for row in places]) for places in self._places]
 
-    def _sums(self, scored: Sequence[tuple[int, Tensor]]) -> list[tuple[float, ...]]:
-        """Return the sums of rows from their scored tokens' logits `[S, V]`."""
-        sums = torch.cat([self._sum(row, logits) for row, logits in scored])
-        values = iter(sums.tolist())  # at once: a device is waited for here
-        counts = [len(self._parts[row].continuations) for row, _ in scored]
-        return [tuple(itertools.islice(values, count)) for count in counts]
+    def _scored(self, rows: Sequence[tuple[int, Tensor]], greedy: bool) -> list[Score]:
+        """Return the scores of rows from their scored tokens' logits `[S, V]`."""
+        counts = [len(self._parts[row].continuations) for row, _ in rows]
+        each = [self._sum(row, logits, greedy) for row, logits in rows]
+        sums = iter(torch.cat([values for values, _ in each]).tolist())  # at once: it is waited for
+        flags = iter(torch.cat([misses for _, misses in each]).tolist())
+        return [
+            Score(
+                tuple(itertools.islice(sums, num)),
+                greedy=tuple(count == 0 for count in itertools.islice(flags, num if greedy else 0)),
+            )
+            for num in counts
+        ]
 
-    def _sum(self, row: int, logits: Tensor) -> Tensor:
-        """Return the summed log-probability of each continuation, `[C]`."""
+    def _sum(self, row: int, logits: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
+        """Return each continuation's summed log-probability and its tokens that others beat, `[C]`.
+
+        The second is empty unless it is asked for.
+        """
         columns, targets, owners = self._targets[row]
         values = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        each = values[columns, targets] - values.logsumexp(dim=1)[columns]
+        # As lm-evaluation-harness has it: `logsumexp` is nearer to float64, and 1e-4 from it.
+        each = values.log_softmax(dim=1)[columns, targets]
         num = len(self._parts[row].continuations)
-        return torch.zeros(num, dtype=each.dtype, device=each.device).index_add(0, owners, each)
+        sums = torch.zeros(num, dtype=each.dtype, device=each.device).index_add(0, owners, each)
+        if not greedy:
+            return sums, sums.new_empty(0)
+        beaten = (values.argmax(dim=1)[columns] != targets).to(sums.dtype)
+        return sums, torch.zeros_like(sums).index_add(0, owners, beaten)
 
     def _check(self) -> None:
         for question in self.questions:
-            if not question.context or not all(question.continuations):
-                raise RoutingError("a prompt or one of its continuations has no tokens")
+            unscored = question.num_unscored or [0] * len(question.continuations)
+            if not question.context or not all(
+                len(tokens) > num
+                for tokens, num in zip(question.continuations, unscored, strict=True)
+            ):
+                raise RoutingError("a prompt or one of its continuations has no tokens to score")
 
     def _whole(self) -> Packed:
         """Return the rows with nothing in front, laid out when first asked for."""
@@ -260,11 +303,12 @@ class ChoiceBatch:
         targets: list[int] = []
         owners: list[int] = []
         column = 1  # the first scored column is the context's last token
+        unscored = question.num_unscored or [0] * len(question.continuations)
         for owner, tokens in enumerate(question.continuations):
-            inner = len(tokens) - 1
-            columns += [0, *range(column, column + inner)]
-            targets += list(tokens)
-            owners += [owner] * len(tokens)
+            inner, first = len(tokens) - 1, unscored[owner]
+            columns += [0, *range(column, column + inner)][first:]
+            targets += tokens[first:]
+            owners += [owner] * (len(tokens) - first)
             column += inner
         device = self.routed.model.device
         return tuple(torch.tensor(each, device=device) for each in (columns, targets, owners))

@@ -45,10 +45,14 @@ class Question:
     Attributes:
         context: Tokens of the prompt, at least one.
         continuations: Tokens of each continuation, at least one each; empty to generate only.
+        num_unscored: For each continuation, how many of its first tokens are read without being
+            scored, fewer than it has; empty for none. They belong to one continuation alone, so
+            they are no part of the prompt: of a gap that is filled, the text of the filling.
     """
 
     context: Tokens
     continuations: Sequence[Tokens] = ()
+    num_unscored: Sequence[int] = ()
 
     @property
     def num_behind(self) -> int:
@@ -64,7 +68,11 @@ class Question:
         """Return plain questions that ask the same: itself, or one for each continuation."""
         if self.is_plain:
             return [self]
-        return [Question(self.context, [tokens]) for tokens in self.continuations]
+        unscored = self.num_unscored or [0] * len(self.continuations)
+        return [
+            Question(self.context, [tokens], [num])
+            for tokens, num in zip(self.continuations, unscored, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)

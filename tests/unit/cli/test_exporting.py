@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from drllm.cli import main
-from drllm.cli.exporting import Plan, read_plan
 from drllm.errors import PathError, RecordError
 from drllm.paths import to_path
+from drllm.records.path_files import PathFile, read_path_file
 
 NUM_NEW = 12
 
@@ -47,15 +47,15 @@ def written(folder: Path, text: str) -> Path:
     ],
 )
 def test_every_form_gives_its_path(tmp_path: Path, text: str, path: tuple[int, ...]) -> None:
-    assert read_plan(written(tmp_path, text)).path(5) == path
+    assert read_path_file(written(tmp_path, text)).path(5) == path
 
 
 def test_bare_numbers_that_only_decisions_can_be_are_decisions(tmp_path: Path) -> None:
-    assert read_plan(written(tmp_path, "1 2")).path(2) == (0, 1, 1)
+    assert read_path_file(written(tmp_path, "1 2")).path(2) == (0, 1, 1)
 
 
 def test_bare_numbers_that_can_be_both_are_refused_with_both_ways_out(tmp_path: Path) -> None:
-    plan = read_plan(written(tmp_path, "1 1 0 2 1"))
+    plan = read_path_file(written(tmp_path, "1 1 0 2 1"))
     with pytest.raises(PathError) as caught:
         plan.path(5)
     assert '{"decisions": [1, …]} or {"path": [1, …]}' in str(caught.value)
@@ -79,7 +79,7 @@ def test_bare_numbers_that_can_be_both_are_refused_with_both_ways_out(tmp_path: 
 def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, says: str) -> None:
     file = written(tmp_path, text)
     with pytest.raises(RecordError) as caught:
-        read_plan(file)
+        read_path_file(file)
     message = str(caught.value)
     assert says in message
     assert str(file) in message
@@ -103,7 +103,7 @@ def test_a_value_that_is_no_whole_number_is_named_with_its_place(
     tmp_path: Path, text: str, says: str
 ) -> None:
     with pytest.raises(PathError) as caught:
-        read_plan(written(tmp_path, text))
+        read_path_file(written(tmp_path, text))
     assert says in str(caught.value)
     assert len(str(caught.value)) < 300 + len(str(tmp_path))
 
@@ -123,19 +123,19 @@ def test_values_that_the_model_cannot_run_are_named(
     kind: str | None, values: tuple[int, ...], says: str
 ) -> None:
     with pytest.raises(PathError) as caught:
-        Plan(Path("plan.json"), kind, values).path(5)
+        PathFile(Path("plan.json"), kind, values).path(5)
     assert str(caught.value).startswith("plan.json: ")
     assert says in str(caught.value)
 
 
 def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="doesn't exist"):
-        read_plan(tmp_path / "none")
+        read_path_file(tmp_path / "none")
     with pytest.raises(RecordError, match="is a folder"):
-        read_plan(tmp_path)
+        read_path_file(tmp_path)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecordError, match="UTF-8"):
-        read_plan(tmp_path / "binary")
+        read_path_file(tmp_path / "binary")
 
 
 # --- the command -------------------------------------------------------------------------------

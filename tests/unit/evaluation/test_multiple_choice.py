@@ -185,7 +185,7 @@ def test_the_clock_starts_when_base_and_routed_have_run_once(
     base, routers_dir, task, tmp_path, monkeypatch
 ):
     events = []
-    passes = {name: getattr(ChoiceBatch, name) for name in ("base_logprobs", "routed_logprobs")}
+    passes = {name: getattr(ChoiceBatch, name) for name in ("base_scores", "routed_scores")}
 
     def recording(name):
         def run(*args):
@@ -199,9 +199,9 @@ def test_the_clock_starts_when_base_and_routed_have_run_once(
     clock = systems._now
     monkeypatch.setattr(systems, "_now", lambda device: (events.append("clock"), clock(device))[1])
     run_evaluation(base, routers_dir, [task], settings(), tmp_path)
-    assert events[:4] == ["base_logprobs", "routed_logprobs", "clock", "base_logprobs"]
+    assert events[:4] == ["base_scores", "routed_scores", "clock", "base_scores"]
     timed = events[2:]
-    assert timed.count("base_logprobs") == 5  # 24 questions by 5
+    assert timed.count("base_scores") == 5  # 24 questions by 5
     assert timed.count("clock") == 2 * len(DESCRIPTIONS)
 
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from drllm.errors import ArchitectureError, DrllmError, ModelError, PathError
+from drllm.errors import ArchitectureError, DrllmError, ModelError
 from drllm.models.base import hub
 from drllm.models.base.loading import BaseModel
 from drllm.models.export.config import check_layers, config_along
@@ -37,6 +37,7 @@ from drllm.models.injection import Forward, Injection
 from drllm.models.layer_call import LayerCall
 from drllm.models.layers import find_layers
 from drllm.models.prompts import context_length
+from drllm.paths import check_path
 
 NUM_TOKENS = 32
 """Length of the row on which the checkpoint is compared with the path."""
@@ -101,31 +102,6 @@ def export_path(base: BaseModel, path: Sequence[int], output: Path | str) -> Exp
             del listed  # the copies of weights; the checkpoint is loaded now
             _verify(folder, base.model, path, expected)
     return made
-
-
-def check_path(path: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Return a path as a tuple of plain ints, or say why the model can't run it.
-
-    Args:
-        path: Layer indices in the order executed.
-        num_layers: L.
-
-    Raises:
-        PathError: An empty path, or an index that isn't a layer of the model.
-
-    Example:
-        >>> check_path([0, 1, 0, 1, 2], num_layers=3)
-        (0, 1, 0, 1, 2)
-    """
-    if not len(path):
-        raise PathError("the path is empty; at least one layer must be executed")
-    for place, layer in enumerate(path):
-        if isinstance(layer, bool) or layer not in range(num_layers):
-            raise PathError(
-                f"{layer!r} at position {place} of the path (counted from 0) is not a layer of a "
-                f"model of {num_layers} layers; give indices from 0 to {num_layers - 1}"
-            )
-    return tuple(int(layer) for layer in path)
 
 
 # --- the model for the path --------------------------------------------------------------------

@@ -18,10 +18,10 @@ from drllm.errors import ArchitectureError, ConfigError, ModelError, PathError, 
 from drllm.models.architectures.families import IN_SUITE
 from drllm.models.base.loading import BaseModel
 from drllm.models.export import model as export
-from drllm.models.export.model import check_path, export_path
+from drllm.models.export.model import export_path
 from drllm.models.layers import find_layers
 from drllm.models.routed import RoutedModel
-from drllm.paths import to_decisions
+from drllm.paths import check_path, to_decisions
 
 PLAN = (0, 2, 2, 4, 5, 5)
 """Skips and repeats, which decisions can express."""

@@ -1,0 +1,213 @@
+"""How much faster multiple-choice questions are scored than by the harness' own class.
+
+Ours: `RoutedLM` in lm-evaluation-harness, every layer executed once: all continuations of a
+question behind one copy of its context, beginnings that prompts share read once.
+Theirs: the harness' `hf` class, one row for each continuation.
+Both answer the same requests with the same batch size, taking turns in one run, and every
+log-probability and verdict is compared. Then the same with routers that read the prompts and are
+biased to execute every layer, which is what routers cost.
+
+    python benchmarks/evaluation.py [--quick] [--json FILE] [--clock cpu] [--data-dir DIR]
+        [--device DEVICE] [--dtype DTYPE] [--model MODEL] [--questions N] [--batch-size N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from drllm.config import ModelConfig
+from drllm.evaluation.harness.model import RoutedLM
+from drllm.models.base.identity import fingerprint
+from drllm.models.base.loading import BaseModel, load
+from drllm.models.policies import RouterPolicy
+from drllm.models.routers import RouterConfig, RouterStack
+from drllm.tasks.base import OPTIONS_REWARD, choose, get_task
+
+Clock = Callable[[], float]
+
+TASKS = ("builtin_facts",)
+REAL_TASKS = ("arc_easy", "mmlu", "commonsense_qa")
+"""With --data-dir."""
+
+QUICK = {"repeats": 1, "questions": 32}
+WHOLE = {"repeats": 5, "questions": 200}
+
+OURS = "RoutedLM: the choices of a question behind one copy of its context"
+THEIRS = "lm-evaluation-harness' hf class: a row for each choice"
+EXECUTE = 1e6
+"""Bias by which routers always execute, whatever they read."""
+
+
+def requests_of(task_name: str, num: int, data_dir: Path | None) -> list[Instance]:
+    """Return the requests of some questions, as the harness makes them."""
+    task = get_task(task_name)
+    examples = choose(task.examples("test", data_dir), num, seed=0)
+    prompts = [task.prompt(example, OPTIONS_REWARD) for example in examples]
+    return [
+        Instance("loglikelihood", {}, (prompt.text, choice), idx, (task_name, doc, 1))
+        for doc, prompt in enumerate(prompts)
+        for idx, choice in enumerate(prompt.continuations)
+    ]
+
+
+def executing_routers(base: BaseModel) -> RouterStack:
+    """Return routers that read every prompt and always execute."""
+    config = RouterConfig(
+        num_layers=base.num_layers,
+        hidden_size=base.hidden_size,
+        base_model=base.name,
+        base_fingerprint=fingerprint(base.model),
+    )
+    stack = RouterStack(config, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stack.decision_bias[:, 1] += EXECUTE
+    return stack
+
+
+def compare(
+    base: BaseModel, task: str, sizes: dict[str, int], data_dir: Path | None, clock: Clock
+) -> dict[str, Any]:
+    """Time both ways on one task's questions, and compare their answers."""
+    requests = requests_of(task, sizes["questions"], data_dir)
+    stock = HFLM(
+        pretrained=copy.deepcopy(base.model),
+        tokenizer=base.tokenizer,
+        batch_size=sizes["batch_size"],
+    )
+    ours = RoutedLM(base, batch_size=sizes["batch_size"])
+    full, routers = ours.policy, RouterPolicy(executing_routers(base).to(base.model.device))
+
+    def timed(lm: HFLM) -> tuple[float, list[tuple[float, bool]]]:
+        started = clock()
+        answers = lm.loglikelihood(requests, disable_tqdm=True)
+        return clock() - started, answers
+
+    runs = []
+    try:
+        for repeat in range(sizes["repeats"] + 1):  # the first one warms up
+            ways: dict[str, tuple[HFLM, Any]] = {
+                "theirs_s": (stock, None),
+                "ours_s": (ours, full),
+                "routers_s": (ours, routers),
+            }
+            run, answers = {}, {}
+            for name, (lm, policy) in sorted(ways.items(), reverse=repeat % 2 == 1):
+                if policy is not None:
+                    ours.policy = policy
+                run[name], answers[name] = timed(lm)
+            runs.append(run)
+    finally:
+        ours.routed.detach()
+    pairs = list(zip(answers["theirs_s"], answers["ours_s"], strict=True))
+    routed = list(zip(answers["ours_s"], answers["routers_s"], strict=True))
+    timed_runs = runs[1:]
+    speedups = [run["theirs_s"] / run["ours_s"] for run in timed_runs]
+    overheads = [run["routers_s"] / run["ours_s"] for run in timed_runs]
+    return {
+        "task": task,
+        "questions": sizes["questions"],
+        "requests": len(requests),
+        "speedup": statistics.median(speedups),
+        "router_overhead": statistics.median(overheads),
+        "runs": timed_runs,
+        "largest_difference": max(abs(slow[0] - fast[0]) for slow, fast in pairs),
+        "verdicts_that_differ": sum(slow[1] != fast[1] for slow, fast in pairs)
+        + best_differ(requests, answers["theirs_s"], answers["ours_s"]),
+        "routers_largest_difference": max(abs(a[0] - b[0]) for a, b in routed),
+    }
+
+
+def best_differ(requests: list[Instance], theirs: list[Any], ours: list[Any]) -> int:
+    """Return on how many questions the likeliest choice is another one."""
+    best: dict[int, tuple[list[float], list[float]]] = {}
+    for request, slow, fast in zip(requests, theirs, ours, strict=True):
+        of_doc = best.setdefault(request.doc_id, ([], []))
+        of_doc[0].append(slow[0])
+        of_doc[1].append(fast[0])
+    return sum(a.index(max(a)) != b.index(max(b)) for a, b in best.values())
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print what was found about one task."""
+    theirs, ours = (
+        statistics.median(run[name] for run in result["runs"]) for name in ("theirs_s", "ours_s")
+    )
+    print(
+        f"{result['task']}: speedup {result['speedup']:.2f} ({len(result['runs'])} repeats); "
+        f"{theirs:.1f} s by the harness' class, {ours:.1f} s ours; {result['questions']} "
+        f"questions, {result['requests']} choices\n"
+        f"  largest difference of a log-probability {result['largest_difference']:.1e}, "
+        f"{result['verdicts_that_differ']} verdicts differ\n"
+        f"  with routers that execute everything {result['router_overhead']:.3f} times the time"
+    )
+
+
+def main() -> None:
+    """Run the comparison and print it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small sample, under a minute")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time of a single thread, for a machine that is used by others too",
+    )
+    parser.add_argument("--data-dir", type=Path, help="real questions in place of built-in ones")
+    parser.add_argument("--tasks", help="comma list of tasks with options")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    parser.add_argument("--model", default=ModelConfig().model, help="alias, hub id or folder")
+    parser.add_argument("--questions", type=int, help="of each task")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows a pass, both ways")
+    parser.add_argument("--repeats", type=int)
+    options = parser.parse_args()
+    sizes = {**(QUICK if options.quick else WHOLE), "batch_size": options.batch_size}
+    sizes |= {name: given for name in sizes if (given := getattr(options, name)) is not None}
+    clock: Clock = time.perf_counter
+    if options.clock == "cpu":  # of several threads it would add up those that wait as well
+        torch.set_num_threads(1)
+        clock = time.process_time
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    base = load(ModelConfig(model=options.model, dtype=options.dtype, device=options.device))
+    names = options.tasks.split(",") if options.tasks else REAL_TASKS if options.data_dir else TASKS
+    results = []
+    for name in names:
+        results.append(compare(base, name, sizes, options.data_dir, clock))
+        report(results[-1])
+    figures = {
+        "speedup": {result["task"]: result["speedup"] for result in results},
+        "overhead": {result["task"]: result["router_overhead"] for result in results},
+        "verdicts_that_differ": {r["task"]: r["verdicts_that_differ"] for r in results},
+        "repeats": sizes["repeats"],
+        "ours": OURS,
+        "theirs": THEIRS,
+        "model": base.name,
+        "clock": options.clock,
+        "machine": f"{platform.machine()}, {base.model.device}, {base.model.dtype}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}",
+        "results": results,
+    }
+    if base.model.device.type == "cuda":
+        figures["machine"] += f", {torch.cuda.get_device_name(base.model.device)}"
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Our model in lm-evaluation-harness against the harness' own, and against each path alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from drllm.errors import ConfigError, RoutingError
+from drllm.evaluation.harness.model import RoutedLM
+from drllm.models.base.identity import fingerprint
+from drllm.models.base.loading import BaseModel
+from drllm.models.policies import RouterPolicy
+from drllm.models.routers import RouterConfig, RouterStack
+
+LOGPROB_TOLERANCE = 1e-4
+"""Nats that a continuation may differ from the harness' own number (design figure)."""
+
+QUESTIONS = {
+    "what is it?": [" a cat", " a dog and a cat", " 7"],
+    "two words, and more": [" A", " B", " C", " D"],
+    "x": [" y y y y y y", " z"],
+    "the same beginning of several prompts: one": [" 1", " 22"],
+    "the same beginning of several prompts: another": [" 333", " 4"],
+}
+
+
+@pytest.fixture
+def base(tiny_llama, tiny_tokenizer):
+    model = tiny_llama(max_position_embeddings=96)
+    return BaseModel(model=model, tokenizer=tiny_tokenizer, name="tiny", revision=None)
+
+
+@pytest.fixture
+def routers(base, tmp_path):
+    config = RouterConfig(
+        num_layers=6, hidden_size=32, base_model="tiny", base_fingerprint=fingerprint(base.model)
+    )
+    stack = RouterStack(config, torch.Generator().manual_seed(2))
+    with torch.no_grad():  # far from the zero biases, so that all three decisions turn up
+        stack.decision_weight.mul_(3)
+    stack.save(tmp_path / "routers")
+    return tmp_path / "routers"
+
+
+def instances(questions, kind="loglikelihood", task="task"):
+    return [
+        Instance(kind, {}, (context, continuation), idx, (task, doc, 1))
+        for doc, (context, continuations) in enumerate(questions.items())
+        for idx, continuation in enumerate(continuations)
+    ]
+
+
+def stock(base, **options):
+    return HFLM(pretrained=copy.deepcopy(base.model), tokenizer=base.tokenizer, **options)
+
+
+def assert_same(expected, found):
+    for (slow, slow_greedy), (fast, fast_greedy) in zip(expected, found, strict=True):
+        assert slow == pytest.approx(fast, abs=LOGPROB_TOLERANCE)
+        assert slow_greedy == fast_greedy
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64, "auto"])
+def test_without_routers_every_answer_is_the_harness_own(base, batch_size):
+    expected = stock(base).loglikelihood(instances(QUESTIONS), disable_tqdm=True)
+    found = RoutedLM(base, batch_size=batch_size).loglikelihood(
+        instances(QUESTIONS), disable_tqdm=True
+    )
+    assert_same(expected, found)
+
+
+def test_a_continuation_that_the_model_would_say_itself_is_greedy_in_both(base):
+    plain = stock(base)
+    [said] = plain.generate_until(
+        [Instance("generate_until", {}, ("what is", {"max_gen_toks": 5, "until": []}), 0)]
+    )
+    questions = {"what is": [said, said[:2], said[:-1] + "#"]}
+    expected = plain.loglikelihood(instances(questions), disable_tqdm=True)
+    assert [greedy for _, greedy in expected] == [True, True, False], "the sample must be a test"
+    assert_same(expected, RoutedLM(base).loglikelihood(instances(questions), disable_tqdm=True))
+
+
+def test_options_that_stand_in_the_context_score_as_in_the_harness(base):
+    requests = [
+        Instance("loglikelihood", {}, (f"so {name} went", " home again"), idx, ("gap", 0, 1))
+        for idx, name in enumerate(["Anna", "Bo"])
+    ]
+    assert_same(
+        stock(base).loglikelihood(requests, disable_tqdm=True),
+        RoutedLM(base).loglikelihood(requests, disable_tqdm=True),
+    )
+
+
+def test_prompts_that_are_too_long_are_cut_as_in_the_harness(base):
+    questions = {"long " * 40: [" a", " bb cc"], "short": [" a"]}
+    assert_same(
+        stock(base, max_length=50).loglikelihood(instances(questions), disable_tqdm=True),
+        RoutedLM(base, max_length=50).loglikelihood(instances(questions), disable_tqdm=True),
+    )
+
+
+def test_text_without_a_prompt_scores_as_in_the_harness_under_a_fixed_plan(base):
+    requests = instances({"": ["some text", "other"]})
+    assert_same(
+        stock(base).loglikelihood(requests, disable_tqdm=True),
+        RoutedLM(base).loglikelihood(requests, disable_tqdm=True),
+    )
+
+
+def test_rolling_texts_score_as_in_the_harness_under_a_fixed_plan(base):
+    requests = [
+        Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("a text " * 30, "short")
+    ]
+    expected = stock(base).loglikelihood_rolling(requests, disable_tqdm=True)
+    found = RoutedLM(base).loglikelihood_rolling(requests, disable_tqdm=True)
+    assert expected == pytest.approx(found, abs=LOGPROB_TOLERANCE * 3)  # windows
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, "auto"])
+def test_without_routers_generated_answers_are_the_harness_own(base, batch_size):
+    settings = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
+    requests = [Instance("generate_until", {}, (text, dict(settings)), 0) for text in QUESTIONS]
+    expected = stock(base).generate_until(requests, disable_tqdm=True)
+    found = RoutedLM(base, batch_size=batch_size).generate_until(requests, disable_tqdm=True)
+    assert expected == found
+
+
+def test_under_routers_every_choice_scores_as_the_questions_route_alone(base, routers, listed):
+    plain = copy.deepcopy(base.model)
+    lm = RoutedLM(base, routers=str(routers), batch_size=4)
+    requests = instances(QUESTIONS)
+    answers = lm.loglikelihood(requests, disable_tqdm=True)
+    routes = {}
+    for number, context in enumerate(QUESTIONS):  # the prompt alone, without any choice
+        tokens = torch.tensor([lm.tok_encode(context)])
+        with torch.no_grad(), lm.routed.using(RouterPolicy(lm.routed.routers)):
+            lm.model(tokens, use_cache=False)
+        routes[number] = tuple(lm.routed.last_route[0].tolist())
+    assert len(set(routes.values())) > 1, "the sample must be a test"
+    for request, (logprob, _) in zip(requests, answers, strict=True):
+        context, continuation = lm._encode_pair(*request.args)
+        [alone] = listed(plain, routes[request.doc_id]).sums(context, [continuation])
+        assert alone == pytest.approx(logprob, abs=LOGPROB_TOLERANCE)
+    assert lm.scorer.tally.prompts == len(QUESTIONS)
+    assert lm.scorer.tally.executions == sum(map(sum, routes.values()))
+
+
+def test_under_routers_the_words_of_an_option_in_the_context_do_not_move_the_route(base, routers):
+    lm = RoutedLM(base, routers=str(routers))
+
+    def route(*names):
+        requests = [
+            lm.request_of(
+                Instance("loglikelihood", {}, (f"so {name} went", " home"), idx, ("gap", 0, 1))
+            )
+            for idx, name in enumerate(names)
+        ]
+        return lm._scored(requests).routes["gap", 0]
+
+    assert route("Anna", "Bo") == route("Zeno of Elea", "Cleo")
+
+
+def test_under_routers_generated_answers_follow_the_route_of_their_prompt(base, routers, listed):
+    plain = copy.deepcopy(base.model)
+    lm = RoutedLM(base, routers=str(routers), batch_size=2)
+    settings = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
+    requests = [Instance("generate_until", {}, (text, dict(settings)), 0) for text in QUESTIONS]
+    texts = lm.generate_until(requests, disable_tqdm=True)
+    assert set(QUESTIONS) == set(lm.generated_routes)
+    for context, text in zip(QUESTIONS, texts, strict=True):
+        alone = listed(plain, lm.generated_routes[context])
+        said = alone.greedy(lm.tok_encode(context), 6)
+        end = lm.tokenizer.eos_token_id
+        said = said[: said.index(end)] if end in said else said
+        expected = lm.tokenizer.decode(said, skip_special_tokens=True).split("\n")[0]
+        assert expected == text
+
+
+def test_text_without_a_prompt_is_refused_under_routers(base, routers):
+    lm = RoutedLM(base, routers=str(routers))
+    with pytest.raises(RoutingError, match="without a prompt"):
+        lm.loglikelihood(instances({"": ["some text"]}), disable_tqdm=True)
+    with pytest.raises(RoutingError, match=r"rolling .* no prompt"):
+        lm.loglikelihood_rolling(
+            [Instance("loglikelihood_rolling", {}, ("text",), 0)], disable_tqdm=True
+        )
+
+
+def test_a_plan_from_a_file_is_followed_and_rolling_texts_are_scored_under_it(
+    base, tmp_path, listed
+):
+    plan = (1, 0, 2, 1, 1, 1)
+    plain = copy.deepcopy(base.model)
+    file = tmp_path / "plan.json"
+    file.write_text(f'{{"decisions": {list(plan)}}}')
+    lm = RoutedLM(base, decisions=str(file))
+    requests = instances(QUESTIONS)
+    for request, (logprob, _) in zip(
+        requests, lm.loglikelihood(requests, disable_tqdm=True), strict=True
+    ):
+        context, continuation = lm._encode_pair(*request.args)
+        [alone] = listed(plain, plan).sums(context, [continuation])
+        assert alone == pytest.approx(logprob, abs=LOGPROB_TOLERANCE)
+    rolling = [Instance("loglikelihood_rolling", {}, ("some text",), 0)]
+    slow = HFLM(pretrained=listed(plain, plan, cached=True).model, tokenizer=base.tokenizer)
+    assert slow.loglikelihood_rolling(rolling, disable_tqdm=True) == pytest.approx(
+        lm.loglikelihood_rolling(rolling, disable_tqdm=True), abs=LOGPROB_TOLERANCE
+    )
+
+
+def test_a_knob_without_routers_is_refused(base):
+    with pytest.raises(ConfigError, match="no effect without routers"):
+        RoutedLM(base, depth_bias=1.0)
