@@ -18,7 +18,6 @@ does hits all of them alike, and are compared round by round; figures are median
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.metadata
 import json
 import platform
@@ -36,11 +35,20 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
 
 from drllm.config import ModelConfig
+from drllm.evaluation.latency import (
+    Clock,
+    Rounds,
+    decoding,
+    empty_cache,
+    reading,
+    take_turns,
+    that_execute,
+    twin,
+)
 from drllm.models.base.loading import BaseModel, load
-from drllm.models.cache import RoutedCacheLayer, cache_argument, stored_rows
+from drllm.models.cache import stored_bytes, stored_rows
 from drllm.models.grouping import generate_many
 from drllm.models.policies import FixedPolicy, FullPolicy, Policy, PromptView, RouterPolicy
 from drllm.models.prompts import encode, left_padded
@@ -67,10 +75,6 @@ THEIRS = {
     "c": "RoutedModel(model) without routers",
     "e": "routed.generate on batches of mixed plans, in the prompts' order",
 }
-
-Clock = Callable[[], float]
-Rounds = list[dict[str, float]]
-
 
 QUICK = {"prompt": 5, "batch": 2, "decode": 16, "routers": 8, "many": 1, "new_tokens": 8}
 WHOLE = {"prompt": 30, "batch": 8, "decode": 200, "routers": 60, "many": 5, "new_tokens": 32}
@@ -114,11 +118,6 @@ class Figure:
         ).rstrip()
 
 
-def twin(model: Any) -> Any:
-    """Return a copy of a model that shares its weights."""
-    return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
-
-
 def without_layers(model: Any) -> Any:
     """Return a copy whose loop runs no layer: embeddings, last norm and output weights alone."""
     bare = twin(model)
@@ -133,23 +132,6 @@ def skipping(num_layers: int, num_skipped: int) -> list[int]:
     return [0 if layer in skipped else 1 for layer in range(num_layers)]
 
 
-def take_turns(calls: Mapping[str, Callable[[], Any]], repeats: int, clock: Clock) -> Rounds:
-    """Time calls in turn, every round in another order.
-
-    In a fixed order one call would always follow the same other one, and find its weights and code
-    in the processor's caches, or not.
-    """
-    rounds = []
-    for number in range(repeats):
-        times = {}
-        for name in random.Random(number).sample(list(calls), len(calls)):
-            started = clock()
-            calls[name]()
-            times[name] = clock() - started
-        rounds.append(times)
-    return rounds
-
-
 def ratios(rounds: Rounds, above: str, below: str) -> list[float]:
     """Return how many times as long one call took as another, in each round."""
     return [times[above] / times[below] for times in rounds]
@@ -161,30 +143,13 @@ def token_ids(base: BaseModel, num_rows: int, num_tokens: int) -> Tensor:
     return torch.randint(3, len(base.tokenizer), (num_rows, num_tokens), generator=generator)
 
 
-def empty_cache(model: Any) -> dict[str, Cache]:
-    """Return a cache, by the name under which the model takes it."""
-    return {cache_argument(model): DynamicCache(config=model.config)}
-
-
-def reading(model: Any, ids: Tensor) -> Callable[[], Any]:
-    """Return a call that reads prompts into a new cache."""
-    return lambda: model(ids, logits_to_keep=1, **empty_cache(model))
-
-
-def decoding(model: Any, ids: Tensor) -> Callable[[], Any]:
-    """Return a call that reads one more token into the cache of prompts already read."""
-    cache = empty_cache(model)
-    model(ids, logits_to_keep=1, **cache)
-    return lambda: model(ids[:, :1], logits_to_keep=1, **cache)
-
-
 def variants(base: BaseModel) -> dict[str, Any]:
     """Return the models of (a), (b) and (c), all on the same weights."""
     L = base.num_layers
     config = RouterConfig(num_layers=L, hidden_size=base.model.config.hidden_size)
     stack = RouterStack(config, torch.Generator().manual_seed(0))
-    stack.decision_bias[:, 1] = 1e3  # the answer of every router is to execute
-    policies: dict[str, Policy] = {"attached": FullPolicy(), "routers": RouterPolicy(stack)}
+    executing = RouterPolicy(that_execute(stack))
+    policies: dict[str, Policy] = {"attached": FullPolicy(), "routers": executing}
     policies |= {f"skip {k}": FixedPolicy(skipping(L, k), L) for k in NUM_SKIPPED}
     models = {"untouched": base.model, "control": twin(base.model)}
     models["bare"] = without_layers(base.model)
@@ -226,12 +191,6 @@ def passes(base: BaseModel, repeats: Mapping[str, int], clock: Clock) -> list[Fi
     return [*figures, Figure("c", "routers_prefill_batch_8", cost)]
 
 
-def num_bytes(cache: Cache) -> int:
-    """Return the bytes of K and V in a cache, those of layers that no row runs left out."""
-    parts = [e.passes if isinstance(e, RoutedCacheLayer) else [e] for e in cache.layers]
-    return sum(part.keys.nbytes + part.values.nbytes for entry in parts for part in entry)
-
-
 def stored(base: BaseModel) -> list[dict[str, Any]]:
     """Count (d): what plans leave in the cache after a prompt and eight more tokens."""
     L, rng = base.num_layers, random.Random(0)
@@ -254,9 +213,9 @@ def stored(base: BaseModel) -> list[dict[str, Any]]:
                 for part in (ids[:, :12], *ids[:, 12:].split(1, dim=1)):
                     model(part, logits_to_keep=1, **cache)
             caches += cache.values()
-        untouched, executions = num_bytes(caches[0]), sum(map(sum, plan))
+        untouched, executions = stored_bytes(caches[0]), sum(map(sum, plan))
         planned = (executions, untouched * executions // (len(plan) * L))
-        rows, size = stored_rows(caches[1]), num_bytes(caches[1])
+        rows, size = stored_rows(caches[1]), stored_bytes(caches[1])
         counts.append(
             {
                 "case": case,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from drllm.errors import ConfigError
 from drllm.paths import num_executions, to_path
@@ -72,6 +73,45 @@ def distinct_executions(rows: Sequence[Sequence[int]]) -> int:
 def mean_executions(rows: Sequence[Sequence[int]]) -> float:
     """Return the mean cost of several decision vectors in layer equivalents."""
     return sum(executions(row) for row in rows) / len(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseExecutions:
+    """Executions a forward pass of generated answers, the two kinds of passes apart.
+
+    Attributes:
+        prefill: Mean over the prompts, each read in one pass.
+        decode: Mean over the passes that read one token more, in layer equivalents; None where no
+            answer needed one.
+    """
+
+    prefill: float
+    decode: float | None
+
+
+def executions_by_phase(
+    rows: Sequence[Sequence[int]], num_new_tokens: Sequence[int]
+) -> PhaseExecutions:
+    """Return the mean executions a forward pass, in prefill and in decode.
+
+    The pass that reads the prompt gives the first new token, so n tokens take n - 1 passes more. In
+    decode long answers count more than short ones; the two means differ where the routes of
+    prompts with long answers do.
+
+    Args:
+        rows: Each prompt's decisions, which hold for its whole answer.
+        num_new_tokens: Tokens of each prompt's answer, from 1.
+
+    Raises:
+        ValueError: Not one number of tokens for each prompt.
+
+    Example:
+        >>> executions_by_phase([[1, 1, 1], [1, 0, 0]], [1, 5])
+        PhaseExecutions(prefill=2.0, decode=1.0)
+    """
+    passes = [num - 1 for num in num_new_tokens]
+    total = sum(executions(row) * num for row, num in zip(rows, passes, strict=True))
+    return PhaseExecutions(mean_executions(rows), total / sum(passes) if sum(passes) else None)
 
 
 def share_saved(mean: float, num_layers: int) -> float:

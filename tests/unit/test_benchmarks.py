@@ -78,17 +78,6 @@ def test_a_missed_bound_is_said_plainly(generate: ModuleType) -> None:
     assert str(generate.Figure("a", "decode", [1.01, 1.03, 1.06], 1.03)).endswith("met")
 
 
-def test_models_take_turns_in_another_order_every_round(generate: ModuleType) -> None:
-    called: list[str] = []
-    calls = {name: lambda name=name: called.append(name) for name in "abc"}
-    seconds = iter(range(100))
-    rounds = generate.take_turns(calls, 8, lambda: float(next(seconds)))
-    orders = ["".join(called[start : start + 3]) for start in range(0, 24, 3)]
-    assert all(sorted(order) == ["a", "b", "c"] for order in orders)
-    assert {order[0] for order in orders} == {"a", "b", "c"}
-    assert rounds == [dict.fromkeys("abc", 1.0)] * 8
-
-
 # --- what the strategies find ------------------------------------------------------------------
 
 

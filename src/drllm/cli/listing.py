@@ -47,8 +47,8 @@ def list_what(what: str, terminal: Terminal, model: str | None = None) -> None:
 
 def _list_tasks(terminal: Terminal) -> None:
     table = new_table("task", "rewards (default first)", "what it asks")
-    for row in describe_tasks():
-        table.add_row(*row)
+    for name, rewards, what in describe_tasks():
+        table.add_row(name, rewards or "only evaluated", what)
     terminal.show(table)
     terminal.say("Or name a .jsonl file of your own; docs/formats.md says what it holds.")
 

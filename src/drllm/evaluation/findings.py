@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from drllm.cost import share_saved
-from drllm.evaluation.statistics import paired_bootstrap, paired_interval
+from drllm.evaluation.power import detectable, detectable_mean
+from drllm.evaluation.statistics import mcnemar_exact, paired_bootstrap, paired_interval
 
 ALPHA = 0.05
 FEWEST_DIFFERENT = 6
@@ -22,6 +23,7 @@ ROUNDING = 1e-4
 """Differences up to here, in nats or points, are those of arithmetic in another order."""
 MENTIONED = 0.01
 """Share of routes unchanged by the permutation above which it is said."""
+NOT_SHOWN = "it is not shown that reading the question matters"
 
 
 def findings(
@@ -34,6 +36,7 @@ def findings(
     chance: float,
     num_layers: int,
     seed: int,
+    num_tasks: int = 1,
 ) -> list[str]:
     """Return what a reader may conclude, one sentence per question asked.
 
@@ -46,6 +49,7 @@ def findings(
         chance: Accuracy of guessing.
         num_layers: L.
         seed: Of the bootstrap.
+        num_tasks: Tasks that the p-values are corrected for.
 
     Returns:
         Sentences on: whether the base is above chance, routed against base in accuracy, in gold
@@ -65,7 +69,17 @@ def findings(
         f"The routed model runs {routed['executions']:.2f} of {num_layers} layers a forward pass "
         + (f"({saved:.1f} % saved)" if saved >= 0 else f"({-saved:.1f} % more than the base)")
         + f" and answers {100 * routed['accuracy']:.1f} % of {n} questions right, the base model "
-        f"{100 * base['accuracy']:.1f} %: {_accuracy(routed, n, judged=above_chance)}."
+        f"{100 * base['accuracy']:.1f} %: "
+        + _counted(
+            routed["won"],
+            routed["lost"],
+            n,
+            words=("routing gains accuracy", "routing loses accuracy"),
+            judged=above_chance,
+            corrected=routed["mcnemar_p_holm"],
+            num_tests=num_tasks,
+        )
+        + "."
     )
     change = _change(gold_logprob["routed"], gold_logprob["base"], seed)
     numbers = change.words(" nats a question", digits=3)
@@ -83,6 +97,63 @@ def findings(
     return sentences
 
 
+def compare(
+    first: str,
+    second: str,
+    correct: Mapping[str, Sequence[float]],
+    *,
+    judged: bool,
+    corrected: float | None = None,
+    num_tests: int = 1,
+    seed: int = 0,
+) -> str:
+    """Return what two systems' answers to the same questions allow to be said of them.
+
+    Where each question was answered once, by the exact paired test. Where one system's accuracy is
+    a mean over several draws, by the resampled interval of the difference; the p-value of such a
+    comparison isn't known, and what it could have shown is an approximation.
+
+    Args:
+        first: Name of a system; a gain is its gain.
+        second: Name of the other.
+        correct: Per question, the share of draws answered right, by system.
+        judged: False where base may be guessing: numbers without a verdict.
+        corrected: The exact test's p-value, corrected for several tests; it decides.
+        num_tests: How many tests that were.
+        seed: Of the bootstrap.
+
+    Returns:
+        One sentence.
+
+    Raises:
+        ValueError: Another number of answers for one of them, or a corrected p-value where there
+            is none.
+
+    Example:
+        >>> right = {"routed": [1.0] * 8 + [0.0] * 4, "last-k": [1.0] * 8 + [0.0] * 4}
+        >>> compare("routed", "last-k", right, judged=False)[:53]
+        'routed against last-k: +0.0 points, 95 % interval -24'
+    """
+    ours, theirs = correct[first], correct[second]
+    pairs = list(zip(ours, theirs, strict=True))
+    words = (f"{first} is more accurate", f"{first} is less accurate")
+    if all(value in (0, 1) for pair in pairs for value in pair):
+        verdict = _counted(
+            sum(a > b for a, b in pairs),
+            sum(a < b for a, b in pairs),
+            len(pairs),
+            words=words,
+            judged=judged,
+            corrected=corrected,
+            num_tests=num_tests,
+        )
+    else:
+        if corrected is not None:
+            raise ValueError("means over several draws have no exact p-value to correct")
+        verdict = _averaged(ours, theirs, words=words, judged=judged, seed=seed)
+    return f"{first} against {second}: {verdict}."
+
+
 # --- differences that are no counts ------------------------------------------------------------
 
 
@@ -95,12 +166,14 @@ class _Change:
         lower: End of the 95 % interval.
         upper: Its other end.
         differing: Questions whose difference is more than rounding.
+        detectable: Mean difference that would probably have been shown, where that is known.
     """
 
     mean: float
     lower: float
     upper: float
     differing: int
+    detectable: float | None
 
     def words(self, unit: str, digits: int) -> str:
         """Write the mean and the interval, or why there is none."""
@@ -123,28 +196,74 @@ def _change(first: Sequence[float], second: Sequence[float], seed: int) -> _Chan
     differences = [d if abs(d) > ROUNDING else 0.0 for d in raw]
     lower, upper = paired_bootstrap(differences, seed)
     differing = sum(d != 0 for d in differences)
-    return _Change(sum(differences) / len(differences), lower, upper, differing)
+    mean = sum(differences) / len(differences)
+    shown = detectable_mean(differences) if differing >= FEWEST_DIFFERENT else None
+    return _Change(mean, lower, upper, differing, shown)
 
 
 # --- sentences ---------------------------------------------------------------------------------
 
 
-def _accuracy(routed: Mapping[str, Any], n: int, *, judged: bool) -> str:
-    won, lost, p = routed["won"], routed["lost"], routed["mcnemar_p"]
+def _counted(
+    won: int,
+    lost: int,
+    n: int,
+    *,
+    words: tuple[str, str],
+    judged: bool,
+    corrected: float | None,
+    num_tests: int,
+) -> str:
+    """Say what questions won and lost show; `words` are for a gain and for a loss."""
+    p = mcnemar_exact(won, lost)
     lower, upper = (100 * bound for bound in paired_interval(won, lost, n))
     numbers = (
         f"{100 * (won - lost) / n:+.1f} points, 95 % interval {lower:+.1f} to {upper:+.1f}, "
         f"won {won}, lost {lost}, exact McNemar p = {p:.3g}"
     )
-    if routed["mcnemar_p_holm"] is not None:
-        p = routed["mcnemar_p_holm"]
-        numbers += f", corrected for several tasks {p:.3g}"
+    if corrected is not None:
+        p = corrected
+        numbers += f", corrected for several tests {p:.3g}"
     if not judged:
         return numbers
     if p < ALPHA:
-        return f"routing {'gains' if won > lost else 'loses'} accuracy ({numbers})"
-    excluded = "" if lower >= 0 else f"; a loss of up to {-lower:.1f} points is not excluded"
-    return f"no difference is shown ({numbers}){excluded}"
+        return f"{words[0] if won > lost else words[1]} ({numbers})"
+    # Of several tests the strictest of Holm's levels, so that no more is promised than holds.
+    shown = detectable(n, (won + lost) / n, alpha=ALPHA / num_tests)
+    said = f"no difference is shown ({numbers}); {_could_have_shown(n, shown)}"
+    if lower < 0:
+        said += f", and a loss of up to {-lower:.1f} points is not excluded"
+    return said
+
+
+def _averaged(
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    *,
+    words: tuple[str, str],
+    judged: bool,
+    seed: int,
+) -> str:
+    """Say what accuracies that are means over draws show."""
+    n = len(ours)
+    change = _change([100 * a for a in ours], [100 * b for b in theirs], seed)
+    numbers = change.words(" points", digits=1)
+    if not judged:
+        return numbers
+    verdict = change.verdict(words[1], words[0], "")
+    if verdict:
+        return f"{verdict} ({numbers})"
+    said = f"no difference is shown ({numbers})"
+    if change.detectable is not None:
+        said += f"; n = {n} could have shown about {change.detectable:.1f} points"
+    return said
+
+
+def _could_have_shown(n: int, difference: float | None) -> str:
+    """Say what difference would have been shown with 80 % probability, given as a share."""
+    if difference is None:
+        return f"n = {n} couldn't have shown any"
+    return f"n = {n} could have shown {100 * difference:.1f} points"
 
 
 def _against_permuted(change: _Change, num_routes: int, unchanged: float, *, judged: bool) -> str:
@@ -155,11 +274,14 @@ def _against_permuted(change: _Change, num_routes: int, unchanged: float, *, jud
         f"{change.words(' points', digits=1)}"
     )
     if judged:
-        sentence += ": " + change.verdict(
+        verdict = change.verdict(
             "the routes do better on other questions than on their own",
             "the match of route and question matters",
-            "it is not shown that reading the question matters",
+            NOT_SHOWN,
         )
+        sentence += f": {verdict}"
+        if verdict == NOT_SHOWN and change.detectable is not None:
+            sentence += f", where about {change.detectable:.1f} points could have been shown"
     if unchanged > MENTIONED:
         sentence += f"; {100 * unchanged:.1f} % of the questions kept their route by chance"
     return sentence + "."

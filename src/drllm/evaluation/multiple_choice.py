@@ -70,7 +70,9 @@ def run_evaluation(
         _correct(tables)
     outputs, samples = [], []
     for (name, systems), rows in zip(ran.items(), tables, strict=True):
-        result = _summary(systems, rows, name, questions[name], base, routers_dir, config)
+        result = _summary(
+            systems, rows, name, questions[name], base, routers_dir, config, len(tables)
+        )
         path = Path(output_dir) / f"{name}.json"
         write_atomically(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         outputs.append(path)
@@ -150,6 +152,7 @@ def _summary(
     base: BaseModel,
     routers_dir: Path,
     config: EvaluateConfig,
+    num_tasks: int,
 ) -> dict[str, Any]:
     n = len(examples)
     chance = sum(1 / len(example.choices) for example in examples) / n
@@ -178,6 +181,7 @@ def _summary(
                 chance=chance,
                 num_layers=L,
                 seed=config.seed,
+                num_tasks=num_tasks,
             ),
             *(system.note for system in systems if system.note),
         ],

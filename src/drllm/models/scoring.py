@@ -1,10 +1,10 @@
 """Choice log-likelihoods for many (prompt, decisions) pairs at once.
 
-Owns `ChoiceBatch`, which scores the continuations of each prompt under given decisions, or under
-a policy, and which rows a question takes: one where its continuations can be packed, else one for
-each. Paths of one prompt share what they have in common, within a call and across calls, and
-prompts share what they begin with. Leaves how rows are laid out and run to `shared_rows`, and
-what the numbers mean (reward, margin) to its callers.
+Owns `ChoiceBatch`, which scores the continuations of each prompt under given decisions, under a
+policy, or along paths in any order, and which rows a question takes: one where its continuations
+can be packed, else one for each. Paths of one prompt share what they have in common, within a call
+and across calls, and prompts share what they begin with. Leaves how rows are laid out and run to
+`shared_rows`, and what the numbers mean (reward, margin) to its callers.
 
 Axes: P prompts, B rows, N pairs, T tokens, C continuations of a row, S scored tokens, V vocabulary.
 """
@@ -22,12 +22,14 @@ from torch import Tensor
 from drllm.errors import RoutingError
 from drllm.models.damage import Damage
 from drllm.models.passes import Passes, Price
+from drllm.models.path_driver import PathsDriver
 from drllm.models.policies import Policy, PromptView
 from drllm.models.prompts import encode, encode_continuation
 from drllm.models.routed import RoutedModel
 from drllm.models.shared_rows import Packed, Question, SharedRows, can_pack, pack, shared_rows
 from drllm.models.sharing import Pair
 from drllm.models.states import GIGABYTE, StateCache
+from drllm.paths import Path
 
 
 def tokenised(tokenizer: Any, text: str, continuations: Sequence[str]) -> Question:
@@ -222,13 +224,49 @@ class ChoiceBatch:
         with self.routed.injection.untouched():
             return self._all_scores()
 
+    def path_logprobs(
+        self, paths: Sequence[Path], *, paths_per_pass: int = 8
+    ) -> list[list[tuple[float, ...]]]:
+        """Score every question along paths that decisions needn't be able to express.
+
+        What paths begin with in common is run once where they share a pass; nothing is kept
+        between passes. For decisions, `logprobs` does less work.
+
+        Args:
+            paths: Layer indices of this model in the order executed: in any order, each any
+                number of times.
+            paths_per_pass: Most paths in a forward pass; each takes the memory of all questions.
+
+        Returns:
+            For each path the sums of every question.
+        """
+        found: list[list[tuple[float, ...]]] = [[] for _ in paths]
+        by_beginning = sorted(range(len(paths)), key=lambda place: tuple(paths[place]))
+        for start in range(0, len(paths), paths_per_pass):
+            part = by_beginning[start : start + paths_per_pass]
+            driver = PathsDriver([paths[place] for place in part])
+            with self.routed.injection.driven_by(driver):
+                logits = self._whole_logits()
+            each = torch.split(logits, len(self._parts))
+            for place, of_path in zip(part, each, strict=True):
+                scores = self._whole_scores(of_path, greedy=False)
+                found[place] = [score.logprobs for score in scores]
+        return found
+
     def forget(self) -> None:
         """Give up all shared states."""
         self._damage.forget()
         self.states.forget()
 
     def _all_scores(self) -> list[Score]:
-        """Run whole rows once, and return the scores of every question."""
+        """Run whole rows once, and return the scores of every question, greedy ones named."""
+        return self._whole_scores(self._whole_logits(), greedy=True)
+
+    def _whole_logits(self) -> Tensor:
+        """Run whole rows once, and return the logits of what is scored, `[B, S, V]`.
+
+        A driver that returns more rows than it was given gives the logits of all of them.
+        """
         rows = self._whole()
         # By index, not by number: a slice would lie scattered, and the head's product be slow.
         T, keep = rows.ids.shape[1], max(rows.num_behind) + 1
@@ -240,12 +278,14 @@ class ChoiceBatch:
                 use_cache=False,
                 logits_to_keep=torch.arange(T - keep, T, device=rows.ids.device),
             ).logits
+        return logits
+
+    def _whole_scores(self, logits: Tensor, *, greedy: bool) -> list[Score]:
+        """Return the scores of every question from the logits of whole rows, `[B, S, V]`."""
+        num_behind = self._whole().num_behind
         scores = self._scored(
-            [
-                (row, logits[row, logits.shape[1] - num - 1 :])
-                for row, num in enumerate(rows.num_behind)
-            ],
-            greedy=True,
+            [(row, logits[row, logits.shape[1] - num - 1 :]) for row, num in enumerate(num_behind)],
+            greedy,
         )
         return [_joined([scores[row] for row in places]) for places in self._places]
 

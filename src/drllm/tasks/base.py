@@ -12,9 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import TypeVar
 
 from drllm.config import SPLITS
 from drllm.errors import TaskError, unknown_name
+
+Question = TypeVar("Question")
+"""An example, alone or with what belongs to it."""
 
 OPTIONS_REWARD = "loglikelihood"
 """The reward of every task that has options, and the one that an evaluation uses."""
@@ -84,7 +88,7 @@ class Task(ABC):
     Attributes:
         name: As users write it.
         description: One line for `drllm ls tasks`.
-        rewards: The rewards that fit, the default first.
+        rewards: The rewards that fit, the default first; none where the task is only evaluated.
     """
 
     name: str
@@ -123,8 +127,10 @@ class Task(ABC):
                 (`letter,boxed` for tasks with options and problems); None for the task's own.
 
         Raises:
-            TaskError: Naming the rewards that fit.
+            TaskError: Naming the rewards that fit, or saying that the task is only evaluated.
         """
+        if not self.rewards:
+            raise TaskError(self.only_evaluated())
         if reward is None:
             return self.rewards[0]
         fitting = [name for name in reward.split(",") if name in self.rewards]
@@ -134,6 +140,13 @@ class Task(ABC):
                 f"it takes {', '.join(self.rewards)} (without --reward each task has its own)"
             )
         return fitting[0]
+
+    def only_evaluated(self) -> str:
+        """Word the message for a task that has no rewards."""
+        return (
+            f"task {self.name!r} is only evaluated and can't be searched; "
+            f"'drllm ls tasks' shows which tasks have rewards"
+        )
 
     def check_options(self) -> None:
         """Refuse a task without options where options are to be scored.
@@ -159,18 +172,45 @@ def check_split(split: str) -> str:
     return split
 
 
+def shots_split(split: str, splits: Sequence[str] = SPLITS) -> str:
+    """Return the split whose questions may be shown, with answers, before those of another.
+
+    Args:
+        split: What is asked.
+        splits: Those that the task has.
+
+    Returns:
+        `fit`, on which nothing is chosen or reported; where it is asked itself or the task has
+        none, the first of the others.
+
+    Example:
+        >>> shots_split("test"), shots_split("fit"), shots_split("test", ("select", "test"))
+        ('fit', 'search', 'select')
+    """
+    return next(name for name in ("fit", *splits) if name in splits and name != split)
+
+
 TASKS: dict[str, str] = {
+    "agieval": "drllm.tasks.agieval:AGIEVAL",
+    "aime24": "drllm.tasks.aime24:AIME24",
     "arc_easy": "drllm.tasks.arc:ARC_EASY",
     "arc_challenge": "drllm.tasks.arc:ARC_CHALLENGE",
     "commonsense_qa": "drllm.tasks.commonsense_qa:COMMONSENSE_QA",
+    "commonsense_qa_cloze": "drllm.tasks.commonsense_qa:COMMONSENSE_QA_CLOZE",
     "dart-1": "drllm.tasks.dart:DART_1",
     "dart-2": "drllm.tasks.dart:DART_2",
     "dart-3": "drllm.tasks.dart:DART_3",
     "dart-4": "drllm.tasks.dart:DART_4",
     "dart-5": "drllm.tasks.dart:DART_5",
+    "gpqa_diamond": "drllm.tasks.gpqa_diamond:GPQA_DIAMOND",
     "gsm8k": "drllm.tasks.gsm8k:GSM8K",
+    "hellaswag": "drllm.tasks.hellaswag:HELLASWAG",
     "mmlu": "drllm.tasks.mmlu:MMLU",
+    "mmlu_cloze": "drllm.tasks.mmlu:MMLU_CLOZE",
+    "piqa": "drllm.tasks.piqa:PIQA",
     "squad_v2": "drllm.tasks.squad_v2:SQUAD_V2",
+    "truthfulqa": "drllm.tasks.truthfulqa:TRUTHFULQA",
+    "winogrande": "drllm.tasks.winogrande:WINOGRANDE",
     "builtin_facts": "drllm.tasks.builtin_facts:BUILTIN_FACTS",
     "builtin_arithmetic": "drllm.tasks.math:BUILTIN_ARITHMETIC",
 }
@@ -181,6 +221,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "dart": ("dart-1", "dart-2", "dart-3", "dart-4", "dart-5"),
 }
 """Names that stand for several tasks wherever a list of tasks is given."""
+
+PUBLISHED_NAMES: dict[str, str] = {"squadv2": "squad_v2"}
+"""Other names under which a task is known, accepted wherever ours are."""
 
 
 def get_task(name: str) -> Task:
@@ -197,6 +240,7 @@ def get_task(name: str) -> Task:
         from drllm.tasks.files import FileTask
 
         return FileTask(Path(name))
+    name = PUBLISHED_NAMES.get(name, name)
     if name in GROUPS:
         raise TaskError(f"{name!r} stands for {', '.join(GROUPS[name])}; name one of them")
     if name not in TASKS:
@@ -217,7 +261,8 @@ def get_tasks(names: str) -> list[Task]:
         >>> [task.name for task in get_tasks("gsm8k,arc")]
         ['gsm8k', 'arc_easy', 'arc_challenge']
     """
-    given = [name.strip() for name in names.split(",") if name.strip()]
+    named = [name.strip() for name in names.split(",") if name.strip()]
+    given = [PUBLISHED_NAMES.get(name, name) for name in named]
     if not given:
         valid = ", ".join(sorted({**TASKS, **GROUPS}))
         raise TaskError(f"no task is named in {names!r}. Valid: {valid}")
@@ -235,8 +280,10 @@ def get_tasks(names: str) -> list[Task]:
 def describe_tasks() -> list[tuple[str, str, str]]:
     """Return name, rewards (the default first) and description of every task and group, by name.
 
+    Rewards are empty where a task is only evaluated.
+
     Example:
-        >>> describe_tasks()[0]
+        >>> next(row for row in describe_tasks() if row[0] == "arc")
         ('arc', 'loglikelihood, letter', 'stands for arc_easy, arc_challenge')
     """
     described = []
@@ -247,8 +294,11 @@ def describe_tasks() -> list[tuple[str, str, str]]:
     return described
 
 
-def choose(examples: Sequence[Example], limit: int | None, seed: int) -> list[Example]:
-    """Return at most `limit` examples, drawn with the seed, in their own order."""
+def choose(examples: Sequence[Question], limit: int | None, seed: int) -> list[Question]:
+    """Return at most `limit` examples, drawn with the seed, in their own order.
+
+    Which places are drawn depends on how many there are, not on what they hold.
+    """
     if limit is None or limit >= len(examples):
         return list(examples)
     kept = sorted(Random(seed).sample(range(len(examples)), limit))

@@ -1,7 +1,9 @@
 """MMLU: 57 subjects from school to profession, four options. Loads no torch.
 
 Only evaluated: there is no training file of the same questions. The validation file is halved into
-`select` and `test`; the published test file is left alone.
+`select` and `test`; the published test file is left alone. The five worked examples of a subject
+(the published development file) are only shown. An evaluation asks for letters under the name
+`mmlu` and scores the options' texts under `mmlu_cloze`.
 """
 
 from __future__ import annotations
@@ -12,18 +14,18 @@ from typing import Any, ClassVar
 from drllm.errors import TaskError
 from drllm.tasks.base import Example
 from drllm.tasks.multiple_choice import MultipleChoiceTask
-from drllm.tasks.published import PublishedTask
+from drllm.tasks.published import EvaluatedTask, PublishedTask
 from drllm.tasks.rows import text_of, texts_of
 
 
-class Mmlu(PublishedTask, MultipleChoiceTask):
-    """MMLU (Hendrycks et al. 2021), in cloze form unless `letter` is asked for."""
+class MmluQuestions(PublishedTask):
+    """The questions of MMLU (Hendrycks et al. 2021), however they are asked."""
 
-    name = "mmlu"
-    description = "57 subjects from school to profession, four options (MMLU; evaluation only)"
     repository = "cais/mmlu"
     config = "all"
+    folder = "mmlu"
     files: ClassVar = {"validation": "single"}
+    shots_file = "dev"
 
     def read(self, row: Mapping[str, Any], row_id: str) -> Example:
         """Read a row with `subject`, `question`, `choices` (texts) and `answer` (index from 0).
@@ -49,4 +51,19 @@ class Mmlu(PublishedTask, MultipleChoiceTask):
         )
 
 
+class Mmlu(MmluQuestions, MultipleChoiceTask):
+    """MMLU, for a search in cloze form unless `letter` is asked for."""
+
+    name = "mmlu"
+    description = "57 subjects from school to profession, four options (MMLU; evaluation only)"
+
+
+class MmluCloze(MmluQuestions, EvaluatedTask):
+    """MMLU, evaluated in cloze form."""
+
+    name = "mmlu_cloze"
+    description = "MMLU with the options' texts scored, not their letters (evaluation only)"
+
+
 MMLU = Mmlu()
+MMLU_CLOZE = MmluCloze()

@@ -1,9 +1,9 @@
 """Multiple-choice questions: the two ways of asking them, and rows whose options have labels.
 
-Owns the prompt of `loglikelihood` (byte for byte what lm-evaluation-harness renders for ARC, and
-in its cloze form for MMLU) and of `letter`, the other templates of the re-test, and the schema
-that ARC and CommonsenseQA share. Leaves grading to `grading` and where questions come from to the
-tasks. Loads no torch.
+Owns the prompt of `loglikelihood` (byte for byte what lm-evaluation-harness renders for ARC and
+PIQA, and in its cloze form for MMLU) and of `letter`, the other templates of the re-test, and the
+schema that ARC and CommonsenseQA share. Leaves grading to `grading` and where questions come from
+to the tasks. Loads no torch.
 """
 
 from __future__ import annotations
@@ -31,9 +31,16 @@ LETTER_TOKENS = 10
 
 
 class MultipleChoiceTask(Task):
-    """A task whose questions have options; a subclass says where the questions come from."""
+    """A task whose questions have options; a subclass says where the questions come from.
+
+    Attributes:
+        template: What stands around the question where the options' texts are scored.
+        other_templates: Three others, for the re-test.
+    """
 
     rewards: tuple[str, ...] = ("loglikelihood", "letter")
+    template: str = TEMPLATE
+    other_templates: tuple[str, ...] = OTHER_TEMPLATES
 
     def prompt(self, example: Example, reward: str) -> Prompt:
         """Return how the question is asked.
@@ -48,7 +55,7 @@ class MultipleChoiceTask(Task):
         """
         if self.check_reward(reward) == "letter":
             return letter_prompt(example, rotation=0)
-        return choices_prompt(example, TEMPLATE)
+        return choices_prompt(example, self.template)
 
     def retests(self, example: Example, reward: str) -> tuple[Prompt, ...]:
         """Return the other ways of asking the same question.
@@ -66,8 +73,8 @@ class MultipleChoiceTask(Task):
                 letter_prompt(example, rotation) for rotation in range(1, len(example.choices))
             )
         return (
-            *(choices_prompt(example, template) for template in OTHER_TEMPLATES),
-            choices_prompt(example, TEMPLATE, normalised=True),
+            *(choices_prompt(example, template) for template in self.other_templates),
+            choices_prompt(example, self.template, normalised=True),
         )
 
 

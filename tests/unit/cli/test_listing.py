@@ -57,6 +57,17 @@ def test_a_model_of_the_users_that_cannot_be_routed_is_no_error(
     assert "K/V" in out
 
 
+def test_tasks_are_listed_with_their_rewards_or_as_only_evaluated(
+    capsys: pytest.CaptureFixture[str],
+):
+    list_what("tasks", Terminal())
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    named = {line[0]: " ".join(line[1:]) for line in lines if line}
+    assert named["piqa"].startswith("loglikelihood, letter")
+    assert named["winogrande"].startswith("only evaluated")
+    assert named["hellaswag"].startswith("loglikelihood ")
+
+
 @pytest.mark.parametrize("what", ["tasks", "models"])
 def test_a_model_is_refused_where_it_has_no_effect(what: str):
     with pytest.raises(ConfigError, match=rf"--model has no effect on the list of {what}"):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from drllm.evaluation.findings import findings
-from drllm.evaluation.statistics import mcnemar_exact, wilson_interval
+from drllm.evaluation.findings import compare, findings
+from drllm.evaluation.power import detectable, detectable_mean
+from drllm.evaluation.statistics import mcnemar_exact, paired_bootstrap, wilson_interval
 
 
 def said(
@@ -19,6 +20,7 @@ def said(
     num_routes=7,
     unchanged=0.0,
     p_holm=None,
+    num_tasks=1,
 ):
     """Return the findings for per-question outcomes of base, routed and permuted routes."""
     correct = {"base": base, "routed": routed}
@@ -50,6 +52,7 @@ def said(
         chance=chance,
         num_layers=30,
         seed=0,
+        num_tasks=num_tasks,
     )
 
 
@@ -84,6 +87,29 @@ def test_no_difference_names_the_loss_that_is_not_excluded():
     assert "a loss of up to 5.9 points is not excluded" in text
 
 
+def test_no_difference_names_the_one_that_could_have_been_shown():
+    routed = RIGHT_80.copy()
+    routed[0:3], routed[-3:] = [0.0] * 3, [1.0] * 3
+    points = 100 * detectable(100, 0.06)
+    assert f"; n = 100 could have shown {points:.1f} points, and a loss" in " ".join(
+        said(RIGHT_80, routed)
+    )
+    # With several tasks the strictest of the corrected levels has to be met.
+    more = 100 * detectable(100, 0.06, alpha=0.05 / 3)
+    assert more > points
+    text = " ".join(said(RIGHT_80, routed, p_holm=1.0, num_tasks=3))
+    assert f"; n = 100 could have shown {more:.1f} points" in text
+
+
+def test_too_few_questions_could_have_shown_nothing():
+    text = " ".join(said([1.0] * 5, [1.0] * 4 + [0.0]))
+    assert "; n = 5 couldn't have shown any, and a loss" in text
+
+
+def test_a_difference_that_is_shown_is_not_said_to_be_one_that_could_have_been():
+    assert "could have" not in " ".join(said(RIGHT_80, RIGHT_50))
+
+
 def test_a_gain_too_small_for_the_exact_test_is_not_called_a_loss_of_nothing():
     text = " ".join(said([1.0] * 15 + [0.0] * 5, [1.0] * 20))
     assert "no difference is shown (+25.0 points, 95 % interval +4.9 to +46.9" in text
@@ -106,6 +132,7 @@ VERDICTS = (
     "routing loses",
     "no difference",
     "not excluded",
+    "could have",
     "is lower",
     "is higher",
     "not shown to differ",
@@ -135,7 +162,7 @@ def test_no_sentence_has_a_verdict_where_the_base_may_be_guessing(
 def test_with_several_tasks_the_corrected_p_value_decides():
     text = " ".join(said(RIGHT_50, RIGHT_80, p_holm=0.2))
     assert "no difference is shown (+30.0 points" in text
-    assert "exact McNemar p = 1.86e-09, corrected for several tasks 0.2)" in text
+    assert "exact McNemar p = 1.86e-09, corrected for several tests 0.2)" in text
     assert "routing gains" in " ".join(said(RIGHT_50, RIGHT_80, p_holm=0.04))
 
 
@@ -201,3 +228,76 @@ def test_routes_that_the_permutation_left_in_place_are_mentioned(unchanged, word
 def test_a_single_route_for_all_questions_makes_permuting_say_nothing():
     last = said(RIGHT_50, RIGHT_50, RIGHT_50, num_routes=1, unchanged=1.0)[-1]
     assert last == "All questions took one route, so permuting says nothing."
+
+
+def test_routes_that_are_not_shown_to_matter_come_with_what_could_have_been_shown():
+    routed = RIGHT_50.copy()
+    routed[:6], routed[-6:] = [0.0] * 6, [1.0] * 6
+    last = said(RIGHT_50, routed, RIGHT_50)[-1]
+    differences = [100 * (a - b) for a, b in zip(routed, RIGHT_50, strict=True)]
+    points = detectable_mean(differences)
+    assert last.endswith(
+        f"it is not shown that reading the question matters, where about {points:.1f} points "
+        f"could have been shown."
+    )
+
+
+# --- any two systems ---------------------------------------------------------------------------
+
+
+def between(first, second, **options):
+    options = {"judged": True, **options}
+    return compare("routed", "best static", {"routed": first, "best static": second}, **options)
+
+
+def test_two_systems_are_compared_by_name():
+    assert between(RIGHT_80, RIGHT_50).startswith(
+        "routed against best static: routed is more accurate (+30.0 points, 95 % interval"
+    )
+    assert "best static: routed is less accurate (-30.0 points" in between(RIGHT_50, RIGHT_80)
+
+
+def test_no_difference_between_two_systems_says_what_could_have_been_shown():
+    routed = RIGHT_50.copy()
+    routed[-2:] = [1.0, 1.0]
+    text = between(routed, RIGHT_50)
+    assert "routed against best static: no difference is shown (+2.0 points" in text
+    assert f"won 2, lost 0, exact McNemar p = {mcnemar_exact(2, 0):.3g}); n = 100" in text
+    assert f"could have shown {100 * detectable(100, 0.02):.1f} points" in text
+
+
+def test_the_corrected_p_value_decides_between_two_systems():
+    text = between(RIGHT_80, RIGHT_50, corrected=0.2, num_tests=4)
+    assert "no difference is shown" in text
+    assert f"could have shown {100 * detectable(100, 0.3, alpha=0.05 / 4):.1f} points" in text
+    assert "more accurate" in between(RIGHT_80, RIGHT_50, corrected=0.04, num_tests=4)
+
+
+def test_without_judging_two_systems_have_numbers_only():
+    for second in (RIGHT_50, [0.5] * 50 + [0.25] * 50):
+        text = between(RIGHT_80, second, judged=False)
+        assert "points, 95 % interval" in text
+        for words in ("accurate", "no difference", "could have", "excluded"):
+            assert words not in text
+
+
+def test_means_over_draws_are_compared_by_resampling():
+    draws = [0.9] * 44 + [0.15] * 56
+    text = between(RIGHT_50, draws)
+    differences = [100 * (a - b) for a, b in zip(RIGHT_50, draws, strict=True)]
+    lower, upper = paired_bootstrap(differences, 0)
+    assert f"95 % interval {lower:+.1f} to {upper:+.1f})" in text
+    assert f"; n = 100 could have shown about {detectable_mean(differences):.1f} points." in text
+    assert "routed is more accurate" in between(RIGHT_80, draws)
+    assert "routed is less accurate" in between(draws, RIGHT_80)
+
+
+def test_a_few_draws_that_differ_carry_neither_a_verdict_nor_a_promise():
+    text = between([1.0] * 20, [0.5] * 3 + [1.0] * 17)
+    assert "no difference is shown (+7.5 points" in text
+    assert "could have" not in text
+
+
+def test_an_exact_p_value_of_means_over_draws_is_refused():
+    with pytest.raises(ValueError, match="no exact p-value"):
+        between([0.5] * 10, [1.0] * 10, corrected=0.01)

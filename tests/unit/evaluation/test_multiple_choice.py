@@ -243,7 +243,7 @@ def test_several_tasks_have_corrected_p_values(base, routers_dir, two_tasks, tmp
         assert corrected == ([None, None] if first["name"] == "base" else holm(given))
     for result in results:
         p = next(row for row in result["systems"] if row["name"] == "routed")["mcnemar_p_holm"]
-        assert f"corrected for several tasks {p:.3g}" in " ".join(result["findings"])
+        assert f"corrected for several tests {p:.3g}" in " ".join(result["findings"])
 
 
 def test_p_values_are_corrected_system_by_system():

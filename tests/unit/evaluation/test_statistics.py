@@ -1,15 +1,21 @@
 import itertools
 import math
 import random
+import statistics
 
+import numpy as np
 import pytest
 
 from drllm.evaluation.statistics import (
+    greatest_loss,
     holm,
     mcnemar_exact,
     mean_interval,
+    non_inferior,
     paired_bootstrap,
     paired_interval,
+    paired_score,
+    upper_bound,
     wilson_interval,
 )
 
@@ -191,6 +197,53 @@ def test_impossible_paired_counts_are_refused(won, lost, n):
         paired_interval(won, lost, n)
 
 
+# --- non-inferiority ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("won", "lost", "n"), [(3, 3, 100), (0, 0, 6), (1, 0, 44), (40, 20, 160)])
+def test_the_greatest_loss_is_where_the_one_sided_score_test_is_just_not_rejected(won, lost, n):
+    loss = greatest_loss(won, lost, n)
+    assert score(won, lost, n, -loss) == pytest.approx(1.6448536, abs=1e-3)
+    assert non_inferior(won, lost, n, loss + 1e-6)
+    assert not non_inferior(won, lost, n, loss)
+
+
+def test_the_greatest_loss_is_the_end_of_the_two_sided_interval_at_90_per_cent():
+    # R package PropCIs 0.3-0, as above; won and lost change places with the sign.
+    assert greatest_loss(28, 25, 618) == pytest.approx(0.0148, abs=5e-5)
+    assert greatest_loss(25, 28, 618) == pytest.approx(0.0247, abs=5e-5)
+
+
+def test_a_gain_that_is_shown_leaves_no_loss():
+    assert greatest_loss(40, 5, 160) < 0
+    assert not non_inferior(5, 40, 160, 0.1)
+
+
+@pytest.mark.parametrize(("epsilon", "discordant"), [(0.05, 0.05), (0.05, 0.2), (0.1, 0.5)])
+def test_a_system_that_loses_epsilon_is_called_no_worse_in_one_case_of_twenty(epsilon, discordant):
+    n = 100
+    share_won, share_lost = (discordant - epsilon) / 2, (discordant + epsilon) / 2
+    wrong = sum(
+        math.comb(n, won)
+        * math.comb(n - won, lost)
+        * share_won**won
+        * share_lost**lost
+        * (1 - discordant) ** (n - won - lost)
+        for won in range(30 if share_won else 1)
+        for lost in range(60)
+        if won + lost <= n and non_inferior(won, lost, n, epsilon)
+    )
+    assert 0.02 < wrong < 0.065  # outcomes are whole questions, and the test approximates
+
+
+def test_the_score_is_the_same_for_numbers_and_for_arrays():
+    won, lost = np.arange(10.0), np.arange(10.0)[::-1]
+    distances, deviations = paired_score(won, lost, 50, -0.03)
+    for place in range(10):
+        expected = paired_score(float(won[place]), float(lost[place]), 50, -0.03)
+        assert (distances[place], deviations[place]) == pytest.approx(expected)
+
+
 # --- bootstrap -------------------------------------------------------------------------------
 
 
@@ -246,8 +299,58 @@ def test_equal_values_have_an_interval_of_no_width():
 
 
 def test_an_interval_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="at least one question"):
-        mean_interval([])
+    for asked in (lambda: mean_interval([]), lambda: upper_bound([], seed=0)):
+        with pytest.raises(ValueError, match="at least one question"):
+            asked()
+
+
+# --- one-sided bound of a mean -----------------------------------------------------------------
+
+
+def test_the_bound_equals_enumerating_every_resample():
+    values = [0.0, 0.5, 0.7, 2.0]
+    mean, spread = statistics.fmean(values), statistics.pstdev(values)
+    scores = []
+    for sample in itertools.product(values, repeat=4):
+        away, own = statistics.fmean(sample) - mean, statistics.pstdev(sample)
+        scores.append(away / own if own else math.copysign(math.inf, away))
+    scores.sort()
+    expected = mean - scores[math.ceil(0.1 * len(scores)) - 1] * spread
+    assert upper_bound(values, 0, 200_000, confidence=0.9) == pytest.approx(expected)
+
+
+def test_the_bound_of_skewed_differences_covers_as_often_as_it_says_and_percentiles_do_not():
+    # Most texts lose nothing and a few lose much: the mean of few texts is then mostly too low.
+    rng = random.Random(5)
+    trials, n = 1000, 20
+    covered = {"studentised": 0, "percentile": 0}
+    for trial in range(trials):
+        values = [rng.expovariate(1) for _ in range(n)]
+        covered["studentised"] += upper_bound(values, trial, draws=500) >= 1
+        covered["percentile"] += paired_bootstrap(values, trial, 500, confidence=0.9)[1] >= 1
+    assert covered["studentised"] / trials > 0.92
+    assert covered["percentile"] / trials < 0.91
+
+
+def test_the_bound_of_normal_differences_is_that_of_a_t_test():
+    rng = random.Random(1)
+    values = [rng.gauss(0.1, 1) for _ in range(40)]
+    half = 1.6849 * statistics.stdev(values) / math.sqrt(40)  # t, 39 degrees of freedom
+    assert upper_bound(values, seed=0) - statistics.fmean(values) == pytest.approx(half, rel=0.1)
+
+
+def test_too_few_differences_bound_nothing():
+    assert upper_bound([0.0, 1.0], seed=0) == math.inf
+
+
+def test_equal_differences_are_bounded_by_their_value():
+    assert upper_bound([0.25] * 9, seed=0) == 0.25
+
+
+def test_the_bound_is_a_function_of_its_seed():
+    values = [float(value % 7) for value in range(30)]
+    assert upper_bound(values, 5, 200) == upper_bound(values, 5, 200)
+    assert upper_bound(values, 5, 200) != upper_bound(values, 6, 200)
 
 
 # --- Holm ------------------------------------------------------------------------------------

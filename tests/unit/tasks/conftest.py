@@ -1,60 +1,13 @@
-"""What the tests of tasks share: data folders, a hub of one's own, the harness' own prompts."""
+"""What the tests of tasks share: the harness' own prompts."""
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-
-@pytest.fixture
-def write_rows(tmp_path: Path) -> Callable[..., Path]:
-    """A function that writes rows to a file of a data folder, `TASK/FILE`, and returns it."""
-
-    def write(place: str, rows: list[Any]) -> Path:
-        path = tmp_path / f"{place}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return path
-
-    return write
-
-
-class FakeHub:
-    """Stands in for `datasets.load_dataset`.
-
-    Attributes:
-        files: (repository, configuration, split) → rows, or the error to raise.
-        asked: What was asked for, in order.
-    """
-
-    def __init__(self) -> None:
-        self.files: dict[tuple[str, str | None, str], Any] = {}
-        self.asked: list[tuple[str, str | None, str]] = []
-
-    def load_dataset(self, path: str, name: str | None = None, *, split: str) -> Any:
-        import datasets
-
-        self.asked.append((path, name, split))
-        rows = self.files[path, name, split]
-        if isinstance(rows, Exception):
-            raise rows
-        return datasets.Dataset.from_list(rows)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
-    """A hub whose files the test puts there."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import datasets
-    fake = FakeHub()
-    monkeypatch.setattr(datasets, "load_dataset", fake.load_dataset)
-    return fake
 
 
 @pytest.fixture(scope="session")

@@ -33,9 +33,9 @@ from drllm.models.export.files import (
     model_card,
     say_for_transformers_4,
 )
-from drllm.models.injection import Forward, Injection
-from drllm.models.layer_call import LayerCall
+from drllm.models.injection import Injection
 from drllm.models.layers import find_layers
+from drllm.models.path_driver import PathsDriver
 from drllm.models.prompts import context_length
 from drllm.paths import check_path
 
@@ -225,33 +225,6 @@ def _write(folder: Path, listed: Any, base: BaseModel, made: Export) -> None:
 # --- the proof ---------------------------------------------------------------------------------
 
 
-class _PathDriver:
-    """Runs a path at the last layer, each layer under the arguments that it got in its own place.
-
-    So nothing depends on what a config says of layers: masks and positions are those that the base
-    model makes for its own layers.
-    """
-
-    def __init__(self, path: tuple[int, ...]) -> None:
-        self.path = path
-
-    def begin(self, forward: Forward) -> None:
-        """Make room for the calls."""
-        forward.notes["calls"] = []
-
-    def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        """Wait for the last layer, `[1, T, D]`."""
-        calls: list[LayerCall] = call.forward.notes["calls"]
-        calls.append(call)
-        if call.is_last:
-            for layer in self.path:
-                hidden = calls[layer].run(hidden)
-        return hidden
-
-    def end(self, forward: Forward) -> None:
-        """Do nothing."""
-
-
 def _logits(model: Any) -> Tensor:
     """Return a model's logits for one row of tokens, always the same, `[1, T, V]`."""
     most = context_length(model) or NUM_TOKENS
@@ -265,7 +238,7 @@ def _logits(model: Any) -> Tensor:
 
 def _logits_along(base: Any, path: tuple[int, ...]) -> Tensor:
     """Return the logits of the base model run along a path."""
-    injection = Injection(base, _PathDriver(path))
+    injection = Injection(base, PathsDriver([path]))
     try:
         return _logits(base)
     finally:

@@ -1,7 +1,7 @@
-"""Opponents at equal executions: decisions that a router must beat to have learned anything.
+"""Opponents that are drawn from the routed model's own routes, or from its labels.
 
-Owns how each opponent's decisions are drawn. All of them are functions on decisions alone: none
-sees a model, a question or an answer. Leaves running and scoring them to the evaluator.
+Owns how their decisions are drawn. All of them are functions on decisions alone: none sees a
+model, a question or an answer.
 
 Axes: Q questions, L layers.
 """

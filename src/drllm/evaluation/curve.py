@@ -1,0 +1,158 @@
+"""The depth curve: systems at several depths, on the same questions and the same texts.
+
+Owns what a point of the curve is, and its row in a file or table with paired differences to base.
+Outcomes by question stay with whoever made them: a point refers to them. Leaves running the
+systems to others, and which point may be recommended to `certified`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from drllm.cost import share_saved
+from drllm.evaluation.statistics import (
+    mean_interval,
+    paired_bootstrap,
+    paired_interval,
+    wilson_interval,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """What a system did, question by question and text by text.
+
+    Attributes:
+        correct: One per question: 1 for right and 0 for wrong, or the share of several draws.
+        gold_logprob: One per question, in nats; empty where it isn't known.
+        text_loss: One per held-out text, in nats a token: the mean next-token loss over the text.
+            Texts count alike, however long. Empty where none was read.
+    """
+
+    correct: Sequence[float]
+    gold_logprob: Sequence[float] = ()
+    text_loss: Sequence[float] = ()
+
+    @property
+    def is_single(self) -> bool:
+        """Whether each question was answered once, so that it is right or wrong."""
+        return all(value in (0, 1) for value in self.correct)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One system at one setting of its depth.
+
+    Attributes:
+        system: Its name ("routed", "last k skipped").
+        setting: In words, for whoever reads the table ("20 % saved").
+        executions: Mean over the questions, a forward pass, in layer equivalents.
+        outcomes: By question and text.
+    """
+
+    system: str
+    setting: str
+    executions: float
+    outcomes: Outcomes
+
+    @property
+    def name(self) -> str:
+        """System and setting."""
+        return f"{self.system}, {self.setting}" if self.setting else self.system
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return fmean(self.outcomes.correct)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy, over questions."""
+        if self.outcomes.is_single:
+            correct = self.outcomes.correct
+            return wilson_interval(round(sum(correct)), len(correct))
+        return mean_interval(self.outcomes.correct)
+
+    @property
+    def gold_logprob(self) -> float | None:
+        """Mean log-probability of the gold answers in nats, where known."""
+        return fmean(self.outcomes.gold_logprob) if self.outcomes.gold_logprob else None
+
+    @property
+    def text_loss(self) -> float | None:
+        """Mean next-token loss on held-out texts in nats a token, where read."""
+        return fmean(self.outcomes.text_loss) if self.outcomes.text_loss else None
+
+
+def won_lost(first: Outcomes, second: Outcomes) -> tuple[int, int]:
+    """Count the questions that the first has right and the second wrong, and the other way round.
+
+    Raises:
+        ValueError: Another number of questions, or answers that are neither right nor wrong.
+
+    Example:
+        >>> won_lost(Outcomes([1, 0, 1]), Outcomes([1, 1, 0]))
+        (1, 1)
+    """
+    if not (first.is_single and second.is_single):
+        raise ValueError("only answers that are right or wrong can be won or lost: one a question")
+    pairs = list(zip(first.correct, second.correct, strict=True))
+    return sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+
+
+def curve_rows(
+    base: Point, points: Sequence[Point], num_layers: int, seed: int
+) -> list[dict[str, Any]]:
+    """Return the curve as rows for a file, each with its differences to base.
+
+    Args:
+        base: The untouched model on the same questions and texts.
+        points: In any order.
+        num_layers: L.
+        seed: Of the resampling.
+
+    Returns:
+        Base first, then each system's points from the most executions to the fewest, systems in
+        the order of their first point. Differences are point minus base, each a mean with its 95 %
+        interval: `accuracy` as a share, `gold_logprob` in nats a question, `text_loss` in nats a
+        token; None where either side doesn't know it.
+
+    Raises:
+        ValueError: Points on another number of questions or texts.
+    """
+    systems = list(dict.fromkeys(point.system for point in points))
+    ordered = sorted(points, key=lambda point: (systems.index(point.system), -point.executions))
+    return [_row(base, point, num_layers, seed) for point in (base, *ordered)]
+
+
+def _row(base: Point, point: Point, num_layers: int, seed: int) -> dict[str, Any]:
+    ours, theirs = point.outcomes, base.outcomes
+    differences = {
+        "accuracy": _difference(ours.correct, theirs.correct, seed),
+        "gold_logprob": _difference(ours.gold_logprob, theirs.gold_logprob, seed),
+        "text_loss": _difference(ours.text_loss, theirs.text_loss, seed),
+    }
+    if ours.is_single and theirs.is_single and differences["accuracy"] is not None:
+        bounds = paired_interval(*won_lost(ours, theirs), len(ours.correct))
+        differences["accuracy"]["interval"] = list(bounds)
+    return {
+        "system": point.system,
+        "setting": point.setting,
+        "executions": point.executions,
+        "saved": share_saved(point.executions, num_layers),
+        "accuracy": point.accuracy,
+        "interval": list(point.interval),
+        "gold_logprob": point.gold_logprob,
+        "text_loss": point.text_loss,
+        "against_base": None if point is base else differences,
+    }
+
+
+def _difference(ours: Sequence[float], theirs: Sequence[float], seed: int) -> dict[str, Any] | None:
+    if not ours or not theirs:
+        return None
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return {"mean": fmean(differences), "interval": list(paired_bootstrap(differences, seed))}

@@ -1,0 +1,128 @@
+"""What the task files that are ours name by `!function`: targets to show and answers to grade.
+
+Owns the bridge from a row of a task folder and a generated text to the metrics of
+lm-evaluation-harness, and SQuAD's own two metrics, which the harness would fetch from the net.
+Leaves the rules for `letter`, `boxed` and `exact` to `tasks.grading`. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from drllm.tasks.base import Prompt
+from drllm.tasks.grading import grade
+
+NO_ANSWER = "unanswerable"
+"""What stands for "the passage doesn't say", among the answers shown and those generated."""
+
+
+def graded(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Grade a generated answer by the rule of its row.
+
+    Args:
+        doc: A row whose `grading` is what `grading_of` wrote.
+        results: The generated text.
+
+    Returns:
+        `exact_match`: 1 if it is right, else 0.
+    """
+    return {"exact_match": grade(_prompt(doc), results[0])}
+
+
+def shown(doc: Mapping[str, Any]) -> str:
+    """Return the right answer of a row in the form that the question asks for."""
+    prompt = _prompt(doc)
+    return f"\\boxed{{{prompt.answer}}}" if prompt.reward == "boxed" else prompt.answer
+
+
+def grading_of(prompt: Prompt) -> str:
+    r"""Write what grading needs to know of a prompt as one text.
+
+    One text, since columns that happen to hold nothing but dates, or nothing at all, would be
+    read back as something else than texts.
+
+    Example:
+        >>> row = {"grading": grading_of(Prompt(text="1 + 1?", reward="boxed", answer="2"))}
+        >>> graded(row, [r"It is \boxed{2}."]), shown(row)
+        ({'exact_match': 1.0}, '\\boxed{2}')
+    """
+    rule = {
+        "reward": prompt.reward,
+        "answer": prompt.answer,
+        "other_answers": prompt.other_answers,
+        "letters": prompt.letters,
+    }
+    return json.dumps(rule, ensure_ascii=False)
+
+
+def _prompt(doc: Mapping[str, Any]) -> Prompt:
+    rule = json.loads(doc["grading"])
+    return Prompt(
+        text="",
+        reward=rule["reward"],
+        answer=rule["answer"],
+        other_answers=tuple(rule["other_answers"]),
+        letters=rule["letters"],
+    )
+
+
+# --- SQuAD 2.0 ---------------------------------------------------------------------------------
+
+
+def squad(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Grade an answer as SQuAD 2.0 does; `unanswerable` and nothing at all mean "no answer".
+
+    Args:
+        doc: A row whose `grading` lists the right answers as JSON; none where there is no answer.
+        results: The generated text.
+
+    Returns:
+        `exact`: 1 if the text equals an answer after normalising, else 0; `f1`: the best overlap
+        in words with an answer, in [0, 1].
+
+    Source: Rajpurkar et al. 2016, section 6.1, and 2018 (no answer: both metrics are 1 for an
+        answer withheld, else 0). That a word stands for the missing answer is
+        lm-evaluation-harness' prompt.
+
+    Example:
+        >>> row = {"grading": '["the Green River", "a river"]'}
+        >>> squad(row, [" Green River."])
+        {'exact': 1.0, 'f1': 1.0}
+        >>> squad(row, [" the Blue River"])
+        {'exact': 0.0, 'f1': 0.6666666666666666}
+        >>> squad({"grading": "[]"}, [" Unanswerable."])
+        {'exact': 1.0, 'f1': 1.0}
+    """
+    found = _words(results[0])
+    if found == [NO_ANSWER]:
+        found = []
+    # Answers that are nothing but articles and marks are left out, unless that leaves none.
+    right = [words for words in map(_words, json.loads(doc["grading"])) if words] or [[]]
+    return {
+        "exact": float(found in right),
+        "f1": max(_overlap(found, words) for words in right),
+    }
+
+
+def squad_shown(doc: Mapping[str, Any]) -> str:
+    """Return the first right answer of a row, or the word for none."""
+    answers = json.loads(doc["grading"])
+    return str(answers[0]) if answers else NO_ANSWER
+
+
+def _words(text: str) -> list[str]:
+    """Return the words that count: lower case, without marks and articles."""
+    plain = "".join(mark for mark in text.lower() if mark not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", plain).split()
+
+
+def _overlap(found: Sequence[str], right: Sequence[str]) -> float:
+    if not found or not right:
+        return float(found == right)
+    common = sum((Counter(found) & Counter(right)).values())
+    return 2 * common / (len(found) + len(right))

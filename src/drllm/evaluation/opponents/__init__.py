@@ -1,0 +1,81 @@
+"""Opponents at equal executions: what a router must beat to have learned anything.
+
+One module an opponent, or a kind of them; `table` lists them all. Each gives decisions `[Q, L]`, a
+policy, or a path to export, and is fitted on questions that no result is reported on. Leaves
+running and scoring them to the evaluator.
+"""
+
+from drllm.evaluation.opponents.bisection import Setting
+from drllm.evaluation.opponents.drawn import (
+    expected_executions,
+    label_frequency,
+    permuted,
+    random_like,
+    share_unchanged,
+    tilted,
+)
+from drllm.evaluation.opponents.exits import ExitPolicy, confidences, executions_at, find_threshold
+from drllm.evaluation.opponents.first_layer import UpFrontPolicy, find_bias, first_inputs
+from drllm.evaluation.opponents.fitting import FitSettings
+from drllm.evaluation.opponents.greedy import GreedyOrder, greedy_order
+from drllm.evaluation.opponents.influence import block_influence, order_by_influence
+from drllm.evaluation.opponents.measures import (
+    gold_logprob,
+    gold_logprob_along,
+    text_question,
+    token_logprob,
+)
+from drllm.evaluation.opponents.program import BestProgram, best_program, programs_in
+from drllm.evaluation.opponents.repeat import RepeatedBlock, best_block
+from drllm.evaluation.opponents.segments import programs_of, train_predictor
+from drllm.evaluation.opponents.sequence import train_sequence_router
+from drllm.evaluation.opponents.static import (
+    evenly_spaced,
+    last_layers,
+    mixture,
+    nested,
+    skipping,
+)
+from drllm.evaluation.opponents.table import NOT_COMPARED, OPPONENTS, Opponent
+
+__all__ = [
+    "NOT_COMPARED",
+    "OPPONENTS",
+    "BestProgram",
+    "ExitPolicy",
+    "FitSettings",
+    "GreedyOrder",
+    "Opponent",
+    "RepeatedBlock",
+    "Setting",
+    "UpFrontPolicy",
+    "best_block",
+    "best_program",
+    "block_influence",
+    "confidences",
+    "evenly_spaced",
+    "executions_at",
+    "expected_executions",
+    "find_bias",
+    "find_threshold",
+    "first_inputs",
+    "gold_logprob",
+    "gold_logprob_along",
+    "greedy_order",
+    "label_frequency",
+    "last_layers",
+    "mixture",
+    "nested",
+    "order_by_influence",
+    "permuted",
+    "programs_in",
+    "programs_of",
+    "random_like",
+    "share_unchanged",
+    "skipping",
+    "text_question",
+    "tilted",
+    "token_logprob",
+    "train_predictor",
+    "train_sequence_router",
+]

@@ -1,0 +1,140 @@
+"""The opponents that a comparison can have, and those that it can't.
+
+Owns their names as shown, what each one is and is fitted on, and where it comes from. Leaves the
+opponents themselves to their modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+NOTHING = "nothing"
+ROUTES = "nothing but the routed model's own routes on these questions"
+CALIBRATION = "calibration prompts"
+CHOICE = "questions that settings may be chosen on"
+TARGETS = "the routers' own targets"
+SEARCH_LOG = "the search log"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opponent:
+    """One opponent of a routed model.
+
+    Attributes:
+        name: As shown.
+        description: What it does, in a line.
+        source: Where it comes from.
+        fitted_on: What its decisions were fitted on; never on questions that are reported on.
+    """
+
+    name: str
+    description: str
+    source: str
+    fitted_on: str
+
+
+OPPONENTS: Mapping[str, Opponent] = MappingProxyType(
+    {
+        opponent.name: opponent
+        for opponent in (
+            Opponent(
+                name="permuted routes",
+                description="each question runs the route of another question",
+                source="ours",
+                fitted_on=ROUTES,
+            ),
+            Opponent(
+                name="random decisions",
+                description="each question's skips and repeats at random layers",
+                source="ours",
+                fitted_on=ROUTES,
+            ),
+            Opponent(
+                name="label frequency",
+                description="each layer's decision drawn as often as it was the target in "
+                "training, tilted to the executions wanted",
+                source="ours",
+                fitted_on=TARGETS,
+            ),
+            Opponent(
+                name="last layers",
+                description="the deepest layers but the last one are given up",
+                source="Gromov et al., arXiv 2403.17887",
+                fitted_on=NOTHING,
+            ),
+            Opponent(
+                name="evenly spaced",
+                description="layers at even distances are given up, the first and the last kept",
+                source="Unified Layer Skipping, arXiv 2404.06954",
+                fitted_on=NOTHING,
+            ),
+            Opponent(
+                name="block influence",
+                description="the layers that turn the hidden state least are given up",
+                source="ShortGPT, arXiv 2403.03853",
+                fitted_on=CALIBRATION,
+            ),
+            Opponent(
+                name="greedy by loss",
+                description="layers are given up one by one, each time the one whose absence "
+                "raises the next-token loss least",
+                source="SLEB, arXiv 2402.09025",
+                fitted_on=CALIBRATION,
+            ),
+            Opponent(
+                name="greedy by answers",
+                description="layers are given up one by one, each time the one whose absence "
+                "lowers the gold answers' log-probability least",
+                source="TALE, arXiv 2510.22767, by log-probability instead of accuracy",
+                fitted_on=CHOICE,
+            ),
+            Opponent(
+                name="best program",
+                description="the one program of the search log that serves the most questions, "
+                "mixed with the full path",
+                source="Re-PoLar, arXiv 2609.31360; the mixture is ours",
+                fitted_on=f"{SEARCH_LOG}, then {CHOICE}",
+            ),
+            Opponent(
+                name="confidence exit",
+                description="all further layers are skipped once the model is confident of the "
+                "next token behind the prompt",
+                source="CALM, arXiv 2207.07061, once per prompt",
+                fitted_on=CALIBRATION,
+            ),
+            Opponent(
+                name="block repeat",
+                description="one block of neighbouring layers runs twice; at its own executions",
+                source="RYS; depth up-scaling, arXiv 2312.15166",
+                fitted_on=CHOICE,
+            ),
+            Opponent(
+                name="sequence router",
+                description="one linear router decides for all layers, from the mean of the "
+                "prompt's embeddings",
+                source="MindSkip in Router-Tuning, arXiv 2410.13184, on our targets",
+                fitted_on=TARGETS,
+            ),
+            Opponent(
+                name="program predictor",
+                description="a program of segments is predicted up front, from the mean of the "
+                "prompt's embeddings",
+                source="PoLar, arXiv 2606.06574, simplified: no encoder of its own",
+                fitted_on=SEARCH_LOG,
+            ),
+        )
+    }
+)
+"""Every opponent by its name, in the order in which they are shown."""
+
+NOT_COMPARED: Mapping[str, str] = MappingProxyType(
+    {
+        "LayerSkip": "arXiv 2404.16710: needs weights trained with layer dropout and a loss at "
+        "every exit, so it is no method for a frozen model",
+        "FlexiDepth": "arXiv 2503.23798: needs adapters trained with its routers for every layer "
+        "that tokens skip, so the model under it isn't frozen",
+    }
+)
+"""Methods that a reader will look for, and why they aren't compared."""
