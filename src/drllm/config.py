@@ -2,19 +2,17 @@
 
 Owns the settings as frozen dataclasses. The command line, the YAML reader and the checks are all
 made from the fields below, so adding a field here is all it takes to add a flag. Leaves what a
-setting *does* to the stage that reads it. Loads no torch.
+setting is to `settings`, and what it *does* to the stage that reads it. Loads no torch.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
-import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from drllm.errors import ConfigError, unknown_name
+from drllm.settings import Settings, flag_of, setting
 
 STOP_RULES = ("paper", "released", "exhaust")
 STRATEGIES = ("tree", "sweep", "walk")
@@ -24,101 +22,6 @@ EXECUTORS = ("local", "ray")
 SPLITS = ("search", "fit", "select", "test")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    choices: tuple[str, ...] | None = None,
-    alias: str | None = None,
-) -> Any:
-    """Declare one field: its default, help text and the values it accepts.
-
-    Args:
-        default: The value when the user gives none; `...` where the user must give one.
-        help: One line for `--help`, with the unit and where the default comes from.
-        minimum: Smallest accepted number.
-        maximum: Largest accepted number.
-        above: Accepted numbers are strictly larger than this.
-        choices: The only accepted strings (None is accepted too where it is the default).
-        alias: Another flag name under which published commands know this setting.
-    """
-    rules = {
-        "help": help,
-        "minimum": minimum,
-        "maximum": maximum,
-        "above": above,
-        "choices": choices,
-        "alias": alias,
-    }
-    if default is ...:
-        return field(metadata=rules)
-    return field(default=default, metadata=rules)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """A group of settings that checks its values when it is made."""
-
-    def __post_init__(self) -> None:
-        """Check each field against its rules.
-
-        Raises:
-            ConfigError: Naming the setting, the value, and what was expected.
-        """
-        hints = typing.get_type_hints(type(self))
-        for declared in dataclasses.fields(self):
-            value = getattr(self, declared.name)
-            _check_type(declared.name, value, hints[declared.name])
-            _check(declared.name, value, declared.metadata)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain JSON types, for manifests."""
-        return dataclasses.asdict(self)
-
-
-_KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number (in YAML 1e-3 is text; write 1.0e-3)",
-    str: "text",
-}
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-    """Refuse a value of another type, as a YAML file or a caller may give it."""
-    kinds = typing.get_args(hint) or (hint,)  # `int | None` is two
-    accepted = (*kinds, int) if float in kinds else kinds
-    misfit = isinstance(value, bool) and bool not in kinds  # to Python a bool is an int
-    if misfit or not isinstance(value, accepted):
-        wanted = " or ".join(_KINDS.get(kind, "nothing") for kind in kinds)
-        raise ConfigError(f"{_flag(name)} is {value!r}; give {wanted}")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _check(name: str, value: Any, rules: Any) -> None:
-    flag = _flag(name)
-    choices = rules.get("choices")
-    if choices and value is not None and value not in choices:
-        raise ConfigError(f"{flag}: " + unknown_name("value", str(value), choices))
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return
-    if not math.isfinite(value):
-        raise ConfigError(f"{flag} is {value}; give a finite number")
-    minimum, maximum, above = rules.get("minimum"), rules.get("maximum"), rules.get("above")
-    if minimum is not None and value < minimum:
-        raise ConfigError(f"{flag} is {value}; give a value of at least {minimum}")
-    if above is not None and value <= above:
-        raise ConfigError(f"{flag} is {value}; give a value above {above}")
-    if maximum is not None and value > maximum:
-        raise ConfigError(f"{flag} is {value}; give a value of at most {maximum}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,9 +203,10 @@ class GenerateConfig(Settings):
         if self.temperature == 0:
             for name in ("top_p", "seed"):
                 if getattr(self, name) is not None:
+                    given = f"{flag_of(name)} {getattr(self, name)}"
                     raise ConfigError(
-                        f"{_flag(name)} {getattr(self, name)} has no effect with --temperature 0, "
-                        f"which takes the likeliest token; give a temperature above 0, e.g. 0.7"
+                        f"{given} has no effect with --temperature 0, which takes the likeliest "
+                        f"token; give a temperature above 0, e.g. 0.7"
                     )
             return {"do_sample": False, "num_beams": 1}
         top_p = 1.0 if self.top_p is None else self.top_p
@@ -346,7 +250,7 @@ class DepthConfig(Settings):
         }
         names = [name for name, given in turned.items() if given]
         if len(names) > 1:
-            flags = [_flag(name) for name in names]
+            flags = [flag_of(name) for name in names]
             raise ConfigError(
                 f"{', '.join(flags[:-1])} and {flags[-1]} are given, but only one of them can set "
                 f"the depth; leave the others out"
@@ -374,25 +278,50 @@ class EvaluateConfig(Settings):
     limit: int | None = setting(
         None, "at most this many questions a task, drawn with the seed", minimum=1
     )
+    num_fewshot: int | None = setting(
+        None, "worked examples before each question; each task's own unless given", minimum=0
+    )
+    chat: bool = setting(False, "ask through the tokenizer's chat template")
+    opponents: str = setting(
+        "quick", "comma list, quick, all or none; 'drllm ls opponents' explains them"
+    )
+    search: str | None = setting(None, "search.jsonl, for opponents that are fitted on it")
+    supervision: str | None = setting(
+        None, "supervision.jsonl, for opponents that are fitted on the routers' targets"
+    )
+    curve: str | None = setting(
+        None, "shares of the executions to save, e.g. 0.1,0.2,0.3: routed and opponents at each"
+    )
+    epsilon: float | None = setting(
+        None,
+        "with --curve: points of accuracy; finds the cheapest depth shown to lose less",
+        above=0.0,
+        maximum=100.0,
+    )
+    max_loss_increase: float = setting(
+        0.05, "with --epsilon: nats a token that the next-token loss may rise", above=0.0
+    )
+    num_calibration: int = setting(
+        64, "questions of the select split that depths are found and opponents fitted on", minimum=1
+    )
+    num_texts: int = setting(
+        100, "questions whose text's next-token loss is read too, at most", minimum=1
+    )
     num_random_draws: int = setting(10, "draws of the random opponents a question", minimum=1)
     batch_size: int = setting(16, "questions a forward pass", minimum=1)
     seed: int = setting(0, "seed of permutations, random draws and --limit", minimum=0)
 
+    def check_curve(self) -> None:
+        """Refuse a certified choice without depths to choose from.
 
-def from_dict(kind: type[Any], values: dict[str, Any], where: str) -> Any:
-    """Make a settings group from a mapping, refusing keys that don't exist.
+        Not checked when the settings are made, since a file and the command line may each give a
+        part of them.
 
-    Args:
-        kind: One of the dataclasses above.
-        values: Names and values, as read from YAML.
-        where: What the mapping is part of, for the message.
-
-    Raises:
-        ConfigError: An unknown key (with the nearest valid one), a value of another type, or one
-            out of range.
-    """
-    known = {declared.name for declared in dataclasses.fields(kind)}
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"{where}: " + unknown_name("setting", str(name), known))
-    return kind(**values)
+        Raises:
+            ConfigError: `epsilon` without `curve`.
+        """
+        if self.epsilon is not None and self.curve is None:
+            raise ConfigError(
+                f"--epsilon {self.epsilon:g} has no effect without depths to choose from; give "
+                f"them as --curve, for example 0.1,0.2,0.3"
+            )

@@ -11,12 +11,11 @@ from drllm.config import (
     GenerateConfig,
     ModelConfig,
     SearchConfig,
-    Settings,
     SuperviseConfig,
     TrainConfig,
-    from_dict,
 )
 from drllm.errors import ConfigError
+from drllm.settings import Settings, from_dict
 
 GROUPS = [
     ModelConfig,

@@ -69,9 +69,8 @@ def tasks_to_evaluate(config: EvaluateConfig) -> list[Task]:
     Raises:
         TaskError: An unknown task, one without options, or no questions to be had.
     """
+    config.check_curve()
     tasks = get_tasks(config.tasks)
-    for task in tasks:
-        task.check_options()
     _check_questions(tasks, config.split, config.data_dir)
     return tasks
 

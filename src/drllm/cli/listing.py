@@ -1,4 +1,4 @@
-"""What there is to choose from: `drllm ls` for tasks, models and architectures.
+"""What there is to choose from: `drllm ls` for tasks, models, architectures and opponents.
 
 Owns what is printed about names and about what a model's architecture allows. Leaves knowing them
 to `tasks`, `models.loading` and `models.architectures`. Loads no torch before it is needed.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def list_what(what: str, terminal: Terminal, model: str | None = None) -> None:
-    """Print the tasks or the models that have a name, or which architectures can be routed.
+    """Print tasks, models or opponents by name, or which architectures can be routed.
 
     Args:
         what: The list.
@@ -31,7 +31,12 @@ def list_what(what: str, terminal: Terminal, model: str | None = None) -> None:
     Raises:
         ConfigError: Another word, or a model where it has no effect.
     """
-    lists = {"tasks": _list_tasks, "models": _list_models, "architectures": _list_architectures}
+    lists = {
+        "tasks": _list_tasks,
+        "models": _list_models,
+        "architectures": _list_architectures,
+        "opponents": _list_opponents,
+    }
     if what not in lists:
         raise ConfigError(unknown_name("list", what, lists) + "; for example: drllm ls tasks")
     if what == "architectures" and model is not None:
@@ -59,6 +64,19 @@ def _list_models(terminal: Terminal) -> None:
     for alias, description in list_models():
         terminal.say(f"{alias}  {description}")
     terminal.say("Or any hub id (OWNER/NAME) or local folder of a decoder-only model.")
+
+
+def _list_opponents(terminal: Terminal) -> None:
+    from drllm.evaluation.opponents import NOT_COMPARED, OPPONENTS
+
+    table = new_table("opponent", "what it does", "fitted on", "source")
+    for name, opponent in OPPONENTS.items():
+        table.add_row(
+            name.replace(" ", "-"), opponent.description, opponent.fitted_on, opponent.source
+        )
+    terminal.show(table)
+    for name, reason in NOT_COMPARED.items():
+        terminal.say(f"Not compared: {name}, {reason}.")
 
 
 def _list_architectures(terminal: Terminal) -> None:

@@ -21,8 +21,9 @@ import yaml
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from drllm.cli.verbs import FOREIGN, VERBS, Flag, Verb
-from drllm.config import ModelConfig, Settings
+from drllm.config import ModelConfig
 from drllm.errors import ConfigError, unknown_name
+from drllm.settings import Settings
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
 

@@ -9,6 +9,7 @@ the stage.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import time
@@ -27,14 +28,13 @@ from drllm.config import (
     EvaluateConfig,
     ModelConfig,
     SearchConfig,
-    Settings,
     SuperviseConfig,
     TrainConfig,
-    from_dict,
 )
 from drllm.errors import ConfigError, RecordError, unknown_name
 from drllm.records import SCHEMA_VERSION, sha256, write_atomically
 from drllm.search.plan import decisive
+from drllm.settings import Settings, from_dict
 from drllm.supervision import check_settings, rejected_path
 from drllm.supervision import write as write_supervision
 from drllm.tasks.base import Task
@@ -370,14 +370,16 @@ class Run:
         }
 
     def _evaluate(self) -> Sequence[Path]:
-        output = self.folder / "eval"
+        from drllm.evaluation.comparison import files_needed
+
+        output, config = self.folder / "eval", self.recipe.evaluate
+        needed = files_needed(config.opponents)  # the run's own, unless others are given
+        if "search" in needed and config.search is None:
+            config = dataclasses.replace(config, search=str(self.search_file))
+        if "supervision" in needed and config.supervision is None:
+            config = dataclasses.replace(config, supervision=str(self.supervision_file))
         results = stages.run_evaluate_stage(
-            self.base,
-            self.routers,
-            self.tasks["evaluate"],
-            self.recipe.evaluate,
-            output,
-            self.terminal,
+            self.base, self.routers, self.tasks["evaluate"], config, output, self.terminal
         )
         return [*results, output / "samples.jsonl", output / "samples.manifest.json"]
 

@@ -119,7 +119,7 @@ def report(request: Request, terminal: Terminal) -> None:
 
 
 def list_names(request: Request, terminal: Terminal) -> None:
-    """List tasks, models or architectures."""
+    """List tasks, models, architectures or opponents."""
     listing.list_what(request.text("what"), terminal, request.values["model"])
 
 
@@ -215,7 +215,7 @@ def run_evaluate_stage(
     terminal: Terminal,
 ) -> list[Path]:
     """Evaluate the tasks and return their results' files."""
-    from drllm.evaluation.multiple_choice import run_evaluation
+    from drllm.evaluation.comparison import run_evaluation
     from drllm.models.routers import read_config
 
     trained = read_config(routers_dir).training.get("rewards")
@@ -225,5 +225,5 @@ def run_evaluate_stage(
             f"evaluation asks by {OPTIONS_REWARD}; to have both alike, search with --reward "
             f"{OPTIONS_REWARD}"
         )
-    with terminal.progress("evaluating", "passes") as progress:
+    with terminal.progress("evaluating", "systems") as progress:
         return run_evaluation(base, routers_dir, tasks, config, output, progress)

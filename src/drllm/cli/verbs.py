@@ -14,10 +14,10 @@ from drllm.config import (
     GenerateConfig,
     ModelConfig,
     SearchConfig,
-    Settings,
     SuperviseConfig,
     TrainConfig,
 )
+from drllm.settings import Settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +115,7 @@ VERBS: dict[str, Verb] = {
         model_from_routers=True,
     ),
     "evaluate": Verb(
-        help="compare base, routed model and opponents on multiple-choice tasks",
+        help="compare base, routed model and opponents on tasks",
         example="drllm evaluate --routers checkpoints/first --tasks builtin_facts",
         groups=(ModelConfig, EvaluateConfig),
         flags=(
@@ -157,12 +157,12 @@ VERBS: dict[str, Verb] = {
         ),
     ),
     "ls": Verb(
-        help="list tasks, models or architectures",
+        help="list tasks, models, architectures or opponents",
         example="drllm ls tasks",
         flags=(
             Flag(
                 name="what",
-                help="tasks, models or architectures",
+                help="tasks, models, architectures or opponents",
                 required=True,
                 positional=True,
             ),

@@ -44,7 +44,8 @@ def findings(
         task: The task's name.
         rows: The table's rows by system.
         correct: Per question, the share of draws answered right, by system.
-        gold_logprob: Per question, the gold option's log-probability in nats, by system.
+        gold_logprob: Per question, the gold option's log-probability in nats, by system; empty
+            where answers are generated.
         num_routes: Distinct routes that the routed model took.
         chance: Accuracy of guessing.
         num_layers: L.
@@ -81,20 +82,25 @@ def findings(
         )
         + "."
     )
-    change = _change(gold_logprob["routed"], gold_logprob["base"], seed)
-    numbers = change.words(" nats a question", digits=3)
-    verdict = change.verdict("is lower", "is higher", "is not shown to differ")
-    sentences.append(
-        f"The gold answer's log-probability among the options {verdict} under routing ({numbers})."
-        if above_chance
-        else f"Routing changes the gold answer's log-probability among the options by {numbers}."
-    )
+    if "routed" in gold_logprob:
+        sentences.append(_options(gold_logprob, judged=above_chance, seed=seed))
     if "permuted routes" in rows:
         points = {name: [100 * share for share in shares] for name, shares in correct.items()}
         change = _change(points["routed"], points["permuted routes"], seed)
         unchanged = rows["permuted routes"]["unchanged_routes"]
         sentences.append(_against_permuted(change, num_routes, unchanged, judged=above_chance))
     return sentences
+
+
+def _options(gold_logprob: Mapping[str, Sequence[float]], *, judged: bool, seed: int) -> str:
+    change = _change(gold_logprob["routed"], gold_logprob["base"], seed)
+    numbers = change.words(" nats a question", digits=3)
+    if not judged:
+        return f"Routing changes the gold answer's log-probability among the options by {numbers}."
+    verdict = change.verdict("is lower", "is higher", "is not shown to differ")
+    return (
+        f"The gold answer's log-probability among the options {verdict} under routing ({numbers})."
+    )
 
 
 def compare(

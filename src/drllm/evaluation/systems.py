@@ -1,62 +1,32 @@
-"""The systems of a comparison, run on the same questions: base, routed, and its opponents.
+"""The systems of a comparison, run on one task's questions: base, routed, and its opponents.
 
-Owns running every system on a task's questions and keeping the outcomes by question. Leaves how
-an opponent's decisions are drawn to `opponents`, the forward passes to `models.scoring`, and what
-is made of the outcomes to `multiple_choice`. The routers read the question alone: one route per
-question holds for all of its options.
+Owns running a system on all questions and keeping its outcomes by question, and the next-token
+loss on held-out texts under the same routes. Leaves who is compared to `lineup`, asking and
+grading to `harness`, and what is made of the outcomes to `comparison`. Routers read the question
+alone: one route holds for all of its options, and for the text that it stands in.
 
 Axes: Q questions, L layers.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from drllm.config import EvaluateConfig
-from drllm.cost import mean_executions
-from drllm.errors import ModelError
-from drllm.evaluation.opponents import (
-    expected_executions,
-    label_frequency,
-    permuted,
-    random_like,
-    share_unchanged,
-    tilted,
-)
-from drllm.models.policies import FixedPolicy, Policy, RouterPolicy
-from drllm.models.prompts import render
-from drllm.models.routed import RoutedModel
-from drllm.models.scoring import ChoiceBatch, tokenised
-from drllm.paths import Decisions
-from drllm.tasks.base import OPTIONS_REWARD, Example, Prompt, Task
-from drllm.tasks.grading import score_choices
+from drllm.cost import executions_by_phase, mean_executions
+from drllm.evaluation.harness.asking import AskedTask, Graded
+from drllm.evaluation.harness.model import RoutedLM
+from drllm.evaluation.harness.scoring import Answer, PolicyOf
+from drllm.evaluation.lineup import Drawn
+from drllm.models.policies import FixedPolicy, FullPolicy, Policy
+from drllm.paths import Decisions, Path
 
-Decide: TypeAlias = Callable[[list[int]], Policy]
-"""Gives the policy that decides for the questions at some places."""
-
-OnProgress: TypeAlias = Callable[[float, int, str], None]
-"""Called with passes done, passes in all, and what is being run."""
-
-STATE_CACHE_GB = 2.0
-
-DESCRIPTIONS = {
-    "base": "the untouched model: every layer once",
-    "routed": "the routers decide, reading the question alone",
-    "permuted routes": "each question runs the route of another question",
-    "random decisions": "each question's skips and repeats at random layers",
-    "label frequency": "each layer's decision drawn as often as it was the target in training, "
-    "tilted to the routed model's executions",
-}
-UNREACHED = ", as near as the labels allow"
-TOLERANCE = 1e-6
-"""How far expected executions may lie from those wanted and still be called equal."""
+Answers = list[list[Answer | str]]
+"""For each question, the answers to its requests."""
 
 
 @dataclass(slots=True)
@@ -64,117 +34,209 @@ class System:
     """One system's outcomes, by question.
 
     Attributes:
-        name: As in `DESCRIPTIONS`.
-        decisions: For each draw, every question's decisions.
-        correct: For each question, the share of draws that answered right.
+        name: `base`, `routed`, or an opponent's.
+        setting: Its depth in words; empty for the routers as they were trained.
+        routes: For each draw, every question's decisions; empty where a path can't be expressed.
+        correct: For each question, the score of its answer by the task's metric, averaged over
+            the draws.
+        metrics: For each question, all that the harness says of its answer, likewise.
         gold_logprob: For each question, the gold option's log-probability among the options, in
-            nats, averaged over the draws.
-        seconds: Wall time of one draw over all questions, prompt and options, measured.
+            nats, likewise; empty where answers are generated.
+        text_loss: For each text, its mean next-token loss in nats a token, of the first draw.
+        seconds: Wall time of the first draw over all questions, measured.
+        executions: Mean a forward pass over questions and draws.
+        decode_executions: Of answers that are generated, mean a token; None with options.
         unchanged: For each draw of permuted routes, the share of questions that kept their route.
-        note: What a reader should know about it beyond the description.
+        notes: What a reader should know about it beyond its description.
     """
 
     name: str
-    decisions: list[list[Decisions]] = field(default_factory=list)
+    setting: str = ""
+    routes: list[list[Decisions]] = field(default_factory=list)
     correct: list[float] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
     gold_logprob: list[float] = field(default_factory=list)
+    text_loss: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    executions: float = 0.0
+    decode_executions: float | None = None
     unchanged: list[float] = field(default_factory=list)
-    note: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_draws(self) -> int:
+        """Draws that the outcomes are averaged over."""
+        return max(1, len(self.routes))
 
 
-class QuestionRun:
-    """All questions of a task, in batches of like length, under one system after another."""
+class TaskRun:
+    """All questions of a task, under one system after another.
 
-    def __init__(self, routed: RoutedModel, prompts: Sequence[Prompt], batch_size: int) -> None:
-        self.routed = routed
-        self.prompts = list(prompts)
-        tokens = [
-            tokenised(
-                routed.tokenizer, render(routed.tokenizer, p.text, chat=p.chat), p.continuations
-            )
-            for p in prompts
-        ]
-        lengths = [len(q.context) + sum(len(c) - 1 for c in q.continuations) for q in tokens]
-        order = sorted(range(len(prompts)), key=lengths.__getitem__)
-        self.places = [
-            order[start : start + batch_size] for start in range(0, len(order), batch_size)
-        ]
-        self.batches = [
-            ChoiceBatch(routed, [tokens[place] for place in places], STATE_CACHE_GB)
-            for places in self.places
-        ]
+    Args:
+        lm: The routed model in the harness.
+        asked: The questions.
+        num_texts: Of how many of them, from the first, the text's loss is read.
+    """
 
-    def warm_up(self, policy: Policy) -> None:
-        """Run the longest batch once, base and routed, and forget what came out.
+    def __init__(self, lm: RoutedLM, asked: AskedTask, num_texts: int) -> None:
+        self.lm = lm
+        self.asked = asked
+        self._places = {key: place for place, key in enumerate(asked.keys)}
+        self._requests = [] if not asked.has_options else asked.requests()
+        if self._requests:  # whatever the first pass sets up would count as time of the base model
+            self.lm.scorer.score(self._requests[0], lambda _keys: FullPolicy())
+        self._texts = [asked.text(place) for place in range(min(num_texts, len(asked.keys)))]
 
-        Whatever is set up by the first passes (threads, memory, kernels) would else be counted
-        as time of the system that happens to run first.
-        """
-        self.batches[-1].base_scores()
-        self.batches[-1].routed_scores(policy)
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.lm.routed.num_layers
 
-    def alone(self, system: System, decide: Decide | None) -> Tensor:
-        """Run one draw of a system by itself, measured, and return its routes `[Q, L]`.
+    def by_policy(self, name: str, policy: Policy, setting: str = "", note: str = "") -> System:
+        """Run a system that decides prompt by prompt, or the same for all."""
+        started = _now(self.lm.device)
+        answers, routes = self._ask(lambda _keys: policy)
+        seconds = _now(self.lm.device) - started
+        return self._system(name, setting, answers, routes, seconds, note)
+
+    def base(self) -> System:
+        """Run the base model: every layer once."""
+        return self.by_policy("base", FullPolicy())
+
+    def opponent(self, name: str, drawn: Sequence[Drawn], setting: str = "") -> System:
+        """Run an opponent.
 
         Args:
-            system: Gets the draw's outcomes and seconds.
-            decide: Gives the policy for the questions at some places; None runs the base model.
+            name: Its name.
+            drawn: How it decides; several draws of plans, else one.
+            setting: Of the routed model that it is compared with, in words.
         """
-        L = self.routed.num_layers
-        scores: dict[int, tuple[float, ...]] = {}
-        routes = torch.ones(len(self.prompts), L, dtype=torch.long)
-        device = self.routed.model.device
-        started = _now(device)
-        for places, batch in zip(self.places, self.batches, strict=True):
-            if decide is None:
-                found = batch.base_scores()
-            else:
-                found, route = batch.routed_scores(decide(places))
-                routes[places] = route
-            sums = [score.logprobs for score in found]
-            scores.update(zip(places, sums, strict=True))
-        system.seconds = _now(device) - started
-        self.add_draw(system, routes, [scores[place] for place in range(len(self.prompts))])
-        return routes
+        first = drawn[0]
+        if first.policy is not None:
+            return self.by_policy(name, first.policy, setting, first.note)
+        if first.path is not None:
+            return self._along(name, first.path, setting, first.note)
+        plans = [draw.plan for draw in drawn if draw.plan is not None]
+        started = _now(self.lm.device)
+        answers, routes = self._ask(self._following(plans[0]))
+        seconds = _now(self.lm.device) - started
+        system = self._system(name, setting, answers, routes, seconds, first.note)
+        for plan, more in zip(plans[1:], self._ask_plans(plans[1:]), strict=True):
+            self._add_draw(system, plan, self.asked.grade(more))
+        return system
 
-    def shared_scores(self, plans: Sequence[Tensor]) -> list[list[tuple[float, ...]]]:
-        """Score several draws at once, prefixes shared; one list of sums per draw."""
-        draws: list[list[tuple[float, ...]]] = [[()] * len(self.prompts) for _ in plans]
-        for places, batch in zip(self.places, self.batches, strict=True):
-            wanted = [
-                (draw, place, (row, tuple(plan[place].tolist())))
-                for draw, plan in enumerate(plans)
-                for row, place in enumerate(places)
-            ]
-            sums = batch.logprobs([pair for _, _, pair in wanted])
-            for (draw, place, _), value in zip(wanted, sums, strict=True):
-                draws[draw][place] = value
-            batch.forget()
-        return draws
+    # --- asking ---
 
-    def add_draw(self, system: System, routes: Tensor, scores: Sequence[tuple[float, ...]]) -> None:
-        """Add one draw's outcomes to a system, keeping the mean over its draws.
-
-        Raises:
-            ModelError: Log-probabilities that are not finite, which can't be compared.
-        """
-        for prompt, sums in zip(self.prompts, scores, strict=True):
-            if not all(math.isfinite(value) for value in sums):
-                raise ModelError(
-                    f"{system.name} gives log-probabilities that are not finite on "
-                    f"{prompt.text!r}; load the model with --dtype float32"
-                )
-        before = len(system.decisions)
-        correct = [score_choices(s, p)[0] for s, p in zip(scores, self.prompts, strict=True)]
-        gold = [_gold_logprob(s, p) for s, p in zip(scores, self.prompts, strict=True)]
-        if not before:
-            system.correct, system.gold_logprob = correct, gold
+    def _ask(self, policy_of: PolicyOf) -> tuple[Answers, Tensor]:
+        """Ask all questions; return their answers and routes `[Q, L]`."""
+        if self.asked.has_options:
+            flat = [request for requests in self._requests for request in requests]
+            scored = self.lm.scorer.score(flat, policy_of)
+            by_key = scored.routes
+            answers = self._by_question(scored.answers)
         else:
-            for values, new in ((system.correct, correct), (system.gold_logprob, gold)):
-                for place, value in enumerate(new):
-                    values[place] = (values[place] * before + value) / (before + 1)
-        system.decisions.append([tuple(row) for row in routes.tolist()])
+            texts = self._generated(policy_of)
+            answers = [[text] for text in texts]
+            by_key = {
+                key: self.lm.generated_routes[prompt]
+                for key, prompt in zip(self.asked.keys, self.asked.prompts(), strict=True)
+            }
+        return answers, torch.tensor([by_key[key] for key in self.asked.keys])
+
+    def _generated(self, policy_of: PolicyOf) -> list[str]:
+        keys = dict(zip(self.asked.prompts(), self.asked.keys, strict=True))
+        instances = [instances[0] for instances in self.asked.instances]
+        with self.lm.deciding(lambda prompts: policy_of([keys[prompt] for prompt in prompts])):
+            return self.lm.generate_until(instances, disable_tqdm=True)
+
+    def _ask_plans(self, plans: Sequence[Tensor]) -> list[Answers]:
+        """Ask all questions under several plans `[Q, L]`, what options have in common run once."""
+        if not plans:
+            return []
+        if not self.asked.has_options:
+            return [self._ask(self._following(plan))[0] for plan in plans]
+        flat = [request for requests in self._requests for request in requests]
+        scored = self.lm.scorer.score_plans(flat, [self._by_key(plan) for plan in plans])
+        return [self._by_question(each.answers) for each in scored]
+
+    def _by_question(self, answers: Sequence[Answer]) -> Answers:
+        given = iter(answers)
+        return [[next(given) for _ in requests] for requests in self._requests]
+
+    def _by_key(self, plan: Tensor) -> dict[object, Decisions]:
+        return dict(zip(self.asked.keys, map(tuple, plan.tolist()), strict=True))
+
+    def _following(self, plan: Tensor) -> PolicyOf:
+        def policy_of(keys: Sequence[object]) -> Policy:
+            rows = [self._places[key] for key in keys]  # type: ignore[index]
+            return FixedPolicy(plan[rows], self.num_layers)
+
+        return policy_of
+
+    # --- keeping ---
+
+    def _system(
+        self,
+        name: str,
+        setting: str,
+        answers: Answers,
+        routes: Tensor,
+        seconds: float,
+        note: str,
+    ) -> System:
+        system = System(name, setting, seconds=seconds, notes=[note] if note else [])
+        self._add_draw(system, routes, self.asked.grade(answers))
+        texts = list(self._by_key(routes).items())[: len(self._texts)]
+        [scored] = self.lm.scorer.score_plans(self._texts, [dict(texts)])
+        system.text_loss = self._losses(scored.answers)
+        if not self.asked.has_options:
+            tokens = [
+                max(1, len(self.lm.tok_encode(str(answer), add_special_tokens=False)))
+                for [answer] in answers
+            ]
+            system.decode_executions = executions_by_phase(routes.tolist(), tokens).decode
+        return system
+
+    def _along(self, name: str, path: Path, setting: str, note: str) -> System:
+        started = _now(self.lm.device)
+        flat = [request for requests in self._requests for request in requests]
+        answers = self.lm.scorer.score_path(flat, path)
+        seconds = _now(self.lm.device) - started
+        system = System(name, setting, seconds=seconds, notes=[note] if note else [])
+        _keep(system, self.asked.grade(self._by_question(answers)), 0)
+        system.executions = float(len(path))
+        system.text_loss = self._losses(self.lm.scorer.score_path(self._texts, path))
+        return system
+
+    def _losses(self, answers: Sequence[Answer]) -> list[float]:
+        return [
+            -logprob / len(text.continuation)
+            for text, (logprob, _) in zip(self._texts, answers, strict=True)
+        ]
+
+    def _add_draw(self, system: System, routes: Tensor, graded: Sequence[Graded]) -> None:
+        """Add one draw's outcomes to a system, keeping the mean over its draws."""
+        before = len(system.routes)
+        _keep(system, graded, before)
+        system.routes.append([tuple(row) for row in routes.tolist()])
+        executions = mean_executions(system.routes[-1])
+        system.executions = (system.executions * before + executions) / (before + 1)
+
+
+def _keep(system: System, graded: Sequence[Graded], before: int) -> None:
+    """Average a draw's grades into what a system has of the draws before."""
+    correct = [each.score for each in graded]
+    gold = [each.gold_logprob for each in graded if each.gold_logprob is not None]
+    if not before:
+        system.correct, system.gold_logprob = correct, gold
+        system.metrics = [dict(each.metrics) for each in graded]
+        return
+    for values, new in ((system.correct, correct), (system.gold_logprob, gold)):
+        for place, value in enumerate(new):
+            values[place] = (values[place] * before + value) / (before + 1)
+    for kept, each in zip(system.metrics, graded, strict=True):
+        for metric, value in each.metrics.items():
+            kept[metric] = (kept[metric] * before + value) / (before + 1)
 
 
 def _now(device: torch.device) -> float:
@@ -182,89 +244,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _follow(plan: Tensor, num_layers: int) -> Decide:
-    return lambda places: FixedPolicy(plan[places], num_layers)
-
-
-def _gold_logprob(sums: Sequence[float], prompt: Prompt) -> float:
-    assert prompt.gold is not None
-    highest = max(sums)
-    total = highest + math.log(sum(math.exp(value - highest) for value in sums))
-    return sums[prompt.gold] - total
-
-
-def run_systems(
-    routed: RoutedModel,
-    task: Task,
-    examples: Sequence[Example],
-    config: EvaluateConfig,
-    on_progress: OnProgress | None,
-) -> list[System]:
-    """Run every system on a task's questions.
-
-    Args:
-        routed: The model with its routers.
-        task: The questions' task.
-        examples: The questions, all with options.
-        config: Draws, batch size, seed.
-        on_progress: See `OnProgress`.
-
-    Returns:
-        Base, routed, and the opponents, in the order of `DESCRIPTIONS`.
-    """
-    prompts = [task.prompt(example, OPTIONS_REWARD) for example in examples]
-    run = QuestionRun(routed, prompts, config.batch_size)
-    passes = len(DESCRIPTIONS) + 3 * (config.num_random_draws - 1)
-    done = 0
-
-    def report(name: str, finished: int) -> None:
-        nonlocal done
-        done += finished
-        if on_progress is not None:
-            on_progress(done, passes, f"{task.name}: {name}")
-
-    report("base", 0)
-    assert routed.routers is not None
-    policy = RouterPolicy(routed.routers)
-    run.warm_up(policy)
-    base = System("base")
-    run.alone(base, None)
-    report("routed", 1)
-    system = System("routed")
-    routes = run.alone(system, lambda _places: policy)
-    report("opponents", 1)
-    systems = [base, system]
-    wanted = mean_executions(system.decisions[0])
-    frequencies = tilted(routed.routers.config.label_counts, wanted)
-    draws: dict[str, Callable[[torch.Generator], Tensor]] = {
-        "permuted routes": lambda g: permuted(routes, g),
-        "random decisions": lambda g: random_like(routes, g),
-        "label frequency": lambda g: label_frequency(frequencies, len(examples), g),
-    }
-    for name, draw in draws.items():
-        opponent = System(name)
-        generator = torch.Generator().manual_seed(config.seed)
-        plans = [draw(generator) for _ in range(config.num_random_draws)]
-        if name == "permuted routes":
-            opponent.unchanged = [share_unchanged(routes, plan) for plan in plans]
-        if name == "label frequency":
-            opponent.note = _unreached(expected_executions(frequencies), wanted)
-        run.alone(opponent, _follow(plans[0], routed.num_layers))
-        report(name, 1)
-        for plan, scores in zip(plans[1:], run.shared_scores(plans[1:]), strict=True):
-            run.add_draw(opponent, plan, scores)
-        report(name, len(plans) - 1)
-        systems.append(opponent)
-    return systems
-
-
-def _unreached(expected: float, wanted: float) -> str:
-    """Say that the labels can't be drawn at the executions wanted; empty where they can."""
-    if abs(expected - wanted) <= TOLERANCE:
-        return ""
-    return (
-        f"The label-frequency opponent is not at equal executions: whatever the tilt, the labels "
-        f"give no nearer mean than {expected:.2f} where the routed model has {wanted:.2f}."
-    )

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from drllm.config import SearchConfig, Settings
+from drllm.config import SearchConfig
 from drllm.errors import ConfigError
 from drllm.records import read_manifest, read_search
 from drllm.search.questions import Block
+from drllm.settings import Settings
 
 NOT_DECISIVE = (
     *("output_dir", "data_dir"),  # where files lie; the questions are compared

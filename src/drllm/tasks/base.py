@@ -148,18 +148,6 @@ class Task(ABC):
             f"'drllm ls tasks' shows which tasks have rewards"
         )
 
-    def check_options(self) -> None:
-        """Refuse a task without options where options are to be scored.
-
-        Raises:
-            TaskError: Saying where the other tasks are listed.
-        """
-        if OPTIONS_REWARD not in self.rewards:
-            raise TaskError(
-                f"task {self.name!r} has no options to choose from; evaluate takes "
-                f"multiple-choice tasks, 'drllm ls tasks' shows which have {OPTIONS_REWARD}"
-            )
-
 
 def check_split(split: str) -> str:
     """Return the split's name, or refuse one that doesn't exist.

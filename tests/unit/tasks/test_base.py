@@ -78,12 +78,6 @@ def test_of_tasks_with_different_rewards_the_one_that_a_reward_does_not_fit_is_n
         tasks[5].check_reward("boxed")
 
 
-def test_a_task_without_options_is_refused_where_options_are_scored() -> None:
-    get_task("builtin_facts").check_options()
-    with pytest.raises(TaskError, match=r"'builtin_arithmetic' has no options .*'drllm ls tasks'"):
-        get_task("builtin_arithmetic").check_options()
-
-
 def test_making_and_grading_questions_loads_no_torch() -> None:
     code = """
 import importlib, pkgutil, sys

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from inspect import signature
@@ -160,6 +160,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         )
         self.shared_tally = Tally()
         self._contexts: list[str] = []
+        self._policy_of: Callable[[list[str]], Policy] = lambda _contexts: self.policy
         self.generated_routes: dict[str, Decisions] = {}
 
     def _policy(self, depth: DepthConfig, decisions: str | None, stack: Any) -> Policy:
@@ -253,13 +254,26 @@ class RoutedLM(HFLM):  # type: ignore[misc]
 
     # --- generated answers ---
 
+    @contextmanager
+    def deciding(self, policy_of: Callable[[list[str]], Policy]) -> Iterator[None]:
+        """Let another policy decide on generated answers inside the block.
+
+        Args:
+            policy_of: Gives the policy for some prompts, side by side in a batch.
+        """
+        before, self._policy_of = self._policy_of, policy_of
+        try:
+            yield
+        finally:
+            self._policy_of = before
+
     def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
         """Encode prompts, and remember whose routes come next."""
         self._contexts = list(strings)
         return super().tok_batch_encode(strings, *args, **kwargs)
 
     def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with self.routed.using(self.policy):
+        with self.routed.using(self._policy_of(self._contexts)):
             output = super()._model_generate(context, *args, **kwargs)
         copies = len(self.routed.last_route) // len(self._contexts)
         routes = self.routed.last_route[::copies]

@@ -22,7 +22,7 @@ from drllm.models.routed import RoutedModel
 from drllm.models.scoring import ChoiceBatch, Score
 from drllm.models.shared_rows import can_pack
 from drllm.models.states import StateCache
-from drllm.paths import Decisions
+from drllm.paths import Decisions, Path
 
 Answer: TypeAlias = tuple[float, bool]
 """A continuation's log-probability in nats, and whether it is the likeliest one."""
@@ -160,6 +160,26 @@ class RequestScorer:
             Scored(_answers(found, each), {key: plan[key] for key in found.keys})
             for plan, each in zip(plans, scores, strict=True)
         ]
+
+    def score_path(self, requests: Sequence[Request], path: Path) -> list[Answer]:
+        """Score requests along one path, which decisions needn't be able to express.
+
+        Which continuations are the likeliest ones isn't said: all are called not greedy.
+
+        Args:
+            requests: In any order.
+            path: Layer indices in the order executed.
+
+        Raises:
+            TaskError: See `questions.asked`.
+        """
+        found = asked(requests, self.max_length, by_prompt=True)
+        scores: dict[int, Score] = {}
+        for places in self._batches(found):
+            [sums] = self._batch(found, places).path_logprobs([path])
+            for place, values in zip(places, sums, strict=True):
+                scores[place] = Score(values, greedy=(False,) * len(values))
+        return _answers(found, scores)
 
     def _batch(self, found: Asked, places: Sequence[int]) -> ChoiceBatch:
         questions = [found.questions[place] for place in places]

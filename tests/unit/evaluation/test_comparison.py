@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from drllm.config import EvaluateConfig
-from drllm.errors import CheckpointError, TaskError
-from drllm.evaluation import multiple_choice, systems
-from drllm.evaluation.multiple_choice import DESCRIPTIONS, run_evaluation
-from drllm.evaluation.opponents import permuted, share_unchanged
+from drllm.errors import CheckpointError, ConfigError, RecordError
+from drllm.evaluation import systems
+from drllm.evaluation.comparison import depths, run_evaluation
+from drllm.evaluation.opponents import OPPONENTS, permuted, share_unchanged
+from drllm.evaluation.results import correct_p_values
 from drllm.evaluation.statistics import holm
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.loading import BaseModel
@@ -24,12 +25,22 @@ from drllm.models.policies import RouterPolicy
 from drllm.models.prompts import encode
 from drllm.models.routed import RoutedModel
 from drllm.models.routers import RouterConfig, RouterStack
-from drllm.models.scoring import ChoiceBatch
 from drllm.paths import to_path
 from drllm.records import read_lines, read_manifest
 from drllm.tasks.base import get_task
 
 NUM_QUESTIONS = 24
+SYSTEMS = [
+    "base",
+    "routed",
+    "permuted routes",
+    "random decisions",
+    "label frequency",
+    "last layers",
+    "evenly spaced",
+]
+TOLERANCE = 1e-4
+"""Nats between a continuation among others and alone (design figure; below 2e-5 here)."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +76,16 @@ def task():
 
 
 def settings(**values):
-    return EvaluateConfig(limit=NUM_QUESTIONS, num_random_draws=3, batch_size=5, **values)
+    return EvaluateConfig(
+        **{
+            "limit": NUM_QUESTIONS,
+            "num_random_draws": 3,
+            "batch_size": 5,
+            "num_calibration": 12,
+            "num_texts": 6,
+            **values,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +145,7 @@ def test_routes_are_those_of_the_question_alone(evaluated, base, routers_dir, ta
 def test_the_table_holds_every_system_with_interval_executions_and_seconds(evaluated):
     result, samples, _ = evaluated
     rows = {row["name"]: row for row in result["systems"]}
-    assert list(DESCRIPTIONS) == list(rows)
+    assert list(rows) == SYSTEMS
     assert len(samples) == result["num_questions"] == NUM_QUESTIONS
     for name, row in rows.items():
         mean = sum(sample["systems"][name]["correct"] for sample in samples) / NUM_QUESTIONS
@@ -144,7 +164,10 @@ def test_opponents_run_at_the_routed_model_s_executions(evaluated):
     assert rows["label frequency"]["executions"] == pytest.approx(
         rows["routed"]["executions"], abs=0.5
     )
-    assert rows["label frequency"]["description"].endswith("the routed model's executions")
+    assert rows["routed"]["executions"] > 6, "the sample must be a test of what comes next"
+    for name in ("last layers", "evenly spaced"):  # there is nothing to give up
+        assert rows[name]["executions"] == 6
+    assert "Last layers: runs 6 layers, having none to give up." in evaluated[0]["findings"]
 
 
 def test_labels_that_cannot_reach_the_routed_executions_are_said_not_to(
@@ -160,12 +183,11 @@ def test_labels_that_cannot_reach_the_routed_executions_are_said_not_to(
     rows = {row["name"]: row for row in result["systems"]}
     assert rows["label frequency"]["executions"] == 6
     assert rows["routed"]["executions"] != 6
-    assert rows["label frequency"]["description"].endswith("as near as the labels allow")
-    assert result["findings"][-1] == (
-        "The label-frequency opponent is not at equal executions: whatever the tilt, the labels "
-        f"give no nearer mean than 6.00 where the routed model has "
+    assert (
+        "Label frequency: not at equal executions: whatever the tilt, the labels give no nearer "
+        f"mean than 6.00 where the routed model has "
         f"{rows['routed']['executions']:.2f}."
-    )
+    ) in result["findings"]
 
 
 def test_routes_left_in_place_by_the_permutation_are_counted(evaluated):
@@ -179,30 +201,6 @@ def test_routes_left_in_place_by_the_permutation_are_counted(evaluated):
     assert [name for name, row in rows.items() if row["unchanged_routes"] is not None] == [
         "permuted routes"
     ]
-
-
-def test_the_clock_starts_when_base_and_routed_have_run_once(
-    base, routers_dir, task, tmp_path, monkeypatch
-):
-    events = []
-    passes = {name: getattr(ChoiceBatch, name) for name in ("base_scores", "routed_scores")}
-
-    def recording(name):
-        def run(*args):
-            events.append(name)
-            return passes[name](*args)
-
-        return run
-
-    for name in passes:
-        monkeypatch.setattr(ChoiceBatch, name, recording(name))
-    clock = systems._now
-    monkeypatch.setattr(systems, "_now", lambda device: (events.append("clock"), clock(device))[1])
-    run_evaluation(base, routers_dir, [task], settings(), tmp_path)
-    assert events[:4] == ["base_scores", "routed_scores", "clock", "base_scores"]
-    timed = events[2:]
-    assert timed.count("base_scores") == 5  # 24 questions by 5
-    assert timed.count("clock") == 2 * len(DESCRIPTIONS)
 
 
 @pytest.mark.parametrize(("device", "waits"), [("cuda:0", 1), ("cpu", 0)])
@@ -248,10 +246,13 @@ def test_several_tasks_have_corrected_p_values(base, routers_dir, two_tasks, tmp
 
 def test_p_values_are_corrected_system_by_system():
     tables = [
-        [{"mcnemar_p": p, "mcnemar_p_holm": None} for p in column]
+        [
+            {"name": name, "mcnemar_p": p, "mcnemar_p_holm": None}
+            for name, p in zip(("base", "routed", "last layers"), column, strict=True)
+        ]
         for column in ((None, 0.01, 0.5), (None, 0.04, 0.02), (None, 0.03, 0.9))
     ]
-    multiple_choice._correct(tables)
+    correct_p_values(tables)
     adjusted = [[row["mcnemar_p_holm"] for row in table] for table in tables]
     assert [row[0] for row in adjusted] == [None] * 3
     assert [row[1] for row in adjusted] == pytest.approx([0.03, 0.06, 0.06])
@@ -294,16 +295,137 @@ def test_the_model_is_given_back_untouched(base, routers_dir, task, tmp_path):
     assert all("forward" not in layer.__dict__ for layer in base.model.model.layers)
 
 
-def test_a_task_without_options_is_refused(base, routers_dir, tmp_path):
-    with pytest.raises(TaskError, match="no options"):
-        run_evaluation(
-            base, routers_dir, [get_task("builtin_arithmetic")], settings(), tmp_path / "new"
-        )
-    assert not (tmp_path / "new").exists()
-
-
 def test_routers_of_another_model_are_refused(base, task, tmp_path):
     new_routers(base, num_layers=5).save(tmp_path / "routers")
     with pytest.raises(CheckpointError, match="num_layers 5"):
         run_evaluation(base, tmp_path / "routers", [task], settings(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+# --- depths, and the certified choice ----------------------------------------------------------
+
+
+def test_a_curve_has_every_system_at_every_depth_that_the_routers_can_be_brought_to(
+    base, routers_dir, task, tmp_path
+):
+    config = settings(curve="0.1,0.3", opponents="permuted-routes,last-layers", limit=12)
+    [path] = run_evaluation(base, routers_dir, [task], config, tmp_path)
+    result = json.loads(path.read_text())
+    first, *points = result["curve"]
+    assert (first["system"], first["executions"], first["against_base"]) == ("base", 6.0, None)
+    reached = {point["setting"] for point in points}
+    missed = [finding for finding in result["findings"] if finding.startswith("Not evaluated at")]
+    assert len(reached) + len(missed) == 2
+    assert reached <= {"10 % saved", "30 % saved"}
+    assert len(reached) >= 1, "the sample must be a test"
+    for setting in reached:
+        at = {point["system"]: point for point in points if point["setting"] == setting}
+        assert {"routed", "permuted routes", "last layers"} == set(at)
+        executions = at["routed"]["executions"]
+        assert at["permuted routes"]["executions"] == pytest.approx(executions)
+        assert at["last layers"]["executions"] == pytest.approx(executions, abs=0.5 / 12)
+        assert at["routed"]["text_loss"] > 0
+    assert [row["name"] for row in result["systems"]] == [
+        "base",
+        "routed",
+        "permuted routes",
+        "last layers",
+    ]
+
+
+def test_a_certified_choice_says_what_so_few_questions_can_show(base, routers_dir, task, tmp_path):
+    config = settings(curve="0.1", epsilon=2.0, opponents="none", limit=12)
+    [path] = run_evaluation(base, routers_dir, [task], config, tmp_path)
+    result = json.loads(path.read_text())
+    assert result["choice"]["limits"]["epsilon"] == 2.0
+    assert result["choice"]["confirmation"] is None
+    assert any("none" in finding.lower() for finding in result["findings"])
+
+
+def test_depths_are_shares_each_named_once():
+    assert depths("0.3,0.1") == [0.1, 0.3]
+    assert depths(None) == []
+    for wrong in ("0", "1", "x", "0.1,0.1", "-0.2", ""):
+        with pytest.raises(ConfigError, match="--curve is"):
+            depths(wrong)
+
+
+# --- what is asked, what is read ---------------------------------------------------------------
+
+
+def test_the_loss_of_a_text_is_that_of_the_question_with_its_right_answer_under_its_route(
+    evaluated, base, task
+):
+    result, samples, _ = evaluated
+    examples = {example.id: example for example in task.examples("test")}
+    rows = {row["name"]: row for row in result["systems"]}
+    for name in ("base", "routed", "last layers"):
+        losses = []
+        for sample in samples[:6]:
+            model = copy.deepcopy(base.model)
+            path = to_path(sample["systems"][name]["decisions"])
+            model.model.layers = nn.ModuleList([model.model.layers[index] for index in path])
+            model.config.num_hidden_layers = len(path)
+            prompt = task.prompt(examples[sample["id"]], "loglikelihood")
+            ids = torch.tensor(
+                [encode(base.tokenizer, prompt.text + prompt.continuations[prompt.gold])]
+            )
+            with torch.no_grad():
+                losses.append(float(model(ids, labels=ids, use_cache=False).loss))
+        assert rows[name]["text_loss"] == pytest.approx(sum(losses) / 6, abs=TOLERANCE)
+
+
+def test_generated_answers_are_evaluated_under_each_route(base, routers_dir, tmp_path):
+    config = settings(tasks="builtin_arithmetic", limit=4, num_random_draws=2)
+    tasks = [get_task("builtin_arithmetic")]
+    [path] = run_evaluation(base, routers_dir, tasks, config, tmp_path)
+    result = json.loads(path.read_text())
+    assert result["kind"] == "generated"
+    rows = {row["name"]: row for row in result["systems"]}
+    assert list(rows) == SYSTEMS
+    assert rows["routed"]["gold_logprob"] is None
+    assert rows["base"]["decode_executions"] == 6
+    assert rows["permuted routes"]["executions"] == pytest.approx(rows["routed"]["executions"])
+
+
+def test_opponents_that_lack_what_they_are_fitted_on_are_named(base, routers_dir, task, tmp_path):
+    config = settings(opponents="all", limit=8, num_random_draws=1)
+    [path] = run_evaluation(base, routers_dir, [task], config, tmp_path)
+    result = json.loads(path.read_text())
+    lacking = {"best program", "program predictor", "sequence router"}
+    assert [*SYSTEMS[:2], *(name for name in OPPONENTS if name not in lacking)] == [
+        row["name"] for row in result["systems"]
+    ]
+    for name in lacking:
+        assert any(f"{name} isn't compared: it needs" in text for text in result["findings"])
+
+
+# --- interruptions -----------------------------------------------------------------------------
+
+
+def test_an_interrupted_evaluation_goes_on_behind_what_is_done(
+    base, routers_dir, task, evaluated, tmp_path, monkeypatch
+):
+    asked = systems.TaskRun._ask
+    count = 0
+
+    def interrupted(self, policy_of):
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return asked(self, policy_of)
+
+    monkeypatch.setattr(systems.TaskRun, "_ask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_evaluation(base, routers_dir, [task], settings(), tmp_path)
+    assert not (tmp_path / "builtin_facts.json").exists()
+    with pytest.raises(RecordError, match="another evaluation"):
+        run_evaluation(base, routers_dir, [task], settings(seed=1), tmp_path)
+    count = 4
+    [path] = run_evaluation(base, routers_dir, [task], settings(), tmp_path)
+    assert count == 4 + len(SYSTEMS) - 3  # three were done
+    again = json.loads(path.read_text())
+    for first, second in zip(evaluated[0]["systems"], again["systems"], strict=True):
+        assert {**first, "seconds": None} == {**second, "seconds": None}
+    assert not (tmp_path / "partial").exists()

@@ -1,0 +1,359 @@
+"""The evaluation as a stage: tasks in, `eval/TASK.json` and samples out.
+
+Owns which systems run at which depths, and on which questions depths are looked for and chosen.
+Leaves running a system to `systems`, who the opponents are to `lineup`, keeping what is done to
+`partial`, what is written of a task to `results`, and the rule of the choice to `certified`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+
+from drllm.config import EvaluateConfig
+from drllm.errors import ConfigError
+from drllm.evaluation import certified
+from drllm.evaluation.harness.asking import AskedTask
+from drllm.evaluation.harness.folders import write_task_folder
+from drllm.evaluation.harness.model import RoutedLM
+from drllm.evaluation.lineup import NEEDS, Lineup, Material, named
+from drllm.evaluation.opponents import OPPONENTS, share_unchanged
+from drllm.evaluation.partial import Partial
+from drllm.evaluation.results import Evaluated, correct_p_values, point_of
+from drllm.evaluation.systems import System, TaskRun
+from drllm.models.base.loading import BaseModel
+from drllm.models.dial import find_depth_bias
+from drllm.models.policies import RouterPolicy
+from drllm.models.shared_rows import Question
+from drllm.records import (
+    new_manifest,
+    read_search,
+    read_supervision,
+    sha256,
+    write_atomically,
+    write_records,
+)
+from drllm.tasks.base import Task
+
+SAMPLES_FILE = "samples.jsonl"
+TASKS_FOLDER = "tasks"
+CACHE = "cache"
+DRAWN = ("permuted routes", "random decisions", "label frequency")
+"""Opponents that are drawn several times; the others' draws only say who gives up one more."""
+
+OnProgress: TypeAlias = Callable[[float, int, str], None]
+"""Called with systems done, systems in all, and what is being run."""
+
+
+def run_evaluation(
+    base: BaseModel,
+    routers_dir: Path,
+    tasks: Sequence[Task],
+    config: EvaluateConfig,
+    output_dir: Path,
+    on_progress: OnProgress | None = None,
+) -> list[Path]:
+    """Evaluate base, routed model and opponents on each task, and write the results.
+
+    What a system did is kept as soon as it is done, in `partial/`, and not done again when the
+    same evaluation is started anew; the folder goes when all is written.
+
+    Args:
+        base: The frozen model.
+        routers_dir: A folder of routers that belong to it.
+        tasks: What is evaluated.
+        config: Split, sample, opponents, depths.
+        output_dir: Receives `TASK.json` for each task, `samples.jsonl`, and the task folder.
+        on_progress: See `OnProgress`.
+
+    Returns:
+        The paths of the `TASK.json` files, in the order of the tasks. They are written when all
+        tasks are done, since p-values are corrected for how many there are.
+
+    Raises:
+        ConfigError: An opponent that lacks what it is fitted on, or a depth that makes no sense.
+        TaskError: A task without questions in the split.
+        CheckpointError: Routers of another model.
+        RecordError: `partial/` of another evaluation.
+
+    Source: the comparison is ours (docs/differences.md, D-18).
+    """
+    lm = RoutedLM(base, routers=str(routers_dir), batch_size=config.batch_size)
+    try:
+        evaluation = _Evaluation(lm, routers_dir, tasks, config, Path(output_dir), on_progress)
+        done = [evaluation.of_task(task) for task in tasks]
+    finally:
+        lm.routed.detach()
+    correct_p_values([each.rows for each in done])
+    outputs, samples = [], []
+    for each in done:
+        path = Path(output_dir) / f"{each.task.name}.json"
+        result = each.summary(base.identity, Path(routers_dir), num_tasks=len(done))
+        write_atomically(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        outputs.append(path)
+        samples += each.samples()
+    manifest = new_manifest("samples", model=base.identity, config=config.to_dict())
+    write_records(Path(output_dir) / SAMPLES_FILE, samples, manifest)
+    evaluation.partial.remove()
+    for cache in (Path(output_dir) / TASKS_FOLDER).glob(f"*/{CACHE}"):
+        shutil.rmtree(cache)  # what the harness made of the rows, to read them
+    return outputs
+
+
+class _Evaluation:
+    """What all tasks of one evaluation share."""
+
+    def __init__(
+        self,
+        lm: RoutedLM,
+        routers_dir: Path,
+        tasks: Sequence[Task],
+        config: EvaluateConfig,
+        output_dir: Path,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self.lm = lm
+        self.routers_dir = routers_dir
+        self.config = config
+        self.output_dir = output_dir
+        self.on_progress = on_progress
+        self.opponents = named(config.opponents)
+        self.shares = depths(config.curve)
+        check_files(config)
+        self.search = [] if config.search is None else read_search(Path(config.search))
+        self.targets = (
+            [] if config.supervision is None else read_supervision(Path(config.supervision))
+        )
+        files = [routers_dir / "routers.safetensors"]
+        files += [Path(name) for name in (config.search, config.supervision) if name is not None]
+        self.partial = Partial(
+            output_dir / "partial",
+            {
+                "config": config.to_dict(),
+                "tasks": [task.name for task in tasks],
+                "model": lm.base.identity,
+                "inputs": {str(path): sha256(path) for path in files},
+            },
+        )
+        points = 1 + (1 + len(self.opponents)) * (1 + len(self.shares))
+        chosen_on = (1 + len(self.shares)) if config.epsilon is not None else 0
+        self.num_systems = (points + chosen_on) * len(tasks)
+        self.num_done = 0
+
+    def asked(self, task: Task, split: str, limit: int | None) -> AskedTask:
+        """Return the questions of a task, by way of a task folder."""
+        folder = self.output_dir / TASKS_FOLDER / split
+        [written] = write_task_folder(
+            [task],
+            folder,
+            split=split,
+            limit=limit,
+            seed=self.config.seed,
+            data_dir=None if self.config.data_dir is None else Path(self.config.data_dir),
+            num_fewshot=self.config.num_fewshot,
+            max_length=self.lm.max_length,
+        )
+        return AskedTask(written, folder, self.lm, chat=self.config.chat)
+
+    def once(self, name: str, run: Callable[[], System]) -> System:
+        """Run a system, unless an earlier start of this evaluation has."""
+        if self.on_progress is not None:
+            self.on_progress(self.num_done, self.num_systems, name)
+        system = self.partial.once(name, run)
+        self.num_done += 1
+        if self.on_progress is not None:
+            self.on_progress(self.num_done, self.num_systems, name)
+        return system
+
+    def of_task(self, task: Task) -> Evaluated:
+        """Run every system on a task, at every depth."""
+        config = self.config
+        asked = self.asked(task, config.split, config.limit)
+        run = TaskRun(self.lm, asked, config.num_texts)
+        base = self.once(f"{task.name}: base", run.base)
+        lineup, biases, notes = None, {}, list(asked.written.notes)
+        if self.opponents or self.shares:
+            material = self._material(task)
+            lineup = Lineup(material)
+            biases = dict(self._biases(material, notes))
+        systems = [base]
+        for setting, bias in {"": 0.0, **biases}.items():
+            systems += self._at_depth(task, run, lineup, setting, bias, notes)
+        choice = None
+        if config.epsilon is not None:
+            choice = self._choice(task, base, systems, biases, asked.written.chance)
+        return Evaluated(task, asked, systems, notes, choice, config, self.lm.routed.num_layers)
+
+    def _material(self, task: Task) -> Material:
+        """Return what opponents are fitted on, and depths are looked for on: `select`."""
+        asked = self.asked(task, "select", self.config.num_calibration)
+        questions: list[Question] = []
+        golds: list[int] = []
+        if asked.has_options:
+            for place, requests in enumerate(asked.requests()):
+                same = all(request.context == requests[0].context for request in requests)
+                if same:  # else the options stand in the context, and there is no one prompt
+                    options = [request.continuation for request in requests]
+                    questions.append(Question(requests[0].context, options))
+                    golds.append(asked.gold(place))
+        return Material(
+            self.lm.routed,
+            [self.lm.tok_encode(prompt) for prompt in asked.prompts()],
+            questions,
+            golds,
+            self.search,
+            self.targets,
+            self.config.seed,
+        )
+
+    def _biases(self, material: Material, notes: list[str]) -> Iterator[tuple[str, float]]:
+        """Yield each depth of the curve in words, and the bias that gives it on `select`."""
+        L = self.lm.routed.num_layers
+        for share in self.shares:
+            setting = f"{100 * share:g} % saved"
+            try:
+                found = find_depth_bias(self.lm.routed, material.prompts, (1 - share) * L)
+            except ConfigError as error:  # the routers' own: no bias gives so many executions
+                notes.append(f"Not evaluated at {setting}: {error}")
+                continue
+            yield setting, found.depth_bias
+
+    def _at_depth(
+        self,
+        task: Task,
+        run: TaskRun,
+        lineup: Lineup | None,
+        setting: str,
+        bias: float,
+        notes: list[str],
+    ) -> list[System]:
+        """Run the routed model at one depth, and the opponents at its executions."""
+        at = f" at {setting}" if setting else ""
+        routers = self.lm.routed.routers
+        assert routers is not None
+        policy = RouterPolicy(routers, depth_bias=bias)
+        routed = self.once(
+            f"{task.name}: routed{at}", lambda: run.by_policy("routed", policy, setting)
+        )
+        systems, routes = [routed], torch.tensor(routed.routes[0])
+        for name in self.opponents:
+            assert lineup is not None
+            if lacking := lineup.lacks(name):
+                notes.append(f"{OPPONENTS[name].name} isn't compared: it needs {lacking}.")
+                continue
+
+            def opponent(name: str = name) -> System:
+                generator = torch.Generator().manual_seed(self.config.seed)
+                num = self.config.num_random_draws if name in DRAWN else 1
+                drawn = [lineup.at(name, routes, generator) for _ in range(num)]
+                system = run.opponent(name, drawn, setting)
+                if name == "permuted routes":
+                    plans = [draw.plan for draw in drawn if draw.plan is not None]
+                    system.unchanged = [share_unchanged(routes, plan) for plan in plans]
+                return system
+
+            systems.append(self.once(f"{task.name}: {name}{at}", opponent))
+        return systems
+
+    def _choice(
+        self,
+        task: Task,
+        base: System,
+        systems: Sequence[System],
+        biases: dict[str, float],
+        chance: float | None,
+    ) -> certified.Choice:
+        """Choose a depth on `select`, and test it once on the split that is evaluated."""
+        config = self.config
+        assert config.epsilon is not None
+        limits = certified.Limits(
+            epsilon=config.epsilon, max_loss_increase=config.max_loss_increase
+        )
+        asked = self.asked(task, "select", config.limit)
+        run = TaskRun(self.lm, asked, config.num_texts)
+        chosen_on = self.once(f"{task.name}: base on select", run.base)
+        routers = self.lm.routed.routers
+        assert routers is not None
+        points = [
+            self.once(
+                f"{task.name}: routed at {setting} on select",
+                lambda setting=setting, bias=bias: run.by_policy(  # type: ignore[misc]
+                    "routed", RouterPolicy(routers, depth_bias=bias), setting
+                ),
+            )
+            for setting, bias in biases.items()
+        ]
+        guess = chance or 0.0
+        choice = certified.choose(
+            point_of(chosen_on),
+            [point_of(point) for point in points],
+            limits,
+            chance=guess,
+            seed=config.seed,
+        )
+        if choice.chosen is None:
+            return choice
+        tested = next(
+            point_of(system)
+            for system in systems
+            if system.name == "routed" and point_of(system).name == choice.chosen.name
+        )
+        return certified.confirm(choice, point_of(base), tested, chance=guess, seed=config.seed)
+
+
+def files_needed(opponents: str) -> list[str]:
+    """Return the settings whose files some of the opponents of a comma list are fitted on.
+
+    Example:
+        >>> files_needed("last-layers,best-program")
+        ['search']
+    """
+    files = {"search": "search", "targets": "supervision"}
+    needed = {NEEDS[name][0] for name in named(opponents) if name in NEEDS}
+    return [setting for material, setting in files.items() if material in needed]
+
+
+def check_files(config: EvaluateConfig) -> None:
+    """Refuse a file that no opponent is fitted on.
+
+    Raises:
+        ConfigError: Naming the opponents that would be.
+    """
+    for setting in ("search", "supervision"):
+        value = getattr(config, setting)
+        if value is not None and setting not in files_needed(config.opponents):
+            fitted = [name.replace(" ", "-") for name in OPPONENTS if setting in files_needed(name)]
+            raise ConfigError(
+                f"--{setting} {value} has no effect on the opponents {config.opponents}; leave it "
+                f"out, or add {' or '.join(fitted)} to --opponents"
+            )
+
+
+def depths(curve: str | None) -> list[float]:
+    """Return the shares of the executions that a curve is to save.
+
+    Raises:
+        ConfigError: What is no share below 1 and above 0, or one given twice.
+
+    Example:
+        >>> depths("0.1,0.2")
+        [0.1, 0.2]
+    """
+    shares: list[float] = []
+    for word in [] if curve is None else curve.split(","):
+        try:
+            share = float(word)
+        except ValueError:
+            share = -1.0
+        if not 0 < share < 1 or share in shares:
+            raise ConfigError(
+                f"--curve is {curve!r}; give the shares of the executions to save, each above 0 "
+                f"and below 1 and named once, for example 0.1,0.2,0.3"
+            )
+        shares.append(share)
+    return sorted(shares)

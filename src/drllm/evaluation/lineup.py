@@ -1,0 +1,344 @@
+"""Who a routed model is compared with: opponents fitted once, then asked for at any executions.
+
+Owns what each opponent may be fitted on (`Material`), fitting it when it is first asked for, and
+turning it into decisions for a task's questions at the routed model's executions. Leaves the
+opponents themselves to `opponents`, and running them to `systems`.
+
+Axes: Q questions, L layers, N calibration prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from drllm.cost import mean_executions
+from drllm.errors import ConfigError, unknown_name
+from drllm.evaluation.opponents import (
+    OPPONENTS,
+    ExitPolicy,
+    UpFrontPolicy,
+    best_block,
+    best_program,
+    block_influence,
+    confidences,
+    evenly_spaced,
+    expected_executions,
+    find_bias,
+    find_threshold,
+    first_inputs,
+    gold_logprob,
+    gold_logprob_along,
+    greedy_order,
+    label_frequency,
+    last_layers,
+    mixture,
+    nested,
+    order_by_influence,
+    permuted,
+    programs_of,
+    random_like,
+    skipping,
+    text_question,
+    tilted,
+    token_logprob,
+    train_predictor,
+    train_sequence_router,
+)
+from drllm.evaluation.opponents.static import Plan
+from drllm.models.policies import Policy
+from drllm.models.prompts import encode
+from drllm.models.readout import Readout
+from drllm.models.routed import RoutedModel
+from drllm.models.scoring import ChoiceBatch
+from drllm.models.shared_rows import Question
+from drllm.paths import Path, full_decisions
+from drllm.records import SearchRecord, SupervisionRecord
+
+TOLERANCE = 1e-6
+"""How far expected executions may lie from those wanted and still be called equal."""
+BATCH_SIZE = 16
+"""Questions a pass while opponents are fitted."""
+STATE_CACHE_GB = 1.0
+MOST_GIVEN_UP = 0.5
+"""Share of the layers up to which greedy orders are looked for; half a model gone is no model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """How an opponent decides on the questions of a task; one of the first three.
+
+    Attributes:
+        plan: `[Q, L]` decisions.
+        policy: What decides on each prompt.
+        path: One path for all, which decisions can't express.
+        note: What a reader should know beyond the opponent's description; a part of a sentence.
+    """
+
+    plan: Tensor | None = None
+    policy: Policy | None = None
+    path: Path | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What opponents may be fitted on, never what is reported on.
+
+    Attributes:
+        routed: The model with its routers.
+        prompts: Token ids of each calibration prompt, `[N]`.
+        questions: The same questions with their options, and which is right; empty where answers
+            are generated.
+        golds: Of each question.
+        search: The search log of the training questions; empty if not given.
+        targets: The routers' own targets; empty if not given.
+        seed: Of what is trained.
+    """
+
+    routed: RoutedModel
+    prompts: Sequence[Sequence[int]]
+    questions: Sequence[Question] = ()
+    golds: Sequence[int] = ()
+    search: Sequence[SearchRecord] = ()
+    targets: Sequence[SupervisionRecord] = ()
+    seed: int = 0
+
+    def batches(self, questions: Sequence[Question]) -> list[ChoiceBatch]:
+        """Return questions in batches, in their own order."""
+        return [
+            ChoiceBatch(self.routed, questions[start : start + BATCH_SIZE], STATE_CACHE_GB)
+            for start in range(0, len(questions), BATCH_SIZE)
+        ]
+
+    def golds_of_batches(self) -> list[Sequence[int]]:
+        """Return which options are right, batch by batch."""
+        starts = range(0, len(self.golds), BATCH_SIZE)
+        return [self.golds[start : start + BATCH_SIZE] for start in starts]
+
+
+NEEDS: dict[str, tuple[str, str]] = {
+    "greedy by answers": ("questions", "a task with options"),
+    "block repeat": ("questions", "a task with options"),
+    "best program": ("search", "the search log; give it as --search"),
+    "program predictor": ("search", "the search log; give it as --search"),
+    "sequence router": ("targets", "the routers' targets; give them as --supervision"),
+}
+"""Opponent → what of the material it can't do without, and how that is said."""
+
+QUICK = (
+    "permuted routes",
+    "random decisions",
+    "label frequency",
+    "last layers",
+    "evenly spaced",
+)
+"""Opponents that need no fitting."""
+
+At: TypeAlias = Callable[[Tensor, torch.Generator], Drawn]
+"""Decides on the questions that took some routes `[Q, L]`, at the same mean executions."""
+
+
+@dataclass
+class Lineup:
+    """Opponents of one routed model on one task.
+
+    Args:
+        material: What they are fitted on.
+    """
+
+    material: Material
+    _fitted: dict[str, object] = field(default_factory=dict, repr=False)
+
+    def lacks(self, name: str) -> str | None:
+        """Say what an opponent would need that there isn't; None where nothing is missing."""
+        attribute, words = NEEDS.get(name, ("", ""))
+        return words if attribute and not getattr(self.material, attribute) else None
+
+    def at(self, name: str, routes: Tensor, generator: torch.Generator) -> Drawn:
+        """Return how an opponent decides at the mean executions of some routes.
+
+        Args:
+            name: One of `OPPONENTS`.
+            routes: `[Q, L]`, those that the routed model took on the questions.
+            generator: Source of randomness.
+
+        Raises:
+            ConfigError: An opponent that can't be had at these executions.
+        """
+        ways: dict[str, At] = {
+            "permuted routes": lambda routes, g: Drawn(permuted(routes, g)),
+            "random decisions": lambda routes, g: Drawn(random_like(routes, g)),
+            "label frequency": self._label_frequency,
+            "last layers": lambda routes, g: self._static(last_layers(self.num_layers), routes, g),
+            "evenly spaced": lambda routes, g: self._static(
+                evenly_spaced(self.num_layers), routes, g
+            ),
+            "block influence": lambda routes, g: self._static(self._influence, routes, g),
+            "greedy by loss": lambda routes, g: self._static(self._by_loss, routes, g),
+            "greedy by answers": lambda routes, g: self._static(self._by_answers, routes, g),
+            "best program": self._program,
+            "confidence exit": self._exit,
+            "block repeat": self._repeat,
+            "sequence router": self._sequence,
+            "program predictor": self._predictor,
+        }
+        return ways[name](routes, generator)
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.material.routed.num_layers
+
+    # --- drawn from the routes, or given up in an order ---
+
+    def _label_frequency(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+        routers = self.material.routed.routers
+        assert routers is not None
+        wanted = mean_executions(routes.tolist())
+        frequencies = tilted(routers.config.label_counts, wanted)
+        expected = expected_executions(frequencies)
+        note = ""
+        if abs(expected - wanted) > TOLERANCE:
+            note = (
+                f"not at equal executions: whatever the tilt, the labels give no nearer mean than "
+                f"{expected:.2f} where the routed model has {wanted:.2f}"
+            )
+        return Drawn(label_frequency(frequencies, len(routes), generator), note=note)
+
+    def _static(self, plan: Plan, routes: Tensor, generator: torch.Generator) -> Drawn:
+        wanted = mean_executions(routes.tolist())
+        if wanted > self.num_layers:
+            full = torch.ones(len(routes), self.num_layers, dtype=torch.long)
+            return Drawn(full, note=f"runs {self.num_layers} layers, having none to give up")
+        return Drawn(skipping(plan, wanted, len(routes), generator))
+
+    @cached_property
+    def _influence(self) -> Plan:
+        influence = block_influence(self.material.routed, self.material.prompts)
+        return nested(order_by_influence(influence), self.num_layers)
+
+    @cached_property
+    def _by_loss(self) -> Plan:
+        texts = [text_question(tokens) for tokens in self.material.prompts if len(tokens) > 1]
+        measure = token_logprob(self.material.batches(texts))
+        return self._greedy(measure)
+
+    @cached_property
+    def _by_answers(self) -> Plan:
+        batches = self.material.batches(self.material.questions)
+        return self._greedy(gold_logprob(batches, self.material.golds_of_batches()))
+
+    def _greedy(self, measure: Callable[[Sequence[tuple[int, ...]]], list[float]]) -> Plan:
+        order = greedy_order(measure, self.num_layers, most=int(MOST_GIVEN_UP * self.num_layers))
+        return nested(order.layers, self.num_layers)
+
+    # --- from the search log, and from prompts ---
+
+    def _program(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+        wanted = mean_executions(routes.tolist())
+        questions = self.material.questions
+        if questions:
+            measure = gold_logprob(
+                self.material.batches(questions), self.material.golds_of_batches()
+            )
+        else:
+            texts = [text_question(tokens) for tokens in self.material.prompts if len(tokens) > 1]
+            measure = token_logprob(self.material.batches(texts))
+        found = best_program(self.material.search, measure, wanted)
+        pair = (found.program.decisions, full_decisions(self.num_layers))
+        first, second = sorted(pair, key=sum)
+        shown = " ".join(map(str, found.program.decisions))
+        return Drawn(
+            mixture(first, second, wanted, len(routes), generator),
+            note=f"{shown} on {1 - found.full_share:.0%} of the questions",
+        )
+
+    def _exit(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+        readout = Readout(self.material.routed)
+        if "exit" not in self._fitted:
+            self._fitted["exit"] = confidences(self.material.routed, readout, self.material.prompts)
+        measured = self._fitted["exit"]
+        assert isinstance(measured, Tensor)
+        wanted = min(mean_executions(routes.tolist()), float(self.num_layers))
+        found = find_threshold(measured, wanted)
+        return Drawn(
+            policy=ExitPolicy(readout, found.value),
+            note=f"exits above a confidence of {found.value:.4f}",
+        )
+
+    def _repeat(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+        if "repeat" not in self._fitted:
+            batches = self.material.batches(self.material.questions)
+            measure = gold_logprob_along(batches, self.material.golds_of_batches())
+            self._fitted["repeat"] = best_block(measure, self.num_layers).path
+        path = self._fitted["repeat"]
+        assert isinstance(path, tuple)
+        return Drawn(path=path, note=f"runs the path {' '.join(map(str, path))}")
+
+    def _sequence(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+        if "sequence" not in self._fitted:
+            targets = self.material.targets
+            labels = torch.tensor([target.optimal_layer_config for target in targets])
+            inputs = self._inputs([target.prompt for target in targets])
+            self._fitted["sequence"] = train_sequence_router(inputs, labels)
+        return self._up_front("sequence", routes)
+
+    def _predictor(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+        if "predictor" not in self._fitted:
+            records = self.material.search
+            inputs = self._inputs([record.prompt for record in records])
+            programs = programs_of(records, seed=self.material.seed)
+            self._fitted["predictor"] = train_predictor(inputs, programs)
+        return self._up_front("predictor", routes)
+
+    def _inputs(self, prompts: Sequence[str]) -> Tensor:
+        tokenizer = self.material.routed.tokenizer
+        return first_inputs(self.material.routed, [encode(tokenizer, text) for text in prompts])
+
+    def _up_front(self, which: str, routes: Tensor) -> Drawn:
+        planner = self._fitted[which]
+        if "inputs" not in self._fitted:
+            self._fitted["inputs"] = first_inputs(self.material.routed, self.material.prompts)
+        inputs = self._fitted["inputs"]
+        assert isinstance(inputs, Tensor)
+        found = find_bias(planner, inputs, mean_executions(routes.tolist()))  # type: ignore[arg-type]
+        return Drawn(
+            policy=UpFrontPolicy(planner, found.value),  # type: ignore[arg-type]
+            note=f"with a bias of {found.value:.4g}",
+        )
+
+
+def named(names: str) -> list[str]:
+    """Return the opponents of a comma list, in the order in which they are shown.
+
+    Args:
+        names: Names as in `OPPONENTS`, with dashes or underscores for spaces; or one of `quick`
+            (those that need no fitting), `all`, `none`.
+
+    Raises:
+        ConfigError: A name that there isn't.
+
+    Example:
+        >>> named("last_layers,permuted-routes")
+        ['permuted routes', 'last layers']
+    """
+    if names == "all":
+        return list(OPPONENTS)
+    if names == "none":
+        return []
+    if names == "quick":
+        return list(QUICK)
+    wanted = [name.strip().replace("_", " ").replace("-", " ") for name in names.split(",")]
+    known = {name.replace(" ", "-") for name in OPPONENTS} | {"quick", "all", "none"}
+    for name in wanted:
+        if name not in OPPONENTS:
+            raise ConfigError(
+                "--opponents: " + unknown_name("opponent", name.replace(" ", "-"), known)
+            )
+    return [name for name in OPPONENTS if name in wanted]

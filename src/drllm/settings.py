@@ -1,0 +1,129 @@
+"""What a setting is: a field with a type, bounds and help text, checked when its group is made.
+
+Owns the machinery of the settings groups; which settings there are is in `config`. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from drllm.errors import ConfigError, unknown_name
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    alias: str | None = None,
+) -> Any:
+    """Declare one field: its default, help text and the values it accepts.
+
+    Args:
+        default: The value when the user gives none; `...` where the user must give one.
+        help: One line for `--help`, with the unit and where the default comes from.
+        minimum: Smallest accepted number.
+        maximum: Largest accepted number.
+        above: Accepted numbers are strictly larger than this.
+        choices: The only accepted strings (None is accepted too where it is the default).
+        alias: Another flag name under which published commands know this setting.
+    """
+    rules = {
+        "help": help,
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+        "choices": choices,
+        "alias": alias,
+    }
+    if default is ...:
+        return field(metadata=rules)
+    return field(default=default, metadata=rules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A group of settings that checks its values when it is made."""
+
+    def __post_init__(self) -> None:
+        """Check each field against its rules.
+
+        Raises:
+            ConfigError: Naming the setting, the value, and what was expected.
+        """
+        hints = typing.get_type_hints(type(self))
+        for declared in dataclasses.fields(self):
+            value = getattr(self, declared.name)
+            _check_type(declared.name, value, hints[declared.name])
+            _check(declared.name, value, declared.metadata)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain JSON types, for manifests."""
+        return dataclasses.asdict(self)
+
+
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number (in YAML 1e-3 is text; write 1.0e-3)",
+    str: "text",
+}
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """Refuse a value of another type, as a YAML file or a caller may give it."""
+    kinds = typing.get_args(hint) or (hint,)  # `int | None` is two
+    accepted = (*kinds, int) if float in kinds else kinds
+    misfit = isinstance(value, bool) and bool not in kinds  # to Python a bool is an int
+    if misfit or not isinstance(value, accepted):
+        wanted = " or ".join(_KINDS.get(kind, "nothing") for kind in kinds)
+        raise ConfigError(f"{flag_of(name)} is {value!r}; give {wanted}")
+
+
+def flag_of(name: str) -> str:
+    """Return a setting's name as a flag."""
+    return "--" + name.replace("_", "-")
+
+
+def _check(name: str, value: Any, rules: Any) -> None:
+    flag = flag_of(name)
+    choices = rules.get("choices")
+    if choices and value is not None and value not in choices:
+        raise ConfigError(f"{flag}: " + unknown_name("value", str(value), choices))
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    if not math.isfinite(value):
+        raise ConfigError(f"{flag} is {value}; give a finite number")
+    minimum, maximum, above = rules.get("minimum"), rules.get("maximum"), rules.get("above")
+    if minimum is not None and value < minimum:
+        raise ConfigError(f"{flag} is {value}; give a value of at least {minimum}")
+    if above is not None and value <= above:
+        raise ConfigError(f"{flag} is {value}; give a value above {above}")
+    if maximum is not None and value > maximum:
+        raise ConfigError(f"{flag} is {value}; give a value of at most {maximum}")
+
+
+def from_dict(kind: type[Any], values: dict[str, Any], where: str) -> Any:
+    """Make a settings group from a mapping, refusing keys that don't exist.
+
+    Args:
+        kind: One of the dataclasses above.
+        values: Names and values, as read from YAML.
+        where: What the mapping is part of, for the message.
+
+    Raises:
+        ConfigError: An unknown key (with the nearest valid one), a value of another type, or one
+            out of range.
+    """
+    known = {declared.name for declared in dataclasses.fields(kind)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{where}: " + unknown_name("setting", str(name), known))
+    return kind(**values)
