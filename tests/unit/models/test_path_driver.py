@@ -83,5 +83,5 @@ def test_the_policy_in_force_and_the_last_route_stay(tiny_llama):
         routed.model(torch.tensor([[5, 6]]))
         found = batch.path_logprobs([PATHS[0]])
     assert routed.last_route.tolist() == [[1, 0, 2, 1, 1, 1]]
-    for base, along in zip(batch.base_logprobs(), found[0], strict=True):
+    for base, along in zip(batch.base_scores(), found[0], strict=True):
         assert along == pytest.approx(base, abs=SUM_TOLERANCE)

@@ -101,7 +101,7 @@ def test_a_scored_continuation_is_not_read(routed, readout):
     prompts = some_prompts(6)
     questions = [Question(prompt, [[10, 11, 12], [13], [14, 15]]) for prompt in prompts]
     policy = ExitPolicy(readout, TELLING)
-    _, routes = ChoiceBatch(routed, questions, 1.0).routed_logprobs(policy)
+    _, routes = ChoiceBatch(routed, questions, 1.0).routed_scores(policy)
     assert torch.equal(routes, routes_of(routed, policy, prompts))
     assert len(set(map(tuple, routes.tolist()))) > 1
 

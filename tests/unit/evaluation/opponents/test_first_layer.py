@@ -67,7 +67,7 @@ def test_a_scored_continuation_is_not_read(routed, planner):
     prompts = some_prompts(6)
     questions = [Question(prompt, [[10, 11, 12], [13], [14, 15]]) for prompt in prompts]
     policy = UpFrontPolicy(planner)
-    _, routes = ChoiceBatch(routed, questions, 1.0).routed_logprobs(policy)
+    _, routes = ChoiceBatch(routed, questions, 1.0).routed_scores(policy)
     assert torch.equal(routes, routes_of(routed, policy, prompts))
 
 
