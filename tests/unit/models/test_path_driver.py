@@ -84,4 +84,4 @@ def test_the_policy_in_force_and_the_last_route_stay(tiny_llama):
         found = batch.path_logprobs([PATHS[0]])
     assert routed.last_route.tolist() == [[1, 0, 2, 1, 1, 1]]
     for base, along in zip(batch.base_scores(), found[0], strict=True):
-        assert along == pytest.approx(base, abs=SUM_TOLERANCE)
+        assert along == pytest.approx(base.logprobs, abs=SUM_TOLERANCE)
