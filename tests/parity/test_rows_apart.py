@@ -331,3 +331,13 @@ def test_a_search_finds_the_same_where_choices_stand_in_rows_of_their_own(
     assert_same_run(packed, apart)
     retested = [path for record in apart for path in record.paths if path.retest is not None]
     assert retested, "the sample must hold candidates"
+
+
+def test_choices_of_a_model_that_counts_columns_are_not_packed(tiny_model, listed):
+    """ALiBi has no positions to say that each continuation goes on where the prompt ends."""
+    model = tiny_model("mpt")
+    full = alone(listed, model, [(place, FULL) for place in range(3)])
+    batch = ChoiceBatch(RoutedModel(model), QUESTIONS, 1.0)
+    assert_equal(full, logprobs(batch.base_scores()))
+    found, _ = batch.routed_scores(FixedPolicy(FULL, 6))
+    assert_equal(full, logprobs(found))

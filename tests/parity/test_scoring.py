@@ -271,7 +271,7 @@ def test_what_all_prompts_begin_with_is_run_once_for_all_of_them(tiny_llama, lis
     assert len(prefixes(pairs)) + len(stems) == batch.states.executions_run
 
 
-def test_a_model_that_counts_the_rows_of_its_mask_reads_a_common_beginning_too(tiny_model, listed):
+def test_a_model_that_counts_the_rows_of_its_mask_scores_as_each_path_alone(tiny_model, listed):
     model, pairs = tiny_model("xglm"), some_pairs(12)
     expected = [alone(listed, model, WITH_STEM[row], decisions) for row, decisions in pairs]
     scores = ChoiceBatch(RoutedModel(model), WITH_STEM, 1.0).logprobs(pairs)

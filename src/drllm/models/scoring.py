@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from drllm.errors import RoutingError
+from drllm.models.abilities import can_pack
 from drllm.models.damage import Damage
 from drllm.models.passes import Passes, Price
 from drllm.models.path_driver import PathsDriver
 from drllm.models.policies import Policy, PromptView
 from drllm.models.prompts import encode, encode_continuation
 from drllm.models.routed import RoutedModel
-from drllm.models.shared_rows import Packed, Question, SharedRows, can_pack, pack, shared_rows
+from drllm.models.shared_rows import Packed, Question, SharedRows, pack, shared_rows
 from drllm.models.sharing import Pair
 from drllm.models.states import GIGABYTE, StateCache
 from drllm.paths import Path

@@ -13,18 +13,16 @@ Axes: P rows, N pairs, T tokens of a row, F tokens in front, S kept tokens, V vo
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from drllm.models.dropping import can_drop_tokens
-from drllm.models.prompts import context_length
+from drllm.models.abilities import can_drop_tokens, can_split
 from drllm.models.routed import RoutedModel
 from drllm.models.sharing import Front, Pair, SharingDriver
 from drllm.models.states import StateCache
@@ -33,8 +31,6 @@ Tokens: TypeAlias = Sequence[int]
 
 MIN_STEM = 8
 """Fewer common tokens than these aren't worth a pass of their own."""
-WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
-"""Names of the number of tokens that layers see which don't see all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,46 +175,6 @@ def _seen(owner: Tensor, num_ahead: Sequence[int]) -> Tensor:
     F = max(num_ahead)
     ahead = torch.arange(F) >= F - torch.tensor(num_ahead)[:, None]  # [P, F]
     return torch.cat([ahead[:, None].expand(P, T, F), behind], dim=2)[:, None]
-
-
-def can_pack(model: Any, questions: Sequence[Question]) -> bool:
-    """Say whether the continuations of each question may stand behind one copy of its context.
-
-    It takes attention that is told by a mask what it may see. Such a mask takes the place of a
-    window, or is cut by it column by column, and some models keep one as wide as their context,
-    so no row may be longer than these.
-    """
-    longest = max(len(question.context) + question.num_behind for question in questions)
-    most = min(_window(model), context_length(model) or longest)
-    return _takes_any_mask(model) and longest <= most
-
-
-def _takes_any_mask(model: Any) -> bool:
-    return model.config._attn_implementation in ("sdpa", "eager")
-
-
-def _window(model: Any) -> float:
-    """Return how many tokens the layers see that see the fewest; infinity if all see all."""
-    sizes = [getattr(model.config.get_text_config(), name, None) for name in WINDOWS]
-    return min((size for size in sizes if size), default=math.inf)  # 0 is none too
-
-
-def can_split(model: Any) -> bool:
-    """Say whether a prompt may be read in parts, the later ones behind the K/V of the earlier.
-
-    It takes attention that is told by a mask what it may see, all of it at every layer, and
-    rotations that don't depend on how much is read at once.
-    """
-    rotations = [
-        getattr(module, "rope_type", None)
-        for module in model.modules()
-        if hasattr(module, "rope_type")
-    ]
-    return (
-        _takes_any_mask(model)
-        and _window(model) == math.inf
-        and not any("dynamic" in str(kind) or "longrope" in str(kind) for kind in rotations)
-    )
 
 
 def stem_of(contexts: Sequence[Tokens]) -> list[int]:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from drllm.evaluation.harness.questions import Asked, Request, asked
+from drllm.models.abilities import can_pack
 from drllm.models.passes import Passes, Price
 from drllm.models.policies import FixedPolicy, FullPolicy, Policy
 from drllm.models.routed import RoutedModel
 from drllm.models.scoring import ChoiceBatch, Score
-from drllm.models.shared_rows import can_pack
 from drllm.models.states import StateCache
 from drllm.paths import Decisions, Path
 
