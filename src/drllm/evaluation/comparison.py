@@ -24,6 +24,7 @@ from drllm.evaluation.harness.model import RoutedLM
 from drllm.evaluation.lineup import NEEDS, Lineup, Material, named
 from drllm.evaluation.opponents import OPPONENTS, share_unchanged
 from drllm.evaluation.partial import Partial
+from drllm.evaluation.prompt_cost import PromptCost
 from drllm.evaluation.results import Evaluated, correct_p_values, point_of
 from drllm.evaluation.systems import System, TaskRun
 from drllm.models.base.loading import BaseModel
@@ -187,7 +188,10 @@ class _Evaluation:
         choice = None
         if config.epsilon is not None:
             choice = self._choice(task, base, systems, biases, asked.written.chance)
-        return Evaluated(task, asked, systems, notes, choice, config, self.lm.routed.num_layers)
+        num_tokens = [len(self.lm.tok_encode(prompt)) for prompt in asked.prompts()]
+        cost = PromptCost.of(self.lm.routed.model, num_tokens)
+        num_layers = self.lm.routed.num_layers
+        return Evaluated(task, asked, systems, notes, choice, config, num_layers, cost)
 
     def _material(self, task: Task) -> Material:
         """Return what opponents are fitted on, and depths are looked for on: `select`."""

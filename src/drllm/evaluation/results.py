@@ -17,6 +17,7 @@ from drllm.evaluation.curve import Outcomes, Point, curve_rows
 from drllm.evaluation.findings import findings
 from drllm.evaluation.harness.asking import AskedTask
 from drllm.evaluation.opponents import NOT_COMPARED, OPPONENTS
+from drllm.evaluation.prompt_cost import PromptCost
 from drllm.evaluation.statistics import holm, mcnemar_exact, mean_interval, wilson_interval
 from drllm.evaluation.systems import System
 from drllm.records import new_manifest, sha256
@@ -61,6 +62,7 @@ class Evaluated:
         choice: The certified choice, if one was asked for.
         config: As the evaluation's.
         num_layers: L.
+        cost: Of the questions' prompts.
 
     Attributes:
         rows: The table of the systems at the depth that the routers were trained for.
@@ -75,6 +77,7 @@ class Evaluated:
         choice: Choice | None,
         config: EvaluateConfig,
         num_layers: int,
+        cost: PromptCost,
     ) -> None:
         self.task = task
         self.asked = asked
@@ -83,7 +86,12 @@ class Evaluated:
         self.choice = choice
         self.config = config
         self.num_layers = num_layers
-        self.rows = [_row(each, systems[0], config.seed) for each in systems if not each.setting]
+        self.cost = cost
+        self.rows = [
+            {**_row(each, systems[0], config.seed), **cost.row(each.routes)}
+            for each in systems
+            if not each.setting
+        ]
 
     def summary(self, model: dict[str, Any], routers_dir: Path, num_tasks: int) -> dict[str, Any]:
         """Return what `TASK.json` holds.
@@ -103,6 +111,7 @@ class Evaluated:
             inputs=[weights],
         )
         routed = trained[1]
+        underived = f"FLOPs and K/V bytes are not derived: {self.cost.note}."
         return {
             **manifest,
             "task": self.task.name,
@@ -133,6 +142,7 @@ class Evaluated:
                 ),
                 *([] if self.choice is None else self.choice.sentences()),
                 *self.notes,
+                *([underived] if self.cost.note else []),
                 *(f"{s.name.capitalize()}: {note}." for s in trained for note in s.notes),
             ],
         }

@@ -400,6 +400,17 @@ def test_opponents_that_lack_what_they_are_fitted_on_are_named(base, routers_dir
         assert any(f"{name} isn't compared: it needs" in text for text in result["findings"])
 
 
+def test_the_cost_of_a_prompt_falls_with_the_executions_and_is_said_to_be_derived(evaluated):
+    rows = {row["name"]: row for row in evaluated[0]["systems"]}
+    base, routed = rows["base"], rows["routed"]
+    # All layers are alike, so K/V go with the executions; FLOPs hold the output head besides.
+    share = routed["executions"] / base["executions"]
+    assert routed["kv_bytes_per_token"] == pytest.approx(share * base["kv_bytes_per_token"])
+    assert base["kv_bytes_per_token"] == 6 * 2 * 16 * 4  # layers, K and V, their width, bytes
+    assert base["prompt_flops"]["weights"] > base["prompt_flops"]["attention"] > 0
+    assert rows["permuted routes"]["prompt_flops"]["attention"] > 0
+
+
 # --- interruptions -----------------------------------------------------------------------------
 
 
