@@ -6,7 +6,9 @@ remedy are found; nothing made, changed or removed in the working folder.
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -42,12 +44,15 @@ class Case:
 SEARCH = "search --model MODEL --device cpu --output-dir new"
 TRAIN = "train --model MODEL --device cpu --num-epochs 1 --run-name new --supervision"
 GENERATE = "generate hello --device cpu --max-new-tokens 2 --routers"
+LM_EVAL = "lm-eval run --model drllm --device cpu"
+HARNESS = f"{LM_EVAL} --model_args pretrained=run/routers"
+ASKED = "--tasks builtin_facts --split test --limit 2"
 EVALUATE = "evaluate --device cpu --routers run/routers --output-dir new"
 
 
 def words_of(case: Case, models: dict[str, str]) -> list[str]:
     words = case.words.split() if isinstance(case.words, str) else case.words
-    return [models.get(word, word) for word in words]
+    return [re.sub("MODEL|OTHER|DEEPER", lambda name: models[name[0]], word) for word in words]
 
 
 # --- ways of breaking things -------------------------------------------------------------------
@@ -103,6 +108,13 @@ def config_value(name: str, value: Any, **more: Any) -> Callable[[Path], object]
         path.write_text(json.dumps({**json.loads(path.read_text()), name: value, **more}))
 
     return rewrite
+
+
+def a_broken_line(folder: Path) -> None:
+    (folder / "data" / "arc_easy").mkdir(parents=True)
+    good = {"question": "1?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}}
+    lines = [json.dumps({**good, "id": "1", "answerKey": "A"}), '{"id": "2", "question": ']
+    (folder / "data" / "arc_easy" / "validation.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def remove(name: str) -> Callable[[Path], object]:
@@ -744,6 +756,113 @@ CASES = [
         prepare=write("run/run.manifest.json", '{"stages": '),
         without_torch=True,
     ),
+    # lm-evaluation-harness
+    Case(
+        name="harness: unknown task",
+        words=f"{HARNESS} --tasks builtin_fact --split test",
+        says=("unknown task 'builtin_fact'", "did you mean 'builtin_facts'"),
+    ),
+    Case(
+        name="harness: our task without our options",
+        words=f"{HARNESS} --tasks builtin_facts",
+        says=("task 'builtin_facts' is drllm's", "give --split test, or --data_dir FOLDER"),
+    ),
+    Case(
+        name="harness: unknown task of the harness",
+        words=f"{HARNESS} --tasks some_tex --include_path .",
+        says=("unknown task 'some_tex'; did you mean 'some_text'?", "'drllm lm-eval ls tasks'"),
+        prepare=write("some_text.yaml", "task: some_text\n"),
+    ),
+    Case(
+        name="harness: options without a task of ours",
+        words=f"{HARNESS} --tasks lambada_openai --data_dir run",
+        says=("--data_dir and --split have no effect", "'drllm ls tasks'", "leave them out"),
+        without_torch=True,
+    ),
+    Case(
+        name="harness: a data folder for a task that needs none",
+        words=f"{HARNESS} --tasks builtin_facts --data_dir run",
+        says=("--data_dir run has no effect", "brings its own questions", "give --split"),
+        without_torch=True,
+    ),
+    Case(
+        name="harness: unknown split",
+        words=f"{HARNESS} --tasks builtin_facts --split tests",
+        says=("unknown split 'tests'", "did you mean 'test'"),
+        without_torch=True,
+    ),
+    Case(
+        name="harness: a share for a limit",
+        words=f"{HARNESS} --tasks builtin_facts --split test --limit 0.5",
+        says=("--limit is 0.5", "a whole number from 1"),
+        without_torch=True,
+    ),
+    Case(
+        name="harness: a broken line in a data folder",
+        words=f"{HARNESS} --tasks arc_easy --data_dir data",
+        says=("data/arc_easy/validation.jsonl, line 2", "JSON"),
+        prepare=a_broken_line,
+        without_torch=True,
+    ),
+    Case(
+        name="harness: no data folder and no network",
+        words=f"{HARNESS} --tasks arc_easy --split test",
+        says=("'arc_easy' can't fetch validation of allenai/ai2_arc from the hub", "--data-dir"),
+    ),
+    Case(
+        name="harness: results into a file",
+        words=f"{HARNESS} {ASKED} --output_path file",
+        says=("--output_path: can't write to file, since file is a file", "give a folder"),
+        prepare=write("file", "x"),
+        without_torch=True,
+    ),
+    Case(
+        name="harness: samples without a place",
+        words=f"{HARNESS} {ASKED} --log_samples",
+        says=("--output_path", "--log_samples"),
+        without_torch=True,
+    ),
+    Case(
+        name="harness: batch size",
+        words=f"{HARNESS} {ASKED} --batch_size many",
+        says=("--batch_size is 'many'", "give auto, or a whole number from 1"),
+    ),
+    Case(
+        name="harness: no model",
+        words=f"{LM_EVAL} {ASKED}",
+        says=("no model is named", "--model_args pretrained=NAME"),
+    ),
+    Case(
+        name="harness: a model that isn't there",
+        words=f"{LM_EVAL} --model_args pretrained=./nowhere {ASKED}",
+        says=("there is no folder './nowhere'", "isn't a hub id"),
+    ),
+    Case(
+        name="harness: unknown model argument",
+        words=f"{HARNESS},num_window=8 {ASKED}",
+        says=("unknown model argument 'num_window'", "did you mean 'num_windows'"),
+    ),
+    Case(
+        name="harness: a flag among the model arguments",
+        words=f"{HARNESS},batch_size=8 {ASKED}",
+        says=("batch_size=8 is no model argument", "give --batch_size 8"),
+    ),
+    Case(
+        name="harness: other windows",
+        words=f"{HARNESS},num_windows=4 {ASKED}",
+        says=("num_windows is 4", "were trained with 8", "give num_windows=8"),
+    ),
+    Case(
+        name="harness: routers of another model",
+        words=f"{HARNESS},base=OTHER {ASKED}",
+        says=("these routers were trained for", "base_fingerprint"),
+    ),
+    Case(
+        name="harness: broken decisions",
+        words=f"{LM_EVAL} --model_args pretrained=MODEL,decisions=plan.json {ASKED}",
+        says=("plan.json", "decision 3"),
+        prepare=write("plan.json", '{"decisions": [1, 3, 1, 1]}'),
+    ),
     # report and show
     Case(
         name="report on nothing",
@@ -833,6 +952,16 @@ def working(
     return make
 
 
+@pytest.fixture
+def quiet_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the harness' log from standard error, and spare it reading its 14,000 task files."""
+    import lm_eval.tasks
+
+    small = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", small)
+    monkeypatch.setenv("LMEVAL_LOG_LEVEL", "ERROR")
+
+
 def check_answer(case: Case, status: int, err: str) -> None:
     assert status == 2, err
     assert err.endswith("\n")
@@ -848,7 +977,10 @@ def test_a_mistake_is_answered_by_one_line_and_nothing_is_written(
     models: dict[str, str],
     working: Callable[[Case], Path],
     capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ):
+    if "lm-eval" in case.words:
+        request.getfixturevalue("quiet_harness")
     folder = working(case)
     before = listing(folder)
 

@@ -2,7 +2,7 @@
 
 `verbs` lists the verbs, `parser` turns words into checked settings, `checks` refuses what can't
 work, `stages` does a verb's work (`searching` that of `search`, `generation` that of `generate`,
-`exporting` that of `export`),
+`exporting` that of `export`, `harness` that of `lm-eval`),
 `recipe` carries out all stages in a row, `show` prints records, `listing` names, `terminal` owns
 what the user sees. Here the process begins and ends: errors of the user's become one line and exit
 status 2, an interruption one sentence and 130, anything else is a defect of ours and keeps its
@@ -36,7 +36,7 @@ ACTIONS: dict[str, str] = {
     "run": "drllm.cli.recipe:run",
     "ls": "drllm.cli.stages:list_names",
     "show": "drllm.cli.stages:show_place",
-    "lm-eval": "drllm.evaluation.harness.command:run",
+    "lm-eval": "drllm.cli.harness:run",
 }
 """Verb → `module:function`, resolved on use."""
 

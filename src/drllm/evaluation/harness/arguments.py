@@ -6,6 +6,7 @@ class takes and ours doesn't, routers and their base, windows.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,17 @@ def check_names(others: Mapping[str, Any], known: Sequence[str]) -> None:
             raise ConfigError(f"{name}={value} has no effect with drllm; {NOT_TAKEN[name]}")
         if name not in PASSED_ON:
             raise ConfigError(unknown_name("model argument", name, {*known, *PASSED_ON}))
+
+
+def check_batch_size(batch_size: int | str | None) -> None:
+    """Refuse what is neither a number of rows nor `auto`; None is the default.
+
+    Raises:
+        ConfigError: Saying what can be given.
+    """
+    text = str(batch_size)
+    if batch_size is not None and not re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", text):
+        raise ConfigError(f"--batch_size is {text!r}; give auto, or a whole number from 1")
 
 
 def routers_and_base(

@@ -25,8 +25,14 @@ from typing import Any, Literal
 
 from drllm.errors import ConfigError, TaskError
 from drllm.evaluation.harness.table import Row, entry_of
-from drllm.evaluation.harness.task_files import generation_kwargs, harness_file, write_yaml
-from drllm.records import question_key, write_atomically
+from drllm.evaluation.harness.task_files import (
+    CACHE,
+    ROWS,
+    FolderFiles,
+    generation_kwargs,
+    harness_file,
+)
+from drllm.records import question_key
 from drllm.tasks.base import Example, Task, choose, shots_split
 from drllm.tasks.published import PublishedTask
 
@@ -86,21 +92,20 @@ def write_task_folder(
     Args:
         tasks: What is evaluated.
         folder: Where to; made if need be.
-        split: Which questions are asked.
-        limit: Most questions a task, drawn with the seed; None asks all.
+        split: See `task_folder`, as for all others.
+        limit: Most questions a task, drawn with the seed.
         seed: Of the drawing.
-        data_dir: Folder of task data; None asks the hub.
-        num_fewshot: Worked examples before each question, never from the split that is asked;
-            None leaves it to each task (5 for GSM8K, else none).
-        max_length: Most tokens that the model reads and writes in all; None doesn't cap answers.
+        data_dir: Folder of task data.
+        num_fewshot: Worked examples before each question.
+        max_length: Most tokens that the model reads and writes in all.
 
     Returns:
         One entry a task, in order.
 
     Raises:
-        ConfigError: A negative number of examples.
-        TaskError: A task named twice, questions that can't be had, none in the split, fewer
-            worked examples than asked for, or a task that can't have any.
+        ConfigError: See `task_folder`.
+        TaskError: See `task_folder`.
+        RecordError: A folder that can't be written.
 
     Example:
         >>> import tempfile
@@ -111,6 +116,46 @@ def write_task_folder(
         >>> task.harness_name, task.metric_key, task.num_questions, task.chance
         ('builtin_facts', 'acc,none', 10, 0.25)
     """
+    found, files = task_folder(
+        tasks,
+        split=split,
+        limit=limit,
+        seed=seed,
+        data_dir=data_dir,
+        num_fewshot=num_fewshot,
+        max_length=max_length,
+    )
+    files.write(folder)
+    return found
+
+
+def task_folder(
+    tasks: Sequence[Task],
+    *,
+    split: str,
+    limit: int | None,
+    seed: int,
+    data_dir: Path | None,
+    num_fewshot: int | None = None,
+    max_length: int | None = None,
+) -> tuple[list[HarnessTask], FolderFiles]:
+    """Return tasks as lm-evaluation-harness knows them, and their files; nothing is written yet.
+
+    Args:
+        tasks: What is evaluated.
+        split: Which questions are asked.
+        limit: Most questions a task, drawn with the seed; None asks all.
+        seed: Of the drawing.
+        data_dir: Folder of task data; None asks the hub.
+        num_fewshot: Worked examples before each question, never from the split that is asked;
+            None leaves it to each task (5 for GSM8K, else none).
+        max_length: Most tokens that the model reads and writes in all; None doesn't cap answers.
+
+    Raises:
+        ConfigError: A negative number of examples.
+        TaskError: A task named twice, questions that can't be had, none in the split, fewer
+            worked examples than asked for, or a task that can't have any.
+    """
     if num_fewshot is not None and num_fewshot < 0:
         raise ConfigError(f"num_fewshot is {num_fewshot}; expected 0 or more worked examples")
     names = [_harness_name(task) for task in tasks]
@@ -119,20 +164,21 @@ def write_task_folder(
             raise TaskError(
                 f"task {task.name!r} is evaluated twice, or another has the same name; name it once"
             )
-    folder = folder.resolve()
-    return [
-        _TaskFiles(task, folder, num_fewshot).write(split, limit, seed, data_dir, max_length)
+    files = FolderFiles()
+    found = [
+        _TaskFiles(task, files, num_fewshot).make(split, limit, seed, data_dir, max_length)
         for task in tasks
     ]
+    return found, files
 
 
 class _TaskFiles:
-    """The files of one task."""
+    """The files of one task, as part of a folder's."""
 
-    def __init__(self, task: Task, folder: Path, num_fewshot: int | None) -> None:
+    def __init__(self, task: Task, files: FolderFiles, num_fewshot: int | None) -> None:
         self.task = task
         self.name = _harness_name(task)
-        self.folder = folder
+        self.files = files
         self.entry = entry_of(task)
         self.num_fewshot = self.entry.shots if num_fewshot is None else num_fewshot
         if self.num_fewshot and self.entry.only_zero_shot:
@@ -141,7 +187,7 @@ class _TaskFiles:
                 f"leave it out, or evaluate the task by itself"
             )
 
-    def write(
+    def make(
         self,
         split: str,
         limit: int | None,
@@ -168,7 +214,7 @@ class _TaskFiles:
         for part in self._parts(left):
             leaf = f"{self.name}_{part}" if part else self.name
             leaves.append(leaf)
-            self._write_leaf(leaf, part, self._of(part, left), self._of(part, shown), settings)
+            self._make_leaf(leaf, part, self._of(part, left), self._of(part, shown), settings)
         if self.entry.part_of:
             group = {
                 "group": self.name,
@@ -176,7 +222,7 @@ class _TaskFiles:
                 "aggregate_metric_list": [{"metric": self.entry.metric, "weight_by_size": True}],
                 "metadata": {"version": 1},
             }
-            write_yaml(self.folder / f"{self.name}.yaml", group)
+            self.files.tasks[f"{self.name}.yaml"] = group
         options = [len(example.choices) for example, _ in left]
         return HarnessTask(
             name=self.task.name,
@@ -251,7 +297,7 @@ class _TaskFiles:
                 f"needs it"
             ) from error
 
-    def _write_leaf(
+    def _make_leaf(
         self,
         leaf: str,
         part: str,
@@ -265,9 +311,10 @@ class _TaskFiles:
                 f"examples to show, and num_fewshot is {self.num_fewshot}; "
                 f"give at most {len(shown)}"
             )
-        files = {ASKED: self._write_rows(leaf, ASKED, asked)}
+        rows = {ASKED: self._make_rows(leaf, ASKED, asked)}
         if shown:
-            files[SHOWN] = self._write_rows(leaf, SHOWN, shown)
+            rows[SHOWN] = self._make_rows(leaf, SHOWN, shown)
+        self.files.num_questions[leaf] = len(asked)
         content: dict[str, Any] = {}
         if self.entry.file:
             content["include"] = str(harness_file(self.entry.file.format(part=part)))
@@ -276,7 +323,7 @@ class _TaskFiles:
             "tag": None,  # else the harness' own tags would mean these tasks alone
             "dataset_path": "json",
             "dataset_name": None,
-            "dataset_kwargs": {"data_files": files, "cache_dir": str(self.folder / "cache")},
+            "dataset_kwargs": {"data_files": rows, "cache_dir": CACHE},
             "training_split": None,
             "validation_split": None,
             "test_split": ASKED,
@@ -286,19 +333,18 @@ class _TaskFiles:
             "num_fewshot": self.num_fewshot,
             **settings,
         }
-        write_yaml(self.folder / f"{leaf}.yaml", content)
+        self.files.tasks[f"{leaf}.yaml"] = content
 
-    def _write_rows(self, leaf: str, use: str, questions: Sequence[tuple[Example, Row]]) -> str:
+    def _make_rows(self, leaf: str, use: str, questions: Sequence[tuple[Example, Row]]) -> str:
         lines = []
         for example, row in questions:
             columns = {"drllm_id": example.id, **self._columns(example, row)}
             lines.append(json.dumps(columns, ensure_ascii=False))
         text = "".join(f"{line}\n" for line in lines)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        path = self.folder / "rows" / f"{leaf}-{use}-{digest}.jsonl"
-        if not path.is_file() or path.read_bytes() != text.encode():
-            write_atomically(path, text)
-        return str(path)
+        name = f"{ROWS}/{leaf}-{use}-{digest}.jsonl"
+        self.files.rows[name] = text
+        return name
 
 
 def _questions(task: Task, split: str, data_dir: Path | None) -> list[tuple[Example, Row]]:

@@ -1,9 +1,9 @@
 """A routed model as lm-evaluation-harness knows models: `--model drllm`.
 
-Owns `RoutedLM`: the policy in force, answering the harness' requests under it, several processes,
-and what the harness writes down about the model. Leaves tasks, metrics and the loop to the
-harness, tokenising and generating to its `HFLM`, what the arguments may be to `arguments`, and
-scoring questions to `scoring`.
+Owns `RoutedLM`: the policy in force, answering the harness' requests under it, and what the harness
+writes down about the model. Leaves tasks, metrics and the loop to the harness, tokenising and
+generating to its `HFLM`, what the arguments may be to `arguments`, joining several processes to
+`processes`, and scoring questions to `scoring`.
 
 Axes: P prompts, L layers.
 """
@@ -11,8 +11,7 @@ Axes: P prompts, L layers.
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from inspect import signature
@@ -20,16 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from tqdm import tqdm
 
 from drllm.config import DepthConfig, ModelConfig
 from drllm.errors import ConfigError, RoutingError
-from drllm.evaluation.harness.arguments import check_names, check_windows, routers_and_base
+from drllm.evaluation.harness.arguments import (
+    check_batch_size,
+    check_names,
+    check_windows,
+    routers_and_base,
+)
+from drllm.evaluation.harness.processes import joined, without_padding
 from drllm.evaluation.harness.questions import Request
 from drllm.evaluation.harness.scoring import Answer, RequestScorer, Scored, Tally
 from drllm.models.base.loading import BaseModel, load
@@ -113,6 +118,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         **others: Any,
     ) -> None:
         check_names(others, list(signature(RoutedLM).parameters))
+        check_batch_size(batch_size)
         depth = DepthConfig(
             depth_bias=float(depth_bias),
             target_executions=target_executions,
@@ -123,7 +129,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         depth.knob()
         stack, source, named = routers_and_base(pretrained, routers, base)
         check_windows(stack, num_windows)
-        accelerator = _accelerator(device)
+        accelerator = joined(device)
         if isinstance(pretrained, BaseModel):
             loaded = pretrained
         else:
@@ -162,6 +168,32 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         self._contexts: list[str] = []
         self._policy_of: Callable[[list[str]], Policy] = lambda _contexts: self.policy
         self.generated_routes: dict[str, Decisions] = {}
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> RoutedLM:
+        """Make a model of what stands in `--model_args` and in the harness' flags.
+
+        Args:
+            arg_dict: The former.
+            additional_config: The latter: batch sizes and device.
+
+        Raises:
+            ConfigError: No base model, an argument that is a flag, or see the class.
+        """
+        flags = {name: value for name, value in (additional_config or {}).items() if value}
+        for name in ("batch_size", "max_batch_size", "device"):
+            if name in arg_dict:
+                raise ConfigError(
+                    f"{name}={arg_dict[name]} is no model argument; give --{name} {arg_dict[name]}"
+                )
+        if "pretrained" not in arg_dict:
+            raise ConfigError(
+                "no model is named; give --model_args pretrained=NAME: a folder of routers, or a "
+                "base model (alias, hub id or folder)"
+            )
+        return cls(**{**arg_dict, "pretrained": str(arg_dict["pretrained"])}, **flags)
 
     def _policy(self, depth: DepthConfig, decisions: str | None, stack: Any) -> Policy:
         if decisions is not None:
@@ -204,7 +236,6 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             answers = self._scored(rows, bar.update).answers
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
-        self._share_tally()
         return answers
 
     def _scored(self, rows: Sequence[Request], on_progress: Any = lambda _: None) -> Scored:
@@ -290,10 +321,24 @@ class RoutedLM(HFLM):  # type: ignore[misc]
 
         Returns:
             The texts, each up to its first stop.
+
+        Raises:
+            ConfigError: Answers as long as all that the model holds.
         """
-        texts: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
-        self._share_tally()
-        return texts
+        for each in requests:
+            self._check_length(each)
+        wanted, places = without_padding(requests)
+        texts: list[str] = super().generate_until(wanted, disable_tqdm=disable_tqdm)
+        return [texts[place] for place in places]
+
+    def _check_length(self, request: Instance) -> None:
+        most = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+        if most >= self.max_length:
+            raise ConfigError(
+                f"{request.task_name or 'a task'} asks for answers of up to {most} tokens, and the "
+                f"model holds {self.max_length} with the question; give fewer, as "
+                f"--gen_kwargs max_gen_toks={self.max_length // 2}"
+            )
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
         """Return how many answers are generated at once with `auto`: as many as memory allows."""
@@ -306,8 +351,9 @@ class RoutedLM(HFLM):  # type: ignore[misc]
 
     # --- several processes, and what is written down ---
 
-    def _share_tally(self) -> None:
-        """Add up what all processes counted; each calls this as often as the others."""
+    def barrier(self) -> None:
+        """Wait for all processes, and add up what they counted: the harness calls it in each."""
+        super().barrier()
         if self.world_size > 1:
             tally = self.scorer.tally
             counted = torch.tensor([[tally.prompts, tally.executions]])
@@ -315,7 +361,11 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             self.shared_tally = Tally(*every)
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what the harness writes beside its results."""
+        """Return what the harness writes beside its results.
+
+        `prompts` are those of all processes, each question once. Of rolling texts they are the
+        windows, with those that the harness repeats where processes have unequally many.
+        """
         tally = self.shared_tally if self.world_size > 1 else self.scorer.tally
         return {
             "model_num_parameters": self.model.num_parameters(),
@@ -332,13 +382,6 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 "executions_a_forward": tally.executions / max(tally.prompts, 1),
             },
         }
-
-
-def _accelerator(device: str | None) -> Accelerator | None:
-    """Return what joins this process with its like, or None where it is alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
-        return None
-    return Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
 
 
 @contextmanager

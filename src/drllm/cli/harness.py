@@ -1,0 +1,253 @@
+"""`drllm lm-eval …`: lm-evaluation-harness' own command line, with our model and our tasks.
+
+Owns handing the words over, what `run` takes beside the harness' words (`--data_dir`, `--split`),
+keeping its cache of requests from mixing questions, and one line for what users most often get
+wrong. Leaves which tasks are ours to `own_tasks`; all other words are the harness' to read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lm_eval._cli import HarnessCLI
+from lm_eval.config.evaluate_config import EvaluatorConfig
+from lm_eval.utils import setup_logging
+
+from drllm.cli.checks import check_folder
+from drllm.errors import ConfigError, TaskError, unknown_name
+from drllm.evaluation.harness.own_tasks import OwnTasks, is_ours, own_tasks, placed
+
+FOLDER = "tasks"
+"""Below `--output_path`: the task folders of the runs whose results are there."""
+
+logger = logging.getLogger(__name__)
+
+
+def run(words: Sequence[str]) -> None:
+    """Carry out a command line of the harness.
+
+    Args:
+        words: What stands behind `drllm lm-eval`.
+
+    Raises:
+        TaskError: A task that there isn't, or whose questions can't be had.
+        ConfigError: An option that makes no sense or has no effect.
+        DrllmError: What our model refuses.
+        SystemExit: After the harness' own messages.
+    """
+    setup_logging()
+    with _command_line(["drllm lm-eval", *words]):
+        harness = HarnessCLI()
+        _add_options(harness)
+        args = harness.parse_args()
+        if getattr(args, "command", None) == "run":
+            _evaluate(harness, args)
+        else:
+            harness.execute(args)
+
+
+def _add_options(harness: HarnessCLI) -> None:
+    """Let `run` take our options too."""
+    group = harness._subparsers.choices["run"].add_argument_group(
+        "drllm", "With one of these, names of 'drllm ls tasks' and .jsonl files are drllm's tasks."
+    )
+    group.add_argument(
+        "--data_dir",
+        "--data-dir",
+        metavar="<path>",
+        help="Folder with the files of drllm's tasks (default: from the hub)",
+    )
+    group.add_argument(
+        "--split",
+        metavar="<split>",
+        help="Questions of drllm's tasks: search, fit, select or test (default: test)",
+    )
+
+
+def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
+    """Carry out `run`."""
+    data_dir, split = args.data_dir, args.split
+    del args.data_dir, args.split  # the harness takes what it doesn't know for settings of its own
+    settings = _settings(args)
+    output = _output_folder(settings.output_path)
+    if settings.model == "drllm" and settings.device == EvaluatorConfig().device:
+        # Named by nobody; unlike the harness we don't go on without a device that was asked for.
+        args.device = "auto"
+    if "max_new_tokens" in settings.gen_kwargs and "max_gen_toks" not in settings.gen_kwargs:
+        # Without effect on tasks that set the other one, which the harness prefers.
+        args.gen_kwargs = dict(settings.gen_kwargs)
+        args.gen_kwargs["max_gen_toks"] = args.gen_kwargs.pop("max_new_tokens")
+    own = None
+    if data_dir is not None or split is not None:
+        own = own_tasks(
+            _names(settings.tasks),
+            split=split or "test",
+            limit=settings.limit,
+            data_dir=data_dir,
+            num_fewshot=settings.num_fewshot,
+            max_length=_most_tokens(settings.model_args),
+            include_path=settings.include_path,
+            num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+        )
+    with ExitStack() as stack:
+        if settings.cache_requests:
+            stack.enter_context(_requests_apart(_key(args, own)))
+        if own is not None:
+            _say_notes(own)
+            folder = stack.enter_context(placed(own.files, output if _is_first() else None))
+            args.tasks = own.names
+            theirs = [settings.include_path] if settings.include_path else []
+            args.include_path = [*theirs, str(folder)] if theirs else str(folder)
+        _execute(harness, args, _names(settings.tasks), settings.include_path)
+
+
+def _execute(
+    harness: HarnessCLI, args: Namespace, names: Sequence[str], include_path: str | None
+) -> None:
+    """Let the harness do it, and say in one line what users get wrong."""
+    import datasets
+
+    import drllm.evaluation.harness.model  # noqa: F401 (registers our model)
+
+    # What fetching a set ends with: no network, or no such set for this user.
+    unreached = (ConnectionError, datasets.exceptions.DatasetNotFoundError)
+    try:
+        harness.execute(args)
+    except ValueError as error:
+        missing = re.fullmatch(r"Tasks not found: (.*)", str(error))
+        if missing is None:
+            raise
+        raise TaskError(_nearest(missing[1].split(", ")[0], include_path)) from error
+    except unreached as error:
+        cause = " ".join(str(error).split())
+        ours = ", --data_dir FOLDER has drllm's tasks read from files" * any(map(is_ours, names))
+        raise TaskError(
+            f"the questions of a task can't be fetched from the hub ({cause.rstrip('.')}); connect "
+            f"or log in (hf auth login){ours}"
+        ) from error
+
+
+def _settings(args: Namespace) -> EvaluatorConfig:
+    """Return what the harness makes of its words and of its `--config`.
+
+    Raises:
+        ConfigError: What it refuses.
+    """
+    log = logging.getLogger("lm_eval")
+    before = log.level
+    log.setLevel(logging.CRITICAL)  # it says all of it again when it runs
+    try:
+        with redirect_stdout(io.StringIO()):
+            return EvaluatorConfig.from_cli(args)
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    finally:
+        log.setLevel(before)
+
+
+def _names(tasks: str | Sequence[Any]) -> list[str]:
+    given = tasks.split(",") if isinstance(tasks, str) else tasks
+    return [name.strip() for each in given for name in str(each).split(",") if name.strip()]
+
+
+def _output_folder(output_path: str | None) -> Path | None:
+    """Return where task folders are kept: beside the results, where these are kept.
+
+    Raises:
+        ConfigError: A place where the harness couldn't write its results: it would only say so
+            at the end.
+    """
+    if output_path is None:
+        return None
+    path = Path(output_path)
+    folder = path.parent if path.suffix == ".json" else path
+    check_folder(folder, "--output_path")
+    return folder / FOLDER
+
+
+def _most_tokens(model_args: dict[str, Any]) -> int | None:
+    given = model_args.get("max_length")
+    return given if isinstance(given, int) else None
+
+
+def _is_first() -> bool:
+    """Return whether this is the process that writes; each other has a folder of its own."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _say_notes(own: OwnTasks) -> None:
+    for task in own.tasks:
+        for note in task.notes if _is_first() else ():
+            logger.warning("%s: %s", task.name, note)
+
+
+def _nearest(name: str, include_path: str | None) -> str:
+    """Say which task was meant; the harness has thousands, so not which there are."""
+    import lm_eval.tasks
+
+    if is_ours(name):
+        return (
+            f"task {name!r} is drllm's and not the harness' own; give --split test, or "
+            f"--data_dir FOLDER to have its questions read from files"
+        )
+    known = lm_eval.tasks.TaskManager(include_path=include_path).all_tasks
+    said = unknown_name("task", name, known).split(" Valid: ")[0].rstrip(".")
+    return f"{said}; 'drllm lm-eval ls tasks' lists all, --include_path FOLDER adds your own"
+
+
+# --- the harness' cache of requests --------------------------------------------------------------
+
+
+def _key(args: Namespace, own: OwnTasks | None) -> str:
+    """Return what tells requests from others that the harness would take for the same.
+
+    It knows them by task, number of shots and tokenizer. We add the rows, and every word of the
+    command line but where results go: some change requests (`--gen_kwargs`, `--samples`, `--seed`).
+    """
+    words = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("func", "command", "cache_requests", "output_path")
+    }
+    content = (
+        own.files.key if own else "",
+        sorted(words.items()),
+        version("lm_eval"),
+        version("drllm"),
+    )
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _requests_apart(key: str) -> Iterator[None]:
+    """Let the harness keep its requests in a folder of their own inside the block."""
+    from lm_eval.caching import cache
+
+    before = cache.PATH
+    cache.PATH = str(Path(before) / f"drllm-{key}")
+    try:
+        yield
+    finally:
+        cache.PATH = before
+
+
+@contextmanager
+def _command_line(words: list[str]) -> Iterator[None]:
+    """Let the process' command line be another one inside the block."""
+    before = sys.argv
+    sys.argv = words
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -1,0 +1,341 @@
+"""`drllm lm-eval run`: the harness' command line with our model and our tasks, as users run it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drllm.cli import main
+from drllm.tasks.base import choose, get_task
+
+LOGPROB_TOLERANCE = 1e-4
+"""Nats that a continuation may differ from the harness' own number (design figure)."""
+ROUNDING = 1e-12
+"""Of a standard error, whose questions are added up in another order by several processes."""
+
+ROLLING = """\
+task: some_text
+dataset_path: json
+dataset_kwargs: {data_files: {asked: ROWS}, cache_dir: CACHE}
+test_split: asked
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _small_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Spare each command reading 14,000 task files, and keep the harness' cache and log apart."""
+    import lm_eval.tasks
+    from lm_eval.caching import cache
+
+    small = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", small)
+    monkeypatch.setattr(cache, "PATH", str(tmp_path / "cache"))
+    monkeypatch.setenv("LMEVAL_LOG_LEVEL", "ERROR")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """A function that runs a command and returns the harness' results file."""
+
+    def run(folder: str, words: str, **model_args: Any) -> dict[str, Any]:
+        joined = ",".join(f"{name}={value}" for name, value in model_args.items())
+        command = ["lm-eval", "run", "--model_args", joined, "--output_path", folder]
+        assert main([*command, "--device", "cpu", "--log_samples", *words.split()]) == 0
+        return results_of(tmp_path / folder)
+
+    return run
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    """Return the newest results below a folder."""
+    results: dict[str, Any] = json.loads(max(folder.glob("*/results_*.json")).read_text())
+    return results
+
+
+def samples_of(folder: Path, task: str) -> list[dict[str, Any]]:
+    """Return the newest samples of a task, in order."""
+    text = max(folder.glob(f"*/samples_{task}_*.jsonl")).read_text()
+    return sorted(map(json.loads, text.splitlines()), key=lambda sample: sample["doc_id"])
+
+
+def assert_same_samples(first: Path, second: Path, task: str) -> None:
+    slow, fast = samples_of(first, task), samples_of(second, task)
+    assert [sample["arguments"] for sample in slow] == [sample["arguments"] for sample in fast]
+    for ours, theirs in zip(fast, slow, strict=True):
+        for one, other in zip(ours["resps"], theirs["resps"], strict=True):
+            if "gold" not in ours["doc"]:  # a generated answer
+                assert one[0] == other[0]
+                continue
+            (score, greedy), (score_there, greedy_there) = one[0], other[0]
+            assert float(score) == pytest.approx(float(score_there), abs=LOGPROB_TOLERANCE)
+            assert greedy == greedy_there
+
+
+def own_file(folder: Path, number: int, name: str = "mine.jsonl") -> Path:
+    """Write questions of one's own, invented."""
+    rows = [
+        {"question": f"Which is {place} of {name}?", "choices": ["a", "bb", "ccc"], "answer": 1}
+        for place in range(number)
+    ]
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / name
+
+
+# --- against the stock class ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", ["", "--num_fewshot 2", "--apply_chat_template"])
+def test_without_routers_every_metric_is_that_of_the_stock_class_by_the_same_command(
+    more: str, evaluate, model_folder, tmp_path: Path
+):
+    own_file(tmp_path, 40)
+    words = (
+        "--tasks builtin_facts,builtin_arithmetic,mine.jsonl --split test --limit 7 "
+        f"--gen_kwargs max_gen_toks=6 --batch_size 3 {more}"
+    )
+    model = {"pretrained": model_folder(), "dtype": "float32"}
+    stock = evaluate("stock", f"--model hf {words}", **model)
+    ours = evaluate("ours", f"--model drllm {words}", **model)
+    assert set(ours["results"]) == {"builtin_facts", "builtin_arithmetic", "mine"}
+    assert ours["results"] == stock["results"]
+    assert ours["n-shot"] == stock["n-shot"]
+    for task in ours["results"]:
+        assert_same_samples(tmp_path / "stock", tmp_path / "ours", task)
+    assert 0 < ours["results"]["builtin_facts"]["acc,none"] < 1, "the sample must be a test"
+    info = ours["config"]["drllm"]
+    assert (info["prompts"], info["executions_a_forward"]) == (21, 4.0)
+
+
+def test_the_stock_command_repeats_a_number_from_the_folder_beside_the_results(
+    evaluate, model_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from lm_eval.__main__ import cli_evaluate
+
+    model = {"pretrained": model_folder(), "dtype": "float32"}
+    ours = evaluate("ours", "--model drllm --tasks builtin_facts --split select --limit 5", **model)
+    [folder] = (tmp_path / "ours" / "tasks").iterdir()
+    words = f"--tasks builtin_facts --include_path {folder} --output_path stock --device cpu"
+    joined = f"pretrained={model_folder()},dtype=float32"
+    monkeypatch.setattr(
+        sys, "argv", ["lm-eval", "run", "--model", "hf", "--model_args", joined, *words.split()]
+    )
+    cli_evaluate()
+    assert results_of(tmp_path / "stock")["results"] == ours["results"]
+
+
+def test_rolling_texts_score_as_in_the_stock_class_under_a_fixed_plan(
+    evaluate, model_folder, tmp_path: Path
+):
+    rolling_task(tmp_path)
+    model = {"pretrained": model_folder(), "dtype": "float32"}
+    words = "--tasks some_text --include_path theirs"
+    stock = evaluate("stock", f"--model hf {words}", **model)["results"]["some_text"]
+    ours = evaluate("ours", f"--model drllm {words}", **model)["results"]["some_text"]
+    assert ours["bits_per_byte,none"] == pytest.approx(stock["bits_per_byte,none"], rel=1e-5)
+
+
+def rolling_task(folder: Path) -> None:
+    """Write a task that scores texts without a prompt, as a folder of one's own."""
+    (folder / "theirs").mkdir()
+    rows = folder / "theirs" / "text.jsonl"
+    rows.write_text('{"text": "some words, and a few more"}\n{"text": "others"}\n')
+    text = ROLLING.replace("ROWS", str(rows)).replace("CACHE", str(folder / "theirs" / "cache"))
+    (folder / "theirs" / "some_text.yaml").write_text(text)
+
+
+# --- our options ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["--data_dir", "--data-dir"])
+def test_questions_come_from_a_data_folder_and_a_limit_draws_them_with_seed_0(
+    flag: str, evaluate, model_folder, tmp_path: Path
+):
+    rows = [
+        {
+            "id": f"q{place}",
+            "question": f"Which is {place}?",
+            "choices": {"text": ["x", "y"], "label": ["A", "B"]},
+            "answerKey": "AB"[place % 2],
+        }
+        for place in range(30)
+    ]
+    (tmp_path / "data" / "arc_easy").mkdir(parents=True)
+    file = tmp_path / "data" / "arc_easy" / "validation.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate(
+        "out",
+        f"--model drllm --tasks arc_easy {flag} data --limit 4",
+        pretrained=model_folder(),
+    )
+    found = [sample["doc"]["id"] for sample in samples_of(tmp_path / "out", "arc_easy")]
+    asked = get_task("arc_easy").examples("test", tmp_path / "data")
+    assert found == [example.id for example in choose(asked, 4, seed=0)]
+    assert found != [row["id"] for row in rows[:4]]
+
+
+def test_without_a_place_for_results_nothing_is_left_behind(
+    model_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    words = f"--model drllm --model_args pretrained={model_folder()} --device cpu"
+    command = ["lm-eval", "run", *words.split(), "--tasks", "builtin_facts", "--limit", "2"]
+    assert main([*command, "--split", "test"]) == 0
+    assert {place.name for place in tmp_path.iterdir()} == {"temporary"}
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_a_task_of_the_users_own_can_stand_beside_ours(evaluate, model_folder, tmp_path: Path):
+    rolling_task(tmp_path)
+    found = evaluate(
+        "out",
+        "--model drllm --tasks some_text,builtin_facts --include_path theirs --split test "
+        "--limit 2",
+        pretrained=model_folder(),
+    )
+    assert list(found["results"]) == ["some_text", "builtin_facts"]
+
+
+def test_max_new_tokens_bounds_answers_whatever_the_task_asks_for(
+    evaluate, model_folder, tmp_path: Path
+):
+    words = "--model drllm --tasks builtin_arithmetic --split test --limit 3 --gen_kwargs"
+    evaluate("out", f"{words} max_new_tokens=2", pretrained=model_folder())
+    answers = [each["resps"][0][0] for each in samples_of(tmp_path / "out", "builtin_arithmetic")]
+    assert all(len(answer) <= 2 for answer in answers)  # a token is a character
+    evaluate("out", f"{words} max_new_tokens=9", pretrained=model_folder())
+    longer = [each["resps"][0][0] for each in samples_of(tmp_path / "out", "builtin_arithmetic")]
+    assert max(map(len, longer)) > 2, "the sample must be a test"
+
+
+def test_cached_requests_are_those_of_the_same_rows_and_words(
+    evaluate, model_folder, tmp_path: Path
+):
+    words = "--model drllm --tasks mine.jsonl --split test --cache_requests true"
+
+    def questions() -> list[str]:
+        evaluate("out", words, pretrained=model_folder())
+        return [each["doc"]["prompt"] for each in samples_of(tmp_path / "out", "mine")]
+
+    own_file(tmp_path, 30)
+    first = questions()
+    cached = {file: file.read_bytes() for file in (tmp_path / "cache").rglob("*.pickle")}
+    assert len(cached) == 1
+    assert questions() == first
+    assert {file: file.read_bytes() for file in (tmp_path / "cache").rglob("*.pickle")} == cached
+    text = (tmp_path / "mine.jsonl").read_text().replace("Which", "What")
+    (tmp_path / "mine.jsonl").write_text(text)
+    assert all("What" in prompt for prompt in questions())
+
+
+def test_cached_requests_ask_for_as_many_tokens_as_the_command(
+    evaluate, model_folder, tmp_path: Path
+):
+    words = "--model drllm --tasks builtin_arithmetic --split test --limit 2 --cache_requests true"
+    for most in (7, 3):
+        evaluate("out", f"{words} --gen_kwargs max_new_tokens={most}", pretrained=model_folder())
+        for each in samples_of(tmp_path / "out", "builtin_arithmetic"):
+            assert each["arguments"]["gen_args_0"]["arg_1"]["max_gen_toks"] == most
+
+
+# --- what is refused only once the harness is at work --------------------------------------------
+
+
+def last_line(words: str, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(["lm-eval", "run", "--model", "drllm", "--device", "cpu", *words.split()]) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_text_without_a_prompt_is_refused_under_routers(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rolling_task(tmp_path)
+    words = f"--model_args pretrained={finished_run / 'routers'} --tasks some_text"
+    said = last_line(f"{words} --include_path theirs", capsys)
+    assert "rolling log-likelihoods have no prompt" in said
+    assert "decisions=FILE, or static_routing=true" in said
+
+
+def test_answers_longer_than_the_model_holds_are_refused(
+    model_folder, capsys: pytest.CaptureFixture[str]
+):
+    words = f"--model_args pretrained={model_folder()} --tasks builtin_arithmetic --split test"
+    said = last_line(f"{words} --limit 2 --gen_kwargs max_gen_toks=512", capsys)
+    assert "answers of up to 512 tokens, and the model holds 512" in said
+    assert "--gen_kwargs max_gen_toks=256" in said
+
+
+def test_a_task_of_the_harness_without_network_is_answered_in_one_line(
+    model_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    text = "task: far_away\ndataset_path: nobody/nothing\noutput_type: multiple_choice\n"
+    (tmp_path / "far_away.yaml").write_text(text)
+    words = f"--model_args pretrained={model_folder()} --tasks far_away --include_path ."
+    said = last_line(words, capsys)
+    assert "can't be fetched from the hub" in said
+    assert "nobody/nothing" in said
+    assert "connect or log in" in said
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+SMALL = """
+import functools, sys
+import lm_eval.tasks
+lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+from drllm.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_two_processes_give_the_numbers_of_one(evaluate, finished_run: Path, tmp_path: Path):
+    words = (
+        "--model drllm --tasks builtin_facts,builtin_arithmetic --split test --limit 7 "
+        "--gen_kwargs max_new_tokens=4 --cache_requests true"
+    )
+    model = {"pretrained": finished_run / "routers", "num_windows": 8}
+    one = evaluate("one", words, **model)
+
+    (tmp_path / "small.py").write_text(SMALL)
+    joined = ",".join(f"{name}={value}" for name, value in model.items())
+    launched = "-m torch.distributed.run --standalone --nproc_per_node 2 small.py lm-eval run"
+    where = "--output_path two --device cpu --log_samples --model_args"
+    done = subprocess.run(
+        [sys.executable, *launched.split(), *words.split(), *where.split(), joined],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "LM_HARNESS_CACHE_PATH": str(tmp_path / "cache"),
+            "TMPDIR": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    two = results_of(tmp_path / "two")
+    for task, metrics in one["results"].items():
+        assert metrics == {
+            name: pytest.approx(value, rel=ROUNDING) if "stderr" in name else value
+            for name, value in two["results"][task].items()
+        }
+    assert two["config"]["drllm"] == one["config"]["drllm"]
+    assert two["config"]["drllm"]["prompts"] == 14  # a seventh question is asked of one process
+    for task in two["results"]:
+        assert_same_samples(tmp_path / "one", tmp_path / "two", task)
+    assert not list(tmp_path.glob("drllm-tasks-*"))
