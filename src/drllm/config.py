@@ -278,6 +278,12 @@ class EvaluateConfig(Settings):
     limit: int | None = setting(
         None, "at most this many questions a task, drawn with the seed", minimum=1
     )
+    limits: str | None = setting(
+        None, "other limits for some tasks: TASK=COUNT with commas between, or TASK=all"
+    )
+    splits: str | None = setting(
+        None, "other splits for some tasks: TASK=SPLIT with commas between"
+    )
     num_fewshot: int | None = setting(
         None, "worked examples before each question; each task's own unless given", minimum=0
     )
@@ -310,6 +316,46 @@ class EvaluateConfig(Settings):
     num_random_draws: int = setting(10, "draws of the random opponents a question", minimum=1)
     batch_size: int = setting(16, "questions a forward pass", minimum=1)
     seed: int = setting(0, "seed of permutations, random draws and --limit", minimum=0)
+
+    def limit_of(self, task: str) -> int | None:
+        """Return how many questions of a task are asked at most; None for all.
+
+        Raises:
+            ConfigError: `limits` that can't be read.
+        """
+        count = self.own("limits").get(task)
+        return self.limit if count is None else None if count == "all" else int(count)
+
+    def split_of(self, task: str) -> str:
+        """Return which questions of a task are asked.
+
+        Raises:
+            ConfigError: `splits` that can't be read.
+        """
+        return self.own("splits").get(task, self.split)
+
+    def own(self, setting: str) -> dict[str, str]:
+        """Return what `limits` or `splits` says, by task.
+
+        Raises:
+            ConfigError: What is no limit or no split, or a task named twice.
+        """
+        kinds = {
+            "limits": (r"all|[1-9]\d*", "TASK=COUNT, or TASK=all", "gsm8k=30,arc_easy=all"),
+            "splits": ("|".join(SPLITS), f"TASK= and {', '.join(SPLITS)}", "gsm8k=select"),
+        }
+        pattern, form, example = kinds[setting]
+        text: str | None = getattr(self, setting)
+        found: dict[str, str] = {}
+        for part in [] if text is None else text.split(","):
+            task, _, value = (piece.strip() for piece in part.rpartition("="))
+            if not task or not re.fullmatch(pattern, value) or task in found:
+                raise ConfigError(
+                    f"{flag_of(setting)}: {part.strip()!r} doesn't fit; give {form}, each task "
+                    f"once, for example {example}"
+                )
+            found[task] = value
+        return found
 
     def check_curve(self) -> None:
         """Refuse a certified choice without depths to choose from.

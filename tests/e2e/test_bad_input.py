@@ -377,9 +377,33 @@ CASES = [
         without_torch=True,
     ),
     Case(
-        name="evaluating a task without options",
-        words="evaluate --routers run/routers --tasks builtin_arithmetic",
-        says=("'builtin_arithmetic' has no options", "multiple-choice", "'drllm ls tasks'"),
+        name="evaluating against an opponent that there isn't",
+        words=f"{EVALUATE} --opponents last-layer",
+        says=("--opponents: unknown opponent 'last-layer'", "'last-layers'"),
+        without_torch=True,
+    ),
+    Case(
+        name="a certified choice without depths",
+        words=f"{EVALUATE} --epsilon 2",
+        says=("--epsilon 2 has no effect", "--curve", "0.1,0.2,0.3"),
+        without_torch=True,
+    ),
+    Case(
+        name="a depth that saves more than everything",
+        words=f"{EVALUATE} --curve 0.1,1.5",
+        says=("--curve is '0.1,1.5'", "above 0 and below 1"),
+        without_torch=True,
+    ),
+    Case(
+        name="a search log that no opponent is fitted on",
+        words=f"{EVALUATE} --search run/search.jsonl",
+        says=("--search run/search.jsonl has no effect", "best-program"),
+        without_torch=True,
+    ),
+    Case(
+        name="a limit of a task that isn't evaluated",
+        words=f"{EVALUATE} --limits gsm8k=3",
+        says=("--limits: unknown task 'gsm8k'", "builtin_facts"),
         without_torch=True,
     ),
     Case(

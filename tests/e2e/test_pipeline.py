@@ -32,8 +32,6 @@ FILES = {
     "eval/builtin_facts.json",
     "eval/samples.jsonl",
     "eval/samples.manifest.json",
-    "eval/tasks/select/builtin_facts.yaml",
-    "eval/tasks/select/rows/builtin_facts-asked.jsonl",
     "eval/tasks/test/builtin_facts.yaml",
     "eval/tasks/test/rows/builtin_facts-asked.jsonl",
     "report.html",

@@ -180,3 +180,21 @@ def test_a_reward_that_is_not_there_is_refused_in_a_list_too():
     assert SearchConfig(reward="letter,boxed").reward == "letter,boxed"
     with pytest.raises(ConfigError, match="--reward: unknown value 'leter'; did you mean 'letter'"):
         SearchConfig(reward="boxed,leter")
+
+
+def test_some_tasks_may_have_limits_of_their_own():
+    config = EvaluateConfig(limit=200, limits="gsm8k=30, arc_easy=all")
+    assert [config.limit_of(task) for task in ("gsm8k", "arc_easy", "mmlu")] == [30, None, 200]
+
+
+@pytest.mark.parametrize("limits", ["gsm8k", "gsm8k=0", "=3", "a=1,a=2", "a=x", ""])
+def test_what_is_no_limit_is_refused(limits):
+    with pytest.raises(ConfigError, match=r"--limits: .* doesn't fit"):
+        EvaluateConfig(limits=limits).limit_of("a")
+
+
+def test_some_tasks_may_have_splits_of_their_own():
+    config = EvaluateConfig(splits="gsm8k=select")
+    assert [config.split_of(task) for task in ("gsm8k", "mmlu")] == ["select", "test"]
+    with pytest.raises(ConfigError, match="'gsm8k=train' doesn't fit; give TASK= and search, fit"):
+        EvaluateConfig(splits="gsm8k=train").split_of("gsm8k")

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from drllm.config import EvaluateConfig, SearchConfig
-from drllm.errors import ConfigError, RecordError, TaskError
+from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
+from drllm.evaluation.roster import check as check_comparison
 from drllm.records import read_manifest, sha256
 from drllm.search.questions import asked_of, parse_shard
 from drllm.search.strategies import READ_BY_TREE
@@ -67,11 +68,19 @@ def tasks_to_evaluate(config: EvaluateConfig) -> list[Task]:
     """Return the tasks, once it is sure that they can be evaluated.
 
     Raises:
-        TaskError: An unknown task, one without options, or no questions to be had.
+        ConfigError: Settings that make no sense together.
+        TaskError: An unknown task, or no questions to be had.
     """
     config.check_curve()
+    check_comparison(config)
     tasks = get_tasks(config.tasks)
-    _check_questions(tasks, config.split, config.data_dir)
+    known = [task.name for task in tasks]
+    for setting in ("limits", "splits"):
+        for name in config.own(setting):
+            if name not in known:
+                raise ConfigError(f"--{setting}: " + unknown_name("task", name, known))
+    for task in tasks:
+        _check_questions([task], config.split_of(task.name), config.data_dir)
     return tasks
 
 
@@ -87,6 +96,20 @@ def _check_questions(tasks: Sequence[Task], split: str, data_dir: str | None) ->
                 f"task {task.name!r} has no questions in split {split!r}; give another --split or "
                 f"more questions"
             )
+
+
+def evaluation_digests(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, str]:
+    """Return, by task, a hash of the questions that an evaluation would ask."""
+    return {
+        task.name: questions_digest(
+            [task],
+            config.split_of(task.name),
+            config.data_dir,
+            config.limit_of(task.name),
+            config.seed,
+        )
+        for task in tasks
+    }
 
 
 def questions_digest(

@@ -14,6 +14,7 @@ from drllm.cli.tables import new_table
 from drllm.cli.terminal import Terminal
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, unknown_name
+from drllm.evaluation.roster import NOT_COMPARED, OPPONENTS
 from drllm.tasks.base import describe_tasks
 
 if TYPE_CHECKING:
@@ -67,8 +68,6 @@ def _list_models(terminal: Terminal) -> None:
 
 
 def _list_opponents(terminal: Terminal) -> None:
-    from drllm.evaluation.opponents import NOT_COMPARED, OPPONENTS
-
     table = new_table("opponent", "what it does", "fitted on", "source")
     for name, opponent in OPPONENTS.items():
         table.add_row(

@@ -32,6 +32,7 @@ from drllm.config import (
     TrainConfig,
 )
 from drllm.errors import ConfigError, RecordError, unknown_name
+from drllm.evaluation.roster import files_needed
 from drllm.records import SCHEMA_VERSION, sha256, write_atomically
 from drllm.search.plan import decisive
 from drllm.settings import Settings, from_dict
@@ -362,16 +363,12 @@ class Run:
         return {
             "config": decisive(config),
             "model": self.recipe.model.to_dict(),
-            "questions": checks.questions_digest(
-                self.tasks["evaluate"], config.split, config.data_dir, config.limit, config.seed
-            ),
+            "questions": checks.evaluation_digests(self.tasks["evaluate"], config),
             "router_config.json": checks.file_hash(self.routers / "router_config.json"),
             "routers.safetensors": checks.file_hash(self.routers / "routers.safetensors"),
         }
 
     def _evaluate(self) -> Sequence[Path]:
-        from drllm.evaluation.comparison import files_needed
-
         output, config = self.folder / "eval", self.recipe.evaluate
         needed = files_needed(config.opponents)  # the run's own, unless others are given
         if "search" in needed and config.search is None:

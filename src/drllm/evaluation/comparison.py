@@ -21,11 +21,12 @@ from drllm.evaluation import certified
 from drllm.evaluation.harness.asking import AskedTask
 from drllm.evaluation.harness.folders import write_task_folder
 from drllm.evaluation.harness.model import RoutedLM
-from drllm.evaluation.lineup import NEEDS, Lineup, Material, named
-from drllm.evaluation.opponents import OPPONENTS, share_unchanged
+from drllm.evaluation.lineup import Lineup, Material
+from drllm.evaluation.opponents import share_unchanged
 from drllm.evaluation.partial import Partial
 from drllm.evaluation.prompt_cost import PromptCost
 from drllm.evaluation.results import Evaluated, correct_p_values, point_of
+from drllm.evaluation.roster import OPPONENTS, check, depths, named
 from drllm.evaluation.systems import System, TaskRun
 from drllm.models.base.loading import BaseModel
 from drllm.models.dial import find_depth_bias
@@ -125,7 +126,7 @@ class _Evaluation:
         self.on_progress = on_progress
         self.opponents = named(config.opponents)
         self.shares = depths(config.curve)
-        check_files(config)
+        check(config)
         self.search = [] if config.search is None else read_search(Path(config.search))
         self.targets = (
             [] if config.supervision is None else read_supervision(Path(config.supervision))
@@ -174,14 +175,12 @@ class _Evaluation:
     def of_task(self, task: Task) -> Evaluated:
         """Run every system on a task, at every depth."""
         config = self.config
-        asked = self.asked(task, config.split, config.limit)
+        asked = self.asked(task, config.split_of(task.name), config.limit_of(task.name))
         run = TaskRun(self.lm, asked, config.num_texts)
         base = self.once(f"{task.name}: base", run.base)
-        lineup, biases, notes = None, {}, list(asked.written.notes)
-        if self.opponents or self.shares:
-            material = self._material(task)
-            lineup = Lineup(material)
-            biases = dict(self._biases(material, notes))
+        notes = list(asked.written.notes)
+        lineup = Lineup(lambda: self._material(task), self.lm.routed)
+        biases = dict(self._biases(lineup, notes))
         systems = [base]
         for setting, bias in {"": 0.0, **biases}.items():
             systems += self._at_depth(task, run, lineup, setting, bias, notes)
@@ -194,8 +193,12 @@ class _Evaluation:
         return Evaluated(task, asked, systems, notes, choice, config, num_layers, cost)
 
     def _material(self, task: Task) -> Material:
-        """Return what opponents are fitted on, and depths are looked for on: `select`."""
-        asked = self.asked(task, "select", self.config.num_calibration)
+        """Return what opponents are fitted on, and depths are looked for on.
+
+        That is `select`; where that is what is asked, `fit`.
+        """
+        split = "fit" if self.config.split_of(task.name) == "select" else "select"
+        asked = self.asked(task, split, self.config.num_calibration)
         questions: list[Question] = []
         golds: list[int] = []
         if asked.has_options:
@@ -215,13 +218,13 @@ class _Evaluation:
             self.config.seed,
         )
 
-    def _biases(self, material: Material, notes: list[str]) -> Iterator[tuple[str, float]]:
-        """Yield each depth of the curve in words, and the bias that gives it on `select`."""
+    def _biases(self, lineup: Lineup, notes: list[str]) -> Iterator[tuple[str, float]]:
+        """Yield each depth of the curve in words, and the bias that gives it."""
         L = self.lm.routed.num_layers
         for share in self.shares:
             setting = f"{100 * share:g} % saved"
             try:
-                found = find_depth_bias(self.lm.routed, material.prompts, (1 - share) * L)
+                found = find_depth_bias(self.lm.routed, lineup.material.prompts, (1 - share) * L)
             except ConfigError as error:  # the routers' own: no bias gives so many executions
                 notes.append(f"Not evaluated at {setting}: {error}")
                 continue
@@ -231,7 +234,7 @@ class _Evaluation:
         self,
         task: Task,
         run: TaskRun,
-        lineup: Lineup | None,
+        lineup: Lineup,
         setting: str,
         bias: float,
         notes: list[str],
@@ -246,7 +249,6 @@ class _Evaluation:
         )
         systems, routes = [routed], torch.tensor(routed.routes[0])
         for name in self.opponents:
-            assert lineup is not None
             if lacking := lineup.lacks(name):
                 notes.append(f"{OPPONENTS[name].name} isn't compared: it needs {lacking}.")
                 continue
@@ -278,7 +280,7 @@ class _Evaluation:
         limits = certified.Limits(
             epsilon=config.epsilon, max_loss_increase=config.max_loss_increase
         )
-        asked = self.asked(task, "select", config.limit)
+        asked = self.asked(task, "select", config.limit_of(task.name))
         run = TaskRun(self.lm, asked, config.num_texts)
         chosen_on = self.once(f"{task.name}: base on select", run.base)
         routers = self.lm.routed.routers
@@ -308,56 +310,3 @@ class _Evaluation:
             if system.name == "routed" and point_of(system).name == choice.chosen.name
         )
         return certified.confirm(choice, point_of(base), tested, chance=guess, seed=config.seed)
-
-
-def files_needed(opponents: str) -> list[str]:
-    """Return the settings whose files some of the opponents of a comma list are fitted on.
-
-    Example:
-        >>> files_needed("last-layers,best-program")
-        ['search']
-    """
-    files = {"search": "search", "targets": "supervision"}
-    needed = {NEEDS[name][0] for name in named(opponents) if name in NEEDS}
-    return [setting for material, setting in files.items() if material in needed]
-
-
-def check_files(config: EvaluateConfig) -> None:
-    """Refuse a file that no opponent is fitted on.
-
-    Raises:
-        ConfigError: Naming the opponents that would be.
-    """
-    for setting in ("search", "supervision"):
-        value = getattr(config, setting)
-        if value is not None and setting not in files_needed(config.opponents):
-            fitted = [name.replace(" ", "-") for name in OPPONENTS if setting in files_needed(name)]
-            raise ConfigError(
-                f"--{setting} {value} has no effect on the opponents {config.opponents}; leave it "
-                f"out, or add {' or '.join(fitted)} to --opponents"
-            )
-
-
-def depths(curve: str | None) -> list[float]:
-    """Return the shares of the executions that a curve is to save.
-
-    Raises:
-        ConfigError: What is no share below 1 and above 0, or one given twice.
-
-    Example:
-        >>> depths("0.1,0.2")
-        [0.1, 0.2]
-    """
-    shares: list[float] = []
-    for word in [] if curve is None else curve.split(","):
-        try:
-            share = float(word)
-        except ValueError:
-            share = -1.0
-        if not 0 < share < 1 or share in shares:
-            raise ConfigError(
-                f"--curve is {curve!r}; give the shares of the executions to save, each above 0 "
-                f"and below 1 and named once, for example 0.1,0.2,0.3"
-            )
-        shares.append(share)
-    return sorted(shares)

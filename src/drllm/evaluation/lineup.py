@@ -10,7 +10,7 @@ Axes: Q questions, L layers, N calibration prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
 
@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from drllm.cost import mean_executions
-from drllm.errors import ConfigError, unknown_name
 from drllm.evaluation.opponents import (
-    OPPONENTS,
     ExitPolicy,
     UpFrontPolicy,
     best_block,
@@ -51,6 +49,7 @@ from drllm.evaluation.opponents import (
     train_sequence_router,
 )
 from drllm.evaluation.opponents.static import Plan
+from drllm.evaluation.roster import NEEDS
 from drllm.models.policies import Policy
 from drllm.models.prompts import encode
 from drllm.models.readout import Readout
@@ -122,38 +121,27 @@ class Material:
         return [self.golds[start : start + BATCH_SIZE] for start in starts]
 
 
-NEEDS: dict[str, tuple[str, str]] = {
-    "greedy by answers": ("questions", "a task with options"),
-    "block repeat": ("questions", "a task with options"),
-    "best program": ("search", "the search log; give it as --search"),
-    "program predictor": ("search", "the search log; give it as --search"),
-    "sequence router": ("targets", "the routers' targets; give them as --supervision"),
-}
-"""Opponent → what of the material it can't do without, and how that is said."""
-
-QUICK = (
-    "permuted routes",
-    "random decisions",
-    "label frequency",
-    "last layers",
-    "evenly spaced",
-)
-"""Opponents that need no fitting."""
-
 At: TypeAlias = Callable[[Tensor, torch.Generator], Drawn]
 """Decides on the questions that took some routes `[Q, L]`, at the same mean executions."""
 
 
-@dataclass
 class Lineup:
     """Opponents of one routed model on one task.
 
     Args:
-        material: What they are fitted on.
+        prepare: Gives what they are fitted on; asked when the first one is that needs it.
+        routed: The model with its routers.
     """
 
-    material: Material
-    _fitted: dict[str, object] = field(default_factory=dict, repr=False)
+    def __init__(self, prepare: Callable[[], Material], routed: RoutedModel) -> None:
+        self._prepare = prepare
+        self.routed = routed
+        self._fitted: dict[str, object] = {}
+
+    @cached_property
+    def material(self) -> Material:
+        """What opponents are fitted on."""
+        return self._prepare()
 
     def lacks(self, name: str) -> str | None:
         """Say what an opponent would need that there isn't; None where nothing is missing."""
@@ -193,12 +181,12 @@ class Lineup:
     @property
     def num_layers(self) -> int:
         """L."""
-        return self.material.routed.num_layers
+        return self.routed.num_layers
 
     # --- drawn from the routes, or given up in an order ---
 
     def _label_frequency(self, routes: Tensor, generator: torch.Generator) -> Drawn:
-        routers = self.material.routed.routers
+        routers = self.routed.routers
         assert routers is not None
         wanted = mean_executions(routes.tolist())
         frequencies = tilted(routers.config.label_counts, wanted)
@@ -220,7 +208,7 @@ class Lineup:
 
     @cached_property
     def _influence(self) -> Plan:
-        influence = block_influence(self.material.routed, self.material.prompts)
+        influence = block_influence(self.routed, self.material.prompts)
         return nested(order_by_influence(influence), self.num_layers)
 
     @cached_property
@@ -260,9 +248,9 @@ class Lineup:
         )
 
     def _exit(self, routes: Tensor, generator: torch.Generator) -> Drawn:
-        readout = Readout(self.material.routed)
+        readout = Readout(self.routed)
         if "exit" not in self._fitted:
-            self._fitted["exit"] = confidences(self.material.routed, readout, self.material.prompts)
+            self._fitted["exit"] = confidences(self.routed, readout, self.material.prompts)
         measured = self._fitted["exit"]
         assert isinstance(measured, Tensor)
         wanted = min(mean_executions(routes.tolist()), float(self.num_layers))
@@ -298,13 +286,13 @@ class Lineup:
         return self._up_front("predictor", routes)
 
     def _inputs(self, prompts: Sequence[str]) -> Tensor:
-        tokenizer = self.material.routed.tokenizer
-        return first_inputs(self.material.routed, [encode(tokenizer, text) for text in prompts])
+        tokenizer = self.routed.tokenizer
+        return first_inputs(self.routed, [encode(tokenizer, text) for text in prompts])
 
     def _up_front(self, which: str, routes: Tensor) -> Drawn:
         planner = self._fitted[which]
         if "inputs" not in self._fitted:
-            self._fitted["inputs"] = first_inputs(self.material.routed, self.material.prompts)
+            self._fitted["inputs"] = first_inputs(self.routed, self.material.prompts)
         inputs = self._fitted["inputs"]
         assert isinstance(inputs, Tensor)
         found = find_bias(planner, inputs, mean_executions(routes.tolist()))  # type: ignore[arg-type]
@@ -312,33 +300,3 @@ class Lineup:
             policy=UpFrontPolicy(planner, found.value),  # type: ignore[arg-type]
             note=f"with a bias of {found.value:.4g}",
         )
-
-
-def named(names: str) -> list[str]:
-    """Return the opponents of a comma list, in the order in which they are shown.
-
-    Args:
-        names: Names as in `OPPONENTS`, with dashes or underscores for spaces; or one of `quick`
-            (those that need no fitting), `all`, `none`.
-
-    Raises:
-        ConfigError: A name that there isn't.
-
-    Example:
-        >>> named("last_layers,permuted-routes")
-        ['permuted routes', 'last layers']
-    """
-    if names == "all":
-        return list(OPPONENTS)
-    if names == "none":
-        return []
-    if names == "quick":
-        return list(QUICK)
-    wanted = [name.strip().replace("_", " ").replace("-", " ") for name in names.split(",")]
-    known = {name.replace(" ", "-") for name in OPPONENTS} | {"quick", "all", "none"}
-    for name in wanted:
-        if name not in OPPONENTS:
-            raise ConfigError(
-                "--opponents: " + unknown_name("opponent", name.replace(" ", "-"), known)
-            )
-    return [name for name in OPPONENTS if name in wanted]

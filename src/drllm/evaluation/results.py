@@ -16,8 +16,8 @@ from drllm.evaluation.certified import Choice
 from drllm.evaluation.curve import Outcomes, Point, curve_rows
 from drllm.evaluation.findings import findings
 from drllm.evaluation.harness.asking import AskedTask
-from drllm.evaluation.opponents import NOT_COMPARED, OPPONENTS
 from drllm.evaluation.prompt_cost import PromptCost
+from drllm.evaluation.roster import NOT_COMPARED, OPPONENTS
 from drllm.evaluation.statistics import holm, mcnemar_exact, mean_interval, wilson_interval
 from drllm.evaluation.systems import System
 from drllm.records import new_manifest, sha256
@@ -115,7 +115,7 @@ class Evaluated:
         return {
             **manifest,
             "task": self.task.name,
-            "split": config.split,
+            "split": config.split_of(self.task.name),
             "kind": written.kind,
             "metric": written.metric,
             "num_fewshot": written.num_fewshot,
@@ -158,7 +158,8 @@ class Evaluated:
         """Return one line a question."""
         data_dir = None if self.config.data_dir is None else Path(self.config.data_dir)
         examples: dict[str, Example] = {
-            example.id: example for example in self.task.examples(self.config.split, data_dir)
+            example.id: example
+            for example in self.task.examples(self.config.split_of(self.task.name), data_dir)
         }
         return [
             self._sample(place, examples[own_id]) for place, own_id in enumerate(self.asked.ids)

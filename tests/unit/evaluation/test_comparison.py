@@ -15,9 +15,10 @@ from torch import nn
 from drllm.config import EvaluateConfig
 from drllm.errors import CheckpointError, ConfigError, RecordError
 from drllm.evaluation import systems
-from drllm.evaluation.comparison import depths, run_evaluation
-from drllm.evaluation.opponents import OPPONENTS, permuted, share_unchanged
+from drllm.evaluation.comparison import run_evaluation
+from drllm.evaluation.opponents import permuted, share_unchanged
 from drllm.evaluation.results import correct_p_values
+from drllm.evaluation.roster import OPPONENTS, depths
 from drllm.evaluation.statistics import holm
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.loading import BaseModel

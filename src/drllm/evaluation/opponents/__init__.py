@@ -1,8 +1,8 @@
 """Opponents at equal executions: what a router must beat to have learned anything.
 
-One module an opponent, or a kind of them; `table` lists them all. Each gives decisions `[Q, L]`, a
-policy, or a path to export, and is fitted on questions that no result is reported on. Leaves
-running and scoring them to the evaluator.
+One module an opponent, or a kind of them; `evaluation.roster` lists them all. Each gives decisions
+`[Q, L]`, a policy, or a path to export, and is fitted on questions that no result is reported on.
+Leaves running and scoring them to the evaluator.
 """
 
 from drllm.evaluation.opponents.bisection import Setting
@@ -36,16 +36,12 @@ from drllm.evaluation.opponents.static import (
     nested,
     skipping,
 )
-from drllm.evaluation.opponents.table import NOT_COMPARED, OPPONENTS, Opponent
 
 __all__ = [
-    "NOT_COMPARED",
-    "OPPONENTS",
     "BestProgram",
     "ExitPolicy",
     "FitSettings",
     "GreedyOrder",
-    "Opponent",
     "RepeatedBlock",
     "Setting",
     "UpFrontPolicy",

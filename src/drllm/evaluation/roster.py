@@ -1,7 +1,7 @@
-"""The opponents that a comparison can have, and those that it can't.
+"""The opponents that a comparison can have, those that it can't, and what users may ask for.
 
-Owns their names as shown, what each one is and is fitted on, and where it comes from. Leaves the
-opponents themselves to their modules.
+Owns their names, what each one is and is fitted on, where it comes from, and the checks of the
+settings that name them. Leaves the opponents themselves to `opponents`. Loads no torch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+
+from drllm.config import EvaluateConfig
+from drllm.errors import ConfigError, unknown_name
 
 NOTHING = "nothing"
 ROUTES = "nothing but the routed model's own routes on these questions"
@@ -138,3 +141,107 @@ NOT_COMPARED: Mapping[str, str] = MappingProxyType(
     }
 )
 """Methods that a reader will look for, and why they aren't compared."""
+
+QUICK = (
+    "permuted routes",
+    "random decisions",
+    "label frequency",
+    "last layers",
+    "evenly spaced",
+)
+"""Opponents that need no fitting."""
+
+NEEDS: dict[str, tuple[str, str]] = {
+    "greedy by answers": ("questions", "a task with options"),
+    "block repeat": ("questions", "a task with options"),
+    "best program": ("search", "the search log; give it as --search"),
+    "program predictor": ("search", "the search log; give it as --search"),
+    "sequence router": ("targets", "the routers' targets; give them as --supervision"),
+}
+"""Opponent → what of the material it can't do without, and how that is said."""
+
+
+def named(names: str) -> list[str]:
+    """Return the opponents of a comma list, in the order in which they are shown.
+
+    Args:
+        names: Names as in `OPPONENTS`, with dashes or underscores for spaces; or one of `quick`
+            (those that need no fitting), `all`, `none`.
+
+    Raises:
+        ConfigError: A name that there isn't.
+
+    Example:
+        >>> named("last_layers,permuted-routes")
+        ['permuted routes', 'last layers']
+    """
+    if names == "all":
+        return list(OPPONENTS)
+    if names == "none":
+        return []
+    if names == "quick":
+        return list(QUICK)
+    wanted = [name.strip().replace("_", " ").replace("-", " ") for name in names.split(",")]
+    known = {name.replace(" ", "-") for name in OPPONENTS} | {"quick", "all", "none"}
+    for name in wanted:
+        if name not in OPPONENTS:
+            raise ConfigError(
+                "--opponents: " + unknown_name("opponent", name.replace(" ", "-"), known)
+            )
+    return [name for name in OPPONENTS if name in wanted]
+
+
+def files_needed(opponents: str) -> list[str]:
+    """Return the settings whose files some of the opponents of a comma list are fitted on.
+
+    Example:
+        >>> files_needed("last-layers,best-program")
+        ['search']
+    """
+    files = {"search": "search", "targets": "supervision"}
+    needed = {NEEDS[name][0] for name in named(opponents) if name in NEEDS}
+    return [setting for material, setting in files.items() if material in needed]
+
+
+def check(config: EvaluateConfig) -> None:
+    """Refuse settings that make no sense together, before anything is loaded or written.
+
+    Raises:
+        ConfigError: An unknown opponent, depths that are none, or a file that no opponent is
+            fitted on.
+    """
+    named(config.opponents)
+    depths(config.curve)
+    for setting in ("search", "supervision"):
+        value = getattr(config, setting)
+        if value is not None and setting not in files_needed(config.opponents):
+            fitted = [name.replace(" ", "-") for name in OPPONENTS if setting in files_needed(name)]
+            raise ConfigError(
+                f"--{setting} {value} has no effect on the opponents {config.opponents}; leave it "
+                f"out, or add {' or '.join(fitted)} to --opponents"
+            )
+
+
+def depths(curve: str | None) -> list[float]:
+    """Return the shares of the executions that a curve is to save.
+
+    Raises:
+        ConfigError: What is no share below 1 and above 0, or one given twice.
+
+    Example:
+        >>> depths("0.1,0.2")
+        [0.1, 0.2]
+    """
+    shares: list[float] = []
+    for word in [] if curve is None else curve.split(","):
+        try:
+            share = float(word)
+        except ValueError:
+            share = -1.0
+        if not 0 < share < 1 or share in shares:
+            raise ConfigError(
+                f"--curve is {curve!r}; give the shares of the executions to save, each above 0 "
+                f"and below 1 and named once, for example 0.1,0.2,0.3"
+            )
+        shares.append(share)
+    return sorted(shares)

@@ -1,0 +1,55 @@
+"""The opponents by name, and what is refused of the settings that name them."""
+
+from __future__ import annotations
+
+import pytest
+
+from drllm.config import EvaluateConfig
+from drllm.errors import ConfigError
+from drllm.evaluation.roster import (
+    NEEDS,
+    NOT_COMPARED,
+    OPPONENTS,
+    QUICK,
+    check,
+    files_needed,
+    named,
+)
+
+
+def test_lists_of_opponents_are_of_names_that_there_are():
+    assert {*QUICK, *NEEDS} <= set(OPPONENTS)
+    assert named("all") == list(OPPONENTS)
+    assert named("none") == []
+    assert named("quick") == list(QUICK)
+
+
+def test_names_are_taken_with_dashes_or_underscores_and_shown_in_one_order():
+    assert named("block_repeat, last-layers") == ["last layers", "block repeat"]
+
+
+def test_a_name_that_there_is_not_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"unknown opponent 'sleb'.* greedy-by-loss"):
+        named("sleb")
+
+
+def test_files_are_asked_for_where_an_opponent_is_fitted_on_them():
+    assert files_needed("quick") == []
+    assert files_needed("all") == ["search", "supervision"]
+    check(EvaluateConfig(opponents="best-program", search="search.jsonl"))
+    with pytest.raises(ConfigError, match=r"--supervision x has no effect .* sequence-router"):
+        check(EvaluateConfig(opponents="best-program", supervision="x"))
+
+
+def test_every_opponent_says_in_a_line_what_it_is():
+    for name, opponent in OPPONENTS.items():
+        assert opponent.name == name
+        for text in (opponent.description, opponent.source, opponent.fitted_on):
+            assert text
+            assert "\n" not in text
+
+
+def test_what_is_not_compared_has_a_reason_and_is_no_opponent():
+    assert set(NOT_COMPARED) == {"LayerSkip", "FlexiDepth"}
+    assert all("needs" in reason for reason in NOT_COMPARED.values())
+    assert not set(NOT_COMPARED) & set(OPPONENTS)
