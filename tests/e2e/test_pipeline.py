@@ -36,6 +36,12 @@ FILES = {
     "eval/tasks/test/rows/builtin_facts-asked.jsonl",
     "report.html",
     "report.md",
+    "report_figures/01-builtin-facts-systems.png",
+    "report_figures/02-builtin-facts-opponents.png",
+    "report_figures/03-labels-and-routes.png",
+    "report_figures/04-single-edits.png",
+    "report_figures/05-target-executions.png",
+    "report_figures/06-router-metrics.png",
 }
 
 
@@ -199,7 +205,7 @@ def test_the_stages_one_by_one_end_in_an_evaluation(
     assert Path("eval/builtin_facts.json").is_file()
     assert "builtin_facts, test: 4 questions" in out
     for system in ("base", "routed", "permuted routes", "random decisions", "label frequency"):
-        assert re.search(rf"^ {system} .*%", out, re.MULTILINE)
+        assert re.search(rf"^ {system} .*\d–\d", out, re.MULTILINE)
 
 
 def test_a_search_that_is_complete_says_so_and_stays_as_it_is(

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from drllm.cli import checks, searching, show, stages
+from drllm.cli import checks, searching, stages
 from drllm.cli.parser import Request, canonical, read_yaml, with_underscores
+from drllm.cli.show_results import show_results
 from drllm.cli.terminal import Terminal, duration
 from drllm.config import (
     EvaluateConfig,
@@ -209,7 +210,7 @@ def run(request: Request, terminal: Terminal) -> None:
     checks.check_folder(folder, "--output-dir")
     with ExitStack() as stack:
         done = Run(recipe, tasks, folder, terminal, stack).carry_out()
-    show.show_results(folder / "eval", terminal)
+    show_results(folder / "eval", terminal)
     terminal.say()
     for name, seconds, skipped in done:
         terminal.say(f"{name:12} {duration(seconds)}{', done before' if skipped else ''}")
@@ -387,6 +388,7 @@ class Run:
         return made
 
     def _report(self) -> Sequence[Path]:
-        from drllm.reporting import write_report
+        from drllm.reporting import figures_of, write_report
 
-        return list(write_report([self.folder]))
+        page, beside = write_report([self.folder])
+        return [page, beside, *figures_of(page)]

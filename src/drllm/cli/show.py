@@ -1,8 +1,8 @@
-"""Records as people read them: the result table, the route picture, `show`.
+"""Records as people read them: the route picture, `show`.
 
-Owns what is printed about a file or folder of ours. Leaves the story of a search to `show_search`,
-one question's paths to `show_question`, targets to `show_supervision`, reading and checking to
-`records` and `reporting`. Loads no torch. Axes: L layers.
+Owns what is printed about a file or folder of ours. Leaves results to `show_results`, the story of
+a search to `show_search`, one question's paths to `show_question`, targets to `show_supervision`,
+reading and checking to `records` and `reporting`. Loads no torch. Axes: L layers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.text import Text
 
 from drllm.cli.show_question import show_question
+from drllm.cli.show_results import show_results
 from drllm.cli.show_search import show_failed, show_search, show_unfinished
 from drllm.cli.show_supervision import say_classes, show_rejected, show_supervision
 from drllm.cli.tables import new_table
@@ -28,8 +29,7 @@ from drllm.records import (
     read_supervision,
 )
 from drllm.reporting.fields import read_object
-from drllm.reporting.numbers import NBSP, p_value, percent, plain
-from drllm.reporting.results import Evaluation, read_evaluations
+from drllm.reporting.numbers import plain
 from drllm.search.commits import BLOCKS_FOLDER
 from drllm.search.tally import failed_question
 from drllm.supervision import rejected_question
@@ -74,53 +74,7 @@ def draw_route(decisions: Sequence[int]) -> Text:
     return text.append(margin).append_text(legend)
 
 
-# --- results -----------------------------------------------------------------------------------
-
-
-def show_evaluation(evaluation: Evaluation, terminal: Terminal) -> None:
-    """Print one task's table and what it does and doesn't show."""
-    table = new_table(
-        "system",
-        "accuracy",
-        "95 %\ninterval",
-        "executions\na forward",
-        "gold\nlog-prob.",
-        "p vs\nbase",
-        "seconds",
-        title=f"{evaluation.task}, {evaluation.split}: {evaluation.num_questions} questions, "
-        f"{evaluation.num_layers} layers",
-        numbers_from=1,
-    )
-    for system in evaluation.systems:
-        low, high = (plain(100 * end) for end in system.interval)
-        table.add_row(
-            system.name + (f" ({system.draws} draws)" if system.draws > 1 else ""),
-            percent(system.accuracy),
-            f"{low} to {high}",
-            plain(system.executions, 2),
-            plain(system.gold_logprob, 3),
-            p_value(system.mcnemar_p),
-            plain(system.seconds),
-        )
-    terminal.show(table)
-    for finding in evaluation.findings:
-        terminal.say(finding.replace(NBSP, " "))
-
-
-def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
-    """Print the tables of an `eval` folder.
-
-    Args:
-        folder: What `evaluate` has written.
-        terminal: Where to.
-        tasks: Only these; empty for all.
-
-    Raises:
-        RecordError: A result that can't be trusted.
-    """
-    for evaluation in read_evaluations(folder, [], []):
-        if not tasks or evaluation.task in tasks:
-            show_evaluation(evaluation, terminal)
+# --- one stage in a few lines ------------------------------------------------------------------
 
 
 def say_search(records: Sequence[SearchRecord], terminal: Terminal) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from drllm.cli import checks, listing, show
 from drllm.cli.parser import Request
+from drllm.cli.show_results import show_results
 from drllm.cli.show_supervision import say_written
 from drllm.cli.terminal import Terminal
 from drllm.config import EvaluateConfig, ModelConfig, SuperviseConfig, TrainConfig
@@ -91,7 +92,7 @@ def evaluate(request: Request, terminal: Terminal) -> None:
     model = model_of(request, read_routers(routers_dir))
     with loaded(model, terminal) as base:
         run_evaluate_stage(base, routers_dir, tasks, config, output, terminal)
-    show.show_results(output, terminal, [task.name for task in tasks])
+    show_results(output, terminal, [task.name for task in tasks])
     terminal.say(f"results        {output}")
 
 

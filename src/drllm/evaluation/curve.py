@@ -13,7 +13,9 @@ from statistics import fmean
 from typing import Any
 
 from drllm.cost import share_saved
+from drllm.evaluation.findings import ALPHA, FEWEST_DIFFERENT, ROUNDING
 from drllm.evaluation.statistics import (
+    mcnemar_exact,
     mean_interval,
     paired_bootstrap,
     paired_interval,
@@ -116,9 +118,7 @@ def curve_rows(
 
     Returns:
         Base first, then each system's points from the most executions to the fewest, systems in
-        the order of their first point. Differences are point minus base, each a mean with its 95 %
-        interval: `accuracy` as a share, `gold_logprob` in nats a question, `text_loss` in nats a
-        token; None where either side doesn't know it.
+        the order of their first point; `against_base` as from `differences`.
 
     Raises:
         ValueError: Points on another number of questions or texts.
@@ -129,15 +129,7 @@ def curve_rows(
 
 
 def _row(base: Point, point: Point, num_layers: int, seed: int) -> dict[str, Any]:
-    ours, theirs = point.outcomes, base.outcomes
-    differences = {
-        "accuracy": _difference(ours.correct, theirs.correct, seed),
-        "gold_logprob": _difference(ours.gold_logprob, theirs.gold_logprob, seed),
-        "text_loss": _difference(ours.text_loss, theirs.text_loss, seed),
-    }
-    if ours.is_single and theirs.is_single and differences["accuracy"] is not None:
-        bounds = paired_interval(*won_lost(ours, theirs), len(ours.correct))
-        differences["accuracy"]["interval"] = list(bounds)
+    against = None if point is base else differences(point.outcomes, base.outcomes, seed)
     return {
         "system": point.system,
         "setting": point.setting,
@@ -147,12 +139,48 @@ def _row(base: Point, point: Point, num_layers: int, seed: int) -> dict[str, Any
         "interval": list(point.interval),
         "gold_logprob": point.gold_logprob,
         "text_loss": point.text_loss,
-        "against_base": None if point is base else differences,
+        "against_base": against,
     }
+
+
+def differences(ours: Outcomes, theirs: Outcomes, seed: int) -> dict[str, Any]:
+    """Return what one system has more than another, question by question and text by text.
+
+    Args:
+        ours: Of the system that a gain is a gain of.
+        theirs: On the same questions and texts.
+        seed: Of the resampling.
+
+    Returns:
+        `accuracy` as a share, `gold_logprob` in nats a question, `text_loss` in nats a token; None
+        where either side doesn't know it. Each is a mean with its 95 % interval, and `shown`:
+        "higher" or "lower" where that is shown at the 5 % level (right and wrong answers by the
+        exact McNemar test, others by the interval, if enough of them differ at all), else None.
+
+    Raises:
+        ValueError: Another number of questions or texts.
+    """
+    found = {
+        "accuracy": _difference(ours.correct, theirs.correct, seed),
+        "gold_logprob": _difference(ours.gold_logprob, theirs.gold_logprob, seed),
+        "text_loss": _difference(ours.text_loss, theirs.text_loss, seed),
+    }
+    if ours.is_single and theirs.is_single and found["accuracy"] is not None:
+        won, lost = won_lost(ours, theirs)
+        more = "higher" if won > lost else "lower"
+        found["accuracy"] |= {
+            "interval": list(paired_interval(won, lost, len(ours.correct))),
+            "shown": more if mcnemar_exact(won, lost) < ALPHA else None,
+        }
+    return found
 
 
 def _difference(ours: Sequence[float], theirs: Sequence[float], seed: int) -> dict[str, Any] | None:
     if not ours or not theirs:
         return None
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    return {"mean": fmean(differences), "interval": list(paired_bootstrap(differences, seed))}
+    values = [a - b for a, b in zip(ours, theirs, strict=True)]
+    low, high = paired_bootstrap(values, seed)
+    shown = None
+    if sum(abs(value) > ROUNDING for value in values) >= FEWEST_DIFFERENT:
+        shown = "higher" if low > 0 else "lower" if high < 0 else None
+    return {"mean": fmean(values), "interval": [low, high], "shown": shown}

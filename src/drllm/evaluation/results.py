@@ -13,7 +13,7 @@ from typing import Any
 
 from drllm.config import EvaluateConfig
 from drllm.evaluation.certified import Choice
-from drllm.evaluation.curve import Outcomes, Point, curve_rows
+from drllm.evaluation.curve import Outcomes, Point, curve_rows, differences
 from drllm.evaluation.findings import findings
 from drllm.evaluation.harness.asking import AskedTask
 from drllm.evaluation.prompt_cost import PromptCost
@@ -87,10 +87,10 @@ class Evaluated:
         self.config = config
         self.num_layers = num_layers
         self.cost = cost
+        trained = [each for each in systems if not each.setting]
         self.rows = [
-            {**_row(each, systems[0], config.seed), **cost.row(each.routes)}
-            for each in systems
-            if not each.setting
+            {**_row(each, trained[0], trained[1], config.seed), **cost.row(each.routes)}
+            for each in trained
         ]
 
     def summary(self, model: dict[str, Any], routers_dir: Path, num_tasks: int) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Evaluated:
             "routers_sha256": sha256(weights),
             "systems": self.rows,
             "curve": self._curve(),
-            "choice": None if self.choice is None else asdict(self.choice),
+            "choice": None if self.choice is None else _choice(self.choice),
             "not_compared": dict(NOT_COMPARED),
             "findings": [
                 *findings(
@@ -185,7 +185,12 @@ class Evaluated:
         )
 
 
-def _row(system: System, base: System, seed: int) -> dict[str, Any]:
+def _choice(choice: Choice) -> dict[str, Any]:
+    """Return the certified choice with the sentences that say it."""
+    return {**asdict(choice), "sentences": choice.sentences()}
+
+
+def _row(system: System, base: System, routed: System, seed: int) -> dict[str, Any]:
     """Return one system's line of the table."""
     n, draws = len(system.correct), system.num_draws
     accuracy = sum(system.correct) / n
@@ -196,6 +201,10 @@ def _row(system: System, base: System, seed: int) -> dict[str, Any]:
         lost = sum(s < b for s, b in zip(system.correct, base.correct, strict=True))
         p = mcnemar_exact(won, lost)
     opponent = OPPONENTS.get(system.name)
+
+    def against(first: System, second: System) -> dict[str, Any]:
+        return differences(point_of(first).outcomes, point_of(second).outcomes, seed)
+
     interval = (
         wilson_interval(round(sum(system.correct)), n)
         if single
@@ -206,6 +215,7 @@ def _row(system: System, base: System, seed: int) -> dict[str, Any]:
         "description": DESCRIPTIONS[system.name] if opponent is None else opponent.description,
         "source": None if opponent is None else opponent.source,
         "fitted_on": None if opponent is None else opponent.fitted_on,
+        "reads_question": None if opponent is None else opponent.reads_question,
         "accuracy": accuracy,
         "interval": list(interval),
         "metrics": _means(system.metrics),
@@ -220,6 +230,8 @@ def _row(system: System, base: System, seed: int) -> dict[str, Any]:
         "won": won,
         "lost": lost,
         "unchanged_routes": _mean(system.unchanged),
+        "against_base": None if system is base else against(system, base),
+        "routed_against": None if opponent is None else against(routed, system),
     }
 
 

@@ -30,12 +30,14 @@ class Opponent:
         description: What it does, in a line.
         source: Where it comes from.
         fitted_on: What its decisions were fitted on; never on questions that are reported on.
+        reads_question: Whether its decisions follow from the question that is asked.
     """
 
     name: str
     description: str
     source: str
     fitted_on: str
+    reads_question: bool = False
 
 
 OPPONENTS: Mapping[str, Opponent] = MappingProxyType(
@@ -106,6 +108,7 @@ OPPONENTS: Mapping[str, Opponent] = MappingProxyType(
                 "next token behind the prompt",
                 source="CALM, arXiv 2207.07061, once per prompt",
                 fitted_on=CALIBRATION,
+                reads_question=True,
             ),
             Opponent(
                 name="block repeat",
@@ -119,6 +122,7 @@ OPPONENTS: Mapping[str, Opponent] = MappingProxyType(
                 "prompt's embeddings",
                 source="MindSkip in Router-Tuning, arXiv 2410.13184, on our targets",
                 fitted_on=TARGETS,
+                reads_question=True,
             ),
             Opponent(
                 name="program predictor",
@@ -126,6 +130,7 @@ OPPONENTS: Mapping[str, Opponent] = MappingProxyType(
                 "prompt's embeddings",
                 source="PoLar, arXiv 2606.06574, simplified: no encoder of its own",
                 fitted_on=SEARCH_LOG,
+                reads_question=True,
             ),
         )
     }

@@ -138,8 +138,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise RecordError(f"{path} is empty; run the stage that writes it again")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old content or all of the new, never a part.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that readers see the old content or all of the new, never a part.
+
+    Args:
+        path: Its folder is made if need be.
+        content: A text is written as UTF-8, its line ends as they are.
 
     Raises:
         RecordError: A folder that can't be written, a full disk, or a path that is a folder.
@@ -149,8 +153,8 @@ def write_atomically(path: Path, text: str) -> None:
         # Not tempfile.mkstemp: its files, and so ours, could be read by their owner alone.
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            with temporary.open("x", encoding="utf-8", newline="\n") as file:
-                file.write(text)
+            with temporary.open("xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

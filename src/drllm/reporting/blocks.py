@@ -1,16 +1,18 @@
 """What a report consists of, before it is HTML or Markdown: plain values with plain text.
 
-Owns the vocabulary of blocks that `sections` fills and that `page` and `markdown` render. Texts
+Owns the vocabulary of blocks that the sections fill and that `page` and `markdown` render. Texts
 are never markup: both renderers escape all of them. Axes: L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from drllm.paths import Decisions
+from drllm.reporting.drawing import Draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class Table:
         header: One name per column.
         rows: Cells as text, each row as long as the header.
         texts: Columns that hold words (left-aligned); the others hold numbers.
+        routes: Columns that hold routes as `paths.sketch` draws them, one character a layer.
         folded: Shown on request only, where the medium can.
     """
 
@@ -44,20 +47,24 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     texts: Sequence[int] = (0,)
+    routes: Sequence[int] = ()
     folded: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeatMap:
-    """Shares by decision and layer, coloured on a scale of its own for each row.
+    """Shares by layer, coloured on a scale of its own for each row.
 
     Attributes:
         caption: What is shown.
         rows: Name of each row with its `[L]` shares in [0, 1].
+        decision: Whose shares they are, in every row: `skip`, `execute` or `repeat`; None where
+            each row is named after its own.
     """
 
     caption: str
     rows: Sequence[tuple[str, Sequence[float]]]
+    decision: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +72,14 @@ class Figure:
     """A drawing.
 
     Attributes:
-        svg: The drawing, an `<svg>` element made by `figures`.
+        draw: Makes it; see `drawing`.
+        name: A few words, for the name of a file.
         alt: What a reader who can't see it would be told.
         caption: What is shown.
     """
 
-    svg: str
+    draw: Draw
+    name: str
     alt: str
     caption: str
 
@@ -112,18 +121,28 @@ class PathKey:
 
 
 @dataclass(frozen=True, slots=True)
+class Folded:
+    """Blocks that are shown on request only, where the medium can."""
+
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True, slots=True)
 class Columns:
     """Groups of blocks that stand side by side where there is room, else below each other."""
 
     groups: Sequence[Sequence[Block]]
 
 
-Block: TypeAlias = Text | Listing | Table | HeatMap | Figure | Question | Code | PathKey | Columns
+Block: TypeAlias = (
+    Text | Listing | Table | HeatMap | Figure | Question | Code | PathKey | Columns | Folded
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A heading with its blocks; `level` 2 or 3."""
+    """A heading with its blocks; `level` 2, 3 or 4."""
 
     title: str
     blocks: Sequence[Block]
@@ -136,3 +155,24 @@ class Document:
 
     title: str
     sections: Sequence[Section]
+
+    def figures(self) -> dict[Figure, str]:
+        """Return the drawings in their order, each with a name of its own that files can have."""
+        found: dict[Figure, str] = {}
+        for section in self.sections:
+            for figure in _figures(section.blocks):
+                words = re.sub(r"[^a-z0-9]+", "-", figure.name.lower()).strip("-")
+                found[figure] = f"{len(found) + 1:02d}-{words}"
+        return found
+
+
+def _figures(blocks: Sequence[Block]) -> Iterator[Figure]:
+    for block in blocks:
+        match block:
+            case Figure():
+                yield block
+            case Columns(groups):
+                for group in groups:
+                    yield from _figures(group)
+            case Folded(_, inner):
+                yield from _figures(inner)

@@ -1,33 +1,30 @@
-"""The part of a report that is about the test: sentence, systems, routes, example questions.
+"""The part of a report that is about the test: the result, the systems of each task.
 
-Owns what is said of an evaluation, and how far the numbers allow saying it. Leaves the numbers to
-`results` and `summary`, the drawing to `figures`. Axes: L layers.
+Owns the tables of one task and what stands beside them. Leaves tables over tasks to `tasks`, what
+may be claimed to `verdicts`, depths to `depth`, single questions to `changes`, and the drawing to
+`curves`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 from drllm.cost import share_saved
-from drllm.paths import Decision, Decisions
-from drllm.reporting import figures, summary
-from drllm.reporting.blocks import (
-    Block,
-    Columns,
-    Figure,
-    HeatMap,
-    Listing,
-    PathKey,
-    Question,
-    Section,
-    Table,
-    Text,
-)
-from drllm.reporting.numbers import NBSP, count, interval, p_value, percent, plain, signed
-from drllm.reporting.results import BASE, ROUTED, Evaluation, Sample, System
+from drllm.reporting import curves, tasks
+from drllm.reporting.blocks import Block, Columns, Figure, Listing, Section, Table, Text
+from drllm.reporting.depths import Difference
+from drllm.reporting.numbers import NONE, count, interval, p_value, percent, plain, signed
+from drllm.reporting.results import Evaluation, System
 from drllm.reporting.run import Run
-
-SIGNIFICANT = 0.05
+from drllm.reporting.samples import BASE, ROUTED
+from drllm.reporting.verdicts import (
+    Verdict,
+    against,
+    headline,
+    of_difference,
+    of_text_loss,
+    others,
+)
 
 SYSTEM_COLUMNS = (
     "system",
@@ -36,121 +33,45 @@ SYSTEM_COLUMNS = (
     "executions a forward",
     "saved",
     "gold log-probability, nats",
+    "next-token loss, nats",
     "won",
     "lost",
     "McNemar p",
-    "seconds",
     "draws",
 )
 
-
-# --- what the numbers allow saying -------------------------------------------------------------
-
-
-def verdict(evaluation: Evaluation) -> list[str]:
-    """Say in a few sentences what was found, and no more than the tests carry.
-
-    Returns:
-        The routed model against base, then its cost. What else may be concluded is in the
-        evaluation's own findings, which had every question's outcomes to test on.
-    """
-    base, routed = evaluation.system(BASE), evaluation.system(ROUTED)
-    assert base is not None  # results.py refuses a file without it
-    if routed is None:
-        return [
-            f"The base model answers {_accuracy(base)} right; no routed model was evaluated, "
-            f"so nothing can be said about routing."
-        ]
-    return [_against_base(evaluation, base, routed), _cost(routed, evaluation.num_layers)]
+DASH = "A dash means: not measured, or not defined."
 
 
-def _accuracy(system: System) -> str:
-    return f"{percent(system.accuracy)} (95{NBSP}% interval {interval(system.interval)})"
+# --- the result --------------------------------------------------------------------------------
 
 
-def _above_chance(evaluation: Evaluation, base: System) -> bool:
-    return base.interval[0] > evaluation.chance
-
-
-def _against_base(evaluation: Evaluation, base: System, routed: System) -> str:
-    change = 100 * (routed.accuracy - base.accuracy)
-    points = plain(abs(change))
-    if not _above_chance(evaluation, base):
-        lead = f"The routed model's accuracy less base's is {signed(change, 1)} points"
-    elif routed.accuracy < base.accuracy:
-        lead = f"The routed model is worse than base by {points} points"
-    elif routed.accuracy > base.accuracy:
-        lead = f"The routed model is better than base by {points} points"
-    else:
-        lead = "The routed model and base answer equally many questions right"
-    counted = ""
-    if routed.won is not None and routed.lost is not None:
-        counted = f"; it wins {count(routed.won)} questions and loses {count(routed.lost)}"
-    sentence = f"{lead}: {_accuracy(routed)} against {_accuracy(base)}{counted}."
-    return f"{sentence} {_allowed(evaluation, base, routed)}"
-
-
-def _allowed(evaluation: Evaluation, base: System, routed: System) -> str:
-    """Say what follows from the difference: a claim only where the set and the test carry it."""
-    if not _above_chance(evaluation, base):
-        return (
-            f"Base isn't shown to be above chance ({percent(evaluation.chance)}), so this set can "
-            f"show neither a gain nor the absence of a loss."
-        )
-    if routed.mcnemar_p is None:
-        return "No paired test was recorded, so no difference is claimed."
-    test = f"McNemar p {_p(routed.mcnemar_p)}"
-    decides = routed.mcnemar_p
-    if routed.mcnemar_p_holm is not None:
-        decides = routed.mcnemar_p_holm
-        test += f", corrected for several tasks {_p(decides)}"
-    if decides >= SIGNIFICANT:
-        return (
-            f"The paired test doesn't show a difference in either direction ({test}); that is no "
-            f"evidence that there is none."
-        )
-    direction = "loss" if routed.accuracy < base.accuracy else "gain"
-    return f"The paired test shows a {direction} at the {SIGNIFICANT} level ({test})."
-
-
-def _p(value: float) -> str:
-    text = p_value(value)
-    return text if text.startswith("<") else f"= {text}"
-
-
-def _cost(routed: System, num_layers: int) -> str:
-    saved = share_saved(routed.executions, num_layers)
-    difference = f"{percent(saved)} fewer" if saved >= 0 else f"{percent(-saved)} more"
-    return (
-        f"It runs {plain(routed.executions, 2)} layer executions a forward pass instead of "
-        f"{num_layers} ({difference})."
-    )
-
-
-# --- sections ----------------------------------------------------------------------------------
-
-
-def headline(run: Run) -> list[Block]:
-    """Return what was measured and the sentences about it, one pair per task."""
-    blocks: list[Block] = []
+def result(run: Run) -> list[Block]:
+    """Return the headline and what it rests on: one task's findings, or tables over several."""
     model = model_words(run)
-    for evaluation in run.evaluations:
-        blocks.append(
-            Text(
-                f"Measured: {model} on {evaluation.task}, {evaluation.split} split, "
-                f"{count(evaluation.num_questions)} questions."
-            )
-        )
-        first, *others = verdict(evaluation)
-        blocks.append(Text(first, strong=True))
-        if others:
-            blocks.append(Text(" ".join(others)))
-        if evaluation.findings:
-            blocks.append(Text("Findings that the evaluation wrote down:"))
-            blocks.append(Listing(evaluation.findings))
-    blocks += [Text(note) for note in run.notes]
+    blocks: list[Block] = [Text(note) for note in run.notes]
     if not run.evaluations:
-        blocks.append(Text(f"{model}; nothing was evaluated yet.", strong=True))
+        return [Text(f"{model}; nothing was evaluated yet.", strong=True), *blocks]
+    blocks.insert(0, Text(headline(run.evaluations), strong=True))
+    if len(run.evaluations) > 1:
+        return [*blocks, *tasks.tables(run.evaluations)]
+    return [*blocks, *_found(run, run.evaluations[0])]
+
+
+def of_task(run: Run, evaluation: Evaluation) -> list[Block]:
+    """Return what a report of several tasks says first of one of them."""
+    return [Text(headline([evaluation]), strong=True), *_found(run, evaluation)]
+
+
+def _found(run: Run, evaluation: Evaluation) -> list[Block]:
+    blocks: list[Block] = [Text(f"Measured: {model_words(run)} on {_asked(evaluation)}.")]
+    said = others(evaluation)
+    if said:
+        blocks.append(Listing(said))
+    written = _findings(evaluation)
+    if written:
+        blocks.append(Text("Findings that the evaluation wrote down:"))
+        blocks.append(Listing(written))
     return blocks
 
 
@@ -160,17 +81,44 @@ def model_words(run: Run) -> str:
     return f"{name} ({run.num_layers} layers)" if run.num_layers else name
 
 
-def sections(run: Run, evaluation: Evaluation) -> list[Section]:
-    """Return the sections of one task: systems, routes, examples."""
-    suffix = f": {evaluation.task}" if len(run.evaluations) > 1 else ""
-    found = [Section("Systems compared" + suffix, _systems(evaluation))]
-    routes = evaluation.routes()
-    if routes:
-        found.append(Section("Routes" + suffix, _routes(run, routes)))
-    examples = summary.choose_examples(evaluation)
-    if examples:
-        found.append(Section("Example questions" + suffix, _examples(examples)))
-    return found
+def _asked(evaluation: Evaluation) -> str:
+    kinds = {"choices": "options are scored", "generated": "answers are generated"}
+    parts = [
+        evaluation.task,
+        f"{evaluation.split} split",
+        f"{count(evaluation.num_questions)} questions",
+    ]
+    if evaluation.kind is not None:
+        parts.append(kinds.get(evaluation.kind, evaluation.kind))
+    if evaluation.metric is not None:
+        parts.append(f"metric {evaluation.metric}")
+    if evaluation.num_fewshot is not None:
+        shown = count(evaluation.num_fewshot) if evaluation.num_fewshot else "no"
+        parts.append(f"{shown} worked examples")
+    return ", ".join(parts)
+
+
+def _findings(evaluation: Evaluation) -> list[str]:
+    """Return the findings without what the section on the choice says."""
+    choice = () if evaluation.choice is None else evaluation.choice.sentences
+    return [finding for finding in evaluation.findings if finding not in choice]
+
+
+# --- one task ----------------------------------------------------------------------------------
+
+
+def systems(evaluation: Evaluation) -> Section:
+    """Return the section on a task's systems."""
+    return Section(
+        "Systems compared",
+        [
+            *_table(evaluation),
+            *_opponents(evaluation),
+            _what_they_are(evaluation),
+            *_metrics(evaluation),
+            *_not_compared(evaluation),
+        ],
+    )
 
 
 def system_row(system: System, num_layers: int) -> list[str]:
@@ -182,39 +130,33 @@ def system_row(system: System, num_layers: int) -> list[str]:
         plain(system.executions, 2),
         percent(share_saved(system.executions, num_layers)),
         plain(system.gold_logprob, 3),
+        plain(system.text_loss, 3),
         count(system.won),
         count(system.lost),
         p_value(system.mcnemar_p),
-        plain(system.seconds),
         count(system.draws),
     ]
 
 
-def _systems(evaluation: Evaluation) -> list[Block]:
-    rows = [system_row(system, evaluation.num_layers) for system in evaluation.systems]
-    shown = ", ".join(
-        f"{system.name} {percent(system.accuracy)} at {plain(system.executions, 2)} executions"
-        for system in evaluation.systems
+def _table(evaluation: Evaluation) -> list[Block]:
+    header = [evaluation.score if name == "accuracy" else name for name in SYSTEM_COLUMNS]
+    counted = (
+        f"Answers are graded by {evaluation.metric}, so that none is simply won or lost. "
+        if evaluation.is_graded
+        else "Won and lost count questions against base. Where several draws are averaged there "
+        "is no such count. "
     )
-    described = [
-        f"{system.name}: {system.description}"
-        for system in evaluation.systems
-        if system.description
-    ]
     blocks: list[Block] = [
         Table(
-            caption=f"{evaluation.task}, {count(evaluation.num_questions)} questions",
-            header=SYSTEM_COLUMNS,
-            rows=rows,
+            caption=f"{evaluation.task}, {count(evaluation.num_questions)} questions, chance "
+            f"{percent(evaluation.chance)}",
+            header=header,
+            rows=[system_row(system, evaluation.num_layers) for system in evaluation.systems],
         ),
-        Text(
-            "Won and lost count questions against base. Where several draws are averaged there is "
-            "no such count, and seconds are those of one draw. A dash means: not measured, or not "
-            "defined."
-        ),
+        Text(counted + DASH),
     ]
     corrected = [
-        f"{system.name} p {_p(system.mcnemar_p_holm)}"
+        f"{system.name} p = {p_value(system.mcnemar_p_holm)}".replace("= <", "<")
         for system in evaluation.systems
         if system.mcnemar_p_holm is not None and system.mcnemar_p_holm != system.mcnemar_p
     ]
@@ -228,103 +170,149 @@ def _systems(evaluation: Evaluation) -> list[Block]:
                 "mean over draws; it is no sign of certainty."
             )
         )
-    drawn = Figure(
-        svg=figures.accuracy_against_executions(evaluation),
-        alt=f"Accuracy against executions a forward pass: {shown}.",
-        caption="Accuracy with its 95 % interval against executions a forward pass. The line is "
-        "base's accuracy, the dots are chance. Systems of equal executions are drawn side by side.",
-    )
-    words: list[Block] = [Text("What the systems are:"), Listing(described)] if described else []
-    return [*blocks, Columns([[drawn], words])]
-
-
-def _routes(run: Run, routes: Sequence[Decisions]) -> list[Block]:
-    names = {Decision.SKIP: "skip", Decision.EXECUTE: "execute", Decision.REPEAT: "repeat"}
-    distinct = len(set(routes))
-    blocks: list[Block] = [
-        Text(
-            f"The routed model took {count(distinct)} distinct "
-            f"{'route' if distinct == 1 else 'routes'} on {count(len(routes))} questions, "
-            f"{plain(summary.mean_length(routes), 2)} executions on average."
-        ),
-        HeatMap(
-            caption="Share of the test questions whose route skips, executes or repeats each "
-            "layer, in percent. Each row has a colour scale of its own, so that rare decisions "
-            "can be seen.",
-            rows=[(name, summary.shares(routes, value)) for value, name in names.items()],
-        ),
-    ]
-    if not run.supervision:
-        return blocks
-    targets = [record.optimal_layer_config for record in run.supervision]
-    skips = {
-        "targets": summary.shares(targets, Decision.SKIP),
-        "routes": summary.shares(routes, Decision.SKIP),
-    }
-    repeats = {
-        "targets": summary.shares(targets, Decision.REPEAT),
-        "routes": summary.shares(routes, Decision.REPEAT),
-    }
-    blocks.append(
-        Figure(
-            svg=figures.labels_against_routes(skips, repeats),
-            alt=f"By layer: targets skip {_mean(skips['targets'])} of layers on average, routes "
-            f"{_mean(skips['routes'])}; targets repeat {_mean(repeats['targets'])}, routes "
-            f"{_mean(repeats['routes'])}.",
-            caption="Labels against routes: share of the targets (bars) and of the routes on the "
-            "test questions (dots) that skip and that repeat each layer. The panels have scales "
-            "of their own.",
-        )
-    )
-    blocks.append(
-        Table(
-            caption="Labels against routes by layer",
-            header=("layer", "targets skip", "routes skip", "targets repeat", "routes repeat"),
-            rows=[
-                [str(layer), *(percent(value) for value in values)]
-                for layer, values in enumerate(
-                    zip(
-                        skips["targets"],
-                        skips["routes"],
-                        repeats["targets"],
-                        repeats["routes"],
-                        strict=True,
-                    )
-                )
-            ],
-            texts=(),
-            folded=True,
-        )
-    )
     return blocks
 
 
-def _mean(values: Sequence[float]) -> str:
-    return percent(sum(values) / len(values))
-
-
-def _examples(examples: Sequence[tuple[str, Sample]]) -> list[Block]:
-    rule = Text(
-        "Chosen by rule: the first question won, the first lost, the unchanged one of fewest "
-        "executions; where there is no such question, the first of the others."
+def _systems_figure(evaluation: Evaluation) -> Figure:
+    shown = ", ".join(f"{each.name} {percent(each.accuracy)}" for each in evaluation.systems)
+    return Figure(
+        draw=partial(curves.accuracy_of_systems, evaluation),
+        name=f"{evaluation.task} systems",
+        alt=f"{evaluation.score.capitalize()} of the systems: {shown}.",
+        caption=f"{evaluation.score.capitalize()} with its 95 % interval. The line is base, the "
+        f"dotted line is chance.",
     )
+
+
+def _opponents(evaluation: Evaluation) -> list[Block]:
+    """Return what shows at a glance whether routing beats its opponents."""
+    compared = [s for s in evaluation.opponents if s.routed_against is not None]
+    if not compared:
+        return [_systems_figure(evaluation)]
+    verdicts = ", ".join(f"{each.name} {against(evaluation, each).value[2:]}" for each in compared)
     return [
-        rule,
-        PathKey(),
-        *(
-            Question(
-                kind=kind,
-                id=sample.id,
-                question=sample.question,
-                choices=sample.choices,
-                gold=sample.gold,
-                verdicts=f"Base is {_right(sample, BASE)}, routed is {_right(sample, ROUTED)}.",
-                route=summary.route(sample),
-            )
-            for kind, sample in examples
+        Columns(
+            [
+                [_systems_figure(evaluation)],
+                [
+                    Figure(
+                        draw=partial(curves.routed_against, evaluation),
+                        name=f"{evaluation.task} opponents",
+                        alt=f"The routed model less each opponent, with 95 % intervals. On "
+                        f"accuracy it is: {verdicts}.",
+                        caption="The routed model less each opponent, on the same questions, with "
+                        "95 % intervals; full dots where it is shown to differ. Right of the line "
+                        "the routed model has more; more next-token loss is worse.",
+                    )
+                ],
+            ]
+        ),
+        Table(
+            caption="The routed model less each opponent, with 95 % intervals, and what is shown "
+            "of the routed model at the 5 % level, each comparison by itself; no verdict where "
+            "base isn't shown to be above chance",
+            header=(
+                "opponent",
+                f"routed, by {evaluation.score}",
+                "points",
+                "by gold log-probability",
+                "nats a question",
+                "by next-token loss",
+                "nats a token",
+                "opponent's executions",
+                "reads the question",
+            ),
+            rows=[_against_row(evaluation, system) for system in compared],
+            texts=(0, 1, 3, 5, 8),
         ),
     ]
 
 
-def _right(sample: Sample, system: str) -> str:
-    return "right" if sample.outcomes[system].correct >= 1 else "wrong"
+def _against_row(evaluation: Evaluation, system: System) -> list[str]:
+    found = system.routed_against
+    assert found is not None  # the caller leaves the others out
+    return [
+        system.name,
+        against(evaluation, system).value,
+        difference(found.accuracy, 100, 1),
+        _so(evaluation, found.gold_logprob),
+        difference(found.gold_logprob),
+        NONE if found.text_loss is None else of_text_loss(found.text_loss).value,
+        difference(found.text_loss),
+        plain(system.executions, 2),
+        _yes(system.reads_question),
+    ]
+
+
+def _so(evaluation: Evaluation, found: Difference | None) -> str:
+    if found is None:
+        return NONE
+    if not evaluation.above_chance:
+        return Verdict.NO_VERDICT.value
+    return of_difference(found).value
+
+
+def difference(found: Difference | None, scale: float = 1, digits: int = 3) -> str:
+    """Write a difference with its interval."""
+    if found is None:
+        return NONE
+    low, high = (signed(scale * end, digits) for end in found.interval)
+    return f"{signed(scale * found.mean, digits)} ({low} to {high})"
+
+
+def _yes(value: bool | None) -> str:
+    return NONE if value is None else "yes" if value else "no"
+
+
+def _what_they_are(evaluation: Evaluation) -> Block:
+    return Table(
+        caption="What the systems are",
+        header=("system", "what it does", "source", "fitted on", "routes unchanged"),
+        rows=[
+            [
+                system.name,
+                system.description or NONE,
+                system.source or NONE,
+                system.fitted_on or NONE,
+                percent(system.unchanged_routes),
+            ]
+            for system in evaluation.systems
+        ],
+        texts=(0, 1, 2, 3),
+    )
+
+
+def _metrics(evaluation: Evaluation) -> list[Block]:
+    names = list(dict.fromkeys(name for each in evaluation.systems for name in each.metrics))
+    if len(names) < 2:
+        return []
+    return [
+        Table(
+            caption="All that lm-evaluation-harness says of the answers, as means over the "
+            f"questions; {evaluation.metric} counts",
+            header=("system", *names),
+            rows=[
+                [each.name, *(plain(each.metrics.get(name), 4) for name in names)]
+                for each in evaluation.systems
+            ],
+            folded=True,
+        )
+    ]
+
+
+def _not_compared(evaluation: Evaluation) -> list[Block]:
+    if not evaluation.not_compared:
+        return []
+    return [
+        Table(
+            caption="Not compared",
+            header=("method", "why not"),
+            rows=[[name, reason] for name, reason in evaluation.not_compared.items()],
+            texts=(0, 1),
+        )
+    ]
+
+
+def routed_and_base(evaluation: Evaluation) -> list[System]:
+    """Return the two systems that a comparison of runs shows."""
+    return [system for system in evaluation.systems if system.name in (BASE, ROUTED)]

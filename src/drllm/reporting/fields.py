@@ -63,6 +63,48 @@ class Fields:
         """Return a whole number, or None where the key is absent or null."""
         return None if self.values.get(key) is None else self.whole(key)
 
+    def optional_text(self, key: str) -> str | None:
+        """Return a text, or None where the key is absent or null."""
+        return None if self.values.get(key) is None else self.text(key)
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """Return a list of texts; empty where the key is absent or null."""
+        values = [] if self.values.get(key) is None else self.items(key)
+        if not all(isinstance(value, str) for value in values):
+            raise RecordError(f"{self.where}: {key!r} is {values!r}; expected texts")
+        return tuple(values)
+
+    def numbers(self, key: str) -> dict[str, float]:
+        """Return an object of numbers by name; empty where the key is absent or null."""
+        inner = self.optional_object(key)
+        return {} if inner is None else {name: inner.number(name) for name in inner.values}
+
+    def interval(self, key: str) -> tuple[float, float]:
+        """Return the two ends of an interval, the lower one first."""
+        ends = self.items(key)
+        both = len(ends) == 2 and all(
+            isinstance(end, (int, float)) and math.isfinite(end) for end in ends
+        )
+        if not both or ends[0] > ends[1]:
+            raise RecordError(
+                f"{self.where}: {key!r} is {ends!r}; expected two numbers, the lower one first"
+            )
+        return float(ends[0]), float(ends[1])
+
+    def optional_object(self, key: str) -> Fields | None:
+        """Return what an object holds, or None where the key is absent or null."""
+        if self.values.get(key) is None:
+            return None
+        return Fields(self.values[key], f"{self.where}, {key!r}")
+
+    def objects(self, key: str) -> list[Fields]:
+        """Return a list of objects; empty where the key is absent or null."""
+        rows = [] if self.values.get(key) is None else self.items(key)
+        return [
+            Fields(row, f"{self.where}, {key!r}, row {number}")
+            for number, row in enumerate(rows, start=1)
+        ]
+
 
 def read_text(path: Path) -> str:
     """Read a text file.

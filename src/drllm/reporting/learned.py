@@ -7,6 +7,7 @@ Axes: L layers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from drllm.cost import share_saved
@@ -140,7 +141,8 @@ def _single_edits(run: Run) -> list[Block]:
         )
     worst = f" Worst skip: layer {picked[-1].layer}, {signed(picked[-1].reward)}." if picked else ""
     drawn = Figure(
-        svg=figures.single_edits(skips, repeats, run.search[0].num_layers),
+        draw=partial(figures.single_edits, skips, repeats, run.search[0].num_layers),
+        name="single edits",
         alt="Mean change of reward when one layer is skipped, and when one is repeated, by layer."
         + worst,
         caption="Mean change of reward by layer when that layer alone is skipped or repeated, "
@@ -172,7 +174,8 @@ def _targets(run: Run) -> list[Block]:
         ],
     )
     drawn = Figure(
-        svg=figures.target_executions(lengths, num_layers),
+        draw=partial(figures.target_executions, lengths, num_layers),
+        name="target executions",
         alt=f"Executions of the target paths: from {min(lengths)} to {max(lengths)}, "
         f"{plain(mean, 2)} on average.",
         caption="How many targets have how many executions.",
@@ -232,7 +235,8 @@ def _routers(run: Run) -> list[Block]:
             ],
         ),
         Figure(
-            svg=figures.router_metrics(run.epochs, execute),
+            draw=partial(figures.router_metrics, run.epochs, execute),
+            name="router metrics",
             alt="Macro-F1, F1 by decision and loss by epoch. "
             + "; ".join(
                 f"{split}, last epoch: macro-F1 {plain(values[max(values)].get('macro_f1'), 3)}"

@@ -1,6 +1,7 @@
 """A report as Markdown: headings, sentences and tables.
 
-Owns the rendering and the escaping. Figures stay in the HTML; their captions say so.
+Owns the rendering and the escaping. Figures are pictures in a folder beside the file; what is
+folded in the HTML is open here.
 Axes: L layers.
 """
 
@@ -8,7 +9,8 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from urllib.parse import quote
 
 from drllm.paths import num_executions, sketch
 from drllm.reporting.blocks import (
@@ -17,6 +19,7 @@ from drllm.reporting.blocks import (
     Columns,
     Document,
     Figure,
+    Folded,
     HeatMap,
     Listing,
     PathKey,
@@ -28,11 +31,17 @@ from drllm.reporting.blocks import (
 from drllm.reporting.numbers import percent
 
 
-def render(document: Document) -> str:
-    """Return the whole report."""
+def render(document: Document, folder: str) -> str:
+    """Return the whole report.
+
+    Args:
+        document: What it says.
+        folder: Of the figures, as seen from the file: `NAME.png` for each of `document.figures()`.
+    """
     parts = [f"# {escape(document.title)}"]
+    places = {figure: f"{folder}/{name}.png" for figure, name in document.figures().items()}
     for section in document.sections:
-        parts += _section(section)
+        parts += _section(section, places)
     return "\n\n".join(parts) + "\n"
 
 
@@ -53,12 +62,12 @@ def _line(text: str) -> str:
     return re.sub(r"^(\d*)([#+\-=.)])(?=\s|[#=]|$)", r"\1\\\2", escape(text))
 
 
-def _section(section: Section) -> list[str]:
+def _section(section: Section, places: Mapping[Figure, str]) -> list[str]:
     heading = "#" * section.level + " " + escape(section.title)
-    return [heading, *(_block(block) for block in section.blocks)]
+    return [heading, *(_block(block, places) for block in section.blocks)]
 
 
-def _block(block: Block) -> str:
+def _block(block: Block, places: Mapping[Figure, str]) -> str:
     match block:
         case Text(text, strong):
             return f"**{escape(text)}**" if strong else _line(text)
@@ -71,14 +80,18 @@ def _block(block: Block) -> str:
             layers = range(len(rows[0][1]))
             cells = [[str(i), *(percent(shares[i]) for _, shares in rows)] for i in layers]
             return _table(Table(caption=caption, header=header, rows=cells, texts=()))
-        case Figure(caption=caption):
-            return f"*Figure, in the HTML report:* {escape(caption)}"
+        case Figure(alt=alt, caption=caption):
+            place = quote(places[block])
+            return f"![{escape(alt)}]({place})\n\n*Figure:* {escape(caption)}"
         case Question():
             return _question(block)
         case PathKey():
             return "One character a layer: `█` executed once, `·` skipped, `2` executed twice."
         case Columns(groups):
-            return "\n\n".join(_block(inner) for group in groups for inner in group)
+            return "\n\n".join(_block(inner, places) for group in groups for inner in group)
+        case Folded(title, blocks):
+            inside = [_block(inner, places) for inner in blocks]
+            return "\n\n".join([_line(title), *inside])
         case Code(title, text):
             fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
             return f"{_line(title)}\n\n{fence}\n{text.rstrip()}\n{fence}"
@@ -86,10 +99,16 @@ def _block(block: Block) -> str:
 
 def _table(table: Table) -> str:
     rule = ["---" if column in table.texts else "---:" for column in range(len(table.header))]
-    rows: list[Sequence[str]] = [table.header, *table.rows]
-    lines = ["| " + " | ".join(escape(cell) for cell in row) + " |" for row in rows]
+    rows = [[escape(cell) for cell in table.header], *(_cells(table, row) for row in table.rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "| " + " | ".join(rule) + " |")
     return f"*{escape(table.caption)}*\n\n" + "\n".join(lines)
+
+
+def _cells(table: Table, row: Sequence[str]) -> list[str]:
+    return [
+        f"`{cell}`" if column in table.routes else escape(cell) for column, cell in enumerate(row)
+    ]
 
 
 def _question(example: Question) -> str:

@@ -7,16 +7,17 @@ the page. Axes: L layers.
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 
-from drllm.paths import Decision, Decisions, num_executions
+from drllm.paths import Decision, Decisions, num_executions, sketch
 from drllm.reporting.blocks import (
     Block,
     Code,
     Columns,
     Document,
     Figure,
+    Folded,
     HeatMap,
     Listing,
     PathKey,
@@ -25,6 +26,7 @@ from drllm.reporting.blocks import (
     Table,
     Text,
 )
+from drllm.reporting.drawing import svg
 
 STRONGEST = 0.6
 """Opacity of the strongest colour of a heat map; beyond that the values on it are hard to read."""
@@ -41,7 +43,8 @@ def render(document: Document) -> str:
     """Return the whole page."""
     style = resources.files("drllm.reporting").joinpath("style.css").read_text(encoding="utf-8")
     title = html.escape(document.title)
-    body = "\n".join(_section(section) for section in document.sections)
+    names = document.figures()
+    body = "\n".join(_section(section, names) for section in document.sections)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -50,13 +53,13 @@ def render(document: Document) -> str:
     )
 
 
-def _section(section: Section) -> str:
-    blocks = "\n".join(_block(block) for block in section.blocks)
+def _section(section: Section, names: Mapping[Figure, str]) -> str:
+    blocks = "\n".join(_block(block, names) for block in section.blocks)
     heading = f"<h{section.level}>{html.escape(section.title)}</h{section.level}>"
     return f"<section>\n{heading}\n{blocks}\n</section>"
 
 
-def _block(block: Block) -> str:
+def _block(block: Block, names: Mapping[Figure, str]) -> str:
     match block:
         case Text(text, strong):
             return f"<p{' class=strong' if strong else ''}>{html.escape(text)}</p>"
@@ -67,9 +70,11 @@ def _block(block: Block) -> str:
             return _table(block)
         case HeatMap():
             return _heat_map(block)
-        case Figure(svg=svg, alt=alt, caption=caption):
+        case Figure(draw=draw, alt=alt, caption=caption):
             # The label belongs to the drawing; the texts inside it are then not read one by one.
-            drawn = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1)
+            drawn = svg(draw, names[block]).replace(
+                "<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1
+            )
             return f"<figure>{drawn}<figcaption>{html.escape(caption)}</figcaption></figure>"
         case Question():
             return _question(block)
@@ -81,8 +86,17 @@ def _block(block: Block) -> str:
         case PathKey():
             return KEY
         case Columns(groups):
-            columns = "".join(f"<div>{''.join(map(_block, group))}</div>" for group in groups)
+            columns = "".join(f"<div>{_blocks(group, names)}</div>" for group in groups)
             return f'<div class="columns">{columns}</div>'
+        case Folded(title, blocks):
+            return (
+                f"<details><summary>{html.escape(title)}</summary>{_blocks(blocks, names)}"
+                f"</details>"
+            )
+
+
+def _blocks(blocks: Sequence[Block], names: Mapping[Figure, str]) -> str:
+    return "".join(_block(block, names) for block in blocks)
 
 
 def _scroll(label: str, content: str) -> str:
@@ -92,12 +106,12 @@ def _scroll(label: str, content: str) -> str:
 
 def _table(table: Table) -> str:
     caption = html.escape(table.caption)
-    words = [' class="words"' if column in table.texts else "" for column in _columns(table)]
+    words = [_class(table, column) for column in range(len(table.header))]
     header = "".join(
         f'<th scope="col"{word}>{html.escape(name)}</th>'
         for name, word in zip(table.header, words, strict=True)
     )
-    rows = "".join(f"<tr>{_row(row, words)}</tr>" for row in table.rows)
+    rows = "".join(f"<tr>{_row(table, row, words)}</tr>" for row in table.rows)
     content = _scroll(
         caption, f"<table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table>"
     )
@@ -106,15 +120,28 @@ def _table(table: Table) -> str:
     return f'<p class="caption">{caption}</p>{content}'
 
 
-def _columns(table: Table) -> range:
-    return range(len(table.header))
+def _class(table: Table, column: int) -> str:
+    kinds = (("words", table.texts), ("route", table.routes))
+    names = " ".join(name for name, columns in kinds if column in columns)
+    return f' class="{names}"' if names else ""
 
 
-def _row(row: Sequence[str], words: Sequence[str]) -> str:
-    first = f'<th scope="row"{words[0]}>{html.escape(row[0])}</th>'
+def _row(table: Table, row: Sequence[str], words: Sequence[str]) -> str:
+    cells = [
+        _strip(cell) if column in table.routes else html.escape(cell)
+        for column, cell in enumerate(row)
+    ]
+    first = f'<th scope="row"{words[0]}>{cells[0]}</th>'
     return first + "".join(
-        f"<td{word}>{html.escape(cell)}</td>" for cell, word in zip(row[1:], words[1:], strict=True)
+        f"<td{word}>{cell}</td>" for cell, word in zip(cells[1:], words[1:], strict=True)
     )
+
+
+def _strip(drawn: str) -> str:
+    """Draw a route small, one mark a layer."""
+    marks = {sketch([value]): value.name.lower() for value in Decision}
+    cells = "".join(f'<span class="{marks[mark]}"></span>' for mark in drawn)
+    return f'<span class="strip" role="img" aria-label="Route: {html.escape(drawn)}">{cells}</span>'
 
 
 def _heat_map(heat: HeatMap) -> str:
@@ -124,8 +151,9 @@ def _heat_map(heat: HeatMap) -> str:
     for name, values in heat.rows:
         largest = max(values) or 1.0
         cells = "".join(
-            f'<td class="{html.escape(name)}" style="--a:{STRONGEST * value / largest:.3f}" '
-            f'title="layer {layer}: {name} {100 * value:.1f} %">{_whole_percent(value)}</td>'
+            f'<td class="{heat.decision or name}" style="--a:{STRONGEST * value / largest:.3f}" '
+            f'title="layer {layer}: {heat.decision or name} {100 * value:.1f} %">'
+            f"{_whole_percent(value)}</td>"
             for layer, value in enumerate(values)
         )
         rows.append(f'<tr><th scope="row">{html.escape(name)}</th>{cells}</tr>')

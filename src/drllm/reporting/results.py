@@ -1,24 +1,35 @@
-"""The results that an evaluation left behind: `eval/TASK.json` and `eval/samples.jsonl`.
+"""The results that an evaluation left behind: `eval/TASK.json`.
 
-Owns their reading and checking. Leaves the other files of a run folder to `run`, and all
-arithmetic to `summary`. Axes: L layers.
+Owns their reading and checking, also against the samples. Leaves the samples themselves to
+`samples`, the curve and the choice in the file to `depths`, the other files of a run folder to
+`run`, and all arithmetic to `summary`. What an older drllm didn't write is None or empty.
+Axes: L layers.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from drllm.errors import PathError, RecordError
-from drllm.paths import Decisions, check_decisions
-from drllm.records import SCHEMA_VERSION, read_lines, read_manifest, sha256
+from drllm.errors import RecordError
+from drllm.paths import Decisions
+from drllm.records import SCHEMA_VERSION, sha256
+from drllm.reporting.depths import (
+    Choice,
+    Differences,
+    Point,
+    read_choice,
+    read_curve,
+    read_differences,
+)
 from drllm.reporting.fields import Fields, read_object
+from drllm.reporting.samples import BASE, ROUTED, Sample, Source, read_samples
 
-BASE = "base"
-ROUTED = "routed"
+PERMUTED = "permuted routes"
+SCHEMA = "drllm.evaluation"
+SAMPLES_FILE = "samples.jsonl"
 ACCURACY_TOLERANCE = 5e-4
 """How far an accuracy may lie from that of its samples: files may round to three digits."""
 
@@ -30,7 +41,7 @@ class System:
     Attributes:
         name: `base`, `routed`, or an opponent's name.
         description: What it is, in words.
-        accuracy: Share of questions answered right.
+        accuracy: Share of questions answered right; where answers are graded, the mean grade.
         interval: 95 % interval of the accuracy.
         executions: Mean layer executions a forward pass, in layer equivalents.
         gold_logprob: Mean log-probability of the right option among the options, in nats.
@@ -40,6 +51,18 @@ class System:
         won: Questions right here and wrong in base; None where draws are averaged.
         lost: Questions wrong here and right in base; None where draws are averaged.
         mcnemar_p_holm: The test's p-value corrected for several tasks; None with one task.
+        source: Where an opponent comes from.
+        fitted_on: What an opponent was fitted on.
+        reads_question: Whether an opponent's decisions follow from the question.
+        metrics: Means of all that the harness says of the answers.
+        text_loss: Mean next-token loss on the questions' texts, in nats a token.
+        decode_executions: Mean executions a generated token; None where options are scored.
+        flops: Of reading a prompt, derived: products with weights, and attention; a mean over
+            questions.
+        kv_bytes: K/V kept for a token, derived; likewise.
+        unchanged_routes: Share of questions that a permutation left their route.
+        against_base: What the system has more than base.
+        routed_against: What the routed model has more than the system.
     """
 
     name: str
@@ -54,31 +77,31 @@ class System:
     won: int | None
     lost: int | None
     mcnemar_p_holm: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """One system's outcome on one question; `decisions` is None where draws are averaged."""
-
-    correct: float
-    gold_logprob: float | None
-    decisions: Decisions | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One test question with the outcome of every system."""
-
-    id: str
-    question: str
-    choices: tuple[str, ...]
-    gold: int | None
-    outcomes: Mapping[str, Outcome]
+    source: str | None = None
+    fitted_on: str | None = None
+    reads_question: bool | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    text_loss: float | None = None
+    decode_executions: float | None = None
+    flops: tuple[float, float] | None = None
+    kv_bytes: float | None = None
+    unchanged_routes: float | None = None
+    against_base: Differences | None = None
+    routed_against: Differences | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """One `eval/TASK.json` with its rows of `eval/samples.jsonl` (none where that is absent)."""
+    """One `eval/TASK.json` with its rows of `eval/samples.jsonl` (none where that is absent).
+
+    Attributes:
+        kind: `choices` (options are scored) or `generated`.
+        metric: The metric that counts.
+        num_fewshot: Worked examples before each question.
+        curve: Base, then the systems at other depths.
+        choice: The certified choice, if one was asked for.
+        not_compared: Methods that a reader will look for, and why they aren't compared.
+    """
 
     task: str
     split: str
@@ -88,6 +111,45 @@ class Evaluation:
     systems: tuple[System, ...]
     findings: tuple[str, ...]
     samples: tuple[Sample, ...]
+    kind: str | None = None
+    metric: str | None = None
+    num_fewshot: int | None = None
+    curve: tuple[Point, ...] = ()
+    choice: Choice | None = None
+    not_compared: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def base(self) -> System:
+        """The untouched model; no result is read without it."""
+        found = self.system(BASE)
+        assert found is not None
+        return found
+
+    @property
+    def routed(self) -> System | None:
+        """The routed model, if it was evaluated."""
+        return self.system(ROUTED)
+
+    @property
+    def opponents(self) -> tuple[System, ...]:
+        """What the routed model is compared with beside base."""
+        return tuple(each for each in self.systems if each.name not in (BASE, ROUTED))
+
+    @property
+    def above_chance(self) -> bool:
+        """Whether base is shown to be better than guessing; if not, there is nothing to lose."""
+        return self.base.interval[0] > self.chance
+
+    @property
+    def is_graded(self) -> bool:
+        """Whether answers have grades in between, so that none is simply right or wrong."""
+        routed = self.routed
+        return routed is not None and routed.draws == 1 and routed.won is None
+
+    @property
+    def score(self) -> str:
+        """What is averaged over the questions, in words."""
+        return (self.metric or "score") if self.is_graded else "accuracy"
 
     def system(self, name: str) -> System | None:
         """Return the system of that name, if it was evaluated."""
@@ -103,34 +165,48 @@ class Evaluation:
         ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """One file that was read, for the provenance table."""
+def results_folder(folder: Path) -> tuple[Path, str]:
+    """Return where a folder's results lie, and how their place is named in it.
 
-    name: str
-    sha256: str
-    manifest: Mapping[str, Any]
+    `drllm run` writes `eval/`; `drllm evaluate` into a folder of its own, which is one too.
+    """
+    if not (folder / "eval").is_dir() and _results(folder):
+        return folder, ""
+    return folder / "eval", "eval/"
 
 
-def read_evaluations(folder: Path, sources: list[Source], absent: list[str]) -> list[Evaluation]:
-    """Read every result in an `eval` folder.
+def _results(folder: Path) -> list[Path]:
+    """Return the files of a folder that say that they are results."""
+    return [
+        path for path in _candidates(folder) if read_object(path).values.get("schema") == SCHEMA
+    ]
+
+
+def _candidates(folder: Path) -> list[Path]:
+    paths = sorted(folder.glob("*.json"))
+    return [path for path in paths if not path.name.endswith(".manifest.json")]
+
+
+def read_evaluations(
+    folder: Path, sources: list[Source], absent: list[str], prefix: str = "eval/"
+) -> list[Evaluation]:
+    """Read every result in a folder.
 
     Args:
         folder: May be missing.
         sources: Receives the files that were read.
-        absent: Receives one line for each file that isn't there.
+        absent: Receives one line for each file or part that isn't there.
+        prefix: Of the files' names in the two lists.
 
     Raises:
         RecordError: A file that can't be trusted, or samples of another evaluation.
     """
-    paths = sorted(
-        path for path in folder.glob("*.json") if not path.name.endswith(".manifest.json")
-    )
+    paths = _candidates(folder)
     if not paths:
-        absent.append("eval/ holds no TASK.json: accuracy and routes can't be shown.")
+        absent.append(f"{prefix} holds no TASK.json: accuracy and routes can't be shown.")
         return []
-    samples = _samples(folder / "samples.jsonl", sources, absent)
-    evaluations = [_evaluation(path, samples, sources) for path in paths]
+    samples = read_samples(folder / SAMPLES_FILE, f"{prefix}{SAMPLES_FILE}", sources, absent)
+    evaluations = [_evaluation(path, samples, sources, absent, prefix) for path in paths]
     tasks = [evaluation.task for evaluation in evaluations]
     for path, task in zip(paths, tasks, strict=True):
         if tasks.count(task) > 1:
@@ -141,69 +217,15 @@ def read_evaluations(folder: Path, sources: list[Source], absent: list[str]) -> 
     return evaluations
 
 
-def _samples(
-    path: Path, sources: list[Source], absent: list[str]
-) -> dict[str, list[tuple[str, Sample]]]:
-    """Return the samples by task, each with its place for messages."""
-    if not path.exists():
-        absent.append("eval/samples.jsonl is absent: routes and example questions can't be shown.")
-        return {}
-    manifest = read_manifest(path, "samples") or {}
-    if manifest and manifest.get("sha256") != sha256(path):
-        raise RecordError(
-            f"{path} was changed or cut off after it was written (its manifest has another hash); "
-            f"evaluate again"
-        )
-    samples: dict[str, list[tuple[str, Sample]]] = {}
-    for line, row in read_lines(path):
-        fields = Fields(row, f"{path}, line {line}")
-        samples.setdefault(fields.text("task"), []).append((fields.where, _sample(fields)))
-    sources.append(Source(name=f"eval/{path.name}", sha256=sha256(path), manifest=manifest))
-    return samples
-
-
-def _sample(fields: Fields) -> Sample:
-    choices = tuple(str(choice) for choice in fields.items("choices"))
-    gold = fields.optional_whole("gold")
-    if gold is not None and gold >= len(choices):
-        raise RecordError(
-            f"{fields.where}: 'gold' is {gold}, the question has {len(choices)} choices (0 to "
-            f"{len(choices) - 1})"
-        )
-    systems = Fields(fields.values.get("systems"), f"{fields.where}, 'systems'")
-    outcomes = {}
-    for name, values in systems.values.items():
-        outcome = Fields(values, f"{systems.where}, {name!r}")
-        decisions = outcome.values.get("decisions")
-        outcomes[name] = Outcome(
-            correct=outcome.number("correct"),
-            gold_logprob=outcome.optional_number("gold_logprob"),
-            decisions=None if decisions is None else _decisions(outcome),
-        )
-    return Sample(
-        id=fields.text("id"),
-        question=fields.text("question"),
-        choices=choices,
-        gold=gold,
-        outcomes=outcomes,
-    )
-
-
-def _decisions(fields: Fields) -> Decisions:
-    values = fields.items("decisions")
-    if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
-        raise RecordError(f"{fields.where}: 'decisions' is {values!r}; expected 0, 1 or 2 a layer")
-    try:
-        return check_decisions(values)
-    except PathError as error:
-        raise RecordError(f"{fields.where}: 'decisions': {error}") from error
-
-
 def _evaluation(
-    path: Path, samples: Mapping[str, list[tuple[str, Sample]]], sources: list[Source]
+    path: Path,
+    samples: Mapping[str, list[tuple[str, Sample]]],
+    sources: list[Source],
+    absent: list[str],
+    prefix: str,
 ) -> Evaluation:
     fields = read_object(path)
-    if fields.values.get("schema") != "drllm.evaluation":
+    if fields.values.get("schema") != SCHEMA:
         raise RecordError(
             f"{path} says {fields.values.get('schema')!r}; expected 'drllm.evaluation'. "
             f"Is it the right file?"
@@ -228,18 +250,26 @@ def _evaluation(
         systems=systems,
         findings=tuple(str(finding) for finding in fields.items("findings")),
         samples=tuple(sample for _, sample in placed),
+        kind=fields.optional_text("kind"),
+        metric=fields.optional_text("metric"),
+        num_fewshot=fields.optional_whole("num_fewshot"),
+        curve=read_curve(fields.objects("curve")),
+        choice=read_choice(fields.optional_object("choice")),
+        not_compared=_words(fields.optional_object("not_compared")),
     )
+    if evaluation.kind is None:
+        absent.append(
+            f"{prefix}{path.name} is of an older drllm, which wrote no sources of opponents, no "
+            f"comparison with them, no next-token loss and no depths."
+        )
     _check_systems(path, evaluation)
     _check_samples(path, evaluation, [where for where, _ in placed])
-    sources.append(Source(name=f"eval/{path.name}", sha256=sha256(path), manifest=fields.values))
+    sources.append(Source(name=f"{prefix}{path.name}", sha256=sha256(path), manifest=fields.values))
     return evaluation
 
 
 def _system(fields: Fields) -> System:
-    ends = fields.items("interval")
-    if len(ends) != 2 or not all(isinstance(end, (int, float)) for end in ends):
-        raise RecordError(f"{fields.where}: 'interval' is {ends!r}; expected two numbers")
-    low, high = (float(end) for end in ends)
+    low, high = fields.interval("interval")
     accuracy = fields.number("accuracy")
     if not 0 <= low <= accuracy + 1e-9 or not accuracy - 1e-9 <= high <= 1:
         raise RecordError(
@@ -259,7 +289,33 @@ def _system(fields: Fields) -> System:
         won=fields.optional_whole("won"),
         lost=fields.optional_whole("lost"),
         mcnemar_p_holm=fields.optional_number("mcnemar_p_holm"),
+        source=fields.optional_text("source"),
+        fitted_on=fields.optional_text("fitted_on"),
+        reads_question=_truth(fields, "reads_question"),
+        metrics=fields.numbers("metrics"),
+        text_loss=fields.optional_number("text_loss"),
+        decode_executions=fields.optional_number("decode_executions"),
+        flops=_flops(fields.optional_object("prompt_flops")),
+        kv_bytes=fields.optional_number("kv_bytes_per_token"),
+        unchanged_routes=fields.optional_number("unchanged_routes"),
+        against_base=read_differences(fields.optional_object("against_base")),
+        routed_against=read_differences(fields.optional_object("routed_against")),
     )
+
+
+def _truth(fields: Fields, key: str) -> bool | None:
+    value = fields.values.get(key)
+    if value not in (True, False, None):
+        raise RecordError(f"{fields.where}: {key!r} is {value!r}; expected true, false or null")
+    return value
+
+
+def _flops(fields: Fields | None) -> tuple[float, float] | None:
+    return None if fields is None else (fields.number("weights"), fields.number("attention"))
+
+
+def _words(fields: Fields | None) -> dict[str, str]:
+    return {} if fields is None else {name: fields.text(name) for name in fields.values}
 
 
 def _check_systems(path: Path, evaluation: Evaluation) -> None:
@@ -291,14 +347,12 @@ def _check_samples(path: Path, evaluation: Evaluation, places: Sequence[str]) ->
                     f"{where}: {name!r} has {len(outcome.decisions)} decisions, "
                     f"{path.name} says {evaluation.num_layers} layers"
                 )
-    for system in evaluation.systems:
-        correct = [
-            sample.outcomes[system.name].correct
-            for sample in samples
-            if system.name in sample.outcomes
-        ]
-        if correct and abs(sum(correct) / len(correct) - system.accuracy) > ACCURACY_TOLERANCE:
+    means = {system.name: system.accuracy for system in evaluation.systems}
+    means |= {point.name: point.accuracy for point in evaluation.curve}
+    for name, accuracy in means.items():
+        correct = [s.outcomes[name].correct for s in samples if name in s.outcomes]
+        if correct and abs(sum(correct) / len(correct) - accuracy) > ACCURACY_TOLERANCE:
             raise RecordError(
-                f"{path} gives {system.name!r} accuracy {system.accuracy}, samples.jsonl gives "
+                f"{path} gives {name!r} accuracy {accuracy}, samples.jsonl gives "
                 f"{sum(correct) / len(correct)}; they are of different evaluations"
             )

@@ -24,7 +24,8 @@ from drllm.records import (
     sha256,
 )
 from drllm.reporting.fields import Fields, read_object, read_text
-from drllm.reporting.results import Evaluation, Source, read_evaluations
+from drllm.reporting.results import Evaluation, read_evaluations, results_folder
+from drllm.reporting.samples import Source
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,7 @@ def read_run(folder: Path) -> Run:
     """Read a run folder.
 
     Args:
-        folder: As `drllm run` leaves it; any of its parts may be missing.
+        folder: As `drllm run` or `drllm evaluate` leaves it; any of its parts may be missing.
 
     Returns:
         What is there, checked.
@@ -93,7 +94,8 @@ def read_run(folder: Path) -> Run:
     supervision = _records(folder / "supervision.jsonl", "supervision", sources, absent)
     router_config = _router_config(folder / "routers" / "router_config.json", sources, absent)
     epochs = _epochs(folder / "routers" / "metrics.jsonl", sources, absent)
-    evaluations = read_evaluations(folder / "eval", sources, absent)
+    results, prefix = results_folder(folder)
+    evaluations = read_evaluations(results, sources, absent, prefix)
     recipe = folder / "run.yaml"
     if not recipe.is_file():
         absent.append("run.yaml is absent: the recipe isn't shown.")

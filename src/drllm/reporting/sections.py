@@ -1,61 +1,101 @@
-"""A report's order: headline, test, search, training, provenance; several runs side by side.
+"""A report's order: result, tests, search, training, cost, provenance; several runs side by side.
 
-Owns which section follows which. Leaves their contents to `evaluated` and `learned`.
+Owns which section follows which, and the tables over several runs. Leaves their contents to
+`evaluated`, `depth`, `changes`, `learned` and `provenance`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
-from drllm.reporting import evaluated, learned
-from drllm.reporting.blocks import Block, Code, Document, Listing, Section, Table, Text
-from drllm.reporting.numbers import NONE
-from drllm.reporting.results import BASE, ROUTED
+from drllm.reporting import changes, depth, evaluated, learned, provenance, tasks
+from drllm.reporting.blocks import Block, Document, Section, Table
+from drllm.reporting.depths import Choice
+from drllm.reporting.numbers import NONE, percent, plain
+from drllm.reporting.results import Evaluation
 from drllm.reporting.run import Run
+from drllm.reporting.samples import ROUTED
 
 
 def document(runs: Sequence[Run]) -> Document:
     """Lay out the report of one run, or of several with a comparison in front."""
     if len(runs) == 1:
         return Document(f"Layer routing report: {runs[0].name}", _run_sections(runs[0]))
-    sections = [Section("Runs compared", [_comparison(runs)])]
+    sections = [Section("Runs compared", _comparison(runs))]
     for number, run in enumerate(runs, start=1):
         sections.append(Section(f"Run {number}: {run.name}", []))
-        sections += [Section(part.title, part.blocks, level=3) for part in _run_sections(run)]
+        sections += _lower(_run_sections(run))
     return Document(f"Layer routing report: {len(runs)} runs", sections)
 
 
 def _run_sections(run: Run) -> list[Section]:
-    sections = [Section("Result", evaluated.headline(run))]
-    tested = [evaluated.sections(run, evaluation) for evaluation in run.evaluations]
-    examples = [part for parts in tested for part in parts if part.title.startswith("Example")]
-    sections += [part for parts in tested for part in parts if part not in examples]
+    sections = [Section("Result", evaluated.result(run))]
+    several = len(run.evaluations) > 1
+    for evaluation in run.evaluations:
+        tested = _task_sections(run, evaluation)
+        if several:
+            sections.append(Section(evaluation.task, evaluated.of_task(run, evaluation)))
+        sections += _lower(tested) if several else tested
+    common = changes.routes_by_task(run.evaluations)
+    sections += [] if common is None else [common]
+    if run.evaluations:
+        sections.append(tasks.cost(run.evaluations))
     sections += learned.sections(run)
-    sections += examples
-    sections.append(Section("Provenance", _provenance(run)))
-    return sections
+    if not several:
+        sections += _examples(run.evaluations)
+    return [*sections, provenance.section(run)]
 
 
-def _comparison(runs: Sequence[Run]) -> Table:
+def _task_sections(run: Run, evaluation: Evaluation) -> list[Section]:
+    found = [
+        evaluated.systems(evaluation),
+        *depth.sections(evaluation),
+        *changes.sections(run, evaluation),
+    ]
+    return [*found, *_examples([evaluation])] if len(run.evaluations) > 1 else found
+
+
+def _examples(evaluations: Sequence[Evaluation]) -> list[Section]:
+    found = [changes.examples(evaluation) for evaluation in evaluations]
+    return [section for section in found if section is not None]
+
+
+def _lower(sections: Sequence[Section]) -> list[Section]:
+    return [replace(section, level=section.level + 1) for section in sections]
+
+
+# --- several runs ------------------------------------------------------------------------------
+
+
+def _comparison(runs: Sequence[Run]) -> list[Block]:
+    named = {f"{number}: {run.name}": run for number, run in enumerate(runs, start=1)}
+    blocks: list[Block] = [_systems(named)]
+    if any(evaluation.curve for run in runs for evaluation in run.evaluations):
+        blocks.append(_curves(named))
+    if any(evaluation.choice for run in runs for evaluation in run.evaluations):
+        blocks.append(_choices(named))
+    return blocks
+
+
+def _systems(runs: dict[str, Run]) -> Table:
     rows = []
-    for number, run in enumerate(runs, start=1):
+    for name, run in runs.items():
+        model = evaluated.model_words(run)
         for evaluation in run.evaluations:
             rows += [
                 [
-                    f"{number}: {run.name}",
-                    evaluated.model_words(run),
+                    name,
+                    model,
                     evaluation.task,
                     str(evaluation.num_questions),
                     *evaluated.system_row(system, evaluation.num_layers),
                 ]
-                for system in evaluation.systems
-                if system.name in (BASE, ROUTED)
+                for system in evaluated.routed_and_base(evaluation)
             ]
         if not run.evaluations:
             blank = [NONE] * (len(evaluated.SYSTEM_COLUMNS) + 2)
-            rows.append([f"{number}: {run.name}", evaluated.model_words(run), *blank])
+            rows.append([name, model, *blank])
     return Table(
         caption="Base and routed model of every run. Intervals of different runs say nothing about "
         "a difference between them where the questions differ.",
@@ -65,66 +105,51 @@ def _comparison(runs: Sequence[Run]) -> Table:
     )
 
 
-# --- provenance --------------------------------------------------------------------------------
-
-
-def _provenance(run: Run) -> list[Block]:
-    blocks: list[Block] = []
-    if run.model:
-        rows = [[key, _shown(value)] for key, value in run.model.items()]
-        blocks.append(
-            Table(
-                caption="Base model, as the files record it",
-                header=("what", "value"),
-                rows=rows,
-                texts=(0, 1),
-            )
-        )
-    blocks.append(
-        Table(
-            caption="Files that this report was made from",
-            header=("file", "made", "drllm", "seed", "SHA-256"),
-            rows=[
-                [
-                    source.name,
-                    _shown(source.manifest.get("created")).replace("T", " "),
-                    _shown(source.manifest.get("drllm_version")),
-                    _shown(_seed(source.manifest)),
-                    source.sha256,
-                ]
-                for source in run.sources
-            ],
-            texts=(0, 1, 2, 3, 4),
-        )
+def _curves(runs: dict[str, Run]) -> Table:
+    return Table(
+        caption="The routed model of every run at other depths",
+        header=("run", "task", *depth.CURVE_COLUMNS[1:]),
+        rows=[
+            [name, evaluation.task, *depth.point_row(point, evaluation.num_layers)[1:]]
+            for name, run in runs.items()
+            for evaluation in run.evaluations
+            for point in evaluation.curve
+            if point.system == ROUTED
+        ],
+        texts=(0, 1, 2),
     )
-    libraries = {
-        str(name): _shown(version)
-        for source in run.sources
-        for name, version in (source.manifest.get("libraries") or {}).items()
-    }
-    if libraries:
-        versions = ", ".join(f"{name} {version}" for name, version in sorted(libraries.items()))
-        blocks.append(Text(f"Libraries: {versions}."))
-    if run.recipe is not None:
-        blocks.append(Code("Recipe (run.yaml)", run.recipe))
-    for source in run.sources:
-        config = source.manifest.get("config")
-        if config:
-            blocks.append(Code(f"Settings of {source.name}", _settings(config)))
-    if run.absent:
-        blocks.append(Text("What is missing in this folder:"))
-        blocks.append(Listing(run.absent))
-    return blocks
 
 
-def _seed(manifest: Mapping[str, Any]) -> Any:
-    config = manifest.get("config")
-    return config.get("seed") if isinstance(config, dict) else None
+def _choices(runs: dict[str, Run]) -> Table:
+    rows = [
+        [name, evaluation.task, *_choice(evaluation.choice)]
+        for name, run in runs.items()
+        for evaluation in run.evaluations
+    ]
+    return Table(
+        caption="The certified choice of every run",
+        header=(
+            "run",
+            "task",
+            "less than, points",
+            "and less than, nats a token",
+            "confidence",
+            "certified",
+        ),
+        rows=rows,
+        texts=(0, 1, 5),
+    )
 
 
-def _shown(value: Any) -> str:
-    return NONE if value is None else str(value)
-
-
-def _settings(config: Any) -> str:
-    return json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
+def _choice(choice: Choice | None) -> list[str]:
+    if choice is None:
+        return [NONE, NONE, NONE, "not asked for"]
+    kept = choice.certified
+    return [
+        f"{choice.epsilon:g}",
+        f"{choice.max_loss_increase:g}",
+        percent(choice.confidence, 0),
+        "none"
+        if kept is None
+        else f"{kept.name}, {plain(kept.executions, 2)} executions a forward",
+    ]

@@ -12,7 +12,8 @@ from statistics import fmean
 
 from drllm.paths import Decision, Decisions, num_executions
 from drllm.records import SearchRecord, TriedPath
-from drllm.reporting.results import BASE, ROUTED, Evaluation, Sample
+from drllm.reporting.results import Evaluation
+from drllm.reporting.samples import BASE, ROUTED, Sample
 from drllm.supervision import is_valid
 from drllm.supervision.summary import class_counts
 
@@ -166,9 +167,9 @@ def choose_examples(evaluation: Evaluation) -> list[tuple[str, Sample]]:
         if left and len(chosen) < 3:
             chosen.append((kind, left[0]))
 
-    add("First question won", [sample for sample in able if _change(sample) > 0])
-    add("First question lost", [sample for sample in able if _change(sample) < 0])
-    unchanged = [sample for sample in able if _change(sample) == 0]
+    add("First question won", [sample for sample in able if change(sample) > 0])
+    add("First question lost", [sample for sample in able if change(sample) < 0])
+    unchanged = [sample for sample in able if change(sample) == 0]
     add("Unchanged, fewest executions", sorted(unchanged, key=_cost))
     while len(chosen) < min(3, len(able)):
         add("First of the others", able)
@@ -188,7 +189,8 @@ def route(sample: Sample) -> Decisions:
     return decisions
 
 
-def _change(sample: Sample) -> float:
+def change(sample: Sample) -> float:
+    """Return what routing makes of a question: above 0 it is won, below 0 lost."""
     return sample.outcomes[ROUTED].correct - sample.outcomes[BASE].correct
 
 

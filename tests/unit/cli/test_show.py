@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 
-from drllm.cli.show import draw_route, show_evaluation
+from drllm.cli.show import draw_route
+from drllm.cli.show_results import show_evaluation
 from drllm.cli.terminal import Terminal
+from drllm.reporting.depths import Difference, Differences, Point
 from drllm.reporting.results import Evaluation, System
 
 
@@ -28,6 +30,26 @@ def test_a_deep_models_route_is_broken_into_rows():
     assert lines[3] == "       ·2"
 
 
+WORSE = Differences(
+    accuracy=Difference(mean=0.25, interval=(0.05, 0.45), shown="higher"),
+    gold_logprob=Difference(mean=-0.125, interval=(-0.3, 0.1), shown=None),
+    text_loss=None,
+)
+
+
+def point(system: str, setting: str, executions: float, against: Differences | None) -> Point:
+    return Point(
+        system=system,
+        setting=setting,
+        executions=executions,
+        accuracy=0.75,
+        interval=(0.6, 0.9),
+        gold_logprob=-1.375,
+        text_loss=None,
+        against_base=against,
+    )
+
+
 EVALUATION = Evaluation(
     task="facts",
     split="test",
@@ -42,6 +64,7 @@ EVALUATION = Evaluation(
             interval=(0.3521, 0.6479),
             executions=30.0,
             gold_logprob=-1.25,
+            text_loss=3.75,
             seconds=12.34,
             draws=1,
             mcnemar_p=None,
@@ -55,37 +78,67 @@ EVALUATION = Evaluation(
             interval=(0.1, 0.4),
             executions=27.55,
             gold_logprob=None,
-            seconds=None,
+            seconds=3.0,
             draws=5,
             mcnemar_p=0.0001,
             won=1,
             lost=9,
+            routed_against=WORSE,
         ),
     ),
     findings=("It is worse.",),
     samples=(),
+    curve=(
+        point("base", "", 30.0, None),
+        point("routed", "10 % saved", 27.0, WORSE),
+        point("program predictor", "10 % saved", 26.5, None),
+        point("routed", "20 % saved", 24.0, WORSE),
+    ),
 )
 
 
-def test_the_table_has_every_number_and_the_findings_follow(capsys: pytest.CaptureFixture[str]):
-    show_evaluation(EVALUATION, Terminal())
+def shown(capsys: pytest.CaptureFixture[str], evaluation: Evaluation, width: int) -> str:
+    terminal = Terminal()
+    terminal.out.width = width
+    show_evaluation(evaluation, terminal)
+    return capsys.readouterr().out.replace("\u00a0", " ")
 
-    out = " ".join(capsys.readouterr().out.replace("\u00a0", " ").split())
+
+def test_the_table_has_every_number_and_the_findings_follow(capsys: pytest.CaptureFixture[str]):
+    out = " ".join(shown(capsys, EVALUATION, 80).split())
     assert "facts, test: 40 questions, 30 layers" in out
-    assert "base 50.0 % 35.2 to 64.8 30.00 −1.250 – 12.3" in out
-    assert "random decisions (5 draws) 25.0 % 10.0 to 40.0 27.55 – < 0.001 –" in out
+    assert "base 50.0 35.2–64.8 30.00 −1.250 3.750 – –" in out
+    assert "random decisions 25.0 10.0–40.0 27.55 – – <0.001 better (5 draws)" in out
     assert out.endswith("It is worse.")
 
 
-def test_a_narrow_terminal_loses_no_digit(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    terminal = Terminal()
-    terminal.out.width = 60
-    show_evaluation(dataclasses.replace(EVALUATION, findings=()), terminal)
+def test_other_depths_stand_below_each_with_its_differences(capsys: pytest.CaptureFixture[str]):
+    out = shown(capsys, EVALUATION, 80)
+    rows = [" ".join(line.split()) for line in out.split("at other depths")[1].splitlines()]
+    assert "10 % saved routed 27.00 75.0 +5.0 to +45.0 −0.125 –" in rows
+    assert "program predictor 26.50 75.0 – – –" in rows
+    assert "20 % saved routed 24.00 75.0 +5.0 to +45.0 −0.125 –" in rows
+    alone = dataclasses.replace(EVALUATION, curve=())
+    assert "at other depths" not in shown(capsys, alone, 80)
 
-    out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 60
-    assert "…" not in out
-    for number in ("50.0", "35.2", "64.8", "30.00", "−1.250", "12.3", "27.55", "0.001"):
-        assert number in out
+
+def test_no_verdict_is_given_where_base_may_be_guessing(capsys: pytest.CaptureFixture[str]):
+    out = shown(capsys, dataclasses.replace(EVALUATION, chance=0.4), 80)
+    assert "better" not in out
+
+
+def test_80_columns_hold_a_system_a_line(capsys: pytest.CaptureFixture[str]):
+    single = tuple(dataclasses.replace(each, draws=1) for each in EVALUATION.systems)
+    out = shown(capsys, dataclasses.replace(EVALUATION, systems=single, findings=()), 80)
+    assert max(map(len, out.splitlines())) <= 80
+    assert sum("random decisions" in line for line in out.splitlines()) == 1
+    assert sum("program predictor" in line for line in out.splitlines()) == 1
+
+
+def test_a_narrow_terminal_loses_no_digit(capsys: pytest.CaptureFixture[str]):
+    told = dataclasses.replace(EVALUATION, findings=())
+    narrow, wide = shown(capsys, told, 60), shown(capsys, told, 200)
+    assert max(map(len, narrow.splitlines())) <= 60
+    assert "…" not in narrow
+    digits = [sorted(filter(str.isdigit, out)) for out in (narrow, wide)]
+    assert digits[0] == digits[1]

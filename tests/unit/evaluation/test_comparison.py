@@ -268,6 +268,28 @@ def test_won_and_lost_questions_are_counted_against_base(evaluated):
     assert row["lost"] == sum(routed < base for routed, base in pairs)
 
 
+def test_rows_hold_their_paired_differences_to_base_and_routed(evaluated):
+    result, samples, _ = evaluated
+    outcomes = [sample["systems"] for sample in samples]
+    for row in result["systems"]:
+        name = row["name"]
+        assert (row["against_base"] is None) == (name == "base")
+        assert (row["routed_against"] is None) == (name in ("base", "routed"))
+        for found, first, second in (
+            (row["against_base"], name, "base"),
+            (row["routed_against"], "routed", name),
+        ):
+            for key, field in (("accuracy", "correct"), ("gold_logprob", "gold_logprob")):
+                if found is not None:
+                    mean = sum(each[first][field] - each[second][field] for each in outcomes)
+                    assert found[key]["mean"] == pytest.approx(mean / NUM_QUESTIONS, abs=1e-9)
+                    low, high = found[key]["interval"]
+                    assert low <= found[key]["mean"] + 1e-9
+                    assert high >= found[key]["mean"] - 1e-9
+            if found is not None:
+                assert found["text_loss"]["mean"] is not None
+
+
 def test_chance_and_findings_and_provenance_are_written(evaluated, base):
     result, _, _ = evaluated
     assert result["chance"] == 0.25
@@ -340,6 +362,8 @@ def test_a_certified_choice_says_what_so_few_questions_can_show(base, routers_di
     result = json.loads(path.read_text())
     assert result["choice"]["limits"]["epsilon"] == 2.0
     assert result["choice"]["confirmation"] is None
+    assert result["choice"]["sentences"]
+    assert set(result["choice"]["sentences"]) <= set(result["findings"])
     assert any("none" in finding.lower() for finding in result["findings"])
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from drllm.evaluation.curve import Outcomes, Point, curve_rows, won_lost
+from drllm.evaluation.curve import Outcomes, Point, curve_rows, differences, won_lost
 from drllm.evaluation.statistics import (
     mean_interval,
     paired_bootstrap,
@@ -64,7 +64,8 @@ def test_differences_to_base_are_paired_and_each_has_its_interval():
     base, row = curve_rows(BASE, [point()], num_layers=30, seed=3)
     assert base["against_base"] is None
     differences = row["against_base"]
-    assert differences["accuracy"] == {"mean": 0.0, "interval": list(paired_interval(1, 1, 6))}
+    interval = list(paired_interval(1, 1, 6))
+    assert differences["accuracy"] == {"mean": 0.0, "interval": interval, "shown": None}
     ours, theirs = point().outcomes, BASE.outcomes
     for name in ("gold_logprob", "text_loss"):
         apart = [a - b for a, b in zip(getattr(ours, name), getattr(theirs, name), strict=True)]
@@ -83,3 +84,33 @@ def test_what_is_not_known_is_null_in_a_file():
 def test_other_questions_are_refused():
     with pytest.raises(ValueError, match=r"shorter|longer"):
         curve_rows(BASE, [point(correct=(1, 0))], num_layers=30, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("won", "lost", "shown"), [(6, 0, "higher"), (0, 6, "lower"), (5, 0, None)]
+)
+def test_right_and_wrong_answers_differ_where_the_exact_test_shows_it(won, lost, shown):
+    # Two-sided: 2 / 2**6 = 0.031 for six of one kind, 0.0625 for five.
+    ours = Outcomes([1] * won + [0] * lost + [1] * 10)
+    theirs = Outcomes([0] * won + [1] * lost + [1] * 10)
+    assert differences(ours, theirs, seed=0)["accuracy"]["shown"] == shown
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([0.5] * 6 + [0.0] * 2, "higher"),
+        ([-0.5] * 6 + [0.0] * 2, "lower"),
+        ([0.5] * 5, None),  # too few that differ
+        ([0.5, -0.5] * 10, None),
+        ([1e-6] * 20, None),  # rounding
+    ],
+)
+def test_other_quantities_differ_where_the_interval_shows_it_on_enough_questions(values, shown):
+    right = [1.0] * len(values)
+    ours, theirs = Outcomes(right, values, values), Outcomes(right, [0.0] * len(values), [0.0])
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        differences(ours, theirs, seed=0)
+    theirs = Outcomes(right, [0.0] * len(values), [0.0] * len(values))
+    found = differences(ours, theirs, seed=0)
+    assert found["gold_logprob"]["shown"] == found["text_loss"]["shown"] == shown

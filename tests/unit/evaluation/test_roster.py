@@ -53,3 +53,8 @@ def test_what_is_not_compared_has_a_reason_and_is_no_opponent():
     assert set(NOT_COMPARED) == {"LayerSkip", "FlexiDepth"}
     assert all("needs" in reason for reason in NOT_COMPARED.values())
     assert not set(NOT_COMPARED) & set(OPPONENTS)
+
+
+def test_three_opponents_decide_from_the_question():
+    reading = {name for name, opponent in OPPONENTS.items() if opponent.reads_question}
+    assert reading == {"confidence exit", "sequence router", "program predictor"}

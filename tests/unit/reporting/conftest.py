@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from drllm.records import (
     new_manifest,
     write_records,
 )
-from drllm.reporting import write_report
+from drllm.reporting import markdown, write_report
 from drllm.reporting.run import Run, read_run
+from drllm.reporting.sections import document
 from drllm.supervision import targets
 
 PINNED = {
@@ -46,6 +47,86 @@ def question_text(number: int) -> str:
 def mcnemar(won: int, lost: int) -> float:
     tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1))
     return min(1.0, 2 * tail / 2 ** (won + lost))
+
+
+OPPONENTS = ("permuted routes", "last layers")
+TEXT_LOSS = {"base": 3.8, "routed": 3.9, "permuted routes": 3.93, "last layers": 4.6}
+
+
+def interval(accuracy: float, questions: int) -> list[float]:
+    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / questions)
+    return [max(0.0, accuracy - half), min(1.0, accuracy + half)]
+
+
+def differences(
+    ours: str, theirs: str, right: dict[str, set[int]], questions: int, factor: float = 1.0
+) -> dict[str, Any]:
+    """What one system has more than another, as an evaluation writes it."""
+    won, lost = len(right[ours] - right[theirs]), len(right[theirs] - right[ours])
+    mean = (won - lost) / questions
+    half = 1.96 * math.sqrt(won + lost) / questions
+    more = "higher" if won > lost else "lower"
+    loss = factor * (TEXT_LOSS[ours] - TEXT_LOSS[theirs])
+    return {
+        "accuracy": {
+            "mean": mean,
+            "interval": [mean - half, mean + half],
+            "shown": more if mcnemar(won, lost) < 0.05 else None,
+        },
+        "gold_logprob": {"mean": -0.1 * factor, "interval": [-0.3, 0.1], "shown": None},
+        "text_loss": {
+            "mean": loss,
+            "interval": [loss - 0.05, loss + 0.05],
+            "shown": "higher" if loss > 0.05 else "lower" if loss < -0.05 else None,
+        },
+    }
+
+
+def trial(name: str, failures: tuple[str, ...] = (), **changes: Any) -> dict[str, Any]:
+    """A setting tested for a certified choice."""
+    return {
+        "name": name,
+        "executions": 5.4,
+        "num_questions": 60,
+        "won": 2,
+        "lost": 3,
+        "greatest_loss": 8.25,
+        "num_texts": 40,
+        "loss_increase": 0.02,
+        "greatest_increase": 0.04,
+        "failures": list(failures),
+        **changes,
+    }
+
+
+def choice(
+    trials: Sequence[dict[str, Any]], confirmation: dict[str, Any] | None, **changes: Any
+) -> dict[str, Any]:
+    """A certified choice as an evaluation writes it."""
+    return {
+        "limits": {"epsilon": 10.0, "max_loss_increase": 0.05, "confidence": 0.95},
+        "trials": list(trials),
+        "confirmation": confirmation,
+        "obstacle": None,
+        "sentences": ["60 questions can certify a loss below 5.00 points at best.", "So it is."],
+        **changes,
+    }
+
+
+FAILED = "next-token loss up to 0.080 nats a token higher is not excluded"
+TRIED = (trial("routed, 10 % saved"), trial("routed, 20 % saved", (FAILED,), executions=4.8))
+CERTIFIED = choice(TRIED, trial("routed, 10 % saved", won=4, lost=4))
+CHOICES = {
+    "certified": CERTIFIED,
+    "the first fails": choice(TRIED[1:], None),
+    "fails on other questions": choice(TRIED, trial("routed, 10 % saved", (FAILED,))),
+    "not tested on others": choice(TRIED, None),
+    "nothing to try": choice((), None, obstacle="Less than 10 points is too little at n = 60"),
+}
+"""Every way that a certified choice can end."""
+
+WHOLE: dict[str, Any] = {"depths": (0.1, 0.2), "choice": CERTIFIED}
+"""What an evaluation has that was asked for all that there is."""
 
 
 class Folder:
@@ -174,12 +255,18 @@ class Folder:
         p: float | str | None = "exact",
         changes: dict[str, Any] | None = None,
         question: Callable[[int], str] = question_text,
+        depths: tuple[float, ...] = (),
+        choice: dict[str, Any] | None = None,
     ) -> None:
-        """Write a result whose accuracies are exactly the given shares of right answers."""
+        """Write a result whose accuracies are exactly the given shares of right answers.
+
+        With `depths`, routed and its opponents at these shares saved are there too.
+        """
         right = {
             name: self._right(share, questions)
             for name, share in zip(("base", "routed", "permuted routes"), accuracies, strict=True)
         }
+        right["last layers"] = self._right(0.5 * accuracies[1], questions)
         samples = []
         for number in range(questions):
             route = [
@@ -192,6 +279,10 @@ class Folder:
             }
             systems["base"]["decisions"] = [1] * self.num_layers
             systems["routed"]["decisions"] = route
+            for share in depths:
+                for name in ("routed", "permuted routes", "last layers"):
+                    point = f"{name}, {100 * share:g} % saved"
+                    systems[point] = {"correct": float(number in right[name])}
             samples.append(
                 {
                     "id": f"{task}-{number}",
@@ -212,7 +303,11 @@ class Folder:
             self._system("base", right, questions, float(self.num_layers), None, None, None),
             self._system("routed", right, questions, mean, p, won, lost),
             self._system("permuted routes", right, questions, mean, None, None, None),
+            self._system("last layers", right, questions, mean, 0.001, 2, 20),
         ]
+        curve = [self._point("base", 0.0, right, questions, rows)] if depths else []
+        for name in ("routed", "permuted routes", "last layers") if depths else ():
+            curve += [self._point(name, share, right, questions, rows) for share in depths]
         result = {
             "schema": "drllm.evaluation",
             "schema_version": 1,
@@ -223,7 +318,14 @@ class Folder:
             "chance": 0.25,
             "model": self.model,
             "routers": "routers",
-            "config": {"seed": 7},
+            "config": {"tasks": task, "seed": 7, "curve": "0.1,0.2" if depths else None},
+            "inputs": {"routers.safetensors": "5" * 64},
+            "kind": "choices",
+            "metric": "acc",
+            "num_fewshot": 0,
+            "curve": curve,
+            "choice": choice,
+            "not_compared": {"LayerSkip": "needs weights of its own"},
             "systems": rows,
             "findings": ["No difference between routed and base is shown."],
             **PINNED,
@@ -258,12 +360,22 @@ class Folder:
         lost: int | None,
     ) -> dict[str, Any]:
         accuracy = len(right[name]) / questions
-        half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / questions)
+        opponent = name in OPPONENTS
         return {
             "name": name,
             "description": f"what {name} means",
+            "source": f"the paper of {name}" if opponent else None,
+            "fitted_on": "nothing" if opponent else None,
+            "reads_question": False if opponent else None,
             "accuracy": accuracy,
-            "interval": [max(0.0, accuracy - half), min(1.0, accuracy + half)],
+            "interval": interval(accuracy, questions),
+            "metrics": {"acc": accuracy, "acc_norm": accuracy / 2},
+            "decode_executions": None,
+            "prompt_flops": {"weights": 1.5e9 * mean, "attention": 2e7 * mean},
+            "kv_bytes_per_token": 768 * mean,
+            "text_loss": TEXT_LOSS[name],
+            "against_base": None if name == "base" else differences(name, "base", right, questions),
+            "routed_against": differences("routed", name, right, questions) if opponent else None,
             "executions": mean,
             "gold_logprob": -1.2,
             "seconds": 12.34,
@@ -273,6 +385,26 @@ class Folder:
             "won": won,
             "lost": lost,
             "unchanged_routes": 0.02 if name == "permuted routes" else None,
+        }
+
+    def _point(
+        self,
+        name: str,
+        share: float,
+        right: dict[str, set[int]],
+        questions: int,
+        rows: list[dict[str, Any]],
+    ) -> dict[str, Any]:
+        row = next(row for row in rows if row["name"] == name)
+        return {
+            "system": name,
+            "setting": f"{100 * share:g} % saved" if share else "",
+            "executions": (1 - share) * self.num_layers,
+            "saved": share,
+            **{key: row[key] for key in ("accuracy", "interval", "gold_logprob", "text_loss")},
+            "against_base": None
+            if name == "base"
+            else differences(name, "base", right, questions, 1 + 5 * share),
         }
 
     def everything(self, **evaluation: Any) -> Path:
@@ -293,6 +425,28 @@ class Folder:
         return path
 
 
+@pytest.fixture(scope="session")
+def whole() -> dict[str, Any]:
+    """What to give `Folder.evaluation` for a curve and a choice."""
+    return WHOLE
+
+
+@pytest.fixture(scope="session")
+def choices() -> dict[str, dict[str, Any]]:
+    """Certified choices as a file holds them, by how they ended."""
+    return CHOICES
+
+
+@pytest.fixture(scope="session")
+def text_of() -> Callable[..., str]:
+    """A function that returns the Markdown about some folders, which takes no drawing."""
+
+    def render(*folders: Path) -> str:
+        return markdown.render(document([read_run(folder) for folder in folders]), "figures")
+
+    return render
+
+
 @pytest.fixture
 def make_folder(tmp_path: Path) -> Callable[..., Folder]:
     """Return a maker of run folders: `make_folder(name="run", num_layers=4, seed=0)`."""
@@ -310,13 +464,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Return one run as read, of 12 layers."""
     path = tmp_path_factory.mktemp("read") / "run"
     path.mkdir()
-    return read_run(Folder(path, 12, 3).everything())
+    return read_run(Folder(path, 12, 3).everything(depths=(0.1, 0.2), choice=CERTIFIED))
 
 
 @pytest.fixture(scope="session")
-def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Return the HTML and the Markdown of one report, for tests that only look at it."""
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the page of one report with everything, of a model of 30 layers."""
     path = tmp_path_factory.mktemp("whole") / "run"
     path.mkdir()
-    html, md = write_report([Folder(path, 30, 1).everything()])
-    return html.read_text(encoding="utf-8"), md.read_text(encoding="utf-8")
+    html, _ = write_report([Folder(path, 30, 1).everything(**WHOLE)])
+    return html
+
+
+@pytest.fixture(scope="session")
+def report(page: Path) -> tuple[str, str]:
+    """Return the HTML and the Markdown of that report, for tests that only look at it."""
+    beside = page.with_suffix(".md")
+    return page.read_text(encoding="utf-8"), beside.read_text(encoding="utf-8")

@@ -1,132 +1,306 @@
-"""The sentences about a result say what the numbers allow, and not more."""
+"""The tables of a test, by the values that a reader sees."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from drllm.reporting.blocks import Text
-from drllm.reporting.evaluated import sections, verdict
-from drllm.reporting.numbers import NBSP
-from drllm.reporting.results import Evaluation, System
+from drllm.reporting.provenance import command
 
 
-def system(name: str, accuracy: float, half: float = 0.04, **changes: Any) -> System:
-    values: dict[str, Any] = {
-        "name": name,
-        "description": "",
-        "accuracy": accuracy,
-        "interval": (accuracy - half, accuracy + half),
-        "executions": 30.0 if name == "base" else 27.0,
-        "gold_logprob": None,
-        "seconds": 12.3,
-        "draws": 1,
-        "mcnemar_p": None,
-        "won": None,
-        "lost": None,
-    }
-    return System(**{**values, **changes})
+def table(text: str, caption: str) -> list[list[str]]:
+    """Return the cells of the table of a caption, its header first."""
+    after = text.replace("\u00a0", " ").split(f"*{caption}", 1)[1].split("\n\n", 2)[1]
+    rows = [line.strip("| ").split(" | ") for line in after.splitlines()]
+    return [rows[0], *rows[2:]]
 
 
-def evaluation(*systems: System, chance: float = 0.25) -> Evaluation:
-    return Evaluation(
-        task="arc_easy",
-        split="test",
-        num_questions=570,
-        num_layers=30,
-        chance=chance,
-        systems=systems,
-        findings=(),
-        samples=(),
+def change(folder: Any, change: Callable[[dict[str, Any]], Any], task: str = "arc_easy") -> None:
+    path = folder.path / "eval" / f"{task}.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    change(values)
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def replace_systems(folder: Any, **fields: dict[str, Any]) -> None:
+    """Give systems other values, by name."""
+
+    def apply(values: dict[str, Any]) -> None:
+        for row in values["systems"]:
+            row.update(fields.get(row["name"].replace(" ", "_"), {}))
+
+    change(folder, apply)
+
+
+@pytest.fixture
+def folder(make_folder: Any) -> Any:
+    made = make_folder()
+    made.evaluation(questions=60, accuracies=(0.7, 0.5, 0.5))
+    return made
+
+
+# --- one task ----------------------------------------------------------------------------------
+
+
+def test_what_was_asked_stands_before_the_numbers(folder, text_of):
+    text = text_of(folder.path).replace("\u00a0", " ")
+    assert (
+        "Measured: smollm2-135m (4 layers) on arc_easy, test split, 60 questions, options are "
+        "scored, metric acc, no worked examples."
+    ) in text
+
+
+def test_the_table_of_systems_holds_every_number(folder, text_of):
+    header, base, routed, permuted, last = table(text_of(folder.path), "arc_easy, 60 questions")
+    assert header[-6:] == [
+        "gold log-probability, nats",
+        "next-token loss, nats",
+        "won",
+        "lost",
+        "McNemar p",
+        "draws",
+    ]
+    assert base[:3] == ["base", "70.0 %", "58.4 to 81.6 %"]
+    assert base[5:] == ["−1.200", "3.800", "–", "–", "–", "1"]
+    assert routed[6] == "3.900"
+    assert int(routed[7]) - int(routed[8]) == -12
+    assert permuted[-1] == "10"
+    assert last[7:] == ["2", "20", "0.001", "1"]
+
+
+def test_sources_and_what_each_was_fitted_on_are_shown(folder, text_of):
+    rows = table(text_of(folder.path), "What the systems are")
+    assert rows[0] == ["system", "what it does", "source", "fitted on", "routes unchanged"]
+    assert rows[1] == ["base", "what base means", "–", "–", "–"]
+    assert rows[3] == [
+        "permuted routes",
+        "what permuted routes means",
+        "the paper of permuted routes",
+        "nothing",
+        "2.0 %",
+    ]
+
+
+def test_what_is_not_compared_is_named_with_the_reason(folder, text_of):
+    assert table(text_of(folder.path), "Not compared")[1] == [
+        "LayerSkip",
+        "needs weights of its own",
+    ]
+
+
+def test_all_metrics_are_there_where_there_are_several(folder, text_of):
+    rows = table(text_of(folder.path), "All that lm-evaluation-harness says of the answers")
+    assert rows[:2] == [["system", "acc", "acc_norm"], ["base", "0.7000", "0.3500"]]
+    replace_systems(
+        folder, **{n: {"metrics": {"acc": 0.5}} for n in ("base", "routed", "last_layers")}
     )
+    replace_systems(folder, permuted_routes={"metrics": {}})
+    assert "All that lm-evaluation-harness" not in text_of(folder.path)
 
 
-def said(*systems: System, chance: float = 0.25) -> str:
-    return " ".join(verdict(evaluation(*systems, chance=chance))).replace(NBSP, " ")
+def test_a_reader_sees_at_a_glance_whom_routing_beats(folder, text_of):
+    differences = {
+        "accuracy": {"mean": 0.25, "interval": [0.1, 0.4], "shown": "higher"},
+        "gold_logprob": {"mean": 0.5, "interval": [-0.1, 1.1], "shown": None},
+        "text_loss": {"mean": 0.2, "interval": [0.1, 0.3], "shown": "higher"},
+    }
+    replace_systems(folder, last_layers={"routed_against": differences, "reads_question": True})
+    header, permuted, last = table(text_of(folder.path), "The routed model less each opponent")
+    assert header[:2] == ["opponent", "routed, by accuracy"]
+    assert permuted[:2] == ["permuted routes", "○ not shown"]
+    assert permuted[-1] == "no"
+    assert last == [
+        "last layers",
+        "▲ better",
+        "+25.0 (+10.0 to +40.0)",
+        "○ not shown",
+        "+0.500 (−0.100 to +1.100)",
+        "▼ worse",
+        "+0.200 (+0.100 to +0.300)",
+        last[7],
+        "yes",
+    ]
 
 
-def test_a_worse_routed_model_is_called_worse():
-    text = said(system("base", 0.547), system("routed", 0.47, mcnemar_p=0.0001, won=20, lost=64))
-    assert text.startswith("The routed model is worse than base by 7.7 points: 47.0 %")
-    assert "it wins 20 questions and loses 64" in text
-    assert "shows a loss at the 0.05 level (McNemar p < 0.001)" in text
-    assert "27.00 layer executions a forward pass instead of 30 (10.0 % fewer)" in text
-
-
-def test_a_difference_that_the_test_does_not_show_is_not_claimed():
-    text = said(system("base", 0.54), system("routed", 0.55, mcnemar_p=0.4))
-    assert "better than base by 1.0 points" in text
-    assert "doesn't show a difference in either direction (McNemar p = 0.400)" in text
-    assert "no evidence that there is none" in text
-    assert "a gain" not in text
-
-
-def test_a_gain_is_claimed_where_the_test_shows_it():
-    text = said(system("base", 0.50), system("routed", 0.60, mcnemar_p=0.001))
-    assert "shows a gain at the 0.05 level (McNemar p = 0.001)" in text
-
-
-@pytest.mark.parametrize("routed", [0.2, 0.4])
-def test_nothing_is_claimed_where_base_is_not_above_chance(routed):
-    text = said(system("base", 0.27), system("routed", routed, mcnemar_p=0.0001))
-    assert "isn't shown to be above chance (25.0 %)" in text
-    assert "The paired test shows" not in text
-    assert "better" not in text
-    assert "worse" not in text
-    assert f"accuracy less base's is {'+13.0' if routed == 0.4 else '−7.0'} points" in text
-
-
-def test_with_several_tasks_the_corrected_p_value_decides():
-    routed = system("routed", 0.60, mcnemar_p=0.02, mcnemar_p_holm=0.06)
-    text = said(system("base", 0.50), routed)
-    assert "(McNemar p = 0.020, corrected for several tasks = 0.060)" in text
-    assert "doesn't show a difference" in text
-    assert "a gain" not in text
+def test_verdicts_are_withheld_where_base_may_be_guessing(folder, text_of):
+    change(folder, lambda values: values.update(chance=0.65))
+    _, permuted, last = table(text_of(folder.path), "The routed model less each opponent")
+    for row in (permuted, last):
+        assert row[1] == row[3] == "– no verdict"
+        assert row[5] in ("▲ better", "○ not shown")  # whoever guesses still reads texts
 
 
 @pytest.mark.parametrize(("corrected", "shown"), [(0.06, True), (0.02, False), (None, False)])
-def test_corrected_p_values_stand_below_the_table_where_they_differ(run, corrected, shown):
-    routed = system("routed", 0.60, mcnemar_p=0.02, mcnemar_p_holm=corrected)
-    compared = sections(run, evaluation(system("base", 0.50), routed))[0]
-    texts = [block.text for block in compared.blocks if isinstance(block, Text)]
-    assert shown == any("(Holm): routed p = 0.060." in text for text in texts)
-    assert len(texts) == (2 if shown else 1)
+def test_corrected_p_values_stand_below_the_table_where_they_differ(
+    folder, text_of, corrected, shown
+):
+    replace_systems(folder, routed={"mcnemar_p": 0.02, "mcnemar_p_holm": corrected})
+    assert ("(Holm): routed p = 0.060." in text_of(folder.path)) == shown
 
 
 @pytest.mark.parametrize("half", [0.0, 0.04])
-def test_an_interval_without_width_is_said_to_be_no_certainty(run, half):
-    compared = sections(run, evaluation(system("base", 0.5), system("random", 0.5, half)))[0]
-    texts = " ".join(block.text for block in compared.blocks if isinstance(block, Text))
-    assert ("no sign of certainty" in texts) == (half == 0)
+def test_an_interval_without_width_is_said_to_be_no_certainty(folder, text_of, half):
+    replace_systems(folder, permuted_routes={"interval": [0.5 - half, 0.5 + half]})
+    assert ("no sign of certainty" in text_of(folder.path)) == (half == 0)
 
 
-def test_nothing_is_claimed_without_a_test():
-    text = said(system("base", 0.5), system("routed", 0.9))
-    assert "No paired test was recorded, so no difference is claimed." in text
+def test_seconds_are_the_evaluation_s_own_and_said_to_be_no_latency(folder, text_of):
+    text = text_of(folder.path)
+    header, base, *_ = table(text, "Layer executions a forward pass, counted")
+    assert header[-2:] == ["seconds, one draw", "seconds a question"]
+    assert base[-2:] == ["12.3", "0.206"]
+    assert "neither a latency nor a throughput" in text
 
 
-def test_equal_accuracies_are_called_equal():
-    text = said(system("base", 0.5), system("routed", 0.5, mcnemar_p=1.0))
-    assert "answer equally many questions right" in text
+def test_what_is_derived_is_shown_apart_and_said_to_be_derived(folder, text_of):
+    text = text_of(folder.path)
+    header, base, *_ = table(text, "Layer executions a forward pass, counted; FLOPs")
+    assert header[5:8] == ["GFLOPs with weights", "GFLOPs of attention", "K/V bytes a token"]
+    assert base[:8] == ["arc_easy", "base", "4.00", "–", "0.0 %", "6", "0.08", "3 072"]
+    assert "follow from the model's shape and the routes and were not measured" in text
+    replace_systems(folder, base={"prompt_flops": None, "kv_bytes_per_token": None})
+    assert table(text_of(folder.path), "Layer executions")[1][5:8] == ["–", "–", "–"]
 
 
-def test_more_executions_are_called_more():
-    text = said(system("base", 0.5), system("routed", 0.5, executions=33.0, mcnemar_p=1.0))
-    assert "33.00 layer executions a forward pass instead of 30 (10.0 % more)" in text
+# --- other kinds of tasks ----------------------------------------------------------------------
 
 
-def test_without_a_routed_model_nothing_is_said_about_routing():
-    text = said(system("base", 0.5))
-    assert "no routed model was evaluated, so nothing can be said about routing" in text
+def test_generated_answers_have_decoding_and_no_log_probability(folder, text_of):
+    change(folder, lambda values: values.update(kind="generated", metric="exact_match", chance=0.0))
+    nothing = {"gold_logprob": None}
+    for name in ("base", "routed", "permuted_routes", "last_layers"):
+        replace_systems(folder, **{name: {**nothing, "decode_executions": 3.5}})
+    text = text_of(folder.path)
+    assert "answers are generated, metric exact_match" in text
+    assert table(text, "arc_easy, 60 questions")[1][5] == "–"
+    assert table(text, "Layer executions a forward pass")[1][3] == "3.50"
 
 
-def test_the_heat_map_holds_the_shares_of_the_routes(run):
-    routes = run.evaluations[0].routes()
-    routed = next(part for part in sections(run, run.evaluations[0]) if part.title == "Routes")
-    rows = dict(routed.blocks[1].rows)
-    for layer in range(12):
-        taken = [route[layer] for route in routes]
-        assert rows["skip"][layer] == taken.count(0) / 60
-        assert rows["execute"][layer] == taken.count(1) / 60
-        assert rows["repeat"][layer] == taken.count(2) / 60
+def test_grades_are_named_by_their_metric_and_count_no_wins(make_folder, text_of):
+    folder = make_folder()
+    folder.evaluation(accuracies=(0.7, 0.5, 0.5))
+    change(folder, lambda values: values.update(metric="f1"))
+    replace_systems(folder, routed={"won": None, "lost": None, "mcnemar_p": None})
+    text = text_of(folder.path)
+    assert table(text, "arc_easy, 60 questions")[0][1] == "f1"
+    assert "Answers are graded by f1, so that none is simply won or lost." in text
+    assert "Won and lost count questions" not in text
+    assert "keep their grade under routing" in text
+
+
+def test_a_run_without_opponents_has_no_comparison_with_them(folder, text_of):
+    change(folder, lambda values: values.update(systems=values["systems"][:2]))
+    text = text_of(folder.path)
+    assert "The routed model less each opponent" not in text
+    assert "permuted" not in text.split("## Routes")[0]
+    assert "| routed |" in text
+
+
+def test_a_handful_of_questions_makes_a_report(make_folder, text_of):
+    folder = make_folder()
+    folder.evaluation(questions=2, accuracies=(0.5, 0.5, 0.5), depths=(0.1,))
+    assert "2 questions" in text_of(folder.path)
+
+
+# --- several tasks -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(make_folder: Any, text_of: Any) -> str:
+    folder = make_folder()
+    folder.evaluation(accuracies=(0.7, 0.3, 0.3))
+    folder.evaluation(task="guessed", questions=20, accuracies=(0.3, 0.4, 0.3))
+    change(folder, lambda values: values["systems"].pop(3), "guessed")
+    text: str = text_of(folder.path)
+    return text
+
+
+def test_the_tasks_stand_side_by_side_with_their_verdicts(two):
+    header, first, second = table(two, "The tasks at a glance.")
+    assert header[6:] == [
+        "routed against base",
+        "against its permuted routes",
+        "best fixed opponent",
+        "against it",
+    ]
+    assert first[:5] == ["arc_easy", "60", "yes (25.0 %)", "70.0 %", "30.0 %"]
+    assert first[6:8] == ["▼ worse", "○ not shown"]
+    assert first[8] == "last layers, 15.0 %"
+    assert second[2] == "not shown (25.0 %)"
+    assert second[6:] == ["– no verdict"] * 2 + ["–", "– not tested"]
+
+
+@pytest.mark.parametrize(
+    ("caption", "base", "last"),
+    [
+        ("Accuracy in percent", "70.0 (58.4 to 81.6)", "15.0 (6.0 to 24.0)"),
+        ("Gold log-probability, nats a question", "−1.200", "−1.200"),
+        ("Next-token loss, nats a token", "3.800", "4.600"),
+    ],
+)
+def test_each_quantity_has_a_table_of_tasks_by_systems(two, caption, base, last):
+    header, first, second = table(two, caption)
+    assert header == ["task", "base", "routed", "permuted routes", "last layers"]
+    assert [first[1], first[4]] == [base, last]
+    assert [second[0], second[4]] == ["guessed", "–"]
+
+
+def test_every_task_has_its_sections_below_it_and_its_sentence_above(two):
+    headings = [line for line in two.splitlines() if line.startswith("#")]
+    first, second = headings.index("## arc_easy"), headings.index("## guessed")
+    parts = [
+        "### Systems compared",
+        "### Questions that change",
+        "### Routes",
+        "### Example questions",
+    ]
+    assert headings[first + 1 : second] == parts
+    assert headings[second + 1 : second + 5] == parts
+    assert headings[second + 5] == "## Routes by task"
+    for task in ("arc_easy", "guessed"):
+        section = two.split(f"\n## {task}\n\n")[1].split("\n### ")[0]
+        assert section.startswith(f"**On {task}, with")
+        assert f"on {task}, test split" in section
+        assert "- No difference between routed and base is shown." in section
+    assert "Findings" not in two.split("\n## arc_easy\n")[0]
+
+
+def test_routes_by_task_and_layer_are_shown(two):
+    assert table(two, "Routes by task")[1][:2] == ["arc_easy", "60"]
+    rows = table(two, "Share of the questions whose route skips each layer")
+    assert rows[0] == ["layer", "arc_easy", "guessed"]
+    assert len(rows) == 1 + 4
+
+
+# --- provenance --------------------------------------------------------------------------------
+
+
+def test_hashes_of_what_the_files_were_made_from_are_shown(folder, text_of):
+    rows = table(text_of(folder.path), "What these files were made from in turn")
+    assert rows[1] == ["eval/arc_easy.json", "routers.safetensors", "5" * 64]
+
+
+def test_the_command_that_repeats_the_evaluation_is_shown(folder, text_of):
+    text = text_of(folder.path)
+    assert "Command that repeats the evaluation (the dtype and the device aren't recorded)" in text
+    assert (
+        "drllm evaluate --model smollm2-135m --routers routers --tasks arc_easy --seed 7\n" in text
+    )
+
+
+def test_settings_of_every_kind_can_stand_in_a_command():
+    config = {"tasks": "a,b", "chat": True, "epsilon": 2.0, "search": "my runs/search.jsonl"}
+    assert command({"routers": "r", "config": config}) == (
+        "drllm evaluate --routers r --tasks a,b --chat true --search 'my runs/search.jsonl' "
+        "--epsilon 2.0"
+    )
+
+
+def test_equal_settings_are_shown_once(make_folder, text_of):
+    folder = make_folder()
+    folder.search()
+    folder.supervision()
+    assert text_of(folder.path).count("Settings of search.jsonl, supervision.jsonl") == 1

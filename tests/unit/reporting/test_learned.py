@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from drllm.reporting.blocks import Columns, Figure, Table, Text
+from drllm.reporting.drawing import svg
 from drllm.reporting.learned import sections
 from drllm.reporting.numbers import NBSP
 from drllm.reporting.run import read_run
@@ -115,4 +116,4 @@ def test_a_single_epoch_can_be_drawn(make_folder):
     folder.routers(epochs=1)
     blocks = part(sections(read_run(folder.path)), "Router metrics")
     (figure,) = [block for block in blocks if isinstance(block, Figure)]
-    assert figure.svg.startswith("<svg viewBox=")
+    assert svg(figure.draw, "metrics").startswith("<svg viewBox=")

@@ -7,13 +7,15 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from drllm.errors import ConfigError, RecordError
-from drllm.reporting import write_report
+from drllm.reporting import figures_of, write_report
+from drllm.reporting.drawing import LIGHT, VARIABLES
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "report.md"
 VOID = {"meta", "br", "hr", "img", "input", "link", "use", "path"}
@@ -52,8 +54,8 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def written(folder: Any, **evaluation: Any) -> tuple[str, str]:
-    html, md = write_report([folder.everything(**evaluation)])
+def written(path: Path) -> tuple[str, str]:
+    html, md = write_report([path])
     return html.read_text(encoding="utf-8"), md.read_text(encoding="utf-8")
 
 
@@ -99,7 +101,7 @@ def test_the_page_says_its_language_and_fits_phones(report):
 def test_every_figure_has_words_for_those_who_cannot_see_it(report):
     page = Page(report[0])
     drawings = page.all("svg")
-    assert len(drawings) == 5
+    assert len(drawings) == 10
     for drawing in drawings:
         assert drawing["role"] == "img"
         assert len(drawing["aria-label"] or "") > 40
@@ -138,7 +140,9 @@ EVIL = "<script>alert('x')</script> & \"quoted\" | `code` $\\frac{1}{2}$ 木"
 
 
 def test_a_question_with_markup_is_shown_and_not_run(make_folder):
-    html, md = written(make_folder(), question=lambda number: f"{EVIL} {number}")
+    folder = make_folder()
+    folder.evaluation(question=lambda number: f"{EVIL} {number}")
+    html, md = written(folder.path)
     page = Page(html)
     assert not page.all("script")
     assert EVIL in "".join(page.texts)
@@ -148,7 +152,7 @@ def test_a_question_with_markup_is_shown_and_not_run(make_folder):
 
 def test_markup_in_any_text_of_an_evaluation_is_escaped(make_folder):
     folder = make_folder()
-    folder.everything(task="evil")
+    folder.evaluation(task="evil")
     result = (folder.path / "eval" / "evil.json").read_text(encoding="utf-8")
     marked = result.replace("what permuted routes means", "<img src=x onerror=alert(1)>")
     marked = marked.replace("No difference between", "<b>No</b> difference between")
@@ -166,7 +170,7 @@ def test_markup_in_any_text_of_an_evaluation_is_escaped(make_folder):
 
 def test_a_name_of_a_system_may_hold_anything(make_folder):
     folder = make_folder()
-    folder.everything()
+    folder.evaluation()
     for name in ("eval/arc_easy.json", "eval/samples.jsonl"):
         path = folder.path / name
         text = path.read_text(encoding="utf-8")
@@ -177,28 +181,29 @@ def test_a_name_of_a_system_may_hold_anything(make_folder):
     assert sum("$x_ <i>" in text for text in page.texts) >= 3  # table, words, figure
 
 
-def test_the_recipe_can_hold_a_fence_of_its_own(make_folder):
+def test_the_recipe_can_hold_a_fence_of_its_own(make_folder, text_of):
     folder = make_folder()
     folder.everything()
     folder.text("run.yaml", "note: |\n  ```\n  # not a heading\n  ```\n")
-    _, md = write_report([folder.path])
-    assert "\n````\nnote: |" in md.read_text(encoding="utf-8")
+    assert "\n````\nnote: |" in text_of(folder.path)
 
 
-def test_two_reports_of_the_same_records_are_equal(make_folder, report):
+def test_two_reports_of_the_same_records_are_equal(make_folder, report, whole):
     folder = make_folder(num_layers=30, seed=1)  # as the fixture's
-    assert written(folder) == report
+    assert written(folder.everything(**whole)) == report
 
 
-def test_the_markdown_is_the_golden_one(make_folder):
-    _, md = written(make_folder(name="golden", num_layers=6, seed=3))
+def test_the_markdown_is_the_golden_one(make_folder, text_of, whole):
+    folder = make_folder(name="golden", num_layers=6, seed=3)
+    md = text_of(folder.everything(**whole))
     if os.environ.get("DRLLM_UPDATE_GOLDEN"):
         GOLDEN.write_text(md, encoding="utf-8")
     assert md == GOLDEN.read_text(encoding="utf-8")
 
 
-def test_every_row_of_every_markdown_table_has_the_same_cells(make_folder):
-    _, md = written(make_folder(num_layers=30), question=lambda number: f"a | b {number}")
+def test_every_row_of_every_markdown_table_has_the_same_cells(make_folder, text_of, whole):
+    folder = make_folder(num_layers=30)
+    md = text_of(folder.everything(**whole, question=lambda number: f"a | b {number}"))
     tables = re.findall(r"(?:^\|.*\n)+", md, flags=re.MULTILINE)
     assert len(tables) > 5
     for table in tables:
@@ -258,16 +263,74 @@ def test_several_runs_need_an_output(make_folder):
         write_report(folders)
 
 
-def test_several_runs_are_compared_and_then_shown_one_by_one(make_folder, tmp_path):
+def test_several_runs_are_compared_and_then_shown_one_by_one(make_folder, text_of):
     small = evaluated(make_folder("small", num_layers=4))
     large = evaluated(make_folder("large", num_layers=30))
-    _, md = write_report([small, large], tmp_path / "both")
-    text = md.read_text(encoding="utf-8")
+    text = text_of(small, large)
     headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
     assert headings == ["Runs compared", "Run 1: small", "Run 2: large"]
     comparison = text.split("## Run 1")[0]
     assert comparison.count("| 1: small |") == 2
     assert comparison.count("| 2: large |") == 2
+    assert "at other depths" not in comparison
+    assert "certified choice" not in comparison
+
+
+def test_curves_and_choices_of_several_runs_stand_side_by_side(make_folder, text_of, whole):
+    first, second, third = (make_folder(name) for name in ("a", "b", "c"))
+    first.evaluation(**whole)
+    second.evaluation(depths=(0.1,))
+    third.search()
+    comparison = text_of(first.path, second.path, third.path).split("## Run 1")[0]
+    curves, choices = comparison.split("*The routed model of every run at other depths*")[1].split(
+        "*The certified choice of every run*"
+    )
+    assert re.findall(r"^\| (\d: \w \| arc_easy \| \d+ % saved) \|", curves, re.MULTILINE) == [
+        "1: a | arc_easy | 10 % saved",
+        "1: a | arc_easy | 20 % saved",
+        "2: b | arc_easy | 10 % saved",
+    ]
+    assert "| 1: a | arc_easy | 10 | 0.05 | 95 % | routed, 10 % saved, 5.40" in plain(choices)
+    assert "| 2: b | arc_easy | – | – | – | not asked for |" in choices
+
+
+def plain(text: str) -> str:
+    return text.replace("\u00a0", " ")
+
+
+def test_the_figures_of_the_markdown_lie_beside_it(make_folder, tmp_path):
+    html, md = write_report([evaluated(make_folder())], tmp_path / "one.html")
+    pictures = re.findall(r"^!\[(.+)\]\((one_figures/[\w-]+\.png)\)$", md.read_text(), re.MULTILINE)
+    assert len(pictures) == html.read_text(encoding="utf-8").count("<figure>") == 2
+    for words, picture in pictures:
+        assert len(words) > 40
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert len(list((tmp_path / "one_figures").iterdir())) == 2
+
+
+def test_pictures_of_an_earlier_report_go_and_others_stay(make_folder, tmp_path):
+    (tmp_path / "one_figures").mkdir()
+    for name in ("03-old-curve.png", "mine.png"):
+        (tmp_path / "one_figures" / name).write_bytes(b"")
+    html, _ = write_report([evaluated(make_folder())], tmp_path / "one.html")
+    assert [place.name for place in figures_of(html)] == [
+        "01-arc-easy-systems.png",
+        "02-arc-easy-opponents.png",
+    ]
+    assert not (tmp_path / "one_figures" / "03-old-curve.png").exists()
+    assert (tmp_path / "one_figures" / "mine.png").exists()
+
+
+def test_the_colours_of_pictures_are_those_of_the_light_scheme():
+    style = resources.files("drllm.reporting").joinpath("style.css").read_text(encoding="utf-8")
+    light = re.search(r":root \{(.*?)\}", style, flags=re.DOTALL)
+    assert light is not None
+    assert {
+        name: f"#{value}"
+        for name, value in re.findall(r"--(\w+): #(\w{6});", light.group(1))
+        if name in VARIABLES
+    } == LIGHT
+    assert set(LIGHT) == set(VARIABLES)
 
 
 def test_a_broken_second_folder_leaves_nothing_behind(make_folder, tmp_path):

@@ -7,7 +7,8 @@ import pytest
 from drllm.cost import executions
 from drllm.paths import Decision
 from drllm.records import SearchRecord, TriedPath
-from drllm.reporting.results import Evaluation, Outcome, Sample
+from drllm.reporting.results import Evaluation
+from drllm.reporting.samples import Outcome, Sample
 from drllm.reporting.summary import (
     always_execute,
     choose_examples,

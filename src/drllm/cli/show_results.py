@@ -1,0 +1,116 @@
+"""The results of an evaluation as people read them: the systems, the depths, what they show.
+
+Owns the tables, which fit 80 columns, and their order. Leaves reading and checking to `reporting`,
+and what may be claimed to its verdicts and to the evaluation's own findings. Loads no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from drllm.cli.tables import new_table
+from drllm.cli.terminal import Terminal
+from drllm.reporting.depths import Difference
+from drllm.reporting.numbers import NBSP, NONE, p_value, plain, signed
+from drllm.reporting.results import Evaluation, System, read_evaluations
+from drllm.reporting.verdicts import Verdict, against
+
+VERDICTS = {
+    Verdict.BETTER: "better",
+    Verdict.WORSE: "worse",
+    Verdict.NOT_SHOWN: "unclear",
+    Verdict.UNTESTED: NONE,
+    Verdict.NO_VERDICT: NONE,
+}
+"""What is shown of the routed model, in few columns."""
+
+
+def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
+    """Print the tables of an `eval` folder.
+
+    Args:
+        folder: What `evaluate` has written.
+        terminal: Where to.
+        tasks: Only these; empty for all.
+
+    Raises:
+        RecordError: A result that can't be trusted.
+    """
+    for evaluation in read_evaluations(folder, [], []):
+        if not tasks or evaluation.task in tasks:
+            show_evaluation(evaluation, terminal)
+
+
+def show_evaluation(evaluation: Evaluation, terminal: Terminal) -> None:
+    """Print one task's tables and what they do and don't show."""
+    _systems(evaluation, terminal)
+    if evaluation.curve:
+        _depths(evaluation, terminal)
+    for finding in evaluation.findings:
+        terminal.say(finding.replace(NBSP, " "))
+
+
+def _systems(evaluation: Evaluation, terminal: Terminal) -> None:
+    columns = ["system", f"{evaluation.score}\n%", "95 %\ninterval", "layers\nrun"]
+    columns += ["gold\nlog-p.", "text\nloss", "p vs\nbase", "routed\nis"]
+    table = new_table(
+        *columns,
+        title=f"{evaluation.task}, {evaluation.split}: {evaluation.num_questions} questions, "
+        f"{evaluation.num_layers} layers",
+        numbers_from=1,
+    )
+    for system in evaluation.systems:
+        low, high = (plain(100 * end) for end in system.interval)
+        table.add_row(
+            system.name + (f" ({system.draws} draws)" if system.draws > 1 else ""),
+            plain(100 * system.accuracy),
+            f"{low}–{high}",
+            plain(system.executions, 2),
+            plain(system.gold_logprob, 3),
+            plain(system.text_loss, 3),
+            p_value(system.mcnemar_p).replace(NBSP, ""),
+            _verdict(evaluation, system),
+        )
+    terminal.show(table)
+
+
+def _verdict(evaluation: Evaluation, system: System) -> str:
+    """Say what is shown of the routed model against an opponent."""
+    return VERDICTS[against(evaluation, system)] if system in evaluation.opponents else NONE
+
+
+def _depths(evaluation: Evaluation, terminal: Terminal) -> None:
+    table = new_table(
+        "depth",
+        "system",
+        "layers\nrun",
+        f"{evaluation.score}\n%",
+        "less base's\n95 % interval",
+        "gold\nlog-p.",
+        "text\nloss",
+        title="at other depths; gold log-probability and text loss less base's",
+        numbers_from=2,
+    )
+    settings = list(dict.fromkeys(point.setting for point in evaluation.curve if point.setting))
+    for setting in settings:
+        points = [point for point in evaluation.curve if point.setting == setting]
+        for point in points:
+            found = point.against_base
+            table.add_row(
+                setting if point is points[0] else "",
+                point.system,
+                plain(point.executions, 2),
+                plain(100 * point.accuracy),
+                _ends(found.accuracy if found else None),
+                signed(found.gold_logprob.mean) if found and found.gold_logprob else NONE,
+                signed(found.text_loss.mean) if found and found.text_loss else NONE,
+                end_section=point is points[-1],
+            )
+    terminal.show(table)
+
+
+def _ends(found: Difference | None) -> str:
+    if found is None:
+        return NONE
+    return " to ".join(signed(100 * end, 1) for end in found.interval)

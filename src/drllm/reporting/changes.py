@@ -1,0 +1,229 @@
+"""The part of a report that is about single questions: those that change, routes, examples.
+
+Owns what is shown of questions and of the routes taken on them. Leaves the arithmetic to
+`summary`, and the drawing to `figures`. Axes: L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from drllm.paths import Decision, Decisions, num_executions, sketch
+from drllm.reporting import figures, summary
+from drllm.reporting.blocks import (
+    Block,
+    Figure,
+    HeatMap,
+    PathKey,
+    Question,
+    Section,
+    Table,
+    Text,
+)
+from drllm.reporting.numbers import count, percent, plain
+from drllm.reporting.results import Evaluation
+from drllm.reporting.run import Run
+from drllm.reporting.samples import BASE, ROUTED, Sample
+
+LONGEST = 90
+"""Characters of a question in a table; the samples hold the whole."""
+MOST_ROWS = 10
+"""Questions of a table from which on it is shown on request only."""
+
+
+def sections(run: Run, evaluation: Evaluation) -> list[Section]:
+    """Return the sections on a task's changed questions and routes."""
+    found = []
+    able = [sample for sample in evaluation.samples if summary.has_route(sample)]
+    if able:
+        found.append(Section("Questions that change", _changed(evaluation, able)))
+    routes = evaluation.routes()
+    if routes:
+        found.append(Section("Routes", _routes(run, routes)))
+    return found
+
+
+# --- questions that change ---------------------------------------------------------------------
+
+
+def _changed(evaluation: Evaluation, able: Sequence[Sample]) -> list[Block]:
+    won = [sample for sample in able if summary.change(sample) > 0]
+    lost = [sample for sample in able if summary.change(sample) < 0]
+    same = [sample for sample in able if summary.change(sample) == 0]
+    if evaluation.is_graded:
+        kept = f"{count(len(same))} keep their grade"
+        words = ("with a better grade", "with a worse grade")
+    else:
+        right = sum(sample.outcomes[BASE].correct >= 1 for sample in same)
+        kept = f"{count(right)} stay right and {count(len(same) - right)} stay wrong"
+        words = ("won (right under routing alone)", "lost (right under base alone)")
+    start = f"Of {count(len(able))} questions, {kept} under routing"
+    blocks: list[Block] = [
+        Text(f"{start}; {count(len(won))} are won and {count(len(lost))} lost against base.")
+    ]
+    if won or lost:
+        blocks.append(PathKey())
+    for name, samples in zip(words, (won, lost), strict=True):
+        if samples:
+            blocks.append(_questions(f"Questions {name}", samples))
+    return blocks
+
+
+def _questions(caption: str, samples: Sequence[Sample]) -> Table:
+    graded = any(sample.gold is None for sample in samples)
+    return Table(
+        caption=f"{caption}: {count(len(samples))}",
+        header=("id", "question", "route", "executions", *(() if graded else ("right option",))),
+        rows=[
+            [
+                sample.id,
+                _short(sample.question),
+                sketch(summary.route(sample)),
+                str(num_executions(summary.route(sample))),
+                *(() if graded else (_short(sample.choices[sample.gold or 0]),)),
+            ]
+            for sample in samples
+        ],
+        texts=(0, 1, 2, 4),
+        routes=(2,),
+        folded=len(samples) > MOST_ROWS,
+    )
+
+
+def _short(text: str) -> str:
+    """Write a text on one line, cut between words where it is long."""
+    line = " ".join(text.split())
+    if len(line) <= LONGEST:
+        return line
+    return line[: LONGEST - 1].rsplit(" ", 1)[0] + " …"
+
+
+# --- routes ------------------------------------------------------------------------------------
+
+
+def routes_by_task(evaluations: Sequence[Evaluation]) -> Section | None:
+    """Return what the routes of several tasks have in common by layer; None without any."""
+    taken = {each.task: each.routes() for each in evaluations}
+    taken = {task: routes for task, routes in taken.items() if routes}
+    if len(taken) < 2:
+        return None
+    spent = Table(
+        caption="Routes by task",
+        header=("task", "questions", "distinct routes", "executions a forward"),
+        rows=[
+            [
+                task,
+                count(len(routes)),
+                count(len(set(routes))),
+                plain(summary.mean_length(routes), 2),
+            ]
+            for task, routes in taken.items()
+        ],
+    )
+    maps = [
+        HeatMap(
+            caption=f"Share of the questions whose route {name}s each layer, in percent, by task. "
+            f"Each row has a colour scale of its own.",
+            rows=[(task, summary.shares(routes, value)) for task, routes in taken.items()],
+            decision=name,
+        )
+        for name, value in (("skip", Decision.SKIP), ("repeat", Decision.REPEAT))
+    ]
+    return Section("Routes by task", [spent, *maps])
+
+
+def _routes(run: Run, routes: Sequence[Decisions]) -> list[Block]:
+    names = {Decision.SKIP: "skip", Decision.EXECUTE: "execute", Decision.REPEAT: "repeat"}
+    distinct = len(set(routes))
+    blocks: list[Block] = [
+        Text(
+            f"The routed model took {count(distinct)} distinct "
+            f"{'route' if distinct == 1 else 'routes'} on {count(len(routes))} questions, "
+            f"{plain(summary.mean_length(routes), 2)} executions on average."
+        ),
+        HeatMap(
+            caption="Share of the test questions whose route skips, executes or repeats each "
+            "layer, in percent. Each row has a colour scale of its own, so that rare decisions "
+            "can be seen.",
+            rows=[(name, summary.shares(routes, value)) for value, name in names.items()],
+        ),
+    ]
+    if run.supervision:
+        blocks += _labels(run, routes)
+    return blocks
+
+
+def _labels(run: Run, routes: Sequence[Decisions]) -> list[Block]:
+    targets = [record.optimal_layer_config for record in run.supervision]
+    skips, repeats = (
+        {"targets": summary.shares(targets, value), "routes": summary.shares(routes, value)}
+        for value in (Decision.SKIP, Decision.REPEAT)
+    )
+    by_layer = zip(*skips.values(), *repeats.values(), strict=True)
+    return [
+        Figure(
+            draw=partial(figures.labels_against_routes, skips, repeats),
+            name="labels and routes",
+            alt=f"By layer: targets skip {_mean(skips['targets'])} of layers on average, routes "
+            f"{_mean(skips['routes'])}; targets repeat {_mean(repeats['targets'])}, routes "
+            f"{_mean(repeats['routes'])}.",
+            caption="Labels against routes: share of the targets (bars) and of the routes on the "
+            "test questions (dots) that skip and that repeat each layer. The panels have scales "
+            "of their own.",
+        ),
+        Table(
+            caption="Labels against routes by layer",
+            header=("layer", "targets skip", "routes skip", "targets repeat", "routes repeat"),
+            rows=[
+                [str(layer), *(percent(value) for value in values)]
+                for layer, values in enumerate(by_layer)
+            ],
+            texts=(),
+            folded=True,
+        ),
+    ]
+
+
+def _mean(values: Sequence[float]) -> str:
+    return percent(sum(values) / len(values))
+
+
+# --- examples ----------------------------------------------------------------------------------
+
+
+def examples(evaluation: Evaluation) -> Section | None:
+    """Return three questions with their routes, chosen by a fixed rule; None without routes."""
+    chosen = summary.choose_examples(evaluation)
+    if not chosen:
+        return None
+    rule = Text(
+        "Chosen by rule: the first question won, the first lost, the unchanged one of fewest "
+        "executions; where there is no such question, the first of the others."
+    )
+    return Section(
+        "Example questions",
+        [
+            rule,
+            PathKey(),
+            *(
+                Question(
+                    kind=kind,
+                    id=sample.id,
+                    question=sample.question,
+                    choices=sample.choices,
+                    gold=sample.gold,
+                    verdicts=f"Base is {_right(sample, BASE)}, routed is {_right(sample, ROUTED)}.",
+                    route=summary.route(sample),
+                )
+                for kind, sample in chosen
+            ),
+        ],
+    )
+
+
+def _right(sample: Sample, system: str) -> str:
+    score = sample.outcomes[system].correct
+    if 0 < score < 1:
+        return f"graded {plain(score, 2)}"
+    return "right" if score >= 1 else "wrong"

@@ -1,0 +1,191 @@
+"""How the drawings of a report are made: colours, style, legends, and what leaves as SVG or PNG.
+
+Drawn by matplotlib without pyplot, so that nothing global is touched. In an `<svg>` element colours
+are CSS variables that follow the page's light or dark scheme, and texts are texts in the page's own
+font; a PNG has the light scheme's colours. Leaves what is drawn to `figures` and `curves`, and the
+variables' values in both schemes to `style.css`.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Colours: TypeAlias = Mapping[str, str]
+"""Name of a colour → what matplotlib draws with."""
+Draw: TypeAlias = Callable[[Colours], "Figure"]
+"""Makes a figure in the colours given."""
+
+WIDTH = 4.2
+"""Inches. Small, so that the 8-point texts can still be read when a phone scales the figure."""
+PNG_DPI = 200
+
+VARIABLES: Colours = {
+    "ink": "#010101",
+    "faint": "#020202",
+    "grid": "#030303",
+    "skip": "#040404",
+    "repeat": "#050505",
+    "s0": "#060606",
+    "s1": "#070707",
+    "s2": "#080808",
+    "s3": "#090909",
+    "s4": "#0a0a0a",
+    "s5": "#0b0b0b",
+}
+"""Name of a CSS variable → the placeholder that matplotlib draws with."""
+
+LIGHT: Colours = {
+    "ink": "#1b1f24",
+    "faint": "#5c6670",
+    "grid": "#dde1e5",
+    "skip": "#c2500a",
+    "repeat": "#0f6cbd",
+    "s0": "#1b1f24",
+    "s1": "#0f6cbd",
+    "s2": "#c2500a",
+    "s3": "#00805f",
+    "s4": "#a64d86",
+    "s5": "#8a6d00",
+}
+"""The same as the page's light scheme has them, for pictures that follow nothing."""
+
+
+def svg(draw: Draw, name: str) -> str:
+    """Return a drawing as an `<svg>` element that can stand in a page beside others.
+
+    Taken out: the file header, the metadata (foreign addresses), a style that would apply to the
+    whole page, the fixed size, names that would be given twice in a page, and fonts.
+
+    Args:
+        draw: Makes the figure.
+        name: Unlike all others of the page; keeps names of shapes apart, and equal between runs.
+    """
+    import matplotlib
+
+    drawn = io.StringIO()
+    with matplotlib.rc_context(_style(VARIABLES) | {"svg.hashsalt": name}):
+        _laid_out(draw(VARIABLES)).savefig(drawn, format="svg", metadata={"Date": None})
+    text = drawn.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = text.replace("xlink:href=", "href=")
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box is not None
+    text = f"<svg {box.group()}" + text[text.index(">") :]
+    text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
+    for variable, colour in VARIABLES.items():
+        text = text.replace(colour, f"var(--{variable})")
+    return re.sub(r">\s+<", "><", text).strip()
+
+
+def png(draw: Draw) -> bytes:
+    """Return a drawing as the bytes of a PNG file, dark on white."""
+    import matplotlib
+
+    drawn = io.BytesIO()
+    with matplotlib.rc_context(_style(LIGHT) | {"savefig.facecolor": "#ffffff"}):
+        figure = _laid_out(draw(LIGHT))
+        figure.savefig(drawn, format="png", dpi=PNG_DPI, metadata={"Software": None})
+    return drawn.getvalue()
+
+
+def _laid_out(figure: Figure) -> Figure:
+    """Place the panels now; left to saving, everything would be drawn twice."""
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine("none")
+    return figure
+
+
+def _style(colours: Colours) -> dict[Any, Any]:
+    return {
+        "svg.fonttype": "none",
+        "text.parse_math": False,  # a system may be called anything
+        "font.size": 8,
+        "text.color": colours["ink"],
+        "axes.labelcolor": colours["ink"],
+        "axes.edgecolor": colours["faint"],
+        "axes.facecolor": "none",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.titlesize": 8,
+        "grid.color": colours["grid"],
+        "grid.linewidth": 0.6,
+        "xtick.color": colours["faint"],
+        "ytick.color": colours["faint"],
+        "xtick.labelcolor": colours["ink"],
+        "ytick.labelcolor": colours["ink"],
+        "figure.facecolor": "none",
+        "savefig.facecolor": "none",
+        "legend.frameon": False,
+        "legend.labelcolor": colours["ink"],
+    }
+
+
+def stacked(heights: Sequence[float], *, share_x: bool = False) -> tuple[Figure, list[Axes]]:
+    """Return a figure of panels below each other, with their heights in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    panels = figure.subplots(
+        len(heights), 1, squeeze=False, height_ratios=list(heights), sharex=share_x
+    )
+    return figure, [row[0] for row in panels]
+
+
+def beside(columns: int, height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure of panels side by side that share their rows."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False, sharey=True)[0])
+
+
+def legend(axes: Axes, *, columns: int, below: bool = True) -> None:
+    """Name what was drawn, in the order of drawing: outside the panel, or above its corner."""
+    handles, names = axes.get_legend_handles_labels()
+    if not names:
+        return
+    # By default lines come before bars; here the order is that of drawing.
+    order = sorted(range(len(names)), key=lambda number: _drawn(axes, handles[number]))
+    handles, names = [handles[i] for i in order], [names[i] for i in order]
+    if below:
+        axes.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=columns)
+    else:
+        axes.legend(
+            handles,
+            names,
+            loc="lower right",
+            bbox_to_anchor=(1, 0.97),
+            ncols=columns,
+            borderaxespad=0,
+            borderpad=0.2,
+            handlelength=1.4,
+        )
+
+
+def _drawn(axes: Axes, handle: Any) -> int:
+    """Return when a legend's entry was drawn: containers (bars, error bars) before lines."""
+    containers = list(axes.containers)
+    return containers.index(handle) if handle in containers else len(containers)
+
+
+def whole_numbers(axes: Axes) -> None:
+    """Put whole numbers on the horizontal axis, without lines through them."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=11, integer=True))
+    axes.grid(visible=False, axis="x")

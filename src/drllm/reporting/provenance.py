@@ -1,0 +1,147 @@
+"""The part of a report that says where everything comes from: hashes, versions, settings, command.
+
+Owns what is shown of manifests. Leaves reading them to `run` and `results`.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from drllm.config import EvaluateConfig
+from drllm.reporting.blocks import Block, Code, Listing, Section, Table, Text
+from drllm.reporting.numbers import NONE
+from drllm.reporting.run import Run
+from drllm.settings import flag_of
+
+
+def section(run: Run) -> Section:
+    """Return the section on a run's provenance."""
+    blocks: list[Block] = []
+    if run.model:
+        rows = [[key, _shown(value)] for key, value in run.model.items()]
+        blocks.append(
+            Table(
+                caption="Base model, as the files record it",
+                header=("what", "value"),
+                rows=rows,
+                texts=(0, 1),
+            )
+        )
+    blocks.append(_files(run))
+    blocks += _inputs(run)
+    libraries = {
+        str(name): _shown(version)
+        for source in run.sources
+        for name, version in (source.manifest.get("libraries") or {}).items()
+    }
+    if libraries:
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(libraries.items()))
+        blocks.append(Text(f"Libraries: {versions}."))
+    blocks += _commands(run)
+    if run.recipe is not None:
+        blocks.append(Code("Recipe (run.yaml)", run.recipe))
+    blocks += _all_settings(run)
+    if run.absent:
+        blocks.append(Text("What is missing in this folder:"))
+        blocks.append(Listing(run.absent))
+    return Section("Provenance", blocks)
+
+
+def _files(run: Run) -> Table:
+    return Table(
+        caption="Files that this report was made from",
+        header=("file", "made", "drllm", "seed", "SHA-256"),
+        rows=[
+            [
+                source.name,
+                _shown(source.manifest.get("created")).replace("T", " "),
+                _shown(source.manifest.get("drllm_version")),
+                _shown(_seed(source.manifest)),
+                source.sha256,
+            ]
+            for source in run.sources
+        ],
+        texts=(0, 1, 2, 3, 4),
+    )
+
+
+def _inputs(run: Run) -> list[Block]:
+    rows = [
+        [source.name, str(name), _shown(digest)]
+        for source in run.sources
+        for name, digest in (source.manifest.get("inputs") or {}).items()
+    ]
+    if not rows:
+        return []
+    return [
+        Table(
+            caption="What these files were made from in turn",
+            header=("file", "made from", "SHA-256"),
+            rows=rows,
+            texts=(0, 1, 2),
+        )
+    ]
+
+
+def _all_settings(run: Run) -> list[Block]:
+    """Return the settings of every file, equal ones once."""
+    files: dict[str, list[str]] = {}
+    for source in run.sources:
+        config = source.manifest.get("config")
+        if config:
+            files.setdefault(_settings(config), []).append(source.name)
+    return [Code(f"Settings of {', '.join(names)}", text) for text, names in files.items()]
+
+
+def _commands(run: Run) -> list[Block]:
+    """Return the commands that evaluate the same once more, each once."""
+    commands = dict.fromkeys(
+        command(source.manifest)
+        for source in run.sources
+        if source.manifest.get("schema") == "drllm.evaluation" and source.manifest.get("routers")
+    )
+    if not commands:
+        return []
+    note = "the dtype and the device aren't recorded"
+    return [Code(f"Command that repeats the evaluation ({note})", "\n".join(commands))]
+
+
+def command(manifest: Mapping[str, Any]) -> str:
+    """Write the command that evaluates with a result's settings; those by default are left out.
+
+    Example:
+        >>> command({"routers": "r", "config": {"tasks": "arc_easy", "curve": "0.1", "seed": 0}})
+        'drllm evaluate --routers r --tasks arc_easy --curve 0.1'
+    """
+    words = ["drllm", "evaluate"]
+    model = (manifest.get("model") or {}).get("id")
+    if model:
+        words += ["--model", str(model)]
+    words += ["--routers", str(manifest["routers"])]
+    config = manifest.get("config") or {}
+    for declared in fields(EvaluateConfig):
+        value = config.get(declared.name, declared.default)
+        if value != declared.default or declared.name == "tasks":
+            words += [flag_of(declared.name), _word(value)]
+    return shlex.join(words)
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _seed(manifest: Mapping[str, Any]) -> Any:
+    config = manifest.get("config")
+    return config.get("seed") if isinstance(config, dict) else None
+
+
+def _shown(value: Any) -> str:
+    return NONE if value is None else str(value)
+
+
+def _settings(config: Any) -> str:
+    return json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)

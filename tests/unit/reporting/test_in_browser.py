@@ -1,0 +1,247 @@
+"""A report in a headless Chromium, wide and narrow; skipped where no Chromium is installed.
+
+The browser is talked to by pipes, in its DevTools protocol, so that no driver and no package is
+needed: messages are JSON, each ended by a zero byte, and come and go by its file descriptors 3
+and 4.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+TIMEOUT_S = 60.0
+
+
+def find() -> str | None:
+    """Return the browser's place, or None where there is none."""
+    return next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
+class Browser:
+    """One page of one browser, and what it complained about.
+
+    Attributes:
+        messages: Errors and warnings of the page's console.
+        requests: Addresses that the page asked for, its own apart.
+    """
+
+    def __init__(self, program: str, profile: Path) -> None:
+        to_browser, self.sender = os.pipe()
+        self.receiver, from_browser = os.pipe()
+
+        def as_three_and_four() -> None:
+            # By way of high numbers, since either may be 3 or 4 already.
+            os.dup2(to_browser, 103)
+            os.dup2(from_browser, 104)
+            os.dup2(103, 3)
+            os.dup2(104, 4)
+
+        words = [
+            program,
+            "--headless=new",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={profile}",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--disable-background-networking",
+            "--no-first-run",
+            "--hide-scrollbars",
+        ]
+        if os.geteuid() == 0:
+            words.append("--no-sandbox")  # root has no other way
+        self.process = subprocess.Popen(
+            [*words, "about:blank"],
+            preexec_fn=as_three_and_four,
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(to_browser)
+        os.close(from_browser)
+        self.numbers = itertools.count(1)
+        self.received = b""
+        self.messages: list[str] = []
+        self.requests: list[str] = []
+        self.loaded = False
+        self.session: str | None = None
+        [page] = [
+            target
+            for target in self.ask("Target.getTargets")["targetInfos"]
+            if target["type"] == "page"
+        ]
+        attached = self.ask("Target.attachToTarget", targetId=page["targetId"], flatten=True)
+        self.session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.ask(f"{domain}.enable")
+
+    def open(self, page: Path, width: int, scheme: str = "light", height: int = 900) -> None:
+        """Load a page anew in a window of some width, in the light or dark scheme."""
+        self.messages, self.requests, self.loaded = [], [], False
+        self.ask(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.ask("Emulation.setEmulatedMedia", features=features)
+        address = page.resolve().as_uri()
+        self.ask("Page.navigate", url=address)
+        while not self.loaded:
+            self._hear()
+        self.requests = [request for request in self.requests if request != address]
+
+    def value(self, expression: str) -> Any:
+        """Return what an expression is worth in the page."""
+        result = self.ask("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in result, result["exceptionDetails"]
+        return result["result"].get("value")
+
+    def close(self) -> None:
+        """End the browser."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self.sender)
+        os.close(self.receiver)
+
+    def ask(self, method: str, **values: Any) -> dict[str, Any]:
+        """Send a message and return the answer."""
+        number = next(self.numbers)
+        message: dict[str, Any] = {"id": number, "method": method, "params": values}
+        if self.session is not None:
+            message["sessionId"] = self.session
+        os.write(self.sender, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._hear()
+            if answer.get("id") == number:
+                assert "error" not in answer, f"{method}: {answer['error']}"
+                result: dict[str, Any] = answer["result"]
+                return result
+
+    def _hear(self) -> dict[str, Any]:
+        """Return the next message, and keep what it says of the page."""
+        until = time.monotonic() + TIMEOUT_S
+        while b"\0" not in self.received:
+            ready, _, _ = select.select([self.receiver], [], [], max(0.0, until - time.monotonic()))
+            assert ready, f"the browser said nothing for {TIMEOUT_S:g} seconds"
+            part = os.read(self.receiver, 1 << 16)
+            assert part, "the browser ended"
+            self.received += part
+        text, self.received = self.received.split(b"\0", 1)
+        message: dict[str, Any] = json.loads(text)
+        self._keep(message.get("method"), message.get("params", {}))
+        return message
+
+    def _keep(self, method: str | None, values: dict[str, Any]) -> None:
+        if method == "Page.loadEventFired":
+            self.loaded = True
+        elif method == "Network.requestWillBeSent":
+            self.requests.append(values["request"]["url"])
+        elif method == "Log.entryAdded":
+            self.messages.append(values["entry"]["text"])
+        elif method == "Runtime.exceptionThrown":
+            self.messages.append(values["exceptionDetails"]["text"])
+        elif method == "Runtime.consoleAPICalled" and values["type"] in ("error", "warning"):
+            self.messages.append(str(values["args"]))
+
+
+SIZES = (1280, 390)
+"""A desktop and a phone, in CSS pixels."""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """One browser for all tests."""
+    program = find()
+    if program is None:
+        pytest.skip(f"none of {', '.join(NAMES)} is installed (Debian: apt-get install chromium)")
+    opened = Browser(program, tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", SIZES)
+def test_the_page_is_whole_and_fits_the_window(browser, page, width, scheme):
+    browser.open(page, width, scheme)
+    assert browser.messages == []
+    assert browser.requests == []
+
+    for state in ("closed", "opened"):
+        assert browser.value("window.innerWidth") == width, state
+        assert browser.value("document.documentElement.scrollWidth") == width, state
+        browser.value("document.querySelectorAll('details').forEach(each => {each.open = true})")
+
+    drawn = browser.value(
+        "[...document.querySelectorAll('figure svg')].map(each => {"
+        " const box = each.getBoundingClientRect();"
+        " return [box.width, box.height, box.right, each.querySelectorAll('path').length]})"
+    )
+    assert len(drawn) == page.read_text(encoding="utf-8").count("<figure>")
+    assert len(drawn) == 10
+    for figure_width, height, right, shapes in drawn:
+        assert figure_width > 0.8 * min(width, 528)
+        assert height > 100
+        assert right <= width
+        assert shapes > 5
+
+
+@pytest.mark.parametrize("width", SIZES)
+def test_texts_of_figures_can_be_read(browser, page, width):
+    browser.open(page, width)
+    browser.value("document.querySelectorAll('details').forEach(each => {each.open = true})")
+    heights = browser.value(
+        "[...document.querySelectorAll('figure svg text')]"
+        ".filter(each => !each.getAttribute('transform')?.includes('rotate(-90'))"
+        ".map(each => each.getBoundingClientRect().height)"
+    )
+    assert len(heights) > 100
+    assert min(heights) > 8
+
+
+def test_colours_differ_between_the_schemes(browser, page):
+    colours = set()
+    for scheme in ("light", "dark"):
+        browser.open(page, 1280, scheme)
+        colours.add(
+            browser.value(
+                "getComputedStyle(document.querySelector('figure svg text')).fill + ' on ' +"
+                " getComputedStyle(document.body).backgroundColor"
+            )
+        )
+    assert len(colours) == 2
+
+
+def test_the_pictures_of_the_markdown_open(browser, page, tmp_path):
+    pictures = sorted((page.with_name("report_figures")).glob("*.png"))
+    assert len(pictures) == 10
+    tags = "".join(f'<img src="{picture.as_uri()}">' for picture in pictures)
+    (tmp_path / "pictures.html").write_text(tags, encoding="utf-8")
+    browser.open(tmp_path / "pictures.html", 1280)
+    widths = browser.value("[...document.images].map(each => each.naturalWidth)")
+    assert widths == [840] * len(pictures)
+
+
+def test_a_page_with_faults_is_noticed(browser, tmp_path):
+    (tmp_path / "bad.html").write_text(
+        "<script>console.error('no')</script><img src='http://127.0.0.1:9/x.png'>"
+        "<div style='width: 2000px'>wide</div>",
+        encoding="utf-8",
+    )
+    browser.open(tmp_path / "bad.html", 390)
+    assert any("no" in message for message in browser.messages)
+    assert browser.requests == ["http://127.0.0.1:9/x.png"]
+    assert browser.value("document.documentElement.scrollWidth") > 390
