@@ -95,7 +95,7 @@ def run_evaluation(
     outputs, samples = [], []
     for each in done:
         path = Path(output_dir) / f"{each.task.name}.json"
-        result = each.summary(base.identity, Path(routers_dir), num_tasks=len(done))
+        result = each.summary(base, Path(routers_dir), num_tasks=len(done))
         write_atomically(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         outputs.append(path)
         samples += each.samples()

@@ -66,21 +66,25 @@ def findings(
             f"On {task} the base model is not shown to be above chance ({100 * chance:.1f} %), so "
             f'no gain and no "no loss" can be claimed here.'
         )
-    sentences.append(
-        f"The routed model runs {routed['executions']:.2f} of {num_layers} layers a forward pass "
-        + (f"({saved:.1f} % saved)" if saved >= 0 else f"({-saved:.1f} % more than the base)")
-        + f" and answers {100 * routed['accuracy']:.1f} % of {n} questions right, the base model "
-        f"{100 * base['accuracy']:.1f} %: "
-        + _counted(
+    words = ("routing gains accuracy", "routing loses accuracy")
+    against_base = (
+        _averaged(correct["routed"], correct["base"], words=words, judged=above_chance, seed=seed)
+        if routed["won"] is None  # graded, or averaged over draws: no counts
+        else _counted(
             routed["won"],
             routed["lost"],
             n,
-            words=("routing gains accuracy", "routing loses accuracy"),
+            words=words,
             judged=above_chance,
             corrected=routed["mcnemar_p_holm"],
             num_tests=num_tasks,
         )
-        + "."
+    )
+    sentences.append(
+        f"The routed model runs {routed['executions']:.2f} of {num_layers} layers a forward pass "
+        + (f"({saved:.1f} % saved)" if saved >= 0 else f"({-saved:.1f} % more than the base)")
+        + f" and answers {100 * routed['accuracy']:.1f} % of {n} questions right, the base model "
+        f"{100 * base['accuracy']:.1f} %: {against_base}."
     )
     if "routed" in gold_logprob:
         sentences.append(_options(gold_logprob, judged=above_chance, seed=seed))

@@ -20,6 +20,7 @@ from drllm.evaluation.prompt_cost import PromptCost
 from drllm.evaluation.roster import NOT_COMPARED, OPPONENTS
 from drllm.evaluation.statistics import holm, mcnemar_exact, mean_interval, wilson_interval
 from drllm.evaluation.systems import System
+from drllm.models.base.loading import BaseModel
 from drllm.records import new_manifest, sha256
 from drllm.tasks.base import Example, Task
 
@@ -93,11 +94,11 @@ class Evaluated:
             for each in trained
         ]
 
-    def summary(self, model: dict[str, Any], routers_dir: Path, num_tasks: int) -> dict[str, Any]:
+    def summary(self, base: BaseModel, routers_dir: Path, num_tasks: int) -> dict[str, Any]:
         """Return what `TASK.json` holds.
 
         Args:
-            model: The base model's identity.
+            base: The base model.
             routers_dir: The routers.
             num_tasks: That were evaluated, for which p-values are corrected.
         """
@@ -106,7 +107,7 @@ class Evaluated:
         trained = [system for system in self.systems if not system.setting]
         manifest = new_manifest(
             "evaluation",
-            model=model,
+            model=base.identity,
             config=config.to_dict(),
             inputs=[weights],
         )
@@ -114,6 +115,7 @@ class Evaluated:
         underived = f"FLOPs and K/V bytes are not derived: {self.cost.note}."
         return {
             **manifest,
+            "runtime": base.runtime,
             "task": self.task.name,
             "split": config.split_of(self.task.name),
             "kind": written.kind,

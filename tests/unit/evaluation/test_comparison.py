@@ -295,6 +295,7 @@ def test_chance_and_findings_and_provenance_are_written(evaluated, base):
     assert result["chance"] == 0.25
     assert len(result["findings"]) >= 3
     assert result["model"] == base.identity
+    assert result["runtime"] == base.runtime
     assert len(result["routers_sha256"]) == 64
     assert result["config"]["seed"] == 0
 

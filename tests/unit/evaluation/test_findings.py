@@ -301,3 +301,31 @@ def test_a_few_draws_that_differ_carry_neither_a_verdict_nor_a_promise():
 def test_an_exact_p_value_of_means_over_draws_is_refused():
     with pytest.raises(ValueError, match="no exact p-value"):
         between([0.5] * 10, [1.0] * 10, corrected=0.01)
+
+
+def test_answers_that_are_graded_are_compared_by_their_means():
+    base, routed = [0.5, 1.0, 0.75] * 10, [0.25, 0.5, 0.75] * 10
+    rows = {
+        name: {
+            "accuracy": sum(values) / 30,
+            "interval": [0.4, 0.8],
+            "executions": 30.0 if name == "base" else 27.0,
+            "won": None,
+            "lost": None,
+            "mcnemar_p": None,
+            "mcnemar_p_holm": None,
+        }
+        for name, values in (("base", base), ("routed", routed))
+    }
+    [sentence] = findings(
+        task="graded",
+        rows=rows,
+        correct={"base": base, "routed": routed},
+        gold_logprob={},
+        num_routes=3,
+        chance=0.0,
+        num_layers=30,
+        seed=0,
+    )
+    assert "routing loses accuracy (-25.0 points, 95 % interval" in sentence
+    assert "McNemar" not in sentence
