@@ -192,13 +192,13 @@ class _Evaluation:
         num_layers = self.lm.routed.num_layers
         return Evaluated(task, asked, systems, notes, choice, config, num_layers, cost)
 
-    def _material(self, task: Task) -> Material:
-        """Return what opponents are fitted on, and depths are looked for on.
+    def _chosen_on(self, task: Task) -> str:
+        """Return the split that settings are chosen on: `select`, or `fit` where that is asked."""
+        return "fit" if self.config.split_of(task.name) == "select" else "select"
 
-        That is `select`; where that is what is asked, `fit`.
-        """
-        split = "fit" if self.config.split_of(task.name) == "select" else "select"
-        asked = self.asked(task, split, self.config.num_calibration)
+    def _material(self, task: Task) -> Material:
+        """Return what opponents are fitted on, and depths are looked for on."""
+        asked = self.asked(task, self._chosen_on(task), self.config.num_calibration)
         questions: list[Question] = []
         golds: list[int] = []
         if asked.has_options:
@@ -274,20 +274,21 @@ class _Evaluation:
         biases: dict[str, float],
         chance: float | None,
     ) -> certified.Choice:
-        """Choose a depth on `select`, and test it once on the split that is evaluated."""
+        """Choose a depth on one split, and test it once on the one that is evaluated."""
         config = self.config
         assert config.epsilon is not None
         limits = certified.Limits(
             epsilon=config.epsilon, max_loss_increase=config.max_loss_increase
         )
-        asked = self.asked(task, "select", config.limit_of(task.name))
+        split = self._chosen_on(task)
+        asked = self.asked(task, split, config.limit_of(task.name))
         run = TaskRun(self.lm, asked, config.num_texts)
-        chosen_on = self.once(f"{task.name}: base on select", run.base)
+        chosen_on = self.once(f"{task.name}: base on {split}", run.base)
         routers = self.lm.routed.routers
         assert routers is not None
         points = [
             self.once(
-                f"{task.name}: routed at {setting} on select",
+                f"{task.name}: routed at {setting} on {split}",
                 lambda setting=setting, bias=bias: run.by_policy(  # type: ignore[misc]
                     "routed", RouterPolicy(routers, depth_bias=bias), setting
                 ),

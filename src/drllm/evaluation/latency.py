@@ -218,7 +218,7 @@ def measure(
     device = model.device
     T = min(sizes.prompt_tokens, *map(len, prompts))
     if clock is None:
-        clock = _clock(device)
+        clock = device_clock(device)
     models = {}
     for name, policy in systems.items():
         copied = twin(model)
@@ -305,7 +305,7 @@ def decoding(model: Any, ids: Tensor, num_tokens: int = 1) -> Callable[[], Any]:
     return decode
 
 
-def _clock(device: torch.device) -> Clock:
+def device_clock(device: torch.device) -> Clock:
     """Return a clock that tells the time when the device has done all that it was asked to do."""
 
     def now() -> float:

@@ -10,7 +10,6 @@ Axes: Q questions, L layers.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +20,7 @@ from drllm.cost import executions_by_phase, mean_executions
 from drllm.evaluation.harness.asking import AskedTask, Graded
 from drllm.evaluation.harness.model import RoutedLM
 from drllm.evaluation.harness.scoring import Answer, PolicyOf
+from drllm.evaluation.latency import device_clock
 from drllm.evaluation.lineup import Drawn
 from drllm.models.policies import FixedPolicy, FullPolicy, Policy
 from drllm.paths import Decisions, Path
@@ -82,7 +82,9 @@ class TaskRun:
         self.lm = lm
         self.asked = asked
         self._places = {key: place for place, key in enumerate(asked.keys)}
+        self._clock = device_clock(lm.device)
         self._requests = [] if not asked.has_options else asked.requests()
+        self._flat = [request for requests in self._requests for request in requests]
         if self._requests:  # whatever the first pass sets up would count as time of the base model
             self.lm.scorer.score(self._requests[0], lambda _keys: FullPolicy())
         self._texts = [asked.text(place) for place in range(min(num_texts, len(asked.keys)))]
@@ -94,9 +96,9 @@ class TaskRun:
 
     def by_policy(self, name: str, policy: Policy, setting: str = "", note: str = "") -> System:
         """Run a system that decides prompt by prompt, or the same for all."""
-        started = _now(self.lm.device)
+        started = self._clock()
         answers, routes = self._ask(lambda _keys: policy)
-        seconds = _now(self.lm.device) - started
+        seconds = self._clock() - started
         return self._system(name, setting, answers, routes, seconds, note)
 
     def base(self) -> System:
@@ -117,9 +119,9 @@ class TaskRun:
         if first.path is not None:
             return self._along(name, first.path, setting, first.note)
         plans = [draw.plan for draw in drawn if draw.plan is not None]
-        started = _now(self.lm.device)
+        started = self._clock()
         answers, routes = self._ask(self._following(plans[0]))
-        seconds = _now(self.lm.device) - started
+        seconds = self._clock() - started
         system = self._system(name, setting, answers, routes, seconds, first.note)
         for plan, more in zip(plans[1:], self._ask_plans(plans[1:]), strict=True):
             self._add_draw(system, plan, self.asked.grade(more))
@@ -130,8 +132,7 @@ class TaskRun:
     def _ask(self, policy_of: PolicyOf) -> tuple[Answers, Tensor]:
         """Ask all questions; return their answers and routes `[Q, L]`."""
         if self.asked.has_options:
-            flat = [request for requests in self._requests for request in requests]
-            scored = self.lm.scorer.score(flat, policy_of)
+            scored = self.lm.scorer.score(self._flat, policy_of)
             by_key = scored.routes
             answers = self._by_question(scored.answers)
         else:
@@ -155,8 +156,7 @@ class TaskRun:
             return []
         if not self.asked.has_options:
             return [self._ask(self._following(plan))[0] for plan in plans]
-        flat = [request for requests in self._requests for request in requests]
-        scored = self.lm.scorer.score_plans(flat, [self._by_key(plan) for plan in plans])
+        scored = self.lm.scorer.score_plans(self._flat, [self._by_key(plan) for plan in plans])
         return [self._by_question(each.answers) for each in scored]
 
     def _by_question(self, answers: Sequence[Answer]) -> Answers:
@@ -198,10 +198,9 @@ class TaskRun:
         return system
 
     def _along(self, name: str, path: Path, setting: str, note: str) -> System:
-        started = _now(self.lm.device)
-        flat = [request for requests in self._requests for request in requests]
-        answers = self.lm.scorer.score_path(flat, path)
-        seconds = _now(self.lm.device) - started
+        started = self._clock()
+        answers = self.lm.scorer.score_path(self._flat, path)
+        seconds = self._clock() - started
         system = System(name, setting, seconds=seconds, notes=[note] if note else [])
         _keep(system, self.asked.grade(self._by_question(answers)), 0)
         system.executions = float(len(path))
@@ -237,10 +236,3 @@ def _keep(system: System, graded: Sequence[Graded], before: int) -> None:
     for kept, each in zip(system.metrics, graded, strict=True):
         for metric, value in each.metrics.items():
             kept[metric] = (kept[metric] * before + value) / (before + 1)
-
-
-def _now(device: torch.device) -> float:
-    """Return the time when the device has done all that it was asked to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -16,6 +16,7 @@ from drllm.config import EvaluateConfig
 from drllm.errors import CheckpointError, ConfigError, RecordError
 from drllm.evaluation import systems
 from drllm.evaluation.comparison import run_evaluation
+from drllm.evaluation.latency import device_clock
 from drllm.evaluation.opponents import permuted, share_unchanged
 from drllm.evaluation.results import correct_p_values
 from drllm.evaluation.roster import OPPONENTS, depths
@@ -209,7 +210,7 @@ def test_the_clock_waits_for_a_gpu_to_finish(device, waits, monkeypatch):
     waited = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     before = time.perf_counter()
-    assert before <= systems._now(torch.device(device)) <= time.perf_counter()
+    assert before <= device_clock(torch.device(device))() <= time.perf_counter()
     assert waited == [torch.device(device)] * waits
 
 
@@ -366,6 +367,17 @@ def test_a_certified_choice_says_what_so_few_questions_can_show(base, routers_di
     assert result["choice"]["sentences"]
     assert set(result["choice"]["sentences"]) <= set(result["findings"])
     assert any("none" in finding.lower() for finding in result["findings"])
+
+
+def test_a_depth_is_never_chosen_on_the_questions_that_it_is_tested_on(
+    base, routers_dir, task, tmp_path
+):
+    config = settings(split="select", curve="0.1", epsilon=2.0, opponents="none", limit=6)
+    calls = []
+    run_evaluation(base, routers_dir, [task], config, tmp_path, lambda *args: calls.append(args))
+    names = {name for _, _, name in calls}
+    assert "builtin_facts: base on fit" in names
+    assert not any(name.endswith("on select") for name in names)
 
 
 def test_depths_are_shares_each_named_once():
