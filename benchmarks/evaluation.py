@@ -31,6 +31,7 @@ from lm_eval.models.huggingface import HFLM
 
 from drllm.config import ModelConfig
 from drllm.evaluation.harness.model import RoutedLM
+from drllm.evaluation.latency import that_execute
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.loading import BaseModel, load
 from drllm.models.policies import RouterPolicy
@@ -48,8 +49,6 @@ WHOLE = {"repeats": 5, "questions": 200}
 
 OURS = "RoutedLM: the choices of a question behind one copy of its context"
 THEIRS = "lm-evaluation-harness' hf class: a row for each choice"
-EXECUTE = 1e6
-"""Bias by which routers always execute, whatever they read."""
 
 
 def requests_of(task_name: str, num: int, data_dir: Path | None) -> list[Instance]:
@@ -72,10 +71,7 @@ def executing_routers(base: BaseModel) -> RouterStack:
         base_model=base.name,
         base_fingerprint=fingerprint(base.model),
     )
-    stack = RouterStack(config, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        stack.decision_bias[:, 1] += EXECUTE
-    return stack
+    return that_execute(RouterStack(config, torch.Generator().manual_seed(0)))
 
 
 def compare(

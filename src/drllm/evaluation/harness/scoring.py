@@ -193,7 +193,9 @@ class RequestScorer:
         """
         lengths = [len(each.context) + each.num_behind for each in found.questions]
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-        passes = Passes(self.routed.model, StateCache(0))
+        model = self.routed.model
+        passes = Passes(model, StateCache(0))
+        all_packed = bool(order) and can_pack(model, found.questions)
         while order:
             longest = lengths[order[0]]
             if isinstance(self.batch_size, int):
@@ -204,7 +206,8 @@ class RequestScorer:
             taken, rows = 0, 0
             while taken < len(order):
                 question = found.questions[order[taken]]
-                rows += 1 if can_pack(self.routed.model, [question]) else len(question.apart())
+                packed = all_packed or can_pack(model, [question])
+                rows += 1 if packed else len(question.apart())
                 is_full = rows > most or (
                     taken * longest >= ENOUGH_TOKENS
                     and lengths[order[taken]] < LEAST_FILLED * longest
