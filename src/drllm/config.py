@@ -8,7 +8,8 @@ setting is to `settings`, and what it *does* to the stage that reads it. Loads n
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from drllm.errors import ConfigError, unknown_name
@@ -171,6 +172,26 @@ class TrainConfig(Settings):
         0.1, "share of the targets held out for metrics (ours)", minimum=0.0, maximum=0.5
     )
     seed: int = setting(0, "seed of initial weights, order and held-out part", minimum=0)
+    num_seeds: int = setting(
+        1,
+        "routers from so many seeds, counting up from --seed; see seed_S in the output",
+        minimum=1,
+    )
+
+    def by_seed(self, output: Path) -> dict[Path, TrainConfig]:
+        """Return the folder of every seed's routers, with the settings of that training alone.
+
+        Args:
+            output: Of the whole training; the first seed's routers lie in it, those of a further
+                seed S in `seed_S` below it.
+        """
+        seeds = range(self.seed, self.seed + self.num_seeds)
+        return {
+            output if seed == self.seed else output / f"seed_{seed}": replace(
+                self, seed=seed, num_seeds=1
+            )
+            for seed in seeds
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

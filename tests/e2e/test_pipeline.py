@@ -208,6 +208,56 @@ def test_the_stages_one_by_one_end_in_an_evaluation(
         assert re.search(rf"^ {system} .*\d–\d", out, re.MULTILINE)
 
 
+def test_several_seeds_are_trained_one_by_one_and_evaluated_together(
+    finished_run: Path,
+    tmp_path: Path,
+    model_folder: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+):
+    def train(name: str, *words: str) -> int:
+        given = ["train", "--model", str(model_folder()), "--device", "cpu", "--num-epochs", "2"]
+        given += ["--supervision", str(finished_run / "supervision.jsonl")]
+        return main([*given, "--warmup-steps", "1", "--output", str(tmp_path / name), *words])
+
+    def weights(name: str) -> bytes:
+        return (tmp_path / name / "routers.safetensors").read_bytes()
+
+    assert train("both", "--num-seeds", "2") == 0
+    assert train("second", "--seed", "1") == 0
+    assert weights("both/seed_1") == weights("second") != weights("both")
+    assert train("both", "--num-seeds", "2") == 2
+    assert "holds trained routers already" in capsys.readouterr().err
+
+    shutil.rmtree(tmp_path / "both" / "seed_1")  # as a kill behind the first seed leaves it
+    before = (tmp_path / "both" / "routers.safetensors").stat().st_mtime_ns
+    assert train("both", "--num-seeds", "2", "--learning-rate", "0.1") == 2
+    assert "holds trained routers of another run" in capsys.readouterr().err
+    assert train("both", "--num-seeds", "2") == 0
+    assert weights("both/seed_1") == weights("second")
+    assert (tmp_path / "both" / "routers.safetensors").stat().st_mtime_ns == before
+
+    folders = [str(tmp_path / "both"), str(tmp_path / "both" / "seed_1")]
+    evaluate = ["evaluate", "--device", "cpu", "--limit", "4", "--opponents", "none"]
+    evaluate += ["--output-dir", str(tmp_path / "eval"), "--routers", *folders]
+    assert main([*evaluate, folders[0]]) == 2
+    assert f"--routers names {folders[0]} twice" in capsys.readouterr().err
+    assert main(evaluate) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Routers of 2 seeds: accuracy" in out
+
+
+def test_a_recipe_with_several_seeds_evaluates_them_all(
+    run_copy: Path, recipe: Path, tmp_path: Path
+):
+    seeds = tmp_path / "seeds.yaml"
+    seeds.write_text(recipe.read_text().replace("num_epochs: 2", "num_epochs: 2, num_seeds: 2"))
+    assert main(["run", str(seeds), "--output-dir", str(run_copy)]) == 0
+    assert (run_copy / "routers" / "seed_1" / "routers.safetensors").is_file()
+    result = json.loads((run_copy / "eval" / "builtin_facts.json").read_text())
+    assert list(result["other_seeds"]) == [str(run_copy / "routers" / "seed_1")]
+    assert "Routers of several seeds" in (run_copy / "report.md").read_text()
+
+
 def test_a_search_that_is_complete_says_so_and_stays_as_it_is(
     run_copy: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
 ):

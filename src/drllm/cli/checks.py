@@ -84,6 +84,19 @@ def tasks_to_evaluate(config: EvaluateConfig) -> list[Task]:
     return tasks
 
 
+def check_named_once(folders: Sequence[Path], flag: str) -> None:
+    """Refuse a folder that is given twice, under whatever name.
+
+    Raises:
+        ConfigError: Naming it.
+    """
+    seen = set()
+    for folder in folders:
+        if folder.resolve() in seen:
+            raise ConfigError(f"{flag} names {folder} twice; name each folder once")
+        seen.add(folder.resolve())
+
+
 def _check_questions(tasks: Sequence[Task], split: str, data_dir: str | None) -> None:
     folder = None if data_dir is None else Path(data_dir)
     if folder is not None and not folder.is_dir():

@@ -352,12 +352,18 @@ class Run:
 
     def _train(self) -> Sequence[Path]:
         if not self._resumes:
-            (self.routers / "checkpoint.safetensors").unlink(missing_ok=True)
+            for folder in self._seeds():
+                for name in ("checkpoint.safetensors", "routers.safetensors"):
+                    (folder / name).unlink(missing_ok=True)
         stages.run_train_stage(
             self.base, self.supervision_file, self.routers, self.recipe.train, self.terminal
         )
         names = ("router_config.json", "routers.safetensors", "metrics.jsonl", "README.md")
-        return [self.routers / name for name in names]
+        return [folder / name for folder in self._seeds() for name in names]
+
+    def _seeds(self) -> list[Path]:
+        """Return the folders of routers, one a seed, the first seed's first."""
+        return list(self.recipe.train.by_seed(self.routers))
 
     def _evaluate_from(self) -> dict[str, Any]:
         config = self.recipe.evaluate
@@ -365,8 +371,13 @@ class Run:
             "config": decisive(config),
             "model": self.recipe.model.to_dict(),
             "questions": checks.evaluation_digests(self.tasks["evaluate"], config),
-            "router_config.json": checks.file_hash(self.routers / "router_config.json"),
-            "routers.safetensors": checks.file_hash(self.routers / "routers.safetensors"),
+            **{
+                (folder / name).relative_to(self.routers).as_posix(): checks.file_hash(
+                    folder / name
+                )
+                for folder in self._seeds()
+                for name in ("router_config.json", "routers.safetensors")
+            },
         }
 
     def _evaluate(self) -> Sequence[Path]:
@@ -377,7 +388,7 @@ class Run:
         if "supervision" in needed and config.supervision is None:
             config = dataclasses.replace(config, supervision=str(self.supervision_file))
         results = stages.run_evaluate_stage(
-            self.base, self.routers, self.tasks["evaluate"], config, output, self.terminal
+            self.base, self._seeds(), self.tasks["evaluate"], config, output, self.terminal
         )
         return [*results, output / "samples.jsonl", output / "samples.manifest.json"]
 

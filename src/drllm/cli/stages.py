@@ -49,15 +49,17 @@ def train(request: Request, terminal: Terminal) -> None:
     supervision = request.path("supervision")
     read_supervision(supervision)
     checks.check_folder(output, "--output" if request.values["output"] else "--run-name")
-    if (output / "routers.safetensors").exists() and not _is_unfinished(output):
+    config = request.of(TrainConfig)
+    if all(_is_finished(folder) for folder in config.by_seed(output)):
         raise CheckpointError(
             f"{output} holds trained routers already; choose another "
             f"{'--output' if request.values['output'] else '--run-name'}, or delete the folder"
         )
     with loaded(request.of(ModelConfig), terminal) as base:
-        run_train_stage(base, supervision, output, request.of(TrainConfig), terminal)
-    terminal.say(f"routers        {output}")
-    show.show(output, terminal)
+        run_train_stage(base, supervision, output, config, terminal)
+    for folder in config.by_seed(output):
+        terminal.say(f"routers        {folder}")
+        show.show(folder, terminal)
 
 
 def _routers_folder(request: Request) -> Path:
@@ -76,10 +78,10 @@ def _routers_folder(request: Request) -> Path:
     return CHECKPOINTS / str(name)
 
 
-def _is_unfinished(output: Path) -> bool:
-    from drllm.training.checkpoint import CHECKPOINT_FILE
+def _is_finished(folder: Path) -> bool:
+    from drllm.training.checkpoint import is_finished
 
-    return (output / CHECKPOINT_FILE).exists()
+    return is_finished(folder)
 
 
 def evaluate(request: Request, terminal: Terminal) -> None:
@@ -88,10 +90,12 @@ def evaluate(request: Request, terminal: Terminal) -> None:
     output = request.path("output_dir")
     tasks = checks.tasks_to_evaluate(config)
     checks.check_folder(output, "--output-dir")
-    routers_dir = find_routers(request.path("routers"))
-    model = model_of(request, read_routers(routers_dir))
+    folders = [find_routers(place) for place in request.paths("routers")]
+    checks.check_named_once(folders, "--routers")
+    first, *_ = [read_routers(folder) for folder in folders]
+    model = model_of(request, first)
     with loaded(model, terminal) as base:
-        run_evaluate_stage(base, routers_dir, tasks, config, output, terminal)
+        run_evaluate_stage(base, folders, tasks, config, output, terminal)
     show_results(output, terminal, [task.name for task in tasks])
     terminal.say(f"results        {output}")
 
@@ -102,9 +106,10 @@ def model_of(request: Request, routers: RouterStack | None) -> ModelConfig:
     if request.model_given or routers is None:
         return config
     if not routers.config.base_model:
+        given = request.values["routers"]
+        place = given if isinstance(given, str) else given[0]
         raise CheckpointError(
-            f"the routers in {request.text('routers')} don't name their base model; "
-            f"give it as --model"
+            f"the routers in {place} don't name their base model; give it as --model"
         )
     revision = config.revision or routers.config.base_revision
     return dataclasses.replace(config, model=routers.config.base_model, revision=revision)
@@ -181,7 +186,8 @@ def attached(base: BaseModel, routers: RouterStack | None = None) -> Iterator[Ro
 def run_train_stage(
     base: BaseModel, supervision: Path, output: Path, config: TrainConfig, terminal: Terminal
 ) -> None:
-    """Pool the routers' inputs along the target paths, then train on them."""
+    """Pool the routers' inputs along the target paths, then train on them, seed by seed."""
+    from drllm.training.checkpoint import Run, check_finished, is_finished
     from drllm.training.features import collect
     from drllm.training.loop import train as train_routers
 
@@ -195,31 +201,44 @@ def run_train_stage(
             num_windows=config.num_windows,
             on_progress=progress,
         )
-    with terminal.progress("training", "steps") as progress:
-        train_routers(
-            features,
-            base.identity,
-            config,
-            output,
-            rewards=checks.rewards_of(supervision),
-            device=base.model.device,
-            on_progress=progress,
-        )
+    for folder, settings in config.by_seed(output).items():
+        if is_finished(folder):  # by an earlier start of this training
+            check_finished(folder, Run.of(features, base.identity, settings))
+            continue
+        with terminal.progress(f"training, seed {settings.seed}", "steps") as progress:
+            train_routers(
+                features,
+                base.identity,
+                settings,
+                folder,
+                rewards=checks.rewards_of(supervision),
+                device=base.model.device,
+                on_progress=progress,
+            )
 
 
 def run_evaluate_stage(
     base: BaseModel,
-    routers_dir: Path,
+    routers: Sequence[Path],
     tasks: Sequence[Task],
     config: EvaluateConfig,
     output: Path,
     terminal: Terminal,
 ) -> list[Path]:
-    """Evaluate the tasks and return their results' files."""
+    """Evaluate the tasks and return their results' files.
+
+    Args:
+        base: The frozen model.
+        routers: Folders; those behind the first are of further seeds.
+        tasks: What is evaluated.
+        config: How.
+        output: Receives the results.
+        terminal: Where it is said.
+    """
     from drllm.evaluation.comparison import run_evaluation
     from drllm.models.routers import read_config
 
-    trained = read_config(routers_dir).training.get("rewards")
+    trained = read_config(routers[0]).training.get("rewards")
     if isinstance(trained, list) and trained and OPTIONS_REWARD not in trained:
         terminal.note(
             f"drllm: the routers were trained on prompts for {', '.join(map(str, trained))}, the "
@@ -227,4 +246,6 @@ def run_evaluate_stage(
             f"{OPTIONS_REWARD}"
         )
     with terminal.progress("evaluating", "systems") as progress:
-        return run_evaluation(base, routers_dir, tasks, config, output, progress)
+        return run_evaluation(
+            base, routers[0], tasks, config, output, progress, other_seeds=routers[1:]
+        )

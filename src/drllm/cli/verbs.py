@@ -119,7 +119,13 @@ VERBS: dict[str, Verb] = {
         example="drllm evaluate --routers checkpoints/first --tasks builtin_facts",
         groups=(ModelConfig, EvaluateConfig),
         flags=(
-            Flag(name="routers", help="routers: a folder or a hub id", required=True),
+            Flag(
+                name="routers",
+                help="routers: a folder or a hub id; further ones are of other seeds, to see the "
+                "spread",
+                many=True,
+                required=True,
+            ),
             Flag(name="output_dir", help="folder for TASK.json and samples.jsonl", default="eval/"),
         ),
         model_from_routers=True,

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -27,10 +28,14 @@ from drllm.evaluation.partial import Partial
 from drllm.evaluation.prompt_cost import PromptCost
 from drllm.evaluation.results import Evaluated, correct_p_values, point_of
 from drllm.evaluation.roster import OPPONENTS, check, depths, named
+from drllm.evaluation.seeds import seeds_row
 from drllm.evaluation.systems import System, TaskRun
 from drllm.models.base.loading import BaseModel
+from drllm.models.checkpoints.folder import WEIGHTS_FILE
+from drllm.models.checkpoints.pretrained import check_routers
 from drllm.models.dial import find_depth_bias
 from drllm.models.policies import RouterPolicy
+from drllm.models.routers import RouterStack
 from drllm.models.shared_rows import Question
 from drllm.records import (
     new_manifest,
@@ -45,7 +50,8 @@ from drllm.tasks.base import Task
 SAMPLES_FILE = "samples.jsonl"
 TASKS_FOLDER = "tasks"
 CACHE = "cache"
-DRAWN = ("permuted routes", "random decisions", "label frequency")
+PERMUTED = "permuted routes"
+DRAWN = (PERMUTED, "random decisions", "label frequency")
 """Opponents that are drawn several times; the others' draws only say who gives up one more."""
 
 OnProgress: TypeAlias = Callable[[float, int, str], None]
@@ -59,6 +65,8 @@ def run_evaluation(
     config: EvaluateConfig,
     output_dir: Path,
     on_progress: OnProgress | None = None,
+    *,
+    other_seeds: Sequence[Path] = (),
 ) -> list[Path]:
     """Evaluate base, routed model and opponents on each task, and write the results.
 
@@ -67,11 +75,14 @@ def run_evaluation(
 
     Args:
         base: The frozen model.
-        routers_dir: A folder of routers that belong to it.
+        routers_dir: A folder of routers that belong to it; opponents are compared with these.
         tasks: What is evaluated.
         config: Split, sample, opponents, depths.
         output_dir: Receives `TASK.json` for each task, `samples.jsonl`, and the task folder.
         on_progress: See `OnProgress`.
+        other_seeds: Folders of routers that were trained alike with other seeds. They run at every
+            depth too, with their own routes permuted if that opponent is asked for, and say how
+            far seeds lie apart.
 
     Returns:
         The paths of the `TASK.json` files, in the order of the tasks. They are written when all
@@ -87,7 +98,9 @@ def run_evaluation(
     """
     lm = RoutedLM(base, routers=str(routers_dir), batch_size=config.batch_size)
     try:
-        evaluation = _Evaluation(lm, routers_dir, tasks, config, Path(output_dir), on_progress)
+        evaluation = _Evaluation(
+            lm, [routers_dir, *other_seeds], tasks, config, Path(output_dir), on_progress
+        )
         done = [evaluation.of_task(task) for task in tasks]
     finally:
         lm.routed.detach()
@@ -95,7 +108,7 @@ def run_evaluation(
     outputs, samples = [], []
     for each in done:
         path = Path(output_dir) / f"{each.task.name}.json"
-        result = each.summary(base, Path(routers_dir), num_tasks=len(done))
+        result = each.summary(base, [routers_dir, *other_seeds], num_tasks=len(done))
         write_atomically(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         outputs.append(path)
         samples += each.samples()
@@ -113,14 +126,14 @@ class _Evaluation:
     def __init__(
         self,
         lm: RoutedLM,
-        routers_dir: Path,
+        routers: Sequence[Path],
         tasks: Sequence[Task],
         config: EvaluateConfig,
         output_dir: Path,
         on_progress: OnProgress | None,
     ) -> None:
         self.lm = lm
-        self.routers_dir = routers_dir
+        self.other_seeds = {folder: _load(folder, lm) for folder in routers[1:]}
         self.config = config
         self.output_dir = output_dir
         self.on_progress = on_progress
@@ -131,7 +144,7 @@ class _Evaluation:
         self.targets = (
             [] if config.supervision is None else read_supervision(Path(config.supervision))
         )
-        files = [routers_dir / "routers.safetensors"]
+        files = [folder / WEIGHTS_FILE for folder in routers]
         files += [Path(name) for name in (config.search, config.supervision) if name is not None]
         self.partial = Partial(
             output_dir / "partial",
@@ -142,7 +155,10 @@ class _Evaluation:
                 "inputs": {str(path): sha256(path) for path in files},
             },
         )
-        points = 1 + (1 + len(self.opponents)) * (1 + len(self.shares))
+        at_depths = [name for name in self.opponents if not OPPONENTS[name].has_own_depth]
+        points = 2 + len(self.opponents) + (1 + len(at_depths)) * len(self.shares)
+        of_a_seed = 1 + (PERMUTED in self.opponents)
+        points += len(self.other_seeds) * of_a_seed * (1 + len(self.shares))
         chosen_on = (1 + len(self.shares)) if config.epsilon is not None else 0
         self.num_systems = (points + chosen_on) * len(tasks)
         self.num_done = 0
@@ -181,16 +197,19 @@ class _Evaluation:
         notes = list(asked.written.notes)
         lineup = Lineup(lambda: self._material(task), self.lm.routed)
         biases = dict(self._biases(lineup, notes))
-        systems = [base]
+        systems, seeds = [base], []
         for setting, bias in {"": 0.0, **biases}.items():
-            systems += self._at_depth(task, run, lineup, setting, bias, notes)
+            at_depth = self._at_depth(task, run, lineup, setting, bias, notes)
+            if self.other_seeds:
+                seeds.append(self._seeds(task, run, lineup, [base, *at_depth], notes))
+            systems += at_depth
         choice = None
         if config.epsilon is not None:
             choice = self._choice(task, base, systems, biases, asked.written.chance)
         num_tokens = [len(self.lm.tok_encode(prompt)) for prompt in asked.prompts()]
         cost = PromptCost.of(self.lm.routed.model, num_tokens)
         num_layers = self.lm.routed.num_layers
-        return Evaluated(task, asked, systems, notes, choice, config, num_layers, cost)
+        return Evaluated(task, asked, systems, notes, choice, config, num_layers, cost, seeds)
 
     def _chosen_on(self, task: Task) -> str:
         """Return the split that settings are chosen on: `select`, or `fit` where that is asked."""
@@ -220,15 +239,18 @@ class _Evaluation:
 
     def _biases(self, lineup: Lineup, notes: list[str]) -> Iterator[tuple[str, float]]:
         """Yield each depth of the curve in words, and the bias that gives it."""
-        L = self.lm.routed.num_layers
         for share in self.shares:
-            setting = f"{100 * share:g} % saved"
+            setting = in_words(share)
             try:
-                found = find_depth_bias(self.lm.routed, lineup.material.prompts, (1 - share) * L)
+                yield setting, self._bias(lineup, share)
             except ConfigError as error:  # the routers' own: no bias gives so many executions
                 notes.append(f"Not evaluated at {setting}: {error}")
-                continue
-            yield setting, found.depth_bias
+
+    def _bias(self, lineup: Lineup, share: float, routers: RouterStack | None = None) -> float:
+        """Return the bias under which routers save a share of the executions."""
+        wanted = (1 - share) * self.lm.routed.num_layers
+        found = find_depth_bias(self.lm.routed, lineup.material.prompts, wanted, routers=routers)
+        return found.depth_bias
 
     def _at_depth(
         self,
@@ -247,24 +269,74 @@ class _Evaluation:
         routed = self.once(
             f"{task.name}: routed{at}", lambda: run.by_policy("routed", policy, setting)
         )
-        systems, routes = [routed], torch.tensor(routed.routes[0])
+        systems = [routed]
         for name in self.opponents:
+            if setting and OPPONENTS[name].has_own_depth:
+                continue  # it would be the same system again
             if lacking := lineup.lacks(name):
                 notes.append(f"{OPPONENTS[name].name} isn't compared: it needs {lacking}.")
                 continue
 
-            def opponent(name: str = name) -> System:
-                generator = torch.Generator().manual_seed(self.config.seed)
-                num = self.config.num_random_draws if name in DRAWN else 1
-                drawn = [lineup.at(name, routes, generator) for _ in range(num)]
-                system = run.opponent(name, drawn, setting)
-                if name == "permuted routes":
-                    plans = [draw.plan for draw in drawn if draw.plan is not None]
-                    system.unchanged = [share_unchanged(routes, plan) for plan in plans]
-                return system
-
+            opponent = partial(self._opponent, run, lineup, name, routed)
             systems.append(self.once(f"{task.name}: {name}{at}", opponent))
         return systems
+
+    def _opponent(self, run: TaskRun, lineup: Lineup, name: str, routed: System) -> System:
+        """Run an opponent at the executions of a routed model."""
+        routes = torch.tensor(routed.routes[0])
+        generator = torch.Generator().manual_seed(self.config.seed)
+        num = self.config.num_random_draws if name in DRAWN else 1
+        drawn = [lineup.at(name, routes, generator) for _ in range(num)]
+        system = run.opponent(name, drawn, routed.setting)
+        if name == PERMUTED:
+            plans = [draw.plan for draw in drawn if draw.plan is not None]
+            system.unchanged = [share_unchanged(routes, plan) for plan in plans]
+        return system
+
+    def _seeds(
+        self,
+        task: Task,
+        run: TaskRun,
+        lineup: Lineup,
+        first: Sequence[System],
+        notes: list[str],
+    ) -> dict[str, Any]:
+        """Run the other seeds' routers at one depth; return what all seeds' routers did there.
+
+        Args:
+            task: The task.
+            run: Its questions.
+            lineup: For the prompts that a depth is looked for on.
+            first: Base, the first seed's routed model, and its opponents at this depth.
+            notes: Receives which seeds can't be had at this depth.
+        """
+        base, routed, *opponents = first
+        setting = routed.setting
+        routed_points = [point_of(routed)]
+        permuted_points = [point_of(each) for each in opponents if each.name == PERMUTED]
+        share = next((share for share in self.shares if in_words(share) == setting), None)
+        for folder, routers in self.other_seeds.items():
+            try:
+                bias = 0.0 if share is None else self._bias(lineup, share, routers)
+            except ConfigError as error:  # as for the first seed's
+                notes.append(f"{folder} isn't evaluated at {setting}: {error}")
+                continue
+            policy = RouterPolicy(routers, depth_bias=bias)
+            of_seed = f"of {folder}" + (f" at {setting}" if setting else "")
+            own = self.once(
+                f"{task.name}: routed {of_seed}",
+                lambda policy=policy: run.by_policy("routed", policy, setting),  # type: ignore[misc]
+            )
+            routed_points.append(point_of(own))
+            if not permuted_points:
+                continue
+
+            control = self.once(
+                f"{task.name}: {PERMUTED} {of_seed}",
+                partial(self._opponent, run, lineup, PERMUTED, own),
+            )
+            permuted_points.append(point_of(control))
+        return seeds_row(routed_points, point_of(base), permuted_points, self.config.seed)
 
     def _choice(
         self,
@@ -311,3 +383,15 @@ class _Evaluation:
             if system.name == "routed" and point_of(system).name == choice.chosen.name
         )
         return certified.confirm(choice, point_of(base), tested, chance=guess, seed=config.seed)
+
+
+def in_words(share: float) -> str:
+    """Return a depth of the curve as tables name it."""
+    return f"{100 * share:g} % saved"
+
+
+def _load(folder: Path, lm: RoutedLM) -> RouterStack:
+    """Read routers for the model."""
+    routers = RouterStack.load(folder)
+    check_routers(lm.routed.model, routers)
+    return routers.to(lm.device)

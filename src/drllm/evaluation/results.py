@@ -18,9 +18,11 @@ from drllm.evaluation.findings import findings
 from drllm.evaluation.harness.asking import AskedTask
 from drllm.evaluation.prompt_cost import PromptCost
 from drllm.evaluation.roster import NOT_COMPARED, OPPONENTS
+from drllm.evaluation.seeds import sentence
 from drllm.evaluation.statistics import holm, mcnemar_exact, mean_interval, wilson_interval
 from drllm.evaluation.systems import System
 from drllm.models.base.loading import BaseModel
+from drllm.models.checkpoints.folder import WEIGHTS_FILE
 from drllm.records import new_manifest, sha256
 from drllm.tasks.base import Example, Task
 
@@ -64,6 +66,7 @@ class Evaluated:
         config: As the evaluation's.
         num_layers: L.
         cost: Of the questions' prompts.
+        seeds: Rows of `seeds_row`, one a depth, where there are routers of several seeds.
 
     Attributes:
         rows: The table of the systems at the depth that the routers were trained for.
@@ -79,6 +82,7 @@ class Evaluated:
         config: EvaluateConfig,
         num_layers: int,
         cost: PromptCost,
+        seeds: Sequence[dict[str, Any]] = (),
     ) -> None:
         self.task = task
         self.asked = asked
@@ -88,28 +92,29 @@ class Evaluated:
         self.config = config
         self.num_layers = num_layers
         self.cost = cost
+        self.seeds = list(seeds)
         trained = [each for each in systems if not each.setting]
         self.rows = [
             {**_row(each, trained[0], trained[1], config.seed), **cost.row(each.routes)}
             for each in trained
         ]
 
-    def summary(self, base: BaseModel, routers_dir: Path, num_tasks: int) -> dict[str, Any]:
+    def summary(self, base: BaseModel, routers: Sequence[Path], num_tasks: int) -> dict[str, Any]:
         """Return what `TASK.json` holds.
 
         Args:
             base: The base model.
-            routers_dir: The routers.
+            routers: Their folders, the first seed's first.
             num_tasks: That were evaluated, for which p-values are corrected.
         """
-        weights = routers_dir / "routers.safetensors"
+        weights = [folder / WEIGHTS_FILE for folder in routers]
         written, config = self.asked.written, self.config
         trained = [system for system in self.systems if not system.setting]
         manifest = new_manifest(
             "evaluation",
             model=base.identity,
             config=config.to_dict(),
-            inputs=[weights],
+            inputs=weights,
         )
         routed = trained[1]
         underived = f"FLOPs and K/V bytes are not derived: {self.cost.note}."
@@ -124,10 +129,15 @@ class Evaluated:
             "num_questions": written.num_questions,
             "num_layers": self.num_layers,
             "chance": written.chance or 0.0,
-            "routers": str(routers_dir),
-            "routers_sha256": sha256(weights),
+            "routers": str(routers[0]),
+            "routers_sha256": sha256(weights[0]),
+            "other_seeds": {
+                str(folder): sha256(path)
+                for folder, path in zip(routers[1:], weights[1:], strict=True)
+            },
             "systems": self.rows,
             "curve": self._curve(),
+            "seeds": self.seeds,
             "choice": None if self.choice is None else _choice(self.choice),
             "not_compared": dict(NOT_COMPARED),
             "findings": [
@@ -142,6 +152,7 @@ class Evaluated:
                     seed=config.seed,
                     num_tasks=num_tasks,
                 ),
+                *map(sentence, self.seeds),
                 *([] if self.choice is None else self.choice.sentences()),
                 *self.notes,
                 *([underived] if self.cost.note else []),

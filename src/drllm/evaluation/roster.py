@@ -31,6 +31,7 @@ class Opponent:
         source: Where it comes from.
         fitted_on: What its decisions were fitted on; never on questions that are reported on.
         reads_question: Whether its decisions follow from the question that is asked.
+        has_own_depth: Whether it runs at executions of its own, whatever the routed model's are.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Opponent:
     source: str
     fitted_on: str
     reads_question: bool = False
+    has_own_depth: bool = False
 
 
 OPPONENTS: Mapping[str, Opponent] = MappingProxyType(
@@ -115,6 +117,7 @@ OPPONENTS: Mapping[str, Opponent] = MappingProxyType(
                 description="one block of neighbouring layers runs twice; at its own executions",
                 source="RYS; depth up-scaling, arXiv 2312.15166",
                 fitted_on=CHOICE,
+                has_own_depth=True,
             ),
             Opponent(
                 name="sequence router",

@@ -2,16 +2,17 @@
 
 Owns two numbers that must not be mixed. The *spread* says how much the training's randomness
 moves a result on the same questions; the *interval* says how far the mean over the seeds may move
-with other questions. Neither contains the other.
+with other questions. Neither contains the other. Leaves running the routers to the stage.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from drllm.evaluation.statistics import BOOTSTRAP_DRAWS, mean_interval
+from drllm.evaluation.curve import Outcomes, Point, differences
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,30 +79,89 @@ def over_seeds(by_seed: Sequence[Sequence[float]]) -> list[float]:
     return [statistics.fmean(values) for values in zip(*by_seed, strict=True)]
 
 
-def pooled_interval(
-    by_seed: Sequence[Sequence[float]],
-    reference: Sequence[float] | None = None,
-    *,
-    seed: int = 0,
-    draws: int = BOOTSTRAP_DRAWS,
-    confidence: float = 0.95,
-) -> tuple[float, float]:
-    """Return the interval over questions of a mean over seeds, or of its difference to a system.
+def seeds_row(
+    routed: Sequence[Point], base: Point, permuted: Sequence[Point], seed: int
+) -> dict[str, Any]:
+    """Return what routers of several seeds did at one depth, for a file.
 
     Questions are resampled, each with its answers under all seeds. The seeds stay what they are,
-    so the interval is about these routers, not about others that more seeds would give.
+    so the intervals are about these routers, not about others that more seeds would give.
 
     Args:
-        by_seed: For each seed, one value per question, in one order.
-        reference: Another system's values on the same questions, which are taken off (base).
+        routed: One point a seed, on the same questions and texts.
+        base: The untouched model on them.
+        permuted: The same seeds' own routes permuted over the questions; empty if that wasn't run.
         seed: Of the resampling.
-        draws: How often the questions are drawn anew.
-        confidence: In (0, 1).
+
+    Returns:
+        `setting`, `num_seeds`; for `accuracy`, `executions`, `gold_logprob` and `text_loss` the
+        spread, None where it isn't known; the mean over the seeds against base and against the
+        permuted routes as from `differences`, None where there are none.
 
     Raises:
-        ValueError: No seeds or questions, or another number of questions for some of them.
+        ValueError: No seeds, or points on another number of questions or texts.
     """
-    means = over_seeds(by_seed)
-    if reference is not None:
-        means = [mean - value for mean, value in zip(means, reference, strict=True)]
-    return mean_interval(means, seed, draws, confidence)
+    mean = _mean_outcomes(routed)
+    return {
+        "setting": routed[0].setting,
+        "num_seeds": len(routed),
+        "accuracy": asdict(spread([point.accuracy for point in routed])),
+        "executions": asdict(spread([point.executions for point in routed])),
+        "gold_logprob": _known_spread([point.gold_logprob for point in routed]),
+        "text_loss": _known_spread([point.text_loss for point in routed]),
+        "against_base": differences(mean, base.outcomes, seed),
+        "against_permuted": (
+            differences(mean, _mean_outcomes(permuted), seed) if permuted else None
+        ),
+    }
+
+
+def sentence(row: Mapping[str, Any]) -> str:
+    """Say what routers of several seeds did at one depth.
+
+    Args:
+        row: From `seeds_row`.
+
+    Example:
+        >>> end = {"mean": 0.02, "interval": [-0.01, 0.05], "shown": None}
+        >>> row = {"setting": "", "num_seeds": 2, "against_permuted": None}
+        >>> row["accuracy"] = {"mean": 0.52, "lowest": 0.5, "highest": 0.54, "deviation": 0.028}
+        >>> row["executions"] = {"mean": 28.0, "lowest": 27.5, "highest": 28.5}
+        >>> row["against_base"] = {"accuracy": end, "gold_logprob": None, "text_loss": None}
+        >>> sentence(row)[:52]
+        'Routers of 2 seeds: accuracy 52.0 % (50.0 to 54.0, s'
+    """
+    at = f" at {row['setting']}" if row["setting"] else ""
+    accuracy, executions = row["accuracy"], row["executions"]
+    apart = f"{100 * accuracy['lowest']:.1f} to {100 * accuracy['highest']:.1f}"
+    if accuracy["deviation"] is not None:
+        apart += f", standard deviation {100 * accuracy['deviation']:.1f} points"
+    said = (
+        f"Routers of {row['num_seeds']} seeds{at}: accuracy {100 * accuracy['mean']:.1f} % "
+        f"({apart}) at {executions['mean']:.2f} executions ({executions['lowest']:.2f} to "
+        f"{executions['highest']:.2f})"
+    )
+    for words, found in (
+        ("base's", row["against_base"]),
+        ("that of their own routes permuted", row["against_permuted"]),
+    ):
+        if found is not None:
+            low, high = (100 * end for end in found["accuracy"]["interval"])
+            said += (
+                f"; their mean less {words}: {100 * found['accuracy']['mean']:+.1f} points, 95 % "
+                f"interval over questions {low:+.1f} to {high:+.1f}"
+            )
+    return said + "."
+
+
+def _mean_outcomes(points: Sequence[Point]) -> Outcomes:
+    return Outcomes(
+        correct=over_seeds([point.outcomes.correct for point in points]),
+        gold_logprob=over_seeds([point.outcomes.gold_logprob for point in points]),
+        text_loss=over_seeds([point.outcomes.text_loss for point in points]),
+    )
+
+
+def _known_spread(values: Sequence[float | None]) -> dict[str, Any] | None:
+    known = [value for value in values if value is not None]
+    return asdict(spread(known)) if len(known) == len(values) else None

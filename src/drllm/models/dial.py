@@ -24,6 +24,7 @@ from drllm.errors import ConfigError, RecordError
 from drllm.models.policies import FullPolicy, Policy, RouterPolicy
 from drllm.models.prompts import context_length, encode, left_padded, render
 from drllm.models.routed import RoutedModel
+from drllm.models.routers import RouterStack
 from drllm.records import read_lines
 
 TOLERANCE = 0.25
@@ -106,6 +107,7 @@ def find_depth_bias(
     prompts: Sequence[Sequence[int]],
     target_executions: float,
     *,
+    routers: RouterStack | None = None,
     batch_size: int = 16,
     tolerance: float = TOLERANCE,
 ) -> Calibration:
@@ -123,6 +125,7 @@ def find_depth_bias(
         prompts: The calibration set, token ids of each prompt; the mean holds for prompts like
             these.
         target_executions: Wanted mean, from 1 to 2L.
+        routers: Whose bias is looked for; the model's own unless given.
         batch_size: Prompts a forward pass.
         tolerance: How far the mean may lie from the target.
 
@@ -136,7 +139,7 @@ def find_depth_bias(
 
     Source: ours (D-20).
     """
-    L, routers = routed.num_layers, routed.routers
+    L, routers = routed.num_layers, routed.routers if routers is None else routers
     if routers is None:
         raise ConfigError(
             "--target-executions has no effect on a model without routers; give routers, or pin a "

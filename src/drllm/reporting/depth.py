@@ -11,7 +11,7 @@ from functools import partial
 from drllm.cost import share_saved
 from drllm.reporting import curves
 from drllm.reporting.blocks import Block, Columns, Figure, Folded, Listing, Section, Table, Text
-from drllm.reporting.depths import Choice, Point, Trial
+from drllm.reporting.depths import Choice, Point, Seeds, Spread, Trial
 from drllm.reporting.evaluated import difference
 from drllm.reporting.numbers import NONE, count, percent, plain, signed
 from drllm.reporting.results import Evaluation
@@ -34,6 +34,8 @@ def sections(evaluation: Evaluation) -> list[Section]:
     found = []
     if evaluation.curve:
         found.append(Section("Depth curve", _curve(evaluation)))
+    if evaluation.seeds:
+        found.append(Section("Routers of several seeds", _seeds(evaluation.seeds)))
     if evaluation.choice is not None:
         found.append(Section("Certified choice", _choice(evaluation.choice, evaluation.split)))
     return found
@@ -111,6 +113,59 @@ def point_row(point: Point, num_layers: int) -> list[str]:
         difference(against.gold_logprob if against else None),
         difference(against.text_loss if against else None),
     ]
+
+
+# --- several seeds -----------------------------------------------------------------------------
+
+
+def _seeds(rows: Sequence[Seeds]) -> list[Block]:
+    return [
+        Text(
+            "The same training with other seeds, on the same questions. The spread says how much "
+            "the training's randomness moves a result; the intervals say how far the mean over "
+            "these seeds may move with other questions. Opponents are compared with the first "
+            "seed's routers."
+        ),
+        Table(
+            caption="Routers of several seeds, depth by depth; mean, with the lowest and the "
+            "highest of the seeds",
+            header=(
+                "depth",
+                "seeds",
+                "executions a forward",
+                "accuracy",
+                "standard deviation, points",
+                "mean less base's, points",
+                "gold log-probability less base's, nats",
+                "next-token loss less base's, nats",
+                "mean less own routes permuted, points",
+            ),
+            rows=[_seeds_row(row) for row in rows],
+        ),
+    ]
+
+
+def _seeds_row(row: Seeds) -> list[str]:
+    deviation = row.accuracy.deviation
+    base, permuted = row.against_base, row.against_permuted
+    return [
+        row.setting or "as trained",
+        count(row.num_seeds),
+        _ends(row.executions, 1, 2),
+        _ends(row.accuracy, 100, 1),
+        NONE if deviation is None else plain(100 * deviation, 1),
+        difference(base.accuracy if base else None, 100, 1),
+        difference(base.gold_logprob if base else None),
+        difference(base.text_loss if base else None),
+        difference(permuted.accuracy if permuted else None, 100, 1),
+    ]
+
+
+def _ends(spread: Spread, scale: float, digits: int) -> str:
+    mean, low, high = (
+        plain(scale * value, digits) for value in (spread.mean, spread.lowest, spread.highest)
+    )
+    return f"{mean} ({low} to {high})"
 
 
 # --- the choice --------------------------------------------------------------------------------

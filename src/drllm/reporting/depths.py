@@ -118,6 +118,62 @@ class Choice:
         return tested if tested is not None and tested.passed else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """One number under several seeds; `deviation` None where it can't be told."""
+
+    mean: float
+    lowest: float
+    highest: float
+    deviation: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seeds:
+    """What routers of several seeds did at one depth.
+
+    Attributes:
+        setting: The depth in words; empty for the one that they were trained for.
+        num_seeds: How many could be had at it.
+        accuracy: Between the seeds.
+        executions: Likewise.
+        against_base: Of the mean over the seeds.
+        against_permuted: Of the mean over the seeds, to that of their own routes permuted.
+    """
+
+    setting: str
+    num_seeds: int
+    accuracy: Spread
+    executions: Spread
+    against_base: Differences | None
+    against_permuted: Differences | None
+
+
+def read_seeds(rows: list[Fields]) -> tuple[Seeds, ...]:
+    """Read what routers of several seeds did, depth by depth; empty where there was one seed."""
+    return tuple(
+        Seeds(
+            setting=row.text("setting"),
+            num_seeds=row.whole("num_seeds"),
+            accuracy=_spread(row, "accuracy"),
+            executions=_spread(row, "executions"),
+            against_base=read_differences(row.optional_object("against_base")),
+            against_permuted=read_differences(row.optional_object("against_permuted")),
+        )
+        for row in rows
+    )
+
+
+def _spread(row: Fields, key: str) -> Spread:
+    fields = row.optional_object(key) or Fields({}, f"{row.where}, {key!r}")
+    return Spread(
+        mean=fields.number("mean"),
+        lowest=fields.number("lowest"),
+        highest=fields.number("highest"),
+        deviation=fields.optional_number("deviation"),
+    )
+
+
 def read_differences(fields: Fields | None) -> Differences | None:
     """Read two systems' differences; None where there are none."""
     if fields is None:

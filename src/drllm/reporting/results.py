@@ -20,9 +20,11 @@ from drllm.reporting.depths import (
     Choice,
     Differences,
     Point,
+    Seeds,
     read_choice,
     read_curve,
     read_differences,
+    read_seeds,
 )
 from drllm.reporting.fields import Fields, read_object
 from drllm.reporting.samples import BASE, ROUTED, Sample, Source, read_samples
@@ -101,6 +103,7 @@ class Evaluation:
         curve: Base, then the systems at other depths.
         choice: The certified choice, if one was asked for.
         not_compared: Methods that a reader will look for, and why they aren't compared.
+        seeds: What routers of several seeds did, depth by depth; empty where there was one seed.
     """
 
     task: str
@@ -117,6 +120,7 @@ class Evaluation:
     curve: tuple[Point, ...] = ()
     choice: Choice | None = None
     not_compared: Mapping[str, str] = field(default_factory=dict)
+    seeds: tuple[Seeds, ...] = ()
 
     @property
     def base(self) -> System:
@@ -256,6 +260,7 @@ def _evaluation(
         curve=read_curve(fields.objects("curve")),
         choice=read_choice(fields.optional_object("choice")),
         not_compared=_words(fields.optional_object("not_compared")),
+        seeds=read_seeds(fields.objects("seeds")),
     )
     if evaluation.kind is None:
         absent.append(

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from drllm.config import TrainConfig
 from drllm.errors import CheckpointError
-from drllm.models.routers import RouterStack
+from drllm.models.checkpoints.folder import WEIGHTS_FILE
+from drllm.models.routers import RouterStack, read_config
 from drllm.training.features import Features
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -158,6 +159,31 @@ def resume(
                 **{key: tensors[f"{key}.{name}"].to(weight.device) for key in MOMENTS[1:]},
             }
     return rows
+
+
+def is_finished(output: Path) -> bool:
+    """Tell whether a folder holds routers whose training is over."""
+    return (output / WEIGHTS_FILE).exists() and not (output / CHECKPOINT_FILE).exists()
+
+
+def check_finished(output: Path, run: Run) -> None:
+    """Refuse the finished routers of another run.
+
+    Args:
+        output: A folder with finished routers.
+        run: The run that they should be of.
+
+    Raises:
+        CheckpointError: They are of another one, or can't be read.
+    """
+    made = read_config(output)
+    same = {"settings": run.settings, "targets": run.targets}
+    known = {name: made.training.get(name) for name in same}
+    if known != same or made.base_fingerprint != run.base:
+        raise CheckpointError(
+            f"{output} holds trained routers of another run; choose another output folder, or "
+            f"delete that one"
+        )
 
 
 def remove(output: Path) -> None:

@@ -110,6 +110,7 @@ def train(
         stack.config,
         training={
             "settings": config.to_dict(),
+            "targets": run.targets,
             "steps": schedule.steps,
             "warmup_steps": schedule.warmup,
             "class_weights": objective.weights.tolist(),

@@ -51,7 +51,7 @@ def base(tiny_llama, tiny_tokenizer):
     return BaseModel(model=model, tokenizer=tiny_tokenizer, name="tiny", revision=None)
 
 
-def new_routers(base, num_layers=6):
+def new_routers(base, num_layers=6, seed=3):
     config = RouterConfig(
         num_layers=num_layers,
         hidden_size=32,
@@ -59,7 +59,7 @@ def new_routers(base, num_layers=6):
         base_fingerprint=fingerprint(base.model),
         label_counts=((2, 7, 1),) * num_layers,
     )
-    stack = RouterStack(config, torch.Generator().manual_seed(3))
+    stack = RouterStack(config, torch.Generator().manual_seed(seed))
     with torch.no_grad():
         stack.decision_weight.mul_(3)
     return stack
@@ -447,6 +447,74 @@ def test_the_cost_of_a_prompt_falls_with_the_executions_and_is_said_to_be_derive
     assert base["kv_bytes_per_token"] == 6 * 2 * 16 * 4  # layers, K and V, their width, bytes
     assert base["prompt_flops"]["weights"] > base["prompt_flops"]["attention"] > 0
     assert rows["permuted routes"]["prompt_flops"]["attention"] > 0
+
+
+# --- several seeds -----------------------------------------------------------------------------
+
+
+def test_routers_of_other_seeds_are_what_they_are_when_evaluated_alone(
+    base, routers_dir, task, tmp_path
+):
+    new_routers(base, seed=5).save(tmp_path / "other")
+    config = settings(curve="0.1", opponents="permuted-routes", limit=12)
+    alone = {}
+    for folder in (routers_dir, tmp_path / "other"):
+        [path] = run_evaluation(base, folder, [task], config, tmp_path / f"{folder.name} alone")
+        alone[folder] = json.loads(path.read_text())
+    calls = []
+    [path] = run_evaluation(
+        base,
+        routers_dir,
+        [task],
+        config,
+        tmp_path / "both",
+        lambda *args: calls.append(args),
+        other_seeds=[tmp_path / "other"],
+    )
+    result = json.loads(path.read_text())
+    done, total, _ = calls[-1]
+    assert done <= total
+    trained, *at_depth = result["seeds"]
+    both = [each["systems"] for each in alone.values()]
+    for key in ("accuracy", "executions", "gold_logprob", "text_loss"):
+        values = [next(row for row in rows if row["name"] == "routed")[key] for rows in both]
+        assert trained[key]["lowest"] == pytest.approx(min(values))
+        assert trained[key]["highest"] == pytest.approx(max(values))
+    means = [row["against_base"]["accuracy"]["mean"] for rows in both for row in rows[1:2]]
+    assert trained["against_base"]["accuracy"]["mean"] == pytest.approx(sum(means) / 2)
+    permuted = [rows[2]["routed_against"]["accuracy"]["mean"] for rows in both]
+    assert trained["against_permuted"]["accuracy"]["mean"] == pytest.approx(sum(permuted) / 2)
+    for row in at_depth:
+        points = [
+            point
+            for each in alone.values()
+            for point in each["curve"]
+            if (point["system"], point["setting"]) == ("routed", row["setting"])
+        ]
+        assert row["num_seeds"] == len(points)
+        assert row["executions"]["mean"] == pytest.approx(
+            sum(point["executions"] for point in points) / len(points)
+        )
+    assert any(finding.startswith("Routers of 2 seeds") for finding in result["findings"])
+    assert list(result["other_seeds"]) == [str(tmp_path / "other")]
+    assert result["systems"] == [
+        {**row, "seconds": mine["seconds"]}
+        for row, mine in zip(alone[routers_dir]["systems"], result["systems"], strict=True)
+    ]
+
+
+def test_routers_of_another_model_among_the_seeds_are_refused(base, routers_dir, task, tmp_path):
+    new_routers(base, num_layers=5).save(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="num_layers"):
+        run_evaluation(
+            base,
+            routers_dir,
+            [task],
+            settings(),
+            tmp_path / "eval",
+            other_seeds=[tmp_path / "other"],
+        )
+    assert not (tmp_path / "eval").exists()
 
 
 # --- interruptions -----------------------------------------------------------------------------

@@ -194,3 +194,36 @@ def test_what_the_choice_says_is_not_said_again_among_the_findings(make_folder, 
     assert "- Something else." in result
     assert "can certify a loss below" not in result
     assert section.count("can certify a loss below") == 1
+
+
+# --- several seeds -----------------------------------------------------------------------------
+
+ROW = {
+    "setting": "10 % saved",
+    "num_seeds": 3,
+    "accuracy": {"mean": 0.5, "lowest": 0.45, "highest": 0.55, "deviation": 0.05},
+    "executions": {"mean": 10.8, "lowest": 10.7, "highest": 10.9, "deviation": 0.1},
+    "against_base": {
+        "accuracy": {"mean": -0.05, "interval": [-0.1, 0.01], "shown": None},
+        "gold_logprob": {"mean": -0.2, "interval": [-0.3, -0.1], "shown": "lower"},
+        "text_loss": None,
+    },
+    "against_permuted": None,
+}
+
+
+def test_seeds_stand_in_a_table_of_their_own(make_folder, text_of, whole):
+    folder = make_folder(num_layers=12, seed=3)
+    folder.evaluation(**whole, changes={"seeds": [ROW]})
+    text = text_of(folder.path).replace("\u00a0", " ")
+    section = text.split("## Routers of several seeds")[1].split("\n## ")[0]
+    assert (
+        "| 10 % saved | 3 | 10.80 (10.70 to 10.90) | 50.0 (45.0 to 55.0) | 5.0 | "
+        "−5.0 (−10.0 to +1.0) | −0.200 (−0.300 to −0.100) | – | – |"
+    ) in section
+
+
+def test_one_seed_has_no_such_section(make_folder, text_of, whole):
+    folder = make_folder(num_layers=12, seed=3)
+    folder.evaluation(**whole)
+    assert "several seeds" not in text_of(folder.path)
