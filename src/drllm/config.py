@@ -305,6 +305,10 @@ class EvaluateConfig(Settings):
     splits: str | None = setting(
         None, "other splits for some tasks: TASK=SPLIT with commas between"
     )
+    fitted_on: str | None = setting(
+        None,
+        "depths and opponents from another task's questions: TASK=OTHER, with commas",
+    )
     num_fewshot: int | None = setting(
         None, "worked examples before each question; each task's own unless given", minimum=0
     )
@@ -355,15 +359,24 @@ class EvaluateConfig(Settings):
         """
         return self.own("splits").get(task, self.split)
 
-    def own(self, setting: str) -> dict[str, str]:
-        """Return what `limits` or `splits` says, by task.
+    def fitted_on_of(self, task: str) -> str:
+        """Return the task whose questions depths and opponents of a task are fitted on.
 
         Raises:
-            ConfigError: What is no limit or no split, or a task named twice.
+            ConfigError: `fitted_on` that can't be read.
+        """
+        return self.own("fitted_on").get(task, task)
+
+    def own(self, setting: str) -> dict[str, str]:
+        """Return what `limits`, `splits` or `fitted_on` says, by task.
+
+        Raises:
+            ConfigError: What is no limit, no split or no name, or a task named twice.
         """
         kinds = {
             "limits": (r"all|[1-9]\d*", "TASK=COUNT, or TASK=all", "gsm8k=30,arc_easy=all"),
             "splits": ("|".join(SPLITS), f"TASK= and {', '.join(SPLITS)}", "gsm8k=select"),
+            "fitted_on": (r"[\w./-]+", "TASK=OTHER", "hellaswag=arc_easy"),
         }
         pattern, form, example = kinds[setting]
         text: str | None = getattr(self, setting)

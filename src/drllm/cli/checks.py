@@ -15,6 +15,7 @@ from typing import Any
 from drllm.config import EvaluateConfig, SearchConfig
 from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
 from drllm.evaluation.roster import check as check_comparison
+from drllm.evaluation.sources import chosen_on, is_fitted, sources_of
 from drllm.records import read_manifest, sha256
 from drllm.search.questions import asked_of, parse_shard
 from drllm.search.strategies import READ_BY_TREE
@@ -75,12 +76,17 @@ def tasks_to_evaluate(config: EvaluateConfig) -> list[Task]:
     check_comparison(config)
     tasks = get_tasks(config.tasks)
     known = [task.name for task in tasks]
-    for setting in ("limits", "splits"):
+    for setting in ("limits", "splits", "fitted_on"):
         for name in config.own(setting):
             if name not in known:
-                raise ConfigError(f"--{setting}: " + unknown_name("task", name, known))
+                flag = setting.replace("_", "-")
+                raise ConfigError(f"--{flag}: " + unknown_name("task", name, known))
     for task in tasks:
         _check_questions([task], config.split_of(task.name), config.data_dir)
+    sources = sources_of(tasks, config)
+    if is_fitted(config):
+        for source in sources.values():
+            _check_questions([source], chosen_on(source, config), config.data_dir)
     return tasks
 
 

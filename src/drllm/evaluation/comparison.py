@@ -29,6 +29,7 @@ from drllm.evaluation.prompt_cost import PromptCost
 from drllm.evaluation.results import Evaluated, correct_p_values, point_of
 from drllm.evaluation.roster import OPPONENTS, check, depths, named
 from drllm.evaluation.seeds import seeds_row
+from drllm.evaluation.sources import chosen_on, sources_of
 from drllm.evaluation.systems import System, TaskRun
 from drllm.models.base.loading import BaseModel
 from drllm.models.checkpoints.folder import WEIGHTS_FILE
@@ -137,6 +138,8 @@ class _Evaluation:
         self.config = config
         self.output_dir = output_dir
         self.on_progress = on_progress
+        self.sources = sources_of(tasks, config)
+        self.lineups: dict[str, Lineup] = {}
         self.opponents = named(config.opponents)
         self.shares = depths(config.curve)
         check(config)
@@ -195,7 +198,15 @@ class _Evaluation:
         run = TaskRun(self.lm, asked, config.num_texts)
         base = self.once(f"{task.name}: base", run.base)
         notes = list(asked.written.notes)
-        lineup = Lineup(lambda: self._material(task), self.lm.routed)
+        source = self.sources[task.name]
+        if source.name not in self.lineups:
+            self.lineups[source.name] = Lineup(lambda: self._material(source), self.lm.routed)
+        lineup = self.lineups[source.name]
+        if source.name != task.name:
+            notes.append(
+                f"Depths and opponents are fitted and chosen on questions of {source.name}, not "
+                f"of {task.name}"
+            )
         biases = dict(self._biases(lineup, notes))
         systems, seeds = [base], []
         for setting, bias in {"": 0.0, **biases}.items():
@@ -205,19 +216,15 @@ class _Evaluation:
             systems += at_depth
         choice = None
         if config.epsilon is not None:
-            choice = self._choice(task, base, systems, biases, asked.written.chance)
+            choice = self._choice(source, base, systems, biases, asked.written.chance)
         num_tokens = [len(self.lm.tok_encode(prompt)) for prompt in asked.prompts()]
         cost = PromptCost.of(self.lm.routed.model, num_tokens)
         num_layers = self.lm.routed.num_layers
         return Evaluated(task, asked, systems, notes, choice, config, num_layers, cost, seeds)
 
-    def _chosen_on(self, task: Task) -> str:
-        """Return the split that settings are chosen on: `select`, or `fit` where that is asked."""
-        return "fit" if self.config.split_of(task.name) == "select" else "select"
-
-    def _material(self, task: Task) -> Material:
+    def _material(self, source: Task) -> Material:
         """Return what opponents are fitted on, and depths are looked for on."""
-        asked = self.asked(task, self._chosen_on(task), self.config.num_calibration)
+        asked = self.asked(source, chosen_on(source, self.config), self.config.num_calibration)
         questions: list[Question] = []
         golds: list[int] = []
         if asked.has_options:
@@ -340,7 +347,7 @@ class _Evaluation:
 
     def _choice(
         self,
-        task: Task,
+        source: Task,
         base: System,
         systems: Sequence[System],
         biases: dict[str, float],
@@ -352,27 +359,26 @@ class _Evaluation:
         limits = certified.Limits(
             epsilon=config.epsilon, max_loss_increase=config.max_loss_increase
         )
-        split = self._chosen_on(task)
-        asked = self.asked(task, split, config.limit_of(task.name))
+        split = chosen_on(source, config)
+        asked = self.asked(source, split, config.limit_of(source.name))
         run = TaskRun(self.lm, asked, config.num_texts)
-        chosen_on = self.once(f"{task.name}: base on {split}", run.base)
+        untouched = self.once(f"{source.name}: base on {split}", run.base)
         routers = self.lm.routed.routers
         assert routers is not None
         points = [
             self.once(
-                f"{task.name}: routed at {setting} on {split}",
+                f"{source.name}: routed at {setting} on {split}",
                 lambda setting=setting, bias=bias: run.by_policy(  # type: ignore[misc]
                     "routed", RouterPolicy(routers, depth_bias=bias), setting
                 ),
             )
             for setting, bias in biases.items()
         ]
-        guess = chance or 0.0
         choice = certified.choose(
-            point_of(chosen_on),
+            point_of(untouched),
             [point_of(point) for point in points],
             limits,
-            chance=guess,
+            chance=asked.written.chance or 0.0,
             seed=config.seed,
         )
         if choice.chosen is None:
@@ -382,7 +388,9 @@ class _Evaluation:
             for system in systems
             if system.name == "routed" and point_of(system).name == choice.chosen.name
         )
-        return certified.confirm(choice, point_of(base), tested, chance=guess, seed=config.seed)
+        return certified.confirm(
+            choice, point_of(base), tested, chance=chance or 0.0, seed=config.seed
+        )
 
 
 def in_words(share: float) -> str:

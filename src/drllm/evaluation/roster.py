@@ -19,6 +19,9 @@ CALIBRATION = "calibration prompts"
 CHOICE = "questions that settings may be chosen on"
 TARGETS = "the routers' own targets"
 SEARCH_LOG = "the search log"
+PROGRAMS = f"{SEARCH_LOG}, then {CHOICE}"
+QUESTIONS = (CALIBRATION, CHOICE, PROGRAMS)
+"""What is fitted on questions of the split that settings are chosen on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +105,7 @@ OPPONENTS: Mapping[str, Opponent] = MappingProxyType(
                 description="the one program of the search log that serves the most questions, "
                 "mixed with the full path",
                 source="Re-PoLar, arXiv 2609.31360; the mixture is ours",
-                fitted_on=f"{SEARCH_LOG}, then {CHOICE}",
+                fitted_on=PROGRAMS,
             ),
             Opponent(
                 name="confidence exit",

@@ -449,6 +449,26 @@ def test_the_cost_of_a_prompt_falls_with_the_executions_and_is_said_to_be_derive
     assert rows["permuted routes"]["prompt_flops"]["attention"] > 0
 
 
+def test_depths_of_a_task_can_be_those_of_another(base, routers_dir, two_tasks, tmp_path):
+    first, second = two_tasks
+    own = settings(curve="0.1", opponents="block-influence", epsilon=50.0, limit=12, num_texts=30)
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    [path] = run_evaluation(base, routers_dir, [first], own, alone)
+    named = dataclasses.replace(own, fitted_on=f"{second.name}={first.name}")
+    calls = []
+    paths = run_evaluation(
+        base, routers_dir, two_tasks, named, both, lambda *args: calls.append(args)
+    )
+    expected, one, other = (json.loads(each.read_text()) for each in (path, *paths))
+    assert one["choice"]["trials"] == other["choice"]["trials"] == expected["choice"]["trials"]
+    assert one["choice"]["smallest"] == other["choice"]["smallest"]
+    assert any(f"fitted and chosen on questions of {first.name}" in f for f in other["findings"])
+    assert not any("fitted and chosen on" in finding for finding in one["findings"])
+    names = [name for _, _, name in calls]
+    assert f"{first.name}: base on select" in names
+    assert f"{second.name}: base on select" not in names
+
+
 # --- several seeds -----------------------------------------------------------------------------
 
 
