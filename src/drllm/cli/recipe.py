@@ -1,17 +1,16 @@
 """`drllm run`: all stages of a recipe in a row, skipping what is done.
 
-Owns the recipe file, the run folder and its ledger. A stage is done when the ledger says that it
-was made from exactly what it would be made from now (settings, questions, hashes of its input
-files, version), and every file that it wrote is still there, unchanged. Leaves the work to
-`stages`; what is resumed inside a stage (blocks of the search, epochs of the training) is up to
-the stage.
+Owns the recipe file and the run folder. A stage is done when the ledger says that it was made from
+exactly what it would be made from now (settings, questions, hashes of its input files, version),
+and every file that it wrote is still there, unchanged. Leaves the ledger to `ledger` and the work
+to `stages`; what is resumed inside a stage (blocks of the search, epochs of the training) is up
+to the stage.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from drllm.cli import checks, searching, stages
+from drllm.cli.ledger import Ledger
 from drllm.cli.parser import Request, canonical, read_yaml, with_underscores
 from drllm.cli.show_results import show_results
 from drllm.cli.terminal import Terminal, duration
@@ -32,9 +32,9 @@ from drllm.config import (
     SuperviseConfig,
     TrainConfig,
 )
-from drllm.errors import ConfigError, RecordError, unknown_name
+from drllm.errors import ConfigError, unknown_name
 from drllm.evaluation.roster import files_needed
-from drllm.records import SCHEMA_VERSION, sha256, write_atomically
+from drllm.records import sha256, write_atomically
 from drllm.search.plan import decisive
 from drllm.settings import Settings, from_dict
 from drllm.supervision import check_settings, rejected_path
@@ -53,8 +53,6 @@ SECTIONS: dict[str, type[Settings]] = {
 }
 RUNS = Path("runs")
 RECIPE_FILE = "run.yaml"
-LEDGER_FILE = "run.manifest.json"
-LEDGER_SCHEMA = "drllm.run"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,79 +111,6 @@ def read_recipe(path: Path, folder: Path, data_dir: str | None = None) -> Recipe
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
     return Recipe(**groups)
-
-
-# --- what has been done ------------------------------------------------------------------------
-
-
-class Ledger:
-    """`run.manifest.json`: what each stage was made from, what it wrote and how long it took.
-
-    Args:
-        folder: The run folder.
-
-    Raises:
-        RecordError: A ledger that is broken or of a future version.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.path = folder / LEDGER_FILE
-        self.stages: dict[str, dict[str, Any]] = {}
-        if not self.path.exists():
-            return
-        try:
-            values = json.loads(self.path.read_text(encoding="utf-8"))
-            self.stages = dict(values["stages"])
-            version = int(values["schema_version"])
-            known = values["schema"] == LEDGER_SCHEMA and all(
-                isinstance(stage, dict) for stage in self.stages.values()
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RecordError(
-                f"{self.path} is broken; delete it, and finished stages are checked or made anew"
-            ) from error
-        if not known or version > SCHEMA_VERSION:
-            raise RecordError(
-                f"{self.path} isn't a ledger that this drllm reads (schema version up to "
-                f"{SCHEMA_VERSION}); choose another --output-dir, or install a newer drllm"
-            )
-
-    def is_done(self, stage: str, made_from: Mapping[str, Any]) -> bool:
-        """Tell whether a stage need not be run again."""
-        entry = self.stages.get(stage, {})
-        outputs = entry.get("outputs", {})
-        return (
-            bool(outputs)
-            and entry.get("made_from") == made_from
-            and all(checks.file_hash(self.folder / name) == sha for name, sha in outputs.items())
-        )
-
-    def begin(self, stage: str, made_from: Mapping[str, Any]) -> bool:
-        """Note that a stage begins; tell whether an earlier attempt was made from the same."""
-        same = self.stages.get(stage, {}).get("made_from") == made_from
-        self.stages[stage] = {"made_from": dict(made_from)}
-        self._write()
-        return same
-
-    def finish(self, stage: str, outputs: Sequence[Path], seconds: float) -> None:
-        """Note what a stage has written."""
-        hashes = {path.relative_to(self.folder).as_posix(): sha256(path) for path in outputs}
-        self.stages[stage].update(outputs=hashes, seconds=round(seconds, 3))
-        self._write()
-
-    def outputs(self, stage: str) -> list[Path]:
-        """Return the files that the last finished attempt at a stage wrote."""
-        return [self.folder / name for name in self.stages.get(stage, {}).get("outputs", {})]
-
-    def _write(self) -> None:
-        values = {
-            "schema": LEDGER_SCHEMA,
-            "schema_version": SCHEMA_VERSION,
-            "drllm_version": importlib.metadata.version("drllm"),
-            "stages": self.stages,
-        }
-        write_atomically(self.path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 # --- the run -----------------------------------------------------------------------------------

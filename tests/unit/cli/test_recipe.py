@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from drllm.cli import main
-from drllm.cli.recipe import Ledger, read_recipe
+from drllm.cli.ledger import Ledger
+from drllm.cli.recipe import read_recipe
 from drllm.errors import ConfigError, RecordError
 from drllm.tasks.base import get_tasks
 
