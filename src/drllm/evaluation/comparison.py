@@ -19,12 +19,13 @@ import torch
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError
 from drllm.evaluation import certified
+from drllm.evaluation.blocks import Keep
 from drllm.evaluation.harness.asking import AskedTask
 from drllm.evaluation.harness.folders import write_task_folder
 from drllm.evaluation.harness.model import RoutedLM
 from drllm.evaluation.lineup import Lineup, Material
 from drllm.evaluation.opponents import share_unchanged
-from drllm.evaluation.partial import Partial
+from drllm.evaluation.partial import Partial, Run
 from drllm.evaluation.prompt_cost import PromptCost
 from drllm.evaluation.results import Evaluated, correct_p_values, point_of
 from drllm.evaluation.roster import OPPONENTS, check, depths, named
@@ -56,7 +57,8 @@ DRAWN = (PERMUTED, "random decisions", "label frequency")
 """Opponents that are drawn several times; the others' draws only say who gives up one more."""
 
 OnProgress: TypeAlias = Callable[[float, int, str], None]
-"""Called with systems done, systems in all, and what is being run."""
+"""Called with systems done (the blocks of one under way are parts of it), systems in all, and what
+is being run."""
 
 
 def run_evaluation(
@@ -71,8 +73,9 @@ def run_evaluation(
 ) -> list[Path]:
     """Evaluate base, routed model and opponents on each task, and write the results.
 
-    What a system did is kept as soon as it is done, in `partial/`, and not done again when the
-    same evaluation is started anew; the folder goes when all is written.
+    Questions are asked in blocks. What a system did on a block is kept as soon as it is done, in
+    `partial/`, and not done again when the same evaluation is started anew; the folder goes when
+    all is written.
 
     Args:
         base: The frozen model.
@@ -93,7 +96,7 @@ def run_evaluation(
         ConfigError: An opponent that lacks what it is fitted on, or a depth that makes no sense.
         TaskError: A task without questions in the split.
         CheckpointError: Routers of another model.
-        RecordError: `partial/` of another evaluation.
+        RecordError: `partial/` of another evaluation, or a broken file in it.
 
     Source: the comparison is ours (docs/differences.md, D-18).
     """
@@ -155,6 +158,7 @@ class _Evaluation:
                 "config": config.to_dict(),
                 "tasks": [task.name for task in tasks],
                 "model": lm.base.identity,
+                "runtime": lm.base.runtime,
                 "inputs": {str(path): sha256(path) for path in files},
             },
         )
@@ -179,16 +183,21 @@ class _Evaluation:
             num_fewshot=self.config.num_fewshot,
             max_length=self.lm.max_length,
         )
-        return AskedTask(written, folder, self.lm, chat=self.config.chat)
+        asked = AskedTask(written, folder, self.lm, chat=self.config.chat)
+        self.partial.check_questions(f"{task.name}, {limit or 'all'} of {split}", asked.digest())
+        return asked
 
-    def once(self, name: str, run: Callable[[], System]) -> System:
-        """Run a system, unless an earlier start of this evaluation has."""
-        if self.on_progress is not None:
-            self.on_progress(self.num_done, self.num_systems, name)
-        system = self.partial.once(name, run)
+    def once(self, name: str, run: Run) -> System:
+        """Run a system, or what an earlier start of this evaluation has left of it."""
+
+        def tell(share: float) -> None:
+            if self.on_progress is not None:
+                self.on_progress(self.num_done + share, self.num_systems, name)
+
+        tell(0.0)
+        system = self.partial.once(name, run, tell)
         self.num_done += 1
-        if self.on_progress is not None:
-            self.on_progress(self.num_done, self.num_systems, name)
+        tell(0.0)
         return system
 
     def of_task(self, task: Task) -> Evaluated:
@@ -274,7 +283,7 @@ class _Evaluation:
         assert routers is not None
         policy = RouterPolicy(routers, depth_bias=bias)
         routed = self.once(
-            f"{task.name}: routed{at}", lambda: run.by_policy("routed", policy, setting)
+            f"{task.name}: routed{at}", partial(run.by_policy, "routed", policy, setting)
         )
         systems = [routed]
         for name in self.opponents:
@@ -288,13 +297,15 @@ class _Evaluation:
             systems.append(self.once(f"{task.name}: {name}{at}", opponent))
         return systems
 
-    def _opponent(self, run: TaskRun, lineup: Lineup, name: str, routed: System) -> System:
+    def _opponent(
+        self, run: TaskRun, lineup: Lineup, name: str, routed: System, *, keep: Keep
+    ) -> System:
         """Run an opponent at the executions of a routed model."""
         routes = torch.tensor(routed.routes[0])
         generator = torch.Generator().manual_seed(self.config.seed)
         num = self.config.num_random_draws if name in DRAWN else 1
         drawn = [lineup.at(name, routes, generator) for _ in range(num)]
-        system = run.opponent(name, drawn, routed.setting)
+        system = run.opponent(name, drawn, routed.setting, keep=keep)
         if name == PERMUTED:
             plans = [draw.plan for draw in drawn if draw.plan is not None]
             system.unchanged = [share_unchanged(routes, plan) for plan in plans]
@@ -332,7 +343,7 @@ class _Evaluation:
             of_seed = f"of {folder}" + (f" at {setting}" if setting else "")
             own = self.once(
                 f"{task.name}: routed {of_seed}",
-                lambda policy=policy: run.by_policy("routed", policy, setting),  # type: ignore[misc]
+                partial(run.by_policy, "routed", policy, setting),
             )
             routed_points.append(point_of(own))
             if not permuted_points:
@@ -368,9 +379,7 @@ class _Evaluation:
         points = [
             self.once(
                 f"{source.name}: routed at {setting} on {split}",
-                lambda setting=setting, bias=bias: run.by_policy(  # type: ignore[misc]
-                    "routed", RouterPolicy(routers, depth_bias=bias), setting
-                ),
+                partial(run.by_policy, "routed", RouterPolicy(routers, depth_bias=bias), setting),
             )
             for setting, bias in biases.items()
         ]

@@ -1,32 +1,42 @@
 """The systems of a comparison, run on one task's questions: base, routed, and its opponents.
 
-Owns running a system on all questions and keeping its outcomes by question, and the next-token
-loss on held-out texts under the same routes. Leaves who is compared to `lineup`, asking and
-grading to `harness`, and what is made of the outcomes to `comparison`. Routers read the question
-alone: one route holds for all of its options, and for the text that it stands in.
+Owns running a system block by block and its outcomes by question, and the next-token loss on
+held-out texts under the same routes. Leaves who is compared to `lineup`, which questions make up a
+block to `blocks`, asking and grading to `harness`, and what is made of the outcomes to
+`comparison`. Routers read the question alone: one route holds for all of its options, and for the
+text that it stands in.
 
 Axes: Q questions, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from drllm.cost import executions_by_phase, mean_executions
-from drllm.evaluation.harness.asking import AskedTask, Graded
+from drllm.evaluation.blocks import (
+    LEAST_GENERATED,
+    LEAST_SCORED,
+    Answered,
+    Answers,
+    Block,
+    Keep,
+    blocks_of,
+    joined,
+    unkept,
+)
+from drllm.evaluation.harness.asking import AskedTask, Graded, Key
 from drllm.evaluation.harness.model import RoutedLM
+from drllm.evaluation.harness.questions import Request
 from drllm.evaluation.harness.scoring import Answer, PolicyOf
 from drllm.evaluation.latency import device_clock
 from drllm.evaluation.lineup import Drawn
 from drllm.models.policies import FixedPolicy, FullPolicy, Policy
 from drllm.paths import Decisions, Path
-
-Answers = list[list[Answer | str]]
-"""For each question, the answers to its requests."""
 
 
 @dataclass(slots=True)
@@ -43,7 +53,7 @@ class System:
         gold_logprob: For each question, the gold option's log-probability among the options, in
             nats, likewise; empty where answers are generated.
         text_loss: For each text, its mean next-token loss in nats a token, of the first draw.
-        seconds: Wall time of the first draw over all questions, measured.
+        seconds: Wall time of the first draw, measured block by block and added up.
         executions: Mean a forward pass over questions and draws.
         decode_executions: Of answers that are generated, mean a token; None with options.
         unchanged: For each draw of permuted routes, the share of questions that kept their route.
@@ -84,87 +94,144 @@ class TaskRun:
         self._places = {key: place for place, key in enumerate(asked.keys)}
         self._clock = device_clock(lm.device)
         self._requests = [] if not asked.has_options else asked.requests()
-        self._flat = [request for requests in self._requests for request in requests]
+        self._blocks = self._in_blocks()
         if self._requests:  # whatever the first pass sets up would count as time of the base model
             self.lm.scorer.score(self._requests[0], lambda _keys: FullPolicy())
         self._texts = [asked.text(place) for place in range(min(num_texts, len(asked.keys)))]
+
+    def _in_blocks(self) -> list[Block]:
+        """Return the questions in blocks, of whole batches and of like length."""
+        scorer = self.lm.scorer
+        size = scorer.batch_size if isinstance(scorer.batch_size, int) else scorer.max_batch_size
+        if not self.asked.has_options:
+            lengths = [len(self.lm.tok_encode(prompt)) for prompt in self.asked.prompts()]
+            return blocks_of(lengths, LEAST_GENERATED, size)
+        lengths = [
+            len(requests[0].context) + sum(len(request.continuation) for request in requests)
+            for requests in self._requests
+        ]
+        return blocks_of(lengths, LEAST_SCORED, size)
 
     @property
     def num_layers(self) -> int:
         """L."""
         return self.lm.routed.num_layers
 
-    def by_policy(self, name: str, policy: Policy, setting: str = "", note: str = "") -> System:
-        """Run a system that decides prompt by prompt, or the same for all."""
-        started = self._clock()
-        answers, routes = self._ask(lambda _keys: policy)
-        seconds = self._clock() - started
-        return self._system(name, setting, answers, routes, seconds, note)
+    def by_policy(
+        self, name: str, policy: Policy, setting: str = "", note: str = "", *, keep: Keep = unkept
+    ) -> System:
+        """Run a system that decides prompt by prompt, or the same for all.
 
-    def base(self) -> System:
+        Args:
+            name: Its name.
+            policy: What decides.
+            setting: Its depth in words.
+            note: What a reader should know.
+            keep: See `Keep`.
+        """
+        found = self._run(keep, lambda _: note, lambda block: self._ask(block, lambda _: policy))
+        return self._system(name, setting, found, note)
+
+    def base(self, *, keep: Keep = unkept) -> System:
         """Run the base model: every layer once."""
-        return self.by_policy("base", FullPolicy())
+        return self.by_policy("base", FullPolicy(), keep=keep)
 
-    def opponent(self, name: str, drawn: Sequence[Drawn], setting: str = "") -> System:
+    def opponent(
+        self, name: str, drawn: Sequence[Drawn], setting: str = "", *, keep: Keep = unkept
+    ) -> System:
         """Run an opponent.
 
         Args:
             name: Its name.
             drawn: How it decides; several draws of plans, else one.
             setting: Of the routed model that it is compared with, in words.
+            keep: See `Keep`.
         """
         first = drawn[0]
         if first.policy is not None:
-            return self.by_policy(name, first.policy, setting, first.note)
+            return self.by_policy(name, first.policy, setting, first.note, keep=keep)
         if first.path is not None:
-            return self._along(name, first.path, setting, first.note)
+            return self._along(name, first.path, setting, first.note, keep)
         plans = [draw.plan for draw in drawn if draw.plan is not None]
-        started = self._clock()
-        answers, routes = self._ask(self._following(plans[0]))
-        seconds = self._clock() - started
-        system = self._system(name, setting, answers, routes, seconds, first.note)
-        for plan, more in zip(plans[1:], self._ask_plans(plans[1:]), strict=True):
-            self._add_draw(system, plan, self.asked.grade(more))
-        return system
+        found = self._run(
+            keep,
+            lambda block: [_rows(plan, block) for plan in plans],
+            lambda block: self._ask_plans(block, plans),
+        )
+        return self._system(name, setting, found, first.note)
 
     # --- asking ---
 
-    def _ask(self, policy_of: PolicyOf) -> tuple[Answers, Tensor]:
-        """Ask all questions; return their answers and routes `[Q, L]`."""
+    def _run(
+        self, keep: Keep, decided: Callable[[Block], Any], ask: Callable[[Block], Answered]
+    ) -> Answered:
+        """Return the answers to all questions, block by block: kept, or asked now."""
+        answered = [
+            keep(block, decided(block), lambda block=block: ask(block))  # type: ignore[misc]
+            for block in self._blocks
+        ]
+        return joined(self._blocks, answered)
+
+    def _ask(self, block: Block, policy_of: PolicyOf) -> Answered:
+        """Ask a block's questions under one draw."""
+        keys = [self.asked.keys[place] for place in block.places]
+        started = self._clock()
         if self.asked.has_options:
-            scored = self.lm.scorer.score(self._flat, policy_of)
-            by_key = scored.routes
-            answers = self._by_question(scored.answers)
+            scored = self.lm.scorer.score(self._requests_of(block), policy_of)
+            answers = self._by_question(block, scored.answers)
+            routes = [scored.routes[key] for key in keys]
         else:
-            texts = self._generated(policy_of)
-            answers = [[text] for text in texts]
-            by_key = {
-                key: self.lm.generated_routes[prompt]
-                for key, prompt in zip(self.asked.keys, self.asked.prompts(), strict=True)
-            }
-        return answers, torch.tensor([by_key[key] for key in self.asked.keys])
+            answers, routes = self._generated(block, keys, policy_of)
+        return Answered([answers], [routes], self._clock() - started)
 
-    def _generated(self, policy_of: PolicyOf) -> list[str]:
-        keys = dict(zip(self.asked.prompts(), self.asked.keys, strict=True))
-        instances = [instances[0] for instances in self.asked.instances]
-        with self.lm.deciding(lambda prompts: policy_of([keys[prompt] for prompt in prompts])):
-            return self.lm.generate_until(instances, disable_tqdm=True)
+    def _generated(
+        self, block: Block, keys: Sequence[Key], policy_of: PolicyOf
+    ) -> tuple[Answers, list[Decisions]]:
+        instances = [self.asked.instances[place][0] for place in block.places]
+        prompts = [str(instance.args[0]) for instance in instances]
+        key_of = dict(zip(prompts, keys, strict=True))
+        with self.lm.deciding(lambda asked: policy_of([key_of[prompt] for prompt in asked])):
+            texts = self.lm.generate_until(instances, disable_tqdm=True)
+        return [[text] for text in texts], [self.lm.generated_routes[prompt] for prompt in prompts]
 
-    def _ask_plans(self, plans: Sequence[Tensor]) -> list[Answers]:
-        """Ask all questions under several plans `[Q, L]`, what options have in common run once."""
-        if not plans:
-            return []
-        if not self.asked.has_options:
-            return [self._ask(self._following(plan))[0] for plan in plans]
-        scored = self.lm.scorer.score_plans(self._flat, [self._by_key(plan) for plan in plans])
-        return [self._by_question(each.answers) for each in scored]
+    def _ask_plans(self, block: Block, plans: Sequence[Tensor]) -> Answered:
+        """Ask a block's questions under several plans `[Q, L]`.
 
-    def _by_question(self, answers: Sequence[Answer]) -> Answers:
+        The first one is timed; of the others, what options have in common runs once.
+        """
+        first, others = self._ask(block, self._following(plans[0])), plans[1:]
+        more: list[Answers] = []
+        if others and self.asked.has_options:
+            by_key = [self._by_key(plan.tolist()) for plan in others]
+            scored = self.lm.scorer.score_plans(self._requests_of(block), by_key)
+            more = [self._by_question(block, each.answers) for each in scored]
+        elif others:
+            more = [self._ask(block, self._following(plan)).answers[0] for plan in others]
+        routes = [_rows(plan, block) for plan in others]
+        return Answered([*first.answers, *more], [*first.routes, *routes], first.seconds)
+
+    def _ask_along(self, block: Block, path: Path) -> Answered:
+        """Ask a block's questions along a path."""
+        started = self._clock()
+        answers = self.lm.scorer.score_path(self._requests_of(block), path)
+        seconds = self._clock() - started
+        return Answered([self._by_question(block, answers)], [], seconds)
+
+    def _requests_of(self, block: Block) -> list[Request]:
+        return [request for place in block.places for request in self._requests[place]]
+
+    def _by_question(self, block: Block, answers: Sequence[Answer]) -> Answers:
         given = iter(answers)
-        return [[next(given) for _ in requests] for requests in self._requests]
+        found: Answers = []
+        for place in block.places:
+            each = [next(given) for _ in self._requests[place]]
+            self.asked.check(place, each)  # before they are kept
+            found.append([*each])
+        return found
 
-    def _by_key(self, plan: Tensor) -> dict[object, Decisions]:
-        return dict(zip(self.asked.keys, map(tuple, plan.tolist()), strict=True))
+    def _by_key(self, routes: Sequence[Sequence[int]]) -> dict[Hashable, Decisions]:
+        """Return the decisions of the first questions by their keys."""
+        return {key: tuple(row) for key, row in zip(self.asked.keys, routes, strict=False)}
 
     def _following(self, plan: Tensor) -> PolicyOf:
         def policy_of(keys: Sequence[object]) -> Policy:
@@ -173,36 +240,28 @@ class TaskRun:
 
         return policy_of
 
-    # --- keeping ---
+    # --- what is made of the answers ---
 
-    def _system(
-        self,
-        name: str,
-        setting: str,
-        answers: Answers,
-        routes: Tensor,
-        seconds: float,
-        note: str,
-    ) -> System:
-        system = System(name, setting, seconds=seconds, notes=[note] if note else [])
-        self._add_draw(system, routes, self.asked.grade(answers))
-        texts = list(self._by_key(routes).items())[: len(self._texts)]
-        [scored] = self.lm.scorer.score_plans(self._texts, [dict(texts)])
+    def _system(self, name: str, setting: str, found: Answered, note: str) -> System:
+        system = System(name, setting, seconds=found.seconds, notes=[note] if note else [])
+        for answers, routes in zip(found.answers, found.routes, strict=True):
+            self._add_draw(system, routes, self.asked.grade(answers))
+        first = found.routes[0]
+        of_texts = self._by_key(first[: len(self._texts)])
+        [scored] = self.lm.scorer.score_plans(self._texts, [of_texts])
         system.text_loss = self._losses(scored.answers)
         if not self.asked.has_options:
             tokens = [
                 max(1, len(self.lm.tok_encode(str(answer), add_special_tokens=False)))
-                for [answer] in answers
+                for [answer] in found.answers[0]
             ]
-            system.decode_executions = executions_by_phase(routes.tolist(), tokens).decode
+            system.decode_executions = executions_by_phase(first, tokens).decode
         return system
 
-    def _along(self, name: str, path: Path, setting: str, note: str) -> System:
-        started = self._clock()
-        answers = self.lm.scorer.score_path(self._flat, path)
-        seconds = self._clock() - started
-        system = System(name, setting, seconds=seconds, notes=[note] if note else [])
-        _keep(system, self.asked.grade(self._by_question(answers)), 0)
+    def _along(self, name: str, path: Path, setting: str, note: str, keep: Keep) -> System:
+        found = self._run(keep, lambda _: path, lambda block: self._ask_along(block, path))
+        system = System(name, setting, seconds=found.seconds, notes=[note] if note else [])
+        _average(system, self.asked.grade(found.answers[0]), 0)
         system.executions = float(len(path))
         system.text_loss = self._losses(self.lm.scorer.score_path(self._texts, path))
         return system
@@ -213,16 +272,21 @@ class TaskRun:
             for text, (logprob, _) in zip(self._texts, answers, strict=True)
         ]
 
-    def _add_draw(self, system: System, routes: Tensor, graded: Sequence[Graded]) -> None:
+    def _add_draw(self, system: System, routes: list[Decisions], graded: Sequence[Graded]) -> None:
         """Add one draw's outcomes to a system, keeping the mean over its draws."""
         before = len(system.routes)
-        _keep(system, graded, before)
-        system.routes.append([tuple(row) for row in routes.tolist()])
-        executions = mean_executions(system.routes[-1])
+        _average(system, graded, before)
+        system.routes.append(routes)
+        executions = mean_executions(routes)
         system.executions = (system.executions * before + executions) / (before + 1)
 
 
-def _keep(system: System, graded: Sequence[Graded], before: int) -> None:
+def _rows(plan: Tensor, block: Block) -> list[Decisions]:
+    """Return a block's rows of a plan `[Q, L]`."""
+    return [tuple(row) for row in plan[list(block.places)].tolist()]
+
+
+def _average(system: System, graded: Sequence[Graded], before: int) -> None:
     """Average a draw's grades into what a system has of the draws before."""
     correct = [each.score for each in graded]
     gold = [each.gold_logprob for each in graded if each.gold_logprob is not None]

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import random
 import time
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from drllm.config import EvaluateConfig
-from drllm.errors import CheckpointError, ConfigError, RecordError
+from drllm.errors import CheckpointError, ConfigError, ModelError, RecordError
 from drllm.evaluation import systems
 from drllm.evaluation.comparison import run_evaluation
 from drllm.evaluation.latency import device_clock
@@ -540,29 +541,110 @@ def test_routers_of_another_model_among_the_seeds_are_refused(base, routers_dir,
 # --- interruptions -----------------------------------------------------------------------------
 
 
-def test_an_interrupted_evaluation_goes_on_behind_what_is_done(
-    base, routers_dir, task, evaluated, tmp_path, monkeypatch
+BROKEN_OFF = {
+    "opponents": "permuted-routes,confidence-exit,block-repeat",
+    "limit": 14,
+    "batch_size": 2,
+    "num_calibration": 4,
+    "num_random_draws": 2,
+}
+"""Decided by routers, plans, another policy and a path; four blocks of four questions."""
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(systems, "LEAST_SCORED", 4)
+
+
+def without_times(folder):
+    result = json.loads((folder / "builtin_facts.json").read_text())
+    rows = [{**row, "seconds": None} for row in result.pop("systems")]
+    return {**result, "created": None}, rows
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_an_evaluation_interrupted_at_random_questions_ends_as_an_unbroken_one(
+    base, routers_dir, task, tmp_path, monkeypatch
 ):
-    asked = systems.TaskRun._ask
-    count = 0
+    moments, asked = random.Random(5), []
+    breaks = False
 
-    def interrupted(self, policy_of):
-        nonlocal count
-        count += 1
-        if count == 4:
-            raise KeyboardInterrupt
-        return asked(self, policy_of)
+    def interrupted(method):
+        def call(self, *args):
+            if breaks and moments.random() < 1 / 6:
+                raise KeyboardInterrupt
+            answers = method(self, *args)
+            asked.append(method.__name__)
+            return answers
 
-    monkeypatch.setattr(systems.TaskRun, "_ask", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_evaluation(base, routers_dir, [task], settings(), tmp_path)
-    assert not (tmp_path / "builtin_facts.json").exists()
-    with pytest.raises(RecordError, match="another evaluation"):
-        run_evaluation(base, routers_dir, [task], settings(seed=1), tmp_path)
-    count = 4
-    [path] = run_evaluation(base, routers_dir, [task], settings(), tmp_path)
-    assert count == 4 + len(SYSTEMS) - 3  # three were done
-    again = json.loads(path.read_text())
-    for first, second in zip(evaluated[0]["systems"], again["systems"], strict=True):
-        assert {**first, "seconds": None} == {**second, "seconds": None}
+        return call
+
+    for method in (systems.TaskRun._ask, systems.TaskRun._ask_along):
+        monkeypatch.setattr(systems.TaskRun, method.__name__, interrupted(method))
+    config = settings(**BROKEN_OFF)
+    run_evaluation(base, routers_dir, [task], config, tmp_path / "unbroken")
+    whole = list(asked)
+    assert whole == ["_ask"] * 4 * 4 + ["_ask_along"] * 4
+
+    asked.clear()
+    breaks, moments_in_it = True, 0
+    while True:
+        try:
+            run_evaluation(base, routers_dir, [task], config, tmp_path / "broken")
+        except KeyboardInterrupt:
+            moments_in_it += len(list((tmp_path / "broken" / "partial").glob("*/*.json"))) > 0
+            assert not (tmp_path / "broken" / "builtin_facts.json").exists()
+            continue
+        break
+    assert moments_in_it >= 2, "the sample must break off inside of systems"
+    assert asked == whole, "no block is asked twice"
+    assert without_times(tmp_path / "broken") == without_times(tmp_path / "unbroken")
+    first, second = (tmp_path / name / "samples.jsonl" for name in ("broken", "unbroken"))
+    assert first.read_bytes() == second.read_bytes()
+    assert not (tmp_path / "broken" / "partial").exists()
+
+
+@pytest.mark.parametrize("other", ["settings", "questions", "dtype"])
+def test_an_interrupted_evaluation_is_not_continued_as_another(
+    other, base, routers_dir, task, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(systems.TaskRun, "_system", lambda *_: 1 / 0)
+    config = settings(limit=4, opponents="none")
+    with pytest.raises(ZeroDivisionError):
+        run_evaluation(base, routers_dir, [task], config, tmp_path)
+    if other == "settings":
+        config = dataclasses.replace(config, seed=1)
+    elif other == "questions":
+        examples = type(task).examples
+        monkeypatch.setattr(type(task), "examples", lambda *args: [*reversed(examples(*args)[:30])])
+    else:
+        half = copy.deepcopy(base.model).to(torch.bfloat16)
+        base = dataclasses.replace(base, model=half)
+    with pytest.raises(
+        RecordError,
+        match=f"another evaluation .*{'questions' if other == 'questions' else 'settings'}",
+    ):
+        run_evaluation(base, routers_dir, [task], config, tmp_path)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_blocks_change_no_outcome(base, routers_dir, task, evaluated, tmp_path):
+    run_evaluation(base, routers_dir, [task], settings(), tmp_path)
+    samples = [row for _, row in read_lines(tmp_path / "samples.jsonl")]
+    for sample, whole in zip(samples, evaluated[1], strict=True):
+        for name, outcome in sample["systems"].items():
+            other = whole["systems"][name]
+            assert outcome["correct"] == pytest.approx(other["correct"])
+            assert outcome["gold_logprob"] == pytest.approx(other["gold_logprob"], abs=TOLERANCE)
+            assert outcome.get("decisions") == other.get("decisions")
+
+
+def test_numbers_that_cannot_be_compared_are_not_kept(base, routers_dir, task, tmp_path):
+    broken = copy.deepcopy(base.model)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match=r"a log-probability of question .* is nan; load"):
+        run_evaluation(
+            dataclasses.replace(base, model=broken), routers_dir, [task], settings(), tmp_path
+        )
     assert not (tmp_path / "partial").exists()

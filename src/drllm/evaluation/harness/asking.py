@@ -7,8 +7,10 @@ metrics, question by question, and the gold option of a question. Leaves writing
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
+import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,6 +107,12 @@ class AskedTask:
         """Our id of each question."""
         return [str(doc["drllm_id"]) for doc in self.docs]
 
+    def digest(self) -> str:
+        """Return a hash of all that is asked and of what the answers are graded by."""
+        args = [[instance.args for instance in instances] for instances in self.instances]
+        text = json.dumps([self.keys, args, self.docs], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def requests(self) -> list[list[Request]]:
         """Return each question's options as tokens behind its context."""
         return [[self._lm.request_of(each) for each in instances] for instances in self.instances]
@@ -156,6 +164,19 @@ class AskedTask:
         context = self.prompts()[place]
         return Instance("loglikelihood", {}, (context, continuation), 0, (name, doc_id, 1))
 
+    def check(self, place: int, answers: Sequence[Answer]) -> None:
+        """Refuse answers to the question at a place that can't be compared.
+
+        Raises:
+            ModelError: Log-probabilities that are not finite.
+        """
+        for logprob, _ in answers:
+            if not math.isfinite(logprob):
+                raise ModelError(
+                    f"a log-probability of question {self.ids[place]} is {logprob}; load the model "
+                    f"with --dtype float32"
+                )
+
     def grade(self, answers: Sequence[Sequence[Answer | str]]) -> list[Graded]:
         """Return what a system's answers are worth.
 
@@ -163,16 +184,9 @@ class AskedTask:
             answers: For each question, the answers to its requests: a log-probability and whether
                 it is the likeliest continuation, or a text.
 
-        Raises:
-            ModelError: Log-probabilities that are not finite, which can't be compared.
         """
-        for place, (instances, given) in enumerate(zip(self.instances, answers, strict=True)):
+        for instances, given in zip(self.instances, answers, strict=True):
             for instance, answer in zip(instances, given, strict=True):
-                if not isinstance(answer, str) and not math.isfinite(answer[0]):
-                    raise ModelError(
-                        f"a log-probability of question {self.ids[place]} is {answer[0]}; load "
-                        f"the model with --dtype float32"
-                    )
                 instance.resps, instance.filtered_resps = [answer], {}
         for task in self._tasks.values():
             task.apply_filters()

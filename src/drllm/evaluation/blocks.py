@@ -1,0 +1,145 @@
+"""A system's questions in blocks: asked together, and kept together.
+
+Owns the partition of a task's questions, and the answers of a block under all draws of a system.
+Leaves asking to `systems`, and keeping what was answered to `partial`.
+
+Axes: Q questions, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from drllm.evaluation.harness.scoring import Answer
+from drllm.paths import Decisions
+
+Answers: TypeAlias = list[list[Answer | str]]
+"""For each question, the answers to its requests."""
+
+LEAST_SCORED = 64
+"""Questions of a block whose options are scored: seconds of work, which hide the file's writing."""
+LEAST_GENERATED = 1
+"""Questions of a block that answers are generated to: a batch takes long enough by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Questions that are asked together.
+
+    Attributes:
+        number: From 0.
+        num_blocks: Of the task.
+        places: Of its questions in the task.
+    """
+
+    number: int
+    num_blocks: int
+    places: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What some questions were answered under all draws of a system.
+
+    Attributes:
+        answers: For each draw.
+        routes: For each draw, every question's decisions; empty where a path can't be expressed.
+        seconds: Wall time of the first draw, measured.
+    """
+
+    answers: list[Answers]
+    routes: list[list[Decisions]]
+    seconds: float
+
+    @classmethod
+    def read(cls, values: Any) -> Answered:
+        """Return what stands in a file.
+
+        Raises:
+            ValueError, TypeError, KeyError, IndexError: Something else stands there.
+        """
+        return cls(
+            [
+                [[_answer(each) for each in requests] for requests in draw]
+                for draw in values["answers"]
+            ],
+            [[tuple(map(int, row)) for row in draw] for draw in values["routes"]],
+            float(values["seconds"]),
+        )
+
+    def check(self, num_questions: int) -> None:
+        """Refuse answers to another number of questions.
+
+        Raises:
+            ValueError: There are more or fewer.
+        """
+        for found in [*map(len, self.answers), *map(len, self.routes)]:
+            if found != num_questions:
+                raise ValueError(f"{found} questions instead of {num_questions}")
+
+
+Keep: TypeAlias = Callable[[Block, Any, Callable[[], Answered]], Answered]
+"""Called with a block, what decides on its routes (plain JSON types) and what asks it.
+
+Returns the block's answers: those that were kept where it was asked before, under the same
+decisions, else those of now.
+"""
+
+
+def unkept(_block: Block, _decided: Any, ask: Callable[[], Answered]) -> Answered:
+    """Ask a block now, and keep nothing."""
+    return ask()
+
+
+def blocks_of(lengths: Sequence[int], least: int, batch_size: int) -> list[Block]:
+    """Return the questions of a task in blocks, the longest first.
+
+    Questions of like length make a block, so that batches inside of it are padded no more than if
+    all questions were batched together; a block's size is a multiple of the batch's. The same
+    lengths always give the same blocks.
+
+    Args:
+        lengths: Of each question, in tokens.
+        least: Questions of a block, at least; the last one has what is left.
+        batch_size: Questions a batch.
+
+    Source: ours.
+
+    Example:
+        >>> [block.places for block in blocks_of([5, 9, 7], least=1, batch_size=2)]
+        [(1, 2), (0,)]
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    size = batch_size * math.ceil(least / batch_size)
+    starts = range(0, len(order), size)
+    return [
+        Block(number, len(starts), tuple(order[start : start + size]))
+        for number, start in enumerate(starts)
+    ]
+
+
+def joined(blocks: Sequence[Block], answered: Sequence[Answered]) -> Answered:
+    """Return the answers of all blocks as those of all questions, in the questions' order."""
+    places = [place for block in blocks for place in block.places]
+    order = sorted(range(len(places)), key=places.__getitem__)
+
+    def in_order(draws: Sequence[Sequence[list[Any]]]) -> list[list[Any]]:
+        of_draws = zip(*draws, strict=True)
+        flat = [[each for part in parts for each in part] for parts in of_draws]
+        return [[draw[position] for position in order] for draw in flat]
+
+    return Answered(
+        in_order([each.answers for each in answered]),
+        in_order([each.routes for each in answered]),
+        sum(each.seconds for each in answered),
+    )
+
+
+def _answer(value: Any) -> Answer | str:
+    if isinstance(value, str):
+        return value
+    logprob, is_greedy = value
+    return float(logprob), bool(is_greedy)

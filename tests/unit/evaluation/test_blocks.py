@@ -1,0 +1,79 @@
+"""Questions in blocks: each in one, of like length, and put back into their own order."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drllm.evaluation.blocks import Answered, blocks_of, joined
+
+lengths = st.lists(st.integers(1, 500), min_size=1, max_size=60)
+sizes = st.integers(1, 20)
+
+
+@given(lengths, sizes, sizes)
+def test_each_question_is_in_one_block_and_all_but_the_last_are_whole_batches(
+    lengths, least, batch_size
+):
+    blocks = blocks_of(lengths, least, batch_size)
+    assert sorted(place for block in blocks for place in block.places) == list(range(len(lengths)))
+    assert [block.number for block in blocks] == list(range(len(blocks)))
+    assert {block.num_blocks for block in blocks} == {len(blocks)}
+    *whole, last = [len(block.places) for block in blocks]
+    for size in whole:
+        assert size % batch_size == 0
+        assert least <= size < least + batch_size
+    assert 1 <= last <= (whole[0] if whole else len(lengths))
+
+
+@given(lengths, sizes, sizes)
+def test_no_question_of_a_block_is_shorter_than_one_of_the_next(lengths, least, batch_size):
+    ordered = [lengths[p] for block in blocks_of(lengths, least, batch_size) for p in block.places]
+    assert ordered == sorted(ordered, reverse=True)
+
+
+@given(lengths, sizes, st.integers(1, 3), st.booleans())
+def test_joined_answers_are_in_the_order_of_the_questions(lengths, size, num_draws, has_routes):
+    blocks = blocks_of(lengths, 1, size)
+
+    def answers(draw, places):
+        return [[(float(place), bool(draw)), f"{draw}"] for place in places]
+
+    def routes(draw, places):
+        return [(place, draw) for place in places]
+
+    draws = range(num_draws)
+    found = joined(
+        blocks,
+        [
+            Answered(
+                [answers(draw, block.places) for draw in draws],
+                [routes(draw, block.places) for draw in draws if has_routes],
+                seconds=1.0,
+            )
+            for block in blocks
+        ],
+    )
+    everything = range(len(lengths))
+    assert found.answers == [answers(draw, everything) for draw in draws]
+    assert found.routes == [routes(draw, everything) for draw in draws if has_routes]
+    assert found.seconds == len(blocks)
+
+
+@given(st.floats(allow_nan=False), st.text())
+def test_answers_come_back_from_a_file_to_the_last_bit(logprob, text):
+    answered = Answered([[[(logprob, True)], [text]]], [[(1, 0), (2, 1)]], 0.1)
+    assert Answered.read(json.loads(json.dumps(asdict(answered)))) == answered
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[], {}, {"answers": [[[5]]], "routes": [], "seconds": 1}, {"answers": 1, "routes": 2}],
+)
+def test_what_holds_no_answers_is_refused(values):
+    with pytest.raises((ValueError, TypeError, KeyError, IndexError)):
+        Answered.read(values)
