@@ -329,16 +329,26 @@ class EvaluateConfig(Settings):
         above=0.0,
         maximum=100.0,
     )
-    max_loss_increase: float = setting(
-        0.05, "with --epsilon: nats a token that the next-token loss may rise", above=0.0
+    max_loss_increase: float | None = setting(
+        None,
+        "with --epsilon: nats a token that the loss of texts may rise; 0.05 unless given",
+        above=0.0,
     )
-    num_calibration: int = setting(
-        64, "questions of the select split that depths are found and opponents fitted on", minimum=1
+    worked_answers: str | None = setting(
+        None,
+        "with --epsilon: a task (gsm8k) on whose right answers the loss may rise no more",
+    )
+    num_calibration: int | None = setting(
+        None,
+        "select questions that depths are found and opponents fitted on; 64 unless given",
+        minimum=1,
     )
     num_texts: int = setting(
         100, "questions whose text's next-token loss is read too, at most", minimum=1
     )
-    num_random_draws: int = setting(10, "draws of the random opponents a question", minimum=1)
+    num_random_draws: int | None = setting(
+        None, "draws of the random opponents a question; 10 unless given", minimum=1
+    )
     batch_size: int = setting(16, "questions a forward pass", minimum=1)
     seed: int = setting(0, "seed of permutations, random draws and --limit", minimum=0)
 
@@ -358,14 +368,6 @@ class EvaluateConfig(Settings):
             ConfigError: `splits` that can't be read.
         """
         return self.own("splits").get(task, self.split)
-
-    def fitted_on_of(self, task: str) -> str:
-        """Return the task whose questions depths and opponents of a task are fitted on.
-
-        Raises:
-            ConfigError: `fitted_on` that can't be read.
-        """
-        return self.own("fitted_on").get(task, task)
 
     def own(self, setting: str) -> dict[str, str]:
         """Return what `limits`, `splits` or `fitted_on` says, by task.
@@ -390,18 +392,3 @@ class EvaluateConfig(Settings):
                 )
             found[task] = value
         return found
-
-    def check_curve(self) -> None:
-        """Refuse a certified choice without depths to choose from.
-
-        Not checked when the settings are made, since a file and the command line may each give a
-        part of them.
-
-        Raises:
-            ConfigError: `epsilon` without `curve`.
-        """
-        if self.epsilon is not None and self.curve is None:
-            raise ConfigError(
-                f"--epsilon {self.epsilon:g} has no effect without depths to choose from; give "
-                f"them as --curve, for example 0.1,0.2,0.3"
-            )

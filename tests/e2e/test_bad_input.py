@@ -389,6 +389,48 @@ CASES = [
         without_torch=True,
     ),
     Case(
+        name="a limit of a certified choice without one",
+        words=f"{EVALUATE} --curve 0.1 --max-loss-increase 0.1",
+        says=("--max-loss-increase 0.1 has no effect", "give --epsilon too"),
+        without_torch=True,
+    ),
+    Case(
+        name="worked answers for a certified choice that isn't asked for",
+        words=f"{EVALUATE} --worked-answers builtin_arithmetic",
+        says=("--worked-answers builtin_arithmetic has no effect", "give --epsilon too"),
+        without_torch=True,
+    ),
+    Case(
+        name="worked answers that are options",
+        words=f"{EVALUATE} --curve 0.1 --epsilon 2 --worked-answers builtin_facts",
+        says=("--worked-answers builtin_facts", "are options, not texts", "gsm8k"),
+        without_torch=True,
+    ),
+    Case(
+        name="worked answers of a task that there isn't",
+        words=f"{EVALUATE} --curve 0.1 --epsilon 2 --worked-answers gsm9k",
+        says=("unknown task 'gsm9k'", "'gsm8k'"),
+        without_torch=True,
+    ),
+    Case(
+        name="a certified choice on too few texts",
+        words=f"{EVALUATE} --curve 0.1 --epsilon 2 --num-texts 20",
+        says=("--num-texts 20 are too few for --epsilon", "give at least 30"),
+        without_torch=True,
+    ),
+    Case(
+        name="questions that nothing is fitted on",
+        words=f"{EVALUATE} --num-calibration 9",
+        says=("--num-calibration 9 has no effect", "without --curve", "opponents that are fitted"),
+        without_torch=True,
+    ),
+    Case(
+        name="draws of no opponent",
+        words=f"{EVALUATE} --opponents none --num-random-draws 3",
+        says=("--num-random-draws 3 has no effect", "permuted-routes"),
+        without_torch=True,
+    ),
+    Case(
         name="a depth that saves more than everything",
         words=f"{EVALUATE} --curve 0.1,1.5",
         says=("--curve is '0.1,1.5'", "above 0 and below 1"),

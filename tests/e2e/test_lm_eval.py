@@ -271,13 +271,20 @@ def test_text_without_a_prompt_is_refused_under_routers(
     assert "decisions=FILE, or static_routing=true" in said
 
 
-def test_answers_longer_than_the_model_holds_are_refused(
-    model_folder, capsys: pytest.CaptureFixture[str]
+def test_answers_longer_than_the_model_holds_are_shorter_and_it_is_said(
+    evaluate, model_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    words = f"--model_args pretrained={model_folder()} --tasks builtin_arithmetic --split test"
-    said = last_line(f"{words} --limit 2 --gen_kwargs max_gen_toks=512", capsys)
-    assert "answers of up to 512 tokens, and the model holds 512" in said
-    assert "--gen_kwargs max_gen_toks=256" in said
+    words = "--model drllm --tasks builtin_arithmetic --split test --limit 3 --gen_kwargs"
+    evaluate("out", f"{words} max_gen_toks=32768", pretrained=model_folder())
+    [said] = (line for line in capsys.readouterr().err.splitlines() if "32768 tokens" in line)
+    assert "builtin_arithmetic asks for answers of up to 32768 tokens" in said
+    assert "the model holds 512 with the question" in said
+    most = int(said.split()[-1])
+    assert 256 <= most < 512
+    for each in samples_of(tmp_path / "out", "builtin_arithmetic"):
+        [[answer]] = each["resps"]
+        assert len(answer) <= most  # a token is a character
+        assert each["arguments"]["gen_args_0"]["arg_1"]["max_gen_toks"] == 32768
 
 
 def test_a_task_of_the_harness_without_network_is_answered_in_one_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from drllm.errors import ConfigError, RoutingError
+from drllm.evaluation.harness.lengths import STEPS
 from drllm.evaluation.harness.model import RoutedLM
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.loading import BaseModel
@@ -118,6 +120,24 @@ def test_rolling_texts_score_as_in_the_harness_under_a_fixed_plan(base):
     expected = stock(base).loglikelihood_rolling(requests, disable_tqdm=True)
     found = RoutedLM(base).loglikelihood_rolling(requests, disable_tqdm=True)
     assert expected == pytest.approx(found, abs=LOGPROB_TOLERANCE * 3)  # windows
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_answers_that_there_is_no_room_for_are_the_harness_own_of_the_length_that_there_is(
+    base, batch_size
+):
+    def asked(most):
+        return [
+            Instance("generate_until", {}, (text, {"max_gen_toks": of, "until": ["a"]}), 0)
+            for text, of in zip(QUESTIONS, most, strict=True)
+        ]
+
+    step = 96 // STEPS
+    room = [96 - math.ceil(len(base.tokenizer(text).input_ids) / step) * step for text in QUESTIONS]
+    assert len(set(room)) > 2, "the sample must be a test"
+    expected = stock(base).generate_until(asked(max(48, most) for most in room), disable_tqdm=True)
+    lm = RoutedLM(base, batch_size=batch_size)
+    assert lm.generate_until(asked([32768] * len(room)), disable_tqdm=True) == expected
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, "auto"])

@@ -16,10 +16,11 @@ from drllm.config import EvaluateConfig, SearchConfig
 from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
 from drllm.evaluation.roster import check as check_comparison
 from drllm.evaluation.sources import chosen_on, is_fitted, sources_of
+from drllm.evaluation.texts import FEWEST_TEXTS, worked_task
 from drllm.records import read_manifest, sha256
 from drllm.search.questions import asked_of, parse_shard
 from drllm.search.strategies import READ_BY_TREE
-from drllm.tasks.base import Task, choose, get_tasks
+from drllm.tasks.base import Task, choose, get_task, get_tasks
 
 
 def tasks_to_search(config: SearchConfig) -> list[Task]:
@@ -69,14 +70,21 @@ def tasks_to_evaluate(config: EvaluateConfig) -> list[Task]:
     """Return the tasks, once it is sure that they can be evaluated.
 
     Raises:
-        ConfigError: Settings that make no sense together.
+        ConfigError: Settings that make no sense together, or too few texts for a choice.
         TaskError: An unknown task, or no questions to be had.
     """
-    config.check_curve()
     check_comparison(config)
+    if config.epsilon is not None and config.num_texts < FEWEST_TEXTS:
+        raise ConfigError(
+            f"--num-texts {config.num_texts} are too few for --epsilon, which bounds the "
+            f"next-token loss on them too; give at least {FEWEST_TEXTS}"
+        )
     tasks = get_tasks(config.tasks)
-    known = [task.name for task in tasks]
+    worked = None if config.worked_answers is None else get_task(config.worked_answers)
+    evaluated = [task.name for task in tasks]
+    with_worked = evaluated if worked is None else [*evaluated, worked.name]
     for setting in ("limits", "splits", "fitted_on"):
+        known = with_worked if setting == "splits" else evaluated
         for name in config.own(setting):
             if name not in known:
                 flag = setting.replace("_", "-")
@@ -87,6 +95,7 @@ def tasks_to_evaluate(config: EvaluateConfig) -> list[Task]:
     if is_fitted(config):
         for source in sources.values():
             _check_questions([source], chosen_on(source, config), config.data_dir)
+    worked_task(config, tasks)
     return tasks
 
 
@@ -119,7 +128,7 @@ def _check_questions(tasks: Sequence[Task], split: str, data_dir: str | None) ->
 
 def evaluation_digests(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, str]:
     """Return, by task, a hash of the questions that an evaluation would ask."""
-    return {
+    found = {
         task.name: questions_digest(
             [task],
             config.split_of(task.name),
@@ -129,6 +138,13 @@ def evaluation_digests(tasks: Sequence[Task], config: EvaluateConfig) -> dict[st
         )
         for task in tasks
     }
+    if config.worked_answers is not None:
+        worked = get_task(config.worked_answers)
+        for split in (chosen_on(worked, config), config.split_of(worked.name)):
+            found[f"worked answers of {worked.name}, {split}"] = questions_digest(
+                [worked], split, config.data_dir, config.num_texts, config.seed
+            )
+    return found
 
 
 def questions_digest(

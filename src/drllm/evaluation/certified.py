@@ -1,13 +1,14 @@
 """The certified choice: the cheapest setting that is shown to lose less than what is allowed.
 
 Owns the rule, the order in which settings are tried, and the sentences that say what came of it.
-Leaves the curve's points to `curve` and the tests to `statistics`. Losses of accuracy are points
-here, as on the command line.
+Leaves the curve's points to `curve`, the tests to `statistics` and `rises`, and what is run for a
+choice to `choosing`. Losses of accuracy are points here, as on the command line.
 
-A setting passes where two things are shown, each with the same confidence: its loss of accuracy is
-below ε, and its next-token loss on held-out texts rises by less than a bound of its own. Accuracy
-alone certifies broken models, since short multiple choice forgives much. As both have to hold, no
-correction is due for their being two (Berger 1982, Technometrics 24 (4)).
+A setting passes where all of this is shown, each with the same confidence: its loss of accuracy is
+below ε, and its next-token loss rises by less than a bound of its own, on texts made of the
+questions and, where a set of them is named, on worked answers too. Accuracy alone certifies broken
+models, since short multiple choice forgives much. As all have to hold, no correction is due for
+their being several (Berger 1982, Technometrics 24 (4)).
 
 Settings are tried from the most executions to the fewest until one fails. In such a fixed order
 each may be tested at the full level, and the chance that any setting is passed wrongly stays what
@@ -21,16 +22,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
+from functools import partial
 
 from drllm.errors import ConfigError
 from drllm.evaluation.curve import Point, won_lost
 from drllm.evaluation.power import smallest_certifiable
-from drllm.evaluation.statistics import greatest_loss, upper_bound
-
-FEWEST_TEXTS = 30
-"""On fewer, the bound is exceeded too often where some texts lose far more than the rest: with one
-in ten of them, of 20 texts in 17 % of the cases instead of 5, of 30 in 8 %."""
+from drllm.evaluation.rises import Rise
+from drllm.evaluation.statistics import greatest_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +38,7 @@ class Limits:
     Attributes:
         epsilon: Loss of accuracy that isn't accepted any more, in points; in (0, 100].
         max_loss_increase: Rise of the next-token loss that isn't accepted any more, in nats a
-            token; above 0.
+            token, on each set of texts; above 0.
         confidence: With which each is to be shown, one-sided; in (0.5, 1).
 
     Raises:
@@ -78,10 +76,10 @@ class Trial:
         won: Questions that the setting has right and base wrong.
         lost: The other way round.
         greatest_loss: Points of accuracy above which every loss is excluded.
-        num_texts: Held-out texts read by both.
-        loss_increase: Mean rise of the next-token loss, in nats a token.
-        greatest_increase: What that rise doesn't exceed with the confidence asked for; None where
-            the texts bound it nowhere.
+        num_texts: Held-out texts read by both, as for `Rise`.
+        loss_increase: On them.
+        greatest_increase: On them.
+        worked: The rise on worked answers; None where none are asked for.
         failures: Why it doesn't pass, in words; empty where it does.
     """
 
@@ -94,11 +92,12 @@ class Trial:
     num_texts: int
     loss_increase: float
     greatest_increase: float | None
+    worked: Rise | None
     failures: tuple[str, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether both losses are shown to be within their limits."""
+        """Whether all losses are shown to be within their limits."""
         return not self.failures
 
     def __str__(self) -> str:
@@ -110,10 +109,17 @@ class Trial:
             if self.greatest_loss > 0
             else "every loss of accuracy is excluded"
         )
-        return (
+        said = (
             f"{self.name} passes: won {self.won}, lost {self.lost} of {self.num_questions}, "
             f"{excluded}; next-token loss {self.loss_increase:+.3f} nats a token, at most "
             f"{self.greatest_increase:+.3f}, on {self.num_texts} texts"
+        )
+        if self.worked is None:
+            return said
+        assert self.worked.greatest_increase is not None
+        return (
+            f"{said}; {self.worked.loss_increase:+.3f}, at most "
+            f"{self.worked.greatest_increase:+.3f}, on {self.worked.num_texts} worked answers"
         )
 
 
@@ -132,6 +138,8 @@ class Choice:
         untried: Cheaper settings, behind one that failed.
         not_cheaper: Settings that run as many layers as base or more, and can't be a choice.
         obstacle: Why nothing was tried, in words; None where something was.
+        worked_answers: The task whose worked answers a setting has to pass too; None where they
+            aren't looked at.
         confirmation: The test of what was chosen, on other questions; None if there was none.
     """
 
@@ -144,6 +152,7 @@ class Choice:
     untried: tuple[str, ...]
     not_cheaper: tuple[str, ...]
     obstacle: str | None
+    worked_answers: str | None = None
     confirmation: Trial | None = None
 
     @property
@@ -176,7 +185,8 @@ class Choice:
         said.append(
             f"Asked for with {confidence}: less than {self.limits.epsilon:g} points of accuracy "
             f"lost, and a next-token loss less than {self.limits.max_loss_increase:g} nats a token "
-            f"higher. Tried from the most layers to the fewest, up to the first that fails:"
+            f"higher{self._where()}. Tried from the most layers to the fewest, up to the first "
+            f"that fails:"
         )
         said += [f"{trial}." for trial in self.trials]
         if self.untried:
@@ -189,13 +199,25 @@ class Choice:
         last = f"Certified: {self._of_chosen()}." if self.is_certified else "None is certified."
         return [*said, last]
 
+    def _where(self) -> str:
+        """Say on what the next-token loss is looked at."""
+        if self.worked_answers is None:
+            return " on the questions' own texts (worked answers weren't looked at)"
+        return f" on the questions' own texts and on worked answers of {self.worked_answers}"
+
     def _of_chosen(self) -> str:
         assert self.chosen is not None
         return f"{self.chosen.name} ({self.chosen.executions:.2f} layers a forward pass)"
 
 
 def choose(
-    base: Point, points: Sequence[Point], limits: Limits, *, chance: float, seed: int
+    base: Point,
+    points: Sequence[Point],
+    limits: Limits,
+    *,
+    chance: float,
+    seed: int,
+    worked_answers: str | None = None,
 ) -> Choice:
     """Choose the cheapest setting within the limits, on the questions that settings are chosen on.
 
@@ -210,6 +232,7 @@ def choose(
         limits: What a setting may lose.
         chance: Accuracy of guessing.
         seed: Of the resampling of texts.
+        worked_answers: The task that the points' `worked_loss` is of; None where there is none.
 
     Returns:
         The choice, to be confirmed by `confirm`; "none" is one too.
@@ -235,6 +258,7 @@ def choose(
         untried=(),
         not_cheaper=tuple(p.name for p in points if p.executions >= base.executions),
         obstacle=None,
+        worked_answers=worked_answers,
     )
     if not cheaper:
         return replace(choice, obstacle="There is no setting that runs fewer layers than base")
@@ -254,7 +278,7 @@ def choose(
         return replace(choice, obstacle=asked)
     trials: list[Trial] = []
     for point in cheaper:
-        trials.append(_try(base, point, limits, seed))
+        trials.append(_try(base, point, choice, seed))
         if not trials[-1].passed:
             break
     untried = tuple(point.name for point in cheaper[len(trials) :])
@@ -282,7 +306,7 @@ def confirm(choice: Choice, base: Point, point: Point, *, chance: float, seed: i
         raise ValueError("only what was chosen is confirmed, and only once")
     if point.name != choice.chosen.name:
         raise ValueError(f"{choice.chosen.name!r} was chosen, not {point.name!r}")
-    trial = _try(base, point, choice.limits, seed)
+    trial = _try(base, point, choice, seed)
     guessing = _guessing(base, chance)
     if guessing is not None:
         trial = replace(trial, failures=(guessing[0].lower() + guessing[1:], *trial.failures))
@@ -296,25 +320,22 @@ def _guessing(base: Point, chance: float) -> str | None:
     return f"The base model is not shown to be above chance ({100 * chance:.1f} %)"
 
 
-def _try(base: Point, point: Point, limits: Limits, seed: int) -> Trial:
-    won, lost = won_lost(point.outcomes, base.outcomes)
-    n = len(base.outcomes.correct)
+def _try(base: Point, point: Point, choice: Choice, seed: int) -> Trial:
+    limits, ours, theirs = choice.limits, point.outcomes, base.outcomes
+    won, lost = won_lost(ours, theirs)
+    n = len(theirs.correct)
     loss = 100 * greatest_loss(won, lost, n, limits.confidence)
-    pairs = zip(point.outcomes.text_loss, base.outcomes.text_loss, strict=True)
-    increases = [ours - theirs for ours, theirs in pairs]
-    if len(increases) < FEWEST_TEXTS:
-        raise ConfigError(
-            f"{len(increases)} held-out texts are too few to certify {point.name}; accuracy alone "
-            f"certifies broken models, so give the next-token loss on at least {FEWEST_TEXTS}"
-        )
-    increase = upper_bound(increases, seed, confidence=limits.confidence)
-    failures = []
+    failures: list[str | None] = []
     if not loss < limits.epsilon:
         failures.append(f"a loss of up to {loss:.2f} points of accuracy is not excluded")
-    if increase == math.inf:
-        failures.append("no rise of the next-token loss is excluded by so few texts that differ")
-    elif not increase < limits.max_loss_increase:
-        failures.append(f"next-token loss up to {increase:.3f} nats a token higher is not excluded")
+    bound = partial(Rise.of, confidence=limits.confidence, seed=seed)
+    texts = bound(ours.text_loss, theirs.text_loss, texts="held-out texts")
+    failures.append(texts.failure(limits.max_loss_increase))
+    worked = None
+    if choice.worked_answers is not None:
+        named = f"worked answers of {choice.worked_answers}"
+        worked = bound(ours.worked_loss, theirs.worked_loss, texts=named)
+        failures.append(worked.failure(limits.max_loss_increase, f" on {named}"))
     return Trial(
         name=point.name,
         executions=point.executions,
@@ -322,8 +343,9 @@ def _try(base: Point, point: Point, limits: Limits, seed: int) -> Trial:
         won=won,
         lost=lost,
         greatest_loss=loss,
-        num_texts=len(increases),
-        loss_increase=fmean(increases),
-        greatest_increase=None if increase == math.inf else increase,
-        failures=tuple(failures),
+        num_texts=texts.num_texts,
+        loss_increase=texts.loss_increase,
+        greatest_increase=texts.greatest_increase,
+        worked=worked,
+        failures=tuple(failure for failure in failures if failure is not None),
     )

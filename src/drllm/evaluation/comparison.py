@@ -1,8 +1,8 @@
 """The evaluation as a stage: tasks in, `eval/TASK.json` and samples out.
 
-Owns which systems run at which depths, and on which questions depths are looked for and chosen.
-Leaves running a system to `systems`, who the opponents are to `lineup`, keeping what is done to
-`partial`, what is written of a task to `results`, and the rule of the choice to `certified`.
+Owns which systems run at which depths, and on which questions depths are looked for. Leaves
+running a system to `systems`, who the opponents are to `lineup`, keeping what is done to `partial`,
+what is written of a task to `results`, and the certified choice to `choosing`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError
-from drllm.evaluation import certified
 from drllm.evaluation.blocks import Keep
+from drllm.evaluation.choosing import Choosing
 from drllm.evaluation.harness.asking import AskedTask
 from drllm.evaluation.harness.folders import write_task_folder
 from drllm.evaluation.harness.model import RoutedLM
@@ -28,10 +28,11 @@ from drllm.evaluation.opponents import share_unchanged
 from drllm.evaluation.partial import Partial, Run
 from drllm.evaluation.prompt_cost import PromptCost
 from drllm.evaluation.results import Evaluated, correct_p_values, point_of
-from drllm.evaluation.roster import OPPONENTS, check, depths, named
+from drllm.evaluation.roster import DRAWN, OPPONENTS, PERMUTED, check, depths, named
 from drllm.evaluation.seeds import seeds_row
 from drllm.evaluation.sources import chosen_on, sources_of
 from drllm.evaluation.systems import System, TaskRun
+from drllm.evaluation.texts import worked_task
 from drllm.models.base.loading import BaseModel
 from drllm.models.checkpoints.folder import WEIGHTS_FILE
 from drllm.models.checkpoints.pretrained import check_routers
@@ -52,9 +53,10 @@ from drllm.tasks.base import Task
 SAMPLES_FILE = "samples.jsonl"
 TASKS_FOLDER = "tasks"
 CACHE = "cache"
-PERMUTED = "permuted routes"
-DRAWN = (PERMUTED, "random decisions", "label frequency")
-"""Opponents that are drawn several times; the others' draws only say who gives up one more."""
+NUM_CALIBRATION = 64
+"""Questions that depths are found and opponents fitted on, unless another number is given."""
+NUM_RANDOM_DRAWS = 10
+"""Draws of the opponents in `DRAWN`, unless another number is given."""
 
 OnProgress: TypeAlias = Callable[[float, int, str], None]
 """Called with systems done (the blocks of one under way are parts of it), systems in all, and what
@@ -146,6 +148,10 @@ class _Evaluation:
         self.opponents = named(config.opponents)
         self.shares = depths(config.curve)
         check(config)
+        self.choosing = None
+        if config.epsilon is not None:
+            worked = worked_task(config, tasks)
+            self.choosing = Choosing(lm, config, worked, self.asked, self.once)
         self.search = [] if config.search is None else read_search(Path(config.search))
         self.targets = (
             [] if config.supervision is None else read_supervision(Path(config.supervision))
@@ -166,13 +172,13 @@ class _Evaluation:
         points = 2 + len(self.opponents) + (1 + len(at_depths)) * len(self.shares)
         of_a_seed = 1 + (PERMUTED in self.opponents)
         points += len(self.other_seeds) * of_a_seed * (1 + len(self.shares))
-        chosen_on = (1 + len(self.shares)) if config.epsilon is not None else 0
-        self.num_systems = (points + chosen_on) * len(tasks)
+        for_choice = 0 if self.choosing is None else self.choosing.num_systems(len(self.shares))
+        self.num_systems = (points + for_choice) * len(tasks)
         self.num_done = 0
 
-    def asked(self, task: Task, split: str, limit: int | None) -> AskedTask:
-        """Return the questions of a task, by way of a task folder."""
-        folder = self.output_dir / TASKS_FOLDER / split
+    def asked(self, task: Task, split: str, limit: int | None, use: str = "") -> AskedTask:
+        """Return the questions of a task, by way of a task folder; one for each use of a split."""
+        folder = self.output_dir / TASKS_FOLDER / f"{use}{split}"
         [written] = write_task_folder(
             [task],
             folder,
@@ -224,8 +230,8 @@ class _Evaluation:
                 seeds.append(self._seeds(task, run, lineup, [base, *at_depth], notes))
             systems += at_depth
         choice = None
-        if config.epsilon is not None:
-            choice = self._choice(source, base, systems, biases, asked.written.chance)
+        if self.choosing is not None:
+            choice = self.choosing.of_task(source, systems, biases, asked.written.chance or 0.0)
         num_tokens = [len(self.lm.tok_encode(prompt)) for prompt in asked.prompts()]
         cost = PromptCost.of(self.lm.routed.model, num_tokens)
         num_layers = self.lm.routed.num_layers
@@ -233,7 +239,8 @@ class _Evaluation:
 
     def _material(self, source: Task) -> Material:
         """Return what opponents are fitted on, and depths are looked for on."""
-        asked = self.asked(source, chosen_on(source, self.config), self.config.num_calibration)
+        num = self.config.num_calibration or NUM_CALIBRATION
+        asked = self.asked(source, chosen_on(source, self.config), num)
         questions: list[Question] = []
         golds: list[int] = []
         if asked.has_options:
@@ -303,7 +310,8 @@ class _Evaluation:
         """Run an opponent at the executions of a routed model."""
         routes = torch.tensor(routed.routes[0])
         generator = torch.Generator().manual_seed(self.config.seed)
-        num = self.config.num_random_draws if name in DRAWN else 1
+        draws = self.config.num_random_draws or NUM_RANDOM_DRAWS
+        num = draws if name in DRAWN else 1
         drawn = [lineup.at(name, routes, generator) for _ in range(num)]
         system = run.opponent(name, drawn, routed.setting, keep=keep)
         if name == PERMUTED:
@@ -355,51 +363,6 @@ class _Evaluation:
             )
             permuted_points.append(point_of(control))
         return seeds_row(routed_points, point_of(base), permuted_points, self.config.seed)
-
-    def _choice(
-        self,
-        source: Task,
-        base: System,
-        systems: Sequence[System],
-        biases: dict[str, float],
-        chance: float | None,
-    ) -> certified.Choice:
-        """Choose a depth on one split, and test it once on the one that is evaluated."""
-        config = self.config
-        assert config.epsilon is not None
-        limits = certified.Limits(
-            epsilon=config.epsilon, max_loss_increase=config.max_loss_increase
-        )
-        split = chosen_on(source, config)
-        asked = self.asked(source, split, config.limit_of(source.name))
-        run = TaskRun(self.lm, asked, config.num_texts)
-        untouched = self.once(f"{source.name}: base on {split}", run.base)
-        routers = self.lm.routed.routers
-        assert routers is not None
-        points = [
-            self.once(
-                f"{source.name}: routed at {setting} on {split}",
-                partial(run.by_policy, "routed", RouterPolicy(routers, depth_bias=bias), setting),
-            )
-            for setting, bias in biases.items()
-        ]
-        choice = certified.choose(
-            point_of(untouched),
-            [point_of(point) for point in points],
-            limits,
-            chance=asked.written.chance or 0.0,
-            seed=config.seed,
-        )
-        if choice.chosen is None:
-            return choice
-        tested = next(
-            point_of(system)
-            for system in systems
-            if system.name == "routed" and point_of(system).name == choice.chosen.name
-        )
-        return certified.confirm(
-            choice, point_of(base), tested, chance=chance or 0.0, seed=config.seed
-        )
 
 
 def in_words(share: float) -> str:

@@ -32,11 +32,13 @@ class Outcomes:
         gold_logprob: One per question, in nats; empty where it isn't known.
         text_loss: One per held-out text, in nats a token: the mean next-token loss over the text.
             Texts count alike, however long. Empty where none was read.
+        worked_loss: The same, one per worked answer of another task; empty where none was read.
     """
 
     correct: Sequence[float]
     gold_logprob: Sequence[float] = ()
     text_loss: Sequence[float] = ()
+    worked_loss: Sequence[float] = ()
 
     @property
     def is_single(self) -> bool:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError, unknown_name
+from drllm.settings import flag_of
 
 NOTHING = "nothing"
 ROUTES = "nothing but the routed model's own routes on these questions"
@@ -162,6 +163,10 @@ QUICK = (
 )
 """Opponents that need no fitting."""
 
+PERMUTED = "permuted routes"
+DRAWN = (PERMUTED, "random decisions", "label frequency")
+"""Opponents that are drawn several times; the others' draws only say who gives up one more."""
+
 NEEDS: dict[str, tuple[str, str]] = {
     "greedy by answers": ("questions", "a task with options"),
     "block repeat": ("questions", "a task with options"),
@@ -218,11 +223,19 @@ def check(config: EvaluateConfig) -> None:
     """Refuse settings that make no sense together, before anything is loaded or written.
 
     Raises:
-        ConfigError: An unknown opponent, depths that are none, or a file that no opponent is
-            fitted on.
+        ConfigError: An unknown opponent, depths that are none, a choice without depths, its limits
+            without a choice, or a file or draws that no opponent has a use for.
     """
     named(config.opponents)
     depths(config.curve)
+    _check_choice(config)
+    draws = config.num_random_draws
+    if draws is not None and not any(name in DRAWN for name in named(config.opponents)):
+        added = " or ".join(name.replace(" ", "-") for name in DRAWN)
+        raise ConfigError(
+            f"--num-random-draws {draws} has no effect on the opponents {config.opponents}; leave "
+            f"it out, or add {added} to --opponents"
+        )
     for setting in ("search", "supervision"):
         value = getattr(config, setting)
         if value is not None and setting not in files_needed(config.opponents):
@@ -230,6 +243,22 @@ def check(config: EvaluateConfig) -> None:
             raise ConfigError(
                 f"--{setting} {value} has no effect on the opponents {config.opponents}; leave it "
                 f"out, or add {' or '.join(fitted)} to --opponents"
+            )
+
+
+def _check_choice(config: EvaluateConfig) -> None:
+    """Refuse a certified choice without depths to choose from, and its limits without it."""
+    if config.epsilon is not None and config.curve is None:
+        raise ConfigError(
+            f"--epsilon {config.epsilon:g} has no effect without depths to choose from; give "
+            f"them as --curve, for example 0.1,0.2,0.3"
+        )
+    for setting in ("max_loss_increase", "worked_answers"):
+        value = getattr(config, setting)
+        if value is not None and config.epsilon is None:
+            raise ConfigError(
+                f"{flag_of(setting)} {value} has no effect without a certified choice; give "
+                f"--epsilon too, for example 2, or leave it out"
             )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError
 from drllm.evaluation.roster import OPPONENTS, QUESTIONS, depths, named
+from drllm.settings import flag_of
 from drllm.tasks.base import Task, get_task
 
 
@@ -27,15 +28,17 @@ def sources_of(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]
     reported, or to see what holds elsewhere of what was chosen here.
 
     Raises:
-        ConfigError: A `fitted_on` that can't be read, or that has no effect.
+        ConfigError: A `fitted_on` that can't be read; that or `num_calibration` without effect.
         TaskError: It names a task that there isn't.
     """
     others = config.own("fitted_on")
-    if others and not is_fitted(config):
-        raise ConfigError(
-            f"--fitted-on {config.fitted_on} has no effect on the opponents {config.opponents} "
-            f"without --curve; leave it out, or give --curve or opponents that are fitted"
-        )
+    for setting in ("fitted_on", "num_calibration"):
+        value = getattr(config, setting)
+        if value is not None and not is_fitted(config):
+            raise ConfigError(
+                f"{flag_of(setting)} {value} has no effect on the opponents {config.opponents} "
+                f"without --curve; leave it out, or give --curve or opponents that are fitted"
+            )
     by_name = {task.name: task for task in tasks}
     return {
         name: task if name not in others else by_name.get(others[name]) or get_task(others[name])

@@ -160,6 +160,24 @@ class TaskRun:
         )
         return self._system(name, setting, found, first.note)
 
+    def texts(self, name: str, policy: Policy, setting: str = "", *, keep: Keep = unkept) -> System:
+        """Read the texts of all questions, whose answers are generated, without generating any.
+
+        Args:
+            name: The system's name.
+            policy: Decides on the questions' prompts, as before an answer is generated.
+            setting: Its depth in words.
+            keep: See `Keep`.
+
+        Returns:
+            The system with its texts' losses and routes, without answers.
+        """
+        found = self._run(keep, lambda _: "texts", lambda block: self._read(block, policy))
+        system = System(name, setting, seconds=found.seconds, routes=found.routes)
+        system.text_loss = self._losses([answer for [answer] in found.answers[0]])  # type: ignore[misc]
+        system.executions = mean_executions(found.routes[0])
+        return system
+
     # --- asking ---
 
     def _run(
@@ -216,6 +234,15 @@ class TaskRun:
         answers = self.lm.scorer.score_path(self._requests_of(block), path)
         seconds = self._clock() - started
         return Answered([self._by_question(block, answers)], [], seconds)
+
+    def _read(self, block: Block, policy: Policy) -> Answered:
+        """Read the texts of a block's questions."""
+        texts = [self._texts[place] for place in block.places]
+        started = self._clock()
+        scored = self.lm.scorer.score(texts, lambda _keys: policy)
+        seconds = self._clock() - started
+        routes = [scored.routes[text.question] for text in texts]
+        return Answered([[[answer] for answer in scored.answers]], [routes], seconds)
 
     def _requests_of(self, block: Block) -> list[Request]:
         return [request for place in block.places for request in self._requests[place]]

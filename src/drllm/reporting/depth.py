@@ -11,7 +11,7 @@ from functools import partial
 from drllm.cost import share_saved
 from drllm.reporting import curves
 from drllm.reporting.blocks import Block, Columns, Figure, Folded, Listing, Section, Table, Text
-from drllm.reporting.depths import Choice, Point, Seeds, Spread, Trial
+from drllm.reporting.depths import Choice, Point, Rise, Seeds, Spread, Trial
 from drllm.reporting.evaluated import difference
 from drllm.reporting.numbers import NONE, count, percent, plain, signed
 from drllm.reporting.results import Evaluation
@@ -27,6 +27,22 @@ CURVE_COLUMNS = (
     "gold log-probability less base's, nats",
     "next-token loss less base's, nats",
 )
+
+TRIAL_COLUMNS = (
+    "setting",
+    "tested on",
+    "passed",
+    "why not",
+    "executions a forward",
+    "questions",
+    "won",
+    "lost",
+    "losses excluded from, points",
+    "texts",
+    "next-token loss, nats",
+    "at most, nats",
+)
+WORKED_COLUMNS = ("worked answers", "their next-token loss, nats", "at most, nats")
 
 
 def sections(evaluation: Evaluation) -> list[Section]:
@@ -183,11 +199,13 @@ def _choice(choice: Choice, split: str) -> list[Block]:
     asked = (
         f"Asked for with {percent(choice.confidence, 0)} confidence: less than "
         f"{choice.epsilon:g} points of accuracy lost, and a next-token loss less than "
-        f"{choice.max_loss_increase:g} nats a token higher."
+        f"{choice.max_loss_increase:g} nats a token higher on the questions' own texts"
+        f"{_beside(choice)}."
     )
     blocks: list[Block] = [Text(f"{verdict(choice)} {_why(choice)}".rstrip(), strong=True)]
     blocks.append(Text(asked))
-    tested = [("select", trial) for trial in choice.trials]
+    chosen_on = "fit" if split == "select" else "select"
+    tested = [(chosen_on, trial) for trial in choice.trials]
     if choice.confirmation is not None:
         tested.append((f"{split}, once", choice.confirmation))
     if tested:
@@ -195,20 +213,7 @@ def _choice(choice: Choice, split: str) -> list[Block]:
             Table(
                 caption="Settings tried, from the most executions to the fewest and up to the "
                 "first that fails; what is chosen is then tested once on other questions",
-                header=(
-                    "setting",
-                    "tested on",
-                    "passed",
-                    "why not",
-                    "executions a forward",
-                    "questions",
-                    "won",
-                    "lost",
-                    "losses excluded from, points",
-                    "texts",
-                    "next-token loss, nats",
-                    "at most, nats",
-                ),
+                header=(*TRIAL_COLUMNS, *(WORKED_COLUMNS if choice.worked_answers else ())),
                 rows=[_trial_row(where, trial) for where, trial in tested],
                 texts=(0, 1, 2, 3),
             )
@@ -217,6 +222,13 @@ def _choice(choice: Choice, split: str) -> list[Block]:
         blocks.append(Text("As the evaluation words it:"))
         blocks.append(Listing(choice.sentences))
     return blocks
+
+
+def _beside(choice: Choice) -> str:
+    """Say whether worked answers were looked at."""
+    if choice.worked_answers is None:
+        return "; worked answers weren't looked at"
+    return f" and on worked answers of {choice.worked_answers}"
 
 
 def _why(choice: Choice) -> str:
@@ -244,7 +256,14 @@ def _trial_row(where: str, trial: Trial) -> list[str]:
         count(trial.won),
         count(trial.lost),
         plain(max(0.0, trial.greatest_loss), 2),
-        count(trial.num_texts),
-        signed(trial.loss_increase, 3),
-        signed(trial.greatest_increase, 3),
+        *_rise_cells(trial.texts),
+        *([] if trial.worked is None else _rise_cells(trial.worked)),
+    ]
+
+
+def _rise_cells(rise: Rise) -> list[str]:
+    return [
+        count(rise.num_texts),
+        signed(rise.loss_increase, 3),
+        signed(rise.greatest_increase, 3),
     ]

@@ -64,8 +64,20 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rise:
+    """How much higher a next-token loss is than base's, in nats a token, and at most."""
+
+    num_texts: int
+    loss_increase: float
+    greatest_increase: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One setting tested against base; losses of accuracy in points, `failures` empty if passed."""
+    """One setting tested against base; losses of accuracy in points, `failures` empty if passed.
+
+    `worked` is the rise on worked answers, None where they weren't looked at.
+    """
 
     name: str
     executions: float
@@ -73,14 +85,13 @@ class Trial:
     won: int
     lost: int
     greatest_loss: float
-    num_texts: int
-    loss_increase: float
-    greatest_increase: float | None
+    texts: Rise
+    worked: Rise | None
     failures: tuple[str, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether both losses are shown to be within their limits."""
+        """Whether all losses are shown to be within their limits."""
         return not self.failures
 
 
@@ -92,6 +103,7 @@ class Choice:
         epsilon: Points of accuracy from which a loss isn't accepted.
         max_loss_increase: Nats a token from which a rise of the next-token loss isn't.
         confidence: With which each was to be shown.
+        worked_answers: The task whose worked answers were looked at; None if they weren't.
         trials: Settings in the order tried; all but the last one passed.
         confirmation: The test of what was chosen; None if nothing was chosen.
         obstacle: Why nothing was tried.
@@ -101,6 +113,7 @@ class Choice:
     epsilon: float
     max_loss_increase: float
     confidence: float
+    worked_answers: str | None
     trials: tuple[Trial, ...]
     confirmation: Trial | None
     obstacle: str | None
@@ -231,6 +244,7 @@ def read_choice(fields: Fields | None) -> Choice | None:
         epsilon=limits.number("epsilon"),
         max_loss_increase=limits.number("max_loss_increase"),
         confidence=limits.number("confidence"),
+        worked_answers=fields.optional_text("worked_answers"),
         trials=tuple(_trial(row) for row in fields.objects("trials")),
         confirmation=None if confirmation is None else _trial(confirmation),
         obstacle=fields.optional_text("obstacle"),
@@ -239,6 +253,7 @@ def read_choice(fields: Fields | None) -> Choice | None:
 
 
 def _trial(fields: Fields) -> Trial:
+    worked = fields.optional_object("worked")
     return Trial(
         name=fields.text("name"),
         executions=fields.number("executions"),
@@ -246,8 +261,15 @@ def _trial(fields: Fields) -> Trial:
         won=fields.whole("won"),
         lost=fields.whole("lost"),
         greatest_loss=fields.number("greatest_loss"),
+        texts=_rise(fields),
+        worked=None if worked is None else _rise(worked),
+        failures=fields.texts("failures"),
+    )
+
+
+def _rise(fields: Fields) -> Rise:
+    return Rise(
         num_texts=fields.whole("num_texts"),
         loss_increase=fields.number("loss_increase"),
         greatest_increase=fields.optional_number("greatest_increase"),
-        failures=fields.texts("failures"),
     )

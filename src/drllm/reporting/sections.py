@@ -133,21 +133,23 @@ def _choices(runs: dict[str, Run]) -> Table:
             "task",
             "less than, points",
             "and less than, nats a token",
+            "worked answers of",
             "confidence",
             "certified",
         ),
         rows=rows,
-        texts=(0, 1, 5),
+        texts=(0, 1, 4, 6),
     )
 
 
 def _choice(choice: Choice | None) -> list[str]:
     if choice is None:
-        return [NONE, NONE, NONE, "not asked for"]
+        return [NONE, NONE, NONE, NONE, "not asked for"]
     kept = choice.certified
     return [
         f"{choice.epsilon:g}",
         f"{choice.max_loss_increase:g}",
+        choice.worked_answers or "not looked at",
         percent(choice.confidence, 0),
         "none"
         if kept is None

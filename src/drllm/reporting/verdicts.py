@@ -234,11 +234,12 @@ def others(evaluation: Evaluation) -> list[str]:
     if choice is not None:
         kept = choice.certified
         limit = f"losing less than {choice.epsilon:g} points of accuracy"
+        unseen = "" if choice.worked_answers else "; worked answers weren't looked at"
         said.append(
             f"No depth is certified as {limit}."
             if kept is None
             else f"Certified as {limit}: {kept.name}, {plain(kept.executions, 2)} executions a "
-            f"forward pass."
+            f"forward pass{unseen}."
         )
     return said
 

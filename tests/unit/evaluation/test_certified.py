@@ -25,6 +25,15 @@ def base(correct=RIGHT, texts=TEXTS):
     return Point("base", "", 30.0, Outcomes(correct, text_loss=texts))
 
 
+def with_worked(point, worse=0.0, texts=TEXTS):
+    """Return a point with worked answers, all of whose losses rise by about so much."""
+    rng = random.Random(point.executions)
+    losses = [value + worse + rng.uniform(-0.005, 0.005) for value in texts]
+    return dataclasses.replace(
+        point, outcomes=dataclasses.replace(point.outcomes, worked_loss=losses)
+    )
+
+
 def point(executions, won=3, lost=3, worse=0.01, name=None):
     """Return a setting that wins and loses so many questions; its losses rise by about so much."""
     correct = [0] * lost + RIGHT[lost:]
@@ -67,6 +76,61 @@ def test_accuracy_alone_certifies_nothing():
         f"not excluded",
     )
     assert choice.sentences()[-1] == "None is certified."
+
+
+def held_to_worked(point, limits=LIMITS):
+    """Choose between base and a point, both with worked answers."""
+    return choose(with_worked(base()), [point], limits, chance=0.25, seed=0, worked_answers="gsm8k")
+
+
+def test_worked_answers_have_a_bound_of_their_own():
+    choice = held_to_worked(with_worked(point(27), worse=0.2))
+    [trial] = choice.trials
+    assert (trial.greatest_loss < LIMITS.epsilon, trial.greatest_increase < 0.1) == (True, True)
+    assert trial.worked.loss_increase == pytest.approx(0.2, abs=0.005)
+    assert trial.failures == (
+        f"next-token loss on worked answers of gsm8k up to {trial.worked.greatest_increase:.3f} "
+        f"nats a token higher is not excluded",
+    )
+    assert choice.sentences()[-1] == "None is certified."
+    held = held_to_worked(with_worked(point(27), worse=0.02))
+    assert held.chosen.worked.num_texts == len(TEXTS)
+    assert str(held.chosen).endswith(
+        f"on 40 texts; {held.chosen.worked.loss_increase:+.3f}, at most "
+        f"{held.chosen.worked.greatest_increase:+.3f}, on 40 worked answers"
+    )
+
+
+def test_worked_answers_are_a_condition_when_the_choice_is_confirmed_too():
+    choice = held_to_worked(with_worked(point(27)))
+    worse = with_worked(point(27), worse=0.2)
+    failed = confirm(choice, with_worked(base()), worse, chance=0.25, seed=1)
+    assert not failed.is_certified
+    assert "worked answers of gsm8k" in failed.confirmation.failures[0]
+    assert confirm(
+        choice, with_worked(base()), with_worked(point(27)), chance=0.25, seed=1
+    ).is_certified
+
+
+def test_it_is_said_whether_worked_answers_were_looked_at():
+    [said] = (words for words in chosen([point(27)]).sentences() if words.startswith("Asked for"))
+    assert "on the questions' own texts (worked answers weren't looked at)." in said
+    choice = held_to_worked(with_worked(point(27)))
+    [said] = (words for words in choice.sentences() if words.startswith("Asked for"))
+    assert "on the questions' own texts and on worked answers of gsm8k." in said
+
+
+def test_too_few_worked_answers_are_refused():
+    bare = with_worked(base(), texts=TEXTS[:29])
+    with pytest.raises(ConfigError, match="29 worked answers of gsm8k are too few"):
+        choose(
+            bare,
+            [with_worked(point(27), texts=TEXTS[:29])],
+            LIMITS,
+            chance=0.25,
+            seed=0,
+            worked_answers="gsm8k",
+        )
 
 
 def test_texts_that_bound_nothing_certify_nothing():
@@ -159,6 +223,7 @@ def test_a_choice_goes_into_a_file():
     choice = confirm(chosen([point(27)]), base(), point(27), chance=0.25, seed=0)
     values = json.loads(json.dumps(dataclasses.asdict(choice)))
     assert values["confirmation"]["won"] == 3
+    assert values["confirmation"]["worked"] is None
     assert values["limits"] == {"epsilon": 4, "max_loss_increase": 0.1, "confidence": 0.95}
 
 

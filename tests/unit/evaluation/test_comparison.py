@@ -15,13 +15,18 @@ from torch import nn
 
 from drllm.config import EvaluateConfig
 from drllm.errors import CheckpointError, ConfigError, ModelError, RecordError
-from drllm.evaluation import systems
+from drllm.evaluation import certified, systems
 from drllm.evaluation.comparison import run_evaluation
+from drllm.evaluation.harness.asking import AskedTask
+from drllm.evaluation.harness.folders import write_task_folder
+from drllm.evaluation.harness.model import RoutedLM
 from drllm.evaluation.latency import device_clock
 from drllm.evaluation.opponents import permuted, share_unchanged
 from drllm.evaluation.results import correct_p_values
-from drllm.evaluation.roster import OPPONENTS, depths
+from drllm.evaluation.roster import DRAWN, OPPONENTS, depths, named
+from drllm.evaluation.sources import is_fitted
 from drllm.evaluation.statistics import holm
+from drllm.evaluation.systems import TaskRun
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.loading import BaseModel
 from drllm.models.policies import RouterPolicy
@@ -79,16 +84,14 @@ def task():
 
 
 def settings(**values):
-    return EvaluateConfig(
-        **{
-            "limit": NUM_QUESTIONS,
-            "num_random_draws": 3,
-            "batch_size": 5,
-            "num_calibration": 12,
-            "num_texts": 6,
-            **values,
-        }
-    )
+    small = {"limit": NUM_QUESTIONS, "batch_size": 5, "num_texts": 6, **values}
+    config = EvaluateConfig(**small)
+    few = {}
+    if "num_random_draws" not in values and set(DRAWN) & set(named(config.opponents)):
+        few["num_random_draws"] = 3
+    if "num_calibration" not in values and is_fitted(config):
+        few["num_calibration"] = 12
+    return dataclasses.replace(config, **few)
 
 
 @pytest.fixture(scope="module")
@@ -379,6 +382,99 @@ def test_a_depth_is_never_chosen_on_the_questions_that_it_is_tested_on(
     names = {name for _, _, name in calls}
     assert "builtin_facts: base on fit" in names
     assert not any(name.endswith("on select") for name in names)
+
+
+@pytest.fixture
+def _base_above_chance(monkeypatch):
+    """Let a model without skill be one with something to lose."""
+    monkeypatch.setattr(certified, "_guessing", lambda *_: None)
+
+
+@pytest.mark.usefixtures("_base_above_chance")
+def test_a_choice_is_held_to_worked_answers_of_another_task_that_serve_it_once(
+    base, routers_dir, task, tmp_path
+):
+    config = settings(
+        curve="0.1,0.3",
+        epsilon=100.0,
+        max_loss_increase=100.0,
+        worked_answers="builtin_arithmetic",
+        opponents="none",
+        limit=30,
+        num_texts=30,
+    )
+    calls = []
+    [path] = run_evaluation(
+        base, routers_dir, [task], config, tmp_path, lambda *args: calls.append(args)
+    )
+    choice = json.loads(path.read_text())["choice"]
+    assert choice["worked_answers"] == "builtin_arithmetic"
+    assert choice["trials"][-1]["failures"] == []
+    assert choice["confirmation"]["failures"] == []
+    for trial in (*choice["trials"], choice["confirmation"]):
+        assert trial["worked"]["num_texts"] == 30
+        assert trial["worked"]["loss_increase"] < trial["worked"]["greatest_increase"]
+        assert trial["worked"]["loss_increase"] != trial["loss_increase"]
+    said = [name for _, _, name in calls if "worked answers" in name]
+    assert "base on worked answers of builtin_arithmetic, select" in said
+    chosen = choice["confirmation"]["name"].removeprefix("routed, ")
+    assert [name for name in dict.fromkeys(said) if name.endswith(", test")] == [
+        "base on worked answers of builtin_arithmetic, test",
+        f"builtin_facts: routed at {chosen} on worked answers of builtin_arithmetic, test",
+    ]
+    assert calls[-1][0] <= calls[-1][1]
+    read = {
+        split: {row["prompt"] for row in rows_of(tmp_path / "tasks" / f"worked-{split}")}
+        for split in ("select", "test")
+    }
+    assert [len(prompts) for prompts in read.values()] == [30, 30]
+    assert not read["select"] & read["test"]
+
+
+def rows_of(folder):
+    [file] = (folder / "rows").glob("*.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_the_loss_of_a_worked_answer_is_that_behind_its_prompt_under_the_prompts_own_route(
+    base, routers_dir, tmp_path
+):
+    lm = RoutedLM(base, routers=str(routers_dir), batch_size=4)
+    try:
+        [written] = write_task_folder(
+            [get_task("builtin_arithmetic")],
+            tmp_path,
+            split="select",
+            limit=8,
+            seed=0,
+            data_dir=None,
+        )
+        asked = AskedTask(written, tmp_path, lm, chat=False)
+        policy = RouterPolicy(lm.routed.routers)
+        read = TaskRun(lm, asked, num_texts=8).texts("routed", policy)
+        routes = []
+        for prompt in asked.prompts():
+            with lm.routed.using(policy), torch.no_grad():
+                lm.routed.model(torch.tensor([encode(base.tokenizer, prompt)]))
+            routes.append(tuple(lm.routed.last_route[0].tolist()))
+    finally:
+        lm.routed.detach()
+    assert read.routes == [routes]
+    assert len(set(routes)) > 1, "the sample must be a test"
+    assert read.executions == pytest.approx(sum(map(sum, routes)) / 8)
+    for place, (prompt, route) in enumerate(zip(asked.prompts(), routes, strict=True)):
+        model = copy.deepcopy(base.model)
+        path = to_path(route)
+        model.model.layers = nn.ModuleList([model.model.layers[index] for index in path])
+        model.config.num_hidden_layers = len(path)
+        context = encode(base.tokenizer, prompt)
+        answer = list(asked.text(place).continuation)
+        ids = torch.tensor([[*context, *answer]])
+        labels = ids.clone()
+        labels[:, : len(context)] = -100
+        with torch.no_grad():
+            loss = float(model(ids, labels=labels, use_cache=False).loss)
+        assert read.text_loss[place] == pytest.approx(loss, abs=TOLERANCE)
 
 
 def test_depths_are_shares_each_named_once():

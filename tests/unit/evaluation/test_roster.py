@@ -41,6 +41,23 @@ def test_files_are_asked_for_where_an_opponent_is_fitted_on_them():
         check(EvaluateConfig(opponents="best-program", supervision="x"))
 
 
+def test_draws_that_no_opponent_has_a_use_for_are_refused():
+    said = "--num-random-draws 9 has no effect .*; leave it out, or add permuted-routes"
+    with pytest.raises(ConfigError, match=said):
+        check(EvaluateConfig(num_random_draws=9, opponents="last-layers"))
+    check(EvaluateConfig(num_random_draws=9))
+
+
+@pytest.mark.parametrize(
+    "limit", [{"max_loss_increase": 0.1}, {"worked_answers": "builtin_arithmetic"}]
+)
+def test_limits_of_a_choice_are_refused_without_one(limit):
+    [name] = limit
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} .* give --epsilon too"):
+        check(EvaluateConfig(curve="0.1", **limit))
+    check(EvaluateConfig(curve="0.1", epsilon=2.0, **limit))
+
+
 def test_every_opponent_says_in_a_line_what_it_is():
     for name, opponent in OPPONENTS.items():
         assert opponent.name == name

@@ -47,6 +47,12 @@ def test_another_source_without_effect_is_refused():
         sources_of(TASKS, EvaluateConfig(fitted_on="hellaswag=arc_easy"))
 
 
+def test_a_number_of_questions_without_effect_is_refused():
+    with pytest.raises(ConfigError, match=r"--num-calibration 9 has no effect .* without --curve"):
+        sources_of(TASKS, EvaluateConfig(num_calibration=9))
+    sources_of(TASKS, EvaluateConfig(num_calibration=9, opponents="block-repeat"))
+
+
 def test_an_unknown_source_is_refused_with_near_names():
     with pytest.raises(TaskError, match="did you mean 'arc_easy'"):
         sources_of(TASKS, EvaluateConfig(curve="0.1", fitted_on="hellaswag=arc_eas"))

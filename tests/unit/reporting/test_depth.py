@@ -186,6 +186,44 @@ def test_trials_say_where_they_were_and_why_they_fail(make_folder, text_of, choi
     ]
 
 
+def test_a_report_says_that_worked_answers_were_not_looked_at(make_folder, text_of, choices):
+    folder = make_folder()
+    folder.evaluation(choice=choices["certified"])
+    result, section = text_of(folder.path).replace("\u00a0", " ").split("## Certified choice")
+    assert "5.40 executions a forward pass; worked answers weren't looked at." in result
+    assert "higher on the questions' own texts; worked answers weren't looked at." in section
+    assert "| worked answers |" not in section
+
+
+def test_a_report_shows_worked_answers_beside_the_questions_own_texts(
+    make_folder, text_of, choices
+):
+    worked = {"num_texts": 50, "loss_increase": 0.031, "greatest_increase": None}
+    trials = [{**trial, "worked": worked} for trial in choices["certified"]["trials"]]
+    held = {**choices["certified"], "worked_answers": "gsm8k", "trials": trials}
+    held["confirmation"] = {**held["confirmation"], "worked": {**worked, "num_texts": 60}}
+    folder = make_folder()
+    folder.evaluation(choice=held)
+    result, section = text_of(folder.path).replace("\u00a0", " ").split("## Certified choice")
+    assert "worked answers" not in result
+    assert "on the questions' own texts and on worked answers of gsm8k." in section
+    header, *rows = re.findall(r"^\| (?:setting|routed).*$", section, re.MULTILINE)
+    assert header.endswith("| worked answers | their next-token loss, nats | at most, nats |")
+    assert [row.split(" | ")[-3:] for row in rows] == [
+        ["50", "+0.031", "– |"],
+        ["50", "+0.031", "– |"],
+        ["60", "+0.031", "– |"],
+    ]
+
+
+def test_depths_of_what_is_tested_on_select_are_chosen_on_fit(make_folder, text_of, choices):
+    folder = make_folder()
+    folder.evaluation(choice=choices["certified"], changes={"split": "select"})
+    section = text_of(folder.path).split("## Certified choice")[1]
+    rows = re.findall(r"^\| routed.*$", section, re.MULTILINE)
+    assert [row.split(" | ")[1] for row in rows] == ["fit", "fit", "select, once"]
+
+
 def test_what_the_choice_says_is_not_said_again_among_the_findings(make_folder, text_of, choices):
     folder = make_folder()
     findings = ["Something else.", *choices["certified"]["sentences"]]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from drllm.reporting.depths import Choice, Difference, Differences, Trial
+from drllm.reporting.depths import Choice, Difference, Differences, Rise, Trial
 from drllm.reporting.numbers import NBSP
 from drllm.reporting.results import Evaluation, System
 from drllm.reporting.verdicts import (
@@ -254,15 +254,15 @@ def test_the_choice_is_said_whatever_it_is():
         won=1,
         lost=1,
         greatest_loss=1.5,
-        num_texts=30,
-        loss_increase=0.0,
-        greatest_increase=0.01,
+        texts=Rise(num_texts=30, loss_increase=0.0, greatest_increase=0.01),
+        worked=None,
         failures=(),
     )
     values: dict[str, Any] = {
         "epsilon": 2.0,
         "max_loss_increase": 0.05,
         "confidence": 0.95,
+        "worked_answers": None,
         "trials": (trial,),
         "obstacle": None,
         "sentences": (),
@@ -270,8 +270,10 @@ def test_the_choice_is_said_whatever_it_is():
     chosen = Choice(**values, confirmation=trial)
     assert told(BASE, routed(0.5, 0.5), choice=chosen) == (
         "Certified as losing less than 2 points of accuracy: routed, 10 % saved, 27.00 executions "
-        "a forward pass."
+        "a forward pass; worked answers weren't looked at."
     )
+    held = Choice(**{**values, "worked_answers": "gsm8k"}, confirmation=trial)
+    assert told(BASE, routed(0.5, 0.5), choice=held).endswith("27.00 executions a forward pass.")
     unconfirmed = Choice(**values, confirmation=None)
     assert told(BASE, routed(0.5, 0.5), choice=unconfirmed) == (
         "No depth is certified as losing less than 2 points of accuracy."

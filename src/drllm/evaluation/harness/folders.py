@@ -277,7 +277,7 @@ class _TaskFiles:
             # No token is shorter than a byte, so that no prompt is cut; but half is for answers.
             texts = [_bytes(self._columns(*one)) for one in shown]
             longest = max(map(_bytes, rows)) + self.num_fewshot * max(texts, default=0)
-            most = min(wanted, max(max_length // 2, max_length - longest))
+            most = min(wanted, room_for_answer(longest, max_length))
         if most < wanted:
             notes.append(
                 f"answers have at most {most} new tokens, since the model holds {max_length} in "
@@ -345,6 +345,16 @@ class _TaskFiles:
         name = f"{ROWS}/{leaf}-{use}-{digest}.jsonl"
         self.files.rows[name] = text
         return name
+
+
+def room_for_answer(prompt: int, max_length: int) -> int:
+    """Return how many tokens an answer may have: all behind its prompt, half of all at least.
+
+    Example:
+        >>> room_for_answer(100, 1024), room_for_answer(1000, 1024)
+        (924, 512)
+    """
+    return max(max_length // 2, max_length - prompt)
 
 
 def _questions(task: Task, split: str, data_dir: Path | None) -> list[tuple[Example, Row]]:

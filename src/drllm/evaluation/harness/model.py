@@ -22,7 +22,6 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,6 +33,7 @@ from drllm.evaluation.harness.arguments import (
     check_windows,
     routers_and_base,
 )
+from drllm.evaluation.harness.lengths import fitted
 from drllm.evaluation.harness.processes import joined, without_padding
 from drllm.evaluation.harness.questions import Request
 from drllm.evaluation.harness.scoring import Answer, RequestScorer, Scored, Tally
@@ -315,30 +315,21 @@ class RoutedLM(HFLM):  # type: ignore[misc]
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate answers; decisions are taken in the prefill, and pinned.
 
+        Answers that the model has no room for are shorter, with a warning (see `lengths`).
+
         Args:
             requests: Each with a prompt and the settings of `generate`.
             disable_tqdm: Show no progress.
 
         Returns:
             The texts, each up to its first stop.
-
-        Raises:
-            ConfigError: Answers as long as all that the model holds.
         """
-        for each in requests:
-            self._check_length(each)
         wanted, places = without_padding(requests)
-        texts: list[str] = super().generate_until(wanted, disable_tqdm=disable_tqdm)
+        asked = fitted(
+            wanted, self.tok_encode, self.max_length, self.max_gen_toks, warns=self.rank == 0
+        )
+        texts: list[str] = super().generate_until(asked, disable_tqdm=disable_tqdm)
         return [texts[place] for place in places]
-
-    def _check_length(self, request: Instance) -> None:
-        most = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
-        if most >= self.max_length:
-            raise ConfigError(
-                f"{request.task_name or 'a task'} asks for answers of up to {most} tokens, and the "
-                f"model holds {self.max_length} with the question; give fewer, as "
-                f"--gen_kwargs max_gen_toks={self.max_length // 2}"
-            )
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
         """Return how many answers are generated at once with `auto`: as many as memory allows."""
