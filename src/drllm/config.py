@@ -350,6 +350,9 @@ class EvaluateConfig(Settings):
         None, "draws of the random opponents a question; 10 unless given", minimum=1
     )
     batch_size: int = setting(16, "questions a forward pass", minimum=1)
+    latency_rounds: int = setting(
+        3, "turns in which base and routed are timed; 0 measures no time", minimum=0
+    )
     seed: int = setting(0, "seed of permutations, random draws and --limit", minimum=0)
 
     def limit_of(self, task: str) -> int | None:

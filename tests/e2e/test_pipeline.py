@@ -30,6 +30,7 @@ FILES = {
     "routers/metrics.jsonl",
     "routers/README.md",
     "eval/builtin_facts.json",
+    "eval/latency.json",
     "eval/samples.jsonl",
     "eval/samples.manifest.json",
     "eval/tasks/test/builtin_facts.yaml",
@@ -149,6 +150,19 @@ def test_a_result_that_was_changed_by_hand_is_made_again(
     assert capsys.readouterr().err.count("done before") == 3
 
 
+def test_whether_time_is_measured_redoes_the_evaluation_and_how_often_does_not(
+    run_copy: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    other = tmp_path / "other.yaml"
+    for rounds, redone in ((4, False), (0, True)):
+        settings = f"evaluate: {{latency_rounds: {rounds}, "
+        other.write_text(recipe.read_text().replace("evaluate: {", settings))
+        assert main(["run", str(other), "--output-dir", str(run_copy)]) == 0
+        assert ("evaluate: done before" not in capsys.readouterr().err) == redone
+        assert (run_copy / "eval" / "latency.json").exists() != redone
+    assert "were not measured" in (run_copy / "report.md").read_text()
+
+
 def test_other_tasks_leave_no_result_of_the_earlier_ones(
     run_copy: Path, recipe: Path, tmp_path: Path
 ):
@@ -163,7 +177,10 @@ def test_other_tasks_leave_no_result_of_the_earlier_ones(
 
     assert main(["run", str(other), "--output-dir", str(run_copy)]) == 0
 
-    assert [path.name for path in (run_copy / "eval").glob("[!.s]*.json")] == ["own.json"]
+    assert sorted(path.name for path in (run_copy / "eval").glob("[!.s]*.json")) == [
+        "latency.json",
+        "own.json",
+    ]
 
 
 def test_a_moved_data_folder_with_the_same_questions_redoes_the_report_only(
@@ -421,6 +438,7 @@ def test_generate_without_routers_gives_the_base_models_answer(
         ("routers/metrics.jsonl", "macro_f1"),
         ("eval", "builtin_facts, test: 6 questions"),
         ("eval/builtin_facts.json", "builtin_facts, test: 6 questions"),
+        ("eval/latency.json", "Measured time of routed / base by rows of a batch: reading"),
         ("eval/samples.jsonl", "samples        6; systems base, routed"),
         ("search.manifest.json", "paths tried"),
         ("run.manifest.json", "report.html"),

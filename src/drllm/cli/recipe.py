@@ -293,7 +293,7 @@ class Run:
     def _evaluate_from(self) -> dict[str, Any]:
         config = self.recipe.evaluate
         return {
-            "config": decisive(config),
+            "config": decisive(config) | {"measures_time": config.latency_rounds > 0},
             "model": self.recipe.model.to_dict(),
             "questions": checks.evaluation_digests(self.tasks["evaluate"], config),
             **{
@@ -315,7 +315,9 @@ class Run:
         results = stages.run_evaluate_stage(
             self.base, self._seeds(), self.tasks["evaluate"], config, output, self.terminal
         )
-        return [*results, output / "samples.jsonl", output / "samples.manifest.json"]
+        latency = ["latency.json"] if config.latency_rounds else []
+        beside = ["samples.jsonl", "samples.manifest.json", *latency]
+        return [*results, *(output / name for name in beside)]
 
     def _report_from(self) -> dict[str, Any]:
         made = {RECIPE_FILE: sha256(self.folder / RECIPE_FILE)}

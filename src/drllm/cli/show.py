@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.text import Text
 
 from drllm.cli.show_question import show_question
-from drllm.cli.show_results import show_results
+from drllm.cli.show_results import show_measured, show_results
 from drllm.cli.show_search import show_failed, show_search, show_unfinished
 from drllm.cli.show_supervision import say_classes, show_rejected, show_supervision
 from drllm.cli.tables import new_table
@@ -29,6 +29,7 @@ from drllm.records import (
     read_supervision,
 )
 from drllm.reporting.fields import read_object
+from drllm.reporting.measured import LATENCY_FILE
 from drllm.reporting.numbers import plain
 from drllm.search.commits import BLOCKS_FOLDER
 from drllm.search.tally import failed_question
@@ -184,6 +185,9 @@ def _show_json(path: Path, terminal: Terminal) -> None:
         return
     if path.name.endswith(".manifest.json"):
         _show_lines(path.with_name(path.name.replace(".manifest.json", ".jsonl")), terminal)
+        return
+    if path.name == LATENCY_FILE:
+        show_measured(path.parent, terminal)
         return
     schema = read_object(path).values.get("schema")
     if schema != "drllm.evaluation":

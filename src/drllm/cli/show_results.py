@@ -1,4 +1,4 @@
-"""The results of an evaluation as people read them: the systems, the depths, what they show.
+"""The results of an evaluation as people read them: systems, depths, findings, measured time.
 
 Owns the tables, which fit 80 columns, and their order. Leaves reading and checking to `reporting`,
 and what may be claimed to its verdicts and to the evaluation's own findings. Loads no torch.
@@ -11,7 +11,9 @@ from pathlib import Path
 
 from drllm.cli.tables import new_table
 from drllm.cli.terminal import Terminal
+from drllm.reporting.cost import measured_lines
 from drllm.reporting.depths import Difference
+from drllm.reporting.measured import read_measured
 from drllm.reporting.numbers import NBSP, NONE, p_value, plain, signed
 from drllm.reporting.results import Evaluation, System, read_evaluations
 from drllm.reporting.verdicts import Verdict, against
@@ -40,6 +42,18 @@ def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) ->
     for evaluation in read_evaluations(folder, [], []):
         if not tasks or evaluation.task in tasks:
             show_evaluation(evaluation, terminal)
+    show_measured(folder, terminal)
+
+
+def show_measured(folder: Path, terminal: Terminal) -> None:
+    """Print the measured times of an `eval` folder, where it holds any.
+
+    Raises:
+        RecordError: Times that can't be trusted.
+    """
+    measured = read_measured(folder, [])
+    for line in [] if measured is None else measured_lines(measured):
+        terminal.say(line.replace(NBSP, " "))
 
 
 def show_evaluation(evaluation: Evaluation, terminal: Terminal) -> None:

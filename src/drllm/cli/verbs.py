@@ -126,7 +126,7 @@ VERBS: dict[str, Verb] = {
                 many=True,
                 required=True,
             ),
-            Flag(name="output_dir", help="folder for TASK.json and samples.jsonl", default="eval/"),
+            Flag(name="output_dir", help="folder for the results", default="eval/"),
         ),
         model_from_routers=True,
     ),

@@ -2,7 +2,8 @@
 
 Owns which systems run at which depths, and on which questions depths are looked for. Leaves
 running a system to `systems`, who the opponents are to `lineup`, keeping what is done to `partial`,
-what is written of a task to `results`, and the certified choice to `choosing`.
+what is written of a task to `results`, the certified choice to `choosing`, and measured time to
+`measured_cost`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from drllm.evaluation.harness.asking import AskedTask
 from drllm.evaluation.harness.folders import write_task_folder
 from drllm.evaluation.harness.model import RoutedLM
 from drllm.evaluation.lineup import Lineup, Material
+from drllm.evaluation.measured_cost import check_name, write_measured
 from drllm.evaluation.opponents import share_unchanged
 from drllm.evaluation.partial import Partial, Run
 from drllm.evaluation.prompt_cost import PromptCost
@@ -84,7 +86,8 @@ def run_evaluation(
         routers_dir: A folder of routers that belong to it; opponents are compared with these.
         tasks: What is evaluated.
         config: Split, sample, opponents, depths.
-        output_dir: Receives `TASK.json` for each task, `samples.jsonl`, and the task folder.
+        output_dir: Receives `TASK.json` for each task, `samples.jsonl`, `latency.json`, and the
+            task folder.
         on_progress: See `OnProgress`.
         other_seeds: Folders of routers that were trained alike with other seeds. They run at every
             depth too, with their own routes permuted if that opponent is asked for, and say how
@@ -95,7 +98,8 @@ def run_evaluation(
         tasks are done, since p-values are corrected for how many there are.
 
     Raises:
-        ConfigError: An opponent that lacks what it is fitted on, or a depth that makes no sense.
+        ConfigError: An opponent that lacks what it is fitted on, a depth that makes no sense, or a
+            task that is called after a file of ours.
         TaskError: A task without questions in the split.
         CheckpointError: Routers of another model.
         RecordError: `partial/` of another evaluation, or a broken file in it.
@@ -110,6 +114,9 @@ def run_evaluation(
         done = [evaluation.of_task(task) for task in tasks]
     finally:
         lm.routed.detach()
+    evaluation.tell("measured time")
+    write_measured(base, routers_dir, done, lm.tok_encode, config, Path(output_dir))
+    evaluation.tell("measured time", 1.0)
     correct_p_values([each.rows for each in done])
     outputs, samples = [], []
     for each in done:
@@ -152,6 +159,7 @@ class _Evaluation:
         if config.epsilon is not None:
             worked = worked_task(config, tasks)
             self.choosing = Choosing(lm, config, worked, self.asked, self.once)
+        check_name(tasks)
         self.search = [] if config.search is None else read_search(Path(config.search))
         self.targets = (
             [] if config.supervision is None else read_supervision(Path(config.supervision))
@@ -161,7 +169,7 @@ class _Evaluation:
         self.partial = Partial(
             output_dir / "partial",
             {
-                "config": config.to_dict(),
+                "config": {**config.to_dict(), "latency_rounds": None},  # measured anew each time
                 "tasks": [task.name for task in tasks],
                 "model": lm.base.identity,
                 "runtime": lm.base.runtime,
@@ -173,7 +181,7 @@ class _Evaluation:
         of_a_seed = 1 + (PERMUTED in self.opponents)
         points += len(self.other_seeds) * of_a_seed * (1 + len(self.shares))
         for_choice = 0 if self.choosing is None else self.choosing.num_systems(len(self.shares))
-        self.num_systems = (points + for_choice) * len(tasks)
+        self.num_systems = (points + for_choice) * len(tasks) + 1  # time, at last
         self.num_done = 0
 
     def asked(self, task: Task, split: str, limit: int | None, use: str = "") -> AskedTask:
@@ -195,16 +203,16 @@ class _Evaluation:
 
     def once(self, name: str, run: Run) -> System:
         """Run a system, or what an earlier start of this evaluation has left of it."""
-
-        def tell(share: float) -> None:
-            if self.on_progress is not None:
-                self.on_progress(self.num_done + share, self.num_systems, name)
-
-        tell(0.0)
-        system = self.partial.once(name, run, tell)
+        self.tell(name)
+        system = self.partial.once(name, run, lambda share: self.tell(name, share))
         self.num_done += 1
-        tell(0.0)
+        self.tell(name)
         return system
+
+    def tell(self, name: str, share: float = 0.0) -> None:
+        """Say what is being run, and how much of it is done."""
+        if self.on_progress is not None:
+            self.on_progress(self.num_done + share, self.num_systems, name)
 
     def of_task(self, task: Task) -> Evaluated:
         """Run every system on a task, at every depth."""

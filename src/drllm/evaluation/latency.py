@@ -1,11 +1,12 @@
 """Measured time: reading prompts and decoding, systems taking turns.
 
-Owns the clock, the turns and what is timed. Everything here is a measurement of this machine;
-nothing is derived from counts. Models under comparison share their weights and are timed in
-interleaved rounds, each round in another order, so that whatever else the machine does hits all of
-them alike; reported are medians, and ratios of one round.
+Owns the clock, the turns and what is timed. Leaves what an evaluation times and writes to
+`measured_cost`. Everything here is a measurement of this machine; nothing is derived from counts.
+Models under comparison share their weights and are timed in interleaved rounds, each round in
+another order, so that whatever else the machine does hits all of them alike; reported are medians,
+and ratios of one round.
 
-Axes: B rows, T tokens.
+Axes: B rows, T tokens, L layers.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from drllm.cost import mean_executions
 from drllm.errors import ConfigError
 from drllm.models.cache import cache_argument
+from drllm.models.layers import find_layers
 from drllm.models.policies import FullPolicy, Policy, RouterPolicy
 from drllm.models.routed import RoutedModel
 from drllm.models.routers import RouterStack
@@ -54,8 +57,8 @@ class Sizes:
     """
 
     batch_sizes: tuple[int, ...] = (1, 4, 16)
-    prompt_tokens: int = 24
-    new_tokens: int = 3
+    prompt_tokens: int = 16
+    new_tokens: int = 1
     rounds: int = 3
 
     def __post_init__(self) -> None:
@@ -77,6 +80,7 @@ class Timing:
         phase: `prefill` or `decode`.
         batch_size: B.
         num_tokens: Tokens read in one timing, over all rows.
+        executions: Mean layer executions a forward pass over the rows, by the routes they took.
         seconds: Of each round.
     """
 
@@ -84,6 +88,7 @@ class Timing:
     phase: str
     batch_size: int
     num_tokens: int
+    executions: float
     seconds: tuple[float, ...]
 
     @property
@@ -95,6 +100,20 @@ class Timing:
     def tokens_per_second(self) -> float:
         """By the median."""
         return self.num_tokens / self.median
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """What was compared round by round: the rounds' median, lowest and highest."""
+
+    median: float
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Sum up one value a round, at least one."""
+        return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,19 +148,17 @@ class Latency:
                 return timing
         raise KeyError(f"no timing of {wanted}")
 
-    def ratio(self, above: str, below: str, phase: str, batch_size: int) -> float:
-        """Return how many times as long one system took as another: the rounds' median."""
-        return statistics.median(a / b for a, b in self._pairs(above, below, phase, batch_size))
+    def ratio(self, above: str, below: str, phase: str, batch_size: int) -> Spread:
+        """Return how many times as long one system took as another in the same round."""
+        return Spread.of([a / b for a, b in self._pairs(above, below, phase, batch_size)])
 
-    def router_seconds(self, batch_size: int) -> float:
-        """Return what the routers take while a batch is read: the rounds' median difference.
+    def router_seconds(self, batch_size: int) -> Spread:
+        """Return what the routers take while a batch is read: differences within a round.
 
         Between routers whose every answer is to execute and a routed model without routers. Noise
         can make it negative. In decode routers don't run.
         """
-        return statistics.median(
-            a - b for a, b in self._pairs(ROUTERS, ATTACHED, PREFILL, batch_size)
-        )
+        return Spread.of([a - b for a, b in self._pairs(ROUTERS, ATTACHED, PREFILL, batch_size)])
 
     def _pairs(
         self, first: str, second: str, phase: str, batch_size: int
@@ -210,7 +227,7 @@ def measure(
     Example:
         >>> found = measure(model, with_router_time(routers), prompts)  # doctest: +SKIP
         >>> found.ratio("routed", "base", "prefill", 16)  # doctest: +SKIP
-        0.91
+        Spread(median=0.91, lowest=0.9, highest=0.93)
     """
     sizes = sizes or Sizes()
     if not prompts or not min(map(len, prompts)):
@@ -219,10 +236,12 @@ def measure(
     T = min(sizes.prompt_tokens, *map(len, prompts))
     if clock is None:
         clock = device_clock(device)
-    models = {}
+    models, attached = {}, {}
     for name, policy in systems.items():
-        copied = twin(model)
-        models[name] = copied if policy is None else RoutedModel(copied, policy=policy).model
+        models[name] = twin(model)
+        if policy is not None:
+            attached[name] = RoutedModel(models[name], policy=policy)
+    num_layers = len(find_layers(model)[1])
     timings = []
     for size in sizes.batch_sizes:
         rows = [list(prompts[row % len(prompts)])[:T] for row in range(size)]
@@ -232,13 +251,15 @@ def measure(
             DECODE: {name: decoding(each, ids, sizes.new_tokens) for name, each in models.items()},
         }
         take_turns(ways[DECODE], 1, clock)  # forgotten; prompts were read by `decoding` already
+        executions = dict.fromkeys(systems, float(num_layers))
+        for name, routed in attached.items():
+            executions[name] = mean_executions(routed.last_route.tolist())  # of [B, L]
         for phase, calls in ways.items():
             rounds = take_turns(calls, sizes.rounds, clock)
             num_tokens = size * (T if phase == PREFILL else sizes.new_tokens)
-            timings += [
-                Timing(name, phase, size, num_tokens, tuple(times[name] for times in rounds))
-                for name in calls
-            ]
+            for name in calls:
+                seconds = tuple(times[name] for times in rounds)
+                timings.append(Timing(name, phase, size, num_tokens, executions[name], seconds))
     dtype = str(model.dtype).removeprefix("torch.")
     threads = torch.get_num_threads()
     return Latency(tuple(timings), T, sizes.new_tokens, device.type, dtype, threads)

@@ -17,6 +17,9 @@ from drllm.reporting.numbers import NONE
 from drllm.reporting.run import Run
 from drllm.settings import flag_of
 
+RUNTIME = ("dtype", "device", "attn_implementation")
+"""How a base model ran, by the names of settings of `ModelConfig`."""
+
 
 def section(run: Run) -> Section:
     """Return the section on a run's provenance."""
@@ -31,6 +34,7 @@ def section(run: Run) -> Section:
                 texts=(0, 1),
             )
         )
+    blocks += _runtimes(run)
     blocks.append(_files(run))
     blocks += _inputs(run)
     libraries = {
@@ -49,6 +53,37 @@ def section(run: Run) -> Section:
         blocks.append(Text("What is missing in this folder:"))
         blocks.append(Listing(run.absent))
     return Section("Provenance", blocks)
+
+
+def _runtimes(run: Run) -> list[Block]:
+    """Return how the base model ran, files that agree in one row."""
+    files: dict[tuple[str, ...], list[str]] = {}
+    for source in run.sources:
+        runtime = _runtime(source.manifest)
+        if runtime:
+            names = (*RUNTIME, "num_threads")
+            cells = *(_shown(runtime.get(name)) for name in names), _machine(source.manifest)
+            files.setdefault(cells, []).append(source.name)
+    if not files:
+        return []
+    return [
+        Table(
+            caption="How the base model ran; threads and the machine stand with measured times",
+            header=("files", "dtype", "device", "attention code", "threads", "machine"),
+            rows=[[", ".join(names), *cells] for cells, names in files.items()],
+            texts=(0, 1, 2, 3, 5),
+        )
+    ]
+
+
+def _runtime(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a file says of how the model ran; a search has it in its plan."""
+    runtime = manifest.get("runtime") or (manifest.get("plan") or {}).get("runtime")
+    return runtime if isinstance(runtime, dict) else {}
+
+
+def _machine(manifest: Mapping[str, Any]) -> str:
+    return _shown(manifest.get("machine"))
 
 
 def _files(run: Run) -> Table:
@@ -106,8 +141,9 @@ def _commands(run: Run) -> list[Block]:
     )
     if not commands:
         return []
-    note = "the dtype and the device aren't recorded"
-    return [Code(f"Command that repeats the evaluation ({note})", "\n".join(commands))]
+    known = all("--device" in words for words in commands)
+    note = "" if known else " (the dtype and the device aren't recorded)"
+    return [Code(f"Command that repeats the evaluation{note}", "\n".join(commands))]
 
 
 def command(manifest: Mapping[str, Any]) -> str:
@@ -121,6 +157,9 @@ def command(manifest: Mapping[str, Any]) -> str:
     model = (manifest.get("model") or {}).get("id")
     if model:
         words += ["--model", str(model)]
+    for name in RUNTIME:
+        value = _runtime(manifest).get(name)
+        words += [] if value is None else [flag_of(name), str(value)]
     words += ["--routers", str(manifest["routers"])]
     config = manifest.get("config") or {}
     for declared in fields(EvaluateConfig):

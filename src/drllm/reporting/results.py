@@ -27,6 +27,7 @@ from drllm.reporting.depths import (
     read_seeds,
 )
 from drllm.reporting.fields import Fields, read_object
+from drllm.reporting.measured import LATENCY_FILE
 from drllm.reporting.samples import BASE, ROUTED, Sample, Source, read_samples
 
 PERMUTED = "permuted routes"
@@ -188,7 +189,11 @@ def _results(folder: Path) -> list[Path]:
 
 def _candidates(folder: Path) -> list[Path]:
     paths = sorted(folder.glob("*.json"))
-    return [path for path in paths if not path.name.endswith(".manifest.json")]
+    return [
+        path
+        for path in paths
+        if path.name != LATENCY_FILE and not path.name.endswith(".manifest.json")
+    ]
 
 
 def read_evaluations(

@@ -2,8 +2,8 @@
 
 Owns reading and refusing. Files that don't exist are noted in `Run.absent`; a file that exists
 and can't be trusted, or that belongs to another model than its neighbours, is an error. Leaves
-the formats of `search.jsonl` and `supervision.jsonl` to `records`, evaluations to `results`, and
-all arithmetic to `summary`. Axes: L layers.
+the formats of `search.jsonl` and `supervision.jsonl` to `records`, evaluations to `results` and
+`measured`, and all arithmetic to `summary`. Axes: L layers.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from drllm.records import (
     sha256,
 )
 from drllm.reporting.fields import Fields, read_object, read_text
+from drllm.reporting.measured import LATENCY_FILE, Measured, read_measured
 from drllm.reporting.results import Evaluation, read_evaluations, results_folder
 from drllm.reporting.samples import Source
 
@@ -51,6 +52,7 @@ class Run:
         router_config: Contents of `router_config.json`.
         epochs: Router metrics, in order of epoch.
         evaluations: By task, in order of name.
+        measured: Times of base and routed; None where none were measured.
         recipe: Text of `run.yaml`.
         sources: The files that were read.
         absent: One line for each file that isn't there.
@@ -66,6 +68,7 @@ class Run:
     router_config: Mapping[str, Any]
     epochs: tuple[Epoch, ...]
     evaluations: tuple[Evaluation, ...]
+    measured: Measured | None
     recipe: str | None
     sources: tuple[Source, ...]
     absent: tuple[str, ...]
@@ -96,6 +99,9 @@ def read_run(folder: Path) -> Run:
     epochs = _epochs(folder / "routers" / "metrics.jsonl", sources, absent)
     results, prefix = results_folder(folder)
     evaluations = read_evaluations(results, sources, absent, prefix)
+    measured = read_measured(results, sources, prefix) if evaluations else None
+    if evaluations and measured is None:
+        absent.append(f"{prefix}{LATENCY_FILE} is absent: no latency or throughput can be shown.")
     recipe = folder / "run.yaml"
     if not recipe.is_file():
         absent.append("run.yaml is absent: the recipe isn't shown.")
@@ -119,6 +125,7 @@ def read_run(folder: Path) -> Run:
         router_config=router_config,
         epochs=tuple(epochs),
         evaluations=tuple(evaluations),
+        measured=measured,
         recipe=read_text(recipe) if recipe.is_file() else None,
         sources=tuple(sources),
         absent=tuple(absent),

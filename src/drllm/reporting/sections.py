@@ -1,7 +1,7 @@
 """A report's order: result, tests, search, training, cost, provenance; several runs side by side.
 
 Owns which section follows which, and the tables over several runs. Leaves their contents to
-`evaluated`, `depth`, `changes`, `learned` and `provenance`.
+`evaluated`, `depth`, `changes`, `cost`, `learned` and `provenance`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from drllm.reporting import changes, depth, evaluated, learned, provenance, tasks
+from drllm.reporting import changes, cost, depth, evaluated, learned, provenance
 from drllm.reporting.blocks import Block, Document, Section, Table
 from drllm.reporting.depths import Choice
 from drllm.reporting.numbers import NONE, percent, plain
@@ -40,7 +40,7 @@ def _run_sections(run: Run) -> list[Section]:
     common = changes.routes_by_task(run.evaluations)
     sections += [] if common is None else [common]
     if run.evaluations:
-        sections.append(tasks.cost(run.evaluations))
+        sections += cost.sections(run.evaluations, run.measured)
     sections += learned.sections(run)
     if not several:
         sections += _examples(run.evaluations)

@@ -1,4 +1,4 @@
-"""The tables of a report that stand over all tasks of a run: verdicts, quantities, cost.
+"""The tables of a report that stand over all tasks of a run: verdicts and quantities.
 
 Owns what they hold. Leaves what may be claimed to `verdicts`, and the single tasks to `evaluated`.
 """
@@ -8,13 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from drllm.cost import share_saved
-from drllm.reporting.blocks import Block, Section, Table, Text
+from drllm.reporting.blocks import Block, Table
 from drllm.reporting.numbers import NONE, count, percent, plain
 from drllm.reporting.results import PERMUTED, Evaluation, System
 from drllm.reporting.verdicts import against, against_base, rivals
-
-MOST_ROWS = 20
-"""Rows of the cost table from which on it is shown on request only."""
 
 
 def tables(evaluations: Sequence[Evaluation]) -> list[Block]:
@@ -92,62 +89,3 @@ def _by_task(
         found = [each.system(name) for name in names]
         rows.append([each.task, *(NONE if system is None else cell(system) for system in found)])
     return Table(caption=caption, header=("task", *names), rows=rows, folded=folded)
-
-
-# --- cost --------------------------------------------------------------------------------------
-
-
-def cost(evaluations: Sequence[Evaluation]) -> Section:
-    """Return the section on executions, what follows from them, and seconds, of every task."""
-    rows = [_cost(each, system) for each in evaluations for system in each.systems]
-    return Section(
-        "Cost",
-        [
-            Table(
-                caption="Layer executions a forward pass, counted; FLOPs of reading a prompt and "
-                "bytes of K/V a token, derived; the evaluation's own time, measured",
-                header=(
-                    "task",
-                    "system",
-                    "reading the prompt",
-                    "decoding a token",
-                    "saved",
-                    "GFLOPs with weights",
-                    "GFLOPs of attention",
-                    "K/V bytes a token",
-                    "seconds, one draw",
-                    "seconds a question",
-                ),
-                rows=rows,
-                texts=(0, 1),
-                folded=len(rows) > MOST_ROWS,
-            ),
-            Text(
-                "FLOPs and bytes follow from the model's shape and the routes and were not "
-                "measured; attention's share grows with the length of the prompt. Seconds are wall "
-                "time of this evaluation: questions run in batches, options share what they have "
-                "in common, and each system was timed once. They are neither a latency nor a "
-                "throughput. Nothing is decoded where options are scored."
-            ),
-        ],
-    )
-
-
-def _cost(evaluation: Evaluation, system: System) -> list[str]:
-    weights, attention = system.flops or (None, None)
-    return [
-        evaluation.task,
-        system.name,
-        plain(system.executions, 2),
-        plain(system.decode_executions, 2),
-        percent(share_saved(system.executions, evaluation.num_layers)),
-        _giga(weights),
-        _giga(attention),
-        NONE if system.kv_bytes is None else count(round(system.kv_bytes)),
-        plain(system.seconds),
-        plain(system.seconds / evaluation.num_questions, 3) if evaluation.num_questions else NONE,
-    ]
-
-
-def _giga(number: float | None) -> str:
-    return NONE if number is None else f"{number / 1e9:.3g}"

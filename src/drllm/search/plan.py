@@ -23,6 +23,7 @@ NOT_DECISIVE = (
     *("output_dir", "data_dir"),  # where files lie; the questions are compared
     *("state_cache_gb", "paths_per_pass"),  # memory
     *("executor", "num_workers", "ray_address"),  # who does the work
+    "latency_rounds",  # how often time is measured, beside the records
 )
 """Settings that change no record."""
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from drllm.cli.show import draw_route
-from drllm.cli.show_results import show_evaluation
+from drllm.cli.show_results import show_evaluation, show_measured
 from drllm.cli.terminal import Terminal
+from drllm.reporting.cost import measured_lines
 from drllm.reporting.depths import Difference, Differences, Point
+from drllm.reporting.measured import Measured, Spread, Timing
 from drllm.reporting.results import Evaluation, System
 
 
@@ -142,3 +145,56 @@ def test_a_narrow_terminal_loses_no_digit(capsys: pytest.CaptureFixture[str]):
     assert "…" not in narrow
     digits = [sorted(filter(str.isdigit, out)) for out in (narrow, wide)]
     assert digits[0] == digits[1]
+
+
+def measured() -> Measured:
+    spread = Spread(median=0.9, lowest=0.88, highest=0.931)
+    return Measured(
+        machine="Linux x86_64, 2 cores",
+        device="cpu",
+        dtype="float32",
+        num_threads=1,
+        num_prompts=16,
+        prompt_tokens=16,
+        new_tokens=2,
+        systems={},
+        timings=(
+            Timing(
+                system="base",
+                phase="prefill",
+                batch_size=1,
+                num_tokens=16,
+                executions=30.0,
+                seconds=(0.1, 0.2, 0.3),
+            ),
+        ),
+        ratios={("prefill", 1): spread, ("prefill", 4): spread, ("decode", 1): spread},
+        router_seconds={1: Spread(median=0.0052, lowest=0.005, highest=0.006)},
+    )
+
+
+def test_measured_time_is_said_in_three_lines_and_called_measured():
+    ratios, routers, how = (line.replace("\u00a0", " ") for line in measured_lines(measured()))
+    assert ratios == (
+        "Measured time of routed / base by rows of a batch: reading 0.90 (0.88 to 0.93) at 1, "
+        "0.90 (0.88 to 0.93) at 4; decoding 0.90 (0.88 to 0.93) at 1."
+    )
+    assert routers == (
+        "Measured time of the routers alone, while they read: 5.20 (5.00 to 6.00) ms at 1."
+    )
+    assert how == (
+        "Both are medians of 3 interleaved rounds on 16 prompts cut to 16 tokens, on Linux "
+        "x86_64, 2 cores; cpu, float32, 1 thread."
+    )
+
+
+def test_threads_are_said_of_a_processor_only():
+    on_gpu = dataclasses.replace(measured(), device="cuda", machine="A card", dtype="bfloat16")
+    assert measured_lines(on_gpu)[-1].endswith("on A card; cuda, bfloat16.")
+
+
+def test_a_folder_without_measured_time_says_nothing_of_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    show_measured(tmp_path, Terminal())
+    assert capsys.readouterr().out == ""

@@ -15,12 +15,12 @@ from torch import nn
 
 from drllm.config import EvaluateConfig
 from drllm.errors import CheckpointError, ConfigError, ModelError, RecordError
-from drllm.evaluation import certified, systems
+from drllm.evaluation import certified, comparison, measured_cost, systems
 from drllm.evaluation.comparison import run_evaluation
 from drllm.evaluation.harness.asking import AskedTask
 from drllm.evaluation.harness.folders import write_task_folder
 from drllm.evaluation.harness.model import RoutedLM
-from drllm.evaluation.latency import device_clock
+from drllm.evaluation.latency import device_clock, measure
 from drllm.evaluation.opponents import permuted, share_unchanged
 from drllm.evaluation.results import correct_p_values
 from drllm.evaluation.roster import DRAWN, OPPONENTS, depths, named
@@ -35,6 +35,7 @@ from drllm.models.routed import RoutedModel
 from drllm.models.routers import RouterConfig, RouterStack
 from drllm.paths import to_path
 from drllm.records import read_lines, read_manifest
+from drllm.reporting.measured import read_measured
 from drllm.tasks.base import get_task
 
 NUM_QUESTIONS = 24
@@ -84,7 +85,7 @@ def task():
 
 
 def settings(**values):
-    small = {"limit": NUM_QUESTIONS, "batch_size": 5, "num_texts": 6, **values}
+    small = {"limit": NUM_QUESTIONS, "batch_size": 5, "num_texts": 6, "latency_rounds": 0, **values}
     config = EvaluateConfig(**small)
     few = {}
     if "num_random_draws" not in values and set(DRAWN) & set(named(config.opponents)):
@@ -632,6 +633,67 @@ def test_routers_of_another_model_among_the_seeds_are_refused(base, routers_dir,
             other_seeds=[tmp_path / "other"],
         )
     assert not (tmp_path / "eval").exists()
+
+
+# --- measured time ----------------------------------------------------------------------------
+
+
+def test_time_is_measured_once_for_all_tasks_on_their_prompts(
+    base, routers_dir, two_tasks, tmp_path, monkeypatch
+):
+    given = []
+
+    def note(model, systems, prompts, sizes, clock):
+        given.append(prompts)
+        return measure(model, systems, prompts, sizes, clock)
+
+    monkeypatch.setattr(measured_cost, "measure", note)
+    calls = []
+    config = settings(limit=6, latency_rounds=2, opponents="none")
+    run_evaluation(base, routers_dir, two_tasks, config, tmp_path, lambda *args: calls.append(args))
+    [prompts] = given
+    asked = [
+        encode(base.tokenizer, task.prompt(example, "loglikelihood").text)[-len(prompts[0]) :]
+        for task in two_tasks
+        for example in task.examples("test")
+    ]
+    assert len(prompts) == 12  # six of each
+    assert all(prompt in asked for prompt in prompts)
+    found = read_measured(tmp_path, [])
+    assert found.num_rounds == 2
+    assert [call[:2] for call in calls[-2:]] == [(4, 5), (5, 5)]
+    result = json.loads((tmp_path / "builtin_facts.json").read_text())
+    assert [row["name"] for row in result["systems"]] == ["base", "routed"]
+    assert all("forward" not in layer.__dict__ for layer in base.model.model.layers)
+
+
+def test_without_rounds_no_time_stands_beside_the_results(base, routers_dir, task, tmp_path):
+    (tmp_path / "latency.json").write_text("of an earlier evaluation")
+    run_evaluation(base, routers_dir, [task], settings(limit=4, opponents="none"), tmp_path)
+    assert not (tmp_path / "latency.json").exists()
+
+
+def test_an_evaluation_that_goes_on_measures_time_anew_as_often_as_it_is_told(
+    base, routers_dir, task, tmp_path, monkeypatch
+):
+    config = settings(limit=4, opponents="none", latency_rounds=2)
+    with monkeypatch.context() as broken_off:
+        broken_off.setattr(comparison, "write_measured", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_evaluation(base, routers_dir, [task], config, tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+    monkeypatch.setattr(systems.TaskRun, "_ask", lambda *_: pytest.fail("all was asked"))
+    once = dataclasses.replace(config, latency_rounds=1)
+    run_evaluation(base, routers_dir, [task], once, tmp_path)
+    assert read_measured(tmp_path, []).num_rounds == 1
+
+
+def test_a_task_that_is_called_as_the_measured_times_are_is_refused(
+    base, routers_dir, task, tmp_path
+):
+    named = type("Named", (type(task),), {"name": "latency"})()
+    with pytest.raises(ConfigError, match=r"latency\.json holds the measured times; rename"):
+        run_evaluation(base, routers_dir, [named], settings(), tmp_path)
 
 
 # --- interruptions -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from drllm.errors import ConfigError, RoutingError
 from drllm.evaluation.latency import (
     Latency,
     Sizes,
+    Spread,
     Timing,
     decoding,
     measure,
@@ -60,7 +61,7 @@ def test_every_system_phase_and_batch_size_has_its_timing(tiny_llama, routers):
         assert prefill.seconds == decode.seconds == (1.0, 1.0, 1.0)
     assert found.prompt_tokens == 5
     assert (found.device, found.dtype) == ("cpu", "float32")
-    assert found.router_seconds(4) == 0.0
+    assert found.router_seconds(4) == Spread(median=0.0, lowest=0.0, highest=0.0)
     with pytest.raises(KeyError, match="no timing of"):
         found.of("base", "prefill", 16)
 
@@ -96,8 +97,10 @@ def test_systems_run_the_plans_that_they_stand_for(tiny_llama, monkeypatch):
 
     monkeypatch.setattr(RoutedModel, "__init__", record)
     plan = FixedPolicy([1, 0, 2, 1, 1, 1], 6)
-    measure(tiny_llama(), {"base": None, "static": plan, "full": (full := FullPolicy())}, PROMPTS,
-            SIZES)  # fmt: skip
+    systems = {"base": None, "static": plan, "full": (full := FullPolicy())}
+    found = measure(tiny_llama(), systems, PROMPTS, SIZES)
+    for phase in ("prefill", "decode"):
+        assert [found.of(name, phase, 4).executions for name in systems] == [6.0, 6.0, 6.0]
     assert made[plan].last_route.tolist() == [[1, 0, 2, 1, 1, 1]] * 4
     assert made[full].last_route.tolist() == [[1] * 6] * 4
 
@@ -139,7 +142,7 @@ def test_reading_starts_anew_and_decoding_goes_on(tiny_llama):
 
 def test_ratios_and_differences_are_of_one_round():
     def timing(system, *seconds):
-        return Timing(system, "prefill", 1, 10, seconds)
+        return Timing(system, "prefill", 1, 10, 6.0, seconds)
 
     found = Latency(
         (timing("attached", 1.0, 2.0, 4.0), timing("routers that execute", 1.5, 3.0, 4.4)),
@@ -149,8 +152,9 @@ def test_ratios_and_differences_are_of_one_round():
         dtype="float32",
         num_threads=1,
     )
-    assert found.ratio("routers that execute", "attached", "prefill", 1) == 1.5
-    assert found.router_seconds(1) == 0.5
+    ratio = found.ratio("routers that execute", "attached", "prefill", 1)
+    assert ratio == Spread(median=1.5, lowest=4.4 / 4.0, highest=1.5)
+    assert found.router_seconds(1) == Spread(median=0.5, lowest=4.4 - 4.0, highest=1.0)
     assert found.of("attached", "prefill", 1).median == 2.0
     assert found.of("attached", "prefill", 1).tokens_per_second == 5.0
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,11 @@ TEXT_LOSS = {"base": 3.8, "routed": 3.9, "permuted routes": 3.93, "last layers":
 def interval(accuracy: float, questions: int) -> list[float]:
     half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / questions)
     return [max(0.0, accuracy - half), min(1.0, accuracy + half)]
+
+
+def spread(rounds: Sequence[float]) -> dict[str, float]:
+    """What is written of a comparison round by round."""
+    return {"median": statistics.median(rounds), "lowest": min(rounds), "highest": max(rounds)}
 
 
 def differences(
@@ -124,6 +131,15 @@ CHOICES = {
     "nothing to try": choice((), None, obstacle="Less than 10 points is too little at n = 60"),
 }
 """Every way that a certified choice can end."""
+
+RUNTIME = {"dtype": "float32", "device": "cpu", "attn_implementation": "sdpa"}
+SECONDS = {
+    "base": (0.1, 0.12, 0.11),
+    "routed": (0.09, 0.12, 0.0902),
+    "attached": (0.101, 0.121, 0.111),
+    "routers that execute": (0.104, 0.123, 0.116),
+}
+"""What each round of a batch of one row took; decoding half as long, others in proportion."""
 
 WHOLE: dict[str, Any] = {"depths": (0.1, 0.2), "choice": CERTIFIED}
 """What an evaluation has that was asked for all that there is."""
@@ -320,6 +336,7 @@ class Folder:
             "routers": "routers",
             "config": {"tasks": task, "seed": 7, "curve": "0.1,0.2" if depths else None},
             "inputs": {"routers.safetensors": "5" * 64},
+            "runtime": RUNTIME,
             "kind": "choices",
             "metric": "acc",
             "num_fewshot": 0,
@@ -336,6 +353,53 @@ class Folder:
         self.text(
             "eval/samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in self.samples)
         )
+
+    def latency(self, **changes: Any) -> None:
+        """Write the times of base and routed, as an evaluation measures them."""
+        timings, ratios, routers = [], [], []
+        for phase, size in itertools.product(("prefill", "decode"), (1, 4, 16)):
+            factor = size * (1.0 if phase == "prefill" else 0.5)
+            times = {name: [factor * each for each in given] for name, given in SECONDS.items()}
+            num_tokens = size * (16 if phase == "prefill" else 2)
+            for name, seconds in times.items():
+                executions = self.num_layers - (0.5 if name == "routed" else 0.0)
+                median = statistics.median(seconds)
+                timings.append(
+                    {
+                        "system": name,
+                        "phase": phase,
+                        "batch_size": size,
+                        "num_tokens": num_tokens,
+                        "executions": executions,
+                        "seconds": seconds,
+                        "median": median,
+                        "tokens_per_second": num_tokens / median,
+                    }
+                )
+            pairs = zip(times["routed"], times["base"], strict=True)
+            ratios.append({"phase": phase, "batch_size": size, **spread([a / b for a, b in pairs])})
+            if phase == "prefill":
+                more = zip(times["routers that execute"], times["attached"], strict=True)
+                routers.append({"batch_size": size, **spread([a - b for a, b in more])})
+        values = {
+            "schema": "drllm.latency",
+            "schema_version": 1,
+            "model": self.model,
+            "config": {"tasks": "arc_easy", "seed": 7, "curve": None},
+            "inputs": {"routers.safetensors": "5" * 64},
+            "runtime": {**RUNTIME, "num_threads": 2},
+            "machine": "Linux x86_64, Processor 9000, 2 cores",
+            "num_prompts": 16,
+            "prompt_tokens": 16,
+            "new_tokens": 2,
+            "systems": {name: f"what {name} is" for name in SECONDS},
+            "timings": timings,
+            "routed_to_base": ratios,
+            "router_seconds": routers,
+            **PINNED,
+            **changes,
+        }
+        self.write("eval/latency.json", values)
 
     def _habits(self) -> list[float]:
         middle = self.num_layers / 2
@@ -413,6 +477,7 @@ class Folder:
         self.supervision()
         self.routers()
         self.evaluation(**evaluation)
+        self.latency()
         return self.path
 
     def write(self, name: str, values: Any) -> Path:

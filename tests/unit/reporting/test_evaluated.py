@@ -149,9 +149,9 @@ def test_an_interval_without_width_is_said_to_be_no_certainty(folder, text_of, h
 
 def test_seconds_are_the_evaluation_s_own_and_said_to_be_no_latency(folder, text_of):
     text = text_of(folder.path)
-    header, base, *_ = table(text, "Layer executions a forward pass, counted")
-    assert header[-2:] == ["seconds, one draw", "seconds a question"]
-    assert base[-2:] == ["12.3", "0.206"]
+    header, base, *_ = table(text, "The evaluation's own time, measured")
+    assert header == ["task", "system", "seconds, one draw", "seconds a question"]
+    assert base == ["arc_easy", "base", "12.3", "0.206"]
     assert "neither a latency nor a throughput" in text
 
 
@@ -159,10 +159,36 @@ def test_what_is_derived_is_shown_apart_and_said_to_be_derived(folder, text_of):
     text = text_of(folder.path)
     header, base, *_ = table(text, "Layer executions a forward pass, counted; FLOPs")
     assert header[5:8] == ["GFLOPs with weights", "GFLOPs of attention", "K/V bytes a token"]
-    assert base[:8] == ["arc_easy", "base", "4.00", "–", "0.0 %", "6", "0.08", "3 072"]
+    assert base == ["arc_easy", "base", "4.00", "–", "0.0 %", "6", "0.08", "3 072"]
     assert "follow from the model's shape and the routes and were not measured" in text
     replace_systems(folder, base={"prompt_flops": None, "kv_bytes_per_token": None})
     assert table(text_of(folder.path), "Layer executions")[1][5:8] == ["–", "–", "–"]
+
+
+def test_measured_time_stands_apart_with_its_machine_and_its_rounds(folder, text_of):
+    assert "own time were not measured: there is no latency.json" in text_of(folder.path)
+    folder.latency()
+    text = text_of(folder.path)
+    derived, measured = text.split("### Counted and derived")[1].split("### Measured")
+    assert "Time of base and routed" not in derived
+    machine = "Linux x86_64, Processor 9000, 2 cores; cpu, float32, 2 threads"
+    assert f"Measured on {machine}." in measured.replace("\u00a0", " ")
+    header, *rows = table(
+        text, "Time of base and routed, measured: medians of 3 interleaved rounds"
+    )
+    assert header[:5] == ["what, rows of the batch", "base, ms", "routed, ms", "routed / base",
+                          "lowest to highest"]  # fmt: skip
+    assert [row[0] for row in rows] == [
+        f"{phase}, {size}" for phase in ("reading", "decoding") for size in (1, 4, 16)
+    ]
+    # By hand: medians of 100, 120, 110 and 90, 120, 90.2 ms; ratios 0.9, 1.0, 0.82; 16 tokens.
+    routers = "3.00 (2.00 to 5.00)"
+    assert rows[0][1:] == ["110", "90.2", "0.900", "0.820 to 1.000", "145", "177", "3.50", routers]
+    assert rows[3][1:] == ["55.0", "45.1", "0.900", "0.820 to 1.000", "36.4", "44.3", "3.50", "–"]
+    every = table(text, "All rounds of all systems, measured")
+    assert every[2] == ["routed", "what routed is", "reading, 1", "3.50", "90.2", "177",
+                        "90.0; 120; 90.2"]  # fmt: skip
+    assert "were not measured: there is no latency.json" not in text
 
 
 # --- other kinds of tasks ----------------------------------------------------------------------
@@ -285,10 +311,32 @@ def test_hashes_of_what_the_files_were_made_from_are_shown(folder, text_of):
 
 def test_the_command_that_repeats_the_evaluation_is_shown(folder, text_of):
     text = text_of(folder.path)
+    assert "Command that repeats the evaluation\n" in text
+    assert (
+        "drllm evaluate --model smollm2-135m --dtype float32 --device cpu "
+        "--attn-implementation sdpa --routers routers --tasks arc_easy --seed 7\n"
+    ) in text
+    change(folder, lambda values: values.pop("runtime"))
+    text = text_of(folder.path)
     assert "Command that repeats the evaluation (the dtype and the device aren't recorded)" in text
     assert (
         "drllm evaluate --model smollm2-135m --routers routers --tasks arc_easy --seed 7\n" in text
     )
+
+
+def test_how_the_base_model_ran_is_shown_once_for_files_that_agree(folder, text_of):
+    folder.evaluation(task="arc_challenge")
+    rows = table(text_of(folder.path), "How the base model ran")
+    files = "eval/arc_challenge.json, eval/arc_easy.json"
+    assert rows[1:] == [[files, "float32", "cpu", "sdpa", "–", "–"]]
+    folder.latency()
+    rows = table(text_of(folder.path), "How the base model ran")
+    machine = "Linux x86_64, Processor 9000, 2 cores"
+    assert rows[2:] == [["eval/latency.json", "float32", "cpu", "sdpa", "2", machine]]
+    for task in ("arc_easy", "arc_challenge"):
+        change(folder, lambda values: values.pop("runtime"), task)
+    (folder.path / "eval" / "latency.json").unlink()
+    assert "How the base model ran" not in text_of(folder.path)
 
 
 def test_settings_of_every_kind_can_stand_in_a_command():

@@ -30,7 +30,7 @@ def test_a_full_folder_is_read_whole(make_folder):
 def test_every_source_carries_the_hash_of_its_file(make_folder):
     folder = make_folder()
     run = read_run(folder.everything())
-    assert len(run.sources) == 6
+    assert len(run.sources) == 7
     for source in run.sources:
         assert source.sha256 == sha256(folder.path / source.name)
 
@@ -44,6 +44,7 @@ def test_every_source_carries_the_hash_of_its_file(make_folder):
         ("routers/metrics.jsonl", "routers/metrics.jsonl is absent", "## Router metrics"),
         ("eval", "eval/ holds no TASK.json", "## Systems compared"),
         ("eval/samples.jsonl", "eval/samples.jsonl is absent", "## Example questions"),
+        ("eval/latency.json", "eval/latency.json is absent", "Time of base and routed"),
         ("run.yaml", "run.yaml is absent", "Recipe (run.yaml)"),
     ],
 )
@@ -104,6 +105,13 @@ def test_an_empty_folder_is_refused_and_stays_empty(tmp_path):
 
 def change_result(folder: Any, change: Callable[[dict[str, Any]], Any]) -> None:
     path = folder.path / "eval" / "arc_easy.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    change(values)
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def change_time(folder: Any, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder.path / "eval" / "latency.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     change(values)
     path.write_text(json.dumps(values), encoding="utf-8")
@@ -274,6 +282,47 @@ REFUSED: list[tuple[str, Callable[[Any], Any], str]] = [
         "samples without systems",
         lambda f: change_sample(f, lambda v: v.pop("systems")),
         "line 3, 'systems': not a JSON object",
+    ),
+    (
+        "times of another kind of file",
+        lambda f: f.latency(schema="drllm.evaluation"),
+        "latency.json says 'drllm.evaluation'; expected 'drllm.latency'",
+    ),
+    ("times of a later drllm", lambda f: f.latency(schema_version=2), "install a newer drllm"),
+    (
+        "times without a machine",
+        lambda f: f.latency(machine=None),
+        "latency.json: 'machine' is None; expected a text",
+    ),
+    (
+        "a round that took no time",
+        lambda f: change_time(f, lambda v: v["timings"][0].update(seconds=[0.1, 0.0, 0.1])),
+        "'timings', row 1: 'seconds' is [0.1, 0.0, 0.1]; expected a positive number a round",
+    ),
+    (
+        "a system with fewer rounds",
+        lambda f: change_time(f, lambda v: v["timings"][2].update(seconds=[0.1])),
+        "doesn't hold as many rounds of every system",
+    ),
+    (
+        "times without comparisons",
+        lambda f: f.latency(routed_to_base=[]),
+        "or compares none",
+    ),
+    (
+        "a median outside of its rounds",
+        lambda f: change_time(f, lambda v: v["routed_to_base"][0].update(median=2.0)),
+        "'routed_to_base', row 1: median 2.0",
+    ),
+    (
+        "a comparison without base's times",
+        lambda f: change_time(f, lambda v: v["timings"].pop(0)),
+        "has no times of base",
+    ),
+    (
+        "times of another base model",
+        lambda f: f.latency(model={**f.model, "fingerprint": "f" * 16}),
+        "mixes base models with different weights",
     ),
     ("search cut off", lambda f: cut(f, "search.jsonl"), "search.jsonl, line"),
     ("supervision cut off", lambda f: cut(f, "supervision.jsonl"), "supervision.jsonl, line"),
