@@ -23,6 +23,7 @@ def setting(
     above: float | None = None,
     choices: tuple[str, ...] | None = None,
     alias: str | None = None,
+    idle: tuple[str, Any] | None = None,
 ) -> Any:
     """Declare one field: its default, help text and the values it accepts.
 
@@ -34,6 +35,7 @@ def setting(
         above: Accepted numbers are strictly larger than this.
         choices: The only accepted strings (None is accepted too where it is the default).
         alias: Another flag name under which published commands know this setting.
+        idle: Another field of the group, and the value of it that leaves this one without effect.
     """
     rules = {
         "help": help,
@@ -42,6 +44,7 @@ def setting(
         "above": above,
         "choices": choices,
         "alias": alias,
+        "idle": idle,
     }
     if default is ...:
         return field(metadata=rules)
@@ -63,6 +66,28 @@ class Settings:
             value = getattr(self, declared.name)
             _check_type(declared.name, value, hints[declared.name])
             _check(declared.name, value, declared.metadata)
+
+    def check_effects(self) -> None:
+        """Refuse settings that others of the group leave without effect.
+
+        Not checked when the settings are made, since a file and the command line may each give a
+        part of them. A setting that has its default isn't taken for given.
+
+        Raises:
+            ConfigError: Naming both settings.
+        """
+        for declared in dataclasses.fields(self):
+            value, idle = getattr(self, declared.name), declared.metadata.get("idle")
+            if idle is None or value == declared.default:
+                continue
+            other, chosen = idle
+            if getattr(self, other) == chosen:
+                given = f"{value:g}" if isinstance(value, float) else value
+                against = f"{chosen:g}" if isinstance(chosen, float) else chosen
+                raise ConfigError(
+                    f"{flag_of(declared.name)} {given} has no effect with {flag_of(other)} "
+                    f"{against}; leave one of the two out"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON types, for manifests."""

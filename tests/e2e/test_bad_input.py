@@ -309,6 +309,25 @@ CASES = [
         without_torch=True,
     ),
     Case(
+        name="gamma without the focal loss",
+        words="train --supervision run/supervision.jsonl --run-name x --loss cross_entropy "
+        "--gamma 1",
+        says=("--gamma 1 has no effect with --loss cross_entropy", "leave one of the two out"),
+        without_torch=True,
+    ),
+    Case(
+        name="early stopping with nothing held out",
+        words="train --supervision run/supervision.jsonl --run-name x --early-stopping 2 "
+        "--validation-fraction 0",
+        says=("--early-stopping 2 has no effect with --validation-fraction 0", "leave one"),
+        without_torch=True,
+    ),
+    Case(
+        name="soft targets without valid paths",
+        words="train --supervision run/supervision.jsonl --run-name x --soft-targets",
+        says=("--soft-targets has no effect", "supervise --path-weights equal", "leave it out"),
+    ),
+    Case(
         name="no simulations",
         words="search --num-simulations 0",
         says=("--num-simulations is 0", "at least 1"),

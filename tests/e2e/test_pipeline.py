@@ -225,7 +225,7 @@ def test_the_stages_one_by_one_end_in_an_evaluation(
         assert re.search(rf"^ {system} .*\d–\d", out, re.MULTILINE)
 
 
-def test_several_seeds_are_trained_one_by_one_and_evaluated_together(
+def test_several_seeds_are_trained_and_evaluated_together(
     finished_run: Path,
     tmp_path: Path,
     model_folder: Callable[..., Path],
@@ -273,6 +273,28 @@ def test_a_recipe_with_several_seeds_evaluates_them_all(
     result = json.loads((run_copy / "eval" / "builtin_facts.json").read_text())
     assert list(result["other_seeds"]) == [str(run_copy / "routers" / "seed_1")]
     assert "Routers of several seeds" in (run_copy / "report.md").read_text()
+
+
+def test_several_seeds_are_trained_on_soft_targets_each_in_its_own_folder(
+    run_copy: Path,
+    tmp_path: Path,
+    model_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    supervised = ["supervise", "--search", "run/search.jsonl", "--output", "soft.jsonl"]
+    assert main([*supervised, "--target", "damage", "--path-weights", "closer"]) == 0
+    trained = ["train", "--model", str(model_folder()), "--device", "cpu", "--run-name", "soft"]
+    trained += ["--supervision", "soft.jsonl", "--num-epochs", "1", "--warmup-steps", "0"]
+    trained += ["--soft-targets", "--num-seeds", "2", "--seed", "5"]
+    assert main(trained) == 0
+
+    folders = [Path("checkpoints/soft"), Path("checkpoints/soft/seed_6")]
+    configs = [json.loads((folder / "router_config.json").read_text()) for folder in folders]
+    assert [config["training"]["settings"]["seed"] for config in configs] == [5, 6]
+    out = capsys.readouterr().out
+    assert all(f"routers        {folder}" in out for folder in folders)
 
 
 def test_a_search_that_is_complete_says_so_and_stays_as_it_is(

@@ -198,3 +198,19 @@ def test_some_tasks_may_have_splits_of_their_own():
     assert [config.split_of(task) for task in ("gsm8k", "mmlu")] == ["select", "test"]
     with pytest.raises(ConfigError, match="'gsm8k=train' doesn't fit; give TASK= and search, fit"):
         EvaluateConfig(splits="gsm8k=train").split_of("gsm8k")
+
+
+IDLE = [(group, declared) for group, declared in FIELDS if declared.metadata["idle"]]
+
+
+@pytest.mark.parametrize(("group", "declared"), IDLE, ids=[f.name for _, f in IDLE])
+def test_a_setting_that_another_leaves_without_effect_is_refused(
+    group: type[Settings], declared: Any
+):
+    other, value = declared.metadata["idle"]
+    lowest = declared.metadata["minimum"]
+    assert lowest != declared.default
+    group(**{declared.name: lowest}).check_effects()
+    group(**{other: value}).check_effects()
+    with pytest.raises(ConfigError, match="has no effect with --" + other.replace("_", "-")):
+        group(**{declared.name: lowest, other: value}).check_effects()

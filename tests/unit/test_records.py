@@ -15,6 +15,7 @@ from drllm.records import (
     SearchRecord,
     SupervisionRecord,
     TriedPath,
+    WeightedPath,
     files,
     manifest_path,
     manifests,
@@ -226,6 +227,28 @@ BROKEN_TARGETS = {
     "no layers": ({"optimal_layer_config": []}, "at least one layer must be executed"),
     "improving as text": ({"improving": "false"}, "'improving' is 'false'; expected bool"),
     "an empty prompt": ({"prompt": ""}, "'prompt' is empty"),
+    "valid paths as text": ({"valid_paths": "1 0 2"}, "'valid_paths' is '1 0 2'; expected list"),
+    "a valid path that is a list": ({"valid_paths": [[1, 0, 2]]}, "is not an object"),
+    "a valid path of another depth": (
+        {"valid_paths": [{"decisions": [1, 0], "weight": 1}]},
+        "'valid_paths': 2 decisions were given for a model of 3 layers",
+    ),
+    "a valid path without weight": (
+        {"valid_paths": [{"decisions": [1, 0, 2]}]},
+        "'weight' is missing",
+    ),
+    "a valid path of weight 0": (
+        {"valid_paths": [{"decisions": [1, 0, 2], "weight": 0}]},
+        "'weight' is 0.0 in 'valid_paths'; it must be above 0",
+    ),
+    "a valid path twice": (
+        {"valid_paths": [{"decisions": [1, 0, 2], "weight": 1}] * 2},
+        "'valid_paths' holds the same decisions twice",
+    ),
+    "valid paths without the target": (
+        {"valid_paths": [{"decisions": [1, 1, 2], "weight": 1}]},
+        "'valid_paths' lacks the target path itself",
+    ),
 }
 
 
@@ -234,6 +257,19 @@ def test_a_supervision_line_is_refused_with(what: str):
     values, message = BROKEN_TARGETS[what]
     with pytest.raises(RecordError, match=message):
         supervision_record(json.loads(to_json(TARGET)) | values)
+
+
+def test_valid_paths_read_as_they_were_written():
+    paths = (
+        WeightedPath(decisions=(1, 0, 2), weight=1.0),
+        WeightedPath(decisions=(1, 1, 1), weight=0.5),
+    )
+    soft = dataclasses.replace(TARGET, valid_paths=paths)
+    assert supervision_record(json.loads(to_json(soft))) == soft
+
+
+def test_a_target_whose_valid_paths_were_not_asked_for_says_nothing_of_them():
+    assert "valid_paths" not in json.loads(to_json(TARGET))
 
 
 def test_a_long_value_is_shortened_in_the_message():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,69 @@ def test_a_path_without_damage_is_no_damage_target():
 
 def test_a_record_without_damage_has_no_damage_target():
     assert chosen("damage", tried("1111"), tried("1110")) == "no damage in the record"
+
+
+# --- all valid paths ---------------------------------------------------------------------------
+
+
+def soft(target: str, path_weights: str, *paths: TriedPath, **settings: Any) -> dict[str, float]:
+    """The valid paths written with the target, as text, with their weights."""
+    config = SuperviseConfig(target=target, path_weights=path_weights, **settings)
+    [found] = targets([record(*paths)], config).records
+    return {"".join(map(str, path.decisions)): path.weight for path in found.valid_paths}
+
+
+SOFT_PATHS = (
+    tried("1111", retest=GOOD, damage=0.0),
+    tried("1110", retest=GOOD, damage=0.2),
+    tried("1100", retest=GOOD, damage=0.7),
+    tried("1000", retest=BAD, damage=2.0),
+    tried("0001", reward=0.0, damage=3.0),
+)
+
+
+def test_no_valid_paths_are_written_unless_asked_for():
+    assert soft("shortest", "none", *SOFT_PATHS) == {}
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("shortest", {"1111", "1110", "1100"}),
+        ("largest_margin", {"1111", "1110", "1100"}),
+        ("released", {"1111", "1110", "1100", "1000"}),
+        ("paper", {"1110", "1100", "1000"}),
+        ("damage", {"1110", "1100", "1000", "0001"}),
+    ],
+)
+def test_the_valid_paths_are_those_that_the_rule_picks_from(target: str, expected: set[str]):
+    assert set(soft(target, "equal", *SOFT_PATHS)) == expected
+
+
+def test_damage_leaves_paths_that_save_too_little_out_of_the_valid_ones():
+    found = soft("damage", "equal", *SOFT_PATHS, min_saving=0.5)
+    assert set(found) == {"1100", "1000", "0001"}
+
+
+def test_valid_paths_weigh_the_same_half_by_execution_or_by_damage():
+    assert soft("shortest", "equal", *SOFT_PATHS) == {"1111": 1, "1110": 1, "1100": 1}
+    assert soft("shortest", "shorter", *SOFT_PATHS) == {"1111": 0.25, "1110": 0.5, "1100": 1}
+    closer = soft("shortest", "closer", *SOFT_PATHS)
+    expected = {"1111": 1, "1110": math.exp(-0.2), "1100": math.exp(-0.7)}
+    assert closer == pytest.approx(expected)
+
+
+def test_weights_by_damage_need_the_damage():
+    paths = (tried("1111", retest=GOOD, damage=0.0), tried("1110", retest=GOOD))
+    with pytest.raises(ConfigError, match="--path-weights closer needs each path's damage"):
+        soft("shortest", "closer", *paths)
+
+
+def test_valid_paths_do_not_change_the_target():
+    config = SuperviseConfig(path_weights="shorter")
+    [softened] = targets([record(*SOFT_PATHS)], config).records
+    [plain] = targets([record(*SOFT_PATHS)], SuperviseConfig()).records
+    assert softened.optimal_layer_config == plain.optimal_layer_config
 
 
 def test_released_is_paper_with_the_full_path_among_the_candidates():

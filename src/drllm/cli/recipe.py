@@ -132,6 +132,7 @@ def run(request: Request, terminal: Terminal) -> None:
         "evaluate": checks.tasks_to_evaluate(recipe.evaluate),
     }
     check_settings(recipe.supervise, [task.name for task in tasks["search"]])
+    recipe.train.check_effects()
     checks.check_folder(folder, "--output-dir")
     with ExitStack() as stack:
         done = Run(recipe, tasks, folder, terminal, stack).carry_out()

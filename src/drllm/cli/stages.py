@@ -46,14 +46,19 @@ def supervise(request: Request, terminal: Terminal) -> None:
 def train(request: Request, terminal: Terminal) -> None:
     """Train routers on target paths."""
     output = _routers_folder(request)
-    supervision = request.path("supervision")
-    read_supervision(supervision)
-    checks.check_folder(output, "--output" if request.values["output"] else "--run-name")
     config = request.of(TrainConfig)
+    config.check_effects()
+    supervision = request.path("supervision")
+    records = read_supervision(supervision)
+    if config.soft_targets:
+        from drllm.training.soft import soft_targets
+
+        soft_targets(records)  # that there are any is known before the model is loaded
+    flag = "--output" if request.values["output"] else "--run-name"
+    checks.check_folder(output, flag)
     if all(_is_finished(folder) for folder in config.by_seed(output)):
         raise CheckpointError(
-            f"{output} holds trained routers already; choose another "
-            f"{'--output' if request.values['output'] else '--run-name'}, or delete the folder"
+            f"{output} holds trained routers already; choose another {flag}, or delete the folder"
         )
     with loaded(request.of(ModelConfig), terminal) as base:
         run_train_stage(base, supervision, output, config, terminal)
@@ -186,13 +191,14 @@ def attached(base: BaseModel, routers: RouterStack | None = None) -> Iterator[Ro
 def run_train_stage(
     base: BaseModel, supervision: Path, output: Path, config: TrainConfig, terminal: Terminal
 ) -> None:
-    """Pool the routers' inputs along the target paths, then train on them, seed by seed."""
-    from drllm.training.checkpoint import Run, check_finished, is_finished
+    """Pool the routers' inputs along the target paths, then train on them, all seeds together."""
     from drllm.training.features import collect
-    from drllm.training.loop import train as train_routers
+    from drllm.training.loop import Run, train_together, unfinished
+    from drllm.training.soft import soft_targets
 
     records = read_supervision(supervision)
     checks.check_supervision_model(supervision, base.identity)
+    soft = soft_targets(records) if config.soft_targets else None
     with attached(base) as routed, terminal.progress("pooling", "targets") as progress:
         features = collect(
             routed,
@@ -201,20 +207,20 @@ def run_train_stage(
             num_windows=config.num_windows,
             on_progress=progress,
         )
-    for folder, settings in config.by_seed(output).items():
-        if is_finished(folder):  # by an earlier start of this training
-            check_finished(folder, Run.of(features, base.identity, settings))
-            continue
-        with terminal.progress(f"training, seed {settings.seed}", "steps") as progress:
-            train_routers(
-                features,
-                base.identity,
-                settings,
-                folder,
-                rewards=checks.rewards_of(supervision),
-                device=base.model.device,
-                on_progress=progress,
-            )
+    runs = [Run(settings, folder) for folder, settings in config.by_seed(output).items()]
+    runs = unfinished(runs, features, base.identity, soft=soft)
+    if not runs:
+        return
+    with terminal.progress("training", "steps") as progress:
+        train_together(
+            features,
+            base.identity,
+            runs,
+            soft=soft,
+            rewards=checks.rewards_of(supervision),
+            device=base.model.device,
+            on_progress=progress,
+        )
 
 
 def run_evaluate_stage(

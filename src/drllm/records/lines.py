@@ -94,6 +94,19 @@ class SearchRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WeightedPath:
+    """One of a question's valid paths, for soft targets.
+
+    Attributes:
+        decisions: `[L]`.
+        weight: What it counts beside the question's others; above 0.
+    """
+
+    decisions: Decisions
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SupervisionRecord:
     """One target path to train routers on; one line of `supervision.jsonl`.
 
@@ -107,6 +120,8 @@ class SupervisionRecord:
         executions: Cost of the target path in layer equivalents.
         improving: The full path failed and the target path doesn't.
         margin: The target path's margin in nats; None where not known.
+        valid_paths: All paths that might have been the target, the target too; empty where they
+            weren't asked for.
     """
 
     question: str
@@ -118,18 +133,22 @@ class SupervisionRecord:
     executions: float
     improving: bool
     margin: float | None = None
+    valid_paths: tuple[WeightedPath, ...] = ()
 
 
 def to_json(record: Any) -> str:
     """Write a record as one line of JSON, without the newline.
 
+    Valid paths that weren't asked for are left out.
+
     Raises:
         ValueError: A number that is not finite, which JSON can't hold; a margin that isn't
             defined is None.
     """
-    return json.dumps(
-        dataclasses.asdict(record), ensure_ascii=False, separators=(",", ":"), allow_nan=False
-    )
+    values = dataclasses.asdict(record)
+    if not values.get("valid_paths", True):
+        del values["valid_paths"]
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def search_record(row: Mapping[str, Any]) -> SearchRecord:
@@ -181,7 +200,32 @@ def supervision_record(row: Mapping[str, Any]) -> SupervisionRecord:
         executions=float(num_executions(decisions)),
         improving=_get(row, "improving", bool) if "improving" in row else False,
         margin=_optional_float(row, "margin"),
+        valid_paths=_valid_paths(row, decisions),
     )
+
+
+def _valid_paths(row: Mapping[str, Any], target: Decisions) -> tuple[WeightedPath, ...]:
+    if "valid_paths" not in row:
+        return ()
+    paths = tuple(_weighted_path(path, len(target)) for path in _get(row, "valid_paths", list))
+    if paths and target not in {path.decisions for path in paths}:
+        raise RecordError("'valid_paths' lacks the target path itself")
+    if len({path.decisions for path in paths}) != len(paths):
+        raise RecordError("'valid_paths' holds the same decisions twice")
+    return paths
+
+
+def _weighted_path(row: Any, num_layers: int) -> WeightedPath:
+    if not isinstance(row, dict):
+        raise RecordError("'valid_paths' holds something that is not an object")
+    try:
+        decisions = check_decisions(_ints(row, "decisions"), num_layers)
+    except PathError as error:
+        raise RecordError(f"'valid_paths': {error}") from error
+    weight = float(_get(row, "weight", float))
+    if weight <= 0:
+        raise RecordError(f"'weight' is {weight} in 'valid_paths'; it must be above 0")
+    return WeightedPath(decisions=decisions, weight=weight)
 
 
 def _tried_path(row: Any, num_layers: int) -> TriedPath:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from drllm.errors import ConfigError
 from drllm.records import SearchRecord, TriedPath
 
 NO_VALID_PATH = "no valid path"
@@ -84,8 +85,30 @@ def choose(record: SearchRecord, target: str, *, min_saving: float = MIN_SAVING)
     Source: Dr.LLM section 3.1 for `paper`, its published code for `released`; the others are
         ours (docs/differences.md, D-05 and, for `damage`, D-24).
     """
+    kept = candidates(record, target, min_saving=min_saving)
+    if isinstance(kept, str):
+        return kept
     if target == "damage":
-        return _least_damage(record, min_saving)
+        return min(kept, key=lambda p: (_damage(p), p.executions, p.simulation))
+    if target in ("paper", "released"):
+        return min(kept, key=lambda p: (p.executions, p.simulation))
+    if target == "shortest":
+        return min(kept, key=lambda p: (p.executions, -_retest_margin(p), p.simulation))
+    return min(kept, key=lambda p: (-_retest_margin(p), p.executions, p.simulation))
+
+
+def candidates(
+    record: SearchRecord, target: str, *, min_saving: float = MIN_SAVING
+) -> list[TriedPath] | str:
+    """Return the paths that a rule picks from, by simulation, or the reason why there are none.
+
+    Args:
+        record: What the search found.
+        target: As for `choose`.
+        min_saving: As for `choose`.
+    """
+    if target == "damage":
+        return _saving_enough(record, min_saving)
     valid = [path for path in record.paths if is_valid(path)]
     if not valid:
         return NO_VALID_PATH
@@ -95,37 +118,62 @@ def choose(record: SearchRecord, target: str, *, min_saving: float = MIN_SAVING)
             for path in valid
             if target == "released" or is_improving(path, record) or is_saving(path, record)
         ]
-        if not kept:
-            return ONLY_FULL_PATH
-        return min(kept, key=lambda path: (path.executions, path.simulation))
-    kept = [path for path in valid if survived(path)]
-    if not kept:
-        return NOT_SURVIVED
-    if target == "shortest":
-        return min(kept, key=lambda p: (p.executions, -_retest_margin(p), p.simulation))
-    return min(kept, key=lambda p: (-_retest_margin(p), p.executions, p.simulation))
+        return kept or ONLY_FULL_PATH
+    return [path for path in valid if survived(path)] or NOT_SURVIVED
 
 
-def _least_damage(record: SearchRecord, min_saving: float) -> TriedPath | str:
-    """Pick the path that changes the model's predictions least among those that save enough.
+def weigh(paths: Sequence[TriedPath], path_weights: str) -> list[float]:
+    """Return what each of a question's candidates counts in its soft targets.
+
+    Args:
+        paths: The candidates; at least one.
+        path_weights: `equal`; `shorter` (each execution more than the shortest has halves the
+            weight) or `closer` (exp(−damage), the damage in nats a token).
+
+    Returns:
+        Weights above 0.
+
+    Raises:
+        ConfigError: `closer` for a path whose damage wasn't computed.
+
+    Source: ours.
+
+    Example:
+        >>> full = TriedPath(decisions=(1, 1), simulation=0, reward=1, margin=None, executions=2)
+        >>> half = TriedPath(decisions=(1, 0), simulation=1, reward=1, margin=None, executions=1)
+        >>> weigh([full, half], "shorter")
+        [0.5, 1.0]
+    """
+    if path_weights == "equal":
+        return [1.0 for _ in paths]
+    if path_weights == "shorter":
+        fewest = min(path.executions for path in paths)
+        return [2.0 ** (fewest - path.executions) for path in paths]
+    if any(path.damage is None for path in paths):
+        raise ConfigError(
+            "--path-weights closer needs each path's damage, which the search has not kept; "
+            "search anew with --damage, or choose --path-weights shorter"
+        )
+    return [math.exp(-_damage(path)) for path in paths]
+
+
+def _saving_enough(record: SearchRecord, min_saving: float) -> list[TriedPath] | str:
+    """Return the paths of known damage that save enough; the least damaged becomes the target.
 
     Whether one answer came out right is mostly chance that the prompt doesn't foretell: few
     options, many tries. How far a path's next-token distributions lie from the full path's is a
     mean over all tokens of the prompt, and regular enough to be learnt.
     """
     most = (1 - min_saving) * record.full.executions + _ROUNDING
-    known = _damages(record.paths)
+    known = [path for path in record.paths[1:] if path.damage is not None]
     if not known:
         return NO_DAMAGE
-    kept = [(damage, path) for damage, path in known if path.executions <= most]
-    if not kept:
-        return SAVES_TOO_LITTLE
-    return min(kept, key=lambda pair: (pair[0], pair[1].executions, pair[1].simulation))[1]
+    return [path for path in known if path.executions <= most] or SAVES_TOO_LITTLE
 
 
-def _damages(paths: Sequence[TriedPath]) -> list[tuple[float, TriedPath]]:
-    """Return the paths but the full one, each with its damage, where it was computed."""
-    return [(path.damage, path) for path in paths[1:] if path.damage is not None]
+def _damage(path: TriedPath) -> float:
+    """Return the damage; a path without one comes last."""
+    return math.inf if path.damage is None else path.damage
 
 
 def _retest_margin(path: TriedPath) -> float:

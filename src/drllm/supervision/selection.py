@@ -13,9 +13,23 @@ from typing import Any
 
 from drllm.config import SuperviseConfig
 from drllm.errors import ConfigError, unknown_name
-from drllm.records import SearchRecord, SupervisionRecord, TriedPath, question_key
+from drllm.records import (
+    SearchRecord,
+    SupervisionRecord,
+    TriedPath,
+    WeightedPath,
+    question_key,
+)
 from drllm.supervision.quotas import over_quota, read_quotas
-from drllm.supervision.rules import MIN_SAVING, OVER_QUOTA, TWICE, choose, is_improving
+from drllm.supervision.rules import (
+    MIN_SAVING,
+    OVER_QUOTA,
+    TWICE,
+    candidates,
+    choose,
+    is_improving,
+    weigh,
+)
 from drllm.supervision.summary import summarise
 
 
@@ -76,7 +90,7 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
         The targets and the summary; no targets at all is a result like any other.
 
     Raises:
-        ConfigError: As for `check_settings`.
+        ConfigError: As for `check_settings`, and weights by a damage that a path lacks.
     """
     quotas = check_settings(config, {record.task for record in records})
     min_saving = MIN_SAVING if config.min_saving is None else config.min_saving
@@ -90,7 +104,7 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
         seen.add(key)
     places = [place for place, path in enumerate(chosen) if isinstance(path, TriedPath)]
     candidates = [
-        _supervision_record(records[place], path)
+        _supervision_record(records[place], path, _valid_paths(records[place], config, min_saving))
         for place, path in enumerate(chosen)
         if isinstance(path, TriedPath)
     ]
@@ -109,7 +123,23 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
     )
 
 
-def _supervision_record(record: SearchRecord, path: TriedPath) -> SupervisionRecord:
+def _valid_paths(
+    record: SearchRecord, config: SuperviseConfig, min_saving: float
+) -> tuple[WeightedPath, ...]:
+    """Return all paths that the rule might have picked, weighted, where they are asked for."""
+    if config.path_weights == "none":
+        return ()
+    paths = candidates(record, config.target, min_saving=min_saving)
+    assert not isinstance(paths, str)  # the question has a target
+    return tuple(
+        WeightedPath(decisions=path.decisions, weight=weight)
+        for path, weight in zip(paths, weigh(paths, config.path_weights), strict=True)
+    )
+
+
+def _supervision_record(
+    record: SearchRecord, path: TriedPath, valid_paths: tuple[WeightedPath, ...]
+) -> SupervisionRecord:
     return SupervisionRecord(
         question=record.question,
         optimal_layer_config=path.decisions,
@@ -120,4 +150,5 @@ def _supervision_record(record: SearchRecord, path: TriedPath) -> SupervisionRec
         executions=path.executions,
         improving=is_improving(path, record),
         margin=path.margin,
+        valid_paths=valid_paths,
     )

@@ -1,10 +1,11 @@
-"""The state of a training run between two epochs, and whether another run may go on from it.
+"""The state of a training between two epochs, and whether another training may go on from it.
 
 Owns `checkpoint.safetensors`: weights, the optimiser's moments, and in its header which epoch they
-belong to, the metrics so far, and what run made them. One file, so that a kill never leaves halves
-of two epochs. Leaves the finished routers to `models.routers`.
+belong to, the metrics so far, and what training made them. One file for all runs that are trained
+together, so that a kill never leaves halves of two epochs. Leaves the finished routers to
+`models.routers`.
 
-Axes: N targets, L layers.
+Axes: N targets, L layers, R runs.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from torch import Tensor
 from drllm.config import TrainConfig
 from drllm.errors import CheckpointError
 from drllm.models.checkpoints.folder import WEIGHTS_FILE
-from drllm.models.routers import RouterStack, read_config
-from drllm.training.features import Features
+from drllm.models.routers import read_config
+from drllm.training.examples import Examples, digest, sizes
+from drllm.training.fit import Fit
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 HEADER = "drllm.training"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 SIZES = "feature_sizes"
 # Pooling the same prompts again may differ in the last bits (threads, another GPU); another prompt
 # or base model differs by far more.
@@ -37,61 +38,60 @@ SIZES_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Run:
-    """What a run is made of; a checkpoint serves only the run that made it.
+class Origin:
+    """What a training is made of; a checkpoint serves only the training that made it.
 
     Attributes:
-        settings: Of the training.
+        settings: `[R]`: of each run.
         base: The base model's fingerprint.
-        targets: Hash of the questions and their target paths.
+        targets: Hash of the questions and their targets.
         sizes: `[N, L]`: mean size of each router's inputs.
     """
 
-    settings: dict[str, Any]
+    settings: list[dict[str, Any]]
     base: str
     targets: str
     sizes: Tensor
 
     @classmethod
-    def of(cls, features: Features, base_identity: Mapping[str, Any], config: TrainConfig) -> Run:
-        """Describe a run by what is given to `train`."""
+    def of(
+        cls,
+        examples: Examples,
+        base_identity: Mapping[str, Any],
+        configs: Sequence[TrainConfig],
+        soft: Tensor | None,
+    ) -> Origin:
+        """Describe a training by what is given to `train_together`."""
         return cls(
-            settings=config.to_dict(),
+            settings=[config.to_dict() for config in configs],
             base=base_identity["fingerprint"],
-            targets=features.digest(),
-            sizes=features.sizes(),
+            targets=digest(examples, soft),
+            sizes=sizes(examples),
         )
 
 
-def save(
-    output: Path,
-    run: Run,
-    stack: RouterStack,
-    optimizer: torch.optim.AdamW,
-    rows: Sequence[Mapping[str, Any]],
-) -> None:
+def save(output: Path, origin: Origin, fit: Fit) -> None:
     """Replace the folder's checkpoint by the present state, at once or not at all.
 
     Args:
-        output: The run's folder.
-        run: Whose state it is.
-        stack: The routers.
-        optimizer: Theirs, after at least one step.
-        rows: The metrics so far, of whole epochs.
+        output: The first run's folder.
+        origin: Whose state it is.
+        fit: After an epoch.
 
     Raises:
         CheckpointError: The folder can't be written.
     """
-    tensors = {SIZES: run.sizes}
-    for name, weight in stack.named_parameters():
-        tensors[f"weights.{name}"] = weight.detach().cpu()
-        for moment in MOMENTS:
-            tensors[f"{moment}.{name}"] = optimizer.state[weight][moment].cpu()
+    tensors = {SIZES: origin.sizes}
+    for part, by_name in _parts(fit).items():
+        tensors |= {f"{part}.{name}": tensor.cpu() for name, tensor in by_name.items()}
     header = {
-        "settings": run.settings,
-        "base": run.base,
-        "targets": run.targets,
-        "metrics": list(rows),
+        "settings": origin.settings,
+        "base": origin.base,
+        "targets": origin.targets,
+        "epochs_done": fit.epochs_done,
+        "active": fit.active,
+        "best": fit.best,
+        "metrics": fit.rows,
     }
     path = output / CHECKPOINT_FILE
     temporary = output / f".{CHECKPOINT_FILE}.tmp"
@@ -106,23 +106,43 @@ def save(
         ) from error
 
 
-def resume(
-    output: Path, run: Run, stack: RouterStack, optimizer: torch.optim.AdamW
-) -> list[dict[str, Any]]:
+def resume(output: Path, origin: Origin, fit: Fit) -> None:
     """Go on from the folder's checkpoint, if there is one, and make the folder if there isn't.
 
     Args:
-        output: The run's folder.
-        run: The run that wants to go on.
-        stack: Receives the weights.
-        optimizer: Theirs; receives the moments.
-
-    Returns:
-        The metrics of the epochs that are done; empty where nothing is.
+        output: The first run's folder.
+        origin: The training that wants to go on.
+        fit: New; receives the state.
 
     Raises:
-        CheckpointError: The folder can't be made; the checkpoint is broken, or another run's: the
-            message says what differs.
+        CheckpointError: The folder can't be made; the checkpoint is broken, or another training's:
+            the message says what differs.
+    """
+    make_folder(output)
+    path = output / CHECKPOINT_FILE
+    if not path.exists():
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()[HEADER])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        differences = _differences(origin, header, tensors[SIZES])
+        if not differences:
+            _restore(fit, header, tensors)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is broken; delete it to train from the beginning") from error
+    if differences:
+        raise CheckpointError(
+            f"{path} belongs to another run: {'; '.join(differences)}. Choose another output "
+            f"folder, or delete the checkpoint to train from the beginning"
+        )
+
+
+def make_folder(output: Path) -> None:
+    """Make a folder unless it is there, and see that it can be written.
+
+    Raises:
+        CheckpointError: It can't.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -134,31 +154,6 @@ def resume(
         raise CheckpointError(
             f"can't write to {output}: permission denied; choose a folder that you may write to"
         )
-    path = output / CHECKPOINT_FILE
-    if not path.exists():
-        return []
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()[HEADER])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        rows: list[dict[str, Any]] = header["metrics"]
-        _check_names(tensors, stack)
-        differences = _differences(run, header, tensors[SIZES])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is broken; delete it to train from the beginning") from error
-    if differences:
-        raise CheckpointError(
-            f"{path} belongs to another run: {'; '.join(differences)}. Choose another output "
-            f"folder, or delete the checkpoint to train from the beginning"
-        )
-    with torch.no_grad():
-        for name, weight in stack.named_parameters():
-            weight.copy_(tensors[f"weights.{name}"])
-            optimizer.state[weight] = {
-                "step": tensors[f"step.{name}"],
-                **{key: tensors[f"{key}.{name}"].to(weight.device) for key in MOMENTS[1:]},
-            }
-    return rows
 
 
 def is_finished(output: Path) -> bool:
@@ -166,51 +161,101 @@ def is_finished(output: Path) -> bool:
     return (output / WEIGHTS_FILE).exists() and not (output / CHECKPOINT_FILE).exists()
 
 
-def check_finished(output: Path, run: Run) -> None:
+def check_finished(output: Path, settings: Mapping[str, Any], base: str, targets: str) -> None:
     """Refuse the finished routers of another run.
 
     Args:
         output: A folder with finished routers.
-        run: The run that they should be of.
+        settings: Of the run that they should be of.
+        base: The base model's fingerprint.
+        targets: Hash of the questions and their targets.
 
     Raises:
         CheckpointError: They are of another one, or can't be read.
     """
     made = read_config(output)
-    same = {"settings": run.settings, "targets": run.targets}
+    same = {"settings": settings, "targets": targets}
     known = {name: made.training.get(name) for name in same}
-    if known != same or made.base_fingerprint != run.base:
+    if known != same or made.base_fingerprint != base:
         raise CheckpointError(
             f"{output} holds trained routers of another run; choose another output folder, or "
             f"delete that one"
         )
 
 
+def settings_in(output: Path) -> list[dict[str, Any]]:
+    """Return the settings of the runs whose checkpoint a folder holds; none where it holds none.
+
+    A broken checkpoint counts as none here; `resume` refuses it.
+    """
+    try:
+        with safe_open(output / CHECKPOINT_FILE, framework="pt") as file:
+            settings = json.loads(file.metadata()[HEADER])["settings"]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return []
+    return settings if isinstance(settings, list) else []
+
+
 def remove(output: Path) -> None:
-    """Delete the folder's checkpoint: the run is complete."""
+    """Delete the folder's checkpoint: the training is complete."""
     (output / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
-def _check_names(tensors: Mapping[str, Tensor], stack: RouterStack) -> None:
-    """Raise KeyError for a tensor that a checkpoint of these routers would have."""
-    for name, _ in stack.named_parameters():
-        for part in ("weights", *MOMENTS):
-            if f"{part}.{name}" not in tensors:
-                raise KeyError(f"{part}.{name}")
+def _parts(fit: Fit) -> dict[str, Mapping[str, Tensor]]:
+    """Return all tensors of a fit's state: of the active runs together, kept ones by run."""
+    parts: dict[str, Mapping[str, Tensor]] = {
+        "weights": fit.weights,
+        "exp_avg": fit.optimizer.means,
+        "exp_avg_sq": fit.optimizer.squares,
+    }
+    return parts | {f"kept.{run}": weights for run, weights in fit.kept.items()}
 
 
-def _differences(run: Run, header: Mapping[str, Any], sizes: Tensor) -> list[str]:
-    """Name everything in which the checkpoint's run isn't this one."""
-    theirs = header["settings"]
-    found = [
-        f"its --{name.replace('_', '-')} is {theirs.get(name)}, yours {run.settings.get(name)}"
-        for name in sorted(theirs.keys() | run.settings.keys())
-        if theirs.get(name) != run.settings.get(name)
-    ]
-    if header["base"] != run.base:
-        found.append("it was made for another base model")
-    if header["targets"] != run.targets:
-        found.append("it was made from other targets")
-    elif not torch.allclose(sizes, run.sizes, rtol=SIZES_TOLERANCE, atol=0.0):
-        found.append("its features differ (other prompts, or another dtype of the base model)")
+def _restore(fit: Fit, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Put a saved state into a new fit; KeyError or ValueError where it doesn't fit."""
+    fit.rows, fit.epochs_done = header["metrics"], header["epochs_done"]
+    fit.best = [None if best is None else (best[0], best[1]) for best in header["best"]]
+    like = dict(fit.weights)
+    fit.optimizer.keep([fit.active.index(run) for run in header["active"]])
+    fit.active = header["active"]
+    kept = {int(name.split(".")[1]) for name in tensors if name.startswith("kept.")}
+    fit.kept = {
+        run: {
+            name: _of_shape(tensors[f"kept.{run}.{name}"], weight[0]).to(weight.device)
+            for name, weight in like.items()
+        }
+        for run in kept
+    }
+    for part in ("weights", "exp_avg", "exp_avg_sq"):
+        for name, present in _parts(fit)[part].items():
+            present.copy_(_of_shape(tensors[f"{part}.{name}"], present))
+
+
+def _of_shape(found: Tensor, wanted: Tensor) -> Tensor:
+    if found.shape != wanted.shape:
+        raise ValueError(f"shape {tuple(found.shape)}, expected {tuple(wanted.shape)}")
     return found
+
+
+def _differences(origin: Origin, header: Mapping[str, Any], found: Tensor) -> list[str]:
+    """Name everything in which the checkpoint's training isn't this one."""
+    if not isinstance(header["settings"], list):
+        raise TypeError("one run's settings, as an older version has left them")
+    theirs, ours = len(header["settings"]), len(origin.settings)
+    if theirs != ours:
+        return [f"it trains {theirs} run{'s' * (theirs != 1)} together, yours {ours}"]
+    differences = [
+        f"its --{name.replace('_', '-')} is {one.get(name)}, yours {other.get(name)}"
+        for one, other in zip(header["settings"], origin.settings, strict=True)
+        for name in sorted(one.keys() | other.keys())
+        if one.get(name) != other.get(name)
+    ]
+    if header["base"] != origin.base:
+        differences.append("it was made for another base model")
+    if header["targets"] != origin.targets:
+        differences.append("it was made from other targets")
+    elif not torch.allclose(found, origin.sizes, rtol=SIZES_TOLERANCE, atol=0.0):
+        differences.append(
+            "its features differ (other prompts, or another dtype of the base model)"
+        )
+    return list(dict.fromkeys(differences))

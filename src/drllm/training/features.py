@@ -10,7 +10,6 @@ Axes: N targets, B rows, T tokens, D hidden, L layers, W windows.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,15 +42,9 @@ class Features:
     questions: tuple[str, ...]
     tasks: tuple[str, ...]
 
-    def digest(self) -> str:
-        """Return a hash of everything but the means, whose last bits depend on the machine."""
-        parts = (tuple(self.means.shape), self.questions, self.tasks)
-        numbers = (self.filled.tolist(), self.labels.tolist())
-        return hashlib.sha256(repr((parts, numbers)).encode()).hexdigest()
-
-    def sizes(self) -> Tensor:
-        """Return the mean size of each router's inputs, `[N, L]`: tells sets of means apart."""
-        return torch.stack([example.abs().mean(dim=(1, 2)) for example in self.means])
+    def rows(self, index: Sequence[int]) -> Tensor:
+        """Return some targets' windows, `[B, L, W, D]`."""
+        return self.means[list(index)]
 
 
 @torch.no_grad()

@@ -1,21 +1,22 @@
 """The training objective: focal loss over decisions, weighted by how rare each decision is.
 
-Owns the two formulas. Leaves to `loop` which examples they are applied to and where the counts
+Owns the formulas, and which of them each of several runs uses. Leaves to `plans` where the counts
 come from: always the targets themselves, never numbers typed in.
 
-Axes: B rows, L layers, C = 3 decisions.
+Axes: R runs, B rows, L layers, C = 3 decisions.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def class_weights(counts: Sequence[int], beta: float) -> tuple[float, ...]:
+def class_weights(counts: Sequence[float], beta: float) -> tuple[float, ...]:
     """Return the weight of each decision, the larger the rarer it is among the targets.
 
     The weight of a class with n labels is the inverse of its effective number
@@ -24,7 +25,7 @@ def class_weights(counts: Sequence[int], beta: float) -> tuple[float, ...]:
     can meet that weight; it only prices the labels of a held-out part that has the class.
 
     Args:
-        counts: Labels of each class.
+        counts: Labels of each class; soft targets give fractions.
         beta: β in [0, 1); 0 gives equal weights, values near 1 inverse frequencies.
 
     Returns:
@@ -47,34 +48,91 @@ def class_weights(counts: Sequence[int], beta: float) -> tuple[float, ...]:
     return tuple(inverse[count] / mean if count > 0 else 1.0 for count in counts)
 
 
-def focal_loss(logits: Tensor, labels: Tensor, weights: Tensor, gamma: float) -> Tensor:
-    """Return the mean over all layers and rows of −w_c · (1 − p_c)^γ · log p_c.
+def log_priors(counts: Tensor) -> Tensor:
+    """Return the logarithm of how frequent each decision is at each layer, up to a constant.
 
-    c is the label and p_c the probability that the router gives it. The mean is a plain one: the
-    weights are not divided out.
+    A class without labels at a layer gets the frequency of the layer's commonest: its logit is
+    then pushed down as without adjustment. With log 0, or that of a rare class, next to nothing
+    would push it, and it could win where the adjustment is gone, in routing.
 
     Args:
-        logits: `[B, L, C]`.
-        labels: `[B, L]` of 0, 1, 2.
-        weights: `[C]`, from `class_weights`.
-        gamma: γ; 0 gives weighted cross-entropy.
-
-    Returns:
-        A scalar in the dtype of the logits.
-
-    Source: Lin et al. 2017 (arXiv 1708.02002), equation 5; Dr.LLM section 3.3.
+        counts: `[L, C]` labels of each layer.
 
     Example:
-        >>> focal_loss(torch.zeros(1, 1, 3), torch.tensor([[1]]), torch.ones(3), gamma=0.0)
+        >>> log_priors(torch.tensor([[1.0, 4.0, 0.0]])).exp()
+        tensor([[0.2000, 0.8000, 0.8000]])
+    """
+    commonest = counts.amax(dim=-1, keepdim=True)
+    return (torch.where(counts > 0, counts, commonest) / counts.sum(dim=-1, keepdim=True)).log()
+
+
+def focal_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: Tensor) -> Tensor:
+    """Return Σ_c q_c · −w_c · (1 − p_c)^γ · log p_c for each layer of each row.
+
+    p_c is the probability that the router gives decision c, and q_c the share that the target
+    gives it: 1 for the label alone, or a distribution. The weights are not divided out.
+
+    Args:
+        logits: `[..., C]`.
+        targets: `[..., C]`: q, in the dtype of the logits.
+        weights: `[..., C]`, from `class_weights`; broadcast.
+        gamma: `[..., 1]`: γ; 0 gives weighted cross-entropy; broadcast.
+
+    Returns:
+        `[...]`, in the dtype of the logits.
+
+    Source: Lin et al. 2017 (arXiv 1708.02002), equation 5; Dr.LLM section 3.3. The sum over
+        soft targets is ours.
+
+    Example:
+        >>> label = torch.tensor([0.0, 1.0, 0.0])
+        >>> focal_losses(torch.zeros(3), label, torch.ones(3), torch.zeros(1))
         tensor(1.0986)
     """
-    log_p = logits.log_softmax(dim=-1).gather(-1, labels[..., None])[..., 0]  # [B, L]
+    log_p = logits.log_softmax(dim=-1)
     # 1 − p from log p keeps its digits where p is near 1; the floor keeps the gradient of a power
     # below 1 finite where p is 1, and there log p = 0 makes the product 0 anyway.
     remaining = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)
-    weight = weights.to(log_p.dtype).to(log_p.device)[labels]  # in this order: MPS has no float64
-    return -(weight * remaining**gamma * log_p).mean()
+    return -(targets * weights * remaining**gamma * log_p).sum(dim=-1)
 
 
-def _one_minus_power(beta: float, count: int) -> float:
+@dataclass(frozen=True, slots=True, eq=False)
+class Objective:
+    """The losses that R runs minimise.
+
+    Attributes:
+        weights: `[R, C]`: class weights.
+        gammas: `[R]`: focal exponents; 0 for cross-entropy.
+        offsets: `[R, L, C]`: added to the logits before the loss, never when routing.
+
+    Source: `offsets` are τ · log prior of Menon et al. 2021 (arXiv 2007.07314), equation 10.
+    """
+
+    weights: Tensor
+    gammas: Tensor
+    offsets: Tensor
+
+    def __call__(self, logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
+        """Return each run's loss, `[R]`.
+
+        Args:
+            logits: `[R, B, L, C]`.
+            targets: `[R, B, L, C]`: shares of the decisions, one a label.
+            shares: `[R, B]`: what each row contributes; 1 / rows for a plain mean, 0 for none.
+        """
+        losses = focal_losses(
+            logits + self.offsets[:, None],
+            targets,
+            self.weights[:, None, None],
+            self.gammas[:, None, None, None],
+        )  # [R, B, L]
+        return (losses.mean(dim=-1) * shares).sum(dim=-1)
+
+    def of(self, runs: slice | Sequence[int]) -> Objective:
+        """Return the objective of some of the runs."""
+        chosen = runs if isinstance(runs, slice) else list(runs)
+        return Objective(self.weights[chosen], self.gammas[chosen], self.offsets[chosen])
+
+
+def _one_minus_power(beta: float, count: float) -> float:
     return 1.0 if beta == 0 else -math.expm1(count * math.log(beta))

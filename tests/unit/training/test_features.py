@@ -6,16 +6,14 @@ import math
 
 import pytest
 import torch
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from drllm.config import TrainConfig
 from drllm.errors import ModelError, RecordError
 from drllm.models.policies import RandomPolicy
 from drllm.models.routed import RoutedModel
 from drllm.records import SupervisionRecord
+from drllm.training.examples import digest, sizes
 from drllm.training.features import collect
-from drllm.training.loop import new_objective, new_optimizer, new_stack, take_step
 
 L, W, D, CONTEXT = 4, 3, 16, 24
 # The model runs in float64, the means are stored in float32.
@@ -207,94 +205,12 @@ def test_states_that_overflow_are_refused_by_id(base):
 def test_the_digest_tells_targets_apart_and_the_sizes_tell_prompts_apart(routed):
     features = collect(routed, Letters(), RECORDS[:2], num_windows=W)
     other_target = [RECORDS[0], record(1, "hi", [0, 2, 1, 1])]
-    assert features.digest() != collect(routed, Letters(), other_target, num_windows=W).digest()
+    assert digest(features) != digest(collect(routed, Letters(), other_target, num_windows=W))
     again = collect(routed, Letters(), RECORDS[:2], num_windows=W, batch_size=1)
-    assert features.digest() == again.digest()
-    torch.testing.assert_close(features.sizes(), again.sizes(), **CLOSE)
-    assert features.sizes().shape == (2, L)
+    assert digest(features) == digest(again)
+    torch.testing.assert_close(sizes(features), sizes(again), **CLOSE)
 
 
-# --- training on features against training in the loop ----------------------------------------
-
-
-class SlowRouter(nn.Module):
-    """One router as the paper draws it."""
-
-    def __init__(self, stack, layer: int) -> None:
-        super().__init__()
-        self.inner = nn.Linear(D, stack.config.router_width).double()
-        self.outer = nn.Linear(stack.config.router_width, 3).double()
-        for mine, theirs in zip(self.parameters(), stacked(stack), strict=True):
-            mine.data.copy_(theirs[layer])
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = [
-            self.outer(nn.functional.gelu(self.inner(window), approximate="tanh"))
-            for window in slow_windows(hidden)
-        ]
-        return sum(logits) / len(logits)
-
-
-def stacked(stack) -> list[torch.Tensor]:
-    return [stack.hidden_weight, stack.hidden_bias, stack.decision_weight, stack.decision_bias]
-
-
-def test_training_on_features_equals_running_the_base_model_at_every_step(base, routed):
-    """Teacher forcing, taken literally.
-
-    Per example: forward along the labelled path, every layer's router on what its layer is about
-    to read, focal loss, and AdamW over accumulated gradients, all in float64. Equal up to the
-    float32 in which features are stored.
-    """
-    config = TrainConfig(num_windows=W, router_width=5, learning_rate=1e-2, weight_decay=0.1)
-    features = collect(routed, Letters(), RECORDS, num_windows=W, batch_size=3)
-    identity = {
-        "id": "tiny",
-        "revision": None,
-        "class": "LlamaForCausalLM",
-        "num_layers": L,
-        "hidden_size": D,
-        "fingerprint": "",
-    }
-    stack = new_stack(features, features.labels, identity, config).double()
-    optimizer = new_optimizer(stack, config)
-    objective = new_objective(stack.config.label_counts, config)
-    features = features.__class__(
-        means=features.means.double(),
-        filled=features.filled,
-        labels=features.labels,
-        questions=features.questions,
-        tasks=features.tasks,
-    )
-
-    routers = nn.ModuleList(SlowRouter(stack, layer) for layer in range(L))
-    weights = [p for name, p in routers.named_parameters() if name.endswith("weight")]
-    biases = [p for name, p in routers.named_parameters() if name.endswith("bias")]
-    slow_optimizer = torch.optim.AdamW(
-        [{"params": weights, "weight_decay": 0.1}, {"params": biases, "weight_decay": 0.0}]
-    )
-    labels = [label for r in RECORDS for label in r.optimal_layer_config]
-    inverse = [(1 - 0.999) / (1 - 0.999 ** labels.count(decision)) for decision in range(3)]
-    class_weight = [3 * value / sum(inverse) for value in inverse]
-
-    for step, rows in enumerate([[0, 4, 6], [1, 2], [5, 3, 0], [2, 6, 4], [1]]):
-        rate = 1e-2 / (step + 1)
-        slow_optimizer.zero_grad()
-        slow_loss = 0.0
-        for row in rows:
-            decisions = RECORDS[row].optimal_layer_config
-            inputs = slow_inputs(base, RECORDS[row].prompt, decisions)
-            loss = 0
-            for router, hidden, label in zip(routers, inputs, decisions, strict=True):
-                p = router(hidden).softmax(dim=-1)[label]
-                loss = loss - class_weight[label] * (1 - p) ** 2 * p.log() / L
-            (loss / len(rows)).backward()
-            slow_loss += float(loss.detach()) / len(rows)
-        for group in slow_optimizer.param_groups:
-            group["lr"] = rate
-        slow_optimizer.step()
-        counts = take_step(stack, optimizer, features, rows, objective, rate)
-        assert slow_loss == pytest.approx(counts.loss / counts.examples, rel=1e-5)
-    for layer, router in enumerate(routers):
-        for mine, theirs in zip(router.parameters(), stacked(stack), strict=True):
-            torch.testing.assert_close(mine.data, theirs[layer].data, rtol=1e-4, atol=1e-6)
+def test_rows_are_those_asked_for_in_their_order(routed):
+    features = collect(routed, Letters(), RECORDS, num_windows=W)
+    assert torch.equal(features.rows([4, 0]), features.means[[4, 0]])

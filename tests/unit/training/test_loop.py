@@ -1,29 +1,17 @@
-import copy
 import json
-import math
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from drllm.config import TrainConfig
 from drllm.errors import CheckpointError, ConfigError
 from drllm.models.routers import RouterStack
-from drllm.training.features import Features
-from drllm.training.loop import (
-    Objective,
-    Schedule,
-    count_labels,
-    epoch_batches,
-    evaluate,
-    hold_out,
-    new_objective,
-    new_optimizer,
-    new_stack,
-    plan_schedule,
-    take_step,
-    train,
-)
+from drllm.training.checkpoint import CHECKPOINT_FILE
+from drllm.training.loop import Run, train, train_together, unfinished
+from drllm.training.plans import Plan, count_labels, new_stack
+from drllm.training.split import hold_out
 
 QUICK = TrainConfig(
     num_epochs=3, gradient_accumulation=4, num_windows=4, router_width=5, warmup_steps=2
@@ -32,160 +20,6 @@ QUICK = TrainConfig(
 
 def config_of(**changes) -> TrainConfig:
     return replace(QUICK, **changes)
-
-
-def texts(number: int) -> list[str]:
-    return [f"question {row}" for row in range(number)]
-
-
-# --- the split -------------------------------------------------------------------------------
-
-
-def test_the_parts_share_no_target_and_leave_none_out():
-    trained, held_out = hold_out(texts(500), 0.1, seed=0)
-    assert sorted(trained + held_out) == list(range(500))
-    assert 25 < len(held_out) < 80
-
-
-def test_more_targets_never_move_a_question_to_the_other_side():
-    _, few = hold_out(texts(200), 0.1, seed=0)
-    _, many = hold_out(texts(400), 0.1, seed=0)
-    assert few == [row for row in many if row < 200]
-
-
-def test_targets_of_one_question_stay_together():
-    questions = [*texts(50), *(f"  Question   {row} " for row in range(50))]
-    trained, held_out = hold_out(questions, 0.2, seed=0)
-    assert held_out
-    assert {row % 50 for row in held_out}.isdisjoint(row % 50 for row in trained)
-
-
-def test_another_seed_holds_out_other_questions():
-    assert hold_out(texts(200), 0.1, seed=0) != hold_out(texts(200), 0.1, seed=1)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_ten_targets_are_enough_to_hold_out_one(seed):
-    trained, held_out = hold_out(texts(10), 1e-9, seed=seed)
-    assert len(held_out) == 1
-    assert len(trained) == 9
-
-
-@pytest.mark.parametrize(
-    ("number", "fraction"), [(9, 0.5), (1, 0.5), (100, 0.0)], ids=["few", "one", "fraction 0"]
-)
-def test_nothing_is_held_out_of_few_targets_or_at_fraction_zero(number, fraction):
-    assert hold_out(texts(number), fraction, seed=0) == (list(range(number)), [])
-
-
-def test_targets_that_are_all_of_one_question_are_all_trained_on():
-    assert hold_out(["the same"] * 20, 0.5, seed=0) == (list(range(20)), [])
-
-
-# --- the order -------------------------------------------------------------------------------
-
-
-def test_an_epoch_visits_every_target_once():
-    batches = list(epoch_batches([3, 5, 8, 9, 11], 2, seed=0, epoch=1))
-    assert [len(batch) for batch in batches] == [2, 2, 1]
-    assert sorted(row for batch in batches for row in batch) == [3, 5, 8, 9, 11]
-
-
-def test_the_order_is_a_function_of_seed_and_epoch():
-    rows = list(range(50))
-    first = list(epoch_batches(rows, 8, seed=0, epoch=1))
-    assert first == list(epoch_batches(rows, 8, seed=0, epoch=1))
-    assert first != list(epoch_batches(rows, 8, seed=0, epoch=2))
-    assert first != list(epoch_batches(rows, 8, seed=1, epoch=1))
-
-
-# --- the schedule ----------------------------------------------------------------------------
-
-
-def test_the_rate_rises_in_a_line_and_falls_along_a_cosine():
-    schedule = Schedule(peak=8.0, warmup=3, steps=7)
-    expected = [2.0, 4.0, 6.0, 8.0, 4 + 4 * math.cos(math.pi / 4), 4.0, 4 - 4 * math.sqrt(0.5)]
-    assert expected == pytest.approx([schedule.rate(step) for step in range(7)])
-
-
-def test_a_run_of_one_step_learns_at_the_peak():
-    assert plan_schedule(config_of(warmup_steps=0), 1).rate(0) == QUICK.learning_rate
-
-
-def test_a_warm_up_as_long_as_the_run_is_shortened_aloud(caplog):
-    schedule = plan_schedule(config_of(warmup_steps=500), 250)
-    assert (schedule.warmup, schedule.steps) == (25, 250)
-    assert caplog.messages == [
-        "--warmup-steps is 500, but the run has only 250 steps; warming up for 25 instead"
-    ]
-
-
-def test_a_warm_up_that_fits_is_kept_in_silence(caplog):
-    assert plan_schedule(config_of(warmup_steps=249), 250).warmup == 249
-    assert caplog.messages == []
-
-
-# --- one step --------------------------------------------------------------------------------
-
-
-def in_double(features: Features, identity, config: TrainConfig = QUICK):
-    features = replace(features, means=features.means.double())
-    stack = new_stack(features, features.labels, identity, config).double()
-    return features, stack, new_optimizer(stack, config)
-
-
-def test_a_step_equals_micro_batches_of_one_accumulated(features_of, identity):
-    features, stack, optimizer = in_double(features_of(), identity)
-    twin = copy.deepcopy(stack)
-    twin_optimizer = new_optimizer(twin, QUICK)
-    objective = new_objective(stack.config.label_counts, QUICK)
-    for rows in ([4, 0, 7], [1, 2, 3]):
-        take_step(stack, optimizer, features, rows, objective, rate=0.01)
-        twin_optimizer.zero_grad()
-        for row in rows:
-            logits = twin(features.means[row : row + 1], features.filled[row : row + 1])
-            loss = objective(logits, features.labels[row : row + 1])
-            (loss / len(rows)).backward()
-        for group in twin_optimizer.param_groups:
-            group["lr"] = 0.01
-        twin_optimizer.step()
-    for weight, expected in zip(stack.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-12)
-
-
-def test_a_step_counts_the_targets_before_learning_from_them(features_of, identity):
-    features, stack, optimizer = in_double(features_of(), identity)
-    objective = new_objective(stack.config.label_counts, QUICK)
-    before = evaluate(stack, features, [0, 1, 2], objective)
-    assert before == take_step(stack, optimizer, features, [0, 1, 2], objective, rate=0.1)
-    assert evaluate(stack, features, [0, 1, 2], objective).loss < before.loss
-
-
-def test_biases_do_not_decay(features_of, identity):
-    features = features_of()
-    stack = new_stack(features, features.labels, identity, QUICK)
-    optimizer = new_optimizer(stack, config_of(weight_decay=0.3))
-    decay = {
-        id(weight): group["weight_decay"]
-        for group in optimizer.param_groups
-        for weight in group["params"]
-    }
-    assert {name: decay[id(weight)] for name, weight in stack.named_parameters()} == {
-        "hidden_weight": 0.3,
-        "hidden_bias": 0.0,
-        "decision_weight": 0.3,
-        "decision_bias": 0.0,
-    }
-
-
-def test_a_loss_that_is_not_finite_is_refused_with_the_rate(features_of, identity):
-    features, stack, optimizer = in_double(features_of(), identity)
-    objective = Objective(weights=torch.tensor([math.inf] * 3), gamma=2.0)
-    with pytest.raises(ConfigError, match=r"learning rate of 0\.5; lower --learning-rate"):
-        take_step(stack, optimizer, features, [0], objective, rate=0.5)
-
-
-# --- the whole -------------------------------------------------------------------------------
 
 
 def test_training_learns_labels_that_the_features_determine(features_of, identity, tmp_path):
@@ -291,7 +125,8 @@ def test_a_single_target_and_a_single_epoch_are_enough(
     settings = config_of(num_epochs=1, warmup_steps=0)
     rows = train(features_of(num_targets), identity, settings, tmp_path)
     assert len(rows) == 1
-    untrained = new_stack(features_of(1), features_of(1).labels, identity, settings)
+    plan = Plan.of(features_of(1), settings)
+    untrained = new_stack(features_of(1), plan, identity)
     assert not torch.equal(RouterStack.load(tmp_path).hidden_weight, untrained.hidden_weight)
 
 
@@ -345,3 +180,165 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(features_of, id
             on_progress=lambda *progress: seen.append(progress),
         )
     assert seen == []
+
+
+def test_an_early_end_is_told_with_the_epoch_whose_weights_are_kept(
+    features_of, identity, tmp_path
+):
+    settings = config_of(
+        num_epochs=40, learning_rate=0.3, validation_fraction=0.3, early_stopping=3, warmup_steps=0
+    )
+    seen = []
+    rows = train(
+        features_of(40),
+        identity,
+        settings,
+        tmp_path,
+        on_progress=lambda *progress: seen.append(progress),
+    )
+    losses = [row["routers_loss"] for row in rows if row["split"] == "validation"]
+    best = losses.index(min(losses)) + 1
+    told = RouterStack.load(tmp_path).config.training
+    assert (told["best_epoch"], told["last_epoch"]) == (best, len(losses))
+    assert told["metrics"] == [row for row in rows if row["epoch"] == best]
+    card = (tmp_path / "README.md").read_text()
+    assert f"## Metrics after epoch {best}, the best of {len(losses)} on the held-out" in card
+    assert seen[-1][0] == seen[-1][1] > told["steps"]
+
+
+def test_what_is_unusual_about_a_run_is_logged_once(features_of, identity, tmp_path, caplog):
+    runs = [Run(config_of(warmup_steps=90, seed=seed), tmp_path / str(seed)) for seed in (0, 1)]
+    full = replace(features_of(8), labels=torch.ones(8, 3, dtype=torch.int64))
+    train_together(full, identity, runs)
+    assert caplog.messages == [
+        "--warmup-steps is 90, but the run has only 6 steps; warming up for 0 instead",
+        "every target executes every layer, so the routers can only learn the full path",
+    ]
+
+
+# --- several runs ------------------------------------------------------------------------------
+
+ROUNDING = 1e-5
+"""float32, weights of size about 0.3: products of other shapes add in another order."""
+
+
+def seeds_of(config: TrainConfig, folder) -> list[Run]:
+    return [Run(one, place) for place, one in config.by_seed(folder).items()]
+
+
+def files_in(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
+def test_runs_together_leave_the_folders_that_each_leaves_alone(features_of, identity, tmp_path):
+    features = features_of(40)
+    runs = seeds_of(config_of(num_seeds=3), tmp_path / "together")
+    runs.append(Run(config_of(gradient_accumulation=7, num_epochs=2), tmp_path / "other"))
+    found = train_together(features, identity, runs, rewards=["letter"])
+    for number, run in enumerate(runs):
+        alone = tmp_path / f"alone_{number}"
+        rows = train(features, identity, run.config, alone, rewards=["letter"])
+        assert files_in(run.output) == files_in(alone)
+        for mine, theirs in zip(rows, found[number], strict=True):
+            assert mine == pytest.approx(theirs, abs=ROUNDING)
+        ours, theirs = (load_file(folder / "routers.safetensors") for folder in (run.output, alone))
+        for name, weight in theirs.items():
+            torch.testing.assert_close(ours[name], weight, rtol=0, atol=ROUNDING)
+        configs = [RouterStack.load(folder).config for folder in (run.output, alone)]
+        told = [config.training for config in configs]
+        assert told[0]["settings"] == told[1]["settings"] == run.config.to_dict()
+        assert configs[0].label_counts == configs[1].label_counts
+
+
+UNEVEN = [
+    config_of(),
+    config_of(seed=1, num_epochs=5, gradient_accumulation=7),
+    config_of(num_epochs=30, learning_rate=0.3, early_stopping=2, validation_fraction=0.3),
+    config_of(seed=2, dropout=0.5, num_epochs=2, normalise_features=True),
+]
+
+
+class InterruptedRunError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.35, 0.5, 0.9, 1.0])
+def test_runs_together_go_on_bit_for_bit_wherever_they_were_stopped(
+    features_of, identity, tmp_path, share
+):
+    def runs(name: str) -> list[Run]:
+        return [Run(config, tmp_path / name / str(n)) for n, config in enumerate(UNEVEN)]
+
+    features = features_of(40)
+    seen = []
+    unbroken = train_together(
+        features, identity, runs("unbroken"), on_progress=lambda done, _: seen.append(done)
+    )
+
+    calls = []
+
+    def stop(done: int, _: int) -> None:
+        calls.append(done)
+        if len(calls) >= share * len(seen):
+            raise InterruptedRunError
+
+    with pytest.raises(InterruptedRunError):
+        train_together(features, identity, runs("broken"), on_progress=stop)
+    assert unbroken == train_together(features, identity, runs("broken"))
+    for whole, broken in zip(runs("unbroken"), runs("broken"), strict=True):
+        for path in whole.output.iterdir():
+            assert path.read_bytes() == (broken.output / path.name).read_bytes()
+        assert not (broken.output / CHECKPOINT_FILE).exists()
+
+
+def test_a_checkpoint_of_fewer_runs_is_refused(features_of, identity, tmp_path):
+    with pytest.raises(InterruptedRunError):
+        train_together(
+            features_of(),
+            identity,
+            seeds_of(QUICK, tmp_path),
+            on_progress=lambda done, total: _raise() if done > 4 else None,
+        )
+    with pytest.raises(CheckpointError, match="it trains 1 run together, yours 2"):
+        train_together(features_of(), identity, seeds_of(config_of(num_seeds=2), tmp_path))
+
+
+def _raise() -> None:
+    raise InterruptedRunError
+
+
+def test_only_runs_that_no_earlier_start_has_finished_are_left(features_of, identity, tmp_path):
+    features = features_of()
+    runs = seeds_of(config_of(num_seeds=3), tmp_path)
+    train_together(features, identity, runs[1:2])
+    assert unfinished(runs, features, identity) == [runs[0], runs[2]]
+    train_together(features, identity, [runs[0], runs[2]])
+    assert unfinished(runs, features, identity) == []
+    other = replace(features, labels=features.labels.flip(0))
+    with pytest.raises(CheckpointError, match="holds trained routers of another run"):
+        unfinished(runs, other, identity)
+
+
+def test_a_training_broken_off_while_it_writes_its_folders_is_left_whole(
+    features_of, identity, tmp_path
+):
+    features = features_of()
+    runs = seeds_of(config_of(num_seeds=2), tmp_path)
+    (tmp_path / "README.md").mkdir()  # in the way of the first run's card
+    with pytest.raises(CheckpointError):
+        train_together(features, identity, runs)
+    train(features, identity, runs[1].config, runs[1].output)
+    assert unfinished(runs, features, identity) == runs
+    (tmp_path / "README.md").rmdir()
+    train_together(features, identity, runs)
+    assert unfinished(runs, features, identity) == []
+
+
+def test_two_runs_are_not_written_to_one_folder(features_of, identity, tmp_path):
+    with pytest.raises(ConfigError, match="two runs are to be written to"):
+        train_together(features_of(), identity, [Run(QUICK, tmp_path)] * 2)
+
+
+def test_a_run_of_several_seeds_is_refused(features_of, identity, tmp_path):
+    with pytest.raises(ConfigError, match=r"--num-seeds is 2 for the run in .*; give one run for"):
+        train(features_of(), identity, config_of(num_seeds=2), tmp_path)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from drllm.training.losses import class_weights, focal_loss
+from drllm.training.losses import Objective, class_weights, focal_losses, log_priors
 
 EXACT = 1e-12  # float64: only the order of additions differs
 
@@ -27,6 +27,12 @@ def slow_focal_loss(logits, labels, weights, gamma) -> float:
             layers.append(-weights[label] * (1 - p) ** gamma * math.log(p))
         losses.append(sum(layers) / len(layers))
     return sum(losses) / len(losses)
+
+
+def focal_loss(logits, labels, weights, gamma):
+    """The mean over layers and rows for hard labels."""
+    targets = F.one_hot(labels, 3).to(logits.dtype)
+    return focal_losses(logits, targets, weights.to(logits.dtype), torch.tensor([gamma])).mean()
 
 
 def batch(seed: int = 0, rows: int = 5, layers: int = 4):
@@ -110,3 +116,45 @@ def test_the_loss_keeps_the_dtype_of_the_logits():
     logits, labels = batch()
     loss = focal_loss(logits.float(), labels, torch.ones(3, dtype=torch.float64), gamma=2.0)
     assert loss.dtype == torch.float32
+
+
+def test_the_loss_of_soft_targets_is_the_mix_of_the_losses_of_the_labels():
+    logits, _ = batch(seed=3)
+    weights = torch.tensor([0.7, 0.2, 2.1], dtype=torch.float64)
+    gamma = torch.tensor([2.0])
+    shares = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    mixed = sum(
+        share * focal_losses(logits, one, weights, gamma)
+        for share, one in zip(shares, torch.eye(3, dtype=torch.float64), strict=True)
+    )
+    softly = focal_losses(logits, shares, weights, gamma)
+    torch.testing.assert_close(softly, mixed, rtol=0, atol=EXACT)
+
+
+def test_priors_are_the_label_frequencies_of_each_layer():
+    counts = torch.tensor([[1.0, 2.0, 1.0], [10.0, 80.0, 10.0]])
+    expected = torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]])
+    torch.testing.assert_close(log_priors(counts).exp(), expected)
+
+
+def test_a_class_that_a_layer_lacks_has_the_prior_of_its_commonest():
+    priors = log_priors(torch.tensor([[1.0, 9.0, 0.0], [0.0, 5.0, 0.0]])).exp()
+    torch.testing.assert_close(priors, torch.tensor([[0.1, 0.9, 0.9], [1.0, 1.0, 1.0]]))
+
+
+def test_each_run_has_its_own_loss_of_its_own_rows():
+    logits, labels = batch(seed=4, rows=6)
+    logits, labels = logits.view(2, 3, 4, 3), labels.view(2, 3, 4)
+    weights = torch.tensor([[0.7, 0.2, 2.1], [1.0, 1.0, 1.0]], dtype=torch.float64)
+    offsets = torch.zeros(2, 4, 3, dtype=torch.float64)
+    offsets[1] = torch.tensor([0.0, 1.5, -0.5])
+    objective = Objective(weights, torch.tensor([2.0, 0.0], dtype=torch.float64), offsets)
+    shares = torch.tensor([[1 / 3] * 3, [0.5, 0.5, 0.0]], dtype=torch.float64)
+    found = objective(logits, F.one_hot(labels, 3).double(), shares).tolist()
+    expected = [
+        slow_focal_loss(logits[0], labels[0], weights[0].tolist(), 2.0),
+        slow_focal_loss((logits + offsets[1])[1, :2], labels[1, :2], [1.0] * 3, 0.0),
+    ]
+    assert expected == pytest.approx(found, abs=EXACT)
+    second = objective.of([1])(logits[1:], F.one_hot(labels[1:], 3).double(), shares[1:])
+    assert second.tolist() == found[1:]

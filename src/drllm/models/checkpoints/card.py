@@ -133,7 +133,7 @@ def _training(config: RouterConfig) -> list[str]:
     rows = _metrics(training)
     if rows:
         parts += [
-            "## Metrics after the last epoch",
+            _heading(training),
             _table(rows),
             "The routers were teacher-forced here: each read what the target path leaves before "
             "its layer.\n"
@@ -151,6 +151,16 @@ def _training(config: RouterConfig) -> list[str]:
             "Measure them with `drllm evaluate`.",
         ]
     return parts
+
+
+def _heading(training: Mapping[str, Any]) -> str:
+    best, last = training.get("best_epoch"), training.get("last_epoch")
+    if isinstance(best, int) and isinstance(last, int):
+        return (
+            f"## Metrics after epoch {best}, the best of {last} on the held-out targets; its "
+            f"weights are these"
+        )
+    return "## Metrics after the last epoch"
 
 
 def _metrics(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -2,18 +2,40 @@
 
 Owns the settings as frozen dataclasses. The command line, the YAML reader and the checks are all
 made from the fields below, so adding a field here is all it takes to add a flag. Leaves what a
-setting is to `settings`, and what it *does* to the stage that reads it. Loads no torch.
+setting is to `settings`, and what it *does* to the stage that reads it; those of the training
+stand in `training`. Loads no torch.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
+from drllm.config.training import CLASS_WEIGHTS, LOSSES, TrainConfig
 from drllm.errors import ConfigError, unknown_name
 from drllm.settings import Settings, flag_of, setting
+
+__all__ = [
+    "CLASS_WEIGHTS",
+    "DEVICES",
+    "DTYPES",
+    "EXECUTORS",
+    "LOSSES",
+    "PATH_WEIGHTS",
+    "REWARDS",
+    "SPLITS",
+    "STOP_RULES",
+    "STRATEGIES",
+    "TARGETS",
+    "DepthConfig",
+    "EvaluateConfig",
+    "GenerateConfig",
+    "ModelConfig",
+    "SearchConfig",
+    "SuperviseConfig",
+    "TrainConfig",
+]
 
 STOP_RULES = ("paper", "released", "exhaust")
 STRATEGIES = ("tree", "sweep", "walk")
@@ -23,6 +45,7 @@ EXECUTORS = ("local", "ray")
 SPLITS = ("search", "fit", "select", "test")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+PATH_WEIGHTS = ("none", "equal", "shorter", "closer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +161,9 @@ class SuperviseConfig(Settings):
         above=0.0,
         maximum=1.0,
     )
+    path_weights: str = setting(
+        "none", "also write all valid paths for --soft-targets, weighted so", choices=PATH_WEIGHTS
+    )
     quotas: str | None = setting(
         None, "most targets a task, first come: arc_easy=400,dart-1=200; others are not limited"
     )
@@ -147,51 +173,6 @@ class SuperviseConfig(Settings):
         above=0.0,
         maximum=1.0,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(Settings):
-    """The routers and their training; numbers are the paper's unless said otherwise."""
-
-    num_epochs: int = setting(25, "passes over the targets (paper: 25)", minimum=1)
-    learning_rate: float = setting(1e-3, "peak of the cosine schedule (paper: 1e-3)", above=0.0)
-    weight_decay: float = setting(0.01, "AdamW weight decay (paper: 0.01)", minimum=0.0)
-    warmup_steps: int = setting(500, "steps of linear warm-up (paper: 500)", minimum=0)
-    gradient_accumulation: int = setting(
-        16, "examples an optimiser step (paper: 1 x 16)", minimum=1
-    )
-    num_windows: int = setting(
-        8, "windows W a router averages the prompt into (paper: 8)", minimum=1
-    )
-    router_width: int = setting(128, "hidden width of a router (paper: 128)", minimum=1)
-    gamma: float = setting(2.0, "focal loss exponent (paper: 2)", minimum=0.0)
-    beta: float = setting(
-        0.999, "effective-number class weights (paper: 0.999)", minimum=0.0, maximum=0.9999999
-    )
-    validation_fraction: float = setting(
-        0.1, "share of the targets held out for metrics (ours)", minimum=0.0, maximum=0.5
-    )
-    seed: int = setting(0, "seed of initial weights, order and held-out part", minimum=0)
-    num_seeds: int = setting(
-        1,
-        "routers from so many seeds, counting up from --seed; see seed_S in the output",
-        minimum=1,
-    )
-
-    def by_seed(self, output: Path) -> dict[Path, TrainConfig]:
-        """Return the folder of every seed's routers, with the settings of that training alone.
-
-        Args:
-            output: Of the whole training; the first seed's routers lie in it, those of a further
-                seed S in `seed_S` below it.
-        """
-        seeds = range(self.seed, self.seed + self.num_seeds)
-        return {
-            output if seed == self.seed else output / f"seed_{seed}": replace(
-                self, seed=seed, num_seeds=1
-            )
-            for seed in seeds
-        }
 
 
 @dataclass(frozen=True, kw_only=True)

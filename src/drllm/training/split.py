@@ -1,0 +1,67 @@
+"""Which targets are held out, in what order the others come, and all other draws of a seed.
+
+Owns everything random about a training. Each draw is a function of the seed and of what it is for,
+so a run that goes on after a kill needs no generator's state, and no run sees another's draws.
+
+Axes: N targets, B rows of a step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from drllm.records import question_key
+
+FEWEST_TO_HOLD_OUT = 10
+
+
+def hold_out(questions: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Divide the targets into those trained on and those held out for metrics.
+
+    A question's side depends on its text and the seed alone, so that more targets never move one
+    from side to side and all targets of a question stay together. Below 10 targets nothing is
+    held out; from there on, with a fraction above 0, at least one question is.
+
+    Args:
+        questions: `[N]` texts; surrounding white space and case don't count.
+        fraction: The expected share held out.
+        seed: Another seed holds out others.
+
+    Returns:
+        The indices of the trained and of the held-out targets; the first is never empty.
+
+    Source: ours.
+    """
+    everything = list(range(len(questions)))
+    if fraction == 0 or len(questions) < FEWEST_TO_HOLD_OUT:
+        return everything, []
+    shares = [_hash(f"held out {seed} {question_key(text)}") / 2**63 for text in questions]
+    threshold = max(fraction, math.nextafter(min(shares), math.inf))
+    held_out = [row for row in everything if shares[row] < threshold]
+    if len(held_out) == len(questions):
+        return everything, []
+    return [row for row in everything if shares[row] >= threshold], held_out
+
+
+def epoch_batches(rows: Sequence[int], size: int, seed: int, epoch: int) -> Iterator[list[int]]:
+    """Yield the rows of each step of an epoch; the last step may have fewer.
+
+    The order is a function of seed and epoch, so a resumed run needs no generator's state.
+    """
+    order = torch.randperm(len(rows), generator=generator("order", seed, epoch)).tolist()
+    for start in range(0, len(order), size):
+        yield [rows[index] for index in order[start : start + size]]
+
+
+def generator(purpose: str, *numbers: int) -> torch.Generator:
+    """Return a generator on the CPU for one purpose, seeded with the numbers."""
+    return torch.Generator().manual_seed(_hash(" ".join([purpose, *map(str, numbers)])))
+
+
+def _hash(text: str) -> int:
+    """Return 63 bits that are the same on every machine, unlike Python's own hash."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
