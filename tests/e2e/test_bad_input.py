@@ -140,6 +140,36 @@ def with_decision_three(lines: list[str]) -> list[str]:
     return [lines[0], json.dumps(row) + "\n", *lines[2:]]
 
 
+def every_line(change: Callable[[dict[str, Any]], object]) -> Callable[[list[str]], list[str]]:
+    """Change all targets of a file."""
+
+    def rewrite(lines: list[str]) -> list[str]:
+        rows = [json.loads(line) for line in lines]
+        for row in rows:
+            change(row)
+        return [json.dumps(row) + "\n" for row in rows]
+
+    return rewrite
+
+
+def of_the_second(change: Callable[[dict[str, Any]], object]) -> Callable[[list[str]], list[str]]:
+    """Change the target of line 2."""
+    return lambda lines: [lines[0], *every_line(change)([lines[1]]), *lines[2:]]
+
+
+def other_features(folder: Path) -> None:
+    """Begin a folder of features of another number of windows, for other targets."""
+    (folder / "kept").mkdir()
+    manifest = {
+        "schema": "drllm.features",
+        "schema_version": 1,
+        "model": {"num_layers": 4},
+        "config": {"num_windows": 4, "feature_dtype": "float32"},
+    }
+    (folder / "kept" / "features.manifest.json").write_text(json.dumps(manifest))
+    (folder / "kept" / "features.safetensors").write_bytes(b"")
+
+
 def one_layer_more(lines: list[str]) -> list[str]:
     row = json.loads(lines[1])
     row["optimal_layer_config"].append(1)
@@ -679,6 +709,57 @@ CASES = [
         words=f"{TRAIN} run/supervision.jsonl",
         says=("line 2: the question stands already in line 1", "another target", "keep one"),
         prepare=own("run/supervision.jsonl", with_the_first_question),
+        without_torch=True,
+    ),
+    Case(
+        name="a target that executes nothing",
+        words=f"{TRAIN} run/supervision.jsonl",
+        says=("run/supervision.jsonl, line 2", "at least one layer must be executed"),
+        prepare=own(
+            "run/supervision.jsonl",
+            of_the_second(lambda row: row.update(optimal_layer_config=[0] * 4)),
+        ),
+        without_torch=True,
+    ),
+    Case(
+        name="a target without a question",
+        words=f"{TRAIN} run/supervision.jsonl",
+        says=("run/supervision.jsonl, line 2", "'question' is empty"),
+        prepare=own("run/supervision.jsonl", of_the_second(lambda row: row.update(question=" "))),
+        without_torch=True,
+    ),
+    Case(
+        name="targets of one's own for a model of another depth",
+        words=f"{TRAIN} run/supervision.jsonl",
+        says=("its target has 5 layers, the base model has 4", "searched with this model"),
+        prepare=own(
+            "run/supervision.jsonl",
+            every_line(lambda row: row["optimal_layer_config"].append(1)),
+        ),
+    ),
+    Case(
+        name="prompts that are too long",
+        words=f"{TRAIN} run/supervision.jsonl",
+        says=("longer than the base model's context; its context holds 512 tokens", "the first is"),
+        prepare=own("run/supervision.jsonl", every_line(lambda row: row.update(prompt="x" * 600))),
+    ),
+    Case(
+        name="features of something else",
+        words=f"{TRAIN} run/supervision.jsonl --features kept",
+        says=("kept holds other features: ", "--num-windows was 4, yours is 8", "or delete it"),
+        prepare=other_features,
+    ),
+    Case(
+        name="features into a file",
+        words=f"{TRAIN} run/supervision.jsonl --features file",
+        says=("--features", "file is a file", "give a folder"),
+        prepare=write("file", "x"),
+        without_torch=True,
+    ),
+    Case(
+        name="unknown dtype of features",
+        words=f"{TRAIN} run/supervision.jsonl --feature-dtype bfloat61",
+        says=("--feature-dtype", "'bfloat61'", "did you mean 'bfloat16'"),
         without_torch=True,
     ),
     Case(

@@ -134,6 +134,69 @@ def test_other_training_settings_redo_the_training_and_what_follows(
     assert capsys.readouterr().err.count("done before") == 2
 
 
+@pytest.fixture
+def train_words(run_copy: Path, model_folder: Callable[..., Path]) -> list[str]:
+    """A training on a copy of the run's targets, to be given an output."""
+    model = ["--model", str(model_folder()), "--device", "cpu"]
+    settings = ["--num-epochs", "1", "--warmup-steps", "0"]
+    return ["train", *model, *settings, "--supervision", str(run_copy / "supervision.jsonl")]
+
+
+def test_features_that_are_kept_are_used_again_by_another_training(
+    train_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    kept = tmp_path / "kept"
+    for name, others in (("first", []), ("again", []), ("other", ["--seed", "1"])):
+        words = [*train_words, *others, "--features", str(kept), "--output", str(tmp_path / name)]
+        assert main(words) == 0
+        said = capsys.readouterr().err
+        assert (f"the routers' inputs in {kept} are used again" in said) == (name != "first")
+        assert (f"the routers' inputs need 0.1 MB in {kept}, where " in said) == (name == "first")
+        assert not (tmp_path / name / "features").exists()
+
+    weights = [
+        (tmp_path / name / "routers.safetensors").read_bytes() for name in ("first", "again")
+    ]
+    assert weights[0] == weights[1]
+    assert (tmp_path / "other" / "routers.safetensors").read_bytes() != weights[0]
+
+
+def test_a_training_that_failed_behind_the_pass_goes_on_with_its_features(
+    train_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "routers"
+    (output / "README.md").mkdir(parents=True)  # in the way of the card
+    assert main([*train_words, "--output", str(output)]) == 2
+    assert (output / "features" / "features.safetensors").exists()
+    (output / "README.md").rmdir()
+    capsys.readouterr()
+
+    assert main([*train_words, "--output", str(output)]) == 0
+    assert f"the routers' inputs in {output / 'features'} are used again" in capsys.readouterr().err
+    assert not (output / "features").exists()
+
+
+def test_a_target_that_is_set_aside_is_said_and_listed(
+    run_copy: Path, train_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (run_copy / "supervision.manifest.json").unlink()
+    with (run_copy / "supervision.jsonl").open("a") as file:
+        row = {"question": "long?", "prompt": "x" * 600, "answer": "", "id": "long"}
+        file.write(json.dumps({**row, "optimal_layer_config": [1, 1, 1, 1]}) + "\n")
+
+    assert main([*train_words, "--output", str(tmp_path / "routers")]) == 0
+
+    rejected = tmp_path / "routers" / "rejected.jsonl"
+    assert (
+        "targets are set aside (1 longer than the base model's context): " + str(rejected)
+        in capsys.readouterr().err
+    )
+    [line] = rejected.read_text().splitlines()
+    assert json.loads(line)["id"] == "long"
+    assert main(["show", str(rejected)]) == 0
+    assert "longer than the base model's context" in capsys.readouterr().out
+
+
 def test_a_result_that_was_changed_by_hand_is_made_again(
     run_copy: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from drllm.cli import main
-from drllm.records import read_search, to_lines
-from drllm.search.lock import only_writer
+from drllm.records import only_writer, read_search, to_lines
 
 
 @pytest.fixture
@@ -110,7 +109,7 @@ def test_shards_are_joined_by_supervise(
 def test_another_search_that_writes_there_is_answered_in_one_line(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    with only_writer(tmp_path / "out"):
+    with only_writer(tmp_path / "out", "search", "--output-dir"):
         assert main(words) == 2
 
     [line] = capsys.readouterr().err.splitlines()

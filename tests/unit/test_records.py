@@ -226,6 +226,8 @@ BROKEN_TARGETS = {
     "all skipped": ({"optimal_layer_config": [0, 0]}, "at least one layer must be executed"),
     "no layers": ({"optimal_layer_config": []}, "at least one layer must be executed"),
     "improving as text": ({"improving": "false"}, "'improving' is 'false'; expected bool"),
+    "a label of -1": ({"optimal_layer_config": [1, -1]}, "decision -1 at layer 1 is not one of"),
+    "an empty question": ({"question": " "}, "'question' is empty"),
     "an empty prompt": ({"prompt": ""}, "'prompt' is empty"),
     "valid paths as text": ({"valid_paths": "1 0 2"}, "'valid_paths' is '1 0 2'; expected list"),
     "a valid path that is a list": ({"valid_paths": [[1, 0, 2]]}, "is not an object"),

@@ -42,7 +42,7 @@ ACTIONS: dict[str, str] = {
 
 GO_ON: dict[str, str] = {
     "search": "finished blocks of questions are kept; the same command goes on behind them",
-    "train": "finished epochs are kept; the same command goes on behind the last one",
+    "train": "what was pooled and finished epochs are kept; the same command goes on behind them",
     "evaluate": "finished blocks of questions are kept; the same command goes on behind them",
     "run": "finished stages, blocks and epochs are kept; the same command goes on behind them",
 }

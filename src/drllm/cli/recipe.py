@@ -277,15 +277,20 @@ class Run:
         }
 
     def _train(self) -> Sequence[Path]:
+        from drllm.training.store import FEATURES_FOLDER, Store
+        from drllm.training.targets import REJECTED_FILE
+
         if not self._resumes:
             for folder in self._seeds():
                 for name in ("checkpoint.safetensors", "routers.safetensors"):
                     (folder / name).unlink(missing_ok=True)
+            Store(self.routers / FEATURES_FOLDER).remove()
         stages.run_train_stage(
             self.base, self.supervision_file, self.routers, self.recipe.train, self.terminal
         )
         names = ("router_config.json", "routers.safetensors", "metrics.jsonl", "README.md")
-        return [folder / name for folder in self._seeds() for name in names]
+        rejected = [path for path in [self.routers / REJECTED_FILE] if path.is_file()]
+        return [*(folder / name for folder in self._seeds() for name in names), *rejected]
 
     def _seeds(self) -> list[Path]:
         """Return the folders of routers, one a seed, the first seed's first."""

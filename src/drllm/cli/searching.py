@@ -20,9 +20,16 @@ from drllm.cli.stages import attached, loaded
 from drllm.cli.tables import new_table
 from drllm.cli.terminal import Progress, Terminal, duration
 from drllm.config import ModelConfig, SearchConfig, SuperviseConfig
-from drllm.records import SearchRecord, manifest_path, read_manifest, read_search, sha256, to_lines
+from drllm.records import (
+    SearchRecord,
+    manifest_path,
+    only_writer,
+    read_manifest,
+    read_search,
+    sha256,
+    to_lines,
+)
 from drllm.search.commits import clear_half_written
-from drllm.search.lock import only_writer
 from drllm.supervision import rejected_path, targets
 from drllm.supervision import write as write_supervision
 from drllm.tasks.base import Task
@@ -55,7 +62,7 @@ def search(request: Request, terminal: Terminal) -> None:
     show.say_search(records, terminal)
     _say_failed(output, terminal)
     supervision = folder / "supervision.jsonl"
-    with only_writer(folder):
+    with only_writer(folder, "search", "--output-dir"):
         clear_half_written(supervision, manifest_path(supervision), rejected_path(supervision))
         _supervise_by_default(output, records, supervision, terminal)
 

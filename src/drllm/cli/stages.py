@@ -60,8 +60,11 @@ def train(request: Request, terminal: Terminal) -> None:
         raise CheckpointError(
             f"{output} holds trained routers already; choose another {flag}, or delete the folder"
         )
+    features_dir = request.path("features") if request.values["features"] else None
+    if features_dir is not None:
+        checks.check_folder(features_dir, "--features")
     with loaded(request.of(ModelConfig), terminal) as base:
-        run_train_stage(base, supervision, output, config, terminal)
+        run_train_stage(base, supervision, output, config, terminal, features_dir=features_dir)
     for folder in config.by_seed(output):
         terminal.say(f"routers        {folder}")
         show.show(folder, terminal)
@@ -189,38 +192,60 @@ def attached(base: BaseModel, routers: RouterStack | None = None) -> Iterator[Ro
 
 
 def run_train_stage(
-    base: BaseModel, supervision: Path, output: Path, config: TrainConfig, terminal: Terminal
+    base: BaseModel,
+    supervision: Path,
+    output: Path,
+    config: TrainConfig,
+    terminal: Terminal,
+    *,
+    features_dir: Path | None = None,
 ) -> None:
-    """Pool the routers' inputs along the target paths, then train on them, all seeds together."""
+    """Pool the routers' inputs along the target paths, then train on them, all seeds together.
+
+    The inputs are kept in a folder until the routers are trained, and beyond if it was named.
+    """
     from drllm.training.features import collect
     from drllm.training.loop import Run, train_together, unfinished
     from drllm.training.soft import soft_targets
+    from drllm.training.store import FEATURES_FOLDER, Store
+    from drllm.training.targets import reasons_of, write_rejected
 
+    store = Store(features_dir or output / FEATURES_FOLDER, config.feature_dtype)
     records = read_supervision(supervision)
     checks.check_supervision_model(supervision, base.identity)
-    soft = soft_targets(records) if config.soft_targets else None
+    if config.soft_targets:
+        soft_targets(records)  # refused before anything is pooled
     with attached(base) as routed, terminal.progress("pooling", "targets") as progress:
         features = collect(
             routed,
             base.tokenizer,
             records,
             num_windows=config.num_windows,
+            store=store,
+            announce=terminal.note,
             on_progress=progress,
         )
+    if rejected := write_rejected(output, features.rejected):
+        terminal.note(
+            f"drllm: {len(features.rejected)} of {len(records)} targets are set aside "
+            f"({reasons_of(features.rejected)}): {rejected}"
+        )
+    soft = soft_targets(features.records) if config.soft_targets else None
     runs = [Run(settings, folder) for folder, settings in config.by_seed(output).items()]
     runs = unfinished(runs, features, base.identity, soft=soft)
-    if not runs:
-        return
-    with terminal.progress("training", "steps") as progress:
-        train_together(
-            features,
-            base.identity,
-            runs,
-            soft=soft,
-            rewards=checks.rewards_of(supervision),
-            device=base.model.device,
-            on_progress=progress,
-        )
+    if runs:
+        with terminal.progress("training", "steps") as progress:
+            train_together(
+                features,
+                base.identity,
+                runs,
+                soft=soft,
+                rewards=checks.rewards_of(supervision),
+                device=base.model.device,
+                on_progress=progress,
+            )
+    if features_dir is None:
+        store.remove()
 
 
 def run_evaluate_stage(

@@ -97,6 +97,11 @@ VERBS: dict[str, Verb] = {
             Flag(name="supervision", help="supervision.jsonl to learn from", required=True),
             Flag(name="run_name", help="write the routers to checkpoints/NAME"),
             Flag(name="output", help="write the routers to this folder instead"),
+            Flag(
+                name="features",
+                help="keep the routers' inputs in this folder and use them again; default: in "
+                "features/ beside the routers, deleted after training",
+            ),
         ),
     ),
     "generate": Verb(

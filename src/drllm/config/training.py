@@ -12,6 +12,7 @@ from drllm.settings import Settings, setting
 
 LOSSES = ("focal", "cross_entropy")
 CLASS_WEIGHTS = ("effective_number", "none")
+FEATURE_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,9 @@ class TrainConfig(Settings):
     )
     num_windows: int = setting(
         8, "windows W a router averages the prompt into (paper: 8)", minimum=1
+    )
+    feature_dtype: str = setting(
+        "float32", "how routers' inputs are stored; bfloat16 halves them", choices=FEATURE_DTYPES
     )
     router_width: int = setting(128, "hidden width of a router (paper: 128)", minimum=1)
     loss: str = setting("focal", "what is minimised (paper: focal)", choices=LOSSES)

@@ -1,8 +1,9 @@
 """The files between the stages: what a line holds, how it is written, read back and trusted.
 
-Owns `search.jsonl`, `supervision.jsonl`, the manifest beside each, atomic writing, and the
-assignment of questions to splits. Leaves what the numbers mean to the stages. `docs/formats.md`
-describes the same formats for readers without Python. Loads no torch.
+Owns `search.jsonl`, `supervision.jsonl`, the manifest beside each, atomic writing, the lock that
+keeps a second writer out of a folder, and the assignment of questions to splits. Leaves what the
+numbers mean to the stages. `docs/formats.md` describes the same formats for readers without
+Python. Loads no torch.
 """
 
 from drllm.records.files import (
@@ -24,6 +25,7 @@ from drllm.records.lines import (
     supervision_record,
     to_json,
 )
+from drllm.records.lock import only_writer
 from drllm.records.manifests import (
     SCHEMA_VERSION,
     manifest_path,
@@ -42,6 +44,7 @@ __all__ = [
     "WeightedPath",
     "manifest_path",
     "new_manifest",
+    "only_writer",
     "question_key",
     "read_each",
     "read_lines",

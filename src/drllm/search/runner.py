@@ -14,11 +14,17 @@ from pathlib import Path
 
 from drllm.config import SearchConfig
 from drllm.errors import TaskError
-from drllm.records import manifest_path, new_manifest, to_lines, write_atomically, write_records
+from drllm.records import (
+    manifest_path,
+    new_manifest,
+    only_writer,
+    to_lines,
+    write_atomically,
+    write_records,
+)
 from drllm.search.block import search_block, search_path
 from drllm.search.commits import Commits, clear_half_written
 from drllm.search.executors import Executor
-from drllm.search.lock import only_writer
 from drllm.search.plan import is_complete, new_plan
 from drllm.search.questions import Block, blocks_of, num_questions
 from drllm.search.tally import FailedQuestion, Tally, tally
@@ -94,7 +100,7 @@ def run_search(
     texts = executor.texts([*_prompts(blocks, config)])
     plan = new_plan(blocks, texts, config, executor.identity, executor.runtime)
     commits = Commits(folder, plan)
-    with only_writer(folder):
+    with only_writer(folder, "search", "--output-dir"):
         clear_half_written(output, manifest_path(output), folder / FAILED_FILE)
         if is_complete(output, plan):
             commits.remove()  # a kill after the manifest leaves them

@@ -2,26 +2,35 @@
 
 Owns one pass of the frozen base model over the targets. With a frozen base and teacher forcing
 every router's input is a constant of its example, so training needs the base model no further.
-Leaves the pooling to `models.routers`, the walk along the path to `models.policies`, and
-everything after the pass to `loop`.
+Leaves which targets can be used to `targets`, keeping what is pooled to `store`, the pooling to
+`models.pooling`, the walk along the path to `models.policies`, and everything after the pass to
+`loop`.
 
 Axes: N targets, B rows, T tokens, D hidden, L layers, W windows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from drllm.errors import ModelError, RecordError
+from drllm.errors import ModelError
+from drllm.models.base.identity import describe
 from drllm.models.policies import LabelsPolicy
-from drllm.models.prompts import context_length, encode, left_padded
+from drllm.models.prompts import left_padded
 from drllm.models.routed import RoutedModel
-from drllm.records import SupervisionRecord
+from drllm.records import SupervisionRecord, new_manifest
+from drllm.supervision import RejectedQuestion
+from drllm.training.store import NOT_DONE, NOT_FINITE, Memory, Shape, Store
+from drllm.training.targets import OVERFLOWS, Targets, are_too_many, set_aside, targets_for
+
+BATCH_SIZE = 8
+MOST_TOKENS = 16_384
+"""Of a batch, padding counted; a longer prompt has a batch to itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -29,11 +38,15 @@ class Features:
     """The training set of the routers, in the order of the targets.
 
     Attributes:
-        means: `[N, L, W, D]` in float32: the windows of every router's input.
+        means: `[M, L, W, D]`, M ≥ N: the windows of every router's input, in float32, or in
+            bfloat16 to save space, in memory or a map of a file. Read them by `rows`.
         filled: `[N]`: how many windows hold tokens.
         labels: `[N, L]` int64: the target path's decisions.
         questions: `[N]`: the questions' texts; they decide what is held out.
         tasks: `[N]`: the tasks' names.
+        places: `[N]`: where each target lies in `means`; None where that is its own place.
+        rejected: Targets that were set aside, and why.
+        records: `[N]`: the targets themselves; empty where they came from elsewhere.
     """
 
     means: Tensor
@@ -41,10 +54,30 @@ class Features:
     labels: Tensor
     questions: tuple[str, ...]
     tasks: tuple[str, ...]
+    places: Tensor | None = None
+    rejected: tuple[RejectedQuestion, ...] = ()
+    records: tuple[SupervisionRecord, ...] = ()
 
-    def rows(self, index: Sequence[int]) -> Tensor:
-        """Return some targets' windows, `[B, L, W, D]`."""
-        return self.means[list(index)]
+    @property
+    def shape(self) -> Shape:
+        """N, L, W, D."""
+        _, L, W, D = self.means.shape
+        return len(self.labels), L, W, D
+
+    def rows(self, index: Sequence[int] | Tensor) -> Tensor:
+        """Read some targets' means, a copy in memory.
+
+        Args:
+            index: `[B]` whole numbers from 0, in any order.
+
+        Returns:
+            `[B, L, W, D]` in float32; in float64 where that is what there is.
+        """
+        chosen = torch.as_tensor(index, dtype=torch.int64)
+        if self.places is not None:
+            chosen = self.places[chosen]
+        means = self.means[chosen]
+        return means.to(torch.promote_types(means.dtype, torch.float32))
 
 
 @torch.no_grad()
@@ -54,64 +87,96 @@ def collect(
     records: Sequence[SupervisionRecord],
     *,
     num_windows: int,
-    batch_size: int = 8,
+    store: Store | None = None,
+    batch_size: int = BATCH_SIZE,
+    announce: Callable[[str], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Features:
     """Run the base model once along each target path and keep what the routers read.
 
     A router's input is the state before its layer after the labelled decisions of the layers
-    before it. Prompts of similar length share a batch.
+    before it. Prompts of similar length share a batch, whatever their paths. Which do so follows
+    from the lengths alone, so that a pass that was broken off and goes on ends with the bytes of
+    one that wasn't, on the same machine with the same number of threads.
+
+    Targets that this model can't run are set aside, as far as they are few (`targets`).
 
     Args:
         routed: The base model; which policy is attached doesn't matter.
         tokenizer: The base model's.
         records: The targets.
         num_windows: W.
-        batch_size: Prompts a forward pass.
-        on_progress: Is told (prompts done, prompts in all) after each pass.
+        store: The folder that keeps the features, to go on with or to use again; None keeps them
+            in memory.
+        batch_size: Most prompts a forward pass.
+        announce: Is told, before the pass, what it needs on disk.
+        on_progress: Is told (prompts done, prompts in all) at the start where some are done, and
+            after each pass.
 
     Returns:
-        The features on the CPU, in the order of the records.
+        The features of the targets that weren't set aside, in their order.
 
     Raises:
-        RecordError: No targets; a target for another number of layers; a prompt without tokens
-            or longer than the base model's context. The message names the question's id.
-        ModelError: Hidden states that overflow the base model's dtype.
+        ConfigError: The store holds features of something else.
+        RecordError: No targets; a target for another number of layers, named by its question's
+            id; too many that this model can't read; a store that can't be trusted or written.
+        ModelError: Hidden states that overflow the base model's dtype, in too many targets.
     """
-    if not records:
-        raise RecordError("there are no targets to train on; search more questions")
-    prompts = [encode(tokenizer, record.prompt) for record in records]
-    context = context_length(routed.model)
-    for record, tokens in zip(records, prompts, strict=True):
-        _check(record, len(tokens), routed.num_layers, context)
-    labels = torch.tensor([record.optimal_layer_config for record in records])  # [N, L]
-    by_length = sorted(range(len(records)), key=lambda row: len(prompts[row]))
-    means: Tensor | None = None
-    filled = torch.zeros(len(records), dtype=torch.int64)
-    for start in range(0, len(records), batch_size):
-        rows = by_length[start : start + batch_size]
-        policy = LabelsPolicy(labels[rows], num_windows)
-        _forward(routed, policy, [prompts[row] for row in rows])
-        finite = policy.means.isfinite().flatten(1).all(dim=1).tolist()
-        if not all(finite):
-            raise ModelError(
-                f"question {records[rows[finite.index(False)]].id!r}: a layer of the base model "
-                f"gives NaN or infinity in {routed.model.dtype}; load it with --dtype float32"
+    targets = targets_for(routed, tokenizer, records)
+    N = len(targets.records)
+    identity = describe(routed.model)
+    shape = (*targets.labels.shape, num_windows, identity["hidden_size"])
+    kept = Memory() if store is None else store
+    with kept.opened(_manifest(routed, identity, targets, num_windows), shape, announce):
+        _check_finite(routed, targets, kept.filled)
+        missing = [
+            rows
+            for rows in batches([len(tokens) for tokens in targets.prompts], batch_size)
+            if bool((kept.filled[rows] == NOT_DONE).any())
+        ]
+        done = N - sum(map(len, missing))
+        if on_progress is not None and done > 0:
+            on_progress(done, N)
+        for rows in missing:
+            policy = LabelsPolicy(targets.labels[rows], num_windows)
+            _forward(routed, policy, [targets.prompts[row] for row in rows])
+            means, filled = policy.means, policy.filled
+            finite = means.isfinite().flatten(1).all(dim=1)  # [B]
+            kept.put(
+                rows,
+                torch.where(finite[:, None, None, None], means, 0.0),
+                torch.where(finite, filled.to(finite.device), NOT_FINITE),
             )
-        if means is None:
-            means = torch.empty(len(records), *policy.means.shape[1:], dtype=torch.float32)
-        means[rows] = policy.means.float().cpu()
-        filled[rows] = policy.filled.cpu()
-        if on_progress is not None:
-            on_progress(start + len(rows), len(records))
-    assert means is not None
-    return Features(
-        means=means,
-        filled=filled,
-        labels=labels,
-        questions=tuple(record.question for record in records),
-        tasks=tuple(record.task for record in records),
-    )
+            _check_finite(routed, targets, kept.filled)
+            done += len(rows)
+            if on_progress is not None:
+                on_progress(done, N)
+    return _features(targets, kept.means, kept.filled)
+
+
+def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Divide prompts into batches by their lengths alone, the longest first.
+
+    What is too large for memory fails at the start that way, and no time left is promised that the
+    longest would break.
+
+    Args:
+        lengths: `[N]` tokens of each.
+        batch_size: Most prompts of a batch.
+
+    Yields:
+        Places from 0.
+
+    Example:
+        >>> list(batches([3, 9, 4, 4], 3)), list(batches([3, 9000, 4, 9000], 3))
+        ([[1, 2, 3], [0]], [[1], [3], [2, 0]])
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    start = 0
+    while start < len(order):
+        size = max(1, min(batch_size, MOST_TOKENS // lengths[order[start]]))
+        yield order[start : start + size]
+        start += size
 
 
 def _forward(routed: RoutedModel, policy: LabelsPolicy, prompts: Sequence[list[int]]) -> None:
@@ -127,19 +192,50 @@ def _forward(routed: RoutedModel, policy: LabelsPolicy, prompts: Sequence[list[i
         )
 
 
-def _check(record: SupervisionRecord, length: int, num_layers: int, context: int | None) -> None:
-    if len(record.optimal_layer_config) != num_layers:
-        raise RecordError(
-            f"question {record.id!r}: its target has {len(record.optimal_layer_config)} layers, "
-            f"the base model has {num_layers}; give targets that were searched with this model"
+def _check_finite(routed: RoutedModel, targets: Targets, filled: Tensor) -> None:
+    """Refuse to go on where too many targets would be set aside."""
+    broken = (filled == NOT_FINITE).nonzero().flatten().tolist()
+    if broken and are_too_many(len(targets.rejected) + len(broken), targets.total):
+        raise ModelError(
+            f"{len(broken)} of {targets.total} targets, the first is question "
+            f"{targets.records[broken[0]].id!r}: a layer of the base model gives NaN or infinity "
+            f"in {routed.model.dtype}; load it with --dtype float32"
         )
-    if length == 0:
-        raise RecordError(
-            f"question {record.id!r}: its prompt has no tokens, so the routers have nothing to "
-            f"read; remove the line"
-        )
-    if context is not None and length > context:
-        raise RecordError(
-            f"question {record.id!r}: its prompt has {length} tokens, the base model's context "
-            f"holds {context}; shorten or remove it"
-        )
+
+
+def _manifest(
+    routed: RoutedModel, identity: Mapping[str, Any], targets: Targets, num_windows: int
+) -> dict[str, Any]:
+    """Return what the features follow from."""
+    return new_manifest(
+        "features",
+        model={"id": routed.model.name_or_path, **identity},
+        config={"num_windows": num_windows},
+        extra={
+            "runtime": {
+                "dtype": str(routed.model.dtype).removeprefix("torch."),
+                "device": routed.model.device.type,
+            },
+            "targets": targets.hashes(),
+        },
+    )
+
+
+def _features(targets: Targets, means: Tensor, filled: Tensor) -> Features:
+    """Leave out what was set aside."""
+    places = (filled != NOT_FINITE).nonzero().flatten()
+    broken = (filled == NOT_FINITE).nonzero().flatten().tolist()
+    kept = [targets.records[place] for place in places.tolist()]
+    return Features(
+        means=means,
+        filled=filled[places],
+        labels=targets.labels[places],
+        records=tuple(kept),
+        questions=tuple(record.question for record in kept),
+        tasks=tuple(record.task for record in kept),
+        places=places if broken else None,
+        rejected=(
+            *targets.rejected,
+            *(set_aside(targets.records[place], OVERFLOWS) for place in broken),
+        ),
+    )

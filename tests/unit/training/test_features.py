@@ -1,6 +1,7 @@
 """The batched features against the slow obvious way: one prompt at a time, layer by layer."""
 
 import copy
+import dataclasses
 import itertools
 import math
 
@@ -11,9 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from drllm.errors import ModelError, RecordError
 from drllm.models.policies import RandomPolicy
 from drllm.models.routed import RoutedModel
-from drllm.records import SupervisionRecord
+from drllm.records import SupervisionRecord, read_each
+from drllm.supervision import rejected_question
 from drllm.training.examples import digest, sizes
 from drllm.training.features import collect
+from drllm.training.store import Store
+from drllm.training.targets import write_rejected
 
 L, W, D, CONTEXT = 4, 3, 16, 24
 # The model runs in float64, the means are stored in float32.
@@ -171,10 +175,6 @@ def test_a_prompt_as_long_as_the_context_is_read(routed):
     ("bad", "message"),
     [
         (
-            record(9, "x" * CONTEXT, [1, 1, 1, 1]),
-            "question 'q9': its prompt has 25 tokens, the base model's context holds 24",
-        ),
-        (
             record(9, "x", [1, 1, 1]),
             "question 'q9': its target has 3 layers, the base model has 4",
         ),
@@ -185,21 +185,120 @@ def test_a_target_that_this_model_cannot_run_is_refused_by_id(routed, bad, messa
         collect(routed, Letters(), [*RECORDS, bad], num_windows=W)
 
 
-def test_a_prompt_without_tokens_is_refused_by_id(routed):
-    with pytest.raises(RecordError, match="question 'q9': its prompt has no tokens"):
-        collect(routed, NoMarks(), [record(9, " ", [1, 1, 1, 1])], num_windows=W)
-
-
 def test_no_targets_are_refused(routed):
     with pytest.raises(RecordError, match="no targets to train on"):
         collect(routed, Letters(), [], num_windows=W)
 
 
-def test_states_that_overflow_are_refused_by_id(base):
+# --- targets that the model can't run ---------------------------------------------------------
+
+
+def without(records, name: str):
+    return [wanted for wanted in records if wanted.id != name]
+
+
+def assert_same_features(found, expected) -> None:
+    """The numbers of both, up to what another batch does to the last bits."""
+    everything = range(len(expected.labels))
+    torch.testing.assert_close(found.rows(everything), expected.rows(everything), **CLOSE)
+    assert digest(found) == digest(expected)
+
+
+@pytest.mark.parametrize(
+    ("bad", "tokenizer", "reason"),
+    [
+        (record(9, "x" * CONTEXT, [1, 1, 1, 1]), Letters(), "longer than the base model's context"),
+        (record(9, " ", [1, 1, 1, 1]), NoMarks(), "prompt without tokens"),
+    ],
+    ids=["too long", "no tokens"],
+)
+def test_a_single_target_that_this_model_cannot_read_is_set_aside(routed, bad, tokenizer, reason):
+    records = [*RECORDS[:3], bad, *RECORDS[3:]]
+    features = collect(routed, tokenizer, records, num_windows=W)
+    assert_same_features(features, collect(routed, tokenizer, RECORDS, num_windows=W))
+    [rejected] = features.rejected
+    assert (rejected.id, rejected.question, rejected.reason) == ("q9", bad.question, reason)
+
+
+def test_targets_that_this_model_cannot_read_are_refused_where_they_are_many(routed):
+    long = [record(row, "x" * (CONTEXT + row), [1, 1, 1, 1]) for row in (8, 9)]
+    with pytest.raises(
+        RecordError,
+        match=r"^2 of 9 targets can't be used .*2 longer than the base model's context; its "
+        r"context holds 24 tokens\), the first is question 'q8'; give targets that were searched",
+    ):
+        collect(routed, Letters(), [*RECORDS, *long], num_windows=W)
+    with pytest.raises(RecordError, match=r"^1 of 1 targets can't be used"):
+        collect(routed, Letters(), long[:1], num_windows=W)
+
+
+@pytest.fixture
+def overflowing(base):
+    """A model to which question marks are endless."""
     broken = copy.deepcopy(base)
     broken.model.embed_tokens.weight[ord("?") % 64] = math.inf
-    with pytest.raises(ModelError, match=r"question 'q3': .* in torch.float64; load it with"):
-        collect(RoutedModel(broken), Letters(), RECORDS, num_windows=W)
+    model = RoutedModel(broken)
+    yield model
+    model.detach()
+
+
+@pytest.mark.parametrize("on_disk", [False, True], ids=["in memory", "on disk"])
+def test_a_single_target_whose_states_overflow_is_set_aside(overflowing, on_disk, tmp_path):
+    def pooled(name: str, records):
+        store = Store(tmp_path / name) if on_disk else None
+        return collect(overflowing, Letters(), records, num_windows=W, store=store)
+
+    features = pooled("all", RECORDS)
+    assert_same_features(features, pooled("finite", without(RECORDS, "q3")))
+    [rejected] = features.rejected
+    assert (rejected.id, rejected.reason) == ("q3", "hidden states that are NaN or infinite")
+    assert sizes(features).shape == (len(RECORDS) - 1, L)
+    assert pooled("all", RECORDS).rejected == (rejected,)  # on disk: read, not pooled
+
+
+def test_a_target_that_was_set_aside_leaves_no_nan_in_the_file(overflowing, tmp_path):
+    features = collect(
+        overflowing, Letters(), RECORDS, num_windows=W, store=Store(tmp_path / "features")
+    )
+    assert features.means.isfinite().all()
+
+
+def test_states_that_overflow_are_refused_where_they_are_many(overflowing, tmp_path):
+    records = [*RECORDS, record(8, "really?", [1, 1, 1, 1])]
+    for _ in range(2):  # the second time they are read
+        with pytest.raises(
+            ModelError,
+            match=r"^2 of 8 targets, the first is question 'q3': a layer .* NaN or infinity in "
+            r"torch\.float64; load it with --dtype float32",
+        ):
+            collect(
+                overflowing, Letters(), records, num_windows=W, store=Store(tmp_path / "features")
+            )
+
+
+def test_rejected_targets_are_written_and_taken_away_again(overflowing, tmp_path):
+    features = collect(overflowing, Letters(), RECORDS, num_windows=W)
+    path = write_rejected(tmp_path, features.rejected)
+    [(_, found)] = read_each(path, rejected_question)
+    assert found == features.rejected[0]
+    assert write_rejected(tmp_path, ()) is None
+    assert not path.exists()
+
+
+# --- what training reads -----------------------------------------------------------------------
+
+
+def test_means_in_float64_are_read_as_they_are(routed):
+    features = collect(routed, Letters(), RECORDS, num_windows=W)
+    precise = dataclasses.replace(features, means=features.means.double())
+    assert precise.rows([1]).dtype == torch.float64
+    assert features.rows([1]).dtype == torch.float32
+
+
+def test_rows_are_copies(routed):
+    features = collect(routed, Letters(), RECORDS, num_windows=W)
+    features.rows([0, 1]).zero_()
+    assert features.means[:2].any()
 
 
 def test_the_digest_tells_targets_apart_and_the_sizes_tell_prompts_apart(routed):

@@ -1,7 +1,7 @@
-"""One search at a time in a folder.
+"""One writer at a time in a folder.
 
 Owns the lock file. The operating system gives the lock back when its process ends, however it
-ends, so that a killed search blocks nobody. Loads no torch.
+ends, so that a killed run blocks nobody. Loads no torch.
 """
 
 from __future__ import annotations
@@ -14,28 +14,27 @@ from filelock import FileLock, Timeout
 
 from drllm.errors import RecordError
 
-LOCK_FILE = ".search.lock"
-
 
 @contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Be the only search that writes to a folder while the block runs.
+def only_writer(folder: Path, stage: str, flag: str) -> Iterator[None]:
+    """Be the only run of a stage that writes to a folder while the block runs.
 
     Args:
         folder: Where to; made if need be.
+        stage: What is run (`search`, `training`); the lock file is called after it.
+        flag: By which another folder can be chosen, for the message.
 
     Raises:
-        RecordError: Another search is writing there, or the folder can't be written.
+        RecordError: Another run is writing there, or the folder can't be written.
     """
-    path = folder / LOCK_FILE
+    path = folder / f".{stage}.lock"
     lock = FileLock(path, timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise RecordError(
-            f"another search is writing to {folder}; wait until it ends, or choose another "
-            f"--output-dir"
+            f"another {stage} is writing to {folder}; wait until it ends, or choose another {flag}"
         ) from None
     except OSError as error:
         raise RecordError(

@@ -9,13 +9,14 @@ import sys
 import pytest
 
 from drllm.errors import RecordError
-from drllm.search.lock import only_writer
+from drllm.records import only_writer
 
+SEARCH = ("search", "--output-dir")
 HOLD = """
 import sys, time
 from pathlib import Path
-from drllm.search.lock import only_writer
-with only_writer(Path(sys.argv[1])):
+from drllm.records import only_writer
+with only_writer(Path(sys.argv[1]), "search", "--output-dir"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -35,7 +36,7 @@ def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path, holder):
     for _ in range(2):
         with (
             pytest.raises(RecordError, match=r"another search is writing to .*choose another"),
-            only_writer(tmp_path),
+            only_writer(tmp_path, *SEARCH),
         ):
             pass
     assert holder.poll() is None
@@ -44,27 +45,30 @@ def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path, holder):
 def test_a_killed_writer_blocks_nobody(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with only_writer(tmp_path):
+    with only_writer(tmp_path, *SEARCH):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_left_behind_even_by_an_error(tmp_path):
-    with pytest.raises(ZeroDivisionError), only_writer(tmp_path / "new"):
+    with pytest.raises(ZeroDivisionError), only_writer(tmp_path / "new", *SEARCH):
         raise ZeroDivisionError
     assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_two_writers_of_one_process_exclude_each_other(tmp_path):
     with (
-        only_writer(tmp_path),
+        only_writer(tmp_path, *SEARCH),
         pytest.raises(RecordError, match="another search"),
-        only_writer(tmp_path),
+        only_writer(tmp_path, *SEARCH),
     ):
         pass
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecordError, match="can't write"), only_writer(tmp_path / "file" / "new"):
+    with (
+        pytest.raises(RecordError, match="can't write"),
+        only_writer(tmp_path / "file" / "new", *SEARCH),
+    ):
         pass

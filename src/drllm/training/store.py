@@ -1,0 +1,333 @@
+"""Where the routers' inputs are kept while and after they are pooled: a folder, or memory.
+
+Owns `features.safetensors`, which is filled row by row in place, and what has to be equal for it
+to be gone on with or used again (`features.manifest.json`). Which rows are there is written in the
+file itself, behind them, so that a kill at any moment loses the last seconds and nothing else.
+Leaves what a row holds to `features`.
+
+Axes: N targets, B rows, L layers, W windows, D hidden.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import struct
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drllm.errors import ConfigError, RecordError
+from drllm.records import manifest_path, only_writer, read_manifest, write_atomically
+
+FEATURES_FOLDER = "features"
+FEATURES_FILE = "features.safetensors"
+FEATURE_VERSION = 1
+"""Raised when the same targets would be pooled to other numbers."""
+HALF_WRITTEN = ".features*"
+"""What kills leave behind while one of the files is made."""
+COMMIT_S = 2.0
+"""Seconds between two commits, the most of its work that a pass loses to a kill."""
+NOT_DONE, NOT_FINITE = 0, -1
+"""What `filled` says of a row that isn't pooled yet, and of one whose states aren't finite."""
+DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}
+
+Shape = tuple[int, int, int, int]
+
+
+class Memory:
+    """Keeps the routers' inputs in memory, in float32.
+
+    Attributes:
+        means: `[N, L, W, D]`.
+        filled: `[N]`: how many windows hold tokens, or `NOT_DONE` or `NOT_FINITE`.
+    """
+
+    @contextlib.contextmanager
+    def opened(
+        self,
+        manifest: Mapping[str, Any],
+        shape: Shape,
+        announce: Callable[[str], None] | None = None,
+    ) -> Iterator[None]:
+        """Make room."""
+        self.means = torch.zeros(shape)
+        self.filled = torch.full(shape[:1], NOT_DONE)
+        yield
+
+    def put(self, rows: Sequence[int], means: Tensor, filled: Tensor) -> None:
+        """Keep some rows."""
+        self.means[rows] = means.cpu()
+        self.filled[rows] = filled.cpu()
+
+
+class Store:
+    """Keeps the routers' inputs in a folder, memory-mapped.
+
+    Args:
+        folder: Made if need be. Of what else lies in it nothing is touched.
+        dtype: In which the means are stored, `float32` or `bfloat16`; either way they are read in
+            float32.
+
+    Attributes:
+        means: `[N, L, W, D]`, once `opened` is left; a map of the file, not to be written to.
+        filled: As of `Memory`.
+    """
+
+    means: Tensor
+    filled: Tensor
+
+    def __init__(self, folder: Path, dtype: str = "float32") -> None:
+        self.folder = folder
+        self.path = folder / FEATURES_FILE
+        self.manifest_path = manifest_path(folder / "features")
+        self.dtype = dtype
+        self._file: BinaryIO | None = None
+        self._committed = 0.0
+
+    @contextlib.contextmanager
+    def opened(
+        self,
+        manifest: Mapping[str, Any],
+        shape: Shape,
+        announce: Callable[[str], None] | None = None,
+    ) -> Iterator[None]:
+        """Go on with what the folder holds, or begin; inside the block, rows may be put.
+
+        A folder that holds every row is only read, so it may be one without permission to write.
+        However the block is left, the rows that were put are kept.
+
+        Args:
+            manifest: What the features are of (`records.new_manifest`); of it, `model`, `runtime`,
+                `config`, `targets` and the version have to be those of the features that are
+                there.
+            shape: N, L, W, D.
+            announce: Is told what the pass needs on disk, and what is there already.
+
+        Raises:
+            ConfigError: The folder holds other features; the message says what differs.
+            RecordError: Files that are broken; a folder that can't be written; too little space,
+                before or during the pass; another training that pools into the folder.
+        """
+        say = announce or (lambda _: None)
+        manifest = {
+            **manifest,
+            "config": {**manifest["config"], "feature_dtype": self.dtype},
+            "feature_version": FEATURE_VERSION,
+        }
+        self._lay_out(shape)
+        if self._resume(manifest) and self._missing() == 0:
+            say(f"the routers' inputs in {self.folder} are used again")
+            self._map()
+            yield
+            return
+        self._check_space(say)
+        with only_writer(self.folder, "training", "folder for the features"):
+            if not self._resume(manifest):  # nobody else has begun in the meantime
+                self._begin(manifest)
+            with self._refusing():
+                self._file = self.path.open("r+b", buffering=0)
+            with self._file:
+                try:
+                    self._committed = time.monotonic()
+                    yield
+                finally:
+                    self._commit()
+        self._map()
+
+    def put(self, rows: Sequence[int], means: Tensor, filled: Tensor) -> None:
+        """Write some rows; in the file they count as done when they have reached the disk.
+
+        Args:
+            rows: `[B]` places from 0.
+            means: `[B, L, W, D]`.
+            filled: `[B]`.
+        """
+        stored = means.to("cpu", DTYPES[self.dtype][0]).contiguous()
+        with self._refusing():
+            for row, values in zip(rows, stored, strict=True):
+                self._write(self._start + row * self._row_bytes, values.view(torch.uint8).numpy())
+        self.filled[rows] = filled.cpu()
+        if time.monotonic() - self._committed >= COMMIT_S:
+            self._commit()
+
+    def remove(self) -> None:
+        """Delete the features, and the folder if it holds nothing else."""
+        for path in (*self.folder.glob(HALF_WRITTEN), self.path, self.manifest_path):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    # --- the file ------------------------------------------------------------------------------
+
+    def _lay_out(self, shape: Shape) -> None:
+        """Work out where things lie: a header of safetensors, `filled`, and the rows behind it."""
+        dtype, name = DTYPES[self.dtype]
+        N = shape[0]
+        self._shape = shape
+        self._row_bytes = shape[1] * shape[2] * shape[3] * dtype.itemsize
+        tensors = {
+            "filled": {"dtype": "I64", "shape": [N], "data_offsets": [0, 8 * N]},
+            "means": {
+                "dtype": name,
+                "shape": list(shape),
+                "data_offsets": [8 * N, 8 * N + N * self._row_bytes],
+            },
+        }
+        text = json.dumps(tensors).encode()
+        text += b" " * (-len(text) % 8)
+        self._header = struct.pack("<Q", len(text)) + text
+        self._start = len(self._header) + 8 * N
+        self._bytes = self._start + N * self._row_bytes
+        self.filled = torch.full((N,), NOT_DONE)
+
+    def _begin(self, manifest: Mapping[str, Any]) -> None:
+        """Write the manifest, and a file without any row: whole, or not there at all."""
+        for path in self.folder.glob(HALF_WRITTEN):
+            path.unlink()
+        write_atomically(self.manifest_path, json.dumps(manifest, indent=2) + "\n")
+        with self._refusing():
+            with self._unfinished().open("wb") as file:
+                file.write(self._header + self.filled.numpy().tobytes())
+                file.truncate(self._bytes)  # takes no space yet
+                os.fsync(file.fileno())
+            self._unfinished().replace(self.path)
+
+    def _resume(self, manifest: Mapping[str, Any]) -> bool:
+        """Read which rows the folder holds; False where it holds no features."""
+        if not self.path.exists():
+            return False  # a manifest alone binds nobody: a kill came between the two
+        stored = read_manifest(self.folder / "features", "features")
+        broken = f"{self.path} is broken; delete {self.folder} to pool the features anew"
+        if stored is None:
+            raise RecordError(f"{broken} ({self.manifest_path.name} is missing)")
+        if differences := _differences(stored, manifest):
+            raise ConfigError(
+                f"{self.folder} holds other features: {'; '.join(differences)}. Choose another "
+                f"folder, or delete it to pool them anew"
+            )
+        with self._refusing("read"), self.path.open("rb") as file:
+            header = file.read(len(self._header))
+            filled = file.read(8 * len(self.filled))
+            size = os.fstat(file.fileno()).st_size
+        if header != self._header or size != self._bytes:
+            raise RecordError(broken)
+        self.filled = torch.from_numpy(np.frombuffer(filled, dtype="<i8").copy())
+        if bool(((self.filled < NOT_FINITE) | (self.filled > self._shape[2])).any()):
+            raise RecordError(broken)
+        return True
+
+    def _commit(self) -> None:
+        """Note the rows that were put as done, once they are on the disk."""
+        assert self._file is not None
+        with self._refusing():
+            os.fsync(self._file.fileno())
+            self._write(len(self._header), self.filled.numpy())
+            os.fsync(self._file.fileno())
+        self._committed = time.monotonic()
+
+    def _write(self, place: int, values: np.ndarray[Any, Any]) -> None:
+        # Not through a map of the file: to a full disk the operating system would answer with
+        # the end of the process.
+        assert self._file is not None
+        self._file.seek(place)
+        rest = values.data.cast("B")
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def _map(self) -> None:
+        """Map the rows into memory."""
+        dtype = DTYPES[self.dtype][0]
+        with self._refusing("read"):
+            rows = np.memmap(
+                self.path, f"<i{dtype.itemsize}", "r", offset=self._start, shape=self._shape
+            )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+            self.means = torch.from_numpy(rows).view(dtype)
+
+    # --- space ---------------------------------------------------------------------------------
+
+    def _missing(self) -> int:
+        return int((self.filled == NOT_DONE).sum())
+
+    def _check_space(self, say: Callable[[str], None]) -> None:
+        """Say what the pass needs, and refuse to begin what can't end well."""
+        N = self._shape[0]
+        need = self._missing() * self._row_bytes
+        place = self.folder.absolute()
+        free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
+        needed = f"{_size(need)} in {self.folder}, where {_size(free)} are free"
+        if need > free:
+            raise RecordError(
+                f"the routers' inputs need {needed}; free some space, choose another folder"
+                + ("" if self.dtype == "bfloat16" else ", or give --feature-dtype bfloat16 (half)")
+            )
+        done = N - self._missing()
+        begun = f"; {done} of {N} targets are there already" if done else ""
+        say(f"the routers' inputs need {needed}{begun}")
+
+    @contextlib.contextmanager
+    def _refusing(self, verb: str = "write") -> Iterator[None]:
+        """Turn what the operating system refuses into an error of ours."""
+        try:
+            yield
+        except OSError as error:
+            done = len(self.filled) - self._missing()
+            raise RecordError(
+                f"can't {verb} {self.path}: {error.strerror}; mend it and give the same command "
+                f"again: it goes on behind the {done} of {len(self.filled)} targets that are there"
+            ) from error
+
+    def _unfinished(self) -> Path:
+        return self.path.with_name(f".{FEATURES_FILE}.tmp")
+
+
+def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Name everything in which the features that are there aren't those that are asked for."""
+
+    def both(*names: str) -> tuple[Any, Any]:
+        values: list[Any] = [stored, wanted]
+        for name in names:
+            values = [value.get(name) if isinstance(value, Mapping) else None for value in values]
+        return values[0], values[1]
+
+    words = {
+        ("model", "fingerprint"): "the base model's fingerprint is {}, yours {}",
+        ("model", "class"): "the base model is a {}, yours a {}",
+        ("model", "num_layers"): "the base model has {} layers, yours {}",
+        ("model", "hidden_size"): "its hidden size is {}, yours {}",
+        ("runtime", "dtype"): "the base model ran in {}, yours runs in {}",
+        ("config", "num_windows"): "--num-windows was {}, yours is {}",
+        ("config", "feature_dtype"): "--feature-dtype was {}, yours is {}",
+        ("feature_version",): "they are of version {}, this drllm makes version {}",
+        ("targets", "number"): "they are of {} targets, yours are {}",
+        ("targets", "prompts_sha256"): "other prompts, or another tokenizer",
+        ("targets", "decisions_sha256"): "other target paths",
+    }
+    found = []
+    for names, text in words.items():
+        theirs, ours = both(*names)
+        if theirs != ours:
+            found.append(text.format(theirs, ours))
+    return found
+
+
+def _size(num_bytes: int) -> str:
+    """Write a size for people.
+
+    Example:
+        >>> _size(2_211_840_000), _size(12_345)
+        ('2.2 GB', '0.1 MB')
+    """
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:.1f} GB"
+    return f"{max(num_bytes / 1e6, 0.1):.1f} MB"
