@@ -616,3 +616,39 @@ def test_an_interrupted_search_ends_in_one_sentence_and_keeps_its_blocks(
     )
     assert list((output / "search.blocks").glob("0*.jsonl"))
     assert not (output / "search.jsonl").exists()
+
+
+def test_a_sweep_chooses_a_setting_on_select_and_tests_it_once(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    sweep = tmp_path / "sweep.yaml"
+    text = recipe.read_text().replace("num_random_draws: 2}", "curve: '0.1,0.2', epsilon: 5}")
+    sweep.write_text(
+        text.replace("limit: 6, curve", "limit: 6, num_texts: 30, curve")
+        + "settings: {plain: {}, weighted: {train: {beta: 0.9}}, two: {train: {num_seeds: 2}}}\n"
+    )
+    out = tmp_path / "sweep"
+    assert main(["sweep", str(sweep), "--output-dir", str(out)]) == 0
+    found = json.loads((out / "sweep.json").read_text())
+    assert [each["name"] for each in found["settings"]] == ["plain", "weighted", "two"]
+    for each in found["settings"]:
+        result = json.loads(
+            (out / "settings" / each["name"] / "eval/builtin_facts.json").read_text()
+        )
+        assert result["split"] == "select"
+        assert {row["name"] for row in result["systems"]} == {"base", "routed"}
+    tested = json.loads((out / "test" / "eval" / "builtin_facts.json").read_text())
+    assert tested["split"] == "test"
+    assert tested["routers"] == str(out / "settings" / found["chosen"] / "routers")
+    assert (out / "test" / "report.html").is_file()
+    assert (out / "sweep.png").is_file()
+    shown = capsys.readouterr().out
+    assert f"Chosen on select: {found['chosen']}" in " ".join(shown.split())
+
+    before = files_of(out)
+    assert main(["sweep", str(sweep), "--output-dir", str(out)]) == 0
+    after = files_of(out)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed <= {"sweep.json", "sweep.png"}
+    assert main(["show", str(out)]) == 0
+    assert "settings on select" in capsys.readouterr().out

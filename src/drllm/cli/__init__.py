@@ -2,11 +2,11 @@
 
 `verbs` lists the verbs, `parser` turns words into checked settings, `checks` refuses what can't
 work, `stages` does a verb's work (`searching` that of `search`, `generation` that of `generate`,
-`exporting` that of `export`, `harness` that of `lm-eval`),
-`recipe` carries out all stages in a row, `show` prints records, `listing` names, `terminal` owns
-what the user sees. Here the process begins and ends: errors of the user's become one line and exit
-status 2, an interruption one sentence and 130, anything else is a defect of ours and keeps its
-traceback.
+`exporting` that of `export`, `harness` that of `lm-eval`), `run_folder` carries out all stages of a
+`recipe` in a row, `sweeping` does so for many settings of a training, `show` prints records,
+`listing` names, `terminal` owns what the user sees. Here the process begins and ends: errors of the
+user's become one line and exit status 2, an interruption one sentence and 130, anything else is a
+defect of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ ACTIONS: dict[str, str] = {
     "evaluate": "drllm.cli.stages:evaluate",
     "export": "drllm.cli.exporting:export",
     "report": "drllm.cli.stages:report",
-    "run": "drllm.cli.recipe:run",
+    "run": "drllm.cli.run_folder:run",
+    "sweep": "drllm.cli.sweeping:sweep",
     "ls": "drllm.cli.stages:list_names",
     "show": "drllm.cli.stages:show_place",
     "lm-eval": "drllm.cli.harness:run",
@@ -45,6 +46,7 @@ GO_ON: dict[str, str] = {
     "train": "what was pooled and finished epochs are kept; the same command goes on behind them",
     "evaluate": "finished blocks of questions are kept; the same command goes on behind them",
     "run": "finished stages, blocks and epochs are kept; the same command goes on behind them",
+    "sweep": "what is finished of each setting is kept; the same command goes on behind it",
 }
 """What is safe after an interruption, and how to go on."""
 NOTHING_TO_KEEP = "no file is half-written; run the same command again"

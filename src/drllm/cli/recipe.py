@@ -1,30 +1,19 @@
-"""`drllm run`: all stages of a recipe in a row, skipping what is done.
+"""Recipes: the settings of all stages in one YAML file.
 
-Owns the recipe file and the run folder. A stage is done when the ledger says that it was made from
-exactly what it would be made from now (settings, questions, hashes of its input files, version),
-and every file that it wrote is still there, unchanged. Leaves the ledger to `ledger` and the work
-to `stages`; what is resumed inside a stage (blocks of the search, epochs of the training) is up
-to the stage.
+Owns reading and checking them. Leaves carrying them out to `run_folder`. Loads no torch.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from drllm.cli import checks, searching, stages
-from drllm.cli.ledger import Ledger
-from drllm.cli.parser import Request, canonical, read_yaml, with_underscores
-from drllm.cli.show_results import show_results
-from drllm.cli.terminal import Terminal, duration
+from drllm.cli import checks
+from drllm.cli.parser import canonical, read_yaml, with_underscores
 from drllm.config import (
     EvaluateConfig,
     ModelConfig,
@@ -33,16 +22,9 @@ from drllm.config import (
     TrainConfig,
 )
 from drllm.errors import ConfigError, unknown_name
-from drllm.evaluation.roster import files_needed
-from drllm.records import sha256, write_atomically
-from drllm.search.plan import decisive
 from drllm.settings import Settings, from_dict
-from drllm.supervision import check_settings, rejected_path
-from drllm.supervision import write as write_supervision
+from drllm.supervision import check_settings
 from drllm.tasks.base import Task
-
-if TYPE_CHECKING:
-    from drllm.models.base.loading import BaseModel
 
 SECTIONS: dict[str, type[Settings]] = {
     "model": ModelConfig,
@@ -51,8 +33,6 @@ SECTIONS: dict[str, type[Settings]] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
 }
-RUNS = Path("runs")
-RECIPE_FILE = "run.yaml"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +51,21 @@ class Recipe:
         del values["search"]["output_dir"]  # the folder that the text lies in
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
+    def tasks(self) -> dict[str, list[Task]]:
+        """Return the tasks of `search` and of `evaluate`, once all settings are known to fit.
+
+        Raises:
+            ConfigError: Settings that make no sense together or have no effect.
+            TaskError: An unknown task, or no questions to be had.
+        """
+        tasks = {
+            "search": checks.tasks_to_search(self.search),
+            "evaluate": checks.tasks_to_evaluate(self.evaluate),
+        }
+        check_settings(self.supervise, [task.name for task in tasks["search"]])
+        self.train.check_effects()
+        return tasks
+
 
 def read_recipe(path: Path, folder: Path, data_dir: str | None = None) -> Recipe:
     """Read and check a recipe.
@@ -85,7 +80,13 @@ def read_recipe(path: Path, folder: Path, data_dir: str | None = None) -> Recipe
         ConfigError: No such file, not YAML, an unknown section or setting, a value that doesn't
             fit.
     """
-    values = read_yaml(path, "a recipe")
+    return parse_recipe(path, read_yaml(path, "a recipe"), folder, data_dir)
+
+
+def parse_recipe(
+    path: Path, values: Mapping[str, Any], folder: Path, data_dir: str | None = None
+) -> Recipe:
+    """Check what was read of a recipe; see `read_recipe`."""
     groups = {}
     for name in values:
         if name not in SECTIONS:
@@ -111,228 +112,3 @@ def read_recipe(path: Path, folder: Path, data_dir: str | None = None) -> Recipe
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
     return Recipe(**groups)
-
-
-# --- the run -----------------------------------------------------------------------------------
-
-
-def run(request: Request, terminal: Terminal) -> None:
-    """Carry out a recipe, and print the results, each stage's time and the report's place.
-
-    Raises:
-        ConfigError: The recipe or the folder can't be used; nothing has been written then.
-        RecordError: The folder holds files that can't be trusted, or no question has a target.
-    """
-    path = request.path("recipe")
-    given = request.values["output_dir"]
-    folder = request.path("output_dir") if given else RUNS / path.stem
-    recipe = read_recipe(path, folder, request.values["data_dir"])
-    tasks = {
-        "search": checks.tasks_to_search(recipe.search),
-        "evaluate": checks.tasks_to_evaluate(recipe.evaluate),
-    }
-    check_settings(recipe.supervise, [task.name for task in tasks["search"]])
-    recipe.train.check_effects()
-    checks.check_folder(folder, "--output-dir")
-    with ExitStack() as stack:
-        done = Run(recipe, tasks, folder, terminal, stack).carry_out()
-    show_results(folder / "eval", terminal)
-    terminal.say()
-    for name, seconds, skipped in done:
-        terminal.say(f"{name:12} {duration(seconds)}{', done before' if skipped else ''}")
-    terminal.say(f"{'report':12} {folder / 'report.html'}")
-
-
-class Run:
-    """One run of a recipe in a folder.
-
-    Args:
-        recipe: The settings.
-        tasks: Those of `search` and those of `evaluate`.
-        folder: The run folder.
-        terminal: Where progress is shown.
-        stack: Holds the base model, once it is loaded.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        tasks: Mapping[str, Sequence[Task]],
-        folder: Path,
-        terminal: Terminal,
-        stack: ExitStack,
-    ) -> None:
-        self.recipe = recipe
-        self.tasks = tasks
-        self.folder = folder
-        self.terminal = terminal
-        self.stack = stack
-        self.ledger = Ledger(folder)
-        self.search_file = folder / "search.jsonl"
-        self.supervision_file = folder / "supervision.jsonl"
-        self.routers = folder / "routers"
-        self._base: BaseModel | None = None
-        self._resumes = False
-
-    @property
-    def base(self) -> BaseModel:
-        """The base model; loaded by the first stage that isn't done."""
-        if self._base is None:
-            self._base = self.stack.enter_context(stages.loaded(self.recipe.model, self.terminal))
-        return self._base
-
-    def carry_out(self) -> list[tuple[str, float, bool]]:
-        """Run what isn't done, in order.
-
-        Returns:
-            Each stage's name, its measured time in seconds, and whether an earlier run did it.
-        """
-        steps: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], Sequence[Path]]]] = {
-            "search": (self._search_from, self._search),
-            "supervise": (self._supervise_from, self._supervise),
-            "train": (self._train_from, self._train),
-            "evaluate": (self._evaluate_from, self._evaluate),
-            "report": (self._report_from, self._report),
-        }
-        times = []
-        for number, (name, (gather, perform)) in enumerate(steps.items(), start=1):
-            made_from = {"drllm_version": importlib.metadata.version("drllm"), **gather()}
-            skipped = self.ledger.is_done(name, made_from)
-            label = f"[{number}/{len(steps)}] {name}"
-            if not skipped:
-                self._perform(name, made_from, perform)
-            if name == "search":
-                self._keep_recipe()
-            seconds = float(self.ledger.stages[name]["seconds"])
-            self.terminal.note(f"{label}: {'done before' if skipped else duration(seconds)}")
-            times.append((name, seconds, skipped))
-        return times
-
-    def _perform(
-        self, name: str, made_from: Mapping[str, Any], perform: Callable[[], Sequence[Path]]
-    ) -> None:
-        if name == "evaluate":
-            for stale in self.ledger.outputs(name):
-                stale.unlink(missing_ok=True)  # the tasks may be others now
-        started = time.perf_counter()
-        if name == "search":
-            # It refuses a folder with another search in it: then the ledger stays as it is.
-            outputs = perform()
-            self.ledger.begin(name, made_from)
-        else:
-            self._resumes = self.ledger.begin(name, made_from)
-            outputs = perform()
-        self.ledger.finish(name, outputs, time.perf_counter() - started)
-
-    def _keep_recipe(self) -> None:
-        """Write the recipe with all its settings into the folder, now that it fits the folder."""
-        path, text = self.folder / RECIPE_FILE, self.recipe.to_yaml()
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            write_atomically(path, text)
-
-    # What each stage is made from, and its work. The work returns the files it wrote.
-
-    def _search_from(self) -> dict[str, Any]:
-        config = self.recipe.search
-        questions = checks.questions_digest(
-            self.tasks["search"], config.split, config.data_dir, config.limit, config.seed
-        )
-        return {
-            "config": decisive(config),
-            "model": self.recipe.model.to_dict(),
-            "questions": questions,
-        }
-
-    def _search(self) -> Sequence[Path]:
-        config = self.recipe.search
-        searching.run_search_stage(
-            self.tasks["search"],
-            config,
-            self.recipe.model,
-            self.terminal,
-            base=None if config.executor == "ray" else self.base,  # Ray's workers load it
-        )
-        return [self.search_file, self.folder / "search.manifest.json"]
-
-    def _supervise_from(self) -> dict[str, Any]:
-        return {
-            "config": self.recipe.supervise.to_dict(),
-            "search.jsonl": checks.file_hash(self.search_file),
-        }
-
-    def _supervise(self) -> Sequence[Path]:
-        write_supervision([self.search_file], self.supervision_file, self.recipe.supervise)
-        rejected = rejected_path(self.supervision_file)
-        return [
-            self.supervision_file,
-            self.folder / "supervision.manifest.json",
-            *([rejected] if rejected.is_file() else []),
-        ]
-
-    def _train_from(self) -> dict[str, Any]:
-        return {
-            "config": self.recipe.train.to_dict(),
-            "model": self.recipe.model.to_dict(),
-            "supervision.jsonl": checks.file_hash(self.supervision_file),
-        }
-
-    def _train(self) -> Sequence[Path]:
-        from drllm.training.store import FEATURES_FOLDER, Store
-        from drllm.training.targets import REJECTED_FILE
-
-        if not self._resumes:
-            for folder in self._seeds():
-                for name in ("checkpoint.safetensors", "routers.safetensors"):
-                    (folder / name).unlink(missing_ok=True)
-            Store(self.routers / FEATURES_FOLDER).remove()
-        stages.run_train_stage(
-            self.base, self.supervision_file, self.routers, self.recipe.train, self.terminal
-        )
-        names = ("router_config.json", "routers.safetensors", "metrics.jsonl", "README.md")
-        rejected = [path for path in [self.routers / REJECTED_FILE] if path.is_file()]
-        return [*(folder / name for folder in self._seeds() for name in names), *rejected]
-
-    def _seeds(self) -> list[Path]:
-        """Return the folders of routers, one a seed, the first seed's first."""
-        return list(self.recipe.train.by_seed(self.routers))
-
-    def _evaluate_from(self) -> dict[str, Any]:
-        config = self.recipe.evaluate
-        return {
-            "config": decisive(config) | {"measures_time": config.latency_rounds > 0},
-            "model": self.recipe.model.to_dict(),
-            "questions": checks.evaluation_digests(self.tasks["evaluate"], config),
-            **{
-                (folder / name).relative_to(self.routers).as_posix(): checks.file_hash(
-                    folder / name
-                )
-                for folder in self._seeds()
-                for name in ("router_config.json", "routers.safetensors")
-            },
-        }
-
-    def _evaluate(self) -> Sequence[Path]:
-        output, config = self.folder / "eval", self.recipe.evaluate
-        needed = files_needed(config.opponents)  # the run's own, unless others are given
-        if "search" in needed and config.search is None:
-            config = dataclasses.replace(config, search=str(self.search_file))
-        if "supervision" in needed and config.supervision is None:
-            config = dataclasses.replace(config, supervision=str(self.supervision_file))
-        results = stages.run_evaluate_stage(
-            self.base, self._seeds(), self.tasks["evaluate"], config, output, self.terminal
-        )
-        latency = ["latency.json"] if config.latency_rounds else []
-        beside = ["samples.jsonl", "samples.manifest.json", *latency]
-        return [*results, *(output / name for name in beside)]
-
-    def _report_from(self) -> dict[str, Any]:
-        made = {RECIPE_FILE: sha256(self.folder / RECIPE_FILE)}
-        for stage in ("search", "supervise", "train", "evaluate"):
-            made.update(self.ledger.stages[stage]["outputs"])
-        return made
-
-    def _report(self) -> Sequence[Path]:
-        from drllm.reporting import figures_of, write_report
-
-        page, beside = write_report([self.folder])
-        return [page, beside, *figures_of(page)]

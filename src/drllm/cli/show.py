@@ -17,6 +17,7 @@ from drllm.cli.show_question import show_question
 from drllm.cli.show_results import show_measured, show_results
 from drllm.cli.show_search import show_failed, show_search, show_unfinished
 from drllm.cli.show_supervision import say_classes, show_rejected, show_supervision
+from drllm.cli.show_sweep import show_sweep
 from drllm.cli.tables import new_table
 from drllm.cli.terminal import Terminal, duration
 from drllm.errors import RecordError
@@ -31,6 +32,7 @@ from drllm.records import (
 from drllm.reporting.fields import read_object
 from drllm.reporting.measured import LATENCY_FILE
 from drllm.reporting.numbers import plain
+from drllm.reporting.sweeps import SWEEP_FILE
 from drllm.search.commits import BLOCKS_FOLDER
 from drllm.search.tally import failed_question
 from drllm.supervision import rejected_question
@@ -150,7 +152,10 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
         parts.insert(0, (folder / BLOCKS_FOLDER, show_unfinished))
     if (folder / "routers" / "router_config.json").is_file():
         parts.append((folder / "routers", _show_routers))
-    results = [place for place in (folder / "eval", folder) if _results(place)]
+    if (folder / SWEEP_FILE).is_file():
+        parts.append((folder / SWEEP_FILE, show_sweep))
+    places = (folder / "eval", folder, folder / "test" / "eval")
+    results = [place for place in places if _results(place)]
     parts += [(place, show_results) for place in results]
     if not parts:
         raise RecordError(
@@ -188,6 +193,9 @@ def _show_json(path: Path, terminal: Terminal) -> None:
         return
     if path.name == LATENCY_FILE:
         show_measured(path.parent, terminal)
+        return
+    if path.name == SWEEP_FILE:
+        show_sweep(path, terminal)
         return
     schema = read_object(path).values.get("schema")
     if schema != "drllm.evaluation":

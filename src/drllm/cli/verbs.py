@@ -167,6 +167,20 @@ VERBS: dict[str, Verb] = {
             Flag(name="data_dir", help="folder with SPLIT.jsonl[.gz] files by task"),
         ),
     ),
+    "sweep": Verb(
+        help="train with many settings, choose one on the select split, test it once",
+        example="drllm sweep recipes/sweeps/demo.yaml --output-dir runs/sweep",
+        flags=(
+            Flag(
+                name="sweep",
+                help="YAML file: a recipe, and under 'settings' what differs from it",
+                required=True,
+                positional=True,
+            ),
+            Flag(name="output_dir", help="folder; default: runs/ and the file's name"),
+            Flag(name="data_dir", help="folder with SPLIT.jsonl[.gz] files by task"),
+        ),
+    ),
     "ls": Verb(
         help="list tasks, models, architectures or opponents",
         example="drllm ls tasks",

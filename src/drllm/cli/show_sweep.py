@@ -1,0 +1,58 @@
+"""A sweep over settings as people read it. Loads no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from drllm.cli.tables import new_table
+from drllm.cli.terminal import Terminal
+from drllm.reporting.numbers import NONE, plain, signed
+from drllm.reporting.sweeps import read_sweep_file
+
+
+def show_sweep(path: Path, terminal: Terminal) -> None:
+    """Print the settings of a sweep beside each other, and which one was chosen.
+
+    Args:
+        path: `sweep.json`.
+        terminal: Where to.
+
+    Raises:
+        RecordError: A file that can't be trusted.
+    """
+    candidates, chosen, split = read_sweep_file(path)
+    table = new_table(
+        "setting",
+        "depth",
+        "seeds",
+        "layers\nrun",
+        "accuracy less\nbase's, points",
+        "gold log-p.\nless base's",
+        "text loss\nless base's",
+        title=f"settings on {split}, means over seeds",
+        numbers_from=2,
+    )
+    several = len({place.task for each in candidates for place in each.places}) > 1
+    for each in candidates:
+        if not each.places:
+            table.add_row(each.name, "none reached", *[NONE] * 5, end_section=True)
+        for place in each.places:
+            found = place.against_base
+            table.add_row(
+                each.name if place is each.places[0] else "",
+                f"{place.task}, {place.depth}" if several else place.depth,
+                str(place.num_seeds),
+                plain(place.executions, 2),
+                signed(100 * found.accuracy.mean, 1) if found.accuracy else NONE,
+                signed(found.gold_logprob.mean, 3) if found.gold_logprob else NONE,
+                signed(found.text_loss.mean, 3) if found.text_loss else NONE,
+                end_section=place is each.places[-1],
+            )
+    terminal.show(table)
+    if chosen is None:
+        terminal.say("No setting's routers can be brought to any of the depths: none is chosen.")
+        return
+    terminal.say(
+        f"Chosen on {split}: {chosen}, which keeps most of the gold answers' log-probability (of "
+        f"accuracy where answers are generated) over all depths; other questions test it once."
+    )

@@ -1,0 +1,211 @@
+"""`drllm sweep`: many settings of supervision and training, judged by their routed models.
+
+Owns the sweep file and the order of things: one search for all settings; targets, routers and an
+evaluation on `select` for each; the choice; one evaluation of what was chosen on the split that is
+reported. Leaves a setting's stages to `run_folder`, and the rule of the choice to `reporting`.
+
+    OUT/search.jsonl          one search
+    OUT/settings/NAME/        a run folder for each setting, evaluated on `select`
+    OUT/test/                 what was chosen, evaluated once
+    OUT/sweep.json, sweep.png
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from drllm.cli import checks
+from drllm.cli.parser import Request, read_yaml, with_underscores
+from drllm.cli.recipe import Recipe, parse_recipe
+from drllm.cli.run_folder import RUNS, Loader, Run
+from drllm.cli.show_results import show_results
+from drllm.cli.show_sweep import show_sweep
+from drllm.cli.terminal import Terminal
+from drllm.config import EvaluateConfig
+from drllm.errors import ConfigError, unknown_name
+from drllm.records import SCHEMA_VERSION, sha256, write_atomically
+from drllm.reporting.sweeps import (
+    SCHEMA,
+    SWEEP_FILE,
+    Candidate,
+    choose,
+    contents,
+    drawn,
+    read_candidate,
+)
+
+SWEPT = ("supervise", "train")
+"""Sections that a setting may change."""
+CHOSEN_ON = "select"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sweep:
+    """What a sweep file says.
+
+    Attributes:
+        common: The recipe without any setting's changes.
+        settings: By name, the recipe with them.
+    """
+
+    common: Recipe
+    settings: Mapping[str, Recipe]
+
+
+def read_sweep(path: Path, folder: Path, data_dir: str | None = None) -> Sweep:
+    """Read and check a sweep file: a recipe with a section `settings`.
+
+    Args:
+        path: YAML; `settings` has, by name, the sections `supervise` and `train` as far as they
+            differ from the file's own.
+        folder: Where the sweep is written.
+        data_dir: Replaces `data_dir` of search and evaluation.
+
+    Raises:
+        ConfigError: What is no sweep, or settings that don't fit; two that are the same.
+    """
+    values = dict(read_yaml(path, "a sweep"))
+    settings = values.pop("settings", None)
+    if not isinstance(settings, dict) or len(settings) < 2:
+        raise ConfigError(
+            f"{path}: 'settings' is {settings!r}; give at least two settings to compare, by name"
+        )
+    common = parse_recipe(path, values, folder, data_dir)
+    if common.evaluate.curve is None:
+        raise ConfigError(
+            f"{path}: evaluate: a sweep compares at equal depths; give them as curve, for example "
+            f"'0.05,0.1'"
+        )
+    if common.evaluate.split_of("") == CHOSEN_ON:
+        raise ConfigError(
+            f"{path}: evaluate: split is {CHOSEN_ON}, on which the setting is chosen; leave it out "
+            f"or give test"
+        )
+    recipes = {
+        _checked(path, str(name)): parse_recipe(
+            path, _changed(path, str(name), values, changes), folder, data_dir
+        )
+        for name, changes in settings.items()
+    }
+    seen: dict[tuple[Any, Any], str] = {}
+    for name, recipe in recipes.items():
+        other = seen.setdefault((recipe.supervise, recipe.train), name)
+        if other != name:
+            raise ConfigError(
+                f"{path}: settings {other!r} and {name!r} are the same; leave one out"
+            )
+    return Sweep(common, recipes)
+
+
+def _checked(path: Path, name: str) -> str:
+    if not re.fullmatch(r"[\w.-]*\w", name):
+        raise ConfigError(
+            f"{path}: a setting is named {name!r}; give a name of letters, digits, '-', '_' and '.'"
+        )
+    return name
+
+
+def _changed(path: Path, name: str, values: Mapping[str, Any], changes: Any) -> dict[str, Any]:
+    """Return a recipe's values with those of a setting in their place."""
+    if not isinstance(changes, dict):
+        raise ConfigError(
+            f"{path}: setting {name!r} is {changes!r}; give sections with what differs, {{}} for "
+            f"nothing"
+        )
+    changed = dict(values)
+    for section, settings in changes.items():
+        if section not in SWEPT:
+            raise ConfigError(
+                f"{path}: setting {name!r}: " + unknown_name("section", str(section), SWEPT)
+            )
+        if not isinstance(settings, dict):
+            raise ConfigError(
+                f"{path}: setting {name!r}: {section} is {settings!r}; give settings, written "
+                f"'name: value'"
+            )
+        before = values.get(section) or {}
+        changed[section] = {**with_underscores(before), **with_underscores(settings)}
+    return changed
+
+
+def for_choice(config: EvaluateConfig) -> EvaluateConfig:
+    """Return how each setting is evaluated: the routed model alone, at every depth, on `select`."""
+    return dataclasses.replace(
+        config,
+        split=CHOSEN_ON,
+        splits=None,
+        opponents="none",
+        search=None,
+        supervision=None,
+        epsilon=None,
+        worked_answers=None,
+        max_loss_increase=None,
+        num_random_draws=None,
+        latency_rounds=0,
+    )
+
+
+def sweep(request: Request, terminal: Terminal) -> None:
+    """Carry out a sweep, print its table, and the test of what was chosen.
+
+    Raises:
+        ConfigError: The file or the folder can't be used; nothing has been written then.
+        RecordError: The folder holds files that can't be trusted, or a setting has no targets.
+    """
+    path = request.path("sweep")
+    given = request.values["output_dir"]
+    folder = request.path("output_dir") if given else RUNS / path.stem
+    swept = read_sweep(path, folder, request.values["data_dir"])
+    tasks = swept.common.tasks()
+    recipes = {
+        name: dataclasses.replace(recipe, evaluate=for_choice(recipe.evaluate))
+        for name, recipe in swept.settings.items()
+    }
+    chosen_tasks, *_ = [recipe.tasks() for recipe in recipes.values()]
+    checks.check_folder(folder, "--output-dir")
+    with ExitStack() as stack:
+        load = Loader(swept.common.model, terminal, stack)
+        Run(swept.common, tasks, folder, terminal, load).carry_out(["search"])
+        candidates = []
+        for number, (name, recipe) in enumerate(recipes.items(), start=1):
+            terminal.note(f"setting {number} of {len(recipes)}: {name}")
+            place = folder / "settings" / name
+            run = Run(recipe, chosen_tasks, place, terminal, load, {"search": folder})
+            run.carry_out(["supervise", "train", "evaluate"])
+            candidates.append(read_candidate(name, place / "eval"))
+        chosen = choose(candidates)
+        _write(folder, path, candidates, chosen)
+        show_sweep(folder / SWEEP_FILE, terminal)
+        if chosen is None:
+            return
+        place = folder / "settings" / chosen.name
+        best = dataclasses.replace(swept.settings[chosen.name], evaluate=swept.common.evaluate)
+        shared = {"search": folder, "supervise": place, "train": place}
+        Run(best, tasks, folder / "test", terminal, load, shared).carry_out(["evaluate", "report"])
+    show_results(folder / "test" / "eval", terminal)
+    terminal.say(f"report         {folder / 'test' / 'report.html'}")
+
+
+def _write(
+    folder: Path, path: Path, candidates: Sequence[Candidate], chosen: Candidate | None
+) -> None:
+    from drllm.reporting.drawing import png
+
+    values = {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "sweep": path.name,
+        "sweep_sha256": sha256(path),
+        "chosen_on": CHOSEN_ON,
+        **contents(candidates, chosen),
+    }
+    write_atomically(folder / SWEEP_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    if any(candidate.places for candidate in candidates):
+        (folder / "sweep.png").write_bytes(png(partial(drawn, candidates)))

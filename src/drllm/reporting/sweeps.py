@@ -1,0 +1,223 @@
+"""A sweep over settings: what their routed models lost, which one is chosen, the drawing.
+
+Owns the rule of the choice, which sees the `select` split alone, and how settings stand beside each
+other. Leaves reading results to `results`, and training and evaluating to whoever swept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from drllm.errors import RecordError
+from drllm.records import SCHEMA_VERSION
+from drllm.reporting.depths import Differences, read_differences
+from drllm.reporting.drawing import Colours, beside
+from drllm.reporting.fields import Fields, read_object
+from drllm.reporting.results import Evaluation, read_evaluations
+from drllm.reporting.samples import ROUTED
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SCHEMA = "drllm.sweep"
+SWEEP_FILE = "sweep.json"
+ROW = 0.21
+FRAME = 0.9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """A routed model at one depth of one task: the mean over its seeds, less base.
+
+    Attributes:
+        task: What was asked.
+        depth: In words.
+        num_seeds: Seeds whose routers could be brought to the depth.
+        executions: Mean a forward pass.
+        against_base: On the same questions.
+    """
+
+    task: str
+    depth: str
+    num_seeds: int
+    executions: float
+    against_base: Differences
+
+    @property
+    def merit(self) -> float:
+        """What is maximised: the gold log-probability kept, in nats; else the accuracy kept."""
+        known = self.against_base.gold_logprob or self.against_base.accuracy
+        assert known is not None  # accuracy always is
+        return known.mean
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One setting of a sweep, with its places at the depths that its routers can be brought to."""
+
+    name: str
+    places: tuple[Placed, ...]
+
+    @property
+    def merit(self) -> float | None:
+        """The mean over its places; None without any."""
+        return fmean(place.merit for place in self.places) if self.places else None
+
+
+def read_candidate(name: str, folder: Path) -> Candidate:
+    """Read a setting's results.
+
+    Args:
+        name: Of the setting.
+        folder: Its `eval` folder.
+
+    Raises:
+        RecordError: Results that can't be trusted, or none.
+    """
+    evaluations = read_evaluations(folder, [], [])
+    if not evaluations:
+        raise RecordError(f"{folder} holds no results; run the sweep again")
+    return Candidate(name=name, places=tuple(p for each in evaluations for p in _places(each)))
+
+
+def _places(evaluation: Evaluation) -> list[Placed]:
+    task = evaluation.task
+    if evaluation.seeds:
+        return [
+            Placed(
+                task=task,
+                depth=row.setting,
+                num_seeds=row.num_seeds,
+                executions=row.executions.mean,
+                against_base=row.against_base,
+            )
+            for row in evaluation.seeds
+            if row.setting and row.against_base is not None
+        ]
+    return [
+        Placed(
+            task=task,
+            depth=point.setting,
+            num_seeds=1,
+            executions=point.executions,
+            against_base=point.against_base,
+        )
+        for point in evaluation.curve
+        if point.system == ROUTED and point.against_base is not None
+    ]
+
+
+def choose(candidates: Sequence[Candidate]) -> Candidate | None:
+    """Return the setting whose routed models keep most; None where none saves anything.
+
+    Settings that reach more depths, and with more of their seeds, come first: routers that can't
+    be brought to a depth have nothing to offer there. Among them the mean merit over tasks and
+    depths decides, and where it is equal the first one given.
+
+    Args:
+        candidates: In the order given.
+
+    Source: ours.
+    """
+    found = [each for each in candidates if each.merit is not None]
+    if not found:
+        return None
+    most = max(_reached(each) for each in found)
+    return max((each for each in found if _reached(each) == most), key=lambda c: c.merit or 0.0)
+
+
+def _reached(candidate: Candidate) -> tuple[int, int]:
+    return len(candidate.places), sum(place.num_seeds for place in candidate.places)
+
+
+def contents(candidates: Sequence[Candidate], chosen: Candidate | None) -> dict[str, Any]:
+    """Return the sweep as plain JSON types."""
+    return {
+        "chosen": None if chosen is None else chosen.name,
+        "settings": [
+            {
+                "name": each.name,
+                "merit": each.merit,
+                "places": [asdict(place) | {"merit": place.merit} for place in each.places],
+            }
+            for each in candidates
+        ],
+    }
+
+
+def read_sweep_file(path: Path) -> tuple[list[Candidate], str | None, str]:
+    """Read `sweep.json`: the settings, the chosen one's name, and the split that chose it.
+
+    Raises:
+        RecordError: No such file, of a newer drllm, or one that can't be trusted.
+    """
+    if not path.is_file():
+        raise RecordError(f"{path} doesn't exist; give a folder that 'drllm sweep' has written")
+    fields = read_object(path)
+    if fields.values.get("schema") != SCHEMA or fields.whole("schema_version") > SCHEMA_VERSION:
+        raise RecordError(f"{path} isn't a sweep that this drllm reads; install a newer drllm")
+    candidates = [
+        Candidate(
+            name=row.text("name"), places=tuple(_placed(place) for place in row.objects("places"))
+        )
+        for row in fields.objects("settings")
+    ]
+    return candidates, fields.optional_text("chosen"), fields.text("chosen_on")
+
+
+def _placed(fields: Fields) -> Placed:
+    found = read_differences(fields.optional_object("against_base"))
+    if found is None or found.accuracy is None:
+        raise RecordError(f"{fields.where}: no differences to base; sweep again")
+    return Placed(
+        task=fields.text("task"),
+        depth=fields.text("depth"),
+        num_seeds=fields.whole("num_seeds"),
+        executions=fields.number("executions"),
+        against_base=found,
+    )
+
+
+def drawn(candidates: Sequence[Candidate], colours: Colours) -> Figure:
+    """Draw each setting's losses in a row, depths in colours of their own, with 95 % intervals.
+
+    Args:
+        candidates: At least one with a place.
+        colours: To draw with.
+    """
+    depths = list(dict.fromkeys((p.task, p.depth) for each in candidates for p in each.places))
+    several = len({task for task, _ in depths}) > 1
+    figure, panels = beside(2, FRAME + ROW * len(candidates) * max(1, len(depths) / 2))
+    measures = (
+        ("accuracy", 100, "accuracy,\npoints"),
+        ("gold_logprob", 1, "gold log-prob.,\nnats"),
+    )
+    for axes, (key, scale, label) in zip(panels, measures, strict=True):
+        for number, depth in enumerate(depths):
+            shift = (number - (len(depths) - 1) / 2) * 0.8 / len(depths)
+            rows, middles, ends = [], [], []
+            for row, candidate in enumerate(candidates):
+                for place in candidate.places:
+                    found = getattr(place.against_base, key)
+                    if (place.task, place.depth) == depth and found is not None:
+                        rows.append(row + shift)
+                        middles.append(scale * found.mean)
+                        ends.append([scale * end for end in found.interval])
+            if not rows:
+                continue
+            colour, marker = colours[f"s{number % 5 + 1}"], "osD^v"[number % 5]
+            axes.hlines(rows, *zip(*ends, strict=True), color=colour, linewidth=1.2)
+            name = f"{depth[0]}, {depth[1]}" if several else depth[1]
+            axes.plot(middles, rows, marker, color=colour, markersize=3.5, label=name)
+        axes.axvline(0, color=colours["ink"], linewidth=0.8, zorder=0)
+        axes.set_xlabel(f"{label}, less base's")
+        axes.locator_params(axis="x", nbins=3)
+    panels[0].set_yticks(range(len(candidates)), [each.name for each in candidates])
+    panels[0].invert_yaxis()
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=2)
+    return figure

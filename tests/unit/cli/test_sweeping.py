@@ -1,0 +1,76 @@
+"""Sweep files: what they may hold, and what they are refused for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from drllm.cli.sweeping import for_choice, read_sweep
+from drllm.errors import ConfigError
+
+SWEEPS = sorted((Path(__file__).resolve().parents[3] / "recipes" / "sweeps").glob("*.yaml"))
+
+COMMON = "train: {num_epochs: 3}\nevaluate: {curve: '0.1', opponents: last-layers, epsilon: 2}\n"
+SETTINGS = "settings:\n  plain: {}\n  sharp: {train: {gamma: 3.0}, supervise: {target: paper}}\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
+def test_the_sweeps_that_come_with_the_project_are_understood(path: Path, tmp_path: Path):
+    assert len(read_sweep(path, tmp_path).settings) >= 2
+
+
+def test_a_sweep_of_arc_has_at_least_twelve_settings_and_both_kinds_of_targets(tmp_path: Path):
+    [path] = [path for path in SWEEPS if path.name == "arc_easy_smollm2.yaml"]
+    settings = read_sweep(path, tmp_path).settings
+    assert len(settings) >= 12
+    assert {"damage", "shortest"} <= {recipe.supervise.target for recipe in settings.values()}
+
+
+def test_a_setting_changes_what_it_says_and_nothing_else(tmp_path: Path):
+    sweep = read_sweep(write(tmp_path, COMMON + SETTINGS), tmp_path)
+    assert sweep.settings["plain"] == sweep.common
+    sharp = sweep.settings["sharp"]
+    assert (sharp.train.gamma, sharp.train.num_epochs) == (3.0, 3)
+    assert sharp.supervise.target == "paper"
+    assert sharp.evaluate == sweep.common.evaluate
+
+
+def test_a_setting_is_chosen_on_select_by_the_routed_model_alone(tmp_path: Path):
+    sweep = read_sweep(write(tmp_path, COMMON + SETTINGS), tmp_path)
+    config = for_choice(sweep.common.evaluate)
+    assert (config.split, config.opponents, config.curve) == ("select", "none", "0.1")
+    assert config.epsilon is None
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (COMMON, "'settings' is None; give at least two settings"),
+        (COMMON + "settings: {one: {}}\n", "give at least two settings"),
+        (COMMON + "settings: {a: {}, b: {train: {gama: 1}}}\n", "did you mean 'gamma'"),
+        (COMMON + "settings: {a: {}, b: {trian: {gamma: 1}}}\n", "did you mean 'train'"),
+        (COMMON + "settings: {a: {}, b: {search: {limit: 1}}}\n", "Valid: supervise, train"),
+        (COMMON + "settings: {a: {}, b: 3}\n", "setting 'b' is 3; give sections"),
+        (COMMON + "settings: {a: {}, b: {train: 3}}\n", "setting 'b': train is 3"),
+        (COMMON + "settings: {a: {}, b: {}}\n", "settings 'a' and 'b' are the same"),
+        (COMMON + "settings: {a: {}, ../b: {train: {gamma: 1}}}\n", "named '../b'"),
+        (SETTINGS, "a sweep compares at equal depths"),
+        (
+            "evaluate: {curve: '0.1', split: select}\n" + SETTINGS,
+            "split is select, on which the setting is chosen",
+        ),
+    ],
+)
+def test_a_sweep_that_does_not_fit_is_refused_with_its_name(tmp_path: Path, text: str, says: str):
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as refused:
+        read_sweep(path, tmp_path)
+    assert says in str(refused.value)
+    assert str(path) in str(refused.value)
