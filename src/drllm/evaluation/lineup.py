@@ -20,6 +20,7 @@ from torch import Tensor
 from drllm.cost import mean_executions
 from drllm.evaluation.opponents import (
     ExitPolicy,
+    Greedy,
     UpFrontPolicy,
     best_block,
     best_program,
@@ -32,7 +33,6 @@ from drllm.evaluation.opponents import (
     first_inputs,
     gold_logprob,
     gold_logprob_along,
-    greedy_order,
     label_frequency,
     last_layers,
     mixture,
@@ -64,8 +64,6 @@ TOLERANCE = 1e-6
 BATCH_SIZE = 16
 """Questions a pass while opponents are fitted."""
 STATE_CACHE_GB = 1.0
-MOST_GIVEN_UP = 0.5
-"""Share of the layers up to which greedy orders are looked for; half a model gone is no model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,17 +212,13 @@ class Lineup:
     @cached_property
     def _by_loss(self) -> Plan:
         texts = [text_question(tokens) for tokens in self.material.prompts if len(tokens) > 1]
-        measure = token_logprob(self.material.batches(texts))
-        return self._greedy(measure)
+        return Greedy(token_logprob(self.material.batches(texts)), self.num_layers)
 
     @cached_property
     def _by_answers(self) -> Plan:
         batches = self.material.batches(self.material.questions)
-        return self._greedy(gold_logprob(batches, self.material.golds_of_batches()))
-
-    def _greedy(self, measure: Callable[[Sequence[tuple[int, ...]]], list[float]]) -> Plan:
-        order = greedy_order(measure, self.num_layers, most=int(MOST_GIVEN_UP * self.num_layers))
-        return nested(order.layers, self.num_layers)
+        measure = gold_logprob(batches, self.material.golds_of_batches())
+        return Greedy(measure, self.num_layers)
 
     # --- from the search log, and from prompts ---
 

@@ -17,7 +17,7 @@ from drllm.evaluation.opponents.drawn import (
 from drllm.evaluation.opponents.exits import ExitPolicy, confidences, executions_at, find_threshold
 from drllm.evaluation.opponents.first_layer import UpFrontPolicy, find_bias, first_inputs
 from drllm.evaluation.opponents.fitting import FitSettings
-from drllm.evaluation.opponents.greedy import GreedyOrder, greedy_order
+from drllm.evaluation.opponents.greedy import Greedy
 from drllm.evaluation.opponents.influence import block_influence, order_by_influence
 from drllm.evaluation.opponents.measures import (
     gold_logprob,
@@ -41,7 +41,7 @@ __all__ = [
     "BestProgram",
     "ExitPolicy",
     "FitSettings",
-    "GreedyOrder",
+    "Greedy",
     "RepeatedBlock",
     "Setting",
     "UpFrontPolicy",
@@ -57,7 +57,6 @@ __all__ = [
     "first_inputs",
     "gold_logprob",
     "gold_logprob_along",
-    "greedy_order",
     "label_frequency",
     "last_layers",
     "mixture",
