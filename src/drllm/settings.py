@@ -84,9 +84,10 @@ class Settings:
             if getattr(self, other) == chosen:
                 given = f"{value:g}" if isinstance(value, float) else value
                 against = f"{chosen:g}" if isinstance(chosen, float) else chosen
+                named = flag_of(declared.name) + ("" if value is True else f" {given}")
                 raise ConfigError(
-                    f"{flag_of(declared.name)} {given} has no effect with {flag_of(other)} "
-                    f"{against}; leave one of the two out"
+                    f"{named} has no effect with {flag_of(other)} {against}; leave one of the two "
+                    f"out"
                 )
 
     def to_dict(self) -> dict[str, Any]:

@@ -161,6 +161,27 @@ def test_features_that_are_kept_are_used_again_by_another_training(
     assert (tmp_path / "other" / "routers.safetensors").read_bytes() != weights[0]
 
 
+def test_rounds_on_the_routers_own_routes_leave_routers_of_each_round(
+    train_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    few = Path(train_words[-1]).read_text().splitlines()
+    rows = [json.loads(line) for line in few * 4]
+    many = [
+        row | {"id": str(number), "question": f"{row['question']} {number}"}
+        for number, row in enumerate(rows)
+    ]
+    supervision, output = tmp_path / "many.jsonl", tmp_path / "rounds"
+    supervision.write_text("".join(json.dumps(row) + "\n" for row in many))
+    words = [*train_words[:-1], str(supervision), "--on-policy-rounds", "1", "--calibrate"]
+    assert main([*words, "--output", str(output)]) == 0
+    printed = capsys.readouterr()
+    assert f"the routers' inputs need 0.1 MB in {output / 'round_0' / 'features'}" in printed.err
+    assert "calibration    temperature" in printed.out
+    assert "(in the weights), expected calibration error" in printed.out
+    assert {path.parent for path in output.rglob("router*")} == {output, output / "round_0"}
+    assert not list(output.rglob("features"))
+
+
 def test_a_training_that_failed_behind_the_pass_goes_on_with_its_features(
     train_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

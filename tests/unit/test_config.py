@@ -208,7 +208,7 @@ def test_a_setting_that_another_leaves_without_effect_is_refused(
     group: type[Settings], declared: Any
 ):
     other, value = declared.metadata["idle"]
-    lowest = declared.metadata["minimum"]
+    lowest = True if declared.default is False else declared.metadata["minimum"]
     assert lowest != declared.default
     group(**{declared.name: lowest}).check_effects()
     group(**{other: value}).check_effects()

@@ -215,6 +215,7 @@ class Run:
         }
 
     def _train(self) -> Sequence[Path]:
+        from drllm.training.rounds import remove_rounds
         from drllm.training.store import FEATURES_FOLDER, Store
         from drllm.training.targets import REJECTED_FILE
 
@@ -222,6 +223,7 @@ class Run:
             for folder in self._seeds():
                 for name in ("checkpoint.safetensors", "routers.safetensors"):
                     (folder / name).unlink(missing_ok=True)
+                remove_rounds(folder)
             Store(self.routers / FEATURES_FOLDER).remove()
         stages.run_train_stage(
             self.load(), self.supervision_file, self.routers, self.recipe.train, self.terminal

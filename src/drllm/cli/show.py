@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.text import Text
 
@@ -247,11 +248,25 @@ def _show_routers(folder: Path, terminal: Terminal) -> None:
             f"trained on     {training.get('num_trained')} targets ({tasks}), "
             f"{training.get('num_held_out')} held out, {training.get('steps')} steps"
         )
+    if training.get("calibration"):
+        terminal.say(f"calibration    {_calibration(training)}")
     counts = config.values.get("label_counts") or []
     if counts:
         say_classes([sum(column) for column in zip(*counts, strict=True)], terminal)
     if (folder / "metrics.jsonl").is_file():
         _show_metrics(folder / "metrics.jsonl", terminal)
+
+
+def _calibration(training: Mapping[str, Any]) -> str:
+    """Say how far the probabilities can be believed, and whether that was mended."""
+    found = training["calibration"]
+    folded = training.get("settings", {}).get("calibrate")
+    return (
+        f"temperature {plain(found.get('temperature'), 2)} "
+        f"({'in the weights' if folded else 'not in the weights'}), expected calibration error "
+        f"{plain(found.get('ece_before'), 4)} without and {plain(found.get('ece_after'), 4)} with "
+        f"it, on {found.get('num_decisions')} held-out decisions"
+    )
 
 
 def _show_metrics(path: Path, terminal: Terminal) -> None:

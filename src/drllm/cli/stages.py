@@ -20,14 +20,17 @@ from drllm.cli.show_supervision import say_written
 from drllm.cli.terminal import Terminal
 from drllm.config import EvaluateConfig, ModelConfig, SuperviseConfig, TrainConfig
 from drllm.errors import CheckpointError, ConfigError
-from drllm.records import read_supervision
+from drllm.records import SupervisionRecord, read_supervision
 from drllm.supervision import write as write_supervision
 from drllm.tasks.base import OPTIONS_REWARD, Task
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from drllm.models.base.loading import BaseModel
     from drllm.models.routed import RoutedModel
     from drllm.models.routers import RouterStack
+    from drllm.training.examples import Examples
 
 CHECKPOINTS = Path("checkpoints")
 
@@ -202,41 +205,35 @@ def run_train_stage(
 ) -> None:
     """Pool the routers' inputs along the target paths, then train on them, all seeds together.
 
-    The inputs are kept in a folder until the routers are trained, and beyond if it was named.
+    The inputs are kept in a folder until the routers are trained, and beyond if it was named;
+    those along the routers' own routes never beyond.
     """
-    from drllm.training.features import collect
-    from drllm.training.loop import Run, train_together, unfinished
+    from drllm.training.features import Features, collect
+    from drllm.training.loop import Run, train_together
+    from drllm.training.rounds import train_in_rounds
     from drllm.training.soft import soft_targets
     from drllm.training.store import FEATURES_FOLDER, Store
     from drllm.training.targets import reasons_of, write_rejected
 
-    store = Store(features_dir or output / FEATURES_FOLDER, config.feature_dtype)
-    records = read_supervision(supervision)
-    checks.check_supervision_model(supervision, base.identity)
-    if config.soft_targets:
-        soft_targets(records)  # refused before anything is pooled
-    with attached(base) as routed, terminal.progress("pooling", "targets") as progress:
-        features = collect(
-            routed,
-            base.tokenizer,
-            records,
-            num_windows=config.num_windows,
-            store=store,
-            announce=terminal.note,
-            on_progress=progress,
-        )
-    if rejected := write_rejected(output, features.rejected):
-        terminal.note(
-            f"drllm: {len(features.rejected)} of {len(records)} targets are set aside "
-            f"({reasons_of(features.rejected)}): {rejected}"
-        )
-    soft = soft_targets(features.records) if config.soft_targets else None
-    runs = [Run(settings, folder) for folder, settings in config.by_seed(output).items()]
-    runs = unfinished(runs, features, base.identity, soft=soft)
-    if runs:
+    def pool(
+        records: Sequence[SupervisionRecord], store: Store, routers: RouterStack | None = None
+    ) -> Features:
+        with attached(base) as routed, terminal.progress("pooling", "targets") as progress:
+            return collect(
+                routed,
+                base.tokenizer,
+                records,
+                num_windows=config.num_windows,
+                routers=routers,
+                store=store,
+                announce=terminal.note,
+                on_progress=progress,
+            )
+
+    def fit(examples: Examples, runs: Sequence[Run], soft: Tensor | None) -> None:
         with terminal.progress("training", "steps") as progress:
             train_together(
-                features,
+                examples,
                 base.identity,
                 runs,
                 soft=soft,
@@ -244,6 +241,20 @@ def run_train_stage(
                 device=base.model.device,
                 on_progress=progress,
             )
+
+    store = Store(features_dir or output / FEATURES_FOLDER, config.feature_dtype)
+    records = read_supervision(supervision)
+    checks.check_supervision_model(supervision, base.identity)
+    if config.soft_targets:
+        soft_targets(records)  # refused before anything is pooled
+    features = pool(records, store)
+    if rejected := write_rejected(output, features.rejected):
+        terminal.note(
+            f"drllm: {len(features.rejected)} of {len(records)} targets are set aside "
+            f"({reasons_of(features.rejected)}): {rejected}"
+        )
+    runs = [Run(settings, folder) for folder, settings in config.by_seed(output).items()]
+    train_in_rounds(features, base.identity, runs, fit=fit, pool=pool)
     if features_dir is None:
         store.remove()
 

@@ -70,6 +70,14 @@ class TrainConfig(Settings):
         minimum=1,
         idle=("validation_fraction", 0.0),
     )
+    calibrate: bool = setting(
+        False,
+        "divide the logits by a temperature fitted on the held-out targets",
+        idle=("validation_fraction", 0.0),
+    )
+    on_policy_rounds: int = setting(
+        0, "rounds that also train on what the routers read along their own routes", minimum=0
+    )
     seed: int = setting(0, "seed of initial weights, order and held-out part", minimum=0)
     num_seeds: int = setting(
         1,

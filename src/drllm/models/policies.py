@@ -127,13 +127,15 @@ class FixedPolicy(Policy):
         return [row[layer] for row in self.plan]
 
 
-class LabelsPolicy(FixedPolicy):
-    """Follow target paths and record what every router would have read (teacher forcing).
+class RecordingPolicy(Policy):
+    """Follow another policy and record what every router would have read.
 
-    After a forward pass `means` is `[B, L, W, D]` in float32 and `filled` is `[B]`.
+    With the target paths' decisions that is teacher forcing; with routers it is what they read at
+    inference, where each sees the states that the decisions before it have made. After a forward
+    pass `means` is `[B, L, W, D]` in float32 and `filled` is `[B]`.
 
     Args:
-        decisions: `[B, L]` target decisions.
+        policy: What decides.
         num_windows: W.
 
     Source: Dr.LLM section 3.3; recording instead of training in the loop is ours (D-09).
@@ -141,21 +143,20 @@ class LabelsPolicy(FixedPolicy):
 
     reads_prompt = True
 
-    def __init__(self, decisions: Sequence[Sequence[int]] | Tensor, num_windows: int) -> None:
-        plan = torch.as_tensor(decisions)
-        super().__init__(plan, plan.shape[-1])
+    def __init__(self, policy: Policy, num_windows: int) -> None:
+        self.policy = policy
         self.num_windows = num_windows
         self._means: list[Tensor] = []
         self.filled = torch.empty(0, dtype=torch.long)
 
-    def decide(self, layer: int, prompts: PromptView) -> Sequence[int]:
-        """Record the windows at this layer and return its labels."""
+    def decide(self, layer: int, prompts: PromptView) -> Tensor | Sequence[int]:
+        """Record the windows at this layer and return the other policy's decisions."""
         if layer == 0:
             self._means = []
         windows = prompts.windows(self.num_windows)
         self._means.append(windows.means)
         self.filled = windows.filled
-        return super().decide(layer, prompts)
+        return self.policy.decide(layer, prompts)
 
     @property
     def means(self) -> Tensor:

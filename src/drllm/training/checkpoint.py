@@ -254,7 +254,9 @@ def _differences(origin: Origin, header: Mapping[str, Any], found: Tensor) -> li
         differences.append("it was made for another base model")
     if header["targets"] != origin.targets:
         differences.append("it was made from other targets")
-    elif not torch.allclose(found, origin.sizes, rtol=SIZES_TOLERANCE, atol=0.0):
+    elif found.shape != origin.sizes.shape or not torch.allclose(
+        found, origin.sizes, rtol=SIZES_TOLERANCE, atol=0.0
+    ):
         differences.append(
             "its features differ (other prompts, or another dtype of the base model)"
         )

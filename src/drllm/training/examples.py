@@ -1,15 +1,17 @@
 """What a fit reads: the routers' inputs with their labels, wherever they are kept.
 
-Owns the few things that a set of features must offer, and what is computed of one by reading it
-once from end to end. Leaves keeping it, in memory or in a file, to `features`, and batches to
-`batches`.
+Owns the few things that a set of features must offer, several sets as one, and what is computed of
+one by reading it once from end to end. Leaves keeping it, in memory or in a file, to `features`,
+and batches to `batches`.
 
-Axes: N targets, B rows, D hidden, L layers, W windows, C = 3 decisions.
+Axes: N targets (or examples, where each is there several times), B rows, D hidden, L layers, W
+windows, C = 3 decisions.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -23,7 +25,14 @@ CONSTANT = 1e-5
 
 
 class Examples(Protocol):
-    """Routers' inputs along their target paths, in the order of the targets."""
+    """Routers' inputs along their target paths, in the order of the targets.
+
+    Behind these there may be inputs along other routes of the same targets (`Aggregate`).
+    """
+
+    @property
+    def num_targets(self) -> int:
+        """How many targets there are: so many rows, the first ones, hold each of them once."""
 
     @property
     def labels(self) -> Tensor:
@@ -48,22 +57,62 @@ class Examples(Protocol):
         """
 
 
+class Aggregate:
+    """Several sets of examples as one: the same targets along one route after the other.
+
+    Args:
+        parts: The first along the target paths, each target once; the others hold targets of the
+            first alone, along other routes, with the same labels.
+
+    Source: the aggregated data set of Ross et al. 2011 (arXiv 1011.0686), algorithm 3.1.
+    """
+
+    def __init__(self, parts: Sequence[Examples]) -> None:
+        self.parts = list(parts)
+        self.num_targets = parts[0].num_targets
+        self.labels = torch.cat([part.labels for part in parts])
+        self.filled = torch.cat([part.filled for part in parts])
+        self.questions = [text for part in parts for text in part.questions]
+        self.tasks = [name for part in parts for name in part.tasks]
+        self._ends = list(itertools.accumulate(len(part.labels) for part in parts))
+
+    def rows(self, index: Sequence[int]) -> Tensor:
+        """Return some rows' windows, `[B, L, W, D]`, each read from its own part."""
+        wanted = torch.as_tensor(index, dtype=torch.int64)
+        owner = torch.bucketize(wanted, torch.tensor(self._ends), right=True)  # [B]
+        means = self.parts[0].rows([])
+        means = means.new_empty(len(wanted), *means.shape[1:])
+        for number, (part, end) in enumerate(zip(self.parts, self._ends, strict=True)):
+            mine = owner == number
+            if bool(mine.any()):
+                means[mine] = part.rows((wanted[mine] - (end - len(part.labels))).tolist())
+        return means
+
+
+def each_once(examples: Examples, rows: Sequence[int]) -> list[int]:
+    """Return those of some rows that are a target along its own path, so that none counts twice."""
+    return [row for row in rows if row < examples.num_targets]
+
+
 def shape(examples: Examples) -> tuple[int, int, int, int]:
-    """Return N, L, W and D."""
+    """Return N, L, W and D; N counts all rows."""
     _, L, W, D = examples.rows([0]).shape
     return len(examples.labels), L, W, D
 
 
 def digest(examples: Examples, soft: Tensor | None = None) -> str:
-    """Return a hash of everything but the means, whose last bits depend on the machine.
+    """Return a hash of the targets: all but the means, whose last bits depend on the machine.
+
+    Other routes of the same targets don't change it: they follow from the routers that took them.
 
     Args:
         examples: What is trained on.
         soft: `[N, L, C]` soft targets, where there are any.
     """
-    parts = (shape(examples), tuple(examples.questions), tuple(examples.tasks))
-    numbers = (examples.filled.tolist(), examples.labels.tolist())
-    softened = () if soft is None else (soft.tolist(),)
+    N, (_, *sizes) = examples.num_targets, shape(examples)
+    parts = ((N, *sizes), tuple(examples.questions[:N]), tuple(examples.tasks[:N]))
+    numbers = (examples.filled[:N].tolist(), examples.labels[:N].tolist())
+    softened = () if soft is None else (soft[:N].tolist(),)
     return hashlib.sha256(repr((parts, numbers, *softened)).encode()).hexdigest()
 
 

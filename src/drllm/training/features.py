@@ -2,6 +2,7 @@
 
 Owns one pass of the frozen base model over the targets. With a frozen base and teacher forcing
 every router's input is a constant of its example, so training needs the base model no further.
+The same pass pools what given routers read along the routes that they themselves take.
 Leaves which targets can be used to `targets`, keeping what is pooled to `store`, the pooling to
 `models.pooling`, the walk along the path to `models.policies`, and everything after the pass to
 `loop`.
@@ -11,6 +12,7 @@ Axes: N targets, B rows, T tokens, D hidden, L layers, W windows.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +22,10 @@ from torch import Tensor
 
 from drllm.errors import ModelError
 from drllm.models.base.identity import describe
-from drllm.models.policies import LabelsPolicy
+from drllm.models.policies import FixedPolicy, RecordingPolicy, RouterPolicy
 from drllm.models.prompts import left_padded
 from drllm.models.routed import RoutedModel
+from drllm.models.routers import RouterStack
 from drllm.records import SupervisionRecord, new_manifest
 from drllm.supervision import RejectedQuestion
 from drllm.training.store import NOT_DONE, NOT_FINITE, Memory, Shape, Store
@@ -59,6 +62,11 @@ class Features:
     records: tuple[SupervisionRecord, ...] = ()
 
     @property
+    def num_targets(self) -> int:
+        """N."""
+        return len(self.labels)
+
+    @property
     def shape(self) -> Shape:
         """N, L, W, D."""
         _, L, W, D = self.means.shape
@@ -87,6 +95,7 @@ def collect(
     records: Sequence[SupervisionRecord],
     *,
     num_windows: int,
+    routers: RouterStack | None = None,
     store: Store | None = None,
     batch_size: int = BATCH_SIZE,
     announce: Callable[[str], None] | None = None,
@@ -95,9 +104,10 @@ def collect(
     """Run the base model once along each target path and keep what the routers read.
 
     A router's input is the state before its layer after the labelled decisions of the layers
-    before it. Prompts of similar length share a batch, whatever their paths. Which do so follows
-    from the lengths alone, so that a pass that was broken off and goes on ends with the bytes of
-    one that wasn't, on the same machine with the same number of threads.
+    before it; where routers are given, after the decisions that these took. Prompts of similar
+    length share a batch, whatever their paths. Which do so follows from the lengths alone, so that
+    a pass that was broken off and goes on ends with the bytes of one that wasn't, on the same
+    machine with the same number of threads.
 
     Targets that this model can't run are set aside, as far as they are few (`targets`).
 
@@ -106,6 +116,8 @@ def collect(
         tokenizer: The base model's.
         records: The targets.
         num_windows: W.
+        routers: Routers whose own routes are followed in place of the target paths. The labels
+            stay the target paths' decisions.
         store: The folder that keeps the features, to go on with or to use again; None keeps them
             in memory.
         batch_size: Most prompts a forward pass.
@@ -127,7 +139,11 @@ def collect(
     identity = describe(routed.model)
     shape = (*targets.labels.shape, num_windows, identity["hidden_size"])
     kept = Memory() if store is None else store
-    with kept.opened(_manifest(routed, identity, targets, num_windows), shape, announce):
+    manifest = _manifest(routed, identity, targets, num_windows)
+    if routers is not None:
+        manifest["targets"]["routers_sha256"] = _weights_hash(routers)
+        routers = routers.to(routed.model.device)
+    with kept.opened(manifest, shape, announce):
         _check_finite(routed, targets, kept.filled)
         missing = [
             rows
@@ -138,7 +154,11 @@ def collect(
         if on_progress is not None and done > 0:
             on_progress(done, N)
         for rows in missing:
-            policy = LabelsPolicy(targets.labels[rows], num_windows)
+            labels = targets.labels[rows]
+            policy = RecordingPolicy(
+                FixedPolicy(labels, labels.shape[1]) if routers is None else RouterPolicy(routers),
+                num_windows,
+            )
             _forward(routed, policy, [targets.prompts[row] for row in rows])
             means, filled = policy.means, policy.filled
             finite = means.isfinite().flatten(1).all(dim=1)  # [B]
@@ -179,7 +199,7 @@ def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
         start += size
 
 
-def _forward(routed: RoutedModel, policy: LabelsPolicy, prompts: Sequence[list[int]]) -> None:
+def _forward(routed: RoutedModel, policy: RecordingPolicy, prompts: Sequence[list[int]]) -> None:
     """Run one left-padded batch; the policy keeps what passes by."""
     ids, mask = left_padded(prompts, routed.model.device)
     with routed.using(policy):
@@ -219,6 +239,13 @@ def _manifest(
             "targets": targets.hashes(),
         },
     )
+
+
+def _weights_hash(routers: RouterStack) -> str:
+    """Return a hash of routers' weights, which decide the routes."""
+    weights = routers.state_dict()
+    joined = b"".join(weights[name].cpu().numpy().tobytes() for name in sorted(weights))
+    return hashlib.sha256(joined).hexdigest()
 
 
 def _features(targets: Targets, means: Tensor, filled: Tensor) -> Features:

@@ -23,8 +23,8 @@ from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.models.checkpoints.card import model_card
 from drllm.records import write_atomically
-from drllm.training import checkpoint
-from drllm.training.examples import Examples, digest
+from drllm.training import calibration, checkpoint
+from drllm.training.examples import Examples, digest, each_once
 from drllm.training.fit import Fit
 from drllm.training.plans import Plan
 
@@ -163,9 +163,13 @@ def train_together(
     for number, run in enumerate(runs):
         _write_metrics(run.output, fit.rows[number])
         stack = fit.routers(number)
-        stack.config = dataclasses.replace(
-            stack.config, training=_training(fit, number, origin.targets, examples, rewards)
-        )
+        told = _training(fit, number, origin.targets, examples, rewards)
+        confidence = calibration.measure(stack, examples, plans[number])
+        if confidence is not None:
+            told["calibration"] = confidence.to_dict()
+            if run.config.calibrate:
+                calibration.fold(stack, confidence.temperature)
+        stack.config = dataclasses.replace(stack.config, training=told)
         stack.save(run.output, card=model_card(stack.config))
     checkpoint.remove(first)
     return fit.rows
@@ -197,9 +201,9 @@ def _training(
         "steps": last * plan.steps_per_epoch,
         "warmup_steps": plan.schedule.warmup,
         "class_weights": list(plan.class_weights),
-        "num_trained": len(plan.trained),
-        "num_held_out": len(plan.held_out),
-        "tasks": dict(sorted(Counter(examples.tasks).items())),
+        "num_trained": len(plan.once),
+        "num_held_out": len(each_once(examples, plan.held_out)),
+        "tasks": dict(sorted(Counter(examples.tasks[: examples.num_targets]).items())),
         "rewards": list(rewards),
         "metrics": [row for row in rows if row["epoch"] == epoch],
     }

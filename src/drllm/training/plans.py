@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.models.routers import NUM_DECISIONS, RouterConfig, RouterStack
-from drllm.training.examples import Examples, shape
+from drllm.training.examples import Examples, each_once, shape
 from drllm.training.losses import Objective, class_weights, log_priors
 from drllm.training.metrics import NAMES
 from drllm.training.schedule import Schedule
@@ -34,8 +34,10 @@ class Plan:
 
     Attributes:
         config: Its settings.
-        trained: The targets trained on.
+        trained: The examples trained on: targets, or targets along several routes.
         held_out: The others.
+        once: Those of `trained` that are a target along its own path. Whatever counts labels
+            counts these, so that it doesn't change with the number of routes.
         targets: `[N, L, C]` float64: the share of each decision; all in one for a hard label.
         label_counts: `[L][C]`: labels of the target paths trained on.
         class_weights: `[C]`.
@@ -46,6 +48,7 @@ class Plan:
     config: TrainConfig
     trained: list[int]
     held_out: list[int]
+    once: list[int]
     targets: Tensor
     label_counts: tuple[tuple[int, int, int], ...]
     class_weights: tuple[float, ...]
@@ -65,12 +68,17 @@ class Plan:
             ConfigError: A setting without effect, or soft targets without any.
         """
         config.check_effects()
-        trained, held_out = hold_out(examples.questions, config.validation_fraction, config.seed)
-        if config.early_stopping is not None and not held_out:
+        trained, held_out = hold_out(
+            examples.questions, config.validation_fraction, config.seed, examples.num_targets
+        )
+        once = each_once(examples, trained)
+        needs = "--calibrate" if config.calibrate else None
+        if config.early_stopping is not None:
+            needs = f"--early-stopping {config.early_stopping}"
+        if needs is not None and not held_out:
             raise ConfigError(
-                f"--early-stopping {config.early_stopping} has no effect: of "
-                f"{len(examples.questions)} targets none is held out to watch; leave it out, or "
-                f"give more targets"
+                f"{needs} has no effect: of {examples.num_targets} targets none is held out to "
+                f"measure on; leave it out, or give more targets"
             )
         if config.soft_targets and soft is None:
             raise ConfigError(
@@ -80,15 +88,16 @@ class Plan:
         targets = one_hot(examples.labels)
         if config.soft_targets and soft is not None:
             targets = soft.double()
-        totals = targets[trained].sum(dim=(0, 1)).tolist()
+        totals = targets[once].sum(dim=(0, 1)).tolist()
         beta = config.beta if config.class_weights == "effective_number" else 0.0
         steps_per_epoch = math.ceil(len(trained) / config.gradient_accumulation)
         return cls(
             config=config,
             trained=trained,
             held_out=held_out,
+            once=once,
             targets=targets,
-            label_counts=count_labels(examples.labels[trained]),
+            label_counts=count_labels(examples.labels[once]),
             class_weights=class_weights(totals, beta),
             schedule=Schedule.of(config, steps_per_epoch * config.num_epochs),
             steps_per_epoch=steps_per_epoch,
@@ -102,7 +111,7 @@ class Plan:
                 f"--warmup-steps is {self.config.warmup_steps}, but the run has only "
                 f"{self.schedule.steps} steps; warming up for {self.schedule.warmup} instead"
             )
-        if len(self.trained) == 1:
+        if len(self.once) == 1:
             found.append("there is only 1 target to train on; the routers will repeat it for all")
         skips, executes, repeats = map(sum, zip(*self.label_counts, strict=True))
         if executes and not skips and not repeats:
@@ -140,7 +149,7 @@ def objective(plans: Sequence[Plan], dtype: torch.dtype, device: torch.device | 
     Priors are those of the targets that a run is trained on.
     """
     offsets = [
-        plan.config.logit_adjustment * log_priors(plan.targets[plan.trained].sum(dim=0))
+        plan.config.logit_adjustment * log_priors(plan.targets[plan.once].sum(dim=0))
         for plan in plans
     ]  # [R][L, C]
     gammas = [plan.config.gamma if plan.config.loss == "focal" else 0.0 for plan in plans]

@@ -19,7 +19,9 @@ from drllm.records import question_key
 FEWEST_TO_HOLD_OUT = 10
 
 
-def hold_out(questions: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def hold_out(
+    questions: Sequence[str], fraction: float, seed: int, num_targets: int | None = None
+) -> tuple[list[int], list[int]]:
     """Divide the targets into those trained on and those held out for metrics.
 
     A question's side depends on its text and the seed alone, so that more targets never move one
@@ -30,6 +32,7 @@ def hold_out(questions: Sequence[str], fraction: float, seed: int) -> tuple[list
         questions: `[N]` texts; surrounding white space and case don't count.
         fraction: The expected share held out.
         seed: Another seed holds out others.
+        num_targets: How many targets there are; fewer than N where the rest are the same again.
 
     Returns:
         The indices of the trained and of the held-out targets; the first is never empty.
@@ -37,7 +40,8 @@ def hold_out(questions: Sequence[str], fraction: float, seed: int) -> tuple[list
     Source: ours.
     """
     everything = list(range(len(questions)))
-    if fraction == 0 or len(questions) < FEWEST_TO_HOLD_OUT:
+    num_targets = len(questions) if num_targets is None else num_targets
+    if fraction == 0 or num_targets < FEWEST_TO_HOLD_OUT:
         return everything, []
     shares = [_hash(f"held out {seed} {question_key(text)}") / 2**63 for text in questions]
     threshold = max(fraction, math.nextafter(min(shares), math.inf))

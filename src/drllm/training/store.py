@@ -161,8 +161,12 @@ class Store:
 
     def remove(self) -> None:
         """Delete the features, and the folder if it holds nothing else."""
-        for path in (*self.folder.glob(HALF_WRITTEN), self.path, self.manifest_path):
-            path.unlink(missing_ok=True)
+        if not self.folder.is_dir():
+            return
+        # As its only writer, so that the lock that a kill left behind goes with the rest.
+        with only_writer(self.folder, "training", "folder for the features"):
+            for path in (*self.folder.glob(HALF_WRITTEN), self.path, self.manifest_path):
+                path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
@@ -312,6 +316,7 @@ def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[s
         ("targets", "number"): "they are of {} targets, yours are {}",
         ("targets", "prompts_sha256"): "other prompts, or another tokenizer",
         ("targets", "decisions_sha256"): "other target paths",
+        ("targets", "routers_sha256"): "along the routes of other routers, or of none",
     }
     found = []
     for names, text in words.items():

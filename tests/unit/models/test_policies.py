@@ -8,10 +8,10 @@ from drllm.models.policies import (
     FixedPolicy,
     FullPolicy,
     LabelFrequencyPolicy,
-    LabelsPolicy,
     Policy,
     PromptView,
     RandomPolicy,
+    RecordingPolicy,
     RouterPolicy,
     biased,
     label_frequencies,
@@ -62,9 +62,9 @@ def random_logits(rows=500, size=5.0, seed=0):
         (FullPolicy(), False),
         (FixedPolicy([1, 0], 2), False),
         (
-            LabelsPolicy([[1, 0]], 4),
+            RecordingPolicy(FullPolicy(), 4),
             True,
-        ),  # its decisions don't depend on the prompt, its record does
+        ),  # the decisions don't depend on the prompt, the record does
         (RandomPolicy((0.1, 0.8, 0.1), rng()), False),
         (LabelFrequencyPolicy([[1, 2, 3]], rng()), False),
         (RouterPolicy(new_routers()), True),
@@ -124,7 +124,7 @@ def test_a_plan_that_no_model_of_this_depth_can_run_is_refused(plan):
 
 def test_the_labels_are_followed_and_the_routers_inputs_recorded():
     views = [view(2, seed=layer) for layer in range(3)]
-    policy = LabelsPolicy([[1, 0, 2], [2, 1, 0]], num_windows=4)
+    policy = RecordingPolicy(FixedPolicy([[1, 0, 2], [2, 1, 0]], 3), num_windows=4)
     for _ in range(2):  # a second pass starts anew
         labels = [list(policy.decide(layer, prompts)) for layer, prompts in enumerate(views)]
     assert labels == [[1, 2], [0, 1], [2, 0]]

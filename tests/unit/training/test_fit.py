@@ -195,6 +195,7 @@ class Watched:
         self.labels, self.filled = features.labels, features.filled
         self.questions, self.tasks = features.questions, features.tasks
         self.features, self.most = features, 0
+        self.num_targets = features.num_targets
 
     def rows(self, index):
         self.most = max(self.most, len(index))

@@ -135,8 +135,7 @@ def _training(config: RouterConfig) -> list[str]:
         parts += [
             _heading(training),
             _table(rows),
-            "The routers were teacher-forced here: each read what the target path leaves before "
-            "its layer.\n"
+            f"{_read(training)}\n"
             "How well the routed model answers is measured by `drllm evaluate`, not by these "
             "numbers.",
         ]
@@ -151,6 +150,19 @@ def _training(config: RouterConfig) -> list[str]:
             "Measure them with `drllm evaluate`.",
         ]
     return parts
+
+
+def _read(training: Mapping[str, Any]) -> str:
+    settings = training.get("settings")
+    if isinstance(settings, Mapping) and settings.get("on_policy_rounds"):
+        return (
+            "Each router read what the target path leaves before its layer, and in further rounds "
+            "what the routes of the routers before these leave there; all of it counts."
+        )
+    return (
+        "The routers were teacher-forced here: each read what the target path leaves before its "
+        "layer."
+    )
 
 
 def _heading(training: Mapping[str, Any]) -> str:

@@ -127,6 +127,15 @@ def test_the_card_of_trained_routers_tells_data_metrics_and_settings() -> None:
     assert "no record" not in card
 
 
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_the_card_says_whether_routers_were_teacher_forced_alone(rounds: int) -> None:
+    settings = TRAINED.training["settings"] | {"on_policy_rounds": rounds}
+    training = TRAINED.training | {"settings": settings}
+    card = model_card(dataclasses.replace(TRAINED, training=training))
+    assert ("The routers were teacher-forced here" in card) == (rounds == 0)
+    assert ("what the routes of the routers before these leave" in card) == (rounds == 2)
+
+
 def test_routers_made_by_hand_say_that_nothing_is_known_of_data_and_metrics() -> None:
     card = model_card(BY_HAND)
     assert "There is no record of a training: these routers were not made by `drllm train`" in card
