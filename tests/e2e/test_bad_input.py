@@ -578,6 +578,22 @@ CASES = [
         without_torch=True,
     ),
     Case(
+        name="training without targets",
+        words="train --run-name x",
+        says=(
+            "train needs --supervision FILE",
+            "neither data/mcts_paths/supervision.jsonl nor data/supervision.jsonl",
+            "search first: drllm search --model smollm2-135m",
+        ),
+        without_torch=True,
+    ),
+    Case(
+        name="targets of a task to add that aren't there",
+        words="train --supervision run/supervision.jsonl --run-name x --with_squad",
+        says=("--with-squad needs targets of squad_v2", "make them: drllm search --model"),
+        without_torch=True,
+    ),
+    Case(
         name="run name with a slash",
         words="train --supervision run/supervision.jsonl --run-name ../up",
         says=("--run-name is '../up'", "a plain name", "as --output"),

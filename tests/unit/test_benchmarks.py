@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from argparse import Namespace
@@ -256,6 +257,66 @@ def test_executions_lie_between_those_of_a_perfect_sharer_and_those_asked(
         shares = result["executions_a_path"]
         assert 0 < shares["run"] <= shares["perfect_sharer"] * (1 + 1e-9)
         assert shares["perfect_sharer"] < shares["asked"]
+
+
+# --- how fast routers are trained --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(
+    benchmark: Callable[[str], ModuleType],
+    model_folder: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    """What the benchmark of the training writes for a tiny model; of the sizes only two."""
+    script = benchmark("training")
+    sizes_of = script.sizes_of
+    file = tmp_path_factory.mktemp("benchmark") / "figures.json"
+    sizes = ["--questions", "12", "--scale", "--targets", "14"]
+    model = ["--model", str(model_folder())]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["training.py", "--quick", "--json", str(file), *model, *sizes])
+        patch.setattr(script, "sizes_of", lambda whole: sizes_of(whole)[:2])
+        script.main()
+    figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return figures
+
+
+def test_training_with_the_base_model_in_the_loop_has_the_losses_of_ours(
+    trained: dict[str, Any],
+) -> None:
+    result = trained["result"]
+    assert (result["questions"], result["epochs"]) == (12, 25)
+    assert 0 <= result["largest_relative_difference"] < 1e-5  # float32
+    assert result["last_loss"] > 0
+
+
+def test_the_bound_is_made_of_epochs_batches_and_routers(trained: dict[str, Any]) -> None:
+    result = trained["result"]
+    assert trained["speedup"] == result["speedup"] < result["bound"]
+    assert result["ours_s"] == pytest.approx(result["pass_s"] + result["fit_s"])
+    factors = (result["epochs"], result["batch_1_loses"], result["routers_in_the_loop"])
+    assert math.prod(factors) == pytest.approx(result["bound"])
+
+
+def test_a_fit_is_measured_at_parts_of_each_side(benchmark: Callable[[str], ModuleType]) -> None:
+    whole, *parts = benchmark("training").sizes_of((4000, 30, 576))
+    assert whole == (4000, 30, 576)
+    assert parts == [(2000, 30, 576), (4000, 15, 576), (4000, 30, 288), (1000, 30, 576)]
+
+
+def test_each_fit_has_its_time_and_the_memory_of_a_process_of_its_own(
+    trained: dict[str, Any],
+) -> None:
+    sizes = [(point["N"], point["L"], point["D"]) for point in trained["scale"]]
+    assert sizes == [(14, 4, 32), (7, 4, 32)]
+    first, second = trained["scale"]
+    assert first["share_of_time"] == 1
+    assert second["share_of_time"] == second["seconds"] / first["seconds"]
+    assert first["features_gib"] * 2**30 > 4 * 14 * 4 * 8 * 32  # float32
+    for point in trained["scale"]:
+        if sys.platform == "linux":
+            assert 0 < point["own_gib"] < point["peak_gib"]
 
 
 @pytest.mark.thorough

@@ -17,6 +17,7 @@ from drllm.records import (
     TriedPath,
     WeightedPath,
     files,
+    join_supervision,
     manifest_path,
     manifests,
     new_manifest,
@@ -405,6 +406,65 @@ def test_one_target_twice_and_one_question_in_two_tasks_are_accepted(
     file = written(tmp_path / "supervision.jsonl", TARGET, other, schema="supervision")
 
     assert read_supervision(file) == [TARGET, other]
+
+
+def two_files(folder: Path, **changes: Any) -> list[Path]:
+    """A target, and the same with changes, in a file of its own."""
+    other = dataclasses.replace(TARGET, **changes)
+    return [
+        written(folder / f"{name}.jsonl", record, schema="supervision")
+        for name, record in (("first", TARGET), ("other", other))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "number"),
+    [
+        ({}, 1),
+        ({"margin": 0.2500001}, 1),
+        ({"id": "q2", "question": "What is steam?"}, 2),
+        ({"task": "more", "optimal_layer_config": (1, 1, 0), "executions": 2.0}, 2),
+    ],
+    ids=["a copy", "a copy with another last bit", "another question", "another task"],
+)
+def test_joined_files_have_the_targets_of_all_and_copies_once(
+    tmp_path: Path, changes: dict[str, Any], number: int
+):
+    files = two_files(tmp_path, **changes)
+
+    joined = join_supervision(files)
+
+    assert joined[0] == TARGET
+    assert joined[1:] == read_supervision(files[1])[: number - 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"optimal_layer_config": (1, 1, 0)}, "differ in 'optimal_layer_config' of question 'q1'"),
+        ({"prompt": "ice?"}, "differ in 'prompt' of question 'q1' of task 'facts'"),
+        ({"question": "What is steam?"}, "differ in 'question' of question 'q1'"),
+        (
+            {"id": "q2", "question": " what IS ice?", "optimal_layer_config": (1, 1, 0)},
+            r"one question of task 'facts' with two targets \(ids 'q2' and 'q1'\)",
+        ),
+        ({"id": "q2", "question": "x", "optimal_layer_config": (1, 1)}, "of 2 layers, .* of 3;"),
+    ],
+)
+def test_files_that_contradict_one_another_are_not_joined(
+    tmp_path: Path, changes: dict[str, Any], says: str
+):
+    first, other = two_files(tmp_path, **changes)
+
+    with pytest.raises(RecordError, match=f"{other}.*{says}"):
+        join_supervision([first, other])
+
+
+def test_a_file_is_not_joined_with_itself(tmp_path: Path):
+    file, _ = two_files(tmp_path)
+
+    with pytest.raises(RecordError, match="given twice"):
+        join_supervision([file, file.parent / ".." / file.parent.name / file.name])
 
 
 # --- manifests ---------------------------------------------------------------------------------

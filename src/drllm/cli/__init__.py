@@ -1,7 +1,8 @@
 """The command line: `drllm VERB …`.
 
-`verbs` lists the verbs, `parser` turns words into checked settings, `checks` refuses what can't
-work, `stages` does a verb's work (`searching` that of `search`, `generation` that of `generate`,
+`verbs` lists the verbs, `parser` turns words into checked settings (`settings_files` YAML,
+`published` finds what the published commands don't name), `checks` refuses what can't work,
+`stages` does a verb's work (`searching` that of `search`, `generation` that of `generate`,
 `exporting` that of `export`, `harness` that of `lm-eval`), `run_folder` carries out all stages of a
 `recipe` in a row, `sweeping` does so for many settings of a training, `show` prints records,
 `listing` names, `terminal` owns what the user sees. Here the process begins and ends: errors of the

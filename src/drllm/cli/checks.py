@@ -191,32 +191,36 @@ def check_file(file: Path, flag: str) -> None:
     check_folder(file.parent, flag)
 
 
-def check_supervision_model(supervision: Path, ours: Mapping[str, Any]) -> None:
+def check_supervision_model(supervision: Sequence[Path], ours: Mapping[str, Any]) -> None:
     """Refuse targets that were searched with another base model.
 
     Args:
-        supervision: The file; one without a manifest says nothing about its model.
+        supervision: The files; one without a manifest says nothing about its model.
         ours: Identity of the base model to be trained on.
 
     Raises:
         RecordError: Another number of layers or fingerprint; another id alone doesn't matter.
     """
-    manifest = read_manifest(supervision, "supervision")
-    theirs: dict[str, Any] = {} if manifest is None else manifest["model"]
-    for name in ("num_layers", "fingerprint"):
-        if name in theirs and theirs[name] != ours[name]:
-            raise RecordError(
-                f"{supervision} holds targets of {theirs.get('id', 'another model')!r} ({name} "
-                f"{theirs[name]}), the base model {ours['id']!r} has {name} {ours[name]}; give the "
-                f"model that they were searched with, or search with this one"
-            )
+    for file in supervision:
+        manifest = read_manifest(file, "supervision")
+        theirs: dict[str, Any] = {} if manifest is None else manifest["model"]
+        for name in ("num_layers", "fingerprint"):
+            if name in theirs and theirs[name] != ours[name]:
+                raise RecordError(
+                    f"{file} holds targets of {theirs.get('id', 'another model')!r} ({name} "
+                    f"{theirs[name]}), the base model {ours['id']!r} has {name} {ours[name]}; give "
+                    f"the model that they were searched with, or search with this one"
+                )
 
 
-def rewards_of(supervision: Path) -> list[str]:
-    """Return the rewards that the prompts of a supervision file were made for, where known."""
-    manifest = read_manifest(supervision, "supervision") or {}
-    rewards = manifest.get("rewards")
-    return [str(reward) for reward in rewards] if isinstance(rewards, list) else []
+def rewards_of(supervision: Sequence[Path]) -> list[str]:
+    """Return the rewards that the prompts of supervision files were made for, where known."""
+    found: dict[str, None] = {}
+    for file in supervision:
+        rewards = (read_manifest(file, "supervision") or {}).get("rewards")
+        if isinstance(rewards, list):
+            found.update(dict.fromkeys(str(reward) for reward in rewards))
+    return list(found)
 
 
 def file_hash(path: Path) -> str:

@@ -1,8 +1,9 @@
-"""From the words of a command line to checked settings: verbs, flags, YAML files, messages.
+"""From the words of a command line to checked settings: verbs, flags, messages.
 
 Owns how the settings of `config` become flags, the order of precedence (flag,
 then the file given as `--config`, then default), and one-line wording for whatever the parser
-refuses. Leaves what a verb does to `stages`, `recipe` and `show`. Loads no torch.
+refuses. Leaves reading files to `settings_files` and what a verb does to `stages`, `recipe` and
+`show`. Loads no torch.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from jsonargparse import ActionYesNo, ArgumentParser
 
+from drllm.cli.settings_files import read_settings
 from drllm.cli.verbs import FOREIGN, VERBS, Flag, Verb
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, unknown_name
@@ -84,7 +85,7 @@ def parse(words: Sequence[str]) -> Request:
     arguments, files = _take_config_files(_with_dashes(rest))
     defaults: dict[str, Any] = {}
     for file in files:
-        defaults.update(_read_settings(file, name))
+        defaults.update(read_settings(file, verb))
     parser.set_defaults(defaults)
     try:
         parsed = vars(parser.parse_args(arguments))
@@ -219,97 +220,6 @@ def _take_config_files(words: Sequence[str]) -> tuple[list[str], list[Path]]:
         else:
             left.append(word)
     return left, files
-
-
-# --- YAML --------------------------------------------------------------------------------------
-
-
-def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """Read a YAML file that holds names and values.
-
-    Args:
-        path: The file.
-        what: What it is, for messages ("settings", "a recipe").
-
-    Returns:
-        Its contents, the names with underscores.
-
-    Raises:
-        ConfigError: No such file, not a text, not YAML, or something else than names and values.
-    """
-    if not path.is_file():
-        state = "is a folder" if path.is_dir() else "doesn't exist"
-        raise ConfigError(f"{path} {state}; give a YAML file with {what}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not a UTF-8 text; give a YAML file with {what}") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it can't be read"
-        raise ConfigError(
-            f"{path}{line}: not YAML ({problem}); give a YAML file with {what}"
-        ) from error
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path} holds {type(values).__name__}, not names and values; "
-            f"give a YAML file with {what}, written 'name: value'"
-        )
-    return with_underscores(values)
-
-
-def with_underscores(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Write the names of settings as the dataclasses have them."""
-    return {str(name).replace("-", "_"): value for name, value in values.items()}
-
-
-def canonical(group: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace published names of a group's settings by ours."""
-    ours = {
-        declared.metadata["alias"]: declared.name
-        for declared in dataclasses.fields(group)
-        if declared.metadata["alias"]
-    }
-    return {ours.get(name, name): value for name, value in values.items()}
-
-
-def _read_settings(path: Path, name: str) -> dict[str, Any]:
-    """Read and check a `--config` file for a verb."""
-    verb = VERBS[name]
-    values = read_yaml(path, "settings")
-    for group in verb.groups:
-        values = canonical(group, values)
-    known = [flag.name for flag in verb.flags if not flag.positional]
-    known += [declared.name for group in verb.groups for declared in dataclasses.fields(group)]
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{path}: " + unknown_name("setting", key, known))
-    for flag in verb.flags:
-        _check_flag_value(path, flag, values)
-    for group in verb.groups:
-        names = {declared.name for declared in dataclasses.fields(group)}
-        try:
-            group(**{key: value for key, value in values.items() if key in names})
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
-    return values
-
-
-def _check_flag_value(path: Path, flag: Flag, values: dict[str, Any]) -> None:
-    if flag.name not in values:
-        return
-    value = values[flag.name]
-    if flag.switch:
-        if not isinstance(value, bool):
-            raise ConfigError(f"{path}: {flag.shown} is {value!r}; give true or false")
-        return
-    if flag.many and isinstance(value, str):
-        values[flag.name] = value = [value]
-    texts = value if flag.many and isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in texts):
-        wanted = "one text or a list of texts" if flag.many else "a text"
-        raise ConfigError(f"{path}: {flag.shown} is {value!r}; give {wanted}")
 
 
 # --- what the parser refuses -------------------------------------------------------------------

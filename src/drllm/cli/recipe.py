@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from drllm.cli import checks
-from drllm.cli.parser import canonical, read_yaml, with_underscores
+from drllm.cli.settings_files import canonical, read_yaml, with_underscores
 from drllm.config import (
     EvaluateConfig,
     ModelConfig,

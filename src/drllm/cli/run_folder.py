@@ -226,7 +226,7 @@ class Run:
                 remove_rounds(folder)
             Store(self.routers / FEATURES_FOLDER).remove()
         stages.run_train_stage(
-            self.load(), self.supervision_file, self.routers, self.recipe.train, self.terminal
+            self.load(), [self.supervision_file], self.routers, self.recipe.train, self.terminal
         )
         names = ("router_config.json", "routers.safetensors", "metrics.jsonl", "README.md")
         rejected = [path for path in [self.routers / REJECTED_FILE] if path.is_file()]

@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drllm.cli import checks, listing, show
+from drllm.cli import checks, listing, published, show
 from drllm.cli.parser import Request
 from drllm.cli.show_results import show_results
 from drllm.cli.show_supervision import say_written
 from drllm.cli.terminal import Terminal
 from drllm.config import EvaluateConfig, ModelConfig, SuperviseConfig, TrainConfig
 from drllm.errors import CheckpointError, ConfigError
-from drllm.records import SupervisionRecord, read_supervision
+from drllm.records import SupervisionRecord, join_supervision
 from drllm.supervision import write as write_supervision
 from drllm.tasks.base import OPTIONS_REWARD, Task
 
@@ -51,21 +51,21 @@ def train(request: Request, terminal: Terminal) -> None:
     output = _routers_folder(request)
     config = request.of(TrainConfig)
     config.check_effects()
-    supervision = request.path("supervision")
-    records = read_supervision(supervision)
+    supervision = published.supervision_files(request)
+    records = join_supervision(supervision)
     if config.soft_targets:
         from drllm.training.soft import soft_targets
 
         soft_targets(records)  # that there are any is known before the model is loaded
     flag = "--output" if request.values["output"] else "--run-name"
     checks.check_folder(output, flag)
+    features_dir = request.path("features") if request.values["features"] else None
+    if features_dir is not None:
+        checks.check_folder(features_dir, "--features")
     if all(_is_finished(folder) for folder in config.by_seed(output)):
         raise CheckpointError(
             f"{output} holds trained routers already; choose another {flag}, or delete the folder"
         )
-    features_dir = request.path("features") if request.values["features"] else None
-    if features_dir is not None:
-        checks.check_folder(features_dir, "--features")
     with loaded(request.of(ModelConfig), terminal) as base:
         run_train_stage(base, supervision, output, config, terminal, features_dir=features_dir)
     for folder in config.by_seed(output):
@@ -196,7 +196,7 @@ def attached(base: BaseModel, routers: RouterStack | None = None) -> Iterator[Ro
 
 def run_train_stage(
     base: BaseModel,
-    supervision: Path,
+    supervision: Sequence[Path],
     output: Path,
     config: TrainConfig,
     terminal: Terminal,
@@ -243,7 +243,7 @@ def run_train_stage(
             )
 
     store = Store(features_dir or output / FEATURES_FOLDER, config.feature_dtype)
-    records = read_supervision(supervision)
+    records = join_supervision(supervision)
     checks.check_supervision_model(supervision, base.identity)
     if config.soft_targets:
         soft_targets(records)  # refused before anything is pooled

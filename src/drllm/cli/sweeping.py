@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from drllm.cli import checks
-from drllm.cli.parser import Request, read_yaml, with_underscores
+from drllm.cli.parser import Request
 from drllm.cli.recipe import Recipe, parse_recipe
 from drllm.cli.run_folder import RUNS, Loader, Run
+from drllm.cli.settings_files import read_yaml, with_underscores
 from drllm.cli.show_results import show_results
 from drllm.cli.show_sweep import show_sweep
 from drllm.cli.terminal import Terminal

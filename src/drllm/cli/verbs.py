@@ -94,7 +94,22 @@ VERBS: dict[str, Verb] = {
         example="drllm train --supervision data/supervision.jsonl --run-name first",
         groups=(ModelConfig, TrainConfig),
         flags=(
-            Flag(name="supervision", help="supervision.jsonl to learn from", required=True),
+            Flag(
+                name="supervision",
+                help="supervision.jsonl files to learn from; default: what the published search "
+                "command leaves in data/mcts_paths/, or in data/",
+                many=True,
+            ),
+            Flag(
+                name="with_squad",
+                help="learn from the squad_v2 targets in data/squad_v2/ too",
+                switch=True,
+            ),
+            Flag(
+                name="with_commonsense",
+                help="learn from the commonsense_qa targets in data/commonsense_qa/ too",
+                switch=True,
+            ),
             Flag(name="run_name", help="write the routers to checkpoints/NAME"),
             Flag(name="output", help="write the routers to this folder instead"),
             Flag(

@@ -7,6 +7,7 @@ Python. Loads no torch.
 """
 
 from drllm.records.files import (
+    join_supervision,
     read_each,
     read_lines,
     read_search,
@@ -42,6 +43,7 @@ __all__ = [
     "SupervisionRecord",
     "TriedPath",
     "WeightedPath",
+    "join_supervision",
     "manifest_path",
     "new_manifest",
     "only_writer",

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,9 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "search": search_record,
     "supervision": supervision_record,
 }
+
+LEARNT_FROM = ("question", "prompt", "optimal_layer_config")
+"""What has to be equal for two lines to be one target; a margin differs in its last bits."""
 
 
 def read_search(path: Path | str) -> list[SearchRecord]:
@@ -63,6 +66,52 @@ def read_supervision(path: Path | str) -> list[SupervisionRecord]:
                 f"{record.task!r}); keep one of them"
             )
     return records
+
+
+def join_supervision(paths: Sequence[Path]) -> list[SupervisionRecord]:
+    """Read several `supervision.jsonl` files as one, in this order.
+
+    A target that stands in two of them counts once.
+
+    Args:
+        paths: The files, at least one; the shards of a search, say, or those of other tasks.
+
+    Raises:
+        RecordError: What `read_supervision` refuses of one file; a file named twice; files of
+            different numbers of layers; one question with two targets, or one id with two
+            questions or prompts, in two of the files.
+    """
+    joined: list[SupervisionRecord] = []
+    by_id: dict[tuple[str, str], tuple[SupervisionRecord, Path]] = {}
+    by_question: dict[tuple[str, str], tuple[SupervisionRecord, Path]] = {}
+    for number, path in enumerate(paths):
+        if path.resolve() in [earlier.resolve() for earlier in paths[:number]]:
+            raise RecordError(f"{path} is given twice; name each supervision file once")
+        for record in read_supervision(path):
+            layers = len((joined or [record])[0].optimal_layer_config)
+            if len(record.optimal_layer_config) != layers:
+                raise RecordError(
+                    f"{path} holds targets of {len(record.optimal_layer_config)} layers, "
+                    f"{paths[0]} of {layers}; give files of one base model"
+                )
+            same, file = by_id.setdefault((record.task, record.id), (record, path))
+            for name in LEARNT_FROM:
+                if getattr(same, name) != getattr(record, name):
+                    raise RecordError(
+                        f"{path} and {file} differ in {name!r} of question {record.id!r} of task "
+                        f"{record.task!r}; leave one of them out"
+                    )
+            if file != path:
+                continue  # a copy
+            asked = (record.task, question_key(record.question))
+            other, file = by_question.setdefault(asked, (record, path))
+            if other.optimal_layer_config != record.optimal_layer_config:
+                raise RecordError(
+                    f"{path} and {file} have one question of task {record.task!r} with two targets "
+                    f"(ids {record.id!r} and {other.id!r}); leave one of them out"
+                )
+            joined.append(record)
+    return joined
 
 
 def _read(path: Path, kind: str) -> list[Any]:

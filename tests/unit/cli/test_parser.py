@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from drllm.cli import ACTIONS, main
-from drllm.cli.parser import parse, read_yaml
+from drllm.cli.parser import parse
+from drllm.cli.settings_files import read_yaml
 from drllm.cli.verbs import FOREIGN, VERBS, overview
-from drllm.config import GenerateConfig, ModelConfig, SearchConfig, TrainConfig
+from drllm.config import EvaluateConfig, GenerateConfig, ModelConfig, SearchConfig, TrainConfig
 from drllm.errors import ConfigError
 
 FIELDS = [
@@ -74,6 +75,15 @@ def test_values_keep_their_underscores():
     assert parse(["generate", "--", "--a_b"]).text("prompt") == "--a_b"
 
 
+def test_a_training_reads_several_files_or_none_that_is_named():
+    words = ["train", "--run-name", "n"]
+
+    assert parse([*words, "--supervision", "a", "b"]).paths("supervision") == [Path("a"), Path("b")]
+    assert parse(words).paths("supervision") == []
+    assert parse([*words, "--with_squad"]).values["with_squad"] is True
+    assert parse(words).values["with_commonsense"] is False
+
+
 def test_a_published_name_is_accepted():
     assert parse(["search", "--model_id", "owner/name"]).of(ModelConfig).model == "owner/name"
 
@@ -102,6 +112,29 @@ def test_a_file_may_name_what_a_verb_reads(tmp_path: Path):
 
     assert request.paths("search") == [Path("a.jsonl")]
     assert request.path("output") == Path("b.jsonl")
+
+
+def test_a_number_in_a_file_is_a_text_where_the_setting_is_one(tmp_path: Path):
+    file = tmp_path / "s.yaml"
+    file.write_text("curve: 0.10\nlimit: 3\nepsilon: 2\nrevision: 0123456\noutput-dir: 2024\n")
+
+    request = parse(["evaluate", "--routers", "r", "--config", str(file)])
+
+    settings = request.of(EvaluateConfig)
+    assert (settings.curve, settings.limit, settings.epsilon) == ("0.10", 3, 2)
+    assert request.of(ModelConfig).revision == "0123456"  # to YAML an octal number
+    assert request.text("output_dir") == "2024"
+    flags = ["--curve", "0.10", "--limit", "3", "--epsilon", "2"]
+    assert settings == parse(["evaluate", "--routers", "r", *flags]).of(EvaluateConfig)
+
+
+@pytest.mark.parametrize("line", ["curve: true", "curve: [0.1]", "routers: 5.0: 3", "limit: x"])
+def test_other_values_in_a_file_still_have_to_fit(tmp_path: Path, line: str):
+    file = tmp_path / "s.yaml"
+    file.write_text(line + "\n")
+
+    with pytest.raises(ConfigError, match=r"s\.yaml"):
+        parse(["evaluate", "--routers", "r", "--config", str(file)])
 
 
 def test_a_switch_can_be_turned_on_and_off():

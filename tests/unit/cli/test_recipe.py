@@ -60,6 +60,17 @@ def test_names_may_have_dashes_and_the_published_spelling(tmp_path: Path):
     assert recipe.train.num_epochs == 3
 
 
+def test_a_number_is_a_text_where_the_setting_is_one(tmp_path: Path):
+    path = write(tmp_path, "model: {revision: 1.10}\nevaluate: {curve: 0.1, limit: 5}\ntrain: ~\n")
+
+    recipe = read_recipe(path, tmp_path)
+
+    assert recipe.model.revision == "1.10"
+    assert (recipe.evaluate.curve, recipe.evaluate.limit) == ("0.1", 5)
+    again = write(tmp_path, recipe.to_yaml())
+    assert read_recipe(again, tmp_path) == recipe
+
+
 def test_a_data_folder_on_the_line_wins_over_the_recipe(tmp_path: Path):
     path = write(tmp_path, "search: {data_dir: here}\n")
 

@@ -1,0 +1,474 @@
+"""How much faster routers are trained on stored features than with the base model in the loop.
+
+Ours: `collect` and `train`, what `drllm train` does: one pass of the base model in batches, its
+features kept on disk, then all layers' routers on them; checkpoints and metrics written.
+Theirs: in each of 25 epochs the base model runs along every example's target path, one example at
+a time; before each layer its router reads the states, and gradients add up over a step's examples.
+The parity tests hold ours to this same loop (`Literal`) in double precision. It knows models that
+are laid out like Llama's.
+
+Both train on the same examples from the same weights in the same order, one run, and the losses of
+every epoch are compared. Target paths are drawn, in the shares of the paper's labels: what a path
+teaches changes no time. `--scale` then fits many targets, made by repeating the features of these,
+each size in a process of its own, and reads the clock and the memory.
+
+    python benchmarks/training.py [--quick] [--json FILE] [--clock cpu] [--data-dir DIR]
+        [--model MODEL] [--questions N] [--scale [--targets N]]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from drllm.config import ModelConfig, TrainConfig
+from drllm.models.base.loading import BaseModel, load
+from drllm.models.routed import RoutedModel
+from drllm.models.routers import RouterStack
+from drllm.records import SupervisionRecord, new_manifest
+from drllm.tasks.base import OPTIONS_REWARD, choose, get_task
+from drllm.training.features import Features, collect
+from drllm.training.loop import train
+from drllm.training.plans import Plan, new_stack
+from drllm.training.split import epoch_batches
+from drllm.training.store import Store
+
+Clock = Callable[[], float]
+
+QUICK = {"questions": 10, "targets": 48}
+WHOLE = {"questions": 160, "targets": 4000}
+
+SHARES = torch.tensor([4399.0, 120956.0, 1457.0]) / 126812
+"""Of skip, execute and repeat among the paper's labels (arXiv 2510.12773)."""
+
+EQUAL_LOSSES = 1e-3
+"""Relative, of an epoch's loss in float32: passes in batches and one by one round differently, and
+25 epochs of training carry that on."""
+
+OURS = "one pass in batches, features on disk, then all routers together (collect, train)"
+THEIRS = "the base model in the loop: every epoch, one example at a time"
+WRITTEN_AT_ONCE = 32
+GIB = 2**30
+
+
+# --- theirs ------------------------------------------------------------------------------------
+
+
+class Walk:
+    """The base model, layer by layer, on one prompt."""
+
+    def __init__(self, model: Any, tokenizer: Any, prompt: str) -> None:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        tokens = ids.shape[1]
+        self.layers = model.model.layers
+        self.hidden = model.model.embed_tokens(ids)  # [1, T, D]
+        self.positions = model.model.rotary_emb(self.hidden, torch.arange(tokens)[None])
+        mask = torch.full((tokens, tokens), -math.inf, dtype=self.hidden.dtype)
+        self.mask = mask.triu(1)[None, None]
+
+    @torch.no_grad()
+    def run(self, layer: int, times: int) -> None:
+        """Execute a layer as often as its decision says."""
+        for _ in range(times):
+            output = self.layers[layer](
+                self.hidden, attention_mask=self.mask, position_embeddings=self.positions
+            )
+            self.hidden = output[0] if isinstance(output, tuple) else output
+
+
+def windows(hidden: Tensor, number: int) -> Tensor:
+    """Return the means over at most so many windows of `[T, D]`, `[W, D]`."""
+    number = min(len(hidden), number)
+    edges = [window * len(hidden) // number for window in range(number + 1)]
+    return torch.stack([hidden[start:end].mean(dim=0) for start, end in itertools.pairwise(edges)])
+
+
+class Router(nn.Module):
+    """One layer's, as the paper draws it; begins with the weights that ours begin with."""
+
+    def __init__(self, stack: RouterStack, layer: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        config = stack.config
+        self.num_windows = config.num_windows
+        self.inner = nn.Linear(config.hidden_size, config.router_width)
+        self.outer = nn.Linear(config.router_width, 3)
+        for mine, theirs in zip(self.parameters(), stack.parameters(), strict=True):
+            mine.data.copy_(theirs[layer].data)
+        self.to(dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Read `[T, D]`, return logits `[3]`."""
+        inner = nn.functional.gelu(
+            self.inner(windows(hidden, self.num_windows)), approximate="tanh"
+        )
+        return self.outer(inner).mean(dim=0)
+
+
+class Literal:
+    """The training of the paper, for one run.
+
+    Args:
+        model: The frozen base model.
+        tokenizer: Its tokenizer.
+        stack: The routers to begin with.
+        records: The targets.
+        config: The paper's settings; of ours nothing is turned on.
+        trained: Which targets are learnt from.
+        held_out: Which are only measured.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        stack: RouterStack,
+        records: Sequence[SupervisionRecord],
+        config: TrainConfig,
+        trained: Sequence[int],
+        held_out: Sequence[int],
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.records, self.config = records, config
+        self.trained, self.held_out = trained, held_out
+        num_layers = stack.config.num_layers
+        self.routers = nn.ModuleList(Router(stack, i, model.dtype) for i in range(num_layers))
+        labels = [label for row in trained for label in records[row].optimal_layer_config]
+        numbers = [sum(config.beta**power for power in range(labels.count(c))) for c in range(3)]
+        there = [1 / n if n else 0.0 for n in numbers]  # a class without labels has no weight
+        self.class_weights = [each * sum(n > 0 for n in numbers) / sum(there) for each in there]
+
+    def loss(self, row: int) -> Tensor:
+        """Run the base model along the row's target path, its routers reading along."""
+        target = self.records[row].optimal_layer_config
+        walk = Walk(self.model, self.tokenizer, self.records[row].prompt)
+        loss = torch.zeros((), dtype=self.model.dtype)
+        for layer, (router, label) in enumerate(zip(self.routers, target, strict=True)):
+            log_p = router(walk.hidden[0]).log_softmax(dim=-1)[label]
+            focus = (1 - log_p.exp()) ** self.config.gamma
+            loss = loss - self.class_weights[label] * focus * log_p / len(target)
+            walk.run(layer, label)
+        return loss
+
+    def train(self) -> Iterator[tuple[float, float | None]]:
+        """Yield the losses of each epoch: of the examples trained on, and of those held out."""
+        config = self.config
+        named = list(self.routers.named_parameters())
+        optimizer = torch.optim.AdamW(
+            [
+                {
+                    "params": [weight for name, weight in named if name.endswith("weight")],
+                    "weight_decay": config.weight_decay,
+                },
+                {
+                    "params": [weight for name, weight in named if name.endswith("bias")],
+                    "weight_decay": 0.0,
+                },
+            ]
+        )
+        size = config.gradient_accumulation
+        steps, step = config.num_epochs * math.ceil(len(self.trained) / size), 0
+        for epoch in range(1, config.num_epochs + 1):
+            total = 0.0
+            for rows in epoch_batches(self.trained, size, config.seed, epoch):
+                optimizer.zero_grad()
+                for row in rows:
+                    loss = self.loss(row)
+                    (loss / len(rows)).backward()
+                    total += float(loss.detach())
+                for group in optimizer.param_groups:
+                    group["lr"] = self.rate(step, steps)
+                optimizer.step()
+                step += 1
+            with torch.no_grad():
+                held_out = sum(float(self.loss(row)) for row in self.held_out)
+            yield (
+                total / len(self.trained),
+                held_out / len(self.held_out) if self.held_out else None,
+            )
+
+    def rate(self, step: int, steps: int) -> float:
+        """Return the learning rate of a step: linear warm-up, then half a cosine."""
+        warmup, peak = self.config.warmup_steps, self.config.learning_rate
+        if warmup >= steps:
+            warmup = steps // 10  # D-14
+        if step < warmup:
+            return peak * (step + 1) / (warmup + 1)
+        return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+# --- against ours ------------------------------------------------------------------------------
+
+
+def drawn_targets(base: BaseModel, num: int, data_dir: Path | None) -> list[SupervisionRecord]:
+    """Return targets on the prompts of real questions, their decisions drawn."""
+    task = get_task("arc_easy" if data_dir else "builtin_facts")
+    draws = torch.Generator().manual_seed(0)
+    records = []
+    for example in choose(task.examples("search", data_dir), num, seed=0):
+        prompt = task.prompt(example, OPTIONS_REWARD)
+        decisions = SHARES.multinomial(base.num_layers, replacement=True, generator=draws)
+        records.append(
+            SupervisionRecord(
+                question=example.question,
+                optimal_layer_config=tuple(decisions.tolist()),
+                answer="",
+                prompt=prompt.text,
+                id=example.id,
+                task=task.name,
+                executions=float(decisions.sum()),
+                improving=False,
+            )
+        )
+    return records
+
+
+def pooled(
+    base: BaseModel, records: Sequence[SupervisionRecord], config: TrainConfig, folder: Path
+) -> Features:
+    """Run the feature pass, into a folder."""
+    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+    try:
+        return collect(
+            routed, base.tokenizer, records, num_windows=config.num_windows, store=Store(folder)
+        )
+    finally:
+        routed.detach()
+
+
+def compare(
+    base: BaseModel, records: Sequence[SupervisionRecord], folder: Path, clock: Clock
+) -> tuple[dict[str, Any], Features]:
+    """Train both ways, and return the times and how far the losses are from one another."""
+    config = TrainConfig(validation_fraction=0.0)
+    everything = list(range(len(records)))
+
+    def walk_along(rows: Sequence[int]) -> float:
+        started = clock()
+        for row in rows:
+            walk = Walk(base.model, base.tokenizer, records[row].prompt)
+            for layer, label in enumerate(records[row].optimal_layer_config):
+                walk.run(layer, label)
+        return clock() - started
+
+    walk_along(everything[:2])  # what is made at the first use belongs to nobody
+    pooled(base, records[:2], config, folder / "warm")
+
+    started = clock()
+    features = pooled(base, records, config, folder / "features")
+    pass_s = clock() - started
+    rows = train(features, base.identity, config, folder / "routers")
+    ours_s = clock() - started
+
+    stack = new_stack(features, Plan.of(features, config), base.identity)
+    started = clock()
+    literal = Literal(base.model, base.tokenizer, stack, records, config, everything, [])
+    losses = [trained for trained, _ in literal.train()]
+    theirs_s = clock() - started
+
+    alone_s = walk_along(everything)
+    mine = torch.tensor([row["routers_loss"] for row in rows], dtype=torch.float64)
+    difference = (mine / torch.tensor(losses, dtype=torch.float64) - 1).abs().max()  # NaN stays
+    return {
+        "questions": len(records),
+        "epochs": config.num_epochs,
+        "speedup": theirs_s / ours_s,
+        "theirs_s": theirs_s,
+        "ours_s": ours_s,
+        "pass_s": pass_s,
+        "fit_s": ours_s - pass_s,
+        "bound": theirs_s / pass_s,
+        "batch_1_loses": alone_s / pass_s,
+        "routers_in_the_loop": theirs_s / (config.num_epochs * alone_s),
+        "largest_relative_difference": float(difference),
+        "last_loss": losses[-1],
+    }, features
+
+
+def report(result: Mapping[str, Any]) -> None:
+    """Print what came out."""
+    print(
+        f"speedup {result['speedup']:.1f} (one run): {result['theirs_s']:.1f} s with the base "
+        f"model in the loop, {result['ours_s']:.1f} s ours ({result['pass_s']:.1f} s the pass, "
+        f"{result['fit_s']:.1f} s the fit); {result['questions']} questions, "
+        f"{result['epochs']} epochs\n"
+        f"  losses of the epochs: largest relative difference "
+        f"{result['largest_relative_difference']:.1e}\n"
+        f"  were the fit for nothing, {result['bound']:.1f}: {result['epochs']} epochs, times "
+        f"{result['batch_1_loses']:.2f} for the base model one example at a time instead of the "
+        f"pass, times {result['routers_in_the_loop']:.2f} for routers and gradients in the loop; "
+        f"reached {result['speedup'] / result['bound']:.0%} of it"
+    )
+
+
+# --- how a fit grows ---------------------------------------------------------------------------
+
+
+def sizes_of(whole: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+    """Return the sizes N, L, D that are fitted: the whole one, then parts of one of its sides."""
+    N, L, D = whole
+    halves = [(N // 2, L, D), (N, L // 2, D), (N, L, D // 2)]
+    return [(N, L, D), *halves, (N // 4, L, D)]
+
+
+def repeated(features: Features, size: tuple[int, int, int], folder: Path, base: BaseModel) -> None:
+    """Write features of a size: the first layers and components of real ones, over and over."""
+    N, L, D = size
+    n, _, W, _ = features.shape
+    real = features.rows(range(n))[:, :L, :, :D]
+    rows = [row % n for row in range(N)]
+    identity = {**base.identity, "num_layers": L, "hidden_size": D}
+    manifest = new_manifest("features", model=identity, config={"num_windows": W})
+    store = Store(folder)
+    with store.opened(manifest, (N, L, W, D)):
+        for start in range(0, N, WRITTEN_AT_ONCE):
+            part = rows[start : start + WRITTEN_AT_ONCE]
+            places = list(range(start, start + len(part)))
+            store.put(places, real[part], features.filled[part])
+    examples = {
+        "identity": identity,
+        "shape": (N, L, W, D),
+        "labels": features.labels[rows][:, :L].tolist(),
+        "questions": [f"{features.questions[row]} ({place})" for place, row in enumerate(rows)],
+    }
+    (folder / "examples.json").write_text(json.dumps(examples))
+
+
+def fit_there(folder: Path, clock: Clock) -> dict[str, Any]:
+    """Fit the features of a folder with the paper's settings, in a process that does only this."""
+    told = json.loads((folder / "examples.json").read_text())
+    store = Store(folder)
+    with store.opened(json.loads(store.manifest_path.read_text()), tuple(told["shape"])):
+        pass
+    features = Features(
+        means=store.means,
+        filled=store.filled,
+        labels=torch.tensor(told["labels"]),
+        questions=tuple(told["questions"]),
+        tasks=("own",) * len(told["questions"]),
+    )
+    own: list[int] = []
+
+    def watch(*_: int) -> None:
+        own.append(memory("RssAnon"))
+
+    started = clock()
+    train(features, told["identity"], TrainConfig(), folder / "routers", on_progress=watch)
+    return {
+        "seconds": clock() - started,
+        "peak_gib": memory("VmHWM") / GIB,
+        "own_gib": max(own) / GIB,
+        "features_gib": store.path.stat().st_size / GIB,
+    }
+
+
+def memory(name: str) -> int:
+    """Return a line of this process' account of its memory, in bytes; 0 outside of Linux.
+
+    The most that `getrusage` tells begins with what the parent held.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def growth(
+    base: BaseModel, features: Features, num: int, folder: Path, clock: str
+) -> list[dict[str, Any]]:
+    """Fit every size, each in a process of its own, and print what it took."""
+    found: list[dict[str, Any]] = []
+    n, L, W, D = features.shape
+    print(
+        f"a fit of {TrainConfig().num_epochs} epochs, W = {W}; features of {n} questions repeated"
+    )
+    for number, size in enumerate(sizes_of((num, L, D))):
+        place = folder / f"size{number}"
+        repeated(features, size, place, base)
+        words = [sys.executable, __file__, "--fit", str(place), "--clock", clock]
+        child = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+        Store(place).remove()
+        point = dict(zip("NLD", size, strict=True)) | json.loads(child.stdout)
+        found.append(point | {"share_of_time": point["seconds"] / (found or [point])[0]["seconds"]})
+        print(
+            f"  N {size[0]}, L {size[1]}, D {size[2]}: {point['seconds']:.1f} s "
+            f"({found[-1]['share_of_time']:.2f} of the first), {point['peak_gib']:.2f} GiB at most "
+            f"with the pages of the mapped file ({point['features_gib']:.2f} GiB), "
+            f"{point['own_gib']:.2f} GiB without",
+            flush=True,
+        )
+    return found
+
+
+def main() -> None:
+    """Run the comparison and print it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small sample, under a minute")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time of a single thread, for a machine that is used by others too",
+    )
+    parser.add_argument("--data-dir", type=Path, help="ARC-Easy in place of built-in questions")
+    parser.add_argument("--model", default=ModelConfig().model, help="alias, hub id or folder")
+    parser.add_argument("--questions", type=int, help="trained on both ways")
+    parser.add_argument("--scale", action="store_true", help="also see how a fit grows")
+    parser.add_argument("--targets", type=int, help="with --scale: of the largest fit")
+    parser.add_argument("--fit", type=Path, help=argparse.SUPPRESS)  # a process of --scale's own
+    options = parser.parse_args()
+    sizes = dict(QUICK if options.quick else WHOLE)
+    sizes |= {name: given for name in sizes if (given := getattr(options, name)) is not None}
+    if options.targets is not None and not options.scale:
+        parser.error("--targets has no effect without --scale")
+    clock: Clock = time.perf_counter
+    if options.clock == "cpu":  # of several threads it would add up those that wait as well
+        torch.set_num_threads(1)
+        clock = time.process_time
+    if options.fit:
+        print(json.dumps(fit_there(options.fit, clock)))
+        return
+    base = load(ModelConfig(model=options.model, dtype="float32", device="cpu"))
+    records = drawn_targets(base, sizes["questions"], options.data_dir)
+    with tempfile.TemporaryDirectory() as name:
+        result, features = compare(base, records, Path(name), clock)
+        report(result)
+        scale = (
+            growth(base, features, sizes["targets"], Path(name), options.clock)
+            if options.scale
+            else []
+        )
+    figures = {
+        "speedup": result["speedup"],
+        "repeats": 1,
+        "ours": OURS,
+        "theirs": THEIRS,
+        "model": base.name,
+        "clock": options.clock,
+        "machine": f"{platform.machine()}, {base.model.device}, {base.model.dtype}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}",
+        "result": result,
+        "scale": scale,
+    }
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if not result["largest_relative_difference"] <= EQUAL_LOSSES:
+        raise SystemExit(f"the losses differ by more than {EQUAL_LOSSES}, relatively")
+
+
+if __name__ == "__main__":
+    main()

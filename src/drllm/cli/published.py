@@ -1,0 +1,94 @@
+"""What the published commands leave out: where a training finds what their search has left.
+
+The published `train.py` names no file. Owns which targets a training without `--supervision` reads,
+and those that `--with-squad` and `--with-commonsense` add (docs/differences.md, D-31). Leaves
+reading and joining files to `records`. Loads no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from drllm.cli.parser import Request
+from drllm.config import ModelConfig
+from drllm.errors import ConfigError
+from drllm.records import join_supervision, read_supervision
+
+FOLDERS = (Path("data/mcts_paths"), Path("data"))
+"""`--output_dir` of the published search command, and the published (and our) default of it."""
+
+ADDED = {"with_squad": "squad_v2", "with_commonsense": "commonsense_qa"}
+"""Switch of the published training → the task whose targets it adds."""
+
+TARGETS = "supervision.jsonl"
+
+
+def supervision_files(request: Request) -> list[Path]:
+    """Return the files that a training reads.
+
+    Args:
+        request: Of the verb `train`.
+
+    Raises:
+        ConfigError: No file is given and none or two lie where the published search leaves them;
+            a task to be added whose targets aren't there, or are in the other files already.
+        RecordError: A file that is needed to tell this and can't be trusted.
+    """
+    files = request.paths("supervision") or [_left_by_the_search(request)]
+    before = list(files)
+    for switch, task in ADDED.items():
+        if request.values[switch]:
+            files.append(_added(f"--{switch.replace('_', '-')}", task, before, request))
+    return files
+
+
+def _left_by_the_search(request: Request) -> Path:
+    found = [folder / TARGETS for folder in FOLDERS if (folder / TARGETS).is_file()]
+    if not found:
+        remedy = f"search first: {_search_command(request, 'arc,dart', FOLDERS[0])}"
+        for folder in FOLDERS:
+            if (searched := folder / "search.jsonl").is_file():  # which gave no targets by default
+                remedy = (
+                    f"make one: drllm supervise --search {searched} --output {folder / TARGETS}"
+                )
+                break
+        raise ConfigError(
+            f"train needs --supervision FILE, since there is neither "
+            f"{' nor '.join(str(folder / TARGETS) for folder in FOLDERS)}; {remedy}"
+        )
+    if len(found) > 1:
+        raise ConfigError(
+            f"both {' and '.join(map(str, found))} are there; give the one to learn from as "
+            f"--supervision, or both"
+        )
+    return found[0]
+
+
+def _added(flag: str, task: str, before: list[Path], request: Request) -> Path:
+    """Return the file of a task that is to be added to others."""
+    if any(record.task == task for record in join_supervision(before)):
+        raise ConfigError(
+            f"{flag} has no effect: {', '.join(map(str, before))} already holds targets of "
+            f"{task}; leave it out"
+        )
+    folder = FOLDERS[1] / task
+    file = folder / TARGETS
+    if not file.is_file():
+        raise ConfigError(
+            f"{flag} needs targets of {task} in {file}, which isn't there; make them: "
+            f"{_search_command(request, task, folder)}"
+        )
+    others = {record.task for record in read_supervision(file)} - {task}
+    if others:
+        raise ConfigError(
+            f"{flag} adds targets of {task}, but {file} holds {', '.join(sorted(others))} too; "
+            f"give the file as --supervision instead"
+        )
+    return file
+
+
+def _search_command(request: Request, dataset: str, folder: Path) -> str:
+    return (
+        f"drllm search --model {request.of(ModelConfig).model} --dataset {dataset} "
+        f"--output_dir {folder} --num_simulations 50 --budget 2"
+    )

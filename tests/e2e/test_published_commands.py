@@ -1,0 +1,220 @@
+"""The published commands, one after the other, as their readers type them.
+
+Underscores, flags and folders are those of the published README; a tiny model and a few invented
+questions in the schemas of ARC and DART-Math stand in for the real ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drllm.cli import main
+from drllm.models.routers import read_config
+from drllm.records import join_supervision, read_supervision, split_of
+
+TRAIN = (
+    "train --model_id MODEL --run_name drllm-tiny --num_epochs 25 --learning_rate 1e-3 "
+    "--weight_decay 0.01 --warmup_steps 500 --gradient_accumulation 16 --num_windows 8"
+)
+FEWER = "--limit 4 --data_dir sets"
+"""What is not published: a small sample, from files."""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, with questions in `sets/` and the harness' own caches apart."""
+    import lm_eval.tasks
+    from lm_eval.caching import cache
+
+    small = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", small)
+    monkeypatch.setattr(cache, "PATH", str(tmp_path / "cache"))
+    monkeypatch.setenv("LMEVAL_LOG_LEVEL", "ERROR")
+    monkeypatch.chdir(tmp_path)
+    for task in ("arc_easy", "arc_challenge", "commonsense_qa"):
+        for file in ("train", "validation"):
+            write(f"sets/{task}/{file}.jsonl", [options(task, file, n) for n in range(12)])
+    problems = []
+    for level in (1, 2, 3, 4, 5):
+        texts = (f"What is {number} + {level}?" for number in range(100))
+        searched = next(text for text in texts if split_of(text, "own") == "search")
+        problems.append({"query": searched, "gt_ans": "7", "level": level})
+    write("sets/dart/train.jsonl", problems)
+    return tmp_path
+
+
+def write(place: str, rows: list[dict[str, Any]]) -> None:
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    Path(place).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def options(task: str, file: str, number: int) -> dict[str, Any]:
+    words = ["stone", "sea", "some wood", "a bird", "rain", "the far hills", "ice", "nothing"]
+    texts = [words[(number + 3 * place) % 8] for place in range(4)]
+    return {
+        "id": f"{task}-{file}-{number}",
+        "question": f"Which of these is number {number} of {task}, {file}?",
+        "choices": {"text": texts, "label": ["A", "B", "C", "D"]},
+        "answerKey": "ABCD"[number % 4],
+    }
+
+
+@pytest.fixture
+def command(model_folder: Callable[..., Path]) -> Callable[[str], int]:
+    """A function that runs a command line, `MODEL` standing for the tiny model."""
+    return lambda words: main(words.replace("MODEL", str(model_folder())).split())
+
+
+def target(task: str, number: int, decisions: list[int]) -> dict[str, Any]:
+    return {
+        "question": f"What is {number} of {task}?",
+        "optimal_layer_config": decisions,
+        "answer": "",
+        "id": str(number),
+        "task": task,
+    }
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one line by which the last command failed."""
+    [line] = capsys.readouterr().err.splitlines()
+    return line
+
+
+# --- one after the other -------------------------------------------------------------------------
+
+
+def test_search_training_and_evaluation_chain(command: Callable[[str], int], folder: Path):
+    search = "--model MODEL --dataset arc,dart --output_dir data/mcts_paths --num_simulations 50"
+    assert command(f"search {search} --budget 2 --device cpu {FEWER}") == 0
+    assert command(f"{TRAIN} --device cpu") == 0
+    assert (
+        command(
+            "lm-eval run --model drllm --model_args "
+            "pretrained=checkpoints/drllm-tiny,dtype=bfloat16,num_windows=8 "
+            "--tasks arc_challenge,arc_easy --batch_size 1 --gen_kwargs max_new_tokens=256 "
+            f"--cache_requests true --device cpu --output_path out {FEWER}"
+        )
+        == 0
+    )
+
+    targets = read_supervision("data/mcts_paths/supervision.jsonl")
+    assert {"arc_easy", "arc_challenge"} <= {record.task for record in targets}
+    config = read_config(folder / "checkpoints" / "drllm-tiny")
+    assert sum(config.training["tasks"].values()) == len(targets)
+    settings = config.training["settings"]
+    assert (settings["num_epochs"], settings["gradient_accumulation"]) == (25, 16)
+    assert (settings["learning_rate"], settings["weight_decay"]) == (1e-3, 0.01)
+    [results] = folder.glob("out/*/results_*.json")
+    written = json.loads(results.read_text())
+    assert set(written["results"]) == {"arc_challenge", "arc_easy"}
+    routed = written["config"]["drllm"]
+    assert routed["prompts"] == 8
+    assert 0 < routed["executions_a_forward"] <= 8
+
+
+def test_targets_of_commonsense_are_added_by_the_command_that_the_message_names(
+    command: Callable[[str], int], capsys: pytest.CaptureFixture[str]
+):
+    write("data/supervision.jsonl", [target("arc_easy", n, [1, 0, 1, 1]) for n in range(4)])
+    assert command(f"{TRAIN} --device cpu --with_commonsense") == 2
+    line = said(capsys)
+    assert "data/commonsense_qa/supervision.jsonl, which isn't there" in line
+    [search] = re.findall(r"drllm (search .* --budget 2)", line)
+    assert command(f"{search} --device cpu {FEWER}") == 0
+
+    assert command(f"{TRAIN} --device cpu --with_commonsense") == 0
+
+    added = len(read_supervision("data/commonsense_qa/supervision.jsonl"))
+    assert added > 0
+    tasks = read_config(Path("checkpoints/drllm-tiny")).training["tasks"]
+    assert tasks == {"arc_easy": 4, "commonsense_qa": added}
+
+
+# --- what a training reads -----------------------------------------------------------------------
+
+
+def test_without_targets_the_search_command_that_makes_them_is_named(
+    command: Callable[[str], int], capsys: pytest.CaptureFixture[str], folder: Path
+):
+    before = sorted(folder.rglob("*"))
+    assert command(TRAIN) == 2
+    line = said(capsys)
+    assert "neither data/mcts_paths/supervision.jsonl nor data/supervision.jsonl" in line
+    assert re.search(
+        r"drllm search --model \S+ --dataset arc,dart --output_dir data/mcts_paths ", line
+    )
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_search_without_targets_is_not_asked_for_again(
+    command: Callable[[str], int], capsys: pytest.CaptureFixture[str]
+):
+    write("data/search.jsonl", [])
+    assert command(TRAIN) == 2
+    remedy = "drllm supervise --search data/search.jsonl --output data/supervision.jsonl"
+    assert remedy in said(capsys)
+
+
+def test_two_places_to_read_from_are_not_chosen_between(
+    command: Callable[[str], int], capsys: pytest.CaptureFixture[str]
+):
+    for place in ("data", "data/mcts_paths"):
+        write(f"{place}/supervision.jsonl", [target("own", 1, [1, 1, 1, 1])])
+    assert command(TRAIN) == 2
+    assert "give the one to learn from as --supervision" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("main_tasks", "added_tasks", "says"),
+    [
+        ([], None, "data/squad_v2/supervision.jsonl, which isn't there; make them: drllm search"),
+        (["squad_v2"], ["squad_v2"], "--with-squad has no effect"),
+        ([], ["squad_v2", "arc_easy"], "holds arc_easy too; give the file as --supervision"),
+    ],
+    ids=["none", "there already", "of other tasks"],
+)
+def test_targets_that_cannot_be_added_are_refused(
+    main_tasks: list[str],
+    added_tasks: list[str] | None,
+    says: str,
+    command: Callable[[str], int],
+    capsys: pytest.CaptureFixture[str],
+):
+    rows = [target(task, 1, [1, 1, 0, 1]) for task in ("own", *main_tasks)]
+    write("data/supervision.jsonl", rows)
+    if added_tasks is not None:
+        write(
+            "data/squad_v2/supervision.jsonl",
+            [target(task, 2, [1, 1, 1, 1]) for task in added_tasks],
+        )
+    assert command(f"{TRAIN} --with_squad") == 2
+    assert says in said(capsys)
+    assert not Path("checkpoints").exists()
+
+
+def test_several_files_are_joined_and_a_target_of_two_counts_once(
+    command: Callable[[str], int], finished_run: Path
+):
+    found = finished_run / "supervision.jsonl"  # with the manifest of the tiny model
+    shutil.copytree(finished_run, "run", ignore=shutil.ignore_patterns("routers", "eval"))
+    write("more.jsonl", [target("own", n, [1, 1, 0, 1]) for n in range(3)])
+    Path("twice.jsonl").write_text(found.read_text())
+    files = [Path("run/supervision.jsonl"), Path("more.jsonl"), Path("twice.jsonl")]
+    once = read_supervision(found)
+    assert join_supervision(files)[: len(once)] == once
+
+    words = f"--supervision {' '.join(map(str, files))} --num_epochs 1 --device cpu"
+    assert command(f"train --model_id MODEL --run_name joined {words}") == 0
+
+    training = read_config(Path("checkpoints/joined")).training
+    assert sum(training["tasks"].values()) == len(once) + 3
+    assert training["rewards"] == ["loglikelihood"]
