@@ -339,6 +339,11 @@ CASES = [
         without_torch=True,
     ),
     Case(
+        name="unknown tracker",
+        words="train --supervision run/supervision.jsonl --run-name x --report-to wanb",
+        says=("--report-to: unknown tracker 'wanb'", "did you mean 'wandb'", "mlflow"),
+    ),
+    Case(
         name="gamma without the focal loss",
         words="train --supervision run/supervision.jsonl --run-name x --loss cross_entropy "
         "--gamma 1",

@@ -28,6 +28,7 @@ FILES = {
     "routers/router_config.json",
     "routers/routers.safetensors",
     "routers/metrics.jsonl",
+    "routers/layers.json",
     "routers/README.md",
     "eval/builtin_facts.json",
     "eval/latency.json",
@@ -43,6 +44,7 @@ FILES = {
     "report_figures/04-single-edits.png",
     "report_figures/05-target-executions.png",
     "report_figures/06-router-metrics.png",
+    "report_figures/07-router-layers.png",
 }
 
 
@@ -542,6 +544,7 @@ def test_generate_without_routers_gives_the_base_models_answer(
         ("supervision.rejected.jsonl", "records have no target"),
         ("routers", "4 layers of width 32"),
         ("routers/metrics.jsonl", "macro_f1"),
+        ("routers/layers.json", "layer majority"),
         ("eval", "builtin_facts, test: 6 questions"),
         ("eval/builtin_facts.json", "builtin_facts, test: 6 questions"),
         ("eval/latency.json", "Measured time of routed / base by rows of a batch: reading"),

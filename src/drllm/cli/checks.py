@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from drllm.config import EvaluateConfig, SearchConfig
+from drllm.config import EvaluateConfig, SearchConfig, TrainConfig
 from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
 from drllm.evaluation.roster import check as check_comparison
 from drllm.evaluation.sources import chosen_on, is_fitted, sources_of
@@ -97,6 +97,18 @@ def tasks_to_evaluate(config: EvaluateConfig) -> list[Task]:
             _check_questions([source], chosen_on(source, config), config.data_dir)
     worked_task(config, tasks)
     return tasks
+
+
+def check_trackers(config: TrainConfig) -> None:
+    """Refuse trackers that can't be told of the training; loads torch only where there are any.
+
+    Raises:
+        ConfigError: One that isn't known or installed.
+    """
+    if config.trackers:
+        from drllm.training.trackers import check_trackers as check
+
+        check(config.trackers)
 
 
 def check_named_once(folders: Sequence[Path], flag: str) -> None:

@@ -64,6 +64,7 @@ class Recipe:
         }
         check_settings(self.supervise, [task.name for task in tasks["search"]])
         self.train.check_effects()
+        checks.check_trackers(self.train)
         return tasks
 
 

@@ -209,7 +209,7 @@ class Run:
 
     def _train_from(self) -> dict[str, Any]:
         return {
-            "config": self.recipe.train.to_dict(),
+            "config": self.recipe.train.decisive(),
             "model": self.recipe.model.to_dict(),
             "supervision.jsonl": checks.file_hash(self.supervision_file),
         }
@@ -228,7 +228,10 @@ class Run:
         stages.run_train_stage(
             self.load(), [self.supervision_file], self.routers, self.recipe.train, self.terminal
         )
-        names = ("router_config.json", "routers.safetensors", "metrics.jsonl", "README.md")
+        names = (
+            *("router_config.json", "routers.safetensors", "README.md"),
+            *("metrics.jsonl", "layers.json"),
+        )
         rejected = [path for path in [self.routers / REJECTED_FILE] if path.is_file()]
         return [*(folder / name for folder in self._seeds() for name in names), *rejected]
 

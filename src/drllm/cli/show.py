@@ -16,6 +16,7 @@ from rich.text import Text
 
 from drllm.cli.show_question import show_question
 from drllm.cli.show_results import show_measured, show_results
+from drllm.cli.show_routers import show_agreement
 from drllm.cli.show_search import show_failed, show_search, show_unfinished
 from drllm.cli.show_supervision import say_classes, show_rejected, show_supervision
 from drllm.cli.show_sweep import show_sweep
@@ -30,6 +31,7 @@ from drllm.records import (
     read_search,
     read_supervision,
 )
+from drllm.reporting.agreement import LAYERS_FILE
 from drllm.reporting.fields import read_object
 from drllm.reporting.measured import LATENCY_FILE
 from drllm.reporting.numbers import plain
@@ -195,6 +197,9 @@ def _show_json(path: Path, terminal: Terminal) -> None:
     if path.name == LATENCY_FILE:
         show_measured(path.parent, terminal)
         return
+    if path.name == LAYERS_FILE:
+        show_agreement(path, terminal)
+        return
     if path.name == SWEEP_FILE:
         show_sweep(path, terminal)
         return
@@ -255,6 +260,8 @@ def _show_routers(folder: Path, terminal: Terminal) -> None:
         say_classes([sum(column) for column in zip(*counts, strict=True)], terminal)
     if (folder / "metrics.jsonl").is_file():
         _show_metrics(folder / "metrics.jsonl", terminal)
+    if (folder / LAYERS_FILE).is_file():
+        show_agreement(folder / LAYERS_FILE, terminal)
 
 
 def _calibration(training: Mapping[str, Any]) -> str:

@@ -51,6 +51,7 @@ def train(request: Request, terminal: Terminal) -> None:
     output = _routers_folder(request)
     config = request.of(TrainConfig)
     config.check_effects()
+    checks.check_trackers(config)
     supervision = published.supervision_files(request)
     records = join_supervision(supervision)
     if config.soft_targets:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from drllm.settings import Settings, setting
 
@@ -72,7 +73,7 @@ class TrainConfig(Settings):
     )
     calibrate: bool = setting(
         False,
-        "divide the logits by a temperature fitted on the held-out targets",
+        "divide the logits by a temperature fitted on targets held out",
         idle=("validation_fraction", 0.0),
     )
     on_policy_rounds: int = setting(
@@ -84,6 +85,19 @@ class TrainConfig(Settings):
         "routers from so many seeds, counting up from --seed; see seed_S in the output",
         minimum=1,
     )
+    report_to: str | None = setting(
+        None, "trackers of accelerate (comma list), such as tensorboard,wandb; off by default"
+    )
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `report_to`, each once."""
+        named = [] if self.report_to is None else self.report_to.split(",")
+        return list(dict.fromkeys(name.strip() for name in named))
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the settings that the routers depend on: all but who is told of the training."""
+        return {name: value for name, value in self.to_dict().items() if name != "report_to"}
 
     def by_seed(self, output: Path) -> dict[Path, TrainConfig]:
         """Return the folder of every seed's routers, with the settings of that training alone.

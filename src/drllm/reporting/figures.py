@@ -7,7 +7,7 @@ numbers to `summary`. Axes: L layers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from drllm.reporting.drawing import Colours, legend, stacked, whole_numbers
 from drllm.reporting.run import Epoch
@@ -93,41 +93,94 @@ def target_executions(lengths: Sequence[int], num_layers: int, colours: Colours)
 
 
 def router_metrics(
-    epochs: Sequence[Epoch], baseline: Mapping[str, float | None], colours: Colours
+    epochs: Sequence[Epoch],
+    baselines: Mapping[str, Mapping[str, float | None]],
+    colours: Colours,
 ) -> Figure:
-    """Draw macro-F1, the F1 of each decision and the loss by epoch.
+    """Draw macro-F1, labels hit (where they were kept), the F1 of each decision and loss by epoch.
 
     Args:
         epochs: Lines of `metrics.jsonl`.
-        baseline: What "always execute" scores, drawn as a dashed line where it is defined.
+        baselines: Metrics of decisions that ignore the question, by name; of each metric the best
+            is drawn as a dashed line.
         colours: To draw with.
     """
     splits = [name for name in ("train", "validation") if any(e.split == name for e in epochs)]
     shown = splits[-1]
-    figure, panels = stacked([1.6, 1.6, 1.6])
+    judged = [("macro_f1", "macro-F1"), ("accuracy", "labels hit")]
+    if not any("accuracy" in epoch.values for epoch in epochs):
+        del judged[1]  # older routers
+    figure, panels = stacked([1.6] * (len(judged) + 2))
+    of_decisions, of_loss = panels[-2:]
+    single = [(axes, key) for axes, (key, _) in zip(panels, judged, strict=False)]
     for split in splits:
         dashed = "-" if split == shown else ":"
-        for axes, key in ((panels[0], "macro_f1"), (panels[2], "routers_loss")):
+        for axes, key in (*single, (of_loss, "routers_loss")):
             _line(axes, epochs, split, key, colours["s1"], dashed, split)
-    if baseline.get("macro_f1") is not None:
-        panels[0].axhline(
-            float(baseline["macro_f1"] or 0),
-            color=colours["ink"],
-            linewidth=1,
-            linestyle="--",
-            label="always execute",
-        )
+    for axes, key in single:
+        known = {name: v for name, each in baselines.items() if (v := each.get(key)) is not None}
+        if known:
+            best = max(known, key=lambda name: known[name])
+            looks: dict[str, Any] = {"color": colours["ink"], "linewidth": 1, "linestyle": "--"}
+            axes.axhline(known[best], label=best.replace("_", " "), **looks)
     for key, colour in (("f1_skip", "skip"), ("f1_execute", "faint"), ("f1_repeat", "repeat")):
-        _line(panels[1], epochs, shown, key, colours[colour], "-", key.removeprefix("f1_"))
-    panels[0].set_ylabel("macro-F1")
-    panels[1].set_ylabel(f"F1, {shown}")
-    panels[2].set_ylabel("loss")
-    panels[1].set_ylim(-0.03, 1.03)
-    panels[2].set_ylim(bottom=0)
-    panels[2].set_xlabel("epoch")
+        _line(of_decisions, epochs, shown, key, colours[colour], "-", key.removeprefix("f1_"))
+    for axes, (_, title) in zip(panels, judged, strict=False):
+        axes.set_ylabel(title)
+    of_decisions.set_ylabel(f"F1, {shown}")
+    of_decisions.set_ylim(-0.03, 1.03)
+    of_loss.set_ylabel("loss")
+    of_loss.set_ylim(bottom=0)
+    of_loss.set_xlabel("epoch")
     for axes in panels:
         whole_numbers(axes)
         legend(axes, columns=3, below=False)
+    return figure
+
+
+def router_layers(
+    shares: Sequence[Sequence[float]],
+    routers: Sequence[Mapping[str, float | None]],
+    majority: Sequence[Mapping[str, float | None]],
+    colours: Colours,
+) -> Figure:
+    """Draw each layer's labels, the share of them that is hit, and the F1 of skip.
+
+    Args:
+        shares: `[L][3]`: of each layer's labels, how many are skip, execute and repeat.
+        routers: `[L]`: the routers' metrics at each layer.
+        majority: `[L]`: those of the layer's commonest label.
+        colours: To draw with.
+    """
+    figure, panels = stacked([1.7, 1.7, 1.7])
+    labels, *judged = panels
+    layers = range(len(shares))
+    skips, repeats = ([100 * share[value] for share in shares] for value in (0, 2))
+    labels.bar(layers, skips, color=colours["skip"], label="skip")
+    labels.bar(layers, repeats, bottom=skips, color=colours["repeat"], label="repeat")
+    labels.set_ylabel("labels, %")
+    for axes, key, title in zip(
+        judged, ("accuracy", "f1_skip"), ("labels hit, %", "F1 skip"), strict=True
+    ):
+        scale = 100 if key == "accuracy" else 1
+        for name, scores in (("layer majority", majority), ("routers", routers)):
+            known = [
+                (x, scale * v) for x, each in enumerate(scores) if (v := each[key]) is not None
+            ]
+            places, values = [x for x, _ in known], [y for _, y in known]
+            if name == "routers":
+                axes.plot(places, values, "o", color=colours["s1"], markersize=3.2, label=name)
+            else:
+                # A stroke a layer, not a line through them: layers have nothing between them.
+                left, right = ([x + half for x in places] for half in (-0.4, 0.4))
+                axes.hlines(values, left, right, color=colours["ink"], linewidth=1.2, label=name)
+        axes.set_ylabel(title)
+    judged[1].set_ylim(-0.05, 1.05)
+    for axes in panels:
+        axes.set_xlim(-0.8, len(shares) - 0.2)
+        whole_numbers(axes)
+        legend(axes, columns=2, below=False)
+    panels[-1].set_xlabel("layer")
     return figure
 
 

@@ -1,18 +1,19 @@
 """The part of a report that is about the way to the routers: search, targets, training.
 
-Owns which of its counts are shown. Leaves the counting to the stages and to `summary`.
+Owns which counts of search and targets are shown. Leaves the counting to the stages and to
+`summary`, and what is said of the training to `trained`.
 Axes: L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from drllm.cost import share_saved
 from drllm.paths import Decision
-from drllm.reporting import figures, summary
+from drllm.reporting import figures, summary, trained
 from drllm.reporting.blocks import Block, Columns, Figure, Section, Table, Text
 from drllm.reporting.numbers import (
     NONE,
@@ -29,17 +30,6 @@ from drllm.supervision.summary import class_counts
 MIN_QUESTIONS = 5
 """Single edits tried on fewer questions are left out of the table of best and worst."""
 
-METRICS = (
-    ("macro_f1", "macro-F1", 3),
-    ("f1_skip", "F1 skip", 3),
-    ("f1_execute", "F1 execute", 3),
-    ("f1_repeat", "F1 repeat", 3),
-    ("acc_skip", "skip labels hit", 3),
-    ("acc_repeat", "repeat labels hit", 3),
-    ("avg_layers", "executions", 2),
-    ("routers_loss", "loss", 4),
-)
-
 
 def sections(run: Run) -> list[Section]:
     """Return the sections on search, targets and routers, as far as there are files for them."""
@@ -49,7 +39,7 @@ def sections(run: Run) -> list[Section]:
     if run.supervision:
         found.append(Section("Targets", _targets(run)))
     if run.epochs:
-        found.append(Section("Router metrics", _routers(run)))
+        found.append(Section("Router metrics", trained.blocks(run)))
     return found
 
 
@@ -188,97 +178,3 @@ def _targets(run: Run) -> list[Block]:
         ),
         Columns([[drawn], [labels]]),
     ]
-
-
-# --- routers -----------------------------------------------------------------------------------
-
-
-def _routers(run: Run) -> list[Block]:
-    counts = _label_counts(run)
-    execute = summary.always_execute(counts) if counts else {}
-    frequent = summary.most_frequent(counts) if counts else {}
-    by_split = {
-        split: {epoch.epoch: epoch.values for epoch in run.epochs if epoch.split == split}
-        for split in ("train", "validation")
-    }
-    columns = {
-        "routers, train": summary.last_values(by_split["train"]),
-        "routers, validation": summary.last_values(by_split["validation"]),
-        "always execute": execute,
-        "most frequent label a layer": frequent,
-    }
-    shown = {name: values for name, values in columns.items() if values}
-    last = max(epoch.epoch for epoch in run.epochs)
-    blocks: list[Block] = []
-    if execute:
-        blocks.append(
-            Text(
-                f"Executing every layer agrees with {percent(execute['accuracy'])} of the labels, "
-                f"and each layer's most frequent label with {percent(frequent['accuracy'])}: what "
-                f"routers are worth shows in the F1 of skip and repeat, not in accuracy."
-            )
-        )
-    else:
-        blocks.append(
-            Text("No label counts are there, so the routers stand without a baseline beside them.")
-        )
-    if not by_split["validation"]:
-        blocks.append(Text("No targets were held out, so there are no validation metrics."))
-    blocks += [
-        Table(
-            caption=f"Routers after epoch {last}, beside decisions that ignore the question "
-            f"(these against all labels)",
-            header=("metric", *shown),
-            rows=[
-                [name, *(plain(values.get(key), digits) for values in shown.values())]
-                for key, name, digits in METRICS
-            ],
-        ),
-        Figure(
-            draw=partial(figures.router_metrics, run.epochs, execute),
-            name="router metrics",
-            alt="Macro-F1, F1 by decision and loss by epoch. "
-            + "; ".join(
-                f"{split}, last epoch: macro-F1 {plain(values[max(values)].get('macro_f1'), 3)}"
-                for split, values in by_split.items()
-                if values
-            )
-            + f"; always execute: {plain(execute.get('macro_f1'), 3)}.",
-            caption="Router metrics by epoch. Where targets are held out, full lines are "
-            "validation and dotted lines training; the dashed line is what executing every layer "
-            "scores.",
-        ),
-        _by_epoch(by_split),
-    ]
-    return blocks
-
-
-def _label_counts(run: Run) -> Sequence[Sequence[int]]:
-    """Return `[L][3]` counts of the targets, or those that the routers were saved with."""
-    if run.supervision:
-        return class_counts([record.optimal_layer_config for record in run.supervision])
-    return list(run.router_config.get("label_counts") or [])
-
-
-def _by_epoch(by_split: Mapping[str, Mapping[int, Mapping[str, float | None]]]) -> Table:
-    keys = ("macro_f1", "f1_skip", "f1_execute", "f1_repeat", "routers_loss")
-    names = {key: name for key, name, _ in METRICS}
-    splits = [split for split, values in by_split.items() if values]
-    epochs = sorted({number for values in by_split.values() for number in values})
-    return Table(
-        caption="Router metrics of every epoch",
-        header=("epoch", *(f"{names[key]}, {split}" for split in splits for key in keys)),
-        rows=[
-            [
-                str(number),
-                *(
-                    plain(by_split[split].get(number, {}).get(key), 4 if "loss" in key else 3)
-                    for split in splits
-                    for key in keys
-                ),
-            ]
-            for number in epochs
-        ],
-        texts=(),
-        folded=True,
-    )

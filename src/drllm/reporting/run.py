@@ -23,6 +23,7 @@ from drllm.records import (
     read_supervision,
     sha256,
 )
+from drllm.reporting.agreement import LAYERS_FILE, Agreement, read_agreement
 from drllm.reporting.fields import Fields, read_object, read_text
 from drllm.reporting.measured import LATENCY_FILE, Measured, read_measured
 from drllm.reporting.results import Evaluation, read_evaluations, results_folder
@@ -51,6 +52,7 @@ class Run:
         summary: Counts that the supervision stage left in its manifest.
         router_config: Contents of `router_config.json`.
         epochs: Router metrics, in order of epoch.
+        agreement: How the saved routers agree with their labels; None where it wasn't kept.
         evaluations: By task, in order of name.
         measured: Times of base and routed; None where none were measured.
         recipe: Text of `run.yaml`.
@@ -67,6 +69,7 @@ class Run:
     summary: Mapping[str, Any]
     router_config: Mapping[str, Any]
     epochs: tuple[Epoch, ...]
+    agreement: Agreement | None
     evaluations: tuple[Evaluation, ...]
     measured: Measured | None
     recipe: str | None
@@ -97,6 +100,7 @@ def read_run(folder: Path) -> Run:
     supervision = _records(folder / "supervision.jsonl", "supervision", sources, absent)
     router_config = _router_config(folder / "routers" / "router_config.json", sources, absent)
     epochs = _epochs(folder / "routers" / "metrics.jsonl", sources, absent)
+    agreement = _agreement(folder / "routers" / LAYERS_FILE, bool(epochs), sources, absent)
     results, prefix = results_folder(folder)
     evaluations = read_evaluations(results, sources, absent, prefix)
     measured = read_measured(results, sources, prefix) if evaluations else None
@@ -117,13 +121,16 @@ def read_run(folder: Path) -> Run:
             summary = source.manifest.get("summary") or {}
     return Run(
         name=folder.resolve().name,
-        num_layers=_agreed_layers(folder, search, supervision, router_config, evaluations),
+        num_layers=_agreed_layers(
+            folder, search, supervision, router_config, agreement, evaluations
+        ),
         model=_agreed_model(folder, sources),
         search=tuple(search),
         supervision=tuple(supervision),
         summary=summary,
         router_config=router_config,
         epochs=tuple(epochs),
+        agreement=agreement,
         evaluations=tuple(evaluations),
         measured=measured,
         recipe=read_text(recipe) if recipe.is_file() else None,
@@ -174,6 +181,19 @@ def _epochs(path: Path, sources: list[Source], absent: list[str]) -> list[Epoch]
     return sorted(epochs, key=lambda epoch: epoch.epoch)
 
 
+def _agreement(
+    path: Path, trained: bool, sources: list[Source], absent: list[str]
+) -> Agreement | None:
+    if not path.exists():
+        if trained:
+            absent.append(
+                f"routers/{path.name} is absent: the routers aren't shown layer by layer."
+            )
+        return None
+    sources.append(Source(name=f"routers/{path.name}", sha256=sha256(path), manifest={}))
+    return read_agreement(path)
+
+
 # --- do the files belong together? -------------------------------------------------------------
 
 
@@ -182,6 +202,7 @@ def _agreed_layers(
     search: Sequence[SearchRecord],
     supervision: Sequence[SupervisionRecord],
     router_config: Mapping[str, Any],
+    agreement: Agreement | None,
     evaluations: Sequence[Evaluation],
 ) -> int | None:
     said: dict[str, int] = {}
@@ -196,6 +217,8 @@ def _agreed_layers(
         said["supervision.jsonl"] = len(supervision[0].optimal_layer_config)
     if router_config:
         said["router_config.json"] = int(router_config["num_layers"])
+    if agreement is not None:
+        said[LAYERS_FILE] = agreement.num_layers
     for evaluation in evaluations:
         said[f"the evaluation of {evaluation.task!r}"] = evaluation.num_layers
     if len(set(said.values())) > 1:

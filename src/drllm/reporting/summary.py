@@ -1,7 +1,7 @@
-"""The arithmetic of a report: shares, effects of single edits, baselines, the choice of examples.
+"""The arithmetic of a report: shares, effects of single edits, the choice of examples.
 
 Owns every number that a report derives itself; what a stage has already counted is taken from its
-files. Axes: L layers, C = 3 decisions.
+files. Axes: L layers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from drllm.reporting.results import Evaluation
 from drllm.reporting.samples import BASE, ROUTED, Sample
 from drllm.supervision import is_valid
 from drllm.supervision.summary import class_counts
-
-ClassCounts = Sequence[Sequence[int]]
-"""`[L][C]`: how often each decision is the label of each layer."""
 
 
 def shares(rows: Sequence[Decisions], decision: Decision) -> list[float]:
@@ -97,55 +94,6 @@ def _effect(layer: int, pairs: Sequence[tuple[TriedPath, TriedPath]]) -> EditEff
 def _only_edit(decisions: Decisions, decision: Decision) -> int | None:
     edited = [layer for layer, value in enumerate(decisions) if value != Decision.EXECUTE]
     return edited[0] if len(edited) == 1 and decisions[edited[0]] == decision else None
-
-
-# --- what guessing would score -----------------------------------------------------------------
-
-
-def always_execute(counts: ClassCounts) -> dict[str, float | None]:
-    """Score the decision "execute" everywhere against the labels; see `score_constant`."""
-    return score_constant(counts, [int(Decision.EXECUTE)] * len(counts))
-
-
-def most_frequent(counts: ClassCounts) -> dict[str, float | None]:
-    """Score each layer's most frequent label against the labels; see `score_constant`."""
-    return score_constant(counts, [max(range(3), key=layer.__getitem__) for layer in counts])
-
-
-def score_constant(counts: ClassCounts, decided: Sequence[int]) -> dict[str, float | None]:
-    """Score decisions that are the same for every question, by the metrics of the training.
-
-    Args:
-        counts: Labels by layer.
-        decided: `[L]`, one decision per layer.
-
-    Returns:
-        `accuracy` (share of labels hit), `macro_f1` (mean of the F1 that are defined), `f1_*`
-        (None where a class is neither a label nor decided), `acc_skip`, `acc_repeat` (share of
-        the class' labels hit; None where it has none), `avg_layers`.
-
-    Example:
-        >>> score_constant([[1, 3, 0]], [1])["accuracy"]
-        0.75
-    """
-    names = ("skip", "execute", "repeat")
-    scores: dict[str, float | None] = {}
-    labelled = [sum(layer[value] for layer in counts) for value in range(3)]
-    hits = [0, 0, 0]
-    guessed = [0, 0, 0]
-    for layer, value in zip(counts, decided, strict=True):
-        hits[value] += layer[value]
-        guessed[value] += sum(layer)
-    for name, hit, of_label, of_guess in zip(names, hits, labelled, guessed, strict=True):
-        scores[f"f1_{name}"] = 2 * hit / (of_label + of_guess) if of_label + of_guess else None
-        scores[f"acc_{name}"] = hit / of_label if of_label else None
-    defined = [scores[f"f1_{name}"] for name in names]
-    f1 = [value for value in defined if value is not None]
-    total = sum(labelled)
-    scores["macro_f1"] = sum(f1) / len(f1) if f1 else None
-    scores["accuracy"] = sum(hits) / total if total else None
-    scores["avg_layers"] = float(sum(decided))
-    return scores
 
 
 # --- examples ----------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 `rules` picks one question's target or says why there is none, `quotas` limits how many targets a
 task has, `selection` applies both to all questions, `summary` counts what was found and what
 became of it, `rejects` tells which questions got none, `files` reads search files and writes
-`supervision.jsonl`. Leaves trying and re-testing paths to the search, the file format to `records`,
-and what is learnt from a target to the training. Loads no torch.
+`supervision.jsonl`; `agreement` counts how far decisions agree with targets, and `baselines` what
+those that ignore the question would. Leaves trying and re-testing paths to the search, the file
+format to `records`, and what is learnt from a target to the training. Loads no torch.
 """
 
 from drllm.supervision.files import write

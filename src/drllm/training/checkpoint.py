@@ -63,7 +63,7 @@ class Origin:
     ) -> Origin:
         """Describe a training by what is given to `train_together`."""
         return cls(
-            settings=[config.to_dict() for config in configs],
+            settings=[config.decisive() for config in configs],
             base=base_identity["fingerprint"],
             targets=digest(examples, soft),
             sizes=sizes(examples),

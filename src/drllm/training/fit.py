@@ -28,9 +28,11 @@ from torch import Tensor
 
 from drllm.errors import ConfigError
 from drllm.models.routers import RouterConfig, RouterStack
+from drllm.supervision.agreement import Counts, ratios
+from drllm.supervision.baselines import TRAIN, VALIDATION
 from drllm.training.batches import Batch, Reader
 from drllm.training.examples import Examples
-from drllm.training.metrics import Counts, count, ratios
+from drllm.training.metrics import count
 from drllm.training.optimiser import AdamW
 from drllm.training.plans import Plan, new_stack, objective
 from drllm.training.split import epoch_batches, generator
@@ -118,11 +120,17 @@ class Fit:
         ]
         return self.steps - sum(left)
 
-    def epoch(self, on_step: Callable[[int], None] | None = None) -> None:
+    def epoch(
+        self,
+        on_step: Callable[[int], None] | None = None,
+        on_counts: Callable[[int, Mapping[int, Counts]], None] | None = None,
+    ) -> None:
         """Train the active runs for one epoch, measure them, and retire those that are over.
 
         Args:
             on_step: Is told after each step how many runs made it.
+            on_counts: Is told after each step which of the epoch's it is, from 0, and what it
+                counted of each run that made it.
 
         Raises:
             ConfigError: A loss that is NaN or infinite.
@@ -140,35 +148,41 @@ class Fit:
         counts = [Counts() for _ in self.active]
         for step in range(len(batches[0])):
             rows = [part[step] for part in batches if step < len(part)]
-            for place, counted in enumerate(self._step(rows, number, step)):
-                counts[place] += counted
+            counted = list(self._step(rows, number, step))
+            for place, found in enumerate(counted):
+                counts[place] += found
             if on_step is not None:
                 on_step(len(rows))
+            if on_counts is not None:
+                on_counts(step, dict(zip(self.active, counted, strict=False)))
         self.epochs_done = number
         for place, run in enumerate(self.active):
             plan = self.plans[run]
             rate = plan.schedule.rate(number * plan.steps_per_epoch - 1)
-            line = {"epoch": number, "split": "train", **ratios(counts[place])}
+            line = {"epoch": number, "split": TRAIN, **ratios(counts[place])}
             self.rows[run].append({**line, "learning_rate": rate})
             if plan.held_out:
-                measured = self.evaluate(place, plan.held_out)
-                self.rows[run].append({"epoch": number, "split": "validation", **ratios(measured)})
+                weights = {name: weight[place] for name, weight in self.weights.items()}
+                measured = ratios(self._measure(run, weights, plan.held_out))
+                self.rows[run].append({"epoch": number, "split": VALIDATION, **measured})
         self._retire()
 
     def routers(self, run: int) -> RouterStack:
         """Return the routers that a run has ended with."""
         return unstacked(self.configs[run], self.kept[run], self.reader.scales[run])
 
-    @torch.no_grad()
-    def evaluate(self, place: int, rows: Sequence[int]) -> Counts:
-        """Count how the routers of an active run fare on some targets without learning from them.
+    def evaluate(self, run: int) -> dict[str, Counts]:
+        """Count how the routers that a run has ended with fare on its parts, by their names."""
+        plan = self.plans[run]
+        parts = {TRAIN: plan.trained, VALIDATION: plan.held_out}
+        return {
+            name: self._measure(run, self.kept[run], rows) for name, rows in parts.items() if rows
+        }
 
-        Args:
-            place: Of the run among the active ones.
-            rows: The targets.
-        """
-        run = self.active[place]
-        weights = {name: weight[place : place + 1] for name, weight in self.weights.items()}
+    @torch.no_grad()
+    def _measure(self, run: int, weights: Weights, rows: Sequence[int]) -> Counts:
+        """Count how one run's weights, without R, fare on targets without learning from them."""
+        weights = {name: weight[None] for name, weight in weights.items()}
         counts = Counts()
         for start in range(0, len(rows), EVALUATION_ROWS):
             batch = self.reader.read([run], [rows[start : start + EVALUATION_ROWS]])

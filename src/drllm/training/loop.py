@@ -1,8 +1,8 @@
 """Training from features to folders of routers, resumable after every epoch.
 
 Owns what stands in a run's folder: `router_config.json`, `routers.safetensors`, `metrics.jsonl`,
-`README.md`. Leaves the computation to `fit`, the state between epochs to `checkpoint` and the
-text for readers to `models.checkpoints.card`.
+`layers.json`, `README.md`. Leaves the computation to `fit`, the state between epochs to
+`checkpoint`, who else is told to `trackers` and the text for readers to `models.checkpoints.card`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.models.checkpoints.card import model_card
 from drllm.records import write_atomically
+from drllm.supervision.agreement import Counts
 from drllm.training import calibration, checkpoint
 from drllm.training.examples import Examples, digest, each_once
 from drllm.training.fit import Fit
+from drllm.training.metrics import LAYERS_FILE, against_baselines, layers_file
 from drllm.training.plans import Plan
+from drllm.training.trackers import check_trackers, forget, tracked
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +72,11 @@ def unfinished(
     """
     missing = [run for run in runs if not checkpoint.is_finished(run.output)]
     begun = checkpoint.settings_in(missing[0].output) if missing else []
-    left = [run for run in runs if run in missing or run.config.to_dict() in begun]
+    left = [run for run in runs if run in missing or run.config.decisive() in begun]
     targets, base = digest(examples, soft), base_identity["fingerprint"]
     for run in runs:
         if run not in left:
-            checkpoint.check_finished(run.output, run.config.to_dict(), base, targets)
+            checkpoint.check_finished(run.output, run.config.decisive(), base, targets)
     return left
 
 
@@ -139,11 +142,13 @@ def train_together(
 
     Raises:
         ConfigError: Settings without effect, runs that can't be trained together, a folder that
-            is given twice, features of another number of windows, or a loss that is no longer
-            finite.
+            is given twice, features of another number of windows, a loss that is no longer
+            finite, or a tracker that isn't known, installed or able to start.
         CheckpointError: A folder can't be written, or holds a checkpoint of another training.
     """
     _check(runs)
+    trackers = list(dict.fromkeys(name for run in runs for name in run.config.trackers))
+    check_trackers(trackers)
     plans = [Plan.of(examples, run.config, soft) for run in runs]
     fit = Fit(examples, base_identity, plans, device=device)
     for note in dict.fromkeys(note for plan in plans for note in plan.notes()):
@@ -154,16 +159,21 @@ def train_together(
     for run in runs[1:]:
         checkpoint.make_folder(run.output)
     progress = _Progress(fit, on_progress)
-    while fit.active:
-        fit.epoch(progress.advance)
-        checkpoint.save(first, origin, fit)
-        progress.settle()
-        for run, rows in zip(runs, fit.rows, strict=True):
-            _write_metrics(run.output, rows)
+    with tracked(trackers, fit, [run.output for run in runs]) as tracking:
+        while fit.active:
+            fit.epoch(progress.advance, tracking.step)
+            checkpoint.save(first, origin, fit)
+            progress.settle()
+            tracking.epoch()
+            for run, rows in zip(runs, fit.rows, strict=True):
+                _write_metrics(run.output, rows)
     for number, run in enumerate(runs):
         _write_metrics(run.output, fit.rows[number])
+        parts = fit.evaluate(number)
+        layers = json.dumps(layers_file(_kept_epoch(fit, number), parts))
+        write_atomically(run.output / LAYERS_FILE, layers + "\n")
         stack = fit.routers(number)
-        told = _training(fit, number, origin.targets, examples, rewards)
+        told = _training(fit, number, parts, origin.targets, examples, rewards)
         confidence = calibration.measure(stack, examples, plans[number])
         if confidence is not None:
             told["calibration"] = confidence.to_dict()
@@ -171,6 +181,7 @@ def train_together(
                 calibration.fold(stack, confidence.temperature)
         stack.config = dataclasses.replace(stack.config, training=told)
         stack.save(run.output, card=model_card(stack.config))
+    forget(first)
     checkpoint.remove(first)
     return fit.rows
 
@@ -189,14 +200,18 @@ def _check(runs: Sequence[Run]) -> None:
 
 
 def _training(
-    fit: Fit, number: int, targets: str, examples: Examples, rewards: Sequence[str]
+    fit: Fit,
+    number: int,
+    parts: Mapping[str, Counts],
+    targets: str,
+    examples: Examples,
+    rewards: Sequence[str],
 ) -> dict[str, Any]:
     """Return what the routers' config tells of their training."""
     plan, rows, best = fit.plans[number], fit.rows[number], fit.best[number]
-    last = rows[-1]["epoch"]
-    epoch = last if best is None else best[0]
+    last, epoch = rows[-1]["epoch"], _kept_epoch(fit, number)
     told: dict[str, Any] = {
-        "settings": plan.config.to_dict(),
+        "settings": plan.config.decisive(),
         "targets": targets,
         "steps": last * plan.steps_per_epoch,
         "warmup_steps": plan.schedule.warmup,
@@ -206,8 +221,15 @@ def _training(
         "tasks": dict(sorted(Counter(examples.tasks[: examples.num_targets]).items())),
         "rewards": list(rewards),
         "metrics": [row for row in rows if row["epoch"] == epoch],
+        "against_baselines": against_baselines(parts),
     }
     return told if best is None else told | {"best_epoch": epoch, "last_epoch": last}
+
+
+def _kept_epoch(fit: Fit, number: int) -> int:
+    """Return the epoch whose weights a run has ended with."""
+    best = fit.best[number]
+    return int(fit.rows[number][-1]["epoch"]) if best is None else best[0]
 
 
 class _Progress:

@@ -1,50 +1,24 @@
-"""How well routers hit their labels: counts that add up, and the ratios made of them.
+"""What trained routers say, counted, and the file that keeps it layer by layer.
 
-Owns the numbers that a line of `metrics.jsonl` holds. Counts come first because they can be summed
-over batches; ratios can't.
+Owns counting logits, and `layers.json`. Leaves what is made of counts to `supervision.agreement`
+and what they are compared with to `supervision.baselines`.
 
 Axes: B rows, L layers, C = 3 decisions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from drllm.models.routers import NUM_DECISIONS
+from drllm.supervision.agreement import Counts, ratios
+from drllm.supervision.baselines import TRAIN, VALIDATION, beside, verdict
 
-NAMES = ("skip", "execute", "repeat")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Counts:
-    """What was counted over some examples.
-
-    Attributes:
-        confusion: `[C][C]`: layers by label (row) and by the decision of largest logit (column).
-        executions: What those decisions cost over all examples, in layer equivalents.
-        examples: How many examples.
-        loss: Sum over the examples of their losses (each a mean over layers).
-    """
-
-    confusion: tuple[tuple[int, ...], ...] = ((0,) * NUM_DECISIONS,) * NUM_DECISIONS
-    executions: int = 0
-    examples: int = 0
-    loss: float = 0.0
-
-    def __add__(self, other: Counts) -> Counts:
-        """Return the counts over both sets of examples."""
-        return Counts(
-            confusion=tuple(
-                tuple(ours + theirs for ours, theirs in zip(row, added, strict=True))
-                for row, added in zip(self.confusion, other.confusion, strict=True)
-            ),
-            executions=self.executions + other.executions,
-            examples=self.examples + other.examples,
-            loss=self.loss + other.loss,
-        )
+LAYERS_FILE = "layers.json"
 
 
 def count(logits: Tensor, labels: Tensor, loss: float) -> Counts:
@@ -58,57 +32,57 @@ def count(logits: Tensor, labels: Tensor, loss: float) -> Counts:
     Returns:
         The counts; decisions that would skip every layer cost 1, for one is always executed.
     """
+    L, C = labels.shape[1], NUM_DECISIONS
     decided = logits.argmax(dim=-1)  # [B, L]
-    cells = torch.bincount(
-        (labels * NUM_DECISIONS + decided).flatten(), minlength=NUM_DECISIONS**2
-    ).tolist()
+    cells = (torch.arange(L, device=labels.device) * C + labels) * C + decided
+    confusion = torch.bincount(cells.flatten(), minlength=L * C * C).view(L, C, C).tolist()
     return Counts(
-        confusion=tuple(
-            tuple(cells[label * NUM_DECISIONS : (label + 1) * NUM_DECISIONS])
-            for label in range(NUM_DECISIONS)
-        ),
+        confusion=tuple(tuple(tuple(row) for row in layer) for layer in confusion),
         executions=int(decided.sum(dim=1).clamp(min=1).sum()),
         examples=len(labels),
         loss=loss * len(labels),
     )
 
 
-def ratios(counts: Counts) -> dict[str, float | None]:
-    """Turn counts into the metrics of a line of `metrics.jsonl`.
+def layers_file(epoch: int, parts: Mapping[str, Counts]) -> dict[str, Any]:
+    """Return what `layers.json` holds.
 
     Args:
-        counts: Of at least one example.
-
-    Returns:
-        `routers_loss` (mean over examples and layers), `macro_f1` (mean of the F1 that are
-        defined), `f1_*` (None where a class is neither a label nor decided), `acc_skip` and
-        `acc_repeat` (share of a class' labels that were hit; None where it has none), `avg_layers`
-        (mean executions of the decisions, each read off its own teacher-forced input).
-
-    Example:
-        >>> ratios(Counts(confusion=((1, 1, 0), (0, 2, 0), (0, 0, 0)), executions=3, examples=1))
-        ... # doctest: +NORMALIZE_WHITESPACE
-        {'routers_loss': 0.0, 'macro_f1': 0.7333333333333334, 'f1_skip': 0.6666666666666666,
-         'f1_execute': 0.8, 'f1_repeat': None, 'acc_skip': 0.5, 'acc_repeat': None,
-         'avg_layers': 3.0}
+        epoch: Whose weights the routers have.
+        parts: How they fare on the targets trained on, and on those held out, if any are.
     """
-    hits = [counts.confusion[label][label] for label in range(NUM_DECISIONS)]
-    labelled = [sum(row) for row in counts.confusion]
-    decided = [sum(column) for column in zip(*counts.confusion, strict=True)]
-    f1 = [
-        _ratio(2 * hit, of_label + of_decision)
-        for hit, of_label, of_decision in zip(hits, labelled, decided, strict=True)
-    ]
-    defined = [value for value in f1 if value is not None]
     return {
-        "routers_loss": counts.loss / counts.examples,
-        "macro_f1": sum(defined) / len(defined),
-        **{f"f1_{name}": value for name, value in zip(NAMES, f1, strict=True)},
-        "acc_skip": _ratio(hits[0], labelled[0]),
-        "acc_repeat": _ratio(hits[2], labelled[2]),
-        "avg_layers": counts.executions / counts.examples,
+        "schema": "drllm.layers",
+        "schema_version": 1,
+        "epoch": epoch,
+        **{
+            split: {
+                "examples": counts.examples,
+                "executions": counts.executions,
+                "loss": counts.loss,
+                "confusion": counts.confusion,
+            }
+            for split, counts in parts.items()
+        },
     }
 
 
-def _ratio(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
+def against_baselines(parts: Mapping[str, Counts]) -> dict[str, Any]:
+    """Return what the routers' config tells of routers and baselines, for the model card.
+
+    Args:
+        parts: As for `layers_file`.
+
+    Returns:
+        `split` (held-out targets, else those trained on), `examples`, `systems` (metrics by name)
+        and `verdict` (one sentence).
+    """
+    trained = parts[TRAIN].labels
+    compared = {split: beside(counts, trained) for split, counts in parts.items()}
+    split = VALIDATION if VALIDATION in parts else TRAIN
+    return {
+        "split": split,
+        "examples": parts[split].examples,
+        "systems": {name: ratios(counts) for name, counts in compared[split].items()},
+        "verdict": verdict(compared),
+    }

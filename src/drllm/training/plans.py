@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.models.routers import NUM_DECISIONS, RouterConfig, RouterStack
+from drllm.supervision.agreement import NAMES
 from drllm.training.examples import Examples, each_once, shape
 from drllm.training.losses import Objective, class_weights, log_priors
-from drllm.training.metrics import NAMES
 from drllm.training.schedule import Schedule
 from drllm.training.split import generator, hold_out
 

@@ -250,6 +250,7 @@ class Folder:
                     "epoch": epoch,
                     "split": split,
                     "routers_loss": 0.09 * math.exp(-epoch / 8) + (0.03 if held < 1 else 0.01),
+                    "accuracy": 0.75 + 0.1 * learnt * held,
                     "macro_f1": 0.33 + 0.3 * learnt * held,
                     "f1_skip": 0.6 * learnt * held,
                     "f1_execute": 0.93 + 0.03 * learnt * held,
@@ -262,6 +263,33 @@ class Folder:
                     line["learning_rate"] = 1e-3 * (1 - epoch / (epochs + 1))
                 lines.append(json.dumps(line))
         self.text("routers/metrics.jsonl", "\n".join(lines) + "\n")
+        parts = {"train": 40, "validation": 12} if validation else {"train": 40}
+        self.layers({part: self._confusions(part, size) for part, size in parts.items()}, epochs)
+
+    def layers(self, parts: dict[str, list[list[list[int]]]], epoch: int) -> None:
+        """Write the confusions of the saved routers."""
+        told = {
+            part: {
+                "examples": sum(map(sum, confusions[0])),
+                "executions": sum(row[1] + 2 * row[2] for layer in confusions for row in layer),
+                "loss": 0.5,
+                "confusion": confusions,
+            }
+            for part, confusions in parts.items()
+        }
+        about = {"schema": "drllm.layers", "schema_version": 1, "epoch": epoch}
+        self.write("routers/layers.json", about | told)
+
+    def _confusions(self, part: str, size: int) -> list[list[list[int]]]:
+        """Labels by layer as the targets', of which the routers hit three in four."""
+        rng = random.Random(f"{part} {self.num_layers}")
+        found = []
+        for _ in range(self.num_layers):
+            layer = [[0, 0, 0] for _ in range(3)]
+            for label in rng.choices((0, 1, 2), (0.2, 0.75, 0.05), k=size):
+                layer[label][label if rng.random() < 0.75 else 1] += 1
+            found.append(layer)
+        return found
 
     def evaluation(
         self,

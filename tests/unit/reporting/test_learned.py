@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
 from drllm.reporting.blocks import Columns, Figure, Table, Text
-from drllm.reporting.drawing import svg
+from drllm.reporting.drawing import LIGHT, svg
 from drllm.reporting.learned import sections
 from drllm.reporting.numbers import NBSP
 from drllm.reporting.run import read_run
+from drllm.supervision.agreement import hit_ratios, ratios
+from drllm.supervision.baselines import by_layer, verdict
+
+CURVES = "router metrics"
 
 
 def flat(blocks):
@@ -81,22 +86,99 @@ def test_label_counts_are_those_of_the_targets(run, learned):
     assert counts == run.summary["class_counts"]
 
 
-def test_routers_stand_beside_decisions_that_ignore_the_question(run, learned):
+@pytest.mark.parametrize(
+    ("which", "caption"),
+    [("validation", "On 12 held-out targets"), ("train", "On 40 targets trained on")],
+)
+def test_routers_stand_beside_decisions_that_ignore_the_question_on_each_part(
+    run, learned, which, caption
+):
     blocks = part(learned, "Router metrics")
-    (found,) = [b for b in blocks if isinstance(b, Table) and not b.folded]
-    assert list(found.header) == [
-        "metric",
-        "routers, train",
-        "routers, validation",
-        "always execute",
-        "most frequent label a layer",
-    ]
+    (found,) = [b for b in blocks if isinstance(b, Table) and b.caption.startswith(caption)]
+    systems = run.agreement.parts[which]
+    assert list(found.header) == ["metric", *(name.replace("_", " ") for name in systems)]
+    assert next(iter(systems)) == "routers"
+    assert len(systems) == 4
+    rows = table(blocks, caption)
+    for column, counts in enumerate(systems.values()):
+        scores = ratios(counts)
+        assert rows["macro-F1"][column] == f"{scores['macro_f1']:.3f}"
+        assert rows["labels hit"][column] == f"{scores['accuracy']:.3f}"
+        assert rows["executions"][column] == f"{scores['avg_layers']:.2f}"
+    assert rows["loss"][1:] == ["–"] * 3
+
+
+def test_the_verdict_and_what_guessing_hits_are_said(run, learned):
+    texts = [block.text for block in part(learned, "Router metrics") if isinstance(block, Text)]
+    systems = run.agreement.parts["validation"]
+    assert texts[0] == verdict(run.agreement.parts)
+    executed = ratios(systems["always_execute"])["accuracy"]
+    assert f"{100 * executed:.1f}{NBSP}% of the labels" in texts[1]
+    assert texts[1].endswith(by_layer(systems))
+
+
+def test_every_layer_has_its_row_and_is_in_the_picture(run, learned):
+    blocks = part(learned, "Router metrics")
+    rows = table(blocks, "Routers of every layer, on 12 held-out targets")
+    ours = run.agreement.parts["validation"]["routers"]
+    assert list(rows) == [str(layer) for layer in range(run.num_layers)]
+    for (_, cells), confusion in zip(rows.items(), ours.confusion, strict=True):
+        scores = hit_ratios(confusion)
+        assert cells[0] == f"{100 * sum(confusion[0]) / 12:.1f} %"
+        assert cells[3] == f"{100 * scores['accuracy']:.1f} %"
+        assert cells[5] == ("–" if scores["f1_skip"] is None else f"{scores['f1_skip']:.3f}")
+    (figure,) = [b for b in blocks if isinstance(b, Figure) and b.name == "router layers"]
+    assert by_layer(run.agreement.parts["validation"]) in figure.alt
+    labels, hits, skips = figure.draw(LIGHT).axes
+    assert len(labels.patches) == 2 * run.num_layers
+    for axes, key, scale in ((hits, "accuracy", 100), (skips, "f1_skip", 1)):
+        (dots,) = axes.lines
+        known = [hit_ratios(confusion)[key] for confusion in ours.confusion]
+        assert list(dots.get_ydata()) == [scale * value for value in known if value is not None]
+
+
+def test_the_curves_show_the_best_baseline_of_each_metric(run, learned):
+    (figure,) = [b for b in part(learned, "Router metrics") if getattr(b, "name", "") == CURVES]
+    scores = {
+        name: ratios(counts)
+        for name, counts in run.agreement.parts["validation"].items()
+        if name != "routers"
+    }
+    panels = figure.draw(LIGHT).axes
+    assert [axes.get_ylabel() for axes in panels[:2]] == ["macro-F1", "labels hit"]
+    for axes, key in zip(panels, ("macro_f1", "accuracy"), strict=False):
+        dashed = axes.lines[-1]
+        assert dashed.get_ydata()[0] == max(each[key] for each in scores.values())
+        best = max(scores, key=lambda name: scores[name][key])
+        assert dashed.get_label() == best.replace("_", " ")
+
+
+def test_routers_of_before_the_layers_were_kept_stand_beside_all_labels(make_folder):
+    folder = make_folder()
+    folder.everything()
+    (folder.path / "routers" / "layers.json").unlink()
+    lines = [json.loads(line) for line in metrics_of(folder).read_text().splitlines()]
+    for line in lines:
+        del line["accuracy"]
+    metrics_of(folder).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read_run(folder.path)
+    blocks = part(sections(run), "Router metrics")
     rows = table(blocks, "Routers after epoch 25")
     executed = run.summary["class_counts"][1] / sum(run.summary["class_counts"])
     assert rows["F1 execute"][2] == f"{2 * executed / (1 + executed):.3f}"
     assert rows["F1 skip"][2] == "0.000"
     share = f"{100 * executed:.1f}{NBSP}% of the labels"
     assert any(isinstance(block, Text) and share in block.text for block in blocks)
+    (figure,) = [block for block in blocks if isinstance(block, Figure)]
+    assert [axes.get_ylabel() for axes in figure.draw(LIGHT).axes] == [
+        "macro-F1",
+        "F1, validation",
+        "loss",
+    ]
+
+
+def metrics_of(folder):
+    return folder.path / "routers" / "metrics.jsonl"
 
 
 def test_without_held_out_targets_the_missing_validation_is_said(make_folder):
@@ -107,7 +189,8 @@ def test_without_held_out_targets_the_missing_validation_is_said(make_folder):
     texts = [block.text for block in blocks if isinstance(block, Text)]
     assert "No targets were held out, so there are no validation metrics." in texts
     (found,) = [b for b in blocks if isinstance(b, Table) and not b.folded]
-    assert "routers, validation" not in found.header
+    assert found.caption.startswith("On 40 targets trained on")
+    assert texts[0].startswith("No targets were held out, so nothing says whether")
 
 
 def test_a_single_epoch_can_be_drawn(make_folder):
@@ -115,5 +198,5 @@ def test_a_single_epoch_can_be_drawn(make_folder):
     folder.everything()
     folder.routers(epochs=1)
     blocks = part(sections(read_run(folder.path)), "Router metrics")
-    (figure,) = [block for block in blocks if isinstance(block, Figure)]
+    (figure,) = [block for block in blocks if getattr(block, "name", "") == CURVES]
     assert svg(figure.draw, "metrics").startswith("<svg viewBox=")

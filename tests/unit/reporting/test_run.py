@@ -30,7 +30,7 @@ def test_a_full_folder_is_read_whole(make_folder):
 def test_every_source_carries_the_hash_of_its_file(make_folder):
     folder = make_folder()
     run = read_run(folder.everything())
-    assert len(run.sources) == 7
+    assert len(run.sources) == 8
     for source in run.sources:
         assert source.sha256 == sha256(folder.path / source.name)
 
@@ -42,6 +42,7 @@ def test_every_source_carries_the_hash_of_its_file(make_folder):
         ("supervision.jsonl", "supervision.jsonl is absent", "## Targets"),
         ("routers", "routers/metrics.jsonl is absent", "## Router metrics"),
         ("routers/metrics.jsonl", "routers/metrics.jsonl is absent", "## Router metrics"),
+        ("routers/layers.json", "routers/layers.json is absent", "Routers of every layer"),
         ("eval", "eval/ holds no TASK.json", "## Systems compared"),
         ("eval/samples.jsonl", "eval/samples.jsonl is absent", "## Example questions"),
         ("eval/latency.json", "eval/latency.json is absent", "Time of base and routed"),
@@ -131,6 +132,13 @@ def change_metric(folder: Any, text: str) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     lines[1] = text
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def change_layers(folder: Any, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder.path / "routers" / "layers.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    change(values)
+    path.write_text(json.dumps(values), encoding="utf-8")
 
 
 def cut(folder: Any, name: str) -> None:
@@ -326,6 +334,26 @@ REFUSED: list[tuple[str, Callable[[Any], Any], str]] = [
     ),
     ("search cut off", lambda f: cut(f, "search.jsonl"), "search.jsonl, line"),
     ("supervision cut off", lambda f: cut(f, "supervision.jsonl"), "supervision.jsonl, line"),
+    (
+        "layers of another version",
+        lambda f: change_layers(f, lambda v: v.update(schema_version=2)),
+        "says it is 'drllm.layers', version 2; expected 'drllm.layers', version 1",
+    ),
+    (
+        "layers without the targets trained on",
+        lambda f: change_layers(f, lambda v: v.pop("train")),
+        "'train' is missing; train again",
+    ),
+    (
+        "layers whose counts don't add up",
+        lambda f: change_layers(f, lambda v: v["validation"].update(examples=13)),
+        "'validation': 'confusion' isn't 3 x 3 counts a layer that add up to the 13 examples",
+    ),
+    (
+        "parts of different depth",
+        lambda f: change_layers(f, lambda v: v["train"]["confusion"].pop()),
+        "layers.json mixes",
+    ),
     ("metrics that are no JSON", lambda f: change_metric(f, "{"), "metrics.jsonl, line 2"),
     (
         "metrics of an unknown split",

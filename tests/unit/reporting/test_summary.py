@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
-
 from drllm.cost import executions
 from drllm.paths import Decision
 from drllm.records import SearchRecord, TriedPath
 from drllm.reporting.results import Evaluation
 from drllm.reporting.samples import Outcome, Sample
 from drllm.reporting.summary import (
-    always_execute,
     choose_examples,
     edit_effects,
     mean_length,
-    most_frequent,
-    score_constant,
     shares,
 )
-from drllm.supervision.summary import class_counts
 
 
 def tried(decisions: tuple[int, ...], reward: float, margin: float | None) -> TriedPath:
@@ -72,41 +66,6 @@ def test_an_effect_without_margins_has_none():
     (effect,) = edit_effects(records, Decision.SKIP)
     assert effect.reward == -1.0
     assert effect.margin is None
-
-
-def test_always_execute_scores_as_counted_by_hand():
-    scores = always_execute([[1, 3, 0], [0, 4, 0]])
-    assert scores["accuracy"] == 7 / 8
-    assert scores["f1_execute"] == pytest.approx(14 / 15)
-    assert scores["f1_skip"] == 0.0
-    assert scores["f1_repeat"] is None  # neither a label nor decided
-    assert scores["macro_f1"] == pytest.approx(7 / 15)
-    assert scores["acc_skip"] == 0.0
-    assert scores["acc_repeat"] is None
-    assert scores["avg_layers"] == 2.0
-
-
-def test_the_most_frequent_label_is_taken_a_layer_at_a_time():
-    scores = most_frequent([[3, 1, 0], [0, 4, 0]])
-    assert scores["accuracy"] == 7 / 8
-    assert scores["avg_layers"] == 1.0
-    assert scores["acc_skip"] == 1.0
-
-
-@pytest.mark.parametrize("decided", [(0, 1, 2), (1, 1, 1), (2, 0, 1)])
-def test_scores_of_constant_decisions_equal_a_count_label_by_label(decided):
-    rows = [(0, 1, 2), (1, 1, 2), (1, 0, 0), (1, 1, 1), (0, 1, 2)]
-    scores = score_constant(class_counts(rows), decided)
-    pairs = [(label, guess) for row in rows for label, guess in zip(row, decided, strict=True)]
-    assert scores["accuracy"] == sum(label == guess for label, guess in pairs) / len(pairs)
-    f1 = []
-    for value, name in enumerate(("skip", "execute", "repeat")):
-        hits = sum(label == guess == value for label, guess in pairs)
-        precision = hits / max(1, sum(guess == value for _, guess in pairs))
-        recall = hits / max(1, sum(label == value for label, _ in pairs))
-        f1.append(2 * precision * recall / (precision + recall) if hits else 0.0)
-        assert scores[f"f1_{name}"] == pytest.approx(f1[-1])
-    assert scores["macro_f1"] == pytest.approx(sum(f1) / 3)
 
 
 def test_no_rows_have_no_mean_length():

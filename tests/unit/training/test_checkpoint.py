@@ -95,7 +95,7 @@ def test_a_training_killed_at_ten_random_moments_ends_bit_for_bit_as_an_unbroken
         [sys.executable, script, tmp_path, "10"], env=environment, check=True, timeout=300
     )
     unbroken = sorted((tmp_path / "unbroken").rglob("*.*"))
-    assert len(unbroken) == 3 * 4
+    assert len(unbroken) == 3 * 5
     killed = [folder for folder in tmp_path.iterdir() if folder.name != "unbroken"]
     assert len(killed) == 10
     for folder in killed:

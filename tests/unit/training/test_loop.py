@@ -8,8 +8,12 @@ from safetensors.torch import load_file
 from drllm.config import TrainConfig
 from drllm.errors import CheckpointError, ConfigError
 from drllm.models.routers import RouterStack
+from drllm.reporting.agreement import read_agreement
+from drllm.supervision.agreement import ratios
+from drllm.supervision.baselines import verdict
 from drllm.training.checkpoint import CHECKPOINT_FILE
 from drllm.training.loop import Run, train, train_together, unfinished
+from drllm.training.metrics import count
 from drllm.training.plans import Plan, count_labels, new_stack
 from drllm.training.split import hold_out
 
@@ -37,6 +41,7 @@ def test_the_folder_holds_exactly_the_finished_routers(features_of, identity, tm
     train(features_of(), identity, QUICK, tmp_path / "new" / "folder")
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
         "README.md",
+        "layers.json",
         "metrics.jsonl",
         "router_config.json",
         "routers.safetensors",
@@ -53,7 +58,7 @@ def test_the_saved_config_says_what_was_trained_for_which_model(features_of, ide
     assert config.training["num_held_out"] == len(held_out) > 0
     assert config.training["tasks"] == {"even": 20, "odd": 20}
     assert config.training["rewards"] == ["letter"]
-    assert config.training["settings"] == QUICK.to_dict()
+    assert config.training["settings"] == QUICK.decisive()
     assert config.training["metrics"] == rows[-2:]
     assert {
         "id": config.base_model,
@@ -77,10 +82,62 @@ def test_metrics_have_a_line_for_each_epoch_and_part(features_of, identity, tmp_
     assert [(row["epoch"], row["split"]) for row in rows] == [
         (epoch, split) for epoch in (1, 2, 3) for split in ("train", "validation")
     ]
-    names = {"routers_loss", "macro_f1", "f1_skip", "f1_execute", "f1_repeat"}
+    names = {"routers_loss", "accuracy", "macro_f1", "f1_skip", "f1_execute", "f1_repeat"}
     names |= {"acc_skip", "acc_repeat", "avg_layers", "epoch", "split"}
     assert set(rows[0]) == names | {"learning_rate"}
     assert set(rows[1]) == names
+
+
+def test_the_layers_file_counts_what_the_saved_routers_say_of_both_parts(
+    features_of, identity, tmp_path
+):
+    features = features_of(60)
+    settings = config_of(num_epochs=30, learning_rate=0.3, early_stopping=2, warmup_steps=0)
+    rows = train(features, identity, settings, tmp_path)
+    agreement, stack = read_agreement(tmp_path / "layers.json"), RouterStack.load(tmp_path)
+    best = stack.config.training["best_epoch"]
+    assert agreement.epoch == best < rows[-1]["epoch"]
+    said = stack.double()(features.means.double(), features.filled)  # [N, L, C]
+    trained, held_out = hold_out(features.questions, settings.validation_fraction, settings.seed)
+    for part, index in (("train", trained), ("validation", held_out)):
+        expected = count(said[index], features.labels[index], loss=0.0)
+        counted = agreement.parts[part]["routers"]
+        assert counted.confusion == expected.confusion
+        assert counted.executions == expected.executions
+        assert counted.examples == len(index)
+    [line] = [row for row in rows if (row["epoch"], row["split"]) == (best, "validation")]
+    kept = {name: line[name] for name in line if name not in ("epoch", "split")}
+    assert ratios(agreement.parts["validation"]["routers"]) == kept
+
+
+def test_config_and_card_tell_how_routers_stand_beside_decisions_that_ignore_the_question(
+    features_of, identity, tmp_path
+):
+    train(features_of(60), identity, QUICK, tmp_path)
+    agreement = read_agreement(tmp_path / "layers.json")
+    told = RouterStack.load(tmp_path).config.training["against_baselines"]
+    systems = agreement.parts["validation"]
+    assert told["systems"] == {name: ratios(counts) for name, counts in systems.items()}
+    assert told["verdict"] == verdict(agreement.parts)
+    card = (tmp_path / "README.md").read_text()
+    for name, scores in told["systems"].items():
+        assert f"| {name.replace('_', ' ')} | {scores['macro_f1']:.4g} |" in card
+    assert told["verdict"] in card
+
+
+def test_who_is_told_of_a_training_decides_nothing_when_it_goes_on(features_of, identity, tmp_path):
+    features = features_of()
+    with pytest.raises(InterruptedRunError):
+        train(
+            features,
+            identity,
+            config_of(report_to="tensorboard"),
+            tmp_path,
+            on_progress=lambda done, total: _raise() if done > 4 else None,
+        )
+    train(features, identity, QUICK, tmp_path)
+    assert unfinished([Run(config_of(report_to="wandb"), tmp_path)], features, identity) == []
+    assert not (tmp_path / "trackers.json").exists()
 
 
 def test_validation_lines_are_absent_when_nothing_is_held_out(features_of, identity, tmp_path):
@@ -246,7 +303,7 @@ def test_runs_together_leave_the_folders_that_each_leaves_alone(features_of, ide
             torch.testing.assert_close(ours[name], weight, rtol=0, atol=ROUNDING)
         configs = [RouterStack.load(folder).config for folder in (run.output, alone)]
         told = [config.training for config in configs]
-        assert told[0]["settings"] == told[1]["settings"] == run.config.to_dict()
+        assert told[0]["settings"] == told[1]["settings"] == run.config.decisive()
         assert configs[0].label_counts == configs[1].label_counts
 
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from drllm.training.metrics import Counts, count, ratios
+from drllm.supervision.agreement import Counts, hit_ratios, ratios, total
+from drllm.training.metrics import count
 
 
 def batch(rows: int = 20, layers: int = 5, seed: int = 0):
@@ -33,7 +34,18 @@ def test_the_confusion_counts_every_layer_once():
     expected = tuple(
         tuple(found.count((label, decision)) for decision in range(3)) for label in range(3)
     )
-    assert expected == count(logits, labels, loss=0.0).confusion
+    assert expected == total(count(logits, labels, loss=0.0).confusion)
+
+
+def test_each_layer_is_counted_by_itself():
+    logits, labels = batch()
+    whole = count(logits, labels, loss=0.0)
+    for layer in range(labels.shape[1]):
+        alone = count(logits[:, layer : layer + 1], labels[:, layer : layer + 1], loss=0.0)
+        assert alone.confusion == (whole.confusion[layer],)
+        scores = hit_ratios(whole.confusion[layer])
+        hits = logits[:, layer].argmax(dim=-1) == labels[:, layer]
+        assert scores["accuracy"] == pytest.approx(float(hits.float().mean()))
 
 
 def test_counts_of_parts_add_up_to_the_counts_of_the_whole():
@@ -55,6 +67,7 @@ def test_ratios_equal_their_definitions():
     assert measured == pytest.approx(
         {
             "routers_loss": 0.25,
+            "accuracy": sum(label == decision for label, decision in found) / len(found),
             "macro_f1": sum(f1) / 3,
             "f1_skip": f1[0],
             "f1_execute": f1[1],

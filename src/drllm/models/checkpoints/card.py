@@ -26,6 +26,13 @@ METRICS = (
     ("acc_repeat", "repeat labels hit"),
     ("avg_layers", "executions"),
 )
+COMPARED = (
+    ("macro_f1", "macro-F1"),
+    ("accuracy", "labels hit"),
+    ("f1_skip", "F1 skip"),
+    ("f1_repeat", "F1 repeat"),
+    ("avg_layers", "executions"),
+)
 
 
 def model_card(config: RouterConfig, place: str = FOLDER) -> str:
@@ -130,7 +137,7 @@ def _training(config: RouterConfig) -> list[str]:
         )
     if data:
         parts += ["## Data", "\n".join(data)]
-    rows = _metrics(training)
+    rows, compared = _metrics(training), _compared(training)
     if rows:
         parts += [
             _heading(training),
@@ -138,6 +145,7 @@ def _training(config: RouterConfig) -> list[str]:
             f"{_read(training)}\n"
             "How well the routed model answers is measured by `drllm evaluate`, not by these "
             "numbers.",
+            *compared,
         ]
     if training.get("settings") and isinstance(training["settings"], Mapping):
         settings = [f"- {_line(name)}: {_line(v)}" for name, v in training["settings"].items()]
@@ -189,11 +197,42 @@ def _metrics(training: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     ]
 
 
+def _compared(training: Mapping[str, Any]) -> list[str]:
+    """Return how the routers stand beside decisions that ignore the question; empty if unknown."""
+    told = training.get("against_baselines")
+    if not isinstance(told, Mapping) or not isinstance(told.get("systems"), Mapping):
+        return []
+    systems = {
+        _line(name).replace("_", " "): metrics
+        for name, metrics in told["systems"].items()
+        if isinstance(metrics, Mapping)
+        and all(isinstance(metrics.get(key), (int, float, type(None))) for key, _ in COMPARED)
+    }
+    lines = [
+        f"| | {' | '.join(title for _, title in COMPARED)} |",
+        "|---" * (len(COMPARED) + 1) + "|",
+        *(
+            f"| {name} | {' | '.join(_number(metrics.get(key)) for key, _ in COMPARED)} |"
+            for name, metrics in systems.items()
+        ),
+    ]
+    where = "held-out targets" if told.get("split") == "validation" else "targets trained on"
+    return [
+        f"Beside decisions that ignore the question, on the {where}:",
+        "\n".join(lines),
+        _line(told.get("verdict", "")),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     names = [_line(row["split"]) for row in rows]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(rows) + 1) + "|"]
     for key, title in METRICS:
-        values = ["–" if row.get(key) is None else f"{row[key]:.4g}" for row in rows]
+        values = [_number(row.get(key)) for row in rows]
         lines.append(f"| {title} | " + " | ".join(values) + " |")
     return "\n".join(lines)
 

@@ -1,0 +1,237 @@
+"""The part of a report that is about how well the routers learnt their labels.
+
+Owns what is said of training, always beside decisions that ignore the question. Leaves counting to
+the training, baselines and verdict to `supervision.baselines`, and the drawings to `figures`.
+Axes: L layers, C = 3 decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from drllm.reporting import figures, summary
+from drllm.reporting.agreement import Agreement
+from drllm.reporting.blocks import Block, Columns, Figure, Table, Text
+from drllm.reporting.numbers import percent, plain
+from drllm.reporting.run import Run
+from drllm.supervision.agreement import Counts, hit_ratios, ratios
+from drllm.supervision.baselines import (
+    ALWAYS_EXECUTE,
+    LAYER_MAJORITY,
+    ROUTERS,
+    TRAIN,
+    VALIDATION,
+    baselines,
+    by_layer,
+    shown,
+    verdict,
+)
+from drllm.supervision.summary import class_counts
+
+METRICS = (
+    ("macro_f1", "macro-F1", 3),
+    ("accuracy", "labels hit", 3),
+    ("f1_skip", "F1 skip", 3),
+    ("f1_execute", "F1 execute", 3),
+    ("f1_repeat", "F1 repeat", 3),
+    ("acc_skip", "skip labels hit", 3),
+    ("acc_repeat", "repeat labels hit", 3),
+    ("avg_layers", "executions", 2),
+    ("routers_loss", "loss", 4),
+)
+Scores = Mapping[str, float | None]
+
+
+def blocks(run: Run) -> list[Block]:
+    """Return what is said of a run that has router metrics."""
+    by_split = {
+        split: {epoch.epoch: epoch.values for epoch in run.epochs if epoch.split == split}
+        for split in (TRAIN, VALIDATION)
+    }
+    found: list[Block] = []
+    known: Mapping[str, Counts]
+    if run.agreement is None:
+        known = _guesses(run)
+        found += _without_layers(run, by_split, known)
+    else:
+        known = run.agreement.parts[run.agreement.judged]
+        found += _judged(run.agreement, known)
+    scores = {name: ratios(counts) for name, counts in known.items() if name != ROUTERS}
+    if not by_split[VALIDATION]:
+        found.append(Text("No targets were held out, so there are no validation metrics."))
+    found.append(_curves(run, by_split, scores))
+    if run.agreement is not None:
+        found += _layers(run.agreement, known)
+    return [*found, _by_epoch(by_split)]
+
+
+# --- beside baselines --------------------------------------------------------------------------
+
+
+def _judged(agreement: Agreement, systems: Mapping[str, Counts]) -> list[Block]:
+    """Say how the saved routers stand on each part, and whether they beat the best baseline."""
+    return [
+        Text(verdict(agreement.parts)),
+        Text(f"{_what_guessing_hits(systems)} {by_layer(systems)}"),
+        Columns(
+            [
+                [
+                    Table(
+                        caption=f"On {agreement.title(part)}: routers after epoch "
+                        f"{agreement.epoch}, beside decisions that ignore the question",
+                        header=("metric", *map(shown, counted)),
+                        rows=_rows([ratios(counts) for counts in counted.values()]),
+                    )
+                ]
+                for part, counted in sorted(
+                    agreement.parts.items(), key=lambda named: named[0] != agreement.judged
+                )
+            ]
+        ),
+    ]
+
+
+def _what_guessing_hits(systems: Mapping[str, Counts]) -> str:
+    execute, frequent = (ratios(systems[name]) for name in (ALWAYS_EXECUTE, LAYER_MAJORITY))
+    return (
+        f"Executing every layer agrees with {percent(execute['accuracy'])} of the labels, and each "
+        f"layer's most frequent label with {percent(frequent['accuracy'])}: what routers are worth "
+        f"shows in the F1 of skip and repeat, not in accuracy."
+    )
+
+
+def _without_layers(
+    run: Run, by_split: Mapping[str, Mapping[int, Scores]], guesses: Mapping[str, Counts]
+) -> list[Block]:
+    """Say what older routers, that have no `layers.json`, have left."""
+    text = "No label counts are there, so the routers stand without a baseline beside them."
+    columns = {
+        "routers, train": summary.last_values(by_split[TRAIN]),
+        "routers, validation": summary.last_values(by_split[VALIDATION]),
+    }
+    if guesses:
+        text = _what_guessing_hits(guesses)
+        columns |= {shown(name): ratios(counts) for name, counts in guesses.items()}
+    there = {name: values for name, values in columns.items() if values}
+    last = max(epoch.epoch for epoch in run.epochs)
+    return [
+        Text(text),
+        Table(
+            caption=f"Routers after epoch {last}, beside decisions that ignore the question "
+            f"(these against all labels)",
+            header=("metric", *there),
+            rows=_rows(list(there.values())),
+        ),
+    ]
+
+
+def _guesses(run: Run) -> dict[str, Counts]:
+    """Return the baselines on all targets, or on those that the routers were saved with."""
+    labels: Sequence[Sequence[float]] = list(run.router_config.get("label_counts") or [])
+    if run.supervision:
+        labels = class_counts([record.optimal_layer_config for record in run.supervision])
+    return baselines(labels, labels) if labels else {}
+
+
+def _rows(columns: Sequence[Scores]) -> list[list[str]]:
+    return [
+        [name, *(plain(values.get(key), digits) for values in columns)]
+        for key, name, digits in METRICS
+    ]
+
+
+# --- by epoch ----------------------------------------------------------------------------------
+
+
+def _curves(
+    run: Run, by_split: Mapping[str, Mapping[int, Scores]], scores: Mapping[str, Scores]
+) -> Figure:
+    told = [
+        f"{split}, last epoch: macro-F1 {plain(values[max(values)].get('macro_f1'), 3)}"
+        for split, values in by_split.items()
+        if values
+    ]
+    told += [f"{shown(name)}: {plain(each['macro_f1'], 3)}" for name, each in scores.items()]
+    hits = any("accuracy" in epoch.values for epoch in run.epochs)
+    return Figure(
+        draw=partial(figures.router_metrics, run.epochs, scores),
+        name="router metrics",
+        alt=f"Macro-F1, {'labels hit, ' if hits else ''}F1 by decision and loss by epoch. "
+        f"{'; '.join(told)}.",
+        caption="Router metrics by epoch. Where targets are held out, full lines are "
+        "validation and dotted lines training; the dashed line is the best of the decisions that "
+        "ignore the question.",
+    )
+
+
+def _by_epoch(by_split: Mapping[str, Mapping[int, Scores]]) -> Table:
+    keys = ("macro_f1", "f1_skip", "f1_execute", "f1_repeat", "routers_loss")
+    names = {key: name for key, name, _ in METRICS}
+    splits = [split for split, values in by_split.items() if values]
+    epochs = sorted({number for values in by_split.values() for number in values})
+    return Table(
+        caption="Router metrics of every epoch",
+        header=("epoch", *(f"{names[key]}, {split}" for split in splits for key in keys)),
+        rows=[
+            [
+                str(number),
+                *(
+                    plain(by_split[split].get(number, {}).get(key), 4 if "loss" in key else 3)
+                    for split in splits
+                    for key in keys
+                ),
+            ]
+            for number in epochs
+        ],
+        texts=(),
+        folded=True,
+    )
+
+
+# --- by layer ----------------------------------------------------------------------------------
+
+
+def _layers(agreement: Agreement, systems: Mapping[str, Counts]) -> list[Block]:
+    """Draw and list each layer's labels, and how routers and the layer's majority hit them."""
+    labels = systems[ROUTERS].labels
+    shares = [[n / sum(layer) for n in layer] for layer in labels]
+    ours, theirs = (
+        [hit_ratios(layer) for layer in systems[name].confusion]
+        for name in (ROUTERS, LAYER_MAJORITY)
+    )
+    title = agreement.title(agreement.judged)
+    most = max(range(len(shares)), key=lambda layer: shares[layer][0])
+    return [
+        Figure(
+            draw=partial(figures.router_layers, shares, ours, theirs),
+            name="router layers",
+            alt=f"Labels, share of labels hit and F1 of skip by layer, on {title}. "
+            f"{by_layer(systems)} Most often to be skipped: layer {most}, "
+            f"{percent(shares[most][0])} of its labels; the routers' F1 of skip there is "
+            f"{plain(ours[most]['f1_skip'], 3)}.",
+            caption=f"By layer, on {title}: how often its label is skip or repeat, what share of "
+            f"its labels the routers hit (dots) and its commonest label in training hits "
+            f"(line), and the F1 of skip of both. No dot: skip is neither label nor decision.",
+        ),
+        Table(
+            caption=f"Routers of every layer, on {title}",
+            header=(
+                *("layer", "labels skip", "execute", "repeat"),
+                *("labels hit", "layer majority"),
+                *("F1 skip", "layer majority", "F1 repeat"),
+            ),
+            rows=[
+                [
+                    str(layer),
+                    *map(percent, share),
+                    *(percent(scores["accuracy"]) for scores in (one, other)),
+                    *(plain(scores["f1_skip"], 3) for scores in (one, other)),
+                    plain(one["f1_repeat"], 3),
+                ]
+                for layer, (share, one, other) in enumerate(zip(shares, ours, theirs, strict=True))
+            ],
+            texts=(),
+            folded=True,
+        ),
+    ]

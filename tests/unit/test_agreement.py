@@ -1,0 +1,170 @@
+"""Counts of hits add up, and baselines are what deciding label by label would score."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drllm.supervision.agreement import Counts, hit_ratios, ratios
+from drllm.supervision.baselines import (
+    ALWAYS_EXECUTE,
+    LABEL_FREQUENCY,
+    LAYER_MAJORITY,
+    baselines,
+    beside,
+    by_layer,
+    drawn,
+    majority,
+    verdict,
+)
+
+ROUNDING = 1e-12
+"""float64: sums of a few products in another order."""
+NAMES = ("skip", "execute", "repeat")
+
+cells = st.integers(0, 1000)
+confusions = st.tuples(*[st.tuples(cells, cells, cells)] * 3)
+counts = st.builds(
+    Counts,
+    confusion=st.tuples(confusions, confusions),
+    executions=cells,
+    examples=cells,
+    loss=cells.map(float),
+)
+
+
+def counted(pairs: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> Counts:
+    """Count label paths and decisions one by one."""
+    layers = [[[0] * 3 for _ in range(3)] for _ in pairs[0][0]]
+    for labels, decided in pairs:
+        for layer, label, decision in zip(layers, labels, decided, strict=True):
+            layer[label][decision] += 1
+    return Counts(
+        confusion=tuple(tuple(tuple(row) for row in layer) for layer in layers),
+        executions=sum(max(1, sum(decided)) for _, decided in pairs),
+        examples=len(pairs),
+        loss=None,
+    )
+
+
+def some_labels(seed: int, rows: int = 7, layers: int = 3) -> list[tuple[int, ...]]:
+    rng = random.Random(seed)
+    return [tuple(rng.choices((0, 1, 2), (3, 5, 1), k=layers)) for _ in range(rows)]
+
+
+def labels_of(rows: list[tuple[int, ...]]) -> list[list[float]]:
+    return [[float(layer.count(value)) for value in range(3)] for layer in zip(*rows, strict=True)]
+
+
+@given(counts, counts, counts)
+def test_counts_add_up_in_any_order_from_nothing(one: Counts, two: Counts, three: Counts) -> None:
+    assert (one + two) + three == one + (two + three)
+    assert one + two == two + one
+    assert Counts() + one == one == one + Counts()
+
+
+def test_counts_of_other_depths_do_not_add_up() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        counted([((1, 1), (1, 1))]) + counted([((1,), (1,))])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_constant_baselines_equal_a_count_label_by_label(seed: int) -> None:
+    trained, judged = some_labels(seed, rows=11), some_labels(seed + 50)
+    found = baselines(labels_of(judged), labels_of(trained))
+    columns = list(zip(*trained, strict=True))
+    commonest = tuple(max((1, 0, 2), key=column.count) for column in columns)
+    for name, decided in ((ALWAYS_EXECUTE, (1, 1, 1)), (LAYER_MAJORITY, commonest)):
+        assert found[name] == counted([(labels, decided) for labels in judged])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_label_frequency_is_the_mean_over_all_draws_by_their_probability(seed: int) -> None:
+    trained, judged = some_labels(seed, rows=5), some_labels(seed + 50)
+    shares = [[n / 5 for n in layer] for layer in labels_of(trained)]
+    expected = [[[0.0] * 3 for _ in range(3)] for _ in range(3)]
+    executions = 0.0
+    for decided in itertools.product(range(3), repeat=3):
+        chance = math.prod(shares[layer][value] for layer, value in enumerate(decided))
+        one = counted([(labels, decided) for labels in judged])
+        executions += chance * one.executions
+        for layer, label, value in itertools.product(range(3), repeat=3):
+            expected[layer][label][value] += chance * one.confusion[layer][label][value]
+    found = baselines(labels_of(judged), labels_of(trained))[LABEL_FREQUENCY]
+    assert found.executions == pytest.approx(executions, rel=ROUNDING)
+    for mine, theirs in zip(found.confusion, expected, strict=True):
+        for row, other in zip(mine, theirs, strict=True):
+            assert row == pytest.approx(other, rel=ROUNDING)
+
+
+def test_always_execute_scores_as_counted_by_hand() -> None:
+    found = ratios(baselines([[1, 3, 0], [0, 4, 0]], [[1, 0, 0], [0, 0, 1]])[ALWAYS_EXECUTE])
+    assert found["accuracy"] == 7 / 8
+    assert found["f1_execute"] == pytest.approx(14 / 15)
+    assert found["f1_skip"] == 0.0
+    assert found["f1_repeat"] is None  # neither a label nor decided
+    assert found["macro_f1"] == pytest.approx(7 / 15)
+    assert found["acc_skip"] == 0.0
+    assert found["acc_repeat"] is found["routers_loss"] is None
+    assert found["avg_layers"] == 2.0
+
+
+def test_drawing_only_skips_still_costs_one_execution() -> None:
+    assert drawn([[1, 3, 0], [0, 4, 0]], [[1.0, 0.0, 0.0]] * 2).executions == 4
+
+
+def test_of_equally_common_labels_execute_comes_first() -> None:
+    assert majority([[2, 2, 2], [2, 1, 2], [0, 1, 2]]) == [1, 0, 2]
+
+
+def test_the_f1_of_one_layer_is_that_of_its_own_counts() -> None:
+    confusion = ((2, 1, 0), (1, 5, 0), (0, 1, 0))
+    found = hit_ratios(confusion)
+    assert found["f1_skip"] == pytest.approx(2 * 2 / (3 + 3))
+    assert found["f1_execute"] == pytest.approx(2 * 5 / (6 + 7))
+    assert found["f1_repeat"] == 0.0
+    assert found["accuracy"] == 0.7
+
+
+TRAINED = [(1, 1)] * 6 + [(0, 1)] * 2
+JUDGED = [(1, 1), (1, 1), (0, 1), (1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("decided", "told"),
+    [
+        (JUDGED, "beat the best baseline in both macro-F1 and accuracy: macro-F1 1.000 against"),
+        ([(1, 1)] * 4, "beat the best baseline neither in macro-F1 nor in accuracy"),
+        ([(0, 1), (1, 1), (0, 1), (0, 0)], "beat the best baseline in macro-F1, but not in acc"),
+    ],
+)
+def test_the_verdict_is_about_held_out_targets_and_the_best_baseline_of_each_metric(
+    decided: list[tuple[int, ...]], told: str
+) -> None:
+    trained = labels_of(TRAINED)
+    parts = {
+        "train": beside(counted([(row, row) for row in TRAINED]), trained),
+        "validation": beside(counted(list(zip(JUDGED, decided, strict=True))), trained),
+    }
+    said = verdict(parts)
+    assert said.startswith(f"On 4 held-out targets the routers {told}")
+    assert "accuracy" in said
+    assert "0.750 (always execute)" in said
+
+
+def test_without_held_out_targets_nothing_is_claimed() -> None:
+    trained = labels_of(TRAINED)
+    said = verdict({"train": beside(counted([(row, row) for row in TRAINED]), trained)})
+    assert said.startswith("No targets were held out, so nothing says whether the routers beat")
+
+
+def test_layers_at_which_routers_hit_more_than_the_majority_are_counted() -> None:
+    systems = beside(counted([((0, 1), (0, 0)), ((1, 1), (1, 1))]), labels_of(TRAINED))
+    assert by_layer(systems) == (
+        "The routers hit more labels than the layer's majority at 1 of 2 layers, fewer at 1."
+    )

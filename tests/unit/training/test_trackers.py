@@ -1,0 +1,261 @@
+"""Trackers are told of a training under known names, and change nothing about it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from dataclasses import replace
+
+import pytest
+
+from drllm.config import TrainConfig
+from drllm.errors import ConfigError
+from drllm.models.routers import RouterStack
+from drllm.training.checkpoint import CHECKPOINT_FILE
+from drllm.training.loop import Run, train, train_together
+from drllm.training.trackers import FOLDER, RUN_FILE, check_trackers
+
+QUIET = TrainConfig(
+    num_epochs=3, gradient_accumulation=4, num_windows=4, router_width=5, warmup_steps=2
+)
+SINGLE = 1e-6
+"""TensorBoard keeps float32."""
+DEFINED = ("routers_loss", "accuracy", "macro_f1", "f1_execute", "avg_layers", "learning_rate")
+
+
+def needs(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} isn't installed (pip install 'drllm[trackers]')")
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path_factory):
+    """W&B without a network, and without a trace in the user's home."""
+    needs("wandb")
+    home = tmp_path_factory.mktemp("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(home))
+
+
+def scalars(folder) -> dict[str, dict[int, float]]:
+    """Every curve that TensorBoard shows of a folder: name → step → value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / FOLDER / "tensorboard"))
+    events.Reload()
+    return {
+        name: {event.step: event.value for event in events.Scalars(name)}
+        for name in events.Tags()["scalars"]
+    }
+
+
+def logged(content: bytes) -> list[bytes]:
+    """The records of a LevelDB log, behind W&B's 7 bytes of its own: blocks of 32 KiB, in them
+    parts of (4 bytes of checksum, 2 of length, 1 that is 1 for a whole record, 4 for a last part).
+    """
+    block, header = 2**15, 7
+    found, begun, at = [], b"", header
+    while at + header <= len(content):
+        if block - at % block < header:
+            at += block - at % block
+            continue
+        size, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        begun += content[at + header : at + header + size]
+        at += header + size
+        if kind in (1, 4):
+            found, begun = [*found, begun], b""
+    return found
+
+
+def told_wandb(folder) -> list[tuple[str, dict[str, object], list[dict[str, object]]]]:
+    """What each offline folder of W&B holds: the run's id, its config and its history."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = []
+    for file in sorted((folder / FOLDER).glob("wandb/offline-run-*/*.wandb")):
+        identity, config, history = "", {}, []
+        for data in logged(file.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            if record.HasField("run"):
+                identity = record.run.run_id
+                config = {u.key: json.loads(u.value_json) for u in record.run.config.update}
+            if record.HasField("history"):
+                items = record.history.item
+                history.append(
+                    {
+                        (item.key or "/".join(item.nested_key)): json.loads(item.value_json)
+                        for item in items
+                    }
+                )
+        found.append((identity, config, history))
+    return found
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_a_tracker_changes_no_file_of_the_routers(
+    features_of, identity, tmp_path, tracker, request
+):
+    needs(tracker)
+    if tracker == "wandb":
+        request.getfixturevalue("offline")
+    features = features_of(40)
+    plain = train(features, identity, QUIET, tmp_path / "plain" / "routers")
+    told = replace(QUIET, report_to=tracker)
+    assert plain == train(features, identity, told, tmp_path / "told" / "routers")
+    for path in (tmp_path / "plain" / "routers").iterdir():
+        assert path.read_bytes() == (tmp_path / "told" / "routers" / path.name).read_bytes()
+    assert not (tmp_path / "told" / "routers" / RUN_FILE).exists()
+    assert (tmp_path / "told" / "routers" / FOLDER).is_dir()
+
+
+def test_tensorboard_is_told_of_every_step_and_epoch(features_of, identity, tmp_path):
+    needs("tensorboard")
+    rows = train(features_of(40), identity, replace(QUIET, report_to="tensorboard"), tmp_path)
+    trained = RouterStack.load(tmp_path).config.training
+    steps = trained["steps"] // QUIET.num_epochs
+    curves = scalars(tmp_path)
+    for row in rows:
+        for name in DEFINED:
+            if name in row:
+                value = curves[f"{row['split']}/{name}"][row["epoch"] * steps]
+                assert value == pytest.approx(row[name], rel=SINGLE)
+    assert list(curves["step/macro_f1"]) == list(range(1, trained["steps"] + 1))
+    # An epoch's loss is that of its steps, weighted by their examples.
+    sizes = [4] * (steps - 1) + [trained["num_trained"] - 4 * (steps - 1)]
+    first = [curves["step/routers_loss"][step] for step in range(1, steps + 1)]
+    mean = sum(n * loss for n, loss in zip(sizes, first, strict=True)) / sum(sizes)
+    assert mean == pytest.approx(rows[0]["routers_loss"], rel=SINGLE)
+
+
+def test_runs_together_are_one_run_of_the_tracker_each_under_its_folder(
+    features_of, identity, tmp_path
+):
+    needs("tensorboard")
+    config = replace(QUIET, report_to="tensorboard", num_seeds=2)
+    runs = [Run(one, place) for place, one in config.by_seed(tmp_path / "mine").items()]
+    rows = train_together(features_of(40), identity, runs)
+    curves = scalars(tmp_path / "mine")
+    for name, lines in zip(("mine", "seed_1"), rows, strict=True):
+        values = list(curves[f"{name}/validation/routers_loss"].values())
+        expected = [row["routers_loss"] for row in lines if row["split"] == "validation"]
+        assert values == pytest.approx(expected, rel=SINGLE)
+    assert not (tmp_path / "mine" / "seed_1" / FOLDER).exists()
+
+
+class InterruptedRunError(Exception):
+    pass
+
+
+def interrupted(features, identity, config, folder, after: int) -> None:
+    def stop(done: int, _: int) -> None:
+        if done > after:
+            raise InterruptedRunError
+
+    with pytest.raises(InterruptedRunError):
+        train(features, identity, config, folder, on_progress=stop)
+    assert (folder / CHECKPOINT_FILE).exists()
+
+
+def test_a_resumed_training_goes_on_in_the_same_curves_of_tensorboard(
+    features_of, identity, tmp_path, caplog
+):
+    needs("tensorboard")
+    features, config = features_of(40), replace(QUIET, report_to="tensorboard")
+    train(features, identity, config, tmp_path / "whole")
+    interrupted(features, identity, config, tmp_path / "broken", after=14)
+    time.sleep(1.1)  # TensorBoard reads files in the order of their names: seconds, then process
+    train(features, identity, config, tmp_path / "broken")
+    assert scalars(tmp_path / "whole") == scalars(tmp_path / "broken")
+    ours = [each.message for each in caplog.records if each.name.startswith("drllm")]
+    assert not any("tensorboard" in message for message in ours)
+
+
+def test_a_tracker_that_joins_a_resumed_training_is_said_to_lack_its_beginning(
+    features_of, identity, tmp_path, caplog
+):
+    needs("tensorboard")
+    features = features_of(40)
+    interrupted(features, identity, QUIET, tmp_path, after=14)
+    train(features, identity, replace(QUIET, report_to="tensorboard"), tmp_path)
+    steps = RouterStack.load(tmp_path).config.training["steps"] // QUIET.num_epochs
+    assert f"tensorboard wasn't told of the first {steps} steps of this training" in caplog.messages
+
+
+def test_wandb_offline_keeps_settings_baselines_and_curves(
+    features_of, identity, tmp_path, offline
+):
+    rows = train(features_of(40), identity, replace(QUIET, report_to="wandb"), tmp_path)
+    ((_, config, history),) = told_wandb(tmp_path)
+    settings = {name: v for name, v in QUIET.decisive().items() if v is not None}
+    assert settings.items() <= config.items()
+    assert 0 < config["baselines/always_execute/accuracy"] < 1
+    losses = [line["step/routers_loss"] for line in history if "step/routers_loss" in line]
+    assert len(losses) == RouterStack.load(tmp_path).config.training["steps"]
+    for split in ("train", "validation"):
+        name = f"{split}/macro_f1"
+        values = [line[name] for line in history if name in line]
+        assert values == [row["macro_f1"] for row in rows if row["split"] == split]
+
+
+def test_wandb_offline_goes_on_under_the_same_id_and_says_that_two_folders_belong_together(
+    features_of, identity, tmp_path, offline, caplog
+):
+    features, config = features_of(40), replace(QUIET, report_to="wandb")
+    interrupted(features, identity, config, tmp_path, after=14)
+    train(features, identity, config, tmp_path)
+    first, second = told_wandb(tmp_path)
+    assert first[0] == second[0] != ""
+    assert any("wandb is offline and keeps the steps from" in text for text in caplog.messages)
+
+
+def test_a_wandb_run_of_the_caller_is_left_alone(features_of, identity, tmp_path, offline):
+    import wandb
+
+    own = wandb.init(project="own", dir=str(tmp_path))
+    train(features_of(), identity, replace(QUIET, report_to="wandb"), tmp_path / "routers")
+    assert wandb.run is own
+    own.log({"still": 1})  # it would be refused after an end
+    own.finish()
+
+
+def test_an_unknown_tracker_is_refused_with_the_nearest_name(features_of, identity, tmp_path):
+    config = replace(QUIET, report_to="tensorbord")
+    with pytest.raises(ConfigError, match=r"unknown tracker 'tensorbord'; did you mean 'tensorbo"):
+        train(features_of(), identity, config, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "install"), [("wandb", "'drllm\\[trackers\\]'"), ("mlflow", "mlflow")]
+)
+def test_a_tracker_that_is_not_installed_is_refused_with_what_to_install(
+    monkeypatch, name, install
+):
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [])
+    with pytest.raises(ConfigError, match=f"--report-to is {name}, .* pip install {install}"):
+        check_trackers([name])
+
+
+def test_a_tracker_that_cannot_start_is_named_in_one_line(
+    features_of, identity, tmp_path, monkeypatch, offline
+):
+    import wandb
+
+    def refuse(**_):
+        raise wandb.Error("no key\nis there")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ConfigError, match="--report-to wandb can't start: no key is there; mend"):
+        train(features_of(), identity, replace(QUIET, report_to="wandb"), tmp_path)
+
+
+def test_names_are_told_apart_by_commas_each_once():
+    assert replace(QUIET, report_to="wandb, tensorboard,wandb").trackers == [
+        "wandb",
+        "tensorboard",
+    ]
+    assert QUIET.trackers == []
