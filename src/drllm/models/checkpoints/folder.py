@@ -31,7 +31,8 @@ def replace(folder: Path, files: Mapping[str, bytes]) -> None:
 
     Everything is on the disk before the first of the earlier files is touched, and these are put
     back if a later step fails. While they change places the config is away, so that a process
-    killed in between leaves a folder that is refused, never one of two halves.
+    killed in between leaves a folder that is refused, never one of two halves; the next save that
+    succeeds takes away what it left beside them.
 
     Args:
         folder: Made if need be; other files in it stay as they are.
@@ -80,7 +81,9 @@ def _exchange(folder: Path, files: Mapping[str, bytes]) -> None:
                 old[name].replace(folder / name)
         raise
     for name in names:
-        old[name].unlink(missing_ok=True)
+        for left in folder.glob(f".{name}.*"):  # and what a save that was killed left behind
+            if left.suffix in (".new", ".old"):
+                left.unlink(missing_ok=True)
 
 
 def read_values(folder: Path) -> dict[str, Any]:

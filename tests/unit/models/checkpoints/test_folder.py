@@ -187,6 +187,15 @@ def test_a_process_killed_while_files_change_places_leaves_no_mixture(tmp_path: 
         assert "router_config.json" not in whole or whole in (old, new)
 
 
+def test_what_a_killed_save_left_behind_goes_with_the_next_one(folder: Path) -> None:
+    for name in OLD:
+        (folder / f".{name}.0123.new").write_bytes(b"half")
+        (folder / f".{name}.0123.old").write_bytes(b"before")
+    (folder / ".README.md.mine").write_bytes(b"not ours")
+    replace(folder, NEW)
+    assert set(contents(folder)) == {*NEW, "metrics.jsonl", ".README.md.mine"}
+
+
 @pytest.mark.parametrize("name", OLD)
 def test_a_folder_in_the_way_of_a_file_is_refused(folder: Path, name: str) -> None:
     (folder / name).unlink()
