@@ -8,9 +8,10 @@ The parity tests hold ours to this same loop (`Literal`) in double precision. It
 are laid out like Llama's.
 
 Both train on the same examples from the same weights in the same order, one run, and the losses of
-every epoch are compared. Target paths are drawn, in the shares of the paper's labels: what a path
-teaches changes no time. `--scale` then fits many targets, made by repeating the features of these,
-each size in a process of its own, and reads the clock and the memory.
+every epoch are compared with each other, and with what rounding alone does to them. Target paths
+are drawn, in the shares of the paper's labels: what a path teaches changes no time. `--scale` then
+fits many targets, made by repeating the features of these, each size in a process of its own, and
+reads the clock and the memory.
 
     python benchmarks/training.py [--quick] [--json FILE] [--clock cpu] [--data-dir DIR]
         [--model MODEL] [--questions N] [--scale [--targets N]]
@@ -41,7 +42,7 @@ from drllm.models.routed import RoutedModel
 from drllm.models.routers import RouterStack
 from drllm.records import SupervisionRecord, new_manifest
 from drllm.tasks.base import OPTIONS_REWARD, choose, get_task
-from drllm.training.features import Features, collect
+from drllm.training.features import BATCH_SIZE, Features, collect
 from drllm.training.loop import train
 from drllm.training.plans import Plan, new_stack
 from drllm.training.split import epoch_batches
@@ -55,9 +56,12 @@ WHOLE = {"questions": 160, "targets": 4000}
 SHARES = torch.tensor([4399.0, 120956.0, 1457.0]) / 126812
 """Of skip, execute and repeat among the paper's labels (arXiv 2510.12773)."""
 
-EQUAL_LOSSES = 1e-3
-"""Relative, of an epoch's loss in float32: passes in batches and one by one round differently, and
-25 epochs of training carry that on."""
+EQUAL_LOSSES = 1e-4
+"""Relative, of an epoch's loss in float32, as long as rounding alone moves it less."""
+TIMES_ROUNDING = 10
+"""How many times as far as rounding alone an epoch's loss may lie from ours. Training carries a
+difference of a last bit on and multiplies it, so what rounding does is measured: ours again, on
+features that were pooled one prompt at a time."""
 
 OURS = "one pass in batches, features on disk, then all routers together (collect, train)"
 THEIRS = "the base model in the loop: every epoch, one example at a time"
@@ -236,14 +240,28 @@ def drawn_targets(base: BaseModel, num: int, data_dir: Path | None) -> list[Supe
     return records
 
 
+def relative(values: Sequence[float], reference: Sequence[float]) -> list[float]:
+    """Return how far values are from those of a reference, as shares of these."""
+    return [abs(value / other - 1) for value, other in zip(values, reference, strict=True)]
+
+
 def pooled(
-    base: BaseModel, records: Sequence[SupervisionRecord], config: TrainConfig, folder: Path
+    base: BaseModel,
+    records: Sequence[SupervisionRecord],
+    config: TrainConfig,
+    folder: Path,
+    batch_size: int = BATCH_SIZE,
 ) -> Features:
     """Run the feature pass, into a folder."""
     routed = RoutedModel(base.model, tokenizer=base.tokenizer)
     try:
         return collect(
-            routed, base.tokenizer, records, num_windows=config.num_windows, store=Store(folder)
+            routed,
+            base.tokenizer,
+            records,
+            num_windows=config.num_windows,
+            store=Store(folder),
+            batch_size=batch_size,
         )
     finally:
         routed.detach()
@@ -280,8 +298,11 @@ def compare(
     theirs_s = clock() - started
 
     alone_s = walk_along(everything)
-    mine = torch.tensor([row["routers_loss"] for row in rows], dtype=torch.float64)
-    difference = (mine / torch.tensor(losses, dtype=torch.float64) - 1).abs().max()  # NaN stays
+    apart = pooled(base, records, config, folder / "apart", batch_size=1)
+    again = train(apart, base.identity, config, folder / "again")
+    mine = [row["routers_loss"] for row in rows]
+    from_theirs = relative(losses, mine)
+    by_rounding = relative([row["routers_loss"] for row in again], mine)
     return {
         "questions": len(records),
         "epochs": config.num_epochs,
@@ -293,9 +314,23 @@ def compare(
         "bound": theirs_s / pass_s,
         "batch_1_loses": alone_s / pass_s,
         "routers_in_the_loop": theirs_s / (config.num_epochs * alone_s),
-        "largest_relative_difference": float(difference),
+        "relative_differences": from_theirs,
+        "by_rounding_alone": by_rounding,
+        "losses_are_equal": all(
+            found <= max(EQUAL_LOSSES, TIMES_ROUNDING * noise)  # NaN is not
+            for found, noise in zip(from_theirs, by_rounding, strict=True)
+        ),
         "last_loss": losses[-1],
     }, features
+
+
+def differ(found: Sequence[float]) -> str:
+    """Write the first epoch's difference, and the largest of the early and of all epochs."""
+    early = max(1, len(found) // 5)
+    return (
+        f"{found[0]:.1e} in the first, at most {max(found[:early]):.1e} in the first {early}, "
+        f"{max(found):.1e} in all"
+    )
 
 
 def report(result: Mapping[str, Any]) -> None:
@@ -305,8 +340,8 @@ def report(result: Mapping[str, Any]) -> None:
         f"model in the loop, {result['ours_s']:.1f} s ours ({result['pass_s']:.1f} s the pass, "
         f"{result['fit_s']:.1f} s the fit); {result['questions']} questions, "
         f"{result['epochs']} epochs\n"
-        f"  losses of the epochs: largest relative difference "
-        f"{result['largest_relative_difference']:.1e}\n"
+        f"  losses of the epochs differ, relatively, by {differ(result['relative_differences'])}; "
+        f"by rounding alone {differ(result['by_rounding_alone'])}\n"
         f"  were the fit for nothing, {result['bound']:.1f}: {result['epochs']} epochs, times "
         f"{result['batch_1_loses']:.2f} for the base model one example at a time instead of the "
         f"pass, times {result['routers_in_the_loop']:.2f} for routers and gradients in the loop; "
@@ -466,8 +501,10 @@ def main() -> None:
     }
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
-    if not result["largest_relative_difference"] <= EQUAL_LOSSES:
-        raise SystemExit(f"the losses differ by more than {EQUAL_LOSSES}, relatively")
+    if not result["losses_are_equal"]:
+        raise SystemExit(
+            f"the losses differ by more than {EQUAL_LOSSES} and {TIMES_ROUNDING} times rounding"
+        )
 
 
 if __name__ == "__main__":
