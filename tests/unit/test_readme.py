@@ -49,6 +49,15 @@ def test_every_file_of_the_annotated_tree_exists():
         folders.append(place)
 
 
+def test_every_module_for_a_first_reading_exists():
+    [line] = [line for line in README.splitlines() if line.startswith("For a first reading")]
+    names = re.findall(r"`([a-z_/]+)`", line)
+    assert len(names) > 5
+    for name in names:
+        place = REPOSITORY / "src" / "drllm" / name
+        assert place.is_dir() or place.with_suffix(".py").is_file(), name
+
+
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
 def test_every_link_to_a_file_leads_to_one(link: str):
     assert link.startswith("https://") or (REPOSITORY / link).exists()
