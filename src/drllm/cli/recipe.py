@@ -5,7 +5,7 @@ Owns reading and checking them. Leaves carrying them out to `run_folder`. Loads 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,21 @@ class Recipe:
             "search": checks.tasks_to_search(self.search),
             "evaluate": checks.tasks_to_evaluate(self.evaluate),
         }
-        check_settings(self.supervise, [task.name for task in tasks["search"]])
+        self.check(tasks["search"])
+        return tasks
+
+    def check(self, searched: Sequence[Task]) -> None:
+        """Refuse settings of supervision and training that make no sense or have no effect.
+
+        Args:
+            searched: The tasks of `search`.
+
+        Raises:
+            ConfigError: Naming them.
+        """
+        check_settings(self.supervise, [task.name for task in searched])
         self.train.check_effects()
         checks.check_trackers(self.train)
-        return tasks
 
 
 def read_recipe(path: Path, folder: Path, data_dir: str | None = None) -> Recipe:

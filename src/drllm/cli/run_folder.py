@@ -47,8 +47,7 @@ def run(request: Request, terminal: Terminal) -> None:
         RecordError: The folder holds files that can't be trusted, or no question has a target.
     """
     path = request.path("recipe")
-    given = request.values["output_dir"]
-    folder = request.path("output_dir") if given else RUNS / path.stem
+    folder = folder_of(request, path)
     recipe = read_recipe(path, folder, request.values["data_dir"])
     tasks = recipe.tasks()
     checks.check_folder(folder, "--output-dir")
@@ -60,6 +59,11 @@ def run(request: Request, terminal: Terminal) -> None:
     for name, seconds, skipped in done:
         terminal.say(f"{name:12} {duration(seconds)}{', done before' if skipped else ''}")
     terminal.say(f"{'report':12} {folder / 'report.html'}")
+
+
+def folder_of(request: Request, file: Path) -> Path:
+    """Return where what a file says is carried out: as asked, else `runs/` and its name."""
+    return request.path("output_dir") if request.values["output_dir"] else RUNS / file.stem
 
 
 class Loader:

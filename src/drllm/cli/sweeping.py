@@ -24,7 +24,7 @@ from typing import Any
 from drllm.cli import checks
 from drllm.cli.parser import Request
 from drllm.cli.recipe import Recipe, parse_recipe
-from drllm.cli.run_folder import RUNS, Loader, Run
+from drllm.cli.run_folder import Loader, Run, folder_of
 from drllm.cli.settings_files import read_yaml, with_underscores
 from drllm.cli.show_results import show_results
 from drllm.cli.show_sweep import show_sweep
@@ -41,6 +41,7 @@ from drllm.reporting.sweeps import (
     drawn,
     read_candidate,
 )
+from drllm.tasks.base import get_tasks
 
 SWEPT = ("supervise", "train")
 """Sections that a setting may change."""
@@ -84,11 +85,12 @@ def read_sweep(path: Path, folder: Path, data_dir: str | None = None) -> Sweep:
             f"{path}: evaluate: a sweep compares at equal depths; give them as curve, for example "
             f"'0.05,0.1'"
         )
-    if common.evaluate.split_of("") == CHOSEN_ON:
-        raise ConfigError(
-            f"{path}: evaluate: split is {CHOSEN_ON}, on which the setting is chosen; leave it out "
-            f"or give test"
-        )
+    for task in get_tasks(common.evaluate.tasks):
+        if common.evaluate.split_of(task.name) == CHOSEN_ON:
+            raise ConfigError(
+                f"{path}: evaluate: {task.name}'s split is {CHOSEN_ON}, on which the setting is "
+                f"chosen; leave it out or give test"
+            )
     recipes = {
         _checked(path, str(name)): parse_recipe(
             path, _changed(path, str(name), values, changes), folder, data_dir
@@ -161,24 +163,23 @@ def sweep(request: Request, terminal: Terminal) -> None:
         RecordError: The folder holds files that can't be trusted, or a setting has no targets.
     """
     path = request.path("sweep")
-    given = request.values["output_dir"]
-    folder = request.path("output_dir") if given else RUNS / path.stem
+    folder = folder_of(request, path)
     swept = read_sweep(path, folder, request.values["data_dir"])
     tasks = swept.common.tasks()
-    recipes = {
-        name: dataclasses.replace(recipe, evaluate=for_choice(recipe.evaluate))
-        for name, recipe in swept.settings.items()
-    }
-    chosen_tasks, *_ = [recipe.tasks() for recipe in recipes.values()]
+    choosing = for_choice(swept.common.evaluate)
+    chosen_on = {**tasks, "evaluate": checks.tasks_to_evaluate(choosing)}
+    for recipe in swept.settings.values():
+        recipe.check(tasks["search"])
     checks.check_folder(folder, "--output-dir")
     with ExitStack() as stack:
         load = Loader(swept.common.model, terminal, stack)
         Run(swept.common, tasks, folder, terminal, load).carry_out(["search"])
         candidates = []
-        for number, (name, recipe) in enumerate(recipes.items(), start=1):
-            terminal.note(f"setting {number} of {len(recipes)}: {name}")
+        for number, (name, setting) in enumerate(swept.settings.items(), start=1):
+            terminal.note(f"setting {number} of {len(swept.settings)}: {name}")
             place = folder / "settings" / name
-            run = Run(recipe, chosen_tasks, place, terminal, load, {"search": folder})
+            recipe = dataclasses.replace(setting, evaluate=choosing)
+            run = Run(recipe, chosen_on, place, terminal, load, {"search": folder})
             run.carry_out(["supervise", "train", "evaluate"])
             candidates.append(read_candidate(name, place / "eval"))
         chosen = choose(candidates)
@@ -187,9 +188,10 @@ def sweep(request: Request, terminal: Terminal) -> None:
         if chosen is None:
             return
         place = folder / "settings" / chosen.name
-        best = dataclasses.replace(swept.settings[chosen.name], evaluate=swept.common.evaluate)
         shared = {"search": folder, "supervise": place, "train": place}
-        Run(best, tasks, folder / "test", terminal, load, shared).carry_out(["evaluate", "report"])
+        best = swept.settings[chosen.name]
+        run = Run(best, tasks, folder / "test", terminal, load, shared)
+        run.carry_out(["evaluate", "report"])
     show_results(folder / "test" / "eval", terminal)
     terminal.say(f"report         {folder / 'test' / 'report.html'}")
 
@@ -209,4 +211,4 @@ def _write(
     }
     write_atomically(folder / SWEEP_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     if any(candidate.places for candidate in candidates):
-        (folder / "sweep.png").write_bytes(png(partial(drawn, candidates)))
+        write_atomically(folder / "sweep.png", png(partial(drawn, candidates)))

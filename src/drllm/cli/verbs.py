@@ -67,6 +67,12 @@ class Verb:
     model_from_routers: bool = False
 
 
+IN_A_FOLDER = (
+    Flag(name="output_dir", help="folder of the run; default: runs/ and the file's name"),
+    Flag(name="data_dir", help="folder with SPLIT.jsonl[.gz] files by task"),
+)
+"""What verbs have that carry out what stands in a file."""
+
 VERBS: dict[str, Verb] = {
     "search": Verb(
         help="try layer paths for each question: search.jsonl, then supervision.jsonl",
@@ -178,8 +184,7 @@ VERBS: dict[str, Verb] = {
         example="drllm run recipes/demo.yaml --output-dir runs/demo",
         flags=(
             Flag(name="recipe", help="YAML file", required=True, positional=True),
-            Flag(name="output_dir", help="run folder; default: runs/ and the recipe's name"),
-            Flag(name="data_dir", help="folder with SPLIT.jsonl[.gz] files by task"),
+            *IN_A_FOLDER,
         ),
     ),
     "sweep": Verb(
@@ -192,8 +197,7 @@ VERBS: dict[str, Verb] = {
                 required=True,
                 positional=True,
             ),
-            Flag(name="output_dir", help="folder; default: runs/ and the file's name"),
-            Flag(name="data_dir", help="folder with SPLIT.jsonl[.gz] files by task"),
+            *IN_A_FOLDER,
         ),
     ),
     "ls": Verb(

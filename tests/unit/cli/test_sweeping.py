@@ -66,6 +66,10 @@ def test_a_setting_is_chosen_on_select_by_the_routed_model_alone(tmp_path: Path)
             "evaluate: {curve: '0.1', split: select}\n" + SETTINGS,
             "split is select, on which the setting is chosen",
         ),
+        (
+            "evaluate: {curve: '0.1', splits: builtin_facts=select}\n" + SETTINGS,
+            "builtin_facts's split is select, on which the setting is chosen",
+        ),
     ],
 )
 def test_a_sweep_that_does_not_fit_is_refused_with_its_name(tmp_path: Path, text: str, says: str):
