@@ -42,6 +42,7 @@ from drllm.models.routed import RoutedModel
 from drllm.models.routers import RouterStack
 from drllm.records import SupervisionRecord, new_manifest
 from drllm.tasks.base import OPTIONS_REWARD, choose, get_task
+from drllm.training.examples import shape
 from drllm.training.features import BATCH_SIZE, Features, collect
 from drllm.training.loop import train
 from drllm.training.plans import Plan, new_stack
@@ -362,7 +363,7 @@ def sizes_of(whole: tuple[int, int, int]) -> list[tuple[int, int, int]]:
 def repeated(features: Features, size: tuple[int, int, int], folder: Path, base: BaseModel) -> None:
     """Write features of a size: the first layers and components of real ones, over and over."""
     N, L, D = size
-    n, _, W, _ = features.shape
+    n, _, W, _ = shape(features)
     real = features.rows(range(n))[:, :L, :, :D]
     rows = [row % n for row in range(N)]
     identity = {**base.identity, "num_layers": L, "hidden_size": D}
@@ -425,7 +426,7 @@ def growth(
 ) -> list[dict[str, Any]]:
     """Fit every size, each in a process of its own, and print what it took."""
     found: list[dict[str, Any]] = []
-    n, L, W, D = features.shape
+    n, L, W, D = shape(features)
     print(
         f"a fit of {TrainConfig().num_epochs} epochs, W = {W}; features of {n} questions repeated"
     )

@@ -16,6 +16,7 @@ from drllm.records import (
     SupervisionRecord,
     TriedPath,
     WeightedPath,
+    clear_half_written,
     files,
     join_supervision,
     manifest_path,
@@ -613,3 +614,10 @@ def test_a_new_file_never_stands_beside_an_old_manifest(
     monkeypatch.setattr(files, "write_atomically", watch)
     written(two_lines, RECORD)
     assert seen == [("search.jsonl", False), ("search.manifest.json", False)]
+
+
+def test_what_a_kill_left_of_a_file_is_cleared_and_nothing_else(tmp_path: Path):
+    for name in (".a.json.0123", ".a.json.4567", ".ab.json.0123", "a.json", "other"):
+        (tmp_path / name).write_text("x")
+    clear_half_written(tmp_path / "a.json", tmp_path / "missing.json")
+    assert {path.name for path in tmp_path.iterdir()} == {".ab.json.0123", "a.json", "other"}

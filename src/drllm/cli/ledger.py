@@ -1,7 +1,7 @@
 """What a run has done: each stage, what it was made from, what it wrote and how long it took.
 
 Owns `run.manifest.json`, and telling whether a stage need not be run again. Leaves running stages
-to `recipe`. Loads no torch.
+to `run_folder`. Loads no torch.
 """
 
 from __future__ import annotations

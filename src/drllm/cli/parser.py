@@ -2,8 +2,8 @@
 
 Owns how the settings of `config` become flags, the order of precedence (flag,
 then the file given as `--config`, then default), and one-line wording for whatever the parser
-refuses. Leaves reading files to `settings_files` and what a verb does to `stages`, `recipe` and
-`show`. Loads no torch.
+refuses. Leaves reading files to `settings_files` and what a verb does to `stages`, `run_folder`
+and `show`. Loads no torch.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from drllm.cli.terminal import Progress, Terminal, duration
 from drllm.config import ModelConfig, SearchConfig, SuperviseConfig
 from drllm.records import (
     SearchRecord,
+    clear_half_written,
     manifest_path,
     only_writer,
     read_manifest,
@@ -29,7 +30,6 @@ from drllm.records import (
     sha256,
     to_lines,
 )
-from drllm.search.commits import clear_half_written
 from drllm.supervision import rejected_path, targets
 from drllm.supervision import write as write_supervision
 from drllm.tasks.base import Task

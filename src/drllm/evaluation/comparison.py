@@ -153,7 +153,7 @@ class _Evaluation:
         self.sources = sources_of(tasks, config)
         self.lineups: dict[str, Lineup] = {}
         self.opponents = named(config.opponents)
-        self.shares = depths(config.curve)
+        self.shares = {in_words(share): share for share in depths(config.curve)}
         check(config)
         self.choosing = None
         if config.epsilon is not None:
@@ -270,18 +270,30 @@ class _Evaluation:
 
     def _biases(self, lineup: Lineup, notes: list[str]) -> Iterator[tuple[str, float]]:
         """Yield each depth of the curve in words, and the bias that gives it."""
-        for share in self.shares:
-            setting = in_words(share)
-            try:
-                yield setting, self._bias(lineup, share)
-            except ConfigError as error:  # the routers' own: no bias gives so many executions
-                notes.append(f"Not evaluated at {setting}: {error}")
+        for setting, share in self.shares.items():
+            bias = self._bias(lineup, share, f"Not evaluated at {setting}", notes)
+            if bias is not None:
+                yield setting, bias
 
-    def _bias(self, lineup: Lineup, share: float, routers: RouterStack | None = None) -> float:
-        """Return the bias under which routers save a share of the executions."""
+    def _bias(
+        self,
+        lineup: Lineup,
+        share: float,
+        otherwise: str,
+        notes: list[str],
+        routers: RouterStack | None = None,
+    ) -> float | None:
+        """Return the bias under which routers save a share of the executions.
+
+        Where none does, which is the routers' own, this is noted, and there is none to return.
+        """
         wanted = (1 - share) * self.lm.routed.num_layers
-        found = find_depth_bias(self.lm.routed, lineup.material.prompts, wanted, routers=routers)
-        return found.depth_bias
+        prompts = lineup.material.prompts
+        try:
+            return find_depth_bias(self.lm.routed, prompts, wanted, routers=routers).depth_bias
+        except ConfigError as error:
+            notes.append(f"{otherwise}: {error}")
+            return None
 
     def _at_depth(
         self,
@@ -348,12 +360,13 @@ class _Evaluation:
         setting = routed.setting
         routed_points = [point_of(routed)]
         permuted_points = [point_of(each) for each in opponents if each.name == PERMUTED]
-        share = next((share for share in self.shares if in_words(share) == setting), None)
+        share = self.shares.get(setting)  # none at the depth of training
         for folder, routers in self.other_seeds.items():
-            try:
-                bias = 0.0 if share is None else self._bias(lineup, share, routers)
-            except ConfigError as error:  # as for the first seed's
-                notes.append(f"{folder} isn't evaluated at {setting}: {error}")
+            bias: float | None = 0.0
+            if share is not None:
+                otherwise = f"{folder} isn't evaluated at {setting}"
+                bias = self._bias(lineup, share, otherwise, notes, routers)
+            if bias is None:
                 continue
             policy = RouterPolicy(routers, depth_bias=bias)
             of_seed = f"of {folder}" + (f" at {setting}" if setting else "")

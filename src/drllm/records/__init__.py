@@ -7,6 +7,7 @@ Python. Loads no torch.
 """
 
 from drllm.records.files import (
+    clear_half_written,
     join_supervision,
     read_each,
     read_lines,
@@ -43,6 +44,7 @@ __all__ = [
     "SupervisionRecord",
     "TriedPath",
     "WeightedPath",
+    "clear_half_written",
     "join_supervision",
     "manifest_path",
     "new_manifest",

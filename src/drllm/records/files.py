@@ -212,6 +212,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             raise
 
 
+def clear_half_written(*files: Path) -> None:
+    """Delete what kills have left behind while one of these files was written.
+
+    Only for whoever alone writes them: another process' new content would be lost.
+    """
+    for file in files:
+        for part in file.parent.glob(f".{file.name}.*"):
+            part.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _refusing(path: Path) -> Iterator[None]:
     """Turn what the operating system refuses while a file is written into an error of ours."""

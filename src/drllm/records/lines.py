@@ -216,12 +216,7 @@ def _valid_paths(row: Mapping[str, Any], target: Decisions) -> tuple[WeightedPat
 
 
 def _weighted_path(row: Any, num_layers: int) -> WeightedPath:
-    if not isinstance(row, dict):
-        raise RecordError("'valid_paths' holds something that is not an object")
-    try:
-        decisions = check_decisions(_ints(row, "decisions"), num_layers)
-    except PathError as error:
-        raise RecordError(f"'valid_paths': {error}") from error
+    row, decisions = _path_in(row, "valid_paths", num_layers)
     weight = float(_get(row, "weight", float))
     if weight <= 0:
         raise RecordError(f"'weight' is {weight} in 'valid_paths'; it must be above 0")
@@ -229,12 +224,7 @@ def _weighted_path(row: Any, num_layers: int) -> WeightedPath:
 
 
 def _tried_path(row: Any, num_layers: int) -> TriedPath:
-    if not isinstance(row, dict):
-        raise RecordError("'paths' holds something that is not an object")
-    try:
-        decisions = check_decisions(_ints(row, "decisions"), num_layers)
-    except PathError as error:
-        raise RecordError(f"'paths': {error}") from error
+    row, decisions = _path_in(row, "paths", num_layers)
     reward = float(_get(row, "reward", float))
     if not 0 <= reward <= 1:
         raise RecordError(f"'reward' is {reward}; it must be in [0, 1]")
@@ -248,6 +238,16 @@ def _tried_path(row: Any, num_layers: int) -> TriedPath:
         damage=_optional_float(row, "damage"),
         retest=None if row.get("retest") is None else _retest(_get(row, "retest", dict)),
     )
+
+
+def _path_in(row: Any, name: str, num_layers: int) -> tuple[dict[str, Any], Decisions]:
+    """Return one entry of a list of paths as an object, and its decisions."""
+    if not isinstance(row, dict):
+        raise RecordError(f"{name!r} holds something that is not an object")
+    try:
+        return row, check_decisions(_ints(row, "decisions"), num_layers)
+    except PathError as error:
+        raise RecordError(f"{name!r}: {error}") from error
 
 
 def _retest(row: Mapping[str, Any]) -> Retest:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from drllm.errors import RecordError
+from drllm.records import SCHEMA_VERSION
 
 
 class Fields:
@@ -104,6 +105,30 @@ class Fields:
             Fields(row, f"{self.where}, {key!r}, row {number}")
             for number, row in enumerate(rows, start=1)
         ]
+
+
+def read_of_schema(path: Path, schema: str) -> Fields:
+    """Read a file of ours: one JSON object that says its schema.
+
+    Args:
+        path: The file.
+        schema: What it has to be.
+
+    Raises:
+        RecordError: It isn't JSON, of another schema, or of a newer drllm.
+    """
+    fields = read_object(path)
+    if fields.values.get("schema") != schema:
+        raise RecordError(
+            f"{path} says {fields.values.get('schema')!r}; expected {schema!r}. Is it the right "
+            f"file?"
+        )
+    if fields.whole("schema_version") > SCHEMA_VERSION:
+        raise RecordError(
+            f"{path} has schema version {fields.whole('schema_version')}, this drllm reads up to "
+            f"{SCHEMA_VERSION}; install a newer drllm"
+        )
+    return fields
 
 
 def read_text(path: Path) -> str:

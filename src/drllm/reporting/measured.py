@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drllm.errors import RecordError
-from drllm.records import SCHEMA_VERSION, sha256
-from drllm.reporting.fields import Fields, read_object
+from drllm.records import sha256
+from drllm.reporting.fields import Fields, read_of_schema
 from drllm.reporting.samples import BASE, ROUTED, Source
 
 LATENCY_FILE = "latency.json"
@@ -120,17 +120,7 @@ def read_measured(folder: Path, sources: list[Source], prefix: str = "eval/") ->
     path = folder / LATENCY_FILE
     if not path.is_file():
         return None
-    fields = read_object(path)
-    if fields.values.get("schema") != LATENCY_SCHEMA:
-        raise RecordError(
-            f"{path} says {fields.values.get('schema')!r}; expected {LATENCY_SCHEMA!r}. Is it the "
-            f"right file?"
-        )
-    if fields.whole("schema_version") > SCHEMA_VERSION:
-        raise RecordError(
-            f"{path} has schema version {fields.whole('schema_version')}, this drllm reads up to "
-            f"{SCHEMA_VERSION}; install a newer drllm"
-        )
+    fields = read_of_schema(path, LATENCY_SCHEMA)
     runtime = Fields(fields.values.get("runtime"), f"{path}, 'runtime'")
     systems = Fields(fields.values.get("systems"), f"{path}, 'systems'")
     measured = Measured(

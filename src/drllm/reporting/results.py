@@ -15,7 +15,7 @@ from pathlib import Path
 
 from drllm.errors import RecordError
 from drllm.paths import Decisions
-from drllm.records import SCHEMA_VERSION, sha256
+from drllm.records import sha256
 from drllm.reporting.depths import (
     Choice,
     Differences,
@@ -26,7 +26,7 @@ from drllm.reporting.depths import (
     read_differences,
     read_seeds,
 )
-from drllm.reporting.fields import Fields, read_object
+from drllm.reporting.fields import Fields, read_object, read_of_schema
 from drllm.reporting.measured import LATENCY_FILE
 from drllm.reporting.samples import BASE, ROUTED, Sample, Source, read_samples
 
@@ -233,17 +233,7 @@ def _evaluation(
     absent: list[str],
     prefix: str,
 ) -> Evaluation:
-    fields = read_object(path)
-    if fields.values.get("schema") != SCHEMA:
-        raise RecordError(
-            f"{path} says {fields.values.get('schema')!r}; expected 'drllm.evaluation'. "
-            f"Is it the right file?"
-        )
-    if fields.whole("schema_version") > SCHEMA_VERSION:
-        raise RecordError(
-            f"{path} has schema version {fields.whole('schema_version')}, this drllm reads up to "
-            f"{SCHEMA_VERSION}; install a newer drllm"
-        )
+    fields = read_of_schema(path, SCHEMA)
     systems = tuple(
         _system(Fields(row, f"{path}, system {number}"))
         for number, row in enumerate(fields.items("systems"), start=1)

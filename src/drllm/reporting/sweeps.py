@@ -13,10 +13,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from drllm.errors import RecordError
-from drllm.records import SCHEMA_VERSION
 from drllm.reporting.depths import Differences, read_differences
 from drllm.reporting.drawing import Colours, beside
-from drllm.reporting.fields import Fields, read_object
+from drllm.reporting.fields import Fields, read_of_schema
 from drllm.reporting.results import Evaluation, read_evaluations
 from drllm.reporting.samples import ROUTED
 
@@ -157,9 +156,7 @@ def read_sweep_file(path: Path) -> tuple[list[Candidate], str | None, str]:
     """
     if not path.is_file():
         raise RecordError(f"{path} doesn't exist; give a folder that 'drllm sweep' has written")
-    fields = read_object(path)
-    if fields.values.get("schema") != SCHEMA or fields.whole("schema_version") > SCHEMA_VERSION:
-        raise RecordError(f"{path} isn't a sweep that this drllm reads; install a newer drllm")
+    fields = read_of_schema(path, SCHEMA)
     candidates = [
         Candidate(
             name=row.text("name"), places=tuple(_placed(place) for place in row.objects("places"))

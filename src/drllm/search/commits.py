@@ -139,12 +139,5 @@ def read_plan(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def clear_half_written(*files: Path) -> None:
-    """Delete what kills have left behind while one of these files was written."""
-    for file in files:
-        for part in file.parent.glob(f".{file.name}.*"):
-            part.unlink(missing_ok=True)
-
-
 def _question(row: Mapping[str, Any]) -> SearchRecord | FailedQuestion:
     return failed_question(row) if "error" in row else search_record(row)

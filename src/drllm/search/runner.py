@@ -15,6 +15,7 @@ from pathlib import Path
 from drllm.config import SearchConfig
 from drllm.errors import TaskError
 from drllm.records import (
+    clear_half_written,
     manifest_path,
     new_manifest,
     only_writer,
@@ -23,7 +24,7 @@ from drllm.records import (
     write_records,
 )
 from drllm.search.block import search_block, search_path
-from drllm.search.commits import Commits, clear_half_written
+from drllm.search.commits import Commits
 from drllm.search.executors import Executor
 from drllm.search.plan import is_complete, new_plan
 from drllm.search.questions import Block, blocks_of, num_questions

@@ -28,7 +28,7 @@ from drllm.models.routed import RoutedModel
 from drllm.models.routers import RouterStack
 from drllm.records import SupervisionRecord, new_manifest
 from drllm.supervision import RejectedQuestion
-from drllm.training.store import NOT_DONE, NOT_FINITE, Memory, Shape, Store
+from drllm.training.store import NOT_DONE, NOT_FINITE, Memory, Store
 from drllm.training.targets import OVERFLOWS, Targets, are_too_many, set_aside, targets_for
 
 BATCH_SIZE = 8
@@ -65,12 +65,6 @@ class Features:
     def num_targets(self) -> int:
         """N."""
         return len(self.labels)
-
-    @property
-    def shape(self) -> Shape:
-        """N, L, W, D."""
-        _, L, W, D = self.means.shape
-        return len(self.labels), L, W, D
 
     def rows(self, index: Sequence[int] | Tensor) -> Tensor:
         """Read some targets' means, a copy in memory.

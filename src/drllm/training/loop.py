@@ -22,7 +22,7 @@ from torch import Tensor
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.models.checkpoints.card import model_card
-from drllm.records import write_atomically
+from drllm.records import clear_half_written, write_atomically
 from drllm.supervision.agreement import Counts
 from drllm.training import calibration, checkpoint
 from drllm.training.examples import Examples, digest, each_once
@@ -181,6 +181,7 @@ def train_together(
                 calibration.fold(stack, confidence.temperature)
         stack.config = dataclasses.replace(stack.config, training=told)
         stack.save(run.output, card=model_card(stack.config))
+        clear_half_written(run.output / METRICS_FILE, run.output / LAYERS_FILE)
     forget(first)
     checkpoint.remove(first)
     return fit.rows

@@ -107,14 +107,14 @@ def tracked(names: Sequence[str], fit: Fit, outputs: Sequence[Path]) -> Iterator
     """Start trackers, or let them go on with an unfinished training, and end them with the block.
 
     Args:
-        names: Of the trackers; none for a training of which nobody is told.
+        names: Of trackers that `check_trackers` has let pass; none for a training of which nobody
+            is told.
         fit: The training, at its beginning or where it goes on.
         outputs: `[R]`: the runs' folders; the first one keeps what trackers write here.
 
     Raises:
-        ConfigError: A tracker that isn't known, installed or able to start.
+        ConfigError: A tracker that isn't able to start.
     """
-    check_trackers(names)
     prefixes = _prefixes(outputs)
     if not names:
         yield Tracking(fit, prefixes, [])

@@ -11,6 +11,16 @@ from drllm.training.features import Features
 L, W, D = 3, 4, 6
 
 
+IDENTITY: dict[str, Any] = {
+    "id": "org/tiny",
+    "revision": "main",
+    "class": "LlamaForCausalLM",
+    "num_layers": L,
+    "hidden_size": D,
+    "fingerprint": "0123456789abcdef",
+}
+
+
 def make_features(
     num_targets: int = 12, *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Features:
@@ -41,11 +51,4 @@ def features_of() -> Callable[..., Features]:
 
 @pytest.fixture
 def identity() -> dict[str, Any]:
-    return {
-        "id": "org/tiny",
-        "revision": "main",
-        "class": "LlamaForCausalLM",
-        "num_layers": L,
-        "hidden_size": D,
-        "fingerprint": "0123456789abcdef",
-    }
+    return dict(IDENTITY)

@@ -1,15 +1,9 @@
-"""A round of a small model that are killed at random moments and gone on with: FOLDER KILLS.
-
-A process of its own, since it forks: each child, on one thread, kills itself at its moment.
-Leaves `unbroken/` in the folder, and one folder for each kill, named after its moment.
-"""
+"""Rounds of a small model that are killed at random moments and gone on with: FOLDER KILLS."""
 
 from __future__ import annotations
 
 import itertools
 import os
-import random
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
 from killable import MODEL, Letters, W, make_records
+from kills import At, kill_and_go_on
 from torch import Tensor
 
 from drllm.config import TrainConfig
@@ -94,7 +88,7 @@ def train(
     store.remove()
 
 
-def train_until(folder: Path, at: Callable[[int], None]) -> None:
+def train_until(folder: Path, at: At) -> None:
     """Train, and call `at` with a count at each step, batch, and before each file is complete."""
     store_module.COMMIT_S = 0.0
     counter = itertools.count()
@@ -112,27 +106,5 @@ def train_until(folder: Path, at: Callable[[int], None]) -> None:
         train(folder, KILLED, at=lambda: at(next(counter)))
 
 
-def kill_at(moment: int) -> Callable[[int], None]:
-    def at(count: int) -> None:
-        if count == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return at
-
-
-def main(folder: Path, kills: int) -> None:
-    torch.set_num_threads(1)
-    moments: list[int] = []
-    train_until(folder / "unbroken", moments.append)
-    for moment in random.Random(0).sample(moments, kills):
-        child = os.fork()
-        if child == 0:
-            train_until(folder / str(moment), kill_at(moment))
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status), "the child ended before its moment"
-        train(folder / str(moment), KILLED)
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    kill_and_go_on(train_until, Path(sys.argv[1]), int(sys.argv[2]))

@@ -350,12 +350,12 @@ def test_rounds_killed_at_random_moments_end_bit_for_bit_as_unbroken_ones(tmp_pa
     subprocess.run(
         [sys.executable, script, tmp_path, "6"], env=environment, check=True, timeout=300
     )
-    unbroken = sorted(path for path in (tmp_path / "unbroken").rglob("[!.]*") if path.is_file())
+    unbroken = sorted(path for path in (tmp_path / "unbroken").rglob("*.*") if path.is_file())
     assert len(unbroken) == 2 * 2 * len(FILES)
     killed = [folder for folder in tmp_path.iterdir() if folder.name != "unbroken"]
     assert len(killed) == 6
     for folder in killed:
-        found = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
+        found = sorted(path for path in folder.rglob("*.*") if path.is_file())
         assert [path.relative_to(folder) for path in found] == [
             path.relative_to(tmp_path / "unbroken") for path in unbroken
         ]

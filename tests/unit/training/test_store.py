@@ -30,7 +30,7 @@ from drllm.models.routed import RoutedModel
 from drllm.records import only_writer
 from drllm.training import features as features_module
 from drllm.training import store as store_module
-from drllm.training.examples import digest, sizes
+from drllm.training.examples import digest, shape, sizes
 from drllm.training.features import collect
 from drllm.training.store import FEATURES_FILE, Store
 
@@ -72,7 +72,7 @@ def bytes_of(folder: Path) -> bytes:
 
 def test_features_on_disk_are_those_in_memory(folder, in_memory):
     stored = pool(folder, N)
-    assert stored.shape == in_memory.shape == (N, L, W, D)
+    assert shape(stored) == shape(in_memory) == (N, L, W, D)
     assert torch.equal(stored.rows(range(N)), in_memory.rows(range(N)))
     assert torch.equal(stored.filled, in_memory.filled)
     assert torch.equal(stored.labels, in_memory.labels)
@@ -314,7 +314,7 @@ def test_what_was_pooled_before_an_error_is_kept_and_not_pooled_again(folder, pa
 def test_a_manifest_without_features_is_no_obstacle(folder):
     pool(folder, N)
     (folder / FEATURES_FILE).unlink()
-    assert pool(folder, N, windows=2).shape == (N, L, 2, D)
+    assert shape(pool(folder, N, windows=2)) == (N, L, 2, D)
 
 
 def test_a_broken_off_pass_of_something_else_is_refused(folder):
