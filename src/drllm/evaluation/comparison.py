@@ -223,7 +223,9 @@ class _Evaluation:
         notes = list(asked.written.notes)
         source = self.sources[task.name]
         if source.name not in self.lineups:
-            self.lineups[source.name] = Lineup(lambda: self._material(source), self.lm.routed)
+            self.lineups[source.name] = Lineup(
+                source.name, lambda: self._material(source), self.lm.routed, self.partial.values
+            )
         lineup = self.lineups[source.name]
         if source.name != task.name:
             notes.append(

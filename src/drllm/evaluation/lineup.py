@@ -48,6 +48,7 @@ from drllm.evaluation.opponents import (
     train_predictor,
     train_sequence_router,
 )
+from drllm.evaluation.opponents.measures import Measure, PathMeasure
 from drllm.evaluation.opponents.static import Plan
 from drllm.evaluation.roster import NEEDS
 from drllm.models.policies import Policy
@@ -62,7 +63,7 @@ from drllm.records import SearchRecord, SupervisionRecord
 TOLERANCE = 1e-6
 """How far expected executions may lie from those wanted and still be called equal."""
 BATCH_SIZE = 16
-"""Questions a pass while opponents are fitted."""
+"""Questions a pass while opponents are fitted; of like length, so that little is padding."""
 STATE_CACHE_GB = 1.0
 
 
@@ -106,34 +107,69 @@ class Material:
     targets: Sequence[SupervisionRecord] = ()
     seed: int = 0
 
-    def batches(self, questions: Sequence[Question]) -> list[ChoiceBatch]:
-        """Return questions in batches, in their own order."""
-        return [
-            ChoiceBatch(self.routed, questions[start : start + BATCH_SIZE], STATE_CACHE_GB)
-            for start in range(0, len(questions), BATCH_SIZE)
-        ]
+    def by_loss(self) -> Measure:
+        """Return the log-probability of the prompts' own tokens."""
+        texts = [text_question(tokens) for tokens in self.prompts if len(tokens) > 1]
+        return token_logprob([self._batch(texts, places) for places in _by_length(texts)])
 
-    def golds_of_batches(self) -> list[Sequence[int]]:
-        """Return which options are right, batch by batch."""
-        starts = range(0, len(self.golds), BATCH_SIZE)
-        return [self.golds[start : start + BATCH_SIZE] for start in starts]
+    def by_answers(self) -> Measure:
+        """Return the log-probability of the right options."""
+        return gold_logprob(*self._batches())
+
+    def by_answers_along(self) -> PathMeasure:
+        """Return the same of paths that decisions can't express."""
+        return gold_logprob_along(*self._batches())
+
+    def _batches(self) -> tuple[list[ChoiceBatch], list[list[int]]]:
+        """Return the questions with options in batches, and which options are right in each."""
+        grouped = _by_length(self.questions)
+        return (
+            [self._batch(self.questions, places) for places in grouped],
+            [[self.golds[place] for place in places] for places in grouped],
+        )
+
+    def _batch(self, questions: Sequence[Question], places: Sequence[int]) -> ChoiceBatch:
+        return ChoiceBatch(self.routed, [questions[place] for place in places], STATE_CACHE_GB)
+
+
+def _by_length(questions: Sequence[Question]) -> list[list[int]]:
+    """Return the places of questions in groups of a batch, the shortest first."""
+
+    def length(place: int) -> int:
+        return len(questions[place].context) + questions[place].num_behind
+
+    places = sorted(range(len(questions)), key=length)
+    return [places[start : start + BATCH_SIZE] for start in range(0, len(places), BATCH_SIZE)]
 
 
 At: TypeAlias = Callable[[Tensor, torch.Generator], Drawn]
 """Decides on the questions that took some routes `[Q, L]`, at the same mean executions."""
+
+Remember: TypeAlias = Callable[[str, Sequence[Path], PathMeasure], list[float]]
+"""Returns what the measure of a name gives for candidates, asking it unless that is known."""
 
 
 class Lineup:
     """Opponents of one routed model on one task.
 
     Args:
+        name: Of the task whose questions they are fitted on.
         prepare: Gives what they are fitted on; asked when the first one is that needs it.
         routed: The model with its routers.
+        remember: Keeps what candidates were measured at, by far the longest part of fitting.
     """
 
-    def __init__(self, prepare: Callable[[], Material], routed: RoutedModel) -> None:
+    def __init__(
+        self,
+        name: str,
+        prepare: Callable[[], Material],
+        routed: RoutedModel,
+        remember: Remember,
+    ) -> None:
+        self.name = name
         self._prepare = prepare
         self.routed = routed
+        self._remember = remember
         self._fitted: dict[str, object] = {}
 
     @cached_property
@@ -211,27 +247,28 @@ class Lineup:
 
     @cached_property
     def _by_loss(self) -> Plan:
-        texts = [text_question(tokens) for tokens in self.material.prompts if len(tokens) > 1]
-        return Greedy(token_logprob(self.material.batches(texts)), self.num_layers)
+        return Greedy(self._by("loss"), self.num_layers)
 
     @cached_property
     def _by_answers(self) -> Plan:
-        batches = self.material.batches(self.material.questions)
-        measure = gold_logprob(batches, self.material.golds_of_batches())
-        return Greedy(measure, self.num_layers)
+        return Greedy(self._by("answers"), self.num_layers)
+
+    def _by(self, name: str) -> PathMeasure:
+        """Return a measure that remembers; it is made when it is first asked something new."""
+        ways = {
+            "loss": self.material.by_loss,
+            "answers": self.material.by_answers,
+            "answers along": self.material.by_answers_along,
+        }
+        return lambda candidates: self._remember(
+            f"{self.name} by {name}", candidates, lambda unknown: ways[name]()(unknown)
+        )
 
     # --- from the search log, and from prompts ---
 
     def _program(self, routes: Tensor, generator: torch.Generator) -> Drawn:
         wanted = mean_executions(routes.tolist())
-        questions = self.material.questions
-        if questions:
-            measure = gold_logprob(
-                self.material.batches(questions), self.material.golds_of_batches()
-            )
-        else:
-            texts = [text_question(tokens) for tokens in self.material.prompts if len(tokens) > 1]
-            measure = token_logprob(self.material.batches(texts))
+        measure = self._by("answers" if self.material.questions else "loss")
         found = best_program(self.material.search, measure, wanted)
         pair = (found.program.decisions, full_decisions(self.num_layers))
         first, second = sorted(pair, key=sum)
@@ -256,9 +293,7 @@ class Lineup:
 
     def _repeat(self, routes: Tensor, generator: torch.Generator) -> Drawn:
         if "repeat" not in self._fitted:
-            batches = self.material.batches(self.material.questions)
-            measure = gold_logprob_along(batches, self.material.golds_of_batches())
-            self._fitted["repeat"] = best_block(measure, self.num_layers).path
+            self._fitted["repeat"] = best_block(self._by("answers along"), self.num_layers).path
         path = self._fitted["repeat"]
         assert isinstance(path, tuple)
         return Drawn(path=path, note=f"runs the path {' '.join(map(str, path))}")

@@ -9,9 +9,11 @@ the stage, and which questions make up a block to `blocks`.
     questions-NAME.txt
     SYSTEM.json                   done
     SYSTEM/NUMBER-DECISIONS.json  a block
+    MEASURE.json                  what opponents were chosen by
 
 A block's file is named by a hash of its decisions too: were they others after an interruption
-(opponents are fitted again then), the block would be asked again.
+(what is trained is trained again then), the block would be asked again. A measure's is named by a
+hash of the candidates.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from drllm.errors import RecordError
 from drllm.evaluation.blocks import Answered, Block, Keep
 from drllm.evaluation.systems import System
+from drllm.paths import Path as LayerPath
 from drllm.records import write_atomically
 
 PLAN_FILE = "plan.json"
@@ -109,6 +112,31 @@ class Partial:
             shutil.rmtree(blocks)  # all that is in them stands in the system's file
         return system
 
+    def values(
+        self,
+        name: str,
+        candidates: Sequence[LayerPath],
+        measure: Callable[[Sequence[LayerPath]], list[float]],
+    ) -> list[float]:
+        """Return what a measure gives for candidates: read it if it is known, else ask and keep it.
+
+        Args:
+            name: Of the measure, unlike all others of the evaluation.
+            candidates: Decisions or paths.
+            measure: Gives a value for each of them.
+
+        Raises:
+            RecordError: A file that isn't what was written.
+        """
+
+        def read(values: Any) -> list[float]:
+            if len(values) != len(candidates):
+                raise ValueError(f"{len(values)} values of {len(candidates)} candidates")
+            return [float(value) for value in values]
+
+        file = self._path(name, ".json", json.dumps(candidates))
+        return self._kept(file, read, lambda: measure(candidates))
+
     def remove(self) -> None:
         """Delete the folder: what it held stands in the results now."""
         if self.folder.is_dir():
@@ -133,9 +161,9 @@ class Partial:
                 f"{file} is broken ({error}); delete it, and what it held is done again"
             ) from error
 
-    def _path(self, name: str, ending: str) -> Path:
+    def _path(self, name: str, ending: str, content: str = "") -> Path:
         words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        return self.folder / f"{words}-{_hash(name)}{ending}"
+        return self.folder / f"{words}-{_hash(name + content)}{ending}"
 
     def _check(self, file: Path, text: str, otherwise: str) -> None:
         text += "\n"

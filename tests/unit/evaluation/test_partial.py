@@ -172,3 +172,28 @@ def test_a_start_that_came_to_nothing_stands_in_nobodys_way(tmp_path):
         partial.once("base", Asking(breaks={0}).system("base"))
     assert not (tmp_path / "partial").exists()
     Partial(tmp_path / "partial", {"config": {"seed": 1}})
+
+
+def test_candidates_are_measured_once_even_where_the_evaluation_is_interrupted(tmp_path):
+    asked = []
+
+    def measure(candidates):
+        asked.append(candidates)
+        return [sum(candidate) / 7 for candidate in candidates]
+
+    first, second = [(1, 0, 1), (1, 1, 0)], [(1, 0, 1), (0, 1, 0)]
+    for _ in range(2):  # each time as after an interruption
+        partial = Partial(tmp_path, PLAN)
+        assert partial.values("arc by answers", first, measure) == [2 / 7, 2 / 7]
+        assert partial.values("arc by answers", second, measure) == [2 / 7, 1 / 7]
+        assert partial.values("arc by loss", first, measure) == [2 / 7, 2 / 7]
+    assert asked == [first, second, first]
+
+
+@pytest.mark.parametrize("content", ["", "[0.5]", '["a", 1]', "3"])
+def test_broken_values_of_candidates_are_one_error_that_names_the_file(tmp_path, content):
+    Partial(tmp_path, PLAN).values("arc by loss", [(1, 0), (0, 1)], lambda _: [0.5, 0.25])
+    [file] = tmp_path.glob("arc-by-loss-*.json")
+    file.write_text(content)
+    with pytest.raises(RecordError, match=r"arc-by-loss-\w+\.json is broken"):
+        Partial(tmp_path, PLAN).values("arc by loss", [(1, 0), (0, 1)], lambda _: [0.5, 0.25])
