@@ -37,6 +37,12 @@ def routed(tiny_llama: Callable[..., Any]) -> RoutedModel:
 
 
 @pytest.fixture(scope="module")
+def asked() -> list[tuple[Question, int]]:
+    """The questions, each with its gold option."""
+    return list(zip(QUESTIONS, GOLDS, strict=True))
+
+
+@pytest.fixture(scope="module")
 def batches(routed: RoutedModel) -> list[ChoiceBatch]:
     """The questions, in two batches."""
     return [ChoiceBatch(routed, QUESTIONS[:3], 1.0), ChoiceBatch(routed, QUESTIONS[3:], 1.0)]
