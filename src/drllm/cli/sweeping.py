@@ -45,6 +45,8 @@ from drllm.tasks.base import get_tasks
 
 SWEPT = ("supervise", "train")
 """Sections that a setting may change."""
+FOR_CHOICE = ("limit", "limits", "num_texts")
+"""Settings of the evaluation that may differ where settings are judged."""
 CHOSEN_ON = "select"
 
 
@@ -55,18 +57,21 @@ class Sweep:
     Attributes:
         common: The recipe without any setting's changes.
         settings: By name, the recipe with them.
+        choosing: How each setting is evaluated.
     """
 
     common: Recipe
     settings: Mapping[str, Recipe]
+    choosing: EvaluateConfig
 
 
 def read_sweep(path: Path, folder: Path, data_dir: str | None = None) -> Sweep:
-    """Read and check a sweep file: a recipe with a section `settings`.
+    """Read and check a sweep file: a recipe with a section `settings`, and maybe one `choose`.
 
     Args:
         path: YAML; `settings` has, by name, the sections `supervise` and `train` as far as they
-            differ from the file's own.
+            differ from the file's own, `choose` what differs from `evaluate` where settings are
+            judged.
         folder: Where the sweep is written.
         data_dir: Replaces `data_dir` of search and evaluation.
 
@@ -79,7 +84,9 @@ def read_sweep(path: Path, folder: Path, data_dir: str | None = None) -> Sweep:
         raise ConfigError(
             f"{path}: 'settings' is {settings!r}; give at least two settings to compare, by name"
         )
+    choose = values.pop("choose", {})
     common = parse_recipe(path, values, folder, data_dir)
+    choosing = parse_recipe(path, _to_choose(path, values, choose), folder, data_dir)
     if common.evaluate.curve is None:
         raise ConfigError(
             f"{path}: evaluate: a sweep compares at equal depths; give them as curve, for example "
@@ -104,7 +111,7 @@ def read_sweep(path: Path, folder: Path, data_dir: str | None = None) -> Sweep:
             raise ConfigError(
                 f"{path}: settings {other!r} and {name!r} are the same; leave one out"
             )
-    return Sweep(common, recipes)
+    return Sweep(common, recipes, for_choice(choosing.evaluate))
 
 
 def _checked(path: Path, name: str) -> str:
@@ -138,6 +145,19 @@ def _changed(path: Path, name: str, values: Mapping[str, Any], changes: Any) -> 
     return changed
 
 
+def _to_choose(path: Path, values: Mapping[str, Any], changes: Any) -> dict[str, Any]:
+    """Return a recipe's values with those in their place that settings are judged by."""
+    if not isinstance(changes, dict):
+        raise ConfigError(
+            f"{path}: section 'choose' is {changes!r}; give settings, written 'name: value'"
+        )
+    for name in with_underscores(changes):
+        if name not in FOR_CHOICE:
+            raise ConfigError(f"{path}: choose: " + unknown_name("setting", name, FOR_CHOICE))
+    evaluate = with_underscores(values.get("evaluate") or {})
+    return {**values, "evaluate": {**evaluate, **with_underscores(changes)}}
+
+
 def for_choice(config: EvaluateConfig) -> EvaluateConfig:
     """Return how each setting is evaluated: the routed model alone, at every depth, on `select`."""
     return dataclasses.replace(
@@ -166,8 +186,7 @@ def sweep(request: Request, terminal: Terminal) -> None:
     folder = folder_of(request, path)
     swept = read_sweep(path, folder, request.values["data_dir"])
     tasks = swept.common.tasks()
-    choosing = for_choice(swept.common.evaluate)
-    chosen_on = {**tasks, "evaluate": checks.tasks_to_evaluate(choosing)}
+    chosen_on = {**tasks, "evaluate": checks.tasks_to_evaluate(swept.choosing)}
     for recipe in swept.settings.values():
         recipe.check(tasks["search"])
     checks.check_folder(folder, "--output-dir")
@@ -178,7 +197,7 @@ def sweep(request: Request, terminal: Terminal) -> None:
         for number, (name, setting) in enumerate(swept.settings.items(), start=1):
             terminal.note(f"setting {number} of {len(swept.settings)}: {name}")
             place = folder / "settings" / name
-            recipe = dataclasses.replace(setting, evaluate=choosing)
+            recipe = dataclasses.replace(setting, evaluate=swept.choosing)
             run = Run(recipe, chosen_on, place, terminal, load, {"search": folder})
             run.carry_out(["supervise", "train", "evaluate"])
             candidates.append(read_candidate(name, place / "eval"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from drllm.cli.sweeping import for_choice, read_sweep
+from drllm.cli.sweeping import read_sweep
 from drllm.errors import ConfigError
 
 SWEEPS = sorted((Path(__file__).resolve().parents[3] / "recipes" / "sweeps").glob("*.yaml"))
@@ -44,9 +44,17 @@ def test_a_setting_changes_what_it_says_and_nothing_else(tmp_path: Path):
 
 def test_a_setting_is_chosen_on_select_by_the_routed_model_alone(tmp_path: Path):
     sweep = read_sweep(write(tmp_path, COMMON + SETTINGS), tmp_path)
-    config = for_choice(sweep.common.evaluate)
+    config = sweep.choosing
     assert (config.split, config.opponents, config.curve) == ("select", "none", "0.1")
     assert config.epsilon is None
+
+
+def test_settings_may_be_judged_on_fewer_questions_than_the_chosen_one_is_tested_on(tmp_path: Path):
+    text = COMMON + SETTINGS + "choose: {limit: 20, num-texts: 5}\n"
+    sweep = read_sweep(write(tmp_path, text), tmp_path)
+    assert (sweep.choosing.limit, sweep.choosing.num_texts) == (20, 5)
+    assert sweep.choosing.split == "select"
+    assert {recipe.evaluate.limit for recipe in sweep.settings.values()} == {None}
 
 
 @pytest.mark.parametrize(
@@ -61,6 +69,10 @@ def test_a_setting_is_chosen_on_select_by_the_routed_model_alone(tmp_path: Path)
         (COMMON + "settings: {a: {}, b: {train: 3}}\n", "setting 'b': train is 3"),
         (COMMON + "settings: {a: {}, b: {}}\n", "settings 'a' and 'b' are the same"),
         (COMMON + "settings: {a: {}, ../b: {train: {gamma: 1}}}\n", "named '../b'"),
+        (COMMON + SETTINGS + "choose: {curve: '0.2'}\n", "choose: unknown setting 'curve'"),
+        (COMMON + SETTINGS + "choose: {limt: 9}\n", "did you mean 'limit'"),
+        (COMMON + SETTINGS + "choose: {limit: few}\n", "'few'"),
+        (COMMON + SETTINGS + "choose: 100\n", "section 'choose' is 100"),
         (SETTINGS, "a sweep compares at equal depths"),
         (
             "evaluate: {curve: '0.1', split: select}\n" + SETTINGS,
