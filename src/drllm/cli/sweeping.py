@@ -140,9 +140,13 @@ def _changed(path: Path, name: str, values: Mapping[str, Any], changes: Any) -> 
                 f"{path}: setting {name!r}: {section} is {settings!r}; give settings, written "
                 f"'name: value'"
             )
-        before = values.get(section) or {}
-        changed[section] = {**with_underscores(before), **with_underscores(settings)}
+        changed[section] = _merged(values, section, settings)
     return changed
+
+
+def _merged(values: Mapping[str, Any], section: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section with other settings in the place of its own."""
+    return {**with_underscores(values.get(section) or {}), **with_underscores(settings)}
 
 
 def _to_choose(path: Path, values: Mapping[str, Any], changes: Any) -> dict[str, Any]:
@@ -154,8 +158,7 @@ def _to_choose(path: Path, values: Mapping[str, Any], changes: Any) -> dict[str,
     for name in with_underscores(changes):
         if name not in FOR_CHOICE:
             raise ConfigError(f"{path}: choose: " + unknown_name("setting", name, FOR_CHOICE))
-    evaluate = with_underscores(values.get("evaluate") or {})
-    return {**values, "evaluate": {**evaluate, **with_underscores(changes)}}
+    return {**values, "evaluate": _merged(values, "evaluate", changes)}
 
 
 def for_choice(config: EvaluateConfig) -> EvaluateConfig:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from drllm.cost import mean_executions
+from drllm.evaluation.blocks import blocks_of
 from drllm.evaluation.opponents import (
     ExitPolicy,
     Greedy,
@@ -132,14 +133,10 @@ class Material:
         return ChoiceBatch(self.routed, [questions[place] for place in places], STATE_CACHE_GB)
 
 
-def _by_length(questions: Sequence[Question]) -> list[list[int]]:
-    """Return the places of questions in groups of a batch, the shortest first."""
-
-    def length(place: int) -> int:
-        return len(questions[place].context) + questions[place].num_behind
-
-    places = sorted(range(len(questions)), key=length)
-    return [places[start : start + BATCH_SIZE] for start in range(0, len(places), BATCH_SIZE)]
+def _by_length(questions: Sequence[Question]) -> list[tuple[int, ...]]:
+    """Return the places of the questions of each batch."""
+    lengths = [question.length for question in questions]
+    return [block.places for block in blocks_of(lengths, least=1, batch_size=BATCH_SIZE)]
 
 
 At: TypeAlias = Callable[[Tensor, torch.Generator], Drawn]

@@ -38,7 +38,7 @@ def can_pack(model: Any, questions: Sequence[Question]) -> bool:
     window, or is cut by it column by column, and some models keep one as wide as their context,
     so no row may be longer than these.
     """
-    longest = max(len(question.context) + question.num_behind for question in questions)
+    longest = max(question.length for question in questions)
     most = min(_window(model), context_length(model) or longest)
     return _takes_any_mask(model) and longest <= most
 

@@ -55,6 +55,11 @@ class Question:
         return sum(len(tokens) - 1 for tokens in self.continuations)
 
     @property
+    def length(self) -> int:
+        """Tokens that are read, all continuations behind one copy of the prompt."""
+        return len(self.context) + self.num_behind
+
+    @property
     def is_plain(self) -> bool:
         """Whether all that is read is one ordinary text: at most one continuation is read."""
         return sum(len(tokens) > 1 for tokens in self.continuations) <= 1

@@ -191,7 +191,7 @@ class RequestScorer:
         A pass ends early where what follows is so short that padding it would cost more than a
         pass of its own.
         """
-        lengths = [len(each.context) + each.num_behind for each in found.questions]
+        lengths = [each.length for each in found.questions]
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
         model = self.routed.model
         passes = Passes(model, StateCache(0))
