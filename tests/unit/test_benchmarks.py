@@ -321,11 +321,34 @@ def test_each_fit_has_its_time_and_the_memory_of_a_process_of_its_own(
             assert 0 < point["own_gib"] < point["peak_gib"]
 
 
+# --- which layers opponents give up -------------------------------------------------------------
+
+
+def test_opponents_give_up_the_layers_that_a_peer_library_does(
+    benchmark: Callable[[str], ModuleType], tiny_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("economize", reason="the peer library isn't installed")
+    script, file = benchmark("opponents"), tmp_path / "figures.json"
+    arguments = ["--quick", "--json", str(file), "--model", str(tiny_folder), "--skipped", "4"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["opponents.py", *arguments])
+        script.main()
+    figures = json.loads(file.read_text(encoding="utf-8"))
+    assert figures["speedup"].keys() == {"block influence", "by loss"}
+    result = figures["result"]
+    assert result["equal_by_influence"]
+    assert result["equal_by_loss"]
+    assert result["largest_difference_of_influence"] < 1e-6
+    assert len(result["runs"][0]["ours"]["by_loss"]) == 4
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_a_quick_run_on_the_real_model_writes_what_every_benchmark_must(
     smollm2: Any, script: Path, tmp_path: Path
 ) -> None:
+    if script.stem == "opponents":
+        pytest.importorskip("economize", reason="the peer library isn't installed")
     file = tmp_path / "figures.json"
     child = subprocess.run(
         [sys.executable, script, "--quick", "--json", file], capture_output=True, text=True

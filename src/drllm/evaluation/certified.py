@@ -140,6 +140,7 @@ class Choice:
         obstacle: Why nothing was tried, in words; None where something was.
         worked_answers: The task whose worked answers a setting has to pass too; None where they
             aren't looked at.
+        chosen_on: Task and split of the questions that it was chosen on; None where nobody said.
         confirmation: The test of what was chosen, on other questions; None if there was none.
     """
 
@@ -153,6 +154,7 @@ class Choice:
     not_cheaper: tuple[str, ...]
     obstacle: str | None
     worked_answers: str | None = None
+    chosen_on: str | None = None
     confirmation: Trial | None = None
 
     @property
@@ -168,14 +170,15 @@ class Choice:
     def sentences(self) -> list[str]:
         """Say what could be certified at all, what was tried, and what is certified."""
         said = []
+        whose = "" if self.chosen_on is None else f" of {self.chosen_on}"
         if self.smallest is not None:
             assert self.smallest_with_power is not None
             assert self.discordant is not None
             said.append(
-                f"{self.num_questions} questions, {100 * self.discordant:.1f} % of them answered "
-                f"differently, can certify a loss below {self.smallest:.2f} points at best, were "
-                f"no difference seen, and below {self.smallest_with_power:.2f} points with 80 % "
-                f"probability, were there none."
+                f"{self.num_questions} questions{whose}, {100 * self.discordant:.1f} % of them "
+                f"answered differently, can certify a loss below {self.smallest:.2f} points at "
+                f"best, were no difference seen, and below {self.smallest_with_power:.2f} points "
+                f"with 80 % probability, were there none."
             )
         if self.not_cheaper:
             said.append(f"No layers saved, so not tried: {'; '.join(self.not_cheaper)}.")
@@ -218,6 +221,7 @@ def choose(
     chance: float,
     seed: int,
     worked_answers: str | None = None,
+    chosen_on: str | None = None,
 ) -> Choice:
     """Choose the cheapest setting within the limits, on the questions that settings are chosen on.
 
@@ -233,6 +237,7 @@ def choose(
         chance: Accuracy of guessing.
         seed: Of the resampling of texts.
         worked_answers: The task that the points' `worked_loss` is of; None where there is none.
+        chosen_on: Task and split of the questions, for whoever reads the choice.
 
     Returns:
         The choice, to be confirmed by `confirm`; "none" is one too.
@@ -259,6 +264,7 @@ def choose(
         not_cheaper=tuple(p.name for p in points if p.executions >= base.executions),
         obstacle=None,
         worked_answers=worked_answers,
+        chosen_on=chosen_on,
     )
     if not cheaper:
         return replace(choice, obstacle="There is no setting that runs fewer layers than base")

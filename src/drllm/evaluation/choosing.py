@@ -85,6 +85,7 @@ class Choosing:
             chance=chance_there,
             seed=config.seed,
             worked_answers=None if self.worked is None else self.worked.name,
+            chosen_on=f"{source.name} ({chosen_on(source, config)})",
         )
         if choice.chosen is None:
             return choice

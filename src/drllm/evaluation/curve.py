@@ -110,7 +110,7 @@ def won_lost(first: Outcomes, second: Outcomes) -> tuple[int, int]:
 def curve_rows(
     base: Point, points: Sequence[Point], num_layers: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Return the curve as rows for a file, each with its differences to base.
+    """Return the curve as rows for a file, each with its differences to base and to routed.
 
     Args:
         base: The untouched model on the same questions and texts.
@@ -120,29 +120,35 @@ def curve_rows(
 
     Returns:
         Base first, then each system's points from the most executions to the fewest, systems in
-        the order of their first point; `against_base` as from `differences`.
+        the order of their first point; `against_base` and, for opponents, `routed_against` (what
+        the routed model of the same setting has more) as from `differences`.
 
     Raises:
         ValueError: Points on another number of questions or texts.
     """
     systems = list(dict.fromkeys(point.system for point in points))
     ordered = sorted(points, key=lambda point: (systems.index(point.system), -point.executions))
-    return [_row(base, point, num_layers, seed) for point in (base, *ordered)]
+    routed = {point.setting: point for point in points if point.system == "routed"}
 
+    def row(point: Point) -> dict[str, Any]:
+        ours = None if point is base else routed.get(point.setting)
+        return {
+            "system": point.system,
+            "setting": point.setting,
+            "executions": point.executions,
+            "saved": share_saved(point.executions, num_layers),
+            "accuracy": point.accuracy,
+            "interval": list(point.interval),
+            "gold_logprob": point.gold_logprob,
+            "text_loss": point.text_loss,
+            "against_base": None if point is base else more_than(point, base),
+            "routed_against": None if ours is None or ours is point else more_than(ours, point),
+        }
 
-def _row(base: Point, point: Point, num_layers: int, seed: int) -> dict[str, Any]:
-    against = None if point is base else differences(point.outcomes, base.outcomes, seed)
-    return {
-        "system": point.system,
-        "setting": point.setting,
-        "executions": point.executions,
-        "saved": share_saved(point.executions, num_layers),
-        "accuracy": point.accuracy,
-        "interval": list(point.interval),
-        "gold_logprob": point.gold_logprob,
-        "text_loss": point.text_loss,
-        "against_base": against,
-    }
+    def more_than(ours: Point, theirs: Point) -> dict[str, Any]:
+        return differences(ours.outcomes, theirs.outcomes, seed)
+
+    return [row(point) for point in (base, *ordered)]
 
 
 def differences(ours: Outcomes, theirs: Outcomes, seed: int) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The report of a run: one HTML page, one Markdown file with pictures, made from records alone.
 
-`run`, `agreement`, `results`, `samples`, `depths` and `measured` read a run folder; `summary` does
-the arithmetic and `verdicts` the rules for claims; `evaluated`, `depth`, `changes`, `cost`,
-`learned`, `trained`, `provenance` and `sections` say what it means in blocks of plain text and
-numbers; `figures` and `curves` draw by way of `drawing`; `page` and `markdown` render. Owns no
+`run`, `agreement`, `reliability`, `results`, `samples`, `depths` and `measured` read a run folder;
+`summary` does the arithmetic and `verdicts` the rules for claims; `evaluated`, `depth`, `changes`,
+`cost`, `learned`, `trained`, `provenance` and `sections` say what it means in blocks of plain text
+and numbers; `figures` and `curves` draw by way of `drawing`; `page` and `markdown` render. Owns no
 measurement: whatever is shown was written by a stage. Loads no model and no torch.
 """
 

@@ -12,7 +12,7 @@ from drllm.cost import share_saved
 from drllm.reporting import curves
 from drllm.reporting.blocks import Block, Columns, Figure, Folded, Listing, Section, Table, Text
 from drllm.reporting.depths import Choice, Point, Rise, Seeds, Spread, Trial
-from drllm.reporting.evaluated import difference
+from drllm.reporting.evaluated import against_cells, against_columns, difference
 from drllm.reporting.numbers import NONE, count, percent, plain, signed
 from drllm.reporting.results import Evaluation
 from drllm.reporting.verdicts import outstanding
@@ -80,7 +80,29 @@ def _curve(evaluation: Evaluation) -> list[Block]:
             texts=(0, 1),
         )
     )
-    return blocks
+    return [*blocks, *_against(evaluation)]
+
+
+def _against(evaluation: Evaluation) -> list[Block]:
+    """List the routed model against every opponent, depth by depth."""
+    rows = [
+        [point.setting, point.system, *against_cells(evaluation, found), plain(point.executions, 2)]
+        for point in evaluation.curve
+        if (found := point.routed_against) is not None
+    ]
+    if not rows:
+        return []
+    depths = list(dict.fromkeys(setting for setting, *_ in rows))
+    return [
+        Table(
+            caption="The routed model less each opponent, depth by depth, with 95 % intervals, and "
+            "what is shown of the routed model at the 5 % level, each comparison by itself; no "
+            "verdict where base isn't shown to be above chance",
+            header=("depth", "opponent", *against_columns(evaluation), "opponent's executions"),
+            rows=sorted(rows, key=lambda row: depths.index(row[0])),
+            texts=(0, 1, 2, 4, 6),
+        )
+    ]
 
 
 def _drawings(evaluation: Evaluation, measures: Sequence[curves.Measure]) -> list[Block]:
@@ -204,7 +226,7 @@ def _choice(choice: Choice, split: str) -> list[Block]:
     )
     blocks: list[Block] = [Text(f"{verdict(choice)} {_why(choice)}".rstrip(), strong=True)]
     blocks.append(Text(asked))
-    chosen_on = "fit" if split == "select" else "select"
+    chosen_on = choice.chosen_on or ("fit" if split == "select" else "select")
     tested = [(chosen_on, trial) for trial in choice.trials]
     if choice.confirmation is not None:
         tested.append((f"{split}, once", choice.confirmation))

@@ -46,7 +46,10 @@ class Differences:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One system at one depth; base has neither a setting nor differences."""
+    """One system at one depth; base has neither a setting nor differences.
+
+    `routed_against` is what the routed model of the same depth has more, None for that itself.
+    """
 
     system: str
     setting: str
@@ -56,6 +59,7 @@ class Point:
     gold_logprob: float | None
     text_loss: float | None
     against_base: Differences | None
+    routed_against: Differences | None
 
     @property
     def name(self) -> str:
@@ -104,6 +108,7 @@ class Choice:
         max_loss_increase: Nats a token from which a rise of the next-token loss isn't.
         confidence: With which each was to be shown.
         worked_answers: The task whose worked answers were looked at; None if they weren't.
+        chosen_on: Task and split of the questions; None where an older drllm didn't say.
         trials: Settings in the order tried; all but the last one passed.
         confirmation: The test of what was chosen; None if nothing was chosen.
         obstacle: Why nothing was tried.
@@ -114,6 +119,7 @@ class Choice:
     max_loss_increase: float
     confidence: float
     worked_answers: str | None
+    chosen_on: str | None
     trials: tuple[Trial, ...]
     confirmation: Trial | None
     obstacle: str | None
@@ -231,6 +237,7 @@ def _point(fields: Fields) -> Point:
         gold_logprob=fields.optional_number("gold_logprob"),
         text_loss=fields.optional_number("text_loss"),
         against_base=read_differences(fields.optional_object("against_base")),
+        routed_against=read_differences(fields.optional_object("routed_against")),
     )
 
 
@@ -245,6 +252,7 @@ def read_choice(fields: Fields | None) -> Choice | None:
         max_loss_increase=limits.number("max_loss_increase"),
         confidence=limits.number("confidence"),
         worked_answers=fields.optional_text("worked_answers"),
+        chosen_on=fields.optional_text("chosen_on"),
         trials=tuple(_trial(row) for row in fields.objects("trials")),
         confirmation=None if confirmation is None else _trial(confirmation),
         obstacle=fields.optional_text("obstacle"),

@@ -12,7 +12,7 @@ from functools import partial
 from drllm.cost import share_saved
 from drllm.reporting import curves, tasks
 from drllm.reporting.blocks import Block, Columns, Figure, Listing, Section, Table, Text
-from drllm.reporting.depths import Difference
+from drllm.reporting.depths import Difference, Differences
 from drllm.reporting.numbers import NONE, count, interval, p_value, percent, plain, signed
 from drllm.reporting.results import Evaluation, System
 from drllm.reporting.run import Run
@@ -213,12 +213,7 @@ def _opponents(evaluation: Evaluation) -> list[Block]:
             "base isn't shown to be above chance",
             header=(
                 "opponent",
-                f"routed, by {evaluation.score}",
-                "points",
-                "by gold log-probability",
-                "nats a question",
-                "by next-token loss",
-                "nats a token",
+                *against_columns(evaluation),
                 "opponent's executions",
                 "reads the question",
             ),
@@ -233,14 +228,33 @@ def _against_row(evaluation: Evaluation, system: System) -> list[str]:
     assert found is not None  # the caller leaves the others out
     return [
         system.name,
-        against(evaluation, system).value,
+        *against_cells(evaluation, found),
+        plain(system.executions, 2),
+        _yes(system.reads_question),
+    ]
+
+
+def against_columns(evaluation: Evaluation) -> tuple[str, ...]:
+    """Return what the cells of `against_cells` are called; every other one holds words."""
+    return (
+        f"routed, by {evaluation.score}",
+        "points",
+        "by gold log-probability",
+        "nats a question",
+        "by next-token loss",
+        "nats a token",
+    )
+
+
+def against_cells(evaluation: Evaluation, found: Differences) -> list[str]:
+    """Return what is shown of the routed model against an opponent, with the differences."""
+    return [
+        _so(evaluation, found.accuracy),
         difference(found.accuracy, 100, 1),
         _so(evaluation, found.gold_logprob),
         difference(found.gold_logprob),
         NONE if found.text_loss is None else of_text_loss(found.text_loss).value,
         difference(found.text_loss),
-        plain(system.executions, 2),
-        _yes(system.reads_question),
     ]
 
 

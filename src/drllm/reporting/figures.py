@@ -184,6 +184,40 @@ def router_layers(
     return figure
 
 
+def router_reliability(
+    series: Mapping[str, Sequence[tuple[float, float]]], colours: Colours
+) -> Figure:
+    """Draw the share of hits over the probability of what was decided.
+
+    Args:
+        series: Points (probability, share of hits) by name, at most two.
+        colours: To draw with.
+    """
+    figure, (axes,) = stacked([3.2])
+    lowest = min(value for points in series.values() for point in points for value in point)
+    ends = (max(0.0, lowest - 0.04), 1.02)
+    axes.plot(ends, ends, color=colours["ink"], linewidth=0.8, linestyle="--")
+    looks = (("s1", "o", "full"), ("s2", "s", "none"))
+    for (name, points), (colour, marker, fill) in zip(series.items(), looks, strict=False):
+        axes.plot(
+            [probability for probability, _ in points],
+            [hits for _, hits in points],
+            marker=marker,
+            fillstyle=fill,
+            color=colours[colour],
+            markersize=4,
+            linewidth=1,
+            label=name,
+        )
+    axes.set_xlim(ends)
+    axes.set_ylim(ends)
+    axes.set_aspect("equal")
+    axes.set_xlabel("probability of what was decided")
+    axes.set_ylabel("share of hits")
+    axes.legend(loc="upper left")
+    return figure
+
+
 def _line(
     axes: Axes,
     epochs: Sequence[Epoch],

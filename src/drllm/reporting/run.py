@@ -26,6 +26,7 @@ from drllm.records import (
 from drllm.reporting.agreement import LAYERS_FILE, Agreement, read_agreement
 from drllm.reporting.fields import Fields, read_object, read_text
 from drllm.reporting.measured import LATENCY_FILE, Measured, read_measured
+from drllm.reporting.reliability import Reliability, read_reliability
 from drllm.reporting.results import Evaluation, read_evaluations, results_folder
 from drllm.reporting.samples import Source
 
@@ -53,6 +54,7 @@ class Run:
         router_config: Contents of `router_config.json`.
         epochs: Router metrics, in order of epoch.
         agreement: How the saved routers agree with their labels; None where it wasn't kept.
+        reliability: How far their probabilities can be believed; None where nothing was held out.
         evaluations: By task, in order of name.
         measured: Times of base and routed; None where none were measured.
         recipe: Text of `run.yaml`.
@@ -70,6 +72,7 @@ class Run:
     router_config: Mapping[str, Any]
     epochs: tuple[Epoch, ...]
     agreement: Agreement | None
+    reliability: Reliability | None
     evaluations: tuple[Evaluation, ...]
     measured: Measured | None
     recipe: str | None
@@ -98,7 +101,8 @@ def read_run(folder: Path) -> Run:
     absent: list[str] = []
     search = _records(folder / "search.jsonl", "search", sources, absent)
     supervision = _records(folder / "supervision.jsonl", "supervision", sources, absent)
-    router_config = _router_config(folder / "routers" / "router_config.json", sources, absent)
+    of_routers = folder / "routers" / "router_config.json"
+    router_config = _router_config(of_routers, sources, absent)
     epochs = _epochs(folder / "routers" / "metrics.jsonl", sources, absent)
     agreement = _agreement(folder / "routers" / LAYERS_FILE, bool(epochs), sources, absent)
     results, prefix = results_folder(folder)
@@ -131,6 +135,7 @@ def read_run(folder: Path) -> Run:
         router_config=router_config,
         epochs=tuple(epochs),
         agreement=agreement,
+        reliability=read_reliability(Fields(router_config, str(of_routers))),
         evaluations=tuple(evaluations),
         measured=measured,
         recipe=read_text(recipe) if recipe.is_file() else None,

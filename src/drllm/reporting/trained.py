@@ -1,7 +1,8 @@
 """The part of a report that is about how well the routers learnt their labels.
 
-Owns what is said of training, always beside decisions that ignore the question. Leaves counting to
-the training, baselines and verdict to `supervision.baselines`, and the drawings to `figures`.
+Owns what is said of training, always beside decisions that ignore the question, and of the routers'
+probabilities. Leaves counting to the training, baselines and verdict to `supervision.baselines`,
+and the drawings to `figures`.
 Axes: L layers, C = 3 decisions.
 """
 
@@ -14,6 +15,7 @@ from drllm.reporting import figures, summary
 from drllm.reporting.agreement import Agreement
 from drllm.reporting.blocks import Block, Columns, Figure, Table, Text
 from drllm.reporting.numbers import percent, plain
+from drllm.reporting.reliability import Reliability
 from drllm.reporting.run import Run
 from drllm.supervision.agreement import Counts, hit_ratios, ratios
 from drllm.supervision.baselines import (
@@ -63,6 +65,8 @@ def blocks(run: Run) -> list[Block]:
     found.append(_curves(run, by_split, scores))
     if run.agreement is not None:
         found += _layers(run.agreement, known)
+    if run.reliability is not None:
+        found += _reliability(run.reliability)
     return [*found, _by_epoch(by_split)]
 
 
@@ -233,5 +237,46 @@ def _layers(agreement: Agreement, systems: Mapping[str, Counts]) -> list[Block]:
             ],
             texts=(),
             folded=True,
+        ),
+    ]
+
+
+# --- probabilities -----------------------------------------------------------------------------
+
+
+def _reliability(found: Reliability) -> list[Block]:
+    """Say and draw how probabilities and held-out targets agree."""
+    if found.temperature == 1:
+        verdict = "as sure as they may be"
+    else:
+        verdict = "too sure" if found.temperature > 1 else "not sure enough"
+    temperature = plain(found.temperature, 2)
+    said = Text(
+        f"Of what they decide the routers are {verdict}: on {found.num_decisions} held-out "
+        f"decisions their probabilities are off by {percent(found.error_before)} on average "
+        f"(expected calibration error), and fit best at a temperature of {temperature}, where it "
+        f"is {percent(found.error_after)}. That temperature was fitted on the same decisions and "
+        f"is {'in' if found.is_folded else 'not in'} the weights."
+    )
+    if not found.before:
+        return [said]
+    series = {"temperature 1": found.before, f"temperature {temperature}": found.after}
+    return [
+        said,
+        Figure(
+            draw=partial(figures.router_reliability, series),
+            name="router reliability",
+            alt="Share of decisions that held-out targets agree with, by the probability that the "
+            "routers gave them. "
+            + " ".join(
+                f"At {name} the least sure decisions are given {percent(points[0][0])} and hit "
+                f"{percent(points[0][1])}, the surest {percent(points[-1][0])} and "
+                f"{percent(points[-1][1])}."
+                for name, points in series.items()
+            ),
+            caption=f"How far the routers' probabilities can be believed: {found.num_decisions} "
+            f"held-out decisions in bins of as many each, by the probability of what was decided. "
+            f"On the dashed line as many hit as the probability says; below it the routers are "
+            f"too sure.",
         ),
     ]

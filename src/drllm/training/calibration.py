@@ -16,8 +16,10 @@ Axes: M decisions (held-out examples times layers), L layers, C = 3 decisions.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +41,21 @@ BINS = 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Bin:
+    """Decisions of like confidence.
+
+    Attributes:
+        decisions: How many.
+        confidence: The mean probability of what was decided.
+        hits: The mean share that the targets give to what was decided.
+    """
+
+    decisions: int
+    confidence: float
+    hits: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Confidence:
     """How routers' probabilities and the held-out targets agree, as they are and at the best T.
 
@@ -50,20 +67,31 @@ class Confidence:
         num_decisions: M.
         nll_before: Mean negative log-likelihood of the targets, in nats a decision, at T = 1.
         nll_after: The same at T.
-        ece_before: Expected calibration error at T = 1, see `calibration_error`.
-        ece_after: The same at T.
+        reliability_before: Confidence and hits at T = 1, see `reliability`.
+        reliability_after: The same at T.
     """
 
     temperature: float
     num_decisions: int
     nll_before: float
     nll_after: float
-    ece_before: float
-    ece_after: float
+    reliability_before: tuple[Bin, ...]
+    reliability_after: tuple[Bin, ...]
+
+    @property
+    def ece_before(self) -> float:
+        """Expected calibration error at T = 1."""
+        return calibration_error(self.reliability_before)
+
+    @property
+    def ece_after(self) -> float:
+        """The same at T."""
+        return calibration_error(self.reliability_after)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `router_config.json` tells of it."""
-        return {name: getattr(self, name) for name in self.__slots__} | {"bins": BINS}
+        errors = {"ece_before": self.ece_before, "ece_after": self.ece_after}
+        return dataclasses.asdict(self) | errors | {"bins": BINS}
 
 
 def measure(routers: RouterStack, examples: Examples, plan: Plan) -> Confidence | None:
@@ -102,8 +130,8 @@ def measure(routers: RouterStack, examples: Examples, plan: Plan) -> Confidence 
         num_decisions=len(said),
         nll_before=_nll(said, wanted),
         nll_after=_nll(cooled, wanted),
-        ece_before=_error_of(said, wanted),
-        ece_after=_error_of(cooled, wanted),
+        reliability_before=_reliability_of(said, wanted),
+        reliability_after=_reliability_of(cooled, wanted),
     )
 
 
@@ -156,37 +184,59 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     return math.exp(high)
 
 
-def calibration_error(confidence: Tensor, hits: Tensor) -> float:
-    """Return the expected calibration error over bins of equal mass.
+def reliability(confidence: Tensor, hits: Tensor) -> tuple[Bin, ...]:
+    """Compare confidence with hits in bins of equal mass.
 
     Decisions are sorted by confidence and divided into `BINS` parts of as many decisions each, or
-    one more; the error is the mean, by size, of |mean confidence − share of hits|. With bins of
-    equal width nearly all decisions of a router would share the last one. Decisions of exactly
-    equal confidence count as hit in their common share, so that their order doesn't matter.
+    one more. With bins of equal width nearly all decisions of a router would share the last one.
+    Decisions of exactly equal confidence count as hit in their common share, so that their order
+    doesn't matter.
 
     Args:
         confidence: `[M]` in [0, 1]: the probability of what was decided; M ≥ 1.
         hits: `[M]`: the share that the target gives to what was decided; 0 or 1 for labels.
 
-    Source: Naeini et al. 2015 for the error, Nixon et al. 2019 (arXiv 1904.01685) for equal mass;
-        sharing ties is ours.
+    Returns:
+        The bins, the least confident first; fewer than `BINS` where there are fewer decisions.
+
+    Source: Nixon et al. 2019 (arXiv 1904.01685) for equal mass; sharing ties is ours.
 
     Example:
-        >>> confidence = torch.tensor([0.6, 0.6, 0.9, 0.9])
-        >>> round(calibration_error(confidence, torch.tensor([1.0, 0.0, 1.0, 1.0])), 4)
-        0.1
+        >>> confidence = torch.tensor([0.5, 0.75])
+        >>> for part in reliability(confidence, torch.tensor([1.0, 0.0])):
+        ...     print(part)
+        Bin(decisions=1, confidence=0.5, hits=1.0)
+        Bin(decisions=1, confidence=0.75, hits=0.0)
     """
     values, order = confidence.double().sort()
     hit = torch.cat([values.new_zeros(1), hits[order].double().cumsum(dim=0)])  # [M + 1]
     start, end = torch.searchsorted(values, values), torch.searchsorted(values, values, right=True)
-    gaps = values - (hit[end] - hit[start]) / (end - start)  # [M], by confidence
-    bins = gaps.tensor_split(min(BINS, len(gaps)))
-    return sum(abs(float(part.sum())) for part in bins) / len(gaps)
+    shared = (hit[end] - hit[start]) / (end - start)  # [M], by confidence
+    num_bins = min(BINS, len(values))
+    parts = zip(values.tensor_split(num_bins), shared.tensor_split(num_bins), strict=True)
+    return tuple(
+        Bin(decisions=len(sure), confidence=float(sure.mean()), hits=float(hit.mean()))
+        for sure, hit in parts
+    )
 
 
-def _error_of(logits: Tensor, targets: Tensor) -> float:
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """Return the expected calibration error: by decisions, the mean |confidence − hits|.
+
+    Source: Naeini et al. 2015.
+
+    Example:
+        >>> sure = Bin(decisions=3, confidence=0.9, hits=1.0)
+        >>> round(calibration_error([sure, Bin(decisions=1, confidence=0.6, hits=0.5)]), 4)
+        0.1
+    """
+    gaps = sum(part.decisions * abs(part.confidence - part.hits) for part in bins)
+    return gaps / sum(part.decisions for part in bins)
+
+
+def _reliability_of(logits: Tensor, targets: Tensor) -> tuple[Bin, ...]:
     confidence, decided = logits.softmax(dim=-1).max(dim=-1)
-    return calibration_error(confidence, targets.gather(-1, decided[:, None])[:, 0])
+    return reliability(confidence, targets.gather(-1, decided[:, None])[:, 0])
 
 
 def _nll(logits: Tensor, targets: Tensor) -> float:

@@ -162,6 +162,13 @@ def test_the_smallest_certifiable_loss_is_said_first():
     assert f"below {100 * certifiable.with_power:.2f} points with 80 % probability" in first
 
 
+def test_it_is_said_whose_questions_a_choice_was_made_on():
+    where = "arc_easy (select)"
+    choice = choose(base(), [point(27)], LIMITS, chance=0.25, seed=0, chosen_on=where)
+    assert choice.chosen_on == where
+    assert choice.sentences()[0].startswith("400 questions of arc_easy (select), 1.5 % of them")
+
+
 def test_less_than_n_can_certify_is_not_tried():
     choice = chosen([point(27)], Limits(epsilon=0.5, max_loss_increase=0.1))
     assert choice.trials == ()

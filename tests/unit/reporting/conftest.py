@@ -238,7 +238,7 @@ class Folder:
                 "base_class": "LlamaForCausalLM",
                 "base_fingerprint": self.model["fingerprint"],
                 "label_counts": [[1, 8, 1]] * self.num_layers,
-                "training": {},
+                "training": {"calibration": self.calibration()} if validation else {},
             },
         )
         lines = []
@@ -265,6 +265,23 @@ class Folder:
         self.text("routers/metrics.jsonl", "\n".join(lines) + "\n")
         parts = {"train": 40, "validation": 12} if validation else {"train": 40}
         self.layers({part: self._confusions(part, size) for part, size in parts.items()}, epochs)
+
+    def calibration(self) -> dict[str, Any]:
+        """Return what is told of routers that are too sure."""
+        sure = [0.5 + 0.03 * number for number in range(15)]
+        bins = [{"decisions": 10, "confidence": c, "hits": c - 0.05} for c in sure]
+        mended = [{"decisions": 10, "confidence": c - 0.04, "hits": c - 0.05} for c in sure]
+        return {
+            "temperature": 1.25,
+            "num_decisions": 150,
+            "nll_before": 0.5,
+            "nll_after": 0.45,
+            "reliability_before": bins,
+            "reliability_after": mended,
+            "ece_before": 0.05,
+            "ece_after": 0.01,
+            "bins": 15,
+        }
 
     def layers(self, parts: dict[str, list[list[list[int]]]], epoch: int) -> None:
         """Write the confusions of the saved routers."""
@@ -497,6 +514,9 @@ class Folder:
             "against_base": None
             if name == "base"
             else differences(name, "base", right, questions, 1 + 5 * share),
+            "routed_against": differences("routed", name, right, questions, 1 + 5 * share)
+            if name in OPPONENTS
+            else None,
         }
 
     def everything(self, **evaluation: Any) -> Path:

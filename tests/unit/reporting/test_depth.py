@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from drllm.reporting import curves
+from drllm.reporting.blocks import Table
+from drllm.reporting.depth import sections
 from drllm.reporting.drawing import LIGHT, svg
+from drllm.reporting.numbers import signed
 from drllm.reporting.verdicts import outstanding
 
 
@@ -23,13 +26,38 @@ def test_the_curve_stands_in_numbers(run, text_of, make_folder, whole):
     folder = make_folder(num_layers=12, seed=3)
     folder.evaluation(**whole)
     text = text_of(folder.path).replace("\u00a0", " ")
-    rows = text.split("*The depth curve in numbers*")[1].split("##")[0].strip().splitlines()
+    rows = text.split("*The depth curve in numbers*")[1].strip().split("\n\n")[0].splitlines()
     assert len(rows) == 2 + 1 + 3 * 2
     assert rows[2] == "| base | – | 12.00 | 0.0 % | 55.0 % | – | – | – |"
     points = run.evaluations[0].curve[1].against_base.accuracy
     assert rows[3].startswith("| routed | 10 % saved | 10.80 | 10.0 % | 50.0 % | −5.0 (")
     assert points.mean == pytest.approx(-0.05)
     assert rows[3].endswith("| −0.150 (−0.300 to +0.100) | +0.150 (+0.100 to +0.200) |")
+
+
+def test_the_routed_model_stands_against_every_opponent_at_every_depth(
+    run, text_of, make_folder, whole
+):
+    folder = make_folder(num_layers=12, seed=3)
+    folder.evaluation(**whole)
+    text = text_of(folder.path).replace("\u00a0", " ")
+    rows = text.split("*The routed model less each opponent, depth by depth")[1].splitlines()
+    found = [row.split(" | ") for row in rows if row.startswith(("| 10 %", "| 20 %"))]
+    assert [(row[0][2:], row[1]) for row in found] == [
+        ("10 % saved", "permuted routes"),
+        ("10 % saved", "last layers"),
+        ("20 % saved", "permuted routes"),
+        ("20 % saved", "last layers"),
+    ]
+    last = next(p for p in run.evaluations[0].curve if p.name == "last layers, 10 % saved")
+    assert found[1][3].startswith(signed(100 * last.routed_against.accuracy.mean, 1))
+
+
+def test_a_curve_of_before_the_opponents_were_compared_by_depth_has_no_such_table(evaluation):
+    older = tuple(replace(point, routed_against=None) for point in evaluation.curve)
+    (section, *_) = sections(replace(evaluation, curve=older))
+    captions = [block.caption for block in section.blocks if isinstance(block, Table)]
+    assert captions == ["The depth curve in numbers"]
 
 
 def test_a_system_has_its_depths_and_the_one_it_was_trained_for(evaluation):
@@ -222,6 +250,16 @@ def test_depths_of_what_is_tested_on_select_are_chosen_on_fit(make_folder, text_
     section = text_of(folder.path).split("## Certified choice")[1]
     rows = re.findall(r"^\| routed.*$", section, re.MULTILINE)
     assert [row.split(" | ")[1] for row in rows] == ["fit", "fit", "select, once"]
+
+
+def test_a_choice_made_on_another_tasks_questions_says_whose(make_folder, text_of, choices):
+    folder = make_folder()
+    held = {**choices["certified"], "chosen_on": "arc_easy (select)"}
+    folder.evaluation(choice=held)
+    section = text_of(folder.path).split("## Certified choice")[1]
+    rows = re.findall(r"^\| routed.*$", section, re.MULTILINE)
+    where = ["arc_easy (select)", "arc_easy (select)", "test, once"]
+    assert [row.split(" | ")[1] for row in rows] == where
 
 
 def test_what_the_choice_says_is_not_said_again_among_the_findings(make_folder, text_of, choices):

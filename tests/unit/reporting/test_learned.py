@@ -169,12 +169,60 @@ def test_routers_of_before_the_layers_were_kept_stand_beside_all_labels(make_fol
     assert rows["F1 skip"][2] == "0.000"
     share = f"{100 * executed:.1f}{NBSP}% of the labels"
     assert any(isinstance(block, Text) and share in block.text for block in blocks)
-    (figure,) = [block for block in blocks if isinstance(block, Figure)]
+    (figure,) = [block for block in blocks if getattr(block, "name", "") == CURVES]
     assert [axes.get_ylabel() for axes in figure.draw(LIGHT).axes] == [
         "macro-F1",
         "F1, validation",
         "loss",
     ]
+
+
+# --- probabilities -----------------------------------------------------------------------------
+
+RELIABILITY = "router reliability"
+
+
+def of_reliability(blocks):
+    (said,) = [b.text for b in blocks if isinstance(b, Text) and "calibration error" in b.text]
+    return said.replace(NBSP, " "), [b for b in blocks if getattr(b, "name", "") == RELIABILITY]
+
+
+def test_it_is_said_and_drawn_how_far_probabilities_can_be_believed(run, learned):
+    said, (figure,) = of_reliability(part(learned, "Router metrics"))
+    assert said.startswith("Of what they decide the routers are too sure: on 150 held-out ")
+    assert "off by 5.0 % on average (expected calibration error)" in said
+    assert "at a temperature of 1.25, where it is 1.0 %" in said
+    assert said.endswith("and is not in the weights.")
+    (axes,) = figure.draw(LIGHT).axes
+    _, before, after = axes.lines
+    for line, points in ((before, run.reliability.before), (after, run.reliability.after)):
+        assert [*zip(line.get_xdata(), line.get_ydata(), strict=True)] == list(points)
+        assert len(points) == 15
+    assert after.get_label() == "temperature 1.25"
+
+
+def test_routers_that_have_their_temperature_in_the_weights_say_so(run):
+    folded = dataclasses.replace(run.reliability, is_folded=True, temperature=0.8)
+    found = sections(dataclasses.replace(run, reliability=folded))
+    said, _ = of_reliability(part(found, "Router metrics"))
+    assert "are not sure enough" in said
+    assert said.endswith("decisions and is in the weights.")
+
+
+def test_routers_of_before_the_bins_were_kept_have_the_sentence_alone(run):
+    older = dataclasses.replace(run.reliability, before=(), after=())
+    found = sections(dataclasses.replace(run, reliability=older))
+    said, drawn = of_reliability(part(found, "Router metrics"))
+    assert "5.0 %" in said
+    assert not drawn
+
+
+def test_without_held_out_targets_nothing_is_said_of_probabilities(make_folder):
+    folder = make_folder()
+    folder.everything()
+    folder.routers(validation=False)
+    blocks = part(sections(read_run(folder.path)), "Router metrics")
+    assert not [b for b in blocks if isinstance(b, Text) and "calibration error" in b.text]
 
 
 def metrics_of(folder):

@@ -101,7 +101,7 @@ def test_the_page_says_its_language_and_fits_phones(report):
 def test_every_figure_has_words_for_those_who_cannot_see_it(report):
     page = Page(report[0])
     drawings = page.all("svg")
-    assert len(drawings) == 11
+    assert len(drawings) == 12
     for drawing in drawings:
         assert drawing["role"] == "img"
         assert len(drawing["aria-label"] or "") > 40

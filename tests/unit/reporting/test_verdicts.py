@@ -263,6 +263,7 @@ def test_the_choice_is_said_whatever_it_is():
         "max_loss_increase": 0.05,
         "confidence": 0.95,
         "worked_answers": None,
+        "chosen_on": None,
         "trials": (trial,),
         "obstacle": None,
         "sentences": (),

@@ -19,6 +19,7 @@ from drllm.training.calibration import (
     fit_temperature,
     fold,
     measure,
+    reliability,
 )
 from drllm.training.loop import train
 from drllm.training.plans import Plan, new_stack
@@ -97,12 +98,16 @@ def test_logits_that_say_nothing_keep_the_temperature_at_one():
 # --- the calibration error ---------------------------------------------------------------------
 
 
+def error(confidence: torch.Tensor, hits: torch.Tensor) -> float:
+    return calibration_error(reliability(confidence, hits))
+
+
 def test_the_calibration_error_of_fifteen_decisions_is_the_mean_of_their_gaps():
     """One decision a bin: the gap of a hit is 1 − c, that of a miss c."""
     confidence = torch.arange(1, 16) / 20
     hits = torch.tensor([0.0, 1.0, 0.0] * 5)
     by_hand = sum(1 - n / 20 if n % 3 == 2 else n / 20 for n in range(1, 16)) / 15
-    assert calibration_error(confidence, hits) == pytest.approx(by_hand, abs=1e-7)
+    assert error(confidence, hits) == pytest.approx(by_hand, abs=1e-7)
 
 
 def test_the_calibration_error_of_a_small_table_done_by_hand(monkeypatch):
@@ -111,14 +116,14 @@ def test_the_calibration_error_of_a_small_table_done_by_hand(monkeypatch):
     confidence = torch.tensor([0.95, 0.4, 0.9, 0.5, 0.85, 0.6]).double()
     hits = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
     expected = (3 * (0.5 - 1 / 3) + 3 * (0.9 - 2 / 3)) / 6
-    assert calibration_error(confidence, hits) == pytest.approx(expected)
+    assert error(confidence, hits) == pytest.approx(expected)
 
 
 def test_decisions_of_equal_confidence_may_come_in_any_order():
     confidence = torch.full((40,), 0.75)
     hits = torch.tensor([1.0] * 30 + [0.0] * 10)
-    assert calibration_error(confidence, hits) == pytest.approx(0.0, abs=1e-12)
-    assert calibration_error(confidence, hits.flip(0)) == pytest.approx(0.0, abs=1e-12)
+    assert error(confidence, hits) == pytest.approx(0.0, abs=1e-12)
+    assert error(confidence, hits.flip(0)) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_calibrated_probabilities_have_a_small_error_and_overconfident_ones_a_large_one():
@@ -126,8 +131,8 @@ def test_calibrated_probabilities_have_a_small_error_and_overconfident_ones_a_la
     sure, decided = logits.softmax(dim=-1).max(dim=-1)
     too_sure = (3 * logits).softmax(dim=-1).amax(dim=-1)
     hits = targets.gather(1, decided[:, None])[:, 0]
-    assert calibration_error(sure, hits) < 0.02
-    assert calibration_error(too_sure, hits) > 0.1
+    assert error(sure, hits) < 0.02
+    assert error(too_sure, hits) > 0.1
 
 
 # --- in training -------------------------------------------------------------------------------
@@ -158,6 +163,12 @@ def test_training_tells_what_a_slow_loop_over_the_held_out_targets_finds(
     assert told["nll_after"] < min(around)
     assert told["nll_after"] <= told["nll_before"]
     assert 0 <= told["ece_after"] <= 1
+    bins = told["reliability_before"]
+    assert len(bins) == BINS
+    assert sum(part["decisions"] for part in bins) == len(logits)
+    hit = (logits.argmax(dim=-1) == targets.argmax(dim=-1)).double().mean()
+    by_bins = sum(part["decisions"] * part["hits"] for part in bins) / len(logits)
+    assert by_bins == pytest.approx(float(hit))
 
 
 def test_without_being_asked_for_the_temperature_is_told_and_the_weights_stay(

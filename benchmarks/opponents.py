@@ -1,0 +1,202 @@
+"""Whether layers are given up as by a peer library, and how much faster they are chosen.
+
+Ours: the opponents `block influence` and `greedy by loss`, candidates of a step measured together.
+Theirs: ShortGPT and SLEB in economize (Apache-2.0, `pip install economize==0.3.2`, which needs
+transformers 5), texts of equal length in one batch.
+Both read the same texts, taking turns in one run; influences and chosen layers are compared.
+
+    python benchmarks/opponents.py [--quick] [--json FILE] [--clock cpu] [--data-dir DIR]
+        [--task TASK] [--model MODEL] [--device DEVICE] [--texts N] [--skipped K] [--repeats N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from drllm.config import ModelConfig
+from drllm.evaluation.lineup import Material
+from drllm.evaluation.opponents import Greedy, block_influence, order_by_influence
+from drllm.models.base.loading import BaseModel, load
+from drllm.models.routed import RoutedModel
+from drllm.tasks.base import OPTIONS_REWARD, choose, get_task
+
+Clock = Callable[[], float]
+Tokens = list[int]
+
+QUICK = {"repeats": 1, "texts": 8, "skipped": 1}
+WHOLE = {"repeats": 3, "texts": 64, "skipped": 6}
+
+OURS = "drllm: all candidates of a step in passes that share their beginnings"
+THEIRS = "economize: one candidate after the other, behind a shared beginning"
+
+
+def texts_of(base: BaseModel, task_name: str, num: int, data_dir: Path | None) -> list[Tokens]:
+    """Return questions with their right answers, as tokens."""
+    task = get_task(task_name)
+    examples = choose(task.examples("select", data_dir), num, seed=0)
+    texts = []
+    for example in examples:
+        prompt = task.prompt(example, OPTIONS_REWARD)
+        texts.append(base.tokenizer(prompt.text + prompt.continuations[prompt.gold])["input_ids"])
+    return texts
+
+
+def by_length(texts: Sequence[Tokens]) -> list[torch.Tensor]:
+    """Return the texts as batches without padding."""
+    of_length = defaultdict(list)
+    for text in texts:
+        of_length[len(text)].append(text)
+    return [torch.tensor(batch) for batch in of_length.values()]
+
+
+def ours(
+    base: BaseModel, texts: Sequence[Tokens], num_skipped: int, clock: Clock
+) -> dict[str, Any]:
+    """Choose layers by both of our opponents."""
+    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+    try:
+        started = clock()
+        influence = block_influence(routed, texts)
+        measured = clock()
+        ends = (0, base.num_layers - 1)
+        greedy = Greedy(Material(routed, texts).by_loss(), base.num_layers, keep=ends)
+        greedy(num_skipped)
+        return {
+            "influence": influence,
+            "by_influence": sorted(order_by_influence(influence)[:num_skipped]),
+            "by_loss": sorted(greedy.layers),
+            "seconds": {"block influence": measured - started, "by loss": clock() - measured},
+        }
+    finally:
+        routed.detach()
+
+
+def theirs(model: Any, texts: Sequence[Tokens], num_skipped: int, clock: Clock) -> dict[str, Any]:
+    """Choose layers by both of economize's criteria, which count them from 1."""
+    from economize.arch import adapter_for  # type: ignore[import-not-found]
+    from economize.techniques.prune import depth  # type: ignore[import-not-found]
+
+    adapter = adapter_for(model)
+    batches = [batch.to(model.device) for batch in by_length(texts)]
+    started = clock()
+    influence = depth.block_influence(adapter, batches)
+    measured = clock()
+    by_loss = depth.sleb_select(adapter, batches, num_skipped, range(2, adapter.num_layers))
+    return {
+        "influence": influence.tolist(),
+        "by_influence": [layer - 1 for layer in depth.shortgpt_select(influence, num_skipped)],
+        "by_loss": [layer - 1 for layer in by_loss],
+        "seconds": {"block influence": measured - started, "by loss": clock() - measured},
+    }
+
+
+def compare(
+    base: BaseModel, texts: Sequence[Tokens], sizes: dict[str, int], clock: Clock
+) -> dict[str, Any]:
+    """Let both choose, in turns, and compare what they found."""
+    stock = copy.deepcopy(base.model)
+    runs = []
+    for repeat in range(sizes["repeats"] + 1):  # the first one warms up
+        found = {}
+        for name in sorted(("ours", "theirs"), reverse=repeat % 2 == 1):
+            way = (ours, base) if name == "ours" else (theirs, stock)
+            found[name] = way[0](way[1], texts, sizes["skipped"], clock)
+        runs.append(found)
+    mine, other = runs[-1]["ours"], runs[-1]["theirs"]
+    pairs = zip(mine["influence"], other["influence"], strict=True)
+    return {
+        "speedup": {
+            criterion: statistics.median(
+                run["theirs"]["seconds"][criterion] / run["ours"]["seconds"][criterion]
+                for run in runs[1:]
+            )
+            for criterion in mine["seconds"]
+        },
+        "largest_difference_of_influence": max(abs(one - two) for one, two in pairs),
+        "equal_by_influence": mine["by_influence"] == other["by_influence"],
+        "equal_by_loss": mine["by_loss"] == other["by_loss"],
+        "runs": runs[1:],
+    }
+
+
+def report(result: dict[str, Any]) -> None:
+    """Print what was found."""
+    found = result["runs"][-1]
+    for name, chosen in (("block influence", "by_influence"), ("by loss", "by_loss")):
+        mine, other = found["ours"], found["theirs"]
+        verdict = "equal" if mine[chosen] == other[chosen] else "DIFFERENT"
+        print(
+            f"{name}: layers {mine[chosen]} by ours, {other[chosen]} by theirs, {verdict}; "
+            f"speedup {result['speedup'][name]:.2f} (last: {other['seconds'][name]:.1f} s theirs, "
+            f"{mine['seconds'][name]:.1f} s ours)"
+        )
+    print(f"largest difference of an influence {result['largest_difference_of_influence']:.1e}")
+
+
+def main() -> None:
+    """Run the comparison and print it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few texts, under a minute")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time of a single thread, for a machine that is used by others too",
+    )
+    parser.add_argument("--data-dir", type=Path, help="of the task, where it needs one")
+    parser.add_argument("--task", default="builtin_facts", help="with options")
+    parser.add_argument("--model", default=ModelConfig().model, help="alias, hub id or folder")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    parser.add_argument("--texts", type=int, help="questions with their right answers")
+    parser.add_argument("--skipped", type=int, help="layers to give up")
+    parser.add_argument("--repeats", type=int)
+    options = parser.parse_args()
+    if importlib.util.find_spec("economize") is None:
+        sys.exit(
+            "economize isn't installed; pip install economize==0.3.2 (transformers 5 or newer)"
+        )
+    sizes = dict(QUICK if options.quick else WHOLE)
+    sizes |= {name: given for name in sizes if (given := getattr(options, name)) is not None}
+    clock: Clock = time.perf_counter
+    if options.clock == "cpu":  # of several threads it would add up those that wait as well
+        torch.set_num_threads(1)
+        clock = time.process_time
+    base = load(ModelConfig(model=options.model, dtype="float32", device=options.device))
+    texts = texts_of(base, options.task, sizes["texts"], options.data_dir)
+    result = compare(base, texts, sizes, clock)
+    report(result)
+    figures = {
+        "speedup": result["speedup"],
+        "repeats": sizes["repeats"],
+        "ours": OURS,
+        "theirs": THEIRS,
+        "model": base.name,
+        "task": options.task,
+        "clock": options.clock,
+        "machine": f"{platform.machine()}, {base.model.device}, {base.model.dtype}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}",
+        **sizes,
+        "result": result,
+    }
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
