@@ -318,10 +318,9 @@ class _Evaluation:
         for name in self.opponents:
             if setting and OPPONENTS[name].has_own_depth:
                 continue  # it would be the same system again
-            if lacking := lineup.lacks(name):
-                notes.append(f"{OPPONENTS[name].name} isn't compared: it needs {lacking}.")
+            if obstacle := lineup.obstacle(name, routed.executions):
+                notes.append(f"{OPPONENTS[name].name} isn't compared: {obstacle}.")
                 continue
-
             opponent = partial(self._opponent, run, lineup, name, routed)
             systems.append(self.once(f"{task.name}: {name}{at}", opponent))
         return systems

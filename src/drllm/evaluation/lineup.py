@@ -42,6 +42,7 @@ from drllm.evaluation.opponents import (
     permuted,
     programs_of,
     random_like,
+    reach,
     skipping,
     text_question,
     tilted,
@@ -174,10 +175,19 @@ class Lineup:
         """What opponents are fitted on."""
         return self._prepare()
 
-    def lacks(self, name: str) -> str | None:
-        """Say what an opponent would need that there isn't; None where nothing is missing."""
+    def obstacle(self, name: str, executions: float) -> str | None:
+        """Say why an opponent can't be had at given mean executions; None where it can."""
         attribute, words = NEEDS.get(name, ("", ""))
-        return words if attribute and not getattr(self.material, attribute) else None
+        if attribute and not getattr(self.material, attribute):
+            return f"it needs {words}"
+        if name == "best program":
+            fewest, most = reach(self.material.search)
+            if not fewest <= executions <= most:
+                return (
+                    f"mixed with the full path, programs of the search log run {fewest} to {most} "
+                    f"executions, and the routed model has {executions:.2f}"
+                )
+        return None
 
     def at(self, name: str, routes: Tensor, generator: torch.Generator) -> Drawn:
         """Return how an opponent decides at the mean executions of some routes.

@@ -25,7 +25,7 @@ from drllm.evaluation.opponents.measures import (
     text_question,
     token_logprob,
 )
-from drllm.evaluation.opponents.program import BestProgram, best_program, programs_in
+from drllm.evaluation.opponents.program import BestProgram, best_program, programs_in, reach
 from drllm.evaluation.opponents.repeat import RepeatedBlock, best_block
 from drllm.evaluation.opponents.segments import programs_of, train_predictor
 from drllm.evaluation.opponents.sequence import train_sequence_router
@@ -66,6 +66,7 @@ __all__ = [
     "programs_in",
     "programs_of",
     "random_like",
+    "reach",
     "share_unchanged",
     "skipping",
     "text_question",

@@ -145,10 +145,10 @@ def best_program(
         if _can_reach(program.decisions, full, executions)
     }
     if not shares:
-        reached = [num_executions(p.decisions) for p in programs]
+        fewest, most = reach(records)
         raise ConfigError(
             f"no program of this search log, mixed with the full path, runs {executions:g} "
-            f"executions; give a number from {min(reached)} to {max(reached)}"
+            f"executions; give a number from {fewest} to {most}"
         )
 
     def by_log(program: Program) -> float:
@@ -164,6 +164,20 @@ def best_program(
     best = max(range(len(mixed)), key=mixed.__getitem__)  # of equal ones the better by the log
     program = candidates[best]
     return BestProgram(program, shares[program], mixed[best], full_value, len(candidates))
+
+
+def reach(records: Sequence[SearchRecord]) -> tuple[int, int]:
+    """Return the fewest and the most executions that programs of a search log can be mixed to.
+
+    Args:
+        records: At least one, of one model.
+
+    Returns:
+        Both L where only the full path was tried.
+    """
+    tried = [num_executions(path.decisions) for record in records for path in record.paths]
+    num_layers = records[0].num_layers
+    return min(num_layers, *tried), max(num_layers, *tried)
 
 
 def _can_reach(decisions: Decisions, full: Decisions, executions: float) -> bool:

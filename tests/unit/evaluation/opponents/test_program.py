@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from drllm.errors import ConfigError, RecordError
-from drllm.evaluation.opponents.program import PRIOR_TRIES, best_program, programs_in
+from drllm.evaluation.opponents.program import PRIOR_TRIES, best_program, programs_in, reach
 from drllm.evaluation.opponents.static import mixture
 from drllm.records import SearchRecord, TriedPath
 
@@ -116,6 +116,11 @@ def test_only_the_candidates_that_look_best_in_the_log_are_measured():
 def test_executions_that_no_mixture_reaches_are_refused(executions):
     with pytest.raises(ConfigError, match="give a number from 2 to 5"):
         best_program(LOG, measure, executions)
+
+
+def test_the_reach_of_a_log_includes_the_full_path():
+    assert reach(LOG) == (2, 5)
+    assert reach([record(0, [((2, 1, 1, 1), True)])]) == (4, 5)
 
 
 @pytest.mark.parametrize("records", [[], [LOG[0], record(9, [((1, 1), True)], num_layers=2)]])
