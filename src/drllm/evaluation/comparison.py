@@ -319,7 +319,7 @@ class _Evaluation:
             if setting and OPPONENTS[name].has_own_depth:
                 continue  # it would be the same system again
             if obstacle := lineup.obstacle(name, routed.executions):
-                notes.append(f"{OPPONENTS[name].name} isn't compared: {obstacle}.")
+                notes.append(f"{name.capitalize()} isn't compared: {obstacle}.")
                 continue
             opponent = partial(self._opponent, run, lineup, name, routed)
             systems.append(self.once(f"{task.name}: {name}{at}", opponent))

@@ -533,7 +533,9 @@ def test_opponents_that_lack_what_they_are_fitted_on_are_named(base, routers_dir
         row["name"] for row in result["systems"]
     ]
     for name in lacking:
-        assert any(f"{name} isn't compared: it needs" in text for text in result["findings"])
+        assert any(
+            f"{name.capitalize()} isn't compared: it needs" in text for text in result["findings"]
+        )
 
 
 def test_the_cost_of_a_prompt_falls_with_the_executions_and_is_said_to_be_derived(evaluated):
