@@ -50,6 +50,7 @@ def point(system: str, setting: str, executions: float, against: Differences | N
         gold_logprob=-1.375,
         text_loss=None,
         against_base=against,
+        routed_against=None,
     )
 
 
