@@ -109,12 +109,15 @@ def compare(
 ) -> dict[str, Any]:
     """Let both choose, in turns, and compare what they found."""
     stock = copy.deepcopy(base.model)
+    ways = {
+        "ours": lambda: ours(base, texts, sizes["skipped"], clock),
+        "theirs": lambda: theirs(stock, texts, sizes["skipped"], clock),
+    }
     runs = []
     for repeat in range(sizes["repeats"] + 1):  # the first one warms up
         found = {}
-        for name in sorted(("ours", "theirs"), reverse=repeat % 2 == 1):
-            way = (ours, base) if name == "ours" else (theirs, stock)
-            found[name] = way[0](way[1], texts, sizes["skipped"], clock)
+        for name in sorted(ways, reverse=repeat % 2 == 1):
+            found[name] = ways[name]()
         runs.append(found)
     mine, other = runs[-1]["ours"], runs[-1]["theirs"]
     pairs = zip(mine["influence"], other["influence"], strict=True)

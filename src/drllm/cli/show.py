@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.text import Text
 
@@ -35,6 +34,7 @@ from drllm.reporting.agreement import LAYERS_FILE
 from drllm.reporting.fields import read_object
 from drllm.reporting.measured import LATENCY_FILE
 from drllm.reporting.numbers import plain
+from drllm.reporting.reliability import Reliability, read_reliability
 from drllm.reporting.sweeps import SWEEP_FILE
 from drllm.search.commits import BLOCKS_FOLDER
 from drllm.search.tally import failed_question
@@ -253,8 +253,8 @@ def _show_routers(folder: Path, terminal: Terminal) -> None:
             f"trained on     {training.get('num_trained')} targets ({tasks}), "
             f"{training.get('num_held_out')} held out, {training.get('steps')} steps"
         )
-    if training.get("calibration"):
-        terminal.say(f"calibration    {_calibration(training)}")
+    if (found := read_reliability(config)) is not None:
+        terminal.say(f"calibration    {_calibration(found)}")
     counts = config.values.get("label_counts") or []
     if counts:
         say_classes([sum(column) for column in zip(*counts, strict=True)], terminal)
@@ -264,15 +264,13 @@ def _show_routers(folder: Path, terminal: Terminal) -> None:
         show_agreement(folder / LAYERS_FILE, terminal)
 
 
-def _calibration(training: Mapping[str, Any]) -> str:
+def _calibration(found: Reliability) -> str:
     """Say how far the probabilities can be believed, and whether that was mended."""
-    found = training["calibration"]
-    folded = training.get("settings", {}).get("calibrate")
     return (
-        f"temperature {plain(found.get('temperature'), 2)} "
-        f"({'in the weights' if folded else 'not in the weights'}), expected calibration error "
-        f"{plain(found.get('ece_before'), 4)} without and {plain(found.get('ece_after'), 4)} with "
-        f"it, on {found.get('num_decisions')} held-out decisions"
+        f"temperature {plain(found.temperature, 2)} "
+        f"({'in the weights' if found.is_folded else 'not in the weights'}), expected calibration "
+        f"error {plain(found.error_before, 4)} without and {plain(found.error_after, 4)} with "
+        f"it, on {found.num_decisions} held-out decisions"
     )
 
 
