@@ -44,6 +44,7 @@ from drllm.records import SupervisionRecord, new_manifest
 from drllm.tasks.base import OPTIONS_REWARD, choose, get_task
 from drllm.training.examples import shape
 from drllm.training.features import BATCH_SIZE, Features, collect
+from drllm.training.fit import Fit
 from drllm.training.loop import train
 from drllm.training.plans import Plan, new_stack
 from drllm.training.split import epoch_batches
@@ -58,11 +59,13 @@ SHARES = torch.tensor([4399.0, 120956.0, 1457.0]) / 126812
 """Of skip, execute and repeat among the paper's labels (arXiv 2510.12773)."""
 
 EQUAL_LOSSES = 1e-4
-"""Relative, of an epoch's loss in float32, as long as rounding alone moves it less."""
+"""Relative, of an epoch's loss: in float64, and in float32 where rounding alone moves it less."""
 TIMES_ROUNDING = 10
 """How many times as far as rounding alone an epoch's loss may lie from ours. Training carries a
-difference of a last bit on and multiplies it, so what rounding does is measured: ours again, on
-features that were pooled one prompt at a time."""
+difference of a last bit on and multiplies it, so what rounding does is measured: ours again,
+rounded in other places (`rounded_otherwise`)."""
+OTHER_BATCHES = (1, 2, 16)
+"""Prompts of a pass, where what rounding does is measured."""
 
 OURS = "one pass in batches, features on disk, then all routers together (collect, train)"
 THEIRS = "the base model in the loop: every epoch, one example at a time"
@@ -215,6 +218,28 @@ class Literal:
         return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
+def read_along(
+    model: Any, tokenizer: Any, records: Sequence[SupervisionRecord], num_windows: int
+) -> Features:
+    """Pool what the routers of this loop read along the target paths, in the model's dtype."""
+    size = (len(records), len(model.model.layers), num_windows, model.config.hidden_size)
+    means, filled = torch.zeros(size, dtype=model.dtype), []
+    for row, record in enumerate(records):
+        walk = Walk(model, tokenizer, record.prompt)
+        for layer, label in enumerate(record.optimal_layer_config):
+            read = windows(walk.hidden[0], num_windows)
+            means[row, layer, : len(read)] = read
+            walk.run(layer, label)
+        filled.append(len(read))
+    return Features(
+        means=means,
+        filled=torch.tensor(filled),
+        labels=torch.tensor([record.optimal_layer_config for record in records]),
+        questions=tuple(record.question for record in records),
+        tasks=tuple(record.task for record in records),
+    )
+
+
 # --- against ours ------------------------------------------------------------------------------
 
 
@@ -268,6 +293,71 @@ def pooled(
         routed.detach()
 
 
+def rounded_otherwise(
+    base: BaseModel,
+    records: Sequence[SupervisionRecord],
+    config: TrainConfig,
+    features: Features,
+    folder: Path,
+) -> dict[str, list[float]]:
+    """Fit again where only the rounding is another, and return the losses of the epochs.
+
+    Other batches in the pass round the features otherwise, float64 each step of the fit.
+    """
+    fits = {
+        f"{size} prompts a pass": (
+            pooled(base, records, config, folder / f"by{size}", size),
+            torch.float32,
+        )
+        for size in OTHER_BATCHES
+    } | {"float64": (features, torch.float64)}
+    found = {}
+    for name, (read, dtype) in fits.items():
+        found[name] = fitted_losses(base, read, config, dtype)
+    return found
+
+
+def fitted_losses(
+    base: BaseModel, features: Features, config: TrainConfig, dtype: torch.dtype
+) -> list[float]:
+    """Return the losses of the epochs of our fit, in a dtype."""
+    fit = Fit(features, base.identity, [Plan.of(features, config)], dtype=dtype)
+    while fit.active:
+        fit.epoch()
+    return [row["routers_loss"] for row in fit.rows[0]]
+
+
+def compare_in_double(base: BaseModel, records: Sequence[SupervisionRecord]) -> list[float]:
+    """Return how far the losses of both ways are from one another in float64.
+
+    Converts the base model, for good.
+    """
+    config = TrainConfig(validation_fraction=0.0)
+    model = base.model.double()
+    features = read_along(model, base.tokenizer, records, config.num_windows)
+    stack = new_stack(features, Plan.of(features, config), base.identity)
+    everything = range(len(records))
+    literal = Literal(model, base.tokenizer, stack, records, config, everything, [])
+    ours = fitted_losses(base, features, config, torch.float64)
+    return relative([trained for trained, _ in literal.train()], ours)
+
+
+def furthest_so_far(samples: Sequence[Sequence[float]]) -> list[float]:
+    """Return for each epoch the largest difference of any sample up to there.
+
+    Not of that epoch alone: two losses that drift apart also cross, and are equal there by chance.
+    """
+    return list(itertools.accumulate(map(max, zip(*samples, strict=True)), max))
+
+
+def are_equal(found: Sequence[float], by_rounding: Sequence[float]) -> bool:
+    """Tell whether no epoch's difference is more than rounding explains; NaN is more."""
+    return all(
+        difference <= max(EQUAL_LOSSES, TIMES_ROUNDING * noise)
+        for difference, noise in zip(found, by_rounding, strict=True)
+    )
+
+
 def compare(
     base: BaseModel, records: Sequence[SupervisionRecord], folder: Path, clock: Clock
 ) -> tuple[dict[str, Any], Features]:
@@ -299,11 +389,13 @@ def compare(
     theirs_s = clock() - started
 
     alone_s = walk_along(everything)
-    apart = pooled(base, records, config, folder / "apart", batch_size=1)
-    again = train(apart, base.identity, config, folder / "again")
     mine = [row["routers_loss"] for row in rows]
     from_theirs = relative(losses, mine)
-    by_rounding = relative([row["routers_loss"] for row in again], mine)
+    samples = {
+        name: relative(others, mine)
+        for name, others in rounded_otherwise(base, records, config, features, folder).items()
+    }
+    by_rounding = furthest_so_far(list(samples.values()))
     return {
         "questions": len(records),
         "epochs": config.num_epochs,
@@ -316,11 +408,9 @@ def compare(
         "batch_1_loses": alone_s / pass_s,
         "routers_in_the_loop": theirs_s / (config.num_epochs * alone_s),
         "relative_differences": from_theirs,
+        "rounded_otherwise": samples,
         "by_rounding_alone": by_rounding,
-        "losses_are_equal": all(
-            found <= max(EQUAL_LOSSES, TIMES_ROUNDING * noise)  # NaN is not
-            for found, noise in zip(from_theirs, by_rounding, strict=True)
-        ),
+        "losses_are_equal": are_equal(from_theirs, by_rounding),
         "last_loss": losses[-1],
     }, features
 
@@ -462,6 +552,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="ARC-Easy in place of built-in questions")
     parser.add_argument("--model", default=ModelConfig().model, help="alias, hub id or folder")
     parser.add_argument("--questions", type=int, help="trained on both ways")
+    parser.add_argument("--double", action="store_true", help="also compare losses in float64")
     parser.add_argument("--scale", action="store_true", help="also see how a fit grows")
     parser.add_argument("--targets", type=int, help="with --scale: of the largest fit")
     parser.add_argument("--fit", type=Path, help=argparse.SUPPRESS)  # a process of --scale's own
@@ -487,6 +578,9 @@ def main() -> None:
             if options.scale
             else []
         )
+    if options.double:
+        result["in_double"] = compare_in_double(base, records)
+        print(f"in float64 the losses differ, relatively, by {differ(result['in_double'])}")
     figures = {
         "speedup": result["speedup"],
         "repeats": 1,
@@ -506,6 +600,8 @@ def main() -> None:
         raise SystemExit(
             f"the losses differ by more than {EQUAL_LOSSES} and {TIMES_ROUNDING} times rounding"
         )
+    if not all(difference <= EQUAL_LOSSES for difference in result.get("in_double", [])):
+        raise SystemExit(f"in float64 the losses differ by more than {EQUAL_LOSSES}")
 
 
 if __name__ == "__main__":

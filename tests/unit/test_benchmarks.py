@@ -272,7 +272,7 @@ def trained(
     script = benchmark("training")
     sizes_of = script.sizes_of
     file = tmp_path_factory.mktemp("benchmark") / "figures.json"
-    sizes = ["--questions", "12", "--scale", "--targets", "14"]
+    sizes = ["--questions", "12", "--double", "--scale", "--targets", "14"]
     model = ["--model", str(model_folder())]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["training.py", "--quick", "--json", str(file), *model, *sizes])
@@ -288,9 +288,37 @@ def test_training_with_the_base_model_in_the_loop_has_the_losses_of_ours(
     result = trained["result"]
     assert (result["questions"], result["epochs"]) == (12, 25)
     assert 0 <= max(result["relative_differences"]) < 1e-5  # float32
+    assert list(result["rounded_otherwise"]) == [
+        *(f"{size} prompts a pass" for size in (1, 2, 16)),
+        "float64",
+    ]
     assert len(result["by_rounding_alone"]) == len(result["relative_differences"])
+    assert 0 < result["by_rounding_alone"][-1] < 1e-5
     assert result["losses_are_equal"] is True
+    assert 0 <= max(result["in_double"]) < 1e-12
     assert result["last_loss"] > 0
+
+
+def test_what_rounding_does_is_the_most_of_all_samples_and_of_all_epochs_so_far(
+    benchmark: Callable[[str], ModuleType],
+) -> None:
+    samples = [[1e-8, 3e-6, 2e-9, 1e-3], [2e-8, 1e-6, 1e-6, 4e-3]]
+    assert benchmark("training").furthest_so_far(samples) == [2e-8, 3e-6, 3e-6, 4e-3]
+
+
+@pytest.mark.parametrize(
+    ("found", "are_equal"),
+    [
+        ([9e-5, 9e-5, 9e-3], True),
+        ([1.1e-4, 0, 0], False),
+        ([0, 0, 1.1e-2], False),
+        ([0, math.nan, 0], False),
+    ],
+)
+def test_losses_are_equal_that_differ_by_little_or_by_ten_times_what_rounding_does(
+    benchmark: Callable[[str], ModuleType], found: list[float], are_equal: bool
+) -> None:
+    assert benchmark("training").are_equal(found, [1e-8, 1e-6, 1e-3]) is are_equal
 
 
 def test_the_bound_is_made_of_epochs_batches_and_routers(trained: dict[str, Any]) -> None:
