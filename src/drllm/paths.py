@@ -156,6 +156,23 @@ def sketch(decisions: Sequence[int]) -> str:
     return "".join("·█2"[int(value)] for value in decisions)
 
 
+def edits(decisions: Sequence[int]) -> str:
+    """Say in words what decisions change about the full path.
+
+    Example:
+        >>> edits([1, 0, 2, 0]), edits([1, 1])
+        ('skips layers 1 and 3, repeats layer 2', 'runs every layer once')
+    """
+    parts = []
+    for verb, decision in (("skips", Decision.SKIP), ("repeats", Decision.REPEAT)):
+        layers = [str(layer) for layer, value in enumerate(decisions) if value == decision]
+        if layers:
+            *others, last = layers
+            named = f"s {', '.join(others)} and {last}" if others else f" {last}"
+            parts.append(f"{verb} layer{named}")
+    return ", ".join(parts) or "runs every layer once"
+
+
 def check_path(path: Sequence[int], num_layers: int) -> tuple[int, ...]:
     """Return a path as a tuple of plain ints, or say why the model can't run it.
 

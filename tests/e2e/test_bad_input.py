@@ -503,6 +503,12 @@ CASES = [
         without_torch=True,
     ),
     Case(
+        name="a limit beside limits of every task",
+        words=f"{EVALUATE} --limit 5 --limits builtin_facts=3",
+        says=("--limit 5 has no effect", "builtin_facts=3 names every task", "leave it out"),
+        without_torch=True,
+    ),
+    Case(
         name="data folder missing",
         words="search --dataset arc_easy --data-dir nowhere",
         says=("--data-dir nowhere is not a folder", "give the folder with the tasks' files"),

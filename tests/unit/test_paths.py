@@ -6,6 +6,7 @@ from drllm.errors import PathError
 from drllm.paths import (
     Decision,
     check_decisions,
+    edits,
     full_decisions,
     num_executions,
     sketch,
@@ -33,6 +34,19 @@ def test_the_full_path_executes_each_layer_once():
 
 def test_executions_are_counted_with_repeats():
     assert num_executions([2, 0, 1, 2]) == 5
+
+
+@pytest.mark.parametrize(
+    ("decisions", "words"),
+    [
+        ([1, 1], "runs every layer once"),
+        ([1, 0, 1], "skips layer 1"),
+        ([0, 1, 0, 0], "skips layers 0, 2 and 3"),
+        ([2, 1, 0], "skips layer 2, repeats layer 0"),
+    ],
+)
+def test_edits_name_the_layers_that_are_skipped_and_repeated(decisions, words):
+    assert edits(decisions) == words
 
 
 def test_a_sketch_shows_skip_execute_and_repeat():

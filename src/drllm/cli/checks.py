@@ -92,6 +92,12 @@ def tasks_to_evaluate(config: EvaluateConfig) -> list[Task]:
     for task in tasks:
         _check_questions([task], config.split_of(task.name), config.data_dir)
     sources = sources_of(tasks, config)
+    limited = {*evaluated, *(s.name for s in sources.values() if config.epsilon is not None)}
+    if config.limit is not None and limited <= config.own("limits").keys():
+        raise ConfigError(
+            f"--limit {config.limit} has no effect, since --limits {config.limits} names every "
+            f"task; leave it out"
+        )
     if is_fitted(config):
         for source in sources.values():
             _check_questions([source], chosen_on(source, config), config.data_dir)

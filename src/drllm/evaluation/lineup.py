@@ -22,6 +22,7 @@ from drllm.evaluation.blocks import blocks_of
 from drllm.evaluation.opponents import (
     ExitPolicy,
     Greedy,
+    RepeatedBlock,
     UpFrontPolicy,
     best_block,
     best_program,
@@ -59,7 +60,7 @@ from drllm.models.readout import Readout
 from drllm.models.routed import RoutedModel
 from drllm.models.scoring import ChoiceBatch
 from drllm.models.shared_rows import Question
-from drllm.paths import Path, full_decisions
+from drllm.paths import Path, edits, full_decisions
 from drllm.records import SearchRecord, SupervisionRecord
 
 TOLERANCE = 1e-6
@@ -181,7 +182,10 @@ class Lineup:
         if attribute and not getattr(self.material, attribute):
             return f"it needs {words}"
         if name == "best program":
-            fewest, most = reach(self.material.search)
+            reached = reach(self.material.search)
+            if reached is None:
+                return "the search log has tried nothing but the full path"
+            fewest, most = reached
             if not fewest <= executions <= most:
                 return (
                     f"mixed with the full path, programs of the search log run {fewest} to {most} "
@@ -279,10 +283,9 @@ class Lineup:
         found = best_program(self.material.search, measure, wanted)
         pair = (found.program.decisions, full_decisions(self.num_layers))
         first, second = sorted(pair, key=sum)
-        shown = " ".join(map(str, found.program.decisions))
         return Drawn(
             mixture(first, second, wanted, len(routes), generator),
-            note=f"{shown} on {1 - found.full_share:.0%} of the questions",
+            note=f"{edits(found.program.decisions)} on {1 - found.full_share:.0%} of the questions",
         )
 
     def _exit(self, routes: Tensor, generator: torch.Generator) -> Drawn:
@@ -300,10 +303,13 @@ class Lineup:
 
     def _repeat(self, routes: Tensor, generator: torch.Generator) -> Drawn:
         if "repeat" not in self._fitted:
-            self._fitted["repeat"] = best_block(self._by("answers along"), self.num_layers).path
-        path = self._fitted["repeat"]
-        assert isinstance(path, tuple)
-        return Drawn(path=path, note=f"runs the path {' '.join(map(str, path))}")
+            self._fitted["repeat"] = best_block(self._by("answers along"), self.num_layers)
+        found = self._fitted["repeat"]
+        assert isinstance(found, RepeatedBlock)
+        block = f"layer {found.start}"
+        if found.end > found.start:
+            block = f"layers {found.start} to {found.end}"
+        return Drawn(path=found.path, note=f"runs {block} twice")
 
     def _sequence(self, routes: Tensor, generator: torch.Generator) -> Drawn:
         if "sequence" not in self._fitted:

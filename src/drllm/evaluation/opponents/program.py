@@ -145,10 +145,12 @@ def best_program(
         if _can_reach(program.decisions, full, executions)
     }
     if not shares:
-        fewest, most = reach(records)
+        reached = reach(records)
+        if reached is None:
+            raise ConfigError("this search log has no program other than the full path")
         raise ConfigError(
             f"no program of this search log, mixed with the full path, runs {executions:g} "
-            f"executions; give a number from {fewest} to {most}"
+            f"executions; give a number from {reached[0]} to {reached[1]}"
         )
 
     def by_log(program: Program) -> float:
@@ -166,18 +168,22 @@ def best_program(
     return BestProgram(program, shares[program], mixed[best], full_value, len(candidates))
 
 
-def reach(records: Sequence[SearchRecord]) -> tuple[int, int]:
+def reach(records: Sequence[SearchRecord]) -> tuple[int, int] | None:
     """Return the fewest and the most executions that programs of a search log can be mixed to.
 
     Args:
         records: At least one, of one model.
 
     Returns:
-        Both L where only the full path was tried.
+        None where nothing but the full path was tried: that is no program to compare with.
     """
-    tried = [num_executions(path.decisions) for record in records for path in record.paths]
     num_layers = records[0].num_layers
-    return min(num_layers, *tried), max(num_layers, *tried)
+    full = full_decisions(num_layers)
+    tried = {path.decisions for record in records for path in record.paths} - {full}
+    if not tried:
+        return None
+    executions = [num_layers, *map(num_executions, tried)]
+    return min(executions), max(executions)
 
 
 def _can_reach(decisions: Decisions, full: Decisions, executions: float) -> bool:

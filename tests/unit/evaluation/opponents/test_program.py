@@ -121,6 +121,7 @@ def test_executions_that_no_mixture_reaches_are_refused(executions):
 def test_the_reach_of_a_log_includes_the_full_path():
     assert reach(LOG) == (2, 5)
     assert reach([record(0, [((2, 1, 1, 1), True)])]) == (4, 5)
+    assert reach([record(0, [((1, 1, 1, 1), True)])]) is None
 
 
 @pytest.mark.parametrize("records", [[], [LOG[0], record(9, [((1, 1), True)], num_layers=2)]])
