@@ -569,6 +569,11 @@ def main() -> None:
         print(json.dumps(fit_there(options.fit, clock)))
         return
     base = load(ModelConfig(model=options.model, dtype="float32", device="cpu"))
+    machine = (
+        f"{platform.machine()}, {base.model.device}, {base.model.dtype}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}"
+    )
     records = drawn_targets(base, sizes["questions"], options.data_dir)
     with tempfile.TemporaryDirectory() as name:
         result, features = compare(base, records, Path(name), clock)
@@ -588,9 +593,7 @@ def main() -> None:
         "theirs": THEIRS,
         "model": base.name,
         "clock": options.clock,
-        "machine": f"{platform.machine()}, {base.model.device}, {base.model.dtype}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}",
+        "machine": machine,
         "result": result,
         "scale": scale,
     }

@@ -296,6 +296,7 @@ def test_training_with_the_base_model_in_the_loop_has_the_losses_of_ours(
     assert 0 < result["by_rounding_alone"][-1] < 1e-5
     assert result["losses_are_equal"] is True
     assert 0 <= max(result["in_double"]) < 1e-12
+    assert "torch.float32" in trained["machine"]  # what the times are of
     assert result["last_loss"] > 0
 
 
