@@ -105,6 +105,12 @@ def _laid_out(figure: Figure) -> Figure:
     assert engine is not None
     engine.execute(figure)
     figure.set_layout_engine("none")
+    for axes in figure.axes:
+        # The solver's last bits follow addresses in memory, and names in the file follow its bits.
+        left, bottom, width, height = (
+            round(value, 6) for value in axes.get_position(original=True).bounds
+        )
+        axes.set_position((left, bottom, width, height))
     return figure
 
 
