@@ -64,6 +64,8 @@ TIMES_ROUNDING = 10
 """How many times as far as rounding alone an epoch's loss may lie from ours. Training carries a
 difference of a last bit on and multiplies it, so what rounding does is measured: ours again,
 rounded in other places (`rounded_otherwise`)."""
+CONFIG = TrainConfig(validation_fraction=0.0)
+"""Of both ways: the paper's, and every example is learnt from."""
 OTHER_BATCHES = (1, 2, 16)
 """Prompts of a pass, where what rounding does is measured."""
 
@@ -274,7 +276,6 @@ def relative(values: Sequence[float], reference: Sequence[float]) -> list[float]
 def pooled(
     base: BaseModel,
     records: Sequence[SupervisionRecord],
-    config: TrainConfig,
     folder: Path,
     batch_size: int = BATCH_SIZE,
 ) -> Features:
@@ -285,7 +286,7 @@ def pooled(
             routed,
             base.tokenizer,
             records,
-            num_windows=config.num_windows,
+            num_windows=CONFIG.num_windows,
             store=Store(folder),
             batch_size=batch_size,
         )
@@ -293,10 +294,19 @@ def pooled(
         routed.detach()
 
 
+def literal_losses(
+    base: BaseModel, records: Sequence[SupervisionRecord], features: Features
+) -> list[float]:
+    """Return the losses of the epochs of the literal way, begun with the weights that ours has."""
+    stack = new_stack(features, Plan.of(features, CONFIG), base.identity)
+    everything = range(len(records))
+    literal = Literal(base.model, base.tokenizer, stack, records, CONFIG, everything, [])
+    return [trained for trained, _ in literal.train()]
+
+
 def rounded_otherwise(
     base: BaseModel,
     records: Sequence[SupervisionRecord],
-    config: TrainConfig,
     features: Features,
     folder: Path,
 ) -> dict[str, list[float]]:
@@ -304,24 +314,18 @@ def rounded_otherwise(
 
     Other batches in the pass round the features otherwise, float64 each step of the fit.
     """
-    fits = {
-        f"{size} prompts a pass": (
-            pooled(base, records, config, folder / f"by{size}", size),
-            torch.float32,
+    found = {
+        f"{size} prompts a pass": fitted_losses(
+            base, pooled(base, records, folder / f"by{size}", size), torch.float32
         )
         for size in OTHER_BATCHES
-    } | {"float64": (features, torch.float64)}
-    found = {}
-    for name, (read, dtype) in fits.items():
-        found[name] = fitted_losses(base, read, config, dtype)
-    return found
+    }
+    return found | {"float64": fitted_losses(base, features, torch.float64)}
 
 
-def fitted_losses(
-    base: BaseModel, features: Features, config: TrainConfig, dtype: torch.dtype
-) -> list[float]:
+def fitted_losses(base: BaseModel, features: Features, dtype: torch.dtype) -> list[float]:
     """Return the losses of the epochs of our fit, in a dtype."""
-    fit = Fit(features, base.identity, [Plan.of(features, config)], dtype=dtype)
+    fit = Fit(features, base.identity, [Plan.of(features, CONFIG)], dtype=dtype)
     while fit.active:
         fit.epoch()
     return [row["routers_loss"] for row in fit.rows[0]]
@@ -332,14 +336,10 @@ def compare_in_double(base: BaseModel, records: Sequence[SupervisionRecord]) -> 
 
     Converts the base model, for good.
     """
-    config = TrainConfig(validation_fraction=0.0)
     model = base.model.double()
-    features = read_along(model, base.tokenizer, records, config.num_windows)
-    stack = new_stack(features, Plan.of(features, config), base.identity)
-    everything = range(len(records))
-    literal = Literal(model, base.tokenizer, stack, records, config, everything, [])
-    ours = fitted_losses(base, features, config, torch.float64)
-    return relative([trained for trained, _ in literal.train()], ours)
+    features = read_along(model, base.tokenizer, records, CONFIG.num_windows)
+    ours = fitted_losses(base, features, torch.float64)
+    return relative(literal_losses(base, records, features), ours)
 
 
 def furthest_so_far(samples: Sequence[Sequence[float]]) -> list[float]:
@@ -362,8 +362,7 @@ def compare(
     base: BaseModel, records: Sequence[SupervisionRecord], folder: Path, clock: Clock
 ) -> tuple[dict[str, Any], Features]:
     """Train both ways, and return the times and how far the losses are from one another."""
-    config = TrainConfig(validation_fraction=0.0)
-    everything = list(range(len(records)))
+    everything = range(len(records))
 
     def walk_along(rows: Sequence[int]) -> float:
         started = clock()
@@ -374,18 +373,16 @@ def compare(
         return clock() - started
 
     walk_along(everything[:2])  # what is made at the first use belongs to nobody
-    pooled(base, records[:2], config, folder / "warm")
+    pooled(base, records[:2], folder / "warm")
 
     started = clock()
-    features = pooled(base, records, config, folder / "features")
+    features = pooled(base, records, folder / "features")
     pass_s = clock() - started
-    rows = train(features, base.identity, config, folder / "routers")
+    rows = train(features, base.identity, CONFIG, folder / "routers")
     ours_s = clock() - started
 
-    stack = new_stack(features, Plan.of(features, config), base.identity)
     started = clock()
-    literal = Literal(base.model, base.tokenizer, stack, records, config, everything, [])
-    losses = [trained for trained, _ in literal.train()]
+    losses = literal_losses(base, records, features)
     theirs_s = clock() - started
 
     alone_s = walk_along(everything)
@@ -393,12 +390,12 @@ def compare(
     from_theirs = relative(losses, mine)
     samples = {
         name: relative(others, mine)
-        for name, others in rounded_otherwise(base, records, config, features, folder).items()
+        for name, others in rounded_otherwise(base, records, features, folder).items()
     }
     by_rounding = furthest_so_far(list(samples.values()))
     return {
         "questions": len(records),
-        "epochs": config.num_epochs,
+        "epochs": CONFIG.num_epochs,
         "speedup": theirs_s / ours_s,
         "theirs_s": theirs_s,
         "ours_s": ours_s,
@@ -406,7 +403,7 @@ def compare(
         "fit_s": ours_s - pass_s,
         "bound": theirs_s / pass_s,
         "batch_1_loses": alone_s / pass_s,
-        "routers_in_the_loop": theirs_s / (config.num_epochs * alone_s),
+        "routers_in_the_loop": theirs_s / (CONFIG.num_epochs * alone_s),
         "relative_differences": from_theirs,
         "rounded_otherwise": samples,
         "by_rounding_alone": by_rounding,

@@ -1,4 +1,4 @@
-"""What stands in the way of comparing an opponent, before it is run."""
+"""What stands in the way of comparing an opponent, and what is said of one beside its numbers."""
 
 from __future__ import annotations
 
