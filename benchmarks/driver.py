@@ -29,12 +29,12 @@ from typing import Any
 from drllm.config import ModelConfig, SearchConfig
 from drllm.paths import full_decisions
 from drllm.records import Retest, SearchRecord, TriedPath, to_lines
-from drllm.search import ray_executor
-from drllm.search.attempts import Searched
+from drllm.search import ray as ray_executor
+from drllm.search.counts import tally
 from drllm.search.questions import Block, blocks_of
-from drllm.search.ray_executor import RayExecutor, Ready
-from drllm.search.runner import Status, run_search
-from drllm.search.tally import tally
+from drllm.search.ray import RayExecutor, Ready
+from drllm.search.retry import Searched
+from drllm.search.run import Status, run_search
 from drllm.tasks.base import Example, Prompt, Task
 
 LAYERS = 30
@@ -88,7 +88,7 @@ def ready_made(task: str, examples: Sequence[Example]) -> Searched:
                 reward=float(is_right),
                 margin=rng.gauss(0, 1),
                 executions=float(sum(decisions)),
-                damage=rng.random(),
+                kl=rng.random(),
                 retest=Retest(passed=3, asked=4, margin=rng.gauss(0, 1), survived=True)
                 if is_right
                 else None,

@@ -30,12 +30,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from drllm.config import ModelConfig
-from drllm.evaluation.harness.model import RoutedLM
 from drllm.evaluation.latency import that_execute
+from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.models.base.identity import fingerprint
-from drllm.models.base.loading import BaseModel, load
-from drllm.models.policies import RouterPolicy
-from drllm.models.routers import RouterConfig, RouterStack
+from drllm.models.base.load import BaseModel, load
+from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routing.policies import RouterPolicy
 from drllm.tasks.base import OPTIONS_REWARD, choose, get_task
 
 Clock = Callable[[], float]

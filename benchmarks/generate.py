@@ -47,13 +47,13 @@ from drllm.evaluation.latency import (
     that_execute,
     twin,
 )
-from drllm.models.base.loading import BaseModel, load
-from drllm.models.cache import stored_bytes, stored_rows
-from drllm.models.grouping import generate_many
-from drllm.models.policies import FixedPolicy, FullPolicy, Policy, PromptView, RouterPolicy
-from drllm.models.prompts import encode, left_padded
-from drllm.models.routed import RoutedModel
-from drllm.models.routers import RouterConfig, RouterStack
+from drllm.models.base.load import BaseModel, load
+from drllm.models.base.prompts import encode, left_padded
+from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routing.batch_generation import generate_many
+from drllm.models.routing.kv_cache import stored_bytes, stored_rows
+from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, PromptView, RouterPolicy
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.tasks.base import get_task
 
 PROMPT_TOKENS = 100

@@ -1,11 +1,11 @@
 """Whether layers are given up as by a peer library, and how much faster they are chosen.
 
-Ours: the opponents `block influence` and `greedy by loss`, candidates of a step measured together.
+Ours: the baselines `block influence` and `greedy by loss`, candidates of a step measured together.
 Theirs: ShortGPT and SLEB in economize (Apache-2.0, `pip install economize==0.3.2`, which needs
 transformers 5), texts of equal length in one batch.
 Both read the same texts, taking turns in one run; influences and chosen layers are compared.
 
-    python benchmarks/opponents.py [--quick] [--json FILE] [--clock cpu] [--data-dir DIR]
+    python benchmarks/baselines.py [--quick] [--json FILE] [--clock cpu] [--data-dir DIR]
         [--task TASK] [--model MODEL] [--device DEVICE] [--texts N] [--skipped K] [--repeats N]
 """
 
@@ -28,10 +28,10 @@ import torch
 import transformers
 
 from drllm.config import ModelConfig
-from drllm.evaluation.lineup import Material
-from drllm.evaluation.opponents import Greedy, block_influence, order_by_influence
-from drllm.models.base.loading import BaseModel, load
-from drllm.models.routed import RoutedModel
+from drllm.evaluation.baselines import Greedy, block_influence, order_by_influence
+from drllm.evaluation.baselines.lineup import Material
+from drllm.models.base.load import BaseModel, load
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.tasks.base import OPTIONS_REWARD, choose, get_task
 
 Clock = Callable[[], float]
@@ -66,7 +66,7 @@ def by_length(texts: Sequence[Tokens]) -> list[torch.Tensor]:
 def ours(
     base: BaseModel, texts: Sequence[Tokens], num_skipped: int, clock: Clock
 ) -> dict[str, Any]:
-    """Choose layers by both of our opponents."""
+    """Choose layers by both of our baselines."""
     routed = RoutedModel(base.model, tokenizer=base.tokenizer)
     try:
         started = clock()

@@ -35,9 +35,9 @@ from torch import nn
 
 from drllm.config import ModelConfig, SearchConfig
 from drllm.cost import distinct_executions
-from drllm.models.base.loading import BaseModel, load
-from drllm.models.prompts import encode, render
-from drllm.models.routed import RoutedModel
+from drllm.models.base.load import BaseModel, load
+from drllm.models.base.prompts import encode, render
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import to_path
 from drllm.search.evaluator import BlockEvaluator, Outcome
 from drllm.search.strategies import new_search
@@ -267,8 +267,8 @@ def compare(
             margins = (clock() - started) / len(everything)
             evaluator.forget()
             if repeat == 0:
-                damage, _ = together(
-                    BlockEvaluator(routed, prompts, state_cache_gb, damage=True), rounds, clock
+                kl, _ = together(
+                    BlockEvaluator(routed, prompts, state_cache_gb, kl=True), rounds, clock
                 )
                 first = ours + making
         if repeat % 2 == 1:
@@ -289,7 +289,7 @@ def compare(
         "verdicts_that_differ": differ,
         "share_right": right / sampled,
         "executions_a_path": shares,
-        "damage_overhead": damage / first,
+        "kl_overhead": kl / first,
         "parts": parts_of_the_time(base, prompts, rounds[: max(2, len(rounds) // 4)], clock),
     }
 
@@ -311,7 +311,7 @@ def report(result: dict[str, Any]) -> None:
         f"  executions of a whole prompt, by path: {shares['run']:.1f} run, "
         f"{shares['perfect_sharer']:.1f} if each state of each question were run once, "
         f"{shares['asked']:.1f} asked\n"
-        f"  with damage=True {result['damage_overhead']:.2f} times the time\n"
+        f"  with KL=True {result['kl_overhead']:.2f} times the time\n"
         f"  where ours goes: "
         + ", ".join(f"{name} {share:.0%}" for name, share in result["parts"].items())
     )
@@ -360,7 +360,7 @@ def main() -> None:
     by_reward = {result["reward"]: result for result in results}
     figures = {
         "speedup": {reward: result["speedup"] for reward, result in by_reward.items()},
-        "damage_overhead": {r: result["damage_overhead"] for r, result in by_reward.items()},
+        "kl_overhead": {r: result["kl_overhead"] for r, result in by_reward.items()},
         "verdicts_that_differ": {
             reward: result["verdicts_that_differ"] for reward, result in by_reward.items()
         },

@@ -36,14 +36,14 @@ from typing import Any
 import torch
 
 from drllm.config import ModelConfig, SearchConfig
-from drllm.evaluation.statistics import mcnemar_exact, paired_bootstrap
-from drllm.models.base.loading import load
-from drllm.models.routed import RoutedModel
+from drllm.models.base.load import load
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions, num_executions, to_path
 from drllm.records import write_atomically
 from drllm.search import actions, mcts, retest, strategies, sweep, walk
 from drllm.search.evaluator import BlockEvaluator, Outcome
 from drllm.search.strategies import graded, new_search
+from drllm.statistics.intervals import mcnemar_exact, paired_bootstrap
 from drllm.tasks.base import Example, Task, choose, get_task
 
 UNBOUNDED = 1_000_000
@@ -67,7 +67,7 @@ def search(
     """
     reward = task.check_reward(config.reward)
     prompts = [task.prompt(example, reward) for example in examples]
-    evaluator = BlockEvaluator(routed, prompts, config.state_cache_gb, damage=config.damage)
+    evaluator = BlockEvaluator(routed, prompts, config.state_cache_gb, kl=config.kl)
     searches = [
         new_search(routed.num_layers, config, Random(f"{config.seed}:{task.name}:{example.id}"))
         for example in examples
@@ -90,7 +90,7 @@ def search(
                 going.remove(place)
         for (place, decisions), outcome in zip(pairs, evaluator.evaluate(pairs), strict=True):
             found[place][decisions] = outcome
-            score = graded(outcome.margin, outcome.damage)
+            score = graded(outcome.margin, outcome.kl)
             searches[place].observe(decisions, outcome.reward, score)
     executions_run = evaluator.states.executions_run
     tried = [(place, decisions) for place, paths in enumerate(found) for decisions in paths]
@@ -109,7 +109,7 @@ def search(
                         "decisions": decisions,
                         "reward": outcome.reward,
                         "margin": outcome.margin,
-                        "damage": outcome.damage,
+                        "kl": outcome.kl,
                         "retest": dataclasses.asdict(retests[place, decisions])
                         if (place, decisions) in retests
                         else None,
@@ -170,15 +170,15 @@ def shortest(row: Row, *, survived: bool) -> int:
     return min([*lengths, len(row["paths"][0]["decisions"])])
 
 
-def damage_of_shortest(row: Row) -> float | None:
-    """Return the least damage among the shortest surviving paths; None without a saving one."""
+def kl_of_shortest(row: Row) -> float | None:
+    """Return the least KL among the shortest surviving paths; None without a saving one."""
     length = shortest(row, survived=True)
-    damages = [
-        path["damage"]
+    kls = [
+        path["kl"]
         for path in right(row, survived=True)
-        if num_executions(path["decisions"]) == length and path["damage"] is not None
+        if num_executions(path["decisions"]) == length and path["kl"] is not None
     ]
-    return min(damages) if damages and has_saving(row, survived=True) else None
+    return min(kls) if kls and has_saving(row, survived=True) else None
 
 
 def best_margin(row: Row, *, again: bool) -> float | None:
@@ -220,7 +220,7 @@ def figures(rows: Sequence[Row], executions_run: int) -> dict[str, float | None]
         "margin after": mean([best_margin(row, again=True) for row in rows]),
         "shortest": mean([shortest(row, survived=False) for row in rows]),
         "shortest after": mean([shortest(row, survived=True) for row in rows]),
-        "damage": mean([damage_of_shortest(row) for row in rows]),
+        "kl": mean([kl_of_shortest(row) for row in rows]),
     }
 
 
@@ -234,7 +234,7 @@ COLUMNS = {
     "saving paths": "saving paths",
     "margin": "best margin",
     "shortest": "shortest",
-    "damage": "its damage",
+    "kl": "its KL",
 }
 
 

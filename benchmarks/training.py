@@ -37,18 +37,18 @@ import transformers
 from torch import Tensor, nn
 
 from drllm.config import ModelConfig, TrainConfig
-from drllm.models.base.loading import BaseModel, load
-from drllm.models.routed import RoutedModel
-from drllm.models.routers import RouterStack
+from drllm.models.base.load import BaseModel, load
+from drllm.models.routers.stack import RouterStack
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import SupervisionRecord, new_manifest
 from drllm.tasks.base import OPTIONS_REWARD, choose, get_task
 from drllm.training.examples import shape
+from drllm.training.feature_store import Store
 from drllm.training.features import BATCH_SIZE, Features, collect
 from drllm.training.fit import Fit
 from drllm.training.loop import train
 from drllm.training.plans import Plan, new_stack
 from drllm.training.split import epoch_batches
-from drllm.training.store import Store
 
 Clock = Callable[[], float]
 

@@ -15,9 +15,9 @@ import argparse
 import torch
 
 from drllm.config import ModelConfig
-from drllm.models.base.loading import load
-from drllm.models.policies import FullPolicy, Policy, PromptView
-from drllm.models.routed import RoutedModel
+from drllm.models.base.load import load
+from drllm.models.routing.policies import FullPolicy, Policy, PromptView
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import num_executions
 
 PROMPTS = (

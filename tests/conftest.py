@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from drllm.models.base.loading import BaseModel
+    from drllm.models.base.load import BaseModel
     from drllm.records import SearchRecord
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -82,7 +82,7 @@ def data_dir() -> Path:
 def smollm2() -> BaseModel:
     """SmolLM2-135M-Instruct on the CPU in float32, from the user's cache or the wheel."""
     from drllm.config import ModelConfig
-    from drllm.models.base import loading
+    from drllm.models.base import load as loading
     from drllm.models.base import smollm2 as source
 
     if source.converted() is None:
@@ -215,7 +215,7 @@ def assert_same_run() -> Callable[..., None]:
                     q.answer,
                 )
                 assert p.margin == pytest.approx(q.margin, abs=1e-4)
-                assert p.damage == pytest.approx(q.damage, abs=1e-4)
+                assert p.kl == pytest.approx(q.kl, abs=1e-4)
                 assert (p.retest is None) == (q.retest is None)
                 if p.retest is not None and q.retest is not None:
                     assert (p.retest.passed, p.retest.survived) == (

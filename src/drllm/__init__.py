@@ -9,16 +9,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from drllm.models.grouping import generate_many as generate_many
-    from drllm.models.routed import RoutedModel as RoutedModel
+    from drllm.models.routing.batch_generation import generate_many as generate_many
+    from drllm.models.routing.routed_model import RoutedModel as RoutedModel
     from drllm.paths import to_decisions as to_decisions
     from drllm.paths import to_path as to_path
-    from drllm.search.runner import search_path as search_path
+    from drllm.search.run import search_path as search_path
 
 _PUBLIC = {
-    "RoutedModel": "drllm.models.routed",
-    "generate_many": "drllm.models.grouping",
-    "search_path": "drllm.search.runner",
+    "RoutedModel": "drllm.models.routing.routed_model",
+    "generate_many": "drllm.models.routing.batch_generation",
+    "search_path": "drllm.search.run",
     "to_decisions": "drllm.paths",
     "to_path": "drllm.paths",
 }

@@ -269,14 +269,14 @@ CASES = [
     ),
     Case(
         name="switch with a value",
-        words="search --damage maybe",
-        says=("drllm: --damage takes no value, but 'maybe' follows it; --no-damage turns it off",),
+        words="search --KL maybe",
+        says=("drllm: --KL takes no value, but 'maybe' follows it; --no-KL turns it off",),
         without_torch=True,
     ),
     Case(
         name="switch with a value after =",
-        words="search --no_damage=maybe",
-        says=("takes no value, but 'maybe' follows it; --no-damage turns it off",),
+        words="search --no_kl=maybe",
+        says=("takes no value, but 'maybe' follows it; --no-KL turns it off",),
         without_torch=True,
     ),
     Case(
@@ -431,9 +431,9 @@ CASES = [
         without_torch=True,
     ),
     Case(
-        name="evaluating against an opponent that there isn't",
-        words=f"{EVALUATE} --opponents last-layer",
-        says=("--opponents: unknown opponent 'last-layer'", "'last-layers'"),
+        name="evaluating against an baseline that there isn't",
+        words=f"{EVALUATE} --baselines last-layer",
+        says=("--baselines: unknown baseline 'last-layer'", "'last-layers'"),
         without_torch=True,
     ),
     Case(
@@ -475,12 +475,12 @@ CASES = [
     Case(
         name="questions that nothing is fitted on",
         words=f"{EVALUATE} --num-calibration 9",
-        says=("--num-calibration 9 has no effect", "without --curve", "opponents that are fitted"),
+        says=("--num-calibration 9 has no effect", "without --curve", "baselines that are fitted"),
         without_torch=True,
     ),
     Case(
-        name="draws of no opponent",
-        words=f"{EVALUATE} --opponents none --num-random-draws 3",
+        name="draws of no baseline",
+        words=f"{EVALUATE} --baselines none --num-random-draws 3",
         says=("--num-random-draws 3 has no effect", "permuted-routes"),
         without_torch=True,
     ),
@@ -491,7 +491,7 @@ CASES = [
         without_torch=True,
     ),
     Case(
-        name="a search log that no opponent is fitted on",
+        name="a search log that no baseline is fitted on",
         words=f"{EVALUATE} --search run/search.jsonl",
         says=("--search run/search.jsonl has no effect", "best-program"),
         without_torch=True,

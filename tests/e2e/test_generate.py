@@ -32,9 +32,9 @@ def routers(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[...
     import torch
 
     from drllm.config import ModelConfig
-    from drllm.models.base.loading import load
-    from drllm.models.routed import RoutedModel
-    from drllm.models.routers import RouterConfig, RouterStack
+    from drllm.models.base.load import load
+    from drllm.models.routers.stack import RouterConfig, RouterStack
+    from drllm.models.routing.routed_model import RoutedModel
 
     config = RouterConfig(num_layers=4, hidden_size=32, num_windows=4, router_width=16)
     stack = RouterStack(config, torch.Generator().manual_seed(0))

@@ -17,7 +17,7 @@ from drllm.cli import main
 MOST_S = 120.0
 SETTINGS = (
     *("--tasks", "builtin_arithmetic", "--limit", "8", "--batch-size", "1"),
-    *("--opponents", "permuted-routes", "--num-random-draws", "2", "--num-texts", "2"),
+    *("--baselines", "permuted-routes", "--num-random-draws", "2", "--num-texts", "2"),
 )
 NUM_BLOCKS = 8
 """Of each of three systems: answers are generated, and a batch is one question."""
@@ -27,7 +27,7 @@ NUM_BLOCKS = 8
 def processes() -> Any:
     """Processes that start at once, since what they need is loaded before they are forked."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["drllm.cli.stages", "drllm.evaluation.comparison"])
+    context.set_forkserver_preload(["drllm.cli.stages", "drllm.evaluation.run"])
     return context
 
 

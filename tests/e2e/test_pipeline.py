@@ -39,7 +39,7 @@ FILES = {
     "report.html",
     "report.md",
     "report_figures/01-builtin-facts-systems.png",
-    "report_figures/02-builtin-facts-opponents.png",
+    "report_figures/02-builtin-facts-baselines.png",
     "report_figures/03-labels-and-routes.png",
     "report_figures/04-single-edits.png",
     "report_figures/05-target-executions.png",
@@ -340,7 +340,7 @@ def test_several_seeds_are_trained_and_evaluated_together(
     assert (tmp_path / "both" / "routers.safetensors").stat().st_mtime_ns == before
 
     folders = [str(tmp_path / "both"), str(tmp_path / "both" / "seed_1")]
-    evaluate = ["evaluate", "--device", "cpu", "--limit", "4", "--opponents", "none"]
+    evaluate = ["evaluate", "--device", "cpu", "--limit", "4", "--baselines", "none"]
     evaluate += ["--output-dir", str(tmp_path / "eval"), "--routers", *folders]
     assert main([*evaluate, folders[0]]) == 2
     assert f"--routers names {folders[0]} twice" in capsys.readouterr().err
@@ -370,7 +370,7 @@ def test_several_seeds_are_trained_on_soft_targets_each_in_its_own_folder(
 ):
     monkeypatch.chdir(tmp_path)
     supervised = ["supervise", "--search", "run/search.jsonl", "--output", "soft.jsonl"]
-    assert main([*supervised, "--target", "damage", "--path-weights", "closer"]) == 0
+    assert main([*supervised, "--target", "kl", "--path-weights", "closer"]) == 0
     trained = ["train", "--model", str(model_folder()), "--device", "cpu", "--run-name", "soft"]
     trained += ["--supervision", "soft.jsonl", "--num-epochs", "1", "--warmup-steps", "0"]
     trained += ["--soft-targets", "--num-seeds", "2", "--seed", "5"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from drllm.models.architectures.families import IN_SUITE
-from drllm.models.routed import RoutedModel
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import to_path
 
 LOGIT_TOLERANCE = 2e-5

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache
 
-from drllm.models.cache import cache_argument, stored_rows
-from drllm.models.prompts import left_padded
-from drllm.models.routed import RoutedModel
-from drllm.models.routers import RouterConfig, RouterStack
+from drllm.models.base.prompts import left_padded
+from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routing.kv_cache import cache_argument, stored_rows
+from drllm.models.routing.routed_model import RoutedModel
 
 NUM_NEW = 8
 

@@ -1,4 +1,4 @@
-"""Damage against a plain model that lists the path's layers, and torch's own KL divergence."""
+"""KL against a plain model that lists the path's layers, and torch's own KL divergence."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from drllm.models.answering import AnswerBatch
-from drllm.models.routed import RoutedModel
-from drllm.models.scoring import ChoiceBatch
-from drllm.models.shared_rows import Question
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.answers import AnswerBatch
+from drllm.models.scoring.choices import ChoiceBatch
+from drllm.models.scoring.packing import Question
 from drllm.paths import to_path
 
 FULL = (1,) * 6
@@ -45,7 +45,7 @@ def distinct_states(pairs):
     )
 
 
-def slow_damages(listed, model, contexts, pairs):
+def slow_kls(listed, model, contexts, pairs):
     """Run each prompt alone, unpadded, in full, and compare its distributions token by token."""
     full = [listed(model, FULL).logits(context).log_softmax(-1) for context in contexts]
     return [
@@ -66,40 +66,40 @@ def never_decided(_place, _text, finished):
 
 
 def measured(routed, tokenizer, contexts, pairs, reward, **options):
-    """Return the damage of each pair by one way of asking."""
+    """Return the KL of each pair by one way of asking."""
     gb = options.pop("gb", 1.0)
     if reward == "choices":
         questions = [Question(c, more) for c, more in zip(contexts, CONTINUATIONS, strict=True)]
         batch = ChoiceBatch(routed, questions, gb, **options)
-        return [score.damage for score in batch.scores(pairs, damage=True)], batch
+        return [score.kl for score in batch.scores(pairs, kl=True)], batch
     batch = AnswerBatch(routed, tokenizer, contexts, gb, **options)
-    answers = batch.answers(pairs, [3] * len(pairs), never_decided, damage=True)
-    return [answer.damage for answer in answers], batch
+    answers = batch.answers(pairs, [3] * len(pairs), never_decided, kl=True)
+    return [answer.kl for answer in answers], batch
 
 
 @pytest.mark.parametrize("reward", ["choices", "answers"])
 @pytest.mark.parametrize("prompts", PROMPTS)
-def test_damage_is_the_mean_kl_from_the_full_path_over_the_prompt(
+def test_kl_is_the_mean_kl_from_the_full_path_over_the_prompt(
     tiny_llama, tiny_tokenizer, listed, reward, prompts
 ):
     model, contexts = tiny_llama(eos_token_id=None), PROMPTS[prompts]
     pairs = some_pairs(20)
-    expected = slow_damages(listed, model, contexts, pairs)
-    assert min(expected) > 0.01, "the paths must do some damage"
-    damages, _ = measured(RoutedModel(model), tiny_tokenizer, contexts, pairs, reward)
-    assert expected == pytest.approx(damages, abs=TOLERANCE)
+    expected = slow_kls(listed, model, contexts, pairs)
+    assert min(expected) > 0.01, "the paths must do some KL"
+    kls, _ = measured(RoutedModel(model), tiny_tokenizer, contexts, pairs, reward)
+    assert expected == pytest.approx(kls, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("reward", ["choices", "answers"])
-def test_the_full_path_does_no_damage(tiny_llama, tiny_tokenizer, reward):
+def test_the_full_path_does_no_kl(tiny_llama, tiny_tokenizer, reward):
     pairs = [(0, FULL), (1, (1, 1, 0, 1, 1, 1)), (2, FULL), (1, FULL)]
-    damages, _ = measured(RoutedModel(tiny_llama()), tiny_tokenizer, OWN, pairs, reward)
-    assert [damages[place] for place in (0, 2, 3)] == [0.0, 0.0, 0.0]
-    assert damages[1] > 0.01
+    kls, _ = measured(RoutedModel(tiny_llama()), tiny_tokenizer, OWN, pairs, reward)
+    assert [kls[place] for place in (0, 2, 3)] == [0.0, 0.0, 0.0]
+    assert kls[1] > 0.01
 
 
 @pytest.mark.parametrize("reward", ["choices", "answers"])
-def test_damage_does_not_depend_on_what_memory_holds_or_how_paths_are_split(
+def test_kl_does_not_depend_on_what_memory_holds_or_how_paths_are_split(
     tiny_llama, tiny_tokenizer, reward
 ):
     routed, contexts = RoutedModel(tiny_llama(eos_token_id=None)), PROMPTS["one beginning"]
@@ -116,35 +116,35 @@ def test_damage_does_not_depend_on_what_memory_holds_or_how_paths_are_split(
 @pytest.mark.parametrize("reward", ["choices", "answers"])
 def test_nothing_is_measured_unless_asked_for(tiny_llama, tiny_tokenizer, reward):
     routed, pairs = RoutedModel(tiny_llama(eos_token_id=None)), some_pairs(4)
-    damages, with_it = measured(routed, tiny_tokenizer, OWN, pairs, reward)
-    assert None not in damages
+    kls, with_it = measured(routed, tiny_tokenizer, OWN, pairs, reward)
+    assert None not in kls
     if reward == "choices":
         questions = [Question(c, more) for c, more in zip(OWN, CONTINUATIONS, strict=True)]
         without = ChoiceBatch(routed, questions, 1.0)
-        assert {score.damage for score in without.scores(pairs)} == {None}
+        assert {score.kl for score in without.scores(pairs)} == {None}
     else:
         without = AnswerBatch(routed, tiny_tokenizer, OWN, 1.0)
         found = without.answers(pairs, [3] * 4, never_decided)
-        assert {answer.damage for answer in found} == {None}
+        assert {answer.kl for answer in found} == {None}
     full = {(row, FULL) for row, _ in pairs}
     assert distinct_states(pairs) == without.states.executions_run, "no full path is run beside"
     assert distinct_states([*pairs, *full]) == with_it.states.executions_run
 
 
 @pytest.mark.parametrize("broken", ["path", "full path"])
-def test_what_overflows_has_no_damage(tiny_llama, tiny_tokenizer, broken):
+def test_what_overflows_has_no_kl(tiny_llama, tiny_tokenizer, broken):
     model = tiny_llama(eos_token_id=None)
     batch = AnswerBatch(RoutedModel(model), tiny_tokenizer, OWN, 1.0)
     path = (1, 1, 1, 1, 1, 2)
     if broken == "path":  # the last layer's second run is all that is then left to run
-        [full] = batch.answers([(0, FULL)], [1], never_decided, damage=True)
-        assert full.damage == 0.0
+        [full] = batch.answers([(0, FULL)], [1], never_decided, kl=True)
+        assert full.kl == 0.0
     model.model.layers[5].mlp.register_forward_hook(lambda _m, _a, out: out * float("inf"))
-    [answer] = batch.answers([(0, path)], [1], never_decided, damage=True)
-    assert answer.damage is None
+    [answer] = batch.answers([(0, path)], [1], never_decided, kl=True)
+    assert answer.kl is None
 
 
-def test_damage_in_half_precision_is_computed_in_float32(tiny_llama, tiny_tokenizer, listed):
+def test_kl_in_half_precision_is_computed_in_float32(tiny_llama, tiny_tokenizer, listed):
     model = tiny_llama().to(torch.bfloat16)
     pairs = some_pairs(6)
     expected = []
@@ -152,6 +152,6 @@ def test_damage_in_half_precision_is_computed_in_float32(tiny_llama, tiny_tokeni
         full = listed(model, FULL).logits(OWN[row]).float().log_softmax(-1)
         path = listed(model, decisions).logits(OWN[row]).float().log_softmax(-1)
         expected.append(float(kl_div(path, full, reduction="batchmean", log_target=True)))
-    damages, _ = measured(RoutedModel(model), tiny_tokenizer, OWN, pairs, "choices")
+    kls, _ = measured(RoutedModel(model), tiny_tokenizer, OWN, pairs, "choices")
     # bfloat16 has 8 bits: batched arithmetic differs from a row alone by about a hundredth.
-    assert expected == pytest.approx(damages, rel=0.1)
+    assert expected == pytest.approx(kls, rel=0.1)

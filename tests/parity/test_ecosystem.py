@@ -14,10 +14,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipeline
 
 from drllm.errors import RoutingError
-from drllm.models.policies import FixedPolicy
-from drllm.models.prompts import left_padded
-from drllm.models.routed import RoutedModel
-from drllm.models.routers import RouterConfig, RouterStack
+from drllm.models.base.prompts import left_padded
+from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routing.policies import FixedPolicy
+from drllm.models.routing.routed_model import RoutedModel
 
 pytestmark = pytest.mark.filterwarnings(  # transformers renames it; PEFT still asks by the old name
     "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"

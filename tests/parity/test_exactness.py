@@ -15,8 +15,8 @@ from statistics import mean
 import pytest
 import torch
 
-from drllm.models.prompts import encode, encode_continuation, render
-from drllm.models.routed import RoutedModel
+from drllm.models.base.prompts import encode, encode_continuation, render
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.search.evaluator import WRONG_ANSWERS, BlockEvaluator, gold_text
 from drllm.tasks.base import Prompt, choose, get_task
 from drllm.tasks.grading import grade, score_choices, verdict

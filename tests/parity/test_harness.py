@@ -11,12 +11,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from drllm.errors import ConfigError, RoutingError
-from drllm.evaluation.harness.lengths import STEPS
-from drllm.evaluation.harness.model import RoutedLM
+from drllm.evaluation.lm_eval.lengths import STEPS
+from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.models.base.identity import fingerprint
-from drllm.models.base.loading import BaseModel
-from drllm.models.policies import RouterPolicy
-from drllm.models.routers import RouterConfig, RouterStack
+from drllm.models.base.load import BaseModel
+from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routing.policies import RouterPolicy
 
 LOGPROB_TOLERANCE = 1e-4
 """Nats that a continuation may differ from the harness' own number (design figure)."""

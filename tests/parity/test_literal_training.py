@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from drllm.config import TrainConfig
-from drllm.models.base.loading import BaseModel
-from drllm.models.routed import RoutedModel
-from drllm.models.routers import RouterStack
+from drllm.models.base.load import BaseModel
+from drllm.models.routers.stack import RouterStack
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import SupervisionRecord
 from drllm.training.features import collect
 from drllm.training.fit import Fit

@@ -13,11 +13,11 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.utils import is_torch_flex_attn_available
 
 from drllm.errors import CheckpointError, PathError, RoutingError
-from drllm.models.cache import cache_argument, stored_rows
-from drllm.models.policies import FullPolicy, RouterPolicy
-from drllm.models.prompts import left_padded
-from drllm.models.routed import RoutedModel
-from drllm.models.routers import RouterConfig, RouterStack
+from drllm.models.base.prompts import left_padded
+from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routing.kv_cache import cache_argument, stored_rows
+from drllm.models.routing.policies import FullPolicy, RouterPolicy
+from drllm.models.routing.routed_model import RoutedModel
 
 PROMPTS = [[5, 6, 7, 8, 9], [3, 4], [10, 11, 12, 13, 14, 15, 16, 17], [20, 21, 22]]
 

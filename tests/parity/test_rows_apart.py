@@ -13,12 +13,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from drllm.config import SearchConfig
 from drllm.errors import RoutingError
-from drllm.models.answering import AnswerBatch
-from drllm.models.policies import FixedPolicy, RouterPolicy
-from drllm.models.routed import RoutedModel
-from drllm.models.routers import RouterConfig, RouterStack
-from drllm.models.scoring import ChoiceBatch
-from drllm.models.shared_rows import Question
+from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routing.policies import FixedPolicy, RouterPolicy
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.answers import AnswerBatch
+from drllm.models.scoring.choices import ChoiceBatch
+from drllm.models.scoring.packing import Question
 from drllm.paths import to_path
 from drllm.search.block import search_block
 from drllm.tasks.base import get_task
@@ -143,7 +143,7 @@ def test_one_question_too_long_sets_the_rows_of_all_apart_and_none_does_not(tiny
 
 @pytest.mark.parametrize("num_paths", [None, 1, 4])
 @pytest.mark.parametrize("gb", [1.0, 10e-6])  # 10 kB hold the distributions of one row at most
-def test_damage_is_measured_on_one_row_of_a_question(tiny_model, listed, num_paths, gb):
+def test_kl_is_measured_on_one_row_of_a_question(tiny_model, listed, num_paths, gb):
     model = tiny_model("mistral")
     pairs = [*some_pairs(10, seed=1), (1, FULL)]
     full = {place: listed(model, FULL).logits(q.context) for place, q in enumerate(QUESTIONS)}
@@ -158,11 +158,11 @@ def test_damage_is_measured_on_one_row_of_a_question(tiny_model, listed, num_pat
         )
         for place, decisions in pairs
     ]
-    assert min(expected[:-1]) > 0.01, "the paths must do some damage"
+    assert min(expected[:-1]) > 0.01, "the paths must do some KL"
     sums = alone(listed, model, pairs)
     batch = ChoiceBatch(RoutedModel(model), QUESTIONS, gb, paths_per_pass=num_paths)
-    scores = batch.scores(pairs, damage=True)
-    assert expected == pytest.approx([s.damage for s in scores], abs=DAMAGE_TOLERANCE)
+    scores = batch.scores(pairs, kl=True)
+    assert expected == pytest.approx([s.kl for s in scores], abs=DAMAGE_TOLERANCE)
     assert_equal(sums, [score.logprobs for score in scores])
     if gb == 1.0:  # the full path beside others runs on the measured row alone
         run = sum(NUM_ROWS[place] for place, _ in prefixes(pairs))

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from drllm.errors import RoutingError
-from drllm.models import sharing
-from drllm.models.answering import AnswerBatch
-from drllm.models.policies import FixedPolicy
-from drllm.models.routed import RoutedModel
-from drllm.models.scoring import ChoiceBatch
-from drllm.models.shared_rows import Question
+from drllm.models.routing.policies import FixedPolicy
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring import prefix_sharing as sharing
+from drllm.models.scoring.answers import AnswerBatch
+from drllm.models.scoring.choices import ChoiceBatch
+from drllm.models.scoring.packing import Question
 from drllm.paths import to_path
 
 SUM_TOLERANCE = 1e-4
@@ -325,9 +325,9 @@ def test_answers_equal_plain_generation_in_families_of_every_kind(
     expected = [listed(model, d).greedy(contexts[row], 6) for row, d in pairs]
     model.generation_config.eos_token_id = None
     batch = AnswerBatch(RoutedModel(model), tiny_tokenizer, contexts, 1.0)
-    answers = batch.answers(pairs, [6] * 8, never, damage=True)
+    answers = batch.answers(pairs, [6] * 8, never, kl=True)
     assert expected == [list(answer.tokens) for answer in answers]
-    assert None not in [answer.damage for answer in answers]
+    assert None not in [answer.kl for answer in answers]
 
 
 @pytest.mark.parametrize("length", ["within a window", "longer than a window"])
@@ -388,7 +388,7 @@ def test_memory_stays_within_the_bound_but_for_what_one_pass_needs(tiny_llama, t
     batch = AnswerBatch(routed, tiny_tokenizer, contexts, bound / 1e9)
     needed = 0
     for pair in pairs:
-        batch.answers([pair], [2], never, damage=True)
+        batch.answers([pair], [2], never, kl=True)
         assert batch.states.num_bytes <= bound
         row, decisions = pair
         tokens = len(contexts[row])

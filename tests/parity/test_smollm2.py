@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from drllm.models.prompts import encode, left_padded
-from drllm.models.routed import RoutedModel
+from drllm.models.base.prompts import encode, left_padded
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import to_path
 from drllm.search.evaluator import BlockEvaluator
 from drllm.tasks.base import get_task

@@ -19,8 +19,8 @@ import transformers
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from drllm.models.prompts import left_padded
-from drllm.models.routed import RoutedModel
+from drllm.models.base.prompts import left_padded
+from drllm.models.routing.routed_model import RoutedModel
 
 TELLING_ONLY = True  # read by conftest: the other families run in `make test-all`
 NUM_NEW = 8

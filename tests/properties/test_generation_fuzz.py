@@ -29,13 +29,13 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 from drllm.errors import RoutingError
 from drllm.models.architectures.check import layers_listed
 from drllm.models.architectures.families import IN_SUITE, known_to_transformers, make_tiny
-from drllm.models.cache import cache_argument, stored_rows
-from drllm.models.layers import find_layers
-from drllm.models.policies import RouterPolicy
-from drllm.models.pooling import pool
-from drllm.models.prompts import left_padded
-from drllm.models.routed import RoutedModel
-from drllm.models.routers import RouterConfig, RouterStack
+from drllm.models.base.layers import find_layers
+from drllm.models.base.prompts import left_padded
+from drllm.models.routers.pooling import pool
+from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routing.kv_cache import cache_argument, stored_rows
+from drllm.models.routing.policies import RouterPolicy
+from drllm.models.routing.routed_model import RoutedModel
 
 pytestmark = pytest.mark.filterwarnings(  # of a model that asks itself by an old name
     "ignore:The `sliding_window_pattern` attribute is deprecated:FutureWarning"

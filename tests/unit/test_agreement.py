@@ -10,16 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drllm.supervision.agreement import Counts, hit_ratios, ratios
-from drllm.supervision.baselines import (
+from drllm.metrics import (
     ALWAYS_EXECUTE,
     LABEL_FREQUENCY,
     LAYER_MAJORITY,
+    Counts,
     baselines,
     beside,
     by_layer,
     drawn,
+    hit_ratios,
     majority,
+    ratios,
     verdict,
 )
 

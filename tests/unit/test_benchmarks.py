@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from drllm.config import ModelConfig, SearchConfig
-from drllm.models.base.loading import load
-from drllm.models.routed import RoutedModel
+from drllm.models.base.load import load
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.tasks.base import get_task
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -147,7 +147,7 @@ def test_a_question_counts_as_saving_only_where_a_shorter_right_path_survived(
     quality: ModuleType,
 ) -> None:
     survived = {"survived": True, "margin": 0.5}
-    full = {"decisions": [1, 1, 1], "reward": 1.0, "margin": 1.0, "damage": 0.0, "retest": survived}
+    full = {"decisions": [1, 1, 1], "reward": 1.0, "margin": 1.0, "kl": 0.0, "retest": survived}
     lucky = full | {"decisions": [1, 0, 1], "retest": survived | {"survived": False}}
     row = {"paths": [full, lucky]}
 
@@ -156,7 +156,7 @@ def test_a_question_counts_as_saving_only_where_a_shorter_right_path_survived(
     assert quality.shortest(row, survived=False) == 2
     assert quality.shortest(row, survived=True) == 3
     assert [quality.saving_paths(row, survived=after) for after in (False, True)] == [1, 0]
-    assert quality.damage_of_shortest(row) is None
+    assert quality.kl_of_shortest(row) is None
     assert not quality.has_improving(row, survived=False)
 
 
@@ -237,7 +237,7 @@ def searched(
 
 def test_the_evaluator_is_compared_on_every_reward(searched: dict[str, Any]) -> None:
     rewards = {"loglikelihood", "letter", "boxed"}
-    assert rewards == searched["speedup"].keys() == searched["damage_overhead"].keys()
+    assert rewards == searched["speedup"].keys() == searched["kl_overhead"].keys()
     for result in searched["results"]:
         assert result["paths"] == result["verdicts_compared"] == 12
         assert result["speedup"] == searched["speedup"][result["reward"]]
@@ -350,17 +350,17 @@ def test_each_fit_has_its_time_and_the_memory_of_a_process_of_its_own(
             assert 0 < point["own_gib"] < point["peak_gib"]
 
 
-# --- which layers opponents give up -------------------------------------------------------------
+# --- which layers baselines give up -------------------------------------------------------------
 
 
-def test_opponents_give_up_the_layers_that_a_peer_library_does(
+def test_baselines_give_up_the_layers_that_a_peer_library_does(
     benchmark: Callable[[str], ModuleType], tiny_folder: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("economize", reason="the peer library isn't installed")
-    script, file = benchmark("opponents"), tmp_path / "figures.json"
+    script, file = benchmark("baselines"), tmp_path / "figures.json"
     arguments = ["--quick", "--json", str(file), "--model", str(tiny_folder), "--skipped", "4"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["opponents.py", *arguments])
+        patch.setattr(sys, "argv", ["baselines.py", *arguments])
         script.main()
     figures = json.loads(file.read_text(encoding="utf-8"))
     assert figures["speedup"].keys() == {"block influence", "by loss"}
@@ -376,7 +376,7 @@ def test_opponents_give_up_the_layers_that_a_peer_library_does(
 def test_a_quick_run_on_the_real_model_writes_what_every_benchmark_must(
     smollm2: Any, script: Path, tmp_path: Path
 ) -> None:
-    if script.stem == "opponents":
+    if script.stem == "baselines":
         pytest.importorskip("economize", reason="the peer library isn't installed")
     file = tmp_path / "figures.json"
     child = subprocess.run(

@@ -14,8 +14,8 @@ from drllm.config import (
     SuperviseConfig,
     TrainConfig,
 )
+from drllm.config.settings import Settings, from_dict
 from drllm.errors import ConfigError
-from drllm.settings import Settings, from_dict
 
 GROUPS = [
     ModelConfig,

@@ -18,7 +18,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_python_of_the_readme_runs(smollm2, tmp_path: Path, capsys: pytest.CaptureFixture):
-    from drllm.models.routers import RouterConfig, RouterStack
+    from drllm.models.routers.stack import RouterConfig, RouterStack
 
     identity = smollm2.identity
     RouterStack(

@@ -52,7 +52,7 @@ def tried(
     reward: float = 1.0,
     retest: Retest | None = None,
     margin: float | None = None,
-    damage: float | None = None,
+    kl: float | None = None,
 ) -> TriedPath:
     """A path from its decisions as text; `record` numbers the simulations."""
     values = tuple(int(value) for value in decisions)
@@ -62,7 +62,7 @@ def tried(
         reward=reward,
         margin=margin,
         executions=executions(values),
-        damage=damage,
+        kl=kl,
         retest=retest,
     )
 
@@ -217,14 +217,14 @@ def test_paper_has_no_target_where_no_right_path_is_shorter_than_the_full_one(ot
     assert chosen("paper", tried("1111"), *others) == "only the full path"
 
 
-def harming(decisions: str, damage: float | None, **fields: Any) -> TriedPath:
-    return tried(decisions, **{"reward": 0.0} | fields, damage=damage)
+def harming(decisions: str, kl: float | None, **fields: Any) -> TriedPath:
+    return tried(decisions, **{"reward": 0.0} | fields, kl=kl)
 
 
-def test_damage_picks_the_least_damage_whatever_the_reward():
+def test_kl_picks_the_least_kl_whatever_the_reward():
     assert (
         chosen(
-            "damage",
+            "kl",
             harming("1111", 0.0, reward=1.0, retest=GOOD),
             harming("1110", 0.3, reward=1.0, retest=GOOD),
             harming("1011", 0.1),
@@ -234,15 +234,15 @@ def test_damage_picks_the_least_damage_whatever_the_reward():
     )
 
 
-def test_damage_breaks_ties_by_fewer_executions_and_then_by_the_earlier_simulation():
+def test_kl_breaks_ties_by_fewer_executions_and_then_by_the_earlier_simulation():
     full = harming("1111", 0.0)
     one, two, three = (harming(text, 0.5) for text in ("1110", "1100", "0011"))
 
-    assert chosen("damage", full, one, two, three) == "1100"
-    assert chosen("damage", full, one, three, two) == "0011"
+    assert chosen("kl", full, one, two, three) == "1100"
+    assert chosen("kl", full, one, three, two) == "0011"
 
 
-def test_a_damage_target_saves_the_least_share_or_more():
+def test_a_kl_target_saves_the_least_share_or_more():
     paths = (
         harming("1111111111", 0.0),
         harming("1111111110", 0.1),
@@ -251,7 +251,7 @@ def test_a_damage_target_saves_the_least_share_or_more():
     )
 
     def saving(least: float) -> str:
-        found = choose(record(*paths), "damage", min_saving=least)
+        found = choose(record(*paths), "kl", min_saving=least)
         return found if isinstance(found, str) else "".join(map(str, found.decisions))
 
     assert saving(0.1) == "1111111110"
@@ -260,21 +260,18 @@ def test_a_damage_target_saves_the_least_share_or_more():
     assert saving(0.31) == "no path saves enough"
 
 
-def test_damage_never_picks_a_path_that_saves_nothing():
+def test_kl_never_picks_a_path_that_saves_nothing():
     paths = (harming("1111", 0.0), harming("2111", 0.01), harming("2011", 0.02))
 
-    assert chosen("damage", *paths) == "no path saves enough"
+    assert chosen("kl", *paths) == "no path saves enough"
 
 
-def test_a_path_without_damage_is_no_damage_target():
-    assert (
-        chosen("damage", harming("1111", 0.0), harming("1110", None), harming("1100", 5.0))
-        == "1100"
-    )
+def test_a_path_without_kl_is_no_kl_target():
+    assert chosen("kl", harming("1111", 0.0), harming("1110", None), harming("1100", 5.0)) == "1100"
 
 
-def test_a_record_without_damage_has_no_damage_target():
-    assert chosen("damage", tried("1111"), tried("1110")) == "no damage in the record"
+def test_a_record_without_kl_has_no_kl_target():
+    assert chosen("kl", tried("1111"), tried("1110")) == "no KL in the record"
 
 
 # --- all valid paths ---------------------------------------------------------------------------
@@ -288,11 +285,11 @@ def soft(target: str, path_weights: str, *paths: TriedPath, **settings: Any) -> 
 
 
 SOFT_PATHS = (
-    tried("1111", retest=GOOD, damage=0.0),
-    tried("1110", retest=GOOD, damage=0.2),
-    tried("1100", retest=GOOD, damage=0.7),
-    tried("1000", retest=BAD, damage=2.0),
-    tried("0001", reward=0.0, damage=3.0),
+    tried("1111", retest=GOOD, kl=0.0),
+    tried("1110", retest=GOOD, kl=0.2),
+    tried("1100", retest=GOOD, kl=0.7),
+    tried("1000", retest=BAD, kl=2.0),
+    tried("0001", reward=0.0, kl=3.0),
 )
 
 
@@ -307,19 +304,19 @@ def test_no_valid_paths_are_written_unless_asked_for():
         ("largest_margin", {"1111", "1110", "1100"}),
         ("released", {"1111", "1110", "1100", "1000"}),
         ("paper", {"1110", "1100", "1000"}),
-        ("damage", {"1110", "1100", "1000", "0001"}),
+        ("kl", {"1110", "1100", "1000", "0001"}),
     ],
 )
 def test_the_valid_paths_are_those_that_the_rule_picks_from(target: str, expected: set[str]):
     assert set(soft(target, "equal", *SOFT_PATHS)) == expected
 
 
-def test_damage_leaves_paths_that_save_too_little_out_of_the_valid_ones():
-    found = soft("damage", "equal", *SOFT_PATHS, min_saving=0.5)
+def test_kl_leaves_paths_that_save_too_little_out_of_the_valid_ones():
+    found = soft("kl", "equal", *SOFT_PATHS, min_saving=0.5)
     assert set(found) == {"1100", "1000", "0001"}
 
 
-def test_valid_paths_weigh_the_same_half_by_execution_or_by_damage():
+def test_valid_paths_weigh_the_same_half_by_execution_or_by_kl():
     assert soft("shortest", "equal", *SOFT_PATHS) == {"1111": 1, "1110": 1, "1100": 1}
     assert soft("shortest", "shorter", *SOFT_PATHS) == {"1111": 0.25, "1110": 0.5, "1100": 1}
     closer = soft("shortest", "closer", *SOFT_PATHS)
@@ -327,9 +324,9 @@ def test_valid_paths_weigh_the_same_half_by_execution_or_by_damage():
     assert closer == pytest.approx(expected)
 
 
-def test_weights_by_damage_need_the_damage():
-    paths = (tried("1111", retest=GOOD, damage=0.0), tried("1110", retest=GOOD))
-    with pytest.raises(ConfigError, match="--path-weights closer needs each path's damage"):
+def test_weights_by_kl_need_the_kl():
+    paths = (tried("1111", retest=GOOD, kl=0.0), tried("1110", retest=GOOD))
+    with pytest.raises(ConfigError, match="--path-weights closer needs each path's KL"):
         soft("shortest", "closer", *paths)
 
 
@@ -388,7 +385,7 @@ def test_the_summary_counts_what_the_search_found_and_what_became_of_it():
             "no valid path": 2,
             "only the full path": 0,
             "no path survived the re-test": 1,
-            "no damage in the record": 0,
+            "no KL in the record": 0,
             "no path saves enough": 0,
             "over the quota": 0,
         },
@@ -564,17 +561,17 @@ def test_a_quota_for_a_task_that_is_not_there_names_those_that_are():
         targets(questions(SAVING), SuperviseConfig(quotas="fact=2"))
 
 
-def test_the_least_saving_has_no_use_but_for_damage():
+def test_the_least_saving_has_no_use_but_for_kl():
     with pytest.raises(ConfigError, match=r"--min-saving 0\.2 has no effect with --target paper"):
         check_settings(SuperviseConfig(target="paper", min_saving=0.2), ["facts"])
-    assert check_settings(SuperviseConfig(target="damage", min_saving=0.2), ["facts"]) == {}
+    assert check_settings(SuperviseConfig(target="kl", min_saving=0.2), ["facts"]) == {}
 
 
 def test_the_least_saving_of_the_settings_is_followed():
     paths = (harming("1111", 0.0), harming("1110", 0.1), harming("1000", 0.9))
 
     def picked(**settings: Any) -> tuple[int, ...]:
-        config = SuperviseConfig(target="damage", **settings)
+        config = SuperviseConfig(target="kl", **settings)
         return targets([record(*paths)], config).records[0].optimal_layer_config
 
     assert picked() == (1, 1, 1, 0)
@@ -801,26 +798,26 @@ def test_a_file_given_twice_is_refused(tmp_path: Path):
         write([source, tmp_path / "." / source.name], tmp_path / "out.jsonl", SuperviseConfig())
 
 
-def test_a_search_without_damage_says_how_to_get_it(tmp_path: Path):
+def test_a_search_without_kl_says_how_to_get_it(tmp_path: Path):
     source = search_file(tmp_path, SAVING, IMPROVING)
 
-    with pytest.raises(RecordError, match=r"2 no damage in the record\); search anew with --dama"):
-        write([source], tmp_path / "out.jsonl", SuperviseConfig(target="damage"))
+    with pytest.raises(RecordError, match=r"2 no KL in the record\); search anew with --dama"):
+        write([source], tmp_path / "out.jsonl", SuperviseConfig(target="kl"))
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_paths_that_save_too_little_say_what_would_help(tmp_path: Path):
     source = search_file(tmp_path, (harming("1111", 0.0), harming("1110", 0.25)))
-    config = SuperviseConfig(target="damage", min_saving=0.5)
+    config = SuperviseConfig(target="kl", min_saving=0.5)
 
     with pytest.raises(RecordError, match=r"1 no path saves enough\); .* smaller --min-saving"):
         write([source], tmp_path / "out.jsonl", config)
 
 
-def test_damage_is_read_back_from_a_search_file(tmp_path: Path):
+def test_kl_is_read_back_from_a_search_file(tmp_path: Path):
     source = search_file(tmp_path, (harming("1111", 0.0), harming("1110", 0.25)))
     output = tmp_path / "out.jsonl"
-    write([source], output, SuperviseConfig(target="damage"))
+    write([source], output, SuperviseConfig(target="kl"))
 
     (target,) = read_supervision(output)
     assert target.optimal_layer_config == (1, 1, 1, 0)

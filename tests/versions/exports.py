@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from drllm.models.architectures.families import VOCAB_SIZE, make_tiny
-from drllm.models.base.loading import BaseModel
+from drllm.models.base.load import BaseModel
 from drllm.models.export.model import export_path
 
 PATH = (0, 1, 2, 3, 1, 2, 3, 5)

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from drllm.config import ModelConfig
-from drllm.models.base import loading
-from drllm.models.prompts import encode
-from drllm.models.routed import RoutedModel
+from drllm.models.base import load as loading
+from drllm.models.base.prompts import encode
+from drllm.models.routing.routed_model import RoutedModel
 
 NUM_NEW = 32
 NUM_POSITIONS = 8

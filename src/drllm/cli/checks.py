@@ -14,7 +14,7 @@ from typing import Any
 
 from drllm.config import EvaluateConfig, SearchConfig, TrainConfig
 from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
-from drllm.evaluation.roster import check as check_comparison
+from drllm.evaluation.baselines.registry import check as check_comparison
 from drllm.evaluation.sources import chosen_on, is_fitted, sources_of
 from drllm.evaluation.texts import FEWEST_TEXTS, worked_task
 from drllm.records import read_manifest, sha256

@@ -27,10 +27,10 @@ from drllm.tasks.base import OPTIONS_REWARD
 from drllm.tasks.rows import read_rows, text_of
 
 if TYPE_CHECKING:
-    from drllm.models.dial import CalibrationText
-    from drllm.models.grouping import Answer
-    from drllm.models.policies import Policy
-    from drllm.models.routed import RoutedModel
+    from drllm.models.routers.depth_control import CalibrationText
+    from drllm.models.routing.batch_generation import Answer
+    from drllm.models.routing.policies import Policy
+    from drllm.models.routing.routed_model import RoutedModel
 
 KINDS = ("prompt", "question", "messages")
 """What a row of a file may ask by; `question` is another name for `prompt`."""
@@ -179,7 +179,7 @@ def _calibration(depth: DepthConfig) -> list[CalibrationText]:
     """Read the calibration set, if the settings name one, before the base model is loaded."""
     if depth.calibration is None:
         return []
-    from drllm.models.dial import read_calibration
+    from drllm.models.routers.depth_control import read_calibration
 
     return read_calibration(Path(depth.calibration).expanduser())
 
@@ -192,7 +192,7 @@ def _policy(
     terminal: Terminal,
 ) -> Policy:
     """Return the policy that the settings ask for; say which bias was found, if one was."""
-    from drllm.models.dial import encode_calibration, policy_for
+    from drllm.models.routers.depth_control import encode_calibration, policy_for
 
     prompts = encode_calibration(texts, routed.tokenizer, chat=config.chat)
     with terminal.busy("looking for a depth bias") if prompts else nullcontext():
@@ -228,7 +228,7 @@ def answer(routed: RoutedModel, prompt: str, config: GenerateConfig, terminal: T
     """
     import torch
 
-    from drllm.models.grouping import prompt_tokens
+    from drllm.models.routing.batch_generation import prompt_tokens
 
     tokenizer = routed.tokenizer
     tokens = prompt_tokens(routed, prompt, chat=config.chat, max_new_tokens=config.max_new_tokens)
@@ -290,7 +290,7 @@ def _answer_file(
     """Answer all prompts, write or print the answers, and say what it took."""
     import torch
 
-    from drllm.models.grouping import BATCH_SIZE, generate_many
+    from drllm.models.routing.batch_generation import BATCH_SIZE, generate_many
 
     config = request.of(GenerateConfig)
     num_read = sum(_count_tokens(routed, row, config, request.path("file")) for row in asked)
@@ -320,7 +320,7 @@ def _answer_file(
 
 def _count_tokens(routed: RoutedModel, row: Asked, config: GenerateConfig, file: Path) -> int:
     """Return how many tokens a prompt has, once it is sure that it can be answered."""
-    from drllm.models.grouping import prompt_tokens
+    from drllm.models.routing.batch_generation import prompt_tokens
 
     try:
         tokens = prompt_tokens(

@@ -26,7 +26,7 @@ from lm_eval.utils import setup_logging
 
 from drllm.cli.checks import check_folder
 from drllm.errors import ConfigError, TaskError, unknown_name
-from drllm.evaluation.harness.own_tasks import OwnTasks, is_ours, own_tasks, placed
+from drllm.evaluation.lm_eval.own_tasks import OwnTasks, is_ours, own_tasks, placed
 
 FOLDER = "tasks"
 """Below `--output_path`: the task folders of the runs whose results are there."""
@@ -118,7 +118,7 @@ def _execute(
     """Let the harness do it, and say in one line what users get wrong."""
     import datasets
 
-    import drllm.evaluation.harness.model  # noqa: F401 (registers our model)
+    import drllm.evaluation.lm_eval.model  # noqa: F401 (registers our model)
 
     # What fetching a set ends with: no network, or no such set for this user.
     unreached = (ConnectionError, datasets.exceptions.DatasetNotFoundError)

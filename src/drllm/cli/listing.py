@@ -1,4 +1,4 @@
-"""What there is to choose from: `drllm ls` for tasks, models, architectures and opponents.
+"""What there is to choose from: `drllm ls` for tasks, models, architectures and baselines.
 
 Owns what is printed about names and about what a model's architecture allows. Leaves knowing them
 to `tasks`, `models.loading` and `models.architectures`. Loads no torch before it is needed.
@@ -14,7 +14,7 @@ from drllm.cli.tables import new_table
 from drllm.cli.terminal import Terminal
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, unknown_name
-from drllm.evaluation.roster import NOT_COMPARED, OPPONENTS
+from drllm.evaluation.baselines.registry import BASELINES, NOT_COMPARED
 from drllm.tasks.base import describe_tasks
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def list_what(what: str, terminal: Terminal, model: str | None = None) -> None:
-    """Print tasks, models or opponents by name, or which architectures can be routed.
+    """Print tasks, models or baselines by name, or which architectures can be routed.
 
     Args:
         what: The list.
@@ -36,7 +36,7 @@ def list_what(what: str, terminal: Terminal, model: str | None = None) -> None:
         "tasks": _list_tasks,
         "models": _list_models,
         "architectures": _list_architectures,
-        "opponents": _list_opponents,
+        "baselines": _list_baselines,
     }
     if what not in lists:
         raise ConfigError(unknown_name("list", what, lists) + "; for example: drllm ls tasks")
@@ -60,18 +60,18 @@ def _list_tasks(terminal: Terminal) -> None:
 
 
 def _list_models(terminal: Terminal) -> None:
-    from drllm.models.base.loading import list_models
+    from drllm.models.base.load import list_models
 
     for alias, description in list_models():
         terminal.say(f"{alias}  {description}")
     terminal.say("Or any hub id (OWNER/NAME) or local folder of a decoder-only model.")
 
 
-def _list_opponents(terminal: Terminal) -> None:
-    table = new_table("opponent", "what it does", "fitted on", "source")
-    for name, opponent in OPPONENTS.items():
+def _list_baselines(terminal: Terminal) -> None:
+    table = new_table("baseline", "what it does", "fitted on", "source")
+    for name, baseline in BASELINES.items():
         table.add_row(
-            name.replace(" ", "-"), opponent.description, opponent.fitted_on, opponent.source
+            name.replace(" ", "-"), baseline.description, baseline.fitted_on, baseline.source
         )
     terminal.show(table)
     for name, reason in NOT_COMPARED.items():
@@ -93,7 +93,7 @@ def _list_architectures(terminal: Terminal) -> None:
 
 def _check_architecture(terminal: Terminal, model: str) -> None:
     from drllm.models.architectures.check import check_model
-    from drllm.models.base.loading import load
+    from drllm.models.base.load import load
 
     with terminal.busy(f"loading {model}"):
         base = load(ModelConfig(model=model, dtype="float32"))

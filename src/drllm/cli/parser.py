@@ -23,8 +23,8 @@ from jsonargparse import ActionYesNo, ArgumentParser
 from drllm.cli.settings_files import read_settings
 from drllm.cli.verbs import FOREIGN, VERBS, Flag, Verb
 from drllm.config import ModelConfig
+from drllm.config.settings import Settings
 from drllm.errors import ConfigError, unknown_name
-from drllm.settings import Settings
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
 

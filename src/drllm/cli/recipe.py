@@ -21,8 +21,8 @@ from drllm.config import (
     SuperviseConfig,
     TrainConfig,
 )
+from drllm.config.settings import Settings, from_dict
 from drllm.errors import ConfigError, unknown_name
-from drllm.settings import Settings, from_dict
 from drllm.supervision import check_settings
 from drllm.tasks.base import Task
 

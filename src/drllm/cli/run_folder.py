@@ -24,7 +24,7 @@ from drllm.cli.recipe import Recipe, read_recipe
 from drllm.cli.show_results import show_results
 from drllm.cli.terminal import Terminal, duration
 from drllm.config import ModelConfig
-from drllm.evaluation.roster import files_needed
+from drllm.evaluation.baselines.registry import files_needed
 from drllm.records import sha256, write_atomically
 from drllm.search.plan import decisive
 from drllm.supervision import rejected_path
@@ -32,7 +32,7 @@ from drllm.supervision import write as write_supervision
 from drllm.tasks.base import Task
 
 if TYPE_CHECKING:
-    from drllm.models.base.loading import BaseModel
+    from drllm.models.base.load import BaseModel
 
 RECIPE_FILE = "run.yaml"
 STAGES = ("search", "supervise", "train", "evaluate", "report")
@@ -219,8 +219,8 @@ class Run:
         }
 
     def _train(self) -> Sequence[Path]:
-        from drllm.training.rounds import remove_rounds
-        from drllm.training.store import FEATURES_FOLDER, Store
+        from drllm.training.feature_store import FEATURES_FOLDER, Store
+        from drllm.training.on_policy import remove_rounds
         from drllm.training.targets import REJECTED_FILE
 
         if not self._resumes:
@@ -260,7 +260,7 @@ class Run:
 
     def _evaluate(self) -> Sequence[Path]:
         output, config = self.folder / "eval", self.recipe.evaluate
-        needed = files_needed(config.opponents)  # the run's own, unless others are given
+        needed = files_needed(config.baselines)  # the run's own, unless others are given
         if "search" in needed and config.search is None:
             config = dataclasses.replace(config, search=str(self.search_file))
         if "supervision" in needed and config.supervision is None:

@@ -35,9 +35,9 @@ from drllm.supervision import write as write_supervision
 from drllm.tasks.base import Task
 
 if TYPE_CHECKING:
-    from drllm.models.base.loading import BaseModel
+    from drllm.models.base.load import BaseModel
     from drllm.search.executors import Executor
-    from drllm.search.runner import OnBegin, OnProgress, Status
+    from drllm.search.run import OnBegin, OnProgress, Status
 
 PROMPT_SHOWN = 600
 """Characters of a prompt that are shown; of a longer one, half of them from either end."""
@@ -84,7 +84,7 @@ def run_search_stage(
         base: That model, where it is loaded already.
     """
     with _executor(config, model, terminal, base) as executor:
-        from drllm.search.runner import run_search
+        from drllm.search.run import run_search
 
         with terminal.progress("searching", "questions") as progress:
             return run_search(executor, tasks, config, _told(progress), _said_prompts(terminal))
@@ -96,7 +96,7 @@ def _executor(
 ) -> Iterator[Executor]:
     if config.executor == "ray":
         with terminal.busy("starting Ray"):
-            from drllm.search.ray_executor import RayExecutor
+            from drllm.search.ray import RayExecutor
 
             workers = RayExecutor(model, num_workers=config.num_workers, address=config.ray_address)
         with workers:

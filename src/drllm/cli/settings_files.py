@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from drllm.cli.verbs import Flag, Verb
+from drllm.config.settings import Settings
 from drllm.errors import ConfigError, unknown_name
-from drllm.settings import Settings
 
 
 class WrittenInt(int):

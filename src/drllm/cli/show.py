@@ -37,7 +37,7 @@ from drllm.reporting.numbers import plain
 from drllm.reporting.reliability import Reliability, read_reliability
 from drllm.reporting.sweeps import SWEEP_FILE
 from drllm.search.commits import BLOCKS_FOLDER
-from drllm.search.tally import failed_question
+from drllm.search.counts import failed_question
 from drllm.supervision import rejected_question
 
 STYLES = {Decision.SKIP: "red", Decision.EXECUTE: "dim", Decision.REPEAT: "bold green"}

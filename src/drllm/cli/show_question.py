@@ -72,7 +72,7 @@ def _show_head(record: SearchRecord, terminal: Terminal) -> None:
 
 
 def _show_tree(record: SearchRecord, terminal: Terminal) -> None:
-    names = ["path", "#", "right", "margin", "executions", "damage", "re-test"]
+    names = ["path", "#", "right", "margin", "executions", "kl", "re-test"]
     generated = any(path.answer is not None for path in record.paths)
     table = new_table(*names, numbers_from=1)
     if generated:  # its beginning, so that a path stays one line
@@ -86,7 +86,7 @@ def _show_tree(record: SearchRecord, terminal: Terminal) -> None:
             _outcome(path),
             plain(path.margin, 2),
             plain(path.executions),
-            plain(path.damage, 3),
+            plain(path.kl, 3),
             _retested(path.retest),
             *[Text(" ".join((path.answer or "").split()))] * generated,
         )

@@ -90,8 +90,8 @@ def _systems(evaluation: Evaluation, terminal: Terminal) -> None:
 
 
 def _verdict(evaluation: Evaluation, system: System) -> str:
-    """Say what is shown of the routed model against an opponent."""
-    return VERDICTS[against(evaluation, system)] if system in evaluation.opponents else NONE
+    """Say what is shown of the routed model against an baseline."""
+    return VERDICTS[against(evaluation, system)] if system in evaluation.baselines else NONE
 
 
 def _depths(evaluation: Evaluation, terminal: Terminal) -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from drllm.cli.tables import new_table
 from drllm.cli.terminal import Terminal
+from drllm.metrics import by_layer, ratios, shown, verdict
 from drllm.reporting.agreement import read_agreement
 from drllm.reporting.numbers import plain
-from drllm.supervision.agreement import ratios
-from drllm.supervision.baselines import by_layer, shown, verdict
 
 
 def show_agreement(path: Path, terminal: Terminal) -> None:

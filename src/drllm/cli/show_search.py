@@ -23,7 +23,7 @@ from drllm.records import SearchRecord
 from drllm.reporting.numbers import NBSP, count, of_total, percent, plain, signed
 from drllm.reporting.summary import EditEffect, edit_effects
 from drllm.search.commits import PLAN_FILE, read_plan
-from drllm.search.tally import FailedQuestion
+from drllm.search.counts import FailedQuestion
 from drllm.supervision import summarise, survived
 from drllm.supervision.summary import KINDS
 
@@ -124,7 +124,7 @@ def _say_executions(records: Sequence[SearchRecord], terminal: Terminal) -> None
 
 
 def least_harmful_first(records: Sequence[SearchRecord], decision: Decision) -> list[EditEffect]:
-    """Return what single edits did, the least harmful first: by damage, else margin, else answers.
+    """Return what single edits did, the least harmful first: by KL, else margin, else answers.
 
     Args:
         records: Search records of one model.
@@ -136,8 +136,8 @@ def least_harmful_first(records: Sequence[SearchRecord], decision: Decision) -> 
 def _harm(edit: EditEffect) -> tuple[bool, float, bool, float, float, int]:
     """Order edits by what tells most about them; what isn't known comes last."""
     return (
-        edit.damage is None,
-        edit.damage or 0.0,
+        edit.kl is None,
+        edit.kl or 0.0,
         edit.margin is None,
         -(edit.margin or 0.0),
         edit.base_right - edit.right,
@@ -157,7 +157,7 @@ def _show_edits(edits: Sequence[EditEffect], title: str, terminal: Terminal) -> 
         "tried",
         "right",
         "base right",
-        "damage",
+        "kl",
         "margin change",
         title=f"One layer {title}, the others executed once; the least harmful of "
         f"{len(ranked)} layers first",
@@ -171,7 +171,7 @@ def _show_edits(edits: Sequence[EditEffect], title: str, terminal: Terminal) -> 
             count(edit.questions),
             percent(edit.right),
             percent(edit.base_right),
-            plain(edit.damage, 3),
+            plain(edit.kl, 3),
             signed(edit.margin, 2),
         )
     terminal.show(table)

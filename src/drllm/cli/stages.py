@@ -27,9 +27,9 @@ from drllm.tasks.base import OPTIONS_REWARD, Task
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from drllm.models.base.loading import BaseModel
-    from drllm.models.routed import RoutedModel
-    from drllm.models.routers import RouterStack
+    from drllm.models.base.load import BaseModel
+    from drllm.models.routers.stack import RouterStack
+    from drllm.models.routing.routed_model import RoutedModel
     from drllm.training.examples import Examples
 
 CHECKPOINTS = Path("checkpoints")
@@ -97,7 +97,7 @@ def _is_finished(folder: Path) -> bool:
 
 
 def evaluate(request: Request, terminal: Terminal) -> None:
-    """Evaluate base, routed model and opponents, and print the table."""
+    """Evaluate base, routed model and baselines, and print the table."""
     config = request.of(EvaluateConfig)
     output = request.path("output_dir")
     tasks = checks.tasks_to_evaluate(config)
@@ -137,7 +137,7 @@ def report(request: Request, terminal: Terminal) -> None:
 
 
 def list_names(request: Request, terminal: Terminal) -> None:
-    """List tasks, models, architectures or opponents."""
+    """List tasks, models, architectures or baselines."""
     listing.list_what(request.text("what"), terminal, request.values["model"])
 
 
@@ -155,7 +155,7 @@ def find_routers(place: Path) -> Path:
     Raises:
         CheckpointError: Routers that the hub doesn't have or doesn't give.
     """
-    from drllm.models.checkpoints.hub import find
+    from drllm.models.routers.hub import find
 
     return find(place)
 
@@ -166,7 +166,7 @@ def read_routers(folder: Path) -> RouterStack:
     Raises:
         CheckpointError: Missing or broken.
     """
-    from drllm.models.routers import RouterStack
+    from drllm.models.routers.stack import RouterStack
 
     return RouterStack.load(folder)
 
@@ -176,7 +176,7 @@ def loaded(config: ModelConfig, terminal: Terminal) -> Iterator[BaseModel]:
     """Load the base model, and keep transformers quiet until the block ends."""
     with terminal.busy(f"loading {config.model}"):
         from drllm.models.base.hub import quiet
-        from drllm.models.base.loading import load
+        from drllm.models.base.load import load
 
         base = load(config)
     with quiet():
@@ -186,7 +186,7 @@ def loaded(config: ModelConfig, terminal: Terminal) -> Iterator[BaseModel]:
 @contextmanager
 def attached(base: BaseModel, routers: RouterStack | None = None) -> Iterator[RoutedModel]:
     """Route the base model inside the block."""
-    from drllm.models.routed import RoutedModel
+    from drllm.models.routing.routed_model import RoutedModel
 
     routed = RoutedModel(base.model, routers, tokenizer=base.tokenizer)
     try:
@@ -209,11 +209,11 @@ def run_train_stage(
     The inputs are kept in a folder until the routers are trained, and beyond if it was named;
     those along the routers' own routes never beyond.
     """
+    from drllm.training.feature_store import FEATURES_FOLDER, Store
     from drllm.training.features import Features, collect
     from drllm.training.loop import Run, train_together
-    from drllm.training.rounds import train_in_rounds
+    from drllm.training.on_policy import train_in_rounds
     from drllm.training.soft import soft_targets
-    from drllm.training.store import FEATURES_FOLDER, Store
     from drllm.training.targets import reasons_of, write_rejected
 
     def pool(
@@ -278,8 +278,8 @@ def run_evaluate_stage(
         output: Receives the results.
         terminal: Where it is said.
     """
-    from drllm.evaluation.comparison import run_evaluation
-    from drllm.models.routers import read_config
+    from drllm.evaluation.run import run_evaluation
+    from drllm.models.routers.stack import read_config
 
     trained = read_config(routers[0]).training.get("rewards")
     if isinstance(trained, list) and trained and OPTIONS_REWARD not in trained:

@@ -167,7 +167,7 @@ def for_choice(config: EvaluateConfig) -> EvaluateConfig:
         config,
         split=CHOSEN_ON,
         splits=None,
-        opponents="none",
+        baselines="none",
         search=None,
         supervision=None,
         epsilon=None,

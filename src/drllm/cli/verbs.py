@@ -17,7 +17,7 @@ from drllm.config import (
     SuperviseConfig,
     TrainConfig,
 )
-from drllm.settings import Settings
+from drllm.config.settings import Settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +141,7 @@ VERBS: dict[str, Verb] = {
         model_from_routers=True,
     ),
     "evaluate": Verb(
-        help="compare base, routed model and opponents on tasks",
+        help="compare base, routed model and baselines on tasks",
         example="drllm evaluate --routers checkpoints/first --tasks builtin_facts",
         groups=(ModelConfig, EvaluateConfig),
         flags=(
@@ -201,12 +201,12 @@ VERBS: dict[str, Verb] = {
         ),
     ),
     "ls": Verb(
-        help="list tasks, models, architectures or opponents",
+        help="list tasks, models, architectures or baselines",
         example="drllm ls tasks",
         flags=(
             Flag(
                 name="what",
-                help="tasks, models, architectures or opponents",
+                help="tasks, models, architectures or baselines",
                 required=True,
                 positional=True,
             ),

@@ -12,9 +12,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from drllm.config.settings import Settings, flag_of, setting
 from drllm.config.training import CLASS_WEIGHTS, LOSSES, TrainConfig
 from drllm.errors import ConfigError, unknown_name
-from drllm.settings import Settings, flag_of, setting
 
 __all__ = [
     "CLASS_WEIGHTS",
@@ -40,7 +40,7 @@ __all__ = [
 STOP_RULES = ("paper", "released", "exhaust")
 STRATEGIES = ("tree", "sweep", "walk")
 REWARDS = ("loglikelihood", "letter", "boxed", "exact")
-TARGETS = ("shortest", "largest_margin", "paper", "released", "damage")
+TARGETS = ("shortest", "largest_margin", "paper", "released", "kl")
 EXECUTORS = ("local", "ray")
 SPLITS = ("search", "fit", "select", "test")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -108,7 +108,7 @@ class SearchConfig(Settings):
     leaves_per_round: int = setting(
         1, "paths of a question evaluated together; above 1 with virtual losses", minimum=1
     )
-    damage: bool = setting(
+    kl: bool = setting(
         True, "keep each path's mean KL from the full path over the prompt, in nats a token"
     )
     margin_tolerance: float = setting(
@@ -157,7 +157,7 @@ class SuperviseConfig(Settings):
     target: str = setting("shortest", "rule that picks among the valid paths", choices=TARGETS)
     min_saving: float | None = setting(
         None,
-        "with --target damage: least share of the executions that a target saves (0.1)",
+        "with --target KL: least share of the executions that a target saves (0.1)",
         above=0.0,
         maximum=1.0,
     )
@@ -272,7 +272,7 @@ class DepthConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Settings):
-    """What is evaluated, on which questions, against which opponents."""
+    """What is evaluated, on which questions, against which baselines."""
 
     tasks: str = setting("builtin_facts", "tasks (comma list), or a .jsonl file of your own")
     data_dir: str | None = setting(None, "folder with SPLIT.jsonl[.gz] files by task")
@@ -288,21 +288,21 @@ class EvaluateConfig(Settings):
     )
     fitted_on: str | None = setting(
         None,
-        "depths and opponents from another task's questions: TASK=OTHER, with commas",
+        "depths and baselines from another task's questions: TASK=OTHER, with commas",
     )
     num_fewshot: int | None = setting(
         None, "worked examples before each question; each task's own unless given", minimum=0
     )
     chat: bool = setting(False, "ask through the tokenizer's chat template")
-    opponents: str = setting(
-        "quick", "comma list, quick, all or none; 'drllm ls opponents' explains them"
+    baselines: str = setting(
+        "quick", "comma list, quick, all or none; 'drllm ls baselines' explains them"
     )
-    search: str | None = setting(None, "search.jsonl, for opponents that are fitted on it")
+    search: str | None = setting(None, "search.jsonl, for baselines that are fitted on it")
     supervision: str | None = setting(
-        None, "supervision.jsonl, for opponents that are fitted on the routers' targets"
+        None, "supervision.jsonl, for baselines that are fitted on the routers' targets"
     )
     curve: str | None = setting(
-        None, "shares of the executions to save, e.g. 0.1,0.2,0.3: routed and opponents at each"
+        None, "shares of the executions to save, e.g. 0.1,0.2,0.3: routed and baselines at each"
     )
     epsilon: float | None = setting(
         None,
@@ -321,14 +321,14 @@ class EvaluateConfig(Settings):
     )
     num_calibration: int | None = setting(
         None,
-        "select questions that depths are found and opponents fitted on; 64 unless given",
+        "select questions that depths are found and baselines fitted on; 64 unless given",
         minimum=1,
     )
     num_texts: int = setting(
         100, "questions whose text's next-token loss is read too, at most", minimum=1
     )
     num_random_draws: int | None = setting(
-        None, "draws of the random opponents a question; 10 unless given", minimum=1
+        None, "draws of the random baselines a question; 10 unless given", minimum=1
     )
     batch_size: int = setting(16, "questions a forward pass", minimum=1)
     latency_rounds: int = setting(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from drllm.settings import Settings, setting
+from drllm.config.settings import Settings, setting
 
 LOSSES = ("focal", "cross_entropy")
 CLASS_WEIGHTS = ("effective_number", "none")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from drllm.evaluation.harness.scoring import Answer
+from drllm.evaluation.lm_eval.scoring import Answer
 from drllm.paths import Decisions
 
 Answers: TypeAlias = list[list[Answer | str]]

@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from drllm.config import EvaluateConfig
-from drllm.evaluation.certified import Choice, Limits, choose, confirm
 from drllm.evaluation.curve import Point
-from drllm.evaluation.harness.asking import AskedTask
-from drllm.evaluation.harness.model import RoutedLM
+from drllm.evaluation.lm_eval.model import RoutedLM
+from drllm.evaluation.lm_eval.task import AskedTask
+from drllm.evaluation.non_inferiority import Choice, Limits, choose, confirm
 from drllm.evaluation.partial import Run
 from drllm.evaluation.results import point_of
 from drllm.evaluation.sources import chosen_on
 from drllm.evaluation.systems import System, TaskRun
-from drllm.models.policies import FullPolicy, Policy, RouterPolicy
+from drllm.models.routing.policies import FullPolicy, Policy, RouterPolicy
 from drllm.tasks.base import Task
 
 MAX_LOSS_INCREASE = 0.05

@@ -14,7 +14,7 @@ from typing import Any
 
 from drllm.cost import share_saved
 from drllm.evaluation.findings import ALPHA, FEWEST_DIFFERENT, ROUNDING
-from drllm.evaluation.statistics import (
+from drllm.statistics.intervals import (
     mcnemar_exact,
     mean_interval,
     paired_bootstrap,
@@ -120,7 +120,7 @@ def curve_rows(
 
     Returns:
         Base first, then each system's points from the most executions to the fewest, systems in
-        the order of their first point; `against_base` and, for opponents, `routed_against` (what
+        the order of their first point; `against_base` and, for baselines, `routed_against` (what
         the routed model of the same setting has more) as from `differences`.
 
     Raises:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from drllm.cost import share_saved
-from drllm.evaluation.power import detectable, detectable_mean
-from drllm.evaluation.statistics import mcnemar_exact, paired_bootstrap, paired_interval
+from drllm.statistics.intervals import mcnemar_exact, paired_bootstrap, paired_interval
+from drllm.statistics.power import detectable, detectable_mean
 
 ALPHA = 0.05
 FEWEST_DIFFERENT = 6

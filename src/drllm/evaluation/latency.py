@@ -25,11 +25,11 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError
-from drllm.models.cache import cache_argument
-from drllm.models.layers import find_layers
-from drllm.models.policies import FullPolicy, Policy, RouterPolicy
-from drllm.models.routed import RoutedModel
-from drllm.models.routers import RouterStack
+from drllm.models.base.layers import find_layers
+from drllm.models.routers.stack import RouterStack
+from drllm.models.routing.kv_cache import cache_argument
+from drllm.models.routing.policies import FullPolicy, Policy, RouterPolicy
+from drllm.models.routing.routed_model import RoutedModel
 
 Clock: TypeAlias = Callable[[], float]
 Rounds: TypeAlias = list[dict[str, float]]

@@ -37,8 +37,8 @@ from drllm.evaluation.latency import (
     with_router_time,
 )
 from drllm.evaluation.results import Evaluated
-from drllm.models.base.loading import BaseModel
-from drllm.models.routers import RouterStack
+from drllm.models.base.load import BaseModel
+from drllm.models.routers.stack import RouterStack
 from drllm.records import new_manifest, sha256, write_atomically
 from drllm.tasks.base import Task
 

@@ -9,7 +9,7 @@ the stage, and which questions make up a block to `blocks`.
     questions-NAME.txt
     SYSTEM.json                   done
     SYSTEM/NUMBER-DECISIONS.json  a block
-    MEASURE.json                  what opponents were chosen by
+    MEASURE.json                  what baselines were chosen by
 
 A block's file is named by a hash of its decisions too: were they others after an interruption
 (what is trained is trained again then), the block would be asked again. A measure's is named by a

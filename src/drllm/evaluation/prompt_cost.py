@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from drllm.errors import ArchitectureError
-from drllm.evaluation.derived_cost import ModelShape, forward_flops, kv_bytes
+from drllm.evaluation.flops import ModelShape, forward_flops, kv_bytes
 from drllm.paths import Decisions
 
 

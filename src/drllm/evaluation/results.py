@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from drllm.config import EvaluateConfig
-from drllm.evaluation.certified import Choice
+from drllm.evaluation.baselines.registry import BASELINES, NOT_COMPARED
 from drllm.evaluation.curve import Outcomes, Point, curve_rows, differences
 from drllm.evaluation.findings import findings
-from drllm.evaluation.harness.asking import AskedTask
+from drllm.evaluation.lm_eval.task import AskedTask
+from drllm.evaluation.non_inferiority import Choice
 from drllm.evaluation.prompt_cost import PromptCost
-from drllm.evaluation.roster import NOT_COMPARED, OPPONENTS
 from drllm.evaluation.seeds import sentence
-from drllm.evaluation.statistics import holm, mcnemar_exact, mean_interval, wilson_interval
 from drllm.evaluation.systems import System
-from drllm.models.base.loading import BaseModel
-from drllm.models.checkpoints.folder import WEIGHTS_FILE
+from drllm.models.base.load import BaseModel
+from drllm.models.routers.folder import WEIGHTS_FILE
 from drllm.records import new_manifest, sha256
+from drllm.statistics.intervals import holm, mcnemar_exact, mean_interval, wilson_interval
 from drllm.tasks.base import Example, Task
 
 DESCRIPTIONS = {
@@ -60,7 +60,7 @@ class Evaluated:
     Args:
         task: The task.
         asked: Its questions.
-        systems: Base, then at each depth routed and its opponents.
+        systems: Base, then at each depth routed and its baselines.
         notes: What a reader must know.
         choice: The certified choice, if one was asked for.
         config: As the evaluation's.
@@ -213,7 +213,7 @@ def _row(system: System, base: System, routed: System, seed: int) -> dict[str, A
         won = sum(s > b for s, b in zip(system.correct, base.correct, strict=True))
         lost = sum(s < b for s, b in zip(system.correct, base.correct, strict=True))
         p = mcnemar_exact(won, lost)
-    opponent = OPPONENTS.get(system.name)
+    baseline = BASELINES.get(system.name)
 
     def against(first: System, second: System) -> dict[str, Any]:
         return differences(point_of(first).outcomes, point_of(second).outcomes, seed)
@@ -225,10 +225,10 @@ def _row(system: System, base: System, routed: System, seed: int) -> dict[str, A
     )
     return {
         "name": system.name,
-        "description": DESCRIPTIONS[system.name] if opponent is None else opponent.description,
-        "source": None if opponent is None else opponent.source,
-        "fitted_on": None if opponent is None else opponent.fitted_on,
-        "reads_question": None if opponent is None else opponent.reads_question,
+        "description": DESCRIPTIONS[system.name] if baseline is None else baseline.description,
+        "source": None if baseline is None else baseline.source,
+        "fitted_on": None if baseline is None else baseline.fitted_on,
+        "reads_question": None if baseline is None else baseline.reads_question,
         "accuracy": accuracy,
         "interval": list(interval),
         "metrics": _means(system.metrics),
@@ -244,7 +244,7 @@ def _row(system: System, base: System, routed: System, seed: int) -> dict[str, A
         "lost": lost,
         "unchanged_routes": _mean(system.unchanged),
         "against_base": None if system is base else against(system, base),
-        "routed_against": None if opponent is None else against(routed, system),
+        "routed_against": None if baseline is None else against(routed, system),
     }
 
 

@@ -1,4 +1,4 @@
-"""Which questions depths are looked for and chosen on, and opponents are fitted on.
+"""Which questions depths are looked for and chosen on, and baselines are fitted on.
 
 Owns that they are never those that a result is reported on, and that they may be another task's.
 Leaves asking them to the stage. Loads no torch.
@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from drllm.config import EvaluateConfig
+from drllm.config.settings import flag_of
 from drllm.errors import ConfigError
-from drllm.evaluation.roster import OPPONENTS, QUESTIONS, depths, named
-from drllm.settings import flag_of
+from drllm.evaluation.baselines.registry import BASELINES, QUESTIONS, depths, named
 from drllm.tasks.base import Task, get_task
 
 
 def is_fitted(config: EvaluateConfig) -> bool:
-    """Tell whether an evaluation looks for depths or fits opponents on questions."""
-    opponents = [OPPONENTS[name] for name in named(config.opponents)]
-    return bool(depths(config.curve)) or any(each.fitted_on in QUESTIONS for each in opponents)
+    """Tell whether an evaluation looks for depths or fits baselines on questions."""
+    baselines = [BASELINES[name] for name in named(config.baselines)]
+    return bool(depths(config.curve)) or any(each.fitted_on in QUESTIONS for each in baselines)
 
 
 def sources_of(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]:
@@ -36,8 +36,8 @@ def sources_of(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]
         value = getattr(config, setting)
         if value is not None and not is_fitted(config):
             raise ConfigError(
-                f"{flag_of(setting)} {value} has no effect on the opponents {config.opponents} "
-                f"without --curve; leave it out, or give --curve or opponents that are fitted"
+                f"{flag_of(setting)} {value} has no effect on the baselines {config.baselines} "
+                f"without --curve; leave it out, or give --curve or baselines that are fitted"
             )
     by_name = {task.name: task for task in tasks}
     return {

@@ -1,4 +1,4 @@
-"""The systems of a comparison, run on one task's questions: base, routed, and its opponents.
+"""The systems of a comparison, run on one task's questions: base, routed, and its baselines.
 
 Owns running a system block by block and its outcomes by question, and the next-token loss on
 held-out texts under the same routes. Leaves who is compared to `lineup`, which questions make up a
@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from drllm.cost import executions_by_phase, mean_executions
+from drllm.evaluation.baselines.lineup import Drawn
 from drllm.evaluation.blocks import (
     LEAST_GENERATED,
     LEAST_SCORED,
@@ -29,13 +30,12 @@ from drllm.evaluation.blocks import (
     joined,
     unkept,
 )
-from drllm.evaluation.harness.asking import AskedTask, Graded, Key
-from drllm.evaluation.harness.model import RoutedLM
-from drllm.evaluation.harness.questions import Request
-from drllm.evaluation.harness.scoring import Answer, PolicyOf
 from drllm.evaluation.latency import device_clock
-from drllm.evaluation.lineup import Drawn
-from drllm.models.policies import FixedPolicy, FullPolicy, Policy
+from drllm.evaluation.lm_eval.model import RoutedLM
+from drllm.evaluation.lm_eval.questions import Request
+from drllm.evaluation.lm_eval.scoring import Answer, PolicyOf
+from drllm.evaluation.lm_eval.task import AskedTask, Graded, Key
+from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
 from drllm.paths import Decisions, Path
 
 
@@ -44,7 +44,7 @@ class System:
     """One system's outcomes, by question.
 
     Attributes:
-        name: `base`, `routed`, or an opponent's.
+        name: `base`, `routed`, or an baseline's.
         setting: Its depth in words; empty for the routers as they were trained.
         routes: For each draw, every question's decisions; empty where a path can't be expressed.
         correct: For each question, the score of its answer by the task's metric, averaged over
@@ -136,10 +136,10 @@ class TaskRun:
         """Run the base model: every layer once."""
         return self.by_policy("base", FullPolicy(), keep=keep)
 
-    def opponent(
+    def baseline(
         self, name: str, drawn: Sequence[Drawn], setting: str = "", *, keep: Keep = unkept
     ) -> System:
-        """Run an opponent.
+        """Run an baseline.
 
         Args:
             name: Its name.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError, TaskError
-from drllm.evaluation.harness.table import entry_of
+from drllm.evaluation.lm_eval.registry import entry_of
 from drllm.evaluation.sources import chosen_on
 from drllm.tasks.base import Task, get_task
 

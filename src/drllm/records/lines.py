@@ -46,7 +46,7 @@ class TriedPath:
         margin: Graded score in nats, positive when right; None where not defined.
         executions: Cost in layer equivalents.
         answer: What was generated; None when choices were scored.
-        damage: Mean KL divergence from the full path's next-token distributions to the path's,
+        kl: Mean KL divergence from the full path's next-token distributions to the path's,
             over the prompt's tokens, in nats a token; None where it wasn't computed.
         retest: None unless the path was a candidate for supervision.
     """
@@ -57,7 +57,7 @@ class TriedPath:
     margin: float | None
     executions: float
     answer: str | None = None
-    damage: float | None = None
+    kl: float | None = None
     retest: Retest | None = None
 
 
@@ -235,7 +235,7 @@ def _tried_path(row: Any, num_layers: int) -> TriedPath:
         margin=_optional_float(row, "margin"),
         executions=float(_get(row, "executions", float)),
         answer=None if row.get("answer") is None else _get(row, "answer", str),
-        damage=_optional_float(row, "damage"),
+        kl=_optional_float(row, "kl"),
         retest=None if row.get("retest") is None else _retest(_get(row, "retest", dict)),
     )
 

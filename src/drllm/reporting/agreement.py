@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drllm.errors import RecordError
+from drllm.metrics import DECISIONS, ROUTERS, TRAIN, VALIDATION, Counts, beside
 from drllm.reporting.fields import Fields, read_object
-from drllm.supervision.agreement import DECISIONS, Counts
-from drllm.supervision.baselines import ROUTERS, TRAIN, VALIDATION, beside
 
 LAYERS_FILE = "layers.json"
 

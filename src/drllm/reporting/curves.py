@@ -1,6 +1,6 @@
-"""The drawings of a report that are about the test: systems, opponents, depths.
+"""The drawings of a report that are about the test: systems, baselines, depths.
 
-Owns what is drawn. Leaves how it is drawn to `drawing` and which opponents stand out to `verdicts`.
+Owns what is drawn. Leaves how it is drawn to `drawing` and which baselines stand out to `verdicts`.
 Differences are drawn with their own paired intervals, which are narrower than those of the systems.
 """
 
@@ -103,12 +103,12 @@ def accuracy_of_systems(evaluation: Evaluation, colours: Colours) -> Figure:
 
 
 def routed_against(evaluation: Evaluation, colours: Colours) -> Figure:
-    """Draw what the routed model has more than each opponent, by question."""
-    opponents = [system for system in evaluation.opponents if system.routed_against is not None]
-    measures = [m for m in MEASURES if any(m.of(s.routed_against) is not None for s in opponents)]
-    figure, panels = beside(len(measures), FRAME + 0.1 + ROW * len(opponents))
+    """Draw what the routed model has more than each baseline, by question."""
+    baselines = [system for system in evaluation.baselines if system.routed_against is not None]
+    measures = [m for m in MEASURES if any(m.of(s.routed_against) is not None for s in baselines)]
+    figure, panels = beside(len(measures), FRAME + 0.1 + ROW * len(baselines))
     for axes, measure in zip(panels, measures, strict=True):
-        for row, system in enumerate(opponents):
+        for row, system in enumerate(baselines):
             found = measure.of(system.routed_against)
             if found is not None:
                 judged = evaluation.above_chance or measure.key == "text_loss"
@@ -119,7 +119,7 @@ def routed_against(evaluation: Evaluation, colours: Colours) -> Figure:
         axes.axvline(0, color=colours["ink"], linewidth=0.8, zorder=0)
         axes.set_xlabel(measure.label.replace(", ", ",\n"))
         axes.locator_params(axis="x", nbins=3)
-    _rows(panels[0], [system.name for system in opponents])
+    _rows(panels[0], [system.name for system in baselines])
     return figure
 
 
@@ -174,7 +174,7 @@ def depth_curve(evaluation: Evaluation, outstanding: Sequence[str], colours: Col
         others = [name for name in systems if name not in looks]
         for name in others:
             points = _points(systems[name], measure)
-            label = "each other opponent" if name == others[0] else None
+            label = "each other baseline" if name == others[0] else None
             xs, ys = [x for x, _ in points], [measure.scale * y.mean for _, y in points]
             axes.plot(xs, ys, "-", color=colours["faint"], alpha=0.45, linewidth=0.9, label=label)
         _curves(axes, systems, looks, measure, colours)
@@ -188,22 +188,22 @@ def depth_curve(evaluation: Evaluation, outstanding: Sequence[str], colours: Col
 
 
 def one_by_one(evaluation: Evaluation, measure: Measure, colours: Colours) -> Figure:
-    """Draw the routed model against every opponent over executions, a panel each."""
+    """Draw the routed model against every baseline over executions, a panel each."""
     from matplotlib.figure import Figure
 
     systems = by_system(evaluation)
-    opponents = [name for name in systems if name != ROUTED]
-    rows = math.ceil(len(opponents) / 2)
+    baselines = [name for name in systems if name != ROUTED]
+    rows = math.ceil(len(baselines) / 2)
     figure = Figure(figsize=(WIDTH, 1.25 * rows + 0.45), layout="constrained")
     panels = figure.subplots(rows, 2, squeeze=False, sharex=True).ravel()
-    for axes, name in zip(panels, opponents, strict=False):
+    for axes, name in zip(panels, baselines, strict=False):
         looks = dict(zip((ROUTED, name), LOOKS, strict=False))
         _curves(axes, systems, looks, measure, colours)
         _base(axes, evaluation.num_layers, colours)
         axes.set_title(name, color=colours["s2"])
-    for axes in panels[len(opponents) :]:
+    for axes in panels[len(baselines) :]:
         axes.set_visible(False)
-        panels[len(opponents) - 2].tick_params(labelbottom=True)
+        panels[len(baselines) - 2].tick_params(labelbottom=True)
     figure.supxlabel("executions a forward pass", fontsize=8)
     figure.supylabel(f"{measure.label}, less base's", fontsize=8)
     return figure

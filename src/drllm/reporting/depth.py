@@ -64,7 +64,7 @@ def _curve(evaluation: Evaluation) -> list[Block]:
     measures = curves.known(evaluation)
     blocks: list[Block] = [
         Text(
-            "Routed model and opponents at several depths, each opponent at the routed model's "
+            "Routed model and baselines at several depths, each baseline at the routed model's "
             "executions where it can be had there. All differences are to base on the same "
             "questions, with paired 95 % intervals; the depth that the routers were trained for "
             "is one of the points in the drawings."
@@ -84,7 +84,7 @@ def _curve(evaluation: Evaluation) -> list[Block]:
 
 
 def _against(evaluation: Evaluation) -> list[Block]:
-    """List the routed model against every opponent, depth by depth."""
+    """List the routed model against every baseline, depth by depth."""
     rows = [
         [point.setting, point.system, *against_cells(evaluation, found), plain(point.executions, 2)]
         for point in evaluation.curve
@@ -95,10 +95,10 @@ def _against(evaluation: Evaluation) -> list[Block]:
     depths = list(dict.fromkeys(setting for setting, *_ in rows))
     return [
         Table(
-            caption="The routed model less each opponent, depth by depth, with 95 % intervals, and "
+            caption="The routed model less each baseline, depth by depth, with 95 % intervals, and "
             "what is shown of the routed model at the 5 % level, each comparison by itself; no "
             "verdict where base isn't shown to be above chance",
-            header=("depth", "opponent", *against_columns(evaluation), "opponent's executions"),
+            header=("depth", "baseline", *against_columns(evaluation), "baseline's executions"),
             rows=sorted(rows, key=lambda row: depths.index(row[0])),
             texts=(0, 1, 2, 4, 6),
         )
@@ -120,22 +120,22 @@ def _drawings(evaluation: Evaluation, measures: Sequence[curves.Measure]) -> lis
         alt=f"Differences to base over executions a forward pass. Routed: {'; '.join(routed)}.",
         caption=f"Less than base's or more, over executions a forward pass, for {named}, with "
         f"95 % intervals. The dot is base. Systems of equal executions are drawn side by side; "
-        f"lines of other opponents that leave the panel go on below, one by one.",
+        f"lines of other baselines that leave the panel go on below, one by one.",
     )
     single = [
         Figure(
             draw=partial(curves.one_by_one, evaluation, measure),
             name=f"{evaluation.task} {measure.key} one by one",
-            alt=f"The routed model against every opponent over executions a forward pass: "
+            alt=f"The routed model against every baseline over executions a forward pass: "
             f"{measure.label}, less base's. The table holds the numbers.",
             caption=f"{measure.label.capitalize()}, less base's: routed (dots) against each "
-            f"opponent (squares), with 95 % intervals.",
+            f"baseline (squares), with 95 % intervals.",
         )
         for measure in measures
     ]
     if len(curves.by_system(evaluation)) < 2:
         return [whole]
-    return [whole, Folded("Every opponent by itself", [Columns([[each] for each in single])])]
+    return [whole, Folded("Every baseline by itself", [Columns([[each] for each in single])])]
 
 
 def point_row(point: Point, num_layers: int) -> list[str]:
@@ -161,7 +161,7 @@ def _seeds(rows: Sequence[Seeds]) -> list[Block]:
         Text(
             "The same training with other seeds, on the same questions. The spread says how much "
             "the training's randomness moves a result; the intervals say how far the mean over "
-            "these seeds may move with other questions. Opponents are compared with the first "
+            "these seeds may move with other questions. Baselines are compared with the first "
             "seed's routers."
         ),
         Table(

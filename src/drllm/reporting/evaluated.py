@@ -113,7 +113,7 @@ def systems(evaluation: Evaluation) -> Section:
         "Systems compared",
         [
             *_table(evaluation),
-            *_opponents(evaluation),
+            *_baselines(evaluation),
             _what_they_are(evaluation),
             *_metrics(evaluation),
             *_not_compared(evaluation),
@@ -184,9 +184,9 @@ def _systems_figure(evaluation: Evaluation) -> Figure:
     )
 
 
-def _opponents(evaluation: Evaluation) -> list[Block]:
-    """Return what shows at a glance whether routing beats its opponents."""
-    compared = [s for s in evaluation.opponents if s.routed_against is not None]
+def _baselines(evaluation: Evaluation) -> list[Block]:
+    """Return what shows at a glance whether routing beats its baselines."""
+    compared = [s for s in evaluation.baselines if s.routed_against is not None]
     if not compared:
         return [_systems_figure(evaluation)]
     verdicts = ", ".join(f"{each.name} {against(evaluation, each).value[2:]}" for each in compared)
@@ -197,10 +197,10 @@ def _opponents(evaluation: Evaluation) -> list[Block]:
                 [
                     Figure(
                         draw=partial(curves.routed_against, evaluation),
-                        name=f"{evaluation.task} opponents",
-                        alt=f"The routed model less each opponent, with 95 % intervals. On "
+                        name=f"{evaluation.task} baselines",
+                        alt=f"The routed model less each baseline, with 95 % intervals. On "
                         f"accuracy it is: {verdicts}.",
-                        caption="The routed model less each opponent, on the same questions, with "
+                        caption="The routed model less each baseline, on the same questions, with "
                         "95 % intervals; full dots where it is shown to differ. Right of the line "
                         "the routed model has more; more next-token loss is worse.",
                     )
@@ -208,13 +208,13 @@ def _opponents(evaluation: Evaluation) -> list[Block]:
             ]
         ),
         Table(
-            caption="The routed model less each opponent, with 95 % intervals, and what is shown "
+            caption="The routed model less each baseline, with 95 % intervals, and what is shown "
             "of the routed model at the 5 % level, each comparison by itself; no verdict where "
             "base isn't shown to be above chance",
             header=(
-                "opponent",
+                "baseline",
                 *against_columns(evaluation),
-                "opponent's executions",
+                "baseline's executions",
                 "reads the question",
             ),
             rows=[_against_row(evaluation, system) for system in compared],
@@ -247,7 +247,7 @@ def against_columns(evaluation: Evaluation) -> tuple[str, ...]:
 
 
 def against_cells(evaluation: Evaluation, found: Differences) -> list[str]:
-    """Return what is shown of the routed model against an opponent, with the differences."""
+    """Return what is shown of the routed model against an baseline, with the differences."""
     return [
         _so(evaluation, found.accuracy),
         difference(found.accuracy, 100, 1),

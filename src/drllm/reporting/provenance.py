@@ -12,10 +12,10 @@ from dataclasses import fields
 from typing import Any
 
 from drllm.config import EvaluateConfig
+from drllm.config.settings import flag_of
 from drllm.reporting.blocks import Block, Code, Listing, Section, Table, Text
 from drllm.reporting.numbers import NONE
 from drllm.reporting.run import Run
-from drllm.settings import flag_of
 
 RUNTIME = ("dtype", "device", "attn_implementation")
 """How a base model ran, by the names of settings of `ModelConfig`."""

@@ -42,7 +42,7 @@ class System:
     """One system's result on one task.
 
     Attributes:
-        name: `base`, `routed`, or an opponent's name.
+        name: `base`, `routed`, or an baseline's name.
         description: What it is, in words.
         accuracy: Share of questions answered right; where answers are graded, the mean grade.
         interval: 95 % interval of the accuracy.
@@ -54,9 +54,9 @@ class System:
         won: Questions right here and wrong in base; None where draws are averaged.
         lost: Questions wrong here and right in base; None where draws are averaged.
         mcnemar_p_holm: The test's p-value corrected for several tasks; None with one task.
-        source: Where an opponent comes from.
-        fitted_on: What an opponent was fitted on.
-        reads_question: Whether an opponent's decisions follow from the question.
+        source: Where an baseline comes from.
+        fitted_on: What an baseline was fitted on.
+        reads_question: Whether an baseline's decisions follow from the question.
         metrics: Means of all that the harness says of the answers.
         text_loss: Mean next-token loss on the questions' texts, in nats a token.
         decode_executions: Mean executions a generated token; None where options are scored.
@@ -136,7 +136,7 @@ class Evaluation:
         return self.system(ROUTED)
 
     @property
-    def opponents(self) -> tuple[System, ...]:
+    def baselines(self) -> tuple[System, ...]:
         """What the routed model is compared with beside base."""
         return tuple(each for each in self.systems if each.name not in (BASE, ROUTED))
 
@@ -259,7 +259,7 @@ def _evaluation(
     )
     if evaluation.kind is None:
         absent.append(
-            f"{prefix}{path.name} is of an older drllm, which wrote no sources of opponents, no "
+            f"{prefix}{path.name} is of an older drllm, which wrote no sources of baselines, no "
             f"comparison with them, no next-token loss and no depths."
         )
     _check_systems(path, evaluation)

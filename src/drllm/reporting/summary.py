@@ -42,7 +42,7 @@ class EditEffect:
         base_right: Share of them that the full path answers right.
         reward: Mean reward minus the full path's on the same questions.
         margin: The same for the margin, in nats; None where no margin is defined.
-        damage: Mean damage, in nats a token; None where none was computed.
+        kl: Mean KL, in nats a token; None where none was computed.
     """
 
     layer: int
@@ -51,7 +51,7 @@ class EditEffect:
     base_right: float
     reward: float
     margin: float | None
-    damage: float | None
+    kl: float | None
 
 
 def edit_effects(records: Sequence[SearchRecord], decision: Decision) -> list[EditEffect]:
@@ -79,7 +79,7 @@ def _effect(layer: int, pairs: Sequence[tuple[TriedPath, TriedPath]]) -> EditEff
         for full, path in pairs
         if path.margin is not None and full.margin is not None
     ]
-    damages = [path.damage for _, path in pairs if path.damage is not None]
+    kls = [path.kl for _, path in pairs if path.kl is not None]
     return EditEffect(
         layer=layer,
         questions=len(pairs),
@@ -87,7 +87,7 @@ def _effect(layer: int, pairs: Sequence[tuple[TriedPath, TriedPath]]) -> EditEff
         base_right=fmean(is_valid(full) for full, _ in pairs),
         reward=fmean(path.reward - full.reward for full, path in pairs),
         margin=fmean(margins) if margins else None,
-        damage=fmean(damages) if damages else None,
+        kl=fmean(kls) if kls else None,
     )
 
 

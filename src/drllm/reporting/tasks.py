@@ -19,7 +19,7 @@ def tables(evaluations: Sequence[Evaluation]) -> list[Block]:
     glance = Table(
         caption="The tasks at a glance. Verdicts are on accuracy; those against base are corrected "
         "for several tasks (Holm) where there is an exact test, the others hold each by itself at "
-        "the 5 % level. The fixed opponent is the best of equal executions that doesn't read the "
+        "the 5 % level. The fixed baseline is the best of equal executions that doesn't read the "
         "question.",
         header=(
             "task",
@@ -30,7 +30,7 @@ def tables(evaluations: Sequence[Evaluation]) -> list[Block]:
             "saved",
             "routed against base",
             "against its permuted routes",
-            "best fixed opponent",
+            "best fixed baseline",
             "against it",
         ),
         rows=[_glance(evaluation) for evaluation in evaluations],

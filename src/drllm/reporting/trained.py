@@ -11,24 +11,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+from drllm.metrics import (
+    ALWAYS_EXECUTE,
+    LAYER_MAJORITY,
+    ROUTERS,
+    TRAIN,
+    VALIDATION,
+    Counts,
+    baselines,
+    by_layer,
+    hit_ratios,
+    ratios,
+    shown,
+    verdict,
+)
 from drllm.reporting import figures, summary
 from drllm.reporting.agreement import Agreement
 from drllm.reporting.blocks import Block, Columns, Figure, Table, Text
 from drllm.reporting.numbers import percent, plain
 from drllm.reporting.reliability import Reliability
 from drllm.reporting.run import Run
-from drllm.supervision.agreement import Counts, hit_ratios, ratios
-from drllm.supervision.baselines import (
-    ALWAYS_EXECUTE,
-    LAYER_MAJORITY,
-    ROUTERS,
-    TRAIN,
-    VALIDATION,
-    baselines,
-    by_layer,
-    shown,
-    verdict,
-)
 from drllm.supervision.summary import class_counts
 
 METRICS = (

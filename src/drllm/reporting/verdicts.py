@@ -2,7 +2,7 @@
 
 Owns the rules by which a report claims a gain, a loss or neither. A claim needs a test that shows
 it and a base that is shown to be above chance; tests over several tasks count as corrected.
-Whatever is picked after looking (the best of several opponents) is never the ground of a claim.
+Whatever is picked after looking (the best of several baselines) is never the ground of a claim.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def against_base(evaluation: Evaluation) -> Verdict:
     return of_difference(None if routed.against_base is None else routed.against_base.accuracy)
 
 
-def against(evaluation: Evaluation, opponent: System | None) -> Verdict:
-    """Return what is shown of the routed model's accuracy against an opponent."""
-    if opponent is None or opponent.routed_against is None:
+def against(evaluation: Evaluation, baseline: System | None) -> Verdict:
+    """Return what is shown of the routed model's accuracy against an baseline."""
+    if baseline is None or baseline.routed_against is None:
         return Verdict.UNTESTED
     if not evaluation.above_chance:
         return Verdict.NO_VERDICT
-    return of_difference(opponent.routed_against.accuracy)
+    return of_difference(baseline.routed_against.accuracy)
 
 
 def of_difference(found: Difference | None) -> Verdict:
@@ -74,7 +74,7 @@ def of_text_loss(found: Difference | None) -> Verdict:
 
 
 def rivals(evaluation: Evaluation, *, read_question: bool = False) -> list[System]:
-    """Return the opponents of equal executions that don't read the question (or do), best first.
+    """Return the baselines of equal executions that don't read the question (or do), best first.
 
     The permuted routes aren't among them: they are a control of their own.
     """
@@ -84,7 +84,7 @@ def rivals(evaluation: Evaluation, *, read_question: bool = False) -> list[Syste
     near = EQUAL * evaluation.num_layers
     found = [
         system
-        for system in evaluation.opponents
+        for system in evaluation.baselines
         if system.reads_question is read_question
         and system.name != PERMUTED
         and abs(system.executions - routed.executions) <= near
@@ -225,7 +225,7 @@ def _versus_permuted(evaluation: Evaluation) -> str:
 
 
 def others(evaluation: Evaluation) -> list[str]:
-    """Say how the routed model stands against its other opponents, and what is certified."""
+    """Say how the routed model stands against its other baselines, and what is certified."""
     said = []
     fixed = rivals(evaluation)
     if fixed and evaluation.above_chance:
@@ -247,7 +247,7 @@ def others(evaluation: Evaluation) -> list[str]:
 def _versus_fixed(evaluation: Evaluation, fixed: Sequence[System]) -> str:
     verdicts = [against(evaluation, system) for system in fixed]
     better, worse = verdicts.count(Verdict.BETTER), verdicts.count(Verdict.WORSE)
-    what = "opponents of equal executions that don't read the question"
+    what = "baselines of equal executions that don't read the question"
     if better == len(fixed):
         return f"The routed model is shown to be better than each of the {len(fixed)} {what}."
     best = fixed[0]

@@ -14,8 +14,8 @@ from random import Random
 from drllm.config import SearchConfig
 from drllm.cost import executions
 from drllm.errors import TaskError
-from drllm.models.routed import RoutedModel
-from drllm.models.sharing import Pair
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.prefix_sharing import Pair
 from drllm.paths import Decisions
 from drllm.records import SearchRecord, TriedPath
 from drllm.search.evaluator import BlockEvaluator, Outcome, check_fits
@@ -39,7 +39,7 @@ def search_path(
         config: Settings of the search.
 
     Returns:
-        Every path tried, with reward, margin, executions, damage and re-test.
+        Every path tried, with reward, margin, executions, KL and re-test.
 
     Raises:
         TaskError: A reward that the task can't grade, or a model without its tokenizer.
@@ -89,7 +89,7 @@ def search_block(
         routed,
         prompts,
         config.state_cache_gb,
-        damage=config.damage,
+        kl=config.kl,
         paths_per_pass=config.paths_per_pass,
     )
     searches = [
@@ -100,7 +100,7 @@ def search_block(
     while pairs := _proposals(searches, config.leaves_per_round):
         for (place, decisions), outcome in zip(pairs, evaluator.evaluate(pairs), strict=True):
             found[place][decisions] = outcome
-            score = graded(outcome.margin, outcome.damage)
+            score = graded(outcome.margin, outcome.kl)
             searches[place].observe(decisions, outcome.reward, score)
         if on_round is not None:
             done = sum(search.num_simulations_done for search in searches)
@@ -128,7 +128,7 @@ def search_block(
                     margin=outcome.margin,
                     executions=executions(decisions),
                     answer=None if outcome.answer is None else outcome.answer.text,
-                    damage=outcome.damage,
+                    kl=outcome.kl,
                     retest=retests.get((place, decisions)),
                 )
                 for decisions, outcome in found[place].items()

@@ -16,9 +16,9 @@ from typing import Any
 
 from drllm.errors import RecordError
 from drllm.records import SearchRecord, read_each, search_record, write_atomically
+from drllm.search.counts import FailedQuestion, failed_question
 from drllm.search.plan import compare
 from drllm.search.questions import Block
-from drllm.search.tally import FailedQuestion, failed_question
 
 BLOCKS_FOLDER = "search.blocks"
 PLAN_FILE = "plan.json"

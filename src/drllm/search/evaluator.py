@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drllm.errors import ModelError
-from drllm.models.answering import Answer, AnswerBatch
-from drllm.models.prompts import context_length, encode, encode_continuation, render
-from drllm.models.routed import RoutedModel
-from drllm.models.scoring import ChoiceBatch, Score, tokenised
-from drllm.models.shared_rows import Question
-from drllm.models.sharing import Pair
-from drllm.models.states import StateCache
+from drllm.models.base.prompts import context_length, encode, encode_continuation, render
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.answers import Answer, AnswerBatch
+from drllm.models.scoring.choices import ChoiceBatch, Score, tokenised
+from drllm.models.scoring.packing import Question
+from drllm.models.scoring.prefix_cache import StateCache
+from drllm.models.scoring.prefix_sharing import Pair
 from drllm.tasks.base import Prompt
 from drllm.tasks.grading import score_choices, verdict
 
@@ -37,7 +37,7 @@ class Outcome:
         reward: In [0, 1].
         margin: In nats, positive when right; None where it isn't known (yet).
         answer: What was generated; None when choices were scored.
-        damage: Mean KL divergence from the full path's next-token distributions to the path's,
+        kl: Mean KL divergence from the full path's next-token distributions to the path's,
             over the prompt's tokens, in nats a token; None where it wasn't asked for or isn't
             finite.
     """
@@ -45,7 +45,7 @@ class Outcome:
     reward: float
     margin: float | None
     answer: Answer | None = None
-    damage: float | None = None
+    kl: float | None = None
 
 
 class BlockEvaluator:
@@ -57,7 +57,7 @@ class BlockEvaluator:
         state_cache_gb: Most memory for shared states, in GB. States that a pass needs and the
             full path's distributions count too; more than this is held only while a single pass
             needs more.
-        damage: Measure each path's damage. It is 0 for the full path, which is run with the
+        kl: Measure each path's KL. It is 0 for the full path, which is run with the
             others of its prompt if it wasn't before.
         paths_per_pass: Most paths in a forward pass; None picks it by the memory that is free.
             Where memory runs out, half as many are tried. What comes out doesn't depend on it.
@@ -69,12 +69,12 @@ class BlockEvaluator:
         prompts: Sequence[Prompt],
         state_cache_gb: float,
         *,
-        damage: bool = False,
+        kl: bool = False,
         paths_per_pass: int | None = None,
     ) -> None:
         self.routed = routed
         self.prompts = list(prompts)
-        self.damage = damage
+        self.kl = kl
         self._state_cache_gb = state_cache_gb
         self._paths_per_pass = paths_per_pass
         self._texts = [render(routed.tokenizer, p.text, chat=p.chat) for p in self.prompts]
@@ -124,7 +124,7 @@ class BlockEvaluator:
     def judged_as(self, prompts: Sequence[Prompt]) -> BlockEvaluator:
         """Return this evaluator, its known states included, with another way of judging.
 
-        It measures no damage: that doesn't depend on how a path is judged.
+        It measures no KL: that doesn't depend on how a path is judged.
 
         Raises:
             ValueError: The prompts read differently.
@@ -133,7 +133,7 @@ class BlockEvaluator:
             raise ValueError("the prompts differ in what the model reads")
         other = copy.copy(self)
         other.prompts = list(prompts)
-        other.damage = False
+        other.kl = False
         return other
 
     def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
@@ -147,18 +147,18 @@ class BlockEvaluator:
             paths answered, so `with_margins` adds them when all paths are known.
         """
         if self._choices is not None:
-            scores = self._choices.scores(pairs, damage=self.damage)
+            scores = self._choices.scores(pairs, kl=self.kl)
             return [self._judged(pair, score) for pair, score in zip(pairs, scores, strict=True)]
         assert self._answers is not None
         answers = self._answers.answers(
             pairs,
             [self.prompts[place].max_new_tokens for place, _ in pairs],
             lambda pair, text, finished: verdict(self.prompts[pairs[pair][0]], text, finished),
-            damage=self.damage,
+            kl=self.kl,
         )
         for pair, answer in zip(pairs, answers, strict=True):
             self._check_finite(pair, [answer.logprob])
-        return [Outcome(answer.grade, None, answer, answer.damage) for answer in answers]
+        return [Outcome(answer.grade, None, answer, answer.kl) for answer in answers]
 
     def with_margins(self, pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> list[Outcome]:
         """Return the outcomes of all paths of the block with their margins.
@@ -213,9 +213,9 @@ class BlockEvaluator:
 
     def _judged(self, pair: Pair, score: Score) -> Outcome:
         if not self._check_finite(pair, score.logprobs):
-            return Outcome(0.0, None, damage=score.damage)
+            return Outcome(0.0, None, kl=score.kl)
         reward, margin = score_choices(score.logprobs, self.prompts[pair[0]])
-        return Outcome(reward, margin, damage=score.damage)
+        return Outcome(reward, margin, kl=score.kl)
 
     def _check_finite(self, pair: Pair, logprobs: Sequence[float]) -> bool:
         """Say whether a path's numbers can be judged; one that overflows has no answer.

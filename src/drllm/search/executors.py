@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError
-from drllm.models.prompts import render
-from drllm.models.routed import RoutedModel
-from drllm.search.attempts import Searched, searched
+from drllm.models.base.prompts import render
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.search.block import check_tokenizer
 from drllm.search.questions import Block
+from drllm.search.retry import Searched, searched
 from drllm.tasks.base import Prompt
 
 OnShare = Callable[[Block, float, int], None]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drllm.config import SearchConfig
-from drllm.models.routed import RoutedModel
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import to_lines
 from drllm.search.block import search_block
 from drllm.search.questions import Block

@@ -12,9 +12,9 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from drllm.search.attempts import Searched, given_up
+from drllm.search.counts import Tally
 from drllm.search.questions import Block
-from drllm.search.tally import Tally
+from drllm.search.retry import Searched, given_up
 
 MAX_LOSSES = 3
 """Workers that a question may cost while it is searched alone, before it is set aside."""

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from drllm.config import SearchConfig
+from drllm.config.settings import Settings
 from drllm.errors import ConfigError
 from drllm.records import read_manifest, read_search
 from drllm.search.questions import Block
-from drllm.settings import Settings
 
 NOT_DECISIVE = (
     *("output_dir", "data_dir"),  # where files lie; the questions are compared

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from drllm.config import SearchConfig
 from drllm.cost import executions
-from drllm.models.sharing import Pair
+from drllm.models.scoring.prefix_sharing import Pair
 from drllm.paths import Decisions, full_decisions
 from drllm.records import Retest
 from drllm.search.evaluator import BlockEvaluator, Outcome

@@ -155,8 +155,8 @@ class PathSearch(ABC):
         """Take in the reward of the full path, or of one that `_next` returned."""
 
 
-def graded(margin: float | None, damage: float | None) -> float | None:
-    """Return a path's score: its margin, or where that isn't known its damage, negated.
+def graded(margin: float | None, kl: float | None) -> float | None:
+    """Return a path's score: its margin, or where that isn't known its KL, negated.
 
     Scores of one question are of one kind: a reward either has margins at once or for no path.
 
@@ -166,7 +166,7 @@ def graded(margin: float | None, damage: float | None) -> float | None:
     """
     if margin is not None:
         return margin
-    return None if damage is None else -damage
+    return None if kl is None else -kl
 
 
 STRATEGIES: dict[str, str] = {

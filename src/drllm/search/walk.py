@@ -1,4 +1,4 @@
-"""The released code's search: one chain of random edits, as an opponent for the tree.
+"""The released code's search: one chain of random edits, as an baseline for the tree.
 
 Owns the chain. Leaves the edits to `actions`, the conversation with the runner and the stop rules
 to `strategies`. Rewards never steer it. Loads no torch.

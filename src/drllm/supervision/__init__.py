@@ -18,7 +18,7 @@ from drllm.supervision.rules import (
     is_valid,
     survived,
 )
-from drllm.supervision.selection import Supervision, check_settings, targets
+from drllm.supervision.select import Supervision, check_settings, targets
 from drllm.supervision.summary import summarise
 
 __all__ = [

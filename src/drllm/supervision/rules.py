@@ -15,7 +15,7 @@ from drllm.records import SearchRecord, TriedPath
 NO_VALID_PATH = "no valid path"
 ONLY_FULL_PATH = "only the full path"
 NOT_SURVIVED = "no path survived the re-test"
-NO_DAMAGE = "no damage in the record"
+NO_DAMAGE = "no KL in the record"
 SAVES_TOO_LITTLE = "no path saves enough"
 OVER_QUOTA = "over the quota"
 REASONS = (
@@ -31,7 +31,7 @@ TWICE = "same question twice"
 """Why a record has no target though its question may have one: an earlier record counts."""
 
 MIN_SAVING = 0.1
-"""Share of the full path's executions that a target of the rule `damage` saves at least."""
+"""Share of the full path's executions that a target of the rule `kl` saves at least."""
 _ROUNDING = 1e-9
 
 
@@ -66,7 +66,7 @@ def choose(record: SearchRecord, target: str, *, min_saving: float = MIN_SAVING)
 
     The full path is a candidate like any other where it is right: a question that no shorter path
     answers teaches the routers to execute everything. Not so under `paper`, which keeps only
-    paths that improve on the full path or save executions, and under `damage`, whose targets save
+    paths that improve on the full path or save executions, and under `kl`, whose targets save
     by definition and needn't be right.
 
     Args:
@@ -75,21 +75,21 @@ def choose(record: SearchRecord, target: str, *, min_saving: float = MIN_SAVING)
             or `largest_margin` (in the re-test; then fewest executions, then earliest), both
             among the paths that survived the re-test; `paper` (fewest executions, then earliest,
             re-tested or not) or `released` (the same, the full path being a candidate too); or
-            `damage` (least damage, then fewest executions, then earliest,
+            `kl` (least KL, then fewest executions, then earliest,
             among the paths that save enough).
-        min_saving: For `damage`, the least share of the full path's executions to save.
+        min_saving: For `kl`, the least share of the full path's executions to save.
 
     Returns:
         The path, or the reason why there is none.
 
     Source: Dr.LLM section 3.1 for `paper`, its published code for `released`; the others are
-        ours (docs/differences.md, D-05 and, for `damage`, D-24).
+        ours (docs/differences.md, D-05 and, for `kl`, D-24).
     """
     kept = candidates(record, target, min_saving=min_saving)
     if isinstance(kept, str):
         return kept
-    if target == "damage":
-        return min(kept, key=lambda p: (_damage(p), p.executions, p.simulation))
+    if target == "kl":
+        return min(kept, key=lambda p: (_kl(p), p.executions, p.simulation))
     if target in ("paper", "released"):
         return min(kept, key=lambda p: (p.executions, p.simulation))
     if target == "shortest":
@@ -107,7 +107,7 @@ def candidates(
         target: As for `choose`.
         min_saving: As for `choose`.
     """
-    if target == "damage":
+    if target == "kl":
         return _saving_enough(record, min_saving)
     valid = [path for path in record.paths if is_valid(path)]
     if not valid:
@@ -128,13 +128,13 @@ def weigh(paths: Sequence[TriedPath], path_weights: str) -> list[float]:
     Args:
         paths: The candidates; at least one.
         path_weights: `equal`; `shorter` (each execution more than the shortest has halves the
-            weight) or `closer` (exp(−damage), the damage in nats a token).
+            weight) or `closer` (exp(−KL), the KL in nats a token).
 
     Returns:
         Weights above 0.
 
     Raises:
-        ConfigError: `closer` for a path whose damage wasn't computed.
+        ConfigError: `closer` for a path whose KL wasn't computed.
 
     Source: ours.
 
@@ -149,31 +149,31 @@ def weigh(paths: Sequence[TriedPath], path_weights: str) -> list[float]:
     if path_weights == "shorter":
         fewest = min(path.executions for path in paths)
         return [2.0 ** (fewest - path.executions) for path in paths]
-    if any(path.damage is None for path in paths):
+    if any(path.kl is None for path in paths):
         raise ConfigError(
-            "--path-weights closer needs each path's damage, which the search has not kept; "
-            "search anew with --damage, or choose --path-weights shorter"
+            "--path-weights closer needs each path's KL, which the search has not kept; "
+            "search anew with --KL, or choose --path-weights shorter"
         )
-    return [math.exp(-_damage(path)) for path in paths]
+    return [math.exp(-_kl(path)) for path in paths]
 
 
 def _saving_enough(record: SearchRecord, min_saving: float) -> list[TriedPath] | str:
-    """Return the paths of known damage that save enough; the least damaged becomes the target.
+    """Return the paths of known KL that save enough; the least damaged becomes the target.
 
     Whether one answer came out right is mostly chance that the prompt doesn't foretell: few
     options, many tries. How far a path's next-token distributions lie from the full path's is a
     mean over all tokens of the prompt, and regular enough to be learnt.
     """
     most = (1 - min_saving) * record.full.executions + _ROUNDING
-    known = [path for path in record.paths[1:] if path.damage is not None]
+    known = [path for path in record.paths[1:] if path.kl is not None]
     if not known:
         return NO_DAMAGE
     return [path for path in known if path.executions <= most] or SAVES_TOO_LITTLE
 
 
-def _damage(path: TriedPath) -> float:
-    """Return the damage; a path without one comes last."""
-    return math.inf if path.damage is None else path.damage
+def _kl(path: TriedPath) -> float:
+    """Return the KL; a path without one comes last."""
+    return math.inf if path.kl is None else path.kl
 
 
 def _retest_margin(path: TriedPath) -> float:

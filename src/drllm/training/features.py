@@ -22,13 +22,13 @@ from torch import Tensor
 
 from drllm.errors import ModelError
 from drllm.models.base.identity import describe
-from drllm.models.policies import FixedPolicy, RecordingPolicy, RouterPolicy
-from drllm.models.prompts import left_padded
-from drllm.models.routed import RoutedModel
-from drllm.models.routers import RouterStack
+from drllm.models.base.prompts import left_padded
+from drllm.models.routers.stack import RouterStack
+from drllm.models.routing.policies import FixedPolicy, RecordingPolicy, RouterPolicy
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import SupervisionRecord, new_manifest
 from drllm.supervision import RejectedQuestion
-from drllm.training.store import NOT_DONE, NOT_FINITE, Memory, Store
+from drllm.training.feature_store import NOT_DONE, NOT_FINITE, Memory, Store
 from drllm.training.targets import OVERFLOWS, Targets, are_too_many, set_aside, targets_for
 
 BATCH_SIZE = 8

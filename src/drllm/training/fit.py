@@ -27,9 +27,8 @@ import torch
 from torch import Tensor
 
 from drllm.errors import ConfigError
-from drllm.models.routers import RouterConfig, RouterStack
-from drllm.supervision.agreement import Counts, ratios
-from drllm.supervision.baselines import TRAIN, VALIDATION
+from drllm.metrics import TRAIN, VALIDATION, Counts, ratios
+from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.training.batches import Batch, Reader
 from drllm.training.examples import Examples
 from drllm.training.metrics import count

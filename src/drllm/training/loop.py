@@ -21,10 +21,11 @@ from torch import Tensor
 
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
-from drllm.models.checkpoints.card import model_card
+from drllm.metrics import Counts
+from drllm.models.routers.card import model_card
 from drllm.records import clear_half_written, write_atomically
-from drllm.supervision.agreement import Counts
-from drllm.training import calibration, checkpoint
+from drllm.training import checkpoint
+from drllm.training import temperature as calibration
 from drllm.training.examples import Examples, digest, each_once
 from drllm.training.fit import Fit
 from drllm.training.metrics import LAYERS_FILE, against_baselines, layers_file

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drllm.models.routers import NUM_DECISIONS
-from drllm.supervision.agreement import Counts, ratios
-from drllm.supervision.baselines import TRAIN, VALIDATION, beside, verdict
+from drllm.metrics import TRAIN, VALIDATION, Counts, beside, ratios, verdict
+from drllm.models.routers.stack import NUM_DECISIONS
 
 LAYERS_FILE = "layers.json"
 

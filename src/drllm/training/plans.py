@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
-from drllm.models.routers import NUM_DECISIONS, RouterConfig, RouterStack
-from drllm.supervision.agreement import NAMES
+from drllm.metrics import NAMES
+from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
 from drllm.training.examples import Examples, each_once, shape
 from drllm.training.losses import Objective, class_weights, log_priors
 from drllm.training.schedule import Schedule

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from drllm.errors import ConfigError
-from drllm.models.routers import NUM_DECISIONS
+from drllm.models.routers.stack import NUM_DECISIONS
 from drllm.records import SupervisionRecord
 
 

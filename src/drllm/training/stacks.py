@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from drllm.models.routers import RouterConfig, RouterStack
+from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.training.batches import Batch, Scale
 
 Weights: TypeAlias = dict[str, Tensor]

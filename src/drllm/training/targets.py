@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from drllm.errors import RecordError
-from drllm.models.prompts import context_length, encode
-from drllm.models.routed import RoutedModel
+from drllm.models.base.prompts import context_length, encode
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import SupervisionRecord, to_lines, write_atomically
 from drllm.supervision import RejectedQuestion
 

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from drllm.errors import ConfigError, unknown_name
+from drllm.metrics import JUDGED, Counts, baselines, ratios
 from drllm.records import write_atomically
-from drllm.supervision.agreement import Counts, ratios
-from drllm.supervision.baselines import JUDGED, baselines
 from drllm.training.fit import Fit
 from drllm.training.plans import count_labels
 

@@ -13,7 +13,7 @@ from drllm.cli import main
 from drllm.cli.generation import read_prompts, to_line
 from drllm.config import GenerateConfig
 from drllm.errors import ConfigError, TaskError
-from drllm.models.grouping import Answer
+from drllm.models.routing.batch_generation import Answer
 
 
 def write(path: Path, *rows: Any) -> Path:

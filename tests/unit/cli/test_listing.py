@@ -75,12 +75,12 @@ def test_a_model_is_refused_where_it_has_no_effect(what: str):
 
 
 def test_an_unknown_list_is_an_error_with_the_lists_there_are():
-    with pytest.raises(ConfigError, match="Valid: architectures, models, opponents, tasks"):
+    with pytest.raises(ConfigError, match="Valid: architectures, models, baselines, tasks"):
         list_what("archi", Terminal())
 
 
-def test_opponents_are_listed_with_what_they_are_fitted_on_and_those_that_are_not_compared(capsys):
-    list_what("opponents", Terminal())
+def test_baselines_are_listed_with_what_they_are_fitted_on_and_those_that_are_not_compared(capsys):
+    list_what("baselines", Terminal())
     said = capsys.readouterr().out
     for name in ("permuted-routes", "greedy-by-loss", "block-repeat", "program-predictor"):
         assert name in said

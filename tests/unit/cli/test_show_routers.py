@@ -9,10 +9,9 @@ import pytest
 
 from drllm.cli.show import show
 from drllm.cli.terminal import Terminal
+from drllm.metrics import by_layer, ratios, verdict
 from drllm.reporting.agreement import read_agreement
 from drllm.reporting.numbers import plain
-from drllm.supervision.agreement import ratios
-from drllm.supervision.baselines import by_layer, verdict
 
 PARTS = {
     "train": [[[4, 6, 0], [1, 28, 0], [0, 1, 0]], [[0, 0, 0], [0, 40, 0], [0, 0, 0]]],

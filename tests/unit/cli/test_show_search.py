@@ -26,7 +26,7 @@ from drllm.records import (
     write_atomically,
     write_records,
 )
-from drllm.search.tally import FailedQuestion
+from drllm.search.counts import FailedQuestion
 from drllm.supervision import targets, write
 
 KEPT = Retest(passed=3, asked=4, margin=0.5, survived=True)
@@ -77,15 +77,15 @@ def printed(capsys: pytest.CaptureFixture[str]) -> str:
 
 FOUND = [
     record(
-        tried("1111", 1.0, margin=0.5, damage=0.0, retest=KEPT),
-        tried("1110", 1.0, margin=0.25, damage=0.5, retest=KEPT),
-        tried("1100", 1.0, margin=0.0, damage=0.75, retest=LOST),
-        tried("2111", 1.0, margin=1.5, damage=0.25),
+        tried("1111", 1.0, margin=0.5, kl=0.0, retest=KEPT),
+        tried("1110", 1.0, margin=0.25, kl=0.5, retest=KEPT),
+        tried("1100", 1.0, margin=0.0, kl=0.75, retest=LOST),
+        tried("2111", 1.0, margin=1.5, kl=0.25),
     ),
     record(
-        tried("1111", margin=-1.0, damage=0.0),
-        tried("1110", margin=-2.25, damage=1.0),
-        tried("1011", 1.0, margin=0.5, damage=0.25, retest=KEPT),
+        tried("1111", margin=-1.0, kl=0.0),
+        tried("1110", margin=-2.25, kl=1.0),
+        tried("1011", 1.0, margin=0.5, kl=0.25, retest=KEPT),
         id="q2",
         task="other",
         question="What is ice?",
@@ -139,7 +139,7 @@ def test_a_search_without_survivors_has_no_shortest_path(capsys: pytest.CaptureF
 def test_single_edits_are_told_by_layer_the_least_harmful_first():
     skips = least_harmful_first(FOUND, Decision.SKIP)
 
-    told = [(e.layer, e.questions, e.right, e.base_right, e.damage, e.margin) for e in skips]
+    told = [(e.layer, e.questions, e.right, e.base_right, e.kl, e.margin) for e in skips]
     assert told == [(1, 1, 1.0, 0.0, 0.25, 1.5), (3, 2, 0.5, 0.5, 0.75, -0.75)]
 
 
@@ -149,7 +149,7 @@ def test_repeats_are_told_apart_from_skips():
     assert (repeat.layer, repeat.questions, repeat.margin) == (0, 1, 1.0)
 
 
-def test_without_damage_edits_are_ranked_by_margin():
+def test_without_kl_edits_are_ranked_by_margin():
     found = [
         record(
             tried("111", margin=1.0),
@@ -162,20 +162,18 @@ def test_without_damage_edits_are_ranked_by_margin():
     assert [edit.layer for edit in least_harmful_first(found, Decision.SKIP)] == [1, 2, 0]
 
 
-def test_without_damage_and_margin_edits_are_ranked_by_answers():
+def test_without_kl_and_margin_edits_are_ranked_by_answers():
     found = [record(tried("111", 1.0), tried("011"), tried("101", 1.0))]
 
     skips = least_harmful_first(found, Decision.SKIP)
 
     assert [edit.layer for edit in skips] == [1, 0]
-    assert skips[0].damage is skips[0].margin is None
+    assert skips[0].kl is skips[0].margin is None
 
 
 def test_of_many_layers_the_best_and_the_worst_are_shown(capsys: pytest.CaptureFixture[str]):
-    full = tried("1" * 12, damage=0.0)
-    skips = [
-        tried("1" * layer + "0" + "1" * (11 - layer), damage=layer / 10) for layer in range(12)
-    ]
+    full = tried("1" * 12, kl=0.0)
+    skips = [tried("1" * layer + "0" + "1" * (11 - layer), kl=layer / 10) for layer in range(12)]
     show_search([record(full, *skips)], Terminal())
 
     table = printed(capsys).split("of 12 layers first")[1]
@@ -186,10 +184,9 @@ def test_of_many_layers_the_best_and_the_worst_are_shown(capsys: pytest.CaptureF
 
 def test_edits_that_were_hardly_tried_are_not_ranked(capsys: pytest.CaptureFixture[str]):
     often = [
-        record(tried("111", damage=0.0), tried("110", damage=0.5), id=f"q{number}")
-        for number in range(6)
+        record(tried("111", kl=0.0), tried("110", kl=0.5), id=f"q{number}") for number in range(6)
     ]
-    once = record(tried("111", damage=0.0), tried("011", damage=0.001), id="rare")
+    once = record(tried("111", kl=0.0), tried("011", kl=0.001), id="rare")
     show_search([*often, once], Terminal())
 
     assert "of 1 layers first" in printed(capsys)
@@ -332,7 +329,7 @@ def test_a_questions_tree_fits_eighty_columns(capsys: pytest.CaptureFixture[str]
     rows = ["1" * 30, *("1" * n + "0" + "1" * (29 - n) for n in range(30))]
     rows += [text[:28] + "02" for text in rows[1:20]]
     found = record(
-        *(tried(text, margin=-12.34, damage=12.345, retest=LOST) for text in rows),
+        *(tried(text, margin=-12.34, kl=12.345, retest=LOST) for text in rows),
         question="Why? " * 40,
     )
     terminal = Terminal()

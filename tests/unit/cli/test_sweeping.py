@@ -11,7 +11,7 @@ from drllm.errors import ConfigError
 
 SWEEPS = sorted((Path(__file__).resolve().parents[3] / "recipes" / "sweeps").glob("*.yaml"))
 
-COMMON = "train: {num_epochs: 3}\nevaluate: {curve: '0.1', opponents: last-layers, epsilon: 2}\n"
+COMMON = "train: {num_epochs: 3}\nevaluate: {curve: '0.1', baselines: last-layers, epsilon: 2}\n"
 SETTINGS = "settings:\n  plain: {}\n  sharp: {train: {gamma: 3.0}, supervise: {target: paper}}\n"
 
 
@@ -30,7 +30,7 @@ def test_a_sweep_of_arc_has_at_least_twelve_settings_and_both_kinds_of_targets(t
     [path] = [path for path in SWEEPS if path.name == "arc_easy_smollm2.yaml"]
     settings = read_sweep(path, tmp_path).settings
     assert len(settings) >= 12
-    assert {"damage", "shortest"} <= {recipe.supervise.target for recipe in settings.values()}
+    assert {"kl", "shortest"} <= {recipe.supervise.target for recipe in settings.values()}
 
 
 def test_a_setting_changes_what_it_says_and_nothing_else(tmp_path: Path):
@@ -45,7 +45,7 @@ def test_a_setting_changes_what_it_says_and_nothing_else(tmp_path: Path):
 def test_a_setting_is_chosen_on_select_by_the_routed_model_alone(tmp_path: Path):
     sweep = read_sweep(write(tmp_path, COMMON + SETTINGS), tmp_path)
     config = sweep.choosing
-    assert (config.split, config.opponents, config.curve) == ("select", "none", "0.1")
+    assert (config.split, config.baselines, config.curve) == ("select", "none", "0.1")
     assert config.epsilon is None
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from drllm.evaluation.curve import Outcomes, Point, curve_rows, differences, won_lost
-from drllm.evaluation.statistics import (
+from drllm.statistics.intervals import (
     mean_interval,
     paired_bootstrap,
     paired_interval,
@@ -73,15 +73,15 @@ def test_differences_to_base_are_paired_and_each_has_its_interval():
         assert differences[name]["interval"] == list(paired_bootstrap(apart, seed=3))
 
 
-def test_the_routed_model_is_compared_with_every_opponent_of_its_depth():
+def test_the_routed_model_is_compared_with_every_baseline_of_its_depth():
     static, deeper = point("static", correct=(0, 0, 1, 0, 0, 0)), point("static", "20 % saved", 24)
-    base, routed, *opponents = curve_rows(BASE, [point(), static, deeper], num_layers=30, seed=0)
+    base, routed, *baselines = curve_rows(BASE, [point(), static, deeper], num_layers=30, seed=0)
     assert base["routed_against"] is routed["routed_against"] is None
-    assert [row["setting"] for row in opponents] == ["10 % saved", "20 % saved"]
+    assert [row["setting"] for row in baselines] == ["10 % saved", "20 % saved"]
     expected = differences(point().outcomes, static.outcomes, seed=0)
-    assert opponents[0]["routed_against"] == expected
+    assert baselines[0]["routed_against"] == expected
     assert expected["accuracy"]["mean"] == pytest.approx(2 / 6)
-    assert opponents[1]["routed_against"] is None  # no routed model of that depth
+    assert baselines[1]["routed_against"] is None  # no routed model of that depth
 
 
 def test_what_is_not_known_is_null_in_a_file():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from drllm.evaluation.findings import compare, findings
-from drllm.evaluation.power import detectable, detectable_mean
-from drllm.evaluation.statistics import mcnemar_exact, paired_bootstrap, wilson_interval
+from drllm.statistics.intervals import mcnemar_exact, paired_bootstrap, wilson_interval
+from drllm.statistics.power import detectable, detectable_mean
 
 
 def said(

@@ -21,10 +21,10 @@ from drllm.evaluation.latency import (
     twin,
     with_router_time,
 )
-from drllm.models.cache import cache_argument
-from drllm.models.policies import FixedPolicy, FullPolicy, RouterPolicy
-from drllm.models.routed import RoutedModel
-from drllm.models.routers import RouterConfig, RouterStack
+from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routing.kv_cache import cache_argument
+from drllm.models.routing.policies import FixedPolicy, FullPolicy, RouterPolicy
+from drllm.models.routing.routed_model import RoutedModel
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15], [20, 21, 22, 23, 24, 25, 26]]
 SIZES = Sizes(batch_sizes=(1, 4), prompt_tokens=8, new_tokens=2, rounds=3)

@@ -15,9 +15,9 @@ from drllm.evaluation.latency import Latency, Sizes, Timing
 from drllm.evaluation.measured_cost import choose_prompts, contents, machine, write_measured
 from drllm.evaluation.prompt_cost import PromptCost
 from drllm.models.base.identity import fingerprint
-from drllm.models.base.loading import BaseModel
-from drllm.models.routed import RoutedModel
-from drllm.models.routers import RouterConfig, RouterStack
+from drllm.models.base.load import BaseModel
+from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import sha256
 from drllm.reporting.measured import read_measured
 

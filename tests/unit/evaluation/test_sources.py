@@ -1,4 +1,4 @@
-"""Which questions depths and opponents are fitted on."""
+"""Which questions depths and baselines are fitted on."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ def test_depths_are_never_chosen_on_the_split_that_is_reported():
     ("settings", "fitted"),
     [
         ({}, False),
-        ({"opponents": "none"}, False),
-        ({"opponents": "none", "curve": "0.1"}, True),
-        ({"opponents": "block-influence"}, True),
-        ({"opponents": "best-program"}, True),
-        ({"opponents": "sequence-router"}, False),
+        ({"baselines": "none"}, False),
+        ({"baselines": "none", "curve": "0.1"}, True),
+        ({"baselines": "block-influence"}, True),
+        ({"baselines": "best-program"}, True),
+        ({"baselines": "sequence-router"}, False),
     ],
 )
-def test_something_is_fitted_with_a_curve_or_opponents_that_need_it(settings, fitted):
+def test_something_is_fitted_with_a_curve_or_baselines_that_need_it(settings, fitted):
     assert is_fitted(EvaluateConfig(**settings)) is fitted
 
 
 def test_another_source_without_effect_is_refused():
-    with pytest.raises(ConfigError, match="has no effect on the opponents quick without --curve"):
+    with pytest.raises(ConfigError, match="has no effect on the baselines quick without --curve"):
         sources_of(TASKS, EvaluateConfig(fitted_on="hellaswag=arc_easy"))
 
 
 def test_a_number_of_questions_without_effect_is_refused():
     with pytest.raises(ConfigError, match=r"--num-calibration 9 has no effect .* without --curve"):
         sources_of(TASKS, EvaluateConfig(num_calibration=9))
-    sources_of(TASKS, EvaluateConfig(num_calibration=9, opponents="block-repeat"))
+    sources_of(TASKS, EvaluateConfig(num_calibration=9, baselines="block-repeat"))
 
 
 def test_an_unknown_source_is_refused_with_near_names():

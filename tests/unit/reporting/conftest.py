@@ -51,7 +51,7 @@ def mcnemar(won: int, lost: int) -> float:
     return min(1.0, 2 * tail / 2 ** (won + lost))
 
 
-OPPONENTS = ("permuted routes", "last layers")
+BASELINES = ("permuted routes", "last layers")
 TEXT_LOSS = {"base": 3.8, "routed": 3.9, "permuted routes": 3.93, "last layers": 4.6}
 
 
@@ -162,7 +162,7 @@ class Folder:
         }
 
     # How much a layer matters: the first two and the last most, as in real models.
-    def damage(self, decisions: tuple[int, ...]) -> float:
+    def kl(self, decisions: tuple[int, ...]) -> float:
         total = 0.0
         for layer, value in enumerate(decisions):
             important = layer < 2 or layer == self.num_layers - 1
@@ -187,7 +187,7 @@ class Folder:
         tried.update(dict.fromkeys(self.edited() for _ in range(simulations)))
         paths = []
         for simulation, decisions in enumerate(d for d in tried if any(d)):
-            margin = round(ease - self.damage(decisions) + self.rng.gauss(0, 0.4), 3)
+            margin = round(ease - self.kl(decisions) + self.rng.gauss(0, 0.4), 3)
             passed = sum(margin + self.rng.gauss(0, 0.5) > 0 for _ in range(4))
             paths.append(
                 TriedPath(
@@ -321,7 +321,7 @@ class Folder:
     ) -> None:
         """Write a result whose accuracies are exactly the given shares of right answers.
 
-        With `depths`, routed and its opponents at these shares saved are there too.
+        With `depths`, routed and its baselines at these shares saved are there too.
         """
         right = {
             name: self._right(share, questions)
@@ -469,13 +469,13 @@ class Folder:
         lost: int | None,
     ) -> dict[str, Any]:
         accuracy = len(right[name]) / questions
-        opponent = name in OPPONENTS
+        baseline = name in BASELINES
         return {
             "name": name,
             "description": f"what {name} means",
-            "source": f"the paper of {name}" if opponent else None,
-            "fitted_on": "nothing" if opponent else None,
-            "reads_question": False if opponent else None,
+            "source": f"the paper of {name}" if baseline else None,
+            "fitted_on": "nothing" if baseline else None,
+            "reads_question": False if baseline else None,
             "accuracy": accuracy,
             "interval": interval(accuracy, questions),
             "metrics": {"acc": accuracy, "acc_norm": accuracy / 2},
@@ -484,7 +484,7 @@ class Folder:
             "kv_bytes_per_token": 768 * mean,
             "text_loss": TEXT_LOSS[name],
             "against_base": None if name == "base" else differences(name, "base", right, questions),
-            "routed_against": differences("routed", name, right, questions) if opponent else None,
+            "routed_against": differences("routed", name, right, questions) if baseline else None,
             "executions": mean,
             "gold_logprob": -1.2,
             "seconds": 12.34,
@@ -515,7 +515,7 @@ class Folder:
             if name == "base"
             else differences(name, "base", right, questions, 1 + 5 * share),
             "routed_against": differences("routed", name, right, questions, 1 + 5 * share)
-            if name in OPPONENTS
+            if name in BASELINES
             else None,
         }
 

@@ -35,13 +35,13 @@ def test_the_curve_stands_in_numbers(run, text_of, make_folder, whole):
     assert rows[3].endswith("| −0.150 (−0.300 to +0.100) | +0.150 (+0.100 to +0.200) |")
 
 
-def test_the_routed_model_stands_against_every_opponent_at_every_depth(
+def test_the_routed_model_stands_against_every_baseline_at_every_depth(
     run, text_of, make_folder, whole
 ):
     folder = make_folder(num_layers=12, seed=3)
     folder.evaluation(**whole)
     text = text_of(folder.path).replace("\u00a0", " ")
-    rows = text.split("*The routed model less each opponent, depth by depth")[1].splitlines()
+    rows = text.split("*The routed model less each baseline, depth by depth")[1].splitlines()
     found = [row.split(" | ") for row in rows if row.startswith(("| 10 %", "| 20 %"))]
     assert [(row[0][2:], row[1]) for row in found] == [
         ("10 % saved", "permuted routes"),
@@ -53,7 +53,7 @@ def test_the_routed_model_stands_against_every_opponent_at_every_depth(
     assert found[1][3].startswith(signed(100 * last.routed_against.accuracy.mean, 1))
 
 
-def test_a_curve_of_before_the_opponents_were_compared_by_depth_has_no_such_table(evaluation):
+def test_a_curve_of_before_the_baselines_were_compared_by_depth_has_no_such_table(evaluation):
     older = tuple(replace(point, routed_against=None) for point in evaluation.curve)
     (section, *_) = sections(replace(evaluation, curve=older))
     captions = [block.caption for block in section.blocks if isinstance(block, Table)]
@@ -119,11 +119,11 @@ def test_the_legend_stands_outside_the_panels(evaluation):
 def test_others_are_faint_lines_with_one_name(evaluation):
     figure = curves.depth_curve(evaluation, ["routed"], LIGHT)
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == ["each other opponent", "routed"]
+    assert names == ["each other baseline", "routed"]
 
 
 @pytest.mark.parametrize("measure", curves.MEASURES, ids=lambda each: each.key)
-def test_every_opponent_has_a_panel_against_the_routed_model(evaluation, measure):
+def test_every_baseline_has_a_panel_against_the_routed_model(evaluation, measure):
     figure = curves.one_by_one(evaluation, measure, LIGHT)
     shown = [panel.get_title() for panel in figure.axes if panel.get_visible()]
     assert shown == ["permuted routes", "last layers"]
@@ -157,7 +157,7 @@ def test_only_what_is_shown_has_a_full_dot(evaluation):
         [line.get_fillstyle() for line in panel.get_lines() if line.get_marker() == "o"]
         for panel in figure.axes
     )
-    found = [system.routed_against for system in evaluation.opponents]
+    found = [system.routed_against for system in evaluation.baselines]
     assert accuracy == ["full" if each.accuracy.shown else "none" for each in found]
     assert gold == ["none", "none"]
     assert loss == ["none", "full"]

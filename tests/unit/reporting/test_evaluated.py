@@ -108,8 +108,8 @@ def test_a_reader_sees_at_a_glance_whom_routing_beats(folder, text_of):
         "text_loss": {"mean": 0.2, "interval": [0.1, 0.3], "shown": "higher"},
     }
     replace_systems(folder, last_layers={"routed_against": differences, "reads_question": True})
-    header, permuted, last = table(text_of(folder.path), "The routed model less each opponent")
-    assert header[:2] == ["opponent", "routed, by accuracy"]
+    header, permuted, last = table(text_of(folder.path), "The routed model less each baseline")
+    assert header[:2] == ["baseline", "routed, by accuracy"]
     assert permuted[:2] == ["permuted routes", "○ not shown"]
     assert permuted[-1] == "no"
     assert last == [
@@ -127,7 +127,7 @@ def test_a_reader_sees_at_a_glance_whom_routing_beats(folder, text_of):
 
 def test_verdicts_are_withheld_where_base_may_be_guessing(folder, text_of):
     change(folder, lambda values: values.update(chance=0.65))
-    _, permuted, last = table(text_of(folder.path), "The routed model less each opponent")
+    _, permuted, last = table(text_of(folder.path), "The routed model less each baseline")
     for row in (permuted, last):
         assert row[1] == row[3] == "– no verdict"
         assert row[5] in ("▲ better", "○ not shown")  # whoever guesses still reads texts
@@ -217,10 +217,10 @@ def test_grades_are_named_by_their_metric_and_count_no_wins(make_folder, text_of
     assert "keep their grade under routing" in text
 
 
-def test_a_run_without_opponents_has_no_comparison_with_them(folder, text_of):
+def test_a_run_without_baselines_has_no_comparison_with_them(folder, text_of):
     change(folder, lambda values: values.update(systems=values["systems"][:2]))
     text = text_of(folder.path)
-    assert "The routed model less each opponent" not in text
+    assert "The routed model less each baseline" not in text
     assert "permuted" not in text.split("## Routes")[0]
     assert "| routed |" in text
 
@@ -249,7 +249,7 @@ def test_the_tasks_stand_side_by_side_with_their_verdicts(two):
     assert header[6:] == [
         "routed against base",
         "against its permuted routes",
-        "best fixed opponent",
+        "best fixed baseline",
         "against it",
     ]
     assert first[:5] == ["arc_easy", "60", "yes (25.0 %)", "70.0 %", "30.0 %"]

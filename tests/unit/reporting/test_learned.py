@@ -7,13 +7,12 @@ import json
 
 import pytest
 
+from drllm.metrics import by_layer, hit_ratios, ratios, verdict
 from drllm.reporting.blocks import Columns, Figure, Table, Text
 from drllm.reporting.drawing import LIGHT, svg
 from drllm.reporting.learned import sections
 from drllm.reporting.numbers import NBSP
 from drllm.reporting.run import read_run
-from drllm.supervision.agreement import hit_ratios, ratios
-from drllm.supervision.baselines import by_layer, verdict
 
 CURVES = "router metrics"
 

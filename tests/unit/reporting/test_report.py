@@ -316,7 +316,7 @@ def test_pictures_of_an_earlier_report_go_and_others_stay(make_folder, tmp_path)
     html, _ = write_report([evaluated(make_folder())], tmp_path / "one.html")
     assert [place.name for place in figures_of(html)] == [
         "01-arc-easy-systems.png",
-        "02-arc-easy-opponents.png",
+        "02-arc-easy-baselines.png",
     ]
     assert not (tmp_path / "one_figures" / "03-old-curve.png").exists()
     assert (tmp_path / "one_figures" / "mine.png").exists()

@@ -517,9 +517,9 @@ def test_a_result_of_an_older_drllm_is_read_and_said_to_be_one(make_folder, text
 
     change_result(folder, age)
     text = text_of(folder.path)
-    assert "eval/arc_easy.json is of an older drllm, which wrote no sources of opponents" in text
+    assert "eval/arc_easy.json is of an older drllm, which wrote no sources of baselines" in text
     assert "| routed | 50.0 % |" in text
-    assert "The routed model less each opponent" not in text
+    assert "The routed model less each baseline" not in text
     assert "Depth curve" not in text
 
 

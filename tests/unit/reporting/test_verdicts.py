@@ -57,7 +57,7 @@ def routed(accuracy: float, p: float | None = None, **changes: Any) -> System:
     return system("routed", accuracy, **{"mcnemar_p": p, "won": 20, "lost": 64, **changes})
 
 
-def opponent(name: str, accuracy: float, ahead: float, shown: str | None, **changes: Any) -> System:
+def baseline(name: str, accuracy: float, ahead: float, shown: str | None, **changes: Any) -> System:
     values = {"reads_question": False, "routed_against": differs(ahead, shown), **changes}
     return system(name, accuracy, **values)
 
@@ -110,7 +110,7 @@ def test_a_gain_is_claimed_where_the_test_shows_it():
 
 @pytest.mark.parametrize("accuracy", [0.2, 0.4])
 def test_nothing_is_claimed_where_base_is_not_above_chance(accuracy):
-    permuted = opponent("permuted routes", 0.2, 0.2, "higher")
+    permuted = baseline("permuted routes", 0.2, 0.2, "higher")
     text = said(system("base", 0.27), routed(accuracy, 0.0001), permuted)
     assert "neither a gain nor the absence of a loss can be shown, since base isn't shown" in text
     assert "above chance (25.0 %)" in text
@@ -172,7 +172,7 @@ def test_the_text_loss_needs_no_base_above_chance():
     assert "log-probability" not in text
 
 
-# --- against opponents -------------------------------------------------------------------------
+# --- against baselines -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_the_text_loss_needs_no_base_above_chance():
     ],
 )
 def test_the_permuted_routes_decide_whether_the_question_matters(shown, words):
-    text = said(BASE, routed(0.55, 0.9), opponent("permuted routes", 0.5, 0.05, shown))
+    text = said(BASE, routed(0.55, 0.9), baseline("permuted routes", 0.5, 0.05, shown))
     assert words in text
     assert "routes permuted over the questions, +5.0 points, 95 % interval 0.0 to +10.0." in text
 
@@ -193,23 +193,23 @@ def told(*systems: System, **changes: Any) -> str:
     return " ".join(others(evaluation(*systems, **changes))).replace(NBSP, " ")
 
 
-def test_beating_every_fixed_opponent_is_said_only_if_each_is_beaten():
-    first = opponent("last layers", 0.3, 0.25, "higher")
-    second = opponent("evenly spaced", 0.5, 0.05, "higher")
+def test_beating_every_fixed_baseline_is_said_only_if_each_is_beaten():
+    first = baseline("last layers", 0.3, 0.25, "higher")
+    second = baseline("evenly spaced", 0.5, 0.05, "higher")
     assert told(BASE, routed(0.55, 0.9), first, second) == (
-        "The routed model is shown to be better than each of the 2 opponents of equal executions "
+        "The routed model is shown to be better than each of the 2 baselines of equal executions "
         "that don't read the question."
     )
-    second = opponent("evenly spaced", 0.5, 0.05, None)
+    second = baseline("evenly spaced", 0.5, 0.05, None)
     assert told(BASE, routed(0.55, 0.9), first, second) == (
-        "Of the 2 opponents of equal executions that don't read the question, the routed model is "
+        "Of the 2 baselines of equal executions that don't read the question, the routed model is "
         "shown to be better than 1, each tested by itself; the best of them is evenly spaced with "
         "50.0 % (routed less it: +5.0 points, 95 % interval 0.0 to +10.0)."
     )
 
 
-def test_a_fixed_opponent_that_is_better_is_counted():
-    better = opponent("evenly spaced", 0.6, -0.05, "lower")
+def test_a_fixed_baseline_that_is_better_is_counted():
+    better = baseline("evenly spaced", 0.6, -0.05, "lower")
     assert "better than 0 and worse than 1, each" in told(BASE, routed(0.55, 0.9), better)
 
 
@@ -217,12 +217,12 @@ def test_rivals_run_as_much_and_are_no_controls():
     ours = evaluation(
         BASE,
         routed(0.5),
-        opponent("permuted routes", 0.9, 0, None),
-        opponent("last layers", 0.3, 0, None, executions=27.2),
-        opponent("evenly spaced", 0.4, 0, None, executions=26.8),
-        opponent("block repeat", 0.9, 0, None, executions=27.4),
-        opponent("sequence router", 0.8, 0, None, reads_question=True),
-        opponent("from an old file", 0.9, 0, None, reads_question=None),
+        baseline("permuted routes", 0.9, 0, None),
+        baseline("last layers", 0.3, 0, None, executions=27.2),
+        baseline("evenly spaced", 0.4, 0, None, executions=26.8),
+        baseline("block repeat", 0.9, 0, None, executions=27.4),
+        baseline("sequence router", 0.8, 0, None, reads_question=True),
+        baseline("from an old file", 0.9, 0, None, reads_question=None),
     )
     assert [each.name for each in rivals(ours)] == ["evenly spaced", "last layers"]
     assert [each.name for each in rivals(ours, read_question=True)] == ["sequence router"]
@@ -232,7 +232,7 @@ def test_rivals_run_as_much_and_are_no_controls():
 
 def test_a_verdict_needs_a_base_above_chance_and_a_comparison():
     good, guessing = BASE, system("base", 0.27)
-    beaten = opponent("last layers", 0.3, 0.25, "higher")
+    beaten = baseline("last layers", 0.3, 0.25, "higher")
     assert against(evaluation(good, routed(0.5)), beaten) is Verdict.BETTER
     assert against(evaluation(guessing, routed(0.5)), beaten) is Verdict.NO_VERDICT
     assert against(evaluation(good, routed(0.5)), system("x", 0.3)) is Verdict.UNTESTED
@@ -286,7 +286,7 @@ def test_the_choice_is_said_whatever_it_is():
 
 def test_over_several_tasks_the_headline_counts_what_is_shown():
     lossy = differs(-0.1, "lower", text_loss=difference(0.3, "higher"))
-    permuted = opponent("permuted routes", 0.4, 0.05, "higher")
+    permuted = baseline("permuted routes", 0.4, 0.05, "higher")
     tasks = [
         evaluation(BASE, routed(0.4, 0.001, against_base=lossy), permuted, task="a"),
         evaluation(BASE, routed(0.5, 0.5, against_base=lossy), task="b"),

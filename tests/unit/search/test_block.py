@@ -9,8 +9,8 @@ import pytest
 import drllm
 from drllm.config import SearchConfig
 from drllm.errors import ModelError, TaskError
-from drllm.models.prompts import render
-from drllm.models.routed import RoutedModel
+from drllm.models.base.prompts import render
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import full_decisions
 from drllm.search.block import search_block
 from drllm.search.evaluator import BlockEvaluator, gold_text
@@ -88,13 +88,13 @@ def test_several_leaves_a_round_try_as_many_paths(routed, facts):
         assert record.paths[0].simulation == 0
 
 
-def test_damage_is_recorded_only_where_it_is_wanted(routed, facts):
+def test_kl_is_recorded_only_where_it_is_wanted(routed, facts):
     examples = facts.examples("search")[:2]
-    for record in search_block(routed, examples, facts, settings(damage=True)):
-        assert record.full.damage == pytest.approx(0, abs=1e-6)
-        assert all(path.damage > 1e-6 for path in record.paths[1:])
-    for record in search_block(routed, examples, facts, settings(damage=False)):
-        assert {None} == {path.damage for path in record.paths}
+    for record in search_block(routed, examples, facts, settings(kl=True)):
+        assert record.full.kl == pytest.approx(0, abs=1e-6)
+        assert all(path.kl > 1e-6 for path in record.paths[1:])
+    for record in search_block(routed, examples, facts, settings(kl=False)):
+        assert {None} == {path.kl for path in record.paths}
 
 
 def test_paths_a_pass_change_no_record(routed, facts, assert_same_run):

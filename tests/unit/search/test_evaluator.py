@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from drllm.errors import ModelError
-from drllm.models.layer_call import LayerCall
-from drllm.models.prompts import encode, render
-from drllm.models.routed import RoutedModel
-from drllm.models.scoring import Score
+from drllm.models.base.prompts import encode, render
+from drllm.models.routing.layer_call import LayerCall
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.choices import Score
 from drllm.paths import to_path
 from drllm.search.evaluator import BlockEvaluator, gold_text
 from drllm.tasks.base import Prompt
@@ -213,7 +213,7 @@ def test_a_question_s_limit_of_tokens_is_its_own(tiny_llama, tiny_tokenizer):
 
 def with_scores(evaluator, scores):
     """Let the model's scores be what a path that overflows gives."""
-    evaluator._choices.scores = lambda pairs, damage: [Score(scores) for _ in pairs]
+    evaluator._choices.scores = lambda pairs, kl: [Score(scores) for _ in pairs]
     return evaluator
 
 
@@ -232,7 +232,7 @@ def test_a_base_model_that_overflows_is_an_error(tiny_llama, tiny_tokenizer):
         evaluator.evaluate([(0, (1,) * 6)])
 
 
-def test_outcomes_carry_damage_when_it_is_asked_for(tiny_llama, tiny_tokenizer):
+def test_outcomes_carry_kl_when_it_is_asked_for(tiny_llama, tiny_tokenizer):
     model = tiny_llama()
     pairs = [(0, (1, 1, 0, 1, 1, 2)), (1, (1,) * 6), (2, (1, 0, 1, 1, 1, 1))]
     expected = []
@@ -246,13 +246,13 @@ def test_outcomes_carry_damage_when_it_is_asked_for(tiny_llama, tiny_tokenizer):
     routed = RoutedModel(model, tokenizer=tiny_tokenizer)
     generated = [dataclasses.replace(p, reward="exact", continuations=()) for p in CHOICES]
     for prompts in (CHOICES, generated):
-        evaluator = BlockEvaluator(routed, prompts, 1.0, damage=True)
+        evaluator = BlockEvaluator(routed, prompts, 1.0, kl=True)
         outcomes = evaluator.evaluate(pairs)
-        assert expected == pytest.approx([o.damage for o in outcomes], abs=2e-5)
+        assert expected == pytest.approx([o.kl for o in outcomes], abs=2e-5)
         completed = evaluator.with_margins(pairs, outcomes)
-        assert [o.damage for o in outcomes] == [o.damage for o in completed]
+        assert [o.kl for o in outcomes] == [o.kl for o in completed]
         again = evaluator.judged_as(prompts).evaluate(pairs)
-        assert [o.damage for o in again] == [None] * 3
+        assert [o.kl for o in again] == [None] * 3
         assert [o.reward for o in outcomes] == [o.reward for o in again]
 
 
@@ -266,7 +266,7 @@ def test_outcomes_are_the_same_after_memory_ran_out(
     def evaluated():
         outcomes = []
         for prompts in (CHOICES, asked):
-            evaluator = BlockEvaluator(routed, prompts, 1.0, damage=True, paths_per_pass=12)
+            evaluator = BlockEvaluator(routed, prompts, 1.0, kl=True, paths_per_pass=12)
             outcomes += evaluator.with_margins(pairs, evaluator.evaluate(pairs))
         return outcomes
 
@@ -284,5 +284,5 @@ def test_outcomes_are_the_same_after_memory_ran_out(
     for first, second in zip(expected, outcomes, strict=True):
         assert first.reward == second.reward
         assert first.margin == pytest.approx(second.margin, abs=MARGIN_TOLERANCE)
-        assert first.damage == pytest.approx(second.damage, abs=2e-5)
+        assert first.kl == pytest.approx(second.kl, abs=2e-5)
         assert first.answer is None or first.answer.tokens == second.answer.tokens

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from drllm.search.attempts import Searched
+from drllm.search.counts import Tally
 from drllm.search.jobs import MAX_LOSSES, Jobs
 from drllm.search.questions import Block
-from drllm.search.tally import Tally
+from drllm.search.retry import Searched
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import drllm.tasks
-from drllm.evaluation.harness import table
-from drllm.evaluation.harness.folders import write_task_folder
+from drllm.evaluation.lm_eval import registry as table
+from drllm.evaluation.lm_eval.folders import write_task_folder
 from drllm.tasks.base import TASKS, describe_tasks, get_tasks
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "add-a-task.md"

@@ -20,7 +20,7 @@ from drllm.tasks.grading import score_choices
 from drllm.tasks.multiple_choice import labelled_example
 
 if TYPE_CHECKING:
-    from drllm.models.base.loading import BaseModel
+    from drllm.models.base.load import BaseModel
 
 ALL = [row for split in SPLITS for row in rows(split)]
 BY_NAME = {relation.name: relation for relation in RELATIONS}

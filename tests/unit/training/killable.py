@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from drllm.models.routed import RoutedModel
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import SupervisionRecord
-from drllm.training import store as store_module
+from drllm.training import feature_store as store_module
+from drllm.training.feature_store import Store
 from drllm.training.features import Features, collect
-from drllm.training.store import Store
 
 L, W, D, CONTEXT = 3, 4, 8, 48
 

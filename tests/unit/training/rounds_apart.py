@@ -17,15 +17,15 @@ from torch import Tensor
 
 from drllm.config import TrainConfig
 from drllm.models.base.identity import describe
-from drllm.models.routed import RoutedModel
-from drllm.models.routers import RouterStack
+from drllm.models.routers.stack import RouterStack
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import SupervisionRecord
-from drllm.training import store as store_module
+from drllm.training import feature_store as store_module
 from drllm.training.examples import Examples
+from drllm.training.feature_store import Store
 from drllm.training.features import Features, collect
 from drllm.training.loop import Run, train_together
-from drllm.training.rounds import train_in_rounds
-from drllm.training.store import Store
+from drllm.training.on_policy import train_in_rounds
 
 N = 20
 IDENTITY = {"id": "org/tiny", "revision": "main", **describe(MODEL)}

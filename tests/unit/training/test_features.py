@@ -10,13 +10,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from drllm.errors import ModelError, RecordError
-from drllm.models.policies import RandomPolicy
-from drllm.models.routed import RoutedModel
+from drllm.models.routing.policies import RandomPolicy
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import SupervisionRecord, read_each
 from drllm.supervision import rejected_question
 from drllm.training.examples import digest, sizes
+from drllm.training.feature_store import Store
 from drllm.training.features import collect
-from drllm.training.store import Store
 from drllm.training.targets import write_rejected
 
 L, W, D, CONTEXT = 4, 3, 16, 24

@@ -7,7 +7,7 @@ import torch
 
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
-from drllm.models.routers import RouterStack
+from drllm.models.routers.stack import RouterStack
 from drllm.training import fit as fit_module
 from drllm.training.features import Features
 from drllm.training.fit import Fit

@@ -7,10 +7,9 @@ from safetensors.torch import load_file
 
 from drllm.config import TrainConfig
 from drllm.errors import CheckpointError, ConfigError
-from drllm.models.routers import RouterStack
+from drllm.metrics import ratios, verdict
+from drllm.models.routers.stack import RouterStack
 from drllm.reporting.agreement import read_agreement
-from drllm.supervision.agreement import ratios
-from drllm.supervision.baselines import verdict
 from drllm.training.checkpoint import CHECKPOINT_FILE
 from drllm.training.loop import Run, train, train_together, unfinished
 from drllm.training.metrics import count

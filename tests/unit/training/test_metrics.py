@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from drllm.supervision.agreement import Counts, hit_ratios, ratios, total
+from drllm.metrics import Counts, hit_ratios, ratios, total
 from drllm.training.metrics import count
 
 

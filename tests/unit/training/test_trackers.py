@@ -11,7 +11,7 @@ import pytest
 
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
-from drllm.models.routers import RouterStack
+from drllm.models.routers.stack import RouterStack
 from drllm.training.checkpoint import CHECKPOINT_FILE
 from drllm.training.loop import Run, train, train_together
 from drllm.training.trackers import FOLDER, RUN_FILE, check_trackers

@@ -24,11 +24,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from drllm.errors import ArchitectureError, RoutingError
 from drllm.models.architectures.families import FAMILIES, known_to_transformers, make_tiny
 from drllm.models.base.hub import quiet
+from drllm.models.base.layers import find_layers
+from drllm.models.base.prompts import left_padded
 from drllm.models.export.config import lists_along
-from drllm.models.generation import end_tokens
-from drllm.models.layers import find_layers
-from drllm.models.prompts import left_padded
-from drllm.models.routed import RoutedModel
+from drllm.models.routing.generate import end_tokens
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import to_path
 
 TOLERANCE = 1e-3

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from drllm.errors import ModelError
-from drllm.models.layers import base_of, find_layers
+from drllm.models.base.layers import base_of, find_layers
 
 FINGERPRINT_VALUES = 2**20  # values read of each tensor: enough to tell fine-tunes apart
 WRAPPED = ("base_layer", "original_module")

@@ -25,7 +25,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from drllm.errors import ArchitectureError, DrllmError, ModelError
 from drllm.models.base import hub
-from drllm.models.base.loading import BaseModel
+from drllm.models.base.layers import find_layers
+from drllm.models.base.load import BaseModel
+from drllm.models.base.prompts import context_length
 from drllm.models.export.config import check_layers, config_along
 from drllm.models.export.files import (
     CARD_FILE,
@@ -33,10 +35,8 @@ from drllm.models.export.files import (
     model_card,
     say_for_transformers_4,
 )
-from drllm.models.injection import Injection
-from drllm.models.layers import find_layers
-from drllm.models.path_driver import PathsDriver
-from drllm.models.prompts import context_length
+from drllm.models.routing.injection import Injection
+from drllm.models.routing.path_driver import PathsDriver
 from drllm.paths import check_path
 
 NUM_TOKENS = 32

@@ -12,7 +12,7 @@ from drllm.errors import ArchitectureError
 from drllm.models.architectures import check as checking
 from drllm.models.architectures.check import Finding, check, check_model, layers_listed, mixed_plans
 from drllm.models.architectures.families import FAMILIES, IN_SUITE, NUM_LAYERS
-from drllm.models.layer_call import LayerCall
+from drllm.models.routing.layer_call import LayerCall
 
 REPOSITORY = Path(__file__).resolve().parents[4]
 PAGE = (REPOSITORY / "docs" / "architectures.md").read_text(encoding="utf-8")

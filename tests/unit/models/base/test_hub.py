@@ -46,7 +46,7 @@ import json, sys, time
 time.sleep = lambda seconds: None  # between the hub library's retries
 from drllm.config import ModelConfig
 from drllm.errors import ModelError
-from drllm.models.base.loading import load
+from drllm.models.base.load import load
 
 messages = {}
 for name in sys.argv[1:]:

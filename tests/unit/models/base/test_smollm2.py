@@ -277,18 +277,18 @@ def test_a_file_with_another_hash_is_refused_and_nothing_is_left(
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("damage", ["shorter", "missing", "no manifest", "older format"])
-def test_a_damaged_folder_is_not_trusted_and_made_again(
-    tiny: smollm2.Source, tmp_path: Path, damage: str
+@pytest.mark.parametrize("kl", ["shorter", "missing", "no manifest", "older format"])
+def test_a_kld_folder_is_not_trusted_and_made_again(
+    tiny: smollm2.Source, tmp_path: Path, kl: str
 ) -> None:
     folder = smollm2.convert_once(tiny, tmp_path / "model")
     weights, manifest = folder / "model.safetensors", folder / smollm2.MANIFEST_FILE
     whole = weights.read_bytes()
-    if damage == "shorter":
+    if kl == "shorter":
         weights.write_bytes(whole[:-1])
-    elif damage == "missing":
+    elif kl == "missing":
         weights.unlink()
-    elif damage == "no manifest":
+    elif kl == "no manifest":
         manifest.unlink()
     else:
         values = json.loads(manifest.read_text())

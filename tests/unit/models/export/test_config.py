@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2MoeConfig
 
 from drllm.errors import ArchitectureError
+from drllm.models.base.layers import find_layers
 from drllm.models.export.config import check_layers, config_along
-from drllm.models.layers import find_layers
 
 
 def test_a_list_of_one_value_per_layer_follows_the_path(tiny_model: Callable[..., Any]) -> None:

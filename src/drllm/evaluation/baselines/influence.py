@@ -1,0 +1,92 @@
+"""Baseline: layers given up in the order of their block influence on calibration prompts.
+
+Owns measuring the influence and the order that it gives. Leaves following the order at given
+executions to `static`.
+
+Axes: B rows, T tokens, D hidden, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drllm.models.routers.depth_control import routes_of
+from drllm.models.routing.policies import Policy, PromptView
+from drllm.models.routing.routed_model import RoutedModel
+
+
+def block_influence(
+    routed: RoutedModel, prompts: Sequence[Sequence[int]], *, batch_size: int = 16
+) -> list[float]:
+    """Measure how much each layer turns the hidden states that pass through it.
+
+    The influence of a layer is 1 minus the mean cosine between its input and its output, over the
+    real tokens of all prompts, each token counting alike. A layer that hands on what it is given
+    has influence 0. The base model runs, once a prompt; nothing is left on it.
+
+    Args:
+        routed: The model, whatever its policy.
+        prompts: Token ids of each calibration prompt.
+        batch_size: Prompts a forward pass.
+
+    Returns:
+        `[L]`, each from 0 to 2.
+
+    Raises:
+        ConfigError: No prompts, one without tokens, or one longer than the model's context.
+
+    Source: ShortGPT (arXiv 2403.03853).
+    """
+    policy = _KeepsReadable()
+    sums = torch.zeros(routed.num_layers, dtype=torch.float64)
+
+    def hook_at(layer: int) -> Any:
+        def add(_module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            before: Tensor = args[0] if args else kwargs["hidden_states"]
+            after: Tensor = output[0] if isinstance(output, tuple) else output
+            cosines = torch.cosine_similarity(before.float(), after.float(), dim=-1)  # [B, T]
+            sums[layer] += cosines[policy.readable].cpu().double().sum()
+
+        return add
+
+    layers = routed.injection.layers
+    handles = [
+        layer.register_forward_hook(hook_at(place), with_kwargs=True)
+        for place, layer in enumerate(layers)
+    ]
+    try:
+        routes_of(routed, policy, prompts, batch_size=batch_size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    num_tokens = sum(map(len, prompts))
+    influence: list[float] = (1 - sums / num_tokens).tolist()
+    return influence
+
+
+def order_by_influence(influence: Sequence[float]) -> list[int]:
+    """Return all layers, the least influential first; of equal ones the deepest first.
+
+    Source: ShortGPT (arXiv 2403.03853). Which of equal layers goes first is ours.
+
+    Example:
+        >>> order_by_influence([0.9, 0.1, 0.3, 0.1])
+        [3, 1, 2, 0]
+    """
+    return sorted(range(len(influence)), key=lambda layer: (influence[layer], -layer))
+
+
+class _KeepsReadable(Policy):
+    """Executes everything, and keeps which tokens of the pass under way are real, `[B, T]`."""
+
+    def __init__(self) -> None:
+        self.readable = torch.empty(0, 0, dtype=torch.bool)
+
+    def decide(self, layer: int, prompts: PromptView) -> list[int]:
+        """Return 1 for every row."""
+        self.readable = prompts.readable
+        return [1] * prompts.num_rows

@@ -1,0 +1,284 @@
+"""Trained baseline: the whole program predicted up front, segment by segment.
+
+Owns programs as segments, what is learned from a search log, the predictor, and reading the best
+program off its logits. Leaves reading prompts, and turning the predictor into a policy at wanted
+executions, to `first_layer`.
+
+Axes: N questions, B rows, D hidden, L layers, H width, C = 3 operations.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from drllm.errors import RecordError
+from drllm.evaluation.baselines.first_layer import Standardise, with_one_execution
+from drllm.evaluation.baselines.fitting import FitSettings, fit, linear
+from drllm.paths import Decision, Decisions, full_decisions
+from drllm.records import SearchRecord
+from drllm.supervision.rules import is_saving, is_valid
+
+LONGEST = {Decision.SKIP: 4, Decision.EXECUTE: 4, Decision.REPEAT: 1}
+"""Most layers of a segment, by what is done with it. A decision of 2 runs one layer twice in
+succession, so two repeated neighbours are two segments: repeating both as a block is another path,
+which the search log can't hold."""
+MOST_PATHS = 50
+"""Most valid paths of a question that are learned from."""
+FULL_PATH_WEIGHT = 0.30
+"""Weight of the full path beside shorter valid paths, whose weight is 1."""
+WIDTH = 128
+
+
+# --- what is learned -----------------------------------------------------------------------------
+
+
+def segments_of(decisions: Decisions) -> list[tuple[int, int]]:
+    """Cut decisions into the fewest segments, long ones first.
+
+    Args:
+        decisions: `[L]`.
+
+    Returns:
+        For each segment its first layer and its decision.
+
+    Example:
+        >>> segments_of((1, 1, 1, 1, 1, 0, 2, 2))
+        [(0, 1), (4, 1), (5, 0), (6, 2), (7, 2)]
+    """
+    segments: list[tuple[int, int]] = []
+    for layer, decision in enumerate(decisions):
+        start, before = segments[-1] if segments else (0, -1)
+        if decision != before or layer - start == LONGEST[Decision(decision)]:
+            segments.append((layer, decision))
+    return segments
+
+
+@dataclass(frozen=True, slots=True)
+class Programs:
+    """The valid programs of searched questions, added up by question.
+
+    A program's loss is linear in what the program says of each layer, so the weighted sums over a
+    question's programs say all that is needed to learn them.
+
+    Attributes:
+        questions: `[N]`: the places, among the records, of the questions with a valid program.
+        weights: `[N]`: the weights of a question's programs, at most 1 together.
+        starts: `[N, L]`: the weight of those with a segment that starts at the layer.
+        operations: `[N, L, C]`: the weight of those that do this from there, each divided by its
+            number of segments.
+    """
+
+    questions: Tensor
+    weights: Tensor
+    starts: Tensor
+    operations: Tensor
+
+
+def programs_of(records: Sequence[SearchRecord], seed: int = 0) -> Programs:
+    """Collect the valid programs of a search log.
+
+    A question without a valid path teaches nothing and is left out. Of more than `MOST_PATHS` that
+    many are drawn. Where a shorter path is valid too, the full path counts `FULL_PATH_WEIGHT`, so
+    that the predictor isn't drawn to it; each weight is then divided by the question's number of
+    paths, so that no question counts more than another.
+
+    Args:
+        records: The search log of the training questions.
+        seed: Of the draw.
+
+    Raises:
+        RecordError: No records, records of different models, or no valid path in any.
+
+    Source: PoLar (arXiv 2606.06574), and the published code for what 0.30 is a weight of.
+    """
+    rng = random.Random(seed)
+    if len({record.num_layers for record in records}) > 1:
+        raise RecordError(
+            "these search records are of models with different numbers of layers; give those of "
+            "one model"
+        )
+    places = [i for i, record in enumerate(records) if any(map(is_valid, record.paths))]
+    if not places:
+        raise RecordError(
+            "no question of these search records has a valid path, so there is no program to "
+            "learn; search more questions"
+        )
+    N, L = len(places), records[0].num_layers
+    found = Programs(
+        torch.tensor(places),
+        torch.zeros(N),
+        torch.zeros(N, L),
+        torch.zeros(N, L, len(Decision)),
+    )
+    for row, place in enumerate(places):
+        for decisions, weight in _weighted_paths(records[place], rng):
+            segments = segments_of(decisions)
+            found.weights[row] += weight
+            for layer, decision in segments:
+                found.starts[row, layer] += weight
+                found.operations[row, layer, decision] += weight / len(segments)
+    return found
+
+
+def _weighted_paths(record: SearchRecord, rng: random.Random) -> list[tuple[Decisions, float]]:
+    """Return the valid paths of a question that are learned from, each with its weight."""
+    valid = [path.decisions for path in record.paths if is_valid(path)]
+    if len(valid) > MOST_PATHS:
+        valid = rng.sample(valid, MOST_PATHS)
+    full = full_decisions(record.num_layers)
+    has_shorter = any(is_saving(path, record) for path in record.paths)
+    of_full = FULL_PATH_WEIGHT if has_shorter else 1.0
+    return [
+        (decisions, (of_full if decisions == full else 1.0) / len(valid)) for decisions in valid
+    ]
+
+
+# --- the predictor -------------------------------------------------------------------------------
+
+
+class ProgramPredictor(nn.Module):
+    """Gives, for every layer, the logit of a segment's start and those of its operation.
+
+    PoLar reads the prompt with an encoder of its own (596 M parameters, frozen), lets one query a
+    layer attend to its tokens, and runs two encoder blocks over the layers before its two heads.
+    Here the base model's own first-layer input, averaged over the prompt, stands for the encoder,
+    and a query a layer is added to its projection, without attention among layers. So this is the
+    idea of predicting a program of segments from the prompt alone, not that system; what it reads
+    costs nothing, as for the routers.
+
+    Args:
+        inputs: `[N, D]` of the training prompts, for their scale.
+        num_layers: L.
+        generator: Source of the initial weights.
+
+    Source: PoLar (arXiv 2606.06574), simplified as said.
+    """
+
+    def __init__(self, inputs: Tensor, num_layers: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.scale = Standardise(inputs)
+        self.project = linear(inputs.shape[1], WIDTH, generator)
+        self.queries = nn.Parameter(torch.randn(num_layers, WIDTH, generator=generator))
+        self.start = linear(WIDTH, 1, generator)
+        self.operation = linear(WIDTH, len(Decision), generator)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits of starts `[B, L]` and of operations `[B, L, C]`."""
+        prompt = self.project(self.scale(inputs))  # [B, H]
+        inner = nn.functional.gelu(prompt[:, None] + self.queries)  # [B, L, H]
+        return self.start(inner)[..., 0], self.operation(inner)
+
+    @torch.no_grad()
+    def plans(self, inputs: Tensor, depth_bias: float) -> Tensor:
+        """Return the likeliest programs, each execution charged a price; `[B, L]` decisions.
+
+        Args:
+            inputs: `[B, D]`.
+            depth_bias: Taken off a program's log-probability for each execution.
+        """
+        starts, operations = self(inputs)
+        return with_one_execution(best_programs(starts, operations, depth_bias))
+
+
+def best_programs(starts: Tensor, operations: Tensor, depth_bias: float) -> Tensor:
+    """Return the likeliest program of each row, by dynamic programming over its segments.
+
+    A program's log-probability is the sum, over layers, of that of a segment starting there or
+    not, and, over segments, of that of the operation at its first layer; the first layer always
+    starts one. PoLar looks for it with a beam of 5; this finds the best.
+
+    Args:
+        starts: `[B, L]` logits.
+        operations: `[B, L, C]` logits.
+        depth_bias: Taken off for each execution.
+
+    Returns:
+        `[B, L]` decisions; they may skip every layer.
+    """
+    B, L = starts.shape
+    start = nn.functional.logsigmoid(starts)
+    inside = nn.functional.logsigmoid(-starts).cumsum(dim=1)  # [B, L], of no start up to here
+    operation = operations.log_softmax(dim=-1)
+    choices = [(d, n) for d, longest in LONGEST.items() for n in range(1, longest + 1)]
+    best = [starts.new_zeros(B)]  # by layers decided: the best score so far
+    taken: list[Tensor] = []  # likewise: which choice the last segment was
+    for end in range(1, L + 1):
+        scores = []
+        for decision, length in choices:
+            first = end - length
+            if first < 0:
+                scores.append(torch.full_like(best[0], -torch.inf))
+                continue
+            score = best[first] + operation[:, first, decision] + inside[:, end - 1]
+            score = score - inside[:, first] - depth_bias * int(decision) * length
+            scores.append(score + start[:, first] if first else score)
+        highest = torch.stack(scores).max(dim=0)
+        best.append(highest.values)
+        taken.append(highest.indices)
+    return _read_back(torch.stack(taken, dim=1), choices)
+
+
+def _read_back(taken: Tensor, choices: Sequence[tuple[Decision, int]]) -> Tensor:
+    """Follow the choices from the last segment to the first, `[B, L]` of choices to decisions."""
+    rows = []
+    for row in taken.tolist():
+        decisions: list[int] = []
+        while len(decisions) < len(row):
+            decision, length = choices[row[len(row) - 1 - len(decisions)]]
+            decisions += [int(decision)] * length
+        rows.append(decisions[::-1])
+    return torch.tensor(rows)
+
+
+def train_predictor(
+    inputs: Tensor, programs: Programs, settings: FitSettings | None = None
+) -> ProgramPredictor:
+    """Train a predictor on the valid programs of a search log; an example is a question.
+
+    Args:
+        inputs: `[questions, D]` from `first_inputs`, of the records' prompts.
+        programs: From `programs_of`, of the same records.
+        settings: Of the training.
+
+    Returns:
+        The predictor, on the CPU.
+
+    Source: PoLar (arXiv 2606.06574).
+    """
+    settings = settings or FitSettings()
+    generator = torch.Generator().manual_seed(settings.seed)
+    inputs = inputs[programs.questions]
+    predictor = ProgramPredictor(inputs, programs.starts.shape[1], generator)
+
+    def loss(rows: Tensor) -> Tensor:
+        starts, operations = predictor(inputs[rows])
+        return program_losses(starts, operations, programs, rows).sum() / (
+            programs.weights[rows].sum()
+        )
+
+    fit(predictor, loss, len(inputs), settings, generator)
+    return predictor.eval().requires_grad_(False)
+
+
+def program_losses(starts: Tensor, operations: Tensor, programs: Programs, rows: Tensor) -> Tensor:
+    """Return the weighted losses of some questions' programs, added up by question, `[B]`.
+
+    The loss of a program is the mean binary cross-entropy of the starts (but the first layer's,
+    which always is one) plus the mean cross-entropy of the operations where its segments start.
+
+    Args:
+        starts: `[B, L]` logits.
+        operations: `[B, L, C]` logits.
+        programs: What should come out.
+        rows: `[B]`: which questions.
+    """
+    starting, weights = programs.starts[rows], programs.weights[rows, None]
+    log_start, log_inside = nn.functional.logsigmoid(starts), nn.functional.logsigmoid(-starts)
+    of_starts = starting * log_start + (weights - starting) * log_inside  # [B, L]
+    of_operations = programs.operations[rows] * operations.log_softmax(dim=-1)  # [B, L, C]
+    return -(of_starts[:, 1:].mean(dim=1) + of_operations.sum(dim=(1, 2)))

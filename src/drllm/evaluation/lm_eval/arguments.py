@@ -1,0 +1,126 @@
+"""The arguments of our model in lm-evaluation-harness: which there are, and what they name.
+
+Owns the words of `--model_args` beyond what they mean to a model: names that the harness' own
+class takes and ours doesn't, routers and their base, windows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from drllm.errors import CheckpointError, ConfigError, unknown_name
+from drllm.models.base.load import BaseModel
+from drllm.models.routers import hub
+from drllm.models.routers.folder import CONFIG_FILE
+from drllm.models.routers.stack import RouterStack, read_config
+
+NOT_TAKEN = {
+    "parallelize": "load the model on one device a process, and start several with torchrun",
+    "peft": "merge the adapter into the base model, or route a PEFT model from Python",
+    "delta": "apply the delta and save the model",
+    "autogptq": "give a model that transformers loads by itself",
+    "gptqmodel": "give a model that transformers loads by itself",
+    "gguf_file": "give a folder of safetensors",
+    "mixed_precision_dtype": "give dtype=bfloat16",
+    "softmax_dtype": "log-probabilities are always computed in float32",
+    "backend": "only decoder-only models are routed",
+}
+"""Arguments of the harness' own class that would have no effect here, and what to do instead."""
+
+PASSED_ON = (
+    "add_bos_token",
+    "prefix_token_id",
+    "truncation",
+    "think_end_token",
+    "enable_thinking",
+    "chat_template_args",
+)
+"""Arguments of the harness' own class that keep their meaning."""
+
+
+def check_names(others: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Refuse arguments that there aren't, or that would have no effect.
+
+    Args:
+        others: Those that the model class doesn't name itself.
+        known: Those that it does.
+
+    Raises:
+        ConfigError: Naming the nearest, or what to do instead.
+    """
+    for name, value in others.items():
+        if name in NOT_TAKEN:
+            raise ConfigError(f"{name}={value} has no effect with drllm; {NOT_TAKEN[name]}")
+        if name not in PASSED_ON:
+            raise ConfigError(unknown_name("model argument", name, {*known, *PASSED_ON}))
+
+
+def check_batch_size(batch_size: int | str | None) -> None:
+    """Refuse what is neither a number of rows nor `auto`; None is the default.
+
+    Raises:
+        ConfigError: Saying what can be given.
+    """
+    text = str(batch_size)
+    if batch_size is not None and not re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", text):
+        raise ConfigError(f"--batch_size is {text!r}; give auto, or a whole number from 1")
+
+
+def routers_and_base(
+    pretrained: str | BaseModel, routers: str | None, base: str | None
+) -> tuple[RouterStack | None, str, str | None]:
+    """Return the routers, the base model's name, and its revision where the routers name one.
+
+    Args:
+        pretrained: A base model, or a folder of routers, which names its base.
+        routers: With a base model: its routers.
+        base: With a folder of routers: the base model in place of the one that it names.
+
+    Raises:
+        ConfigError: Two places for one of them.
+        CheckpointError: Routers that are broken, or don't name their base.
+    """
+    if isinstance(pretrained, BaseModel):
+        return (RouterStack.load(Path(routers)) if routers else None), pretrained.name, None
+    folder = Path(pretrained)
+    if not (folder / CONFIG_FILE).is_file():
+        if base is not None:
+            raise ConfigError(
+                f"base={base} has no effect: pretrained={pretrained} is no folder of routers; give "
+                f"the base as pretrained and the routers as routers="
+            )
+        return (RouterStack.load(hub.find(Path(routers))) if routers else None), pretrained, None
+    if routers is not None:
+        raise ConfigError(
+            f"pretrained={pretrained} is a folder of routers, and routers={routers} is given too; "
+            f"give the base model as pretrained, or leave routers out"
+        )
+    config = read_config(folder)
+    if base is None and not config.base_model:
+        raise CheckpointError(
+            f"the routers in {pretrained} don't name their base model; give it as base=MODEL"
+        )
+    stack = RouterStack.load(folder)
+    return stack, base or config.base_model, None if base else config.base_revision
+
+
+def check_windows(stack: RouterStack | None, num_windows: int | None) -> None:
+    """Refuse a number of windows that isn't the routers' own; None is any.
+
+    Raises:
+        ConfigError: No routers.
+        CheckpointError: Another number.
+    """
+    if num_windows is None:
+        return
+    if stack is None:
+        raise ConfigError(f"num_windows={num_windows} has no effect without routers; leave it out")
+    if stack.config.num_windows != num_windows:
+        raise CheckpointError(
+            f"num_windows is {num_windows}, but these routers were trained with "
+            f"{stack.config.num_windows}; give num_windows={stack.config.num_windows}, or leave it "
+            f"out"
+        )

@@ -1,0 +1,387 @@
+"""A routed model as lm-evaluation-harness knows models: `--model drllm`.
+
+Owns `RoutedLM`: the policy in force, answering the harness' requests under it, and what the harness
+writes down about the model. Leaves tasks, metrics and the loop to the harness, tokenising and
+generating to its `HFLM`, what the arguments may be to `arguments`, joining several processes to
+`processes`, and scoring questions to `scoring`.
+
+Axes: P prompts, L layers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from tqdm import tqdm
+
+from drllm.config import DepthConfig, ModelConfig
+from drllm.errors import ConfigError, RoutingError
+from drllm.evaluation.lm_eval.arguments import (
+    check_batch_size,
+    check_names,
+    check_windows,
+    routers_and_base,
+)
+from drllm.evaluation.lm_eval.lengths import fitted
+from drllm.evaluation.lm_eval.processes import joined, without_padding
+from drllm.evaluation.lm_eval.questions import Request
+from drllm.evaluation.lm_eval.scoring import Answer, RequestScorer, Scored, Tally
+from drllm.models.base.load import BaseModel, load
+from drllm.models.routers.depth_control import encode_calibration, policy_for, read_calibration
+from drllm.models.routing.driver import reads_prompt
+from drllm.models.routing.policies import FixedPolicy, Policy
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.batching import Passes, Price
+from drllm.models.scoring.prefix_cache import StateCache
+from drllm.paths import Decisions, to_decisions
+from drllm.records.path_files import read_path_file
+
+MOST_ROWS = 64
+"""As the harness' `max_batch_size`."""
+
+
+@register_model("drllm")
+class RoutedLM(HFLM):  # type: ignore[misc]
+    """A base model under routing.
+
+    All continuations of a question stand behind one copy of its context, and the routers read
+    that context alone: one route for each question. Without routers and without a plan every
+    layer is executed once, and all numbers are those of the harness' `hf` model.
+
+    Args:
+        pretrained: A base model (alias, hub id or folder), or a folder of routers, which names
+            its base. From Python also a `BaseModel`.
+        routers: With a base model: its routers, a folder or a hub id.
+        base: With a folder of routers: the base model, where its config names none that is here.
+        num_windows: Windows W of the routers; a check, since trained routers can't change it.
+        decisions: A file with decisions or a path, followed whatever the prompt.
+        depth_bias: See `policies.biased`.
+        target_executions: Mean executions wanted on the prompts of `calibration`.
+        calibration: A `.jsonl` file of prompts.
+        router_penalty: The published knob.
+        static_routing: Execute every layer; `is_static_routing` is the same.
+        is_static_routing: The published name.
+        dtype: auto, float32, bfloat16 or float16.
+        device: auto, cpu, cuda, cuda:1, mps. Of several processes each takes its own.
+        revision: Of a base model on the hub.
+        trust_remote_code: Run modelling code that comes with a hub model.
+        attn_implementation: Attention code of transformers.
+        batch_size: Rows a pass, as the harness has it; a question with all its continuations is
+            one. `auto` goes by memory.
+        max_batch_size: Most rows a pass with `auto`.
+        max_length: Most tokens read; the model's own context length unless given.
+        others: Arguments of the harness' `HFLM` that keep their meaning: `add_bos_token`,
+            `prefix_token_id`, `truncation`, `think_end_token`, `enable_thinking`,
+            `chat_template_args`.
+
+    Raises:
+        ConfigError: An argument that there isn't, or that has no effect.
+        CheckpointError: Routers of another model, or with other windows.
+        ModelError: A base model that can't be had.
+
+    Source: ours; lm-evaluation-harness' `HFLM` (docs/differences.md, D-27).
+    """
+
+    def __init__(
+        self,
+        pretrained: str | BaseModel,
+        *,
+        routers: str | None = None,
+        base: str | None = None,
+        num_windows: int | None = None,
+        decisions: str | None = None,
+        depth_bias: float = 0.0,
+        target_executions: float | None = None,
+        calibration: str | None = None,
+        router_penalty: float | None = None,
+        static_routing: bool = False,
+        is_static_routing: bool = False,
+        dtype: str = "auto",
+        device: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
+        batch_size: int | str | None = 1,
+        max_batch_size: int | None = MOST_ROWS,
+        max_length: int | None = None,
+        **others: Any,
+    ) -> None:
+        check_names(others, list(signature(RoutedLM).parameters))
+        check_batch_size(batch_size)
+        depth = DepthConfig(
+            depth_bias=float(depth_bias),
+            target_executions=target_executions,
+            calibration=calibration,
+            router_penalty=router_penalty,
+            static_routing=bool(static_routing or is_static_routing),
+        )
+        depth.knob()
+        stack, source, named = routers_and_base(pretrained, routers, base)
+        check_windows(stack, num_windows)
+        accelerator = joined(device)
+        if isinstance(pretrained, BaseModel):
+            loaded = pretrained
+        else:
+            loaded = load(
+                ModelConfig(
+                    model=source,
+                    revision=revision or named,
+                    dtype=str(dtype),
+                    device=str(accelerator.device) if accelerator else device or "auto",
+                    trust_remote_code=bool(trust_remote_code),
+                    attn_implementation=attn_implementation,
+                )
+            )
+        with _without_warnings():  # about a model that is loaded already
+            super().__init__(
+                loaded.model,
+                tokenizer=loaded.tokenizer,
+                batch_size=batch_size if batch_size is not None else 1,
+                max_batch_size=max_batch_size or MOST_ROWS,
+                max_length=max_length,
+                trust_remote_code=trust_remote_code,
+                **others,
+            )
+        if accelerator is not None:
+            self.accelerator = accelerator
+            self._rank = accelerator.process_index
+            self._world_size = accelerator.num_processes
+        self.base = loaded
+        self.routed = RoutedModel(loaded.model, stack, tokenizer=loaded.tokenizer)
+        self.routers_source = (routers or str(pretrained)) if stack is not None else None
+        self.policy = self._policy(depth, decisions, stack)
+        self.scorer = RequestScorer(
+            self.routed, self.max_length, self.batch_size, self.max_batch_size
+        )
+        self.shared_tally = Tally()
+        self._contexts: list[str] = []
+        self._policy_of: Callable[[list[str]], Policy] = lambda _contexts: self.policy
+        self.generated_routes: dict[str, Decisions] = {}
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> RoutedLM:
+        """Make a model of what stands in `--model_args` and in the harness' flags.
+
+        Args:
+            arg_dict: The former.
+            additional_config: The latter: batch sizes and device.
+
+        Raises:
+            ConfigError: No base model, an argument that is a flag, or see the class.
+        """
+        flags = {name: value for name, value in (additional_config or {}).items() if value}
+        for name in ("batch_size", "max_batch_size", "device"):
+            if name in arg_dict:
+                raise ConfigError(
+                    f"{name}={arg_dict[name]} is no model argument; give --{name} {arg_dict[name]}"
+                )
+        if "pretrained" not in arg_dict:
+            raise ConfigError(
+                "no model is named; give --model_args pretrained=NAME: a folder of routers, or a "
+                "base model (alias, hub id or folder)"
+            )
+        return cls(**{**arg_dict, "pretrained": str(arg_dict["pretrained"])}, **flags)
+
+    def _policy(self, depth: DepthConfig, decisions: str | None, stack: Any) -> Policy:
+        if decisions is not None:
+            if stack is not None or depth.knob() is not None:
+                other = "routers" if stack is not None else depth.knob()
+                raise ConfigError(
+                    f"decisions={decisions} and {other} are given, but only one of them can decide"
+                    f"; leave one out"
+                )
+            path = read_path_file(Path(decisions)).path(self.routed.num_layers)
+            plan = to_decisions(path, self.routed.num_layers)
+            return FixedPolicy(plan, self.routed.num_layers)
+        prompts: list[list[int]] = []
+        if depth.calibration is not None:
+            texts = read_calibration(Path(depth.calibration))
+            prompts = encode_calibration(texts, self.tokenizer, chat=False)
+        policy, _ = policy_for(self.routed, depth, prompts)
+        return policy
+
+    # --- log-likelihoods ---
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
+        """Score continuations, those of one question together.
+
+        Args:
+            requests: Each with a context and a continuation.
+            disable_tqdm: Show no progress.
+
+        Returns:
+            For each request its log-probability and whether it is the likeliest continuation.
+
+        Raises:
+            TaskError: See `questions.asked`.
+            RoutingError: A request without a prompt, while a policy decides on prompts.
+        """
+        if self.enable_thinking:
+            raise ConfigError("enable_thinking=true fits generated answers only; leave it out")
+        rows = [self.request_of(each) for each in requests]
+        with tqdm(desc="scoring", total=len(rows), disable=disable_tqdm or self.rank != 0) as bar:
+            answers = self._scored(rows, bar.update).answers
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request.args, answer)
+        return answers
+
+    def _scored(self, rows: Sequence[Request], on_progress: Any = lambda _: None) -> Scored:
+        return self.scorer.score(
+            rows,
+            lambda _keys: self.policy,
+            by_prompt=reads_prompt(self.policy),
+            on_progress=on_progress,
+        )
+
+    def request_of(self, instance: Instance) -> Request:
+        """Return a request of the harness as tokens."""
+        context, continuation = instance.args
+        if context == "":
+            if reads_prompt(self.policy):
+                raise RoutingError(
+                    f"{instance.task_name} scores text without a prompt, so nothing can decide on "
+                    f"its route; give a fixed plan (decisions=FILE, or static_routing=true)"
+                )
+            tokens = self.tok_encode(continuation, add_special_tokens=False)
+            whole = tokens if tokens[0] == self.prefix_token_id else [self.prefix_token_id, *tokens]
+            return Request((instance.task_name, instance.doc_id), whole[:1], whole[1:])
+        question = (instance.task_name, instance.doc_id)
+        return Request(question, *self._encode_pair(context, continuation))
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[Answer]:
+        """Score windows of a text (rolling log-likelihoods), each by itself.
+
+        Raises:
+            RoutingError: A policy that decides on prompts: there is none.
+        """
+        if reads_prompt(self.policy):
+            raise RoutingError(
+                "rolling log-likelihoods have no prompt, so nothing can decide on their route; "
+                "give a fixed plan (decisions=FILE, or static_routing=true)"
+            )
+        rows = [
+            Request(place, context, continuation)
+            for place, (_, context, continuation) in enumerate(requests)
+        ]
+        return self._scored(rows).answers
+
+    # --- generated answers ---
+
+    @contextmanager
+    def deciding(self, policy_of: Callable[[list[str]], Policy]) -> Iterator[None]:
+        """Let another policy decide on generated answers inside the block.
+
+        Args:
+            policy_of: Gives the policy for some prompts, side by side in a batch.
+        """
+        before, self._policy_of = self._policy_of, policy_of
+        try:
+            yield
+        finally:
+            self._policy_of = before
+
+    def tok_batch_encode(self, strings: list[str], *args: Any, **kwargs: Any) -> Any:
+        """Encode prompts, and remember whose routes come next."""
+        self._contexts = list(strings)
+        return super().tok_batch_encode(strings, *args, **kwargs)
+
+    def _model_generate(self, context: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with self.routed.using(self._policy_of(self._contexts)):
+            output = super()._model_generate(context, *args, **kwargs)
+        copies = len(self.routed.last_route) // len(self._contexts)
+        routes = self.routed.last_route[::copies]
+        self.scorer.tally.add(routes)
+        self.generated_routes.update(zip(self._contexts, map(tuple, routes.tolist()), strict=True))
+        return output
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Generate answers; decisions are taken in the prefill, and pinned.
+
+        Answers that the model has no room for are shorter, with a warning (see `lengths`).
+
+        Args:
+            requests: Each with a prompt and the settings of `generate`.
+            disable_tqdm: Show no progress.
+
+        Returns:
+            The texts, each up to its first stop.
+        """
+        wanted, places = without_padding(requests)
+        asked = fitted(
+            wanted, self.tok_encode, self.max_length, self.max_gen_toks, warns=self.rank == 0
+        )
+        texts: list[str] = super().generate_until(asked, disable_tqdm=disable_tqdm)
+        return [texts[place] for place in places]
+
+    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
+        """Return how many answers are generated at once with `auto`: as many as memory allows."""
+        price = Price(self.max_length, 1, keeps_kv=True)
+        fitting = Passes(self.routed.model, StateCache(0)).num_paths(price)
+        found: int = min(self.max_batch_size, fitting)
+        if self.world_size > 1:
+            found = int(self.all_gather(torch.tensor([found], device=self.device)).min())
+        return found
+
+    # --- several processes, and what is written down ---
+
+    def barrier(self) -> None:
+        """Wait for all processes, and add up what they counted: the harness calls it in each."""
+        super().barrier()
+        if self.world_size > 1:
+            tally = self.scorer.tally
+            counted = torch.tensor([[tally.prompts, tally.executions]])
+            every = self.all_gather(counted.to(self.device)).sum(dim=0).tolist()
+            self.shared_tally = Tally(*every)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what the harness writes beside its results.
+
+        `prompts` are those of all processes, each question once. Of rolling texts they are the
+        windows, with those that the harness repeats where processes have unequally many.
+        """
+        tally = self.shared_tally if self.world_size > 1 else self.scorer.tally
+        return {
+            "model_num_parameters": self.model.num_parameters(),
+            "model_dtype": self.model.dtype,
+            "model_revision": self.base.revision or "",
+            "model_sha": self.base.revision or "",
+            "drllm": {
+                "version": version("drllm"),
+                "base": self.base.identity,
+                "routers": self.routers_source,
+                "policy": type(self.policy).__name__,
+                "num_layers": self.routed.num_layers,
+                "prompts": tally.prompts,
+                "executions_a_forward": tally.executions / max(tally.prompts, 1),
+            },
+        }
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep the harness from warning of what is meant here."""
+    logger = logging.getLogger("lm_eval.models.huggingface")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,245 @@
+"""Scoring the harness' requests: questions in batches, each question under one route.
+
+Owns the `RequestScorer`, what its batches hold, and the count of executions. Leaves which
+requests make up a question to `questions`, and the passes to `models.scoring`.
+
+Axes: P questions, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from drllm.evaluation.lm_eval.questions import Asked, Request, asked
+from drllm.models.base.capabilities import can_pack
+from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.batching import Passes, Price
+from drllm.models.scoring.choices import ChoiceBatch, Score
+from drllm.models.scoring.prefix_cache import StateCache
+from drllm.paths import Decisions, Path
+
+Answer: TypeAlias = tuple[float, bool]
+"""A continuation's log-probability in nats, and whether it is the likeliest one."""
+
+PolicyOf: TypeAlias = Callable[[list[Hashable]], Policy]
+"""Gives the policy for the questions of some keys, side by side in a batch."""
+
+Plan: TypeAlias = Mapping[Hashable, Decisions]
+"""Decisions by question."""
+
+STATE_CACHE_GB = 1.0
+"""For states that the paths of a batch share; nothing is kept beyond a batch."""
+
+
+ENOUGH_TOKENS = 512
+"""A pass of so many keeps a processor busy; a larger one costs in proportion."""
+LEAST_FILLED = 0.8
+"""Share of a pass's columns that each of its rows fills, from `ENOUGH_TOKENS` on."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was executed, counted by prompt.
+
+    Attributes:
+        prompts: Prompts that were routed.
+        executions: Their executions a forward pass, added up.
+    """
+
+    prompts: int = 0
+    executions: int = 0
+
+    def add(self, routes: Tensor) -> None:
+        """Count routes `[P, L]`."""
+        self.prompts += len(routes)
+        self.executions += int(routes.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a list of requests was answered.
+
+    Attributes:
+        answers: For each request.
+        routes: For each question, by its key, its route.
+    """
+
+    answers: list[Answer]
+    routes: dict[Hashable, Decisions]
+
+
+class RequestScorer:
+    """Scores requests with a routed model.
+
+    Args:
+        routed: The model.
+        max_length: Most tokens that it reads.
+        batch_size: Rows a pass; a question is one, or one for each continuation where the model
+            can't have them packed, and is never split. `auto` goes by memory.
+        max_batch_size: Most rows a pass with `auto`.
+    """
+
+    def __init__(
+        self,
+        routed: RoutedModel,
+        max_length: int,
+        batch_size: int | str,
+        max_batch_size: int,
+    ) -> None:
+        self.routed = routed
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.max_batch_size = max_batch_size
+        self.tally = Tally()
+
+    def score(
+        self,
+        requests: Sequence[Request],
+        policy_of: PolicyOf,
+        *,
+        by_prompt: bool = True,
+        on_progress: Callable[[int], object] = lambda _: None,
+    ) -> Scored:
+        """Score requests, each question's under one route.
+
+        Args:
+            requests: In any order.
+            policy_of: See `PolicyOf`.
+            by_prompt: See `questions.asked`.
+            on_progress: Called with the number of continuations that were scored.
+
+        Raises:
+            TaskError: See `questions.asked`.
+        """
+        found = asked(requests, self.max_length, by_prompt=by_prompt)
+        scores: dict[int, Score] = {}
+        routes: dict[Hashable, Decisions] = {}
+        for places in self._batches(found):
+            keys = [found.keys[place] for place in places]
+            batch = self._batch(found, places)
+            each, route = _scores_under(batch, policy_of(keys), self.routed.num_layers)
+            self.tally.add(route)
+            scores.update(zip(places, each, strict=True))
+            routes.update(zip(keys, map(tuple, route.tolist()), strict=True))
+            on_progress(sum(len(found.questions[place].continuations) for place in places))
+        return Scored(_answers(found, scores), routes)
+
+    def score_plans(self, requests: Sequence[Request], plans: Sequence[Plan]) -> list[Scored]:
+        """Score requests under several plans at once, what their paths have in common run once.
+
+        Args:
+            requests: In any order.
+            plans: Each with decisions for every question.
+
+        Returns:
+            For each plan what `score` returns under it.
+
+        Raises:
+            TaskError: See `questions.asked`.
+        """
+        found = asked(requests, self.max_length, by_prompt=True)
+        scores: list[dict[int, Score]] = [{} for _ in plans]
+        for places in self._batches(found):
+            batch = self._batch(found, places)
+            wanted = [
+                (number, place, (row, plan[found.keys[place]]))
+                for number, plan in enumerate(plans)
+                for row, place in enumerate(places)
+            ]
+            each = batch.scores([pair for _, _, pair in wanted], greedy=True)
+            for (number, place, _), score in zip(wanted, each, strict=True):
+                scores[number][place] = score
+            batch.forget()
+        return [
+            Scored(_answers(found, each), {key: plan[key] for key in found.keys})
+            for plan, each in zip(plans, scores, strict=True)
+        ]
+
+    def score_path(self, requests: Sequence[Request], path: Path) -> list[Answer]:
+        """Score requests along one path, which decisions needn't be able to express.
+
+        Which continuations are the likeliest ones isn't said: all are called not greedy.
+
+        Args:
+            requests: In any order.
+            path: Layer indices in the order executed.
+
+        Raises:
+            TaskError: See `questions.asked`.
+        """
+        found = asked(requests, self.max_length, by_prompt=True)
+        scores: dict[int, Score] = {}
+        for places in self._batches(found):
+            [sums] = self._batch(found, places).path_logprobs([path])
+            for place, values in zip(places, sums, strict=True):
+                scores[place] = Score(values, greedy=(False,) * len(values))
+        return _answers(found, scores)
+
+    def _batch(self, found: Asked, places: Sequence[int]) -> ChoiceBatch:
+        questions = [found.questions[place] for place in places]
+        return ChoiceBatch(self.routed, questions, STATE_CACHE_GB)
+
+    def _batches(self, found: Asked) -> Iterator[list[int]]:
+        """Yield the places of the questions of each pass, the longest first.
+
+        A pass ends early where what follows is so short that padding it would cost more than a
+        pass of its own.
+        """
+        lengths = [each.length for each in found.questions]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        model = self.routed.model
+        passes = Passes(model, StateCache(0))
+        all_packed = bool(order) and can_pack(model, found.questions)
+        while order:
+            longest = lengths[order[0]]
+            if isinstance(self.batch_size, int):
+                most = self.batch_size
+            else:
+                scored = max(found.questions[place].num_behind for place in order) + 1
+                most = min(self.max_batch_size, passes.num_paths(Price(longest, scored)))
+            taken, rows = 0, 0
+            while taken < len(order):
+                question = found.questions[order[taken]]
+                packed = all_packed or can_pack(model, [question])
+                rows += 1 if packed else len(question.apart())
+                is_full = rows > most or (
+                    taken * longest >= ENOUGH_TOKENS
+                    and lengths[order[taken]] < LEAST_FILLED * longest
+                )
+                if taken and is_full:
+                    break
+                taken += 1
+            yield order[:taken]
+            order = order[taken:]
+
+
+def _answers(found: Asked, scores: Mapping[int, Score]) -> list[Answer]:
+    """Return each request's answer from the scores by question."""
+    return [
+        (scores[place].logprobs[number], scores[place].greedy[number])
+        for place, number in found.places
+    ]
+
+
+def _scores_under(
+    batch: ChoiceBatch, policy: Policy, num_layers: int
+) -> tuple[list[Score], Tensor]:
+    """Score a batch's questions under a policy; return their routes `[P, L]` too.
+
+    One plan for all is run as a path: then the prompts' common beginning is read once for all.
+    """
+    plan: Sequence[int] | None = None
+    if isinstance(policy, FullPolicy):
+        plan = (1,) * num_layers
+    elif isinstance(policy, FixedPolicy) and policy.shared:
+        plan = policy.plan[0]
+    if plan is None or not batch.shares_beginning:
+        return batch.routed_scores(policy)
+    pairs = [(place, tuple(plan)) for place in range(len(batch.questions))]
+    return batch.scores(pairs, greedy=True), torch.tensor([plan] * len(pairs))

@@ -1,0 +1,223 @@
+"""One task of a task folder: its questions as requests, and what answers to them are worth.
+
+Owns loading a written task into the harness, grading one system's answers by the harness' own
+metrics, question by question, and the gold option of a question. Leaves writing the folder to
+`folders`, and answering to whoever asks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+from drllm.errors import ModelError, TaskError
+from drllm.evaluation.baselines.measures import log_share
+from drllm.evaluation.lm_eval.folders import HarnessTask
+from drllm.evaluation.lm_eval.model import RoutedLM
+from drllm.evaluation.lm_eval.questions import Request
+from drllm.evaluation.lm_eval.scoring import Answer
+
+Key: TypeAlias = tuple[str, int]
+"""Which question: the harness' task, and the row's number there."""
+
+FEWSHOT_SEED = 1234
+"""The harness' own, so that its command line draws the same worked examples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """What the answer to one question is worth.
+
+    Attributes:
+        score: By the metric that counts, from 0 to 1.
+        metrics: All that the harness says of it, by name.
+        gold_logprob: The gold option's log-probability among the options, in nats; None where
+            there are no options.
+    """
+
+    score: float
+    metrics: dict[str, float]
+    gold_logprob: float | None
+
+
+class AskedTask:
+    """The questions of one task, as the harness renders them.
+
+    Args:
+        written: An entry of `write_task_folder`.
+        folder: The folder that it was written to.
+        lm: Whose tokenizer and chat template are used.
+        chat: Ask through the chat template, worked examples as turns.
+
+    Attributes:
+        written: The entry.
+        keys: Of the questions, in the order of their rows.
+        instances: For each question, its requests.
+        docs: For each question, its row.
+
+    Raises:
+        TaskError: Prompts that the model's context has no room for.
+    """
+
+    def __init__(self, written: HarnessTask, folder: Path, lm: RoutedLM, *, chat: bool) -> None:
+        self.written = written
+        self._lm = lm
+        with _quiet():
+            manager = TaskManager(include_path=str(folder), include_defaults=False)
+            self._tasks: dict[str, Any] = dict(manager.load([written.harness_name])["tasks"])
+        self.keys: list[Key] = []
+        self.instances: list[list[Instance]] = []
+        self.docs: list[Mapping[str, Any]] = []
+        for name, task in self._tasks.items():
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            with _quiet():
+                task.build_all_requests(
+                    rank=0,
+                    world_size=1,
+                    apply_chat_template=chat,
+                    fewshot_as_multiturn=chat,
+                    chat_template=lm.apply_chat_template if chat else None,
+                    tokenizer_name=lm.tokenizer_name if chat else "",
+                )
+            by_doc = itertools.groupby(task.instances, key=lambda instance: instance.doc_id)
+            for doc_id, instances in by_doc:
+                self.keys.append((name, doc_id))
+                self.instances.append(sorted(instances, key=lambda instance: instance.idx))
+                self.docs.append(self.instances[-1][0].doc)
+
+    @property
+    def has_options(self) -> bool:
+        """Whether options are scored; else answers are generated."""
+        return self.written.kind == "choices"
+
+    @property
+    def ids(self) -> list[str]:
+        """Our id of each question."""
+        return [str(doc["drllm_id"]) for doc in self.docs]
+
+    def digest(self) -> str:
+        """Return a hash of all that is asked and of what the answers are graded by."""
+        args = [[instance.args for instance in instances] for instances in self.instances]
+        text = json.dumps([self.keys, args, self.docs], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def requests(self) -> list[list[Request]]:
+        """Return each question's options as tokens behind its context."""
+        return [[self._lm.request_of(each) for each in instances] for instances in self.instances]
+
+    def prompts(self) -> list[str]:
+        """Return what the model reads of each question, rendered."""
+        return [str(instances[0].args[0]) for instances in self.instances]
+
+    def options(self, place: int) -> list[str]:
+        """Return the continuations that are scored, of the question at a place."""
+        return [str(instance.args[1]) for instance in self.instances[place]]
+
+    def gold(self, place: int) -> int:
+        """Return which option of the question at a place is right.
+
+        Raises:
+            TaskError: A task whose right options are several, or aren't said.
+        """
+        name, _ = self.keys[place]
+        task, doc = self._tasks[name], self.docs[place]
+        gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        if isinstance(gold, str):
+            gold = task.doc_to_choice(doc).index(gold)
+        if not isinstance(gold, int):
+            raise TaskError(f"{name} has no single right option (row {place}: {gold!r})")
+        return gold
+
+    def text(self, place: int) -> Request:
+        """Return a question with its right answer as a text whose next-token loss can be read.
+
+        With options it is the question and the right one, all but its first token predicted;
+        where answers are generated, the right answer behind the question (for GSM8K a worked
+        solution), which alone is predicted.
+        """
+        request = self._lm.request_of(self._with_answer(place))
+        if self.has_options:
+            tokens = [*request.context, *request.continuation]
+            return Request(self.keys[place], tokens[:1], tokens[1:])
+        return request
+
+    def _with_answer(self, place: int) -> Instance:
+        name, doc_id = self.keys[place]
+        if self.has_options:
+            return self.instances[place][self.gold(place)]
+        task = self._tasks[name]
+        answer = task.doc_to_target(self.docs[place])
+        first = answer[0] if isinstance(answer, list) else answer
+        continuation = task.config.target_delimiter + str(first)
+        context = self.prompts()[place]
+        return Instance("loglikelihood", {}, (context, continuation), 0, (name, doc_id, 1))
+
+    def check(self, place: int, answers: Sequence[Answer]) -> None:
+        """Refuse answers to the question at a place that can't be compared.
+
+        Raises:
+            ModelError: Log-probabilities that are not finite.
+        """
+        for logprob, _ in answers:
+            if not math.isfinite(logprob):
+                raise ModelError(
+                    f"a log-probability of question {self.ids[place]} is {logprob}; load the model "
+                    f"with --dtype float32"
+                )
+
+    def grade(self, answers: Sequence[Sequence[Answer | str]]) -> list[Graded]:
+        """Return what a system's answers are worth.
+
+        Args:
+            answers: For each question, the answers to its requests: a log-probability and whether
+                it is the likeliest continuation, or a text.
+
+        """
+        for instances, given in zip(self.instances, answers, strict=True):
+            for instance, answer in zip(instances, given, strict=True):
+                instance.resps, instance.filtered_resps = [answer], {}
+        for task in self._tasks.values():
+            task.apply_filters()
+        return [self._graded(place, given) for place, given in enumerate(answers)]
+
+    def _graded(self, place: int, answers: Sequence[Answer | str]) -> Graded:
+        name, _ = self.keys[place]
+        found = self._tasks[name].process_results(
+            self.docs[place],
+            [instance.filtered_resps[self.written.filter] for instance in self.instances[place]],
+        )
+        metrics = {
+            metric: float(value)
+            for metric, value in found.items()
+            if isinstance(value, (bool, int, float))
+        }
+        gold = None
+        if self.has_options:
+            sums = [answer[0] for answer in answers if not isinstance(answer, str)]
+            gold = log_share(sums, self.gold(place))
+        return Graded(metrics[self.written.metric], metrics, gold)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the harness and `datasets` from telling how they read a task, in bars of their own."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,278 @@
+"""Router metrics: how far decisions agree with target paths, and the baselines to beat.
+
+Counts come first because they can be summed over batches, layers and processes; ratios can't.
+Three baselines ignore the question: always execute; each layer's commonest training label; and
+each layer's decision drawn as often as it was a label there (expected counts, nothing is drawn).
+Loads no torch.
+
+Axes: N targets, L layers, C = 3 decisions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from drllm.paths import Decision
+
+NAMES = ("skip", "execute", "repeat")
+DECISIONS = range(len(NAMES))
+
+Confusion: TypeAlias = tuple[tuple[float, ...], ...]
+"""`[C][C]`: how often each label (row) was given each decision (column)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What was counted over some targets; expected values where decisions are drawn.
+
+    Attributes:
+        confusion: `[L]` confusions, one a layer; empty where nothing was counted.
+        executions: What the decisions cost over all targets, in layer equivalents.
+        examples: How many targets.
+        loss: Sum over the targets of their losses (each a mean over layers); None for decisions
+            that aren't made from probabilities.
+    """
+
+    confusion: tuple[Confusion, ...] = ()
+    executions: float = 0
+    examples: int = 0
+    loss: float | None = 0.0
+
+    def __add__(self, other: Counts) -> Counts:
+        """Return the counts over both sets of targets.
+
+        Raises:
+            ValueError: Counts of models with different numbers of layers.
+        """
+        ours, theirs = self.confusion, other.confusion
+        if ours and theirs:
+            added = tuple(add(one, two) for one, two in zip(ours, theirs, strict=True))
+        else:
+            added = ours or theirs
+        return Counts(
+            confusion=added,
+            executions=self.executions + other.executions,
+            examples=self.examples + other.examples,
+            loss=None if self.loss is None or other.loss is None else self.loss + other.loss,
+        )
+
+    @property
+    def labels(self) -> list[list[float]]:
+        """`[L][C]`: how often each decision is the label of each layer."""
+        return [[sum(row) for row in layer] for layer in self.confusion]
+
+
+def add(one: Confusion, other: Confusion) -> Confusion:
+    """Return the confusion over both.
+
+    Example:
+        >>> add(((1, 0), (0, 2)), ((0, 1), (1, 0)))
+        ((1, 1), (1, 2))
+    """
+    return tuple(
+        tuple(ours + theirs for ours, theirs in zip(row, added, strict=True))
+        for row, added in zip(one, other, strict=True)
+    )
+
+
+def total(layers: Sequence[Confusion]) -> Confusion:
+    """Return the confusion over all layers."""
+    found: Confusion = tuple((0,) * len(DECISIONS) for _ in DECISIONS)
+    for layer in layers:
+        found = add(found, layer)
+    return found
+
+
+def ratios(counts: Counts) -> dict[str, float | None]:
+    """Turn counts into metrics, named as on a line of `metrics.jsonl`.
+
+    Args:
+        counts: Of at least one target.
+
+    Returns:
+        `routers_loss` (mean over targets and layers; None without losses), those of
+        `hit_ratios`, and `avg_layers` (mean executions of the decisions).
+
+    Example:
+        >>> ratios(Counts(confusion=(((1, 1, 0), (0, 2, 0), (0, 0, 0)),), executions=3, examples=1))
+        ... # doctest: +NORMALIZE_WHITESPACE
+        {'routers_loss': 0.0, 'accuracy': 0.75, 'macro_f1': 0.7333333333333334,
+         'f1_skip': 0.6666666666666666, 'f1_execute': 0.8, 'f1_repeat': None, 'acc_skip': 0.5,
+         'acc_repeat': None, 'avg_layers': 3.0}
+    """
+    return {
+        "routers_loss": None if counts.loss is None else counts.loss / counts.examples,
+        **hit_ratios(total(counts.confusion)),
+        "avg_layers": counts.executions / counts.examples,
+    }
+
+
+def hit_ratios(confusion: Confusion) -> dict[str, float | None]:
+    """Return the metrics of one confusion: a layer's, or that of all layers.
+
+    Args:
+        confusion: With at least one label.
+
+    Returns:
+        `accuracy` (share of the labels that were hit), `macro_f1` (mean of the F1 that are
+        defined), `f1_*` (None where a class is neither a label nor decided), `acc_skip` and
+        `acc_repeat` (share of a class' labels that were hit; None where it has none).
+
+    Source: Dr.LLM names macro-F1, F1 by class and accuracy by class; that undefined F1 are left
+        out of the mean is ours.
+    """
+    hits = [confusion[decision][decision] for decision in DECISIONS]
+    labelled = [sum(row) for row in confusion]
+    decided = [sum(column) for column in zip(*confusion, strict=True)]
+    f1 = [
+        _ratio(2 * hit, of_label + of_decision)
+        for hit, of_label, of_decision in zip(hits, labelled, decided, strict=True)
+    ]
+    defined = [value for value in f1 if value is not None]
+    return {
+        "accuracy": sum(hits) / sum(labelled),
+        "macro_f1": sum(defined) / len(defined),
+        **{f"f1_{name}": value for name, value in zip(NAMES, f1, strict=True)},
+        "acc_skip": _ratio(hits[0], labelled[0]),
+        "acc_repeat": _ratio(hits[2], labelled[2]),
+    }
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+# --- baselines that ignore the question ---
+
+Labels: TypeAlias = Sequence[Sequence[float]]
+"""`[L][C]`: how often each decision is the label of each layer."""
+
+ROUTERS = "routers"
+ALWAYS_EXECUTE = "always_execute"
+LABEL_FREQUENCY = "label_frequency"
+LAYER_MAJORITY = "layer_majority"
+TRAIN, VALIDATION = "train", "validation"
+JUDGED = (("macro_f1", "macro-F1"), ("accuracy", "accuracy"))
+
+
+def baselines(labels: Labels, trained: Labels) -> dict[str, Counts]:
+    """Count how the trivial ways of deciding fare, by name.
+
+    Args:
+        labels: Of the targets that are judged; each layer has as many.
+        trained: Of the targets trained on, from which majority and frequencies come.
+    """
+    execute = [int(Decision.EXECUTE)] * len(labels)
+    return {
+        ALWAYS_EXECUTE: drawn(labels, [_only(decision) for decision in execute]),
+        LABEL_FREQUENCY: drawn(labels, [[n / sum(layer) for n in layer] for layer in trained]),
+        LAYER_MAJORITY: drawn(labels, [_only(decision) for decision in majority(trained)]),
+    }
+
+
+def majority(labels: Labels) -> list[int]:
+    """Return each layer's commonest label, `[L]`; of equally common ones execute, else skip.
+
+    Example:
+        >>> majority([[3, 1, 0], [2, 2, 0], [2, 0, 2]])
+        [0, 1, 0]
+    """
+    order = (int(Decision.EXECUTE), int(Decision.SKIP), int(Decision.REPEAT))
+    return [max(order, key=lambda decision: layer[decision]) for layer in labels]
+
+
+def drawn(labels: Labels, shares: Sequence[Sequence[float]]) -> Counts:
+    """Return the expected counts of decisions that are drawn without looking at the question.
+
+    Args:
+        labels: `[L][C]`, of the targets.
+        shares: `[L][C]`: the probability of each decision; layers are drawn one by one.
+
+    Returns:
+        Expected counts; decisions that skip every layer cost 1, as everywhere.
+
+    Source: ours.
+
+    Example:
+        >>> drawn([[1, 3, 0]], [[0.5, 0.5, 0.0]]).confusion[0][:2]
+        ((0.5, 0.5, 0.0), (1.5, 1.5, 0.0))
+    """
+    examples = sum(labels[0])
+    mean = sum(decision * layer[decision] for layer in shares for decision in DECISIONS)
+    skips_all = math.prod(layer[int(Decision.SKIP)] for layer in shares)
+    return Counts(
+        confusion=tuple(
+            tuple(tuple(n * share for share in layer) for n in row)
+            for row, layer in zip(labels, shares, strict=True)
+        ),
+        executions=examples * (mean + skips_all),
+        examples=int(examples),
+        loss=None,
+    )
+
+
+def beside(routers: Counts, trained: Labels) -> dict[str, Counts]:
+    """Return the counts of routers and those of the baselines on the same targets, by name."""
+    return {ROUTERS: routers, **baselines(routers.labels, trained)}
+
+
+def verdict(parts: Mapping[str, Mapping[str, Counts]]) -> str:
+    """Say in one sentence whether routers beat the best baseline on targets they haven't learnt.
+
+    Args:
+        parts: Of `TRAIN`, and of `VALIDATION` where targets were held out: what `beside` returns.
+    """
+    if VALIDATION not in parts:
+        return (
+            "No targets were held out, so nothing says whether the routers beat decisions that "
+            "ignore the question."
+        )
+    systems = parts[VALIDATION]
+    scores = {name: ratios(counts) for name, counts in systems.items()}
+    told, better = [], []
+    for key, title in JUDGED:
+        values = {name: score[key] or 0.0 for name, score in scores.items()}
+        ours = values.pop(ROUTERS)
+        best = max(values, key=lambda name: values[name])
+        better.append(ours > values[best])
+        told.append(f"{title} {ours:.3f} against {values[best]:.3f} ({shown(best)})")
+    names = [title for _, title in JUDGED]
+    if all(better):
+        what = "beat the best baseline in both macro-F1 and accuracy"
+    elif any(better):
+        won, lost = names[better.index(True)], names[better.index(False)]
+        what = f"beat the best baseline in {won}, but not in {lost}"
+    else:
+        what = "beat the best baseline neither in macro-F1 nor in accuracy"
+    return f"On {systems[ROUTERS].examples} held-out targets the routers {what}: {', '.join(told)}."
+
+
+def by_layer(systems: Mapping[str, Counts]) -> str:
+    """Say in one sentence at how many layers routers hit more labels than the layer's majority.
+
+    Args:
+        systems: What `beside` returns.
+    """
+    ours, theirs = (_hits(systems[name]) for name in (ROUTERS, LAYER_MAJORITY))
+    gained = [one - other for one, other in zip(ours, theirs, strict=True)]
+    more, fewer = sum(gain > 0 for gain in gained), sum(gain < 0 for gain in gained)
+    return (
+        f"The routers hit more labels than the layer's majority at {more} of {len(gained)} layers, "
+        f"fewer at {fewer}."
+    )
+
+
+def shown(name: str) -> str:
+    """Return the name of a system as people read it."""
+    return name.replace("_", " ")
+
+
+def _hits(counts: Counts) -> list[float]:
+    return [sum(layer[decision][decision] for decision in DECISIONS) for layer in counts.confusion]
+
+
+def _only(decision: int) -> list[float]:
+    return [float(each == decision) for each in DECISIONS]

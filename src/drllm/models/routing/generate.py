@@ -1,0 +1,118 @@
+"""What routing has to know about a call of `generate`: where prompts end, which rows are copies.
+
+Owns the override of a routed model's `generate`, which says so to the routing driver and then
+calls the model's own; nothing of the decoding itself is here.
+
+Axes: B prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from drllm.errors import RoutingError
+from drllm.models.routing.driver import RoutingDriver, reads_prompt
+
+
+class GenerateHandle:
+    """The override of a model's `generate`; a plain object, so that models copy and pickle.
+
+    Without it, a `generate` without a cache would decide anew at every step, beams of one prompt
+    could be given different decisions, and a draft's tokens would be read as part of the prompt.
+
+    Args:
+        model: The model whose `generate` is overridden.
+        driver: Its routing.
+    """
+
+    def __init__(self, model: Any, driver: RoutingDriver) -> None:
+        self.model = model
+        self.driver = driver
+
+    def attach(self) -> None:
+        """Put the override on."""
+        self.model.generate = self.generate
+
+    def remove(self) -> None:
+        """Take the override off."""
+        del self.model.generate
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as the model does, with decisions taken once per prompt.
+
+        Raises:
+            RoutingError: `prefill_chunk_size` with a policy that reads the prompt, since it would
+                decide on the first chunk alone; `guidance_scale` without a cache, whose second
+                prompt would be given the decisions of the first.
+        """
+        option = Options(self.model, kwargs, args)
+        policy = self.driver.current_policy
+        chunk = option("prefill_chunk_size")
+        if chunk is not None and reads_prompt(policy):
+            raise RoutingError(
+                f"prefill_chunk_size={chunk} would let the policy decide on the first chunk of the "
+                f"prompt alone; leave it out, or pin a plan with routed.fixed(...)"
+            )
+        if option("guidance_scale") not in (None, 1) and option("use_cache") is False:
+            raise RoutingError(
+                f"guidance_scale={option('guidance_scale')} runs a second prompt, and without a "
+                f"cache nothing tells its decisions from the first one's; leave use_cache on"
+            )
+        copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
+        with ExitStack() as stack:
+            stack.enter_context(self.driver.session(copies))
+            drafted = option("assistant_model") is not None or option("prompt_lookup_num_tokens")
+            if drafted and reads_prompt(policy) and not self.driver.has_prompt_lengths:
+                # The first pass verifies the first draft together with the prompt.
+                lengths = _prompt_lengths(args, kwargs)
+                if lengths is not None:
+                    stack.enter_context(self.driver.prompt_lengths(lengths))
+            return type(self.model).generate(self.model, *args, **kwargs)
+
+
+class Options:
+    """The options of one call of `generate`: those given by name, else the generation configs'.
+
+    Args:
+        model: The model whose own generation config counts last.
+        given: The call's arguments by name.
+        args: The call's arguments by position.
+    """
+
+    def __init__(self, model: Any, given: Mapping[str, Any], args: Sequence[Any] = ()) -> None:
+        self.given = given
+        config = given.get("generation_config", args[1] if len(args) > 1 else None)
+        alone = given.get("use_model_defaults") is False
+        self.configs = (config,) if alone else (config, model.generation_config)
+
+    def __call__(self, name: str) -> Any:
+        """Return an option's value, or None."""
+        for value in (self.given.get(name), *(getattr(c, name, None) for c in self.configs)):
+            if value is not None:
+                return value
+        return None
+
+
+def end_tokens(given: Any) -> list[int]:
+    """Return the tokens that end an answer, from an `eos_token_id` in any of its forms.
+
+    Example:
+        >>> end_tokens(2), end_tokens([2, 5]), end_tokens(None)
+        ([2], [2, 5], [])
+    """
+    return [] if given is None else [int(end) for end in torch.as_tensor(given).reshape(-1)]
+
+
+def _prompt_lengths(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Return each prompt's number of tokens, `[B]`, padding not counted."""
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        return torch.as_tensor(mask.sum(dim=1))
+    given = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    if given is None:
+        given = kwargs.get("inputs_embeds")
+    return None if given is None else torch.full((given.shape[0],), given.shape[1])

@@ -1,0 +1,363 @@
+"""Policies: what decides, for a prompt, which layers are skipped, executed or repeated.
+
+Owns the one-method interface, the policies that come with the package, and what the knobs of the
+depth dial do to a router's logits. A policy of your own is a class with `decide`
+(`examples/own_policy.py`); it may look at the prompt through the `PromptView` or ignore it. Leaves
+executing the decisions, pinning them and keeping at least one execution to `routing`, and finding
+a knob's position to `dial`.
+
+Axes: B rows, T tokens, D hidden, L layers, W windows.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from drllm.config import DepthConfig
+from drllm.errors import CheckpointError, ConfigError, RoutingError
+from drllm.models.routers.pooling import Spans, Windows
+from drllm.models.routers.stack import RouterStack
+from drllm.paths import Decision, check_decisions
+
+
+@dataclass(frozen=True, slots=True)
+class PromptView:
+    """The prompts of a batch as they arrive at one layer.
+
+    Attributes:
+        hidden: `[B, T, D]`, the layer's input; padded positions may hold anything.
+        readable: `[B, T]` bool: real tokens of the prompt, without padding and without whatever
+            lies behind a prompt length that the caller gave.
+        spans: Where windows lie, by their number; the layers of a pass share it.
+    """
+
+    hidden: Tensor
+    readable: Tensor
+    spans: dict[int, Spans] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return int(self.hidden.shape[0])
+
+    def windows(self, num_windows: int) -> Windows:
+        """Return the prompts averaged in W windows, in float32; computed when asked for."""
+        with full_precision(self.hidden.device):
+            if num_windows not in self.spans:
+                self.spans[num_windows] = Spans(self.readable, num_windows)
+            return self.spans[num_windows].means(self.hidden)
+
+
+class Policy(Protocol):
+    """Gives the decisions of every row at one layer.
+
+    Attributes:
+        reads_prompt: Whether it may read the `PromptView`. One that never does says False. It is
+            asked for all layers before the first one runs, and also works where a pass doesn't
+            show the whole prompt, or not which of its tokens are padding.
+    """
+
+    reads_prompt: ClassVar[bool] = True
+
+    @abstractmethod
+    def decide(self, layer: int, prompts: PromptView) -> Tensor | Sequence[int]:
+        """Return one decision per row.
+
+        Args:
+            layer: Layer index from 0; layers are asked in order, once per prompt.
+            prompts: What the layer is about to read.
+
+        Returns:
+            `[B]` integers 0, 1 or 2: a tensor on any device, or a sequence.
+        """
+
+
+class FullPolicy(Policy):
+    """Execute every layer once: the base model."""
+
+    reads_prompt = False
+
+    def decide(self, layer: int, prompts: PromptView) -> Sequence[int]:
+        """Return 1 for every row."""
+        return [1] * prompts.num_rows
+
+
+class FixedPolicy(Policy):
+    """Follow given decisions, whatever the prompt says.
+
+    Args:
+        decisions: `[L]` for all rows, or `[B, L]`.
+        num_layers: L of the model.
+
+    Raises:
+        PathError: Decisions that no model of L layers can run.
+    """
+
+    reads_prompt = False
+
+    def __init__(
+        self, decisions: Sequence[int] | Sequence[Sequence[int]] | Tensor, num_layers: int
+    ) -> None:
+        plan = torch.as_tensor(decisions).cpu()
+        rows = plan.tolist() if plan.dim() == 2 else [plan.tolist()]
+        self.plan = [check_decisions(row, num_layers) for row in rows]  # [B][L]
+        self.shared = plan.dim() == 1
+
+    def decide(self, layer: int, prompts: PromptView) -> Sequence[int]:
+        """Return column `layer` of the plan.
+
+        Raises:
+            RoutingError: Decisions of their own for another number of rows.
+        """
+        if self.shared:
+            return [self.plan[0][layer]] * prompts.num_rows
+        if len(self.plan) != prompts.num_rows:
+            raise RoutingError(
+                f"decisions for {len(self.plan)} prompts were given, the batch has "
+                f"{prompts.num_rows}; give one row each, or one for all"
+            )
+        return [row[layer] for row in self.plan]
+
+
+class RecordingPolicy(Policy):
+    """Follow another policy and record what every router would have read.
+
+    With the target paths' decisions that is teacher forcing; with routers it is what they read at
+    inference, where each sees the states that the decisions before it have made. After a forward
+    pass `means` is `[B, L, W, D]` in float32 and `filled` is `[B]`.
+
+    Args:
+        policy: What decides.
+        num_windows: W.
+
+    Source: Dr.LLM section 3.3; recording instead of training in the loop is ours (D-09).
+    """
+
+    reads_prompt = True
+
+    def __init__(self, policy: Policy, num_windows: int) -> None:
+        self.policy = policy
+        self.num_windows = num_windows
+        self._means: list[Tensor] = []
+        self.filled = torch.empty(0, dtype=torch.long)
+
+    def decide(self, layer: int, prompts: PromptView) -> Tensor | Sequence[int]:
+        """Record the windows at this layer and return the other policy's decisions."""
+        if layer == 0:
+            self._means = []
+        windows = prompts.windows(self.num_windows)
+        self._means.append(windows.means)
+        self.filled = windows.filled
+        return self.policy.decide(layer, prompts)
+
+    @property
+    def means(self) -> Tensor:
+        """Every router's input, `[B, L, W, D]`; L layers on several devices meet on the first."""
+        device = self._means[0].device
+        return torch.stack([means.to(device) for means in self._means], dim=1)
+
+
+class RandomPolicy(Policy):
+    """Draw each decision at random with the same probabilities at every layer.
+
+    Args:
+        probabilities: Of skip, execute and repeat; they add up to 1.
+        generator: Source of randomness.
+
+    Raises:
+        ConfigError: Numbers that are no probabilities.
+    """
+
+    reads_prompt = False
+
+    def __init__(self, probabilities: Sequence[float], generator: torch.Generator) -> None:
+        given = tuple(probabilities)
+        if (
+            len(given) != len(Decision)
+            or not all(0 <= value <= 1 for value in given)
+            or not math.isclose(sum(given), 1.0, abs_tol=1e-6)
+        ):
+            raise ConfigError(
+                f"the probabilities of skip, execute and repeat are {list(given)}; give three "
+                f"numbers from 0 to 1 that add up to 1"
+            )
+        self.probabilities = torch.tensor(given)
+        self.generator = generator
+
+    def decide(self, layer: int, prompts: PromptView) -> Tensor:
+        """Return one draw per row."""
+        return _draw(self.probabilities, prompts.num_rows, self.generator)
+
+
+class LabelFrequencyPolicy(Policy):
+    """Draw each decision at random, as often as it was the target of its layer in training.
+
+    The null hypothesis for routers: what they would do if they knew how often each layer is
+    skipped and repeated, and nothing of the prompt.
+
+    Args:
+        label_counts: `[L][3]`, as in `router_config.json`.
+        generator: Source of randomness.
+
+    Raises:
+        CheckpointError: A layer without counts.
+
+    Example:
+        >>> policy = LabelFrequencyPolicy([[0, 9, 0], [5, 0, 0]], torch.Generator())
+        >>> prompts = PromptView(torch.zeros(2, 1, 4), torch.ones(2, 1, dtype=torch.bool))
+        >>> [policy.decide(layer, prompts).tolist() for layer in (0, 1)]
+        [[1, 1], [0, 0]]
+    """
+
+    reads_prompt = False
+
+    def __init__(self, label_counts: Sequence[Sequence[int]], generator: torch.Generator) -> None:
+        self.frequencies = label_frequencies(label_counts)  # [L, 3]
+        self.generator = generator
+
+    def decide(self, layer: int, prompts: PromptView) -> Tensor:
+        """Return one draw per row.
+
+        Raises:
+            RoutingError: A layer that the counts don't go up to.
+        """
+        if layer >= len(self.frequencies):
+            raise RoutingError(
+                f"there are label counts of {len(self.frequencies)} layers, the model has more; "
+                f"use the counts of routers that were trained for this model"
+            )
+        return _draw(self.frequencies[layer], prompts.num_rows, self.generator)
+
+
+def label_frequencies(label_counts: Sequence[Sequence[int]]) -> Tensor:
+    """Return how often each decision was the target of each layer, `[L, 3]` in float64.
+
+    Args:
+        label_counts: `[L][3]`, as in `router_config.json`.
+
+    Raises:
+        CheckpointError: No counts, or none for some layer.
+    """
+    counts = torch.tensor(label_counts, dtype=torch.float64)
+    if counts.numel() == 0 or bool((counts.sum(dim=1) == 0).any()):
+        raise CheckpointError(
+            "these routers carry no label counts for some layer, so decisions can't be drawn by "
+            "label frequency; use routers that 'drllm train' has written"
+        )
+    return counts / counts.sum(dim=1, keepdim=True)
+
+
+def _draw(probabilities: Tensor, num_rows: int, generator: torch.Generator) -> Tensor:
+    weights = probabilities.to(generator.device)
+    return torch.multinomial(weights, num_rows, replacement=True, generator=generator)
+
+
+class RouterPolicy(Policy):
+    """Ask the trained routers: argmax of a layer's logits on the windows of its input.
+
+    Either knob moves the depth of all prompts; without one the routers decide alone.
+
+    Args:
+        routers: One router per layer.
+        depth_bias: See `biased`; 0 leaves the logits as they are.
+        router_penalty: See `penalised`; None leaves the logits as they are.
+
+    Raises:
+        ConfigError: Both knobs, or a value out of range.
+
+    Source: Dr.LLM section 3.2; `depth_bias` is ours (D-20).
+    """
+
+    def __init__(
+        self,
+        routers: RouterStack,
+        *,
+        depth_bias: float = 0.0,
+        router_penalty: float | None = None,
+    ) -> None:
+        DepthConfig(depth_bias=depth_bias, router_penalty=router_penalty).knob()
+        self.routers = routers
+        self.depth_bias = depth_bias
+        self.router_penalty = router_penalty
+
+    def decide(self, layer: int, prompts: PromptView) -> Tensor:
+        """Return the routers' decisions."""
+        windows = prompts.windows(self.routers.config.num_windows)
+        device = self.routers.hidden_weight.device
+        with full_precision(device), torch.no_grad():
+            logits = self.routers.layer_logits(layer, windows)
+            if self.router_penalty is not None:
+                return penalised(logits, self.router_penalty).argmax(dim=-1)
+            if self.depth_bias:
+                logits = biased(logits, self.depth_bias)
+            return logits.argmax(dim=-1)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Keep autocast out of the block; nothing is switched where it is off, which is quicker."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def biased(logits: Tensor, depth_bias: float) -> Tensor:
+    """Charge every execution the same price, in logits.
+
+    A decision d gets its logit minus `depth_bias` · d. So with a price above 0 a layer is skipped
+    where its router is less sure that it should run, the least sure first; below 0 layers are
+    repeated. Of the logits only differences count, so a price is comparable between layers as far
+    as their routers are.
+
+    Args:
+        logits: `[B, 3]` of skip, execute and repeat.
+        depth_bias: The price; 0 leaves the logits as they are.
+
+    Returns:
+        `[B, 3]`.
+
+    Source: ours (D-20).
+
+    Example:
+        >>> biased(torch.tensor([[0.0, 1.0, -2.0]]), 1.5).tolist()
+        [[0.0, -0.5, -5.0]]
+    """
+    counts = torch.arange(len(Decision), dtype=logits.dtype, device=logits.device)
+    return logits - depth_bias * counts
+
+
+def penalised(logits: Tensor, router_penalty: float) -> Tensor:
+    """Blend the routers' probabilities with certain decisions, as published.
+
+    From -1 to -0.5 certain skip gives way to the routers, from there to 0.5 the routers to certain
+    execute, and from there to 1 that to certain repeat. What is certain wins as soon as it makes
+    up more than half of the blend, so routers have a say between -0.75 and 0 only: below that
+    everything is skipped, above it everything executed, and above 0.75 everything repeated.
+
+    Args:
+        logits: `[B, 3]` of skip, execute and repeat.
+        router_penalty: In [-1, 1].
+
+    Returns:
+        `[B, 3]` probabilities.
+
+    Source: Dr.LLM figure 7 and its code for Qwen2 (D-20).
+
+    Example:
+        >>> penalised(torch.tensor([[0.0, 0.0, -torch.inf]]), -0.75).tolist()
+        [[0.75, 0.25, 0.0]]
+    """
+    skip, execute, repeat = torch.eye(len(Decision), dtype=logits.dtype, device=logits.device)
+    routers = logits.softmax(dim=-1)
+    if router_penalty <= -0.5:
+        return torch.lerp(skip.expand_as(routers), routers, (router_penalty + 1) / 0.5)
+    if router_penalty <= 0.5:
+        return torch.lerp(routers, execute.expand_as(routers), router_penalty + 0.5)
+    return torch.lerp(execute, repeat, (router_penalty - 0.5) / 0.5).expand_as(routers)

@@ -1,0 +1,269 @@
+"""`RoutedModel`: a frozen Hugging Face model with a policy that decides how often each layer runs.
+
+Owns the public surface: attach, generate, pin decisions, say where prompts end, save, load,
+detach. Leaves everything that happens inside a forward pass to `injection` and `routing`.
+
+Axes: B rows, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drllm.errors import RoutingError
+from drllm.models.base.layers import base_of
+from drllm.models.routers import checkpoint as pretrained
+from drllm.models.routers.stack import RouterStack
+from drllm.models.routing.bypass import Bypass, identity
+from drllm.models.routing.driver import RoutingDriver
+from drllm.models.routing.generate import GenerateHandle
+from drllm.models.routing.injection import Injection
+from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, RouterPolicy
+
+
+class RoutedModel:
+    """A base model under routing.
+
+    The model is used in place: `routed.model` is the same object, its weights and state-dict
+    keys unchanged, and from then on its forward passes and its `generate` are routed, whoever
+    calls them. A pass that starts with an empty cache, or has none, is taken for a prompt; its
+    decisions hold for whatever follows on the same cache, or in the same `generate`. Without
+    routers and without a policy every layer is executed once, bit for bit as before.
+
+    Args:
+        model: A decoder-only model of transformers, or a PEFT model around one.
+        routers: Trained routers for exactly this model.
+        policy: Any other policy; give routers or a policy, not both.
+        bypass: What a skipped layer leaves behind; by default the hidden state as it is.
+        tokenizer: The model's tokenizer, for whatever starts from texts (`search_path`).
+
+    Raises:
+        ArchitectureError: The model's layers can't be routed exactly.
+        CheckpointError: The routers were made for another model.
+        RoutingError: Both routers and a policy, or a model that is routed already.
+
+    Source: Dr.LLM section 3; injection into stock models is ours (D-01).
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64,
+        ...                      num_hidden_layers=3, num_attention_heads=4)
+        >>> routed = RoutedModel(LlamaForCausalLM(config))
+        >>> with routed.fixed([1, 0, 2]):
+        ...     output = routed.model(torch.tensor([[1, 2, 3]]))
+        >>> routed.last_route
+        tensor([[1, 0, 2]])
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        routers: RouterStack | None = None,
+        *,
+        policy: Policy | None = None,
+        bypass: Bypass = identity,
+        tokenizer: Any = None,
+    ) -> None:
+        if routers is not None and policy is not None:
+            raise RoutingError("give routers or a policy, not both: only one of them can decide")
+        if routers is not None:
+            pretrained.check_routers(model, routers)
+            if model.device.type != "meta":  # where accelerate keeps the weights elsewhere
+                routers = routers.to(model.device)
+            policy = RouterPolicy(routers)
+        self.model: Any = model
+        self.routers = routers
+        self.tokenizer = tokenizer
+        self.driver = RoutingDriver(policy, bypass)
+        self.injection = Injection(model, self.driver)
+        self._generation = GenerateHandle(base_of(model), self.driver)
+        self._generation.attach()
+        self._attached = True
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        routers: Path | str,
+        base: Any = None,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+    ) -> RoutedModel:
+        """Load routers and the base model they belong to.
+
+        Args:
+            routers: A folder that `drllm train` or `save_pretrained` has written, or OWNER/NAME on
+                the hub; a folder of that name comes first.
+            base: The base model, or its id or folder; None takes it from `router_config.json`.
+            revision: Branch, tag or commit of the routers on the hub.
+            dtype: Of a base model that is loaded here, as `--dtype`.
+            device: Of a base model that is loaded here, as `--device`.
+
+        Raises:
+            CheckpointError: Routers that are broken, can't be had, or belong to another model.
+            ConfigError: A setting that has no effect on what is given.
+            ModelError: The base model can't be had.
+        """
+        model, stack, tokenizer = pretrained.load(
+            routers, base, revision=revision, dtype=dtype, device=device
+        )
+        return cls(model, stack, tokenizer=tokenizer)
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.injection.num_layers
+
+    @property
+    def last_route(self) -> Tensor:
+        """The decisions of the last prompts that passed, int `[B, L]`.
+
+        `generate` lays out a row for every beam and every answer, so B counts these.
+
+        Raises:
+            RoutingError: No prompt has passed yet.
+        """
+        if not self.driver.last_route:
+            raise RoutingError("no prompt has passed through this routed model yet")
+        return torch.tensor(self.driver.last_route).T.contiguous()  # [B, L]
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force: the one of the innermost `using` or `fixed`, else the model's."""
+        return self.driver.current_policy
+
+    def generate(self, *args: Any, **inputs: Any) -> Any:
+        """Generate with the model's own `generate`; decisions are made once per prompt.
+
+        The same as `routed.model.generate`: beams, sampling, several answers, assisted decoding,
+        streaming, with a cache and without.
+
+        Args:
+            args: Whatever `model.generate` takes by position (the token ids).
+            inputs: Whatever it takes by name.
+
+        Returns:
+            What `model.generate` returns.
+
+        Raises:
+            RoutingError: `prefill_chunk_size` with a policy that reads the prompt, since it would
+                decide on the first chunk; a detached model.
+        """
+        self._check_attached()
+        return self.model.generate(*args, **inputs)
+
+    @contextmanager
+    def using(self, policy: Policy) -> Iterator[None]:
+        """Let another policy decide inside the block.
+
+        The block counts for the thread that entered it; a thread started inside doesn't inherit
+        it, so give the policy to `RoutedModel`, or open the block in that thread.
+        """
+        self._check_attached()
+        with self.driver.using(policy):
+            yield
+
+    @contextmanager
+    def fixed(self, decisions: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> Iterator[None]:
+        """Pin a plan inside the block.
+
+        Args:
+            decisions: `[L]` for every row, or `[B, L]`.
+
+        Raises:
+            PathError: Decisions that this model can't run.
+        """
+        with self.using(FixedPolicy(decisions, self.num_layers)):
+            yield
+
+    @contextmanager
+    def prompt_lengths(self, lengths: Sequence[int] | Tensor) -> Iterator[None]:
+        """Say where each row's prompt ends, for scoring continuations inside the block.
+
+        Routers then read the prompt alone, never the continuation that is being scored.
+
+        Args:
+            lengths: `[B]`, in real tokens, from 1.
+        """
+        with self.driver.prompt_lengths(torch.as_tensor(lengths)):
+            yield
+
+    def detach(self) -> Any:
+        """Take the routing off and return the model, exactly what it was before.
+
+        Raises:
+            RoutingError: It was taken off already, or somebody put another override over ours.
+        """
+        self._check_attached()
+        self.injection.remove()
+        self._generation.remove()
+        self._attached = False
+        return self.model
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise RoutingError(
+                "the routing was taken off this model by detach(); make a new RoutedModel"
+            )
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Save the routers with a model card; the base model isn't copied.
+
+        Routers that are in the folder already are replaced, their card too: all files or none.
+
+        Raises:
+            CheckpointError: A folder that can't be written, or holds a README.md of something
+                else; weights that are no longer finite float32.
+            RoutingError: There are no routers.
+        """
+        pretrained.save(self._own_routers(), self.model, folder)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload routers",
+    ) -> str:
+        """Push the routers with a model card to the hub; the base model isn't pushed.
+
+        Args:
+            repo: OWNER/NAME; made if need be.
+            private: Make the repository private; one that is public already is refused.
+            token: With write access; None takes the one that is set (HF_TOKEN) or logged in with.
+            revision: Branch, made if need be; None for the default branch.
+            commit_message: First line of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CheckpointError: What the hub or `save_pretrained` refuses, or no network.
+            RoutingError: There are no routers.
+        """
+        return pretrained.push(
+            self._own_routers(),
+            self.model,
+            repo,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+        )
+
+    def _own_routers(self) -> RouterStack:
+        if self.routers is None:
+            raise RoutingError("there are no routers to save: this model follows a policy")
+        return self.routers
+
+
+__all__ = ["FullPolicy", "RoutedModel"]

@@ -1,0 +1,202 @@
+"""Greedy answers for many (prompt, decisions) pairs at once, each as far as it takes to judge it.
+
+Owns `AnswerBatch`. Prompts are read through `shared_rows`, so that paths of one prompt share what
+they have in common, within a call and across calls, and prompts share what they begin with; what
+follows is an ordinary routed batch with a cache of its own. Leaves grading to its callers.
+
+Axes: P prompts, N pairs, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from drllm.models.routing.generate import end_tokens
+from drllm.models.routing.kv_cache import cache_argument
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.batching import Passes, Price
+from drllm.models.scoring.kl import Kl
+from drllm.models.scoring.packing import Question, SharedRows, Tokens, shared_rows
+from drllm.models.scoring.prefix_cache import GIGABYTE, StateCache
+from drllm.models.scoring.prefix_sharing import Pair
+
+Verdict: TypeAlias = Callable[[int, str, bool], float | None]
+"""Called with a pair's place, its text so far, and whether that is all; None while undecided."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A greedily generated answer.
+
+    Attributes:
+        text: As far as it was generated.
+        tokens: Its tokens, without the end-of-sequence token.
+        grade: What the verdict said.
+        logprob: Mean log-probability of the tokens generated (with the end of sequence), in nats.
+        kl: Mean KL from the full path over the prompt's tokens, in nats; None where it
+            wasn't asked for, or isn't finite.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    grade: float
+    logprob: float
+    kl: float | None = None
+
+
+class AnswerBatch:
+    """Prompts that are answered greedily, each pair under its own decisions.
+
+    Args:
+        routed: The model.
+        tokenizer: Turns tokens into the text that is judged.
+        contexts: The prompts' tokens.
+        state_cache_gb: Most memory for shared states and their K/V, in GB.
+        paths_per_pass: Most paths in a forward pass; None picks it by memory.
+
+    Attributes:
+        rows: The prompts' rows, with the states of their paths.
+    """
+
+    def __init__(
+        self,
+        routed: RoutedModel,
+        tokenizer: Any,
+        contexts: Sequence[Tokens],
+        state_cache_gb: float,
+        *,
+        paths_per_pass: int | None = None,
+    ) -> None:
+        self.routed = routed
+        self.tokenizer = tokenizer
+        self.states = StateCache(state_cache_gb * GIGABYTE)
+        questions = [Question(context) for context in contexts]
+        self.rows: SharedRows = shared_rows(routed, questions, self.states, keep_kv=True)
+        self._kl = Kl(self.rows)
+        self._passes = Passes(routed.model, self.states, paths_per_pass)
+        self._lengths = torch.tensor([len(context) for context in contexts])
+        self._ends = set(end_tokens(routed.model.generation_config.eos_token_id))
+        self._cache_argument = cache_argument(routed.model)
+
+    def answers(
+        self,
+        pairs: Sequence[Pair],
+        max_new_tokens: Sequence[int],
+        verdict: Verdict,
+        *,
+        kl: bool = False,
+    ) -> list[Answer]:
+        """Generate until the verdict on every pair is in.
+
+        Args:
+            pairs: Prompt's place and decisions.
+            max_new_tokens: For each pair, the most tokens of its answer.
+            verdict: Grades the text so far; an answer stops as soon as it isn't None.
+            kl: Measure that too, in the passes that read the prompts.
+
+        Returns:
+            One answer per pair, in order. As far as it goes, its text is what greedy `generate`
+            of the routed model gives without logits processors: a repetition penalty in a model's
+            generation settings is not applied (docs/differences.md, D-19).
+        """
+        self.states.executions_asked += sum(sum(decisions) for _, decisions in pairs)
+        columns = self.rows.packed.num_columns
+        price = Price(columns, columns if kl else 1, keeps_kv=True)
+        return self._passes.run(
+            range(len(pairs)),
+            price,
+            lambda places: self._generate(
+                [_Going(place, pairs[place], max_new_tokens[place]) for place in places],
+                verdict,
+                kl,
+            ),
+        )
+
+    def forget(self) -> None:
+        """Give up all shared states."""
+        self._kl.forget()
+        self.states.forget()
+
+    def _generate(self, going: list[_Going], verdict: Verdict, kl: bool) -> list[Answer]:
+        """Answer the pairs of one pass."""
+        all_of_them = going
+        logits, cache, kls = self._read([each.pair for each in going], kl)
+        lengths = self._lengths[[each.pair[0] for each in going]].to(logits.device)[:, None]
+        width = int(lengths.max())
+        mask = (torch.arange(width, device=logits.device) >= width - lengths).long()
+        positions = lengths - 1
+        while True:
+            highest, best = logits.float().max(dim=-1)  # [rows]
+            each_logprob = highest - logits.float().logsumexp(dim=-1)
+            for each, token, logprob in zip(
+                going, best.tolist(), each_logprob.tolist(), strict=True
+            ):
+                self._say(each, token, logprob, verdict)
+            left = [row for row, each in enumerate(going) if each.grade is None]
+            if not left:
+                return [each.answer(kls.get(each.pair)) for each in all_of_them]
+            if len(left) < len(going):
+                keep = torch.tensor(left, device=best.device)
+                cache.batch_select_indices(keep)
+                best, mask, positions = best[keep], mask[keep], positions[keep]
+                going = [going[row] for row in left]
+            mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
+            positions = positions + 1
+            with torch.no_grad(), self.routed.injection.driven_by(self.routed.driver):
+                logits = self.routed.model(
+                    input_ids=best[:, None],
+                    attention_mask=mask,
+                    position_ids=positions,
+                    use_cache=True,
+                    **{self._cache_argument: cache},
+                ).logits[:, -1]
+
+    def _say(self, each: _Going, token: int, logprob: float, verdict: Verdict) -> None:
+        """Add one token to an answer, or its end, and judge it."""
+        each.num_steps += 1
+        each.logprob += logprob
+        finished = token in self._ends
+        if not finished:
+            each.tokens.append(token)
+        each.text = self.tokenizer.decode(each.tokens, skip_special_tokens=True)
+        finished = finished or each.num_steps == each.max_new_tokens
+        each.grade = verdict(each.place, each.text, finished)
+
+    def _read(
+        self, pairs: Sequence[Pair], kl: bool
+    ) -> tuple[Tensor, Any, dict[Pair, float | None]]:
+        """Return the prompts' last logits `[N, V]`, the routed cache of N rows, and the KL."""
+        asked = self._kl.with_full(pairs) if kl else list(dict.fromkeys(pairs))
+        keep = [self.rows.packed.num_own[row] if kl else 1 for row, _ in asked]
+        with self.rows.run(asked, keep) as shared:
+            last = dict(zip(asked, shared.logits, strict=True))
+            logits = torch.stack([last[pair][-1] for pair in pairs])
+            kls = self._kl.measure(asked, shared.logits) if kl else {}
+            assert shared.cache is not None
+            return logits, shared.driver.routed_cache(shared.cache, pairs), kls
+
+
+@dataclass(slots=True)
+class _Going:
+    """An answer under way."""
+
+    place: int
+    pair: Pair
+    max_new_tokens: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    text: str = ""
+    logprob: float = 0.0
+    num_steps: int = 0
+    grade: float | None = None
+
+    def answer(self, kl: float | None) -> Answer:
+        """Return the answer when it has its grade."""
+        assert self.grade is not None
+        tokens = tuple(self.tokens)
+        return Answer(self.text, tokens, self.grade, self.logprob / self.num_steps, kl)

@@ -1,0 +1,179 @@
+"""How many paths one forward pass takes: by memory, and fewer where it runs out.
+
+Owns the price of a path, what memory is free, and trying again with half. Leaves the pass itself
+to its callers, whose results don't depend on how paths are split over passes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import psutil
+import torch
+
+from drllm.errors import ModelError
+from drllm.models.scoring.prefix_cache import StateCache
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
+
+MOST_PATHS = 256
+"""A pass of so many paths keeps any device busy; more only take memory."""
+SHARE_OF_FREE_MEMORY = 0.5
+"""The rest is for what isn't priced: activations inside a layer, fragments, other programs."""
+FLOAT_BYTES = 4
+
+_num_sharing = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What a path of one prompt takes while its pass runs.
+
+    Attributes:
+        num_tokens: Tokens of its row, those in front included.
+        num_logits: Tokens whose logits are computed.
+        keeps_kv: Its K/V is kept, and gathered once more to generate from.
+    """
+
+    num_tokens: int
+    num_logits: int
+    keeps_kv: bool = False
+
+    def num_bytes(self, model: Any) -> int:
+        """Return the memory that it takes in a model."""
+        config = model.config.get_text_config()
+        size = model.dtype.itemsize
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        each = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        kv = 2 * heads * each * 2 if self.keeps_kv else 0  # in the state, and in the cache
+        states = self.num_tokens * config.num_hidden_layers * (config.hidden_size + kv) * size
+        # As they come, in fp32, and one more of these for what is computed from them.
+        logits = self.num_logits * config.vocab_size * (size + 2 * FLOAT_BYTES)
+        return int(states + logits)
+
+
+class Passes:
+    """Splits work over forward passes.
+
+    Args:
+        model: What runs.
+        states: What will still take of the memory that is free now.
+        most: Most paths in a pass; None picks it by the memory that is free.
+    """
+
+    def __init__(self, model: Any, states: StateCache, most: int | None = None) -> None:
+        self.model = model
+        self.states = states
+        self._given = most
+        self._limit: int | None = None  # found by running out of memory
+
+    def num_paths(self, price: Price) -> int:
+        """Return how many paths the next pass takes."""
+        if self._given is not None:
+            wanted = self._given
+        else:
+            free = free_bytes(self.model.device)
+            left = max(free - (self.states.max_bytes - self.states.num_bytes), free / 2)
+            wanted = int(left * SHARE_OF_FREE_MEMORY / price.num_bytes(self.model))
+            wanted = min(max(wanted, 1), MOST_PATHS)
+        return wanted if self._limit is None else min(wanted, self._limit)
+
+    def run(
+        self,
+        items: Sequence[Item],
+        price: Price,
+        one_pass: Callable[[Sequence[Item]], list[Result]],
+    ) -> list[Result]:
+        """Run all items, as many in a pass as memory allows.
+
+        Args:
+            items: One for each path.
+            price: Of the dearest of them.
+            one_pass: Gives the results of a part of the items, in order.
+
+        Raises:
+            ModelError: Memory runs out with a single path.
+        """
+        results: list[Result] = []
+        while len(results) < len(items):
+            num = min(self.num_paths(price), len(items) - len(results))
+            done = self._tried(items[len(results) : len(results) + num], price, one_pass)
+            if done is None:  # out of memory, and what the pass held is given back by now
+                self._limit = max(num // 2, 1)
+                _give_back(self.model.device)
+                logger.warning(
+                    "out of memory on %s with %d paths in a pass; going on with %d",
+                    self.model.device,
+                    num,
+                    self._limit,
+                )
+            else:
+                results += done
+        return results
+
+    def _tried(
+        self,
+        items: Sequence[Item],
+        price: Price,
+        one_pass: Callable[[Sequence[Item]], list[Result]],
+    ) -> list[Result] | None:
+        """Return the results, or None where memory ran out with several paths."""
+        try:
+            return one_pass(items)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(items) == 1:
+                raise ModelError(
+                    f"a single path of {price.num_tokens} tokens doesn't fit into the memory of "
+                    f"{self.model.device}; lower --state-cache-gb, load the model with --dtype "
+                    f"bfloat16, or use a device with more memory"
+                ) from error
+            return None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Say whether an error means that an allocator had no memory left.
+
+    torch has a class for CUDA alone; its other allocators raise a bare `RuntimeError` that names
+    them.
+    """
+    named = ("DefaultCPUAllocator", "MPS backend out of memory")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(
+        name in str(error) for name in named
+    )
+
+
+def share_memory(num_sharing: int) -> None:
+    """Say how many processes like this one share the machine's memory, this one included.
+
+    Of what is free, each of them then counts on an equal part. It holds for the whole process, as
+    torch's number of threads does. A CUDA device's memory isn't shared.
+    """
+    global _num_sharing
+    _num_sharing = num_sharing
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that is free: on a CUDA device, else this process's part of the machine's.
+
+    What torch holds back for later counts as free.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + unused)
+    return int(psutil.virtual_memory().available) // _num_sharing
+
+
+def _give_back(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

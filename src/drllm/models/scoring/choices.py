@@ -1,0 +1,353 @@
+"""Choice log-likelihoods for many (prompt, decisions) pairs at once.
+
+Owns `ChoiceBatch`, which scores the continuations of each prompt under given decisions, under a
+policy, or along paths in any order, and which rows a question takes: one where its continuations
+can be packed, else one for each. Paths of one prompt share what they have in common, within a call
+and across calls, and prompts share what they begin with. Leaves how rows are laid out and run to
+`shared_rows`, and what the numbers mean (reward, margin) to its callers.
+
+Axes: P prompts, B rows, N pairs, T tokens, C continuations of a row, S scored tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drllm.errors import RoutingError
+from drllm.models.base.capabilities import can_pack
+from drllm.models.base.prompts import encode, encode_continuation
+from drllm.models.routing.path_driver import PathsDriver
+from drllm.models.routing.policies import Policy, PromptView
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.batching import Passes, Price
+from drllm.models.scoring.kl import Kl
+from drllm.models.scoring.packing import Packed, Question, SharedRows, pack, shared_rows
+from drllm.models.scoring.prefix_cache import GIGABYTE, StateCache
+from drllm.models.scoring.prefix_sharing import Pair
+from drllm.paths import Path
+
+
+def tokenised(tokenizer: Any, text: str, continuations: Sequence[str]) -> Question:
+    """Return a rendered prompt and the continuations behind it as tokens."""
+    return Question(
+        encode(tokenizer, text),
+        [encode_continuation(tokenizer, text, continuation) for continuation in continuations],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How one path scores the continuations of one prompt.
+
+    Attributes:
+        logprobs: Summed log-probability of each continuation, in nats.
+        kl: Mean KL from the full path over the prompt's tokens, in nats; None where it
+            wasn't asked for, or isn't finite.
+        greedy: For each continuation, whether all of its scored tokens are the likeliest ones;
+            empty where it wasn't asked for.
+    """
+
+    logprobs: tuple[float, ...]
+    kl: float | None = None
+    greedy: tuple[bool, ...] = ()
+
+
+def _joined(parts: Sequence[Score]) -> Score:
+    """Return the score of a question from those of its rows; KL stands with the first."""
+    return Score(
+        tuple(itertools.chain(*(part.logprobs for part in parts))),
+        parts[0].kl,
+        tuple(itertools.chain(*(part.greedy for part in parts))),
+    )
+
+
+class _OncePerQuestion(Policy):
+    """Asks another policy once for all rows of a question, which begin with the same context.
+
+    Args:
+        policy: What decides.
+        places: For each question, its rows, side by side; together they are the batch.
+    """
+
+    def __init__(self, policy: Policy, places: Sequence[range]) -> None:
+        self.policy = policy
+        self.places = places
+
+    def decide(self, layer: int, prompts: PromptView) -> list[int]:
+        """Show the policy each question's first row, and return its answer for all of them."""
+        first = torch.tensor([rows[0] for rows in self.places], device=prompts.hidden.device)
+        shown = PromptView(prompts.hidden[first], prompts.readable[first], prompts.spans)
+        decided = self.policy.decide(layer, shown)
+        values = decided.tolist() if isinstance(decided, Tensor) else decided
+        return [value for value, rows in zip(values, self.places, strict=True) for _ in rows]
+
+
+class ChoiceBatch:
+    """Questions whose continuations are scored.
+
+    All continuations of a question stand behind one copy of its context, in one row (see `pack`),
+    where the model's attention takes the mask that this needs. Where it takes none, or some layers
+    see fewer tokens than a question has with all its continuations, each continuation stands in a
+    plain row of its own, behind a context of its own. The numbers are the same.
+
+    Args:
+        routed: The model.
+        questions: With at least one continuation each.
+        state_cache_gb: Most memory for shared states, in GB.
+        paths_per_pass: Most paths in a forward pass, counted row by row; None picks it by memory.
+        contexts: Rows that hold the questions' contexts, with the states of their paths: only the
+            continuations are run then, behind them. None runs the contexts here.
+
+    Raises:
+        RoutingError: A prompt or a continuation without tokens.
+
+    Source: ours; the row that it stands for is lm-evaluation-harness' (context and continuation
+        without its last token).
+    """
+
+    def __init__(
+        self,
+        routed: RoutedModel,
+        questions: Sequence[Question],
+        state_cache_gb: float,
+        *,
+        paths_per_pass: int | None = None,
+        contexts: SharedRows | None = None,
+    ) -> None:
+        self.routed = routed
+        self.questions = list(questions)
+        self._check()
+        self.states = contexts.states if contexts else StateCache(state_cache_gb * GIGABYTE)
+        packs = can_pack(routed.model, self.questions)
+        parts = [[question] if packs else question.apart() for question in self.questions]
+        self._parts = list(itertools.chain.from_iterable(parts))  # [B], a row each
+        ends = itertools.accumulate(map(len, parts))
+        self._places = [
+            range(end - len(rows), end) for end, rows in zip(ends, parts, strict=True)
+        ]  # [P], the rows of each question
+        # Contexts that were run are one a question; rows apart are more, and begin with their own.
+        ahead = contexts if packs else None
+        self._rows = shared_rows(routed, self._parts, self.states, contexts=ahead)
+        self._kl = Kl(self._rows)
+        self._passes = Passes(routed.model, self.states, paths_per_pass)
+        self._whole_rows: Packed | None = None
+        self._targets = [self._targets_of(part) for part in self._parts]
+
+    @property
+    def shares_beginning(self) -> bool:
+        """Whether the prompts begin alike, so that paths read their beginning once for all."""
+        return self._rows.front is not None
+
+    def logprobs(self, pairs: Sequence[Pair]) -> list[tuple[float, ...]]:
+        """Return the summed log-probability of each continuation, in nats.
+
+        Args:
+            pairs: Question's place and decisions.
+
+        Returns:
+            For each pair the sums, in the order of the question's continuations.
+        """
+        return [score.logprobs for score in self.scores(pairs)]
+
+    def scores(
+        self, pairs: Sequence[Pair], *, kl: bool = False, greedy: bool = False
+    ) -> list[Score]:
+        """Return how each path scores its question's continuations.
+
+        Args:
+            pairs: Question's place and decisions.
+            kl: Measure that too, in the same passes.
+            greedy: Say too which continuations are the likeliest ones.
+        """
+        of_rows = [(row, path) for place, path in pairs for row in self._places[place]]
+        self.states.executions_asked += sum(sum(decisions) for _, decisions in of_rows)
+        packed = self._rows.packed
+        most = max(
+            behind + 1 + (own if kl else 0)
+            for own, behind in zip(packed.num_own, packed.num_behind, strict=True)
+        )
+        price = Price(packed.num_columns, most)
+        found = iter(self._passes.run(of_rows, price, lambda part: self._scores(part, kl, greedy)))
+        return [
+            _joined(list(itertools.islice(found, len(self._places[place])))) for place, _ in pairs
+        ]
+
+    def _scores(self, pairs: Sequence[Pair], kl: bool, greedy: bool) -> list[Score]:
+        """Return how each path scores its row; KL with the first row of a question alone."""
+        num_own, num_behind = self._rows.packed.num_own, self._rows.packed.num_behind
+        first = {places[0] for places in self._places} if kl else set()
+        measured = self._kl.with_full([pair for pair in pairs if pair[0] in first])
+        asked = list(dict.fromkeys([*measured, *pairs]))
+        ahead = [num_own[row] - 1 if row in first else 0 for row, _ in asked]
+        keep = [num + num_behind[row] + 1 for num, (row, _) in zip(ahead, asked, strict=True)]
+        kls: dict[Pair, float | None] = {}
+        with self._rows.run(asked, keep) as shared:
+            each = list(zip(asked, ahead, shared.logits, strict=True))
+            scores = self._scored([(pair[0], logits[num:]) for pair, num, logits in each], greedy)
+            if measured:
+                own = [logits[: num + 1] for _, num, logits in each[: len(measured)]]
+                kls = self._kl.measure(measured, own)
+        found = dict(zip(asked, scores, strict=True))
+        return [replace(found[pair], kl=kls.get(pair)) for pair in pairs]
+
+    def routed_scores(self, policy: Policy) -> tuple[list[Score], Tensor]:
+        """Score every question once under a policy that decides on its prompt alone.
+
+        The decisions are taken in the same pass that scores the continuations, and hold for them.
+
+        Args:
+            policy: What decides; it reads the contexts and never a continuation.
+
+        Returns:
+            How each question's continuations score, greedy ones named, and the routes taken,
+            `[P, L]`.
+        """
+        driver = self.routed.driver
+        if len(self._parts) > len(self.questions):
+            policy = _OncePerQuestion(policy, self._places)
+        with driver.using(policy), driver.reading(self._whole().context):
+            scores = self._all_scores()
+        driver.last_route = [  # one row for each question
+            tuple([layer[places[0]] for places in self._places]) for layer in driver.last_route
+        ]
+        return scores, self.routed.last_route
+
+    def base_scores(self) -> list[Score]:
+        """Score every question once with the plain base model, greedy continuations named."""
+        with self.routed.injection.untouched():
+            return self._all_scores()
+
+    def path_logprobs(
+        self, paths: Sequence[Path], *, paths_per_pass: int = 8
+    ) -> list[list[tuple[float, ...]]]:
+        """Score every question along paths that decisions needn't be able to express.
+
+        What paths begin with in common is run once where they share a pass; nothing is kept
+        between passes. For decisions, `logprobs` does less work.
+
+        Args:
+            paths: Layer indices of this model in the order executed: in any order, each any
+                number of times.
+            paths_per_pass: Most paths in a forward pass; each takes the memory of all questions.
+
+        Returns:
+            For each path the sums of every question.
+        """
+        found: list[list[tuple[float, ...]]] = [[] for _ in paths]
+        by_beginning = sorted(range(len(paths)), key=lambda place: tuple(paths[place]))
+        for start in range(0, len(paths), paths_per_pass):
+            part = by_beginning[start : start + paths_per_pass]
+            driver = PathsDriver([paths[place] for place in part])
+            with self.routed.injection.driven_by(driver):
+                logits = self._whole_logits()
+            each = torch.split(logits, len(self._parts))
+            for place, of_path in zip(part, each, strict=True):
+                scores = self._whole_scores(of_path, greedy=False)
+                found[place] = [score.logprobs for score in scores]
+        return found
+
+    def forget(self) -> None:
+        """Give up all shared states."""
+        self._kl.forget()
+        self.states.forget()
+
+    def _all_scores(self) -> list[Score]:
+        """Run whole rows once, and return the scores of every question, greedy ones named."""
+        return self._whole_scores(self._whole_logits(), greedy=True)
+
+    def _whole_logits(self) -> Tensor:
+        """Run whole rows once, and return the logits of what is scored, `[B, S, V]`.
+
+        A driver that returns more rows than it was given gives the logits of all of them.
+        """
+        rows = self._whole()
+        # By index, not by number: a slice would lie scattered, and the head's product be slow.
+        T, keep = rows.ids.shape[1], max(rows.num_behind) + 1
+        with torch.no_grad():
+            logits: Tensor = self.routed.model(
+                input_ids=rows.ids,
+                attention_mask=rows.mask,
+                position_ids=rows.positions,
+                use_cache=False,
+                logits_to_keep=torch.arange(T - keep, T, device=rows.ids.device),
+            ).logits
+        return logits
+
+    def _whole_scores(self, logits: Tensor, *, greedy: bool) -> list[Score]:
+        """Return the scores of every question from the logits of whole rows, `[B, S, V]`."""
+        num_behind = self._whole().num_behind
+        scores = self._scored(
+            [(row, logits[row, logits.shape[1] - num - 1 :]) for row, num in enumerate(num_behind)],
+            greedy,
+        )
+        return [_joined([scores[row] for row in places]) for places in self._places]
+
+    def _scored(self, rows: Sequence[tuple[int, Tensor]], greedy: bool) -> list[Score]:
+        """Return the scores of rows from their scored tokens' logits `[S, V]`."""
+        counts = [len(self._parts[row].continuations) for row, _ in rows]
+        each = [self._sum(row, logits, greedy) for row, logits in rows]
+        sums = iter(torch.cat([values for values, _ in each]).tolist())  # at once: it is waited for
+        flags = iter(torch.cat([misses for _, misses in each]).tolist())
+        return [
+            Score(
+                tuple(itertools.islice(sums, num)),
+                greedy=tuple(count == 0 for count in itertools.islice(flags, num if greedy else 0)),
+            )
+            for num in counts
+        ]
+
+    def _sum(self, row: int, logits: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
+        """Return each continuation's summed log-probability and its tokens that others beat, `[C]`.
+
+        The second is empty unless it is asked for.
+        """
+        columns, targets, owners = self._targets[row]
+        values = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # As lm-evaluation-harness has it: `logsumexp` is nearer to float64, and 1e-4 from it.
+        each = values.log_softmax(dim=1)[columns, targets]
+        num = len(self._parts[row].continuations)
+        sums = torch.zeros(num, dtype=each.dtype, device=each.device).index_add(0, owners, each)
+        if not greedy:
+            return sums, sums.new_empty(0)
+        beaten = (values.argmax(dim=1)[columns] != targets).to(sums.dtype)
+        return sums, torch.zeros_like(sums).index_add(0, owners, beaten)
+
+    def _check(self) -> None:
+        for question in self.questions:
+            unscored = question.num_unscored or [0] * len(question.continuations)
+            if not question.context or not all(
+                len(tokens) > num
+                for tokens, num in zip(question.continuations, unscored, strict=True)
+            ):
+                raise RoutingError("a prompt or one of its continuations has no tokens to score")
+
+    def _whole(self) -> Packed:
+        """Return the rows with nothing in front, laid out when first asked for."""
+        if self._rows.front is None:
+            return self._rows.packed
+        if self._whole_rows is None:
+            model = self.routed.model
+            self._whole_rows = pack(self._parts, dtype=model.dtype, device=model.device)
+        return self._whole_rows
+
+    def _targets_of(self, question: Question) -> tuple[Tensor, ...]:
+        """Return, for each token to predict, its scored column, its id and its continuation."""
+        columns: list[int] = []
+        targets: list[int] = []
+        owners: list[int] = []
+        column = 1  # the first scored column is the context's last token
+        unscored = question.num_unscored or [0] * len(question.continuations)
+        for owner, tokens in enumerate(question.continuations):
+            inner, first = len(tokens) - 1, unscored[owner]
+            columns += [0, *range(column, column + inner)][first:]
+            targets += tokens[first:]
+            owners += [owner] * (len(tokens) - first)
+            column += inner
+        device = self.routed.model.device
+        return tuple(torch.tensor(each, device=device) for each in (columns, targets, owners))

@@ -1,0 +1,98 @@
+"""What a model would say of a hidden state behind any of its layers: its final norm and its head.
+
+Owns finding the two by rule and proving that they are all that lies between the last layer and
+the logits. Leaves what is made of the logits to its callers.
+
+Axes: N states, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drllm.errors import ArchitectureError
+from drllm.models.base.layers import base_of
+from drllm.models.routing.routed_model import RoutedModel
+
+NUM_TOKENS = 8
+"""Of the proof; more than one, since a padding token's embedding may be all zeros."""
+RELATIVE_TOLERANCE = 1e-3
+"""How far the logits of the proof may lie from the model's own, as a share of the largest: the
+same two modules give them, so all but the last bits agree; a cap or a scale that was missed shows
+far above it."""
+
+
+class Readout:
+    """The final norm and the output head of a model.
+
+    The norm is the module that runs behind the last layer among the direct children of the module
+    whose loop runs the layers; a model may have none. A few tokens are run through the untouched
+    model to find it, with hooks that are taken off again, and to compare what the two give with
+    the logits of the model itself.
+
+    Args:
+        routed: The model, whatever its policy.
+
+    Raises:
+        ArchitectureError: The model has no output head, or makes its logits in another way (a cap,
+            a scale, a projection in between).
+
+    Source: ours; a rule in place of a table of model names.
+    """
+
+    def __init__(self, routed: RoutedModel) -> None:
+        model = base_of(routed.model)
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ArchitectureError(
+                f"{type(model).__name__} has no output head, so it says nothing of a hidden state"
+            )
+        last, expected, behind = _few_tokens(routed)
+        self.head: nn.Module = head
+        self.norm: nn.Module = behind[0] if behind else nn.Identity()
+        with torch.no_grad():
+            difference = float((self.logits(last) - expected).abs().max())
+        if len(behind) > 1 or not difference <= RELATIVE_TOLERANCE * float(expected.abs().max()):
+            raise ArchitectureError(
+                f"{type(model).__name__} makes its logits of more than a final norm and an output "
+                f"head, so what it would say behind an earlier layer isn't known"
+            )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of hidden states, `[N, D]` to `[N, V]`, at least in float32."""
+        logits: Tensor = self.head(self.norm(hidden))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _few_tokens(routed: RoutedModel) -> tuple[Tensor, Tensor, list[nn.Module]]:
+    """Run one row of tokens through the untouched model.
+
+    Returns:
+        The last layer's output `[N, D]`, the logits `[N, V]` in at least float32, and the children
+        of the decoder that ran behind the last layer.
+    """
+    layers = routed.injection.layers
+    outputs: list[Tensor] = []
+    behind: list[nn.Module] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    def note(module: nn.Module, _inputs: Any) -> None:
+        if outputs:
+            behind.append(module)
+
+    others = [child for child in routed.injection.decoder.children() if child is not layers]
+    handles = [layers[-1].register_forward_hook(keep)]
+    handles += [child.register_forward_pre_hook(note) for child in others]
+    try:
+        with torch.no_grad(), routed.injection.untouched():
+            tokens = torch.arange(NUM_TOKENS, device=routed.model.device)[None]
+            logits: Tensor = routed.model(input_ids=tokens, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs[0][0], logits[0].to(torch.promote_types(logits.dtype, torch.float32)), behind

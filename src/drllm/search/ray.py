@@ -1,0 +1,348 @@
+"""Blocks searched by Ray: one worker process a device, on this machine or on a cluster.
+
+Owns starting workers, keeping each of them busy with a bounded number of blocks, and replacing a
+worker that died. Leaves what is searched and where results go to `runner`, which runs in the
+driver, what is searched again to `jobs`, the search of a block to `attempts`, and reaching Ray,
+which is imported only when an executor is made, to `ray_cluster`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from drllm.config import ModelConfig, SearchConfig
+from drllm.errors import ConfigError, DrllmError, ModelError
+from drllm.search.executors import OnShare, read_texts
+from drllm.search.jobs import Job, Jobs
+from drllm.search.questions import Block
+from drllm.search.ray_cluster import connect, import_ray
+from drllm.search.retry import Searched, searched
+from drllm.tasks.base import Example, Prompt, Task
+
+BLOCKS_A_WORKER = 2
+"""Blocks that a worker holds: the one it searches and the next, so that it never waits."""
+MAX_FAILED_STARTS = 3
+"""Workers in a row that may die while they load the model."""
+START_TIMEOUT_S = 600.0
+"""How long nothing at all may happen while no worker has a model yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a worker says once it has loaded the model.
+
+    Attributes:
+        identity: Which base model.
+        runtime: How it runs.
+        pid: Of the worker's process.
+    """
+
+    identity: Mapping[str, Any]
+    runtime: Mapping[str, Any]
+    pid: int
+
+
+class Worker:
+    """A process with a copy of the base model; Ray makes it an actor."""
+
+    def load(self, model: ModelConfig, num_threads: int, num_sharing: int) -> Ready:
+        """Load the base model and route it.
+
+        Args:
+            model: Which, and how.
+            num_threads: Threads that torch may use.
+            num_sharing: Workers that share the memory that the model is in, this one included.
+        """
+        import torch
+
+        from drllm.models.base.hub import quiet
+        from drllm.models.base.load import load
+        from drllm.models.routing.routed_model import RoutedModel
+        from drllm.models.scoring.batching import share_memory
+
+        torch.set_num_threads(num_threads)
+        share_memory(num_sharing)
+        with quiet():
+            base = load(model)
+        self.routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        return Ready(base.identity, base.runtime, os.getpid())
+
+    def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
+        """Return what the model reads of each prompt; None where its template refuses it."""
+        return read_texts(self.routed, prompts)
+
+    def search(
+        self, number: int, task: Task, examples: tuple[Example, ...], config: SearchConfig
+    ) -> Searched:
+        """Search a block."""
+        from drllm.models.base.hub import quiet
+
+        with quiet():
+            return searched(self.routed, Block(number, task, examples), config)
+
+
+@dataclass(eq=False)
+class Seat:
+    """A device's place: the worker that has it now, and what that worker has to do.
+
+    Attributes:
+        worker: Ray's handle of it.
+        starting: Ray's promise that it has loaded the model; None once it has.
+        pid: Of its process, once it has loaded the model.
+        jobs: Promised results with their jobs, in the order in which they are done.
+    """
+
+    worker: Any
+    starting: Any
+    pid: int | None = None
+    jobs: deque[tuple[Any, Job]] = field(default_factory=deque)
+
+    @property
+    def next_news(self) -> Any:
+        """What to wait for: the model, the first job, or nothing (None)."""
+        return (
+            self.starting if self.starting is not None else self.jobs[0][0] if self.jobs else None
+        )
+
+
+class RayExecutor:
+    """Searches blocks on Ray, one worker a device; a context manager.
+
+    A worker that dies is replaced, and what it had to do is searched again: its records are the
+    same, wherever and however often a block is searched.
+
+    Args:
+        model: Which base model the workers load, and how. With `auto` the device is a GPU of its
+            own for each worker where Ray has any, else the CPU.
+        num_workers: Workers; None takes one a GPU, or else one a CPU core.
+        address: Of a cluster; None starts Ray on this machine, and ends it afterwards. A Ray that
+            this process has started already is used as it is.
+
+    Attributes:
+        seats: One per worker.
+
+    Raises:
+        ConfigError: Ray isn't installed or can't be reached, or has fewer devices than workers
+            are asked for.
+        ModelError: No worker can load the model.
+    """
+
+    def __init__(
+        self, model: ModelConfig, *, num_workers: int | None = None, address: str | None = None
+    ) -> None:
+        self.ray = import_ray()
+        self._is_ours = not self.ray.is_initialized()
+        if self._is_ours:
+            connect(self.ray, address, num_workers)
+        try:
+            self._plan_workers(model, num_workers)
+            self.seats: list[Seat] = [self._seat() for _ in range(self.num_workers)]
+            self._known: Ready | None = None
+            self._failed_starts = 0
+            while self._known is None:
+                for seat in self._news():
+                    self._take_in(seat)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> RayExecutor:
+        """Return the executor."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End the workers, and Ray where it was started for them."""
+        self.close()
+
+    def close(self) -> None:
+        """End the workers, and Ray where it was started for them."""
+        for seat in getattr(self, "seats", []):
+            self.ray.kill(seat.worker)
+        self.seats = []
+        if self._is_ours:
+            self.ray.shutdown()
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Which base model the workers have loaded."""
+        assert self._known is not None
+        return self._known.identity
+
+    @property
+    def runtime(self) -> Mapping[str, Any]:
+        """How it runs there."""
+        assert self._known is not None
+        return self._known.runtime
+
+    def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
+        """Return what the model reads of each prompt; None where its template refuses it."""
+        seat = next(seat for seat in self.seats if seat.starting is None)
+        texts: list[str | None] = self.ray.get(seat.worker.texts.remote(list(prompts)))
+        return texts
+
+    def search(
+        self, blocks: Iterable[Block], config: SearchConfig, on_share: OnShare | None = None
+    ) -> Iterator[tuple[Block, Searched]]:
+        """Search blocks on all workers; see `Executor.search`.
+
+        The caller's pace is the limit: no more blocks are out than the workers can hold.
+        """
+        jobs = Jobs(blocks)
+        stored = self.ray.put(self._in_a_worker(config))
+        tasks: dict[str, Any] = {}  # a task may hold many questions: it is sent once
+        while True:
+            for seat in self.seats:
+                while seat.starting is None and len(seat.jobs) < BLOCKS_A_WORKER:
+                    job = jobs.take()
+                    if job is None:
+                        break
+                    block = job.block
+                    name = block.task.name
+                    if name not in tasks:
+                        tasks[name] = self.ray.put(block.task)
+                    asked = (block.number, tasks[name], block.examples, stored)
+                    seat.jobs.append((seat.worker.search.remote(*asked), job))
+            if not jobs.are_waiting and not any(seat.jobs for seat in self.seats):
+                return
+            for seat in self._news():
+                if seat.starting is not None:
+                    self._take_in(seat)
+                    continue
+                promised, job = seat.jobs[0]
+                try:
+                    result = self._get(promised)
+                except self._lost:
+                    # What stood behind the first job wasn't begun, and isn't to blame.
+                    jobs.put_back([job for _, job in seat.jobs][1:])
+                    self._replace(seat)
+                    finished = jobs.lost(job)
+                else:
+                    seat.jobs.popleft()
+                    finished = jobs.done(job, result)
+                if finished is not None:
+                    yield finished
+
+    def _in_a_worker(self, config: SearchConfig) -> SearchConfig:
+        """Return the settings of a search as a worker gets them: its share of the memory.
+
+        No record depends on that, and the manifest keeps what the user has given.
+        """
+        share = config.state_cache_gb / self.num_sharing
+        return dataclasses.replace(config, state_cache_gb=share)
+
+    def _plan_workers(self, model: ModelConfig, num_workers: int | None) -> None:
+        """Find out how many workers there are, and what each of them gets."""
+        if ":" in model.device:
+            raise ConfigError(
+                f"--device {model.device} doesn't go with --executor ray, which gives each worker "
+                f"a device of its own; give --device {model.device.partition(':')[0]}"
+            )
+        exceptions = self.ray.exceptions
+        self._lost = (
+            exceptions.RayActorError,
+            exceptions.ObjectLostError,
+            exceptions.OutOfMemoryError,
+            exceptions.WorkerCrashedError,
+        )
+        resources = self.ray.cluster_resources()
+        gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+        is_gpu = model.device == "cuda" or (model.device == "auto" and gpus > 0)
+        device, there = ("GPU", gpus) if is_gpu else ("CPU core", cores)
+        self.num_workers = max(1, there) if num_workers is None else num_workers
+        if self.num_workers > there:
+            raise ConfigError(
+                f"--executor ray: {self.num_workers} workers need a {device} each, and Ray has "
+                f"{there}; give --num-workers {there}"
+                if there
+                else f"--device is {model.device!r}, but Ray has no {device}; give --device cpu"
+            )
+        # A Ray of ours may count more cores than there are, so that workers can share them.
+        real = min(cores, os.cpu_count() or 1) if self._is_alone() else cores
+        self.num_threads = max(1, real // self.num_workers)
+        # As many as the node with the most cores has room for; a GPU's memory is one worker's own.
+        most = max(int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes())
+        on_a_node = min(self.num_workers, max(1, most // self.num_threads))
+        self.num_sharing = 1 if is_gpu else on_a_node
+        self._model = model
+        if model.device == "auto":
+            self._model = ModelConfig(**{**model.to_dict(), "device": "cuda" if is_gpu else "cpu"})
+        self._options = {
+            "num_gpus": 1 if is_gpu else 0,
+            "num_cpus": 0 if is_gpu else self.num_threads,
+        }
+
+    def _is_alone(self) -> bool:
+        return len(self.ray.nodes()) == 1
+
+    def _seat(self) -> Seat:
+        worker = self.ray.remote(Worker).options(**self._options).remote()
+        asked = (self._model, self.num_threads, self.num_sharing)
+        return Seat(worker, worker.load.remote(*asked))
+
+    def _replace(self, seat: Seat) -> None:
+        """Start a new worker in the place of one that died."""
+        self.ray.kill(seat.worker)  # one that can't be reached may still live
+        fresh = self._seat()
+        seat.worker, seat.starting, seat.pid = fresh.worker, fresh.starting, None
+        seat.jobs.clear()
+
+    def _news(self) -> list[Seat]:
+        """Wait until a worker has loaded the model, done its first job, or died."""
+        seats = {seat.next_news: seat for seat in self.seats if seat.next_news is not None}
+        is_started = any(seat.starting is None for seat in self.seats)
+        timeout = None if is_started else START_TIMEOUT_S
+        done, others = self.ray.wait(list(seats), num_returns=1, timeout=timeout)
+        if not done:
+            raise ModelError(
+                f"no worker of Ray has loaded the model within {START_TIMEOUT_S:.0f} s; "
+                f"'ray status' says what its nodes lack"
+            )
+        if others:
+            done += self.ray.wait(others, num_returns=len(others), timeout=0)[0]
+        return [seats[promised] for promised in done]
+
+    def _take_in(self, seat: Seat) -> None:
+        """Hear that a worker has loaded the model; one whose model differs is refused."""
+        try:
+            ready: Ready = self._get(seat.starting)
+        except self._lost as error:
+            self._failed_starts += 1
+            if self._failed_starts >= MAX_FAILED_STARTS:
+                raise ModelError(
+                    f"{MAX_FAILED_STARTS} workers in a row died while they loaded the model; give "
+                    f"fewer --num-workers, or a machine with more memory"
+                ) from error
+            self._replace(seat)
+            return
+        if self._known is None:
+            self._known = ready
+        for ours, theirs in ((self.identity, ready.identity), (self.runtime, ready.runtime)):
+            for name in ours:
+                if ours[name] != theirs.get(name):
+                    raise ModelError(
+                        f"the workers' models differ: one has {name} {ours[name]!r}, another "
+                        f"{theirs.get(name)!r}; give --dtype and --revision, and nodes that are "
+                        f"alike"
+                    )
+        self._failed_starts = 0
+        seat.starting, seat.pid = None, ready.pid
+
+    def _get(self, promised: Any) -> Any:
+        """Return what was promised; an error of ours that a worker met is raised as it was."""
+        try:
+            return self.ray.get(promised)
+        except self.ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, DrllmError):
+                raise error.cause from None
+            raise

@@ -1,0 +1,1 @@
+"""Statistics: intervals, paired tests and what they can show. Loads no torch."""

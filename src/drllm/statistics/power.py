@@ -1,0 +1,272 @@
+"""What so many questions can show at all: before a test, and beside one that showed nothing.
+
+Owns the smallest loss that a non-inferiority test could exclude and the smallest difference that
+a paired test would find. Leaves the tests themselves to `statistics`. Probabilities are exact sums
+over how many questions may be answered differently and how many of these are won; nothing is
+drawn. Differences and losses are shares of the questions, not points.
+
+Axes: M numbers of questions answered differently, W numbers of those that are won.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, stdev
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from drllm.statistics.intervals import Floats, greatest_loss, paired_score
+
+POWER = 0.8
+NEGLIGIBLE = 1e-12
+"""Numbers of different answers with a smaller probability are left out; with ten thousand
+questions that changes no probability by more than 1e-8."""
+PRECISION = 1e-5
+"""How near a share comes to the one looked for, from above: a thousandth of a point."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certifiable:
+    """The smallest loss that so many questions could exclude for a system that loses nothing.
+
+    Attributes:
+        n: Questions.
+        discordant: Share of them that the two systems answer differently.
+        if_equal: Share of the questions, if as many are won as lost.
+        with_power: Share of the questions, with the probability `power` over other questions;
+            1 where no loss is.
+        power: In (0, 1).
+    """
+
+    n: int
+    discordant: float
+    if_equal: float
+    with_power: float
+    power: float
+
+
+def smallest_certifiable(
+    n: int, discordant: float, confidence: float = 0.95, power: float = POWER
+) -> Certifiable:
+    """Return the smallest loss ε that a non-inferiority test could exclude at this n.
+
+    For a system that in truth is as good as the other. Where the share of different answers is an
+    estimate, so is the result.
+
+    Args:
+        n: Questions, at least 1.
+        discordant: Share of questions that one system has right and the other wrong, estimated or
+            assumed; in [0, 1].
+        confidence: Of the one-sided bound, see `statistics.greatest_loss`.
+        power: Probability with which the loss is to be excluded; in (0, 1).
+
+    Returns:
+        The loss in both forms. An ε above it can be certified, one equal to it can't.
+
+    Raises:
+        ValueError: Numbers out of range.
+
+    Source: the test is Tango's (1998, Statistics in Medicine 17); the search is ours.
+
+    Example:
+        >>> found = smallest_certifiable(n=500, discordant=0.1)
+        >>> round(found.if_equal, 4), round(found.with_power, 4)
+        (0.0238, 0.0359)
+    """
+    _check(n, discordant)
+    # Half a question more on each side where their number is odd.
+    half = min(math.ceil(discordant * n / 2), n // 2)
+    if_equal = greatest_loss(half, half, n, confidence)
+    outcomes = _outcomes(n, discordant)
+    probabilities = outcomes.probabilities(0.5)
+    z = NormalDist().inv_cdf(confidence)
+
+    def is_enough(epsilon: float) -> bool:
+        distance, deviation = paired_score(outcomes.won, outcomes.lost, n, -epsilon)
+        return float(probabilities[distance > z * deviation].sum()) >= power
+
+    found = _smallest(is_enough)
+    return Certifiable(n, discordant, if_equal, 1.0 if found is None else found, power)
+
+
+def chance_to_show(n: int, discordant: float, difference: float, alpha: float = 0.05) -> float:
+    """Return the probability that the exact McNemar test shows a true difference, with its sign.
+
+    Args:
+        n: Questions, at least 1.
+        discordant: Share of questions answered differently, in truth; at least the difference,
+            since each of these needs a question answered differently.
+        difference: Of the accuracies, in truth, as a share of the questions; in [0, 1].
+        alpha: Level of the two-sided test.
+
+    Raises:
+        ValueError: Numbers out of range.
+
+    Source: O'Brien 1998 and G*Power's exact McNemar test: the power given how many answers differ,
+        averaged over that number.
+
+    Example:
+        >>> round(chance_to_show(n=50, discordant=0.4, difference=0.24, alpha=0.1), 4)
+        0.8394
+    """
+    _check(n, discordant)
+    if not 0 <= difference <= discordant:
+        raise ValueError(f"a difference of {difference} with {discordant} answered differently")
+    outcomes = _outcomes(n, discordant)
+    share_won = 0.5 if discordant == 0 else (1 + difference / discordant) / 2
+    return float(outcomes.probabilities(share_won)[_shown(n, discordant, alpha)].sum())
+
+
+def detectable(
+    n: int, discordant: float, power: float = POWER, alpha: float = 0.05
+) -> float | None:
+    """Return the smallest true difference that the exact McNemar test would probably show.
+
+    The number behind "no difference is shown": differences from here on would have been found
+    with the given probability. The share of different answers is taken as it is, or as large as
+    the difference, where that asks for more.
+
+    Args:
+        n: Questions, at least 1.
+        discordant: Share of questions answered differently, estimated or assumed; in [0, 1].
+        power: Probability with which the difference would be shown; in (0, 1).
+        alpha: Level of the two-sided test.
+
+    Returns:
+        A share of the questions, or None where not even winning all of them would show it.
+
+    Raises:
+        ValueError: Numbers out of range.
+
+    Source: ours, by bisection over `chance_to_show`, which grows with the difference.
+
+    Example:
+        >>> round(detectable(n=200, discordant=0.1), 3)
+        0.064
+        >>> detectable(n=5, discordant=0.5) is None
+        True
+    """
+    _check(n, discordant)
+    return _smallest(
+        lambda difference: (
+            chance_to_show(n, max(discordant, difference), difference, alpha) >= power
+        )
+    )
+
+
+def detectable_mean(
+    differences: Sequence[float], power: float = POWER, alpha: float = 0.05
+) -> float | None:
+    """Return the smallest true mean difference that a two-sided test would probably show.
+
+    For scores that are no counts. The spread of the differences is taken as it is.
+
+    Args:
+        differences: One per question.
+        power: Probability with which the difference would be shown; in (0, 1).
+        alpha: Level of the two-sided test.
+
+    Returns:
+        In the differences' unit, or None where they have no spread to go by.
+
+    Source: the normal approximation of a paired test's power.
+
+    Example:
+        >>> round(detectable_mean([-1.0, 1.0] * 50), 3)
+        0.282
+    """
+    spread = stdev(differences) if len(differences) > 1 else 0.0
+    if not spread:
+        return None
+    quantile = NormalDist().inv_cdf
+    return (quantile(1 - alpha / 2) + quantile(power)) * spread / math.sqrt(len(differences))
+
+
+# --- every outcome that may occur --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Outcomes:
+    """How many answers may differ, and how many of these may be won.
+
+    Attributes:
+        differing: `[M, 1]` questions answered differently, those that may well occur.
+        weights: `[M, 1]` their probabilities.
+        won: `[1, W]` from 0 to the largest of them; more than differ have probability 0.
+    """
+
+    differing: Floats
+    weights: Floats
+    won: Floats
+
+    @property
+    def lost(self) -> Floats:
+        """`[M, W]`, 0 where more are won than differ."""
+        return np.maximum(0.0, self.differing - self.won)
+
+    def probabilities(self, share_won: float) -> Floats:
+        """Return each outcome's probability, `[M, W]`, a differing answer being won with this."""
+        of_won: Floats = self.weights * _binomial(self.won, self.differing, share_won)
+        return of_won
+
+
+@functools.lru_cache(maxsize=4)
+def _outcomes(n: int, discordant: float) -> _Outcomes:
+    every = np.arange(n + 1, dtype=np.float64)
+    weights = _binomial(every, np.float64(n), discordant)
+    likely = weights > NEGLIGIBLE
+    differing = every[likely][:, None]
+    won = np.arange(differing.max() + 1)[None, :]
+    return _Outcomes(differing, weights[likely][:, None], won)
+
+
+@functools.lru_cache(maxsize=4)
+def _shown(n: int, discordant: float, alpha: float) -> npt.NDArray[np.bool_]:
+    """Return in which outcomes the exact McNemar test shows that more is won, `[M, W]`."""
+    outcomes = _outcomes(n, discordant)
+    chances = _binomial(outcomes.won, outcomes.differing, 0.5)
+    tails = chances[:, ::-1].cumsum(axis=1)[:, ::-1]
+    shown: npt.NDArray[np.bool_] = (2 * tails < alpha) & (outcomes.won > outcomes.lost)
+    return shown
+
+
+def _binomial(successes: Any, trials: Any, share: float) -> Floats:
+    """Return probabilities of so many successes; 0 where they are more than the trials."""
+    failures = np.maximum(0.0, trials - successes)
+    logs = _log_factorial(trials) - _log_factorial(successes) - _log_factorial(failures)
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0 times the logarithm of 0 is 0 here
+        logs += np.where(successes > 0, successes * np.log(share), 0.0)
+        logs += np.where(failures > 0, failures * np.log1p(-share), 0.0)
+    probabilities: Floats = np.where(successes > trials, 0.0, np.exp(logs))
+    return probabilities
+
+
+def _log_factorial(numbers: Any) -> Floats:
+    whole = np.asarray(numbers).astype(np.int64)
+    table = np.concatenate([[0.0], np.log(np.arange(1, int(whole.max()) + 1)).cumsum()])
+    logs: Floats = table[whole]
+    return logs
+
+
+def _smallest(is_enough: Callable[[float], bool]) -> float | None:
+    """Return where a share becomes enough, by bisection; None where even 1 isn't."""
+    low, high = 0.0, 1.0
+    if not is_enough(high):
+        return None
+    while high - low > PRECISION:
+        middle = (low + high) / 2
+        if is_enough(middle):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _check(n: int, discordant: float) -> None:
+    if n < 1 or not 0 <= discordant <= 1:
+        raise ValueError(f"a share {discordant} of {n} questions is impossible")

@@ -1,0 +1,243 @@
+"""How far routers' probabilities can be believed, and the temperature that mends it best.
+
+Owns one temperature for all routers of a stack, fitted on the held-out targets, the calibration
+error before and after, and folding the temperature into the weights where that is wanted. Leaves
+which targets are held out to `plans`, and what is done with logits in routing to
+`models.policies`.
+
+A temperature T divides all logits, so no decision changes while nobody turns the depth dial. What
+changes is what a turn of it means: a price of `depth_bias` nats is set against the logits, and
+`router_penalty` blends probabilities. One T for all layers, not one each: a layer has a few
+hundred held-out decisions, nearly all of them execute, so that its own T would be noise, and often
+unbounded; and one T leaves the order in which a depth bias reaches the layers as it is.
+
+Axes: M decisions (held-out examples times layers), L layers, C = 3 decisions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drllm.models.routers.stack import RouterStack
+from drllm.training.examples import READ_AT_ONCE, Examples
+from drllm.training.plans import Plan
+
+logger = logging.getLogger(__name__)
+
+LOWEST, HIGHEST = 0.05, 20.0
+"""Temperatures beyond these aren't taken: where every held-out decision is right, 0 would fit best,
+and where none of them is, infinity."""
+HALVINGS = 60
+"""Of the range of log T; beyond these a double has no more digits."""
+BINS = 15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bin:
+    """Decisions of like confidence.
+
+    Attributes:
+        decisions: How many.
+        confidence: The mean probability of what was decided.
+        hits: The mean share that the targets give to what was decided.
+    """
+
+    decisions: int
+    confidence: float
+    hits: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Confidence:
+    """How routers' probabilities and the held-out targets agree, as they are and at the best T.
+
+    Both errors are measured on the targets that T is fitted on; of one number on thousands of
+    decisions that flatters little, but it does.
+
+    Attributes:
+        temperature: T; above 1 the routers were too sure.
+        num_decisions: M.
+        nll_before: Mean negative log-likelihood of the targets, in nats a decision, at T = 1.
+        nll_after: The same at T.
+        reliability_before: Confidence and hits at T = 1, see `reliability`.
+        reliability_after: The same at T.
+    """
+
+    temperature: float
+    num_decisions: int
+    nll_before: float
+    nll_after: float
+    reliability_before: tuple[Bin, ...]
+    reliability_after: tuple[Bin, ...]
+
+    @property
+    def ece_before(self) -> float:
+        """Expected calibration error at T = 1."""
+        return calibration_error(self.reliability_before)
+
+    @property
+    def ece_after(self) -> float:
+        """The same at T."""
+        return calibration_error(self.reliability_after)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `router_config.json` tells of it."""
+        errors = {"ece_before": self.ece_before, "ece_after": self.ece_after}
+        return dataclasses.asdict(self) | errors | {"bins": BINS}
+
+
+def measure(routers: RouterStack, examples: Examples, plan: Plan) -> Confidence | None:
+    """Compare what routers say of the held-out examples with their targets.
+
+    Args:
+        routers: Trained by the plan, on the CPU.
+        examples: What they were trained on.
+        plan: Which examples are held out, and their targets, soft ones too. Class weights, focal
+            exponent and logit adjustment have no part in it, since they have none in routing.
+
+    Returns:
+        None where nothing is held out.
+    """
+    if not plan.held_out:
+        return None
+    with torch.no_grad():
+        said = torch.cat(
+            [
+                routers(examples.rows(rows).float(), examples.filled[rows]).double()
+                for start in range(0, len(plan.held_out), READ_AT_ONCE)
+                for rows in [plan.held_out[start : start + READ_AT_ONCE]]
+            ]
+        ).flatten(0, 1)  # [M, C]
+    wanted = plan.targets[plan.held_out].flatten(0, 1)  # [M, C]
+    temperature = fit_temperature(said, wanted)
+    if plan.config.calibrate and temperature in (LOWEST, HIGHEST):
+        logger.warning(
+            "the temperature that fits the held-out targets best lies beyond %g; they are too few, "
+            "or the routers decide all of them alike",
+            temperature,
+        )
+    cooled = said / temperature
+    return Confidence(
+        temperature=temperature,
+        num_decisions=len(said),
+        nll_before=_nll(said, wanted),
+        nll_after=_nll(cooled, wanted),
+        reliability_before=_reliability_of(said, wanted),
+        reliability_after=_reliability_of(cooled, wanted),
+    )
+
+
+def fold(routers: RouterStack, temperature: float) -> None:
+    """Divide what routers will say by a temperature, in their last layer's weights."""
+    with torch.no_grad():
+        routers.decision_weight.div_(temperature)
+        routers.decision_bias.div_(temperature)
+
+
+def fit_temperature(logits: Tensor, targets: Tensor) -> float:
+    """Return the temperature at which logits give targets the largest likelihood.
+
+    The mean log-likelihood is concave in 1/T, so its slope, E_target[z] − E_p[z], has one zero,
+    which is bisected; the same logits give the same digits.
+
+    Args:
+        logits: `[M, C]` in float64; M ≥ 1.
+        targets: `[M, C]`: shares of the decisions, one a label.
+
+    Returns:
+        From `LOWEST` to `HIGHEST`, the nearer one where the best lies beyond; 1 where no
+        temperature is better, all logits of each decision being equal.
+
+    Source: Guo et al. 2017 (arXiv 1706.04599), section 4.2.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0]] * 4).double()
+        >>> targets = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]]).double()
+        >>> round(2 / fit_temperature(logits, targets), 6), round(math.log(3), 6)
+        (1.098612, 1.098612)
+    """
+    behind = (targets * logits).sum(dim=-1, keepdim=True) - logits  # [M, C]
+
+    def is_too_hot(log_temperature: float) -> bool:
+        # Summed over differences, which are 0 at a label, a slope that is all but 0 keeps its sign.
+        share = (logits / math.exp(log_temperature)).softmax(dim=-1)
+        return bool((share * behind).sum() >= 0)
+
+    if bool((logits == logits[:, :1]).all()):
+        return 1.0
+    low, high = math.log(LOWEST), math.log(HIGHEST)
+    if is_too_hot(low):
+        return LOWEST
+    if not is_too_hot(high):
+        return HIGHEST
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_too_hot(middle) else (middle, high)
+    return math.exp(high)
+
+
+def reliability(confidence: Tensor, hits: Tensor) -> tuple[Bin, ...]:
+    """Compare confidence with hits in bins of equal mass.
+
+    Decisions are sorted by confidence and divided into `BINS` parts of as many decisions each, or
+    one more. With bins of equal width nearly all decisions of a router would share the last one.
+    Decisions of exactly equal confidence count as hit in their common share, so that their order
+    doesn't matter.
+
+    Args:
+        confidence: `[M]` in [0, 1]: the probability of what was decided; M ≥ 1.
+        hits: `[M]`: the share that the target gives to what was decided; 0 or 1 for labels.
+
+    Returns:
+        The bins, the least confident first; fewer than `BINS` where there are fewer decisions.
+
+    Source: Nixon et al. 2019 (arXiv 1904.01685) for equal mass; sharing ties is ours.
+
+    Example:
+        >>> confidence = torch.tensor([0.5, 0.75])
+        >>> for part in reliability(confidence, torch.tensor([1.0, 0.0])):
+        ...     print(part)
+        Bin(decisions=1, confidence=0.5, hits=1.0)
+        Bin(decisions=1, confidence=0.75, hits=0.0)
+    """
+    values, order = confidence.double().sort()
+    hit = torch.cat([values.new_zeros(1), hits[order].double().cumsum(dim=0)])  # [M + 1]
+    start, end = torch.searchsorted(values, values), torch.searchsorted(values, values, right=True)
+    shared = (hit[end] - hit[start]) / (end - start)  # [M], by confidence
+    num_bins = min(BINS, len(values))
+    parts = zip(values.tensor_split(num_bins), shared.tensor_split(num_bins), strict=True)
+    return tuple(
+        Bin(decisions=len(sure), confidence=float(sure.mean()), hits=float(hit.mean()))
+        for sure, hit in parts
+    )
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """Return the expected calibration error: by decisions, the mean |confidence − hits|.
+
+    Source: Naeini et al. 2015.
+
+    Example:
+        >>> sure = Bin(decisions=3, confidence=0.9, hits=1.0)
+        >>> round(calibration_error([sure, Bin(decisions=1, confidence=0.6, hits=0.5)]), 4)
+        0.1
+    """
+    gaps = sum(part.decisions * abs(part.confidence - part.hits) for part in bins)
+    return gaps / sum(part.decisions for part in bins)
+
+
+def _reliability_of(logits: Tensor, targets: Tensor) -> tuple[Bin, ...]:
+    confidence, decided = logits.softmax(dim=-1).max(dim=-1)
+    return reliability(confidence, targets.gather(-1, decided[:, None])[:, 0])
+
+
+def _nll(logits: Tensor, targets: Tensor) -> float:
+    return float(-(targets * logits.log_softmax(dim=-1)).sum(dim=-1).mean())

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from drllm.evaluation.baselines.early_exit import (
+    ExitPolicy,
+    confidences,
+    executions_at,
+    find_threshold,
+)
+from drllm.models.routers.depth_control import routes_of
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.choices import ChoiceBatch
+from drllm.models.scoring.logit_lens import Readout
+from drllm.models.scoring.packing import Question
+
+L = 4
+TELLING = 0.13
+"""A threshold at which the prompts of these tests stop behind different layers."""
+CONFIDENCE_TOLERANCE = 1e-5
+"""Of a probability in float32, alone or in a padded batch; 1e-6 was seen."""
+
+
+def some_prompts(number=20, seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(3, 101) for _ in range(rng.randint(1, 20))] for _ in range(number)]
+
+
+def by_hand(listed, prompt):
+    """The likeliest token's probability under the model cut off behind each layer."""
+    found = []
+    for num_layers in range(1, L):
+        with torch.no_grad():
+            logits = listed(range(num_layers))(torch.tensor([prompt]), use_cache=False).logits
+        found.append(float(logits[0, -1].softmax(-1).max()))
+    return found
+
+
+def stops(probabilities, threshold):
+    for num_layers, probability in enumerate(probabilities, start=1):
+        if probability > threshold:
+            return num_layers
+    return L
+
+
+@pytest.fixture(scope="module")
+def readout(routed):
+    return Readout(routed)
+
+
+@pytest.fixture(scope="module")
+def measured(routed, readout):
+    return confidences(routed, readout, some_prompts(), batch_size=6)
+
+
+@pytest.fixture(scope="module")
+def slow(listed):
+    return [by_hand(listed, prompt) for prompt in some_prompts()]
+
+
+def test_confidences_equal_those_of_models_cut_off_behind_each_layer(measured, slow):
+    torch.testing.assert_close(measured, torch.tensor(slow), atol=CONFIDENCE_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1, TELLING, 0.2, 1.0])
+@pytest.mark.parametrize("batch_size", [1, 6])
+def test_the_policy_stops_where_a_loop_by_hand_stops(routed, readout, slow, threshold, batch_size):
+    wanted = [stops(probabilities, threshold) for probabilities in slow]
+    routes = routes_of(
+        routed, ExitPolicy(readout, threshold), some_prompts(), batch_size=batch_size
+    )
+    assert routes.tolist() == [[1] * num + [0] * (L - num) for num in wanted]
+
+
+def test_thresholds_of_this_test_tell_prompts_apart(slow):
+    assert len({stops(probabilities, TELLING) for probabilities in slow}) > 2
+
+
+@pytest.mark.parametrize("executions", [1.0, 1.5, 2.3, 3.1, 4.0])
+def test_the_threshold_gives_the_wanted_executions_when_the_policy_runs(
+    routed, readout, measured, executions
+):
+    found = find_threshold(measured, executions)
+    # A threshold lets one prompt more run, by up to L - 1 layers.
+    assert found.executions == pytest.approx(executions, abs=(L - 1) / 2 / len(measured))
+    routes = routes_of(routed, ExitPolicy(readout, found.value), some_prompts())
+    assert float(routes.sum(dim=1).double().mean()) == found.executions
+
+
+def test_executions_are_those_of_the_loop_by_hand(measured):
+    for threshold in (0.0, 0.1, 0.2, 1.0):
+        wanted = [stops(row, threshold) for row in measured.tolist()]
+        assert executions_at(measured, threshold).tolist() == wanted
+
+
+def test_a_scored_continuation_is_not_read(routed, readout):
+    """There the prompt's last real token isn't the row's last one."""
+    prompts = some_prompts(6)
+    questions = [Question(prompt, [[10, 11, 12], [13], [14, 15]]) for prompt in prompts]
+    policy = ExitPolicy(readout, TELLING)
+    _, routes = ChoiceBatch(routed, questions, 1.0).routed_scores(policy)
+    assert torch.equal(routes, routes_of(routed, policy, prompts))
+    assert len(set(map(tuple, routes.tolist()))) > 1
+
+
+def test_generated_tokens_run_what_the_prompt_ran(routed, readout):
+    prompt = torch.tensor([some_prompts()[3]])
+    with routed.using(ExitPolicy(readout, TELLING)):
+        routed.generate(prompt, max_new_tokens=5, do_sample=False)
+    expected = routes_of(routed, ExitPolicy(readout, TELLING), prompt.tolist())
+    assert torch.equal(routed.last_route, expected)
+
+
+def test_a_prompt_that_has_stopped_never_goes_on(tiny_llama, slow):
+    """Even where a skipped layer leaves something that no token is likely behind."""
+    routed = RoutedModel(tiny_llama(num_layers=L), bypass=lambda call, hidden: 0 * hidden)
+    wanted = [stops(probabilities, TELLING) for probabilities in slow]
+    routes = routes_of(routed, ExitPolicy(Readout(routed), TELLING), some_prompts())
+    assert routes.tolist() == [[1] * num + [0] * (L - num) for num in wanted]

@@ -1,0 +1,77 @@
+"""The baselines by name, and what is refused of the settings that name them."""
+
+from __future__ import annotations
+
+import pytest
+
+from drllm.config import EvaluateConfig
+from drllm.errors import ConfigError
+from drllm.evaluation.baselines.registry import (
+    BASELINES,
+    NEEDS,
+    NOT_COMPARED,
+    QUICK,
+    check,
+    files_needed,
+    named,
+)
+
+
+def test_lists_of_baselines_are_of_names_that_there_are():
+    assert {*QUICK, *NEEDS} <= set(BASELINES)
+    assert named("all") == list(BASELINES)
+    assert named("none") == []
+    assert named("quick") == list(QUICK)
+
+
+def test_names_are_taken_with_dashes_or_underscores_and_shown_in_one_order():
+    assert named("block_repeat, last-layers") == ["last layers", "block repeat"]
+
+
+def test_a_name_that_there_is_not_is_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"unknown baseline 'sleb'.* greedy-by-loss"):
+        named("sleb")
+
+
+def test_files_are_asked_for_where_an_baseline_is_fitted_on_them():
+    assert files_needed("quick") == []
+    assert files_needed("all") == ["search", "supervision"]
+    check(EvaluateConfig(baselines="best-program", search="search.jsonl"))
+    with pytest.raises(ConfigError, match=r"--supervision x has no effect .* sequence-router"):
+        check(EvaluateConfig(baselines="best-program", supervision="x"))
+
+
+def test_draws_that_no_baseline_has_a_use_for_are_refused():
+    said = "--num-random-draws 9 has no effect .*; leave it out, or add permuted-routes"
+    with pytest.raises(ConfigError, match=said):
+        check(EvaluateConfig(num_random_draws=9, baselines="last-layers"))
+    check(EvaluateConfig(num_random_draws=9))
+
+
+@pytest.mark.parametrize(
+    "limit", [{"max_loss_increase": 0.1}, {"worked_answers": "builtin_arithmetic"}]
+)
+def test_limits_of_a_choice_are_refused_without_one(limit):
+    [name] = limit
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} .* give --epsilon too"):
+        check(EvaluateConfig(curve="0.1", **limit))
+    check(EvaluateConfig(curve="0.1", epsilon=2.0, **limit))
+
+
+def test_every_baseline_says_in_a_line_what_it_is():
+    for name, baseline in BASELINES.items():
+        assert baseline.name == name
+        for text in (baseline.description, baseline.source, baseline.fitted_on):
+            assert text
+            assert "\n" not in text
+
+
+def test_what_is_not_compared_has_a_reason_and_is_no_baseline():
+    assert set(NOT_COMPARED) == {"LayerSkip", "FlexiDepth"}
+    assert all("needs" in reason for reason in NOT_COMPARED.values())
+    assert not set(NOT_COMPARED) & set(BASELINES)
+
+
+def test_three_baselines_decide_from_the_question():
+    reading = {name for name, baseline in BASELINES.items() if baseline.reads_question}
+    assert reading == {"confidence exit", "sequence router", "program predictor"}

@@ -1,0 +1,541 @@
+"""Task folders: the stock harness makes of them what its own task files make of the same rows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drllm.errors import ConfigError, TaskError
+from drllm.evaluation.lm_eval.folders import HarnessTask, write_task_folder
+from drllm.evaluation.lm_eval.registry import TABLE
+from drllm.records import question_key
+from drllm.tasks.base import OPTIONS_REWARD, TASKS, Example, get_task, get_tasks
+from drllm.tasks.published import EvaluatedTask, PublishedTask
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness and what it imports
+
+ZERO_SHOT = [name for name in TABLE if name != "squad_v2"]
+FEW_SHOT = [name for name in ZERO_SHOT if not TABLE[name].only_zero_shot]
+PARTS = ("anatomy", "high_school_us_history")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., list[HarnessTask]]:
+    """A function that writes tasks, by name, into the folder `tasks` of the test."""
+
+    def to_folder(names: str, place: str = "tasks", **given: Any) -> list[HarnessTask]:
+        settings: dict[str, Any] = {"split": "test", "limit": None, "seed": 0, "data_dir": None}
+        return write_task_folder(get_tasks(names), tmp_path / place, **{**settings, **given})
+
+    return to_folder
+
+
+def rows_of(name: str, split: str = "test") -> list[tuple[Example, Any]]:
+    task = get_task(name)
+    assert isinstance(task, PublishedTask)
+    return task.rows(split)
+
+
+def parted(rows: list[tuple[Example, Any]], part: str) -> list[dict[str, Any]]:
+    return [row for _, row in rows if not part or row["subject"] == part]
+
+
+@pytest.fixture
+def our_order(monkeypatch: pytest.MonkeyPatch, sets: Any) -> None:
+    """The harness shuffles GPQA's options by the global generator: let it find our order."""
+    task = get_task("gpqa_diamond")
+    orders = {
+        frozenset(example.choices): example.choices
+        for split in ("select", "test")
+        for example in task.examples(split)
+    }
+    shuffle = random.shuffle
+
+    def in_our_order(items: Any) -> None:
+        if isinstance(items, list) and frozenset(map(str, items)) in orders:
+            items[:] = orders[frozenset(items)]
+        else:
+            shuffle(items)
+
+    monkeypatch.setattr(random, "shuffle", in_our_order)
+
+
+def expected(
+    name: str, sets: Any, by_the_harness: Any, num_fewshot: int | None
+) -> dict[str, list[Any]]:
+    """What the harness' own files render of the same questions, by leaf."""
+    task = get_task(name)
+    assert isinstance(task, PublishedTask)
+    asked, shown = task.rows("test"), task.shots("test") if num_fewshot != 0 else []
+    leaves = {}
+    for part in PARTS if "{part}" in sets[name].file else ("",):
+        leaves[f"{name}_{part}" if part else name] = by_the_harness(
+            sets[name].file.format(part=part),
+            parted(asked, part),
+            parted(shown, part),
+            num_fewshot,
+        )
+    return leaves
+
+
+@pytest.mark.parametrize("name", ZERO_SHOT)
+@pytest.mark.usefixtures("our_order")
+def test_the_requests_are_those_of_the_harness_own_task_file(
+    name: str,
+    sets: Any,
+    write: Any,
+    loaded: Any,
+    by_the_harness: Any,
+    requests_of: Any,
+    tmp_path: Path,
+) -> None:
+    [task] = write(name, num_fewshot=0)
+    found = loaded(tmp_path / "tasks", task.harness_name)
+    assert tuple(found) == task.leaves
+    ours = {leaf: requests_of(one) for leaf, one in found.items()}
+    assert ours == expected(name, sets, by_the_harness, 0)
+    assert task.num_questions == sum(len(one.eval_docs) for one in found.values())
+
+
+@pytest.mark.parametrize("name", FEW_SHOT)
+@pytest.mark.usefixtures("our_order")
+def test_with_worked_examples_the_requests_are_those_of_the_harness_too(
+    name: str,
+    sets: Any,
+    write: Any,
+    loaded: Any,
+    by_the_harness: Any,
+    requests_of: Any,
+    tmp_path: Path,
+) -> None:
+    [task] = write(name, num_fewshot=3)
+    ours = {leaf: requests_of(one) for leaf, one in loaded(tmp_path / "tasks", name).items()}
+    assert ours == expected(name, sets, by_the_harness, 3)
+    assert task.num_fewshot == 3
+
+
+def test_gsm8k_shows_five_worked_examples_unless_told_otherwise(
+    sets: Any, write: Any, loaded: Any, by_the_harness: Any, requests_of: Any, tmp_path: Path
+) -> None:
+    [task] = write("gsm8k", split="select")
+    rows = [row for _, row in rows_of("gsm8k", "select")]
+    shown = [row for _, row in rows_of("gsm8k", "fit")]
+    assert (task.num_fewshot, task.metric_key) == (5, "exact_match,flexible-extract")
+    [one] = loaded(tmp_path / "tasks", "gsm8k").values()
+    assert requests_of(one) == by_the_harness("gsm8k/gsm8k.yaml", rows, shown, None)
+
+
+@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("num_fewshot", [0, 2])
+def test_the_hub_and_a_data_folder_give_the_same_requests(
+    name: str,
+    num_fewshot: int,
+    data_folder: Any,
+    write: Any,
+    loaded: Any,
+    requests_of: Any,
+    tmp_path: Path,
+) -> None:
+    if num_fewshot and TABLE[name].only_zero_shot:
+        pytest.skip("takes no worked examples")
+    [online] = write(name, place="online", num_fewshot=num_fewshot)
+    [offline] = write(name, place="offline", num_fewshot=num_fewshot, data_dir=data_folder(name))
+    assert online == offline
+    first, second = (
+        {leaf: requests_of(one) for leaf, one in loaded(tmp_path / place, name).items()}
+        for place in ("online", "offline")
+    )
+    assert first == second
+
+
+def test_squads_prompt_is_the_harness_own(
+    sets: Any, write: Any, loaded: Any, requests_of: Any, tmp_path: Path
+) -> None:
+    from lm_eval.tasks.squadv2.task import SQuAD2
+
+    write("squad_v2", num_fewshot=0)
+    [task] = loaded(tmp_path / "tasks", "squad_v2").values()
+    rows = [row for _, row in rows_of("squad_v2")]
+    contexts = [context for context, _ in requests_of(task)]
+    assert contexts == [SQuAD2.doc_to_text(None, row) for row in rows]
+    assert {json.dumps(how) for _, how in requests_of(task)} == {
+        '{"until": ["\\n"], "do_sample": false, "max_gen_toks": 32}'
+    }
+    targets = [SQuAD2.doc_to_target(None, row).removeprefix(" ") for row in rows]
+    assert [task.doc_to_target(doc) for doc in task.eval_docs] == targets
+
+
+@pytest.mark.parametrize("name", ["arc_easy", "arc_challenge", "hellaswag", "piqa", "mmlu_cloze"])
+def test_what_a_search_asks_is_what_an_evaluation_asks(
+    name: str, sets: Any, write: Any, loaded: Any, requests_of: Any, tmp_path: Path
+) -> None:
+    write(name, num_fewshot=0)
+    searched = get_task(name.removesuffix("_cloze"))
+    ours = []
+    for example in searched.examples("test"):
+        prompt = searched.prompt(example, OPTIONS_REWARD)
+        ours += [(prompt.text, text) for text in prompt.continuations]
+    found = loaded(tmp_path / "tasks", name).values()
+    assert sorted(ours) == sorted(args for task in found for args in requests_of(task))
+
+
+def test_every_task_that_has_a_name_can_be_evaluated(
+    sets: Any, hub: Any, write: Any, loaded: Any, tmp_path: Path
+) -> None:
+    key = ("hkust-nlp/dart-math-pool-math", None, "train")
+    hub.files[key] = [
+        {"query": f"What is {n}?", "gt_ans": str(n), "level": 1 + n % 5} for n in range(200)
+    ]
+    tasks = write(",".join(TASKS), num_fewshot=0)
+    assert [task.name for task in tasks] == list(TASKS)
+    found = loaded(tmp_path / "tasks", *(task.harness_name for task in tasks))
+    for task in tasks:
+        docs = [doc for leaf in task.leaves for doc in found[leaf].eval_docs]
+        examples = get_task(task.name).examples("test")
+        assert sorted(doc["drllm_id"] for doc in docs) == sorted(e.id for e in examples)
+        assert task.num_questions == len(examples)
+        assert (task.chance is None) == (task.kind == "generated")
+        metrics = {metric for leaf in task.leaves for metric in found[leaf].aggregation()}
+        assert task.metric in metrics
+        filters = {one.name for leaf in task.leaves for one in found[leaf]._filters}
+        assert task.filter in filters
+
+
+def test_a_run_of_the_harness_reports_the_metric_that_counts_of_every_task(
+    sets: Any, write: Any, tmp_path: Path
+) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    names = ",".join((*TABLE, "builtin_facts", "builtin_arithmetic"))
+    tasks = write(names, limit=6, num_fewshot=0)
+    found = simple_evaluate(
+        model="dummy",
+        tasks=[task.harness_name for task in tasks],
+        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+        bootstrap_iters=0,
+        num_fewshot=2,  # without effect: it would show questions that are asked
+    )
+    assert set(found["n-shot"].values()) == {0}
+    for task in tasks:
+        result = {**found["results"], **found.get("groups", {})}[task.harness_name]
+        assert 0 <= result[task.metric_key] <= 1
+        samples = [one for leaf in task.leaves for one in found["samples"][leaf]]
+        counted = [one for one in samples if one["filter"] == task.filter]
+        assert len(counted) == task.num_questions == 6
+        assert len({one["doc"]["drllm_id"] for one in counted}) == 6
+        mean = sum(one[task.metric] for one in counted) / 6
+        assert result[task.metric_key] == pytest.approx(mean)
+
+
+# --- what is ours alone ------------------------------------------------------------------------
+
+
+def test_options_of_ours_are_asked_byte_for_byte_as_a_search_asks_them(
+    write: Any, loaded: Any, requests_of: Any, tmp_path: Path
+) -> None:
+    lines = [
+        {
+            "question": f"Day {n}? {{{{x}}}} {{y}}\n 'é\" 😀",
+            "choices": ["2001-01-01", "1999-12-31", f"20{n:02}-05-05"],
+            "answer": n % 3,
+        }
+        for n in range(40)
+    ]
+    path = tmp_path / "my days, all.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    from drllm.tasks.files import FileTask
+
+    task = FileTask(path)
+    [written] = write_task_folder(
+        [task], tmp_path / "tasks", split="test", limit=None, seed=0, data_dir=None
+    )
+    assert (written.name, written.harness_name) == ("my days, all", "my_days_all")
+    [found] = loaded(tmp_path / "tasks", "my_days_all").values()
+    ours = []
+    for example in task.examples("test"):
+        prompt = task.prompt(example, OPTIONS_REWARD)
+        ours += [(prompt.text, text) for text in prompt.continuations]
+    assert requests_of(found) == ours
+    golds = [found.doc_to_target(doc) for doc in found.eval_docs]
+    assert golds == [example.gold for example in task.examples("test")]
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [("builtin_arithmetic", "so \\boxed{{{}}}", "\\boxed{{{}1}}"), ("dates", "{}.", "on {}")],
+)
+def test_generated_answers_of_ours_are_graded_by_our_rules(
+    name: str, right: str, wrong: str, write: Any, loaded: Any, requests_of: Any, tmp_path: Path
+) -> None:
+    if name == "dates":
+        name = str(tmp_path / "dates.jsonl")
+        rows = [
+            {"question": f"Which day is {n}?", "answer": f"20{n:02}-05-05", "grader": "exact"}
+            for n in range(40)
+        ]
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [written] = write(name, num_fewshot=1)
+    [found] = loaded(tmp_path / "tasks", written.harness_name).values()
+    task = get_task(name)
+    examples = task.examples("test")
+    prompts = [task.prompt(example, task.rewards[0]) for example in examples]
+    for prompt, (context, how), doc in zip(
+        prompts, requests_of(found), found.eval_docs, strict=True
+    ):
+        before, shown, after = context.rpartition(prompt.text)
+        assert before.endswith("\n\n")
+        assert (shown, after) == (prompt.text, "")
+        assert how["max_gen_toks"] == max(p.max_new_tokens for p in prompts)
+        assert found.process_results(doc, [right.format(prompt.answer)]) == {"exact_match": 1.0}
+        assert found.process_results(doc, [wrong.format(prompt.answer)]) == {"exact_match": 0.0}
+    assert any("search" in note for note in written.notes)
+
+
+# --- which questions ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if not TABLE[name].only_zero_shot])
+def test_no_question_that_is_asked_is_shown(
+    name: str, sets: Any, write: Any, loaded: Any, tmp_path: Path
+) -> None:
+    for split in ("select", "test"):
+        place = f"tasks-{split}"
+        write(name, place=place, split=split, num_fewshot=2)
+        tested = {question_key(e.question) for e in get_task(name).examples("test")}
+        ids: dict[str, set[str]] = {"asked": set(), "shown": set()}
+        for task in loaded(tmp_path / place, name).values():
+            for use in ids:
+                ids[use] |= {doc["drllm_id"] for doc in task.dataset[use]}
+        task = get_task(name)
+        assert isinstance(task, PublishedTask)
+        shown = {e.id: question_key(e.question) for e, _ in task.shots(split)}
+        assert ids["shown"] <= set(shown)
+        if split == "test" or set(task.files.values()) != {"single"}:
+            assert not tested & {shown[one] for one in ids["shown"]}
+        assert not ids["shown"] & ids["asked"]
+
+
+def test_a_question_that_stands_among_the_worked_examples_is_not_asked_with_them(
+    sets: Any, hub: Any, write: Any
+) -> None:
+    rows = rows_of("mmlu")
+    dev = [dict(row) for row in sets["mmlu"].hub["cais/mmlu", "all", "dev"]]
+    dev[0] = {**rows[0][1], "subject": "anatomy"}
+    hub.files["cais/mmlu", "all", "dev"] = dev
+    assert write("mmlu", num_fewshot=0)[0].num_questions == len(rows)
+    [task] = write("mmlu", num_fewshot=2)
+    assert task.num_questions == len(rows) - 1
+    assert any(note.startswith("1 left out") for note in task.notes)
+
+
+def test_a_limit_draws_the_same_questions_each_time_and_only_their_parts_are_written(
+    sets: Any, write: Any, loaded: Any, tmp_path: Path
+) -> None:
+    [task] = write("mmlu", limit=1, seed=3)
+    assert (task.num_questions, len(task.leaves)) == (1, 1)
+    [found] = loaded(tmp_path / "tasks", "mmlu").values()
+    first = [doc["drllm_id"] for doc in found.eval_docs]
+    [again] = write("mmlu", place="again", limit=1, seed=3)
+    assert again == task
+    [found] = loaded(tmp_path / "again", "mmlu").values()
+    assert [doc["drllm_id"] for doc in found.eval_docs] == first
+
+
+def test_the_same_questions_give_the_same_files(sets: Any, write: Any, tmp_path: Path) -> None:
+    def content() -> dict[str, tuple[bytes, int]]:
+        files = [path for path in (tmp_path / "tasks").rglob("*") if path.is_file()]
+        return {str(path): path.read_bytes() for path in files}
+
+    write("arc_easy,mmlu,builtin_facts", num_fewshot=1)
+    first = content()
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "tasks" / "rows").iterdir()}
+    write("arc_easy,mmlu,builtin_facts", num_fewshot=1)
+    assert content() == first
+    for path, time in times.items():
+        assert path.stat().st_mtime_ns == time  # what datasets has cached stays valid
+
+
+def test_other_rows_are_never_read_from_an_old_cache(
+    data_folder: Any, write: Any, write_rows: Any, loaded: Any, requests_of: Any, tmp_path: Path
+) -> None:
+    data_dir = data_folder("piqa")
+    write("piqa", data_dir=data_dir)
+    [before] = loaded(tmp_path / "tasks", "piqa").values()
+    rows = [{**row, "sol1": "Wait."} for row in map(dict, before.eval_docs)]
+    write_rows(
+        "data/piqa/validation",
+        [{k: row[k] for k in ("goal", "sol1", "sol2", "label")} for row in rows],
+    )
+    write("piqa", data_dir=data_dir)
+    [after] = loaded(tmp_path / "tasks", "piqa").values()
+    assert {doc["sol1"] for doc in after.eval_docs} == {"Wait."}
+    assert len(requests_of(after)) == len(requests_of(before))
+
+
+def test_what_datasets_keeps_is_kept_in_the_folder(
+    sets: Any, write: Any, loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    elsewhere = tmp_path / "elsewhere"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(elsewhere))
+    write("piqa")
+    loaded(tmp_path / "tasks", "piqa")
+    assert not elsewhere.exists()
+    assert list((tmp_path / "tasks" / "cache").rglob("*.arrow"))
+
+
+def test_the_stock_harness_with_all_of_its_own_tasks_takes_ours_of_the_same_names(
+    sets: Any, write: Any, loaded: Any, requests_of: Any, tmp_path: Path
+) -> None:
+    write("arc_easy,mmlu", num_fewshot=0)
+    alone = loaded(tmp_path / "tasks", "arc_easy", "mmlu")
+    beside = loaded(tmp_path / "tasks", "arc_easy", "mmlu", defaults=True)
+    assert {n: requests_of(t) for n, t in beside.items()} == {
+        n: requests_of(t) for n, t in alone.items()
+    }
+
+
+# --- answers that are capped, and refusals -----------------------------------------------------
+
+
+def test_answers_are_capped_to_what_the_model_holds_and_the_reader_is_told(
+    sets: Any, write: Any, loaded: Any, requests_of: Any, tmp_path: Path
+) -> None:
+    [task] = write("aime24", max_length=2048)
+    [found] = loaded(tmp_path / "tasks", "aime24").values()
+    [most] = {how["max_gen_toks"] for _, how in requests_of(found)}
+    longest = max(len(context.encode()) for context, _ in requests_of(found))
+    assert 1024 < most <= 2048 - longest
+    assert any(f"at most {most} new tokens" in note and "32768" in note for note in task.notes)
+    assert requests_of(found)[0][1]["until"][0] == "Question:"
+    [task] = write("aime24")
+    [found] = loaded(tmp_path / "tasks", "aime24").values()
+    assert {how["max_gen_toks"] for _, how in requests_of(found)} == {32768}
+    assert task.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "message"),
+    [
+        ("arc_easy", {"num_fewshot": -1}, "num_fewshot is -1; expected 0 or more"),
+        ("mmlu", {"num_fewshot": 6}, r"'mmlu' \(anatomy\) has 5 worked examples .* at most 5"),
+        ("piqa", {"num_fewshot": 99}, r"'piqa' has \d+ worked examples .* num_fewshot is 99"),
+        ("truthfulqa", {"num_fewshot": 1}, "'truthfulqa' takes no num_fewshot .six fixed"),
+        ("mmlu", {"split": "fit"}, "'mmlu' is only evaluated and has no questions for 'fit'"),
+        ("arc_easy", {"split": "tset"}, "did you mean 'test'"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(
+    names: str, given: Any, message: str, sets: Any, write: Any
+) -> None:
+    with pytest.raises((ConfigError, TaskError), match=message):
+        write(names, **given)
+
+
+def test_a_task_named_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="'builtin_facts' is evaluated twice"):
+        write_task_folder(
+            [get_task("builtin_facts")] * 2,
+            tmp_path,
+            split="test",
+            limit=None,
+            seed=0,
+            data_dir=None,
+        )
+
+
+def test_an_empty_split_is_refused(write: Any, tmp_path: Path) -> None:
+    path = tmp_path / "few.jsonl"
+    path.write_text(json.dumps({"question": "1?", "choices": ["a", "b"], "answer": 0}) + "\n")
+    empty = next(s for s in ("search", "test") if not get_task(str(path)).examples(s))
+    with pytest.raises(TaskError, match=f"'few' has no questions in split '{empty}'"):
+        write(str(path), split=empty)
+
+
+def test_worked_examples_that_a_data_folder_lacks_are_named_with_the_way_out(
+    write: Any, write_rows: Any, sets: Any, tmp_path: Path
+) -> None:
+    write_rows(
+        "data/commonsense_qa/validation", sets["commonsense_qa"].folder["commonsense_qa/validation"]
+    )
+    with pytest.raises(TaskError, match=r"train\.jsonl.*num_fewshot is 2, and 0 needs no"):
+        write("commonsense_qa", data_dir=tmp_path / "data", num_fewshot=2)
+    assert write("commonsense_qa", data_dir=tmp_path / "data")
+
+
+def test_a_split_that_a_data_folder_lacks_is_refused_with_those_that_it_has(
+    write: Any, write_rows: Any, sets: Any, tmp_path: Path
+) -> None:
+    write_rows("data/gsm8k/train", sets["gsm8k"].folder["gsm8k/train"])
+    with pytest.raises(TaskError, match=r"there is train: its questions for search, fit, select"):
+        write("gsm8k", data_dir=tmp_path / "data")
+
+
+def test_a_column_that_only_the_prompt_needs_is_named_where_it_is_missing(
+    write: Any, write_rows: Any, sets: Any, tmp_path: Path
+) -> None:
+    rows = [
+        {key: value for key, value in row.items() if key != "title"}
+        for row in sets["squad_v2"].folder["squad_v2/validation"]
+    ]
+    write_rows("data/squad_v2/validation", rows)
+    with pytest.raises(TaskError, match="'squad_v2', question 'validation-0': 'title' is missing"):
+        write("squad_v2", data_dir=tmp_path / "data")
+
+
+# --- real files --------------------------------------------------------------------------------
+
+
+REAL = {
+    "arc_easy": ("arc_easy/validation", "arc/arc_easy.yaml"),
+    "arc_challenge": ("arc_challenge/validation", "arc/arc_challenge.yaml"),
+    "commonsense_qa": ("commonsense_qa/validation", "commonsense_qa/default.yaml"),
+    "winogrande": ("winogrande/validation", "winogrande/default.yaml"),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_real_files_are_asked_as_the_harness_asks_them(
+    name: str,
+    data_dir: Path,
+    write: Any,
+    loaded: Any,
+    by_the_harness: Any,
+    requests_of: Any,
+    tmp_path: Path,
+) -> None:
+    place, file = REAL[name]
+    with gzip.open(data_dir / f"{place}.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    [task] = write(name, data_dir=data_dir, limit=100)
+    [found] = loaded(tmp_path / "tasks", name).values()
+    key = "sentence" if name == "winogrande" else "question"
+    asked = {doc[key] for doc in found.eval_docs}
+    of_those = [row for row in rows if row[key] in asked]
+    assert task.num_questions == 100
+    assert requests_of(found) == by_the_harness(file, of_those, [], 0)
+
+
+def test_every_real_set_can_be_evaluated(
+    data_dir: Path, write: Any, loaded: Any, tmp_path: Path
+) -> None:
+    names = "arc,commonsense_qa,commonsense_qa_cloze,hellaswag,mmlu,mmlu_cloze,squad_v2,winogrande"
+    tasks = write(names, data_dir=data_dir, limit=20)
+    tasks += write("gsm8k", data_dir=data_dir, limit=20, split="select")
+    assert [task.num_questions for task in tasks] == [20] * 10
+    found = loaded(tmp_path / "tasks", *(task.harness_name for task in tasks))
+    assert sum(len(task.eval_docs) for task in found.values()) == 200
+
+
+def test_only_tasks_without_rewards_are_evaluated_only() -> None:
+    for name in TASKS:
+        task = get_task(name)
+        assert (not task.rewards) == isinstance(task, EvaluatedTask)

@@ -1,0 +1,119 @@
+"""Our names among the harness' tasks: told apart, or refused; and where their folder stands."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drllm.errors import ConfigError, TaskError
+from drllm.evaluation.lm_eval.own_tasks import OwnTasks, own_tasks, placed
+
+TASK = "task: {name}\ndataset_path: json\noutput_type: multiple_choice\n"
+
+
+def chosen(*names: str, **changes: Any) -> OwnTasks:
+    options: dict[str, Any] = {
+        "split": "test",
+        "limit": 4,
+        "data_dir": None,
+        "num_fewshot": None,
+        "max_length": None,
+        "include_path": None,
+        "num_processes": 1,
+        **changes,
+    }
+    return own_tasks(names, **options)
+
+
+@pytest.fixture
+def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder of tasks, which stands for all that the harness knows."""
+    import lm_eval.tasks
+
+    small = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", small)
+    (tmp_path / "words.yaml").write_text(TASK.format(name="words") + "tag: all_words\n")
+    group = "group: both\ntask: [words, {group: inner, task: [builtin_facts]}]\n"
+    (tmp_path / "both.yaml").write_text(group)
+    return str(tmp_path)
+
+
+def test_names_keep_their_order_and_groups_become_their_tasks(theirs):
+    found = chosen("all_words", "builtin_facts", "words", "builtin_arithmetic", include_path=theirs)
+    assert found.names == ["all_words", "builtin_facts", "words", "builtin_arithmetic"]
+    assert [task.name for task in found.tasks] == ["builtin_facts", "builtin_arithmetic"]
+
+
+def test_a_file_goes_by_the_name_that_its_folder_gives_it(tmp_path: Path):
+    rows = [f'{{"question": "{n}?", "choices": ["a", "b"], "answer": 0}}\n' for n in range(30)]
+    (tmp_path / "my own.jsonl").write_text("".join(rows))
+    assert chosen(str(tmp_path / "my own.jsonl")).names == ["my_own"]
+
+
+def test_a_limit_is_a_number_of_questions():
+    assert chosen("builtin_facts", limit=3.0).files.num_questions == {"builtin_facts": 3}
+    for limit in (0.5, 0, 2.5):
+        with pytest.raises(ConfigError, match="give a whole number from 1"):
+            chosen("builtin_facts", limit=limit)
+
+
+def test_a_group_that_holds_a_task_of_ours_is_refused_beside_it(theirs):
+    with pytest.raises(TaskError, match="'both' of the harness holds 'builtin_facts'"):
+        chosen("both", "builtin_facts", include_path=theirs)
+    assert chosen("both", "builtin_arithmetic", include_path=theirs).names[0] == "both"
+
+
+def test_a_pattern_that_fits_a_task_of_ours_is_refused_beside_it(theirs, tmp_path: Path):
+    (tmp_path / "more.yaml").write_text(TASK.format(name="builtin_facts"))
+    with pytest.raises(TaskError, match="holds 'builtin_facts'"):
+        chosen("builtin_f*", "builtin_facts", include_path=theirs)
+
+
+def test_a_task_of_the_same_name_in_the_users_folder_is_refused(theirs, tmp_path: Path):
+    (tmp_path / "more.yaml").write_text(TASK.format(name="builtin_facts"))
+    with pytest.raises(TaskError, match=r"stands in --include_path .* too; rename"):
+        chosen("builtin_facts", include_path=theirs)
+
+
+@pytest.mark.parametrize("name", ["tasks.yaml", "."])
+def test_a_file_or_folder_of_tasks_is_refused_beside_ours(name: str, theirs):
+    with pytest.raises(TaskError, match="give its folder as --include_path"):
+        chosen(name, "builtin_facts")
+
+
+def test_an_unknown_name_beside_ours_is_refused_with_its_nearest(theirs):
+    with pytest.raises(TaskError, match="unknown task 'wrods'; did you mean 'words'"):
+        chosen("builtin_facts", "wrods", include_path=theirs)
+
+
+def test_fewer_questions_than_processes_are_refused():
+    with pytest.raises(TaskError, match="has 2 questions for 3 processes"):
+        chosen("builtin_facts", limit=2, num_processes=3)
+
+
+def test_a_folder_without_a_place_goes_at_the_end_and_one_with_a_place_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    files = chosen("builtin_facts").files
+    with placed(files, None) as folder:
+        assert (folder / "builtin_facts.yaml").is_file()
+    assert list(tmp_path.iterdir()) == []
+    with placed(files, tmp_path / "kept") as folder:
+        pass
+    assert (tmp_path / "kept" / files.key / "builtin_facts.yaml").is_file()
+
+
+def test_the_key_of_a_folder_tells_its_questions_apart_and_nothing_else():
+    first = chosen("builtin_facts").files.key
+    assert chosen("builtin_facts").files.key == first
+    others = [
+        chosen("builtin_facts", limit=5).files.key,
+        chosen("builtin_facts", split="select").files.key,
+        chosen("builtin_facts", num_fewshot=1).files.key,
+    ]
+    assert len({first, *others}) == 4

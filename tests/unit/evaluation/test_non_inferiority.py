@@ -1,0 +1,283 @@
+"""The certified choice never passes more than its tests allow, and says what it did."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+
+import numpy as np
+import pytest
+
+from drllm.errors import ConfigError
+from drllm.evaluation.curve import Outcomes, Point, won_lost
+from drllm.evaluation.non_inferiority import Limits, choose, confirm
+from drllm.statistics.intervals import greatest_loss, non_inferior
+from drllm.statistics.power import smallest_certifiable
+
+N = 400
+LIMITS = Limits(epsilon=4, max_loss_increase=0.1)
+TEXTS = [3.0 + place / 10 for place in range(40)]
+RIGHT = [1] * 240 + [0] * 160  # 60 %
+
+
+def base(correct=RIGHT, texts=TEXTS):
+    return Point("base", "", 30.0, Outcomes(correct, text_loss=texts))
+
+
+def with_worked(point, worse=0.0, texts=TEXTS):
+    """Return a point with worked answers, all of whose losses rise by about so much."""
+    rng = random.Random(point.executions)
+    losses = [value + worse + rng.uniform(-0.005, 0.005) for value in texts]
+    return dataclasses.replace(
+        point, outcomes=dataclasses.replace(point.outcomes, worked_loss=losses)
+    )
+
+
+def point(executions, won=3, lost=3, worse=0.01, name=None):
+    """Return a setting that wins and loses so many questions; its losses rise by about so much."""
+    correct = [0] * lost + RIGHT[lost:]
+    correct[-won or N :] = [1] * won
+    rng = random.Random(executions)
+    texts = [value + worse + rng.uniform(-0.005, 0.005) for value in TEXTS]
+    setting = name or f"{executions:g} layers"
+    return Point("routed", setting, executions, Outcomes(correct, text_loss=texts))
+
+
+def chosen(points, limits=LIMITS, reference=None, chance=0.25):
+    return choose(reference or base(), points, limits, chance=chance, seed=0)
+
+
+def test_the_cheapest_setting_within_both_limits_is_chosen():
+    choice = chosen([point(20, lost=60), point(27), point(24)])
+    assert [trial.name for trial in choice.trials] == [
+        "routed, 27 layers",
+        "routed, 24 layers",
+        "routed, 20 layers",
+    ]
+    assert [trial.passed for trial in choice.trials] == [True, True, False]
+    assert choice.chosen.executions == 24
+    assert choice.trials[0].greatest_loss == pytest.approx(100 * greatest_loss(3, 3, N))
+
+
+def test_nothing_behind_the_first_failure_is_looked_at():
+    choice = chosen([point(27), point(24, lost=60), point(20)])
+    assert choice.chosen.executions == 27
+    assert choice.untried == ("routed, 20 layers",)
+    assert "Behind a failure, so not tried: routed, 20 layers." in choice.sentences()
+
+
+def test_accuracy_alone_certifies_nothing():
+    choice = chosen([point(27, worse=0.2)])
+    assert choice.chosen is None
+    assert choice.trials[0].greatest_loss < LIMITS.epsilon
+    assert choice.trials[0].failures == (
+        f"next-token loss up to {choice.trials[0].greatest_increase:.3f} nats a token higher is "
+        f"not excluded",
+    )
+    assert choice.sentences()[-1] == "None is certified."
+
+
+def held_to_worked(point, limits=LIMITS):
+    """Choose between base and a point, both with worked answers."""
+    return choose(with_worked(base()), [point], limits, chance=0.25, seed=0, worked_answers="gsm8k")
+
+
+def test_worked_answers_have_a_bound_of_their_own():
+    choice = held_to_worked(with_worked(point(27), worse=0.2))
+    [trial] = choice.trials
+    assert (trial.greatest_loss < LIMITS.epsilon, trial.greatest_increase < 0.1) == (True, True)
+    assert trial.worked.loss_increase == pytest.approx(0.2, abs=0.005)
+    assert trial.failures == (
+        f"next-token loss on worked answers of gsm8k up to {trial.worked.greatest_increase:.3f} "
+        f"nats a token higher is not excluded",
+    )
+    assert choice.sentences()[-1] == "None is certified."
+    held = held_to_worked(with_worked(point(27), worse=0.02))
+    assert held.chosen.worked.num_texts == len(TEXTS)
+    assert str(held.chosen).endswith(
+        f"on 40 texts; {held.chosen.worked.loss_increase:+.3f}, at most "
+        f"{held.chosen.worked.greatest_increase:+.3f}, on 40 worked answers"
+    )
+
+
+def test_worked_answers_are_a_condition_when_the_choice_is_confirmed_too():
+    choice = held_to_worked(with_worked(point(27)))
+    worse = with_worked(point(27), worse=0.2)
+    failed = confirm(choice, with_worked(base()), worse, chance=0.25, seed=1)
+    assert not failed.is_certified
+    assert "worked answers of gsm8k" in failed.confirmation.failures[0]
+    assert confirm(
+        choice, with_worked(base()), with_worked(point(27)), chance=0.25, seed=1
+    ).is_certified
+
+
+def test_it_is_said_whether_worked_answers_were_looked_at():
+    [said] = (words for words in chosen([point(27)]).sentences() if words.startswith("Asked for"))
+    assert "on the questions' own texts (worked answers weren't looked at)." in said
+    choice = held_to_worked(with_worked(point(27)))
+    [said] = (words for words in choice.sentences() if words.startswith("Asked for"))
+    assert "on the questions' own texts and on worked answers of gsm8k." in said
+
+
+def test_too_few_worked_answers_are_refused():
+    bare = with_worked(base(), texts=TEXTS[:29])
+    with pytest.raises(ConfigError, match="29 worked answers of gsm8k are too few"):
+        choose(
+            bare,
+            [with_worked(point(27), texts=TEXTS[:29])],
+            LIMITS,
+            chance=0.25,
+            seed=0,
+            worked_answers="gsm8k",
+        )
+
+
+def test_texts_that_bound_nothing_certify_nothing():
+    texts = [3.0] * 30
+    alone = Point("routed", "x", 27.0, Outcomes(RIGHT, text_loss=[3.0] * 29 + [3.01]))
+    choice = chosen([alone], reference=base(texts=texts))
+    assert choice.trials[0].greatest_increase is None
+    assert choice.trials[0].failures == (
+        "no rise of the next-token loss is excluded by so few texts that differ",
+    )
+
+
+def test_a_loss_of_accuracy_that_is_not_excluded_certifies_nothing():
+    choice = chosen([point(27, won=3, lost=18)])
+    assert choice.chosen is None
+    loss = 100 * greatest_loss(3, 18, N)
+    assert choice.trials[0].failures == (
+        f"a loss of up to {loss:.2f} points of accuracy is not excluded",
+    )
+
+
+def test_the_smallest_certifiable_loss_is_said_first():
+    choice = chosen([point(24, won=20, lost=20), point(27)])
+    certifiable = smallest_certifiable(N, 6 / N)  # that of the setting which is tried first
+    assert choice.smallest == pytest.approx(100 * certifiable.if_equal)
+    first = choice.sentences()[0]
+    assert first.startswith("400 questions, 1.5 % of them answered differently, can certify a loss")
+    assert f"below {100 * certifiable.if_equal:.2f} points at best" in first
+    assert f"below {100 * certifiable.with_power:.2f} points with 80 % probability" in first
+
+
+def test_it_is_said_whose_questions_a_choice_was_made_on():
+    where = "arc_easy (select)"
+    choice = choose(base(), [point(27)], LIMITS, chance=0.25, seed=0, chosen_on=where)
+    assert choice.chosen_on == where
+    assert choice.sentences()[0].startswith("400 questions of arc_easy (select), 1.5 % of them")
+
+
+def test_less_than_n_can_certify_is_not_tried():
+    choice = chosen([point(27)], Limits(epsilon=0.5, max_loss_increase=0.1))
+    assert choice.trials == ()
+    assert choice.sentences()[-1] == (
+        "Less than 0.5 points is too little at n = 400: none can be certified."
+    )
+    # Even where more is won than lost, which the limit was not set for.
+    lucky = chosen([point(27, won=9, lost=1)], Limits(epsilon=0.5, max_loss_increase=0.1))
+    assert lucky.chosen is None
+
+
+def test_a_base_that_may_be_guessing_certifies_nothing():
+    choice = chosen([point(27)], chance=0.58)
+    assert choice.chosen is None
+    assert choice.sentences()[-1] == (
+        "The base model is not shown to be above chance (58.0 %): none can be certified."
+    )
+
+
+def test_settings_that_save_nothing_are_no_choice():
+    choice = chosen([point(30), point(33), point(27)])
+    assert choice.not_cheaper == ("routed, 30 layers", "routed, 33 layers")
+    assert choice.chosen.executions == 27
+    choice = chosen([point(30)])
+    assert choice.sentences() == [
+        "No layers saved, so not tried: routed, 30 layers.",
+        "There is no setting that runs fewer layers than base: none can be certified.",
+    ]
+
+
+def test_what_is_chosen_is_confirmed_on_other_questions():
+    choice = chosen([point(27)])
+    assert not choice.is_certified
+    assert "still to be tested" in choice.sentences()[-1]
+    held = confirm(choice, base(), point(27, won=4, lost=2), chance=0.25, seed=1)
+    assert held.is_certified
+    assert held.sentences()[-1] == ("Certified: routed, 27 layers (27.00 layers a forward pass).")
+    assert "won 4, lost 2 of 400" in held.sentences()[-2]
+    failed = confirm(choice, base(), point(27, lost=30), chance=0.25, seed=1)
+    assert not failed.is_certified
+    assert failed.sentences()[-1] == "None is certified."
+    guessing = confirm(choice, base(), point(27), chance=0.58, seed=1)
+    assert guessing.confirmation.failures == (
+        "the base model is not shown to be above chance (58.0 %)",
+    )
+
+
+def test_only_what_was_chosen_is_confirmed_and_only_once():
+    choice = chosen([point(27)])
+    with pytest.raises(ValueError, match="was chosen, not 'routed, 24 layers'"):
+        confirm(choice, base(), point(24), chance=0.25, seed=0)
+    held = confirm(choice, base(), point(27), chance=0.25, seed=0)
+    for other in (held, chosen([point(27, lost=60)])):
+        with pytest.raises(ValueError, match="only once"):
+            confirm(other, base(), point(27), chance=0.25, seed=0)
+
+
+def test_a_choice_goes_into_a_file():
+    choice = confirm(chosen([point(27)]), base(), point(27), chance=0.25, seed=0)
+    values = json.loads(json.dumps(dataclasses.asdict(choice)))
+    assert values["confirmation"]["won"] == 3
+    assert values["confirmation"]["worked"] is None
+    assert values["limits"] == {"epsilon": 4, "max_loss_increase": 0.1, "confidence": 0.95}
+
+
+@pytest.mark.parametrize("texts", [[], TEXTS[:29]])
+def test_a_choice_without_enough_texts_is_refused(texts):
+    bare = Point("routed", "10 % saved", 27.0, Outcomes(RIGHT, text_loss=texts))
+    with pytest.raises(ConfigError, match=f"{len(texts)} held-out texts are too few"):
+        chosen([bare], reference=base(texts=texts))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epsilon": 0, "max_loss_increase": 0.1}, "epsilon is 0"),
+        ({"epsilon": 101, "max_loss_increase": 0.1}, "epsilon is 101"),
+        ({"epsilon": 2, "max_loss_increase": 0}, "max_loss_increase is 0"),
+        ({"epsilon": 2, "max_loss_increase": float("nan")}, "max_loss_increase is nan"),
+        ({"epsilon": 2, "max_loss_increase": 0.1, "confidence": 0.5}, "confidence is 0.5"),
+    ],
+)
+def test_limits_out_of_range_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        Limits(**values)
+
+
+def test_settings_that_all_lose_as_much_as_epsilon_are_rarely_passed_however_many_there_are():
+    # Every setting loses exactly ε in truth, so every pass is wrong. In the fixed order that
+    # happens as often as for one setting; taking any that passes would err several times as often.
+    rng = np.random.default_rng(0)
+    runs, settings, epsilon, discordant = 400, 6, 0.06, 0.12
+    in_order = any_of_them = 0
+    reference = base(correct=[1] * 150 + [0] * 50)
+    for _ in range(runs):
+        points = []
+        for place in range(settings):
+            lost, won = rng.multinomial(
+                200, ((discordant + epsilon) / 2, (discordant - epsilon) / 2, 1 - discordant)
+            )[:2]
+            correct = [0] * lost + [1] * (150 - lost + won) + [0] * (50 - won)
+            outcomes = Outcomes(correct, text_loss=TEXTS)
+            points.append(Point("routed", str(place), 29.0 - place, outcomes))
+            # Which questions are won and lost doesn't matter, only how many.
+        limits = Limits(epsilon=100 * epsilon, max_loss_increase=0.1)
+        in_order += choose(reference, points, limits, chance=0.25, seed=0).chosen is not None
+        any_of_them += any(
+            non_inferior(*won_lost(each.outcomes, reference.outcomes), 200, epsilon)
+            for each in points
+        )
+    assert in_order / runs < 0.08  # 0.05, two and a half standard deviations
+    assert any_of_them / runs > 0.15

@@ -1,0 +1,346 @@
+"""From a name to a frozen model, and one clear line for everything that can go wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+from transformers.utils import logging as transformers_logging
+
+from drllm.config import ModelConfig
+from drllm.errors import ConfigError, ModelError
+from drllm.models.base import load as loading
+from drllm.models.base.identity import fingerprint
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def saved(model_folder: Callable[..., Path]) -> Path:
+    return model_folder(num_layers=3)
+
+
+@pytest.fixture
+def copied(saved: Path, tmp_path: Path) -> Path:
+    """A model folder that the test may KL."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def on_cpu(model: Path | str, **settings: Any) -> ModelConfig:
+    return ModelConfig(model=str(model), device="cpu", **settings)
+
+
+def refused(kind: type[Exception], config: ModelConfig) -> str:
+    with pytest.raises(kind) as caught:
+        loading.load(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- what is loaded ----------------------------------------------------------------------------
+
+
+def test_a_local_folder_gives_its_model_frozen(saved: Path, tiny_llama: Any) -> None:
+    base = loading.load(on_cpu(saved))
+    expected = tiny_llama(num_layers=3).state_dict()
+    assert all(torch.equal(expected[name], w) for name, w in base.model.state_dict().items())
+    assert not base.model.training
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+def test_the_tokenizer_pads_on_the_left(saved: Path) -> None:
+    tokenizer = loading.load(on_cpu(saved)).tokenizer
+    mask = tokenizer(["ab", "abcd"], padding=True, return_tensors="pt").attention_mask
+    assert mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end_token(copied: Path) -> None:
+    settings = copied / "tokenizer_config.json"
+    values = json.loads(settings.read_text())
+    del values["pad_token"]
+    settings.write_text(json.dumps(values))
+    assert loading.load(on_cpu(copied)).tokenizer.pad_token == "</s>"
+
+
+def test_identity_names_the_model_and_its_shape(saved: Path) -> None:
+    base = loading.load(on_cpu(saved))
+    assert base.identity == {
+        "id": str(saved),
+        "revision": None,
+        "class": "LlamaForCausalLM",
+        "num_layers": 3,
+        "hidden_size": 32,
+        "fingerprint": fingerprint(base.model),
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("float32", "sdpa")),
+        ({"dtype": "bfloat16"}, ("bfloat16", "sdpa")),
+        ({"dtype": "float32", "attn_implementation": "eager"}, ("float32", "eager")),
+    ],
+)
+def test_runtime_tells_how_the_model_runs_as_resolved(
+    saved: Path, given: dict[str, Any], expected: tuple[str, str]
+) -> None:
+    dtype, attention = expected
+    assert loading.load(on_cpu(saved, **given)).runtime == {
+        "dtype": dtype,
+        "device": "cpu",
+        "attn_implementation": attention,
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_is_what_was_asked_for(saved: Path, dtype: str) -> None:
+    assert loading.load(on_cpu(saved, dtype=dtype)).model.dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_is_what_was_asked_for(saved: Path, implementation: str) -> None:
+    base = loading.load(on_cpu(saved, attn_implementation=implementation))
+    assert base.model.config._attn_implementation == implementation
+
+
+def test_loading_says_nothing_and_leaves_the_libraries_as_talkative_as_before(
+    saved: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+        are_progress_bars_disabled(),
+    )
+    loading.load(on_cpu(saved))
+    assert capfd.readouterr() == ("", "")
+    assert before == (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+        are_progress_bars_disabled(),
+    )
+
+
+def test_the_alias_loads_by_its_own_name(smollm2: loading.BaseModel) -> None:
+    assert (smollm2.num_layers, smollm2.hidden_size) == (30, 576)
+    assert smollm2.model.name_or_path == "smollm2-135m"
+    [(alias, description)] = loading.list_models()
+    assert alias == "smollm2-135m"
+    assert "converted in" in description
+
+
+@pytest.fixture
+def cached_hub_model(cached: Callable[[Path, str], str], saved: Path) -> str:
+    return cached(saved, "someone/tiny")
+
+
+@pytest.mark.parametrize("revision", [None, "main", COMMIT])
+def test_a_hub_id_works_like_a_folder_and_is_pinned_to_its_commit(
+    cached_hub_model: str, saved: Path, revision: str | None
+) -> None:
+    base = loading.load(on_cpu(cached_hub_model, revision=revision))
+    assert base.identity["id"] == "someone/tiny"
+    assert base.identity["revision"] == COMMIT
+    assert base.identity["fingerprint"] == loading.load(on_cpu(saved)).identity["fingerprint"]
+
+
+# --- device and dtype --------------------------------------------------------------------------
+
+
+def test_auto_device_is_the_first_there_is_of_cuda_mps_cpu() -> None:
+    kinds = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    expected = next(kind for kind, available in kinds.items() if available)
+    assert loading.resolve_device("auto") == torch.device(expected)
+
+
+def test_auto_dtype_is_float32_on_a_cpu() -> None:
+    assert loading.resolve_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_an_unknown_dtype_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"'bfloat61'; did you mean 'bfloat16'"):
+        loading.resolve_dtype("bfloat61", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["cdua", "gpu", "cuda:", "cpu:x", "meta", ""])
+def test_an_unknown_device_is_refused_with_the_list(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"unknown device .*Valid: auto, cpu, cuda, mps"):
+        loading.resolve_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "cpu:1", "mps:7"])
+def test_a_device_that_this_machine_lacks_is_refused_with_a_remedy(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"'{name}', but this machine has .*--device auto"):
+        loading.resolve_device(name)
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+def test_attention_that_is_not_installed_says_what_to_do(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **options: Any) -> None:
+        assert options["attn_implementation"] == "flash_attention_2"
+        raise ImportError(
+            "FlashAttention2 has been toggled on, but there is no package flash_attn."
+        )
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", refuse)
+    message = refused(ConfigError, on_cpu(saved, attn_implementation="flash_attention_2"))
+    assert message.startswith("--attn-implementation 'flash_attention_2' can't be used with ")
+    assert message.endswith(
+        "there is no package flash_attn; install what it needs, or give --attn-implementation "
+        "sdpa or eager"
+    )
+
+
+def test_an_unknown_attention_is_refused_with_the_nearest(saved: Path) -> None:
+    message = refused(ConfigError, on_cpu(saved, attn_implementation="spda"))
+    assert "unknown attention implementation 'spda'; did you mean 'sdpa'?" in message
+
+
+def test_a_revision_of_a_folder_has_no_effect_and_is_refused(saved: Path) -> None:
+    assert "--revision 'v2' has no effect" in refused(ConfigError, on_cpu(saved, revision="v2"))
+
+
+@pytest.mark.parametrize("setting", [{"revision": "main"}, {"trust_remote_code": True}])
+def test_hub_options_have_no_effect_on_an_alias_and_are_refused(setting: dict[str, Any]) -> None:
+    message = refused(ConfigError, on_cpu("smollm2-135m", **setting))
+    assert "has no effect on 'smollm2-135m', which is an alias" in message
+
+
+@pytest.mark.parametrize(
+    ("pattern", "lacking"),
+    [
+        ("config.json", "config.json"),
+        ("*.safetensors", "weights (*.safetensors)"),
+        ("tokenizer*", "a tokenizer (tokenizer.json)"),
+    ],
+)
+def test_a_folder_that_lacks_a_part_is_refused_with_its_name(
+    copied: Path, pattern: str, lacking: str
+) -> None:
+    for file in copied.glob(pattern):
+        file.unlink()
+    message = refused(ModelError, on_cpu(copied))
+    assert f"doesn't hold a model: it lacks {lacking};" in message
+
+
+def test_a_folder_of_routers_is_recognised(tmp_path: Path) -> None:
+    (tmp_path / "router_config.json").write_text("{}")
+    assert "--routers" in refused(ModelError, on_cpu(tmp_path))
+
+
+def test_a_file_is_refused(copied: Path) -> None:
+    assert "is a file" in refused(ModelError, on_cpu(copied / "config.json"))
+
+
+def test_a_folder_that_isnt_there_is_refused(tmp_path: Path) -> None:
+    assert "there is no folder" in refused(ModelError, on_cpu(tmp_path / "nowhere"))
+
+
+def test_weights_that_lack_a_tensor_are_refused_instead_of_filled_with_noise(copied: Path) -> None:
+    _rewrite(copied, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    message = refused(ModelError, on_cpu(copied))
+    assert "the weights of" in message
+    assert "missing keys model.layers.1.mlp.up_proj.weight (1 in all)" in message
+
+
+def test_weights_of_another_shape_are_refused(copied: Path) -> None:
+    _rewrite(copied, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
+    assert "mismatched keys model.norm.weight" in refused(ModelError, on_cpu(copied))
+
+
+def test_weights_that_are_cut_off_are_refused(copied: Path) -> None:
+    weights = copied / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "are broken or cut off" in refused(ModelError, on_cpu(copied))
+
+
+def test_a_config_that_isnt_json_is_refused(copied: Path) -> None:
+    (copied / "config.json").write_text("{")
+    assert str(copied) in refused(ModelError, on_cpu(copied))
+
+
+def test_an_unknown_kind_of_model_is_refused(copied: Path) -> None:
+    _edit_config(copied, model_type="flying_llama")
+    assert "flying_llama" in refused(ModelError, on_cpu(copied))
+
+
+def test_a_model_that_doesnt_write_text_is_refused(copied: Path) -> None:
+    (copied / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    assert "decoder-only" in refused(ModelError, on_cpu(copied))
+
+
+CUSTOM_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own-llama"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def with_code(copied: Path) -> Path:
+    (copied / "own.py").write_text(CUSTOM_CODE)
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    _edit_config(copied, model_type="own-llama", auto_map=auto_map)
+    return copied
+
+
+def test_code_that_comes_with_a_model_isnt_run_unasked(with_code: Path) -> None:
+    (with_code / "own.py").write_text("raise AssertionError('this code was run')")
+    message = refused(ModelError, on_cpu(with_code))
+    assert "needs modelling code of its own" in message
+    assert "--trust-remote-code" in message
+
+
+def test_code_that_comes_with_a_model_runs_where_asked_for(with_code: Path) -> None:
+    base = loading.load(on_cpu(with_code, trust_remote_code=True))
+    assert base.identity["class"] == "OwnModel"
+
+
+def _edit_config(folder: Path, **values: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def _rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+# --- the hub -----------------------------------------------------------------------------------
+
+
+def test_a_hub_model_that_isnt_cached_is_refused_offline_with_the_token_variable() -> None:
+    message = refused(ModelError, on_cpu("someone/absent"))
+    assert "'someone/absent' isn't in the local cache and HF_HUB_OFFLINE is set" in message
+    assert "HF_TOKEN" in message
+
+
+def test_a_misspelt_alias_is_answered_with_the_alias() -> None:
+    assert "did you mean 'smollm2-135m'?" in refused(ModelError, on_cpu("smollm2-135"))
+
+
+@pytest.mark.parametrize("name", ["", "a/b/c", "what is this?", "-/..x"])
+def test_a_name_that_cant_be_a_hub_id_is_refused(name: str) -> None:
+    assert "hub id" in refused(ModelError, on_cpu(name))

@@ -1,0 +1,76 @@
+"""Prompts as the model reads them: the date that a chat template prints is always the same."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from drllm.models.base.prompts import render
+
+TURNS = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+LLAMA = """{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{{- "Today Date: " + date_string + "\\n" }}"""
+"""How the template of Llama 3.2 comes by its date."""
+
+
+@pytest.fixture
+def reader(tiny_tokenizer):
+    """A function that renders a question under a template, as we do and as transformers does."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+
+    def read(template):
+        tokenizer.chat_template = template
+        turns = [{"role": "user", "content": "Why?"}]
+        plain = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return render(tokenizer, "Why?", chat=True), plain
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (LLAMA + TURNS, "Today Date: 26 Jul 2024\nWhy?"),
+        ("{{ strftime_now('%Y-%m-%d') }} " + TURNS, "2024-07-26 Why?"),
+        ("{{ strftime_now('%B %-d, %Y') }} " + TURNS, "July 26, 2024 Why?"),
+        ("{{ strftime_now('%A, %-m/%y, %H:%M:%S%Z') }} " + TURNS, "Friday, 7/24, 00:00:00 Why?"),
+        ("{{ strftime_now('%d') | int - 1 }} " + TURNS, "25 Why?"),
+        ("{% set f = '%d.' + '%m.' %}{{ strftime_now(f) }} " + TURNS, "26.07. Why?"),
+        (
+            "{% macro head() %}On {{ strftime_now('%d %b') }}: {% endmacro %}{{ head() }}" + TURNS,
+            "On 26 Jul: Why?",
+        ),
+    ],
+    ids=["Llama 3.2", "ISO", "no zero", "all", "number", "made up", "in a macro"],
+)
+def test_a_template_that_prints_the_date_reads_the_same_tomorrow(reader, set_date, template, text):
+    set_date(2031, 11, 12)
+    today, plain_today = reader(template)
+    set_date(2031, 12, 13)
+    tomorrow, plain_tomorrow = reader(template)
+    assert text == today == tomorrow
+    assert plain_today != plain_tomorrow, "the template must print the date"
+
+
+def test_a_date_that_the_template_names_itself_stays(reader):
+    template = "{% if not date_string is defined %}{% set date_string = '01 Jan 2025' %}{% endif %}"
+    text, plain = reader(template + "{{ date_string }} " + TURNS)
+    assert text == plain == "01 Jan 2025 Why?"
+
+
+@pytest.mark.parametrize("start", ["", "\n", "  ", "\n  {% if true %}\n", "  {%- if true -%}\n "])
+def test_but_for_the_date_a_template_is_rendered_as_transformers_renders_it(
+    reader, set_date, start
+):
+    set_date(2024, 7, 26)
+    end = "{% endif %}" if "if" in start else ""
+    text, plain = reader(start + "{{ strftime_now('%d %b %Y') }}" + end + "\n" + TURNS + "\n")
+    assert text == plain
+    assert text.strip().startswith("26 Jul 2024")

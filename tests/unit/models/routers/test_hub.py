@@ -1,0 +1,373 @@
+"""Routers on the hub: pushed to and fetched from a server that answers as the hub does."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from drllm.errors import CheckpointError
+from drllm.models.routers import hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REFUSED = {
+    "no-rights": (403, "You don't have the rights to create a model under this namespace"),
+    "bad-token": (401, "Invalid username or password."),
+    "too-much": (402, "Your plan is used up.\nBuy more."),
+    "unreachable": (0, ""),
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Keeps repositories in memory; some owners have none and are refused."""
+
+    repositories: dict[str, dict[str, bytes]] = {}  # noqa: RUF012
+    requests: list[tuple[str, str, Any]] = []  # noqa: RUF012
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        lines = [json.loads(line) for line in body.splitlines() if line]
+        self.requests.append((self.path, self.headers.get("Authorization", ""), lines))
+        if self.path == "/api/validate-yaml":
+            return self.answer(200, {"errors": [], "warnings": []})
+        if self.path == "/api/repos/create":
+            return self.create(lines[0])
+        _, _, _, owner, name, action, *_ = self.path.split("/")
+        if owner == "read-only":
+            return self.answer(403, {"error": "This token can only read."})
+        if action == "branch":
+            return self.answer(200, {})
+        if action == "preupload":
+            return self.answer(
+                200,
+                {
+                    "files": [
+                        {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for file in lines[0]["files"]
+                    ]
+                },
+            )
+        assert action == "commit", self.path
+        files = self.repositories[f"{owner}/{name}"]
+        for line in lines:
+            if line["key"] == "file":
+                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        address = f"http://{self.headers['Host']}/{owner}/{name}/commit/{COMMIT}"
+        return self.answer(200, {"success": True, "commitUrl": address, "commitOid": COMMIT})
+
+    def create(self, asked: dict[str, Any]) -> None:
+        owner, name = asked["organization"], asked["name"]
+        address = f"http://{self.headers['Host']}/{owner}/{name}"
+        if owner in REFUSED:
+            status, said = REFUSED[owner]
+            return self.answer(status, {"error": said})
+        if owner == "read-only":
+            return self.answer(403, {"error": "This token can't make repositories."})
+        if f"{owner}/{name}" in self.repositories:
+            return self.answer(409, {"error": "You already created it", "url": address})
+        self.repositories[f"{owner}/{name}"] = {".gitattributes": b""}
+        return self.answer(200, {"url": address})
+
+    def do_GET(self) -> None:
+        where = self.path.split("?")[0].split("/")
+        if where[1] == "api":
+            return self.describe("/".join(where[3:5]), where[5:])
+        owner, name, _resolve, _revision, path = where[1:6]
+        content = self.repositories[f"{owner}/{name}"].get(path)
+        if content is None:
+            return self.answer(404, {}, {"X-Error-Code": "EntryNotFound"})
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
+        return self.answer(200, content, headers)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def describe(self, repo: str, what: list[str]) -> None:
+        owner = repo.split("/")[0]
+        if owner == "gated":
+            return self.answer(403, {}, {"X-Error-Code": "GatedRepo"})
+        if owner == "forbidden":
+            return self.answer(403, {"error": "Not from this network."})
+        if owner == "unreachable":
+            return self.answer(0, {})
+        if repo not in self.repositories:
+            return self.answer(401, {}, {"X-Error-Code": "RepoNotFound"})
+        files = self.repositories[repo]
+        if what[:1] == ["tree"]:
+            return self.answer(
+                200,
+                [
+                    {
+                        "type": "file",
+                        "path": path,
+                        "size": len(content),
+                        "oid": hashlib.sha1(content).hexdigest(),
+                    }
+                    for path, content in files.items()
+                ],
+            )
+        if what[:1] == ["revision"] and what[1] not in ("main", COMMIT):
+            return self.answer(404, {}, {"X-Error-Code": "RevisionNotFound"})
+        siblings = [{"rfilename": path} for path in files]
+        private = owner == "hidden"
+        return self.answer(
+            200,
+            {"id": repo, "sha": COMMIT, "private": private, "siblings": siblings, "tags": []},
+        )
+
+    def answer(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
+        if not status:
+            self.close_connection = True  # hang up without a word
+            return
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, *arguments: Any) -> None:
+        """Say nothing."""
+
+
+CHILD = """
+import json, sys, time, warnings
+time.sleep = lambda seconds: None  # between the hub library's retries
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import drllm
+from drllm.errors import DrllmError
+from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routers.hub import find
+
+torch.manual_seed(0)
+model = LlamaForCausalLM(LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+    num_attention_heads=4))
+routed = drllm.RoutedModel(model, RouterStack(RouterConfig(num_layers=3, hidden_size=32)))
+said = {}
+
+def note(name, action):
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            said[name] = str(action())
+        said[name + " warned"] = [str(warning.message) for warning in warned]
+    except DrllmError as error:
+        said[name] = f"{type(error).__name__}: {error}"
+
+def push(repo, **options):
+    return lambda: routed.push_to_hub(repo, **{"token": "hf_secret", **options})
+
+model.name_or_path = "org/tiny"
+note("pushed", push("someone/routers", commit_message="First routers"))
+note("again", push("someone/routers"))
+note("branch", push("someone/routers", revision="v2"))
+note("request", push("someone/routers", revision="refs/pr/1"))
+note("hidden", push("hidden/routers", private=True))
+note("not hidden", push("someone/routers", private=True))
+model.name_or_path = "/home/me/models/tiny"
+note("local", push("someone/local"))
+for name in ("no-rights", "bad-token", "too-much", "unreachable", "read-only"):
+    note(name, push(name + "/routers"))
+note("no token", push("someone/routers", token=None))
+for name in ("routers", "a/b/c", "some one/routers", "-someone/routers", "someone/x--y", ""):
+    note(f"name {name}", push(name))
+
+model.name_or_path = "org/tiny"
+weights = routed.routers.state_dict()
+fetched = drllm.RoutedModel.from_pretrained("someone/routers", routed.detach())
+said["fetched"] = all(torch.equal(weights[k], w) for k, w in fetched.routers.state_dict().items())
+note("fetched folder", lambda: find("someone/routers"))
+note("fetched at a commit", lambda: find("someone/routers", COMMIT))
+for name in ("gated", "absent", "forbidden", "unreachable"):
+    note(f"fetch {name}", lambda: find(name + "/routers"))
+note("fetch other revision", lambda: find("someone/routers", "v9"))
+note("fetch a base model", lambda: find("someone/model"))
+print(json.dumps(said))
+""".replace("COMMIT", repr(COMMIT))
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What a process that pushes and fetches was answered."""
+    Hub.repositories["someone/model"] = {"config.json": b"{}", "README.md": b"# A model"}
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "TRANSFORMERS_OFFLINE": "0",
+            "HF_HOME": str(tmp_path_factory.mktemp("hub")),
+            "NO_PROXY": "127.0.0.1",
+        }
+        child = subprocess.run(
+            [sys.executable, "-c", CHILD],
+            env=environment,
+            cwd=tmp_path_factory.mktemp("empty"),
+            capture_output=True,
+            text=True,
+        )
+        server.shutdown()
+    assert (child.returncode, child.stderr) == (0, "")
+    yield json.loads(child.stdout)
+    Hub.repositories.clear()
+    Hub.requests.clear()
+
+
+def requests_to(path: str) -> list[tuple[str, Any]]:
+    return [(token, lines) for where, token, lines in Hub.requests if where == path]
+
+
+# --- pushing -----------------------------------------------------------------------------------
+
+
+def test_a_pushed_repository_holds_the_three_files(said: dict[str, Any]) -> None:
+    assert said["pushed"].endswith(f"/someone/routers/commit/{COMMIT}")
+    assert said["pushed warned"] == []
+    files = Hub.repositories["someone/routers"]
+    assert set(files) - {".gitattributes"} == {
+        "README.md",
+        "router_config.json",
+        "routers.safetensors",
+    }
+    assert json.loads(files["router_config.json"])["base_model"] == "org/tiny"
+    card = files["README.md"].decode()
+    assert 'drllm.RoutedModel.from_pretrained("someone/routers")' in card
+    assert "`org/tiny`: LlamaForCausalLM, 3 layers" in card
+
+
+def test_token_and_message_reach_the_hub(said: dict[str, Any]) -> None:
+    [(token, lines), *later] = requests_to("/api/models/someone/routers/commit/main")
+    assert token == "Bearer hf_secret"
+    assert lines[0]["value"]["summary"] == "First routers"
+    assert later[0][1][0]["value"]["summary"] == "Upload routers"
+
+
+def test_pushing_again_and_to_a_branch_works(said: dict[str, Any]) -> None:
+    for name in ("again", "branch", "request"):
+        assert said[name].endswith(COMMIT)
+    assert len(requests_to("/api/models/someone/routers/branch/v2")) == 1
+    assert len(requests_to("/api/models/someone/routers/commit/v2")) == 1
+    assert len(requests_to("/api/models/someone/routers/commit/refs%2Fpr%2F1")) == 1
+
+
+def test_a_private_repository_is_made_private(said: dict[str, Any]) -> None:
+    assert said["hidden"].endswith(COMMIT)
+    asked = [lines[0] for _, lines in requests_to("/api/repos/create")]
+    [hidden] = [request for request in asked if request["organization"] == "hidden"]
+    others = [request for request in asked if request["name"] == "local"]
+    assert hidden.get("visibility") == "private" or hidden.get("private") is True
+    assert others[0].get("visibility") == "public" or others[0].get("private") is False
+
+
+def test_nothing_is_pushed_to_a_public_repository_that_should_be_private(
+    said: dict[str, Any],
+) -> None:
+    assert "someone/routers is public already and private=True can't change" in said["not hidden"]
+    commits = [path for path, *_ in Hub.requests if "/someone/routers/commit/" in path]
+    assert len(commits) == 4  # those of the tests above
+
+
+def test_the_name_of_a_folder_on_this_machine_is_not_pushed(said: dict[str, Any]) -> None:
+    [warning] = said["local warned"]
+    assert "'/home/me/models/tiny' is no hub id, so the pushed routers don't name" in warning
+    files = Hub.repositories["someone/local"]
+    assert json.loads(files["router_config.json"])["base_model"] == ""
+    assert all(b"/home/me" not in content for content in files.values())
+    assert b'from_pretrained("someone/local", base=model)' in files["README.md"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("no-rights", "the token may not write there (You don't have the rights to create a mod"),
+        ("no-rights", "give a token with write access to no-rights, or a repository of your own"),
+        ("read-only", "the token may not write there (This token can"),
+        ("bad-token", "the hub doesn't accept the token; make one with write access in your set"),
+        ("too-much", "the hub refused: Your plan is used up"),
+        ("unreachable", "the hub can't be reached ("),
+        ("no token", "on the hub without a token: make one with write access in your settings"),
+        ("no token", "then pass it as token=... or set HF_TOKEN"),
+        ("name routers", "'routers' can't be a repository on the hub; give OWNER/NAME"),
+        ("name a/b/c", "'a/b/c' can't be a repository on the hub; give OWNER/NAME"),
+        ("name some one/routers", "can't be a repository on the hub; give OWNER/NAME"),
+        ("name -someone/routers", "can't be a repository on the hub: Repo id must use alphanum"),
+        ("name someone/x--y", "can't be a repository on the hub: Cannot have -- or .. in repo_id"),
+        ("name ", "'' can't be a repository on the hub; give OWNER/NAME"),
+    ],
+)
+def test_each_refusal_of_a_push_is_one_line(said: dict[str, Any], name: str, expected: str) -> None:
+    assert said[name].startswith("CheckpointError: ")
+    assert expected in said[name]
+    assert "\n" not in said[name]
+
+
+def test_a_push_offline_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    assert constants.HF_HUB_OFFLINE
+    with pytest.raises(CheckpointError, match="to someone/routers: HF_HUB_OFFLINE is set; unset"):
+        hub.push(tmp_path, "someone/routers", token="hf_secret")
+
+
+# --- fetching ----------------------------------------------------------------------------------
+
+
+def test_fetched_routers_are_those_that_were_pushed(said: dict[str, Any]) -> None:
+    assert said["fetched"] is True
+    assert said["fetched folder"].endswith(f"models--someone--routers/snapshots/{COMMIT}")
+    assert said["fetched at a commit"] == said["fetched folder"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gated", "routers 'gated/routers' are gated: accept the terms on their hub page, then"),
+        ("absent", "there is no folder 'absent/routers', and routers 'absent/routers' aren't on"),
+        ("absent", "or are private (then set HF_TOKEN); give a folder that 'drllm train'"),
+        ("forbidden", "the hub refused routers 'forbidden/routers': Not from this network; if"),
+        (
+            "unreachable",
+            "there is no folder 'unreachable/routers', routers 'unreachable/routers' a",
+        ),
+        ("unreachable", "and the hub can't be reached; connect, or give a folder"),
+        ("other revision", "routers 'someone/routers' have no revision 'v9'; give a branch, tag"),
+        ("a base model", "'someone/model': that hub repository has no router_config.json; is it"),
+    ],
+)
+def test_each_refusal_of_a_fetch_is_one_line(
+    said: dict[str, Any], name: str, expected: str
+) -> None:
+    assert said[f"fetch {name}"].startswith("CheckpointError: ")
+    assert expected in said[f"fetch {name}"]
+    assert "\n" not in said[f"fetch {name}"]
+
+
+def test_routers_that_arent_cached_are_refused_offline() -> None:
+    with pytest.raises(CheckpointError, match="aren't in the local cache, and HF_HUB_OFFLINE is"):
+        hub.find("someone/absent")
+
+
+@pytest.mark.parametrize("place", ["x--y/z", "-a/b"])
+def test_a_name_that_cant_be_a_hub_id_is_refused(place: str) -> None:
+    with pytest.raises(CheckpointError, match=f"no folder '{place}', and it can't be a hub id"):
+        hub.find(place)
+
+
+@pytest.mark.parametrize("place", ["routers", "./a/b", "../routers", "a/b/c", "/no/such", "a/b/"])
+def test_a_place_that_is_no_hub_id_is_left_to_the_reader_of_folders(place: str) -> None:
+    assert hub.find(place) == Path(place)

@@ -1,0 +1,417 @@
+"""Many prompts at once against the same prompts one by one."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import NoRepeatNGramLogitsProcessor, StopStringCriteria
+
+import drllm
+from drllm.errors import ConfigError, RoutingError
+from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routing.batch_generation import REFUSED, _cut, generate_many, prompt_tokens
+from drllm.models.routing.policies import Policy, PromptView, RandomPolicy
+from drllm.models.routing.routed_model import RoutedModel
+
+ENDS = list(range(2, 22))
+"""Tokens that end an answer; many, so that answers end at different times."""
+
+
+def make_prompts(count: int = 24) -> list[str]:
+    rng = random.Random(0)
+    letters = string.ascii_letters + string.digits
+    return ["".join(rng.choices(letters, k=rng.choice([2, 3, 5, 8, 13]))) for _ in range(count)]
+
+
+PROMPTS = make_prompts()
+
+
+def make_routers() -> RouterStack:
+    """Routers that send prompts along several plans, some of which many prompts share."""
+    config = RouterConfig(num_layers=6, hidden_size=32, num_windows=4, router_width=16)
+    stack = RouterStack(config, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        stack.decision_weight.mul_(3)
+        bias = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+        stack.decision_bias.copy_(3 * bias)
+    return stack
+
+
+@pytest.fixture
+def routed(tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> RoutedModel:
+    return RoutedModel(tiny_llama(), make_routers(), tokenizer=tiny_tokenizer)
+
+
+def alone(routed: RoutedModel, prompt: str, **options: Any) -> tuple[list[list[int]], list[int]]:
+    """Answer one prompt by itself; return its answers' tokens and its route."""
+    ids = torch.tensor([routed.tokenizer(prompt)["input_ids"]])
+    output = routed.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=2, **options
+    )
+    return output[:, ids.shape[1] :].tolist(), routed.last_route[0].tolist()
+
+
+class Counted:
+    """Counts the rows of each forward pass of a model, prompts and steps apart."""
+
+    def __init__(self, routed: RoutedModel) -> None:
+        self.prompts: list[int] = []
+        self.steps: list[int] = []
+        routed.model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, _module: Any, _args: Any, kwargs: Any) -> None:
+        rows, tokens = kwargs["input_ids"].shape
+        (self.steps if tokens == 1 else self.prompts).append(rows)
+
+
+def test_the_prompts_of_these_tests_share_plans_across_lengths(routed: RoutedModel):
+    answers = generate_many(routed, PROMPTS, max_new_tokens=1, chat=False)
+
+    plans = Counter(answer.route for answer in answers)
+    assert len(plans) >= 8
+    most, shared = plans.most_common(1)[0]
+    assert shared >= 4
+    assert len({len(answer.prompt) for answer in answers if answer.route == most}) >= 2
+
+
+def test_every_answer_is_what_the_prompt_gives_alone(routed: RoutedModel):
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": ENDS}
+    expected = [alone(routed, prompt, **options) for prompt in PROMPTS]
+    assert len({len(tokens) for [tokens], _ in expected}) >= 6, "answers end at different times"
+    decoded = [routed.tokenizer.decode(t, skip_special_tokens=True) for [t], _ in expected]
+
+    for batch_size, route_first in ((1, True), (5, True), (5, False), (24, True)):
+        answers = generate_many(
+            routed,
+            PROMPTS,
+            batch_size=batch_size,
+            route_first=route_first,
+            chat=False,
+            **options,
+        )
+
+        assert [answer.prompt for answer in answers] == PROMPTS
+        assert [([list(a.tokens)], list(a.route)) for a in answers] == expected
+        assert [answer.text for answer in answers] == decoded
+
+
+def test_answers_end_with_their_end_token_or_at_the_most_tokens(routed: RoutedModel):
+    answers = generate_many(routed, PROMPTS, max_new_tokens=12, chat=False, eos_token_id=ENDS)
+
+    for answer in answers:
+        assert not set(answer.tokens[:-1]) & set(ENDS)
+        assert len(answer.tokens) == 12 or answer.tokens[-1] in ENDS
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_new_tokens": 5},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        # These look back at what was said. Tokens 0 (of padding) and 85 (q, of the prompts) are
+        # made likely, so that a token too much in the past shows.
+        {"repetition_penalty": 1.8, "sequence_bias": {(0,): 3.0}},
+        {"no_repeat_ngram_size": 2, "sequence_bias": {(85,): 9.0}},
+        {"logits_processor": [NoRepeatNGramLogitsProcessor(2)], "sequence_bias": {(85,): 9.0}},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_do_in_a_batch_what_they_do_for_one_prompt(
+    routed: RoutedModel, options: dict[str, Any]
+):
+    prompts = ["q" + prompt for prompt in PROMPTS[:7]]
+    assert routed.tokenizer("q")["input_ids"] == [85]
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": ENDS, **options}
+
+    with routed.fixed([1, 0, 1, 1, 2, 1]):
+        answers = generate_many(routed, prompts, chat=False, **options)
+        expected = [alone(routed, prompt, **options)[0][0] for prompt in prompts]
+
+    assert [list(answer.tokens) for answer in answers] == expected
+
+
+def test_beams_give_what_they_give_alone(routed: RoutedModel):
+    options = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "eos_token_id": ENDS,
+    }
+    expected = [alone(routed, prompt, **options) for prompt in PROMPTS[:8]]
+
+    answers = generate_many(routed, PROMPTS[:8], batch_size=4, chat=False, **options)
+
+    assert [answer.prompt for answer in answers] == [p for p in PROMPTS[:8] for _ in range(2)]
+    for place, (rows, route) in enumerate(expected):
+        pair = answers[2 * place : 2 * place + 2]
+        filled = [list(a.tokens) + [2] * (len(rows[0]) - len(a.tokens)) for a in pair]
+        assert filled == rows
+        assert [list(answer.route) for answer in pair] == [route, route]
+
+
+def test_the_same_seed_draws_the_same_answers_and_another_seed_others(routed: RoutedModel):
+    def draw(seed: int) -> list[tuple[int, ...]]:
+        torch.manual_seed(seed)
+        options = {"max_new_tokens": 6, "do_sample": True, "top_k": 0}
+        return [a.tokens for a in generate_many(routed, PROMPTS[:4], chat=False, **options)]
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_all_prompts_are_routed_first_and_then_decoded_in_the_cheapest_batches(
+    routed: RoutedModel,
+):
+    routes = [a.route for a in generate_many(routed, PROMPTS, max_new_tokens=1, chat=False)]
+    batches = list(_cut(sorted(range(24), key=routes.__getitem__), routes, 4))
+    counted = Counted(routed)
+
+    generate_many(routed, PROMPTS, batch_size=4, max_new_tokens=3, min_new_tokens=3, chat=False)
+
+    assert counted.prompts[:6] == [4] * 6  # routed first, whatever their plans
+    assert counted.prompts[6:] == [len(batch) for batch in batches]
+    assert counted.steps == [len(batch) for batch in batches for _ in range(2)]
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 24}, {"batch_size": 5, "route_first": False}])
+def test_prompts_pass_once_where_there_is_one_batch_or_nothing_is_routed_first(
+    routed: RoutedModel, options: dict[str, Any]
+):
+    counted = Counted(routed)
+
+    generate_many(routed, PROMPTS, max_new_tokens=1, chat=False, **options)
+
+    assert sum(counted.prompts) == 24
+    assert len(counted.prompts) == -(-24 // options["batch_size"])
+
+
+def cost_of(batches: Iterable[Sequence[int]], plans: Sequence[tuple[int, ...]]) -> int:
+    """Executions of batches, each of which runs a layer as often as any row of it."""
+    return sum(
+        max(plans[place][layer] for place in batch)
+        for batch in batches
+        for layer in range(len(plans[0]))
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_other_way_of_cutting_runs_fewer_executions(seed: int):
+    rng = random.Random(seed)
+    kinds = [tuple(rng.choices([0, 1, 2], k=4)) for _ in range(rng.randint(1, 5))]
+    plans = sorted(rng.choices(kinds, k=rng.randint(1, 9)))
+    batch_size, places = rng.randint(1, 5), list(range(len(plans)))
+
+    batches = list(_cut(places, plans, batch_size))
+
+    assert [place for batch in batches for place in batch] == places
+    assert max(map(len, batches)) <= batch_size
+    inner = range(1, len(plans))
+    every = (
+        [places[start:end] for start, end in itertools.pairwise([0, *cuts, len(plans)])]
+        for count in range(len(plans))
+        for cuts in itertools.combinations(inner, count)
+    )
+    allowed = [way for way in every if max(map(len, way)) <= batch_size]
+    assert cost_of(batches, plans) == min(cost_of(way, plans) for way in allowed)
+
+
+def test_prompts_of_one_plan_fill_batches_and_the_rest_shares_them():
+    plans = [(1, 1)] * 5 + [(1, 2)] * 4 + [(2, 1)] * 1
+    assert list(map(len, _cut(range(10), plans, 5))) == [5, 5]
+
+    plans = [(1, 1)] * 3 + [(2, 2)] * 3  # filling up the first batch would make it run like (2, 2)
+    assert list(map(len, _cut(range(6), plans, 4))) == [3, 3]
+
+
+@pytest.mark.parametrize("policy", ["full", "one plan", "a plan each"])
+def test_plans_that_are_known_are_not_asked_for(
+    policy: str, tiny_llama: Callable[..., Any], tiny_tokenizer: Any
+):
+    routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
+    two = [[1, 1, 0, 1, 1, 1], [1, 2, 1, 1, 0, 1]]
+    plans = {"full": [1] * 6, "one plan": two[0], "a plan each": [two[0], two[1], two[0], two[1]]}
+    counted = Counted(routed)
+    prompts = PROMPTS[:4]
+
+    with routed.fixed(plans[policy]):
+        answers = generate_many(routed, prompts, max_new_tokens=4, chat=False)
+        assert sum(counted.prompts) == len(prompts)
+
+    rows = plans[policy] if policy == "a plan each" else [plans[policy]] * 4
+    assert [list(answer.route) for answer in answers] == rows
+    for answer, plan in zip(answers, rows, strict=True):
+        with routed.fixed(plan):
+            [tokens], _ = alone(routed, answer.prompt, max_new_tokens=4, do_sample=False)
+        assert list(answer.tokens) == tokens
+
+
+def test_a_model_without_routers_answers_as_the_base_model(
+    tiny_llama: Callable[..., Any], tiny_tokenizer: Any
+):
+    routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
+    counted = Counted(routed)
+
+    answers = generate_many(routed, PROMPTS, max_new_tokens=6, chat=False)
+
+    assert sum(counted.prompts) == len(PROMPTS)
+    routed.detach()
+    for answer in answers:
+        ids = torch.tensor([tiny_tokenizer(answer.prompt)["input_ids"]])
+        output = routed.model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=2)
+        assert list(answer.tokens) == output[0, ids.shape[1] :].tolist()
+        assert answer.route == (1,) * 6
+
+
+def test_plans_for_another_number_of_prompts_are_refused(routed: RoutedModel):
+    with routed.fixed([[1] * 6] * 3), pytest.raises(RoutingError, match="for 3 prompts were given"):
+        generate_many(routed, PROMPTS[:4], chat=False)
+
+
+def test_random_decisions_are_drawn_once_and_reported(routed: RoutedModel):
+    generator = torch.Generator().manual_seed(0)
+    with routed.using(RandomPolicy((0.3, 0.4, 0.3), generator)):
+        answers = generate_many(routed, PROMPTS[:6], max_new_tokens=5, chat=False)
+
+    assert len({answer.route for answer in answers}) > 1
+    for answer in answers:
+        with routed.fixed(answer.route):
+            [tokens], _ = alone(routed, answer.prompt, max_new_tokens=5, do_sample=False)
+        assert list(answer.tokens) == tokens
+
+
+class ByLength(Policy):
+    """Somebody's own policy: skips layer 2 for prompts of more than five tokens."""
+
+    def decide(self, layer: int, prompts: PromptView) -> torch.Tensor:
+        decisions = torch.ones(prompts.num_rows, dtype=torch.long)
+        return decisions - (prompts.readable.sum(dim=1) > 5).long() * (layer == 2)
+
+
+def test_somebodys_own_policy_decides(routed: RoutedModel):
+    with routed.using(ByLength()):
+        answers = generate_many(routed, PROMPTS[:6], max_new_tokens=2, chat=False)
+
+    assert [answer.route[2] for answer in answers] == [int(len(p) <= 5) for p in PROMPTS[:6]]
+
+
+def test_texts_and_conversations_are_read_through_the_chat_template(routed: RoutedModel):
+    talk = [
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": "cd"},
+        {"role": "user", "content": "ef"},
+    ]
+    rendered = ["user: ab\nassistant: ", "user: ab\nassistant: cd\nuser: ef\nassistant: "]
+
+    answers = generate_many(routed, ["ab", talk], max_new_tokens=6)
+
+    plain = generate_many(routed, rendered, max_new_tokens=6, chat=False)
+    assert [(a.tokens, a.route) for a in answers] == [(a.tokens, a.route) for a in plain]
+    assert [answer.prompt for answer in answers] == ["ab", talk]
+
+
+def test_progress_is_told_from_no_prompt_to_all(routed: RoutedModel):
+    told: list[tuple[int, int]] = []
+
+    generate_many(
+        routed,
+        PROMPTS,
+        max_new_tokens=1,
+        chat=False,
+        on_progress=lambda done, total: told.append((done, total)),
+    )
+
+    assert told[0] == (0, 24)
+    assert told[-1] == (24, 24)
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+
+
+def test_no_prompts_have_no_answers(routed: RoutedModel):
+    assert generate_many(routed, []) == []
+
+
+def test_it_is_a_public_name():
+    assert drllm.generate_many is generate_many
+
+
+@pytest.mark.parametrize("option", ["stop_strings", "stopping_criteria"])
+def test_a_stop_string_ends_each_answer_for_itself(routed: RoutedModel, option: str):
+    vowels = list("aeiou")
+    criteria = StopStringCriteria(routed.tokenizer, vowels)
+    given = {"stop_strings": vowels} if option == "stop_strings" else {option: [criteria]}
+    expected = [
+        routed.tokenizer.decode(
+            alone(
+                routed,
+                prompt,
+                max_new_tokens=12,
+                do_sample=False,
+                stop_strings=vowels,
+                tokenizer=routed.tokenizer,
+            )[0][0],
+            skip_special_tokens=True,
+        )
+        for prompt in PROMPTS[:8]
+    ]
+    assert len({len(text) for text in expected}) >= 3
+
+    answers = generate_many(routed, PROMPTS[:8], max_new_tokens=12, chat=False, **given)
+
+    assert [answer.text for answer in answers] == expected
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_options_that_several_batches_cannot_share_are_refused(routed: RoutedModel, name: str):
+    with pytest.raises(ConfigError, match=f"{name} can't be given for many prompts: "):
+        generate_many(routed, PROMPTS[:2], **{name: object()})
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ("abc", {}, "prompts is the text 'abc'; give a list"),
+        (["abc"], {"batch_size": 0}, "batch_size is 0; give a value of at least 1"),
+        ([""], {"chat": False}, "the prompt '' has no tokens"),
+        (["a" * 500], {}, "the prompt has 518 tokens and --max-new-tokens is 64.* holds 512"),
+        ([[{"role": "user", "content": "a"}]], {"chat": False}, "chat is turned off; give a text"),
+    ],
+)
+def test_prompts_that_cannot_be_answered_are_refused(
+    routed: RoutedModel, prompts: Sequence[Any], options: dict[str, Any], message: str
+):
+    with pytest.raises(ConfigError, match=message):
+        generate_many(routed, prompts, **options)
+
+
+def test_stop_strings_without_an_end_token_are_refused_in_batches(routed: RoutedModel):
+    routed.model.generation_config.eos_token_id = None
+    options = {"stop_strings": ["a"]}
+
+    with pytest.raises(ConfigError, match="stop_strings needs an end-of-sequence token"):
+        generate_many(routed, PROMPTS[:2], chat=False, **options)
+
+    [answer, _] = generate_many(routed, PROMPTS[:2], batch_size=1, chat=False, **options)
+    assert answer.text.endswith("a") or len(answer.tokens) == 64
+
+
+def test_a_conversation_that_the_template_refuses_is_refused_with_its_reason(routed: RoutedModel):
+    template = "{{ raise_exception('roles must alternate') }}"
+    routed.tokenizer.chat_template, before = template, routed.tokenizer.chat_template
+    try:
+        with pytest.raises(ConfigError, match="refuses the prompt: roles must alternate"):
+            generate_many(routed, [[{"role": "user", "content": "a"}]])
+    finally:
+        routed.tokenizer.chat_template = before
+
+
+def test_a_model_without_its_tokenizer_is_refused(tiny_llama: Callable[..., Any]):
+    with pytest.raises(ConfigError, match="give RoutedModel its tokenizer"):
+        prompt_tokens(RoutedModel(tiny_llama()), "a", chat=False, max_new_tokens=1)

@@ -1,0 +1,329 @@
+import math
+
+import pytest
+import torch
+
+from drllm.errors import CheckpointError, ConfigError, PathError, RoutingError
+from drllm.models.routers.pooling import pool
+from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routing.policies import (
+    FixedPolicy,
+    FullPolicy,
+    LabelFrequencyPolicy,
+    Policy,
+    PromptView,
+    RandomPolicy,
+    RecordingPolicy,
+    RouterPolicy,
+    biased,
+    label_frequencies,
+    penalised,
+)
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.paths import num_executions
+
+D = 32
+L = 6
+PROMPTS = torch.tensor([[5, 6, 7, 8, 9], [20, 21, 22, 3, 4]])
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def view(rows, tokens=7, seed=0):
+    hidden = torch.randn(rows, tokens, D, generator=rng(seed))
+    return PromptView(hidden, torch.ones(rows, tokens, dtype=torch.bool))
+
+
+def decided(policy, layers, prompts):
+    """Return each row's decision, layer by layer."""
+    columns = [policy.decide(layer, prompts) for layer in range(layers)]
+    return [torch.as_tensor(column).tolist() for column in columns]
+
+
+def new_routers(seed=0, spread=3.0):
+    """Routers whose logits differ enough from layer to layer for every decision to be taken."""
+    stack = RouterStack(RouterConfig(num_layers=L, hidden_size=D), rng(seed))
+    stack.decision_bias.data.normal_(std=spread, generator=rng(seed + 1))
+    return stack
+
+
+def random_logits(rows=500, size=5.0, seed=0):
+    return size * torch.randn(rows, 3, generator=rng(seed))
+
+
+# --- the interface ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("policy", "reads"),
+    [
+        (FullPolicy(), False),
+        (FixedPolicy([1, 0], 2), False),
+        (
+            RecordingPolicy(FullPolicy(), 4),
+            True,
+        ),  # the decisions don't depend on the prompt, the record does
+        (RandomPolicy((0.1, 0.8, 0.1), rng()), False),
+        (LabelFrequencyPolicy([[1, 2, 3]], rng()), False),
+        (RouterPolicy(new_routers()), True),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_policy_says_whether_it_reads_the_prompt(policy, reads):
+    assert reads == policy.reads_prompt
+
+
+def test_a_policy_of_ones_own_counts_as_reading_unless_it_says_otherwise():
+    class Own(Policy):
+        def decide(self, layer, prompts):
+            return torch.ones(prompts.num_rows, dtype=torch.long)
+
+    assert Own().reads_prompt
+    assert Own().decide(0, view(2)).tolist() == [1, 1]
+
+
+def test_a_policy_that_cannot_decide_cannot_be_made():
+    class Misspelt(Policy):
+        def decides(self, layer, prompts):
+            return torch.ones(prompts.num_rows, dtype=torch.long)
+
+    with pytest.raises(TypeError, match="decide"):
+        Misspelt()
+
+
+# --- given decisions -------------------------------------------------------------------------
+
+
+def test_the_full_policy_executes_every_layer():
+    assert decided(FullPolicy(), 2, view(3)) == [[1, 1, 1]] * 2
+
+
+def test_one_plan_holds_for_all_rows():
+    assert decided(FixedPolicy([1, 0, 2], 3), 3, view(2)) == [[1, 1], [0, 0], [2, 2]]
+
+
+def test_rows_follow_plans_of_their_own():
+    policy = FixedPolicy(torch.tensor([[1, 0, 2], [2, 1, 0]]), 3)
+    assert decided(policy, 3, view(2)) == [[1, 2], [0, 1], [2, 0]]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_plans_for_another_number_of_rows_are_refused(rows):
+    policy = FixedPolicy([[1, 0, 2], [2, 1, 0]], 3)
+    with pytest.raises(RoutingError, match=f"for 2 prompts were given, the batch has {rows};"):
+        policy.decide(0, view(rows))
+
+
+@pytest.mark.parametrize("plan", [[1, 1], [1, 3, 1], [0, 0, 0], [[1, 1, 1], [0, 0, 0]]])
+def test_a_plan_that_no_model_of_this_depth_can_run_is_refused(plan):
+    with pytest.raises(PathError):
+        FixedPolicy(plan, 3)
+
+
+def test_the_labels_are_followed_and_the_routers_inputs_recorded():
+    views = [view(2, seed=layer) for layer in range(3)]
+    policy = RecordingPolicy(FixedPolicy([[1, 0, 2], [2, 1, 0]], 3), num_windows=4)
+    for _ in range(2):  # a second pass starts anew
+        labels = [list(policy.decide(layer, prompts)) for layer, prompts in enumerate(views)]
+    assert labels == [[1, 2], [0, 1], [2, 0]]
+    expected = [pool(prompts.hidden, prompts.readable, 4).means for prompts in views]
+    assert torch.equal(torch.stack(expected, dim=1), policy.means)
+    assert policy.filled.tolist() == [4, 4]
+
+
+# --- drawn decisions -------------------------------------------------------------------------
+
+
+def shares(policy, layer, rows=20_000):
+    drawn = policy.decide(layer, view(rows, tokens=1))
+    return [float((drawn == decision).double().mean()) for decision in range(3)]
+
+
+def test_random_decisions_have_the_given_probabilities_at_every_layer():
+    policy = RandomPolicy((0.2, 0.7, 0.1), rng())
+    for layer in (0, 5):
+        assert shares(policy, layer) == pytest.approx([0.2, 0.7, 0.1], abs=0.015)
+
+
+@pytest.mark.parametrize(
+    "probabilities",
+    [(0.5, 0.5), (0.5, 0.5, 0.5), (-0.1, 1.0, 0.1), (math.nan, 0.5, 0.5), (0.0, 0.0, 0.0), ()],
+)
+def test_numbers_that_are_no_probabilities_are_refused(probabilities):
+    with pytest.raises(ConfigError, match="three numbers from 0 to 1 that add up to 1"):
+        RandomPolicy(probabilities, rng())
+
+
+COUNTS = [[30, 60, 10], [0, 95, 5], [0, 7, 0]]
+
+
+def test_each_layer_is_drawn_with_the_frequencies_of_its_labels():
+    policy = LabelFrequencyPolicy(COUNTS, rng())
+    assert shares(policy, 0) == pytest.approx([0.3, 0.6, 0.1], abs=0.015)
+    assert shares(policy, 1) == pytest.approx([0.0, 0.95, 0.05], abs=0.015)
+
+
+def test_a_decision_that_was_never_a_label_is_never_drawn():
+    policy = LabelFrequencyPolicy(COUNTS, rng())
+    assert shares(policy, 1)[0] == 0
+    assert shares(policy, 2) == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda g: RandomPolicy((0.3, 0.4, 0.3), g), lambda g: LabelFrequencyPolicy(COUNTS, g)],
+    ids=["random", "label frequency"],
+)
+def test_the_same_seed_draws_the_same_decisions_and_another_seed_others(make):
+    first, again, other = (make(rng(seed)).decide(0, view(50)).tolist() for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("counts", [(), [[0, 1, 0], [0, 0, 0]]])
+def test_layers_without_label_counts_are_refused(counts):
+    with pytest.raises(CheckpointError, match="carry no label counts"):
+        LabelFrequencyPolicy(counts, rng())
+
+
+def test_label_counts_of_a_shallower_model_are_refused():
+    policy = LabelFrequencyPolicy(COUNTS, rng())
+    with pytest.raises(RoutingError, match="label counts of 3 layers, the model has more"):
+        policy.decide(3, view(1))
+
+
+def test_label_frequencies_add_up_to_one():
+    expected = torch.tensor([[0.3, 0.6, 0.1], [0, 0.95, 0.05], [0, 1, 0]], dtype=torch.float64)
+    torch.testing.assert_close(expected, label_frequencies(COUNTS))
+
+
+def test_a_draw_that_skips_everything_still_executes_one_layer(tiny_llama):
+    routed = RoutedModel(tiny_llama(), policy=LabelFrequencyPolicy([[9, 0, 0]] * L, rng()))
+    routed.model(PROMPTS)
+    assert routed.last_route.tolist() == [[0, 0, 0, 0, 0, 1]] * 2
+
+
+# --- the routers and their knobs -------------------------------------------------------------
+
+
+def test_without_a_knob_the_largest_logit_decides():
+    routers, prompts = new_routers(), view(40)
+    windows = prompts.windows(8)
+    columns = decided(RouterPolicy(routers), L, prompts)
+    for layer, decisions in enumerate(columns):
+        assert routers.layer_logits(layer, windows).argmax(dim=1).tolist() == decisions
+    assert {decision for column in columns for decision in column} == {0, 1, 2}
+
+
+def test_autocast_does_not_change_a_decision():
+    prompts, policy = view(400), RouterPolicy(new_routers(spread=0.1))
+    expected = policy.decide(2, prompts)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(expected, policy.decide(2, prompts))
+
+
+@pytest.mark.parametrize("bias", [-2.5, -0.1, 0.0, 0.7, 40.0])
+def test_a_bias_charges_each_execution_once(bias):
+    logits = random_logits()
+    expected = [[row[d] - bias * d for d in range(3)] for row in logits.tolist()]
+    torch.testing.assert_close(torch.tensor(expected), biased(logits, bias))
+
+
+def test_executions_never_rise_with_the_bias_where_the_logits_stay():
+    logits = random_logits()
+    sums = [int(biased(logits, b).argmax(1).sum()) for b in torch.arange(-30, 30, 0.5).tolist()]
+    assert sums == sorted(sums, reverse=True)
+    assert (sums[0], sums[-1]) == (2 * len(logits), 0)
+
+
+def published_blend(row, p):
+    """The published rule on one row of logits, written out."""
+    weights = [math.exp(value - max(row)) for value in row]
+    routers = [weight / sum(weights) for weight in weights]
+    skip, execute, repeat = [1, 0, 0], [0, 1, 0], [0, 0, 1]
+    if p <= -0.5:
+        start, end, share = skip, routers, 2 * (p + 1)
+    elif p <= 0.5:
+        start, end, share = routers, execute, p + 0.5
+    else:
+        start, end, share = execute, repeat, 2 * (p - 0.5)
+    return [(1 - share) * a + share * b for a, b in zip(start, end, strict=True)]
+
+
+@pytest.mark.parametrize("p", [-1, -0.9, -0.6, -0.5, -0.2, 0.0, 0.3, 0.5, 0.6, 0.9, 1])
+def test_a_penalty_blends_as_published(p):
+    logits = random_logits(50)
+    expected = torch.tensor([published_blend(row, p) for row in logits.tolist()])
+    torch.testing.assert_close(expected, penalised(logits, p), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("penalties", "decision"),
+    [((-1.0, -0.9, -0.75), 0), ((0.01, 0.3, 0.5, 0.6, 0.75), 1), ((0.76, 0.9, 1.0), 2)],
+)
+def test_where_a_certain_decision_makes_up_half_of_the_blend_the_routers_have_no_say(
+    penalties, decision
+):
+    for p in penalties:
+        assert penalised(random_logits(size=10.0), p).argmax(1).unique().tolist() == [decision]
+
+
+def test_the_middle_of_the_lower_half_is_the_routers_alone():
+    logits = random_logits()
+    assert torch.equal(logits.argmax(1), penalised(logits, -0.5).argmax(1))
+
+
+@pytest.mark.parametrize("p", [-0.7, -0.6, -0.4, -0.2])
+def test_between_skip_and_execute_the_routers_still_count(p):
+    assert len(penalised(random_logits(), p).argmax(1).unique()) > 1
+
+
+@pytest.mark.parametrize(
+    ("knobs", "route"),
+    [
+        ({"router_penalty": -1.0}, [0, 0, 0, 0, 0, 1]),
+        ({"router_penalty": 0.5}, [1, 1, 1, 1, 1, 1]),
+        ({"router_penalty": 1.0}, [2, 2, 2, 2, 2, 2]),
+        ({"depth_bias": 1e6}, [0, 0, 0, 0, 0, 1]),
+        ({"depth_bias": -1e6}, [2, 2, 2, 2, 2, 2]),
+    ],
+)
+def test_the_ends_of_each_knob_on_a_model(tiny_llama, knobs, route):
+    routed = RoutedModel(tiny_llama(), policy=RouterPolicy(new_routers(), **knobs))
+    routed.model(PROMPTS)
+    assert routed.last_route.tolist() == [route] * 2
+
+
+def test_a_knob_moves_the_depth_of_a_model(tiny_llama):
+    routers = new_routers()
+    routed = RoutedModel(tiny_llama())
+    executions = []
+    for bias in (-4.0, 0.0, 4.0):
+        with routed.using(RouterPolicy(routers, depth_bias=bias)):
+            routed.model(PROMPTS)
+        executions.append(sum(map(num_executions, routed.last_route.tolist())))
+    assert executions[0] > executions[1] > executions[2]
+
+
+def test_two_knobs_are_refused_by_name():
+    with pytest.raises(ConfigError, match="--depth-bias and --router-penalty are given"):
+        RouterPolicy(new_routers(), depth_bias=0.5, router_penalty=-0.5)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"depth_bias": math.nan}, "--depth-bias is nan; give a finite number"),
+        ({"depth_bias": math.inf}, "--depth-bias is inf; give a finite number"),
+        ({"depth_bias": 1e300}, "--depth-bias is 1e[+]300; give a value of at most"),
+        ({"router_penalty": math.nan}, "--router-penalty is nan; give a finite number"),
+        ({"router_penalty": 1.01}, "--router-penalty is 1.01; give a value of at most 1"),
+        ({"router_penalty": -2}, "--router-penalty is -2; give a value of at least -1"),
+        ({"router_penalty": "off"}, "--router-penalty is 'off'; give a number"),
+    ],
+)
+def test_a_knob_out_of_range_is_refused(knobs, message):
+    with pytest.raises(ConfigError, match=message):
+        RouterPolicy(new_routers(), **knobs)

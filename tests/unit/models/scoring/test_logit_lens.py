@@ -1,0 +1,80 @@
+"""What a model would say behind a layer equals what it says when it is cut off there."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from drllm.errors import ArchitectureError
+from drllm.models.architectures.families import IN_SUITE
+from drllm.models.base.layers import find_layers
+from drllm.models.routing.policies import FixedPolicy
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.logit_lens import Readout
+
+LOGIT_TOLERANCE = 2e-5
+"""As in the parity tests."""
+
+PROMPT = [[5, 6, 7, 8, 9, 10]]
+
+
+def states_and_logits(model, num_layers):
+    """The state behind a layer of a plain copy, and the logits of the copy cut off there."""
+    plain = copy.deepcopy(model)
+    stack, layers = find_layers(plain)
+    name = next(name for name, child in stack.named_children() if child is layers)
+    kept, states = layers[:num_layers], []
+    kept[-1].register_forward_hook(
+        lambda _layer, _inputs, out: states.append(out[0] if isinstance(out, tuple) else out)
+    )
+    setattr(stack, name, kept)
+    for key in ("layer_types", "no_rope_layers"):
+        if getattr(plain.config, key, None) is not None:
+            setattr(plain.config, key, getattr(plain.config, key)[:num_layers])
+    plain.config.num_hidden_layers = num_layers
+    with torch.no_grad():
+        logits = plain(torch.tensor(PROMPT), use_cache=False).logits
+    return states[0][0], logits[0]
+
+
+@pytest.mark.parametrize("family", IN_SUITE)
+@pytest.mark.parametrize("num_layers", [2, 6])
+def test_a_state_says_what_the_model_cut_off_there_says(tiny_model, family, num_layers):
+    model = tiny_model(family)
+    states, expected = states_and_logits(model, num_layers)
+    with torch.no_grad():
+        found = Readout(RoutedModel(model)).logits(states)
+    torch.testing.assert_close(found, expected, atol=LOGIT_TOLERANCE, rtol=0)
+
+
+def test_looking_for_the_norm_leaves_nothing_behind(tiny_llama):
+    routed = RoutedModel(tiny_llama(), policy=FixedPolicy([1, 0, 1, 2, 1, 0], 6))
+    routed.model(torch.tensor(PROMPT))
+    before = routed.last_route.tolist()
+    readout = Readout(routed)
+    assert readout.norm is routed.model.model.norm
+    assert before == routed.last_route.tolist()
+    assert not any(module._forward_hooks for module in routed.injection.layers)
+    assert not any(module._forward_pre_hooks for module in routed.model.model.children())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_read_in_float32_at_least(tiny_llama, dtype):
+    routed = RoutedModel(tiny_llama().to(dtype))
+    assert Readout(routed).logits(torch.zeros(2, 32, dtype=dtype)).dtype == torch.float32
+
+
+def test_a_model_that_does_more_than_norm_and_head_is_refused(tiny_llama):
+    model = tiny_llama()
+    forward = model.forward
+
+    def capped(*args, **options):
+        output = forward(*args, **options)
+        output.logits = output.logits.tanh()
+        return output
+
+    model.forward = capped
+    with pytest.raises(ArchitectureError, match="more than a final norm and an output head"):
+        Readout(RoutedModel(model))

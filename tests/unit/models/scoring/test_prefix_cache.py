@@ -1,0 +1,76 @@
+"""The store of states: what it counts, what it gives up, and what it may not."""
+
+from __future__ import annotations
+
+import torch
+
+from drllm.models.scoring.prefix_cache import State, StateCache
+
+
+def state(num_tokens=10):
+    return State(torch.zeros(num_tokens, 4))  # 16 bytes a token
+
+
+def key(number):
+    return (0, number, (0,))
+
+
+def kept(cache, num):
+    """Put states that nobody needs any more."""
+    for number in range(num):
+        cache.put(key(number), state())
+        cache.release([key(number)])
+
+
+def held(cache, num):
+    return [number for number in range(num) if cache.get(key(number)) is not None]
+
+
+def test_bytes_of_hidden_states_keys_and_values_count():
+    full = State(torch.zeros(3, 4), torch.zeros(2, 3, 5), torch.zeros(2, 3, 7))
+    assert full.num_bytes == 4 * (12 + 30 + 42)
+    cache = StateCache(1e6)
+    cache.put(key(0), full)
+    assert cache.num_bytes == full.num_bytes
+
+
+def test_the_least_recently_used_is_given_up_first():
+    cache = StateCache(3 * 160)
+    kept(cache, 3)
+    assert cache.get(key(0)) is not None
+    cache.put(key(3), state())
+    assert held(cache, 4) == [0, 2, 3]
+    assert cache.num_bytes == 3 * 160
+
+
+def test_what_a_pass_needs_stays_until_it_is_released():
+    cache = StateCache(2 * 160)
+    for number in range(4):
+        cache.put(key(number), state())
+    assert held(cache, 4) == [0, 1, 2, 3]
+    assert (cache.num_bytes, cache.peak_bytes) == (4 * 160, 4 * 160)
+    cache.release(key(number) for number in range(4))
+    assert held(cache, 4) == [2, 3]
+    assert cache.num_bytes == 2 * 160
+
+
+def test_a_state_that_two_passes_need_stays_for_the_second():
+    cache = StateCache(160)
+    cache.put(key(0), state())
+    cache.need(key(0))
+    cache.put(key(1), state())
+    cache.release([key(0)])
+    assert held(cache, 2) == [0, 1]
+    cache.release([key(0), key(1)])
+    assert held(cache, 2) == [1]
+
+
+def test_what_is_held_beside_the_states_takes_their_room():
+    cache = StateCache(4 * 160)
+    kept(cache, 4)
+    cache.count_beside(2 * 160)
+    assert held(cache, 4) == [2, 3]
+    cache.forget()
+    assert cache.num_bytes == 2 * 160
+    cache.count_beside(-2 * 160)
+    assert cache.num_bytes == 0

@@ -1,0 +1,190 @@
+"""What n questions can show: against simulation, counting, and published numbers."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pytest
+
+from drllm.statistics.intervals import greatest_loss, mcnemar_exact, non_inferior
+from drllm.statistics.power import (
+    PRECISION,
+    chance_to_show,
+    detectable,
+    detectable_mean,
+    smallest_certifiable,
+)
+
+DRAWS = 4000
+NOISE = 4 * 0.5 / math.sqrt(DRAWS)
+"""Four standard deviations of a share of the draws, at most."""
+
+
+def drawn(n, share_won, share_lost, seed):
+    """Return (won, lost) of many evaluations of n questions."""
+    rng = np.random.default_rng(seed)
+    tied = 1 - share_won - share_lost
+    return [tuple(row[:2]) for row in rng.multinomial(n, (share_won, share_lost, tied), DRAWS)]
+
+
+# --- what can be certified ---------------------------------------------------------------------
+
+
+def share_certified(n, discordant, epsilon, seed=0):
+    certified = functools.cache(lambda won, lost: non_inferior(won, lost, n, epsilon))
+    outcomes = drawn(n, discordant / 2, discordant / 2, seed)
+    return sum(certified(int(won), int(lost)) for won, lost in outcomes) / DRAWS
+
+
+@pytest.mark.parametrize(("n", "discordant"), [(60, 0.1), (200, 0.05), (200, 0.3)])
+def test_the_smallest_loss_is_certified_as_often_as_it_says(n, discordant):
+    found = smallest_certifiable(n, discordant)
+    assert share_certified(n, discordant, found.with_power) > 0.8 - NOISE
+    # Outcomes are whole questions, so half a question less must cost power.
+    assert share_certified(n, discordant, found.with_power - 0.5 / n) < 0.8 + NOISE
+
+
+@pytest.mark.parametrize("discordant", [0.0, 0.02, 0.2, 0.9])
+def test_a_loss_seen_as_nothing_is_certified_above_the_smallest_and_not_at_it(discordant):
+    n = 150
+    found = smallest_certifiable(n, discordant).if_equal
+    half = math.ceil(discordant * n / 2)
+    assert found == greatest_loss(half, half, n)
+    assert non_inferior(half, half, n, found + 1e-9)
+    assert not non_inferior(half, half, n, found)
+
+
+def test_without_a_different_answer_the_smallest_is_known_in_closed_form():
+    z = 1.6448536269514722
+    found = smallest_certifiable(500, 0.0)
+    assert found.if_equal == pytest.approx(z * z / (500 + z * z))
+    assert found.with_power == pytest.approx(found.if_equal, abs=PRECISION)
+
+
+def test_more_questions_and_fewer_different_answers_certify_less_loss():
+    few, many = smallest_certifiable(100, 0.2), smallest_certifiable(1000, 0.2)
+    alike = smallest_certifiable(1000, 0.02)
+    assert few.if_equal > many.if_equal > alike.if_equal
+    assert few.with_power > many.with_power > alike.with_power
+
+
+def test_more_confidence_and_more_power_ask_for_a_larger_loss():
+    plain = smallest_certifiable(300, 0.1)
+    assert smallest_certifiable(300, 0.1, confidence=0.99).if_equal > plain.if_equal
+    assert smallest_certifiable(300, 0.1, power=0.95).with_power > plain.with_power
+
+
+def test_so_few_questions_that_nothing_can_be_excluded_say_so():
+    found = smallest_certifiable(1, 1.0)
+    assert found.with_power == 1.0
+
+
+def test_an_odd_number_of_different_answers_is_rounded_to_the_safe_side():
+    assert smallest_certifiable(101, 3 / 101).if_equal == greatest_loss(2, 2, 101)
+    assert smallest_certifiable(7, 1.0).if_equal == greatest_loss(3, 3, 7)  # no more than there are
+
+
+# --- what can be shown -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("share_won", "power", "digits"),
+    [
+        # O'Brien's example of the exact McNemar test: 50 pairs, 0.4 of them discordant, odds ratio
+        # 0.25, one-sided 5 %, which is the two-sided 10 % with the sign right. R package pwrss;
+        # G*Power's manual (chapter 5) has 0.839343.
+        (0.32, 0.839356985, 9),
+        # The manual's "actual α": the same with nothing to be found; cut off, not rounded.
+        (0.20, 0.032578, 6),
+    ],
+)
+def test_the_chance_to_show_a_difference_equals_a_published_one(share_won, power, digits):
+    difference = share_won - (0.4 - share_won)
+    found = chance_to_show(50, 0.4, difference, alpha=0.1)
+    assert power == pytest.approx(found, abs=10**-digits)
+
+
+@pytest.mark.parametrize(
+    ("n", "discordant", "difference"),
+    [(40, 0.3, 0.2), (7, 1.0, 0.9), (12, 0.5, 0.5), (9, 0.0, 0.0)],
+)
+def test_the_chance_to_show_a_difference_equals_summing_over_every_outcome(
+    n, discordant, difference
+):
+    won_share, lost_share = (discordant + difference) / 2, (discordant - difference) / 2
+    total = 0.0
+    for won in range(n + 1):
+        for lost in range(n - won + 1):
+            if won > lost and mcnemar_exact(won, lost) < 0.05:
+                ways = math.comb(n, won) * math.comb(n - won, lost)
+                shares = won_share**won * lost_share**lost
+                total += ways * shares * (1 - discordant) ** (n - won - lost)
+    assert total == pytest.approx(chance_to_show(n, discordant, difference), abs=1e-9)
+
+
+@pytest.mark.parametrize(("n", "discordant"), [(100, 0.15), (200, 0.05), (300, 0.4)])
+def test_the_detectable_difference_is_shown_as_often_as_it_says(n, discordant):
+    difference = detectable(n, discordant)
+    differing = max(discordant, difference)
+    outcomes = drawn(n, (differing + difference) / 2, (differing - difference) / 2, seed=1)
+    p = functools.cache(lambda won, lost: mcnemar_exact(int(won), int(lost)))
+    shown = sum(won > lost and p(won, lost) < 0.05 for won, lost in outcomes) / DRAWS
+    assert shown == pytest.approx(0.8, abs=NOISE)
+
+
+def test_where_hardly_an_answer_differs_six_won_questions_are_asked_for():
+    # 6 of 6 give p = 0.03, 5 of 5 p = 0.06: six must occur with a probability of 80 %.
+    n = 100
+    share = detectable(n, 0.0)
+    five_at_most = sum(math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(6))
+    assert five_at_most == pytest.approx(0.2, abs=1e-3)
+    assert detectable(n, 0.02) == pytest.approx(share, abs=PRECISION)
+
+
+def test_five_questions_show_nothing_and_six_a_sweep():
+    assert detectable(5, 0.5) is None
+    assert detectable(6, 0.5) == pytest.approx(0.8 ** (1 / 6), abs=2 * PRECISION)
+
+
+def test_a_stricter_level_shows_less():
+    assert detectable(200, 0.1, alpha=0.01) > detectable(200, 0.1)
+
+
+def test_thousands_of_questions_are_no_burden():
+    # Normal approximation of the same power (Connor 1987): good to a few per cent here.
+    n, discordant = 10_000, 0.2
+    z = 1.959963984540054 + 0.8416212335729143
+    assert detectable(n, discordant) == pytest.approx(z * math.sqrt(discordant / n), rel=0.03)
+
+
+@pytest.mark.parametrize(("n", "discordant"), [(0, 0.1), (10, -0.1), (10, 1.1), (10, math.nan)])
+def test_impossible_shares_are_refused(n, discordant):
+    for asked in (smallest_certifiable, detectable):
+        with pytest.raises(ValueError, match="impossible"):
+            asked(n, discordant)
+
+
+def test_a_difference_needs_as_many_different_answers():
+    with pytest.raises(ValueError, match="answered differently"):
+        chance_to_show(100, 0.1, 0.2)
+
+
+# --- means -------------------------------------------------------------------------------------
+
+
+def test_the_detectable_mean_is_shown_as_often_as_it_says():
+    rng = np.random.default_rng(2)
+    n = 200
+    values = rng.exponential(size=n)
+    difference = detectable_mean(list(values))
+    spread = values.std(ddof=1)
+    samples = rng.normal(difference, spread, (DRAWS, n))
+    z = samples.mean(axis=1) / (samples.std(axis=1, ddof=1) / math.sqrt(n))
+    assert (z > 1.96).mean() == pytest.approx(0.8, abs=NOISE)
+
+
+@pytest.mark.parametrize("differences", [[], [0.3], [0.5, 0.5, 0.5]])
+def test_without_a_spread_no_detectable_mean_is_given(differences):
+    assert detectable_mean(differences) is None

@@ -1,0 +1,451 @@
+"""Features on disk: the numbers of a pass in memory, whatever broke the pass off."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import killable
+from killable import D, L, Letters, W, make_model, make_record, make_records, pool
+
+import drllm
+from drllm.errors import ConfigError, DrllmError, RecordError
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.records import only_writer
+from drllm.training import feature_store as store_module
+from drllm.training import features as features_module
+from drllm.training.examples import digest, shape, sizes
+from drllm.training.feature_store import FEATURES_FILE, Store
+from drllm.training.features import collect
+
+N = 7
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "features"
+
+
+@pytest.fixture
+def in_memory() -> Any:
+    routed = RoutedModel(make_model())
+    yield collect(routed, Letters(), make_records(N), num_windows=W, batch_size=3)
+    routed.detach()
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many prompts each forward pass had."""
+    sizes: list[int] = []
+    forward = features_module._forward
+
+    def counted(routed: Any, policy: Any, prompts: Any) -> None:
+        sizes.append(len(prompts))
+        forward(routed, policy, prompts)
+
+    monkeypatch.setattr(features_module, "_forward", counted)
+    return sizes
+
+
+def bytes_of(folder: Path) -> bytes:
+    return (folder / FEATURES_FILE).read_bytes()
+
+
+# --- what is stored ----------------------------------------------------------------------------
+
+
+def test_features_on_disk_are_those_in_memory(folder, in_memory):
+    stored = pool(folder, N)
+    assert shape(stored) == shape(in_memory) == (N, L, W, D)
+    assert torch.equal(stored.rows(range(N)), in_memory.rows(range(N)))
+    assert torch.equal(stored.filled, in_memory.filled)
+    assert torch.equal(stored.labels, in_memory.labels)
+    assert (stored.questions, stored.tasks) == (in_memory.questions, in_memory.tasks)
+    assert digest(stored) == digest(in_memory)
+    assert torch.equal(sizes(stored), sizes(in_memory))
+
+
+def test_in_bfloat16_they_are_rounded_and_read_in_float32(folder, in_memory):
+    stored = pool(folder, N, store=Store(folder, "bfloat16"))
+    assert stored.rows([0]).dtype == torch.float32
+    assert torch.equal(stored.rows(range(N)), in_memory.means.bfloat16().float())
+    halved = len(bytes_of(folder))
+    pool(folder.with_name("whole"), N)
+    assert len(bytes_of(folder.with_name("whole"))) - halved == N * L * W * D * 2
+
+
+def test_rows_come_in_the_order_asked_for(folder, in_memory):
+    asked = [5, 0, 5]
+    assert torch.equal(pool(folder, N).rows(asked), in_memory.means[asked])
+    assert torch.equal(pool(folder, N).rows(torch.tensor(asked)), in_memory.means[asked])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_any_reader_of_safetensors_opens_the_file(folder, dtype):
+    stored = pool(folder, N, store=Store(folder, dtype))
+    with safe_open(folder / FEATURES_FILE, framework="pt") as file:
+        assert torch.equal(file.get_tensor("means"), stored.means)
+        assert file.get_tensor("means").dtype == getattr(torch, dtype)
+        assert torch.equal(file.get_tensor("filled"), stored.filled)
+
+
+def test_the_manifest_tells_what_the_features_are_of(folder):
+    pool(folder, N)
+    manifest = json.loads((folder / "features.manifest.json").read_text())
+    assert manifest["schema"] == "drllm.features"
+    assert manifest["config"] == {"num_windows": W, "feature_dtype": "float32"}
+    assert manifest["targets"]["number"] == N
+    assert manifest["runtime"] == {"dtype": "float32", "device": "cpu"}
+    assert len(manifest["model"]["fingerprint"]) == 16
+
+
+def test_nothing_else_is_left_in_the_folder(folder):
+    pool(folder, N)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "features.manifest.json",
+        FEATURES_FILE,
+    ]
+
+
+def test_removing_leaves_what_others_put_there(folder):
+    pool(folder, N)
+    (folder / "notes.txt").write_text("mine")
+    Store(folder).remove()
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    (folder / "notes.txt").unlink()
+    pool(folder, N)
+    Store(folder).remove()
+    assert not folder.exists()
+
+
+# --- used again --------------------------------------------------------------------------------
+
+
+def test_whole_features_are_used_again_without_a_pass_and_without_writing(
+    folder, passes, monkeypatch
+):
+    first = pool(folder, N)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    passes.clear()
+    monkeypatch.setattr(store_module, "only_writer", lambda *_: 1 / 0)  # the folder is read only
+    said: list[str] = []
+    again = pool(folder, N, announce=said.append)
+    assert torch.equal(first.rows(range(N)), again.rows(range(N)))
+    assert passes == []
+    assert said == [f"the routers' inputs in {folder} are used again"]
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def other_prompt() -> list[Any]:
+    return [*make_records(N - 1), make_record(N - 1, "other", (0, 2, 1))]
+
+
+def other_path() -> list[Any]:
+    first = make_records(N)
+    return [make_record(0, first[0].prompt, (2, 1, 1)), *first[1:]]
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "windows": ({"windows": 5}, r"--num-windows was 4, yours is 5"),
+    "model": ({"model": make_model(1)}, r"the base model's fingerprint is \w{16}, yours \w{16}"),
+    "dtype": (
+        {"model": make_model().bfloat16()},
+        r"the base model ran in float32, yours runs in bfloat16",
+    ),
+    "stored dtype": ({"dtype": "bfloat16"}, r"--feature-dtype was float32, yours is bfloat16"),
+    "number": ({"records": make_records(N - 1)}, r"they are of 7 targets, yours are 6; other pro"),
+    "prompt": ({"records": other_prompt()}, r"other features: other prompts, or another tokenizer"),
+    "path": ({"records": other_path()}, r"holds other features: other target paths\. Choose"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_features_of_something_else_are_refused_with_what_differs(folder, what):
+    pool(folder, N)
+    before = bytes_of(folder)
+    given, message = OTHERS[what]
+    given = dict(given)
+    store = Store(folder, given.pop("dtype", "float32"))
+    with pytest.raises(ConfigError, match=message) as caught:
+        pool(folder, N, store=store, **given)
+    assert "\n" not in str(caught.value)
+    assert "Choose another folder, or delete it" in str(caught.value)
+    assert bytes_of(folder) == before
+
+
+def test_features_of_another_version_are_refused(folder, monkeypatch):
+    pool(folder, N)
+    monkeypatch.setattr(store_module, "FEATURE_VERSION", 99)
+    with pytest.raises(ConfigError, match="they are of version 1, this drllm makes version 99"):
+        pool(folder, N)
+
+
+def test_answers_and_names_do_not_matter(folder, passes):
+    pool(folder, N)
+    passes.clear()
+    renamed = [
+        make_record(100 + row, record.prompt, record.optimal_layer_config)
+        for row, record in enumerate(make_records(N))
+    ]
+    pool(folder, N, records=renamed)
+    assert passes == []
+
+
+# --- broken off --------------------------------------------------------------------------------
+
+
+class Processes:
+    """Runs the functions of `killable` in processes of their own."""
+
+    def __init__(self) -> None:
+        self.server = subprocess.Popen(
+            [sys.executable, killable.__file__],
+            env={**os.environ, "PYTHONPATH": str(Path(drllm.__file__).parents[1])},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.server.stdout.readline() == "ready\n"
+
+    def start(self, function: Any, folder: Path, *arguments: Any) -> int:
+        line = json.dumps([function.__name__, [str(folder), *arguments]])
+        self.server.stdin.write(line + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def end(self) -> int:
+        return int(self.server.stdout.readline())
+
+    def run(self, function: Any, folder: Path, *arguments: Any) -> int:
+        self.start(function, folder, *arguments)
+        return self.end()
+
+
+@pytest.fixture(scope="module")
+def processes() -> Any:
+    started = Processes()
+    yield started
+    started.server.stdin.close()
+    started.server.wait()
+    started.server.stdout.close()
+
+
+def test_a_pass_killed_at_any_step_ends_with_the_bytes_of_an_unbroken_one(tmp_path, processes):
+    number = 4  # two batches
+    assert processes.run(killable.pool_slowly, tmp_path / "unbroken", number, 0.0) == 0
+    expected = bytes_of(tmp_path / "unbroken")
+    for step in range(100):
+        folder = tmp_path / str(step)
+        status = processes.run(killable.pool_and_die, folder, number, step)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        assert processes.run(killable.pool_slowly, folder, number, 0.0) == 0
+        assert bytes_of(folder) == expected
+    assert status == 0
+    assert step > number + 3 * 3  # a row a step, and three steps a commit
+
+
+def test_a_pass_killed_at_ten_random_moments_ends_with_the_bytes_of_an_unbroken_one(
+    tmp_path, processes
+):
+    number, pause_s = 40, 0.03
+    folder, unbroken = tmp_path / "killed", tmp_path / "unbroken"
+    assert processes.run(killable.pool_slowly, unbroken, number, 0.0) == 0
+    started = time.monotonic()
+    assert processes.run(killable.pool_slowly, unbroken, number, 0.0) == 0  # it is whole
+    idle_s = time.monotonic() - started
+    moments, done = random.Random(0), []
+    for _ in range(10):
+        pid = processes.start(killable.pool_slowly, folder, number, pause_s)
+        time.sleep(idle_s + moments.uniform(0.0, 3 * pause_s))
+        with contextlib.suppress(ProcessLookupError):  # it was quicker than the kill
+            os.kill(pid, signal.SIGKILL)
+        assert processes.end() in (-signal.SIGKILL, 0)
+        if (folder / FEATURES_FILE).exists():
+            with safe_open(folder / FEATURES_FILE, framework="pt") as file:
+                done.append(int((file.get_tensor("filled") != 0).sum()))
+    assert processes.run(killable.pool_slowly, folder, number, 0.0) == 0
+    assert any(0 < rows < number for rows in done), f"no kill came in the midst of it: {done}"
+    assert done == sorted(done), "nothing that was done is done again"
+    assert bytes_of(folder) == bytes_of(unbroken)
+
+
+class StopError(Exception):
+    pass
+
+
+def stop_after(rows: int):
+    def on_progress(done: int, total: int) -> None:
+        if done >= rows:
+            raise StopError
+
+    return on_progress
+
+
+def test_what_was_pooled_before_an_error_is_kept_and_not_pooled_again(folder, passes):
+    with pytest.raises(StopError):
+        pool(folder, N, on_progress=stop_after(6))
+    passes.clear()
+    seen: list[int] = []
+    said: list[str] = []
+    pool(folder, N, on_progress=lambda done, total: seen.append(done), announce=said.append)
+    assert passes == [1]
+    assert seen == [6, 7]
+    assert said[0].endswith("; 6 of 7 targets are there already")
+
+
+def test_a_manifest_without_features_is_no_obstacle(folder):
+    pool(folder, N)
+    (folder / FEATURES_FILE).unlink()
+    assert shape(pool(folder, N, windows=2)) == (N, L, 2, D)
+
+
+def test_a_broken_off_pass_of_something_else_is_refused(folder):
+    with pytest.raises(StopError):
+        pool(folder, N, on_progress=stop_after(3))
+    with pytest.raises(ConfigError, match="--num-windows was 4, yours is 2"):
+        pool(folder, N, windows=2)
+
+
+def test_a_second_training_is_kept_out_while_the_first_pools(folder):
+    with (
+        only_writer(folder, "training", "folder for the features"),
+        pytest.raises(RecordError, match=r"another training is writing to .*wait until it ends"),
+    ):
+        pool(folder, N)
+
+
+# --- the disk ----------------------------------------------------------------------------------
+
+
+def test_the_need_is_announced_before_the_pass(folder):
+    said: list[str] = []
+
+    def on_progress(done: int, total: int) -> None:
+        assert len(said) == 1
+
+    pool(folder, N, announce=said.append, on_progress=on_progress)
+    assert said[0].startswith(f"the routers' inputs need 0.1 MB in {folder}, where ")
+    assert said[0].endswith(" are free")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_pass_that_does_not_fit_on_the_disk_is_not_begun(folder, monkeypatch, passes, dtype):
+    need = N * L * W * D * {"float32": 4, "bfloat16": 2}[dtype]
+    usage = store_module.shutil.disk_usage(folder.parent)
+    monkeypatch.setattr(
+        store_module.shutil, "disk_usage", lambda place: usage._replace(free=need - 1)
+    )
+    with pytest.raises(RecordError, match=r"inputs need 0\.1 MB in .*free some space") as caught:
+        pool(folder, N, store=Store(folder, dtype))
+    assert ("give --feature-dtype bfloat16" in str(caught.value)) == (dtype == "float32")
+    assert passes == []
+    assert not folder.exists()
+    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda place: usage._replace(free=need))
+    pool(folder, N, store=Store(folder, dtype))
+
+
+def test_a_disk_that_fills_up_during_the_pass_is_said_and_loses_nothing(folder, passes):
+    """The operating system itself refuses, as it lets no file of the process grow any more."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    was = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def fill_up(done: int, total: int) -> None:
+        if done == 3:  # behind `filled` and half a row
+            start = len(bytes_of(folder)) - N * L * W * D * 4
+            resource.setrlimit(resource.RLIMIT_FSIZE, (start + L * W * D * 2, before[1]))
+
+    try:
+        with pytest.raises(RecordError, match=f"can't write .*{FEATURES_FILE}: File too") as caught:
+            pool(folder, N, on_progress=fill_up)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, was)
+    assert caught.value.__cause__.errno == errno.EFBIG
+    assert "goes on behind the 3 of 7 targets that are there" in str(caught.value)
+    passes.clear()
+    pool(folder, N)
+    assert passes == [3, 1]
+    pool(folder.with_name("unbroken"), N)
+    assert bytes_of(folder) == bytes_of(folder.with_name("unbroken"))
+
+
+def test_a_folder_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecordError, match="can't write"):
+        pool(tmp_path / "file" / "features", N)
+
+
+# --- what isn't trusted ------------------------------------------------------------------------
+
+
+def cut_off(folder: Path) -> None:
+    path = folder / FEATURES_FILE
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def other_header(folder: Path) -> None:
+    path = folder / FEATURES_FILE
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"F16"'))
+
+
+def too_many_windows(folder: Path) -> None:
+    path = folder / FEATURES_FILE
+    content = bytearray(path.read_bytes())
+    content[-N * L * W * D * 4 - 8] = W + 1  # the last value of `filled`
+    path.write_bytes(content)
+
+
+def no_manifest(folder: Path) -> None:
+    (folder / "features.manifest.json").unlink()
+
+
+def no_json(folder: Path) -> None:
+    (folder / "features.manifest.json").write_text("{")
+
+
+BROKEN = {
+    cut_off: "is broken; delete .* to pool the features anew",
+    other_header: "is broken; delete",
+    too_many_windows: "is broken; delete",
+    no_manifest: r"is broken; .*features\.manifest\.json is missing",
+    no_json: "is not JSON; make features again",
+}
+
+
+@pytest.mark.parametrize("spoil", BROKEN, ids=lambda spoil: spoil.__name__)
+def test_files_that_cannot_be_trusted_are_refused_and_kept(folder, spoil):
+    pool(folder, N)
+    spoil(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(DrllmError, match=BROKEN[spoil]) as caught:
+        pool(folder, N)
+    assert "\n" not in str(caught.value)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_numbers_that_are_not_finite_are_found_before_training(folder):
+    pool(folder, N)
+    path = folder / FEATURES_FILE
+    content = bytearray(path.read_bytes())
+    content[-4:] = b"\x00\x00\xc0\x7f"  # NaN
+    path.write_bytes(content)
+    with pytest.raises(RecordError, match=r"of question 'about G+' hold NaN or infinity"):
+        sizes(pool(folder, N))

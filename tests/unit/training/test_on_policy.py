@@ -1,0 +1,415 @@
+"""Rounds on the routers' own routes, against hooks that listen and passes made one by one."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from killable import MODEL, D, L, Letters, W, make_records
+from rounds_apart import CONFIG, IDENTITY, N, pool_own, train
+
+import drllm
+from drllm.errors import CheckpointError, ConfigError
+from drllm.models.routers.depth_control import routes_of
+from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.paths import check_decisions
+from drllm.records import WeightedPath
+from drllm.training.checkpoint import CHECKPOINT_FILE
+from drllm.training.examples import Aggregate, digest, each_once, moments, sizes
+from drllm.training.feature_store import Store
+from drllm.training.loop import Run, train_together
+from drllm.training.on_policy import remove_rounds
+from drllm.training.plans import Plan, objective
+from drllm.training.soft import soft_targets
+from drllm.training.split import hold_out
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+"""Features are float32; prompts in other batches differ in the last bits."""
+ONE = replace(CONFIG, num_seeds=1, on_policy_rounds=1)
+FILES = [
+    "README.md",
+    "layers.json",
+    "metrics.jsonl",
+    "router_config.json",
+    "routers.safetensors",
+]
+
+
+def new_routers(seed: int = 0) -> RouterStack:
+    """Routers with random weights, whose decisions differ between prompts."""
+    config = RouterConfig(num_layers=L, hidden_size=D, num_windows=W, router_width=5)
+    routers = RouterStack(config, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        routers.decision_weight.mul_(5)
+    return routers
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "routers.safetensors").read_bytes()
+
+
+def tokens(record: Any) -> list[int]:
+    return Letters()(record.prompt)["input_ids"]
+
+
+# --- features along the routes that are taken --------------------------------------------------
+
+
+def heard(routers: RouterStack, prompt: list[int]) -> tuple[list[torch.Tensor], list[int]]:
+    """Route one prompt alone; what each layer was given, `[T, D]`, and the route."""
+    routed = RoutedModel(copy.deepcopy(MODEL), routers)
+    inputs: list[torch.Tensor] = []
+    for layer in routed.model.model.layers:
+        layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0][0]))
+    routed.model(input_ids=torch.tensor([prompt]))
+    return inputs, routed.last_route[0].tolist()
+
+
+def slow_windows(hidden: torch.Tensor) -> list[torch.Tensor]:
+    number = min(len(hidden), W)
+    edges = [window * len(hidden) // number for window in range(number + 1)]
+    return [
+        sum(hidden[token] for token in range(start, end)) / (end - start)
+        for start, end in itertools.pairwise(edges)
+    ]
+
+
+def test_features_of_routers_are_what_a_hook_hears_at_inference_and_labels_stay():
+    records, routers = make_records(N), new_routers()
+    features = pool_own(records, None, routers)
+    routes = []
+    for row, record in enumerate(records):
+        inputs, route = heard(routers, tokens(record))
+        routes.append(route)
+        assert len(inputs) == L
+        for layer, hidden in enumerate(inputs):
+            windows = torch.stack(slow_windows(hidden))
+            found = features.rows([row])[0, layer]
+            torch.testing.assert_close(found[: len(windows)], windows, **CLOSE)
+            assert not found[len(windows) :].any()
+        assert int(features.filled[row]) == len(windows)
+    assert features.labels.tolist() == [list(r.optimal_layer_config) for r in records]
+    assert {0, 1, 2} <= {decision for route in routes for decision in route}
+    assert routes != features.labels.tolist()
+
+
+def test_one_pass_pools_what_routing_first_and_then_following_the_routes_does():
+    records, routers = make_records(N), new_routers(1)
+    routed = RoutedModel(MODEL, routers)
+    routes = routes_of(routed, routed.policy, [tokens(record) for record in records]).tolist()
+    routed.detach()
+    followed = [
+        replace(record, optimal_layer_config=check_decisions(route, L))
+        for record, route in zip(records, routes, strict=True)
+    ]
+    expected = pool_own(followed, None)
+    found = pool_own(records, None, routers)
+    torch.testing.assert_close(found.means, expected.means, **CLOSE)
+    assert not torch.allclose(found.means, pool_own(records, None).means, **CLOSE)
+
+
+def test_features_on_disk_are_of_certain_routers(tmp_path: Path):
+    records, store = make_records(N), tmp_path / "features"
+    features = pool_own(records, Store(store), new_routers())
+    again = pool_own(records, Store(store), new_routers())
+    assert torch.equal(features.means, again.means)
+    for others in (new_routers(1), None):
+        with pytest.raises(ConfigError, match="other features: along the routes of other routers"):
+            pool_own(records, Store(store), others)
+
+
+# --- several routes as one set -----------------------------------------------------------------
+
+
+@pytest.fixture
+def parts() -> list[Any]:
+    records = make_records(N)
+    first = pool_own(records, None)
+    return [first, pool_own(records, None, new_routers()), pool_own(records[3:], None)]
+
+
+def test_rows_of_an_aggregate_are_those_of_its_parts_one_after_the_other(parts):
+    whole = Aggregate(parts)
+    total = 3 * N - 3
+    joined = torch.cat([part.means for part in parts])
+    assert torch.equal(whole.rows(range(total)), joined)
+    mixed = [2 * N + 4, 0, N, N - 1, 2 * N, 5, 5, total - 1]
+    assert torch.equal(whole.rows(mixed), joined[mixed])
+    assert whole.rows([]).shape == (0, L, W, D)
+    assert whole.labels.shape == (total, L)
+    assert [whole.questions[N], whole.questions[2 * N]] == [
+        parts[0].questions[row] for row in (0, 3)
+    ]
+    assert len(whole.tasks) == len(whole.filled) == total
+    assert each_once(whole, mixed) == [0, N - 1, 5, 5]
+
+
+def test_an_aggregate_is_of_the_same_targets_and_measured_over_all_its_rows(parts):
+    whole = Aggregate(parts)
+    assert digest(whole) == digest(parts[0])
+    soft = torch.rand(len(whole.labels), L, 3, dtype=torch.float64)
+    assert digest(whole, soft) == digest(parts[0], soft[:N])
+    assert torch.equal(sizes(whole), torch.cat([sizes(part) for part in parts]))
+    joined = dataclasses.replace(
+        parts[0],
+        means=torch.cat([part.means for part in parts]),
+        filled=whole.filled,
+        labels=whole.labels,
+    )
+    for found, expected in zip(moments(whole, range(50)), moments(joined, range(50)), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_question_that_is_held_out_is_so_in_every_round(parts):
+    whole, config = Aggregate(parts), replace(CONFIG, num_seeds=1)
+    plan, alone = Plan.of(whole, config), Plan.of(parts[0], config)
+    held_out = {whole.questions[row] for row in plan.held_out}
+    assert held_out == {whole.questions[row] for row in alone.held_out}
+    assert not held_out & {whole.questions[row] for row in plan.trained}
+    assert len(plan.held_out) > 2 * len(alone.held_out) > 0
+    assert each_once(whole, plan.held_out) == alone.held_out
+
+
+def test_what_is_too_few_to_hold_out_stays_so_with_several_routes():
+    questions = [f"question {row}" for row in range(9)]
+    assert hold_out([*questions, *questions], 0.3, 0, num_targets=9) == (list(range(18)), [])
+    assert hold_out([*questions, *questions], 0.3, 0)[1]
+
+
+def test_labels_are_counted_once_however_many_routes_there_are(parts):
+    config = replace(CONFIG, num_seeds=1, logit_adjustment=1.0)
+    plan, alone = Plan.of(Aggregate(parts), config), Plan.of(parts[0], config)
+    assert plan.once == alone.trained
+    assert plan.label_counts == alone.label_counts
+    assert plan.class_weights == alone.class_weights
+    offsets = [objective([one], torch.float64, "cpu").offsets for one in (plan, alone)]
+    assert torch.equal(*offsets)
+
+
+# --- the rounds --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of two rounds."""
+    folder = tmp_path_factory.mktemp("rounds") / "run"
+    train(folder)
+    return folder
+
+
+def test_without_rounds_training_is_what_it_is_without_this_module(tmp_path):
+    config = replace(CONFIG, on_policy_rounds=0)
+    train(tmp_path / "rounds", config)
+    runs = [Run(one, place) for place, one in config.by_seed(tmp_path / "plain").items()]
+    train_together(pool_own(make_records(N), None), IDENTITY, runs)
+    for path in (tmp_path / "plain").rglob("*.*"):
+        other = tmp_path / "rounds" / path.relative_to(tmp_path / "plain")
+        assert path.read_bytes() == other.read_bytes()
+    assert not list((tmp_path / "rounds").glob("round_*"))
+
+
+def test_earlier_rounds_are_kept_as_the_trainings_with_fewer_rounds(finished, tmp_path):
+    for rounds in (0, 1):
+        fewer = tmp_path / str(rounds)
+        train(fewer, replace(CONFIG, on_policy_rounds=rounds))
+        for seed in (fewer, fewer / "seed_1"):
+            kept = finished / seed.relative_to(fewer) / f"round_{rounds}"
+            assert sorted(path.name for path in kept.iterdir()) == FILES
+            for name in FILES:
+                assert (seed / name).read_bytes() == (kept / name).read_bytes()
+
+
+def test_only_routers_are_left(finished):
+    for seed in (finished, finished / "seed_1"):
+        names = {path.name for path in seed.iterdir()} - {"seed_1"}
+        assert names == {*FILES, "round_0", "round_1"}
+    assert len({weights(path.parent) for path in finished.rglob("routers.safetensors")}) == 6
+
+
+def test_the_saved_config_counts_each_target_once(finished):
+    first, last = (RouterStack.load(finished / name).config for name in ("round_0", "."))
+    assert last.label_counts == first.label_counts
+    for name in ("num_trained", "num_held_out", "tasks", "class_weights", "targets"):
+        assert last.training[name] == first.training[name]
+    assert last.training["steps"] > 2 * first.training["steps"]
+    assert last.training["settings"]["on_policy_rounds"] == 2
+
+
+def test_a_round_equals_training_by_hand_on_both_routes(tmp_path):
+    """Class weights off, since by hand each label would count twice."""
+    config = replace(ONE, class_weights="none")
+    train(tmp_path / "run", config)
+
+    records = make_records(N)
+    alone = replace(config, on_policy_rounds=0)
+    first = pool_own(records, None)
+    train_together(first, IDENTITY, [Run(alone, tmp_path / "0")])
+    second = pool_own(records, None, RouterStack.load(tmp_path / "0"))
+    joined = dataclasses.replace(
+        first,
+        means=torch.cat([first.means, second.means]),
+        filled=first.filled.repeat(2),
+        labels=first.labels.repeat(2, 1),
+        questions=first.questions * 2,
+        tasks=first.tasks * 2,
+    )
+    train_together(joined, IDENTITY, [Run(config, tmp_path / "1")])
+    assert weights(tmp_path / "run" / "round_0") == weights(tmp_path / "0")
+    assert weights(tmp_path / "run") == weights(tmp_path / "1") != weights(tmp_path / "0")
+
+
+def test_each_seed_follows_its_own_routes_and_keeps_no_others(tmp_path):
+    seen: list[tuple[Path, bytes]] = []
+
+    def pool(records, store, routers=None, **options):
+        if routers is not None:
+            others = [path for path in tmp_path.rglob("round_0/features") if path != store.folder]
+            assert others == []
+            seen.append((store.folder, routers.hidden_weight.detach().numpy().tobytes()))
+        return pool_own(records, store, routers, **options)
+
+    train(tmp_path, replace(CONFIG, on_policy_rounds=1), pool=pool)
+    assert [folder for folder, _ in seen] == [
+        tmp_path / "round_0" / "features",
+        tmp_path / "seed_1" / "round_0" / "features",
+    ]
+    assert seen[0][1] != seen[1][1]
+
+
+def test_soft_targets_stay_those_of_the_question(tmp_path):
+    full = WeightedPath(decisions=(1,) * L, weight=1.0)
+    records = [replace(record, valid_paths=(full,)) for record in make_records(N)]
+    records[::2] = [
+        replace(
+            record,
+            valid_paths=(full, WeightedPath(decisions=record.optimal_layer_config, weight=3.0)),
+        )
+        for record in records[::2]
+    ]
+    given = []
+
+    def pool(_, store, routers=None, **options):
+        return pool_own(records, store, routers, **options)
+
+    def fit(examples, identity, runs, *, soft, **options):
+        given.append(soft)
+        return train_together(examples, identity, runs, soft=soft, **options)
+
+    train(tmp_path, replace(ONE, soft_targets=True), pool=pool, fit=fit)
+    expected = soft_targets(records)
+    assert torch.equal(given[0], expected)
+    assert torch.equal(given[1], torch.cat([expected, expected]))
+
+
+def test_a_target_that_cannot_be_run_along_a_route_is_left_out_there_and_said(tmp_path, caplog):
+    def pool(records, store, routers=None, **options):
+        if routers is None:
+            return pool_own(records, store, routers, **options)
+        long = replace(records[4], prompt="x" * 49)
+        return pool_own([*records[:4], long, *records[5:]], store, routers, **options)
+
+    train(tmp_path, ONE, pool=pool)
+    assert "along the routes of round 0, 1 of 20 targets are left out (1 longer than" in caplog.text
+    first, last = (RouterStack.load(tmp_path / name).config for name in ("round_0", "."))
+    assert last.label_counts == first.label_counts
+
+
+def test_a_round_without_a_mistake_to_learn_from_is_said(tmp_path, caplog):
+    def pool(records, store, routers=None, **options):  # as of routers that know every path
+        return pool_own(records, store, None, **options)
+
+    train(tmp_path / "none", ONE, pool=pool)
+    first, _ = hold_out([record.question for record in make_records(N)], 0.2, 0)
+    said = f"along the routes of round 0 only 0 of {len(first)} targets that are trained on are"
+    assert said in caplog.text
+    caplog.clear()
+    train(tmp_path / "some", ONE)
+    assert "along the routes" not in caplog.text
+
+
+# --- going on, and refusing --------------------------------------------------------------------
+
+
+def test_rounds_killed_at_random_moments_end_bit_for_bit_as_unbroken_ones(tmp_path):
+    script = Path(__file__).with_name("rounds_apart.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(drllm.__file__).parents[1])}
+    subprocess.run(
+        [sys.executable, script, tmp_path, "6"], env=environment, check=True, timeout=300
+    )
+    unbroken = sorted(path for path in (tmp_path / "unbroken").rglob("*.*") if path.is_file())
+    assert len(unbroken) == 2 * 2 * len(FILES)
+    killed = [folder for folder in tmp_path.iterdir() if folder.name != "unbroken"]
+    assert len(killed) == 6
+    for folder in killed:
+        found = sorted(path for path in folder.rglob("*.*") if path.is_file())
+        assert [path.relative_to(folder) for path in found] == [
+            path.relative_to(tmp_path / "unbroken") for path in unbroken
+        ]
+        assert [path.read_bytes() for path in found] == [path.read_bytes() for path in unbroken]
+
+
+class BrokenOffError(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("round_number", [1, 2])
+def test_a_finished_round_is_not_trained_again(finished, tmp_path, round_number):
+    trained = []
+
+    def fit(examples, identity, runs, **options):
+        trained.append([run.output for run in runs])
+        return train_together(examples, identity, runs, **options)
+
+    def break_off(examples, identity, runs, **options):
+        if runs[0].config.on_policy_rounds == round_number:
+            raise BrokenOffError
+        return train_together(examples, identity, runs, **options)
+
+    with pytest.raises(BrokenOffError):
+        train(tmp_path, fit=break_off)
+    train(tmp_path, fit=fit)
+    rounds = [path for seed in (tmp_path, tmp_path / "seed_1") for path in (seed / "round_1", seed)]
+    assert trained == [[path] for path in rounds[round_number - 1 :]]
+    for path in finished.rglob("routers.safetensors"):
+        assert path.read_bytes() == (tmp_path / path.relative_to(finished)).read_bytes()
+    assert not list(tmp_path.rglob("features"))
+
+
+def test_a_folder_with_routers_of_fewer_rounds_is_refused_before_anything_is_trained(tmp_path):
+    train(tmp_path, replace(ONE, on_policy_rounds=0))
+    before = weights(tmp_path)
+    with pytest.raises(CheckpointError, match="holds trained routers of another run"):
+        train(tmp_path, ONE)
+    assert weights(tmp_path) == before
+    assert not (tmp_path / "round_0").exists()
+
+
+def test_a_checkpoint_of_fewer_rounds_is_refused(tmp_path):
+    def break_off() -> None:
+        if (tmp_path / CHECKPOINT_FILE).exists():
+            raise BrokenOffError
+
+    with pytest.raises(BrokenOffError):
+        train(tmp_path, replace(ONE, on_policy_rounds=0), at=break_off)
+    with pytest.raises(CheckpointError, match=r"its --on-policy-rounds is 0, yours 1"):
+        train(tmp_path, ONE)
+
+
+def test_what_rounds_have_left_can_be_taken_away(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    remove_rounds(tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [*FILES, "seed_1"]

@@ -1,0 +1,243 @@
+"""Temperature and calibration error, against a grid of temperatures and sums done by hand."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from drllm.config import TrainConfig
+from drllm.errors import ConfigError
+from drllm.models.routers.stack import RouterStack
+from drllm.training import temperature as calibration
+from drllm.training.loop import train
+from drllm.training.plans import Plan, new_stack
+from drllm.training.split import hold_out
+from drllm.training.temperature import (
+    BINS,
+    HIGHEST,
+    LOWEST,
+    calibration_error,
+    fit_temperature,
+    fold,
+    measure,
+    reliability,
+)
+
+CONFIG = TrainConfig(
+    num_epochs=3,
+    gradient_accumulation=4,
+    num_windows=4,
+    router_width=5,
+    warmup_steps=2,
+    validation_fraction=0.3,
+)
+FINE = 1e-3
+"""Ratio of two temperatures of the grid, less 1."""
+
+
+def slow_nll(logits, targets, temperature: float) -> float:
+    """Mean over decisions of −Σ q log p, a decision at a time."""
+    total = 0.0
+    for said, wanted in zip(logits.tolist(), targets.tolist(), strict=True):
+        powers = [math.exp(value / temperature) for value in said]
+        total -= sum(
+            q * math.log(power / sum(powers)) for q, power in zip(wanted, powers, strict=True)
+        )
+    return total / len(logits)
+
+
+def drawn(number: int, sharpness: float, *, soft: bool = False):
+    """Logits, and targets drawn from them; then the logits are taken too sharply."""
+    generator = torch.Generator().manual_seed(number)
+    logits = 2 * torch.randn(number, 3, generator=generator, dtype=torch.float64)
+    targets = logits.softmax(dim=-1)
+    if not soft:
+        labels = torch.multinomial(targets, 1, generator=generator)[:, 0]
+        targets = torch.nn.functional.one_hot(labels, 3).double()
+    return logits * sharpness, targets
+
+
+# --- the temperature ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 4.0])
+def test_the_temperature_is_the_best_of_a_fine_grid(sharpness, soft):
+    logits, targets = drawn(60, sharpness, soft=soft)
+    found = fit_temperature(logits, targets)
+    steps = range(round(math.log(LOWEST / 1) / FINE / 2), round(math.log(HIGHEST) / FINE / 2))
+    grid = [math.exp(2 * FINE * step) for step in steps if step % 20 == 0]
+    best = min(grid, key=lambda temperature: slow_nll(logits, targets, temperature))
+    near = [best * math.exp(2 * FINE * step) for step in range(-20, 21)]
+    best = min(near, key=lambda temperature: slow_nll(logits, targets, temperature))
+    assert found == pytest.approx(best, rel=2 * FINE)
+
+
+def test_soft_targets_that_are_the_probabilities_themselves_give_back_the_sharpness():
+    logits, targets = drawn(50, 3.5, soft=True)
+    assert fit_temperature(logits, targets) == pytest.approx(3.5, rel=1e-9)
+
+
+def test_a_temperature_beyond_the_range_ends_at_its_edge():
+    logits = torch.tensor([[0.0, 2.0, 0.0], [0.0, 1.0, -1.0]]).double()
+    right = torch.tensor([[0.0, 1.0, 0.0]] * 2).double()
+    wrong = torch.tensor([[0.5, 0.0, 0.5]] * 2).double()
+    assert fit_temperature(logits, right) == LOWEST
+    assert fit_temperature(100 * logits, right) == LOWEST  # all but certain at any temperature
+    assert fit_temperature(logits, wrong) == HIGHEST
+
+
+def test_logits_that_say_nothing_keep_the_temperature_at_one():
+    assert (
+        fit_temperature(torch.full((4, 3), 7.0).double(), torch.eye(3).double()[[0, 1, 1, 2]]) == 1
+    )
+
+
+# --- the calibration error ---------------------------------------------------------------------
+
+
+def error(confidence: torch.Tensor, hits: torch.Tensor) -> float:
+    return calibration_error(reliability(confidence, hits))
+
+
+def test_the_calibration_error_of_fifteen_decisions_is_the_mean_of_their_gaps():
+    """One decision a bin: the gap of a hit is 1 − c, that of a miss c."""
+    confidence = torch.arange(1, 16) / 20
+    hits = torch.tensor([0.0, 1.0, 0.0] * 5)
+    by_hand = sum(1 - n / 20 if n % 3 == 2 else n / 20 for n in range(1, 16)) / 15
+    assert error(confidence, hits) == pytest.approx(by_hand, abs=1e-7)
+
+
+def test_the_calibration_error_of_a_small_table_done_by_hand(monkeypatch):
+    """Two bins of three: |0.5 − 1/3| and |0.9 − 2/3|, in any order of the decisions."""
+    monkeypatch.setattr(calibration, "BINS", 2)
+    confidence = torch.tensor([0.95, 0.4, 0.9, 0.5, 0.85, 0.6]).double()
+    hits = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
+    expected = (3 * (0.5 - 1 / 3) + 3 * (0.9 - 2 / 3)) / 6
+    assert error(confidence, hits) == pytest.approx(expected)
+
+
+def test_decisions_of_equal_confidence_may_come_in_any_order():
+    confidence = torch.full((40,), 0.75)
+    hits = torch.tensor([1.0] * 30 + [0.0] * 10)
+    assert error(confidence, hits) == pytest.approx(0.0, abs=1e-12)
+    assert error(confidence, hits.flip(0)) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_calibrated_probabilities_have_a_small_error_and_overconfident_ones_a_large_one():
+    logits, targets = drawn(20_000, 1.0)
+    sure, decided = logits.softmax(dim=-1).max(dim=-1)
+    too_sure = (3 * logits).softmax(dim=-1).amax(dim=-1)
+    hits = targets.gather(1, decided[:, None])[:, 0]
+    assert error(sure, hits) < 0.02
+    assert error(too_sure, hits) > 0.1
+
+
+# --- in training -------------------------------------------------------------------------------
+
+
+def test_training_tells_what_a_slow_loop_over_the_held_out_targets_finds(
+    features_of, identity, tmp_path
+):
+    features = features_of(60)
+    train(features, identity, CONFIG, tmp_path)
+    routers = RouterStack.load(tmp_path)
+    told = routers.config.training["calibration"]
+
+    _, held_out = hold_out(features.questions, 0.3, CONFIG.seed)
+    logits, targets = [], []
+    for row in held_out:
+        said = routers(features.rows([row]), features.filled[[row]])[0]
+        logits += said.double().tolist()
+        targets += torch.eye(3)[features.labels[row]].tolist()
+    logits, targets = torch.tensor(logits).double(), torch.tensor(targets).double()
+    assert told["num_decisions"] == len(logits) == 3 * len(held_out)
+    assert told["bins"] == BINS
+    assert told["nll_before"] == pytest.approx(slow_nll(logits, targets, 1.0), rel=1e-5)
+    assert told["nll_after"] == pytest.approx(
+        slow_nll(logits, targets, told["temperature"]), rel=1e-5
+    )
+    around = [slow_nll(logits, targets, told["temperature"] * factor) for factor in (0.9, 1.1)]
+    assert told["nll_after"] < min(around)
+    assert told["nll_after"] <= told["nll_before"]
+    assert 0 <= told["ece_after"] <= 1
+    bins = told["reliability_before"]
+    assert len(bins) == BINS
+    assert sum(part["decisions"] for part in bins) == len(logits)
+    hit = (logits.argmax(dim=-1) == targets.argmax(dim=-1)).double().mean()
+    by_bins = sum(part["decisions"] * part["hits"] for part in bins) / len(logits)
+    assert by_bins == pytest.approx(float(hit))
+
+
+def test_without_being_asked_for_the_temperature_is_told_and_the_weights_stay(
+    features_of, identity, tmp_path
+):
+    """Calibrated weights are the others divided; so their decisions are the same."""
+    features = features_of(60)
+    train(features, identity, CONFIG, tmp_path / "plain")
+    train(features, identity, replace(CONFIG, calibrate=True), tmp_path / "calibrated")
+    plain, calibrated = (RouterStack.load(tmp_path / name) for name in ("plain", "calibrated"))
+    told = calibrated.config.training["calibration"]
+    assert told == plain.config.training["calibration"]
+    assert told["temperature"] != pytest.approx(1.0, abs=0.01)
+    assert torch.equal(plain.hidden_weight, calibrated.hidden_weight)
+    before = plain(features.rows(range(60)), features.filled)
+    after = calibrated(features.rows(range(60)), features.filled)
+    torch.testing.assert_close(after * told["temperature"], before, rtol=1e-5, atol=1e-6)
+    assert torch.equal(after.argmax(dim=-1), before.argmax(dim=-1))
+    assert "- calibrate: True" in (tmp_path / "calibrated" / "README.md").read_text()
+
+
+def test_calibrated_routers_need_no_further_temperature(features_of, identity, tmp_path):
+    features, config = features_of(60), replace(CONFIG, calibrate=True)
+    train(features, identity, config, tmp_path)
+    again = measure(RouterStack.load(tmp_path), features, Plan.of(features, config))
+    assert again.temperature == pytest.approx(1.0, abs=1e-5)
+    told = json.loads((tmp_path / "router_config.json").read_text())["training"]["calibration"]
+    assert again.nll_before == pytest.approx(told["nll_after"], rel=1e-6)
+    assert again.ece_before == pytest.approx(told["ece_after"], abs=1e-6)
+
+
+def test_the_temperature_is_fitted_on_soft_targets_where_these_are_learnt(
+    features_of, identity, tmp_path
+):
+    features = features_of(60)
+    soft = 0.7 * torch.eye(3).double()[features.labels] + 0.1
+    train(features, identity, replace(CONFIG, soft_targets=True), tmp_path, soft=soft)
+    told = RouterStack.load(tmp_path).config.training["calibration"]
+    entropy = -(0.8 * math.log(0.8) + 0.2 * math.log(0.1))
+    assert told["nll_after"] > entropy  # no distribution comes below that of the targets
+
+
+def test_nothing_is_told_where_nothing_is_held_out(features_of, identity, tmp_path):
+    train(features_of(9), identity, CONFIG, tmp_path)
+    assert "calibration" not in RouterStack.load(tmp_path).config.training
+
+
+def test_calibrating_without_held_out_targets_is_refused(features_of, identity, tmp_path):
+    wanted = replace(CONFIG, calibrate=True)
+    with pytest.raises(ConfigError, match=r"^--calibrate has no effect: of 9 targets none is held"):
+        train(features_of(9), identity, wanted, tmp_path)
+    with pytest.raises(ConfigError, match="--calibrate has no effect with --validation-frac"):
+        replace(wanted, validation_fraction=0.0).check_effects()
+
+
+def test_a_temperature_at_the_edge_is_said(features_of, identity, caplog):
+    features = replace(features_of(30), labels=torch.ones(30, 3, dtype=torch.int64))
+    plan = Plan.of(features, replace(CONFIG, calibrate=True))
+    routers = new_stack(features, plan, identity)
+    with torch.no_grad():
+        routers.decision_weight.zero_()
+        routers.decision_bias[:, 1] = 5.0
+    assert measure(routers, features, plan).temperature == LOWEST
+    assert "lies beyond 0.05" in caplog.text
+
+
+def test_folding_divides_the_logits(features_of, identity):
+    features = features_of(12)
+    routers = new_stack(features, Plan.of(features, CONFIG), identity)
+    before = routers(features.rows(range(12)), features.filled).detach()
+    fold(routers, 2.0)
+    assert torch.equal(routers(features.rows(range(12)), features.filled), before / 2)
