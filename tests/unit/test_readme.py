@@ -37,18 +37,6 @@ def test_the_python_of_the_readme_runs(smollm2, tmp_path: Path, capsys: pytest.C
     assert "Which gas do plants take in?" in capsys.readouterr().out
 
 
-def test_every_file_of_the_annotated_tree_exists():
-    [tree] = [block for block in blocks("") if block.startswith("src/drllm/")]
-    folders = [REPOSITORY]
-    for line in tree.splitlines():
-        indent, name = re.match(r"( *)(\S+)", line).groups()
-        depth = len(indent) // 2
-        folders = folders[: depth + 1]
-        place = folders[-1] / name.rstrip(",")
-        assert place.exists(), f"the README's tree names {name}, which isn't there"
-        folders.append(place)
-
-
 def test_every_module_for_a_first_reading_exists():
     [line] = [line for line in README.splitlines() if line.startswith("For a first reading")]
     names = re.findall(r"`([a-z_/]+)`", line)
@@ -56,16 +44,3 @@ def test_every_module_for_a_first_reading_exists():
     for name in names:
         place = REPOSITORY / "src" / "drllm" / name
         assert place.is_dir() or place.with_suffix(".py").is_file(), name
-
-
-def test_every_module_of_the_package_stands_in_the_tree():
-    [tree] = [block for block in blocks("") if block.startswith("src/drllm/")]
-    for module in (REPOSITORY / "src" / "drllm").rglob("*.py"):
-        stem = module.stem if module.stem not in ("__init__", "__main__") else module.parent.name
-        folder = module.parent.name
-        named = stem in tree or f"{folder}/ " in tree or module.parent.name == "drllm"
-        assert named or stem.startswith("fact_tables"), f"{module.name} is not in the README"
-
-
-def test_the_readme_shows_real_output():
-    assert "@@" not in README

@@ -18,7 +18,7 @@ MODULES = sorted(
     ".".join(file.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
     for file in (SOURCE / "drllm").rglob("*.py")
 )
-MOST_LINES = 400
+MAXIMUM_LINES = 600
 HEAVY = ("torch", "transformers", "datasets", "matplotlib", "lm_eval")
 
 FRESH = """
@@ -87,8 +87,8 @@ def test_a_module_says_what_it_owns(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_a_module_is_short_enough_to_be_read_at_once(name: str) -> None:
-    assert len(_file(name).read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+def test_a_module_has_at_most_600_lines(name: str) -> None:
+    assert len(_file(name).read_text(encoding="utf-8").splitlines()) <= MAXIMUM_LINES
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
