@@ -22,6 +22,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 
+from drllm.listener import Listener
+
 PLAIN_WIDTH = 120
 """Columns of a table that goes to a file or a pipe."""
 BAR_WIDTH = 20
@@ -32,7 +34,7 @@ RESUMED_WITHIN_S = 0.5
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
-class Terminal:
+class Terminal(Listener):
     """Standard output and standard error of one command."""
 
     def __init__(self) -> None:

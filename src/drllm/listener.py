@@ -1,0 +1,51 @@
+"""How a stage says how far it is and what should be known; the base class keeps quiet.
+
+A stage takes a `Listener` and never prints. The command line passes its terminal; a caller from
+Python passes an own subclass, or nothing: then notes go to the log and progress nowhere.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+logger = logging.getLogger("drllm")
+
+
+class OnProgress(Protocol):
+    """Called with the work done so far."""
+
+    def __call__(self, done: float, total: int, note: str = "") -> None:
+        """Report work done.
+
+        Args:
+            done: Units done so far; may be a fraction. Where it falls, a new part has begun.
+            total: Units in all.
+            note: What is being worked on.
+        """
+
+
+class Listener:
+    """Hears what a stage says: notes, progress, and that something takes a while."""
+
+    def note(self, text: str) -> None:
+        """Hear a line that the user should know but that isn't part of the result."""
+        logger.info("%s", text)
+
+    def busy(self, what: str) -> AbstractContextManager[Any]:
+        """Hear, for the length of a block, what is being done where progress can't be measured."""
+        return nullcontext()
+
+    def progress(self, title: str, unit: str) -> AbstractContextManager[OnProgress]:
+        """Return a block in which a stage reports progress.
+
+        Args:
+            title: What is being done.
+            unit: What is counted, in the plural.
+        """
+        return nullcontext(_ignore)
+
+
+def _ignore(done: float, total: int, note: str = "") -> None:
+    """Hear of progress and do nothing."""
