@@ -28,7 +28,8 @@ import torch
 import transformers
 
 from drllm.config import ModelConfig
-from drllm.evaluation.baselines import Greedy, block_influence, order_by_influence
+from drllm.evaluation.baselines.greedy import Greedy
+from drllm.evaluation.baselines.influence import block_influence, order_by_influence
 from drllm.evaluation.baselines.lineup import Material
 from drllm.models.base.load import BaseModel, load
 from drllm.models.routing.routed_model import RoutedModel

@@ -269,14 +269,14 @@ CASES = [
     ),
     Case(
         name="switch with a value",
-        words="search --KL maybe",
-        says=("drllm: --KL takes no value, but 'maybe' follows it; --no-KL turns it off",),
+        words="search --kl maybe",
+        says=("drllm: --kl takes no value, but 'maybe' follows it; --no-kl turns it off",),
         without_torch=True,
     ),
     Case(
         name="switch with a value after =",
         words="search --no_kl=maybe",
-        says=("takes no value, but 'maybe' follows it; --no-KL turns it off",),
+        says=("takes no value, but 'maybe' follows it; --no-kl turns it off",),
         without_torch=True,
     ),
     Case(

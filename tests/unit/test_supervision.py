@@ -801,7 +801,7 @@ def test_a_file_given_twice_is_refused(tmp_path: Path):
 def test_a_search_without_kl_says_how_to_get_it(tmp_path: Path):
     source = search_file(tmp_path, SAVING, IMPROVING)
 
-    with pytest.raises(RecordError, match=r"2 no KL in the record\); search anew with --dama"):
+    with pytest.raises(RecordError, match=r"2 no KL in the record\); search anew with --kl"):
         write([source], tmp_path / "out.jsonl", SuperviseConfig(target="kl"))
     assert not (tmp_path / "out.jsonl").exists()
 

@@ -157,7 +157,7 @@ class SuperviseConfig(Settings):
     target: str = setting("shortest", "rule that picks among the valid paths", choices=TARGETS)
     min_saving: float | None = setting(
         None,
-        "with --target KL: least share of the executions that a target saves (0.1)",
+        "with --target kl: least share of the executions that a target saves (0.1)",
         above=0.0,
         maximum=1.0,
     )

@@ -19,8 +19,8 @@ import torch
 
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError
-from drllm.evaluation.baselines import share_unchanged
 from drllm.evaluation.baselines.lineup import Lineup, Material
+from drllm.evaluation.baselines.random_routes import share_unchanged
 from drllm.evaluation.baselines.registry import BASELINES, DRAWN, PERMUTED, check, depths, named
 from drllm.evaluation.blocks import Keep
 from drllm.evaluation.choosing import Choosing

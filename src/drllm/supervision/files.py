@@ -106,7 +106,7 @@ def _without_targets(summary: Mapping[str, Any]) -> str:
     if SAVES_TOO_LITTLE in rejected:
         remedy = "search more simulations, or give a smaller --min-saving"
     if NO_DAMAGE in rejected:
-        remedy = "search anew with --KL, or choose another --target"
+        remedy = "search anew with --kl, or choose another --target"
     if OVER_QUOTA in rejected:  # a quota alone leaves targets, a share leaves the improving ones
         remedy = (
             "no target improves on the full path, so leave --quota-improving out, or search more "

@@ -67,7 +67,7 @@ def check_settings(config: SuperviseConfig, tasks: Collection[str]) -> dict[str,
     if config.min_saving is not None and config.target != "kl":
         raise ConfigError(
             f"--min-saving {config.min_saving:g} has no effect with --target {config.target}; "
-            f"leave it out, or choose --target KL"
+            f"leave it out, or choose --target kl"
         )
     quotas = read_quotas(config.quotas)
     for task in quotas:

@@ -18,7 +18,7 @@ from drllm.errors import CheckpointError, ConfigError, ModelError, RecordError
 from drllm.evaluation import measured_cost, systems
 from drllm.evaluation import non_inferiority as certified
 from drllm.evaluation import run as comparison
-from drllm.evaluation.baselines import permuted, share_unchanged
+from drllm.evaluation.baselines.random_routes import permuted, share_unchanged
 from drllm.evaluation.baselines.registry import BASELINES, DRAWN, depths, named
 from drllm.evaluation.latency import device_clock, measure
 from drllm.evaluation.lm_eval.folders import write_task_folder

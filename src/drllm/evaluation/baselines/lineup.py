@@ -18,41 +18,38 @@ import torch
 from torch import Tensor
 
 from drllm.cost import mean_executions
-from drllm.evaluation.baselines import (
-    ExitPolicy,
-    Greedy,
-    RepeatedBlock,
-    UpFrontPolicy,
-    best_block,
-    best_program,
-    block_influence,
-    confidences,
+from drllm.evaluation.baselines.early_exit import ExitPolicy, confidences, find_threshold
+from drllm.evaluation.baselines.first_layer import UpFrontPolicy, find_bias, first_inputs
+from drllm.evaluation.baselines.greedy import Greedy
+from drllm.evaluation.baselines.influence import block_influence, order_by_influence
+from drllm.evaluation.baselines.layer_dropping import (
+    Plan,
     evenly_spaced,
-    expected_executions,
-    find_bias,
-    find_threshold,
-    first_inputs,
-    gold_logprob,
-    gold_logprob_along,
-    label_frequency,
     last_layers,
     mixture,
     nested,
-    order_by_influence,
-    permuted,
-    programs_of,
-    random_like,
-    reach,
     skipping,
-    text_question,
-    tilted,
-    token_logprob,
-    train_predictor,
-    train_sequence_router,
 )
-from drllm.evaluation.baselines.layer_dropping import Plan
-from drllm.evaluation.baselines.measures import Measure, PathMeasure
+from drllm.evaluation.baselines.measures import (
+    Measure,
+    PathMeasure,
+    gold_logprob,
+    gold_logprob_along,
+    text_question,
+    token_logprob,
+)
+from drllm.evaluation.baselines.program import best_program, reach
+from drllm.evaluation.baselines.random_routes import (
+    expected_executions,
+    label_frequency,
+    permuted,
+    random_like,
+    tilted,
+)
 from drllm.evaluation.baselines.registry import NEEDS
+from drllm.evaluation.baselines.repeat import RepeatedBlock, best_block
+from drllm.evaluation.baselines.segments import programs_of, train_predictor
+from drllm.evaluation.baselines.sequence import train_sequence_router
 from drllm.evaluation.blocks import blocks_of
 from drllm.models.base.prompts import encode
 from drllm.models.routing.policies import Policy

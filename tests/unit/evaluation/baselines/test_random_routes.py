@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from drllm.errors import CheckpointError
-from drllm.evaluation.baselines import (
+from drllm.evaluation.baselines.random_routes import (
     expected_executions,
     label_frequency,
     permuted,
