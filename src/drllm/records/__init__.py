@@ -6,15 +6,27 @@ numbers mean to the stages. `docs/formats.md` describes the same formats for rea
 Python. Loads no torch.
 """
 
-from drllm.records.files import (
+from drllm.records.codec import (
+    SCHEMA_VERSION,
     clear_half_written,
+    decode,
+    encode,
+    read_bytes,
+    read_json,
+    read_json_lines,
+    read_text,
+    refuse_odd_file,
+    sha256,
+    write_atomically,
+    write_json,
+)
+from drllm.records.files import (
     join_supervision,
     read_each,
     read_lines,
     read_search,
     read_supervision,
     to_lines,
-    write_atomically,
     write_records,
 )
 from drllm.records.lines import (
@@ -28,13 +40,7 @@ from drllm.records.lines import (
     to_json,
 )
 from drllm.records.lock import only_writer
-from drllm.records.manifests import (
-    SCHEMA_VERSION,
-    manifest_path,
-    new_manifest,
-    read_manifest,
-    sha256,
-)
+from drllm.records.manifests import manifest_path, new_manifest, read_manifest
 from drllm.records.splits import question_key, split_of
 
 __all__ = [
@@ -45,16 +51,23 @@ __all__ = [
     "TriedPath",
     "WeightedPath",
     "clear_half_written",
+    "decode",
+    "encode",
     "join_supervision",
     "manifest_path",
     "new_manifest",
     "only_writer",
     "question_key",
+    "read_bytes",
     "read_each",
+    "read_json",
+    "read_json_lines",
     "read_lines",
     "read_manifest",
     "read_search",
     "read_supervision",
+    "read_text",
+    "refuse_odd_file",
     "search_record",
     "sha256",
     "split_of",
@@ -62,5 +75,6 @@ __all__ = [
     "to_json",
     "to_lines",
     "write_atomically",
+    "write_json",
     "write_records",
 ]

@@ -6,15 +6,12 @@ what stands beside a file to `manifests`. Loads no torch.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from drllm.errors import RecordError
+from drllm.records.codec import read_json_lines, sha256, write_atomically, write_json
 from drllm.records.lines import (
     SearchRecord,
     SupervisionRecord,
@@ -22,7 +19,7 @@ from drllm.records.lines import (
     supervision_record,
     to_json,
 )
-from drllm.records.manifests import manifest_path, read_manifest, sha256
+from drllm.records.manifests import manifest_path, read_manifest
 from drllm.records.splits import question_key
 
 Record = TypeVar("Record")
@@ -156,83 +153,8 @@ def read_each(
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield `(line number, object)` for each line of a JSON lines file.
-
-    Raises:
-        RecordError: A missing, empty or unreadable file; a line that is cut off, is not JSON, or
-            is not an object. The message names file and line.
-    """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "doesn't exist"
-        raise RecordError(f"{path} {what}; give a .jsonl file that a stage has written")
-    empty = True
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                empty = False
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    cut = "is cut off" if not line.endswith("\n") else "is not JSON"
-                    raise RecordError(
-                        f"{path}, line {number}: the line {cut} ({error.msg}); make the file "
-                        f"again, or delete the line"
-                    ) from error
-                if not isinstance(row, dict):
-                    raise RecordError(f"{path}, line {number}: not a JSON object")
-                yield number, row
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{path} is not a UTF-8 text file; give a .jsonl file") from error
-    if empty:
-        raise RecordError(f"{path} is empty; run the stage that writes it again")
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that readers see the old content or all of the new, never a part.
-
-    Args:
-        path: Its folder is made if need be.
-        content: A text is written as UTF-8, its line ends as they are.
-
-    Raises:
-        RecordError: A folder that can't be written, a full disk, or a path that is a folder.
-    """
-    with _refusing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Not tempfile.mkstemp: its files, and so ours, could be read by their owner alone.
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            with temporary.open("xb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def clear_half_written(*files: Path) -> None:
-    """Delete what kills have left behind while one of these files was written.
-
-    Only for whoever alone writes them: another process' new content would be lost.
-    """
-    for file in files:
-        for part in file.parent.glob(f".{file.name}.*"):
-            part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses while a file is written into an error of ours."""
-    if path.is_dir():
-        raise RecordError(f"can't write {path}: it is a folder; give the name of a file")
-    try:
-        yield
-    except OSError as error:
-        raise RecordError(
-            f"can't write {path}: {error.strerror}; choose a folder that you may write to"
-        ) from error
+    """Yield `(line number, object)` for each line of a JSON lines file."""
+    return read_json_lines(path, dict[str, Any])
 
 
 def to_lines(records: Iterable[Any]) -> str:
@@ -250,8 +172,7 @@ def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any
     """
     text = to_lines(records)
     if manifest_path(path).is_file():
-        with _refusing(path):
-            manifest_path(path).unlink()  # never a new file under an old manifest
+        manifest_path(path).unlink()  # never a new file under an old manifest
     write_atomically(path, text)
     complete = {**manifest, "num_records": text.count("\n"), "sha256": sha256(path)}
-    write_atomically(manifest_path(path), json.dumps(complete, indent=2, ensure_ascii=False) + "\n")
+    write_json(manifest_path(path), complete)

@@ -5,17 +5,15 @@ Owns what a reader needs to trust and reproduce a file. Loads no torch.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from drllm.errors import RecordError
+from drllm.records.codec import SCHEMA_VERSION, read_json, refuse_odd_file, sha256
 
-SCHEMA_VERSION = 1
 LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "math-verify")
 
 
@@ -65,13 +63,10 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
         RecordError: A broken manifest, one of another kind of file, or a future version.
     """
     beside = manifest_path(path)
-    if not beside.is_file():
+    if not refuse_odd_file(beside, "read"):
         return None
-    try:
-        manifest = json.loads(beside.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RecordError(f"{beside} is not JSON; make {path.name} again") from error
-    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    manifest = read_json(beside, dict[str, Any])
+    schema = manifest.get("schema")
     if schema != f"drllm.{kind}":
         raise RecordError(
             f"{beside} says {schema!r}; expected 'drllm.{kind}'. Is it the right file?"
@@ -87,13 +82,4 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
             f"{beside} has schema version {version}, this drllm reads up to {SCHEMA_VERSION}; "
             f"install a newer drllm"
         )
-    return dict(manifest)
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return manifest

@@ -1,0 +1,303 @@
+"""JSON and JSON lines: one reader and one writer for every file between the stages.
+
+Values are typed (msgspec structs, or plain `dict` and `list`), files are written atomically, and
+what can't be trusted is refused with one `RecordError` that names file, line and place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import uuid
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import msgspec
+
+from drllm.errors import RecordError
+
+T = TypeVar("T")
+
+SCHEMA_VERSION = 1
+"""The newest form of our files that this version reads, and the one it writes."""
+
+
+class _Version(msgspec.Struct):
+    schema_version: int = 0
+    drllm_version: str = "of another version"
+
+
+def decode(data: bytes | str, kind: type[T], where: str) -> T:
+    """Read one JSON value.
+
+    Args:
+        data: The JSON text.
+        kind: What it must be: a struct (its `__post_init__` is run), or `dict[str, Any]`.
+        where: The file, and the line if need be; messages begin with it.
+
+    Raises:
+        RecordError: Not JSON, another type than `kind` says, a number that is not finite or too
+            long, a key given twice, half a surrogate pair, nesting too deep to read, or a
+            `schema_version` above ours.
+    """
+    try:
+        raw = data.encode() if isinstance(data, str) else data
+        value: T = _decoder(kind).decode(raw)  # type: ignore[arg-type]
+        # Our own files are byte for byte what we would write; only others need the slow look.
+        if _ENCODER.encode(value) != raw.rstrip():
+            json.loads(raw, object_pairs_hook=_refuse_duplicates)
+    except msgspec.ValidationError as error:
+        _refuse_newer(data, where)
+        raise RecordError(f"{where}: {_worded(str(error))}") from error
+    except UnicodeError as error:
+        raise RecordError(f"{where}: not UTF-8 text ({error.reason})") from error  # type: ignore[attr-defined]
+    except msgspec.DecodeError as error:
+        raise RecordError(f"{where}: {_malformed(data, str(error))}") from error
+    except RecursionError as error:
+        raise RecordError(f"{where}: nested too deep to be read") from error
+    except ValueError as error:  # from _refuse_duplicates, or a whole number of thousands of digits
+        raise RecordError(f"{where}: {error}") from error
+    if b'"schema_version"' in raw:
+        _refuse_newer(data, where)
+    return value
+
+
+def encode(value: Any) -> bytes:
+    """Write one value as JSON on one line, without the newline.
+
+    Raises:
+        RecordError: A number that is not finite (a margin that isn't defined is None), or text
+            with half a surrogate pair.
+    """
+    try:
+        data = _ENCODER.encode(value)
+    except UnicodeEncodeError as error:
+        raise RecordError(f"text that isn't UTF-8 can't be written: {error.object!r}") from error
+    if b"null" in data:  # which msgspec writes for None, and for NaN and infinity
+        plain = msgspec.to_builtins(value)
+        try:
+            json.dumps(plain, allow_nan=False)  # six times as fast as to look for the place
+        except ValueError:
+            place, number = next(_not_finite(plain, ""))
+            raise RecordError(f"`{place}` is {number}, which JSON can't hold") from None
+    return data
+
+
+def read_json(path: Path | str, kind: type[T]) -> T:
+    """Read a file of one JSON value; see `decode` and `read_bytes` for what is refused."""
+    return decode(read_bytes(path), kind, str(path))
+
+
+def read_json_lines(path: Path | str, kind: type[T]) -> Iterator[tuple[int, T]]:
+    """Yield `(line number from 1, value)` for each line of a JSON lines file.
+
+    Raises:
+        RecordError: What `decode` and `read_bytes` refuse, or a file without lines.
+    """
+    number = 0
+    with _opened(Path(path)) as file:
+        for number, line in enumerate(file, start=1):
+            yield number, decode(line, kind, f"{path}, line {number}")
+    if not number:
+        raise RecordError(f"{path} is empty; run the stage that writes it again")
+
+
+def read_bytes(path: Path | str) -> bytes:
+    """Read a whole file.
+
+    Raises:
+        RecordError: A path that is missing, can't be opened, or isn't an ordinary file.
+    """
+    with _opened(Path(path)) as file:
+        return file.read()
+
+
+def read_text(path: Path | str) -> str:
+    """Read a whole UTF-8 file, without a byte order mark; see `read_bytes` for what is refused."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path} is not a UTF-8 text file ({error.reason})") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one value as an indented JSON file, atomically."""
+    write_atomically(path, msgspec.json.format(encode(value), indent=2) + b"\n")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that readers see the old content or all of the new, never a part.
+
+    Args:
+        path: Its folder is made if need be.
+        content: A text is written as UTF-8, its line ends as they are.
+
+    Raises:
+        RecordError: A folder that can't be written, a full disk, or a path that is there and isn't
+            an ordinary file.
+    """
+    refuse_odd_file(path, "write")
+    # Not tempfile.mkstemp: its files, and so ours, could be read by their owner alone.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise RecordError(
+            f"can't write {path}: {error.strerror}; choose a folder that you may write to"
+        ) from error
+    except UnicodeEncodeError as error:
+        raise RecordError(f"can't write {path}: its text isn't UTF-8 ({error.reason})") from error
+
+
+def clear_half_written(*files: Path) -> None:
+    """Delete what kills have left while one of these files was written.
+
+    Only for whoever alone writes them: another process' new content would be lost.
+    """
+    for file in files:
+        half = re.compile(re.escape(f".{file.name}.") + "[0-9a-f]{32}")
+        for part in file.parent.glob(".*"):
+            if half.fullmatch(part.name):
+                part.unlink(missing_ok=True)
+
+
+def refuse_odd_file(path: Path, doing: str) -> bool:
+    """Refuse a path that is there and isn't an ordinary file (a folder, a FIFO, …).
+
+    Args:
+        path: May be missing.
+        doing: `read` or `write`, for the message.
+
+    Returns:
+        Whether there is a file.
+
+    Raises:
+        RecordError: Something else is there, or a folder on the way can't be entered.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if not path.is_symlink():
+            return False
+        raise RecordError(f"can't {doing} {path}: it is a link to a missing file") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise RecordError(f"can't {doing} {path}: {_reason(error)}") from error
+    if stat.S_ISREG(mode):
+        return True
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+    what = kinds.get(stat.S_IFMT(mode), "device")
+    raise RecordError(f"can't {doing} {path}: it is a {what}; give the name of a file")
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as hex digits."""
+    digest = hashlib.sha256()
+    with _opened(path) as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+_ENCODER = msgspec.json.Encoder()
+
+
+@functools.lru_cache(maxsize=256)
+def _decoder(kind: Hashable) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(kind)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    if not refuse_odd_file(path, "read"):
+        raise RecordError(f"{path} doesn't exist; give a file that a stage has written")
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise RecordError(f"can't read {path}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
+def _worded(message: str) -> str:
+    """Word msgspec's message as ours: what, then the place in brackets."""
+    for theirs, ours in (
+        (r"Object missing required field (`.*?`)", r"the field \1 is missing"),
+        (r"Object contains unknown field (`.*?`)", r"unknown field \1"),
+        (r"^Expected", "expected"),
+        (r" - at (`key` in )?`\$\.?(.*)`$", r" (at \1`\2`)"),
+        (r" \(at ``\)$", ""),
+    ):
+        message = re.sub(theirs, ours, message, flags=re.DOTALL)
+    return message
+
+
+def _malformed(data: bytes | str, message: str) -> str:
+    """Say what keeps a text from being JSON."""
+    if isinstance(data, bytes):
+        try:
+            data.decode()
+        except UnicodeDecodeError as error:
+            return f"not UTF-8 text ({error.reason})"
+    constants: list[str] = []
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(data, parse_constant=constants.append)  # takes more than JSON allows
+        if constants:
+            return f"{constants[0]} is no number of JSON; expected a finite one"
+        return r"half a surrogate pair (\ud800 to \udfff), which is no text"
+    if message == "Input data was truncated":
+        return "the line is cut off" if data else "nothing where JSON was expected"
+    return f"not JSON ({message.removeprefix('JSON is malformed: ')})"
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is given twice; keep one of them")
+    return values
+
+
+def _refuse_newer(data: bytes | str, where: str) -> None:
+    """Refuse a file of a newer version by its version's name, where it says one."""
+    try:
+        version = msgspec.json.decode(data, type=_Version)
+    except (msgspec.MsgspecError, RecursionError):
+        return
+    if version.schema_version > SCHEMA_VERSION:
+        raise RecordError(
+            f"{where} was written by drllm {version.drllm_version} (schema version "
+            f"{version.schema_version}); this one reads up to {SCHEMA_VERSION}; install a newer "
+            f"drllm"
+        )
+
+
+def _not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            yield place, value
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            yield from _not_finite(each, f"{place}.{name}" if place else str(name))
+    elif isinstance(value, (list, tuple)):
+        for index, each in enumerate(value):
+            yield from _not_finite(each, f"{place}[{index}]")

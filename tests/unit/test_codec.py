@@ -1,0 +1,190 @@
+"""One reader and writer of JSON: what is refused, and that a message names file, line and place."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drllm.errors import RecordError
+from drllm.records import decode, encode, read_json, read_json_lines, write_atomically, write_json
+from drllm.records.codec import SCHEMA_VERSION, clear_half_written, read_text, sha256
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    layer: int
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.layer < 0:
+            raise ValueError(f"layer {self.layer} is below 0")
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: str
+    steps: tuple[Step, ...] = ()
+    notes: dict[str, Any] = {}
+
+
+PLAN = Plan(name="a", steps=(Step(layer=1), Step(layer=2, scale=1e-5)), notes={"b": None})
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text('ab"\\:é'), inner),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        pytest.param('{"steps": []}', "`name`", id="a missing field"),
+        pytest.param('{"name": "a", "nam": 1}', "`nam`", id="an unknown field"),
+        pytest.param('{"name": "a", "steps": [{"layer": "x"}]}', "`steps[0].layer`", id="a type"),
+        pytest.param('{"name": "a", "steps": [{"layer": true}]}', "`steps[0].layer`", id="bool"),
+        pytest.param('{"name": "a", "steps": [{"layer": -1}]}', "`steps[0]`", id="a value"),
+        pytest.param('{"name": "a", "name": "b"}', "'name'", id="a key given twice"),
+        pytest.param('{"name": "a", "notes": {"x": 1, "x": 1}}', "'x'", id="twice in free notes"),
+        pytest.param('{"name": "a", "notes": {"x": NaN}}', "NaN", id="NaN"),
+        pytest.param('{"name": "a", "notes": {"x": 1e999}}', "`notes", id="beyond the floats"),
+        pytest.param(
+            '{"name": "a", "steps": [{"layer": 1, "scale": %s}]}' % ("9" * 400),
+            "`steps[0].scale`",
+            id="an integer of 400 digits for a float",
+        ),
+        pytest.param('{"name": "a", "notes": {"x": %s}}' % ("9" * 5000), "`notes", id="5000"),
+        pytest.param('{"name": "a", "steps": [{"layer": 1e2}]}', "`steps[0].layer`", id="float"),
+        pytest.param('{"name": "\\ud800"}', "surrogate", id="half a surrogate pair"),
+        pytest.param('{"name": "a", "notes": %s}' % ("[" * 100_000), "`notes`", id="type"),
+        pytest.param('{"name": "a", "notes": {"x": %s' % ("[" * 100_000), "deep", id="deep"),
+        pytest.param('{"name": "a"', "cut off", id="half a line"),
+        pytest.param('{"name": "a"} {}', "not JSON", id="two values"),
+        pytest.param("", "nothing", id="nothing"),
+        pytest.param("[1]", "object", id="a list"),
+    ],
+)
+def test_what_cannot_be_trusted_is_refused_with_its_place(text: str, named: str) -> None:
+    with pytest.raises(RecordError) as refused:
+        decode(text, Plan, "plan.jsonl, line 3")
+    said = str(refused.value)
+    assert said.startswith("plan.jsonl, line 3: ")
+    assert named in said
+    assert "\n" not in said
+    assert len(said) < 300
+
+
+def test_text_that_is_not_utf_8_is_refused() -> None:
+    with pytest.raises(RecordError, match="UTF-8"):
+        decode(b'{"name": "\xff"}', Plan, "plan.json")
+
+
+def test_a_newer_version_is_refused_by_its_name() -> None:
+    text = json.dumps({"schema_version": SCHEMA_VERSION + 1, "drllm_version": "9.1", "new": 1})
+    for kind in (Plan, dict[str, Any]):
+        with pytest.raises(RecordError, match=r"plan\.json .*drllm 9\.1"):
+            decode(text, kind, "plan.json")
+
+
+@given(JSON)
+def test_values_come_back_as_written(value: Any) -> None:
+    assert decode(encode({"x": value}), dict[str, Any], "x") == {"x": value}
+    assert decode(json.dumps({"x": value}), dict[str, Any], "x") == {"x": value}
+
+
+@given(st.dictionaries(st.text('ab"\\:é'), JSON, min_size=1, max_size=3))
+@settings(max_examples=50)
+def test_a_key_given_twice_is_found_wherever_it_is(value: dict[str, Any]) -> None:
+    inner = encode(value)[:-1] + b"," + encode(min(value)) + b":0}"
+    with pytest.raises(RecordError, match="twice"):
+        decode(b'{"a":[1,' + inner + b"]}", dict[str, Any], "x")
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_not_written(tmp_path: Path, number: float) -> None:
+    plan = msgspec.structs.replace(PLAN, steps=(Step(layer=1), Step(layer=2, scale=number)))
+    with pytest.raises(RecordError, match=r"`steps\[1\]\.scale`"):
+        write_json(tmp_path / "plan.json", plan)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_with_half_a_surrogate_pair_is_not_written() -> None:
+    with pytest.raises(RecordError, match="UTF-8"):
+        encode({"x": "\ud800"})
+
+
+def test_files_come_back_and_name_the_line_that_is_wrong(tmp_path: Path) -> None:
+    write_json(tmp_path / "plan.json", PLAN)
+    assert read_json(tmp_path / "plan.json", Plan) == PLAN
+    assert read_json(str(tmp_path / "plan.json"), dict[str, Any])["name"] == "a"
+    lines = tmp_path / "plans.jsonl"
+    write_atomically(lines, encode(PLAN) + b"\r\n" + encode(PLAN) + b"\n")
+    assert list(read_json_lines(lines, Plan)) == [(1, PLAN), (2, PLAN)]
+    lines.write_bytes(encode(PLAN) + b"\n\n")
+    with pytest.raises(RecordError, match=r"plans\.jsonl, line 2"):
+        list(read_json_lines(lines, Plan))
+    lines.write_bytes(b"")
+    with pytest.raises(RecordError, match="empty"):
+        list(read_json_lines(lines, Plan))
+
+
+def odd_file(kind: str, path: Path) -> None:
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(str(path))
+    elif kind == "device":
+        path.symlink_to("/dev/null")
+    else:
+        path.symlink_to(path.parent / "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["folder", "FIFO", "socket", "device", "link to a missing file"])
+def test_what_is_no_ordinary_file_is_neither_read_nor_replaced(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's name must be short
+    path = Path("odd.json")
+    odd_file(kind, path)
+    before = path.lstat()
+    for read in (lambda: read_json(path, Plan), lambda: list(read_json_lines(path, Plan))):
+        with pytest.raises(RecordError, match=rf"odd\.json.* {kind}"):
+            read()
+    for use in (read_text, sha256, lambda path: write_atomically(path, "x")):
+        with pytest.raises(RecordError, match=rf"odd\.json.* {kind}"):
+            use(path)
+    assert path.lstat().st_ino == before.st_ino
+    assert list(tmp_path.iterdir()) == [tmp_path / "odd.json"]
+
+
+def test_a_missing_file_and_one_in_a_file_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "missing", tmp_path / "file" / "inside"):
+        with pytest.raises(RecordError, match=path.name):
+            read_text(path)
+    for write in (tmp_path / "file" / "inside", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(RecordError, match="can't write"):
+            write_atomically(write, "x")
+
+
+def test_only_what_a_kill_left_of_a_file_is_cleared(tmp_path: Path) -> None:
+    path = tmp_path / "a[1].json"
+    left = tmp_path / f".a[1].json.{'0' * 32}"
+    kept = [path, tmp_path / ".a[1].json.bak", tmp_path / f".a1.json.{'0' * 32}"]
+    for file in (left, *kept):
+        file.write_text("x")
+    clear_half_written(path)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
