@@ -16,6 +16,7 @@ from drllm.records import (
     SupervisionRecord,
     TriedPath,
     WeightedPath,
+    codec,
     files,
     join_supervision,
     manifest_path,

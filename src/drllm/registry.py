@@ -1,0 +1,93 @@
+"""A registry: the things of one kind that users choose by name, such as tasks or baselines.
+
+Adding one is a class (or function) in a module that the registry knows, under its decorator.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, TypeVar
+
+from drllm.errors import ConfigError, DrllmError, unknown_name
+
+T = TypeVar("T")
+Entry = TypeVar("Entry")
+
+
+class Registry(Generic[T]):
+    """Things of one kind by name, in the order of their registration.
+
+    Args:
+        kind: What a name stands for, in the singular, for messages ("baseline").
+        modules: Modules that register on import; they are imported on the first look-up, so that
+            making the registry loads nothing.
+        error: What an unknown name raises.
+
+    Example:
+        >>> rules = Registry("target rule")
+        >>> @rules.register("shortest")
+        ... def shortest(paths):
+        ...     '''The path with the fewest executions.'''
+        ...     return min(paths, key=len)
+        >>> rules.get("shortest")([(1, 2, 3), (1, 3)])
+        (1, 3)
+        >>> rules.summaries()
+        {'shortest': 'The path with the fewest executions.'}
+    """
+
+    def __init__(
+        self, kind: str, modules: Sequence[str] = (), error: type[DrllmError] = ConfigError
+    ) -> None:
+        self.kind = kind
+        self._modules = tuple(modules)
+        self._error = error
+        self._entries: dict[str, T] = {}
+
+    def register(self, *names: str) -> Callable[[Entry], Entry]:
+        """Register the decorated class or function under a name, and under further aliases.
+
+        Raises:
+            ValueError: A name that is taken by something else.
+        """
+
+        def add(entry: Entry) -> Entry:
+            for name in names:
+                if name in self._entries:
+                    raise ValueError(f"there is a {self.kind} {name!r} already")
+                self._entries[name] = entry  # type: ignore[assignment]
+            return entry
+
+        return add
+
+    def get(self, name: str) -> T:
+        """Return what is registered under a name.
+
+        Raises:
+            DrllmError: An unknown name; the message has the nearest one and all of them.
+        """
+        entries = self._loaded()
+        if name not in entries:
+            raise self._error(unknown_name(self.kind, name, entries))
+        return entries[name]
+
+    def names(self) -> tuple[str, ...]:
+        """Return every name, in the order of registration."""
+        return tuple(self._loaded())
+
+    def summaries(self) -> dict[str, str]:
+        """Return each name with the first line of its docstring, for listings."""
+        docs = {name: inspect.getdoc(entry) or "" for name, entry in self._loaded().items()}
+        return {name: doc.partition("\n")[0] for name, doc in docs.items()}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._loaded()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaded())
+
+    def _loaded(self) -> dict[str, T]:
+        for module in self._modules:
+            importlib.import_module(module)
+        return self._entries

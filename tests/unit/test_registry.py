@@ -1,0 +1,54 @@
+"""Registries: names, nearest names, aliases, and modules that are imported on the first look-up."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from drllm.errors import TaskError
+from drllm.registry import Registry
+
+
+def test_what_is_registered_is_found_under_its_names_in_order() -> None:
+    rules: Registry[object] = Registry("rule")
+
+    @rules.register("b", "alias")
+    class B:
+        """The b."""
+
+    rules.register("a")(len)
+    assert (rules.get("b"), rules.get("alias"), rules.get("a")) == (B, B, len)
+    assert rules.names() == tuple(rules) == ("b", "alias", "a")
+    assert rules.summaries()["b"] == "The b."
+    assert "a" in rules
+    assert "c" not in rules
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    tasks: Registry[object] = Registry("task", error=TaskError)
+    tasks.register("arc_easy")(len)
+    with pytest.raises(TaskError, match=r"unknown task 'arc_esay'.* 'arc_easy'"):
+        tasks.get("arc_esay")
+
+
+def test_a_name_is_given_once() -> None:
+    tasks: Registry[object] = Registry("task")
+    tasks.register("a")(len)
+    with pytest.raises(ValueError, match="'a'"):
+        tasks.register("a")(max)
+
+
+def test_modules_are_imported_on_the_first_look_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "registered_late.py").write_text("import late\nlate.things.register('x')(len)\n")
+    (tmp_path / "late.py").write_text(
+        "from drllm.registry import Registry\nthings = Registry('thing', ['registered_late'])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import late  # type: ignore[import-not-found]
+
+    assert "registered_late" not in sys.modules
+    assert late.things.get("x") is len
