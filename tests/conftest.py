@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import string
 import sys
@@ -35,6 +36,9 @@ os.environ["HF_HOME"] = str(HUB_HOME)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tests fork
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: one thread each is quickest, and read when torch is imported.
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 for inherited in ("HF_HUB_CACHE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
     os.environ.pop(inherited, None)
 
@@ -55,11 +59,29 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(HUB_HOME, ignore_errors=True)
 
 
+MODEL_FIXTURES = {"smollm2", "tiny_llama", "tiny_model", "model_folder", "tiny_tokenizer"}
+MODEL_FOLDERS = (
+    "tests/unit/models",
+    "tests/parity",
+    "tests/e2e",
+    "tests/versions",
+    "tests/properties/test_generation_fuzz.py",
+)
+STARTS_PROCESSES = re.compile(r"^\s*(?:import|from) (?:subprocess|multiprocessing|ray)\b", re.M)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs the real model, so that `-m "not smollm2"` leaves it out."""
+    """Mark what needs a model or starts processes, so that `-m` can leave it out."""
+    starts = functools.cache(lambda file: bool(STARTS_PROCESSES.search(file.read_text("utf-8"))))
     for item in items:
-        if "smollm2" in getattr(item, "fixturenames", ()):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        folder = item.path.relative_to(REPOSITORY).as_posix()
+        if "smollm2" in fixtures:
             item.add_marker("smollm2")
+        if fixtures & MODEL_FIXTURES or folder.startswith(MODEL_FOLDERS):
+            item.add_marker("model")
+        if starts(item.path):
+            item.add_marker("processes")
 
 
 @pytest.fixture(autouse=True)
