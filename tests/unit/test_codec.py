@@ -6,6 +6,7 @@ import json
 import math
 import os
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drllm.errors import RecordError
-from drllm.records import decode, encode, read_json, read_json_lines, write_atomically, write_json
-from drllm.records.codec import SCHEMA_VERSION, clear_half_written, read_text, sha256
+from drllm.records import (
+    codec,
+    decode,
+    encode,
+    read_json,
+    read_json_lines,
+    write_atomically,
+    write_json,
+)
+from drllm.records.codec import SCHEMA_VERSION, read_text, sha256
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -180,11 +189,20 @@ def test_a_missing_file_and_one_in_a_file_are_refused_by_name(tmp_path: Path) ->
             write_atomically(write, "x")
 
 
-def test_only_what_a_kill_left_of_a_file_is_cleared(tmp_path: Path) -> None:
+def test_only_what_a_killed_process_left_of_a_file_is_cleared(tmp_path: Path) -> None:
     path = tmp_path / "a[1].json"
-    left = tmp_path / f".a[1].json.{'0' * 32}"
-    kept = [path, tmp_path / ".a[1].json.bak", tmp_path / f".a1.json.{'0' * 32}"]
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    host = codec._host()
+    left = tmp_path / f".a[1].json.{host}-{ended.pid}-01234567"
+    kept = [
+        path,
+        tmp_path / ".a[1].json.bak",
+        tmp_path / f".a1.json.{host}-{ended.pid}-01234567",
+        tmp_path / f".a[1].json.{host}-{os.getpid()}-01234567",  # one that is at it
+        tmp_path / f".a[1].json.{'0' * 8}-{ended.pid}-01234567",  # another machine's
+    ]
     for file in (left, *kept):
         file.write_text("x")
-    clear_half_written(path)
+    write_atomically(path, "y")
     assert sorted(tmp_path.iterdir()) == sorted(kept)

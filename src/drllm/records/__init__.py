@@ -41,10 +41,12 @@ from drllm.records.lines import (
 )
 from drllm.records.lock import only_writer
 from drllm.records.manifests import manifest_path, new_manifest, read_manifest
+from drllm.records.resume import Chunks, differences, refuse_other_run
 from drllm.records.splits import question_key, split_of
 
 __all__ = [
     "SCHEMA_VERSION",
+    "Chunks",
     "Retest",
     "SearchRecord",
     "SupervisionRecord",
@@ -52,6 +54,7 @@ __all__ = [
     "WeightedPath",
     "clear_half_written",
     "decode",
+    "differences",
     "encode",
     "join_supervision",
     "manifest_path",
@@ -68,6 +71,7 @@ __all__ = [
     "read_supervision",
     "read_text",
     "refuse_odd_file",
+    "refuse_other_run",
     "search_record",
     "sha256",
     "split_of",

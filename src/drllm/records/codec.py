@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import stat
 import uuid
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import msgspec
+import psutil
 
 from drllm.errors import RecordError
 
@@ -144,8 +146,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             an ordinary file.
     """
     refuse_odd_file(path, "write")
+    clear_half_written(path)
     # Not tempfile.mkstemp: its files, and so ours, could be read by their owner alone.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -166,15 +169,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def clear_half_written(*files: Path) -> None:
-    """Delete what kills have left while one of these files was written.
-
-    Only for whoever alone writes them: another process' new content would be lost.
-    """
+    """Delete what processes of this machine that were killed have left of these files."""
     for file in files:
-        half = re.compile(re.escape(f".{file.name}.") + "[0-9a-f]{32}")
-        for part in file.parent.glob(".*"):
-            if half.fullmatch(part.name):
-                part.unlink(missing_ok=True)
+        half = re.compile(re.escape(f".{file.name}.{_host()}-") + r"(\d+)-[0-9a-f]{8}")
+        with contextlib.suppress(OSError):  # it is for tidiness only
+            for part in file.parent.iterdir():
+                if (found := half.fullmatch(part.name)) and not psutil.pid_exists(int(found[1])):
+                    part.unlink(missing_ok=True)
 
 
 def refuse_odd_file(path: Path, doing: str) -> bool:
@@ -215,6 +216,12 @@ def sha256(path: Path) -> str:
 
 
 _ENCODER = msgspec.json.Encoder()
+
+
+@functools.cache
+def _host() -> str:
+    """Tell machines that share a folder apart, as process ids are each machine's own."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,0 +1,360 @@
+"""Resuming: is this the same run as before, and what of it is done?
+
+An interrupted run leaves its finished chunks in a folder of its own, and goes on from them:
+
+    drllm.resume.json     the marker: which run the folder belongs to
+    KEY-HASH.json         a finished chunk
+    KEY-HASH.KEY-HASH.json  a part of a chunk that is under way
+
+What drllm didn't write there is never deleted, links are never followed, and every file is there
+whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import importlib.metadata
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from drllm.errors import ConfigError, RecordError
+from drllm.records.codec import (
+    SCHEMA_VERSION,
+    clear_half_written,
+    decode,
+    encode,
+    read_json,
+    refuse_odd_file,
+    write_atomically,
+    write_json,
+)
+
+T = TypeVar("T")
+
+MARKER_FILE = "drllm.resume.json"
+BROKEN = ".broken"
+"""Ending of the name of a chunk that can't be read and was set aside."""
+MAXIMUM_SAID = 4
+"""Differences that a message lists."""
+
+_CHUNK = re.compile(r"(?:[a-z0-9-]*[0-9a-f]{12}\.)+json(?:\.broken)?")
+_SECTIONS = ("settings", "config")
+"""Parts of an identity whose names say nothing to a user."""
+_ABSENT: Any = object()
+
+logger = logging.getLogger(__name__)
+
+
+class _Marker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    schema: str
+    schema_version: int
+    drllm_version: str
+    stage: str
+    identity: dict[str, Any]
+    later: dict[str, Any]
+
+
+class Chunks:
+    """The finished chunks of one run, by key.
+
+    Use it inside `only_writer` of the folder that gets the results. Instances can be pickled:
+    processes that the run starts may `put` chunks, each its own.
+
+    Args:
+        folder: Made with the first chunk and not sooner: a start that came to nothing, by a
+            setting that is mended then, must not stand in the way of the next one.
+        identity: What must be equal for two runs to be the same one, as plain JSON, the most
+            telling first. Of a value named `*_sha256` messages say "other *".
+        stage: What is run, for messages ("search").
+        flag: By which another folder can be chosen, for messages.
+        files: Names of further files that the run writes into the folder (see `file`).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        *,
+        stage: str,
+        flag: str = "--output-dir",
+        files: Sequence[str] = (),
+    ) -> None:
+        self.folder = folder
+        self.stage = stage
+        self.flag = flag
+        self._identity = _plain(identity)
+        self._later: dict[str, Any] = {}
+        self._files = frozenset(files)
+        self._is_marked = False
+        self._stem = ""
+
+    def open(self) -> bool:
+        """Accept what the folder holds, and clear up what a kill has left in it.
+
+        Returns:
+            Whether an earlier start of this run has kept something.
+
+        Raises:
+            ConfigError: The folder belongs to another run; the message says what differs.
+            RecordError: It is a link, or holds files that drllm didn't write.
+        """
+        marker = self._read_marker()
+        if marker is None:
+            foreign = sorted(name for name in self._names() if not self._is_ours(name))
+            if foreign:
+                raise RecordError(
+                    f"{self.folder} holds files that drllm didn't write ({_list(foreign)}); move "
+                    f"them, or choose another {self.flag}"
+                )
+        else:
+            stored = {"drllm_version": marker.drllm_version, **marker.identity}
+            wanted = {"drllm_version": importlib.metadata.version("drllm"), **self._identity}
+            self._refuse_other(stored, wanted)
+            self._later = dict(marker.later)
+            self._is_marked = True
+        self._clear()
+        return marker is not None
+
+    def expect(self, name: str, identity: Mapping[str, Any]) -> None:
+        """Add to the identity what becomes known during the run, such as a task's questions.
+
+        Raises:
+            ConfigError: It was something else at an earlier start.
+        """
+        wanted = _plain(identity)
+        if name in self._later:
+            self._refuse_other({name: self._later[name]}, {name: wanted})
+        else:
+            self._later[name] = wanted
+            self._is_marked = False
+
+    def has(self, key: str) -> bool:
+        """Tell whether a chunk is there."""
+        return self._file(key).is_file()
+
+    def get(self, key: str, kind: type[T]) -> T | None:
+        """Return a chunk, or None where it isn't done.
+
+        One that can't be read is set aside with a warning, and counts as not done.
+        """
+        file = self._file(key)
+        if not (file.exists() or file.is_symlink()):
+            return None
+        try:
+            if file.is_symlink():
+                raise RecordError(f"{file} is a link")
+            return read_json(file, kind)
+        except RecordError as error:
+            with self._refusing(file):
+                file.replace(file.with_name(file.name + BROKEN))
+            logger.warning("%s; it is set aside, and what it held is done again", error)
+            return None
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep a finished chunk; its parts go.
+
+        Raises:
+            RecordError: A folder that can't be written, a full disk, a number that isn't finite.
+        """
+        self._mark()
+        write_atomically(self._file(key), encode(value) + b"\n")
+        self._drop_parts()
+
+    def once(self, key: str, kind: type[T], make: Callable[[], Any]) -> T:
+        """Return a chunk; one that isn't done is made, and kept, first.
+
+        What was made is read back from its text, so that it can't differ from what a later start
+        will find.
+        """
+        found = self.get(key, kind)
+        if found is None:
+            value = make()
+            self.put(key, value)
+            found = decode(encode(value), kind, str(self._file(key)))
+        return found
+
+    def within(self, key: str) -> Chunks:
+        """Return the parts of a chunk: kept like chunks, until the chunk itself is put."""
+        parts = copy.copy(self)
+        parts._stem = self._file(key).name.removesuffix("json")
+        return parts
+
+    def file(self, name: str) -> Path:
+        """Return where a further file lies that the run writes itself; the folder is there then.
+
+        Raises:
+            RecordError: Something that isn't an ordinary file lies there.
+        """
+        if name not in self._files:
+            raise ValueError(f"{name!r} isn't one of {sorted(self._files)}")
+        self._mark()
+        path = self.folder / name
+        if path.is_symlink():
+            raise RecordError(f"{path} is a link; delete it, or choose another {self.flag}")
+        refuse_odd_file(path, "write")
+        return path
+
+    def remove(self) -> None:
+        """Delete what was kept, as the results are written; another run's chunks stay.
+
+        The marker goes last, so that what a kill leaves can still be told to be ours.
+        """
+        try:
+            marker = self._read_marker()
+        except RecordError:
+            return
+        if marker is not None and marker.identity != self._identity:
+            return
+        with self._refusing(self.folder):
+            self._clear()
+            for name in self._names() if marker is not None else []:
+                path = self.folder / name
+                if self._is_ours(name) and name != MARKER_FILE and not _is_folder(path):
+                    path.unlink(missing_ok=True)
+            (self.folder / MARKER_FILE).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # missing, or it holds files of others
+            self.folder.rmdir()
+
+    def _file(self, key: str) -> Path:
+        words = re.sub(r"[^a-z0-9]+", "-", key.lower())[:60].strip("-")
+        digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+        return self.folder / f"{self._stem}{words}-{digest}.json"
+
+    def _read_marker(self) -> _Marker | None:
+        if self.folder.is_symlink():
+            raise RecordError(
+                f"{self.folder} is a link; what a {self.stage} keeps lies in a folder of its own: "
+                f"delete the link, or choose another {self.flag}"
+            )
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RecordError(f"{self.folder} is no folder; choose another {self.flag}")
+        path = self.folder / MARKER_FILE
+        if not refuse_odd_file(path, "read"):
+            return None
+        try:
+            return read_json(path, _Marker)
+        except RecordError as error:
+            raise RecordError(f"{error}; delete {self.folder} to begin anew") from error
+
+    def _mark(self) -> None:
+        if not self._is_marked:
+            marker = _Marker(
+                schema="drllm.resume",
+                schema_version=SCHEMA_VERSION,
+                drllm_version=importlib.metadata.version("drllm"),
+                stage=self.stage,
+                identity=self._identity,
+                later=self._later,
+            )
+            write_json(self.folder / MARKER_FILE, marker)
+            self._is_marked = True
+
+    def _refuse_other(self, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        refuse_other_run(
+            f"what {self.folder} keeps of an interrupted {self.stage}",
+            stored,
+            wanted,
+            f"give the same to resume it, choose another {self.flag}, or delete {self.folder}",
+        )
+
+    def _names(self) -> list[str]:
+        with self._refusing(self.folder):
+            return [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+
+    def _is_ours(self, name: str) -> bool:
+        temporary = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}-\d+-[0-9a-f]{8}", name)
+        name = temporary[1] if temporary else name
+        return name == MARKER_FILE or name in self._files or bool(_CHUNK.fullmatch(name))
+
+    def _clear(self) -> None:
+        """Delete half-written files, and parts of chunks that are finished."""
+        names = self._names()
+        for name in names:
+            if name.startswith(".") and self._is_ours(name):
+                clear_half_written(self.folder / name[1:].rsplit(".", 1)[0])
+        self._drop_parts()
+
+    def _drop_parts(self) -> None:
+        names = set(self._names())
+        for name in names:
+            chunk = name.removesuffix(BROKEN)
+            wholes = {chunk[: dot.start()] + ".json" for dot in re.finditer(r"\.", chunk)} - {chunk}
+            if _CHUNK.fullmatch(name) and wholes & names:
+                (self.folder / name).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _refusing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RecordError(f"can't use {path}: {error.strerror}") from error
+
+
+def refuse_other_run(
+    what: str, stored: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str
+) -> None:
+    """Refuse to go on from, or to replace, what another run has made.
+
+    Args:
+        what: What was made, for the message ("the search in OUT").
+        stored: The identity that was stored with it.
+        wanted: The identity of this run.
+        remedy: What to do, for the message.
+
+    Raises:
+        ConfigError: They differ; the message says in what.
+    """
+    if found := differences(stored, wanted):
+        more = f" and {len(found) - MAXIMUM_SAID} more" if len(found) > MAXIMUM_SAID else ""
+        raise ConfigError(f"{what} was made with {'; '.join(found[:MAXIMUM_SAID])}{more}; {remedy}")
+
+
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Say in what two identities differ, in the order of the wanted one.
+
+    Example:
+        >>> differences({"settings": {"budget": 2}}, {"settings": {"budget": 3}, "seed": 1})
+        ['budget 2, now 3', 'no seed, now 1']
+        >>> differences({"prompts_sha256": "0a"}, {"prompts_sha256": "1b"})
+        ['other prompts']
+    """
+    return list(_differ("", _plain(stored), _plain(wanted)))
+
+
+def _differ(name: str, old: Any, new: Any) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**new, **old}:
+            inner = name if key in _SECTIONS else f"{name} {key}".strip()
+            yield from _differ(inner, old.get(key, _ABSENT), new.get(key, _ABSENT))
+    elif old is _ABSENT:
+        yield f"no {name}, now {_short(new)}"
+    elif old != new and name.endswith("_sha256"):
+        yield f"other {name.removesuffix('_sha256').replace('_', ' ')}"
+    elif old != new:
+        yield f"{name} {_short(old)}, now {_short(new)}"
+
+
+def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return decode(encode(identity), dict[str, Any], "the identity of a run")
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None or value is _ABSENT else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(map(repr, names[:3]))}{more}"
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
