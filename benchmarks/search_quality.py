@@ -43,7 +43,8 @@ from drllm.records import write_atomically
 from drllm.search import actions, mcts, retest, strategies, sweep, walk
 from drllm.search.evaluator import BlockEvaluator, Outcome
 from drllm.search.strategies import graded, new_search
-from drllm.statistics.intervals import mcnemar_exact, paired_bootstrap
+from drllm.statistics.intervals import mean_interval
+from drllm.statistics.paired import mcnemar_exact
 from drllm.tasks.base import Example, Task, choose, get_task
 
 UNBOUNDED = 1_000_000
@@ -278,7 +279,7 @@ def compared(ours: Sequence[Sequence[Row]], theirs: Sequence[Sequence[Row]]) -> 
     return {
         "saved_ratio": mine / other if other else None,
         "saved_more": statistics.fmean(differences),
-        "saved_more_interval": paired_bootstrap(differences, seed=0),
+        "saved_more_interval": mean_interval(differences, seed=0),
         **counted,
     }
 

@@ -14,13 +14,8 @@ from typing import Any
 
 from drllm.cost import share_saved
 from drllm.evaluation.findings import ALPHA, FEWEST_DIFFERENT, ROUNDING
-from drllm.statistics.intervals import (
-    mcnemar_exact,
-    mean_interval,
-    paired_bootstrap,
-    paired_interval,
-    wilson_interval,
-)
+from drllm.statistics.intervals import mean_interval, wilson_interval
+from drllm.statistics.paired import mcnemar_exact, paired_interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +73,7 @@ class Point:
         if self.outcomes.is_single:
             correct = self.outcomes.correct
             return wilson_interval(round(sum(correct)), len(correct))
-        return mean_interval(self.outcomes.correct)
+        return mean_interval(self.outcomes.correct, 0)
 
     @property
     def gold_logprob(self) -> float | None:
@@ -187,7 +182,7 @@ def _difference(ours: Sequence[float], theirs: Sequence[float], seed: int) -> di
     if not ours or not theirs:
         return None
     values = [a - b for a, b in zip(ours, theirs, strict=True)]
-    low, high = paired_bootstrap(values, seed)
+    low, high = mean_interval(values, seed)
     shown = None
     if sum(abs(value) > ROUNDING for value in values) >= FEWEST_DIFFERENT:
         shown = "higher" if low > 0 else "lower" if high < 0 else None

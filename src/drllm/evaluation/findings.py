@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from drllm.cost import share_saved
-from drllm.statistics.intervals import mcnemar_exact, paired_bootstrap, paired_interval
+from drllm.statistics.intervals import mean_interval
+from drllm.statistics.paired import mcnemar_exact, paired_interval
 from drllm.statistics.power import detectable, detectable_mean
 
 ALPHA = 0.05
@@ -204,7 +205,7 @@ class _Change:
 def _change(first: Sequence[float], second: Sequence[float], seed: int) -> _Change:
     raw = [a - b for a, b in zip(first, second, strict=True)]
     differences = [d if abs(d) > ROUNDING else 0.0 for d in raw]
-    lower, upper = paired_bootstrap(differences, seed)
+    lower, upper = mean_interval(differences, seed)
     differing = sum(d != 0 for d in differences)
     mean = sum(differences) / len(differences)
     shown = detectable_mean(differences) if differing >= FEWEST_DIFFERENT else None

@@ -27,7 +27,7 @@ from functools import partial
 from drllm.errors import ConfigError
 from drllm.evaluation.curve import Point, won_lost
 from drllm.evaluation.loss_bound import Rise
-from drllm.statistics.intervals import greatest_loss
+from drllm.statistics.paired import maximum_loss
 from drllm.statistics.power import smallest_certifiable
 
 
@@ -330,7 +330,7 @@ def _try(base: Point, point: Point, choice: Choice, seed: int) -> Trial:
     limits, ours, theirs = choice.limits, point.outcomes, base.outcomes
     won, lost = won_lost(ours, theirs)
     n = len(theirs.correct)
-    loss = 100 * greatest_loss(won, lost, n, limits.confidence)
+    loss = 100 * maximum_loss(won, lost, n, limits.confidence)
     failures: list[str | None] = []
     if not loss < limits.epsilon:
         failures.append(f"a loss of up to {loss:.2f} points of accuracy is not excluded")

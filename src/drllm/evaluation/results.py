@@ -23,7 +23,8 @@ from drllm.evaluation.systems import System
 from drllm.models.base.load import BaseModel
 from drllm.models.routers.folder import WEIGHTS_FILE
 from drllm.records import new_manifest, sha256
-from drllm.statistics.intervals import holm, mcnemar_exact, mean_interval, wilson_interval
+from drllm.statistics.intervals import mean_interval, wilson_interval
+from drllm.statistics.paired import holm, mcnemar_exact
 from drllm.tasks.base import Example, Task
 
 DESCRIPTIONS = {

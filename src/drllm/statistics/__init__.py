@@ -1,1 +1,1 @@
-"""Statistics: intervals, paired tests and what they can show. Loads no torch."""
+"""Statistics: intervals, paired tests, power, and what they allow to be said. Loads no torch."""

@@ -1,9 +1,7 @@
-"""What so many questions can show at all: before a test, and beside one that showed nothing.
+"""What so many questions can show: the smallest loss that can be excluded, and differences found.
 
-Owns the smallest loss that a non-inferiority test could exclude and the smallest difference that
-a paired test would find. Leaves the tests themselves to `statistics`. Probabilities are exact sums
-over how many questions may be answered differently and how many of these are won; nothing is
-drawn. Differences and losses are shares of the questions, not points.
+Probabilities are exact sums over how many questions may be answered differently and how many of
+these are won; nothing is drawn. Differences and losses are shares of the questions, not points.
 
 Axes: M numbers of questions answered differently, W numbers of those that are won.
 """
@@ -19,9 +17,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import gammaln, xlog1py, xlogy
 
-from drllm.statistics.intervals import Floats, greatest_loss, paired_score
+from drllm.statistics.intervals import Floats
+from drllm.statistics.paired import maximum_loss, paired_score
 
+ALPHA = 0.05
+FEWEST_DIFFERENT = 6
+"""Questions that must differ before anything can be shown: on fewer, not even differences that all
+point one way are significant (2 / 2**5 > 0.05)."""
 POWER = 0.8
 NEGLIGIBLE = 1e-12
 """Numbers of different answers with a smaller probability are left out; with ten thousand
@@ -62,7 +66,7 @@ def smallest_certifiable(
         n: Questions, at least 1.
         discordant: Share of questions that one system has right and the other wrong, estimated or
             assumed; in [0, 1].
-        confidence: Of the one-sided bound, see `statistics.greatest_loss`.
+        confidence: Of the one-sided bound, see `paired.maximum_loss`.
         power: Probability with which the loss is to be excluded; in (0, 1).
 
     Returns:
@@ -81,7 +85,7 @@ def smallest_certifiable(
     _check(n, discordant)
     # Half a question more on each side where their number is odd.
     half = min(math.ceil(discordant * n / 2), n // 2)
-    if_equal = greatest_loss(half, half, n, confidence)
+    if_equal = maximum_loss(half, half, n, confidence)
     outcomes = _outcomes(n, discordant)
     probabilities = outcomes.probabilities(0.5)
     z = NormalDist().inv_cdf(confidence)
@@ -94,7 +98,7 @@ def smallest_certifiable(
     return Certifiable(n, discordant, if_equal, 1.0 if found is None else found, power)
 
 
-def chance_to_show(n: int, discordant: float, difference: float, alpha: float = 0.05) -> float:
+def chance_to_show(n: int, discordant: float, difference: float, alpha: float = ALPHA) -> float:
     """Return the probability that the exact McNemar test shows a true difference, with its sign.
 
     Args:
@@ -123,7 +127,7 @@ def chance_to_show(n: int, discordant: float, difference: float, alpha: float = 
 
 
 def detectable(
-    n: int, discordant: float, power: float = POWER, alpha: float = 0.05
+    n: int, discordant: float, power: float = POWER, alpha: float = ALPHA
 ) -> float | None:
     """Return the smallest true difference that the exact McNemar test would probably show.
 
@@ -159,8 +163,41 @@ def detectable(
     )
 
 
+def questions_needed(
+    n: int, discordant: float, difference: float, power: float = POWER, alpha: float = ALPHA
+) -> int:
+    """Return how many questions, more than n, would probably show a difference.
+
+    Args:
+        n: Questions that there are.
+        discordant: Share of them answered differently; taken as large as the difference, where
+            that asks for more.
+        difference: Of the accuracies, as a share of the questions; in (0, 1].
+        power: Probability with which the difference would be shown; in (0, 1).
+        alpha: Level of the two-sided test.
+
+    Source: ours, by doubling and bisection over `chance_to_show`.
+
+    Example:
+        >>> questions_needed(n=120, discordant=0.16, difference=0.05)
+        531
+    """
+    discordant = max(discordant, difference)
+
+    def is_enough(num: int) -> bool:
+        return chance_to_show(num, discordant, difference, alpha) >= power
+
+    low, high = n, n + 1
+    while not is_enough(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
+    return high
+
+
 def detectable_mean(
-    differences: Sequence[float], power: float = POWER, alpha: float = 0.05
+    differences: Sequence[float], power: float = POWER, alpha: float = ALPHA
 ) -> float | None:
     """Return the smallest true mean difference that a two-sided test would probably show.
 
@@ -238,19 +275,10 @@ def _shown(n: int, discordant: float, alpha: float) -> npt.NDArray[np.bool_]:
 def _binomial(successes: Any, trials: Any, share: float) -> Floats:
     """Return probabilities of so many successes; 0 where they are more than the trials."""
     failures = np.maximum(0.0, trials - successes)
-    logs = _log_factorial(trials) - _log_factorial(successes) - _log_factorial(failures)
-    with np.errstate(divide="ignore", invalid="ignore"):  # 0 times the logarithm of 0 is 0 here
-        logs += np.where(successes > 0, successes * np.log(share), 0.0)
-        logs += np.where(failures > 0, failures * np.log1p(-share), 0.0)
+    logs = gammaln(trials + 1) - gammaln(successes + 1) - gammaln(failures + 1)
+    logs = logs + xlogy(successes, share) + xlog1py(failures, -share)
     probabilities: Floats = np.where(successes > trials, 0.0, np.exp(logs))
     return probabilities
-
-
-def _log_factorial(numbers: Any) -> Floats:
-    whole = np.asarray(numbers).astype(np.int64)
-    table = np.concatenate([[0.0], np.log(np.arange(1, int(whole.max()) + 1)).cumsum()])
-    logs: Floats = table[whole]
-    return logs
 
 
 def _smallest(is_enough: Callable[[float], bool]) -> float | None:

@@ -5,12 +5,8 @@ import json
 import pytest
 
 from drllm.evaluation.curve import Outcomes, Point, curve_rows, differences, won_lost
-from drllm.statistics.intervals import (
-    mean_interval,
-    paired_bootstrap,
-    paired_interval,
-    wilson_interval,
-)
+from drllm.statistics.intervals import mean_interval, wilson_interval
+from drllm.statistics.paired import paired_interval
 
 BASE = Point("base", "", 30.0, Outcomes([1, 1, 1, 0, 0, 0], [-1.0] * 6, [3.0, 3.1, 2.9, 3.3, 3.2]))
 
@@ -32,7 +28,7 @@ def test_a_point_sums_up_its_outcomes_and_refers_to_them():
 
 def test_means_over_draws_have_a_resampled_interval():
     found = Point("random", "", 24.0, Outcomes([0.5, 0.25, 1.0]))
-    assert found.interval == mean_interval([0.5, 0.25, 1.0])
+    assert found.interval == mean_interval([0.5, 0.25, 1.0], 0)
 
 
 def test_questions_are_won_and_lost_one_by_one():
@@ -70,7 +66,7 @@ def test_differences_to_base_are_paired_and_each_has_its_interval():
     for name in ("gold_logprob", "text_loss"):
         apart = [a - b for a, b in zip(getattr(ours, name), getattr(theirs, name), strict=True)]
         assert differences[name]["mean"] == pytest.approx(sum(apart) / len(apart))
-        assert differences[name]["interval"] == list(paired_bootstrap(apart, seed=3))
+        assert differences[name]["interval"] == list(mean_interval(apart, seed=3))
 
 
 def test_the_routed_model_is_compared_with_every_baseline_of_its_depth():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from drllm.evaluation.findings import compare, findings
-from drllm.statistics.intervals import mcnemar_exact, paired_bootstrap, wilson_interval
+from drllm.statistics.intervals import mean_interval, wilson_interval
+from drllm.statistics.paired import mcnemar_exact
 from drllm.statistics.power import detectable, detectable_mean
 
 
@@ -285,7 +286,7 @@ def test_means_over_draws_are_compared_by_resampling():
     draws = [0.9] * 44 + [0.15] * 56
     text = between(RIGHT_50, draws)
     differences = [100 * (a - b) for a, b in zip(RIGHT_50, draws, strict=True)]
-    lower, upper = paired_bootstrap(differences, 0)
+    lower, upper = mean_interval(differences, 0)
     assert f"95 % interval {lower:+.1f} to {upper:+.1f})" in text
     assert f"; n = 100 could have shown about {detectable_mean(differences):.1f} points." in text
     assert "routed is more accurate" in between(RIGHT_80, draws)

@@ -12,7 +12,7 @@ import pytest
 from drllm.errors import ConfigError
 from drllm.evaluation.curve import Outcomes, Point, won_lost
 from drllm.evaluation.non_inferiority import Limits, choose, confirm
-from drllm.statistics.intervals import greatest_loss, non_inferior
+from drllm.statistics.paired import maximum_loss
 from drllm.statistics.power import smallest_certifiable
 
 N = 400
@@ -57,7 +57,7 @@ def test_the_cheapest_setting_within_both_limits_is_chosen():
     ]
     assert [trial.passed for trial in choice.trials] == [True, True, False]
     assert choice.chosen.executions == 24
-    assert choice.trials[0].greatest_loss == pytest.approx(100 * greatest_loss(3, 3, N))
+    assert choice.trials[0].greatest_loss == pytest.approx(100 * maximum_loss(3, 3, N))
 
 
 def test_nothing_behind_the_first_failure_is_looked_at():
@@ -146,7 +146,7 @@ def test_texts_that_bound_nothing_certify_nothing():
 def test_a_loss_of_accuracy_that_is_not_excluded_certifies_nothing():
     choice = chosen([point(27, won=3, lost=18)])
     assert choice.chosen is None
-    loss = 100 * greatest_loss(3, 18, N)
+    loss = 100 * maximum_loss(3, 18, N)
     assert choice.trials[0].failures == (
         f"a loss of up to {loss:.2f} points of accuracy is not excluded",
     )
@@ -276,7 +276,7 @@ def test_settings_that_all_lose_as_much_as_epsilon_are_rarely_passed_however_man
         limits = Limits(epsilon=100 * epsilon, max_loss_increase=0.1)
         in_order += choose(reference, points, limits, chance=0.25, seed=0).chosen is not None
         any_of_them += any(
-            non_inferior(*won_lost(each.outcomes, reference.outcomes), 200, epsilon)
+            maximum_loss(*won_lost(each.outcomes, reference.outcomes), 200) < epsilon
             for each in points
         )
     assert in_order / runs < 0.08  # 0.05, two and a half standard deviations

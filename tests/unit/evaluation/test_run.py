@@ -37,7 +37,7 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import to_path
 from drllm.records import read_lines, read_manifest
 from drllm.reporting.measured import read_measured
-from drllm.statistics.intervals import holm
+from drllm.statistics.paired import holm
 from drllm.tasks.base import get_task
 
 NUM_QUESTIONS = 24

@@ -3,18 +3,11 @@ import math
 import random
 import statistics
 
-import numpy as np
 import pytest
 
 from drllm.statistics.intervals import (
-    greatest_loss,
-    holm,
-    mcnemar_exact,
+    accuracy_interval,
     mean_interval,
-    non_inferior,
-    paired_bootstrap,
-    paired_interval,
-    paired_score,
     upper_bound,
     wilson_interval,
 )
@@ -63,187 +56,6 @@ def test_impossible_counts_are_refused(correct, n):
         wilson_interval(correct, n)
 
 
-# --- McNemar ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("won", range(8))
-@pytest.mark.parametrize("lost", range(8))
-def test_mcnemar_equals_counting_every_outcome(won, lost):
-    n = won + lost
-    outcomes = [sum(signs) for signs in itertools.product((0, 1), repeat=n)]
-    as_far = sum(abs(2 * wins - n) >= abs(won - lost) for wins in outcomes)
-    assert as_far / len(outcomes) == pytest.approx(mcnemar_exact(won, lost), rel=1e-12)
-
-
-def test_mcnemar_without_disagreement_says_nothing():
-    assert mcnemar_exact(0, 0) == 1.0
-
-
-def test_mcnemar_holds_for_thousands_of_questions():
-    # Normal approximation with continuity correction, good to a few per cent here.
-    z = (abs(1300 - 1200) - 1) / math.sqrt(2500)
-    assert math.erfc(z / math.sqrt(2)) == pytest.approx(mcnemar_exact(1300, 1200), rel=0.02)
-
-
-# --- difference of two accuracies ------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("won", "lost", "n", "confidence", "bounds"),
-    [
-        # Fagerland, Lydersen, Laake 2014, Statistics in Medicine 33, table V
-        (1, 7, 21, 0.95, (-0.517, -0.026)),
-        # R packages: contingencytables 3.0.0 (data of Cavo 2012), PropCIs 0.3-0
-        (6, 16, 161, 0.95, (-0.1240, -0.0054)),
-        (28, 25, 618, 0.9, (-0.0148, 0.0247)),
-    ],
-)
-def test_paired_intervals_equal_published_ones(won, lost, n, confidence, bounds):
-    assert bounds == pytest.approx(
-        paired_interval(won, lost, n, confidence), abs=5e-4 if n == 21 else 5e-5
-    )
-
-
-def score(won, lost, n, difference):
-    """Return the score statistic, its free share found by trying shares instead of a formula."""
-    tied = n - won - lost
-
-    def loglikelihood(share_lost):
-        shares = (share_lost + difference, share_lost, 1 - 2 * share_lost - difference)
-        return sum(
-            count * math.log(share) if count else 0.0
-            for count, share in zip((won, lost, tied), shares, strict=True)
-        )
-
-    low, high = max(0.0, -difference) + 1e-12, (1 - difference) / 2 - 1e-12
-    for _ in range(200):  # the log-likelihood is concave: ternary search
-        third = (high - low) / 3
-        if loglikelihood(low + third) < loglikelihood(high - third):
-            low += third
-        else:
-            high -= third
-    variance = n * (2 * low + difference - difference**2)
-    return (won - lost - n * difference) / math.sqrt(variance)
-
-
-@pytest.mark.parametrize(("won", "lost", "n"), [(3, 3, 100), (0, 0, 6), (1, 0, 44), (40, 20, 160)])
-def test_paired_bounds_are_where_the_score_test_is_just_not_rejected(won, lost, n):
-    lower, upper = paired_interval(won, lost, n)
-    assert score(won, lost, n, lower) == pytest.approx(1.96, abs=1e-3)
-    assert score(won, lost, n, upper) == pytest.approx(-1.96, abs=1e-3)
-
-
-def test_without_disagreement_the_paired_interval_is_known_in_closed_form():
-    z = 1.959963984540054
-    for n in (1, 6, 500):
-        bound = z * z / (n + z * z)
-        assert paired_interval(0, 0, n) == pytest.approx((-bound, bound))
-
-
-@pytest.mark.parametrize("n", [1, 2, 7, 12])
-def test_paired_intervals_have_width_hold_the_estimate_and_mirror(n):
-    for won in range(n + 1):
-        for lost in range(n - won + 1):
-            lower, upper = paired_interval(won, lost, n)
-            assert -1 <= lower <= (won - lost) / n <= upper <= 1
-            assert upper - lower > 0.1
-            assert paired_interval(lost, won, n) == pytest.approx((-upper, -lower), abs=1e-9)
-
-
-@pytest.mark.parametrize(("n", "least", "mean"), [(10, 0.91, 0.95), (20, 0.92, 0.95)])
-def test_paired_intervals_cover_every_true_difference_about_as_often_as_they_say(n, least, mean):
-    tables = [(won, lost) for won in range(n + 1) for lost in range(n - won + 1)]
-    intervals = {table: paired_interval(*table, n) for table in tables}
-    covered = []
-    for tenth_won, tenth_lost in itertools.product(range(11), repeat=2):
-        tied = 10 - tenth_won - tenth_lost
-        if tied < 0:
-            continue
-        difference = (tenth_won - tenth_lost) / 10
-        covered.append(
-            sum(
-                math.comb(n, won)
-                * math.comb(n - won, lost)
-                * (tenth_won / 10) ** won
-                * (tenth_lost / 10) ** lost
-                * (tied / 10) ** (n - won - lost)
-                for (won, lost), (lower, upper) in intervals.items()
-                if lower - 1e-9 <= difference <= upper + 1e-9
-            )
-        )
-    assert min(covered) > least
-    assert mean < sum(covered) / len(covered) < 0.98
-
-
-def test_where_little_differs_the_bootstrap_covers_too_seldom_and_the_paired_interval_does_not():
-    # Each of 20 questions is won with probability 0.03: most samples show none or one.
-    rng = random.Random(1)
-    n, true = 20, 0.03
-    covered = {"bootstrap": 0, "paired": 0}
-    for trial in range(300):
-        won = sum(rng.random() < true for _ in range(n))
-        differences = [1.0] * won + [0.0] * (n - won)
-        lower, upper = paired_bootstrap(differences, seed=trial, draws=200)
-        covered["bootstrap"] += lower <= true <= upper
-        lower, upper = paired_interval(won, 0, n)
-        covered["paired"] += lower <= true <= upper
-    assert covered["bootstrap"] < 0.6 * 300
-    assert covered["paired"] > 0.94 * 300
-
-
-@pytest.mark.parametrize(("won", "lost", "n"), [(0, 0, 0), (-1, 0, 5), (0, -1, 5), (3, 3, 5)])
-def test_impossible_paired_counts_are_refused(won, lost, n):
-    with pytest.raises(ValueError, match="impossible"):
-        paired_interval(won, lost, n)
-
-
-# --- non-inferiority ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("won", "lost", "n"), [(3, 3, 100), (0, 0, 6), (1, 0, 44), (40, 20, 160)])
-def test_the_greatest_loss_is_where_the_one_sided_score_test_is_just_not_rejected(won, lost, n):
-    loss = greatest_loss(won, lost, n)
-    assert score(won, lost, n, -loss) == pytest.approx(1.6448536, abs=1e-3)
-    assert non_inferior(won, lost, n, loss + 1e-6)
-    assert not non_inferior(won, lost, n, loss)
-
-
-def test_the_greatest_loss_is_the_end_of_the_two_sided_interval_at_90_per_cent():
-    # R package PropCIs 0.3-0, as above; won and lost change places with the sign.
-    assert greatest_loss(28, 25, 618) == pytest.approx(0.0148, abs=5e-5)
-    assert greatest_loss(25, 28, 618) == pytest.approx(0.0247, abs=5e-5)
-
-
-def test_a_gain_that_is_shown_leaves_no_loss():
-    assert greatest_loss(40, 5, 160) < 0
-    assert not non_inferior(5, 40, 160, 0.1)
-
-
-@pytest.mark.parametrize(("epsilon", "discordant"), [(0.05, 0.05), (0.05, 0.2), (0.1, 0.5)])
-def test_a_system_that_loses_epsilon_is_called_no_worse_in_one_case_of_twenty(epsilon, discordant):
-    n = 100
-    share_won, share_lost = (discordant - epsilon) / 2, (discordant + epsilon) / 2
-    wrong = sum(
-        math.comb(n, won)
-        * math.comb(n - won, lost)
-        * share_won**won
-        * share_lost**lost
-        * (1 - discordant) ** (n - won - lost)
-        for won in range(30 if share_won else 1)
-        for lost in range(60)
-        if won + lost <= n and non_inferior(won, lost, n, epsilon)
-    )
-    assert 0.02 < wrong < 0.065  # outcomes are whole questions, and the test approximates
-
-
-def test_the_score_is_the_same_for_numbers_and_for_arrays():
-    won, lost = np.arange(10.0), np.arange(10.0)[::-1]
-    distances, deviations = paired_score(won, lost, 50, -0.03)
-    for place in range(10):
-        expected = paired_score(float(won[place]), float(lost[place]), 50, -0.03)
-        assert (distances[place], deviations[place]) == pytest.approx(expected)
-
-
 # --- bootstrap -------------------------------------------------------------------------------
 
 
@@ -253,7 +65,7 @@ def test_the_bootstrap_equals_enumerating_every_resample(values, confidence):
     means = sorted(sum(s) / len(s) for s in itertools.product(values, repeat=len(values)))
     outside = (1 - confidence) / 2
     expected = tuple(means[math.ceil(share * len(means)) - 1] for share in (outside, 1 - outside))
-    assert expected == pytest.approx(paired_bootstrap(values, 0, 200_000, confidence))
+    assert expected == pytest.approx(mean_interval(values, 0, 200_000, confidence))
 
 
 def test_the_bootstrap_of_many_questions_approaches_the_normal_interval():
@@ -262,7 +74,7 @@ def test_the_bootstrap_of_many_questions_approaches_the_normal_interval():
     mean = sum(differences) / 2000
     spread = math.sqrt(sum((value - mean) ** 2 for value in differences)) / 2000
     expected = (mean - 1.96 * spread, mean + 1.96 * spread)
-    assert expected == pytest.approx(paired_bootstrap(differences, seed=1), abs=0.1 * spread)
+    assert expected == pytest.approx(mean_interval(differences, seed=1), abs=0.1 * spread)
 
 
 def test_the_bootstrap_covers_the_true_mean_about_as_often_as_it_says():
@@ -270,36 +82,48 @@ def test_the_bootstrap_covers_the_true_mean_about_as_often_as_it_says():
     covered = 0
     for trial in range(200):
         values = [rng.random() for _ in range(60)]
-        lower, upper = paired_bootstrap(values, seed=trial, draws=400)
+        lower, upper = mean_interval(values, seed=trial, draws=400)
         covered += lower <= 0.5 <= upper
     assert 178 <= covered <= 199  # 190 expected, 3 standard deviations and the method's bias
 
 
 def test_the_bootstrap_is_a_function_of_its_seed():
     values = [float(value) for value in range(30)]
-    assert paired_bootstrap(values, seed=5, draws=200) == paired_bootstrap(values, 5, draws=200)
-    assert paired_bootstrap(values, seed=5, draws=200) != paired_bootstrap(values, 6, draws=200)
+    assert mean_interval(values, seed=5, draws=200) == mean_interval(values, 5, draws=200)
+    assert mean_interval(values, seed=5, draws=200) != mean_interval(values, 6, draws=200)
 
 
 def test_all_draws_are_made_when_they_do_not_fit_in_one_chunk(monkeypatch):
     values = [float(value % 7) for value in range(50)]
-    whole = paired_bootstrap(values, seed=0, draws=1000)
+    whole = mean_interval(values, seed=0, draws=1000)
     monkeypatch.setattr("drllm.statistics.intervals._CHUNK", 50 * 300)
-    chunked = paired_bootstrap(values, seed=0, draws=1000)
+    chunked = mean_interval(values, seed=0, draws=1000)
     assert whole == pytest.approx(chunked, abs=1e-9)
 
 
-def test_the_interval_of_a_mean_is_the_bootstrap_of_its_values():
+def test_right_and_wrong_answers_have_a_wilson_interval_and_means_over_draws_a_bootstrap():
+    assert accuracy_interval([1, 0, 1], seed=4) == wilson_interval(2, 3)
     values = [0.0, 0.3, 0.3, 1.0, 0.7, 0.2]
-    assert mean_interval(values, seed=4) == paired_bootstrap(values, seed=4)
+    assert accuracy_interval(values, seed=4) == mean_interval(values, seed=4)
+
+
+def test_the_draws_are_those_of_torch_with_which_earlier_results_were_made():
+    torch = pytest.importorskip("torch")
+    values = torch.arange(12, dtype=torch.float64) ** 2
+    generator = torch.Generator().manual_seed(7)
+    drawn = values[torch.randint(12, (500, 12), generator=generator)].mean(dim=1)
+    ends = drawn.quantile(
+        torch.tensor([0.025, 0.975], dtype=torch.float64), interpolation="nearest"
+    )
+    assert mean_interval(values.tolist(), seed=7, draws=500) == pytest.approx(tuple(ends.tolist()))
 
 
 def test_equal_values_have_an_interval_of_no_width():
-    assert mean_interval([0.25] * 9) == (0.25, 0.25)
+    assert mean_interval([0.25] * 9, 0) == (0.25, 0.25)
 
 
 def test_an_interval_of_nothing_is_refused():
-    for asked in (lambda: mean_interval([]), lambda: upper_bound([], seed=0)):
+    for asked in (lambda: mean_interval([], 0), lambda: upper_bound([], seed=0)):
         with pytest.raises(ValueError, match="at least one question"):
             asked()
 
@@ -327,7 +151,7 @@ def test_the_bound_of_skewed_differences_covers_as_often_as_it_says_and_percenti
     for trial in range(trials):
         values = [rng.expovariate(1) for _ in range(n)]
         covered["studentised"] += upper_bound(values, trial, draws=500) >= 1
-        covered["percentile"] += paired_bootstrap(values, trial, 500, confidence=0.9)[1] >= 1
+        covered["percentile"] += mean_interval(values, trial, 500, confidence=0.9)[1] >= 1
     assert covered["studentised"] / trials > 0.92
     assert covered["percentile"] / trials < 0.91
 
@@ -351,41 +175,3 @@ def test_the_bound_is_a_function_of_its_seed():
     values = [float(value % 7) for value in range(30)]
     assert upper_bound(values, 5, 200) == upper_bound(values, 5, 200)
     assert upper_bound(values, 5, 200) != upper_bound(values, 6, 200)
-
-
-# --- Holm ------------------------------------------------------------------------------------
-
-
-def rejected_by_steps(pvalues: list[float], level: float) -> set[int]:
-    """Holm's procedure in words: smallest first, stop at the first that isn't small enough."""
-    order = sorted(range(len(pvalues)), key=lambda index: pvalues[index])
-    rejected: set[int] = set()
-    for rank, index in enumerate(order):
-        if pvalues[index] > level / (len(pvalues) - rank):
-            break
-        rejected.add(index)
-    return rejected
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_adjusted_p_values_reject_what_the_stepwise_procedure_rejects(seed):
-    rng = random.Random(seed)
-    pvalues = [rng.random() ** 4 for _ in range(rng.randint(1, 9))]
-    for level in (0.01, 0.05, 0.2, 0.5):
-        adjusted = holm(pvalues)
-        assert rejected_by_steps(pvalues, level) == {
-            index for index, value in enumerate(adjusted) if value <= level
-        }
-
-
-def test_adjusted_p_values_are_given_in_the_order_of_the_tasks():
-    assert holm([0.04, 0.001, 0.5, 0.02]) == pytest.approx([0.08, 0.004, 0.5, 0.06])
-
-
-def test_adjusted_p_values_never_exceed_one():
-    assert holm([0.6, 0.7, 0.9]) == [1.0, 1.0, 1.0]
-
-
-def test_a_single_p_value_is_left_alone_and_none_give_none():
-    assert holm([0.03]) == [0.03]
-    assert holm([]) == []

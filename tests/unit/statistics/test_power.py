@@ -8,12 +8,13 @@ import math
 import numpy as np
 import pytest
 
-from drllm.statistics.intervals import greatest_loss, mcnemar_exact, non_inferior
+from drllm.statistics.paired import maximum_loss, mcnemar_exact
 from drllm.statistics.power import (
     PRECISION,
     chance_to_show,
     detectable,
     detectable_mean,
+    questions_needed,
     smallest_certifiable,
 )
 
@@ -33,7 +34,7 @@ def drawn(n, share_won, share_lost, seed):
 
 
 def share_certified(n, discordant, epsilon, seed=0):
-    certified = functools.cache(lambda won, lost: non_inferior(won, lost, n, epsilon))
+    certified = functools.cache(lambda won, lost: maximum_loss(won, lost, n) < epsilon)
     outcomes = drawn(n, discordant / 2, discordant / 2, seed)
     return sum(certified(int(won), int(lost)) for won, lost in outcomes) / DRAWS
 
@@ -51,9 +52,7 @@ def test_a_loss_seen_as_nothing_is_certified_above_the_smallest_and_not_at_it(di
     n = 150
     found = smallest_certifiable(n, discordant).if_equal
     half = math.ceil(discordant * n / 2)
-    assert found == greatest_loss(half, half, n)
-    assert non_inferior(half, half, n, found + 1e-9)
-    assert not non_inferior(half, half, n, found)
+    assert found == maximum_loss(half, half, n)
 
 
 def test_without_a_different_answer_the_smallest_is_known_in_closed_form():
@@ -82,8 +81,8 @@ def test_so_few_questions_that_nothing_can_be_excluded_say_so():
 
 
 def test_an_odd_number_of_different_answers_is_rounded_to_the_safe_side():
-    assert smallest_certifiable(101, 3 / 101).if_equal == greatest_loss(2, 2, 101)
-    assert smallest_certifiable(7, 1.0).if_equal == greatest_loss(3, 3, 7)  # no more than there are
+    assert smallest_certifiable(101, 3 / 101).if_equal == maximum_loss(2, 2, 101)
+    assert smallest_certifiable(7, 1.0).if_equal == maximum_loss(3, 3, 7)  # no more than there are
 
 
 # --- what can be shown -------------------------------------------------------------------------
@@ -146,6 +145,14 @@ def test_where_hardly_an_answer_differs_six_won_questions_are_asked_for():
 def test_five_questions_show_nothing_and_six_a_sweep():
     assert detectable(5, 0.5) is None
     assert detectable(6, 0.5) == pytest.approx(0.8 ** (1 / 6), abs=2 * PRECISION)
+
+
+@pytest.mark.parametrize(("n", "discordant", "difference"), [(8, 0.5, 0.5), (120, 0.1, 0.05)])
+def test_the_questions_needed_show_the_difference_and_one_fewer_may_not(n, discordant, difference):
+    found = questions_needed(n, discordant, difference)
+    assert found > n
+    assert chance_to_show(found, discordant, difference) >= 0.8
+    assert chance_to_show(found - 1, discordant, difference) < 0.8
 
 
 def test_a_stricter_level_shows_less():

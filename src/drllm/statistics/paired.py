@@ -1,0 +1,218 @@
+"""Paired tests: two systems on the same questions, and correction for several tests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any, overload
+
+import numpy as np
+
+from drllm.statistics.intervals import Floats, is_single
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcomes:
+    """What one system did at one setting, question by question and text by text.
+
+    Attributes:
+        name: System and setting, for whoever reads of it.
+        executions: Mean over the questions, a forward pass, in layer equivalents.
+        correct: One per question: 1 for right and 0 for wrong, or the share of several draws.
+        gold_logprob: One per question, in nats; empty where it isn't known.
+        text_loss: One per text, in nats a token: the mean next-token loss over the text. Texts
+            count alike, however long. Empty where none was read.
+        worked_loss: The same, one per worked answer of another task; empty where none was read.
+    """
+
+    name: str
+    executions: float
+    correct: Sequence[float]
+    gold_logprob: Sequence[float] = ()
+    text_loss: Sequence[float] = ()
+    worked_loss: Sequence[float] = ()
+
+
+def won_lost(ours: Sequence[float], theirs: Sequence[float]) -> tuple[int, int]:
+    """Count the questions that the first has right and the second wrong, and the other way round.
+
+    Args:
+        ours: One per question: 1 for right, 0 for wrong.
+        theirs: On the same questions.
+
+    Raises:
+        ValueError: Another number of questions, or answers that are neither right nor wrong.
+
+    Example:
+        >>> won_lost([1, 0, 1], [1, 1, 0])
+        (1, 1)
+    """
+    if not (is_single(ours) and is_single(theirs)):
+        raise ValueError("only answers that are right or wrong can be won or lost: one a question")
+    pairs = list(zip(ours, theirs, strict=True))
+    return sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+
+
+def mcnemar_exact(won: int, lost: int) -> float:
+    """Return the two-sided p-value of the exact McNemar test.
+
+    Only questions on which two systems disagree count; if neither is better, each of those is
+    won with probability one half.
+
+    Args:
+        won: Questions that the first system has right and the second wrong.
+        lost: The other way round.
+
+    Returns:
+        Twice the smaller binomial tail, at most 1; 1 without any disagreement.
+
+    Source: McNemar 1947, Psychometrika 12 (2), in its exact form.
+
+    Example:
+        >>> mcnemar_exact(won=1, lost=5)
+        0.21875
+    """
+    n = won + lost
+    tail = sum(math.comb(n, wins) for wins in range(min(won, lost) + 1))
+    return min(1.0, 2 * tail / (1 << n))
+
+
+def paired_interval(won: int, lost: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the score interval of the difference between two accuracies on the same questions.
+
+    All differences that a score test on the questions won and lost doesn't reject. Unlike a
+    bootstrap or the normal interval it doesn't vanish where few questions or none are won or
+    lost, and it stays inside [-1, 1].
+
+    Args:
+        won: Questions that the first system has right and the second wrong.
+        lost: The other way round.
+        n: Questions in all, at least 1.
+        confidence: In (0, 1).
+
+    Returns:
+        Lower and upper bound of the first system's accuracy minus the second's.
+
+    Raises:
+        ValueError: Counts that no evaluation can give.
+
+    Source: Tango 1998, Statistics in Medicine 17 (8).
+
+    Example:
+        >>> [round(bound, 3) for bound in paired_interval(won=1, lost=7, n=21)]
+        [-0.517, -0.026]
+    """
+    if n < 1 or min(won, lost) < 0 or won + lost > n:
+        raise ValueError(f"{won} questions won and {lost} lost out of {n} is impossible")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+
+    def rejected(difference: float) -> bool:
+        distance, deviation = paired_score(won, lost, n, difference)
+        return bool(abs(distance) > z * deviation)
+
+    estimate = (won - lost) / n
+    return _last(rejected, estimate, -1.0), _last(rejected, estimate, 1.0)
+
+
+@overload
+def paired_score(won: float, lost: float, n: int, difference: float) -> tuple[float, float]: ...
+
+
+@overload
+def paired_score(won: Floats, lost: Floats, n: int, difference: float) -> tuple[Floats, Floats]: ...
+
+
+def paired_score(won: Any, lost: Any, n: int, difference: float) -> tuple[Any, Any]:
+    """Return what the paired score test weighs against each other.
+
+    Args:
+        won: Questions that the first system has right and the second wrong: a number, or an
+            array of them.
+        lost: The other way round.
+        n: Questions in all.
+        difference: Of the first system's accuracy minus the second's, supposed to be true; in
+            [-1, 1].
+
+    Returns:
+        How many questions the counts lie above what is supposed, and the standard deviation of
+        that if it were true. The test rejects where the one is more than z times the other.
+
+    Source: Tango 1998, Statistics in Medicine 17 (8).
+    """
+    # The share lost that is likeliest under this difference solves a quadratic equation.
+    half = (won + lost - (2 * n - won + lost) * difference) / 2
+    root = np.sqrt(np.maximum(0.0, half**2 + 2 * n * lost * difference * (1 - difference)))
+    share_lost = (half + root) / (2 * n)
+    # An exact 0 may come out as less than that.
+    variance = np.maximum(0.0, n * (2 * share_lost + difference * (1 - difference)))
+    return won - lost - n * difference, np.sqrt(variance)
+
+
+def maximum_loss(won: int, lost: int, n: int, confidence: float = 0.95) -> float:
+    """Return the loss of accuracy above which every loss is excluded.
+
+    A one-sided bound. Whoever claims that a system loses less than so much can be wrong in one
+    direction only, so the whole risk of 5 % lies there; that a gain is underrated harms no one. It
+    is the end of the two-sided interval at 90 %, so a loss inside the 95 % interval that stands
+    beside it may be excluded. Trials of drugs often halve the risk; here it stays at 5 %.
+
+    Args:
+        won: Questions that the first system has right and the second wrong.
+        lost: The other way round.
+        n: Questions in all, at least 1.
+        confidence: In (0.5, 1).
+
+    Returns:
+        A share of the questions; negative where even a gain is shown.
+
+    Raises:
+        ValueError: Counts that no evaluation can give.
+
+    Source: Tango 1998, Statistics in Medicine 17 (8).
+
+    Example:
+        >>> round(maximum_loss(won=3, lost=4, n=200), 4)
+        0.0308
+    """
+    return -paired_interval(won, lost, n, 2 * confidence - 1)[0]
+
+
+def _last(rejected: Callable[[float], bool], inside: float, end: float) -> float:
+    """Return the last value on the way from one that isn't rejected to the end, by bisection."""
+    if not rejected(end):
+        return end
+    for _ in range(60):
+        middle = (inside + end) / 2
+        if rejected(middle):
+            end = middle
+        else:
+            inside = middle
+    return inside
+
+
+def holm(pvalues: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for being several, in the order given.
+
+    A task whose adjusted p-value is at most α may be called significant; the chance that any such
+    call is false stays at most α.
+
+    Args:
+        pvalues: One per task.
+
+    Returns:
+        Adjusted p-values, each at least the one given and at most 1.
+
+    Source: Holm 1979, Scandinavian Journal of Statistics 6 (2).
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    adjusted = [0.0] * len(pvalues)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(pvalues)), key=lambda i: pvalues[i])):
+        largest = max(largest, min(1.0, (len(pvalues) - rank) * pvalues[index]))
+        adjusted[index] = largest
+    return adjusted

@@ -1,0 +1,369 @@
+"""What a comparison of two systems allows to be said, decided and worded here, once.
+
+One test and one interval per comparison. Right and wrong answers: McNemar's exact test with Tango's
+interval; where the two differ, the weaker claim is made and the reason said. Means: the bootstrap
+interval alone. A difference of accuracy or of the gold answers' log-probability is claimed only
+where base is above chance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Literal, NamedTuple, TypeAlias
+
+import msgspec
+from msgspec.structs import replace
+
+from drllm.statistics.intervals import is_single, mean_interval
+from drllm.statistics.paired import Outcomes, holm, mcnemar_exact, paired_interval, won_lost
+from drllm.statistics.power import (
+    ALPHA,
+    FEWEST_DIFFERENT,
+    POWER,
+    chance_to_show,
+    detectable,
+    detectable_mean,
+    questions_needed,
+)
+
+Quantity: TypeAlias = Literal["accuracy", "gold_logprob", "text_loss"]
+Shown: TypeAlias = Literal["higher", "lower", "none shown", "too few", "guessing"]
+
+ROUNDING = 1e-4
+"""Differences up to here, in points or nats, are those of arithmetic in another order."""
+
+
+class _Words(NamedTuple):
+    """How a quantity is written.
+
+    Attributes:
+        title: Its name, at the beginning of a sentence.
+        unit: Of a difference.
+        scale: From what is stored to the unit.
+        digits: Behind the point.
+        things: What is counted.
+        worth: A difference that a comparison has to be able to show before "no difference is
+            shown" is said, as stored.
+    """
+
+    title: str
+    unit: str
+    scale: float
+    digits: int
+    things: str
+    worth: float
+
+
+_WORDS: dict[Quantity, _Words] = {
+    "accuracy": _Words("Accuracy", "points", 100, 1, "questions", 0.05),
+    "gold_logprob": _Words(
+        "Log-probability of the gold answers", "nats a question", 1, 3, "questions", 0.1
+    ),
+    "text_loss": _Words("Next-token loss", "nats a token", 1, 3, "texts", 0.05),
+}
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a comparison of one system with another shows.
+
+    Attributes:
+        quantity: What is compared: `accuracy` (a share of the questions), `gold_logprob` (nats a
+            question), `text_loss` (next-token loss, nats a token; higher is worse).
+        mean: The first system's value minus the second's.
+        interval: Its 95 % interval.
+        n: Questions, or texts.
+        shown: `higher` or `lower`; `none shown`, where a difference worth having would probably
+            have been; `too few` questions to tell; `guessing`, where nothing can be claimed since
+            base isn't above chance.
+        won: Questions that the first has right and the second wrong; None for means.
+        lost: The other way round.
+        p: Of the exact test; None for means.
+        p_corrected: The same, corrected for several tests; where there is one, it decides.
+        num_tests: How many tests that were.
+        detectable: With `none shown`, the difference that would have been shown with a
+            probability of 80 %, where known.
+        needed: With `too few`, how many questions would show `target` with that probability,
+            where known.
+        reason: Why no more is claimed although the test or the interval alone would allow it.
+    """
+
+    quantity: Quantity
+    mean: float
+    interval: tuple[float, float]
+    n: int
+    shown: Shown
+    won: int | None = None
+    lost: int | None = None
+    p: float | None = None
+    p_corrected: float | None = None
+    num_tests: int = 1
+    detectable: float | None = None
+    needed: int | None = None
+    reason: str | None = None
+
+    @property
+    def is_better(self) -> bool | None:
+        """Whether the first system is shown to be better (True), worse (False), or neither."""
+        if self.shown not in ("higher", "lower"):
+            return None
+        return (self.shown == "higher") == (self.quantity != "text_loss")
+
+    @property
+    def target(self) -> float:
+        """The difference that must be detectable: the one seen, or one worth having."""
+        return max(abs(self.mean), _WORDS[self.quantity].worth)
+
+    @property
+    def label(self) -> str:
+        """What is shown in one or two words, for the cell of a table."""
+        if self.is_better is not None:
+            return "better" if self.is_better else "worse"
+        return {"none shown": "not shown", "guessing": "no verdict"}.get(self.shown, self.shown)
+
+    def numbers(self) -> str:
+        """Return the difference, its interval and its test."""
+        things = _WORDS[self.quantity].things
+        parts = [f"{self._write(self.mean)} {_WORDS[self.quantity].unit}"]
+        if self.interval[0] == self.interval[1]:
+            parts.append(f"the same on all {self.n} {things}")
+        else:
+            low, high = map(self._write, self.interval)
+            parts.append(f"95 % interval {low} to {high}")
+            counts = "" if self.won is None else f"won {self.won}, lost {self.lost} of "
+            parts.append(f"{counts}{self.n} {things}")
+        if self.p is not None:
+            parts.append(f"exact McNemar p = {self.p:.3g}")
+        if self.p_corrected is not None:
+            parts.append(f"corrected for {self.num_tests} tests {self.p_corrected:.3g}")
+        return ", ".join(parts)
+
+    def claim(self) -> str:
+        """Return what is shown, in words."""
+        words = _WORDS[self.quantity]
+        if self.is_better is not None:
+            said = f"shown to be {self.shown}"
+            if self.quantity == "text_loss" and not self.is_better:
+                said += ", which is worse"
+        elif self.shown == "guessing":
+            said = "no verdict"
+        elif self.shown == "too few":
+            said = f"too few {words.things} to tell"
+            if self.needed is not None:
+                said += f" (about {_rounded(self.needed)} would show {self._amount(self.target)})"
+        else:
+            said = "no difference is shown"
+            if self.detectable is not None:
+                said += f" (from {self._amount(self.detectable)} on it probably would have been)"
+        return f"{said}; {self.reason}" if self.reason else said
+
+    def sentence(self, ours: str = "routed", theirs: str = "base") -> str:
+        """Return the size of the difference, then what is shown.
+
+        Args:
+            ours: Name of the first system.
+            theirs: Name of the second.
+
+        Example:
+            >>> judge_counts(2, 6, 8).sentence()[:44]
+            'Accuracy of routed less base: -50.0 points, '
+        """
+        title = _WORDS[self.quantity].title
+        return f"{title} of {ours} less {theirs}: {self.numbers()}: {self.claim()}."
+
+    def _write(self, value: float) -> str:
+        words = _WORDS[self.quantity]
+        return f"{words.scale * value:+.{words.digits}f}"
+
+    def _amount(self, value: float) -> str:
+        return f"{self._write(value).lstrip('+')} {_WORDS[self.quantity].unit}"
+
+
+class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Two systems compared in all that is known of both; None where either side doesn't know it."""
+
+    accuracy: Verdict
+    gold_logprob: Verdict | None = None
+    text_loss: Verdict | None = None
+
+
+def compare(
+    ours: Outcomes, theirs: Outcomes, seed: int, *, above_chance: bool = True
+) -> Differences:
+    """Compare two systems on the same questions and texts.
+
+    Args:
+        ours: The system that a gain is a gain of.
+        theirs: The other.
+        seed: Of the resampling.
+        above_chance: Whether base is shown to be above chance. The next-token loss is judged
+            either way: nobody guesses it.
+
+    Raises:
+        ValueError: Another number of questions or texts.
+    """
+
+    def means(quantity: Quantity) -> Verdict | None:
+        one, other = getattr(ours, quantity), getattr(theirs, quantity)
+        if not one or not other:
+            return None
+        judged = above_chance or quantity == "text_loss"
+        return judge_means(quantity, one, other, seed, above_chance=judged)
+
+    if is_single(ours.correct) and is_single(theirs.correct):
+        won, lost = won_lost(ours.correct, theirs.correct)
+        accuracy = judge_counts(won, lost, len(ours.correct), above_chance=above_chance)
+    else:
+        accuracy = judge_means(
+            "accuracy", ours.correct, theirs.correct, seed, above_chance=above_chance
+        )
+    return Differences(
+        accuracy=accuracy, gold_logprob=means("gold_logprob"), text_loss=means("text_loss")
+    )
+
+
+def judge_counts(
+    won: int,
+    lost: int,
+    n: int,
+    *,
+    above_chance: bool = True,
+    p_corrected: float | None = None,
+    num_tests: int = 1,
+) -> Verdict:
+    """Judge two accuracies by the questions won and lost.
+
+    Args:
+        won: Questions that the first system has right and the second wrong.
+        lost: The other way round.
+        n: Questions in all.
+        above_chance: Whether base is shown to be above chance.
+        p_corrected: The exact test's p-value corrected for several tests; it decides.
+        num_tests: How many tests that were.
+
+    Source: ours, of McNemar's exact test and Tango's interval.
+    """
+    interval = paired_interval(won, lost, n)
+    verdict = Verdict(
+        quantity="accuracy",
+        mean=(won - lost) / n,
+        interval=interval,
+        n=n,
+        shown="none shown",
+        won=won,
+        lost=lost,
+        p=mcnemar_exact(won, lost),
+        p_corrected=p_corrected,
+        num_tests=num_tests,
+    )
+    if not above_chance:
+        return _guessing(verdict)
+    assert verdict.p is not None
+    by_test = (verdict.p if p_corrected is None else p_corrected) < ALPHA
+    by_interval = not interval[0] <= 0 <= interval[1]
+    if by_test and by_interval:
+        return replace(verdict, shown="higher" if won > lost else "lower")
+    if by_interval:
+        after = "" if p_corrected is None else ", corrected for several tests,"
+        reason = f"the interval excludes 0, but the exact test{after} doesn't show a difference"
+        verdict = replace(verdict, reason=reason)
+    elif by_test:
+        reason = "the exact test shows a difference, but the interval includes 0"
+        verdict = replace(verdict, reason=reason)
+    # Of several tests the strictest of Holm's levels, so that no more is promised than holds.
+    alpha, discordant, target = ALPHA / num_tests, (won + lost) / n, verdict.target
+    if chance_to_show(n, max(discordant, target), target, alpha) >= POWER:
+        return replace(verdict, detectable=detectable(n, discordant, alpha=alpha))
+    if _within(interval, target):
+        return verdict
+    return replace(
+        verdict, shown="too few", needed=questions_needed(n, discordant, target, alpha=alpha)
+    )
+
+
+def judge_means(
+    quantity: Quantity,
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    seed: int,
+    *,
+    above_chance: bool = True,
+) -> Verdict:
+    """Judge two means over the same questions or texts by the bootstrap interval.
+
+    Args:
+        quantity: What they are.
+        ours: The first system's, one per question or text.
+        theirs: The second's.
+        seed: Of the resampling.
+        above_chance: Whether base is shown to be above chance.
+
+    Raises:
+        ValueError: Another number of them, or none.
+    """
+    values = [a - b for a, b in zip(ours, theirs, strict=True)]
+    low, high = mean_interval(values, seed)
+    verdict = Verdict(
+        quantity=quantity,
+        mean=fmean(values),
+        interval=(low, high),
+        n=len(values),
+        shown="none shown",
+    )
+    if not above_chance:
+        return _guessing(verdict)
+    tolerance = ROUNDING / _WORDS[quantity].scale
+    differing = sum(abs(value) > tolerance for value in values)
+    if differing >= FEWEST_DIFFERENT and (low > 0 or high < 0):
+        return replace(verdict, shown="higher" if low > 0 else "lower")
+    least = detectable_mean(values)
+    times = 1.0 if least is None else (least / verdict.target) ** 2
+    if len(values) >= FEWEST_DIFFERENT:
+        if times <= 1:
+            return replace(verdict, detectable=least)
+        if _within((low, high), verdict.target):
+            return verdict
+    needed = max(FEWEST_DIFFERENT, math.ceil(len(values) * times))
+    return replace(verdict, shown="too few", needed=needed)
+
+
+def correct_together(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Judge several comparisons again, their tests corrected for each other by Holm's method.
+
+    Args:
+        verdicts: Each task's verdict on the same two systems. Those without an exact test, and a
+            single one with it, stay as they are.
+    """
+    tested = [place for place, each in enumerate(verdicts) if each.p is not None]
+    corrected = list(verdicts)
+    if len(tested) < 2:
+        return corrected
+    adjusted = holm([verdicts[place].p or 0.0 for place in tested])
+    for place, p in zip(tested, adjusted, strict=True):
+        old = verdicts[place]
+        assert old.won is not None
+        assert old.lost is not None
+        corrected[place] = judge_counts(
+            old.won,
+            old.lost,
+            old.n,
+            above_chance=old.shown != "guessing",
+            p_corrected=p,
+            num_tests=len(tested),
+        )
+    return corrected
+
+
+def _guessing(verdict: Verdict) -> Verdict:
+    return replace(verdict, shown="guessing", reason="base is not shown to be above chance")
+
+
+def _within(interval: tuple[float, float], limit: float) -> bool:
+    return -limit < interval[0] and interval[1] < limit
+
+
+def _rounded(number: int) -> str:
+    """Write a number with two digits that count, rounded up."""
+    unit = 10 ** max(0, len(str(number)) - 2)
+    return str(-(-number // unit) * unit)

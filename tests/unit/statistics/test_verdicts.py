@@ -1,0 +1,176 @@
+"""A verdict never says more than its numbers allow, and says it once."""
+
+from __future__ import annotations
+
+import random
+
+import msgspec
+import pytest
+
+from drllm.statistics.intervals import mean_interval
+from drllm.statistics.paired import Outcomes, mcnemar_exact, paired_interval
+from drllm.statistics.power import FEWEST_DIFFERENT, chance_to_show
+from drllm.statistics.verdicts import (
+    Verdict,
+    compare,
+    correct_together,
+    judge_counts,
+    judge_means,
+)
+
+
+@pytest.mark.parametrize(
+    ("won", "lost", "n", "shown"),
+    [
+        (30, 10, 120, "higher"),
+        (10, 30, 120, "lower"),
+        (160, 150, 2000, "none shown"),
+        (0, 0, 120, "none shown"),  # the interval excludes 5 points
+        (12, 8, 120, "too few"),
+        (0, 0, 8, "too few"),
+        (5, 0, 5, "too few"),  # five questions can't show anything
+        (6, 0, 6, "higher"),
+    ],
+)
+def test_counts_are_judged_by_the_exact_test_and_the_interval(won, lost, n, shown):
+    found = judge_counts(won, lost, n)
+    assert found.shown == shown
+    assert (found.won, found.lost, found.n) == (won, lost, n)
+    assert found.p == mcnemar_exact(won, lost)
+    assert found.interval == paired_interval(won, lost, n)
+    assert found.mean == (won - lost) / n
+
+
+def test_every_outcome_of_few_questions_is_claimed_only_where_test_and_interval_agree():
+    for n in (6, 9):
+        for won in range(n + 1):
+            for lost in range(n + 1 - won):
+                found = judge_counts(won, lost, n)
+                by_test = mcnemar_exact(won, lost) < 0.05
+                low, high = paired_interval(won, lost, n)
+                by_interval = low > 0 or high < 0
+                assert (found.is_better is not None) == (by_test and by_interval)
+                assert (found.reason is not None) == (by_test != by_interval)
+
+
+def test_an_interval_without_0_beside_a_test_that_shows_nothing_is_said():
+    found = judge_counts(0, 4, 8)
+    assert found.interval[1] < 0
+    assert found.shown == "too few"
+    assert found.reason in found.sentence()
+    assert found.reason is not None
+
+
+def test_too_few_questions_come_with_the_number_that_would_do():
+    found = judge_counts(4, 3, 60)
+    assert found.needed is not None
+    assert found.needed > 60
+    assert found.target == 0.05  # smaller differences needn't be found
+    assert chance_to_show(found.needed, 7 / 60, found.target) >= 0.8
+    assert "too few questions" in found.sentence()
+
+
+def test_no_difference_shown_comes_with_the_one_that_would_have_been():
+    found = judge_counts(160, 150, 2000)
+    assert found.detectable is not None
+    assert found.detectable < found.target
+    assert found.needed is None
+
+
+@pytest.mark.parametrize("quantity", ["accuracy", "gold_logprob"])
+def test_where_base_may_be_guessing_nothing_is_claimed(quantity):
+    found = judge_means(quantity, [1.0] * 40, [0.0] * 20 + [0.1] * 20, 0, above_chance=False)
+    assert (found.shown, found.is_better, found.label) == ("guessing", None, "no verdict")
+    assert judge_counts(40, 0, 60, above_chance=False).shown == "guessing"
+
+
+def test_a_mean_is_judged_by_its_bootstrap_interval():
+    rng = random.Random(2)
+    ours, theirs = [rng.gauss(0.4, 1) for _ in range(200)], [rng.gauss(0, 1) for _ in range(200)]
+    found = judge_means("gold_logprob", ours, theirs, seed=3)
+    assert found.interval == mean_interval(
+        [a - b for a, b in zip(ours, theirs, strict=True)], seed=3
+    )
+    assert found.shown == "higher"
+    assert (found.p, found.won) == (None, None)
+
+
+def test_a_next_token_loss_that_rises_is_worse_and_judged_without_a_look_at_chance():
+    theirs = [3.0, 3.1, 3.2, 3.5, 3.6, 3.7, 3.3]
+    base = Outcomes(name="base", executions=30, correct=[0] * 7, text_loss=theirs)
+    ours = Outcomes(
+        name="routed", executions=27, correct=[0] * 7, text_loss=[5 + loss / 9 for loss in theirs]
+    )
+    found = compare(ours, base, 0, above_chance=False)
+    assert found.accuracy.shown == "guessing"
+    assert found.text_loss is not None
+    assert (found.text_loss.shown, found.text_loss.is_better) == ("higher", False)
+    assert "worse" in found.text_loss.sentence()
+    assert found.gold_logprob is None  # not known of either
+
+
+def test_differences_on_fewer_questions_than_can_show_anything_carry_no_verdict():
+    few = FEWEST_DIFFERENT - 1
+    ours, theirs = [1.0] * few + [0.0] * 200, [0.0] * (few + 200)
+    found = judge_means("gold_logprob", ours, theirs, 0)
+    assert found.interval[0] > 0
+    assert found.is_better is None
+
+
+def test_rounding_is_no_difference():
+    ours, theirs = [1.0 + 1e-6] * 40, [1.0] * 40
+    assert judge_means("text_loss", ours, theirs, 0).shown == "none shown"
+
+
+def test_accuracies_averaged_over_draws_are_judged_as_means():
+    ours = Outcomes(name="a", executions=1, correct=[0.3, 0.5] * 20)
+    theirs = Outcomes(name="b", executions=1, correct=[0.1, 0.0] * 20)
+    found = compare(ours, theirs, 0).accuracy
+    assert (found.shown, found.won, found.p) == ("higher", None, None)
+
+
+def test_other_questions_are_refused():
+    one = Outcomes(name="a", executions=1, correct=[1, 0], text_loss=[1.0, 2.0])
+    with pytest.raises(ValueError, match="argument 2"):
+        compare(one, Outcomes(name="b", executions=1, correct=[1, 0, 1]), 0)
+    with pytest.raises(ValueError, match="argument 2"):
+        compare(one, Outcomes(name="b", executions=1, correct=[1, 0], text_loss=[1.0]), 0)
+
+
+def test_several_tasks_are_corrected_for_each_other_and_the_corrected_value_decides():
+    alone = [judge_counts(15, 4, 120), judge_counts(3, 2, 120), judge_counts(30, 3, 120)]
+    means = judge_means("accuracy", [0.5] * 9, [0.25] * 9, 0)
+    together = correct_together([*alone, means])
+    assert together[3] is means
+    assert [each.p for each in together[:3]] == [each.p for each in alone]
+    assert together[0].p_corrected == pytest.approx(2 * alone[0].p)
+    assert all(each.num_tests == 3 for each in together[:3])
+    assert [each.shown for each in together[:3]] == ["higher", "too few", "higher"]
+    assert correct_together([alone[0], means]) == [alone[0], means]
+
+
+def test_a_correction_can_take_a_claim_away_and_says_so():
+    found = judge_counts(15, 4, 120, p_corrected=0.06, num_tests=3)
+    assert found.is_better is None
+    assert found.reason is not None
+    assert "corrected" in found.reason
+
+
+@pytest.mark.parametrize(
+    "verdict",
+    [
+        judge_counts(30, 10, 120),
+        judge_counts(12, 8, 120),
+        judge_counts(12, 8, 120, above_chance=False),
+        judge_means("text_loss", [1.0] * 9, [1.0] * 9, 0),
+    ],
+)
+def test_a_sentence_has_the_size_first_then_what_is_shown(verdict):
+    said = verdict.sentence("ours", "theirs")
+    assert "of ours less theirs" in said
+    assert said.index(verdict.numbers()) < said.index(verdict.claim())
+
+
+def test_a_verdict_is_the_same_after_a_file():
+    found = judge_counts(12, 8, 120)
+    assert msgspec.json.decode(msgspec.json.encode(found), type=Verdict) == found
