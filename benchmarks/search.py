@@ -75,8 +75,8 @@ def searched_paths(num_layers: int, num_questions: int, num_paths: int) -> Round
     for _ in range(num_paths):
         pairs: list[Pair] = []
         for question, search in enumerate(searches):
-            for decisions in search.propose():
-                search.observe(decisions, float(rng.random() < 0.5))
+            for decisions in search.ask():
+                search.tell(decisions, float(rng.random() < 0.5))
                 pairs.append((question, decisions))
         rounds.append(pairs)
     return rounds

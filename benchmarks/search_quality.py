@@ -40,9 +40,9 @@ from drllm.models.base.load import load
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions, num_executions, to_path
 from drllm.records import write_atomically
-from drllm.search import actions, mcts, retest, strategies, sweep, walk
+from drllm.search import actions, retest, strategies
 from drllm.search.evaluator import BlockEvaluator, Outcome
-from drllm.search.strategies import graded, new_search
+from drllm.search.strategies import graded, mcts, new_search, sweep, walk
 from drllm.statistics.intervals import mean_interval
 from drllm.statistics.paired import mcnemar_exact
 from drllm.tasks.base import Example, Task, choose, get_task
@@ -81,7 +81,7 @@ def search(
         for place in sorted(going):
             affordable = [
                 decisions
-                for decisions in searches[place].propose()
+                for decisions in searches[place].ask()
                 if len(known[place] | beginnings(decisions)) <= allowance
             ]
             for decisions in affordable:
@@ -92,7 +92,7 @@ def search(
         for (place, decisions), outcome in zip(pairs, evaluator.evaluate(pairs), strict=True):
             found[place][decisions] = outcome
             score = graded(outcome.margin, outcome.kl)
-            searches[place].observe(decisions, outcome.reward, score)
+            searches[place].tell(decisions, outcome.reward, score)
     executions_run = evaluator.states.executions_run
     tried = [(place, decisions) for place, paths in enumerate(found) for decisions in paths]
     completed = evaluator.with_margins(tried, [found[place][d] for place, d in tried])

@@ -370,7 +370,7 @@ def test_several_seeds_are_trained_on_soft_targets_each_in_its_own_folder(
 ):
     monkeypatch.chdir(tmp_path)
     supervised = ["supervise", "--search", "run/search.jsonl", "--output", "soft.jsonl"]
-    assert main([*supervised, "--target", "kl", "--path-weights", "closer"]) == 0
+    assert main([*supervised, "--target", "least_kl", "--path-weights", "closer"]) == 0
     trained = ["train", "--model", str(model_folder()), "--device", "cpu", "--run-name", "soft"]
     trained += ["--supervision", "soft.jsonl", "--num-epochs", "1", "--warmup-steps", "0"]
     trained += ["--soft-targets", "--num-seeds", "2", "--seed", "5"]

@@ -10,7 +10,7 @@ from random import Random
 
 from drllm.config import SearchConfig
 from drllm.paths import Decisions, sketch
-from drllm.search.mcts import Node, TreeSearch
+from drllm.search.strategies.mcts import Node, TreeSearch
 
 STORED = Path(__file__).with_name("search_tree.txt")
 CONFIG = SearchConfig(num_simulations=24, budget=1.2)
@@ -28,9 +28,9 @@ def margin(decisions: Decisions) -> float:
 def draw() -> str:
     """Draw the tree: one line an edge, below its parent; a node met again is not drawn again."""
     search = TreeSearch(5, CONFIG, Random(0))
-    while proposed := search.propose():
-        score = margin(*proposed)
-        search.observe(*proposed, float(score >= 0), score)
+    while asked := search.ask():
+        score = margin(*asked)
+        search.tell(*asked, float(score >= 0), score)
 
     lines = [
         "edit · decisions · simulation, reward and margin · visits and mean reward of the node",

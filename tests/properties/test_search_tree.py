@@ -7,18 +7,18 @@ from random import Random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drllm.config import STOP_RULES, STRATEGIES, SearchConfig
+from drllm.config import STOP_RULES, SearchConfig
 from drllm.cost import max_executions
 from drllm.paths import Decisions, full_decisions, num_executions
 from drllm.search.actions import apply, legal_actions
-from drllm.search.mcts import TreeSearch
-from drllm.search.strategies import PathSearch, new_search
+from drllm.search.strategies import STRATEGIES, PathSearch, new_search
+from drllm.search.strategies.mcts import TreeSearch
 
 configs = st.builds(
     SearchConfig,
     num_simulations=st.integers(1, 120),
     budget=st.sampled_from([1.0, 1.1, 1.5, 2.0]),
-    strategy=st.sampled_from(STRATEGIES),
+    strategy=st.sampled_from(STRATEGIES.names()),
     stop_rule=st.sampled_from(STOP_RULES),
     exploration_constant=st.floats(0, 10),
     length_penalty=st.floats(0, 10),
@@ -48,18 +48,18 @@ def observed(search: PathSearch, most: int, seed: int, scale: int) -> PathSearch
     """
     order, in_flight = Random(seed), list[Decisions]()
     while True:
-        proposed = search.propose(most)
-        assert len(proposed) <= most
-        assert len({*proposed, *in_flight}) == len(proposed) + len(in_flight)
-        assert not search.tried.keys() & {*proposed}
-        in_flight += proposed
+        asked = search.ask(most)
+        assert len(asked) <= most
+        assert len({*asked, *in_flight}) == len(asked) + len(in_flight)
+        assert not search.tried.keys() & {*asked}
+        in_flight += asked
         if not in_flight:
             return search
         order.shuffle(in_flight)
         for _ in range(order.randint(1, len(in_flight))):
             decisions = in_flight.pop()
             score = score_of(decisions, seed)
-            search.observe(decisions, reward_of(decisions, seed, scale), score)
+            search.tell(decisions, reward_of(decisions, seed, scale), score)
 
 
 def run(num_layers: int, config: SearchConfig, seed: int, scale: int, most: int = 1) -> PathSearch:
@@ -196,5 +196,5 @@ def test_a_search_given_enough_simulations_tries_everything_and_ends(
 def test_every_search_of_a_tiny_model_ends_by_itself(num_layers, config, seed, scale, most):
     search = run(num_layers, config, seed, scale, most)
 
-    assert search.propose(most) == []
+    assert search.ask(most) == []
     assert len(search.tried) <= 3**num_layers - 1

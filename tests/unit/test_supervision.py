@@ -224,7 +224,7 @@ def harming(decisions: str, kl: float | None, **fields: Any) -> TriedPath:
 def test_kl_picks_the_least_kl_whatever_the_reward():
     assert (
         chosen(
-            "kl",
+            "least_kl",
             harming("1111", 0.0, reward=1.0, retest=GOOD),
             harming("1110", 0.3, reward=1.0, retest=GOOD),
             harming("1011", 0.1),
@@ -238,8 +238,8 @@ def test_kl_breaks_ties_by_fewer_executions_and_then_by_the_earlier_simulation()
     full = harming("1111", 0.0)
     one, two, three = (harming(text, 0.5) for text in ("1110", "1100", "0011"))
 
-    assert chosen("kl", full, one, two, three) == "1100"
-    assert chosen("kl", full, one, three, two) == "0011"
+    assert chosen("least_kl", full, one, two, three) == "1100"
+    assert chosen("least_kl", full, one, three, two) == "0011"
 
 
 def test_a_kl_target_saves_the_least_share_or_more():
@@ -251,7 +251,7 @@ def test_a_kl_target_saves_the_least_share_or_more():
     )
 
     def saving(least: float) -> str:
-        found = choose(record(*paths), "kl", min_saving=least)
+        found = choose(record(*paths), "least_kl", min_saving=least)
         return found if isinstance(found, str) else "".join(map(str, found.decisions))
 
     assert saving(0.1) == "1111111110"
@@ -263,15 +263,18 @@ def test_a_kl_target_saves_the_least_share_or_more():
 def test_kl_never_picks_a_path_that_saves_nothing():
     paths = (harming("1111", 0.0), harming("2111", 0.01), harming("2011", 0.02))
 
-    assert chosen("kl", *paths) == "no path saves enough"
+    assert chosen("least_kl", *paths) == "no path saves enough"
 
 
 def test_a_path_without_kl_is_no_kl_target():
-    assert chosen("kl", harming("1111", 0.0), harming("1110", None), harming("1100", 5.0)) == "1100"
+    assert (
+        chosen("least_kl", harming("1111", 0.0), harming("1110", None), harming("1100", 5.0))
+        == "1100"
+    )
 
 
 def test_a_record_without_kl_has_no_kl_target():
-    assert chosen("kl", tried("1111"), tried("1110")) == "no KL in the record"
+    assert chosen("least_kl", tried("1111"), tried("1110")) == "no KL in the record"
 
 
 # --- all valid paths ---------------------------------------------------------------------------
@@ -304,7 +307,7 @@ def test_no_valid_paths_are_written_unless_asked_for():
         ("largest_margin", {"1111", "1110", "1100"}),
         ("released", {"1111", "1110", "1100", "1000"}),
         ("paper", {"1110", "1100", "1000"}),
-        ("kl", {"1110", "1100", "1000", "0001"}),
+        ("least_kl", {"1110", "1100", "1000", "0001"}),
     ],
 )
 def test_the_valid_paths_are_those_that_the_rule_picks_from(target: str, expected: set[str]):
@@ -312,7 +315,7 @@ def test_the_valid_paths_are_those_that_the_rule_picks_from(target: str, expecte
 
 
 def test_kl_leaves_paths_that_save_too_little_out_of_the_valid_ones():
-    found = soft("kl", "equal", *SOFT_PATHS, min_saving=0.5)
+    found = soft("least_kl", "equal", *SOFT_PATHS, min_saving=0.5)
     assert set(found) == {"1100", "1000", "0001"}
 
 
@@ -564,14 +567,14 @@ def test_a_quota_for_a_task_that_is_not_there_names_those_that_are():
 def test_the_least_saving_has_no_use_but_for_kl():
     with pytest.raises(ConfigError, match=r"--min-saving 0\.2 has no effect with --target paper"):
         check_settings(SuperviseConfig(target="paper", min_saving=0.2), ["facts"])
-    assert check_settings(SuperviseConfig(target="kl", min_saving=0.2), ["facts"]) == {}
+    assert check_settings(SuperviseConfig(target="least_kl", min_saving=0.2), ["facts"]) == {}
 
 
 def test_the_least_saving_of_the_settings_is_followed():
     paths = (harming("1111", 0.0), harming("1110", 0.1), harming("1000", 0.9))
 
     def picked(**settings: Any) -> tuple[int, ...]:
-        config = SuperviseConfig(target="kl", **settings)
+        config = SuperviseConfig(target="least_kl", **settings)
         return targets([record(*paths)], config).records[0].optimal_layer_config
 
     assert picked() == (1, 1, 1, 0)
@@ -802,13 +805,13 @@ def test_a_search_without_kl_says_how_to_get_it(tmp_path: Path):
     source = search_file(tmp_path, SAVING, IMPROVING)
 
     with pytest.raises(RecordError, match=r"2 no KL in the record\); search anew with --kl"):
-        write([source], tmp_path / "out.jsonl", SuperviseConfig(target="kl"))
+        write([source], tmp_path / "out.jsonl", SuperviseConfig(target="least_kl"))
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_paths_that_save_too_little_say_what_would_help(tmp_path: Path):
     source = search_file(tmp_path, (harming("1111", 0.0), harming("1110", 0.25)))
-    config = SuperviseConfig(target="kl", min_saving=0.5)
+    config = SuperviseConfig(target="least_kl", min_saving=0.5)
 
     with pytest.raises(RecordError, match=r"1 no path saves enough\); .* smaller --min-saving"):
         write([source], tmp_path / "out.jsonl", config)
@@ -817,7 +820,7 @@ def test_paths_that_save_too_little_say_what_would_help(tmp_path: Path):
 def test_kl_is_read_back_from_a_search_file(tmp_path: Path):
     source = search_file(tmp_path, (harming("1111", 0.0), harming("1110", 0.25)))
     output = tmp_path / "out.jsonl"
-    write([source], output, SuperviseConfig(target="kl"))
+    write([source], output, SuperviseConfig(target="least_kl"))
 
     (target,) = read_supervision(output)
     assert target.optimal_layer_config == (1, 1, 1, 0)

@@ -19,7 +19,7 @@ from drllm.evaluation.sources import chosen_on, is_fitted, sources_of
 from drllm.evaluation.texts import FEWEST_TEXTS, worked_task
 from drllm.records import read_manifest, sha256
 from drllm.search.questions import asked_of, parse_shard
-from drllm.search.strategies import READ_BY_TREE
+from drllm.search.strategies.mcts import TreeSearch
 from drllm.tasks.base import Task, choose, get_task, get_tasks
 
 
@@ -42,7 +42,7 @@ def tasks_to_search(config: SearchConfig) -> list[Task]:
                 f"{flag} {value} has no effect with --executor {config.executor}; "
                 f"give --executor ray, or leave it out"
             )
-    for name in READ_BY_TREE:
+    for name in TreeSearch.own_settings:
         value = getattr(config, name)
         if config.strategy != "tree" and value != getattr(SearchConfig(), name):
             raise ConfigError(

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from drllm.config.settings import Settings, flag_of, setting
+from drllm.config.settings import NamesIn, Settings, flag_of, setting
 from drllm.config.training import CLASS_WEIGHTS, LOSSES, TrainConfig
 from drllm.errors import ConfigError, unknown_name
 
@@ -23,11 +23,8 @@ __all__ = [
     "EXECUTORS",
     "LOSSES",
     "PATH_WEIGHTS",
-    "REWARDS",
     "SPLITS",
     "STOP_RULES",
-    "STRATEGIES",
-    "TARGETS",
     "DepthConfig",
     "EvaluateConfig",
     "GenerateConfig",
@@ -38,9 +35,6 @@ __all__ = [
 ]
 
 STOP_RULES = ("paper", "released", "exhaust")
-STRATEGIES = ("tree", "sweep", "walk")
-REWARDS = ("loglikelihood", "letter", "boxed", "exact")
-TARGETS = ("shortest", "largest_margin", "paper", "released", "kl")
 EXECUTORS = ("local", "ray")
 SPLITS = ("search", "fit", "select", "test")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -81,8 +75,12 @@ class SearchConfig(Settings):
     """The tree search over layer paths; its numbers are the paper's unless said otherwise."""
 
     dataset: str = setting("builtin_facts", "tasks (comma list), or a .jsonl file of your own")
-    output_dir: str = setting("data/", "folder that receives search.jsonl and supervision.jsonl")
-    data_dir: str | None = setting(None, "folder with SPLIT.jsonl[.gz] files by task")
+    output_dir: str = setting(
+        "data/", "folder that receives search.jsonl and supervision.jsonl", decisive=False
+    )
+    data_dir: str | None = setting(
+        None, "folder with SPLIT.jsonl[.gz] files by task", decisive=False
+    )
     split: str = setting("search", "which questions", choices=SPLITS)
     limit: int | None = setting(
         None, "at most this many questions a task, drawn with the seed", minimum=1
@@ -92,10 +90,12 @@ class SearchConfig(Settings):
     )
     num_simulations: int = setting(50, "paths tried a question (paper: 50)", minimum=1)
     budget: float = setting(
-        2.0, "most executions of a path, as a factor of L (paper: 2)", minimum=1.0, maximum=2.0
+        2.0, "maximum executions of a path, as a factor of L (paper: 2)", minimum=1.0, maximum=2.0
     )
     strategy: str = setting(
-        "tree", "tree, sweep (single edits, then pairs) or walk (one chain)", choices=STRATEGIES
+        "tree",
+        "tree, sweep (single edits, then pairs) or walk (one chain)",
+        choices=NamesIn("drllm.search.strategies:STRATEGIES"),
     )
     stop_rule: str = setting(
         "exhaust", "when a question is done before its simulations are", choices=STOP_RULES
@@ -114,27 +114,33 @@ class SearchConfig(Settings):
     margin_tolerance: float = setting(
         0.5, "re-test: nats a path's margin may lie below the full path's", minimum=0.0
     )
-    block_size: int = setting(32, "questions searched together and committed at once", minimum=1)
+    block_size: int = setting(32, "questions searched together", minimum=1)
     state_cache_gb: float = setting(
         4.0,
         "memory for shared path prefixes, in GB; shared by Ray's workers on one CPU",
         above=0.0,
+        decisive=False,
     )
     paths_per_pass: int | None = setting(
-        None, "most paths in a forward pass; as many as memory allows unless given", minimum=1
+        None,
+        "maximum paths in a forward pass; as many as memory allows unless given",
+        minimum=1,
+        decisive=False,
     )
     shard: str | None = setting(None, "search part i of n (i/n, from 1), to be joined by supervise")
     executor: str = setting(
-        "local", "where blocks run: in this process, or on Ray", choices=EXECUTORS
+        "local", "where to search: in this process, or on Ray", choices=EXECUTORS, decisive=False
     )
     num_workers: int | None = setting(
         None,
         "with --executor ray: processes, one a device; as many as there are unless given",
         minimum=1,
+        decisive=False,
     )
     ray_address: str | None = setting(
         None,
         "with --executor ray: HOST:PORT of a cluster, or auto; else one starts here",
+        decisive=False,
     )
     seed: int = setting(0, "seed of the search and of --limit", minimum=0)
 
@@ -145,19 +151,24 @@ class SearchConfig(Settings):
             ConfigError: Naming the setting, the value, and what was expected.
         """
         super().__post_init__()
+        rewards = NamesIn("drllm.tasks.grading:REWARDS")
         for name in () if self.reward is None else self.reward.split(","):
-            if name not in REWARDS:
-                raise ConfigError("--reward: " + unknown_name("value", name, REWARDS))
+            if name not in rewards:
+                raise ConfigError("--reward: " + unknown_name("value", name, rewards))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuperviseConfig(Settings):
     """How one target path is chosen for each searched question."""
 
-    target: str = setting("shortest", "rule that picks among the valid paths", choices=TARGETS)
+    target: str = setting(
+        "shortest",
+        "rule that picks among the valid paths",
+        choices=NamesIn("drllm.supervision.rules:TARGETS"),
+    )
     min_saving: float | None = setting(
         None,
-        "with --target kl: least share of the executions that a target saves (0.1)",
+        "with --target least_kl: least share of the executions that a target saves (0.1)",
         above=0.0,
         maximum=1.0,
     )
@@ -165,7 +176,7 @@ class SuperviseConfig(Settings):
         "none", "also write all valid paths for --soft-targets, weighted so", choices=PATH_WEIGHTS
     )
     quotas: str | None = setting(
-        None, "most targets a task, first come: arc_easy=400,dart-1=200; others are not limited"
+        None, "maximum targets a task, first come: arc_easy=400,dart-1=200; else no limit"
     )
     quota_improving: float | None = setting(
         None,
@@ -275,7 +286,9 @@ class EvaluateConfig(Settings):
     """What is evaluated, on which questions, against which baselines."""
 
     tasks: str = setting("builtin_facts", "tasks (comma list), or a .jsonl file of your own")
-    data_dir: str | None = setting(None, "folder with SPLIT.jsonl[.gz] files by task")
+    data_dir: str | None = setting(
+        None, "folder with SPLIT.jsonl[.gz] files by task", decisive=False
+    )
     split: str = setting("test", "which questions", choices=SPLITS)
     limit: int | None = setting(
         None, "at most this many questions a task, drawn with the seed", minimum=1
@@ -332,7 +345,7 @@ class EvaluateConfig(Settings):
     )
     batch_size: int = setting(16, "questions a forward pass", minimum=1)
     latency_rounds: int = setting(
-        3, "turns in which base and routed are timed; 0 measures no time", minimum=0
+        3, "turns in which base and routed are timed; 0 measures no time", minimum=0, decisive=False
     )
     seed: int = setting(0, "seed of permutations, random draws and --limit", minimum=0)
 

@@ -6,12 +6,36 @@ Owns the machinery of the settings groups; which settings there are is in `confi
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 import typing
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from drllm.errors import ConfigError, unknown_name
+
+
+@dataclass(frozen=True)
+class NamesIn(Collection[str]):
+    """The names in a registry, which is imported when they are first asked for.
+
+    Attributes:
+        registry: `module:attribute`, of a module above this one that loads no torch.
+    """
+
+    registry: str
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names in the order of their registration."""
+        module, attribute = self.registry.split(":")
+        return iter(getattr(importlib.import_module(module), attribute).names())
+
+    def __contains__(self, name: object) -> bool:
+        return any(name == known for known in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def setting(
@@ -21,9 +45,10 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
-    choices: tuple[str, ...] | None = None,
+    choices: Collection[str] | None = None,
     alias: str | None = None,
     idle: tuple[str, Any] | None = None,
+    decisive: bool = True,
 ) -> Any:
     """Declare one field: its default, help text and the values it accepts.
 
@@ -36,6 +61,7 @@ def setting(
         choices: The only accepted strings (None is accepted too where it is the default).
         alias: Another flag name under which published commands know this setting.
         idle: Another field of the group, and the value of it that leaves this one without effect.
+        decisive: Results depend on it; False for places, memory, and who does the work.
     """
     rules = {
         "help": help,
@@ -45,6 +71,7 @@ def setting(
         "choices": choices,
         "alias": alias,
         "idle": idle,
+        "decisive": decisive,
     }
     if default is ...:
         return field(metadata=rules)
@@ -93,6 +120,14 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON types, for manifests."""
         return dataclasses.asdict(self)
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the settings that must be equal for two results to be the same one."""
+        return {
+            declared.name: getattr(self, declared.name)
+            for declared in dataclasses.fields(self)
+            if declared.metadata["decisive"]
+        }
 
 
 _KINDS = {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from drllm.config.settings import Settings, setting
 
@@ -86,7 +85,9 @@ class TrainConfig(Settings):
         minimum=1,
     )
     report_to: str | None = setting(
-        None, "trackers of accelerate (comma list), such as tensorboard,wandb; off by default"
+        None,
+        "trackers of accelerate (comma list), such as tensorboard,wandb; off by default",
+        decisive=False,
     )
 
     @property
@@ -94,10 +95,6 @@ class TrainConfig(Settings):
         """The names in `report_to`, each once."""
         named = [] if self.report_to is None else self.report_to.split(",")
         return list(dict.fromkeys(name.strip() for name in named))
-
-    def decisive(self) -> dict[str, Any]:
-        """Return the settings that the routers depend on: all but who is told of the training."""
-        return {name: value for name, value in self.to_dict().items() if name != "report_to"}
 
     def by_seed(self, output: Path) -> dict[Path, TrainConfig]:
         """Return the folder of every seed's routers, with the settings of that training alone.

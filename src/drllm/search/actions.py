@@ -1,10 +1,9 @@
 """Actions: the edits of decisions from which every searched path is made.
 
-Owns which edits there are and when one is legal. Leaves the choice among them to the strategies
-(`mcts`, `walk`). An edit turns layers that are executed once into skipped or repeated ones and
-nothing else. A layer is thus changed at most once on the way from the full path: there are no
-edits that change nothing, no cycles, no counts above 2, and every decision vector within the
-budget can be reached. Loads no torch.
+An edit turns layers that are executed once into skipped or repeated ones and nothing else. So a
+layer is changed at most once on the way from the full path: there are no edits that change
+nothing, no cycles, no counts above 2, and every decision vector within the budget can be reached.
+Loads no torch.
 
 Axes: L layers.
 """
@@ -44,7 +43,7 @@ def legal_actions(decisions: Decisions, limit: int) -> tuple[Action, ...]:
 
     Args:
         decisions: `[L]`, valid.
-        limit: The most executions that the edited path may have, from `cost.max_executions`.
+        limit: Maximum executions of the edited path, from `cost.max_executions`.
 
     Returns:
         Single skips, then double skips, then repeats, each by layer. Empty where no edit is left.

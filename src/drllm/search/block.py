@@ -101,7 +101,7 @@ def search_block(
         for (place, decisions), outcome in zip(pairs, evaluator.evaluate(pairs), strict=True):
             found[place][decisions] = outcome
             score = graded(outcome.margin, outcome.kl)
-            searches[place].observe(decisions, outcome.reward, score)
+            searches[place].tell(decisions, outcome.reward, score)
         if on_round is not None:
             done = sum(search.num_simulations_done for search in searches)
             on_round(done / (len(searches) * config.num_simulations), sum(map(len, found)))
@@ -153,5 +153,5 @@ def _proposals(searches: Sequence[PathSearch], most: int) -> list[Pair]:
     return [
         (place, decisions)
         for place, search in enumerate(searches)
-        for decisions in search.propose(most)
+        for decisions in search.ask(most)
     ]

@@ -28,7 +28,7 @@ from drllm.records import (
 )
 from drllm.supervision.quotas import read_quotas
 from drllm.supervision.rejects import rejected_path, rejected_questions
-from drllm.supervision.rules import NO_DAMAGE, OVER_QUOTA, REASONS, SAVES_TOO_LITTLE, TWICE
+from drllm.supervision.rules import NO_KL, OVER_QUOTA, REASONS, SAVES_TOO_LITTLE, TWICE
 from drllm.supervision.select import Supervision, targets
 
 _SAME_MODEL = ("fingerprint", "num_layers", "hidden_size", "class")
@@ -105,7 +105,7 @@ def _without_targets(summary: Mapping[str, Any]) -> str:
     remedy = "search more questions or simulations, or choose another --target"
     if SAVES_TOO_LITTLE in rejected:
         remedy = "search more simulations, or give a smaller --min-saving"
-    if NO_DAMAGE in rejected:
+    if NO_KL in rejected:
         remedy = "search anew with --kl, or choose another --target"
     if OVER_QUOTA in rejected:  # a quota alone leaves targets, a share leaves the improving ones
         remedy = (

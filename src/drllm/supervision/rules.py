@@ -1,28 +1,31 @@
 """One question's target: which tried paths count, the rules that pick among them, the reasons.
 
-Owns what is decided by looking at one question alone. Leaves what depends on the others (copies,
-quotas) to `selection` and `quotas`. Loads no torch.
+A rule is one class here (or in a module that `TARGETS` names), under `@TARGETS.register("name")`.
+What depends on other questions (copies, quotas) is decided in `select`. Loads no torch.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from drllm.errors import ConfigError
 from drllm.records import SearchRecord, TriedPath
+from drllm.registry import Registry
 
 NO_VALID_PATH = "no valid path"
 ONLY_FULL_PATH = "only the full path"
 NOT_SURVIVED = "no path survived the re-test"
-NO_DAMAGE = "no KL in the record"
+NO_KL = "no KL in the record"
 SAVES_TOO_LITTLE = "no path saves enough"
 OVER_QUOTA = "over the quota"
 REASONS = (
     NO_VALID_PATH,
     ONLY_FULL_PATH,
     NOT_SURVIVED,
-    NO_DAMAGE,
+    NO_KL,
     SAVES_TOO_LITTLE,
     OVER_QUOTA,
 )
@@ -31,7 +34,7 @@ TWICE = "same question twice"
 """Why a record has no target though its question may have one: an earlier record counts."""
 
 MIN_SAVING = 0.1
-"""Share of the full path's executions that a target of the rule `kl` saves at least."""
+"""Share of the full path's executions that a target of the rule `least_kl` saves at least."""
 _ROUNDING = 1e-9
 
 
@@ -61,65 +64,126 @@ def survived(path: TriedPath) -> bool:
 # --- the rules ---------------------------------------------------------------------------------
 
 
-def choose(record: SearchRecord, target: str, *, min_saving: float = MIN_SAVING) -> TriedPath | str:
-    """Pick one question's target path.
+class TargetRule(ABC):
+    """How one question's target is picked among the paths that the search tried.
 
-    The full path is a candidate like any other where it is right: a question that no shorter path
-    answers teaches the routers to execute everything. Not so under `paper`, which keeps only
-    paths that improve on the full path or save executions, and under `kl`, whose targets save
-    by definition and needn't be right.
+    Attributes:
+        uses_min_saving: The rule reads `--min-saving`.
+    """
+
+    uses_min_saving: ClassVar[bool] = False
+
+    @abstractmethod
+    def candidates(self, record: SearchRecord, min_saving: float) -> list[TriedPath] | str:
+        """Return the paths that may become the target, or the reason why there are none."""
+
+    @abstractmethod
+    def order(self, path: TriedPath) -> tuple[float, ...]:
+        """Return what candidates are compared by: the least becomes the target."""
+
+
+TARGETS: Registry[type[TargetRule]] = Registry("target rule")
+
+
+class _Retested(TargetRule):
+    """A rule that picks among the paths that survived the re-test, the full path included.
+
+    A question that no shorter path answers then teaches the routers to execute everything.
+    """
+
+    def candidates(self, record: SearchRecord, min_saving: float) -> list[TriedPath] | str:
+        if not any(map(is_valid, record.paths)):
+            return NO_VALID_PATH
+        return [path for path in record.paths if survived(path)] or NOT_SURVIVED
+
+
+@TARGETS.register("shortest")
+class Shortest(_Retested):
+    """Fewest executions among the paths that survived the re-test, then largest margin in it."""
+
+    def order(self, path: TriedPath) -> tuple[float, ...]:
+        """Return executions, margin in the re-test, simulation."""
+        return path.executions, -_retest_margin(path), path.simulation
+
+
+@TARGETS.register("largest_margin")
+class LargestMargin(_Retested):
+    """Largest margin in the re-test among the paths that survived it, then fewest executions."""
+
+    def order(self, path: TriedPath) -> tuple[float, ...]:
+        """Return margin in the re-test, executions, simulation."""
+        return -_retest_margin(path), path.executions, path.simulation
+
+
+@TARGETS.register("released")
+class Released(TargetRule):
+    """Fewest executions among all right paths, re-tested or not: the published code's rule."""
+
+    def candidates(self, record: SearchRecord, min_saving: float) -> list[TriedPath] | str:
+        """Return every right path, the full path too."""
+        return [path for path in record.paths if is_valid(path)] or NO_VALID_PATH
+
+    def order(self, path: TriedPath) -> tuple[float, ...]:
+        """Return executions, simulation."""
+        return path.executions, path.simulation
+
+
+@TARGETS.register("paper")
+class Paper(Released):
+    """Fewest executions among right paths that improve on the full path or save executions.
+
+    Source: Dr.LLM section 3.1.
+    """
+
+    def candidates(self, record: SearchRecord, min_saving: float) -> list[TriedPath] | str:
+        """Return the right paths that improve or save."""
+        valid = super().candidates(record, min_saving)
+        if isinstance(valid, str):
+            return valid
+        kept = [path for path in valid if is_improving(path, record) or is_saving(path, record)]
+        return kept or ONLY_FULL_PATH
+
+
+@TARGETS.register("least_kl")
+class LeastKL(TargetRule):
+    """Least KL from the full path among the paths that save enough, right or not.
+
+    Whether one answer came out right is mostly chance that the prompt doesn't foretell: few
+    options, many tries. How far a path's next-token distributions lie from the full path's is a
+    mean over all tokens of the prompt, and regular enough to be learnt.
+
+    Source: ours (docs/differences.md, D-24).
+    """
+
+    uses_min_saving = True
+
+    def candidates(self, record: SearchRecord, min_saving: float) -> list[TriedPath] | str:
+        """Return the paths of known KL that save at least that share of the executions."""
+        maximum = (1 - min_saving) * record.full.executions + _ROUNDING
+        known = [path for path in record.paths[1:] if path.kl is not None]
+        if not known:
+            return NO_KL
+        return [path for path in known if path.executions <= maximum] or SAVES_TOO_LITTLE
+
+    def order(self, path: TriedPath) -> tuple[float, ...]:
+        """Return KL, executions, simulation."""
+        return _kl(path), path.executions, path.simulation
+
+
+def choose(record: SearchRecord, target: str, *, min_saving: float = MIN_SAVING) -> TriedPath | str:
+    """Pick one question's target path; of equal ones the earliest tried.
 
     Args:
         record: What the search found.
-        target: `shortest` (fewest executions, then largest margin in the re-test, then earliest)
-            or `largest_margin` (in the re-test; then fewest executions, then earliest), both
-            among the paths that survived the re-test; `paper` (fewest executions, then earliest,
-            re-tested or not) or `released` (the same, the full path being a candidate too); or
-            `kl` (least KL, then fewest executions, then earliest,
-            among the paths that save enough).
-        min_saving: For `kl`, the least share of the full path's executions to save.
+        target: Name of a rule in `TARGETS`.
+        min_saving: For `least_kl`, the least share of the full path's executions to save.
 
     Returns:
         The path, or the reason why there is none.
-
-    Source: Dr.LLM section 3.1 for `paper`, its published code for `released`; the others are
-        ours (docs/differences.md, D-05 and, for `kl`, D-24).
     """
-    kept = candidates(record, target, min_saving=min_saving)
-    if isinstance(kept, str):
-        return kept
-    if target == "kl":
-        return min(kept, key=lambda p: (_kl(p), p.executions, p.simulation))
-    if target in ("paper", "released"):
-        return min(kept, key=lambda p: (p.executions, p.simulation))
-    if target == "shortest":
-        return min(kept, key=lambda p: (p.executions, -_retest_margin(p), p.simulation))
-    return min(kept, key=lambda p: (-_retest_margin(p), p.executions, p.simulation))
-
-
-def candidates(
-    record: SearchRecord, target: str, *, min_saving: float = MIN_SAVING
-) -> list[TriedPath] | str:
-    """Return the paths that a rule picks from, by simulation, or the reason why there are none.
-
-    Args:
-        record: What the search found.
-        target: As for `choose`.
-        min_saving: As for `choose`.
-    """
-    if target == "kl":
-        return _saving_enough(record, min_saving)
-    valid = [path for path in record.paths if is_valid(path)]
-    if not valid:
-        return NO_VALID_PATH
-    if target in ("paper", "released"):
-        kept = [
-            path
-            for path in valid
-            if target == "released" or is_improving(path, record) or is_saving(path, record)
-        ]
-        return kept or ONLY_FULL_PATH
-    return [path for path in valid if survived(path)] or NOT_SURVIVED
+    rule = TARGETS.get(target)()
+    kept = rule.candidates(record, min_saving)
+    return kept if isinstance(kept, str) else min(kept, key=rule.order)
 
 
 def weigh(paths: Sequence[TriedPath], path_weights: str) -> list[float]:
@@ -155,20 +219,6 @@ def weigh(paths: Sequence[TriedPath], path_weights: str) -> list[float]:
             "search anew with --kl, or choose --path-weights shorter"
         )
     return [math.exp(-_kl(path)) for path in paths]
-
-
-def _saving_enough(record: SearchRecord, min_saving: float) -> list[TriedPath] | str:
-    """Return the paths of known KL that save enough; the least damaged becomes the target.
-
-    Whether one answer came out right is mostly chance that the prompt doesn't foretell: few
-    options, many tries. How far a path's next-token distributions lie from the full path's is a
-    mean over all tokens of the prompt, and regular enough to be learnt.
-    """
-    most = (1 - min_saving) * record.full.executions + _ROUNDING
-    known = [path for path in record.paths[1:] if path.kl is not None]
-    if not known:
-        return NO_DAMAGE
-    return [path for path in known if path.executions <= most] or SAVES_TOO_LITTLE
 
 
 def _kl(path: TriedPath) -> float:

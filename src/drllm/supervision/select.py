@@ -24,8 +24,8 @@ from drllm.supervision.quotas import over_quota, read_quotas
 from drllm.supervision.rules import (
     MIN_SAVING,
     OVER_QUOTA,
+    TARGETS,
     TWICE,
-    candidates,
     choose,
     is_improving,
     weigh,
@@ -64,10 +64,10 @@ def check_settings(config: SuperviseConfig, tasks: Collection[str]) -> dict[str,
         ConfigError: Quotas that can't be read or name another task; a least saving with a rule
             that has no use for it.
     """
-    if config.min_saving is not None and config.target != "kl":
+    if config.min_saving is not None and not TARGETS.get(config.target).uses_min_saving:
         raise ConfigError(
             f"--min-saving {config.min_saving:g} has no effect with --target {config.target}; "
-            f"leave it out, or choose --target kl"
+            f"leave it out, or choose --target least_kl"
         )
     quotas = read_quotas(config.quotas)
     for task in quotas:
@@ -129,7 +129,7 @@ def _valid_paths(
     """Return all paths that the rule might have picked, weighted, where they are asked for."""
     if config.path_weights == "none":
         return ()
-    paths = candidates(record, config.target, min_saving=min_saving)
+    paths = TARGETS.get(config.target)().candidates(record, min_saving)
     assert not isinstance(paths, str)  # the question has a target
     return tuple(
         WeightedPath(decisions=path.decisions, weight=weight)

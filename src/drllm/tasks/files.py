@@ -14,13 +14,13 @@ from typing import Any
 from drllm.errors import TaskError, unknown_name
 from drllm.records import question_key, split_of
 from drllm.tasks.base import GROUPS, TASKS, Example, Prompt, check_split
-from drllm.tasks.grading import normalise
+from drllm.tasks.grading import REWARDS, normalise
 from drllm.tasks.math import OTHER_TEMPLATES as OTHER_BOXED_TEMPLATES
 from drllm.tasks.math import TEMPLATE as BOXED_TEMPLATE
 from drllm.tasks.multiple_choice import LETTER_TOKENS, LETTERS, MultipleChoiceTask
 from drllm.tasks.rows import read_rows, text_of, texts_of
 
-GRADERS = ("letter", "exact", "boxed")
+GRADERS = tuple(name for name in REWARDS if not REWARDS.get(name).scores_options)
 ANSWER_TOKENS = 16
 """Fewest tokens that a generated answer is allowed; more where the right one is longer."""
 

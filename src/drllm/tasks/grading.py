@@ -1,9 +1,8 @@
-"""What counts as right: grades of generated answers, verdicts on unfinished ones, choice scores.
+"""Rewards: what counts as a right answer.
 
-Owns the three rules for generated answers (`letter`, `boxed`, `exact`) and the one for scored
-choices (`loglikelihood`). A *verdict* is a grade that no continuation of the text can change, so
-that generation can stop there. Leaves whether two expressions are equal to `equality`, and
-generating and scoring to whoever holds the model. Loads no torch.
+A reward grades generated answers, or scores a question's options. Adding one is one class here (or
+in a module that `REWARDS` names), under `@REWARDS.register("name")`. Whether two expressions are
+equal is decided in `equality`. Loads no torch.
 """
 
 from __future__ import annotations
@@ -11,7 +10,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import ClassVar
 
+from drllm.errors import TaskError
+from drllm.registry import Registry
 from drllm.tasks.base import Prompt
 from drllm.tasks.equality import same_value
 
@@ -19,6 +21,41 @@ _OPENING_MARKS = " \t\"'`*_“”‘’«»"
 _CLOSING_MARKS = _OPENING_MARKS + ".,;:!?"
 _UNFINISHED_CHARACTER = "\ufffd"
 """What tokenizers show for the first bytes of a character whose other bytes are still to come."""
+
+
+class Reward:
+    """How answers are graded; the first line of a reward's docstring is what `drllm ls` shows.
+
+    Attributes:
+        scores_options: The prompt's continuations are scored; else an answer is generated.
+    """
+
+    scores_options: ClassVar[bool] = False
+
+    def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
+        """Return the grade of a generated answer, None while more text could change it.
+
+        Args:
+            prompt: What was asked.
+            text: What was generated so far, without special tokens.
+            finished: Nothing more will come; then the grade must be a number.
+
+        Raises:
+            ValueError: A reward that scores options.
+        """
+        raise ValueError(f"reward {prompt.reward!r} does not grade generated answers")
+
+    def gold_text(self, prompt: Prompt) -> str:
+        """Return the right answer in the form that the prompt asks for."""
+        return prompt.answer
+
+
+REWARDS: Registry[type[Reward]] = Registry("reward", error=TaskError)
+
+
+def reward_of(prompt: Prompt) -> Reward:
+    """Return the reward that a prompt names."""
+    return REWARDS.get(prompt.reward)()
 
 
 def grade(prompt: Prompt, text: str) -> float:
@@ -44,14 +81,10 @@ def grade(prompt: Prompt, text: str) -> float:
 
 
 def verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
-    r"""Return the grade once no continuation of the text can change it.
+    """Return the grade of a generated answer once no continuation of the text can change it.
 
     Args:
-        prompt: What was asked; its `reward` names the rule:
-            `letter`: the first option letter that stands alone decides (upper case, no letter or
-            digit beside it); `boxed`: the first `\boxed{…}` whose braces close decides, compared
-            by value; `exact`: the first line that isn't blank must equal an answer, apart from
-            case, white space, quotation marks and emphasis around it and a final punctuation mark.
+        prompt: What was asked; its `reward` names the rule.
         text: What was generated so far, without special tokens.
         finished: Nothing more will come.
 
@@ -61,18 +94,11 @@ def verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
     Raises:
         ValueError: The prompt isn't answered by generating.
 
-    Source: Dr.LLM section 4 grades ARC by a letter pattern and DART by `\boxed{}`; stopping at
-        the verdict is ours.
+    Source: Dr.LLM section 4 grades ARC by a letter pattern and DART by a box; stopping at the
+        verdict is ours.
     """
-    if not finished:
-        text = text.rstrip(_UNFINISHED_CHARACTER)
-    if prompt.reward == "letter":
-        return _letter_verdict(prompt, text, finished)
-    if prompt.reward == "boxed":
-        return _boxed_verdict(prompt, text, finished)
-    if prompt.reward == "exact":
-        return _exact_verdict(prompt, text, finished)
-    raise ValueError(f"reward {prompt.reward!r} does not grade generated answers")
+    known = text if finished else text.rstrip(_UNFINISHED_CHARACTER)
+    return reward_of(prompt).verdict(prompt, known, finished)
 
 
 def score_choices(logprobs: Sequence[float], prompt: Prompt) -> tuple[float, float]:
@@ -113,20 +139,72 @@ def score_choices(logprobs: Sequence[float], prompt: Prompt) -> tuple[float, flo
     return float(right), scores[prompt.gold] - max(others)
 
 
-# --- letter ------------------------------------------------------------------------------------
+# --- the rewards -------------------------------------------------------------------------------
 
 
-def _letter_verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
-    # A letter or digit is a word character other than the underscore (so that _B_ stands alone).
-    alone = re.search(rf"(?<![^\W_])[{re.escape(prompt.letters)}](?![^\W_])", text)
-    if alone is None:
-        return 0.0 if finished else None
-    if alone.end() == len(text) and not finished:
-        return None  # the next character may make a word of it
-    return float(alone.group() == prompt.answer)
+@REWARDS.register("loglikelihood")
+class Loglikelihood(Reward):
+    """The right option is the likeliest."""
+
+    scores_options = True
 
 
-# --- boxed -------------------------------------------------------------------------------------
+@REWARDS.register("letter")
+class Letter(Reward):
+    """The first option letter that stands alone is the right one.
+
+    Upper case, without a letter or digit beside it.
+    """
+
+    def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
+        """See `Reward.verdict`."""
+        # A letter or digit is a word character other than the underscore (_B_ stands alone).
+        alone = re.search(rf"(?<![^\W_])[{re.escape(prompt.letters)}](?![^\W_])", text)
+        if alone is None:
+            return 0.0 if finished else None
+        if alone.end() == len(text) and not finished:
+            return None  # the next character may make a word of it
+        return float(alone.group() == prompt.answer)
+
+
+@REWARDS.register("boxed")
+class Boxed(Reward):
+    r"""The first `\boxed{...}` whose braces close holds the right value."""
+
+    def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
+        """See `Reward.verdict`."""
+        content = first_boxed(text)
+        if content is None:
+            return 0.0 if finished else None
+        return float(same_value(prompt.answer, content))
+
+    def gold_text(self, prompt: Prompt) -> str:
+        """Return the answer in a box."""
+        return f"\\boxed{{{prompt.answer}}}"
+
+
+@REWARDS.register("exact")
+class Exact(Reward):
+    """The first line that isn't blank equals an answer.
+
+    Apart from case, white space, quotation marks and emphasis around it and a final punctuation
+    mark.
+    """
+
+    def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
+        """See `Reward.verdict`."""
+        first, *rest = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)
+        golds = {normalise(answer) for answer in (prompt.answer, *prompt.other_answers)}
+        if finished or rest:
+            return float(normalise(first) in golds)
+        # White space at the end may stand between this and the next word: keep one space of it.
+        begun = re.sub(r"\s+", " ", first).casefold().lstrip(_OPENING_MARKS)
+        for gold in golds:
+            if gold.startswith(begun):
+                return None
+            if begun.startswith(gold) and not begun[len(gold) :].strip(_CLOSING_MARKS):
+                return None
+        return 0.0
 
 
 def first_boxed(text: str) -> str | None:
@@ -150,16 +228,6 @@ def first_boxed(text: str) -> str | None:
     return None
 
 
-def _boxed_verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
-    content = first_boxed(text)
-    if content is None:
-        return 0.0 if finished else None
-    return float(same_value(prompt.answer, content))
-
-
-# --- exact -------------------------------------------------------------------------------------
-
-
 def normalise(answer: str) -> str:
     """Return an answer without what doesn't count: case, outer marks, runs of white space.
 
@@ -168,18 +236,3 @@ def normalise(answer: str) -> str:
         'new york'
     """
     return " ".join(answer.split()).casefold().lstrip(_OPENING_MARKS).rstrip(_CLOSING_MARKS)
-
-
-def _exact_verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
-    first, *rest = re.split(r"[\r\n]", text.lstrip(), maxsplit=1)
-    golds = {normalise(answer) for answer in (prompt.answer, *prompt.other_answers)}
-    if finished or rest:
-        return float(normalise(first) in golds)
-    # White space at the end may stand between this and the next word: keep one space of it.
-    begun = re.sub(r"\s+", " ", first).casefold().lstrip(_OPENING_MARKS)
-    for gold in golds:
-        if gold.startswith(begun):
-            return None
-        if begun.startswith(gold) and not begun[len(gold) :].strip(_CLOSING_MARKS):
-            return None
-    return 0.0

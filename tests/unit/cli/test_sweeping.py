@@ -30,7 +30,7 @@ def test_a_sweep_of_arc_has_at_least_twelve_settings_and_both_kinds_of_targets(t
     [path] = [path for path in SWEEPS if path.name == "arc_easy_smollm2.yaml"]
     settings = read_sweep(path, tmp_path).settings
     assert len(settings) >= 12
-    assert {"kl", "shortest"} <= {recipe.supervise.target for recipe in settings.values()}
+    assert {"least_kl", "shortest"} <= {recipe.supervise.target for recipe in settings.values()}
 
 
 def test_a_setting_changes_what_it_says_and_nothing_else(tmp_path: Path):

@@ -11,7 +11,8 @@ from drllm.config import SearchConfig
 from drllm.cost import max_executions
 from drllm.paths import Decisions, num_executions
 from drllm.search.actions import Action, apply, legal_actions
-from drllm.search.mcts import (
+from drllm.search.strategies import PathSearch, Tried, new_search
+from drllm.search.strategies.mcts import (
     EDITS_DRAWN,
     WIDENING_EXPONENT,
     WIDENING_FACTOR,
@@ -19,15 +20,14 @@ from drllm.search.mcts import (
     Node,
     TreeSearch,
 )
-from drllm.search.strategies import PathSearch, Tried, new_search
 
 Reward = Callable[[Decisions], float]
 Judge = Callable[[Decisions], tuple[float, float | None]]
 
 
 def run(search: PathSearch, reward: Reward) -> PathSearch:
-    while proposed := search.propose():
-        search.observe(*proposed, reward(*proposed))
+    while asked := search.ask():
+        search.tell(*asked, reward(*asked))
     return search
 
 
@@ -128,10 +128,10 @@ def statistics(search: TreeSearch) -> Statistics:
 
 
 def fly(search: TreeSearch, most: int, rounds: int, reward: Reward = noise) -> None:
-    """Observe so many rounds, the path proposed last first."""
+    """Observe so many rounds, the path asked last first."""
     for _ in range(rounds):
-        for decisions in reversed(search.propose(most)):
-            search.observe(decisions, reward(decisions))
+        for decisions in reversed(search.ask(most)):
+            search.tell(decisions, reward(decisions))
 
 
 class Sequential:
@@ -234,8 +234,8 @@ def test_with_one_path_a_round_the_tree_is_that_of_a_sequential_search(
     config = SearchConfig(num_simulations=simulations)
     plain = Sequential(num_layers, config, seed, judge)
     search = TreeSearch(num_layers, config, Random(seed))
-    while proposed := search.propose():
-        search.observe(*proposed, *judge(*proposed))
+    while asked := search.ask():
+        search.tell(*asked, *judge(*asked))
 
     assert [*search.tried] == [*plain.known]
     assert [(n.decisions, n.visits, n.value_sum) for n in search.nodes.values()] == [
@@ -251,7 +251,7 @@ def test_a_path_in_flight_counts_as_a_visit_worth_0_of_every_node_on_its_way():
     search = TreeSearch(12, SearchConfig(num_simulations=400), Random(0))
     fly(search, most=1, rounds=201)
     before = {node.decisions: (node.visits, node.value_sum) for node in search.nodes.values()}
-    (decisions,) = search.propose()
+    (decisions,) = search.ask()
     lost = [
         node
         for node in search.nodes.values()
@@ -262,7 +262,7 @@ def test_a_path_in_flight_counts_as_a_visit_worth_0_of_every_node_on_its_way():
     for node in lost:
         visits, value_sum = before.get(node.decisions, (0, 0.0))
         assert (node.visits, node.value_sum) == (visits + 1, value_sum)
-    search.observe(decisions, 0.75)
+    search.tell(decisions, 0.75)
     for node in lost:
         assert node.value_sum == before.get(node.decisions, (0, 0.0))[1] + 0.75
 
@@ -277,7 +277,7 @@ def test_paths_in_flight_send_the_next_ones_elsewhere():
         twin = copy.deepcopy(search)
         before = [edge.visits for edge in twin.root.edges]
         for _ in range(most):
-            twin.propose()
+            twin.ask()
         after = [edge.visits for edge in twin.root.edges[: len(before)]]
         return {i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b}
 
@@ -305,12 +305,12 @@ def test_the_order_of_observing_a_round_changes_no_count():
         TreeSearch(10, SearchConfig(num_simulations=100), Random(0)) for _ in range(2)
     )
     for _ in range(30):
-        proposed = forward.propose(8)
-        assert backward.propose(8) == proposed
-        for decisions in proposed:
-            forward.observe(decisions, halves(decisions))
-        for decisions in reversed(proposed):
-            backward.observe(decisions, halves(decisions))
+        asked = forward.ask(8)
+        assert backward.ask(8) == asked
+        for decisions in asked:
+            forward.tell(decisions, halves(decisions))
+        for decisions in reversed(asked):
+            backward.tell(decisions, halves(decisions))
 
     assert statistics(forward) == statistics(backward)
     assert forward.num_simulations_done == 100
@@ -443,8 +443,8 @@ def harm(decisions: Decisions) -> float:
 def with_scores(score: Callable[[Decisions], float | None], seed: int) -> TreeSearch:
     """A search whose rewards say nothing, since all of them are the same."""
     search = TreeSearch(30, SearchConfig(num_simulations=100), Random(seed))
-    while proposed := search.propose():
-        search.observe(*proposed, 0.5, score(*proposed))
+    while asked := search.ask():
+        search.tell(*asked, 0.5, score(*asked))
     return search
 
 
@@ -477,9 +477,9 @@ def test_scores_that_are_all_equal_prefer_no_edit():
 
 def test_a_change_is_credited_with_its_part_of_what_the_path_gained():
     search = TreeSearch(4, SearchConfig(), Random(0))
-    search.observe(*search.propose(), 1.0, 2.0)
-    (decisions,) = search.propose()
-    search.observe(decisions, 1.0, 1.0)
+    search.tell(*search.ask(), 1.0, 2.0)
+    (decisions,) = search.ask()
+    search.tell(decisions, 1.0, 1.0)
 
     changes = [(layer, count) for layer, count in enumerate(decisions) if count != 1]
     assert {change: (g.total, g.times) for change, g in search._gains.items()} == {
@@ -515,8 +515,8 @@ def times_found(strategy: str, num_simulations: int, **settings: float) -> int:
         )
         search, reward = new_search(L, config, Random(seed)), joint_edits(seed)
         while len(search.tried) <= num_simulations:
-            (decisions,) = search.propose()
-            search.observe(decisions, reward(decisions))
+            (decisions,) = search.ask()
+            search.tell(decisions, reward(decisions))
         found += max(tried.reward for tried in search.tried.values()) == 1.0
     return found
 

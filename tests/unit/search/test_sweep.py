@@ -6,7 +6,7 @@ from random import Random
 from drllm.config import SearchConfig
 from drllm.paths import Decisions, full_decisions, num_executions
 from drllm.search.actions import apply, legal_actions
-from drllm.search.sweep import SweepSearch
+from drllm.search.strategies.sweep import SweepSearch
 
 NUM_SINGLE = 6 + 5 + 6
 """Edits of a full path of 6 layers: single skips, double skips, repeats."""
@@ -21,9 +21,9 @@ def sweep(
 ) -> SweepSearch:
     config = SearchConfig(strategy="sweep", **settings)
     search = SweepSearch(num_layers, config, Random(seed))
-    while proposed := search.propose(most):
-        for decisions in proposed:
-            search.observe(decisions, reward(decisions))
+    while asked := search.ask(most):
+        for decisions in asked:
+            search.tell(decisions, reward(decisions))
     return search
 
 
@@ -68,10 +68,10 @@ def test_the_second_level_begins_with_the_best_path_and_the_best_edit_of_it():
 
 def test_of_equally_right_edits_those_of_the_best_score_are_combined_first():
     search = SweepSearch(6, SearchConfig(strategy="sweep", num_simulations=18), Random(0))
-    while proposed := search.propose():
-        (decisions,) = proposed
+    while asked := search.ask():
+        (decisions,) = asked
         others = sum(decisions[layer] != 1 for layer in (0, 1, 3, 4))
-        search.observe(decisions, 1.0, -float(decisions[2] + decisions[5] + others))
+        search.tell(decisions, 1.0, -float(decisions[2] + decisions[5] + others))
 
     assert levels(search)[-1] == (1, 1, 0, 1, 1, 0)
 
@@ -107,16 +107,16 @@ def test_repeats_come_in_where_a_skip_makes_room_for_them():
 
 def test_a_round_never_reaches_beyond_a_level_that_is_not_observed():
     search = SweepSearch(6, SearchConfig(strategy="sweep", num_simulations=100), Random(0))
-    search.observe(*search.propose(), 1.0)
-    first = search.propose(most=60)
+    search.tell(*search.ask(), 1.0)
+    first = search.ask(maximum=60)
 
     assert len(first) == NUM_SINGLE
-    assert search.propose(most=60) == []
+    assert search.ask(maximum=60) == []
     for decisions in first[:-1]:
-        search.observe(decisions, 1.0)
-    assert search.propose(most=60) == []
-    search.observe(first[-1], 1.0)
-    assert len(search.propose(most=60)) == 60
+        search.tell(decisions, 1.0)
+    assert search.ask(maximum=60) == []
+    search.tell(first[-1], 1.0)
+    assert len(search.ask(maximum=60)) == 60
 
 
 def test_rounds_of_several_try_the_same_paths_as_rounds_of_one():
@@ -133,4 +133,4 @@ def test_a_sweep_given_enough_simulations_tries_every_path_within_the_budget_and
     search = sweep(num_layers=3, num_simulations=1000)
 
     assert len(search.tried) == 3**3 - 1
-    assert search.propose() == []
+    assert search.ask() == []

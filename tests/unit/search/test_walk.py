@@ -9,14 +9,14 @@ from drllm.config import SearchConfig
 from drllm.cost import max_executions
 from drllm.paths import full_decisions, num_executions
 from drllm.search.actions import apply, legal_actions
-from drllm.search.walk import WalkSearch
+from drllm.search.strategies.walk import WalkSearch
 
 
 def walk(num_layers: int, reward: float = 0.0, seed: int = 0, **settings: object) -> WalkSearch:
     """Walk to the end, every path being worth the same."""
     search = WalkSearch(num_layers, SearchConfig(strategy="walk", **settings), Random(seed))
-    while proposed := search.propose():
-        search.observe(*proposed, reward)
+    while asked := search.ask():
+        search.tell(*asked, reward)
     return search
 
 
@@ -83,9 +83,9 @@ def test_a_single_layer_within_budget_1_leaves_nothing_to_walk():
 
 def test_in_a_round_of_several_the_walk_takes_the_same_way():
     alone, together = walk(12), WalkSearch(12, SearchConfig(strategy="walk"), Random(0))
-    while proposed := together.propose(most=7):
-        for decisions in reversed(proposed):
-            together.observe(decisions, 0.0)
+    while asked := together.ask(maximum=7):
+        for decisions in reversed(asked):
+            together.tell(decisions, 0.0)
 
     assert alone.tried == together.tried
 

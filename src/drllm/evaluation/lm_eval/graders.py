@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drllm.tasks.base import Prompt
-from drllm.tasks.grading import grade
+from drllm.tasks.grading import grade, reward_of
 
 NO_ANSWER = "unanswerable"
 """What stands for "the passage doesn't say", among the answers shown and those generated."""
@@ -37,7 +37,7 @@ def graded(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
 def shown(doc: Mapping[str, Any]) -> str:
     """Return the right answer of a row in the form that the question asks for."""
     prompt = _prompt(doc)
-    return f"\\boxed{{{prompt.answer}}}" if prompt.reward == "boxed" else prompt.answer
+    return reward_of(prompt).gold_text(prompt)
 
 
 def grading_of(prompt: Prompt) -> str:

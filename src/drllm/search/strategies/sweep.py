@@ -1,8 +1,4 @@
-"""The sweep: every single edit, then the best ones together, level by level.
-
-Owns the levels and the order of paths within them. Leaves the edits to `actions`, the conversation
-with the runner and the stop rules to `strategies`, and rewards to whoever observes them. Loads no
-torch.
+"""The sweep: every single edit, then the best ones together, level by level. Loads no torch.
 
 Axes: L layers.
 """
@@ -16,9 +12,10 @@ from random import Random
 from drllm.config import SearchConfig
 from drllm.paths import Decisions, num_executions
 from drllm.search.actions import Action, apply, legal_actions
-from drllm.search.strategies import PathSearch, Tried
+from drllm.search.strategies import STRATEGIES, PathSearch, Tried
 
 
+@STRATEGIES.register("sweep")
 class SweepSearch(PathSearch):
     """A search in levels: paths of one edit, of two, of three, until simulations run out.
 
@@ -32,8 +29,8 @@ class SweepSearch(PathSearch):
 
     Example:
         >>> search = SweepSearch(2, SearchConfig(num_simulations=2), Random(0))
-        >>> while proposed := search.propose():
-        ...     search.observe(*proposed, reward=1.0)
+        >>> while asked := search.ask():
+        ...     search.tell(*asked, reward=1.0)
         >>> sorted(search.tried)
         [(0, 1), (1, 0), (1, 1)]
     """
@@ -42,11 +39,8 @@ class SweepSearch(PathSearch):
         super().__init__(num_layers, config, rng)
         self._order = self._by_level()
 
-    def _next(self) -> Decisions | None:
+    def _select(self) -> Decisions | None:
         return next(self._order, None)
-
-    def _learn(self, decisions: Decisions, reward: float) -> None:
-        """Do nothing: rewards are looked up in `tried` when a level is complete."""
 
     def _by_level(self) -> Iterator[Decisions | None]:
         """Yield the paths in order; None for as long as a level waits for the one before."""

@@ -1,25 +1,23 @@
-"""Strategies: what every search over one question's paths has in common, and the table of them.
+"""Strategies: which paths of a question are tried, and when its search is over.
 
-Owns the conversation with the runner (`propose`, `observe`), the count of simulations and the
-stop rules. Leaves which path comes next to `mcts` (the tree), `sweep` (single edits, then the best
-together) and `walk` (the chain of edits), and what a path is worth to whoever observes it. A
-strategy is added here and in one file of its own. Loads no torch.
+A strategy is one class in one module of this package, under `@STRATEGIES.register("name")`. It
+knows no model: the caller asks for paths and tells their rewards. Loads no torch.
 
 Axes: L layers.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
+import pkgutil
 from abc import ABC, abstractmethod
 from random import Random
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from drllm.config import SearchConfig
 from drllm.cost import max_executions
-from drllm.errors import ConfigError, unknown_name
 from drllm.paths import Decisions, full_decisions, num_executions
+from drllm.registry import Registry
 
 RELEASED_MIN_SAVED = 2
 """Layers that a correct path must save to end a search under the rule `released`."""
@@ -40,13 +38,13 @@ class Tried(NamedTuple):
 
 
 class PathSearch(ABC):
-    """A search over the paths of one question, as a conversation.
+    """A search over the paths of one question, by ask and tell.
 
-    The caller asks for paths with `propose`, finds out what they are worth, and says so with
-    `observe`, until nothing is proposed although nothing is in flight. Many searches can so
-    advance in step and have their paths evaluated in one batch. A path is in flight from the
-    moment it is proposed until it is observed. The full path comes first, alone, and isn't counted
-    as a simulation.
+    The caller asks for paths with `ask`, finds out what they are worth, and tells it with `tell`,
+    until nothing is returned although nothing is in flight. So many searches can advance in step
+    and have their paths evaluated in one batch. A path is in flight from `ask` to `tell`. The full
+    path comes first, alone, and isn't counted as a simulation. Subclasses choose paths in
+    `_select`.
 
     Args:
         num_layers: L of the model.
@@ -54,9 +52,12 @@ class PathSearch(ABC):
         rng: The only source of randomness.
 
     Attributes:
-        tried: Every path that was observed, in that order, the full path first.
+        tried: Every path whose reward is known, in that order, the full path first.
         num_simulations_done: Simulations finished so far.
+        own_settings: Settings of `SearchConfig` that no other strategy reads.
     """
+
+    own_settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, num_layers: int, config: SearchConfig, rng: Random) -> None:
         self.num_layers = num_layers
@@ -69,39 +70,39 @@ class PathSearch(ABC):
         self._in_flight: dict[Decisions, int] = {}  # with the number of its simulation
         self._over = False
 
-    def propose(self, most: int = 1) -> list[Decisions]:
+    def ask(self, maximum: int = 1) -> list[Decisions]:
         """Return new paths whose rewards are wanted.
 
         Args:
-            most: How many at most; with 1, each path is chosen knowing the rewards of all others.
+            maximum: How many; with 1, each path is chosen knowing the rewards of all others.
 
         Returns:
-            Distinct paths that were never proposed before. None when the search is over, or when
-            nothing can be chosen before a path in flight is observed.
+            Distinct paths that were never returned before. None when the search is over, or when
+            nothing can be chosen before the reward of a path in flight is known.
 
         Raises:
-            ValueError: `most` is below 1.
+            ValueError: `maximum` is below 1.
         """
-        if most < 1:
-            raise ValueError(f"can't propose {most} paths; give at least 1")
+        if maximum < 1:
+            raise ValueError(f"can't return {maximum} paths; ask for at least 1")
         if self._over:
             return []
         if not self.tried:
             return [] if self._in_flight else [self._send(self._full, 0)]
-        proposed: list[Decisions] = []
-        while len(proposed) < most and self._num_begun < self.config.num_simulations:
-            decisions = self._next()
+        asked: list[Decisions] = []
+        while len(asked) < maximum and self._num_begun < self.config.num_simulations:
+            decisions = self._select()
             if decisions is None:
                 break
-            proposed.append(self._send(decisions, self._num_begun + 1))
+            asked.append(self._send(decisions, self._num_begun + 1))
         self._over = not self._in_flight
-        return proposed
+        return asked
 
-    def observe(self, decisions: Decisions, reward: float, score: float | None = None) -> None:
-        """Take in the reward of a path in flight; after the end of a search too.
+    def tell(self, decisions: Decisions, reward: float, score: float | None = None) -> None:
+        """Record the reward of a path in flight; after the end of a search too.
 
         Args:
-            decisions: One of those that `propose` returned, in any order.
+            decisions: One of those that `ask` returned, in any order.
             reward: In [0, 1].
             score: What tells paths of equal reward apart (see `graded`). It helps to choose
                 edits, and is never a part of the reward. None where there is none.
@@ -111,9 +112,7 @@ class PathSearch(ABC):
                 finite.
         """
         if decisions not in self._in_flight:
-            raise ValueError(
-                f"{decisions} is not in flight; propose() gave {[*self._in_flight]} to be observed"
-            )
+            raise ValueError(f"{decisions} is not in flight; ask() returned {[*self._in_flight]}")
         if not 0 <= reward <= 1:
             raise ValueError(f"reward {reward} is not in [0, 1]")
         if score is not None and not math.isfinite(score):
@@ -122,7 +121,7 @@ class PathSearch(ABC):
         if simulation:
             self.num_simulations_done += 1
         self.tried[decisions] = Tried(simulation, reward, score)
-        self._learn(decisions, reward)
+        self._backup(decisions, reward)
         self._over = self._over or self._stops_at(decisions, reward)
 
     @property
@@ -144,15 +143,14 @@ class PathSearch(ABC):
         return improving or saved >= (RELEASED_MIN_SAVED if rule == "released" else 1)
 
     @abstractmethod
-    def _next(self) -> Decisions | None:
+    def _select(self) -> Decisions | None:
         """Return a path that is neither tried nor in flight, or None where none is left.
 
         None too where the next one depends on a path in flight.
         """
 
-    @abstractmethod
-    def _learn(self, decisions: Decisions, reward: float) -> None:
-        """Take in the reward of the full path, or of one that `_next` returned."""
+    def _backup(self, decisions: Decisions, reward: float) -> None:  # noqa: B027
+        """Use the reward of the full path, or of one that `_select` returned."""
 
 
 def graded(margin: float | None, kl: float | None) -> float | None:
@@ -169,15 +167,9 @@ def graded(margin: float | None, kl: float | None) -> float | None:
     return None if kl is None else -kl
 
 
-STRATEGIES: dict[str, str] = {
-    "tree": "drllm.search.mcts:TreeSearch",
-    "sweep": "drllm.search.sweep:SweepSearch",
-    "walk": "drllm.search.walk:WalkSearch",
-}
-"""Name → `module:attribute`, resolved on use."""
-
-READ_BY_TREE = ("exploration_constant", "length_penalty", "random_child_probability")
-"""Settings that no other strategy reads."""
+STRATEGIES: Registry[type[PathSearch]] = Registry(
+    "strategy", [f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__)]
+)
 
 
 def new_search(num_layers: int, config: SearchConfig, rng: Random) -> PathSearch:
@@ -193,11 +185,7 @@ def new_search(num_layers: int, config: SearchConfig, rng: Random) -> PathSearch
 
     Example:
         >>> search = new_search(3, SearchConfig(), Random(0))
-        >>> search.propose()
+        >>> search.ask()
         [(1, 1, 1)]
     """
-    if config.strategy not in STRATEGIES:
-        raise ConfigError(unknown_name("strategy", config.strategy, STRATEGIES))
-    module, attribute = STRATEGIES[config.strategy].split(":")
-    kind: type[PathSearch] = getattr(importlib.import_module(module), attribute)
-    return kind(num_layers, config, rng)
+    return STRATEGIES.get(config.strategy)(num_layers, config, rng)

@@ -1,8 +1,6 @@
-"""The tree search: UCB over decision vectors, with transpositions and progressive widening.
+"""Monte Carlo tree search: UCB over decision vectors, with transpositions and widening.
 
-Owns the tree, selection, expansion and backup. Leaves the edits to `actions`, the conversation
-with the runner and the stop rules to `strategies`, and rewards to whoever observes them: nothing
-here knows a model. Loads no torch.
+Select, expand, evaluate (by the caller, through `ask` and `tell`), back up. Loads no torch.
 
 Axes: L layers.
 """
@@ -16,7 +14,7 @@ from random import Random
 from drllm.config import SearchConfig
 from drllm.paths import Decision, Decisions, num_executions
 from drllm.search.actions import Action, apply, legal_actions
-from drllm.search.strategies import PathSearch
+from drllm.search.strategies import STRATEGIES, PathSearch
 
 WIDENING_FACTOR = 5.0
 WIDENING_EXPONENT = 0.5
@@ -81,6 +79,7 @@ class Gain:
     times: int = 0
 
 
+@STRATEGIES.register("tree")
 class TreeSearch(PathSearch):
     """Monte Carlo tree search over the decisions of one question.
 
@@ -101,7 +100,7 @@ class TreeSearch(PathSearch):
     makes it shorter; repeats are for paths that are still wrong.
 
     A path in flight counts as a visit with reward 0 of every node that it passed (a virtual loss),
-    so that the next paths of a round go elsewhere; observing it makes up for the loss exactly.
+    so that the next paths of a round go elsewhere; backing up its reward undoes the loss exactly.
 
     A node of V visits has room for ceil(5 · sqrt(V)) edges (closed ones not counted). Without such
     a bound the roughly 3L edits of the full path would use up all 50 simulations before the
@@ -118,11 +117,13 @@ class TreeSearch(PathSearch):
 
     Example:
         >>> search = TreeSearch(2, SearchConfig(num_simulations=3), Random(0))
-        >>> while proposed := search.propose():
-        ...     search.observe(*proposed, reward=1.0)
+        >>> while asked := search.ask():
+        ...     search.tell(*asked, reward=1.0)
         >>> search.root.visits, len(search.nodes)
         (4, 4)
     """
+
+    own_settings = ("exploration_constant", "length_penalty", "random_child_probability")
 
     def __init__(self, num_layers: int, config: SearchConfig, rng: Random) -> None:
         super().__init__(num_layers, config, rng)
@@ -133,7 +134,7 @@ class TreeSearch(PathSearch):
         self._gains: dict[tuple[int, int], Gain] = {}  # by layer and what it became
         self._usual = Gain()
 
-    def _next(self) -> Decisions | None:
+    def _select(self) -> Decisions | None:
         trail: list[Edge] = []
         while True:
             node = trail[-1].node if trail else self.root
@@ -146,18 +147,18 @@ class TreeSearch(PathSearch):
                 continue
             trail.append(edge)
             if edge.node.visits == 0:
-                self._depart(trail)
+                self._add_virtual_loss(trail)
                 return edge.node.decisions
 
-    def _depart(self, trail: list[Edge]) -> None:
-        """Count the visits of a path that goes into flight; its reward is 0 until observed."""
+    def _add_virtual_loss(self, trail: list[Edge]) -> None:
+        """Count the visits of a path that goes into flight; its reward is 0 until it is known."""
         self.root.visits += 1
         for edge in trail:
             edge.visits += 1
             edge.node.visits += 1
         self._trails[trail[-1].node.decisions] = trail
 
-    def _learn(self, decisions: Decisions, reward: float) -> None:
+    def _backup(self, decisions: Decisions, reward: float) -> None:
         for node in (self.root, *(edge.node for edge in self._trails.pop(decisions))):
             node.value_sum += reward
         self._credit(decisions)

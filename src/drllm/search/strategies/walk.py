@@ -1,7 +1,4 @@
-"""The released code's search: one chain of random edits, as an baseline for the tree.
-
-Owns the chain. Leaves the edits to `actions`, the conversation with the runner and the stop rules
-to `strategies`. Rewards never steer it. Loads no torch.
+"""The released code's search: one chain of random edits, never steered by rewards. Loads no torch.
 
 Axes: L layers.
 """
@@ -13,9 +10,10 @@ from random import Random
 from drllm.config import SearchConfig
 from drllm.paths import Decisions
 from drllm.search.actions import apply, legal_actions
-from drllm.search.strategies import PathSearch
+from drllm.search.strategies import STRATEGIES, PathSearch
 
 
+@STRATEGIES.register("walk")
 class WalkSearch(PathSearch):
     """A random walk of edits that starts from the full path.
 
@@ -29,7 +27,7 @@ class WalkSearch(PathSearch):
 
     Example:
         >>> search = WalkSearch(4, SearchConfig(), Random(0))
-        >>> search.propose()
+        >>> search.ask()
         [(1, 1, 1, 1)]
     """
 
@@ -37,7 +35,7 @@ class WalkSearch(PathSearch):
         super().__init__(num_layers, config, rng)
         self._last = self._full
 
-    def _next(self) -> Decisions | None:
+    def _select(self) -> Decisions | None:
         while self._num_begun < self.config.num_simulations:
             actions = legal_actions(self._last, self.limit)
             if not actions and self._last == self._full:
@@ -50,6 +48,3 @@ class WalkSearch(PathSearch):
                 return self._last
             self.num_simulations_done += 1
         return None
-
-    def _learn(self, decisions: Decisions, reward: float) -> None:
-        """Do nothing: the walk goes on from the last path, whatever it was worth."""
