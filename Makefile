@@ -35,7 +35,7 @@ help:  ## list the targets
 setup: $(STAMP)  ## make the environment in .venv and get the model of the demo
 
 demo: $(STAMP)  ## search, supervise, train, evaluate and report on a small model
-	$(BIN)/drllm run recipes/demo.yaml --output-dir $(DEMO)
+	$(BIN)/drllm run demo --output-dir $(DEMO)
 
 test: $(STAMP)  ## run the tests (make test ARGS="-k cache" runs some)
 	$(BIN)/python $(PYTEST) $(ARGS)

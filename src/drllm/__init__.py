@@ -6,6 +6,7 @@ Public names are resolved on use, so that `import drllm` loads no torch.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from drllm.paths import to_decisions as to_decisions
     from drllm.paths import to_path as to_path
     from drllm.search.run import search_path as search_path
+
+    __version__: str
 
 _PUBLIC = {
     "RoutedModel": "drllm.models.routing.routed_model",
@@ -27,6 +30,8 @@ __all__ = ["RoutedModel", "generate_many", "search_path", "to_decisions", "to_pa
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("drllm")
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'drllm' has no attribute {name!r}")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from drllm.cli import checks
-from drllm.cli.parser import Request
 from drllm.cli.stages import loaded
 from drllm.cli.terminal import Terminal
+from drllm.cli.verbs import Flag, Request, verb
 from drllm.config import ModelConfig
 from drllm.models.export.files import check_output
 from drllm.records.path_files import read_path_file
@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 MB = 1e6
 
 
+@verb(
+    "export",
+    help="write a fixed path as an ordinary checkpoint, its layers listed in path order",
+    example="drllm export --model smollm2-135m --decisions plan.json --output exported/",
+    settings=(ModelConfig,),
+    flags=(
+        Flag("decisions", "file with decisions or a path", required=True),
+        Flag("output", "folder to make", required=True),
+    ),
+)
 def export(request: Request, terminal: Terminal) -> None:
     """Write a fixed path of a model as a checkpoint, and say what it is."""
     output = request.path("output")

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drllm.cli import checks, show
-from drllm.cli.parser import Request
 from drllm.cli.stages import attached, find_routers, loaded, model_of, read_routers
 from drllm.cli.terminal import Terminal, duration
-from drllm.cli.verbs import VERBS
-from drllm.config import DepthConfig, GenerateConfig
+from drllm.cli.verbs import VERBS, Flag, Request, verb
+from drllm.config import DepthConfig, GenerateConfig, ModelConfig
 from drllm.cost import executions, mean_executions
 from drllm.errors import ConfigError, TaskError
 from drllm.records import write_atomically
@@ -51,6 +50,19 @@ class Asked:
     prompt: str | list[dict[str, Any]]
 
 
+@verb(
+    "generate",
+    help="answer a prompt and show the route that it took, or answer a file of prompts",
+    example='drllm generate --routers checkpoints/first "Why is the sky blue?"',
+    settings=(ModelConfig, GenerateConfig, DepthConfig),
+    flags=(
+        Flag("prompt", "what to answer", positional=True),
+        Flag("routers", "routers: a folder or a hub id; without, every layer is executed"),
+        Flag("file", "prompts to answer instead of PROMPT (.jsonl)"),
+        Flag("output", "with --file: answers to write (.jsonl); default: print them"),
+    ),
+    model_from_routers=True,
+)
 def generate(request: Request, terminal: Terminal) -> None:
     """Answer one prompt and show its route, or answer a file of prompts."""
     config, depth = request.of(GenerateConfig), request.of(DepthConfig)

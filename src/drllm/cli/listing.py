@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from drllm.cli.tables import new_table
 from drllm.cli.terminal import Terminal
+from drllm.cli.verbs import Flag, Request, verb
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, unknown_name
 from drllm.evaluation.baselines.registry import BASELINES, NOT_COMPARED
@@ -19,6 +20,20 @@ from drllm.tasks.base import describe_tasks
 
 if TYPE_CHECKING:
     from drllm.models.architectures.check import Finding
+
+
+@verb(
+    "ls",
+    help="list tasks, models, architectures or baselines",
+    example="drllm ls tasks",
+    flags=(
+        Flag("what", "tasks, models, architectures or baselines", required=True, positional=True),
+        Flag("model", "a model whose architecture to check, in place of all known"),
+    ),
+)
+def list_names(request: Request, terminal: Terminal) -> None:
+    """List tasks, models, architectures or baselines."""
+    list_what(request.text("what"), terminal, request.values["model"])
 
 
 def list_what(what: str, terminal: Terminal, model: str | None = None) -> None:

@@ -1,9 +1,7 @@
-"""From the words of a command line to checked settings: verbs, flags, messages.
+"""From the words of a command line to checked settings.
 
-Owns how the settings of `config` become flags, the order of precedence (flag,
-then the file given as `--config`, then default), and one-line wording for whatever the parser
-refuses. Leaves reading files to `settings_files` and what a verb does to `stages`, `run_folder`
-and `show`. Loads no torch.
+A flag wins over the file given as `--config`, and that over the default. What is wrong with a
+line is said in one line that names the flag, the value and what was expected.
 """
 
 from __future__ import annotations
@@ -12,54 +10,21 @@ import argparse
 import dataclasses
 import itertools
 import re
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from jsonargparse import ActionYesNo, ArgumentParser
-
-from drllm.cli.settings_files import read_settings
-from drllm.cli.verbs import FOREIGN, VERBS, Flag, Verb
+from drllm.cli.verbs import FOREIGN, VERBS, Flag, Request, Verb
 from drllm.config import ModelConfig
-from drllm.config.settings import Settings
+from drllm.config.files import as_text, canonical, read_yaml
+from drllm.config.settings import Settings, check_text, flag_of, kinds_of
 from drllm.errors import ConfigError, unknown_name
 
-SettingsType = TypeVar("SettingsType", bound=Settings)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """A command line, understood and checked.
-
-    Attributes:
-        verb: Name of the verb.
-        settings: One object of each of the verb's groups.
-        values: What its own flags say, by name.
-        model_given: The user named a base model.
-    """
-
-    verb: str
-    settings: tuple[Settings, ...]
-    values: Mapping[str, Any]
-    model_given: bool = False
-
-    def of(self, kind: type[SettingsType]) -> SettingsType:
-        """Return the settings of one group of the verb."""
-        return next(group for group in self.settings if isinstance(group, kind))
-
-    def text(self, name: str) -> str:
-        """Return the value of a flag that is there."""
-        return str(self.values[name])
-
-    def path(self, name: str) -> Path:
-        """Return the value of a flag that is there, as a path."""
-        return Path(self.text(name)).expanduser()
-
-    def paths(self, name: str) -> list[Path]:
-        """Return the values of a flag that takes several."""
-        return [Path(value).expanduser() for value in self.values[name]]
+_WANTED = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+_NUMBER = {
+    int: re.compile(r"[+-]?\d{1,20}"),
+    float: re.compile(r"[+-]?(\d{1,400}(\.\d*)?|\.\d+)([eE][+-]?\d{1,5})?"),
+}
 
 
 def parse(words: Sequence[str]) -> Request:
@@ -81,110 +46,112 @@ def parse(words: Sequence[str]) -> Request:
         known = {**VERBS, **FOREIGN}
         raise ConfigError(unknown_name(kind, name, known) + "; 'drllm --help' explains them")
     verb = VERBS[name]
-    parser = new_parser(name)
-    arguments, files = _take_config_files(_with_dashes(rest))
-    defaults: dict[str, Any] = {}
-    for file in files:
-        defaults.update(read_settings(file, verb))
-    parser.set_defaults(defaults)
+    rest = _with_dashes(rest)
+    _check_switches(verb, rest)
     try:
-        parsed = vars(parser.parse_args(arguments))
+        parsed, unknown = new_parser(verb).parse_known_args(rest)
     except argparse.ArgumentError as error:
-        raise _explain(error, name, arguments) from error
-    return _request(name, verb, parsed)
-
-
-def _request(name: str, verb: Verb, parsed: Mapping[str, Any]) -> Request:
+        raise ConfigError(f"{' '.join(str(error).split())}; see 'drllm {name} --help'") from error
+    if unknown:
+        raise _unknown(verb, unknown[0], rest)
+    given = {key: value for key, value in vars(parsed).items() if value not in (None, [])}
+    values: dict[str, Any] = {}
+    for file in given.pop("config", []):
+        check_text("--config", file)
+        values.update(_read_settings(Path(file).expanduser(), verb))
     for flag in verb.flags:
-        if flag.required and not parsed[flag.name]:
+        for text in _texts(given.get(flag.name)):
+            check_text(flag.shown, text)
+    for group in verb.settings:
+        kinds = kinds_of(group)
+        for declared in dataclasses.fields(group):
+            if isinstance(said := given.get(declared.name), str):
+                given[declared.name] = _value(declared, kinds[declared.name], said)
+    return _request(verb, values | given)
+
+
+def _texts(value: Any) -> list[str]:
+    return [
+        each
+        for each in (value if isinstance(value, list) else [value])
+        if each is not None and not isinstance(each, bool)
+    ]
+
+
+def _request(verb: Verb, values: Mapping[str, Any]) -> Request:
+    own: dict[str, Any] = {}
+    for flag in verb.flags:
+        missing: Any = [] if flag.many else False if flag.switch else flag.default
+        own[flag.name] = values.get(flag.name, missing)
+        if flag.required and not own[flag.name]:
             raise ConfigError(
-                f"{name} needs {flag.shown} ({flag.help}), for example: {verb.example}"
+                f"{verb.name} needs {flag.shown} ({flag.help}), for example: {verb.example}"
             )
-    values = dict(parsed)
-    model_given = values.get("model") is not None
-    if not model_given:
-        values.pop("model", None)
     settings = []
-    for group in verb.groups:
+    for group in verb.settings:
         names = [declared.name for declared in dataclasses.fields(group)]
         settings.append(group(**{key: values[key] for key in names if key in values}))
     return Request(
-        verb=name,
-        settings=tuple(settings),
-        values={flag.name: parsed[flag.name] for flag in verb.flags},
-        model_given=model_given,
+        verb=verb.name, settings=tuple(settings), values=own, model_given="model" in values
     )
 
 
 # --- flags -------------------------------------------------------------------------------------
 
 
-def new_parser(name: str) -> ArgumentParser:
-    """Return the parser of one verb, every flag with its type, default and accepted values."""
-    verb = VERBS[name]
-    parser = ArgumentParser(
-        prog=f"drllm {name}",
+def new_parser(verb: Verb) -> argparse.ArgumentParser:
+    """Return the parser of one verb: every value is read as text, and None where it is missing."""
+    places = [f"[{flag.shown}]" for flag in verb.flags if flag.positional]
+    parser = argparse.ArgumentParser(
+        prog=f"drllm {verb.name}",
+        usage=" ".join(["%(prog)s", "[flags]", *places]),
         description=f"{verb.help[0].upper()}{verb.help[1:]}.",
         epilog=f"example: {verb.example}",
         exit_on_error=False,
         allow_abbrev=False,
-        default_env=False,
+        argument_default=argparse.SUPPRESS,
     )
     for flag in verb.flags:
-        _add_flag(parser, flag)
-    for group in verb.groups:
+        text = flag.help + (f" (default: {flag.default})" if flag.default else "")
+        options: dict[str, Any] = {"help": _escaped(text), "metavar": flag.name.upper()}
+        if flag.positional:
+            # Optional to argparse, so that what is missing is said in our words.
+            parser.add_argument(flag.name, nargs="*" if flag.many else "?", **options)
+        elif flag.switch:
+            parser.add_argument(flag.shown, action="store_true", help=options["help"])
+        else:
+            parser.add_argument(
+                flag.shown, nargs="+" if flag.many else None, dest=flag.name, **options
+            )
+    for group in verb.settings:
         _add_settings(parser, group, verb)
-    if verb.groups:
-        # Read before everything else, see _take_config_files; here for the help text.
+    if verb.settings:
         parser.add_argument(
-            "--config", type=str | None, metavar="FILE", help="settings in YAML; flags win over it"
+            "--config", action="append", metavar="FILE", help="settings in YAML; flags win over it"
         )
     return parser
 
 
-def _add_flag(parser: ArgumentParser, flag: Flag) -> None:
-    options: dict[str, Any] = {"help": _escaped(flag.help), "metavar": flag.name.upper()}
-    if flag.positional:
-        # Optional to argparse, so that what is missing is said in our words.
-        parser.add_argument(flag.name, nargs="*" if flag.many else "?", type=str, **options)
-    elif flag.switch:
-        parser.add_argument(flag.shown, action="store_true", help=options["help"])
-    elif flag.many:
-        parser.add_argument(flag.shown, nargs="+", type=str, default=[], **options)
-    else:
-        parser.add_argument(flag.shown, type=str | None, default=flag.default, **options)
-
-
-def _add_settings(parser: ArgumentParser, group: type[Settings], verb: Verb) -> None:
+def _add_settings(parser: argparse.ArgumentParser, group: type[Settings], verb: Verb) -> None:
     section = parser.add_argument_group(group.__name__.removesuffix("Config").lower())
-    hints = typing.get_type_hints(group)
+    kinds = kinds_of(group)
     for declared in dataclasses.fields(group):
-        rules = declared.metadata
-        names = ["--" + declared.name.replace("_", "-")]
-        if rules["alias"]:
-            names.append("--" + rules["alias"].replace("_", "-"))
-        text, hint, default = rules["help"], hints[declared.name], declared.default
+        rules, kind = declared.metadata, kinds[declared.name][0]
+        names = [flag_of(name) for name in (declared.name, rules["alias"]) if name]
+        text = rules["help"]
         if rules["choices"]:
             text += f"; one of {', '.join(rules['choices'])}"
         if group is ModelConfig and declared.name == "model" and verb.model_from_routers:
             text += "; without it the one that the routers name"
-            hint, default = str | None, None
-        if hint is bool:
-            section.add_argument(
-                *names,
-                action=ActionYesNo(yes_prefix="", no_prefix="no-"),
-                default=default,
-                help=_escaped(text),
-            )
+        elif declared.default is not None:
+            default = str(declared.default).lower() if kind is bool else declared.default
+            text += f" (default: {default})"
+        options: dict[str, Any] = {"dest": declared.name, "help": _escaped(text)}
+        if kind is bool:
+            section.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
         else:
-            section.add_argument(
-                *names, type=hint, default=default, metavar=_metavar(hint), help=_escaped(text)
-            )
-
-
-def _metavar(hint: Any) -> str:
-    kinds = typing.get_args(hint) or (hint,)
-    return {int: "N", float: "X"}.get(kinds[0], "TEXT")
+            metavar = {int: "N", float: "X"}.get(kind, "TEXT")
+            section.add_argument(*names, metavar=metavar, **options)
 
 
 def _escaped(text: str) -> str:
@@ -204,98 +171,121 @@ def _with_dashes(words: Sequence[str]) -> list[str]:
     return written
 
 
-def _take_config_files(words: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """Take `--config FILE` out of the line: wherever it stands, flags win over the file."""
-    left: list[str] = []
-    files: list[Path] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if word == "--":
-            return [*left, word, *rest], files
-        if word == "--config" and rest and not rest[0].startswith("--"):
-            files.append(Path(rest.pop(0)).expanduser())
-        elif word.startswith("--config="):
-            files.append(Path(word.removeprefix("--config=")).expanduser())
-        else:
-            left.append(word)
-    return left, files
+def _value(declared: dataclasses.Field[Any], kinds: Sequence[type], text: str) -> Any:
+    """Return the value of a setting that the line gives as text."""
+    kind = kinds[0]
+    if kind is str:
+        return text
+    if _NUMBER[kind].fullmatch(text):
+        return kind(text)
+    raise ConfigError(
+        f"{flag_of(declared.name)} is {text[:80]!r}; give {_WANTED[kind]} "
+        f"({declared.metadata['help']})"
+    )
 
 
-# --- what the parser refuses -------------------------------------------------------------------
-
-_WANTED = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+# --- files -------------------------------------------------------------------------------------
 
 
-def _explain(error: argparse.ArgumentError, name: str, words: Sequence[str]) -> ConfigError:
-    """Say in one line what argparse or jsonargparse says in several."""
-    text = str(error)
-    verb = VERBS[name]
-    if match := re.search(r"unrecognized arguments: (.*)", text, re.DOTALL):
-        unknown = match[1].split()[0]
-        flags = _flag_names(verb)
-        if unknown.startswith("-"):
-            wrong = unknown.partition("=")[0]
-            return ConfigError(unknown_name("flag", wrong, flags) + f" ('drllm {name} --help')")
-        before = {word: flag for flag, word in itertools.pairwise(words)}.get(unknown, "")
-        return _one_too_many(verb, before, unknown) or ConfigError(
-            f"{name} has no use for {unknown!r}; put texts with spaces in quotes, or see "
-            f"'drllm {name} --help'"
-        )
-    match = re.search(r"argument (--[\w-]+).*ignored explicit argument '(.*)'", text)
-    if match and (refused := _one_too_many(verb, match[1], match[2])):
-        return refused
-    if match := re.search(r"argument (--[\w-]+).*expected (?:one|at least one) argument", text):
-        return ConfigError(f"{match[1]} has no value; {_expectation(verb, match[1])}")
-    if match := re.search(r'Parser key "(\w+)"', text):
-        flag = "--" + match[1].replace("_", "-")
-        return ConfigError(f"{flag} is {_value_of(flag, words)!r}; {_expectation(verb, flag)}")
-    return ConfigError(" ".join(text.split()) + f"; see 'drllm {name} --help'")
+def _read_settings(path: Path, verb: Verb) -> dict[str, Any]:
+    """Read and check a `--config` file for a verb.
+
+    Raises:
+        ConfigError: As `read_yaml`; an unknown setting, or a value that doesn't fit.
+    """
+    values = read_yaml(path, "settings")
+    for group in verb.settings:
+        values = canonical(group, values)
+    known = [flag.name for flag in verb.flags if not flag.positional]
+    known += [declared.name for group in verb.settings for declared in dataclasses.fields(group)]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{path}: " + unknown_name("setting", key, known))
+    try:
+        for flag in verb.flags:
+            if flag.name in values:
+                values[flag.name] = _flag_value(flag, values[flag.name])
+        for group in verb.settings:
+            names = {declared.name for declared in dataclasses.fields(group)}
+            group(**{key: value for key, value in values.items() if key in names})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return values
 
 
-def _one_too_many(verb: Verb, flag: str, value: str) -> ConfigError | None:
-    """Return what is wrong with a value behind a switch; None where the flag is no switch."""
-    said = f"takes no value, but {value!r} follows it"
-    if any(own.switch and own.shown == flag for own in verb.flags):
-        return ConfigError(f"{flag} {said}; leave that out")
-    for group in verb.groups:
-        for name, hint in typing.get_type_hints(group).items():
-            on, off = (f"--{prefix}{name.replace('_', '-')}" for prefix in ("", "no-"))
-            if hint is bool and flag in (on, off):
-                other = f"{off} turns it off" if flag == on else f"{on} turns it on"
-                return ConfigError(f"{flag} {said}; {other}")
-    return None
+def _flag_value(flag: Flag, value: Any) -> Any:
+    """Return what a file says for a verb's own flag."""
+    if flag.switch:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{flag.shown} is {value!r}; give true or false")
+        return value
+    texts = [as_text(each) for each in (value if isinstance(value, list) else [value])]
+    if not all(isinstance(text, str) for text in texts) or (len(texts) != 1 and not flag.many):
+        wanted = "one text or a list of texts" if flag.many else "a text"
+        raise ConfigError(f"{flag.shown} is {value!r}; give {wanted}")
+    for text in texts:
+        check_text(flag.shown, text)
+    return texts if flag.many else texts[0]
 
 
-def _flag_names(verb: Verb) -> list[str]:
-    own = [flag.shown for flag in verb.flags if not flag.positional]
-    fields = [declared for group in verb.groups for declared in dataclasses.fields(group)]
-    config = ["--config"] if verb.groups else []
-    return [*own, *("--" + field.name.replace("_", "-") for field in fields), *config, "--help"]
+# --- what is refused ---------------------------------------------------------------------------
 
 
-def _expectation(verb: Verb, flag: str) -> str:
-    for own in verb.flags:
-        if own.shown == flag:
-            return f"give one ({own.help})"
-    for group in verb.groups:
-        hints = typing.get_type_hints(group)
+def _check_switches(verb: Verb, words: Sequence[str]) -> None:
+    """Refuse `--switch=value`, and a flag without its value."""
+    switches = _switches(verb)
+    valued = {flag.shown: f"one ({flag.help})" for flag in verb.flags if not flag.switch}
+    for group in verb.settings:
         for declared in dataclasses.fields(group):
-            alias = declared.metadata["alias"] or ""
-            if flag.removeprefix("--").replace("-", "_") in (declared.name, alias):
-                kinds = typing.get_args(hints[declared.name]) or (hints[declared.name],)
-                choices = declared.metadata["choices"]
-                wanted = f"one of {', '.join(choices)}" if choices else _WANTED[kinds[0]]
-                return f"give {wanted} ({declared.metadata['help']})"
-    return "give the name of a YAML file"
+            rules, kind = declared.metadata, kinds_of(group)[declared.name][0]
+            choices = rules["choices"]
+            wanted = f"one of {', '.join(choices)}" if choices else _WANTED[kind]
+            for name in (declared.name, rules["alias"]):
+                if name and flag_of(name) not in switches:
+                    valued[flag_of(name)] = f"{wanted} ({rules['help']})"
+    if verb.settings:
+        valued["--config"] = "the name of a YAML file"
+    for word, after in itertools.zip_longest(words, words[1:]):
+        if word == "--":
+            return
+        name, equals, value = word.partition("=")
+        if equals and name in switches:
+            raise _one_too_many(name, value, switches)
+        if name in valued and not equals and (after is None or after.startswith("--")):
+            raise ConfigError(f"{name} has no value; give {valued[name]}")
 
 
-def _value_of(flag: str, words: Sequence[str]) -> str:
-    """Return the last value that the line gives a flag."""
-    found = ""
-    for place, word in enumerate(words):
-        if word == flag and place + 1 < len(words):
-            found = words[place + 1]
-        elif word.startswith(flag + "="):
-            found = word.removeprefix(flag + "=")
+def _unknown(verb: Verb, word: str, words: Sequence[str]) -> ConfigError:
+    """Return what is wrong with a word that the parser can't place."""
+    if word.startswith("-"):
+        flags = [flag.shown for flag in verb.flags if not flag.positional]
+        flags += [flag_of(d.name) for group in verb.settings for d in dataclasses.fields(group)]
+        flags += ["--config", "--help"] if verb.settings else ["--help"]
+        said = unknown_name("flag", word.partition("=")[0], flags)
+        return ConfigError(f"{said} ('drllm {verb.name} --help')")
+    switches = _switches(verb)
+    before = {after: word for word, after in itertools.pairwise(words)}.get(word, "")
+    if before in switches:
+        return _one_too_many(before, word, switches)
+    return ConfigError(
+        f"{verb.name} has no use for {word!r}; put texts with spaces in quotes, or see "
+        f"'drllm {verb.name} --help'"
+    )
+
+
+def _switches(verb: Verb) -> dict[str, str]:
+    """Return every flag that takes no value, with the flag that undoes it or nothing."""
+    found = {flag.shown: "" for flag in verb.flags if flag.switch}
+    for group in verb.settings:
+        for declared in dataclasses.fields(group):
+            if kinds_of(group)[declared.name][0] is bool:
+                for name in filter(None, (declared.name, declared.metadata["alias"])):
+                    on, off = flag_of(name), flag_of(f"no_{name}")
+                    found[on], found[off] = f"{off} turns it off", f"{on} turns it on"
     return found
+
+
+def _one_too_many(flag: str, value: str, switches: Mapping[str, str]) -> ConfigError:
+    return ConfigError(
+        f"{flag} takes no value, but {value!r} follows it; {switches[flag] or 'leave that out'}"
+    )

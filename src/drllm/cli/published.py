@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from drllm.cli.parser import Request
+from drllm.cli.verbs import Request
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError
 from drllm.records import join_supervision, read_supervision

@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 
 from drllm.cli import checks
-from drllm.cli.settings_files import canonical, read_yaml, with_underscores
 from drllm.config import (
     EvaluateConfig,
     ModelConfig,
@@ -21,6 +20,7 @@ from drllm.config import (
     SuperviseConfig,
     TrainConfig,
 )
+from drllm.config.files import canonical, read_yaml, with_underscores
 from drllm.config.settings import Settings, from_dict
 from drllm.errors import ConfigError, unknown_name
 from drllm.supervision import check_settings

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from drllm.cli import checks, searching, stages
 from drllm.cli.ledger import Ledger
-from drllm.cli.parser import Request
 from drllm.cli.recipe import Recipe, read_recipe
 from drllm.cli.show_results import show_results
 from drllm.cli.terminal import Terminal, duration
+from drllm.cli.verbs import Flag, Request, verb
 from drllm.config import ModelConfig
+from drllm.errors import ConfigError, unknown_name
 from drllm.evaluation.baselines.registry import files_needed
 from drllm.records import sha256, write_atomically
 from drllm.search.plan import decisive
@@ -37,8 +38,25 @@ if TYPE_CHECKING:
 RECIPE_FILE = "run.yaml"
 STAGES = ("search", "supervise", "train", "evaluate", "report")
 RUNS = Path("runs")
+RECIPES = Path(__file__).with_name("recipes")
+IN_A_FOLDER = (
+    Flag("output_dir", "folder of the run; default: runs/ and the file's name"),
+    Flag("data_dir", "folder with SPLIT.jsonl[.gz] files by task"),
+)
 
 
+@verb(
+    "run",
+    help="carry out a recipe: all stages in a row, skipping what is done",
+    example="drllm run demo --output-dir runs/demo",
+    flags=(
+        Flag(
+            "recipe", "YAML file, or the name of a recipe of ours", required=True, positional=True
+        ),
+        *IN_A_FOLDER,
+    ),
+    resumes=True,
+)
 def run(request: Request, terminal: Terminal) -> None:
     """Carry out a recipe, and print the results, each stage's time and the report's place.
 
@@ -46,7 +64,7 @@ def run(request: Request, terminal: Terminal) -> None:
         ConfigError: The recipe or the folder can't be used; nothing has been written then.
         RecordError: The folder holds files that can't be trusted, or no question has a target.
     """
-    path = request.path("recipe")
+    path = find_recipe(request.path("recipe"))
     folder = folder_of(request, path)
     recipe = read_recipe(path, folder, request.values["data_dir"])
     tasks = recipe.tasks()
@@ -59,6 +77,23 @@ def run(request: Request, terminal: Terminal) -> None:
     for name, seconds, skipped in done:
         terminal.say(f"{name:12} {duration(seconds)}{', done before' if skipped else ''}")
     terminal.say(f"{'report':12} {folder / 'report.html'}")
+
+
+def find_recipe(given: Path) -> Path:
+    """Return the file of a recipe or sweep, given as a file or as the name of one of ours.
+
+    Raises:
+        ConfigError: No such file, and no such name.
+    """
+    if given.suffix or given.is_absolute() or given.is_file():
+        return given
+    ours = RECIPES / f"{given}.yaml"
+    if not ours.is_file():
+        names = [path.relative_to(RECIPES).with_suffix("") for path in RECIPES.rglob("*.yaml")]
+        raise ConfigError(
+            unknown_name("recipe", str(given), map(str, names)) + "; or give a YAML file"
+        )
+    return ours
 
 
 def folder_of(request: Request, file: Path) -> Path:

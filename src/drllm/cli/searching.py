@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drllm.cli import checks, show
-from drllm.cli.parser import Request
 from drllm.cli.show_supervision import say_written
 from drllm.cli.stages import attached, loaded
 from drllm.cli.tables import new_table
 from drllm.cli.terminal import Progress, Terminal, duration
+from drllm.cli.verbs import Flag, Request, verb
 from drllm.config import ModelConfig, SearchConfig, SuperviseConfig
 from drllm.records import (
     SearchRecord,
@@ -43,6 +43,20 @@ PROMPT_SHOWN = 600
 """Characters of a prompt that are shown; of a longer one, half of them from either end."""
 
 
+@verb(
+    "search",
+    help="try layer paths for each question: search.jsonl, then supervision.jsonl",
+    example="drllm search --dataset builtin_facts --limit 64 --output-dir data/",
+    settings=(ModelConfig, SearchConfig),
+    flags=(
+        Flag(
+            "dry_run",
+            "measure a few paths and say what the search will take; writes nothing",
+            switch=True,
+        ),
+    ),
+    resumes=True,
+)
 def search(request: Request, terminal: Terminal) -> None:
     """Search the tasks' questions, then choose target paths by the default rules."""
     config, model = request.of(SearchConfig), request.of(ModelConfig)

@@ -21,6 +21,7 @@ from drllm.cli.show_supervision import say_classes, show_rejected, show_supervis
 from drllm.cli.show_sweep import show_sweep
 from drllm.cli.tables import new_table
 from drllm.cli.terminal import Terminal, duration
+from drllm.cli.verbs import Flag, Request, verb
 from drllm.errors import RecordError
 from drllm.paths import Decision, sketch
 from drllm.records import (
@@ -100,6 +101,25 @@ def _by_task(counts: Mapping[str, int]) -> str:
 
 
 # --- show --------------------------------------------------------------------------------------
+
+
+@verb(
+    "show",
+    help="print any file or folder of ours in readable form",
+    example="drllm show runs/demo",
+    flags=(
+        Flag(
+            "place",
+            "a records file, a result, a folder of routers or a run folder",
+            required=True,
+            positional=True,
+        ),
+        Flag("question", "id of a searched question, to draw the paths tried on it"),
+    ),
+)
+def show_place(request: Request, terminal: Terminal) -> None:
+    """Print a file or folder of ours."""
+    show(request.path("place"), terminal, request.values["question"])
 
 
 def show(place: Path, terminal: Terminal, question: str | None = None) -> None:

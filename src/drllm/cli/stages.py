@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drllm.cli import checks, listing, published, show
-from drllm.cli.parser import Request
+from drllm.cli import checks, published
 from drllm.cli.show_results import show_results
 from drllm.cli.show_supervision import say_written
 from drllm.cli.terminal import Terminal
+from drllm.cli.verbs import Flag, Request, verb
 from drllm.config import EvaluateConfig, ModelConfig, SuperviseConfig, TrainConfig
 from drllm.errors import CheckpointError, ConfigError
 from drllm.records import SupervisionRecord, join_supervision
@@ -38,6 +38,16 @@ CHECKPOINTS = Path("checkpoints")
 # --- the verbs ---------------------------------------------------------------------------------
 
 
+@verb(
+    "supervise",
+    help="choose one target path a question from what the search tried",
+    example="drllm supervise --search data/search.jsonl --output data/supervision.jsonl",
+    settings=(SuperviseConfig,),
+    flags=(
+        Flag("search", "search.jsonl files to read", many=True, required=True),
+        Flag("output", "supervision.jsonl to write", required=True),
+    ),
+)
 def supervise(request: Request, terminal: Terminal) -> None:
     """Choose target paths from search records."""
     output = request.path("output")
@@ -46,8 +56,38 @@ def supervise(request: Request, terminal: Terminal) -> None:
     say_written(output, summary, terminal)
 
 
+@verb(
+    "train",
+    help="train the routers on target paths",
+    example="drllm train --supervision data/supervision.jsonl --run-name first",
+    settings=(ModelConfig, TrainConfig),
+    flags=(
+        Flag(
+            "supervision",
+            "supervision.jsonl files to learn from; default: what the published search command "
+            "leaves in data/mcts_paths/, or in data/",
+            many=True,
+        ),
+        Flag("with_squad", "learn from the squad_v2 targets in data/squad_v2/ too", switch=True),
+        Flag(
+            "with_commonsense",
+            "learn from the commonsense_qa targets in data/commonsense_qa/ too",
+            switch=True,
+        ),
+        Flag("run_name", "write the routers to checkpoints/NAME"),
+        Flag("output", "write the routers to this folder instead"),
+        Flag(
+            "features",
+            "keep the routers' inputs in this folder and use them again; default: in features/ "
+            "in the routers' folder, deleted after training",
+        ),
+    ),
+    resumes=True,
+)
 def train(request: Request, terminal: Terminal) -> None:
     """Train routers on target paths."""
+    from drllm.cli import show
+
     output = _routers_folder(request)
     config = request.of(TrainConfig)
     config.check_effects()
@@ -96,6 +136,23 @@ def _is_finished(folder: Path) -> bool:
     return is_finished(folder)
 
 
+@verb(
+    "evaluate",
+    help="compare base, routed model and baselines on tasks",
+    example="drllm evaluate --routers checkpoints/first --tasks builtin_facts",
+    settings=(ModelConfig, EvaluateConfig),
+    flags=(
+        Flag(
+            "routers",
+            "routers: a folder or a hub id; further ones are of other seeds, to see the spread",
+            many=True,
+            required=True,
+        ),
+        Flag("output_dir", "folder for the results", default="eval/"),
+    ),
+    model_from_routers=True,
+    resumes=True,
+)
 def evaluate(request: Request, terminal: Terminal) -> None:
     """Evaluate base, routed model and baselines, and print the table."""
     config = request.of(EvaluateConfig)
@@ -127,6 +184,21 @@ def model_of(request: Request, routers: RouterStack | None) -> ModelConfig:
     return dataclasses.replace(config, model=routers.config.base_model, revision=revision)
 
 
+@verb(
+    "report",
+    help="write report.html and report.md from the records of a run",
+    example="drllm report runs/demo",
+    flags=(
+        Flag(
+            "run_dir",
+            "folders that 'drllm run' has written; several are compared",
+            many=True,
+            required=True,
+            positional=True,
+        ),
+        Flag("output", "folder or .html file; default: the one run folder"),
+    ),
+)
 def report(request: Request, terminal: Terminal) -> None:
     """Write the report of one or more run folders."""
     from drllm.reporting import write_report
@@ -134,16 +206,6 @@ def report(request: Request, terminal: Terminal) -> None:
     output = request.values["output"]
     files = write_report(request.paths("run_dir"), request.path("output") if output else None)
     terminal.say(f"report         {', '.join(map(str, files))}")
-
-
-def list_names(request: Request, terminal: Terminal) -> None:
-    """List tasks, models, architectures or baselines."""
-    listing.list_what(request.text("what"), terminal, request.values["model"])
-
-
-def show_place(request: Request, terminal: Terminal) -> None:
-    """Print a file or folder of ours."""
-    show.show(request.path("place"), terminal, request.values["question"])
 
 
 # --- the stages, with a loaded model -----------------------------------------------------------

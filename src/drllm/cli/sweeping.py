@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from drllm.cli import checks
-from drllm.cli.parser import Request
 from drllm.cli.recipe import Recipe, parse_recipe
-from drllm.cli.run_folder import Loader, Run, folder_of
-from drllm.cli.settings_files import read_yaml, with_underscores
+from drllm.cli.run_folder import IN_A_FOLDER, Loader, Run, find_recipe, folder_of
 from drllm.cli.show_results import show_results
 from drllm.cli.show_sweep import show_sweep
 from drllm.cli.terminal import Terminal
+from drllm.cli.verbs import Flag, Request, verb
 from drllm.config import EvaluateConfig
+from drllm.config.files import read_yaml, with_underscores
 from drllm.errors import ConfigError, unknown_name
 from drllm.records import SCHEMA_VERSION, sha256, write_atomically
 from drllm.reporting.sweeps import (
@@ -178,6 +178,22 @@ def for_choice(config: EvaluateConfig) -> EvaluateConfig:
     )
 
 
+@verb(
+    "sweep",
+    help="train with many settings, choose one on the select split, test it once",
+    example="drllm sweep sweeps/demo --output-dir runs/sweep",
+    flags=(
+        Flag(
+            "sweep",
+            "YAML file, or the name of a sweep of ours: a recipe, and under 'settings' what "
+            "differs from it",
+            required=True,
+            positional=True,
+        ),
+        *IN_A_FOLDER,
+    ),
+    resumes=True,
+)
 def sweep(request: Request, terminal: Terminal) -> None:
     """Carry out a sweep, print its table, and the test of what was chosen.
 
@@ -185,7 +201,7 @@ def sweep(request: Request, terminal: Terminal) -> None:
         ConfigError: The file or the folder can't be used; nothing has been written then.
         RecordError: The folder holds files that can't be trusted, or a setting has no targets.
     """
-    path = request.path("sweep")
+    path = find_recipe(request.path("sweep"))
     folder = folder_of(request, path)
     swept = read_sweep(path, folder, request.values["data_dir"])
     tasks = swept.common.tasks()

@@ -1,13 +1,9 @@
-"""What a setting is: a field with a type, bounds and help text, checked when its group is made.
-
-Owns the machinery of the settings groups; which settings there are is in `config`. Loads no torch.
-"""
+"""What a setting is: a field with a type, bounds and help text, checked when its group is made."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
 import typing
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -88,10 +84,10 @@ class Settings:
         Raises:
             ConfigError: Naming the setting, the value, and what was expected.
         """
-        hints = typing.get_type_hints(type(self))
+        kinds = kinds_of(type(self))
         for declared in dataclasses.fields(self):
             value = getattr(self, declared.name)
-            _check_type(declared.name, value, hints[declared.name])
+            _check_type(declared.name, value, kinds[declared.name])
             _check(declared.name, value, declared.metadata)
 
     def check_effects(self) -> None:
@@ -136,11 +132,20 @@ _KINDS = {
     float: "a number (in YAML 1e-3 is text; write 1.0e-3)",
     str: "text",
 }
+LARGEST_INT = 2**63 - 1
 
 
-def _check_type(name: str, value: Any, hint: Any) -> None:
+def kinds_of(group: type[Settings]) -> dict[str, tuple[type, ...]]:
+    """Return the types that each setting of a group takes; `int | None` is two."""
+    hints = typing.get_type_hints(group)
+    return {
+        declared.name: typing.get_args(hints[declared.name]) or (hints[declared.name],)
+        for declared in dataclasses.fields(group)
+    }
+
+
+def _check_type(name: str, value: Any, kinds: tuple[type, ...]) -> None:
     """Refuse a value of another type, as a YAML file or a caller may give it."""
-    kinds = typing.get_args(hint) or (hint,)  # `int | None` is two
     accepted = (*kinds, int) if float in kinds else kinds
     misfit = isinstance(value, bool) and bool not in kinds  # to Python a bool is an int
     if misfit or not isinstance(value, accepted):
@@ -155,20 +160,36 @@ def flag_of(name: str) -> str:
 
 def _check(name: str, value: Any, rules: Any) -> None:
     flag = flag_of(name)
-    choices = rules.get("choices")
-    if choices and value is not None and value not in choices:
-        raise ConfigError(f"{flag}: " + unknown_name("value", str(value), choices))
+    choices = rules["choices"]
+    if isinstance(value, str):
+        check_text(flag, value)
+        if choices and value not in choices:
+            raise ConfigError(f"{flag}: " + unknown_name("value", value, choices))
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
-    if not math.isfinite(value):
-        raise ConfigError(f"{flag} is {value}; give a finite number")
-    minimum, maximum, above = rules.get("minimum"), rules.get("maximum"), rules.get("above")
+    if not abs(value) <= LARGEST_INT:
+        long = isinstance(value, int) and value.bit_length() > 100
+        raise ConfigError(
+            f"{flag} is {'a number of many digits' if long else value}; give a finite number "
+            f"below 2^63"
+        )
+    minimum, maximum, above = rules["minimum"], rules["maximum"], rules["above"]
     if minimum is not None and value < minimum:
         raise ConfigError(f"{flag} is {value}; give a value of at least {minimum}")
     if above is not None and value <= above:
         raise ConfigError(f"{flag} is {value}; give a value above {above}")
     if maximum is not None and value > maximum:
         raise ConfigError(f"{flag} is {value}; give a value of at most {maximum}")
+
+
+def check_text(flag: str, text: str) -> None:
+    """Refuse a text that is empty or that no file could be named by.
+
+    Raises:
+        ConfigError: Naming the flag.
+    """
+    if not text.strip() or "\0" in text:
+        raise ConfigError(f"{flag} is {text!r}; give a text, or leave it out")
 
 
 def from_dict(kind: type[Any], values: dict[str, Any], where: str) -> Any:

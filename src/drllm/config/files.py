@@ -1,0 +1,132 @@
+"""Settings in YAML files: sections of a recipe, and what a verb reads with `--config`.
+
+Names may have dashes or be published ones. A number is read as its text where the setting is a
+text: 1.10 may be the name of a branch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from drllm.config.settings import Settings, kinds_of
+from drllm.errors import ConfigError
+
+
+class WrittenInt(int):
+    """A whole number of a YAML file, with the text that stands there."""
+
+    text: str
+
+
+class WrittenFloat(float):
+    """Another number of a YAML file, with the text that stands there."""
+
+    text: str
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain values, numbers with their texts; a name that is given twice is refused."""
+
+    def written_int(self, node: yaml.ScalarNode) -> WrittenInt:
+        number = WrittenInt(self.construct_yaml_int(node))
+        number.text = str(node.value)
+        return number
+
+    def written_float(self, node: yaml.ScalarNode) -> WrittenFloat:
+        number = WrittenFloat(self.construct_yaml_float(node))
+        number.text = str(node.value)
+        return number
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.written_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.written_float)
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """Read a YAML file that holds names and values.
+
+    Args:
+        path: The file.
+        what: What it is, for messages ("settings", "a recipe").
+
+    Returns:
+        Its values; the names have underscores in place of dashes.
+
+    Raises:
+        ConfigError: No such file, not YAML, or not a mapping of names.
+    """
+    if not path.is_file():
+        state = "isn't a file" if path.exists() else "doesn't exist"
+        raise ConfigError(f"{path} {state}; give a YAML file with {what}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not a UTF-8 text; give a YAML file with {what}") from error
+    try:
+        values = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        # Of YAML's own errors some have a place; values such as 2020-99-99 raise ValueError.
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).split("\n")[0]
+        raise ConfigError(
+            f"{path}{line}: not YAML ({problem}); give a YAML file with {what}"
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path} holds {type(values).__name__}, not names and values; "
+            f"give a YAML file with {what}, written 'name: value'"
+        )
+    return with_underscores(values)
+
+
+def with_underscores(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Write the names of settings as the dataclasses have them."""
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def canonical(group: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's settings under our names, a number as text where the setting is one.
+
+    Args:
+        group: Where the settings are declared.
+        values: From `read_yaml`; what is no setting of the group is left as it is.
+    """
+    ours = {declared.metadata["alias"]: declared.name for declared in dataclasses.fields(group)}
+    kinds = kinds_of(group)
+    found = {}
+    for name, value in values.items():
+        known = ours.get(name, name)
+        if known in kinds:
+            value = as_text(value) if str in kinds[known] else _plain(value)
+        found[known] = value
+    return found
+
+
+def as_text(value: Any) -> Any:
+    """Return the text of a number as it stands in the file; other values as they are."""
+    return value.text if isinstance(value, (WrittenInt, WrittenFloat)) else value
+
+
+def _plain(value: Any) -> Any:
+    """Return a number that is one and nothing else, as whoever writes it expects."""
+    if isinstance(value, WrittenInt):
+        return int(value)
+    return float(value) if isinstance(value, WrittenFloat) else value
