@@ -276,7 +276,7 @@ CASES = [
     Case(
         name="switch with a value after =",
         words="search --no_kl=maybe",
-        says=("takes no value, but 'maybe' follows it; --no-kl turns it off",),
+        says=("--no-kl takes no value, but 'maybe' follows it; --kl turns it on",),
         without_torch=True,
     ),
     Case(

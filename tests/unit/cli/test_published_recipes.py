@@ -13,7 +13,7 @@ from drllm.supervision import check_settings
 from drllm.supervision.quotas import read_quotas
 from drllm.tasks.base import get_tasks
 
-RECIPES = Path(__file__).resolve().parents[3] / "recipes"
+RECIPES = Path(__file__).resolve().parents[3] / "src" / "drllm" / "cli" / "recipes"
 LLAMA = "meta-llama/Llama-3.2-3B-Instruct"
 TABLE_2 = {
     "arc_easy": 400,

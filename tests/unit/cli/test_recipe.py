@@ -13,7 +13,9 @@ from drllm.cli.recipe import read_recipe
 from drllm.errors import ConfigError, RecordError
 from drllm.tasks.base import get_tasks
 
-RECIPES = sorted((Path(__file__).resolve().parents[3] / "recipes").glob("*.yaml"))
+RECIPES = sorted(
+    (Path(__file__).resolve().parents[3] / "src" / "drllm" / "cli" / "recipes").glob("*.yaml")
+)
 
 
 def write(folder: Path, text: str) -> Path:

@@ -9,7 +9,11 @@ import pytest
 from drllm.cli.sweeping import read_sweep
 from drllm.errors import ConfigError
 
-SWEEPS = sorted((Path(__file__).resolve().parents[3] / "recipes" / "sweeps").glob("*.yaml"))
+SWEEPS = sorted(
+    (Path(__file__).resolve().parents[3] / "src" / "drllm" / "cli" / "recipes" / "sweeps").glob(
+        "*.yaml"
+    )
+)
 
 COMMON = "train: {num_epochs: 3}\nevaluate: {curve: '0.1', baselines: last-layers, epsilon: 2}\n"
 SETTINGS = "settings:\n  plain: {}\n  sharp: {train: {gamma: 3.0}, supervise: {target: paper}}\n"
