@@ -53,9 +53,7 @@ def test_every_setting_is_a_flag_with_its_default_in_the_help(
         assert " ".join(declared.metadata["help"].split()) in text
         if declared.default is not None and declared.name != "model":
             assert text.endswith(
-                f"(default: {declared.default!s})".replace("True", "true").replace(
-                    "False", "false"
-                )
+                f"(default: {declared.default!s})".replace("True", "true").replace("False", "false")
             )
 
 
