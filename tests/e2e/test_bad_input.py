@@ -687,8 +687,8 @@ CASES = [
     Case(
         name="a file of a future version",
         words="supervise --search run/search.jsonl --output new.jsonl",
-        says=("schema version 99", "reads up to 1", "install a newer drllm"),
-        prepare=edit("run/search.manifest.json", '"schema_version": 1', '"schema_version": 99'),
+        says=("schema version 99", "reads up to 2", "install a newer drllm"),
+        prepare=edit("run/search.manifest.json", '"schema_version": 2', '"schema_version": 99'),
         without_torch=True,
     ),
     Case(

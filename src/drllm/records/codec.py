@@ -27,7 +27,7 @@ from drllm.errors import RecordError
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """The newest form of our files that this version reads, and the one it writes."""
 
 

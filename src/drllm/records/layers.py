@@ -1,0 +1,85 @@
+"""`routers/layers.json`: what the saved routers say of every target, counted layer by layer.
+
+Axes: L layers, C = 3 decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from drllm.metrics import DECISIONS, ROUTERS, TRAIN, VALIDATION, Counts, beside
+from drllm.records.codec import read_json
+
+LAYERS_FILE = "layers.json"
+
+
+class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One `layers.json`.
+
+    Attributes:
+        epoch: Whose weights the routers have.
+        train: On the targets trained on.
+        validation: On those held out, if any are.
+    """
+
+    schema: Literal["drllm.layers"] = "drllm.layers"
+    schema_version: Literal[1] = 1
+    epoch: int
+    train: Counts
+    validation: Counts | None = None
+
+    def __post_init__(self) -> None:
+        for counts in filter(None, (self.train, self.validation)):
+            _check_confusions(counts)
+            if len(counts.confusion) != self.num_layers:
+                raise ValueError("`train` and `validation` have different numbers of layers")
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.train.confusion)
+
+    @property
+    def parts(self) -> Mapping[str, Mapping[str, Counts]]:
+        """By part, what the routers and the baselines scored, by name."""
+        found = {TRAIN: self.train} | ({VALIDATION: self.validation} if self.validation else {})
+        return {part: beside(counts, self.train.labels) for part, counts in found.items()}
+
+    @property
+    def judged(self) -> str:
+        """The part by which routers are judged: the held-out one, if there is one."""
+        return TRAIN if self.validation is None else VALIDATION
+
+    def title(self, part: str) -> str:
+        """Return what a part is called, with its size."""
+        kind = "held-out targets" if part == VALIDATION else "targets trained on"
+        return f"{self.parts[part][ROUTERS].examples} {kind}"
+
+
+def read_layers(path: Path) -> Layers:
+    """Read one `layers.json`; raises RecordError where it can't be trusted."""
+    return read_json(path, Layers)
+
+
+def _check_confusions(counts: Counts) -> None:
+    size = len(DECISIONS)
+    for layer in counts.confusion:
+        cells = [cell for row in layer for cell in row]
+        if (
+            [len(row) for row in layer] != [size] * size
+            or min(cells) < 0
+            or any(cell != int(cell) for cell in cells)
+            or sum(cells) != counts.examples
+        ):
+            break
+    else:
+        if counts.confusion and counts.examples > 0:
+            return
+    raise ValueError(
+        f"`confusion` isn't {size} x {size} counts a layer that add up to the {counts.examples} "
+        f"examples"
+    )

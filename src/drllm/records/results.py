@@ -1,0 +1,453 @@
+"""The results of an evaluation: `eval/TASK.json` and `eval/samples.jsonl`.
+
+Evaluation writes these structs; reports and `drllm show` read them. What follows from other values
+(such as shares saved) is a property and not in the files.
+
+Axes: L layers.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from drllm.errors import RecordError
+from drllm.paths import Decisions, check_decisions
+from drllm.records.codec import read_json, read_json_lines, sha256
+from drllm.records.manifests import read_manifest
+from drllm.statistics.non_inferiority import Choice
+from drllm.statistics.verdicts import Differences
+
+BASE, ROUTED = "base", "routed"
+PERMUTED = "permuted routes"
+EVALUATION_SCHEMA = "drllm.evaluation"
+SAMPLES_FILE, LATENCY_FILE = "samples.jsonl", "latency.json"
+OLDEST = 2
+"""The oldest form of results that is read."""
+ACCURACY_TOLERANCE = 5e-4
+"""How far an accuracy may lie from that of its samples: files may round to three digits."""
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a file of results says of itself, as `new_manifest` makes it."""
+
+    schema: str
+    schema_version: int
+    drllm_version: str
+    created: str
+    model: dict[str, Any]
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    libraries: dict[str, str]
+
+
+# --- eval/TASK.json ----------------------------------------------------------------------------
+
+
+class Flops(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """FLOPs of reading a prompt: products with weights, and what grows with its square."""
+
+    weights: float
+    attention: float
+
+
+class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One system's result on one task, at the depth that the routers were trained for.
+
+    Attributes:
+        name: `base`, `routed`, or a baseline's name.
+        description: What it is, in words.
+        accuracy: Share of questions answered right; where answers are graded, the mean grade.
+        interval: 95 % interval of the accuracy.
+        executions: Mean layer executions a forward pass, in layer equivalents.
+        gold_logprob: Mean log-probability of the right option among the options, in nats.
+        seconds: Measured wall time of one draw.
+        draws: Random draws that the numbers are means over.
+        source: Where a baseline comes from.
+        fitted_on: What a baseline was fitted on.
+        reads_question: Whether a baseline's decisions follow from the question.
+        metrics: Means of all that the harness says of the answers.
+        text_loss: Mean next-token loss on the questions' texts, in nats a token.
+        decode_executions: Mean executions a generated token; None where options are scored.
+        prompt_flops: Derived; a mean over questions.
+        kv_bytes_per_token: Derived; likewise.
+        unchanged_routes: Share of questions that a permutation left their route.
+        against_base: What the system has more than base; None for base.
+        routed_against: What the routed model has more than the system; None for base and routed.
+    """
+
+    name: str
+    description: str
+    accuracy: float
+    interval: tuple[float, float]
+    executions: float
+    gold_logprob: float | None
+    seconds: float
+    draws: int = 1
+    source: str | None = None
+    fitted_on: str | None = None
+    reads_question: bool | None = None
+    metrics: dict[str, float] = {}
+    text_loss: float | None = None
+    decode_executions: float | None = None
+    prompt_flops: Flops | None = None
+    kv_bytes_per_token: float | None = None
+    unchanged_routes: float | None = None
+    against_base: Differences | None = None
+    routed_against: Differences | None = None
+
+    def __post_init__(self) -> None:
+        _check_interval(self.accuracy, self.interval)
+
+
+class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One system at one depth.
+
+    Attributes:
+        system: Its name.
+        setting: The depth in words ("20 % saved"); empty for base.
+        executions: Mean a forward pass, in layer equivalents.
+        accuracy: As `System`'s.
+        interval: Its 95 % interval.
+        gold_logprob: As `System`'s.
+        text_loss: As `System`'s.
+        against_base: What it has more than base; None for base.
+        routed_against: What the routed model of the same setting has more; None for that and base.
+    """
+
+    system: str
+    setting: str
+    executions: float
+    accuracy: float
+    interval: tuple[float, float]
+    gold_logprob: float | None
+    text_loss: float | None
+    against_base: Differences | None = None
+    routed_against: Differences | None = None
+
+    def __post_init__(self) -> None:
+        _check_interval(self.accuracy, self.interval)
+
+    @property
+    def name(self) -> str:
+        """System and setting, as the samples name it."""
+        return f"{self.system}, {self.setting}" if self.setting else self.system
+
+
+class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One result under several seeds; `deviation` is None with a single one."""
+
+    mean: float
+    lowest: float
+    highest: float
+    deviation: float | None
+    num_seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Sum up one value a seed, at least one."""
+        return cls(
+            mean=statistics.fmean(values),
+            lowest=min(values),
+            highest=max(values),
+            deviation=statistics.stdev(values) if len(values) > 1 else None,
+            num_seeds=len(values),
+        )
+
+
+class Seeds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What routers of several seeds did at one depth.
+
+    Attributes:
+        setting: The depth in words; empty for the one that they were trained for.
+        num_seeds: How many could be had at it.
+        accuracy: Between the seeds.
+        executions: Likewise.
+        gold_logprob: Likewise; None where unknown.
+        text_loss: Likewise.
+        against_base: What the mean over the seeds has more than base.
+        against_permuted: The same, than the mean over the seeds' own routes permuted.
+    """
+
+    setting: str
+    num_seeds: int
+    accuracy: Spread
+    executions: Spread
+    gold_logprob: Spread | None
+    text_loss: Spread | None
+    against_base: Differences
+    against_permuted: Differences | None
+
+
+class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One `eval/TASK.json`.
+
+    Attributes:
+        runtime: How the base model ran: dtype, device, attention.
+        kind: `choices` (options are scored) or `generated`.
+        metric: The metric that counts.
+        num_fewshot: Worked examples before each question.
+        chance: Accuracy of guessing.
+        routers: Their folder.
+        routers_sha256: Hash of their weights.
+        other_seeds: Folders of routers of other seeds, with the hashes of their weights.
+        systems: Base first.
+        curve: Base, then the systems at other depths; empty if none were asked for.
+        seeds: Depth by depth; empty where there was one seed.
+        choice: The certified choice, if one was asked for.
+        not_compared: Methods that a reader will look for, and why they aren't compared.
+        findings: What the comparisons show, in sentences.
+    """
+
+    runtime: dict[str, Any]
+    task: str
+    split: str
+    kind: Literal["choices", "generated"]
+    metric: str
+    num_fewshot: int
+    num_questions: int
+    num_layers: int
+    chance: float
+    routers: str
+    routers_sha256: str
+    other_seeds: dict[str, str] = {}
+    systems: tuple[System, ...]
+    curve: tuple[Point, ...] = ()
+    seeds: tuple[Seeds, ...] = ()
+    choice: Choice | None = None
+    not_compared: dict[str, str] = {}
+    findings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [system.name for system in self.systems]
+        refuse_twice("system", names)
+        if BASE not in names:
+            raise ValueError(
+                f"no system {BASE!r} to compare with (there is: {', '.join(names) or 'none'})"
+            )
+        refuse_twice("point", [point.name for point in self.curve])
+
+    @property
+    def base(self) -> System:
+        """The untouched model; no result is read without it."""
+        return next(system for system in self.systems if system.name == BASE)
+
+    @property
+    def routed(self) -> System | None:
+        """The routed model, if it was evaluated."""
+        return self.system(ROUTED)
+
+    @property
+    def baselines(self) -> tuple[System, ...]:
+        """What the routed model is compared with besides base."""
+        return tuple(each for each in self.systems if each.name not in (BASE, ROUTED))
+
+    @property
+    def above_chance(self) -> bool:
+        """Whether base is shown to be better than guessing; if not, there is nothing to lose."""
+        return self.base.interval[0] > self.chance
+
+    @property
+    def score(self) -> str:
+        """What is averaged over the questions, in words."""
+        return self.metric if self.is_graded else "accuracy"
+
+    @property
+    def is_graded(self) -> bool:
+        """Whether answers have grades in between, so that none is simply right or wrong."""
+        routed = self.routed
+        if routed is None or routed.against_base is None or routed.draws > 1:
+            return False
+        return routed.against_base.accuracy.won is None
+
+    def system(self, name: str) -> System | None:
+        """Return the system of that name, if it was evaluated."""
+        return next((system for system in self.systems if system.name == name), None)
+
+
+# --- eval/samples.jsonl ------------------------------------------------------------------------
+
+
+class Outcome(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """One system's outcome on one question; `decisions` is None where draws are averaged."""
+
+    correct: float
+    gold_logprob: float | None
+    decisions: Decisions | None = None
+
+    def __post_init__(self) -> None:
+        if self.decisions is not None:
+            check_decisions(self.decisions)
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One test question with the outcome of every system (named with its setting)."""
+
+    id: str
+    task: str
+    question: str
+    choices: tuple[str, ...]
+    gold: int | None
+    systems: dict[str, Outcome]
+
+    def __post_init__(self) -> None:
+        if self.gold is not None and not 0 <= self.gold < len(self.choices):
+            raise ValueError(f"`gold` is {self.gold}, the question has {len(self.choices)} choices")
+
+
+class Result(Evaluation, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An evaluation with its samples, empty where these are absent."""
+
+    samples: tuple[Sample, ...] = ()
+
+    def routes(self, name: str = ROUTED) -> list[Decisions]:
+        """Return the decisions that a system took on the questions, in their order."""
+        outcomes = [sample.systems.get(name) for sample in self.samples]
+        return [each.decisions for each in outcomes if each is not None and each.decisions]
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+class _Schema(msgspec.Struct):
+    schema: str = ""
+    schema_version: int = 0
+    drllm_version: str = "of an unknown version"
+
+
+def schema_of(path: Path) -> str:
+    """Return the schema that a JSON file says it has; empty where it says none."""
+    try:
+        return read_json(path, _Schema).schema
+    except RecordError:
+        return ""
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Read one `eval/TASK.json`; raises RecordError where it can't be trusted."""
+    return read_form(path, Evaluation, EVALUATION_SCHEMA)
+
+
+def read_form(path: Path, kind: type[T], schema: str) -> T:
+    """Read a file of results, refusing one of an older form by its version's name."""
+    found = read_json(path, _Schema)
+    if found.schema != schema:
+        raise RecordError(
+            f"{path} says {found.schema!r}; expected {schema!r}. Is it the right file?"
+        )
+    if found.schema_version < OLDEST:
+        raise RecordError(
+            f"{path} was written by drllm {found.drllm_version} in an older form (schema version "
+            f"{found.schema_version}); evaluate again, or read it with that version"
+        )
+    return read_json(path, kind)
+
+
+def results_in(folder: Path) -> list[Path]:
+    """Return the files of an `eval` folder that can be results, in order of name."""
+    return [
+        path
+        for path in sorted(folder.glob("*.json"))
+        if path.name != LATENCY_FILE and not path.name.endswith(".manifest.json")
+    ]
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Read every `TASK.json` of an `eval` folder, with its samples.
+
+    Args:
+        folder: May be missing; then there are no results.
+
+    Raises:
+        RecordError: A file that can't be trusted, two results of a task, or samples of another
+            evaluation.
+    """
+    samples = read_samples(folder / SAMPLES_FILE)
+    found: dict[str, Result] = {}
+    for path in results_in(folder):
+        evaluation = read_evaluation(path)
+        if evaluation.task in found:
+            raise RecordError(
+                f"{path} holds task {evaluation.task!r}, and so does another file of {folder}; "
+                f"keep one result a task"
+            )
+        own = samples.get(evaluation.task, ())
+        _check_samples(path, evaluation, own)
+        values = {name: getattr(evaluation, name) for name in evaluation.__struct_fields__}
+        found[evaluation.task] = Result(**values, samples=own)
+    return list(found.values())
+
+
+def read_samples(path: Path) -> dict[str, tuple[Sample, ...]]:
+    """Read `samples.jsonl` by task; empty where it is absent.
+
+    Raises:
+        RecordError: A file that can't be trusted.
+    """
+    if not path.exists():
+        return {}
+    manifest = read_manifest(path, "samples") or {}
+    if manifest and manifest.get("sha256") != sha256(path):
+        raise RecordError(
+            f"{path} was changed or cut off after it was written (its manifest has another hash); "
+            f"evaluate again"
+        )
+    samples: dict[str, list[Sample]] = {}
+    for _, sample in read_json_lines(path, Sample):
+        samples.setdefault(sample.task, []).append(sample)
+    return {task: tuple(found) for task, found in samples.items()}
+
+
+# --- checks ------------------------------------------------------------------------------------
+
+
+def _check_samples(path: Path, evaluation: Evaluation, samples: Sequence[Sample]) -> None:
+    """Refuse samples that can't be those that the result was computed from."""
+    if not samples:
+        return
+    if len(samples) != evaluation.num_questions:
+        raise RecordError(
+            f"{path} counts {evaluation.num_questions} questions, {SAMPLES_FILE} has "
+            f"{len(samples)} of task {evaluation.task!r}; they are of different evaluations"
+        )
+    for sample in samples:
+        for name, outcome in sample.systems.items():
+            if outcome.decisions and len(outcome.decisions) != evaluation.num_layers:
+                raise RecordError(
+                    f"{path.with_name(SAMPLES_FILE)}, question {sample.id!r}: {name!r} has "
+                    f"{len(outcome.decisions)} decisions, {path.name} says "
+                    f"{evaluation.num_layers} layers"
+                )
+    means = {system.name: system.accuracy for system in evaluation.systems}
+    means |= {point.name: point.accuracy for point in evaluation.curve}
+    for name, accuracy in means.items():
+        correct = [each.systems[name].correct for each in samples if name in each.systems]
+        if correct and abs(statistics.fmean(correct) - accuracy) > ACCURACY_TOLERANCE:
+            raise RecordError(
+                f"{path} gives {name!r} accuracy {accuracy}, {SAMPLES_FILE} gives "
+                f"{statistics.fmean(correct)}; they are of different evaluations"
+            )
+
+
+def _check_interval(accuracy: float, interval: tuple[float, float]) -> None:
+    low, high = interval
+    if not 0 <= low <= accuracy + 1e-9 or not accuracy - 1e-9 <= high <= 1:
+        raise ValueError(
+            f"accuracy {accuracy} with interval [{low}, {high}]; expected "
+            f"0 <= low <= accuracy <= high <= 1"
+        )
+
+
+def refuse_twice(what: str, names: Sequence[str]) -> None:
+    """Refuse names of which one is given twice."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{what} {name!r} is there twice")
