@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drllm.cli import checks, show
+from drllm.cli import checks
 from drllm.cli.stages import attached, find_routers, loaded, model_of, read_routers
-from drllm.cli.terminal import Terminal, duration
+from drllm.cli.terminal import Terminal, draw_route, duration
 from drllm.cli.verbs import VERBS, Flag, Request, verb
 from drllm.config import DepthConfig, GenerateConfig, ModelConfig
 from drllm.cost import executions, mean_executions
@@ -259,7 +259,7 @@ def answer(routed: RoutedModel, prompt: str, config: GenerateConfig, terminal: T
     route = routed.last_route[0].tolist()
     terminal.say(tokenizer.decode(new, skip_special_tokens=True).strip())
     terminal.say()
-    terminal.show(show.draw_route(route))
+    terminal.show(draw_route(route))
     terminal.say(
         f"executions  {executions(route):.0f} of {routed.num_layers} a forward pass "
         f"({_percent(executions(route), routed.num_layers)}), {len(new)} forward "

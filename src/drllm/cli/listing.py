@@ -10,8 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from drllm.cli.tables import new_table
-from drllm.cli.terminal import Terminal
+from drllm.cli.terminal import Terminal, new_table
 from drllm.cli.verbs import Flag, Request, verb
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, unknown_name

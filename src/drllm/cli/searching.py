@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drllm.cli import checks, show
+from drllm.cli import checks
+from drllm.cli.show_search import show_search
 from drllm.cli.show_supervision import say_written
 from drllm.cli.stages import attached, loaded
-from drllm.cli.tables import new_table
-from drllm.cli.terminal import Progress, Terminal, duration
+from drllm.cli.terminal import Progress, Terminal, duration, new_table
 from drllm.cli.verbs import Flag, Request, verb
 from drllm.config import ModelConfig, SearchConfig, SuperviseConfig
 from drllm.records import (
@@ -73,7 +73,7 @@ def search(request: Request, terminal: Terminal) -> None:
         terminal.say(f"{output} is complete already; nothing was searched anew")
     terminal.say(f"search         {output}")
     records = read_search(output)
-    show.say_search(records, terminal)
+    show_search(records, terminal, edits=False)
     _say_failed(output, terminal)
     supervision = folder / "supervision.jsonl"
     with only_writer(folder, "search", "--output-dir"):

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from drllm.cli.tables import new_table
-from drllm.cli.terminal import Terminal
+from drllm.cli.terminal import Terminal, new_table
 from drllm.reporting.cost import measured_lines
 from drllm.reporting.depths import Difference
 from drllm.reporting.measured import read_measured

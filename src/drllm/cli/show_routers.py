@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from drllm.cli.tables import new_table
-from drllm.cli.terminal import Terminal
+from drllm.cli.terminal import Terminal, new_table
 from drllm.metrics import by_layer, ratios, shown, verdict
 from drllm.reporting.agreement import read_agreement
 from drllm.reporting.numbers import plain

@@ -1,74 +1,75 @@
-"""The story of a search: what it found by task, what it spent, which single edits were best.
+"""A search as people read it: what it found and spent, and one question's paths as a tree.
 
-Owns the arithmetic and the printing of `drllm show search.jsonl`, and what is said of questions
-that failed and of a search that isn't finished. Leaves one question's paths to `show_question`,
-reading and checking to `records`, and which paths count to `supervision`. Loads no torch. Axes: L
-layers.
+Loads no torch. Axes: L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from rich.text import Text
 
-from drllm.cli.tables import new_table
-from drllm.cli.terminal import Terminal, duration
+from drllm.cli.terminal import Terminal, duration, new_table
+from drllm.config import SuperviseConfig
 from drllm.cost import distinct_executions
-from drllm.paths import Decision
-from drllm.records import SearchRecord
-from drllm.reporting.numbers import NBSP, count, of_total, percent, plain, signed
+from drllm.errors import RecordError
+from drllm.paths import Decision, Decisions
+from drllm.records import Retest, SearchRecord, TriedPath, read_manifest
+from drllm.reporting.numbers import count, of_total, percent, plain, signed
 from drllm.reporting.summary import EditEffect, edit_effects
+from drllm.search.actions import MAX_SKIPPED_AT_ONCE, Action
 from drllm.search.commits import PLAN_FILE, read_plan
 from drllm.search.counts import FailedQuestion
-from drllm.supervision import summarise, survived
+from drllm.supervision import choose, is_valid, summarise, survived
+from drllm.supervision.rules import MIN_SAVING
 from drllm.supervision.summary import KINDS
 
 BEST, WORST = 5, 3
 """Layers that a table of edits shows from either end."""
 OFTEN = 0.2
 """An edit is ranked if it was tried on this share of the questions of the most tried one."""
+_TITLES = {Decision.SKIP: "skipped", Decision.REPEAT: "repeated"}
+NEAREST = 3
+"""Ids that are offered where one is unknown."""
+ANSWER_WIDTH = 14
+"""Columns for what a path answered."""
 
 
-def show_search(records: Sequence[SearchRecord], terminal: Terminal) -> None:
+def show_search(records: Sequence[SearchRecord], terminal: Terminal, *, edits: bool = True) -> None:
     """Print what a search found and what it spent.
 
     Args:
         records: Its questions; at least one.
         terminal: Where to.
+        edits: Also rank the layers by what skipping or repeating them alone did.
     """
     n = len(records)
     counts = summarise(records, [], {})
     paths = [path for record in records for path in record.paths]
     rewards = ", ".join(sorted({record.reward for record in records}))
     copies = f" and {count(counts['copies'])} copies" if counts["copies"] else ""
-    _say(
-        terminal,
+    terminal.fact(
         "questions",
         f"{count(counts['questions'])}{copies}, {records[0].num_layers} layers, reward {rewards}",
     )
-    _say(terminal, "paths tried", f"{count(len(paths))}, {plain(len(paths) / n)} a question")
+    terminal.fact("paths tried", f"{count(len(paths))}, {plain(len(paths) / n)} a question")
     _show_yields(counts, terminal)
     asked_again = [path for path in paths if path.retest is not None]
     left = sum(survived(path) for path in asked_again)
-    _say(
-        terminal,
+    terminal.fact(
         "re-test",
         f"{count(len(asked_again))} paths asked again, {of_total(left, len(asked_again))} survived",
     )
     _say_executions(records, terminal)
     seconds = sum(record.seconds for record in records)
     rate = f", {plain(len(paths) / seconds)} paths a second" if seconds > 0 else ""
-    _say(terminal, "time", f"{duration(seconds)}, {plain(seconds / n)} s a question{rate}")
-    for decision, title in ((Decision.SKIP, "skipped"), (Decision.REPEAT, "repeated")):
+    terminal.fact("time", f"{duration(seconds)}, {plain(seconds / n)} s a question{rate}")
+    for decision, title in _TITLES.items() if edits else ():
         _show_edits(least_harmful_first(records, decision), title, terminal)
-
-
-def _say(terminal: Terminal, name: str, text: str) -> None:
-    terminal.say(f"{name:14} {text.replace(NBSP, ' ')}")
 
 
 def _show_yields(counts: Mapping[str, Any], terminal: Terminal) -> None:
@@ -101,8 +102,7 @@ def _say_executions(records: Sequence[SearchRecord], terminal: Terminal) -> None
     distinct = sum(
         distinct_executions([path.decisions for path in record.paths]) for record in records
     )
-    _say(
-        terminal,
+    terminal.fact(
         "executions",
         f"{count(asked)} asked by paths, {of_total(distinct, asked)} distinct in a question",
     )
@@ -112,8 +112,7 @@ def _say_executions(records: Sequence[SearchRecord], terminal: Terminal) -> None
         if any(survived(path) for path in record.paths)
     ]
     if shortest:
-        _say(
-            terminal,
+        terminal.fact(
             "shortest",
             f"{plain(fmean(shortest), 2)} executions of {records[0].num_layers} for the shortest "
             f"surviving path, mean of {count(len(shortest))}",
@@ -147,7 +146,7 @@ def _harm(edit: EditEffect) -> tuple[bool, float, bool, float, float, int]:
 
 def _show_edits(edits: Sequence[EditEffect], title: str, terminal: Terminal) -> None:
     if not edits:
-        _say(terminal, f"one {title}", "never tried alone")
+        terminal.fact(f"one {title}", "never tried alone")
         return
     least = OFTEN * max(edit.questions for edit in edits)
     ranked = [edit for edit in edits if edit.questions >= least]
@@ -187,7 +186,7 @@ def show_failed(questions: Sequence[FailedQuestion], terminal: Terminal) -> None
         questions: Those of a file; at least one.
         terminal: Where to.
     """
-    _say(terminal, "failed", f"{count(len(questions))} questions were set aside by the search")
+    terminal.fact("failed", f"{count(len(questions))} questions were set aside by the search")
     table = new_table("task", "id", "attempts", "last error")
     for question in questions:
         texts = (question.task, question.id, count(question.attempts), question.error)
@@ -210,9 +209,185 @@ def show_unfinished(folder: Path, terminal: Terminal) -> None:
         read_plan(folder / PLAN_FILE).get("num_blocks") if (folder / PLAN_FILE).is_file() else None
     )
     of_all = f" of {count(total)}" if isinstance(total, int) else ""
-    _say(
-        terminal,
+    terminal.fact(
         "search",
         f"not finished: {count(committed)}{of_all} blocks of questions are committed; if it isn't "
         f"running, the same command goes on behind them",
     )
+
+
+# --- one question ------------------------------------------------------------------------------
+
+
+def show_question(
+    records: Sequence[SearchRecord], question: str, place: Path, terminal: Terminal
+) -> None:
+    """Draw the tree of every question that has an id; ids are unique within a task only.
+
+    Args:
+        records: Questions of a search.
+        question: The id.
+        place: The file that they are from, for the message.
+        terminal: Where to.
+
+    Raises:
+        RecordError: No question of this id; the nearest ids are named.
+    """
+    found = [record for record in records if record.id == question]
+    if not found:
+        ids = list(dict.fromkeys(record.id for record in records))
+        near = difflib.get_close_matches(question, ids, n=NEAREST, cutoff=0.0)
+        raise RecordError(
+            f"{place} has no question with id {question!r}; nearest of {len(ids)}: "
+            f"{', '.join(near)}"
+        )
+    for number, record in enumerate(found):
+        if number:
+            terminal.say()
+        _show_head(record, _rule_of(place), terminal)
+        _show_tree(record, terminal)
+
+
+def _rule_of(search_file: Path) -> SuperviseConfig:
+    """Return how targets are chosen: as for the supervision.jsonl next to the search, if any."""
+    manifest = read_manifest(search_file.with_name("supervision.jsonl"), "supervision") or {}
+    known = ("target", "min_saving")
+    config = {name: manifest.get("config", {}).get(name) for name in known}
+    return SuperviseConfig(**{name: value for name, value in config.items() if value is not None})
+
+
+def _show_head(record: SearchRecord, config: SuperviseConfig, terminal: Terminal) -> None:
+    terminal.say(f"question       {record.id} of {record.task}, {record.num_layers} layers")
+    terminal.show(Text(record.question))
+    terminal.say(f"answer         {record.answer}")
+    terminal.say(f"paths          {len(record.paths)} tried, reward {record.reward}")
+    target = choose(record, config.target, min_saving=config.min_saving or MIN_SAVING)
+    if isinstance(target, str):
+        terminal.say(f"target         none: {target}")
+    else:
+        terminal.say(
+            f"target         #{target.simulation}, {plain(target.executions)} executions "
+            f"(rule {config.target})"
+        )
+
+
+def _show_tree(record: SearchRecord, terminal: Terminal) -> None:
+    names = ["path", "#", "right", "margin", "executions", "kl", "re-test"]
+    generated = any(path.answer is not None for path in record.paths)
+    table = new_table(*names, numbers_from=1)
+    if generated:  # its beginning, so that a path stays one line
+        table.add_column("answered", no_wrap=True, max_width=ANSWER_WIDTH)
+    by_decisions = {path.decisions: path for path in record.paths}
+    for decisions, label in draw_paths(record.paths):
+        path = by_decisions[decisions]
+        table.add_row(
+            Text(label, style="bold" if is_valid(path) else "dim"),
+            str(path.simulation),
+            _outcome(path),
+            plain(path.margin, 2),
+            plain(path.executions),
+            plain(path.kl, 3),
+            _retested(path.retest),
+            *[Text(" ".join((path.answer or "").split()))] * generated,
+        )
+    terminal.show(table)
+    terminal.say("re-test: other ways of asking that were answered right; + survived, − did not")
+
+
+def _outcome(path: TriedPath) -> str:
+    names = {0.0: "no", 1.0: "yes"}
+    return names.get(path.reward, plain(path.reward, 2))
+
+
+def _retested(retest: Retest | None) -> str:
+    if retest is None:
+        return ""
+    return f"{'+' if retest.survived else '−'} {retest.passed} of {retest.asked}"
+
+
+# --- the tree ----------------------------------------------------------------------------------
+
+
+def draw_paths(paths: Sequence[TriedPath]) -> Iterator[tuple[Decisions, str]]:
+    """Draw tried paths as a tree of edits.
+
+    A path stands below the tried path from which one edit leads to it, the one that was tried
+    first where there are several; where there is none, below the one from which the fewest edits
+    do. A path that is the only one below another follows it at the same depth, after "then", so
+    that a long chain of edits stays narrow.
+
+    Args:
+        paths: One question's, the full path first.
+
+    Yields:
+        The decisions of a path and its line, from the top down.
+    """
+    parents = {path.decisions: _parent(path, paths) for path in paths[1:]}
+    below: dict[Decisions, list[Decisions]] = {path.decisions: [] for path in paths}
+    for path in sorted(paths[1:], key=lambda path: path.simulation):
+        below[parents[path.decisions]].append(path.decisions)
+    full = paths[0].decisions
+    yield full, "full path"
+    yield from _branches(full, below, "")
+
+
+def _branches(
+    above: Decisions, below: Mapping[Decisions, Sequence[Decisions]], lead: str
+) -> Iterator[tuple[Decisions, str]]:
+    children = below[above]
+    for number, child in enumerate(children, start=1):
+        edit = ", ".join(map(str, edits_between(above, child) or ()))
+        if len(children) == 1:
+            mark, inner = "then ", lead
+        elif number < len(children):
+            mark, inner = "├ ", lead + "│ "
+        else:
+            mark, inner = "└ ", lead + "  "
+        yield child, lead + mark + edit
+        yield from _branches(child, below, inner)
+
+
+def _parent(path: TriedPath, paths: Sequence[TriedPath]) -> Decisions:
+    reached = (
+        (len(edits), other.simulation, other.decisions)
+        for other in paths
+        if (edits := edits_between(other.decisions, path.decisions))
+    )
+    return min(reached)[2]
+
+
+def edits_between(before: Decisions, after: Decisions) -> list[Action] | None:
+    """Return the fewest edits that lead from one path to another.
+
+    Args:
+        before: `[L]`.
+        after: `[L]`.
+
+    Returns:
+        Edits by layer, none where the two are equal; None where no edits lead there, since an edit
+        only changes layers that are executed once.
+
+    Example:
+        >>> [str(edit) for edit in edits_between((1, 1, 1, 1, 2), (0, 0, 0, 1, 2))]
+        ['skip 0-1', 'skip 2']
+    """
+    edits: list[Action] = []
+    layer = 0
+    while layer < len(after):
+        if before[layer] == after[layer]:
+            layer += 1
+            continue
+        if before[layer] != Decision.EXECUTE:
+            return None
+        span = 1
+        if after[layer] == Decision.SKIP:
+            while (
+                span < MAX_SKIPPED_AT_ONCE
+                and layer + span < len(after)
+                and before[layer + span] == Decision.EXECUTE
+                and after[layer + span] == Decision.SKIP
+            ):
+                span += 1
+        edits.append(Action(layer, span, Decision(after[layer])))
+        layer += span
+    return edits

@@ -13,8 +13,7 @@ from typing import Any
 
 from rich.text import Text
 
-from drllm.cli.tables import new_table
-from drllm.cli.terminal import Terminal
+from drllm.cli.terminal import Terminal, new_table
 from drllm.paths import Decision
 from drllm.records import SupervisionRecord, read_manifest
 from drllm.reporting.numbers import NBSP, count, percent, plain

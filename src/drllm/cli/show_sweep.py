@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from drllm.cli.tables import new_table
-from drllm.cli.terminal import Terminal
+from drllm.cli.terminal import Terminal, new_table
 from drllm.reporting.numbers import NONE, plain, signed
 from drllm.reporting.sweeps import read_sweep_file
 

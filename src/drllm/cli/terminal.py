@@ -1,8 +1,7 @@
-"""What the user sees while a command runs: lines, tables, progress, warnings, the one error line.
+"""What the user sees while a command runs: lines, tables, routes, progress, the one error line.
 
-Owns standard output (results) and standard error (everything else). On a terminal progress is a
-bar; elsewhere it is a plain line every tenth of the way, without control characters. Leaves the
-contents of results to `show`.
+Results go to standard output, everything else to standard error. On a terminal progress is a bar;
+elsewhere it is a plain line every tenth of the way, without control characters.
 """
 
 from __future__ import annotations
@@ -11,18 +10,22 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from rich import box
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
 
 from drllm.listener import Listener
+from drllm.paths import Decision, sketch
 
 PLAIN_WIDTH = 120
 """Columns of a table that goes to a file or a pipe."""
@@ -31,6 +34,10 @@ STEPS = 10
 """Lines of plain progress from start to end."""
 RESUMED_WITHIN_S = 0.5
 """Work reported this soon was done by an earlier run and says nothing about the rate."""
+STYLES = {Decision.SKIP: "red", Decision.EXECUTE: "dim", Decision.REPEAT: "bold green"}
+LAYERS_A_ROW = 60
+TICK = 10
+NBSP = "\u00a0"
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -47,6 +54,10 @@ class Terminal(Listener):
     def say(self, text: str = "") -> None:
         """Print a line of the result; nothing in it is markup, and long lines aren't broken."""
         self.out.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+    def fact(self, name: str, text: str) -> None:
+        """Print a line of the result: a name, and what there is to say of it."""
+        self.say(f"{name:14} {text.replace(NBSP, ' ')}")
 
     def show(self, what: RenderableType) -> None:
         """Print a table or a styled text."""
@@ -204,6 +215,49 @@ class Progress:
         if step > self.printed and (step > 0 or done > 0):
             self.printed = step
             self.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def new_table(*columns: str, title: str | None = None, numbers_from: int = 99) -> Table:
+    """Return an empty table; its columns from `numbers_from` on are aligned to the right."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for place, column in enumerate(columns):
+        # Narrow terminals break lines; nothing is cut off.
+        table.add_column(
+            column, justify="right" if place >= numbers_from else "left", overflow="fold"
+        )
+    return table
+
+
+def draw_route(decisions: Sequence[int]) -> Text:
+    """Draw decisions with numbered layers; the three kinds differ in shape, not only in colour.
+
+    Example:
+        >>> print(draw_route([1, 0, 2, 1]).plain)
+        layer  0
+               █·2█
+               █ execute  · skip  2 repeat
+    """
+    text = Text()
+    margin = " " * 7
+    for start in range(0, len(decisions), LAYERS_A_ROW):
+        row = decisions[start : start + LAYERS_A_ROW]
+        ticks = ""
+        for layer in range(start, start + len(row)):
+            if layer % TICK == 0:
+                ticks = ticks.ljust(layer - start) + str(layer)
+        text.append(f"layer  {ticks}\n{margin}")
+        for value in row:
+            text.append(sketch([value]), style=STYLES[Decision(value)])
+        text.append("\n")
+    kinds = (
+        (Decision.EXECUTE, "execute"),
+        (Decision.SKIP, "skip"),
+        (Decision.REPEAT, "repeat"),
+    )
+    legend = Text("  ").join(
+        Text.assemble((sketch([kind]), STYLES[kind]), f" {name}") for kind, name in kinds
+    )
+    return text.append(margin).append_text(legend)
 
 
 def duration(seconds: float) -> str:

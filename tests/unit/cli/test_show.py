@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from drllm.cli.show import draw_route
 from drllm.cli.show_results import show_evaluation, show_measured
-from drllm.cli.terminal import Terminal
+from drllm.cli.terminal import Terminal, draw_route
 from drllm.reporting.cost import measured_lines
 from drllm.reporting.depths import Difference, Differences, Point
 from drllm.reporting.measured import Measured, Spread, Timing

@@ -8,9 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drllm.cli.show import say_search, show
-from drllm.cli.show_question import draw_paths, edits_between, show_question
-from drllm.cli.show_search import least_harmful_first, show_search
+from drllm.cli import main
+from drllm.cli.show import show
+from drllm.cli.show_search import (
+    draw_paths,
+    edits_between,
+    least_harmful_first,
+    show_question,
+    show_search,
+)
 from drllm.cli.show_supervision import say_supervision
 from drllm.cli.terminal import Terminal
 from drllm.config import SuperviseConfig
@@ -204,12 +210,12 @@ def test_the_story_of_a_search_fits_eighty_columns(capsys: pytest.CaptureFixture
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
-def test_after_a_search_a_few_lines_say_what_was_done(capsys: pytest.CaptureFixture[str]):
-    say_search(FOUND, Terminal())
+def test_after_a_search_layers_are_not_ranked(capsys: pytest.CaptureFixture[str]):
+    show_search(FOUND, Terminal(), edits=False)
 
-    assert printed(capsys) == (
-        "questions 2 (facts 1, other 1), 4 layers paths tried 7, 3.5 a question time 4.0 s in all"
-    )
+    out = printed(capsys)
+    assert "paths tried 7" in out
+    assert "least harmful" not in out
 
 
 # --- one question ------------------------------------------------------------------------------
@@ -371,9 +377,20 @@ def test_show_draws_a_question_of_a_file_or_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: bool
 ):
     file = search_file(tmp_path)
-    show(tmp_path if folder else file, Terminal(), "q2")
+    assert main(["show", str(tmp_path if folder else file), "--question", "q2"]) == 0
 
     assert "What is ice?" in capsys.readouterr().out
+
+
+def test_a_questions_target_follows_the_rule_of_the_supervision_next_to_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = search_file(tmp_path)
+    config = SuperviseConfig(target="least_kl", min_saving=0.5)
+    write([file], tmp_path / "supervision.jsonl", config)
+    assert main(["show", str(file), "--question", "q1"]) == 0
+
+    assert line_of(capsys.readouterr().out, "target") == "#2, 2.0 executions (rule least_kl)"
 
 
 def test_show_tells_the_story_of_a_search_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -382,17 +399,13 @@ def test_show_tells_the_story_of_a_search_file(tmp_path: Path, capsys: pytest.Ca
     assert "as the search found it → after the re-test" in printed(capsys)
 
 
-def test_a_question_is_drawn_from_a_search_only(tmp_path: Path):
+def test_a_question_is_drawn_from_a_search_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "supervision.jsonl"
     write([search_file(tmp_path)], output, SuperviseConfig())
 
-    with pytest.raises(RecordError, match=r"supervision\.jsonl is no search\.jsonl"):
-        show(output, Terminal(), "q1")
-
-
-def test_a_folder_without_a_search_has_no_question_to_draw(tmp_path: Path):
-    with pytest.raises(RecordError, match=r"search\.jsonl doesn't exist"):
-        show(tmp_path, Terminal(), "q1")
+    assert main(["show", str(output), "--question", "q1"]) == 2
+    assert "supervision.jsonl is no search.jsonl" in capsys.readouterr().err
+    assert main(["show", str(tmp_path / "nowhere"), "--question", "q1"]) == 2
 
 
 def failed_file(folder: Path) -> Path:
