@@ -205,14 +205,14 @@ def parts_of_the_time(
         return seconds
 
     parts = {
-        "layers, prompts": within("layer_call.py", "run", "_run"),
+        "layers, prompts": within("injection.py", "run", "_run"),
         "head": head_seconds,
-        "handling states": within("sharing.py", "layer"),
-        "cache to generate from": within("sharing.py", "routed_cache"),
-        "layers, decoding": within("layer_call.py", "run") - within("layer_call.py", "run", "_run"),
-        "scoring": within("scoring.py", "_sums"),
-        "judging": within("answering.py", "_say"),
-        "rows and masks, once": within("shared_rows.py", "shared_rows"),
+        "handling states": within("prefix_sharing.py", "layer"),
+        "cache to generate from": within("prefix_sharing.py", "routed_cache"),
+        "layers, decoding": within("injection.py", "run") - within("injection.py", "run", "_run"),
+        "scoring": within("choices.py", "_sum"),
+        "judging": within("answers.py", "_add_token"),
+        "rows and masks, once": within("packing.py", "packed_rows"),
     }
     parts["handling states"] -= parts["layers, prompts"]
     shares = {name: seconds / total for name, seconds in parts.items()}

@@ -152,7 +152,7 @@ def tiny_llama() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., Any]:
     """`make_tiny(family, seed, attention, **overrides)`: any family, 6 layers, random weights."""
-    from drllm.models.architectures.families import known_to_transformers, make_tiny
+    from drllm.models.check import known_to_transformers, make_tiny
 
     def make(family: str, *args: Any, **options: Any) -> Any:
         if not known_to_transformers(family):

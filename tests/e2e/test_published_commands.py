@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from drllm.cli import main
-from drllm.models.routers.stack import read_config
+from drllm.models.routers.checkpoint import read_config
 from drllm.records import join_supervision, read_supervision, split_of
 
 TRAIN = (

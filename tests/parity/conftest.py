@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from drllm.models.architectures.families import IN_SUITE
+from drllm.models.check import IN_SUITE
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import to_path
 

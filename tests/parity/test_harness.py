@@ -44,7 +44,7 @@ def routers(base, tmp_path):
     stack = RouterStack(config, torch.Generator().manual_seed(2))
     with torch.no_grad():  # far from the zero biases, so that all three decisions turn up
         stack.decision_weight.mul_(3)
-    stack.save(tmp_path / "routers")
+    save_routers(stack, tmp_path / "routers")
     return tmp_path / "routers"
 
 

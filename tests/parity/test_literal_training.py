@@ -17,6 +17,7 @@ import torch
 
 from drllm.config import TrainConfig
 from drllm.models.base.load import BaseModel
+from drllm.models.routers.checkpoint import load_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import SupervisionRecord
@@ -189,7 +190,7 @@ def test_in_single_precision_losses_and_decisions_are_those_of_the_literal_way(
     prompts = [RECORDS[row].prompt for row in literal.held_out] + FRESH
     routes = [literal_route(literally, literal, prompt) for prompt in prompts]
     assert len({tuple(route) for route in routes}) > 3  # routers that say one thing show nothing
-    routed = RoutedModel(model, RouterStack.load(tmp_path))
+    routed = RoutedModel(model, load_routers(tmp_path))
     for prompt, route in zip(prompts, routes, strict=True):
         ids = tiny_tokenizer(prompt, return_tensors="pt")
         routed.model(input_ids=ids["input_ids"])

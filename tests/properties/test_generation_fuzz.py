@@ -27,10 +27,9 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from drllm.errors import RoutingError
-from drllm.models.architectures.check import layers_listed
-from drllm.models.architectures.families import IN_SUITE, known_to_transformers, make_tiny
 from drllm.models.base.layers import find_layers
 from drllm.models.base.prompts import left_padded
+from drllm.models.check import IN_SUITE, known_to_transformers, layers_listed, make_tiny
 from drllm.models.routers.pooling import pool
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.kv_cache import cache_argument, stored_rows

@@ -18,18 +18,11 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_python_of_the_readme_runs(smollm2, tmp_path: Path, capsys: pytest.CaptureFixture):
+    from drllm.models.routers.checkpoint import described, save_routers
     from drllm.models.routers.stack import RouterConfig, RouterStack
 
-    identity = smollm2.identity
-    RouterStack(
-        RouterConfig(
-            num_layers=identity["num_layers"],
-            hidden_size=identity["hidden_size"],
-            base_model=identity["id"],
-            base_class=identity["class"],
-            base_fingerprint=identity["fingerprint"],
-        )
-    ).save(tmp_path / "routers")
+    config = RouterConfig(num_layers=smollm2.num_layers, hidden_size=smollm2.hidden_size)
+    save_routers(RouterStack(described(config, smollm2.model)), tmp_path / "routers")
     [code] = blocks("python")
     where = "runs/demo/routers"
     assert where in code

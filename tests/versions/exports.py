@@ -2,9 +2,6 @@
 
     python tests/versions/exports.py write FOLDER
     python tests/versions/exports.py read FOLDER FILE.safetensors
-
-Owns which models are exported and what is kept of reading them. Leaves comparing to
-`test_exports`.
 """
 
 from __future__ import annotations
@@ -20,9 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from drllm.models.architectures.families import VOCAB_SIZE, make_tiny
 from drllm.models.base.load import BaseModel
-from drllm.models.export.model import export_path
+from drllm.models.check import COMMON, make_tiny
+from drllm.models.export import export_path
 
 PATH = (0, 1, 2, 3, 1, 2, 3, 5)
 PROMPT = list(range(5, 25))
@@ -63,7 +60,7 @@ EXPORTED: dict[str, tuple[str, dict[str, Any]]] = {
 def tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer of one token a word, with a special token of its own."""
     vocab = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<more>"])}
-    vocab |= {f"w{index}": index for index in range(len(vocab), VOCAB_SIZE)}
+    vocab |= {f"w{index}": index for index in range(len(vocab), COMMON["vocab_size"])}
     inner = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

@@ -13,11 +13,11 @@ from drllm.cli.stages import loaded
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, Request, verb
 from drllm.config import ModelConfig
-from drllm.models.export.files import check_output
+from drllm.models.export import check_output
 from drllm.records.path_files import read_path_file
 
 if TYPE_CHECKING:
-    from drllm.models.export.model import Export
+    from drllm.models.export import Export
 
 MB = 1e6
 
@@ -39,7 +39,7 @@ def export(request: Request, terminal: Terminal) -> None:
     checks.check_folder(output, "--output")
     check_output(output)
     with loaded(request.of(ModelConfig), terminal) as base:
-        from drllm.models.export.model import export_path
+        from drllm.models.export import export_path
 
         path = plan.path(base.num_layers)
         with terminal.busy("writing and checking"):

@@ -18,7 +18,7 @@ from drllm.evaluation.baselines.registry import BASELINES, NOT_COMPARED
 from drllm.tasks.base import describe_tasks
 
 if TYPE_CHECKING:
-    from drllm.models.architectures.check import Finding
+    from drllm.models.check import Finding
 
 
 @verb(
@@ -93,8 +93,7 @@ def _list_baselines(terminal: Terminal) -> None:
 
 
 def _list_architectures(terminal: Terminal) -> None:
-    from drllm.models.architectures.check import check
-    from drllm.models.architectures.families import FAMILIES
+    from drllm.models.check import FAMILIES, check
 
     findings = []
     with terminal.progress("check", "families") as progress:
@@ -106,8 +105,8 @@ def _list_architectures(terminal: Terminal) -> None:
 
 
 def _check_architecture(terminal: Terminal, model: str) -> None:
-    from drllm.models.architectures.check import check_model
     from drllm.models.base.load import load
+    from drllm.models.check import check_model
 
     with terminal.busy(f"loading {model}"):
         base = load(ModelConfig(model=model, dtype="float32"))

@@ -228,9 +228,9 @@ def read_routers(folder: Path) -> RouterStack:
     Raises:
         CheckpointError: Missing or broken.
     """
-    from drllm.models.routers.stack import RouterStack
+    from drllm.models.routers.checkpoint import load_routers
 
-    return RouterStack.load(folder)
+    return load_routers(folder)
 
 
 @contextmanager
@@ -341,7 +341,7 @@ def run_evaluate_stage(
         terminal: Where it is said.
     """
     from drllm.evaluation.run import run_evaluation
-    from drllm.models.routers.stack import read_config
+    from drllm.models.routers.checkpoint import read_config
 
     trained = read_config(routers[0]).training.get("rewards")
     if isinstance(trained, list) and trained and OPTIONS_REWARD not in trained:

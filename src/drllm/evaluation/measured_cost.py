@@ -38,7 +38,7 @@ from drllm.evaluation.latency import (
 )
 from drllm.evaluation.results import Evaluated
 from drllm.models.base.load import BaseModel
-from drllm.models.routers.stack import RouterStack
+from drllm.models.routers.checkpoint import load_routers
 from drllm.records import new_manifest, sha256, write_atomically
 from drllm.tasks.base import Task
 
@@ -97,7 +97,7 @@ def write_measured(
         path.unlink(missing_ok=True)
         return None
     prompts = choose_prompts(tasks, encode, config.seed)
-    routers = RouterStack.load(routers_dir).to(base.model.device)
+    routers = load_routers(routers_dir).to(base.model.device)
     sizes = Sizes(rounds=config.latency_rounds)
     found = measure(base.model, with_router_time(routers), prompts, sizes, clock)
     weights = routers_dir / "routers.safetensors"

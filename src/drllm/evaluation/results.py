@@ -21,7 +21,7 @@ from drllm.evaluation.prompt_cost import PromptCost
 from drllm.evaluation.seeds import sentence
 from drllm.evaluation.systems import System
 from drllm.models.base.load import BaseModel
-from drllm.models.routers.folder import WEIGHTS_FILE
+from drllm.models.routers.checkpoint import WEIGHTS_FILE
 from drllm.records import new_manifest, sha256
 from drllm.statistics.intervals import mean_interval, wilson_interval
 from drllm.statistics.paired import holm, mcnemar_exact

@@ -36,9 +36,8 @@ from drllm.evaluation.sources import chosen_on, sources_of
 from drllm.evaluation.systems import System, TaskRun
 from drllm.evaluation.texts import worked_task
 from drllm.models.base.load import BaseModel
-from drllm.models.routers.checkpoint import check_routers
+from drllm.models.routers.checkpoint import WEIGHTS_FILE, check_routers, load_routers
 from drllm.models.routers.depth_control import find_depth_bias
-from drllm.models.routers.folder import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import RouterPolicy
 from drllm.models.scoring.packing import Question
@@ -394,6 +393,6 @@ def in_words(share: float) -> str:
 
 def _load(folder: Path, lm: RoutedLM) -> RouterStack:
     """Read routers for the model."""
-    routers = RouterStack.load(folder)
+    routers = load_routers(folder)
     check_routers(lm.routed.model, routers)
     return routers.to(lm.device)

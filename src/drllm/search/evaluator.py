@@ -20,7 +20,7 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.answers import Answer, AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch, Score, tokenised
 from drllm.models.scoring.packing import Question
-from drllm.models.scoring.prefix_cache import StateCache
+from drllm.models.scoring.prefix_cache import PrefixCache
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.tasks.base import Prompt
 from drllm.tasks.grading import score_choices, verdict
@@ -104,7 +104,7 @@ class BlockEvaluator:
         return self._texts
 
     @property
-    def states(self) -> StateCache:
+    def states(self) -> PrefixCache:
         """The shared states, with the count of executions run and asked for."""
         batch = self._choices or self._answers
         assert batch is not None
@@ -112,7 +112,7 @@ class BlockEvaluator:
 
     def num_tokens(self, place: int) -> int:
         """Return how many tokens the model reads of a prompt and its continuations."""
-        behind = 0 if self._choices is None else self._choices.questions[place].num_behind
+        behind = 0 if self._choices is None else self._choices.questions[place].num_after
         return len(self._contexts[place]) + behind
 
     def reads_the_same(self, prompts: Sequence[Prompt]) -> bool:

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from drllm.config import TrainConfig
 from drllm.errors import CheckpointError
-from drllm.models.routers.folder import WEIGHTS_FILE
-from drllm.models.routers.stack import read_config
+from drllm.models.routers.checkpoint import WEIGHTS_FILE, read_config
 from drllm.training.examples import Examples, digest, sizes
 from drllm.training.fit import Fit
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.metrics import Counts
-from drllm.models.routers.card import model_card
+from drllm.models.routers.checkpoint import save_routers
 from drllm.records import clear_half_written, write_atomically
 from drllm.training import checkpoint
 from drllm.training import temperature as calibration
@@ -181,7 +181,7 @@ def train_together(
             if run.config.calibrate:
                 calibration.fold(stack, confidence.temperature)
         stack.config = dataclasses.replace(stack.config, training=told)
-        stack.save(run.output, card=model_card(stack.config))
+        save_routers(stack, run.output)
         clear_half_written(run.output / METRICS_FILE, run.output / LAYERS_FILE)
     forget(first)
     checkpoint.remove(first)

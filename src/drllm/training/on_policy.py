@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from drllm.config import TrainConfig
+from drllm.models.routers.checkpoint import load_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.records import SupervisionRecord
 from drllm.training.checkpoint import SIZES_TOLERANCE
@@ -92,7 +93,7 @@ def train_in_rounds(
         if rounds and left([run]):
             parts = [features]
             for number, store in enumerate(stores, start=1):
-                before = RouterStack.load(_of_round(run, number - 1).output)
+                before = load_routers(_of_round(run, number - 1).output)
                 parts.append(pool(features.records, store, before))
                 _say(features, parts[-1], run.config, number)
                 if wanted := left([_of_round(run, number)]):

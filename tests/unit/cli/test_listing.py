@@ -6,8 +6,7 @@ from drllm.cli import main
 from drllm.cli.listing import list_what
 from drllm.cli.terminal import Terminal
 from drllm.errors import ConfigError
-from drllm.models.architectures import families
-from drllm.models.architectures.families import FAMILIES
+from drllm.models import check
 
 
 @pytest.fixture
@@ -26,8 +25,8 @@ def folder(tmp_path, tiny_model, tiny_tokenizer):
 def test_architectures_are_listed_with_class_status_and_difference(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    few = {name: FAMILIES[name] for name in ("gpt2", "lfm2")}
-    monkeypatch.setattr(families, "FAMILIES", few)
+    few = {name: check.FAMILIES[name] for name in ("gpt2", "lfm2")}
+    monkeypatch.setattr(check, "FAMILIES", few)
     list_what("architectures", Terminal())
     out, err = capsys.readouterr()
     lines = out.splitlines()

@@ -16,7 +16,7 @@ from drllm.evaluation.flops import (
     router_flops,
 )
 from drllm.evaluation.latency import empty_cache
-from drllm.models.architectures.families import FAMILIES
+from drllm.models.check import FAMILIES
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.kv_cache import stored_bytes
 from drllm.models.routing.policies import RouterPolicy

@@ -16,6 +16,7 @@ from drllm.evaluation.measured_cost import choose_prompts, contents, machine, wr
 from drllm.evaluation.prompt_cost import PromptCost
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
+from drllm.models.routers.checkpoint import load_routers
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import sha256
@@ -43,7 +44,7 @@ def routers_dir(base, tmp_path_factory):
     with torch.no_grad():
         stack.decision_weight.mul_(3)
     folder = tmp_path_factory.mktemp("routers")
-    stack.save(folder)
+    save_routers(stack, folder)
     return folder
 
 
@@ -91,7 +92,7 @@ def test_the_file_holds_every_round_of_every_system_and_what_they_ran_on(
 def test_executions_are_those_of_the_routes_that_were_timed(base, routers_dir, tmp_path):
     write(base, routers_dir, tmp_path, 1)
     found = read_measured(tmp_path, [])
-    routed = RoutedModel(base.model, RouterStack.load(routers_dir))
+    routed = RoutedModel(base.model, load_routers(routers_dir))
     costs = []
     drawn = choose_prompts([evaluated(TEXTS)], encode, seed=0)
     assert sorted(drawn) == sorted(prompt[-5:] for prompt in PROMPTS)

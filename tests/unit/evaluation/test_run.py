@@ -31,6 +31,7 @@ from drllm.evaluation.systems import TaskRun
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode
+from drllm.models.routers.checkpoint import load_routers
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
@@ -77,7 +78,7 @@ def new_routers(base, num_layers=6, seed=3):
 @pytest.fixture(scope="module")
 def routers_dir(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("routers")
-    new_routers(base).save(folder)
+    save_routers(new_routers(base), folder)
     return folder
 
 
@@ -138,7 +139,7 @@ def test_every_sample_equals_the_question_asked_alone(evaluated, base, task, sys
 def test_routes_are_those_of_the_question_alone(evaluated, base, routers_dir, task):
     _, samples, _ = evaluated
     examples = {example.id: example for example in task.examples("test")}
-    routed = RoutedModel(base.model, RouterStack.load(routers_dir))
+    routed = RoutedModel(base.model, load_routers(routers_dir))
     seen = set()
     for sample in samples:
         text = task.prompt(examples[sample["id"]], "loglikelihood").text
@@ -182,11 +183,11 @@ def test_baselines_run_at_the_routed_model_s_executions(evaluated):
 def test_labels_that_cannot_reach_the_routed_executions_are_said_not_to(
     base, routers_dir, task, tmp_path
 ):
-    routers = RouterStack.load(routers_dir)
+    routers = load_routers(routers_dir)
     config = dataclasses.replace(routers.config, label_counts=((0, 10, 0),) * 6)
     only_execute = RouterStack(config)
     only_execute.load_state_dict(routers.state_dict())
-    only_execute.save(tmp_path / "routers")
+    save_routers(only_execute, tmp_path / "routers")
     [path] = run_evaluation(base, tmp_path / "routers", [task], settings(), tmp_path / "eval")
     result = json.loads(path.read_text())
     rows = {row["name"]: row for row in result["systems"]}
@@ -328,7 +329,7 @@ def test_the_model_is_given_back_untouched(base, routers_dir, task, tmp_path):
 
 
 def test_routers_of_another_model_are_refused(base, task, tmp_path):
-    new_routers(base, num_layers=5).save(tmp_path / "routers")
+    save_routers(new_routers(base, num_layers=5), tmp_path / "routers")
     with pytest.raises(CheckpointError, match="num_layers 5"):
         run_evaluation(base, tmp_path / "routers", [task], settings(), tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -577,7 +578,7 @@ def test_depths_of_a_task_can_be_those_of_another(base, routers_dir, two_tasks, 
 def test_routers_of_other_seeds_are_what_they_are_when_evaluated_alone(
     base, routers_dir, task, tmp_path
 ):
-    new_routers(base, seed=5).save(tmp_path / "other")
+    save_routers(new_routers(base, seed=5), tmp_path / "other")
     config = settings(curve="0.1", baselines="permuted-routes", limit=12)
     alone = {}
     for folder in (routers_dir, tmp_path / "other"):
@@ -626,7 +627,7 @@ def test_routers_of_other_seeds_are_what_they_are_when_evaluated_alone(
 
 
 def test_routers_of_another_model_among_the_seeds_are_refused(base, routers_dir, task, tmp_path):
-    new_routers(base, num_layers=5).save(tmp_path / "other")
+    save_routers(new_routers(base, num_layers=5), tmp_path / "other")
     with pytest.raises(CheckpointError, match="num_layers"):
         run_evaluation(
             base,

@@ -14,7 +14,7 @@ from torch import nn
 
 from drllm.errors import ModelError
 from drllm.models.base.prompts import encode, render
-from drllm.models.routing.layer_call import LayerCall
+from drllm.models.routing.injection import LayerCall
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import Score
 from drllm.paths import to_path

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from drllm.config import TrainConfig
 from drllm.errors import CheckpointError, ConfigError
 from drllm.metrics import ratios, verdict
-from drllm.models.routers.stack import RouterStack
+from drllm.models.routers.checkpoint import load_routers
 from drllm.reporting.agreement import read_agreement
 from drllm.training.checkpoint import CHECKPOINT_FILE
 from drllm.training.loop import Run, train, train_together, unfinished
@@ -51,7 +51,7 @@ def test_the_saved_config_says_what_was_trained_for_which_model(features_of, ide
     features = features_of(40)
     rows = train(features, identity, QUICK, tmp_path, rewards=["letter"])
     trained, held_out = hold_out(features.questions, QUICK.validation_fraction, QUICK.seed)
-    config = RouterStack.load(tmp_path).config
+    config = load_routers(tmp_path).config
     assert config.label_counts == count_labels(features.labels[trained])
     assert config.training["num_trained"] == len(trained)
     assert config.training["num_held_out"] == len(held_out) > 0
@@ -93,7 +93,7 @@ def test_the_layers_file_counts_what_the_saved_routers_say_of_both_parts(
     features = features_of(60)
     settings = config_of(num_epochs=30, learning_rate=0.3, early_stopping=2, warmup_steps=0)
     rows = train(features, identity, settings, tmp_path)
-    agreement, stack = read_agreement(tmp_path / "layers.json"), RouterStack.load(tmp_path)
+    agreement, stack = read_agreement(tmp_path / "layers.json"), load_routers(tmp_path)
     best = stack.config.training["best_epoch"]
     assert agreement.epoch == best < rows[-1]["epoch"]
     said = stack.double()(features.means.double(), features.filled)  # [N, L, C]
@@ -114,7 +114,7 @@ def test_config_and_card_tell_how_routers_stand_beside_decisions_that_ignore_the
 ):
     train(features_of(60), identity, QUICK, tmp_path)
     agreement = read_agreement(tmp_path / "layers.json")
-    told = RouterStack.load(tmp_path).config.training["against_baselines"]
+    told = load_routers(tmp_path).config.training["against_baselines"]
     systems = agreement.parts["validation"]
     assert told["systems"] == {name: ratios(counts) for name, counts in systems.items()}
     assert told["verdict"] == verdict(agreement.parts)
@@ -158,7 +158,7 @@ def test_the_weights_do_not_depend_on_the_held_out_labels(features_of, identity,
 def test_another_seed_gives_other_routers(features_of, identity, tmp_path):
     train(features_of(), identity, QUICK, tmp_path / "one")
     train(features_of(), identity, config_of(seed=1), tmp_path / "two")
-    one, two = (RouterStack.load(tmp_path / name) for name in ("one", "two"))
+    one, two = (load_routers(tmp_path / name) for name in ("one", "two"))
     assert not torch.equal(one.hidden_weight, two.hidden_weight)
 
 
@@ -183,7 +183,7 @@ def test_a_single_target_and_a_single_epoch_are_enough(
     assert len(rows) == 1
     plan = Plan.of(features_of(1), settings)
     untrained = new_stack(features_of(1), plan, identity)
-    assert not torch.equal(RouterStack.load(tmp_path).hidden_weight, untrained.hidden_weight)
+    assert not torch.equal(load_routers(tmp_path).hidden_weight, untrained.hidden_weight)
 
 
 def test_targets_that_only_execute_train_routers_that_only_execute(features_of, identity, tmp_path):
@@ -254,7 +254,7 @@ def test_an_early_end_is_told_with_the_epoch_whose_weights_are_kept(
     )
     losses = [row["routers_loss"] for row in rows if row["split"] == "validation"]
     best = losses.index(min(losses)) + 1
-    told = RouterStack.load(tmp_path).config.training
+    told = load_routers(tmp_path).config.training
     assert (told["best_epoch"], told["last_epoch"]) == (best, len(losses))
     assert told["metrics"] == [row for row in rows if row["epoch"] == best]
     card = (tmp_path / "README.md").read_text()
@@ -300,7 +300,7 @@ def test_runs_together_leave_the_folders_that_each_leaves_alone(features_of, ide
         ours, theirs = (load_file(folder / "routers.safetensors") for folder in (run.output, alone))
         for name, weight in theirs.items():
             torch.testing.assert_close(ours[name], weight, rtol=0, atol=ROUNDING)
-        configs = [RouterStack.load(folder).config for folder in (run.output, alone)]
+        configs = [load_routers(folder).config for folder in (run.output, alone)]
         told = [config.training for config in configs]
         assert told[0]["settings"] == told[1]["settings"] == run.config.decisive()
         assert configs[0].label_counts == configs[1].label_counts

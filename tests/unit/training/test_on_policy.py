@@ -23,6 +23,7 @@ from rounds_apart import CONFIG, IDENTITY, N, pool_own, train
 
 import drllm
 from drllm.errors import CheckpointError, ConfigError
+from drllm.models.routers.checkpoint import load_routers
 from drllm.models.routers.depth_control import routes_of
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.routed_model import RoutedModel
@@ -241,7 +242,7 @@ def test_only_routers_are_left(finished):
 
 
 def test_the_saved_config_counts_each_target_once(finished):
-    first, last = (RouterStack.load(finished / name).config for name in ("round_0", "."))
+    first, last = (load_routers(finished / name).config for name in ("round_0", "."))
     assert last.label_counts == first.label_counts
     for name in ("num_trained", "num_held_out", "tasks", "class_weights", "targets"):
         assert last.training[name] == first.training[name]
@@ -258,7 +259,7 @@ def test_a_round_equals_training_by_hand_on_both_routes(tmp_path):
     alone = replace(config, on_policy_rounds=0)
     first = pool_own(records, None)
     train_together(first, IDENTITY, [Run(alone, tmp_path / "0")])
-    second = pool_own(records, None, RouterStack.load(tmp_path / "0"))
+    second = pool_own(records, None, load_routers(tmp_path / "0"))
     joined = dataclasses.replace(
         first,
         means=torch.cat([first.means, second.means]),
@@ -324,7 +325,7 @@ def test_a_target_that_cannot_be_run_along_a_route_is_left_out_there_and_said(tm
 
     train(tmp_path, ONE, pool=pool)
     assert "along the routes of round 0, 1 of 20 targets are left out (1 longer than" in caplog.text
-    first, last = (RouterStack.load(tmp_path / name).config for name in ("round_0", "."))
+    first, last = (load_routers(tmp_path / name).config for name in ("round_0", "."))
     assert last.label_counts == first.label_counts
 
 

@@ -9,7 +9,7 @@ import torch
 
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
-from drllm.models.routers.stack import RouterStack
+from drllm.models.routers.checkpoint import load_routers
 from drllm.training import temperature as calibration
 from drllm.training.loop import train
 from drllm.training.plans import Plan, new_stack
@@ -143,7 +143,7 @@ def test_training_tells_what_a_slow_loop_over_the_held_out_targets_finds(
 ):
     features = features_of(60)
     train(features, identity, CONFIG, tmp_path)
-    routers = RouterStack.load(tmp_path)
+    routers = load_routers(tmp_path)
     told = routers.config.training["calibration"]
 
     _, held_out = hold_out(features.questions, 0.3, CONFIG.seed)
@@ -178,7 +178,7 @@ def test_without_being_asked_for_the_temperature_is_told_and_the_weights_stay(
     features = features_of(60)
     train(features, identity, CONFIG, tmp_path / "plain")
     train(features, identity, replace(CONFIG, calibrate=True), tmp_path / "calibrated")
-    plain, calibrated = (RouterStack.load(tmp_path / name) for name in ("plain", "calibrated"))
+    plain, calibrated = (load_routers(tmp_path / name) for name in ("plain", "calibrated"))
     told = calibrated.config.training["calibration"]
     assert told == plain.config.training["calibration"]
     assert told["temperature"] != pytest.approx(1.0, abs=0.01)
@@ -193,7 +193,7 @@ def test_without_being_asked_for_the_temperature_is_told_and_the_weights_stay(
 def test_calibrated_routers_need_no_further_temperature(features_of, identity, tmp_path):
     features, config = features_of(60), replace(CONFIG, calibrate=True)
     train(features, identity, config, tmp_path)
-    again = measure(RouterStack.load(tmp_path), features, Plan.of(features, config))
+    again = measure(load_routers(tmp_path), features, Plan.of(features, config))
     assert again.temperature == pytest.approx(1.0, abs=1e-5)
     told = json.loads((tmp_path / "router_config.json").read_text())["training"]["calibration"]
     assert again.nll_before == pytest.approx(told["nll_after"], rel=1e-6)
@@ -206,14 +206,14 @@ def test_the_temperature_is_fitted_on_soft_targets_where_these_are_learnt(
     features = features_of(60)
     soft = 0.7 * torch.eye(3).double()[features.labels] + 0.1
     train(features, identity, replace(CONFIG, soft_targets=True), tmp_path, soft=soft)
-    told = RouterStack.load(tmp_path).config.training["calibration"]
+    told = load_routers(tmp_path).config.training["calibration"]
     entropy = -(0.8 * math.log(0.8) + 0.2 * math.log(0.1))
     assert told["nll_after"] > entropy  # no distribution comes below that of the targets
 
 
 def test_nothing_is_told_where_nothing_is_held_out(features_of, identity, tmp_path):
     train(features_of(9), identity, CONFIG, tmp_path)
-    assert "calibration" not in RouterStack.load(tmp_path).config.training
+    assert "calibration" not in load_routers(tmp_path).config.training
 
 
 def test_calibrating_without_held_out_targets_is_refused(features_of, identity, tmp_path):

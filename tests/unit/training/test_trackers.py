@@ -11,7 +11,7 @@ import pytest
 
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
-from drllm.models.routers.stack import RouterStack
+from drllm.models.routers.checkpoint import load_routers
 from drllm.training.checkpoint import CHECKPOINT_FILE
 from drllm.training.loop import Run, train, train_together
 from drllm.training.trackers import FOLDER, RUN_FILE, check_trackers
@@ -115,7 +115,7 @@ def test_a_tracker_changes_no_file_of_the_routers(
 def test_tensorboard_is_told_of_every_step_and_epoch(features_of, identity, tmp_path):
     needs("tensorboard")
     rows = train(features_of(40), identity, replace(QUIET, report_to="tensorboard"), tmp_path)
-    trained = RouterStack.load(tmp_path).config.training
+    trained = load_routers(tmp_path).config.training
     steps = trained["steps"] // QUIET.num_epochs
     curves = scalars(tmp_path)
     for row in rows:
@@ -181,7 +181,7 @@ def test_a_tracker_that_joins_a_resumed_training_is_said_to_lack_its_beginning(
     features = features_of(40)
     interrupted(features, identity, QUIET, tmp_path, after=14)
     train(features, identity, replace(QUIET, report_to="tensorboard"), tmp_path)
-    steps = RouterStack.load(tmp_path).config.training["steps"] // QUIET.num_epochs
+    steps = load_routers(tmp_path).config.training["steps"] // QUIET.num_epochs
     assert f"tensorboard wasn't told of the first {steps} steps of this training" in caplog.messages
 
 
@@ -194,7 +194,7 @@ def test_wandb_offline_keeps_settings_baselines_and_curves(
     assert settings.items() <= config.items()
     assert 0 < config["baselines/always_execute/accuracy"] < 1
     losses = [line["step/routers_loss"] for line in history if "step/routers_loss" in line]
-    assert len(losses) == RouterStack.load(tmp_path).config.training["steps"]
+    assert len(losses) == load_routers(tmp_path).config.training["steps"]
     for split in ("train", "validation"):
         name = f"{split}/macro_f1"
         values = [line[name] for line in history if name in line]

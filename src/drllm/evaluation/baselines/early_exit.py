@@ -17,7 +17,7 @@ from drllm.evaluation.baselines.bisection import Setting, nearest_setting
 from drllm.evaluation.baselines.recording import Recorder, recorded
 from drllm.models.routing.policies import Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.logit_lens import Readout
+from drllm.models.scoring.logit_lens import LogitLens
 from drllm.paths import Decision
 
 
@@ -42,7 +42,7 @@ class ExitPolicy(Policy):
         of the difference to the second.
     """
 
-    def __init__(self, readout: Readout, threshold: float) -> None:
+    def __init__(self, readout: LogitLens, threshold: float) -> None:
         self.readout = readout
         self.threshold = threshold
         self._running = torch.empty(0, dtype=torch.bool)
@@ -59,7 +59,7 @@ class ExitPolicy(Policy):
 
 
 @torch.no_grad()
-def confidence(readout: Readout, prompts: PromptView) -> Tensor:
+def confidence(readout: LogitLens, prompts: PromptView) -> Tensor:
     """Return the probability of the likeliest token behind each prompt's last real one, `[B]`."""
     T = prompts.hidden.shape[1]
     from_end = prompts.readable.flip(1).long().argmax(dim=1)  # [B], padding behind the last one
@@ -72,7 +72,7 @@ def confidence(readout: Readout, prompts: PromptView) -> Tensor:
 class _Confidences(Recorder):
     """Runs everything, and keeps the confidence behind each layer but the last, `[B, L − 1]`."""
 
-    def __init__(self, readout: Readout) -> None:
+    def __init__(self, readout: LogitLens) -> None:
         self.readout = readout
         self._behind: list[Tensor] = []
 
@@ -91,7 +91,7 @@ class _Confidences(Recorder):
 
 def confidences(
     routed: RoutedModel,
-    readout: Readout,
+    readout: LogitLens,
     prompts: Sequence[Sequence[int]],
     *,
     batch_size: int = 16,

@@ -55,7 +55,7 @@ from drllm.models.base.prompts import encode
 from drllm.models.routing.policies import Policy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.logit_lens import Readout
+from drllm.models.scoring.logit_lens import LogitLens
 from drllm.models.scoring.packing import Question
 from drllm.paths import Path, edits, full_decisions
 from drllm.records import SearchRecord, SupervisionRecord
@@ -286,7 +286,7 @@ class Lineup:
         )
 
     def _exit(self, routes: Tensor, generator: torch.Generator) -> Drawn:
-        readout = Readout(self.routed)
+        readout = LogitLens(self.routed)
         if "exit" not in self._fitted:
             self._fitted["exit"] = confidences(self.routed, readout, self.material.prompts)
         measured = self._fitted["exit"]

@@ -14,8 +14,8 @@ from typing import Any
 from drllm.errors import CheckpointError, ConfigError, unknown_name
 from drllm.models.base.load import BaseModel
 from drllm.models.routers import hub
-from drllm.models.routers.folder import CONFIG_FILE
-from drllm.models.routers.stack import RouterStack, read_config
+from drllm.models.routers.checkpoint import CONFIG_FILE, load_routers, read_config
+from drllm.models.routers.stack import RouterStack
 
 NOT_TAKEN = {
     "parallelize": "load the model on one device a process, and start several with torchrun",
@@ -84,7 +84,7 @@ def routers_and_base(
         CheckpointError: Routers that are broken, or don't name their base.
     """
     if isinstance(pretrained, BaseModel):
-        return (RouterStack.load(Path(routers)) if routers else None), pretrained.name, None
+        return (load_routers(Path(routers)) if routers else None), pretrained.name, None
     folder = Path(pretrained)
     if not (folder / CONFIG_FILE).is_file():
         if base is not None:
@@ -92,7 +92,7 @@ def routers_and_base(
                 f"base={base} has no effect: pretrained={pretrained} is no folder of routers; give "
                 f"the base as pretrained and the routers as routers="
             )
-        return (RouterStack.load(hub.find(Path(routers))) if routers else None), pretrained, None
+        return (load_routers(hub.find(Path(routers))) if routers else None), pretrained, None
     if routers is not None:
         raise ConfigError(
             f"pretrained={pretrained} is a folder of routers, and routers={routers} is given too; "
@@ -103,7 +103,7 @@ def routers_and_base(
         raise CheckpointError(
             f"the routers in {pretrained} don't name their base model; give it as base=MODEL"
         )
-    stack = RouterStack.load(folder)
+    stack = load_routers(folder)
     return stack, base or config.base_model, None if base else config.base_revision
 
 

@@ -39,11 +39,9 @@ from drllm.evaluation.lm_eval.questions import Request
 from drllm.evaluation.lm_eval.scoring import Answer, RequestScorer, Scored, Tally
 from drllm.models.base.load import BaseModel, load
 from drllm.models.routers.depth_control import encode_calibration, policy_for, read_calibration
-from drllm.models.routing.driver import reads_prompt
-from drllm.models.routing.policies import FixedPolicy, Policy
+from drllm.models.routing.policies import FixedPolicy, Policy, reads_prompt
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.batching import Passes, Price
-from drllm.models.scoring.prefix_cache import StateCache
+from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.paths import Decisions, to_decisions
 from drllm.records.path_files import read_path_file
 
@@ -333,8 +331,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
         """Return how many answers are generated at once with `auto`: as many as memory allows."""
-        price = Price(self.max_length, 1, keeps_kv=True)
-        fitting = Passes(self.routed.model, StateCache(0)).num_paths(price)
+        price = PathSize(self.max_length, 1, keeps_kv=True)
+        fitting = MemoryBatcher(self.routed.model).num_paths(price)
         found: int = min(self.max_batch_size, fitting)
         if self.world_size > 1:
             found = int(self.all_gather(torch.tensor([found], device=self.device)).min())

@@ -19,9 +19,8 @@ from drllm.evaluation.lm_eval.questions import Asked, Request, asked
 from drllm.models.base.capabilities import can_pack
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.batching import Passes, Price
+from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.models.scoring.choices import ChoiceBatch, Score
-from drllm.models.scoring.prefix_cache import StateCache
 from drllm.paths import Decisions, Path
 
 Answer: TypeAlias = tuple[float, bool]
@@ -194,19 +193,19 @@ class RequestScorer:
         lengths = [each.length for each in found.questions]
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
         model = self.routed.model
-        passes = Passes(model, StateCache(0))
-        all_packed = bool(order) and can_pack(model, found.questions)
+        passes = MemoryBatcher(model)
+        all_packed = bool(order) and can_pack(model, max(lengths))
         while order:
             longest = lengths[order[0]]
             if isinstance(self.batch_size, int):
                 most = self.batch_size
             else:
-                scored = max(found.questions[place].num_behind for place in order) + 1
-                most = min(self.max_batch_size, passes.num_paths(Price(longest, scored)))
+                scored = max(found.questions[place].num_after for place in order) + 1
+                most = min(self.max_batch_size, passes.num_paths(PathSize(longest, scored)))
             taken, rows = 0, 0
             while taken < len(order):
                 question = found.questions[order[taken]]
-                packed = all_packed or can_pack(model, [question])
+                packed = all_packed or can_pack(model, question.length)
                 rows += 1 if packed else len(question.apart())
                 is_full = rows > most or (
                     taken * longest >= ENOUGH_TOKENS

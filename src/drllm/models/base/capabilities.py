@@ -1,8 +1,7 @@
-"""What a model's loop can do beyond reading ordinary texts, found out before it is relied on.
+"""What a model's loop allows: can it be routed at all, may rows be packed, may a prompt be split?
 
-Owns three questions: may the continuations of a prompt be packed into one row behind it, may a
-prompt be read in parts, and does the loop carry on with fewer tokens than it was given. Leaves
-making use of it to `shared_rows` and `sharing`.
+Configurations and return annotations don't say it reliably, and a state may lie in the modules
+themselves, so `probe` runs one token through the model before anything is put on it.
 
 Axes: P rows, T tokens, K keys.
 """
@@ -12,116 +11,173 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
+from transformers import cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-from drllm.models.base.layers import find_layers
+from drllm.errors import ArchitectureError
+from drllm.models.base.layers import base_of, find_layers
 from drllm.models.base.prompts import context_length
-from drllm.models.routing.injection import Forward
-from drllm.models.routing.layer_call import LayerCall
-from drllm.models.routing.routed_model import RoutedModel
 
-if TYPE_CHECKING:
-    from drllm.models.scoring.packing import Question
+FOREIGN = tuple(
+    getattr(cache_utils, name)
+    for name in ("LinearAttentionCacheLayerMixin", "DynamicIndexedLayer", "StaticIndexedLayer")
+    if hasattr(cache_utils, name)  # newer than the oldest supported transformers
+)
+"""Cache entries that hold more than K/V."""
 
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 """Names of the number of tokens that layers see which don't see all."""
 
 
-def can_pack(model: Any, questions: Sequence[Question]) -> bool:
-    """Say whether the continuations of each question may stand behind one copy of its context.
+def is_kv(entry: Any) -> bool:
+    """Tell whether a cache entry holds K/V and nothing else."""
+    return isinstance(entry, CacheLayerMixin) and not isinstance(entry, FOREIGN)
 
-    It takes attention that is told by a mask what it may see. Such a mask takes the place of a
-    window, or is cut by it column by column, and some models keep one as wide as their context,
-    so no row may be longer than these.
+
+def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
+    """Run one token with the model's own cache, and tell whether its layers return tuples.
+
+    Args:
+        model: A model of transformers that isn't routed yet, or a PEFT model around one.
+        decoder: The module whose loop runs the layers.
+        layers: Its layers.
+
+    Returns:
+        Whether the loop takes a layer's output out of a tuple.
+
+    Raises:
+        ArchitectureError: The loop doesn't call each layer once, uses more of a layer's output
+            than its hidden state, or the layers remember anything but K/V.
+
+    Source: ours.
     """
-    longest = max(question.length for question in questions)
-    most = min(_window(model), context_length(model) or longest)
-    return _takes_any_mask(model) and longest <= most
+    name = type(base_of(model)).__name__
+    device = base_of(model).device
+    if device.type == "meta":  # offloaded: accelerate's hooks move the input where it belongs
+        device = torch.device("cpu")
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    outputs: list[Any] = []
+
+    def run(hook: Callable[[nn.Module, Any, Any], Any]) -> Any:
+        handles = [layer.register_forward_hook(hook) for layer in layers]
+        try:
+            with torch.no_grad(), _evaluating(decoder):
+                return decoder(input_ids=token, use_cache=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    result = run(lambda _layer, _inputs, output: outputs.append(output))
+    if len(outputs) != len(layers):
+        raise ArchitectureError(
+            f"{name} called {len(outputs)} of its {len(layers)} layers in a forward pass; "
+            f"its loop can't be routed"
+        )
+    _check_state(name, result, len(layers))
+    if not isinstance(outputs[0], tuple):
+        return False
+    try:
+        alone = run(lambda _layer, _inputs, output: output[:1])
+    except (IndexError, TypeError, ValueError):  # the loop unpacks more
+        alone = None
+    if alone is None or not torch.equal(alone[0], result[0]):
+        raise ArchitectureError(
+            f"the layers of {name} return more than a hidden state; what a skipped layer should "
+            f"return isn't known, so it can't be routed"
+        )
+    return True
+
+
+def _check_state(name: str, output: Any, num_layers: int) -> None:
+    """Refuse a model whose layers remember a token in anything but one K/V entry each."""
+    cache = next((value for value in output.values() if isinstance(value, Cache)), None)
+    entries = getattr(cache, "layers", [])
+    foreign = sorted({type(entry).__name__ for entry in entries if not is_kv(entry)})
+    if cache is None:
+        reason = "no K/V cache comes back from a forward pass"
+    elif foreign:
+        reason = f"its cache holds {', '.join(foreign)}"
+    elif len(entries) != num_layers:
+        reason = f"its cache has {len(entries)} entries for {num_layers} layers"
+    elif any(int(entry.get_seq_length()) != 1 for entry in entries):
+        reason = "some of its layers store nothing of a token"
+    else:
+        return
+    raise ArchitectureError(
+        f"{name} keeps state other than K/V in its layers ({reason}); it can't be routed"
+    )
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Switch dropout and checkpointing off inside the block, each submodule restored after."""
+    modes = [(child, child.training) for child in module.modules()]
+    for child, _ in modes:
+        child.training = False
+    try:
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+def can_pack(model: Any, length: int) -> bool:
+    """Say whether the continuations of a prompt may stand in one row after a single copy of it.
+
+    That takes attention that is told by a mask what it may see. Such a mask replaces a window, or
+    is cut by it column by column, and some models keep one as wide as their context, so no row may
+    be longer than these.
+
+    Args:
+        model: A decoder-only model of transformers.
+        length: Tokens of the longest row.
+    """
+    return _takes_any_mask(model) and length <= min(_window(model), context_length(model) or length)
+
+
+def can_split(model: Any) -> bool:
+    """Say whether a prompt may be read in parts, the later ones with the K/V of the earlier.
+
+    That takes attention that is told by a mask what it may see, all of it at every layer, and
+    rotations that don't depend on how much is read at once.
+    """
+    rotations = [
+        str(module.rope_type) for module in model.modules() if hasattr(module, "rope_type")
+    ]
+    return (
+        _takes_any_mask(model)
+        and _window(model) == math.inf
+        and not any("dynamic" in kind or "longrope" in kind for kind in rotations)
+    )
 
 
 def _takes_any_mask(model: Any) -> bool:
     """Say whether a mask and positions may be given that no ordinary text has."""
+    decoder, _ = find_layers(model)
+    config = model.config.get_text_config()
+    # ALiBi (MPT, Bloom, some Falcons) takes columns for positions.
+    reads_positions = "position_ids" in inspect.signature(
+        decoder.forward
+    ).parameters and not getattr(config, "alibi", False)
+    # Up to transformers 5.0 XGLM and few others take a mask `[P, 1, T, K]` for one of ones and
+    # zeros, by this function, which later versions have no use for.
+    inverts_masks = hasattr(
+        sys.modules[type(decoder).__module__], "_prepare_4d_causal_attention_mask"
+    )
     return (
         model.config._attn_implementation in ("sdpa", "eager")
-        and _reads_positions(model)
-        and not _inverts_masks(model)
+        and reads_positions
+        and not inverts_masks
     )
-
-
-def _reads_positions(model: Any) -> bool:
-    """Say whether tokens stand where `position_ids` puts them, not where their columns are.
-
-    ALiBi (MPT, Bloom, some Falcons) counts columns.
-    """
-    decoder, _ = find_layers(model)
-    named = "position_ids" in inspect.signature(decoder.forward).parameters
-    return named and not getattr(model.config.get_text_config(), "alibi", False)
-
-
-def _inverts_masks(model: Any) -> bool:
-    """Say whether a model's loop takes a mask `[P, 1, T, K]` for one of ones and zeros.
-
-    XGLM and few others do up to transformers 5.0, by a function that later versions have no use
-    for; it would take what may be seen for what may not.
-    """
-    decoder, _ = find_layers(model)
-    return hasattr(sys.modules[type(decoder).__module__], "_prepare_4d_causal_attention_mask")
 
 
 def _window(model: Any) -> float:
     """Return how many tokens the layers see that see the fewest; infinity if all see all."""
     sizes = [getattr(model.config.get_text_config(), name, None) for name in WINDOWS]
     return min((size for size in sizes if size), default=math.inf)  # 0 is none too
-
-
-def can_split(model: Any) -> bool:
-    """Say whether a prompt may be read in parts, the later ones behind the K/V of the earlier.
-
-    It takes attention that is told by a mask what it may see, all of it at every layer, and
-    rotations that don't depend on how much is read at once.
-    """
-    rotations = [
-        getattr(module, "rope_type", None)
-        for module in model.modules()
-        if hasattr(module, "rope_type")
-    ]
-    return (
-        _takes_any_mask(model)
-        and _window(model) == math.inf
-        and not any("dynamic" in str(kind) or "longrope" in str(kind) for kind in rotations)
-    )
-
-
-class _Dropping:
-    """A driver that runs no layer and hands on the first of two tokens."""
-
-    def begin(self, forward: Forward) -> None:
-        """Do nothing."""
-
-    def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        """Drop a token behind the last layer."""
-        return hidden[:, :1] if call.is_last else hidden
-
-    def end(self, forward: Forward) -> None:
-        """Do nothing."""
-
-
-def can_drop_tokens(routed: RoutedModel) -> bool:
-    """Say whether a model's loop goes on with fewer tokens than it was given.
-
-    Some loops put what the last layer gives back into the shape that they were given; these must
-    carry all tokens. It is tried out on two tokens, and costs no layer.
-    """
-    ids = torch.zeros(1, 2, dtype=torch.long, device=routed.model.device)
-    with torch.no_grad(), routed.injection.driven_by(_Dropping()):
-        try:
-            output = routed.injection.decoder(input_ids=ids, use_cache=False)
-        except RuntimeError as error:
-            if "is invalid for input of size" not in str(error):  # not that of `Tensor.view`
-                raise
-            return False
-    return bool(output[0].shape[1] == 1)

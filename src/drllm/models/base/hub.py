@@ -1,8 +1,4 @@
-"""The Hugging Face hub: whether a model can be had from it, and why not, in one line.
-
-Owns the question for a model's commit and the silence of the libraries meanwhile. Leaves opening
-the model to `loading`.
-"""
+"""The Hugging Face hub: find a model's commit, explain errors in one line, quiet libraries."""
 
 from __future__ import annotations
 
@@ -36,13 +32,14 @@ from drllm.errors import ModelError
 TOKEN_VARIABLE = "HF_TOKEN"
 ERRORS: tuple[type[Exception], ...] = (HTTPError, OSError)
 """What the hub's library raises; the first is its HTTP library's own error, whichever that is."""
+FETCH_ERRORS: tuple[type[Exception], ...] = (HFValidationError, EntryNotFoundError, *ERRORS)
+"""What `explain` explains."""
 
 
 def find_commit(name: str, revision: str | None, *, otherwise: str) -> str:
     """Return the commit that a revision of a hub model stands for.
 
-    The model's config is fetched for it, the smallest file that tells whether the model can be
-    had.
+    The model's config is fetched for it, the smallest file that tells whether the model is there.
 
     Args:
         name: OWNER/NAME.
@@ -52,46 +49,59 @@ def find_commit(name: str, revision: str | None, *, otherwise: str) -> str:
     Raises:
         ModelError: A model that is absent, private or gated, no such revision, or no network.
     """
-    what = f"model {name!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
-    except GatedRepoError as error:
-        raise ModelError(
-            f"{what} is gated: accept its terms on its hub page, then set {TOKEN_VARIABLE} to a "
-            f"token of yours"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ModelError(
-            f"model {name!r} has no revision {revision!r}; give a branch, tag or commit of it"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{what} isn't on the hub, or is private (then set {TOKEN_VARIABLE}); {otherwise}"
-        ) from error
-    except HFValidationError as error:
-        raise ModelError(f"{name!r} can't be a hub id; {otherwise}") from error
-    except LocalEntryNotFoundError as error:
-        # Also raised for any answer that isn't one of the above; the cause tells.
-        raise _unavailable(what, error.__cause__, otherwise) from error
-    except EntryNotFoundError as error:
-        raise ModelError(f"{what} has no config.json, so it isn't a transformers model") from error
-    except ERRORS as error:
-        raise _unavailable(what, error, otherwise) from error
+    except FETCH_ERRORS as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            raise ModelError(
+                f"model {name!r} has no config.json, so it isn't a transformers model"
+            ) from error
+        raise ModelError(explain(error, "model", name, revision, otherwise)) from error
     return Path(file).parent.name  # the cache keeps a model's files under snapshots/COMMIT
 
 
-def _unavailable(what: str, cause: BaseException | None, otherwise: str) -> ModelError:
-    if isinstance(cause, HfHubHTTPError):
-        return ModelError(
-            f"the hub refused {what}: {first_line(cause)}; if it needs a login, set "
+def explain(error: Exception, kind: str, name: str, revision: str | None, otherwise: str) -> str:
+    """Say in one line why something can't be fetched from the hub, and what to do.
+
+    Args:
+        error: What the hub's library raised.
+        kind: What it is, for example "model".
+        name: OWNER/NAME.
+        revision: Branch, tag or commit; None for the default branch.
+        otherwise: What to advise where it isn't there, or there is no network.
+    """
+    what = f"{kind} {name!r}" + (f" at revision {revision!r}" if revision else "")
+    if isinstance(error, GatedRepoError):
+        return (
+            f"{what} is gated: accept the terms on its hub page, then set {TOKEN_VARIABLE} to a "
+            f"token of yours"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{kind} {name!r} has no revision {revision!r}; give a branch, tag or commit of it"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{what} isn't on the hub, or is private (then set {TOKEN_VARIABLE}); {otherwise}"
+    if isinstance(error, HFValidationError):
+        return f"{name!r} can't be a hub id; {otherwise}"
+    if isinstance(error, LocalEntryNotFoundError):
+        # Also raised for any answer that isn't one of the above; the cause tells.
+        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
+        return (
+            f"the hub refused {what}: {answer(error)}; if it needs a login, set "
             f"{TOKEN_VARIABLE} to a valid token"
         )
-    offline = constants.HF_HUB_OFFLINE
-    why = "HF_HUB_OFFLINE is set" if offline else "the hub can't be reached"
-    return ModelError(
-        f"{what} isn't in the local cache and {why}; connect (gated models need "
-        f"{TOKEN_VARIABLE}), or {otherwise}"
-    )
+    return f"{what} isn't in the local cache, and {no_network()}; connect, or {otherwise}"
+
+
+def no_network() -> str:
+    """Say why there is no network."""
+    return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub can't be reached"
+
+
+def answer(error: HfHubHTTPError) -> str:
+    """Return what the hub itself says, in one line, else what its library makes of it."""
+    said = (error.server_message or "").strip()
+    return said.splitlines()[0].rstrip(".") if said else first_line(error)
 
 
 def first_line(error: BaseException) -> str:

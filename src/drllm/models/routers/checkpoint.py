@@ -1,31 +1,299 @@
-"""Routers with the base model that they belong to: checked, saved, pushed, loaded.
+"""Saved routers: `router_config.json`, `routers.safetensors` and a model card, and whose they are.
 
-Owns which base models routers may be attached to, and what a saved checkpoint says of its base.
-Leaves the files to `routers` and `folder`, the hub to `hub`, the text for readers
-to `card`, opening base models to `loading` and routing to `routed`.
+Files are written all at once and read without trusting what they hold. Routers are checked against
+the base model that they are attached to.
 
-Axes: D hidden, L layers.
+Axes: D hidden, L layers, H router width.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import re
-import tempfile
+import json
+import os
+import uuid
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from drllm.config import ModelConfig
-from drllm.errors import CheckpointError, ConfigError
-from drllm.models.base import load as loading
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from drllm.errors import CheckpointError, ConfigError, RecordError, unknown_name
 from drllm.models.base.identity import describe
 from drllm.models.base.layers import base_of
-from drllm.models.routers import hub
 from drllm.models.routers.card import FOLDER, MARK, model_card
-from drllm.models.routers.folder import CARD_FILE
-from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
+from drllm.records import read_json
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "router_config.json"
+WEIGHTS_FILE = "routers.safetensors"
+CARD_FILE = "README.md"
+PICKLES = (b"PK\x03\x04", b"\x80")  # how torch.save and pickle begin a file
+
+
+# --- saving ------------------------------------------------------------------------------------
+
+
+def save_routers(
+    routers: RouterStack,
+    folder: Path | str,
+    *,
+    config: RouterConfig | None = None,
+    place: str = FOLDER,
+) -> None:
+    """Write config, weights and a model card; the base model is not saved.
+
+    All files are replaced or none is; what else lies in the folder stays there.
+
+    Args:
+        routers: They may have been trained, or made by hand.
+        folder: Made if necessary.
+        config: To save instead of the routers' own.
+        place: From where they will be loaded, for the card: a folder or a hub id.
+
+    Raises:
+        CheckpointError: Weights that aren't finite float32 of the right shapes, a folder that
+            can't be written, or a README.md in it that isn't a card of routers.
+    """
+    folder = Path(folder)
+    config = config or routers.config
+    card = folder / CARD_FILE
+    if card.is_file() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
+        raise CheckpointError(
+            f"{card} isn't a card of routers and would be replaced by one; save to a folder of "
+            f"their own, or move it away"
+        )
+    tensors = {
+        name: weight.detach().cpu().contiguous() for name, weight in routers.state_dict().items()
+    }
+    misfit = _misfit(tensors, config)
+    if misfit is not None:
+        raise CheckpointError(f"these routers can't be saved: {misfit}")
+    values = {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
+    try:
+        text = json.dumps(values, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"these routers can't be saved: their config's 'training' isn't JSON ({error})"
+        ) from error
+    # One note only: safetensors writes several in an order that varies from run to run.
+    notes = {"num_windows": str(config.num_windows)}
+    files = {
+        WEIGHTS_FILE: to_safetensors(tensors, notes),
+        CONFIG_FILE: text.encode(),
+        CARD_FILE: model_card(config, place).encode(),
+    }
+    _replace(folder, files)
+
+
+def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a folder, replacing those that are there: all of them, or none.
+
+    Everything is on the disk before the first of the earlier files is touched, and these are put
+    back if a later step fails. While they change places the config is away, so that a process
+    killed in between leaves a folder that is refused, never one of two halves; the next save that
+    succeeds removes what it left.
+
+    Raises:
+        CheckpointError: The folder can't be written, or the disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            if (folder / name).is_dir():
+                raise IsADirectoryError(0, f"{name} in it is a folder")
+        _exchange(folder, files)
+    except OSError as error:
+        raise CheckpointError(
+            f"can't write routers to {folder}: {error.strerror}; "
+            f"free some space or choose a folder that you may write to"
+        ) from error
+
+
+def _exchange(folder: Path, files: Mapping[str, bytes]) -> None:
+    mark = uuid.uuid4().hex
+    new = {name: folder / f".{name}.{mark}.new" for name in files}
+    old = {name: folder / f".{name}.{mark}.old" for name in files}
+    names = sorted(files, key=lambda name: name == CONFIG_FILE)  # the config last
+    placed = []
+    try:
+        for name in names:
+            with new[name].open("xb") as file:
+                file.write(files[name])
+                file.flush()
+                os.fsync(file.fileno())
+        for name in reversed(names):
+            if (folder / name).exists():
+                (folder / name).replace(old[name])
+        for name in names:
+            new[name].replace(folder / name)
+            placed.append(name)
+    except BaseException:
+        for name in placed:
+            (folder / name).unlink()
+        for name in names:
+            new[name].unlink(missing_ok=True)
+            if old[name].exists():
+                old[name].replace(folder / name)
+        raise
+    for name in names:
+        for left in folder.glob(f".{name}.*"):  # and what a save that was killed left behind
+            if left.suffix in (".new", ".old"):
+                left.unlink(missing_ok=True)
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+
+def load_routers(folder: Path | str) -> RouterStack:
+    """Read routers that `save_routers` has written.
+
+    Raises:
+        CheckpointError: A missing or broken file, a future format, unknown or missing keys,
+            tensors of another shape or dtype, values that are not finite, or weights that were
+            saved with another config.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    tensors, notes = _read_weights(folder)
+    path = folder / WEIGHTS_FILE
+    misfit = _misfit(tensors, config)
+    if misfit is not None:
+        raise CheckpointError(f"{path}: {misfit}")
+    saved_for = notes.get("num_windows", str(config.num_windows))
+    if saved_for != str(config.num_windows):
+        raise CheckpointError(
+            f"{path} was saved for num_windows {saved_for}, {CONFIG_FILE} says "
+            f"{config.num_windows}; put the config back that belongs to the weights"
+        )
+    with torch.device("meta"):  # no weights are drawn only to be replaced
+        stack = RouterStack(config)
+    stack.load_state_dict(tensors, assign=True)
+    return stack
+
+
+def read_config(folder: Path | str) -> RouterConfig:
+    """Read and check the `router_config.json` of a routers folder.
+
+    Raises:
+        CheckpointError: Missing, broken, incomplete, of a future format, or with unknown keys.
+    """
+    path = Path(folder) / CONFIG_FILE
+    values = _read_values(path)
+    fields = [declared.name for declared in dataclasses.fields(RouterConfig)]
+    for name in values:
+        if name not in fields:
+            raise CheckpointError(f"{path}: " + unknown_name("key", name, fields))
+    for name in fields:
+        if name not in values:
+            raise CheckpointError(f"{path} lacks the key {name!r}; train the routers again")
+    counts = values["label_counts"]
+    if isinstance(counts, list):
+        values["label_counts"] = tuple(
+            tuple(row) if isinstance(row, list) else row for row in counts
+        )
+    try:
+        return RouterConfig(**values)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read_values(path: Path) -> dict[str, Any]:
+    """Return what a config file holds, without its format version, which is checked."""
+    if not path.is_file():
+        raise CheckpointError(_no_config(path.parent))
+    try:
+        values = read_json(path, dict[str, Any])
+    except RecordError as error:
+        raise CheckpointError(f"{error}; train the routers again") from error
+    version = values.pop("format_version", None)
+    if type(version) is not int or version < 1:  # True is an int too
+        raise CheckpointError(
+            f"{path}: 'format_version' is {version!r}; expected a whole number from 1 to "
+            f"{FORMAT_VERSION}; is it the config of routers?"
+        )
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, this drllm reads up to {FORMAT_VERSION}; "
+            f"install a newer drllm"
+        )
+    return values
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a folder's `routers.safetensors`: the tensors, and the notes in its header.
+
+    Raises:
+        CheckpointError: No such file, a broken one, or a pickle.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {WEIGHTS_FILE}; is it a folder of routers?")
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Copied, since the tensors would otherwise be a view of the file for ever.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        with path.open("rb") as raw:
+            if raw.read(4).startswith(PICKLES):
+                raise CheckpointError(
+                    f"{path} is a pickle under another name; drllm opens no pickles, since they "
+                    f"can run any code: save the routers with save_pretrained"
+                ) from error
+        raise CheckpointError(
+            f"{path} is broken or cut off ({error}); train the routers again"
+        ) from error
+
+
+def _no_config(folder: Path) -> str:
+    """Say what is given instead of a folder of routers, and what may have been meant."""
+    if folder.is_file():
+        return f"{folder} is a file; give the folder of routers that holds {CONFIG_FILE}"
+    inner = folder / "routers"
+    if (inner / CONFIG_FILE).is_file():
+        return f"{folder} has no {CONFIG_FILE}; did you mean {inner}?"
+    if (folder / "config.json").is_file():
+        return f"{folder} has no {CONFIG_FILE}; is it a base model? Then give it as --model"
+    give = "give a folder that 'drllm train' has written"
+    if not folder.exists():
+        return f"{folder} has no {CONFIG_FILE}, since it doesn't exist; {give}"
+    if not any(folder.iterdir()):
+        return f"{folder} has no {CONFIG_FILE}, since it is empty; {give}"
+    return f"{folder} has no {CONFIG_FILE}; {give}"
+
+
+def _misfit(tensors: Mapping[str, Tensor], config: RouterConfig) -> str | None:
+    """Say in what weights aren't those of routers with this config; None where they are."""
+    L, D, H = config.num_layers, config.hidden_size, config.router_width
+    expected = {
+        "hidden_weight": [L, H, D],
+        "hidden_bias": [L, H],
+        "decision_weight": [L, NUM_DECISIONS, H],
+        "decision_bias": [L, NUM_DECISIONS],
+    }
+    for name in sorted(tensors.keys() - expected.keys()):
+        return unknown_name("tensor", name, expected)
+    for name, shape in expected.items():
+        if name not in tensors:
+            return f"lacks the tensor {name!r}; train the routers again"
+        found = tensors[name]
+        if list(found.shape) != shape:
+            return f"{name!r} has shape {list(found.shape)}, {CONFIG_FILE} asks for {shape}"
+        if found.dtype != torch.float32:
+            dtype = str(found.dtype).removeprefix("torch.")
+            return f"{name!r} has dtype {dtype}, expected float32; save routers.float() instead"
+        if not torch.isfinite(found).all():
+            return f"{name!r} holds NaN or infinity; train again"
+    return None
+
+
+# --- the base model ----------------------------------------------------------------------------
 
 
 def check_routers(model: Any, routers: RouterStack) -> None:
@@ -64,107 +332,7 @@ def check_routers(model: Any, routers: RouterStack) -> None:
         )
 
 
-def save(routers: RouterStack, model: Any, folder: Path | str) -> None:
-    """Save routers with a model card; what their config doesn't say of its base is filled in.
-
-    Args:
-        routers: They may have been trained, or made by hand.
-        model: The base model that they are attached to.
-        folder: Made if need be. Routers that are there are replaced, their card too: all or none.
-
-    Raises:
-        CheckpointError: Weights that aren't finite float32 of the right shapes, a folder that
-            can't be written, or a README.md in it that isn't a card of routers.
-    """
-    folder = Path(folder)
-    card = folder / CARD_FILE
-    if card.is_file() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
-        raise CheckpointError(
-            f"{card} isn't a card of routers and would be replaced by one; save to a folder of "
-            f"their own, or move it away"
-        )
-    config = _described(routers.config, model)
-    _with(routers, config).save(folder, card=model_card(config, FOLDER))
-
-
-def push(routers: RouterStack, model: Any, repo: str, **options: Any) -> str:
-    """Push routers with a model card to the hub.
-
-    The name of a base model that only this machine has isn't pushed, and a warning says so: it
-    would lead nobody anywhere, and tell how folders are called here.
-
-    Args:
-        routers: They may have been trained, or made by hand.
-        model: The base model that they are attached to.
-        repo: OWNER/NAME.
-        options: As for `hub.push`.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        CheckpointError: What `save` or the hub refuses.
-    """
-    config = _described(routers.config, model)
-    if config.base_model and _is_local(config.base_model):
-        warnings.warn(
-            f"{config.base_model!r} is no hub id, so the pushed routers don't name their base "
-            f"model; whoever loads them gives it as base=...",
-            stacklevel=3,
-        )
-        config = dataclasses.replace(config, base_model="", base_revision=None)
-    with tempfile.TemporaryDirectory(prefix="drllm-routers-") as folder:
-        _with(routers, config).save(folder, card=model_card(config, repo))
-        return hub.push(Path(folder), repo, **options)
-
-
-def load(
-    place: Path | str,
-    base: Any = None,
-    *,
-    revision: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-) -> tuple[Any, RouterStack, Any]:
-    """Load routers, and the base model that they name unless one is given.
-
-    Args:
-        place: A folder of routers, or OWNER/NAME on the hub.
-        base: The base model, or its id or folder; None takes it from `router_config.json`.
-        revision: Of the routers on the hub.
-        dtype: Of a base model that is loaded here, as `--dtype`.
-        device: Of a base model that is loaded here, as `--device`.
-
-    Returns:
-        The base model, the routers, and the tokenizer where the model was loaded here.
-
-    Raises:
-        CheckpointError: Routers that are broken or can't be had, or don't name their base.
-        ConfigError: A dtype or device for a model that is loaded already; a revision of a folder.
-        ModelError: The base model can't be had.
-    """
-    routers = RouterStack.load(hub.find(place, revision))
-    if not (base is None or isinstance(base, (str, Path))):
-        for name, value in (("dtype", dtype), ("device", device)):
-            if value != "auto":
-                raise ConfigError(
-                    f"{name}={value!r} has no effect on a base model that is loaded already; "
-                    f"leave it out, or give the model's id as base"
-                )
-        return base, routers, None
-    name = str(base or routers.config.base_model)
-    if not name:
-        raise CheckpointError(
-            f"the routers in {place} don't name their base model; give it as base=..."
-        )
-    base_revision = routers.config.base_revision if base is None else None
-    loaded = loading.load(
-        ModelConfig(model=name, revision=base_revision, dtype=dtype, device=device)
-    )
-    return loaded.model, routers, loaded.tokenizer
-
-
-def _described(config: RouterConfig, model: Any) -> RouterConfig:
+def described(config: RouterConfig, model: Any) -> RouterConfig:
     """Fill in what a config doesn't say of its base model."""
     found = describe(model)
     base = base_of(model)
@@ -176,17 +344,3 @@ def _described(config: RouterConfig, model: Any) -> RouterConfig:
         missing["base_model"] = getattr(base, "name_or_path", "")
         missing["base_revision"] = getattr(base.config, "_commit_hash", None)
     return dataclasses.replace(config, **missing)
-
-
-def _with(routers: RouterStack, config: RouterConfig) -> RouterStack:
-    """Return the same routers, not copied, under another config."""
-    same = copy.copy(routers)
-    same.config = config
-    return same
-
-
-def _is_local(name: str) -> bool:
-    """Tell whether a base model's name means something on this machine only."""
-    if name in loading.ALIASES:
-        return False
-    return Path(name).expanduser().exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)

@@ -1,30 +1,39 @@
-"""Routers on the hub: where a name leads, fetching, pushing, and what to say when the hub says no.
-
-Owns the choice between a folder and the hub, and the wording of everything that can go wrong on
-the way to either. Leaves what is in the files to `routers` and base models on the hub to `hub`.
-"""
+"""Routers on the hub: fetched by name, and pushed with a model card."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from drllm.errors import CheckpointError, ConfigError
-from drllm.models.base.hub import ERRORS, TOKEN_VARIABLE, first_line, quiet
+from drllm.models.base.hub import (
+    ERRORS,
+    FETCH_ERRORS,
+    TOKEN_VARIABLE,
+    answer,
+    explain,
+    first_line,
+    no_network,
+    quiet,
+)
+from drllm.models.base.load import ALIASES
 from drllm.models.routers.card import HUB_ID
-from drllm.models.routers.folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from drllm.models.routers.checkpoint import (
+    CARD_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    described,
+    save_routers,
+)
+from drllm.models.routers.stack import RouterStack
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NEW_TOKEN = "make one with write access in your settings there"
@@ -32,9 +41,9 @@ NAME_EXAMPLE = "give OWNER/NAME, for example your-name/routers"
 
 
 def find(place: Path | str, revision: str | None = None) -> Path:
-    """Return the folder of routers that a name stands for, fetching them from the hub if need be.
+    """Return the folder of routers that a name stands for, fetched from the hub if necessary.
 
-    What is there on this machine wins over the hub.
+    A folder on this machine wins over the hub.
 
     Args:
         place: A folder, or OWNER/NAME on the hub.
@@ -59,37 +68,16 @@ def find(place: Path | str, revision: str | None = None) -> Path:
 
 
 def _fetch(name: str, revision: str | None) -> Path:
-    what = f"routers {name!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         with quiet():
             folder = _cached_commit(name, revision) or _download(name, revision)
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{what} are gated: accept the terms on their hub page, then set {TOKEN_VARIABLE} to a "
-            f"token of yours"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(
-            f"routers {name!r} have no revision {revision!r}; give a branch, tag or commit of them"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"there is no folder {name!r}, and {what} aren't on the hub, or are private (then set "
-            f"{TOKEN_VARIABLE}); give a folder that 'drllm train' has written, or OWNER/NAME"
-        ) from error
-    except HFValidationError as error:
-        raise CheckpointError(
-            f"there is no folder {name!r}, and it can't be a hub id; give a folder that "
-            f"'drllm train' has written, or OWNER/NAME"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        # Also raised for any answer that isn't one of the above; the cause tells.
-        raise _unavailable(name, what, error.__cause__) from error
-    except ERRORS as error:
-        raise _unavailable(name, what, error) from error
+    except FETCH_ERRORS as error:
+        otherwise = "give OWNER/NAME, or a folder that 'drllm train' has written"
+        said = explain(error, "routers repository", name, revision, otherwise)
+        raise CheckpointError(f"{said}; there is no folder {name!r} either") from error
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(
-            f"{what}: that hub repository has no {CONFIG_FILE}; is it a base model? Then give it "
+            f"the hub repository {name!r} has no {CONFIG_FILE}; is it a base model? Then give it "
             f"as --model"
         )
     return folder
@@ -103,7 +91,7 @@ def _download(name: str, revision: str | None, **options: Any) -> Path:
 
 
 def _cached_commit(name: str, revision: str | None) -> Path | None:
-    """Return where a commit lies in the cache, if it is one and lies there whole.
+    """Return where a commit lies in the cache, if it is one and is complete.
 
     A commit never changes, so the hub needn't be asked. Some versions of its library ask all the
     same for the list of files, where an older version put them there.
@@ -114,25 +102,13 @@ def _cached_commit(name: str, revision: str | None) -> Path | None:
         folder = _download(name, revision, local_files_only=True)
     except LocalEntryNotFoundError:
         return None
-    return (
-        folder if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file() else None
-    )
+    complete = (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
+    return folder if complete else None
 
 
-def _unavailable(name: str, what: str, cause: BaseException | None) -> CheckpointError:
-    if isinstance(cause, HfHubHTTPError):
-        return CheckpointError(
-            f"the hub refused {what}: {_answer(cause)}; if they need a login, set "
-            f"{TOKEN_VARIABLE} to a valid token"
-        )
-    return CheckpointError(
-        f"there is no folder {name!r}, {what} aren't in the local cache, and {_no_network()}; "
-        f"connect, or give a folder that 'drllm train' has written"
-    )
-
-
-def push(
-    folder: Path,
+def push_routers(
+    routers: RouterStack,
+    model: Any,
     repo: str,
     *,
     private: bool = False,
@@ -140,59 +116,80 @@ def push(
     revision: str | None = None,
     commit_message: str = "Upload routers",
 ) -> str:
-    """Upload a folder of routers to the hub, making the repository if need be.
+    """Push routers with a model card to the hub, making the repository if necessary.
+
+    The name of a base model that only this machine has isn't pushed, and a warning says so: it
+    would lead nobody anywhere, and tell how folders are called here.
 
     Args:
-        folder: Everything in it is uploaded.
+        routers: They may have been trained, or made by hand.
+        model: The base model that they are attached to.
         repo: OWNER/NAME.
         private: Make the repository private; one that is public already is refused.
         token: With write access; None takes the one that is set or logged in with.
-        revision: Branch, made if need be; None for the default branch.
+        revision: Branch, made if necessary; None for the default branch.
         commit_message: First line of the commit.
 
     Returns:
         The address of the commit.
 
     Raises:
-        CheckpointError: A name that can't be one, no token, one that isn't accepted or may not
-            write there, a public repository instead of a private one, or no network.
+        CheckpointError: What `save_routers` refuses, a name that can't be one, no token, one that
+            isn't accepted or may not write there, a public repository instead of a private one, or
+            no network.
     """
+    config = described(routers.config, model)
+    if config.base_model and _is_local(config.base_model):
+        warnings.warn(
+            f"{config.base_model!r} is no hub id, so the pushed routers don't name their base "
+            f"model; whoever loads them gives it as base=...",
+            stacklevel=3,
+        )
+        config = dataclasses.replace(config, base_model="", base_revision=None)
+    token = _check_push(repo, token)
+    api = huggingface_hub.HfApi(token=token)
+    with tempfile.TemporaryDirectory(prefix="drllm-routers-") as folder:
+        save_routers(routers, folder, config=config, place=repo)
+        try:
+            api.create_repo(repo, private=private, exist_ok=True)
+            if private and not api.model_info(repo).private:
+                raise CheckpointError(
+                    f"{repo} is public already and private=True can't change that, so nothing was "
+                    f"pushed; make it private in its settings on the hub, or choose another name"
+                )
+            if revision is not None and not revision.startswith("refs/"):
+                api.create_branch(repo, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo, folder_path=folder, revision=revision, commit_message=commit_message
+            )
+        except HFValidationError as error:
+            raise CheckpointError(
+                f"{repo!r} can't be a repository on the hub: {first_line(error)}; {NAME_EXAMPLE}"
+            ) from error
+        except ERRORS as error:
+            raise _not_pushed(repo, error) from error
+    return str(commit.commit_url)
+
+
+def _check_push(repo: str, token: str | None) -> str:
+    """Refuse a push that can't succeed before anything is sent; return the token."""
     if not HUB_ID.fullmatch(repo):
         raise CheckpointError(f"{repo!r} can't be a repository on the hub; {NAME_EXAMPLE}")
     if constants.HF_HUB_OFFLINE:
-        raise CheckpointError(f"can't push to {repo}: {_no_network()}; unset it to push")
+        raise CheckpointError(f"can't push to {repo}: {no_network()}; unset it to push")
     token = token or huggingface_hub.get_token()
     if token is None:
         raise CheckpointError(
             f"can't push to {repo} on the hub without a token: {NEW_TOKEN}, then pass it as "
             f"token=... or set {TOKEN_VARIABLE}"
         )
-    api = huggingface_hub.HfApi(token=token)
-    try:
-        api.create_repo(repo, private=private, exist_ok=True)
-        if private and not api.model_info(repo).private:
-            raise CheckpointError(
-                f"{repo} is public already and private=True can't change that, so nothing was "
-                f"pushed; make it private in its settings on the hub, or choose another name"
-            )
-        if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(repo, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo, folder_path=folder, revision=revision, commit_message=commit_message
-        )
-    except HFValidationError as error:
-        raise CheckpointError(
-            f"{repo!r} can't be a repository on the hub: {first_line(error)}; {NAME_EXAMPLE}"
-        ) from error
-    except ERRORS as error:
-        raise _not_pushed(repo, error) from error
-    return str(commit.commit_url)
+    return token
 
 
 def _not_pushed(repo: str, error: Exception) -> CheckpointError:
     if not isinstance(error, HfHubHTTPError):
         return CheckpointError(
-            f"can't push to {repo}: {_no_network()} ({first_line(error)}); connect and push again"
+            f"can't push to {repo}: {no_network()} ({first_line(error)}); connect and push again"
         )
     status = error.response.status_code
     if status == 401:
@@ -202,20 +199,16 @@ def _not_pushed(repo: str, error: Exception) -> CheckpointError:
         )
     elif status == 403:
         advice = (
-            f"the token may not write there ({_answer(error)}); give a token with write access "
+            f"the token may not write there ({answer(error)}); give a token with write access "
             f"to {repo.split('/')[0]}, or a repository of your own"
         )
     else:
-        advice = f"the hub refused: {_answer(error)}"
+        advice = f"the hub refused: {answer(error)}"
     return CheckpointError(f"can't push to {repo}: {advice}")
 
 
-def _answer(error: HfHubHTTPError) -> str:
-    """Return what the server itself says, in one line, else what its library makes of it."""
-    said = (error.server_message or "").strip()
-    return said.splitlines()[0].rstrip(".") if said else first_line(error)
-
-
-def _no_network() -> str:
-    offline = constants.HF_HUB_OFFLINE
-    return "HF_HUB_OFFLINE is set" if offline else "the hub can't be reached"
+def _is_local(name: str) -> bool:
+    """Tell whether a base model's name means something on this machine only."""
+    if name in ALIASES:
+        return False
+    return Path(name).expanduser().exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)

@@ -1,9 +1,4 @@
-"""The routers: what they compute, and what is saved of them.
-
-Owns `RouterStack` (one router per layer, computed in one batch) and what their config and weights
-must be like. Leaves to `pooling` what they read of a prompt, to `checkpoints` the files, to
-`policies` what is done with the logits, to `training` how they come about, and to `pretrained`
-whether they fit a base model.
+"""The routers as a network: one small one per layer, all computed in one batch.
 
 Axes: B rows, T tokens, D hidden, L layers, W windows, H router width, C = 3 decisions.
 """
@@ -11,19 +6,13 @@ Axes: B rows, T tokens, D hidden, L layers, W windows, H router width, C = 3 dec
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from drllm.errors import CheckpointError, ConfigError, unknown_name
-from drllm.models.routers import folder as router_files
-from drllm.models.routers.folder import CARD_FILE, CONFIG_FILE, FORMAT_VERSION, WEIGHTS_FILE
+from drllm.errors import ConfigError
 from drllm.models.routers.pooling import Windows
 
 NUM_DECISIONS = 3
@@ -134,117 +123,6 @@ class RouterStack(nn.Module):
         whole = windows.are_all_filled
         inner = inner.mean(dim=-2) if whole else _mean_over_filled(inner, filled)  # [B, H]
         return linear(inner, self.decision_weight[layer], self.decision_bias[layer])
-
-    def save(self, folder: Path | str, *, card: str | None = None) -> None:
-        """Write `router_config.json` and `routers.safetensors`; the base model is not saved.
-
-        All files are replaced or none is; what else lies in the folder stays there.
-
-        Args:
-            folder: Made if need be.
-            card: Text of a `README.md` to be written with them.
-
-        Raises:
-            CheckpointError: Weights that no folder could be loaded with, or a folder that can't
-                be written.
-        """
-        tensors = {
-            name: weight.detach().cpu().contiguous() for name, weight in self.state_dict().items()
-        }
-        misfit = _misfit(tensors, self.config)
-        if misfit is not None:
-            raise CheckpointError(f"these routers can't be saved: {misfit}")
-        values = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self.config)}
-        try:
-            text = json.dumps(values, indent=2) + "\n"
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"these routers can't be saved: their config's 'training' isn't JSON ({error})"
-            ) from error
-        # One note only: safetensors writes several in an order that varies from run to run.
-        notes = {"num_windows": str(self.config.num_windows)}
-        files = {WEIGHTS_FILE: to_safetensors(tensors, notes), CONFIG_FILE: text.encode()}
-        if card is not None:
-            files[CARD_FILE] = card.encode()
-        router_files.replace(Path(folder), files)
-
-    @classmethod
-    def load(cls, folder: Path | str) -> RouterStack:
-        """Read routers that `save` has written.
-
-        Raises:
-            CheckpointError: A missing or broken file, a future format, unknown or missing keys,
-                tensors of another shape or dtype, values that are not finite, or weights that were
-                saved with another config.
-        """
-        folder = Path(folder)
-        config = read_config(folder)
-        tensors, notes = router_files.read_weights(folder)
-        path = folder / WEIGHTS_FILE
-        misfit = _misfit(tensors, config)
-        if misfit is not None:
-            raise CheckpointError(f"{path}: {misfit}")
-        saved_for = notes.get("num_windows", str(config.num_windows))
-        if saved_for != str(config.num_windows):
-            raise CheckpointError(
-                f"{path} was saved for num_windows {saved_for}, {CONFIG_FILE} says "
-                f"{config.num_windows}; put the config back that belongs to the weights"
-            )
-        with torch.device("meta"):  # no weights are drawn only to be replaced
-            stack = cls(config)
-        stack.load_state_dict(tensors, assign=True)
-        return stack
-
-
-def read_config(folder: Path | str) -> RouterConfig:
-    """Read and check the `router_config.json` of a routers folder.
-
-    Raises:
-        CheckpointError: Missing, broken, incomplete, of a future format, or with unknown keys.
-    """
-    values = router_files.read_values(Path(folder))
-    path = Path(folder) / CONFIG_FILE
-    fields = [declared.name for declared in dataclasses.fields(RouterConfig)]
-    for name in values:
-        if name not in fields:
-            raise CheckpointError(f"{path}: " + unknown_name("key", name, fields))
-    for name in fields:
-        if name not in values:
-            raise CheckpointError(f"{path} lacks the key {name!r}; train the routers again")
-    counts = values["label_counts"]
-    if isinstance(counts, list):
-        values["label_counts"] = tuple(
-            tuple(row) if isinstance(row, list) else row for row in counts
-        )
-    try:
-        return RouterConfig(**values)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def _misfit(tensors: Mapping[str, Tensor], config: RouterConfig) -> str | None:
-    """Say in what weights aren't those of routers with this config; None where they are."""
-    L, D, H = config.num_layers, config.hidden_size, config.router_width
-    expected = {
-        "hidden_weight": [L, H, D],
-        "hidden_bias": [L, H],
-        "decision_weight": [L, NUM_DECISIONS, H],
-        "decision_bias": [L, NUM_DECISIONS],
-    }
-    for name in sorted(tensors.keys() - expected.keys()):
-        return unknown_name("tensor", name, expected)
-    for name, shape in expected.items():
-        if name not in tensors:
-            return f"lacks the tensor {name!r}; train the routers again"
-        found = tensors[name]
-        if list(found.shape) != shape:
-            return f"{name!r} has shape {list(found.shape)}, {CONFIG_FILE} asks for {shape}"
-        if found.dtype != torch.float32:
-            dtype = str(found.dtype).removeprefix("torch.")
-            return f"{name!r} has dtype {dtype}, expected float32; save routers.float() instead"
-        if not torch.isfinite(found).all():
-            return f"{name!r} holds NaN or infinity; train again"
-    return None
 
 
 def _are_label_counts(value: Any, num_layers: int) -> bool:

@@ -1,10 +1,8 @@
-"""Values that hold for a while, for one owner, in the thread that set them.
+"""Scoped overrides, local to a thread: `routed.using(...)`, `routed.fixed(...)` and the like.
 
-Owns the bookkeeping behind `routed.using(...)`, `routed.fixed(...)` and the like (`Held`), and
-behind the forward pass under way (`Current`). Both live in context variables, which
-`torch.compile` can't trace. So each says in a plain attribute, which is guarded, whether there is
-anything to look up: with no block open, nothing is, and a model compiles without graph breaks;
-with one open it runs right, at the price of graph breaks.
+Both classes use context variables, which `torch.compile` can't trace. So each keeps a plain
+attribute, which a compiled graph guards, that says whether there is anything to look up: without an
+open block a model compiles without graph breaks; inside one it runs correctly, with graph breaks.
 """
 
 from __future__ import annotations
@@ -23,8 +21,8 @@ Value = TypeVar("Value")
 _counting = threading.Lock()
 
 
-class Held(Generic[Value]):
-    """One kind of value; several owners may hold one each, the innermost block counts.
+class Override(Generic[Value]):
+    """One kind of value that a block overrides; each owner has its own, the innermost block counts.
 
     Args:
         name: Of the kind, for debuggers.
@@ -33,9 +31,9 @@ class Held(Generic[Value]):
         in_use: Whether a block is open, for any owner and in any thread.
 
     Example:
-        >>> lengths = Held("lengths")
+        >>> lengths = Override("lengths")
         >>> owner = object()
-        >>> with lengths.holding(owner, 3):
+        >>> with lengths.set(owner, 3):
         ...     lengths.get(owner), lengths.get(object())
         (3, None)
     """
@@ -46,8 +44,8 @@ class Held(Generic[Value]):
         self.in_use = False
 
     @contextmanager
-    def holding(self, owner: object, value: Value) -> Iterator[None]:
-        """Hold a value for an owner inside the block."""
+    def set(self, owner: object, value: Value) -> Iterator[None]:
+        """Set the owner's value inside the block."""
         token = self._variable.set(((id(owner), value), *self._variable.get()))
         self._count(1)
         try:
@@ -57,7 +55,7 @@ class Held(Generic[Value]):
             self._variable.reset(token)
 
     def get(self, owner: object) -> Value | None:
-        """Return what the owner holds in this thread, or None."""
+        """Return the owner's value in this thread, or None outside of its blocks."""
         if not self.in_use:
             return None
         for holder, value in self._variable.get():
@@ -74,11 +72,11 @@ class Held(Generic[Value]):
 _values: ContextVar[Mapping[int, Any]] = ContextVar("current", default=MappingProxyType({}))
 
 
-class Current(Generic[Value]):
-    """One value from `begin` to `end`, apart for each thread; a plain object that pickles.
+class ThreadValue(Generic[Value]):
+    """One value from `begin` to `end`, separate for each thread; a plain object that pickles.
 
-    A value begun while tracing stays in a plain attribute, since a trace is of one thread. One
-    begun untraced is looked up in the thread's context, also from code that is being traced.
+    A value begun while tracing stays in a plain attribute, since a trace belongs to one thread. One
+    begun outside of a trace is looked up in the thread's context, also from code being traced.
     """
 
     def __init__(self) -> None:
@@ -96,7 +94,7 @@ class Current(Generic[Value]):
         return value
 
     def begin(self, value: Value) -> None:
-        """Set the value; one that was left behind is forgotten."""
+        """Set the value; a leftover one is dropped."""
         self.end()
         if torch.compiler.is_compiling():
             self._traced = value
@@ -105,7 +103,7 @@ class Current(Generic[Value]):
         self._count(1)
 
     def end(self) -> None:
-        """Forget the value."""
+        """Drop the value."""
         self._traced = None
         if torch.compiler.is_compiling() and not self._is_untraced:
             return

@@ -1,33 +1,59 @@
 """What happens at a layer of a routed model: ask for decisions once, pin them, run those rows.
 
-Owns the `RoutingDriver`: from a policy's decisions to executions, with a cache and without, and
-the record of the route taken. Leaves the choice to `policies`, the K/V bookkeeping to `cache`,
-the mechanics of calling a layer to `injection`.
+`RoutingDriver` turns a policy's decisions into executions, with a cache and without, and records
+the route taken; `PathsDriver` runs paths that decisions can't express; a `Bypass` says what a
+skipped layer passes on.
 
-Axes: B rows, T tokens, D hidden, K keys, L layers.
+Axes: B rows, T tokens, D hidden, K keys, L layers, N paths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from drllm.errors import RoutingError
-from drllm.models.routing.bypass import Bypass, identity
-from drllm.models.routing.context import Held
-from drllm.models.routing.injection import Forward
+from drllm.models.routers.pooling import Spans
+from drllm.models.routing.context import Override
+from drllm.models.routing.injection import Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, routed_entry
-from drllm.models.routing.layer_call import LayerCall
-from drllm.models.routing.policies import FullPolicy, Policy, PromptView
+from drllm.models.routing.policies import FullPolicy, Policy, PromptView, reads_prompt
+from drllm.paths import Path
+
+
+class Bypass(Protocol):
+    """Replaces a layer on the rows that skip it; it never touches the cache."""
+
+    def __call__(self, call: LayerCall, hidden: Tensor) -> Tensor:
+        """Return what the rows continue with.
+
+        Args:
+            call: The call of the layer; `call.index` and `call.module` say which it is.
+            hidden: `[R, T, D]`, the layer's input on the rows that skip it.
+
+        Returns:
+            `[R, T, D]`. It may depend on each token alone, since nothing of it is cached.
+
+        Example:
+            >>> def own_mlp(call, hidden):
+            ...     layer = call.module
+            ...     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        """
+
+
+def identity(call: LayerCall, hidden: Tensor) -> Tensor:  # noqa: ARG001
+    """Leave the hidden state as it is; Dr.LLM section 3.1."""
+    return hidden
 
 
 @dataclass(slots=True)
-class Session:
-    """One `generate` call.
+class GenerateCall:
+    """One call of `generate`.
 
     Attributes:
         copies: How many neighbouring rows belong to one prompt: its beams, or its answers.
@@ -38,39 +64,42 @@ class Session:
     decisions: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
-_policy: Held[Policy] = Held("policy")
-_lengths: Held[Tensor] = Held("prompt lengths")
-_reading: Held[Tensor] = Held("readable tokens")
-_session: Held[Session] = Held("generate call")
+_policy: Override[Policy] = Override("policy")
+_lengths: Override[Tensor] = Override("prompt lengths")
+_readable: Override[Tensor] = Override("readable tokens")
+_generate: Override[GenerateCall] = Override("generate call")
 
 
 class RoutingDriver:
     """Runs every row's own plan, layer by layer.
 
     A row's decisions are taken once, when its prompt passes, and hold for all that follows: they
-    are pinned in the cache, or in the session of a `generate` call without one. Rows that skip a
+    are pinned in the cache, or in the `generate` call where there is no cache. Rows that skip a
     layer are not computed there.
 
     Args:
         policy: What decides unless `using` puts another policy in its place.
-        bypass: What a skipped layer leaves behind.
+        bypass: What a skipped layer passes on.
+
+    Attributes:
+        last_route: `[L][B]`, of the prompts whose pass ended last, in whichever thread.
     """
 
     def __init__(self, policy: Policy | None = None, bypass: Bypass = identity) -> None:
         self.policy: Policy = policy or FullPolicy()
         self.bypass = bypass
-        self.last_route: list[tuple[int, ...]] = []  # [L][B]
+        self.last_route: list[tuple[int, ...]] = []
 
     @contextmanager
     def using(self, policy: Policy) -> Iterator[None]:
         """Ask another policy inside the block."""
-        with _policy.holding(self, policy):
+        with _policy.set(self, policy):
             yield
 
     @contextmanager
     def prompt_lengths(self, lengths: Tensor) -> Iterator[None]:
         """Let policies read only the first `lengths[b]` real tokens of row b inside the block."""
-        with _lengths.holding(self, lengths):
+        with _lengths.set(self, lengths):
             yield
 
     @contextmanager
@@ -78,19 +107,19 @@ class RoutingDriver:
         """Say token by token what policies may read inside the block, `[B, T]` bool.
 
         For layouts that an attention mask and a length can't describe, such as several
-        continuations packed behind one prompt.
+        continuations packed after one prompt.
         """
-        with _reading.holding(self, readable):
+        with _readable.set(self, readable):
             yield
 
     @contextmanager
-    def session(self, copies: int = 1) -> Iterator[None]:
+    def generating(self, copies: int = 1) -> Iterator[None]:
         """Take the block for one `generate` call, whose decisions are taken once.
 
         Args:
             copies: Neighbouring rows that belong to one prompt; the policy is asked once for all.
         """
-        with _session.holding(self, Session(copies)):
+        with _generate.set(self, GenerateCall(copies)):
             yield
 
     @property
@@ -103,17 +132,29 @@ class RoutingDriver:
         """Whether somebody said where the prompts end."""
         return _lengths.get(self) is not None
 
-    # --- the Driver interface ---
-
-    def begin(self, forward: Forward) -> None:
-        """Refuse outputs that can't be right when rows or passes are missing."""
+    def begin(self, forward: Forward) -> RoutedPass:
+        """Start a pass; refuse outputs that can't be right when rows or executions are missing."""
         if forward.rejected and not isinstance(self.current_policy, FullPolicy):
             raise RoutingError(
                 f"{', '.join(forward.rejected)} can't be given under routing: layers run zero, "
                 f"one or two times on some of the rows; use policy=FullPolicy() to see the base "
                 f"model's"
             )
-        forward.notes["route"] = []
+        return RoutedPass(self, forward)
+
+
+class RoutedPass:
+    """One forward pass under a policy.
+
+    Attributes:
+        route: The decisions taken in this pass, `[L][B]` at its end; empty where they were pinned.
+    """
+
+    def __init__(self, driver: RoutingDriver, forward: Forward) -> None:
+        self.driver = driver
+        self.forward = forward
+        self.route: list[tuple[int, ...]] = []
+        self._asking: _Asking | None = None
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
         """Run each row as often as its decision says, `[B, T, D]` to `[B, T, D]`."""
@@ -127,81 +168,83 @@ class RoutingDriver:
                 f"decisions for {len(decisions)} rows are pinned, but the batch has "
                 f"{hidden.shape[0]}; a continuation must keep the rows of its prompts"
             )
-        return execute(call, hidden, decisions, entry, self.bypass)
+        return execute(call, hidden, decisions, entry, self.driver.bypass)
 
-    def end(self, forward: Forward) -> None:
+    def end(self) -> None:
         """Keep the route if this pass decided one."""
-        if forward.notes["route"]:
-            self.last_route = forward.notes["route"]
-
-    # --- taking and pinning decisions ---
+        if self.route:
+            self.driver.last_route = self.route
 
     def _pinned(self, entry: RoutedCacheLayer | None, call: LayerCall) -> tuple[int, ...] | None:
-        route: list[tuple[int, ...]] = call.forward.notes["route"]
-        if call.index < len(route):  # a checkpointed layer, recomputed in the backward pass
-            return route[call.index]
+        if call.index < len(self.route):  # a checkpointed layer, recomputed in the backward pass
+            return self.route[call.index]
         if entry is not None:
             return entry.decisions
-        session = _session.get(self)
-        return None if session is None else session.decisions.get(call.index)
+        generate = _generate.get(self.driver)
+        return None if generate is None else generate.decisions.get(call.index)
 
     def _pin(
         self, entry: RoutedCacheLayer | None, call: LayerCall, decisions: tuple[int, ...]
     ) -> None:
-        session = _session.get(self)
+        generate = _generate.get(self.driver)
         if entry is not None:
             entry.pin(decisions)
-        elif session is not None:
-            session.decisions[call.index] = decisions
+        elif generate is not None:
+            generate.decisions[call.index] = decisions
 
     def _decide(self, call: LayerCall, hidden: Tensor) -> tuple[int, ...]:
-        notes = call.forward.notes
-        if "policy" not in notes:
-            self._ask_first(call, hidden)
-        decisions: tuple[int, ...] = (
-            notes["plan"][call.index]
-            if "plan" in notes
-            else self._asked(call.index, call.forward, hidden)
-        )
-        route: list[tuple[int, ...]] = notes["route"]
+        if self._asking is None:
+            generate = _generate.get(self.driver)
+            copies = 1 if generate is None else generate.copies
+            self._asking = _Asking(self.driver, self.forward, call, hidden, copies)
+        decisions = self._asking.decisions(call.index, hidden)
         if call.is_last:
             # A row that skipped everything so far would answer from its embeddings (D-10).
             decisions = tuple(
                 [
-                    value if value or any(layer[row] for layer in route) else 1
+                    value if value or any(layer[row] for layer in self.route) else 1
                     for row, value in enumerate(decisions)
                 ]
             )
-        route.append(decisions)
+        self.route.append(decisions)
         return decisions
 
-    def _ask_first(self, call: LayerCall, hidden: Tensor) -> None:
-        """Settle who decides in this pass; one who reads nothing decides for all layers at once.
 
-        Between two layers' matrix products the same lines take several times as long, since those
-        have thrown all code out of the processor's caches.
-        """
-        forward = call.forward
-        session = _session.get(self)
-        forward.notes["copies"] = 1 if session is None else session.copies
-        forward.notes["policy"] = self.current_policy
-        forward.notes["readable"] = self._readable(forward, hidden)[:: forward.notes["copies"]]
-        forward.notes["spans"] = {}
-        if not reads_prompt(forward.notes["policy"]):
+class _Asking:
+    """Asks the policy in force for the decisions of one pass.
+
+    A policy that reads nothing decides for all layers at once: between two layers' matrix products
+    the same lines take several times as long, since those have emptied the processor's caches.
+    """
+
+    def __init__(
+        self, driver: RoutingDriver, forward: Forward, call: LayerCall, hidden: Tensor, copies: int
+    ) -> None:
+        self.policy = driver.current_policy
+        self.copies = copies
+        self.spans: dict[int, Spans] = {}
+        if reads_prompt(self.policy):
+            self.readable = _readable_tokens(driver, forward, hidden)[::copies]
+            self.plan = None
+        else:
+            B, T = hidden.shape[:2]
+            self.readable = torch.ones(B, T, dtype=torch.bool, device=hidden.device)[::copies]
             layers = range(call.index, call.num_layers)
-            forward.notes["plan"] = {i: self._asked(i, forward, hidden) for i in layers}
+            self.plan = {layer: self._ask(layer, hidden) for layer in layers}
 
-    def _asked(self, layer: int, forward: Forward, hidden: Tensor) -> tuple[int, ...]:
-        """Ask the policy for a layer's decisions, one for each row."""
-        notes, B = forward.notes, hidden.shape[0]
-        copies = notes["copies"]
+    def decisions(self, layer: int, hidden: Tensor) -> tuple[int, ...]:
+        """Return a layer's decisions, one for each row."""
+        return self._ask(layer, hidden) if self.plan is None else self.plan[layer]
+
+    def _ask(self, layer: int, hidden: Tensor) -> tuple[int, ...]:
+        B, copies = hidden.shape[0], self.copies
         if B % copies:
             raise RoutingError(
                 f"the batch has {B} rows, which aren't {copies} for each prompt; give generate() "
                 f"one row per prompt"
             )
-        prompts = PromptView(hidden[::copies], notes["readable"], notes["spans"])
-        decided = notes["policy"].decide(layer, prompts)
+        prompts = PromptView(hidden[::copies], self.readable, self.spans)
+        decided = self.policy.decide(layer, prompts)
         decisions = tuple(decided.tolist() if isinstance(decided, Tensor) else decided)
         if len(decisions) * copies != B or not all(value in (0, 1, 2) for value in decisions):
             raise RoutingError(
@@ -210,53 +253,47 @@ class RoutingDriver:
             )
         return tuple([int(value) for value in decisions for _ in range(copies)])
 
-    def _readable(self, forward: Forward, hidden: Tensor) -> Tensor:
-        """Return which of the T tokens of this pass the policy may read, `[B, T]`."""
-        B, T = hidden.shape[:2]
-        if not reads_prompt(forward.notes["policy"]):
-            return torch.ones(B, T, dtype=torch.bool, device=hidden.device)
-        mask = forward.attention_mask
-        given = _reading.get(self)
-        if forward.opaque_mask and given is None:
+
+def _readable_tokens(driver: RoutingDriver, forward: Forward, hidden: Tensor) -> Tensor:
+    """Return which of the T tokens of this pass the policy may read, `[B, T]`."""
+    B, T = hidden.shape[:2]
+    mask = forward.attention_mask
+    given = _readable.get(driver)
+    if forward.opaque_mask and given is None:
+        raise RoutingError(
+            "the attention mask is of a kind that doesn't say which tokens are padding; give a "
+            "mask of ones and zeros, or a fixed plan"
+        )
+    if given is not None:
+        readable = given
+    elif mask is None:
+        readable = torch.ones(B, T, dtype=torch.bool, device=hidden.device)
+    elif mask.dim() == 2:
+        readable = mask[:, -T:].bool()
+    else:
+        readable = _real_tokens(mask, T)
+    readable = readable.to(hidden.device).expand(B, T)
+    lengths = _lengths.get(driver)
+    if lengths is not None:
+        lengths = torch.as_tensor(lengths).to(hidden.device)
+        real = readable.sum(dim=1)
+        if lengths.shape != (B,) or bool((lengths < 1).any()) or bool((lengths > real).any()):
             raise RoutingError(
-                "the attention mask is of a kind that doesn't say which tokens are padding; give a "
-                "mask of ones and zeros, or a fixed plan"
+                f"prompt_lengths is {lengths.tolist()}; expected one length for each of {B} "
+                f"rows, from 1 to its number of real tokens ({real.tolist()})"
             )
-        if given is not None:
-            readable = given
-        elif mask is None:
-            readable = torch.ones(B, T, dtype=torch.bool, device=hidden.device)
-        elif mask.dim() == 2:
-            readable = mask[:, -T:].bool()
-        else:
-            readable = _real_tokens(mask, T)
-        readable = readable.to(hidden.device).expand(B, T)
-        lengths = _lengths.get(self)
-        if lengths is not None:
-            lengths = torch.as_tensor(lengths).to(hidden.device)
-            real = readable.sum(dim=1)
-            if lengths.shape != (B,) or bool((lengths < 1).any()) or bool((lengths > real).any()):
-                raise RoutingError(
-                    f"prompt_lengths is {lengths.tolist()}; expected one length for each of {B} "
-                    f"rows, from 1 to its number of real tokens ({real.tolist()})"
-                )
-            readable = readable & (readable.cumsum(dim=1) <= lengths[:, None])
-        if not bool(readable.any(dim=1).all()):
-            raise RoutingError("a row of the batch has no real token; every row needs a prompt")
-        return readable
-
-
-def reads_prompt(policy: Policy) -> bool:
-    """Tell whether a policy's decisions depend on the prompt; unless it says no, they do."""
-    return bool(getattr(policy, "reads_prompt", True))
+        readable = readable & (readable.cumsum(dim=1) <= lengths[:, None])
+    if not bool(readable.any(dim=1).all()):
+        raise RoutingError("a row of the batch has no real token; every row needs a prompt")
+    return readable
 
 
 def _real_tokens(mask: Tensor, num_tokens: int) -> Tensor:
     """Return which tokens of a prompt are real, from its `[B, 1, T, K]` mask, `[B, T]`.
 
-    A real token sees itself, whatever window the layer has, and nothing that lies behind it; the
-    row of a padded token sees nothing, or all keys where that keeps the softmax finite. A static
-    cache has K > T, its keys behind T not yet filled.
+    A real token sees itself, whatever window the layer has, and nothing after it; the row of a
+    padded token sees nothing, or all keys where that keeps the softmax finite. A static cache has
+    K > T, its keys after T not yet filled.
     """
     seen = mask[:, 0]  # [B, T, K]
     if seen.dtype != torch.bool:
@@ -275,22 +312,22 @@ def execute(
     """Run one layer on each row as often as decided.
 
     Args:
-        call: The visit at the layer.
+        call: The call of the layer.
         hidden: `[B, T, D]`.
         decisions: `[B]` of 0, 1, 2.
         entry: The layer's routed cache entry, its decisions pinned; None without a cache.
-        bypass: What a skipped row is given instead.
+        bypass: What a skipped row gets instead.
 
     Returns:
-        `[B, T, D]`: a skipped row is what `bypass` leaves of it.
+        `[B, T, D]`: a skipped row is what `bypass` made of it.
     """
     if entry is not None and entry.shadow is not None:
         entry.lengthen_shadow(hidden.shape[1], hidden)
     if bypass is not identity and 0 in decisions:
         skipped = tuple([row for row, value in enumerate(decisions) if value == 0])
         index = call.forward.index(skipped, hidden.device)
-        left = bypass(call, hidden.index_select(0, index))
-        hidden = hidden.index_copy(0, index, left.to(hidden.dtype))
+        bypassed = bypass(call, hidden.index_select(0, index))
+        hidden = hidden.index_copy(0, index, bypassed.to(hidden.dtype))
     for count in range(max(decisions)):
         if entry is None:
             rows = tuple([row for row, value in enumerate(decisions) if value > count])
@@ -306,3 +343,55 @@ def execute(
             if entry is not None:
                 entry.end_pass()
     return hidden
+
+
+class PathsDriver:
+    """Runs every row along paths in any order, such as a repeated block of several layers.
+
+    The model's loop carries the input of the first layer up to the last one; there the driver runs
+    all paths, each layer with the arguments of its own place, and returns one path after the other,
+    `[N · B, T, D]`, so that norm and head see these. So nothing depends on what a config says of
+    layers: masks and positions are those that the base model makes for its own layers. What
+    neighbouring paths begin with in common is run once, so sorted paths run every distinct
+    beginning once. The pass must be one without a cache, which holds one entry a layer.
+
+    Args:
+        paths: Layer indices in the order executed: in any order, each any number of times.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = [tuple(path) for path in paths]
+
+    def begin(self, forward: Forward) -> _PathsPass:
+        """Start a pass."""
+        return _PathsPass(self.paths)
+
+
+class _PathsPass:
+    """Collects the layer calls of one pass and runs the paths at the last one."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+        self.calls: list[LayerCall] = []
+
+    def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
+        self.calls.append(call)
+        return self._run(hidden) if call.is_last else hidden
+
+    def end(self) -> None:
+        pass
+
+    def _run(self, hidden: Tensor) -> Tensor:
+        """Return the ends of all paths; only the states along the one being run are held."""
+        states, ends = [hidden], []
+        before: Path = ()
+        for path in self.paths:
+            num_shared = 0
+            while before[: num_shared + 1] == path[: num_shared + 1] and num_shared < len(path):
+                num_shared += 1
+            del states[num_shared + 1 :]
+            for layer in path[num_shared:]:
+                states.append(self.calls[layer].run(states[-1]))
+            ends.append(states[-1])
+            before = path
+        return ends[0] if len(ends) == 1 else torch.cat(ends)

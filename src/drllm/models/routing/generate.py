@@ -1,7 +1,6 @@
-"""What routing has to know about a call of `generate`: where prompts end, which rows are copies.
+"""The override of `generate`: tells routing where prompts end and which rows are copies.
 
-Owns the override of a routed model's `generate`, which says so to the routing driver and then
-calls the model's own; nothing of the decoding itself is here.
+The decoding itself is the model's own.
 
 Axes: B prompts.
 """
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 
 from drllm.errors import RoutingError
-from drllm.models.routing.driver import RoutingDriver, reads_prompt
+from drllm.models.routing.driver import RoutingDriver
+from drllm.models.routing.policies import reads_prompt
 
 
 class GenerateHandle:
@@ -64,7 +64,7 @@ class GenerateHandle:
             )
         copies = max(option("num_beams") or 1, option("num_return_sequences") or 1)
         with ExitStack() as stack:
-            stack.enter_context(self.driver.session(copies))
+            stack.enter_context(self.driver.generating(copies))
             drafted = option("assistant_model") is not None or option("prompt_lookup_num_tokens")
             if drafted and reads_prompt(policy) and not self.driver.has_prompt_lengths:
                 # The first pass verifies the first draft together with the prompt.

@@ -1,46 +1,65 @@
 """How routing gets into an unmodified model: one forward override per layer, one pair of hooks.
 
-Owns putting the overrides on and taking them off, what one forward pass of the decoder is, and
-noticing when somebody else took an override off. What happens *at* a layer is up to a `Driver`:
-`routing` runs what a policy decides, `sharing` runs many paths at once. No modelling code is
-copied and no state-dict key changes (docs/decisions/0002-injection-not-forks.md). Leaves finding
-the layers to `layers`, trying the loop out to `probe`, and running a layer on some rows to
-`layer_call`.
+`Injection` puts the overrides on and takes them off; what runs *at* a layer is up to a `Driver`,
+which gets a `LayerCall`: the layer's arguments, and how to run the layer on some of the rows. No
+modelling code is copied and no state-dict key changes (docs/decisions/0002-injection-not-forks.md).
 
-Axes: B rows, T tokens, K keys, D hidden.
+Axes: B rows of the batch, R rows that run, T tokens, K keys, D hidden, E rotary.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from drllm.errors import RoutingError
+from drllm.models.base.capabilities import probe
 from drllm.models.base.layers import find_layers
-from drllm.models.base.probe import probe
-from drllm.models.routing.context import Current, Held
-from drllm.models.routing.layer_call import LayerCall
+from drllm.models.routing.context import Override, ThreadValue
 
 REFUSED_OUTPUTS = ("output_attentions", "output_router_logits")
 
+ROTARY = ("position_embeddings", "position_embeddings_global", "position_embeddings_local")
+"""Cosines and sines: `[B, T, E]`, or a table `[K, E]` that the layer looks positions up in."""
+
+BATCH_AXES: dict[str, int | None] = {
+    "attention_mask": 0,
+    **dict.fromkeys(ROTARY, 0),
+    "position_ids": -2,
+    "cache_position": None,
+}
+"""Batch axis of each tensor argument of a layer; None for one without. An argument that isn't
+listed is refused rather than guessed by its shape: [T] may equal [B]."""
+
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+"""The names that layers have had for their cache; only to notice one that isn't a `Cache`."""
+
+NOT_READ = ("tokenizer",)
+"""Options of `generate` that it passes down all the same; no layer reads them."""
+
 
 class Driver(Protocol):
-    """What decides, at every layer of one forward pass, which executions are run."""
+    """Decides, at every layer of a forward pass, what is executed."""
 
-    def begin(self, forward: Forward) -> None:
-        """Take note of a new forward pass before its first layer."""
+    def begin(self, forward: Forward) -> PassDriver:
+        """Return what runs the layers of a new forward pass; called before its first layer."""
+
+
+class PassDriver(Protocol):
+    """Runs the layers of one forward pass."""
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        """Return what the model's loop carries on with after this layer."""
+        """Return what the model's loop continues with after this layer."""
 
-    def end(self, forward: Forward) -> None:
-        """Take note that every layer was visited."""
+    def end(self) -> None:
+        """Finish, once every layer was called."""
 
 
 @dataclass
@@ -51,23 +70,21 @@ class Forward:
         attention_mask: As the caller gave it: `[B, K]`, `[B, 1, T, K]`, or None for no padding.
         opaque_mask: The caller gave a mask of a kind that doesn't say which tokens are padding.
         rejected: Names of requested outputs that routing can't give.
-        driver: Who drives this pass.
+        driver: What runs the layers of this pass.
         visited: Layers that the model's loop has called so far.
         slices: Layer arguments already sliced, by rows, so that a slice is made once a pass.
         cuts: Layer arguments already cut to last tokens, by how many, likewise.
         indices: Rows as tensors, by rows and device, likewise.
-        notes: Room for the driver.
     """
 
     attention_mask: Tensor | None
     opaque_mask: bool
     rejected: tuple[str, ...]
-    driver: Driver
+    driver: PassDriver = field(init=False)
     visited: list[int] = field(default_factory=list)
     slices: dict[tuple[int, ...], dict[str, tuple[Any, Any]]] = field(default_factory=dict)
     cuts: dict[tuple[int, int], dict[str, tuple[Any, Any]]] = field(default_factory=dict)
     indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
 
     def index(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
         """Return rows as a tensor `[R]` on a device."""
@@ -76,95 +93,18 @@ class Forward:
         return self.indices[rows, device]
 
 
-_driver: Held[Driver] = Held("driver")
-
-
-class LayerHandle:
-    """The override of one layer's forward; a plain object, so that models copy and pickle.
-
-    Attributes:
-        positional: Names of the layer's arguments after its input, in order.
-        previous: The override that was on the layer before ours, if there was one.
-    """
-
-    def __init__(self, injection: Injection, layer: nn.Module, index: int) -> None:
-        self.injection = injection
-        self.layer: Any = layer
-        self.index = index
-        self.previous: Callable[..., Any] | None = layer.__dict__.get("forward")
-        named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        parameters = inspect.signature(self.original()).parameters.values()
-        self.positional = tuple(p.name for p in parameters if p.kind in named)[1:]
-
-    def original(self) -> Callable[..., Any]:
-        """Return the forward that the override replaced, looked up anew at each call."""
-        if self.previous is not None:
-            return self.previous
-        forward: Callable[..., Any] = type(self.layer).forward.__get__(self.layer)
-        return forward
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for the layer's own forward."""
-        forward = self.injection.current.get()
-        if forward is None:  # somebody calls the layer by itself: it is what it always was
-            return self.original()(hidden_states, *args, **kwargs)
-        forward.visited.append(self.index)
-        call = LayerCall(self, forward, hidden_states.shape[0], args, kwargs)
-        output = forward.driver.layer(call, hidden_states)
-        if not self.injection.returns_tuple:
-            return output
-        # What else a layer returns belongs to one run of all rows; who asks for it gets it only
-        # where the driver lets that through.
-        return (output, *(call.extras if forward.rejected else ()))
-
-    @property
-    def is_in_place(self) -> bool:
-        """Whether the layer still calls us, perhaps through wrappers that say what they wrap."""
-        return self.is_on_top or self in _overriding(self.layer)
-
-    @property
-    def is_on_top(self) -> bool:
-        """Whether nobody has put anything over our override."""
-        return getattr(self.layer.__dict__.get("forward"), "__self__", None) is self
-
-
-class RoutedRecomputation:
-    """A layer's checkpointing function that recomputes it within the pass it belongs to.
-
-    Backward passes call a checkpointed layer again, after the forward pass is over and perhaps on
-    another thread. Up to transformers 5.22 the override lies inside what is recomputed, and has
-    to find its pass again; later the checkpoint lies inside the override, and this does no harm.
-    """
-
-    def __init__(self, checkpoint: Callable[..., Any], current: Current[Forward]) -> None:
-        self.checkpoint = checkpoint
-        self.current = current
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run `function` under the checkpoint, now and when it is recomputed."""
-        forward = self.current.get()
-
-        def within(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            if forward is None or self.current.get() is forward:  # not recomputed yet
-                return function(*inner_args, **inner_kwargs)
-            self.current.begin(forward)
-            try:
-                return function(*inner_args, **inner_kwargs)
-            finally:
-                self.current.end()
-
-        return self.checkpoint(within, *args, **kwargs)
+_driver: Override[Driver] = Override("driver")
 
 
 class Injection:
     """Puts a driver between a model's loop and its layers.
 
-    A one-token probe at the start learns what the layers return and what the loop makes of it;
+    A one-token probe at the start finds out what the layers return and what the loop makes of it;
     every later pass is checked to call the layers in order.
 
     Args:
         model: A decoder-only model of transformers; its weights and keys stay as they are.
-        default: The driver that is asked when no other is active.
+        default: The driver that is used while no other is active.
 
     Raises:
         ArchitectureError: No list of layers is found, the model keeps state other than K/V in
@@ -177,7 +117,7 @@ class Injection:
         self.default = default
         self.decoder, self.layers = find_layers(model)
         self.num_layers = len(self.layers)
-        self.current: Current[Forward] = Current()
+        self.current: ThreadValue[Forward] = ThreadValue()
         if any(isinstance(o, LayerHandle) for layer in self.layers for o in _overriding(layer)):
             raise RoutingError(
                 "this model is routed already; use that RoutedModel, or detach() it first"
@@ -217,7 +157,7 @@ class Injection:
     @contextmanager
     def driven_by(self, driver: Driver) -> Iterator[None]:
         """Let another driver run the layers of this model inside the block."""
-        with _driver.holding(self, driver):
+        with _driver.set(self, driver):
             yield
 
     @contextmanager
@@ -246,9 +186,8 @@ class Injection:
             attention_mask=mask if isinstance(mask, Tensor) else None,
             opaque_mask=mask is not None and not isinstance(mask, Tensor),
             rejected=tuple([name for name in REFUSED_OUTPUTS if self._requested(name, kwargs)]),
-            driver=_driver.get(self) or self.default,
         )
-        forward.driver.begin(forward)
+        forward.driver = (_driver.get(self) or self.default).begin(forward)
         self.current.begin(forward)
 
     def _after(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
@@ -263,7 +202,7 @@ class Injection:
                 f"the model's loop called layers {forward.visited} instead of each of its "
                 f"{self.num_layers} layers once; its code was replaced and can't be routed"
             )
-        forward.driver.end(forward)
+        forward.driver.end()
 
     def _requested(self, name: str, kwargs: dict[str, Any]) -> bool:
         asked = kwargs.get(name)
@@ -271,17 +210,229 @@ class Injection:
 
 
 class _Plain:
-    """The driver that runs each layer once, as the model would by itself."""
+    """Runs each layer once, as the model would by itself."""
 
-    def begin(self, forward: Forward) -> None:
-        """Do nothing."""
+    def begin(self, forward: Forward) -> PassDriver:
+        return self
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        """Run the layer."""
         return call.run(hidden)
 
-    def end(self, forward: Forward) -> None:
-        """Do nothing."""
+    def end(self) -> None:
+        pass
+
+
+class LayerHandle:
+    """The override of one layer's forward; a plain object, so that models copy and pickle.
+
+    Attributes:
+        positional: Names of the layer's arguments after its input, in order.
+        previous: The override that was on the layer before ours, if there was one.
+    """
+
+    def __init__(self, injection: Injection, layer: nn.Module, index: int) -> None:
+        self.injection = injection
+        self.layer: Any = layer
+        self.index = index
+        self.previous: Callable[..., Any] | None = layer.__dict__.get("forward")
+        named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(self.original()).parameters.values()
+        self.positional = tuple(p.name for p in parameters if p.kind in named)[1:]
+
+    def original(self) -> Callable[..., Any]:
+        """Return the forward that the override replaced, looked up anew at each call."""
+        if self.previous is not None:
+            return self.previous
+        forward: Callable[..., Any] = type(self.layer).forward.__get__(self.layer)
+        return forward
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Replace the layer's own forward."""
+        forward = self.injection.current.get()
+        if forward is None:  # somebody calls the layer by itself: it is what it always was
+            return self.original()(hidden_states, *args, **kwargs)
+        forward.visited.append(self.index)
+        call = LayerCall(self, forward, hidden_states.shape[0], args, kwargs)
+        output = forward.driver.layer(call, hidden_states)
+        if not self.injection.returns_tuple:
+            return output
+        # What else a layer returns belongs to one run of all rows; who asks for it gets it only
+        # where the driver lets that through.
+        return (output, *(call.extras if forward.rejected else ()))
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the layer still calls us, perhaps through wrappers that say what they wrap."""
+        return self.is_on_top or self in _overriding(self.layer)
+
+    @property
+    def is_on_top(self) -> bool:
+        """Whether nobody has put anything over our override."""
+        return getattr(self.layer.__dict__.get("forward"), "__self__", None) is self
+
+
+class LayerCall:
+    """One call of a layer by the model's loop: its index, its arguments, and how to run it.
+
+    Attributes:
+        index: Layer index from 0.
+        num_layers: L of the model.
+        is_last: Whether no layer follows.
+        forward: The forward pass that this call belongs to.
+        cache: The K/V cache among the arguments, found by its type; None without one.
+        extras: What the layer returned besides its hidden states when it last ran.
+    """
+
+    def __init__(
+        self,
+        handle: LayerHandle,
+        forward: Forward,
+        num_rows: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self._handle = handle
+        self._num_rows = num_rows
+        self._args = args
+        self._kwargs = kwargs
+        self.index = handle.index
+        self.num_layers = handle.injection.num_layers
+        self.is_last = self.index == self.num_layers - 1
+        self.forward = forward
+        self.extras: tuple[Any, ...] = ()
+        self.cache: Cache | None = None
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Cache):
+                self.cache = value
+        if self.cache is None:
+            for name in CACHE_NAMES:
+                if kwargs.get(name) is not None:
+                    raise RoutingError(
+                        f"the cache of this model is a {type(kwargs[name]).__name__}, not a Cache "
+                        f"of transformers; paged and other foreign caches can't be routed"
+                    )
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer itself."""
+        layer: nn.Module = self._handle.layer
+        return layer
+
+    def run(self, hidden: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
+        """Execute the layer once.
+
+        Args:
+            hidden: `[R, T, D]`, the inputs of the rows that run.
+            rows: For each of the R inputs, the row of the original batch whose mask and positions
+                it uses; None where the inputs are the batch itself.
+
+        Returns:
+            `[R, T, D]` in the dtype of `hidden`.
+        """
+        args, kwargs = self._args, self._kwargs
+        if rows is not None:
+            names = self._handle.positional
+            if len(args) > len(names):
+                raise RoutingError(
+                    f"the layers of this model take {len(args)} unnamed arguments after their "
+                    f"input; rows can't be routed separately"
+                )
+            args = tuple(
+                self._sliced(name, value, rows)
+                for name, value in zip(names, args, strict=False)  # the rest have defaults
+            )
+            kwargs = {name: self._sliced(name, value, rows) for name, value in kwargs.items()}
+        output = self._handle.original()(hidden, *args, **kwargs)
+        if isinstance(output, tuple):
+            self.extras = output[1:]
+            output = output[0]
+        result: Tensor = output if output.dtype == hidden.dtype else output.to(hidden.dtype)
+        return result
+
+    def last_tokens(self, num_tokens: int, num_past: int = 0) -> LayerCall:
+        """Return this call for rows that are cut to their last tokens, the first being padding.
+
+        Args:
+            num_tokens: Tokens that are left of the T of each row.
+            num_past: Positions before the T that may still be seen, the last of those that the
+                mask has.
+        """
+        memo = self.forward.cuts.setdefault((num_tokens, num_past), {})
+
+        def cut(name: str, value: Any) -> Any:
+            if name not in BATCH_AXES or value is None:
+                return value
+            if name not in memo or memo[name][0] is not value:
+                tensors = _tensors(name, value)
+                parts = tuple([_last_tokens(name, t, num_tokens, num_past) for t in tensors])
+                memo[name] = (value, parts if tensors is value else parts[0])
+            return memo[name][1]
+
+        names = self._handle.positional
+        args = (*map(cut, names, self._args), *self._args[len(names) :])
+        kwargs = {name: cut(name, value) for name, value in self._kwargs.items()}
+        return LayerCall(self._handle, self.forward, self._num_rows, args, kwargs)
+
+    def _sliced(self, name: str, value: Any, rows: tuple[int, ...]) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str, Cache)) or name in NOT_READ:
+            return value
+        tensors = _tensors(name, value)
+        if name not in BATCH_AXES:
+            raise RoutingError(
+                f"the layers of this model take a tensor argument {name!r} whose batch axis isn't "
+                f"known; routing rows apart would be a guess, so give every row the same decisions"
+            )
+        axis = BATCH_AXES[name]
+        if axis is None or (name in ROTARY and tensors[0].dim() == 2):
+            return value
+        memo = self.forward.slices.setdefault(rows, {})
+        if name in memo and memo[name][0] is value:
+            return memo[name][1]
+        sliced = tuple([self._rows_of(name, tensor, axis, rows) for tensor in tensors])
+        result = sliced if isinstance(value, (tuple, list)) else sliced[0]
+        memo[name] = (value, result)
+        return result
+
+    def _rows_of(self, name: str, tensor: Tensor, axis: int, rows: tuple[int, ...]) -> Tensor:
+        if tensor.shape[axis] == 1:  # broadcast over the batch: the same for every row
+            # Some models count a mask's rows; several states of a batch of one row need as many.
+            counted = name == "attention_mask" and self._num_rows == 1 and tensor.dim() == 4
+            return tensor.expand(len(rows), -1, -1, -1) if counted else tensor
+        if tensor.shape[axis] != self._num_rows:
+            raise RoutingError(
+                f"the layers of this model take {name!r} of shape {list(tensor.shape)}, whose axis "
+                f"{axis} doesn't count the {self._num_rows} rows of the batch; routing rows apart "
+                f"would be a guess, so give every row the same decisions"
+            )
+        return tensor.index_select(axis, self.forward.index(rows, tensor.device))
+
+
+class RoutedRecomputation:
+    """A layer's checkpointing function that recomputes it within the pass it belongs to.
+
+    Backward passes call a checkpointed layer again, after the forward pass is over and perhaps on
+    another thread. Up to transformers 5.22 the override lies inside what is recomputed, and has
+    to find its pass again; later the checkpoint lies inside the override, and this does no harm.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], current: ThreadValue[Forward]) -> None:
+        self.checkpoint = checkpoint
+        self.current = current
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run `function` under the checkpoint, now and when it is recomputed."""
+        forward = self.current.get()
+
+        def within(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            if forward is None or self.current.get() is forward:  # not recomputed yet
+                return function(*inner_args, **inner_kwargs)
+            self.current.begin(forward)
+            try:
+                return function(*inner_args, **inner_kwargs)
+            finally:
+                self.current.end()
+
+        return self.checkpoint(within, *args, **kwargs)
 
 
 def _overriding(layer: Any) -> list[Any]:
@@ -308,3 +459,27 @@ def _refuse_packed(kwargs: dict[str, Any], mask: Any) -> None:
             "packed sequences can't be routed: a row is no longer one prompt; give each prompt a "
             "row of its own, with padding"
         )
+
+
+def _tensors(name: str, value: Any) -> Sequence[Tensor]:
+    """Return an argument as its tensors, or refuse one that is made of something else."""
+    tensors = value if isinstance(value, (tuple, list)) else (value,)
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise RoutingError(
+            f"the layers of this model take {name!r} as a {type(value).__name__}, which can't be "
+            f"cut by rows; load it with --attn-implementation sdpa (or eager)"
+        )
+    return tensors
+
+
+def _last_tokens(name: str, tensor: Tensor, num_tokens: int, num_past: int) -> Tensor:
+    """Return the part of a layer's argument that belongs to the last tokens of its rows."""
+    if name in ROTARY:
+        return tensor if tensor.dim() == 2 else tensor[:, -num_tokens:]
+    if name != "attention_mask" or tensor.dim() == 2:
+        return tensor[..., -num_tokens:]
+    past = tensor.shape[-1] - tensor.shape[-2]
+    seen = tensor[..., -num_tokens:, :]
+    return torch.cat(
+        [seen[..., past - num_past : past], seen[..., seen.shape[-1] - num_tokens :]], dim=-1
+    )

@@ -1,8 +1,8 @@
 """The K/V cache under routing: one slot per execution of a layer, holding only the rows that ran.
 
-Owns `RoutedCacheLayer`, which replaces an entry of the `Cache` that transformers (or the user)
-made, in place. So lengths, masks, beam reordering and continuation keep working, and the pinned
-decisions travel with the cache. Which decisions those are is `routing`'s business.
+`RoutedCacheLayer` replaces an entry of the `Cache` that transformers (or the user) made, in place.
+So lengths, masks, beam reordering and continuation keep working, and the pinned decisions travel
+with the cache.
 
 Axes: B rows, H heads, T tokens, E head size.
 """
@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import cache_utils
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from drllm.errors import RoutingError
+from drllm.models.base.capabilities import is_kv
 
 
 class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -76,13 +76,13 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.rows[index]
 
     def end_pass(self) -> None:
-        """Let the lengths speak for the whole entry again."""
+        """Let the lengths be those of the whole entry again."""
         self._active = None
 
     def lengthen_shadow(self, num_tokens: int, like: Tensor) -> None:
         """Count tokens that passed a layer which no row runs.
 
-        Behind the prompt they only add up, and are stored once somebody asks for the length. The
+        After the prompt they only add up, and are stored once somebody asks for the length. The
         mask code asks few layers; at all others a skip then costs next to nothing.
 
         Args:
@@ -137,19 +137,19 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_seq_length(self) -> Any:
         """Return the tokens stored so far, for whoever asks: a running pass or the mask code."""
-        return self._speaker().get_seq_length()
+        return self._representative().get_seq_length()
 
     def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
         """Return K/V length and offset for the mask code, by the inner class's own arithmetic."""
-        return self._speaker().get_mask_sizes(*args, **kwargs)
+        return self._representative().get_mask_sizes(*args, **kwargs)
 
     def get_max_length(self) -> Any:
         """Return the inner class's greatest length."""
-        return self._speaker().get_max_length()
+        return self._representative().get_max_length()
 
     def get_max_cache_shape(self) -> Any:
         """Return the same under the name that transformers 4 uses."""
-        return self._speaker().get_max_cache_shape()
+        return self._representative().get_max_cache_shape()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row r be what row `beam_idx[r]` was."""
@@ -211,7 +211,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             _feed_ones(self.shadow, num_tokens, self.shadow.keys)
         return [*self.passes, *([self.shadow] if self.shadow is not None else [])]
 
-    def _speaker(self) -> CacheLayerMixin:
+    def _representative(self) -> CacheLayerMixin:
         if self._active is not None:
             return self._active
         entries = self._entries()
@@ -228,7 +228,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             position = {row: place for place, row in enumerate(held)}
             kept = tuple(r for r, index in enumerate(chosen) if index in position)
             if not kept:
-                if self.shadow is None and not passes:  # nobody is left to speak for the length
+                if self.shadow is None and not passes:  # nothing is left that knows the length
                     self.shadow = copy.deepcopy(self.pristine)
                     _feed_ones(self.shadow, length, entry.keys)
                 continue
@@ -250,19 +250,6 @@ def _feed_ones(entry: CacheLayerMixin, num_tokens: int, like: Tensor) -> None:
     ones = torch.ones(1, 1, num_tokens, 1, dtype=like.dtype, device=like.device)
     # transformers 4.56 asks static entries for cache_position; later ones ignore the mapping.
     entry.update(ones, ones, {"cache_position": positions})
-
-
-FOREIGN = tuple(
-    getattr(cache_utils, name)
-    for name in ("LinearAttentionCacheLayerMixin", "DynamicIndexedLayer", "StaticIndexedLayer")
-    if hasattr(cache_utils, name)  # newer than the oldest supported transformers
-)
-"""Entries that hold more than K/V."""
-
-
-def is_kv(entry: Any) -> bool:
-    """Tell whether a cache entry holds K/V and nothing else."""
-    return isinstance(entry, CacheLayerMixin) and not isinstance(entry, FOREIGN)
 
 
 def entry_of(cache: Cache, index: int) -> Any:

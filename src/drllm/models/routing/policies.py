@@ -1,10 +1,8 @@
 """Policies: what decides, for a prompt, which layers are skipped, executed or repeated.
 
-Owns the one-method interface, the policies that come with the package, and what the knobs of the
-depth dial do to a router's logits. A policy of your own is a class with `decide`
-(`examples/own_policy.py`); it may look at the prompt through the `PromptView` or ignore it. Leaves
-executing the decisions, pinning them and keeping at least one execution to `routing`, and finding
-a knob's position to `dial`.
+A policy is a class with `decide`; it may look at the prompt through the `PromptView` or ignore it.
+`@POLICIES.register(...)` gives it a name, as in `examples/own_policy.py`. The driver pins the
+decisions and makes sure that every prompt runs at least one layer.
 
 Axes: B rows, T tokens, D hidden, L layers, W windows.
 """
@@ -35,7 +33,7 @@ class PromptView:
     Attributes:
         hidden: `[B, T, D]`, the layer's input; padded positions may hold anything.
         readable: `[B, T]` bool: real tokens of the prompt, without padding and without whatever
-            lies behind a prompt length that the caller gave.
+            comes after a prompt length that the caller gave.
         spans: Where windows lie, by their number; the layers of a pass share it.
     """
 
@@ -78,6 +76,11 @@ class Policy(Protocol):
         Returns:
             `[B]` integers 0, 1 or 2: a tensor on any device, or a sequence.
         """
+
+
+def reads_prompt(policy: Policy) -> bool:
+    """Tell whether a policy's decisions depend on the prompt; unless it says no, they do."""
+    return bool(getattr(policy, "reads_prompt", True))
 
 
 class FullPolicy(Policy):

@@ -1,7 +1,6 @@
 """`RoutedModel`: a frozen Hugging Face model with a policy that decides how often each layer runs.
 
-Owns the public surface: attach, generate, pin decisions, say where prompts end, save, load,
-detach. Leaves everything that happens inside a forward pass to `injection` and `routing`.
+Attach, generate, pin decisions, say where prompts end, save, load, detach.
 
 Axes: B rows, L layers.
 """
@@ -16,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drllm.errors import RoutingError
+from drllm.config import ModelConfig
+from drllm.errors import CheckpointError, ConfigError, RoutingError
+from drllm.models.base import load as loading
 from drllm.models.base.layers import base_of
-from drllm.models.routers import checkpoint as pretrained
+from drllm.models.routers import hub
+from drllm.models.routers.checkpoint import check_routers, described, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.bypass import Bypass, identity
-from drllm.models.routing.driver import RoutingDriver
+from drllm.models.routing.driver import Bypass, RoutingDriver, identity
 from drllm.models.routing.generate import GenerateHandle
 from drllm.models.routing.injection import Injection
-from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, RouterPolicy
+from drllm.models.routing.policies import FixedPolicy, Policy, RouterPolicy
 
 
 class RoutedModel:
@@ -40,7 +41,7 @@ class RoutedModel:
         model: A decoder-only model of transformers, or a PEFT model around one.
         routers: Trained routers for exactly this model.
         policy: Any other policy; give routers or a policy, not both.
-        bypass: What a skipped layer leaves behind; by default the hidden state as it is.
+        bypass: What a skipped layer passes on; by default the hidden state as it is.
         tokenizer: The model's tokenizer, for whatever starts from texts (`search_path`).
 
     Raises:
@@ -73,7 +74,7 @@ class RoutedModel:
         if routers is not None and policy is not None:
             raise RoutingError("give routers or a policy, not both: only one of them can decide")
         if routers is not None:
-            pretrained.check_routers(model, routers)
+            check_routers(model, routers)
             if model.device.type != "meta":  # where accelerate keeps the weights elsewhere
                 routers = routers.to(model.device)
             policy = RouterPolicy(routers)
@@ -111,10 +112,25 @@ class RoutedModel:
             ConfigError: A setting that has no effect on what is given.
             ModelError: The base model can't be had.
         """
-        model, stack, tokenizer = pretrained.load(
-            routers, base, revision=revision, dtype=dtype, device=device
+        stack = load_routers(hub.find(routers, revision))
+        if not (base is None or isinstance(base, (str, Path))):
+            for name, value in (("dtype", dtype), ("device", device)):
+                if value != "auto":
+                    raise ConfigError(
+                        f"{name}={value!r} has no effect on a base model that is loaded already; "
+                        f"leave it out, or give the model's id as base"
+                    )
+            return cls(base, stack)
+        name = str(base or stack.config.base_model)
+        if not name:
+            raise CheckpointError(
+                f"the routers in {routers} don't name their base model; give it as base=..."
+            )
+        base_revision = stack.config.base_revision if base is None else None
+        loaded = loading.load(
+            ModelConfig(model=name, revision=base_revision, dtype=dtype, device=device)
         )
-        return cls(model, stack, tokenizer=tokenizer)
+        return cls(loaded.model, stack, tokenizer=loaded.tokenizer)
 
     @property
     def num_layers(self) -> int:
@@ -125,7 +141,8 @@ class RoutedModel:
     def last_route(self) -> Tensor:
         """The decisions of the last prompts that passed, int `[B, L]`.
 
-        `generate` lays out a row for every beam and every answer, so B counts these.
+        `generate` lays out a row for every beam and every answer, so B counts these. Threads that
+        share this model share it too: it is the route of whichever pass ended last, in any thread.
 
         Raises:
             RoutingError: No prompt has passed yet.
@@ -223,7 +240,8 @@ class RoutedModel:
                 else; weights that are no longer finite float32.
             RoutingError: There are no routers.
         """
-        pretrained.save(self._own_routers(), self.model, folder)
+        routers = self._own_routers()
+        save_routers(routers, folder, config=described(routers.config, self.model))
 
     def push_to_hub(
         self,
@@ -237,10 +255,10 @@ class RoutedModel:
         """Push the routers with a model card to the hub; the base model isn't pushed.
 
         Args:
-            repo: OWNER/NAME; made if need be.
+            repo: OWNER/NAME; made if necessary.
             private: Make the repository private; one that is public already is refused.
             token: With write access; None takes the one that is set (HF_TOKEN) or logged in with.
-            revision: Branch, made if need be; None for the default branch.
+            revision: Branch, made if necessary; None for the default branch.
             commit_message: First line of the commit.
 
         Returns:
@@ -250,7 +268,7 @@ class RoutedModel:
             CheckpointError: What the hub or `save_pretrained` refuses, or no network.
             RoutingError: There are no routers.
         """
-        return pretrained.push(
+        return hub.push_routers(
             self._own_routers(),
             self.model,
             repo,
@@ -264,6 +282,3 @@ class RoutedModel:
         if self.routers is None:
             raise RoutingError("there are no routers to save: this model follows a policy")
         return self.routers
-
-
-__all__ = ["FullPolicy", "RoutedModel"]

@@ -1,8 +1,8 @@
-"""Greedy answers for many (prompt, decisions) pairs at once, each as far as it takes to judge it.
+"""Greedy answers for many (prompt, decisions) pairs at once, each until it can be graded.
 
-Owns `AnswerBatch`. Prompts are read through `shared_rows`, so that paths of one prompt share what
-they have in common, within a call and across calls, and prompts share what they begin with; what
-follows is an ordinary routed batch with a cache of its own. Leaves grading to its callers.
+Prompts are read as packed rows, so that paths of one prompt share their common prefixes, within a
+call and across calls, and prompts share what they begin with; then they are decoded as an ordinary
+routed batch with a cache of its own.
 
 Axes: P prompts, N pairs, V vocabulary.
 """
@@ -20,13 +20,13 @@ from torch import Tensor
 from drllm.models.routing.generate import end_tokens
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.batching import Passes, Price
-from drllm.models.scoring.kl import Kl
-from drllm.models.scoring.packing import Question, SharedRows, Tokens, shared_rows
-from drllm.models.scoring.prefix_cache import GIGABYTE, StateCache
+from drllm.models.scoring.batching import MemoryBatcher, PathSize
+from drllm.models.scoring.kl import KlFromFull
+from drllm.models.scoring.packing import PackedRows, Question, Tokens, packed_rows
+from drllm.models.scoring.prefix_cache import GIGABYTE, PrefixCache
 from drllm.models.scoring.prefix_sharing import Pair
 
-Verdict: TypeAlias = Callable[[int, str, bool], float | None]
+Grader: TypeAlias = Callable[[int, str, bool], float | None]
 """Called with a pair's place, its text so far, and whether that is all; None while undecided."""
 
 
@@ -37,7 +37,7 @@ class Answer:
     Attributes:
         text: As far as it was generated.
         tokens: Its tokens, without the end-of-sequence token.
-        grade: What the verdict said.
+        grade: What the grader said.
         logprob: Mean log-probability of the tokens generated (with the end of sequence), in nats.
         kl: Mean KL from the full path over the prompt's tokens, in nats; None where it
             wasn't asked for, or isn't finite.
@@ -55,10 +55,10 @@ class AnswerBatch:
 
     Args:
         routed: The model.
-        tokenizer: Turns tokens into the text that is judged.
+        tokenizer: Turns tokens into the text that is graded.
         contexts: The prompts' tokens.
-        state_cache_gb: Most memory for shared states and their K/V, in GB.
-        paths_per_pass: Most paths in a forward pass; None picks it by memory.
+        state_cache_gb: Maximum memory for shared states and their K/V, in GB.
+        paths_per_pass: Maximum paths in a forward pass; None picks it by memory.
 
     Attributes:
         rows: The prompts' rows, with the states of their paths.
@@ -75,11 +75,11 @@ class AnswerBatch:
     ) -> None:
         self.routed = routed
         self.tokenizer = tokenizer
-        self.states = StateCache(state_cache_gb * GIGABYTE)
+        self.states = PrefixCache(state_cache_gb * GIGABYTE)
         questions = [Question(context) for context in contexts]
-        self.rows: SharedRows = shared_rows(routed, questions, self.states, keep_kv=True)
-        self._kl = Kl(self.rows)
-        self._passes = Passes(routed.model, self.states, paths_per_pass)
+        self.rows: PackedRows = packed_rows(routed, questions, self.states, keep_kv=True)
+        self._kl = KlFromFull(self.rows)
+        self._batcher = MemoryBatcher(routed.model, self.states, paths_per_pass)
         self._lengths = torch.tensor([len(context) for context in contexts])
         self._ends = set(end_tokens(routed.model.generation_config.eos_token_id))
         self._cache_argument = cache_argument(routed.model)
@@ -88,16 +88,16 @@ class AnswerBatch:
         self,
         pairs: Sequence[Pair],
         max_new_tokens: Sequence[int],
-        verdict: Verdict,
+        grader: Grader,
         *,
         kl: bool = False,
     ) -> list[Answer]:
-        """Generate until the verdict on every pair is in.
+        """Generate until every pair is graded.
 
         Args:
             pairs: Prompt's place and decisions.
-            max_new_tokens: For each pair, the most tokens of its answer.
-            verdict: Grades the text so far; an answer stops as soon as it isn't None.
+            max_new_tokens: For each pair, the maximum tokens of its answer.
+            grader: Grades the text so far; an answer stops as soon as it isn't None.
             kl: Measure that too, in the passes that read the prompts.
 
         Returns:
@@ -107,27 +107,27 @@ class AnswerBatch:
         """
         self.states.executions_asked += sum(sum(decisions) for _, decisions in pairs)
         columns = self.rows.packed.num_columns
-        price = Price(columns, columns if kl else 1, keeps_kv=True)
-        return self._passes.run(
+        size = PathSize(columns, columns if kl else 1, keeps_kv=True)
+        return self._batcher.run(
             range(len(pairs)),
-            price,
+            size,
             lambda places: self._generate(
-                [_Going(place, pairs[place], max_new_tokens[place]) for place in places],
-                verdict,
+                [_Pending(place, pairs[place], max_new_tokens[place]) for place in places],
+                grader,
                 kl,
             ),
         )
 
     def forget(self) -> None:
-        """Give up all shared states."""
+        """Drop all shared states."""
         self._kl.forget()
         self.states.forget()
 
-    def _generate(self, going: list[_Going], verdict: Verdict, kl: bool) -> list[Answer]:
+    def _generate(self, pending: list[_Pending], grader: Grader, kl: bool) -> list[Answer]:
         """Answer the pairs of one pass."""
-        all_of_them = going
-        logits, cache, kls = self._read([each.pair for each in going], kl)
-        lengths = self._lengths[[each.pair[0] for each in going]].to(logits.device)[:, None]
+        all_pending = pending
+        logits, cache, kls = self._read([each.pair for each in pending], kl)
+        lengths = self._lengths[[each.pair[0] for each in pending]].to(logits.device)[:, None]
         width = int(lengths.max())
         mask = (torch.arange(width, device=logits.device) >= width - lengths).long()
         positions = lengths - 1
@@ -135,18 +135,18 @@ class AnswerBatch:
             highest, best = logits.float().max(dim=-1)  # [rows]
             each_logprob = highest - logits.float().logsumexp(dim=-1)
             for each, token, logprob in zip(
-                going, best.tolist(), each_logprob.tolist(), strict=True
+                pending, best.tolist(), each_logprob.tolist(), strict=True
             ):
-                self._say(each, token, logprob, verdict)
-            left = [row for row, each in enumerate(going) if each.grade is None]
+                self._add_token(each, token, logprob, grader)
+            left = [row for row, each in enumerate(pending) if each.grade is None]
             if not left:
-                return [each.answer(kls.get(each.pair)) for each in all_of_them]
-            if len(left) < len(going):
+                return [each.answer(kls.get(each.pair)) for each in all_pending]
+            if len(left) < len(pending):
                 keep = torch.tensor(left, device=best.device)
                 cache.batch_select_indices(keep)
                 best, mask, positions = best[keep], mask[keep], positions[keep]
-                going = [going[row] for row in left]
-            mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
+                pending = [pending[row] for row in left]
+            mask = torch.cat([mask, mask.new_ones(len(pending), 1)], dim=1)
             positions = positions + 1
             with torch.no_grad(), self.routed.injection.driven_by(self.routed.driver):
                 logits = self.routed.model(
@@ -157,8 +157,8 @@ class AnswerBatch:
                     **{self._cache_argument: cache},
                 ).logits[:, -1]
 
-    def _say(self, each: _Going, token: int, logprob: float, verdict: Verdict) -> None:
-        """Add one token to an answer, or its end, and judge it."""
+    def _add_token(self, each: _Pending, token: int, logprob: float, grader: Grader) -> None:
+        """Add one token to an answer, or its end, and grade it."""
         each.num_steps += 1
         each.logprob += logprob
         finished = token in self._ends
@@ -166,7 +166,7 @@ class AnswerBatch:
             each.tokens.append(token)
         each.text = self.tokenizer.decode(each.tokens, skip_special_tokens=True)
         finished = finished or each.num_steps == each.max_new_tokens
-        each.grade = verdict(each.place, each.text, finished)
+        each.grade = grader(each.place, each.text, finished)
 
     def _read(
         self, pairs: Sequence[Pair], kl: bool
@@ -183,8 +183,8 @@ class AnswerBatch:
 
 
 @dataclass(slots=True)
-class _Going:
-    """An answer under way."""
+class _Pending:
+    """An unfinished answer."""
 
     place: int
     pair: Pair
@@ -196,7 +196,7 @@ class _Going:
     grade: float | None = None
 
     def answer(self, kl: float | None) -> Answer:
-        """Return the answer when it has its grade."""
+        """Return the graded answer."""
         assert self.grade is not None
         tokens = tuple(self.tokens)
         return Answer(self.text, tokens, self.grade, self.logprob / self.num_steps, kl)

@@ -1,7 +1,6 @@
-"""How many paths one forward pass takes: by memory, and fewer where it runs out.
+"""Batch size by memory: how many paths one forward pass takes, and half as many where it runs out.
 
-Owns the price of a path, what memory is free, and trying again with half. Leaves the pass itself
-to its callers, whose results don't depend on how paths are split over passes.
+Results don't depend on how paths are split over passes.
 """
 
 from __future__ import annotations
@@ -15,28 +14,28 @@ import psutil
 import torch
 
 from drllm.errors import ModelError
-from drllm.models.scoring.prefix_cache import StateCache
+from drllm.models.scoring.prefix_cache import PrefixCache
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
-MOST_PATHS = 256
-"""A pass of so many paths keeps any device busy; more only take memory."""
+MAX_PATHS = 256
+"""A pass of so many paths keeps any device busy; more only takes memory."""
 SHARE_OF_FREE_MEMORY = 0.5
-"""The rest is for what isn't priced: activations inside a layer, fragments, other programs."""
+"""The rest is for what isn't counted: activations inside a layer, fragments, other programs."""
 FLOAT_BYTES = 4
 
 _num_sharing = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Price:
+class PathSize:
     """What a path of one prompt takes while its pass runs.
 
     Attributes:
-        num_tokens: Tokens of its row, those in front included.
+        num_tokens: Tokens of its row, past ones included.
         num_logits: Tokens whose logits are computed.
         keeps_kv: Its K/V is kept, and gathered once more to generate from.
     """
@@ -46,7 +45,7 @@ class Price:
     keeps_kv: bool = False
 
     def num_bytes(self, model: Any) -> int:
-        """Return the memory that it takes in a model."""
+        """Return its memory in a model."""
         config = model.config.get_text_config()
         size = model.dtype.itemsize
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -55,48 +54,50 @@ class Price:
         )
         kv = 2 * heads * each * 2 if self.keeps_kv else 0  # in the state, and in the cache
         states = self.num_tokens * config.num_hidden_layers * (config.hidden_size + kv) * size
-        # As they come, in fp32, and one more of these for what is computed from them.
+        # As computed, in fp32, and once more in fp32 for what is computed from them.
         logits = self.num_logits * config.vocab_size * (size + 2 * FLOAT_BYTES)
         return int(states + logits)
 
 
-class Passes:
+class MemoryBatcher:
     """Splits work over forward passes.
 
     Args:
         model: What runs.
-        states: What will still take of the memory that is free now.
-        most: Most paths in a pass; None picks it by the memory that is free.
+        states: A cache that will still take some of the memory that is free now.
+        maximum: Maximum paths in a pass; None picks it by the memory that is free.
     """
 
-    def __init__(self, model: Any, states: StateCache, most: int | None = None) -> None:
+    def __init__(
+        self, model: Any, states: PrefixCache | None = None, maximum: int | None = None
+    ) -> None:
         self.model = model
-        self.states = states
-        self._given = most
+        self.states = states or PrefixCache(0)
+        self._given = maximum
         self._limit: int | None = None  # found by running out of memory
 
-    def num_paths(self, price: Price) -> int:
+    def num_paths(self, size: PathSize) -> int:
         """Return how many paths the next pass takes."""
         if self._given is not None:
             wanted = self._given
         else:
             free = free_bytes(self.model.device)
             left = max(free - (self.states.max_bytes - self.states.num_bytes), free / 2)
-            wanted = int(left * SHARE_OF_FREE_MEMORY / price.num_bytes(self.model))
-            wanted = min(max(wanted, 1), MOST_PATHS)
+            wanted = int(left * SHARE_OF_FREE_MEMORY / size.num_bytes(self.model))
+            wanted = min(max(wanted, 1), MAX_PATHS)
         return wanted if self._limit is None else min(wanted, self._limit)
 
     def run(
         self,
         items: Sequence[Item],
-        price: Price,
+        size: PathSize,
         one_pass: Callable[[Sequence[Item]], list[Result]],
     ) -> list[Result]:
         """Run all items, as many in a pass as memory allows.
 
         Args:
             items: One for each path.
-            price: Of the dearest of them.
+            size: Of the largest of them.
             one_pass: Gives the results of a part of the items, in order.
 
         Raises:
@@ -104,13 +105,13 @@ class Passes:
         """
         results: list[Result] = []
         while len(results) < len(items):
-            num = min(self.num_paths(price), len(items) - len(results))
-            done = self._tried(items[len(results) : len(results) + num], price, one_pass)
-            if done is None:  # out of memory, and what the pass held is given back by now
+            num = min(self.num_paths(size), len(items) - len(results))
+            done = self._try(items[len(results) : len(results) + num], size, one_pass)
+            if done is None:  # out of memory; what the pass held is free by now
                 self._limit = max(num // 2, 1)
-                _give_back(self.model.device)
+                _free_cached(self.model.device)
                 logger.warning(
-                    "out of memory on %s with %d paths in a pass; going on with %d",
+                    "out of memory on %s with %d paths in a pass; continuing with %d",
                     self.model.device,
                     num,
                     self._limit,
@@ -119,13 +120,13 @@ class Passes:
                 results += done
         return results
 
-    def _tried(
+    def _try(
         self,
         items: Sequence[Item],
-        price: Price,
+        size: PathSize,
         one_pass: Callable[[Sequence[Item]], list[Result]],
     ) -> list[Result] | None:
-        """Return the results, or None where memory ran out with several paths."""
+        """Return the results, or None if memory ran out with several paths."""
         try:
             return one_pass(items)
         except RuntimeError as error:
@@ -133,7 +134,7 @@ class Passes:
                 raise
             if len(items) == 1:
                 raise ModelError(
-                    f"a single path of {price.num_tokens} tokens doesn't fit into the memory of "
+                    f"a single path of {size.num_tokens} tokens doesn't fit into the memory of "
                     f"{self.model.device}; lower --state-cache-gb, load the model with --dtype "
                     f"bfloat16, or use a device with more memory"
                 ) from error
@@ -153,19 +154,19 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def share_memory(num_sharing: int) -> None:
-    """Say how many processes like this one share the machine's memory, this one included.
+    """Set how many processes like this one share the machine's memory, this one included.
 
-    Of what is free, each of them then counts on an equal part. It holds for the whole process, as
-    torch's number of threads does. A CUDA device's memory isn't shared.
+    Each of them then counts on an equal part of what is free. It holds for the whole process, like
+    torch's number of threads. A CUDA device's memory isn't shared.
     """
     global _num_sharing
     _num_sharing = num_sharing
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory that is free: on a CUDA device, else this process's part of the machine's.
+    """Return the free memory: on a CUDA device, else this process's part of the machine's.
 
-    What torch holds back for later counts as free.
+    What torch's allocator has cached counts as free.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -174,6 +175,6 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available) // _num_sharing
 
 
-def _give_back(device: torch.device) -> None:
+def _free_cached(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()

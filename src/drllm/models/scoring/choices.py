@@ -1,10 +1,8 @@
 """Choice log-likelihoods for many (prompt, decisions) pairs at once.
 
-Owns `ChoiceBatch`, which scores the continuations of each prompt under given decisions, under a
-policy, or along paths in any order, and which rows a question takes: one where its continuations
-can be packed, else one for each. Paths of one prompt share what they have in common, within a call
-and across calls, and prompts share what they begin with. Leaves how rows are laid out and run to
-`shared_rows`, and what the numbers mean (reward, margin) to its callers.
+`ChoiceBatch` scores the continuations of each prompt under given decisions, under a policy, or
+along paths in any order. Paths of one prompt share their common prefixes, within a call and across
+calls, and prompts share what they begin with.
 
 Axes: P prompts, B rows, N pairs, T tokens, C continuations of a row, S scored tokens, V vocabulary.
 """
@@ -22,19 +20,19 @@ from torch import Tensor
 from drllm.errors import RoutingError
 from drllm.models.base.capabilities import can_pack
 from drllm.models.base.prompts import encode, encode_continuation
-from drllm.models.routing.path_driver import PathsDriver
+from drllm.models.routing.driver import PathsDriver
 from drllm.models.routing.policies import Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.batching import Passes, Price
-from drllm.models.scoring.kl import Kl
-from drllm.models.scoring.packing import Packed, Question, SharedRows, pack, shared_rows
-from drllm.models.scoring.prefix_cache import GIGABYTE, StateCache
+from drllm.models.scoring.batching import MemoryBatcher, PathSize
+from drllm.models.scoring.kl import KlFromFull
+from drllm.models.scoring.packing import PackedBatch, PackedRows, Question, pack, packed_rows
+from drllm.models.scoring.prefix_cache import GIGABYTE, PrefixCache
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.paths import Path
 
 
 def tokenised(tokenizer: Any, text: str, continuations: Sequence[str]) -> Question:
-    """Return a rendered prompt and the continuations behind it as tokens."""
+    """Return a rendered prompt and its continuations as tokens."""
     return Question(
         encode(tokenizer, text),
         [encode_continuation(tokenizer, text, continuation) for continuation in continuations],
@@ -91,24 +89,24 @@ class _OncePerQuestion(Policy):
 class ChoiceBatch:
     """Questions whose continuations are scored.
 
-    All continuations of a question stand behind one copy of its context, in one row (see `pack`),
-    where the model's attention takes the mask that this needs. Where it takes none, or some layers
-    see fewer tokens than a question has with all its continuations, each continuation stands in a
-    plain row of its own, behind a context of its own. The numbers are the same.
+    All continuations of a question are packed into one row after one copy of its context (see
+    `pack`) where the model's attention takes the mask that this needs. Where it takes none, or some
+    layers see fewer tokens than a question has with all its continuations, each continuation gets a
+    plain row of its own with a copy of the context. The numbers are the same.
 
     Args:
         routed: The model.
         questions: With at least one continuation each.
-        state_cache_gb: Most memory for shared states, in GB.
-        paths_per_pass: Most paths in a forward pass, counted row by row; None picks it by memory.
-        contexts: Rows that hold the questions' contexts, with the states of their paths: only the
-            continuations are run then, behind them. None runs the contexts here.
+        state_cache_gb: Maximum memory for shared states, in GB.
+        paths_per_pass: Maximum rows in a forward pass, one for each path; None picks it by memory.
+        contexts: Rows that hold the questions' contexts, with the states of their paths: then only
+            the continuations are run. None runs the contexts here.
 
     Raises:
         RoutingError: A prompt or a continuation without tokens.
 
-    Source: ours; the row that it stands for is lm-evaluation-harness' (context and continuation
-        without its last token).
+    Source: ours; it equals lm-evaluation-harness' row (context and continuation without its last
+        token).
     """
 
     def __init__(
@@ -118,31 +116,31 @@ class ChoiceBatch:
         state_cache_gb: float,
         *,
         paths_per_pass: int | None = None,
-        contexts: SharedRows | None = None,
+        contexts: PackedRows | None = None,
     ) -> None:
         self.routed = routed
         self.questions = list(questions)
         self._check()
-        self.states = contexts.states if contexts else StateCache(state_cache_gb * GIGABYTE)
-        packs = can_pack(routed.model, self.questions)
+        self.states = contexts.states if contexts else PrefixCache(state_cache_gb * GIGABYTE)
+        packs = can_pack(routed.model, max(question.length for question in self.questions))
         parts = [[question] if packs else question.apart() for question in self.questions]
         self._parts = list(itertools.chain.from_iterable(parts))  # [B], a row each
         ends = itertools.accumulate(map(len, parts))
         self._places = [
             range(end - len(rows), end) for end, rows in zip(ends, parts, strict=True)
         ]  # [P], the rows of each question
-        # Contexts that were run are one a question; rows apart are more, and begin with their own.
-        ahead = contexts if packs else None
-        self._rows = shared_rows(routed, self._parts, self.states, contexts=ahead)
-        self._kl = Kl(self._rows)
-        self._passes = Passes(routed.model, self.states, paths_per_pass)
-        self._whole_rows: Packed | None = None
+        # There is one given context a question; unpacked rows are more, and each has its own.
+        given = contexts if packs else None
+        self._rows = packed_rows(routed, self._parts, self.states, contexts=given)
+        self._kl = KlFromFull(self._rows)
+        self._batcher = MemoryBatcher(routed.model, self.states, paths_per_pass)
+        self._whole_rows: PackedBatch | None = None
         self._targets = [self._targets_of(part) for part in self._parts]
 
     @property
     def shares_beginning(self) -> bool:
         """Whether the prompts begin alike, so that paths read their beginning once for all."""
-        return self._rows.front is not None
+        return self._rows.past is not None
 
     def logprobs(self, pairs: Sequence[Pair]) -> list[tuple[float, ...]]:
         """Return the summed log-probability of each continuation, in nats.
@@ -168,24 +166,24 @@ class ChoiceBatch:
         of_rows = [(row, path) for place, path in pairs for row in self._places[place]]
         self.states.executions_asked += sum(sum(decisions) for _, decisions in of_rows)
         packed = self._rows.packed
-        most = max(
-            behind + 1 + (own if kl else 0)
-            for own, behind in zip(packed.num_own, packed.num_behind, strict=True)
+        num_logits = max(
+            after + 1 + (own if kl else 0)
+            for own, after in zip(packed.num_own, packed.num_after, strict=True)
         )
-        price = Price(packed.num_columns, most)
-        found = iter(self._passes.run(of_rows, price, lambda part: self._scores(part, kl, greedy)))
+        size = PathSize(packed.num_columns, num_logits)
+        found = iter(self._batcher.run(of_rows, size, lambda part: self._scores(part, kl, greedy)))
         return [
             _joined(list(itertools.islice(found, len(self._places[place])))) for place, _ in pairs
         ]
 
     def _scores(self, pairs: Sequence[Pair], kl: bool, greedy: bool) -> list[Score]:
         """Return how each path scores its row; KL with the first row of a question alone."""
-        num_own, num_behind = self._rows.packed.num_own, self._rows.packed.num_behind
+        num_own, num_after = self._rows.packed.num_own, self._rows.packed.num_after
         first = {places[0] for places in self._places} if kl else set()
         measured = self._kl.with_full([pair for pair in pairs if pair[0] in first])
         asked = list(dict.fromkeys([*measured, *pairs]))
         ahead = [num_own[row] - 1 if row in first else 0 for row, _ in asked]
-        keep = [num + num_behind[row] + 1 for num, (row, _) in zip(ahead, asked, strict=True)]
+        keep = [num + num_after[row] + 1 for num, (row, _) in zip(ahead, asked, strict=True)]
         kls: dict[Pair, float | None] = {}
         with self._rows.run(asked, keep) as shared:
             each = list(zip(asked, ahead, shared.logits, strict=True))
@@ -234,7 +232,7 @@ class ChoiceBatch:
         Args:
             paths: Layer indices of this model in the order executed: in any order, each any
                 number of times.
-            paths_per_pass: Most paths in a forward pass; each takes the memory of all questions.
+            paths_per_pass: Maximum paths in a forward pass; each takes the memory of all questions.
 
         Returns:
             For each path the sums of every question.
@@ -253,7 +251,7 @@ class ChoiceBatch:
         return found
 
     def forget(self) -> None:
-        """Give up all shared states."""
+        """Drop all shared states."""
         self._kl.forget()
         self.states.forget()
 
@@ -268,7 +266,7 @@ class ChoiceBatch:
         """
         rows = self._whole()
         # By index, not by number: a slice would lie scattered, and the head's product be slow.
-        T, keep = rows.ids.shape[1], max(rows.num_behind) + 1
+        T, keep = rows.ids.shape[1], max(rows.num_after) + 1
         with torch.no_grad():
             logits: Tensor = self.routed.model(
                 input_ids=rows.ids,
@@ -281,9 +279,9 @@ class ChoiceBatch:
 
     def _whole_scores(self, logits: Tensor, *, greedy: bool) -> list[Score]:
         """Return the scores of every question from the logits of whole rows, `[B, S, V]`."""
-        num_behind = self._whole().num_behind
+        num_after = self._whole().num_after
         scores = self._scored(
-            [(row, logits[row, logits.shape[1] - num - 1 :]) for row, num in enumerate(num_behind)],
+            [(row, logits[row, logits.shape[1] - num - 1 :]) for row, num in enumerate(num_after)],
             greedy,
         )
         return [_joined([scores[row] for row in places]) for places in self._places]
@@ -327,9 +325,9 @@ class ChoiceBatch:
             ):
                 raise RoutingError("a prompt or one of its continuations has no tokens to score")
 
-    def _whole(self) -> Packed:
-        """Return the rows with nothing in front, laid out when first asked for."""
-        if self._rows.front is None:
+    def _whole(self) -> PackedBatch:
+        """Return the rows without a past, laid out when first asked for."""
+        if self._rows.past is None:
             return self._rows.packed
         if self._whole_rows is None:
             model = self.routed.model

@@ -1,7 +1,6 @@
-"""What a model would say of a hidden state behind any of its layers: its final norm and its head.
+"""Logit lens: a model's final norm and output head applied after any of its layers.
 
-Owns finding the two by rule and proving that they are all that lies between the last layer and
-the logits. Leaves what is made of the logits to its callers.
+The two are found by rule, and checked to be all that lies between the last layer and the logits.
 
 Axes: N states, D hidden, V vocabulary.
 """
@@ -18,20 +17,18 @@ from drllm.models.base.layers import base_of
 from drllm.models.routing.routed_model import RoutedModel
 
 NUM_TOKENS = 8
-"""Of the proof; more than one, since a padding token's embedding may be all zeros."""
+"""Of the check; more than one, since a padding token's embedding may be all zeros."""
 RELATIVE_TOLERANCE = 1e-3
-"""How far the logits of the proof may lie from the model's own, as a share of the largest: the
-same two modules give them, so all but the last bits agree; a cap or a scale that was missed shows
-far above it."""
+"""How far the logits of the check may differ from the model's own, as a share of the largest: the
+same two modules give them, so all but the last bits agree; a missed cap or scale is far above."""
 
 
-class Readout:
+class LogitLens:
     """The final norm and the output head of a model.
 
-    The norm is the module that runs behind the last layer among the direct children of the module
+    The norm is the module that runs after the last layer among the direct children of the module
     whose loop runs the layers; a model may have none. A few tokens are run through the untouched
-    model to find it, with hooks that are taken off again, and to compare what the two give with
-    the logits of the model itself.
+    model to find it, and to compare the result with the logits of the model itself.
 
     Args:
         routed: The model, whatever its policy.
@@ -48,17 +45,17 @@ class Readout:
         head = model.get_output_embeddings()
         if head is None:
             raise ArchitectureError(
-                f"{type(model).__name__} has no output head, so it says nothing of a hidden state"
+                f"{type(model).__name__} has no output head, so a hidden state has no logits"
             )
-        last, expected, behind = _few_tokens(routed)
+        last, expected, after = _few_tokens(routed)
         self.head: nn.Module = head
-        self.norm: nn.Module = behind[0] if behind else nn.Identity()
+        self.norm: nn.Module = after[0] if after else nn.Identity()
         with torch.no_grad():
             difference = float((self.logits(last) - expected).abs().max())
-        if len(behind) > 1 or not difference <= RELATIVE_TOLERANCE * float(expected.abs().max()):
+        if len(after) > 1 or not difference <= RELATIVE_TOLERANCE * float(expected.abs().max()):
             raise ArchitectureError(
-                f"{type(model).__name__} makes its logits of more than a final norm and an output "
-                f"head, so what it would say behind an earlier layer isn't known"
+                f"{type(model).__name__} makes its logits with more than a final norm and a head, "
+                f"so the logits after an earlier layer aren't known"
             )
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -72,18 +69,18 @@ def _few_tokens(routed: RoutedModel) -> tuple[Tensor, Tensor, list[nn.Module]]:
 
     Returns:
         The last layer's output `[N, D]`, the logits `[N, V]` in at least float32, and the children
-        of the decoder that ran behind the last layer.
+        of the decoder that ran after the last layer.
     """
     layers = routed.injection.layers
     outputs: list[Tensor] = []
-    behind: list[nn.Module] = []
+    after: list[nn.Module] = []
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
         outputs.append(output[0] if isinstance(output, tuple) else output)
 
     def note(module: nn.Module, _inputs: Any) -> None:
         if outputs:
-            behind.append(module)
+            after.append(module)
 
     others = [child for child in routed.injection.decoder.children() if child is not layers]
     handles = [layers[-1].register_forward_hook(keep)]
@@ -95,4 +92,4 @@ def _few_tokens(routed: RoutedModel) -> tuple[Tensor, Tensor, list[nn.Module]]:
     finally:
         for handle in handles:
             handle.remove()
-    return outputs[0][0], logits[0].to(torch.promote_types(logits.dtype, torch.float32)), behind
+    return outputs[0][0], logits[0].to(torch.promote_types(logits.dtype, torch.float32)), after

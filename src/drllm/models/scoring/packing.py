@@ -1,13 +1,10 @@
-"""Rows of tokens that many paths are run on, and what may stand in front of them.
+"""Packing: a prompt and its continuations in one row, and the pass of rows under many paths.
 
-Owns laying questions out as rows (`pack`), the tokens that all prompts of a block begin with
-(`stem_of`), and the forward pass of rows under many paths (`SharedRows`). A row's *front* is what
-it goes on from without reading it again: the K/V that another row left under the same path. The
-stem is a front of all prompts; a prompt is a front of the continuations that are scored behind
-it. Leaves which states are run to `sharing`, and what the logits mean to `scoring` and
-`answering`.
+A row may have a *past* that it doesn't read again: the K/V that another row computed under the same
+path. The common prefix of a batch is the past of all its prompts; a prompt is the past of the
+continuations that are scored after it.
 
-Axes: P rows, N pairs, T tokens of a row, F tokens in front, S kept tokens, V vocabulary.
+Axes: P rows, N pairs, T tokens of a row, F past tokens, S kept tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,20 +19,21 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from drllm.models.base.capabilities import can_drop_tokens, can_split
+from drllm.models.base.capabilities import can_split
+from drllm.models.routing.injection import Forward, LayerCall
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.prefix_cache import StateCache
-from drllm.models.scoring.prefix_sharing import Front, Pair, SharingDriver
+from drllm.models.scoring.prefix_cache import PrefixCache
+from drllm.models.scoring.prefix_sharing import Pair, Past, PrefixSharingDriver
 
 Tokens: TypeAlias = Sequence[int]
 
-MIN_STEM = 8
+MIN_PREFIX = 8
 """Fewer common tokens than these aren't worth a pass of their own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt and the continuations to score behind it, as tokens.
+    """A prompt and the continuations to score after it, as tokens.
 
     Attributes:
         context: Tokens of the prompt, at least one.
@@ -50,14 +48,14 @@ class Question:
     num_unscored: Sequence[int] = ()
 
     @property
-    def num_behind(self) -> int:
-        """Tokens behind the context that are read: the last of a continuation is only predicted."""
+    def num_after(self) -> int:
+        """Tokens after the context that are read: the last of a continuation is only predicted."""
         return sum(len(tokens) - 1 for tokens in self.continuations)
 
     @property
     def length(self) -> int:
-        """Tokens that are read, all continuations behind one copy of the prompt."""
-        return len(self.context) + self.num_behind
+        """Tokens that are read, all continuations after one copy of the prompt."""
+        return len(self.context) + self.num_after
 
     @property
     def is_plain(self) -> bool:
@@ -76,32 +74,32 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class PackedBatch:
     """Questions as rows that end in a common column; padding stands on the left.
 
     Attributes:
         ids: `[P, T]`.
         positions: `[P, T]`, each token's place in the prompt that it belongs to.
         mask: `[P, 1, T, F + T]`, added to attention scores; or `[P, T]`, which tokens are real, for
-            plain questions without a front: any attention can take it, and keeps its own window.
+            plain questions without a past: any attention can take it, and keeps its own window.
         context: `[P, T]`, which columns hold the prompt's own tokens.
-        num_ahead: For each row, the tokens of the prompt that stand in front.
+        num_past: For each row, the past tokens of the prompt.
         num_own: For each row, the prompt's other tokens.
-        num_behind: For each row, its tokens behind the prompt.
+        num_after: For each row, its tokens after the prompt.
     """
 
     ids: Tensor
     positions: Tensor
     mask: Tensor
     context: Tensor
-    num_ahead: list[int]
+    num_past: list[int]
     num_own: list[int]
-    num_behind: list[int]
+    num_after: list[int]
 
     @property
     def lengths(self) -> list[int]:
         """For each row, its tokens."""
-        return [own + behind for own, behind in zip(self.num_own, self.num_behind, strict=True)]
+        return [own + after for own, after in zip(self.num_own, self.num_after, strict=True)]
 
     @property
     def num_columns(self) -> int:
@@ -114,34 +112,34 @@ def pack(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    num_ahead: Sequence[int] | None = None,
-) -> Packed:
-    """Lay questions out, the continuations of each behind one copy of its prompt.
+    num_past: Sequence[int] | None = None,
+) -> PackedBatch:
+    """Lay questions out, the continuations of each after one copy of its prompt.
 
-    The mask keeps continuations from seeing one another and each goes on at the position where
+    The mask keeps continuations from seeing one another, and each continues at the position where
     the prompt ends, so every log-probability is what a row of its own would give.
 
     Args:
         questions: At least one.
         dtype: Of the mask.
         device: Where the rows lie.
-        num_ahead: For each question, how many tokens of its prompt stand in front, the last of
-            F columns; None for none.
+        num_past: For each question, how many tokens of its prompt are past ones, the last of F
+            columns; None for none.
     """
     P = len(questions)
-    ahead = [0] * P if num_ahead is None else list(num_ahead)
-    num_own = [len(q.context) - a for q, a in zip(questions, ahead, strict=True)]
-    num_behind = [question.num_behind for question in questions]
-    T = max(own + behind for own, behind in zip(num_own, num_behind, strict=True))
+    past = [0] * P if num_past is None else list(num_past)
+    num_own = [len(q.context) - a for q, a in zip(questions, past, strict=True)]
+    num_after = [question.num_after for question in questions]
+    T = max(own + after for own, after in zip(num_own, num_after, strict=True))
     ids = torch.zeros(P, T, dtype=torch.long)
     positions = torch.zeros(P, T, dtype=torch.long)
     owner = torch.full((P, T), -1)  # 0 for the prompt, 1 for its first continuation; -1 for padding
     for row, question in enumerate(questions):
         length = len(question.context)
-        end = T - num_behind[row]  # of the prompt
+        end = T - num_after[row]  # of the prompt
         start = end - num_own[row]
-        ids[row, start:end] = torch.tensor(list(question.context[ahead[row] :]))
-        positions[row, start:end] = torch.arange(ahead[row], length)
+        ids[row, start:end] = torch.tensor(list(question.context[past[row] :]))
+        positions[row, start:end] = torch.arange(past[row], length)
         owner[row, start:end] = 0
         for number, tokens in enumerate(question.continuations, start=1):
             inner = len(tokens) - 1
@@ -149,77 +147,77 @@ def pack(
             ids[row, first:end] = torch.tensor(list(tokens[:-1]), dtype=torch.long)
             positions[row, first:end] = torch.arange(length, length + inner)
             owner[row, first:end] = number
-    if num_ahead is None and all(question.is_plain for question in questions):
+    if num_past is None and all(question.is_plain for question in questions):
         mask = (owner >= 0).long()
     else:
-        seen = _seen(owner, ahead)
+        seen = _seen(owner, past)
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-    return Packed(
+    return PackedBatch(
         ids.to(device),
         positions.to(device),
         mask.to(device),
         (owner == 0).to(device),
-        ahead,
+        past,
         num_own,
-        num_behind,
+        num_after,
     )
 
 
-def _seen(owner: Tensor, num_ahead: Sequence[int]) -> Tensor:
+def _seen(owner: Tensor, num_past: Sequence[int]) -> Tensor:
     """Return what each token sees, `[P, 1, T, F + T]` bool.
 
     Padding sees padding: a row of the mask without any key would give NaN.
 
     Args:
         owner: `[P, T]`, the continuation that each token belongs to; 0 for the prompt.
-        num_ahead: For each row, how many of the F columns in front hold tokens.
+        num_past: For each row, how many of the F past columns hold tokens.
     """
     P, T = owner.shape
     sees, seen = owner[:, :, None], owner[:, None, :]
-    behind = torch.ones(T, T).tril().bool() & ((seen == 0) | (seen == sees))  # [P, T, T]
-    F = max(num_ahead)
-    ahead = torch.arange(F) >= F - torch.tensor(num_ahead)[:, None]  # [P, F]
-    return torch.cat([ahead[:, None].expand(P, T, F), behind], dim=2)[:, None]
+    own = torch.ones(T, T).tril().bool() & ((seen == 0) | (seen == sees))  # [P, T, T]
+    F = max(num_past)
+    past = torch.arange(F) >= F - torch.tensor(num_past)[:, None]  # [P, F]
+    return torch.cat([past[:, None].expand(P, T, F), own], dim=2)[:, None]
 
 
-def stem_of(contexts: Sequence[Tokens]) -> list[int]:
+def common_prefix(contexts: Sequence[Tokens]) -> list[int]:
     """Return the tokens that all prompts begin with: instructions, a system prompt, examples.
 
     Returns:
-        Empty where there are fewer than `MIN_STEM`, or a single prompt. A prompt always keeps a
-        token of its own behind the stem.
+        Empty where there are fewer than `MIN_PREFIX`, or a single prompt. A prompt always keeps a
+        token of its own after the prefix.
     """
     if len(contexts) < 2:
         return []
     alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*contexts, strict=False))
     length = min(len(list(alike)), min(map(len, contexts)) - 1)
-    return list(contexts[0][:length]) if length >= MIN_STEM else []
+    return list(contexts[0][:length]) if length >= MIN_PREFIX else []
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
-    """What a pass over shared rows gave.
+class RowsOutput:
+    """What a pass over packed rows gave.
 
     Attributes:
         logits: For each pair, those of the tokens to keep, `[S, V]`.
         cache: The cache of the pass; None where none was used.
-        driver: What ran it, and holds its states until the pass is left.
+        driver: What ran it, and holds its states until the pass is over.
     """
 
     logits: list[Tensor]
     cache: Cache | None
-    driver: SharingDriver
+    driver: PrefixSharingDriver
 
 
-class SharedRows:
-    """Rows whose states under many paths are computed once and held, within a bound.
+class PackedRows:
+    """Rows whose states under many paths are computed once and cached.
 
     Args:
         routed: The model.
         packed: The rows.
-        states: Where states are held; rows with different fronts may share it.
-        keep_kv: Keep K/V too, so that something can go on behind these rows.
-        front: The rows in front, which keep their K/V, and the row there of each row here.
+        states: Where states are cached; rows with different pasts may share it.
+        keep_kv: Keep K/V too, so that these rows can be continued.
+        past: The rows that are the past of these, which keep their K/V, and which one each row has.
     """
 
     _numbers = itertools.count()
@@ -227,69 +225,64 @@ class SharedRows:
     def __init__(
         self,
         routed: RoutedModel,
-        packed: Packed,
-        states: StateCache,
+        packed: PackedBatch,
+        states: PrefixCache,
         *,
         keep_kv: bool = False,
-        front: tuple[SharedRows, Sequence[int]] | None = None,
+        past: tuple[PackedRows, Sequence[int]] | None = None,
     ) -> None:
         self.routed = routed
         self.packed = packed
         self.states = states
         self.keep_kv = keep_kv
-        self.front = front
+        self.past = past
         self.number = next(self._numbers)
         self._can_drop_tokens = can_drop_tokens(routed)
 
     @contextmanager
-    def run(self, pairs: Sequence[Pair], keep_last: Sequence[int]) -> Iterator[Shared]:
+    def run(self, pairs: Sequence[Pair], keep_last: Sequence[int]) -> Iterator[RowsOutput]:
         """Run the states that are new; inside the block all states of these pairs are held.
 
         Args:
             pairs: Row and decisions.
             keep_last: For each pair, how many of its last tokens' logits are wanted.
         """
-        if self.front is None:
+        if self.past is None:
             with self._run(pairs, keep_last, None) as shared:
                 yield shared
             return
-        rows, places = self.front
-        ahead = list(dict.fromkeys((places[row], decisions) for row, decisions in pairs))
+        rows, places = self.past
+        before = list(dict.fromkeys((places[row], decisions) for row, decisions in pairs))
         with (
-            rows.run(ahead, [0] * len(ahead)) as before,
-            self._run(
-                pairs, keep_last, Front(before.driver, places, self.packed.num_ahead)
-            ) as shared,
+            rows.run(before, [0] * len(before)) as read,
+            self._run(pairs, keep_last, Past(read.driver, places, self.packed.num_past)) as shared,
         ):
             yield shared
 
     @contextmanager
     def _run(
-        self,
-        pairs: Sequence[Pair],
-        keep_last: Sequence[int],
-        front: Front | None,
-    ) -> Iterator[Shared]:
-        driver = SharingDriver(
+        self, pairs: Sequence[Pair], keep_last: Sequence[int], past: Past | None
+    ) -> Iterator[RowsOutput]:
+        driver = PrefixSharingDriver(
             pairs,
             self.states,
             self.packed.lengths,
             keep_last if self._can_drop_tokens else None,
             rows_number=self.number,
             keep_kv=self.keep_kv,
-            front=front,
+            past=past,
             bypass=self.routed.driver.bypass,
         )
         try:
             if driver.knows_all and not any(keep_last):
-                yield Shared([], None, driver)
+                yield RowsOutput([], None, driver)
                 return
             with torch.no_grad(), self.routed.injection.driven_by(driver):
                 output = self.routed.model(
                     input_ids=self.packed.ids,
                     attention_mask=self.packed.mask,
                     position_ids=self.packed.positions,
-                    use_cache=self.keep_kv or front is not None,
+                    use_cache=self.keep_kv or past is not None,
                     logits_to_keep=0 if self._can_drop_tokens else max(1, *keep_last),
                 )
             cache = next((value for value in output.values() if isinstance(value, Cache)), None)
@@ -298,40 +291,70 @@ class SharedRows:
             else:
                 each = zip(output.logits, keep_last, strict=True)
                 logits = [values[len(values) - num :] for values, num in each]
-            yield Shared(logits, cache, driver)
+            yield RowsOutput(logits, cache, driver)
         finally:
             driver.release()
 
 
-def shared_rows(
+class _DropToken:
+    """Runs no layer and returns the first of two tokens after the last one."""
+
+    def begin(self, forward: Forward) -> _DropToken:
+        return self
+
+    def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
+        return hidden[:, :1] if call.is_last else hidden
+
+    def end(self) -> None:
+        pass
+
+
+def can_drop_tokens(routed: RoutedModel) -> bool:
+    """Say whether a model's loop continues with fewer tokens than it was given.
+
+    Some loops bring what the last layer returns back into the shape that they were given; these
+    must carry all tokens. It is tried on two tokens, without running a layer.
+    """
+    ids = torch.zeros(1, 2, dtype=torch.long, device=routed.model.device)
+    with torch.no_grad(), routed.injection.driven_by(_DropToken()):
+        try:
+            output = routed.injection.decoder(input_ids=ids, use_cache=False)
+        except RuntimeError as error:
+            if "is invalid for input of size" not in str(error):  # not that of `Tensor.view`
+                raise
+            return False
+    return bool(output[0].shape[1] == 1)
+
+
+def packed_rows(
     routed: RoutedModel,
     questions: Sequence[Question],
-    states: StateCache,
+    states: PrefixCache,
     *,
     keep_kv: bool = False,
-    contexts: SharedRows | None = None,
-) -> SharedRows:
-    """Return the rows to run: behind given contexts, behind the prompts' stem, or whole.
+    contexts: PackedRows | None = None,
+) -> PackedRows:
+    """Return the rows to run: after given contexts, after the common prefix, or whole.
 
     Args:
         routed: The model.
         questions: At least one.
-        states: Where states are held.
-        keep_kv: Keep K/V too, so that something can go on behind these rows.
+        states: Where states are cached.
+        keep_kv: Keep K/V too, so that these rows can be continued.
         contexts: Rows that hold the questions' contexts, if there are any.
     """
     model = routed.model
     where = {"dtype": model.dtype, "device": model.device}
-    lengths = [len(question.context) for question in questions]
-    stem = stem_of([question.context for question in questions])
-    if not can_split(model) or (contexts is None and not stem):
-        return SharedRows(routed, pack(questions, **where), states, keep_kv=keep_kv)
+    prefix = common_prefix([question.context for question in questions])
+    if not can_split(model) or (contexts is None and not prefix):
+        return PackedRows(routed, pack(questions, **where), states, keep_kv=keep_kv)
     if contexts is None:
-        common = pack([Question(stem)], **where)
-        ahead = SharedRows(routed, common, states, keep_kv=True)
-        front, num_ahead = (ahead, [0] * len(questions)), [len(stem)] * len(questions)
+        common = pack([Question(prefix)], **where)
+        past = PackedRows(routed, common, states, keep_kv=True), [0] * len(questions)
+        num_past = [len(prefix)] * len(questions)
     else:
         # A context's last token is run again, since its logits are needed.
-        front, num_ahead = (contexts, [*range(len(questions))]), [num - 1 for num in lengths]
-    packed = pack(questions, num_ahead=num_ahead, **where)
-    return SharedRows(routed, packed, states, keep_kv=keep_kv, front=front)
+        past = contexts, [*range(len(questions))]
+        num_past = [len(question.context) - 1 for question in questions]
+    packed = pack(questions, num_past=num_past, **where)
+    return PackedRows(routed, packed, states, keep_kv=keep_kv, past=past)

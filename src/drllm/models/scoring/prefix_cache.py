@@ -1,7 +1,4 @@
-"""What a prompt has become after some executions, and the bounded store of such states.
-
-Owns `State` and `StateCache`: what is held, how much memory that is, and what is given up first.
-Which states are run, and what they are for, is up to `sharing`.
+"""A bounded cache of prefix states: what a row of tokens is after the first executions of a path.
 
 Axes: T tokens, D hidden, H heads, E head size.
 """
@@ -20,11 +17,11 @@ from drllm.paths import Path
 GIGABYTE = 1e9
 
 Key: TypeAlias = tuple[int, int, Path]
-"""The rows that a row belongs to, by number; the row; and the layers executed so far."""
+"""Number of the packed rows that a row belongs to; the row; the layers executed so far."""
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class PrefixState:
     """A row of tokens after some executions.
 
     Attributes:
@@ -43,22 +40,22 @@ class State:
         return sum(t.nbytes for t in (self.hidden, self.keys, self.values) if t is not None)
 
 
-class StateCache:
-    """States by row and path, the least recently used given up when memory runs out.
+class PrefixCache:
+    """States by row and path; the least recently used are evicted when memory runs out.
 
-    All that is held counts: states that nobody needs at the moment, those of a pass under way,
-    and what others hold beside the states and report here (`count_beside`). A state that a pass
-    needs isn't given up before the pass is over, so memory may exceed the bound by what a single
-    pass needs; once it is over, the bound holds.
+    Everything held counts: states that nobody needs at the moment, those of a running pass, and
+    what others hold besides the states and report here (`count_other`). A state that a pass needs
+    isn't evicted before the pass is over, so memory may exceed the maximum by what a single pass
+    needs; afterwards the maximum holds.
 
     Args:
-        max_bytes: Most memory that all of this may take.
+        max_bytes: Maximum memory.
 
     Attributes:
-        num_bytes: Memory that all of this takes now.
-        peak_bytes: The most that it took.
+        num_bytes: Memory taken now.
+        peak_bytes: The largest that it was.
         executions_run: States that were computed.
-        tokens_run: The tokens of these, added up.
+        tokens_run: Sum of their tokens.
         executions_asked: Executions of all paths that were asked for.
     """
 
@@ -69,21 +66,21 @@ class StateCache:
         self.executions_run = 0
         self.tokens_run = 0
         self.executions_asked = 0
-        self._states: OrderedDict[Key, State] = OrderedDict()
+        self._states: OrderedDict[Key, PrefixState] = OrderedDict()
         self._needed: dict[Key, int] = {}
 
     def __len__(self) -> int:
         return len(self._states)
 
-    def get(self, key: Key) -> State | None:
-        """Return a state, or None if it was never kept or is gone."""
+    def get(self, key: Key) -> PrefixState | None:
+        """Return a state, or None if it was never kept or was evicted."""
         state = self._states.get(key)
         if state is not None:
             self._states.move_to_end(key)
         return state
 
-    def put(self, key: Key, state: State) -> None:
-        """Keep a state that is needed until `release`, giving up others if need be."""
+    def put(self, key: Key, state: PrefixState) -> None:
+        """Keep a state that is needed until `release`, evicting others if necessary."""
         self.need(key)
         if key in self._states:
             return
@@ -91,23 +88,23 @@ class StateCache:
         self._count(state.num_bytes)
 
     def need(self, key: Key) -> None:
-        """Keep a state at any price until `release`, which has to follow once for each call."""
+        """Protect a state from eviction until `release`, which has to follow once for each call."""
         self._needed[key] = self._needed.get(key, 0) + 1
 
     def release(self, keys: Iterable[Key]) -> None:
-        """Let states go if memory is short; they stay otherwise."""
+        """Allow eviction again."""
         for key in keys:
             self._needed[key] -= 1
             if not self._needed[key]:
                 del self._needed[key]
         self._shrink()
 
-    def count_beside(self, num_bytes: int) -> None:
-        """Count memory that is held beside the states; negative when it is given back."""
+    def count_other(self, num_bytes: int) -> None:
+        """Count memory that is held besides the states; negative when it is freed."""
         self._count(num_bytes)
 
     def forget(self) -> None:
-        """Give up all states; what is held beside them still counts."""
+        """Drop all states; what is held besides them still counts."""
         for state in self._states.values():
             self.num_bytes -= state.num_bytes
         self._states.clear()
@@ -119,12 +116,12 @@ class StateCache:
 
     def _shrink(self) -> None:
         too_many = self.num_bytes - self.max_bytes
-        given_up = []
+        evicted = []
         for key, state in self._states.items():
             if too_many <= 0:
                 break
             if key not in self._needed:
-                given_up.append(key)
+                evicted.append(key)
                 too_many -= state.num_bytes
-        for key in given_up:
+        for key in evicted:
             self.num_bytes -= self._states.pop(key).num_bytes

@@ -1,13 +1,11 @@
 """Many paths of many prompts in one forward pass, each shared prefix computed once.
 
-Owns the `SharingDriver`. A *state* is what a row of tokens has become after a sequence of executed
-layers: skipping keeps the state, repeating builds on the first pass, and two paths that agree so
-far meet in one state by themselves. Exact: a state's value is what running that path alone gives,
-up to the last bits of batched arithmetic. Leaves holding states to `states`, and what the rows
-are made of to `shared_rows`.
+A *state* is what a row of tokens is after a sequence of executed layers: skipping keeps the state,
+repeating builds on the first execution, and two paths that agree so far share a state. Exact: a
+state's value is what running that path alone gives, up to the last bits of batched arithmetic.
 
-Axes: P rows of the batch, N (row, decisions) pairs, U states run at once, T tokens, F tokens in
-front, D hidden, H heads, E head size.
+Axes: P rows of the batch, N (row, decisions) pairs, U states run at once, T tokens, F past tokens,
+D hidden, H heads, E head size.
 """
 
 from __future__ import annotations
@@ -22,11 +20,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from drllm.errors import RoutingError
-from drllm.models.routing.bypass import Bypass, identity
-from drllm.models.routing.injection import Forward
+from drllm.models.routing.driver import Bypass, identity
+from drllm.models.routing.injection import Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, entry_of
-from drllm.models.routing.layer_call import LayerCall
-from drllm.models.scoring.prefix_cache import State, StateCache
+from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
 from drllm.paths import Decisions, Path, to_path
 
 Pair: TypeAlias = tuple[int, Decisions]
@@ -38,33 +35,33 @@ RowPath: TypeAlias = tuple[int, Path]
 PADDING_WORTH_A_RUN = {"cpu": 48}
 """Tokens of padding that take as long as running a layer once more, by device: on a processor
 every token costs, on the others time goes by the number of runs."""
-MOST_PADDING = 4096
+MAX_PADDING = 4096
 """The same on any other device."""
 
 
 @dataclass(frozen=True, slots=True)
-class Front:
-    """What rows go on from: K/V that other rows left under the same paths.
+class Past:
+    """What rows continue: K/V that other rows computed under the same paths.
 
     Attributes:
         driver: What ran those rows, and still holds their states.
-        places: For each row that goes on, the row in front of it.
-        num_tokens: For each row that goes on, how many tokens of that one it goes on from.
+        places: For each row that continues one, which row that is.
+        num_tokens: For each row that continues one, how many of its tokens.
     """
 
-    driver: SharingDriver
+    driver: PrefixSharingDriver
     places: Sequence[int]
     num_tokens: Sequence[int]
 
     def kv(self, row: int, path: Path) -> tuple[Tensor, Tensor]:
-        """Return K and V in front of a row for a path's last execution, `[H, F, E]`."""
+        """Return a row's past K and V of a path's last execution, `[H, F, E]`."""
         keys, values = self.driver.kv(self.places[row], path)
         num_tokens = self.num_tokens[row]
         return keys[:, :num_tokens], values[:, :num_tokens]
 
 
-class SharingDriver:
-    """Runs the distinct states of all pairs, layer by layer, and hands the last ones on.
+class PrefixSharingDriver:
+    """Runs the distinct states of all pairs, layer by layer, and returns the last ones.
 
     The model's own loop carries the P rows up to the last layer; there the driver returns the
     final states in the order of the pairs, so that norm and head see these.
@@ -73,14 +70,14 @@ class SharingDriver:
         pairs: Row and decisions of each result; rows index the batch of the forward pass.
         states: States of earlier passes over the same rows; new ones are added. Those of this
             pass are needed until `release`.
-        lengths: For each row of the batch, its tokens; padding stands in front of them.
+        lengths: For each row of the batch, its tokens; padding stands before them.
         keep_last: For each pair, how many of its last tokens are wanted in the end. The driver
-            hands on these alone, `[1, sum, D]`, pair behind pair, so that the head computes
-            nothing else; None hands on all of them, `[N, T, D]`.
-        rows_number: Tells these rows from others whose states are held in the same place.
-        keep_kv: Keep K/V with each state, for `routed_cache` and for rows that go on behind.
-        front: What stands in front of the rows; None where they begin with their prompt.
-        bypass: What a skipped layer leaves behind in this model.
+            returns these alone, `[1, sum, D]`, pair after pair, so that the head computes nothing
+            else; None returns all of them, `[N, T, D]`.
+        rows_number: Tells these rows from others whose states are in the same cache.
+        keep_kv: Keep K/V with each state, for `routed_cache` and for rows that continue these.
+        past: The past of the rows; None where they begin with their prompt.
+        bypass: What a skipped layer passes on in this model.
 
     Raises:
         RoutingError: A bypass that changes anything: a skip would no longer keep its state.
@@ -89,19 +86,19 @@ class SharingDriver:
     def __init__(
         self,
         pairs: Sequence[Pair],
-        states: StateCache,
+        states: PrefixCache,
         lengths: Sequence[int],
         keep_last: Sequence[int] | None,
         *,
         rows_number: int = 0,
         keep_kv: bool = False,
-        front: Front | None = None,
+        past: Past | None = None,
         bypass: Bypass = identity,
     ) -> None:
         if bypass is not identity:
             raise RoutingError(
-                "paths can share their prefixes only where a skipped layer leaves its input as it "
-                "is; make the RoutedModel without bypass=..."
+                "paths can share their prefixes only where a skipped layer passes its input on as "
+                "it is; make the RoutedModel without bypass=..."
             )
         self.pairs = list(pairs)
         self.states = states
@@ -109,9 +106,9 @@ class SharingDriver:
         self.keep_last = keep_last
         self.rows_number = rows_number
         self.keep_kv = keep_kv
-        self.front = front
+        self.past = past
         self._paths = {decisions: to_path(decisions) for _, decisions in self.pairs}
-        self._used: dict[RowPath, State] = {}
+        self._used: dict[RowPath, PrefixState] = {}
         self._pristine: list[object] = []
         self._start = [self._deepest(row, self._paths[d]) for row, d in self.pairs]
 
@@ -121,14 +118,15 @@ class SharingDriver:
         paths = (self._paths[decisions] for _, decisions in self.pairs)
         return all(start == len(path) for start, path in zip(self._start, paths, strict=True))
 
-    def begin(self, forward: Forward) -> None:
-        """Refuse outputs that can't be right."""
+    def begin(self, forward: Forward) -> PrefixSharingDriver:
+        """Start the pass; refuse outputs that can't be right."""
         if forward.rejected:
             raise RoutingError(f"{', '.join(forward.rejected)} can't be given for shared paths")
+        return self
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        """Run every state that this layer brings about and that isn't known yet."""
-        if self.keep_kv or self.front:
+        """Run every state that ends with this layer and isn't known yet."""
+        if self.keep_kv or self.past:
             if call.cache is None:
                 raise RoutingError("keeping K/V needs a cache: run the forward with use_cache=True")
             self._pristine.append(copy.deepcopy(entry_of(call.cache, call.index)))
@@ -140,26 +138,25 @@ class SharingDriver:
         final = [self._used[row, self._paths[d]].hidden for row, d in self.pairs]
         if self.keep_last is None:
             return left_padded_stack(final, hidden.shape[1])
-        return torch.cat([h[len(h) - num :] for h, num in zip(final, self.keep_last, strict=True)])[
-            None
-        ]
+        kept = [h[len(h) - num :] for h, num in zip(final, self.keep_last, strict=True)]
+        return torch.cat(kept)[None]
 
-    def end(self, forward: Forward) -> None:
+    def end(self) -> None:
         """Nothing is left to do."""
 
     def release(self) -> None:
-        """Let the states of this pass go, if memory is short."""
+        """Allow the states of this pass to be evicted."""
         self.states.release((self.rows_number, *used) for used in self._used)
         self._used.clear()
 
     def kv(self, row: int, path: Path) -> tuple[Tensor, Tensor]:
-        """Return K and V of a path's last execution, `[H, F + T, E]`, what is in front included."""
+        """Return K and V of a path's last execution, `[H, F + T, E]`, past ones included."""
         state = self._used[row, path]
         assert state.keys is not None
         assert state.values is not None
-        if self.front is None:
+        if self.past is None:
             return state.keys, state.values
-        keys, values = self.front.kv(row, path)
+        keys, values = self.past.kv(row, path)
         return torch.cat([keys, state.keys], dim=1), torch.cat([values, state.values], dim=1)
 
     def routed_cache(self, cache: Cache, pairs: Sequence[Pair]) -> Cache:
@@ -167,7 +164,7 @@ class SharingDriver:
 
         Args:
             cache: The cache that the forward pass returned.
-            pairs: Those of this pass's pairs that go on, in the order wanted.
+            pairs: Those of this pass's pairs that continue, in the order wanted.
 
         Returns:
             The same cache, its entries replaced by routed ones with each pair's K/V and decisions.
@@ -189,10 +186,8 @@ class SharingDriver:
             cache.layers[index] = entry
         return cache
 
-    # --- inside ---
-
     def _deepest(self, row: int, path: Path) -> int:
-        """Return how many executions of a path are known already, and hold on to their states."""
+        """Return how many executions of a path are cached, and keep their states."""
         known = 0
         for length in range(len(path), 0, -1):
             if self._hold(row, path[:length]):
@@ -233,7 +228,7 @@ class SharingDriver:
 
         A new group begins where the padding of the last one would cost more than another run.
         """
-        most = PADDING_WORTH_A_RUN.get(device.type, MOST_PADDING)
+        most = PADDING_WORTH_A_RUN.get(device.type, MAX_PADDING)
         groups: list[list[RowPath]] = []
         padding = 0
         for state in sorted(wanted, key=lambda state: self.lengths[state[0]], reverse=True):
@@ -252,19 +247,19 @@ class SharingDriver:
             for row, path in wanted
         ]
         inputs = left_padded_stack(before)  # [U, T, D]
-        num_tokens, num_ahead, entry = inputs.shape[1], 0, None
-        if self.front is not None:
-            held = [self.front.kv(row, path) for row, path in wanted]
-            keys, values = (left_padded_stack(parts) for parts in zip(*held, strict=True))
-            num_ahead = keys.shape[2]
-        if self.keep_kv or self.front is not None:
+        num_tokens, num_past, entry = inputs.shape[1], 0, None
+        if self.past is not None:
+            kv = [self.past.kv(row, path) for row, path in wanted]
+            keys, values = (left_padded_stack(parts) for parts in zip(*kv, strict=True))
+            num_past = keys.shape[2]
+        if self.keep_kv or self.past is not None:
             # Not an entry of the model's own class: one that slides drops what isn't seen again.
             entry = DynamicLayer()
-            if self.front is not None:
+            if self.past is not None:
                 entry.update(keys, values)
             assert call.cache is not None
             call.cache.layers[call.index] = entry
-        outputs = call.last_tokens(num_tokens, num_ahead).run(inputs, rows)
+        outputs = call.last_tokens(num_tokens, num_past).run(inputs, rows)
         self.states.executions_run += len(wanted)
         self.states.tokens_run += sum(self.lengths[row] for row in rows)
         for place, (row, path) in enumerate(wanted):
@@ -273,7 +268,7 @@ class SharingDriver:
             if self.keep_kv:
                 assert entry is not None
                 kept += [entry.keys[place], entry.values[place]]
-            state = State(*(t[..., -self.lengths[row] :, :].clone() for t in kept))
+            state = PrefixState(*(t[..., -self.lengths[row] :, :].clone() for t in kept))
             self._used[row, path] = state
             self.states.put((self.rows_number, row, path), state)
         if entry is not None:
@@ -282,7 +277,7 @@ class SharingDriver:
 
 
 def left_padded_stack(parts: Sequence[Tensor], num_tokens: int = 0) -> Tensor:
-    """Return tensors `[..., T_i, D]` as one of at least so many tokens, padded in front."""
+    """Return tensors `[..., T_i, D]` as one of at least so many tokens, padded on the left."""
     longest = max(num_tokens, *(part.shape[-2] for part in parts))
     if all(part.shape[-2] == longest for part in parts):
         return torch.stack(list(parts))

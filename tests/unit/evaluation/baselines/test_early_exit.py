@@ -14,7 +14,7 @@ from drllm.evaluation.baselines.early_exit import (
 from drllm.models.routers.depth_control import routes_of
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
-from drllm.models.scoring.logit_lens import Readout
+from drllm.models.scoring.logit_lens import LogitLens
 from drllm.models.scoring.packing import Question
 
 L = 4
@@ -48,7 +48,7 @@ def stops(probabilities, threshold):
 
 @pytest.fixture(scope="module")
 def readout(routed):
-    return Readout(routed)
+    return LogitLens(routed)
 
 
 @pytest.fixture(scope="module")
@@ -118,5 +118,5 @@ def test_a_prompt_that_has_stopped_never_goes_on(tiny_llama, slow):
     """Even where a skipped layer leaves something that no token is likely behind."""
     routed = RoutedModel(tiny_llama(num_layers=L), bypass=lambda call, hidden: 0 * hidden)
     wanted = [stops(probabilities, TELLING) for probabilities in slow]
-    routes = routes_of(routed, ExitPolicy(Readout(routed), TELLING), some_prompts())
+    routes = routes_of(routed, ExitPolicy(LogitLens(routed), TELLING), some_prompts())
     assert routes.tolist() == [[1] * num + [0] * (L - num) for num in wanted]

@@ -8,7 +8,7 @@ from drllm.errors import ConfigError
 from drllm.evaluation.baselines.measures import gold_logprob, gold_logprob_along
 from drllm.evaluation.baselines.repeat import best_block, repeated
 from drllm.models.base.load import BaseModel
-from drllm.models.export.model import export_path
+from drllm.models.export import export_path
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
 

@@ -87,12 +87,11 @@ def hub_says(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("gated", "is gated: accept its terms on its hub page, then set HF_TOKEN"),
+        ("gated", "is gated: accept the terms on its hub page, then set HF_TOKEN"),
         ("absent", "isn't on the hub, or is private (then set HF_TOKEN)"),
         ("other-revision", "'someone/other-revision' has no revision 'v9'"),
         ("no-config", "has no config.json, so it isn't a transformers model"),
-        ("unreachable", "isn't in the local cache and the hub can't be reached; connect"),
-        ("unreachable", "HF_TOKEN"),
+        ("unreachable", "isn't in the local cache, and the hub can't be reached; connect"),
         ("forbidden", "if it needs a login, set HF_TOKEN"),
     ],
 )

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Moe
 
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import find_layers
-from drllm.models.export.config import check_layers, config_along
+from drllm.models.export import check_layers, config_along
 
 
 def test_a_list_of_one_value_per_layer_follows_the_path(tiny_model: Callable[..., Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from drllm.errors import ConfigError
-from drllm.models.export.files import check_output, model_card, say_for_transformers_4
+from drllm.models.export import check_output, model_card, say_for_transformers_4
 
 IDENTITY = {
     "id": "owner/name",

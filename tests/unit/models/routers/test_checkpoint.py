@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from drllm.errors import CheckpointError, ConfigError, RoutingError
 from drllm.models.base.identity import describe
-from drllm.models.routers import checkpoint as pretrained
-from drllm.models.routers.stack import RouterConfig, RouterStack, read_config
+from drllm.models.routers.checkpoint import check_routers, read_config, save_routers
+from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.routed_model import RoutedModel
 
 IDS = torch.tensor([[5, 7, 11, 13, 17, 19, 23, 29, 31]])
@@ -64,7 +64,7 @@ def route(routed: RoutedModel) -> list[list[int]]:
 
 def refused(model: Any, routers: RouterStack) -> str:
     with pytest.raises(CheckpointError) as caught:
-        pretrained.check_routers(model, routers)
+        check_routers(model, routers)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -103,13 +103,13 @@ def test_routers_of_the_same_weights_under_another_name_are_a_warning(model: Any
     model.name_or_path = "mirror/tiny"
     routers = described(model, base_model="org/tiny")
     with pytest.warns(UserWarning, match="name 'org/tiny' as .*'mirror/tiny'; the weights are the"):
-        pretrained.check_routers(model, routers)
+        check_routers(model, routers)
 
 
 def test_without_a_fingerprint_nothing_is_said_about_the_weights(model: Any) -> None:
     model.name_or_path = "mirror/tiny"
     with pytest.warns(UserWarning, match="'mirror/tiny'; they have no fingerprint"):
-        pretrained.check_routers(model, by_hand(base_model="org/tiny"))
+        check_routers(model, by_hand(base_model="org/tiny"))
 
 
 def adapted(model: Any) -> Any:
@@ -120,7 +120,7 @@ def adapted(model: Any) -> Any:
 def test_routers_fit_their_model_under_an_adapter_too(model: Any) -> None:
     model.name_or_path = "org/tiny"
     routers = described(model, base_model="org/tiny")
-    pretrained.check_routers(adapted(model), routers)  # not even a warning
+    check_routers(adapted(model), routers)  # not even a warning
 
 
 def test_routers_fit_and_route_their_model_with_its_weights_offloaded_too(model: Any) -> None:
@@ -240,7 +240,7 @@ def test_a_model_without_routers_has_nothing_to_save(model: Any, tmp_path: Path)
 
 @pytest.fixture
 def routers_folder(base_folder: Path, model: Any, tmp_path: Path) -> Path:
-    described(model, base_model=str(base_folder)).save(tmp_path / "routers")
+    save_routers(described(model, base_model=str(base_folder)), tmp_path / "routers")
     return tmp_path / "routers"
 
 
@@ -258,7 +258,7 @@ def test_the_base_model_is_the_one_that_the_routers_name(
 def test_a_base_model_can_be_given_by_its_place(
     base_folder: Path, tmp_path: Path, given: Callable[[Path], Any]
 ) -> None:
-    by_hand().save(tmp_path)
+    save_routers(by_hand(), tmp_path)
     routed = RoutedModel.from_pretrained(tmp_path, given(base_folder), device="cpu")
     assert routed.model.name_or_path == str(base_folder)
 
@@ -271,7 +271,7 @@ def test_routers_of_another_model_are_refused_on_loading(
 
 
 def test_routers_that_name_no_base_model_ask_for_one(tmp_path: Path) -> None:
-    by_hand().save(tmp_path)
+    save_routers(by_hand(), tmp_path)
     with pytest.raises(CheckpointError, match=r"don't name their base model; give it as base="):
         RoutedModel.from_pretrained(tmp_path)
 
@@ -305,6 +305,6 @@ def test_a_hub_id_works_like_a_folder(
 def test_a_folder_comes_before_the_hub(
     cached_on_hub: str, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    by_hand(num_windows=3).save(tmp_path / cached_on_hub)
+    save_routers(by_hand(num_windows=3), tmp_path / cached_on_hub)
     monkeypatch.chdir(tmp_path)
     assert RoutedModel.from_pretrained(cached_on_hub, model).routers.config.num_windows == 3

@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import save
 
 from drllm.errors import CheckpointError
-from drllm.models.routers.folder import read_values, read_weights, replace
+from drllm.models.routers.checkpoint import _read_weights as read_weights
+from drllm.models.routers.checkpoint import _replace as replace
+from drllm.models.routers.checkpoint import read_config
 
 OLD = {
     "routers.safetensors": b"old weights",
@@ -143,7 +145,7 @@ def test_weights_that_the_system_refuses_leave_what_was_there(folder: Path) -> N
 KILLED = """
 import json, os, sys
 from pathlib import Path
-from drllm.models.routers import folder as routers_folder
+from drllm.models.routers.checkpoint import _replace as replace_files
 
 OLD, NEW = ({name: text.encode() for name, text in json.loads(files).items()}
             for files in sys.argv[2:])
@@ -151,7 +153,7 @@ original = Path.replace
 found = {}
 for step in range(1, 7):
     folder = Path(sys.argv[1], str(step))
-    routers_folder.replace(folder, OLD)
+    replace_files(folder, OLD)
     child = os.fork()
     if child == 0:
         calls = 0
@@ -162,7 +164,7 @@ for step in range(1, 7):
                 os._exit(0)
             return original(source, target)
         Path.replace = replace
-        routers_folder.replace(folder, NEW)
+        replace_files(folder, NEW)
         os._exit(1)
     _, status = os.waitpid(child, 0)
     whole = {path.name: path.read_text() for path in folder.glob("[!.]*")}
@@ -225,32 +227,32 @@ def refused(read: Any, folder: Path) -> str:
 
 
 def test_a_folder_that_isnt_there_is_refused(tmp_path: Path) -> None:
-    message = refused(read_values, tmp_path / "nowhere")
+    message = refused(read_config, tmp_path / "nowhere")
     assert "nowhere has no router_config.json, since it doesn't exist; give a folder" in message
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    assert "has no router_config.json, since it is empty; give" in refused(read_values, tmp_path)
+    assert "has no router_config.json, since it is empty; give" in refused(read_config, tmp_path)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_text("")
-    message = refused(read_values, tmp_path)
+    message = refused(read_config, tmp_path)
     assert "has no router_config.json; give a folder that 'drllm train' has written" in message
 
 
 def test_a_file_is_refused(folder: Path) -> None:
-    message = refused(read_values, folder / "router_config.json")
+    message = refused(read_config, folder / "router_config.json")
     assert "router_config.json is a file; give the folder of routers that holds" in message
 
 
 def test_a_run_folder_is_answered_with_its_routers(folder: Path) -> None:
-    assert f"did you mean {folder}?" in refused(read_values, folder.parent)
+    assert f"did you mean {folder}?" in refused(read_config, folder.parent)
 
 
 def test_a_base_model_is_answered_with_its_flag(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    assert "is it a base model? Then give it as --model" in refused(read_values, tmp_path)
+    assert "is it a base model? Then give it as --model" in refused(read_config, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from huggingface_hub import constants
 
 from drllm.errors import CheckpointError
 from drllm.models.routers import hub
+from drllm.models.routers.stack import RouterConfig, RouterStack
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REFUSED = {
@@ -318,10 +319,11 @@ def test_each_refusal_of_a_push_is_one_line(said: dict[str, Any], name: str, exp
     assert "\n" not in said[name]
 
 
-def test_a_push_offline_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+def test_a_push_offline_is_refused_before_anything_is_sent(tiny_llama: Any) -> None:
     assert constants.HF_HUB_OFFLINE
+    routers = RouterStack(RouterConfig(num_layers=3, hidden_size=32))
     with pytest.raises(CheckpointError, match="to someone/routers: HF_HUB_OFFLINE is set; unset"):
-        hub.push(tmp_path, "someone/routers", token="hf_secret")
+        hub.push_routers(routers, tiny_llama(num_layers=3), "someone/routers", token="hf_secret")
 
 
 # --- fetching ----------------------------------------------------------------------------------
@@ -336,17 +338,13 @@ def test_fetched_routers_are_those_that_were_pushed(said: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("gated", "routers 'gated/routers' are gated: accept the terms on their hub page, then"),
-        ("absent", "there is no folder 'absent/routers', and routers 'absent/routers' aren't on"),
-        ("absent", "or are private (then set HF_TOKEN); give a folder that 'drllm train'"),
-        ("forbidden", "the hub refused routers 'forbidden/routers': Not from this network; if"),
-        (
-            "unreachable",
-            "there is no folder 'unreachable/routers', routers 'unreachable/routers' a",
-        ),
-        ("unreachable", "and the hub can't be reached; connect, or give a folder"),
-        ("other revision", "routers 'someone/routers' have no revision 'v9'; give a branch, tag"),
-        ("a base model", "'someone/model': that hub repository has no router_config.json; is it"),
+        ("gated", "'gated/routers' is gated: accept the terms on its hub page, then set HF_TOKEN"),
+        ("absent", "'absent/routers' isn't on the hub, or is private (then set HF_TOKEN)"),
+        ("absent", "there is no folder 'absent/routers' either"),
+        ("forbidden", "'forbidden/routers': Not from this network; if it needs a login, set HF"),
+        ("unreachable", "'unreachable/routers' isn't in the local cache, and the hub can't be rea"),
+        ("other revision", "'someone/routers' has no revision 'v9'; give a branch, tag or commit"),
+        ("a base model", "'someone/model' has no router_config.json; is it a base model?"),
     ],
 )
 def test_each_refusal_of_a_fetch_is_one_line(
@@ -358,13 +356,13 @@ def test_each_refusal_of_a_fetch_is_one_line(
 
 
 def test_routers_that_arent_cached_are_refused_offline() -> None:
-    with pytest.raises(CheckpointError, match="aren't in the local cache, and HF_HUB_OFFLINE is"):
+    with pytest.raises(CheckpointError, match="isn't in the local cache, and HF_HUB_OFFLINE is"):
         hub.find("someone/absent")
 
 
 @pytest.mark.parametrize("place", ["x--y/z", "-a/b"])
 def test_a_name_that_cant_be_a_hub_id_is_refused(place: str) -> None:
-    with pytest.raises(CheckpointError, match=f"no folder '{place}', and it can't be a hub id"):
+    with pytest.raises(CheckpointError, match=f"'{place}' can't be a hub id"):
         hub.find(place)
 
 

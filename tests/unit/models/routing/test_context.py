@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from drllm.models.routing.context import Current, Held
+from drllm.models.routing.context import ThreadValue, Override
 
 
 class Owner:
@@ -22,44 +22,44 @@ def in_a_thread(function):
 
 
 def test_the_innermost_block_counts_and_the_outer_one_comes_back():
-    kind, owner = Held("kind"), Owner()
-    with kind.holding(owner, 1):
-        with kind.holding(owner, 2):
+    kind, owner = Override("kind"), Owner()
+    with kind.set(owner, 1):
+        with kind.set(owner, 2):
             assert kind.get(owner) == 2
         assert kind.get(owner) == 1
     assert kind.get(owner) is None
 
 
 def test_what_one_owner_holds_is_nothing_to_another():
-    kind, owner = Held("kind"), Owner()
-    with kind.holding(owner, 1):
+    kind, owner = Override("kind"), Owner()
+    with kind.set(owner, 1):
         assert kind.get(Owner()) is None
 
 
 def test_what_is_held_in_one_thread_is_not_seen_in_another():
-    kind, owner = Held("kind"), Owner()
-    with kind.holding(owner, 1):
+    kind, owner = Override("kind"), Owner()
+    with kind.set(owner, 1):
         assert in_a_thread(lambda: kind.get(owner)) is None
 
 
 def test_it_is_in_use_while_any_thread_holds_something():
-    kind, owner = Held("kind"), Owner()
+    kind, owner = Override("kind"), Owner()
     assert not kind.in_use
-    with kind.holding(owner, 1):
+    with kind.set(owner, 1):
         assert in_a_thread(lambda: kind.in_use)
     assert not kind.in_use
 
 
 def test_an_error_inside_the_block_ends_it():
-    kind, owner = Held("kind"), Owner()
-    with pytest.raises(ValueError, match="inside"), kind.holding(owner, 1):
+    kind, owner = Override("kind"), Owner()
+    with pytest.raises(ValueError, match="inside"), kind.set(owner, 1):
         raise ValueError("inside")
     assert kind.get(owner) is None
     assert not kind.in_use
 
 
 def test_a_value_is_current_from_begin_to_end():
-    current = Current()
+    current = ThreadValue()
     assert current.get() is None
     current.begin("pass")
     assert current.get() == "pass"
@@ -68,7 +68,7 @@ def test_a_value_is_current_from_begin_to_end():
 
 
 def test_a_value_left_behind_is_replaced_by_the_next():
-    current = Current()
+    current = ThreadValue()
     current.begin("interrupted")
     current.begin("next")
     current.end()
@@ -76,7 +76,7 @@ def test_a_value_left_behind_is_replaced_by_the_next():
 
 
 def test_two_objects_have_their_own_current_values():
-    first, second = Current(), Current()
+    first, second = ThreadValue(), ThreadValue()
     first.begin("first")
     assert second.get() is None
     second.begin("second")
@@ -86,7 +86,7 @@ def test_two_objects_have_their_own_current_values():
 
 
 def test_each_thread_has_its_own_current_value():
-    current = Current()
+    current = ThreadValue()
     current.begin("main")
 
     def other():
@@ -101,7 +101,7 @@ def test_each_thread_has_its_own_current_value():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
 def test_a_copy_has_a_current_value_of_its_own(copied):
-    current = Current()
+    current = ThreadValue()
     twin = copied(current)
     current.begin("pass")
     assert twin.get() is None

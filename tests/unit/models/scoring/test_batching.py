@@ -10,10 +10,10 @@ import torch
 
 from drllm.errors import ModelError
 from drllm.models.scoring import batching as passes
-from drllm.models.scoring.batching import MOST_PATHS, Passes, Price, is_out_of_memory
-from drllm.models.scoring.prefix_cache import StateCache
+from drllm.models.scoring.batching import MAX_PATHS, MemoryBatcher, PathSize, is_out_of_memory
+from drllm.models.scoring.prefix_cache import PrefixCache
 
-PRICE = Price(num_tokens=10, num_logits=10)
+PRICE = PathSize(num_tokens=10, num_logits=10)
 
 
 def cpu_is_full():
@@ -44,7 +44,7 @@ class Work:
 
 def test_a_given_number_of_paths_is_used(model):
     work = Work(100)
-    split = Passes(model, StateCache(0), 4)
+    split = MemoryBatcher(model, PrefixCache(0), 4)
     assert [2 * n for n in range(10)] == split.run(range(10), PRICE, work)
     assert work.sizes == [4, 4, 2]
 
@@ -52,10 +52,10 @@ def test_a_given_number_of_paths_is_used(model):
 def test_half_of_the_free_memory_is_filled_by_the_price_of_a_path(model, monkeypatch):
     price = PRICE.num_bytes(model)
     monkeypatch.setattr(passes, "free_bytes", lambda _device: 20 * price)
-    assert Passes(model, StateCache(0)).num_paths(PRICE) == 10
+    assert MemoryBatcher(model, PrefixCache(0)).num_paths(PRICE) == 10
     # What states may still take of the free memory isn't spent twice, but for half of it.
-    assert Passes(model, StateCache(8 * price)).num_paths(PRICE) == 6
-    assert Passes(model, StateCache(90 * price)).num_paths(PRICE) == 5
+    assert MemoryBatcher(model, PrefixCache(8 * price)).num_paths(PRICE) == 6
+    assert MemoryBatcher(model, PrefixCache(90 * price)).num_paths(PRICE) == 5
 
 
 def test_processes_that_share_a_machine_count_on_a_part_of_its_memory_each(monkeypatch):
@@ -69,15 +69,15 @@ def test_processes_that_share_a_machine_count_on_a_part_of_its_memory_each(monke
 
 def test_a_pass_has_a_path_at_least_and_no_more_than_keep_a_device_busy(model, monkeypatch):
     monkeypatch.setattr(passes, "free_bytes", lambda _device: 0)
-    assert Passes(model, StateCache(0)).num_paths(PRICE) == 1
+    assert MemoryBatcher(model, PrefixCache(0)).num_paths(PRICE) == 1
     monkeypatch.setattr(passes, "free_bytes", lambda _device: 1 << 60)
-    assert Passes(model, StateCache(0)).num_paths(PRICE) == MOST_PATHS
+    assert MemoryBatcher(model, PrefixCache(0)).num_paths(PRICE) == MAX_PATHS
 
 
 def test_the_price_counts_states_key_values_and_logits(model):
     # 6 layers, 32 hidden, 2 key-value heads of 8, 101 words, 4 bytes; logits are held thrice.
     assert PRICE.num_bytes(model) == 10 * 6 * 32 * 4 + 10 * 101 * 12
-    with_kv = Price(num_tokens=10, num_logits=1, keeps_kv=True)
+    with_kv = PathSize(num_tokens=10, num_logits=1, keeps_kv=True)
     assert with_kv.num_bytes(model) == 10 * 6 * (32 + 2 * 2 * 2 * 8) * 4 + 101 * 12
 
 
@@ -86,7 +86,7 @@ def test_the_price_counts_states_key_values_and_logits(model):
 )
 def test_out_of_memory_halves_the_pass_and_says_so(model, caplog, error):
     work = Work(3, error)
-    split = Passes(model, StateCache(0), 8)
+    split = MemoryBatcher(model, PrefixCache(0), 8)
     with caplog.at_level(logging.WARNING):
         assert [2 * n for n in range(10)] == split.run(range(10), PRICE, work)
     assert work.sizes == [8, 4, 2, 2, 2, 2, 2]
@@ -99,14 +99,14 @@ def test_out_of_memory_halves_the_pass_and_says_so(model, caplog, error):
 
 
 def test_a_single_path_that_does_not_fit_is_an_error_that_says_what_to_do(model):
-    split = Passes(model, StateCache(0), 2)
+    split = MemoryBatcher(model, PrefixCache(0), 2)
     with pytest.raises(ModelError, match=r"10 tokens doesn't fit .* cpu; lower --state-cache-gb"):
         split.run(range(3), PRICE, Work(0, cpu_is_full()))
 
 
 def test_other_errors_pass_through(model):
     assert not is_out_of_memory(RuntimeError("shapes differ"))
-    split = Passes(model, StateCache(0), 2)
+    split = MemoryBatcher(model, PrefixCache(0), 2)
     with pytest.raises(RuntimeError, match="shapes differ"):
         split.run(range(3), PRICE, Work(0, RuntimeError("shapes differ")))
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from drllm.errors import ArchitectureError
-from drllm.models.architectures.families import IN_SUITE
 from drllm.models.base.layers import find_layers
+from drllm.models.check import IN_SUITE
 from drllm.models.routing.policies import FixedPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.logit_lens import Readout
+from drllm.models.scoring.logit_lens import LogitLens
 
 LOGIT_TOLERANCE = 2e-5
 """As in the parity tests."""
@@ -45,7 +45,7 @@ def test_a_state_says_what_the_model_cut_off_there_says(tiny_model, family, num_
     model = tiny_model(family)
     states, expected = states_and_logits(model, num_layers)
     with torch.no_grad():
-        found = Readout(RoutedModel(model)).logits(states)
+        found = LogitLens(RoutedModel(model)).logits(states)
     torch.testing.assert_close(found, expected, atol=LOGIT_TOLERANCE, rtol=0)
 
 
@@ -53,7 +53,7 @@ def test_looking_for_the_norm_leaves_nothing_behind(tiny_llama):
     routed = RoutedModel(tiny_llama(), policy=FixedPolicy([1, 0, 1, 2, 1, 0], 6))
     routed.model(torch.tensor(PROMPT))
     before = routed.last_route.tolist()
-    readout = Readout(routed)
+    readout = LogitLens(routed)
     assert readout.norm is routed.model.model.norm
     assert before == routed.last_route.tolist()
     assert not any(module._forward_hooks for module in routed.injection.layers)
@@ -63,7 +63,7 @@ def test_looking_for_the_norm_leaves_nothing_behind(tiny_llama):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_are_read_in_float32_at_least(tiny_llama, dtype):
     routed = RoutedModel(tiny_llama().to(dtype))
-    assert Readout(routed).logits(torch.zeros(2, 32, dtype=dtype)).dtype == torch.float32
+    assert LogitLens(routed).logits(torch.zeros(2, 32, dtype=dtype)).dtype == torch.float32
 
 
 def test_a_model_that_does_more_than_norm_and_head_is_refused(tiny_llama):
@@ -77,4 +77,4 @@ def test_a_model_that_does_more_than_norm_and_head_is_refused(tiny_llama):
 
     model.forward = capped
     with pytest.raises(ArchitectureError, match="more than a final norm and an output head"):
-        Readout(RoutedModel(model))
+        LogitLens(RoutedModel(model))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from drllm.models.scoring.prefix_cache import State, StateCache
+from drllm.models.scoring.prefix_cache import PrefixCache, State
 
 
 def state(num_tokens=10):
@@ -29,13 +29,13 @@ def held(cache, num):
 def test_bytes_of_hidden_states_keys_and_values_count():
     full = State(torch.zeros(3, 4), torch.zeros(2, 3, 5), torch.zeros(2, 3, 7))
     assert full.num_bytes == 4 * (12 + 30 + 42)
-    cache = StateCache(1e6)
+    cache = PrefixCache(1e6)
     cache.put(key(0), full)
     assert cache.num_bytes == full.num_bytes
 
 
 def test_the_least_recently_used_is_given_up_first():
-    cache = StateCache(3 * 160)
+    cache = PrefixCache(3 * 160)
     kept(cache, 3)
     assert cache.get(key(0)) is not None
     cache.put(key(3), state())
@@ -44,7 +44,7 @@ def test_the_least_recently_used_is_given_up_first():
 
 
 def test_what_a_pass_needs_stays_until_it_is_released():
-    cache = StateCache(2 * 160)
+    cache = PrefixCache(2 * 160)
     for number in range(4):
         cache.put(key(number), state())
     assert held(cache, 4) == [0, 1, 2, 3]
@@ -55,7 +55,7 @@ def test_what_a_pass_needs_stays_until_it_is_released():
 
 
 def test_a_state_that_two_passes_need_stays_for_the_second():
-    cache = StateCache(160)
+    cache = PrefixCache(160)
     cache.put(key(0), state())
     cache.need(key(0))
     cache.put(key(1), state())
@@ -66,7 +66,7 @@ def test_a_state_that_two_passes_need_stays_for_the_second():
 
 
 def test_what_is_held_beside_the_states_takes_their_room():
-    cache = StateCache(4 * 160)
+    cache = PrefixCache(4 * 160)
     kept(cache, 4)
     cache.count_beside(2 * 160)
     assert held(cache, 4) == [2, 3]

@@ -9,12 +9,22 @@ import torch
 from transformers import LlamaForCausalLM
 
 from drllm.errors import ArchitectureError
-from drllm.models.architectures import check as checking
-from drllm.models.architectures.check import Finding, check, check_model, layers_listed, mixed_plans
-from drllm.models.architectures.families import FAMILIES, IN_SUITE, NUM_LAYERS
-from drllm.models.routing.layer_call import LayerCall
+from drllm.models import check as checking
+from drllm.models.check import (
+    COMMON,
+    FAMILIES,
+    IN_SUITE,
+    Finding,
+    check,
+    check_model,
+    known_to_transformers,
+    layers_listed,
+    make_tiny,
+    mixed_plans,
+)
+from drllm.models.routing.injection import LayerCall
 
-REPOSITORY = Path(__file__).resolve().parents[4]
+REPOSITORY = Path(__file__).resolve().parents[3]
 PAGE = (REPOSITORY / "docs" / "architectures.md").read_text(encoding="utf-8")
 DOCUMENTED = dict(re.findall(r"^ (\w+) +\w+ +(exact|refused|broken|absent|differs) ", PAGE, re.M))
 DOCUMENTED_VERSION = re.search(r"with transformers ([\d.]+)", PAGE)[1]
@@ -95,7 +105,7 @@ def test_the_list_of_layers_is_put_back_after_an_error(tiny_model):
     with pytest.raises(KeyError):
         fail_inside()
     assert model.model.layers is layers
-    assert (kinds, NUM_LAYERS) == (model.config.layer_types, model.config.num_hidden_layers)
+    assert (kinds, COMMON["num_hidden_layers"]) == (model.config.layer_types, model.config.num_hidden_layers)
 
 
 class Deaf(LlamaForCausalLM):
@@ -139,3 +149,52 @@ def test_mixed_plans_can_be_run_by_a_model_of_any_depth(num_layers: int):
     plans = mixed_plans(num_layers)
     assert all(len(plan) == num_layers and sum(plan) > 0 for plan in plans)
     assert all(0 <= value <= 2 for plan in plans for value in plan)
+
+
+# --- tiny models -------------------------------------------------------------------------------
+
+
+def test_the_same_seed_makes_the_same_model():
+    first, again, other = make_tiny("qwen2"), make_tiny("qwen2"), make_tiny("qwen2", seed=1)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(first(ids).logits, again(ids).logits)
+    assert not torch.equal(first(ids).logits, other(ids).logits)
+
+
+def test_making_a_model_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    make_tiny("gpt2")
+    assert torch.equal(expected, torch.rand(3))
+
+
+def test_fields_of_the_configuration_can_be_given():
+    model = make_tiny("llama", num_hidden_layers=3, attention="eager")
+    assert (len(model.model.layers), model.config._attn_implementation) == (3, "eager")
+
+
+def test_a_model_is_frozen_in_float32_and_evaluating():
+    model = make_tiny("olmoe")
+    assert not model.training
+    assert {(torch.float32, False)} == {(p.dtype, p.requires_grad) for p in model.parameters()}
+
+
+def test_an_unknown_family_cannot_be_made():
+    with pytest.raises(ArchitectureError, match="did you mean 'mistral'"):
+        make_tiny("mistrall")
+
+
+def test_a_family_that_transformers_lacks_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(FAMILIES, "no_such_family", {})
+    with pytest.raises(ArchitectureError, match="has no no_such_family"):
+        make_tiny("no_such_family")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_small_and_as_deep_as_the_others(family: str):
+    if not known_to_transformers(family):
+        pytest.skip(f"the installed transformers has no {family}")
+    model = make_tiny(family)
+    assert COMMON["num_hidden_layers"] == model.config.num_hidden_layers
+    assert sum(p.numel() for p in model.parameters()) < 300_000

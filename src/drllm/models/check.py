@@ -1,38 +1,45 @@
-"""Whether a model can be routed exactly, found by trying it.
+"""Is a model routed exactly? Found out by trying it, for `drllm ls architectures`.
 
-Owns the check behind `drllm ls architectures`: a padded batch under mixed plans, generating with a
-cache, against the plain model that lists the executed layers, one unpadded row at a time and
-without a cache. `families` has a tiny model of every family; the check takes any other model too.
-The parity suite compares more ways of generating, and with a reference of its own.
+A padded batch with a plan for each row generates with a cache, and every logit is compared with the
+plain model whose list of layers *is* the path, one unpadded row at a time and without a cache.
+`families.yaml` describes a tiny random model of every family; the check takes any other model too.
 
 Axes: B rows, L layers, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+import yaml
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from drllm.errors import ArchitectureError, RoutingError
-from drllm.models.architectures.families import FAMILIES, known_to_transformers, make_tiny
+from drllm.errors import ArchitectureError, RoutingError, unknown_name
 from drllm.models.base.hub import quiet
 from drllm.models.base.layers import find_layers
 from drllm.models.base.prompts import left_padded
-from drllm.models.export.config import lists_along
+from drllm.models.export import lists_along
 from drllm.models.routing.generate import end_tokens
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import to_path
 
 TOLERANCE = 1e-3
-"""Greatest difference between two logits that counts as rounding, in standard deviations of the
+"""Largest difference between two logits that counts as rounding, in standard deviations of the
 logits. Both ways are right within float32, and the worst family in any supported version was at
 1e-4 (docs/architectures.md); one token too many or too few among those that a single row attends
 to made 0.3 and more."""
@@ -52,7 +59,7 @@ class Finding:
             plain model differs from itself, with padding and a cache from one row without);
             `differs` (routing is wrong: a defect of ours).
         reason: Why it isn't exact; empty where it is.
-        prefill: Greatest difference between the logits that end the prompts, in standard
+        prefill: Largest difference between the logits that end the prompts, in standard
             deviations of the logits; None where nothing was compared.
         decode: The same for the logits of the tokens decoded with the cache.
     """
@@ -72,11 +79,60 @@ class Finding:
         return max(self.prefill, self.decode)
 
 
-def check(family: str) -> Finding:
-    """Try a tiny model of a family.
+# --- tiny models of every family ---------------------------------------------------------------
+
+
+_TABLE = yaml.safe_load(Path(__file__).with_name("families.yaml").read_text(encoding="utf-8"))
+COMMON: dict[str, Any] = _TABLE["common"]
+"""What the configurations of all tiny models say."""
+FAMILIES: dict[str, dict[str, Any]] = _TABLE["families"]
+"""Family, by the `model_type` of transformers → what its configuration says besides `COMMON`."""
+IN_SUITE: list[str] = _TABLE["in_suite"]
+"""Families on which the tests try every way of generating, and export."""
+
+
+def known_to_transformers(family: str) -> bool:
+    """Whether the installed transformers has a family."""
+    return family in CONFIG_MAPPING
+
+
+def make_tiny(family: str, seed: int = 0, attention: str | None = None, **overrides: Any) -> Any:
+    """Make a model of a family, 6 layers of width 32, with random weights.
 
     Args:
-        family: A name of `families.FAMILIES`.
+        family: A name of `FAMILIES`.
+        seed: Of the weights.
+        attention: Attention code of transformers; None takes the model's default.
+        overrides: Fields of the family's configuration, in place of those of the table.
+
+    Returns:
+        A model in float32 and evaluation mode, whose parameters ask for no gradients.
+
+    Raises:
+        ArchitectureError: A name that isn't in the table, or a family that the installed
+            transformers doesn't have.
+
+    Example:
+        >>> type(make_tiny("qwen2")).__name__
+        'Qwen2ForCausalLM'
+    """
+    if family not in FAMILIES:
+        raise ArchitectureError(unknown_name("family", family, FAMILIES))
+    if not known_to_transformers(family):
+        raise ArchitectureError(f"the installed transformers has no {family}; upgrade it")
+    values = {**COMMON, **FAMILIES[family], **overrides}
+    config = CONFIG_MAPPING[family](**copy.deepcopy(values))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return model.float().eval().requires_grad_(False)
+
+
+# --- the check ---------------------------------------------------------------------------------
+
+
+def check(family: str) -> Finding:
+    """Try a tiny model of a family.
 
     Returns:
         What was found; `absent` where the installed transformers doesn't have the family.
@@ -234,7 +290,7 @@ def _differences(
         answers: `[B, T_new]` tokens that both ways read after the prompts.
 
     Returns:
-        Greatest difference where the prompts end, and while decoding.
+        Largest difference where the prompts end, and while decoding.
     """
     slow = []
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):

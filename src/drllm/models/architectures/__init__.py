@@ -1,1 +1,0 @@
-"""Which families of models can be routed: a tiny one of each, and the check of any model."""

@@ -1,0 +1,597 @@
+"""A path written as an ordinary checkpoint: the base model's layers, listed in path order.
+
+Build the stock class for the path, give it the base model's weights, write it, load it again and
+compare; only then the folder appears. What a config means is found out by comparing the layers that
+a class builds from it, not looked up by the model's name.
+
+Axes: T tokens, D hidden, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from drllm.errors import ArchitectureError, ConfigError, DrllmError, ModelError, PathError
+from drllm.models.base import hub
+from drllm.models.base.layers import find_layers
+from drllm.models.base.load import BaseModel
+from drllm.models.base.prompts import context_length
+from drllm.models.routing.driver import PathsDriver
+from drllm.models.routing.injection import Injection
+from drllm.paths import check_path, to_decisions
+
+NUM_TOKENS = 32
+"""Length of the row on which the checkpoint is compared with the path."""
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+CARD_FILE = "README.md"
+
+PLAIN = (bool, int, float, str, type(None), torch.dtype)
+PASSING = ("training", "gradient_checkpointing")
+"""Attributes that say what is being done with a layer, not what it is."""
+TOKENS = ("_token_id", "_token_ids")
+"""Ends of names whose lists hold tokens: they say nothing of layers, however many they are."""
+
+OLDER_NAMES: dict[str, dict[str, str]] = {
+    "gpt_neox": {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+    "qwen3_moe": {"num_local_experts": "num_experts"},
+}
+"""Type of model → name of a setting in transformers 5 → its name in 4, where that is another."""
+
+_BY_KIND = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        folder: The checkpoint.
+        path: Layer indices of the base model in the order executed.
+        dtype: Of the weights.
+        num_bytes: Size of the weights.
+        num_repeated_bytes: The part of it that is there a second time or more.
+    """
+
+    folder: Path
+    path: tuple[int, ...]
+    dtype: str
+    num_bytes: int
+    num_repeated_bytes: int
+
+
+def export_path(base: BaseModel, path: Sequence[int], output: Path | str) -> Export:
+    """Write a path as a checkpoint that `AutoModelForCausalLM.from_pretrained` loads by itself.
+
+    The folder holds config, weights, generation config, tokenizer and a model card, and loading it
+    needs no code of ours. A stock checkpoint can't say that two layers are the same, so a layer
+    that the path runs twice is written twice. The folder appears when all is written and checked:
+    loaded again, every weight is the base model's, and the logits of a short row of tokens equal
+    those of the base model run along the path, bit by bit.
+
+    Args:
+        base: The base model, not routed; it stays as it is.
+        path: Layer indices in the order executed: in any order, each any number of times.
+        output: The folder to make; an empty one may be there.
+
+    Returns:
+        What was written.
+
+    Raises:
+        PathError: An empty path, or a layer that the model doesn't have.
+        ArchitectureError: The model's config can't express the path, or its class isn't one of
+            transformers.
+        ConfigError: The folder isn't empty.
+        ModelError: The folder can't be written.
+        RoutingError: The model is routed.
+
+    Source: ours.
+    """
+    output = Path(output)
+    path = check_path(path, base.num_layers)
+    check_output(output)
+    with hub.quiet():
+        listed = _build(base.model, path)
+        expected = _logits_along(base.model, path)
+        made = Export(output, path, base.runtime["dtype"], *_fill(listed, base.model, path))
+        with _appearing(output) as folder:
+            _write(folder, listed, base, made)
+            del listed  # the copies of weights; the checkpoint is loaded now
+            _verify(folder, base.model, path, expected)
+    return made
+
+
+def check_output(folder: Path) -> None:
+    """Refuse a folder that holds something already.
+
+    Raises:
+        ConfigError: It isn't empty, or it is a file.
+    """
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file; give the name of a folder to make")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"the folder {folder} isn't empty; give the name of a new one")
+
+
+# --- the model for the path --------------------------------------------------------------------
+
+
+def _build(base: Any, path: tuple[int, ...]) -> Any:
+    """Return the stock model for a path on the meta device, its layers of the right kinds.
+
+    Raises:
+        ArchitectureError: There is none.
+    """
+    name = type(base).__name__
+    if not type(base).__module__.startswith("transformers."):
+        raise ArchitectureError(
+            f"{name} isn't a class of transformers, and an export must load without other code; "
+            f"give a model that needs no code of its own and has no adapter around it"
+        )
+    theirs = find_layers(base)[1]
+    try:
+        config = config_along(base.config, path)
+        with torch.device("meta"):
+            listed = AutoModelForCausalLM.from_config(
+                config, attn_implementation=base.config._attn_implementation
+            )
+    except (ValueError, TypeError, KeyError, IndexError, StrictDataclassError) as error:
+        raise ArchitectureError(
+            f"the config of {name} can't express this path: {hub.first_line(error)}; give another "
+            f"path"
+        ) from error
+    if type(listed) is not type(base):
+        raise ArchitectureError(
+            f"this is a {name}, but AutoModelForCausalLM would load its export as a "
+            f"{type(listed).__name__}; give the language model alone"
+        )
+    check_layers(find_layers(listed)[1], theirs, path)
+    return listed.eval()
+
+
+def _weights_along(base: Any, path: tuple[int, ...]) -> Iterator[tuple[str, Tensor, bool]]:
+    """Yield the name of each weight in the model for a path, its values, and whether it is a copy.
+
+    A copy is a weight of a layer that stands earlier in the path already.
+    """
+    layers = find_layers(base)[1]
+    prefix = next(name for name, module in base.named_modules() if module is layers) + "."
+    for name, weight in base.state_dict().items():
+        if not name.startswith(prefix):
+            yield name, weight, False
+    for place, layer in enumerate(path):
+        for name, weight in layers[layer].state_dict().items():
+            yield f"{prefix}{place}.{name}", weight, layer in path[:place]
+
+
+def _fill(listed: Any, base: Any, path: tuple[int, ...]) -> tuple[int, int]:
+    """Give the model on the meta device its weights, sharing memory with the base model's.
+
+    Returns:
+        Size of the weights, and of the copies among them, in bytes.
+
+    Raises:
+        ArchitectureError: The base model has other weights than its class makes.
+    """
+    weights, num_repeated_bytes = {}, 0
+    for name, weight, is_copy in _weights_along(base, path):
+        # safetensors refuses tensors that share memory, but for those that the class ties.
+        weights[name] = weight.clone() if is_copy else weight
+        num_repeated_bytes += weight.nbytes if is_copy else 0
+    shapes = {name: weight.shape for name, weight in listed.state_dict().items()}
+    for name in sorted(shapes.keys() | weights.keys()):
+        if name not in shapes or name not in weights or shapes[name] != weights[name].shape:
+            raise ArchitectureError(
+                f"the weight {name!r} of this {type(base).__name__} isn't as its class makes it; "
+                f"merge or remove what was put on the model, then export it"
+            )
+    listed.load_state_dict(weights, assign=True)
+    listed.tie_weights()
+    num_bytes = sum({weight.data_ptr(): weight.nbytes for weight in weights.values()}.values())
+    return num_bytes, num_repeated_bytes
+
+
+# --- the config for the path -------------------------------------------------------------------
+
+
+def config_along(config: Any, path: Sequence[int]) -> Any:
+    """Return a model's config with its layers in path order.
+
+    Lists of L values are taken for one value per layer and follow the path, and so do lists of
+    layer indices, told by their name. Everything else stays; whether that was enough is for
+    `check_layers` to say.
+
+    Args:
+        config: Of the base model; stays as it is.
+        path: Layer indices in the order executed.
+
+    Raises:
+        ValueError: The config's class refuses the values.
+
+    Source: ours.
+
+    Example:
+        >>> from transformers import Qwen2Config
+        >>> kinds = ["full_attention", "sliding_attention"]
+        >>> listed = config_along(Qwen2Config(num_hidden_layers=2, layer_types=kinds), [0, 1, 1])
+        >>> listed.num_hidden_layers, listed.layer_types
+        (3, ['full_attention', 'sliding_attention', 'sliding_attention'])
+    """
+    text = config.get_text_config()
+    values = config.to_dict()
+    fields = values
+    if text is not config:
+        fields = values[next(name for name, part in vars(config).items() if part is text)]
+    fields.update(lists_along(fields, path, text.num_hidden_layers))
+    fields[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(path)
+    add_older_words(values)  # as it will be read: 5.0 forgets some of its own on the way
+    return type(config).from_dict(values)
+
+
+def lists_along(fields: Mapping[str, Any], path: Sequence[int], num_layers: int) -> dict[str, Any]:
+    """Return the lists of a config that say something layer by layer, in path order.
+
+    Args:
+        fields: The config's values by name.
+        path: Layer indices in the order executed.
+        num_layers: L.
+
+    Source: ours.
+
+    Example:
+        >>> lists_along({"dense_layers": [0, 2], "windows": [4, 8, 8], "width": 64}, [2, 1, 2], 3)
+        {'dense_layers': [0, 2], 'windows': [8, 8, 8]}
+    """
+    lists = {}
+    for name, value in fields.items():
+        if not isinstance(value, (list, tuple)) or name.endswith(TOKENS):
+            continue
+        if "layer" in name and list(value) == [at for at in range(num_layers) if at in value]:
+            lists[name] = [place for place, layer in enumerate(path) if layer in value]
+        elif len(value) == num_layers:
+            lists[name] = [value[layer] for layer in path]
+    return lists
+
+
+def check_layers(ours: nn.ModuleList, theirs: nn.ModuleList, path: Sequence[int]) -> None:
+    """Refuse layers that are of another kind than those they stand for.
+
+    Compared are classes, names and shapes of tensors, every plain attribute (a window, a switch
+    for RoPE, a scale) except a layer's index, and the values of tensors that no checkpoint holds.
+
+    Args:
+        ours: Built from the config for the path; on the meta device tensors have no values, and
+            none are compared.
+        theirs: Of the base model.
+        path: Layer indices in the order executed.
+
+    Raises:
+        ArchitectureError: Naming the layer and what differs.
+
+    Source: ours.
+    """
+    for place, origin in enumerate(path):
+        difference = _difference(ours[place], theirs[origin], place, origin)
+        if difference is not None:
+            raise ArchitectureError(
+                f"layer {origin}, executed as number {place} (counted from 0), {difference}: the "
+                f"config derives that from a layer's place or from their number, and can't say it "
+                f"otherwise; give a path that leaves it as it is"
+            )
+
+
+def _difference(ours: nn.Module, theirs: nn.Module, place: int, origin: int) -> str | None:
+    """Say in what a layer differs from the one that it stands for, or return None."""
+    new, old = _description(ours), _description(theirs)
+    for name in {**old, **new}:
+        found, wanted = new.get(name), old.get(name)
+        is_index = (found, wanted) == (place, origin)
+        if not is_index and (name not in new or name not in old or found != wanted):
+            return f"would have {found!r} as {name} instead of {wanted!r}"
+    buffers = dict(theirs.named_buffers())
+    for name, values in ours.named_buffers():
+        if not values.is_meta and not torch.equal(values, buffers[name]):
+            return f"would have other values in {name}"
+    return None
+
+
+def _description(layer: nn.Module) -> dict[str, Any]:
+    """Return what a layer is made of, by name: classes, shapes, plain attributes."""
+    modules = list(layer.named_modules())
+    tensors = (*layer.named_parameters(), *layer.named_buffers())
+    described: dict[str, Any] = {
+        f"the class of {name or 'the layer'}": type(module).__name__ for name, module in modules
+    }
+    described |= {f"the shape of {name}": tuple(tensor.shape) for name, tensor in tensors}
+    for name, module in modules:
+        for attribute, value in vars(module).items():
+            hidden = attribute.startswith("_") or attribute in PASSING
+            if isinstance(value, PLAIN) and not hidden:
+                described[f"{name}.{attribute}".lstrip(".")] = value
+    return described
+
+
+# --- the folder --------------------------------------------------------------------------------
+
+
+@contextmanager
+def _appearing(output: Path) -> Iterator[Path]:
+    """Fill a folder next to its place, and move it there when the block has succeeded."""
+    place = output.resolve()
+    folder = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+        if place.is_dir():
+            place.rmdir()
+        folder.rename(place)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, DrllmError):
+            raise
+        reason = getattr(error, "strerror", None) or hub.first_line(error)
+        raise ModelError(
+            f"can't write {output}: {reason}; free some space, or give a folder that you may "
+            f"write to"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(folder: Path, listed: Any, base: BaseModel, made: Export) -> None:
+    # Written by its own method below: save_pretrained refuses settings that loading accepted.
+    listed.generation_config = GenerationConfig()
+    listed.save_pretrained(folder)
+    base.model.generation_config.to_json_file(folder / GENERATION_FILE)
+    base.tokenizer.save_pretrained(folder)
+    say_for_transformers_4(folder)
+    card = model_card(base.identity, made.path, made.dtype, made.num_repeated_bytes)
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    for file in folder.glob("*.safetensors"):
+        # safetensors makes its files readable by the owner alone, whatever the umask says.
+        file.chmod((folder / CARD_FILE).stat().st_mode)
+
+
+# --- words that transformers 4 reads -----------------------------------------------------------
+
+
+def say_for_transformers_4(folder: Path) -> None:
+    """Add to config and tokenizer what transformers 4 reads under other names.
+
+    Args:
+        folder: A checkpoint as `save_pretrained` has written it.
+    """
+    config = _read_json(folder / CONFIG_FILE)
+    add_older_words(config)
+    _write_json(folder / CONFIG_FILE, config)
+    if (folder / TOKENIZER_CONFIG_FILE).is_file():
+        tokenizer = _read_json(folder / TOKENIZER_CONFIG_FILE)
+        if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+            # The name that both know for "whatever tokenizer.json says".
+            tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(tokenizer.get("extra_special_tokens"), list):
+            tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+        _write_json(folder / TOKENIZER_CONFIG_FILE, tokenizer)
+
+
+def add_older_words(config: dict[str, Any]) -> None:
+    """Add to a config what transformers 4, and the first of 5, read under other names.
+
+    Transformers 5 keeps all of RoPE under `rope_parameters`. Transformers 4 doesn't know that key
+    and takes its defaults: other numbers, and no warning. Both may stand in one config. What
+    transformers 4 says of RoPE stays as it is.
+
+    Args:
+        config: Changed in place.
+
+    Source: ours; the older names are those that transformers 5 itself still reads.
+
+    Example:
+        >>> config = {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}}
+        >>> add_older_words(config)
+        >>> config["rope_theta"], config["rope_scaling"]
+        (50000.0, None)
+    """
+    for part in [config, *config.values()]:  # a composite config has one for the text
+        if not isinstance(part, dict):
+            continue
+        if "attention_layers" in part and "attention_types" in part:  # gpt_neo: runs of kinds
+            part["attention_types"] = [[[kind], 1] for kind in part["attention_layers"]]
+        if "rope_parameters" in part:
+            names = OLDER_NAMES.get(part.get("model_type", ""), {})
+            older = {**part, **_older_rope(part)}
+            part.update({names.get(name, name): value for name, value in older.items()})
+
+
+def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config says of RoPE outside of `rope_parameters`, in transformers 4."""
+    parameters = config["rope_parameters"] or {}
+    if not any(isinstance(value, dict) for value in parameters.values()):
+        return _older_rope_of_one_kind(config, parameters)
+    if parameters.keys() != _BY_KIND or not all(parameters.values()):
+        return {}  # only transformers 5 has models with other kinds
+    full, sliding = parameters["full_attention"], parameters["sliding_attention"]
+    older = _older_rope_of_one_kind(config, full)
+    if sliding["rope_theta"] != full["rope_theta"]:
+        older["rope_local_base_freq"] = sliding["rope_theta"]
+    return older
+
+
+def _older_rope_of_one_kind(
+    config: Mapping[str, Any], parameters: Mapping[str, Any]
+) -> dict[str, Any]:
+    outside = ("rope_theta", "partial_rotary_factor")
+    older = {name: parameters[name] for name in outside if parameters.get(name) is not None}
+    scaling: dict[str, Any] | None = {
+        name: value for name, value in parameters.items() if name not in outside
+    }
+    kind = parameters.get("rope_type", "default")
+    if kind == "default":
+        scaling = None
+    elif kind == "longrope" and "original_max_position_embeddings" in config:
+        # Models that say this length outside, such as phi3, accept these three inside and no more.
+        factors = {name: parameters[name] for name in ("short_factor", "long_factor")}
+        scaling = {"type": kind, **factors}
+    return {**older, "rope_scaling": scaling}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def model_card(
+    base: Mapping[str, Any], path: Sequence[int], dtype: str, num_repeated_bytes: int
+) -> str:
+    """Write the card of an exported checkpoint: where it comes from, and how to load it.
+
+    Args:
+        base: Identity of the base model.
+        path: Layer indices of the base model in the order executed.
+        dtype: Of the weights.
+        num_repeated_bytes: Size of the layers that are written again.
+
+    Returns:
+        Markdown with the front matter that the hub reads. `base_model` stands in it only where
+        the base model came from the hub, so that it has a revision.
+    """
+    L, name = base["num_layers"], base["id"]
+    link = f"base_model: {name}\nbase_model_relation: merge\n" if base["revision"] else ""
+    revision = f", revision `{base['revision']}`" if base["revision"] else ""
+    skipped = sorted(set(range(L)) - set(path))
+    repeated = sorted({layer for layer in path if path.count(layer) > 1})
+    version = importlib.metadata.version("drllm")
+    return f"""---
+library_name: transformers
+{link}tags: [layer-path]
+---
+
+# {name}, its layers in another order
+
+The weights of `{name}`, with its layers listed in the order in which a fixed path executes them.
+Nothing was trained: every weight is a copy.
+
+## Use
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+    tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+
+An ordinary checkpoint of class {base["class"]}; no other code is needed.
+
+## Path
+
+    {" ".join(map(str, path))}
+
+{_decisions(path, L)}
+Layers of this checkpoint: {len(path)}, of the base model: {L}.
+Left out: {_listed(skipped)}.
+Executed more than once: {_listed(repeated)}.
+A checkpoint can't say that two layers are the same, so each execution has a copy of its own; the \
+copies are {num_repeated_bytes:,} bytes.
+
+## Base model
+
+`{name}`{revision}: {base["class"]}, {L} layers, hidden size {base["hidden_size"]}, \
+fingerprint `{base["fingerprint"]}`.
+The weights here are {dtype}.
+
+## Made by
+
+`drllm export`, drllm {version}, which loaded this folder again and found its logits equal, bit by \
+bit, to those of the base model run along the path.
+
+## Licence
+
+That of the base model.
+"""
+
+
+def _decisions(path: Sequence[int], num_layers: int) -> str:
+    try:
+        decisions = to_decisions(path, num_layers)
+    except PathError:
+        return "Decisions (one of skip, execute, repeat per layer) can't express this path."
+    return f"As decisions, one per layer: {' '.join(map(str, decisions))}."
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers)) or "none"
+
+
+# --- the check ---------------------------------------------------------------------------------
+
+
+def _logits(model: Any) -> Tensor:
+    """Return a model's logits for one row of tokens, always the same, `[1, T, V]`."""
+    most = context_length(model) or NUM_TOKENS
+    num_tokens = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(num_tokens, (1, min(NUM_TOKENS, most)), generator=generator)
+    with torch.no_grad():
+        logits: Tensor = model(tokens.to(model.device), use_cache=False).logits
+    return logits
+
+
+def _logits_along(base: Any, path: tuple[int, ...]) -> Tensor:
+    """Return the logits of the base model run along a path."""
+    injection = Injection(base, PathsDriver([path]))
+    try:
+        return _logits(base)
+    finally:
+        injection.remove()
+
+
+def _verify(folder: Path, base: Any, path: tuple[int, ...], expected: Tensor) -> None:
+    """Load the checkpoint and refuse it unless it is the base model along the path.
+
+    Raises:
+        ArchitectureError: A layer, a weight or the logits differ.
+    """
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=base.dtype,
+        attn_implementation=base.config._attn_implementation,
+        use_safetensors=True,
+    )
+    loaded.to(base.device).eval()
+    check_layers(find_layers(loaded)[1], find_layers(base)[1], path)
+    found, wanted = loaded.state_dict(), {n: w for n, w, _ in _weights_along(base, path)}
+    for name, weight in wanted.items():
+        if found[name].dtype != weight.dtype or not torch.equal(found[name], weight):
+            raise ArchitectureError(
+                f"loaded again, the export has other values in {name!r}, so it was removed; this "
+                f"{type(base).__name__} can't be exported"
+            )
+    # The last bits of a product depend on where in memory its factors lie, so let them be the same.
+    loaded.load_state_dict(wanted, assign=True)
+    logits = _logits(loaded)
+    if not torch.equal(logits, expected):
+        difference = float((logits - expected).abs().max())
+        raise ArchitectureError(
+            f"loaded again, the export's logits differ from the path's by up to {difference:.3g}, "
+            f"so it was removed: this {type(base).__name__} computes something from a layer's "
+            f"place, or was changed after it was loaded (load it in the wanted dtype; on an "
+            f"accelerator also try --device cpu, where sums have one order)"
+        )

@@ -1,1 +1,0 @@
-"""A fixed path written as an ordinary checkpoint."""
