@@ -15,6 +15,7 @@ from drllm.evaluation.lm_eval.lengths import STEPS
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
+from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.policies import RouterPolicy
 

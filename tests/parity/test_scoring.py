@@ -287,7 +287,7 @@ def test_answers_behind_a_common_beginning_equal_plain_generation(
     contexts = [question.context for question in WITH_STEM]
     expected = [listed(model, d).greedy(contexts[row], 12) for row, d in pairs]
     batch = AnswerBatch(RoutedModel(model), tiny_tokenizer, contexts, 1.0)
-    assert batch.rows.front is not None
+    assert batch.rows.past is not None
     answers = batch.answers(pairs, [12] * 16, never)
     assert expected == [list(answer.tokens) for answer in answers]
 

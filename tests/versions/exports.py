@@ -1,7 +1,7 @@
 """Export tiny models, or read such exports, under the transformers of the running Python.
 
-    python tests/versions/exports.py write FOLDER
-    python tests/versions/exports.py read FOLDER FILE.safetensors
+python tests/versions/exports.py write FOLDER
+python tests/versions/exports.py read FOLDER FILE.safetensors
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from drllm.evaluation.measured_cost import choose_prompts, contents, machine, wr
 from drllm.evaluation.prompt_cost import PromptCost
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
-from drllm.models.routers.checkpoint import load_routers
+from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import sha256

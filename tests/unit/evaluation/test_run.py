@@ -31,7 +31,7 @@ from drllm.evaluation.systems import TaskRun
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode
-from drllm.models.routers.checkpoint import load_routers
+from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel

@@ -105,7 +105,10 @@ def test_the_list_of_layers_is_put_back_after_an_error(tiny_model):
     with pytest.raises(KeyError):
         fail_inside()
     assert model.model.layers is layers
-    assert (kinds, COMMON["num_hidden_layers"]) == (model.config.layer_types, model.config.num_hidden_layers)
+    assert (kinds, COMMON["num_hidden_layers"]) == (
+        model.config.layer_types,
+        model.config.num_hidden_layers,
+    )
 
 
 class Deaf(LlamaForCausalLM):

@@ -76,7 +76,7 @@ def save_routers(
         raise CheckpointError(f"these routers can't be saved: {misfit}")
     values = {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
     try:
-        text = json.dumps(values, indent=2) + "\n"
+        text = json.dumps(values, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"these routers can't be saved: their config's 'training' isn't JSON ({error})"

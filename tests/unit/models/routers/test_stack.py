@@ -256,7 +256,7 @@ def test_a_saved_folder_holds_three_files_and_saving_again_replaces_them(saved):
 sizes = st.integers(1, 6)
 texts = st.text(max_size=20)
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts,
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=8,
 )
@@ -336,6 +336,7 @@ def test_loading_draws_no_random_numbers(saved):
             "shape",
         ),
         (lambda stack: stack.config.training.update(path=Path()), "'training' isn't JSON .*Path"),
+        (lambda stack: stack.config.training.update(loss=math.inf), "'training' isn't JSON"),
     ],
 )
 def test_what_could_not_be_loaded_again_is_not_saved_over_what_can(saved, spoil, message):

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from drllm.models.routing.context import ThreadValue, Override
+from drllm.models.routing.context import Override, ThreadValue
 
 
 class Owner:

@@ -92,8 +92,8 @@ def test_out_of_memory_halves_the_pass_and_says_so(model, caplog, error):
     assert work.sizes == [8, 4, 2, 2, 2, 2, 2]
     said = [record.getMessage() for record in caplog.records]
     assert said == [
-        "out of memory on cpu with 8 paths in a pass; going on with 4",
-        "out of memory on cpu with 4 paths in a pass; going on with 2",
+        "out of memory on cpu with 8 paths in a pass; continuing with 4",
+        "out of memory on cpu with 4 paths in a pass; continuing with 2",
     ]
     assert split.num_paths(PRICE) == 2, "what was found holds for later calls"
 

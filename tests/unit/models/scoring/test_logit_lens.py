@@ -76,5 +76,5 @@ def test_a_model_that_does_more_than_norm_and_head_is_refused(tiny_llama):
         return output
 
     model.forward = capped
-    with pytest.raises(ArchitectureError, match="more than a final norm and an output head"):
+    with pytest.raises(ArchitectureError, match="more than a final norm and a head"):
         LogitLens(RoutedModel(model))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from drllm.models.scoring.prefix_cache import PrefixCache, State
+from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
 
 
 def state(num_tokens=10):
-    return State(torch.zeros(num_tokens, 4))  # 16 bytes a token
+    return PrefixState(torch.zeros(num_tokens, 4))  # 16 bytes a token
 
 
 def key(number):
@@ -27,7 +27,7 @@ def held(cache, num):
 
 
 def test_bytes_of_hidden_states_keys_and_values_count():
-    full = State(torch.zeros(3, 4), torch.zeros(2, 3, 5), torch.zeros(2, 3, 7))
+    full = PrefixState(torch.zeros(3, 4), torch.zeros(2, 3, 5), torch.zeros(2, 3, 7))
     assert full.num_bytes == 4 * (12 + 30 + 42)
     cache = PrefixCache(1e6)
     cache.put(key(0), full)
@@ -68,9 +68,9 @@ def test_a_state_that_two_passes_need_stays_for_the_second():
 def test_what_is_held_beside_the_states_takes_their_room():
     cache = PrefixCache(4 * 160)
     kept(cache, 4)
-    cache.count_beside(2 * 160)
+    cache.count_other(2 * 160)
     assert held(cache, 4) == [2, 3]
     cache.forget()
     assert cache.num_bytes == 2 * 160
-    cache.count_beside(-2 * 160)
+    cache.count_other(-2 * 160)
     assert cache.num_bytes == 0
