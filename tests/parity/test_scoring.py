@@ -177,7 +177,7 @@ def test_base_scores_are_those_of_the_untouched_model(tiny_llama):
 def test_paths_are_not_shared_where_a_skipped_layer_leaves_something_else(tiny_llama):
     routed = RoutedModel(tiny_llama(), bypass=lambda call, hidden: 2 * hidden)
     batch = ChoiceBatch(routed, [Question([5, 6], [[7], [8]])], state_cache_gb=1.0)
-    with pytest.raises(RoutingError, match="leaves its input as it is"):
+    with pytest.raises(RoutingError, match="passes its input on as it is"):
         batch.logprobs([(0, (1, 1, 1, 1, 1, 1))])
 
 

@@ -280,7 +280,7 @@ def test_outcomes_are_the_same_after_memory_ran_out(
 
     monkeypatch.setattr(LayerCall, "run", run_out)
     outcomes = evaluated()
-    assert "out of memory on cpu with 12 paths in a pass; going on with 6" in caplog.text
+    assert "out of memory on cpu with 12 paths in a pass; continuing with 6" in caplog.text
     for first, second in zip(expected, outcomes, strict=True):
         assert first.reward == second.reward
         assert first.margin == pytest.approx(second.margin, abs=MARGIN_TOLERANCE)

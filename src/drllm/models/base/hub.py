@@ -90,8 +90,10 @@ def explain(error: Exception, kind: str, name: str, revision: str | None, otherw
             f"the hub refused {what}: {answer(error)}; if it needs a login, set "
             f"{TOKEN_VARIABLE} to a valid token"
         )
-    return f"{what} isn't in the local cache, and {no_network()}; connect (a gated one also needs "
+    return (
+        f"{what} isn't in the local cache, and {no_network()}; connect (a gated one also needs "
         f"{TOKEN_VARIABLE}), or {otherwise}"
+    )
 
 
 def no_network() -> str:
