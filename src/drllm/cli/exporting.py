@@ -13,7 +13,6 @@ from drllm.cli.stages import loaded
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, Request, verb
 from drllm.config import ModelConfig
-from drllm.models.export import check_output
 from drllm.records.path_files import read_path_file
 
 if TYPE_CHECKING:
@@ -34,13 +33,13 @@ MB = 1e6
 )
 def export(request: Request, terminal: Terminal) -> None:
     """Write a fixed path of a model as a checkpoint, and say what it is."""
+    from drllm.models.export import check_output, export_path
+
     output = request.path("output")
     plan = read_path_file(request.path("decisions"))
     checks.check_folder(output, "--output")
     check_output(output)
     with loaded(request.of(ModelConfig), terminal) as base:
-        from drllm.models.export import export_path
-
         path = plan.path(base.num_layers)
         with terminal.busy("writing and checking"):
             made = export_path(base, path, output)
