@@ -19,7 +19,6 @@ run it with --seeds 0,1 and with --seeds 2 at the same time, then with all seeds
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import inspect
 import itertools
@@ -33,6 +32,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import msgspec
 import torch
 
 from drllm.config import ModelConfig, SearchConfig
@@ -111,7 +111,7 @@ def search(
                         "reward": outcome.reward,
                         "margin": outcome.margin,
                         "kl": outcome.kl,
-                        "retest": dataclasses.asdict(retests[place, decisions])
+                        "retest": msgspec.structs.asdict(retests[place, decisions])
                         if (place, decisions) in retests
                         else None,
                     }

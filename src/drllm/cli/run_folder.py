@@ -26,9 +26,8 @@ from drllm.cli.verbs import Flag, Request, verb
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, unknown_name
 from drllm.evaluation.baselines.registry import files_needed
-from drllm.records import sha256, write_atomically
+from drllm.records import rejected_path, sha256, write_atomically
 from drllm.search.plan import decisive
-from drllm.supervision import rejected_path
 from drllm.supervision import write as write_supervision
 from drllm.tasks.base import Task
 

@@ -27,10 +27,11 @@ from drllm.records import (
     only_writer,
     read_manifest,
     read_search,
+    rejected_path,
     sha256,
     to_lines,
 )
-from drllm.supervision import rejected_path, targets
+from drllm.supervision import targets
 from drllm.supervision import write as write_supervision
 from drllm.tasks.base import Task
 

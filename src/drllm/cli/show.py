@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from drllm.cli.show_results import show_measured, show_results
 from drllm.cli.show_routers import show_agreement
@@ -13,7 +14,13 @@ from drllm.cli.show_sweep import show_sweep
 from drllm.cli.terminal import Terminal, new_table
 from drllm.cli.verbs import Flag, Request, verb
 from drllm.errors import RecordError
-from drllm.records import read_each, read_lines, read_search, read_supervision
+from drllm.records import (
+    FailedQuestion,
+    RejectedQuestion,
+    read_json_lines,
+    read_search,
+    read_supervision,
+)
 from drllm.reporting.agreement import LAYERS_FILE
 from drllm.reporting.fields import read_object
 from drllm.reporting.measured import LATENCY_FILE
@@ -21,8 +28,6 @@ from drllm.reporting.numbers import plain
 from drllm.reporting.reliability import Reliability, read_reliability
 from drllm.reporting.sweeps import SWEEP_FILE
 from drllm.search.commits import BLOCKS_FOLDER
-from drllm.search.counts import failed_question
-from drllm.supervision import rejected_question
 
 Renderer = Callable[[Path, Terminal], None]
 
@@ -48,7 +53,7 @@ def show_place(request: Request, terminal: Terminal) -> None:
         show(place, terminal)
         return
     file = place / "search.jsonl" if place.is_dir() else place
-    _, first = next(read_lines(file))
+    _, first = next(read_json_lines(file, dict[str, Any]))
     if "paths" not in first:
         raise RecordError(
             f"{file} is no search.jsonl, and --question {question} draws what a search tried; "
@@ -138,7 +143,7 @@ def _show_json(path: Path, terminal: Terminal) -> None:
 
 
 def _show_lines(path: Path, terminal: Terminal) -> None:
-    _, first = next(read_lines(path))
+    _, first = next(read_json_lines(path, dict[str, Any]))
     for field, (_, render) in _LINES.items():
         if field in first:
             render(path, terminal)
@@ -150,7 +155,7 @@ def _show_lines(path: Path, terminal: Terminal) -> None:
 
 
 def _show_samples(path: Path, terminal: Terminal) -> None:
-    rows = [row for _, row in read_lines(path)]
+    rows = [row for _, row in read_json_lines(path, dict[str, Any])]
     terminal.fact("samples", f"{len(rows)}; systems {', '.join(rows[0]['systems'])}")
     terminal.fact("tables", f"drllm show {path.parent}")
 
@@ -196,7 +201,7 @@ def _calibration(found: Reliability) -> str:
 
 
 def _show_metrics(path: Path, terminal: Terminal) -> None:
-    rows = [row for _, row in read_lines(path)]
+    rows = [row for _, row in read_json_lines(path, dict[str, Any])]
     last = max(row["epoch"] for row in rows)
     table = new_table("metric", title=f"epoch {last}")
     chosen = [row for row in rows if row["epoch"] == last]
@@ -226,13 +231,13 @@ _LINES: dict[str, tuple[str, Renderer]] = {
     "reason": (
         "questions without a target",
         lambda path, terminal: show_rejected(
-            [one for _, one in read_each(path, rejected_question)], terminal
+            [one for _, one in read_json_lines(path, RejectedQuestion)], terminal
         ),
     ),
     "error": (
         "questions that failed",
         lambda path, terminal: show_failed(
-            [one for _, one in read_each(path, failed_question)], terminal
+            [one for _, one in read_json_lines(path, FailedQuestion)], terminal
         ),
     ),
     "systems": ("samples", _show_samples),

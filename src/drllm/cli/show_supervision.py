@@ -15,9 +15,14 @@ from rich.text import Text
 
 from drllm.cli.terminal import Terminal, new_table
 from drllm.paths import Decision
-from drllm.records import SupervisionRecord, read_manifest
+from drllm.records import (
+    RejectedQuestion,
+    SupervisionRecord,
+    read_manifest,
+    rejected_path,
+)
 from drllm.reporting.numbers import NBSP, count, percent, plain
-from drllm.supervision import RejectedQuestion, rejected_path, summarise
+from drllm.supervision import summarise
 
 LAYERS_NAMED = 5
 

@@ -1,9 +1,6 @@
-"""The files between the stages: what a line holds, how it is written, read back and trusted.
+"""Typed records and their files: search, supervision, results, manifests; JSON; resume.
 
-Owns `search.jsonl`, `supervision.jsonl`, the manifest beside each, atomic writing, the lock that
-keeps a second writer out of a folder, and the assignment of questions to splits. Leaves what the
-numbers mean to the stages. `docs/formats.md` describes the same formats for readers without
-Python. Loads no torch.
+`docs/formats.md` describes the same files for readers without Python. Loads no torch.
 """
 
 from drllm.records.codec import (
@@ -20,33 +17,40 @@ from drllm.records.codec import (
     write_atomically,
     write_json,
 )
-from drllm.records.files import (
-    join_supervision,
-    read_each,
-    read_lines,
-    read_search,
-    read_supervision,
+from drllm.records.lock import only_writer
+from drllm.records.manifest import (
+    manifest_path,
+    new_manifest,
+    read_manifest,
+    read_records,
     to_lines,
     write_records,
 )
-from drllm.records.lines import (
+from drllm.records.resume import Chunks, differences, refuse_other_run
+from drllm.records.search import (
+    FailedQuestion,
+    Question,
     Retest,
     SearchRecord,
-    SupervisionRecord,
     TriedPath,
-    WeightedPath,
-    search_record,
-    supervision_record,
-    to_json,
+    read_search,
 )
-from drllm.records.lock import only_writer
-from drllm.records.manifests import manifest_path, new_manifest, read_manifest
-from drllm.records.resume import Chunks, differences, refuse_other_run
 from drllm.records.splits import question_key, split_of
+from drllm.records.supervision import (
+    RejectedQuestion,
+    SupervisionRecord,
+    WeightedPath,
+    join_supervision,
+    read_supervision,
+    rejected_path,
+)
 
 __all__ = [
     "SCHEMA_VERSION",
     "Chunks",
+    "FailedQuestion",
+    "Question",
+    "RejectedQuestion",
     "Retest",
     "SearchRecord",
     "SupervisionRecord",
@@ -62,21 +66,18 @@ __all__ = [
     "only_writer",
     "question_key",
     "read_bytes",
-    "read_each",
     "read_json",
     "read_json_lines",
-    "read_lines",
     "read_manifest",
+    "read_records",
     "read_search",
     "read_supervision",
     "read_text",
     "refuse_odd_file",
     "refuse_other_run",
-    "search_record",
+    "rejected_path",
     "sha256",
     "split_of",
-    "supervision_record",
-    "to_json",
     "to_lines",
     "write_atomically",
     "write_json",

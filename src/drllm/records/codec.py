@@ -16,7 +16,7 @@ import platform
 import re
 import stat
 import uuid
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -28,7 +28,11 @@ from drllm.errors import RecordError
 T = TypeVar("T")
 
 SCHEMA_VERSION = 2
-"""The newest form of our files that this version reads, and the one it writes."""
+"""The newest form of our files that this version reads, and the one it writes. In version 1 the KL
+of a path was called `damage`."""
+
+Upgrade = Callable[[bytes, str], bytes]
+"""Rewrites a line (the second argument says where it is) of an older version as one of ours."""
 
 
 class _Version(msgspec.Struct):
@@ -57,7 +61,7 @@ def decode(data: bytes | str, kind: type[T], where: str) -> T:
             json.loads(raw, object_pairs_hook=_refuse_duplicates)
     except msgspec.ValidationError as error:
         _refuse_newer(data, where)
-        raise RecordError(f"{where}: {_worded(str(error))}") from error
+        raise RecordError(f"{where}: {worded(error)}") from error
     except UnicodeError as error:
         raise RecordError(f"{where}: not UTF-8 text ({error.reason})") from error  # type: ignore[attr-defined]
     except msgspec.DecodeError as error:
@@ -97,8 +101,15 @@ def read_json(path: Path | str, kind: type[T]) -> T:
     return decode(read_bytes(path), kind, str(path))
 
 
-def read_json_lines(path: Path | str, kind: type[T]) -> Iterator[tuple[int, T]]:
+def read_json_lines(
+    path: Path | str, kind: type[T], upgrade: Upgrade | None = None
+) -> Iterator[tuple[int, T]]:
     """Yield `(line number from 1, value)` for each line of a JSON lines file.
+
+    Args:
+        path: The file.
+        kind: As of `decode`.
+        upgrade: Rewrites lines of older versions before they are read.
 
     Raises:
         RecordError: What `decode` and `read_bytes` refuse, or a file without lines.
@@ -106,7 +117,8 @@ def read_json_lines(path: Path | str, kind: type[T]) -> Iterator[tuple[int, T]]:
     number = 0
     with _opened(Path(path)) as file:
         for number, line in enumerate(file, start=1):
-            yield number, decode(line, kind, f"{path}, line {number}")
+            where = f"{path}, line {number}"
+            yield number, decode(upgrade(line, where) if upgrade else line, kind, where)
     if not number:
         raise RecordError(f"{path} is empty; run the stage that writes it again")
 
@@ -206,6 +218,20 @@ def refuse_odd_file(path: Path, doing: str) -> bool:
     raise RecordError(f"can't {doing} {path}: it is a {what}; give the name of a file")
 
 
+def worded(error: msgspec.ValidationError) -> str:
+    """Word msgspec's error as ours: what is wrong, then the place in brackets."""
+    message = str(error)
+    for theirs, ours in (
+        (r"Object missing required field (`.*?`)", r"the field \1 is missing"),
+        (r"Object contains unknown field (`.*?`)", r"unknown field \1"),
+        (r"^Expected", "expected"),
+        (r" - at (`key` in )?`\$\.?(.*)`$", r" (at \1`\2`)"),
+        (r" \(at ``\)$", ""),
+    ):
+        message = re.sub(theirs, ours, message, flags=re.DOTALL)
+    return message
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file as hex digits."""
     digest = hashlib.sha256()
@@ -242,19 +268,6 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 def _reason(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or str(error)
-
-
-def _worded(message: str) -> str:
-    """Word msgspec's message as ours: what, then the place in brackets."""
-    for theirs, ours in (
-        (r"Object missing required field (`.*?`)", r"the field \1 is missing"),
-        (r"Object contains unknown field (`.*?`)", r"unknown field \1"),
-        (r"^Expected", "expected"),
-        (r" - at (`key` in )?`\$\.?(.*)`$", r" (at \1`\2`)"),
-        (r" \(at ``\)$", ""),
-    ):
-        message = re.sub(theirs, ours, message, flags=re.DOTALL)
-    return message
 
 
 def _malformed(data: bytes | str, message: str) -> str:

@@ -1,22 +1,26 @@
-"""A file that says which executions are run, whatever the prompt: decisions, or a path.
+"""A file that says which layers run, whatever the prompt: decisions, or a path.
 
-Owns the file's three forms and the messages for what can't be one. Leaves what is done with it to
-its readers. Axes: L layers.
+Axes: L layers.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from drllm.errors import PathError, RecordError, unknown_name
+import msgspec
+
+from drllm.errors import PathError, RecordError
 from drllm.paths import Decision, check_decisions, check_path, to_path
+from drllm.records.codec import decode, read_text
 
-KINDS = ("decisions", "path")
 FORMS = '{"decisions": [1, 0, 2, …]}, {"path": [0, 2, 2, …]}, or layer indices on one line'
+
+
+class _Given(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    decisions: tuple[int, ...] | None = None
+    path: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +28,7 @@ class PathFile:
     """What a file says, before it is known how many layers the model has.
 
     Attributes:
-        file: Where it stands.
+        file: Where it lies.
         kind: `decisions` or `path`; None where the file doesn't say which.
         values: Its numbers.
     """
@@ -72,61 +76,41 @@ def read_path_file(file: Path) -> PathFile:
         RecordError: No such file, no text, or another form.
         PathError: No numbers, or a value that isn't a whole number.
     """
-    if not file.is_file():
-        what = "is a folder" if file.is_dir() else "doesn't exist"
-        raise RecordError(f"{file} {what}; give a file with {FORMS}")
-    try:
-        text = file.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{file} is not a UTF-8 text file; give one with {FORMS}") from error
-    except OSError as error:
-        raise RecordError(f"can't read {file}: {error.strerror}") from error
+    text = read_text(file).strip()
     if not text:
         raise RecordError(f"{file} is empty; give a file with {FORMS}")
-    if text[0] in "{[":
-        kind, values = _from_json(file, text)
-    else:
-        kind, values = None, _from_line(file, text)
-    what = kind or "line"
+    kind, values = _from_json(file, text) if text[0] in "{[" else (None, _from_line(file, text))
     if not values:
-        raise PathError(f"{file}: the {what} is empty; at least one layer must be executed")
-    for place, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise PathError(
-                f"{file}: {_short(value)} at position {place} of the {what} (counted from 0) is "
-                f"not a whole number; give {FORMS}"
-            )
-    return PathFile(file, kind, tuple(values))
+        raise PathError(
+            f"{file}: {kind or 'the line'} is empty; at least one layer must be executed"
+        )
+    return PathFile(file, kind, values)
 
 
-def _from_json(file: Path, text: str) -> tuple[str, list[Any]]:
+def _from_json(file: Path, text: str) -> tuple[str, tuple[int, ...]]:
     try:
-        given = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{file} is not JSON ({error}); give {FORMS}") from error
-    if not isinstance(given, dict):
-        raise RecordError(f"{file} holds a list and doesn't say of what; give {FORMS}")
-    for key in given:
-        if key not in KINDS:
-            raise RecordError(f"{file}: " + unknown_name("key", key, KINDS))
-    if len(given) != 1:
-        found = "both 'decisions' and 'path'" if given else "neither 'decisions' nor 'path'"
-        raise RecordError(f"{file} has {found}; give one of them")
-    [(kind, values)] = given.items()
-    if not isinstance(values, list):
-        raise RecordError(f"{file}: {kind!r} is {_short(values)}; give a list of whole numbers")
-    return kind, values
+        given = decode(text, _Given, str(file))
+    except RecordError as error:
+        raise RecordError(f"{error}; give {FORMS}") from error
+    if (given.decisions is None) == (given.path is None):
+        raise RecordError(f"{file} must have one of 'decisions' and 'path'; give {FORMS}")
+    if given.decisions is not None:
+        return "decisions", given.decisions
+    assert given.path is not None
+    return "path", given.path
 
 
-def _from_line(file: Path, text: str) -> list[Any]:
+def _from_line(file: Path, text: str) -> tuple[int, ...]:
     if "\n" in text:
         raise RecordError(
             f"{file} has {len(text.splitlines())} lines; give one path a file, on one line, or JSON"
         )
     words = [word for word in re.split(r"[\s,]+", text) if word]
-    return [int(word) if re.fullmatch(r"[+-]?[0-9]{1,9}", word) else word for word in words]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}…"
+    for place, word in enumerate(words):
+        if not re.fullmatch(r"[+-]?[0-9]{1,9}", word):
+            shown = word if len(word) <= 40 else f"{word[:37]}…"
+            raise PathError(
+                f"{file}: {shown!r} at position {place} of the line (counted from 0) is not a "
+                f"whole number; give {FORMS}"
+            )
+    return tuple(map(int, words))

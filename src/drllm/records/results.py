@@ -18,7 +18,7 @@ import msgspec
 from drllm.errors import RecordError
 from drllm.paths import Decisions, check_decisions
 from drllm.records.codec import read_json, read_json_lines, sha256
-from drllm.records.manifests import read_manifest
+from drllm.records.manifest import read_manifest
 from drllm.statistics.non_inferiority import Choice
 from drllm.statistics.verdicts import Differences
 

@@ -17,7 +17,7 @@ from drllm.errors import RecordError
 from drllm.records import (
     SearchRecord,
     SupervisionRecord,
-    read_lines,
+    read_json_lines,
     read_manifest,
     read_search,
     read_supervision,
@@ -172,7 +172,7 @@ def _epochs(path: Path, sources: list[Source], absent: list[str]) -> list[Epoch]
         absent.append("routers/metrics.jsonl is absent: router metrics can't be shown.")
         return []
     epochs = []
-    for line, row in read_lines(path):
+    for line, row in read_json_lines(path, dict[str, Any]):
         fields = Fields(row, f"{path}, line {line}")
         number, split = fields.whole("epoch"), fields.text("split")
         if split not in ("train", "validation"):

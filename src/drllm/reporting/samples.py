@@ -13,7 +13,7 @@ from typing import Any
 
 from drllm.errors import PathError, RecordError
 from drllm.paths import Decisions, check_decisions
-from drllm.records import read_lines, read_manifest, sha256
+from drllm.records import read_json_lines, read_manifest, sha256
 from drllm.reporting.fields import Fields
 
 BASE = "base"
@@ -73,7 +73,7 @@ def read_samples(
             f"evaluate again"
         )
     samples: dict[str, list[tuple[str, Sample]]] = {}
-    for line, row in read_lines(path):
+    for line, row in read_json_lines(path, dict[str, Any]):
         fields = Fields(row, f"{path}, line {line}")
         samples.setdefault(fields.text("task"), []).append((fields.where, _sample(fields)))
     sources.append(Source(name=name, sha256=sha256(path), manifest=manifest))

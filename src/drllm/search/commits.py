@@ -15,8 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from drllm.errors import RecordError
-from drllm.records import SearchRecord, read_each, search_record, write_atomically
-from drllm.search.counts import FailedQuestion, failed_question
+from drllm.records import (
+    FailedQuestion,
+    SearchRecord,
+    decode,
+    encode,
+    read_json_lines,
+    write_atomically,
+)
 from drllm.search.plan import compare
 from drllm.search.questions import Block
 
@@ -99,7 +105,8 @@ class Commits:
             RecordError: A file that can't be read, or holds other questions than its block's.
         """
         file = self._file(block)
-        read = [one for _, one in read_each(file, _question)]
+        rows = read_json_lines(file, dict[str, Any])
+        read = [_question(row, f"{file}, line {line}") for line, row in rows]
         records = [one for one in read if isinstance(one, SearchRecord)]
         failed = [one for one in read if isinstance(one, FailedQuestion)]
         if sorted(one.id for one in read) != sorted(example.id for example in block.examples):
@@ -139,5 +146,8 @@ def read_plan(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def _question(row: Mapping[str, Any]) -> SearchRecord | FailedQuestion:
-    return failed_question(row) if "error" in row else search_record(row)
+def _question(row: Mapping[str, Any], where: str) -> SearchRecord | FailedQuestion:
+    line = encode(row)
+    if "error" in row:
+        return decode(line, FailedQuestion, where)
+    return decode(line, SearchRecord, where)

@@ -1,38 +1,13 @@
-"""What a search has found, counted; and the record of a question that was set aside.
-
-Owns the numbers that progress and the last summary show, and a line of `search.failed.jsonl`.
-Leaves trying questions again to `attempts`. Loads no torch.
-"""
+"""What a search has found, counted."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from drllm.errors import RecordError
-from drllm.records import SearchRecord
+from drllm.records import FailedQuestion, SearchRecord
 from drllm.supervision import is_improving, survived
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FailedQuestion:
-    """A question that failed every time; one line of `search.failed.jsonl`.
-
-    Attributes:
-        id: Unique within the task.
-        task: The task's name.
-        question: The question's text.
-        error: Of the last attempt.
-        attempts: How often it was tried.
-    """
-
-    id: str
-    task: str
-    question: str
-    error: str
-    attempts: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,16 +51,3 @@ def tally(records: Sequence[SearchRecord], failed: Sequence[FailedQuestion]) -> 
             for record, paths in zip(records, kept, strict=True)
         ),
     )
-
-
-def failed_question(row: Mapping[str, Any]) -> FailedQuestion:
-    """Read one parsed line of `search.failed.jsonl`.
-
-    Raises:
-        RecordError: What is missing or wrong, without file and line.
-    """
-    for declared in dataclasses.fields(FailedQuestion):
-        kind = int if declared.name == "attempts" else str
-        if not isinstance(row.get(declared.name), kind):
-            raise RecordError(f"{declared.name!r} is missing or not {kind.__name__}")
-    return FailedQuestion(**{d.name: row[d.name] for d in dataclasses.fields(FailedQuestion)})

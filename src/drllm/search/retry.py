@@ -14,9 +14,9 @@ import torch
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, ModelError, RoutingError, TaskError
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.records import SearchRecord, to_lines
+from drllm.records import FailedQuestion, SearchRecord, to_lines
 from drllm.search.block import OnRound, search_block
-from drllm.search.counts import FailedQuestion, Tally, tally
+from drllm.search.counts import Tally, tally
 from drllm.search.questions import Block
 from drllm.tasks.base import Example
 

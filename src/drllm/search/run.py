@@ -15,6 +15,7 @@ from pathlib import Path
 from drllm.config import SearchConfig
 from drllm.errors import TaskError
 from drllm.records import (
+    FailedQuestion,
     clear_half_written,
     manifest_path,
     new_manifest,
@@ -25,7 +26,7 @@ from drllm.records import (
 )
 from drllm.search.block import search_block, search_path
 from drllm.search.commits import Commits
-from drllm.search.counts import FailedQuestion, Tally, tally
+from drllm.search.counts import Tally, tally
 from drllm.search.executors import Executor
 from drllm.search.plan import is_complete, new_plan
 from drllm.search.questions import Block, blocks_of, num_questions

@@ -2,14 +2,13 @@
 
 `rules` picks one question's target or says why there is none, `quotas` limits how many targets a
 task has, `selection` applies both to all questions, `summary` counts what was found and what
-became of it, `rejects` tells which questions got none, `files` reads search files and writes
+became of it, `files` reads search files and writes
 `supervision.jsonl`; `agreement` counts how far decisions agree with targets, and `baselines` what
 those that ignore the question would. Leaves trying and re-testing paths to the search, the file
 format to `records`, and what is learnt from a target to the training. Loads no torch.
 """
 
 from drllm.supervision.files import write
-from drllm.supervision.rejects import RejectedQuestion, rejected_path, rejected_question
 from drllm.supervision.rules import (
     REASONS,
     choose,
@@ -23,15 +22,12 @@ from drllm.supervision.summary import summarise
 
 __all__ = [
     "REASONS",
-    "RejectedQuestion",
     "Supervision",
     "check_settings",
     "choose",
     "is_improving",
     "is_saving",
     "is_valid",
-    "rejected_path",
-    "rejected_question",
     "summarise",
     "survived",
     "targets",

@@ -1,7 +1,7 @@
 """Whole files: search files of one base model in, `supervision.jsonl` with its manifest out.
 
 Owns which files may be joined, what the manifest tells, and in which order files are written.
-Leaves what becomes a target to `selection`, what is told of the others to `rejects`, and reading
+Leaves what becomes a target to `selection`, and reading
 and writing lines to `records`. Loads no torch.
 """
 
@@ -17,17 +17,18 @@ from typing import Any
 from drllm.config import SuperviseConfig
 from drllm.errors import RecordError
 from drllm.records import (
+    RejectedQuestion,
     SearchRecord,
     new_manifest,
     question_key,
     read_manifest,
     read_search,
+    rejected_path,
     to_lines,
     write_atomically,
     write_records,
 )
 from drllm.supervision.quotas import read_quotas
-from drllm.supervision.rejects import rejected_path, rejected_questions
 from drllm.supervision.rules import NO_KL, OVER_QUOTA, REASONS, SAVES_TOO_LITTLE, TWICE
 from drllm.supervision.select import Supervision, targets
 
@@ -77,7 +78,7 @@ def write(search_files: Sequence[Path], output: Path, config: SuperviseConfig) -
         zip(manifest["inputs"], _counts_by_file(sources, supervision), strict=True)
     )
     # First, so that targets with a manifest never lie beside the rejects of others.
-    rejected = to_lines(rejected_questions(records, supervision.reasons))
+    rejected = to_lines(_rejected(records, supervision.reasons))
     if rejected:
         write_atomically(rejected_path(output), rejected)
     elif rejected_path(output).is_file():
@@ -116,6 +117,22 @@ def _without_targets(summary: Mapping[str, Any]) -> str:
     return (
         f"none of the {summary['questions']} searched questions has a target ({reasons}); {remedy}"
     )
+
+
+def _rejected(
+    records: Sequence[SearchRecord], reasons: Sequence[str | None]
+) -> Iterator[RejectedQuestion]:
+    """Yield the records without a target, in order.
+
+    Args:
+        records: What was searched.
+        reasons: One for each: why it has no target, None where it has one.
+    """
+    for record, reason in zip(records, reasons, strict=True):
+        if reason is not None:
+            yield RejectedQuestion(
+                id=record.id, task=record.task, question=record.question, reason=reason
+            )
 
 
 def _counts_by_file(

@@ -11,6 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import UNSET
+
 from drllm.config import SuperviseConfig
 from drllm.errors import ConfigError, unknown_name
 from drllm.records import (
@@ -150,5 +152,5 @@ def _supervision_record(
         executions=path.executions,
         improving=is_improving(path, record),
         margin=path.margin,
-        valid_paths=valid_paths,
+        valid_paths=valid_paths or UNSET,
     )

@@ -26,8 +26,7 @@ from drllm.models.base.prompts import left_padded
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.records import SupervisionRecord, new_manifest
-from drllm.supervision import RejectedQuestion
+from drllm.records import RejectedQuestion, SupervisionRecord, new_manifest
 from drllm.training.feature_store import NOT_DONE, NOT_FINITE, Memory, Store
 from drllm.training.targets import OVERFLOWS, Targets, are_too_many, set_aside, targets_for
 

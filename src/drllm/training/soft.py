@@ -46,7 +46,7 @@ def soft_targets(records: Sequence[SupervisionRecord]) -> Tensor:
 
 def _mix(record: SupervisionRecord) -> Tensor:
     """Mix one question's paths, `[L, C]`."""
-    paths = [(path.decisions, path.weight) for path in record.valid_paths]
+    paths = [(path.decisions, path.weight) for path in record.valid_paths or ()]
     mix = torch.zeros(len(record.optimal_layer_config), NUM_DECISIONS, dtype=torch.float64)
     for decisions, weight in paths or [(record.optimal_layer_config, 1.0)]:
         mix[torch.arange(len(decisions)), list(decisions)] += weight

@@ -23,8 +23,7 @@ from torch import Tensor
 from drllm.errors import RecordError
 from drllm.models.base.prompts import context_length, encode
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.records import SupervisionRecord, to_lines, write_atomically
-from drllm.supervision import RejectedQuestion
+from drllm.records import RejectedQuestion, SupervisionRecord, to_lines, write_atomically
 
 TOO_LONG = "longer than the base model's context"
 NO_TOKENS = "prompt without tokens"

@@ -24,6 +24,7 @@ from drllm.cost import executions
 from drllm.errors import RecordError
 from drllm.paths import Decision
 from drllm.records import (
+    FailedQuestion,
     Retest,
     SearchRecord,
     TriedPath,
@@ -32,7 +33,6 @@ from drllm.records import (
     write_atomically,
     write_records,
 )
-from drllm.search.counts import FailedQuestion
 from drllm.supervision import targets, write
 
 KEPT = Retest(passed=3, asked=4, margin=0.5, survived=True)
@@ -443,7 +443,7 @@ def test_a_broken_line_of_the_failed_questions_is_named(tmp_path: Path):
     file = failed_file(tmp_path)
     file.write_text(file.read_text() + '{"error": "x"}\n')
 
-    with pytest.raises(RecordError, match=r"failed\.jsonl, line 3: 'id' is missing"):
+    with pytest.raises(RecordError, match=r"failed\.jsonl, line 3: .*`id`"):
         show(file, Terminal())
 
 

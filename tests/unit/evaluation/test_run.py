@@ -8,6 +8,7 @@ import json
 import math
 import random
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import to_path
-from drllm.records import read_lines, read_manifest
+from drllm.records import read_json_lines, read_manifest
 from drllm.reporting.measured import read_measured
 from drllm.statistics.paired import holm
 from drllm.tasks.base import get_task
@@ -105,7 +106,7 @@ def evaluated(base, routers_dir, task, tmp_path_factory):
     [path] = run_evaluation(
         base, routers_dir, [task], settings(), folder, lambda *args: calls.append(args)
     )
-    samples = [row for _, row in read_lines(folder / "samples.jsonl")]
+    samples = [row for _, row in read_json_lines(folder / "samples.jsonl", dict[str, Any])]
     return json.loads(path.read_text()), samples, calls
 
 
@@ -793,7 +794,7 @@ def test_an_interrupted_evaluation_is_not_continued_as_another(
 @pytest.mark.usefixtures("small_blocks")
 def test_blocks_change_no_outcome(base, routers_dir, task, evaluated, tmp_path):
     run_evaluation(base, routers_dir, [task], settings(), tmp_path)
-    samples = [row for _, row in read_lines(tmp_path / "samples.jsonl")]
+    samples = [row for _, row in read_json_lines(tmp_path / "samples.jsonl", dict[str, Any])]
     for sample, whole in zip(samples, evaluated[1], strict=True):
         for name, outcome in sample["systems"].items():
             other = whole["systems"][name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import msgspec
 import pytest
 
 from drllm.metrics import by_layer, hit_ratios, ratios, verdict
@@ -55,7 +56,7 @@ def test_the_yield_is_that_of_the_manifest_before_and_after_the_retest(run, lear
 
 
 def test_a_copy_of_a_question_is_told_and_counts_once(run):
-    copy = dataclasses.replace(run.search[0], task="another", id="copy")
+    copy = msgspec.structs.replace(run.search[0], task="another", id="copy")
     copied = dataclasses.replace(run, search=(*run.search, copy), summary={})
     (text, *_) = part(sections(copied), "What the search found")
 

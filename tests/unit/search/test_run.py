@@ -7,13 +7,22 @@ import json
 import logging
 import re
 import shutil
+import subprocess
+from typing import Any
 
 import pytest
 
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.records import manifest_path, read_lines, read_search, split_of, write_atomically
+from drllm.records import (
+    codec,
+    manifest_path,
+    read_json_lines,
+    read_search,
+    split_of,
+    write_atomically,
+)
 from drllm.search.block import search_path
 from drllm.search.executors import LocalExecutor
 from drllm.search.questions import blocks_of
@@ -399,8 +408,10 @@ def test_a_block_file_that_cannot_be_trusted_is_set_aside_and_searched_again(
 
 
 def test_what_a_kill_left_half_written_is_cleared_away(routed, facts, tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
     for name in ("search.jsonl", "search.manifest.json", "search.failed.jsonl"):
-        (tmp_path / f".{name}.0123").write_text("half")
+        (tmp_path / f".{name}.{codec._host()}-{ended.pid}-01234567").write_text("half")
     run(routed, tmp_path, [facts])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "search.jsonl",
@@ -429,7 +440,9 @@ def test_questions_that_fail_are_set_aside_and_the_run_goes_on(some_fail, tmp_pa
     routed, task = some_fail
     output = run(routed, tmp_path / "out", [task], limit=None)
     bad = {e.id for e in task.examples("search") if "~" in e.question}
-    rows = [row for _, row in read_lines(tmp_path / "out" / "search.failed.jsonl")]
+    rows = [
+        row for _, row in read_json_lines(tmp_path / "out" / "search.failed.jsonl", dict[str, Any])
+    ]
     assert {row["id"] for row in rows} == bad
     assert {tuple(row) for row in rows} == {("id", "task", "question", "error", "attempts")}
     assert {3} == {row["attempts"] for row in rows}
@@ -467,7 +480,7 @@ def test_a_question_beyond_the_context_is_set_aside_and_its_neighbours_are_searc
 
     found = read_search(run(routed, tmp_path / "out", [task], limit=None, block_size=8))
 
-    [[_, failed]] = read_lines(tmp_path / "out" / "search.failed.jsonl")
+    [[_, failed]] = read_json_lines(tmp_path / "out" / "search.failed.jsonl", dict[str, Any])
     assert failed["question"] == long["question"]
     says = r"ModelError: a prompt of the question has \d+ tokens, .* context holds 256; shorten"
     assert re.match(says, failed["error"])

@@ -12,8 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from drllm.errors import ModelError, RecordError
 from drllm.models.routing.policies import RandomPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.records import SupervisionRecord, read_each
-from drllm.supervision import rejected_question
+from drllm.records import RejectedQuestion, SupervisionRecord, read_json_lines
 from drllm.training.examples import digest, sizes
 from drllm.training.feature_store import Store
 from drllm.training.features import collect
@@ -279,7 +278,7 @@ def test_states_that_overflow_are_refused_where_they_are_many(overflowing, tmp_p
 def test_rejected_targets_are_written_and_taken_away_again(overflowing, tmp_path):
     features = collect(overflowing, Letters(), RECORDS, num_windows=W)
     path = write_rejected(tmp_path, features.rejected)
-    [(_, found)] = read_each(path, rejected_question)
+    [(_, found)] = read_json_lines(path, RejectedQuestion)
     assert found == features.rejected[0]
     assert write_rejected(tmp_path, ()) is None
     assert not path.exists()

@@ -10,11 +10,13 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -114,7 +116,7 @@ def test_one_pass_pools_what_routing_first_and_then_following_the_routes_does():
     routes = routes_of(routed, routed.policy, [tokens(record) for record in records]).tolist()
     routed.detach()
     followed = [
-        replace(record, optimal_layer_config=check_decisions(route, L))
+        structs.replace(record, optimal_layer_config=check_decisions(route, L), executions=nan)
         for record, route in zip(records, routes, strict=True)
     ]
     expected = pool_own(followed, None)
@@ -293,9 +295,9 @@ def test_each_seed_follows_its_own_routes_and_keeps_no_others(tmp_path):
 
 def test_soft_targets_stay_those_of_the_question(tmp_path):
     full = WeightedPath(decisions=(1,) * L, weight=1.0)
-    records = [replace(record, valid_paths=(full,)) for record in make_records(N)]
+    records = [structs.replace(record, valid_paths=(full,)) for record in make_records(N)]
     records[::2] = [
-        replace(
+        structs.replace(
             record,
             valid_paths=(full, WeightedPath(decisions=record.optimal_layer_config, weight=3.0)),
         )
@@ -320,7 +322,7 @@ def test_a_target_that_cannot_be_run_along_a_route_is_left_out_there_and_said(tm
     def pool(records, store, routers=None, **options):
         if routers is None:
             return pool_own(records, store, routers, **options)
-        long = replace(records[4], prompt="x" * 49)
+        long = structs.replace(records[4], prompt="x" * 49)
         return pool_own([*records[:4], long, *records[5:]], store, routers, **options)
 
     train(tmp_path, ONE, pool=pool)

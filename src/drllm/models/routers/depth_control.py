@@ -25,7 +25,7 @@ from drllm.models.base.prompts import context_length, encode, left_padded, rende
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FullPolicy, Policy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.records import read_lines
+from drllm.records import read_json_lines
 
 TOLERANCE = 0.25
 """Executions that the mean over the calibration set may lie from the wanted one. Less is often
@@ -232,7 +232,7 @@ def read_calibration(path: Path) -> list[CalibrationText]:
         RecordError: A file that can't be read, or a line without a text; names file and line.
     """
     texts = []
-    for line, row in read_lines(path):
+    for line, row in read_json_lines(path, dict[str, Any]):
         name = "prompt" if "prompt" in row else "question"
         text = row.get(name)
         if not isinstance(text, str) or not text.strip():

@@ -1,0 +1,177 @@
+"""A records file and its manifest: what made it, from what, and its hash."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from drllm.errors import RecordError
+from drllm.records.codec import (
+    SCHEMA_VERSION,
+    Upgrade,
+    encode,
+    read_json,
+    read_json_lines,
+    refuse_odd_file,
+    sha256,
+    worded,
+    write_atomically,
+    write_json,
+)
+
+LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "math-verify")
+
+
+class _Record(Protocol):
+    @property
+    def id(self) -> str: ...
+    @property
+    def task(self) -> str: ...
+
+
+Record = TypeVar("Record", bound=_Record)
+
+
+class _Manifest(msgspec.Struct):
+    """What must be of which type; stages add keys of their own."""
+
+    schema: str
+    schema_version: int
+    model: dict[str, Any]
+    config: dict[str, Any] = {}
+    inputs: dict[str, str] = {}
+    libraries: dict[str, str] = {}
+    drllm_version: str = ""
+    created: str = ""
+    num_records: int = 0
+    sha256: str = ""
+    plan: dict[str, Any] = {}
+    num_failed: int = 0
+    summary: dict[str, Any] = {}
+    rewards: list[str] = []
+    files: dict[str, Any] = {}
+
+
+def manifest_path(path: Path) -> Path:
+    """Return where the manifest of a records file lies: `search.jsonl` → `search.manifest.json`."""
+    return path.with_name(path.name.removesuffix(".jsonl") + ".manifest.json")
+
+
+def new_manifest(
+    schema: str,
+    *,
+    model: Mapping[str, Any],
+    config: Mapping[str, Any],
+    inputs: Sequence[Path] = (),
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Gather what a reader needs to trust and reproduce a records file.
+
+    Args:
+        schema: `search`, `supervision`, …
+        model: Identity of the base model (id, revision, class, num_layers, fingerprint).
+        config: The resolved settings.
+        inputs: Files that were read; their hashes are stored, by name where names differ.
+        extra: More keys of the stage's own.
+    """
+    distinct = len({file.name for file in inputs}) == len(inputs)
+    return {
+        "schema": f"drllm.{schema}",
+        "schema_version": SCHEMA_VERSION,
+        "drllm_version": importlib.metadata.version("drllm"),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": dict(model),
+        "config": dict(config),
+        "inputs": {file.name if distinct else str(file): sha256(file) for file in inputs},
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        **(extra or {}),
+    }
+
+
+def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
+    """Read the manifest of a records file.
+
+    Returns:
+        The manifest, or None where there is none (a file of the user's own).
+
+    Raises:
+        RecordError: A broken manifest, one of another kind of file, or of a newer version.
+    """
+    file = manifest_path(path)
+    if not refuse_odd_file(file, "read"):
+        return None
+    manifest = read_json(file, dict[str, Any])
+    if manifest.get("schema") != f"drllm.{kind}":
+        raise RecordError(
+            f"{file} says {manifest.get('schema')!r}; expected 'drllm.{kind}'. Is it the right "
+            f"file?"
+        )
+    try:
+        msgspec.convert(manifest, _Manifest)
+    except msgspec.ValidationError as error:
+        raise RecordError(f"{file}: {worded(error)}; make {path.name} again") from error
+    return manifest
+
+
+def read_records(
+    path: Path, kind: type[Record], schema: str, upgrade: Upgrade | None = None
+) -> list[Record]:
+    """Read and check a whole records file.
+
+    Args:
+        path: The `.jsonl` file.
+        kind: The struct of a line.
+        schema: What its manifest, if there is one, says that it is (`search`, …).
+        upgrade: Rewrites lines of older versions.
+
+    Raises:
+        RecordError: What `read_json_lines` or `read_manifest` refuse; a file that isn't the one
+            its manifest was written for; an id that a task has twice.
+    """
+    manifest = read_manifest(path, schema)
+    records: list[Record] = []
+    seen: dict[tuple[str, str], int] = {}
+    for line, record in read_json_lines(path, kind, upgrade):
+        earlier = seen.setdefault((record.task, record.id), line)
+        if earlier != line:
+            raise RecordError(
+                f"{path}, line {line}: question {record.id!r} of task {record.task!r} is in line "
+                f"{earlier} already; keep one of them"
+            )
+        records.append(record)
+    if manifest is not None and manifest.get("sha256") != sha256(path):
+        raise RecordError(
+            f"{path} was changed or cut off after it was written (its manifest has another hash); "
+            f"make it again, or delete {manifest_path(path).name} to use it as a file of your own"
+        )
+    return records
+
+
+def to_lines(records: Iterable[Any]) -> str:
+    """Write records as the text of a JSON lines file."""
+    return b"".join(encode(record) + b"\n" for record in records).decode()
+
+
+def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any]) -> None:
+    """Write a whole records file and its manifest, each atomically.
+
+    Args:
+        path: The `.jsonl` file.
+        records: What becomes one line each.
+        manifest: From `new_manifest`; gets the number of records and the file's hash.
+    """
+    text = to_lines(records)
+    refuse_odd_file(path, "write")
+    if refuse_odd_file(manifest_path(path), "write"):
+        try:
+            manifest_path(path).unlink()  # never a new file with an old manifest
+        except OSError as error:
+            raise RecordError(f"can't write {manifest_path(path)}: {error.strerror}") from error
+    write_atomically(path, text)
+    complete = {**manifest, "num_records": text.count("\n"), "sha256": sha256(path)}
+    write_json(manifest_path(path), complete)

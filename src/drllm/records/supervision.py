@@ -1,0 +1,185 @@
+"""Target paths to train routers on: `supervision.jsonl` and `supervision.rejected.jsonl`.
+
+Axes: L layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from drllm.cost import executions
+from drllm.errors import PathError, RecordError
+from drllm.paths import Decisions, check_decisions
+from drllm.records.manifest import read_records
+from drllm.records.search import Question
+from drllm.records.splits import question_key
+
+_FROM_QUESTION = "\ud800"
+"""A text that no file can hold, for fields whose default follows from the question."""
+_SAME_TARGET = ("question", "prompt", "optimal_layer_config")
+"""What has to be equal for two lines to be one target; a margin differs in its last bits."""
+
+
+class WeightedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One of a question's valid paths, for soft targets.
+
+    Attributes:
+        decisions: `[L]`.
+        weight: What it counts beside the question's others; above 0.
+    """
+
+    decisions: Decisions
+    weight: float
+
+    def __post_init__(self) -> None:
+        check_decisions(self.decisions)
+        if not self.weight > 0:
+            raise ValueError(f"'weight' is {self.weight}; it must be above 0")
+
+
+class SupervisionRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One target path to train routers on; one line of `supervision.jsonl`.
+
+    A file of one's own needs `question`, `optimal_layer_config` and `answer` only, and may have
+    further columns.
+
+    Attributes:
+        question: The question's text.
+        optimal_layer_config: The target path's decisions, `[L]`.
+        answer: The gold answer's text.
+        prompt: The text that the routers read; the question itself where a file has none.
+        id: Unique within the task.
+        task: The task's name.
+        executions: Cost of the target path in layer equivalents.
+        improving: The full path failed and the target path doesn't.
+        margin: The target path's margin in nats; None where not known.
+        valid_paths: All paths that might have been the target, the target too; unset where they
+            weren't asked for.
+    """
+
+    question: str
+    optimal_layer_config: Decisions
+    answer: str
+    prompt: str = _FROM_QUESTION
+    id: str = _FROM_QUESTION
+    task: str = "own"
+    executions: float = math.nan
+    improving: bool = False
+    margin: float | None = None
+    valid_paths: tuple[WeightedPath, ...] | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        try:
+            check_decisions(self.optimal_layer_config)
+        except PathError as error:
+            raise ValueError(f"'optimal_layer_config': {error}") from error
+        if self.prompt == _FROM_QUESTION:
+            msgspec.structs.force_setattr(self, "prompt", self.question)
+        if self.id == _FROM_QUESTION:
+            digest = hashlib.sha256(self.question.encode()).hexdigest()[:16]
+            msgspec.structs.force_setattr(self, "id", digest)
+        for name in ("question", "prompt"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"{name!r} is empty")
+        cost = executions(self.optimal_layer_config)
+        if math.isnan(self.executions):
+            msgspec.structs.force_setattr(self, "executions", cost)
+        elif self.executions != cost:
+            raise ValueError(f"'executions' is {self.executions}, the decisions cost {cost}")
+        if self.valid_paths:
+            self._check_valid_paths(self.valid_paths)
+
+    def _check_valid_paths(self, paths: Sequence[WeightedPath]) -> None:
+        for path in paths:
+            check_decisions(path.decisions, len(self.optimal_layer_config))
+        distinct = {path.decisions for path in paths}
+        if self.optimal_layer_config not in distinct:
+            raise ValueError("'valid_paths' lacks the target path itself")
+        if len(distinct) != len(paths):
+            raise ValueError("'valid_paths' holds the same decisions twice")
+
+
+class RejectedQuestion(Question, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A question without a target; one line of `supervision.rejected.jsonl`.
+
+    Attributes:
+        reason: Why it has none.
+    """
+
+    reason: str
+
+
+def rejected_path(supervision: Path) -> Path:
+    """Return where the questions without a target lie.
+
+    Example:
+        >>> rejected_path(Path("data/supervision.jsonl")).name
+        'supervision.rejected.jsonl'
+    """
+    return supervision.with_name(supervision.name.removesuffix(".jsonl") + ".rejected.jsonl")
+
+
+def read_supervision(path: Path | str) -> list[SupervisionRecord]:
+    """Read and check a whole `supervision.jsonl`; see `join_supervision`."""
+    return join_supervision([Path(path)])
+
+
+def join_supervision(paths: Sequence[Path]) -> list[SupervisionRecord]:
+    """Read several `supervision.jsonl` files as one, in this order.
+
+    A target that stands in two of them counts once.
+
+    Args:
+        paths: The files, at least one; the shards of a search, say, or those of other tasks.
+
+    Raises:
+        RecordError: What `read_records` refuses of one file; a file named twice; targets of
+            different numbers of layers; one question with two targets, under whatever ids, or one
+            id with two questions or prompts.
+    """
+    joined: list[SupervisionRecord] = []
+    by_id: dict[tuple[str, str], tuple[SupervisionRecord, Path]] = {}
+    by_question: dict[tuple[str, str], tuple[SupervisionRecord, str]] = {}
+    first: tuple[int, str] | None = None
+    for path, line, record in _each(paths):
+        where = f"{path}, line {line}"
+        layers = len(record.optimal_layer_config)
+        first = first or (layers, where)
+        if layers != first[0]:
+            raise RecordError(
+                f"{where}: 'optimal_layer_config' has {layers} layers, that of {first[1]} has "
+                f"{first[0]}; give targets of one base model"
+            )
+        same, file = by_id.setdefault((record.task, record.id), (record, path))
+        for name in _SAME_TARGET:
+            if getattr(same, name) != getattr(record, name):
+                raise RecordError(
+                    f"{path} and {file} differ in {name!r} of question {record.id!r} of task "
+                    f"{record.task!r}; leave one of them out"
+                )
+        if file != path:
+            continue  # a copy
+        asked = (record.task, question_key(record.question))
+        other, earlier = by_question.setdefault(asked, (record, where))
+        if other.optimal_layer_config != record.optimal_layer_config:
+            raise RecordError(
+                f"{where}: {earlier} has the same question with another target (ids {record.id!r} "
+                f"and {other.id!r} of task {record.task!r}); leave one of them out"
+            )
+        joined.append(record)
+    return joined
+
+
+def _each(paths: Sequence[Path]) -> Iterator[tuple[Path, int, SupervisionRecord]]:
+    for number, path in enumerate(paths):
+        if path.resolve() in [earlier.resolve() for earlier in paths[:number]]:
+            raise RecordError(f"{path} is given twice; name each supervision file once")
+        records = read_records(path, SupervisionRecord, "supervision")
+        for line, record in enumerate(records, start=1):
+            yield path, line, record
