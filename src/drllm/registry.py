@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
@@ -22,7 +23,8 @@ class Registry(Generic[T]):
     Args:
         kind: What a name stands for, in the singular, for messages ("baseline").
         modules: Modules that register on import; they are imported on the first look-up, so that
-            making the registry loads nothing.
+            making the registry loads nothing. `package.*` is every module of a package, so that
+            adding one is adding a file.
         error: What an unknown name raises.
 
     Example:
@@ -89,5 +91,9 @@ class Registry(Generic[T]):
 
     def _loaded(self) -> dict[str, T]:
         for module in self._modules:
-            importlib.import_module(module)
+            found = importlib.import_module(module.removesuffix(".*"))
+            if module.endswith(".*"):
+                for each in pkgutil.iter_modules(found.__path__, f"{found.__name__}."):
+                    importlib.import_module(each.name)
+        self._modules = ()
         return self._entries

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from drllm.tasks.published.task import forget
 
 
 @pytest.fixture
@@ -53,11 +55,13 @@ class FakeHub:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A hub whose files the test puts there."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import datasets
+    forget()
     fake = FakeHub(datasets.load_dataset)
     monkeypatch.setattr(datasets, "load_dataset", fake.load_dataset)
-    return fake
+    yield fake
+    forget()

@@ -52,3 +52,20 @@ def test_modules_are_imported_on_the_first_look_up(
 
     assert "registered_late" not in sys.modules
     assert late.things.get("x") is len
+
+
+def test_every_module_of_a_package_is_found_without_being_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / "shapes" / "__init__.py").write_text("")
+    for name in ("square", "circle"):
+        text = f"import shape_table\nshape_table.shapes.register({name!r})(len)\n"
+        (tmp_path / "shapes" / f"{name}.py").write_text(text)
+    (tmp_path / "shape_table.py").write_text(
+        "from drllm.registry import Registry\nshapes = Registry('shape', ['shapes.*'])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import shape_table  # type: ignore[import-not-found]
+
+    assert sorted(shape_table.shapes) == ["circle", "square"]

@@ -26,7 +26,8 @@ from lm_eval.utils import setup_logging
 
 from drllm.cli.checks import check_folder
 from drllm.errors import ConfigError, TaskError, unknown_name
-from drllm.evaluation.lm_eval.own_tasks import OwnTasks, is_ours, own_tasks, placed
+from drllm.evaluation.lm_eval.own_tasks import OwnTasks, own_tasks, placed
+from drllm.tasks.base import is_task_name
 
 FOLDER = "tasks"
 """Below `--output_path`: the task folders of the runs whose results are there."""
@@ -80,6 +81,12 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
     data_dir, split = args.data_dir, args.split
     del args.data_dir, args.split  # the harness takes what it doesn't know for settings of its own
     settings = _settings(args)
+    names = _names(settings.tasks or ())
+    if not names:
+        raise ConfigError(
+            "no task is named; give --tasks NAME,NAME: 'drllm lm-eval ls tasks' lists the harness' "
+            "tasks and 'drllm ls tasks' drllm's, which need --split or --data_dir"
+        )
     output = _output_folder(settings.output_path)
     if settings.model == "drllm" and settings.device == EvaluatorConfig().device:
         # Named by nobody; unlike the harness we don't go on without a device that was asked for.
@@ -91,7 +98,7 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
     own = None
     if data_dir is not None or split is not None:
         own = own_tasks(
-            _names(settings.tasks),
+            names,
             split=split or "test",
             limit=settings.limit,
             data_dir=data_dir,
@@ -109,7 +116,7 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
             args.tasks = own.names
             theirs = [settings.include_path] if settings.include_path else []
             args.include_path = [*theirs, str(folder)] if theirs else str(folder)
-        _execute(harness, args, _names(settings.tasks), settings.include_path)
+        _execute(harness, args, names, settings.include_path)
 
 
 def _execute(
@@ -131,7 +138,9 @@ def _execute(
         raise TaskError(_nearest(missing[1].split(", ")[0], include_path)) from error
     except unreached as error:
         cause = " ".join(str(error).split())
-        ours = ", --data_dir FOLDER has drllm's tasks read from files" * any(map(is_ours, names))
+        ours = ", --data_dir FOLDER has drllm's tasks read from files" * any(
+            map(is_task_name, names)
+        )
         raise TaskError(
             f"the questions of a task can't be fetched from the hub ({cause.rstrip('.')}); connect "
             f"or log in (hf auth login){ours}"
@@ -196,7 +205,7 @@ def _nearest(name: str, include_path: str | None) -> str:
     """Say which task was meant; the harness has thousands, so not which there are."""
     import lm_eval.tasks
 
-    if is_ours(name):
+    if is_task_name(name):
         return (
             f"task {name!r} is drllm's and not the harness' own; give --split test, or "
             f"--data_dir FOLDER to have its questions read from files"

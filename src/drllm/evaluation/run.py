@@ -24,7 +24,7 @@ from drllm.evaluation.baselines.random_routes import share_unchanged
 from drllm.evaluation.baselines.registry import BASELINES, DRAWN, PERMUTED, check, depths, named
 from drllm.evaluation.blocks import Keep
 from drllm.evaluation.choosing import Choosing
-from drllm.evaluation.lm_eval.folders import write_task_folder
+from drllm.evaluation.lm_eval.folders import task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.evaluation.measured_cost import check_name, write_measured
@@ -186,9 +186,8 @@ class _Evaluation:
     def asked(self, task: Task, split: str, limit: int | None, use: str = "") -> AskedTask:
         """Return the questions of a task, by way of a task folder; one for each use of a split."""
         folder = self.output_dir / TASKS_FOLDER / f"{use}{split}"
-        [written] = write_task_folder(
+        [written], files = task_folder(
             [task],
-            folder,
             split=split,
             limit=limit,
             seed=self.config.seed,
@@ -196,6 +195,7 @@ class _Evaluation:
             num_fewshot=self.config.num_fewshot,
             max_length=self.lm.max_length,
         )
+        files.write(folder)
         asked = AskedTask(written, folder, self.lm, chat=self.config.chat)
         self.partial.check_questions(f"{task.name}, {limit or 'all'} of {split}", asked.digest())
         return asked

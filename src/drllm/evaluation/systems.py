@@ -32,7 +32,7 @@ from drllm.evaluation.blocks import (
 )
 from drllm.evaluation.latency import device_clock
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.questions import Request
+from drllm.evaluation.lm_eval.requests import Request
 from drllm.evaluation.lm_eval.scoring import Answer, PolicyOf
 from drllm.evaluation.lm_eval.task import AskedTask, Graded, Key
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy

@@ -1,24 +1,29 @@
-"""What a task is: where its questions come from, how they are asked, and how answers are graded.
+"""What a task is: its questions, how a search and an evaluation ask them; and the registry.
 
-Owns the contract between question sets and everything that asks them, and the table of names.
-A task never sees a model or a tokenizer: it hands out texts and grades texts. Loads no torch.
+A task never sees a model or a tokenizer: it hands out texts. Loads no torch.
 """
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from drllm.config import SPLITS
 from drllm.errors import TaskError, unknown_name
+from drllm.registry import Registry
 
 Question = TypeVar("Question")
 """An example, alone or with what belongs to it."""
+
+Row: TypeAlias = Mapping[str, Any]
+"""One object of a task's file, in the schema of the hub or of a data folder."""
+
+QuestionRow: TypeAlias = tuple["Example", Row]
+"""A question, and the row that it was read from."""
 
 OPTIONS_REWARD = "loglikelihood"
 """The reward of every task that has options, and the one that an evaluation uses."""
@@ -40,8 +45,8 @@ class Example:
             subject. Empty for most; a question is recognised by its own text alone.
     """
 
-    id: str
-    task: str
+    id: str = ""
+    task: str = ""
     question: str
     choices: tuple[str, ...] = ()
     gold: int | None = None
@@ -64,7 +69,7 @@ class Prompt:
             leading space; else empty.
         gold: Index of the right continuation; None for generated answers.
         chat: Send `text` as the user's turn of the tokenizer's chat template, where it has one.
-        max_new_tokens: Most tokens that a generated answer may have.
+        max_new_tokens: Maximum tokens of a generated answer.
         normalised: Score continuations by log-probability per character (as `acc_norm` of
             lm-evaluation-harness does), not by their sum. Only re-tests ask for it.
         letters: For `letter`, the letters that name an option.
@@ -82,21 +87,90 @@ class Prompt:
     letters: str = "ABCDE"
 
 
+class Form(ABC):
+    """How the questions of a task are asked in a search; `forms` has the usual ones.
+
+    Attributes:
+        rewards: The rewards that fit, the default first.
+    """
+
+    rewards: tuple[str, ...]
+
+    @abstractmethod
+    def prompt(self, example: Example, reward: str) -> Prompt:
+        """Return how a question is asked for one of the rewards."""
+
+    @abstractmethod
+    def retests(self, example: Example, reward: str) -> tuple[Prompt, ...]:
+        """Return other ways of asking the same question."""
+
+
+class Function(str):
+    """A function that a task file of the harness names by `!function`, as `module.name`."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Harness:
+    """How lm-evaluation-harness asks a task in an evaluation.
+
+    Attributes:
+        file: The harness' task file below its `tasks`, with `{part}` where there is one for each
+            part of the set; empty where `settings` are all there is.
+        columns: The columns that the task file reads: names that are taken as they stand, or a
+            function that makes them of a question and its row.
+        settings: Changes to the harness' file or, without one, the whole task.
+        generated: Answers are generated; else options are scored.
+        metric: The metric that counts, of those that the harness reports.
+        filter: Which of the harness' filters of a generated text it is taken from.
+        shots: Worked examples before a question unless another number is asked for.
+        only_zero_shot: Why no number can be asked for; empty where one can.
+        max_new_tokens: Maximum tokens of an answer; 0 where options are scored.
+        part_of: The column with the part that a row belongs to; empty for sets of one part.
+        notes: What a reader of results must know.
+    """
+
+    columns: tuple[str, ...] | Callable[[Example, Row], dict[str, Any]]
+    file: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    generated: bool = False
+    metric: str = "acc"
+    filter: str = "none"
+    shots: int = 0
+    only_zero_shot: str = ""
+    max_new_tokens: int = 0
+    part_of: str = ""
+    notes: tuple[str, ...] = ()
+
+    def row_of(self, example: Example, row: Row) -> dict[str, Any]:
+        """Return the columns of one question."""
+        if callable(self.columns):
+            return self.columns(example, row)
+        return {name: row[name] for name in self.columns}
+
+
 class Task(ABC):
     """A set of questions and the ways of asking them.
 
     Attributes:
         name: As users write it.
         description: One line for `drllm ls tasks`.
-        rewards: The rewards that fit, the default first; none where the task is only evaluated.
+        form: How a search asks; None where the task is only evaluated.
+        harness: How an evaluation asks; None: as a search does.
+        group: A name that stands for this task and others; empty for most.
+        aliases: Other names of the task, accepted wherever its own is.
     """
 
     name: str
     description: str
-    rewards: tuple[str, ...]
+    form: Form | None = None
+    harness: Harness | None = None
+    group: str = ""
+    aliases: tuple[str, ...] = ()
 
     @abstractmethod
-    def examples(self, split: str, data_dir: Path | None = None) -> list[Example]:
+    def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split (`search`, `fit`, `select`, `test`), in fixed order.
 
         Args:
@@ -108,16 +182,36 @@ class Task(ABC):
             TaskError: No such file, no network, or a line that can't be used (with its number).
         """
 
-    @abstractmethod
-    def prompt(self, example: Example, reward: str) -> Prompt:
-        """Return how the question is asked."""
+    def rows(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
+        """Return the questions of one split, each with its row; empty where there are no rows."""
+        return [(example, {}) for example in self.examples(split, data_dir)]
 
-    @abstractmethod
+    def shots(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
+        """Return the questions that may be shown, with their answers, before those of a split.
+
+        They are those of another split: what is shown is never what is reported.
+        """
+        return self.rows(shots_split(check_split(split)), data_dir)
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """The rewards that fit, the default first; none where the task is only evaluated."""
+        return () if self.form is None else self.form.rewards
+
+    def prompt(self, example: Example, reward: str) -> Prompt:
+        """Return how the question is asked; refuse a reward that doesn't fit."""
+        self.check_reward(reward)
+        assert self.form is not None
+        return self.form.prompt(example, reward)
+
     def retests(self, example: Example, reward: str) -> tuple[Prompt, ...]:
         """Return the other ways of asking the same question that a lucky path must survive.
 
         Source: ours (docs/differences.md, D-05).
         """
+        self.check_reward(reward)
+        assert self.form is not None
+        return self.form.retests(example, reward)
 
     def check_reward(self, reward: str | None) -> str:
         """Return the reward to use, or refuse what the task can't grade.
@@ -130,7 +224,10 @@ class Task(ABC):
             TaskError: Naming the rewards that fit, or saying that the task is only evaluated.
         """
         if not self.rewards:
-            raise TaskError(self.only_evaluated())
+            raise TaskError(
+                f"task {self.name!r} is only evaluated and can't be searched; "
+                f"'drllm ls tasks' shows which tasks have rewards"
+            )
         if reward is None:
             return self.rewards[0]
         fitting = [name for name in reward.split(",") if name in self.rewards]
@@ -141,20 +238,9 @@ class Task(ABC):
             )
         return fitting[0]
 
-    def only_evaluated(self) -> str:
-        """Word the message for a task that has no rewards."""
-        return (
-            f"task {self.name!r} is only evaluated and can't be searched; "
-            f"'drllm ls tasks' shows which tasks have rewards"
-        )
-
 
 def check_split(split: str) -> str:
-    """Return the split's name, or refuse one that doesn't exist.
-
-    Raises:
-        TaskError: Naming the nearest and all splits.
-    """
+    """Return the split's name, or refuse one that doesn't exist."""
     if split not in SPLITS:
         raise TaskError(unknown_name("split", split, SPLITS))
     return split
@@ -163,13 +249,8 @@ def check_split(split: str) -> str:
 def shots_split(split: str, splits: Sequence[str] = SPLITS) -> str:
     """Return the split whose questions may be shown, with answers, before those of another.
 
-    Args:
-        split: What is asked.
-        splits: Those that the task has.
-
-    Returns:
-        `fit`, on which nothing is chosen or reported; where it is asked itself or the task has
-        none, the first of the others.
+    It is `fit`, on which nothing is chosen or reported; where that is asked itself, or the task
+    doesn't have it, the first of the others.
 
     Example:
         >>> shots_split("test"), shots_split("fit"), shots_split("test", ("select", "test"))
@@ -178,40 +259,57 @@ def shots_split(split: str, splits: Sequence[str] = SPLITS) -> str:
     return next(name for name in ("fit", *splits) if name in splits and name != split)
 
 
-TASKS: dict[str, str] = {
-    "agieval": "drllm.tasks.agieval:AGIEVAL",
-    "aime24": "drllm.tasks.aime24:AIME24",
-    "arc_easy": "drllm.tasks.arc:ARC_EASY",
-    "arc_challenge": "drllm.tasks.arc:ARC_CHALLENGE",
-    "commonsense_qa": "drllm.tasks.commonsense_qa:COMMONSENSE_QA",
-    "commonsense_qa_cloze": "drllm.tasks.commonsense_qa:COMMONSENSE_QA_CLOZE",
-    "dart-1": "drllm.tasks.dart:DART_1",
-    "dart-2": "drllm.tasks.dart:DART_2",
-    "dart-3": "drllm.tasks.dart:DART_3",
-    "dart-4": "drllm.tasks.dart:DART_4",
-    "dart-5": "drllm.tasks.dart:DART_5",
-    "gpqa_diamond": "drllm.tasks.gpqa_diamond:GPQA_DIAMOND",
-    "gsm8k": "drllm.tasks.gsm8k:GSM8K",
-    "hellaswag": "drllm.tasks.hellaswag:HELLASWAG",
-    "mmlu": "drllm.tasks.mmlu:MMLU",
-    "mmlu_cloze": "drllm.tasks.mmlu:MMLU_CLOZE",
-    "piqa": "drllm.tasks.piqa:PIQA",
-    "squad_v2": "drllm.tasks.squad_v2:SQUAD_V2",
-    "truthfulqa": "drllm.tasks.truthfulqa:TRUTHFULQA",
-    "winogrande": "drllm.tasks.winogrande:WINOGRANDE",
-    "builtin_facts": "drllm.tasks.builtin_facts:BUILTIN_FACTS",
-    "builtin_arithmetic": "drllm.tasks.math:BUILTIN_ARITHMETIC",
-}
-"""Name → `module:attribute`, resolved on use. A task is added here and in one file of its own."""
+def choose(examples: Sequence[Question], limit: int | None, seed: int) -> list[Question]:
+    """Return at most `limit` examples, drawn with the seed, in their own order.
 
-GROUPS: dict[str, tuple[str, ...]] = {
-    "arc": ("arc_easy", "arc_challenge"),
-    "dart": ("dart-1", "dart-2", "dart-3", "dart-4", "dart-5"),
-}
-"""Names that stand for several tasks wherever a list of tasks is given."""
+    Which places are drawn depends on how many there are, not on what they hold.
+    """
+    if limit is None or limit >= len(examples):
+        return list(examples)
+    kept = sorted(Random(seed).sample(range(len(examples)), limit))
+    return [examples[place] for place in kept]
 
-PUBLISHED_NAMES: dict[str, str] = {"squadv2": "squad_v2"}
-"""Other names under which a task is known, accepted wherever ours are."""
+
+# --- the registry ------------------------------------------------------------------------------
+
+TASKS: Registry[Task] = Registry(
+    "task", ["drllm.tasks.published.*", "drllm.tasks.builtin"], error=TaskError
+)
+"""Every task by name. A module of `tasks/published` is found without being named anywhere."""
+
+Registered = TypeVar("Registered", Task, type[Task])
+
+
+def register(task: Registered) -> Registered:
+    """Register a task under its name; as a decorator of a class, an instance of it."""
+    made = task() if isinstance(task, type) else task
+    TASKS.register(made.name)(made)
+    return task
+
+
+def groups() -> dict[str, tuple[str, ...]]:
+    """Return the names that stand for several tasks wherever a list of tasks is given."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name in TASKS:
+        if group := TASKS.get(name).group:
+            found[group] = (*found.get(group, ()), name)
+    return found
+
+
+def is_task_name(name: str) -> bool:
+    """Say whether a name is that of a task, a group, an alias, or a file of questions.
+
+    Example:
+        >>> is_task_name("arc"), is_task_name("mine.jsonl"), is_task_name("lambada_openai")
+        (True, True, False)
+    """
+    own_name = _own_name(name)
+    return own_name in TASKS or own_name in groups() or name.endswith((".jsonl", ".jsonl.gz"))
+
+
+def task_names() -> list[str]:
+    """Return the names of all tasks and groups, sorted."""
+    return sorted({*TASKS, *groups()})
 
 
 def get_task(name: str) -> Task:
@@ -228,14 +326,12 @@ def get_task(name: str) -> Task:
         from drllm.tasks.files import FileTask
 
         return FileTask(Path(name))
-    name = PUBLISHED_NAMES.get(name, name)
-    if name in GROUPS:
-        raise TaskError(f"{name!r} stands for {', '.join(GROUPS[name])}; name one of them")
-    if name not in TASKS:
-        raise TaskError(unknown_name("task", name, {**TASKS, **GROUPS}) + ", or a .jsonl file")
-    module, attribute = TASKS[name].split(":")
-    task: Task = getattr(importlib.import_module(module), attribute)
-    return task
+    name = _own_name(name)
+    if name in TASKS:
+        return TASKS.get(name)
+    if name in groups():
+        raise TaskError(f"{name!r} stands for {', '.join(groups()[name])}; name one of them")
+    raise TaskError(unknown_name("task", name, task_names()) + ", or a .jsonl file")
 
 
 def get_tasks(names: str) -> list[Task]:
@@ -249,12 +345,11 @@ def get_tasks(names: str) -> list[Task]:
         >>> [task.name for task in get_tasks("gsm8k,arc")]
         ['gsm8k', 'arc_easy', 'arc_challenge']
     """
-    named = [name.strip() for name in names.split(",") if name.strip()]
-    given = [PUBLISHED_NAMES.get(name, name) for name in named]
+    given = [_own_name(name.strip()) for name in names.split(",") if name.strip()]
     if not given:
-        valid = ", ".join(sorted({**TASKS, **GROUPS}))
-        raise TaskError(f"no task is named in {names!r}. Valid: {valid}")
-    wanted = [name for one in given for name in GROUPS.get(one, (one,))]
+        raise TaskError(f"no task is named in {names!r}. Valid: {', '.join(task_names())}")
+    of_groups = groups()
+    wanted = [name for one in given for name in of_groups.get(one, (one,))]
     for name in wanted:
         if wanted.count(name) > 1:
             raise TaskError(f"task {name!r} is named twice in {names!r}; name it once")
@@ -275,19 +370,18 @@ def describe_tasks() -> list[tuple[str, str, str]]:
         ('arc', 'loglikelihood, letter', 'stands for arc_easy, arc_challenge')
     """
     described = []
-    for name in sorted({**TASKS, **GROUPS}):
-        first = get_task(GROUPS[name][0] if name in GROUPS else name)
-        what = f"stands for {', '.join(GROUPS[name])}" if name in GROUPS else first.description
+    of_groups = groups()
+    for name in task_names():
+        members = of_groups.get(name, (name,))
+        first = TASKS.get(members[0])
+        what = f"stands for {', '.join(members)}" if name in of_groups else first.description
         described.append((name, ", ".join(first.rewards), what))
     return described
 
 
-def choose(examples: Sequence[Question], limit: int | None, seed: int) -> list[Question]:
-    """Return at most `limit` examples, drawn with the seed, in their own order.
-
-    Which places are drawn depends on how many there are, not on what they hold.
-    """
-    if limit is None or limit >= len(examples):
-        return list(examples)
-    kept = sorted(Random(seed).sample(range(len(examples)), limit))
-    return [examples[place] for place in kept]
+def _own_name(name: str) -> str:
+    """Return a task's own name for an alias; other names stay as they are."""
+    for task in map(TASKS.get, TASKS):
+        if name in task.aliases:
+            return task.name
+    return name

@@ -1,46 +1,46 @@
 """Questions from a `.jsonl` file of the user's own.
 
-Owns the two kinds of rows (`question`, `choices`, `answer`; or `question`, `answer`, `grader`) and
-the messages for rows that can't be used. Leaves how they are asked to `multiple_choice` and
-`math`, and reading lines to `rows`. Loads no torch.
+Rows are `question`, `choices`, `answer`, or `question`, `answer`, `grader`. Loads no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from drllm.errors import TaskError, unknown_name
 from drllm.records import question_key, split_of
-from drllm.tasks.base import GROUPS, TASKS, Example, Prompt, check_split
+from drllm.tasks.base import Example, Row, Task, check_split, task_names
+from drllm.tasks.forms import BOXED, LETTER_TOKENS, LETTERS, Generated, Options
 from drllm.tasks.grading import REWARDS, normalise
-from drllm.tasks.math import OTHER_TEMPLATES as OTHER_BOXED_TEMPLATES
-from drllm.tasks.math import TEMPLATE as BOXED_TEMPLATE
-from drllm.tasks.multiple_choice import LETTER_TOKENS, LETTERS, MultipleChoiceTask
+from drllm.tasks.published.readers import with_options
 from drllm.tasks.rows import read_rows, text_of, texts_of
 
+FORMS = {
+    "letter": Generated(
+        rewards=("letter",),
+        template="{question}\n\nAnswer with the letter of the right option only.",
+        other_templates=(
+            "Choose the right option and reply with its letter alone.\n\n{question}",
+            "{question}\n\nWhich letter is right? Letter:",
+        ),
+        max_new_tokens=LETTER_TOKENS,
+    ),
+    "exact": Generated(
+        rewards=("exact",),
+        template="{question}\n\nGive the answer only, with no explanation.",
+        other_templates=(
+            "Answer the question in as few words as possible.\n\n{question}",
+            "Question: {question}\nReply with the answer alone.",
+        ),
+    ),
+    "boxed": replace(BOXED, max_new_tokens=None),
+}
+"""Grader → how its questions are asked; a reward that isn't here asks as `exact` does."""
 GRADERS = tuple(name for name in REWARDS if not REWARDS.get(name).scores_options)
-ANSWER_TOKENS = 16
-"""Fewest tokens that a generated answer is allowed; more where the right one is longer."""
-
-TEMPLATES = {
-    "letter": "{question}\n\nAnswer with the letter of the right option only.",
-    "exact": "{question}\n\nGive the answer only, with no explanation.",
-}
-OTHER_TEMPLATES = {
-    "letter": (
-        "Choose the right option and reply with its letter alone.\n\n{question}",
-        "{question}\n\nWhich letter is right? Letter:",
-    ),
-    "exact": (
-        "Answer the question in as few words as possible.\n\n{question}",
-        "Question: {question}\nReply with the answer alone.",
-    ),
-}
 
 
-class FileTask(MultipleChoiceTask):
+class FileTask(Task):
     """The questions of one file; which rewards fit depends on the rows.
 
     Every question belongs to one of the four splits by its text, so that one file serves search,
@@ -58,64 +58,24 @@ class FileTask(MultipleChoiceTask):
     def __init__(self, path: Path) -> None:
         self.path = path
         stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
-        self.name = f"{stem}_file" if stem in {**TASKS, **GROUPS} else stem
+        self.name = f"{stem}_file" if stem in task_names() else stem
         self.description = f"the questions of {path}"
-        self._examples, self._grader = self._read()
-        self.rewards = (self._grader,) if self._grader else MultipleChoiceTask.rewards
+        self._examples, grader = self._read()
         last = max(LETTERS.find(example.answer) for example in self._examples)
-        self._letters = LETTERS[: max(5, last + 1)]  # the options stand in the questions' texts
+        letters = LETTERS[: max(5, last + 1)]  # the options stand in the questions' texts
+        form = FORMS.get(grader or "", FORMS["exact"])
+        self.form = replace(form, rewards=(grader,), letters=letters) if grader else Options()
 
-    def examples(self, split: str, data_dir: Path | None = None) -> list[Example]:
+    def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split, in the file's order.
 
         Args:
             split: `search` (half of the questions), `fit` (10 %), `select` (15 %) or `test`
                 (25 %).
             data_dir: Not needed, and not looked at.
-
-        Raises:
-            TaskError: An unknown split.
         """
         check_split(split)
         return [example for example in self._examples if split_of(example.question, "own") == split]
-
-    def prompt(self, example: Example, reward: str) -> Prompt:
-        """Return how the question is asked.
-
-        Raises:
-            TaskError: A reward that doesn't fit the file.
-        """
-        if self._grader is None:
-            return super().prompt(example, reward)
-        grader = self.check_reward(reward)
-        return self._generated(example, TEMPLATES.get(grader, BOXED_TEMPLATE))
-
-    def retests(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return the other ways of asking the same question.
-
-        Raises:
-            TaskError: A reward that doesn't fit the file.
-
-        Source: ours (docs/differences.md, D-05).
-        """
-        if self._grader is None:
-            return super().retests(example, reward)
-        templates = OTHER_TEMPLATES.get(self.check_reward(reward), OTHER_BOXED_TEMPLATES)
-        return tuple(self._generated(example, template) for template in templates)
-
-    def _generated(self, example: Example, template: str) -> Prompt:
-        assert self._grader is not None
-        longest = 8 + len(example.answer.encode())  # no token is shorter than a byte
-        return Prompt(
-            text=template.format(question=example.question),
-            reward=self._grader,
-            answer=example.answer,
-            chat=True,
-            max_new_tokens=(
-                LETTER_TOKENS if self._grader == "letter" else max(ANSWER_TOKENS, longest)
-            ),
-            letters=self._letters,
-        )
 
     def _read(self) -> tuple[list[Example], str | None]:
         """Return the questions and the grader of all rows; None where options are scored."""
@@ -144,32 +104,24 @@ class FileTask(MultipleChoiceTask):
                 examples.append(example)
         return examples, None if kind == CHOICES else str(row["grader"])
 
-    def _example(self, row: Mapping[str, Any], line: int) -> Example:
-        question = text_of(row, "question")
+    def _example(self, row: Row, line: int) -> Example:
+        row_id, question = f"line-{line}", text_of(row, "question")
         if "choices" not in row:
             answer = _graded_answer(row)
-            return Example(id=f"line-{line}", task=self.name, question=question, answer=answer)
+            return Example(id=row_id, task=self.name, question=question, answer=answer)
         choices = texts_of(row, "choices", minimum=2)
         for choice in choices:
             if choices.count(choice) > 1:
                 raise TaskError(f"'choices' holds {choice!r} twice; every choice must be another")
         if len(choices) > len(LETTERS):
             raise TaskError(f"'choices' has {len(choices)} entries; give at most {len(LETTERS)}")
-        gold = _gold(row, choices)
-        return Example(
-            id=f"line-{line}",
-            task=self.name,
-            question=question,
-            choices=choices,
-            gold=gold,
-            answer=choices[gold],
-        )
+        return with_options(question, choices, _gold(row, choices), row_id, self.name)
 
 
 CHOICES = "'choices'"
 
 
-def _kind(row: Mapping[str, Any]) -> str:
+def _kind(row: Row) -> str:
     """Say which kind of row this is, in the words of a message."""
     if "choices" in row and "grader" in row:
         raise TaskError(
@@ -188,7 +140,7 @@ def _kind(row: Mapping[str, Any]) -> str:
     return f"grader {grader!r}"
 
 
-def _gold(row: Mapping[str, Any], choices: tuple[str, ...]) -> int:
+def _gold(row: Row, choices: tuple[str, ...]) -> int:
     """Return the index of the right option, which may be given as index, text or letter."""
     last = len(choices) - 1
     answer = row.get("answer")
@@ -208,7 +160,7 @@ def _gold(row: Mapping[str, Any], choices: tuple[str, ...]) -> int:
     )
 
 
-def _graded_answer(row: Mapping[str, Any]) -> str:
+def _graded_answer(row: Row) -> str:
     """Return the right answer of a row with a grader, as text."""
     value = row.get("answer")
     if isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -1,19 +1,18 @@
-"""Reading question files: JSON lines, plain or gzipped, one object a line.
+"""Reading question files (JSON lines, plain or gzipped) and the fields of their rows.
 
-Owns the way from a path to numbered rows and the messages for what is broken there. Leaves what
-a row must hold to the tasks. Loads no torch.
+Loads no torch.
 """
 
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from drllm.errors import TaskError
+from drllm.errors import RecordError, TaskError
+from drllm.records import decode, refuse_odd_file
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -26,35 +25,19 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         TaskError: A missing, empty or unreadable file, or a line that isn't a JSON object. The
             message names file and line.
     """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "doesn't exist"
-        raise TaskError(f"{path} {what}; give a .jsonl or .jsonl.gz file of questions")
     empty = True
     try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8")
-            if path.name.endswith(".gz")
-            else path.open(encoding="utf-8")
-        ) as file:
+        if not refuse_odd_file(path, "read"):
+            raise TaskError(f"{path} doesn't exist; give a .jsonl or .jsonl.gz file of questions")
+        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                empty = False
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise TaskError(
-                        f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); "
-                        f"each line must hold one JSON object"
-                    ) from error
-                if not isinstance(row, dict):
-                    raise TaskError(
-                        f"{path}, line {number}: {line.strip()[:40]!r} is not a JSON object; "
-                        f"each line must hold one"
-                    )
-                yield number, row
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{path} is not UTF-8 text; give a .jsonl or .jsonl.gz file") from error
+                if line.strip():
+                    empty = False
+                    yield number, decode(line, dict[str, Any], f"{path}, line {number}")
+    except RecordError as error:
+        raise TaskError(
+            f"{error}; give a .jsonl or .jsonl.gz file, a JSON object a line"
+        ) from error
     except (EOFError, zlib.error, OSError) as error:
         raise TaskError(f"{path} can't be read ({error}); fetch or write it again") from error
     if empty:
@@ -62,14 +45,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def text_of(row: Mapping[str, Any], key: str) -> str:
-    """Return a text field of a row as it stands.
-
-    Raises:
-        TaskError: It is missing, blank or not text; without file and line.
-    """
-    if key not in row:
-        raise TaskError(f"{key!r} is missing (the line has: {', '.join(row) or 'nothing'})")
-    value = row[key]
+    """Return a text field of a row as it stands; it may not be missing, blank or anything else."""
+    value = _field(row, key)
     if not isinstance(value, str):
         raise TaskError(f"{key!r} is {value!r}; expected text")
     if not value.strip():
@@ -78,20 +55,8 @@ def text_of(row: Mapping[str, Any], key: str) -> str:
 
 
 def texts_of(row: Mapping[str, Any], key: str, minimum: int) -> tuple[str, ...]:
-    """Return a field that lists texts.
-
-    Args:
-        row: One object of a file.
-        key: The field.
-        minimum: Fewest texts that the list may have.
-
-    Raises:
-        TaskError: Missing, not a list, too short, or an entry that is blank or not text; without
-            file and line.
-    """
-    if key not in row:
-        raise TaskError(f"{key!r} is missing (the line has: {', '.join(row) or 'nothing'})")
-    value = row[key]
+    """Return a field that lists texts, none of them blank, `minimum` of them at least."""
+    value = _field(row, key)
     if not isinstance(value, list):
         raise TaskError(f"{key!r} is {value!r}; expected a list of texts")
     for entry in value:
@@ -100,3 +65,25 @@ def texts_of(row: Mapping[str, Any], key: str, minimum: int) -> tuple[str, ...]:
     if len(value) < minimum:
         raise TaskError(f"{key!r} has {len(value)} entries; expected at least {minimum}")
     return tuple(value)
+
+
+def object_of(row: Mapping[str, Any], key: str, *keys: str) -> Mapping[str, Any]:
+    """Return a field that is an object with the fields that `keys` name."""
+    value = row.get(key)
+    if not isinstance(value, Mapping):
+        expected = " and ".join(map(repr, keys))
+        raise TaskError(f"{key!r} is {value!r}; expected an object with {expected}")
+    return value
+
+
+def index_of(value: Any, count: int, key: str) -> int:
+    """Return an index from 0 of one of `count` options, as the field `key` gives it."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
+        raise TaskError(f"{key!r} is {value!r}; expected an index from 0 to {count - 1}")
+    return value
+
+
+def _field(row: Mapping[str, Any], key: str) -> Any:
+    if key not in row:
+        raise TaskError(f"{key!r} is missing (the line has: {', '.join(row) or 'nothing'})")
+    return row[key]

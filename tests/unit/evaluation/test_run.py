@@ -22,7 +22,7 @@ from drllm.evaluation import run as comparison
 from drllm.evaluation.baselines.random_routes import permuted, share_unchanged
 from drllm.evaluation.baselines.registry import BASELINES, DRAWN, depths, named
 from drllm.evaluation.latency import device_clock, measure
-from drllm.evaluation.lm_eval.folders import write_task_folder
+from drllm.evaluation.lm_eval.folders import task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.evaluation.results import correct_p_values
@@ -446,14 +446,14 @@ def test_the_loss_of_a_worked_answer_is_that_behind_its_prompt_under_the_prompts
 ):
     lm = RoutedLM(base, routers=str(routers_dir), batch_size=4)
     try:
-        [written] = write_task_folder(
+        [written], files = task_folder(
             [get_task("builtin_arithmetic")],
-            tmp_path,
             split="select",
             limit=8,
             seed=0,
             data_dir=None,
         )
+        files.write(tmp_path)
         asked = AskedTask(written, tmp_path, lm, chat=False)
         policy = RouterPolicy(lm.routed.routers)
         read = TaskRun(lm, asked, num_texts=8).texts("routed", policy)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from drllm.errors import TaskError
-from drllm.tasks.base import GROUPS, TASKS, describe_tasks, get_task, get_tasks
+from drllm.tasks.base import TASKS, describe_tasks, get_task, get_tasks, groups, is_task_name
 
 
 def test_every_name_in_the_table_is_the_name_of_its_task() -> None:
@@ -17,7 +17,7 @@ def test_every_name_in_the_table_is_the_name_of_its_task() -> None:
 
 def test_every_task_and_group_is_described_on_one_line() -> None:
     described = describe_tasks()
-    assert [name for name, _, _ in described] == sorted([*TASKS, *GROUPS])
+    assert [name for name, _, _ in described] == sorted([*TASKS, *groups()])
     for name, rewards, description in described:
         for task in get_tasks(name):
             assert rewards == ", ".join(task.rewards)
@@ -37,6 +37,14 @@ def test_a_groups_name_stands_for_its_tasks_in_a_list_too() -> None:
     assert [task.name for task in get_tasks("dart-3")] == ["dart-3"]
     with pytest.raises(TaskError, match="'arc' stands for arc_easy, arc_challenge; name one"):
         get_task("arc")
+
+
+def test_an_alias_is_the_task_itself() -> None:
+    assert get_task("squadv2") is get_task("squad_v2")
+    assert is_task_name("squadv2")
+    assert "squadv2" not in TASKS
+    with pytest.raises(TaskError, match="'squad_v2' is named twice"):
+        get_tasks("squadv2,squad_v2")
 
 
 def test_a_group_and_one_of_its_tasks_name_the_task_twice() -> None:
@@ -82,8 +90,8 @@ def test_making_and_grading_questions_loads_no_torch() -> None:
     code = """
 import importlib, pkgutil, sys
 import drllm.tasks
-for module in pkgutil.iter_modules(drllm.tasks.__path__):
-    importlib.import_module(f"drllm.tasks.{module.name}")
+for module in pkgutil.walk_packages(drllm.tasks.__path__, "drllm.tasks."):
+    importlib.import_module(module.name)
 from drllm.tasks.base import get_task
 from drllm.tasks.grading import grade
 for name, reward in (("builtin_facts", "letter"), ("builtin_arithmetic", "boxed")):

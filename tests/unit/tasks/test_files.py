@@ -176,9 +176,11 @@ def test_a_row_that_cannot_be_used_is_named(
         (None, "doesn't exist"),
         (b"", "is empty"),
         (b"\n\n", "is empty"),
-        (b'{"question": "W', "line 1: not JSON"),
-        (b'"text"\n', "is not a JSON object"),
-        (b"\xff\xfe", "is not UTF-8 text"),
+        (b'{"question": "W', "line 1: "),
+        (b'"text"\n', "line 1: expected `object`"),
+        (b"\xff\xfe", "line 1: not UTF-8 text"),
+        (b'{"question": "W", "question": "V"}', "line 1: the key 'question' is given twice"),
+        (b'{"question": NaN}', "line 1: NaN is no number"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(

@@ -15,12 +15,11 @@ import pytest
 from drllm.config import SPLITS
 from drllm.errors import TaskError
 from drllm.records import split_of
-from drllm.tasks.arc import ARC_EASY
 from drllm.tasks.base import TASKS, get_task
-from drllm.tasks.commonsense_qa import COMMONSENSE_QA
-from drllm.tasks.gsm8k import GSM8K
-from drllm.tasks.published import SPLITS_OF, PublishedTask, find_file
+from drllm.tasks.published import task
+from drllm.tasks.published.task import SPLITS_OF, PublishedTask, find_file
 
+ARC_EASY, COMMONSENSE_QA, GSM8K = map(get_task, ("arc_easy", "commonsense_qa", "gsm8k"))
 ROWS = [
     {
         "id": f"q{number}",
@@ -48,9 +47,9 @@ def test_a_files_origin_says_which_splits_it_has(origin: str) -> None:
 
 def test_every_split_of_every_published_task_comes_from_one_file() -> None:
     for name in TASKS:
-        task = get_task(name)
-        if isinstance(task, PublishedTask):
-            splits = [split for origin in task.files.values() for split in SPLITS_OF[origin]]
+        found = get_task(name)
+        if isinstance(found, PublishedTask):
+            splits = [split for origin in found.files.values() for split in SPLITS_OF[origin]]
             assert len(splits) == len(set(splits)), name
             assert "test" in splits, name
 
@@ -85,39 +84,34 @@ def test_gzipped_files_are_read_too(arc: Path) -> None:
     assert ARC_EASY.examples("search", arc) == expected
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"answerKey": "4"}, "'answerKey' is '4'; expected one of 1, 2, 3"),
-        ({"question": " "}, "'question' is empty"),
-        ({"choices": ["a"]}, "expected an object with 'text' and 'label'"),
-        ({"choices": {"text": ["a", "b"], "label": ["A"]}}, "'label' has 1 entries"),
-        ({"choices": {"text": ["a", 2], "label": ["A", "B"]}}, "'text' holds 2"),
-        ({"choices": {"text": ["a", "b"], "label": ["A", "A"]}}, "have the labels A, A"),
-        ({"id": 7}, "'id' is 7"),
-    ],
-)
-def test_a_broken_row_is_named_with_file_and_line(
-    arc: Path, write_rows: Callable[..., Path], change: dict[str, Any], message: str
+def test_the_data_folder_may_be_given_as_text(arc: Path) -> None:
+    assert ARC_EASY.examples("test", str(arc)) == ARC_EASY.examples("test", arc)
+
+
+def test_a_file_is_read_once_and_read_anew_where_it_changed(
+    arc: Path, write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_rows("arc_easy/train", [ROWS[0], {**ROWS[1], **change}])
-    with pytest.raises(TaskError) as caught:
-        ARC_EASY.examples("search", arc)
-    assert str(caught.value).startswith(f"{path}, line 2: ")
-    assert message in str(caught.value)
+    first = ARC_EASY.examples("test", arc)
+    monkeypatch.setattr(task, "read_rows", None)  # whoever reads now fails
+    again = ARC_EASY.examples("test", arc)
+    assert again == first
+    assert again is not first
+    monkeypatch.undo()
+    write_rows("arc_easy/validation", [{**ROWS[0], "question": "Quite another one?"}])
+    assert [e.question for e in ARC_EASY.examples("test", arc)] == ["Quite another one?"]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"id": "1"\n', "line 1: not JSON"),
-        ("[1]\n", "line 1: '[1]' is not a JSON object"),
+        ('{"id": "1"\n', "line 1: "),
+        ("[1]\n", "line 1: expected `object`"),
         ("", "is empty"),
     ],
 )
 def test_a_broken_file_is_named(arc: Path, text: str, message: str) -> None:
     (arc / "arc_easy" / "validation.jsonl").write_text(text)
-    with pytest.raises(TaskError, match=message.replace("[", r"\[")):
+    with pytest.raises(TaskError, match=message):
         ARC_EASY.examples("test", arc)
 
 

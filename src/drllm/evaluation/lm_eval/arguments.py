@@ -1,8 +1,4 @@
-"""The arguments of our model in lm-evaluation-harness: which there are, and what they name.
-
-Owns the words of `--model_args` beyond what they mean to a model: names that the harness' own
-class takes and ours doesn't, routers and their base, windows.
-"""
+"""What `--model_args` of our model in lm-evaluation-harness may hold, and the routers they name."""
 
 from __future__ import annotations
 
@@ -42,15 +38,7 @@ PASSED_ON = (
 
 
 def check_names(others: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Refuse arguments that there aren't, or that would have no effect.
-
-    Args:
-        others: Those that the model class doesn't name itself.
-        known: Those that it does.
-
-    Raises:
-        ConfigError: Naming the nearest, or what to do instead.
-    """
+    """Refuse arguments beyond those `known` that there aren't, or that would have no effect."""
     for name, value in others.items():
         if name in NOT_TAKEN:
             raise ConfigError(f"{name}={value} has no effect with drllm; {NOT_TAKEN[name]}")
@@ -59,11 +47,7 @@ def check_names(others: Mapping[str, Any], known: Sequence[str]) -> None:
 
 
 def check_batch_size(batch_size: int | str | None) -> None:
-    """Refuse what is neither a number of rows nor `auto`; None is the default.
-
-    Raises:
-        ConfigError: Saying what can be given.
-    """
+    """Refuse what is neither a number of rows nor `auto`; None is the default."""
     text = str(batch_size)
     if batch_size is not None and not re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", text):
         raise ConfigError(f"--batch_size is {text!r}; give auto, or a whole number from 1")
@@ -89,8 +73,8 @@ def routers_and_base(
     if not (folder / CONFIG_FILE).is_file():
         if base is not None:
             raise ConfigError(
-                f"base={base} has no effect: pretrained={pretrained} is no folder of routers; give "
-                f"the base as pretrained and the routers as routers="
+                f"base={base} has no effect: pretrained={pretrained} is no folder of routers"
+                f"{_not_there(folder)}; give the base as pretrained and the routers as routers="
             )
         return (load_routers(hub.find(Path(routers))) if routers else None), pretrained, None
     if routers is not None:
@@ -107,20 +91,22 @@ def routers_and_base(
     return stack, base or config.base_model, None if base else config.base_revision
 
 
-def check_windows(stack: RouterStack | None, num_windows: int | None) -> None:
-    """Refuse a number of windows that isn't the routers' own; None is any.
-
-    Raises:
-        ConfigError: No routers.
-        CheckpointError: Another number.
-    """
-    if num_windows is None:
-        return
+def check_windows(pretrained: str | BaseModel, stack: RouterStack | None, num_windows: int) -> None:
+    """Refuse a number of windows that isn't the routers' own, or that there are no routers for."""
     if stack is None:
-        raise ConfigError(f"num_windows={num_windows} has no effect without routers; leave it out")
+        missing = "" if isinstance(pretrained, BaseModel) else _not_there(Path(pretrained))
+        raise ConfigError(
+            f"num_windows={num_windows} needs routers, and pretrained={pretrained} is no folder of "
+            f"routers{missing}; give their folder, or leave num_windows out"
+        )
     if stack.config.num_windows != num_windows:
         raise CheckpointError(
             f"num_windows is {num_windows}, but these routers were trained with "
             f"{stack.config.num_windows}; give num_windows={stack.config.num_windows}, or leave it "
             f"out"
         )
+
+
+def _not_there(folder: Path) -> str:
+    """Say that there is no such folder, where a name looks like one: not for an alias."""
+    return "" if folder.exists() or len(folder.parts) == 1 else " (there is no such folder)"

@@ -1,42 +1,36 @@
 """Task folders: an evaluation's tasks as files that lm-evaluation-harness reads, ours or stock.
 
-Owns which questions are asked and which are shown before them, the rows that hold them, and the
-limits on both. Leaves how a task is asked to `table`, the form of a task file to `task_files`,
-where questions come from to `tasks`, and running them to the harness. Loads no torch.
-
     FOLDER/NAME.yaml              one task, or the parts of one as a group
     FOLDER/rows/NAME-USE-HASH.jsonl   its questions (`asked`) or worked examples (`shown`)
     FOLDER/cache/                 what `datasets` makes of the rows
 
 A rows file is named by its content: with other rows it is another file, so that neither `datasets`
-nor anybody else can take old rows for new ones; and files that stay are not touched.
+nor anybody else can take old rows for new ones; and files that stay are not touched. Loads no
+torch, and not the harness itself.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+import yaml
+
 from drllm.errors import ConfigError, TaskError
-from drllm.evaluation.lm_eval.registry import Row, entry_of
-from drllm.evaluation.lm_eval.task_files import (
-    CACHE,
-    ROWS,
-    FolderFiles,
-    generation_kwargs,
-    harness_file,
-)
-from drllm.records import question_key
-from drllm.tasks.base import Example, Task, choose, shots_split
-from drllm.tasks.published import PublishedTask
+from drllm.evaluation.lm_eval.registry import entry_of
+from drllm.records import question_key, write_atomically
+from drllm.tasks.base import Example, Function, QuestionRow, Row, Task, choose
 
 ASKED, SHOWN = "asked", "shown"
+ROWS, CACHE = "rows", "cache"
+"""Places below a task folder: what is asked and shown, and what `datasets` makes of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,60 +67,50 @@ class HarnessTask:
         return f"{self.metric},{self.filter}"
 
 
-def write_task_folder(
-    tasks: Sequence[Task],
-    folder: Path,
-    *,
-    split: str,
-    limit: int | None,
-    seed: int,
-    data_dir: Path | None,
-    num_fewshot: int | None = None,
-    max_length: int | None = None,
-) -> list[HarnessTask]:
-    """Write tasks as a folder that lm-evaluation-harness reads by `--include_path`.
+@dataclass
+class FolderFiles:
+    """The files of a task folder, before there is one.
 
-    The same arguments and questions give the same files to the last byte. Paths in them are
-    absolute. Files of other names that are in the folder stay.
-
-    Args:
-        tasks: What is evaluated.
-        folder: Where to; made if need be.
-        split: See `task_folder`, as for all others.
-        limit: Most questions a task, drawn with the seed.
-        seed: Of the drawing.
-        data_dir: Folder of task data.
-        num_fewshot: Worked examples before each question.
-        max_length: Most tokens that the model reads and writes in all.
-
-    Returns:
-        One entry a task, in order.
-
-    Raises:
-        ConfigError: See `task_folder`.
-        TaskError: See `task_folder`.
-        RecordError: A folder that can't be written.
-
-    Example:
-        >>> import tempfile
-        >>> from drllm.tasks.base import get_tasks
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> [task] = write_task_folder(get_tasks("builtin_facts"), folder,
-        ...                            split="test", limit=10, seed=0, data_dir=None)
-        >>> task.harness_name, task.metric_key, task.num_questions, task.chance
-        ('builtin_facts', 'acc,none', 10, 0.25)
+    Attributes:
+        tasks: Name of each task file → its content, where rows are given below the folder.
+        rows: Name below the folder → text of each rows file; it is named by its content.
+        num_questions: Name of each task that holds questions → how many.
     """
-    found, files = task_folder(
-        tasks,
-        split=split,
-        limit=limit,
-        seed=seed,
-        data_dir=data_dir,
-        num_fewshot=num_fewshot,
-        max_length=max_length,
-    )
-    files.write(folder)
-    return found
+
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rows: dict[str, str] = field(default_factory=dict)
+    num_questions: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What tells these files from others, wherever they are: 16 hexadecimal digits."""
+        text = json.dumps(self.tasks, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def write(self, folder: Path) -> None:
+        """Write the files below a folder, which may hold others; rows that are there stay.
+
+        Places in them become absolute.
+        """
+        folder = folder.resolve()
+        for name, text in self.rows.items():
+            path = folder / name
+            if not path.is_file() or path.read_bytes() != text.encode():
+                write_atomically(path, text)
+        for name, content in self.tasks.items():
+            placed = _placed(content, folder)
+            text = yaml.dump(placed, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+            write_atomically(folder / name, text)
+
+
+def _placed(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a task file's content with its places below the folder made absolute."""
+    if "dataset_kwargs" not in content:
+        return content
+    places = content["dataset_kwargs"]
+    rows = {use: str(folder / name) for use, name in places["data_files"].items()}
+    cache = str(folder / places["cache_dir"])
+    return {**content, "dataset_kwargs": {"data_files": rows, "cache_dir": cache}}
 
 
 def task_folder(
@@ -141,20 +125,32 @@ def task_folder(
 ) -> tuple[list[HarnessTask], FolderFiles]:
     """Return tasks as lm-evaluation-harness knows them, and their files; nothing is written yet.
 
+    The same arguments and questions give the same files to the last byte.
+
     Args:
         tasks: What is evaluated.
         split: Which questions are asked.
-        limit: Most questions a task, drawn with the seed; None asks all.
+        limit: Maximum questions a task, drawn with the seed; None asks all.
         seed: Of the drawing.
         data_dir: Folder of task data; None asks the hub.
         num_fewshot: Worked examples before each question, never from the split that is asked;
             None leaves it to each task (5 for GSM8K, else none).
-        max_length: Most tokens that the model reads and writes in all; None doesn't cap answers.
+        max_length: Maximum tokens that the model reads and writes in all; None doesn't cap answers.
+
+    Returns:
+        One entry a task, in order, and the files of all.
 
     Raises:
         ConfigError: A negative number of examples.
         TaskError: A task named twice, questions that can't be had, none in the split, fewer
             worked examples than asked for, or a task that can't have any.
+
+    Example:
+        >>> from drllm.tasks.base import get_tasks
+        >>> [task], files = task_folder(get_tasks("builtin_facts"),
+        ...                             split="test", limit=10, seed=0, data_dir=None)
+        >>> task.harness_name, task.metric_key, task.num_questions, task.chance, list(files.tasks)
+        ('builtin_facts', 'acc,none', 10, 0.25, ['builtin_facts.yaml'])
     """
     if num_fewshot is not None and num_fewshot < 0:
         raise ConfigError(f"num_fewshot is {num_fewshot}; expected 0 or more worked examples")
@@ -165,10 +161,11 @@ def task_folder(
                 f"task {task.name!r} is evaluated twice, or another has the same name; name it once"
             )
     files = FolderFiles()
-    found = [
-        _TaskFiles(task, files, num_fewshot).make(split, limit, seed, data_dir, max_length)
-        for task in tasks
-    ]
+    found = []
+    for task in tasks:
+        makes = _TaskFiles(task, files, num_fewshot)
+        asked = choose(task.rows(split, data_dir), limit, seed)
+        found.append(makes.add(asked, makes.shots(split, data_dir), split, max_length))
     return found, files
 
 
@@ -187,16 +184,25 @@ class _TaskFiles:
                 f"leave it out, or evaluate the task by itself"
             )
 
-    def make(
+    def shots(self, split: str, data_dir: Path | None) -> list[QuestionRow]:
+        """Return the questions that worked examples are drawn from."""
+        if not self.num_fewshot:
+            return []
+        try:
+            return self.task.shots(split, data_dir)
+        except TaskError as error:
+            raise TaskError(
+                f"{error}; num_fewshot is {self.num_fewshot}, and 0 needs no worked examples"
+            ) from error
+
+    def add(
         self,
+        asked: Sequence[QuestionRow],
+        shown: Sequence[QuestionRow],
         split: str,
-        limit: int | None,
-        seed: int,
-        data_dir: Path | None,
         max_length: int | None,
     ) -> HarnessTask:
-        asked = choose(_questions(self.task, split, data_dir), limit, seed)
-        shown = self._shots(split, data_dir) if self.num_fewshot else []
+        """Add the task's files, and return how the harness knows it."""
         notes = list(self.entry.notes)
         keys = {question_key(example.question) for example, _ in shown}
         left = [one for one in asked if question_key(one[0].question) not in keys]
@@ -210,59 +216,40 @@ class _TaskFiles:
                 f"split, or more questions"
             )
         settings = self._settings(left, shown, max_length, notes)
-        leaves = []
-        for part in self._parts(left):
+        column, leaves = self.entry.part_of, []
+        for part in sorted({str(row[column]) for _, row in left}) if column else [""]:
             leaf = f"{self.name}_{part}" if part else self.name
             leaves.append(leaf)
-            self._make_leaf(leaf, part, self._of(part, left), self._of(part, shown), settings)
-        if self.entry.part_of:
-            group = {
+            asked_of_it, shown_of_it = (
+                [one for one in questions if not part or one[1][column] == part]
+                for questions in (left, shown)
+            )
+            self._add_leaf(leaf, part, asked_of_it, shown_of_it, settings)
+        if column:
+            self.files.tasks[f"{self.name}.yaml"] = {
                 "group": self.name,
                 "task": leaves,
                 "aggregate_metric_list": [{"metric": self.entry.metric, "weight_by_size": True}],
                 "metadata": {"version": 1},
             }
-            self.files.tasks[f"{self.name}.yaml"] = group
-        options = [len(example.choices) for example, _ in left]
+        generated = self.entry.generated
         return HarnessTask(
             name=self.task.name,
             harness_name=self.name,
             leaves=tuple(leaves),
             metric=self.entry.metric,
             filter=self.entry.filter,
-            kind="generated" if self.entry.generated else "choices",
+            kind="generated" if generated else "choices",
             num_questions=len(left),
             num_fewshot=self.num_fewshot,
-            chance=None if self.entry.generated else fmean(1 / n for n in options),
+            chance=None if generated else fmean(1 / len(example.choices) for example, _ in left),
             notes=tuple(notes),
         )
 
-    def _shots(self, split: str, data_dir: Path | None) -> list[tuple[Example, Row]]:
-        try:
-            if isinstance(self.task, PublishedTask):
-                return self.task.shots(split, data_dir)
-            return _questions(self.task, shots_split(split), data_dir)
-        except TaskError as error:
-            raise TaskError(
-                f"{error}; num_fewshot is {self.num_fewshot}, and 0 needs no worked examples"
-            ) from error
-
-    def _parts(self, asked: Iterable[tuple[Example, Row]]) -> list[str]:
-        if not self.entry.part_of:
-            return [""]
-        return sorted({str(row[self.entry.part_of]) for _, row in asked})
-
-    def _of(
-        self, part: str, questions: Sequence[tuple[Example, Row]]
-    ) -> Sequence[tuple[Example, Row]]:
-        if not part:
-            return questions
-        return [one for one in questions if one[1][self.entry.part_of] == part]
-
     def _settings(
         self,
-        asked: Sequence[tuple[Example, Row]],
-        shown: Sequence[tuple[Example, Row]],
+        asked: Sequence[QuestionRow],
+        shown: Sequence[QuestionRow],
         max_length: int | None,
         notes: list[str],
     ) -> dict[str, Any]:
@@ -272,37 +259,37 @@ class _TaskFiles:
             return settings
         rows = [self._columns(*one) for one in asked]
         wanted = self.entry.max_new_tokens or max(row["max_new_tokens"] for row in rows)
-        most = wanted
+        given = wanted
         if max_length is not None:
             # No token is shorter than a byte, so that no prompt is cut; but half is for answers.
-            texts = [_bytes(self._columns(*one)) for one in shown]
-            longest = max(map(_bytes, rows)) + self.num_fewshot * max(texts, default=0)
-            most = min(wanted, room_for_answer(longest, max_length))
-        if most < wanted:
+            examples = [_bytes(self._columns(*one)) for one in shown]
+            longest = max(map(_bytes, rows)) + self.num_fewshot * max(examples, default=0)
+            given = min(wanted, room_for_answer(longest, max_length))
+        if given < wanted:
             notes.append(
-                f"answers have at most {most} new tokens, since the model holds {max_length} in "
+                f"answers have at most {given} new tokens, since the model holds {max_length} in "
                 f"all; the task asks for {wanted}"
             )
-        if most < wanted or not self.entry.file:
-            given = settings.get("generation_kwargs") or generation_kwargs(self.entry.file)
-            settings["generation_kwargs"] = {**given, "max_gen_toks": most}
+        if given < wanted or not self.entry.file:
+            kwargs = settings.get("generation_kwargs") or generation_kwargs(self.entry.file)
+            settings["generation_kwargs"] = {**kwargs, "max_gen_toks": given}
         return settings
 
     def _columns(self, example: Example, row: Row) -> dict[str, Any]:
         try:
-            return self.entry.columns(example, row)
+            return self.entry.row_of(example, row)
         except TaskError as error:
             raise TaskError(
                 f"task {self.task.name!r}, question {example.id!r}: {error}; the harness' prompt "
                 f"needs it"
             ) from error
 
-    def _make_leaf(
+    def _add_leaf(
         self,
         leaf: str,
         part: str,
-        asked: Sequence[tuple[Example, Row]],
-        shown: Sequence[tuple[Example, Row]],
+        asked: Sequence[QuestionRow],
+        shown: Sequence[QuestionRow],
         settings: Mapping[str, Any],
     ) -> None:
         if self.num_fewshot > len(shown):
@@ -311,14 +298,13 @@ class _TaskFiles:
                 f"examples to show, and num_fewshot is {self.num_fewshot}; "
                 f"give at most {len(shown)}"
             )
-        rows = {ASKED: self._make_rows(leaf, ASKED, asked)}
+        rows = {ASKED: self._add_rows(leaf, ASKED, asked)}
         if shown:
-            rows[SHOWN] = self._make_rows(leaf, SHOWN, shown)
+            rows[SHOWN] = self._add_rows(leaf, SHOWN, shown)
         self.files.num_questions[leaf] = len(asked)
-        content: dict[str, Any] = {}
-        if self.entry.file:
-            content["include"] = str(harness_file(self.entry.file.format(part=part)))
-        content |= {
+        file = self.entry.file.format(part=part)
+        self.files.tasks[f"{leaf}.yaml"] = {
+            **({"include": str(harness_file(file))} if file else {}),
             "task": leaf,
             "tag": None,  # else the harness' own tags would mean these tasks alone
             "dataset_path": "json",
@@ -333,14 +319,12 @@ class _TaskFiles:
             "num_fewshot": self.num_fewshot,
             **settings,
         }
-        self.files.tasks[f"{leaf}.yaml"] = content
 
-    def _make_rows(self, leaf: str, use: str, questions: Sequence[tuple[Example, Row]]) -> str:
-        lines = []
-        for example, row in questions:
-            columns = {"drllm_id": example.id, **self._columns(example, row)}
-            lines.append(json.dumps(columns, ensure_ascii=False))
-        text = "".join(f"{line}\n" for line in lines)
+    def _add_rows(self, leaf: str, use: str, questions: Sequence[QuestionRow]) -> str:
+        columns = [
+            {"drllm_id": example.id, **self._columns(example, row)} for example, row in questions
+        ]
+        text = "".join(f"{json.dumps(each, ensure_ascii=False)}\n" for each in columns)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         name = f"{ROWS}/{leaf}-{use}-{digest}.jsonl"
         self.files.rows[name] = text
@@ -348,19 +332,13 @@ class _TaskFiles:
 
 
 def room_for_answer(prompt: int, max_length: int) -> int:
-    """Return how many tokens an answer may have: all behind its prompt, half of all at least.
+    """Return how many tokens an answer may have: what its prompt leaves, half of all at least.
 
     Example:
         >>> room_for_answer(100, 1024), room_for_answer(1000, 1024)
         (924, 512)
     """
     return max(max_length // 2, max_length - prompt)
-
-
-def _questions(task: Task, split: str, data_dir: Path | None) -> list[tuple[Example, Row]]:
-    if isinstance(task, PublishedTask):
-        return task.rows(split, data_dir)
-    return [(example, {}) for example in task.examples(split, data_dir)]
 
 
 def _harness_name(task: Task) -> str:
@@ -370,3 +348,42 @@ def _harness_name(task: Task) -> str:
 
 def _bytes(row: Mapping[str, Any]) -> int:
     return len(json.dumps(row, ensure_ascii=False).encode())
+
+
+# --- task files -----------------------------------------------------------------------------------
+
+
+def harness_file(name: str) -> Path:
+    """Return where the installed harness has a task file, by its name below `tasks`."""
+    spec = importlib.util.find_spec("lm_eval")
+    assert spec is not None, "lm_eval is a dependency"
+    assert spec.origin is not None
+    path = Path(spec.origin).parent / "tasks" / name
+    if not path.is_file():
+        raise TaskError(
+            f"the installed lm_eval has no task file {name}; install lm-eval 0.4.13 or newer"
+        )
+    return path
+
+
+def generation_kwargs(name: str) -> dict[str, Any]:
+    """Return how a task file of the harness has answers generated."""
+    text = harness_file(name).read_text(encoding="utf-8")
+    settings: dict[str, Any] = yaml.load(text, Loader=_Plain)["generation_kwargs"]
+    return settings
+
+
+class _Plain(yaml.SafeLoader):
+    """Reads a task file of the harness with the names of functions as texts."""
+
+
+_Plain.add_constructor("!function", lambda _loader, node: node.value)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a task file, functions as the harness names them."""
+
+
+_Dumper.add_representer(
+    Function, lambda dumper, name: dumper.represent_scalar("!function", str(name))
+)

@@ -1,24 +1,23 @@
 """A routed model as lm-evaluation-harness knows models: `--model drllm`.
 
-Owns `RoutedLM`: the policy in force, answering the harness' requests under it, and what the harness
-writes down about the model. Leaves tasks, metrics and the loop to the harness, tokenising and
-generating to its `HFLM`, what the arguments may be to `arguments`, joining several processes to
-`processes`, and scoring questions to `scoring`.
-
 Axes: P prompts, L layers.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.metadata import version
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -33,9 +32,7 @@ from drllm.evaluation.lm_eval.arguments import (
     check_windows,
     routers_and_base,
 )
-from drllm.evaluation.lm_eval.lengths import fitted
-from drllm.evaluation.lm_eval.processes import joined, without_padding
-from drllm.evaluation.lm_eval.questions import Request
+from drllm.evaluation.lm_eval.requests import Request, fitted, without_padding
 from drllm.evaluation.lm_eval.scoring import Answer, RequestScorer, Scored, Tally
 from drllm.models.base.load import BaseModel, load
 from drllm.models.routers.depth_control import encode_calibration, policy_for, read_calibration
@@ -45,8 +42,10 @@ from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.paths import Decisions, to_decisions
 from drllm.records.path_files import read_path_file
 
-MOST_ROWS = 64
+MAX_ROWS = 64
 """As the harness' `max_batch_size`."""
+PATIENCE = timedelta(weeks=52)
+"""How long a process waits for the others: some have much more to do. As in the harness."""
 
 
 @register_model("drllm")
@@ -111,7 +110,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
         batch_size: int | str | None = 1,
-        max_batch_size: int | None = MOST_ROWS,
+        max_batch_size: int | None = MAX_ROWS,
         max_length: int | None = None,
         **others: Any,
     ) -> None:
@@ -126,8 +125,9 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         )
         depth.knob()
         stack, source, named = routers_and_base(pretrained, routers, base)
-        check_windows(stack, num_windows)
-        accelerator = joined(device)
+        if num_windows is not None:
+            check_windows(pretrained, stack, num_windows)
+        accelerator = _joined(device)
         if isinstance(pretrained, BaseModel):
             loaded = pretrained
         else:
@@ -146,7 +146,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 loaded.model,
                 tokenizer=loaded.tokenizer,
                 batch_size=batch_size if batch_size is not None else 1,
-                max_batch_size=max_batch_size or MOST_ROWS,
+                max_batch_size=max_batch_size or MAX_ROWS,
                 max_length=max_length,
                 trust_remote_code=trust_remote_code,
                 **others,
@@ -371,6 +371,18 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 "executions_a_forward": tally.executions / max(tally.prompts, 1),
             },
         }
+
+
+def _joined(device: str | None) -> Accelerator | None:
+    """Return what joins this process with its like, or None where it is alone.
+
+    Each process takes a device of its own, or all the CPU, where that is the device asked for.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return None
+    patient = InitProcessGroupKwargs(timeout=PATIENCE)
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    return Accelerator(cpu=on_cpu, kwargs_handlers=[patient])
 
 
 @contextmanager

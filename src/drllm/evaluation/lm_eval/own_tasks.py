@@ -1,8 +1,6 @@
 """Which of the tasks that are given to the harness are ours, and where their folder stands.
 
-Owns telling our names from the harness' own, refusing those that could mean either, and the place
-of the folder. Leaves what is in the folder to `folders`, and the words to the command line. Loads
-no torch, and the harness only to look up names of its own.
+A name that could mean either is refused. Loads no torch, and the harness only to look up its names.
 """
 
 from __future__ import annotations
@@ -15,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from drllm.errors import ConfigError, TaskError, unknown_name
-from drllm.evaluation.lm_eval.folders import HarnessTask, task_folder
-from drllm.evaluation.lm_eval.task_files import FolderFiles
-from drllm.tasks.base import GROUPS, PUBLISHED_NAMES, TASKS, Task, get_tasks
-from drllm.tasks.published import PublishedTask
+from drllm.evaluation.lm_eval.folders import FolderFiles, HarnessTask, task_folder
+from drllm.tasks.base import get_tasks, groups, is_task_name, task_names
+from drllm.tasks.published.task import PublishedTask
 
 SEED = 0
 """Of drawing `--limit` questions."""
@@ -39,16 +36,6 @@ class OwnTasks:
     names: list[str]
 
 
-def is_ours(name: str) -> bool:
-    """Return whether a name is a task or group of ours, or a file of questions.
-
-    Example:
-        >>> is_ours("arc"), is_ours("mine.jsonl"), is_ours("lambada_openai")
-        (True, True, False)
-    """
-    return name in {**TASKS, **GROUPS, **PUBLISHED_NAMES} or name.endswith((".jsonl", ".jsonl.gz"))
-
-
 def own_tasks(
     names: Sequence[str],
     *,
@@ -65,10 +52,10 @@ def own_tasks(
     Args:
         names: What stands in `--tasks`.
         split: See `folders.task_folder`, as for `num_fewshot` and `max_length`.
-        limit: The harness' `--limit`: most questions a task of ours, drawn with `SEED`.
+        limit: The harness' `--limit`: maximum questions a task of ours, drawn with `SEED`.
         data_dir: Folder of task data; None asks the hub.
         num_fewshot: Worked examples before each question; None leaves it to each task.
-        max_length: Most tokens that the model reads and writes in all, where that is known.
+        max_length: Maximum tokens that the model reads and writes in all, where that is known.
         include_path: A folder with tasks of the user's own.
         num_processes: Processes that share the questions of a task.
 
@@ -77,8 +64,8 @@ def own_tasks(
             that isn't a whole number.
         TaskError: A name that is unknown or could mean two tasks, or see `folders.task_folder`.
     """
-    ours = [name for name in names if is_ours(name)]
-    others = [name for name in names if not is_ours(name)]
+    ours = [name for name in names if is_task_name(name)]
+    others = [name for name in names if not is_task_name(name)]
     if not ours:
         _check_unknown(others)
         raise ConfigError(
@@ -104,22 +91,23 @@ def own_tasks(
     if others or include_path is not None:
         taken = {*files.num_questions, *(task.harness_name for task in found)}
         _check_others(others, taken, include_path)
-    return OwnTasks(found, files, _in_order(names, tasks, found))
+    called = (task.harness_name for task in found)
+    members = {name: groups().get(name, (name,)) for name in ours}
+    ordered = [
+        next(called) if name in members else part
+        for name in names
+        for part in members.get(name, (name,))
+    ]
+    return OwnTasks(found, files, ordered)
 
 
 @contextmanager
 def placed(files: FolderFiles, below: Path | None) -> Iterator[Path]:
-    """Write a task folder, and remove it behind the block unless it was given a place.
+    """Write a task folder, and remove it after the block unless it was given a place.
 
     Args:
         files: What is in it.
         below: Where to keep it, in a folder named by its content; None keeps nothing.
-
-    Yields:
-        The folder.
-
-    Raises:
-        RecordError: A place that can't be written.
     """
     if below is not None:
         files.write(below / files.key)
@@ -149,21 +137,7 @@ def _check_enough(files: FolderFiles, num_processes: int) -> None:
             )
 
 
-def _in_order(
-    names: Sequence[str], tasks: Sequence[Task], found: Sequence[HarnessTask]
-) -> list[str]:
-    """Return the names for the harness: ours as they are called in the folder."""
-    called = {task.name: each.harness_name for task, each in zip(tasks, found, strict=True)}
-    ordered: list[str] = []
-    for name in names:
-        if is_ours(name):
-            ordered += [called[task.name] for task in get_tasks(name)]
-        else:
-            ordered.append(name)
-    return ordered
-
-
-# --- the harness' own tasks beside ours ----------------------------------------------------------
+# --- the harness' own tasks next to ours ----------------------------------------------------------
 
 
 def _manager(include_path: str | None) -> Any:
@@ -175,7 +149,7 @@ def _manager(include_path: str | None) -> Any:
 def _check_unknown(names: Sequence[str]) -> None:
     """Refuse a name that is nobody's, where it resembles one of ours."""
     for name in names:
-        said = unknown_name("task", name, {**TASKS, **GROUPS})
+        said = unknown_name("task", name, task_names())
         if "did you mean" in said and name not in _manager(None).all_tasks:
             raise TaskError(f"{said}, or a .jsonl file; 'drllm lm-eval ls tasks' lists the others")
 
@@ -192,7 +166,7 @@ def _check_others(others: Sequence[str], taken: set[str], include_path: str | No
             )
         held = {part for match in manager.match_tasks([name]) for part in _held(match, index)}
         if not held:
-            said = unknown_name("task", name, {*TASKS, *GROUPS, *index}).split(" Valid: ")[0]
+            said = unknown_name("task", name, {*task_names(), *index}).split(" Valid: ")[0]
             raise TaskError(
                 f"{said.rstrip('.')}; 'drllm ls tasks' and 'drllm lm-eval ls tasks' list all"
             )

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from drllm.evaluation.lm_eval.questions import Asked, Request, asked
+from drllm.evaluation.lm_eval.requests import Asked, Request, asked
 from drllm.models.base.capabilities import can_pack
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
 from drllm.models.routing.routed_model import RoutedModel

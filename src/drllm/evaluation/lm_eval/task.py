@@ -26,7 +26,7 @@ from drllm.errors import ModelError, TaskError
 from drllm.evaluation.baselines.measures import log_share
 from drllm.evaluation.lm_eval.folders import HarnessTask
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.lm_eval.questions import Request
+from drllm.evaluation.lm_eval.requests import Request
 from drllm.evaluation.lm_eval.scoring import Answer
 
 Key: TypeAlias = tuple[str, int]
@@ -56,7 +56,7 @@ class AskedTask:
     """The questions of one task, as the harness renders them.
 
     Args:
-        written: An entry of `write_task_folder`.
+        written: An entry of `task_folder`.
         folder: The folder that it was written to.
         lm: Whose tokenizer and chat template are used.
         chat: Ask through the chat template, worked examples as turns.

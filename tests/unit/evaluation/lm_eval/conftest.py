@@ -315,6 +315,12 @@ SETS: dict[str, PublishedSet] = {
 }
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that takes a `set_name` for every set."""
+    if "set_name" in metafunc.fixturenames:
+        metafunc.parametrize("set_name", SETS)
+
+
 @pytest.fixture
 def sets(hub: Any) -> dict[str, PublishedSet]:
     """The sets, all of them on the hub."""

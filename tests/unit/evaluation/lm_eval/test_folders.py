@@ -12,26 +12,28 @@ from typing import Any
 import pytest
 
 from drllm.errors import ConfigError, TaskError
-from drllm.evaluation.lm_eval.folders import HarnessTask, write_task_folder
-from drllm.evaluation.lm_eval.registry import TABLE
+from drllm.evaluation.lm_eval.folders import HarnessTask, task_folder
 from drllm.records import question_key
-from drllm.tasks.base import OPTIONS_REWARD, TASKS, Example, get_task, get_tasks
-from drllm.tasks.published import EvaluatedTask, PublishedTask
+from drllm.tasks.base import OPTIONS_REWARD, Example, Task, get_task, get_tasks
+from drllm.tasks.files import FileTask
+from drllm.tasks.published.task import PublishedTask
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness and what it imports
 
-ZERO_SHOT = [name for name in TABLE if name != "squad_v2"]
-FEW_SHOT = [name for name in ZERO_SHOT if not TABLE[name].only_zero_shot]
 PARTS = ("anatomy", "high_school_us_history")
+OURS = ("builtin_facts", "builtin_arithmetic")
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., list[HarnessTask]]:
     """A function that writes tasks, by name, into the folder `tasks` of the test."""
 
-    def to_folder(names: str, place: str = "tasks", **given: Any) -> list[HarnessTask]:
+    def to_folder(names: str | Task, place: str = "tasks", **given: Any) -> list[HarnessTask]:
         settings: dict[str, Any] = {"split": "test", "limit": None, "seed": 0, "data_dir": None}
-        return write_task_folder(get_tasks(names), tmp_path / place, **{**settings, **given})
+        tasks = [names] if isinstance(names, Task) else get_tasks(names)
+        found, files = task_folder(tasks, **{**settings, **given})
+        files.write(tmp_path / place)
+        return found
 
     return to_folder
 
@@ -84,10 +86,11 @@ def expected(
     return leaves
 
 
-@pytest.mark.parametrize("name", ZERO_SHOT)
+@pytest.mark.parametrize("num_fewshot", [0, 3])
 @pytest.mark.usefixtures("our_order")
 def test_the_requests_are_those_of_the_harness_own_task_file(
-    name: str,
+    set_name: str,
+    num_fewshot: int,
     sets: Any,
     write: Any,
     loaded: Any,
@@ -95,29 +98,17 @@ def test_the_requests_are_those_of_the_harness_own_task_file(
     requests_of: Any,
     tmp_path: Path,
 ) -> None:
-    [task] = write(name, num_fewshot=0)
+    harness = get_task(set_name).harness
+    assert harness is not None
+    if not sets[set_name].file or (num_fewshot and harness.only_zero_shot):
+        pytest.skip("the harness has no file for it, or shows no examples")
+    [task] = write(set_name, num_fewshot=num_fewshot)
     found = loaded(tmp_path / "tasks", task.harness_name)
     assert tuple(found) == task.leaves
     ours = {leaf: requests_of(one) for leaf, one in found.items()}
-    assert ours == expected(name, sets, by_the_harness, 0)
+    assert ours == expected(set_name, sets, by_the_harness, num_fewshot)
     assert task.num_questions == sum(len(one.eval_docs) for one in found.values())
-
-
-@pytest.mark.parametrize("name", FEW_SHOT)
-@pytest.mark.usefixtures("our_order")
-def test_with_worked_examples_the_requests_are_those_of_the_harness_too(
-    name: str,
-    sets: Any,
-    write: Any,
-    loaded: Any,
-    by_the_harness: Any,
-    requests_of: Any,
-    tmp_path: Path,
-) -> None:
-    [task] = write(name, num_fewshot=3)
-    ours = {leaf: requests_of(one) for leaf, one in loaded(tmp_path / "tasks", name).items()}
-    assert ours == expected(name, sets, by_the_harness, 3)
-    assert task.num_fewshot == 3
+    assert task.num_fewshot == num_fewshot
 
 
 def test_gsm8k_shows_five_worked_examples_unless_told_otherwise(
@@ -131,24 +122,17 @@ def test_gsm8k_shows_five_worked_examples_unless_told_otherwise(
     assert requests_of(one) == by_the_harness("gsm8k/gsm8k.yaml", rows, shown, None)
 
 
-@pytest.mark.parametrize("name", TABLE)
-@pytest.mark.parametrize("num_fewshot", [0, 2])
 def test_the_hub_and_a_data_folder_give_the_same_requests(
-    name: str,
-    num_fewshot: int,
-    data_folder: Any,
-    write: Any,
-    loaded: Any,
-    requests_of: Any,
-    tmp_path: Path,
+    set_name: str, data_folder: Any, write: Any, loaded: Any, requests_of: Any, tmp_path: Path
 ) -> None:
-    if num_fewshot and TABLE[name].only_zero_shot:
-        pytest.skip("takes no worked examples")
-    [online] = write(name, place="online", num_fewshot=num_fewshot)
-    [offline] = write(name, place="offline", num_fewshot=num_fewshot, data_dir=data_folder(name))
+    harness = get_task(set_name).harness
+    assert harness is not None
+    given = {"num_fewshot": 0 if harness.only_zero_shot else 2}
+    [online] = write(set_name, place="online", **given)
+    [offline] = write(set_name, place="offline", data_dir=data_folder(set_name), **given)
     assert online == offline
     first, second = (
-        {leaf: requests_of(one) for leaf, one in loaded(tmp_path / place, name).items()}
+        {leaf: requests_of(one) for leaf, one in loaded(tmp_path / place, set_name).items()}
         for place in ("online", "offline")
     )
     assert first == second
@@ -192,8 +176,9 @@ def test_every_task_that_has_a_name_can_be_evaluated(
     hub.files[key] = [
         {"query": f"What is {n}?", "gt_ans": str(n), "level": 1 + n % 5} for n in range(200)
     ]
-    tasks = write(",".join(TASKS), num_fewshot=0)
-    assert [task.name for task in tasks] == list(TASKS)
+    names = [*sets, *(f"dart-{level}" for level in range(1, 6)), *OURS]
+    tasks = write(",".join(names), num_fewshot=0)
+    assert [task.name for task in tasks] == names
     found = loaded(tmp_path / "tasks", *(task.harness_name for task in tasks))
     for task in tasks:
         docs = [doc for leaf in task.leaves for doc in found[leaf].eval_docs]
@@ -213,8 +198,7 @@ def test_a_run_of_the_harness_reports_the_metric_that_counts_of_every_task(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    names = ",".join((*TABLE, "builtin_facts", "builtin_arithmetic"))
-    tasks = write(names, limit=6, num_fewshot=0)
+    tasks = write(",".join((*sets, *OURS)), limit=6, num_fewshot=0)
     found = simple_evaluate(
         model="dummy",
         tasks=[task.harness_name for task in tasks],
@@ -250,12 +234,8 @@ def test_options_of_ours_are_asked_byte_for_byte_as_a_search_asks_them(
     ]
     path = tmp_path / "my days, all.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    from drllm.tasks.files import FileTask
-
     task = FileTask(path)
-    [written] = write_task_folder(
-        [task], tmp_path / "tasks", split="test", limit=None, seed=0, data_dir=None
-    )
+    [written] = write(task)
     assert (written.name, written.harness_name) == ("my days, all", "my_days_all")
     [found] = loaded(tmp_path / "tasks", "my_days_all").values()
     ours = []
@@ -301,20 +281,22 @@ def test_generated_answers_of_ours_are_graded_by_our_rules(
 # --- which questions ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in TABLE if not TABLE[name].only_zero_shot])
 def test_no_question_that_is_asked_is_shown(
-    name: str, sets: Any, write: Any, loaded: Any, tmp_path: Path
+    set_name: str, sets: Any, write: Any, loaded: Any, tmp_path: Path
 ) -> None:
+    name, task = set_name, get_task(set_name)
+    assert isinstance(task, PublishedTask)
+    assert task.harness is not None
+    if task.harness.only_zero_shot:
+        pytest.skip("takes no worked examples")
     for split in ("select", "test"):
         place = f"tasks-{split}"
         write(name, place=place, split=split, num_fewshot=2)
         tested = {question_key(e.question) for e in get_task(name).examples("test")}
         ids: dict[str, set[str]] = {"asked": set(), "shown": set()}
-        for task in loaded(tmp_path / place, name).values():
+        for each in loaded(tmp_path / place, name).values():
             for use in ids:
-                ids[use] |= {doc["drllm_id"] for doc in task.dataset[use]}
-        task = get_task(name)
-        assert isinstance(task, PublishedTask)
+                ids[use] |= {doc["drllm_id"] for doc in each.dataset[use]}
         shown = {e.id: question_key(e.question) for e, _ in task.shots(split)}
         assert ids["shown"] <= set(shown)
         if split == "test" or set(task.files.values()) != {"single"}:
@@ -440,16 +422,10 @@ def test_what_cannot_be_asked_is_refused(
         write(names, **given)
 
 
-def test_a_task_named_twice_is_refused(tmp_path: Path) -> None:
+def test_a_task_named_twice_is_refused() -> None:
+    twice = [get_task("builtin_facts")] * 2
     with pytest.raises(TaskError, match="'builtin_facts' is evaluated twice"):
-        write_task_folder(
-            [get_task("builtin_facts")] * 2,
-            tmp_path,
-            split="test",
-            limit=None,
-            seed=0,
-            data_dir=None,
-        )
+        task_folder(twice, split="test", limit=None, seed=0, data_dir=None)
 
 
 def test_an_empty_split_is_refused(write: Any, tmp_path: Path) -> None:
@@ -533,9 +509,3 @@ def test_every_real_set_can_be_evaluated(
     assert [task.num_questions for task in tasks] == [20] * 10
     found = loaded(tmp_path / "tasks", *(task.harness_name for task in tasks))
     assert sum(len(task.eval_docs) for task in found.values()) == 200
-
-
-def test_only_tasks_without_rewards_are_evaluated_only() -> None:
-    for name in TASKS:
-        task = get_task(name)
-        assert (not task.rewards) == isinstance(task, EvaluatedTask)

@@ -1,25 +1,31 @@
 """Questions that others published: from the hub, or from a data folder of the same layout.
 
-Owns the way from a set's name to its rows, which of its files serves which split, leaving out
-training questions that are reported somewhere, and refusing to search what is only evaluated. A
-task states repository, files and how a row is read; how it is asked comes from `multiple_choice`,
-`math` or the task itself. Leaves which question is in which split to `records`, and how an
-evaluation asks to lm-evaluation-harness. Loads no torch, and `datasets` only to ask the hub.
+A row of `options` or `answers` says where a set is and how its rows are read; here are the ways
+from there to the questions of a split. Loads no torch, and `datasets` only to ask the hub.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
 
 from drllm.config import SPLITS
 from drllm.errors import TaskError
 from drllm.records import question_key, split_of
-from drllm.tasks.base import Example, Prompt, Task, check_split, get_task, shots_split
+from drllm.tasks.base import (
+    TASKS,
+    Example,
+    Form,
+    Harness,
+    QuestionRow,
+    Row,
+    Task,
+    check_split,
+    shots_split,
+)
 from drllm.tasks.rows import read_rows
 
 SPLITS_OF: dict[str, tuple[str, ...]] = {
@@ -30,59 +36,63 @@ SPLITS_OF: dict[str, tuple[str, ...]] = {
 }
 """Origin of a file → the splits that its questions are divided into."""
 
-QuestionRow: TypeAlias = tuple[Example, Mapping[str, Any]]
-"""A question, and the row that it was read from."""
+FILES_KEPT = 8
+"""How many files of questions are kept in memory, since every stage asks for them again."""
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PublishedTask(Task):
     """A task whose questions are published on the hub.
 
-    A subclass gives the attributes below and `read`, and is also a `MultipleChoiceTask`, a
-    `BoxedTask` or anything else that says how a question is asked.
-
     Attributes:
+        name: Our name; also that of its folder below a data folder.
+        description: One line for `drllm ls tasks`.
         repository: The set's repository on the hub.
         config: The set's configuration there; None where there is only one.
+        parts: What `*` in the repository's name stands for, of a set in several repositories.
         files: Name of a file (a split of the hub's) → its origin: `train`, `validation`, `single`
-            or `own`, as `records.split_of` divides them.
+            or `own`, as `records.split_of` divides them. Other files are never read.
+        read: Makes a question of a row, without its task and, where rows have none, its id; None
+            for a row that is no question of this task. Raises TaskError for a row that can't be
+            used, without file and line.
+        form: How a search asks; None where the task is only evaluated.
+        harness: How an evaluation asks; None: as a search does.
         hub_files: A file's name on the hub, where it is another than in a data folder.
         shots_file: A file of worked examples, which are shown before a question and never asked.
-        folder: The task's folder below a data folder; its name unless given.
+        folder: The task's folder below a data folder, where it isn't the name.
         columns: The only columns that are needed; all unless given.
         related: Tasks whose reported questions mustn't be trained on either.
+        thin_out: Keeps the rows that are needed of a file on the hub, where that is few of them;
+            it is also given the file's name in words.
+        group: A name that stands for this task and others.
+        aliases: Other names of the task.
     """
 
+    name: str
+    description: str
     repository: str
     config: str | None = None
-    files: ClassVar[Mapping[str, str]]
-    hub_files: ClassVar[Mapping[str, str]] = {}
+    parts: tuple[str, ...] = ()
+    files: Mapping[str, str]
+    read: Callable[[Row], Example | None]
+    form: Form | None = None
+    harness: Harness | None = None
+    hub_files: Mapping[str, str] = field(default_factory=dict)
     shots_file: str = ""
     folder: str = ""
     columns: tuple[str, ...] = ()
     related: tuple[str, ...] = ()
+    thin_out: Callable[[Iterable[Row], str], list[Row]] | None = None
+    group: str = ""
+    aliases: tuple[str, ...] = ()
 
-    @abstractmethod
-    def read(self, row: Mapping[str, Any], row_id: str) -> Example | None:
-        """Return the question that a row holds.
-
-        Args:
-            row: One object of the published file.
-            row_id: An id made from file and line, for sets without ids of their own.
-
-        Returns:
-            The question; None for a row that is no question of this task.
-
-        Raises:
-            TaskError: What is missing or wrong, without file and line.
-        """
-
-    def examples(self, split: str, data_dir: Path | None = None) -> list[Example]:
+    def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split; see `rows`."""
         return [example for example, _ in self.rows(split, data_dir)]
 
-    def rows(self, split: str, data_dir: Path | None = None) -> list[QuestionRow]:
+    def rows(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
         """Return the questions of one split, each with the row that it was read from.
 
         They stand in the file's order. Of questions with the same text the first is kept. A
@@ -97,9 +107,10 @@ class PublishedTask(Task):
             TaskError: A split that the set doesn't have, a missing folder or file (naming where
                 it was looked for), no network, or a line that can't be used (with its number).
         """
+        data_dir = None if data_dir is None else Path(data_dir)
         file = self._file_of(check_split(split))
         origin = self.files[file]
-        asked = list(self._questions(file, data_dir))
+        asked = self._questions(file, data_dir)
         taken = self._reported(data_dir) if origin == "train" else set()
         questions: list[QuestionRow] = []
         for example, row in asked:
@@ -109,23 +120,16 @@ class PublishedTask(Task):
             taken.add(key)
         return questions
 
-    def shots(self, split: str, data_dir: Path | None = None) -> list[QuestionRow]:
+    def shots(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
         """Return the questions that may be shown, with their answers, before those of a split.
 
         They are those of the `shots_file`, else those of another split: `fit`, or the other half
-        of a set that is only evaluated.
-
-        Args:
-            split: What is asked.
-            data_dir: As for `rows`.
-
-        Raises:
-            TaskError: As `rows`.
-
-        Source: ours; what is shown is never what is reported.
+        of a set that is only evaluated. What is shown is never what is reported.
         """
         if self.shots_file:
-            return list(self._questions(self.shots_file, data_dir))
+            return list(
+                self._questions(self.shots_file, None if data_dir is None else Path(data_dir))
+            )
         return self.rows(shots_split(check_split(split), self._splits()), data_dir)
 
     def _splits(self) -> list[str]:
@@ -143,7 +147,7 @@ class PublishedTask(Task):
     def _reported(self, data_dir: Path | None) -> set[str]:
         """Return the keys of the questions that are only reported, as far as they are there."""
         keys: set[str] = set()
-        for task in (self, *(get_task(name) for name in self.related if name != self.name)):
+        for task in (self, *(TASKS.get(name) for name in self.related if name != self.name)):
             assert isinstance(task, PublishedTask)
             for file, origin in task.files.items():
                 if origin == "validation" and (data_dir is None or task._find(file, data_dir)):
@@ -151,50 +155,43 @@ class PublishedTask(Task):
                     keys.update(question_key(example.question) for example, _ in reported)
         return keys
 
-    def _questions(self, file: str, data_dir: Path | None) -> Iterator[QuestionRow]:
-        for number, (where, row) in enumerate(self._rows(file, data_dir), start=1):
-            try:
-                example = self.read(row, f"{file}-{number}")
-            except TaskError as error:
-                raise TaskError(f"{where}: {error}") from error
-            if example is not None:
-                yield example, row
-
-    def _rows(self, file: str, data_dir: Path | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield where a row stands, in words, and the row."""
+    def _questions(self, file: str, data_dir: Path | None) -> tuple[QuestionRow, ...]:
+        """Return the questions of a file; see `rows` for what is refused."""
         if data_dir is None:
-            source = " ".join(filter(None, (self.repository, self.config, file)))
-            for number, row in enumerate(self._hub_rows(file), start=1):
-                yield f"{source}, row {number}", row
-            return
+            return _read(self, file, None, 0, 0)
         if not data_dir.is_dir():
             raise TaskError(f"--data-dir {data_dir} is not a folder; give the folder of task data")
         path = self._find(file, data_dir)
         if path is None:
+            there = [each for each in self.files if self._find(each, data_dir)]
+            also = "".join(f" (there is {each}: its {self._purpose(each)})" for each in there)
             raise TaskError(
                 f"task {self.name!r} found no {self._place(data_dir) / file}.jsonl or .jsonl.gz "
                 f"(its {self._purpose(file)}); put the file there, or leave out --data-dir to "
-                f"fetch {self.repository} from the hub{self._there(data_dir)}"
+                f"fetch {self.repository} from the hub{also}"
             )
         if not path.name.startswith(f"{file}."):
             _warn_of_part(path)
-        for line, row in read_rows(path):
-            yield f"{path}, line {line}", row
+        state = path.stat()
+        return _read(self, file, path, state.st_mtime_ns, state.st_size)
 
     def _purpose(self, file: str) -> str:
         if file == self.shots_file:
             return "worked examples, to be shown before its questions"
         return f"questions for {', '.join(SPLITS_OF[self.files[file]])}"
 
-    def _there(self, data_dir: Path) -> str:
-        """Say what a data folder has of this task, in words that end a message."""
-        there = [file for file in self.files if self._find(file, data_dir)]
-        return "".join(f" (there is {file}: its {self._purpose(file)})" for file in there)
+    def hub_rows(self, file: str) -> Iterable[Row]:
+        """Return the rows of a file on the hub, of all parts of the set."""
+        repositories = [self.repository.replace("*", part) for part in self.parts or ("",)]
+        rows = (row for repository in repositories for row in self._fetch(repository, file))
+        if self.thin_out is None:
+            return rows
+        key = self.repository, self.config, file
+        if key not in _thinned:
+            _thinned[key] = self.thin_out(rows, f"{self.repository} {file}")
+        return _thinned[key]
 
-    def _hub_rows(self, file: str) -> Iterable[Mapping[str, Any]]:
-        yield from self._fetch(self.repository, file)
-
-    def _fetch(self, repository: str, file: str) -> Iterator[Mapping[str, Any]]:
+    def _fetch(self, repository: str, file: str) -> Iterator[Row]:
         import datasets
 
         try:
@@ -221,40 +218,43 @@ class PublishedTask(Task):
         return find_file(self._place(data_dir), file)
 
 
-class EvaluatedTask(PublishedTask):
-    """A published task that is only evaluated, as lm-evaluation-harness asks it.
+@functools.lru_cache(maxsize=FILES_KEPT)
+def _read(
+    task: PublishedTask, file: str, path: Path | None, _mtime_ns: int, _size: int
+) -> tuple[QuestionRow, ...]:
+    """Read a file of the hub (without a path) or of a data folder; a changed file is read anew."""
+    if path is None:
+        rows: Iterable[tuple[int, Row]] = enumerate(task.hub_rows(file), start=1)
+        source = " ".join(filter(None, (task.repository, task.config, file)))
+    else:
+        rows, source = read_rows(path), str(path)
+    questions: list[QuestionRow] = []
+    for number, (line, row) in enumerate(rows, start=1):
+        try:
+            example = task.read(row)
+        except TaskError as error:
+            where = f"{source}, row {line}" if path is None else f"{source}, line {line}"
+            raise TaskError(f"{where}: {error}") from error
+        if example is not None:
+            row_id = example.id or f"{file}-{number}"
+            questions.append((replace(example, id=row_id, task=task.name), row))
+    return tuple(questions)
 
-    It has no rewards and no prompt of ours, so a search refuses it by name.
-    """
 
-    rewards = ()
+def forget() -> None:
+    """Forget every question that was read, for tests whose hub changes."""
+    _read.cache_clear()
+    _thinned.clear()
 
-    def prompt(self, example: Example, reward: str) -> Prompt:
-        """Refuse: only an evaluation asks these questions.
 
-        Raises:
-            TaskError: Always.
-        """
-        raise TaskError(self.only_evaluated())
-
-    def retests(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Refuse, as `prompt` does.
-
-        Raises:
-            TaskError: Always.
-        """
-        raise TaskError(self.only_evaluated())
+_thinned: dict[tuple[str, str | None, str], list[Row]] = {}
+"""What was kept of files of the hub, which are long, and which several tasks may share."""
 
 
 def find_file(folder: Path, stem: str) -> Path | None:
     """Return the file of a folder that holds the rows of `stem`, or None where there is none.
 
-    Args:
-        folder: A task's folder.
-        stem: For instance `train`.
-
-    Returns:
-        `STEM.jsonl`, else `STEM.jsonl.gz`, else a part of the rows: `STEM_subsetN.jsonl[.gz]`.
+    It is `STEM.jsonl`, else `STEM.jsonl.gz`, else a part of the rows: `STEM_subsetN.jsonl[.gz]`.
 
     Raises:
         TaskError: Several parts, and no whole.

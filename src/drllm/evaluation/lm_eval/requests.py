@@ -1,0 +1,244 @@
+"""The harness' requests: which make up a question, and how long generated answers may get.
+
+The harness asks for one log-likelihood at a time: a context and a continuation. Those of one
+question are put together, so that its context is read once and its route is one. What a router may
+read is what all of the question's contexts begin with: for most tasks the context; where the
+options stand in the context (WinoGrande), the text before them, and what differs is read but not
+scored.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import logging
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from lm_eval.api.instance import Instance
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from drllm.errors import TaskError
+from drllm.evaluation.lm_eval.folders import room_for_answer
+from drllm.models.scoring.packing import Question
+
+Tokens: TypeAlias = Sequence[int]
+
+STEPS = 16
+"""Into which a context is divided: answers are generated side by side where they may be equally
+long, so that prompts of about one length should leave the same room."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One continuation to score.
+
+    Attributes:
+        question: What tells its question from others, such as the task's name and the row.
+        context: Tokens in front of the continuation, at least one.
+        continuation: Tokens to score, at least one.
+    """
+
+    question: Hashable
+    context: Tokens
+    continuation: Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The questions of a list of requests.
+
+    Attributes:
+        questions: Each with its prompt and continuations.
+        keys: For each of these, its requests' `Request.question`.
+        places: For each request, the place of its question and of its continuation there.
+    """
+
+    questions: list[Question]
+    keys: list[Hashable]
+    places: list[tuple[int, int]]
+
+
+def asked(requests: Sequence[Request], max_length: int, *, by_prompt: bool) -> Asked:
+    """Put the requests of one question together.
+
+    Requests that occur twice, as the harness asks where processes share the work unevenly, are
+    scored once.
+
+    Args:
+        requests: In any order.
+        max_length: Maximum tokens that the model reads. What is longer loses tokens at its start,
+            as the harness has it; its continuation is never cut.
+        by_prompt: Somebody will decide on the prompt of a question, so there must be one, and the
+            contexts of a question are cut alike. Otherwise contexts that have nothing in common
+            are taken for questions of their own, each cut by itself.
+
+    Raises:
+        TaskError: A continuation longer than `max_length`; with `by_prompt`, a question whose
+            contexts have no common beginning.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for place, request in enumerate(requests):
+        if len(request.continuation) > max_length:
+            raise TaskError(
+                f"a continuation of {_named(request.question)} has {len(request.continuation)} "
+                f"tokens, the model reads {max_length}; leave the task out, or use a model with a "
+                f"longer context"
+            )
+        groups.setdefault(request.question, []).append(place)
+    found = Asked([], [], [(0, 0)] * len(requests))
+    for key, places in groups.items():
+        longest = max(len(requests[place].continuation) for place in places)
+        contexts = {
+            place: _cut(
+                requests[place].context,
+                max_length + 1 - (longest if by_prompt else len(requests[place].continuation)),
+            )
+            for place in places
+        }
+        prompt = _common(list(contexts.values()))
+        if prompt:
+            _add(found, key, prompt, requests, contexts)
+        elif by_prompt:
+            raise TaskError(
+                f"the requests of {_named(key)} have no prompt in common, so nothing can decide on "
+                f"their route; give a fixed plan (decisions=FILE, or static_routing=true)"
+            )
+        else:
+            for context in dict.fromkeys(contexts.values()):
+                alike = {place: each for place, each in contexts.items() if each == context}
+                _add(found, key, context, requests, alike)
+    return found
+
+
+def _add(
+    found: Asked,
+    key: Hashable,
+    prompt: tuple[int, ...],
+    requests: Sequence[Request],
+    contexts: dict[int, tuple[int, ...]],
+) -> None:
+    """Add one question, and where each of its requests stands."""
+    continuations: dict[tuple[tuple[int, ...], int], int] = {}
+    for place, context in contexts.items():
+        unscored = len(context) - len(prompt)
+        tokens = (*context[len(prompt) :], *requests[place].continuation)
+        number = continuations.setdefault((tokens, unscored), len(continuations))
+        found.places[place] = (len(found.questions), number)
+    found.questions.append(
+        Question(prompt, [tokens for tokens, _ in continuations], [num for _, num in continuations])
+    )
+    found.keys.append(key)
+
+
+def _cut(context: Tokens, most: int) -> tuple[int, ...]:
+    """Return the last tokens of a context, one at least: after it something is predicted."""
+    return tuple(context[-max(most, 1) :])
+
+
+def _common(contexts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return what all contexts begin with."""
+    if len(set(contexts)) == 1:
+        return contexts[0]
+    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*contexts, strict=False))
+    return tuple(tokens[0] for tokens in alike)
+
+
+def _named(key: Hashable) -> str:
+    return " ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+
+
+# --- generated answers --------------------------------------------------------------------------
+
+
+def fitted(
+    requests: Sequence[Instance],
+    encode: Callable[[str], Sequence[int]],
+    max_length: int,
+    max_new_tokens: int,
+    *,
+    warns: bool,
+) -> list[Instance]:
+    """Return requests for generated answers with no more tokens asked for than there is room.
+
+    What a request gets depends on its own prompt alone, so that it is the same in whatever batch
+    or process. Requests for no more than half of the context stay as they are, as do those that
+    fit. One warning a task says what was asked for and what is given.
+
+    Args:
+        requests: Each with a prompt and the settings of `generate`.
+        encode: Makes tokens of a prompt.
+        max_length: Maximum tokens that the model reads and writes in all.
+        max_new_tokens: Of answers whose request doesn't say.
+        warns: Whether this process says what it does; of several, one.
+
+    Returns:
+        The requests in order; those that are changed are copies.
+
+    Source: ours (docs/differences.md, D-27).
+    """
+    step = max(1, max_length // STEPS)
+    found: list[Instance] = []
+    given: dict[tuple[str, int], list[int]] = {}
+    for request in requests:
+        prompt, how = request.args
+        settings: dict[str, Any] = dict(normalize_gen_kwargs(how, max_new_tokens))
+        asked = settings["max_gen_toks"]
+        length = 0 if asked <= max_length // 2 else len(encode(prompt))
+        if length + asked > max_length:
+            room = room_for_answer(step * math.ceil(length / step), max_length)
+            settings["max_gen_toks"] = room
+            request = copy.copy(request)
+            request.arguments = (prompt, settings)
+            given.setdefault((request.task_name or "a task", asked), []).append(room)
+        found.append(request)
+    for (task, asked), rooms in given.items() if warns else ():
+        _warn(task, asked, max_length, min(rooms), max(rooms))
+    return found
+
+
+@functools.cache
+def _warn(task: str, asked: int, max_length: int, least: int, most: int) -> None:
+    """Say it once, however many systems answer the same questions."""
+    given = f"{most}" if least == most else f"{least} to {most}"
+    logger.warning(
+        "%s asks for answers of up to %d tokens, and the model holds %d with the question; answers "
+        "have at most %s",
+        task,
+        asked,
+        max_length,
+        given,
+    )
+
+
+def without_padding(requests: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """Return the requests without those that the harness repeats to fill a process up.
+
+    Args:
+        requests: Each as often as its `repeats` asks for, some more often.
+
+    Returns:
+        Those to answer, and for each request the place of its answer among theirs.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> one, twice = SimpleNamespace(repeats=1), SimpleNamespace(repeats=2)
+        >>> wanted, places = without_padding([one, twice, twice, twice, twice])
+        >>> len(wanted), places
+        (3, [0, 1, 2, 2, 2])
+    """
+    wanted: list[Any] = []
+    found: dict[int, list[int]] = {}
+    places = []
+    for request in requests:
+        own = found.setdefault(id(request), [])
+        if len(own) < (request.repeats or 1):  # None in a request made by hand
+            own.append(len(wanted))
+            wanted.append(request)
+        places.append(own[-1])
+    return wanted, places

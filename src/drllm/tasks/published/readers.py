@@ -1,0 +1,351 @@
+"""How a row of a published set becomes a question, and what the harness' task file reads of it.
+
+A reader takes a row and returns the question, without the task's name and, where the row has no
+id, without one; None for a row that is no question. Rows of `sets.yaml` name these functions.
+Loads no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+from drllm.errors import TaskError
+from drllm.records import question_key
+from drllm.tasks.base import Example, Row
+from drllm.tasks.forms import LETTERS
+from drllm.tasks.grading import normalise
+from drllm.tasks.rows import index_of, object_of, text_of, texts_of
+
+UNANSWERABLE = "unanswerable"
+"""What SQuAD's prompts ask for where the passage holds no answer."""
+DART_LEVELS = (1, 2, 3, 4, 5)
+"""As MATH has them: 1 is the easiest. As tasks: Dr.LLM, Table 2."""
+GPQA_OPTIONS = (
+    "Correct Answer",
+    "Incorrect Answer 1",
+    "Incorrect Answer 2",
+    "Incorrect Answer 3",
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Reads a question with options from the columns that are named.
+
+    Attributes:
+        question: The question's column.
+        choices: The column that lists the options, or a column for each of them.
+        answer: The column that says which option is right.
+        answers: What it says for each option, in order; the index from 0 unless given.
+    """
+
+    question: str = "question"
+    choices: str | tuple[str, ...] = "choices"
+    answer: str = "answer"
+    answers: tuple[Any, ...] = ()
+
+    def __call__(self, row: Row) -> Example:
+        """Return the question; refuse a row that can't be used, without file and line."""
+        question = text_of(row, self.question)
+        if isinstance(self.choices, str):
+            choices = texts_of(row, self.choices, minimum=2)
+        else:
+            choices = tuple(text_of(row, column) for column in self.choices)
+        value = row.get(self.answer)
+        if not self.answers:
+            return with_options(question, choices, index_of(value, len(choices), self.answer))
+        if value not in self.answers:
+            expected = " or ".join(map(repr, self.answers))
+            raise TaskError(f"{self.answer!r} is {value!r}; expected {expected}")
+        return with_options(question, choices, self.answers.index(value))
+
+
+def with_options(
+    question: str, choices: tuple[str, ...], gold: int, row_id: str = "", task: str = ""
+) -> Example:
+    """Return a question with options; its answer is the right one's text."""
+    return Example(
+        id=row_id, task=task, question=question, choices=choices, gold=gold, answer=choices[gold]
+    )
+
+
+# --- ARC, CommonsenseQA --------------------------------------------------------------------------
+
+
+def labelled(row: Row, question: str = "question") -> Example:
+    """Read a row with `id`, `question`, `choices` (`text` and `label` of each) and `answerKey`.
+
+    Labels may be letters or numbers, of any count from 2; the right option is where the answer
+    key stands among them. The question may have a column of another name.
+    """
+    options = object_of(row, "choices", "text", "label")
+    choices = texts_of(options, "text", minimum=2)
+    labels = texts_of(options, "label", minimum=2)
+    if len(choices) != len(labels) or len(set(labels)) != len(labels):
+        raise TaskError(f"{len(choices)} options have the labels {', '.join(labels)}")
+    if len(choices) > len(LETTERS):
+        raise TaskError(f"'choices' has {len(choices)} options; at most {len(LETTERS)} are usable")
+    key = text_of(row, "answerKey")
+    if key not in labels:
+        raise TaskError(f"'answerKey' is {key!r}; expected one of {', '.join(labels)}")
+    return with_options(text_of(row, question), choices, labels.index(key), text_of(row, "id"))
+
+
+def labelled_columns(_example: Example, row: Row) -> dict[str, Any]:
+    """Return the columns of ARC and CommonsenseQA."""
+    choices = {name: row["choices"][name] for name in ("text", "label")}
+    return {**{name: row[name] for name in ("id", "question", "answerKey")}, "choices": choices}
+
+
+# --- HellaSwag -----------------------------------------------------------------------------------
+
+
+def hellaswag(row: Row) -> Example | None:
+    """Read a raw row (`activity_label`, `ctx_a`, `ctx_b`, `endings`, `label`) or a clean one.
+
+    A clean row has `query`, `choices` and `label`; its texts are taken as they stand. A row of
+    which cleaning leaves nothing of an ending is no question.
+    """
+    if "query" in row:
+        query, choices = text_of(row, "query"), texts_of(row, "choices", minimum=2)
+    else:
+        for key in ("ctx_a", "ctx_b"):  # the second is empty in many rows
+            if not isinstance(row.get(key), str):
+                raise TaskError(f"{key!r} is {row.get(key)!r}; expected text")
+        context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
+        query = cleaned(f"{text_of(row, 'activity_label')}: {context}")
+        choices = tuple(cleaned(ending) for ending in texts_of(row, "endings", minimum=2))
+    label = row.get("label")
+    is_digit = re.fullmatch("[0-9]", str(label)) is not None
+    gold = index_of(int(str(label)) if is_digit else label, len(choices), "label")
+    return with_options(query, choices, gold) if all(choices) else None
+
+
+def cleaned(text: str) -> str:
+    """Return a text of HellaSwag without the marks of the pages that it was taken from.
+
+    Source: what lm-evaluation-harness' task does with the raw rows; compared in a test.
+
+    Example:
+        >>> cleaned(" How to rest [title] Sit down [step] Now  close your eyes.")
+        'How to rest. Sit down Now close your eyes.'
+    """
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def hellaswag_columns(example: Example, _row: Row) -> dict[str, Any]:
+    """Return the columns of HellaSwag, cleaned."""
+    return {"query": example.question, "choices": list(example.choices), "label": example.gold}
+
+
+# --- only evaluated ------------------------------------------------------------------------------
+
+
+def mmlu(row: Row) -> Example:
+    """Read `subject`, `question`, `choices` and `answer` (index from 0).
+
+    The line on the subject and the stripped question are those of lm-evaluation-harness.
+    """
+    example, subject = Columns()(row), text_of(row, "subject").replace("_", " ")
+    return replace(
+        example,
+        question=example.question.strip(),
+        context=f"The following are questions (with answers) about {subject}.",
+    )
+
+
+def winogrande(row: Row) -> Example:
+    """Read `sentence` (with a gap, `_`), `option1`, `option2` and `answer` ("1" or "2")."""
+    if not text_of(row, "sentence").partition("_")[2].strip():
+        raise TaskError("'sentence' has no gap (_) with text after it")
+    return Columns("sentence", ("option1", "option2"), answers=("1", "2"))(row)
+
+
+def truthfulqa(row: Row) -> Example:
+    """Read `question` and `mc1_targets` (`choices`, `labels`: one 1, else 0).
+
+    The true option becomes the first, where the harness looks for it.
+    """
+    targets = object_of(row, "mc1_targets", "choices", "labels")
+    choices = texts_of(targets, "choices", minimum=2)
+    labels = targets.get("labels")
+    if not isinstance(labels, list) or sorted(labels) != [0] * (len(choices) - 1) + [1]:
+        raise TaskError(
+            f"'labels' is {labels!r}; expected {len(choices)} of them, a single 1 and else 0"
+        )
+    true = choices[labels.index(1)]
+    others = (choice for choice, label in zip(choices, labels, strict=True) if not label)
+    return with_options(text_of(row, "question"), (true, *others), 0)
+
+
+def truthfulqa_columns(example: Example, _row: Row) -> dict[str, Any]:
+    """Return the columns of TruthfulQA."""
+    labels = [int(index == example.gold) for index in range(len(example.choices))]
+    targets = {"choices": list(example.choices), "labels": labels}
+    return {"question": example.question, "mc1_targets": targets}
+
+
+def agieval(row: Row) -> Example:
+    """Read a row of the hub, or one with `question`, `choices` and `answer` (index from 0).
+
+    The hub's rows have `query` (the whole prompt), `choices` and `gold` (a list of indices, most
+    with one).
+    """
+    question, key = ("query", "gold") if "query" in row else ("question", "answer")
+    choices = texts_of(row, "choices", minimum=2)
+    golds = _golds(row)
+    for gold in golds or [row.get(key)]:
+        index_of(gold, len(choices), key)
+    return with_options(text_of(row, question), choices, golds[0])
+
+
+def agieval_columns(example: Example, row: Row) -> dict[str, Any]:
+    """Return the columns of AGIEval; any of several right options counts."""
+    return {"query": example.question, "choices": list(example.choices), "gold": _golds(row)}
+
+
+def _golds(row: Row) -> list[Any]:
+    """Return the indices of a row's right options, unchecked; none where they aren't given."""
+    golds = row.get("gold", row.get("answer"))
+    return golds if isinstance(golds, list) else [] if golds is None else [golds]
+
+
+def gpqa(row: Row) -> Example:
+    """Read a row of the hub, or one with `question`, `choices` and `answer` (index from 0).
+
+    The options stand in an order that is drawn from the question's text, the same in every run
+    and for rows of the hub and of a data folder.
+    """
+    if "choices" in row:
+        given = Columns()(row)
+    else:
+        texts = tuple(text_of(row, key) for key in GPQA_OPTIONS)
+        given = with_options(text_of(row, "Question"), texts, 0)
+    if len(given.choices) != 4:
+        raise TaskError(f"'choices' has {len(given.choices)} entries; expected 4")
+    # As lm-evaluation-harness shows them (compared in a test).
+    right, *options = (
+        text.strip().replace(" [title]", ". ").replace("  ", " ")
+        for text in (given.answer, *given.choices)
+    )
+    options.sort()
+    Random(question_key(given.question)).shuffle(options)
+    return with_options(given.question, tuple(options), options.index(right))
+
+
+def gpqa_columns(example: Example, _row: Row) -> dict[str, Any]:
+    """Return the columns of GPQA, the options in our order."""
+    assert example.gold is not None
+    options = {f"choice{place}": text for place, text in enumerate(example.choices, start=1)}
+    return {"Question": example.question, **options, "answer": f"({'ABCD'[example.gold]})"}
+
+
+# --- generated answers ---------------------------------------------------------------------------
+
+
+def gsm8k(row: Row) -> Example:
+    """Read `question` and `answer`: a solution that ends in `#### ` and a number."""
+    _, mark, number = text_of(row, "answer").rpartition("#### ")
+    answer = number.strip().replace(",", "")
+    if not mark or not answer:
+        raise TaskError("'answer' doesn't end in '#### ' and a number")
+    return Example(question=text_of(row, "question"), answer=answer)
+
+
+def dart(row: Row, level: int) -> Example | None:
+    """Read `query`, `gt_ans` and `level`, or the level inside `query_metadata`.
+
+    A problem of another level is no question. A few problems of MATH have no level ("Level ?"):
+    in a data folder, which its owner can mend, such a row is an error.
+    """
+    its_level = _level(row)
+    if its_level not in DART_LEVELS:
+        raise TaskError(f"'level' is {its_level!r}; expected a whole number from 1 to 5")
+    question, answer = text_of(row, "query"), text_of(row, "gt_ans")
+    return Example(question=question, answer=answer) if its_level == level else None
+
+
+dart_1, dart_2, dart_3, dart_4, dart_5 = (
+    functools.partial(dart, level=level) for level in DART_LEVELS
+)
+
+
+def first_of_each_problem(rows: Iterable[Row], source: str) -> list[Row]:
+    """Keep one row of each problem of DART's pool.
+
+    Problems without a level are passed over, with a warning that counts them.
+    """
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(str(row.get("query")), row)
+    levelled = [row for row in first.values() if _level(row) in DART_LEVELS]
+    if not levelled:  # levels are written in another way: the first row is refused
+        return list(first.values())
+    if without := len(first) - len(levelled):
+        logger.warning(
+            "%s: problems without a level from 1 to 5, which are passed over: %d", source, without
+        )
+    return levelled
+
+
+def _level(row: Row) -> Any:
+    """Return a row's level as it stands there; None where it has none."""
+    metadata = row.get("query_metadata")
+    return row.get("level", metadata.get("level") if isinstance(metadata, Mapping) else None)
+
+
+def aime(row: Row) -> Example:
+    """Read a row of the hub (`Problem`, `Answer`), or one with `problem` and `answer`."""
+    problem, key = ("Problem", "Answer") if "Problem" in row else ("problem", "answer")
+    answer = str(row.get(key)).strip()
+    if not answer.isdecimal():
+        raise TaskError(f"{key!r} is {row.get(key)!r}; expected a whole number")
+    return Example(question=text_of(row, problem), answer=answer)
+
+
+def aime_columns(example: Example, _row: Row) -> dict[str, Any]:
+    """Return the columns of AIME."""
+    return {"Problem": example.question, "Answer": example.answer}
+
+
+def squad(row: Row) -> Example | None:
+    """Read `id`, `context`, `question` and `answers` (`text`, a list; empty without an answer).
+
+    Right is any of the answers that people gave. A question whose answers are nothing but marks
+    can't be graded and is none.
+    """
+    texts = texts_of(object_of(row, "answers", "text"), "text", minimum=0) or (UNANSWERABLE,)
+    different: dict[str, str] = {}
+    for text in texts:
+        different.setdefault(normalise(text), text.strip())
+    different.pop("", None)
+    if not different:
+        return None
+    first, *others = different.values()
+    return Example(
+        id=text_of(row, "id"),
+        question=text_of(row, "question").strip(),
+        context=text_of(row, "context").strip(),
+        answer=first,
+        other_answers=tuple(others),
+    )
+
+
+def squad_columns(_example: Example, row: Row) -> dict[str, Any]:
+    """Return the columns of SQuAD.
+
+    The answers are one text: the lists may all be empty, of which datasets makes another column.
+    """
+    texts = {name: text_of(row, name) for name in ("title", "context", "question")}
+    answers = texts_of(row["answers"], "text", minimum=0)
+    return {**texts, "grading": json.dumps(answers, ensure_ascii=False)}

@@ -1,0 +1,166 @@
+"""The harness' requests: which make up a question, and answers that a model has room for."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lm_eval.api.instance import Instance
+
+from drllm.errors import TaskError
+from drllm.evaluation.lm_eval import requests
+from drllm.evaluation.lm_eval.requests import STEPS, Request, asked, fitted
+
+LONG = 1000
+CONTEXT = 160
+NAMES = (f"task {number}" for number in itertools.count())
+
+
+def test_the_continuations_of_one_context_stand_behind_it_together():
+    wanted = [Request("a", [1, 2], [7]), Request("b", [3], [7]), Request("a", [1, 2], [8, 9])]
+    found = asked(wanted, LONG, by_prompt=True)
+    first, second = found.questions
+    assert (first.context, first.continuations) == ((1, 2), [(7,), (8, 9)])
+    assert (second.context, second.continuations) == ((3,), [(7,)])
+    assert found.keys == ["a", "b"]
+    assert found.places == [(0, 0), (1, 0), (0, 1)]
+
+
+def test_where_the_options_stand_in_the_context_the_prompt_is_what_comes_before_them():
+    wanted = [Request("gap", [1, 2, 30], [7, 8]), Request("gap", [1, 2, 40, 41], [7, 8])]
+    [question] = asked(wanted, LONG, by_prompt=True).questions
+    assert question.context == (1, 2)
+    assert question.continuations == [(30, 7, 8), (40, 41, 7, 8)]
+    assert question.num_unscored == [1, 2]
+
+
+def test_the_same_request_twice_is_scored_once():
+    wanted = [Request("a", [1], [7]), Request("a", [1], [8]), Request("a", [1], [7])]
+    found = asked(wanted, LONG, by_prompt=True)
+    assert found.questions[0].continuations == [(7,), (8,)]
+    assert found.places == [(0, 0), (0, 1), (0, 0)]
+
+
+def test_contexts_with_nothing_in_common_are_questions_of_their_own_under_a_fixed_plan():
+    wanted = [Request("a", [1, 2], [7]), Request("a", [5], [7]), Request("a", [1, 2], [8])]
+    found = asked(wanted, LONG, by_prompt=False)
+    assert [question.context for question in found.questions] == [(1, 2), (5,)]
+    assert found.places == [(0, 0), (1, 0), (0, 1)]
+
+
+def test_contexts_with_nothing_in_common_are_refused_where_somebody_decides_on_the_prompt():
+    wanted = [Request(("pmi", 3), [1, 2], [7]), Request(("pmi", 3), [5], [7])]
+    with pytest.raises(TaskError, match=r"pmi 3 have no prompt in common.*decisions=FILE"):
+        asked(wanted, LONG, by_prompt=True)
+
+
+def test_what_is_too_long_loses_its_beginning_as_the_harness_has_it():
+    wanted = [Request("a", [1, 2, 3, 4], [7]), Request("a", [1, 2, 3, 4], [8, 9])]
+    found = asked(wanted, 3, by_prompt=False)
+    # The last token of a continuation isn't read, so four tokens fit into three.
+    assert [question.context for question in found.questions] == [(2, 3, 4), (3, 4)]
+
+
+def test_contexts_of_a_question_are_cut_alike_where_somebody_decides_on_the_prompt():
+    wanted = [Request("a", [1, 2, 3, 4], [7]), Request("a", [1, 2, 3, 4], [8, 9])]
+    [question] = asked(wanted, 3, by_prompt=True).questions
+    assert question.context == (3, 4)
+
+
+def test_a_continuation_that_the_model_cannot_read_is_refused():
+    with pytest.raises(TaskError, match="continuation of arc 0 has 4 tokens, the model reads 3"):
+        asked([Request(("arc", 0), [1], [1, 2, 3, 4])], 3, by_prompt=True)
+
+
+tokens = st.lists(st.integers(0, 3), min_size=1, max_size=5)
+
+
+@given(st.lists(st.builds(Request, st.sampled_from("abc"), tokens, tokens), max_size=12))
+def test_every_request_is_found_again_whole_at_its_place(wanted):
+    found = asked(wanted, LONG, by_prompt=False)
+    for request, (place, number) in zip(wanted, found.places, strict=True):
+        question = found.questions[place]
+        behind = question.continuations[number]
+        whole = (*question.context, *behind)
+        assert (*request.context, *request.continuation) == whole
+        scored = behind[question.num_unscored[number] :]
+        assert tuple(request.continuation) == tuple(scored)
+        assert request.question == found.keys[place]
+
+
+# --- generated answers --------------------------------------------------------------------------
+
+
+def encode(prompt):
+    return list(prompt.encode())
+
+
+def request(length, most, task, **others):
+    settings = {"max_gen_toks": most, "until": ["."], **others}
+    return Instance("generate_until", {}, ("x" * length, settings), 0, (task, length, 1))
+
+
+def lengths(wanted, warns=False):
+    found = fitted(wanted, encode, CONTEXT, 256, warns=warns)
+    return [dict(each.args[1])["max_gen_toks"] for each in found]
+
+
+@pytest.fixture
+def task():
+    """A name that nothing was said of yet."""
+    requests._warn.cache_clear()
+    return next(NAMES)
+
+
+def test_what_fits_or_asks_for_half_of_the_context_stays_as_it_is(task):
+    fitting = [request(60, 100, task), request(150, 80, task), request(1, 159, task)]
+    found = fitted(fitting, encode, CONTEXT, 256, warns=True)
+    assert all(one is other for one, other in zip(fitting, found, strict=True))
+
+
+def test_an_answer_gets_what_its_prompt_leaves_and_half_of_the_context_at_least(task):
+    for length in range(1, CONTEXT + 40):
+        [most] = lengths([request(length, 32768, task)])
+        left = CONTEXT - length
+        assert most >= CONTEXT // 2
+        if left >= CONTEXT // 2:
+            assert left - CONTEXT // STEPS < most <= left
+
+
+def test_prompts_of_about_one_length_are_answered_side_by_side(task):
+    found = lengths([request(length, 32768, task) for length in range(1, CONTEXT + 1)])
+    assert len(set(found)) <= STEPS // 2 + 1
+
+
+def test_requests_and_their_other_settings_are_left_alone(task):
+    before = request(100, 32768, task, temperature=0.7, do_sample=True)
+    [after] = fitted([before], encode, CONTEXT, 256, warns=False)
+    assert before.args[1]["max_gen_toks"] == 32768
+    assert after.args[0] == before.args[0]
+    assert {**after.args[1], "max_gen_toks": 32768} == before.args[1]
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "max_tokens", None])
+def test_every_way_of_asking_is_understood(task, name):
+    settings = {"until": []} if name is None else {name: 500, "until": []}
+    asked = Instance("generate_until", {}, ("x" * 10, settings), 0, (task, 0, 1))
+    [found] = fitted([asked], encode, CONTEXT, 256, warns=False)
+    assert found.args[1]["max_gen_toks"] == CONTEXT - 10
+    assert name not in found.args[1]
+
+
+def test_it_is_said_once_what_was_asked_for_and_what_is_given(task, caplog):
+    wanted = [request(length, 32768, task) for length in (12, 75, 140)]
+    for _ in range(3):
+        fitted(wanted, encode, CONTEXT, 256, warns=True)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{task} asks for answers of up to 32768 tokens, and the model holds 160 with the "
+        f"question; answers have at most 80 to 140"
+    ]
+
+
+def test_one_process_of_several_says_it(task, caplog):
+    fitted([request(12, 32768, task)], encode, CONTEXT, 256, warns=False)
+    assert caplog.records == []

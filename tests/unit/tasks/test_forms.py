@@ -1,0 +1,97 @@
+"""How a search asks: options, letters, boxes, words of a passage; and how it asks again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from drllm.errors import TaskError
+from drllm.tasks.base import Example, get_task
+from drllm.tasks.forms import BOXED, LETTERS, Options
+from drllm.tasks.grading import grade
+
+OPTIONS = Options()
+
+
+def example(*choices: str, gold: int = 0) -> Example:
+    return Example(question="Why?", choices=choices, gold=gold, answer=choices[gold])
+
+
+def test_what_stands_before_a_question_stands_before_it_in_every_prompt() -> None:
+    asked = example("ice", "fire", gold=1)
+    in_context = replace(asked, context="On chemistry.")
+    for reward in OPTIONS.rewards:
+        plain = [OPTIONS.prompt(asked, reward), *OPTIONS.retests(asked, reward)]
+        others = [OPTIONS.prompt(in_context, reward), *OPTIONS.retests(in_context, reward)]
+        assert others == [
+            replace(prompt, text=f"On chemistry.\n\n{prompt.text}") for prompt in plain
+        ]
+
+
+def test_loglikelihood_is_retested_in_three_other_templates_and_by_character() -> None:
+    asked = example("ice", "fire", gold=1)
+    prompt = OPTIONS.prompt(asked, "loglikelihood")
+    retests = OPTIONS.retests(asked, "loglikelihood")
+    assert [retest.normalised for retest in retests] == [False, False, False, True]
+    assert len({prompt.text, *(retest.text for retest in retests)}) == 4
+    assert retests[3].text == prompt.text
+    for retest in retests:
+        assert "Why?" in retest.text
+        assert (retest.continuations, retest.gold) == ((" ice", " fire"), 1)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_letters_are_retested_in_every_other_rotation(count: int) -> None:
+    choices = [f"choice{index}" for index in range(count)]
+    asked = example(*choices, gold=1)
+    prompts = [OPTIONS.prompt(asked, "letter"), *OPTIONS.retests(asked, "letter")]
+    assert prompts[0].answer == "B"
+    assert sorted(prompt.answer for prompt in prompts) == list(LETTERS[:count])
+    for prompt in prompts:
+        assert f"\n{prompt.answer}. choice1\n" in prompt.text
+        assert all(prompt.text.count(f". {choice}\n") == 1 for choice in choices)
+        assert (prompt.letters, prompt.chat) == (LETTERS[:count], True)
+        assert prompt.text.endswith("Answer:")
+
+
+@pytest.mark.parametrize(
+    ("name", "reward", "answer", "wrong"),
+    [
+        ("gsm8k", "boxed", r"\boxed{1,200}", "1200"),
+        ("dart-2", "boxed", r"\boxed{1200.0}", r"\boxed{7}"),
+        ("squad_v2", "exact", "1200.", "twelve hundred"),
+    ],
+)
+def test_generated_answers_are_asked_for_in_three_ways_and_graded(
+    name: str, reward: str, answer: str, wrong: str
+) -> None:
+    task = get_task(name)
+    asked = Example(question="How {many}?", answer="1200", context="A {passage}.")
+    prompts = [task.prompt(asked, reward), *task.retests(asked, reward)]
+    assert len({prompt.text for prompt in prompts}) == 3
+    for prompt in prompts:
+        assert "How {many}?" in prompt.text
+        assert ("A {passage}." in prompt.text) == (name == "squad_v2")
+        assert (prompt.reward, prompt.chat) == (reward, True)
+        assert prompt.max_new_tokens == (15 if reward == "boxed" else 16)
+        assert grade(prompt, answer) == 1.0
+        assert grade(prompt, wrong) == 0.0
+
+
+def test_an_answer_has_the_tokens_that_its_longest_right_text_needs() -> None:
+    unlimited = replace(BOXED, max_new_tokens=None)
+    asked = Example(question="?", answer="7", other_answers=("ж" * 100,))  # two bytes each
+    assert unlimited.prompt(asked, "boxed").max_new_tokens == 208
+    assert unlimited.prompt(replace(asked, other_answers=()), "boxed").max_new_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "fitting"),
+    [("arc_easy", "loglikelihood, letter"), ("hellaswag", "loglikelihood"), ("gsm8k", "boxed")],
+)
+def test_a_reward_that_does_not_fit_is_refused_with_those_that_do(name: str, fitting: str) -> None:
+    task = get_task(name)
+    for ask in (task.prompt, task.retests):
+        with pytest.raises(TaskError, match=f"'{name}'; it takes {fitting}"):
+            ask(example("a", "b"), "exact")
