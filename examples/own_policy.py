@@ -16,7 +16,7 @@ import torch
 
 from drllm.config import ModelConfig
 from drllm.models.base.load import load
-from drllm.models.routing.policies import FullPolicy, Policy, PromptView
+from drllm.models.routing.policies import POLICIES, FullPolicy, Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import num_executions
 
@@ -27,6 +27,7 @@ PROMPTS = (
 )
 
 
+@POLICIES.register("settled")
 class SettledPolicy(Policy):
     """Skip a layer where the one before it hardly changed the prompt's end; never two in a row."""
 

@@ -50,13 +50,16 @@ class Registry(Generic[T]):
     def register(self, *names: str) -> Callable[[Entry], Entry]:
         """Register the decorated class or function under a name, and under further aliases.
 
+        Defined again, as by a notebook cell that is run twice, it replaces what it was.
+
         Raises:
             ValueError: A name that is taken by something else.
         """
 
         def add(entry: Entry) -> Entry:
             for name in names:
-                if name in self._entries:
+                taken = self._entries.get(name, entry)
+                if _name_of(taken) != _name_of(entry):
                     raise ValueError(f"there is a {self.kind} {name!r} already")
                 self._entries[name] = entry  # type: ignore[assignment]
             return entry
@@ -97,3 +100,7 @@ class Registry(Generic[T]):
                     importlib.import_module(each.name)
         self._modules = ()
         return self._entries
+
+
+def _name_of(entry: object) -> object:
+    return getattr(entry, "__qualname__", entry)

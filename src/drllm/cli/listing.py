@@ -23,20 +23,25 @@ if TYPE_CHECKING:
 
 @verb(
     "ls",
-    help="list tasks, models, architectures or baselines",
+    help="list tasks, models, architectures, baselines or policies",
     example="drllm ls tasks",
     flags=(
-        Flag("what", "tasks, models, architectures or baselines", required=True, positional=True),
+        Flag(
+            "what",
+            "tasks, models, architectures, baselines, policies",
+            required=True,
+            positional=True,
+        ),
         Flag("model", "a model whose architecture to check, in place of all known"),
     ),
 )
 def list_names(request: Request, terminal: Terminal) -> None:
-    """List tasks, models, architectures or baselines."""
+    """List tasks, models, architectures, baselines or policies."""
     list_what(request.text("what"), terminal, request.values["model"])
 
 
 def list_what(what: str, terminal: Terminal, model: str | None = None) -> None:
-    """Print tasks, models or baselines by name, or which architectures can be routed.
+    """Print tasks, models, baselines or policies by name, or which architectures can be routed.
 
     Args:
         what: The list.
@@ -51,6 +56,7 @@ def list_what(what: str, terminal: Terminal, model: str | None = None) -> None:
         "models": _list_models,
         "architectures": _list_architectures,
         "baselines": _list_baselines,
+        "policies": _list_policies,
     }
     if what not in lists:
         raise ConfigError(unknown_name("list", what, lists) + "; for example: drllm ls tasks")
@@ -74,10 +80,9 @@ def _list_tasks(terminal: Terminal) -> None:
 
 
 def _list_models(terminal: Terminal) -> None:
-    from drllm.models.base.load import list_models
+    from drllm.models.base import smollm2
 
-    for alias, description in list_models():
-        terminal.say(f"{alias}  {description}")
+    terminal.say(f"{smollm2.ALIAS}  {smollm2.describe()}")
     terminal.say("Or any hub id (OWNER/NAME) or local folder of a decoder-only model.")
 
 
@@ -90,6 +95,16 @@ def _list_baselines(terminal: Terminal) -> None:
     terminal.show(table)
     for name, reason in NOT_COMPARED.items():
         terminal.say(f"Not compared: {name}, {reason}.")
+
+
+def _list_policies(terminal: Terminal) -> None:
+    from drllm.models.routing.policies import POLICIES
+
+    table = new_table("policy", "what it does")
+    for name, summary in POLICIES.summaries().items():
+        table.add_row(name, summary)
+    terminal.show(table)
+    terminal.say("Or a class of your own: docs/python.md, examples/own_policy.py.")
 
 
 def _list_architectures(terminal: Terminal) -> None:

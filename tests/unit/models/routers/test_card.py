@@ -133,7 +133,7 @@ def test_the_card_says_whether_routers_were_teacher_forced_alone(rounds: int) ->
     training = TRAINED.training | {"settings": settings}
     card = model_card(dataclasses.replace(TRAINED, training=training))
     assert ("The routers were teacher-forced here" in card) == (rounds == 0)
-    assert ("what the routes of the routers before these leave" in card) == (rounds == 2)
+    assert ("what the routes of the earlier routers give it" in card) == (rounds == 2)
 
 
 def test_routers_made_by_hand_say_that_nothing_is_known_of_data_and_metrics() -> None:
