@@ -74,7 +74,9 @@ def test_a_model_is_refused_where_it_has_no_effect(what: str):
 
 
 def test_an_unknown_list_is_an_error_with_the_lists_there_are():
-    with pytest.raises(ConfigError, match="Valid: architectures, baselines, models, policies, tasks"):
+    with pytest.raises(
+        ConfigError, match="Valid: architectures, baselines, models, policies, tasks"
+    ):
         list_what("archi", Terminal())
 
 
