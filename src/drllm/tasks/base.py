@@ -25,6 +25,9 @@ Row: TypeAlias = Mapping[str, Any]
 QuestionRow: TypeAlias = tuple["Example", Row]
 """A question, and the row that it was read from."""
 
+FILE_NAMES = (".jsonl", ".jsonl.gz")
+"""How the name of a file of questions ends."""
+
 OPTIONS_REWARD = "loglikelihood"
 """The reward of every task that has options, and the one that an evaluation uses."""
 
@@ -61,8 +64,7 @@ class Prompt:
 
     Attributes:
         text: What the model reads; the routers see this and nothing else.
-        reward: `loglikelihood` (score `continuations`), or how a generated answer is graded:
-            `letter`, `boxed` or `exact`.
+        reward: `loglikelihood` (score `continuations`), or how a generated answer is graded.
         answer: What a generated answer is graded against (for `letter`, the letter).
         other_answers: For `exact`, further answers that are as right.
         continuations: For `loglikelihood`, the texts that follow `text` directly, each with its
@@ -171,12 +173,12 @@ class Task(ABC):
 
     @abstractmethod
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
-        """Return the questions of one split (`search`, `fit`, `select`, `test`), in fixed order.
+        """Return the questions of one split, in fixed order; no question is in two splits.
 
         Args:
-            split: Which questions; no question is in two splits.
-            data_dir: Folder with the task's files; None uses the hub, or nothing at all for
-                tasks that bring their own questions.
+            split: `search`, `fit`, `select` or `test`.
+            data_dir: Folder with the task's files; None uses the hub. Tasks that bring their own
+                questions don't look at it.
 
         Raises:
             TaskError: No such file, no network, or a line that can't be used (with its number).
@@ -200,18 +202,19 @@ class Task(ABC):
 
     def prompt(self, example: Example, reward: str) -> Prompt:
         """Return how the question is asked; refuse a reward that doesn't fit."""
-        self.check_reward(reward)
-        assert self.form is not None
-        return self.form.prompt(example, reward)
+        return self._form_for(reward).prompt(example, reward)
 
     def retests(self, example: Example, reward: str) -> tuple[Prompt, ...]:
         """Return the other ways of asking the same question that a lucky path must survive.
 
         Source: ours (docs/differences.md, D-05).
         """
+        return self._form_for(reward).retests(example, reward)
+
+    def _form_for(self, reward: str) -> Form:
         self.check_reward(reward)
         assert self.form is not None
-        return self.form.retests(example, reward)
+        return self.form
 
     def check_reward(self, reward: str | None) -> str:
         """Return the reward to use, or refuse what the task can't grade.
@@ -219,9 +222,6 @@ class Task(ABC):
         Args:
             reward: A name, or several with commas between, of which the first that fits is taken
                 (`letter,boxed` for tasks with options and problems); None for the task's own.
-
-        Raises:
-            TaskError: Naming the rewards that fit, or saying that the task is only evaluated.
         """
         if not self.rewards:
             raise TaskError(
@@ -296,6 +296,11 @@ def groups() -> dict[str, tuple[str, ...]]:
     return found
 
 
+def task_names() -> list[str]:
+    """Return the names of all tasks and groups, sorted."""
+    return sorted({*TASKS, *groups()})
+
+
 def is_task_name(name: str) -> bool:
     """Say whether a name is that of a task, a group, an alias, or a file of questions.
 
@@ -303,13 +308,7 @@ def is_task_name(name: str) -> bool:
         >>> is_task_name("arc"), is_task_name("mine.jsonl"), is_task_name("lambada_openai")
         (True, True, False)
     """
-    own_name = _own_name(name)
-    return own_name in TASKS or own_name in groups() or name.endswith((".jsonl", ".jsonl.gz"))
-
-
-def task_names() -> list[str]:
-    """Return the names of all tasks and groups, sorted."""
-    return sorted({*TASKS, *groups()})
+    return _own_name(name) in task_names() or name.endswith(FILE_NAMES)
 
 
 def get_task(name: str) -> Task:
@@ -322,15 +321,15 @@ def get_task(name: str) -> Task:
         >>> get_task("builtin_facts").name
         'builtin_facts'
     """
-    if name.endswith((".jsonl", ".jsonl.gz")):
+    if name.endswith(FILE_NAMES):
         from drllm.tasks.files import FileTask
 
         return FileTask(Path(name))
     name = _own_name(name)
     if name in TASKS:
         return TASKS.get(name)
-    if name in groups():
-        raise TaskError(f"{name!r} stands for {', '.join(groups()[name])}; name one of them")
+    if members := groups().get(name):
+        raise TaskError(f"{name!r} stands for {', '.join(members)}; name one of them")
     raise TaskError(unknown_name("task", name, task_names()) + ", or a .jsonl file")
 
 
@@ -346,18 +345,18 @@ def get_tasks(names: str) -> list[Task]:
         ['gsm8k', 'arc_easy', 'arc_challenge']
     """
     given = [_own_name(name.strip()) for name in names.split(",") if name.strip()]
-    if not given:
+    wanted = [name for one in given for name in groups().get(one, (one,))]
+    if not wanted:
         raise TaskError(f"no task is named in {names!r}. Valid: {', '.join(task_names())}")
-    of_groups = groups()
-    wanted = [name for one in given for name in of_groups.get(one, (one,))]
     for name in wanted:
         if wanted.count(name) > 1:
             raise TaskError(f"task {name!r} is named twice in {names!r}; name it once")
-    tasks = [get_task(name) for name in wanted]
-    for task in tasks:
-        if [other.name for other in tasks].count(task.name) > 1:
-            raise TaskError(f"two tasks of {names!r} are named {task.name!r}; rename a file")
-    return tasks
+    tasks = {name: get_task(name) for name in wanted}
+    own_names = [task.name for task in tasks.values()]
+    for name in own_names:
+        if own_names.count(name) > 1:
+            raise TaskError(f"two tasks of {names!r} are named {name!r}; rename a file")
+    return list(tasks.values())
 
 
 def describe_tasks() -> list[tuple[str, str, str]]:
@@ -369,19 +368,16 @@ def describe_tasks() -> list[tuple[str, str, str]]:
         >>> next(row for row in describe_tasks() if row[0] == "arc")
         ('arc', 'loglikelihood, letter', 'stands for arc_easy, arc_challenge')
     """
-    described = []
-    of_groups = groups()
-    for name in task_names():
-        members = of_groups.get(name, (name,))
-        first = TASKS.get(members[0])
-        what = f"stands for {', '.join(members)}" if name in of_groups else first.description
-        described.append((name, ", ".join(first.rewards), what))
-    return described
+    described = {name: TASKS.get(name).description for name in TASKS}
+    first = {name: name for name in TASKS}
+    for name, members in groups().items():
+        described[name], first[name] = f"stands for {', '.join(members)}", members[0]
+    return [
+        (name, ", ".join(TASKS.get(first[name]).rewards), what)
+        for name, what in sorted(described.items())
+    ]
 
 
 def _own_name(name: str) -> str:
     """Return a task's own name for an alias; other names stay as they are."""
-    for task in map(TASKS.get, TASKS):
-        if name in task.aliases:
-            return task.name
-    return name
+    return next((each for each in TASKS if name in TASKS.get(each).aliases), name)

@@ -1,27 +1,25 @@
 """Questions that need no data: `builtin_facts` and `builtin_arithmetic`, the same on every machine.
 
-The facts and the wordings are in `data/`, written for this project; how they become questions is
-here: wording, distractors, the place of the right option, numbers, splits. Loads no torch.
+Facts and problems are in `data/`, written for this project. How facts become questions is here:
+wording, distractors, the place of the right option, splits. Loads no torch.
 """
 
 from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import msgspec
 
-from drllm.records import read_json, split_of
+from drllm.records import read_json, read_json_lines, split_of
 from drllm.tasks.base import Example, Task, check_split, register
 from drllm.tasks.forms import BOXED, Options
 from drllm.tasks.published.readers import with_options
 
 DATA = Path(__file__).parent / "data"
 NUM_CHOICES = 4
-PROBLEMS_PER_KIND = 32
 SEED = 0
 
 
@@ -134,14 +132,34 @@ def distractors(relation: Relation, subject: str, backward: bool) -> list[str]:
 
 # --- arithmetic ----------------------------------------------------------------------------------
 
-Drawn: TypeAlias = tuple[tuple[int, ...], int, Mapping[str, int]]
-"""A problem before it is worded: what identifies it within its kind, whatever its wording; its
-answer; and the numbers that the wordings name."""
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A problem of `arithmetic.jsonl`, in the schema of DART-Math and with its split.
+
+    Problems of one kind with the same numbers are in one split, in whatever words.
+
+    Attributes:
+        query: The text.
+        gt_ans: A whole number.
+        level: 1 (one step) to 5 (discounts, linear equations, remainders of powers).
+        split: `search`, `fit`, `select` or `test`.
+    """
+
+    query: str
+    gt_ans: str
+    level: int
+    split: str
+
+
+@functools.cache
+def problems() -> tuple[Problem, ...]:
+    """Return the problems of all levels and splits, mixed."""
+    return tuple(each for _, each in read_json_lines(DATA / "arithmetic.jsonl", Problem))
 
 
 @register
 class BuiltinArithmetic(Task):
-    """Short problems in five levels, from one step to percentages and linear equations."""
+    """Short problems in five levels, made by rule; a test works each of them out."""
 
     name = "builtin_arithmetic"
     description = "arithmetic in five levels, answers in a box, made by rule (needs no data)"
@@ -150,132 +168,13 @@ class BuiltinArithmetic(Task):
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the problems of one split, in a fixed order that mixes the levels."""
         check_split(split)
-        return [example for _, example, its_split in problems() if its_split == split]
-
-
-@functools.cache
-def problems() -> tuple[tuple[int, Example, str], ...]:
-    """Return level (1 to 5), question and split of every problem, mixed.
-
-    The numbers of a kind of problem decide the split, so that no split repeats another's problem
-    in other words.
-    """
-    made = []
-    kinds = read_json(DATA / "arithmetic.json", dict[str, dict[str, Any]])
-    for kind, draw in KINDS.items():
-        level, wordings = kinds[kind]["level"], kinds[kind]["wordings"]
-        rng = random.Random(f"{SEED} {kind}")
-        seen: set[tuple[int, ...]] = set()
-        while len(seen) < PROBLEMS_PER_KIND:
-            numbers, answer, named = draw(rng)
-            # One wording is taken without a draw, which would change all numbers after it.
-            wording = rng.choice(wordings) if len(wordings) > 1 else wordings[0]
-            if numbers not in seen:
-                seen.add(numbers)
-                query = wording.format(**named)
-                made.append((level, query, str(answer), split_of(f"{kind}: {numbers}", "own")))
-    random.Random(SEED).shuffle(made)
-    return tuple(
-        (
-            level,
+        return [
             Example(
                 id=f"arithmetic-{number}",
-                task=BuiltinArithmetic.name,
-                question=query,
-                answer=answer,
-            ),
-            split,
-        )
-        for number, (level, query, answer, split) in enumerate(made)
-    )
-
-
-def _sum(rng: random.Random) -> Drawn:
-    low, high = sorted((rng.randint(2, 49), rng.randint(2, 49)))
-    first, second = rng.sample((low, high), 2)
-    return (low, high), low + high, {"first": first, "second": second}
-
-
-def _difference(rng: random.Random) -> Drawn:
-    low, high = sorted(rng.sample(range(2, 80), 2))
-    return (low, high), high - low, {"low": low, "high": high}
-
-
-def _product(rng: random.Random) -> Drawn:
-    low, high = sorted((rng.randint(2, 12), rng.randint(2, 12)))
-    first, second = rng.sample((low, high), 2)
-    return (low, high), low * high, {"first": first, "second": second}
-
-
-def _quotient(rng: random.Random) -> Drawn:
-    divisor, result = rng.randint(2, 12), rng.randint(2, 12)
-    return (divisor, result), result, {"total": divisor * result, "divisor": divisor}
-
-
-def _two_steps(rng: random.Random) -> Drawn:
-    factor, other, more = rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 30)
-    named = {"factor": factor, "other": other, "more": more}
-    return (factor, other, more), factor * other + more, named
-
-
-def _brackets(rng: random.Random) -> Drawn:
-    low, high = sorted(rng.sample(range(2, 20), 2))
-    factor = rng.randint(2, 9)
-    named = {"low": low, "high": high, "factor": factor}
-    return (low, high, factor), (high - low) * factor, named
-
-
-def _percent(rng: random.Random) -> Drawn:
-    share = rng.choice((5, 10, 20, 25, 30, 40, 50, 60, 75, 80))
-    whole = 20 * rng.randint(1, 30)
-    return (share, whole), whole * share // 100, {"share": share, "whole": whole}
-
-
-def _mean(rng: random.Random) -> Drawn:
-    first, second, third = (rng.randint(1, 40) for _ in range(3))
-    third += -(first + second + third) % 3  # the sum becomes a multiple of 3
-    numbers = tuple(sorted((first, second, third)))
-    return numbers, sum(numbers) // 3, {"first": first, "second": second, "third": third}
-
-
-def _equation(rng: random.Random) -> Drawn:
-    factor, solution, constant = rng.randint(2, 12), rng.randint(1, 15), rng.randint(1, 30)
-    named = {"factor": factor, "constant": constant, "total": factor * solution + constant}
-    return (factor, solution, constant), solution, named
-
-
-def _discount(rng: random.Random) -> Drawn:
-    price, share, count = 20 * rng.randint(1, 10), rng.choice((10, 20, 25, 50)), rng.randint(2, 5)
-    answer = price * (100 - share) // 100 * count
-    return (price, share, count), answer, {"price": price, "share": share, "count": count}
-
-
-def _both_sides(rng: random.Random) -> Drawn:
-    more, fewer = sorted(rng.sample(range(2, 12), 2), reverse=True)
-    solution, constant = rng.randint(1, 12), rng.randint(1, 20)
-    total = (more - fewer) * solution + constant
-    named = {"more": more, "fewer": fewer, "constant": constant, "total": total}
-    return (more, fewer, solution, constant), solution, named
-
-
-def _remainder(rng: random.Random) -> Drawn:
-    base, exponent, divisor = rng.randint(2, 9), rng.randint(2, 5), rng.randint(3, 11)
-    numbers = (base, exponent, divisor)
-    return numbers, pow(*numbers), {"base": base, "exponent": exponent, "divisor": divisor}
-
-
-KINDS: dict[str, Callable[[random.Random], Drawn]] = {
-    "sum": _sum,
-    "difference": _difference,
-    "product": _product,
-    "quotient": _quotient,
-    "two steps": _two_steps,
-    "brackets": _brackets,
-    "percent": _percent,
-    "mean": _mean,
-    "equation": _equation,
-    "discount": _discount,
-    "both sides": _both_sides,
-    "remainder": _remainder,
-}
-"""How the numbers of each kind of problem in `arithmetic.json` are drawn."""
+                task=self.name,
+                question=problem.query,
+                answer=problem.gt_ans,
+            )
+            for number, problem in enumerate(problems())
+            if problem.split == split
+        ]

@@ -205,18 +205,18 @@ def solve(query: str) -> Fraction | None:
 
 def test_every_answer_is_right() -> None:
     assert len(problems()) >= 300
-    wrong = [each for _, each, _ in problems() if solve(each.question) != int(each.answer)]
+    wrong = [each for each in problems() if solve(each.query) != int(each.gt_ans)]
     assert not wrong
 
 
 def test_every_level_is_in_every_split_and_no_problem_is_in_two_in_other_words() -> None:
     for split in SPLITS:
-        assert {level for level, _, its_split in problems() if its_split == split} == {*range(1, 6)}
+        assert {each.level for each in problems() if each.split == split} == {*range(1, 6)}
     seen: dict[tuple[str, ...], str] = {}
-    for level, example, split in problems():
+    for each in problems():
         # Words that only one wording uses are left out: what is asked, of which numbers.
-        kind = str(level), example.answer, *sorted(re.findall(r"\d+", example.question))
-        assert seen.setdefault(kind, split) == split, example.question
+        kind = str(each.level), each.gt_ans, *sorted(re.findall(r"\d+", each.query))
+        assert seen.setdefault(kind, each.split) == each.split, each.query
 
 
 def test_problems_are_asked_for_a_boxed_answer_in_three_ways() -> None:
