@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from drllm.config import EvaluateConfig, SearchConfig, TrainConfig
-from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
-from drllm.evaluation.baselines.registry import check as check_comparison
-from drllm.evaluation.sources import chosen_on, is_fitted, sources_of
-from drllm.evaluation.texts import FEWEST_TEXTS, worked_task
+from drllm.errors import ConfigError, RecordError, TaskError
+from drllm.evaluation.questions import check_examples, chosen_on
 from drllm.records import read_manifest, sha256
 from drllm.search.questions import asked_of, parse_shard
 from drllm.search.strategies.mcts import TreeSearch
@@ -60,48 +58,10 @@ def tasks_to_search(config: SearchConfig) -> list[Task]:
                 f"--reward {config.reward}: no task of {config.dataset!r} is graded by {name!r}; "
                 f"leave it out"
             )
-    _check_questions(tasks, config.split, config.data_dir)
+    for task in tasks:
+        check_examples(task, config.split, config.data_dir)
     if config.shard is not None:
         asked_of(tasks, config)
-    return tasks
-
-
-def tasks_to_evaluate(config: EvaluateConfig) -> list[Task]:
-    """Return the tasks, once it is sure that they can be evaluated.
-
-    Raises:
-        ConfigError: Settings that make no sense together, or too few texts for a choice.
-        TaskError: An unknown task, or no questions to be had.
-    """
-    check_comparison(config)
-    if config.epsilon is not None and config.num_texts < FEWEST_TEXTS:
-        raise ConfigError(
-            f"--num-texts {config.num_texts} are too few for --epsilon, which bounds the "
-            f"next-token loss on them too; give at least {FEWEST_TEXTS}"
-        )
-    tasks = get_tasks(config.tasks)
-    worked = None if config.worked_answers is None else get_task(config.worked_answers)
-    evaluated = [task.name for task in tasks]
-    with_worked = evaluated if worked is None else [*evaluated, worked.name]
-    for setting in ("limits", "splits", "fitted_on"):
-        known = with_worked if setting == "splits" else evaluated
-        for name in config.own(setting):
-            if name not in known:
-                flag = setting.replace("_", "-")
-                raise ConfigError(f"--{flag}: " + unknown_name("task", name, known))
-    for task in tasks:
-        _check_questions([task], config.split_of(task.name), config.data_dir)
-    sources = sources_of(tasks, config)
-    limited = {*evaluated, *(s.name for s in sources.values() if config.epsilon is not None)}
-    if config.limit is not None and limited <= config.own("limits").keys():
-        raise ConfigError(
-            f"--limit {config.limit} has no effect, since --limits {config.limits} names every "
-            f"task; leave it out"
-        )
-    if is_fitted(config):
-        for source in sources.values():
-            _check_questions([source], chosen_on(source, config), config.data_dir)
-    worked_task(config, tasks)
     return tasks
 
 
@@ -128,20 +88,6 @@ def check_named_once(folders: Sequence[Path], flag: str) -> None:
         if folder.resolve() in seen:
             raise ConfigError(f"{flag} names {folder} twice; name each folder once")
         seen.add(folder.resolve())
-
-
-def _check_questions(tasks: Sequence[Task], split: str, data_dir: str | None) -> None:
-    folder = None if data_dir is None else Path(data_dir)
-    if folder is not None and not folder.is_dir():
-        raise TaskError(
-            f"--data-dir {data_dir} is not a folder; give the folder with the tasks' files"
-        )
-    for task in tasks:
-        if not task.examples(split, folder):
-            raise TaskError(
-                f"task {task.name!r} has no questions in split {split!r}; give another --split or "
-                f"more questions"
-            )
 
 
 def evaluation_digests(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, str]:

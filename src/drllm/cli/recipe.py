@@ -23,6 +23,7 @@ from drllm.config import (
 from drllm.config.files import canonical, read_yaml, with_underscores
 from drllm.config.settings import Settings, from_dict
 from drllm.errors import ConfigError, unknown_name
+from drllm.evaluation.questions import tasks_of
 from drllm.supervision import check_settings
 from drllm.tasks.base import Task
 
@@ -60,7 +61,7 @@ class Recipe:
         """
         tasks = {
             "search": checks.tasks_to_search(self.search),
-            "evaluate": checks.tasks_to_evaluate(self.evaluate),
+            "evaluate": tasks_of(self.evaluate),
         }
         self.check(tasks["search"])
         return tasks

@@ -293,18 +293,25 @@ class Run:
         }
 
     def _evaluate(self) -> Sequence[Path]:
+        from drllm.evaluation.run import evaluate
+
         output, config = self.folder / "eval", self.recipe.evaluate
         needed = files_needed(config.baselines)  # the run's own, unless others are given
         if "search" in needed and config.search is None:
             config = dataclasses.replace(config, search=str(self.search_file))
         if "supervision" in needed and config.supervision is None:
             config = dataclasses.replace(config, supervision=str(self.supervision_file))
-        results = stages.run_evaluate_stage(
-            self.load(), self._seeds(), self.tasks["evaluate"], config, output, self.terminal
+        results = evaluate(
+            self.load(),
+            self.tasks["evaluate"],
+            config,
+            output,
+            routers=self._seeds(),
+            listener=self.terminal,
         )
         latency = ["latency.json"] if config.latency_rounds else []
         beside = ["samples.jsonl", "samples.manifest.json", *latency]
-        return [*results, *(output / name for name in beside)]
+        return [*(output / f"{each.task}.json" for each in results), *(output / n for n in beside)]
 
     def _report_from(self) -> dict[str, Any]:
         made = {RECIPE_FILE: sha256(self.folder / RECIPE_FILE)}

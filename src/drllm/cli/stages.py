@@ -22,7 +22,6 @@ from drllm.config import EvaluateConfig, ModelConfig, SuperviseConfig, TrainConf
 from drllm.errors import CheckpointError, ConfigError
 from drllm.records import SupervisionRecord, join_supervision
 from drllm.supervision import write as write_supervision
-from drllm.tasks.base import OPTIONS_REWARD, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,16 +154,19 @@ def _is_finished(folder: Path) -> bool:
 )
 def evaluate(request: Request, terminal: Terminal) -> None:
     """Evaluate base, routed model and baselines, and print the table."""
+    from drllm.evaluation import questions, run
+
     config = request.of(EvaluateConfig)
     output = request.path("output_dir")
-    tasks = checks.tasks_to_evaluate(config)
+    tasks = questions.tasks_of(config)
     checks.check_folder(output, "--output-dir")
+    questions.check_output(output)
     folders = [find_routers(place) for place in request.paths("routers")]
     checks.check_named_once(folders, "--routers")
     first, *_ = [read_routers(folder) for folder in folders]
     model = model_of(request, first)
     with loaded(model, terminal) as base:
-        run_evaluate_stage(base, folders, tasks, config, output, terminal)
+        run.evaluate(base, tasks, config, output, routers=folders, listener=terminal)
     show_results(output, terminal, [task.name for task in tasks])
     terminal.say(f"results        {output}")
 
@@ -320,37 +322,3 @@ def run_train_stage(
     train_in_rounds(features, base.identity, runs, fit=fit, pool=pool)
     if features_dir is None:
         store.remove()
-
-
-def run_evaluate_stage(
-    base: BaseModel,
-    routers: Sequence[Path],
-    tasks: Sequence[Task],
-    config: EvaluateConfig,
-    output: Path,
-    terminal: Terminal,
-) -> list[Path]:
-    """Evaluate the tasks and return their results' files.
-
-    Args:
-        base: The frozen model.
-        routers: Folders; those behind the first are of further seeds.
-        tasks: What is evaluated.
-        config: How.
-        output: Receives the results.
-        terminal: Where it is said.
-    """
-    from drllm.evaluation.run import run_evaluation
-    from drllm.models.routers.checkpoint import read_config
-
-    trained = read_config(routers[0]).training.get("rewards")
-    if isinstance(trained, list) and trained and OPTIONS_REWARD not in trained:
-        terminal.note(
-            f"drllm: the routers were trained on prompts for {', '.join(map(str, trained))}, the "
-            f"evaluation asks by {OPTIONS_REWARD}; to have both alike, search with --reward "
-            f"{OPTIONS_REWARD}"
-        )
-    with terminal.progress("evaluating", "systems") as progress:
-        return run_evaluation(
-            base, routers[0], tasks, config, output, progress, other_seeds=routers[1:]
-        )

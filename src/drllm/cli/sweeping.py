@@ -31,6 +31,7 @@ from drllm.cli.verbs import Flag, Request, verb
 from drllm.config import EvaluateConfig
 from drllm.config.files import read_yaml, with_underscores
 from drllm.errors import ConfigError, unknown_name
+from drllm.evaluation.questions import tasks_of
 from drllm.records import SCHEMA_VERSION, sha256, write_atomically
 from drllm.reporting.sweeps import (
     SCHEMA,
@@ -205,7 +206,7 @@ def sweep(request: Request, terminal: Terminal) -> None:
     folder = folder_of(request, path)
     swept = read_sweep(path, folder, request.values["data_dir"])
     tasks = swept.common.tasks()
-    chosen_on = {**tasks, "evaluate": checks.tasks_to_evaluate(swept.choosing)}
+    chosen_on = {**tasks, "evaluate": tasks_of(swept.choosing)}
     for recipe in swept.settings.values():
         recipe.check(tasks["search"])
     checks.check_folder(folder, "--output-dir")

@@ -1,8 +1,5 @@
 """A system's questions in blocks: asked together, and kept together.
 
-Owns the partition of a task's questions, and the answers of a block under all draws of a system.
-Leaves asking to `systems`, and keeping what was answered to `partial`.
-
 Axes: Q questions, L layers.
 """
 
@@ -12,6 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+
+import msgspec
 
 from drllm.evaluation.lm_eval.scoring import Answer
 from drllm.paths import Decisions
@@ -40,8 +39,7 @@ class Block:
     places: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+class Answered(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What some questions were answered under all draws of a system.
 
     Attributes:
@@ -54,31 +52,9 @@ class Answered:
     routes: list[list[Decisions]]
     seconds: float
 
-    @classmethod
-    def read(cls, values: Any) -> Answered:
-        """Return what stands in a file.
-
-        Raises:
-            ValueError, TypeError, KeyError, IndexError: Something else stands there.
-        """
-        return cls(
-            [
-                [[_answer(each) for each in requests] for requests in draw]
-                for draw in values["answers"]
-            ],
-            [[tuple(map(int, row)) for row in draw] for draw in values["routes"]],
-            float(values["seconds"]),
-        )
-
-    def check(self, num_questions: int) -> None:
-        """Refuse answers to another number of questions.
-
-        Raises:
-            ValueError: There are more or fewer.
-        """
-        for found in [*map(len, self.answers), *map(len, self.routes)]:
-            if found != num_questions:
-                raise ValueError(f"{found} questions instead of {num_questions}")
+    def __post_init__(self) -> None:
+        if len({*map(len, self.answers), *map(len, self.routes)}) != 1:
+            raise ValueError("not as many questions in every draw")
 
 
 Keep: TypeAlias = Callable[[Block, Any, Callable[[], Answered]], Answered]
@@ -132,14 +108,7 @@ def joined(blocks: Sequence[Block], answered: Sequence[Answered]) -> Answered:
         return [[draw[position] for position in order] for draw in flat]
 
     return Answered(
-        in_order([each.answers for each in answered]),
-        in_order([each.routes for each in answered]),
-        sum(each.seconds for each in answered),
+        answers=in_order([each.answers for each in answered]),
+        routes=in_order([each.routes for each in answered]),
+        seconds=sum(each.seconds for each in answered),
     )
-
-
-def _answer(value: Any) -> Answer | str:
-    if isinstance(value, str):
-        return value
-    logprob, is_greedy = value
-    return float(logprob), bool(is_greedy)

@@ -1,26 +1,23 @@
 """What is run for a certified choice: every depth on the questions and texts that it is made on.
 
-Owns which of these are for choosing and which for the one test of what was chosen. Leaves the rule
-to `certified`, running a system to `systems`, and the systems on the evaluated split to
-`comparison`.
+The rule is `statistics.non_inferiority`'s.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from drllm.config import EvaluateConfig
-from drllm.evaluation.curve import Point
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.task import AskedTask
-from drllm.evaluation.non_inferiority import Choice, Limits, choose, confirm
-from drllm.evaluation.partial import Run
-from drllm.evaluation.results import point_of
-from drllm.evaluation.sources import chosen_on
-from drllm.evaluation.systems import System, TaskRun
-from drllm.models.routing.policies import FullPolicy, Policy, RouterPolicy
+from drllm.evaluation.questions import chosen_on
+from drllm.evaluation.systems import Run, SystemRun, TaskRun
+from drllm.models.routing.policies import FullPolicy, Policy
+from drllm.statistics.non_inferiority import Choice, Limits, choose, confirm
+from drllm.statistics.paired import Outcomes
 from drllm.tasks.base import Task
 
 MAX_LOSS_INCREASE = 0.05
@@ -46,7 +43,7 @@ class Choosing:
     config: EvaluateConfig
     worked: Task | None
     asked: Callable[[Task, str, int | None, str], AskedTask]
-    once: Callable[[str, Run], System]
+    once: Callable[[str, Run], SystemRun]
 
     def num_systems(self, num_depths: int) -> int:
         """Return how many systems are run for a task at most, given the depths of the curve."""
@@ -54,86 +51,74 @@ class Choosing:
         return (1 + num_depths) * (1 if self.worked is None else 2) + tested
 
     def of_task(
-        self, source: Task, systems: Sequence[System], biases: Mapping[str, float], chance: float
+        self,
+        source: Task,
+        systems: Sequence[SystemRun],
+        policies: Mapping[str, Policy],
+        chance: float,
     ) -> Choice:
         """Choose a depth on one split, and test it once on the one that is evaluated.
 
         Args:
             source: The task whose questions it is chosen on.
             systems: On the evaluated questions: base first, and the routed model at every depth.
-            biases: Each depth in words, and the bias that gives it.
+            policies: The routed model's at each depth, by the depth in words.
             chance: Accuracy of guessing on the evaluated questions.
         """
-        config = self.config
+        config, worked = self.config, self.worked
         assert config.epsilon is not None
-        limits = Limits(
-            epsilon=config.epsilon, max_loss_increase=config.max_loss_increase or MAX_LOSS_INCREASE
-        )
-        routers = self.lm.routed.routers
-        assert routers is not None
-        policies: dict[str, Policy] = {
-            setting: RouterPolicy(routers, depth_bias=bias) for setting, bias in biases.items()
-        }
-        found, chance_there = self._on_questions(source, policies)
-        base, *points = self._with_worked(
-            source, found, policies, lambda worked: chosen_on(worked, config)
+        split = chosen_on(source, config)
+        asked = self.asked(source, split, config.limit_of(source.name), "")
+        run = TaskRun(self.lm, asked, config.num_texts)
+        found = [self.once(f"{source.name}: base on {split}", run.base)]
+        for setting, policy in policies.items():
+            name = f"{source.name}: routed at {setting} on {split}"
+            found.append(self.once(name, partial(run.by_policy, "routed", policy, setting)))
+        base, *settings = self._with_worked(
+            source, found, policies, "" if worked is None else chosen_on(worked, config)
         )
         choice = choose(
             base,
-            points,
-            limits,
-            chance=chance_there,
+            settings,
+            Limits(
+                epsilon=config.epsilon,
+                max_loss_increase=config.max_loss_increase or MAX_LOSS_INCREASE,
+            ),
+            chance=asked.written.chance or 0.0,
             seed=config.seed,
-            worked_answers=None if self.worked is None else self.worked.name,
-            chosen_on=f"{source.name} ({chosen_on(source, config)})",
+            worked_answers=None if worked is None else worked.name,
+            chosen_on=f"{source.name} ({split})",
         )
         if choice.chosen is None:
             return choice
-        [tested] = (
-            system
-            for system in systems
-            if system.name == "routed" and point_of(system).name == choice.chosen.name
-        )
-        base, point = self._with_worked(
+        name = choice.chosen.name
+        [ours] = (each for each in systems if each.name == "routed" and each.title == name)
+        base, tested = self._with_worked(
             source,
-            [systems[0], tested],
-            {tested.setting: policies[tested.setting]},
-            lambda worked: config.split_of(worked.name),
+            [systems[0], ours],
+            {ours.setting: policies[ours.setting]},
+            "" if worked is None else config.split_of(worked.name),
         )
-        return confirm(choice, base, point, chance=chance, seed=config.seed)
-
-    def _on_questions(
-        self, source: Task, policies: Mapping[str, Policy]
-    ) -> tuple[list[System], float]:
-        """Run base and every depth where settings are chosen; return the chance of guessing too."""
-        split = chosen_on(source, self.config)
-        asked = self.asked(source, split, self.config.limit_of(source.name), "")
-        run = TaskRun(self.lm, asked, self.config.num_texts)
-        systems = [self.once(f"{source.name}: base on {split}", run.base)]
-        for setting, policy in policies.items():
-            name = f"{source.name}: routed at {setting} on {split}"
-            systems.append(self.once(name, partial(run.by_policy, "routed", policy, setting)))
-        return systems, asked.written.chance or 0.0
+        return confirm(choice, base, tested, chance=chance, seed=config.seed)
 
     def _with_worked(
         self,
         source: Task,
-        systems: Sequence[System],
+        systems: Sequence[SystemRun],
         policies: Mapping[str, Policy],
-        split_of: Callable[[Task], str],
-    ) -> list[Point]:
-        """Return systems as points that know their loss on worked answers, where it is asked for.
+        split: str,
+    ) -> list[Outcomes]:
+        """Return outcomes that know their loss on worked answers, where it is asked for.
 
         Args:
             source: The task on whose questions depths were found.
             systems: Base, then one for each policy.
             policies: By setting.
-            split_of: Gives the split of the worked answers.
+            split: Of the worked answers.
         """
-        points = [point_of(system) for system in systems]
+        outcomes = [system.outcomes for system in systems]
         if self.worked is None:
-            return points
-        split = split_of(self.worked)
+            return outcomes
         asked = self.asked(self.worked, split, self.config.num_texts, WORKED)
         run = TaskRun(self.lm, asked, self.config.num_texts)
         where = f"on worked answers of {self.worked.name}, {split}"
@@ -142,6 +127,6 @@ class Choosing:
             name = f"{source.name}: routed at {setting} {where}"
             read.append(self.once(name, partial(run.texts, "routed", policy, setting)))
         return [
-            replace(point, outcomes=replace(point.outcomes, worked_loss=each.text_loss))
-            for point, each in zip(points, read, strict=True)
+            dataclasses.replace(outcome, worked_loss=each.text_loss)
+            for outcome, each in zip(outcomes, read, strict=True)
         ]

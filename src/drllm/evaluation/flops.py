@@ -1,8 +1,6 @@
 """What a route costs in arithmetic and in memory, derived from the shapes of the model's weights.
 
-Owns FLOPs of a forward pass and of an answer, with and without what grows with the length, and the
-bytes of K/V kept. All of it is derived; none of it is a measurement. Time is measured in `latency`,
-bytes in a real cache by `models.cache.stored_bytes`, and executions are counted in `drllm.cost`.
+None of it is a measurement. Time is measured in `latency`, executions are counted in `drllm.cost`.
 
 A multiplication and an addition are two FLOPs. Counted are products of matrices; norms,
 activations, the softmax and rotations aren't. Each token attends to each one that is in reach of
@@ -15,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from torch import nn
@@ -24,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import base_of, find_layers
 from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig
-from drllm.paths import check_decisions
+from drllm.paths import Decisions, check_decisions
+from drllm.records import results
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Where configurations say that a layer has experts, of which a token runs a few."""
@@ -238,3 +238,51 @@ def router_flops(config: RouterConfig, num_tokens: int) -> int:
 def _kept(num_tokens: int, window: int | None) -> int:
     """Return the tokens of a layer in the cache: of a window all but the one read next."""
     return num_tokens if window is None else min(num_tokens, window - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCost:
+    """What reading the prompts of one task costs under the routes that a system took.
+
+    Attributes:
+        shape: Of the model; None where its cost doesn't follow from its matrices.
+        num_tokens: Of each prompt.
+        note: Why nothing is derived; empty where it is.
+    """
+
+    shape: ModelShape | None
+    num_tokens: Sequence[int]
+    note: str = ""
+
+    @classmethod
+    def of(cls, model: Any, num_tokens: Sequence[int]) -> PromptCost:
+        """Read a model's shape, unless its cost can't be derived."""
+        try:
+            return cls(ModelShape.of(model), num_tokens)
+        except ArchitectureError as error:
+            return cls(None, num_tokens, str(error))
+
+    def flops(self, draws: Sequence[Sequence[Decisions]]) -> results.Flops | None:
+        """Return the mean FLOPs of reading a prompt and predicting one token.
+
+        Args:
+            draws: For each draw, every question's decisions; empty where a path can't be expressed
+                by decisions.
+        """
+        if self.shape is None or not draws:
+            return None
+        flops = [
+            forward_flops(self.shape, decisions, tokens)
+            for draw in draws
+            for decisions, tokens in zip(draw, self.num_tokens, strict=True)
+        ]
+        return results.Flops(
+            weights=fmean(each.weights for each in flops),
+            attention=fmean(each.attention for each in flops),
+        )
+
+    def kv_bytes(self, draws: Sequence[Sequence[Decisions]]) -> float | None:
+        """Return the mean bytes of K and V that a token keeps in the cache; draws as in `flops`."""
+        if self.shape is None or not draws:
+            return None
+        return fmean(kv_bytes(self.shape, decisions) for draw in draws for decisions in draw)

@@ -1,10 +1,9 @@
-"""Measured time: reading prompts and decoding, systems taking turns.
+"""Measured time: base and routed model reading prompts and decoding, taking turns.
 
-Owns the clock, the turns and what is timed. Leaves what an evaluation times and writes to
-`measured_cost`. Everything here is a measurement of this machine; nothing is derived from counts.
-Models under comparison share their weights and are timed in interleaved rounds, each round in
-another order, so that whatever else the machine does hits all of them alike; reported are medians,
-and ratios of one round.
+Everything here is a measurement of this machine; nothing is derived from counts. Models under
+comparison share their weights and are timed in interleaved rounds, each round in another order, so
+that whatever else the machine does hits all of them alike; what is reported are medians, and ratios
+of one round. Time belongs to the machine as it is now, so it isn't kept for resuming.
 
 Axes: B rows, T tokens, L layers.
 """
@@ -12,34 +11,52 @@ Axes: B rows, T tokens, L layers.
 from __future__ import annotations
 
 import copy
+import os
+import platform
 import random
-import statistics
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from drllm.config import EvaluateConfig
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError
 from drllm.models.base.layers import find_layers
+from drllm.models.base.load import BaseModel
+from drllm.models.routers.checkpoint import WEIGHTS_FILE, load_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FullPolicy, Policy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
+from drllm.records import new_manifest, sha256, write_json
+from drllm.records.latency import (
+    ATTACHED,
+    ROUTERS_EXECUTE,
+    Latency,
+    Timing,
+    Timings,
+)
+from drllm.records.results import BASE, LATENCY_FILE, ROUTED
 
 Clock: TypeAlias = Callable[[], float]
 Rounds: TypeAlias = list[dict[str, float]]
 """Seconds by what was timed, for every round."""
 
-PREFILL, DECODE = "prefill", "decode"
-BASE, ROUTED = "base", "routed"
-ATTACHED, ROUTERS = "attached", "routers that execute"
 ALWAYS = 1e3
 """Logits that no router's own answer comes near to."""
+DESCRIPTIONS = {
+    BASE: "the untouched model",
+    ROUTED: "the routers decide",
+    ATTACHED: "ready for routing, without routers: every layer once",
+    ROUTERS_EXECUTE: "routers compute all that they do, and every layer runs once",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,102 +88,6 @@ class Sizes:
             )
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """One system doing one thing, over all rounds.
-
-    Attributes:
-        system: Its name.
-        phase: `prefill` or `decode`.
-        batch_size: B.
-        num_tokens: Tokens read in one timing, over all rows.
-        executions: Mean layer executions a forward pass over the rows, by the routes they took.
-        seconds: Of each round.
-    """
-
-    system: str
-    phase: str
-    batch_size: int
-    num_tokens: int
-    executions: float
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """Seconds."""
-        return statistics.median(self.seconds)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """By the median."""
-        return self.num_tokens / self.median
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """What was compared round by round: the rounds' median, lowest and highest."""
-
-    median: float
-    lowest: float
-    highest: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Sum up one value a round, at least one."""
-        return cls(statistics.median(values), min(values), max(values))
-
-
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """What was measured, and on what.
-
-    Attributes:
-        timings: One for each system, phase and batch size.
-        prompt_tokens: T of every prompt.
-        new_tokens: Decoded in one timing.
-        device: Type of the device.
-        dtype: Of the weights.
-        num_threads: Of torch, on a CPU.
-    """
-
-    timings: tuple[Timing, ...]
-    prompt_tokens: int
-    new_tokens: int
-    device: str
-    dtype: str
-    num_threads: int
-
-    def of(self, system: str, phase: str, batch_size: int) -> Timing:
-        """Return one timing.
-
-        Raises:
-            KeyError: It wasn't measured.
-        """
-        wanted = (system, phase, batch_size)
-        for timing in self.timings:
-            if (timing.system, timing.phase, timing.batch_size) == wanted:
-                return timing
-        raise KeyError(f"no timing of {wanted}")
-
-    def ratio(self, above: str, below: str, phase: str, batch_size: int) -> Spread:
-        """Return how many times as long one system took as another in the same round."""
-        return Spread.of([a / b for a, b in self._pairs(above, below, phase, batch_size)])
-
-    def router_seconds(self, batch_size: int) -> Spread:
-        """Return what the routers take while a batch is read: differences within a round.
-
-        Between routers whose every answer is to execute and a routed model without routers. Noise
-        can make it negative. In decode routers don't run.
-        """
-        return Spread.of([a - b for a, b in self._pairs(ROUTERS, ATTACHED, PREFILL, batch_size)])
-
-    def _pairs(
-        self, first: str, second: str, phase: str, batch_size: int
-    ) -> list[tuple[float, float]]:
-        ours, theirs = (self.of(system, phase, batch_size) for system in (first, second))
-        return list(zip(ours.seconds, theirs.seconds, strict=True))
-
-
 def with_router_time(
     routers: RouterStack, routed: Policy | None = None
 ) -> dict[str, Policy | None]:
@@ -174,7 +95,7 @@ def with_router_time(
 
     Args:
         routers: Of the model.
-        routed: The policy that is in use, with its dial; None for the routers alone.
+        routed: The policy that is in use, with its depth control; None for the routers alone.
 
     Returns:
         For `measure`: the untouched model, the routed one, one that is routed without routers, and
@@ -184,7 +105,7 @@ def with_router_time(
         BASE: None,
         ROUTED: routed or RouterPolicy(routers),
         ATTACHED: FullPolicy(),
-        ROUTERS: RouterPolicy(that_execute(routers)),
+        ROUTERS_EXECUTE: RouterPolicy(that_execute(routers)),
     }
 
 
@@ -203,7 +124,7 @@ def measure(
     prompts: Sequence[Sequence[int]],
     sizes: Sizes | None = None,
     clock: Clock | None = None,
-) -> Latency:
+) -> Timings:
     """Time systems on one model while they read prompts and while they decode.
 
     Prompts are real ones, since a router's route depends on them. All are cut to one length, the
@@ -227,7 +148,7 @@ def measure(
     Example:
         >>> found = measure(model, with_router_time(routers), prompts)  # doctest: +SKIP
         >>> found.ratio("routed", "base", "prefill", 16)  # doctest: +SKIP
-        Spread(median=0.91, lowest=0.9, highest=0.93)
+        Rounds(median=0.91, lowest=0.9, highest=0.93)
     """
     sizes = sizes or Sizes()
     if not prompts or not min(map(len, prompts)):
@@ -246,23 +167,32 @@ def measure(
     for size in sizes.batch_sizes:
         rows = [list(prompts[row % len(prompts)])[:T] for row in range(size)]
         ids = torch.tensor(rows, device=device)  # [B, T]
-        ways = {
-            PREFILL: {name: reading(each, ids) for name, each in models.items()},
-            DECODE: {name: decoding(each, ids, sizes.new_tokens) for name, each in models.items()},
+        ways: dict[Literal["prefill", "decode"], dict[str, Callable[[], Any]]] = {
+            "prefill": {name: reading(each, ids) for name, each in models.items()},
+            "decode": {
+                name: decoding(each, ids, sizes.new_tokens) for name, each in models.items()
+            },
         }
-        take_turns(ways[DECODE], 1, clock)  # forgotten; prompts were read by `decoding` already
+        take_turns(ways["decode"], 1, clock)  # forgotten; prompts were read by `decoding` already
         executions = dict.fromkeys(systems, float(num_layers))
         for name, routed in attached.items():
             executions[name] = mean_executions(routed.last_route.tolist())  # of [B, L]
         for phase, calls in ways.items():
             rounds = take_turns(calls, sizes.rounds, clock)
-            num_tokens = size * (T if phase == PREFILL else sizes.new_tokens)
+            num_tokens = size * (T if phase == "prefill" else sizes.new_tokens)
             for name in calls:
                 seconds = tuple(times[name] for times in rounds)
-                timings.append(Timing(name, phase, size, num_tokens, executions[name], seconds))
-    dtype = str(model.dtype).removeprefix("torch.")
-    threads = torch.get_num_threads()
-    return Latency(tuple(timings), T, sizes.new_tokens, device.type, dtype, threads)
+                timings.append(
+                    Timing(
+                        system=name,
+                        phase=phase,
+                        batch_size=size,
+                        num_tokens=num_tokens,
+                        executions=executions[name],
+                        seconds=seconds,
+                    )
+                )
+    return Timings(prompt_tokens=T, new_tokens=sizes.new_tokens, timings=tuple(timings))
 
 
 # --- what is timed -----------------------------------------------------------------------------
@@ -337,3 +267,97 @@ def device_clock(device: torch.device) -> Clock:
         return time.perf_counter()
 
     return now
+
+
+# --- what an evaluation measures ---------------------------------------------------------------
+
+
+def write_latency(
+    base: BaseModel,
+    routers_dir: Path,
+    prompts: Sequence[Sequence[int]],
+    config: EvaluateConfig,
+    output_dir: Path,
+    clock: Clock | None = None,
+) -> Path | None:
+    """Time base and routed model, and write `latency.json`.
+
+    Without rounds nothing is measured, and a file of an earlier evaluation is removed, so that no
+    result stands beside another one's times.
+
+    Args:
+        base: The base model, not routed.
+        routers_dir: A folder of routers that belong to it.
+        prompts: Token ids of all prompts of the evaluation.
+        config: Rounds, and the seed of the draw.
+        output_dir: Where the results lie.
+        clock: See `measure`.
+
+    Returns:
+        The file; None where nothing is measured.
+    """
+    path = output_dir / LATENCY_FILE
+    if not config.latency_rounds:
+        path.unlink(missing_ok=True)
+        return None
+    timed = choose_prompts(prompts, config.seed)
+    routers = load_routers(routers_dir).to(base.model.device)
+    sizes = Sizes(rounds=config.latency_rounds)
+    weights = routers_dir / WEIGHTS_FILE
+    latency = Latency(
+        **new_manifest("latency", model=base.identity, config=config.to_dict(), inputs=[weights]),
+        runtime={**base.runtime, "num_threads": torch.get_num_threads()},
+        machine=machine(base.model.device),
+        routers=str(routers_dir),
+        routers_sha256=sha256(weights),
+        num_prompts=len(timed),
+        systems=DESCRIPTIONS,
+        measured=measure(base.model, with_router_time(routers), timed, sizes, clock),
+    )
+    write_json(path, latency)
+    return path
+
+
+def choose_prompts(prompts: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
+    """Draw the prompts that are timed: one a row of the largest batch, if there are so many.
+
+    All are read at one length, so those that are long enough are drawn first, then the longest of
+    the others. Of each its last tokens are kept: with worked examples or a chat template all
+    prompts of a task begin alike.
+
+    Args:
+        prompts: Token ids.
+        seed: Of the draw.
+    """
+    sizes = Sizes()
+    drawn = random.Random(seed).sample(list(prompts), len(prompts))
+    drawn.sort(key=lambda ids: -min(len(ids), sizes.prompt_tokens))  # stable: else as drawn
+    chosen = drawn[: max(sizes.batch_sizes)]
+    T = min(sizes.prompt_tokens, *map(len, chosen))
+    return [list(ids[-T:]) for ids in chosen]
+
+
+def machine(device: torch.device) -> str:
+    """Return what a reader needs to know of the machine, in words.
+
+    Args:
+        device: What the model runs on.
+    """
+    parts = [f"{platform.system()} {platform.machine()}", _processor(), f"{_cores()} cores"]
+    if device.type == "cuda":
+        parts.insert(0, torch.cuda.get_device_name(device))
+    return ", ".join(part for part in parts if part)
+
+
+def _processor() -> str:
+    """Return the processor's name, which Python itself doesn't know on Linux."""
+    listed = Path("/proc/cpuinfo")
+    text = listed.read_text(encoding="utf-8") if listed.is_file() else ""
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return " ".join(found[1].split()) if found else platform.processor()
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(allowed(0)) if allowed is not None else os.cpu_count() or 1

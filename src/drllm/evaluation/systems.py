@@ -1,10 +1,8 @@
 """The systems of a comparison, run on one task's questions: base, routed, and its baselines.
 
-Owns running a system block by block and its outcomes by question, and the next-token loss on
-held-out texts under the same routes. Leaves who is compared to `lineup`, which questions make up a
-block to `blocks`, asking and grading to `harness`, and what is made of the outcomes to
-`comparison`. Routers read the question alone: one route holds for all of its options, and for the
-text that it stands in.
+A system runs block by block and gives its outcomes by question, and the next-token loss on held-out
+texts under the same routes. Routers read the question alone: one route holds for all of its
+options, and for the text that it stands in.
 
 Axes: Q questions, L layers.
 """
@@ -12,9 +10,9 @@ Axes: Q questions, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import msgspec
 from torch import Tensor
 
 from drllm.cost import executions_by_phase, mean_executions
@@ -37,14 +35,14 @@ from drllm.evaluation.lm_eval.scoring import Answer, PolicyOf
 from drllm.evaluation.lm_eval.task import AskedTask, Graded, Key
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
 from drllm.paths import Decisions, Path
+from drllm.statistics.paired import Outcomes
 
 
-@dataclass(slots=True)
-class System:
-    """One system's outcomes, by question.
+class SystemRun(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """One system's outcomes on a task, by question.
 
     Attributes:
-        name: `base`, `routed`, or an baseline's.
+        name: `base`, `routed`, or a baseline's.
         setting: Its depth in words; empty for the routers as they were trained.
         routes: For each draw, every question's decisions; empty where a path can't be expressed.
         correct: For each question, the score of its answer by the task's metric, averaged over
@@ -62,21 +60,44 @@ class System:
 
     name: str
     setting: str = ""
-    routes: list[list[Decisions]] = field(default_factory=list)
-    correct: list[float] = field(default_factory=list)
-    metrics: list[dict[str, float]] = field(default_factory=list)
-    gold_logprob: list[float] = field(default_factory=list)
-    text_loss: list[float] = field(default_factory=list)
+    routes: list[list[Decisions]] = []
+    correct: list[float] = []
+    metrics: list[dict[str, float]] = []
+    gold_logprob: list[float] = []
+    text_loss: list[float] = []
     seconds: float = 0.0
     executions: float = 0.0
     decode_executions: float | None = None
-    unchanged: list[float] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    unchanged: list[float] = []
+    notes: list[str] = []
+
+    @property
+    def title(self) -> str:
+        """System and setting."""
+        return f"{self.name}, {self.setting}" if self.setting else self.name
 
     @property
     def num_draws(self) -> int:
         """Draws that the outcomes are averaged over."""
         return max(1, len(self.routes))
+
+    @property
+    def outcomes(self) -> Outcomes:
+        """What is compared of it."""
+        return Outcomes(
+            name=self.title,
+            executions=self.executions,
+            correct=self.correct,
+            gold_logprob=self.gold_logprob,
+            text_loss=self.text_loss,
+        )
+
+
+class Run(Protocol):
+    """Runs a system; a protocol, so that `keep` comes by its name."""
+
+    def __call__(self, *, keep: Keep) -> SystemRun:
+        """Run the system, its blocks by way of `keep`."""
 
 
 class TaskRun:
@@ -119,7 +140,7 @@ class TaskRun:
 
     def by_policy(
         self, name: str, policy: Policy, setting: str = "", note: str = "", *, keep: Keep = unkept
-    ) -> System:
+    ) -> SystemRun:
         """Run a system that decides prompt by prompt, or the same for all.
 
         Args:
@@ -132,14 +153,14 @@ class TaskRun:
         found = self._run(keep, lambda _: note, lambda block: self._ask(block, lambda _: policy))
         return self._system(name, setting, found, note)
 
-    def base(self, *, keep: Keep = unkept) -> System:
+    def base(self, *, keep: Keep = unkept) -> SystemRun:
         """Run the base model: every layer once."""
         return self.by_policy("base", FullPolicy(), keep=keep)
 
     def baseline(
         self, name: str, drawn: Sequence[Drawn], setting: str = "", *, keep: Keep = unkept
-    ) -> System:
-        """Run an baseline.
+    ) -> SystemRun:
+        """Run a baseline.
 
         Args:
             name: Its name.
@@ -160,7 +181,9 @@ class TaskRun:
         )
         return self._system(name, setting, found, first.note)
 
-    def texts(self, name: str, policy: Policy, setting: str = "", *, keep: Keep = unkept) -> System:
+    def texts(
+        self, name: str, policy: Policy, setting: str = "", *, keep: Keep = unkept
+    ) -> SystemRun:
         """Read the texts of all questions, whose answers are generated, without generating any.
 
         Args:
@@ -173,7 +196,7 @@ class TaskRun:
             The system with its texts' losses and routes, without answers.
         """
         found = self._run(keep, lambda _: "texts", lambda block: self._read(block, policy))
-        system = System(name, setting, seconds=found.seconds, routes=found.routes)
+        system = SystemRun(name=name, setting=setting, seconds=found.seconds, routes=found.routes)
         system.text_loss = self._losses([answer for [answer] in found.answers[0]])  # type: ignore[misc]
         system.executions = mean_executions(found.routes[0])
         return system
@@ -200,7 +223,7 @@ class TaskRun:
             routes = [scored.routes[key] for key in keys]
         else:
             answers, routes = self._generated(block, keys, policy_of)
-        return Answered([answers], [routes], self._clock() - started)
+        return Answered(answers=[answers], routes=[routes], seconds=self._clock() - started)
 
     def _generated(
         self, block: Block, keys: Sequence[Key], policy_of: PolicyOf
@@ -226,14 +249,18 @@ class TaskRun:
         elif others:
             more = [self._ask(block, self._following(plan)).answers[0] for plan in others]
         routes = [_rows(plan, block) for plan in others]
-        return Answered([*first.answers, *more], [*first.routes, *routes], first.seconds)
+        return Answered(
+            answers=[*first.answers, *more],
+            routes=[*first.routes, *routes],
+            seconds=first.seconds,
+        )
 
     def _ask_along(self, block: Block, path: Path) -> Answered:
         """Ask a block's questions along a path."""
         started = self._clock()
         answers = self.lm.scorer.score_path(self._requests_of(block), path)
         seconds = self._clock() - started
-        return Answered([self._by_question(block, answers)], [], seconds)
+        return Answered(answers=[self._by_question(block, answers)], routes=[], seconds=seconds)
 
     def _read(self, block: Block, policy: Policy) -> Answered:
         """Read the texts of a block's questions."""
@@ -242,7 +269,9 @@ class TaskRun:
         scored = self.lm.scorer.score(texts, lambda _keys: policy)
         seconds = self._clock() - started
         routes = [scored.routes[text.question] for text in texts]
-        return Answered([[[answer] for answer in scored.answers]], [routes], seconds)
+        return Answered(
+            answers=[[[answer] for answer in scored.answers]], routes=[routes], seconds=seconds
+        )
 
     def _requests_of(self, block: Block) -> list[Request]:
         return [request for place in block.places for request in self._requests[place]]
@@ -269,8 +298,10 @@ class TaskRun:
 
     # --- what is made of the answers ---
 
-    def _system(self, name: str, setting: str, found: Answered, note: str) -> System:
-        system = System(name, setting, seconds=found.seconds, notes=[note] if note else [])
+    def _system(self, name: str, setting: str, found: Answered, note: str) -> SystemRun:
+        system = SystemRun(
+            name=name, setting=setting, seconds=found.seconds, notes=[note] if note else []
+        )
         for answers, routes in zip(found.answers, found.routes, strict=True):
             self._add_draw(system, routes, self.asked.grade(answers))
         first = found.routes[0]
@@ -285,9 +316,11 @@ class TaskRun:
             system.decode_executions = executions_by_phase(first, tokens).decode
         return system
 
-    def _along(self, name: str, path: Path, setting: str, note: str, keep: Keep) -> System:
+    def _along(self, name: str, path: Path, setting: str, note: str, keep: Keep) -> SystemRun:
         found = self._run(keep, lambda _: path, lambda block: self._ask_along(block, path))
-        system = System(name, setting, seconds=found.seconds, notes=[note] if note else [])
+        system = SystemRun(
+            name=name, setting=setting, seconds=found.seconds, notes=[note] if note else []
+        )
         _average(system, self.asked.grade(found.answers[0]), 0)
         system.executions = float(len(path))
         system.text_loss = self._losses(self.lm.scorer.score_path(self._texts, path))
@@ -299,7 +332,9 @@ class TaskRun:
             for text, (logprob, _) in zip(self._texts, answers, strict=True)
         ]
 
-    def _add_draw(self, system: System, routes: list[Decisions], graded: Sequence[Graded]) -> None:
+    def _add_draw(
+        self, system: SystemRun, routes: list[Decisions], graded: Sequence[Graded]
+    ) -> None:
         """Add one draw's outcomes to a system, keeping the mean over its draws."""
         before = len(system.routes)
         _average(system, graded, before)
@@ -313,7 +348,7 @@ def _rows(plan: Tensor, block: Block) -> list[Decisions]:
     return [tuple(row) for row in plan[list(block.places)].tolist()]
 
 
-def _average(system: System, graded: Sequence[Graded], before: int) -> None:
+def _average(system: SystemRun, graded: Sequence[Graded], before: int) -> None:
     """Average a draw's grades into what a system has of the draws before."""
     correct = [each.score for each in graded]
     gold = [each.gold_logprob for each in graded if each.gold_logprob is not None]

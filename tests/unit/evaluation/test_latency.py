@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 
 import pytest
 import torch
 
+from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError, RoutingError
 from drllm.evaluation.latency import (
-    Latency,
     Sizes,
-    Spread,
-    Timing,
+    choose_prompts,
     decoding,
+    machine,
     measure,
     reading,
     take_turns,
     that_execute,
     twin,
     with_router_time,
+    write_latency,
 )
+from drllm.models.base.identity import fingerprint
+from drllm.models.base.load import BaseModel
+from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
+from drllm.records import sha256
+from drllm.records.latency import Rounds, read_latency
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15], [20, 21, 22, 23, 24, 25, 26]]
 SIZES = Sizes(batch_sizes=(1, 4), prompt_tokens=8, new_tokens=2, rounds=3)
@@ -60,8 +67,7 @@ def test_every_system_phase_and_batch_size_has_its_timing(tiny_llama, routers):
         assert decode.num_tokens == size * 2
         assert prefill.seconds == decode.seconds == (1.0, 1.0, 1.0)
     assert found.prompt_tokens == 5
-    assert (found.device, found.dtype) == ("cpu", "float32")
-    assert found.router_seconds(4) == Spread(median=0.0, lowest=0.0, highest=0.0)
+    assert found.router_seconds(4) == Rounds(median=0.0, lowest=0.0, highest=0.0)
     with pytest.raises(KeyError, match="no timing of"):
         found.of("base", "prefill", 16)
 
@@ -140,25 +146,6 @@ def test_reading_starts_anew_and_decoding_goes_on(tiny_llama):
     assert lengths == [(5, 0), (1, 5), (1, 6), (1, 7), (1, 8)]
 
 
-def test_ratios_and_differences_are_of_one_round():
-    def timing(system, *seconds):
-        return Timing(system, "prefill", 1, 10, 6.0, seconds)
-
-    found = Latency(
-        (timing("attached", 1.0, 2.0, 4.0), timing("routers that execute", 1.5, 3.0, 4.4)),
-        prompt_tokens=10,
-        new_tokens=1,
-        device="cpu",
-        dtype="float32",
-        num_threads=1,
-    )
-    ratio = found.ratio("routers that execute", "attached", "prefill", 1)
-    assert ratio == Spread(median=1.5, lowest=4.4 / 4.0, highest=1.5)
-    assert found.router_seconds(1) == Spread(median=0.5, lowest=4.4 - 4.0, highest=1.0)
-    assert found.of("attached", "prefill", 1).median == 2.0
-    assert found.of("attached", "prefill", 1).tokens_per_second == 5.0
-
-
 @pytest.mark.parametrize("prompts", [[], [[5, 6], []]])
 def test_time_without_prompts_is_refused(tiny_llama, prompts):
     with pytest.raises(ConfigError, match="each with tokens"):
@@ -178,3 +165,108 @@ def test_time_without_prompts_is_refused(tiny_llama, prompts):
 def test_sizes_below_one_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         Sizes(**values)
+
+
+# --- what an evaluation writes -----------------------------------------------------------------
+
+SYSTEMS = ("base", "routed", "attached", "routers that execute")
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama, tiny_tokenizer):
+    return BaseModel(model=tiny_llama(), tokenizer=tiny_tokenizer, name="tiny", revision=None)
+
+
+@pytest.fixture(scope="module")
+def routers_dir(base, tmp_path_factory):
+    config = RouterConfig(
+        num_layers=6,
+        hidden_size=32,
+        base_model="tiny",
+        base_fingerprint=fingerprint(base.model),
+    )
+    stack = RouterStack(config, torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        stack.decision_weight.mul_(3)
+    folder = tmp_path_factory.mktemp("routers")
+    save_routers(stack, folder)
+    return folder
+
+
+def write(base, routers_dir, folder, rounds, clock=None):
+    config = EvaluateConfig(latency_rounds=rounds)
+    return write_latency(base, routers_dir, PROMPTS, config, folder, clock)
+
+
+def test_the_file_holds_every_round_of_every_system_and_what_they_ran_on(
+    base, routers_dir, tmp_path
+):
+    ticks = itertools.count()
+    write(base, routers_dir, tmp_path, 2, lambda: 0.5 * next(ticks))
+    found = read_latency(tmp_path)
+    assert found.model == base.identity
+    assert found.routers_sha256 == sha256(routers_dir / "routers.safetensors")
+    assert found.config["latency_rounds"] == 2
+    assert found.runtime == {**base.runtime, "num_threads": torch.get_num_threads()}
+    assert found.num_prompts == 3
+    timed = [(each.phase, each.batch_size, each.system) for each in found.measured.timings]
+    assert sorted(timed) == sorted(
+        itertools.product(("prefill", "decode"), Sizes().batch_sizes, SYSTEMS)
+    )
+    for each in found.measured.timings:
+        assert each.seconds == (0.5, 0.5)
+        assert each.num_tokens == each.batch_size * (5 if each.phase == "prefill" else 1)
+
+
+def test_executions_are_those_of_the_routes_that_were_timed(base, routers_dir, tmp_path):
+    write(base, routers_dir, tmp_path, 1)
+    found = read_latency(tmp_path).measured
+    routed = RoutedModel(base.model, load_routers(routers_dir))
+    costs = []
+    drawn = choose_prompts(PROMPTS, seed=0)
+    assert sorted(drawn) == sorted(prompt[-5:] for prompt in PROMPTS)
+    for prompt in drawn:  # one by one
+        routed.model(torch.tensor([prompt]))
+        costs.append(int(routed.last_route.sum()))
+    routed.detach()
+    assert len(set(costs)) > 1, "the prompts must take several routes"
+    for phase, size in itertools.product(("prefill", "decode"), (1, 4, 16)):
+        rows = [costs[row % 3] for row in range(size)]
+        assert found.of("routed", phase, size).executions == statistics.mean(rows)
+        for name in SYSTEMS:
+            if name != "routed":
+                assert found.of(name, phase, size).executions == 6.0
+
+
+def test_without_rounds_nothing_is_measured_and_old_times_go(base, routers_dir, tmp_path):
+    old = write(base, routers_dir, tmp_path, 1)
+    assert old.is_file()
+    assert write(base, routers_dir, tmp_path, 0, lambda: pytest.fail("measured")) is None
+    assert not old.exists()
+
+
+def test_prompts_that_are_long_enough_are_drawn_first_and_keep_their_last_tokens():
+    long = [[*range(100, 117), number] for number in range(20)]
+    short = [[number, 1] for number in range(9)]
+    chosen = choose_prompts([*short, *long], seed=0)
+    assert len(chosen) == 16
+    assert len(set(map(tuple, chosen))) == 16
+    assert all(ids in [each[-16:] for each in long] for ids in chosen)
+    assert choose_prompts([*short, *long], seed=0) == chosen
+    assert choose_prompts([*short, *long], seed=1) != chosen
+
+
+def test_of_short_prompts_the_longest_are_drawn_and_cut_to_the_shortest_of_them():
+    prompts = [list(range(10 - length, 10)) for length in (3, 9, 5, 7)] * 4 + [[0, 0]] * 4
+    assert choose_prompts(prompts, seed=0) == [[7, 8, 9]] * 16
+
+
+def test_fewer_prompts_than_rows_are_all_taken():
+    assert sorted(choose_prompts([[97, 98], [99, 100]], seed=0)) == [[97, 98], [99, 100]]
+
+
+def test_a_machine_is_named_with_its_cores_and_its_accelerator(monkeypatch):
+    words = machine(torch.device("cpu"))
+    assert words.endswith(" cores")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
+    assert machine(torch.device("cuda:1")) == f"Card 1, {words}"

@@ -8,6 +8,7 @@ import json
 import math
 import random
 import time
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,19 +17,18 @@ from torch import nn
 
 from drllm.config import EvaluateConfig
 from drllm.errors import CheckpointError, ConfigError, ModelError, RecordError
-from drllm.evaluation import measured_cost, systems
-from drllm.evaluation import non_inferiority as certified
-from drllm.evaluation import run as comparison
+from drllm.evaluation import latency, systems
+from drllm.evaluation import run as stage
 from drllm.evaluation.baselines.random_routes import permuted, share_unchanged
 from drllm.evaluation.baselines.registry import BASELINES, DRAWN, depths, named
 from drllm.evaluation.latency import device_clock, measure
 from drllm.evaluation.lm_eval.folders import task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.task import AskedTask
-from drllm.evaluation.results import correct_p_values
-from drllm.evaluation.run import run_evaluation
-from drllm.evaluation.sources import is_fitted
+from drllm.evaluation.questions import is_fitted
+from drllm.evaluation.run import evaluate
 from drllm.evaluation.systems import TaskRun
+from drllm.listener import Listener
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode
@@ -38,7 +38,9 @@ from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import to_path
 from drllm.records import read_json_lines, read_manifest
-from drllm.reporting.measured import read_measured
+from drllm.records.latency import read_latency
+from drllm.records.results import read_results
+from drllm.statistics import non_inferiority
 from drllm.statistics.paired import holm
 from drllm.tasks.base import get_task
 
@@ -99,13 +101,37 @@ def settings(**values):
     return dataclasses.replace(config, **few)
 
 
+class Hearing(Listener):
+    """Keeps what it is told of progress, and the notes."""
+
+    def __init__(self):
+        self.calls, self.notes = [], []
+
+    @contextmanager
+    def progress(self, title, unit):
+        yield lambda *args: self.calls.append(args)
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def run_evaluation(base, routers, tasks, config, folder, calls=None):
+    """Evaluate, and return the files of the tasks."""
+    listener = Hearing()
+    try:
+        results = evaluate(base, tasks, config, folder, routers=routers, listener=listener)
+    finally:
+        if calls is not None:
+            calls += listener.calls
+    assert [result.task for result in results] == [task.name for task in tasks]
+    return [folder / f"{result.task}.json" for result in results]
+
+
 @pytest.fixture(scope="module")
 def evaluated(base, routers_dir, task, tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
     calls = []
-    [path] = run_evaluation(
-        base, routers_dir, [task], settings(), folder, lambda *args: calls.append(args)
-    )
+    [path] = run_evaluation(base, routers_dir, [task], settings(), folder, calls)
     samples = [row for _, row in read_json_lines(folder / "samples.jsonl", dict[str, Any])]
     return json.loads(path.read_text()), samples, calls
 
@@ -224,7 +250,8 @@ def test_the_clock_waits_for_a_gpu_to_finish(device, waits, monkeypatch):
 
 
 def test_one_task_has_no_corrected_p_value(evaluated):
-    assert all(row["mcnemar_p_holm"] is None for row in evaluated[0]["systems"])
+    against = [row["against_base"] for row in evaluated[0]["systems"][1:]]
+    assert all(each["accuracy"]["p_corrected"] is None for each in against)
 
 
 @pytest.fixture
@@ -241,41 +268,26 @@ def two_tasks(task):
     return [task, Half()]
 
 
-def test_several_tasks_have_corrected_p_values(base, routers_dir, two_tasks, tmp_path):
+def test_several_tasks_are_corrected_system_by_system(base, routers_dir, two_tasks, tmp_path):
     config = dataclasses.replace(settings(), num_random_draws=1)
     paths = run_evaluation(base, routers_dir, two_tasks, config, tmp_path)
     results = [json.loads(path.read_text()) for path in paths]
-    assert [result["task"] for result in results] == ["builtin_facts", "half"]
-    for first, second in zip(*(result["systems"] for result in results), strict=True):
-        given = [first["mcnemar_p"], second["mcnemar_p"]]
-        corrected = [first["mcnemar_p_holm"], second["mcnemar_p_holm"]]
-        assert corrected == ([None, None] if first["name"] == "base" else holm(given))
+    for rows in zip(*(result["systems"] for result in results), strict=True):
+        if rows[0]["name"] != "base":
+            found = [row["against_base"]["accuracy"] for row in rows]
+            assert [each["p_corrected"] for each in found] == holm([each["p"] for each in found])
     for result in results:
-        p = next(row for row in result["systems"] if row["name"] == "routed")["mcnemar_p_holm"]
-        assert f"corrected for several tests {p:.3g}" in " ".join(result["findings"])
-
-
-def test_p_values_are_corrected_system_by_system():
-    tables = [
-        [
-            {"name": name, "mcnemar_p": p, "mcnemar_p_holm": None}
-            for name, p in zip(("base", "routed", "last layers"), column, strict=True)
-        ]
-        for column in ((None, 0.01, 0.5), (None, 0.04, 0.02), (None, 0.03, 0.9))
-    ]
-    correct_p_values(tables)
-    adjusted = [[row["mcnemar_p_holm"] for row in table] for table in tables]
-    assert [row[0] for row in adjusted] == [None] * 3
-    assert [row[1] for row in adjusted] == pytest.approx([0.03, 0.06, 0.06])
-    assert [row[2] for row in adjusted] == pytest.approx([1.0, 0.06, 1.0])
+        routed = result["systems"][1]["against_base"]["accuracy"]
+        said = f"corrected for 2 tests {routed['p_corrected']:.3g}"
+        assert said in " ".join(result["findings"])
 
 
 def test_won_and_lost_questions_are_counted_against_base(evaluated):
     result, samples, _ = evaluated
-    row = next(row for row in result["systems"] if row["name"] == "routed")
+    found = result["systems"][1]["against_base"]["accuracy"]
     pairs = [(s["systems"]["routed"]["correct"], s["systems"]["base"]["correct"]) for s in samples]
-    assert row["won"] == sum(routed > base for routed, base in pairs)
-    assert row["lost"] == sum(routed < base for routed, base in pairs)
+    assert found["won"] == sum(routed > base for routed, base in pairs)
+    assert found["lost"] == sum(routed < base for routed, base in pairs)
 
 
 def test_rows_hold_their_paired_differences_to_base_and_routed(evaluated):
@@ -336,6 +348,47 @@ def test_routers_of_another_model_are_refused(base, task, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_routed_model_is_evaluated_with_its_own_routers_and_given_back(
+    base, routers_dir, task, evaluated, tmp_path
+):
+    routed = RoutedModel(base.model, load_routers(routers_dir), tokenizer=base.tokenizer)
+    try:
+        [result] = evaluate(routed, [task], settings(baselines="none"))
+        [kept] = evaluate(routed, ["builtin_facts"], settings(baselines="none"), tmp_path)
+        with pytest.raises(ConfigError, match="its own routers"):
+            evaluate(routed, [task], settings(baselines="none"), routers=routers_dir)
+        with routed.fixed([1] * 6):
+            routed.model(torch.tensor([[5, 6]]))
+        assert routed.last_route.tolist() == [[1] * 6]
+    finally:
+        routed.detach()
+    for system, again, expected in zip(
+        result.systems, kept.systems, evaluated[0]["systems"], strict=False
+    ):
+        assert system.accuracy == again.accuracy == expected["accuracy"]
+        assert system.gold_logprob == pytest.approx(expected["gold_logprob"])
+    [read] = read_results(tmp_path)
+    assert len(read.samples) == NUM_QUESTIONS
+    assert load_routers(kept.routers).config.num_layers == 6
+
+
+def test_a_model_needs_routers_and_a_tokenizer(base, routers_dir, task):
+    with pytest.raises(ConfigError, match="no routers are given"):
+        evaluate(base, [task], settings())
+    with pytest.raises(ConfigError, match="without a tokenizer"):
+        evaluate(base.model, [task], settings(), routers=routers_dir)
+
+
+def test_routers_trained_on_prompts_of_another_form_are_said(base, task, tmp_path):
+    stack = new_routers(base)
+    config = dataclasses.replace(stack.config, training={"rewards": ["letter"]})
+    other = RouterStack(config)
+    other.load_state_dict(stack.state_dict())
+    listener = Hearing()
+    evaluate(base, [task], settings(limit=4, baselines="none"), routers=other, listener=listener)
+    assert "trained on prompts for letter" in listener.notes[0]
+
+
 # --- depths, and the certified choice ----------------------------------------------------------
 
 
@@ -368,22 +421,22 @@ def test_a_curve_has_every_system_at_every_depth_that_the_routers_can_be_brought
 
 
 def test_a_certified_choice_says_what_so_few_questions_can_show(base, routers_dir, task, tmp_path):
-    config = settings(curve="0.1", epsilon=2.0, baselines="none", limit=12)
+    config = settings(curve="0.1", epsilon=2.0, baselines="none", limit=12, num_texts=30)
     [path] = run_evaluation(base, routers_dir, [task], config, tmp_path)
     result = json.loads(path.read_text())
     assert result["choice"]["limits"]["epsilon"] == 2.0
     assert result["choice"]["confirmation"] is None
-    assert result["choice"]["sentences"]
-    assert set(result["choice"]["sentences"]) <= set(result["findings"])
-    assert any("none" in finding.lower() for finding in result["findings"])
+    assert any(finding.startswith("None is certified") for finding in result["findings"])
 
 
 def test_a_depth_is_never_chosen_on_the_questions_that_it_is_tested_on(
     base, routers_dir, task, tmp_path
 ):
-    config = settings(split="select", curve="0.1", epsilon=2.0, baselines="none", limit=6)
+    config = settings(
+        split="select", curve="0.1", epsilon=2.0, baselines="none", limit=30, num_texts=30
+    )
     calls = []
-    run_evaluation(base, routers_dir, [task], config, tmp_path, lambda *args: calls.append(args))
+    run_evaluation(base, routers_dir, [task], config, tmp_path, calls)
     names = {name for _, _, name in calls}
     assert "builtin_facts: base on fit" in names
     assert not any(name.endswith("on select") for name in names)
@@ -392,7 +445,7 @@ def test_a_depth_is_never_chosen_on_the_questions_that_it_is_tested_on(
 @pytest.fixture
 def _base_above_chance(monkeypatch):
     """Let a model without skill be one with something to lose."""
-    monkeypatch.setattr(certified, "_guessing", lambda *_: None)
+    monkeypatch.setattr(non_inferiority, "_guessing", lambda *_: None)
 
 
 @pytest.mark.usefixtures("_base_above_chance")
@@ -409,17 +462,15 @@ def test_a_choice_is_held_to_worked_answers_of_another_task_that_serve_it_once(
         num_texts=30,
     )
     calls = []
-    [path] = run_evaluation(
-        base, routers_dir, [task], config, tmp_path, lambda *args: calls.append(args)
-    )
+    [path] = run_evaluation(base, routers_dir, [task], config, tmp_path, calls)
     choice = json.loads(path.read_text())["choice"]
     assert choice["worked_answers"] == "builtin_arithmetic"
     assert choice["trials"][-1]["failures"] == []
     assert choice["confirmation"]["failures"] == []
     for trial in (*choice["trials"], choice["confirmation"]):
         assert trial["worked"]["num_texts"] == 30
-        assert trial["worked"]["loss_increase"] < trial["worked"]["greatest_increase"]
-        assert trial["worked"]["loss_increase"] != trial["loss_increase"]
+        assert trial["worked"]["increase"] < trial["worked"]["maximum"]
+        assert trial["worked"]["increase"] != trial["texts"]["increase"]
     said = [name for _, _, name in calls if "worked answers" in name]
     assert "base on worked answers of builtin_arithmetic, select" in said
     chosen = choice["confirmation"]["name"].removeprefix("routed, ")
@@ -560,9 +611,7 @@ def test_depths_of_a_task_can_be_those_of_another(base, routers_dir, two_tasks, 
     [path] = run_evaluation(base, routers_dir, [first], own, alone)
     named = dataclasses.replace(own, fitted_on=f"{second.name}={first.name}")
     calls = []
-    paths = run_evaluation(
-        base, routers_dir, two_tasks, named, both, lambda *args: calls.append(args)
-    )
+    paths = run_evaluation(base, routers_dir, two_tasks, named, both, calls)
     expected, one, other = (json.loads(each.read_text()) for each in (path, *paths))
     assert one["choice"]["trials"] == other["choice"]["trials"] == expected["choice"]["trials"]
     assert one["choice"]["smallest"] == other["choice"]["smallest"]
@@ -586,15 +635,8 @@ def test_routers_of_other_seeds_are_what_they_are_when_evaluated_alone(
         [path] = run_evaluation(base, folder, [task], config, tmp_path / f"{folder.name} alone")
         alone[folder] = json.loads(path.read_text())
     calls = []
-    [path] = run_evaluation(
-        base,
-        routers_dir,
-        [task],
-        config,
-        tmp_path / "both",
-        lambda *args: calls.append(args),
-        other_seeds=[tmp_path / "other"],
-    )
+    both = [routers_dir, tmp_path / "other"]
+    [path] = run_evaluation(base, both, [task], config, tmp_path / "both", calls)
     result = json.loads(path.read_text())
     done, total, _ = calls[-1]
     assert done <= total
@@ -631,12 +673,7 @@ def test_routers_of_another_model_among_the_seeds_are_refused(base, routers_dir,
     save_routers(new_routers(base, num_layers=5), tmp_path / "other")
     with pytest.raises(CheckpointError, match="num_layers"):
         run_evaluation(
-            base,
-            routers_dir,
-            [task],
-            settings(),
-            tmp_path / "eval",
-            other_seeds=[tmp_path / "other"],
+            base, [routers_dir, tmp_path / "other"], [task], settings(), tmp_path / "eval"
         )
     assert not (tmp_path / "eval").exists()
 
@@ -653,10 +690,10 @@ def test_time_is_measured_once_for_all_tasks_on_their_prompts(
         given.append(prompts)
         return measure(model, systems, prompts, sizes, clock)
 
-    monkeypatch.setattr(measured_cost, "measure", note)
+    monkeypatch.setattr(latency, "measure", note)
     calls = []
     config = settings(limit=6, latency_rounds=2, baselines="none")
-    run_evaluation(base, routers_dir, two_tasks, config, tmp_path, lambda *args: calls.append(args))
+    run_evaluation(base, routers_dir, two_tasks, config, tmp_path, calls)
     [prompts] = given
     asked = [
         encode(base.tokenizer, task.prompt(example, "loglikelihood").text)[-len(prompts[0]) :]
@@ -665,8 +702,7 @@ def test_time_is_measured_once_for_all_tasks_on_their_prompts(
     ]
     assert len(prompts) == 12  # six of each
     assert all(prompt in asked for prompt in prompts)
-    found = read_measured(tmp_path, [])
-    assert found.num_rounds == 2
+    assert read_latency(tmp_path).measured.num_rounds == 2
     assert [call[:2] for call in calls[-2:]] == [(4, 5), (5, 5)]
     result = json.loads((tmp_path / "builtin_facts.json").read_text())
     assert [row["name"] for row in result["systems"]] == ["base", "routed"]
@@ -684,22 +720,14 @@ def test_an_evaluation_that_goes_on_measures_time_anew_as_often_as_it_is_told(
 ):
     config = settings(limit=4, baselines="none", latency_rounds=2)
     with monkeypatch.context() as broken_off:
-        broken_off.setattr(comparison, "write_measured", lambda *_: 1 / 0)
+        broken_off.setattr(stage, "write_latency", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_evaluation(base, routers_dir, [task], config, tmp_path)
     assert not list(tmp_path.glob("*.json"))
     monkeypatch.setattr(systems.TaskRun, "_ask", lambda *_: pytest.fail("all was asked"))
     once = dataclasses.replace(config, latency_rounds=1)
     run_evaluation(base, routers_dir, [task], once, tmp_path)
-    assert read_measured(tmp_path, []).num_rounds == 1
-
-
-def test_a_task_that_is_called_as_the_measured_times_are_is_refused(
-    base, routers_dir, task, tmp_path
-):
-    named = type("Named", (type(task),), {"name": "latency"})()
-    with pytest.raises(ConfigError, match=r"latency\.json holds the measured times; rename"):
-        run_evaluation(base, routers_dir, [named], settings(), tmp_path)
+    assert read_latency(tmp_path).measured.num_rounds == 1
 
 
 # --- interruptions -----------------------------------------------------------------------------
@@ -756,7 +784,7 @@ def test_an_evaluation_interrupted_at_random_questions_ends_as_an_unbroken_one(
         try:
             run_evaluation(base, routers_dir, [task], config, tmp_path / "broken")
         except KeyboardInterrupt:
-            moments_in_it += len(list((tmp_path / "broken" / "partial").glob("*/*.json"))) > 0
+            moments_in_it += len(list((tmp_path / "broken" / "partial").glob("*.*.json"))) > 1
             assert not (tmp_path / "broken" / "builtin_facts.json").exists()
             continue
         break
@@ -784,11 +812,36 @@ def test_an_interrupted_evaluation_is_not_continued_as_another(
     else:
         half = copy.deepcopy(base.model).to(torch.bfloat16)
         base = dataclasses.replace(base, model=half)
-    with pytest.raises(
-        RecordError,
-        match=f"another evaluation .*{'questions' if other == 'questions' else 'settings'}",
-    ):
+    said = {"settings": "seed 0, now 1", "questions": "other .*questions", "dtype": "dtype"}[other]
+    with pytest.raises(ConfigError, match=f"interrupted evaluation was made with .*{said}"):
         run_evaluation(base, routers_dir, [task], config, tmp_path)
+
+
+@pytest.mark.parametrize("other", ["settings", "routers"])
+def test_finished_results_are_not_replaced_by_those_of_another_evaluation(
+    other, base, routers_dir, task, tmp_path
+):
+    config = settings(limit=4, baselines="none")
+    [path] = run_evaluation(base, routers_dir, [task], config, tmp_path / "eval")
+    before = path.read_bytes()
+    if other == "settings":
+        config, said = dataclasses.replace(config, seed=1), "seed 0, now 1"
+    else:
+        save_routers(new_routers(base, seed=9), tmp_path / "other")
+        routers_dir, said = tmp_path / "other", "other routers"
+    with pytest.raises(ConfigError, match=f"was made with {said}.*another --output-dir"):
+        run_evaluation(base, routers_dir, [task], config, tmp_path / "eval")
+    assert path.read_bytes() == before
+
+
+def test_a_folder_with_foreign_files_is_refused_before_anything_is_asked(
+    base, routers_dir, task, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(systems.TaskRun, "_ask", lambda *_: pytest.fail("asked"))
+    (tmp_path / "notes.json").write_text("{}")
+    with pytest.raises(RecordError, match=r"notes\.json isn't a result"):
+        run_evaluation(base, routers_dir, [task], settings(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.json"]
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -82,8 +82,11 @@ class RoutedModel:
         self.routers = routers
         self.tokenizer = tokenizer
         self.driver = RoutingDriver(policy, bypass)
-        self.injection = Injection(model, self.driver)
-        self._generation = GenerateHandle(base_of(model), self.driver)
+        self._attach()
+
+    def _attach(self) -> None:
+        self.injection = Injection(self.model, self.driver)
+        self._generation = GenerateHandle(base_of(self.model), self.driver)
         self._generation.attach()
         self._attached = True
 
@@ -223,6 +226,15 @@ class RoutedModel:
         self._generation.remove()
         self._attached = False
         return self.model
+
+    @contextmanager
+    def detached(self) -> Iterator[Any]:
+        """Take the routing off inside the block, which gets the model as it was before."""
+        model = self.detach()
+        try:
+            yield model
+        finally:
+            self._attach()
 
     def _check_attached(self) -> None:
         if not self._attached:

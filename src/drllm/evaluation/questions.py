@@ -1,0 +1,179 @@
+"""Which questions an evaluation asks, and which it chooses depths and fits baselines on.
+
+What is chosen or fitted is never reported on the same questions. All of it is checked before a
+model is loaded. Loads no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from drllm.config import EvaluateConfig
+from drllm.config.settings import flag_of
+from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
+from drllm.evaluation.baselines.registry import BASELINES, QUESTIONS, check, depths, named
+from drllm.evaluation.lm_eval.registry import entry_of
+from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, results_in, schema_of
+from drllm.statistics.non_inferiority import FEWEST_TEXTS
+from drllm.tasks.base import Task, get_task, get_tasks
+
+
+def tasks_of(config: EvaluateConfig) -> list[Task]:
+    """Return the tasks that a config names, once it is sure that they can be evaluated.
+
+    Raises:
+        ConfigError: Settings that make no sense together, or too few texts for a choice.
+        TaskError: An unknown task, or no questions to be had.
+    """
+    tasks = get_tasks(config.tasks)
+    check_tasks(tasks, config)
+    return tasks
+
+
+def check_tasks(tasks: Sequence[Task], config: EvaluateConfig) -> None:
+    """Refuse tasks that can't be evaluated under a config; see `tasks_of`."""
+    check(config)
+    if config.epsilon is not None and config.num_texts < FEWEST_TEXTS:
+        raise ConfigError(
+            f"--num-texts {config.num_texts} are too few for --epsilon, which bounds the "
+            f"next-token loss on them too; give at least {FEWEST_TEXTS}"
+        )
+    if any(f"{task.name}.json" == LATENCY_FILE for task in tasks):
+        raise ConfigError(
+            f"a task is called {Path(LATENCY_FILE).stem!r}, but {LATENCY_FILE} holds the measured "
+            f"times; rename its file"
+        )
+    worked = None if config.worked_answers is None else get_task(config.worked_answers)
+    evaluated = [task.name for task in tasks]
+    with_worked = evaluated if worked is None else [*evaluated, worked.name]
+    for setting in ("limits", "splits", "fitted_on"):
+        known = with_worked if setting == "splits" else evaluated
+        for name in config.own(setting):
+            if name not in known:
+                raise ConfigError(f"{flag_of(setting)}: " + unknown_name("task", name, known))
+    for task in tasks:
+        check_examples(task, config.split_of(task.name), config.data_dir)
+    sources = sources_of(tasks, config)
+    limited = {*evaluated, *(s.name for s in sources.values() if config.epsilon is not None)}
+    if config.limit is not None and limited <= config.own("limits").keys():
+        raise ConfigError(
+            f"--limit {config.limit} has no effect, since --limits {config.limits} names every "
+            f"task; leave it out"
+        )
+    if is_fitted(config):
+        for source in sources.values():
+            check_examples(source, chosen_on(source, config), config.data_dir)
+    worked_task(config, tasks)
+
+
+def check_output(output: Path) -> None:
+    """Refuse a folder with files that reports would take for results.
+
+    Raises:
+        RecordError: Naming one of them.
+    """
+    for path in results_in(output):
+        if schema_of(path) != EVALUATION_SCHEMA:
+            raise RecordError(
+                f"{path} isn't a result of an evaluation, and would be taken for one; move it, or "
+                f"choose another --output-dir"
+            )
+
+
+def check_examples(task: Task, split: str, data_dir: str | None) -> None:
+    """Refuse a task without questions in a split.
+
+    Raises:
+        TaskError: There are none, or the folder isn't one.
+    """
+    folder = None if data_dir is None else Path(data_dir)
+    if folder is not None and not folder.is_dir():
+        raise TaskError(
+            f"--data-dir {data_dir} is not a folder; give the folder with the tasks' files"
+        )
+    if not task.examples(split, folder):
+        raise TaskError(
+            f"task {task.name!r} has no questions in split {split!r}; give another --split or "
+            f"more questions"
+        )
+
+
+# --- what is chosen and fitted on --------------------------------------------------------------
+
+
+def is_fitted(config: EvaluateConfig) -> bool:
+    """Tell whether an evaluation looks for depths or fits baselines on questions."""
+    baselines = [BASELINES[name] for name in named(config.baselines)]
+    return bool(depths(config.curve)) or any(each.fitted_on in QUESTIONS for each in baselines)
+
+
+def sources_of(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]:
+    """Return, by the name of each task, the task whose questions all is fitted on.
+
+    A task's own, unless `fitted_on` names another: where a set has only questions that are
+    reported, or to see what holds elsewhere of what was chosen here.
+
+    Raises:
+        ConfigError: A `fitted_on` that can't be read; that or `num_calibration` without effect.
+        TaskError: It names a task that there isn't.
+    """
+    others = config.own("fitted_on")
+    for setting in ("fitted_on", "num_calibration"):
+        value = getattr(config, setting)
+        if value is not None and not is_fitted(config):
+            raise ConfigError(
+                f"{flag_of(setting)} {value} has no effect on the baselines {config.baselines} "
+                f"without --curve; leave it out, or give --curve or baselines that are fitted"
+            )
+    by_name = {task.name: task for task in tasks}
+    return {
+        name: task if name not in others else by_name.get(others[name]) or get_task(others[name])
+        for name, task in by_name.items()
+    }
+
+
+def chosen_on(source: Task, config: EvaluateConfig) -> str:
+    """Return the split of a source: `select`, or `fit` where its `select` is what is reported."""
+    return "fit" if config.split_of(source.name) == "select" else "select"
+
+
+def worked_task(config: EvaluateConfig, tasks: Sequence[Task]) -> Task | None:
+    """Return the task whose right answers a certified choice reads as texts, if any.
+
+    Depths are chosen on one split of that task and tested on another, as for the tasks that are
+    evaluated; a question belongs to one split by its text, so no worked answer serves both.
+
+    Raises:
+        ConfigError: A task with options, or one that is evaluated by itself, whose own texts are
+            its worked answers.
+        TaskError: An unknown task, a split that it hasn't got, or too few questions in one.
+    """
+    if config.worked_answers is None:
+        return None
+    task, given = get_task(config.worked_answers), f"--worked-answers {config.worked_answers}"
+    if not entry_of(task).generated:
+        raise ConfigError(
+            f"{given}: its answers are options, not texts; give a task whose answers are "
+            f"generated, for example gsm8k"
+        )
+    if [each.name for each in tasks] == [task.name]:
+        raise ConfigError(
+            f"{given} has no effect: {task.name} alone is evaluated, and its own texts are its "
+            f"worked answers; leave it out"
+        )
+    folder = None if config.data_dir is None else Path(config.data_dir)
+    for split in (chosen_on(task, config), config.split_of(task.name)):
+        other = ""
+        if split == "test":
+            other = f"; --splits {task.name}=select has depths chosen on fit and tested on select"
+        try:
+            found = len(task.examples(split, folder))
+        except TaskError as error:
+            raise TaskError(f"{given}: {error}{other}") from error
+        if found < FEWEST_TEXTS:
+            raise TaskError(
+                f"{given}: split {split!r} has {found} questions, and a bound needs "
+                f"{FEWEST_TEXTS}; give a task that has more{other}"
+            )
+    return task

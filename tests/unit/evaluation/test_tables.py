@@ -1,0 +1,252 @@
+"""What is made of the systems of a task: curve, seeds and findings."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from drllm.config import EvaluateConfig
+from drllm.evaluation.flops import PromptCost
+from drllm.evaluation.systems import SystemRun
+from drllm.evaluation.tables import TaskRuns, correct, seeds_of, seeds_sentence
+from drllm.records.results import Evaluation
+from drllm.statistics.intervals import mean_interval, wilson_interval
+from drllm.statistics.paired import paired_interval
+
+RIGHT_80 = [1.0] * 80 + [0.0] * 20
+RIGHT_50 = [1.0] * 50 + [0.0] * 50
+HEADER = {
+    "schema": "drllm.evaluation",
+    "schema_version": 2,
+    "drllm_version": "x",
+    "created": "x",
+    "model": {},
+    "config": {},
+    "inputs": {},
+    "libraries": {},
+    "runtime": {},
+    "routers": "routers",
+    "routers_sha256": "0",
+}
+
+
+def run(name, correct, setting="", executions=27.0, losses=(), num_routes=7, **values):
+    routes = [[(1, 2, place % num_routes) for place in range(len(correct))]]
+    return SystemRun(
+        name=name,
+        setting=setting,
+        executions=30.0 if name == "base" else executions,
+        correct=list(correct),
+        gold_logprob=values.pop("gold", [-1.0] * len(correct)),
+        text_loss=list(losses),
+        metrics=[{"acc": value} for value in correct],
+        routes=values.pop("routes", routes),
+        **values,
+    )
+
+
+def runs(*systems, chance=0.25, seeds=(), notes=()):
+    written = SimpleNamespace(chance=chance, kind="choices", metric="acc", num_fewshot=0)
+    written.num_questions = len(systems[0].correct)
+    return TaskRuns(
+        task=SimpleNamespace(name="a_task"),
+        asked=SimpleNamespace(written=written, ids=list(range(written.num_questions))),
+        systems=systems,
+        notes=notes,
+        choice=None,
+        config=EvaluateConfig(),
+        num_layers=30,
+        cost=PromptCost(None, [], "it has experts"),
+        seeds=seeds,
+    )
+
+
+def evaluation(*systems, **options) -> Evaluation:
+    found = runs(*systems, **options)
+    return found.evaluation(found.table(), HEADER)
+
+
+def said(*systems, **options) -> str:
+    return " ".join(evaluation(*systems, **options).findings)
+
+
+# --- findings ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base", "routed", "shown"), [(RIGHT_80, RIGHT_50, "lower"), (RIGHT_50, RIGHT_80, "higher")]
+)
+def test_findings_are_the_sentences_of_the_verdicts(base, routed, shown):
+    gold = [-1.5 + place / 1000 for place in range(100)]
+    found = evaluation(
+        run("base", base, losses=[3.3] * 40),
+        run("routed", routed, gold=gold, losses=[5.0 + place / 99 for place in range(40)]),
+    )
+    against = found.routed.against_base
+    assert against.accuracy.shown == shown
+    assert against.gold_logprob.shown == "lower"
+    assert against.text_loss.shown == "higher"  # users read it: a loss that rises is said
+    for verdict in (against.accuracy, against.gold_logprob, against.text_loss):
+        assert verdict.sentence() in found.findings
+
+
+@pytest.mark.parametrize("permuted", [[0.05] * 50 + [0.0] * 50, [0.5] * 100])
+def test_nothing_is_claimed_where_the_base_may_be_guessing(permuted):
+    base, routed = ([1.0] * right + [0.0] * (100 - right) for right in (20, 60))
+    found = evaluation(run("base", base), run("routed", routed), run("permuted routes", permuted))
+    assert "not shown to be above chance (25.0 %)" in found.findings[0]
+    for system in found.systems[1:]:
+        assert system.against_base.accuracy.shown == "guessing"
+    assert found.systems[2].routed_against.accuracy.shown == "guessing"
+    assert "shown to be higher" not in " ".join(found.findings[1:])
+
+
+@pytest.mark.parametrize(
+    ("executions", "words"), [(27.0, "(10.0 % saved)"), (33.0, "(10.0 % more than the base)")]
+)
+def test_saved_and_spent_executions_are_told_apart(executions, words):
+    assert words in said(run("base", RIGHT_50), run("routed", RIGHT_50, executions=executions))
+
+
+@pytest.mark.parametrize(
+    ("permuted", "shown"), [([0.5] * 50 + [0.0] * 50, "higher"), (RIGHT_80, "lower")]
+)
+def test_routes_permuted_over_the_questions_decide_whether_reading_matters(permuted, shown):
+    systems = (run("base", RIGHT_50), run("routed", RIGHT_50), run("permuted routes", permuted))
+    found = evaluation(*systems)
+    assert found.systems[2].routed_against.accuracy.shown == shown
+    assert any(each.startswith("Whether it matters which question") for each in found.findings)
+
+
+@pytest.mark.parametrize(("unchanged", "is_said"), [(0.005, False), (0.123, True)])
+def test_routes_that_the_permutation_left_in_place_are_mentioned(unchanged, is_said):
+    permuted = run("permuted routes", RIGHT_50, unchanged=[unchanged])
+    text = said(run("base", RIGHT_50), run("routed", RIGHT_50), permuted)
+    assert ("12.3 % of the questions kept their route by chance" in text) == is_said
+
+
+def test_a_single_route_for_all_questions_makes_permuting_say_nothing():
+    routed = run("routed", RIGHT_50, num_routes=1)
+    text = said(run("base", RIGHT_50), routed, run("permuted routes", RIGHT_50))
+    assert "All questions took one route, so permuting says nothing." in text
+
+
+def test_notes_of_the_task_and_of_systems_and_what_is_not_derived_are_said_once():
+    systems = (run("base", RIGHT_50), run("routed", RIGHT_50, notes=["runs slowly"]))
+    found = evaluation(*systems, notes=["a note", "a note"]).findings
+    assert found[-3:] == (
+        "a note",
+        "FLOPs and K/V bytes are not derived: it has experts.",
+        "Routed: runs slowly.",
+    )
+
+
+def test_answers_that_are_graded_are_compared_by_their_means():
+    base, routed = [0.5, 1.0, 0.75] * 10, [0.25, 0.5, 0.75] * 10
+    found = evaluation(run("base", base), run("routed", routed), chance=0.0)
+    verdict = found.routed.against_base.accuracy
+    assert (verdict.won, verdict.p, verdict.shown) == (None, None, "lower")
+    assert found.routed.interval == mean_interval(routed, 0)
+
+
+# --- table and curve ---------------------------------------------------------------------------
+
+
+def test_rows_hold_accuracy_interval_and_differences_to_base_and_routed():
+    base, routed = run("base", RIGHT_80), run("routed", RIGHT_50)
+    found = evaluation(base, routed, run("last layers", RIGHT_80))
+    assert [each.against_base is None for each in found.systems] == [True, False, False]
+    assert [each.routed_against is None for each in found.systems] == [True, True, False]
+    assert found.base.interval == wilson_interval(80, 100)
+    assert found.systems[2].routed_against.accuracy.interval == paired_interval(0, 30, 100)
+
+
+def test_a_curve_has_base_first_and_each_system_from_the_most_executions_to_the_fewest():
+    base, routed = run("base", RIGHT_80), run("routed", RIGHT_50)
+    at_depths = [
+        run(name, RIGHT_50, setting, executions)
+        for setting, executions in (("20 % saved", 24.0), ("10 % saved", 27.0))
+        for name in ("routed", "last layers")
+    ]
+    curve = evaluation(base, routed, *at_depths).curve
+    assert [point.name for point in curve] == [
+        "base",
+        "routed, 10 % saved",
+        "routed, 20 % saved",
+        "last layers, 10 % saved",
+        "last layers, 20 % saved",
+    ]
+    assert [point.routed_against is None for point in curve] == [True] * 3 + [False] * 2
+    assert curve[3].routed_against.accuracy.mean == 0.0
+    assert evaluation(base, routed).curve == ()
+
+
+def test_points_on_other_questions_are_refused():
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        evaluation(run("base", RIGHT_80), run("routed", [1, 0]))
+
+
+def test_tables_of_several_tasks_are_corrected_system_by_system():
+    found = runs(run("base", RIGHT_50), run("routed", RIGHT_80))
+    tables = correct([found.table(), found.table()])
+    [first, second] = [table[1].against_base.accuracy for table in tables]
+    assert first.p_corrected == second.p_corrected == 2 * first.p
+    assert first.num_tests == 2
+    assert tables[0][0].against_base is None
+    [alone] = correct([found.table()])
+    assert alone == list(found.table())
+
+
+# --- several seeds -----------------------------------------------------------------------------
+
+
+def at(correct, name="routed", executions=9.0):
+    gold = [-value for value in correct]
+    return run(name, correct, "10 % saved", executions, gold=gold)
+
+
+def test_the_interval_over_questions_does_not_know_how_far_seeds_lie_apart():
+    # Each seed is right everywhere or nowhere: the mean is the same on every question.
+    seeds = seeds_of(at([0.0] * 20, "base"), [at([1.0] * 20), at([0.0] * 20)], [], seed=0)
+    assert seeds.against_base.accuracy.interval == (0.5, 0.5)
+    assert seeds.accuracy.deviation > 0.7
+    assert (seeds.accuracy.lowest, seeds.accuracy.highest) == (0.0, 1.0)
+
+
+def test_averaging_over_seeds_narrows_the_interval_only_as_far_as_they_disagree():
+    rng = random.Random(0)
+    alike = [float(rng.random() < 0.5) for _ in range(200)]
+    apart = [[float(rng.random() < 0.5) for _ in range(200)] for _ in range(4)]
+
+    def width(by_seed):
+        base = at([0.0] * 200, "base")
+        seeds = seeds_of(base, [at(values) for values in by_seed], [], seed=0)
+        low, high = seeds.against_base.gold_logprob.interval
+        return high - low
+
+    assert width([alike] * 4) == pytest.approx(width([alike]))
+    assert width(apart) == pytest.approx(width([alike]) / 2, rel=0.2)
+
+
+def test_differences_are_those_of_the_mean_over_seeds_question_by_question():
+    routed = [at([1.0, 1.0, 0.0, 1.0], executions=8.0), at([0.0, 1.0, 0.0, 0.0])]
+    permuted = [at([0.0, 0.0, 0.0, 1.0]), at([0.0, 0.0, 1.0, 1.0])]
+    seeds = seeds_of(at([0.0, 1.0, 0.0, 1.0], "base"), routed, permuted, seed=0)
+    assert (seeds.setting, seeds.num_seeds) == ("10 % saved", 2)
+    assert seeds.executions.mean == 8.5
+    assert seeds.against_base.accuracy.mean == 0.0
+    assert seeds.against_permuted.accuracy.mean == pytest.approx(0.125)
+    assert (seeds.text_loss, seeds.against_base.text_loss) == (None, None)
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_the_sentence_on_seeds_holds_the_spread_and_both_differences(num_seeds):
+    routed = [at([0.5, 1.0, 0.0, 1.0]), at([0.0, 1.0, 0.5, 0.0])][:num_seeds]
+    seeds = seeds_of(at([0.0, 1.0, 0.0, 1.0], "base"), routed, routed, seed=0)
+    text = seeds_sentence(seeds)
+    assert text.startswith(f"Routers of {num_seeds} seeds at 10 % saved: accuracy")
+    assert ("standard deviation" in text) == (num_seeds > 1)
+    assert seeds.against_base.accuracy.numbers() in text
+    assert seeds.against_permuted.accuracy.numbers() in text
