@@ -18,7 +18,10 @@ one line and exits with status 2; any other exception is a defect of ours and ke
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class DrllmError(Exception):
@@ -76,3 +79,16 @@ def unknown_name(kind: str, name: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, valid, n=2)
     hint = f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else "."
     return f"unknown {kind} {name!r}{hint} Valid: {', '.join(valid)}"
+
+
+def printable(text: str) -> str:
+    r"""Write the control characters of a text as escapes, line ends and tabs aside.
+
+    Everything that is shown to people goes through here once: a terminal obeys control characters,
+    and marks that turn the writing direction make a text read as another one.
+
+    Example:
+        >>> printable("a\x1b[31mb")
+        'a\\x1b[31mb'
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from drllm import errors
-from drllm.errors import DrllmError, unknown_name
+from drllm.errors import DrllmError, printable, unknown_name
 
 CLASSES = [
     kind
@@ -54,4 +54,10 @@ def test_two_close_names_are_both_offered():
 def test_a_name_that_resembles_nothing_comes_with_all_valid_ones():
     assert unknown_name("verb", "xyz", ["run", "search"]) == (
         "unknown verb 'xyz'. Valid: run, search"
+    )
+
+
+def test_control_characters_are_shown_as_escapes_and_lines_stay_lines():
+    assert printable("a\x1b[0m\x7f\x9b\u202e\r\ud800 é·█\n\tb") == (
+        "a\\x1b[0m\\x7f\\x9b\\u202e\\r\\ud800 é·█\n\tb"
     )

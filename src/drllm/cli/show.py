@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
 from drllm.cli.show_results import show_measured, show_results
 from drllm.cli.show_routers import show_agreement
 from drllm.cli.show_search import show_failed, show_question, show_search, show_unfinished
@@ -20,6 +23,7 @@ from drllm.records import (
     read_json_lines,
     read_search,
     read_supervision,
+    refuse_odd_file,
 )
 from drllm.reporting.agreement import LAYERS_FILE
 from drllm.reporting.fields import read_object
@@ -160,8 +164,25 @@ def _show_samples(path: Path, terminal: Terminal) -> None:
     terminal.fact("tables", f"drllm show {path.parent}")
 
 
+def _check_weights(path: Path) -> None:
+    """Refuse weights that are broken, cut off or not finite."""
+    if not refuse_odd_file(path, "read"):
+        return
+    try:
+        with safe_open(path, framework="np") as file:  # as torch takes seconds to load
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, TypeError) as error:
+        raise RecordError(
+            f"{path} is broken or cut off ({error}); train the routers again"
+        ) from error
+    for name, values in arrays.items():
+        if not np.isfinite(values).all():
+            raise RecordError(f"{path}: {name!r} holds NaN or infinity; train the routers again")
+
+
 def _show_routers(folder: Path, terminal: Terminal) -> None:
     config = read_object(folder / "router_config.json")
+    _check_weights(folder / "routers.safetensors")
     training = config.values.get("training") or {}
     terminal.fact(
         "base model",

@@ -30,7 +30,23 @@ class WrittenFloat(float):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain values, numbers with their texts; a name that is given twice is refused."""
+    """YAML's plain values, numbers with their texts; dates are texts.
+
+    Tags and a name that is given twice are refused.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as SafeLoader has them
+        first: [(tag, form) for tag, form in forms if not tag.endswith(":timestamp")]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if getattr(event, "tag", None) is not None:
+            raise yaml.composer.ComposerError(
+                problem=f"the tag {event.tag!r} can't be read", problem_mark=event.start_mark
+            )
+        return super().compose_node(parent, index)
 
     def written_int(self, node: yaml.ScalarNode) -> WrittenInt:
         number = WrittenInt(self.construct_yaml_int(node))
@@ -45,11 +61,13 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
+            is_name = isinstance(key, yaml.ScalarNode)
+            if not is_name or key.value in seen:
+                problem = f"{key.value!r} is given twice" if is_name else "a name must be a text"
                 raise yaml.constructor.ConstructorError(
-                    problem=f"{key.value!r} is given twice", problem_mark=key.start_mark
+                    problem=problem, problem_mark=key.start_mark
                 )
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 

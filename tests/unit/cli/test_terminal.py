@@ -10,7 +10,7 @@ from rich.console import Console
 
 import drllm
 from drllm.cli import terminal as terminal_module
-from drllm.cli.terminal import Progress, Terminal, duration
+from drllm.cli.terminal import Progress, Terminal, duration, new_table
 
 
 class Clock:
@@ -130,3 +130,23 @@ def test_logging_is_as_before_afterwards():
         pass
 
     assert (list(logger.handlers), logger.propagate, warnings.showwarning) == before
+
+
+HOSTILE = "a\x1b[31mb\x07\x9b2J\u202ec\td"
+
+
+def test_no_control_character_of_a_text_reaches_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    terminal = Terminal()
+    table = new_table(HOSTILE, title=HOSTILE)
+    table.add_row(HOSTILE)
+    terminal.say(HOSTILE)
+    terminal.show(table)
+    terminal.fail(HOSTILE)
+    terminal.note(HOSTILE)
+    out, err = capsys.readouterr()
+    for printed in (out, err):
+        assert r"\x1b[31m" in printed
+        assert r"\x9b2J" in printed
+        assert not set(printed) & set("\x1b\x07\x9b\u202e")

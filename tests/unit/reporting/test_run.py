@@ -152,7 +152,7 @@ REFUSED: list[tuple[str, Callable[[Any], Any], str]] = [
     (
         "a future version",
         lambda f: change_result(f, lambda v: v.update(schema_version=99)),
-        "schema version 99, this drllm reads up to 1",
+        "schema version 99, this drllm reads up to 2",
     ),
     ("a missing key", lambda f: change_result(f, lambda v: v.pop("systems")), "'systems' is miss"),
     (
@@ -296,7 +296,7 @@ REFUSED: list[tuple[str, Callable[[Any], Any], str]] = [
         lambda f: f.latency(schema="drllm.evaluation"),
         "latency.json says 'drllm.evaluation'; expected 'drllm.latency'",
     ),
-    ("times of a later drllm", lambda f: f.latency(schema_version=2), "install a newer drllm"),
+    ("times of a later drllm", lambda f: f.latency(schema_version=3), "install a newer drllm"),
     (
         "times without a machine",
         lambda f: f.latency(machine=None),
