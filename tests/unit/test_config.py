@@ -208,9 +208,11 @@ def test_a_setting_that_another_leaves_without_effect_is_refused(
     group: type[Settings], declared: Any
 ):
     other, value = declared.metadata["idle"]
-    lowest = True if declared.default is False else declared.metadata["minimum"]
-    assert lowest != declared.default
-    group(**{declared.name: lowest}).check_effects()
+    rules = declared.metadata
+    given = True if declared.default is False else 0.5 if rules["above"] == 0 else rules["minimum"]
+    assert given != declared.default
+    default = next(f.default for f in dataclasses.fields(group) if f.name == other)
+    group(**{declared.name: given}, **({other: 0.5} if default == value else {})).check_effects()
     group(**{other: value}).check_effects()
     with pytest.raises(ConfigError, match="has no effect with --" + other.replace("_", "-")):
-        group(**{declared.name: lowest, other: value}).check_effects()
+        group(**{declared.name: given, other: value}).check_effects()

@@ -1,77 +1,74 @@
-"""What there is to choose from: `drllm ls` for tasks, models, architectures and baselines.
-
-Owns what is printed about names and about what a model's architecture allows. Leaves knowing them
-to `tasks`, `models.loading` and `models.architectures`. Loads no torch before it is needed.
-"""
+"""`drllm ls`: everything that is chosen by name, and what a model's architecture allows."""
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from drllm.cli.terminal import Terminal, new_table
 from drllm.cli.verbs import Flag, Request, verb
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, unknown_name
-from drllm.evaluation.baselines.registry import BASELINES, NOT_COMPARED
-from drllm.tasks.base import describe_tasks
+from drllm.registry import Registry
 
 if TYPE_CHECKING:
     from drllm.models.check import Finding
 
+_REGISTRIES = {
+    "rewards": "drllm.tasks.grading:REWARDS",
+    "strategies": "drllm.search.strategies:STRATEGIES",
+    "targets": "drllm.supervision.rules:TARGETS",
+    "policies": "drllm.models.routing.policies:POLICIES",
+}
+_WHAT = "tasks, models, architectures, baselines, " + ", ".join(_REGISTRIES)
+
 
 @verb(
     "ls",
-    help="list tasks, models, architectures, baselines or policies",
+    help="list what is chosen by name: tasks, models, baselines and more",
     example="drllm ls tasks",
     flags=(
-        Flag(
-            "what",
-            "tasks, models, architectures, baselines, policies",
-            required=True,
-            positional=True,
-        ),
+        Flag("what", _WHAT, required=True, positional=True),
         Flag("model", "a model whose architecture to check, in place of all known"),
     ),
 )
 def list_names(request: Request, terminal: Terminal) -> None:
-    """List tasks, models, architectures, baselines or policies."""
-    list_what(request.text("what"), terminal, request.values["model"])
-
-
-def list_what(what: str, terminal: Terminal, model: str | None = None) -> None:
-    """Print tasks, models, baselines or policies by name, or which architectures can be routed.
-
-    Args:
-        what: The list.
-        terminal: Where to.
-        model: Alias, hub id or folder of a model whose architecture is checked alone.
-
-    Raises:
-        ConfigError: Another word, or a model where it has no effect.
-    """
-    lists = {
+    """Print what there is of one kind."""
+    what, model = request.text("what"), request.values["model"]
+    lists: dict[str, Callable[[Terminal], None]] = {
         "tasks": _list_tasks,
         "models": _list_models,
         "architectures": _list_architectures,
         "baselines": _list_baselines,
-        "policies": _list_policies,
     }
-    if what not in lists:
-        raise ConfigError(unknown_name("list", what, lists) + "; for example: drllm ls tasks")
+    if what not in lists and what not in _REGISTRIES:
+        known = [*lists, *_REGISTRIES]
+        raise ConfigError(unknown_name("list", what, known) + "; for example: drllm ls tasks")
     if what == "architectures" and model is not None:
         _check_architecture(terminal, model)
-        return
-    if model is not None:
+    elif model is not None:
         raise ConfigError(
             f"--model has no effect on the list of {what}; leave it out, "
             f"or try: drllm ls architectures --model {model}"
         )
-    lists[what](terminal)
+    elif what in lists:
+        lists[what](terminal)
+    else:
+        module, name = _REGISTRIES[what].split(":")
+        registry: Registry[object] = getattr(importlib.import_module(module), name)
+        table = new_table(registry.kind, "what it is")
+        for name, summary in registry.summaries().items():
+            table.add_row(name, summary)
+        terminal.show(table)
+        if what == "policies":
+            terminal.say("Or a class of your own: docs/python.md, examples/own_policy.py.")
 
 
 def _list_tasks(terminal: Terminal) -> None:
+    from drllm.tasks.base import describe_tasks
+
     table = new_table("task", "rewards (default first)", "what it asks")
     for name, rewards, what in describe_tasks():
         table.add_row(name, rewards or "only evaluated", what)
@@ -87,6 +84,8 @@ def _list_models(terminal: Terminal) -> None:
 
 
 def _list_baselines(terminal: Terminal) -> None:
+    from drllm.evaluation.baselines.registry import BASELINES, NOT_COMPARED
+
     table = new_table("baseline", "what it does", "fitted on", "source")
     for name, baseline in BASELINES.items():
         table.add_row(
@@ -95,16 +94,6 @@ def _list_baselines(terminal: Terminal) -> None:
     terminal.show(table)
     for name, reason in NOT_COMPARED.items():
         terminal.say(f"Not compared: {name}, {reason}.")
-
-
-def _list_policies(terminal: Terminal) -> None:
-    from drllm.models.routing.policies import POLICIES
-
-    table = new_table("policy", "what it does")
-    for name, summary in POLICIES.summaries().items():
-        table.add_row(name, summary)
-    terminal.show(table)
-    terminal.say("Or a class of your own: docs/python.md, examples/own_policy.py.")
 
 
 def _list_architectures(terminal: Terminal) -> None:

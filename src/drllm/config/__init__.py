@@ -1,9 +1,6 @@
 """Every setting of every stage, once: type, default, bounds, unit and help text.
 
-Owns the settings as frozen dataclasses. The command line, the YAML reader and the checks are all
-made from the fields below, so adding a field here is all it takes to add a flag. Leaves what a
-setting is to `settings`, and what it *does* to the stage that reads it; those of the training
-stand in `training`. Loads no torch.
+A field here is all it takes to add a flag, a key of YAML files and their checks.
 """
 
 from __future__ import annotations
@@ -190,41 +187,40 @@ class SuperviseConfig(Settings):
 class GenerateConfig(Settings):
     """How text is generated."""
 
-    max_new_tokens: int = setting(64, "most tokens generated", minimum=1)
+    max_new_tokens: int = setting(64, "maximum tokens generated", minimum=1)
     chat: bool = setting(True, "ask through the tokenizer's chat template, where it has one")
     batch_size: int | None = setting(
-        None, "with --file: most prompts decoded together; 16 unless given", minimum=1
+        None, "with --file: maximum prompts decoded together; 16 unless given", minimum=1
     )
     route_first: bool = setting(
         True, "with --file: route all prompts first, to decode equal plans together"
     )
-    temperature: float = setting(0.0, "of the draws; 0 takes the likeliest token", minimum=0.0)
+    temperature: float = setting(0.0, "sampling temperature; 0 is greedy", minimum=0.0)
     top_p: float | None = setting(
-        None, "draw from the likeliest tokens of this share; 1 unless given", above=0.0, maximum=1.0
+        None,
+        "sample from the likeliest tokens of this share; 1 unless given",
+        above=0.0,
+        maximum=1.0,
+        idle=("temperature", 0.0),
     )
-    seed: int | None = setting(None, "seed of the draws; 0 unless given", minimum=0)
+    seed: int | None = setting(
+        None, "sampling seed; 0 unless given", minimum=0, idle=("temperature", 0.0)
+    )
 
     def sampling(self) -> dict[str, Any]:
         """Return the options of transformers' `generate` that say how tokens are chosen.
 
-        The flags say all of it: a model's own settings for draws are not mixed in.
+        The flags say all of it: a model's own settings for sampling are not mixed in.
 
         Raises:
-            ConfigError: A setting of draws where nothing is drawn. Not checked when the settings
-                are made, since a file and the command line may each give a part of them.
+            ConfigError: A sampling setting at temperature 0.
         """
+        self.check_effects()
         if self.temperature == 0:
-            for name in ("top_p", "seed"):
-                if getattr(self, name) is not None:
-                    given = f"{flag_of(name)} {getattr(self, name)}"
-                    raise ConfigError(
-                        f"{given} has no effect with --temperature 0, which takes the likeliest "
-                        f"token; give a temperature above 0, e.g. 0.7"
-                    )
             return {"do_sample": False, "num_beams": 1}
         top_p = 1.0 if self.top_p is None else self.top_p
-        draws = {"temperature": self.temperature, "top_p": top_p, "top_k": 0}
-        return {"do_sample": True, "num_beams": 1, **draws}
+        sampled = {"temperature": self.temperature, "top_p": top_p, "top_k": 0}
+        return {"do_sample": True, "num_beams": 1, **sampled}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,8 +296,7 @@ class EvaluateConfig(Settings):
         None, "other splits for some tasks: TASK=SPLIT with commas between"
     )
     fitted_on: str | None = setting(
-        None,
-        "depths and baselines from another task's questions: TASK=OTHER, with commas",
+        None, "depths and baselines from another task's questions: TASK=OTHER, with commas"
     )
     num_fewshot: int | None = setting(
         None, "worked examples before each question; each task's own unless given", minimum=0
@@ -329,8 +324,7 @@ class EvaluateConfig(Settings):
         above=0.0,
     )
     worked_answers: str | None = setting(
-        None,
-        "with --epsilon: a task (gsm8k) on whose right answers the loss may rise no more",
+        None, "with --epsilon: a task (gsm8k) on whose right answers the loss may rise no more"
     )
     num_calibration: int | None = setting(
         None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import typing
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,19 +59,8 @@ def setting(
         idle: Another field of the group, and the value of it that leaves this one without effect.
         decisive: Results depend on it; False for places, memory, and who does the work.
     """
-    rules = {
-        "help": help,
-        "minimum": minimum,
-        "maximum": maximum,
-        "above": above,
-        "choices": choices,
-        "alias": alias,
-        "idle": idle,
-        "decisive": decisive,
-    }
-    if default is ...:
-        return field(metadata=rules)
-    return field(default=default, metadata=rules)
+    rules = {name: value for name, value in locals().items() if name != "default"}
+    return field(metadata=rules, **({} if default is ... else {"default": default}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +76,7 @@ class Settings:
         kinds = kinds_of(type(self))
         for declared in dataclasses.fields(self):
             value = getattr(self, declared.name)
-            _check_type(declared.name, value, kinds[declared.name])
-            _check(declared.name, value, declared.metadata)
+            _check(flag_of(declared.name), value, kinds[declared.name], declared.metadata)
 
     def check_effects(self) -> None:
         """Refuse settings that others of the group leave without effect.
@@ -100,18 +88,14 @@ class Settings:
             ConfigError: Naming both settings.
         """
         for declared in dataclasses.fields(self):
-            value, idle = getattr(self, declared.name), declared.metadata.get("idle")
-            if idle is None or value == declared.default:
+            value, idle = getattr(self, declared.name), declared.metadata["idle"]
+            if idle is None or value == declared.default or getattr(self, idle[0]) != idle[1]:
                 continue
-            other, chosen = idle
-            if getattr(self, other) == chosen:
-                given = f"{value:g}" if isinstance(value, float) else value
-                against = f"{chosen:g}" if isinstance(chosen, float) else chosen
-                named = flag_of(declared.name) + ("" if value is True else f" {given}")
-                raise ConfigError(
-                    f"{named} has no effect with {flag_of(other)} {against}; leave one of the two "
-                    f"out"
-                )
+            given = "" if value is True else f" {_shown(value)}"
+            raise ConfigError(
+                f"{flag_of(declared.name)}{given} has no effect with {flag_of(idle[0])} "
+                f"{_shown(idle[1])}; leave one of the two out"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON types, for manifests."""
@@ -144,42 +128,39 @@ def kinds_of(group: type[Settings]) -> dict[str, tuple[type, ...]]:
     }
 
 
-def _check_type(name: str, value: Any, kinds: tuple[type, ...]) -> None:
-    """Refuse a value of another type, as a YAML file or a caller may give it."""
-    accepted = (*kinds, int) if float in kinds else kinds
-    misfit = isinstance(value, bool) and bool not in kinds  # to Python a bool is an int
-    if misfit or not isinstance(value, accepted):
-        wanted = " or ".join(_KINDS.get(kind, "nothing") for kind in kinds)
-        raise ConfigError(f"{flag_of(name)} is {value!r}; give {wanted}")
-
-
 def flag_of(name: str) -> str:
     """Return a setting's name as a flag."""
     return "--" + name.replace("_", "-")
 
 
-def _check(name: str, value: Any, rules: Any) -> None:
-    flag = flag_of(name)
-    choices = rules["choices"]
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) if not isinstance(value, int) or value.bit_length() < 100 else "a huge number"
+
+
+def _check(flag: str, value: Any, kinds: tuple[type, ...], rules: Mapping[str, Any]) -> None:
+    accepted = (*kinds, int) if float in kinds else kinds
+    misfit = isinstance(value, bool) and bool not in kinds  # to Python a bool is an int
+    if misfit or not isinstance(value, accepted):
+        wanted = " or ".join(_KINDS.get(kind, "nothing") for kind in kinds)
+        raise ConfigError(f"{flag} is {value!r}; give {wanted}")
     if isinstance(value, str):
         check_text(flag, value)
-        if choices and value not in choices:
-            raise ConfigError(f"{flag}: " + unknown_name("value", value, choices))
+        if rules["choices"] and value not in rules["choices"]:
+            raise ConfigError(f"{flag}: " + unknown_name("value", value, rules["choices"]))
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return
-    if not abs(value) <= LARGEST_INT:
-        long = isinstance(value, int) and value.bit_length() > 100
-        raise ConfigError(
-            f"{flag} is {'a number of many digits' if long else value}; give a finite number "
-            f"below 2^63"
-        )
     minimum, maximum, above = rules["minimum"], rules["maximum"], rules["above"]
-    if minimum is not None and value < minimum:
-        raise ConfigError(f"{flag} is {value}; give a value of at least {minimum}")
-    if above is not None and value <= above:
-        raise ConfigError(f"{flag} is {value}; give a value above {above}")
-    if maximum is not None and value > maximum:
-        raise ConfigError(f"{flag} is {value}; give a value of at most {maximum}")
+    bounds = {
+        "a finite number below 2^63": abs(value) <= LARGEST_INT,
+        f"a value of at least {minimum}": minimum is None or value >= minimum,
+        f"a value above {above}": above is None or value > above,
+        f"a value of at most {maximum}": maximum is None or value <= maximum,
+    }
+    for wanted, holds in bounds.items():
+        if not holds:
+            raise ConfigError(f"{flag} is {_shown(value)}; give {wanted}")
 
 
 def check_text(flag: str, text: str) -> None:

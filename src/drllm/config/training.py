@@ -1,7 +1,4 @@
-"""The settings of the training; their numbers are the paper's unless said otherwise.
-
-Leaves what they do to `drllm.training`. Loads no torch.
-"""
+"""The settings of the training; their numbers are the paper's unless said otherwise."""
 
 from __future__ import annotations
 

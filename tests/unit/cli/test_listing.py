@@ -3,9 +3,6 @@ from __future__ import annotations
 import pytest
 
 from drllm.cli import main
-from drllm.cli.listing import list_what
-from drllm.cli.terminal import Terminal
-from drllm.errors import ConfigError
 from drllm.models import check
 
 
@@ -27,7 +24,7 @@ def test_architectures_are_listed_with_class_status_and_difference(
 ):
     few = {name: check.FAMILIES[name] for name in ("gpt2", "lfm2")}
     monkeypatch.setattr(check, "FAMILIES", few)
-    list_what("architectures", Terminal())
+    assert main(["ls", "architectures"]) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
     [gpt2] = [line.split() for line in lines if line.startswith(" gpt2")]
@@ -59,7 +56,7 @@ def test_a_model_of_the_users_that_cannot_be_routed_is_no_error(
 def test_tasks_are_listed_with_their_rewards_or_as_only_evaluated(
     capsys: pytest.CaptureFixture[str],
 ):
-    list_what("tasks", Terminal())
+    assert main(["ls", "tasks"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     named = {line[0]: " ".join(line[1:]) for line in lines if line}
     assert named["piqa"].startswith("loglikelihood, letter")
@@ -67,22 +64,29 @@ def test_tasks_are_listed_with_their_rewards_or_as_only_evaluated(
     assert named["hellaswag"].startswith("loglikelihood ")
 
 
-@pytest.mark.parametrize("what", ["tasks", "models"])
-def test_a_model_is_refused_where_it_has_no_effect(what: str):
-    with pytest.raises(ConfigError, match=rf"--model has no effect on the list of {what}"):
-        list_what(what, Terminal(), "smollm2-135m")
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("baselines", ["permuted-routes", "greedy-by-loss", "block-repeat", "program-predictor"]),
+        ("strategies", ["tree", "sweep", "walk"]),
+        ("targets", ["least_kl", "shortest", "largest_margin", "paper", "released"]),
+        ("policies", ["full", "routers", "label-frequency"]),
+        ("rewards", ["loglikelihood", "letter", "boxed", "exact"]),
+    ],
+)
+def test_a_registry_is_listed_with_what_each_name_is(
+    what: str, names: list[str], capsys: pytest.CaptureFixture[str]
+):
+    assert main(["ls", what]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    told = {line[0]: line[1:] for line in lines}
+    assert all(len(told[name]) > 2 for name in names)
 
 
-def test_an_unknown_list_is_an_error_with_the_lists_there_are():
-    with pytest.raises(
-        ConfigError, match="Valid: architectures, baselines, models, policies, tasks"
-    ):
-        list_what("archi", Terminal())
-
-
-def test_baselines_are_listed_with_what_they_are_fitted_on_and_those_that_are_not_compared(capsys):
-    list_what("baselines", Terminal())
-    said = capsys.readouterr().out
-    for name in ("permuted-routes", "greedy-by-loss", "block-repeat", "program-predictor"):
-        assert name in said
-    assert "Not compared: LayerSkip" in said
+def test_what_is_no_list_and_a_model_without_effect_are_refused(
+    capsys: pytest.CaptureFixture[str],
+):
+    assert main(["ls", "task"]) == 2
+    assert "did you mean 'tasks'" in capsys.readouterr().err
+    assert main(["ls", "tasks", "--model", "smollm2-135m"]) == 2
+    assert "--model has no effect on the list of tasks" in capsys.readouterr().err
