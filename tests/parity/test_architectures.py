@@ -8,7 +8,9 @@ from transformers import DynamicCache
 from drllm.models.base.prompts import left_padded
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.kv_cache import cache_argument, stored_rows
+from drllm.models.routing.policies import FixedPolicy, RecordingPolicy
 from drllm.models.routing.routed_model import RoutedModel
+from drllm.training import features
 
 NUM_NEW = 8
 
@@ -87,6 +89,20 @@ def test_routers_decide_once_and_their_route_holds_while_decoding(slow, prompts,
     assert len({tuple(decisions) for decisions in route}) > 1
     assert {0, 1, 2} == {value for decisions in route for value in decisions}
     assert slow.greedy(family, route) == found
+
+
+def test_features_of_a_prompt_are_the_same_alone_and_in_a_padded_batch(
+    routed, prompts, family, logit_tolerance
+):
+    """Learned positions (GPT-2) count the real tokens, wherever padding puts them."""
+    together = RecordingPolicy(FixedPolicy([1, 2, 0, 1, 1, 1], 6), 4)
+    features._forward(routed, together, prompts)
+    for row, prompt in enumerate(prompts):
+        alone = RecordingPolicy(FixedPolicy([1, 2, 0, 1, 1, 1], 6), 4)
+        features._forward(routed, alone, [prompt])
+        torch.testing.assert_close(
+            alone.means[0], together.means[row], atol=logit_tolerance, rtol=1e-4
+        )
 
 
 def test_stored_kv_rows_equal_the_plan(routed, prompts, family, plan):

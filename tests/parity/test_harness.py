@@ -107,7 +107,7 @@ def test_prompts_that_are_too_long_are_cut_as_in_the_harness(base):
 
 
 def test_text_without_a_prompt_scores_as_in_the_harness_under_a_fixed_plan(base):
-    requests = instances({"": ["some text", "other"]})
+    requests = instances({"": ["some text", "other", "<s>begun by the prefix token"]})
     assert_same(
         stock(base).loglikelihood(requests, disable_tqdm=True),
         RoutedLM(base).loglikelihood(requests, disable_tqdm=True),
@@ -116,7 +116,8 @@ def test_text_without_a_prompt_scores_as_in_the_harness_under_a_fixed_plan(base)
 
 def test_rolling_texts_score_as_in_the_harness_under_a_fixed_plan(base):
     requests = [
-        Instance("loglikelihood_rolling", {}, (text,), 0) for text in ("a text " * 30, "short")
+        Instance("loglikelihood_rolling", {}, (text,), 0)
+        for text in ("a text " * 30, "short", "<s>begun by the prefix token")
     ]
     expected = stock(base).loglikelihood_rolling(requests, disable_tqdm=True)
     found = RoutedLM(base).loglikelihood_rolling(requests, disable_tqdm=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -45,66 +46,6 @@ def generate(routed, plan, prompts=PROMPTS, num_new=20, **options):
     return output[:, ids.shape[1] :].tolist()
 
 
-def greedy(listed, model, plans, prompts=PROMPTS, num_new=20):
-    # min_new_tokens keeps generate from ending early; the slow way must not choose the end either.
-    end = model.generation_config.eos_token_id
-    rows = []
-    for plan, prompt in zip(plans, prompts, strict=True):
-        slow, row = listed(model, plan), list(prompt)
-        for _ in range(num_new):
-            logits = slow.logits(row)[-1]
-            logits[end] = -torch.inf
-            row.append(int(logits.argmax()))
-        rows.append(row[len(prompt) :])
-    return rows
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-def test_every_row_of_a_padded_batch_equals_the_row_alone(tiny_llama, listed, plan, attention):
-    model = tiny_llama(attn_implementation=attention)
-    expected = greedy(listed, model, [plan] * len(PROMPTS))
-    assert expected == generate(RoutedModel(model), plan)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_rows_of_one_batch_follow_plans_of_their_own(tiny_llama, listed, attention):
-    model = tiny_llama(attn_implementation=attention)
-    expected = greedy(listed, model, MIXED)
-    assert expected == generate(RoutedModel(model), MIXED)
-
-
-def test_prefill_logits_equal_the_slow_way_at_every_real_position(
-    tiny_llama, listed, logit_tolerance
-):
-    model = tiny_llama()
-    expected = [listed(model, plan).logits(row) for plan, row in zip(MIXED, PROMPTS, strict=True)]
-    ids, mask = left_padded(PROMPTS, "cpu")
-    routed = RoutedModel(model)
-    with routed.fixed(MIXED), torch.no_grad():
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = routed.model(ids, attention_mask=mask, position_ids=positions).logits
-    for row, slow in enumerate(expected):
-        torch.testing.assert_close(slow, logits[row, -len(slow) :], atol=logit_tolerance, rtol=0)
-
-
-def test_generation_without_a_cache_keeps_the_decisions(tiny_llama, listed):
-    model = tiny_llama()
-    expected = greedy(listed, model, MIXED, num_new=6)
-    assert expected == generate(RoutedModel(model), MIXED, num_new=6, use_cache=False)
-
-
-def test_all_execute_is_bit_identical_to_the_untouched_model(tiny_llama):
-    model = tiny_llama()
-    ids, mask = left_padded(PROMPTS, "cpu")
-    untouched = model(ids, attention_mask=mask).logits
-    generated = model.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False)
-    routed = RoutedModel(model)
-    assert torch.equal(untouched, routed.model(ids, attention_mask=mask).logits)
-    again = routed.generate(input_ids=ids, attention_mask=mask, max_new_tokens=10, do_sample=False)
-    assert torch.equal(generated, again)
-
-
 def test_keys_and_weights_never_change(tiny_llama):
     model = tiny_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -113,67 +54,6 @@ def test_keys_and_weights_never_change(tiny_llama):
     after = model.state_dict()
     assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_detach_restores_the_model_exactly(tiny_llama):
-    model = tiny_llama()
-    ids = torch.tensor([PROMPTS[0]])
-    before = model(ids).logits
-    attributes = [dict(layer.__dict__) for layer in model.model.layers]
-    hooks = len(model.model._forward_pre_hooks), len(model.model._forward_hooks)
-    routed = RoutedModel(model)
-    assert model is routed.detach()
-    assert attributes == [dict(layer.__dict__) for layer in model.model.layers]
-    assert hooks == (len(model.model._forward_pre_hooks), len(model.model._forward_hooks))
-    assert torch.equal(before, model(ids).logits)
-    assert torch.equal(before, RoutedModel(model).model(ids).logits)  # and it attaches again
-
-
-def test_stored_kv_rows_equal_the_plan(tiny_llama):
-    routed = RoutedModel(tiny_llama())
-    ids, mask = left_padded(PROMPTS, "cpu")
-    cache = DynamicCache(config=routed.model.config)
-    with routed.fixed(MIXED):
-        routed.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=3,
-            **{cache_argument(routed.model): cache},
-        )
-    assert sum(map(sum, MIXED)) == stored_rows(cache)
-
-
-def test_a_continuation_on_the_same_cache_keeps_the_route(tiny_llama, listed):
-    model = tiny_llama()
-    plan = PLANS["skips and repeats"]
-    prompt, turn = [5, 6, 7, 8], [9, 10, 11]
-    slow = listed(model, plan)
-    expected = slow.logits([*prompt, *turn])[-1]
-    routed = RoutedModel(model)
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        with routed.fixed(plan):
-            routed.model(torch.tensor([prompt]), **{cache_argument(model): cache}, use_cache=True)
-        logits = routed.model(
-            torch.tensor([turn]), **{cache_argument(model): cache}, use_cache=True
-        ).logits
-    torch.testing.assert_close(expected, logits[0, -1], atol=2e-5, rtol=0)
-
-
-def test_beam_search_equals_a_plain_model_of_the_listed_layers(tiny_llama, listed):
-    model = tiny_llama()
-    plan = PLANS["skips and repeats"]
-    options = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    ids, mask = left_padded(PROMPTS, "cpu")
-    plain = listed(model, plan).model
-    # The plain model's cache has one slot per listed layer only if layer_idx says so.
-    for index, layer in enumerate(copied := [copy.deepcopy(x) for x in plain.model.layers]):
-        layer.self_attn.layer_idx = index
-    plain.model.layers = torch.nn.ModuleList(copied)
-    expected = plain.generate(ids, attention_mask=mask, **options)
-    routed = RoutedModel(model)
-    with routed.fixed([plan] * len(PROMPTS)):
-        assert torch.equal(expected, routed.generate(input_ids=ids, attention_mask=mask, **options))
 
 
 def new_routers(model, num_windows=4, seed=0):
@@ -219,18 +99,6 @@ def test_routers_decide_in_a_padded_batch_as_they_do_by_hand(tiny_llama):
     assert expected == routed.last_route.tolist()
 
 
-def test_routes_are_taken_once_and_hold_while_decoding(tiny_llama, listed):
-    model = tiny_llama()
-    routed = RoutedModel(model, new_routers(model))
-    ids, mask = left_padded(PROMPTS, "cpu")
-    output = routed.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=12, min_new_tokens=12
-    )
-    route = routed.last_route.tolist()
-    routed.detach()
-    assert greedy(listed, model, route, num_new=12) == output[:, ids.shape[1] :].tolist()
-
-
 def test_prompt_lengths_keep_continuations_from_the_routers(tiny_llama):
     routed = RoutedModel(tiny_llama(), new_routers(None))
     alone, padded = [], []
@@ -255,6 +123,26 @@ def test_impossible_prompt_lengths_are_refused(tiny_llama, lengths):
     ids, mask = left_padded(PROMPTS, "cpu")
     with routed.prompt_lengths(lengths), pytest.raises(RoutingError, match="prompt_lengths"):
         routed.model(ids, attention_mask=mask)
+
+
+class ByRow(FullPolicy):
+    """Gives each row a plan of its own, and says that it reads the prompt."""
+
+    reads_prompt = True
+
+    def __init__(self, plans):
+        self.plans = plans
+
+    def decide(self, layer, prompts):
+        return [plan[layer] for plan in self.plans]
+
+
+def test_one_row_that_skips_everything_executes_the_last_layer_and_the_others_dont(tiny_llama):
+    plans = [[0] * 6, [1, 0, 0, 0, 0, 0], [0, 2, 0, 0, 0, 0], [1] * 6]
+    routed = RoutedModel(tiny_llama(), policy=ByRow(plans))
+    ids, mask = left_padded(PROMPTS, "cpu")
+    routed.model(ids, attention_mask=mask)
+    assert routed.last_route.tolist() == [[0, 0, 0, 0, 0, 1], *plans[1:]]
 
 
 def test_routers_that_skip_everything_still_execute_one_layer(tiny_llama):
@@ -290,6 +178,16 @@ def test_a_removed_override_is_noticed(tiny_llama):
     del routed.model.model.layers[3].forward
     with pytest.raises(RoutingError, match="layer 3 was taken off"):
         routed.model(torch.tensor([PROMPTS[0]]))
+
+
+@pytest.mark.parametrize("called", [[0, 2, 1, 3, 4, 5], [0, 1, 2, 4, 5], [0, 1, 2, 3, 4, 5, 5]])
+def test_a_loop_that_swaps_omits_or_repeats_layers_later_is_noticed(tiny_llama, called):
+    routed = RoutedModel(tiny_llama())
+    decoder = routed.model.model
+    decoder.layers = torch.nn.ModuleList([decoder.layers[index] for index in called])
+    decoder.config.num_hidden_layers = len(called)
+    with pytest.raises(RoutingError, match=re.escape(f"called layers {called}")):
+        routed.model(torch.tensor([PROMPTS[0]]), use_cache=False)
 
 
 def test_an_override_over_ours_is_not_swept_away(tiny_llama):
@@ -568,13 +466,18 @@ def test_the_models_own_generate_keeps_the_decisions_too(tiny_llama):
     assert policy.read == [[len(PROMPTS[0])]]
 
 
-def test_beams_of_one_prompt_are_asked_about_once(tiny_llama):
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}]
+)
+def test_copies_of_a_prompt_are_asked_about_once_and_share_its_route(tiny_llama, options):
     policy = Counting()
     routed = RoutedModel(tiny_llama(), policy=policy)
     ids, mask = left_padded(PROMPTS, "cpu")
-    routed.generate(ids, attention_mask=mask, num_beams=3, max_new_tokens=4)
+    routed.generate(ids, attention_mask=mask, max_new_tokens=4, **options)
     assert policy.read == [[len(prompt) for prompt in PROMPTS]]
-    assert len(routed.last_route) == 3 * len(PROMPTS)
+    with routed.using(ByRow(MIXED)):
+        routed.generate(ids, attention_mask=mask, max_new_tokens=4, **options)
+    assert routed.last_route.tolist() == [plan for plan in MIXED for _ in range(3)]
 
 
 @pytest.mark.parametrize("drafting", ["prompt lookup", "assistant"])
