@@ -38,10 +38,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """What a setting may lose.
 
     Attributes:
-        epsilon: Loss of accuracy that isn't accepted any more, in points; in (0, 100].
+        epsilon: Loss of accuracy that isn't accepted any more, in points.
         max_loss_increase: Rise of the next-token loss that isn't accepted any more, in nats a
-            token, on each set of texts; above 0.
-        confidence: With which each is to be shown, one-sided; in (0.5, 1).
+            token, on each set of texts.
+        confidence: With which each is to be shown, one-sided.
 
     Raises:
         ConfigError: A value out of range.
@@ -52,19 +52,12 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        if not 0 < self.epsilon <= 100:
-            raise ConfigError(
-                f"epsilon is {self.epsilon}; give points of accuracy above 0 and up to 100, e.g. 2"
-            )
-        if not 0 < self.max_loss_increase < math.inf:
-            raise ConfigError(
-                f"max_loss_increase is {self.max_loss_increase}; give nats a token above 0, "
-                f"e.g. 0.05"
-            )
-        if not 0.5 < self.confidence < 1:
-            raise ConfigError(
-                f"confidence is {self.confidence}; give a value between 0.5 and 1, e.g. 0.95"
-            )
+        ranges = {"epsilon": (0, 100), "max_loss_increase": (0, 100), "confidence": (0.5, 0.999)}
+        for name, (low, high) in ranges.items():
+            if not low < getattr(self, name) <= high:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}; give more than {low} and at most {high}"
+                )
 
 
 class LossBound(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -80,52 +73,6 @@ class LossBound(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     num_texts: int
     increase: float
     maximum: float | None
-
-    @classmethod
-    def of(
-        cls,
-        ours: Sequence[float],
-        theirs: Sequence[float],
-        *,
-        confidence: float,
-        seed: int,
-        texts: str,
-    ) -> LossBound:
-        """Bound the increase from one set of losses to another.
-
-        Args:
-            ours: For each text, the loss under the setting, in nats a token.
-            theirs: Base's.
-            confidence: One-sided; in (0.5, 1).
-            seed: Of the resampling of texts.
-            texts: What they are, in words.
-
-        Raises:
-            ConfigError: Fewer than `FEWEST_TEXTS`.
-            ValueError: Another number of texts on one side.
-        """
-        increases = [one - other for one, other in zip(ours, theirs, strict=True)]
-        if len(increases) < FEWEST_TEXTS:
-            raise ConfigError(
-                f"{len(increases)} {texts} are too few to certify a depth; accuracy alone "
-                f"certifies broken models, so give the next-token loss on at least {FEWEST_TEXTS}"
-            )
-        found = upper_bound(increases, seed, confidence=confidence)
-        return cls(
-            num_texts=len(increases),
-            increase=fmean(increases),
-            maximum=None if found == math.inf else found,
-        )
-
-    def failure(self, limit: float, where: str = "") -> str | None:
-        """Say that an increase as large as the limit isn't excluded; None where it is."""
-        if self.maximum is None:
-            return f"no rise of the next-token loss{where} is excluded by so few texts that differ"
-        if self.maximum < limit:
-            return None
-        return (
-            f"a next-token loss{where} up to {self.maximum:.3f} nats a token higher is not excluded"
-        )
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -358,9 +305,6 @@ def confirm(
         chance: Accuracy of guessing on them.
         seed: Of the resampling of texts.
 
-    Returns:
-        The choice with its confirmation.
-
     Raises:
         ConfigError: No held-out texts, or too few.
         ValueError: Nothing was chosen, it was confirmed before, or `tested` isn't the chosen one.
@@ -388,20 +332,27 @@ def _try(base: Outcomes, ours: Outcomes, choice: Choice, seed: int) -> Trial:
     won, lost = won_lost(ours.correct, base.correct)
     n = len(base.correct)
     loss = 100 * maximum_loss(won, lost, n, limits.confidence)
-    failures: list[str | None] = []
+    failures = []
     if not loss < limits.epsilon:
         failures.append(f"a loss of up to {loss:.2f} points of accuracy is not excluded")
 
-    def bound(one: Sequence[float], other: Sequence[float], texts: str) -> LossBound:
-        return LossBound.of(one, other, confidence=limits.confidence, seed=seed, texts=texts)
+    def bound(one: Sequence[float], other: Sequence[float], texts: str, where: str) -> LossBound:
+        found = _bound(one, other, limits.confidence, seed, texts)
+        if found.maximum is None:
+            failures.append(
+                f"no rise of the next-token loss{where} is excluded by so few texts that differ"
+            )
+        elif not found.maximum < limits.max_loss_increase:
+            failures.append(
+                f"a next-token loss{where} up to {found.maximum:.3f} nats a token higher is not "
+                f"excluded"
+            )
+        return found
 
-    texts = bound(ours.text_loss, base.text_loss, "held-out texts")
-    failures.append(texts.failure(limits.max_loss_increase))
-    worked = None
+    texts, worked = bound(ours.text_loss, base.text_loss, "held-out texts", ""), None
     if choice.worked_answers is not None:
         named = f"worked answers of {choice.worked_answers}"
-        worked = bound(ours.worked_loss, base.worked_loss, named)
-        failures.append(worked.failure(limits.max_loss_increase, f" on {named}"))
+        worked = bound(ours.worked_loss, base.worked_loss, named, f" on {named}")
     return Trial(
         name=ours.name,
         executions=ours.executions,
@@ -411,5 +362,27 @@ def _try(base: Outcomes, ours: Outcomes, choice: Choice, seed: int) -> Trial:
         maximum_loss=loss,
         texts=texts,
         worked=worked,
-        failures=tuple(failure for failure in failures if failure is not None),
+        failures=tuple(failures),
+    )
+
+
+def _bound(
+    ours: Sequence[float], theirs: Sequence[float], confidence: float, seed: int, texts: str
+) -> LossBound:
+    """Bound the increase from one set of losses to another.
+
+    Raises:
+        ConfigError: Fewer than `FEWEST_TEXTS`.
+    """
+    increases = [one - other for one, other in zip(ours, theirs, strict=True)]
+    if len(increases) < FEWEST_TEXTS:
+        raise ConfigError(
+            f"{len(increases)} {texts} are too few to certify a depth; accuracy alone certifies "
+            f"broken models, so give the next-token loss on at least {FEWEST_TEXTS}"
+        )
+    found = upper_bound(increases, seed, confidence=confidence)
+    return LossBound(
+        num_texts=len(increases),
+        increase=fmean(increases),
+        maximum=None if found == math.inf else found,
     )

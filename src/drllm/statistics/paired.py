@@ -1,4 +1,8 @@
-"""Paired tests: two systems on the same questions, and correction for several tests."""
+"""Paired tests: two systems on the same questions, and correction for several tests.
+
+Of `n` questions, `won` are those that the first system has right and the second wrong, `lost` the
+other way round.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
-from drllm.statistics.intervals import Floats, is_single
+from drllm.statistics.intervals import is_single
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +40,7 @@ class Outcomes:
 
 
 def won_lost(ours: Sequence[float], theirs: Sequence[float]) -> tuple[int, int]:
-    """Count the questions that the first has right and the second wrong, and the other way round.
-
-    Args:
-        ours: One per question: 1 for right, 0 for wrong.
-        theirs: On the same questions.
+    """Count the questions won and lost, each answered once by both.
 
     Raises:
         ValueError: Another number of questions, or answers that are neither right nor wrong.
@@ -59,14 +59,7 @@ def mcnemar_exact(won: int, lost: int) -> float:
     """Return the two-sided p-value of the exact McNemar test.
 
     Only questions on which two systems disagree count; if neither is better, each of those is
-    won with probability one half.
-
-    Args:
-        won: Questions that the first system has right and the second wrong.
-        lost: The other way round.
-
-    Returns:
-        Twice the smaller binomial tail, at most 1; 1 without any disagreement.
+    won with probability one half. Without any disagreement it is 1.
 
     Source: McNemar 1947, Psychometrika 12 (2), in its exact form.
 
@@ -86,15 +79,6 @@ def paired_interval(won: int, lost: int, n: int, confidence: float = 0.95) -> tu
     bootstrap or the normal interval it doesn't vanish where few questions or none are won or
     lost, and it stays inside [-1, 1].
 
-    Args:
-        won: Questions that the first system has right and the second wrong.
-        lost: The other way round.
-        n: Questions in all, at least 1.
-        confidence: In (0, 1).
-
-    Returns:
-        Lower and upper bound of the first system's accuracy minus the second's.
-
     Raises:
         ValueError: Counts that no evaluation can give.
 
@@ -113,27 +97,20 @@ def paired_interval(won: int, lost: int, n: int, confidence: float = 0.95) -> tu
         return bool(abs(distance) > z * deviation)
 
     estimate = (won - lost) / n
-    return _last(rejected, estimate, -1.0), _last(rejected, estimate, 1.0)
-
-
-@overload
-def paired_score(won: float, lost: float, n: int, difference: float) -> tuple[float, float]: ...
-
-
-@overload
-def paired_score(won: Floats, lost: Floats, n: int, difference: float) -> tuple[Floats, Floats]: ...
+    lower, upper = (
+        bisected(rejected, estimate, end)[0] if rejected(end) else end for end in (-1.0, 1.0)
+    )
+    return lower, upper
 
 
 def paired_score(won: Any, lost: Any, n: int, difference: float) -> tuple[Any, Any]:
     """Return what the paired score test weighs against each other.
 
     Args:
-        won: Questions that the first system has right and the second wrong: a number, or an
-            array of them.
-        lost: The other way round.
+        won: A number, or an array of them.
+        lost: Likewise.
         n: Questions in all.
-        difference: Of the first system's accuracy minus the second's, supposed to be true; in
-            [-1, 1].
+        difference: Of the accuracies, supposed to be true; in [-1, 1].
 
     Returns:
         How many questions the counts lie above what is supposed, and the standard deviation of
@@ -158,17 +135,8 @@ def maximum_loss(won: int, lost: int, n: int, confidence: float = 0.95) -> float
     is the end of the two-sided interval at 90 %, so a loss inside the 95 % interval that stands
     beside it may be excluded. Trials of drugs often halve the risk; here it stays at 5 %.
 
-    Args:
-        won: Questions that the first system has right and the second wrong.
-        lost: The other way round.
-        n: Questions in all, at least 1.
-        confidence: In (0.5, 1).
-
     Returns:
         A share of the questions; negative where even a gain is shown.
-
-    Raises:
-        ValueError: Counts that no evaluation can give.
 
     Source: Tango 1998, Statistics in Medicine 17 (8).
 
@@ -179,17 +147,14 @@ def maximum_loss(won: int, lost: int, n: int, confidence: float = 0.95) -> float
     return -paired_interval(won, lost, n, 2 * confidence - 1)[0]
 
 
-def _last(rejected: Callable[[float], bool], inside: float, end: float) -> float:
-    """Return the last value on the way from one that isn't rejected to the end, by bisection."""
-    if not rejected(end):
-        return end
-    for _ in range(60):
-        middle = (inside + end) / 2
-        if rejected(middle):
-            end = middle
-        else:
-            inside = middle
-    return inside
+def bisected(
+    holds: Callable[[float], bool], low: float, high: float, halvings: int = 60
+) -> tuple[float, float]:
+    """Narrow a range in which a condition turns once, from false at `low` to true at `high`."""
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return low, high
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:
@@ -197,12 +162,6 @@ def holm(pvalues: Sequence[float]) -> list[float]:
 
     A task whose adjusted p-value is at most α may be called significant; the chance that any such
     call is false stays at most α.
-
-    Args:
-        pvalues: One per task.
-
-    Returns:
-        Adjusted p-values, each at least the one given and at most 1.
 
     Source: Holm 1979, Scandinavian Journal of Statistics 6 (2).
 

@@ -1,7 +1,8 @@
-"""What so many questions can show: the smallest loss that can be excluded, and differences found.
+"""What so many questions can show: the smallest loss that can be excluded, the power of a test.
 
 Probabilities are exact sums over how many questions may be answered differently and how many of
 these are won; nothing is drawn. Differences and losses are shares of the questions, not points.
+`discordant` is the share of questions that one system has right and the other wrong.
 
 Axes: M numbers of questions answered differently, W numbers of those that are won.
 """
@@ -10,17 +11,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from statistics import NormalDist, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from scipy.special import gammaln, xlog1py, xlogy
 
 from drllm.statistics.intervals import Floats
-from drllm.statistics.paired import maximum_loss, paired_score
+from drllm.statistics.paired import bisected, maximum_loss, paired_score
 
 ALPHA = 0.05
 FEWEST_DIFFERENT = 6
@@ -30,28 +29,21 @@ POWER = 0.8
 NEGLIGIBLE = 1e-12
 """Numbers of different answers with a smaller probability are left out; with ten thousand
 questions that changes no probability by more than 1e-8."""
-PRECISION = 1e-5
-"""How near a share comes to the one looked for, from above: a thousandth of a point."""
+HALVINGS = 17
+"""Of the range of a share, which is found to a thousandth of a point, from above."""
 
 
-@dataclass(frozen=True, slots=True)
-class Certifiable:
-    """The smallest loss that so many questions could exclude for a system that loses nothing.
+class Certifiable(NamedTuple):
+    """The smallest loss that so many questions could exclude, as a share of them.
 
     Attributes:
-        n: Questions.
-        discordant: Share of them that the two systems answer differently.
-        if_equal: Share of the questions, if as many are won as lost.
-        with_power: Share of the questions, with the probability `power` over other questions;
-            1 where no loss is.
-        power: In (0, 1).
+        if_equal: If as many are won as lost.
+        with_power: For a system that loses nothing, with the probability asked for over other
+            questions; 1 where no loss is.
     """
 
-    n: int
-    discordant: float
     if_equal: float
     with_power: float
-    power: float
 
 
 def smallest_certifiable(
@@ -60,17 +52,13 @@ def smallest_certifiable(
     """Return the smallest loss ε that a non-inferiority test could exclude at this n.
 
     For a system that in truth is as good as the other. Where the share of different answers is an
-    estimate, so is the result.
+    estimate, so is the result. An ε above it can be certified, one equal to it can't.
 
     Args:
         n: Questions, at least 1.
-        discordant: Share of questions that one system has right and the other wrong, estimated or
-            assumed; in [0, 1].
+        discordant: In [0, 1], estimated or assumed.
         confidence: Of the one-sided bound, see `paired.maximum_loss`.
         power: Probability with which the loss is to be excluded; in (0, 1).
-
-    Returns:
-        The loss in both forms. An ε above it can be certified, one equal to it can't.
 
     Raises:
         ValueError: Numbers out of range.
@@ -94,8 +82,8 @@ def smallest_certifiable(
         distance, deviation = paired_score(outcomes.won, outcomes.lost, n, -epsilon)
         return float(probabilities[distance > z * deviation].sum()) >= power
 
-    found = _smallest(is_enough)
-    return Certifiable(n, discordant, if_equal, 1.0 if found is None else found, power)
+    _, found = bisected(is_enough, 0.0, 1.0, HALVINGS)
+    return Certifiable(if_equal, found if is_enough(1.0) else 1.0)
 
 
 def chance_to_show(n: int, discordant: float, difference: float, alpha: float = ALPHA) -> float:
@@ -103,8 +91,8 @@ def chance_to_show(n: int, discordant: float, difference: float, alpha: float = 
 
     Args:
         n: Questions, at least 1.
-        discordant: Share of questions answered differently, in truth; at least the difference,
-            since each of these needs a question answered differently.
+        discordant: In truth; at least the difference, since each of these needs a question
+            answered differently.
         difference: Of the accuracies, in truth, as a share of the questions; in [0, 1].
         alpha: Level of the two-sided test.
 
@@ -122,45 +110,11 @@ def chance_to_show(n: int, discordant: float, difference: float, alpha: float = 
     if not 0 <= difference <= discordant:
         raise ValueError(f"a difference of {difference} with {discordant} answered differently")
     outcomes = _outcomes(n, discordant)
+    chances = _binomial(outcomes.won, outcomes.differing, 0.5)
+    tails = chances[:, ::-1].cumsum(axis=1)[:, ::-1]
+    shown = (2 * tails < alpha) & (outcomes.won > outcomes.lost)
     share_won = 0.5 if discordant == 0 else (1 + difference / discordant) / 2
-    return float(outcomes.probabilities(share_won)[_shown(n, discordant, alpha)].sum())
-
-
-def detectable(
-    n: int, discordant: float, power: float = POWER, alpha: float = ALPHA
-) -> float | None:
-    """Return the smallest true difference that the exact McNemar test would probably show.
-
-    The number behind "no difference is shown": differences from here on would have been found
-    with the given probability. The share of different answers is taken as it is, or as large as
-    the difference, where that asks for more.
-
-    Args:
-        n: Questions, at least 1.
-        discordant: Share of questions answered differently, estimated or assumed; in [0, 1].
-        power: Probability with which the difference would be shown; in (0, 1).
-        alpha: Level of the two-sided test.
-
-    Returns:
-        A share of the questions, or None where not even winning all of them would show it.
-
-    Raises:
-        ValueError: Numbers out of range.
-
-    Source: ours, by bisection over `chance_to_show`, which grows with the difference.
-
-    Example:
-        >>> round(detectable(n=200, discordant=0.1), 3)
-        0.064
-        >>> detectable(n=5, discordant=0.5) is None
-        True
-    """
-    _check(n, discordant)
-    return _smallest(
-        lambda difference: (
-            chance_to_show(n, max(discordant, difference), difference, alpha) >= power
-        )
-    )
+    return float(outcomes.probabilities(share_won)[shown].sum())
 
 
 def questions_needed(
@@ -170,8 +124,7 @@ def questions_needed(
 
     Args:
         n: Questions that there are.
-        discordant: Share of them answered differently; taken as large as the difference, where
-            that asks for more.
+        discordant: Taken as large as the difference, where that asks for more.
         difference: Of the accuracies, as a share of the questions; in (0, 1].
         power: Probability with which the difference would be shown; in (0, 1).
         alpha: Level of the two-sided test.
@@ -224,11 +177,7 @@ def detectable_mean(
     return (quantile(1 - alpha / 2) + quantile(power)) * spread / math.sqrt(len(differences))
 
 
-# --- every outcome that may occur --------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Outcomes:
+class _Outcomes(NamedTuple):
     """How many answers may differ, and how many of these may be won.
 
     Attributes:
@@ -258,18 +207,7 @@ def _outcomes(n: int, discordant: float) -> _Outcomes:
     weights = _binomial(every, np.float64(n), discordant)
     likely = weights > NEGLIGIBLE
     differing = every[likely][:, None]
-    won = np.arange(differing.max() + 1)[None, :]
-    return _Outcomes(differing, weights[likely][:, None], won)
-
-
-@functools.lru_cache(maxsize=4)
-def _shown(n: int, discordant: float, alpha: float) -> npt.NDArray[np.bool_]:
-    """Return in which outcomes the exact McNemar test shows that more is won, `[M, W]`."""
-    outcomes = _outcomes(n, discordant)
-    chances = _binomial(outcomes.won, outcomes.differing, 0.5)
-    tails = chances[:, ::-1].cumsum(axis=1)[:, ::-1]
-    shown: npt.NDArray[np.bool_] = (2 * tails < alpha) & (outcomes.won > outcomes.lost)
-    return shown
+    return _Outcomes(differing, weights[likely][:, None], np.arange(differing.max() + 1)[None, :])
 
 
 def _binomial(successes: Any, trials: Any, share: float) -> Floats:
@@ -277,22 +215,7 @@ def _binomial(successes: Any, trials: Any, share: float) -> Floats:
     failures = np.maximum(0.0, trials - successes)
     logs = gammaln(trials + 1) - gammaln(successes + 1) - gammaln(failures + 1)
     logs = logs + xlogy(successes, share) + xlog1py(failures, -share)
-    probabilities: Floats = np.where(successes > trials, 0.0, np.exp(logs))
-    return probabilities
-
-
-def _smallest(is_enough: Callable[[float], bool]) -> float | None:
-    """Return where a share becomes enough, by bisection; None where even 1 isn't."""
-    low, high = 0.0, 1.0
-    if not is_enough(high):
-        return None
-    while high - low > PRECISION:
-        middle = (low + high) / 2
-        if is_enough(middle):
-            high = middle
-        else:
-            low = middle
-    return high
+    return np.where(successes > trials, 0.0, np.exp(logs))
 
 
 def _check(n: int, discordant: float) -> None:

@@ -23,7 +23,6 @@ from drllm.statistics.power import (
     FEWEST_DIFFERENT,
     POWER,
     chance_to_show,
-    detectable,
     detectable_mean,
     questions_needed,
 )
@@ -36,17 +35,7 @@ ROUNDING = 1e-4
 
 
 class _Words(NamedTuple):
-    """How a quantity is written.
-
-    Attributes:
-        title: Its name, at the beginning of a sentence.
-        unit: Of a difference.
-        scale: From what is stored to the unit.
-        digits: Behind the point.
-        things: What is counted.
-        worth: A difference that a comparison has to be able to show before "no difference is
-            shown" is said, as stored.
-    """
+    """How a quantity is written; `worth` is a difference that a comparison must be able to show."""
 
     title: str
     unit: str
@@ -57,11 +46,11 @@ class _Words(NamedTuple):
 
 
 _WORDS: dict[Quantity, _Words] = {
-    "accuracy": _Words("Accuracy", "points", 100, 1, "questions", 0.05),
+    "accuracy": _Words("Accuracy", "points", 100, 1, "questions", worth=0.05),
     "gold_logprob": _Words(
-        "Log-probability of the gold answers", "nats a question", 1, 3, "questions", 0.1
+        "Log-probability of the gold answers", "nats a question", 1, 3, "questions", worth=0.1
     ),
-    "text_loss": _Words("Next-token loss", "nats a token", 1, 3, "texts", 0.05),
+    "text_loss": _Words("Next-token loss", "nats a token", 1, 3, "texts", worth=0.05),
 }
 
 
@@ -82,10 +71,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         p: Of the exact test; None for means.
         p_corrected: The same, corrected for several tests; where there is one, it decides.
         num_tests: How many tests that were.
-        detectable: With `none shown`, the difference that would have been shown with a
-            probability of 80 %, where known.
-        needed: With `too few`, how many questions would show `target` with that probability,
-            where known.
+        needed: With `too few`, how many questions would show `target` with a probability of 80 %.
         reason: Why no more is claimed although the test or the interval alone would allow it.
     """
 
@@ -99,7 +85,6 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     p: float | None = None
     p_corrected: float | None = None
     num_tests: int = 1
-    detectable: float | None = None
     needed: int | None = None
     reason: str | None = None
 
@@ -141,21 +126,18 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def claim(self) -> str:
         """Return what is shown, in words."""
-        words = _WORDS[self.quantity]
-        if self.is_better is not None:
-            said = f"shown to be {self.shown}"
-            if self.quantity == "text_loss" and not self.is_better:
-                said += ", which is worse"
-        elif self.shown == "guessing":
-            said = "no verdict"
-        elif self.shown == "too few":
-            said = f"too few {words.things} to tell"
-            if self.needed is not None:
-                said += f" (about {_rounded(self.needed)} would show {self._amount(self.target)})"
-        else:
-            said = "no difference is shown"
-            if self.detectable is not None:
-                said += f" (from {self._amount(self.detectable)} on it probably would have been)"
+        target = f"{self._write(self.target).lstrip('+')} {_WORDS[self.quantity].unit}"
+        said = {
+            "higher": "shown to be higher",
+            "lower": "shown to be lower",
+            "none shown": f"no difference is shown, and {target} would hardly have been missed",
+            "too few": f"too few {_WORDS[self.quantity].things} to tell",
+            "guessing": "no verdict",
+        }[self.shown]
+        if self.needed is not None:
+            said += f" (about {_rounded(self.needed)} would show {target})"
+        if self.quantity == "text_loss" and self.is_better is False:
+            said += ", which is worse"
         return f"{said}; {self.reason}" if self.reason else said
 
     def sentence(self, ours: str = "routed", theirs: str = "base") -> str:
@@ -175,9 +157,6 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def _write(self, value: float) -> str:
         words = _WORDS[self.quantity]
         return f"{words.scale * value:+.{words.digits}f}"
-
-    def _amount(self, value: float) -> str:
-        return f"{self._write(value).lstrip('+')} {_WORDS[self.quantity].unit}"
 
 
 class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -273,9 +252,8 @@ def judge_counts(
         verdict = replace(verdict, reason=reason)
     # Of several tests the strictest of Holm's levels, so that no more is promised than holds.
     alpha, discordant, target = ALPHA / num_tests, (won + lost) / n, verdict.target
-    if chance_to_show(n, max(discordant, target), target, alpha) >= POWER:
-        return replace(verdict, detectable=detectable(n, discordant, alpha=alpha))
-    if _within(interval, target):
+    power = chance_to_show(n, max(discordant, target), target, alpha)
+    if power >= POWER or _within(interval, target):
         return verdict
     return replace(
         verdict, shown="too few", needed=questions_needed(n, discordant, target, alpha=alpha)
@@ -319,11 +297,8 @@ def judge_means(
         return replace(verdict, shown="higher" if low > 0 else "lower")
     least = detectable_mean(values)
     times = 1.0 if least is None else (least / verdict.target) ** 2
-    if len(values) >= FEWEST_DIFFERENT:
-        if times <= 1:
-            return replace(verdict, detectable=least)
-        if _within((low, high), verdict.target):
-            return verdict
+    if len(values) >= FEWEST_DIFFERENT and (times <= 1 or _within((low, high), verdict.target)):
+        return verdict
     needed = max(FEWEST_DIFFERENT, math.ceil(len(values) * times))
     return replace(verdict, shown="too few", needed=needed)
 

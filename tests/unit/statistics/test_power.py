@@ -10,9 +10,7 @@ import pytest
 
 from drllm.statistics.paired import maximum_loss, mcnemar_exact
 from drllm.statistics.power import (
-    PRECISION,
     chance_to_show,
-    detectable,
     detectable_mean,
     questions_needed,
     smallest_certifiable,
@@ -59,7 +57,7 @@ def test_without_a_different_answer_the_smallest_is_known_in_closed_form():
     z = 1.6448536269514722
     found = smallest_certifiable(500, 0.0)
     assert found.if_equal == pytest.approx(z * z / (500 + z * z))
-    assert found.with_power == pytest.approx(found.if_equal, abs=PRECISION)
+    assert found.with_power == pytest.approx(found.if_equal, abs=1e-5)
 
 
 def test_more_questions_and_fewer_different_answers_certify_less_loss():
@@ -123,30 +121,6 @@ def test_the_chance_to_show_a_difference_equals_summing_over_every_outcome(
     assert total == pytest.approx(chance_to_show(n, discordant, difference), abs=1e-9)
 
 
-@pytest.mark.parametrize(("n", "discordant"), [(100, 0.15), (200, 0.05), (300, 0.4)])
-def test_the_detectable_difference_is_shown_as_often_as_it_says(n, discordant):
-    difference = detectable(n, discordant)
-    differing = max(discordant, difference)
-    outcomes = drawn(n, (differing + difference) / 2, (differing - difference) / 2, seed=1)
-    p = functools.cache(lambda won, lost: mcnemar_exact(int(won), int(lost)))
-    shown = sum(won > lost and p(won, lost) < 0.05 for won, lost in outcomes) / DRAWS
-    assert shown == pytest.approx(0.8, abs=NOISE)
-
-
-def test_where_hardly_an_answer_differs_six_won_questions_are_asked_for():
-    # 6 of 6 give p = 0.03, 5 of 5 p = 0.06: six must occur with a probability of 80 %.
-    n = 100
-    share = detectable(n, 0.0)
-    five_at_most = sum(math.comb(n, k) * share**k * (1 - share) ** (n - k) for k in range(6))
-    assert five_at_most == pytest.approx(0.2, abs=1e-3)
-    assert detectable(n, 0.02) == pytest.approx(share, abs=PRECISION)
-
-
-def test_five_questions_show_nothing_and_six_a_sweep():
-    assert detectable(5, 0.5) is None
-    assert detectable(6, 0.5) == pytest.approx(0.8 ** (1 / 6), abs=2 * PRECISION)
-
-
 @pytest.mark.parametrize(("n", "discordant", "difference"), [(8, 0.5, 0.5), (120, 0.1, 0.05)])
 def test_the_questions_needed_show_the_difference_and_one_fewer_may_not(n, discordant, difference):
     found = questions_needed(n, discordant, difference)
@@ -155,27 +129,37 @@ def test_the_questions_needed_show_the_difference_and_one_fewer_may_not(n, disco
     assert chance_to_show(found - 1, discordant, difference) < 0.8
 
 
-def test_a_stricter_level_shows_less():
-    assert detectable(200, 0.1, alpha=0.01) > detectable(200, 0.1)
-
-
-def test_thousands_of_questions_are_no_burden():
-    # Normal approximation of the same power (Connor 1987): good to a few per cent here.
-    n, discordant = 10_000, 0.2
-    z = 1.959963984540054 + 0.8416212335729143
-    assert detectable(n, discordant) == pytest.approx(z * math.sqrt(discordant / n), rel=0.03)
-
-
 @pytest.mark.parametrize(("n", "discordant"), [(0, 0.1), (10, -0.1), (10, 1.1), (10, math.nan)])
 def test_impossible_shares_are_refused(n, discordant):
-    for asked in (smallest_certifiable, detectable):
-        with pytest.raises(ValueError, match="impossible"):
-            asked(n, discordant)
+    with pytest.raises(ValueError, match="impossible"):
+        smallest_certifiable(n, discordant)
 
 
 def test_a_difference_needs_as_many_different_answers():
     with pytest.raises(ValueError, match="answered differently"):
         chance_to_show(100, 0.1, 0.2)
+
+
+@pytest.mark.parametrize(("n", "discordant", "difference"), [(100, 0.15, 0.1), (300, 0.4, 0.11)])
+def test_a_difference_is_shown_as_often_as_its_chance_says(n, discordant, difference):
+    outcomes = drawn(n, (discordant + difference) / 2, (discordant - difference) / 2, seed=1)
+    p = functools.cache(lambda won, lost: mcnemar_exact(int(won), int(lost)))
+    shown = sum(won > lost and p(won, lost) < 0.05 for won, lost in outcomes) / DRAWS
+    assert shown == pytest.approx(chance_to_show(n, discordant, difference), abs=NOISE)
+
+
+def test_five_questions_show_nothing_and_six_a_sweep():
+    assert chance_to_show(5, 1.0, 1.0) == 0.0
+    assert chance_to_show(6, 1.0, 1.0) == pytest.approx(1.0)
+    assert questions_needed(1, 1.0, 1.0) == 6
+
+
+def test_a_stricter_level_needs_more_questions_and_thousands_are_no_burden():
+    # Normal approximation of the same power (Connor 1987): good to a few per cent here.
+    z = 1.959963984540054 + 0.8416212335729143
+    found = questions_needed(100, 0.2, 0.025)
+    assert found == pytest.approx(0.2 * (z / 0.025) ** 2, rel=0.03)
+    assert questions_needed(100, 0.2, 0.05, alpha=0.01) > questions_needed(100, 0.2, 0.05)
 
 
 # --- means -------------------------------------------------------------------------------------
