@@ -319,7 +319,7 @@ def test_a_line_that_is_cut_off_is_named(two_lines: Path):
     whole = two_lines.read_bytes()
     two_lines.write_bytes(whole[:-20])
 
-    with pytest.raises(RecordError, match=r"search\.jsonl, line 2: the line is cut off"):
+    with pytest.raises(RecordError, match=r"search\.jsonl, line 2: cut off"):
         read_search(two_lines)
 
 
@@ -518,7 +518,7 @@ def test_a_file_without_a_manifest_has_none(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "search.manifest.json: the line is cut off"),
+        ("{", "search.manifest.json: cut off"),
         ("[]", "search.manifest.json: .*object"),
         ('{"schema": "drllm.supervision"}', "says 'drllm.supervision'; expected 'drllm.search'"),
         ('{"schema": "drllm.search", "model": {}}', "`schema_version`"),
@@ -593,6 +593,15 @@ def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_written(
     with pytest.raises(RecordError, match=f"{name}: it is a folder"):
         written(tmp_path / "search.jsonl", RECORD)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["search.jsonl", "search.manifest.json", "own.manifest.json"])
+def test_what_another_stage_has_written_is_not_replaced(two_lines: Path, name: str):
+    (two_lines.parent / "own.manifest.json").write_text("{}")
+    before = {path: path.read_bytes() for path in two_lines.parent.iterdir()}
+    with pytest.raises(RecordError, match=f"{name} is .* choose another file"):
+        written(two_lines.parent / name, TARGET, schema="supervision")
+    assert {path: path.read_bytes() for path in two_lines.parent.iterdir()} == before
 
 
 def test_a_new_file_never_has_an_old_manifest(two_lines: Path, monkeypatch: pytest.MonkeyPatch):

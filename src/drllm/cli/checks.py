@@ -15,7 +15,7 @@ from typing import Any
 from drllm.config import EvaluateConfig, SearchConfig, TrainConfig
 from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.evaluation.questions import check_examples, chosen_on
-from drllm.records import read_manifest, sha256
+from drllm.records import read_manifest, refuse_artefact, sha256
 from drllm.search.questions import asked_of, parse_shard
 from drllm.search.strategies.mcts import TreeSearch
 from drllm.tasks.base import Task, choose, get_task, get_tasks
@@ -144,14 +144,14 @@ def check_folder(folder: Path, flag: str) -> None:
         )
 
 
-def check_file(file: Path, flag: str) -> None:
+def check_file(file: Path, flag: str, schema: str = "") -> None:
     """Refuse a file that can't be written; nothing is made yet.
 
     Raises:
-        ConfigError: It is a folder, or its folder can't be written.
+        ConfigError: Its folder can't be written.
+        RecordError: It is no ordinary file, or what a stage has written.
     """
-    if file.is_dir():
-        raise ConfigError(f"{flag} is {file}, which is a folder; give the name of a file in it")
+    refuse_artefact(file, schema)
     check_folder(file.parent, flag)
 
 

@@ -50,7 +50,7 @@ CHECKPOINTS = Path("checkpoints")
 def supervise(request: Request, terminal: Terminal) -> None:
     """Choose target paths from search records."""
     output = request.path("output")
-    checks.check_file(output, "--output")
+    checks.check_file(output, "--output", "supervision")
     summary = write_supervision(request.paths("search"), output, request.of(SuperviseConfig))
     say_written(output, summary, terminal)
 

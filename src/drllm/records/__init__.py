@@ -23,6 +23,7 @@ from drllm.records.manifest import (
     new_manifest,
     read_manifest,
     read_records,
+    refuse_artefact,
     to_lines,
     write_records,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "read_search",
     "read_supervision",
     "read_text",
+    "refuse_artefact",
     "refuse_odd_file",
     "refuse_other_run",
     "rejected_path",

@@ -284,7 +284,7 @@ def _malformed(data: bytes | str, message: str) -> str:
             return f"{constants[0]} is no number of JSON; expected a finite one"
         return r"half a surrogate pair (\ud800 to \udfff), which is no text"
     if message == "Input data was truncated":
-        return "the line is cut off" if data else "nothing where JSON was expected"
+        return "cut off in the middle; make the file again" if data else "nothing, expected JSON"
     return f"not JSON ({message.removeprefix('JSON is malformed: ')})"
 
 
