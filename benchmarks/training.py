@@ -1,6 +1,6 @@
 """How much faster routers are trained on stored features than with the base model in the loop.
 
-Ours: `collect` and `train`, what `drllm train` does: one pass of the base model in batches, its
+Ours: `collect` and `train_on`, what `drllm train` does: one pass of the base model in batches, its
 features kept on disk, then all layers' routers on them; checkpoints and metrics written.
 Theirs: in each of 25 epochs the base model runs along every example's target path, one example at
 a time; before each layer its router reads the states, and gradients add up over a step's examples.
@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,16 @@ import transformers
 from torch import Tensor, nn
 
 from drllm.config import ModelConfig, TrainConfig
+from drllm.listener import Listener, OnProgress
 from drllm.models.base.load import BaseModel, load
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import SupervisionRecord, new_manifest
 from drllm.tasks.base import OPTIONS_REWARD, choose, get_task
-from drllm.training.examples import shape
 from drllm.training.feature_store import Store
-from drllm.training.features import BATCH_SIZE, Features, collect
-from drllm.training.fit import Fit
-from drllm.training.loop import train
-from drllm.training.plans import Plan, new_stack
+from drllm.training.features import BATCH_SIZE, Features, collect, shape
 from drllm.training.split import epoch_batches
+from drllm.training.stage import train_on
+from drllm.training.trainer import Trainer
 
 Clock = Callable[[], float]
 
@@ -69,7 +68,7 @@ CONFIG = TrainConfig(validation_fraction=0.0)
 OTHER_BATCHES = (1, 2, 16)
 """Prompts of a pass, where what rounding does is measured."""
 
-OURS = "one pass in batches, features on disk, then all routers together (collect, train)"
+OURS = "one pass in batches, features on disk, then all routers together (collect, train_on)"
 THEIRS = "the base model in the loop: every epoch, one example at a time"
 WRITTEN_AT_ONCE = 32
 GIB = 2**30
@@ -280,25 +279,21 @@ def pooled(
     batch_size: int = BATCH_SIZE,
 ) -> Features:
     """Run the feature pass, into a folder."""
-    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-    try:
-        return collect(
-            routed,
-            base.tokenizer,
-            records,
-            num_windows=CONFIG.num_windows,
-            store=Store(folder),
-            batch_size=batch_size,
-        )
-    finally:
-        routed.detach()
+    return collect(
+        base.model,
+        base.tokenizer,
+        records,
+        num_windows=CONFIG.num_windows,
+        store=Store(folder),
+        batch_size=batch_size,
+    )
 
 
 def literal_losses(
     base: BaseModel, records: Sequence[SupervisionRecord], features: Features
 ) -> list[float]:
     """Return the losses of the epochs of the literal way, begun with the weights that ours has."""
-    stack = new_stack(features, Plan.of(features, CONFIG), base.identity)
+    stack = Trainer(features, base.identity, CONFIG).stack
     everything = range(len(records))
     literal = Literal(base.model, base.tokenizer, stack, records, CONFIG, everything, [])
     return [trained for trained, _ in literal.train()]
@@ -325,10 +320,10 @@ def rounded_otherwise(
 
 def fitted_losses(base: BaseModel, features: Features, dtype: torch.dtype) -> list[float]:
     """Return the losses of the epochs of our fit, in a dtype."""
-    fit = Fit(features, base.identity, [Plan.of(features, CONFIG)], dtype=dtype)
-    while fit.active:
-        fit.epoch()
-    return [row["routers_loss"] for row in fit.rows[0]]
+    trainer = Trainer(features, base.identity, CONFIG, dtype=dtype)
+    while not trainer.is_over:
+        trainer.epoch()
+    return [row["routers_loss"] for row in trainer.rows]
 
 
 def compare_in_double(base: BaseModel, records: Sequence[SupervisionRecord]) -> list[float]:
@@ -378,7 +373,7 @@ def compare(
     started = clock()
     features = pooled(base, records, folder / "features")
     pass_s = clock() - started
-    rows = train(features, base.identity, CONFIG, folder / "routers")
+    rows = train_on(features, base.identity, CONFIG, folder / "routers")
     ours_s = clock() - started
 
     started = clock()
@@ -485,11 +480,13 @@ def fit_there(folder: Path, clock: Clock) -> dict[str, Any]:
     )
     own: list[int] = []
 
-    def watch(*_: int) -> None:
-        own.append(memory("RssAnon"))
+    class Watch(Listener):
+        @contextmanager
+        def progress(self, title: str, unit: str) -> Iterator[OnProgress]:
+            yield lambda *_: own.append(memory("RssAnon"))
 
     started = clock()
-    train(features, told["identity"], TrainConfig(), folder / "routers", on_progress=watch)
+    train_on(features, told["identity"], TrainConfig(), folder / "routers", listener=Watch())
     return {
         "seconds": clock() - started,
         "peak_gib": memory("VmHWM") / GIB,

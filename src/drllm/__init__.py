@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from drllm.paths import to_decisions as to_decisions
     from drllm.paths import to_path as to_path
     from drllm.search.run import search_path as search_path
+    from drllm.training.stage import train as train
 
     __version__: str
 
@@ -24,9 +25,10 @@ _PUBLIC = {
     "search_path": "drllm.search.run",
     "to_decisions": "drllm.paths",
     "to_path": "drllm.paths",
+    "train": "drllm.training.stage",
 }
 
-__all__ = ["RoutedModel", "generate_many", "search_path", "to_decisions", "to_path"]
+__all__ = ["RoutedModel", "generate_many", "search_path", "to_decisions", "to_path", "train"]
 
 
 def __getattr__(name: str) -> Any:

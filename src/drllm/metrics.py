@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from drllm.paths import Decision
 
@@ -166,11 +166,12 @@ def baselines(labels: Labels, trained: Labels) -> dict[str, Counts]:
         trained: Of the targets trained on, from which majority and frequencies come.
     """
     execute = [int(Decision.EXECUTE)] * len(labels)
-    return {
-        ALWAYS_EXECUTE: drawn(labels, [_only(decision) for decision in execute]),
-        LABEL_FREQUENCY: drawn(labels, [[n / sum(layer) for n in layer] for layer in trained]),
-        LAYER_MAJORITY: drawn(labels, [_only(decision) for decision in majority(trained)]),
+    ways = {
+        ALWAYS_EXECUTE: [_only(decision) for decision in execute],
+        LABEL_FREQUENCY: [[n / sum(layer) for n in layer] for layer in trained],
+        LAYER_MAJORITY: [_only(decision) for decision in majority(trained)],
     }
+    return {name: expected_counts(labels, shares) for name, shares in ways.items()}
 
 
 def majority(labels: Labels) -> list[int]:
@@ -184,7 +185,7 @@ def majority(labels: Labels) -> list[int]:
     return [max(order, key=lambda decision: layer[decision]) for layer in labels]
 
 
-def drawn(labels: Labels, shares: Sequence[Sequence[float]]) -> Counts:
+def expected_counts(labels: Labels, shares: Sequence[Sequence[float]]) -> Counts:
     """Return the expected counts of decisions that are drawn without looking at the question.
 
     Args:
@@ -197,7 +198,7 @@ def drawn(labels: Labels, shares: Sequence[Sequence[float]]) -> Counts:
     Source: ours.
 
     Example:
-        >>> drawn([[1, 3, 0]], [[0.5, 0.5, 0.0]]).confusion[0][:2]
+        >>> expected_counts([[1, 3, 0]], [[0.5, 0.5, 0.0]]).confusion[0][:2]
         ((0.5, 0.5, 0.0), (1.5, 1.5, 0.0))
     """
     examples = sum(labels[0])
@@ -214,16 +215,38 @@ def drawn(labels: Labels, shares: Sequence[Sequence[float]]) -> Counts:
     )
 
 
-def beside(routers: Counts, trained: Labels) -> dict[str, Counts]:
+def with_baselines(routers: Counts, trained: Labels) -> dict[str, Counts]:
     """Return the counts of routers and those of the baselines on the same targets, by name."""
     return {ROUTERS: routers, **baselines(routers.labels, trained)}
+
+
+def against_baselines(parts: Mapping[str, Counts]) -> dict[str, Any]:
+    """Return what the routers' config says of routers and baselines, for the model card.
+
+    Args:
+        parts: Counts of the targets trained on, and of those held out, if any are.
+
+    Returns:
+        `split` (held-out targets, else those trained on), `examples`, `systems` (metrics by name)
+        and `verdict` (one sentence).
+    """
+    trained = parts[TRAIN].labels
+    compared = {split: with_baselines(counts, trained) for split, counts in parts.items()}
+    split = VALIDATION if VALIDATION in parts else TRAIN
+    return {
+        "split": split,
+        "examples": parts[split].examples,
+        "systems": {name: ratios(counts) for name, counts in compared[split].items()},
+        "verdict": verdict(compared),
+    }
 
 
 def verdict(parts: Mapping[str, Mapping[str, Counts]]) -> str:
     """Say in one sentence whether routers beat the best baseline on targets they haven't learnt.
 
     Args:
-        parts: Of `TRAIN`, and of `VALIDATION` where targets were held out: what `beside` returns.
+        parts: What `with_baselines` returns, of `TRAIN` and, if targets were held out, of
+            `VALIDATION`.
     """
     if VALIDATION not in parts:
         return (
@@ -254,7 +277,7 @@ def by_layer(systems: Mapping[str, Counts]) -> str:
     """Say in one sentence at how many layers routers hit more labels than the layer's majority.
 
     Args:
-        systems: What `beside` returns.
+        systems: What `with_baselines` returns.
     """
     ours, theirs = (_hits(systems[name]) for name in (ROUTERS, LAYER_MAJORITY))
     gained = [one - other for one, other in zip(ours, theirs, strict=True)]

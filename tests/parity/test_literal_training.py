@@ -22,10 +22,9 @@ from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import SupervisionRecord
 from drllm.training.features import collect
-from drllm.training.fit import Fit
-from drllm.training.loop import train
-from drllm.training.plans import Plan, new_stack
 from drllm.training.split import hold_out
+from drllm.training.stage import train_on
+from drllm.training.trainer import Trainer
 
 L, W, D, H = 5, 4, 32, 16
 
@@ -131,20 +130,19 @@ def test_in_double_precision_the_weights_are_those_of_the_literal_way(
 ) -> None:
     model = model.double()
     features = literally.read_along(model, tiny_tokenizer, RECORDS, W)
-    plan = Plan.of(features, CONFIG)
-    fit = Fit(features, IDENTITY, [plan], dtype=torch.float64)
-    stack = new_stack(features, plan, IDENTITY)
-    literal = literal_run(literally, model, tiny_tokenizer, stack)
+    trainer = Trainer(features, IDENTITY, CONFIG, dtype=torch.float64)
+    literal = literal_run(literally, model, tiny_tokenizer, trainer.stack)
     for trained, held_out in literal.train():
-        fit.epoch()
-        assert fit.rows[0][-2]["routers_loss"] == pytest.approx(trained, rel=1e-10)
-        assert fit.rows[0][-1]["routers_loss"] == pytest.approx(held_out, rel=1e-10)
-    weights = fit.kept[0]
+        trainer.epoch()
+        assert trainer.rows[-2]["routers_loss"] == pytest.approx(trained, rel=1e-10)
+        assert trainer.rows[-1]["routers_loss"] == pytest.approx(held_out, rel=1e-10)
+    assert trainer.is_over
+    weights = trainer.stack.state_dict()
     for layer, router in enumerate(literal.routers):
         for name, expected in (
-            ("hidden_weight", router.inner.weight.T),
+            ("hidden_weight", router.inner.weight),
             ("hidden_bias", router.inner.bias),
-            ("decision_weight", router.outer.weight.T),
+            ("decision_weight", router.outer.weight),
             ("decision_bias", router.outer.bias),
         ):
             torch.testing.assert_close(weights[name][layer], expected.data, rtol=0, atol=IN_DOUBLE)
@@ -157,15 +155,13 @@ def test_with_smollm2_in_double_precision_losses_are_those_of_the_literal_way(
     records = literally.drawn_targets(smollm2, 6, None)
     model = copy.deepcopy(smollm2.model).double()
     features = literally.read_along(model, smollm2.tokenizer, records, config.num_windows)
-    plan = Plan.of(features, config)
-    fit = Fit(features, smollm2.identity, [plan], dtype=torch.float64)
-    stack = new_stack(features, plan, smollm2.identity)
+    trainer = Trainer(features, smollm2.identity, config, dtype=torch.float64)
     parts = (range(len(records)), [])
-    literal = literally.Literal(model, smollm2.tokenizer, stack, records, config, *parts)
+    literal = literally.Literal(model, smollm2.tokenizer, trainer.stack, records, config, *parts)
     apart = []
     for trained, _ in literal.train():
-        fit.epoch()
-        apart.append(abs(fit.rows[0][-1]["routers_loss"] / trained - 1))
+        trainer.epoch()
+        apart.append(abs(trainer.rows[-1]["routers_loss"] / trained - 1))
     record_property("relative differences of the losses", apart)
     assert max(apart) < IN_DOUBLE_WITH_SMOLLM2
 
@@ -173,14 +169,10 @@ def test_with_smollm2_in_double_precision_losses_are_those_of_the_literal_way(
 def test_in_single_precision_losses_and_decisions_are_those_of_the_literal_way(
     literally: ModuleType, model: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    routed = RoutedModel(model)
-    features = collect(routed, tiny_tokenizer, RECORDS, num_windows=W, batch_size=5)
-    routed.detach()
-    rows = train(features, IDENTITY, CONFIG, tmp_path)
-
-    plan = Plan.of(features, CONFIG)
-    stack = new_stack(features, plan, IDENTITY)
-    literal = literal_run(literally, model, tiny_tokenizer, stack)
+    features = collect(model, tiny_tokenizer, RECORDS, num_windows=W, batch_size=5)
+    rows = train_on(features, IDENTITY, CONFIG, tmp_path)
+    untrained = Trainer(features, IDENTITY, CONFIG).stack
+    literal = literal_run(literally, model, tiny_tokenizer, untrained)
     expected = list(literal.train())
     assert losses(rows, "train") == pytest.approx([pair[0] for pair in expected], rel=IN_SINGLE)
     assert losses(rows, "validation") == pytest.approx(

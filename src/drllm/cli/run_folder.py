@@ -253,16 +253,11 @@ class Run:
         }
 
     def _train(self) -> Sequence[Path]:
-        from drllm.training.feature_store import FEATURES_FOLDER, Store
-        from drllm.training.on_policy import remove_rounds
+        from drllm.training.stage import discard
         from drllm.training.targets import REJECTED_FILE
 
         if not self._resumes:
-            for folder in self._seeds():
-                for name in ("checkpoint.safetensors", "routers.safetensors"):
-                    (folder / name).unlink(missing_ok=True)
-                remove_rounds(folder)
-            Store(self.routers / FEATURES_FOLDER).remove()
+            discard(self.routers, self.recipe.train)
         stages.run_train_stage(
             self.load(), [self.supervision_file], self.routers, self.recipe.train, self.terminal
         )

@@ -20,16 +20,13 @@ from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, Request, verb
 from drllm.config import EvaluateConfig, ModelConfig, SuperviseConfig, TrainConfig
 from drllm.errors import CheckpointError, ConfigError
-from drllm.records import SupervisionRecord, join_supervision
+from drllm.records import join_supervision
 from drllm.supervision import write as write_supervision
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from drllm.models.base.load import BaseModel
     from drllm.models.routers.stack import RouterStack
     from drllm.models.routing.routed_model import RoutedModel
-    from drllm.training.examples import Examples
 
 CHECKPOINTS = Path("checkpoints")
 
@@ -94,7 +91,7 @@ def train(request: Request, terminal: Terminal) -> None:
     supervision = published.supervision_files(request)
     records = join_supervision(supervision)
     if config.soft_targets:
-        from drllm.training.soft import soft_targets
+        from drllm.training.targets import soft_targets
 
         soft_targets(records)  # that there are any is known before the model is loaded
     flag = "--output" if request.values["output"] else "--run-name"
@@ -268,57 +265,17 @@ def run_train_stage(
     *,
     features_dir: Path | None = None,
 ) -> None:
-    """Pool the routers' inputs along the target paths, then train on them, all seeds together.
+    """Train routers on the targets of supervision files."""
+    from drllm.training.stage import train
 
-    The inputs are kept in a folder until the routers are trained, and beyond if it was named;
-    those along the routers' own routes never beyond.
-    """
-    from drllm.training.feature_store import FEATURES_FOLDER, Store
-    from drllm.training.features import Features, collect
-    from drllm.training.loop import Run, train_together
-    from drllm.training.on_policy import train_in_rounds
-    from drllm.training.soft import soft_targets
-    from drllm.training.targets import reasons_of, write_rejected
-
-    def pool(
-        records: Sequence[SupervisionRecord], store: Store, routers: RouterStack | None = None
-    ) -> Features:
-        with attached(base) as routed, terminal.progress("pooling", "targets") as progress:
-            return collect(
-                routed,
-                base.tokenizer,
-                records,
-                num_windows=config.num_windows,
-                routers=routers,
-                store=store,
-                announce=terminal.note,
-                on_progress=progress,
-            )
-
-    def fit(examples: Examples, runs: Sequence[Run], soft: Tensor | None) -> None:
-        with terminal.progress("training", "steps") as progress:
-            train_together(
-                examples,
-                base.identity,
-                runs,
-                soft=soft,
-                rewards=checks.rewards_of(supervision),
-                device=base.model.device,
-                on_progress=progress,
-            )
-
-    store = Store(features_dir or output / FEATURES_FOLDER, config.feature_dtype)
     records = join_supervision(supervision)
     checks.check_supervision_model(supervision, base.identity)
-    if config.soft_targets:
-        soft_targets(records)  # refused before anything is pooled
-    features = pool(records, store)
-    if rejected := write_rejected(output, features.rejected):
-        terminal.note(
-            f"drllm: {len(features.rejected)} of {len(records)} targets are set aside "
-            f"({reasons_of(features.rejected)}): {rejected}"
-        )
-    runs = [Run(settings, folder) for folder, settings in config.by_seed(output).items()]
-    train_in_rounds(features, base.identity, runs, fit=fit, pool=pool)
-    if features_dir is None:
-        store.remove()
+    train(
+        base,
+        records,
+        config,
+        output,
+        features=features_dir,
+        rewards=checks.rewards_of(supervision),
+        listener=terminal,
+    )

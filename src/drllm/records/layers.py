@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from drllm.metrics import DECISIONS, ROUTERS, TRAIN, VALIDATION, Counts, beside
+from drllm.metrics import DECISIONS, ROUTERS, TRAIN, VALIDATION, Counts, with_baselines
 from drllm.records.codec import read_json
 
 LAYERS_FILE = "layers.json"
@@ -47,7 +47,7 @@ class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def parts(self) -> Mapping[str, Mapping[str, Counts]]:
         """By part, what the routers and the baselines scored, by name."""
         found = {TRAIN: self.train} | ({VALIDATION: self.validation} if self.validation else {})
-        return {part: beside(counts, self.train.labels) for part, counts in found.items()}
+        return {part: with_baselines(counts, self.train.labels) for part, counts in found.items()}
 
     @property
     def judged(self) -> str:

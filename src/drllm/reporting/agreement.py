@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drllm.errors import RecordError
-from drllm.metrics import DECISIONS, ROUTERS, TRAIN, VALIDATION, Counts, beside
+from drllm.metrics import DECISIONS, ROUTERS, TRAIN, VALIDATION, Counts, with_baselines
 from drllm.reporting.fields import Fields, read_object
 
 LAYERS_FILE = "layers.json"
@@ -70,7 +70,7 @@ def read_agreement(path: Path) -> Agreement:
     return Agreement(
         epoch=fields.whole("epoch"),
         num_layers=depths[0],
-        parts={part: beside(each, trained) for part, each in counts.items()},
+        parts={part: with_baselines(each, trained) for part, each in counts.items()},
     )
 
 

@@ -1,18 +1,16 @@
-"""The state of a training between two epochs, and whether another training may go on from it.
+"""The state of a training between two epochs, and whether another training may resume it.
 
-Owns `checkpoint.safetensors`: weights, the optimiser's moments, and in its header which epoch they
-belong to, the metrics so far, and what training made them. One file for all runs that are trained
-together, so that a kill never leaves halves of two epochs. Leaves the finished routers to
-`models.routers`.
+`checkpoint.safetensors` holds weights and the optimiser's moments; its header says which epoch
+they belong to, the metrics so far, and what training made them.
 
-Axes: N targets, L layers, R runs.
+Axes: N examples, L layers.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +20,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from drllm.config import TrainConfig
 from drllm.errors import CheckpointError
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, read_config
-from drllm.training.examples import Examples, digest, sizes
-from drllm.training.fit import Fit
+from drllm.training.features import digest, sizes
+from drllm.training.trainer import Trainer
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 HEADER = "drllm.training"
 SIZES = "feature_sizes"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 # Pooling the same prompts again may differ in the last bits (threads, another GPU); another prompt
 # or base model differs by far more.
 SIZES_TOLERANCE = 1e-3
@@ -41,56 +39,44 @@ class Origin:
     """What a training is made of; a checkpoint serves only the training that made it.
 
     Attributes:
-        settings: `[R]`: of each run.
+        settings: Those that the routers depend on.
         base: The base model's fingerprint.
         targets: Hash of the questions and their targets.
         sizes: `[N, L]`: mean size of each router's inputs.
     """
 
-    settings: list[dict[str, Any]]
+    settings: dict[str, Any]
     base: str
     targets: str
     sizes: Tensor
 
     @classmethod
-    def of(
-        cls,
-        examples: Examples,
-        base_identity: Mapping[str, Any],
-        configs: Sequence[TrainConfig],
-        soft: Tensor | None,
-    ) -> Origin:
-        """Describe a training by what is given to `train_together`."""
+    def of(cls, trainer: Trainer, base_identity: Mapping[str, Any]) -> Origin:
+        """Describe a training."""
         return cls(
-            settings=[config.decisive() for config in configs],
+            settings=trainer.config.decisive(),
             base=base_identity["fingerprint"],
-            targets=digest(examples, soft),
-            sizes=sizes(examples),
+            targets=digest(trainer.examples),
+            sizes=sizes(trainer.examples),
         )
 
 
-def save(output: Path, origin: Origin, fit: Fit) -> None:
-    """Replace the folder's checkpoint by the present state, at once or not at all.
-
-    Args:
-        output: The first run's folder.
-        origin: Whose state it is.
-        fit: After an epoch.
+def save(output: Path, origin: Origin, trainer: Trainer) -> None:
+    """Replace the folder's checkpoint by the state after an epoch, in whole or not at all.
 
     Raises:
         CheckpointError: The folder can't be written.
     """
     tensors = {SIZES: origin.sizes}
-    for part, by_name in _parts(fit).items():
+    for part, by_name in _state(trainer).items():
         tensors |= {f"{part}.{name}": tensor.cpu() for name, tensor in by_name.items()}
     header = {
         "settings": origin.settings,
         "base": origin.base,
         "targets": origin.targets,
-        "epochs_done": fit.epochs_done,
-        "active": fit.active,
-        "best": fit.best,
-        "metrics": fit.rows,
+        "epochs_done": trainer.epochs_done,
+        "best": trainer.best,
+        "metrics": trainer.rows,
     }
     path = output / CHECKPOINT_FILE
     temporary = output / f".{CHECKPOINT_FILE}.tmp"
@@ -105,19 +91,13 @@ def save(output: Path, origin: Origin, fit: Fit) -> None:
         ) from error
 
 
-def resume(output: Path, origin: Origin, fit: Fit) -> None:
-    """Go on from the folder's checkpoint, if there is one, and make the folder if there isn't.
-
-    Args:
-        output: The first run's folder.
-        origin: The training that wants to go on.
-        fit: New; receives the state.
+def resume(output: Path, origin: Origin, trainer: Trainer) -> None:
+    """Put the state of the folder's checkpoint, if there is one, into a new trainer.
 
     Raises:
-        CheckpointError: The folder can't be made; the checkpoint is broken, or another training's:
-            the message says what differs.
+        CheckpointError: The checkpoint is broken, or another training's: the message says what
+            differs.
     """
-    make_folder(output)
     path = output / CHECKPOINT_FILE
     if not path.exists():
         return
@@ -127,31 +107,13 @@ def resume(output: Path, origin: Origin, fit: Fit) -> None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         differences = _differences(origin, header, tensors[SIZES])
         if not differences:
-            _restore(fit, header, tensors)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            _restore(trainer, header, tensors)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is broken; delete it to train from the beginning") from error
     if differences:
         raise CheckpointError(
             f"{path} belongs to another run: {'; '.join(differences)}. Choose another output "
             f"folder, or delete the checkpoint to train from the beginning"
-        )
-
-
-def make_folder(output: Path) -> None:
-    """Make a folder unless it is there, and see that it can be written.
-
-    Raises:
-        CheckpointError: It can't.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"can't write to {output}: {error.strerror}; choose a folder that you may write to"
-        ) from error
-    if not os.access(output, os.W_OK):
-        raise CheckpointError(
-            f"can't write to {output}: permission denied; choose a folder that you may write to"
         )
 
 
@@ -161,11 +123,11 @@ def is_finished(output: Path) -> bool:
 
 
 def check_finished(output: Path, settings: Mapping[str, Any], base: str, targets: str) -> None:
-    """Refuse the finished routers of another run.
+    """Refuse a folder whose finished routers are of another training.
 
     Args:
         output: A folder with finished routers.
-        settings: Of the run that they should be of.
+        settings: Of the training that they should be of.
         base: The base model's fingerprint.
         targets: Hash of the questions and their targets.
 
@@ -182,72 +144,52 @@ def check_finished(output: Path, settings: Mapping[str, Any], base: str, targets
         )
 
 
-def settings_in(output: Path) -> list[dict[str, Any]]:
-    """Return the settings of the runs whose checkpoint a folder holds; none where it holds none.
-
-    A broken checkpoint counts as none here; `resume` refuses it.
-    """
-    try:
-        with safe_open(output / CHECKPOINT_FILE, framework="pt") as file:
-            settings = json.loads(file.metadata()[HEADER])["settings"]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        return []
-    return settings if isinstance(settings, list) else []
-
-
 def remove(output: Path) -> None:
-    """Delete the folder's checkpoint: the training is complete."""
+    """Delete the folder's checkpoint: the training is complete, or can't be resumed."""
     (output / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
-def _parts(fit: Fit) -> dict[str, Mapping[str, Tensor]]:
-    """Return all tensors of a fit's state: of the active runs together, kept ones by run."""
-    parts: dict[str, Mapping[str, Tensor]] = {
-        "weights": fit.weights,
-        "exp_avg": fit.optimizer.means,
-        "exp_avg_sq": fit.optimizer.squares,
-    }
-    return parts | {f"kept.{run}": weights for run, weights in fit.kept.items()}
-
-
-def _restore(fit: Fit, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Put a saved state into a new fit; KeyError or ValueError where it doesn't fit."""
-    fit.rows, fit.epochs_done = header["metrics"], header["epochs_done"]
-    fit.best = [None if best is None else (best[0], best[1]) for best in header["best"]]
-    like = dict(fit.weights)
-    fit.optimizer.keep([fit.active.index(run) for run in header["active"]])
-    fit.active = header["active"]
-    kept = {int(name.split(".")[1]) for name in tensors if name.startswith("kept.")}
-    fit.kept = {
-        run: {
-            name: _of_shape(tensors[f"kept.{run}.{name}"], weight[0]).to(weight.device)
-            for name, weight in like.items()
+def _state(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
+    """Return all tensors of a training's state; the moments are 0 before the first step."""
+    weights = dict(trainer.stack.named_parameters())
+    found = {"weights": {name: weight.detach() for name, weight in weights.items()}}
+    for part in MOMENTS:
+        found[part] = {
+            name: trainer.optimizer.state[weight][part] for name, weight in weights.items()
         }
-        for run in kept
-    }
-    for part in ("weights", "exp_avg", "exp_avg_sq"):
-        for name, present in _parts(fit)[part].items():
-            present.copy_(_of_shape(tensors[f"{part}.{name}"], present))
+    return found if trainer.kept is None else {**found, "kept": trainer.kept}
 
 
-def _of_shape(found: Tensor, wanted: Tensor) -> Tensor:
-    if found.shape != wanted.shape:
-        raise ValueError(f"shape {tuple(found.shape)}, expected {tuple(wanted.shape)}")
-    return found
+def _restore(trainer: Trainer, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Put a saved state into a new trainer; KeyError or ValueError if it doesn't fit."""
+    weights = dict(trainer.stack.named_parameters())
+
+    def saved(part: str) -> dict[str, Tensor]:
+        found = {name: tensors[f"{part}.{name}"] for name in weights}
+        for name, tensor in found.items():
+            if tensor.shape != weights[name].shape:
+                raise ValueError(f"shape {tuple(tensor.shape)} of {name!r}")
+        return {name: tensor.to(trainer.device, trainer.dtype) for name, tensor in found.items()}
+
+    moments = {part: saved(part) for part in MOMENTS}
+    step = torch.tensor(float(header["epochs_done"] * trainer.steps_per_epoch))
+    for name, weight in weights.items():
+        state = {part: moments[part][name] for part in MOMENTS}
+        trainer.optimizer.state[weight] = {"step": step.clone().to(trainer.device), **state}
+    trainer.stack.load_state_dict(saved("weights"))
+    best = header["best"]
+    trainer.best = None if best is None else (best[0], best[1])
+    trainer.kept = None if best is None else saved("kept")
+    trainer.epochs_done, trainer.rows = header["epochs_done"], header["metrics"]
 
 
 def _differences(origin: Origin, header: Mapping[str, Any], found: Tensor) -> list[str]:
     """Name everything in which the checkpoint's training isn't this one."""
-    if not isinstance(header["settings"], list):
-        raise TypeError("one run's settings, as an older version has left them")
-    theirs, ours = len(header["settings"]), len(origin.settings)
-    if theirs != ours:
-        return [f"it trains {theirs} run{'s' * (theirs != 1)} together, yours {ours}"]
+    theirs, ours = header["settings"], origin.settings
     differences = [
-        f"its --{name.replace('_', '-')} is {one.get(name)}, yours {other.get(name)}"
-        for one, other in zip(header["settings"], origin.settings, strict=True)
-        for name in sorted(one.keys() | other.keys())
-        if one.get(name) != other.get(name)
+        f"its --{name.replace('_', '-')} is {theirs.get(name)}, yours {ours.get(name)}"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
     ]
     if header["base"] != origin.base:
         differences.append("it was made for another base model")
@@ -259,4 +201,4 @@ def _differences(origin: Origin, header: Mapping[str, Any], found: Tensor) -> li
         differences.append(
             "its features differ (other prompts, or another dtype of the base model)"
         )
-    return list(dict.fromkeys(differences))
+    return differences

@@ -1,26 +1,26 @@
-"""What the routers are trained on: their inputs along each target path, pooled once.
+"""What the routers read, pooled in one pass of the frozen base model over the targets.
 
-Owns one pass of the frozen base model over the targets. With a frozen base and teacher forcing
-every router's input is a constant of its example, so training needs the base model no further.
-The same pass pools what given routers read along the routes that they themselves take.
-Leaves which targets can be used to `targets`, keeping what is pooled to `store`, the pooling to
-`models.pooling`, the walk along the path to `models.policies`, and everything after the pass to
-`loop`.
+With a frozen base and teacher forcing every router's input is a constant of its example, so
+training needs the base model no further. The same pass pools what given routers read along the
+routes that they take themselves.
 
-Axes: N targets, B rows, T tokens, D hidden, L layers, W windows.
+Axes: N targets (or examples, if each is there several times), B rows, T tokens, D hidden, L
+layers, W windows, C = 3 decisions.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from drllm.errors import ModelError
+from drllm.errors import ModelError, RecordError
+from drllm.listener import Listener
 from drllm.models.base.identity import describe
 from drllm.models.base.prompts import left_padded
 from drllm.models.routers.stack import RouterStack
@@ -31,8 +31,11 @@ from drllm.training.feature_store import NOT_DONE, NOT_FINITE, Memory, Store
 from drllm.training.targets import OVERFLOWS, Targets, are_too_many, set_aside, targets_for
 
 BATCH_SIZE = 8
-MOST_TOKENS = 16_384
+MAXIMUM_TOKENS = 16_384
 """Of a batch, padding counted; a longer prompt has a batch to itself."""
+READ_AT_ONCE = 32
+CONSTANT = 1e-5
+"""A component whose deviation is below this share of its layer's size counts as constant."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,21 +44,23 @@ class Features:
 
     Attributes:
         means: `[M, L, W, D]`, M ≥ N: the windows of every router's input, in float32, or in
-            bfloat16 to save space, in memory or a map of a file. Read them by `rows`.
+            bfloat16 to save space; in memory or a map of a file. Read them by `rows`.
         filled: `[N]`: how many windows hold tokens.
         labels: `[N, L]` int64: the target path's decisions.
         questions: `[N]`: the questions' texts; they decide what is held out.
         tasks: `[N]`: the tasks' names.
-        places: `[N]`: where each target lies in `means`; None where that is its own place.
+        soft: `[N, L, C]`: soft targets from `soft_targets`; None without.
+        places: `[N]`: where each target lies in `means`; None if that is its own place.
         rejected: Targets that were set aside, and why.
-        records: `[N]`: the targets themselves; empty where they came from elsewhere.
+        records: `[N]`: the targets themselves; empty if they came from elsewhere.
     """
 
     means: Tensor
     filled: Tensor
     labels: Tensor
-    questions: tuple[str, ...]
-    tasks: tuple[str, ...]
+    questions: Sequence[str]
+    tasks: Sequence[str]
+    soft: Tensor | None = None
     places: Tensor | None = None
     rejected: tuple[RejectedQuestion, ...] = ()
     records: tuple[SupervisionRecord, ...] = ()
@@ -65,14 +70,10 @@ class Features:
         """N."""
         return len(self.labels)
 
-    def rows(self, index: Sequence[int] | Tensor) -> Tensor:
-        """Read some targets' means, a copy in memory.
+    def rows(self, index: Sequence[int]) -> Tensor:
+        """Read some targets' windows, `[B, L, W, D]`, into memory; zeros past `filled`.
 
-        Args:
-            index: `[B]` whole numbers from 0, in any order.
-
-        Returns:
-            `[B, L, W, D]` in float32; in float64 where that is what there is.
+        In float32, or in float64 if that is how they are kept.
         """
         chosen = torch.as_tensor(index, dtype=torch.int64)
         if self.places is not None:
@@ -81,104 +82,139 @@ class Features:
         return means.to(torch.promote_types(means.dtype, torch.float32))
 
 
+class Aggregate:
+    """Several features as one training set: the same targets along one route after the other.
+
+    Args:
+        parts: The first along the target paths, each target once; the others hold targets of the
+            first along other routes, with the same labels.
+
+    Source: the aggregated data set of Ross et al. 2011 (arXiv 1011.0686), algorithm 3.1.
+    """
+
+    def __init__(self, parts: Sequence[Features]) -> None:
+        self.parts = list(parts)
+        self.num_targets = parts[0].num_targets
+        self.labels = torch.cat([part.labels for part in parts])
+        self.filled = torch.cat([part.filled for part in parts])
+        self.questions = [text for part in parts for text in part.questions]
+        self.tasks = [name for part in parts for name in part.tasks]
+        soft = [part.soft for part in parts if part.soft is not None]
+        self.soft = torch.cat(soft) if soft else None
+        self._ends = list(itertools.accumulate(len(part.labels) for part in parts))
+
+    def rows(self, index: Sequence[int]) -> Tensor:
+        """Read some rows' windows, `[B, L, W, D]`, each from its own part."""
+        wanted = torch.as_tensor(index, dtype=torch.int64)
+        owner = torch.bucketize(wanted, torch.tensor(self._ends), right=True)  # [B]
+        means = self.parts[0].rows([])
+        means = means.new_empty(len(wanted), *means.shape[1:])
+        for number, (part, end) in enumerate(zip(self.parts, self._ends, strict=True)):
+            mine = owner == number
+            if bool(mine.any()):
+                means[mine] = part.rows((wanted[mine] - (end - len(part.labels))).tolist())
+        return means
+
+
+Examples: TypeAlias = Features | Aggregate
+
+
+# --- the pass ----------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def collect(
-    routed: RoutedModel,
+    model: Any,
     tokenizer: Any,
     records: Sequence[SupervisionRecord],
     *,
     num_windows: int,
+    soft: Tensor | None = None,
     routers: RouterStack | None = None,
     store: Store | None = None,
     batch_size: int = BATCH_SIZE,
-    announce: Callable[[str], None] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    listener: Listener | None = None,
 ) -> Features:
     """Run the base model once along each target path and keep what the routers read.
 
-    A router's input is the state before its layer after the labelled decisions of the layers
-    before it; where routers are given, after the decisions that these took. Prompts of similar
-    length share a batch, whatever their paths. Which do so follows from the lengths alone, so that
-    a pass that was broken off and goes on ends with the bytes of one that wasn't, on the same
-    machine with the same number of threads.
-
-    Targets that this model can't run are set aside, as far as they are few (`targets`).
+    A router's input is the state before its layer, after the labelled decisions of the layers
+    before it; with routers, after the decisions that these took. Prompts of similar length share a
+    batch, whatever their paths. The batches follow from the lengths alone, so that a pass that was
+    killed and resumed ends with the bytes of one that wasn't, on the same machine with the same
+    number of threads.
 
     Args:
-        routed: The base model; which policy is attached doesn't matter.
+        model: The frozen base model, without routing.
         tokenizer: The base model's.
-        records: The targets.
+        records: The targets. A few that this model can't run are set aside.
         num_windows: W.
+        soft: Soft targets of all records.
         routers: Routers whose own routes are followed in place of the target paths. The labels
             stay the target paths' decisions.
-        store: The folder that keeps the features, to go on with or to use again; None keeps them
-            in memory.
-        batch_size: Most prompts a forward pass.
-        announce: Is told, before the pass, what it needs on disk.
-        on_progress: Is told (prompts done, prompts in all) at the start where some are done, and
-            after each pass.
-
-    Returns:
-        The features of the targets that weren't set aside, in their order.
+        store: The folder that keeps the features, resumed or used again; None keeps them in memory.
+        batch_size: Maximum prompts in a forward pass.
+        listener: Is told what the pass needs on disk, and of its progress.
 
     Raises:
         ConfigError: The store holds features of something else.
-        RecordError: No targets; a target for another number of layers, named by its question's
-            id; too many that this model can't read; a store that can't be trusted or written.
+        RecordError: No targets; a target for another number of layers; too many that this model
+            can't read; a store that can't be trusted or written.
         ModelError: Hidden states that overflow the base model's dtype, in too many targets.
     """
-    targets = targets_for(routed, tokenizer, records)
-    N = len(targets.records)
-    identity = describe(routed.model)
-    shape = (*targets.labels.shape, num_windows, identity["hidden_size"])
-    kept = Memory() if store is None else store
-    manifest = _manifest(routed, identity, targets, num_windows)
-    if routers is not None:
-        manifest["targets"]["routers_sha256"] = _weights_hash(routers)
-        routers = routers.to(routed.model.device)
-    with kept.opened(manifest, shape, announce):
-        _check_finite(routed, targets, kept.filled)
-        missing = [
-            rows
-            for rows in batches([len(tokens) for tokens in targets.prompts], batch_size)
-            if bool((kept.filled[rows] == NOT_DONE).any())
-        ]
-        done = N - sum(map(len, missing))
-        if on_progress is not None and done > 0:
-            on_progress(done, N)
-        for rows in missing:
-            labels = targets.labels[rows]
-            policy = RecordingPolicy(
-                FixedPolicy(labels, labels.shape[1]) if routers is None else RouterPolicy(routers),
-                num_windows,
-            )
-            _forward(routed, policy, [targets.prompts[row] for row in rows])
-            means, filled = policy.means, policy.filled
-            finite = means.isfinite().flatten(1).all(dim=1)  # [B]
-            kept.put(
-                rows,
-                torch.where(finite[:, None, None, None], means, 0.0),
-                torch.where(finite, filled.to(finite.device), NOT_FINITE),
-            )
-            _check_finite(routed, targets, kept.filled)
-            done += len(rows)
-            if on_progress is not None:
-                on_progress(done, N)
-    return _features(targets, kept.means, kept.filled)
+    listener = listener or Listener()
+    routed = RoutedModel(model)
+    try:
+        targets = targets_for(model, tokenizer, routed.num_layers, records)
+        N = len(targets.records)
+        identity = describe(model)
+        shape = (*targets.labels.shape, num_windows, identity["hidden_size"])
+        kept = Memory() if store is None else store
+        manifest = _manifest(model, identity, targets, num_windows)
+        if routers is not None:
+            manifest["targets"]["routers_sha256"] = _weights_hash(routers)
+            routers = routers.to(model.device)
+        with (
+            kept.opened(manifest, shape, listener.note),
+            listener.progress("pooling", "targets") as progress,
+        ):
+            _check_finite(model, targets, kept.filled)
+            missing = [
+                rows
+                for rows in batches([len(tokens) for tokens in targets.prompts], batch_size)
+                if bool((kept.filled[rows] == NOT_DONE).any())
+            ]
+            done = N - sum(map(len, missing))
+            if done > 0:
+                progress(done, N)
+            for rows in missing:
+                labels = targets.labels[rows]
+                policy = RecordingPolicy(
+                    RouterPolicy(routers) if routers else FixedPolicy(labels, labels.shape[1]),
+                    num_windows,
+                )
+                _forward(routed, policy, [targets.prompts[row] for row in rows])
+                finite = policy.means.isfinite().flatten(1).all(dim=1)  # [B]
+                kept.put(
+                    rows,
+                    torch.where(finite[:, None, None, None], policy.means, 0.0),
+                    torch.where(finite, policy.filled.to(finite.device), NOT_FINITE),
+                )
+                _check_finite(model, targets, kept.filled)
+                done += len(rows)
+                progress(done, N)
+    finally:
+        routed.detach()
+    return _features(targets, kept.means, kept.filled, soft)
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Divide prompts into batches by their lengths alone, the longest first.
 
-    What is too large for memory fails at the start that way, and no time left is promised that the
-    longest would break.
+    What is too large for memory then fails at the start.
 
     Args:
         lengths: `[N]` tokens of each.
-        batch_size: Most prompts of a batch.
-
-    Yields:
-        Places from 0.
+        batch_size: Maximum prompts of a batch.
 
     Example:
         >>> list(batches([3, 9, 4, 4], 3)), list(batches([3, 9000, 4, 9000], 3))
@@ -187,13 +223,13 @@ def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     start = 0
     while start < len(order):
-        size = max(1, min(batch_size, MOST_TOKENS // lengths[order[start]]))
+        size = max(1, min(batch_size, MAXIMUM_TOKENS // lengths[order[start]]))
         yield order[start : start + size]
         start += size
 
 
 def _forward(routed: RoutedModel, policy: RecordingPolicy, prompts: Sequence[list[int]]) -> None:
-    """Run one left-padded batch; the policy keeps what passes by."""
+    """Run one left-padded batch; the policy keeps what the routers read."""
     ids, mask = left_padded(prompts, routed.model.device)
     with routed.using(policy):
         routed.model(
@@ -205,29 +241,29 @@ def _forward(routed: RoutedModel, policy: RecordingPolicy, prompts: Sequence[lis
         )
 
 
-def _check_finite(routed: RoutedModel, targets: Targets, filled: Tensor) -> None:
-    """Refuse to go on where too many targets would be set aside."""
+def _check_finite(model: Any, targets: Targets, filled: Tensor) -> None:
+    """Stop the pass if too many targets would be set aside."""
     broken = (filled == NOT_FINITE).nonzero().flatten().tolist()
     if broken and are_too_many(len(targets.rejected) + len(broken), targets.total):
         raise ModelError(
             f"{len(broken)} of {targets.total} targets, the first is question "
             f"{targets.records[broken[0]].id!r}: a layer of the base model gives NaN or infinity "
-            f"in {routed.model.dtype}; load it with --dtype float32"
+            f"in {model.dtype}; load it with --dtype float32"
         )
 
 
 def _manifest(
-    routed: RoutedModel, identity: Mapping[str, Any], targets: Targets, num_windows: int
+    model: Any, identity: Mapping[str, Any], targets: Targets, num_windows: int
 ) -> dict[str, Any]:
-    """Return what the features follow from."""
+    """Return what the features depend on."""
     return new_manifest(
         "features",
-        model={"id": routed.model.name_or_path, **identity},
+        model={"id": model.name_or_path, **identity},
         config={"num_windows": num_windows},
         extra={
             "runtime": {
-                "dtype": str(routed.model.dtype).removeprefix("torch."),
-                "device": routed.model.device.type,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "device": model.device.type,
             },
             "targets": targets.hashes(),
         },
@@ -241,7 +277,7 @@ def _weights_hash(routers: RouterStack) -> str:
     return hashlib.sha256(joined).hexdigest()
 
 
-def _features(targets: Targets, means: Tensor, filled: Tensor) -> Features:
+def _features(targets: Targets, means: Tensor, filled: Tensor, soft: Tensor | None) -> Features:
     """Leave out what was set aside."""
     places = (filled != NOT_FINITE).nonzero().flatten()
     broken = (filled == NOT_FINITE).nonzero().flatten().tolist()
@@ -250,6 +286,7 @@ def _features(targets: Targets, means: Tensor, filled: Tensor) -> Features:
         means=means,
         filled=filled[places],
         labels=targets.labels[places],
+        soft=None if soft is None else soft[list(targets.rows)][places],
         records=tuple(kept),
         questions=tuple(record.question for record in kept),
         tasks=tuple(record.task for record in kept),
@@ -259,3 +296,84 @@ def _features(targets: Targets, means: Tensor, filled: Tensor) -> Features:
             *(set_aside(targets.records[place], OVERFLOWS) for place in broken),
         ),
     )
+
+
+# --- what is computed of features --------------------------------------------------------------
+
+
+def shape(examples: Examples) -> tuple[int, int, int, int]:
+    """Return N, L, W and D; N counts all rows."""
+    _, L, W, D = examples.rows([0]).shape
+    return len(examples.labels), L, W, D
+
+
+def each_once(examples: Examples, rows: Sequence[int]) -> list[int]:
+    """Return those of some rows that are along the target path, so that no target counts twice."""
+    return [row for row in rows if row < examples.num_targets]
+
+
+def digest(examples: Examples) -> str:
+    """Return a hash of the targets: all but the means, whose last bits depend on the machine.
+
+    Other routes of the same targets don't change it: they follow from the routers that took them.
+    """
+    N, (_, *sizes) = examples.num_targets, shape(examples)
+    parts = ((N, *sizes), tuple(examples.questions[:N]), tuple(examples.tasks[:N]))
+    numbers = (examples.filled[:N].tolist(), examples.labels[:N].tolist())
+    softened = () if examples.soft is None else (examples.soft[:N].tolist(),)
+    return hashlib.sha256(repr((parts, numbers, *softened)).encode()).hexdigest()
+
+
+def sizes(examples: Examples) -> Tensor:
+    """Return the mean size of each router's inputs, `[N, L]`, which tells sets of means apart.
+
+    Raises:
+        RecordError: Means that are NaN or infinite, which no feature pass leaves.
+    """
+    found = torch.cat(
+        [
+            torch.stack([example.abs().mean(dim=(1, 2)) for example in means])
+            for _, means in _in_parts(examples, range(len(examples.labels)))
+        ]
+    )
+    finite = found.isfinite().all(dim=1).tolist()
+    if not all(finite):
+        raise RecordError(
+            f"the features of question {examples.questions[finite.index(False)]!r} hold NaN or "
+            f"infinity; pool them again"
+        )
+    return found
+
+
+def moments(examples: Examples, index: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each component of each layer's filled windows.
+
+    Every target counts the same, however many windows it fills, as in the loss. A component that
+    hardly varies, compared with the size of its layer's states, gets a floor as its deviation, so
+    that dividing by it doesn't blow up rounding errors.
+
+    Args:
+        examples: What is trained on.
+        index: The targets to count; not empty.
+
+    Returns:
+        Two tensors `[L, D]` in float64; no deviation is 0.
+    """
+    total = square = torch.zeros(())
+    for part, means in _in_parts(examples, index):
+        count = examples.filled[part].double()[:, None, None]  # [B, 1, 1]
+        values = means.double()  # zeros past `filled`, so that plain sums are over filled windows
+        total = total + (values.sum(dim=2) / count).sum(dim=0)  # [L, D]
+        square = square + (values.square().sum(dim=2) / count).sum(dim=0)
+    mean = total / len(index)
+    variance = (square / len(index) - mean.square()).clamp(min=0.0)
+    size = (square / len(index)).mean(dim=1, keepdim=True).sqrt()  # [L, 1]
+    floor = torch.where(size > 0, CONSTANT * size, 1.0)
+    return mean, torch.maximum(variance.sqrt(), floor)
+
+
+def _in_parts(examples: Examples, index: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield a few rows at a time: which, and their means `[B, L, W, D]`."""
+    for start in range(0, len(index), READ_AT_ONCE):
+        part = list(index[start : start + READ_AT_ONCE])
+        yield part, examples.rows(part)

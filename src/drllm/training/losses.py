@@ -1,9 +1,6 @@
 """The training objective: focal loss over decisions, weighted by how rare each decision is.
 
-Owns the formulas, and which of them each of several runs uses. Leaves to `plans` where the counts
-come from: always the targets themselves, never numbers typed in.
-
-Axes: R runs, B rows, L layers, C = 3 decisions.
+Axes: B rows, L layers, C = 3 decisions.
 """
 
 from __future__ import annotations
@@ -66,7 +63,7 @@ def log_priors(counts: Tensor) -> Tensor:
     return (torch.where(counts > 0, counts, commonest) / counts.sum(dim=-1, keepdim=True)).log()
 
 
-def focal_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: Tensor) -> Tensor:
+def focal_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float) -> Tensor:
     """Return Σ_c q_c · −w_c · (1 − p_c)^γ · log p_c for each layer of each row.
 
     p_c is the probability that the router gives decision c, and q_c the share that the target
@@ -75,8 +72,8 @@ def focal_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: Tensor
     Args:
         logits: `[..., C]`.
         targets: `[..., C]`: q, in the dtype of the logits.
-        weights: `[..., C]`, from `class_weights`; broadcast.
-        gamma: `[..., 1]`: γ; 0 gives weighted cross-entropy; broadcast.
+        weights: `[C]`, from `class_weights`.
+        gamma: γ; 0 gives weighted cross-entropy.
 
     Returns:
         `[...]`, in the dtype of the logits.
@@ -85,8 +82,7 @@ def focal_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: Tensor
         soft targets is ours.
 
     Example:
-        >>> label = torch.tensor([0.0, 1.0, 0.0])
-        >>> focal_losses(torch.zeros(3), label, torch.ones(3), torch.zeros(1))
+        >>> focal_losses(torch.zeros(3), torch.tensor([0.0, 1.0, 0.0]), torch.ones(3), 0.0)
         tensor(1.0986)
     """
     log_p = logits.log_softmax(dim=-1)
@@ -98,40 +94,23 @@ def focal_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Objective:
-    """The losses that R runs minimise.
+    """The loss that a training minimises: the mean over rows and layers.
 
     Attributes:
-        weights: `[R, C]`: class weights.
-        gammas: `[R]`: focal exponents; 0 for cross-entropy.
-        offsets: `[R, L, C]`: added to the logits before the loss, never when routing.
+        weights: `[C]`: class weights.
+        gamma: Focal exponent; 0 for cross-entropy.
+        offsets: `[L, C]`: added to the logits before the loss, never when routing.
 
     Source: `offsets` are τ · log prior of Menon et al. 2021 (arXiv 2007.07314), equation 10.
     """
 
     weights: Tensor
-    gammas: Tensor
+    gamma: float
     offsets: Tensor
 
-    def __call__(self, logits: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
-        """Return each run's loss, `[R]`.
-
-        Args:
-            logits: `[R, B, L, C]`.
-            targets: `[R, B, L, C]`: shares of the decisions, one a label.
-            shares: `[R, B]`: what each row contributes; 1 / rows for a plain mean, 0 for none.
-        """
-        losses = focal_losses(
-            logits + self.offsets[:, None],
-            targets,
-            self.weights[:, None, None],
-            self.gammas[:, None, None, None],
-        )  # [R, B, L]
-        return (losses.mean(dim=-1) * shares).sum(dim=-1)
-
-    def of(self, runs: slice | Sequence[int]) -> Objective:
-        """Return the objective of some of the runs."""
-        chosen = runs if isinstance(runs, slice) else list(runs)
-        return Objective(self.weights[chosen], self.gammas[chosen], self.offsets[chosen])
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of logits `[B, L, C]` on shares of the decisions `[B, L, C]`."""
+        return focal_losses(logits + self.offsets, targets, self.weights, self.gamma).mean()
 
 
 def _one_minus_power(beta: float, count: float) -> float:

@@ -1,7 +1,7 @@
-"""Which targets are held out, in what order the others come, and all other draws of a seed.
+"""Which targets are held out, in what order the others come, and all other random draws.
 
-Owns everything random about a training. Each draw is a function of the seed and of what it is for,
-so a run that goes on after a kill needs no generator's state, and no run sees another's draws.
+Each draw is a function of the seed and of what it is for, so a resumed training needs no
+generator's state, and one draw never depends on another.
 
 Axes: N targets, B rows of a step.
 """

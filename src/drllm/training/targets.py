@@ -1,11 +1,9 @@
-"""Which targets a base model can be trained on, as it reads them.
+"""The targets that a base model can be trained on, tokenised, and their soft form.
 
-Owns tokenising the prompts, and setting targets aside that this model can't run: what is wrong
-with a line alone is an error when its file is read (`records`), but whether a prompt fits shows
-only with the model. A few of thousands are left out, counted and told; many are the sign of
-another model's file, and refused. Leaves pooling to `features`.
+A target whose prompt this model can't read is set aside and counted; if many are, the file belongs
+to another model, and it is refused.
 
-Axes: N targets, T tokens, L layers.
+Axes: N targets, T tokens, L layers, C = 3 decisions.
 """
 
 from __future__ import annotations
@@ -20,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drllm.errors import RecordError
+from drllm.errors import ConfigError, RecordError
 from drllm.models.base.prompts import context_length, encode
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routers.stack import NUM_DECISIONS
 from drllm.records import RejectedQuestion, SupervisionRecord, to_lines, write_atomically
 
 TOO_LONG = "longer than the base model's context"
 NO_TOKENS = "prompt without tokens"
 OVERFLOWS = "hidden states that are NaN or infinite"
 REJECTED_FILE = "rejected.jsonl"
-MOST_SET_ASIDE = 0.1
+MAXIMUM_SET_ASIDE = 0.1
 """Share of the targets that may be set aside; one of them always may."""
 
 
@@ -39,20 +37,22 @@ class Targets:
 
     Attributes:
         records: `[N]`, in the order of the file.
+        rows: `[N]`: the place of each among all targets of the file.
         prompts: `[N]`: the tokens of each, `[T]`, at least one.
         labels: `[N, L]` int64: the target paths' decisions.
         rejected: Targets that were set aside, in the order of the file.
-        total: How many there were with these.
+        total: All targets of the file.
     """
 
     records: tuple[SupervisionRecord, ...]
+    rows: tuple[int, ...]
     prompts: tuple[list[int], ...]
     labels: Tensor
     rejected: tuple[RejectedQuestion, ...]
     total: int
 
     def hashes(self) -> dict[str, Any]:
-        """Return their number and hashes, what the features are of: `N`, tokens and decisions."""
+        """Return their number and the hashes of tokens and decisions, on which features depend."""
         prompts, decisions = hashlib.sha256(), hashlib.sha256()
         for tokens, record in zip(self.prompts, self.records, strict=True):
             prompts.update(repr(tokens).encode())
@@ -65,29 +65,23 @@ class Targets:
 
 
 def targets_for(
-    routed: RoutedModel, tokenizer: Any, records: Sequence[SupervisionRecord]
+    model: Any, tokenizer: Any, num_layers: int, records: Sequence[SupervisionRecord]
 ) -> Targets:
     """Tokenise the targets, and set aside those whose prompts the model can't read.
 
-    Args:
-        routed: The base model.
-        tokenizer: Its tokenizer.
-        records: The targets.
-
     Raises:
-        RecordError: No targets; one for another number of layers, which shows that the file is
-            another model's; too many that would have to be set aside.
+        RecordError: No targets; a target with another number of layers; too many to set aside.
     """
     if not records:
         raise RecordError("there are no targets to train on; search more questions")
-    context = context_length(routed.model)
-    kept, prompts, rejected = [], [], []
-    for record in records:
-        if len(record.optimal_layer_config) != routed.num_layers:
+    context = context_length(model)
+    kept, rows, prompts, rejected = [], [], [], []
+    for row, record in enumerate(records):
+        if len(record.optimal_layer_config) != num_layers:
             raise RecordError(
                 f"question {record.id!r}: its target has {len(record.optimal_layer_config)} "
-                f"layers, the base model has {routed.num_layers}; give targets that were searched "
-                f"with this model"
+                f"layers, the base model has {num_layers}; give targets that were searched with "
+                f"this model"
             )
         tokens = encode(tokenizer, record.prompt)
         if not tokens:
@@ -96,6 +90,7 @@ def targets_for(
             rejected.append(set_aside(record, TOO_LONG))
         else:
             kept.append(record)
+            rows.append(row)
             prompts.append(tokens)
     if are_too_many(len(rejected), len(records)):
         raise RecordError(
@@ -105,6 +100,7 @@ def targets_for(
         )
     return Targets(
         records=tuple(kept),
+        rows=tuple(rows),
         prompts=tuple(prompts),
         labels=torch.tensor([record.optimal_layer_config for record in kept]),
         rejected=tuple(rejected),
@@ -113,29 +109,22 @@ def targets_for(
 
 
 def set_aside(record: SupervisionRecord, reason: str) -> RejectedQuestion:
-    """Return what is told of a target that is left out."""
+    """Return the record of a target that is left out."""
     return RejectedQuestion(id=record.id, task=record.task, question=record.question, reason=reason)
 
 
 def are_too_many(rejected: int, total: int) -> bool:
-    """Tell whether so many targets of all can't be used that something else is wrong.
+    """Tell whether so many targets of all can't be used that something else must be wrong.
 
     Example:
         >>> are_too_many(1, 2), are_too_many(1, 1), are_too_many(40, 400), are_too_many(41, 400)
         (False, True, False, True)
     """
-    return rejected == total or rejected > max(1, MOST_SET_ASIDE * total)
+    return rejected == total or rejected > max(1, MAXIMUM_SET_ASIDE * total)
 
 
 def write_rejected(folder: Path, rejected: Sequence[RejectedQuestion]) -> Path | None:
-    """Write `rejected.jsonl` beside the routers; where nothing was set aside, remove it.
-
-    Returns:
-        The file; None where there is none.
-
-    Raises:
-        RecordError: A folder that can't be written.
-    """
+    """Write `rejected.jsonl`; if nothing was set aside, remove it and return None."""
     path = folder / REJECTED_FILE
     if not rejected:
         path.unlink(missing_ok=True)
@@ -148,3 +137,35 @@ def reasons_of(rejected: Sequence[RejectedQuestion]) -> str:
     """Count targets that were set aside by reason, in words."""
     counts = Counter(question.reason for question in rejected)
     return ", ".join(f"{n} {reason}" for reason, n in counts.items())
+
+
+def soft_targets(records: Sequence[SupervisionRecord]) -> Tensor:
+    """Return each decision's share of the weight of a question's valid paths, layer by layer.
+
+    A target without valid paths keeps its own decisions. The routers still read the states along
+    the target path: the mix is what a router should say of a prompt, not of one path.
+
+    Returns:
+        `[N, L, C]` in float64; sums over C are 1.
+
+    Raises:
+        ConfigError: Nothing would be soft, since no target has a valid path beside its own.
+
+    Source: ours.
+    """
+    mixes = [_mix(record) for record in records]
+    if not any(((mix > 0) & (mix < 1)).any() for mix in mixes):
+        raise ConfigError(
+            "--soft-targets has no effect: no target has a valid path beside its own; make the "
+            "targets with supervise --path-weights equal, or leave it out"
+        )
+    return torch.stack(mixes)
+
+
+def _mix(record: SupervisionRecord) -> Tensor:
+    """Mix one question's paths, `[L, C]`."""
+    paths = [(path.decisions, path.weight) for path in record.valid_paths or ()]
+    mix = torch.zeros(len(record.optimal_layer_config), NUM_DECISIONS, dtype=torch.float64)
+    for decisions, weight in paths or [(record.optimal_layer_config, 1.0)]:
+        mix[torch.arange(len(decisions)), list(decisions)] += weight
+    return mix / mix.sum(dim=-1, keepdim=True)

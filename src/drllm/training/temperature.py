@@ -1,15 +1,10 @@
-"""How far routers' probabilities can be believed, and the temperature that mends it best.
+"""Temperature scaling: how far routers' probabilities can be believed, and what mends it best.
 
-Owns one temperature for all routers of a stack, fitted on the held-out targets, the calibration
-error before and after, and folding the temperature into the weights where that is wanted. Leaves
-which targets are held out to `plans`, and what is done with logits in routing to
-`models.policies`.
-
-A temperature T divides all logits, so no decision changes while nobody turns the depth dial. What
-changes is what a turn of it means: a price of `depth_bias` nats is set against the logits, and
-`router_penalty` blends probabilities. One T for all layers, not one each: a layer has a few
-hundred held-out decisions, nearly all of them execute, so that its own T would be noise, and often
-unbounded; and one T leaves the order in which a depth bias reaches the layers as it is.
+A temperature T divides all logits of a stack, so no decision changes unless depth control is used.
+What changes is what that means: a price of `depth_bias` nats is set against the logits, and
+`router_penalty` blends probabilities. One T for all layers, not one each: a layer has a few hundred
+held-out decisions, nearly all of them execute, so that its own T would be noise, and often
+unbounded; and one T keeps the order in which a depth bias reaches the layers.
 
 Axes: M decisions (held-out examples times layers), L layers, C = 3 decisions.
 """
@@ -26,17 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from drllm.bisection import bisect
 from drllm.models.routers.stack import RouterStack
-from drllm.training.examples import READ_AT_ONCE, Examples
-from drllm.training.plans import Plan
+from drllm.training.features import READ_AT_ONCE
+from drllm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 LOWEST, HIGHEST = 0.05, 20.0
 """Temperatures beyond these aren't taken: where every held-out decision is right, 0 would fit best,
 and where none of them is, infinity."""
-HALVINGS = 60
-"""Of the range of log T; beyond these a double has no more digits."""
 BINS = 15
 
 
@@ -94,31 +88,31 @@ class Confidence:
         return dataclasses.asdict(self) | errors | {"bins": BINS}
 
 
-def measure(routers: RouterStack, examples: Examples, plan: Plan) -> Confidence | None:
-    """Compare what routers say of the held-out examples with their targets.
+def measure(routers: RouterStack, trainer: Trainer) -> Confidence | None:
+    """Compare what routers say of the held-out examples with their targets, soft ones too.
+
+    Class weights, focal exponent and logit adjustment play no part in it, as in routing.
 
     Args:
-        routers: Trained by the plan, on the CPU.
-        examples: What they were trained on.
-        plan: Which examples are held out, and their targets, soft ones too. Class weights, focal
-            exponent and logit adjustment have no part in it, since they have none in routing.
+        routers: Trained by the trainer, on the CPU.
+        trainer: Its examples, targets and held-out rows are taken.
 
     Returns:
-        None where nothing is held out.
+        None if nothing is held out.
     """
-    if not plan.held_out:
+    if not trainer.held_out:
         return None
     with torch.no_grad():
         said = torch.cat(
             [
-                routers(examples.rows(rows).float(), examples.filled[rows]).double()
-                for start in range(0, len(plan.held_out), READ_AT_ONCE)
-                for rows in [plan.held_out[start : start + READ_AT_ONCE]]
+                routers(trainer.examples.rows(rows).float(), trainer.examples.filled[rows]).double()
+                for start in range(0, len(trainer.held_out), READ_AT_ONCE)
+                for rows in [trainer.held_out[start : start + READ_AT_ONCE]]
             ]
         ).flatten(0, 1)  # [M, C]
-    wanted = plan.targets[plan.held_out].flatten(0, 1)  # [M, C]
+    wanted = trainer.targets[trainer.held_out].flatten(0, 1)  # [M, C]
     temperature = fit_temperature(said, wanted)
-    if plan.config.calibrate and temperature in (LOWEST, HIGHEST):
+    if trainer.config.calibrate and temperature in (LOWEST, HIGHEST):
         logger.warning(
             "the temperature that fits the held-out targets best lies beyond %g; they are too few, "
             "or the routers decide all of them alike",
@@ -178,9 +172,7 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
         return LOWEST
     if not is_too_hot(high):
         return HIGHEST
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if is_too_hot(middle) else (middle, high)
+    _, high = bisect(is_too_hot, low, high)
     return math.exp(high)
 
 

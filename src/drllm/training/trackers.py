@@ -1,11 +1,7 @@
-"""Telling experiment trackers of a training, through accelerate.
+"""Reporting a training to experiment trackers, through accelerate.
 
-Owns which names are known, what is told under which names, and what a tracker needs to go on with
-its run after a kill. One run of a tracker stands for one training, however many runs of ours are
-trained together: their metrics have their folder's name before them. A tracker only listens; no
-weight depends on one. Leaves what is counted to `fit` and the trackers' servers to them.
-
-Axes: R runs.
+A training is one run of each tracker, and resumes it after a kill. A tracker only listens; no
+weight depends on one.
 """
 
 from __future__ import annotations
@@ -21,8 +17,7 @@ from typing import Any
 from drllm.errors import ConfigError, unknown_name
 from drllm.metrics import JUDGED, Counts, baselines, ratios
 from drllm.records import write_atomically
-from drllm.training.fit import Fit
-from drllm.training.plans import count_labels
+from drllm.training.trainer import Trainer, count_labels
 
 logger = logging.getLogger(__name__)
 
@@ -60,41 +55,28 @@ class Tracking:
     """A training that trackers are told of.
 
     Args:
-        fit: The training.
-        prefixes: `[R]`: what stands before the names of each run's metrics.
+        trainer: The training.
         trackers: Started ones of accelerate; without any, nothing is told.
     """
 
-    def __init__(self, fit: Fit, prefixes: Sequence[str], trackers: Sequence[Any]) -> None:
-        self.fit, self.prefixes, self.trackers = fit, prefixes, trackers
-        self.steps_per_epoch = max(plan.steps_per_epoch for plan in fit.plans)
+    def __init__(self, trainer: Trainer, trackers: Sequence[Any]) -> None:
+        self.trainer, self.trackers = trainer, trackers
 
-    def step(self, step: int, counts: Mapping[int, Counts]) -> None:
-        """Tell of a step within an epoch.
-
-        Args:
-            step: Which of the epoch's, from 0.
-            counts: By run, of the rows that it learnt from, before it did.
-        """
-        if not self.trackers:
-            return
-        told: dict[str, Any] = {}
-        for run, counted in counts.items():
-            plan, prefix = self.fit.plans[run], self.prefixes[run]
-            rate = plan.schedule.rate(self.fit.epochs_done * plan.steps_per_epoch + step)
-            told |= _named(f"{prefix}step/", {**ratios(counted), "learning_rate": rate})
-        self._tell(told, self.fit.epochs_done * self.steps_per_epoch + step + 1)
+    def step(self, done: int, counts: Counts) -> None:
+        """Tell of a step: how many are done with it, and what it counted before it learnt."""
+        if self.trackers:
+            rate = self.trainer.schedule.rate(done - 1)
+            self._tell(_named("step/", {**ratios(counts), "learning_rate": rate}), done)
 
     def epoch(self) -> None:
         """Tell of the epoch that was made last."""
-        number = self.fit.epochs_done
+        number = self.trainer.epochs_done
         told: dict[str, Any] = {"epoch": number}
-        for prefix, rows in zip(self.prefixes, self.fit.rows, strict=True):
-            for row in rows[-2:]:
-                if row["epoch"] == number:
-                    values = {k: v for k, v in row.items() if k not in ("epoch", "split")}
-                    told |= _named(f"{prefix}{row['split']}/", values)
-        self._tell(told, number * self.steps_per_epoch)
+        for row in self.trainer.rows[-2:]:
+            if row["epoch"] == number:
+                values = {k: v for k, v in row.items() if k not in ("epoch", "split")}
+                told |= _named(f"{row['split']}/", values)
+        self._tell(told, number * self.trainer.steps_per_epoch)
 
     def _tell(self, values: Mapping[str, Any], step: int) -> None:
         for tracker in self.trackers:
@@ -102,46 +84,45 @@ class Tracking:
 
 
 @contextmanager
-def tracked(names: Sequence[str], fit: Fit, outputs: Sequence[Path]) -> Iterator[Tracking]:
-    """Start trackers, or let them go on with an unfinished training, and end them with the block.
+def tracked(names: Sequence[str], trainer: Trainer, output: Path) -> Iterator[Tracking]:
+    """Start trackers, or resume their runs with an unfinished training, for a block.
 
     Args:
-        names: Of trackers that `check_trackers` has let pass; none for a training of which nobody
-            is told.
-        fit: The training, at its beginning or where it goes on.
-        outputs: `[R]`: the runs' folders; the first one keeps what trackers write here.
+        names: Of trackers that `check_trackers` has let pass.
+        trainer: The training, at its beginning or where it resumes.
+        output: The routers' folder, which keeps what trackers write here.
 
     Raises:
         ConfigError: A tracker that isn't able to start.
     """
-    prefixes = _prefixes(outputs)
     if not names:
-        yield Tracking(fit, prefixes, [])
+        yield Tracking(trainer, [])
         return
     from accelerate import PartialState
 
     PartialState()  # accelerate's trackers log through it
-    path = outputs[0] / RUN_FILE
+    path = output / RUN_FILE
     known: dict[str, Any] = {}
-    if fit.epochs_done and path.exists():  # without a checkpoint there is nothing to go on with
+    if trainer.epochs_done and path.exists():  # without a checkpoint there is nothing to resume
         known = json.loads(path.read_text(encoding="utf-8"))
     identity, before = known.get("id", uuid.uuid4().hex[:12]), known.get("trackers", [])
     write_atomically(path, json.dumps({"id": identity, "trackers": [*{*before, *names}]}) + "\n")
-    place, config = outputs[0] / FOLDER, _config(fit, prefixes)
+    place, config = output / FOLDER, _config(trainer)
     place.mkdir(exist_ok=True)
-    tracking = Tracking(fit, prefixes, started := [])
+    steps = trainer.epochs_done * trainer.steps_per_epoch
+    started: list[Any] = []
     try:
-        for name in names:
-            goes_on = name in before
-            started.append(_start(name, place, identity, config, tracking, goes_on))
-        yield tracking
+        started.extend(
+            _start(name, place, identity, config, steps, name in before) for name in names
+        )
+        yield Tracking(trainer, started)
     finally:
         for tracker in started:
             tracker.finish()
 
 
 def forget(output: Path) -> None:
-    """Delete what an unfinished training needs to go on with its trackers: it is complete."""
+    """Delete what an unfinished training needs to resume its trackers' runs: it is complete."""
     (output / RUN_FILE).unlink(missing_ok=True)
 
 
@@ -150,14 +131,13 @@ def _start(
     place: Path,
     identity: str,
     config: Mapping[str, Any],
-    tracking: Tracking,
-    goes_on: bool,
+    steps: int,
+    resumes: bool,
 ) -> Any:
-    """Start one tracker, with the settings as its run's config."""
+    """Start one tracker at a step, with the settings as its run's config."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     kind = LOGGER_TYPE_TO_CLASS[name]
-    steps = tracking.fit.epochs_done * tracking.steps_per_epoch
     failures: tuple[type[Exception], ...] = (OSError,)
     arguments: dict[str, Any] = {}
     run_name = PROJECT
@@ -183,7 +163,7 @@ def _start(
         tracker = kind(run_name, **arguments)
         if hasattr(tracker, "start"):  # older versions start when they are made
             tracker.start()
-        if name != WANDB and not (goes_on and name == TENSORBOARD):
+        if name != WANDB and not (resumes and name == TENSORBOARD):
             tracker.store_init_configuration(dict(config))
     except failures as error:
         raise ConfigError(
@@ -191,13 +171,13 @@ def _start(
             f"wandb login, or WANDB_MODE=offline), or leave it out"
         ) from error
     if steps:
-        _say_whether_it_goes_on(name, tracker, steps, goes_on)
+        _say_whether_it_resumes(name, tracker, steps, resumes)
     return tracker
 
 
-def _say_whether_it_goes_on(name: str, tracker: Any, steps: int, goes_on: bool) -> None:
-    """Say where a resumed training isn't one run of the tracker from its first step to its last."""
-    if not goes_on:
+def _say_whether_it_resumes(name: str, tracker: Any, steps: int, resumes: bool) -> None:
+    """Warn if a resumed training isn't one run of the tracker from first step to last."""
+    if not resumes:
         logger.warning("%s wasn't told of the first %d steps of this training", name, steps)
     elif name == WANDB and tracker.tracker.offline:
         logger.warning(
@@ -210,31 +190,13 @@ def _say_whether_it_goes_on(name: str, tracker: Any, steps: int, goes_on: bool) 
         logger.warning("%s starts another run, from step %d on", name, steps + 1)
 
 
-def _prefixes(outputs: Sequence[Path]) -> list[str]:
-    """Return what stands before each run's metrics: nothing for one, else its folder's name."""
-    if len(outputs) == 1:
-        return [""]
-    names = [output.name for output in outputs]
-    if len(set(names)) < len(names):
-        names = [output.as_posix() for output in outputs]
-    return [f"{name}/" for name in names]
-
-
-def _config(fit: Fit, prefixes: Sequence[str]) -> dict[str, Any]:
-    """Return settings and baselines as flat values; what all runs share has no prefix."""
-    settings = [plan.config.decisive() for plan in fit.plans]
-    shared = {
-        name: value
-        for name, value in settings[0].items()
-        if all(other[name] == value for other in settings)
-    }
-    found = dict(shared)
-    for plan, own, prefix in zip(fit.plans, settings, prefixes, strict=True):
-        found |= {f"{prefix}{name}": v for name, v in own.items() if name not in shared}
-        judged = fit.reader.examples.labels[plan.held_out or plan.trained]
-        for system, counts in baselines(count_labels(judged), plan.label_counts).items():
-            scores = ratios(counts)
-            found |= {f"{prefix}baselines/{system}/{key}": scores[key] for key, _ in JUDGED}
+def _config(trainer: Trainer) -> dict[str, Any]:
+    """Return settings and baselines as flat values."""
+    found = trainer.config.decisive()
+    judged = trainer.examples.labels[trainer.held_out or trainer.trained]
+    for system, counts in baselines(count_labels(judged), trainer.label_counts).items():
+        scores = ratios(counts)
+        found |= {f"baselines/{system}/{key}": scores[key] for key, _ in JUDGED}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -1,12 +1,16 @@
 """A small set of features, and the identity of the base model they stand for."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from drllm.training.features import Features
+
+sys.path.insert(0, str(Path(__file__).parent))  # helpers, which scripts use too
 
 L, W, D = 3, 4, 6
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from watching import Watching
 
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import SupervisionRecord
 from drllm.training import feature_store as store_module
 from drllm.training.feature_store import Store
@@ -87,24 +87,19 @@ def pool(
     model: Any = MODEL,
     windows: int = W,
     records: list[SupervisionRecord] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-    announce: Callable[[str], None] | None = None,
+    on_progress: Callable[..., Any] = lambda *_: None,
+    on_note: Callable[[str], Any] = lambda text: None,
 ) -> Features:
     """Pool `number` targets into a folder, three a batch."""
-    routed = RoutedModel(model)
-    try:
-        return collect(
-            routed,
-            Letters(),
-            make_records(number) if records is None else records,
-            num_windows=windows,
-            store=store or Store(folder),
-            batch_size=3,
-            on_progress=on_progress,
-            announce=announce,
-        )
-    finally:
-        routed.detach()
+    return collect(
+        model,
+        Letters(),
+        make_records(number) if records is None else records,
+        num_windows=windows,
+        store=store or Store(folder),
+        batch_size=3,
+        listener=Watching(on_progress, on_note),
+    )
 
 
 def pool_slowly(folder: str, number: int, pause_s: float) -> None:

@@ -1,4 +1,4 @@
-"""Rounds of a small model that are killed at random moments and gone on with: FOLDER KILLS."""
+"""Rounds of a small model that are killed at random moments and resumed: FOLDER KILLS."""
 
 from __future__ import annotations
 
@@ -13,22 +13,16 @@ from unittest import mock
 
 from killable import MODEL, Letters, W, make_records
 from kills import At, kill_and_go_on
-from torch import Tensor
+from watching import Watching
 
 from drllm.config import TrainConfig
-from drllm.models.base.identity import describe
-from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.routed_model import RoutedModel
-from drllm.records import SupervisionRecord
+from drllm.models.base.load import BaseModel
 from drllm.training import feature_store as store_module
-from drllm.training.examples import Examples
-from drllm.training.feature_store import Store
+from drllm.training import stage
 from drllm.training.features import Features, collect
-from drllm.training.loop import Run, train_together
-from drllm.training.on_policy import train_in_rounds
 
 N = 20
-IDENTITY = {"id": "org/tiny", "revision": "main", **describe(MODEL)}
+BASE = BaseModel(MODEL, Letters(), "org/tiny", "main")
 CONFIG = TrainConfig(
     num_epochs=2,
     learning_rate=0.05,
@@ -43,49 +37,20 @@ CONFIG = TrainConfig(
 KILLED = replace(CONFIG, on_policy_rounds=1)
 
 
-def pool_own(
-    records: Sequence[SupervisionRecord],
-    store: Store | None,
-    routers: RouterStack | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Features:
+def pool_own(records: Sequence[Any], **options: Any) -> Features:
     """Pool targets of the small model."""
-    routed = RoutedModel(MODEL)
-    try:
-        return collect(
-            routed,
-            Letters(),
-            records,
-            num_windows=W,
-            routers=routers,
-            store=store,
-            batch_size=7,
-            on_progress=on_progress,
-        )
-    finally:
-        routed.detach()
+    return collect(MODEL, Letters(), records, num_windows=W, **options)
 
 
 def train(
     folder: Path,
     config: TrainConfig = CONFIG,
     at: Callable[[], None] = lambda: None,
-    pool: Callable[..., Features] = pool_own,
-    fit: Callable[..., Any] = train_together,
+    records: Sequence[Any] | None = None,
 ) -> None:
-    """Train in rounds as the command line does; `at` is called whenever something was done."""
-
-    def pooled(records: Any, store: Store, routers: RouterStack | None = None) -> Features:
-        return pool(records, store, routers, on_progress=lambda *_: at())
-
-    def fitted(examples: Examples, runs: Sequence[Run], soft: Tensor | None) -> None:
-        fit(examples, IDENTITY, runs, soft=soft, on_progress=lambda *_: at())
-
-    store = Store(folder / "features")
-    features = pooled(make_records(N), store)
-    runs = [Run(settings, place) for place, settings in config.by_seed(folder).items()]
-    train_in_rounds(features, IDENTITY, runs, fit=fitted, pool=pooled)
-    store.remove()
+    """Train; `at` is called whenever something was done."""
+    records = make_records(N) if records is None else records
+    stage.train(BASE, records, config, folder, listener=Watching(lambda *_: at()))
 
 
 def train_until(folder: Path, at: At) -> None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from watching import Watching
 
 import drllm
 from drllm.config import TrainConfig
 from drllm.errors import CheckpointError
 from drllm.training.checkpoint import CHECKPOINT_FILE
-from drllm.training.loop import train
+from drllm.training.stage import train_on
 
 SETTINGS = TrainConfig(
     num_epochs=6, gradient_accumulation=4, num_windows=4, router_width=5, warmup_steps=5
@@ -29,7 +30,7 @@ def stop_after(steps: int):
         if done == steps:
             raise InterruptedRunError
 
-    return on_progress
+    return Watching(on_progress)
 
 
 def weights_of(folder: Path) -> bytes:
@@ -41,7 +42,7 @@ def interrupted(features_of, identity, tmp_path):
     """A folder left behind in the middle of the fourth of six epochs of three steps."""
     folder = tmp_path / "interrupted"
     with pytest.raises(InterruptedRunError):
-        train(features_of(), identity, SETTINGS, folder, on_progress=stop_after(10))
+        train_on(features_of(), identity, SETTINGS, folder, listener=stop_after(10))
     return folder
 
 
@@ -53,10 +54,10 @@ def test_an_interrupted_run_leaves_no_routers(interrupted):
 @pytest.mark.parametrize("steps", [1, 3, 4, 10, 17, 18])
 def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(features_of, identity, tmp_path, steps):
     features = features_of()
-    unbroken = train(features, identity, SETTINGS, tmp_path / "unbroken")
+    unbroken = train_on(features, identity, SETTINGS, tmp_path / "unbroken")
     with pytest.raises(InterruptedRunError):
-        train(features, identity, SETTINGS, tmp_path / "broken", on_progress=stop_after(steps))
-    assert unbroken == train(features, identity, SETTINGS, tmp_path / "broken")
+        train_on(features, identity, SETTINGS, tmp_path / "broken", listener=stop_after(steps))
+    assert unbroken == train_on(features, identity, SETTINGS, tmp_path / "broken")
     for path in (tmp_path / "unbroken").iterdir():
         assert path.read_bytes() == (tmp_path / "broken" / path.name).read_bytes()
     assert not (tmp_path / "broken" / CHECKPOINT_FILE).exists()
@@ -64,12 +65,12 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(features_of, identity
 
 def test_a_resumed_run_repeats_no_finished_epoch(features_of, identity, interrupted):
     seen = []
-    train(
+    train_on(
         features_of(),
         identity,
         SETTINGS,
         interrupted,
-        on_progress=lambda done, total: seen.append(done),
+        listener=Watching(lambda done, total: seen.append(done)),
     )
     assert seen == list(range(9, 19))
 
@@ -77,14 +78,14 @@ def test_a_resumed_run_repeats_no_finished_epoch(features_of, identity, interrup
 def test_a_run_cut_off_after_its_last_epoch_only_writes_what_is_missing(
     features_of, identity, tmp_path
 ):
-    train(features_of(), identity, SETTINGS, tmp_path / "unbroken")
+    train_on(features_of(), identity, SETTINGS, tmp_path / "unbroken")
     folder = tmp_path / "broken"
     (folder / "README.md").mkdir(parents=True)  # in the way of the card
     with pytest.raises(CheckpointError, match=r"README\.md in it is a folder"):
-        train(features_of(), identity, SETTINGS, folder)
+        train_on(features_of(), identity, SETTINGS, folder)
     assert (folder / CHECKPOINT_FILE).exists()
     (folder / "README.md").rmdir()
-    train(features_of(), identity, SETTINGS, folder)
+    train_on(features_of(), identity, SETTINGS, folder)
     assert weights_of(tmp_path / "unbroken") == weights_of(folder)
 
 
@@ -95,7 +96,7 @@ def test_a_training_killed_at_ten_random_moments_ends_bit_for_bit_as_an_unbroken
         [sys.executable, script, tmp_path, "10"], env=environment, check=True, timeout=300
     )
     unbroken = sorted((tmp_path / "unbroken").rglob("*.*"))
-    assert len(unbroken) == 3 * 5
+    assert len(unbroken) == 2 * 5
     killed = [folder for folder in tmp_path.iterdir() if folder.name != "unbroken"]
     assert len(killed) == 10
     for folder in killed:
@@ -110,7 +111,7 @@ def test_a_training_killed_at_ten_random_moments_ends_bit_for_bit_as_an_unbroken
 
 def refused(message: str, *arguments) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
-        train(*arguments)
+        train_on(*arguments)
     assert "\n" not in str(caught.value)
 
 
@@ -161,7 +162,7 @@ def test_a_refused_checkpoint_is_left_alone(features_of, identity, interrupted):
 def test_last_bits_of_the_features_do_not_make_another_run(features_of, identity, interrupted):
     features = features_of()
     noisy = replace(features, means=features.means * (1 + 1e-6))
-    train(noisy, identity, SETTINGS, interrupted)
+    train_on(noisy, identity, SETTINGS, interrupted)
     assert (interrupted / "router_config.json").exists()
 
 

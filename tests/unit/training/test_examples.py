@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from drllm.errors import RecordError
-from drllm.training.examples import CONSTANT, digest, moments, shape, sizes
+from drllm.training.features import CONSTANT, digest, moments, shape, sizes
 
 EXACT = 1e-12
 
@@ -50,7 +50,8 @@ def test_the_digest_tells_targets_apart_and_not_last_bits(features_of):
     assert digest(features) != digest(replace(features, labels=labels))
     assert digest(features) == digest(replace(features, means=features.means * 1.1))
     soft = torch.full((12, 3, 3), 1 / 3)
-    assert len({digest(features), digest(features, soft), digest(features, soft * 0.5)}) == 3
+    softened = [replace(features, soft=soft), replace(features, soft=soft * 0.5)]
+    assert len({digest(each) for each in (features, *softened)}) == 3
 
 
 def test_sizes_are_of_each_target_and_layer(features_of):

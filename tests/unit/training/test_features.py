@@ -8,14 +8,12 @@ import math
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from watching import Watching
 
 from drllm.errors import ModelError, RecordError
-from drllm.models.routing.policies import RandomPolicy
-from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import RejectedQuestion, SupervisionRecord, read_json_lines
-from drllm.training.examples import digest, sizes
 from drllm.training.feature_store import Store
-from drllm.training.features import collect
+from drllm.training.features import collect, digest, sizes
 from drllm.training.targets import write_rejected
 
 L, W, D, CONTEXT = 4, 3, 16, 24
@@ -82,13 +80,6 @@ def base() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).double().eval().requires_grad_(False)
 
 
-@pytest.fixture
-def routed(base):
-    model = RoutedModel(copy.deepcopy(base))
-    yield model
-    model.detach()
-
-
 def tokens_of(prompt: str) -> list[int]:
     """`^` once, whether the prompt brings it or not."""
     return [ord(letter) % 64 for letter in "^" + prompt.removeprefix("^")]
@@ -121,8 +112,8 @@ def slow_windows(hidden: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_features_equal_one_prompt_at_a_time_layer_by_layer(base, routed, batch_size):
-    features = collect(routed, Letters(), RECORDS, num_windows=W, batch_size=batch_size)
+def test_features_equal_one_prompt_at_a_time_layer_by_layer(base, batch_size):
+    features = collect(base, Letters(), RECORDS, num_windows=W, batch_size=batch_size)
     for row, wanted in enumerate(RECORDS):
         inputs = slow_inputs(base, wanted.prompt, wanted.optimal_layer_config)
         for layer, hidden in enumerate(inputs):
@@ -133,8 +124,8 @@ def test_features_equal_one_prompt_at_a_time_layer_by_layer(base, routed, batch_
         assert int(features.filled[row]) == len(windows)
 
 
-def test_features_come_in_the_order_of_the_records(routed):
-    features = collect(routed, Letters(), RECORDS, num_windows=W, batch_size=2)
+def test_features_come_in_the_order_of_the_records(base):
+    features = collect(base, Letters(), RECORDS, num_windows=W, batch_size=2)
     assert features.labels.tolist() == [list(r.optimal_layer_config) for r in RECORDS]
     assert features.questions == tuple(r.question for r in RECORDS)
     assert features.tasks == ("own",) * len(RECORDS)
@@ -143,50 +134,51 @@ def test_features_come_in_the_order_of_the_records(routed):
     assert features.means.dtype == torch.float32
 
 
-def test_the_policy_that_is_attached_does_not_matter(base, routed):
-    other = RoutedModel(
-        copy.deepcopy(base),
-        policy=RandomPolicy((0.4, 0.3, 0.3), torch.Generator().manual_seed(0)),
-    )
-    expected = collect(routed, Letters(), RECORDS, num_windows=W)
-    assert torch.equal(expected.means, collect(other, Letters(), RECORDS, num_windows=W).means)
+def test_each_target_of_a_batch_follows_its_own_path(base):
+    """The same prompt along several paths, the first of them the full one."""
+    paths = [[1, 1, 1, 1], [0, 1, 1, 1], [2, 1, 0, 1], [1, 0, 2, 1]]
+    records = [record(row, "the same prompt", path) for row, path in enumerate(paths)]
+    together = collect(base, Letters(), records, num_windows=W, batch_size=len(records))
+    for row, one in enumerate(records):
+        alone = collect(base, Letters(), [one], num_windows=W)
+        torch.testing.assert_close(together.means[row], alone.means[0], **CLOSE)
+    reads = together.means[:, -1]
+    assert all((reads[row] - reads[0]).abs().max() > 0.01 for row in (1, 2, 3))
 
 
-def test_progress_counts_the_prompts(routed):
+def test_the_model_is_left_without_routing(base):
+    before = base.forward
+    collect(base, Letters(), RECORDS[:1], num_windows=W)
+    assert base.forward == before
+
+
+def test_progress_counts_the_prompts(base):
     seen = []
     collect(
-        routed,
+        base,
         Letters(),
         RECORDS,
         num_windows=W,
         batch_size=3,
-        on_progress=lambda done, total: seen.append((done, total)),
+        listener=Watching(lambda done, total: seen.append((done, total))),
     )
     assert seen == [(3, 7), (6, 7), (7, 7)]
 
 
-def test_a_prompt_as_long_as_the_context_is_read(routed):
+def test_a_prompt_as_long_as_the_context_is_read(base):
     longest = record(0, "x" * (CONTEXT - 1), [1, 1, 1, 1])
-    assert len(collect(routed, Letters(), [longest], num_windows=W).means) == 1
+    assert len(collect(base, Letters(), [longest], num_windows=W).means) == 1
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (
-            record(9, "x", [1, 1, 1]),
-            "question 'q9': its target has 3 layers, the base model has 4",
-        ),
-    ],
-)
-def test_a_target_that_this_model_cannot_run_is_refused_by_id(routed, bad, message):
-    with pytest.raises(RecordError, match=message):
-        collect(routed, Letters(), [*RECORDS, bad], num_windows=W)
+def test_a_target_for_another_number_of_layers_is_refused_by_id(base):
+    bad = record(9, "x", [1, 1, 1])
+    with pytest.raises(RecordError, match="'q9': its target has 3 layers, the base model has 4"):
+        collect(base, Letters(), [*RECORDS, bad], num_windows=W)
 
 
-def test_no_targets_are_refused(routed):
+def test_no_targets_are_refused(base):
     with pytest.raises(RecordError, match="no targets to train on"):
-        collect(routed, Letters(), [], num_windows=W)
+        collect(base, Letters(), [], num_windows=W)
 
 
 # --- targets that the model can't run ---------------------------------------------------------
@@ -211,24 +203,24 @@ def assert_same_features(found, expected) -> None:
     ],
     ids=["too long", "no tokens"],
 )
-def test_a_single_target_that_this_model_cannot_read_is_set_aside(routed, bad, tokenizer, reason):
+def test_a_single_target_that_this_model_cannot_read_is_set_aside(base, bad, tokenizer, reason):
     records = [*RECORDS[:3], bad, *RECORDS[3:]]
-    features = collect(routed, tokenizer, records, num_windows=W)
-    assert_same_features(features, collect(routed, tokenizer, RECORDS, num_windows=W))
+    features = collect(base, tokenizer, records, num_windows=W)
+    assert_same_features(features, collect(base, tokenizer, RECORDS, num_windows=W))
     [rejected] = features.rejected
     assert (rejected.id, rejected.question, rejected.reason) == ("q9", bad.question, reason)
 
 
-def test_targets_that_this_model_cannot_read_are_refused_where_they_are_many(routed):
+def test_targets_that_this_model_cannot_read_are_refused_where_they_are_many(base):
     long = [record(row, "x" * (CONTEXT + row), [1, 1, 1, 1]) for row in (8, 9)]
     with pytest.raises(
         RecordError,
         match=r"^2 of 9 targets can't be used .*2 longer than the base model's context; its "
         r"context holds 24 tokens\), the first is question 'q8'; give targets that were searched",
     ):
-        collect(routed, Letters(), [*RECORDS, *long], num_windows=W)
+        collect(base, Letters(), [*RECORDS, *long], num_windows=W)
     with pytest.raises(RecordError, match=r"^1 of 1 targets can't be used"):
-        collect(routed, Letters(), long[:1], num_windows=W)
+        collect(base, Letters(), long[:1], num_windows=W)
 
 
 @pytest.fixture
@@ -236,9 +228,7 @@ def overflowing(base):
     """A model to which question marks are endless."""
     broken = copy.deepcopy(base)
     broken.model.embed_tokens.weight[ord("?") % 64] = math.inf
-    model = RoutedModel(broken)
-    yield model
-    model.detach()
+    return broken
 
 
 @pytest.mark.parametrize("on_disk", [False, True], ids=["in memory", "on disk"])
@@ -287,28 +277,28 @@ def test_rejected_targets_are_written_and_taken_away_again(overflowing, tmp_path
 # --- what training reads -----------------------------------------------------------------------
 
 
-def test_means_in_float64_are_read_as_they_are(routed):
-    features = collect(routed, Letters(), RECORDS, num_windows=W)
+def test_means_in_float64_are_read_as_they_are(base):
+    features = collect(base, Letters(), RECORDS, num_windows=W)
     precise = dataclasses.replace(features, means=features.means.double())
     assert precise.rows([1]).dtype == torch.float64
     assert features.rows([1]).dtype == torch.float32
 
 
-def test_rows_are_copies(routed):
-    features = collect(routed, Letters(), RECORDS, num_windows=W)
+def test_rows_are_copies(base):
+    features = collect(base, Letters(), RECORDS, num_windows=W)
     features.rows([0, 1]).zero_()
     assert features.means[:2].any()
 
 
-def test_the_digest_tells_targets_apart_and_the_sizes_tell_prompts_apart(routed):
-    features = collect(routed, Letters(), RECORDS[:2], num_windows=W)
+def test_the_digest_tells_targets_apart_and_the_sizes_tell_prompts_apart(base):
+    features = collect(base, Letters(), RECORDS[:2], num_windows=W)
     other_target = [RECORDS[0], record(1, "hi", [0, 2, 1, 1])]
-    assert digest(features) != digest(collect(routed, Letters(), other_target, num_windows=W))
-    again = collect(routed, Letters(), RECORDS[:2], num_windows=W, batch_size=1)
+    assert digest(features) != digest(collect(base, Letters(), other_target, num_windows=W))
+    again = collect(base, Letters(), RECORDS[:2], num_windows=W, batch_size=1)
     assert digest(features) == digest(again)
     torch.testing.assert_close(sizes(features), sizes(again), **CLOSE)
 
 
-def test_rows_are_those_asked_for_in_their_order(routed):
-    features = collect(routed, Letters(), RECORDS, num_windows=W)
+def test_rows_are_those_asked_for_in_their_order(base):
+    features = collect(base, Letters(), RECORDS, num_windows=W)
     assert torch.equal(features.rows([4, 0]), features.means[[4, 0]])

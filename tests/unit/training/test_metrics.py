@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from drllm.metrics import Counts, hit_ratios, ratios, total
-from drllm.training.metrics import count
+from drllm.training.trainer import count
 
 
 def batch(rows: int = 20, layers: int = 5, seed: int = 0):

@@ -16,12 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from msgspec import structs
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from killable import MODEL, D, L, Letters, W, make_records
-from rounds_apart import CONFIG, IDENTITY, N, pool_own, train
+from msgspec import structs
+from rounds_apart import BASE, CONFIG, N, pool_own, train
 
 import drllm
 from drllm.errors import CheckpointError, ConfigError
@@ -31,17 +28,19 @@ from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import check_decisions
 from drllm.records import WeightedPath
-from drllm.training.checkpoint import CHECKPOINT_FILE
-from drllm.training.examples import Aggregate, digest, each_once, moments, sizes
+from drllm.training import stage
+from drllm.training.checkpoint import CHECKPOINT_FILE, is_finished
 from drllm.training.feature_store import Store
-from drllm.training.loop import Run, train_together
-from drllm.training.on_policy import remove_rounds
-from drllm.training.plans import Plan, objective
-from drllm.training.soft import soft_targets
+from drllm.training.features import Aggregate, collect, digest, each_once, moments, sizes
 from drllm.training.split import hold_out
+from drllm.training.stage import discard, train_on
+from drllm.training.targets import soft_targets
+from drllm.training.trainer import Trainer
 
+IDENTITY = BASE.identity
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 """Features are float32; prompts in other batches differ in the last bits."""
+KILLED_ONCE = replace(CONFIG, num_epochs=1, num_seeds=1, on_policy_rounds=1)
 ONE = replace(CONFIG, num_seeds=1, on_policy_rounds=1)
 FILES = [
     "README.md",
@@ -93,7 +92,7 @@ def slow_windows(hidden: torch.Tensor) -> list[torch.Tensor]:
 
 def test_features_of_routers_are_what_a_hook_hears_at_inference_and_labels_stay():
     records, routers = make_records(N), new_routers()
-    features = pool_own(records, None, routers)
+    features = pool_own(records, routers=routers)
     routes = []
     for row, record in enumerate(records):
         inputs, route = heard(routers, tokens(record))
@@ -119,20 +118,20 @@ def test_one_pass_pools_what_routing_first_and_then_following_the_routes_does():
         structs.replace(record, optimal_layer_config=check_decisions(route, L), executions=nan)
         for record, route in zip(records, routes, strict=True)
     ]
-    expected = pool_own(followed, None)
-    found = pool_own(records, None, routers)
+    expected = pool_own(followed)
+    found = pool_own(records, routers=routers)
     torch.testing.assert_close(found.means, expected.means, **CLOSE)
-    assert not torch.allclose(found.means, pool_own(records, None).means, **CLOSE)
+    assert not torch.allclose(found.means, pool_own(records).means, **CLOSE)
 
 
 def test_features_on_disk_are_of_certain_routers(tmp_path: Path):
     records, store = make_records(N), tmp_path / "features"
-    features = pool_own(records, Store(store), new_routers())
-    again = pool_own(records, Store(store), new_routers())
+    features = pool_own(records, store=Store(store), routers=new_routers())
+    again = pool_own(records, store=Store(store), routers=new_routers())
     assert torch.equal(features.means, again.means)
     for others in (new_routers(1), None):
         with pytest.raises(ConfigError, match="other features: along the routes of other routers"):
-            pool_own(records, Store(store), others)
+            pool_own(records, store=Store(store), routers=others)
 
 
 # --- several routes as one set -----------------------------------------------------------------
@@ -141,8 +140,8 @@ def test_features_on_disk_are_of_certain_routers(tmp_path: Path):
 @pytest.fixture
 def parts() -> list[Any]:
     records = make_records(N)
-    first = pool_own(records, None)
-    return [first, pool_own(records, None, new_routers()), pool_own(records[3:], None)]
+    first = pool_own(records)
+    return [first, pool_own(records, routers=new_routers()), pool_own(records[3:])]
 
 
 def test_rows_of_an_aggregate_are_those_of_its_parts_one_after_the_other(parts):
@@ -164,8 +163,9 @@ def test_rows_of_an_aggregate_are_those_of_its_parts_one_after_the_other(parts):
 def test_an_aggregate_is_of_the_same_targets_and_measured_over_all_its_rows(parts):
     whole = Aggregate(parts)
     assert digest(whole) == digest(parts[0])
-    soft = torch.rand(len(whole.labels), L, 3, dtype=torch.float64)
-    assert digest(whole, soft) == digest(parts[0], soft[:N])
+    soft = torch.rand(N, L, 3, dtype=torch.float64)
+    softened = [replace(part, soft=soft[N - len(part.labels) :]) for part in parts]
+    assert digest(Aggregate(softened)) == digest(softened[0]) != digest(whole)
     assert torch.equal(sizes(whole), torch.cat([sizes(part) for part in parts]))
     joined = dataclasses.replace(
         parts[0],
@@ -179,7 +179,7 @@ def test_an_aggregate_is_of_the_same_targets_and_measured_over_all_its_rows(part
 
 def test_a_question_that_is_held_out_is_so_in_every_round(parts):
     whole, config = Aggregate(parts), replace(CONFIG, num_seeds=1)
-    plan, alone = Plan.of(whole, config), Plan.of(parts[0], config)
+    plan, alone = (Trainer(each, IDENTITY, config) for each in (whole, parts[0]))
     held_out = {whole.questions[row] for row in plan.held_out}
     assert held_out == {whole.questions[row] for row in alone.held_out}
     assert not held_out & {whole.questions[row] for row in plan.trained}
@@ -195,12 +195,11 @@ def test_what_is_too_few_to_hold_out_stays_so_with_several_routes():
 
 def test_labels_are_counted_once_however_many_routes_there_are(parts):
     config = replace(CONFIG, num_seeds=1, logit_adjustment=1.0)
-    plan, alone = Plan.of(Aggregate(parts), config), Plan.of(parts[0], config)
+    plan, alone = (Trainer(each, IDENTITY, config) for each in (Aggregate(parts), parts[0]))
     assert plan.once == alone.trained
     assert plan.label_counts == alone.label_counts
     assert plan.class_weights == alone.class_weights
-    offsets = [objective([one], torch.float64, "cpu").offsets for one in (plan, alone)]
-    assert torch.equal(*offsets)
+    assert torch.equal(plan.objective.offsets, alone.objective.offsets)
 
 
 # --- the rounds --------------------------------------------------------------------------------
@@ -214,11 +213,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_without_rounds_training_is_what_it_is_without_this_module(tmp_path):
+def test_without_rounds_each_seed_is_one_training_on_the_features(tmp_path):
     config = replace(CONFIG, on_policy_rounds=0)
     train(tmp_path / "rounds", config)
-    runs = [Run(one, place) for place, one in config.by_seed(tmp_path / "plain").items()]
-    train_together(pool_own(make_records(N), None), IDENTITY, runs)
+    features = pool_own(make_records(N))
+    for place, one in config.by_seed(tmp_path / "plain").items():
+        train_on(features, IDENTITY, one, place)
     for path in (tmp_path / "plain").rglob("*.*"):
         other = tmp_path / "rounds" / path.relative_to(tmp_path / "plain")
         assert path.read_bytes() == other.read_bytes()
@@ -257,11 +257,10 @@ def test_a_round_equals_training_by_hand_on_both_routes(tmp_path):
     config = replace(ONE, class_weights="none")
     train(tmp_path / "run", config)
 
-    records = make_records(N)
     alone = replace(config, on_policy_rounds=0)
-    first = pool_own(records, None)
-    train_together(first, IDENTITY, [Run(alone, tmp_path / "0")])
-    second = pool_own(records, None, load_routers(tmp_path / "0"))
+    first = pool_own(make_records(N))
+    train_on(first, IDENTITY, alone, tmp_path / "0")
+    second = pool_own(make_records(N), routers=load_routers(tmp_path / "0"))
     joined = dataclasses.replace(
         first,
         means=torch.cat([first.means, second.means]),
@@ -270,22 +269,23 @@ def test_a_round_equals_training_by_hand_on_both_routes(tmp_path):
         questions=first.questions * 2,
         tasks=first.tasks * 2,
     )
-    train_together(joined, IDENTITY, [Run(config, tmp_path / "1")])
+    train_on(joined, IDENTITY, config, tmp_path / "1")
     assert weights(tmp_path / "run" / "round_0") == weights(tmp_path / "0")
     assert weights(tmp_path / "run") == weights(tmp_path / "1") != weights(tmp_path / "0")
 
 
-def test_each_seed_follows_its_own_routes_and_keeps_no_others(tmp_path):
+def test_each_seed_follows_its_own_routes_and_keeps_no_others(tmp_path, monkeypatch):
     seen: list[tuple[Path, bytes]] = []
 
-    def pool(records, store, routers=None, **options):
+    def pool(*arguments, store, routers=None, **options):
         if routers is not None:
             others = [path for path in tmp_path.rglob("round_0/features") if path != store.folder]
             assert others == []
             seen.append((store.folder, routers.hidden_weight.detach().numpy().tobytes()))
-        return pool_own(records, store, routers, **options)
+        return collect(*arguments, store=store, routers=routers, **options)
 
-    train(tmp_path, replace(CONFIG, on_policy_rounds=1), pool=pool)
+    monkeypatch.setattr(stage, "collect", pool)
+    train(tmp_path, replace(CONFIG, on_policy_rounds=1))
     assert [folder for folder, _ in seen] == [
         tmp_path / "round_0" / "features",
         tmp_path / "seed_1" / "round_0" / "features",
@@ -293,7 +293,7 @@ def test_each_seed_follows_its_own_routes_and_keeps_no_others(tmp_path):
     assert seen[0][1] != seen[1][1]
 
 
-def test_soft_targets_stay_those_of_the_question(tmp_path):
+def test_soft_targets_stay_those_of_the_question(tmp_path, monkeypatch):
     full = WeightedPath(decisions=(1,) * L, weight=1.0)
     records = [structs.replace(record, valid_paths=(full,)) for record in make_records(N)]
     records[::2] = [
@@ -305,43 +305,44 @@ def test_soft_targets_stay_those_of_the_question(tmp_path):
     ]
     given = []
 
-    def pool(_, store, routers=None, **options):
-        return pool_own(records, store, routers, **options)
+    def fit(examples, *arguments, **options):
+        given.append(examples.soft)
+        return train_on(examples, *arguments, **options)
 
-    def fit(examples, identity, runs, *, soft, **options):
-        given.append(soft)
-        return train_together(examples, identity, runs, soft=soft, **options)
-
-    train(tmp_path, replace(ONE, soft_targets=True), pool=pool, fit=fit)
+    monkeypatch.setattr(stage, "train_on", fit)
+    train(tmp_path, replace(ONE, soft_targets=True), records=records)
     expected = soft_targets(records)
     assert torch.equal(given[0], expected)
     assert torch.equal(given[1], torch.cat([expected, expected]))
 
 
-def test_a_target_that_cannot_be_run_along_a_route_is_left_out_there_and_said(tmp_path, caplog):
-    def pool(records, store, routers=None, **options):
-        if routers is None:
-            return pool_own(records, store, routers, **options)
-        long = structs.replace(records[4], prompt="x" * 49)
-        return pool_own([*records[:4], long, *records[5:]], store, routers, **options)
+def test_a_target_that_cannot_be_run_along_a_route_is_left_out_there_and_said(
+    tmp_path, caplog, monkeypatch
+):
+    def pool(model, tokenizer, records, *, routers=None, **options):
+        if routers is not None:
+            records = [*records[:4], structs.replace(records[4], prompt="x" * 49), *records[5:]]
+        return collect(model, tokenizer, records, routers=routers, **options)
 
-    train(tmp_path, ONE, pool=pool)
+    monkeypatch.setattr(stage, "collect", pool)
+    train(tmp_path, ONE)
     assert "along the routes of round 0, 1 of 20 targets are left out (1 longer than" in caplog.text
     first, last = (load_routers(tmp_path / name).config for name in ("round_0", "."))
     assert last.label_counts == first.label_counts
 
 
-def test_a_round_without_a_mistake_to_learn_from_is_said(tmp_path, caplog):
-    def pool(records, store, routers=None, **options):  # as of routers that know every path
-        return pool_own(records, store, None, **options)
+def test_a_round_without_a_mistake_to_learn_from_is_said(tmp_path, caplog, monkeypatch):
+    train(tmp_path / "some", ONE)
+    assert "along the routes" not in caplog.text
 
-    train(tmp_path / "none", ONE, pool=pool)
+    def pool(*arguments, routers=None, **options):  # as of routers that know every path
+        return collect(*arguments, **options)
+
+    monkeypatch.setattr(stage, "collect", pool)
+    train(tmp_path / "none", ONE)
     first, _ = hold_out([record.question for record in make_records(N)], 0.2, 0)
     said = f"along the routes of round 0 only 0 of {len(first)} targets that are trained on are"
     assert said in caplog.text
-    caplog.clear()
-    train(tmp_path / "some", ONE)
-    assert "along the routes" not in caplog.text
 
 
 # --- going on, and refusing --------------------------------------------------------------------
@@ -370,26 +371,59 @@ class BrokenOffError(Exception):
 
 
 @pytest.mark.parametrize("round_number", [1, 2])
-def test_a_finished_round_is_not_trained_again(finished, tmp_path, round_number):
+def test_a_finished_round_is_not_trained_again(finished, tmp_path, round_number, monkeypatch):
     trained = []
 
-    def fit(examples, identity, runs, **options):
-        trained.append([run.output for run in runs])
-        return train_together(examples, identity, runs, **options)
+    def fit(examples, identity, config, output, **options):
+        trained.append(output)
+        return train_on(examples, identity, config, output, **options)
 
-    def break_off(examples, identity, runs, **options):
-        if runs[0].config.on_policy_rounds == round_number:
+    def break_off(examples, identity, config, output, **options):
+        if config.on_policy_rounds == round_number:
             raise BrokenOffError
-        return train_together(examples, identity, runs, **options)
+        return train_on(examples, identity, config, output, **options)
 
+    monkeypatch.setattr(stage, "train_on", break_off)
     with pytest.raises(BrokenOffError):
-        train(tmp_path, fit=break_off)
-    train(tmp_path, fit=fit)
-    rounds = [path for seed in (tmp_path, tmp_path / "seed_1") for path in (seed / "round_1", seed)]
-    assert trained == [[path] for path in rounds[round_number - 1 :]]
+        train(tmp_path)
+    monkeypatch.setattr(stage, "train_on", fit)
+    train(tmp_path)
+    seeds = (tmp_path, tmp_path / "seed_1")
+    rounds = [seed / name for seed in seeds for name in ("round_0", "round_1", ".")]
+    assert trained == rounds[round_number:]
     for path in finished.rglob("routers.safetensors"):
         assert path.read_bytes() == (tmp_path / path.relative_to(finished)).read_bytes()
     assert not list(tmp_path.rglob("features"))
+
+
+def test_broken_off_in_the_last_clean_up_routers_are_unfinished_or_nothing_is_left(
+    tmp_path, monkeypatch
+):
+    """At each file and folder that is deleted; else no later call would delete the rest."""
+    moments = itertools.count()
+    for moment in moments:
+        folder, counter = tmp_path / str(moment), itertools.count()
+        unlink, rmdir = Path.unlink, Path.rmdir
+
+        def stop_at(work, counter=counter, moment=moment):
+            def deleted(path, *arguments, **options):
+                if next(counter) == moment:
+                    raise BrokenOffError
+                return work(path, *arguments, **options)
+
+            return deleted
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "unlink", stop_at(unlink))
+            patched.setattr(Path, "rmdir", stop_at(rmdir))
+            try:
+                train(folder, KILLED_ONCE)
+            except BrokenOffError:
+                if is_finished(folder):
+                    assert not list(folder.rglob("features"))
+                continue
+        break
+    assert next(moments) > 8
 
 
 def test_a_folder_with_routers_of_fewer_rounds_is_refused_before_anything_is_trained(tmp_path):
@@ -412,7 +446,8 @@ def test_a_checkpoint_of_fewer_rounds_is_refused(tmp_path):
         train(tmp_path, ONE)
 
 
-def test_what_rounds_have_left_can_be_taken_away(finished, tmp_path):
+def test_what_a_training_has_left_can_be_discarded(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    remove_rounds(tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [*FILES, "seed_1"]
+    discard(tmp_path / "run", CONFIG)
+    kept = [name for name in FILES if name != "routers.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [*kept, "seed_1"]

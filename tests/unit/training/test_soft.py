@@ -3,7 +3,7 @@ import torch
 
 from drllm.errors import ConfigError
 from drllm.records import SupervisionRecord, WeightedPath
-from drllm.training.soft import soft_targets
+from drllm.training.targets import soft_targets
 
 
 def record(target: str, **paths: float) -> SupervisionRecord:

@@ -10,10 +10,9 @@ import torch
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.models.routers.checkpoint import load_routers
-from drllm.training import temperature as calibration
-from drllm.training.loop import train
-from drllm.training.plans import Plan, new_stack
+from drllm.training import temperature as temperature_module
 from drllm.training.split import hold_out
+from drllm.training.stage import train_on
 from drllm.training.temperature import (
     BINS,
     HIGHEST,
@@ -24,6 +23,7 @@ from drllm.training.temperature import (
     measure,
     reliability,
 )
+from drllm.training.trainer import Trainer
 
 CONFIG = TrainConfig(
     num_epochs=3,
@@ -112,7 +112,7 @@ def test_the_calibration_error_of_fifteen_decisions_is_the_mean_of_their_gaps():
 
 def test_the_calibration_error_of_a_small_table_done_by_hand(monkeypatch):
     """Two bins of three: |0.5 − 1/3| and |0.9 − 2/3|, in any order of the decisions."""
-    monkeypatch.setattr(calibration, "BINS", 2)
+    monkeypatch.setattr(temperature_module, "BINS", 2)
     confidence = torch.tensor([0.95, 0.4, 0.9, 0.5, 0.85, 0.6]).double()
     hits = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
     expected = (3 * (0.5 - 1 / 3) + 3 * (0.9 - 2 / 3)) / 6
@@ -142,7 +142,7 @@ def test_training_tells_what_a_slow_loop_over_the_held_out_targets_finds(
     features_of, identity, tmp_path
 ):
     features = features_of(60)
-    train(features, identity, CONFIG, tmp_path)
+    train_on(features, identity, CONFIG, tmp_path)
     routers = load_routers(tmp_path)
     told = routers.config.training["calibration"]
 
@@ -176,8 +176,8 @@ def test_without_being_asked_for_the_temperature_is_told_and_the_weights_stay(
 ):
     """Calibrated weights are the others divided; so their decisions are the same."""
     features = features_of(60)
-    train(features, identity, CONFIG, tmp_path / "plain")
-    train(features, identity, replace(CONFIG, calibrate=True), tmp_path / "calibrated")
+    train_on(features, identity, CONFIG, tmp_path / "plain")
+    train_on(features, identity, replace(CONFIG, calibrate=True), tmp_path / "calibrated")
     plain, calibrated = (load_routers(tmp_path / name) for name in ("plain", "calibrated"))
     told = calibrated.config.training["calibration"]
     assert told == plain.config.training["calibration"]
@@ -192,8 +192,8 @@ def test_without_being_asked_for_the_temperature_is_told_and_the_weights_stay(
 
 def test_calibrated_routers_need_no_further_temperature(features_of, identity, tmp_path):
     features, config = features_of(60), replace(CONFIG, calibrate=True)
-    train(features, identity, config, tmp_path)
-    again = measure(load_routers(tmp_path), features, Plan.of(features, config))
+    train_on(features, identity, config, tmp_path)
+    again = measure(load_routers(tmp_path), Trainer(features, identity, config))
     assert again.temperature == pytest.approx(1.0, abs=1e-5)
     told = json.loads((tmp_path / "router_config.json").read_text())["training"]["calibration"]
     assert again.nll_before == pytest.approx(told["nll_after"], rel=1e-6)
@@ -205,39 +205,39 @@ def test_the_temperature_is_fitted_on_soft_targets_where_these_are_learnt(
 ):
     features = features_of(60)
     soft = 0.7 * torch.eye(3).double()[features.labels] + 0.1
-    train(features, identity, replace(CONFIG, soft_targets=True), tmp_path, soft=soft)
+    train_on(replace(features, soft=soft), identity, replace(CONFIG, soft_targets=True), tmp_path)
     told = load_routers(tmp_path).config.training["calibration"]
     entropy = -(0.8 * math.log(0.8) + 0.2 * math.log(0.1))
     assert told["nll_after"] > entropy  # no distribution comes below that of the targets
 
 
 def test_nothing_is_told_where_nothing_is_held_out(features_of, identity, tmp_path):
-    train(features_of(9), identity, CONFIG, tmp_path)
+    train_on(features_of(9), identity, CONFIG, tmp_path)
     assert "calibration" not in load_routers(tmp_path).config.training
 
 
 def test_calibrating_without_held_out_targets_is_refused(features_of, identity, tmp_path):
     wanted = replace(CONFIG, calibrate=True)
     with pytest.raises(ConfigError, match=r"^--calibrate has no effect: of 9 targets none is held"):
-        train(features_of(9), identity, wanted, tmp_path)
+        train_on(features_of(9), identity, wanted, tmp_path)
     with pytest.raises(ConfigError, match="--calibrate has no effect with --validation-frac"):
         replace(wanted, validation_fraction=0.0).check_effects()
 
 
 def test_a_temperature_at_the_edge_is_said(features_of, identity, caplog):
     features = replace(features_of(30), labels=torch.ones(30, 3, dtype=torch.int64))
-    plan = Plan.of(features, replace(CONFIG, calibrate=True))
-    routers = new_stack(features, plan, identity)
+    trainer = Trainer(features, identity, replace(CONFIG, calibrate=True))
+    routers = trainer.routers()
     with torch.no_grad():
         routers.decision_weight.zero_()
         routers.decision_bias[:, 1] = 5.0
-    assert measure(routers, features, plan).temperature == LOWEST
+    assert measure(routers, trainer).temperature == LOWEST
     assert "lies beyond 0.05" in caplog.text
 
 
 def test_folding_divides_the_logits(features_of, identity):
     features = features_of(12)
-    routers = new_stack(features, Plan.of(features, CONFIG), identity)
+    routers = Trainer(features, identity, CONFIG).routers()
     before = routers(features.rows(range(12)), features.filled).detach()
     fold(routers, 2.0)
     assert torch.equal(routers(features.rows(range(12)), features.filled), before / 2)

@@ -8,12 +8,13 @@ import time
 from dataclasses import replace
 
 import pytest
+from watching import Watching
 
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.models.routers.checkpoint import load_routers
 from drllm.training.checkpoint import CHECKPOINT_FILE
-from drllm.training.loop import Run, train, train_together
+from drllm.training.stage import train_on
 from drllm.training.trackers import FOLDER, RUN_FILE, check_trackers
 
 QUIET = TrainConfig(
@@ -103,9 +104,9 @@ def test_a_tracker_changes_no_file_of_the_routers(
     if tracker == "wandb":
         request.getfixturevalue("offline")
     features = features_of(40)
-    plain = train(features, identity, QUIET, tmp_path / "plain" / "routers")
+    plain = train_on(features, identity, QUIET, tmp_path / "plain" / "routers")
     told = replace(QUIET, report_to=tracker)
-    assert plain == train(features, identity, told, tmp_path / "told" / "routers")
+    assert plain == train_on(features, identity, told, tmp_path / "told" / "routers")
     for path in (tmp_path / "plain" / "routers").iterdir():
         assert path.read_bytes() == (tmp_path / "told" / "routers" / path.name).read_bytes()
     assert not (tmp_path / "told" / "routers" / RUN_FILE).exists()
@@ -114,7 +115,7 @@ def test_a_tracker_changes_no_file_of_the_routers(
 
 def test_tensorboard_is_told_of_every_step_and_epoch(features_of, identity, tmp_path):
     needs("tensorboard")
-    rows = train(features_of(40), identity, replace(QUIET, report_to="tensorboard"), tmp_path)
+    rows = train_on(features_of(40), identity, replace(QUIET, report_to="tensorboard"), tmp_path)
     trained = load_routers(tmp_path).config.training
     steps = trained["steps"] // QUIET.num_epochs
     curves = scalars(tmp_path)
@@ -131,21 +132,6 @@ def test_tensorboard_is_told_of_every_step_and_epoch(features_of, identity, tmp_
     assert mean == pytest.approx(rows[0]["routers_loss"], rel=SINGLE)
 
 
-def test_runs_together_are_one_run_of_the_tracker_each_under_its_folder(
-    features_of, identity, tmp_path
-):
-    needs("tensorboard")
-    config = replace(QUIET, report_to="tensorboard", num_seeds=2)
-    runs = [Run(one, place) for place, one in config.by_seed(tmp_path / "mine").items()]
-    rows = train_together(features_of(40), identity, runs)
-    curves = scalars(tmp_path / "mine")
-    for name, lines in zip(("mine", "seed_1"), rows, strict=True):
-        values = list(curves[f"{name}/validation/routers_loss"].values())
-        expected = [row["routers_loss"] for row in lines if row["split"] == "validation"]
-        assert values == pytest.approx(expected, rel=SINGLE)
-    assert not (tmp_path / "mine" / "seed_1" / FOLDER).exists()
-
-
 class InterruptedRunError(Exception):
     pass
 
@@ -156,7 +142,7 @@ def interrupted(features, identity, config, folder, after: int) -> None:
             raise InterruptedRunError
 
     with pytest.raises(InterruptedRunError):
-        train(features, identity, config, folder, on_progress=stop)
+        train_on(features, identity, config, folder, listener=Watching(stop))
     assert (folder / CHECKPOINT_FILE).exists()
 
 
@@ -165,10 +151,10 @@ def test_a_resumed_training_goes_on_in_the_same_curves_of_tensorboard(
 ):
     needs("tensorboard")
     features, config = features_of(40), replace(QUIET, report_to="tensorboard")
-    train(features, identity, config, tmp_path / "whole")
+    train_on(features, identity, config, tmp_path / "whole")
     interrupted(features, identity, config, tmp_path / "broken", after=14)
     time.sleep(1.1)  # TensorBoard reads files in the order of their names: seconds, then process
-    train(features, identity, config, tmp_path / "broken")
+    train_on(features, identity, config, tmp_path / "broken")
     assert scalars(tmp_path / "whole") == scalars(tmp_path / "broken")
     ours = [each.message for each in caplog.records if each.name.startswith("drllm")]
     assert not any("tensorboard" in message for message in ours)
@@ -180,7 +166,7 @@ def test_a_tracker_that_joins_a_resumed_training_is_said_to_lack_its_beginning(
     needs("tensorboard")
     features = features_of(40)
     interrupted(features, identity, QUIET, tmp_path, after=14)
-    train(features, identity, replace(QUIET, report_to="tensorboard"), tmp_path)
+    train_on(features, identity, replace(QUIET, report_to="tensorboard"), tmp_path)
     steps = load_routers(tmp_path).config.training["steps"] // QUIET.num_epochs
     assert f"tensorboard wasn't told of the first {steps} steps of this training" in caplog.messages
 
@@ -188,7 +174,7 @@ def test_a_tracker_that_joins_a_resumed_training_is_said_to_lack_its_beginning(
 def test_wandb_offline_keeps_settings_baselines_and_curves(
     features_of, identity, tmp_path, offline
 ):
-    rows = train(features_of(40), identity, replace(QUIET, report_to="wandb"), tmp_path)
+    rows = train_on(features_of(40), identity, replace(QUIET, report_to="wandb"), tmp_path)
     ((_, config, history),) = told_wandb(tmp_path)
     settings = {name: v for name, v in QUIET.decisive().items() if v is not None}
     assert settings.items() <= config.items()
@@ -206,7 +192,7 @@ def test_wandb_offline_goes_on_under_the_same_id_and_says_that_two_folders_belon
 ):
     features, config = features_of(40), replace(QUIET, report_to="wandb")
     interrupted(features, identity, config, tmp_path, after=14)
-    train(features, identity, config, tmp_path)
+    train_on(features, identity, config, tmp_path)
     first, second = told_wandb(tmp_path)
     assert first[0] == second[0] != ""
     assert any("wandb is offline and keeps the steps from" in text for text in caplog.messages)
@@ -216,7 +202,7 @@ def test_a_wandb_run_of_the_caller_is_left_alone(features_of, identity, tmp_path
     import wandb
 
     own = wandb.init(project="own", dir=str(tmp_path))
-    train(features_of(), identity, replace(QUIET, report_to="wandb"), tmp_path / "routers")
+    train_on(features_of(), identity, replace(QUIET, report_to="wandb"), tmp_path / "routers")
     assert wandb.run is own
     own.log({"still": 1})  # it would be refused after an end
     own.finish()
@@ -225,7 +211,7 @@ def test_a_wandb_run_of_the_caller_is_left_alone(features_of, identity, tmp_path
 def test_an_unknown_tracker_is_refused_with_the_nearest_name(features_of, identity, tmp_path):
     config = replace(QUIET, report_to="tensorbord")
     with pytest.raises(ConfigError, match=r"unknown tracker 'tensorbord'; did you mean 'tensorbo"):
-        train(features_of(), identity, config, tmp_path)
+        train_on(features_of(), identity, config, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -250,7 +236,7 @@ def test_a_tracker_that_cannot_start_is_named_in_one_line(
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(ConfigError, match="--report-to wandb can't start: no key is there; mend"):
-        train(features_of(), identity, replace(QUIET, report_to="wandb"), tmp_path)
+        train_on(features_of(), identity, replace(QUIET, report_to="wandb"), tmp_path)
 
 
 def test_names_are_told_apart_by_commas_each_once():

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from drllm.evaluation.baselines.bisection import Setting, nearest_setting
+from drllm.bisection import Setting, nearest_setting
 from drllm.evaluation.baselines.recording import Recorder, recorded
 from drllm.models.routing.policies import Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel

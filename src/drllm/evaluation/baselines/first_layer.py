@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from drllm.evaluation.baselines.bisection import Setting, nearest_setting
+from drllm.bisection import Setting, nearest_setting
 from drllm.evaluation.baselines.recording import Recorder, recorded
 from drllm.models.routing.policies import Policy, PromptView, full_precision
 from drllm.models.routing.routed_model import RoutedModel

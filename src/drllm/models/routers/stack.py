@@ -97,12 +97,13 @@ class RouterStack(nn.Module):
             for weight in stacked.data:
                 nn.init.xavier_uniform_(weight, generator=generator)
 
-    def forward(self, means: Tensor, filled: Tensor) -> Tensor:
+    def forward(self, means: Tensor, filled: Tensor, kept: Tensor | None = None) -> Tensor:
         """Return the logits of every layer's router on its own input.
 
         Args:
             means: `[B, L, W, D]` windows of each layer's input.
             filled: `[B]` windows that hold tokens.
+            kept: `[B, L, H]` dropout's factors of the hidden units; None for 1.
 
         Returns:
             `[B, L, 3]` logits: the mean over the filled windows.
@@ -111,6 +112,8 @@ class RouterStack(nn.Module):
         inner = inner + self.hidden_bias[:, None, :]
         inner = nn.functional.gelu(inner, approximate="tanh")
         inner = _mean_over_filled(inner, filled[:, None])  # [B, L, H]
+        if kept is not None:
+            inner = inner * kept
         return torch.einsum("blh,lch->blc", inner, self.decision_weight) + self.decision_bias
 
     def layer_logits(self, layer: int, windows: Windows) -> Tensor:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from drllm.evaluation.baselines.bisection import nearest_setting
+from drllm.bisection import nearest_setting
 
 
 @pytest.mark.parametrize("seed", range(20))

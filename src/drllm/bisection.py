@@ -1,9 +1,4 @@
-"""The setting of one knob at which something runs the wanted executions on average.
-
-Owns bisecting a step function that never turns back. Leaves what the knob is, and measuring it,
-to its callers, whose measuring is a look at numbers that are there already. (`models.dial` looks
-for the bias of routers, where every probe is a pass over all prompts and the function may turn.)
-"""
+"""Bisection: where a condition turns, and the setting of one knob that gives a wanted mean."""
 
 from __future__ import annotations
 
@@ -11,7 +6,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 NUM_HALVINGS = 60
-"""Steps nearer to each other than the range over 2 to this power are not told apart."""
+"""Of the range; a double has no more digits."""
+
+
+def bisect(
+    holds: Callable[[float], bool], low: float, high: float, halvings: int = NUM_HALVINGS
+) -> tuple[float, float]:
+    """Narrow a range in which a condition turns once, from false at `low` to true at `high`.
+
+    Args:
+        holds: The condition; not asked at the two ends.
+        low: Where it is false.
+        high: Where it is true; may be below `low`.
+        halvings: How often the range is halved.
+
+    Returns:
+        The last value at which it was false, and the first at which it was true.
+
+    Example:
+        >>> bisect(lambda x: x * x >= 2, 0.0, 2.0, halvings=3)
+        (1.25, 1.5)
+    """
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        if holds(middle):
+            high = middle
+        else:
+            low = middle
+    return low, high
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +52,7 @@ class Setting:
 def nearest_setting(
     measure: Callable[[float], float], executions: float, low: float, high: float
 ) -> Setting:
-    """Return the setting between two ends whose mean executions lie nearest to those wanted.
+    """Return the setting between two ends whose mean executions are nearest to those wanted.
 
     Over N prompts the mean goes in steps of at least 1/N, so it is seldom met to the last digit;
     what is returned says what it gives.
@@ -48,13 +70,12 @@ def nearest_setting(
     """
     seen = {value: measure(value) for value in (low, high)}
     low_is_above = seen[low] > seen[high]
-    for _ in range(NUM_HALVINGS):
-        middle = (low + high) / 2
-        seen[middle] = measure(middle)
-        if (seen[middle] > executions) == low_is_above:
-            low = middle
-        else:
-            high = middle
+
+    def is_past(value: float) -> bool:
+        seen[value] = measure(value)
+        return (seen[value] > executions) != low_is_above
+
+    bisect(is_past, low, high)
     nearest = min(seen.values(), key=lambda found: abs(found - executions))
     # Not at the edge of a step, where the last bits of arithmetic would decide.
     where = [value for value, found in seen.items() if found == nearest]

@@ -3,18 +3,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from watching import Watching
 
 from drllm.config import TrainConfig
 from drllm.errors import CheckpointError, ConfigError
 from drllm.metrics import ratios, verdict
 from drllm.models.routers.checkpoint import load_routers
 from drllm.reporting.agreement import read_agreement
-from drllm.training.checkpoint import CHECKPOINT_FILE
-from drllm.training.loop import Run, train, train_together, unfinished
-from drllm.training.metrics import count
-from drllm.training.plans import Plan, count_labels, new_stack
+from drllm.training.checkpoint import is_finished
 from drllm.training.split import hold_out
+from drllm.training.stage import train_on
+from drllm.training.trainer import Trainer, count, count_labels
 
 QUICK = TrainConfig(
     num_epochs=3, gradient_accumulation=4, num_windows=4, router_width=5, warmup_steps=2
@@ -29,7 +28,7 @@ def test_training_learns_labels_that_the_features_determine(features_of, identit
     settings = config_of(
         num_epochs=20, gradient_accumulation=8, learning_rate=0.03, validation_fraction=0.3
     )
-    rows = train(features_of(100), identity, settings, tmp_path)
+    rows = train_on(features_of(100), identity, settings, tmp_path)
     first, last = rows[1], rows[-1]
     assert first["split"] == last["split"] == "validation"
     assert last["macro_f1"] > 0.9 > first["macro_f1"]
@@ -37,7 +36,7 @@ def test_training_learns_labels_that_the_features_determine(features_of, identit
 
 
 def test_the_folder_holds_exactly_the_finished_routers(features_of, identity, tmp_path):
-    train(features_of(), identity, QUICK, tmp_path / "new" / "folder")
+    train_on(features_of(), identity, QUICK, tmp_path / "new" / "folder")
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
         "README.md",
         "layers.json",
@@ -49,7 +48,7 @@ def test_the_folder_holds_exactly_the_finished_routers(features_of, identity, tm
 
 def test_the_saved_config_says_what_was_trained_for_which_model(features_of, identity, tmp_path):
     features = features_of(40)
-    rows = train(features, identity, QUICK, tmp_path, rewards=["letter"])
+    rows = train_on(features, identity, QUICK, tmp_path, rewards=["letter"])
     trained, held_out = hold_out(features.questions, QUICK.validation_fraction, QUICK.seed)
     config = load_routers(tmp_path).config
     assert config.label_counts == count_labels(features.labels[trained])
@@ -75,7 +74,7 @@ def test_label_counts_are_counted_layer_by_layer():
 
 
 def test_metrics_have_a_line_for_each_epoch_and_part(features_of, identity, tmp_path):
-    rows = train(features_of(40), identity, QUICK, tmp_path)
+    rows = train_on(features_of(40), identity, QUICK, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == rows
     assert [(row["epoch"], row["split"]) for row in rows] == [
@@ -92,7 +91,7 @@ def test_the_layers_file_counts_what_the_saved_routers_say_of_both_parts(
 ):
     features = features_of(60)
     settings = config_of(num_epochs=30, learning_rate=0.3, early_stopping=2, warmup_steps=0)
-    rows = train(features, identity, settings, tmp_path)
+    rows = train_on(features, identity, settings, tmp_path)
     agreement, stack = read_agreement(tmp_path / "layers.json"), load_routers(tmp_path)
     best = stack.config.training["best_epoch"]
     assert agreement.epoch == best < rows[-1]["epoch"]
@@ -112,7 +111,7 @@ def test_the_layers_file_counts_what_the_saved_routers_say_of_both_parts(
 def test_config_and_card_tell_how_routers_stand_beside_decisions_that_ignore_the_question(
     features_of, identity, tmp_path
 ):
-    train(features_of(60), identity, QUICK, tmp_path)
+    train_on(features_of(60), identity, QUICK, tmp_path)
     agreement = read_agreement(tmp_path / "layers.json")
     told = load_routers(tmp_path).config.training["against_baselines"]
     systems = agreement.parts["validation"]
@@ -124,23 +123,38 @@ def test_config_and_card_tell_how_routers_stand_beside_decisions_that_ignore_the
     assert told["verdict"] in card
 
 
-def test_who_is_told_of_a_training_decides_nothing_when_it_goes_on(features_of, identity, tmp_path):
-    features = features_of()
+class InterruptedRunError(Exception):
+    pass
+
+
+def stop_after(steps: int) -> Watching:
+    def stop(done: int, total: int) -> None:
+        if done > steps:
+            raise InterruptedRunError
+
+    return Watching(stop)
+
+
+def test_who_is_told_of_a_training_decides_nothing_when_it_resumes(features_of, identity, tmp_path):
+    features, told = features_of(), config_of(report_to="tensorboard")
     with pytest.raises(InterruptedRunError):
-        train(
-            features,
-            identity,
-            config_of(report_to="tensorboard"),
-            tmp_path,
-            on_progress=lambda done, total: _raise() if done > 4 else None,
-        )
-    train(features, identity, QUICK, tmp_path)
-    assert unfinished([Run(config_of(report_to="wandb"), tmp_path)], features, identity) == []
+        train_on(features, identity, told, tmp_path, listener=stop_after(4))
+    train_on(features, identity, QUICK, tmp_path)
     assert not (tmp_path / "trackers.json").exists()
 
 
+def test_a_training_that_diverges_leaves_no_routers_and_can_be_started_again(
+    features_of, identity, tmp_path
+):
+    with pytest.raises(ConfigError, match="lower --learning-rate"):
+        train_on(features_of(), identity, config_of(learning_rate=9e18, warmup_steps=0), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= {"metrics.jsonl"}
+    train_on(features_of(), identity, QUICK, tmp_path)
+    assert is_finished(tmp_path)
+
+
 def test_validation_lines_are_absent_when_nothing_is_held_out(features_of, identity, tmp_path):
-    rows = train(features_of(40), identity, config_of(validation_fraction=0.0), tmp_path)
+    rows = train_on(features_of(40), identity, config_of(validation_fraction=0.0), tmp_path)
     assert [row["split"] for row in rows] == ["train"] * 3
 
 
@@ -149,27 +163,27 @@ def test_the_weights_do_not_depend_on_the_held_out_labels(features_of, identity,
     _, held_out = hold_out(features.questions, QUICK.validation_fraction, QUICK.seed)
     labels = features.labels.clone()
     labels[held_out] = 2
-    train(features, identity, QUICK, tmp_path / "one")
-    train(replace(features, labels=labels), identity, QUICK, tmp_path / "two")
+    train_on(features, identity, QUICK, tmp_path / "one")
+    train_on(replace(features, labels=labels), identity, QUICK, tmp_path / "two")
     one, two = (tmp_path / name / "routers.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
 
 
 def test_another_seed_gives_other_routers(features_of, identity, tmp_path):
-    train(features_of(), identity, QUICK, tmp_path / "one")
-    train(features_of(), identity, config_of(seed=1), tmp_path / "two")
+    train_on(features_of(), identity, QUICK, tmp_path / "one")
+    train_on(features_of(), identity, config_of(seed=1), tmp_path / "two")
     one, two = (load_routers(tmp_path / name) for name in ("one", "two"))
     assert not torch.equal(one.hidden_weight, two.hidden_weight)
 
 
 def test_progress_counts_every_step_once(features_of, identity, tmp_path):
     seen = []
-    train(
+    train_on(
         features_of(9),
         identity,
         config_of(num_epochs=2, warmup_steps=0),
         tmp_path,
-        on_progress=lambda done, total: seen.append((done, total)),
+        listener=Watching(lambda done, total: seen.append((done, total))),
     )
     assert seen == [(done, 6) for done in range(7)]
 
@@ -179,17 +193,16 @@ def test_a_single_target_and_a_single_epoch_are_enough(
     features_of, identity, tmp_path, num_targets
 ):
     settings = config_of(num_epochs=1, warmup_steps=0)
-    rows = train(features_of(num_targets), identity, settings, tmp_path)
+    rows = train_on(features_of(num_targets), identity, settings, tmp_path)
     assert len(rows) == 1
-    plan = Plan.of(features_of(1), settings)
-    untrained = new_stack(features_of(1), plan, identity)
+    untrained = Trainer(features_of(1), identity, settings).stack
     assert not torch.equal(load_routers(tmp_path).hidden_weight, untrained.hidden_weight)
 
 
 def test_targets_that_only_execute_train_routers_that_only_execute(features_of, identity, tmp_path):
     features = features_of(30)
     features = replace(features, labels=torch.ones_like(features.labels))
-    rows = train(features, identity, config_of(num_epochs=10, learning_rate=0.05), tmp_path)
+    rows = train_on(features, identity, config_of(num_epochs=10, learning_rate=0.05), tmp_path)
     assert rows[-1]["avg_layers"] == 3.0
     assert rows[-1]["f1_execute"] == 1.0
     assert rows[-1]["f1_skip"] is rows[-1]["acc_skip"] is rows[-1]["f1_repeat"] is None
@@ -197,7 +210,7 @@ def test_targets_that_only_execute_train_routers_that_only_execute(features_of, 
 
 
 def test_the_card_tells_model_data_metrics_and_use(features_of, identity, tmp_path):
-    rows = train(features_of(40), identity, QUICK, tmp_path)
+    rows = train_on(features_of(40), identity, QUICK, tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: drllm\nbase_model: org/tiny\n")
     for text in (
@@ -212,7 +225,7 @@ def test_the_card_tells_model_data_metrics_and_use(features_of, identity, tmp_pa
 
 
 def test_a_local_name_is_not_given_to_the_hub_as_a_base_model(features_of, identity, tmp_path):
-    train(features_of(), {**identity, "id": "smollm2-135m", "revision": None}, QUICK, tmp_path)
+    train_on(features_of(), {**identity, "id": "smollm2-135m", "revision": None}, QUICK, tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "base_model:" not in card
     assert "`smollm2-135m`: LlamaForCausalLM" in card
@@ -220,7 +233,7 @@ def test_a_local_name_is_not_given_to_the_hub_as_a_base_model(features_of, ident
 
 def test_features_of_another_number_of_windows_are_refused(features_of, identity, tmp_path):
     with pytest.raises(ConfigError, match="--num-windows is 8, but the features were pooled in 4"):
-        train(features_of(), identity, config_of(num_windows=8), tmp_path)
+        train_on(features_of(), identity, config_of(num_windows=8), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -228,12 +241,12 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(features_of, id
     (tmp_path / "file").write_text("in the way")
     seen = []
     with pytest.raises(CheckpointError, match=r"can't write to .*file/routers"):
-        train(
+        train_on(
             features_of(),
             identity,
             QUICK,
             tmp_path / "file" / "routers",
-            on_progress=lambda *progress: seen.append(progress),
+            listener=Watching(lambda *progress: seen.append(progress)),
         )
     assert seen == []
 
@@ -245,12 +258,12 @@ def test_an_early_end_is_told_with_the_epoch_whose_weights_are_kept(
         num_epochs=40, learning_rate=0.3, validation_fraction=0.3, early_stopping=3, warmup_steps=0
     )
     seen = []
-    rows = train(
+    rows = train_on(
         features_of(40),
         identity,
         settings,
         tmp_path,
-        on_progress=lambda *progress: seen.append(progress),
+        listener=Watching(lambda *progress: seen.append(progress)),
     )
     losses = [row["routers_loss"] for row in rows if row["split"] == "validation"]
     best = losses.index(min(losses)) + 1
@@ -262,139 +275,14 @@ def test_an_early_end_is_told_with_the_epoch_whose_weights_are_kept(
     assert seen[-1][0] == seen[-1][1] > told["steps"]
 
 
-def test_what_is_unusual_about_a_run_is_logged_once(features_of, identity, tmp_path, caplog):
-    runs = [Run(config_of(warmup_steps=90, seed=seed), tmp_path / str(seed)) for seed in (0, 1)]
+def test_what_is_unusual_about_a_run_is_logged(features_of, identity, tmp_path, caplog):
     full = replace(features_of(8), labels=torch.ones(8, 3, dtype=torch.int64))
-    train_together(full, identity, runs)
-    assert caplog.messages == [
-        "--warmup-steps is 90, but the run has only 6 steps; warming up for 0 instead",
-        "every target executes every layer, so the routers can only learn the full path",
-    ]
-
-
-# --- several runs ------------------------------------------------------------------------------
-
-ROUNDING = 1e-5
-"""float32, weights of size about 0.3: products of other shapes add in another order."""
-
-
-def seeds_of(config: TrainConfig, folder) -> list[Run]:
-    return [Run(one, place) for place, one in config.by_seed(folder).items()]
-
-
-def files_in(folder) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_file())
-
-
-def test_runs_together_leave_the_folders_that_each_leaves_alone(features_of, identity, tmp_path):
-    features = features_of(40)
-    runs = seeds_of(config_of(num_seeds=3), tmp_path / "together")
-    runs.append(Run(config_of(gradient_accumulation=7, num_epochs=2), tmp_path / "other"))
-    found = train_together(features, identity, runs, rewards=["letter"])
-    for number, run in enumerate(runs):
-        alone = tmp_path / f"alone_{number}"
-        rows = train(features, identity, run.config, alone, rewards=["letter"])
-        assert files_in(run.output) == files_in(alone)
-        for mine, theirs in zip(rows, found[number], strict=True):
-            assert mine == pytest.approx(theirs, abs=ROUNDING)
-        ours, theirs = (load_file(folder / "routers.safetensors") for folder in (run.output, alone))
-        for name, weight in theirs.items():
-            torch.testing.assert_close(ours[name], weight, rtol=0, atol=ROUNDING)
-        configs = [load_routers(folder).config for folder in (run.output, alone)]
-        told = [config.training for config in configs]
-        assert told[0]["settings"] == told[1]["settings"] == run.config.decisive()
-        assert configs[0].label_counts == configs[1].label_counts
-
-
-UNEVEN = [
-    config_of(),
-    config_of(seed=1, num_epochs=5, gradient_accumulation=7),
-    config_of(num_epochs=30, learning_rate=0.3, early_stopping=2, validation_fraction=0.3),
-    config_of(seed=2, dropout=0.5, num_epochs=2, normalise_features=True),
-]
-
-
-class InterruptedRunError(Exception):
-    pass
-
-
-@pytest.mark.parametrize("share", [0.05, 0.2, 0.35, 0.5, 0.9, 1.0])
-def test_runs_together_go_on_bit_for_bit_wherever_they_were_stopped(
-    features_of, identity, tmp_path, share
-):
-    def runs(name: str) -> list[Run]:
-        return [Run(config, tmp_path / name / str(n)) for n, config in enumerate(UNEVEN)]
-
-    features = features_of(40)
-    seen = []
-    unbroken = train_together(
-        features, identity, runs("unbroken"), on_progress=lambda done, _: seen.append(done)
-    )
-
-    calls = []
-
-    def stop(done: int, _: int) -> None:
-        calls.append(done)
-        if len(calls) >= share * len(seen):
-            raise InterruptedRunError
-
-    with pytest.raises(InterruptedRunError):
-        train_together(features, identity, runs("broken"), on_progress=stop)
-    assert unbroken == train_together(features, identity, runs("broken"))
-    for whole, broken in zip(runs("unbroken"), runs("broken"), strict=True):
-        for path in whole.output.iterdir():
-            assert path.read_bytes() == (broken.output / path.name).read_bytes()
-        assert not (broken.output / CHECKPOINT_FILE).exists()
-
-
-def test_a_checkpoint_of_fewer_runs_is_refused(features_of, identity, tmp_path):
-    with pytest.raises(InterruptedRunError):
-        train_together(
-            features_of(),
-            identity,
-            seeds_of(QUICK, tmp_path),
-            on_progress=lambda done, total: _raise() if done > 4 else None,
-        )
-    with pytest.raises(CheckpointError, match="it trains 1 run together, yours 2"):
-        train_together(features_of(), identity, seeds_of(config_of(num_seeds=2), tmp_path))
-
-
-def _raise() -> None:
-    raise InterruptedRunError
-
-
-def test_only_runs_that_no_earlier_start_has_finished_are_left(features_of, identity, tmp_path):
-    features = features_of()
-    runs = seeds_of(config_of(num_seeds=3), tmp_path)
-    train_together(features, identity, runs[1:2])
-    assert unfinished(runs, features, identity) == [runs[0], runs[2]]
-    train_together(features, identity, [runs[0], runs[2]])
-    assert unfinished(runs, features, identity) == []
-    other = replace(features, labels=features.labels.flip(0))
-    with pytest.raises(CheckpointError, match="holds trained routers of another run"):
-        unfinished(runs, other, identity)
-
-
-def test_a_training_broken_off_while_it_writes_its_folders_is_left_whole(
-    features_of, identity, tmp_path
-):
-    features = features_of()
-    runs = seeds_of(config_of(num_seeds=2), tmp_path)
-    (tmp_path / "README.md").mkdir()  # in the way of the first run's card
-    with pytest.raises(CheckpointError):
-        train_together(features, identity, runs)
-    train(features, identity, runs[1].config, runs[1].output)
-    assert unfinished(runs, features, identity) == runs
-    (tmp_path / "README.md").rmdir()
-    train_together(features, identity, runs)
-    assert unfinished(runs, features, identity) == []
-
-
-def test_two_runs_are_not_written_to_one_folder(features_of, identity, tmp_path):
-    with pytest.raises(ConfigError, match="two runs are to be written to"):
-        train_together(features_of(), identity, [Run(QUICK, tmp_path)] * 2)
+    train_on(full, identity, config_of(warmup_steps=90), tmp_path)
+    unbroken, all_full = caplog.messages
+    assert "--warmup-steps is 90" in unbroken
+    assert "every target executes every layer" in all_full
 
 
 def test_a_run_of_several_seeds_is_refused(features_of, identity, tmp_path):
-    with pytest.raises(ConfigError, match=r"--num-seeds is 2 for the run in .*; give one run for"):
-        train(features_of(), identity, config_of(num_seeds=2), tmp_path)
+    with pytest.raises(ConfigError, match="--num-seeds is 2"):
+        train_on(features_of(), identity, config_of(num_seeds=2), tmp_path)

@@ -16,13 +16,13 @@ from drllm.metrics import (
     LAYER_MAJORITY,
     Counts,
     baselines,
-    beside,
     by_layer,
-    drawn,
+    expected_counts,
     hit_ratios,
     majority,
     ratios,
     verdict,
+    with_baselines,
 )
 
 ROUNDING = 1e-12
@@ -117,7 +117,7 @@ def test_always_execute_scores_as_counted_by_hand() -> None:
 
 
 def test_drawing_only_skips_still_costs_one_execution() -> None:
-    assert drawn([[1, 3, 0], [0, 4, 0]], [[1.0, 0.0, 0.0]] * 2).executions == 4
+    assert expected_counts([[1, 3, 0], [0, 4, 0]], [[1.0, 0.0, 0.0]] * 2).executions == 4
 
 
 def test_of_equally_common_labels_execute_comes_first() -> None:
@@ -150,8 +150,8 @@ def test_the_verdict_is_about_held_out_targets_and_the_best_baseline_of_each_met
 ) -> None:
     trained = labels_of(TRAINED)
     parts = {
-        "train": beside(counted([(row, row) for row in TRAINED]), trained),
-        "validation": beside(counted(list(zip(JUDGED, decided, strict=True))), trained),
+        "train": with_baselines(counted([(row, row) for row in TRAINED]), trained),
+        "validation": with_baselines(counted(list(zip(JUDGED, decided, strict=True))), trained),
     }
     said = verdict(parts)
     assert said.startswith(f"On 4 held-out targets the routers {told}")
@@ -161,12 +161,12 @@ def test_the_verdict_is_about_held_out_targets_and_the_best_baseline_of_each_met
 
 def test_without_held_out_targets_nothing_is_claimed() -> None:
     trained = labels_of(TRAINED)
-    said = verdict({"train": beside(counted([(row, row) for row in TRAINED]), trained)})
+    said = verdict({"train": with_baselines(counted([(row, row) for row in TRAINED]), trained)})
     assert said.startswith("No targets were held out, so nothing says whether the routers beat")
 
 
 def test_layers_at_which_routers_hit_more_than_the_majority_are_counted() -> None:
-    systems = beside(counted([((0, 1), (0, 0)), ((1, 1), (1, 1))]), labels_of(TRAINED))
+    systems = with_baselines(counted([((0, 1), (0, 0)), ((1, 1), (1, 1))]), labels_of(TRAINED))
     assert by_layer(systems) == (
         "The routers hit more labels than the layer's majority at 1 of 2 layers, fewer at 1."
     )

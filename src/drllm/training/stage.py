@@ -1,0 +1,317 @@
+"""Training, the stage: features, then for each seed rounds of epochs, then folders of routers.
+
+A folder of routers holds `router_config.json`, `routers.safetensors`, `metrics.jsonl`,
+`layers.json` and `README.md`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drllm.config import TrainConfig
+from drllm.errors import CheckpointError, ConfigError
+from drllm.listener import Listener
+from drllm.metrics import TRAIN, VALIDATION, Counts, against_baselines
+from drllm.models.base.load import BaseModel
+from drllm.models.routers.checkpoint import WEIGHTS_FILE, load_routers, save_routers
+from drllm.models.routers.stack import RouterStack
+from drllm.records import SupervisionRecord, clear_half_written, encode, write_atomically
+from drllm.records.layers import LAYERS_FILE, Layers
+from drllm.training import checkpoint, temperature
+from drllm.training.feature_store import FEATURES_FOLDER, Store
+from drllm.training.features import Aggregate, Examples, collect, digest, each_once
+from drllm.training.on_policy import remove_rounds, round_of, say_what_is_new
+from drllm.training.targets import reasons_of, soft_targets, write_rejected
+from drllm.training.trackers import check_trackers, forget, tracked
+from drllm.training.trainer import DivergedError, Trainer, divide
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def train(
+    model: Any,
+    targets: Sequence[SupervisionRecord],
+    config: TrainConfig | None = None,
+    output: Path | str | None = None,
+    *,
+    tokenizer: Any = None,
+    features: Path | str | None = None,
+    rewards: Sequence[str] | None = None,
+    listener: Listener | None = None,
+) -> RouterStack:
+    """Train routers for a frozen model on target paths, and write each seed's folder.
+
+    Killed anywhere, the same call resumes and ends with the routers of an unbroken one, bit for
+    bit on the same machine with the same number of threads.
+
+    Args:
+        model: A `BaseModel`, or a causal language model of transformers.
+        targets: One target path a question, from `drllm.supervise` or `read_supervision`.
+        config: The settings.
+        output: Receives the first seed's routers, those of a further seed S go to `seed_S` in it.
+            None trains in a temporary folder.
+        tokenizer: The model's, unless that is a `BaseModel`.
+        features: A folder that keeps the routers' inputs for further trainings. Without it they
+            are in the output folder and deleted when the routers are trained.
+        rewards: The rewards that the prompts were made for, stored with the routers; None takes
+            those that `drllm.supervise` gives its targets.
+        listener: Is told of progress.
+
+    Returns:
+        The first seed's routers.
+
+    Raises:
+        ConfigError: A setting without effect or that can't be used; a training that diverged.
+        RecordError: Targets that this model can't be trained on; features that can't be kept.
+        CheckpointError: A folder that can't be written, or holds another training.
+    """
+    config, listener = config or TrainConfig(), listener or Listener()
+    rewards = getattr(targets, "rewards", ()) if rewards is None else rewards
+    base = model if isinstance(model, BaseModel) else BaseModel(model, tokenizer, _name(model))
+    if output is None:
+        if config.num_seeds > 1:
+            raise ConfigError(f"--num-seeds {config.num_seeds} needs a folder for the routers")
+        with tempfile.TemporaryDirectory() as temporary:
+            return train(
+                base,
+                targets,
+                config,
+                Path(temporary) / "routers",
+                features=features,
+                rewards=rewards,
+                listener=listener,
+            )
+    output, identity = Path(output), base.identity
+    seeds = config.by_seed(output)
+    config.check_effects()
+    check_trackers(config.trackers)
+    for settings in seeds.values():
+        divide([target.question for target in targets], settings, len(targets))
+    pool = functools.partial(
+        collect,
+        base.model,
+        base.tokenizer,
+        targets,
+        num_windows=config.num_windows,
+        soft=soft_targets(targets) if config.soft_targets else None,
+        listener=listener,
+    )
+
+    store = Store(Path(features or output / FEATURES_FOLDER), config.feature_dtype)
+    along_targets = pool(store=store)
+    if rejected := write_rejected(output, along_targets.rejected):
+        listener.note(
+            f"drllm: {len(along_targets.rejected)} of {len(targets)} targets are set aside "
+            f"({reasons_of(along_targets.rejected)}): {rejected}"
+        )
+    hashed = digest(along_targets)
+    for folder, settings in seeds.items():
+        if checkpoint.is_finished(folder):
+            checkpoint.check_finished(folder, settings.decisive(), identity["fingerprint"], hashed)
+    last = list(seeds)[-1]
+    for folder, settings in seeds.items():
+        if checkpoint.is_finished(folder):
+            continue
+        parts, used = [along_targets], []
+        for number in range(config.on_policy_rounds + 1):
+            place, round_settings = round_of(folder, settings, number)
+            if number > 0:
+                before, _ = round_of(folder, settings, number - 1)
+                used.append(Store(before / FEATURES_FOLDER, config.feature_dtype))
+                parts.append(pool(routers=load_routers(before), store=used[-1]))
+                say_what_is_new(along_targets, parts[-1], settings, number)
+            if place != folder and checkpoint.is_finished(place):
+                checkpoint.check_finished(
+                    place, round_settings.decisive(), identity["fingerprint"], hashed
+                )
+                continue
+            goes = used if place == folder else []
+            if place == last and features is None:
+                goes = [*used, store]
+            train_on(
+                parts[0] if len(parts) == 1 else Aggregate(parts),
+                identity,
+                round_settings,
+                place,
+                rewards=rewards,
+                device=base.model.device,
+                used=goes,
+                listener=listener,
+            )
+    if features is None:
+        store.remove()
+    return load_routers(output)
+
+
+def train_on(
+    examples: Examples,
+    base_identity: Mapping[str, Any],
+    config: TrainConfig,
+    output: Path,
+    *,
+    rewards: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+    used: Sequence[Store] = (),
+    listener: Listener | None = None,
+) -> list[dict[str, Any]]:
+    """Train the routers of one seed and one round on features, and write their folder.
+
+    After every epoch a checkpoint is written, from which the same call resumes. It is removed last
+    of all, so that a call that was killed before leaves nothing that the next one doesn't remove.
+
+    Args:
+        examples: What the routers read and what they should decide.
+        base_identity: The base model's id, revision, class, num_layers, hidden_size and
+            fingerprint; stored with the routers.
+        config: The settings, of one seed.
+        output: The folder.
+        rewards: As for `train`.
+        device: Where the routers are trained; the features stay where they are.
+        used: Features that nothing needs once these routers are written; they are deleted.
+        listener: Is told of each step; steps that stopping early spares count as done.
+
+    Returns:
+        The lines of `metrics.jsonl`. Those of the training part are counted while training: each
+        example before the step that learns from it.
+
+    Raises:
+        ConfigError: Settings without effect, features of another number of windows, a loss that
+            is no longer finite, or a tracker that isn't known, installed or able to start.
+        CheckpointError: The folder can't be written, or holds a checkpoint of another training.
+    """
+    if config.num_seeds != 1:
+        raise ConfigError(f"--num-seeds is {config.num_seeds}; train one seed at a time")
+    listener = listener or Listener()
+    check_trackers(config.trackers)
+    trainer = Trainer(examples, base_identity, config, device=device)
+    for note in trainer.notes():
+        logger.warning("%s", note)
+    origin = checkpoint.Origin.of(trainer, base_identity)
+    _make_folder(output)
+    checkpoint.resume(output, origin, trainer)
+    steps = trainer.schedule.steps
+    with (
+        listener.progress("training", "steps") as progress,
+        tracked(config.trackers, trainer, output) as tracking,
+    ):
+
+        def on_step(done: int, counts: Counts) -> None:
+            progress(done, steps)
+            tracking.step(done, counts)
+
+        progress(trainer.steps_done, steps)
+        try:
+            while not trainer.is_over:
+                trainer.epoch(on_step)
+                checkpoint.save(output, origin, trainer)
+                tracking.epoch()
+                _write_metrics(output, trainer.rows)
+            if trainer.best is not None:
+                progress(steps, steps)
+            parts = trainer.evaluate()
+        except DivergedError:  # resumed, it would diverge again
+            checkpoint.remove(output)
+            raise
+    _write_routers(trainer, parts, origin, rewards, output)
+    for store in used:
+        store.remove()
+    forget(output)
+    checkpoint.remove(output)
+    return trainer.rows
+
+
+def discard(output: Path, config: TrainConfig) -> None:
+    """Delete what earlier trainings left in a folder, so that the next one starts from nothing."""
+    for folder in config.by_seed(output):
+        checkpoint.remove(folder)
+        (folder / WEIGHTS_FILE).unlink(missing_ok=True)
+        remove_rounds(folder)
+    Store(output / FEATURES_FOLDER).remove()
+
+
+def _write_routers(
+    trainer: Trainer,
+    parts: Mapping[str, Counts],
+    origin: checkpoint.Origin,
+    rewards: Sequence[str],
+    output: Path,
+) -> None:
+    """Write everything that a folder of finished routers holds."""
+    _write_metrics(output, trainer.rows)
+    layers = Layers(
+        epoch=_kept_epoch(trainer), train=parts[TRAIN], validation=parts.get(VALIDATION)
+    )
+    write_atomically(output / LAYERS_FILE, encode(layers) + b"\n")
+    stack = trainer.routers()
+    told = _training(trainer, parts, origin.targets, rewards)
+    confidence = temperature.measure(stack, trainer)
+    if confidence is not None:
+        told["calibration"] = confidence.to_dict()
+        if trainer.config.calibrate:
+            temperature.fold(stack, confidence.temperature)
+    stack.config = dataclasses.replace(stack.config, training=told)
+    save_routers(stack, output)
+    clear_half_written(output / METRICS_FILE, output / LAYERS_FILE)
+
+
+def _training(
+    trainer: Trainer, parts: Mapping[str, Counts], targets: str, rewards: Sequence[str]
+) -> dict[str, Any]:
+    """Return what the routers' config says of their training."""
+    examples, rows = trainer.examples, trainer.rows
+    last, epoch = rows[-1]["epoch"], _kept_epoch(trainer)
+    told: dict[str, Any] = {
+        "settings": trainer.config.decisive(),
+        "targets": targets,
+        "steps": last * trainer.steps_per_epoch,
+        "warmup_steps": trainer.schedule.warmup,
+        "class_weights": list(trainer.class_weights),
+        "num_trained": len(trainer.once),
+        "num_held_out": len(each_once(examples, trainer.held_out)),
+        "tasks": dict(sorted(Counter(examples.tasks[: examples.num_targets]).items())),
+        "rewards": list(rewards),
+        "metrics": [row for row in rows if row["epoch"] == epoch],
+        "against_baselines": against_baselines(parts),
+    }
+    return told if trainer.best is None else told | {"best_epoch": epoch, "last_epoch": last}
+
+
+def _kept_epoch(trainer: Trainer) -> int:
+    """Return the epoch whose weights a finished training has."""
+    return int(trainer.rows[-1]["epoch"]) if trainer.best is None else trainer.best[0]
+
+
+def _write_metrics(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    write_atomically(output / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _make_folder(output: Path) -> None:
+    """Make a folder unless it is there, and check that it can be written."""
+    problem = None
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = error.strerror
+    if problem is None and not os.access(output, os.W_OK):
+        problem = "permission denied"
+    if problem is not None:
+        raise CheckpointError(
+            f"can't write to {output}: {problem}; choose a folder that you may write to"
+        )
+
+
+def _name(model: Any) -> str:
+    return str(getattr(model, "name_or_path", "") or "")

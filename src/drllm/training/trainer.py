@@ -1,0 +1,390 @@
+"""One training in memory: what is settled before it, its steps and epochs, and its metrics.
+
+Features stay where they are and are read a batch at a time; weights, moments and a batch are on
+the training's device.
+
+Axes: N examples, B rows of a step, D hidden, L layers, W windows, H router width, C = 3 decisions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from drllm.config import TrainConfig
+from drllm.errors import ConfigError
+from drllm.metrics import NAMES, TRAIN, VALIDATION, Counts, ratios
+from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
+from drllm.training.features import Examples, each_once, moments, shape
+from drllm.training.losses import Objective, class_weights, log_priors
+from drllm.training.split import epoch_batches, generator, hold_out
+
+EVALUATION_ROWS = 32
+WARMUP_SHARE = 0.1
+FUSED = ("cpu", "cuda")
+"""Devices for which every torch that we support has a fused AdamW."""
+
+
+class DivergedError(ConfigError):
+    """The loss became NaN or infinite; the training can't be resumed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """The learning rate of each step: linear warm-up, then half a cosine to 0.
+
+    Attributes:
+        peak: The largest rate.
+        warmup: Steps before the peak.
+        steps: Steps in all.
+    """
+
+    peak: float
+    warmup: int
+    steps: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, steps: int) -> Schedule:
+        """Return the schedule of a training.
+
+        A warm-up as long as the training would end it before the rate has reached its peak. It
+        then gets a tenth of the steps (docs/differences.md, D-14).
+        """
+        warmup = config.warmup_steps if config.warmup_steps < steps else int(WARMUP_SHARE * steps)
+        return cls(peak=config.learning_rate, warmup=warmup, steps=steps)
+
+    def rate(self, step: int) -> float:
+        """Return the rate of a step, counted from 0; none of them is 0.
+
+        Example:
+            >>> [Schedule(peak=1.0, warmup=1, steps=5).rate(step) for step in (0, 1, 3)]
+            [0.5, 1.0, 0.5]
+        """
+        if step < self.warmup:
+            return self.peak * (step + 1) / (self.warmup + 1)
+        progress = (step - self.warmup) / (self.steps - self.warmup)
+        return self.peak * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def divide(
+    questions: Sequence[str], config: TrainConfig, num_targets: int
+) -> tuple[list[int], list[int]]:
+    """Return the rows that are trained on and those that are held out; see `hold_out`.
+
+    Raises:
+        ConfigError: None is held out, but a setting needs some.
+    """
+    trained, held_out = hold_out(questions, config.validation_fraction, config.seed, num_targets)
+    needs = "--calibrate" if config.calibrate else None
+    if config.early_stopping is not None:
+        needs = f"--early-stopping {config.early_stopping}"
+    if needs is not None and not held_out:
+        raise ConfigError(
+            f"{needs} has no effect: of {num_targets} targets none is held out to measure on; "
+            f"leave it out, or give more targets"
+        )
+    return trained, held_out
+
+
+class Trainer:
+    """One training of the routers, from one seed.
+
+    Args:
+        examples: What is trained on.
+        base_identity: The base model's id, revision, class, num_layers, hidden_size and
+            fingerprint.
+        config: The settings.
+        device: Where the routers are trained; the features stay where they are.
+        dtype: Of weights and batches.
+
+    Attributes:
+        trained: Rows trained on: targets, or targets along several routes.
+        held_out: The other rows.
+        once: Those of `trained` along their target path. Whatever counts labels counts these, so
+            that it doesn't change with the number of routes.
+        targets: `[N, L, C]` float64: the share of each decision; all in one for a hard label.
+        label_counts: `[L][C]`: labels of the target paths trained on.
+        class_weights: `[C]`.
+        schedule: The rate of each step.
+        steps_per_epoch: Steps in an epoch.
+        stack: The routers; once the training is over those it ends with: of its best epoch if it
+            watches the held-out loss, else of its last.
+        epochs_done: Epochs made so far.
+        rows: Lines of metrics so far.
+        best: Epoch and loss of the lowest held-out loss so far; None if it isn't watched.
+        kept: The weights of that epoch.
+
+    Raises:
+        ConfigError: A setting without effect, or features of another number of windows.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        base_identity: Mapping[str, Any],
+        config: TrainConfig,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        config.check_effects()
+        self.examples, self.config = examples, config
+        self.device, self.dtype = torch.device(device), dtype
+        self.trained, self.held_out = divide(examples.questions, config, examples.num_targets)
+        self.once = each_once(examples, self.trained)
+        self.label_counts = count_labels(examples.labels[self.once])
+        self.targets = self._targets()
+        totals = self.targets[self.once].sum(dim=(0, 1)).tolist()
+        beta = config.beta if config.class_weights == "effective_number" else 0.0
+        self.class_weights = class_weights(totals, beta)
+        self.steps_per_epoch = math.ceil(len(self.trained) / config.gradient_accumulation)
+        self.schedule = Schedule.of(config, self.steps_per_epoch * config.num_epochs)
+        self.scale = moments(examples, self.trained) if config.normalise_features else None
+        self.objective = self._objective()
+        self.stack = self._new_stack(base_identity).to(self.device, dtype)
+        self.optimizer = self._new_optimizer()
+        self.epochs_done = 0
+        self.rows: list[dict[str, Any]] = []
+        self.best: tuple[int, float] | None = None
+        self.kept: dict[str, Tensor] | None = None
+
+    def _targets(self) -> Tensor:
+        if not self.config.soft_targets:
+            return F.one_hot(self.examples.labels, NUM_DECISIONS).double()
+        if self.examples.soft is None:
+            raise ConfigError(
+                "--soft-targets is on, but no soft targets are given; leave it out, or make the "
+                "targets with supervise --path-weights equal"
+            )
+        return self.examples.soft.double()
+
+    def _objective(self) -> Objective:
+        """Return what is minimised; priors are those of the targets trained on."""
+        priors = log_priors(self.targets[self.once].sum(dim=0))
+        weights = torch.tensor(self.class_weights, dtype=torch.float64)
+        return Objective(
+            weights=weights.to(self.dtype).to(self.device),  # in this order: MPS has no float64
+            gamma=self.config.gamma if self.config.loss == "focal" else 0.0,
+            offsets=(self.config.logit_adjustment * priors).to(self.dtype).to(self.device),
+        )
+
+    def _new_stack(self, base_identity: Mapping[str, Any]) -> RouterStack:
+        """Return untrained routers for the base model, their weights drawn from the seed."""
+        _, L, W, D = shape(self.examples)
+        assert (base_identity["num_layers"], base_identity["hidden_size"]) == (L, D)
+        if self.config.num_windows != W:
+            raise ConfigError(
+                f"--num-windows is {self.config.num_windows}, but the features were pooled in {W} "
+                f"windows; give {W}, or pool them again"
+            )
+        described = RouterConfig(
+            num_layers=L,
+            hidden_size=D,
+            num_windows=W,
+            router_width=self.config.router_width,
+            base_model=base_identity["id"],
+            base_revision=base_identity["revision"],
+            base_class=base_identity["class"],
+            base_fingerprint=base_identity["fingerprint"],
+            label_counts=self.label_counts,
+        )
+        return RouterStack(described, generator=generator("weights", self.config.seed))
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        """Return AdamW; biases don't decay, as in the Trainer of transformers."""
+        named = list(self.stack.named_parameters())
+        groups = [
+            {
+                "params": [weight for name, weight in named if name.endswith("bias") == is_bias],
+                "weight_decay": 0.0 if is_bias else self.config.weight_decay,
+            }
+            for is_bias in (False, True)
+        ]
+        return torch.optim.AdamW(groups, fused=self.device.type in FUSED)
+
+    def notes(self) -> list[str]:
+        """Return what a user should know of the training, one sentence each."""
+        found = []
+        if self.schedule.warmup != self.config.warmup_steps:
+            found.append(
+                f"--warmup-steps is {self.config.warmup_steps}, but the run has only "
+                f"{self.schedule.steps} steps; warming up for {self.schedule.warmup} instead"
+            )
+        if len(self.once) == 1:
+            found.append("there is only 1 target to train on; the routers will repeat it for all")
+        skips, executes, repeats = map(sum, zip(*self.label_counts, strict=True))
+        if executes and not skips and not repeats:
+            found.append(
+                "every target executes every layer, so the routers can only learn the full path"
+            )
+            return found
+        layers, absent = len(self.label_counts), []
+        for decision, name in enumerate(NAMES):
+            without = sum(counts[decision] == 0 for counts in self.label_counts)
+            if without:
+                absent.append(f"{name} at {without if without < layers else 'all'} of {layers}")
+        if absent:
+            found.append(
+                f"no training example has these decisions, so they can't be learnt: "
+                f"{', '.join(absent)} layers"
+            )
+        return found
+
+    # --- epochs --------------------------------------------------------------------------------
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all epochs are made, or the held-out loss has waited too long to fall."""
+        patience = self.config.early_stopping
+        if patience is not None and self.best and self.epochs_done - self.best[0] >= patience:
+            return True
+        return self.epochs_done == self.config.num_epochs
+
+    @property
+    def steps_done(self) -> int:
+        """Steps up to the last epoch's end; all of them once the training is over."""
+        if self.is_over:
+            return self.schedule.steps
+        return self.epochs_done * self.steps_per_epoch
+
+    def epoch(self, on_step: Callable[[int, Counts], None] | None = None) -> None:
+        """Train for one epoch and measure.
+
+        Args:
+            on_step: Is told after each step how many steps are done, and what was counted of the
+                rows that it learnt from, before it did.
+
+        Raises:
+            DivergedError: A loss that is NaN or infinite.
+        """
+        number, config = self.epochs_done + 1, self.config
+        order = epoch_batches(self.trained, config.gradient_accumulation, config.seed, number)
+        counts, done = Counts(), self.epochs_done * self.steps_per_epoch
+        for step, rows in enumerate(order):
+            rate = self.schedule.rate(done + step)
+            counted = self._step(rows, rate, self.kept_units(len(rows), number, step))
+            counts += counted
+            if on_step is not None:
+                on_step(done + step + 1, counted)
+        self.rows.append({"epoch": number, "split": TRAIN, **ratios(counts), "learning_rate": rate})
+        if self.held_out:
+            measured = ratios(self._measure(self.held_out))
+            self.rows.append({"epoch": number, "split": VALIDATION, **measured})
+        self.epochs_done = number
+        if config.early_stopping is not None:
+            loss = self.rows[-1]["routers_loss"]
+            if self.best is None or loss < self.best[1]:
+                self.best = number, loss
+                self.kept = {name: w.clone() for name, w in self.stack.state_dict().items()}
+            if self.is_over and self.kept is not None:
+                self.stack.load_state_dict(self.kept)
+
+    def evaluate(self) -> dict[str, Counts]:
+        """Count how the routers fare on the rows trained on and on those held out, by name."""
+        parts = {TRAIN: self.trained, VALIDATION: self.held_out}
+        return {name: self._measure(rows) for name, rows in parts.items() if rows}
+
+    def routers(self) -> RouterStack:
+        """Return the routers in float32 on the CPU, reading features as they are.
+
+        Scaling the features is folded into the first layer: W · (x − mean) / deviation + b is
+        (W / deviation) · x + (b − W · mean / deviation).
+        """
+        weights = {name: w.detach().cpu().double() for name, w in self.stack.state_dict().items()}
+        if self.scale is not None:
+            mean, deviation = self.scale
+            weights["hidden_weight"] = weights["hidden_weight"] / deviation[:, None]  # [L, H, D]
+            shift = torch.einsum("lhd,ld->lh", weights["hidden_weight"], mean)
+            weights["hidden_bias"] = weights["hidden_bias"] - shift
+        with torch.device("meta"):  # no weights are drawn only to be replaced
+            stack = RouterStack(self.stack.config)
+        stack.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
+        return stack
+
+    def _step(self, rows: Sequence[int], rate: float, kept_units: Tensor | None) -> Counts:
+        """Learn from rows, and count how they fared before.
+
+        The gradient is that of the mean loss, so it equals accumulating the rows one at a time.
+        """
+        means, filled, targets = self._read(rows)
+        logits = self.stack(means, filled, kept_units)
+        loss = self.objective(logits, targets)
+        counted = count(logits.detach(), self.examples.labels[list(rows)], self._finite(loss))
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        return counted
+
+    @torch.no_grad()
+    def _measure(self, rows: Sequence[int]) -> Counts:
+        counts = Counts()
+        for start in range(0, len(rows), EVALUATION_ROWS):
+            part = list(rows[start : start + EVALUATION_ROWS])
+            means, filled, targets = self._read(part)
+            logits = self.stack(means, filled)
+            loss = self._finite(self.objective(logits, targets))
+            counts += count(logits, self.examples.labels[part], loss)
+        return counts
+
+    def _read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return windows `[B, L, W, D]`, filled `[B]` and targets `[B, L, C]` on the device."""
+        index = list(rows)
+        means = self.examples.rows(index)
+        if self.scale is not None:
+            mean, deviation = self.scale
+            means = (means.double() - mean[:, None]) / deviation[:, None]
+        return (
+            means.to(self.dtype).to(self.device),
+            self.examples.filled[index].to(self.device),
+            self.targets[index].to(self.dtype).to(self.device),
+        )
+
+    def kept_units(self, size: int, epoch: int, step: int) -> Tensor | None:
+        """Draw which hidden units a step keeps, as factors `[B, L, H]`; None without dropout."""
+        share = self.config.dropout
+        if not share:
+            return None
+        L, H = len(self.label_counts), self.config.router_width
+        draws = generator("dropout", self.config.seed, epoch, step)
+        drawn = torch.rand(size, L, H, generator=draws)
+        return ((drawn >= share) / (1 - share)).to(self.dtype).to(self.device)
+
+    def _finite(self, loss: Tensor) -> float:
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"the loss became {value} at a learning rate of up to "
+                f"{self.config.learning_rate:.3g}; lower --learning-rate and train again"
+            )
+        return value
+
+
+def count_labels(labels: Tensor) -> tuple[tuple[int, int, int], ...]:
+    """Count how often each decision is the label at each layer: `[N, L]` gives `[L][C]`."""
+    counts = [(labels == decision).sum(dim=0).tolist() for decision in range(NUM_DECISIONS)]
+    return tuple((skip, execute, repeat) for skip, execute, repeat in zip(*counts, strict=True))
+
+
+def count(logits: Tensor, labels: Tensor, loss: float) -> Counts:
+    """Count a batch: logits `[B, L, C]` against labels `[B, L]`, and their mean loss.
+
+    Decisions that would skip every layer cost 1, for one is always executed.
+    """
+    L, C = labels.shape[1], NUM_DECISIONS
+    decided = logits.argmax(dim=-1).cpu()  # [B, L]
+    cells = (torch.arange(L) * C + labels) * C + decided
+    confusion = torch.bincount(cells.flatten(), minlength=L * C * C).view(L, C, C).tolist()
+    return Counts(
+        confusion=tuple(tuple(tuple(row) for row in layer) for layer in confusion),
+        executions=int(decided.sum(dim=1).clamp(min=1).sum()),
+        examples=len(labels),
+        loss=loss * len(labels),
+    )
