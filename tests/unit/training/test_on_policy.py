@@ -294,15 +294,14 @@ def test_each_seed_follows_its_own_routes_and_keeps_no_others(tmp_path, monkeypa
 
 
 def test_soft_targets_stay_those_of_the_question(tmp_path, monkeypatch):
-    full = WeightedPath(decisions=(1,) * L, weight=1.0)
-    records = [structs.replace(record, valid_paths=(full,)) for record in make_records(N)]
-    records[::2] = [
-        structs.replace(
-            record,
-            valid_paths=(full, WeightedPath(decisions=record.optimal_layer_config, weight=3.0)),
-        )
-        for record in records[::2]
-    ]
+    full = (1,) * L
+    records = make_records(N)
+    for row, record in enumerate(records):
+        own, weight = record.optimal_layer_config, 3.0 if row % 2 == 0 else 0.5
+        paths = [WeightedPath(decisions=own, weight=weight)]
+        if own != full:
+            paths.append(WeightedPath(decisions=full, weight=1.0))
+        records[row] = structs.replace(record, valid_paths=tuple(paths))
     given = []
 
     def fit(examples, *arguments, **options):
