@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,26 +188,6 @@ def test_a_mistake_is_one_line_and_leaves_everything_as_it_was(
     [line] = said.err.splitlines()
     assert says in line
     assert before == sorted(tmp_path.rglob("*"))
-
-
-@pytest.mark.parametrize("missing", ["decisions", "output"])
-def test_both_flags_are_needed(capsys: pytest.CaptureFixture[str], missing: str) -> None:
-    given = {"decisions": "plan.json", "output": "out"}
-    del given[missing]
-    [(flag, value)] = given.items()
-    assert main(["export", f"--{flag}", value]) == 2
-    assert f"needs --{missing}" in capsys.readouterr().err
-
-
-def test_a_wrong_file_is_answered_without_loading_torch(tmp_path: Path) -> None:
-    code = (
-        "import sys; from drllm.cli import main; "
-        f"status = main(['export', '--decisions', {str(tmp_path / 'none')!r}, '--output', 'o']); "
-        "sys.exit(status if 'torch' not in sys.modules else 3)"
-    )
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (child.returncode, child.stdout) == (2, "")
-    assert "doesn't exist" in child.stderr
 
 
 def test_a_real_model_exported_from_decisions_answers_as_the_routed_one(
