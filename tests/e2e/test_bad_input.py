@@ -171,12 +171,14 @@ def other_features(folder: Path) -> None:
 def one_layer_more(lines: list[str]) -> list[str]:
     row = json.loads(lines[1])
     row["optimal_layer_config"].append(1)
+    row["executions"] += 1
     return [lines[0], json.dumps(row) + "\n", *lines[2:]]
 
 
 def with_the_first_question(lines: list[str]) -> list[str]:
     first, row = (json.loads(line) for line in lines[:2])
     row["question"], row["task"] = first["question"].upper(), first["task"]
+    del row["executions"]
     row["optimal_layer_config"] = [
         2 if value == 1 else 1 for value in first["optimal_layer_config"]
     ]
@@ -429,7 +431,7 @@ search --model smollm2-135 --output-dir new => 'smollm2-135'
 search --model run --output-dir new => the folder run doesn't hold a model
 search --revision main --output-dir new => --revision has no effect on 'smollm2-135m'
 SEARCH --attn-implementation sdap => --attn-implementation
-train --model MODEL --supervision run/supervision.jsonl --output run/routers => holds trained routers
+train --model MODEL --supervision run/supervision.jsonl --output run/routers => holds trained
 search --model MODEL --device cpu --output-dir run --limit 5 => run/search.jsonl was made with
 search --model OTHER --device cpu --output-dir run SAME => run/search.jsonl was made with
 search --model MODEL --device cpu --dtype bfloat16 --output-dir run SAME => dtype
