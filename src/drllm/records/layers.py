@@ -1,4 +1,4 @@
-"""`routers/layers.json`: what the saved routers say of every target, counted layer by layer.
+"""What training measured of the saved routers: `layers.json`, and the calibration in their config.
 
 Axes: L layers, C = 3 decisions.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from drllm.metrics import DECISIONS, ROUTERS, TRAIN, VALIDATION, Counts, with_baselines
-from drllm.records.codec import read_json
+from drllm.records.codec import decode, encode, read_json
 
 LAYERS_FILE = "layers.json"
 
@@ -63,6 +63,60 @@ class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def read_layers(path: Path) -> Layers:
     """Read one `layers.json`; raises RecordError where it can't be trusted."""
     return read_json(path, Layers)
+
+
+class Bin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Decisions of like confidence.
+
+    Attributes:
+        decisions: How many.
+        confidence: Mean probability of what was decided.
+        hits: Mean share that the targets give to it.
+    """
+
+    decisions: int
+    confidence: float
+    hits: float
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far routers' probabilities can be believed: `training.calibration` of their config.
+
+    Attributes:
+        temperature: Fits the held-out targets best; above 1 the routers were too sure.
+        num_decisions: How many it was measured on.
+        ece_before: Expected calibration error, a share, at temperature 1.
+        ece_after: The same at the temperature.
+        nll_before: Mean negative log-likelihood, in nats a decision, at temperature 1.
+        nll_after: The same at the temperature.
+        reliability_before: Bins at temperature 1.
+        reliability_after: The same at the temperature.
+        bins: How many there are at most.
+    """
+
+    temperature: float
+    num_decisions: int
+    ece_before: float
+    ece_after: float
+    nll_before: float | None = None
+    nll_after: float | None = None
+    reliability_before: tuple[Bin, ...] = ()
+    reliability_after: tuple[Bin, ...] = ()
+    bins: int = 0
+
+
+def calibration_of(config: Mapping[str, Any], where: str) -> Calibration | None:
+    """Return what a router's config says of it; None where no target was held out.
+
+    Args:
+        config: Contents of `router_config.json`.
+        where: Its path, for messages.
+
+    Raises:
+        RecordError: It can't be trusted.
+    """
+    found = (config.get("training") or {}).get("calibration")
+    return None if found is None else decode(encode(found), Calibration, f"{where}, 'calibration'")
 
 
 def _check_confusions(counts: Counts) -> None:

@@ -346,7 +346,7 @@ def read_form(path: Path, kind: type[T], schema: str) -> T:
     if found.schema_version < OLDEST:
         raise RecordError(
             f"{path} was written by drllm {found.drllm_version} in an older form (schema version "
-            f"{found.schema_version}); evaluate again, or read it with that version"
+            f"{found.schema_version}); make it again, or read it with that version"
         )
     return read_json(path, kind)
 

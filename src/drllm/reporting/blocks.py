@@ -1,7 +1,6 @@
 """What a report consists of, before it is HTML or Markdown: plain values with plain text.
 
-Owns the vocabulary of blocks that the sections fill and that `page` and `markdown` render. Texts
-are never markup: both renderers escape all of them. Axes: L layers.
+Texts are never markup: both renderers escape all of them. Axes: L layers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""The part of a report on what the systems cost, what was measured apart from what was not.
+"""The part of a report about what the systems cost: counted and derived, then measured.
 
-Owns these sections, and the words for measured time that `drllm show` prints too. Nothing derived
-is called measured. Leaves reading the times to `measured`.
+Nothing derived is called measured. `drllm show` prints `measured_lines`.
 """
 
 from __future__ import annotations
@@ -9,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from drllm.cost import share_saved
+from drllm.records.latency import DECODE, PREFILL, Latency, Rounds, Timings
+from drllm.records.results import BASE, ROUTED, Evaluation, System
 from drllm.reporting.blocks import Block, Section, Table, Text
-from drllm.reporting.measured import DECODE, PREFILL, Measured, Spread
 from drllm.reporting.numbers import NONE, count, percent, plain
-from drllm.reporting.results import Evaluation, System
-from drllm.reporting.samples import BASE, ROUTED
 
 MOST_ROWS = 20
 """Rows of a table of tasks and systems from which on it is shown on request only."""
@@ -24,7 +22,7 @@ NOT_MEASURED = (
 )
 
 
-def sections(evaluations: Sequence[Evaluation], measured: Measured | None) -> list[Section]:
+def sections(evaluations: Sequence[Evaluation], measured: Latency | None) -> list[Section]:
     """Return the sections on cost, of every task and of the machine."""
     return [
         Section(
@@ -70,16 +68,16 @@ def _derived(evaluations: Sequence[Evaluation]) -> list[Block]:
 
 
 def _derived_row(evaluation: Evaluation, system: System) -> list[str]:
-    weights, attention = system.flops or (None, None)
+    flops, kept = system.prompt_flops, system.kv_bytes_per_token
     return [
         evaluation.task,
         system.name,
         plain(system.executions, 2),
         plain(system.decode_executions, 2),
         percent(share_saved(system.executions, evaluation.num_layers)),
-        _giga(weights),
-        _giga(attention),
-        NONE if system.kv_bytes is None else count(round(system.kv_bytes)),
+        _giga(flops and flops.weights),
+        _giga(flops and flops.attention),
+        NONE if kept is None else count(round(kept)),
     ]
 
 
@@ -117,10 +115,11 @@ def _own_time(evaluations: Sequence[Evaluation]) -> list[Block]:
 # --- latency -----------------------------------------------------------------------------------
 
 
-def _timed(measured: Measured | None) -> list[Block]:
+def _timed(measured: Latency | None) -> list[Block]:
     if measured is None:
         return [Text(NOT_MEASURED)]
-    passes = "" if measured.new_tokens == 1 else "es"
+    found = measured.measured
+    passes = "" if found.new_tokens == 1 else "es"
     return [
         Text(f"Measured on {machine_words(measured)}."),
         Table(
@@ -136,11 +135,13 @@ def _timed(measured: Measured | None) -> list[Block]:
                 "executions, routed",
                 "routers alone, ms",
             ),
-            rows=[_ratio_row(measured, *key) for key in measured.ratios],
+            rows=[
+                _ratio_row(found, phase, size) for phase in PHASES for size in found.batch_sizes
+            ],
         ),
         Text(
-            f"Reading is one pass over {count(measured.prompt_tokens)} tokens of every prompt, "
-            f"decoding {count(measured.new_tokens)} more pass{passes} of one token. All systems "
+            f"Reading is one pass over {count(found.prompt_tokens)} tokens of every prompt, "
+            f"decoding {count(found.new_tokens)} more pass{passes} of one token. All systems "
             "had a turn in every round; what is compared is compared within a round, and the "
             "median, the lowest and the highest are shown. Below 1 the routed model is faster. "
             "Executions are those of the routes that were timed; rows of a batch may have "
@@ -164,13 +165,13 @@ def _timed(measured: Measured | None) -> list[Block]:
                 [
                     each.system,
                     measured.systems.get(each.system, NONE),
-                    f"{PHASES.get(each.phase, each.phase)}, {count(each.batch_size)}",
+                    f"{PHASES[each.phase]}, {count(each.batch_size)}",
                     plain(each.executions, 2),
                     _ms(each.median),
                     _rate(each.tokens_per_second),
                     "; ".join(_ms(seconds) for seconds in each.seconds),
                 ]
-                for each in measured.timings
+                for each in found.timings
             ],
             texts=(0, 1, 2),
             folded=True,
@@ -178,12 +179,11 @@ def _timed(measured: Measured | None) -> list[Block]:
     ]
 
 
-def _ratio_row(measured: Measured, phase: str, size: int) -> list[str]:
-    base, routed = (measured.of(system, phase, size) for system in (BASE, ROUTED))
-    ratio = measured.ratios[phase, size]
-    routers = measured.router_seconds.get(size) if phase == PREFILL else None
+def _ratio_row(found: Timings, phase: str, size: int) -> list[str]:
+    base, routed = (found.of(system, phase, size) for system in (BASE, ROUTED))
+    ratio = found.ratio(ROUTED, BASE, phase, size)
     return [
-        f"{PHASES.get(phase, phase)}, {count(size)}",
+        f"{PHASES[phase]}, {count(size)}",
         _ms(base.median),
         _ms(routed.median),
         plain(ratio.median, 3),
@@ -191,10 +191,13 @@ def _ratio_row(measured: Measured, phase: str, size: int) -> list[str]:
         _rate(base.tokens_per_second),
         _rate(routed.tokens_per_second),
         plain(routed.executions, 2),
-        NONE
-        if routers is None
-        else f"{_ms(routers.median)} ({_ms(routers.lowest)} to {_ms(routers.highest)})",
+        _routers(found, size) if phase == PREFILL else NONE,
     ]
+
+
+def _routers(found: Timings, size: int) -> str:
+    each = found.router_seconds(size)
+    return f"{_ms(each.median)} ({_ms(each.lowest)} to {_ms(each.highest)})"
 
 
 def _ms(seconds: float) -> str:
@@ -209,43 +212,43 @@ def _rate(per_second: float) -> str:
     return count(round(per_second)) if per_second >= 100 else plain(per_second)
 
 
-def machine_words(measured: Measured) -> str:
+def machine_words(measured: Latency) -> str:
     """Say what the times were measured on."""
-    threads = f", {measured.num_threads} thread{'s' * (measured.num_threads != 1)}"
-    return (
-        f"{measured.machine}; {measured.device}, {measured.dtype}"
-        f"{threads if measured.device == 'cpu' else ''}"
-    )
+    ran, threads = measured.runtime, measured.runtime.get("num_threads")
+    shown = f", {threads} thread{'s' * (threads != 1)}" if ran.get("device") == "cpu" else ""
+    return f"{measured.machine}; {ran.get('device')}, {ran.get('dtype')}{shown}"
 
 
-def how_measured(measured: Measured) -> str:
+def how_measured(measured: Latency) -> str:
     """Say in a few words how the times were measured."""
-    rounds = measured.num_rounds
+    rounds = measured.measured.num_rounds
     return (
         f"medians of {count(rounds)} interleaved round{'s' * (rounds != 1)} on "
         f"{count(measured.num_prompts)} prompts"
     )
 
 
-def measured_lines(measured: Measured) -> list[str]:
+def measured_lines(measured: Latency) -> list[str]:
     """Return the measured times in a few lines of plain text: ratios, speed, machine."""
-    parts = []
-    for phase, words in PHASES.items():
-        spreads = {size: each for (which, size), each in measured.ratios.items() if which == phase}
-        if spreads:
-            times = ", ".join(f"{_shown(each)} at {size}" for size, each in spreads.items())
-            parts.append(f"{words} {times}")
+    found = measured.measured
+    ratios = {
+        words: ", ".join(
+            f"{_shown(found.ratio(ROUTED, BASE, phase, size))} at {size}"
+            for size in found.batch_sizes
+        )
+        for phase, words in PHASES.items()
+    }
     routers = ", ".join(
-        f"{_ms(each.median)} ({_ms(each.lowest)} to {_ms(each.highest)}) ms at {size}"
-        for size, each in measured.router_seconds.items()
+        f"{_routers(found, size).replace(')', ') ms')} at {size}" for size in found.batch_sizes
     )
     return [
-        f"Measured time of routed / base by rows of a batch: {'; '.join(parts)}.",
+        f"Measured time of routed / base by rows of a batch: "
+        f"{'; '.join(f'{words} {times}' for words, times in ratios.items())}.",
         f"Measured time of the routers alone, while they read: {routers}.",
-        f"Both are {how_measured(measured)} cut to {measured.prompt_tokens} tokens, on "
+        f"Both are {how_measured(measured)} cut to {found.prompt_tokens} tokens, on "
         f"{machine_words(measured)}.",
     ]
 
 
-def _shown(spread: Spread) -> str:
-    return f"{plain(spread.median, 2)} ({plain(spread.lowest, 2)} to {plain(spread.highest, 2)})"
+def _shown(found: Rounds) -> str:
+    return f"{plain(found.median, 2)} ({plain(found.lowest, 2)} to {plain(found.highest, 2)})"

@@ -1,7 +1,4 @@
-"""The part of a report that is about depths: the curve, and the certified choice with its trials.
-
-Owns the tables and sentences. Leaves the numbers to `depths`, and the drawing to `curves`.
-"""
+"""The part of a report about depths: the curve, several seeds, the certified choice."""
 
 from __future__ import annotations
 
@@ -9,13 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 
 from drllm.cost import share_saved
-from drllm.reporting import curves
+from drllm.records.results import Evaluation, Point, Seeds, Spread
+from drllm.reporting import figures
 from drllm.reporting.blocks import Block, Columns, Figure, Folded, Listing, Section, Table, Text
-from drllm.reporting.depths import Choice, Point, Rise, Seeds, Spread, Trial
-from drllm.reporting.evaluated import against_cells, against_columns, difference
+from drllm.reporting.evaluated import against_cells, against_columns, difference, outstanding
 from drllm.reporting.numbers import NONE, count, percent, plain, signed
-from drllm.reporting.results import Evaluation
-from drllm.reporting.verdicts import outstanding
+from drllm.statistics.non_inferiority import Choice, LossBound, Trial
+from drllm.statistics.verdicts import Differences
 
 CURVE_COLUMNS = (
     "system",
@@ -27,7 +24,6 @@ CURVE_COLUMNS = (
     "gold log-probability less base's, nats",
     "next-token loss less base's, nats",
 )
-
 TRIAL_COLUMNS = (
     "setting",
     "tested on",
@@ -46,7 +42,7 @@ WORKED_COLUMNS = ("worked answers", "their next-token loss, nats", "at most, nat
 
 
 def sections(evaluation: Evaluation) -> list[Section]:
-    """Return the sections on the curve and the choice, as far as they were asked for."""
+    """Return the sections on the curve, the seeds and the choice, as far as there are any."""
     found = []
     if evaluation.curve:
         found.append(Section("Depth curve", _curve(evaluation)))
@@ -61,32 +57,29 @@ def sections(evaluation: Evaluation) -> list[Section]:
 
 
 def _curve(evaluation: Evaluation) -> list[Block]:
-    measures = curves.known(evaluation)
-    blocks: list[Block] = [
+    measures = figures.known(evaluation)
+    return [
         Text(
             "Routed model and baselines at several depths, each baseline at the routed model's "
             "executions where it can be had there. All differences are to base on the same "
             "questions, with paired 95 % intervals; the depth that the routers were trained for "
             "is one of the points in the drawings."
-        )
-    ]
-    if measures:
-        blocks += _drawings(evaluation, measures)
-    blocks.append(
+        ),
+        *(_drawings(evaluation, measures) if measures else []),
         Table(
             caption="The depth curve in numbers",
             header=CURVE_COLUMNS,
             rows=[point_row(point, evaluation.num_layers) for point in evaluation.curve],
             texts=(0, 1),
-        )
-    )
-    return [*blocks, *_against(evaluation)]
+        ),
+        *_against(evaluation),
+    ]
 
 
 def _against(evaluation: Evaluation) -> list[Block]:
     """List the routed model against every baseline, depth by depth."""
     rows = [
-        [point.setting, point.system, *against_cells(evaluation, found), plain(point.executions, 2)]
+        [point.setting, point.system, *against_cells(found), plain(point.executions, 2)]
         for point in evaluation.curve
         if (found := point.routed_against) is not None
     ]
@@ -105,7 +98,7 @@ def _against(evaluation: Evaluation) -> list[Block]:
     ]
 
 
-def _drawings(evaluation: Evaluation, measures: Sequence[curves.Measure]) -> list[Block]:
+def _drawings(evaluation: Evaluation, measures: Sequence[figures.Measure]) -> list[Block]:
     shown = outstanding(evaluation)
     routed = [
         f"{point.setting} {plain(point.executions, 2)} executions, accuracy "
@@ -115,16 +108,18 @@ def _drawings(evaluation: Evaluation, measures: Sequence[curves.Measure]) -> lis
     ]
     named = f"{', '.join(shown[:-1])} and {shown[-1]}" if len(shown) > 1 else shown[0]
     whole = Figure(
-        draw=partial(curves.depth_curve, evaluation, shown),
+        draw=partial(figures.depth_curve, evaluation, shown),
         name=f"{evaluation.task} depth curve",
         alt=f"Differences to base over executions a forward pass. Routed: {'; '.join(routed)}.",
         caption=f"Less than base's or more, over executions a forward pass, for {named}, with "
         f"95 % intervals. The dot is base. Systems of equal executions are drawn side by side; "
         f"lines of other baselines that leave the panel go on below, one by one.",
     )
+    if len(figures.by_system(evaluation)) < 2:
+        return [whole]
     single = [
         Figure(
-            draw=partial(curves.one_by_one, evaluation, measure),
+            draw=partial(figures.one_by_one, evaluation, measure),
             name=f"{evaluation.task} {measure.key} one by one",
             alt=f"The routed model against every baseline over executions a forward pass: "
             f"{measure.label}, less base's. The table holds the numbers.",
@@ -133,24 +128,26 @@ def _drawings(evaluation: Evaluation, measures: Sequence[curves.Measure]) -> lis
         )
         for measure in measures
     ]
-    if len(curves.by_system(evaluation)) < 2:
-        return [whole]
     return [whole, Folded("Every baseline by itself", [Columns([[each] for each in single])])]
 
 
 def point_row(point: Point, num_layers: int) -> list[str]:
     """Return a point's cells in the order of `CURVE_COLUMNS`."""
-    against = point.against_base
     return [
         point.system,
         point.setting or NONE,
         plain(point.executions, 2),
         percent(share_saved(point.executions, num_layers)),
         percent(point.accuracy),
-        difference(against.accuracy if against else None, 100, 1),
-        difference(against.gold_logprob if against else None),
-        difference(against.text_loss if against else None),
+        *_less(point.against_base),
     ]
+
+
+def _less(found: Differences | None) -> list[str]:
+    """Write differences to base: of accuracy, gold log-probability and next-token loss."""
+    if found is None:
+        return [NONE] * 3
+    return [difference(each) for each in (found.accuracy, found.gold_logprob, found.text_loss)]
 
 
 # --- several seeds -----------------------------------------------------------------------------
@@ -185,17 +182,15 @@ def _seeds(rows: Sequence[Seeds]) -> list[Block]:
 
 def _seeds_row(row: Seeds) -> list[str]:
     deviation = row.accuracy.deviation
-    base, permuted = row.against_base, row.against_permuted
+    permuted = row.against_permuted
     return [
         row.setting or "as trained",
         count(row.num_seeds),
         _ends(row.executions, 1, 2),
         _ends(row.accuracy, 100, 1),
         NONE if deviation is None else plain(100 * deviation, 1),
-        difference(base.accuracy if base else None, 100, 1),
-        difference(base.gold_logprob if base else None),
-        difference(base.text_loss if base else None),
-        difference(permuted.accuracy if permuted else None, 100, 1),
+        *_less(row.against_base),
+        difference(permuted.accuracy if permuted else None),
     ]
 
 
@@ -209,27 +204,11 @@ def _ends(spread: Spread, scale: float, digits: int) -> str:
 # --- the choice --------------------------------------------------------------------------------
 
 
-def verdict(choice: Choice) -> str:
-    """Say in one sentence what is certified; "none" is an answer."""
-    kept = choice.certified
-    if kept is None:
-        return "None is certified."
-    return f"Certified: {kept.name} ({plain(kept.executions, 2)} executions a forward pass)."
-
-
 def _choice(choice: Choice, split: str) -> list[Block]:
-    asked = (
-        f"Asked for with {percent(choice.confidence, 0)} confidence: less than "
-        f"{choice.epsilon:g} points of accuracy lost, and a next-token loss less than "
-        f"{choice.max_loss_increase:g} nats a token higher on the questions' own texts"
-        f"{_beside(choice)}."
-    )
-    blocks: list[Block] = [Text(f"{verdict(choice)} {_why(choice)}".rstrip(), strong=True)]
-    blocks.append(Text(asked))
-    chosen_on = choice.chosen_on or ("fit" if split == "select" else "select")
-    tested = [(chosen_on, trial) for trial in choice.trials]
+    tested = [(choice.chosen_on or NONE, trial) for trial in choice.trials]
     if choice.confirmation is not None:
         tested.append((f"{split}, once", choice.confirmation))
+    blocks: list[Block] = [Text(choice.verdict(), strong=True)]
     if tested:
         blocks.append(
             Table(
@@ -240,31 +219,7 @@ def _choice(choice: Choice, split: str) -> list[Block]:
                 texts=(0, 1, 2, 3),
             )
         )
-    if choice.sentences:
-        blocks.append(Text("As the evaluation words it:"))
-        blocks.append(Listing(choice.sentences))
-    return blocks
-
-
-def _beside(choice: Choice) -> str:
-    """Say whether worked answers were looked at."""
-    if choice.worked_answers is None:
-        return "; worked answers weren't looked at"
-    return f" and on worked answers of {choice.worked_answers}"
-
-
-def _why(choice: Choice) -> str:
-    """Say why nothing is certified."""
-    if choice.certified is not None:
-        return ""
-    if choice.obstacle is not None:
-        return f"{choice.obstacle}."
-    if choice.confirmation is not None:
-        name = choice.confirmation.name
-        return f"What was chosen, {name}, fails on the questions that it was tested on once."
-    if choice.chosen is not None:
-        return f"What was chosen, {choice.chosen.name}, wasn't tested on other questions."
-    return "The first setting tried fails already." if choice.trials else ""
+    return [*blocks, Listing(choice.sentences())]
 
 
 def _trial_row(where: str, trial: Trial) -> list[str]:
@@ -277,15 +232,11 @@ def _trial_row(where: str, trial: Trial) -> list[str]:
         count(trial.num_questions),
         count(trial.won),
         count(trial.lost),
-        plain(max(0.0, trial.greatest_loss), 2),
-        *_rise_cells(trial.texts),
-        *([] if trial.worked is None else _rise_cells(trial.worked)),
+        plain(max(0.0, trial.maximum_loss), 2),
+        *_bound_cells(trial.texts),
+        *([] if trial.worked is None else _bound_cells(trial.worked)),
     ]
 
 
-def _rise_cells(rise: Rise) -> list[str]:
-    return [
-        count(rise.num_texts),
-        signed(rise.loss_increase, 3),
-        signed(rise.greatest_increase, 3),
-    ]
+def _bound_cells(bound: LossBound) -> list[str]:
+    return [count(bound.num_texts), signed(bound.increase, 3), signed(bound.maximum, 3)]

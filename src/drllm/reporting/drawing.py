@@ -2,8 +2,7 @@
 
 Drawn by matplotlib without pyplot, so that nothing global is touched. In an `<svg>` element colours
 are CSS variables that follow the page's light or dark scheme, and texts are texts in the page's own
-font; a PNG has the light scheme's colours. Leaves what is drawn to `figures` and `curves`, and the
-variables' values in both schemes to `style.css`.
+font; a PNG has the light scheme's colours. The variables' values are in `style.css`.
 """
 
 from __future__ import annotations

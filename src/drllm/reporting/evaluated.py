@@ -1,30 +1,22 @@
-"""The part of a report that is about the test: the result, the systems of each task.
+"""The part of a report about the test: the result, over all tasks and of each, and its systems.
 
-Owns the tables of one task and what stands beside them. Leaves tables over tasks to `tasks`, what
-may be claimed to `verdicts`, depths to `depth`, single questions to `changes`, and the drawing to
-`curves`.
+What is claimed are the evaluation's own findings and the labels of its verdicts; nothing is judged
+here. Whatever is picked after looking (the best of several baselines) is never what a claim rests
+on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from drllm.cost import share_saved
-from drllm.reporting import curves, tasks
+from drllm.records.results import PERMUTED, Evaluation, System
+from drllm.reporting import figures
 from drllm.reporting.blocks import Block, Columns, Figure, Listing, Section, Table, Text
-from drllm.reporting.depths import Difference, Differences
 from drllm.reporting.numbers import NONE, count, interval, p_value, percent, plain, signed
-from drllm.reporting.results import Evaluation, System
 from drllm.reporting.run import Run
-from drllm.reporting.samples import BASE, ROUTED
-from drllm.reporting.verdicts import (
-    Verdict,
-    against,
-    headline,
-    of_difference,
-    of_text_loss,
-    others,
-)
+from drllm.statistics.verdicts import Differences, Verdict
 
 SYSTEM_COLUMNS = (
     "system",
@@ -39,40 +31,112 @@ SYSTEM_COLUMNS = (
     "McNemar p",
     "draws",
 )
+EQUAL = 0.01
+"""Share of the layers by which executions may differ and still be called equal."""
 
-DASH = "A dash means: not measured, or not defined."
+
+# --- what is shown -----------------------------------------------------------------------------
+
+
+def label(verdict: Verdict | None) -> str:
+    """Return what a comparison shows, for the cell of a table."""
+    return NONE if verdict is None else verdict.label
+
+
+def difference(verdict: Verdict | None) -> str:
+    """Write a difference with its interval: points of accuracy, or nats."""
+    if verdict is None:
+        return NONE
+    scale, digits = (100, 1) if verdict.quantity == "accuracy" else (1, 3)
+    low, high = (signed(scale * end, digits) for end in verdict.interval)
+    return f"{signed(scale * verdict.mean, digits)} ({low} to {high})"
+
+
+def against(system: System | None) -> Verdict | None:
+    """Return the verdict on the routed model's accuracy against a baseline."""
+    return system.routed_against.accuracy if system and system.routed_against else None
+
+
+def against_base(evaluation: Evaluation) -> Differences | None:
+    """Return what the routed model has more than base."""
+    return evaluation.routed.against_base if evaluation.routed else None
+
+
+def rivals(evaluation: Evaluation, *, read_question: bool = False) -> list[System]:
+    """Return the baselines of equal executions that don't read the question (or do), best first.
+
+    The permuted routes aren't among them: they are a control of their own.
+    """
+    routed = evaluation.routed
+    if routed is None:
+        return []
+    near = EQUAL * evaluation.num_layers
+    found = [
+        system
+        for system in evaluation.baselines
+        if system.reads_question is read_question
+        and system.name != PERMUTED
+        and abs(system.executions - routed.executions) <= near
+    ]
+    return sorted(found, key=lambda s: (s.accuracy, s.gold_logprob or 0.0), reverse=True)
+
+
+def outstanding(evaluation: Evaluation) -> list[str]:
+    """Return the systems that a drawing shows in colour: routed, its control, the best rivals."""
+    best = [rivals(evaluation, read_question=reads)[:1] for reads in (False, True)]
+    names = [system.name for found in best for system in found]
+    control = [PERMUTED] if evaluation.system(PERMUTED) is not None else []
+    return ["routed", *control, *names]
 
 
 # --- the result --------------------------------------------------------------------------------
 
 
 def result(run: Run) -> list[Block]:
-    """Return the headline and what it rests on: one task's findings, or tables over several."""
-    model = model_words(run)
+    """Return what the evaluation found: one task's findings, or tables over several tasks."""
     blocks: list[Block] = [Text(note) for note in run.notes]
     if not run.evaluations:
-        return [Text(f"{model}; nothing was evaluated yet.", strong=True), *blocks]
-    blocks.insert(0, Text(headline(run.evaluations), strong=True))
-    if len(run.evaluations) > 1:
-        return [*blocks, *tasks.tables(run.evaluations)]
-    return [*blocks, *_found(run, run.evaluations[0])]
+        text = f"{model_words(run)}; nothing was evaluated yet."
+        return [Text(text, strong=True), *blocks]
+    if len(run.evaluations) == 1:
+        first, *rest = of_task(run, run.evaluations[0])
+        return [first, *blocks, *rest]
+    counted = [Text(line, strong=True) for line in over_tasks(run.evaluations)]
+    return [*counted, *blocks, *_tables(run.evaluations)]
 
 
 def of_task(run: Run, evaluation: Evaluation) -> list[Block]:
-    """Return what a report of several tasks says first of one of them."""
-    return [Text(headline([evaluation]), strong=True), *_found(run, evaluation)]
+    """Return what the evaluation found on a task, the choice's sentences aside."""
+    choice = evaluation.choice
+    aside = () if choice is None else choice.sentences()
+    found = [finding for finding in evaluation.findings if finding not in aside]
+    first, *rest = found or [f"On {evaluation.task} nothing was found."]
+    rest += [] if choice is None else [choice.verdict()]
+    told: list[Block] = [Listing(rest)] if rest else []
+    return [
+        Text(first, strong=True),
+        Text(f"Measured: {model_words(run)} on {_asked(evaluation)}."),
+        *told,
+    ]
 
 
-def _found(run: Run, evaluation: Evaluation) -> list[Block]:
-    blocks: list[Block] = [Text(f"Measured: {model_words(run)} on {_asked(evaluation)}.")]
-    said = others(evaluation)
-    if said:
-        blocks.append(Listing(said))
-    written = _findings(evaluation)
-    if written:
-        blocks.append(Text("Findings that the evaluation wrote down:"))
-        blocks.append(Listing(written))
-    return blocks
+def over_tasks(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Say of how many tasks what is shown of the routed model, one sentence a comparison."""
+    compared: dict[str, Callable[[Evaluation], Verdict | None]] = {
+        "accuracy against base": lambda e: d.accuracy if (d := against_base(e)) else None,
+        "next-token loss against base": lambda e: d.text_loss if (d := against_base(e)) else None,
+        "accuracy against its own routes permuted": lambda e: against(e.system(PERMUTED)),
+    }
+    said = []
+    for words, verdict in compared.items():
+        found: dict[str, list[str]] = {}
+        for evaluation in evaluations:
+            if (one := verdict(evaluation)) is not None:
+                found.setdefault(one.label, []).append(evaluation.task)
+        parts = [f"{name} on {len(tasks)} ({', '.join(tasks)})" for name, tasks in found.items()]
+        if parts:
+            said.append(f"The routed model, by {words}: {'; '.join(parts)}.")
+    return said
 
 
 def model_words(run: Run) -> str:
@@ -83,28 +147,81 @@ def model_words(run: Run) -> str:
 
 def _asked(evaluation: Evaluation) -> str:
     kinds = {"choices": "options are scored", "generated": "answers are generated"}
-    parts = [
-        evaluation.task,
-        f"{evaluation.split} split",
-        f"{count(evaluation.num_questions)} questions",
+    shots = count(evaluation.num_fewshot) if evaluation.num_fewshot else "no"
+    return (
+        f"{evaluation.task}, {evaluation.split} split, {count(evaluation.num_questions)} "
+        f"questions, {kinds[evaluation.kind]}, metric {evaluation.metric}, {shots} worked examples"
+    )
+
+
+def _tables(evaluations: Sequence[Evaluation]) -> list[Block]:
+    glance = Table(
+        caption="The tasks at a glance. Verdicts are on accuracy; those against base are corrected "
+        "for several tasks (Holm) where there is an exact test, the others hold each by itself at "
+        "the 5 % level. The fixed baseline is the best of equal executions that doesn't read the "
+        "question.",
+        header=(
+            "task",
+            "questions",
+            "base above chance",
+            "base",
+            "routed",
+            "saved",
+            "routed against base",
+            "against its permuted routes",
+            "best fixed baseline",
+            "against it",
+        ),
+        rows=[_glance(evaluation) for evaluation in evaluations],
+        texts=(0, 2, 6, 7, 8, 9),
+    )
+    cells: dict[str, Callable[[System], str]] = {
+        "Accuracy in percent (where answers are graded, the mean grade) with its 95 % interval": (
+            lambda s: (
+                f"{plain(100 * s.accuracy)} ({' to '.join(plain(100 * e) for e in s.interval)})"
+            )
+        ),
+        "Gold log-probability, nats a question": lambda s: plain(s.gold_logprob, 3),
+        "Next-token loss, nats a token": lambda s: plain(s.text_loss, 3),
+        "Executions a forward": lambda s: plain(s.executions, 2),
+    }
+    names = list(dict.fromkeys(system.name for each in evaluations for system in each.systems))
+    tables = [
+        Table(
+            caption=caption,
+            header=("task", *names),
+            rows=[
+                [
+                    each.task,
+                    *(NONE if (s := each.system(name)) is None else cell(s) for name in names),
+                ]
+                for each in evaluations
+            ],
+            folded=number > 1,
+        )
+        for number, (caption, cell) in enumerate(cells.items())
     ]
-    if evaluation.kind is not None:
-        parts.append(kinds.get(evaluation.kind, evaluation.kind))
-    if evaluation.metric is not None:
-        parts.append(f"metric {evaluation.metric}")
-    if evaluation.num_fewshot is not None:
-        shown = count(evaluation.num_fewshot) if evaluation.num_fewshot else "no"
-        parts.append(f"{shown} worked examples")
-    return ", ".join(parts)
+    return [glance, *tables]
 
 
-def _findings(evaluation: Evaluation) -> list[str]:
-    """Return the findings without what the section on the choice says."""
-    choice = () if evaluation.choice is None else evaluation.choice.sentences
-    return [finding for finding in evaluation.findings if finding not in choice]
+def _glance(evaluation: Evaluation) -> list[str]:
+    routed, found = evaluation.routed, against_base(evaluation)
+    best = next(iter(rivals(evaluation)), None)
+    return [
+        evaluation.task,
+        count(evaluation.num_questions),
+        f"{'yes' if evaluation.above_chance else 'not shown'} ({percent(evaluation.chance)})",
+        percent(evaluation.base.accuracy),
+        percent(routed.accuracy) if routed else NONE,
+        percent(share_saved(routed.executions, evaluation.num_layers)) if routed else NONE,
+        label(found.accuracy if found else None),
+        label(against(evaluation.system(PERMUTED))),
+        f"{best.name}, {percent(best.accuracy)}" if best else NONE,
+        label(against(best)),
+    ]
 
 
-# --- one task ----------------------------------------------------------------------------------
+# --- one task's systems ------------------------------------------------------------------------
 
 
 def systems(evaluation: Evaluation) -> Section:
@@ -123,6 +240,7 @@ def systems(evaluation: Evaluation) -> Section:
 
 def system_row(system: System, num_layers: int) -> list[str]:
     """Return a system's cells in the order of `SYSTEM_COLUMNS`."""
+    found = system.against_base.accuracy if system.against_base else None
     return [
         system.name,
         percent(system.accuracy),
@@ -131,9 +249,9 @@ def system_row(system: System, num_layers: int) -> list[str]:
         percent(share_saved(system.executions, num_layers)),
         plain(system.gold_logprob, 3),
         plain(system.text_loss, 3),
-        count(system.won),
-        count(system.lost),
-        p_value(system.mcnemar_p),
+        count(found.won if found else None),
+        count(found.lost if found else None),
+        p_value(found.p if found else None),
         count(system.draws),
     ]
 
@@ -153,12 +271,12 @@ def _table(evaluation: Evaluation) -> list[Block]:
             header=header,
             rows=[system_row(system, evaluation.num_layers) for system in evaluation.systems],
         ),
-        Text(counted + DASH),
+        Text(f"{counted}A dash means: not measured, or not defined."),
     ]
     corrected = [
-        f"{system.name} p = {p_value(system.mcnemar_p_holm)}".replace("= <", "<")
+        f"{system.name} p = {p_value(system.against_base.accuracy.p_corrected)}".replace("= <", "<")
         for system in evaluation.systems
-        if system.mcnemar_p_holm is not None and system.mcnemar_p_holm != system.mcnemar_p
+        if system.against_base and system.against_base.accuracy.p_corrected is not None
     ]
     if corrected:
         listed = ", ".join(corrected)
@@ -173,65 +291,53 @@ def _table(evaluation: Evaluation) -> list[Block]:
     return blocks
 
 
-def _systems_figure(evaluation: Evaluation) -> Figure:
-    shown = ", ".join(f"{each.name} {percent(each.accuracy)}" for each in evaluation.systems)
-    return Figure(
-        draw=partial(curves.accuracy_of_systems, evaluation),
-        name=f"{evaluation.task} systems",
-        alt=f"{evaluation.score.capitalize()} of the systems: {shown}.",
-        caption=f"{evaluation.score.capitalize()} with its 95 % interval. The line is base, the "
-        f"dotted line is chance.",
-    )
-
-
 def _baselines(evaluation: Evaluation) -> list[Block]:
     """Return what shows at a glance whether routing beats its baselines."""
+    score = evaluation.score.capitalize()
+    shown = ", ".join(f"{each.name} {percent(each.accuracy)}" for each in evaluation.systems)
+    drawn = Figure(
+        draw=partial(figures.accuracy_of_systems, evaluation),
+        name=f"{evaluation.task} systems",
+        alt=f"{score} of the systems: {shown}.",
+        caption=f"{score} with its 95 % interval. The line is base, the dotted line is chance.",
+    )
     compared = [s for s in evaluation.baselines if s.routed_against is not None]
     if not compared:
-        return [_systems_figure(evaluation)]
-    verdicts = ", ".join(f"{each.name} {against(evaluation, each).value[2:]}" for each in compared)
-    return [
-        Columns(
-            [
-                [_systems_figure(evaluation)],
-                [
-                    Figure(
-                        draw=partial(curves.routed_against, evaluation),
-                        name=f"{evaluation.task} baselines",
-                        alt=f"The routed model less each baseline, with 95 % intervals. On "
-                        f"accuracy it is: {verdicts}.",
-                        caption="The routed model less each baseline, on the same questions, with "
-                        "95 % intervals; full dots where it is shown to differ. Right of the line "
-                        "the routed model has more; more next-token loss is worse.",
-                    )
-                ],
-            ]
-        ),
-        Table(
-            caption="The routed model less each baseline, with 95 % intervals, and what is shown "
-            "of the routed model at the 5 % level, each comparison by itself; no verdict where "
-            "base isn't shown to be above chance",
-            header=(
-                "baseline",
-                *against_columns(evaluation),
-                "baseline's executions",
-                "reads the question",
-            ),
-            rows=[_against_row(evaluation, system) for system in compared],
-            texts=(0, 1, 3, 5, 8),
-        ),
+        return [drawn]
+    verdicts = ", ".join(f"{each.name} {label(against(each))}" for each in compared)
+    beside = Figure(
+        draw=partial(figures.routed_against, evaluation),
+        name=f"{evaluation.task} baselines",
+        alt=f"The routed model less each baseline, with 95 % intervals. On accuracy it is: "
+        f"{verdicts}.",
+        caption="The routed model less each baseline, on the same questions, with 95 % intervals; "
+        "full dots where it is shown to differ. Right of the line the routed model has more; more "
+        "next-token loss is worse.",
+    )
+    rows = [
+        [
+            system.name,
+            *against_cells(system.routed_against),
+            plain(system.executions, 2),
+            {None: NONE, True: "yes", False: "no"}[system.reads_question],
+        ]
+        for system in compared
+        if system.routed_against is not None
     ]
-
-
-def _against_row(evaluation: Evaluation, system: System) -> list[str]:
-    found = system.routed_against
-    assert found is not None  # the caller leaves the others out
-    return [
-        system.name,
-        *against_cells(evaluation, found),
-        plain(system.executions, 2),
-        _yes(system.reads_question),
-    ]
+    table = Table(
+        caption="The routed model less each baseline, with 95 % intervals, and what is shown of "
+        "the routed model at the 5 % level, each comparison by itself; no verdict where base isn't "
+        "shown to be above chance",
+        header=(
+            "baseline",
+            *against_columns(evaluation),
+            "baseline's executions",
+            "reads the question",
+        ),
+        rows=rows,
+        texts=(0, 1, 3, 5, 8),
+    )
+    return [Columns([[drawn], [beside]]), table]
 
 
 def against_columns(evaluation: Evaluation) -> tuple[str, ...]:
@@ -246,36 +352,10 @@ def against_columns(evaluation: Evaluation) -> tuple[str, ...]:
     )
 
 
-def against_cells(evaluation: Evaluation, found: Differences) -> list[str]:
-    """Return what is shown of the routed model against an baseline, with the differences."""
-    return [
-        _so(evaluation, found.accuracy),
-        difference(found.accuracy, 100, 1),
-        _so(evaluation, found.gold_logprob),
-        difference(found.gold_logprob),
-        NONE if found.text_loss is None else of_text_loss(found.text_loss).value,
-        difference(found.text_loss),
-    ]
-
-
-def _so(evaluation: Evaluation, found: Difference | None) -> str:
-    if found is None:
-        return NONE
-    if not evaluation.above_chance:
-        return Verdict.NO_VERDICT.value
-    return of_difference(found).value
-
-
-def difference(found: Difference | None, scale: float = 1, digits: int = 3) -> str:
-    """Write a difference with its interval."""
-    if found is None:
-        return NONE
-    low, high = (signed(scale * end, digits) for end in found.interval)
-    return f"{signed(scale * found.mean, digits)} ({low} to {high})"
-
-
-def _yes(value: bool | None) -> str:
-    return NONE if value is None else "yes" if value else "no"
+def against_cells(found: Differences) -> list[str]:
+    """Return what is shown of the routed model against a baseline, with the differences."""
+    verdicts = (found.accuracy, found.gold_logprob, found.text_loss)
+    return [cell for each in verdicts for cell in (label(each), difference(each))]
 
 
 def _what_they_are(evaluation: Evaluation) -> Block:
@@ -325,8 +405,3 @@ def _not_compared(evaluation: Evaluation) -> list[Block]:
             texts=(0, 1),
         )
     ]
-
-
-def routed_and_base(evaluation: Evaluation) -> list[System]:
-    """Return the two systems that a comparison of runs shows."""
-    return [system for system in evaluation.systems if system.name in (BASE, ROUTED)]

@@ -1,28 +1,18 @@
-"""The part of a report that is about the way to the routers: search, targets, training.
-
-Owns which counts of search and targets are shown. Leaves the counting to the stages and to
-`summary`, and what is said of the training to `trained`.
-Axes: L layers.
-"""
+"""The part of a report about the way to the routers: search, targets, training. Axes: L layers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 from drllm.cost import share_saved
-from drllm.paths import Decision
-from drllm.reporting import figures, summary, trained
+from drllm.paths import Decision, num_executions
+from drllm.reporting import figures, trained
 from drllm.reporting.blocks import Block, Columns, Figure, Section, Table, Text
-from drllm.reporting.numbers import (
-    NONE,
-    count,
-    of_total,
-    percent,
-    plain,
-    signed,
-)
+from drllm.reporting.edits import edit_effects
+from drllm.reporting.numbers import NONE, count, of_total, percent, plain, signed
 from drllm.reporting.run import Run
 from drllm.supervision import summarise
 from drllm.supervision.summary import class_counts
@@ -103,8 +93,8 @@ def _share_of(number: Any, total: int) -> str:
 
 
 def _single_edits(run: Run) -> list[Block]:
-    skips = summary.edit_effects(run.search, Decision.SKIP)
-    repeats = summary.edit_effects(run.search, Decision.REPEAT)
+    skips = edit_effects(run.search, Decision.SKIP)
+    repeats = edit_effects(run.search, Decision.REPEAT)
     if not skips and not repeats:
         return [Text("No path with a single edit was tried.")]
     enough = sorted(
@@ -151,8 +141,8 @@ def _targets(run: Run) -> list[Block]:
     counts = class_counts(targets)
     totals = [sum(layer[value] for layer in counts) for value in range(3)]
     improving = sum(record.improving for record in run.supervision)
-    mean = summary.mean_length(targets) or 0.0
-    lengths = [int(sum(target)) for target in targets]
+    lengths = [num_executions(target) for target in targets]
+    mean = fmean(lengths)
     saved = share_saved(mean, num_layers)
     compared = f"{percent(abs(saved))} {'fewer' if saved >= 0 else 'more'}"
     labels = Table(

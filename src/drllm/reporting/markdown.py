@@ -1,7 +1,6 @@
-"""A report as Markdown: headings, sentences and tables.
+"""A report as Markdown: headings, sentences and tables, every text escaped.
 
-Owns the rendering and the escaping. Figures are pictures in a folder beside the file; what is
-folded in the HTML is open here.
+Figures are pictures in a folder beside the file; what is folded in the HTML is open here.
 Axes: L layers.
 """
 
@@ -28,7 +27,7 @@ from drllm.reporting.blocks import (
     Table,
     Text,
 )
-from drllm.reporting.numbers import percent
+from drllm.reporting.numbers import percent, printable
 
 
 def render(document: Document, folder: str) -> str:
@@ -42,7 +41,7 @@ def render(document: Document, folder: str) -> str:
     places = {figure: f"{folder}/{name}.png" for figure, name in document.figures().items()}
     for section in document.sections:
         parts += _section(section, places)
-    return "\n\n".join(parts) + "\n"
+    return printable("\n\n".join(parts) + "\n")
 
 
 def escape(text: str) -> str:

@@ -1,7 +1,7 @@
 """A report as one HTML page that needs nothing else: styles and drawings are inside it.
 
-Owns the rendering and the escaping; colours and layout are in `style.css`, which is copied into
-the page. Axes: L layers.
+Every text is escaped; colours and layout are in `style.css`, which is copied into the page.
+Axes: L layers.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from drllm.reporting.blocks import (
     Text,
 )
 from drllm.reporting.drawing import svg
+from drllm.reporting.numbers import printable
 
 STRONGEST = 0.6
 """Opacity of the strongest colour of a heat map; beyond that the values on it are hard to read."""
@@ -45,7 +46,7 @@ def render(document: Document) -> str:
     title = html.escape(document.title)
     names = document.figures()
     body = "\n".join(_section(section, names) for section in document.sections)
-    return (
+    return printable(
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"

@@ -1,13 +1,10 @@
-"""The part of a report that says where everything comes from: hashes, versions, settings, command.
-
-Owns what is shown of manifests. Leaves reading them to `run` and `results`.
-"""
+"""The part of a report on where everything comes from: hashes, versions, settings, command."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -23,20 +20,12 @@ RUNTIME = ("dtype", "device", "attn_implementation")
 
 def section(run: Run) -> Section:
     """Return the section on a run's provenance."""
-    blocks: list[Block] = []
-    if run.model:
-        rows = [[key, _shown(value)] for key, value in run.model.items()]
-        blocks.append(
-            Table(
-                caption="Base model, as the files record it",
-                header=("what", "value"),
-                rows=rows,
-                texts=(0, 1),
-            )
-        )
-    blocks += _runtimes(run)
-    blocks.append(_files(run))
-    blocks += _inputs(run)
+    model = [[key, _shown(value)] for key, value in run.model.items()]
+    blocks = [
+        *_listed("Base model, as the files record it", ("what", "value"), model),
+        *_runtimes(run),
+        *_files(run),
+    ]
     libraries = {
         str(name): _shown(version)
         for source in run.sources
@@ -62,18 +51,17 @@ def _runtimes(run: Run) -> list[Block]:
         runtime = _runtime(source.manifest)
         if runtime:
             names = (*RUNTIME, "num_threads")
-            cells = *(_shown(runtime.get(name)) for name in names), _machine(source.manifest)
-            files.setdefault(cells, []).append(source.name)
-    if not files:
-        return []
-    return [
-        Table(
-            caption="How the base model ran; threads and the machine stand with measured times",
-            header=("files", "dtype", "device", "attention code", "threads", "machine"),
-            rows=[[", ".join(names), *cells] for cells, names in files.items()],
-            texts=(0, 1, 2, 3, 5),
-        )
-    ]
+            cells = tuple(_shown(runtime.get(name)) for name in names)
+            files.setdefault((*cells, _shown(source.manifest.get("machine"))), []).append(
+                source.name
+            )
+    header = ("files", "dtype", "device", "attention code", "threads", "machine")
+    return _listed(
+        "How the base model ran; threads and the machine stand with measured times",
+        header,
+        [[", ".join(names), *cells] for cells, names in files.items()],
+        texts=(0, 1, 2, 3, 5),
+    )
 
 
 def _runtime(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -82,43 +70,39 @@ def _runtime(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     return runtime if isinstance(runtime, dict) else {}
 
 
-def _machine(manifest: Mapping[str, Any]) -> str:
-    return _shown(manifest.get("machine"))
+def _listed(
+    caption: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    texts: Sequence[int] | None = None,
+) -> list[Block]:
+    """Return a table of words, none without rows."""
+    places = range(len(header)) if texts is None else texts
+    return [Table(caption=caption, header=header, rows=rows, texts=tuple(places))] if rows else []
 
 
-def _files(run: Run) -> Table:
-    return Table(
-        caption="Files that this report was made from",
-        header=("file", "made", "drllm", "seed", "SHA-256"),
-        rows=[
-            [
-                source.name,
-                _shown(source.manifest.get("created")).replace("T", " "),
-                _shown(source.manifest.get("drllm_version")),
-                _shown(_seed(source.manifest)),
-                source.sha256,
-            ]
-            for source in run.sources
-        ],
-        texts=(0, 1, 2, 3, 4),
-    )
-
-
-def _inputs(run: Run) -> list[Block]:
-    rows = [
+def _files(run: Run) -> list[Block]:
+    made = [
+        [
+            source.name,
+            _shown(source.manifest.get("created")).replace("T", " "),
+            _shown(source.manifest.get("drllm_version")),
+            _shown((source.manifest.get("config") or {}).get("seed")),
+            source.sha256,
+        ]
+        for source in run.sources
+    ]
+    inputs = [
         [source.name, str(name), _shown(digest)]
         for source in run.sources
         for name, digest in (source.manifest.get("inputs") or {}).items()
     ]
-    if not rows:
-        return []
+    header = ("file", "made", "drllm", "seed", "SHA-256")
     return [
-        Table(
-            caption="What these files were made from in turn",
-            header=("file", "made from", "SHA-256"),
-            rows=rows,
-            texts=(0, 1, 2),
-        )
+        *_listed("Files that this report was made from", header, made),
+        *_listed(
+            "What these files were made from in turn", ("file", "made from", "SHA-256"), inputs
+        ),
     ]
 
 
@@ -128,7 +112,8 @@ def _all_settings(run: Run) -> list[Block]:
     for source in run.sources:
         config = source.manifest.get("config")
         if config:
-            files.setdefault(_settings(config), []).append(source.name)
+            text = json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)
+            files.setdefault(text, []).append(source.name)
     return [Code(f"Settings of {', '.join(names)}", text) for text, names in files.items()]
 
 
@@ -173,14 +158,5 @@ def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _seed(manifest: Mapping[str, Any]) -> Any:
-    config = manifest.get("config")
-    return config.get("seed") if isinstance(config, dict) else None
-
-
 def _shown(value: Any) -> str:
     return NONE if value is None else str(value)
-
-
-def _settings(config: Any) -> str:
-    return json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True)

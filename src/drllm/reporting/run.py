@@ -1,34 +1,51 @@
-"""What one run folder holds, read and checked: records, metrics, evaluations and their manifests.
+"""What one run folder holds, read and checked: records, router metrics, results, manifests.
 
-Owns reading and refusing. Files that don't exist are noted in `Run.absent`; a file that exists
-and can't be trusted, or that belongs to another model than its neighbours, is an error. Leaves
-the formats of `search.jsonl` and `supervision.jsonl` to `records`, evaluations to `results` and
-`measured`, and all arithmetic to `summary`. Axes: L layers.
+Files that don't exist are noted in `Run.absent`. A file that can't be trusted, or that belongs to
+another model than the others, is an error. Axes: L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
+
+import msgspec
 
 from drllm.errors import RecordError
 from drllm.records import (
     SearchRecord,
     SupervisionRecord,
+    read_json,
     read_json_lines,
     read_manifest,
     read_search,
     read_supervision,
+    read_text,
     sha256,
 )
-from drllm.reporting.agreement import LAYERS_FILE, Agreement, read_agreement
-from drllm.reporting.fields import Fields, read_object, read_text
-from drllm.reporting.measured import LATENCY_FILE, Measured, read_measured
-from drllm.reporting.reliability import Reliability, read_reliability
-from drllm.reporting.results import Evaluation, read_evaluations, results_folder
-from drllm.reporting.samples import Source
+from drllm.records.latency import Latency, read_latency
+from drllm.records.layers import LAYERS_FILE, Calibration, Layers, calibration_of, read_layers
+from drllm.records.results import (
+    EVALUATION_SCHEMA,
+    LATENCY_FILE,
+    SAMPLES_FILE,
+    Evaluation,
+    Result,
+    read_results,
+    results_in,
+    schema_of,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One file that was read, for the provenance table."""
+
+    name: str
+    sha256: str
+    manifest: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,45 +57,81 @@ class Epoch:
     values: Mapping[str, float | None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Run:
     """Everything a run folder says.
 
     Attributes:
-        name: Name of the folder.
+        folder: Where it is.
         num_layers: L, agreed on by all files; None where no file says it.
         model: Identity of the base model, from the first file that says it.
         search: The search records.
         supervision: The targets.
-        summary: Counts that the supervision stage left in its manifest.
         router_config: Contents of `router_config.json`.
         epochs: Router metrics, in order of epoch.
-        agreement: How the saved routers agree with their labels; None where it wasn't kept.
-        reliability: How far their probabilities can be believed; None where nothing was held out.
+        layers: How the saved routers agree with their labels; None where it wasn't kept.
+        calibration: How far their probabilities can be believed; None where nothing was held out.
         evaluations: By task, in order of name.
-        measured: Times of base and routed; None where none were measured.
+        latency: Times of base and routed; None where none were measured.
         recipe: Text of `run.yaml`.
         sources: The files that were read.
         absent: One line for each file that isn't there.
-        notes: What a reader should know before trusting the rest.
     """
 
-    name: str
-    num_layers: int | None
-    model: Mapping[str, Any]
-    search: tuple[SearchRecord, ...]
-    supervision: tuple[SupervisionRecord, ...]
-    summary: Mapping[str, Any]
-    router_config: Mapping[str, Any]
-    epochs: tuple[Epoch, ...]
-    agreement: Agreement | None
-    reliability: Reliability | None
-    evaluations: tuple[Evaluation, ...]
-    measured: Measured | None
-    recipe: str | None
-    sources: tuple[Source, ...]
-    absent: tuple[str, ...]
-    notes: tuple[str, ...]
+    folder: Path
+    num_layers: int | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
+    search: list[SearchRecord] = field(default_factory=list)
+    supervision: list[SupervisionRecord] = field(default_factory=list)
+    router_config: Mapping[str, Any] = field(default_factory=dict)
+    epochs: list[Epoch] = field(default_factory=list)
+    layers: Layers | None = None
+    calibration: Calibration | None = None
+    evaluations: list[Result] = field(default_factory=list)
+    latency: Latency | None = None
+    recipe: str | None = None
+    sources: list[Source] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.folder.resolve().name
+
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        """Counts that the supervision stage left in its manifest."""
+        return self._manifest("supervision.jsonl").get("summary") or {}
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader should know before trusting the rest."""
+        by_name = {source.name: source for source in self.sources}
+        read = (self._manifest("supervision.jsonl").get("inputs") or {}).get("search.jsonl")
+        if "search.jsonl" not in by_name or read in (None, by_name["search.jsonl"].sha256):
+            return []
+        return [
+            "The targets in supervision.jsonl were made from another search.jsonl than the one in "
+            "this folder, so what is said of the search and of the targets doesn't belong together."
+        ]
+
+    def _manifest(self, name: str) -> Mapping[str, Any]:
+        return next((each.manifest for each in self.sources if each.name == name), {})
+
+    def has(self, name: str, otherwise: str, manifest: Mapping[str, Any] | None = None) -> bool:
+        """Say whether a file is there, and note it as a source, or as absent.
+
+        Args:
+            name: In the folder.
+            otherwise: What can't be shown without it; empty where nobody misses it.
+            manifest: What the file says of itself, if anything.
+        """
+        path = self.folder / name
+        if not path.exists():
+            self.absent += [f"{name} is absent: {otherwise}."] if otherwise else []
+            return False
+        self.sources.append(Source(name=name, sha256=sha256(path), manifest=manifest or {}))
+        return True
 
 
 def read_run(folder: Path) -> Run:
@@ -87,9 +140,6 @@ def read_run(folder: Path) -> Run:
     Args:
         folder: As `drllm run` or `drllm evaluate` leaves it; any of its parts may be missing.
 
-    Returns:
-        What is there, checked.
-
     Raises:
         RecordError: Nothing to report on, a file that can't be trusted, or files that belong to
             different models.
@@ -97,188 +147,154 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "doesn't exist"
         raise RecordError(f"{folder} {what}; give a folder that 'drllm run' has written")
-    sources: list[Source] = []
-    absent: list[str] = []
-    search = _records(folder / "search.jsonl", "search", sources, absent)
-    supervision = _records(folder / "supervision.jsonl", "supervision", sources, absent)
-    of_routers = folder / "routers" / "router_config.json"
-    router_config = _router_config(of_routers, sources, absent)
-    epochs = _epochs(folder / "routers" / "metrics.jsonl", sources, absent)
-    agreement = _agreement(folder / "routers" / LAYERS_FILE, bool(epochs), sources, absent)
-    results, prefix = results_folder(folder)
-    evaluations = read_evaluations(results, sources, absent, prefix)
-    measured = read_measured(results, sources, prefix) if evaluations else None
-    if evaluations and measured is None:
-        absent.append(f"{prefix}{LATENCY_FILE} is absent: no latency or throughput can be shown.")
+    run = Run(folder=folder)
+    if run.has("search.jsonl", "the search's yield can't be shown", _beside(folder, "search")):
+        run.search = list(read_search(folder / "search.jsonl"))
+    targets = "targets and label counts can't be shown"
+    if run.has("supervision.jsonl", targets, _beside(folder, "supervision")):
+        run.supervision = list(read_supervision(folder / "supervision.jsonl"))
+    _read_routers(run)
+    _read_results(run)
     recipe = folder / "run.yaml"
-    if not recipe.is_file():
-        absent.append("run.yaml is absent: the recipe isn't shown.")
-    if not (search or supervision or router_config or epochs or evaluations):
+    if recipe.is_file():
+        run.recipe = read_text(recipe)
+    else:
+        run.absent.append("run.yaml is absent: the recipe isn't shown.")
+    if not (run.search or run.supervision or run.router_config or run.epochs or run.evaluations):
         raise RecordError(
             f"{folder} holds no search.jsonl, supervision.jsonl, routers/ or eval/; "
             f"give a folder that 'drllm run' has written"
         )
-    _check_routers(folder, sources)
-    summary: Mapping[str, Any] = {}
-    for source in sources:
-        if source.name == "supervision.jsonl":
-            summary = source.manifest.get("summary") or {}
-    return Run(
-        name=folder.resolve().name,
-        num_layers=_agreed_layers(
-            folder, search, supervision, router_config, agreement, evaluations
-        ),
-        model=_agreed_model(folder, sources),
-        search=tuple(search),
-        supervision=tuple(supervision),
-        summary=summary,
-        router_config=router_config,
-        epochs=tuple(epochs),
-        agreement=agreement,
-        reliability=read_reliability(Fields(router_config, str(of_routers))),
-        evaluations=tuple(evaluations),
-        measured=measured,
-        recipe=read_text(recipe) if recipe.is_file() else None,
-        sources=tuple(sources),
-        absent=tuple(absent),
-        notes=tuple(_notes(sources)),
-    )
+    _check_routers(run)
+    run.num_layers = _agreed_layers(run)
+    run.model = _agreed_model(run)
+    return run
 
 
-def _records(path: Path, kind: str, sources: list[Source], absent: list[str]) -> list[Any]:
-    if not path.exists():
-        shown = "the search's yield" if kind == "search" else "targets and label counts"
-        absent.append(f"{path.name} is absent: {shown} can't be shown.")
-        return []
-    records: list[Any] = list(read_search(path) if kind == "search" else read_supervision(path))
-    manifest = read_manifest(path, kind) or {}
-    sources.append(Source(name=path.name, sha256=sha256(path), manifest=manifest))
-    return records
+def _beside(folder: Path, kind: str) -> dict[str, Any]:
+    path = folder / f"{kind}.jsonl"
+    return (read_manifest(path, kind) or {}) if path.exists() else {}
 
 
-def _router_config(path: Path, sources: list[Source], absent: list[str]) -> dict[str, Any]:
-    if not path.exists():
-        absent.append("routers/router_config.json is absent: the routers aren't described.")
-        return {}
-    fields = read_object(path)
-    fields.whole("num_layers")
-    fields.whole("num_windows")
-    sources.append(Source(name=f"routers/{path.name}", sha256=sha256(path), manifest={}))
-    return fields.values
+def _read_routers(run: Run) -> None:
+    folder = run.folder / "routers"
+    if run.has("routers/router_config.json", "the routers aren't described"):
+        path = folder / "router_config.json"
+        run.router_config = read_json(path, dict[str, Any])
+        if not isinstance(run.router_config.get("num_layers"), int):
+            raise RecordError(f"{path}: 'num_layers' is missing, or no whole number")
+        run.calibration = calibration_of(run.router_config, str(path))
+    if run.has("routers/metrics.jsonl", "router metrics can't be shown"):
+        run.epochs = _epochs(folder / "metrics.jsonl")
+    missed = "the routers aren't shown layer by layer" if run.epochs else ""
+    if run.has(f"routers/{LAYERS_FILE}", missed):
+        run.layers = read_layers(folder / LAYERS_FILE)
 
 
-def _epochs(path: Path, sources: list[Source], absent: list[str]) -> list[Epoch]:
-    if not path.exists():
-        absent.append("routers/metrics.jsonl is absent: router metrics can't be shown.")
-        return []
-    epochs = []
-    for line, row in read_json_lines(path, dict[str, Any]):
-        fields = Fields(row, f"{path}, line {line}")
-        number, split = fields.whole("epoch"), fields.text("split")
-        if split not in ("train", "validation"):
-            raise RecordError(
-                f"{fields.where}: 'split' is {split!r}; expected 'train' or 'validation'"
-            )
-        names = [name for name in row if name not in ("epoch", "split")]
-        values = {name: fields.optional_number(name) for name in names}
-        epochs.append(Epoch(epoch=number, split=split, values=values))
-    sources.append(Source(name=f"routers/{path.name}", sha256=sha256(path), manifest={}))
-    return sorted(epochs, key=lambda epoch: epoch.epoch)
+class _Named(msgspec.Struct):
+    epoch: int
+    split: Literal["train", "validation"]
 
 
-def _agreement(
-    path: Path, trained: bool, sources: list[Source], absent: list[str]
-) -> Agreement | None:
-    if not path.exists():
-        if trained:
-            absent.append(
-                f"routers/{path.name} is absent: the routers aren't shown layer by layer."
-            )
-        return None
-    sources.append(Source(name=f"routers/{path.name}", sha256=sha256(path), manifest={}))
-    return read_agreement(path)
+def _epochs(path: Path) -> list[Epoch]:
+    found = []
+    for line, row in read_json_lines(path, dict[str, float | str | None]):
+        try:
+            named = msgspec.convert(row, _Named)
+            left = {name: row[name] for name in row if name not in ("epoch", "split")}
+            values = msgspec.convert(left, dict[str, float | None])
+        except msgspec.ValidationError as error:
+            raise RecordError(f"{path}, line {line}: {error}") from error
+        found.append(Epoch(epoch=named.epoch, split=named.split, values=values))
+    return sorted(found, key=lambda epoch: epoch.epoch)
+
+
+def _read_results(run: Run) -> None:
+    """Read `eval/`, or the results that lie in the folder itself, as `drllm evaluate` leaves them.
+
+    Raises:
+        RecordError: A result that can't be trusted.
+    """
+    prefix = "eval/"
+    own = [path for path in results_in(run.folder) if schema_of(path) == EVALUATION_SCHEMA]
+    if own and not (run.folder / "eval").is_dir():
+        prefix = ""
+    folder = run.folder / prefix
+    paths = results_in(folder)
+    if not paths:
+        run.absent.append("eval/ holds no TASK.json: accuracy and routes can't be shown.")
+        return
+    run.evaluations = read_results(folder)
+    run.latency = read_latency(folder)
+    missed = "routes and example questions can't be shown"
+    samples = folder / SAMPLES_FILE
+    manifest = (read_manifest(samples, "samples") or {}) if samples.exists() else {}
+    run.has(f"{prefix}{SAMPLES_FILE}", missed, manifest)
+    for path, evaluation in zip(paths, run.evaluations, strict=True):
+        run.has(f"{prefix}{path.name}", "", _said(evaluation, Evaluation))
+    missed = "no latency or throughput can be shown"
+    run.has(f"{prefix}{LATENCY_FILE}", missed, run.latency and _said(run.latency, Latency))
+
+
+def _said(found: msgspec.Struct, kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return a file's values by name, as a manifest has them."""
+    return {name: getattr(found, name) for name in kind.__struct_fields__}
 
 
 # --- do the files belong together? -------------------------------------------------------------
 
 
-def _agreed_layers(
-    folder: Path,
-    search: Sequence[SearchRecord],
-    supervision: Sequence[SupervisionRecord],
-    router_config: Mapping[str, Any],
-    agreement: Agreement | None,
-    evaluations: Sequence[Evaluation],
-) -> int | None:
+def _agreed_layers(run: Run) -> int | None:
     said: dict[str, int] = {}
-    for record in search:
+    for record in run.search:
         said.setdefault("search.jsonl", record.num_layers)
         if record.num_layers != said["search.jsonl"]:
             raise RecordError(
-                f"{folder / 'search.jsonl'} holds questions of models with "
+                f"{run.folder / 'search.jsonl'} holds questions of models with "
                 f"{said['search.jsonl']} and {record.num_layers} layers; a report is about one"
             )
-    if supervision:
-        said["supervision.jsonl"] = len(supervision[0].optimal_layer_config)
-    if router_config:
-        said["router_config.json"] = int(router_config["num_layers"])
-    if agreement is not None:
-        said[LAYERS_FILE] = agreement.num_layers
-    for evaluation in evaluations:
+    if run.supervision:
+        said["supervision.jsonl"] = len(run.supervision[0].optimal_layer_config)
+    if run.router_config:
+        said["router_config.json"] = cast(int, run.router_config["num_layers"])
+    if run.layers is not None:
+        said[LAYERS_FILE] = run.layers.num_layers
+    for evaluation in run.evaluations:
         said[f"the evaluation of {evaluation.task!r}"] = evaluation.num_layers
     if len(set(said.values())) > 1:
         shown = ", ".join(f"{name}: {layers}" for name, layers in said.items())
         raise RecordError(
-            f"{folder} mixes models of different depth ({shown} layers); "
+            f"{run.folder} mixes models of different depth ({shown} layers); "
             f"keep the files of one run in a folder"
         )
     return next(iter(said.values()), None)
 
 
-def _agreed_model(folder: Path, sources: Sequence[Source]) -> Mapping[str, Any]:
-    model: Mapping[str, Any] = {}
+def _agreed_model(run: Run) -> Mapping[str, Any]:
+    models = [(each.name, each.manifest.get("model")) for each in run.sources]
+    known = [(name, model) for name, model in models if isinstance(model, dict)]
     fingerprints: dict[str, str] = {}
-    for source in sources:
-        identity = source.manifest.get("model")
-        if not isinstance(identity, dict):
-            continue
-        model = model or identity
-        if identity.get("fingerprint"):
-            fingerprints.setdefault(str(identity["fingerprint"]), source.name)
+    for name, model in known:
+        if model.get("fingerprint"):
+            fingerprints.setdefault(str(model["fingerprint"]), name)
     if len(fingerprints) > 1:
         shown = ", ".join(f"{name}: {value}" for value, name in fingerprints.items())
         raise RecordError(
-            f"{folder} mixes base models with different weights (fingerprints in {shown}); "
+            f"{run.folder} mixes base models with different weights (fingerprints in {shown}); "
             f"keep the files of one run in a folder"
         )
-    return model
+    return next((model for _, model in known if model), {})
 
 
-def _check_routers(folder: Path, sources: Sequence[Source]) -> None:
+def _check_routers(run: Run) -> None:
     """Refuse results of other routers than those in the folder, such as before a new training."""
-    weights = folder / "routers" / "routers.safetensors"
+    weights = run.folder / "routers" / "routers.safetensors"
     if not weights.is_file():
         return
     here = sha256(weights)
-    for source in sources:
-        used = source.manifest.get("routers_sha256")
-        if used is not None and used != here:
+    for source in run.sources:
+        if source.manifest.get("routers_sha256", here) != here:
             raise RecordError(
-                f"{folder / source.name} was made with other routers than those in "
+                f"{run.folder / source.name} was made with other routers than those in "
                 f"{weights.parent}; evaluate again"
             )
-
-
-def _notes(sources: Sequence[Source]) -> list[str]:
-    """Say where the targets come from another search than the one in the folder."""
-    by_name = {source.name: source for source in sources}
-    search, supervision = by_name.get("search.jsonl"), by_name.get("supervision.jsonl")
-    if search is None or supervision is None:
-        return []
-    read = (supervision.manifest.get("inputs") or {}).get("search.jsonl")
-    if read in (None, search.sha256):
-        return []
-    return [
-        "The targets in supervision.jsonl were made from another search.jsonl than the one in this "
-        "folder, so what is said of the search and of the targets doesn't belong together."
-    ]

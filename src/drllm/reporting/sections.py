@@ -1,21 +1,16 @@
-"""A report's order: result, tests, search, training, cost, provenance; several runs side by side.
-
-Owns which section follows which, and the tables over several runs. Leaves their contents to
-`evaluated`, `depth`, `changes`, `cost`, `learned` and `provenance`.
-"""
+"""A report's order: result, tests, search, training, cost, provenance; several runs compared."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from drllm.reporting import changes, cost, depth, evaluated, learned, provenance
+from drllm.records.results import BASE, ROUTED, Result
+from drllm.reporting import cost, depth, evaluated, learned, provenance, questions
 from drllm.reporting.blocks import Block, Document, Section, Table
-from drllm.reporting.depths import Choice
 from drllm.reporting.numbers import NONE, percent, plain
-from drllm.reporting.results import Evaluation
 from drllm.reporting.run import Run
-from drllm.reporting.samples import ROUTED
+from drllm.statistics.non_inferiority import Choice
 
 
 def document(runs: Sequence[Run]) -> Document:
@@ -37,27 +32,27 @@ def _run_sections(run: Run) -> list[Section]:
         if several:
             sections.append(Section(evaluation.task, evaluated.of_task(run, evaluation)))
         sections += _lower(tested) if several else tested
-    common = changes.routes_by_task(run.evaluations)
+    common = questions.routes_by_task(run.evaluations)
     sections += [] if common is None else [common]
     if run.evaluations:
-        sections += cost.sections(run.evaluations, run.measured)
+        sections += cost.sections(run.evaluations, run.latency)
     sections += learned.sections(run)
     if not several:
         sections += _examples(run.evaluations)
     return [*sections, provenance.section(run)]
 
 
-def _task_sections(run: Run, evaluation: Evaluation) -> list[Section]:
+def _task_sections(run: Run, evaluation: Result) -> list[Section]:
     found = [
         evaluated.systems(evaluation),
         *depth.sections(evaluation),
-        *changes.sections(run, evaluation),
+        *questions.sections(run, evaluation),
     ]
     return [*found, *_examples([evaluation])] if len(run.evaluations) > 1 else found
 
 
-def _examples(evaluations: Sequence[Evaluation]) -> list[Section]:
-    found = [changes.examples(evaluation) for evaluation in evaluations]
+def _examples(evaluations: Sequence[Result]) -> list[Section]:
+    found = [questions.examples(evaluation) for evaluation in evaluations]
     return [section for section in found if section is not None]
 
 
@@ -91,7 +86,8 @@ def _systems(runs: dict[str, Run]) -> Table:
                     str(evaluation.num_questions),
                     *evaluated.system_row(system, evaluation.num_layers),
                 ]
-                for system in evaluated.routed_and_base(evaluation)
+                for system in evaluation.systems
+                if system.name in (BASE, ROUTED)
             ]
         if not run.evaluations:
             blank = [NONE] * (len(evaluated.SYSTEM_COLUMNS) + 2)
@@ -147,10 +143,10 @@ def _choice(choice: Choice | None) -> list[str]:
         return [NONE, NONE, NONE, NONE, "not asked for"]
     kept = choice.certified
     return [
-        f"{choice.epsilon:g}",
-        f"{choice.max_loss_increase:g}",
+        f"{choice.limits.epsilon:g}",
+        f"{choice.limits.max_loss_increase:g}",
         choice.worked_answers or "not looked at",
-        percent(choice.confidence, 0),
+        percent(choice.limits.confidence, 0),
         "none"
         if kept is None
         else f"{kept.name}, {plain(kept.executions, 2)} executions a forward",

@@ -1,23 +1,22 @@
 """A sweep over settings: what their routed models lost, which one is chosen, the drawing.
 
-Owns the rule of the choice, which sees the `select` split alone, and how settings stand beside each
-other. Leaves reading results to `results`, and training and evaluating to whoever swept.
+The choice sees the `select` split alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from drllm.errors import RecordError
-from drllm.reporting.depths import Differences, read_differences
+from drllm.records import SCHEMA_VERSION
+from drllm.records.results import ROUTED, Evaluation, read_form, read_results
 from drllm.reporting.drawing import Colours, beside
-from drllm.reporting.fields import Fields, read_of_schema
-from drllm.reporting.results import Evaluation, read_evaluations
-from drllm.reporting.samples import ROUTED
+from drllm.statistics.verdicts import Differences
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,8 +27,7 @@ ROW = 0.21
 FRAME = 0.9
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placed:
+class Placed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A routed model at one depth of one task: the mean over its seeds, less base.
 
     Attributes:
@@ -49,13 +47,10 @@ class Placed:
     @property
     def merit(self) -> float:
         """What is maximised: the gold log-probability kept, in nats; else the accuracy kept."""
-        known = self.against_base.gold_logprob or self.against_base.accuracy
-        assert known is not None  # accuracy always is
-        return known.mean
+        return (self.against_base.gold_logprob or self.against_base.accuracy).mean
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class Candidate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One setting of a sweep, with its places at the depths that its routers can be brought to."""
 
     name: str
@@ -65,6 +60,26 @@ class Candidate:
     def merit(self) -> float | None:
         """The mean over its places; None without any."""
         return fmean(place.merit for place in self.places) if self.places else None
+
+
+class Sweep(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One `sweep.json`.
+
+    Attributes:
+        sweep: Name of the recipe.
+        sweep_sha256: Its hash.
+        chosen_on: The split.
+        chosen: Name of the setting; None where no setting reaches any depth.
+        settings: In the order given.
+    """
+
+    schema: str = SCHEMA
+    schema_version: int = SCHEMA_VERSION
+    sweep: str
+    sweep_sha256: str
+    chosen_on: str
+    chosen: str | None
+    settings: tuple[Candidate, ...]
 
 
 def read_candidate(name: str, folder: Path) -> Candidate:
@@ -77,29 +92,28 @@ def read_candidate(name: str, folder: Path) -> Candidate:
     Raises:
         RecordError: Results that can't be trusted, or none.
     """
-    evaluations = read_evaluations(folder, [], [])
+    evaluations = read_results(folder)
     if not evaluations:
         raise RecordError(f"{folder} holds no results; run the sweep again")
     return Candidate(name=name, places=tuple(p for each in evaluations for p in _places(each)))
 
 
 def _places(evaluation: Evaluation) -> list[Placed]:
-    task = evaluation.task
     if evaluation.seeds:
         return [
             Placed(
-                task=task,
+                task=evaluation.task,
                 depth=row.setting,
                 num_seeds=row.num_seeds,
                 executions=row.executions.mean,
                 against_base=row.against_base,
             )
             for row in evaluation.seeds
-            if row.setting and row.against_base is not None
+            if row.setting
         ]
     return [
         Placed(
-            task=task,
+            task=evaluation.task,
             depth=point.setting,
             num_seeds=1,
             executions=point.executions,
@@ -133,50 +147,15 @@ def _reached(candidate: Candidate) -> tuple[int, int]:
     return len(candidate.places), sum(place.num_seeds for place in candidate.places)
 
 
-def contents(candidates: Sequence[Candidate], chosen: Candidate | None) -> dict[str, Any]:
-    """Return the sweep as plain JSON types."""
-    return {
-        "chosen": None if chosen is None else chosen.name,
-        "settings": [
-            {
-                "name": each.name,
-                "merit": each.merit,
-                "places": [asdict(place) | {"merit": place.merit} for place in each.places],
-            }
-            for each in candidates
-        ],
-    }
-
-
-def read_sweep_file(path: Path) -> tuple[list[Candidate], str | None, str]:
-    """Read `sweep.json`: the settings, the chosen one's name, and the split that chose it.
+def read_sweep_file(path: Path) -> Sweep:
+    """Read `sweep.json`.
 
     Raises:
         RecordError: No such file, of a newer drllm, or one that can't be trusted.
     """
     if not path.is_file():
         raise RecordError(f"{path} doesn't exist; give a folder that 'drllm sweep' has written")
-    fields = read_of_schema(path, SCHEMA)
-    candidates = [
-        Candidate(
-            name=row.text("name"), places=tuple(_placed(place) for place in row.objects("places"))
-        )
-        for row in fields.objects("settings")
-    ]
-    return candidates, fields.optional_text("chosen"), fields.text("chosen_on")
-
-
-def _placed(fields: Fields) -> Placed:
-    found = read_differences(fields.optional_object("against_base"))
-    if found is None or found.accuracy is None:
-        raise RecordError(f"{fields.where}: no differences to base; sweep again")
-    return Placed(
-        task=fields.text("task"),
-        depth=fields.text("depth"),
-        num_seeds=fields.whole("num_seeds"),
-        executions=fields.number("executions"),
-        against_base=found,
-    )
+    return read_form(path, Sweep, SCHEMA)
 
 
 def drawn(candidates: Sequence[Candidate], colours: Colours) -> Figure:

@@ -1,9 +1,6 @@
-"""The part of a report that is about how well the routers learnt their labels.
+"""The part of a report about how well the routers learnt their labels.
 
-Owns what is said of training, always beside decisions that ignore the question, and of the routers'
-probabilities. Leaves counting to the training, baselines and verdict to `supervision.baselines`,
-and the drawings to `figures`.
-Axes: L layers, C = 3 decisions.
+Always compared with decisions that ignore the question. Axes: L layers, C = 3 decisions.
 """
 
 from __future__ import annotations
@@ -18,20 +15,17 @@ from drllm.metrics import (
     TRAIN,
     VALIDATION,
     Counts,
-    baselines,
     by_layer,
     hit_ratios,
     ratios,
     shown,
     verdict,
 )
-from drllm.reporting import figures, summary
-from drllm.reporting.agreement import Agreement
+from drllm.records.layers import Calibration, Layers
+from drllm.reporting import figures
 from drllm.reporting.blocks import Block, Columns, Figure, Table, Text
 from drllm.reporting.numbers import percent, plain
-from drllm.reporting.reliability import Reliability
 from drllm.reporting.run import Run
-from drllm.supervision.summary import class_counts
 
 METRICS = (
     ("macro_f1", "macro-F1", 3),
@@ -54,44 +48,42 @@ def blocks(run: Run) -> list[Block]:
         for split in (TRAIN, VALIDATION)
     }
     found: list[Block] = []
-    known: Mapping[str, Counts]
-    if run.agreement is None:
-        known = _guesses(run)
-        found += _without_layers(run, by_split, known)
-    else:
-        known = run.agreement.parts[run.agreement.judged]
-        found += _judged(run.agreement, known)
-    scores = {name: ratios(counts) for name, counts in known.items() if name != ROUTERS}
+    scores: dict[str, Scores] = {}
+    if run.layers is not None:
+        known = run.layers.parts[run.layers.judged]
+        found += _judged(run.layers, known)
+        scores = {name: ratios(counts) for name, counts in known.items() if name != ROUTERS}
     if not by_split[VALIDATION]:
         found.append(Text("No targets were held out, so there are no validation metrics."))
     found.append(_curves(run, by_split, scores))
-    if run.agreement is not None:
-        found += _layers(run.agreement, known)
-    if run.reliability is not None:
-        found += _reliability(run.reliability)
+    if run.layers is not None:
+        found += _by_layer(run.layers, known)
+    if run.calibration is not None:
+        settings = run.router_config["training"].get("settings") or {}
+        found += _reliability(run.calibration, is_folded=settings.get("calibrate") is True)
     return [*found, _by_epoch(by_split)]
 
 
 # --- beside baselines --------------------------------------------------------------------------
 
 
-def _judged(agreement: Agreement, systems: Mapping[str, Counts]) -> list[Block]:
+def _judged(layers: Layers, systems: Mapping[str, Counts]) -> list[Block]:
     """Say how the saved routers stand on each part, and whether they beat the best baseline."""
     return [
-        Text(verdict(agreement.parts)),
+        Text(verdict(layers.parts)),
         Text(f"{_what_guessing_hits(systems)} {by_layer(systems)}"),
         Columns(
             [
                 [
                     Table(
-                        caption=f"On {agreement.title(part)}: routers after epoch "
-                        f"{agreement.epoch}, beside decisions that ignore the question",
+                        caption=f"On {layers.title(part)}: routers after epoch "
+                        f"{layers.epoch}, beside decisions that ignore the question",
                         header=("metric", *map(shown, counted)),
                         rows=_rows([ratios(counts) for counts in counted.values()]),
                     )
                 ]
                 for part, counted in sorted(
-                    agreement.parts.items(), key=lambda named: named[0] != agreement.judged
+                    layers.parts.items(), key=lambda named: named[0] != layers.judged
                 )
             ]
         ),
@@ -105,39 +97,6 @@ def _what_guessing_hits(systems: Mapping[str, Counts]) -> str:
         f"layer's most frequent label with {percent(frequent['accuracy'])}: what routers are worth "
         f"shows in the F1 of skip and repeat, not in accuracy."
     )
-
-
-def _without_layers(
-    run: Run, by_split: Mapping[str, Mapping[int, Scores]], guesses: Mapping[str, Counts]
-) -> list[Block]:
-    """Say what older routers, that have no `layers.json`, have left."""
-    text = "No label counts are there, so the routers stand without a baseline beside them."
-    columns = {
-        "routers, train": summary.last_values(by_split[TRAIN]),
-        "routers, validation": summary.last_values(by_split[VALIDATION]),
-    }
-    if guesses:
-        text = _what_guessing_hits(guesses)
-        columns |= {shown(name): ratios(counts) for name, counts in guesses.items()}
-    there = {name: values for name, values in columns.items() if values}
-    last = max(epoch.epoch for epoch in run.epochs)
-    return [
-        Text(text),
-        Table(
-            caption=f"Routers after epoch {last}, beside decisions that ignore the question "
-            f"(these against all labels)",
-            header=("metric", *there),
-            rows=_rows(list(there.values())),
-        ),
-    ]
-
-
-def _guesses(run: Run) -> dict[str, Counts]:
-    """Return the baselines on all targets, or on those that the routers were saved with."""
-    labels: Sequence[Sequence[float]] = list(run.router_config.get("label_counts") or [])
-    if run.supervision:
-        labels = class_counts([record.optimal_layer_config for record in run.supervision])
-    return baselines(labels, labels) if labels else {}
 
 
 def _rows(columns: Sequence[Scores]) -> list[list[str]]:
@@ -159,11 +118,10 @@ def _curves(
         if values
     ]
     told += [f"{shown(name)}: {plain(each['macro_f1'], 3)}" for name, each in scores.items()]
-    hits = any("accuracy" in epoch.values for epoch in run.epochs)
     return Figure(
         draw=partial(figures.router_metrics, run.epochs, scores),
         name="router metrics",
-        alt=f"Macro-F1, {'labels hit, ' if hits else ''}F1 by decision and loss by epoch. "
+        alt=f"Macro-F1, labels hit, F1 by decision and loss by epoch. "
         f"{'; '.join(told)}.",
         caption="Router metrics by epoch. Where targets are held out, full lines are "
         "validation and dotted lines training; the dashed line is the best of the decisions that "
@@ -198,7 +156,7 @@ def _by_epoch(by_split: Mapping[str, Mapping[int, Scores]]) -> Table:
 # --- by layer ----------------------------------------------------------------------------------
 
 
-def _layers(agreement: Agreement, systems: Mapping[str, Counts]) -> list[Block]:
+def _by_layer(layers: Layers, systems: Mapping[str, Counts]) -> list[Block]:
     """Draw and list each layer's labels, and how routers and the layer's majority hit them."""
     labels = systems[ROUTERS].labels
     shares = [[n / sum(layer) for n in layer] for layer in labels]
@@ -206,7 +164,7 @@ def _layers(agreement: Agreement, systems: Mapping[str, Counts]) -> list[Block]:
         [hit_ratios(layer) for layer in systems[name].confusion]
         for name in (ROUTERS, LAYER_MAJORITY)
     )
-    title = agreement.title(agreement.judged)
+    title = layers.title(layers.judged)
     most = max(range(len(shares)), key=lambda layer: shares[layer][0])
     return [
         Figure(
@@ -246,7 +204,7 @@ def _layers(agreement: Agreement, systems: Mapping[str, Counts]) -> list[Block]:
 # --- probabilities -----------------------------------------------------------------------------
 
 
-def _reliability(found: Reliability) -> list[Block]:
+def _reliability(found: Calibration, *, is_folded: bool) -> list[Block]:
     """Say and draw how probabilities and held-out targets agree."""
     if found.temperature == 1:
         verdict = "as sure as they may be"
@@ -255,14 +213,18 @@ def _reliability(found: Reliability) -> list[Block]:
     temperature = plain(found.temperature, 2)
     said = Text(
         f"Of what they decide the routers are {verdict}: on {found.num_decisions} held-out "
-        f"decisions their probabilities are off by {percent(found.error_before)} on average "
+        f"decisions their probabilities are off by {percent(found.ece_before)} on average "
         f"(expected calibration error), and fit best at a temperature of {temperature}, where it "
-        f"is {percent(found.error_after)}. That temperature was fitted on the same decisions and "
-        f"is {'in' if found.is_folded else 'not in'} the weights."
+        f"is {percent(found.ece_after)}. That temperature was fitted on the same decisions and "
+        f"is {'in' if is_folded else 'not in'} the weights."
     )
-    if not found.before:
+    if not found.reliability_before:
         return [said]
-    series = {"temperature 1": found.before, f"temperature {temperature}": found.after}
+    bins = {
+        "temperature 1": found.reliability_before,
+        f"temperature {temperature}": found.reliability_after,
+    }
+    series = {name: [(each.confidence, each.hits) for each in part] for name, part in bins.items()}
     return [
         said,
         Figure(

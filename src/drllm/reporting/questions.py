@@ -1,7 +1,6 @@
-"""The part of a report that is about single questions: those that change, routes, examples.
+"""The part of a report about single questions: those that change, the routes, examples.
 
-Owns what is shown of questions and of the routes taken on them. Leaves the arithmetic to
-`summary`, and the drawing to `figures`. Axes: L layers.
+Axes: L layers.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from drllm.paths import Decision, Decisions, num_executions, sketch
-from drllm.reporting import figures, summary
+from drllm.records.results import BASE, ROUTED, Result, Sample
+from drllm.reporting import figures
 from drllm.reporting.blocks import (
     Block,
     Figure,
@@ -22,9 +22,8 @@ from drllm.reporting.blocks import (
     Text,
 )
 from drllm.reporting.numbers import count, percent, plain
-from drllm.reporting.results import Evaluation
 from drllm.reporting.run import Run
-from drllm.reporting.samples import BASE, ROUTED, Sample
+from drllm.supervision.summary import class_counts
 
 LONGEST = 90
 """Characters of a question in a table; the samples hold the whole."""
@@ -32,10 +31,10 @@ MOST_ROWS = 10
 """Questions of a table from which on it is shown on request only."""
 
 
-def sections(run: Run, evaluation: Evaluation) -> list[Section]:
+def sections(run: Run, evaluation: Result) -> list[Section]:
     """Return the sections on a task's changed questions and routes."""
     found = []
-    able = [sample for sample in evaluation.samples if summary.has_route(sample)]
+    able = [sample for sample in evaluation.samples if has_route(sample)]
     if able:
         found.append(Section("Questions that change", _changed(evaluation, able)))
     routes = evaluation.routes()
@@ -44,18 +43,54 @@ def sections(run: Run, evaluation: Evaluation) -> list[Section]:
     return found
 
 
+# --- what is known of a question ----------------------------------------------------------------
+
+
+def shares(rows: Sequence[Decisions], decision: Decision) -> list[float]:
+    """Return each layer's share of rows that take a decision.
+
+    Example:
+        >>> shares([(1, 0), (1, 2)], Decision.SKIP)
+        [0.0, 0.5]
+    """
+    return [layer[int(decision)] / len(rows) for layer in class_counts(rows)]
+
+
+def has_route(sample: Sample) -> bool:
+    """Say whether base's outcome, the routed model's and its route are all known."""
+    routed = sample.systems.get(ROUTED)
+    return BASE in sample.systems and routed is not None and routed.decisions is not None
+
+
+def route(sample: Sample) -> Decisions:
+    """Return the routed model's decisions on a question for which `has_route` holds."""
+    decisions = sample.systems[ROUTED].decisions
+    assert decisions is not None
+    return decisions
+
+
+def change(sample: Sample) -> float:
+    """Return what routing makes of a question: above 0 it is won, below 0 lost."""
+    return sample.systems[ROUTED].correct - sample.systems[BASE].correct
+
+
+def mean_length(rows: Sequence[Decisions]) -> float | None:
+    """Return the mean executions of decision vectors; None without any."""
+    return sum(map(num_executions, rows)) / len(rows) if rows else None
+
+
 # --- questions that change ---------------------------------------------------------------------
 
 
-def _changed(evaluation: Evaluation, able: Sequence[Sample]) -> list[Block]:
-    won = [sample for sample in able if summary.change(sample) > 0]
-    lost = [sample for sample in able if summary.change(sample) < 0]
-    same = [sample for sample in able if summary.change(sample) == 0]
+def _changed(evaluation: Result, able: Sequence[Sample]) -> list[Block]:
+    won = [sample for sample in able if change(sample) > 0]
+    lost = [sample for sample in able if change(sample) < 0]
+    same = [sample for sample in able if change(sample) == 0]
     if evaluation.is_graded:
         kept = f"{count(len(same))} keep their grade"
         words = ("with a better grade", "with a worse grade")
     else:
-        right = sum(sample.outcomes[BASE].correct >= 1 for sample in same)
+        right = sum(sample.systems[BASE].correct >= 1 for sample in same)
         kept = f"{count(right)} stay right and {count(len(same) - right)} stay wrong"
         words = ("won (right under routing alone)", "lost (right under base alone)")
     start = f"Of {count(len(able))} questions, {kept} under routing"
@@ -79,8 +114,8 @@ def _questions(caption: str, samples: Sequence[Sample]) -> Table:
             [
                 sample.id,
                 _short(sample.question),
-                sketch(summary.route(sample)),
-                str(num_executions(summary.route(sample))),
+                sketch(route(sample)),
+                str(num_executions(route(sample))),
                 *(() if graded else (_short(sample.choices[sample.gold or 0]),)),
             ]
             for sample in samples
@@ -102,7 +137,7 @@ def _short(text: str) -> str:
 # --- routes ------------------------------------------------------------------------------------
 
 
-def routes_by_task(evaluations: Sequence[Evaluation]) -> Section | None:
+def routes_by_task(evaluations: Sequence[Result]) -> Section | None:
     """Return what the routes of several tasks have in common by layer; None without any."""
     taken = {each.task: each.routes() for each in evaluations}
     taken = {task: routes for task, routes in taken.items() if routes}
@@ -116,7 +151,7 @@ def routes_by_task(evaluations: Sequence[Evaluation]) -> Section | None:
                 task,
                 count(len(routes)),
                 count(len(set(routes))),
-                plain(summary.mean_length(routes), 2),
+                plain(mean_length(routes), 2),
             ]
             for task, routes in taken.items()
         ],
@@ -125,7 +160,7 @@ def routes_by_task(evaluations: Sequence[Evaluation]) -> Section | None:
         HeatMap(
             caption=f"Share of the questions whose route {name}s each layer, in percent, by task. "
             f"Each row has a colour scale of its own.",
-            rows=[(task, summary.shares(routes, value)) for task, routes in taken.items()],
+            rows=[(task, shares(routes, value)) for task, routes in taken.items()],
             decision=name,
         )
         for name, value in (("skip", Decision.SKIP), ("repeat", Decision.REPEAT))
@@ -140,13 +175,13 @@ def _routes(run: Run, routes: Sequence[Decisions]) -> list[Block]:
         Text(
             f"The routed model took {count(distinct)} distinct "
             f"{'route' if distinct == 1 else 'routes'} on {count(len(routes))} questions, "
-            f"{plain(summary.mean_length(routes), 2)} executions on average."
+            f"{plain(mean_length(routes), 2)} executions on average."
         ),
         HeatMap(
             caption="Share of the test questions whose route skips, executes or repeats each "
             "layer, in percent. Each row has a colour scale of its own, so that rare decisions "
             "can be seen.",
-            rows=[(name, summary.shares(routes, value)) for value, name in names.items()],
+            rows=[(name, shares(routes, value)) for value, name in names.items()],
         ),
     ]
     if run.supervision:
@@ -157,7 +192,7 @@ def _routes(run: Run, routes: Sequence[Decisions]) -> list[Block]:
 def _labels(run: Run, routes: Sequence[Decisions]) -> list[Block]:
     targets = [record.optimal_layer_config for record in run.supervision]
     skips, repeats = (
-        {"targets": summary.shares(targets, value), "routes": summary.shares(routes, value)}
+        {"targets": shares(targets, value), "routes": shares(routes, value)}
         for value in (Decision.SKIP, Decision.REPEAT)
     )
     by_layer = zip(*skips.values(), *repeats.values(), strict=True)
@@ -192,9 +227,9 @@ def _mean(values: Sequence[float]) -> str:
 # --- examples ----------------------------------------------------------------------------------
 
 
-def examples(evaluation: Evaluation) -> Section | None:
+def examples(evaluation: Result) -> Section | None:
     """Return three questions with their routes, chosen by a fixed rule; None without routes."""
-    chosen = summary.choose_examples(evaluation)
+    chosen = choose_examples(evaluation)
     if not chosen:
         return None
     rule = Text(
@@ -214,7 +249,7 @@ def examples(evaluation: Evaluation) -> Section | None:
                     choices=sample.choices,
                     gold=sample.gold,
                     verdicts=f"Base is {_right(sample, BASE)}, routed is {_right(sample, ROUTED)}.",
-                    route=summary.route(sample),
+                    route=route(sample),
                 )
                 for kind, sample in chosen
             ),
@@ -223,7 +258,32 @@ def examples(evaluation: Evaluation) -> Section | None:
 
 
 def _right(sample: Sample, system: str) -> str:
-    score = sample.outcomes[system].correct
+    score = sample.systems[system].correct
     if 0 < score < 1:
         return f"graded {plain(score, 2)}"
     return "right" if score >= 1 else "wrong"
+
+
+def choose_examples(evaluation: Result) -> list[tuple[str, Sample]]:
+    """Pick three questions by a fixed rule, so that nobody picks the pretty ones.
+
+    Returns:
+        The first question that routing won, the first that it lost, and the unchanged one of
+        fewest executions; then the first others, until there are three. Each with its kind.
+    """
+    able = [sample for sample in evaluation.samples if has_route(sample)]
+    chosen: list[tuple[str, Sample]] = []
+
+    def add(kind: str, candidates: Sequence[Sample]) -> None:
+        taken = [sample for _, sample in chosen]
+        left = [sample for sample in candidates if sample not in taken]
+        if left and len(chosen) < 3:
+            chosen.append((kind, left[0]))
+
+    add("First question won", [sample for sample in able if change(sample) > 0])
+    add("First question lost", [sample for sample in able if change(sample) < 0])
+    unchanged = [sample for sample in able if change(sample) == 0]
+    add("Unchanged, fewest executions", sorted(unchanged, key=lambda s: num_executions(route(s))))
+    while len(chosen) < min(3, len(able)):
+        add("First of the others", able)
+    return chosen

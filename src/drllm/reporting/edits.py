@@ -1,0 +1,76 @@
+"""What single edits of the full path did, layer by layer. Axes: L layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from drllm.paths import Decision, Decisions
+from drllm.records import SearchRecord, TriedPath
+from drllm.supervision import is_valid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditEffect:
+    """What one edit of the full path did, over the questions on which it alone was tried.
+
+    Attributes:
+        layer: The edited layer.
+        questions: On how many it was tried.
+        right: Share of them that it answers right.
+        base_right: Share of them that the full path answers right.
+        reward: Mean reward minus the full path's on the same questions.
+        margin: The same for the margin, in nats; None where no margin is defined.
+        kl: Mean KL, in nats a token; None where none was computed.
+    """
+
+    layer: int
+    questions: int
+    right: float
+    base_right: float
+    reward: float
+    margin: float | None
+    kl: float | None
+
+
+def edit_effects(records: Sequence[SearchRecord], decision: Decision) -> list[EditEffect]:
+    """Return what skipping, or repeating, one layer and nothing else did.
+
+    Args:
+        records: Search records of one model.
+        decision: `SKIP` or `REPEAT`, what the one layer does.
+
+    Returns:
+        One effect per layer on which the edit was tried, in order of layer.
+    """
+    tried: dict[int, list[tuple[TriedPath, TriedPath]]] = {}
+    for record in records:
+        for path in record.paths:
+            layer = _only_edit(path.decisions, decision)
+            if layer is not None:
+                tried.setdefault(layer, []).append((record.full, path))
+    return [_effect(layer, pairs) for layer, pairs in sorted(tried.items())]
+
+
+def _effect(layer: int, pairs: Sequence[tuple[TriedPath, TriedPath]]) -> EditEffect:
+    margins = [
+        path.margin - full.margin
+        for full, path in pairs
+        if path.margin is not None and full.margin is not None
+    ]
+    kls = [path.kl for _, path in pairs if path.kl is not None]
+    return EditEffect(
+        layer=layer,
+        questions=len(pairs),
+        right=fmean(is_valid(path) for _, path in pairs),
+        base_right=fmean(is_valid(full) for full, _ in pairs),
+        reward=fmean(path.reward - full.reward for full, path in pairs),
+        margin=fmean(margins) if margins else None,
+        kl=fmean(kls) if kls else None,
+    )
+
+
+def _only_edit(decisions: Decisions, decision: Decision) -> int | None:
+    edited = [layer for layer, value in enumerate(decisions) if value != Decision.EXECUTE]
+    return edited[0] if len(edited) == 1 and decisions[edited[0]] == decision else None

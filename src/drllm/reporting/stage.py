@@ -1,0 +1,97 @@
+"""Write the report of one or more run folders: an HTML page, and Markdown with pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from drllm.errors import ConfigError, RecordError
+from drllm.listener import Listener
+from drllm.records import write_atomically
+from drllm.reporting import markdown, page
+from drllm.reporting.drawing import png
+from drllm.reporting.run import read_run
+from drllm.reporting.sections import document
+
+FIGURE = r"\d{2,}-[a-z0-9-]+\.png"
+"""What the names of our pictures look like; other files in their folder are the user's."""
+
+
+def report(
+    *run_folders: Path | str, output: Path | str | None = None, listener: Listener = Listener()
+) -> tuple[Path, Path]:
+    """Write `report.html`, and `report.md` with its figures, about one or more run folders.
+
+    Parts that a folder lacks are left out and named at the end of the report. Nothing is written
+    if any folder can't be trusted.
+
+    Args:
+        run_folders: Folders that `drllm run` or `drllm evaluate` has written; several are compared.
+        output: A folder, or the `.html` file to write; the Markdown gets the same name, and its
+            figures a folder: `report.html`, `report.md`, `report_figures/`. None writes into the
+            run folder, if it is one.
+        listener: Hears what is being done.
+
+    Returns:
+        The HTML file and the Markdown file.
+
+    Raises:
+        RecordError: A folder with nothing in it, a file that can't be trusted, or an output that
+            can't be written.
+        ConfigError: No run folder, several without an output, or an output of another kind.
+
+    Example:
+        >>> page, text = report("results/demo")  # doctest: +SKIP
+    """
+    if not run_folders:
+        raise ConfigError("no run folder is given; give one that 'drllm run' has written")
+    folders = [Path(folder) for folder in run_folders]
+    target = _target(folders, output)
+    with listener.busy("drawing the report"):
+        found = document([read_run(folder) for folder in folders])
+        pictures = {name: png(figure.draw) for figure, name in found.figures().items()}
+        text = target.with_suffix(".md")
+        figures = _figures_folder(target)
+        contents: dict[Path, str | bytes] = {
+            figures / f"{name}.png": picture for name, picture in pictures.items()
+        }
+        contents |= {target: page.render(found), text: markdown.render(found, figures.name)}
+    for path, content in contents.items():
+        write_atomically(path, content)
+    for earlier in figures_of(target):
+        if earlier not in contents:
+            earlier.unlink()
+    return target, text
+
+
+def figures_of(page: Path) -> list[Path]:
+    """Return the pictures that belong to a report, in their order.
+
+    Args:
+        page: Its HTML file.
+    """
+    places = _figures_folder(page).glob("*.png")
+    return sorted(place for place in places if re.fullmatch(FIGURE, place.name))
+
+
+def _figures_folder(page: Path) -> Path:
+    return page.with_name(f"{page.stem}_figures")
+
+
+def _target(folders: Sequence[Path], output: Path | str | None) -> Path:
+    if output is None:
+        if len(folders) > 1:
+            raise ConfigError(
+                f"{len(folders)} run folders are given and no --output; "
+                f"give a folder or an .html file for their common report"
+            )
+        return folders[0] / "report.html"
+    output = Path(output)
+    if output.suffix == ".html" and not output.is_dir():
+        return output
+    if output.suffix and not output.is_dir():
+        raise ConfigError(f"--output is {output}; give a folder or a file that ends in .html")
+    if output.is_file():
+        raise RecordError(f"{output} is a file; give a folder or a file that ends in .html")
+    return output / "report.html"
