@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from drllm.models.routing.routed_model import RoutedModel as RoutedModel
     from drllm.paths import to_decisions as to_decisions
     from drllm.paths import to_path as to_path
+    from drllm.reporting.stage import report as report
     from drllm.search.run import search_path as search_path
     from drllm.training.stage import train as train
 
@@ -22,13 +23,22 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "RoutedModel": "drllm.models.routing.routed_model",
     "generate_many": "drllm.models.routing.batch_generation",
+    "report": "drllm.reporting.stage",
     "search_path": "drllm.search.run",
     "to_decisions": "drllm.paths",
     "to_path": "drllm.paths",
     "train": "drllm.training.stage",
 }
 
-__all__ = ["RoutedModel", "generate_many", "search_path", "to_decisions", "to_path", "train"]
+__all__ = [
+    "RoutedModel",
+    "generate_many",
+    "report",
+    "search_path",
+    "to_decisions",
+    "to_path",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

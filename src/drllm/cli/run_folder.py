@@ -315,7 +315,7 @@ class Run:
         return made
 
     def _report(self) -> Sequence[Path]:
-        from drllm.reporting import figures_of, write_report
+        from drllm.reporting.stage import figures_of, report
 
-        page, beside = write_report([self.folder])
-        return [page, beside, *figures_of(page)]
+        page, text = report(self.folder, listener=self.terminal)
+        return [page, text, *figures_of(page)]

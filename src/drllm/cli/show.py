@@ -20,16 +20,21 @@ from drllm.errors import RecordError
 from drllm.records import (
     FailedQuestion,
     RejectedQuestion,
+    read_json,
     read_json_lines,
     read_search,
     read_supervision,
     refuse_odd_file,
 )
-from drllm.reporting.agreement import LAYERS_FILE
-from drllm.reporting.fields import read_object
-from drllm.reporting.measured import LATENCY_FILE
+from drllm.records.layers import LAYERS_FILE, Calibration, calibration_of
+from drllm.records.results import (
+    EVALUATION_SCHEMA,
+    LATENCY_FILE,
+    read_evaluation,
+    results_in,
+    schema_of,
+)
 from drllm.reporting.numbers import plain
-from drllm.reporting.reliability import Reliability, read_reliability
 from drllm.reporting.sweeps import SWEEP_FILE
 from drllm.search.commits import BLOCKS_FOLDER
 
@@ -119,11 +124,7 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
 
 def _has_results(folder: Path) -> bool:
     """Tell whether a file of the folder says that it is a result."""
-    return any(
-        read_object(path).values.get("schema") == "drllm.evaluation"
-        for path in sorted(folder.glob("*.json"))
-        if not path.name.endswith(".manifest.json")
-    )
+    return any(schema_of(path) == EVALUATION_SCHEMA for path in results_in(folder))
 
 
 # --- files, by name and by what they hold ------------------------------------------------------
@@ -137,13 +138,7 @@ def _show_json(path: Path, terminal: Terminal) -> None:
     elif path.name.endswith(".manifest.json"):
         _show_lines(path.with_name(path.name.replace(".manifest.json", ".jsonl")), terminal)
     else:
-        schema = read_object(path).values.get("schema")
-        if schema != "drllm.evaluation":
-            raise RecordError(
-                f"{path} says it is {schema!r}; expected 'drllm.evaluation'. Give a result of "
-                f"'drllm evaluate', a records file or a folder"
-            )
-        show_results(path.parent, terminal, [read_object(path).text("task")])
+        show_results(path.parent, terminal, [read_evaluation(path).task])
 
 
 def _show_lines(path: Path, terminal: Terminal) -> None:
@@ -181,17 +176,18 @@ def _check_weights(path: Path) -> None:
 
 
 def _show_routers(folder: Path, terminal: Terminal) -> None:
-    config = read_object(folder / "router_config.json")
+    path = folder / "router_config.json"
+    config = read_json(path, dict[str, Any])
     _check_weights(folder / "routers.safetensors")
-    training = config.values.get("training") or {}
+    training = config.get("training") or {}
     terminal.fact(
         "base model",
-        f"{config.values.get('base_model') or 'not named'}, "
-        f"{config.whole('num_layers')} layers of width {config.whole('hidden_size')}",
+        f"{config.get('base_model') or 'not named'}, "
+        f"{config.get('num_layers')} layers of width {config.get('hidden_size')}",
     )
     terminal.fact(
         "routers",
-        f"{config.whole('num_windows')} windows, inner width {config.values.get('router_width')}",
+        f"{config.get('num_windows')} windows, inner width {config.get('router_width')}",
     )
     if training:
         tasks = ", ".join(f"{name} {n}" for name, n in training.get("tasks", {}).items())
@@ -200,9 +196,10 @@ def _show_routers(folder: Path, terminal: Terminal) -> None:
             f"{training.get('num_trained')} targets ({tasks}), "
             f"{training.get('num_held_out')} held out, {training.get('steps')} steps",
         )
-    if (found := read_reliability(config)) is not None:
-        terminal.fact("calibration", f"{_calibration(found)}")
-    counts = config.values.get("label_counts") or []
+    if (found := calibration_of(config, str(path))) is not None:
+        folded = (training.get("settings") or {}).get("calibrate") is True
+        terminal.fact("calibration", _calibration(found, folded))
+    counts = config.get("label_counts") or []
     if counts:
         say_classes([sum(column) for column in zip(*counts, strict=True)], terminal)
     if (folder / "metrics.jsonl").is_file():
@@ -211,12 +208,12 @@ def _show_routers(folder: Path, terminal: Terminal) -> None:
         show_agreement(folder / LAYERS_FILE, terminal)
 
 
-def _calibration(found: Reliability) -> str:
+def _calibration(found: Calibration, folded: bool) -> str:
     """Say how far the probabilities can be believed, and whether that was mended."""
     return (
         f"temperature {plain(found.temperature, 2)} "
-        f"({'in the weights' if found.is_folded else 'not in the weights'}), expected calibration "
-        f"error {plain(found.error_before, 4)} without and {plain(found.error_after, 4)} with "
+        f"({'in the weights' if folded else 'not in the weights'}), expected calibration "
+        f"error {plain(found.ece_before, 4)} without and {plain(found.ece_after, 4)} with "
         f"it, on {found.num_decisions} held-out decisions"
     )
 

@@ -1,7 +1,6 @@
 """The results of an evaluation as people read them: systems, depths, findings, measured time.
 
-Owns the tables, which fit 80 columns, and their order. Leaves reading and checking to `reporting`,
-and what may be claimed to its verdicts and to the evaluation's own findings. Loads no torch.
+The tables fit 80 columns. What is claimed are the evaluation's own findings and verdicts.
 """
 
 from __future__ import annotations
@@ -10,21 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drllm.cli.terminal import Terminal, new_table
+from drllm.records.latency import read_latency
+from drllm.records.results import Evaluation, read_results
 from drllm.reporting.cost import measured_lines
-from drllm.reporting.depths import Difference
-from drllm.reporting.measured import read_measured
+from drllm.reporting.evaluated import against, label
 from drllm.reporting.numbers import NBSP, NONE, p_value, plain, signed
-from drllm.reporting.results import Evaluation, System, read_evaluations
-from drllm.reporting.verdicts import Verdict, against
-
-VERDICTS = {
-    Verdict.BETTER: "better",
-    Verdict.WORSE: "worse",
-    Verdict.NOT_SHOWN: "unclear",
-    Verdict.UNTESTED: NONE,
-    Verdict.NO_VERDICT: NONE,
-}
-"""What is shown of the routed model, in few columns."""
+from drllm.statistics.verdicts import Verdict
 
 
 def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
@@ -38,7 +28,7 @@ def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) ->
     Raises:
         RecordError: A result that can't be trusted.
     """
-    for evaluation in read_evaluations(folder, [], []):
+    for evaluation in read_results(folder):
         if not tasks or evaluation.task in tasks:
             show_evaluation(evaluation, terminal)
     show_measured(folder, terminal)
@@ -50,7 +40,7 @@ def show_measured(folder: Path, terminal: Terminal) -> None:
     Raises:
         RecordError: Times that can't be trusted.
     """
-    measured = read_measured(folder, [])
+    measured = read_latency(folder)
     for line in [] if measured is None else measured_lines(measured):
         terminal.say(line.replace(NBSP, " "))
 
@@ -75,6 +65,7 @@ def _systems(evaluation: Evaluation, terminal: Terminal) -> None:
     )
     for system in evaluation.systems:
         low, high = (plain(100 * end) for end in system.interval)
+        found = system.against_base
         table.add_row(
             system.name + (f" ({system.draws} draws)" if system.draws > 1 else ""),
             plain(100 * system.accuracy),
@@ -82,15 +73,10 @@ def _systems(evaluation: Evaluation, terminal: Terminal) -> None:
             plain(system.executions, 2),
             plain(system.gold_logprob, 3),
             plain(system.text_loss, 3),
-            p_value(system.mcnemar_p).replace(NBSP, ""),
-            _verdict(evaluation, system),
+            p_value(found.accuracy.p if found else None).replace(NBSP, ""),
+            label(against(system)),
         )
     terminal.show(table)
-
-
-def _verdict(evaluation: Evaluation, system: System) -> str:
-    """Say what is shown of the routed model against an baseline."""
-    return VERDICTS[against(evaluation, system)] if system in evaluation.baselines else NONE
 
 
 def _depths(evaluation: Evaluation, terminal: Terminal) -> None:
@@ -123,7 +109,7 @@ def _depths(evaluation: Evaluation, terminal: Terminal) -> None:
     terminal.show(table)
 
 
-def _ends(found: Difference | None) -> str:
+def _ends(found: Verdict | None) -> str:
     if found is None:
         return NONE
     return " to ".join(signed(100 * end, 1) for end in found.interval)

@@ -19,8 +19,8 @@ from drllm.cost import distinct_executions
 from drllm.errors import RecordError
 from drllm.paths import Decision, Decisions
 from drllm.records import FailedQuestion, Retest, SearchRecord, TriedPath, read_manifest
+from drllm.reporting.edits import EditEffect, edit_effects
 from drllm.reporting.numbers import count, of_total, percent, plain, signed
-from drllm.reporting.summary import EditEffect, edit_effects
 from drllm.search.actions import MAX_SKIPPED_AT_ONCE, Action
 from drllm.search.commits import PLAN_FILE, read_plan
 from drllm.supervision import choose, is_valid, summarise, survived

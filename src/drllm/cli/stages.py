@@ -200,10 +200,11 @@ def model_of(request: Request, routers: RouterStack | None) -> ModelConfig:
 )
 def report(request: Request, terminal: Terminal) -> None:
     """Write the report of one or more run folders."""
-    from drllm.reporting import write_report
+    from drllm.reporting import stage
 
     output = request.values["output"]
-    files = write_report(request.paths("run_dir"), request.path("output") if output else None)
+    place = request.path("output") if output else None
+    files = stage.report(*request.paths("run_dir"), output=place, listener=terminal)
     terminal.say(f"report         {', '.join(map(str, files))}")
 
 

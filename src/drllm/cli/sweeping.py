@@ -13,7 +13,6 @@ reported. Leaves a setting's stages to `run_folder`, and the rule of the choice 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -32,13 +31,12 @@ from drllm.config import EvaluateConfig
 from drllm.config.files import read_yaml, with_underscores
 from drllm.errors import ConfigError, unknown_name
 from drllm.evaluation.questions import tasks_of
-from drllm.records import SCHEMA_VERSION, sha256, write_atomically
+from drllm.records import sha256, write_atomically, write_json
 from drllm.reporting.sweeps import (
-    SCHEMA,
     SWEEP_FILE,
     Candidate,
+    SweepResult,
     choose,
-    contents,
     drawn,
     read_candidate,
 )
@@ -240,14 +238,13 @@ def _write(
 ) -> None:
     from drllm.reporting.drawing import png
 
-    values = {
-        "schema": SCHEMA,
-        "schema_version": SCHEMA_VERSION,
-        "sweep": path.name,
-        "sweep_sha256": sha256(path),
-        "chosen_on": CHOSEN_ON,
-        **contents(candidates, chosen),
-    }
-    write_atomically(folder / SWEEP_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    found = SweepResult(
+        sweep=path.name,
+        sweep_sha256=sha256(path),
+        chosen_on=CHOSEN_ON,
+        chosen=None if chosen is None else chosen.name,
+        settings=tuple(candidates),
+    )
+    write_json(folder / SWEEP_FILE, found)
     if any(candidate.places for candidate in candidates):
         write_atomically(folder / "sweep.png", png(partial(drawn, candidates)))

@@ -75,8 +75,8 @@ def _derived_row(evaluation: Evaluation, system: System) -> list[str]:
         plain(system.executions, 2),
         plain(system.decode_executions, 2),
         percent(share_saved(system.executions, evaluation.num_layers)),
-        _giga(flops and flops.weights),
-        _giga(flops and flops.attention),
+        _giga(flops.weights if flops else None),
+        _giga(flops.attention if flops else None),
         NONE if kept is None else count(round(kept)),
     ]
 
@@ -135,9 +135,7 @@ def _timed(measured: Latency | None) -> list[Block]:
                 "executions, routed",
                 "routers alone, ms",
             ),
-            rows=[
-                _ratio_row(found, phase, size) for phase in PHASES for size in found.batch_sizes
-            ],
+            rows=[_ratio_row(found, phase, size) for phase in PHASES for size in found.batch_sizes],
         ),
         Text(
             f"Reading is one pass over {count(found.prompt_tokens)} tokens of every prompt, "

@@ -198,7 +198,7 @@ class _Named(msgspec.Struct):
 
 def _epochs(path: Path) -> list[Epoch]:
     found = []
-    for line, row in read_json_lines(path, dict[str, float | str | None]):
+    for line, row in read_json_lines(path, dict[str, Any]):
         try:
             named = msgspec.convert(row, _Named)
             left = {name: row[name] for name in row if name not in ("epoch", "split")}
@@ -233,12 +233,12 @@ def _read_results(run: Run) -> None:
     for path, evaluation in zip(paths, run.evaluations, strict=True):
         run.has(f"{prefix}{path.name}", "", _said(evaluation, Evaluation))
     missed = "no latency or throughput can be shown"
-    run.has(f"{prefix}{LATENCY_FILE}", missed, run.latency and _said(run.latency, Latency))
+    run.has(f"{prefix}{LATENCY_FILE}", missed, _said(run.latency, Latency))
 
 
-def _said(found: msgspec.Struct, kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """Return a file's values by name, as a manifest has them."""
-    return {name: getattr(found, name) for name in kind.__struct_fields__}
+def _said(found: msgspec.Struct | None, kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return a file's values by name, as a manifest has them; empty for None."""
+    return {} if found is None else {name: getattr(found, name) for name in kind.__struct_fields__}
 
 
 # --- do the files belong together? -------------------------------------------------------------

@@ -62,7 +62,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return fmean(place.merit for place in self.places) if self.places else None
 
 
-class Sweep(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SweepResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One `sweep.json`.
 
     Attributes:
@@ -147,7 +147,7 @@ def _reached(candidate: Candidate) -> tuple[int, int]:
     return len(candidate.places), sum(place.num_seeds for place in candidate.places)
 
 
-def read_sweep_file(path: Path) -> Sweep:
+def read_sweep_file(path: Path) -> SweepResult:
     """Read `sweep.json`.
 
     Raises:
@@ -155,7 +155,7 @@ def read_sweep_file(path: Path) -> Sweep:
     """
     if not path.is_file():
         raise RecordError(f"{path} doesn't exist; give a folder that 'drllm sweep' has written")
-    return read_form(path, Sweep, SCHEMA)
+    return read_form(path, SweepResult, SCHEMA)
 
 
 def drawn(candidates: Sequence[Candidate], colours: Colours) -> Figure:

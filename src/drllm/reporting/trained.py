@@ -121,8 +121,7 @@ def _curves(
     return Figure(
         draw=partial(figures.router_metrics, run.epochs, scores),
         name="router metrics",
-        alt=f"Macro-F1, labels hit, F1 by decision and loss by epoch. "
-        f"{'; '.join(told)}.",
+        alt=f"Macro-F1, labels hit, F1 by decision and loss by epoch. {'; '.join(told)}.",
         caption="Router metrics by epoch. Where targets are held out, full lines are "
         "validation and dotted lines training; the dashed line is the best of the decisions that "
         "ignore the question.",
