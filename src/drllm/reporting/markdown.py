@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
+from drllm.errors import printable
 from drllm.paths import num_executions, sketch
 from drllm.reporting.blocks import (
     Block,
@@ -27,7 +28,7 @@ from drllm.reporting.blocks import (
     Table,
     Text,
 )
-from drllm.reporting.numbers import percent, printable
+from drllm.reporting.numbers import percent
 
 
 def render(document: Document, folder: str) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 NONE = "–"
 """Stands for a value that wasn't measured or doesn't exist."""
 NBSP = "\u00a0"
@@ -85,15 +83,3 @@ def of_total(number: int, total: int) -> str:
         '3 (75.0 %)'
     """
     return f"{count(number)} ({percent(number / total if total else None)})"
-
-
-def printable(text: str) -> str:
-    r"""Show the control characters of a text, so that no terminal and no page obeys them.
-
-    Example:
-        >>> printable("\x1b[31mred\n")
-        '\\x1b[31mred\n'
-    """
-    text = text.replace("\r\n", "\n")
-    odd = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
-    return re.sub(odd, lambda found: f"\\x{ord(found[0]):02x}", text)

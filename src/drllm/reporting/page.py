@@ -10,6 +10,7 @@ import html
 from collections.abc import Mapping, Sequence
 from importlib import resources
 
+from drllm.errors import printable
 from drllm.paths import Decision, Decisions, num_executions, sketch
 from drllm.reporting.blocks import (
     Block,
@@ -27,7 +28,6 @@ from drllm.reporting.blocks import (
     Text,
 )
 from drllm.reporting.drawing import svg
-from drllm.reporting.numbers import printable
 
 STRONGEST = 0.6
 """Opacity of the strongest colour of a heat map; beyond that the values on it are hard to read."""

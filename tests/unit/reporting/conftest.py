@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import json
 import math
 import random
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 
 from drllm.config import SuperviseConfig
 from drllm.cost import executions
 from drllm.paths import full_decisions
 from drllm.records import (
+    SCHEMA_VERSION,
     Retest,
     SearchRecord,
     TriedPath,
     new_manifest,
     write_records,
 )
-from drllm.reporting import markdown, write_report
+from drllm.records.latency import Latency, Timing, Timings
+from drllm.records.results import Evaluation, Flops, Outcome, Point, Sample, System
+from drllm.reporting import markdown
 from drllm.reporting.run import Run, read_run
 from drllm.reporting.sections import document
+from drllm.reporting.stage import report as write_report
+from drllm.statistics.intervals import wilson_interval
+from drllm.statistics.non_inferiority import Choice, Limits, LossBound, Trial
+from drllm.statistics.paired import mcnemar_exact, paired_interval
+from drllm.statistics.verdicts import Differences, Verdict
 from drllm.supervision import targets
 
 PINNED = {
@@ -46,91 +55,88 @@ def question_text(number: int) -> str:
     return f"Which of these is true when {first} {VERBS[number // 8 % 8]} in case {number}?"
 
 
-def mcnemar(won: int, lost: int) -> float:
-    tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1))
-    return min(1.0, 2 * tail / 2 ** (won + lost))
-
-
 BASELINES = ("permuted routes", "last layers")
 TEXT_LOSS = {"base": 3.8, "routed": 3.9, "permuted routes": 3.93, "last layers": 4.6}
 
 
-def interval(accuracy: float, questions: int) -> list[float]:
-    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / questions)
-    return [max(0.0, accuracy - half), min(1.0, accuracy + half)]
+def means(quantity: Any, mean: float, half: float, n: int) -> Verdict:
+    """A verdict on two means, which is shown where the interval excludes 0."""
+    shown = "higher" if mean > half else "lower" if mean < -half else "none shown"
+    return Verdict(
+        quantity=quantity, mean=mean, interval=(mean - half, mean + half), n=n, shown=shown
+    )
 
 
-def spread(rounds: Sequence[float]) -> dict[str, float]:
-    """What is written of a comparison round by round."""
-    return {"median": statistics.median(rounds), "lowest": min(rounds), "highest": max(rounds)}
+@functools.cache
+def counted(won: int, lost: int, n: int, above_chance: bool) -> Verdict:
+    """A verdict on accuracies, without the slow search for what could have been shown."""
+    p = mcnemar_exact(won, lost)
+    shown = "none shown" if p >= 0.05 else "higher" if won > lost else "lower"
+    return Verdict(
+        quantity="accuracy",
+        mean=(won - lost) / n,
+        interval=paired_interval(won, lost, n),
+        n=n,
+        shown=shown if above_chance else "guessing",
+        won=won,
+        lost=lost,
+        p=p,
+    )
 
 
 def differences(
-    ours: str, theirs: str, right: dict[str, set[int]], questions: int, factor: float = 1.0
-) -> dict[str, Any]:
-    """What one system has more than another, as an evaluation writes it."""
+    ours: str,
+    theirs: str,
+    right: Mapping[str, set[int]],
+    n: int,
+    chance: float,
+    factor: float = 1.0,
+) -> Differences:
+    """What one system has more than another; accuracies of permuted routes are means over draws."""
+    above = wilson_interval(len(right["base"]), n)[0] > chance
     won, lost = len(right[ours] - right[theirs]), len(right[theirs] - right[ours])
-    mean = (won - lost) / questions
-    half = 1.96 * math.sqrt(won + lost) / questions
-    more = "higher" if won > lost else "lower"
+    accuracy = counted(won, lost, n, above)
+    if "permuted routes" in (ours, theirs):
+        accuracy = replace(accuracy, won=None, lost=None, p=None)
+    gold = means("gold_logprob", -0.1 * factor, 0.2, n)
     loss = factor * (TEXT_LOSS[ours] - TEXT_LOSS[theirs])
-    return {
-        "accuracy": {
-            "mean": mean,
-            "interval": [mean - half, mean + half],
-            "shown": more if mcnemar(won, lost) < 0.05 else None,
-        },
-        "gold_logprob": {"mean": -0.1 * factor, "interval": [-0.3, 0.1], "shown": None},
-        "text_loss": {
-            "mean": loss,
-            "interval": [loss - 0.05, loss + 0.05],
-            "shown": "higher" if loss > 0.05 else "lower" if loss < -0.05 else None,
-        },
-    }
+    return Differences(
+        accuracy=accuracy,
+        gold_logprob=gold if above else replace(gold, shown="guessing"),
+        text_loss=means("text_loss", loss, 0.05, n),
+    )
 
 
-def trial(name: str, failures: tuple[str, ...] = (), **changes: Any) -> dict[str, Any]:
+def trial(name: str, failures: tuple[str, ...] = (), **changes: Any) -> Trial:
     """A setting tested for a certified choice."""
-    return {
+    values: dict[str, Any] = {
         "name": name,
         "executions": 5.4,
         "num_questions": 60,
         "won": 2,
         "lost": 3,
-        "greatest_loss": 8.25,
-        "num_texts": 40,
-        "loss_increase": 0.02,
-        "greatest_increase": 0.04,
-        "failures": list(failures),
-        **changes,
+        "maximum_loss": 8.25,
+        "texts": LossBound(num_texts=40, increase=0.02, maximum=0.04),
+        "worked": None,
+        "failures": failures,
     }
+    return Trial(**(values | changes))
 
 
-def choice(
-    trials: Sequence[dict[str, Any]], confirmation: dict[str, Any] | None, **changes: Any
-) -> dict[str, Any]:
-    """A certified choice as an evaluation writes it."""
-    return {
-        "limits": {"epsilon": 10.0, "max_loss_increase": 0.05, "confidence": 0.95},
-        "trials": list(trials),
-        "confirmation": confirmation,
-        "obstacle": None,
-        "sentences": ["60 questions can certify a loss below 5.00 points at best.", "So it is."],
+def choice(trials: tuple[Trial, ...], confirmation: Trial | None, **changes: Any) -> Choice:
+    return Choice(
+        limits=Limits(epsilon=10.0, max_loss_increase=0.05),
+        num_questions=60,
+        trials=trials,
+        confirmation=confirmation,
+        chosen_on="arc_easy (select)",
         **changes,
-    }
+    )
 
 
-FAILED = "next-token loss up to 0.080 nats a token higher is not excluded"
+FAILED = "a next-token loss up to 0.080 nats a token higher is not excluded"
 TRIED = (trial("routed, 10 % saved"), trial("routed, 20 % saved", (FAILED,), executions=4.8))
 CERTIFIED = choice(TRIED, trial("routed, 10 % saved", won=4, lost=4))
-CHOICES = {
-    "certified": CERTIFIED,
-    "the first fails": choice(TRIED[1:], None),
-    "fails on other questions": choice(TRIED, trial("routed, 10 % saved", (FAILED,))),
-    "not tested on others": choice(TRIED, None),
-    "nothing to try": choice((), None, obstacle="Less than 10 points is too little at n = 60"),
-}
-"""Every way that a certified choice can end."""
 
 RUNTIME = {"dtype": "float32", "device": "cpu", "attn_implementation": "sdpa"}
 SECONDS = {
@@ -152,6 +158,7 @@ class Folder:
         self.path = path
         self.num_layers = num_layers
         self.rng = random.Random(seed)
+        self.samples: list[Sample] = []
         self.model = {
             "id": "smollm2-135m",
             "revision": None,
@@ -159,6 +166,18 @@ class Folder:
             "num_layers": num_layers,
             "hidden_size": 576,
             "fingerprint": "0123456789abcdef",
+        }
+
+    def header(self, schema: str, config: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "schema": schema,
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model,
+            "config": {"seed": 7, "curve": None, **config},
+            "inputs": {"routers.safetensors": "5" * 64},
+            "routers": "routers",
+            "routers_sha256": "5" * 64,
+            **PINNED,
         }
 
     # How much a layer matters: the first two and the last most, as in real models.
@@ -313,11 +332,11 @@ class Folder:
         task: str = "arc_easy",
         questions: int = 60,
         accuracies: tuple[float, float, float] = (0.55, 0.5, 0.49),
-        p: float | str | None = "exact",
         changes: dict[str, Any] | None = None,
         question: Callable[[int], str] = question_text,
         depths: tuple[float, ...] = (),
-        choice: dict[str, Any] | None = None,
+        choice: Choice | None = None,
+        chance: float = 0.25,
     ) -> None:
         """Write a result whose accuracies are exactly the given shares of right answers.
 
@@ -328,123 +347,136 @@ class Folder:
             for name, share in zip(("base", "routed", "permuted routes"), accuracies, strict=True)
         }
         right["last layers"] = self._right(0.5 * accuracies[1], questions)
+        names = [
+            *right,
+            *(f"{n}, {100 * d:g} % saved" for d in depths for n in right if n != "base"),
+        ]
         samples = []
         for number in range(questions):
-            route = [
+            route = tuple(
                 0 if self.rng.random() < share else 2 if self.rng.random() < 0.02 else 1
                 for share in self._habits()
-            ]
-            systems: dict[str, Any] = {
-                name: {"correct": float(number in chosen), "gold_logprob": -1.2}
-                for name, chosen in right.items()
-            }
-            systems["base"]["decisions"] = [1] * self.num_layers
-            systems["routed"]["decisions"] = route
-            for share in depths:
-                for name in ("routed", "permuted routes", "last layers"):
-                    point = f"{name}, {100 * share:g} % saved"
-                    systems[point] = {"correct": float(number in right[name])}
-            samples.append(
-                {
-                    "id": f"{task}-{number}",
-                    "task": task,
-                    "question": question(number),
-                    "choices": ["it bends", "it sinks", "it rings", "it glows"],
-                    "gold": number % 4,
-                    "systems": systems,
-                }
             )
-        spent = [sum(s["systems"]["routed"]["decisions"]) for s in samples]
-        mean = sum(spent) / questions
-        won = len(right["routed"] - right["base"])
-        lost = len(right["base"] - right["routed"])
-        if p == "exact":
-            p = mcnemar(won, lost)
-        rows = [
-            self._system("base", right, questions, float(self.num_layers), None, None, None),
-            self._system("routed", right, questions, mean, p, won, lost),
-            self._system("permuted routes", right, questions, mean, None, None, None),
-            self._system("last layers", right, questions, mean, 0.001, 2, 20),
-        ]
-        curve = [self._point("base", 0.0, right, questions, rows)] if depths else []
-        for name in ("routed", "permuted routes", "last layers") if depths else ():
-            curve += [self._point(name, share, right, questions, rows) for share in depths]
-        result = {
-            "schema": "drllm.evaluation",
-            "schema_version": 1,
-            "task": task,
-            "split": "test",
-            "num_questions": questions,
-            "num_layers": self.num_layers,
-            "chance": 0.25,
-            "model": self.model,
-            "routers": "routers",
-            "config": {"tasks": task, "seed": 7, "curve": "0.1,0.2" if depths else None},
-            "inputs": {"routers.safetensors": "5" * 64},
-            "runtime": RUNTIME,
-            "kind": "choices",
-            "metric": "acc",
-            "num_fewshot": 0,
-            "curve": curve,
-            "choice": choice,
-            "not_compared": {"LayerSkip": "needs weights of its own"},
-            "systems": rows,
-            "findings": ["No difference between routed and base is shown."],
-            **PINNED,
-            **(changes or {}),
-        }
-        self.write(f"eval/{task}.json", result)
-        self.samples = [*getattr(self, "samples", []), *samples]
-        self.text(
-            "eval/samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in self.samples)
+            routes = {"base": full_decisions(self.num_layers), "routed": route}
+            samples.append(
+                Sample(
+                    id=f"{task}-{number}",
+                    task=task,
+                    question=question(number),
+                    choices=("it bends", "it sinks", "it rings", "it glows"),
+                    gold=number % 4,
+                    systems={
+                        name: Outcome(
+                            correct=float(number in right[name.split(",")[0]]),
+                            gold_logprob=-1.2,
+                            decisions=routes.get(name),
+                        )
+                        for name in names
+                    },
+                )
+            )
+        mean = sum(sum(each.systems["routed"].decisions or ()) for each in samples) / questions
+        result = Evaluation(
+            **self.header(
+                "drllm.evaluation", {"tasks": task, "curve": (depths and "0.1,0.2") or None}
+            ),
+            task=task,
+            split="test",
+            num_questions=questions,
+            num_layers=self.num_layers,
+            chance=chance,
+            runtime=RUNTIME,
+            kind="choices",
+            metric="acc",
+            num_fewshot=0,
+            systems=tuple(
+                self._system(name, right, questions, mean if name != "base" else None, chance)
+                for name in right
+            ),
+            curve=tuple(
+                self._point(name, share, right, questions, chance)
+                for name in right
+                for share in ((0.0,) if name == "base" else depths)
+                if depths
+            ),
+            choice=choice,
+            not_compared={"LayerSkip": "needs weights of its own"},
+            findings=("No difference between routed and base is shown.", "Findings follow."),
         )
+        self.write(f"eval/{task}.json", msgspec.to_builtins(result) | (changes or {}))
+        self.samples += samples
+        lines = b"\n".join(map(msgspec.json.encode, self.samples))
+        self.text("eval/samples.jsonl", lines.decode() + "\n")
 
     def latency(self, **changes: Any) -> None:
         """Write the times of base and routed, as an evaluation measures them."""
-        timings, ratios, routers = [], [], []
-        for phase, size in itertools.product(("prefill", "decode"), (1, 4, 16)):
-            factor = size * (1.0 if phase == "prefill" else 0.5)
-            times = {name: [factor * each for each in given] for name, given in SECONDS.items()}
-            num_tokens = size * (16 if phase == "prefill" else 2)
-            for name, seconds in times.items():
-                executions = self.num_layers - (0.5 if name == "routed" else 0.0)
-                median = statistics.median(seconds)
-                timings.append(
-                    {
-                        "system": name,
-                        "phase": phase,
-                        "batch_size": size,
-                        "num_tokens": num_tokens,
-                        "executions": executions,
-                        "seconds": seconds,
-                        "median": median,
-                        "tokens_per_second": num_tokens / median,
-                    }
-                )
-            pairs = zip(times["routed"], times["base"], strict=True)
-            ratios.append({"phase": phase, "batch_size": size, **spread([a / b for a, b in pairs])})
-            if phase == "prefill":
-                more = zip(times["routers that execute"], times["attached"], strict=True)
-                routers.append({"batch_size": size, **spread([a - b for a, b in more])})
-        values = {
-            "schema": "drllm.latency",
-            "schema_version": 1,
-            "model": self.model,
-            "config": {"tasks": "arc_easy", "seed": 7, "curve": None},
-            "inputs": {"routers.safetensors": "5" * 64},
-            "runtime": {**RUNTIME, "num_threads": 2},
-            "machine": "Linux x86_64, Processor 9000, 2 cores",
-            "num_prompts": 16,
-            "prompt_tokens": 16,
-            "new_tokens": 2,
-            "systems": {name: f"what {name} is" for name in SECONDS},
-            "timings": timings,
-            "routed_to_base": ratios,
-            "router_seconds": routers,
-            **PINNED,
-            **changes,
-        }
-        self.write("eval/latency.json", values)
+        timings = [
+            Timing(
+                system=name,
+                phase=phase,
+                batch_size=size,
+                num_tokens=size * tokens,
+                executions=self.num_layers - (0.5 if name == "routed" else 0.0),
+                seconds=tuple(size * factor * each for each in seconds),
+            )
+            for phase, tokens, factor in (("prefill", 16, 1.0), ("decode", 2, 0.5))
+            for size in (1, 4, 16)
+            for name, seconds in SECONDS.items()
+        ]
+        found = Latency(
+            **self.header("drllm.latency", {"tasks": "arc_easy"}),
+            runtime={**RUNTIME, "num_threads": 2},
+            machine="Linux x86_64, Processor 9000, 2 cores",
+            num_prompts=16,
+            systems={name: f"what {name} is" for name in SECONDS},
+            measured=Timings(prompt_tokens=16, new_tokens=2, timings=tuple(timings)),
+        )
+        self.write("eval/latency.json", msgspec.to_builtins(found) | changes)
+
+    def _system(
+        self, name: str, right: dict[str, set[int]], n: int, mean: float | None, chance: float
+    ) -> System:
+        accuracy = len(right[name]) / n
+        baseline = name in BASELINES
+        spent = float(self.num_layers) if mean is None else mean
+        return System(
+            name=name,
+            description=f"what {name} means",
+            source=f"the paper of {name}" if baseline else None,
+            fitted_on="nothing" if baseline else None,
+            reads_question=False if baseline else None,
+            accuracy=accuracy,
+            interval=wilson_interval(len(right[name]), n),
+            metrics={"acc": accuracy, "acc_norm": accuracy / 2},
+            prompt_flops=Flops(weights=1.5e9 * spent, attention=2e7 * spent),
+            kv_bytes_per_token=768 * spent,
+            text_loss=TEXT_LOSS[name],
+            against_base=None if name == "base" else differences(name, "base", right, n, chance),
+            routed_against=differences("routed", name, right, n, chance) if baseline else None,
+            executions=spent,
+            gold_logprob=-1.2,
+            seconds=12.34,
+            draws=10 if name == "permuted routes" else 1,
+            unchanged_routes=0.02 if name == "permuted routes" else None,
+        )
+
+    def _point(
+        self, name: str, share: float, right: dict[str, set[int]], n: int, chance: float
+    ) -> Point:
+        factor = 1 + 5 * share
+        return Point(
+            system=name,
+            setting=f"{100 * share:g} % saved" if share else "",
+            executions=(1 - share) * self.num_layers,
+            accuracy=len(right[name]) / n,
+            interval=wilson_interval(len(right[name]), n),
+            gold_logprob=-1.2,
+            text_loss=TEXT_LOSS[name],
+            against_base=differences(name, "base", right, n, chance, factor) if share else None,
+            routed_against=differences("routed", name, right, n, chance, factor)
+            if name in BASELINES
+            else None,
+        )
 
     def _habits(self) -> list[float]:
         middle = self.num_layers / 2
@@ -458,67 +490,6 @@ class Folder:
     def _right(self, share: float, questions: int) -> set[int]:
         return set(self.rng.sample(range(questions), round(share * questions)))
 
-    def _system(
-        self,
-        name: str,
-        right: dict[str, set[int]],
-        questions: int,
-        mean: float,
-        p: float | str | None,
-        won: int | None,
-        lost: int | None,
-    ) -> dict[str, Any]:
-        accuracy = len(right[name]) / questions
-        baseline = name in BASELINES
-        return {
-            "name": name,
-            "description": f"what {name} means",
-            "source": f"the paper of {name}" if baseline else None,
-            "fitted_on": "nothing" if baseline else None,
-            "reads_question": False if baseline else None,
-            "accuracy": accuracy,
-            "interval": interval(accuracy, questions),
-            "metrics": {"acc": accuracy, "acc_norm": accuracy / 2},
-            "decode_executions": None,
-            "prompt_flops": {"weights": 1.5e9 * mean, "attention": 2e7 * mean},
-            "kv_bytes_per_token": 768 * mean,
-            "text_loss": TEXT_LOSS[name],
-            "against_base": None if name == "base" else differences(name, "base", right, questions),
-            "routed_against": differences("routed", name, right, questions) if baseline else None,
-            "executions": mean,
-            "gold_logprob": -1.2,
-            "seconds": 12.34,
-            "draws": 10 if name == "permuted routes" else 1,
-            "mcnemar_p": p,
-            "mcnemar_p_holm": None,
-            "won": won,
-            "lost": lost,
-            "unchanged_routes": 0.02 if name == "permuted routes" else None,
-        }
-
-    def _point(
-        self,
-        name: str,
-        share: float,
-        right: dict[str, set[int]],
-        questions: int,
-        rows: list[dict[str, Any]],
-    ) -> dict[str, Any]:
-        row = next(row for row in rows if row["name"] == name)
-        return {
-            "system": name,
-            "setting": f"{100 * share:g} % saved" if share else "",
-            "executions": (1 - share) * self.num_layers,
-            "saved": share,
-            **{key: row[key] for key in ("accuracy", "interval", "gold_logprob", "text_loss")},
-            "against_base": None
-            if name == "base"
-            else differences(name, "base", right, questions, 1 + 5 * share),
-            "routed_against": differences("routed", name, right, questions, 1 + 5 * share)
-            if name in BASELINES
-            else None,
-        }
-
     def everything(self, **evaluation: Any) -> Path:
         self.text("run.yaml", "model: smollm2-135m\nseed: 0\n")
         self.search()
@@ -527,6 +498,12 @@ class Folder:
         self.evaluation(**evaluation)
         self.latency()
         return self.path
+
+    def change(self, name: str, change: Callable[[Any], Any]) -> None:
+        """Change what a JSON file holds."""
+        values = json.loads((self.path / name).read_text(encoding="utf-8"))
+        change(values)
+        self.write(name, values)
 
     def write(self, name: str, values: Any) -> Path:
         return self.text(name, json.dumps(values))
@@ -545,12 +522,6 @@ def whole() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def choices() -> dict[str, dict[str, Any]]:
-    """Certified choices as a file holds them, by how they ended."""
-    return CHOICES
-
-
-@pytest.fixture(scope="session")
 def text_of() -> Callable[..., str]:
     """A function that returns the Markdown about some folders, which takes no drawing."""
 
@@ -558,6 +529,12 @@ def text_of() -> Callable[..., str]:
         return markdown.render(document([read_run(folder) for folder in folders]), "figures")
 
     return render
+
+
+@pytest.fixture(scope="session")
+def new_folder() -> Callable[[Path], Folder]:
+    """Return a maker of run folders of 4 layers in a place that is there."""
+    return lambda path: Folder(path, 4, 0)
 
 
 @pytest.fixture
@@ -577,7 +554,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Return one run as read, of 12 layers."""
     path = tmp_path_factory.mktemp("read") / "run"
     path.mkdir()
-    return read_run(Folder(path, 12, 3).everything(depths=(0.1, 0.2), choice=CERTIFIED))
+    return read_run(Folder(path, 12, 3).everything(**WHOLE))
 
 
 @pytest.fixture(scope="session")
@@ -585,7 +562,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the page of one report with everything, of a model of 30 layers."""
     path = tmp_path_factory.mktemp("whole") / "run"
     path.mkdir()
-    html, _ = write_report([Folder(path, 30, 1).everything(**WHOLE)])
+    html, _ = write_report(Folder(path, 30, 1).everything(**WHOLE))
     return html
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
+from drllm.cost import executions
 from drllm.metrics import by_layer, hit_ratios, ratios, verdict
+from drllm.paths import Decision
+from drllm.records import TriedPath
 from drllm.reporting.blocks import Columns, Figure, Table, Text
 from drllm.reporting.drawing import LIGHT, svg
+from drllm.reporting.edits import edit_effects
 from drllm.reporting.learned import sections
 from drllm.reporting.numbers import NBSP
 from drllm.reporting.run import read_run
@@ -57,7 +61,7 @@ def test_the_yield_is_that_of_the_manifest_before_and_after_the_retest(run, lear
 
 def test_a_copy_of_a_question_is_told_and_counts_once(run):
     copy = msgspec.structs.replace(run.search[0], task="another", id="copy")
-    copied = dataclasses.replace(run, search=(*run.search, copy), summary={})
+    copied = dataclasses.replace(run, search=[*run.search, copy], sources=[])
     (text, *_) = part(sections(copied), "What the search found")
 
     assert text.text.startswith("40 questions and 1 copies of them were searched, ")
@@ -95,7 +99,7 @@ def test_routers_stand_beside_decisions_that_ignore_the_question_on_each_part(
 ):
     blocks = part(learned, "Router metrics")
     (found,) = [b for b in blocks if isinstance(b, Table) and b.caption.startswith(caption)]
-    systems = run.agreement.parts[which]
+    systems = run.layers.parts[which]
     assert list(found.header) == ["metric", *(name.replace("_", " ") for name in systems)]
     assert next(iter(systems)) == "routers"
     assert len(systems) == 4
@@ -110,8 +114,8 @@ def test_routers_stand_beside_decisions_that_ignore_the_question_on_each_part(
 
 def test_the_verdict_and_what_guessing_hits_are_said(run, learned):
     texts = [block.text for block in part(learned, "Router metrics") if isinstance(block, Text)]
-    systems = run.agreement.parts["validation"]
-    assert texts[0] == verdict(run.agreement.parts)
+    systems = run.layers.parts["validation"]
+    assert texts[0] == verdict(run.layers.parts)
     executed = ratios(systems["always_execute"])["accuracy"]
     assert f"{100 * executed:.1f}{NBSP}% of the labels" in texts[1]
     assert texts[1].endswith(by_layer(systems))
@@ -120,7 +124,7 @@ def test_the_verdict_and_what_guessing_hits_are_said(run, learned):
 def test_every_layer_has_its_row_and_is_in_the_picture(run, learned):
     blocks = part(learned, "Router metrics")
     rows = table(blocks, "Routers of every layer, on 12 held-out targets")
-    ours = run.agreement.parts["validation"]["routers"]
+    ours = run.layers.parts["validation"]["routers"]
     assert list(rows) == [str(layer) for layer in range(run.num_layers)]
     for (_, cells), confusion in zip(rows.items(), ours.confusion, strict=True):
         scores = hit_ratios(confusion)
@@ -128,7 +132,7 @@ def test_every_layer_has_its_row_and_is_in_the_picture(run, learned):
         assert cells[3] == f"{100 * scores['accuracy']:.1f} %"
         assert cells[5] == ("–" if scores["f1_skip"] is None else f"{scores['f1_skip']:.3f}")
     (figure,) = [b for b in blocks if isinstance(b, Figure) and b.name == "router layers"]
-    assert by_layer(run.agreement.parts["validation"]) in figure.alt
+    assert by_layer(run.layers.parts["validation"]) in figure.alt
     labels, hits, skips = figure.draw(LIGHT).axes
     assert len(labels.patches) == 2 * run.num_layers
     for axes, key, scale in ((hits, "accuracy", 100), (skips, "f1_skip", 1)):
@@ -141,7 +145,7 @@ def test_the_curves_show_the_best_baseline_of_each_metric(run, learned):
     (figure,) = [b for b in part(learned, "Router metrics") if getattr(b, "name", "") == CURVES]
     scores = {
         name: ratios(counts)
-        for name, counts in run.agreement.parts["validation"].items()
+        for name, counts in run.layers.parts["validation"].items()
         if name != "routers"
     }
     panels = figure.draw(LIGHT).axes
@@ -151,30 +155,6 @@ def test_the_curves_show_the_best_baseline_of_each_metric(run, learned):
         assert dashed.get_ydata()[0] == max(each[key] for each in scores.values())
         best = max(scores, key=lambda name: scores[name][key])
         assert dashed.get_label() == best.replace("_", " ")
-
-
-def test_routers_of_before_the_layers_were_kept_stand_beside_all_labels(make_folder):
-    folder = make_folder()
-    folder.everything()
-    (folder.path / "routers" / "layers.json").unlink()
-    lines = [json.loads(line) for line in metrics_of(folder).read_text().splitlines()]
-    for line in lines:
-        del line["accuracy"]
-    metrics_of(folder).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = read_run(folder.path)
-    blocks = part(sections(run), "Router metrics")
-    rows = table(blocks, "Routers after epoch 25")
-    executed = run.summary["class_counts"][1] / sum(run.summary["class_counts"])
-    assert rows["F1 execute"][2] == f"{2 * executed / (1 + executed):.3f}"
-    assert rows["F1 skip"][2] == "0.000"
-    share = f"{100 * executed:.1f}{NBSP}% of the labels"
-    assert any(isinstance(block, Text) and share in block.text for block in blocks)
-    (figure,) = [block for block in blocks if getattr(block, "name", "") == CURVES]
-    assert [axes.get_ylabel() for axes in figure.draw(LIGHT).axes] == [
-        "macro-F1",
-        "F1, validation",
-        "loss",
-    ]
 
 
 # --- probabilities -----------------------------------------------------------------------------
@@ -195,38 +175,23 @@ def test_it_is_said_and_drawn_how_far_probabilities_can_be_believed(run, learned
     assert said.endswith("and is not in the weights.")
     (axes,) = figure.draw(LIGHT).axes
     _, before, after = axes.lines
-    for line, points in ((before, run.reliability.before), (after, run.reliability.after)):
-        assert [*zip(line.get_xdata(), line.get_ydata(), strict=True)] == list(points)
+    for line, points in (
+        (before, run.calibration.reliability_before),
+        (after, run.calibration.reliability_after),
+    ):
+        drawn = [*zip(line.get_xdata(), line.get_ydata(), strict=True)]
+        assert drawn == [(each.confidence, each.hits) for each in points]
         assert len(points) == 15
     assert after.get_label() == "temperature 1.25"
 
 
 def test_routers_that_have_their_temperature_in_the_weights_say_so(run):
-    folded = dataclasses.replace(run.reliability, is_folded=True, temperature=0.8)
-    found = sections(dataclasses.replace(run, reliability=folded))
+    config = {"training": {"settings": {"calibrate": True}}}
+    cold = replace(run.calibration, temperature=0.8)
+    found = sections(dataclasses.replace(run, calibration=cold, router_config=config))
     said, _ = of_reliability(part(found, "Router metrics"))
     assert "are not sure enough" in said
     assert said.endswith("decisions and is in the weights.")
-
-
-def test_routers_of_before_the_bins_were_kept_have_the_sentence_alone(run):
-    older = dataclasses.replace(run.reliability, before=(), after=())
-    found = sections(dataclasses.replace(run, reliability=older))
-    said, drawn = of_reliability(part(found, "Router metrics"))
-    assert "5.0 %" in said
-    assert not drawn
-
-
-def test_without_held_out_targets_nothing_is_said_of_probabilities(make_folder):
-    folder = make_folder()
-    folder.everything()
-    folder.routers(validation=False)
-    blocks = part(sections(read_run(folder.path)), "Router metrics")
-    assert not [b for b in blocks if isinstance(b, Text) and "calibration error" in b.text]
-
-
-def metrics_of(folder):
-    return folder.path / "routers" / "metrics.jsonl"
 
 
 def test_without_held_out_targets_the_missing_validation_is_said(make_folder):
@@ -239,6 +204,7 @@ def test_without_held_out_targets_the_missing_validation_is_said(make_folder):
     (found,) = [b for b in blocks if isinstance(b, Table) and not b.folded]
     assert found.caption.startswith("On 40 targets trained on")
     assert texts[0].startswith("No targets were held out, so nothing says whether")
+    assert not any("calibration error" in text for text in texts)
 
 
 def test_a_single_epoch_can_be_drawn(make_folder):
@@ -248,3 +214,43 @@ def test_a_single_epoch_can_be_drawn(make_folder):
     blocks = part(sections(read_run(folder.path)), "Router metrics")
     (figure,) = [block for block in blocks if getattr(block, "name", "") == CURVES]
     assert svg(figure.draw, "metrics").startswith("<svg viewBox=")
+
+
+# --- single edits ------------------------------------------------------------------------------
+
+
+def tried(decisions, reward, margin):
+    return TriedPath(
+        decisions=decisions,
+        simulation=0,
+        reward=reward,
+        margin=margin,
+        executions=executions(decisions),
+    )
+
+
+def searched(run, *paths):
+    return replace(run.search[0], num_layers=3, paths=paths)
+
+
+def test_effects_count_only_paths_with_that_single_edit(run):
+    records = [
+        searched(
+            run,
+            tried((1, 1, 1), 1.0, 0.5),
+            tried((0, 1, 1), 0.0, -0.5),
+            tried((0, 0, 1), 0.0, -9.0),  # two edits
+            tried((2, 1, 1), 1.0, 0.75),  # another edit
+        ),
+        searched(run, tried((1, 1, 1), 0.0, -0.25), tried((0, 1, 1), 1.0, 0.25)),
+    ]
+    (skip,) = edit_effects(records, Decision.SKIP)
+    assert (skip.layer, skip.questions, skip.reward, skip.margin) == (0, 2, 0.0, -0.25)
+    (repeat,) = edit_effects(records, Decision.REPEAT)
+    assert (repeat.layer, repeat.questions, repeat.reward, repeat.margin) == (0, 1, 0.0, 0.25)
+
+
+def test_an_effect_without_margins_has_none(run):
+    records = [searched(run, tried((1, 1, 1), 1.0, None), tried((1, 0, 1), 0.0, None))]
+    (effect,) = edit_effects(records, Decision.SKIP)
+    assert (effect.reward, effect.margin) == (-1.0, None)

@@ -1,4 +1,4 @@
-"""`write_report`: what it writes, where, from what, and what it never does."""
+"""`drllm.report`: what it writes, where, from what, and what it never does."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from drllm.errors import ConfigError, RecordError
-from drllm.reporting import figures_of, write_report
 from drllm.reporting.drawing import LIGHT, VARIABLES
+from drllm.reporting.stage import figures_of
+from drllm.reporting.stage import report as write_report
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "report.md"
 VOID = {"meta", "br", "hr", "img", "input", "link", "use", "path"}
@@ -55,7 +56,7 @@ class Page(HTMLParser):
 
 
 def written(path: Path) -> tuple[str, str]:
-    html, md = write_report([path])
+    html, md = write_report(path)
     return html.read_text(encoding="utf-8"), md.read_text(encoding="utf-8")
 
 
@@ -90,12 +91,6 @@ def test_every_reference_inside_a_figure_has_its_shape(report):
     used = set(re.findall(r'href="#([^"]+)"', html)) | set(re.findall(r"url\(#([^)]+)\)", html))
     assert used
     assert used <= ids
-
-
-def test_the_page_says_its_language_and_fits_phones(report):
-    page = Page(report[0])
-    assert page.all("html")[0]["lang"] == "en"
-    assert any(meta.get("name") == "viewport" for meta in page.all("meta"))
 
 
 def test_every_figure_has_words_for_those_who_cannot_see_it(report):
@@ -139,46 +134,28 @@ def test_every_colour_that_is_used_is_defined_in_both_schemes(report):
 EVIL = "<script>alert('x')</script> & \"quoted\" | `code` $\\frac{1}{2}$ 木"
 
 
-def test_a_question_with_markup_is_shown_and_not_run(make_folder):
+def test_markup_and_control_characters_in_any_text_are_shown_and_not_obeyed(make_folder):
     folder = make_folder()
-    folder.evaluation(question=lambda number: f"{EVIL} {number}")
-    html, md = written(folder.path)
-    page = Page(html)
-    assert not page.all("script")
-    assert EVIL in "".join(page.texts)
-    assert "<script" not in md
-    assert "&lt;script&gt;" in md
-
-
-def test_markup_in_any_text_of_an_evaluation_is_escaped(make_folder):
-    folder = make_folder()
-    folder.evaluation(task="evil")
+    folder.evaluation(task="evil", question=lambda number: f"{EVIL} \x1b[31m {number}")
     result = (folder.path / "eval" / "evil.json").read_text(encoding="utf-8")
-    marked = result.replace("what permuted routes means", "<img src=x onerror=alert(1)>")
+    marked = result.replace("what permuted routes means", "<img src=x onerror=alert(1)> \\u001b[2J")
     marked = marked.replace("No difference between", "<b>No</b> difference between")
     (folder.path / "eval" / "evil.json").write_text(marked, encoding="utf-8")
+    for name in ("eval/evil.json", "eval/samples.jsonl"):
+        text = (folder.path / name).read_text(encoding="utf-8")
+        folder.text(name, text.replace("permuted routes", "$x_ <i>"))
     folder.text("run.yaml", "model: </pre><script>alert(1)</script>\n")
-    html_file, md_file = write_report([folder.path])
-    page = Page(html_file.read_text(encoding="utf-8"))
-    assert not page.all("img")
-    assert not page.all("script")
-    assert not page.all("b")
+    html, md = written(folder.path)
+    page = Page(html)
+    assert not any(page.all(tag) for tag in ("img", "script", "b", "i"))
     assert page.errors == []
-    outside = re.sub(r"```.*?```", "", md_file.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert re.findall(r"<\w", outside) == []
-
-
-def test_a_name_of_a_system_may_hold_anything(make_folder):
-    folder = make_folder()
-    folder.evaluation()
-    for name in ("eval/arc_easy.json", "eval/samples.jsonl"):
-        path = folder.path / name
-        text = path.read_text(encoding="utf-8")
-        path.write_text(text.replace("permuted routes", "$x_ <i>"), encoding="utf-8")
-    html, _ = write_report([folder.path])
-    page = Page(html.read_text(encoding="utf-8"))
-    assert not page.all("i")
+    assert EVIL in "".join(page.texts)
     assert sum("$x_ <i>" in text for text in page.texts) >= 3  # table, words, figure
+    outside = re.sub(r"```.*?```", "", md, flags=re.DOTALL)
+    assert re.findall(r"<\w", outside) == []
+    for text in (html, md):
+        assert "\x1b" not in text
+        assert "x1b[31m" in text.replace("\\[", "[")
 
 
 def test_the_recipe_can_hold_a_fence_of_its_own(make_folder, text_of):
@@ -217,50 +194,31 @@ def evaluated(folder: Any) -> Path:
     return Path(folder.path)
 
 
-def test_the_report_lies_in_the_run_folder_by_default(make_folder):
-    folder = make_folder()
-    html, md = write_report([evaluated(folder)])
-    assert (html, md) == (folder.path / "report.html", folder.path / "report.md")
+@pytest.mark.parametrize(
+    ("output", "page"),
+    [(None, "run/report.html"), ("new/place", "new/place/report.html"), ("one.html", "one.html")],
+)
+def test_the_report_lies_where_it_is_wanted(make_folder, tmp_path, output, page):
+    place = None if output is None else tmp_path / output
+    html, md = write_report(evaluated(make_folder()), output=place)
+    assert (html, md) == (tmp_path / page, (tmp_path / page).with_suffix(".md"))
     assert html.is_file()
     assert md.is_file()
 
 
-def test_an_output_may_be_a_folder_that_does_not_exist_yet(make_folder, tmp_path):
-    html, md = write_report([evaluated(make_folder())], tmp_path / "new" / "place")
-    assert (html, md) == (
-        tmp_path / "new" / "place" / "report.html",
-        tmp_path / "new" / "place" / "report.md",
-    )
-    assert html.is_file()
-    assert md.is_file()
-
-
-def test_an_output_may_be_an_html_file(make_folder, tmp_path):
-    html, md = write_report([evaluated(make_folder())], tmp_path / "one.html")
-    assert (html, md) == (tmp_path / "one.html", tmp_path / "one.md")
-
-
-def test_another_kind_of_output_is_refused(make_folder, tmp_path):
-    with pytest.raises(ConfigError, match=r"one\.pdf; give a folder or a file that ends in"):
-        write_report([evaluated(make_folder())], tmp_path / "one.pdf")
-
-
-def test_an_output_that_is_a_file_without_ending_is_refused(make_folder, tmp_path):
+@pytest.mark.parametrize(("output", "error"), [("one.pdf", ConfigError), ("taken", RecordError)])
+def test_another_kind_of_output_is_refused(make_folder, tmp_path, output, error):
     (tmp_path / "taken").write_text("mine", encoding="utf-8")
-    with pytest.raises(RecordError, match="taken is a file"):
-        write_report([evaluated(make_folder())], tmp_path / "taken")
+    with pytest.raises(error, match=output):
+        write_report(evaluated(make_folder()), output=tmp_path / output)
     assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
 
 
-def test_no_run_folder_is_refused():
-    with pytest.raises(ConfigError, match="no run folder is given"):
-        write_report([])
-
-
-def test_several_runs_need_an_output(make_folder):
-    folders = [evaluated(make_folder("a")), evaluated(make_folder("b"))]
-    with pytest.raises(ConfigError, match="2 run folders are given and no --output"):
-        write_report(folders)
+def test_no_run_folder_and_several_without_an_output_are_refused(make_folder):
+    with pytest.raises(ConfigError, match="no run folder"):
+        write_report()
+    with pytest.raises(ConfigError, match="2 run folders"):
+        write_report(evaluated(make_folder("a")), evaluated(make_folder("b")))
 
 
 def test_several_runs_are_compared_and_then_shown_one_by_one(make_folder, text_of):
@@ -300,7 +258,7 @@ def plain(text: str) -> str:
 
 
 def test_the_figures_of_the_markdown_lie_beside_it(make_folder, tmp_path):
-    html, md = write_report([evaluated(make_folder())], tmp_path / "one.html")
+    html, md = write_report(evaluated(make_folder()), output=tmp_path / "one.html")
     pictures = re.findall(r"^!\[(.+)\]\((one_figures/[\w-]+\.png)\)$", md.read_text(), re.MULTILINE)
     assert len(pictures) == html.read_text(encoding="utf-8").count("<figure>") == 2
     for words, picture in pictures:
@@ -313,7 +271,7 @@ def test_pictures_of_an_earlier_report_go_and_others_stay(make_folder, tmp_path)
     (tmp_path / "one_figures").mkdir()
     for name in ("03-old-curve.png", "mine.png"):
         (tmp_path / "one_figures" / name).write_bytes(b"")
-    html, _ = write_report([evaluated(make_folder())], tmp_path / "one.html")
+    html, _ = write_report(evaluated(make_folder()), output=tmp_path / "one.html")
     assert [place.name for place in figures_of(html)] == [
         "01-arc-easy-systems.png",
         "02-arc-easy-baselines.png",
@@ -338,13 +296,13 @@ def test_a_broken_second_folder_leaves_nothing_behind(make_folder, tmp_path):
     good = evaluated(make_folder("good"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(RecordError, match="holds no search"):
-        write_report([good, tmp_path / "empty"], tmp_path / "out")
+        write_report(good, tmp_path / "empty", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_reporting_loads_no_torch_and_matplotlib_only_when_drawing():
     code = (
-        "import sys, drllm.reporting\n"
+        "import sys, drllm.reporting.stage\n"
         "print([name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -361,6 +319,6 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(make_folder):
         }
 
     before = settings()
-    write_report([evaluated(make_folder())])
+    write_report(evaluated(make_folder()))
     assert before == settings()
     assert "matplotlib.pyplot" not in sys.modules

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import json
-
+import msgspec
 import pytest
 
 from drllm.errors import RecordError
-from drllm.reporting.depths import Difference, Differences
+from drllm.records import write_json
 from drllm.reporting.drawing import LIGHT, png
 from drllm.reporting.sweeps import (
-    SCHEMA,
     Candidate,
     Placed,
+    SweepResult,
     choose,
-    contents,
     drawn,
     read_candidate,
     read_sweep_file,
 )
+from drllm.statistics.verdicts import Differences, Verdict
 
 
-def difference(mean):
-    return Difference(mean=mean, interval=(mean - 0.1, mean + 0.1), shown=None)
+def verdict(quantity, mean):
+    ends = (mean - 0.1, mean + 0.1)
+    return Verdict(quantity=quantity, mean=mean, interval=ends, n=60, shown="none shown")
 
 
 def place(gold, depth="10 % saved", accuracy=0.0, num_seeds=3, task="arc_easy"):
@@ -32,9 +32,8 @@ def place(gold, depth="10 % saved", accuracy=0.0, num_seeds=3, task="arc_easy"):
         num_seeds=num_seeds,
         executions=27.0,
         against_base=Differences(
-            accuracy=difference(accuracy),
-            gold_logprob=None if gold is None else difference(gold),
-            text_loss=None,
+            accuracy=verdict("accuracy", accuracy),
+            gold_logprob=None if gold is None else verdict("gold_logprob", gold),
         ),
     )
 
@@ -72,14 +71,20 @@ def test_none_is_chosen_where_no_router_saves_anything():
 
 def test_a_sweep_is_read_as_it_was_written(tmp_path):
     candidates = [candidate("a", place(-0.1)), candidate("b", place(-0.2)), candidate("c")]
-    values = {"schema": SCHEMA, "schema_version": 1, "chosen_on": "select"}
-    values |= contents(candidates, candidates[0])
+    swept = SweepResult(
+        sweep="a.yaml",
+        sweep_sha256="0" * 64,
+        chosen_on="select",
+        chosen="a",
+        settings=tuple(candidates),
+    )
     path = tmp_path / "sweep.json"
-    path.write_text(json.dumps(values))
-    assert read_sweep_file(path) == (candidates, "a", "select")
-    path.write_text(json.dumps(values | {"schema_version": 99}))
-    with pytest.raises(RecordError, match="newer drllm"):
-        read_sweep_file(path)
+    write_json(path, swept)
+    assert read_sweep_file(path) == swept
+    for version, message in ((99, "newer drllm"), (1, "older form")):
+        write_json(path, msgspec.structs.replace(swept, schema_version=version))
+        with pytest.raises(RecordError, match=message):
+            read_sweep_file(path)
 
 
 def test_results_are_read_at_the_depths_of_the_curve(make_folder, whole):

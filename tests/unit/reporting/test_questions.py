@@ -7,9 +7,12 @@ import re
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
-from drllm.reporting.changes import sections
+from drllm.paths import Decision
+from drllm.records.results import Outcome, Sample
 from drllm.reporting.page import render
+from drllm.reporting.questions import choose_examples, sections, shares
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import document
 
@@ -25,12 +28,13 @@ def rewrite(folder: Any, outcomes: dict[int, tuple[float, float]]) -> None:
             "routed": {"correct": routed, "gold_logprob": None, "decisions": [1, 0, 2, 1]},
         }
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    result = folder.path / "eval" / "arc_easy.json"
-    values = json.loads(result.read_text(encoding="utf-8"))
-    for place, system in enumerate(values["systems"][:2]):
-        scores = [outcomes.get(number, (1.0, 1.0))[place] for number in range(len(rows))]
-        system.update(accuracy=sum(scores) / len(scores), interval=[0.0, 1.0])
-    result.write_text(json.dumps(values), encoding="utf-8")
+
+    def score(values: dict[str, Any]) -> None:
+        for place, system in enumerate(values["systems"][:2]):
+            scores = [outcomes.get(number, (1.0, 1.0))[place] for number in range(len(rows))]
+            system.update(accuracy=sum(scores) / len(scores), interval=[0.0, 1.0])
+
+    folder.change("eval/arc_easy.json", score)
 
 
 @pytest.fixture
@@ -63,10 +67,12 @@ def test_no_change_has_no_table(folder, text_of):
 
 def test_grades_that_change_are_compared_as_grades(folder, text_of):
     rewrite(folder, {3: (0.2, 0.9), 4: (0.9, 0.2)})
-    path = folder.path / "eval" / "arc_easy.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
-    values["systems"][1].update(won=None, lost=None, mcnemar_p=None)
-    path.write_text(json.dumps({**values, "metric": "f1"}), encoding="utf-8")
+
+    def grade(values: dict[str, Any]) -> None:
+        values.update(metric="f1")
+        values["systems"][1]["against_base"]["accuracy"].update(won=None, lost=None, p=None)
+
+    folder.change("eval/arc_easy.json", grade)
     text = text_of(folder.path)
     assert "Of 20 questions, 18 keep their grade under routing; 1 are won and 1 lost" in text
     assert "*Questions with a better grade: 1*" in text
@@ -117,3 +123,57 @@ def test_routes_of_tasks_are_coloured_by_what_they_do(make_folder):
     maps = html.split("<h2>Routes by task</h2>")[1].split("</section>")[0].split("heat")[1:]
     for decision, heat in zip(("skip", "repeat"), maps, strict=True):
         assert heat.count(f'<td class="{decision}"') == 2 * 4
+
+
+# --- examples ----------------------------------------------------------------------------------
+
+
+def test_shares_are_counted_by_layer():
+    rows = [(0, 1, 2), (1, 1, 2), (1, 1, 0), (1, 1, 1)]
+    assert shares(rows, Decision.SKIP) == [0.25, 0.0, 0.25]
+    assert shares(rows, Decision.REPEAT) == [0.0, 0.0, 0.5]
+
+
+def sample(name: str, base: float, routed: float, route: tuple[int, ...] | None) -> Sample:
+    return Sample(
+        id=name,
+        task="t",
+        question=f"question {name}",
+        choices=("a", "b"),
+        gold=0,
+        systems={
+            "base": Outcome(correct=base, gold_logprob=None, decisions=(1, 1, 1)),
+            "routed": Outcome(correct=routed, gold_logprob=None, decisions=route),
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("samples", "chosen"),
+    [
+        (
+            [
+                sample("same", 1, 1, (1, 1, 1)),
+                sample("lost", 1, 0, (1, 0, 1)),
+                sample("won", 0, 1, (1, 2, 1)),
+                sample("won later", 0, 1, (0, 0, 1)),
+                sample("cheap", 0, 0, (1, 0, 0)),
+            ],
+            ["won", "lost", "cheap"],
+        ),
+        (
+            [
+                sample("a", 1, 1, (1, 1, 1)),
+                sample("b", 1, 1, (1, 0, 1)),
+                sample("c", 0, 0, (1, 1, 1)),
+                sample("d", 0, 0, (1, 1, 1)),
+            ],
+            ["b", "a", "c"],
+        ),
+        ([sample("without a route", 0, 1, None), sample("b", 1, 1, (1, 1, 0))], ["b"]),
+    ],
+    ids=["won, lost, cheapest unchanged", "filled with the first others", "only with routes"],
+)
+def test_examples_are_chosen_by_rule(run, samples, chosen):
+    evaluation = replace(run.evaluations[0], samples=tuple(samples))
+    assert [found.id for _, found in choose_examples(evaluation)] == chosen
