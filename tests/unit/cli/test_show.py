@@ -1,16 +1,16 @@
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from drllm.cli.show_results import show_evaluation, show_measured
 from drllm.cli.terminal import Terminal, draw_route
+from drllm.records.latency import Latency, Timing, Timings
+from drllm.records.results import Evaluation, Point, System
 from drllm.reporting.cost import measured_lines
-from drllm.reporting.depths import Difference, Differences, Point
-from drllm.reporting.measured import Measured, Spread, Timing
-from drllm.reporting.results import Evaluation, System
+from drllm.statistics.verdicts import Differences, Verdict
 
 
 def test_a_route_stands_under_its_layers_numbers():
@@ -33,10 +33,24 @@ def test_a_deep_models_route_is_broken_into_rows():
 
 
 WORSE = Differences(
-    accuracy=Difference(mean=0.25, interval=(0.05, 0.45), shown="higher"),
-    gold_logprob=Difference(mean=-0.125, interval=(-0.3, 0.1), shown=None),
-    text_loss=None,
+    accuracy=Verdict(quantity="accuracy", mean=0.25, interval=(0.05, 0.45), n=40, shown="higher"),
+    gold_logprob=Verdict(
+        quantity="gold_logprob", mean=-0.125, interval=(-0.3, 0.1), n=40, shown="none shown"
+    ),
 )
+TESTED = Differences(accuracy=replace(WORSE.accuracy, won=1, lost=9, p=0.0001))
+HEADER = {
+    "schema": "drllm.evaluation",
+    "schema_version": 2,
+    "drllm_version": "0",
+    "created": "",
+    "model": {},
+    "config": {},
+    "inputs": {},
+    "libraries": {},
+    "routers": "routers",
+    "routers_sha256": "",
+}
 
 
 def point(system: str, setting: str, executions: float, against: Differences | None) -> Point:
@@ -54,6 +68,11 @@ def point(system: str, setting: str, executions: float, against: Differences | N
 
 
 EVALUATION = Evaluation(
+    **HEADER,
+    runtime={},
+    kind="choices",
+    metric="acc",
+    num_fewshot=0,
     task="facts",
     split="test",
     num_questions=40,
@@ -69,10 +88,6 @@ EVALUATION = Evaluation(
             gold_logprob=-1.25,
             text_loss=3.75,
             seconds=12.34,
-            draws=1,
-            mcnemar_p=None,
-            won=None,
-            lost=None,
         ),
         System(
             name="random decisions",
@@ -83,14 +98,11 @@ EVALUATION = Evaluation(
             gold_logprob=None,
             seconds=3.0,
             draws=5,
-            mcnemar_p=0.0001,
-            won=1,
-            lost=9,
+            against_base=TESTED,
             routed_against=WORSE,
         ),
     ),
     findings=("It is worse.",),
-    samples=(),
     curve=(
         point("base", "", 30.0, None),
         point("routed", "10 % saved", 27.0, WORSE),
@@ -121,25 +133,20 @@ def test_other_depths_stand_below_each_with_its_differences(capsys: pytest.Captu
     assert "10 % saved routed 27.00 75.0 +5.0 to +45.0 −0.125 –" in rows
     assert "program predictor 26.50 75.0 – – –" in rows
     assert "20 % saved routed 24.00 75.0 +5.0 to +45.0 −0.125 –" in rows
-    alone = dataclasses.replace(EVALUATION, curve=())
+    alone = replace(EVALUATION, curve=())
     assert "at other depths" not in shown(capsys, alone, 80)
 
 
-def test_no_verdict_is_given_where_base_may_be_guessing(capsys: pytest.CaptureFixture[str]):
-    out = shown(capsys, dataclasses.replace(EVALUATION, chance=0.4), 80)
-    assert "better" not in out
-
-
 def test_80_columns_hold_a_system_a_line(capsys: pytest.CaptureFixture[str]):
-    single = tuple(dataclasses.replace(each, draws=1) for each in EVALUATION.systems)
-    out = shown(capsys, dataclasses.replace(EVALUATION, systems=single, findings=()), 80)
+    single = tuple(replace(each, draws=1) for each in EVALUATION.systems)
+    out = shown(capsys, replace(EVALUATION, systems=single, findings=()), 80)
     assert max(map(len, out.splitlines())) <= 80
     assert sum("random decisions" in line for line in out.splitlines()) == 1
     assert sum("program predictor" in line for line in out.splitlines()) == 1
 
 
 def test_a_narrow_terminal_loses_no_digit(capsys: pytest.CaptureFixture[str]):
-    told = dataclasses.replace(EVALUATION, findings=())
+    told = replace(EVALUATION, findings=())
     narrow, wide = shown(capsys, told, 60), shown(capsys, told, 200)
     assert max(map(len, narrow.splitlines())) <= 60
     assert "…" not in narrow
@@ -147,37 +154,40 @@ def test_a_narrow_terminal_loses_no_digit(capsys: pytest.CaptureFixture[str]):
     assert digits[0] == digits[1]
 
 
-def measured() -> Measured:
-    spread = Spread(median=0.9, lowest=0.88, highest=0.931)
-    return Measured(
+def measured() -> Latency:
+    seconds = {
+        "base": (0.1, 0.2, 0.3),
+        "routed": (0.09, 0.176, 0.2793),
+        "attached": (0.1, 0.2, 0.3),
+        "routers that execute": (0.1052, 0.205, 0.306),
+    }
+    timings = tuple(
+        Timing(
+            system=name,
+            phase=phase,
+            batch_size=size,
+            num_tokens=16 * size,
+            executions=30.0,
+            seconds=times,
+        )
+        for name, times in seconds.items()
+        for phase, size in (("prefill", 1), ("decode", 1))
+    )
+    return Latency(
+        **HEADER,
+        runtime={"device": "cpu", "dtype": "float32", "num_threads": 1},
         machine="Linux x86_64, 2 cores",
-        device="cpu",
-        dtype="float32",
-        num_threads=1,
         num_prompts=16,
-        prompt_tokens=16,
-        new_tokens=2,
         systems={},
-        timings=(
-            Timing(
-                system="base",
-                phase="prefill",
-                batch_size=1,
-                num_tokens=16,
-                executions=30.0,
-                seconds=(0.1, 0.2, 0.3),
-            ),
-        ),
-        ratios={("prefill", 1): spread, ("prefill", 4): spread, ("decode", 1): spread},
-        router_seconds={1: Spread(median=0.0052, lowest=0.005, highest=0.006)},
+        measured=Timings(prompt_tokens=16, new_tokens=2, timings=timings),
     )
 
 
 def test_measured_time_is_said_in_three_lines_and_called_measured():
     ratios, routers, how = (line.replace("\u00a0", " ") for line in measured_lines(measured()))
     assert ratios == (
-        "Measured time of routed / base by rows of a batch: reading 0.90 (0.88 to 0.93) at 1, "
-        "0.90 (0.88 to 0.93) at 4; decoding 0.90 (0.88 to 0.93) at 1."
+        "Measured time of routed / base by rows of a batch: reading 0.90 (0.88 to 0.93) at 1; "
+        "decoding 0.90 (0.88 to 0.93) at 1."
     )
     assert routers == (
         "Measured time of the routers alone, while they read: 5.20 (5.00 to 6.00) ms at 1."
@@ -189,8 +199,9 @@ def test_measured_time_is_said_in_three_lines_and_called_measured():
 
 
 def test_threads_are_said_of_a_processor_only():
-    on_gpu = dataclasses.replace(measured(), device="cuda", machine="A card", dtype="bfloat16")
-    assert measured_lines(on_gpu)[-1].endswith("on A card; cuda, bfloat16.")
+    on_gpu = {"device": "cuda", "dtype": "bfloat16", "num_threads": 1}
+    found = replace(measured(), machine="A card", runtime=on_gpu)
+    assert measured_lines(found)[-1].endswith("on A card; cuda, bfloat16.")
 
 
 def test_a_folder_without_measured_time_says_nothing_of_it(

@@ -13,7 +13,7 @@ from drllm.cli.show import show
 from drllm.cli.terminal import Terminal
 from drllm.errors import RecordError
 from drllm.metrics import by_layer, ratios, verdict
-from drllm.reporting.agreement import read_agreement
+from drllm.records.layers import read_layers
 from drllm.reporting.numbers import plain
 
 PARTS = {
@@ -44,7 +44,7 @@ def test_every_metric_of_routers_and_baselines_is_printed_on_both_parts(
     show(layers, Terminal())
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines()]
-    for systems in read_agreement(layers).parts.values():
+    for systems in read_layers(layers).parts.values():
         scores = [ratios(counts) for counts in systems.values()]
         for name in scores[0]:
             assert [name, *(plain(each[name], 3) for each in scores)] in rows
@@ -57,7 +57,7 @@ def test_the_verdict_stands_below_the_tables(layers: Path, capsys: pytest.Captur
     terminal = Terminal()
     terminal.out.width = 400
     show(layers, terminal)
-    agreement = read_agreement(layers)
+    agreement = read_layers(layers)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == [by_layer(agreement.parts["validation"]), verdict(agreement.parts)]
 

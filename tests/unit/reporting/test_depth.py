@@ -230,6 +230,6 @@ def test_seeds_stand_in_a_table_of_their_own(run, make_folder, text_of, whole):
     assert "several seeds" not in text_of(folder.path)
     folder.evaluation(**whole, task="other", changes={"seeds": [msgspec.to_builtins(row)]})
     text = text_of(folder.path).replace("\u00a0", " ")
-    section = text.split("Routers of several seeds")[1].split("\n### ")[0]
+    section = text.split("### Routers of several seeds")[1].split("\n### ")[0]
     assert "| 10 % saved | 3 | 10.80 (10.70 to 10.90) | 50.0 (45.0 to 55.0) | 5.0 |" in section
     assert section.rstrip().endswith("| −0.150 (−0.350 to +0.050) | – | – |")

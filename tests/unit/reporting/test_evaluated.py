@@ -194,7 +194,7 @@ def test_a_handful_of_questions_makes_a_report(make_folder, text_of):
 def test_rivals_run_as_much_and_are_no_controls(run):
     (evaluation,) = run.evaluations
     base, routed, permuted, last = evaluation.systems
-    near = replace(last, name="near", executions=routed.executions + 0.1, accuracy=0.9)
+    near = replace(last, name="near", executions=routed.executions + 0.1, gold_logprob=-0.5)
     far = replace(last, name="far", executions=routed.executions + 0.2)
     reader = replace(last, name="reader", reads_question=True)
     found = replace(evaluation, systems=(base, routed, permuted, last, near, far, reader))

@@ -9,7 +9,7 @@ from drllm.config import TrainConfig
 from drllm.errors import CheckpointError, ConfigError
 from drllm.metrics import ratios, verdict
 from drllm.models.routers.checkpoint import load_routers
-from drllm.reporting.agreement import read_agreement
+from drllm.records.layers import read_layers
 from drllm.training.checkpoint import is_finished
 from drllm.training.split import hold_out
 from drllm.training.stage import train_on
@@ -92,7 +92,7 @@ def test_the_layers_file_counts_what_the_saved_routers_say_of_both_parts(
     features = features_of(60)
     settings = config_of(num_epochs=30, learning_rate=0.3, early_stopping=2, warmup_steps=0)
     rows = train_on(features, identity, settings, tmp_path)
-    agreement, stack = read_agreement(tmp_path / "layers.json"), load_routers(tmp_path)
+    agreement, stack = read_layers(tmp_path / "layers.json"), load_routers(tmp_path)
     best = stack.config.training["best_epoch"]
     assert agreement.epoch == best < rows[-1]["epoch"]
     said = stack.double()(features.means.double(), features.filled)  # [N, L, C]
@@ -112,7 +112,7 @@ def test_config_and_card_tell_how_routers_stand_beside_decisions_that_ignore_the
     features_of, identity, tmp_path
 ):
     train_on(features_of(60), identity, QUICK, tmp_path)
-    agreement = read_agreement(tmp_path / "layers.json")
+    agreement = read_layers(tmp_path / "layers.json")
     told = load_routers(tmp_path).config.training["against_baselines"]
     systems = agreement.parts["validation"]
     assert told["systems"] == {name: ratios(counts) for name, counts in systems.items()}
