@@ -6,7 +6,7 @@ A multiplication and an addition are two FLOPs. Counted are products of matrices
 activations, the softmax and rotations aren't. Each token attends to each one that is in reach of
 the pass, those that the causal mask hides included, since the usual code computes them too.
 
-Axes: L layers, T tokens, W windows, D hidden.
+Axes: L layers, T tokens.
 """
 
 from __future__ import annotations
@@ -22,35 +22,13 @@ from transformers.pytorch_utils import Conv1D
 
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import base_of, find_layers
-from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig
 from drllm.paths import Decisions, check_decisions
-from drllm.records import results
+from drllm.records.results import Flops
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Where configurations say that a layer has experts, of which a token runs a few."""
 OTHER_ATTENTION = ("kv_lora_rank", "multi_query", "lambda_std_dev")
 """Where they say that attention is of another shape than heads times head size."""
-
-
-@dataclass(frozen=True, slots=True)
-class Flops:
-    """FLOPs by what they grow with.
-
-    Attributes:
-        weights: Products with weights: as many for each token, wherever it stands.
-        attention: Scores and weighted values: for each token more, the more tokens it attends to.
-    """
-
-    weights: int
-    attention: int
-
-    @property
-    def total(self) -> int:
-        """Both."""
-        return self.weights + self.attention
-
-    def __add__(self, other: Flops) -> Flops:
-        return Flops(self.weights + other.weights, self.attention + other.attention)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,23 +112,16 @@ def _entries(layer: nn.Module, model: str) -> int:
     return total
 
 
-def forward_flops(
-    shape: ModelShape,
-    decisions: Sequence[int],
-    num_tokens: int,
-    *,
-    num_past: int = 0,
-    num_logits: int = 1,
+def prompt_flops(
+    shape: ModelShape, decisions: Sequence[int], num_tokens: int, num_logits: int = 1
 ) -> Flops:
-    """Return the FLOPs of one forward pass of one sequence.
+    """Return the FLOPs of reading one prompt in one pass.
 
     Args:
         shape: Of the model.
         decisions: `[L]`.
-        num_tokens: T that this pass reads, from 1.
-        num_past: Tokens whose K/V lie in the cache.
-        num_logits: At how many positions next tokens are predicted: 1 where one is generated, T
-            where a text is scored.
+        num_tokens: T, from 1.
+        num_logits: At how many positions next tokens are predicted.
 
     Raises:
         PathError: Decisions that this model can't run.
@@ -160,42 +131,17 @@ def forward_flops(
     Example:
         >>> one_layer = ModelShape((100,), 50, heads=2, kv_heads=1, head_size=4, windows=(None,),
         ...                        kv_itemsize=4)
-        >>> forward_flops(one_layer, [2], num_tokens=3)
+        >>> prompt_flops(one_layer, [2], num_tokens=3)
         Flops(weights=1300, attention=576)
     """
-    weights = 2 * num_logits * shape.head
-    attention = 0
     checked = check_decisions(decisions, len(shape.matrices))
-    for count, entries, window in zip(checked, shape.matrices, shape.windows, strict=True):
-        reach = _kept(num_past, window) + num_tokens
-        weights += count * 2 * num_tokens * entries
-        # Two products for each pair of tokens: the score, and the value that it weights.
-        attention += count * 4 * num_tokens * reach * shape.heads * shape.head_size
-    return Flops(weights, attention)
-
-
-def answer_flops(
-    shape: ModelShape, decisions: Sequence[int], num_prompt_tokens: int, num_new_tokens: int
-) -> tuple[Flops, Flops]:
-    """Return the FLOPs of reading a prompt and of decoding its answer, one token a pass.
-
-    Args:
-        shape: Of the model.
-        decisions: `[L]`, which hold for the whole answer.
-        num_prompt_tokens: From 1.
-        num_new_tokens: From 1; the first is given by the pass that reads the prompt.
-
-    Returns:
-        Prefill and decode.
-
-    Raises:
-        PathError: Decisions that this model can't run.
-    """
-    prefill = forward_flops(shape, decisions, num_prompt_tokens)
-    decode = Flops(0, 0)
-    for past in range(num_prompt_tokens, num_prompt_tokens + num_new_tokens - 1):
-        decode += forward_flops(shape, decisions, 1, num_past=past)
-    return prefill, decode
+    entries = sum(c * own for c, own in zip(checked, shape.matrices, strict=True))
+    # Two products for each pair of tokens: the score, and the value that it weights.
+    pairs = sum(checked) * num_tokens * num_tokens
+    return Flops(
+        weights=2 * (num_logits * shape.head + num_tokens * entries),
+        attention=4 * pairs * shape.heads * shape.head_size,
+    )
 
 
 def kv_bytes(shape: ModelShape, decisions: Sequence[int], num_tokens: int = 1) -> int:
@@ -220,24 +166,8 @@ def kv_bytes(shape: ModelShape, decisions: Sequence[int], num_tokens: int = 1) -
     """
     a_token = 2 * shape.kv_heads * shape.head_size * shape.kv_itemsize
     checked = check_decisions(decisions, len(shape.matrices))
-    pairs = zip(checked, shape.windows, strict=True)
-    return sum(count * _kept(num_tokens, window) * a_token for count, window in pairs)
-
-
-def router_flops(config: RouterConfig, num_tokens: int) -> int:
-    """Return the FLOPs of all routers on one prompt: windows, both matrices, every layer.
-
-    Args:
-        config: Of the routers.
-        num_tokens: T of the prompt.
-    """
-    W, D, H = config.num_windows, config.hidden_size, config.router_width
-    return config.num_layers * 2 * (W * num_tokens * D + W * D * H + H * NUM_DECISIONS)
-
-
-def _kept(num_tokens: int, window: int | None) -> int:
-    """Return the tokens of a layer in the cache: of a window all but the one read next."""
-    return num_tokens if window is None else min(num_tokens, window - 1)
+    kept = [num_tokens if w is None else min(num_tokens, w - 1) for w in shape.windows]
+    return sum(count * tokens * a_token for count, tokens in zip(checked, kept, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +192,7 @@ class PromptCost:
         except ArchitectureError as error:
             return cls(None, num_tokens, str(error))
 
-    def flops(self, draws: Sequence[Sequence[Decisions]]) -> results.Flops | None:
+    def flops(self, draws: Sequence[Sequence[Decisions]]) -> Flops | None:
         """Return the mean FLOPs of reading a prompt and predicting one token.
 
         Args:
@@ -272,11 +202,11 @@ class PromptCost:
         if self.shape is None or not draws:
             return None
         flops = [
-            forward_flops(self.shape, decisions, tokens)
+            prompt_flops(self.shape, decisions, tokens)
             for draw in draws
             for decisions, tokens in zip(draw, self.num_tokens, strict=True)
         ]
-        return results.Flops(
+        return Flops(
             weights=fmean(each.weights for each in flops),
             attention=fmean(each.attention for each in flops),
         )

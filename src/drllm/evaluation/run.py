@@ -33,7 +33,7 @@ from drllm.evaluation.questions import check_output, check_tasks, chosen_on, sou
 from drllm.evaluation.systems import Run, SystemRun, TaskRun
 from drllm.evaluation.tables import TaskRuns, correct, is_above_chance, seeds_of
 from drllm.listener import Listener, OnProgress
-from drllm.models.base.load import BaseModel
+from drllm.models.base.load import BaseModel, as_base_model
 from drllm.models.routers.checkpoint import (
     WEIGHTS_FILE,
     check_routers,
@@ -126,7 +126,7 @@ def evaluate(
         folder = Path(passing if output is None else output)
         check_output(folder)
         if not isinstance(model, RoutedModel):
-            base = _base_model(model, tokenizer)
+            base = as_base_model(model, tokenizer)
             return _evaluate(base, found, config, folder, given, listener)
         if given or model.routers is None:
             what = "other routers are given" if given else "it has none"
@@ -135,16 +135,8 @@ def evaluate(
                 f"and the routers"
             )
         with model.detached() as plain:
-            base = _base_model(plain, tokenizer or model.tokenizer)
+            base = as_base_model(plain, tokenizer or model.tokenizer)
             return _evaluate(base, found, config, folder, [model.routers], listener)
-
-
-def _base_model(model: Any, tokenizer: Any) -> BaseModel:
-    if isinstance(model, BaseModel):
-        return model
-    if tokenizer is None:
-        raise ConfigError("the model comes without a tokenizer; give it as tokenizer=")
-    return BaseModel(model, tokenizer, str(getattr(model, "name_or_path", "") or "in memory"))
 
 
 def _evaluate(

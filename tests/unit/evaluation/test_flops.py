@@ -8,18 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from drllm.errors import ArchitectureError, PathError
 from drllm.evaluation.flops import (
-    Flops,
     ModelShape,
-    answer_flops,
-    forward_flops,
     kv_bytes,
-    router_flops,
+    prompt_flops,
 )
 from drllm.evaluation.latency import empty_cache
 from drllm.models.check import FAMILIES
-from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.kv_cache import stored_bytes
-from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 
 DECISIONS = [
@@ -61,27 +56,8 @@ def test_flops_of_a_prompt_are_those_that_torch_counts(tiny_model, family):
         for num_logits in (1, T):
             with routed.fixed(decisions):
                 found = counted(lambda n=num_logits: model(ids(T), logits_to_keep=n))
-            derived = forward_flops(shape, decisions, T, num_logits=num_logits)
-            assert derived.total == found
-
-
-@pytest.mark.parametrize("family", DENSE)
-def test_flops_of_an_answer_are_those_that_torch_counts_token_by_token(tiny_model, family):
-    model = tiny_model(family, attention="eager")
-    shape, decisions = ModelShape.of(model), DECISIONS[1]
-    routed, T, new = RoutedModel(model), 6, 7  # beyond what a sliding layer sees
-    cache = empty_cache(model)
-    with routed.fixed(decisions):
-        prefill = counted(lambda: model(ids(T), logits_to_keep=1, **cache))
-
-        def decode():
-            for _ in range(new - 1):
-                model(ids(1), logits_to_keep=1, **cache)
-
-        decoded = counted(decode)
-    derived = answer_flops(shape, decisions, T, new)
-    assert derived[0].total == prefill
-    assert derived[1].total == decoded
+            derived = prompt_flops(shape, decisions, T, num_logits=num_logits)
+            assert derived.weights + derived.attention == found
 
 
 @pytest.mark.thorough
@@ -94,24 +70,23 @@ def test_every_family_is_derived_exactly_or_refused(tiny_model, family):
         pytest.skip(str(reason))
     cache = empty_cache(model)
     found = counted(lambda: model(ids(13), logits_to_keep=1, **cache))
-    assert forward_flops(shape, [1] * 6, 13).total == found
+    derived = prompt_flops(shape, [1] * 6, 13)
+    assert derived.weights + derived.attention == found
     assert kv_bytes(shape, [1] * 6, 13) == stored_bytes(*cache.values())
 
 
 def test_what_grows_with_the_length_is_told_apart():
     shape = ModelShape((100, 200), 50, heads=4, kv_heads=2, head_size=8, windows=(None, None),
                        kv_itemsize=2)  # fmt: skip
-    once, twice = (forward_flops(shape, [1, 1], num_tokens=n, num_logits=0) for n in (10, 20))
+    once, twice = (prompt_flops(shape, [1, 1], num_tokens=n, num_logits=0) for n in (10, 20))
     assert twice.weights == 2 * once.weights
     assert twice.attention == 4 * once.attention
-    one_more = forward_flops(shape, [1, 1], 1, num_past=10, num_logits=0)
-    assert one_more == Flops(weights=600, attention=2 * 4 * 11 * 32)
 
 
 def test_skipping_and_repeating_cost_what_the_layer_costs(tiny_llama):
     shape = ModelShape.of(tiny_llama(num_layers=3))
     full, skipped, repeated = (
-        forward_flops(shape, d, 9).total for d in ([1, 1, 1], [1, 0, 1], [1, 2, 1])
+        prompt_flops(shape, d, 9).weights for d in ([1, 1, 1], [1, 0, 1], [1, 2, 1])
     )
     assert repeated - full == full - skipped > 0
 
@@ -121,18 +96,6 @@ def test_a_routed_model_has_the_shape_of_its_base(tiny_llama):
     shape = ModelShape.of(model)
     RoutedModel(model)
     assert ModelShape.of(model) == shape
-
-
-@pytest.mark.parametrize("num_tokens", [3, 40])
-def test_flops_of_the_routers_are_those_that_torch_counts(tiny_llama, num_tokens):
-    model = tiny_llama()
-    config = RouterConfig(num_layers=6, hidden_size=32, num_windows=8)
-    stack = RouterStack(config, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        stack.decision_bias[:, 1] += 1e3
-    plain = counted(lambda: model(ids(num_tokens)))
-    RoutedModel(model, policy=RouterPolicy(stack))
-    assert router_flops(config, num_tokens) == counted(lambda: model(ids(num_tokens))) - plain
 
 
 # --- K/V ---------------------------------------------------------------------------------------
@@ -182,6 +145,6 @@ def test_packed_weights_are_refused(tiny_llama):
 
 def test_decisions_of_another_model_are_refused(tiny_llama):
     shape = ModelShape.of(tiny_llama())
-    for asked in (lambda d: forward_flops(shape, d, 3), lambda d: kv_bytes(shape, d)):
+    for asked in (lambda d: prompt_flops(shape, d, 3), lambda d: kv_bytes(shape, d)):
         with pytest.raises(PathError, match="a model of 6 layers"):
             asked([1, 1])

@@ -215,7 +215,8 @@ def test_labels_that_cannot_reach_the_routed_executions_are_said_not_to(
     only_execute = RouterStack(config)
     only_execute.load_state_dict(routers.state_dict())
     save_routers(only_execute, tmp_path / "routers")
-    [path] = run_evaluation(base, tmp_path / "routers", [task], settings(), tmp_path / "eval")
+    config = settings(baselines="label-frequency", limit=8)
+    [path] = run_evaluation(base, tmp_path / "routers", [task], config, tmp_path / "eval")
     result = json.loads(path.read_text())
     rows = {row["name"]: row for row in result["systems"]}
     assert rows["label frequency"]["executions"] == 6
@@ -269,7 +270,7 @@ def two_tasks(task):
 
 
 def test_several_tasks_are_corrected_system_by_system(base, routers_dir, two_tasks, tmp_path):
-    config = dataclasses.replace(settings(), num_random_draws=1)
+    config = settings(baselines="permuted-routes,last-layers", num_random_draws=1, limit=12)
     paths = run_evaluation(base, routers_dir, two_tasks, config, tmp_path)
     results = [json.loads(path.read_text()) for path in paths]
     for rows in zip(*(result["systems"] for result in results), strict=True):
@@ -328,16 +329,15 @@ def test_progress_ends_at_the_total(evaluated):
     assert [done for done, *_ in calls] == sorted(done for done, *_ in calls)
 
 
-def test_the_same_seed_gives_the_same_result(base, routers_dir, task, evaluated, tmp_path):
-    [path] = run_evaluation(base, routers_dir, [task], settings(), tmp_path)
-    again = json.loads(path.read_text())
-    for first, second in zip(evaluated[0]["systems"], again["systems"], strict=True):
-        assert {**first, "seconds": None} == {**second, "seconds": None}
+def test_the_same_seed_gives_the_same_result_and_the_model_is_given_back_untouched(
+    base, routers_dir, task, evaluated, tmp_path
+):
+    config = settings(baselines="permuted-routes,last-layers")
+    [path] = run_evaluation(base, routers_dir, [task], config, tmp_path)
+    first = {row["name"]: row for row in evaluated[0]["systems"]}
+    for row in json.loads(path.read_text())["systems"]:
+        assert {**first[row["name"]], "seconds": None} == {**row, "seconds": None}
     assert read_manifest(tmp_path / "samples.jsonl", "samples") is not None
-
-
-def test_the_model_is_given_back_untouched(base, routers_dir, task, tmp_path):
-    run_evaluation(base, routers_dir, [task], settings(), tmp_path)
     assert all("forward" not in layer.__dict__ for layer in base.model.model.layers)
 
 
@@ -846,7 +846,8 @@ def test_a_folder_with_foreign_files_is_refused_before_anything_is_asked(
 
 @pytest.mark.usefixtures("small_blocks")
 def test_blocks_change_no_outcome(base, routers_dir, task, evaluated, tmp_path):
-    run_evaluation(base, routers_dir, [task], settings(), tmp_path)
+    config = settings(baselines="permuted-routes,last-layers")
+    run_evaluation(base, routers_dir, [task], config, tmp_path)
     samples = [row for _, row in read_json_lines(tmp_path / "samples.jsonl", dict[str, Any])]
     for sample, whole in zip(samples, evaluated[1], strict=True):
         for name, outcome in sample["systems"].items():

@@ -118,6 +118,24 @@ def load(config: ModelConfig) -> BaseModel:
     return BaseModel(model=model, tokenizer=tokenizer, name=config.model, revision=revision)
 
 
+def as_base_model(model: Any, tokenizer: Any = None) -> BaseModel:
+    """Return a model of transformers that is loaded already as a base model.
+
+    Args:
+        model: Put into evaluation mode; a `BaseModel` is returned as it is.
+        tokenizer: Of the model.
+
+    Raises:
+        ConfigError: No tokenizer.
+    """
+    if isinstance(model, BaseModel):
+        return model
+    if tokenizer is None:
+        raise ConfigError("the model comes without a tokenizer; give it as tokenizer=")
+    model.eval()
+    return BaseModel(model, tokenizer, str(getattr(model, "name_or_path", "") or "in memory"))
+
+
 def resolve_device(name: str) -> torch.device:
     """Return the device that a `--device` names; `auto` is CUDA, else MPS, else the CPU.
 
