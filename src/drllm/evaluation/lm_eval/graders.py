@@ -1,8 +1,6 @@
 """What the task files that are ours name by `!function`: targets to show and answers to grade.
 
-Owns the bridge from a row of a task folder and a generated text to the metrics of
-lm-evaluation-harness, and SQuAD's own two metrics, which the harness would fetch from the net.
-Leaves the rules for `letter`, `boxed` and `exact` to `tasks.grading`. Loads no torch.
+Among them SQuAD's two metrics, which the harness would fetch from the net. Loads no torch.
 """
 
 from __future__ import annotations
@@ -22,15 +20,7 @@ NO_ANSWER = "unanswerable"
 
 
 def graded(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Grade a generated answer by the rule of its row.
-
-    Args:
-        doc: A row whose `grading` is what `grading_of` wrote.
-        results: The generated text.
-
-    Returns:
-        `exact_match`: 1 if it is right, else 0.
-    """
+    """Grade a generated answer by the rule of its row (see `grading_of`): 1 if it is right."""
     return {"exact_match": grade(_prompt(doc), results[0])}
 
 

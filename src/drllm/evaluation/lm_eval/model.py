@@ -33,7 +33,7 @@ from drllm.evaluation.lm_eval.arguments import (
     routers_and_base,
 )
 from drllm.evaluation.lm_eval.requests import Request, fitted, without_padding
-from drllm.evaluation.lm_eval.scoring import Answer, RequestScorer, Scored, Tally
+from drllm.evaluation.lm_eval.scoring import Answer, Counts, RequestScorer, Scored
 from drllm.models.base.load import BaseModel, load
 from drllm.models.routers.depth_control import encode_calibration, policy_for, read_calibration
 from drllm.models.routing.policies import FixedPolicy, Policy, reads_prompt
@@ -52,7 +52,7 @@ PATIENCE = timedelta(weeks=52)
 class RoutedLM(HFLM):  # type: ignore[misc]
     """A base model under routing.
 
-    All continuations of a question stand behind one copy of its context, and the routers read
+    All continuations of a question follow one copy of its context, and the routers read
     that context alone: one route for each question. Without routers and without a plan every
     layer is executed once, and all numbers are those of the harness' `hf` model.
 
@@ -76,8 +76,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         attn_implementation: Attention code of transformers.
         batch_size: Rows a pass, as the harness has it; a question with all its continuations is
             one. `auto` goes by memory.
-        max_batch_size: Most rows a pass with `auto`.
-        max_length: Most tokens read; the model's own context length unless given.
+        max_batch_size: Maximum rows a pass with `auto`.
+        max_length: Maximum tokens read; the model's own context length unless given.
         others: Arguments of the harness' `HFLM` that keep their meaning: `add_bos_token`,
             `prefix_token_id`, `truncation`, `think_end_token`, `enable_thinking`,
             `chat_template_args`.
@@ -141,7 +141,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                     attn_implementation=attn_implementation,
                 )
             )
-        with _without_warnings():  # about a model that is loaded already
+        with quiet("lm_eval.models.huggingface"):  # it warns of a model that is loaded already
             super().__init__(
                 loaded.model,
                 tokenizer=loaded.tokenizer,
@@ -162,7 +162,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         self.scorer = RequestScorer(
             self.routed, self.max_length, self.batch_size, self.max_batch_size
         )
-        self.shared_tally = Tally()
+        self.shared_counts = Counts()
         self._contexts: list[str] = []
         self._policy_of: Callable[[list[str]], Policy] = lambda _contexts: self.policy
         self.generated_routes: dict[str, Decisions] = {}
@@ -171,15 +171,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> RoutedLM:
-        """Make a model of what stands in `--model_args` and in the harness' flags.
-
-        Args:
-            arg_dict: The former.
-            additional_config: The latter: batch sizes and device.
-
-        Raises:
-            ConfigError: No base model, an argument that is a flag, or see the class.
-        """
+        """Make a model of `--model_args` and of the harness' flags (batch sizes, device)."""
         flags = {name: value for name, value in (additional_config or {}).items() if value}
         for name in ("batch_size", "max_batch_size", "device"):
             if name in arg_dict:
@@ -214,17 +206,9 @@ class RoutedLM(HFLM):  # type: ignore[misc]
     # --- log-likelihoods ---
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
-        """Score continuations, those of one question together.
-
-        Args:
-            requests: Each with a context and a continuation.
-            disable_tqdm: Show no progress.
-
-        Returns:
-            For each request its log-probability and whether it is the likeliest continuation.
+        """Score continuations, those of one question together; see `requests.asked`.
 
         Raises:
-            TaskError: See `questions.asked`.
             RoutingError: A request without a prompt, while a policy decides on prompts.
         """
         if self.enable_thinking:
@@ -265,11 +249,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[Answer]:
-        """Score windows of a text (rolling log-likelihoods), each by itself.
-
-        Raises:
-            RoutingError: A policy that decides on prompts: there is none.
-        """
+        """Score windows of a text (rolling log-likelihoods), each by itself, without a prompt."""
         if reads_prompt(self.policy):
             raise RoutingError(
                 "rolling log-likelihoods have no prompt, so nothing can decide on their route; "
@@ -285,11 +265,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
 
     @contextmanager
     def deciding(self, policy_of: Callable[[list[str]], Policy]) -> Iterator[None]:
-        """Let another policy decide on generated answers inside the block.
-
-        Args:
-            policy_of: Gives the policy for some prompts, side by side in a batch.
-        """
+        """Let another policy decide on generated answers, by the prompts of a batch."""
         before, self._policy_of = self._policy_of, policy_of
         try:
             yield
@@ -306,21 +282,14 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             output = super()._model_generate(context, *args, **kwargs)
         copies = len(self.routed.last_route) // len(self._contexts)
         routes = self.routed.last_route[::copies]
-        self.scorer.tally.add(routes)
+        self.scorer.counts.add(routes)
         self.generated_routes.update(zip(self._contexts, map(tuple, routes.tolist()), strict=True))
         return output
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate answers; decisions are taken in the prefill, and pinned.
 
-        Answers that the model has no room for are shorter, with a warning (see `lengths`).
-
-        Args:
-            requests: Each with a prompt and the settings of `generate`.
-            disable_tqdm: Show no progress.
-
-        Returns:
-            The texts, each up to its first stop.
+        Answers that the model has no room for are shorter, with a warning (see `requests.fitted`).
         """
         wanted, places = without_padding(requests)
         asked = fitted(
@@ -331,8 +300,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
         """Return how many answers are generated at once with `auto`: as many as memory allows."""
-        price = PathSize(self.max_length, 1, keeps_kv=True)
-        fitting = MemoryBatcher(self.routed.model).num_paths(price)
+        size = PathSize(self.max_length, 1, keeps_kv=True)
+        fitting = MemoryBatcher(self.routed.model).num_paths(size)
         found: int = min(self.max_batch_size, fitting)
         if self.world_size > 1:
             found = int(self.all_gather(torch.tensor([found], device=self.device)).min())
@@ -344,18 +313,18 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         """Wait for all processes, and add up what they counted: the harness calls it in each."""
         super().barrier()
         if self.world_size > 1:
-            tally = self.scorer.tally
-            counted = torch.tensor([[tally.prompts, tally.executions]])
+            own = self.scorer.counts
+            counted = torch.tensor([[own.prompts, own.executions]])
             every = self.all_gather(counted.to(self.device)).sum(dim=0).tolist()
-            self.shared_tally = Tally(*every)
+            self.shared_counts = Counts(*every)
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what the harness writes beside its results.
+        """Return what the harness writes next to its results.
 
         `prompts` are those of all processes, each question once. Of rolling texts they are the
         windows, with those that the harness repeats where processes have unequally many.
         """
-        tally = self.shared_tally if self.world_size > 1 else self.scorer.tally
+        counts = self.shared_counts if self.world_size > 1 else self.scorer.counts
         return {
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": self.model.dtype,
@@ -367,14 +336,14 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 "routers": self.routers_source,
                 "policy": type(self.policy).__name__,
                 "num_layers": self.routed.num_layers,
-                "prompts": tally.prompts,
-                "executions_a_forward": tally.executions / max(tally.prompts, 1),
+                "prompts": counts.prompts,
+                "executions_a_forward": counts.executions / max(counts.prompts, 1),
             },
         }
 
 
 def _joined(device: str | None) -> Accelerator | None:
-    """Return what joins this process with its like, or None where it is alone.
+    """Return what joins this process with the others, or None where it is alone.
 
     Each process takes a device of its own, or all the CPU, where that is the device asked for.
     """
@@ -386,9 +355,9 @@ def _joined(device: str | None) -> Accelerator | None:
 
 
 @contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Keep the harness from warning of what is meant here."""
-    logger = logging.getLogger("lm_eval.models.huggingface")
+def quiet(name: str) -> Iterator[None]:
+    """Keep a logger of the harness from warning of what is meant here."""
+    logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -51,11 +51,11 @@ def own_tasks(
 
     Args:
         names: What stands in `--tasks`.
-        split: See `folders.task_folder`, as for `num_fewshot` and `max_length`.
+        split: See `folders.task_folder`, as for `data_dir`, `num_fewshot` and `max_length`.
         limit: The harness' `--limit`: maximum questions a task of ours, drawn with `SEED`.
-        data_dir: Folder of task data; None asks the hub.
-        num_fewshot: Worked examples before each question; None leaves it to each task.
-        max_length: Maximum tokens that the model reads and writes in all, where that is known.
+        data_dir: Folder of task data.
+        num_fewshot: Worked examples before each question.
+        max_length: Maximum tokens, where that is known.
         include_path: A folder with tasks of the user's own.
         num_processes: Processes that share the questions of a task.
 

@@ -1,8 +1,5 @@
 """Scoring the harness' requests: questions in batches, each question under one route.
 
-Owns the `RequestScorer`, what its batches hold, and the count of executions. Leaves which
-requests make up a question to `questions`, and the passes to `models.scoring`.
-
 Axes: P questions, L layers.
 """
 
@@ -43,7 +40,7 @@ LEAST_FILLED = 0.8
 
 
 @dataclass(slots=True)
-class Tally:
+class Counts:
     """What was executed, counted by prompt.
 
     Attributes:
@@ -78,10 +75,10 @@ class RequestScorer:
 
     Args:
         routed: The model.
-        max_length: Most tokens that it reads.
+        max_length: Maximum tokens that it reads.
         batch_size: Rows a pass; a question is one, or one for each continuation where the model
             can't have them packed, and is never split. `auto` goes by memory.
-        max_batch_size: Most rows a pass with `auto`.
+        max_batch_size: Maximum rows a pass with `auto`.
     """
 
     def __init__(
@@ -95,7 +92,7 @@ class RequestScorer:
         self.max_length = max_length
         self.batch_size = batch_size
         self.max_batch_size = max_batch_size
-        self.tally = Tally()
+        self.counts = Counts()
 
     def score(
         self,
@@ -105,16 +102,13 @@ class RequestScorer:
         by_prompt: bool = True,
         on_progress: Callable[[int], object] = lambda _: None,
     ) -> Scored:
-        """Score requests, each question's under one route.
+        """Score requests, each question's under one route; see `requests.asked`.
 
         Args:
             requests: In any order.
             policy_of: See `PolicyOf`.
-            by_prompt: See `questions.asked`.
+            by_prompt: The policy decides on the prompt of a question.
             on_progress: Called with the number of continuations that were scored.
-
-        Raises:
-            TaskError: See `questions.asked`.
         """
         found = asked(requests, self.max_length, by_prompt=by_prompt)
         scores: dict[int, Score] = {}
@@ -123,7 +117,7 @@ class RequestScorer:
             keys = [found.keys[place] for place in places]
             batch = self._batch(found, places)
             each, route = _scores_under(batch, policy_of(keys), self.routed.num_layers)
-            self.tally.add(route)
+            self.counts.add(route)
             scores.update(zip(places, each, strict=True))
             routes.update(zip(keys, map(tuple, route.tolist()), strict=True))
             on_progress(sum(len(found.questions[place].continuations) for place in places))
@@ -132,15 +126,8 @@ class RequestScorer:
     def score_plans(self, requests: Sequence[Request], plans: Sequence[Plan]) -> list[Scored]:
         """Score requests under several plans at once, what their paths have in common run once.
 
-        Args:
-            requests: In any order.
-            plans: Each with decisions for every question.
-
         Returns:
             For each plan what `score` returns under it.
-
-        Raises:
-            TaskError: See `questions.asked`.
         """
         found = asked(requests, self.max_length, by_prompt=True)
         scores: list[dict[int, Score]] = [{} for _ in plans]
@@ -164,13 +151,6 @@ class RequestScorer:
         """Score requests along one path, which decisions needn't be able to express.
 
         Which continuations are the likeliest ones isn't said: all are called not greedy.
-
-        Args:
-            requests: In any order.
-            path: Layer indices in the order executed.
-
-        Raises:
-            TaskError: See `questions.asked`.
         """
         found = asked(requests, self.max_length, by_prompt=True)
         scores: dict[int, Score] = {}
@@ -198,16 +178,16 @@ class RequestScorer:
         while order:
             longest = lengths[order[0]]
             if isinstance(self.batch_size, int):
-                most = self.batch_size
+                limit = self.batch_size
             else:
                 scored = max(found.questions[place].num_after for place in order) + 1
-                most = min(self.max_batch_size, passes.num_paths(PathSize(longest, scored)))
+                limit = min(self.max_batch_size, passes.num_paths(PathSize(longest, scored)))
             taken, rows = 0, 0
             while taken < len(order):
                 question = found.questions[order[taken]]
                 packed = all_packed or can_pack(model, question.length)
                 rows += 1 if packed else len(question.apart())
-                is_full = rows > most or (
+                is_full = rows > limit or (
                     taken * longest >= ENOUGH_TOKENS
                     and lengths[order[taken]] < LEAST_FILLED * longest
                 )

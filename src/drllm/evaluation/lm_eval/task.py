@@ -1,9 +1,4 @@
-"""One task of a task folder: its questions as requests, and what answers to them are worth.
-
-Owns loading a written task into the harness, grading one system's answers by the harness' own
-metrics, question by question, and the gold option of a question. Leaves writing the folder to
-`folders`, and answering to whoever asks.
-"""
+"""One task of a task folder: its questions as requests, and what answers to them are worth."""
 
 from __future__ import annotations
 
@@ -11,7 +6,6 @@ import hashlib
 import io
 import itertools
 import json
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -25,7 +19,7 @@ from lm_eval.tasks import TaskManager
 from drllm.errors import ModelError, TaskError
 from drllm.evaluation.baselines.measures import log_share
 from drllm.evaluation.lm_eval.folders import HarnessTask
-from drllm.evaluation.lm_eval.model import RoutedLM
+from drllm.evaluation.lm_eval.model import RoutedLM, quiet
 from drllm.evaluation.lm_eval.requests import Request
 from drllm.evaluation.lm_eval.scoring import Answer
 
@@ -114,7 +108,7 @@ class AskedTask:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def requests(self) -> list[list[Request]]:
-        """Return each question's options as tokens behind its context."""
+        """Return each question's options as tokens after its context."""
         return [[self._lm.request_of(each) for each in instances] for instances in self.instances]
 
     def prompts(self) -> list[str]:
@@ -126,11 +120,7 @@ class AskedTask:
         return [str(instance.args[1]) for instance in self.instances[place]]
 
     def gold(self, place: int) -> int:
-        """Return which option of the question at a place is right.
-
-        Raises:
-            TaskError: A task whose right options are several, or aren't said.
-        """
+        """Return which option of the question at a place is right, where just one is."""
         name, _ = self.keys[place]
         task, doc = self._tasks[name], self.docs[place]
         gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
@@ -144,7 +134,7 @@ class AskedTask:
         """Return a question with its right answer as a text whose next-token loss can be read.
 
         With options it is the question and the right one, all but its first token predicted;
-        where answers are generated, the right answer behind the question (for GSM8K a worked
+        where answers are generated, the right answer after the question (for GSM8K a worked
         solution), which alone is predicted.
         """
         request = self._lm.request_of(self._with_answer(place))
@@ -165,11 +155,7 @@ class AskedTask:
         return Instance("loglikelihood", {}, (context, continuation), 0, (name, doc_id, 1))
 
     def check(self, place: int, answers: Sequence[Answer]) -> None:
-        """Refuse answers to the question at a place that can't be compared.
-
-        Raises:
-            ModelError: Log-probabilities that are not finite.
-        """
+        """Refuse log-probabilities of the question at a place that are not finite."""
         for logprob, _ in answers:
             if not math.isfinite(logprob):
                 raise ModelError(
@@ -183,7 +169,6 @@ class AskedTask:
         Args:
             answers: For each question, the answers to its requests: a log-probability and whether
                 it is the likeliest continuation, or a text.
-
         """
         for instances, given in zip(self.instances, answers, strict=True):
             for instance, answer in zip(instances, given, strict=True):
@@ -213,11 +198,5 @@ class AskedTask:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the harness and `datasets` from telling how they read a task, in bars of their own."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(before)
+    with quiet("lm_eval"), redirect_stderr(io.StringIO()):
+        yield
