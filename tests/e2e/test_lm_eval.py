@@ -261,6 +261,32 @@ def last_line(words: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--tasks=", ("no task is named", "--tasks NAME", "drllm ls tasks")),
+        (
+            "--model_args pretrained=checkpoints/none,num_windows=8",
+            ("pretrained=checkpoints/none is no folder of routers (there is no such folder)",),
+        ),
+        (
+            "--model_args pretrained=tiny,num_windows=8",
+            ("pretrained=tiny is no folder of routers;", "leave num_windows out"),
+        ),
+        (
+            "--model_args pretrained=checkpoints/none,base=tiny",
+            ("base=tiny has no effect", "(there is no such folder)"),
+        ),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(
+    words: str, said: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+):
+    tasks = "" if "--tasks" in words else "--tasks builtin_facts --split test"
+    line = last_line(f"{words} {tasks}", capsys)
+    assert all(part in line for part in said), line
+
+
 def test_text_without_a_prompt_is_refused_under_routers(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
