@@ -154,6 +154,14 @@ def test_routers_that_skip_everything_still_execute_one_layer(tiny_llama):
     assert routed.last_route.tolist() == [[0, 0, 0, 0, 0, 1]]
 
 
+def test_a_routed_cache_counts_as_initialised_once_it_holds_keys(tiny_llama):
+    """Some models of transformers read that to tell a first turn from a second."""
+    model = tiny_llama()
+    cache = DynamicCache(config=model.config)
+    RoutedModel(model).model(torch.tensor([[5]]), **{cache_argument(model): cache}, use_cache=True)
+    assert cache.is_initialized
+
+
 def test_a_copy_routes_by_itself(tiny_llama):
     routed = RoutedModel(tiny_llama())
     twin = copy.deepcopy(routed)

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings(  # of a model that asks itself by an ol
 )
 
 FAMILIES = (
-    # Beside those of the suite, some that differ from them in what can go wrong.
+    # Besides those of the suite, some that differ from them in what can go wrong.
     *IN_SUITE,
     "cohere2",
     "deepseek_v3",
@@ -134,7 +134,7 @@ class Said:
 
 
 @dataclass
-class Tally:
+class Counts:
     """What was tried."""
 
     ways: Counter[str] = field(default_factory=Counter)
@@ -348,6 +348,23 @@ def as_a_draft(side: Side) -> list[Said]:
         return drafted(Side(side.case, untouched=True), draft)
 
 
+def again(side: Side, ids: Tensor, mask: Tensor, kept: Any, num_new: int) -> Any:
+    """Answer greedily on a cache that holds part of the rows already."""
+    with side.misleading():
+        return side.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=num_new,
+            min_new_tokens=num_new,
+            eos_token_id=END,
+            pad_token_id=0,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **{cache_argument(side.model): kept},
+        )
+
+
 class Stream:
     """A batch that is read on a cache, block by block, outside of `generate`."""
 
@@ -393,25 +410,12 @@ class Stream:
             self.logits[place] = torch.cat([self.logits[place], logits[place]])
 
     def answer(self, num_new: int) -> None:
-        """Go on with the model's own `generate`."""
-        model = self.side.model
+        """Continue with the model's own `generate`."""
         new = torch.tensor([self.tokens.choices(TOKENS, k=1) for _ in self.rows])
         width = max(map(len, self.rows))
         ids, _ = left_padded([[0] * (width - len(row)) + row for row in self.rows], "cpu")
-        ids = torch.cat([ids, new], dim=1)
-        with self.side.misleading():
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.cat([self.mask, torch.ones_like(new)], dim=1),
-                max_new_tokens=num_new,
-                min_new_tokens=num_new,
-                eos_token_id=END,
-                pad_token_id=0,
-                do_sample=False,
-                return_dict_in_generate=True,
-                output_logits=True,
-                **{cache_argument(model): self.cache},
-            )
+        mask = torch.cat([self.mask, torch.ones_like(new)], dim=1)
+        output = again(self.side, torch.cat([ids, new], dim=1), mask, self.cache, num_new)
         logits = torch.stack(output.logits, dim=1)
         said = output.sequences[:, width:].tolist()
         for place, tokens in enumerate(said):
@@ -519,28 +523,15 @@ def in_turns(side: Side) -> list[Said]:
     """Answer, hear something, answer again, all on one cache."""
     case = replace(side.case, ending=False)
     first = Side(case, untouched=side.routed is None)
-    name = cache_argument(first.model)
     kept = new_cache(first)
-    answered = generate(first, **{name: kept})
+    answered = generate(first, **{cache_argument(first.model): kept})
     plans = first.plans()
     heard = random.Random(case.seed).choices(TOKENS, k=case.size)
     rows = [[*said.tokens, *heard] for said in answered]
     ids, mask = left_padded(rows, "cpu")
-    with first.misleading():
-        output = first.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=case.num_new,
-            min_new_tokens=case.num_new,
-            eos_token_id=END,
-            pad_token_id=0,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **{name: kept},
-        )
+    output = again(first, ids, mask, kept, case.num_new)
     logits = torch.stack(output.logits, dim=1)
-    again = [
+    second = [
         Said(
             tokens=[*row, *output.sequences[place, ids.shape[1] :].tolist()],
             logits=logits[place],
@@ -551,7 +542,7 @@ def in_turns(side: Side) -> list[Said]:
         )
         for place, row in enumerate(rows)
     ]
-    return answered + again
+    return answered + second
 
 
 def right_padded(side: Side, rows: Sequence[Sequence[int]]) -> list[Said]:
@@ -646,14 +637,14 @@ def slow_logits(case: Case, plan: Sequence[int], tokens: Sequence[int]) -> Tenso
         return model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
 
 
-def check(case: Case, said: Said, tally: Tally) -> None:
+def check(case: Case, said: Said, counts: Counts) -> None:
     """Hold one row to the slow way."""
     slow = slow_logits(case, said.plan, said.tokens)
     expected = slow[said.start : said.start + len(said.logits)]
     assert expected.shape == said.logits.shape
     difference = float(((expected - said.logits).abs() / slow.std()).max())
     assert difference <= TOLERANCE, f"logits differ by {difference:.3g} standard deviations"
-    tally.greatest = max(tally.greatest, difference)
+    counts.greatest = max(counts.greatest, difference)
     if said.greedy:
         if said.never is not None:
             expected = expected.clone()
@@ -661,13 +652,13 @@ def check(case: Case, said: Said, tally: Tally) -> None:
         new = torch.tensor(said.tokens[said.start + 1 :])
         lost = expected.max(dim=1).values - expected.gather(1, new[:, None])[:, 0]
         assert float(lost.max()) <= 2 * TOLERANCE * float(slow.std()), "a token isn't the likeliest"
-        tally.tokens += len(new)
-        tally.token_ties += int((lost > 0).sum())
+        counts.tokens += len(new)
+        counts.token_ties += int((lost > 0).sum())
     if said.num_read is not None:
-        check_route(case, said, tally)
+        check_route(case, said, counts)
 
 
-def check_route(case: Case, said: Said, tally: Tally) -> None:
+def check_route(case: Case, said: Said, counts: Counts) -> None:
     """Ask each router about what it read on its way, one prompt alone; decisions must agree."""
     stack, model = router_stack(case.routers), plain_model(case.family, case.attention)
     # With the last layer listed, what it reads is seen even where it was skipped.
@@ -685,15 +676,15 @@ def check_route(case: Case, said: Said, tally: Tally) -> None:
     for layer, decision in enumerate(said.plan):
         read = reads[sum(said.plan[:layer])]
         logits = stack.layer_logits(layer, pool(read, everything, stack.config.num_windows))[0]
-        tally.decisions += 1
+        counts.decisions += 1
         if int(logits.argmax()) != decision:
             last_resort = layer == L - 1 and not any(said.plan[:layer]) and decision == 1
             lost = float(logits.max() - logits[decision])
             assert last_resort or lost <= TOLERANCE, f"layer {layer}: the router says otherwise"
-            tally.decision_ties += not last_resort
+            counts.decision_ties += not last_resort
 
 
-def check_beams(case: Case, found: Sequence[Said], tally: Tally) -> None:
+def check_beams(case: Case, found: Sequence[Said], counts: Counts) -> None:
     """Hold a beam search to that of transformers on the plain model, one prompt at a time.
 
     Last bits may let another beam win; then the plain model has to change its mind as well when
@@ -704,11 +695,11 @@ def check_beams(case: Case, found: Sequence[Said], tally: Tally) -> None:
         said = found[row * answers : (row + 1) * answers]
         alone = replace(case, prompts=(prompt,), cache="none", routers=None)
         expected = slow_beams(alone, said[0].plan)
-        tally.beams += 1
+        counts.beams += 1
         if expected != [one.tokens for one in said]:
             shaken = [slow_beams(alone, said[0].plan, shake=seed) for seed in range(1, 9)]
             assert any(other != expected for other in shaken), "other beams than the slow way's"
-            tally.beam_ties += 1
+            counts.beam_ties += 1
 
 
 def slow_beams(case: Case, plan: Sequence[int], shake: int | None = None) -> list[list[int]]:
@@ -729,33 +720,33 @@ def slow_beams(case: Case, plan: Sequence[int], shake: int | None = None) -> lis
     return [one.tokens for one in said]
 
 
-def examine(case: Case, *, untouched: bool = False, tally: Tally) -> None:
+def examine(case: Case, *, untouched: bool = False, counts: Counts) -> None:
     """Run a case and hold it to the slow way."""
     found = WAYS[case.way](Side(case, untouched=untouched))
     for said in found:
-        check(case, said, tally)
+        check(case, said, counts)
     if case.way == "beams":
-        check_beams(case, found, tally)
+        check_beams(case, found, counts)
 
 
-def try_out(case: Case, tally: Tally) -> None:
+def try_out(case: Case, counts: Counts) -> None:
     """Run a case; what the untouched model can't do either is only counted."""
-    tally.ways[case.way] += 1
+    counts.ways[case.way] += 1
     try:
-        examine(case, tally=tally)
+        examine(case, counts=counts)
     except FOREIGN_ERRORS as error:
         try:
-            examine(case, untouched=True, tally=Tally())
+            examine(case, untouched=True, counts=Counts())
         except FOREIGN_ERRORS as theirs:
             reason = f"{case.way}, {case.family}: {type(theirs).__name__}: {str(theirs)[:80]}"
-            tally.upstream[reason] += 1
+            counts.upstream[reason] += 1
             return
         raise error
 
 
-def explore(num_examples: int, **options: Any) -> Tally:
+def explore(num_examples: int, **options: Any) -> Counts:
     """Try that many combinations."""
-    tally = Tally()
+    counts = Counts()
 
     @settings(
         max_examples=num_examples,
@@ -766,19 +757,19 @@ def explore(num_examples: int, **options: Any) -> Tally:
     )
     @given(cases())
     def look(case: Case) -> None:
-        try_out(case, tally)
+        try_out(case, counts)
 
     look()
-    return tally
+    return counts
 
 
-def assert_telling(tally: Tally) -> None:
+def assert_telling(counts: Counts) -> None:
     """Ties and what transformers itself can't do must not be what a run consists of."""
-    num_examples, num_upstream = tally.ways.total(), tally.upstream.total()
-    assert num_upstream <= MOST_UPSTREAM * num_examples, tally.upstream
-    assert tally.token_ties <= MOST_TIES * tally.tokens
-    assert tally.decision_ties <= MOST_TIES * tally.decisions
-    assert tally.beam_ties <= MOST_TIES * tally.beams
+    num_examples, num_upstream = counts.ways.total(), counts.upstream.total()
+    assert num_upstream <= MOST_UPSTREAM * num_examples, counts.upstream
+    assert counts.token_ties <= MOST_TIES * counts.tokens
+    assert counts.decision_ties <= MOST_TIES * counts.decisions
+    assert counts.beam_ties <= MOST_TIES * counts.beams
 
 
 def test_forty_random_combinations_equal_the_slow_way() -> None:
@@ -789,12 +780,12 @@ def test_forty_random_combinations_equal_the_slow_way() -> None:
 def test_five_hundred_random_combinations_equal_the_slow_way(
     record_property: Callable[[str, Any], None],
 ) -> None:
-    tally = explore(500)
-    for name, value in vars(tally).items():
+    counts = explore(500)
+    for name, value in vars(counts).items():
         record_property(name, value)
-    assert_telling(tally)
-    upstream = Counter(reason.split(",")[0] for reason in tally.upstream.elements())
-    assert all(tally.ways[way] > upstream[way] for way in WAYS), "each way is compared"
+    assert_telling(counts)
+    upstream = Counter(reason.split(",")[0] for reason in counts.upstream.elements())
+    assert all(counts.ways[way] > upstream[way] for way in WAYS), "each way is compared"
 
 
 # --- what was found -----------------------------------------------------------------------------
@@ -828,10 +819,10 @@ FOUND = {
 
 @pytest.mark.parametrize("case", FOUND.values(), ids=FOUND.keys())
 def test_what_went_wrong_once_equals_the_slow_way_with(case: Case) -> None:
-    tally = Tally()
-    try_out(case, tally)
-    if tally.upstream:
-        pytest.skip(f"transformers {transformers.__version__}: {next(iter(tally.upstream))}")
+    counts = Counts()
+    try_out(case, counts)
+    if counts.upstream:
+        pytest.skip(f"transformers {transformers.__version__}: {next(iter(counts.upstream))}")
 
 
 def test_a_second_answer_on_a_static_cache_is_the_first_one_again() -> None:
@@ -839,17 +830,6 @@ def test_a_second_answer_on_a_static_cache_is_the_first_one_again() -> None:
     side = Side(replace(PLAIN, cache="static"))
     first, second = generate(side), generate(side)
     assert first[0].tokens == second[0].tokens
-
-
-def test_a_generation_config_given_by_position_is_read() -> None:
-    case = replace(PLAIN, prompts=((5, 6, 7), (8, 9, 10)), plans=PLAIN.plans * 2)
-    side = Side(case)
-    ids, mask = left_padded(case.prompts, "cpu")
-    options = {"num_beams": 3, "max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": END}
-    with side.deciding():
-        expected = side.model.generate(ids, attention_mask=mask, **options)
-        found = side.model.generate(ids, GenerationConfig(**options), attention_mask=mask)
-    assert torch.equal(expected, found)
 
 
 def test_a_prompt_in_chunks_is_refused_however_it_is_asked_for() -> None:

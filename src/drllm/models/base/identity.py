@@ -1,8 +1,6 @@
 """What a base model is recognised by: class, L, D, and a fingerprint of its weights.
 
-Owns looking through whatever others have put around a weight: an adapter of PEFT changes neither
-identity nor fingerprint, and what accelerate keeps elsewhere is read from there. Leaves the
-model's name and revision to `loading` and comparing it with routers to `pretrained`.
+A PEFT adapter changes neither, and weights that accelerate keeps elsewhere are read from there.
 
 Axes: D hidden, L layers.
 """

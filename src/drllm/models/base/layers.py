@@ -1,7 +1,6 @@
-"""Which layers a model has, found by rule: no table of model names.
+"""Which layers a model has, found by a rule instead of a table of model names.
 
-Owns finding the decoder and its list of layers, and refusing the models whose layers hold a state
-that skipping or repeating would break. Leaves putting anything on the layers to `injection`.
+Models whose layers hold a state that skipping or repeating would break are refused.
 """
 
 from __future__ import annotations

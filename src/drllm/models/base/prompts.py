@@ -1,7 +1,6 @@
-"""From a prompt's text to the tokens that a model reads: one way, for every stage.
+"""From a prompt's text to the tokens that a model reads: chat template and special tokens.
 
-Owns the chat template and the special tokens. Search, training, generation and evaluation all
-encode through here, so that routers are trained on exactly what they will read.
+Every stage encodes through here, so that routers are trained on exactly what they will read.
 """
 
 from __future__ import annotations
@@ -21,11 +20,8 @@ Prompt: TypeAlias = str | Messages
 """A text, or a conversation so far: messages with `role` and `content`."""
 
 CLOCK = datetime(2024, 7, 26)
-"""What chat templates that print the date are told: the date that Llama 3.1's own template names.
-
-With today's date a prompt would be another one tomorrow: for a search that goes on, and for
-routers that were trained on it.
-"""
+"""The date that chat templates print: the one that Llama 3.1's own template names. With today's
+date a prompt would change tomorrow, for a resumed search and for routers trained on it."""
 DIRECTIVES = (
     "%-d",
     "%-m",

@@ -1,8 +1,6 @@
-"""The depth dial: from how deep the user wants a routed model to go to the policy that goes there.
+"""Depth control: the depth bias for a wanted number of executions, and the policy for settings.
 
-Owns measuring the routes that prompts take, finding the depth bias for a wanted number of
-executions on a calibration set, and turning settings into a policy. Leaves what a knob does to a
-router's logits to `policies`.
+The bias is found on a calibration set by measuring the routes that its prompts take.
 
 Axes: N prompts, L layers.
 """
@@ -28,9 +26,9 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import read_json_lines
 
 TOLERANCE = 0.25
-"""Executions that the mean over the calibration set may lie from the wanted one. Less is often
-not to be had: where a layer that was executed is skipped, later routers read something else, and
-the one prompt may lose twenty executions at once."""
+"""Executions that the mean over the calibration set may differ from the wanted one. Less is often
+impossible: where a layer is skipped, later routers read something else, and a single prompt may
+lose twenty executions at once."""
 DECIMALS = 6
 """Biases are looked for among numbers that can be written down as they are."""
 RESOLUTION = 1e-5
@@ -64,15 +62,14 @@ def routes_of(
 ) -> Tensor:
     """Return the route that each prompt takes under a policy; nothing is generated.
 
-    Prompts of like length share a left-padded batch. `routed.last_route` and the model's own
+    Prompts of similar length share a left-padded batch. `routed.last_route` and the model's own
     policy stay what they are.
 
     Args:
         routed: The model.
-        policy: What decides; one that is asked about rows of several batches, so no plan with
-            rows of its own.
+        policy: What decides; it is asked about several batches, so no plan with rows of its own.
         prompts: Token ids of each prompt.
-        batch_size: Prompts a forward pass.
+        batch_size: Prompts in a forward pass.
 
     Returns:
         `[N, L]` on the CPU, in the order of the prompts.
@@ -114,28 +111,24 @@ def find_depth_bias(
     """Find the depth bias under which prompts run a wanted number of executions on average.
 
     Every bias tried is measured by routing all prompts, since a decision changes what later
-    routers read. So the mean is a step function of the bias: of N prompts it takes multiples of
-    1/N, it may jump over values, and it need not fall everywhere. It is bisected all the same: a
-    bias that is returned was measured to give what it says. Where bisection ends in a jump, it
-    starts again between evenly spaced biases, which finds most other places where a function
-    that isn't monotone passes the target. The same prompts give the same bias.
+    routers read. So the mean is a step function of the bias, may jump over values, and needn't be
+    monotone. It is bisected all the same; where bisection ends in a jump, it starts again between
+    evenly spaced biases. The bias returned was measured to give what it says.
 
     Args:
         routed: A model with routers.
-        prompts: The calibration set, token ids of each prompt; the mean holds for prompts like
-            these.
+        prompts: The calibration set, token ids of each prompt.
         target_executions: Wanted mean, from 1 to 2L.
-        routers: Whose bias is looked for; the model's own unless given.
-        batch_size: Prompts a forward pass.
-        tolerance: How far the mean may lie from the target.
+        routers: Whose bias is wanted; the model's own unless given.
+        batch_size: Prompts in a forward pass.
+        tolerance: How far the mean may be from the target.
 
     Returns:
-        The bias and what it gives; the first one found within the tolerance.
+        The first bias found within the tolerance, and what it gives.
 
     Raises:
         ConfigError: No routers, no usable prompts, a target that no model of L layers can run, or
-            one that lies in a jump; then the message names the nearest values that were found on
-            either side, with their biases.
+            one that lies in a jump; the message then has the nearest values with their biases.
 
     Source: ours (D-20).
     """
@@ -173,7 +166,7 @@ def find_depth_bias(
 def policy_for(
     routed: RoutedModel, config: DepthConfig, prompts: Sequence[Sequence[int]] = ()
 ) -> tuple[Policy, Calibration | None]:
-    """Return the policy that the settings of the depth dial ask for.
+    """Return the policy that the settings of depth control ask for.
 
     Args:
         routed: The model, with routers where a knob is turned.
@@ -181,8 +174,7 @@ def policy_for(
         prompts: Token ids of the calibration set, for `target_executions` alone.
 
     Returns:
-        The policy, and what was found on the calibration set if there was something to find.
-        Without a knob it is the policy in force.
+        The policy (without a knob the one in force), and what was found on the calibration set.
 
     Raises:
         ConfigError: Several knobs, a knob without routers, or a target that can't be reached.
@@ -204,9 +196,6 @@ def policy_for(
         routed.routers, depth_bias=config.depth_bias, router_penalty=config.router_penalty
     )
     return policy, None
-
-
-# --- the calibration set -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,8 +242,7 @@ def encode_calibration(
     Args:
         texts: From `read_calibration`.
         tokenizer: The base model's.
-        chat: Put texts that aren't rendered yet into the chat template, as with the prompts that
-            the dial is then used on.
+        chat: Put texts that aren't rendered yet into the chat template.
     """
     return [
         encode(tokenizer, render(tokenizer, item.text, chat=chat and not item.rendered))
@@ -273,9 +261,6 @@ def _check_prompts(prompts: Sequence[Sequence[int]], context: int | None) -> Non
                 f"prompt {place} has {len(tokens)} tokens, the model's context holds {context}; "
                 f"shorten it or leave it out"
             )
-
-
-# --- looking for a bias ------------------------------------------------------------------------
 
 
 def _biases_to_try(measure: Callable[[float], float], target: float) -> Iterator[float]:

@@ -1,9 +1,5 @@
 """What a router reads of a prompt: the mean of its hidden states in W contiguous windows.
 
-Owns where the windows lie, which is the same for every layer of a pass, and averaging a layer's
-input in them. Leaves which tokens may be read to `routing`, and what is made of the means to
-`routers`.
-
 Axes: B rows, T tokens, D hidden, W windows.
 """
 

@@ -1,13 +1,8 @@
 """Many prompts: route them all first, then decode those with equal plans together.
 
-Owns the order of the two phases, which prompts share a batch, and cutting their answers apart.
-In decode a batch is bound by reading weights: a layer saves time only where every row of the
-batch skips it. Leaves the tokens of a text to `prompts`, the routes to `dial`, and decoding to the
-model's own `generate`.
-
-Prompts pass the model twice, once to be routed and once to be answered. Keeping the first pass's
-K/V instead would take memory for all prompts at once, and a cache that can be put together anew
-from rows of several batches.
+In decode a batch is bound by reading weights: a layer saves time only where every row of the batch
+skips it. Prompts pass the model twice, once to be routed and once to be answered: keeping the first
+pass's K/V would take memory for all prompts at once.
 
 Axes: N prompts, B rows of a batch, T tokens, L layers.
 """
@@ -51,12 +46,12 @@ LOOKS_BACK = ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "logits_pr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What a prompt was answered.
+    """The answer to a prompt.
 
     Attributes:
         prompt: As it was given.
-        text: The answer, without special tokens.
-        tokens: The answer's tokens, up to and with the end-of-sequence token if there is one.
+        text: Without special tokens.
+        tokens: Up to and including the end-of-sequence token if there is one.
         route: The decisions taken for the prompt, `[L]`.
     """
 
@@ -80,30 +75,28 @@ def generate_many(
 ) -> list[Answer]:
     """Answer many prompts, those with equal plans together.
 
-    All prompts are routed first, and then put into batches so that the fewest executions are run:
-    prompts of one plan fill a batch where there are enough of them, the rest shares batches.
-    Prompts that fit in one batch, and plans that are known, aren't routed first.
+    All prompts are routed first, and then batched so that the fewest executions are run. Prompts
+    that fit in one batch, and plans that are known, aren't routed first.
 
     In float32 a greedy answer, or one of beam search, is what `routed.generate` gives for the
-    prompt alone. Draws (`do_sample=True`) come from torch's generator and depend on how prompts
-    share batches: the same seed, prompts and `batch_size` give the same answers.
+    prompt alone. Samples come from torch's generator and depend on the batches: the same seed,
+    prompts and `batch_size` give the same answers.
 
     Args:
         routed: The model, made with its tokenizer; the policy in force decides.
         prompts: Texts, or conversations as lists of messages.
-        batch_size: Most prompts in a batch.
-        max_new_tokens: Most tokens of an answer.
+        batch_size: Maximum prompts in a batch.
+        max_new_tokens: Maximum tokens of an answer.
         chat: Put texts into the user's turn of the tokenizer's chat template, where it has one.
-        route_first: False leaves the first pass out and puts prompts of like length together,
-            which is quicker where answers are short or prefill is dear (on a CPU).
-        do_sample: Draw tokens instead of taking the likeliest.
+        route_first: False leaves the first pass out and batches prompts of similar length, which is
+            faster where answers are short or prefill is expensive (on a CPU).
+        do_sample: Sample tokens instead of taking the likeliest.
         on_progress: Is told (prompts answered, prompts in all) at the start and after each batch.
-        options: Whatever else `model.generate` takes, but for `REFUSED`. With `stop_strings` or
-            `stopping_criteria` an answer's tokens may end with one end-of-sequence token more.
+        options: Whatever else `model.generate` takes, except `REFUSED`. With `stop_strings` or
+            `stopping_criteria` an answer's tokens may end with one more end-of-sequence token.
 
     Returns:
-        The answers in the order of the prompts: `num_return_sequences` (1 unless given) behind
-        one another for each.
+        The answers in the order of the prompts, `num_return_sequences` (default 1) for each.
 
     Raises:
         ConfigError: A prompt without tokens or too long for the model's context, a conversation
@@ -168,13 +161,7 @@ def generate_many(
 def prompt_tokens(
     routed: RoutedModel, prompt: Prompt, *, chat: bool, max_new_tokens: int
 ) -> list[int]:
-    """Return the tokens of a prompt, once it is sure that it can be answered.
-
-    Args:
-        routed: The model, made with its tokenizer.
-        prompt: A text, or a conversation.
-        chat: As in `generate_many`.
-        max_new_tokens: What the model's context must hold behind the prompt.
+    """Return the tokens of a prompt, after checking that the context holds it and its answer.
 
     Raises:
         ConfigError: No tokenizer, a conversation that can't be rendered, no tokens, or too many.
@@ -249,7 +236,7 @@ def _known_plans(routed: RoutedModel, num_prompts: int) -> list[Decisions] | Non
 
 
 def _cut(places: Sequence[int], plans: Sequence[Decisions], batch_size: int) -> Iterator[list[int]]:
-    """Cut a row of prompts into batches so that the fewest executions are run.
+    """Cut a list of prompts into batches so that the fewest executions are run.
 
     A batch runs a layer as often as the row that runs it most. Of several ways, the one with the
     fewest batches of different plans is taken.
@@ -257,7 +244,7 @@ def _cut(places: Sequence[int], plans: Sequence[Decisions], batch_size: int) -> 
     Args:
         places: Prompts in the order in which they are cut, those of one plan side by side.
         plans: The decisions of every prompt.
-        batch_size: Most prompts in a batch.
+        batch_size: Maximum prompts in a batch.
 
     Source: ours; dynamic programming over where the last batch of the first n prompts starts.
 

@@ -33,7 +33,6 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         pristine: The empty entry that it replaces; every pass starts as a copy of it.
     """
 
-    supports_early_init = False
     max_batch_size = 0
     """Fits no batch: up to 5.0 transformers keeps a static cache for its next `generate`, which
     must not meet decisions of this one."""
@@ -107,6 +106,11 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def is_initialized(self) -> bool:
         """Whether decisions were pinned."""
         return self.decisions is not None
+
+    @property
+    def supports_early_init(self) -> bool:
+        """Like `is_initialized`: nothing to initialise early, but counted once it holds K/V."""
+        return self.is_initialized
 
     @property
     def max_cache_len(self) -> Any:

@@ -139,9 +139,8 @@ class FixedPolicy(Policy):
 class RecordingPolicy(Policy):
     """Follow another policy and record what every router would have read.
 
-    With the target paths' decisions that is teacher forcing; with routers it is what they read at
-    inference, where each sees the states that the decisions before it have made. After a forward
-    pass `means` is `[B, L, W, D]` in float32 and `filled` is `[B]`.
+    With the target paths' decisions that is teacher forcing; with routers, what they read at
+    inference. After a forward pass `means` is `[B, L, W, D]` in float32 and `filled` is `[B]`.
 
     Args:
         policy: What decides.
@@ -323,10 +322,8 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
 def biased(logits: Tensor, depth_bias: float) -> Tensor:
     """Charge every execution the same price, in logits.
 
-    A decision d gets its logit minus `depth_bias` · d. So with a price above 0 a layer is skipped
-    where its router is less sure that it should run, the least sure first; below 0 layers are
-    repeated. Of the logits only differences count, so a price is comparable between layers as far
-    as their routers are.
+    A decision d gets its logit minus `depth_bias` · d. So with a price above 0 the layers whose
+    routers are least sure are skipped first; below 0 layers are repeated.
 
     Args:
         logits: `[B, 3]` of skip, execute and repeat.
@@ -349,9 +346,8 @@ def penalised(logits: Tensor, router_penalty: float) -> Tensor:
     """Blend the routers' probabilities with certain decisions, as published.
 
     From -1 to -0.5 certain skip gives way to the routers, from there to 0.5 the routers to certain
-    execute, and from there to 1 that to certain repeat. What is certain wins as soon as it makes
-    up more than half of the blend, so routers have a say between -0.75 and 0 only: below that
-    everything is skipped, above it everything executed, and above 0.75 everything repeated.
+    execute, and from there to 1 that to certain repeat. So routers decide between -0.75 and 0 only:
+    below that everything is skipped, above it everything executed, above 0.75 repeated.
 
     Args:
         logits: `[B, 3]` of skip, execute and repeat.

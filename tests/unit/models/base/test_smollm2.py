@@ -86,6 +86,11 @@ def tiny(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> smollm2.S
 
 
 @pytest.fixture(scope="module")
+def tiny_folder(tiny: smollm2.Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return smollm2.convert_once(tiny, tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
 def real_gguf() -> Path:
     try:
         return smollm2._find_gguf()
@@ -104,11 +109,8 @@ def real(real_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 # --- the conversion is right -------------------------------------------------------------------
 
 
-def test_weights_are_those_that_the_file_was_made_from(
-    tiny: smollm2.Source, tiny_model: Any, tmp_path: Path
-) -> None:
-    folder = smollm2.convert_once(tiny, tmp_path / "model")
-    read = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+def test_weights_are_those_that_the_file_was_made_from(tiny_folder: Path, tiny_model: Any) -> None:
+    read = AutoModelForCausalLM.from_pretrained(tiny_folder).state_dict()
     expected = tiny_model.state_dict()
     assert expected.keys() == read.keys()
     for name, weight in expected.items():
@@ -116,6 +118,7 @@ def test_weights_are_those_that_the_file_was_made_from(
 
 
 @pytest.mark.smollm2
+@pytest.mark.thorough  # the tiny file and the answer of the real one tell enough
 def test_reloaded_weights_give_the_logits_of_the_gguf_file_to_the_last_bit(
     real: Path, real_gguf: Path
 ) -> None:
@@ -130,30 +133,19 @@ def test_reloaded_weights_give_the_logits_of_the_gguf_file_to_the_last_bit(
 
 
 @pytest.mark.smollm2
-def test_the_real_model_answers(real: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(real)
-    tokenizer = AutoTokenizer.from_pretrained(real)
-    inputs = tokenizer("The capital of France is", return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=2, do_sample=False)
-    assert tokenizer.decode(output[0]) == "The capital of France is Paris."
-
-
-@pytest.mark.smollm2
-def test_config_is_plain_and_holds_the_rope_base_for_old_and_new_transformers(real: Path) -> None:
+def test_the_real_model_answers_and_stops_at_the_end_of_its_turn(real: Path) -> None:
     config = json.loads((real / "config.json").read_text())
-    assert config["rope_theta"] == 100000.0
+    assert config["rope_theta"] == 100000.0  # for transformers 4, and for 5:
     assert config["rope_parameters"] == {"rope_theta": 100000.0, "rope_type": "default"}
     assert "quantization_config" not in config
     model = AutoModelForCausalLM.from_pretrained(real)
     expected = 100000.0 ** -(torch.arange(0, 64, 2) / 64)
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, expected)
-
-
-@pytest.mark.smollm2
-def test_generation_stops_at_the_end_of_the_models_turn(real: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(real)
     tokenizer = AutoTokenizer.from_pretrained(real)
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert tokenizer.decode(output[0]) == "The capital of France is Paris."
 
 
 @pytest.mark.smollm2
@@ -200,31 +192,8 @@ def test_encoding_is_transformers_own_where_no_blanks_precede_a_digit(real: Path
     tokenizer = AutoTokenizer.from_pretrained(real)
     text = "Plants can't grow without light.\n\n  Which isn't a metal? (1995) <|im_end|>"
     # What AutoTokenizer.from_pretrained(..., gguf_file=...) of transformers 5.24 gives for it.
-    expected = [
-        34246,
-        416,
-        982,
-        1075,
-        1355,
-        1420,
-        30,
-        8866,
-        10366,
-        3247,
-        982,
-        253,
-        4718,
-        47,
-        365,
-        33,
-        41,
-        41,
-        37,
-        25,
-        216,
-        2,
-    ]
-    assert tokenizer(text).input_ids == expected
+    ids = "34246 416 982 1075 1355 1420 30 8866 10366 3247 982 253 4718 47 365 33 41 41 37 25 216 2"
+    assert tokenizer(text).input_ids == [int(token) for token in ids.split()]
 
 
 @pytest.mark.parametrize(
@@ -236,9 +205,9 @@ def test_encoding_is_transformers_own_where_no_blanks_precede_a_digit(real: Path
     ],
 )
 def test_every_digit_is_split_off_before_the_blanks_are_grouped(
-    tiny: smollm2.Source, tmp_path: Path, text: str, tokens: list[str]
+    tiny_folder: Path, text: str, tokens: list[str]
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2.convert_once(tiny, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     assert tokens == tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
 
 
@@ -255,15 +224,11 @@ def test_a_second_call_needs_no_source_and_writes_nothing(
     assert before == {file: file.stat().st_mtime_ns for file in folder.iterdir()}
 
 
-def test_nothing_but_the_model_and_the_lock_is_left_behind(
+def test_only_the_model_and_the_lock_are_left_and_readable_as_the_umask_says(
     tiny: smollm2.Source, tmp_path: Path
 ) -> None:
-    smollm2.convert_once(tiny, tmp_path / "model")
-    assert {"model", ".model.lock"} >= {file.name for file in tmp_path.iterdir()}
-
-
-def test_files_can_be_read_by_whom_the_umask_lets(tiny: smollm2.Source, tmp_path: Path) -> None:
     folder = smollm2.convert_once(tiny, tmp_path / "model")
+    assert {"model", ".model.lock"} >= {file.name for file in tmp_path.iterdir()}
     (tmp_path / "plain").touch()
     expected = (tmp_path / "plain").stat().st_mode
     assert {expected} == {file.stat().st_mode for file in folder.iterdir()}
@@ -277,18 +242,18 @@ def test_a_file_with_another_hash_is_refused_and_nothing_is_left(
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("kl", ["shorter", "missing", "no manifest", "older format"])
-def test_a_kld_folder_is_not_trusted_and_made_again(
-    tiny: smollm2.Source, tmp_path: Path, kl: str
+@pytest.mark.parametrize("damage", ["shorter", "missing", "no manifest", "older format"])
+def test_a_damaged_folder_is_not_trusted_and_made_again(
+    tiny: smollm2.Source, tmp_path: Path, damage: str
 ) -> None:
     folder = smollm2.convert_once(tiny, tmp_path / "model")
     weights, manifest = folder / "model.safetensors", folder / smollm2.MANIFEST_FILE
     whole = weights.read_bytes()
-    if kl == "shorter":
+    if damage == "shorter":
         weights.write_bytes(whole[:-1])
-    elif kl == "missing":
+    elif damage == "missing":
         weights.unlink()
-    elif kl == "no manifest":
+    elif damage == "no manifest":
         manifest.unlink()
     else:
         values = json.loads(manifest.read_text())
@@ -329,7 +294,7 @@ def _child(tiny: smollm2.Source, target: Path, stop: str, barrier: str) -> subpr
     )
 
 
-@pytest.mark.parametrize("stop", ["tokenizer", "rename"])
+@pytest.mark.parametrize("stop", [pytest.param("tokenizer", marks=pytest.mark.thorough), "rename"])
 def test_a_killed_conversion_leaves_nothing_that_the_next_run_trusts(
     tiny: smollm2.Source, tmp_path: Path, stop: str
 ) -> None:
@@ -397,6 +362,14 @@ def test_a_converted_model_is_found_without_the_wheel(
     assert smollm2.converted() is None
     made = smollm2.convert_once(tiny, tmp_path / f"{smollm2.ALIAS}-v{smollm2.FORMAT}")
     assert made == smollm2.folder() == smollm2.converted()
+
+
+def test_without_gguf_one_line_says_what_to_install(
+    tiny: smollm2.Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ModelError, match="package gguf isn't installed; run: pip install gguf"):
+        smollm2.convert_once(tiny, tmp_path / "model")
 
 
 def test_a_cache_folder_that_cant_be_written_is_named_with_the_variable(

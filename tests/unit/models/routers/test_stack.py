@@ -295,7 +295,7 @@ def any_finite_weights(config: RouterConfig, seed: int) -> RouterStack:
     return stack
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(config=configs(), seed=st.integers(0, 2**32))
 def test_whatever_is_saved_is_loaded_bit_for_bit_and_saved_again_byte_for_byte(config, seed):
     stack = any_finite_weights(config, seed)
@@ -386,33 +386,22 @@ def edit(folder, **changes) -> None:
     ("changes", "message"),
     [
         ({"format_version": 2}, "has format version 2, this drllm reads up to 1; install a newer"),
-        ({"format_version": 10**30}, "has format version 10{30}, this drllm reads up to 1"),
         ({"format_version": "1"}, "'format_version' is '1'; expected a whole number from 1 to 1"),
-        ({"format_version": 1.0}, r"'format_version' is 1\.0; expected a whole number"),
         ({"format_version": True}, "'format_version' is True; expected a whole number"),
-        ({"format_version": 0}, "'format_version' is 0; expected a whole number"),
         ({"format_version": ...}, "'format_version' is None; .*is it the config of routers"),
         ({"num_window": 8}, "unknown key 'num_window'; did you mean 'num_windows'"),
         ({"num_layers": ...}, "lacks the key 'num_layers'; train the routers again"),
-        ({"base_fingerprint": ...}, "lacks the key 'base_fingerprint'"),
-        ({"num_layers": None}, "'num_layers' is None; expected a whole number from 1"),
         ({"hidden_size": 0}, "'hidden_size' is 0; expected a whole number from 1"),
-        ({"num_windows": -8}, "'num_windows' is -8; expected a whole number from 1"),
         ({"num_windows": "8"}, "'num_windows' is '8'; expected a whole number from 1"),
         ({"num_windows": 8}, "was saved for num_windows 4, router_config.json says 8; put the co"),
         ({"num_layers": 10**12, "label_counts": []}, r"has shape \[3, 7, 5\], .* asks for"),
         ({"num_windows": True}, "'num_windows' is True; expected a whole number from 1"),
-        ({"router_width": 7.0}, r"'router_width' is 7\.0; expected a whole number from 1"),
         ({"label_counts": [[1, 2, 3]]}, "'label_counts' isn't num_layers rows of 3 counts"),
         ({"label_counts": [[1, 2]] * 3}, "'label_counts' isn't num_layers rows of 3 counts"),
-        ({"label_counts": 5}, "'label_counts' isn't num_layers rows of 3 counts"),
         ({"label_counts": [1, 2, 3]}, "'label_counts' isn't num_layers rows of 3 counts"),
-        ({"label_counts": [["a", 1, 2]] * 3}, "'label_counts' isn't num_layers rows of 3 counts"),
         ({"label_counts": [[-1, 1, 2]] * 3}, "'label_counts' isn't num_layers rows of 3 counts"),
         ({"label_counts": [[1, 2, True]] * 3}, "'label_counts' isn't num_layers rows of 3 counts"),
-        ({"label_counts": [[1, 2, 0.5]] * 3}, "'label_counts' isn't num_layers rows of 3 counts"),
         ({"base_model": 5}, "'base_model' is 5; expected a text"),
-        ({"base_fingerprint": None}, "'base_fingerprint' is None; expected a text"),
         ({"base_revision": 5}, "'base_revision' is 5; expected a text"),
         ({"training": []}, "'training' is not a JSON object"),
         ({"num_layers": 4, "label_counts": []}, "'.*' has shape .*, router_config.json asks for"),
@@ -424,21 +413,9 @@ def test_a_config_that_cannot_be_trusted_is_refused(saved, changes, message):
     refused(saved, message)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "train the routers again"),
-        ("", "train the routers again"),
-        ("[1, 2]", "train the routers again"),
-    ],
-)
-def test_a_broken_config_is_refused(saved, text, message):
-    (saved / "router_config.json").write_text(text)
-    refused(saved, message)
-
-
-def test_a_config_that_is_not_text_is_refused(saved):
-    (saved / "router_config.json").write_bytes(b"\xff\xfe\x00")
+@pytest.mark.parametrize("content", [b"{", b"", b"[1, 2]", b"\xff\xfe\x00"])
+def test_a_broken_config_is_refused(saved, content):
+    (saved / "router_config.json").write_bytes(content)
     refused(saved, "train the routers again")
 
 

@@ -16,7 +16,7 @@ from drllm.paths import to_path
 
 FULL = (1,) * 6
 TOLERANCE = 2e-5
-"""Nats a token, on damages of 0.1 to 10. 4e-6 was measured."""
+"""Nats a token, on KLs of 0.1 to 10. 4e-6 was measured."""
 
 STEM = [60, 61, 62, 63, 64, 65, 66, 67, 68]
 OWN = [[5, 6, 7, 8, 9], [20], [40, 41, 42, 43, 44, 45, 46, 47, 48]]
