@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from drllm.errors import RecordError
+from drllm.errors import ConfigError, RecordError
 from drllm.records import (
     SCHEMA_VERSION,
     Retest,
@@ -32,6 +33,7 @@ from drllm.records import (
     write_atomically,
     write_records,
 )
+from drllm.records.places import check_file
 
 RECORD = SearchRecord(
     id="q1",
@@ -595,13 +597,31 @@ def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("name", ["search.jsonl", "search.manifest.json", "own.manifest.json"])
-def test_what_another_stage_has_written_is_not_replaced(two_lines: Path, name: str):
-    (two_lines.parent / "own.manifest.json").write_text("{}")
-    before = {path: path.read_bytes() for path in two_lines.parent.iterdir()}
-    with pytest.raises(RecordError, match=f"{name} is .* choose another file"):
-        written(two_lines.parent / name, TARGET, schema="supervision")
-    assert {path: path.read_bytes() for path in two_lines.parent.iterdir()} == before
+@pytest.mark.parametrize(
+    ("name", "schema", "is_refused"),
+    [
+        ("search.jsonl", "supervision", True),
+        ("search.jsonl", "search", False),
+        ("search.manifest.json", "search", True),
+        ("own.manifest.json", "supervision", True),
+        ("run.yaml", "supervision", True),
+        ("own.json", "supervision", False),
+        ("own.jsonl", "supervision", False),
+        ("fifo", "supervision", True),
+        ("new/own.jsonl", "supervision", False),
+        ("own.json/own.jsonl", "supervision", True),
+    ],
+)
+def test_an_output_that_another_stage_has_written_or_that_is_no_file_is_refused(
+    two_lines: Path, name: str, schema: str, is_refused: bool
+):
+    for own in ("own.manifest.json", "own.json", "own.jsonl", "run.yaml"):
+        (two_lines.parent / own).write_text("{}")
+    os.mkfifo(two_lines.parent / "fifo")
+    before = sorted(two_lines.parent.iterdir())
+    with pytest.raises(ConfigError, match="--output") if is_refused else nullcontext():
+        check_file(two_lines.parent / name, "--output", schema)
+    assert sorted(two_lines.parent.iterdir()) == before
 
 
 def test_a_new_file_never_has_an_old_manifest(two_lines: Path, monkeypatch: pytest.MonkeyPatch):

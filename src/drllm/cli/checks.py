@@ -7,7 +7,6 @@ the model they are to be used with. Leaves reading files to their modules. Loads
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from drllm.config import EvaluateConfig, SearchConfig, TrainConfig
 from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.evaluation.questions import check_examples, chosen_on
-from drllm.records import read_manifest, refuse_artefact, sha256
+from drllm.records import read_manifest, sha256
 from drllm.search.questions import asked_of, parse_shard
 from drllm.search.strategies.mcts import TreeSearch
 from drllm.tasks.base import Task, choose, get_task, get_tasks
@@ -121,38 +120,6 @@ def questions_digest(
         for example in choose(task.examples(split, folder), limit, seed):
             digest.update(repr(example).encode())
     return digest.hexdigest()
-
-
-def check_folder(folder: Path, flag: str) -> None:
-    """Refuse a folder that can't be written; nothing is made yet.
-
-    Raises:
-        ConfigError: A part of the path is a file, or the folder isn't writable.
-    """
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise ConfigError(
-            f"{flag}: can't write to {folder}, since {place} is a file; give a folder that you may "
-            f"write to"
-        )
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"{flag}: can't write to {folder}: no permission in {place}; give a folder that you "
-            f"may write to"
-        )
-
-
-def check_file(file: Path, flag: str, schema: str = "") -> None:
-    """Refuse a file that can't be written; nothing is made yet.
-
-    Raises:
-        ConfigError: Its folder can't be written.
-        RecordError: It is no ordinary file, or what a stage has written.
-    """
-    refuse_artefact(file, schema)
-    check_folder(file.parent, flag)
 
 
 def check_supervision_model(supervision: Sequence[Path], ours: Mapping[str, Any]) -> None:

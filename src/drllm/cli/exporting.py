@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from drllm.cli import checks
 from drllm.cli.stages import loaded
 from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, Request, verb
 from drllm.config import ModelConfig
 from drllm.records.path_files import read_path_file
+from drllm.records.places import check_folder
 
 if TYPE_CHECKING:
     from drllm.models.export import Export
@@ -37,7 +37,7 @@ def export(request: Request, terminal: Terminal) -> None:
 
     output = request.path("output")
     plan = read_path_file(request.path("decisions"))
-    checks.check_folder(output, "--output")
+    check_folder(output, "--output")
     check_output(output)
     with loaded(request.of(ModelConfig), terminal) as base:
         path = plan.path(base.num_layers)

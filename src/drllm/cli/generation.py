@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drllm.cli import checks
 from drllm.cli.stages import attached, find_routers, loaded, model_of, read_routers
 from drllm.cli.terminal import Terminal, draw_route, duration
 from drllm.cli.verbs import VERBS, Flag, Request, verb
@@ -22,6 +21,7 @@ from drllm.config import DepthConfig, GenerateConfig, ModelConfig
 from drllm.cost import executions, mean_executions
 from drllm.errors import ConfigError, TaskError
 from drllm.records import write_atomically
+from drllm.records.places import check_file
 from drllm.tasks.base import OPTIONS_REWARD
 from drllm.tasks.rows import read_rows, text_of
 
@@ -100,7 +100,7 @@ def _check_places(request: Request, config: GenerateConfig) -> None:
         )
     if file and output:
         target = request.path("output")
-        checks.check_file(target, "--output")
+        check_file(target, "--output")
         if target.exists() and target.samefile(request.path("file")):
             raise ConfigError(
                 f"--output {output} is the file of prompts itself, which would be lost; give "

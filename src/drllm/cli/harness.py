@@ -24,9 +24,9 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
-from drllm.cli.checks import check_folder
 from drllm.errors import ConfigError, TaskError, unknown_name
 from drllm.evaluation.lm_eval.own_tasks import OwnTasks, own_tasks, placed
+from drllm.records.places import check_folder
 from drllm.tasks.base import is_task_name
 
 FOLDER = "tasks"

@@ -27,6 +27,7 @@ from drllm.config import ModelConfig
 from drllm.errors import ConfigError, unknown_name
 from drllm.evaluation.baselines.registry import files_needed
 from drllm.records import rejected_path, sha256, write_atomically
+from drllm.records.places import check_folder
 from drllm.search.plan import decisive
 from drllm.supervision import write as write_supervision
 from drllm.tasks.base import Task
@@ -67,7 +68,7 @@ def run(request: Request, terminal: Terminal) -> None:
     folder = folder_of(request, path)
     recipe = read_recipe(path, folder, request.values["data_dir"])
     tasks = recipe.tasks()
-    checks.check_folder(folder, "--output-dir")
+    check_folder(folder, "--output-dir")
     with ExitStack() as stack:
         load = Loader(recipe.model, terminal, stack)
         done = Run(recipe, tasks, folder, terminal, load).carry_out()

@@ -31,6 +31,7 @@ from drllm.records import (
     sha256,
     to_lines,
 )
+from drllm.records.places import check_folder
 from drllm.supervision import targets
 from drllm.supervision import write as write_supervision
 from drllm.tasks.base import Task
@@ -64,7 +65,7 @@ def search(request: Request, terminal: Terminal) -> None:
     folder = Path(config.output_dir).expanduser()
     config = dataclasses.replace(config, output_dir=str(folder))
     tasks = checks.tasks_to_search(config)
-    checks.check_folder(folder, "--output-dir")
+    check_folder(folder, "--output-dir")
     if request.values["dry_run"]:
         _say_forecast(tasks, config, model, terminal)
         return

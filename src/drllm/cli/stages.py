@@ -21,6 +21,7 @@ from drllm.cli.verbs import Flag, Request, verb
 from drllm.config import EvaluateConfig, ModelConfig, SuperviseConfig, TrainConfig
 from drllm.errors import CheckpointError, ConfigError
 from drllm.records import join_supervision
+from drllm.records.places import check_file, check_folder
 from drllm.supervision import write as write_supervision
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ CHECKPOINTS = Path("checkpoints")
 def supervise(request: Request, terminal: Terminal) -> None:
     """Choose target paths from search records."""
     output = request.path("output")
-    checks.check_file(output, "--output", "supervision")
+    check_file(output, "--output", "supervision")
     summary = write_supervision(request.paths("search"), output, request.of(SuperviseConfig))
     say_written(output, summary, terminal)
 
@@ -95,10 +96,10 @@ def train(request: Request, terminal: Terminal) -> None:
 
         soft_targets(records)  # that there are any is known before the model is loaded
     flag = "--output" if request.values["output"] else "--run-name"
-    checks.check_folder(output, flag)
+    check_folder(output, flag)
     features_dir = request.path("features") if request.values["features"] else None
     if features_dir is not None:
-        checks.check_folder(features_dir, "--features")
+        check_folder(features_dir, "--features")
     if all(_is_finished(folder) for folder in config.by_seed(output)):
         raise CheckpointError(
             f"{output} holds trained routers already; choose another {flag}, or delete the folder"
@@ -156,7 +157,7 @@ def evaluate(request: Request, terminal: Terminal) -> None:
     config = request.of(EvaluateConfig)
     output = request.path("output_dir")
     tasks = questions.tasks_of(config)
-    checks.check_folder(output, "--output-dir")
+    check_folder(output, "--output-dir")
     questions.check_output(output)
     folders = [find_routers(place) for place in request.paths("routers")]
     checks.check_named_once(folders, "--routers")

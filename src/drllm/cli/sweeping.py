@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from drllm.cli import checks
 from drllm.cli.recipe import Recipe, parse_recipe
 from drllm.cli.run_folder import IN_A_FOLDER, Loader, Run, find_recipe, folder_of
 from drllm.cli.show_results import show_results
@@ -32,6 +31,7 @@ from drllm.config.files import read_yaml, with_underscores
 from drllm.errors import ConfigError, unknown_name
 from drllm.evaluation.questions import tasks_of
 from drllm.records import sha256, write_atomically, write_json
+from drllm.records.places import check_folder
 from drllm.reporting.sweeps import (
     SWEEP_FILE,
     Candidate,
@@ -207,7 +207,7 @@ def sweep(request: Request, terminal: Terminal) -> None:
     chosen_on = {**tasks, "evaluate": tasks_of(swept.choosing)}
     for recipe in swept.settings.values():
         recipe.check(tasks["search"])
-    checks.check_folder(folder, "--output-dir")
+    check_folder(folder, "--output-dir")
     with ExitStack() as stack:
         load = Loader(swept.common.model, terminal, stack)
         Run(swept.common, tasks, folder, terminal, load).carry_out(["search"])

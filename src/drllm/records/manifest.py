@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -25,8 +24,6 @@ from drllm.records.codec import (
     write_json,
 )
 
-_NAMES = ("run.yaml", "routers.safetensors", "router_config.json", "metrics.jsonl", "report.html")
-_ENDINGS = (".manifest.json", ".failed.jsonl", ".rejected.jsonl")
 LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "math-verify")
 
 
@@ -82,29 +79,6 @@ class _Manifest(msgspec.Struct):
 def manifest_path(path: Path) -> Path:
     """Return where the manifest of a records file lies: `search.jsonl` → `search.manifest.json`."""
     return path.with_name(path.name.removesuffix(".jsonl") + ".manifest.json")
-
-
-def refuse_artefact(path: Path, schema: str = "") -> None:
-    """Refuse to replace what another stage has written.
-
-    Args:
-        path: A file that is about to be written; may be missing.
-        schema: What may be replaced (`supervision`), with or without its manifest.
-
-    Raises:
-        RecordError: It is a manifest, has the manifest of something else, or belongs to a run or
-            to routers; or something else than a file is there.
-    """
-    if not refuse_odd_file(path, "write"):
-        return
-    is_ours = path.name in _NAMES or path.name.endswith(_ENDINGS)
-    for file in (path, manifest_path(path)):
-        if file.suffix == ".json" and refuse_odd_file(file, "read"):
-            with contextlib.suppress(RecordError):
-                found = str(read_json(file, dict[str, Any]).get("schema"))
-                is_ours |= found.startswith("drllm.") and found != f"drllm.{schema}"
-    if is_ours:
-        raise RecordError(f"{path} is what another stage has written; choose another file to write")
 
 
 def new_manifest(
@@ -211,7 +185,7 @@ def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any
         manifest: From `new_manifest`; gets the number of records and the file's hash.
     """
     text = to_lines(records)
-    refuse_artefact(path, str(manifest["schema"]).removeprefix("drllm."))
+    refuse_odd_file(path, "write")
     if refuse_odd_file(manifest_path(path), "write"):
         try:
             manifest_path(path).unlink()  # never a new file with an old manifest

@@ -2,8 +2,8 @@
 
 An interrupted run leaves its finished chunks in a folder of its own, and goes on from them:
 
-    drllm.resume.json     the marker: which run the folder belongs to
-    KEY-HASH.json         a finished chunk
+    drllm.resume.json       the marker: which run the folder belongs to
+    KEY-HASH.json           a finished chunk
     KEY-HASH.KEY-HASH.json  a part of a chunk that is under way
 
 What drllm didn't write there is never deleted, links are never followed, and every file is there
@@ -19,7 +19,7 @@ import importlib.metadata
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,7 +45,8 @@ BROKEN = ".broken"
 MAXIMUM_SAID = 4
 """Differences that a message lists."""
 
-_CHUNK = re.compile(r"(?:[a-z0-9-]*[0-9a-f]{12}\.)+json(?:\.broken)?")
+_OURS = re.compile(r"(?:[a-z0-9-]*[0-9a-f]{12}\.)+json(?:\.broken)?|" + re.escape(MARKER_FILE))
+_HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}-\d+-[0-9a-f]{8}")
 _SECTIONS = ("settings", "config")
 """Parts of an identity whose names say nothing to a user."""
 _ABSENT: Any = object()
@@ -54,10 +55,8 @@ logger = logging.getLogger(__name__)
 
 
 class _Marker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    schema: str
-    schema_version: int
-    drllm_version: str
-    stage: str
+    schema_version: int = SCHEMA_VERSION
+    drllm_version: str = importlib.metadata.version("drllm")
     identity: dict[str, Any]
     later: dict[str, Any]
 
@@ -75,24 +74,16 @@ class Chunks:
             telling first. Of a value named `*_sha256` messages say "other *".
         stage: What is run, for messages ("search").
         flag: By which another folder can be chosen, for messages.
-        files: Names of further files that the run writes into the folder (see `file`).
     """
 
     def __init__(
-        self,
-        folder: Path,
-        identity: Mapping[str, Any],
-        *,
-        stage: str,
-        flag: str = "--output-dir",
-        files: Sequence[str] = (),
+        self, folder: Path, identity: Mapping[str, Any], *, stage: str, flag: str = "--output-dir"
     ) -> None:
         self.folder = folder
         self.stage = stage
         self.flag = flag
         self._identity = _plain(identity)
         self._later: dict[str, Any] = {}
-        self._files = frozenset(files)
         self._is_marked = False
         self._stem = ""
 
@@ -107,19 +98,18 @@ class Chunks:
             RecordError: It is a link, or holds files that drllm didn't write.
         """
         marker = self._read_marker()
-        if marker is None:
-            foreign = sorted(name for name in self._names() if not self._is_ours(name))
-            if foreign:
-                raise RecordError(
-                    f"{self.folder} holds files that drllm didn't write ({_list(foreign)}); move "
-                    f"them, or choose another {self.flag}"
-                )
-        else:
-            stored = {"drllm_version": marker.drllm_version, **marker.identity}
-            wanted = {"drllm_version": importlib.metadata.version("drllm"), **self._identity}
-            self._refuse_other(stored, wanted)
+        if marker is not None:
+            wanted = _Marker(identity=self._identity, later={})
+            self._refuse_other(
+                *({"drllm_version": m.drllm_version, **m.identity} for m in (marker, wanted))
+            )
             self._later = dict(marker.later)
             self._is_marked = True
+        elif foreign := sorted(name for name in self._names() if not _is_ours(name)):
+            raise RecordError(
+                f"{self.folder} holds files that drllm didn't write ({', '.join(foreign[:3])}); "
+                f"move them, or choose another {self.flag}"
+            )
         self._clear()
         return marker is not None
 
@@ -153,7 +143,7 @@ class Chunks:
                 raise RecordError(f"{file} is a link")
             return read_json(file, kind)
         except RecordError as error:
-            with self._refusing(file):
+            with self._refusing():
                 file.replace(file.with_name(file.name + BROKEN))
             logger.warning("%s; it is set aside, and what it held is done again", error)
             return None
@@ -164,7 +154,10 @@ class Chunks:
         Raises:
             RecordError: A folder that can't be written, a full disk, a number that isn't finite.
         """
-        self._mark()
+        if not self._is_marked:
+            marker = _Marker(identity=self._identity, later=self._later)
+            write_json(self.folder / MARKER_FILE, marker)
+            self._is_marked = True
         write_atomically(self._file(key), encode(value) + b"\n")
         self._drop_parts()
 
@@ -187,21 +180,6 @@ class Chunks:
         parts._stem = self._file(key).name.removesuffix("json")
         return parts
 
-    def file(self, name: str) -> Path:
-        """Return where a further file lies that the run writes itself; the folder is there then.
-
-        Raises:
-            RecordError: Something that isn't an ordinary file lies there.
-        """
-        if name not in self._files:
-            raise ValueError(f"{name!r} isn't one of {sorted(self._files)}")
-        self._mark()
-        path = self.folder / name
-        if path.is_symlink():
-            raise RecordError(f"{path} is a link; delete it, or choose another {self.flag}")
-        refuse_odd_file(path, "write")
-        return path
-
     def remove(self) -> None:
         """Delete what was kept, as the results are written; another run's chunks stay.
 
@@ -213,13 +191,13 @@ class Chunks:
             return
         if marker is not None and marker.identity != self._identity:
             return
-        with self._refusing(self.folder):
-            self._clear()
-            for name in self._names() if marker is not None else []:
+        self._clear()
+        with self._refusing():
+            names = self._names() if marker is not None else []
+            for name in sorted(filter(_is_ours, names), key=lambda name: name == MARKER_FILE):
                 path = self.folder / name
-                if self._is_ours(name) and name != MARKER_FILE and not _is_folder(path):
+                if path.is_symlink() or not path.is_dir():
                     path.unlink(missing_ok=True)
-            (self.folder / MARKER_FILE).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # missing, or it holds files of others
             self.folder.rmdir()
 
@@ -229,33 +207,17 @@ class Chunks:
         return self.folder / f"{self._stem}{words}-{digest}.json"
 
     def _read_marker(self) -> _Marker | None:
-        if self.folder.is_symlink():
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise RecordError(
-                f"{self.folder} is a link; what a {self.stage} keeps lies in a folder of its own: "
-                f"delete the link, or choose another {self.flag}"
+                f"{self.folder} is a link or a file; what a {self.stage} keeps lies in a folder of "
+                f"its own: delete it, or choose another {self.flag}"
             )
-        if self.folder.exists() and not self.folder.is_dir():
-            raise RecordError(f"{self.folder} is no folder; choose another {self.flag}")
-        path = self.folder / MARKER_FILE
-        if not refuse_odd_file(path, "read"):
+        if not refuse_odd_file(self.folder / MARKER_FILE, "read"):
             return None
         try:
-            return read_json(path, _Marker)
+            return read_json(self.folder / MARKER_FILE, _Marker)
         except RecordError as error:
             raise RecordError(f"{error}; delete {self.folder} to begin anew") from error
-
-    def _mark(self) -> None:
-        if not self._is_marked:
-            marker = _Marker(
-                schema="drllm.resume",
-                schema_version=SCHEMA_VERSION,
-                drllm_version=importlib.metadata.version("drllm"),
-                stage=self.stage,
-                identity=self._identity,
-                later=self._later,
-            )
-            write_json(self.folder / MARKER_FILE, marker)
-            self._is_marked = True
 
     def _refuse_other(self, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         refuse_other_run(
@@ -266,20 +228,14 @@ class Chunks:
         )
 
     def _names(self) -> list[str]:
-        with self._refusing(self.folder):
+        with self._refusing():
             return [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
-
-    def _is_ours(self, name: str) -> bool:
-        temporary = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}-\d+-[0-9a-f]{8}", name)
-        name = temporary[1] if temporary else name
-        return name == MARKER_FILE or name in self._files or bool(_CHUNK.fullmatch(name))
 
     def _clear(self) -> None:
         """Delete half-written files, and parts of chunks that are finished."""
-        names = self._names()
-        for name in names:
-            if name.startswith(".") and self._is_ours(name):
-                clear_half_written(self.folder / name[1:].rsplit(".", 1)[0])
+        for name in self._names():
+            if (half := _HALF_WRITTEN.fullmatch(name)) and _is_ours(name):
+                clear_half_written(self.folder / half[1])
         self._drop_parts()
 
     def _drop_parts(self) -> None:
@@ -287,15 +243,15 @@ class Chunks:
         for name in names:
             chunk = name.removesuffix(BROKEN)
             wholes = {chunk[: dot.start()] + ".json" for dot in re.finditer(r"\.", chunk)} - {chunk}
-            if _CHUNK.fullmatch(name) and wholes & names:
+            if _is_ours(name) and wholes & names:
                 (self.folder / name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _refusing(self, path: Path) -> Iterator[None]:
+    def _refusing(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise RecordError(f"can't use {path}: {error.strerror}") from error
+            raise RecordError(f"can't use {self.folder}: {error.strerror}") from error
 
 
 def refuse_other_run(
@@ -351,10 +307,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _list(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(map(repr, names[:3]))}{more}"
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
+def _is_ours(name: str) -> bool:
+    half = _HALF_WRITTEN.fullmatch(name)
+    return bool(_OURS.fullmatch(half[1] if half else name))
