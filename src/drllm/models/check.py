@@ -205,15 +205,11 @@ def mixed_plans(num_layers: int) -> list[list[int]]:
 
 @contextmanager
 def layers_listed(model: Any, decisions: Sequence[int]) -> Iterator[None]:
-    """Let a plain model's list of layers be a path inside the block.
+    """Let the list of layers of a model that isn't routed be a path inside the block.
 
-    What the configuration says layer by layer (kinds of attention, rotary or not) is put into the
-    order of the path too. A model like this is right without a cache only: a layer that is listed
-    twice would write one cache entry twice.
-
-    Args:
-        model: A decoder-only model of transformers that isn't routed.
-        decisions: `[L]`.
+    What the configuration says layer by layer (kinds of attention, rotary or not) follows the path
+    too. Such a model is right without a cache only: a layer listed twice would write one entry
+    twice.
 
     Source: ours; the definition of what a routed model has to equal.
     """
@@ -239,10 +235,7 @@ def layers_listed(model: Any, decisions: Sequence[int]) -> Iterator[None]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Use one thread inside the block: a second one has nothing to do in tiny models.
-
-    On a machine that is busy already, waiting for it took ten times as long as the work.
-    """
+    """Use one thread inside the block: waiting for a second one can take longer than the work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -248,11 +248,6 @@ def config_along(config: Any, path: Sequence[int]) -> Any:
 def lists_along(fields: Mapping[str, Any], path: Sequence[int], num_layers: int) -> dict[str, Any]:
     """Return the lists of a config that say something layer by layer, in path order.
 
-    Args:
-        fields: The config's values by name.
-        path: Layer indices in the order executed.
-        num_layers: L.
-
     Source: ours.
 
     Example:
@@ -391,14 +386,10 @@ def say_for_transformers_4(folder: Path) -> None:
 
 
 def add_older_words(config: dict[str, Any]) -> None:
-    """Add to a config what transformers 4, and the first of 5, read under other names.
+    """Add to a config, in place, what transformers 4 and the first of 5 read under other names.
 
     Transformers 5 keeps all of RoPE under `rope_parameters`. Transformers 4 doesn't know that key
-    and takes its defaults: other numbers, and no warning. Both may stand in one config. What
-    transformers 4 says of RoPE stays as it is.
-
-    Args:
-        config: Changed in place.
+    and takes its defaults: other numbers, and no warning. Both may stand in one config.
 
     Source: ours; the older names are those that transformers 5 itself still reads.
 

@@ -121,20 +121,13 @@ def is_complete(target: Path, source_sha256: str) -> bool:
 
 
 def convert_once(source: Source, target: Path) -> Path:
-    """Convert a GGUF file to a folder, unless another process has done so meanwhile.
+    """Convert a GGUF file to a folder, unless another process has done so meanwhile; return it.
 
     A lock file lets one process convert while others wait; a temporary folder that the holder of
-    the lock finds was left by a killed process.
-
-    Args:
-        source: The file and its hash.
-        target: The folder to make; an incomplete one is replaced.
-
-    Returns:
-        `target`, complete.
+    the lock finds was left by a killed process. An incomplete target is replaced.
 
     Raises:
-        ModelError: Another hash, or a folder that can't be written.
+        ModelError: Another hash, no package gguf, or a folder that can't be written.
     """
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -121,17 +121,7 @@ def push_routers(
     The name of a base model that only this machine has isn't pushed, and a warning says so: it
     would lead nobody anywhere, and tell how folders are called here.
 
-    Args:
-        routers: They may have been trained, or made by hand.
-        model: The base model that they are attached to.
-        repo: OWNER/NAME.
-        private: Make the repository private; one that is public already is refused.
-        token: With write access; None takes the one that is set or logged in with.
-        revision: Branch, made if necessary; None for the default branch.
-        commit_message: First line of the commit.
-
-    Returns:
-        The address of the commit.
+    Arguments are those of `RoutedModel.push_to_hub`.
 
     Raises:
         CheckpointError: What `save_routers` refuses, a name that can't be one, no token, one that

@@ -29,7 +29,7 @@ def saved(model_folder: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def copied(saved: Path, tmp_path: Path) -> Path:
-    """A model folder that the test may KL."""
+    """A model folder that the test may damage."""
     return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
@@ -87,6 +87,7 @@ def test_identity_names_the_model_and_its_shape(saved: Path) -> None:
     [
         ({}, ("float32", "sdpa")),
         ({"dtype": "bfloat16"}, ("bfloat16", "sdpa")),
+        ({"dtype": "float16", "attn_implementation": "sdpa"}, ("float16", "sdpa")),
         ({"dtype": "float32", "attn_implementation": "eager"}, ("float32", "eager")),
     ],
 )
@@ -94,22 +95,13 @@ def test_runtime_tells_how_the_model_runs_as_resolved(
     saved: Path, given: dict[str, Any], expected: tuple[str, str]
 ) -> None:
     dtype, attention = expected
-    assert loading.load(on_cpu(saved, **given)).runtime == {
+    base = loading.load(on_cpu(saved, **given))
+    assert base.model.dtype == getattr(torch, dtype)
+    assert base.runtime == {
         "dtype": dtype,
         "device": "cpu",
         "attn_implementation": attention,
     }
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_dtype_is_what_was_asked_for(saved: Path, dtype: str) -> None:
-    assert loading.load(on_cpu(saved, dtype=dtype)).model.dtype == getattr(torch, dtype)
-
-
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_attention_is_what_was_asked_for(saved: Path, implementation: str) -> None:
-    base = loading.load(on_cpu(saved, attn_implementation=implementation))
-    assert base.model.config._attn_implementation == implementation
 
 
 def test_loading_says_nothing_and_leaves_the_libraries_as_talkative_as_before(
@@ -237,50 +229,53 @@ def test_a_folder_that_lacks_a_part_is_refused_with_its_name(
     assert f"doesn't hold a model: it lacks {lacking};" in message
 
 
-def test_a_folder_of_routers_is_recognised(tmp_path: Path) -> None:
-    (tmp_path / "router_config.json").write_text("{}")
-    assert "--routers" in refused(ModelError, on_cpu(tmp_path))
+def _without_a_tensor(folder: Path) -> None:
+    _rewrite(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
 
 
-def test_a_file_is_refused(copied: Path) -> None:
-    assert "is a file" in refused(ModelError, on_cpu(copied / "config.json"))
+def _of_another_shape(folder: Path) -> None:
+    _rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
 
 
-def test_a_folder_that_isnt_there_is_refused(tmp_path: Path) -> None:
-    assert "there is no folder" in refused(ModelError, on_cpu(tmp_path / "nowhere"))
-
-
-def test_weights_that_lack_a_tensor_are_refused_instead_of_filled_with_noise(copied: Path) -> None:
-    _rewrite(copied, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
-    message = refused(ModelError, on_cpu(copied))
-    assert "the weights of" in message
-    assert "missing keys model.layers.1.mlp.up_proj.weight (1 in all)" in message
-
-
-def test_weights_of_another_shape_are_refused(copied: Path) -> None:
-    _rewrite(copied, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
-    assert "mismatched keys model.norm.weight" in refused(ModelError, on_cpu(copied))
-
-
-def test_weights_that_are_cut_off_are_refused(copied: Path) -> None:
-    weights = copied / "model.safetensors"
+def _cut_off(folder: Path) -> None:
+    weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "are broken or cut off" in refused(ModelError, on_cpu(copied))
 
 
-def test_a_config_that_isnt_json_is_refused(copied: Path) -> None:
-    (copied / "config.json").write_text("{")
-    assert str(copied) in refused(ModelError, on_cpu(copied))
+def _of_routers(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "router_config.json").write_text("{}")
 
 
-def test_an_unknown_kind_of_model_is_refused(copied: Path) -> None:
-    _edit_config(copied, model_type="flying_llama")
-    assert "flying_llama" in refused(ModelError, on_cpu(copied))
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_of_routers, "--routers"),
+        # Instead of being filled with noise, as transformers does.
+        (_without_a_tensor, "missing keys model.layers.1.mlp.up_proj.weight (1 in all)"),
+        (_of_another_shape, "mismatched keys model.norm.weight"),
+        (_cut_off, "are broken or cut off"),
+        (lambda folder: (folder / "config.json").write_text("{"), "copy"),
+        (lambda folder: _edit_config(folder, model_type="flying_llama"), "flying_llama"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'),
+            "decoder-only",
+        ),
+    ],
+)
+def test_a_folder_that_holds_no_usable_model_is_refused(
+    copied: Path, spoil: Callable[[Path], Any], said: str
+) -> None:
+    spoil(copied)
+    assert said in refused(ModelError, on_cpu(copied))
 
 
-def test_a_model_that_doesnt_write_text_is_refused(copied: Path) -> None:
-    (copied / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    assert "decoder-only" in refused(ModelError, on_cpu(copied))
+@pytest.mark.parametrize(
+    ("place", "said"), [("copy/config.json", "is a file"), ("nowhere", "there is no folder")]
+)
+def test_a_place_that_is_no_folder_is_refused(copied: Path, place: str, said: str) -> None:
+    assert said in refused(ModelError, on_cpu(copied.parent / place))
 
 
 CUSTOM_CODE = """

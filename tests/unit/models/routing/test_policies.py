@@ -7,6 +7,7 @@ from drllm.errors import CheckpointError, ConfigError, PathError, RoutingError
 from drllm.models.routers.pooling import pool
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.policies import (
+    POLICIES,
     FixedPolicy,
     FullPolicy,
     LabelFrequencyPolicy,
@@ -61,10 +62,7 @@ def random_logits(rows=500, size=5.0, seed=0):
     [
         (FullPolicy(), False),
         (FixedPolicy([1, 0], 2), False),
-        (
-            RecordingPolicy(FullPolicy(), 4),
-            True,
-        ),  # the decisions don't depend on the prompt, the record does
+        (RecordingPolicy(FullPolicy(), 4), True),  # the record depends on the prompt
         (RandomPolicy((0.1, 0.8, 0.1), rng()), False),
         (LabelFrequencyPolicy([[1, 2, 3]], rng()), False),
         (RouterPolicy(new_routers()), True),
@@ -84,6 +82,12 @@ def test_a_policy_of_ones_own_counts_as_reading_unless_it_says_otherwise():
     assert Own().decide(0, view(2)).tolist() == [1, 1]
 
 
+def test_a_registered_policy_is_listed_with_the_first_line_of_its_docstring():
+    assert "full" in POLICIES
+    assert POLICIES.get("fixed") is FixedPolicy
+    assert POLICIES.summaries()["full"] == "Execute every layer once: the base model."
+
+
 def test_a_policy_that_cannot_decide_cannot_be_made():
     class Misspelt(Policy):
         def decides(self, layer, prompts):
@@ -96,17 +100,16 @@ def test_a_policy_that_cannot_decide_cannot_be_made():
 # --- given decisions -------------------------------------------------------------------------
 
 
-def test_the_full_policy_executes_every_layer():
-    assert decided(FullPolicy(), 2, view(3)) == [[1, 1, 1]] * 2
-
-
-def test_one_plan_holds_for_all_rows():
-    assert decided(FixedPolicy([1, 0, 2], 3), 3, view(2)) == [[1, 1], [0, 0], [2, 2]]
-
-
-def test_rows_follow_plans_of_their_own():
-    policy = FixedPolicy(torch.tensor([[1, 0, 2], [2, 1, 0]]), 3)
-    assert decided(policy, 3, view(2)) == [[1, 2], [0, 1], [2, 0]]
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (FullPolicy(), [[1, 1], [1, 1], [1, 1]]),
+        (FixedPolicy([1, 0, 2], 3), [[1, 1], [0, 0], [2, 2]]),
+        (FixedPolicy(torch.tensor([[1, 0, 2], [2, 1, 0]]), 3), [[1, 2], [0, 1], [2, 0]]),
+    ],
+)
+def test_given_decisions_are_followed_for_all_rows_or_row_by_row(policy, expected):
+    assert decided(policy, 3, view(2)) == expected
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4])
