@@ -22,19 +22,22 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from drllm.config import ModelConfig, SearchConfig
+from drllm.listener import Listener
 from drllm.paths import full_decisions
 from drllm.records import Retest, SearchRecord, TriedPath, to_lines
 from drllm.search import ray as ray_executor
-from drllm.search.counts import tally
-from drllm.search.questions import Block, blocks_of
+from drllm.search.batch import Searched
+from drllm.search.questions import Batch, SearchQuestion, batches_of, questions_of
 from drllm.search.ray import RayExecutor, Ready
-from drllm.search.retry import Searched
-from drllm.search.run import Status, run_search
+from drllm.search.run import run_search
 from drllm.tasks.base import Example, Prompt, Task
 
 LAYERS = 30
@@ -70,10 +73,11 @@ class ManyQuestions(Task):
         return (self.prompt(example, reward),) * 4
 
 
-def ready_made(task: str, examples: Sequence[Example]) -> Searched:
-    """Return a block of records of the size that a search of 50 simulations gives."""
+def ready_made(questions: Sequence[SearchQuestion]) -> Searched:
+    """Return a batch of records of the size that a search of 50 simulations gives."""
     records = []
-    for example in examples:
+    for question in questions:
+        example = question.example
         rng = random.Random(example.id)
         tried = {full_decisions(LAYERS): True}
         while len(tried) < PATHS:
@@ -99,7 +103,7 @@ def ready_made(task: str, examples: Sequence[Example]) -> Searched:
         records.append(
             SearchRecord(
                 id=example.id,
-                task=task,
+                task=question.task,
                 question=example.question,
                 prompt=text,
                 answer=example.answer,
@@ -109,11 +113,11 @@ def ready_made(task: str, examples: Sequence[Example]) -> Searched:
                 seconds=1.0,
             )
         )
-    return Searched(to_lines(records), tally(records, []))
+    return Searched(tuple(records))
 
 
 class ReadyMade:
-    """An executor whose blocks were searched before."""
+    """An executor whose batches were searched before."""
 
     identity = IDENTITY
     runtime = RUNTIME
@@ -126,15 +130,19 @@ class ReadyMade:
         return [prompt.text for prompt in prompts]
 
     def search(
-        self, blocks: Iterable[Block], config: SearchConfig, on_share: Any = None
-    ) -> Iterator[tuple[Block, Searched]]:
-        """Hand over the blocks."""
-        for block in blocks:
-            yield block, self.results[block.number]
+        self,
+        batches: Iterable[Batch],
+        config: SearchConfig,
+        chunks: Any = None,
+        on_share: Any = None,
+    ) -> Iterator[tuple[Batch, Searched]]:
+        """Hand over the batches."""
+        for batch in batches:
+            yield batch, self.results[batch.number]
 
 
 class ReadyMadeWorker:
-    """A worker of Ray whose blocks cost it next to nothing: one is made, and sent every time."""
+    """A worker of Ray whose batches cost it next to nothing: one is made, and sent every time."""
 
     def load(self, model: ModelConfig, num_threads: int, num_sharing: int) -> Ready:
         """Say that there is a model."""
@@ -145,37 +153,39 @@ class ReadyMadeWorker:
         """Return the prompts' texts."""
         return [prompt.text for prompt in prompts]
 
-    def search(
-        self, number: int, task: Task, examples: tuple[Example, ...], config: SearchConfig
-    ) -> Searched:
-        """Return ready-made records of the examples."""
-        size = len(examples)
+    def search(self, batch: Batch, config: SearchConfig, parts: Any) -> Searched:
+        """Return ready-made records of the questions."""
+        size = len(batch.questions)
         if size not in self.made:
-            self.made[size] = ready_made(task.name, examples)
-        first = self.made[size]
+            self.made[size] = ready_made(batch.questions)
         renamed = [
-            f'{{"id":"{example.id}",{line.partition(",")[2]}'
-            for line, example in zip(first.lines.splitlines(True), examples, strict=True)
+            msgspec.structs.replace(record, id=question.example.id)
+            for record, question in zip(self.made[size].records, batch.questions, strict=True)
         ]
-        return Searched("".join(renamed), first.tally)
+        return Searched(tuple(renamed))
 
 
-class Clock:
-    """Hears of every block, and knows what the driver's processor spent on them.
+class Clock(Listener):
+    """Hears of every batch, and knows what the driver's processor spent on them.
 
     Attributes:
-        seconds: From the first block to the last, joining the blocks not counted.
+        seconds: From the first batch to the last, writing the file not counted.
     """
 
     def __init__(self) -> None:
         self.started: float | None = None
         self.seconds = 0.0
 
-    def __call__(self, status: Status) -> None:
-        """Hear of a block."""
-        now = time.process_time()
-        self.started = now if self.started is None else self.started
-        self.seconds = now - self.started
+    @contextmanager
+    def progress(self, title: str, unit: str) -> Iterator[Any]:
+        """Hear of each batch."""
+
+        def on_progress(*_: object) -> None:
+            now = time.process_time()
+            self.started = now if self.started is None else self.started
+            self.seconds = now - self.started
+
+        yield on_progress
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
@@ -185,11 +195,11 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def append(path: Path, blocks: Sequence[Block], results: dict[int, Searched]) -> None:
-    """Keep the blocks the obvious way."""
+def append(path: Path, batches: Sequence[Batch], results: dict[int, Searched]) -> None:
+    """Keep the batches the obvious way."""
     with path.open("a", encoding="utf-8") as file:
-        for block in blocks:
-            file.write(results[block.number].lines)
+        for batch in batches:
+            file.write(to_lines(results[batch.number].records))
             file.flush()
             os.fsync(file.fileno())
 
@@ -202,30 +212,33 @@ def main() -> None:
     options = parser.parse_args()
     repeats, number = (2, 800) if options.quick else (5, 8000)
     task = ManyQuestions(number)
-    blocks = blocks_of([task], SearchConfig())
-    results = {block.number: ready_made(task.name, block.examples) for block in blocks}
-    size = sum(len(result.lines.encode()) for result in results.values())
+    questions = questions_of([task], SearchConfig())
+    batches = batches_of(questions, SearchConfig().block_size)
+    results = {batch.number: ready_made(batch.questions) for batch in batches}
+    size = sum(len(to_lines(result.records).encode()) for result in results.values())
     ways: dict[str, list[tuple[float, float]]] = {"ours": [], "theirs": [], "ray": []}
     clocks: dict[str, list[Clock]] = {"ours": [], "ray": []}
     executor = ReadyMade(results)
 
-    def run(way: str, by: Any, config: SearchConfig) -> None:
-        clocks[way].append(Clock())
-        ways[way].append(timed(partial(run_search, by, [task], config, clocks[way][-1])))
+    def run(way: str, by: Any, output: Path) -> None:
+        clock = Clock()
+        clocks[way].append(clock)
+        work = partial(run_search, by, questions, SearchConfig(), output, clock)
+        ways[way].append(timed(work))
 
     with tempfile.TemporaryDirectory() as folder:
-        configs = [SearchConfig(output_dir=f"{folder}/{repeat}") for repeat in range(2 * repeats)]
+        outputs = [Path(folder) / str(repeat) for repeat in range(2 * repeats)]
         for repeat in range(repeats):
-            run("ours", executor, configs[repeat])
+            run("ours", executor, outputs[repeat])
             path = Path(folder) / f"{repeat}.jsonl"
-            ways["theirs"].append(timed(partial(append, path, blocks, results)))
+            ways["theirs"].append(timed(partial(append, path, batches, results)))
         if importlib.util.find_spec("ray") is None:
             del ways["ray"], clocks["ray"]
         else:
             ray_executor.Worker = ReadyMadeWorker  # type: ignore[misc,assignment]
             with RayExecutor(ModelConfig(device="cpu"), num_workers=2) as workers:
-                for config in configs[repeats:]:
-                    run("ray", workers, config)
+                for output in outputs[repeats:]:
+                    run("ray", workers, output)
     wall = {way: statistics.median(w for w, _ in times) for way, times in ways.items()}
     processor = {way: statistics.median(p for _, p in times) for way, times in ways.items()}
     for way in ways:
@@ -238,7 +251,7 @@ def main() -> None:
         for way, those in clocks.items()
     }
     for way, rate in commits.items():
-        print(f"{way:<7} {rate:>9.0f} a second of it while blocks come, before they are joined")
+        print(f"{way:<7} {rate:>9.0f} a second of it while batches come")
     print(f"a record is {size / number / 1000:.1f} kB, a path {size / number / PATHS:.0f} B")
     result = {
         "overhead": {
@@ -254,8 +267,8 @@ def main() -> None:
         "bytes_per_record": size / number,
         "bytes_per_path": size / number / PATHS,
         "repeats": repeats,
-        "ours": "run_search fed with ready-made blocks of 8 questions",
-        "theirs": "each block appended to one file and synchronised",
+        "ours": "run_search fed with ready-made batches of questions",
+        "theirs": "each batch appended to one file and synchronised",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "runs": ways,
     }

@@ -1,6 +1,6 @@
 """How much faster paths are evaluated together than one by one, and where the rest of time goes.
 
-Ours: `BlockEvaluator` on one block of questions, one new path of each in a round: shared prefixes,
+Ours: `Evaluator` on one block of questions, one new path of each in a round: shared prefixes,
 a shared beginning of all prompts, choices packed behind one context, answers judged as they come.
 Theirs: for every path a plain forward per choice (loglikelihood), or one greedy `generate`
 (letter, boxed), of a model whose layer list is the path, batch 1, nothing shared.
@@ -39,7 +39,7 @@ from drllm.models.base.load import BaseModel, load
 from drllm.models.base.prompts import encode, render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import to_path
-from drllm.search.evaluator import BlockEvaluator, Outcome
+from drllm.search.evaluator import Evaluator, Outcome
 from drllm.search.strategies import new_search
 from drllm.tasks.base import Prompt, get_task
 from drllm.tasks.grading import grade, score_choices
@@ -59,7 +59,7 @@ REAL_REWARDS = {**REWARDS, "loglikelihood": "arc_easy", "letter": "arc_easy"}
 QUICK = {"repeats": 1, "questions": 8, "paths": 3, "sample": 6}
 WHOLE = {"repeats": 3, "questions": 32, "paths": 50, "sample": 160}
 
-OURS = "BlockEvaluator: all questions in step, prefixes and beginnings shared, choices packed"
+OURS = "Evaluator: all questions in step, prefixes and beginnings shared, choices packed"
 THEIRS = "one plain forward per choice, or one generate, for each path, batch 1"
 
 
@@ -153,7 +153,7 @@ def routing(base: BaseModel) -> Iterator[RoutedModel]:
 
 
 def together(
-    evaluator: BlockEvaluator, rounds: Rounds, clock: Clock
+    evaluator: Evaluator, rounds: Rounds, clock: Clock
 ) -> tuple[float, dict[Pair, Outcome]]:
     """Evaluate all rounds our way; return the time a path, and what came out."""
     found: dict[Pair, Outcome] = {}
@@ -185,7 +185,7 @@ def parts_of_the_time(
     hooks = [head.register_forward_pre_hook(before), head.register_forward_hook(after)]
     with routing(base) as routed:
         profile.enable()
-        evaluator = BlockEvaluator(routed, prompts, SearchConfig().state_cache_gb)
+        evaluator = Evaluator(routed, prompts, SearchConfig().state_cache_gb)
         together(evaluator, rounds, clock)
         profile.disable()
     for hook in hooks:
@@ -219,9 +219,7 @@ def parts_of_the_time(
     return {**shares, "the rest": 1 - sum(shares.values())}
 
 
-def executions(
-    evaluator: BlockEvaluator, prompts: Sequence[Prompt], rounds: Rounds
-) -> dict[str, float]:
+def executions(evaluator: Evaluator, prompts: Sequence[Prompt], rounds: Rounds) -> dict[str, float]:
     """Return executions a path: asked, distinct, and run, in executions of a whole prompt."""
     pairs = [pair for each in rounds for pair in each]
     tried = [[d for place, d in pairs if place == question] for question in range(len(prompts))]
@@ -258,7 +256,7 @@ def compare(
             theirs, rewards = slowly()
         with routing(base) as routed:
             started = clock()
-            evaluator = BlockEvaluator(routed, prompts, state_cache_gb)
+            evaluator = Evaluator(routed, prompts, state_cache_gb)
             making = (clock() - started) / len(everything)
             ours, found = together(evaluator, rounds, clock)
             shares = executions(evaluator, prompts, rounds)
@@ -267,9 +265,7 @@ def compare(
             margins = (clock() - started) / len(everything)
             evaluator.forget()
             if repeat == 0:
-                kl, _ = together(
-                    BlockEvaluator(routed, prompts, state_cache_gb, kl=True), rounds, clock
-                )
+                kl, _ = together(Evaluator(routed, prompts, state_cache_gb, kl=True), rounds, clock)
                 first = ours + making
         if repeat % 2 == 1:
             theirs, rewards = slowly()

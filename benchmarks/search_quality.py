@@ -1,7 +1,7 @@
 """What the strategies of the search find on the same questions for the same executions.
 
 Each strategy may have so many layer executions a question, not so many simulations. What paths of
-a question have in common counts once, as `BlockEvaluator` runs it once: a strategy whose paths
+a question have in common counts once, as `Evaluator` runs it once: a strategy whose paths
 share more tries more of them. What the evaluator really ran stands beside; it differs where it
 reads a beginning that all prompts of a block have in common by itself, or gave states up. Paths
 that may become targets are re-tested, as in a search; re-tests aren't counted. Ours is the strategy
@@ -41,7 +41,8 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions, num_executions, to_path
 from drllm.records import write_atomically
 from drllm.search import actions, retest, strategies
-from drllm.search.evaluator import BlockEvaluator, Outcome
+from drllm.search.evaluator import Evaluator, Outcome, read
+from drllm.search.questions import ask
 from drllm.search.strategies import graded, mcts, new_search, sweep, walk
 from drllm.statistics.intervals import mean_interval
 from drllm.statistics.paired import mcnemar_exact
@@ -67,8 +68,10 @@ def search(
         `rows`, one a question, and `executions_run`, what the evaluator had to run for all of them.
     """
     reward = task.check_reward(config.reward)
-    prompts = [task.prompt(example, reward) for example in examples]
-    evaluator = BlockEvaluator(routed, prompts, config.state_cache_gb, kl=config.kl)
+    asked = [ask(task, example, reward) for example in examples]
+    prompts = [question.prompt for question in asked]
+    others = [[read(routed, prompt) for prompt in question.retests] for question in asked]
+    evaluator = Evaluator(routed, prompts, config.state_cache_gb, kl=config.kl)
     searches = [
         new_search(routed.num_layers, config, Random(f"{config.seed}:{task.name}:{example.id}"))
         for example in examples
@@ -98,7 +101,7 @@ def search(
     completed = evaluator.with_margins(tried, [found[place][d] for place, d in tried])
     for (place, decisions), outcome in zip(tried, completed, strict=True):
         found[place][decisions] = outcome
-    retests = retest.retested(evaluator, examples, task, config, found)
+    retests = retest.retested(evaluator, others, config, found)
     return {
         "executions_run": executions_run,
         "rows": [

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from drllm.paths import to_decisions as to_decisions
     from drllm.paths import to_path as to_path
     from drllm.reporting.stage import report as report
-    from drllm.search.run import search_path as search_path
+    from drllm.search.run import search_paths as search_paths
+    from drllm.supervision.select import supervise as supervise
     from drllm.training.stage import train as train
 
     __version__: str
@@ -24,7 +25,8 @@ _PUBLIC = {
     "RoutedModel": "drllm.models.routing.routed_model",
     "generate_many": "drllm.models.routing.batch_generation",
     "report": "drllm.reporting.stage",
-    "search_path": "drllm.search.run",
+    "search_paths": "drllm.search.run",
+    "supervise": "drllm.supervision.select",
     "to_decisions": "drllm.paths",
     "to_path": "drllm.paths",
     "train": "drllm.training.stage",
@@ -34,7 +36,8 @@ __all__ = [
     "RoutedModel",
     "generate_many",
     "report",
-    "search_path",
+    "search_paths",
+    "supervise",
     "to_decisions",
     "to_path",
     "train",

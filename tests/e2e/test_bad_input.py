@@ -650,7 +650,7 @@ def test_a_process_ends_with_the_same_status_and_line(
 
 
 def test_a_defect_of_ours_keeps_its_traceback(tmp_path: Path, finished_run: Path):
-    script = "import drllm.supervision as s\ns.write = lambda *a: 1 / 0\nimport sys\n"
+    script = "import drllm.supervision as s\ns.supervise = lambda *a: 1 / 0\nimport sys\n"
     script += "from drllm.cli import main\nsys.exit(main(sys.argv[1:]))\n"
     words = ["supervise", "--search", str(finished_run / "search.jsonl"), "--output", "x.jsonl"]
 

@@ -13,6 +13,7 @@ import pytest
 
 from drllm.cli import main
 from drllm.records import read_search
+from drllm.search import CHUNKS_FOLDER, num_batches_kept
 
 MOST_S = 120.0
 
@@ -69,10 +70,10 @@ def test_a_search_killed_at_random_moments_ends_as_an_undisturbed_one(
         process.join(MOST_S)
         assert process.exitcode in (-9, 0)  # 0: it was quicker than the kill
         if process.exitcode == -9:
-            done.append(len([*(killed / "search.blocks").glob("0*.jsonl")]))
+            done.append(num_batches_kept(killed / CHUNKS_FOLDER))
     to_the_end(processes, [*words, str(killed)])
 
-    assert any(0 < blocks < 48 for blocks in done), f"no kill came in the midst of it: {done}"
+    assert any(0 < batches < 48 for batches in done), f"no kill came in the midst of it: {done}"
     expected, found = (
         read_search(undisturbed / "search.jsonl"),
         read_search(killed / "search.jsonl"),

@@ -16,6 +16,7 @@ import pytest
 
 from drllm.cli import main
 from drllm.records import read_search
+from drllm.search import CHUNKS_FOLDER, num_batches_kept
 
 FILES = {
     "run.yaml",
@@ -570,10 +571,9 @@ def search_words(model: Path, dataset: str, output: Path) -> list[str]:
     return [*words, *settings, "--output-dir", str(output)]
 
 
-def wait_for_first_block(process: Popen[str], output: Path) -> None:
-    first = output / "search.blocks" / "00000.jsonl"
+def wait_for_first_batch(process: Popen[str], output: Path) -> None:
     deadline = time.monotonic() + 60
-    while not first.exists():
+    while not num_batches_kept(output / CHUNKS_FOLDER):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -603,19 +603,20 @@ def test_a_killed_search_goes_on_and_ends_as_an_unbroken_one(
     dataset = dataset.replace("letters", letters_file)
     killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
     process = start(search_words(model_folder(), dataset, killed))
-    wait_for_first_block(process, killed)
+    wait_for_first_batch(process, killed)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    kept = {path.name: path.read_text() for path in killed.glob("search.blocks/0*.jsonl")}
-    assert 1 <= len(kept) < 5  # the kill came in the middle of it
+    kept = [file for file in (killed / CHUNKS_FOLDER).iterdir() if file.name.count(".") == 1]
+    assert 1 <= num_batches_kept(killed / CHUNKS_FOLDER) < 5  # the kill came in the middle of it
+    chunk = next(json.loads(f.read_text()) for f in kept if f.name.startswith("batch-"))
     assert not (killed / "search.jsonl").exists()
 
     assert main(search_words(model_folder(), dataset, killed)) == 0
     assert main(search_words(model_folder(), dataset, unbroken)) == 0
 
-    assert not (killed / "search.blocks").exists()
-    lines = (killed / "search.jsonl").read_text().splitlines()
-    assert set(kept["00000.jsonl"].splitlines()) <= set(lines)  # times too: not searched again
+    assert not (killed / CHUNKS_FOLDER).exists()
+    rows = [json.loads(line) for line in (killed / "search.jsonl").read_text().splitlines()]
+    assert all(record in rows for record in chunk["records"])  # times too: not searched again
     resumed, expected = read_search(killed / "search.jsonl"), read_search(unbroken / "search.jsonl")
     assert_same_run(resumed, expected)
     if dataset != "builtin_arithmetic":  # too hard for a model of random weights
@@ -627,7 +628,7 @@ def test_an_interrupted_search_ends_in_one_sentence_and_keeps_its_blocks(
 ):
     output = tmp_path / "data"
     process = start(search_words(model_folder(), "builtin_arithmetic", output))
-    wait_for_first_block(process, output)
+    wait_for_first_batch(process, output)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
 
@@ -638,7 +639,7 @@ def test_an_interrupted_search_ends_in_one_sentence_and_keeps_its_blocks(
         "drllm: interrupted; finished blocks of questions are kept; "
         "the same command goes on behind them"
     )
-    assert list((output / "search.blocks").glob("0*.jsonl"))
+    assert num_batches_kept(output / CHUNKS_FOLDER)
     assert not (output / "search.jsonl").exists()
 
 

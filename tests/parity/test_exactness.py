@@ -17,7 +17,7 @@ import torch
 
 from drllm.models.base.prompts import encode, encode_continuation, render
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.search.evaluator import WRONG_ANSWERS, BlockEvaluator, gold_text
+from drllm.search.evaluator import WRONG_ANSWERS, Evaluator, gold_text
 from drllm.tasks.base import Prompt, choose, get_task
 from drllm.tasks.grading import grade, score_choices, verdict
 
@@ -149,13 +149,13 @@ def check_answers(base, listed, prompts, found):
     """Compare answers and verdicts; return how far the margins of some paths are apart."""
     wrong = {}
     for (place, _), outcome in found.items():
-        if outcome.reward < 1 and outcome.answer.tokens:
-            wrong.setdefault(place, Counter())[outcome.answer.tokens] += 1
+        if outcome.reward < 1 and outcome.tokens:
+            wrong.setdefault(place, Counter())[outcome.tokens] += 1
     apart = []
     for number, ((place, decisions), outcome) in enumerate(found.items()):
         prompt = prompts[place]
         alone = Alone(base, listed(base.model, decisions), prompt)
-        said, ours = alone.generate(), list(outcome.answer.tokens)
+        said, ours = alone.generate(), list(outcome.tokens)
         same = next((k for k, pair in enumerate(zip(said, ours)) if pair[0] != pair[1]), None)  # noqa: B905
         if same is None:
             assert said[: len(ours)] == ours
@@ -167,9 +167,9 @@ def check_answers(base, listed, prompts, found):
         if number % MARGINS_CHECKED == 0 and outcome.margin is not None:
             gold = encode_continuation(base.tokenizer, alone.text, gold_text(prompt))
             if outcome.reward < 1:
-                other = outcome.answer.logprob
+                other = outcome.logprob
                 # An answer that no verdict cut short went on to its end, which counts as a token.
-                is_cut = verdict(prompt, outcome.answer.text, finished=False) is not None
+                is_cut = verdict(prompt, outcome.answer, finished=False) is not None
                 steps = len(ours) if is_cut else len(said)
                 assert mean(alone.each(said[:steps])) == pytest.approx(other, abs=MARGIN_TOLERANCE)
             else:
@@ -196,7 +196,7 @@ def test_searched_paths_get_the_verdict_and_margin_of_each_path_alone(
     found = {}
     routed = RoutedModel(smollm2.model, tokenizer=smollm2.tokenizer)
     try:
-        evaluator = BlockEvaluator(routed, prompts, 4.0)
+        evaluator = Evaluator(routed, prompts, 4.0)
         for pairs in obvious.searched_paths(30, num_questions, num_paths):
             found.update(zip(pairs, evaluator.evaluate(pairs), strict=True))
         pairs = list(found)

@@ -11,6 +11,7 @@ from torch.nn.functional import kl_div
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import drllm
 from drllm.config import SearchConfig
 from drllm.errors import RoutingError
 from drllm.models.routers.stack import RouterConfig, RouterStack
@@ -20,7 +21,6 @@ from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
 from drllm.paths import to_path
-from drllm.search.block import search_block
 from drllm.tasks.base import get_task
 
 SUM_TOLERANCE = 1e-4
@@ -325,9 +325,9 @@ def test_a_search_finds_the_same_where_choices_stand_in_rows_of_their_own(
     examples = task.examples("search")[:12]
     config = SearchConfig(num_simulations=8, strategy=strategy)
     routed = RoutedModel(tiny_llama(max_position_embeddings=1024), tokenizer=tiny_tokenizer)
-    packed = search_block(routed, examples, task, config)
+    packed = drllm.search_paths(routed, examples, config)
     said_to_slide(routed.model)
-    apart = search_block(routed, examples, task, config)
+    apart = drllm.search_paths(routed, examples, config)
     assert_same_run(packed, apart)
     retested = [path for record in apart for path in record.paths if path.retest is not None]
     assert retested, "the sample must hold candidates"

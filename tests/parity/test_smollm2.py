@@ -12,7 +12,7 @@ from torch import nn
 from drllm.models.base.prompts import encode, left_padded
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import to_path
-from drllm.search.evaluator import BlockEvaluator
+from drllm.search.evaluator import Evaluator
 from drllm.tasks.base import get_task
 
 EXACT = 1e-9
@@ -166,7 +166,7 @@ def test_shared_packed_scores_give_the_verdict_and_margin_of_each_path_alone(
     try:
         expected = slow_margins(smollm2, pairs, asked)
         routed = RoutedModel(smollm2.model, tokenizer=smollm2.tokenizer)
-        outcomes = BlockEvaluator(routed, asked, 1.0).evaluate(pairs)
+        outcomes = Evaluator(routed, asked, 1.0).evaluate(pairs)
         routed.detach()
     finally:
         smollm2.model.to(torch.float32)  # exact: every float32 is a float64

@@ -27,8 +27,8 @@ from drllm.supervision import (
     REASONS,
     check_settings,
     choose,
+    supervise,
     targets,
-    write,
 )
 
 MODEL = {
@@ -607,7 +607,7 @@ def search_file(
 def test_write_makes_a_supervision_file_that_can_be_read_back(tmp_path: Path):
     source = search_file(tmp_path, SAVING, IMPROVING, HOPELESS)
     output = tmp_path / "new" / "supervision.jsonl"
-    summary = write([source], output, SuperviseConfig())
+    summary = supervise([source], SuperviseConfig(), output).summary
 
     assert summary["targets"] == 2
     assert [row.optimal_layer_config for row in read_supervision(output)] == [
@@ -620,7 +620,7 @@ def test_the_manifest_tells_model_settings_inputs_and_summary(tmp_path: Path):
     source = search_file(tmp_path, SAVING)
     output = tmp_path / "supervision.jsonl"
     config = SuperviseConfig(target="largest_margin")
-    summary = write([source], output, config)
+    summary = supervise([source], config, output).summary
 
     manifest = json.loads(manifest_path(output).read_text())
     assert manifest["schema"] == "drllm.supervision"
@@ -639,7 +639,7 @@ def test_the_manifest_names_the_rewards_of_the_targets_only(tmp_path: Path):
     ]
     source = tmp_path / "search.jsonl"
     write_records(source, found, new_manifest("search", model=MODEL, config={}))
-    write([source], tmp_path / "supervision.jsonl", SuperviseConfig())
+    supervise([source], SuperviseConfig(), tmp_path / "supervision.jsonl")
 
     manifest = json.loads(manifest_path(tmp_path / "supervision.jsonl").read_text())
     assert manifest["rewards"] == ["exact", "letter"]
@@ -660,7 +660,7 @@ def test_every_question_without_a_target_is_written_with_its_reason(tmp_path: Pa
     ]
     write_records(two, found, new_manifest("search", model=MODEL, config={}))
     output = tmp_path / "out" / "mine.jsonl"
-    write([one, two], output, SuperviseConfig())
+    supervise([one, two], SuperviseConfig(), output)
 
     assert rejected(output) == [
         ("a.jsonl 0?", "facts", "a.jsonl 0?", "no valid path"),
@@ -676,18 +676,18 @@ def test_every_question_without_a_target_is_written_with_its_reason(tmp_path: Pa
 
 def test_where_all_have_a_target_rejects_of_earlier_targets_go(tmp_path: Path):
     output = tmp_path / "supervision.jsonl"
-    write([search_file(tmp_path, SAVING, LUCKY, name="a.jsonl")], output, SuperviseConfig())
+    supervise([search_file(tmp_path, SAVING, LUCKY, name="a.jsonl")], SuperviseConfig(), output)
     assert len(rejected(output)) == 1
 
-    write([search_file(tmp_path, SAVING, name="b.jsonl")], output, SuperviseConfig())
+    supervise([search_file(tmp_path, SAVING, name="b.jsonl")], SuperviseConfig(), output)
 
     assert not rejected_path(output).exists()
 
 
 def test_rejects_are_replaced_with_the_targets(tmp_path: Path):
     source, output = search_file(tmp_path, SAVING, LUCKY), tmp_path / "supervision.jsonl"
-    write([source], output, SuperviseConfig())
-    write([source], output, SuperviseConfig(target="paper", quotas="facts=1"))
+    supervise([source], SuperviseConfig(), output)
+    supervise([source], SuperviseConfig(target="paper", quotas="facts=1"), output)
 
     assert [reason for *_, reason in rejected(output)] == ["over the quota"]
 
@@ -696,14 +696,14 @@ def test_targets_are_never_trusted_before_their_rejects_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     output = tmp_path / "supervision.jsonl"
-    write([search_file(tmp_path, SAVING, name="a.jsonl")], output, SuperviseConfig())
+    supervise([search_file(tmp_path, SAVING, name="a.jsonl")], SuperviseConfig(), output)
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("drllm.supervision.files.write_atomically", killed)
+    monkeypatch.setattr("drllm.supervision.select.write_atomically", killed)
     with pytest.raises(KeyboardInterrupt):
-        write([search_file(tmp_path, SAVING, LUCKY)], output, SuperviseConfig())
+        supervise([search_file(tmp_path, SAVING, LUCKY)], SuperviseConfig(), output)
 
     # The targets are still those of the first search, and so says their manifest.
     assert list(json.loads(manifest_path(output).read_text())["inputs"]) == ["a.jsonl"]
@@ -715,17 +715,17 @@ def test_a_search_file_is_not_taken_for_the_place_of_the_rejects(tmp_path: Path)
     before = source.read_text()
 
     with pytest.raises(RecordError, match=r"out\.rejected\.jsonl is both read and written"):
-        write([source], tmp_path / "out.jsonl", SuperviseConfig())
+        supervise([source], SuperviseConfig(), tmp_path / "out.jsonl")
     assert source.read_text() == before
 
 
 def test_rejects_that_cannot_be_written_leave_the_old_targets_alone(tmp_path: Path):
     output = tmp_path / "supervision.jsonl"
-    write([search_file(tmp_path, SAVING, name="a.jsonl")], output, SuperviseConfig())
+    supervise([search_file(tmp_path, SAVING, name="a.jsonl")], SuperviseConfig(), output)
     rejected_path(output).mkdir()
 
     with pytest.raises(RecordError, match=r"rejected\.jsonl: it is a folder"):
-        write([search_file(tmp_path, LUCKY, SAVING, name="b.jsonl")], output, SuperviseConfig())
+        supervise([search_file(tmp_path, LUCKY, SAVING, name="b.jsonl")], SuperviseConfig(), output)
     assert [row.id for row in read_supervision(output)] == ["a.jsonl 0?"]
 
 
@@ -733,7 +733,7 @@ def test_targets_follow_the_order_of_the_files(tmp_path: Path):
     first = search_file(tmp_path, SAVING, SAVING, name="b.jsonl")
     second = search_file(tmp_path, SAVING, name="a.jsonl")
     output = tmp_path / "supervision.jsonl"
-    write([first, second], output, SuperviseConfig())
+    supervise([first, second], SuperviseConfig(), output)
 
     assert [row.id for row in read_supervision(output)] == [
         "b.jsonl 0?",
@@ -746,7 +746,7 @@ def test_files_of_one_name_in_two_folders_are_both_inputs(tmp_path: Path):
     one = search_file(tmp_path / "one", SAVING, IMPROVING)
     two = search_file(tmp_path / "two", SAVING)
     output = tmp_path / "supervision.jsonl"
-    summary = write([one, two], output, SuperviseConfig())
+    summary = supervise([one, two], SuperviseConfig(), output).summary
 
     assert (summary["questions"], summary["copies"]) == (2, 1)
     manifest = json.loads(manifest_path(output).read_text())
@@ -757,7 +757,7 @@ def test_the_manifest_tells_what_became_of_each_file(tmp_path: Path):
     one = search_file(tmp_path, SAVING, HOPELESS, name="a.jsonl")
     two = search_file(tmp_path, SAVING, SAVING, LUCKY, name="b.jsonl")
     output = tmp_path / "supervision.jsonl"
-    write([one, two], output, SuperviseConfig(quotas="facts=2"))
+    supervise([one, two], SuperviseConfig(quotas="facts=2"), output)
 
     files = json.loads(manifest_path(output).read_text())["files"]
     assert list(files) == ["a.jsonl", "b.jsonl"]
@@ -777,7 +777,7 @@ def test_a_question_of_two_shards_counts_once(tmp_path: Path):
     for file, part in zip(files, (found, found[1:]), strict=True):
         write_records(file, part, new_manifest("search", model=MODEL, config={}))
     output = tmp_path / "supervision.jsonl"
-    summary = write(files, output, SuperviseConfig())
+    summary = supervise(files, SuperviseConfig(), output).summary
 
     assert summary["targets"] == 2
     second = json.loads(manifest_path(output).read_text())["files"][str(files[1])]
@@ -789,14 +789,14 @@ def test_a_file_given_twice_is_refused(tmp_path: Path):
     source = search_file(tmp_path, SAVING)
 
     with pytest.raises(RecordError, match="given twice"):
-        write([source, tmp_path / "." / source.name], tmp_path / "out.jsonl", SuperviseConfig())
+        supervise([source, tmp_path / "." / source.name], SuperviseConfig(), tmp_path / "out.jsonl")
 
 
 def test_a_search_without_kl_says_how_to_get_it(tmp_path: Path):
     source = search_file(tmp_path, SAVING, IMPROVING)
 
-    with pytest.raises(RecordError, match=r"2 no KL in the record\); search anew with --kl"):
-        write([source], tmp_path / "out.jsonl", SuperviseConfig(target="least_kl"))
+    with pytest.raises(RecordError, match=r"2 no KL in the record\); search again with --kl"):
+        supervise([source], SuperviseConfig(target="least_kl"), tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -805,13 +805,13 @@ def test_paths_that_save_too_little_say_what_would_help(tmp_path: Path):
     config = SuperviseConfig(target="least_kl", min_saving=0.5)
 
     with pytest.raises(RecordError, match=r"1 no path saves enough\); .* smaller --min-saving"):
-        write([source], tmp_path / "out.jsonl", config)
+        supervise([source], config, tmp_path / "out.jsonl")
 
 
 def test_kl_is_read_back_from_a_search_file(tmp_path: Path):
     source = search_file(tmp_path, (harming("1111", 0.0), harming("1110", 0.25)))
     output = tmp_path / "out.jsonl"
-    write([source], output, SuperviseConfig(target="least_kl"))
+    supervise([source], SuperviseConfig(target="least_kl"), output)
 
     (target,) = read_supervision(output)
     assert target.optimal_layer_config == (1, 1, 1, 0)
@@ -820,14 +820,16 @@ def test_kl_is_read_back_from_a_search_file(tmp_path: Path):
 
 def test_quotas_that_cannot_be_read_are_refused_before_the_files_are(tmp_path: Path):
     with pytest.raises(ConfigError, match="'facts' is no quota"):
-        write([tmp_path / "gone.jsonl"], tmp_path / "out.jsonl", SuperviseConfig(quotas="facts"))
+        supervise(
+            [tmp_path / "gone.jsonl"], SuperviseConfig(quotas="facts"), tmp_path / "out.jsonl"
+        )
 
 
 def test_a_file_without_a_manifest_is_used_as_a_file_of_ones_own(tmp_path: Path):
     source = search_file(tmp_path, SAVING)
     manifest_path(source).unlink()
     output = tmp_path / "supervision.jsonl"
-    write([source], output, SuperviseConfig())
+    supervise([source], SuperviseConfig(), output)
 
     assert json.loads(manifest_path(output).read_text())["model"] == {"num_layers": 4}
 
@@ -836,7 +838,10 @@ def test_one_set_of_weights_under_two_ids_is_one_model(tmp_path: Path):
     first = search_file(tmp_path, SAVING, name="a.jsonl")
     second = search_file(tmp_path, SAVING, name="b.jsonl", id="local/copy", revision=None)
 
-    assert write([first, second], tmp_path / "out.jsonl", SuperviseConfig())["targets"] == 2
+    assert (
+        supervise([first, second], SuperviseConfig(), tmp_path / "out.jsonl").summary["targets"]
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -851,7 +856,7 @@ def test_files_of_different_base_models_are_refused_naming_both(
     output = tmp_path / "supervision.jsonl"
 
     with pytest.raises(RecordError, match=rf"a\.jsonl and .*b\.jsonl are .*{name}.*{value}"):
-        write([first, second], output, SuperviseConfig())
+        supervise([first, second], SuperviseConfig(), output)
     assert not output.exists()
 
 
@@ -864,7 +869,7 @@ def test_without_fingerprints_the_ids_must_agree(tmp_path: Path):
         files.append(file)
 
     with pytest.raises(RecordError, match="id 'one/model' and 'other/model'"):
-        write(files, tmp_path / "supervision.jsonl", SuperviseConfig())
+        supervise(files, SuperviseConfig(), tmp_path / "supervision.jsonl")
 
 
 def test_files_of_different_depths_are_refused_even_without_manifests(tmp_path: Path):
@@ -874,21 +879,21 @@ def test_files_of_different_depths_are_refused_even_without_manifests(tmp_path: 
         manifest_path(file).unlink()
 
     with pytest.raises(RecordError, match="num_layers 4 and 3"):
-        write([first, second], tmp_path / "supervision.jsonl", SuperviseConfig())
+        supervise([first, second], SuperviseConfig(), tmp_path / "supervision.jsonl")
 
 
 def test_two_depths_in_one_file_are_refused_with_the_line(tmp_path: Path):
     source = search_file(tmp_path, SAVING, (tried("111", retest=GOOD),))
 
     with pytest.raises(RecordError, match=r"line 2: .* 3 layers, that of line 1 on 4"):
-        write([source], tmp_path / "supervision.jsonl", SuperviseConfig())
+        supervise([source], SuperviseConfig(), tmp_path / "supervision.jsonl")
 
 
 def test_a_manifest_of_another_depth_than_the_paths_is_refused(tmp_path: Path):
     source = search_file(tmp_path, SAVING, num_layers=30)
 
     with pytest.raises(RecordError, match=r"paths of 4 layers, but its manifest names .* of 30"):
-        write([source], tmp_path / "supervision.jsonl", SuperviseConfig())
+        supervise([source], SuperviseConfig(), tmp_path / "supervision.jsonl")
 
 
 def test_the_model_is_known_if_one_of_the_files_tells_it(tmp_path: Path):
@@ -896,7 +901,7 @@ def test_the_model_is_known_if_one_of_the_files_tells_it(tmp_path: Path):
     second = search_file(tmp_path, SAVING, name="b.jsonl")
     manifest_path(first).unlink()
     output = tmp_path / "supervision.jsonl"
-    write([first, second], output, SuperviseConfig())
+    supervise([first, second], SuperviseConfig(), output)
 
     assert json.loads(manifest_path(output).read_text())["model"] == MODEL
 
@@ -910,7 +915,7 @@ def test_two_questions_under_one_id_are_refused(tmp_path: Path):
         files.append(file)
 
     with pytest.raises(RecordError, match="different questions with id 'q1' of task 'facts'"):
-        write(files, tmp_path / "supervision.jsonl", SuperviseConfig())
+        supervise(files, SuperviseConfig(), tmp_path / "supervision.jsonl")
 
 
 def test_no_target_at_all_is_an_error_that_names_the_reasons(tmp_path: Path):
@@ -920,16 +925,16 @@ def test_no_target_at_all_is_an_error_that_names_the_reasons(tmp_path: Path):
     with pytest.raises(
         RecordError, match=r"none of the 3 .* \(2 no valid path, 1 no path survived the re-test\)"
     ):
-        write([source], output, SuperviseConfig())
+        supervise([source], SuperviseConfig(), output)
     assert [file.name for file in tmp_path.glob("supervision*")] == []
 
 
 def test_a_failed_run_leaves_the_old_file_alone(tmp_path: Path):
     output = tmp_path / "supervision.jsonl"
-    write([search_file(tmp_path, SAVING, name="a.jsonl")], output, SuperviseConfig())
+    supervise([search_file(tmp_path, SAVING, name="a.jsonl")], SuperviseConfig(), output)
 
     with pytest.raises(RecordError):
-        write([search_file(tmp_path, HOPELESS, name="b.jsonl")], output, SuperviseConfig())
+        supervise([search_file(tmp_path, HOPELESS, name="b.jsonl")], SuperviseConfig(), output)
     assert len(read_supervision(output)) == 1
 
 
@@ -937,17 +942,17 @@ def test_the_output_may_not_be_an_input(tmp_path: Path):
     source = search_file(tmp_path, SAVING)
 
     with pytest.raises(RecordError, match="both read and written"):
-        write([source], tmp_path / "." / "search.jsonl", SuperviseConfig())
+        supervise([source], SuperviseConfig(), tmp_path / "." / "search.jsonl")
 
 
 def test_no_search_file_is_an_error():
     with pytest.raises(RecordError, match="no search file is given"):
-        write([], Path("supervision.jsonl"), SuperviseConfig())
+        supervise([], SuperviseConfig(), Path("supervision.jsonl"))
 
 
 def test_a_supervision_file_is_not_taken_for_a_search_file(tmp_path: Path):
     output = tmp_path / "supervision.jsonl"
-    write([search_file(tmp_path, SAVING)], output, SuperviseConfig())
+    supervise([search_file(tmp_path, SAVING)], SuperviseConfig(), output)
 
     with pytest.raises(RecordError, match=r"says 'drllm\.supervision'; expected 'drllm\.search'"):
-        write([output], tmp_path / "again.jsonl", SuperviseConfig())
+        supervise([output], SuperviseConfig(), tmp_path / "again.jsonl")

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from drllm.config import EvaluateConfig, SearchConfig, TrainConfig
-from drllm.errors import ConfigError, RecordError, TaskError
-from drllm.evaluation.questions import check_examples, chosen_on
+from drllm.errors import ConfigError, RecordError
+from drllm.evaluation.questions import chosen_on
 from drllm.records import read_manifest, sha256
-from drllm.search.questions import asked_of, parse_shard
-from drllm.search.strategies.mcts import TreeSearch
+from drllm.search.questions import questions_of
 from drllm.tasks.base import Task, choose, get_task, get_tasks
 
 
@@ -28,39 +27,8 @@ def tasks_to_search(config: SearchConfig) -> list[Task]:
             with another strategy; a reward named twice.
         TaskError: An unknown task, a reward that it can't grade, or no questions to be had.
     """
-    if config.shard is not None:
-        parse_shard(config.shard)
-    for flag, value in (
-        ("--num-workers", config.num_workers),
-        ("--ray-address", config.ray_address),
-    ):
-        if value is not None and config.executor != "ray":
-            raise ConfigError(
-                f"{flag} {value} has no effect with --executor {config.executor}; "
-                f"give --executor ray, or leave it out"
-            )
-    for name in TreeSearch.own_settings:
-        value = getattr(config, name)
-        if config.strategy != "tree" and value != getattr(SearchConfig(), name):
-            raise ConfigError(
-                f"--{name.replace('_', '-')} {value:g} has no effect with --strategy "
-                f"{config.strategy}; leave it out, or choose --strategy tree"
-            )
     tasks = get_tasks(config.dataset)
-    used = {task.check_reward(config.reward) for task in tasks}
-    rewards = [] if config.reward is None else config.reward.split(",")
-    for name in rewards:
-        if rewards.count(name) > 1:
-            raise ConfigError(f"--reward names {name!r} twice; name it once")
-        if name not in used:
-            raise TaskError(
-                f"--reward {config.reward}: no task of {config.dataset!r} is graded by {name!r}; "
-                f"leave it out"
-            )
-    for task in tasks:
-        check_examples(task, config.split, config.data_dir)
-    if config.shard is not None:
-        asked_of(tasks, config)
+    questions_of(tasks, config)
     return tasks
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from drllm.cli import checks, searching, stages
+from drllm.cli import checks, stages
 from drllm.cli.ledger import Ledger
 from drllm.cli.recipe import Recipe, read_recipe
 from drllm.cli.show_results import show_results
@@ -28,8 +28,7 @@ from drllm.errors import ConfigError, unknown_name
 from drllm.evaluation.baselines.registry import files_needed
 from drllm.records import rejected_path, sha256, write_atomically
 from drllm.records.places import check_folder
-from drllm.search.plan import decisive
-from drllm.supervision import write as write_supervision
+from drllm.supervision import supervise
 from drllm.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -215,20 +214,17 @@ class Run:
             self.tasks["search"], config.split, config.data_dir, config.limit, config.seed
         )
         return {
-            "config": decisive(config),
+            "config": config.decisive(),
             "model": self.recipe.model.to_dict(),
             "questions": questions,
         }
 
     def _search(self) -> Sequence[Path]:
+        from drllm.search.run import search_paths
+
         config = self.recipe.search
-        searching.run_search_stage(
-            self.tasks["search"],
-            config,
-            self.recipe.model,
-            self.terminal,
-            base=None if config.executor == "ray" else self.load(),  # Ray's workers load it
-        )
+        model = self.recipe.model if config.executor == "ray" else self.load()
+        search_paths(model, self.tasks["search"], config, self.folder, listener=self.terminal)
         return [self.search_file, self.folder / "search.manifest.json"]
 
     def _supervise_from(self) -> dict[str, Any]:
@@ -238,7 +234,7 @@ class Run:
         }
 
     def _supervise(self) -> Sequence[Path]:
-        write_supervision([self.search_file], self.supervision_file, self.recipe.supervise)
+        supervise([self.search_file], self.recipe.supervise, self.supervision_file)
         rejected = rejected_path(self.supervision_file)
         return [
             self.supervision_file,
@@ -276,7 +272,7 @@ class Run:
     def _evaluate_from(self) -> dict[str, Any]:
         config = self.recipe.evaluate
         return {
-            "config": decisive(config) | {"measures_time": config.latency_rounds > 0},
+            "config": config.decisive() | {"measures_time": config.latency_rounds > 0},
             "model": self.recipe.model.to_dict(),
             "questions": checks.evaluation_digests(self.tasks["evaluate"], config),
             **{

@@ -36,7 +36,7 @@ from drllm.records.results import (
 )
 from drllm.reporting.numbers import plain
 from drllm.reporting.sweeps import SWEEP_FILE
-from drllm.search.commits import BLOCKS_FOLDER
+from drllm.search import CHUNKS_FOLDER
 
 Renderer = Callable[[Path, Terminal], None]
 
@@ -77,7 +77,7 @@ def show(place: Path, terminal: Terminal) -> None:
     Raises:
         RecordError: Nothing there, nothing of ours, or a file that can't be trusted.
     """
-    if place.name == BLOCKS_FOLDER and place.is_dir():
+    if place.name == CHUNKS_FOLDER and place.is_dir():
         show_unfinished(place, terminal)
     elif place.is_dir():
         _show_folder(place, terminal)
@@ -101,8 +101,8 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
         for name in ("search.jsonl", "search.failed.jsonl", "supervision.jsonl")
         if (folder / name).is_file()
     ]
-    if (folder / BLOCKS_FOLDER).is_dir() and not (folder / "search.jsonl").is_file():
-        parts.insert(0, (folder / BLOCKS_FOLDER, show_unfinished))
+    if (folder / CHUNKS_FOLDER).is_dir() and not (folder / "search.jsonl").is_file():
+        parts.insert(0, (folder / CHUNKS_FOLDER, show_unfinished))
     if (folder / "routers" / "router_config.json").is_file():
         parts.append((folder / "routers", _show_routers))
     if (folder / SWEEP_FILE).is_file():

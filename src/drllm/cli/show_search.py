@@ -21,8 +21,8 @@ from drllm.paths import Decision, Decisions
 from drllm.records import FailedQuestion, Retest, SearchRecord, TriedPath, read_manifest
 from drllm.reporting.edits import EditEffect, edit_effects
 from drllm.reporting.numbers import count, of_total, percent, plain, signed
+from drllm.search import num_batches_kept
 from drllm.search.actions import MAX_SKIPPED_AT_ONCE, Action
-from drllm.search.commits import PLAN_FILE, read_plan
 from drllm.supervision import choose, is_valid, summarise, survived
 from drllm.supervision.rules import MIN_SAVING
 from drllm.supervision.summary import KINDS
@@ -194,24 +194,16 @@ def show_failed(questions: Sequence[FailedQuestion], terminal: Terminal) -> None
 
 
 def show_unfinished(folder: Path, terminal: Terminal) -> None:
-    """Print how far a search is that has committed blocks and is still to be joined.
+    """Print how far an interrupted search is.
 
     Args:
-        folder: Where its blocks lie.
+        folder: What it keeps.
         terminal: Where to.
-
-    Raises:
-        RecordError: A plan that can't be read.
     """
-    committed = sum(file.stem.isdecimal() for file in folder.glob("*.jsonl"))
-    total = (
-        read_plan(folder / PLAN_FILE).get("num_blocks") if (folder / PLAN_FILE).is_file() else None
-    )
-    of_all = f" of {count(total)}" if isinstance(total, int) else ""
     terminal.fact(
         "search",
-        f"not finished: {count(committed)}{of_all} blocks of questions are committed; if it isn't "
-        f"running, the same command goes on behind them",
+        f"not finished: {count(num_batches_kept(folder))} batches of questions are kept; if it "
+        f"isn't running, run the same command to resume it",
     )
 
 

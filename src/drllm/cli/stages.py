@@ -22,7 +22,7 @@ from drllm.config import EvaluateConfig, ModelConfig, SuperviseConfig, TrainConf
 from drllm.errors import CheckpointError, ConfigError
 from drllm.records import join_supervision
 from drllm.records.places import check_file, check_folder
-from drllm.supervision import write as write_supervision
+from drllm.supervision import supervise as run_supervise
 
 if TYPE_CHECKING:
     from drllm.models.base.load import BaseModel
@@ -49,8 +49,8 @@ def supervise(request: Request, terminal: Terminal) -> None:
     """Choose target paths from search records."""
     output = request.path("output")
     check_file(output, "--output", "supervision")
-    summary = write_supervision(request.paths("search"), output, request.of(SuperviseConfig))
-    say_written(output, summary, terminal)
+    found = run_supervise(request.paths("search"), request.of(SuperviseConfig), output)
+    say_written(output, found.summary, terminal)
 
 
 @verb(

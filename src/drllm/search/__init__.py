@@ -1,1 +1,25 @@
-"""The tree search over layer paths, one question at a time or many in step."""
+"""Search: which paths of each question answer it right, and what each path costs.
+
+`run.search_paths` is the stage, `strategies` choose paths, `evaluator` says what they are worth,
+`retest` asks again. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+SEARCH_FILE = "search.jsonl"
+FAILED_FILE = "search.failed.jsonl"
+CHUNKS_FOLDER = "search.partial"
+"""What an interrupted search keeps, in the folder that gets `search.jsonl`."""
+
+
+def num_batches_kept(folder: Path) -> int:
+    """Count the finished batches that an interrupted search keeps.
+
+    Args:
+        folder: `CHUNKS_FOLDER`.
+    """
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    return sum(bool(re.fullmatch(r"batch-\d+-[0-9a-f]{12}\.json", name)) for name in names)

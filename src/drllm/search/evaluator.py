@@ -1,8 +1,7 @@
-"""What a path is worth on a question: reward, margin and answer, for a block of questions at once.
+"""What a path is worth on a question: reward, margin and answer, for many questions at once.
 
-Owns the step from a task's `Prompt` to an `Outcome`. Leaves the forward passes and their shared
-prefixes to `models.scoring`, the grading rules to `tasks.grading`, and which paths are tried to
-the strategies.
+The forward passes and their shared prefixes are in `models.scoring`, the rewards in
+`tasks.grading`.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from dataclasses import dataclass
 from drllm.errors import ModelError
 from drllm.models.base.prompts import context_length, encode, encode_continuation, render
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.answers import Answer, AnswerBatch
-from drllm.models.scoring.choices import ChoiceBatch, Score, tokenised
+from drllm.models.scoring.answers import AnswerBatch
+from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
 from drllm.models.scoring.prefix_cache import PrefixCache
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.tasks.base import Prompt
-from drllm.tasks.grading import score_choices, verdict
+from drllm.tasks.grading import reward_of, score_choices, verdict
 
 WRONG_ANSWERS = 4
 """Wrong answers, the most frequent ones, that a right answer's margin is measured against."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """How one path fared on one question.
 
@@ -37,6 +36,9 @@ class Outcome:
         reward: In [0, 1].
         margin: In nats, positive when right; None where it isn't known (yet).
         answer: What was generated; None when choices were scored.
+        tokens: Those of the answer, without the end-of-sequence token.
+        logprob: Mean log-probability of the answer's tokens (with the end of sequence), in nats;
+            None when choices were scored, and where it isn't finite.
         kl: Mean KL divergence from the full path's next-token distributions to the path's,
             over the prompt's tokens, in nats a token; None where it wasn't asked for or isn't
             finite.
@@ -44,84 +46,130 @@ class Outcome:
 
     reward: float
     margin: float | None
-    answer: Answer | None = None
+    answer: str | None = None
+    tokens: tuple[int, ...] = ()
+    logprob: float | None = None
     kl: float | None = None
 
 
-class BlockEvaluator:
-    """Evaluates paths on a fixed block of prompts, remembering what paths have in common.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A prompt as the model reads it.
+
+    Attributes:
+        prompt: What is asked.
+        text: With the chat template, where it is sent through one.
+        tokens: Of the text.
+        continuations: Tokens of the options to score; of a prompt that is answered by generating,
+            those of the right answer alone.
+    """
+
+    prompt: Prompt
+    text: str
+    tokens: list[int]
+    continuations: list[list[int]]
+
+    def reads_like(self, prompt: Prompt) -> bool:
+        """Tell whether a prompt puts the same before the model, and only judges it otherwise."""
+        ours = self.prompt
+        return (ours.text, ours.continuations) == (prompt.text, prompt.continuations)
+
+
+def read(routed: RoutedModel, prompt: Prompt, text: str | None = None) -> Reading:
+    """Render and tokenise a prompt, with what may follow it.
 
     Args:
         routed: The model, with its tokenizer.
-        prompts: All of one reward.
-        state_cache_gb: Most memory for shared states, in GB. States that a pass needs and the
+        prompt: What is asked.
+        text: The prompt as it is rendered, where that is known.
+
+    Raises:
+        ConfigError: A prompt that the chat template refuses.
+        ModelError: The prompt, with the longest of what may follow it, is beyond the model's
+            context. Some models fail there; others go on, at positions that they have never
+            learned.
+    """
+    if text is None:
+        text = render(routed.tokenizer, prompt.text, chat=prompt.chat)
+    tokens = encode(routed.tokenizer, text)
+    continuations = [
+        encode_continuation(routed.tokenizer, text, continuation)
+        for continuation in prompt.continuations or (gold_text(prompt),)
+    ]
+    longest = max(map(len, continuations))
+    if not prompt.continuations:
+        longest = max(longest, prompt.max_new_tokens)
+    context = context_length(routed.model)
+    if context is not None and len(tokens) + longest > context:
+        raise ModelError(
+            f"a prompt of the question has {len(tokens)} tokens, and up to {longest} follow; the "
+            f"model's context holds {context}; shorten the question or leave it out"
+        )
+    return Reading(prompt, text, tokens, continuations)
+
+
+def gold_text(prompt: Prompt) -> str:
+    """Return the gold answer as the model would write it right after the prompt."""
+    answer = reward_of(prompt).gold_text(prompt)
+    return answer if prompt.chat else f" {answer}"
+
+
+class Evaluator:
+    """Evaluates paths on a fixed batch of prompts, remembering what paths have in common.
+
+    Args:
+        routed: The model, with its tokenizer.
+        prompts: All of one reward; read already, or read now (see `read`).
+        state_cache_gb: Maximum memory for shared states, in GB. States that a pass needs and the
             full path's distributions count too; more than this is held only while a single pass
             needs more.
         kl: Measure each path's KL. It is 0 for the full path, which is run with the
             others of its prompt if it wasn't before.
-        paths_per_pass: Most paths in a forward pass; None picks it by the memory that is free.
+        paths_per_pass: Maximum paths in a forward pass; None picks it by the memory that is free.
             Where memory runs out, half as many are tried. What comes out doesn't depend on it.
     """
 
     def __init__(
         self,
         routed: RoutedModel,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | Reading],
         state_cache_gb: float,
         *,
         kl: bool = False,
         paths_per_pass: int | None = None,
     ) -> None:
         self.routed = routed
-        self.prompts = list(prompts)
+        self.readings = [p if isinstance(p, Reading) else read(routed, p) for p in prompts]
         self.kl = kl
         self._state_cache_gb = state_cache_gb
         self._paths_per_pass = paths_per_pass
-        self._texts = [render(routed.tokenizer, p.text, chat=p.chat) for p in self.prompts]
-        self._contexts = [encode(routed.tokenizer, text) for text in self._texts]
-        self._choices: ChoiceBatch | None = None
-        self._answers: AnswerBatch | None = None
-        if self.prompts[0].reward == "loglikelihood":
-            choices = [
-                tokenised(routed.tokenizer, text, p.continuations)
-                for text, p in zip(self._texts, self.prompts, strict=True)
-            ]
-            self._choices = ChoiceBatch(
+        self._batch: ChoiceBatch | AnswerBatch
+        if reward_of(self.readings[0].prompt).scores_options:
+            choices = [Question(each.tokens, each.continuations) for each in self.readings]
+            self._batch = ChoiceBatch(
                 routed, choices, state_cache_gb, paths_per_pass=paths_per_pass
             )
         else:
-            self._answers = AnswerBatch(
+            self._batch = AnswerBatch(
                 routed,
                 routed.tokenizer,
-                self._contexts,
+                [each.tokens for each in self.readings],
                 state_cache_gb,
                 paths_per_pass=paths_per_pass,
             )
 
     @property
-    def texts(self) -> list[str]:
-        """What the model reads of each prompt."""
-        return self._texts
-
-    @property
     def states(self) -> PrefixCache:
         """The shared states, with the count of executions run and asked for."""
-        batch = self._choices or self._answers
-        assert batch is not None
-        return batch.states
+        return self._batch.states
 
     def num_tokens(self, place: int) -> int:
         """Return how many tokens the model reads of a prompt and its continuations."""
-        behind = 0 if self._choices is None else self._choices.questions[place].num_after
-        return len(self._contexts[place]) + behind
+        if isinstance(self._batch, ChoiceBatch):
+            return self._batch.questions[place].length
+        return len(self.readings[place].tokens)
 
-    def reads_the_same(self, prompts: Sequence[Prompt]) -> bool:
-        """Whether other prompts put the same tokens before the model, and only judge otherwise."""
-        return [(p.text, p.continuations) for p in prompts] == [
-            (p.text, p.continuations) for p in self.prompts
-        ]
-
-    def judged_as(self, prompts: Sequence[Prompt]) -> BlockEvaluator:
+    def judged_as(self, prompts: Sequence[Prompt]) -> Evaluator:
         """Return this evaluator, its known states included, with another way of judging.
 
         It measures no KL: that doesn't depend on how a path is judged.
@@ -129,10 +177,11 @@ class BlockEvaluator:
         Raises:
             ValueError: The prompts read differently.
         """
-        if not self.reads_the_same(prompts):
+        readings = list(zip(self.readings, prompts, strict=True))
+        if not all(reading.reads_like(prompt) for reading, prompt in readings):
             raise ValueError("the prompts differ in what the model reads")
         other = copy.copy(self)
-        other.prompts = list(prompts)
+        other.readings = [dataclasses.replace(one, prompt=prompt) for one, prompt in readings]
         other.kl = False
         return other
 
@@ -140,84 +189,88 @@ class BlockEvaluator:
         """Return the outcome of each path on its prompt.
 
         Args:
-            pairs: Prompt's place in the block, and decisions.
+            pairs: Prompt's place in the batch, and decisions.
 
         Returns:
             Outcomes in order. Margins of generated answers are None: they compare with what other
             paths answered, so `with_margins` adds them when all paths are known.
+
+        Raises:
+            ModelError: The full path's own log-probabilities aren't finite.
         """
-        if self._choices is not None:
-            scores = self._choices.scores(pairs, kl=self.kl)
-            return [self._judged(pair, score) for pair, score in zip(pairs, scores, strict=True)]
-        assert self._answers is not None
-        answers = self._answers.answers(
+        if isinstance(self._batch, ChoiceBatch):
+            outcomes = []
+            for pair, score in zip(pairs, self._batch.scores(pairs, kl=self.kl), strict=True):
+                reward, margin = 0.0, None
+                if self._is_finite(pair, score.logprobs):
+                    prompt = self.readings[pair[0]].prompt
+                    reward, margin = score_choices(score.logprobs, prompt)
+                outcomes.append(Outcome(reward=reward, margin=margin, kl=score.kl))
+            return outcomes
+        prompts = [self.readings[place].prompt for place, _ in pairs]
+        answers = self._batch.answers(
             pairs,
-            [self.prompts[place].max_new_tokens for place, _ in pairs],
-            lambda pair, text, finished: verdict(self.prompts[pairs[pair][0]], text, finished),
+            [prompt.max_new_tokens for prompt in prompts],
+            lambda pair, text, finished: verdict(prompts[pair], text, finished),
             kl=self.kl,
         )
-        for pair, answer in zip(pairs, answers, strict=True):
-            self._check_finite(pair, [answer.logprob])
-        return [Outcome(answer.grade, None, answer, answer.kl) for answer in answers]
+        return [
+            Outcome(
+                reward=answer.grade,
+                margin=None,
+                answer=answer.text,
+                tokens=answer.tokens,
+                logprob=answer.logprob if self._is_finite(pair, [answer.logprob]) else None,
+                kl=answer.kl,
+            )
+            for pair, answer in zip(pairs, answers, strict=True)
+        ]
 
     def with_margins(self, pairs: Sequence[Pair], outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """Return the outcomes of all paths of the block with their margins.
+        """Return the outcomes of all paths of the batch with their margins.
 
         For a generated answer the margin is the mean token log-probability of the gold answer
         minus that of the path's own answer if that is wrong, else that of the best of the most
         frequent wrong answers to the question; None where nobody answered wrong.
         """
-        if self._answers is None:
+        if isinstance(self._batch, ChoiceBatch):
             return list(outcomes)
         wrong: dict[int, Counter[tuple[int, ...]]] = {}
         for (place, _), outcome in zip(pairs, outcomes, strict=True):
-            if outcome.reward < 1 and outcome.answer is not None and outcome.answer.tokens:
-                wrong.setdefault(place, Counter())[outcome.answer.tokens] += 1
-        rivals = {
-            place: [tokens for tokens, _ in counts.most_common(WRONG_ANSWERS)]
-            for place, counts in wrong.items()
-        }
+            if outcome.reward < 1 and outcome.tokens:
+                wrong.setdefault(place, Counter())[outcome.tokens] += 1
         questions = [
             Question(
-                context,
+                each.tokens,
                 [
-                    encode_continuation(self.routed.tokenizer, text, gold_text(prompt)),
-                    *rivals.get(place, []),
+                    *each.continuations,
+                    *(t for t, _ in wrong.get(place, Counter()).most_common(WRONG_ANSWERS)),
                 ],
             )
-            for place, (context, text, prompt) in enumerate(
-                zip(self._contexts, self._texts, self.prompts, strict=True)
-            )
+            for place, each in enumerate(self.readings)
         ]
         batch = ChoiceBatch(
             self.routed,
             questions,
             self._state_cache_gb,
             paths_per_pass=self._paths_per_pass,
-            contexts=self._answers.rows,
+            contexts=self._batch.rows,
         )
         completed = []
         scores = batch.logprobs(pairs)
         for (place, _), outcome, sums in zip(pairs, outcomes, scores, strict=True):
             continuations = questions[place].continuations
-            means = [s / len(c) for s, c in zip(sums, continuations, strict=True)]
-            margin: float | None
-            if outcome.reward < 1 and outcome.answer is not None:
-                margin = means[0] - outcome.answer.logprob
-            else:
-                margin = means[0] - max(means[1:]) if means[1:] else None
-            if margin is not None and not math.isfinite(margin):
-                margin = None
+            gold, *others = (s / len(c) for s, c in zip(sums, continuations, strict=True))
+            own = outcome.logprob if outcome.reward < 1 else max(others, default=None)
+            margin = None if own is None or not math.isfinite(gold - own) else gold - own
             completed.append(dataclasses.replace(outcome, margin=margin))
         return completed
 
-    def _judged(self, pair: Pair, score: Score) -> Outcome:
-        if not self._check_finite(pair, score.logprobs):
-            return Outcome(0.0, None, kl=score.kl)
-        reward, margin = score_choices(score.logprobs, self.prompts[pair[0]])
-        return Outcome(reward, margin, kl=score.kl)
+    def forget(self) -> None:
+        """Give up all shared states."""
+        self._batch.forget()
 
-    def _check_finite(self, pair: Pair, logprobs: Sequence[float]) -> bool:
+    def _is_finite(self, pair: Pair, logprobs: Sequence[float]) -> bool:
         """Say whether a path's numbers can be judged; one that overflows has no answer.
 
         Raises:
@@ -228,48 +281,7 @@ class BlockEvaluator:
             return True
         if set(decisions) == {1}:
             raise ModelError(
-                f"the base model's own log-probabilities are not finite on {self.texts[place]!r}; "
-                f"load it with --dtype float32"
+                f"the base model's own log-probabilities are not finite on "
+                f"{self.readings[place].text!r}; load it with --dtype float32"
             )
         return False
-
-    def forget(self) -> None:
-        """Give up all shared states."""
-        batch = self._choices or self._answers
-        assert batch is not None
-        batch.forget()
-
-
-def check_fits(routed: RoutedModel, prompt: Prompt) -> None:
-    """Refuse a prompt that, with the longest of what may follow it, is beyond the model's context.
-
-    Some models fail there; others go on, at positions that they have never learned.
-
-    Args:
-        routed: The model, with its tokenizer.
-        prompt: With its continuations; an answer that is generated may be as long as the prompt
-            allows, and the gold answer is scored behind the prompt too.
-
-    Raises:
-        ModelError: Naming the tokens and the context.
-    """
-    context = context_length(routed.model)
-    if context is None:
-        return
-    text = render(routed.tokenizer, prompt.text, chat=prompt.chat)
-    num_tokens = len(encode(routed.tokenizer, text))
-    texts = [text + each for each in prompt.continuations or (gold_text(prompt),)]
-    num_behind = max(len(encode(routed.tokenizer, each)) for each in texts) - num_tokens
-    if not prompt.continuations:
-        num_behind = max(num_behind, prompt.max_new_tokens)
-    if num_tokens + num_behind > context:
-        raise ModelError(
-            f"a prompt of the question has {num_tokens} tokens, and up to {num_behind} follow; the "
-            f"model's context holds {context}; shorten the question or leave it out"
-        )
-
-
-def gold_text(prompt: Prompt) -> str:
-    """Return the gold answer as the model would write it right behind the prompt."""
-    answer = f"\\boxed{{{prompt.answer}}}" if prompt.reward == "boxed" else prompt.answer
-    return answer if prompt.chat else f" {answer}"

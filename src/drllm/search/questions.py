@@ -1,8 +1,6 @@
-"""Which questions a search asks, and in which blocks: limit, shard, like lengths together.
+"""Which questions a search asks, and how each is asked; the batches they are searched in.
 
-Owns which questions are asked, each one once, and the partition into shards and into blocks, the
-units that are searched together and committed at once. Leaves where questions come from to the
-tasks. Loads no torch.
+Examples are loaded and prompts built here, once. Loads no torch.
 """
 
 from __future__ import annotations
@@ -17,114 +15,120 @@ from pathlib import Path
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, TaskError
 from drllm.records import question_key
-from drllm.tasks.base import Example, Prompt, Task, choose
+from drllm.search.strategies import STRATEGIES
+from drllm.tasks.base import Example, Prompt, Task, choose, get_task, get_tasks
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a search asks of one task.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchQuestion:
+    """One question of a search, with every way of asking it.
 
     Attributes:
-        task: The task.
-        examples: Its questions in their own order; none where the shard or earlier tasks have all.
-        copies: Questions that are left out, since an earlier task of the search has them too.
+        place: Among all questions of the search in their own order, which is that of the records.
+        task: The task's name.
+        example: The question.
+        prompt: How it is asked.
+        retests: The other ways of asking that a path must survive.
+        text: The prompt as the model reads it; None until it is rendered, and where the chat
+            template refuses it.
     """
 
-    task: Task
-    examples: tuple[Example, ...]
-    copies: int
+    place: int
+    task: str
+    example: Example
+    prompt: Prompt
+    retests: tuple[Prompt, ...]
+    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """Questions that are searched together and committed at once.
+class Batch:
+    """Questions of one task that are searched together.
 
     Attributes:
         number: From 0.
-        task: The task of all of them.
-        examples: At least one.
-        places: For each of them, its place among all questions of the search in their own order,
-            which is that of the records; empty where only the search of the block matters.
+        questions: At least one.
     """
 
     number: int
-    task: Task
-    examples: tuple[Example, ...]
-    places: tuple[int, ...] = ()
+    questions: tuple[SearchQuestion, ...]
+
+    @property
+    def task(self) -> str:
+        """The name of their task."""
+        return self.questions[0].task
 
 
-def asked_of(tasks: Sequence[Task], config: SearchConfig) -> list[Asked]:
+def questions_of(
+    source: Sequence[Task] | Sequence[Example] | None, config: SearchConfig
+) -> list[SearchQuestion]:
     """Return the questions that a search asks, each one once.
 
     The limit comes before the shard, so that the shards of one limit add up to it, and before
-    copies are left out, so that what is drawn of a task doesn't depend on the others.
+    copies are left out, so that what is drawn of a task doesn't depend on the others. Copies of
+    questions of an earlier task are left out with a warning.
 
     Args:
-        tasks: Where the questions come from.
+        source: Tasks, whose questions of `config.split` are loaded, or examples of named tasks;
+            None for the tasks that `config.dataset` names.
         config: Settings of the search.
 
     Raises:
-        ConfigError: A shard that makes no sense.
-        TaskError: No questions in a task, or none in this shard.
+        ConfigError: A setting without effect, or a shard that makes no sense.
+        TaskError: An unknown task, no questions in a task or in this shard, or a reward that a
+            task can't grade.
     """
-    data_dir = None if config.data_dir is None else Path(config.data_dir)
-    shard = None if config.shard is None else parse_shard(config.shard)
-    asked: list[Asked] = []
+    shard = _check_settings(config)
+    found = _examples_of(get_tasks(config.dataset) if source is None else source, config)
+    _check_rewards([task for task, _ in found], config)
+    questions: list[SearchQuestion] = []
     seen: set[str] = set()
-    for task in tasks:
-        examples = choose(task.examples(config.split, data_dir), config.limit, config.seed)
-        if not examples:
-            raise TaskError(f"task {task.name!r} has no questions in split {config.split!r}")
+    copies = 0
+    for task, examples in found:
+        reward = task.check_reward(config.reward)
+        asked = choose(examples, config.limit, config.seed)
         if shard is not None:
-            examples = [example for example in examples if in_shard(example, *shard)]
-        keys = [question_key(example.question) for example in examples]
-        kept = [e for e, key in zip(examples, keys, strict=True) if key not in seen]
+            asked = [example for example in asked if in_shard(example, *shard)]
+        keys = [question_key(example.question) for example in asked]
+        for example, key in zip(asked, keys, strict=True):
+            if key in seen:
+                copies += 1
+                continue
+            questions.append(ask(task, example, reward, len(questions)))
         seen.update(keys)
-        asked.append(Asked(task, tuple(kept), len(examples) - len(kept)))
-    if not any(one.examples for one in asked):
+    if not questions:
         raise TaskError(f"--shard {config.shard} holds no questions; give fewer shards")
-    return asked
-
-
-def blocks_of(tasks: Sequence[Task], config: SearchConfig) -> list[Block]:
-    """Return the questions that a search asks, in blocks; copies are left out with a warning.
-
-    Args:
-        tasks: Where the questions come from.
-        config: Settings of the search.
-
-    Raises:
-        ConfigError: A shard that makes no sense.
-        TaskError: No questions in a task, or none in this shard.
-    """
-    blocks: list[Block] = []
-    before = 0
-    asked = asked_of(tasks, config)
-    if copies := sum(one.copies for one in asked):
+    if copies:
         logger.warning(
             "questions left out, since an earlier task of this search has them too: %d", copies
         )
-    for one in asked:
-        task, examples = one.task, one.examples
-        # Questions of like length make a block: little of the batch is then padding.
-        reward = task.check_reward(config.reward)
-        by_length = sorted(
-            range(len(examples)), key=lambda place: _length(task.prompt(examples[place], reward))
-        )
-        for start in range(0, len(examples), config.block_size):
-            part = by_length[start : start + config.block_size]
-            of_block = tuple(examples[place] for place in part)
-            places = tuple(before + place for place in part)
-            blocks.append(Block(len(blocks), task, of_block, places))
-        before += len(examples)
-    return blocks
+    return questions
 
 
-def num_questions(blocks: Sequence[Block]) -> int:
-    """Return how many questions the blocks hold."""
-    return sum(len(block.examples) for block in blocks)
+def ask(task: Task, example: Example, reward: str, place: int = 0) -> SearchQuestion:
+    """Return a question of a task with every way of asking it."""
+    return SearchQuestion(
+        place=place,
+        task=task.name,
+        example=example,
+        prompt=task.prompt(example, reward),
+        retests=task.retests(example, reward),
+    )
+
+
+def batches_of(questions: Sequence[SearchQuestion], size: int) -> list[Batch]:
+    """Return the questions in batches of one task each, those of like length together.
+
+    Little of a batch is then padding.
+    """
+    batches: list[Batch] = []
+    for task in dict.fromkeys(question.task for question in questions):
+        by_length = sorted((q for q in questions if q.task == task), key=_length)
+        for start in range(0, len(by_length), size):
+            batches.append(Batch(len(batches), tuple(by_length[start : start + size])))
+    return batches
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -170,5 +174,69 @@ def in_shard(example: Example, part: int, parts: int) -> bool:
     return int.from_bytes(digest[:8], "big") % parts == part - 1
 
 
-def _length(prompt: Prompt) -> int:
+def _check_settings(config: SearchConfig) -> tuple[int, int] | None:
+    """Refuse settings that have no effect with the others; return the shard."""
+    for flag, value in (
+        ("--num-workers", config.num_workers),
+        ("--ray-address", config.ray_address),
+    ):
+        if value is not None and config.executor != "ray":
+            raise ConfigError(
+                f"{flag} {value} has no effect with --executor {config.executor}; "
+                f"give --executor ray, or leave it out"
+            )
+    for strategy in STRATEGIES:
+        for name in STRATEGIES.get(strategy).own_settings if strategy != config.strategy else ():
+            value = getattr(config, name)
+            if value != getattr(SearchConfig(), name):
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} {value:g} has no effect with --strategy "
+                    f"{config.strategy}; leave it out, or choose --strategy {strategy}"
+                )
+    return None if config.shard is None else parse_shard(config.shard)
+
+
+def _check_rewards(tasks: Sequence[Task], config: SearchConfig) -> None:
+    """Refuse a reward that grades no task, or is named twice."""
+    used = {task.check_reward(config.reward) for task in tasks}
+    rewards = [] if config.reward is None else config.reward.split(",")
+    for name in rewards:
+        if rewards.count(name) > 1:
+            raise ConfigError(f"--reward names {name!r} twice; name it once")
+        if name not in used:
+            raise TaskError(
+                f"--reward {config.reward}: no task of "
+                f"{','.join(task.name for task in tasks)!r} is graded by {name!r}; leave it out"
+            )
+
+
+def _examples_of(
+    source: Sequence[Task] | Sequence[Example], config: SearchConfig
+) -> list[tuple[Task, list[Example]]]:
+    """Return the examples by task, in the order in which the tasks come first."""
+    folder = None if config.data_dir is None else Path(config.data_dir)
+    if folder is not None and not folder.is_dir():
+        raise TaskError(f"--data-dir {folder} is not a folder; give the folder of the tasks' files")
+    tasks = [one for one in source if isinstance(one, Task)]
+    given = [one for one in source if isinstance(one, Example)]
+    found = [
+        *((task, task.examples(config.split, folder)) for task in tasks),
+        *(
+            (get_task(name), [example for example in given if example.task == name])
+            for name in dict.fromkeys(example.task for example in given)
+        ),
+    ]
+    for task, examples in found:
+        if not examples:
+            raise TaskError(
+                f"task {task.name!r} has no questions in split {config.split!r}; give another "
+                f"--split or more questions"
+            )
+    if not found:
+        raise TaskError("no question is given; give tasks or examples")
+    return found
+
+
+def _length(question: SearchQuestion) -> int:
+    prompt = question.prompt
     return len(prompt.text) + sum(len(text) for text in prompt.continuations)

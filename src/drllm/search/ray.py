@@ -1,36 +1,38 @@
-"""Blocks searched by Ray: one worker process a device, on this machine or on a cluster.
+"""Batches searched by Ray: one worker process a device, on this machine or on a cluster.
 
-Owns starting workers, keeping each of them busy with a bounded number of blocks, and replacing a
-worker that died. Leaves what is searched and where results go to `runner`, which runs in the
-driver, what is searched again to `jobs`, the search of a block to `attempts`, and reaching Ray,
-which is imported only when an executor is made, to `ray_cluster`.
+Keeps every worker busy with a bounded number of batches, and replaces a worker that died. Ray is
+imported only when an executor is made.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+import re
+import socket
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 from drllm.config import ModelConfig, SearchConfig
 from drllm.errors import ConfigError, DrllmError, ModelError
-from drllm.search.executors import OnShare, read_texts
-from drllm.search.jobs import Job, Jobs
-from drllm.search.questions import Block
-from drllm.search.ray_cluster import connect, import_ray
-from drllm.search.retry import Searched, searched
-from drllm.tasks.base import Example, Prompt, Task
+from drllm.records import Chunks
+from drllm.search.batch import Searched, search_batch
+from drllm.search.executors import Job, Jobs, OnShare, key_of, read_texts
+from drllm.search.questions import Batch
+from drllm.tasks.base import Prompt
 
-BLOCKS_A_WORKER = 2
-"""Blocks that a worker holds: the one it searches and the next, so that it never waits."""
+BATCHES_A_WORKER = 2
+"""Batches that a worker holds: the one it searches and the next, so that it never waits."""
 MAX_FAILED_STARTS = 3
 """Workers in a row that may die while they load the model."""
 START_TIMEOUT_S = 600.0
 """How long nothing at all may happen while no worker has a model yet."""
+CONNECT_TIMEOUT_S = 5.0
+"""How long it may take until somebody answers at an address; Ray itself tries for minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +79,12 @@ class Worker:
         """Return what the model reads of each prompt; None where its template refuses it."""
         return read_texts(self.routed, prompts)
 
-    def search(
-        self, number: int, task: Task, examples: tuple[Example, ...], config: SearchConfig
-    ) -> Searched:
-        """Search a block."""
+    def search(self, batch: Batch, config: SearchConfig, parts: Chunks | None) -> Searched:
+        """Search a batch."""
         from drllm.models.base.hub import quiet
 
         with quiet():
-            return searched(self.routed, Block(number, task, examples), config)
+            return search_batch(self.routed, batch, config, parts=parts)
 
 
 @dataclass(eq=False)
@@ -112,10 +112,10 @@ class Seat:
 
 
 class RayExecutor:
-    """Searches blocks on Ray, one worker a device; a context manager.
+    """Searches batches on Ray, one worker a device; a context manager.
 
     A worker that dies is replaced, and what it had to do is searched again: its records are the
-    same, wherever and however often a block is searched.
+    same, wherever and however often a batch is searched.
 
     Args:
         model: Which base model the workers load, and how. With `auto` the device is a GPU of its
@@ -138,6 +138,7 @@ class RayExecutor:
     ) -> None:
         self.ray = import_ray()
         self._is_ours = not self.ray.is_initialized()
+        self._is_here = self._is_ours and address is None
         if self._is_ours:
             connect(self.ray, address, num_workers)
         try:
@@ -192,27 +193,29 @@ class RayExecutor:
         return texts
 
     def search(
-        self, blocks: Iterable[Block], config: SearchConfig, on_share: OnShare | None = None
-    ) -> Iterator[tuple[Block, Searched]]:
-        """Search blocks on all workers; see `Executor.search`.
+        self,
+        batches: Iterable[Batch],
+        config: SearchConfig,
+        chunks: Chunks | None = None,
+        on_share: OnShare | None = None,
+    ) -> Iterator[tuple[Batch, Searched]]:
+        """Search batches on all workers; see `Executor.search`.
 
-        The caller's pace is the limit: no more blocks are out than the workers can hold.
+        The caller's pace is the limit: no more batches are out than the workers can hold. Workers
+        of a cluster keep nothing of a batch under way: they may not see the folder.
         """
-        jobs = Jobs(blocks)
+        jobs = Jobs(batches)
         stored = self.ray.put(self._in_a_worker(config))
-        tasks: dict[str, Any] = {}  # a task may hold many questions: it is sent once
         while True:
             for seat in self.seats:
-                while seat.starting is None and len(seat.jobs) < BLOCKS_A_WORKER:
+                while seat.starting is None and len(seat.jobs) < BATCHES_A_WORKER:
                     job = jobs.take()
                     if job is None:
                         break
-                    block = job.block
-                    name = block.task.name
-                    if name not in tasks:
-                        tasks[name] = self.ray.put(block.task)
-                    asked = (block.number, tasks[name], block.examples, stored)
-                    seat.jobs.append((seat.worker.search.remote(*asked), job))
+                    kept = chunks if self._is_here else None
+                    parts = None if kept is None else kept.within(key_of(job.whole))
+                    promised = seat.worker.search.remote(job.batch, stored, parts)
+                    seat.jobs.append((promised, job))
             if not jobs.are_waiting and not any(seat.jobs for seat in self.seats):
                 return
             for seat in self._news():
@@ -346,3 +349,71 @@ class RayExecutor:
             if isinstance(error.cause, DrllmError):
                 raise error.cause from None
             raise
+
+
+# --- reaching Ray --------------------------------------------------------------------------------
+
+
+def import_ray() -> ModuleType:
+    """Return the package ray.
+
+    Raises:
+        ConfigError: It isn't installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError(
+            "--executor ray needs the package ray, which isn't installed; install it with "
+            "pip install 'drllm[ray]', or leave --executor out"
+        ) from error
+    module: ModuleType = ray
+    return module
+
+
+def connect(ray: Any, address: str | None, num_workers: int | None) -> None:
+    """Start Ray on this machine, or join a cluster.
+
+    Args:
+        ray: The package.
+        address: HOST:PORT of a cluster, or `auto` for the one that `RAY_ADDRESS` names or Ray
+            finds on this machine; None starts Ray here.
+        num_workers: That it is to have cores for, at least, where it is started here.
+
+    Raises:
+        ConfigError: An address that is none, or at which there is no cluster.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        cores = max(os.cpu_count() or 1, num_workers or 1)
+        # A RAY_ADDRESS in the environment isn't asked: without --ray-address, this machine.
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+        return
+    if address != "auto":
+        host, port = _host_and_port(address)
+    try:
+        if address != "auto":
+            socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
+        ray.init(address=address, **quiet)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"--ray-address {address!r} can't be reached ({' '.join(str(error).split())[:200]}); "
+            f"give HOST:PORT of a running cluster, as 'ray start' has said it, or leave it out"
+        ) from error
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    """Take an address apart.
+
+    Raises:
+        ConfigError: It isn't of the form HOST:PORT.
+    """
+    host, _, port = address.rpartition(":")
+    is_port = re.fullmatch(r"[0-9]{1,5}", port) is not None and int(port) < 1 << 16
+    if not is_port or not re.fullmatch(r"[^/]+", host):
+        raise ConfigError(
+            f"--ray-address is {address!r}; give HOST:PORT of a running cluster, 'auto' for one "
+            f"on this machine, or leave it out to start one"
+        )
+    return host.strip("[]"), int(port)  # an IPv6 address stands in brackets

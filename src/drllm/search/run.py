@@ -1,213 +1,438 @@
-"""The search as a stage: questions in, `search.jsonl` out, resumable at any moment.
-
-Owns the run: what is still to be done, committing block by block, and the files at the end.
-Leaves which questions are asked to `questions`, the work to an executor, whose files may be gone
-on from to `plan` and `commits`, and the search of a block to `block`.
-"""
+"""The search as a stage: questions in, `search.jsonl` out, resumable at any moment."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from drllm.config import SearchConfig
-from drllm.errors import TaskError
+from drllm.config import ModelConfig, SearchConfig
+from drllm.errors import ConfigError, RecordError, TaskError
+from drllm.listener import Listener, OnProgress
+from drllm.models.base.hub import quiet
+from drllm.models.base.load import as_base_model, load
+from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import (
-    FailedQuestion,
+    Chunks,
+    SearchRecord,
     clear_half_written,
     manifest_path,
     new_manifest,
     only_writer,
+    read_manifest,
+    refuse_other_run,
     to_lines,
     write_atomically,
     write_records,
 )
-from drllm.search.block import search_block, search_path
-from drllm.search.commits import Commits
-from drllm.search.counts import Tally, tally
-from drllm.search.executors import Executor
-from drllm.search.plan import is_complete, new_plan
-from drllm.search.questions import Block, blocks_of, num_questions
-from drllm.tasks.base import Prompt, Task
+from drllm.records.searched import SearchRecords
+from drllm.search import CHUNKS_FOLDER, FAILED_FILE, SEARCH_FILE
+from drllm.search.batch import Searched, search_in_step
+from drllm.search.executors import Executor, LocalExecutor, key_of
+from drllm.search.questions import Batch, SearchQuestion, batches_of, questions_of
+from drllm.supervision import is_improving, survived
+from drllm.tasks.base import Example, Task
 
-__all__ = ["FAILED_FILE", "SEARCH_FILE", "Status", "run_search", "search_block", "search_path"]
-
-SEARCH_FILE = "search.jsonl"
-FAILED_FILE = "search.failed.jsonl"
 HOPELESS = 16
 """Questions that may fail before the first one succeeds; then something else is wrong."""
+PROMPT_SHOWN = 600
+"""Characters of a prompt that are shown; of a longer one, half of them from either end."""
+SAMPLE_QUESTIONS = 8
+"""Maximum questions of a task that a forecast searches; never more than a batch holds."""
+SAMPLE_SIMULATIONS = 10
+
+Examples: TypeAlias = Sequence[Task] | Sequence[Example] | Sequence[SearchQuestion] | None
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Status:
-    """How far a search is.
+def search_paths(
+    model: Any,
+    examples: Examples = None,
+    config: SearchConfig | None = None,
+    output: Path | str | None = None,
+    *,
+    tokenizer: Any = None,
+    listener: Listener | None = None,
+) -> SearchRecords:
+    """Search the paths of questions, and write `search.jsonl` with its manifest.
 
-    Attributes:
-        done: Questions done, those of an earlier run included; a fraction while a block runs.
-        total: Questions in all.
-        task: The task that was worked on last.
-        found: What the blocks that are done hold, counted.
-        fresh_paths: Paths tried by this run.
+    What is done is kept; after an interruption at any moment the same call resumes, loses one
+    round of one batch, and ends with the same records as an unbroken run (times apart). Questions
+    that fail every time are set aside in `search.failed.jsonl`.
+
+    Args:
+        model: A `ModelConfig` (loaded here, or by the workers of Ray), a `BaseModel`, a
+            `RoutedModel` with its tokenizer, or a causal language model of transformers.
+        examples: Tasks, examples of named tasks, or what `questions_of` made of them; None for
+            the tasks that `config.dataset` names.
+        config: The settings; `config.output_dir` is the command line's and not read here.
+        output: Folder that gets the files; None writes none.
+        tokenizer: The model's, unless it comes with one.
+        listener: Is told of progress, and of one prompt of each task.
+
+    Returns:
+        One record per question that could be searched, in the questions' order.
+
+    Raises:
+        ConfigError: A setting without effect; a folder that holds another search.
+        TaskError: No questions, questions that can't be had, or every question failed.
+        RecordError: The folder can't be written, another search writes to it, or it holds a
+            `search.jsonl` that isn't ours.
+
+    Source: Dr.LLM section 3.1.
     """
+    config, listener = config or SearchConfig(), listener or Listener()
+    questions = [one for one in examples or () if isinstance(one, SearchQuestion)]
+    if not questions:
+        questions = questions_of(examples, config)  # type: ignore[arg-type]
+    with executor_of(model, config, tokenizer=tokenizer, listener=listener) as executor:
+        folder = None if output is None else Path(output)
+        return run_search(executor, questions, config, folder, listener)
 
-    done: float
-    total: int
-    task: str
-    found: Tally
-    fresh_paths: int
 
+@contextmanager
+def executor_of(
+    model: Any, config: SearchConfig, *, tokenizer: Any, listener: Listener
+) -> Iterator[Executor]:
+    """Make who searches: this process with the model, or the workers of Ray.
 
-OnBegin = Callable[[Mapping[str, str]], None]
-"""Called before a block is searched, with one prompt of each task as the model reads it."""
-OnProgress = Callable[[Status], None]
+    Raises:
+        ConfigError: Ray with a model that is loaded already.
+        TaskError: A model without its tokenizer.
+    """
+    if config.executor == "ray":
+        if not isinstance(model, ModelConfig):
+            raise ConfigError("--executor ray loads a model for each worker; give a ModelConfig")
+        with listener.busy("starting Ray"):
+            from drllm.search.ray import RayExecutor
+
+            workers = RayExecutor(model, num_workers=config.num_workers, address=config.ray_address)
+        with workers:
+            yield workers
+    elif isinstance(model, ModelConfig):
+        with quiet():
+            with listener.busy(f"loading {model.model}"):
+                base = load(model)
+            with executor_of(base, config, tokenizer=tokenizer, listener=listener) as local:
+                yield local
+    elif isinstance(model, RoutedModel):
+        base = as_base_model(model.model, tokenizer or model.tokenizer)
+        yield LocalExecutor(model, base.identity, base.runtime)
+    else:
+        base = as_base_model(model, tokenizer)
+        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        try:
+            yield LocalExecutor(routed, base.identity, base.runtime)
+        finally:
+            routed.detach()
 
 
 def run_search(
     executor: Executor,
-    tasks: Sequence[Task],
+    questions: Sequence[SearchQuestion],
     config: SearchConfig,
-    on_progress: OnProgress | None = None,
-    on_begin: OnBegin | None = None,
-) -> Path:
-    """Search all questions of the tasks and write `search.jsonl` with its manifest.
-
-    Blocks of questions are committed one by one; after an interruption at any moment the same
-    call goes on behind the committed blocks and ends with the same records as an unbroken run
-    (times apart). Questions that fail every time are set aside in `search.failed.jsonl`.
-
-    Args:
-        executor: Who searches, with the base model.
-        tasks: Where the questions come from.
-        config: Settings of the search.
-        on_progress: Called after each round or block.
-        on_begin: See `OnBegin`; not called where the search is complete already.
-
-    Returns:
-        The path of `search.jsonl`.
-
-    Raises:
-        ConfigError: The folder holds a search with other settings, model, runtime, version or
-            questions; a shard that makes no sense.
-        TaskError: No questions, questions that can't be had, or every question failed.
-        RecordError: The folder can't be written, another search writes to it, or it holds a
-            `search.jsonl` that isn't ours.
-    """
-    folder = Path(config.output_dir)
-    output = folder / SEARCH_FILE
-    blocks = blocks_of(tasks, config)
-    texts = executor.texts([*_prompts(blocks, config)])
-    plan = new_plan(blocks, texts, config, executor.identity, executor.runtime)
-    commits = Commits(folder, plan)
+    folder: Path | None = None,
+    listener: Listener | None = None,
+) -> SearchRecords:
+    """Search with an executor; see `search_paths`."""
+    listener = listener or Listener()
+    texts = executor.texts([question.prompt for question in questions])
+    questions = [
+        dataclasses.replace(question, text=text)
+        for question, text in zip(questions, texts, strict=True)
+    ]
+    batches = batches_of(questions, config.block_size)
+    if folder is None:
+        _show_prompts(questions, listener)
+        records, failed = _in_order(questions, _search(executor, batches, config, None, listener))
+        return SearchRecords(records, executor.identity, failed=failed)
+    file, identity = folder / SEARCH_FILE, _identity(questions, config, executor)
+    chunks = Chunks(folder / CHUNKS_FOLDER, identity, stage="search")
     with only_writer(folder, "search", "--output-dir"):
-        clear_half_written(output, manifest_path(output), folder / FAILED_FILE)
-        if is_complete(output, plan):
-            commits.remove()  # a kill after the manifest leaves them
-            return output
-        commits.open(output, blocks)
-        samples = _samples(blocks, texts)
-        logger.info("the model reads, for example, %r", samples)
-        if on_begin is not None:
-            on_begin(samples)
-        found = _search(executor, blocks, commits, config, on_progress)
-        held = [commits.read(block) for block in blocks]
-        _write_failed(folder / FAILED_FILE, [one for _, failed in held for one in failed])
-        places = {
-            (block.task.name, example.id): place
-            for block in blocks
-            for example, place in zip(block.examples, block.places, strict=True)
-        }
-        records = [record for read, _ in held for record in read]
-        records.sort(key=lambda record: places[record.task, record.id])
+        clear_half_written(file, manifest_path(file), folder / FAILED_FILE)
+        finished = _finished(file, identity)
+        if finished is not None:
+            chunks.remove()  # a kill after the manifest leaves them
+            return finished
+        is_begun = chunks.open()
+        # A kill between file and manifest leaves a file while every batch is still kept.
+        if file.exists() and not (is_begun and all(chunks.has(key_of(b)) for b in batches)):
+            raise RecordError(
+                f"{file} exists without its manifest, so it can't be resumed; "
+                f"choose another --output-dir"
+            )
+        _show_prompts(questions, listener)
+        records, failed = _in_order(questions, _search(executor, batches, config, chunks, listener))
+        if failed:
+            write_atomically(folder / FAILED_FILE, to_lines(failed))
+        else:
+            (folder / FAILED_FILE).unlink(missing_ok=True)
         manifest = new_manifest(
             "search",
             model=executor.identity,
             config=config.to_dict(),
-            extra={"plan": plan, "num_failed": found.failed},
+            extra={"plan": identity, "num_failed": len(failed)},
         )
-        write_records(output, records, manifest)
-        commits.remove()
-    return output
+        write_records(file, records, manifest)
+        chunks.remove()
+    return SearchRecords(records, executor.identity, file=file, failed=failed)
 
 
-def _prompts(blocks: Sequence[Block], config: SearchConfig) -> Iterator[Prompt]:
-    for block in blocks:
-        reward = block.task.check_reward(config.reward)
-        for example in block.examples:
-            yield block.task.prompt(example, reward)
+def _identity(
+    questions: Sequence[SearchQuestion], config: SearchConfig, executor: Executor
+) -> dict[str, Any]:
+    """Return what must be equal for a search to be resumed, or to count as this one."""
+    prompts, rendered = hashlib.sha256(), hashlib.sha256()
+    for question in questions:
+        for prompt in (question.prompt, *question.retests):
+            prompts.update(repr(prompt).encode())
+        rendered.update(repr(question.text).encode())
+    return {
+        "settings": config.decisive(),
+        "model": dict(executor.identity),
+        "runtime": dict(executor.runtime),
+        "questions": len(questions),
+        "prompts_sha256": prompts.hexdigest(),
+        "chat_template_sha256": rendered.hexdigest(),
+    }
 
 
-def _samples(blocks: Sequence[Block], texts: Sequence[str | None]) -> dict[str, str]:
-    """Return the first prompt of each task that its chat template takes, as the model reads it."""
-    names = [block.task.name for block in blocks for _ in block.examples]
-    samples: dict[str, str] = {}
-    for name, text in zip(names, texts, strict=True):
-        if text is not None:
-            samples.setdefault(name, text)
-    return samples
+def _finished(file: Path, identity: Mapping[str, Any]) -> SearchRecords | None:
+    """Return a search that lies there whole, with its manifest.
+
+    Raises:
+        ConfigError: It was made from something else.
+        RecordError: It was changed after it was written.
+    """
+    manifest = read_manifest(file, "search")
+    if manifest is None:
+        return None
+    version = {"drllm_version": manifest.get("drllm_version")}
+    ours = {"drllm_version": new_manifest("search", model={}, config={})["drllm_version"]}
+    refuse_other_run(
+        str(file),
+        {**manifest.get("plan", {}), **version},
+        {**identity, **ours},
+        "choose another --output-dir, or the same settings",
+    )
+    return SearchRecords.read(file, is_new=False)
 
 
 def _search(
     executor: Executor,
-    blocks: Sequence[Block],
-    commits: Commits,
+    batches: Sequence[Batch],
     config: SearchConfig,
-    on_progress: OnProgress | None,
-) -> Tally:
-    """Search and commit the blocks that aren't done; return what all of them hold, counted."""
-    total = num_questions(blocks)
-    found = Tally()
-    fresh_paths = 0
-
-    def report(block: Block, share: float = 0.0, paths: int = 0) -> None:
-        if on_progress is not None:
-            on_progress(
-                Status(
-                    done=found.questions + share * len(block.examples),
-                    total=total,
-                    task=block.task.name,
-                    found=found,
-                    fresh_paths=fresh_paths + paths,
-                )
-            )
-
-    todo = []
-    for block in blocks:
-        held = commits.find(block)
-        if held is None:
-            todo.append(block)
-        else:
-            found += tally(*held)
-            report(block)
-    for block, result in executor.search(todo, config, report):
-        commits.commit(block, result.lines)
-        found += result.tally
-        fresh_paths += result.tally.paths
-        report(block)
-        _check_hope(found, total, block, commits)
-    return found
-
-
-def _check_hope(found: Tally, total: int, last: Block, commits: Commits) -> None:
-    """Refuse to go on where every question fails; nothing of it is kept.
+    chunks: Chunks | None,
+    listener: Listener,
+) -> list[Searched]:
+    """Search the batches that aren't done, and return what became of all of them.
 
     Raises:
-        TaskError: With the last question's error.
+        TaskError: None of the first questions can be searched; nothing of them is kept.
     """
-    if found.failed == found.questions and found.questions >= min(HOPELESS, total):
-        reason = commits.read(last)[1][-1].error
-        commits.remove()
-        raise TaskError(
-            f"none of the first {found.questions} questions could be searched; the last one: "
-            f"{reason}"
-        )
+    results: list[Searched] = []
+    todo: list[Batch] = []
+    total = sum(len(batch.questions) for batch in batches)
+    with listener.progress("searching", "questions") as on_progress:
+        progress = _Progress(on_progress, total)
+        for batch in batches:
+            kept = None if chunks is None else chunks.get(key_of(batch), Searched)
+            if kept is None or not _is_of(batch, kept):
+                todo.append(batch)
+                continue
+            results.append(kept)
+            progress.add(batch, kept)
+        progress.num_old_paths = progress.num_paths
+        for batch, result in executor.search(todo, config, chunks, progress.report):
+            if chunks is not None:
+                chunks.put(key_of(batch), result)
+            results.append(result)
+            progress.add(batch, result)
+            if progress.num_failed == progress.num_done >= min(HOPELESS, total):
+                if chunks is not None:
+                    chunks.remove()
+                raise TaskError(
+                    f"none of the first {progress.num_done} questions could be searched; the last "
+                    f"one: {result.failed[-1].error}"
+                )
+    return results
 
 
-def _write_failed(path: Path, failed: Sequence[FailedQuestion]) -> None:
-    if failed:
-        write_atomically(path, to_lines(failed))
-    else:
-        path.unlink(missing_ok=True)
+def _is_of(batch: Batch, kept: Searched) -> bool:
+    """Tell whether what was kept is of exactly the questions of a batch."""
+    ids = sorted(one.id for one in (*kept.records, *kept.failed))
+    return ids == sorted(question.example.id for question in batch.questions)
+
+
+def _in_order(
+    questions: Sequence[SearchQuestion], results: Sequence[Searched]
+) -> tuple[list[SearchRecord], list[Any]]:
+    """Return all records and failed questions in the questions' own order."""
+    places = {(one.task, one.example.id): one.place for one in questions}
+
+    def place(one: Any) -> int:
+        return places[one.task, one.id]
+
+    return (
+        sorted((record for one in results for record in one.records), key=place),
+        sorted((failed for one in results for failed in one.failed), key=place),
+    )
+
+
+class _Progress:
+    """Counts what is done and found, and says so."""
+
+    def __init__(self, on_progress: OnProgress, total: int) -> None:
+        self._on_progress = on_progress
+        self._total = total
+        self._started = time.monotonic()
+        self._num_valid = self._num_improving = 0
+        self.num_done = self.num_failed = self.num_paths = self.num_old_paths = 0
+
+    def add(self, batch: Batch, found: Searched) -> None:
+        """Count what became of a batch."""
+        self.num_done += len(batch.questions)
+        self.num_failed += len(found.failed)
+        for record in found.records:
+            kept = [path for path in record.paths if survived(path)]
+            self.num_paths += len(record.paths)
+            self._num_valid += bool(kept)
+            self._num_improving += any(is_improving(path, record) for path in kept)
+        self.report(batch)
+
+    def report(self, batch: Batch, share: float = 0.0, num_paths: int = 0) -> None:
+        """Say how far the search is.
+
+        Args:
+            batch: Worked on last.
+            share: Of it that is done, where it is still under way.
+            num_paths: Tried in it so far, where it is still under way.
+        """
+        note = batch.task
+        if new := self.num_paths - self.num_old_paths + num_paths:
+            elapsed = max(time.monotonic() - self._started, 1e-9)
+            note += f", {new / elapsed:.1f} paths a second"
+        if self.num_done:
+            valid, improving = self._num_valid / self.num_done, self._num_improving / self.num_done
+            note += f", {100 * valid:.0f} % valid, {100 * improving:.0f} % improving"
+        self._on_progress(self.num_done + share * len(batch.questions), self._total, note)
+
+
+def _show_prompts(questions: Sequence[SearchQuestion], listener: Listener) -> None:
+    """Say one prompt of each task: a wrong template is seen before hours are spent."""
+    shown: set[str] = set()
+    for question in questions:
+        if question.text is not None and question.task not in shown:
+            shown.add(question.task)
+            logger.info("the model reads, for example, %r", question.text)
+            lines = shortened(question.text, PROMPT_SHOWN).replace("\n", "\n  | ")
+            listener.note(f"a prompt of {question.task}, as the model reads it:\n  | {lines}")
+
+
+def shortened(text: str, maximum: int) -> str:
+    """Return a text with its middle left out where it is longer than `maximum` characters.
+
+    Example:
+        >>> shortened("0123456789", 4)
+        '01[... 6 characters left out ...]89'
+    """
+    if len(text) <= maximum:
+        return text
+    start, end = text[: maximum - maximum // 2], text[-(maximum // 2) :]
+    return f"{start}[... {len(text) - maximum} characters left out ...]{end}"
+
+
+# --- forecast ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskForecast:
+    """What one task will take, at most: a stop rule may end questions early.
+
+    Attributes:
+        task: The task's name.
+        questions: To be searched.
+        paths: To be tried, full paths included.
+        executions: That these paths and their re-tests ask for; those that paths share are run
+            once.
+        seconds: On the device that was measured.
+        size_bytes: Of the records.
+        sample_questions: Questions that were searched to measure.
+        sample_paths: Paths that were tried to measure.
+        prompt: One prompt as the model reads it.
+    """
+
+    task: str
+    questions: int
+    paths: int
+    executions: float
+    seconds: float
+    size_bytes: float
+    sample_questions: int
+    sample_paths: int
+    prompt: str
+
+
+def forecast(
+    routed: RoutedModel, questions: Sequence[SearchQuestion], config: SearchConfig
+) -> list[TaskForecast]:
+    """Search a few questions of each task, and conclude what all of them will take.
+
+    Nothing is written. Time, executions and disk are those of the sample by path. Later paths
+    share more with earlier ones, so a search of more simulations than the sample's is quicker than
+    this by path.
+
+    Args:
+        routed: The model, made with its tokenizer.
+        questions: All questions of the search.
+        config: Settings of the search.
+
+    Returns:
+        One forecast per task, in order.
+
+    Raises:
+        DrllmError: A question of the sample that can't be searched.
+    """
+    by_length = [q for batch in batches_of(questions, config.block_size) for q in batch.questions]
+    return [
+        _forecast(routed, [question for question in by_length if question.task == task], config)
+        for task in dict.fromkeys(question.task for question in questions)
+    ]
+
+
+def _forecast(
+    routed: RoutedModel, questions: Sequence[SearchQuestion], config: SearchConfig
+) -> TaskForecast:
+    size = min(SAMPLE_QUESTIONS, config.block_size, len(questions))
+    # The questions come by length: a sample from end to end is neither short nor long.
+    sample = [questions[(2 * i + 1) * len(questions) // (2 * size)] for i in range(size)]
+    simulations = min(SAMPLE_SIMULATIONS, config.num_simulations)
+    short = dataclasses.replace(config, num_simulations=simulations)
+    search_in_step(routed, sample[:1], dataclasses.replace(config, num_simulations=1))  # warm
+    started = time.perf_counter()
+    records = search_in_step(routed, sample, short)
+    seconds = time.perf_counter() - started
+    tried = [path for record in records for path in record.paths]
+    executions = sum(
+        path.executions * (1 + (path.retest.asked if path.retest else 0)) for path in tried
+    )
+    paths = len(questions) * (config.num_simulations + 1)
+    by_path = paths / len(tried)
+    return TaskForecast(
+        task=questions[0].task,
+        questions=len(questions),
+        paths=paths,
+        executions=executions * by_path,
+        seconds=seconds * by_path,
+        size_bytes=len(to_lines(records).encode()) * by_path,
+        sample_questions=len(sample),
+        sample_paths=len(tried),
+        prompt=records[0].prompt,
+    )

@@ -1,31 +1,42 @@
 """All questions' targets: the rule for each, copies counted once, quotas over the rest.
 
-Owns the order of these steps and the check of the settings. Leaves one question's choice to
-`rules`, quotas to `quotas`, the counting to `summary`. Loads no torch.
+`supervise` is the stage: search records in, `supervision.jsonl` with its manifest out. Loads no
+torch.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, overload
 
 from msgspec import UNSET
 
 from drllm.config import SuperviseConfig
-from drllm.errors import ConfigError, unknown_name
+from drllm.errors import ConfigError, RecordError, unknown_name
 from drllm.records import (
+    RejectedQuestion,
     SearchRecord,
     SupervisionRecord,
     TriedPath,
     WeightedPath,
+    new_manifest,
     question_key,
+    rejected_path,
+    to_lines,
+    write_atomically,
+    write_records,
 )
+from drllm.records.searched import SearchRecords
 from drllm.supervision.quotas import over_quota, read_quotas
 from drllm.supervision.rules import (
     MIN_SAVING,
+    NO_KL,
     OVER_QUOTA,
+    REASONS,
+    SAVES_TOO_LITTLE,
     TARGETS,
     TWICE,
     choose,
@@ -34,10 +45,15 @@ from drllm.supervision.rules import (
 )
 from drllm.supervision.summary import summarise
 
+Searches: TypeAlias = (
+    SearchRecords | Path | str | Sequence[SearchRecord] | Sequence[Path | str | SearchRecords]
+)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Supervision:
-    """The targets of a set of questions, and what became of the others.
+_SAME_MODEL = ("fingerprint", "num_layers", "hidden_size", "class")
+
+
+class Supervision(Sequence[SupervisionRecord]):
+    """The targets of a set of questions, a sequence, and what became of the others.
 
     Attributes:
         records: One per question that has a target, in the order of the questions.
@@ -46,10 +62,118 @@ class Supervision:
         rewards: The rewards that the prompts of the targets were made for, by name.
     """
 
-    records: tuple[SupervisionRecord, ...]
-    reasons: tuple[str | None, ...]
-    summary: dict[str, Any]
-    rewards: tuple[str, ...]
+    def __init__(
+        self,
+        records: Sequence[SupervisionRecord],
+        reasons: Sequence[str | None],
+        summary: Mapping[str, Any],
+        rewards: Sequence[str],
+    ) -> None:
+        self.records = tuple(records)
+        self.reasons = tuple(reasons)
+        self.summary = dict(summary)
+        self.rewards = tuple(rewards)
+
+    @overload
+    def __getitem__(self, place: int) -> SupervisionRecord: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[SupervisionRecord, ...]: ...
+    def __getitem__(self, place: int | slice) -> SupervisionRecord | tuple[SupervisionRecord, ...]:
+        """Return one target, or several."""
+        return self.records[place]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+def supervise(
+    searches: Searches, config: SuperviseConfig | None = None, output: Path | str | None = None
+) -> Supervision:
+    """Pick the targets of searched questions, and write them with their manifest.
+
+    The questions without a target are written to `supervision.rejected.jsonl` (or what it is
+    called after the output), each with its reason; where all have one, there is no such file
+    afterwards.
+
+    Args:
+        searches: Search records, from `search_paths` or `search.jsonl` files of one base model
+            (the shards of a search, say), in this order; a question that stands in several of them
+            counts once.
+        config: The rule, and the quotas if there are any.
+        output: The `supervision.jsonl` to write, replaced if it is there; None writes nothing.
+
+    Raises:
+        ConfigError: Settings that can't be followed.
+        RecordError: No file; one named twice; a file that can't be trusted; searches of different
+            base models or numbers of layers; two questions with one id; a file to write that is
+            one of the inputs; no target at all. Nothing is written then.
+    """
+    config = config or SuperviseConfig()
+    output = None if output is None else Path(output)
+    parts: list[Any] = (
+        [searches]
+        if isinstance(searches, str | Path | SearchRecords)
+        else [SearchRecords(searches)]  # type: ignore[arg-type]
+        if searches and isinstance(searches[0], SearchRecord)
+        else list(searches)
+    )
+    files = [one if isinstance(one, SearchRecords) else Path(one) for one in parts]
+    named = [one.file if isinstance(one, SearchRecords) else one for one in files]
+    _check_names([file for file in named if file is not None], len(named), output)
+    read_quotas(config.quotas)  # what can't be read is refused before large files are
+    sources = [one if isinstance(one, SearchRecords) else SearchRecords.read(one) for one in files]
+    for first, other in itertools.combinations(sources, 2):
+        _check_same_model(first, other)
+    _check_ids(sources)
+    records = [record for source in sources for record in source]
+    supervision = targets(records, config)
+    if not supervision:
+        raise RecordError(_without_targets(supervision.summary))
+    if output is not None:
+        write(supervision, sources, output, config)
+    return supervision
+
+
+def write(
+    supervision: Supervision,
+    sources: Sequence[SearchRecords],
+    output: Path,
+    config: SuperviseConfig,
+) -> None:
+    """Write targets with their manifest, and the questions without one.
+
+    Args:
+        supervision: What `targets` made of all records of the sources.
+        sources: Of one base model.
+        output: The `supervision.jsonl`.
+        config: What it was made by.
+
+    Raises:
+        RecordError: A file that can't be written.
+    """
+    inputs = [source.file for source in sources if source.file is not None]
+    manifest = new_manifest(
+        "supervision",
+        model=max((source.model for source in sources), key=len),  # the one that tells most
+        config=config.to_dict(),
+        inputs=inputs,
+        extra={"summary": supervision.summary, "rewards": list(supervision.rewards)},
+    )
+    if len(inputs) == len(sources):
+        counts = _counts_by_file(sources, supervision)
+        manifest["files"] = dict(zip(manifest["inputs"], counts, strict=True))
+    # First, so that targets with a manifest never lie next to the rejects of others.
+    records = (record for source in sources for record in source)
+    rejected = [
+        RejectedQuestion(id=record.id, task=record.task, question=record.question, reason=reason)
+        for record, reason in zip(records, supervision.reasons, strict=True)
+        if reason is not None
+    ]
+    if rejected:
+        write_atomically(rejected_path(output), to_lines(rejected))
+    elif rejected_path(output).is_file():
+        rejected_path(output).unlink()
+    write_records(output, supervision.records, manifest)
 
 
 def check_settings(config: SuperviseConfig, tasks: Collection[str]) -> dict[str, int]:
@@ -154,3 +278,83 @@ def _supervision_record(
         margin=path.margin,
         valid_paths=valid_paths or UNSET,
     )
+
+
+# --- what is refused, and what the manifest says of each file -------------------------------------
+
+
+def _check_names(files: Sequence[Path], num_sources: int, output: Path | None) -> None:
+    if not num_sources:
+        raise RecordError("no search file is given; name at least one search.jsonl")
+    named: set[Path] = set()
+    for file in files:
+        if file.resolve() in named:
+            raise RecordError(f"{file} is given twice; name each search file once")
+        named.add(file.resolve())
+    for file in () if output is None else (output, rejected_path(output)):
+        if file.resolve() in named:
+            raise RecordError(f"{file} is both read and written; choose another output file")
+
+
+def _without_targets(summary: Mapping[str, Any]) -> str:
+    """Word the message for questions of which none has a target."""
+    rejected = {reason: n for reason, n in summary["rejected"].items() if n}
+    remedy = "search more questions or simulations, or choose another --target"
+    if SAVES_TOO_LITTLE in rejected:
+        remedy = "search more simulations, or give a smaller --min-saving"
+    if NO_KL in rejected:
+        remedy = "search again with --kl, or choose another --target"
+    if OVER_QUOTA in rejected:  # a quota alone leaves targets, a share leaves the improving ones
+        remedy = (
+            "no target improves on the full path, so leave --quota-improving out, or search more "
+            "simulations"
+        )
+    reasons = ", ".join(f"{n} {reason}" for reason, n in rejected.items())
+    return (
+        f"none of the {summary['questions']} searched questions has a target ({reasons}); {remedy}"
+    )
+
+
+def _counts_by_file(
+    sources: Sequence[SearchRecords], supervision: Supervision
+) -> Iterator[dict[str, Any]]:
+    """Yield what became of each file's questions, in the order of the files."""
+    reasons = iter(supervision.reasons)
+    for source in sources:
+        found = Counter(itertools.islice(reasons, len(source)))
+        yield {
+            "questions": len(source) - found[TWICE],
+            "copies": found[TWICE],
+            "targets": found[None],
+            "rejected": {reason: found[reason] for reason in REASONS},
+        }
+
+
+def _check_same_model(first: SearchRecords, other: SearchRecords) -> None:
+    """Refuse files of two base models; another id for the same weights is fine."""
+    known = [name for name in _SAME_MODEL if name in first.model and name in other.model]
+    if "fingerprint" not in known:
+        known += [
+            name for name in ("id", "revision") if name in first.model and name in other.model
+        ]
+    for name in known:
+        if first.model[name] != other.model[name]:
+            raise RecordError(
+                f"{first.file} and {other.file} are of different base models "
+                f"({name} {first.model[name]!r} and {other.model[name]!r}); "
+                f"make one supervision file for each"
+            )
+
+
+def _check_ids(sources: Sequence[SearchRecords]) -> None:
+    """Refuse two questions under one id, which readers of the targets could not tell apart."""
+    seen: dict[tuple[str, str], tuple[str, Path | None]] = {}
+    for source in sources:
+        for record in source:
+            key = question_key(record.question)
+            text, file = seen.setdefault((record.task, record.id), (key, source.file))
+            if text != key:
+                raise RecordError(
+                    f"{file} and {source.file} have different questions with id {record.id!r} of "
+                    f"task {record.task!r}; rename the task of one of them"
+                )

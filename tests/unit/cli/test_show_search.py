@@ -33,7 +33,8 @@ from drllm.records import (
     write_atomically,
     write_records,
 )
-from drllm.supervision import targets, write
+from drllm.search import CHUNKS_FOLDER
+from drllm.supervision import supervise, targets
 
 KEPT = Retest(passed=3, asked=4, margin=0.5, survived=True)
 LOST = Retest(passed=1, asked=4, margin=-0.5, survived=False)
@@ -387,7 +388,7 @@ def test_a_questions_target_follows_the_rule_of_the_supervision_next_to_it(
 ):
     file = search_file(tmp_path)
     config = SuperviseConfig(target="least_kl", min_saving=0.5)
-    write([file], tmp_path / "supervision.jsonl", config)
+    supervise([file], config, tmp_path / "supervision.jsonl")
     assert main(["show", str(file), "--question", "q1"]) == 0
 
     assert line_of(capsys.readouterr().out, "target") == "#2, 2.0 executions (rule least_kl)"
@@ -401,7 +402,7 @@ def test_show_tells_the_story_of_a_search_file(tmp_path: Path, capsys: pytest.Ca
 
 def test_a_question_is_drawn_from_a_search_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = tmp_path / "supervision.jsonl"
-    write([search_file(tmp_path)], output, SuperviseConfig())
+    supervise([search_file(tmp_path)], SuperviseConfig(), output)
 
     assert main(["show", str(output), "--question", "q1"]) == 2
     assert "supervision.jsonl is no search.jsonl" in capsys.readouterr().err
@@ -447,35 +448,25 @@ def test_a_broken_line_of_the_failed_questions_is_named(tmp_path: Path):
         show(file, Terminal())
 
 
-@pytest.mark.parametrize("place", ["", "search.blocks"])
-@pytest.mark.parametrize(
-    ("plan", "said"),
-    [('{"num_blocks": 5}', "2 of 5 blocks"), ("{}", "2 blocks"), (None, "2 blocks")],
-)
+@pytest.mark.parametrize("place", ["", CHUNKS_FOLDER])
 def test_a_search_that_is_not_finished_says_how_far_it_is(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    plan: str | None,
-    said: str,
-    place: str,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
 ):
-    blocks = tmp_path / "search.blocks"
-    for name in ("00000.jsonl", "00003.jsonl", "00004.jsonl.broken", ".00001.jsonl.0a"):
-        write_atomically(blocks / name, "{}\n")
-    if plan is not None:
-        write_atomically(blocks / "plan.json", plan)
+    digest = "0123456789ab"
+    whole = [f"batch-0-{digest}.json", f"batch-13-{digest}.json"]
+    others = [f"batch-2-{digest}.round-0-{digest}.json", f"batch-3-{digest}.json.broken"]
+    for name in (*whole, *others, "drllm.resume.json"):
+        write_atomically(tmp_path / CHUNKS_FOLDER / name, "{}\n")
     show(tmp_path / place, Terminal())
 
-    out = printed(capsys)
-    assert f"search not finished: {said} of questions are committed; if it isn't running" in out
-    assert out.endswith("the same command goes on behind them")
+    assert "search not finished: 2 batches of questions" in printed(capsys)
 
 
-def test_blocks_beside_a_whole_search_say_nothing(
+def test_what_is_kept_of_a_search_that_is_whole_is_not_mentioned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     search_file(tmp_path)
-    write_atomically(tmp_path / "search.blocks" / "00000.jsonl", "{}\n")
+    write_atomically(tmp_path / CHUNKS_FOLDER / "batch-0-0123456789ab.json", "{}\n")
     show(tmp_path, Terminal())
 
     assert "not finished" not in capsys.readouterr().out
@@ -508,7 +499,7 @@ def test_questions_without_a_target_are_counted_by_task_and_reason(
         for n in range(3)
     ]
     file = search_file(tmp_path, [*FOUND, *hopeless])
-    write([file], tmp_path / "mine.jsonl", SuperviseConfig(quotas="other=1,facts=1"))
+    supervise([file], SuperviseConfig(quotas="other=1,facts=1"), tmp_path / "mine.jsonl")
     show(tmp_path / "mine.rejected.jsonl", Terminal())
 
     out = printed(capsys)

@@ -18,7 +18,7 @@ from drllm.models.routing.injection import LayerCall
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import Score
 from drllm.paths import to_path
-from drllm.search.evaluator import BlockEvaluator, gold_text
+from drllm.search.evaluator import Evaluator, gold_text
 from drllm.tasks.base import Prompt
 from drllm.tasks.grading import grade
 
@@ -90,7 +90,7 @@ def test_choices_give_the_reward_and_margin_of_plain_scoring(tiny_model, tiny_to
         expected.append((float(best == prompt.gold), sums[prompt.gold] - max(others)))
     assert {reward for reward, _ in expected} == {0.0, 1.0}, "the sample must hold both verdicts"
     routed = RoutedModel(model, tokenizer=tiny_tokenizer)
-    outcomes = BlockEvaluator(routed, CHOICES, 1.0).evaluate(pairs)
+    outcomes = Evaluator(routed, CHOICES, 1.0).evaluate(pairs)
     assert [reward for reward, _ in expected] == [outcome.reward for outcome in outcomes]
     assert [margin for _, margin in expected] == pytest.approx(
         [outcome.margin for outcome in outcomes], abs=MARGIN_TOLERANCE
@@ -128,10 +128,10 @@ def test_answers_get_the_grade_of_plain_generation(tiny_llama, tiny_tokenizer):
     expected = [grade(prompts[place], text) for (place, _), text in zip(pairs, texts, strict=True)]
     assert set(expected) == {0.0, 1.0}, "the sample must hold both verdicts"
     routed = RoutedModel(model, tokenizer=tiny_tokenizer)
-    outcomes = BlockEvaluator(routed, prompts, 1.0).evaluate(pairs)
+    outcomes = Evaluator(routed, prompts, 1.0).evaluate(pairs)
     assert expected == [outcome.reward for outcome in outcomes]
     for text, outcome in zip(texts, outcomes, strict=True):
-        assert text.startswith(outcome.answer.text), "an answer is a beginning of the plain one"
+        assert text.startswith(outcome.answer), "an answer is a beginning of the plain one"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,13 +142,13 @@ def test_margins_of_answers_compare_gold_with_what_was_answered_wrong(
     pairs = some_pairs(40, seed=1)
     prompts, _ = asked_and_answered(model, tiny_tokenizer, pairs)
     routed = RoutedModel(model, tokenizer=tiny_tokenizer)
-    evaluator = BlockEvaluator(routed, prompts, 1.0)
+    evaluator = Evaluator(routed, prompts, 1.0)
     outcomes = evaluator.with_margins(pairs, evaluator.evaluate(pairs))
     routed.detach()
     wrong: dict[int, Counter] = {place: Counter() for place in range(len(prompts))}
     for (place, _), outcome in zip(pairs, outcomes, strict=True):
-        if outcome.reward < 1 and outcome.answer.tokens:
-            wrong[place][outcome.answer.tokens] += 1
+        if outcome.reward < 1 and outcome.tokens:
+            wrong[place][outcome.tokens] += 1
     seen = set()
     for (place, decisions), outcome in zip(pairs, outcomes, strict=True):
         plain = listed(model, decisions)
@@ -156,7 +156,7 @@ def test_margins_of_answers_compare_gold_with_what_was_answered_wrong(
         gold = gold_text(prompts[place])
         expected = slow_sum(plain, tiny_tokenizer, text, gold) / len(gold)
         if outcome.reward < 1:
-            expected -= outcome.answer.logprob
+            expected -= outcome.logprob
         else:
             context = encode(tiny_tokenizer, text)
             expected -= max(
@@ -171,7 +171,7 @@ def test_margins_of_answers_compare_gold_with_what_was_answered_wrong(
 def test_a_right_answer_that_nobody_got_wrong_has_no_margin(tiny_llama, tiny_tokenizer):
     prompt = Prompt(text="x", reward="exact", answer="y", max_new_tokens=4)
     routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
-    evaluator = BlockEvaluator(routed, [prompt], 1.0)
+    evaluator = Evaluator(routed, [prompt], 1.0)
     pairs = [(0, (1,) * 6)]
     [outcome] = evaluator.evaluate(pairs)
     [right] = evaluator.with_margins(
@@ -182,13 +182,13 @@ def test_a_right_answer_that_nobody_got_wrong_has_no_margin(tiny_llama, tiny_tok
 
 def test_another_way_of_judging_runs_no_layer_again(tiny_llama, tiny_tokenizer):
     routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
-    evaluator = BlockEvaluator(routed, CHOICES, 1.0)
+    evaluator = Evaluator(routed, CHOICES, 1.0)
     pairs = some_pairs(10)
     evaluator.evaluate(pairs)
     run = evaluator.states.executions_run
     normalised = [dataclasses.replace(prompt, normalised=True) for prompt in CHOICES]
     again = evaluator.judged_as(normalised).evaluate(pairs)
-    fresh = BlockEvaluator(routed, normalised, 1.0).evaluate(pairs)
+    fresh = Evaluator(routed, normalised, 1.0).evaluate(pairs)
     assert run == evaluator.states.executions_run
     assert [o.reward for o in fresh] == [o.reward for o in again]
     assert [o.margin for o in fresh] == pytest.approx([o.margin for o in again], abs=1e-5)
@@ -196,7 +196,7 @@ def test_another_way_of_judging_runs_no_layer_again(tiny_llama, tiny_tokenizer):
 
 def test_other_texts_are_not_another_way_of_judging(tiny_llama, tiny_tokenizer):
     routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
-    evaluator = BlockEvaluator(routed, CHOICES, 1.0)
+    evaluator = Evaluator(routed, CHOICES, 1.0)
     with pytest.raises(ValueError, match="differ"):
         evaluator.judged_as(CHOICES[::-1])
 
@@ -207,27 +207,27 @@ def test_a_question_s_limit_of_tokens_is_its_own(tiny_llama, tiny_tokenizer):
     ]
     model = tiny_llama(eos_token_id=None)
     routed = RoutedModel(model, tokenizer=tiny_tokenizer)
-    outcomes = BlockEvaluator(routed, prompts, 1.0).evaluate([(0, (1,) * 6), (1, (1,) * 6)])
-    assert [len(outcome.answer.tokens) for outcome in outcomes] == [3, 9]
+    outcomes = Evaluator(routed, prompts, 1.0).evaluate([(0, (1,) * 6), (1, (1,) * 6)])
+    assert [len(outcome.tokens) for outcome in outcomes] == [3, 9]
 
 
 def with_scores(evaluator, scores):
     """Let the model's scores be what a path that overflows gives."""
-    evaluator._choices.scores = lambda pairs, kl: [Score(scores) for _ in pairs]
+    evaluator._batch.scores = lambda pairs, kl: [Score(scores) for _ in pairs]
     return evaluator
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_path_that_overflows_is_wrong_and_has_no_margin(tiny_llama, tiny_tokenizer, bad):
     routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
-    evaluator = with_scores(BlockEvaluator(routed, CHOICES, 1.0), (-1.0, bad, -2.0))
+    evaluator = with_scores(Evaluator(routed, CHOICES, 1.0), (-1.0, bad, -2.0))
     [outcome] = evaluator.evaluate([(0, (1, 2, 1, 1, 1, 1))])
     assert (outcome.reward, outcome.margin) == (0.0, None)
 
 
 def test_a_base_model_that_overflows_is_an_error(tiny_llama, tiny_tokenizer):
     routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
-    evaluator = with_scores(BlockEvaluator(routed, CHOICES, 1.0), (-1.0, float("nan"), -2.0))
+    evaluator = with_scores(Evaluator(routed, CHOICES, 1.0), (-1.0, float("nan"), -2.0))
     with pytest.raises(ModelError, match="--dtype float32"):
         evaluator.evaluate([(0, (1,) * 6)])
 
@@ -246,7 +246,7 @@ def test_outcomes_carry_kl_when_it_is_asked_for(tiny_llama, tiny_tokenizer):
     routed = RoutedModel(model, tokenizer=tiny_tokenizer)
     generated = [dataclasses.replace(p, reward="exact", continuations=()) for p in CHOICES]
     for prompts in (CHOICES, generated):
-        evaluator = BlockEvaluator(routed, prompts, 1.0, kl=True)
+        evaluator = Evaluator(routed, prompts, 1.0, kl=True)
         outcomes = evaluator.evaluate(pairs)
         assert expected == pytest.approx([o.kl for o in outcomes], abs=2e-5)
         completed = evaluator.with_margins(pairs, outcomes)
@@ -266,7 +266,7 @@ def test_outcomes_are_the_same_after_memory_ran_out(
     def evaluated():
         outcomes = []
         for prompts in (CHOICES, asked):
-            evaluator = BlockEvaluator(routed, prompts, 1.0, kl=True, paths_per_pass=12)
+            evaluator = Evaluator(routed, prompts, 1.0, kl=True, paths_per_pass=12)
             outcomes += evaluator.with_margins(pairs, evaluator.evaluate(pairs))
         return outcomes
 
@@ -285,4 +285,4 @@ def test_outcomes_are_the_same_after_memory_ran_out(
         assert first.reward == second.reward
         assert first.margin == pytest.approx(second.margin, abs=MARGIN_TOLERANCE)
         assert first.kl == pytest.approx(second.kl, abs=2e-5)
-        assert first.answer is None or first.answer.tokens == second.answer.tokens
+        assert first.tokens == second.tokens

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib.util
-import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 
 import pytest
 
+import drllm
 from drllm.config import ModelConfig, SearchConfig
 from drllm.errors import ConfigError, ModelError
-from drllm.models.base.load import load
-from drllm.models.routing.routed_model import RoutedModel
-from drllm.records import read_manifest, read_search
-from drllm.search import jobs
+from drllm.listener import Listener
+from drllm.records import read_manifest
+from drllm.search import FAILED_FILE, executors
 from drllm.search import ray as ray_executor
-from drllm.search.executors import LocalExecutor
-from drllm.search.questions import blocks_of
-from drllm.search.ray import RayExecutor
-from drllm.search.run import FAILED_FILE, run_search
+from drllm.search.questions import batches_of, questions_of
+from drllm.search.ray import RayExecutor, connect
+from drllm.search.run import run_search
+from drllm.tasks.base import Prompt
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="ray isn't installed (pip install 'drllm[ray]')"
@@ -54,105 +55,124 @@ def workers(model, own_ray):
     assert own_ray.is_initialized(), "a Ray that isn't the executor's goes on"
 
 
-def settings(folder):
-    return SearchConfig(num_simulations=6, limit=16, block_size=2, output_dir=str(folder))
+CONFIG = SearchConfig(num_simulations=6, limit=16, block_size=2)
+
+
+class Heard(Listener):
+    """Notes how many questions are done, and calls back."""
+
+    def __init__(self, at_each=lambda: None):
+        self.done = []
+        self.at_each = at_each
+
+    @contextmanager
+    def progress(self, title, unit):
+        def on_progress(done, total, note=""):
+            self.done.append(done)
+            self.at_each()
+
+        yield on_progress
 
 
 @pytest.fixture(scope="module")
-def in_process(model, facts, tmp_path_factory):
+def in_process(model, facts):
     """The records of one process."""
-    base = load(model)
-    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-    local = LocalExecutor(routed, base.identity, base.runtime)
-    return read_search(run_search(local, [facts], settings(tmp_path_factory.mktemp("one"))))
+    return drllm.search_paths(model, [facts], CONFIG)
 
 
 @needs_ray
 def test_two_workers_give_the_records_of_one_process(
     workers, facts, tmp_path, in_process, assert_same_run
 ):
-    calls = []
-    output = run_search(workers, [facts], settings(tmp_path), calls.append)
-    assert_same_run(in_process, read_search(output))
-    done = [status.done for status in calls]
-    assert done == [2, 4, 6, 8, 10, 12, 14, 16], "blocks are handed over one by one"
+    heard = Heard()
+    found = run_search(workers, questions_of([facts], CONFIG), CONFIG, tmp_path, heard)
+    assert_same_run(in_process, found)
+    assert heard.done == [2, 4, 6, 8, 10, 12, 14, 16], "batches are handed over one by one"
 
 
 @needs_ray
-def test_a_killed_worker_is_replaced_and_its_blocks_are_searched_again(
+def test_a_killed_worker_is_replaced_and_its_batches_are_searched_again(
     workers, facts, tmp_path, in_process, assert_same_run
 ):
     killed = []
 
-    def kill_one(status):
+    def kill_one():
         if not killed:
             seat = next(seat for seat in workers.seats if seat.pid and seat.jobs)
             os.kill(seat.pid, signal.SIGKILL)
             killed.append(seat.pid)
 
-    output = run_search(workers, [facts], settings(tmp_path), kill_one)
-    assert_same_run(in_process, read_search(output))
+    questions = questions_of([facts], CONFIG)
+    assert_same_run(in_process, run_search(workers, questions, CONFIG, tmp_path, Heard(kill_one)))
     assert killed
     assert killed[0] not in {seat.pid for seat in workers.seats}
 
 
 @needs_ray
-def test_no_more_blocks_are_out_than_the_workers_can_hold(workers, facts, tmp_path):
-    blocks = blocks_of([facts], settings(tmp_path))
+def test_no_more_batches_are_out_than_the_workers_can_hold(workers, facts):
+    batches = batches_of(questions_of([facts], CONFIG), CONFIG.block_size)
     taken = []
 
     def counted():
-        for block in blocks:
-            taken.append(block)
-            yield block
+        for batch in batches:
+            taken.append(batch)
+            yield batch
 
     most = 0
-    for done, _ in enumerate(workers.search(counted(), settings(tmp_path))):
+    for done, _ in enumerate(workers.search(counted(), CONFIG)):
         most = max(most, len(taken) - done)
-    assert len(taken) == len(blocks)
-    assert 1 < most <= WORKERS * ray_executor.BLOCKS_A_WORKER
+    assert len(taken) == len(batches)
+    assert 1 < most <= WORKERS * ray_executor.BATCHES_A_WORKER
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Deadly(Prompt):
+    """A prompt that kills the process in which it is read, where that is a worker."""
+
+    driver: int
+
+    def __reduce__(self):
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return _revived, (values,)
+
+
+def _revived(values):
+    if os.getpid() != values["driver"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Deadly(**values)
 
 
 @needs_ray
-def test_a_question_that_kills_its_workers_is_set_aside_and_its_block_is_not(
+def test_a_question_that_kills_its_workers_is_set_aside_and_its_batch_is_not(
     workers, facts, tmp_path, in_process, assert_same_run, monkeypatch
 ):
-    """The question kills the process in which it is asked, where that is a worker."""
-    bad = blocks_of([facts], settings(tmp_path))[3].examples[0]
-    driver = os.getpid()
-    monkeypatch.setattr(jobs, "MAX_LOSSES", 1)  # each is a process that imports torch
-
-    class Deadly(type(facts)):
-        def prompt(self, example, reward):
-            if example.id == bad.id and os.getpid() != driver:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return super().prompt(example, reward)
-
-    deadly = copy.copy(facts)
-    deadly.__class__ = Deadly
-    done = []
-    output = run_search(
-        workers, [deadly], settings(tmp_path), lambda status: done.append(status.done)
-    )
-    assert_same_run([record for record in in_process if record.id != bad.id], read_search(output))
-    [line] = output.with_name(FAILED_FILE).read_text().splitlines()
-    row = json.loads(line)
-    assert (row["id"], row["attempts"]) == (bad.id, 1)
-    assert row["error"] == "its worker process died"
-    assert done == [2, 4, 6, 8, 10, 12, 14, 16]
+    questions = questions_of([facts], CONFIG)
+    bad = batches_of(questions, 2)[3].questions[0]
+    monkeypatch.setattr(executors, "MAX_LOSSES", 1)  # each is a process that imports torch
+    deadly = Deadly(**dataclasses.asdict(bad.prompt), driver=os.getpid())
+    monkeypatch.setattr(workers, "texts", lambda prompts: [prompt.text for prompt in prompts])
+    questions[bad.place] = dataclasses.replace(bad, retests=(deadly,))
+    heard = Heard()
+    found = run_search(workers, questions, CONFIG, tmp_path, heard)
+    assert_same_run([record for record in in_process if record.id != bad.example.id], found)
+    [failed] = found.failed
+    assert (failed.id, failed.attempts) == (bad.example.id, 1)
+    assert failed.error == "its worker process died"
+    assert (tmp_path / FAILED_FILE).is_file()
+    assert heard.done == [2, 4, 6, 8, 10, 12, 14, 16]
 
 
 @needs_ray
 def test_workers_share_the_memory_of_a_machine_and_the_manifest_keeps_all_of_it(
     workers, facts, tmp_path, monkeypatch
 ):
-    config = dataclasses.replace(settings(tmp_path), state_cache_gb=3.0, limit=2)
+    config = dataclasses.replace(CONFIG, state_cache_gb=3.0, limit=2)
     sent = []
     put = workers.ray.put
     monkeypatch.setattr(workers.ray, "put", lambda value: sent.append(value) or put(value))
-    output = run_search(workers, [facts], config)
+    found = run_search(workers, questions_of([facts], config), config, tmp_path)
     assert [x.state_cache_gb for x in sent if isinstance(x, SearchConfig)] == [3.0 / WORKERS]
-    assert read_manifest(output, "search")["config"]["state_cache_gb"] == 3.0
+    assert read_manifest(found.file, "search")["config"]["state_cache_gb"] == 3.0
 
     def num_parts(worker):
         import psutil
@@ -234,3 +254,69 @@ def test_without_ray_one_line_says_how_to_get_it(tmp_path):
     [line] = child.stderr.splitlines()
     assert "needs the package ray, which isn't installed; install it with pip" in line
     assert not (tmp_path / "out").exists()
+
+
+# --- reaching Ray -------------------------------------------------------------------------------
+
+NEVER_ASKED = object()
+"""In place of the package ray: whoever asks it for anything fails."""
+
+
+@pytest.fixture
+def dead_port():
+    """A port of this machine on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_an_address_at_which_nobody_listens_is_refused_at_once(dead_port):
+    started = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        connect(NEVER_ASKED, f"127.0.0.1:{dead_port}", None)
+    assert time.monotonic() - started < 2
+    says = str(caught.value)
+    assert says.startswith(f"--ray-address '127.0.0.1:{dead_port}' can't be reached (")
+    assert "refused" in says
+    assert says.endswith(
+        "give HOST:PORT of a running cluster, as 'ray start' has said it, or leave it out"
+    )
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["local", "head", "head:", "head:six", "head:99999", ":6379", "", "ray://head:10001"],
+)
+def test_what_is_no_address_is_refused(address):
+    with pytest.raises(ConfigError, match=f"--ray-address is '{address}'; give HOST:PORT"):
+        connect(NEVER_ASKED, address, None)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_an_address_at_which_somebody_listens_is_left_to_ray(host):
+    """A Ray that notes what it is asked for."""
+
+    class Noting:
+        def init(self, **options):
+            self.asked = options
+
+    ray = Noting()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as server:
+        try:
+            server.bind((host.strip("[]"), 0))
+        except OSError:
+            pytest.skip(f"this machine has no {host}")
+        server.listen()
+        address = f"{host}:{server.getsockname()[1]}"
+        connect(ray, address, None)
+    assert ray.asked["address"] == address
+
+
+def test_what_ray_says_is_passed_on_in_one_line():
+    class Failing:
+        def init(self, **options):
+            raise ConnectionError("Could not find\nany running Ray instance.")
+
+    with pytest.raises(ConfigError) as caught:
+        connect(Failing(), "auto", None)
+    assert "--ray-address 'auto' can't be reached (Could not find any running" in str(caught.value)

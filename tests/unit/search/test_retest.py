@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 
+import drllm
 from drllm.config import SearchConfig
-from drllm.search.block import search_block
-from drllm.search.evaluator import BlockEvaluator, Outcome
-from drllm.search.retest import judge
+from drllm.search.evaluator import Evaluator, Outcome
+from drllm.search.retest import candidates, judge
 
 
 def test_every_candidate_is_retested_in_all_other_ways_and_nothing_else_is(routed, facts):
     examples = facts.examples("search")[:12]
     seen = set()
     for record, example in zip(
-        search_block(routed, examples, facts, SearchConfig(num_simulations=8)),
+        drllm.search_paths(routed, examples, SearchConfig(num_simulations=8)),
         examples,
         strict=True,
     ):
@@ -28,15 +28,38 @@ def test_every_candidate_is_retested_in_all_other_ways_and_nothing_else_is(route
                 continue
             passed = 0
             for prompt in ways:
-                [outcome] = BlockEvaluator(routed, [prompt], 1.0).evaluate([(0, path.decisions)])
+                [outcome] = Evaluator(routed, [prompt], 1.0).evaluate([(0, path.decisions)])
                 passed += outcome.reward >= 1
             assert (passed, len(ways)) == (path.retest.passed, path.retest.asked)
             seen.add(path.retest.survived)
     assert seen == {True, False}, "the sample must hold both outcomes"
 
 
+FULL, SHORTER, LONGER, AS_LONG = (1, 1, 1, 1), (1, 1, 0, 1), (1, 2, 1, 1), (1, 0, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("right", "expected"),
+    [
+        ({FULL, SHORTER, LONGER, AS_LONG}, {FULL, SHORTER}),  # as long as the full path: no gain
+        ({SHORTER, LONGER, AS_LONG}, {SHORTER, LONGER, AS_LONG}),  # all of them improve
+        ({FULL}, {FULL}),
+        (set(), set()),
+    ],
+)
+def test_candidates_improve_or_are_shorter_or_are_the_full_path(right, expected):
+    paths = {
+        decisions: Outcome(reward=float(decisions in right), margin=None)
+        for decisions in (FULL, SHORTER, LONGER, AS_LONG)
+    }
+    assert set(candidates(paths)) == expected
+
+
 def outcomes(rewards, margins):
-    return [Outcome(reward, margin) for reward, margin in zip(rewards, margins, strict=True)]
+    return [
+        Outcome(reward=reward, margin=margin)
+        for reward, margin in zip(rewards, margins, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(

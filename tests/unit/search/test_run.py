@@ -1,31 +1,33 @@
-"""The search stage on a tiny model: what is committed, resumed, refused and written."""
+"""The search stage on a tiny model: what is kept, resumed, refused and written."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import logging
 import re
 import shutil
 import subprocess
-from typing import Any
+from contextlib import contextmanager
 
 import pytest
 
+import drllm
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, RecordError, TaskError
+from drllm.listener import Listener
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import (
+    FailedQuestion,
     codec,
     manifest_path,
     read_json_lines,
     read_search,
     split_of,
-    write_atomically,
 )
-from drllm.search.block import search_path
+from drllm.search import CHUNKS_FOLDER, num_batches_kept
+from drllm.search.evaluator import Evaluator
 from drllm.search.executors import LocalExecutor
-from drllm.search.questions import blocks_of
+from drllm.search.questions import batches_of, questions_of
 from drllm.search.run import run_search
 from drllm.tasks.base import choose, get_task
 
@@ -33,146 +35,201 @@ IDENTITY = {"id": "tiny", "num_layers": 6, "fingerprint": "0"}
 RUNTIME = {"dtype": "float32", "device": "cpu", "attn_implementation": "sdpa"}
 
 
-def settings(folder, **values):
-    values = {"limit": 7, "block_size": 2, **values}
-    return SearchConfig(num_simulations=8, output_dir=str(folder), **values)
+def settings(**values):
+    return SearchConfig(num_simulations=8, **{"limit": 7, "block_size": 2, **values})
 
 
-def run(routed, folder, tasks, on_progress=None, **values):
-    config = settings(folder, **values)
-    return run_search(LocalExecutor(routed, IDENTITY, RUNTIME), tasks, config, on_progress)
+def run(routed, folder, tasks, listener=None, runtime=RUNTIME, identity=IDENTITY, **values):
+    config = settings(**values)
+    executor = LocalExecutor(routed, identity, runtime)
+    return run_search(executor, questions_of(tasks, config), config, folder, listener)
 
 
-class StopAfter:
-    """Raises once a number of questions is committed, as an interruption would."""
+class Heard(Listener):
+    """Notes what it hears; stops the search, as an interruption would, at a number of questions."""
 
-    def __init__(self, questions):
-        self.questions = questions
+    def __init__(self, stop_at=None, at_each=lambda done: None):
+        self.stop_at = stop_at
+        self.at_each = at_each
+        self.calls = []
+        self.notes = []
 
-    def __call__(self, status):
-        if status.done >= self.questions:
-            raise KeyboardInterrupt
+    def note(self, text):
+        self.notes.append(text)
+
+    @contextmanager
+    def progress(self, title, unit):
+        def on_progress(done, total, note=""):
+            self.calls.append((done, total, note))
+            self.at_each(done)
+            if self.stop_at is not None and done >= self.stop_at:
+                raise KeyboardInterrupt
+
+        yield on_progress
+
+
+def interrupt(routed, folder, tasks, questions, **values):
+    with pytest.raises(KeyboardInterrupt):
+        run(routed, folder, tasks, Heard(stop_at=questions), **values)
+
+
+def chunks(folder):
+    return {file.name: file for file in (folder / CHUNKS_FOLDER).glob("batch-*.json")}
 
 
 @pytest.fixture(scope="module")
 def unbroken(routed, facts, tmp_path_factory):
     """The records of a run that nothing disturbed."""
-    return read_search(run(routed, tmp_path_factory.mktemp("unbroken"), [facts]))
+    return run(routed, tmp_path_factory.mktemp("unbroken"), [facts])
 
 
-@pytest.mark.parametrize("questions", [1, 2, 5])
+@pytest.fixture
+def num_evaluated(monkeypatch):
+    """The paths that were evaluated, re-tests included, in a list of one number."""
+    counted = [0]
+    evaluate = Evaluator.evaluate
+
+    def counting(self, pairs):
+        counted[0] += len(pairs)
+        return evaluate(self, pairs)
+
+    monkeypatch.setattr(Evaluator, "evaluate", counting)
+    return counted
+
+
+@pytest.mark.parametrize("questions", [0.5, 2, 5])
 def test_an_interrupted_run_ends_as_an_unbroken_one(
     routed, facts, tmp_path, questions, unbroken, assert_same_run
 ):
-    with pytest.raises(KeyboardInterrupt):
-        run(routed, tmp_path / "broken", [facts], StopAfter(questions))
-    assert not (tmp_path / "broken" / "search.jsonl").exists()
-    resumed = read_search(run(routed, tmp_path / "broken", [facts]))
+    interrupt(routed, tmp_path, [facts], questions)
+    assert not (tmp_path / "search.jsonl").exists()
+    resumed = run(routed, tmp_path, [facts])
     assert_same_run(unbroken, resumed)
-    assert not (tmp_path / "broken" / "search.blocks").exists()
+    assert_same_run(unbroken, read_search(tmp_path / "search.jsonl"))
+    assert not (tmp_path / CHUNKS_FOLDER).exists()
 
 
-def test_records_stand_in_the_order_of_the_questions_whatever_their_blocks(
-    routed, facts, unbroken, tmp_path
+def test_an_interrupted_batch_loses_one_round_and_no_retest(
+    routed, facts, tmp_path, num_evaluated, monkeypatch, assert_same_run
 ):
-    asked = choose(facts.examples("search"), settings(tmp_path).limit, 0)
+    """Interrupted in the midst of the rounds, then between two ways of the re-test."""
+    config = {"limit": 4, "block_size": 4}
+    whole = run(routed, tmp_path / "unbroken", [facts], **config)
+    wanted, num_evaluated[0] = num_evaluated[0], 0
+    interrupt(routed, tmp_path / "broken", [facts], 2, **config)
+    with_margins = Evaluator.with_margins
+    left = [3]  # the margins of the first asking, and of one way of the re-test
+
+    def interrupted(self, pairs, outcomes):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return with_margins(self, pairs, outcomes)
+
+    monkeypatch.setattr(Evaluator, "with_margins", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(routed, tmp_path / "broken", [facts], **config)
+    lost = len([path for record in whole for path in record.paths if path.retest])
+    resumed = run(routed, tmp_path / "broken", [facts], **config)
+    assert_same_run(whole, resumed)
+    assert wanted <= num_evaluated[0] <= wanted + lost + 4 * 4, "one way of the re-test at most"
+
+
+def test_records_stand_in_the_order_of_the_questions_whatever_their_batches(
+    routed, facts, unbroken
+):
+    asked = choose(facts.examples("search"), settings().limit, 0)
     assert [example.id for example in asked] == [record.id for record in unbroken]
-    by_block = [e.id for block in blocks_of([facts], settings(tmp_path)) for e in block.examples]
-    assert by_block != [record.id for record in unbroken]
+    batches = batches_of(questions_of([facts], settings()), 2)
+    by_batch = [question.example.id for batch in batches for question in batch.questions]
+    assert by_batch != [record.id for record in unbroken]
 
 
-def test_committed_blocks_are_not_searched_again(routed, facts, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        run(routed, tmp_path, [facts], StopAfter(4))
-    parts = sorted((tmp_path / "search.blocks").glob("0*.jsonl"))
-    before = [(part.name, part.stat().st_mtime_ns) for part in parts]
-    with pytest.raises(KeyboardInterrupt):
-        run(routed, tmp_path, [facts], StopAfter(6))
-    after = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "search.blocks").glob("0*.jsonl")}
-    assert before == [(name, after[name]) for name, _ in before]
-    assert len(after) > len(before)
+def test_finished_batches_are_not_searched_again(routed, facts, tmp_path):
+    interrupt(routed, tmp_path, [facts], 4)
+    before = {name: file.stat().st_mtime_ns for name, file in chunks(tmp_path).items()}
+    interrupt(routed, tmp_path, [facts], 6)
+    after = {name: file.stat().st_mtime_ns for name, file in chunks(tmp_path).items()}
+    kept = [name for name in before if name.count(".") == 1]
+    assert kept
+    assert [before[name] for name in kept] == [after[name] for name in kept]
+    assert num_batches_kept(tmp_path / CHUNKS_FOLDER) > len(kept) - 1
 
 
-def test_a_finished_search_is_returned_as_it_is(routed, facts, tmp_path):
-    output = run(routed, tmp_path, [facts])
-    before = output.stat().st_mtime_ns
-    calls = []
-    assert output == run(routed, tmp_path, [facts], calls.append)
-    assert before == output.stat().st_mtime_ns
-    assert calls == []
+def test_a_finished_search_is_returned_as_it_is(routed, facts, tmp_path, assert_same_run):
+    found = run(routed, tmp_path, [facts])
+    before = found.file.stat().st_mtime_ns
+    heard = Heard()
+    again = run(routed, tmp_path, [facts], heard)
+    assert (found.is_new, again.is_new) == (True, False)
+    assert_same_run(found, again)
+    assert before == again.file.stat().st_mtime_ns
+    assert heard.calls == heard.notes == []
+
+
+def test_a_search_without_a_folder_gives_the_same_records_and_writes_nothing(
+    routed, facts, unbroken, tmp_path, monkeypatch, assert_same_run
+):
+    monkeypatch.chdir(tmp_path)
+    found = drllm.search_paths(routed, [facts], settings())
+    assert_same_run(unbroken, found)
+    assert found.file is None
+    assert found.model["num_layers"] == 6
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module", params=[2, None], ids=["interrupted", "complete"])
+def earlier(request, routed, facts, tmp_path_factory):
+    """The folder of a search that was interrupted, or of one that is complete."""
+    folder = tmp_path_factory.mktemp("earlier")
+    if request.param is None:
+        run(routed, folder, [facts])
+    else:
+        interrupt(routed, folder, [facts], request.param)
+    return folder
 
 
 @pytest.mark.parametrize(
     ("changed", "named"),
-    [({"seed": 3}, "seed"), ({"budget": 1.5}, "budget"), ({"stop_rule": "paper"}, "stop_rule")],
+    [
+        ({"seed": 3}, "seed 0, now 3"),
+        ({"budget": 1.5}, "budget 2.0, now 1.5"),
+        ({"stop_rule": "paper"}, "stop_rule"),
+        ({"shard": "1/2"}, "shard"),
+        ({"limit": 6}, "limit 7, now 6"),
+        ({"identity": {**IDENTITY, "fingerprint": "1"}}, "fingerprint"),
+        ({"runtime": {**RUNTIME, "dtype": "bfloat16"}}, 'dtype "float32", now "bfloat16"'),
+        ({"runtime": {**RUNTIME, "device": "cuda"}}, "device"),
+    ],
 )
-def test_other_settings_do_not_continue_a_run(routed, facts, tmp_path, changed, named):
-    with pytest.raises(KeyboardInterrupt):
-        run(routed, tmp_path, [facts], StopAfter(2))
-    with pytest.raises(ConfigError, match=named):
-        run(routed, tmp_path, [facts], **changed)
-    run(routed, tmp_path, [facts])
-    with pytest.raises(ConfigError, match=named):
-        run(routed, tmp_path, [facts], **changed)
+def test_another_search_does_not_resume_a_run(routed, facts, earlier, changed, named):
+    with pytest.raises(ConfigError, match=f"{named}.*choose another --output-dir"):
+        run(routed, earlier, [facts], **changed)
 
 
-def test_other_questions_do_not_continue_a_run(routed, facts, tmp_path):
-    run(routed, tmp_path, [facts])
-    with pytest.raises(ConfigError, match="other questions"):
-        run(routed, tmp_path, [get_task("builtin_arithmetic")])
+def test_other_questions_do_not_resume_a_run(routed, earlier):
+    with pytest.raises(ConfigError, match="other prompts"):
+        run(routed, earlier, [get_task("builtin_arithmetic")])
 
 
-def test_another_model_does_not_continue_a_run(routed, facts, tmp_path):
-    run(routed, tmp_path, [facts])
-    config = settings(tmp_path)
-    other = LocalExecutor(routed, {**IDENTITY, "fingerprint": "1"}, RUNTIME)
-    with pytest.raises(ConfigError, match="fingerprint"):
-        run_search(other, [facts], config)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("dtype", "bfloat16"), ("device", "cuda"), ("attn_implementation", "eager")],
-)
-@pytest.mark.parametrize("questions", [2, 7], ids=["interrupted", "complete"])
-def test_a_model_that_runs_otherwise_does_not_continue_a_run(
-    routed, facts, tmp_path, questions, name, value
-):
-    config = settings(tmp_path)
-    if questions == 7:
-        run(routed, tmp_path, [facts])
-    else:
-        with pytest.raises(KeyboardInterrupt):
-            run(routed, tmp_path, [facts], StopAfter(questions))
-    with pytest.raises(ConfigError, match=f"{name} {RUNTIME[name]!r}, this run has {value!r}"):
-        run_search(LocalExecutor(routed, IDENTITY, {**RUNTIME, name: value}), [facts], config)
-
-
-def test_another_version_does_not_continue_a_run(routed, facts, tmp_path, monkeypatch):
-    run(routed, tmp_path, [facts])
+def test_another_version_does_not_resume_a_run(routed, facts, earlier, monkeypatch):
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version(name) + "+other")
     with pytest.raises(ConfigError, match=r"drllm_version .*choose another --output-dir"):
-        run(routed, tmp_path, [facts])
+        run(routed, earlier, [facts])
 
 
 def test_a_cut_off_result_is_not_taken_for_a_finished_one(routed, facts, tmp_path):
-    output = run(routed, tmp_path, [facts])
+    output = run(routed, tmp_path, [facts]).file
     output.write_bytes(output.read_bytes()[:-50])
     with pytest.raises(RecordError, match="line 7"):
         run(routed, tmp_path, [facts])
 
 
-def test_a_result_without_its_manifest_is_not_overwritten(routed, facts, tmp_path):
-    output = run(routed, tmp_path, [facts])
-    manifest_path(output).unlink()
-    with pytest.raises(RecordError, match="without its manifest"):
-        run(routed, tmp_path, [facts])
-
-
-def test_a_foreign_result_beside_unfinished_blocks_is_not_overwritten(routed, facts, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        run(routed, tmp_path, [facts], StopAfter(4))
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_result_without_its_manifest_is_not_overwritten(routed, facts, tmp_path, interrupted):
+    if interrupted:
+        interrupt(routed, tmp_path, [facts], 4)
     (tmp_path / "search.jsonl").write_text("mine")
     with pytest.raises(RecordError, match="without its manifest"):
         run(routed, tmp_path, [facts])
@@ -181,202 +238,134 @@ def test_a_foreign_result_beside_unfinished_blocks_is_not_overwritten(routed, fa
 
 @pytest.fixture
 def left_over(routed, facts, tmp_path):
-    """A complete search, and beside it the blocks that it was made from."""
-    parts, kept = tmp_path / "search.blocks", tmp_path / "kept"
+    """A complete search, and next to it the chunks that it was made from."""
+    parts, kept = tmp_path / CHUNKS_FOLDER, tmp_path / "kept"
 
-    def keep(status):
-        if status.done == status.total:  # said again once the last block is committed
+    def keep(done):
+        if done == 7:  # said again once the last batch is kept
             shutil.copytree(parts, kept, dirs_exist_ok=True)
 
-    output = run(routed, tmp_path, [facts], keep)
+    output = run(routed, tmp_path, [facts], Heard(at_each=keep)).file
     kept.rename(parts)
     return output
 
 
-def test_a_run_killed_before_its_manifest_is_completed_from_its_blocks(
+def test_a_run_killed_before_its_manifest_is_completed_from_its_chunks(
     routed, facts, tmp_path, left_over
 ):
     before = left_over.read_bytes()
     manifest_path(left_over).unlink()
-    assert run(routed, tmp_path, [facts]) == left_over
+    assert run(routed, tmp_path, [facts]).file == left_over
     assert left_over.read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "search.jsonl",
-        "search.manifest.json",
-    ]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["search.jsonl", "search.manifest.json"]
 
 
-def test_a_run_killed_behind_its_manifest_is_cleared_of_its_blocks(
+def test_a_run_killed_after_its_manifest_is_cleared_of_its_chunks(
     routed, facts, tmp_path, left_over
 ):
     before = left_over.stat().st_mtime_ns
-    assert run(routed, tmp_path, [facts]) == left_over
+    assert run(routed, tmp_path, [facts]).file == left_over
     assert left_over.stat().st_mtime_ns == before
-    assert not (tmp_path / "search.blocks").exists()
-
-
-@pytest.mark.parametrize("kept", ["plan.json", "nothing"])
-def test_a_clearing_that_was_killed_is_ended(routed, facts, tmp_path, left_over, kept):
-    for file in (tmp_path / "search.blocks").iterdir():
-        if file.name != kept:
-            file.unlink()
-    run(routed, tmp_path, [facts])
-    assert not (tmp_path / "search.blocks").exists()
-
-
-def test_blocks_of_another_search_beside_a_complete_one_stay(routed, facts, tmp_path, left_over):
-    write_atomically(tmp_path / "search.blocks" / "plan.json", '{"settings": {"seed": 9}}\n')
-    run(routed, tmp_path, [facts])
-    assert (tmp_path / "search.blocks" / "00000.jsonl").exists()
-
-
-def test_a_broken_plan_is_answered_with_what_to_delete(routed, facts, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        run(routed, tmp_path, [facts], StopAfter(4))
-    (tmp_path / "search.blocks" / "plan.json").write_text("{")
-    with pytest.raises(RecordError, match=r"plan\.json is broken; delete the folder"):
-        run(routed, tmp_path, [facts])
+    assert not (tmp_path / CHUNKS_FOLDER).exists()
 
 
 def test_the_manifest_names_model_settings_and_prompts(routed, facts, tmp_path):
-    output = run(routed, tmp_path, [facts])
+    output = run(routed, tmp_path, [facts]).file
     manifest = json.loads(manifest_path(output).read_text())
     assert manifest["model"] == IDENTITY
     assert manifest["config"]["num_simulations"] == 8
     assert manifest["num_records"] == 7
     assert manifest["plan"]["runtime"] == RUNTIME
-    assert manifest["plan"]["drllm_version"] == manifest["drllm_version"]
     assert len(manifest["plan"]["prompts_sha256"]) == 64
 
 
-def test_progress_counts_questions_and_ends_at_the_total(routed, facts, tmp_path):
-    calls = []
-    run(routed, tmp_path, [facts], calls.append)
-    done = [status.done for status in calls]
+def test_progress_counts_questions_and_says_what_is_found(routed, facts, tmp_path):
+    heard = Heard()
+    records = run(routed, tmp_path, [facts], heard)
+    done = [done for done, _, _ in heard.calls]
     assert done == sorted(done)
-    assert (calls[-1].done, calls[-1].total) == (7, 7)
-    assert any(share != int(share) for share in done), "progress moves within a block"
-
-
-def test_a_reward_that_the_task_cannot_grade_is_refused_before_any_work(routed, facts, tmp_path):
-    with pytest.raises(TaskError, match="boxed"):
-        run(routed, tmp_path / "new", [facts], reward="boxed")
-    assert not (tmp_path / "new").exists()
-
-
-def test_progress_counts_paths_and_what_they_are_worth(routed, facts, tmp_path):
-    calls = []
-    output = run(routed, tmp_path, [facts], calls.append)
-    records = read_search(output)
+    assert heard.calls[-1][:2] == (7, 7)
+    assert any(share != int(share) for share in done), "progress moves within a batch"
     survived = [
         [path for path in record.paths if path.retest is not None and path.retest.survived]
         for record in records
     ]
-    improving = [
-        bool(paths) and record.full.reward < 1
-        for record, paths in zip(records, survived, strict=True)
-    ]
-    assert calls[-1].fresh_paths == calls[-1].found.paths == 7 * 9
-    assert (sum(map(bool, survived)), sum(improving)) == (
-        calls[-1].found.valid,
-        calls[-1].found.improving,
-    )
-    assert 0 < sum(map(bool, survived)) < 7, "the sample must hold both"
-    fresh = [status.fresh_paths for status in calls]
-    assert fresh == sorted(fresh)
+    valid = sum(map(bool, survived)) / 7
+    assert 0 < valid < 1, "the sample must hold both"
+    assert f"{100 * valid:.0f} % valid" in heard.calls[-1][2]
 
 
-def test_paths_of_an_earlier_run_are_not_fresh(routed, facts, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        run(routed, tmp_path, [facts], StopAfter(4.5))
-    calls = []
-    run(routed, tmp_path, [facts], calls.append)
-    assert calls[-1].fresh_paths == 3 * 9
-    assert calls[-1].found.paths == 7 * 9
+def test_a_reward_that_the_task_cannot_grade_is_refused_before_any_work(routed, facts, tmp_path):
+    with pytest.raises(TaskError, match="boxed"):
+        drllm.search_paths(routed, [facts], settings(reward="boxed"), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_ray_takes_no_model_that_is_loaded_already(routed, facts):
+    with pytest.raises(ConfigError, match="ModelConfig"):
+        drllm.search_paths(routed, [facts], settings(executor="ray"))
 
 
 def test_who_does_the_work_changes_no_search(routed, facts, tmp_path):
-    output = run(routed, tmp_path, [facts])
-    before = output.stat().st_mtime_ns
-    run(routed, tmp_path, [facts], paths_per_pass=3, state_cache_gb=1.0, executor="ray")
-    assert before == output.stat().st_mtime_ns
+    before = run(routed, tmp_path, [facts]).file.stat().st_mtime_ns
+    again = run(routed, tmp_path, [facts], paths_per_pass=3, state_cache_gb=1.0, executor="ray")
+    assert before == again.file.stat().st_mtime_ns
 
 
-def test_another_shard_does_not_continue_a_run(routed, facts, tmp_path):
-    run(routed, tmp_path, [facts], shard="1/2", limit=20)
-    with pytest.raises(ConfigError, match=r"made with shard '1/2', this run has '2/2'"):
-        run(routed, tmp_path, [facts], shard="2/2", limit=20)
-
-
-def test_another_chat_template_does_not_continue_a_run(routed, tmp_path, monkeypatch):
+def test_another_chat_template_does_not_resume_a_run(routed, tmp_path, monkeypatch):
     task = get_task("builtin_arithmetic")
     run(routed, tmp_path, [task], limit=2)
     template = "{{ messages[0]['content'] }}!"
     monkeypatch.setattr(routed.tokenizer, "chat_template", template)
-    with pytest.raises(ConfigError, match="another chat template"):
+    with pytest.raises(ConfigError, match="other chat template"):
         run(routed, tmp_path, [task], limit=2)
 
 
-def test_a_search_goes_on_the_next_day_under_a_template_that_prints_the_date(
+def test_a_search_is_resumed_the_next_day_under_a_template_that_prints_the_date(
     routed, tmp_path, monkeypatch, set_date, assert_same_run
 ):
     template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
     monkeypatch.setattr(routed.tokenizer, "chat_template", template)
     task = get_task("builtin_arithmetic")
     set_date(2031, 5, 1)
-    unbroken = read_search(run(routed, tmp_path / "unbroken", [task], limit=4))
-    with pytest.raises(KeyboardInterrupt):
-        run(routed, tmp_path / "broken", [task], StopAfter(2), limit=4)
+    unbroken = run(routed, tmp_path / "unbroken", [task], limit=4)
+    interrupt(routed, tmp_path / "broken", [task], 2, limit=4)
     set_date(2031, 5, 2)
-    resumed = read_search(run(routed, tmp_path / "broken", [task], limit=4))
+    resumed = run(routed, tmp_path / "broken", [task], limit=4)
     assert_same_run(unbroken, resumed)
     assert all(record.prompt.startswith("26 Jul 2024 ") for record in resumed)
 
 
-def test_one_prompt_of_each_task_is_told_and_logged_as_the_model_reads_it(
-    routed, facts, tmp_path, caplog
-):
-    told = []
-    executor = LocalExecutor(routed, IDENTITY, RUNTIME)
+def test_one_prompt_of_each_task_is_told_as_the_model_reads_it(routed, facts, tmp_path):
+    heard = Heard()
     tasks = [facts, get_task("builtin_arithmetic")]
-    with caplog.at_level(logging.INFO, logger="drllm"):
-        output = run_search(executor, tasks, settings(tmp_path, limit=2), None, told.append)
-    [prompts] = told
-    assert list(prompts) == ["builtin_facts", "builtin_arithmetic"]
-    for name, text in prompts.items():
-        assert text in [record.prompt for record in read_search(output) if record.task == name]
-        assert repr(text) in caplog.text
-    assert prompts["builtin_arithmetic"].startswith("user: ")
-
-
-def test_no_prompt_is_told_of_a_search_that_is_complete(routed, facts, tmp_path):
-    executor, config, told = LocalExecutor(routed, IDENTITY, RUNTIME), settings(tmp_path), []
-    with pytest.raises(KeyboardInterrupt):
-        run_search(executor, [facts], config, StopAfter(2), told.append)
-    run_search(executor, [facts], config, None, told.append)
-    assert len(told) == 2
-    run_search(executor, [facts], config, None, told.append)
-    assert len(told) == 2
+    records = run(routed, tmp_path, tasks, heard, limit=2)
+    assert len(heard.notes) == 2
+    for task, note in zip(tasks, heard.notes, strict=True):
+        assert task.name in note.splitlines()[0]
+        text = "\n".join(line.removeprefix("  | ") for line in note.splitlines()[1:])
+        assert text in [record.prompt for record in records if record.task == task.name]
 
 
 def test_a_prompt_that_the_template_refuses_is_not_the_example(routed, tmp_path, monkeypatch):
-    task, told = get_task("builtin_arithmetic"), []
-    config = settings(tmp_path, limit=3)
-    [shortest, *_] = [e for block in blocks_of([task], config) for e in block.examples]
+    task, heard = get_task("builtin_arithmetic"), Heard()
+    first = questions_of([task], settings(limit=3))[0].example
     template = (
-        f"{{% if {shortest.question!r} in messages[0]['content'] %}}"
+        f"{{% if {first.question!r} in messages[0]['content'] %}}"
         "{{ raise_exception('no') }}{% endif %}{{ messages[0]['content'] }}"
     )
     monkeypatch.setattr(routed.tokenizer, "chat_template", template)
-    run_search(LocalExecutor(routed, IDENTITY, RUNTIME), [task], config, None, told.append)
-    assert shortest.question not in told[0]["builtin_arithmetic"]
+    found = run(routed, tmp_path, [task], heard, limit=3)
+    assert first.question not in heard.notes[0]
+    assert [failed.id for failed in found.failed] == [first.id]
 
 
 @pytest.mark.parametrize("parts", [2, 3])
 def test_the_shards_together_are_the_whole_search(routed, facts, tmp_path, parts, assert_same_run):
-    whole = read_search(run(routed, tmp_path / "whole", [facts], limit=12))
+    whole = run(routed, tmp_path / "whole", [facts], limit=12)
     shards = [
-        read_search(run(routed, tmp_path / str(part), [facts], limit=12, shard=f"{part}/{parts}"))
+        run(routed, tmp_path / str(part), [facts], limit=12, shard=f"{part}/{parts}")
         for part in range(1, parts + 1)
     ]
     assert all(shards)
@@ -388,23 +377,18 @@ def test_the_shards_together_are_the_whole_search(routed, facts, tmp_path, parts
     "spoil",
     [
         lambda text: text[:-40],
-        lambda text: text.splitlines(keepends=True)[0],
-        lambda text: "",
         lambda text: text.replace('"reward":', '"rewar":', 1),
-        lambda text: text * 2,
+        lambda text: '{"records":[],"failed":[]}',
     ],
-    ids=["torn", "a line missing", "empty", "a field missing", "twice"],
+    ids=["torn", "a field missing", "of other questions"],
 )
-def test_a_block_file_that_cannot_be_trusted_is_set_aside_and_searched_again(
-    routed, facts, tmp_path, spoil, caplog, unbroken, assert_same_run
+def test_a_chunk_that_cannot_be_trusted_is_searched_again(
+    routed, facts, tmp_path, spoil, unbroken, assert_same_run
 ):
-    with pytest.raises(KeyboardInterrupt):
-        run(routed, tmp_path, [facts], StopAfter(2.5))
-    block = tmp_path / "search.blocks" / "00000.jsonl"
-    block.write_text(spoil(block.read_text()))
-    assert_same_run(unbroken, read_search(run(routed, tmp_path, [facts])))
-    [warning] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert "set aside as 00000.jsonl.broken, and its questions are searched again" in warning
+    interrupt(routed, tmp_path, [facts], 2.5)
+    [file] = [file for name, file in chunks(tmp_path).items() if name.count(".") == 1]
+    file.write_text(spoil(file.read_text()))
+    assert_same_run(unbroken, run(routed, tmp_path, [facts]))
 
 
 def test_what_a_kill_left_half_written_is_cleared_away(routed, facts, tmp_path):
@@ -436,31 +420,37 @@ def some_fail(tiny_llama, tiny_tokenizer, tmp_path):
     return RoutedModel(model, tokenizer=tiny_tokenizer), get_task(str(file))
 
 
-def test_questions_that_fail_are_set_aside_and_the_run_goes_on(some_fail, tmp_path):
-    routed, task = some_fail
-    output = run(routed, tmp_path / "out", [task], limit=None)
-    bad = {e.id for e in task.examples("search") if "~" in e.question}
-    rows = [
-        row for _, row in read_json_lines(tmp_path / "out" / "search.failed.jsonl", dict[str, Any])
-    ]
-    assert {row["id"] for row in rows} == bad
-    assert {tuple(row) for row in rows} == {("id", "task", "question", "error", "attempts")}
-    assert {3} == {row["attempts"] for row in rows}
-    assert all(row["error"].startswith("ModelError: the base model's own") for row in rows)
-    good = {record.id for record in read_search(output)}
-    assert good == {e.id for e in task.examples("search")} - bad
-    assert json.loads(manifest_path(output).read_text())["num_failed"] == len(bad)
+def alone(routed, task, records):
+    """Search each question again by itself."""
+    by_id = {example.id: example for example in task.examples("search")}
+
+    class One(type(task)):
+        def examples(self, split, data_dir=None):
+            return [self.only]
+
+    one = One(task.path)
+    for record in records:
+        one.only = by_id[record.id]
+        yield from drllm.search_paths(routed, [one], settings(limit=None))
 
 
-def test_neighbours_of_a_question_that_fails_are_searched_as_ever(
+def read_failed(folder):
+    return [row for _, row in read_json_lines(folder / "search.failed.jsonl", FailedQuestion)]
+
+
+def test_questions_that_fail_are_set_aside_and_their_neighbours_are_searched_as_ever(
     some_fail, tmp_path, assert_same_run
 ):
     routed, task = some_fail
-    found = read_search(run(routed, tmp_path / "out", [task], limit=None))
-    by_id = {example.id: example for example in task.examples("search")}
-    config = settings(tmp_path)
-    alone = [search_path(routed, by_id[record.id], task, config) for record in found]
-    assert_same_run(found, alone)
+    found = run(routed, tmp_path / "out", [task], limit=None)
+    bad = {e.id for e in task.examples("search") if "~" in e.question}
+    assert tuple(read_failed(tmp_path / "out")) == found.failed
+    assert {failed.id for failed in found.failed} == bad
+    assert {failed.attempts for failed in found.failed} == {3}
+    assert all(one.error.startswith("ModelError: the base model's own") for one in found.failed)
+    assert {record.id for record in found} == {e.id for e in task.examples("search")} - bad
+    assert json.loads(manifest_path(found.file).read_text())["num_failed"] == len(bad)
+    assert_same_run(found, list(alone(routed, task, found)))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -478,28 +468,24 @@ def test_a_question_beyond_the_context_is_set_aside_and_its_neighbours_are_searc
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = get_task(str(file))
 
-    found = read_search(run(routed, tmp_path / "out", [task], limit=None, block_size=8))
+    found = run(routed, tmp_path / "out", [task], limit=None, block_size=8)
 
-    [[_, failed]] = read_json_lines(tmp_path / "out" / "search.failed.jsonl", dict[str, Any])
-    assert failed["question"] == long["question"]
+    [failed] = found.failed
+    assert failed.question == long["question"]
     says = r"ModelError: a prompt of the question has \d+ tokens, .* context holds 256; shorten"
-    assert re.match(says, failed["error"])
-    by_id = {example.id: example for example in task.examples("search")}
-    assert len(found) == len(by_id) - 1 > 2
-    config = settings(tmp_path)
-    alone = [search_path(routed, by_id[record.id], task, config) for record in found]
-    assert_same_run(found, alone)
+    assert re.match(says, failed.error)
+    assert len(found) == len(task.examples("search")) - 1 > 2
+    assert_same_run(found, list(alone(routed, task, found)))
 
 
 def test_a_resumed_run_keeps_what_was_set_aside(some_fail, tmp_path, assert_same_run):
     routed, task = some_fail
     unbroken = run(routed, tmp_path / "unbroken", [task], limit=None)
-    with pytest.raises(KeyboardInterrupt):
-        run(routed, tmp_path / "broken", [task], StopAfter(9), limit=None)
+    interrupt(routed, tmp_path / "broken", [task], 9, limit=None)
     resumed = run(routed, tmp_path / "broken", [task], limit=None)
-    assert_same_run(read_search(unbroken), read_search(resumed))
-    failed = "search.failed.jsonl"
-    assert unbroken.with_name(failed).read_text() == resumed.with_name(failed).read_text()
+    assert_same_run(unbroken, resumed)
+    assert unbroken.failed == resumed.failed
+    assert read_failed(tmp_path / "unbroken") == read_failed(tmp_path / "broken")
 
 
 def test_a_run_in_which_every_question_fails_ends_with_the_reason(

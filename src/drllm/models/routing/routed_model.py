@@ -42,7 +42,7 @@ class RoutedModel:
         routers: Trained routers for exactly this model.
         policy: Any other policy; give routers or a policy, not both.
         bypass: What a skipped layer passes on; by default the hidden state as it is.
-        tokenizer: The model's tokenizer, for whatever starts from texts (`search_path`).
+        tokenizer: The model's tokenizer, for whatever starts from texts (`search_paths`).
 
     Raises:
         ArchitectureError: The model's layers can't be routed exactly.

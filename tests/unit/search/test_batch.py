@@ -1,4 +1,4 @@
-"""Searching a block on a tiny model: what is recorded, and what neighbours don't change."""
+"""Searching a batch on a tiny model: what is recorded and retried."""
 
 from __future__ import annotations
 
@@ -12,9 +12,19 @@ from drllm.errors import ModelError, TaskError
 from drllm.models.base.prompts import render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import full_decisions
-from drllm.search.block import search_block
-from drllm.search.evaluator import BlockEvaluator, gold_text
+from drllm.records import FailedQuestion
+from drllm.search.batch import ATTEMPTS, search_batch, search_in_step
+from drllm.search.evaluator import Evaluator, gold_text, read
+from drllm.search.questions import Batch, ask
 from drllm.tasks.base import get_task
+
+CONFIG = SearchConfig(num_simulations=4)
+
+
+@pytest.fixture
+def batch(facts):
+    examples = facts.examples("search")[:3]
+    return Batch(0, tuple(ask(facts, e, "loglikelihood", n) for n, e in enumerate(examples)))
 
 
 def settings(**values):
@@ -22,7 +32,7 @@ def settings(**values):
 
 
 def test_a_record_holds_the_full_path_first_and_then_every_simulation(routed, facts):
-    records = search_block(routed, facts.examples("search")[:3], facts, settings())
+    records = drllm.search_paths(routed, facts.examples("search")[:3], settings())
     for record in records:
         assert full_decisions(6) == record.full.decisions
         assert list(range(9)) == [path.simulation for path in record.paths]
@@ -33,32 +43,32 @@ def test_a_record_holds_the_full_path_first_and_then_every_simulation(routed, fa
 def test_recorded_outcomes_are_those_of_each_path_alone(routed, facts):
     examples = facts.examples("search")[:3]
     for record, example in zip(
-        search_block(routed, examples, facts, settings()), examples, strict=True
+        drllm.search_paths(routed, examples, settings()), examples, strict=True
     ):
         for path in record.paths:
-            alone = BlockEvaluator(routed, [facts.prompt(example, "loglikelihood")], 1.0)
+            alone = Evaluator(routed, [facts.prompt(example, "loglikelihood")], 1.0)
             [outcome] = alone.evaluate([(0, path.decisions)])
             assert outcome.reward == path.reward
             assert outcome.margin == pytest.approx(path.margin, abs=1e-4)
 
 
-def test_neighbours_in_a_block_do_not_change_a_question_s_tree(routed, facts, assert_same_run):
+def test_neighbours_in_a_batch_do_not_change_a_question_s_tree(routed, facts, assert_same_run):
     examples = facts.examples("search")[:4]
-    together = search_block(routed, examples, facts, settings())
-    alone = [drllm.search_path(routed, example, facts, settings()) for example in examples]
+    together = drllm.search_paths(routed, examples, settings())
+    alone = [drllm.search_paths(routed, [example], settings())[0] for example in examples]
     assert_same_run(together, alone)
 
 
 def test_another_seed_tries_other_paths(routed, facts):
     examples = facts.examples("search")[:1]
-    [first] = search_block(routed, examples, facts, settings(seed=0))
-    [second] = search_block(routed, examples, facts, settings(seed=1))
+    [first] = drllm.search_paths(routed, examples, settings(seed=0))
+    [second] = drllm.search_paths(routed, examples, settings(seed=1))
     assert {p.decisions for p in first.paths} != {p.decisions for p in second.paths}
 
 
 def test_generated_answers_are_searched_and_recorded(routed):
     task = get_task("builtin_arithmetic")
-    [record] = search_block(routed, task.examples("search")[:1], task, settings())
+    [record] = drllm.search_paths(routed, task.examples("search")[:1], settings())
     assert record.reward == "boxed"
     assert all(path.answer is not None for path in record.paths)
     assert all(path.margin is not None for path in record.paths if path.reward < 1)
@@ -67,7 +77,7 @@ def test_generated_answers_are_searched_and_recorded(routed):
 def test_the_prompt_in_the_record_is_what_the_model_read(routed, tiny_tokenizer):
     task = get_task("builtin_arithmetic")
     example = task.examples("search")[0]
-    [record] = search_block(routed, [example], task, settings())
+    [record] = drllm.search_paths(routed, [example], settings())
     prompt = task.prompt(example, "boxed")
     rendered = tiny_tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt.text}], tokenize=False, add_generation_prompt=True
@@ -78,39 +88,38 @@ def test_the_prompt_in_the_record_is_what_the_model_read(routed, tiny_tokenizer)
 def test_a_model_without_its_tokenizer_is_refused(tiny_llama, facts):
     bare = RoutedModel(tiny_llama())
     with pytest.raises(TaskError, match="tokenizer"):
-        drllm.search_path(bare, facts.examples("search")[0], facts, settings())
+        drllm.search_paths(bare, [facts], settings())
 
 
 def test_several_leaves_a_round_try_as_many_paths(routed, facts):
     examples = facts.examples("search")[:2]
-    for record in search_block(routed, examples, facts, settings(leaves_per_round=4)):
+    for record in drllm.search_paths(routed, examples, settings(leaves_per_round=4)):
         assert len(record.paths) == 9
         assert record.paths[0].simulation == 0
 
 
 def test_kl_is_recorded_only_where_it_is_wanted(routed, facts):
     examples = facts.examples("search")[:2]
-    for record in search_block(routed, examples, facts, settings(kl=True)):
+    for record in drllm.search_paths(routed, examples, settings(kl=True)):
         assert record.full.kl == pytest.approx(0, abs=1e-6)
         assert all(path.kl > 1e-6 for path in record.paths[1:])
-    for record in search_block(routed, examples, facts, settings(kl=False)):
+    for record in drllm.search_paths(routed, examples, settings(kl=False)):
         assert {None} == {path.kl for path in record.paths}
 
 
 def test_paths_a_pass_change_no_record(routed, facts, assert_same_run):
     examples = facts.examples("search")[:3]
-    as_many_as_fit = search_block(routed, examples, facts, settings())
-    one = search_block(routed, examples, facts, settings(paths_per_pass=1))
+    as_many_as_fit = drllm.search_paths(routed, examples, settings())
+    one = drllm.search_paths(routed, examples, settings(paths_per_pass=1))
     assert_same_run(as_many_as_fit, one)
 
 
-def test_progress_within_a_block_ends_with_all_of_its_paths(routed, facts):
+def test_progress_within_a_batch_ends_with_all_of_its_paths(routed, batch):
     calls = []
-    examples = facts.examples("search")[:2]
-    search_block(routed, examples, facts, settings(), lambda *call: calls.append(call))
+    search_in_step(routed, batch.questions[:2], CONFIG, on_round=lambda *call: calls.append(call))
     assert calls == sorted(calls)
     assert calls[0] == (0.0, 2)  # the full paths are no simulations
-    assert calls[-1] == (1.0, 18)
+    assert calls[-1] == (1.0, 10)
 
 
 def length(prompt, tokenizer):
@@ -131,20 +140,69 @@ def test_a_question_must_fit_the_context_in_every_way_of_asking_it(
     for context in (first - 1, longest - 1):
         tight = RoutedModel(tiny_llama(max_position_embeddings=context), tokenizer=tiny_tokenizer)
         with pytest.raises(ModelError, match=rf"tokens, and up to \d+ follow; .* holds {context};"):
-            drllm.search_path(tight, example, task, settings())
+            search_in_step(tight, [ask(task, example, reward)], CONFIG)
     enough = RoutedModel(tiny_llama(max_position_embeddings=longest), tokenizer=tiny_tokenizer)
-    assert len(drllm.search_path(enough, example, task, settings()).paths) == 9
+    [record] = search_in_step(enough, [ask(task, example, reward)], CONFIG)
+    assert len(record.paths) == 5
 
 
-def test_a_gold_answer_that_is_longer_than_answers_may_be_must_fit_too(
-    tiny_llama, tiny_tokenizer, monkeypatch
-):
+def test_a_gold_answer_that_is_longer_than_answers_may_be_must_fit_too(tiny_llama, tiny_tokenizer):
     task = get_task("builtin_arithmetic")
     example = dataclasses.replace(task.examples("search")[0], answer="1" * 60)
     prompt = task.prompt(example, "boxed")
-    monkeypatch.setattr(task, "retests", lambda example, reward: ())
     context = length(prompt, tiny_tokenizer) - 1
     tight = RoutedModel(tiny_llama(max_position_embeddings=context), tokenizer=tiny_tokenizer)
     assert prompt.max_new_tokens < len(gold_text(prompt))
     with pytest.raises(ModelError, match="up to 68 follow"):
-        drllm.search_path(tight, example, task, settings())
+        read(tight, prompt)
+
+
+# --- questions that fail -----------------------------------------------------------------------
+
+
+class Failing:
+    """Fails the first forward passes of a model, as a device that runs full would."""
+
+    def __init__(self, routed, error, times):
+        self.error = error
+        self.left = times
+        self.hook = routed.model.get_input_embeddings().register_forward_pre_hook(self)
+
+    def __call__(self, module, inputs):
+        if self.left:
+            self.left -= 1
+            raise self.error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.hook.remove()
+
+
+def test_a_passing_failure_sets_nothing_aside(routed, batch, assert_same_run):
+    with Failing(routed, ModelError("full"), times=1):
+        result = search_batch(routed, batch, CONFIG)
+    assert result.failed == ()
+    assert_same_run(result.records, search_batch(routed, batch, CONFIG).records)
+
+
+def test_a_question_is_tried_three_times_before_it_is_set_aside(routed, batch):
+    with Failing(routed, ModelError("full\n of it"), times=ATTEMPTS) as failing:
+        result = search_batch(routed, batch, CONFIG)
+    assert failing.left == 0
+    [failed] = result.failed
+    assert failed == FailedQuestion(
+        id=batch.questions[0].example.id,
+        task="builtin_facts",
+        question=batch.questions[0].example.question,
+        error="ModelError: full of it",
+        attempts=ATTEMPTS,
+    )
+    assert [record.id for record in result.records] == [q.example.id for q in batch.questions[1:]]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ZeroDivisionError()])
+def test_what_is_no_fault_of_a_question_ends_the_search(routed, batch, error):
+    with Failing(routed, error, times=1), pytest.raises(type(error)):
+        search_batch(routed, batch, CONFIG)

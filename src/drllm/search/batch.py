@@ -1,0 +1,224 @@
+"""Searching a batch of questions in step: from questions to search records.
+
+Questions that can't be searched with others are searched alone, and set aside when they keep
+failing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+
+import torch
+
+from drllm.config import SearchConfig
+from drllm.cost import executions
+from drllm.errors import ConfigError, ModelError, RoutingError, TaskError
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.prefix_sharing import Pair
+from drllm.paths import Decisions
+from drllm.records import Chunks, FailedQuestion, SearchRecord, TriedPath
+from drllm.search.evaluator import Evaluator, Outcome, read
+from drllm.search.questions import Batch, SearchQuestion
+from drllm.search.retest import retested
+from drllm.search.strategies import graded, new_search
+
+ATTEMPTS = 3
+"""How often a question is tried: with its batch, then alone."""
+QUESTION_ERRORS = (
+    ConfigError,  # a prompt that the chat template refuses
+    ModelError,  # log-probabilities that are not finite, a prompt beyond the model's context
+    RoutingError,
+    TaskError,
+    torch.cuda.OutOfMemoryError,  # a prompt too long for the device
+)
+"""What a single question can cause. Any other error ends the search."""
+
+OnRound = Callable[[float, int], None]
+"""Called after each round with the share of the batch that is done, and the paths tried now."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """What became of the questions of a batch.
+
+    Attributes:
+        records: Of those that were searched, in order.
+        failed: Those that failed every time.
+    """
+
+    records: tuple[SearchRecord, ...]
+    failed: tuple[FailedQuestion, ...] = ()
+
+
+def search_batch(
+    routed: RoutedModel,
+    batch: Batch,
+    config: SearchConfig,
+    *,
+    parts: Chunks | None = None,
+    on_round: OnRound | None = None,
+) -> Searched:
+    """Search a batch, setting aside the questions that fail every time.
+
+    A batch that fails as a whole is searched question by question, which gives the same records:
+    a question's tree doesn't depend on its neighbours.
+
+    Args:
+        routed: The model, made with its tokenizer.
+        batch: The questions.
+        config: Settings of the search.
+        parts: Keeps what is done of the batch, so that an interrupted search loses one round.
+        on_round: See `OnRound`; called while the batch is searched as a whole.
+    """
+    try:
+        records = search_in_step(routed, batch.questions, config, parts=parts, on_round=on_round)
+        return Searched(tuple(records))
+    except QUESTION_ERRORS as error:
+        logger.info("a batch of %d questions failed: %s", len(batch.questions), error)
+    results = [_search_alone(routed, question, config, parts) for question in batch.questions]
+    return Searched(
+        tuple(one for one in results if isinstance(one, SearchRecord)),
+        tuple(one for one in results if isinstance(one, FailedQuestion)),
+    )
+
+
+def _search_alone(
+    routed: RoutedModel, question: SearchQuestion, config: SearchConfig, parts: Chunks | None
+) -> SearchRecord | FailedQuestion:
+    """Search one question of a batch that has failed, which was its first attempt."""
+    reason = ""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return search_in_step(routed, [question], config, parts=parts)[0]
+        except QUESTION_ERRORS as error:  # noqa: PERF203
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return failed_question(question, reason, ATTEMPTS)
+
+
+def failed_question(question: SearchQuestion, error: str, attempts: int) -> FailedQuestion:
+    """Return the record of a question that is set aside."""
+    return FailedQuestion(
+        id=question.example.id,
+        task=question.task,
+        question=question.example.question,
+        error=error,
+        attempts=attempts,
+    )
+
+
+def search_in_step(
+    routed: RoutedModel,
+    questions: Sequence[SearchQuestion],
+    config: SearchConfig,
+    *,
+    parts: Chunks | None = None,
+    on_round: OnRound | None = None,
+) -> list[SearchRecord]:
+    """Search the paths of several questions in step, each with a tree of its own.
+
+    Every round evaluates up to `leaves_per_round` new paths of every question that isn't done, in
+    one batch. A question's tree depends on its own seed and outcomes only, not on its neighbours.
+
+    Args:
+        routed: The model, made with its tokenizer.
+        questions: Of one task; at least one.
+        config: Settings of the search.
+        parts: See `search_batch`.
+        on_round: See `OnRound`.
+
+    Returns:
+        Every path tried of every question in order, with reward, margin, executions, KL, re-test.
+
+    Raises:
+        ConfigError: A prompt that the chat template refuses.
+        ModelError: A question that is too long for the model's context in one of the ways that
+            it is asked; or log-probabilities that aren't finite.
+
+    Source: Dr.LLM section 3.1.
+    """
+
+    num_new = 0  # paths that weren't kept by an earlier start
+
+    def once(
+        step: str, pairs: Sequence[Pair], evaluate: Callable[[], list[Outcome]]
+    ) -> list[Outcome]:
+        """Evaluate, or take what an earlier start of the search has kept."""
+
+        def evaluate_now() -> list[Outcome]:
+            nonlocal num_new
+            num_new += len(pairs)
+            return evaluate()
+
+        if parts is None:
+            return evaluate_now()
+        what = ([question.place for question in questions], list(pairs))
+        digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+        return parts.once(f"{step} {digest}", list[Outcome], evaluate_now)
+
+    started = time.perf_counter()
+    asked = [read(routed, question.prompt, question.text) for question in questions]
+    # Re-tests too, before anything is run: without them no path of the question could count.
+    asked_again = [[read(routed, prompt) for prompt in one.retests] for one in questions]
+    evaluator = Evaluator(
+        routed, asked, config.state_cache_gb, kl=config.kl, paths_per_pass=config.paths_per_pass
+    )
+    searches = [
+        new_search(routed.num_layers, config, Random(f"{config.seed}:{one.task}:{one.example.id}"))
+        for one in questions
+    ]
+    found: list[dict[Decisions, Outcome]] = [{} for _ in questions]
+    num_rounds = 0
+    while pairs := [
+        (place, decisions)
+        for place, search in enumerate(searches)
+        for decisions in search.ask(config.leaves_per_round)
+    ]:
+        outcomes = once(f"round {num_rounds}", pairs, partial(evaluator.evaluate, pairs))
+        for (place, decisions), outcome in zip(pairs, outcomes, strict=True):
+            found[place][decisions] = outcome
+            searches[place].tell(decisions, outcome.reward, graded(outcome.margin, outcome.kl))
+        num_rounds += 1
+        if on_round is not None:
+            done = sum(search.num_simulations_done for search in searches)
+            on_round(done / (len(searches) * config.num_simulations), num_new)
+    tried = [(place, decisions) for place, paths in enumerate(found) for decisions in paths]
+    known = [found[place][decisions] for place, decisions in tried]
+    completed = once("margins", tried, lambda: evaluator.with_margins(tried, known))
+    for (place, decisions), outcome in zip(tried, completed, strict=True):
+        found[place][decisions] = outcome
+    retests = retested(evaluator, asked_again, config, found, once)
+    seconds = (time.perf_counter() - started) / len(questions)
+    return [
+        SearchRecord(
+            id=question.example.id,
+            task=question.task,
+            question=question.example.question,
+            prompt=asked[place].text,
+            answer=question.example.answer,
+            reward=question.prompt.reward,
+            num_layers=routed.num_layers,
+            paths=tuple(
+                TriedPath(
+                    decisions=decisions,
+                    simulation=searches[place].tried[decisions].simulation,
+                    reward=outcome.reward,
+                    margin=outcome.margin,
+                    executions=executions(decisions),
+                    answer=outcome.answer,
+                    kl=outcome.kl,
+                    retest=retests.get((place, decisions)),
+                )
+                for decisions, outcome in found[place].items()
+            ),
+            seconds=seconds,
+        )
+        for place, question in enumerate(questions)
+    ]

@@ -1,0 +1,136 @@
+"""Which jobs are done again when workers die, and what becomes of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from drllm.records import FailedQuestion
+from drllm.search.batch import Searched
+from drllm.search.executors import MAX_LOSSES, Jobs
+from drllm.search.questions import Batch, ask
+
+
+@pytest.fixture
+def batches(facts):
+    """Three batches, of four questions, of four, and of one."""
+    questions = tuple(ask(facts, example, "loglikelihood") for example in facts.examples("search"))
+    parts = questions[:4], questions[4:8], questions[8:9]
+    return [Batch(number, part) for number, part in enumerate(parts)]
+
+
+def result_of(job):
+    """Return a result that says which questions it is of."""
+    return Searched(tuple(ids_of(job.batch)))
+
+
+def num_of(result):
+    return len(result.records) + len(result.failed), len(result.failed)
+
+
+def carry_out(jobs, is_deadly):
+    """Do all jobs, one after the other; return the finished batches and what each death was of."""
+    finished, deaths = [], []
+    while (job := jobs.take()) is not None:
+        ids = ids_of(job.batch)
+        if is_deadly(ids):
+            deaths.append(ids)
+            ended = jobs.lost(job)
+        else:
+            ended = jobs.done(job, result_of(job))
+        if ended is not None:
+            finished.append(ended)
+    return finished, deaths
+
+
+def ids_of(batch):
+    return [question.example.id for question in batch.questions]
+
+
+def test_batches_are_done_whole_and_in_order_while_nothing_dies(batches):
+    finished, deaths = carry_out(Jobs(batches), lambda ids: False)
+    assert [batch for batch, _ in finished] == batches
+    assert [num_of(result) for _, result in finished] == [(4, 0), (4, 0), (1, 0)]
+    assert deaths == []
+
+
+def test_a_question_that_kills_its_workers_is_set_aside_alone(batches):
+    whole = ids_of(batches[0])
+    bad = whole[1]
+    finished, deaths = carry_out(Jobs(batches), lambda ids: bad in ids)
+    assert deaths == [whole, *[[bad]] * MAX_LOSSES]
+    assert sorted(batch.number for batch, _ in finished) == [0, 1, 2], "each batch ends once"
+    [result] = [result for batch, result in finished if batch is batches[0]]
+    assert list(result.records) == [id for id in whole if id != bad], "in the order of the batch"
+    assert result.failed == (
+        FailedQuestion(
+            id=bad,
+            task="builtin_facts",
+            question=batches[0].questions[1].example.question,
+            error="its worker process died",
+            attempts=MAX_LOSSES,
+        ),
+    )
+
+
+def test_a_question_may_kill_fewer_workers_than_that(batches):
+    bad = ids_of(batches[1])[0]
+    left = [MAX_LOSSES]  # one of them with the whole batch
+
+    def is_deadly(ids):
+        if bad in ids and left[0]:
+            left[0] -= 1
+            return True
+        return False
+
+    finished, _ = carry_out(Jobs(batches), is_deadly)
+    assert left == [0]
+    assert [len(result.failed) for _, result in finished] == [0, 0, 0]
+
+
+def test_a_batch_of_one_question_is_given_up_like_any_question(batches):
+    [only] = ids_of(batches[2])
+    finished, deaths = carry_out(Jobs(batches), lambda ids: only in ids)
+    assert deaths == [[only]] * MAX_LOSSES
+    assert finished[-1][0] is batches[2]
+    assert num_of(finished[-1][1]) == (1, 1)
+
+
+def test_every_question_may_be_given_up(batches):
+    finished, deaths = carry_out(Jobs(batches), lambda ids: True)
+    assert sum(len(result.failed) for _, result in finished) == 9
+    assert len(deaths) == 2 + 9 * MAX_LOSSES
+
+
+def test_questions_with_the_same_id_are_told_apart(facts):
+    question = ask(facts, facts.examples("search")[0], "loglikelihood")
+    batch = Batch(0, (question, question))
+    jobs = Jobs([batch])
+    jobs.lost(jobs.take())
+    [(ended, result)], _ = carry_out(jobs, lambda ids: False)
+    assert ended is batch
+    assert num_of(result) == (2, 0)
+
+
+def test_what_is_done_again_comes_before_batches_that_nobody_has_seen(batches):
+    taken = []
+
+    def counted():
+        for batch in batches:
+            taken.append(batch.number)
+            yield batch
+
+    jobs = Jobs(counted())
+    first, second = jobs.take(), jobs.take()
+    assert not jobs.are_waiting
+    jobs.put_back([second])
+    assert jobs.lost(first) is None
+    assert jobs.are_waiting
+    again = [jobs.take() for _ in range(5)]
+    assert again[0] is second
+    assert [job.batch.questions for job in again[1:]] == [(q,) for q in batches[0].questions]
+    assert taken == [0, 1]
+    assert not jobs.are_waiting
+    last = jobs.take()
+    assert last is not None
+    assert last.whole is batches[2]
+    assert jobs.take() is None
