@@ -144,7 +144,6 @@ def search_in_step(
 
     Source: Dr.LLM section 3.1.
     """
-
     num_new = 0  # paths that weren't kept by an earlier start
 
     def once(
