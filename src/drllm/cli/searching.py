@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from drllm.cli import checks
 from drllm.cli.show_search import show_search
 from drllm.cli.show_supervision import say_written
 from drllm.cli.stages import attached, loaded

@@ -8,7 +8,7 @@ import pytest
 
 import drllm
 from drllm.config import SearchConfig
-from drllm.errors import ModelError, TaskError
+from drllm.errors import ConfigError, ModelError
 from drllm.models.base.prompts import render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import full_decisions
@@ -87,7 +87,7 @@ def test_the_prompt_in_the_record_is_what_the_model_read(routed, tiny_tokenizer)
 
 def test_a_model_without_its_tokenizer_is_refused(tiny_llama, facts):
     bare = RoutedModel(tiny_llama())
-    with pytest.raises(TaskError, match="tokenizer"):
+    with pytest.raises(ConfigError, match="tokenizer"):
         drllm.search_paths(bare, [facts], settings())
 
 
