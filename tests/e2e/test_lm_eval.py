@@ -22,6 +22,7 @@ LOGPROB_TOLERANCE = 1e-4
 ROUNDING = 1e-12
 """Of a standard error, whose questions are added up in another order by several processes."""
 
+CHAT = "--apply_chat_template"
 ROLLING = """\
 task: some_text
 dataset_path: json
@@ -98,7 +99,10 @@ def own_file(folder: Path, number: int, name: str = "mine.jsonl") -> Path:
 # --- against the stock class ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", ["", "--num_fewshot 2", "--apply_chat_template"])
+@pytest.mark.parametrize(
+    "more",
+    ["", *(pytest.param(m, marks=pytest.mark.thorough) for m in ("--num_fewshot 2", CHAT))],
+)
 def test_without_routers_every_metric_is_that_of_the_stock_class_by_the_same_command(
     more: str, evaluate, model_folder, tmp_path: Path
 ):

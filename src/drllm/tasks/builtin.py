@@ -112,10 +112,7 @@ def _question(relation: Relation, subject: str, backward: bool, *, place: int) -
 def distractors(relation: Relation, subject: str, backward: bool) -> list[str]:
     """Return the wrong options that a question on a fact may have, in the table's order.
 
-    Args:
-        relation: The kind of fact.
-        subject: What the fact is about.
-        backward: The answer is given and the subject is asked for.
+    Where it is asked `backward`, the answer is given and the subject is asked for.
     """
     answer = relation.facts[subject]
     if backward:
@@ -124,10 +121,8 @@ def distractors(relation: Relation, subject: str, backward: bool) -> list[str]:
             for other, its_answer in relation.facts.items()
             if its_answer != answer and answer not in relation.also.get(other, ())
         ]
-    wrong = dict.fromkeys(relation.facts.values())  # each answer once, in order
-    return [
-        other for other in wrong if other != answer and other not in relation.also.get(subject, ())
-    ]
+    right = {answer, *relation.also.get(subject, ())}
+    return [other for other in dict.fromkeys(relation.facts.values()) if other not in right]
 
 
 # --- arithmetic ----------------------------------------------------------------------------------

@@ -1,7 +1,4 @@
-"""Whether two short LaTeX answers mean the same number or expression.
-
-Owns the call of math-verify and the fast way for plain numbers, which agrees with it. Leaves
-finding the answer in a text to `grading`. Loads no torch.
+"""Whether two short LaTeX answers mean the same number or expression. Loads no torch.
 
 math-verify guards against expressions that never finish (`9^{9^{9^9}}`) by an alarm signal, which
 works in the main thread only and clobbers an alarm that the caller has set. Here it runs without

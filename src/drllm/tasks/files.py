@@ -69,10 +69,8 @@ class FileTask(Task):
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split, in the file's order.
 
-        Args:
-            split: `search` (half of the questions), `fit` (10 %), `select` (15 %) or `test`
-                (25 %).
-            data_dir: Not needed, and not looked at.
+        They are half of the questions for `search`, 10 % for `fit`, 15 % for `select` and 25 %
+        for `test`.
         """
         check_split(split)
         return [example for example in self._examples if split_of(example.question, "own") == split]

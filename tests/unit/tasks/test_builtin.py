@@ -151,6 +151,7 @@ def test_a_table_can_be_asked_as_it_says(relation: Relation) -> None:
             assert len(distractors(relation, subject, backward)) >= 3
 
 
+@pytest.mark.thorough
 def test_the_demo_model_knows_some_of_the_answers_and_not_all(smollm2: BaseModel) -> None:
     """Of all questions it has 62 % right, 53 to 67 by split; this looks at some of the test."""
     import torch

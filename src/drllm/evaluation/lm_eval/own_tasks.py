@@ -87,7 +87,12 @@ def own_tasks(
         num_fewshot=num_fewshot,
         max_length=max_length,
     )
-    _check_enough(files, num_processes)
+    for name, number in files.num_questions.items():
+        if number < num_processes:  # which would end the harness
+            raise TaskError(
+                f"task {name!r} has {number} questions for {num_processes} processes, and the "
+                f"harness wants one for each; give a higher --limit, or start fewer processes"
+            )
     if others or include_path is not None:
         taken = {*files.num_questions, *(task.harness_name for task in found)}
         _check_others(others, taken, include_path)
@@ -127,16 +132,6 @@ def _whole(limit: float | None) -> int | None:
     return None if limit is None else int(limit)
 
 
-def _check_enough(files: FolderFiles, num_processes: int) -> None:
-    """Refuse what ends the harness: a process without a question of some task."""
-    for name, number in files.num_questions.items():
-        if number < num_processes:
-            raise TaskError(
-                f"task {name!r} has {number} questions for {num_processes} processes, and the "
-                f"harness wants one for each; give a higher --limit, or start fewer processes"
-            )
-
-
 # --- the harness' own tasks next to ours ----------------------------------------------------------
 
 
@@ -155,14 +150,14 @@ def _check_unknown(names: Sequence[str]) -> None:
 
 
 def _check_others(others: Sequence[str], taken: set[str], include_path: str | None) -> None:
-    """Refuse names beside ours that are unknown, or that hold a task of the same name as ours."""
+    """Refuse names next to ours that are unknown, or that hold a task of the same name as ours."""
     manager = _manager(include_path)
     index = manager.task_index
     for name in others:
         if name.endswith(".yaml") or Path(name).is_dir():
             raise TaskError(
-                f"{name} stands beside drllm's tasks; give its folder as --include_path and the "
-                f"task by its name"
+                f"{name} is given together with drllm's tasks; give its folder as --include_path "
+                f"and the task by its name"
             )
         held = {part for match in manager.match_tasks([name]) for part in _held(match, index)}
         if not held:

@@ -171,14 +171,11 @@ def fitted(
     fit. One warning a task says what was asked for and what is given.
 
     Args:
-        requests: Each with a prompt and the settings of `generate`.
+        requests: Each with a prompt and the settings of `generate`; those that change are copied.
         encode: Makes tokens of a prompt.
         max_length: Maximum tokens that the model reads and writes in all.
         max_new_tokens: Of answers whose request doesn't say.
         warns: Whether this process says what it does; of several, one.
-
-    Returns:
-        The requests in order; those that are changed are copies.
 
     Source: ours (docs/differences.md, D-27).
     """

@@ -1,7 +1,6 @@
 """Questions that others published: from the hub, or from a data folder of the same layout.
 
-A row of `options` or `answers` says where a set is and how its rows are read; here are the ways
-from there to the questions of a split. Loads no torch, and `datasets` only to ask the hub.
+Loads no torch, and `datasets` only to ask the hub.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ class PublishedTask(Task):
     """A task whose questions are published on the hub.
 
     Attributes:
-        name: Our name; also that of its folder below a data folder.
-        description: One line for `drllm ls tasks`.
+        name, description, form, harness, group, aliases: See `Task`.
         repository: The set's repository on the hub.
         config: The set's configuration there; None where there is only one.
         parts: What `*` in the repository's name stands for, of a set in several repositories.
@@ -57,8 +55,6 @@ class PublishedTask(Task):
         read: Makes a question of a row, without its task and, where rows have none, its id; None
             for a row that is no question of this task. Raises TaskError for a row that can't be
             used, without file and line.
-        form: How a search asks; None where the task is only evaluated.
-        harness: How an evaluation asks; None: as a search does.
         hub_files: A file's name on the hub, where it is another than in a data folder.
         shots_file: A file of worked examples, which are shown before a question and never asked.
         folder: The task's folder below a data folder, where it isn't the name.
@@ -66,8 +62,6 @@ class PublishedTask(Task):
         related: Tasks whose reported questions mustn't be trained on either.
         thin_out: Keeps the rows that are needed of a file on the hub, where that is few of them;
             it is also given the file's name in words.
-        group: A name that stands for this task and others.
-        aliases: Other names of the task.
     """
 
     name: str

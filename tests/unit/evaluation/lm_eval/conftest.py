@@ -6,7 +6,7 @@ And the two ways from rows to requests: a task folder of ours, and the harness' 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 NUM_QUESTIONS = 40
-PLACES = range(NUM_QUESTIONS)
 AWKWARD = 'Why {{x}} and {y}? "<b>" it\'s é\n '
 """What templates, quotes and white space could trip over; a part of every question."""
 
@@ -37,280 +36,243 @@ class PublishedSet:
     file: str = ""
 
 
-def _labelled(name: str, count: int, labels: Sequence[str]) -> Rows:
-    return [
-        {
-            "id": f"{name}-{place}",
-            "question": f"{name} {place}: {AWKWARD}",
+def _rows(make: Callable[[int], dict[str, Any]], count: int = NUM_QUESTIONS) -> Rows:
+    return [make(place) for place in range(count)]
+
+
+def _labelled(name: str, labels: Sequence[str]) -> Rows:
+    return _rows(
+        lambda n: {
+            "id": f"{name}-{n}",
+            "question": f"{name} {n}: {AWKWARD}",
             "question_concept": "a concept",
             "choices": {
-                "text": [f"option {{{place}}} {label}" for label in labels],
+                "text": [f"option {{{n}}} {label}" for label in labels],
                 "label": list(labels),
             },
-            "answerKey": labels[place % len(labels)],
+            "answerKey": labels[n % len(labels)],
         }
-        for place in range(count)
-    ]
+    )
 
 
 def _mmlu(name: str, count: int) -> Rows:
-    return [
-        {
-            "question": f"{name} {place}: {AWKWARD}",
-            "subject": ("anatomy", "high_school_us_history")[place % 2],
-            "choices": [f"{place}{letter}" for letter in "wxyz"],
-            "answer": place % 4,
-        }
-        for place in range(count)
-    ]
+    return _rows(
+        lambda n: {
+            "question": f"{name} {n}: {AWKWARD}",
+            "subject": ("anatomy", "high_school_us_history")[n % 2],
+            "choices": [f"{n}{letter}" for letter in "wxyz"],
+            "answer": n % 4,
+        },
+        count,
+    )
 
 
 def _hellaswag(name: str) -> Rows:
-    return [
-        {
-            "ind": place,
+    return _rows(
+        lambda n: {
+            "ind": n,
             "activity_label": "How to rest",
-            "ctx_a": f"[header] {name} {place} [title] Find {{a}} seat.  Sit down.",
-            "ctx_b": ("they close", "")[place % 2],
+            "ctx_a": f"[header] {name} {n} [title] Find {{a}} seat.  Sit down.",
+            "ctx_b": ("they close", "")[n % 2],
             "endings": [f" their {part} [step] now. " for part in ("eyes", "ears", "book", "bag")],
-            "label": str(place % 4),
+            "label": str(n % 4),
         }
-        for place in PLACES
-    ]
+    )
 
 
 def _hellaswag_clean(name: str) -> Rows:
     """The rows above as a data folder has them, cleaned by hand."""
-    return [
-        {
-            "ind": place,
-            "query": f"How to rest: {name} {place}. Find {{a}} seat. Sit down."
-            + (" They close", "")[place % 2],
+    return _rows(
+        lambda n: {
+            "ind": n,
+            "query": f"How to rest: {name} {n}. Find {{a}} seat. Sit down."
+            + (" They close", "")[n % 2],
             "choices": [f"their {part} now." for part in ("eyes", "ears", "book", "bag")],
-            "label": place % 4,
+            "label": n % 4,
         }
-        for place in PLACES
-    ]
-
-
-def _gpqa() -> Rows:
-    return [
-        {
-            "Question": f"What holds for body {place}? {AWKWARD}",
-            "Correct Answer": f" It has  mass {place}.\n",
-            "Incorrect Answer 1": f"It has [title] mass {place + 1}.",
-            "Incorrect Answer 2": f"It has no {{mass}} {place}.",
-            "Incorrect Answer 3": f"Nothing {place}.",
-            "Explanation": "It is so.",
-        }
-        for place in PLACES
-    ]
-
-
-def _squad(name: str) -> Rows:
-    return [
-        {
-            "id": f"{name}-{place}",
-            "title": "Mills",
-            "context": f" The mill of {name} {place} stands by {{the}} Green River. ",
-            "question": f"{name} {place}: {AWKWARD}",
-            "answers": {
-                "text": [] if place % 3 == 0 else ["by the river", "the Green River"],
-                "answer_start": [] if place % 3 == 0 else [3, 6],
-            },
-        }
-        for place in PLACES
-    ]
-
-
-ARC_LABELS = ("A", "B", "C", "D")
-GSM8K = {
-    split: [
-        {
-            "question": f"{split} {place}: {AWKWARD}",
-            "answer": f"It is {place} + 1 = <<{place}+1={place + 1}>>.\n#### {place + 1}",
-        }
-        for place in PLACES
-    ]
-    for split in ("train", "test")
-}
-PIQA = {
-    split: [
-        {
-            "goal": f"{split} {place}: {AWKWARD}",
-            "sol1": f"Put {{a}} cosy on {place}.",
-            "sol2": f"Add ice to {place}.",
-            "label": place % 2,
-        }
-        for place in PLACES
-    ]
-    for split in ("train", "validation")
-}
-WINOGRANDE = [
-    {
-        "sentence": f"Ann {{lent}} Eve {place} pens since _ had {place + 1} to spare. ",
-        "option1": "Ann",
-        "option2": "Eve",
-        "answer": str(1 + place % 2),
-    }
-    for place in PLACES
-]
-TRUTHFULQA = [
-    {
-        "question": f"What happens on day {place}? {AWKWARD}",
-        "mc1_targets": {
-            "choices": [f"Nothing on {place}.", f"Rain on {place}.", "It {ends}."][: 2 + place % 2],
-            "labels": [1, 0, 0][: 2 + place % 2],
-        },
-        "mc2_targets": {"choices": ["Nothing.", "Rain."], "labels": [1, 0]},
-    }
-    for place in PLACES
-]
-AIME = [
-    {"ID": f"I-{place}", "Problem": f"Problem {place}: {AWKWARD}", "Answer": place}
-    for place in PLACES
-]
-AGIEVAL = [
-    {
-        "query": f"Q: {place}? {AWKWARD} Answer Choices: (A){place} (B)no\nA: Among A through B,",
-        "choices": [f"(A){place}", "(B)no"],
-        "gold": [place % 2],
-    }
-    for place in PLACES
-]
-AGIEVAL_PARTS = (
-    "aqua-rat",
-    "gaokao-english",
-    "logiqa-en",
-    "lsat-ar",
-    "lsat-lr",
-    "lsat-rc",
-    "sat-en-without-passage",
-    "sat-en",
-    "sat-math",
-)
-
-
-def _indexed(query: str, rows: Rows) -> Rows:
-    """Rows of a data folder: `question`, `choices` and the index of the right one."""
-    return [
-        {"question": row[query], "choices": row["choices"], "answer": row["gold"][0]}
-        for row in rows
-    ]
-
-
-def _gpqa_indexed() -> Rows:
-    """The options in an order of the folder's own."""
-    return [
-        {
-            "question": row["Question"],
-            "choices": [row[f"Incorrect Answer {n}"] for n in (3, 1, 2)] + [row["Correct Answer"]],
-            "answer": 3,
-        }
-        for row in _gpqa()
-    ]
-
-
-def _arc(name: str, config: str) -> PublishedSet:
-    train = _labelled(f"{name} train", NUM_QUESTIONS, ARC_LABELS)
-    test = _labelled(f"{name} test", NUM_QUESTIONS, ("1", "2", "3"))
-    return PublishedSet(
-        hub={
-            ("allenai/ai2_arc", config, "train"): train,
-            ("allenai/ai2_arc", config, "validation"): test,
-        },
-        folder={f"{name}/train": train, f"{name}/validation": test},
-        file=f"arc/{name}.yaml",
     )
 
 
-def _one_file(
-    key: tuple[str, str | None, str], rows: Rows, place: str, in_folder: Rows, file: str
-) -> PublishedSet:
-    return PublishedSet(hub={key: rows}, folder={place: in_folder}, file=file)
+def _squad(name: str) -> Rows:
+    return _rows(
+        lambda n: {
+            "id": f"{name}-{n}",
+            "title": "Mills",
+            "context": f" The mill of {name} {n} stands by {{the}} Green River. ",
+            "question": f"{name} {n}: {AWKWARD}",
+            "answers": {
+                "text": [] if n % 3 == 0 else ["by the river", "the Green River"],
+                "answer_start": [] if n % 3 == 0 else [3, 6],
+            },
+        }
+    )
 
 
-def _train_and(
-    repository: str, config: str | None, splits: Mapping[str, Rows], place: str, file: str
-) -> PublishedSet:
+def _gsm8k(name: str) -> Rows:
+    return _rows(
+        lambda n: {
+            "question": f"{name} {n}: {AWKWARD}",
+            "answer": f"It is {n} + 1 = <<{n}+1={n + 1}>>.\n#### {n + 1}",
+        }
+    )
+
+
+def _piqa(name: str) -> Rows:
+    return _rows(
+        lambda n: {
+            "goal": f"{name} {n}: {AWKWARD}",
+            "sol1": f"Put {{a}} cosy on {n}.",
+            "sol2": f"Add ice to {n}.",
+            "label": n % 2,
+        }
+    )
+
+
+WINOGRANDE = _rows(
+    lambda n: {
+        "sentence": f"Ann {{lent}} Eve {n} pens since _ had {n + 1} to spare. ",
+        "option1": "Ann",
+        "option2": "Eve",
+        "answer": str(1 + n % 2),
+    }
+)
+TRUTHFULQA = _rows(
+    lambda n: {
+        "question": f"What happens on day {n}? {AWKWARD}",
+        "mc1_targets": {
+            "choices": [f"Nothing on {n}.", f"Rain on {n}.", "It {ends}."][: 2 + n % 2],
+            "labels": [1, 0, 0][: 2 + n % 2],
+        },
+        "mc2_targets": {"choices": ["Nothing.", "Rain."], "labels": [1, 0]},
+    }
+)
+AIME = _rows(lambda n: {"ID": f"I-{n}", "Problem": f"Problem {n}: {AWKWARD}", "Answer": n})
+AGIEVAL = _rows(
+    lambda n: {
+        "query": f"Q: {n}? {AWKWARD} Answer Choices: (A){n} (B)no\nA: Among A through B,",
+        "choices": [f"(A){n}", "(B)no"],
+        "gold": [n % 2],
+    }
+)
+AGIEVAL_PARTS = (
+    *("aqua-rat", "gaokao-english", "logiqa-en", "lsat-ar", "lsat-lr", "lsat-rc"),
+    *("sat-en-without-passage", "sat-en", "sat-math"),
+)
+GPQA = _rows(
+    lambda n: {
+        "Question": f"What holds for body {n}? {AWKWARD}",
+        "Correct Answer": f" It has  mass {n}.\n",
+        "Incorrect Answer 1": f"It has [title] mass {n + 1}.",
+        "Incorrect Answer 2": f"It has no {{mass}} {n}.",
+        "Incorrect Answer 3": f"Nothing {n}.",
+        "Explanation": "It is so.",
+    }
+)
+GPQA_INDEXED = [  # as a data folder has them, the options in an order of its own
+    {
+        "question": row["Question"],
+        "choices": [row[f"Incorrect Answer {n}"] for n in (3, 1, 2)] + [row["Correct Answer"]],
+        "answer": 3,
+    }
+    for row in GPQA
+]
+
+
+def _set(hub: tuple[str, str | None], folder: str, file: str, **rows: Rows) -> PublishedSet:
+    """A set in one repository, with the same rows in a data folder."""
     return PublishedSet(
-        hub={(repository, config, split): rows for split, rows in splits.items()},
-        folder={f"{place}/{split}": rows for split, rows in splits.items()},
+        hub={(*hub, split): each for split, each in rows.items()},
+        folder={f"{folder}/{split}": each for split, each in rows.items()},
         file=file,
     )
 
 
-CSQA = {s: _labelled(f"csqa {s}", NUM_QUESTIONS, "ABCDE") for s in ("train", "validation")}
+def _arc(name: str, config: str) -> PublishedSet:
+    train, test = _labelled(f"{name} train", "ABCD"), _labelled(f"{name} test", "123")
+    file = f"arc/{name}.yaml"
+    return _set(("allenai/ai2_arc", config), name, file, train=train, validation=test)
+
+
+CSQA = {split: _labelled(f"csqa {split}", "ABCDE") for split in ("train", "validation")}
 MMLU = {"dev": _mmlu("dev", 10), "validation": _mmlu("validation", NUM_QUESTIONS)}
-SQUAD = {split: _squad(split) for split in ("train", "validation")}
+OF_PARTS = [AGIEVAL[index :: len(AGIEVAL_PARTS)] for index in range(len(AGIEVAL_PARTS))]
 
 SETS: dict[str, PublishedSet] = {
     "agieval": PublishedSet(
         hub={
-            (f"hails/agieval-{part}", None, "test"): AGIEVAL[index :: len(AGIEVAL_PARTS)]
-            for index, part in enumerate(AGIEVAL_PARTS)
+            (f"hails/agieval-{part}", None, "test"): rows
+            for part, rows in zip(AGIEVAL_PARTS, OF_PARTS, strict=True)
         },
         folder={
-            "agieval/test": _indexed(
-                "query",
-                [
-                    row
-                    for index in range(len(AGIEVAL_PARTS))
-                    for row in AGIEVAL[index :: len(AGIEVAL_PARTS)]
-                ],
-            )
+            "agieval/test": [
+                {"question": row["query"], "choices": row["choices"], "answer": row["gold"][0]}
+                for rows in OF_PARTS
+                for row in rows
+            ]
         },
         file="agieval/aqua-rat.yaml",
     ),
-    "aime24": _one_file(
-        ("Maxwell-Jia/AIME_2024", None, "train"),
-        AIME,
-        "aime24/test",
-        [{"problem": row["Problem"], "answer": str(row["Answer"])} for row in AIME],
-        "aime/aime24.yaml",
+    "aime24": PublishedSet(
+        hub={("Maxwell-Jia/AIME_2024", None, "train"): AIME},
+        folder={
+            "aime24/test": [
+                {"problem": row["Problem"], "answer": str(row["Answer"])} for row in AIME
+            ]
+        },
+        file="aime/aime24.yaml",
     ),
     "arc_easy": _arc("arc_easy", "ARC-Easy"),
     "arc_challenge": _arc("arc_challenge", "ARC-Challenge"),
-    "commonsense_qa": _train_and(
-        "tau/commonsense_qa", None, CSQA, "commonsense_qa", "commonsense_qa/default.yaml"
+    "commonsense_qa": _set(
+        ("tau/commonsense_qa", None), "commonsense_qa", "commonsense_qa/default.yaml", **CSQA
     ),
-    "commonsense_qa_cloze": _train_and(
-        "tau/commonsense_qa", None, CSQA, "commonsense_qa", "arc/arc_easy.yaml"
+    "commonsense_qa_cloze": _set(
+        ("tau/commonsense_qa", None), "commonsense_qa", "arc/arc_easy.yaml", **CSQA
     ),
-    "gpqa_diamond": _one_file(
-        ("Idavidrein/gpqa", "gpqa_diamond", "train"),
-        _gpqa(),
-        "gpqa_diamond/test",
-        _gpqa_indexed(),
-        "gpqa/zeroshot/gpqa_diamond_zeroshot.yaml",
+    "gpqa_diamond": PublishedSet(
+        hub={("Idavidrein/gpqa", "gpqa_diamond", "train"): GPQA},
+        folder={"gpqa_diamond/test": GPQA_INDEXED},
+        file="gpqa/zeroshot/gpqa_diamond_zeroshot.yaml",
     ),
-    "gsm8k": _train_and("openai/gsm8k", "main", GSM8K, "gsm8k", "gsm8k/gsm8k.yaml"),
+    "gsm8k": _set(
+        ("openai/gsm8k", "main"),
+        "gsm8k",
+        "gsm8k/gsm8k.yaml",
+        train=_gsm8k("train"),
+        test=_gsm8k("test"),
+    ),
     "hellaswag": PublishedSet(
-        hub={
-            ("Rowan/hellaswag", None, split): _hellaswag(split) for split in ("train", "validation")
-        },
-        folder={f"hellaswag/{split}": _hellaswag_clean(split) for split in ("train", "validation")},
+        hub={("Rowan/hellaswag", None, s): _hellaswag(s) for s in ("train", "validation")},
+        folder={f"hellaswag/{s}": _hellaswag_clean(s) for s in ("train", "validation")},
         file="hellaswag/hellaswag.yaml",
     ),
-    "mmlu": _train_and("cais/mmlu", "all", MMLU, "mmlu", "mmlu/default/mmlu_{part}.yaml"),
-    "mmlu_cloze": _train_and(
-        "cais/mmlu", "all", MMLU, "mmlu", "mmlu/continuation/mmlu_{part}.yaml"
+    "mmlu": _set(("cais/mmlu", "all"), "mmlu", "mmlu/default/mmlu_{part}.yaml", **MMLU),
+    "mmlu_cloze": _set(("cais/mmlu", "all"), "mmlu", "mmlu/continuation/mmlu_{part}.yaml", **MMLU),
+    "piqa": _set(
+        ("baber/piqa", None),
+        "piqa",
+        "piqa/piqa.yaml",
+        train=_piqa("train"),
+        validation=_piqa("validation"),
     ),
-    "piqa": _train_and("baber/piqa", None, PIQA, "piqa", "piqa/piqa.yaml"),
-    "squad_v2": _train_and("rajpurkar/squad_v2", None, SQUAD, "squad_v2", ""),
-    "truthfulqa": _one_file(
-        ("truthfulqa/truthful_qa", "multiple_choice", "validation"),
-        TRUTHFULQA,
-        "truthfulqa/validation",
-        TRUTHFULQA,
+    "squad_v2": _set(
+        ("rajpurkar/squad_v2", None),
+        "squad_v2",
+        "",
+        train=_squad("train"),
+        validation=_squad("validation"),
+    ),
+    "truthfulqa": _set(
+        ("truthfulqa/truthful_qa", "multiple_choice"),
+        "truthfulqa",
         "truthfulqa/truthfulqa_mc1.yaml",
+        validation=TRUTHFULQA,
     ),
-    "winogrande": _one_file(
-        ("allenai/winogrande", "winogrande_xl", "validation"),
-        WINOGRANDE,
-        "winogrande/validation",
-        WINOGRANDE,
+    "winogrande": _set(
+        ("allenai/winogrande", "winogrande_xl"),
+        "winogrande",
         "winogrande/default.yaml",
+        validation=WINOGRANDE,
     ),
 }
 
@@ -343,15 +305,15 @@ def data_folder(sets: dict[str, PublishedSet], write_rows: Callable[..., Path], 
 
 
 @pytest.fixture
-def loaded() -> Callable[..., dict[str, Any]]:
+def loaded(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """A function that loads tasks of a task folder by the harness and builds their requests."""
 
-    def load(folder: Path, *names: str, defaults: bool = False) -> dict[str, Any]:
+    def load(*names: str, place: str = "tasks", defaults: bool = False) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from lm_eval.tasks import TaskManager
 
-            manager = TaskManager(include_path=str(folder), include_defaults=defaults)
+            manager = TaskManager(include_path=str(tmp_path / place), include_defaults=defaults)
             tasks: dict[str, Any] = manager.load(list(names))["tasks"]
             return {name: _built(task) for name, task in tasks.items()}
 
@@ -388,7 +350,7 @@ def by_the_harness() -> Callable[..., Requests]:
             }
             if num_fewshot is not None:
                 config["num_fewshot"] = num_fewshot
-            return requests_of(_built(ConfigurableTask(config=config)))
+            return [each.args for each in _built(ConfigurableTask(config=config)).instances]
 
     return render
 
@@ -397,13 +359,3 @@ def _built(task: Any) -> Any:
     task.set_fewshot_seed(1234)
     task.build_all_requests(rank=0, world_size=1)
     return task
-
-
-def requests_of(task: Any) -> Requests:
-    return [instance.args for instance in task.instances]
-
-
-@pytest.fixture(name="requests_of")
-def requests_of_fixture() -> Callable[[Any], Requests]:
-    """A function that returns the arguments of every request of a task."""
-    return requests_of

@@ -38,6 +38,10 @@ def write(tmp_path: Path) -> Callable[..., list[HarnessTask]]:
     return to_folder
 
 
+def requests_of(task: Any) -> list[Any]:
+    return [instance.args for instance in task.instances]
+
+
 def rows_of(name: str, split: str = "test") -> list[tuple[Example, Any]]:
     task = get_task(name)
     assert isinstance(task, PublishedTask)
@@ -89,21 +93,14 @@ def expected(
 @pytest.mark.parametrize("num_fewshot", [0, 3])
 @pytest.mark.usefixtures("our_order")
 def test_the_requests_are_those_of_the_harness_own_task_file(
-    set_name: str,
-    num_fewshot: int,
-    sets: Any,
-    write: Any,
-    loaded: Any,
-    by_the_harness: Any,
-    requests_of: Any,
-    tmp_path: Path,
+    set_name: str, num_fewshot: int, sets: Any, write: Any, loaded: Any, by_the_harness: Any
 ) -> None:
     harness = get_task(set_name).harness
     assert harness is not None
     if not sets[set_name].file or (num_fewshot and harness.only_zero_shot):
         pytest.skip("the harness has no file for it, or shows no examples")
     [task] = write(set_name, num_fewshot=num_fewshot)
-    found = loaded(tmp_path / "tasks", task.harness_name)
+    found = loaded(task.harness_name)
     assert tuple(found) == task.leaves
     ours = {leaf: requests_of(one) for leaf, one in found.items()}
     assert ours == expected(set_name, sets, by_the_harness, num_fewshot)
@@ -112,18 +109,18 @@ def test_the_requests_are_those_of_the_harness_own_task_file(
 
 
 def test_gsm8k_shows_five_worked_examples_unless_told_otherwise(
-    sets: Any, write: Any, loaded: Any, by_the_harness: Any, requests_of: Any, tmp_path: Path
+    sets: Any, write: Any, loaded: Any, by_the_harness: Any
 ) -> None:
     [task] = write("gsm8k", split="select")
     rows = [row for _, row in rows_of("gsm8k", "select")]
     shown = [row for _, row in rows_of("gsm8k", "fit")]
     assert (task.num_fewshot, task.metric_key) == (5, "exact_match,flexible-extract")
-    [one] = loaded(tmp_path / "tasks", "gsm8k").values()
+    [one] = loaded("gsm8k").values()
     assert requests_of(one) == by_the_harness("gsm8k/gsm8k.yaml", rows, shown, None)
 
 
 def test_the_hub_and_a_data_folder_give_the_same_requests(
-    set_name: str, data_folder: Any, write: Any, loaded: Any, requests_of: Any, tmp_path: Path
+    set_name: str, data_folder: Any, write: Any, loaded: Any
 ) -> None:
     harness = get_task(set_name).harness
     assert harness is not None
@@ -132,19 +129,17 @@ def test_the_hub_and_a_data_folder_give_the_same_requests(
     [offline] = write(set_name, place="offline", data_dir=data_folder(set_name), **given)
     assert online == offline
     first, second = (
-        {leaf: requests_of(one) for leaf, one in loaded(tmp_path / place, set_name).items()}
+        {leaf: requests_of(one) for leaf, one in loaded(set_name, place=place).items()}
         for place in ("online", "offline")
     )
     assert first == second
 
 
-def test_squads_prompt_is_the_harness_own(
-    sets: Any, write: Any, loaded: Any, requests_of: Any, tmp_path: Path
-) -> None:
+def test_squads_prompt_is_the_harness_own(sets: Any, write: Any, loaded: Any) -> None:
     from lm_eval.tasks.squadv2.task import SQuAD2
 
     write("squad_v2", num_fewshot=0)
-    [task] = loaded(tmp_path / "tasks", "squad_v2").values()
+    [task] = loaded("squad_v2").values()
     rows = [row for _, row in rows_of("squad_v2")]
     contexts = [context for context, _ in requests_of(task)]
     assert contexts == [SQuAD2.doc_to_text(None, row) for row in rows]
@@ -157,7 +152,7 @@ def test_squads_prompt_is_the_harness_own(
 
 @pytest.mark.parametrize("name", ["arc_easy", "arc_challenge", "hellaswag", "piqa", "mmlu_cloze"])
 def test_what_a_search_asks_is_what_an_evaluation_asks(
-    name: str, sets: Any, write: Any, loaded: Any, requests_of: Any, tmp_path: Path
+    name: str, sets: Any, write: Any, loaded: Any
 ) -> None:
     write(name, num_fewshot=0)
     searched = get_task(name.removesuffix("_cloze"))
@@ -165,12 +160,12 @@ def test_what_a_search_asks_is_what_an_evaluation_asks(
     for example in searched.examples("test"):
         prompt = searched.prompt(example, OPTIONS_REWARD)
         ours += [(prompt.text, text) for text in prompt.continuations]
-    found = loaded(tmp_path / "tasks", name).values()
+    found = loaded(name).values()
     assert sorted(ours) == sorted(args for task in found for args in requests_of(task))
 
 
 def test_every_task_that_has_a_name_can_be_evaluated(
-    sets: Any, hub: Any, write: Any, loaded: Any, tmp_path: Path
+    sets: Any, hub: Any, write: Any, loaded: Any
 ) -> None:
     key = ("hkust-nlp/dart-math-pool-math", None, "train")
     hub.files[key] = [
@@ -179,7 +174,7 @@ def test_every_task_that_has_a_name_can_be_evaluated(
     names = [*sets, *(f"dart-{level}" for level in range(1, 6)), *OURS]
     tasks = write(",".join(names), num_fewshot=0)
     assert [task.name for task in tasks] == names
-    found = loaded(tmp_path / "tasks", *(task.harness_name for task in tasks))
+    found = loaded(*(task.harness_name for task in tasks))
     for task in tasks:
         docs = [doc for leaf in task.leaves for doc in found[leaf].eval_docs]
         examples = get_task(task.name).examples("test")
@@ -222,7 +217,7 @@ def test_a_run_of_the_harness_reports_the_metric_that_counts_of_every_task(
 
 
 def test_options_of_ours_are_asked_byte_for_byte_as_a_search_asks_them(
-    write: Any, loaded: Any, requests_of: Any, tmp_path: Path
+    write: Any, loaded: Any, tmp_path: Path
 ) -> None:
     lines = [
         {
@@ -237,7 +232,7 @@ def test_options_of_ours_are_asked_byte_for_byte_as_a_search_asks_them(
     task = FileTask(path)
     [written] = write(task)
     assert (written.name, written.harness_name) == ("my days, all", "my_days_all")
-    [found] = loaded(tmp_path / "tasks", "my_days_all").values()
+    [found] = loaded("my_days_all").values()
     ours = []
     for example in task.examples("test"):
         prompt = task.prompt(example, OPTIONS_REWARD)
@@ -252,7 +247,7 @@ def test_options_of_ours_are_asked_byte_for_byte_as_a_search_asks_them(
     [("builtin_arithmetic", "so \\boxed{{{}}}", "\\boxed{{{}1}}"), ("dates", "{}.", "on {}")],
 )
 def test_generated_answers_of_ours_are_graded_by_our_rules(
-    name: str, right: str, wrong: str, write: Any, loaded: Any, requests_of: Any, tmp_path: Path
+    name: str, right: str, wrong: str, write: Any, loaded: Any, tmp_path: Path
 ) -> None:
     if name == "dates":
         name = str(tmp_path / "dates.jsonl")
@@ -262,7 +257,7 @@ def test_generated_answers_of_ours_are_graded_by_our_rules(
         ]
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     [written] = write(name, num_fewshot=1)
-    [found] = loaded(tmp_path / "tasks", written.harness_name).values()
+    [found] = loaded(written.harness_name).values()
     task = get_task(name)
     examples = task.examples("test")
     prompts = [task.prompt(example, task.rewards[0]) for example in examples]
@@ -282,7 +277,7 @@ def test_generated_answers_of_ours_are_graded_by_our_rules(
 
 
 def test_no_question_that_is_asked_is_shown(
-    set_name: str, sets: Any, write: Any, loaded: Any, tmp_path: Path
+    set_name: str, sets: Any, write: Any, loaded: Any
 ) -> None:
     name, task = set_name, get_task(set_name)
     assert isinstance(task, PublishedTask)
@@ -294,7 +289,7 @@ def test_no_question_that_is_asked_is_shown(
         write(name, place=place, split=split, num_fewshot=2)
         tested = {question_key(e.question) for e in get_task(name).examples("test")}
         ids: dict[str, set[str]] = {"asked": set(), "shown": set()}
-        for each in loaded(tmp_path / place, name).values():
+        for each in loaded(name, place=place).values():
             for use in ids:
                 ids[use] |= {doc["drllm_id"] for doc in each.dataset[use]}
         shown = {e.id: question_key(e.question) for e, _ in task.shots(split)}
@@ -318,15 +313,15 @@ def test_a_question_that_stands_among_the_worked_examples_is_not_asked_with_them
 
 
 def test_a_limit_draws_the_same_questions_each_time_and_only_their_parts_are_written(
-    sets: Any, write: Any, loaded: Any, tmp_path: Path
+    sets: Any, write: Any, loaded: Any
 ) -> None:
     [task] = write("mmlu", limit=1, seed=3)
     assert (task.num_questions, len(task.leaves)) == (1, 1)
-    [found] = loaded(tmp_path / "tasks", "mmlu").values()
+    [found] = loaded("mmlu").values()
     first = [doc["drllm_id"] for doc in found.eval_docs]
     [again] = write("mmlu", place="again", limit=1, seed=3)
     assert again == task
-    [found] = loaded(tmp_path / "again", "mmlu").values()
+    [found] = loaded("mmlu", place="again").values()
     assert [doc["drllm_id"] for doc in found.eval_docs] == first
 
 
@@ -345,18 +340,18 @@ def test_the_same_questions_give_the_same_files(sets: Any, write: Any, tmp_path:
 
 
 def test_other_rows_are_never_read_from_an_old_cache(
-    data_folder: Any, write: Any, write_rows: Any, loaded: Any, requests_of: Any, tmp_path: Path
+    data_folder: Any, write: Any, write_rows: Any, loaded: Any
 ) -> None:
     data_dir = data_folder("piqa")
     write("piqa", data_dir=data_dir)
-    [before] = loaded(tmp_path / "tasks", "piqa").values()
+    [before] = loaded("piqa").values()
     rows = [{**row, "sol1": "Wait."} for row in map(dict, before.eval_docs)]
     write_rows(
         "data/piqa/validation",
         [{k: row[k] for k in ("goal", "sol1", "sol2", "label")} for row in rows],
     )
     write("piqa", data_dir=data_dir)
-    [after] = loaded(tmp_path / "tasks", "piqa").values()
+    [after] = loaded("piqa").values()
     assert {doc["sol1"] for doc in after.eval_docs} == {"Wait."}
     assert len(requests_of(after)) == len(requests_of(before))
 
@@ -369,17 +364,18 @@ def test_what_datasets_keeps_is_kept_in_the_folder(
     elsewhere = tmp_path / "elsewhere"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(elsewhere))
     write("piqa")
-    loaded(tmp_path / "tasks", "piqa")
+    loaded("piqa")
     assert not elsewhere.exists()
     assert list((tmp_path / "tasks" / "cache").rglob("*.arrow"))
 
 
+@pytest.mark.thorough
 def test_the_stock_harness_with_all_of_its_own_tasks_takes_ours_of_the_same_names(
-    sets: Any, write: Any, loaded: Any, requests_of: Any, tmp_path: Path
+    sets: Any, write: Any, loaded: Any
 ) -> None:
     write("arc_easy,mmlu", num_fewshot=0)
-    alone = loaded(tmp_path / "tasks", "arc_easy", "mmlu")
-    beside = loaded(tmp_path / "tasks", "arc_easy", "mmlu", defaults=True)
+    alone = loaded("arc_easy", "mmlu")
+    beside = loaded("arc_easy", "mmlu", defaults=True)
     assert {n: requests_of(t) for n, t in beside.items()} == {
         n: requests_of(t) for n, t in alone.items()
     }
@@ -389,17 +385,17 @@ def test_the_stock_harness_with_all_of_its_own_tasks_takes_ours_of_the_same_name
 
 
 def test_answers_are_capped_to_what_the_model_holds_and_the_reader_is_told(
-    sets: Any, write: Any, loaded: Any, requests_of: Any, tmp_path: Path
+    sets: Any, write: Any, loaded: Any
 ) -> None:
     [task] = write("aime24", max_length=2048)
-    [found] = loaded(tmp_path / "tasks", "aime24").values()
+    [found] = loaded("aime24").values()
     [most] = {how["max_gen_toks"] for _, how in requests_of(found)}
     longest = max(len(context.encode()) for context, _ in requests_of(found))
     assert 1024 < most <= 2048 - longest
     assert any(f"at most {most} new tokens" in note and "32768" in note for note in task.notes)
     assert requests_of(found)[0][1]["until"][0] == "Question:"
     [task] = write("aime24")
-    [found] = loaded(tmp_path / "tasks", "aime24").values()
+    [found] = loaded("aime24").values()
     assert {how["max_gen_toks"] for _, how in requests_of(found)} == {32768}
     assert task.notes == ()
 
@@ -480,19 +476,13 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 def test_the_real_files_are_asked_as_the_harness_asks_them(
-    name: str,
-    data_dir: Path,
-    write: Any,
-    loaded: Any,
-    by_the_harness: Any,
-    requests_of: Any,
-    tmp_path: Path,
+    name: str, data_dir: Path, write: Any, loaded: Any, by_the_harness: Any
 ) -> None:
     place, file = REAL[name]
     with gzip.open(data_dir / f"{place}.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     [task] = write(name, data_dir=data_dir, limit=100)
-    [found] = loaded(tmp_path / "tasks", name).values()
+    [found] = loaded(name).values()
     key = "sentence" if name == "winogrande" else "question"
     asked = {doc[key] for doc in found.eval_docs}
     of_those = [row for row in rows if row[key] in asked]
@@ -500,12 +490,10 @@ def test_the_real_files_are_asked_as_the_harness_asks_them(
     assert requests_of(found) == by_the_harness(file, of_those, [], 0)
 
 
-def test_every_real_set_can_be_evaluated(
-    data_dir: Path, write: Any, loaded: Any, tmp_path: Path
-) -> None:
+def test_every_real_set_can_be_evaluated(data_dir: Path, write: Any, loaded: Any) -> None:
     names = "arc,commonsense_qa,commonsense_qa_cloze,hellaswag,mmlu,mmlu_cloze,squad_v2,winogrande"
     tasks = write(names, data_dir=data_dir, limit=20)
     tasks += write("gsm8k", data_dir=data_dir, limit=20, split="select")
     assert [task.num_questions for task in tasks] == [20] * 10
-    found = loaded(tmp_path / "tasks", *(task.harness_name for task in tasks))
+    found = loaded(*(task.harness_name for task in tasks))
     assert sum(len(task.eval_docs) for task in found.values()) == 200
