@@ -83,27 +83,11 @@ class Figure:
     caption: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """One test question with the route taken on it.
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A route, drawn layer by layer."""
 
-    Attributes:
-        kind: Why it is shown.
-        id: The question's id.
-        question: Its text.
-        choices: The options.
-        gold: Index of the right one.
-        verdicts: One line on who answered right.
-        route: Decisions of the routed model.
-    """
-
-    kind: str
-    id: str
-    question: str
-    choices: Sequence[str]
-    gold: int | None
-    verdicts: str
-    route: Decisions
+    decisions: Decisions
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +119,7 @@ class Columns:
 
 
 Block: TypeAlias = (
-    Text | Listing | Table | HeatMap | Figure | Question | Code | PathKey | Columns | Folded
+    Text | Listing | Table | HeatMap | Figure | Route | Code | PathKey | Columns | Folded
 )
 
 

@@ -148,32 +148,6 @@ def _timed(measured: Latency | None) -> list[Block]:
             "less that of the same model without routers: noise can make it negative, and in "
             "decoding they don't run."
         ),
-        Table(
-            caption="All rounds of all systems, measured",
-            header=(
-                "system",
-                "what it is",
-                "what, rows of the batch",
-                "executions",
-                "median, ms",
-                "tokens/s",
-                "rounds, ms",
-            ),
-            rows=[
-                [
-                    each.system,
-                    measured.systems.get(each.system, NONE),
-                    f"{PHASES[each.phase]}, {count(each.batch_size)}",
-                    plain(each.executions, 2),
-                    _ms(each.median),
-                    _rate(each.tokens_per_second),
-                    "; ".join(_ms(seconds) for seconds in each.seconds),
-                ]
-                for each in found.timings
-            ],
-            texts=(0, 1, 2),
-            folded=True,
-        ),
     ]
 
 

@@ -159,27 +159,23 @@ def beside(columns: int, height: float) -> tuple[Figure, list[Axes]]:
     return figure, list(figure.subplots(1, columns, squeeze=False, sharey=True)[0])
 
 
-def legend(axes: Axes, *, columns: int, below: bool = True) -> None:
-    """Name what was drawn, in the order of drawing: outside the panel, or above its corner."""
+def legend(axes: Axes, *, columns: int) -> None:
+    """Name what was drawn above the panel's corner, in the order of drawing."""
     handles, names = axes.get_legend_handles_labels()
     if not names:
         return
     # By default lines come before bars; here the order is that of drawing.
     order = sorted(range(len(names)), key=lambda number: _drawn(axes, handles[number]))
-    handles, names = [handles[i] for i in order], [names[i] for i in order]
-    if below:
-        axes.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=columns)
-    else:
-        axes.legend(
-            handles,
-            names,
-            loc="lower right",
-            bbox_to_anchor=(1, 0.97),
-            ncols=columns,
-            borderaxespad=0,
-            borderpad=0.2,
-            handlelength=1.4,
-        )
+    axes.legend(
+        [handles[i] for i in order],
+        [names[i] for i in order],
+        loc="lower right",
+        bbox_to_anchor=(1, 0.97),
+        ncols=columns,
+        borderaxespad=0,
+        borderpad=0.2,
+        handlelength=1.4,
+    )
 
 
 def _drawn(axes: Axes, handle: Any) -> int:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from drllm.records.results import BASE, PERMUTED, ROUTED, Evaluation
+from drllm.records.results import BASE, PERMUTED, ROUTED, Evaluation, Point, System
 from drllm.reporting.drawing import WIDTH, Colours, beside, legend, stacked, whole_numbers
 from drllm.reporting.edits import EditEffect
 from drllm.reporting.run import Epoch
@@ -56,12 +56,8 @@ MEASURES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """One system at one depth: its executions and its differences to base."""
-
-    executions: float
-    differences: Differences
+Placed: TypeAlias = System | Point
+"""A system at some depth, with differences to base."""
 
 
 def by_system(evaluation: Evaluation) -> dict[str, list[Placed]]:
@@ -70,21 +66,18 @@ def by_system(evaluation: Evaluation) -> dict[str, list[Placed]]:
     The depth that the routers were trained for is one of them.
     """
     found: dict[str, list[Placed]] = {}
-    for system in evaluation.systems:
-        if system.against_base is not None:
-            placed = Placed(system.executions, system.against_base)
-            found.setdefault(system.name, []).append(placed)
-    for point in evaluation.curve:
-        if point.against_base is not None:
-            placed = Placed(point.executions, point.against_base)
-            found.setdefault(point.system, []).append(placed)
+    placed: list[Placed] = [*evaluation.systems, *evaluation.curve]
+    for each in placed:
+        if each.against_base is not None:
+            name = each.name if isinstance(each, System) else each.system
+            found.setdefault(name, []).append(each)
     return {name: sorted(each, key=lambda p: p.executions) for name, each in found.items()}
 
 
 def known(evaluation: Evaluation) -> list[Measure]:
     """Return the quantities in which a depth curve has differences to base."""
     placed = [each for points in by_system(evaluation).values() for each in points]
-    return [m for m in MEASURES if any(m.of(each.differences) is not None for each in placed)]
+    return [m for m in MEASURES if any(m.of(each.against_base) is not None for each in placed)]
 
 
 # --- each system in a row ----------------------------------------------------------------------
@@ -160,11 +153,8 @@ def _rows(axes: Axes, names: Sequence[str]) -> None:
 def depth_curve(evaluation: Evaluation, outstanding: Sequence[str], colours: Colours) -> Figure:
     """Draw differences to base over executions, one panel a quantity.
 
-    Args:
-        evaluation: With a curve.
-        outstanding: Systems drawn with colour, markers and intervals, at most four; the others
-            are faint lines, and may leave the panel.
-        colours: To draw with.
+    Outstanding systems, at most four, have colour, markers and intervals; the others are faint
+    lines, and may leave the panel.
     """
     systems = by_system(evaluation)
     measures = known(evaluation)
@@ -219,7 +209,7 @@ def _within(axes: Axes, systems: Sequence[Sequence[Placed]], measure: Measure) -
 
 
 def _points(placed: Sequence[Placed], measure: Measure) -> list[tuple[float, Verdict]]:
-    found = [(each.executions, measure.of(each.differences)) for each in placed]
+    found = [(each.executions, measure.of(each.against_base)) for each in placed]
     return [(x, difference) for x, difference in found if difference is not None]
 
 
@@ -269,10 +259,7 @@ def labels_against_routes(
 ) -> Figure:
     """Draw the share of skips and of repeats by layer, each panel on a scale of its own.
 
-    Args:
-        skips: `[L]` shares by what they are shares of (targets, routes).
-        repeats: The same for repeats.
-        colours: To draw with.
+    Skips and repeats are `[L]` shares by what they are shares of (targets, routes).
     """
     figure, panels = stacked([1.75, 1.75])
     for axes, name, series in zip(panels, ("skip", "repeat"), (skips, repeats), strict=True):
@@ -296,7 +283,7 @@ def labels_against_routes(
         axes.set_ylim(0, None if any(map(any, series.values())) else 1)
         axes.set_ylabel(f"{name}, %")
         whole_numbers(axes)
-        legend(axes, columns=2, below=False)
+        legend(axes, columns=2)
     panels[-1].set_xlabel("layer")
     return figure
 
@@ -332,7 +319,7 @@ def target_executions(lengths: Sequence[int], num_layers: int, colours: Colours)
     axes.set_xlabel("executions of the target path")
     axes.set_ylabel("questions")
     whole_numbers(axes)
-    legend(axes, columns=1, below=False)
+    legend(axes, columns=1)
     return figure
 
 
@@ -343,11 +330,7 @@ def router_metrics(
 ) -> Figure:
     """Draw macro-F1, labels hit, the F1 of each decision and loss by epoch.
 
-    Args:
-        epochs: Lines of `metrics.jsonl`.
-        baselines: Metrics of decisions that ignore the question, by name; of each metric the best
-            is drawn as a dashed line.
-        colours: To draw with.
+    Of the baselines, decisions that ignore the question, each metric's best is a dashed line.
     """
     splits = [name for name in ("train", "validation") if any(e.split == name for e in epochs)]
     shown = splits[-1]
@@ -376,7 +359,7 @@ def router_metrics(
     of_loss.set_xlabel("epoch")
     for axes in panels:
         whole_numbers(axes)
-        legend(axes, columns=3, below=False)
+        legend(axes, columns=3)
     return figure
 
 
@@ -388,11 +371,8 @@ def router_layers(
 ) -> Figure:
     """Draw each layer's labels, the share of them that is hit, and the F1 of skip.
 
-    Args:
-        shares: `[L][3]`: of each layer's labels, how many are skip, execute and repeat.
-        routers: `[L]`: the routers' metrics at each layer.
-        majority: `[L]`: those of the layer's commonest label.
-        colours: To draw with.
+    `shares` `[L][3]` says how many of each layer's labels are skip, execute and repeat; `routers`
+    and `majority` hold the metrics `[L]` of the routers and of the layer's commonest label.
     """
     figure, panels = stacked([1.7, 1.7, 1.7])
     labels, *judged = panels
@@ -421,7 +401,7 @@ def router_layers(
     for axes in panels:
         axes.set_xlim(-0.8, len(shares) - 0.2)
         whole_numbers(axes)
-        legend(axes, columns=2, below=False)
+        legend(axes, columns=2)
     panels[-1].set_xlabel("layer")
     return figure
 
@@ -431,9 +411,7 @@ def router_reliability(
 ) -> Figure:
     """Draw the share of hits over the probability of what was decided.
 
-    Args:
-        series: Points (probability, share of hits) by name, at most two.
-        colours: To draw with.
+    The series hold points (probability, share of hits) by name, at most two.
     """
     figure, (axes,) = stacked([3.2])
     lowest = min(value for points in series.values() for point in points for value in point)

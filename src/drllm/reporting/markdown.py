@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
 from drllm.errors import printable
-from drllm.paths import num_executions, sketch
+from drllm.paths import sketch
 from drllm.reporting.blocks import (
     Block,
     Code,
@@ -23,7 +23,7 @@ from drllm.reporting.blocks import (
     HeatMap,
     Listing,
     PathKey,
-    Question,
+    Route,
     Section,
     Table,
     Text,
@@ -83,8 +83,8 @@ def _block(block: Block, places: Mapping[Figure, str]) -> str:
         case Figure(alt=alt, caption=caption):
             place = quote(places[block])
             return f"![{escape(alt)}]({place})\n\n*Figure:* {escape(caption)}"
-        case Question():
-            return _question(block)
+        case Route(decisions):
+            return f"`{sketch(decisions)}`"
         case PathKey():
             return "One character a layer: `█` executed once, `·` skipped, `2` executed twice."
         case Columns(groups):
@@ -109,13 +109,3 @@ def _cells(table: Table, row: Sequence[str]) -> list[str]:
     return [
         f"`{cell}`" if column in table.routes else escape(cell) for column, cell in enumerate(row)
     ]
-
-
-def _question(example: Question) -> str:
-    lines = [f"*{escape(example.kind)}* ({escape(example.id)}): {escape(example.question)}", ""]
-    for number, choice in enumerate(example.choices):
-        mark = " (right)" if number == example.gold else ""
-        lines.append(f"- {_line(choice)}{mark}")
-    cost = f"{num_executions(example.route)} of {len(example.route)} executions"
-    lines += ["", f"`{sketch(example.route)}` {cost}. {escape(example.verdicts)}"]
-    return "\n".join(lines)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 
 from drllm.errors import printable
-from drllm.paths import Decision, Decisions, num_executions, sketch
+from drllm.paths import Decision, Decisions, sketch
 from drllm.reporting.blocks import (
     Block,
     Code,
@@ -22,7 +22,7 @@ from drllm.reporting.blocks import (
     HeatMap,
     Listing,
     PathKey,
-    Question,
+    Route,
     Section,
     Table,
     Text,
@@ -77,8 +77,8 @@ def _block(block: Block, names: Mapping[Figure, str]) -> str:
                 "<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1
             )
             return f"<figure>{drawn}<figcaption>{html.escape(caption)}</figcaption></figure>"
-        case Question():
-            return _question(block)
+        case Route(decisions):
+            return _path(decisions)
         case Code(title, text):
             return (
                 f"<details><summary>{html.escape(title)}</summary>"
@@ -171,22 +171,6 @@ def _whole_percent(share: float) -> str:
     if share == 0:
         return ""
     return "&lt;1" if share < 0.005 else f"{100 * share:.0f}"
-
-
-def _question(example: Question) -> str:
-    choices = "".join(
-        f'<li class="right">{html.escape(choice)} (right)</li>'
-        if number == example.gold
-        else f"<li>{html.escape(choice)}</li>"
-        for number, choice in enumerate(example.choices)
-    )
-    cost = f"{num_executions(example.route)} of {len(example.route)} executions"
-    return (
-        f'<div class="question"><p class="kind">{html.escape(example.kind)} '
-        f"({html.escape(example.id)})</p><p>{html.escape(example.question)}</p>"
-        f"<ul>{choices}</ul>{_path(example.route)}"
-        f"<p>{cost}. {html.escape(example.verdicts)}</p></div>"
-    )
 
 
 def _path(route: Decisions) -> str:

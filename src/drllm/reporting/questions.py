@@ -15,8 +15,9 @@ from drllm.reporting.blocks import (
     Block,
     Figure,
     HeatMap,
+    Listing,
     PathKey,
-    Question,
+    Route,
     Section,
     Table,
     Text,
@@ -195,7 +196,6 @@ def _labels(run: Run, routes: Sequence[Decisions]) -> list[Block]:
         {"targets": shares(targets, value), "routes": shares(routes, value)}
         for value in (Decision.SKIP, Decision.REPEAT)
     )
-    by_layer = zip(*skips.values(), *repeats.values(), strict=True)
     return [
         Figure(
             draw=partial(figures.labels_against_routes, skips, repeats),
@@ -206,16 +206,6 @@ def _labels(run: Run, routes: Sequence[Decisions]) -> list[Block]:
             caption="Labels against routes: share of the targets (bars) and of the routes on the "
             "test questions (dots) that skip and that repeat each layer. The panels have scales "
             "of their own.",
-        ),
-        Table(
-            caption="Labels against routes by layer",
-            header=("layer", "targets skip", "routes skip", "targets repeat", "routes repeat"),
-            rows=[
-                [str(layer), *(percent(value) for value in values)]
-                for layer, values in enumerate(by_layer)
-            ],
-            texts=(),
-            folded=True,
         ),
     ]
 
@@ -241,20 +231,26 @@ def examples(evaluation: Result) -> Section | None:
         [
             rule,
             PathKey(),
-            *(
-                Question(
-                    kind=kind,
-                    id=sample.id,
-                    question=sample.question,
-                    choices=sample.choices,
-                    gold=sample.gold,
-                    verdicts=f"Base is {_right(sample, BASE)}, routed is {_right(sample, ROUTED)}.",
-                    route=route(sample),
-                )
-                for kind, sample in chosen
-            ),
+            *(block for kind, sample in chosen for block in _example(kind, sample)),
         ],
     )
+
+
+def _example(kind: str, sample: Sample) -> list[Block]:
+    taken = route(sample)
+    options = [
+        f"{choice} (right)" if number == sample.gold else choice
+        for number, choice in enumerate(sample.choices)
+    ]
+    return [
+        Text(f"{kind} ({sample.id}): {sample.question}", strong=True),
+        Listing(options),
+        Route(taken),
+        Text(
+            f"{num_executions(taken)} of {len(taken)} executions. Base is {_right(sample, BASE)}, "
+            f"routed is {_right(sample, ROUTED)}."
+        ),
+    ]
 
 
 def _right(sample: Sample, system: str) -> str:

@@ -159,12 +159,7 @@ def read_sweep_file(path: Path) -> SweepResult:
 
 
 def drawn(candidates: Sequence[Candidate], colours: Colours) -> Figure:
-    """Draw each setting's losses in a row, depths in colours of their own, with 95 % intervals.
-
-    Args:
-        candidates: At least one with a place.
-        colours: To draw with.
-    """
+    """Draw each setting's losses in a row, depths in colours of their own, with 95 % intervals."""
     depths = list(dict.fromkeys((p.task, p.depth) for each in candidates for p in each.places))
     several = len({task for task, _ in depths}) > 1
     figure, panels = beside(2, FRAME + ROW * len(candidates) * max(1, len(depths) / 2))

@@ -61,7 +61,7 @@ def blocks(run: Run) -> list[Block]:
     if run.calibration is not None:
         settings = run.router_config["training"].get("settings") or {}
         found += _reliability(run.calibration, is_folded=settings.get("calibrate") is True)
-    return [*found, _by_epoch(by_split)]
+    return found
 
 
 # --- beside baselines --------------------------------------------------------------------------
@@ -125,30 +125,6 @@ def _curves(
         caption="Router metrics by epoch. Where targets are held out, full lines are "
         "validation and dotted lines training; the dashed line is the best of the decisions that "
         "ignore the question.",
-    )
-
-
-def _by_epoch(by_split: Mapping[str, Mapping[int, Scores]]) -> Table:
-    keys = ("macro_f1", "f1_skip", "f1_execute", "f1_repeat", "routers_loss")
-    names = {key: name for key, name, _ in METRICS}
-    splits = [split for split, values in by_split.items() if values]
-    epochs = sorted({number for values in by_split.values() for number in values})
-    return Table(
-        caption="Router metrics of every epoch",
-        header=("epoch", *(f"{names[key]}, {split}" for split in splits for key in keys)),
-        rows=[
-            [
-                str(number),
-                *(
-                    plain(by_split[split].get(number, {}).get(key), 4 if "loss" in key else 3)
-                    for split in splits
-                    for key in keys
-                ),
-            ]
-            for number in epochs
-        ],
-        texts=(),
-        folded=True,
     )
 
 

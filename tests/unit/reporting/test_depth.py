@@ -83,14 +83,14 @@ def test_drawn_points_are_the_numbers_with_their_intervals(evaluation):
     lines = {line.get_label(): line for line in panel.get_lines()}
     placed = figures.by_system(evaluation)["routed"]
     assert lines["routed"].get_ydata() == pytest.approx(
-        [100 * each.differences.accuracy.mean for each in placed]
+        [100 * each.against_base.accuracy.mean for each in placed]
     )
     assert lines["routed"].get_xdata() == pytest.approx(
         [each.executions for each in placed],
         abs=0.2,  # side by side
     )
     ends = panel.collections[0].get_segments()[0][:, 1]
-    assert ends == pytest.approx([100 * end for end in placed[0].differences.accuracy.interval])
+    assert ends == pytest.approx([100 * end for end in placed[0].against_base.accuracy.interval])
 
 
 def test_systems_that_stand_out_differ_in_more_than_colour(evaluation):

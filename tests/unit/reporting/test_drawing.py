@@ -10,7 +10,7 @@ from drllm.reporting.drawing import Colours, Draw, legend, png, stacked, svg
 
 
 def drawing(panels: list[Axes], *, is_square: bool) -> Draw:
-    """Return what draws two panels with a legend below, and keeps them in a list."""
+    """Return what draws two panels with legends, and keeps them in a list."""
 
     def draw(colours: Colours) -> Figure:
         figure, made = stacked([1.3, 2.1])

@@ -143,8 +143,6 @@ def test_measured_time_stands_apart_with_its_machine_and_its_rounds(folder, text
     routers = "3.00 (2.00 to 5.00)"
     assert rows[0][1:] == ["110", "90.2", "0.900", "0.820 to 1.000", "145", "177", "3.50", routers]
     assert rows[3][1:] == ["55.0", "45.1", "0.900", "0.820 to 1.000", "36.4", "44.3", "3.50", "–"]
-    every = table(text, "All rounds of all systems, measured")
-    assert every[2][:4] == ["routed", "what routed is", "reading, 1", "3.50"]
 
 
 # --- other kinds of tasks ----------------------------------------------------------------------
