@@ -84,12 +84,12 @@ def _list_models(terminal: Terminal) -> None:
 
 
 def _list_baselines(terminal: Terminal) -> None:
-    from drllm.evaluation.baselines.registry import BASELINES, NOT_COMPARED
+    from drllm.evaluation.baselines.registry import NOT_COMPARED, dashed, ordered
 
     table = new_table("baseline", "what it does", "fitted on", "source")
-    for name, baseline in BASELINES.items():
+    for baseline in ordered():
         table.add_row(
-            name.replace(" ", "-"), baseline.description, baseline.fitted_on, baseline.source
+            dashed(baseline.name), baseline.description, baseline.fitted_on, baseline.source
         )
     terminal.show(table)
     for name, reason in NOT_COMPARED.items():

@@ -12,7 +12,8 @@ from pathlib import Path
 from drllm.config import EvaluateConfig
 from drllm.config.settings import flag_of
 from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
-from drllm.evaluation.baselines.registry import BASELINES, QUESTIONS, check, depths, named
+from drllm.evaluation.baselines.base import BASELINES, QUESTIONS
+from drllm.evaluation.baselines.registry import check, depths, named
 from drllm.evaluation.lm_eval.registry import entry_of
 from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, results_in, schema_of
 from drllm.statistics.non_inferiority import FEWEST_TEXTS
@@ -104,7 +105,7 @@ def check_examples(task: Task, split: str, data_dir: str | None) -> None:
 
 def is_fitted(config: EvaluateConfig) -> bool:
     """Tell whether an evaluation looks for depths or fits baselines on questions."""
-    baselines = [BASELINES[name] for name in named(config.baselines)]
+    baselines = [BASELINES.get(name) for name in named(config.baselines)]
     return bool(depths(config.curve)) or any(each.fitted_on in QUESTIONS for each in baselines)
 
 

@@ -19,9 +19,9 @@ import torch
 
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError
-from drllm.evaluation.baselines.lineup import Lineup, Material
-from drllm.evaluation.baselines.random_routes import share_unchanged
-from drllm.evaluation.baselines.registry import BASELINES, DRAWN, depths, named
+from drllm.evaluation.baselines.base import BASELINES, Lineup, Material
+from drllm.evaluation.baselines.permuted_routes import share_unchanged
+from drllm.evaluation.baselines.registry import depths, named
 from drllm.evaluation.blocks import Answered, Block, Keep
 from drllm.evaluation.choosing import Choosing
 from drllm.evaluation.flops import PromptCost
@@ -75,7 +75,7 @@ CACHE = "cache"
 NUM_CALIBRATION = 64
 """Questions that depths are found and baselines fitted on, unless another number is given."""
 NUM_RANDOM_DRAWS = 10
-"""Draws of the baselines in `DRAWN`, unless another number is given."""
+"""Draws of the baselines that are drawn, unless another number is given."""
 
 
 def evaluate(
@@ -283,7 +283,7 @@ class _Stage:
             },
             stage="evaluation",
         )
-        at_depths = [name for name in self.baselines if not BASELINES[name].has_own_depth]
+        at_depths = [name for name in self.baselines if not BASELINES.get(name).has_own_depth]
         points = 2 + len(self.baselines) + (1 + len(at_depths)) * len(self.shares)
         of_a_seed = 1 + (PERMUTED in self.baselines)
         points += len(self.other_seeds) * of_a_seed * (1 + len(self.shares))
@@ -463,7 +463,7 @@ class _Stage:
         )
         systems = [routed]
         for name in self.baselines:
-            if setting and BASELINES[name].has_own_depth:
+            if setting and BASELINES.get(name).has_own_depth:
                 continue  # it would be the same system again
             if obstacle := lineup.obstacle(name, routed.executions):
                 notes.append(f"{name.capitalize()} isn't compared: {obstacle}.")
@@ -479,7 +479,7 @@ class _Stage:
         routes = torch.tensor(routed.routes[0])
         generator = torch.Generator().manual_seed(self.config.seed)
         draws = self.config.num_random_draws or NUM_RANDOM_DRAWS
-        num = draws if name in DRAWN else 1
+        num = draws if BASELINES.get(name).is_drawn else 1
         drawn = [lineup.at(name, routes, generator) for _ in range(num)]
         system = run.baseline(name, drawn, routed.setting, keep=keep)
         if name == PERMUTED:

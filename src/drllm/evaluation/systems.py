@@ -16,7 +16,7 @@ import msgspec
 from torch import Tensor
 
 from drllm.cost import executions_by_phase, mean_executions
-from drllm.evaluation.baselines.lineup import Drawn
+from drllm.evaluation.baselines.base import Drawn
 from drllm.evaluation.blocks import (
     LEAST_GENERATED,
     LEAST_SCORED,

@@ -15,7 +15,8 @@ from msgspec.structs import replace
 
 from drllm.config import EvaluateConfig
 from drllm.cost import share_saved
-from drllm.evaluation.baselines.registry import BASELINES, NOT_COMPARED
+from drllm.evaluation.baselines.base import BASELINES
+from drllm.evaluation.baselines.registry import NOT_COMPARED
 from drllm.evaluation.flops import PromptCost
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.evaluation.systems import SystemRun
@@ -91,7 +92,7 @@ class TaskRuns:
         return tuple(map(self._row, self.trained))
 
     def _row(self, system: SystemRun) -> System:
-        baseline = BASELINES.get(system.name)
+        baseline = BASELINES.get(system.name) if system.name in BASELINES else None
         base, routed = self.trained[:2]
         return System(
             name=system.name,

@@ -19,8 +19,8 @@ from drllm.config import EvaluateConfig
 from drllm.errors import CheckpointError, ConfigError, ModelError, RecordError
 from drllm.evaluation import latency, systems
 from drllm.evaluation import run as stage
-from drllm.evaluation.baselines.random_routes import permuted, share_unchanged
-from drllm.evaluation.baselines.registry import BASELINES, DRAWN, depths, named
+from drllm.evaluation.baselines.permuted_routes import permuted, share_unchanged
+from drllm.evaluation.baselines.registry import depths, named
 from drllm.evaluation.latency import device_clock, measure
 from drllm.evaluation.lm_eval.folders import task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM
@@ -94,7 +94,8 @@ def settings(**values):
     small = {"limit": NUM_QUESTIONS, "batch_size": 5, "num_texts": 6, "latency_rounds": 0, **values}
     config = EvaluateConfig(**small)
     few = {}
-    if "num_random_draws" not in values and set(DRAWN) & set(named(config.baselines)):
+    drawn = named("permuted-routes,random-decisions,label-frequency")
+    if "num_random_draws" not in values and set(drawn) & set(named(config.baselines)):
         few["num_random_draws"] = 3
     if "num_calibration" not in values and is_fitted(config):
         few["num_calibration"] = 12
@@ -202,9 +203,9 @@ def test_baselines_run_at_the_routed_model_s_executions(evaluated):
         rows["routed"]["executions"], abs=0.5
     )
     assert rows["routed"]["executions"] > 6, "the sample must be a test of what comes next"
-    for name in ("last layers", "evenly spaced"):  # there is nothing to give up
+    for name in ("last layers", "evenly spaced"):  # there is nothing to drop
         assert rows[name]["executions"] == 6
-    assert "Last layers: runs 6 layers, having none to give up." in evaluated[0]["findings"]
+    assert "Last layers: runs 6 layers, having none to drop." in evaluated[0]["findings"]
 
 
 def test_labels_that_cannot_reach_the_routed_executions_are_said_not_to(
@@ -584,7 +585,7 @@ def test_baselines_that_lack_what_they_are_fitted_on_are_named(base, routers_dir
     [path] = run_evaluation(base, routers_dir, [task], config, tmp_path)
     result = json.loads(path.read_text())
     lacking = {"best program", "program predictor", "sequence router"}
-    assert [*SYSTEMS[:2], *(name for name in BASELINES if name not in lacking)] == [
+    assert [*SYSTEMS[:2], *(name for name in named("all") if name not in lacking)] == [
         row["name"] for row in result["systems"]
     ]
     for name in lacking:

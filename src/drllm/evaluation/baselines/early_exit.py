@@ -1,154 +1,54 @@
-"""Baseline: stop as soon as the model is confident, and skip all layers that are left.
-
-Owns the exit policy, measuring the confidence behind each layer, and the threshold for wanted
-executions. Leaves turning a hidden state into logits to `models.readout`.
-
-Axes: N prompts, B rows, T tokens, D hidden, L layers, V vocabulary.
-"""
+"""Baseline: stop as soon as the model is confident, and skip all layers that are left."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from drllm.evaluation.baselines.base import CALIBRATION, Baseline, Drawn, executions_of, register
 
-from drllm.bisection import Setting, nearest_setting
-from drllm.evaluation.baselines.recording import Recorder, recorded
-from drllm.models.routing.policies import Policy, PromptView
-from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.logit_lens import LogitLens
-from drllm.paths import Decision
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-
-class ExitPolicy(Policy):
-    """Executes layers until what the model would say behind one of them is likely enough.
-
-    Behind every layer but the last, the state of the prompt's last real token goes through the
-    model's own final norm and output head. Once the likeliest token's probability exceeds the
-    threshold, all further layers are skipped, for the prompt and for what is generated behind it.
-    Nothing is trained. The first layer always runs.
-
-    CALM decides anew for every generated token, calibrates its threshold for a bound on the loss,
-    and trains the intermediate states to be read; here the decision is taken once per prompt, as
-    the routers take theirs, and the model is frozen. The head is applied up to L − 1 times to one
-    token of each prompt, which the executions don't count.
-
-    Args:
-        readout: Of the model that is routed.
-        threshold: In [0, 1]; at 1 every layer runs, at 0 only the first.
-
-    Source: CALM (arXiv 2207.07061), its confidence by softmax; here the top probability in place
-        of the difference to the second.
-    """
-
-    def __init__(self, readout: LogitLens, threshold: float) -> None:
-        self.readout = readout
-        self.threshold = threshold
-        self._running = torch.empty(0, dtype=torch.bool)
-
-    def decide(self, layer: int, prompts: PromptView) -> Tensor:
-        """Return 1 for the rows that go on, and 0 for those that have stopped."""
-        if layer == 0:
-            device = prompts.hidden.device
-            self._running = torch.ones(prompts.num_rows, dtype=torch.bool, device=device)
-        elif bool(self._running.any()):
-            rows = self._running.to(prompts.hidden.device)  # layers may lie on several devices
-            self._running = rows & (confidence(self.readout, prompts) <= self.threshold)
-        return self._running.long()
+    from drllm.models.scoring.logit_lens import LogitLens
 
 
-@torch.no_grad()
-def confidence(readout: LogitLens, prompts: PromptView) -> Tensor:
-    """Return the probability of the likeliest token behind each prompt's last real one, `[B]`."""
-    T = prompts.hidden.shape[1]
-    from_end = prompts.readable.flip(1).long().argmax(dim=1)  # [B], padding behind the last one
-    rows = torch.arange(prompts.num_rows, device=prompts.hidden.device)
-    last = prompts.hidden[rows, T - 1 - from_end]  # [B, D]
-    logits = readout.logits(last)
-    return logits.softmax(dim=-1).amax(dim=-1).to(prompts.hidden.device)
+@register
+class ConfidenceExit(Baseline):
+    """Exits above the confidence that gives the wanted executions on the calibration prompts."""
 
-
-class _Confidences(Recorder):
-    """Runs everything, and keeps the confidence behind each layer but the last, `[B, L − 1]`."""
-
-    def __init__(self, readout: LogitLens) -> None:
-        self.readout = readout
-        self._behind: list[Tensor] = []
-
-    def decide(self, layer: int, prompts: PromptView) -> list[int]:
-        """Return 1 for every row."""
-        if layer == 0:
-            self._behind = []
-        else:
-            self._behind.append(confidence(self.readout, prompts).cpu())
-        return [int(Decision.EXECUTE)] * prompts.num_rows
-
-    @property
-    def values(self) -> Tensor:
-        return torch.stack(self._behind, dim=1)
-
-
-def confidences(
-    routed: RoutedModel,
-    readout: LogitLens,
-    prompts: Sequence[Sequence[int]],
-    *,
-    batch_size: int = 16,
-) -> Tensor:
-    """Measure the confidence behind each layer but the last, on the full path.
-
-    Until it stops a prompt runs the full path, so these numbers say where it stops at any
-    threshold.
-
-    Args:
-        routed: The model, of at least two layers.
-        readout: Of this model.
-        prompts: Token ids of each calibration prompt.
-        batch_size: Prompts a forward pass.
-
-    Returns:
-        `[N, L − 1]` in [0, 1].
-
-    Raises:
-        ConfigError: No prompts, one without tokens, or one longer than the model's context.
-    """
-    return recorded(routed, _Confidences(readout), prompts, batch_size=batch_size)
-
-
-def executions_at(confidences: Tensor, threshold: float) -> Tensor:
-    """Return how many layers each prompt runs at a threshold.
-
-    Args:
-        confidences: `[N, L − 1]`.
-        threshold: As for `ExitPolicy`.
-
-    Returns:
-        `[N]`, from 1 to L.
-
-    Example:
-        >>> executions_at(torch.tensor([[0.2, 0.6, 0.1], [0.2, 0.3, 0.4]]), 0.5).tolist()
-        [2, 4]
-    """
-    goes_on = (confidences <= threshold).long().cumprod(dim=1)  # [N, L - 1]
-    return 1 + goes_on.sum(dim=1)
-
-
-def find_threshold(confidences: Tensor, executions: float) -> Setting:
-    """Find the threshold at which prompts run the wanted executions on average.
-
-    Args:
-        confidences: `[N, L − 1]`, of the calibration prompts.
-        executions: Mean executions wanted.
-
-    Returns:
-        The threshold, and what it gives on the calibration prompts.
-
-    Source: ours.
-    """
-    return nearest_setting(
-        lambda threshold: float(executions_at(confidences, threshold).double().mean()),
-        executions,
-        0.0,
-        1.0,
+    name = "confidence exit"
+    description = (
+        "all further layers are skipped once the model is confident of the next token after the "
+        "prompt"
     )
+    source = "CALM, arXiv 2207.07061, once per prompt"
+    fitted_on = CALIBRATION
+    order = 100
+    reads_question = True
+
+    @cached_property
+    def readout(self) -> LogitLens:
+        """Logits after any layer."""
+        from drllm.models.scoring.logit_lens import LogitLens
+
+        return LogitLens(self.routed)
+
+    @cached_property
+    def confidences(self) -> Tensor:
+        """`[N, L − 1]` of the calibration prompts."""
+        from drllm.evaluation.baselines.fitting.exit_policy import confidences
+
+        return confidences(self.routed, self.readout, self.lineup.material.prompts)
+
+    def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+        """Return the exit policy."""
+        from drllm.evaluation.baselines.fitting.exit_policy import ExitPolicy, find_threshold
+
+        wanted = min(executions_of(routes), float(self.num_layers))
+        found = find_threshold(self.confidences, wanted)
+        return Drawn(
+            policy=ExitPolicy(self.readout, found.value),
+            note=f"exits above a confidence of {found.value:.4f}",
+        )

@@ -1,7 +1,4 @@
-"""Baseline: layers given up in the order of their block influence on calibration prompts.
-
-Owns measuring the influence and the order that it gives. Leaves following the order at given
-executions to `static`.
+"""Baseline: layers dropped in the order of their block influence on calibration prompts.
 
 Axes: B rows, T tokens, D hidden, L layers.
 """
@@ -9,14 +6,33 @@ Axes: B rows, T tokens, D hidden, L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from drllm.evaluation.baselines.base import CALIBRATION, register
+from drllm.evaluation.baselines.layer_dropping import LayerDropping, Plan, nested
 
-from drllm.models.routers.depth_control import routes_of
-from drllm.models.routing.policies import Policy, PromptView
-from drllm.models.routing.routed_model import RoutedModel
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from drllm.models.routing.routed_model import RoutedModel
+
+
+@register
+class BlockInfluence(LayerDropping):
+    """Drops the layers that turn the hidden state least."""
+
+    name = "block influence"
+    description = "the layers that turn the hidden state least are dropped"
+    source = "ShortGPT, arXiv 2403.03853"
+    fitted_on = CALIBRATION
+    order = 60
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The order by influence."""
+        influence = block_influence(self.routed, self.lineup.material.prompts)
+        return nested(order_by_influence(influence), self.num_layers)
 
 
 def block_influence(
@@ -41,7 +57,21 @@ def block_influence(
 
     Source: ShortGPT (arXiv 2403.03853).
     """
-    policy = _KeepsReadable()
+    import torch
+
+    from drllm.models.routers.depth_control import routes_of
+    from drllm.models.routing.policies import Policy, PromptView
+
+    class KeepsReadable(Policy):
+        """Executes everything, and keeps which tokens of the pass are real, `[B, T]`."""
+
+        readable = torch.empty(0, 0, dtype=torch.bool)
+
+        def decide(self, layer: int, prompts: PromptView) -> list[int]:
+            self.readable = prompts.readable
+            return [1] * prompts.num_rows
+
+    policy = KeepsReadable()
     sums = torch.zeros(routed.num_layers, dtype=torch.float64)
 
     def hook_at(layer: int) -> Any:
@@ -53,18 +83,16 @@ def block_influence(
 
         return add
 
-    layers = routed.injection.layers
     handles = [
         layer.register_forward_hook(hook_at(place), with_kwargs=True)
-        for place, layer in enumerate(layers)
+        for place, layer in enumerate(routed.injection.layers)
     ]
     try:
         routes_of(routed, policy, prompts, batch_size=batch_size)
     finally:
         for handle in handles:
             handle.remove()
-    num_tokens = sum(map(len, prompts))
-    influence: list[float] = (1 - sums / num_tokens).tolist()
+    influence: list[float] = (1 - sums / sum(map(len, prompts))).tolist()
     return influence
 
 
@@ -78,15 +106,3 @@ def order_by_influence(influence: Sequence[float]) -> list[int]:
         [3, 1, 2, 0]
     """
     return sorted(range(len(influence)), key=lambda layer: (influence[layer], -layer))
-
-
-class _KeepsReadable(Policy):
-    """Executes everything, and keeps which tokens of the pass under way are real, `[B, T]`."""
-
-    def __init__(self) -> None:
-        self.readable = torch.empty(0, 0, dtype=torch.bool)
-
-    def decide(self, layer: int, prompts: PromptView) -> list[int]:
-        """Return 1 for every row."""
-        self.readable = prompts.readable
-        return [1] * prompts.num_rows

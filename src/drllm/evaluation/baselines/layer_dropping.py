@@ -1,34 +1,95 @@
-"""Baselines that give up layers in a fixed order, whatever the question, at any mean executions.
+"""Baselines that drop layers in a fixed order, whatever the question, at any mean executions.
 
-Owns plans (the decisions with k layers given up, for every k), the two plans that need no
-measurement, and mixing two vectors of decisions over the questions so that their mean executions
-are what they should be. Leaves orders that are measured to `influence` and `greedy`.
+A plan gives the decisions with k layers dropped, for every k. Two vectors of decisions are mixed
+over the questions so that their mean executions are what they should be.
 
-Axes: Q questions, L layers, k layers given up.
+Axes: Q questions, L layers, k layers dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
-
-import torch
-from torch import Tensor
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeAlias
 
 from drllm.errors import ConfigError
+from drllm.evaluation.baselines.base import NOTHING, Baseline, Drawn, executions_of, register
 from drllm.paths import Decision, Decisions, full_decisions, num_executions
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 Plan: TypeAlias = Callable[[int], Decisions]
-"""Gives the decisions with k layers given up; `ConfigError` where so many can't be."""
+"""Gives the decisions with k layers dropped; `ConfigError` if so many can't be."""
+
+
+class LayerDropping(Baseline):
+    """Follows a plan at the routed model's mean executions."""
+
+    @cached_property
+    def plan(self) -> Plan:
+        """What is dropped; it is found when it is first asked for."""
+        raise NotImplementedError
+
+    def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+        """Return decisions that drop k or k + 1 layers; the full path if more are executed."""
+        import torch
+
+        wanted = executions_of(routes)
+        if wanted > self.num_layers:
+            full = torch.ones(len(routes), self.num_layers, dtype=torch.long)
+            return Drawn(full, note=f"runs {self.num_layers} layers, having none to drop")
+        return Drawn(skipping(self.plan, wanted, len(routes), generator))
+
+
+@register
+class LastLayers(LayerDropping):
+    """Drops the deepest layers first, but the last one, which makes what the head can read."""
+
+    name = "last layers"
+    description = "the deepest layers but the last one are dropped"
+    source = "Gromov et al., arXiv 2403.17887"
+    fitted_on = NOTHING
+    order = 40
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The order from the end."""
+        return last_layers(self.num_layers)
+
+
+@register
+class EvenlySpaced(LayerDropping):
+    """Drops layers at even distances."""
+
+    name = "evenly spaced"
+    description = "layers at even distances are dropped, the first and the last kept"
+    source = "Unified Layer Skipping, arXiv 2404.06954"
+    fitted_on = NOTHING
+    order = 50
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The distances."""
+        return evenly_spaced(self.num_layers)
+
+
+def without(layers: Sequence[int], num_layers: int) -> Decisions:
+    """Return the full path's decisions without some layers.
+
+    Example:
+        >>> without([2], num_layers=4)
+        (1, 1, 0, 1)
+    """
+    decisions = list(full_decisions(num_layers))
+    for layer in layers:
+        decisions[layer] = int(Decision.SKIP)
+    return tuple(decisions)
 
 
 def nested(order: Sequence[int], num_layers: int) -> Plan:
-    """Return the plan that gives up layers one after the other in an order.
-
-    Args:
-        order: The layer given up first, the one given up next, and so on; a layer that isn't named
-            is never given up.
-        num_layers: L.
+    """Return the plan that drops layers in an order; those that aren't in it are never dropped.
 
     Example:
         >>> nested([2, 1], num_layers=4)(1)
@@ -36,20 +97,14 @@ def nested(order: Sequence[int], num_layers: int) -> Plan:
     """
 
     def plan(num_skipped: int) -> Decisions:
-        _check_number(num_skipped, min(len(order), num_layers - 1))
-        return _without(order[:num_skipped], num_layers)
+        check_number(num_skipped, min(len(order), num_layers - 1), num_layers)
+        return without(order[:num_skipped], num_layers)
 
     return plan
 
 
 def last_layers(num_layers: int) -> Plan:
-    """Return the plan that gives up the deepest layers first, but the last one.
-
-    The last layer is kept: it makes the state that the output head can read, and a model without
-    it is broken. So is one without its first layer, which is kept too.
-
-    Args:
-        num_layers: L.
+    """Return the plan that drops the deepest layers first, keeping the first and the last one.
 
     Source: Gromov et al. 2024 (arXiv 2403.17887), their simple heuristic.
 
@@ -61,13 +116,10 @@ def last_layers(num_layers: int) -> Plan:
 
 
 def evenly_spaced(num_layers: int) -> Plan:
-    """Return the plan that gives up layers at even distances, the first and the last one kept.
+    """Return the plan that drops layers at even distances, keeping the first and the last one.
 
     Of the L − 2 layers between, the k that lie nearest to the middles of k equal parts. The layers
-    given up at k are in general not among those at k + 1.
-
-    Args:
-        num_layers: L.
+    dropped at k are in general not among those at k + 1.
 
     Source: Unified Layer Skipping (arXiv 2404.06954).
 
@@ -78,11 +130,24 @@ def evenly_spaced(num_layers: int) -> Plan:
     between = max(num_layers - 2, 0)
 
     def plan(num_skipped: int) -> Decisions:
-        _check_number(num_skipped, between)
+        check_number(num_skipped, between, num_layers)
         places = [(2 * i + 1) * between // (2 * num_skipped) for i in range(num_skipped)]
-        return _without([1 + place for place in places], num_layers)
+        return without([1 + place for place in places], num_layers)
 
     return plan
+
+
+def check_number(num_skipped: int, maximum: int, num_layers: int) -> None:
+    """Refuse to drop more layers than can be.
+
+    Raises:
+        ConfigError: Naming the maximum.
+    """
+    if not 0 <= num_skipped <= maximum:
+        raise ConfigError(
+            f"{num_skipped} layers are to be dropped, but of {num_layers} layers at most "
+            f"{maximum} can be; ask for more executions"
+        )
 
 
 def skipping(
@@ -90,14 +155,14 @@ def skipping(
 ) -> Tensor:
     """Follow a plan at given mean executions.
 
-    Where they aren't a whole number, some questions, drawn at random, give up one layer more than
-    the others.
+    If they aren't a whole number, some questions, drawn at random, drop one layer more than the
+    others.
 
     Args:
-        plan: What is given up.
+        plan: What is dropped.
         executions: Mean executions wanted, at most L.
         num_questions: Q.
-        generator: Draws which questions give up one more.
+        generator: Draws which questions drop one more.
 
     Returns:
         `[Q, L]` decisions whose mean executions lie within 1/(2Q) of those wanted.
@@ -108,10 +173,10 @@ def skipping(
     L = len(plan(0))
     if executions > L:
         raise ConfigError(
-            f"{executions:g} executions are wanted, but giving up layers of {L} leaves {L} at "
+            f"{executions:g} executions are wanted, but dropping layers of {L} leaves {L} at "
             f"most; give a number up to {L}"
         )
-    more = L - int(executions)  # layers given up by the questions that give up more
+    more = L - int(executions)  # layers dropped by the questions that drop more
     fewer = plan(more - 1 if more else 0)
     return mixture(plan(more), fewer, executions, num_questions, generator)
 
@@ -143,6 +208,8 @@ def mixture(
         >>> mixture((1, 0), (1, 1), 1.5, 4, torch.Generator()).sum(dim=1).double().mean()
         tensor(1.5000, dtype=torch.float64)
     """
+    import torch
+
     share = share_of_second(first, second, executions)
     num_second = round(share * num_questions)
     takes_second = torch.randperm(num_questions, generator=generator) < num_second  # [Q]
@@ -170,19 +237,3 @@ def share_of_second(first: Decisions, second: Decisions, executions: float) -> f
             f"from {low} to {high}"
         )
     return (executions - low) / (high - low) if high > low else 0.0
-
-
-def _without(layers: Sequence[int], num_layers: int) -> Decisions:
-    """Return the full path's decisions without some layers."""
-    decisions = list(full_decisions(num_layers))
-    for layer in layers:
-        decisions[layer] = int(Decision.SKIP)
-    return tuple(decisions)
-
-
-def _check_number(num_skipped: int, most: int) -> None:
-    if not 0 <= num_skipped <= most:
-        raise ConfigError(
-            f"{num_skipped} layers are to be given up, but this plan gives up at most {most}; "
-            f"ask for more executions"
-        )

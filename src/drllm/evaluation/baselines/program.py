@@ -1,9 +1,5 @@
 """Baseline: the one program of the search log that serves the most questions.
 
-Owns how good a tried program looks in the log, which few are worth a second look, and choosing
-among these on other questions. Leaves running the winner, mixed with the full path so that
-executions are equal, to `static.mixture`.
-
 Axes: L layers.
 """
 
@@ -11,38 +7,70 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from drllm.errors import ConfigError, RecordError
-from drllm.evaluation.baselines.layer_dropping import share_of_second
-from drllm.evaluation.baselines.measures import Measure
-from drllm.paths import Decisions, full_decisions, num_executions
+from drllm.evaluation.baselines.base import (
+    PROGRAMS,
+    Baseline,
+    Drawn,
+    PathMeasure,
+    executions_of,
+    register,
+)
+from drllm.evaluation.baselines.layer_dropping import mixture, share_of_second
+from drllm.paths import Decisions, edits, full_decisions, num_executions
 from drllm.records import SearchRecord
 from drllm.supervision.rules import is_valid
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 PRIOR_TRIES = 10.0
 """Tries at which a program's own record counts as much as that of its kind."""
 
 
-@dataclass(frozen=True, slots=True)
-class Program:
-    """One program of the search log.
+@register
+class BestProgramBaseline(Baseline):
+    """Picks by the log what is worth a second look, and among these on other questions."""
 
-    Attributes:
-        decisions: `[L]`.
-        num_tried: Questions that it was tried on.
-        num_valid: Questions that it answered right.
-        rate: Share of questions that it is expected to answer right; see `programs_in`.
-    """
+    name = "best program"
+    description = (
+        "the one program of the search log that serves the most questions, mixed with the full path"
+    )
+    source = "Re-PoLar, arXiv 2609.31360; the mixture is ours"
+    fitted_on = PROGRAMS
+    order = 90
+    needs = ("search", "the search log; give it as --search")
 
-    decisions: Decisions
-    num_tried: int
-    num_valid: int
-    rate: float
+    def obstacle(self, executions: float) -> str | None:
+        """Say so if the log's programs can't be mixed to these executions."""
+        reached = reach(self.lineup.material.search)
+        if reached is None:
+            return "the search log has tried nothing but the full path"
+        fewest, most = reached
+        if not fewest <= executions <= most:
+            return (
+                f"mixed with the full path, programs of the search log run {fewest} to {most} "
+                f"executions, and the routed model has {executions:.2f}"
+            )
+        return None
+
+    def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+        """Return the mixture of program and full path."""
+        wanted, material = executions_of(routes), self.lineup.material
+        measure = self.lineup.measure("answers" if material.questions else "loss")
+        program, full_share = best_program(material.search, measure, wanted)
+        first, second = sorted((program, full_decisions(self.num_layers)), key=sum)
+        return Drawn(
+            mixture(first, second, wanted, len(routes), generator),
+            note=f"{edits(program)} on {1 - full_share:.0%} of the questions",
+        )
 
 
-def programs_in(records: Sequence[SearchRecord]) -> list[Program]:
-    """Return every program that a search log tried, with the share of questions it answers.
+def rates_in(records: Sequence[SearchRecord]) -> dict[Decisions, float]:
+    """Return the share of questions that each program of a search log is expected to answer right.
 
     Most programs were tried on a question or two, and of thousands some were lucky. So the share
     is shrunk: (valid + k · p) / (tried + k) with k = `PRIOR_TRIES` and p the share of all tries at
@@ -52,12 +80,6 @@ def programs_in(records: Sequence[SearchRecord]) -> list[Program]:
 
     Which programs a search tries on a question depends on how others fared there, so even a shrunk
     share is no estimate to report; it only says what to look at again (`best_program`).
-
-    Args:
-        records: The search log of the training questions.
-
-    Returns:
-        The programs in the order in which they appear.
 
     Raises:
         RecordError: No records, or records of models with different numbers of layers.
@@ -78,45 +100,24 @@ def programs_in(records: Sequence[SearchRecord]) -> list[Program]:
             tried[path.decisions] += 1
             valid[path.decisions] += is_valid(path)
             of_kind[num_executions(path.decisions)].append(is_valid(path))
-    found = []
+    found = {}
     for decisions, num in tried.items():
         kind = of_kind[num_executions(decisions)]
         pseudo = PRIOR_TRIES * sum(kind) / len(kind)
-        rate = (valid[decisions] + pseudo) / (num + PRIOR_TRIES)
-        found.append(Program(decisions, num, valid[decisions], rate))
+        found[decisions] = (valid[decisions] + pseudo) / (num + PRIOR_TRIES)
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class BestProgram:
-    """The program that is best at given executions, mixed with the full path.
-
-    Attributes:
-        program: The program, with its record in the log.
-        full_share: Share of the questions that run the full path instead; for `static.mixture`.
-        value: The measure of the mixture. Of the best of many it is too good by as much as luck
-            has a part in it.
-        full_value: The measure of the full path.
-        num_measured: Candidates compared, the full path not counted.
-    """
-
-    program: Program
-    full_share: float
-    value: float
-    full_value: float
-    num_measured: int
 
 
 def best_program(
     records: Sequence[SearchRecord],
-    measure: Measure,
+    measure: PathMeasure,
     executions: float,
     *,
     num_candidates: int = 32,
-) -> BestProgram:
+) -> tuple[Decisions, float]:
     """Pick the program that is best on the questions that may be chosen on, at given executions.
 
-    A program may run fewer executions than wanted (more, where more than L are wanted): a share of
+    A program may run fewer executions than wanted (more, if more than L are wanted): a share of
     the questions then runs the full path, so that the mean is what it should be. What counts is
     the mixture, which for any mean over questions is the mean of the two by their shares. Those
     candidates whose mixtures answer the most questions by the log are measured.
@@ -124,76 +125,50 @@ def best_program(
     Args:
         records: The search log of the training questions.
         measure: How good decisions are on the questions that may be chosen on.
-        executions: Mean executions wanted.
-        num_candidates: Most programs that are measured.
+        executions: Mean executions wanted, within the log's `reach`.
+        num_candidates: Maximum programs that are measured.
 
     Returns:
-        The best one.
+        The best program, and the share of the questions that run the full path instead.
 
     Raises:
         ConfigError: No program of the log can be mixed to these executions.
-        RecordError: As `programs_in`.
 
     Source: Re-PoLar (arXiv 2609.31360); the mixture is ours.
     """
-    programs = programs_in(records)
+    rates = rates_in(records)
     full = full_decisions(records[0].num_layers)
-    full_rate = next(p.rate for p in programs if p.decisions == full)
-    shares = {
-        program: _full_share(program.decisions, full, executions)
-        for program in programs
-        if _can_reach(program.decisions, full, executions)
-    }
+    shares = {}
+    for program in rates:
+        first, second = sorted((program, full), key=num_executions)
+        if program != full and num_executions(first) <= executions <= num_executions(second):
+            of_second = share_of_second(first, second, executions)
+            shares[program] = 1 - of_second if second == program else of_second
     if not shares:
-        reached = reach(records)
-        if reached is None:
-            raise ConfigError("this search log has no program other than the full path")
         raise ConfigError(
             f"no program of this search log, mixed with the full path, runs {executions:g} "
-            f"executions; give a number from {reached[0]} to {reached[1]}"
+            f"executions; they reach {reach(records)}"
         )
 
-    def by_log(program: Program) -> float:
-        share = shares[program]
-        return (1 - share) * program.rate + share * full_rate
+    def mixed(program: Decisions, value: float, of_full: float) -> float:
+        return (1 - shares[program]) * value + shares[program] * of_full
 
-    candidates = sorted(shares, key=by_log, reverse=True)[:num_candidates]
-    full_value, *values = measure([full, *(program.decisions for program in candidates)])
-    mixed = [
-        (1 - shares[program]) * value + shares[program] * full_value
-        for program, value in zip(candidates, values, strict=True)
-    ]
-    best = max(range(len(mixed)), key=mixed.__getitem__)  # of equal ones the better by the log
-    program = candidates[best]
-    return BestProgram(program, shares[program], mixed[best], full_value, len(candidates))
+    by_log = {program: mixed(program, rates[program], rates[full]) for program in shares}
+    candidates = sorted(shares, key=by_log.__getitem__, reverse=True)[:num_candidates]
+    of_full, *values = measure([full, *candidates])
+    measured = dict(zip(candidates, values, strict=True))
+    # Of equal ones the better by the log.
+    best = max(candidates, key=lambda program: mixed(program, measured[program], of_full))
+    return best, shares[best]
 
 
 def reach(records: Sequence[SearchRecord]) -> tuple[int, int] | None:
-    """Return the fewest and the most executions that programs of a search log can be mixed to.
+    """Return the fewest and the most executions that programs of a log can be mixed to.
 
-    Args:
-        records: At least one, of one model.
-
-    Returns:
-        None where nothing but the full path was tried: that is no program to compare with.
+    None if nothing but the full path was tried: that is no program to compare with.
     """
     num_layers = records[0].num_layers
-    full = full_decisions(num_layers)
-    tried = {path.decisions for record in records for path in record.paths} - {full}
-    if not tried:
-        return None
+    tried = {path.decisions for record in records for path in record.paths}
+    tried -= {full_decisions(num_layers)}
     executions = [num_layers, *map(num_executions, tried)]
-    return min(executions), max(executions)
-
-
-def _can_reach(decisions: Decisions, full: Decisions, executions: float) -> bool:
-    """Say whether a program other than the full path can be mixed to given executions."""
-    ends = sorted((num_executions(decisions), len(full)))
-    return decisions != full and ends[0] <= executions <= ends[1]
-
-
-def _full_share(decisions: Decisions, full: Decisions, executions: float) -> float:
-    """Return the share of the full path; a program of L executions needs none of it."""
-    if num_executions(decisions) <= len(full):
-        return share_of_second(decisions, full, executions)
-    return 1 - share_of_second(full, decisions, executions)
+    return (min(executions), max(executions)) if tried else None

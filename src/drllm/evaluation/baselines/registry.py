@@ -1,148 +1,14 @@
-"""The baselines that a comparison can have, those that it can't, and what users may ask for.
-
-Owns their names, what each one is and is fitted on, where it comes from, and the checks of the
-settings that name them. Leaves the baselines themselves to `baselines`. Loads no torch.
-"""
+"""Baselines by name: which ones users ask for, and what is refused of the settings that do."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
 from drllm.config import EvaluateConfig
 from drllm.config.settings import flag_of
 from drllm.errors import ConfigError, unknown_name
-
-NOTHING = "nothing"
-ROUTES = "nothing but the routed model's own routes on these questions"
-CALIBRATION = "calibration prompts"
-CHOICE = "questions that settings may be chosen on"
-TARGETS = "the routers' own targets"
-SEARCH_LOG = "the search log"
-PROGRAMS = f"{SEARCH_LOG}, then {CHOICE}"
-QUESTIONS = (CALIBRATION, CHOICE, PROGRAMS)
-"""What is fitted on questions of the split that settings are chosen on."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Baseline:
-    """One baseline of a routed model.
-
-    Attributes:
-        name: As shown.
-        description: What it does, in a line.
-        source: Where it comes from.
-        fitted_on: What its decisions were fitted on; never on questions that are reported on.
-        reads_question: Whether its decisions follow from the question that is asked.
-        has_own_depth: Whether it runs at executions of its own, whatever the routed model's are.
-    """
-
-    name: str
-    description: str
-    source: str
-    fitted_on: str
-    reads_question: bool = False
-    has_own_depth: bool = False
-
-
-BASELINES: Mapping[str, Baseline] = MappingProxyType(
-    {
-        baseline.name: baseline
-        for baseline in (
-            Baseline(
-                name="permuted routes",
-                description="each question runs the route of another question",
-                source="ours",
-                fitted_on=ROUTES,
-            ),
-            Baseline(
-                name="random decisions",
-                description="each question's skips and repeats at random layers",
-                source="ours",
-                fitted_on=ROUTES,
-            ),
-            Baseline(
-                name="label frequency",
-                description="each layer's decision drawn as often as it was the target in "
-                "training, tilted to the executions wanted",
-                source="ours",
-                fitted_on=TARGETS,
-            ),
-            Baseline(
-                name="last layers",
-                description="the deepest layers but the last one are given up",
-                source="Gromov et al., arXiv 2403.17887",
-                fitted_on=NOTHING,
-            ),
-            Baseline(
-                name="evenly spaced",
-                description="layers at even distances are given up, the first and the last kept",
-                source="Unified Layer Skipping, arXiv 2404.06954",
-                fitted_on=NOTHING,
-            ),
-            Baseline(
-                name="block influence",
-                description="the layers that turn the hidden state least are given up",
-                source="ShortGPT, arXiv 2403.03853",
-                fitted_on=CALIBRATION,
-            ),
-            Baseline(
-                name="greedy by loss",
-                description="layers are given up one by one, each time the one whose absence "
-                "raises the next-token loss least",
-                source="SLEB, arXiv 2402.09025",
-                fitted_on=CALIBRATION,
-            ),
-            Baseline(
-                name="greedy by answers",
-                description="layers are given up one by one, each time the one whose absence "
-                "lowers the gold answers' log-probability least",
-                source="TALE, arXiv 2510.22767, by log-probability instead of accuracy",
-                fitted_on=CHOICE,
-            ),
-            Baseline(
-                name="best program",
-                description="the one program of the search log that serves the most questions, "
-                "mixed with the full path",
-                source="Re-PoLar, arXiv 2609.31360; the mixture is ours",
-                fitted_on=PROGRAMS,
-            ),
-            Baseline(
-                name="confidence exit",
-                description="all further layers are skipped once the model is confident of the "
-                "next token behind the prompt",
-                source="CALM, arXiv 2207.07061, once per prompt",
-                fitted_on=CALIBRATION,
-                reads_question=True,
-            ),
-            Baseline(
-                name="block repeat",
-                description="one block of neighbouring layers runs twice; at its own executions",
-                source="RYS; depth up-scaling, arXiv 2312.15166",
-                fitted_on=CHOICE,
-                has_own_depth=True,
-            ),
-            Baseline(
-                name="sequence router",
-                description="one linear router decides for all layers, from the mean of the "
-                "prompt's embeddings",
-                source="MindSkip in Router-Tuning, arXiv 2410.13184, on our targets",
-                fitted_on=TARGETS,
-                reads_question=True,
-            ),
-            Baseline(
-                name="program predictor",
-                description="a program of segments is predicted up front, from the mean of the "
-                "prompt's embeddings",
-                source="PoLar, arXiv 2606.06574, simplified: no encoder of its own",
-                fitted_on=SEARCH_LOG,
-                reads_question=True,
-            ),
-        )
-    }
-)
-"""Every baseline by its name, in the order in which they are shown."""
+from drllm.evaluation.baselines.base import BASELINES, QUESTIONS, Baseline
 
 NOT_COMPARED: Mapping[str, str] = MappingProxyType(
     {
@@ -154,35 +20,22 @@ NOT_COMPARED: Mapping[str, str] = MappingProxyType(
 )
 """Methods that a reader will look for, and why they aren't compared."""
 
-QUICK = (
-    "permuted routes",
-    "random decisions",
-    "label frequency",
-    "last layers",
-    "evenly spaced",
-)
-"""Baselines that need no fitting."""
 
-PERMUTED = "permuted routes"
-DRAWN = (PERMUTED, "random decisions", "label frequency")
-"""Baselines that are drawn several times; the others' draws only say who gives up one more."""
+FILES = {"search": "search", "targets": "supervision"}
+"""Material → the setting that names its file."""
 
-NEEDS: dict[str, tuple[str, str]] = {
-    "greedy by answers": ("questions", "a task with options"),
-    "block repeat": ("questions", "a task with options"),
-    "best program": ("search", "the search log; give it as --search"),
-    "program predictor": ("search", "the search log; give it as --search"),
-    "sequence router": ("targets", "the routers' targets; give them as --supervision"),
-}
-"""Baseline → what of the material it can't do without, and how that is said."""
+
+def ordered() -> list[type[Baseline]]:
+    """Return all baselines in the order in which they are shown."""
+    return sorted(map(BASELINES.get, BASELINES), key=lambda baseline: baseline.order)
 
 
 def named(names: str) -> list[str]:
     """Return the baselines of a comma list, in the order in which they are shown.
 
     Args:
-        names: Names as in `BASELINES`, with dashes or underscores for spaces; or one of `quick`
-            (those that need no fitting), `all`, `none`.
+        names: Names with dashes or underscores for spaces; or one of `quick` (those that need no
+            fitting), `all`, `none`.
 
     Raises:
         ConfigError: A name that there isn't.
@@ -191,20 +44,31 @@ def named(names: str) -> list[str]:
         >>> named("last_layers,permuted-routes")
         ['permuted routes', 'last layers']
     """
-    if names == "all":
-        return list(BASELINES)
+    baselines = ordered()
     if names == "none":
         return []
-    if names == "quick":
-        return list(QUICK)
+    if names in ("all", "quick"):
+        return [each.name for each in baselines if names == "all" or not _is_fitted(each)]
     wanted = [name.strip().replace("_", " ").replace("-", " ") for name in names.split(",")]
-    known = {name.replace(" ", "-") for name in BASELINES} | {"quick", "all", "none"}
     for name in wanted:
         if name not in BASELINES:
-            raise ConfigError(
-                "--baselines: " + unknown_name("baseline", name.replace(" ", "-"), known)
-            )
-    return [name for name in BASELINES if name in wanted]
+            known = {*map(dashed, BASELINES), "quick", "all", "none"}
+            raise ConfigError("--baselines: " + unknown_name("baseline", dashed(name), known))
+    return [each.name for each in baselines if each.name in wanted]
+
+
+def dashed(name: str) -> str:
+    """Return a name as it is typed.
+
+    Example:
+        >>> dashed("last layers")
+        'last-layers'
+    """
+    return name.replace(" ", "-")
+
+
+def _is_fitted(baseline: type[Baseline]) -> bool:
+    return baseline.needs is not None or baseline.fitted_on in QUESTIONS
 
 
 def files_needed(baselines: str) -> list[str]:
@@ -214,9 +78,9 @@ def files_needed(baselines: str) -> list[str]:
         >>> files_needed("last-layers,best-program")
         ['search']
     """
-    files = {"search": "search", "targets": "supervision"}
-    needed = {NEEDS[name][0] for name in named(baselines) if name in NEEDS}
-    return [setting for material, setting in files.items() if material in needed]
+    wanted = [BASELINES.get(name).needs for name in named(baselines)]
+    needed = {needs[0] for needs in wanted if needs is not None}
+    return [setting for material, setting in FILES.items() if material in needed]
 
 
 def check(config: EvaluateConfig) -> None:
@@ -230,8 +94,8 @@ def check(config: EvaluateConfig) -> None:
     depths(config.curve)
     _check_choice(config)
     draws = config.num_random_draws
-    if draws is not None and not any(name in DRAWN for name in named(config.baselines)):
-        added = " or ".join(name.replace(" ", "-") for name in DRAWN)
+    if draws is not None and not any(BASELINES.get(n).is_drawn for n in named(config.baselines)):
+        added = " or ".join(dashed(each.name) for each in ordered() if each.is_drawn)
         raise ConfigError(
             f"--num-random-draws {draws} has no effect on the baselines {config.baselines}; leave "
             f"it out, or add {added} to --baselines"
@@ -239,7 +103,7 @@ def check(config: EvaluateConfig) -> None:
     for setting in ("search", "supervision"):
         value = getattr(config, setting)
         if value is not None and setting not in files_needed(config.baselines):
-            fitted = [name.replace(" ", "-") for name in BASELINES if setting in files_needed(name)]
+            fitted = [dashed(each.name) for each in ordered() if setting in files_needed(each.name)]
             raise ConfigError(
                 f"--{setting} {value} has no effect on the baselines {config.baselines}; leave it "
                 f"out, or add {' or '.join(fitted)} to --baselines"

@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from drllm.errors import ModelError, TaskError
-from drllm.evaluation.baselines.measures import log_share
+from drllm.evaluation.baselines.fitting.measures import log_share
 from drllm.evaluation.lm_eval.folders import HarnessTask
 from drllm.evaluation.lm_eval.model import RoutedLM, quiet
 from drllm.evaluation.lm_eval.requests import Request

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from drllm.evaluation.baselines.early_exit import (
+from drllm.evaluation.baselines.fitting.exit_policy import (
     ExitPolicy,
     confidences,
     executions_at,

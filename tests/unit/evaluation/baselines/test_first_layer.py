@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from drllm.errors import ConfigError
-from drllm.evaluation.baselines.first_layer import (
+from drllm.evaluation.baselines.fitting.sequence_router import SequenceRouter
+from drllm.evaluation.baselines.fitting.up_front import (
     Standardise,
     UpFrontPolicy,
     find_bias,
     first_inputs,
     with_one_execution,
 )
-from drllm.evaluation.baselines.sequence import SequenceRouter
 from drllm.models.routers.depth_control import routes_of
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question

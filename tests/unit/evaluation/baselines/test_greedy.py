@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from drllm.errors import ConfigError
+from drllm.evaluation.baselines.fitting.measures import gold_logprob
 from drllm.evaluation.baselines.greedy import Greedy
-from drllm.evaluation.baselines.measures import gold_logprob
 
 L = 4
 TOLERANCE = 1e-4
@@ -75,7 +75,7 @@ def test_of_equal_layers_the_deepest_goes():
 
 
 def test_more_layers_than_there_are_to_give_up_are_refused():
-    with pytest.raises(ConfigError, match="ask for at most 3"):
+    with pytest.raises(ConfigError, match="at most 3 can be"):
         Greedy(lambda plans: [0.0] * len(plans), L)(4)
-    with pytest.raises(ConfigError, match="ask for at most 2"):
+    with pytest.raises(ConfigError, match="at most 2 can be"):
         Greedy(lambda plans: [0.0] * len(plans), L, keep=[0, 1])(3)

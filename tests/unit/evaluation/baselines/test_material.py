@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from drllm.evaluation.baselines import lineup
-from drllm.evaluation.baselines.lineup import Lineup, Material
+from drllm.evaluation.baselines.base import Lineup, Material
+from drllm.evaluation.baselines.fitting import measures
 from drllm.paths import to_path
 
 TOLERANCE = 1e-4
@@ -18,27 +18,27 @@ PLANS = [(1, 1, 1, 1), (1, 0, 1, 1), (2, 1, 0, 1)]
 @pytest.fixture
 def material(asked, routed, monkeypatch):
     """The questions in two batches, which their lengths take out of their order."""
-    monkeypatch.setattr(lineup, "BATCH_SIZE", 2)
+    monkeypatch.setattr(measures, "BATCH_SIZE", 2)
     questions, golds = zip(*asked, strict=True)
     return Material(routed, [question.context for question in questions], questions, golds)
 
 
 def test_questions_are_batched_by_length_and_keep_their_right_options(material, slow_gold_logprob):
     expected = [slow_gold_logprob(to_path(plan)) for plan in PLANS]
-    assert material.by_answers()(PLANS) == pytest.approx(expected, abs=TOLERANCE)
-    along = material.by_answers_along()([to_path(plan) for plan in PLANS])
+    assert measures.by_answers(material)(PLANS) == pytest.approx(expected, abs=TOLERANCE)
+    along = measures.by_answers_along(material)([to_path(plan) for plan in PLANS])
     assert along == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_prompts_are_measured_as_if_each_stood_alone(material, routed):
     losses, num_tokens = [0.0] * len(PLANS), 0
     for prompt in material.prompts:
-        alone = Material(routed, [prompt]).by_loss()(PLANS)
+        alone = measures.by_loss(Material(routed, [prompt]))(PLANS)
         num = len(prompt) - 1
         num_tokens += num
         losses = [loss + num * value for loss, value in zip(losses, alone, strict=True)]
     expected = [loss / num_tokens for loss in losses]
-    assert material.by_loss()(PLANS) == pytest.approx(expected, abs=TOLERANCE)
+    assert measures.by_loss(material)(PLANS) == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_what_is_known_of_candidates_is_not_measured_again(material, routed, monkeypatch):
@@ -61,8 +61,8 @@ def test_what_is_known_of_candidates_is_not_measured_again(material, routed, mon
 
     before = plans()
     assert {name for name, _ in known} == {"arc by loss", "arc by answers", "arc by answers along"}
-    for measure in ("by_loss", "by_answers", "by_answers_along"):
-        monkeypatch.setattr(Material, measure, measured_again)
+    for kind in measures.MEASURES:
+        monkeypatch.setitem(measures.MEASURES, kind, measured_again)
     for first, again in zip(before, plans(), strict=True):
         assert again.path == first.path
         assert again.plan is first.plan is None or torch.equal(again.plan, first.plan)

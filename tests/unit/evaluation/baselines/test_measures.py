@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from drllm.errors import ModelError
-from drllm.evaluation.baselines.measures import (
+from drllm.evaluation.baselines.fitting.measures import (
     gold_logprob,
     gold_logprob_along,
     text_question,

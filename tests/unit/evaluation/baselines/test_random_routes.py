@@ -5,14 +5,13 @@ import pytest
 import torch
 
 from drllm.errors import CheckpointError
-from drllm.evaluation.baselines.random_routes import (
+from drllm.evaluation.baselines.label_frequency import (
     expected_executions,
     label_frequency,
-    permuted,
-    random_like,
-    share_unchanged,
     tilted,
 )
+from drllm.evaluation.baselines.permuted_routes import permuted, share_unchanged
+from drllm.evaluation.baselines.random_decisions import random_like
 
 
 def rng(seed: int = 0) -> torch.Generator:

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError
-from drllm.evaluation.baselines.registry import (
-    BASELINES,
-    NEEDS,
-    NOT_COMPARED,
-    QUICK,
-    check,
-    files_needed,
-    named,
-)
+from drllm.evaluation.baselines.base import BASELINES
+from drllm.evaluation.baselines.registry import NOT_COMPARED, check, files_needed, named, ordered
+
+NAMES = [
+    "permuted routes",
+    "random decisions",
+    "label frequency",
+    "last layers",
+    "evenly spaced",
+    "block influence",
+    "greedy by loss",
+    "greedy by answers",
+    "best program",
+    "confidence exit",
+    "block repeat",
+    "sequence router",
+    "program predictor",
+]
 
 
-def test_lists_of_baselines_are_of_names_that_there_are():
-    assert {*QUICK, *NEEDS} <= set(BASELINES)
-    assert named("all") == list(BASELINES)
+def test_baselines_are_found_by_their_modules_in_the_order_of_tables():
+    assert named("all") == NAMES == [baseline.name for baseline in ordered()]
     assert named("none") == []
-    assert named("quick") == list(QUICK)
+    assert named("quick") == NAMES[:5]
+
+
+def test_baselines_are_listed_without_torch():
+    code = (
+        "import sys\nfrom drllm.evaluation.baselines.registry import ordered\n"
+        "assert len(ordered()) == 13\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
 
 
 def test_names_are_taken_with_dashes_or_underscores_and_shown_in_one_order():
@@ -59,8 +79,7 @@ def test_limits_of_a_choice_are_refused_without_one(limit):
 
 
 def test_every_baseline_says_in_a_line_what_it_is():
-    for name, baseline in BASELINES.items():
-        assert baseline.name == name
+    for baseline in ordered():
         for text in (baseline.description, baseline.source, baseline.fitted_on):
             assert text
             assert "\n" not in text
@@ -73,5 +92,5 @@ def test_what_is_not_compared_has_a_reason_and_is_no_baseline():
 
 
 def test_three_baselines_decide_from_the_question():
-    reading = {name for name, baseline in BASELINES.items() if baseline.reads_question}
+    reading = {baseline.name for baseline in ordered() if baseline.reads_question}
     assert reading == {"confidence exit", "sequence router", "program predictor"}

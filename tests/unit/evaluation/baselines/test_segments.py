@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from drllm.errors import RecordError
-from drllm.evaluation.baselines.fitting import FitSettings
-from drllm.evaluation.baselines.segments import (
+from drllm.evaluation.baselines.fitting.segments import (
     FULL_PATH_WEIGHT,
     LONGEST,
     MOST_PATHS,
@@ -17,6 +16,7 @@ from drllm.evaluation.baselines.segments import (
     segments_of,
     train_predictor,
 )
+from drllm.evaluation.baselines.fitting.training import FitSettings
 from drllm.records import SearchRecord, TriedPath
 
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from drllm.evaluation.baselines.fitting import FitSettings
-from drllm.evaluation.baselines.sequence import train_sequence_router
+from drllm.evaluation.baselines.fitting.sequence_router import train_sequence_router
+from drllm.evaluation.baselines.fitting.training import FitSettings
 
 N, D, L = 200, 24, 10
 

@@ -1,12 +1,8 @@
-"""How good decisions, or paths, are on a set of questions: what baselines are chosen by.
+"""How good decisions, or paths, are on questions that a setting may be chosen on.
 
-Owns the two measures, both in nats and the larger the better: the gold option's log-probability
-among the options, and the log-probability of a text's tokens. Both read the whole set under every
-candidate given at once, so that candidates share the beginnings that they have in common. Leaves
-the passes to `models.scoring`, and which candidates are tried to `greedy`, `program` and `repeat`.
-
-A measure is made of the questions that a setting may be chosen on (`select`), never of those that
-a result is reported on.
+Two measures, both in nats and the larger the better: the gold option's log-probability among the
+options, and the log-probability of a text's tokens. Both read the whole set under every candidate
+given at once, so that candidates share the beginnings that they have in common.
 """
 
 from __future__ import annotations
@@ -16,18 +12,62 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from drllm.errors import ModelError
+from drllm.evaluation.baselines.base import Material, PathMeasure
+from drllm.evaluation.blocks import blocks_of
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question, Tokens
 from drllm.paths import Decisions, Path
 
-Measure: TypeAlias = Callable[[Sequence[Decisions]], list[float]]
-"""Returns how good each of several vectors of decisions is; the larger the better."""
+BATCH_SIZE = 16
+"""Questions a pass; of like length, so that little is padding."""
+STATE_CACHE_GB = 1.0
 
-PathMeasure: TypeAlias = Callable[[Sequence[Path]], list[float]]
-"""The same of paths."""
+Measure: TypeAlias = Callable[[Sequence[Decisions]], list[float]]
 
 Scores: TypeAlias = list[tuple[float, ...]]
 """For every question of a batch, the summed log-probability of each continuation."""
+
+
+def by_loss(material: Material) -> Measure:
+    """Return the log-probability of the calibration prompts' own tokens."""
+    texts = [text_question(tokens) for tokens in material.prompts if len(tokens) > 1]
+    return token_logprob([_batch(material, texts, places) for places in _by_length(texts)])
+
+
+def by_answers(material: Material) -> Measure:
+    """Return the log-probability of the right options."""
+    return gold_logprob(*_batches(material))
+
+
+def by_answers_along(material: Material) -> PathMeasure:
+    """Return the same of paths that decisions can't express."""
+    return gold_logprob_along(*_batches(material))
+
+
+MEASURES: dict[str, Callable[[Material], PathMeasure]] = {
+    "loss": by_loss,
+    "answers": by_answers,
+    "answers along": by_answers_along,
+}
+
+
+def _batches(material: Material) -> tuple[list[ChoiceBatch], list[list[int]]]:
+    """Return the questions with options in batches, and which options are right in each."""
+    grouped = _by_length(material.questions)
+    return (
+        [_batch(material, material.questions, places) for places in grouped],
+        [[material.golds[place] for place in places] for places in grouped],
+    )
+
+
+def _batch(material: Material, questions: Sequence[Question], places: Sequence[int]) -> ChoiceBatch:
+    return ChoiceBatch(material.routed, [questions[place] for place in places], STATE_CACHE_GB)
+
+
+def _by_length(questions: Sequence[Question]) -> list[tuple[int, ...]]:
+    """Return the places of the questions of each batch."""
+    lengths = [question.length for question in questions]
+    return [block.places for block in blocks_of(lengths, least=1, batch_size=BATCH_SIZE)]
 
 
 def gold_logprob(batches: Sequence[ChoiceBatch], golds: Sequence[Sequence[int]]) -> Measure:

@@ -1,8 +1,7 @@
-"""What baselines know that decide everything before the first layer runs, and their policy.
+"""What baselines need that decide everything before the first layer runs.
 
-Owns reading a prompt at the first layer, following decisions taken there (`UpFrontPolicy`), and
-the depth bias for wanted executions. Leaves how decisions are made of what was read to the
-planners (`sequence`, `segments`).
+Reading a prompt at the first layer, following decisions taken there (`UpFrontPolicy`), and the
+depth bias for wanted executions.
 
 Axes: N prompts, B rows, D hidden, L layers.
 """
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from drllm.bisection import Setting, nearest_setting
-from drllm.evaluation.baselines.recording import Recorder, recorded
+from drllm.models.routers.depth_control import routes_of
 from drllm.models.routing.policies import Policy, PromptView, full_precision
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decision
@@ -120,7 +119,47 @@ class Standardise(nn.Module):
         return (inputs - self.mean) / self.deviation
 
 
-# --- reading many prompts ------------------------------------------------------------------------
+# --- reading many prompts ---
+
+
+class Recorder(Policy):
+    """A policy that keeps something of every prompt that passes."""
+
+    @property
+    @abstractmethod
+    def values(self) -> Tensor:
+        """What was kept of the last pass, `[B, …]` on the CPU."""
+
+
+def recorded(
+    routed: RoutedModel,
+    recorder: Recorder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 16,
+) -> Tensor:
+    """Let prompts pass a recorder in batches of like length, and return what it kept of each.
+
+    Args:
+        routed: The model; its policy and its last route stay what they are.
+        recorder: What decides and keeps.
+        prompts: Token ids of each prompt.
+        batch_size: Prompts a forward pass.
+
+    Returns:
+        `[N, …]` on the CPU, in the order of the prompts.
+
+    Raises:
+        ConfigError: No prompts, one without tokens, or one longer than the model's context.
+    """
+    by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    kept = []
+    for start in range(0, max(len(prompts), 1), batch_size):  # without prompts it says so
+        part = [prompts[row] for row in by_length[start : start + batch_size]]
+        routes_of(routed, recorder, part, batch_size=batch_size)
+        kept.append(recorder.values)
+    values = torch.cat(kept)
+    return values[torch.tensor(by_length).argsort()]
 
 
 class _FirstInputs(Recorder):

@@ -1,9 +1,5 @@
 """Trained baseline: the whole program predicted up front, segment by segment.
 
-Owns programs as segments, what is learned from a search log, the predictor, and reading the best
-program off its logits. Leaves reading prompts, and turning the predictor into a policy at wanted
-executions, to `first_layer`.
-
 Axes: N questions, B rows, D hidden, L layers, H width, C = 3 operations.
 """
 
@@ -17,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from drllm.errors import RecordError
-from drllm.evaluation.baselines.first_layer import Standardise, with_one_execution
-from drllm.evaluation.baselines.fitting import FitSettings, fit, linear
+from drllm.evaluation.baselines.fitting.training import FitSettings, fit, linear
+from drllm.evaluation.baselines.fitting.up_front import Standardise, with_one_execution
 from drllm.paths import Decision, Decisions, full_decisions
 from drllm.records import SearchRecord
 from drllm.supervision.rules import is_saving, is_valid

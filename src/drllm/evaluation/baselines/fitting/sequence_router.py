@@ -1,8 +1,5 @@
 """Trained baseline: one router for the whole model, reading the sequence before the first layer.
 
-Owns the router and its training. Leaves reading prompts, and turning the router into a policy at
-wanted executions, to `first_layer`.
-
 Axes: N targets, B rows, D hidden, L layers, C = 3 decisions.
 """
 
@@ -11,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from drllm.evaluation.baselines.first_layer import Standardise, with_one_execution
-from drllm.evaluation.baselines.fitting import FitSettings, fit
+from drllm.evaluation.baselines.fitting.training import FitSettings, fit
+from drllm.evaluation.baselines.fitting.up_front import Standardise, with_one_execution
 from drllm.models.routing.policies import biased
 from drllm.paths import Decision
 

@@ -1,8 +1,7 @@
-"""The training of the baselines that are trained: their linear maps, their steps, where they stop.
+"""The training of the baselines that are trained: initial weights, steps, and the best epoch.
 
-Owns initial weights, the order of the examples, the rate, and picking the epoch that is best on
-examples held out, so that an baseline is neither cut short nor left to learn its few examples by
-heart. Leaves the loss to `sequence` and `segments`.
+The epoch kept is the one that is best on examples held out, so that a baseline is neither cut
+short nor left to learn its few examples by heart.
 
 Axes: B examples of a step.
 """
@@ -22,10 +21,10 @@ FEWEST_TO_HOLD_OUT = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitSettings:
-    """How an baseline is trained.
+    """How a baseline is trained.
 
     Attributes:
-        num_epochs: Most passes over the examples.
+        num_epochs: Maximum passes over the examples.
         learning_rate: At the first step; from there half a cosine leads to 0.
         weight_decay: Of AdamW.
         batch_size: Examples a step.

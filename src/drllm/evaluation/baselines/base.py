@@ -1,0 +1,216 @@
+"""What a baseline is, what it may be fitted on, and the registry of all of them.
+
+Adding one is a module of this package with a class under `@register`, and a test. The modules load
+torch only inside of functions, so that baselines are listed without it; what needs it as a whole
+is in `fitting`.
+
+Axes: Q questions, L layers, N calibration prompts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar
+
+from drllm.cost import mean_executions
+from drllm.paths import Path
+from drllm.records import SearchRecord, SupervisionRecord
+from drllm.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from drllm.models.routing.policies import Policy
+    from drllm.models.routing.routed_model import RoutedModel
+    from drllm.models.scoring.packing import Question
+
+NOTHING = "nothing"
+ROUTES = "nothing but the routed model's own routes on these questions"
+CALIBRATION = "calibration prompts"
+CHOICE = "questions that settings may be chosen on"
+TARGETS = "the routers' own targets"
+SEARCH_LOG = "the search log"
+PROGRAMS = f"{SEARCH_LOG}, then {CHOICE}"
+QUESTIONS = (CALIBRATION, CHOICE, PROGRAMS)
+"""What is fitted on questions of the split that settings are chosen on."""
+
+
+class Baseline(ABC):
+    """One baseline of a routed model, fitted on one task when it is first asked for.
+
+    Attributes:
+        name: As shown.
+        description: What it does, in a line.
+        source: Where it comes from.
+        fitted_on: What its decisions are fitted on; never questions that are reported on.
+        order: Its place in tables.
+        needs: What of the material it can't do without, and how that is said.
+        is_drawn: Whether it is drawn several times; the others' draws only decide which questions
+            run a layer more.
+        reads_question: Whether its decisions follow from the question that is asked.
+        has_own_depth: Whether it runs at executions of its own, whatever the routed model's are.
+    """
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    source: ClassVar[str]
+    fitted_on: ClassVar[str]
+    order: ClassVar[float] = float("inf")
+    needs: ClassVar[tuple[str, str] | None] = None
+    is_drawn: ClassVar[bool] = False
+    reads_question: ClassVar[bool] = False
+    has_own_depth: ClassVar[bool] = False
+
+    def __init__(self, lineup: Lineup) -> None:
+        self.lineup = lineup
+        self.routed = lineup.routed
+        self.num_layers = lineup.routed.num_layers
+
+    def obstacle(self, executions: float) -> str | None:
+        """Say why the baseline can't be had at given mean executions; None if it can."""
+        return None
+
+    @abstractmethod
+    def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+        """Return how it decides on some questions at the routed model's mean executions.
+
+        Args:
+            routes: `[Q, L]`, those that the routed model took on the questions.
+            generator: Source of randomness.
+
+        Raises:
+            ConfigError: It can't be had at these executions.
+        """
+
+
+BASELINES: Registry[type[Baseline]] = Registry("baseline", ("drllm.evaluation.baselines.*",))
+
+Kind = TypeVar("Kind", bound=type[Baseline])
+
+
+def register(kind: Kind) -> Kind:
+    """Register a baseline under its name."""
+    return BASELINES.register(kind.name)(kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """How a baseline decides on the questions of a task; one of the first three.
+
+    Attributes:
+        plan: `[Q, L]` decisions.
+        policy: What decides on each prompt.
+        path: One path for all, which decisions can't express.
+        note: What a reader should know beyond the description; a part of a sentence.
+    """
+
+    plan: Tensor | None = None
+    policy: Policy | None = None
+    path: Path | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What baselines may be fitted on, never what is reported on.
+
+    Attributes:
+        routed: The model with its routers.
+        prompts: Token ids of each calibration prompt, `[N]`.
+        questions: The same questions with their options; empty if answers are generated.
+        golds: The right option of each question.
+        search: The search log of the training questions; empty if not given.
+        targets: The routers' own targets; empty if not given.
+        seed: Of what is trained.
+    """
+
+    routed: RoutedModel
+    prompts: Sequence[Sequence[int]]
+    questions: Sequence[Question] = ()
+    golds: Sequence[int] = ()
+    search: Sequence[SearchRecord] = ()
+    targets: Sequence[SupervisionRecord] = ()
+    seed: int = 0
+
+
+PathMeasure: TypeAlias = Callable[[Sequence[Path]], list[float]]
+"""Returns how good each of several candidates, decisions or paths, is; the larger the better."""
+
+Remember: TypeAlias = Callable[[str, Sequence[Path], PathMeasure], list[float]]
+"""Returns what the measure of a name gives for candidates, asking it unless that is known."""
+
+
+class Lineup:
+    """The baselines of one routed model on one task, fitted once and asked for any executions.
+
+    Args:
+        name: Of the task whose questions they are fitted on.
+        prepare: Gives what they are fitted on; asked when it is first needed.
+        routed: The model with its routers.
+        remember: Keeps what candidates were measured at, by far the longest part of fitting.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        prepare: Callable[[], Material],
+        routed: RoutedModel,
+        remember: Remember,
+    ) -> None:
+        self.name = name
+        self._prepare = prepare
+        self.routed = routed
+        self._remember = remember
+        self._fitted: dict[str, Baseline] = {}
+
+    @cached_property
+    def material(self) -> Material:
+        """What baselines are fitted on."""
+        return self._prepare()
+
+    @cached_property
+    def first_inputs(self) -> Tensor:
+        """`[N, D]`: what stands before the first layer, of the calibration prompts."""
+        from drllm.evaluation.baselines.fitting.up_front import first_inputs
+
+        return first_inputs(self.routed, self.material.prompts)
+
+    def obstacle(self, name: str, executions: float) -> str | None:
+        """Say why a baseline can't be had at given mean executions; None if it can."""
+        baseline = self._baseline(name)
+        if baseline.needs and not getattr(self.material, baseline.needs[0]):
+            return f"it needs {baseline.needs[1]}"
+        return baseline.obstacle(executions)
+
+    def at(self, name: str, routes: Tensor, generator: torch.Generator) -> Drawn:
+        """Return how a baseline decides on some questions; see `Baseline.at`."""
+        return self._baseline(name).at(routes, generator)
+
+    def measure(self, kind: str) -> PathMeasure:
+        """Return a measure of candidates that remembers what it found.
+
+        Args:
+            kind: `loss` or `answers` of decisions, or `answers along` paths; see
+                `fitting.measures`.
+        """
+        from drllm.evaluation.baselines.fitting import measures
+
+        return lambda candidates: self._remember(
+            f"{self.name} by {kind}",
+            candidates,
+            lambda unknown: measures.MEASURES[kind](self.material)(unknown),
+        )
+
+    def _baseline(self, name: str) -> Baseline:
+        if name not in self._fitted:
+            self._fitted[name] = BASELINES.get(name)(self)
+        return self._fitted[name]
+
+
+def executions_of(routes: Tensor) -> float:
+    """Return the mean executions of routes `[Q, L]`."""
+    return mean_executions(routes.tolist())

@@ -1,0 +1,1 @@
+"""What baselines are fitted with: measures, small models and their training, policies."""

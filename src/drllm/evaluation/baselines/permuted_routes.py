@@ -1,0 +1,61 @@
+"""Baseline: every question runs the route of another question."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from drllm.evaluation.baselines.base import ROUTES, Baseline, Drawn, register
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+@register
+class PermutedRoutes(Baseline):
+    """Controls for everything but the match between question and route.
+
+    The same routes run, each as often, so executions are equal in sum and every layer is used
+    alike. If this does as well as the routed model, the routers found a good mixture of routes but
+    read nothing in the question that matters.
+    """
+
+    name = "permuted routes"
+    description = "each question runs the route of another question"
+    source = "ours"
+    fitted_on = ROUTES
+    order = 10
+    is_drawn = True
+
+    def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+        """Return the routes in another order."""
+        return Drawn(permuted(routes, generator))
+
+
+def permuted(routes: Tensor, generator: torch.Generator) -> Tensor:
+    """Return routes `[Q, L]` in another order, all orders without a fixed place equally likely.
+
+    A question may still receive the decisions it had, if another question had the same route;
+    `share_unchanged` says how often. A single question keeps its route.
+    """
+    import torch
+
+    Q = len(routes)
+    places = torch.arange(Q)
+    order = torch.randperm(Q, generator=generator)
+    # Drawing again until no place is fixed keeps all such orders equally likely; one draw in e
+    # succeeds, whatever Q is.
+    while Q > 1 and bool((order == places).any()):
+        order = torch.randperm(Q, generator=generator)
+    return routes[order]
+
+
+def share_unchanged(routes: Tensor, others: Tensor) -> float:
+    """Return the share of questions whose decisions are the same in both, `[Q, L]` each.
+
+    Example:
+        >>> import torch
+        >>> share_unchanged(torch.tensor([[1, 0], [1, 1]]), torch.tensor([[1, 1], [1, 1]]))
+        0.5
+    """
+    return float((routes == others).all(dim=1).double().mean())

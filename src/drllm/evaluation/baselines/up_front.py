@@ -1,0 +1,99 @@
+"""Baselines that decide everything before the first layer, by a trained planner."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from drllm.evaluation.baselines.base import (
+    SEARCH_LOG,
+    TARGETS,
+    Baseline,
+    Drawn,
+    executions_of,
+    register,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from drllm.evaluation.baselines.fitting.up_front import Planner
+
+
+class UpFront(Baseline):
+    """Follows a planner, at the depth bias that gives the wanted executions."""
+
+    reads_question = True
+
+    @cached_property
+    @abstractmethod
+    def planner(self) -> Planner:
+        """What decides, trained when it is first asked for."""
+
+    def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+        """Return the planner's policy."""
+        from drllm.evaluation.baselines.fitting.up_front import UpFrontPolicy, find_bias
+
+        found = find_bias(self.planner, self.lineup.first_inputs, executions_of(routes))
+        return Drawn(
+            policy=UpFrontPolicy(self.planner, found.value),
+            note=f"with a bias of {found.value:.4g}",
+        )
+
+    def inputs_of(self, prompts: Sequence[str]) -> Tensor:
+        """Return what stands before the first layer of some prompts, `[N, D]`."""
+        from drllm.evaluation.baselines.fitting.up_front import first_inputs
+        from drllm.models.base.prompts import encode
+
+        return first_inputs(self.routed, [encode(self.routed.tokenizer, text) for text in prompts])
+
+
+@register
+class SequenceRouterBaseline(UpFront):
+    """Shows what knowing the prompt's tokens, but nothing that a layer made of them, is worth."""
+
+    name = "sequence router"
+    description = (
+        "one linear router decides for all layers, from the mean of the prompt's embeddings"
+    )
+    source = "MindSkip in Router-Tuning, arXiv 2410.13184, on our targets"
+    fitted_on = TARGETS
+    order = 120
+    needs = ("targets", "the routers' targets; give them as --supervision")
+
+    @cached_property
+    def planner(self) -> Planner:
+        """The router."""
+        import torch
+
+        from drllm.evaluation.baselines.fitting.sequence_router import train_sequence_router
+
+        targets = self.lineup.material.targets
+        labels = torch.tensor([target.optimal_layer_config for target in targets])
+        return train_sequence_router(self.inputs_of([each.prompt for each in targets]), labels)
+
+
+@register
+class ProgramPredictorBaseline(UpFront):
+    """Predicts from the prompt alone what a search would find."""
+
+    name = "program predictor"
+    description = (
+        "a program of segments is predicted up front, from the mean of the prompt's embeddings"
+    )
+    source = "PoLar, arXiv 2606.06574, simplified: no encoder of its own"
+    fitted_on = SEARCH_LOG
+    order = 130
+    needs = ("search", "the search log; give it as --search")
+
+    @cached_property
+    def planner(self) -> Planner:
+        """The predictor."""
+        from drllm.evaluation.baselines.fitting.segments import programs_of, train_predictor
+
+        records = self.lineup.material.search
+        inputs = self.inputs_of([record.prompt for record in records])
+        return train_predictor(inputs, programs_of(records, seed=self.lineup.material.seed))
