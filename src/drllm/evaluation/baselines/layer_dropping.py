@@ -205,6 +205,7 @@ def mixture(
         ConfigError: Executions that don't lie between.
 
     Example:
+        >>> import torch
         >>> mixture((1, 0), (1, 1), 1.5, 4, torch.Generator()).sum(dim=1).double().mean()
         tensor(1.5000, dtype=torch.float64)
     """
