@@ -17,8 +17,7 @@ from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import FOREIGN, VERBS, overview
 from drllm.errors import ConfigError, DrllmError
 
-_MODULES = ("searching", "stages", "generation", "exporting", "run_folder", "sweeping", "listing")
-for _module in (*_MODULES, "show"):
+for _module in ("stages", "generation", "running", "listing", "show"):
     importlib.import_module(f"drllm.cli.{_module}")  # each registers its verbs
 
 EXIT_USAGE = 2

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from drllm.cli.stages import attached, find_routers, loaded, model_of, read_routers
+from drllm.cli.stages import attached, find_routers, model_of, read_routers
 from drllm.cli.terminal import Terminal, draw_route, duration
 from drllm.cli.verbs import VERBS, Flag, Request, verb
 from drllm.config import DepthConfig, GenerateConfig, ModelConfig
 from drllm.cost import executions, mean_executions
 from drllm.errors import ConfigError, TaskError
+from drllm.pipeline.folder import loaded
 from drllm.records import write_atomically
 from drllm.records.places import check_file
 from drllm.tasks.base import OPTIONS_REWARD

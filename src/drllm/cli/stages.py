@@ -1,8 +1,6 @@
-"""Each verb's work: check what can be checked without a model, load it, run the stage, say so.
+"""The verbs of the stages: check what can be checked without a model, run the stage, say so.
 
-Owns the order of things: names, numbers, input files and the output's place are refused before
-the base model is loaded, and nothing is written before all of them are right. Leaves the stages
-themselves to their packages, which meet only here.
+Names, numbers, input files and the output's place are refused before the base model is loaded.
 """
 
 from __future__ import annotations
@@ -13,26 +11,144 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from drllm.cli import checks, published
+from drllm.cli import published
+from drllm.cli.show import show
 from drllm.cli.show_results import show_results
+from drllm.cli.show_search import show_search
 from drllm.cli.show_supervision import say_written
-from drllm.cli.terminal import Terminal
+from drllm.cli.terminal import Terminal, duration, new_table
 from drllm.cli.verbs import Flag, Request, verb
-from drllm.config import EvaluateConfig, ModelConfig, SuperviseConfig, TrainConfig
+from drllm.config import EvaluateConfig, ModelConfig, SearchConfig, SuperviseConfig, TrainConfig
 from drllm.errors import CheckpointError, ConfigError
-from drllm.records import join_supervision
+from drllm.pipeline.folder import check_targets, loaded
+from drllm.pipeline.recipes import check_tracking
+from drllm.records import (
+    clear_half_written,
+    join_supervision,
+    manifest_path,
+    only_writer,
+    read_manifest,
+    rejected_path,
+    sha256,
+    to_lines,
+)
+from drllm.records.path_files import read_path_file
 from drllm.records.places import check_file, check_folder
-from drllm.supervision import supervise as run_supervise
+from drllm.records.searched import SearchRecords
+from drllm.search.questions import SearchQuestion, questions_of
+from drllm.supervision.select import supervise, targets, write
 
 if TYPE_CHECKING:
     from drllm.models.base.load import BaseModel
+    from drllm.models.export import Export
     from drllm.models.routers.stack import RouterStack
     from drllm.models.routing.routed_model import RoutedModel
 
 CHECKPOINTS = Path("checkpoints")
+MB = 1e6
 
 
-# --- the verbs ---------------------------------------------------------------------------------
+# --- search and supervise ---------------------------------------------------------------------
+
+
+@verb(
+    "search",
+    help="try layer paths for each question: search.jsonl, then supervision.jsonl",
+    example="drllm search --dataset builtin_facts --limit 64 --output-dir data/",
+    settings=(ModelConfig, SearchConfig),
+    flags=(
+        Flag(
+            "dry_run",
+            "measure a few paths and say what the search will take; writes nothing",
+            switch=True,
+        ),
+    ),
+    resumes=True,
+)
+def search(request: Request, terminal: Terminal) -> None:
+    """Search the tasks' questions, then choose target paths by the default rules."""
+    config, model = request.of(SearchConfig), request.of(ModelConfig)
+    folder = Path(config.output_dir).expanduser()
+    questions = questions_of(None, config)
+    check_folder(folder, "--output-dir")
+    if request.values["dry_run"]:
+        _say_forecast(questions, config, model, terminal)
+        return
+    from drllm.search.run import search_paths
+
+    found = search_paths(model, questions, config, folder, listener=terminal)
+    assert found.file is not None
+    if not found.is_new:
+        terminal.say(f"{found.file} is complete already; nothing was searched again")
+    terminal.fact("search", str(found.file))
+    show_search(found, terminal, edits=False)
+    manifest = read_manifest(found.file, "search") or {}
+    if failed := manifest.get("num_failed"):
+        file = folder / "search.failed.jsonl"
+        terminal.fact("failed", f"{failed} more questions, set aside in {file}")
+    supervision = folder / "supervision.jsonl"
+    with only_writer(folder, "search", "--output-dir"):
+        clear_half_written(supervision, manifest_path(supervision), rejected_path(supervision))
+        _supervise_by_default(found, supervision, terminal)
+
+
+def _supervise_by_default(searched: SearchRecords, output: Path, terminal: Terminal) -> None:
+    found = targets(searched, SuperviseConfig())
+    if output.is_file() and searched.file is not None:
+        manifest = read_manifest(output, "supervision")
+        # A kill between the file and its manifest leaves exactly what would be written now.
+        if manifest is None and output.read_bytes() != to_lines(found).encode():
+            terminal.note(f"drllm: {output} has no manifest, so it isn't ours; it stays as it is")
+            return
+        if manifest is not None and sha256(searched.file) in manifest.get("inputs", {}).values():
+            terminal.say(f"{output} is made from this search already; it stays as it is")
+            return
+    if not found:
+        terminal.note(
+            f"drllm: no question has a target path, so {output.name} was not written; search more "
+            f"questions or simulations, or try 'drllm supervise' with another --target"
+        )
+        return
+    write(found, [searched], output, SuperviseConfig())
+    say_written(output, found.summary, terminal)
+
+
+def _say_forecast(
+    questions: Sequence[SearchQuestion],
+    config: SearchConfig,
+    model: ModelConfig,
+    terminal: Terminal,
+) -> None:
+    """Print what a search would take; nothing is written."""
+    with loaded(model, terminal) as base, attached(base) as routed:
+        from drllm.search.run import forecast
+
+        with terminal.busy("measuring"):
+            parts = forecast(routed, questions, config)
+    table = new_table("task", "questions", "paths", "executions", "hours", "MB", numbers_from=1)
+    for part in parts:
+        table.add_row(
+            part.task,
+            str(part.questions),
+            str(part.paths),
+            f"{part.executions:.2e}",
+            f"{part.seconds / 3600:.3g}",
+            f"{part.size_bytes / 1e6:.3g}",
+        )
+    terminal.show(table)
+    seconds, size = sum(p.seconds for p in parts), sum(p.size_bytes for p in parts)
+    workers = config.num_workers or 1
+    shared = f", {duration(seconds / workers)} on {workers} like it" if workers > 1 else ""
+    runtime = base.runtime
+    terminal.say(f"time           {duration(seconds)} on one {runtime['device']}{shared}")
+    terminal.say(f"disk           {size / 1e6:.3g} MB, twice that while the files are joined")
+    for part in parts:
+        terminal.say(
+            f"measured on    {part.sample_paths} paths of {part.sample_questions} questions of "
+            f"{part.task}: {base.name}, {runtime['dtype']} on {runtime['device']}"
+        )
+    terminal.say(f"a prompt of {parts[0].task}, as the model reads it:\n{parts[0].prompt}")
+    terminal.say("nothing was written; leave --dry-run out to search")
 
 
 @verb(
@@ -45,12 +161,15 @@ CHECKPOINTS = Path("checkpoints")
         Flag("output", "supervision.jsonl to write", required=True),
     ),
 )
-def supervise(request: Request, terminal: Terminal) -> None:
+def supervise_verb(request: Request, terminal: Terminal) -> None:
     """Choose target paths from search records."""
     output = request.path("output")
     check_file(output, "--output", "supervision")
-    found = run_supervise(request.paths("search"), request.of(SuperviseConfig), output)
+    found = supervise(request.paths("search"), request.of(SuperviseConfig), output)
     say_written(output, found.summary, terminal)
+
+
+# --- train and evaluate --------------------------------------------------------------------------
 
 
 @verb(
@@ -81,34 +200,37 @@ def supervise(request: Request, terminal: Terminal) -> None:
     ),
     resumes=True,
 )
-def train(request: Request, terminal: Terminal) -> None:
+def train_verb(request: Request, terminal: Terminal) -> None:
     """Train routers on target paths."""
-    from drllm.cli import show
-
     output = _routers_folder(request)
     config = request.of(TrainConfig)
     config.check_effects()
-    checks.check_trackers(config)
-    supervision = published.supervision_files(request)
-    records = join_supervision(supervision)
+    check_tracking(config)
+    files = published.supervision_files(request)
+    records = join_supervision(files)
     if config.soft_targets:
         from drllm.training.targets import soft_targets
 
         soft_targets(records)  # that there are any is known before the model is loaded
     flag = "--output" if request.values["output"] else "--run-name"
     check_folder(output, flag)
-    features_dir = request.path("features") if request.values["features"] else None
-    if features_dir is not None:
-        check_folder(features_dir, "--features")
-    if all(_is_finished(folder) for folder in config.by_seed(output)):
+    features = request.path("features") if request.values["features"] else None
+    if features is not None:
+        check_folder(features, "--features")
+    from drllm.training.checkpoint import is_finished
+    from drllm.training.stage import train
+
+    folders = list(config.by_seed(output))
+    if all(map(is_finished, folders)):
         raise CheckpointError(
             f"{output} holds trained routers already; choose another {flag}, or delete the folder"
         )
     with loaded(request.of(ModelConfig), terminal) as base:
-        run_train_stage(base, supervision, output, config, terminal, features_dir=features_dir)
-    for folder in config.by_seed(output):
-        terminal.say(f"routers        {folder}")
-        show.show(folder, terminal)
+        rewards = check_targets(files, base.identity)
+        train(base, records, config, output, features=features, rewards=rewards, listener=terminal)
+    for folder in folders:
+        terminal.fact("routers", str(folder))
+        show(folder, terminal)
 
 
 def _routers_folder(request: Request) -> Path:
@@ -125,12 +247,6 @@ def _routers_folder(request: Request) -> Path:
             f"--run-name is {name!r}; give a plain name without slashes, or a folder as --output"
         )
     return CHECKPOINTS / str(name)
-
-
-def _is_finished(folder: Path) -> bool:
-    from drllm.training.checkpoint import is_finished
-
-    return is_finished(folder)
 
 
 @verb(
@@ -160,7 +276,9 @@ def evaluate(request: Request, terminal: Terminal) -> None:
     check_folder(output, "--output-dir")
     questions.check_output(output)
     folders = [find_routers(place) for place in request.paths("routers")]
-    checks.check_named_once(folders, "--routers")
+    for folder in folders:
+        if [other.resolve() for other in folders].count(folder.resolve()) > 1:
+            raise ConfigError(f"--routers names {folder} twice; name each folder once")
     first, *_ = [read_routers(folder) for folder in folders]
     model = model_of(request, first)
     with loaded(model, terminal) as base:
@@ -182,6 +300,43 @@ def model_of(request: Request, routers: RouterStack | None) -> ModelConfig:
         )
     revision = config.revision or routers.config.base_revision
     return dataclasses.replace(config, model=routers.config.base_model, revision=revision)
+
+
+def find_routers(place: Path) -> Path:
+    """Return a folder of routers, fetched first where the place is OWNER/NAME on the hub.
+
+    Raises:
+        CheckpointError: Routers that the hub doesn't have or doesn't give.
+    """
+    from drllm.models.routers.hub import find
+
+    return find(place)
+
+
+def read_routers(folder: Path) -> RouterStack:
+    """Read routers, which is quick, before the base model is loaded.
+
+    Raises:
+        CheckpointError: Missing or broken.
+    """
+    from drllm.models.routers.checkpoint import load_routers
+
+    return load_routers(folder)
+
+
+@contextmanager
+def attached(base: BaseModel, routers: RouterStack | None = None) -> Iterator[RoutedModel]:
+    """Route the base model inside the block."""
+    from drllm.models.routing.routed_model import RoutedModel
+
+    routed = RoutedModel(base.model, routers, tokenizer=base.tokenizer)
+    try:
+        yield routed
+    finally:
+        routed.detach()
+
+
+# --- report and export ---------------------------------------------------------------------------
 
 
 @verb(
@@ -209,75 +364,40 @@ def report(request: Request, terminal: Terminal) -> None:
     terminal.say(f"report         {', '.join(map(str, files))}")
 
 
-# --- the stages, with a loaded model -----------------------------------------------------------
+@verb(
+    "export",
+    help="write a fixed path as an ordinary checkpoint, its layers listed in path order",
+    example="drllm export --model smollm2-135m --decisions plan.json --output exported/",
+    settings=(ModelConfig,),
+    flags=(
+        Flag("decisions", "file with decisions or a path", required=True),
+        Flag("output", "folder to make", required=True),
+    ),
+)
+def export(request: Request, terminal: Terminal) -> None:
+    """Write a fixed path of a model as a checkpoint, and say what it is."""
+    from drllm.models.export import check_output, export_path
+
+    output = request.path("output")
+    plan = read_path_file(request.path("decisions"))
+    check_folder(output, "--output")
+    check_output(output)
+    with loaded(request.of(ModelConfig), terminal) as base:
+        path = plan.path(base.num_layers)
+        with terminal.busy("writing and checking"):
+            made = export_path(base, path, output)
+        _say(made, base.num_layers, terminal)
 
 
-def find_routers(place: Path) -> Path:
-    """Return a folder of routers, fetched first where the place is OWNER/NAME on the hub.
-
-    Raises:
-        CheckpointError: Routers that the hub doesn't have or doesn't give.
-    """
-    from drllm.models.routers.hub import find
-
-    return find(place)
-
-
-def read_routers(folder: Path) -> RouterStack:
-    """Read routers, which is quick, before the base model is loaded.
-
-    Raises:
-        CheckpointError: Missing or broken.
-    """
-    from drllm.models.routers.checkpoint import load_routers
-
-    return load_routers(folder)
-
-
-@contextmanager
-def loaded(config: ModelConfig, terminal: Terminal) -> Iterator[BaseModel]:
-    """Load the base model, and keep transformers quiet until the block ends."""
-    with terminal.busy(f"loading {config.model}"):
-        from drllm.models.base.hub import quiet
-        from drllm.models.base.load import load
-
-        base = load(config)
-    with quiet():
-        yield base
-
-
-@contextmanager
-def attached(base: BaseModel, routers: RouterStack | None = None) -> Iterator[RoutedModel]:
-    """Route the base model inside the block."""
-    from drllm.models.routing.routed_model import RoutedModel
-
-    routed = RoutedModel(base.model, routers, tokenizer=base.tokenizer)
-    try:
-        yield routed
-    finally:
-        routed.detach()
-
-
-def run_train_stage(
-    base: BaseModel,
-    supervision: Sequence[Path],
-    output: Path,
-    config: TrainConfig,
-    terminal: Terminal,
-    *,
-    features_dir: Path | None = None,
-) -> None:
-    """Train routers on the targets of supervision files."""
-    from drllm.training.stage import train
-
-    records = join_supervision(supervision)
-    checks.check_supervision_model(supervision, base.identity)
-    train(
-        base,
-        records,
-        config,
-        output,
-        features=features_dir,
-        rewards=checks.rewards_of(supervision),
-        listener=terminal,
-    )
+def _say(made: Export, num_layers: int, terminal: Terminal) -> None:
+    terminal.say(f"export      {made.folder}")
+    terminal.say(f"path        {' '.join(map(str, made.path))}")
+    terminal.say(f"layers      {len(made.path)}, the base model has {num_layers}")
+    size = f"{made.num_bytes / MB:.1f} MB in {made.dtype}"
+    if made.num_repeated_bytes:
+        size += (
+            f"; {made.num_repeated_bytes / MB:.1f} MB of it are layers that are executed again, "
+            f"since a checkpoint can't say that two layers are the same"
+        )
+    terminal.say(f"size        {size}")
+    terminal.say("checked     loaded again, its logits equal the path's bit by bit")

@@ -1,0 +1,259 @@
+"""Recipes and sweeps: the settings of all stages in one YAML file.
+
+Everything in them is checked before a model is loaded and before anything is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from drllm.config import EvaluateConfig, ModelConfig, SearchConfig, SuperviseConfig, TrainConfig
+from drllm.config.files import canonical, read_yaml, with_underscores
+from drllm.config.settings import Settings, from_dict
+from drllm.errors import ConfigError, unknown_name
+from drllm.evaluation.questions import tasks_of
+from drllm.search.questions import SearchQuestion, questions_of
+from drllm.supervision import check_settings
+from drllm.tasks.base import Task, get_tasks
+
+SECTIONS: dict[str, type[Settings]] = {
+    "model": ModelConfig,
+    "search": SearchConfig,
+    "supervise": SuperviseConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+}
+SWEPT = ("supervise", "train")
+"""Sections that a setting of a sweep may change."""
+FOR_CHOICE = ("limit", "limits", "num_texts")
+"""Settings of the evaluation that may differ where the settings of a sweep are judged."""
+CHOSEN_ON = "select"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The settings of all stages."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
+    supervise: SuperviseConfig = dataclasses.field(default_factory=SuperviseConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+
+    def to_yaml(self) -> str:
+        """Write all settings, defaults too; the text is a recipe itself."""
+        values = {name: getattr(self, name).to_dict() for name in SECTIONS}
+        del values["search"]["output_dir"]  # the folder that the text lies in
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+    @cached_property
+    def questions(self) -> list[SearchQuestion]:
+        """The questions of the search.
+
+        Raises:
+            ConfigError: Settings that make no sense together or have no effect.
+            TaskError: An unknown task, or no questions to be had.
+        """
+        return questions_of(None, self.search)
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        """The tasks of the evaluation; raises as `questions` does."""
+        return tasks_of(self.evaluate)
+
+    def check(self) -> None:
+        """Refuse settings that make no sense or have no effect, before anything is written.
+
+        Raises:
+            ConfigError: Naming them.
+            TaskError: An unknown task, or no questions to be had.
+        """
+        searched = dict.fromkeys(question.task for question in self.questions)
+        _ = self.tasks
+        check_settings(self.supervise, list(searched))
+        self.train.check_effects()
+        check_tracking(self.train)
+
+
+def check_tracking(config: TrainConfig) -> None:
+    """Refuse trackers that can't be told of the training; loads torch only where there are any.
+
+    Raises:
+        ConfigError: One that isn't known or installed.
+    """
+    if config.trackers:
+        from drllm.training.trackers import check_trackers
+
+        check_trackers(config.trackers)
+
+
+def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: YAML with the sections `model`, `search`, `supervise`, `train`, `evaluate`; each may
+            be left out, and so may any of its settings.
+        data_dir: Replaces `data_dir` of search and evaluation.
+
+    Raises:
+        ConfigError: No such file, not YAML, an unknown section or setting, a value that doesn't
+            fit.
+    """
+    return _recipe(path, read_yaml(path, "a recipe"), data_dir)
+
+
+def _recipe(path: Path, values: Mapping[str, Any], data_dir: str | None) -> Recipe:
+    groups = {}
+    for name in values:
+        if name not in SECTIONS:
+            raise ConfigError(f"{path}: " + unknown_name("section", name, SECTIONS))
+    for name, kind in SECTIONS.items():
+        section = canonical(kind, _section(path, name, values.get(name) or {}))
+        if name == "search" and "output_dir" in section:
+            raise ConfigError(
+                f"{path}: search: 'output_dir' is {section['output_dir']!r}; leave it out, a run "
+                f"writes to the folder given as --output-dir"
+            )
+        if data_dir is not None and name in ("search", "evaluate"):
+            section["data_dir"] = data_dir
+        try:
+            groups[name] = from_dict(kind, section, name)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+    return Recipe(**groups)
+
+
+def _section(path: Path, name: str, values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path}: section {name!r} is {values!r}; give settings, written 'name: value'"
+        )
+    return with_underscores(values)
+
+
+# --- sweeps ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep file says.
+
+    Attributes:
+        file: The file.
+        common: The recipe without any setting's changes.
+        settings: By name, the recipe with them.
+        choosing: How each setting is evaluated.
+    """
+
+    file: Path
+    common: Recipe
+    settings: Mapping[str, Recipe]
+    choosing: EvaluateConfig
+
+
+def read_sweep(path: Path, data_dir: str | None = None) -> SweepPlan:
+    """Read and check a sweep file: a recipe with a section `settings`, and maybe one `choose`.
+
+    Args:
+        path: YAML; `settings` has, by name, the sections `supervise` and `train` as far as they
+            differ from the file's own, `choose` what differs from `evaluate` where settings are
+            judged.
+        data_dir: Replaces `data_dir` of search and evaluation.
+
+    Raises:
+        ConfigError: What is no sweep, or settings that don't fit; two that are the same.
+    """
+    values = dict(read_yaml(path, "a sweep"))
+    settings = values.pop("settings", None)
+    if not isinstance(settings, dict) or len(settings) < 2:
+        raise ConfigError(
+            f"{path}: 'settings' is {settings!r}; give at least two settings to compare, by name"
+        )
+    choose = _section(path, "choose", values.pop("choose", {}))
+    for name in choose:
+        if name not in FOR_CHOICE:
+            raise ConfigError(f"{path}: choose: " + unknown_name("setting", name, FOR_CHOICE))
+    common = _recipe(path, values, data_dir)
+    choosing = _recipe(path, _changed(path, values, {"evaluate": choose}), data_dir)
+    if common.evaluate.curve is None:
+        raise ConfigError(
+            f"{path}: evaluate: a sweep compares at equal depths; give them as curve, for example "
+            f"'0.05,0.1'"
+        )
+    for task in get_tasks(common.evaluate.tasks):
+        if common.evaluate.split_of(task.name) == CHOSEN_ON:
+            raise ConfigError(
+                f"{path}: evaluate: {task.name}'s split is {CHOSEN_ON}, on which the setting is "
+                f"chosen; leave it out or give test"
+            )
+    recipes: dict[str, Recipe] = {}
+    for name, changes in settings.items():
+        recipes[str(name)] = _setting(path, str(name), values, changes, data_dir)
+    for name, recipe in recipes.items():
+        same = [
+            other
+            for other, theirs in recipes.items()
+            if (theirs.supervise, theirs.train) == (recipe.supervise, recipe.train)
+        ]
+        if same[0] != name:
+            raise ConfigError(
+                f"{path}: settings {same[0]!r} and {name!r} are the same; leave one out"
+            )
+    return SweepPlan(path, common, recipes, _for_choice(choosing.evaluate))
+
+
+def _setting(
+    path: Path, name: str, values: Mapping[str, Any], changes: Any, data_dir: str | None
+) -> Recipe:
+    """Return the recipe with one setting's changes."""
+    if not re.fullmatch(r"[\w.-]*\w", name):
+        raise ConfigError(
+            f"{path}: a setting is named {name!r}; give a name of letters, digits, '-', '_' and '.'"
+        )
+    if not isinstance(changes, dict):
+        raise ConfigError(
+            f"{path}: setting {name!r} is {changes!r}; give sections with what differs, {{}} for "
+            f"nothing"
+        )
+    for section in changes:
+        if section not in SWEPT:
+            raise ConfigError(
+                f"{path}: setting {name!r}: " + unknown_name("section", str(section), SWEPT)
+            )
+    try:
+        return _recipe(path, _changed(path, values, changes), data_dir)
+    except ConfigError as error:
+        raise ConfigError(f"setting {name!r} of {error}") from error
+
+
+def _changed(path: Path, values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's values with other settings in the place of its own."""
+    merged = {
+        name: {**_section(path, name, values.get(name) or {}), **_section(path, name, section)}
+        for name, section in changes.items()
+    }
+    return {**values, **merged}
+
+
+def _for_choice(config: EvaluateConfig) -> EvaluateConfig:
+    """Return how each setting is evaluated: the routed model alone, at every depth, on `select`."""
+    return dataclasses.replace(
+        config,
+        split=CHOSEN_ON,
+        splits=None,
+        baselines="none",
+        search=None,
+        supervision=None,
+        epsilon=None,
+        worked_answers=None,
+        max_loss_increase=None,
+        num_random_draws=None,
+        latency_rounds=0,
+    )

@@ -1,0 +1,84 @@
+"""A sweep: many settings of supervision and training, judged by their routed models.
+
+OUT/search.jsonl          one search for all settings
+OUT/settings/NAME/        a run folder for each setting, evaluated on `select`
+OUT/test/                 what was chosen, evaluated once
+OUT/sweep.json, sweep.png
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from drllm.listener import Listener
+from drllm.pipeline.folder import Loader, RunFolder
+from drllm.pipeline.recipes import CHOSEN_ON, SweepPlan
+from drllm.records import sha256, write_atomically, write_json
+from drllm.records.places import check_folder
+from drllm.reporting.sweeps import SWEEP_FILE, Candidate, Sweep, choose, drawn, read_candidate
+
+
+def sweep(plan: SweepPlan, folder: Path, *, listener: Listener | None = None) -> str | None:
+    """Train with every setting of a sweep, choose one on `select`, and test it once.
+
+    Args:
+        plan: From `read_sweep`.
+        folder: Receives everything.
+        listener: Hears how far it is.
+
+    Returns:
+        The name of the chosen setting; None where none can be brought to any depth.
+
+    Raises:
+        ConfigError: The settings or the folder can't be used; nothing has been written then.
+        RecordError: The folder holds files that can't be trusted, or a setting has no targets.
+    """
+    listener = listener or Listener()
+    recipes = {
+        name: dataclasses.replace(setting, evaluate=plan.choosing)
+        for name, setting in plan.settings.items()
+    }
+    for recipe in (plan.common, *recipes.values()):
+        recipe.check()
+    check_folder(folder, "--output-dir")
+    with ExitStack() as stack:
+        loader = Loader(plan.common.model, listener, stack)
+        RunFolder(plan.common, folder, loader, listener).stages(["search"])
+        candidates = []
+        for number, (name, recipe) in enumerate(recipes.items(), start=1):
+            listener.note(f"setting {number} of {len(recipes)}: {name}")
+            place = folder / "settings" / name
+            RunFolder(recipe, place, loader, listener, {"search": folder}).stages(
+                ["supervise", "train", "evaluate"]
+            )
+            candidates.append(read_candidate(name, place / "eval"))
+        chosen = choose(candidates)
+        _write_sweep(plan.file, folder, candidates, chosen)
+        if chosen is None:
+            return None
+        place = folder / "settings" / chosen.name
+        shared = {"search": folder, "supervise": place, "train": place}
+        best = plan.settings[chosen.name]
+        RunFolder(best, folder / "test", loader, listener, shared).stages(["evaluate", "report"])
+    return chosen.name
+
+
+def _write_sweep(
+    file: Path, folder: Path, candidates: Sequence[Candidate], chosen: Candidate | None
+) -> None:
+    from drllm.reporting.drawing import png
+
+    result = Sweep(
+        sweep=file.name,
+        sweep_sha256=sha256(file),
+        chosen_on=CHOSEN_ON,
+        chosen=None if chosen is None else chosen.name,
+        settings=tuple(candidates),
+    )
+    write_json(folder / SWEEP_FILE, result)
+    if any(candidate.places for candidate in candidates):
+        write_atomically(folder / "sweep.png", png(partial(drawn, candidates)))
