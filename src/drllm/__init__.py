@@ -10,6 +10,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from drllm.evaluation.run import evaluate as evaluate
     from drllm.models.routing.batch_generation import generate_many as generate_many
     from drllm.models.routing.routed_model import RoutedModel as RoutedModel
     from drllm.paths import to_decisions as to_decisions
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "RoutedModel": "drllm.models.routing.routed_model",
+    "evaluate": "drllm.evaluation.run",
     "generate_many": "drllm.models.routing.batch_generation",
     "report": "drllm.reporting.stage",
     "search_paths": "drllm.search.run",
@@ -34,6 +36,7 @@ _PUBLIC = {
 
 __all__ = [
     "RoutedModel",
+    "evaluate",
     "generate_many",
     "report",
     "search_paths",

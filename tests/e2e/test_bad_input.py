@@ -251,7 +251,7 @@ EVALUATE --limits gsm8k=3 => --limits: unknown task 'gsm8k'
 EVALUATE --limit 5 --limits builtin_facts=3 => --limit 5 has no effect
 search --dataset arc_easy --data-dir nowhere => --data-dir nowhere is not a folder
 search --dataset arc_easy --data-dir run => run/arc_easy
-supervise --search run/search.jsonl --output run => --output is run, which is a folder
+supervise --search run/search.jsonl --output run => --output: can't write run
 TARGETS --run-name a --output b => both --run-name 'a' and --output 'b'
 TARGETS => neither is given
 train --run-name x => train needs --supervision FILE
@@ -280,7 +280,7 @@ train --run-name x --supervision= => --supervision is ''
 run dem => unknown recipe 'dem'; did you mean 'demo'?
 supervise --search run/search.jsonl --output run/search.manifest.json => run/search.manifest.json
 supervise --search run/search.jsonl --output /dev/null => it is a device
-supervise --search run/search.jsonl --output run/eval/builtin_facts.json => holds 'drllm.evaluation'
+supervise --search run/search.jsonl --output run/eval/builtin_facts.json => another stage
 """
 
 LIGHT_PREPARED = [
@@ -392,7 +392,7 @@ LIGHT_PREPARED = [
     ),
     Case(
         "run run/run.yaml --output-dir run",
-        "run/run.manifest.json is broken",
+        "run/run.manifest.json: ",
         write("run/run.manifest.json", '{"stages": '),
     ),
     Case(
@@ -459,7 +459,12 @@ HEAVY_PREPARED = [
         "its target has 5 layers, the base model has 4",
         own(
             "run/supervision.jsonl",
-            every_line(lambda row: row["optimal_layer_config"].append(1)),
+            every_line(
+                lambda row: row.update(
+                    optimal_layer_config=[*row["optimal_layer_config"], 1],
+                    executions=row["executions"] + 1,
+                )
+            ),
         ),
     ),
     Case(
@@ -494,7 +499,7 @@ HEAVY_PREPARED = [
     Case("run r.yaml --output-dir run", "run/search.jsonl was made with", another_recipe),
     Case(
         "run r.yaml --output-dir run",
-        "made with dtype 'float32', this run has 'bfloat16'",
+        "dtype",
         another_dtype,
     ),
     Case(
@@ -650,7 +655,7 @@ def test_a_process_ends_with_the_same_status_and_line(
 
 
 def test_a_defect_of_ours_keeps_its_traceback(tmp_path: Path, finished_run: Path):
-    script = "import drllm.supervision as s\ns.supervise = lambda *a: 1 / 0\nimport sys\n"
+    script = "import drllm.cli.stages as s\ns.supervise = lambda *a: 1 / 0\nimport sys\n"
     script += "from drllm.cli import main\nsys.exit(main(sys.argv[1:]))\n"
     words = ["supervise", "--search", str(finished_run / "search.jsonl"), "--output", "x.jsonl"]
 

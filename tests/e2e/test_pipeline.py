@@ -635,10 +635,7 @@ def test_an_interrupted_search_ends_in_one_sentence_and_keeps_its_blocks(
     last = err.splitlines()[-1]
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert last == (
-        "drllm: interrupted; finished blocks of questions are kept; "
-        "the same command goes on behind them"
-    )
+    assert last == "drllm: interrupted; finished work is kept. Run the same command to resume."
     assert num_batches_kept(output / CHUNKS_FOLDER)
     assert not (output / "search.jsonl").exists()
 

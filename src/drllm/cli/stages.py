@@ -20,6 +20,7 @@ from drllm.cli.terminal import Terminal, duration, new_table
 from drllm.cli.verbs import Flag, Request, verb
 from drllm.config import EvaluateConfig, ModelConfig, SearchConfig, SuperviseConfig, TrainConfig
 from drllm.errors import CheckpointError, ConfigError
+from drllm.evaluation.questions import check_output, tasks_of
 from drllm.pipeline.folder import check_targets, loaded
 from drllm.pipeline.recipes import check_tracking
 from drllm.records import (
@@ -266,15 +267,13 @@ def _routers_folder(request: Request) -> Path:
     model_from_routers=True,
     resumes=True,
 )
-def evaluate(request: Request, terminal: Terminal) -> None:
+def evaluate_verb(request: Request, terminal: Terminal) -> None:
     """Evaluate base, routed model and baselines, and print the table."""
-    from drllm.evaluation import questions, run
-
     config = request.of(EvaluateConfig)
     output = request.path("output_dir")
-    tasks = questions.tasks_of(config)
+    tasks = tasks_of(config)
     check_folder(output, "--output-dir")
-    questions.check_output(output)
+    check_output(output)
     folders = [find_routers(place) for place in request.paths("routers")]
     for folder in folders:
         if [other.resolve() for other in folders].count(folder.resolve()) > 1:
@@ -282,7 +281,9 @@ def evaluate(request: Request, terminal: Terminal) -> None:
     first, *_ = [read_routers(folder) for folder in folders]
     model = model_of(request, first)
     with loaded(model, terminal) as base:
-        run.evaluate(base, tasks, config, output, routers=folders, listener=terminal)
+        from drllm.evaluation.run import evaluate
+
+        evaluate(base, tasks, config, output, routers=folders, listener=terminal)
     show_results(output, terminal, [task.name for task in tasks])
     terminal.say(f"results        {output}")
 

@@ -296,18 +296,16 @@ class RunFolder:
         self._write_manifest()
 
     def _begin(self, name: str, made_from: dict[str, Any]) -> None:
-        """Note that a stage begins; discard what it wrote when it was made from something else."""
-        before = self.manifest.stages.get(name)
-        if before is not None and before.made_from != made_from:
-            if name == "train":
-                from drllm.training.stage import discard
+        """Note that a stage begins; delete what it wrote when it last ended."""
+        before = self.manifest.stages.get(name, StageDone(made_from=made_from))
+        if name == "train" and before.made_from != made_from:
+            from drllm.training.stage import discard
 
-                discard(self.routers, self.recipe.train)
-            for output, sha in before.outputs.items():
-                path = self.folder / output
-                # A link, or a file that somebody has changed, isn't ours to delete.
-                if path.resolve() == self.folder.resolve() / output and hash_of(path) == sha:
-                    path.unlink()
+            discard(self.routers, self.recipe.train)
+        for output in before.outputs:
+            path = self.folder / output
+            if path.resolve() == self.folder.resolve() / output:  # no link leads elsewhere
+                path.unlink(missing_ok=True)
         self.manifest.stages[name] = StageDone(made_from=made_from)
         self._write_manifest()
 
@@ -430,7 +428,7 @@ class RunFolder:
         return made
 
     def _report(self) -> Sequence[Path]:
-        from drllm.reporting import figures_of, write_report
+        from drllm.reporting.stage import figures_of, report
 
-        page, markdown = write_report([self.folder])
-        return [page, markdown, *figures_of(page)]
+        page, text = report(self.folder, listener=self.listener)
+        return [page, text, *figures_of(page)]

@@ -19,7 +19,7 @@ from drllm.pipeline.folder import Loader, RunFolder
 from drllm.pipeline.recipes import CHOSEN_ON, SweepPlan
 from drllm.records import sha256, write_atomically, write_json
 from drllm.records.places import check_folder
-from drllm.reporting.sweeps import SWEEP_FILE, Candidate, Sweep, choose, drawn, read_candidate
+from drllm.reporting.sweeps import SWEEP_FILE, Candidate, SweepResult, choose, drawn, read_candidate
 
 
 def sweep(plan: SweepPlan, folder: Path, *, listener: Listener | None = None) -> str | None:
@@ -72,7 +72,7 @@ def _write_sweep(
 ) -> None:
     from drllm.reporting.drawing import png
 
-    result = Sweep(
+    result = SweepResult(
         sweep=file.name,
         sweep_sha256=sha256(file),
         chosen_on=CHOSEN_ON,

@@ -149,7 +149,7 @@ ROW = '{"prompt": "a"}\n'
         ("--file empty.jsonl", "empty.jsonl is empty"),
         ("--file bad.jsonl", "bad.jsonl, line 2"),
         ("--file p.jsonl --output p.jsonl", "is the file of prompts itself"),
-        ("--file p.jsonl --output .", "--output is .,"),
+        ("--file p.jsonl --output .", "--output: can't write ."),
         ("--file p.jsonl --output p.jsonl/o", "p.jsonl is a file"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from drllm.cli.recipe import Recipe, read_recipe
+from drllm.pipeline import Recipe, read_recipe
 from drllm.supervision import check_settings
 from drllm.supervision.quotas import read_quotas
 from drllm.tasks.base import get_tasks
@@ -100,7 +100,7 @@ BOTH = pytest.mark.parametrize(
 
 
 def load(name: str) -> Recipe:
-    return read_recipe(RECIPES / name, Path("runs"))
+    return read_recipe(RECIPES / name)
 
 
 @BOTH

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -8,9 +7,10 @@ import pytest
 import yaml
 
 from drllm.cli import main
-from drllm.cli.ledger import Ledger
-from drllm.cli.recipe import read_recipe
 from drllm.errors import ConfigError, RecordError
+from drllm.pipeline import read_recipe
+from drllm.pipeline.folder import RunManifest, StageDone, read_run
+from drllm.records import sha256, write_json
 from drllm.tasks.base import get_tasks
 
 RECIPES = sorted(
@@ -29,7 +29,7 @@ def write(folder: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_the_recipes_that_come_with_the_project_are_understood(path: Path, tmp_path: Path):
-    recipe = read_recipe(path, tmp_path)
+    recipe = read_recipe(path)
 
     assert get_tasks(recipe.search.dataset)
     assert get_tasks(recipe.evaluate.tasks)
@@ -56,7 +56,7 @@ def test_there_are_recipes():
 def test_names_may_have_dashes_and_the_published_spelling(tmp_path: Path):
     path = write(tmp_path, "model: {model-id: owner/name}\ntrain: {num-epochs: 3}\n")
 
-    recipe = read_recipe(path, tmp_path)
+    recipe = read_recipe(path)
 
     assert recipe.model.model == "owner/name"
     assert recipe.train.num_epochs == 3
@@ -65,29 +65,29 @@ def test_names_may_have_dashes_and_the_published_spelling(tmp_path: Path):
 def test_a_number_is_a_text_where_the_setting_is_one(tmp_path: Path):
     path = write(tmp_path, "model: {revision: 1.10}\nevaluate: {curve: 0.1, limit: 5}\ntrain: ~\n")
 
-    recipe = read_recipe(path, tmp_path)
+    recipe = read_recipe(path)
 
     assert recipe.model.revision == "1.10"
     assert (recipe.evaluate.curve, recipe.evaluate.limit) == ("0.1", 5)
     again = write(tmp_path, recipe.to_yaml())
-    assert read_recipe(again, tmp_path) == recipe
+    assert read_recipe(again) == recipe
 
 
 def test_a_data_folder_on_the_line_wins_over_the_recipe(tmp_path: Path):
     path = write(tmp_path, "search: {data_dir: here}\n")
 
-    recipe = read_recipe(path, tmp_path, "there")
+    recipe = read_recipe(path, "there")
 
     assert (recipe.search.data_dir, recipe.evaluate.data_dir) == ("there", "there")
 
 
 def test_a_recipe_written_out_is_the_same_recipe(tmp_path: Path):
-    recipe = read_recipe(write(tmp_path, "train: {learning_rate: 1.0e-5}\n"), tmp_path, "data")
+    recipe = read_recipe(write(tmp_path, "train: {learning_rate: 1.0e-5}\n"), "data")
 
     text = recipe.to_yaml()
 
     assert "output_dir" not in yaml.safe_load(text)["search"]
-    assert read_recipe(write(tmp_path, text), tmp_path) == recipe
+    assert read_recipe(write(tmp_path, text)) == recipe
 
 
 @pytest.mark.parametrize(
@@ -104,74 +104,49 @@ def test_a_recipe_that_does_not_fit_is_refused_with_its_name(
     path = write(tmp_path, text)
 
     with pytest.raises(ConfigError, match=message) as caught:
-        read_recipe(path, tmp_path)
+        read_recipe(path)
 
     assert str(caught.value).startswith(f"{path}: ")
 
 
-# --- the ledger --------------------------------------------------------------------------------
+# --- what is done ------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Ledger:
-    """The ledger of a folder in which one stage is done."""
+def done(tmp_path: Path) -> RunManifest:
+    """What a folder says in which one stage is done."""
     (tmp_path / "out.txt").write_text("result")
-    ledger = Ledger(tmp_path)
-    ledger.begin("train", {"config": {"seed": 0}})
-    ledger.finish("train", [tmp_path / "out.txt"], 1.5)
-    return ledger
+    stage = StageDone(made_from={"seed": 0}, outputs={"out.txt": sha256(tmp_path / "out.txt")})
+    write_json(tmp_path / "run.manifest.json", RunManifest(stages={"train": stage}))
+    return read_run(tmp_path)
 
 
-def test_a_finished_stage_is_done_for_the_next_run_too(ledger: Ledger):
-    again = Ledger(ledger.folder)
-
-    assert again.is_done("train", {"config": {"seed": 0}})
-    assert again.stages["train"]["seconds"] == 1.5
-
-
-def test_a_stage_that_never_ran_is_not_done(ledger: Ledger):
-    assert not ledger.is_done("evaluate", {})
-
-
-def test_a_stage_made_from_something_else_is_not_done(ledger: Ledger):
-    assert not ledger.is_done("train", {"config": {"seed": 1}})
+def test_a_stage_is_done_if_it_was_made_from_the_same_and_its_files_are_unchanged(
+    done: RunManifest, tmp_path: Path
+):
+    assert done.is_done("train", {"seed": 0}, tmp_path)
+    assert not done.is_done("evaluate", {}, tmp_path)
+    assert not done.is_done("train", {"seed": 1}, tmp_path)
+    (tmp_path / "out.txt").write_text("Result")
+    assert not done.is_done("train", {"seed": 0}, tmp_path)
+    (tmp_path / "out.txt").unlink()
+    assert not done.is_done("train", {"seed": 0}, tmp_path)
 
 
-def test_a_stage_whose_file_was_changed_is_not_done(ledger: Ledger):
-    (ledger.folder / "out.txt").write_text("Result")
-
-    assert not ledger.is_done("train", {"config": {"seed": 0}})
-
-
-def test_a_stage_whose_file_is_gone_is_not_done(ledger: Ledger):
-    (ledger.folder / "out.txt").unlink()
-
-    assert not ledger.is_done("train", {"config": {"seed": 0}})
+def test_a_stage_that_began_and_did_not_end_is_not_done(tmp_path: Path):
+    manifest = RunManifest(stages={"train": StageDone(made_from={})})
+    assert not manifest.is_done("train", {}, tmp_path)
 
 
-def test_a_stage_that_began_again_is_not_done_until_it_ends(ledger: Ledger):
-    same = ledger.begin("train", {"config": {"seed": 0}})
-
-    assert same
-    assert not Ledger(ledger.folder).is_done("train", {"config": {"seed": 0}})
-
-
-def test_another_attempt_is_told_from_the_same_one(ledger: Ledger):
-    assert not ledger.begin("train", {"config": {"seed": 1}})
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "drllm.run", "stages": {"a": 1}}'])
-def test_a_broken_ledger_is_refused(ledger: Ledger, text: str):
-    ledger.path.write_text(text)
-
-    with pytest.raises(RecordError, match=r"is broken; delete it"):
-        Ledger(ledger.folder)
+@pytest.mark.parametrize("text", ["", "[]", "{}x", '{"schema": "drllm.run", "stages": {"a": 1}}'])
+def test_a_broken_manifest_is_refused(tmp_path: Path, text: str):
+    (tmp_path / "run.manifest.json").write_text(text)
+    with pytest.raises(RecordError, match=r"run\.manifest\.json.*; delete"):
+        read_run(tmp_path)
 
 
 @pytest.mark.parametrize(("key", "value"), [("schema", "drllm.search"), ("schema_version", 99)])
-def test_a_foreign_or_future_ledger_is_refused(ledger: Ledger, key: str, value: object):
-    values = json.loads(ledger.path.read_text())
-    ledger.path.write_text(json.dumps({**values, key: value}))
-
-    with pytest.raises(RecordError, match="isn't a ledger that this drllm reads"):
-        Ledger(ledger.folder)
+def test_a_foreign_or_future_manifest_is_refused(tmp_path: Path, key: str, value: object):
+    write_json(tmp_path / "run.manifest.json", RunManifest(**{key: value}))
+    with pytest.raises(RecordError, match=f"{value}"):
+        read_run(tmp_path)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from drllm.cli.sweeping import read_sweep
 from drllm.errors import ConfigError
+from drllm.pipeline import read_sweep
 
 SWEEPS = sorted(
     (Path(__file__).resolve().parents[3] / "src" / "drllm" / "cli" / "recipes" / "sweeps").glob(
@@ -27,18 +27,18 @@ def write(folder: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.name)
 def test_the_sweeps_that_come_with_the_project_are_understood(path: Path, tmp_path: Path):
-    assert len(read_sweep(path, tmp_path).settings) >= 2
+    assert len(read_sweep(path).settings) >= 2
 
 
 def test_a_sweep_of_arc_has_at_least_twelve_settings_and_both_kinds_of_targets(tmp_path: Path):
     [path] = [path for path in SWEEPS if path.name == "arc_easy_smollm2.yaml"]
-    settings = read_sweep(path, tmp_path).settings
+    settings = read_sweep(path).settings
     assert len(settings) >= 12
     assert {"least_kl", "shortest"} <= {recipe.supervise.target for recipe in settings.values()}
 
 
 def test_a_setting_changes_what_it_says_and_nothing_else(tmp_path: Path):
-    sweep = read_sweep(write(tmp_path, COMMON + SETTINGS), tmp_path)
+    sweep = read_sweep(write(tmp_path, COMMON + SETTINGS))
     assert sweep.settings["plain"] == sweep.common
     sharp = sweep.settings["sharp"]
     assert (sharp.train.gamma, sharp.train.num_epochs) == (3.0, 3)
@@ -47,7 +47,7 @@ def test_a_setting_changes_what_it_says_and_nothing_else(tmp_path: Path):
 
 
 def test_a_setting_is_chosen_on_select_by_the_routed_model_alone(tmp_path: Path):
-    sweep = read_sweep(write(tmp_path, COMMON + SETTINGS), tmp_path)
+    sweep = read_sweep(write(tmp_path, COMMON + SETTINGS))
     config = sweep.choosing
     assert (config.split, config.baselines, config.curve) == ("select", "none", "0.1")
     assert config.epsilon is None
@@ -55,7 +55,7 @@ def test_a_setting_is_chosen_on_select_by_the_routed_model_alone(tmp_path: Path)
 
 def test_settings_may_be_judged_on_fewer_questions_than_the_chosen_one_is_tested_on(tmp_path: Path):
     text = COMMON + SETTINGS + "choose: {limit: 20, num-texts: 5}\n"
-    sweep = read_sweep(write(tmp_path, text), tmp_path)
+    sweep = read_sweep(write(tmp_path, text))
     assert (sweep.choosing.limit, sweep.choosing.num_texts) == (20, 5)
     assert sweep.choosing.split == "select"
     assert {recipe.evaluate.limit for recipe in sweep.settings.values()} == {None}
@@ -70,7 +70,7 @@ def test_settings_may_be_judged_on_fewer_questions_than_the_chosen_one_is_tested
         (COMMON + "settings: {a: {}, b: {trian: {gamma: 1}}}\n", "did you mean 'train'"),
         (COMMON + "settings: {a: {}, b: {search: {limit: 1}}}\n", "Valid: supervise, train"),
         (COMMON + "settings: {a: {}, b: 3}\n", "setting 'b' is 3; give sections"),
-        (COMMON + "settings: {a: {}, b: {train: 3}}\n", "setting 'b': train is 3"),
+        (COMMON + "settings: {a: {}, b: {train: 3}}\n", "section 'train' is 3"),
         (COMMON + "settings: {a: {}, b: {}}\n", "settings 'a' and 'b' are the same"),
         (COMMON + "settings: {a: {}, ../b: {train: {gamma: 1}}}\n", "named '../b'"),
         (COMMON + SETTINGS + "choose: {curve: '0.2'}\n", "choose: unknown setting 'curve'"),
@@ -91,6 +91,6 @@ def test_settings_may_be_judged_on_fewer_questions_than_the_chosen_one_is_tested
 def test_a_sweep_that_does_not_fit_is_refused_with_its_name(tmp_path: Path, text: str, says: str):
     path = write(tmp_path, text)
     with pytest.raises(ConfigError) as refused:
-        read_sweep(path, tmp_path)
+        read_sweep(path)
     assert says in str(refused.value)
     assert str(path) in str(refused.value)
