@@ -23,7 +23,7 @@ def processes() -> Any:
     """Processes that start at once, since what they need is loaded before they are forked."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["drllm.cli.searching", "drllm.search.run", "drllm.models.base.load"]
+        ["drllm.cli.stages", "drllm.search.run", "drllm.models.base.load"]
     )
     return context
 

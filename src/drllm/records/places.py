@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from drllm.errors import ConfigError, RecordError
-from drllm.records.manifest import refuse_artefact
+from drllm.records.codec import read_json, refuse_odd_file
+from drllm.records.manifest import manifest_path
+
+_NAMES = ("run.yaml", "router_config.json", "routers.safetensors", "metrics.jsonl", "report.html")
+_ENDINGS = (".manifest.json", ".failed.jsonl", ".rejected.jsonl")
 
 
 def check_folder(folder: Path, flag: str) -> None:
@@ -18,31 +24,36 @@ def check_folder(folder: Path, flag: str) -> None:
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
-    if not place.is_dir():
-        reason = f", since {place} is a file"
-    elif not os.access(place, os.W_OK | os.X_OK):
-        reason = f": no permission in {place}"
-    else:
+    if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
         return
+    reason = f": no permission in {place}" if place.is_dir() else f", since {place} is a file"
     raise ConfigError(
         f"{flag}: can't write to {folder}{reason}; give a folder that you may write to"
     )
 
 
 def check_file(file: Path, flag: str, schema: str = "") -> None:
-    """Refuse a file that can't be written; nothing is made yet.
+    """Refuse a file that can't be written, or that is what another stage has written.
 
     Args:
         file: The output.
         flag: Its flag, for messages.
-        schema: What it may replace (`supervision`).
+        schema: What it may replace (`supervision`), known by its manifest.
 
     Raises:
-        ConfigError: It is no ordinary file, or what another stage has written; its folder can't
-            be written.
+        ConfigError: A folder, device, FIFO or socket; a folder that can't be written; a manifest,
+            a record of another kind, or a file of a run or of routers.
     """
+    check_folder(file.parent, flag)
     try:
-        refuse_artefact(file, schema)
+        if not refuse_odd_file(file, "write"):
+            return
     except RecordError as error:
         raise ConfigError(f"{flag}: {error}") from error
-    check_folder(file.parent, flag)
+    is_ours = file.name in _NAMES or file.name.endswith(_ENDINGS)
+    with suppress(RecordError):  # what can't be read isn't ours
+        place = file if file.suffix == ".json" else manifest_path(file)
+        held = str(read_json(place, dict[str, Any]).get("schema"))
+        is_ours |= held.startswith("drllm.") and held != f"drllm.{schema}"
+    if is_ours:
+        raise ConfigError(f"{flag} is {file}, which another stage has written; give another file")
