@@ -163,17 +163,6 @@ def test_policies_read_the_context_and_no_candidate_answer(tiny_llama):
         assert torch.equal(expected, readable)
 
 
-def test_base_scores_are_those_of_the_untouched_model(tiny_llama):
-    model = tiny_llama()
-    routed = RoutedModel(model)
-    batch = ChoiceBatch(routed, QUESTIONS, 1.0)
-    with routed.fixed([2] * 6):  # no policy reaches the base model's pass
-        base = batch.base_scores()
-    full = batch.logprobs([(row, (1,) * 6) for row in range(len(QUESTIONS))])
-    for first, second in zip(base, full, strict=True):
-        assert first.logprobs == pytest.approx(second, abs=SUM_TOLERANCE)
-
-
 def test_paths_are_not_shared_where_a_skipped_layer_leaves_something_else(tiny_llama):
     routed = RoutedModel(tiny_llama(), bypass=lambda call, hidden: 2 * hidden)
     batch = ChoiceBatch(routed, [Question([5, 6], [[7], [8]])], state_cache_gb=1.0)

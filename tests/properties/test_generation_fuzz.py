@@ -30,7 +30,7 @@ from drllm.errors import RoutingError
 from drllm.models.base.layers import find_layers
 from drllm.models.base.prompts import left_padded
 from drllm.models.check import IN_SUITE, known_to_transformers, layers_listed, make_tiny
-from drllm.models.routers.pooling import pool
+from drllm.models.routers.pooling import Spans
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.kv_cache import cache_argument, stored_rows
 from drllm.models.routing.policies import RouterPolicy
@@ -675,7 +675,9 @@ def check_route(case: Case, said: Said, counts: Counts) -> None:
     everything = torch.ones(1, said.num_read, dtype=torch.bool)
     for layer, decision in enumerate(said.plan):
         read = reads[sum(said.plan[:layer])]
-        logits = stack.layer_logits(layer, pool(read, everything, stack.config.num_windows))[0]
+        logits = stack.layer_logits(layer, Spans(everything, stack.config.num_windows).means(read))[
+            0
+        ]
         counts.decisions += 1
         if int(logits.argmax()) != decision:
             last_resort = layer == L - 1 and not any(said.plan[:layer]) and decision == 1

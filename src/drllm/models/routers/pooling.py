@@ -61,30 +61,14 @@ class Spans:
 
         Args:
             hidden: `[B, T, D]`, any floating dtype; what isn't readable may hold anything, NaN too.
+
+        Example:
+            >>> spans = Spans(torch.ones(1, 4, dtype=torch.bool), num_windows=2)
+            >>> spans.means(torch.arange(4.0).view(1, 4, 1)).means.flatten()
+            tensor([0.5000, 2.5000])
         """
         clean = hidden.float()
         if not self.is_all_readable:
             # where(), not a product: 0 · NaN would leak what padding holds.
             clean = torch.where(self.readable[..., None], clean, 0.0)
         return Windows(torch.bmm(self.shares, clean), self.filled, self.are_all_filled)
-
-
-def pool(hidden: Tensor, readable: Tensor, num_windows: int) -> Windows:
-    """Average each row's readable tokens in W contiguous windows.
-
-    Args:
-        hidden: `[B, T, D]`, any floating dtype; what isn't readable may hold anything, NaN too.
-        readable: `[B, T]` bool, the tokens that the router may read; at least one a row.
-        num_windows: W.
-
-    Returns:
-        The means in float32.
-
-    Source: Dr.LLM section 3.2.
-
-    Example:
-        >>> pool(torch.arange(4.0).view(1, 4, 1), torch.ones(1, 4, dtype=torch.bool), 2).means
-        tensor([[[0.5000],
-                 [2.5000]]])
-    """
-    return Spans(readable, num_windows).means(hidden)

@@ -210,16 +210,11 @@ class ChoiceBatch:
         if len(self._parts) > len(self.questions):
             policy = _OncePerQuestion(policy, self._places)
         with driver.using(policy), driver.reading(self._whole().context):
-            scores = self._all_scores()
+            scores = self._whole_scores(self._whole_logits(), greedy=True)
         driver.last_route = [  # one row for each question
             tuple([layer[places[0]] for places in self._places]) for layer in driver.last_route
         ]
         return scores, self.routed.last_route
-
-    def base_scores(self) -> list[Score]:
-        """Score every question once with the plain base model, greedy continuations named."""
-        with self.routed.injection.untouched():
-            return self._all_scores()
 
     def path_logprobs(
         self, paths: Sequence[Path], *, paths_per_pass: int = 8
@@ -254,10 +249,6 @@ class ChoiceBatch:
         """Drop all shared states."""
         self._kl.forget()
         self.states.forget()
-
-    def _all_scores(self) -> list[Score]:
-        """Run whole rows once, and return the scores of every question, greedy ones named."""
-        return self._whole_scores(self._whole_logits(), greedy=True)
 
     def _whole_logits(self) -> Tensor:
         """Run whole rows once, and return the logits of what is scored, `[B, S, V]`.

@@ -15,7 +15,7 @@ from torch import nn
 
 from drllm.errors import CheckpointError, ConfigError
 from drllm.models.routers.checkpoint import load_routers, read_config, save_routers
-from drllm.models.routers.pooling import Windows, pool
+from drllm.models.routers.pooling import Spans, Windows
 from drllm.models.routers.stack import RouterConfig, RouterStack
 
 L, D, W, H = 3, 5, 4, 7
@@ -47,6 +47,10 @@ def new_stack(seed: int = 0) -> RouterStack:
 
 
 # --- pooling ---------------------------------------------------------------------------------
+
+
+def pool(hidden, readable, num_windows):
+    return Spans(readable, num_windows).means(hidden)
 
 
 def slow_pool(tokens: list[torch.Tensor], windows: int) -> list[torch.Tensor]:

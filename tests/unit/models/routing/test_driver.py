@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from drllm.models.base.layers import find_layers
+from drllm.models.routing.policies import FullPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
@@ -83,5 +84,5 @@ def test_the_policy_in_force_and_the_last_route_stay(tiny_llama):
         routed.model(torch.tensor([[5, 6]]))
         found = batch.path_logprobs([PATHS[0]])
     assert routed.last_route.tolist() == [[1, 0, 2, 1, 1, 1]]
-    for base, along in zip(batch.base_scores(), found[0], strict=True):
+    for base, along in zip(batch.routed_scores(FullPolicy())[0], found[0], strict=True):
         assert along == pytest.approx(base.logprobs, abs=SUM_TOLERANCE)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from drllm.errors import CheckpointError, ConfigError, PathError, RoutingError
-from drllm.models.routers.pooling import pool
+from drllm.models.routers.pooling import Spans
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.policies import (
     POLICIES,
@@ -26,6 +26,10 @@ from drllm.paths import num_executions
 D = 32
 L = 6
 PROMPTS = torch.tensor([[5, 6, 7, 8, 9], [20, 21, 22, 3, 4]])
+
+
+def pool(hidden, readable, num_windows):
+    return Spans(readable, num_windows).means(hidden)
 
 
 def rng(seed=0):

@@ -226,33 +226,25 @@ def refused(read: Any, folder: Path) -> str:
     return message
 
 
-def test_a_folder_that_isnt_there_is_refused(tmp_path: Path) -> None:
-    message = refused(read_config, tmp_path / "nowhere")
-    assert "nowhere has no router_config.json, since it doesn't exist; give a folder" in message
-
-
-def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    assert "has no router_config.json, since it is empty; give" in refused(read_config, tmp_path)
-
-
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "photo.jpg").write_text("")
-    message = refused(read_config, tmp_path)
-    assert "has no router_config.json; give a folder that 'drllm train' has written" in message
-
-
-def test_a_file_is_refused(folder: Path) -> None:
-    message = refused(read_config, folder / "router_config.json")
-    assert "router_config.json is a file; give the folder of routers that holds" in message
-
-
-def test_a_run_folder_is_answered_with_its_routers(folder: Path) -> None:
-    assert f"did you mean {folder}?" in refused(read_config, folder.parent)
-
-
-def test_a_base_model_is_answered_with_its_flag(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    assert "is it a base model? Then give it as --model" in refused(read_config, tmp_path)
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("nowhere", "nowhere has no router_config.json, since it doesn't exist; give a folder"),
+        ("empty", "has no router_config.json, since it is empty; give"),
+        ("photos", "has no router_config.json; give a folder that 'drllm train' has written"),
+        ("base", "is it a base model? Then give it as --model"),
+        ("routers/router_config.json", "is a file; give the folder of routers that holds"),
+        (".", "did you mean "),  # a run's folder, which has the routers in it
+    ],
+)
+def test_what_is_no_folder_of_routers_is_refused_with_what_may_be_meant(
+    folder: Path, place: str, said: str
+) -> None:
+    for name in ("empty", "photos", "base"):
+        (folder.parent / name).mkdir()
+    (folder.parent / "photos" / "photo.jpg").touch()
+    (folder.parent / "base" / "config.json").write_text("{}")
+    assert said in refused(read_config, folder.parent / place)
 
 
 @pytest.mark.parametrize(
