@@ -13,7 +13,6 @@ import pytest
 
 from drllm.cli import main
 
-MOST_S = 120.0
 SETTINGS = (
     *("--tasks", "builtin_arithmetic", "--limit", "8", "--batch-size", "1"),
     *("--baselines", "permuted-routes", "--num-random-draws", "2", "--num-texts", "2"),
@@ -51,25 +50,23 @@ def test_an_evaluation_killed_at_random_questions_ends_as_an_undisturbed_one(
     words = ["evaluate", "--routers", str(finished_run / "routers"), "--device", "cpu", *SETTINGS]
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     whole = begun(processes, [*words, "--output-dir", str(undisturbed)])
-    whole.join(MOST_S)
+    whole.join()
     assert whole.exitcode == 0
 
     moments = random.Random(kills)
     inside = 0
     for after in sorted(moments.sample(range(1, 5 * NUM_BLOCKS // 2), kills)):
         process = begun(processes, [*words, "--output-dir", str(killed)])
-        given_up = time.monotonic() + MOST_S
         while num_blocks(killed / "partial") < after and process.is_alive():
-            assert time.monotonic() < given_up, "the evaluation stands still"
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.02))
         process.kill()
-        process.join(MOST_S)
+        process.join()
         assert process.exitcode in (-9, 0)  # 0: it was quicker than the kill
         inside += any((killed / "partial").glob("b*.*.json"))
     assert inside, "no kill came inside of a system"
     last = begun(processes, [*words, "--output-dir", str(killed)])
-    last.join(MOST_S)
+    last.join()
     assert last.exitcode == 0
     assert outcome(killed) == outcome(undisturbed)
 

@@ -7,13 +7,14 @@ other way round.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
+from drllm.bisection import bisect
 from drllm.statistics.intervals import is_single
 
 
@@ -98,7 +99,7 @@ def paired_interval(won: int, lost: int, n: int, confidence: float = 0.95) -> tu
 
     estimate = (won - lost) / n
     lower, upper = (
-        bisected(rejected, estimate, end)[0] if rejected(end) else end for end in (-1.0, 1.0)
+        bisect(rejected, estimate, end)[0] if rejected(end) else end for end in (-1.0, 1.0)
     )
     return lower, upper
 
@@ -145,16 +146,6 @@ def maximum_loss(won: int, lost: int, n: int, confidence: float = 0.95) -> float
         0.0308
     """
     return -paired_interval(won, lost, n, 2 * confidence - 1)[0]
-
-
-def bisected(
-    holds: Callable[[float], bool], low: float, high: float, halvings: int = 60
-) -> tuple[float, float]:
-    """Narrow a range in which a condition turns once, from false at `low` to true at `high`."""
-    for _ in range(halvings):
-        middle = (low + high) / 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return low, high
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import gammaln, xlog1py, xlogy
 
+from drllm.bisection import bisect
 from drllm.statistics.intervals import Floats
-from drllm.statistics.paired import bisected, maximum_loss, paired_score
+from drllm.statistics.paired import maximum_loss, paired_score
 
 ALPHA = 0.05
 FEWEST_DIFFERENT = 6
@@ -82,7 +83,7 @@ def smallest_certifiable(
         distance, deviation = paired_score(outcomes.won, outcomes.lost, n, -epsilon)
         return float(probabilities[distance > z * deviation].sum()) >= power
 
-    _, found = bisected(is_enough, 0.0, 1.0, HALVINGS)
+    _, found = bisect(is_enough, 0.0, 1.0, HALVINGS)
     return Certifiable(if_equal, found if is_enough(1.0) else 1.0)
 
 
