@@ -146,9 +146,11 @@ class Harness:
     notes: tuple[str, ...] = ()
 
     def row_of(self, example: Example, row: Row) -> dict[str, Any]:
-        """Return the columns of one question."""
+        """Return the columns of one question, or refuse a row that lacks one of them."""
         if callable(self.columns):
             return self.columns(example, row)
+        if missing := [name for name in self.columns if name not in row]:
+            raise TaskError(f"{missing[0]!r} is missing")
         return {name: row[name] for name in self.columns}
 
 
@@ -322,9 +324,9 @@ def get_task(name: str) -> Task:
         'builtin_facts'
     """
     if name.endswith(FILE_NAMES):
-        from drllm.tasks.files import FileTask
+        from drllm.tasks.files import task_of_file
 
-        return FileTask(Path(name))
+        return task_of_file(Path(name))
     name = _own_name(name)
     if name in TASKS:
         return TASKS.get(name)

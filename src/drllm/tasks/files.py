@@ -5,6 +5,7 @@ Rows are `question`, `choices`, `answer`, or `question`, `answer`, `grader`. Loa
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,19 @@ FORMS = {
 }
 """Grader → how its questions are asked; a reward that isn't here asks as `exact` does."""
 GRADERS = tuple(name for name in REWARDS if not REWARDS.get(name).scores_options)
+
+
+def task_of_file(path: Path) -> FileTask:
+    """Return the task of a file, which is read once unless it changes."""
+    if not path.is_file():
+        return FileTask(path)  # which says what is there instead
+    state = path.stat()
+    return _kept(path, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=8)
+def _kept(path: Path, _mtime_ns: int, _size: int) -> FileTask:
+    return FileTask(path)
 
 
 class FileTask(Task):

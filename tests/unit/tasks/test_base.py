@@ -8,7 +8,16 @@ import sys
 import pytest
 
 from drllm.errors import TaskError
-from drllm.tasks.base import TASKS, describe_tasks, get_task, get_tasks, groups, is_task_name
+from drllm.tasks.base import (
+    TASKS,
+    Example,
+    Harness,
+    describe_tasks,
+    get_task,
+    get_tasks,
+    groups,
+    is_task_name,
+)
 
 
 def test_every_name_in_the_table_is_the_name_of_its_task() -> None:
@@ -84,6 +93,13 @@ def test_of_tasks_with_different_rewards_the_one_that_a_reward_does_not_fit_is_n
         assert task.check_reward("boxed") == "boxed"
     with pytest.raises(TaskError, match=r"'boxed' doesn't fit task 'arc_easy'; .*without --rew"):
         tasks[5].check_reward("boxed")
+
+
+def test_a_column_that_the_harness_needs_and_a_row_lacks_is_named() -> None:
+    harness, example = Harness(columns=("goal", "sol1")), Example(question="?", answer="!")
+    assert harness.row_of(example, {"goal": 1, "sol1": 2, "more": 3}) == {"goal": 1, "sol1": 2}
+    with pytest.raises(TaskError, match="'sol1' is missing"):
+        harness.row_of(example, {"goal": 1})
 
 
 def test_making_and_grading_questions_loads_no_torch() -> None:

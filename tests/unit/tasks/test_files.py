@@ -78,6 +78,13 @@ def test_generated_answers_are_graded_as_the_row_says(
         assert grade(prompt, wrong) == 0.0
 
 
+def test_a_file_is_read_once_unless_it_changes(tmp_path: Path) -> None:
+    path = str(write(tmp_path, CHOICES))
+    assert get_task(path) is get_task(path)
+    write(tmp_path, CHOICES, {**CHOICES, "question": "And warm?"})
+    assert len(questions(Path(path))) == 2
+
+
 def test_a_long_answer_gets_the_tokens_that_it_needs(tmp_path: Path) -> None:
     long = "ж" * 100  # two bytes, and so up to two tokens, each
     path = write(tmp_path, {"question": "?", "answer": long, "grader": "exact"})

@@ -32,7 +32,6 @@ Plan: TypeAlias = Mapping[Hashable, Decisions]
 STATE_CACHE_GB = 1.0
 """For states that the paths of a batch share; nothing is kept beyond a batch."""
 
-
 ENOUGH_TOKENS = 512
 """A pass of so many keeps a processor busy; a larger one costs in proportion."""
 LEAST_FILLED = 0.8
@@ -113,9 +112,8 @@ class RequestScorer:
         found = asked(requests, self.max_length, by_prompt=by_prompt)
         scores: dict[int, Score] = {}
         routes: dict[Hashable, Decisions] = {}
-        for places in self._batches(found):
+        for places, batch in self._batches(found):
             keys = [found.keys[place] for place in places]
-            batch = self._batch(found, places)
             each, route = _scores_under(batch, policy_of(keys), self.routed.num_layers)
             self.counts.add(route)
             scores.update(zip(places, each, strict=True))
@@ -131,8 +129,7 @@ class RequestScorer:
         """
         found = asked(requests, self.max_length, by_prompt=True)
         scores: list[dict[int, Score]] = [{} for _ in plans]
-        for places in self._batches(found):
-            batch = self._batch(found, places)
+        for places, batch in self._batches(found):
             wanted = [
                 (number, place, (row, plan[found.keys[place]]))
                 for number, plan in enumerate(plans)
@@ -154,18 +151,14 @@ class RequestScorer:
         """
         found = asked(requests, self.max_length, by_prompt=True)
         scores: dict[int, Score] = {}
-        for places in self._batches(found):
-            [sums] = self._batch(found, places).path_logprobs([path])
+        for places, batch in self._batches(found):
+            [sums] = batch.path_logprobs([path])
             for place, values in zip(places, sums, strict=True):
                 scores[place] = Score(values, greedy=(False,) * len(values))
         return _answers(found, scores)
 
-    def _batch(self, found: Asked, places: Sequence[int]) -> ChoiceBatch:
-        questions = [found.questions[place] for place in places]
-        return ChoiceBatch(self.routed, questions, STATE_CACHE_GB)
-
-    def _batches(self, found: Asked) -> Iterator[list[int]]:
-        """Yield the places of the questions of each pass, the longest first.
+    def _batches(self, found: Asked) -> Iterator[tuple[list[int], ChoiceBatch]]:
+        """Yield the questions of each pass, with their places, the longest first.
 
         A pass ends early where what follows is so short that padding it would cost more than a
         pass of its own.
@@ -194,8 +187,9 @@ class RequestScorer:
                 if taken and is_full:
                     break
                 taken += 1
-            yield order[:taken]
-            order = order[taken:]
+            places, order = order[:taken], order[taken:]
+            questions = [found.questions[place] for place in places]
+            yield places, ChoiceBatch(self.routed, questions, STATE_CACHE_GB)
 
 
 def _answers(found: Asked, scores: Mapping[int, Score]) -> list[Answer]:
