@@ -103,19 +103,6 @@ one_file = st.lists(search_records(), min_size=1, max_size=3, unique_by=by_id)
 files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 
 
-@given(search_records())
-def test_a_search_record_survives_its_line(record: SearchRecord):
-    line = encode(record)
-
-    assert b"\n" not in line
-    assert decode(line, SearchRecord, "x") == record
-
-
-@given(supervision_records())
-def test_a_supervision_record_survives_its_line(record: SupervisionRecord):
-    assert decode(encode(record), SupervisionRecord, "x") == record
-
-
 @given(records=one_file)
 @files
 def test_a_search_file_comes_back_as_it_was_written(records: list[SearchRecord], tmp_path: Path):

@@ -39,22 +39,18 @@ def test_a_message_is_printed_as_it_was_given(kind: type[Exception]):
     assert str(kind("budget 0.5 is below 1")) == "budget 0.5 is below 1"
 
 
-def test_an_unknown_name_comes_with_the_closest_and_all_valid_ones():
-    assert unknown_name("task", "arc_esay", ["dart", "arc_easy"]) == (
-        "unknown task 'arc_esay'; did you mean 'arc_easy'? Valid: arc_easy, dart"
-    )
-
-
-def test_two_close_names_are_both_offered():
-    assert "did you mean 'arc_easy' or 'arc_east'?" in unknown_name(
-        "task", "arc_eas", ["arc_east", "arc_easy", "dart"]
-    )
-
-
-def test_a_name_that_resembles_nothing_comes_with_all_valid_ones():
-    assert unknown_name("verb", "xyz", ["run", "search"]) == (
-        "unknown verb 'xyz'. Valid: run, search"
-    )
+@pytest.mark.parametrize(
+    ("name", "choices", "message"),
+    [
+        ("arc_esay", ["dart", "arc_easy"], "; did you mean 'arc_easy'? Valid: arc_easy, dart"),
+        ("arc_eas", ["arc_east", "arc_easy"], "; did you mean 'arc_easy' or 'arc_east'? Valid: "),
+        ("xyz", ["run", "search"], ". Valid: run, search"),
+    ],
+)
+def test_an_unknown_name_comes_with_the_closest_and_all_valid_ones(
+    name: str, choices: list[str], message: str
+):
+    assert unknown_name("task", name, choices).startswith(f"unknown task {name!r}{message}")
 
 
 def test_control_characters_are_shown_as_escapes_and_lines_stay_lines():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -107,9 +108,15 @@ def new_manifest(
         "model": dict(model),
         "config": dict(config),
         "inputs": {file.name if distinct else str(file): sha256(file) for file in inputs},
-        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "libraries": {name: found for name in LIBRARIES if (found := _version(name))},
         **(extra or {}),
     }
+
+
+def _version(library: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(library)
+    return None
 
 
 def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 
-from drllm.cost import executions
 from drllm.paths import Decisions, check_decisions
 from drllm.records.codec import decode, encode
 from drllm.records.manifest import read_records
@@ -68,13 +67,11 @@ class TriedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     retest: Retest | None = None
 
     def __post_init__(self) -> None:
-        if not _DECISIONS.issuperset(self.decisions) or not any(self.decisions):
+        cost = sum(self.decisions)
+        if not _DECISIONS.issuperset(self.decisions) or not cost:
             check_decisions(self.decisions)  # says which
-        if self.executions != executions(self.decisions):
-            raise ValueError(
-                f"'executions' is {self.executions}, the decisions cost "
-                f"{executions(self.decisions)}"
-            )
+        if self.executions != cost:
+            raise ValueError(f"'executions' is {self.executions}, the decisions cost {cost}")
         if self.simulation < 0:
             raise ValueError(f"'simulation' is {self.simulation}; it must be 0 or more")
         if not 0 <= self.reward <= 1:
