@@ -1,8 +1,4 @@
-"""`drllm generate`: one prompt with its route drawn, or a file of prompts.
-
-Owns the file of prompts, the file of answers, and what is said about either. Leaves batches to
-`models.grouping`, the depth dial to `models.dial`, and loading to `stages`.
-"""
+"""`drllm generate`: one prompt with its route drawn, or a file of prompts."""
 
 from __future__ import annotations
 
@@ -10,14 +6,14 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from drllm.cli.stages import attached, find_routers, model_of, read_routers
+from drllm.cli.stages import attached, model_of, read_routers
 from drllm.cli.terminal import Terminal, draw_route, duration
 from drllm.cli.verbs import VERBS, Flag, Request, verb
 from drllm.config import DepthConfig, GenerateConfig, ModelConfig
+from drllm.config.settings import flag_of
 from drllm.cost import executions, mean_executions
 from drllm.errors import ConfigError, TaskError
 from drllm.pipeline.folder import loaded
@@ -36,15 +32,8 @@ KINDS = ("prompt", "question", "messages")
 """What a row of a file may ask by; `question` is another name for `prompt`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """One row of a file of prompts.
-
-    Attributes:
-        line: Its line, from 1.
-        id: Its own, or made from the line.
-        prompt: A text, or a conversation as a list of messages.
-    """
+class Asked(NamedTuple):
+    """One row of a file of prompts: its line, its id, and a text or a list of messages."""
 
     line: int
     id: str | int
@@ -68,14 +57,15 @@ def generate(request: Request, terminal: Terminal) -> None:
     """Answer one prompt and show its route, or answer a file of prompts."""
     config, depth = request.of(GenerateConfig), request.of(DepthConfig)
     config.sampling()
-    _check_depth(request, depth)
-    _check_places(request, config)
-    asked = None
-    if request.values["file"]:
-        asked = read_prompts(request.path("file"), chat=config.chat)
-    texts = _calibration(depth)
-    place = request.path("routers") if request.values["routers"] else None
-    routers = None if place is None else read_routers(find_routers(place))
+    _check(request, config, depth)
+    file = request.path("file") if request.values["file"] else None
+    asked = None if file is None else read_prompts(file, chat=config.chat)
+    texts: list[CalibrationText] = []
+    if depth.calibration is not None:
+        from drllm.models.routers.depth_control import read_calibration
+
+        texts = read_calibration(Path(depth.calibration).expanduser())
+    routers = read_routers(request.path("routers")) if request.values["routers"] else None
     model = model_of(request, routers)
     with loaded(model, terminal) as base, attached(base, routers) as routed:
         with routed.using(_policy(routed, depth, texts, config, terminal)):
@@ -83,15 +73,20 @@ def generate(request: Request, terminal: Terminal) -> None:
                 answer(routed, request.text("prompt"), config, terminal)
             else:
                 _answer_file(routed, asked, request, terminal)
-        _note_chat(routed, config, terminal)
+        trained = routers.config.training.get("rewards") if routers else None
+        templated = config.chat and getattr(routed.tokenizer, "chat_template", None)
+        if templated and trained == [OPTIONS_REWARD]:
+            terminal.note(
+                "drllm: the routers were trained on plain prompts and read a chat template here; "
+                "with --no-chat they read as in training"
+            )
 
 
-# --- what is refused before anything is loaded -------------------------------------------------
-
-
-def _check_places(request: Request, config: GenerateConfig) -> None:
-    """Refuse neither or both of PROMPT and `--file`, and what has no effect without the latter."""
-    prompt, file, output = (request.values[name] for name in ("prompt", "file", "output"))
+def _check(request: Request, config: GenerateConfig, depth: DepthConfig) -> None:
+    """Refuse neither or both of PROMPT and `--file`, and what has no effect."""
+    prompt, file, output, routers = (
+        request.values[name] for name in ("prompt", "file", "output", "routers")
+    )
     if prompt and file:
         raise ConfigError(f"PROMPT {prompt!r} and --file {file} are both given; give one of them")
     if not prompt and not file:
@@ -107,28 +102,20 @@ def _check_places(request: Request, config: GenerateConfig) -> None:
                 f"--output {output} is the file of prompts itself, which would be lost; give "
                 f"another name"
             )
-    for flag, given in (("--output", output), ("--batch-size", config.batch_size)):
-        if given is not None and not file:
-            raise ConfigError(f"{flag} {given} has no effect on one PROMPT; leave it out")
-    if not config.route_first:
-        reasons = {
-            "on one PROMPT": not file,
-            "without routers": not request.values["routers"],
-            "with --static-routing": request.of(DepthConfig).static_routing,
-        }
-        for why, holds in reasons.items():
-            if holds:
-                raise ConfigError(f"--no-route-first has no effect {why}; leave it out")
-
-
-def _check_depth(request: Request, depth: DepthConfig) -> None:
-    """Refuse a knob that has nothing to turn."""
     knob = depth.knob()
-    if knob is not None and not request.values["routers"]:
-        raise ConfigError(
-            f"--{knob.replace('_', '-')} has no effect without routers; give --routers, or leave "
-            f"it out"
-        )
+    idle = {
+        f"--output {output} has no effect on one PROMPT": output and not file,
+        f"--batch-size {config.batch_size} has no effect on one PROMPT": config.batch_size
+        and not file,
+        "--no-route-first has no effect on one PROMPT": not config.route_first and not file,
+        "--no-route-first has no effect without routers": not config.route_first and not routers,
+        "--no-route-first has no effect with --static-routing": not config.route_first
+        and depth.static_routing,
+        f"{flag_of(knob or '')} has no effect without routers": knob and not routers,
+    }
+    for said, holds in idle.items():
+        if holds:
+            raise ConfigError(f"{said}; leave it out")
 
 
 def read_prompts(path: Path, *, chat: bool) -> list[Asked]:
@@ -162,16 +149,12 @@ def _asked(row: dict[str, Any], line: int, chat: bool) -> Asked:
     kinds = [kind for kind in KINDS if kind in row]
     if len(kinds) != 1:
         what = f"both {kinds[0]!r} and {kinds[1]!r}" if kinds else f"none of {', '.join(KINDS)}"
-        has = "" if kinds else f" (it has: {', '.join(row) or 'nothing'})"
-        raise TaskError(f"the row holds {what}{has}; give one of them")
+        raise TaskError(f"the row holds {what}; give one of them")
     own_id = row.get("id", f"line-{line}")
     if not isinstance(own_id, (str, int)) or isinstance(own_id, bool):
         raise TaskError(f"'id' is {own_id!r}; expected text or a whole number")
-    prompt = _messages(row, chat) if kinds == ["messages"] else text_of(row, kinds[0])
-    return Asked(line=line, id=own_id, prompt=prompt)
-
-
-def _messages(row: dict[str, Any], chat: bool) -> list[dict[str, Any]]:
+    if kinds != ["messages"]:
+        return Asked(line, own_id, text_of(row, kinds[0]))
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
         raise TaskError(f"'messages' is {messages!r}; expected a list of messages")
@@ -182,25 +165,13 @@ def _messages(row: dict[str, Any], chat: bool) -> list[dict[str, Any]]:
             text_of(message, key)
     if not chat:
         raise TaskError("'messages' need the chat template; leave --no-chat out, or give 'prompt'")
-    return messages
-
-
-# --- the depth dial ----------------------------------------------------------------------------
-
-
-def _calibration(depth: DepthConfig) -> list[CalibrationText]:
-    """Read the calibration set, if the settings name one, before the base model is loaded."""
-    if depth.calibration is None:
-        return []
-    from drllm.models.routers.depth_control import read_calibration
-
-    return read_calibration(Path(depth.calibration).expanduser())
+    return Asked(line, own_id, messages)
 
 
 def _policy(
     routed: RoutedModel,
     depth: DepthConfig,
-    texts: list[CalibrationText],
+    texts: Sequence[CalibrationText],
     config: GenerateConfig,
     terminal: Terminal,
 ) -> Policy:
@@ -217,17 +188,6 @@ def _policy(
             f"--depth-bias {found.depth_bias}"
         )
     return policy
-
-
-def _note_chat(routed: RoutedModel, config: GenerateConfig, terminal: Terminal) -> None:
-    """Say so where the routers read a chat template that they never saw in training."""
-    trained = routed.routers.config.training.get("rewards") if routed.routers else None
-    templated = config.chat and getattr(routed.tokenizer, "chat_template", None)
-    if templated and trained == [OPTIONS_REWARD]:
-        terminal.note(
-            "drllm: the routers were trained on plain prompts and read a chat template here; "
-            "with --no-chat they read as in training"
-        )
 
 
 # --- one prompt --------------------------------------------------------------------------------

@@ -1,8 +1,6 @@
 """`drllm lm-eval …`: lm-evaluation-harness' own command line, with our model and our tasks.
 
-Owns handing the words over, what `run` takes beside the harness' words (`--data_dir`, `--split`),
-keeping its cache of requests from mixing questions, and one line for what users most often get
-wrong. Leaves which tasks are ours to `own_tasks`; all other words are the harness' to read.
+`run` also takes `--data_dir` and `--split`; all other words are the harness' to read.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ def run(words: Sequence[str]) -> None:
     """Carry out a command line of the harness.
 
     Args:
-        words: What stands behind `drllm lm-eval`.
+        words: What follows `drllm lm-eval`.
 
     Raises:
         TaskError: A task that there isn't, or whose questions can't be had.
@@ -171,7 +169,7 @@ def _names(tasks: str | Sequence[Any]) -> list[str]:
 
 
 def _output_folder(output_path: str | None) -> Path | None:
-    """Return where task folders are kept: beside the results, where these are kept.
+    """Return where task folders are kept: next to the results, where these are kept.
 
     Raises:
         ConfigError: A place where the harness couldn't write its results: it would only say so

@@ -1,8 +1,6 @@
-"""What the published commands leave out: where a training finds what their search has left.
+"""Where the published training finds what the published search has left: it names no file.
 
-The published `train.py` names no file. Owns which targets a training without `--supervision` reads,
-and those that `--with-squad` and `--with-commonsense` add (docs/differences.md, D-31). Leaves
-reading and joining files to `records`. Loads no torch.
+`--with-squad` and `--with-commonsense` add targets (docs/differences.md, D-31).
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from pathlib import Path
 
 from drllm.cli.verbs import Request
 from drllm.config import ModelConfig
+from drllm.config.settings import flag_of
 from drllm.errors import ConfigError
 from drllm.records import join_supervision, read_supervision
 
@@ -35,23 +34,18 @@ def supervision_files(request: Request) -> list[Path]:
         RecordError: A file that is needed to tell this and can't be trusted.
     """
     files = request.paths("supervision") or [_left_by_the_search(request)]
-    before = list(files)
-    for switch, task in ADDED.items():
-        if request.values[switch]:
-            files.append(_added(f"--{switch.replace('_', '-')}", task, before, request))
-    return files
+    added = [(flag_of(switch), task) for switch, task in ADDED.items() if request.values[switch]]
+    return files + [_added(flag, task, files, request) for flag, task in added]
 
 
 def _left_by_the_search(request: Request) -> Path:
     found = [folder / TARGETS for folder in FOLDERS if (folder / TARGETS).is_file()]
     if not found:
         remedy = f"search first: {_search_command(request, 'arc,dart', FOLDERS[0])}"
-        for folder in FOLDERS:
-            if (searched := folder / "search.jsonl").is_file():  # which gave no targets by default
-                remedy = (
-                    f"make one: drllm supervise --search {searched} --output {folder / TARGETS}"
-                )
-                break
+        searched = [folder for folder in FOLDERS if (folder / "search.jsonl").is_file()]
+        if searched:  # it gave no targets by default
+            given, made = searched[0] / "search.jsonl", searched[0] / TARGETS
+            remedy = f"make one: drllm supervise --search {given} --output {made}"
         raise ConfigError(
             f"train needs --supervision FILE, since there is neither "
             f"{' nor '.join(str(folder / TARGETS) for folder in FOLDERS)}; {remedy}"

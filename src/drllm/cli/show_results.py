@@ -18,12 +18,7 @@ from drllm.statistics.verdicts import Verdict
 
 
 def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
-    """Print the tables of an `eval` folder.
-
-    Args:
-        folder: What `evaluate` has written.
-        terminal: Where to.
-        tasks: Only these; empty for all.
+    """Print the tables of an `eval` folder: of some tasks, or of all.
 
     Raises:
         RecordError: A result that can't be trusted.

@@ -13,10 +13,6 @@ from drllm.reporting.numbers import plain
 def show_agreement(path: Path, terminal: Terminal) -> None:
     """Compare the saved routers with decisions that ignore the question, on each part.
 
-    Args:
-        path: `layers.json`.
-        terminal: Where to.
-
     Raises:
         RecordError: The file can't be trusted.
     """

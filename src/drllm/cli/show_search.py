@@ -41,10 +41,7 @@ ANSWER_WIDTH = 14
 def show_search(records: Sequence[SearchRecord], terminal: Terminal, *, edits: bool = True) -> None:
     """Print what a search found and what it spent.
 
-    Args:
-        records: Its questions; at least one.
-        terminal: Where to.
-        edits: Also rank the layers by what skipping or repeating them alone did.
+    With `edits`, layers are ranked by what skipping or repeating them alone did.
     """
     n = len(records)
     counts = summarise(records, [], {})
@@ -122,12 +119,7 @@ def _say_executions(records: Sequence[SearchRecord], terminal: Terminal) -> None
 
 
 def least_harmful_first(records: Sequence[SearchRecord], decision: Decision) -> list[EditEffect]:
-    """Return what single edits did, the least harmful first: by KL, else margin, else answers.
-
-    Args:
-        records: Search records of one model.
-        decision: `SKIP` or `REPEAT`.
-    """
+    """Return what single edits did, the least harmful first: by KL, else margin, else answers."""
     return sorted(edit_effects(records, decision), key=_harm)
 
 
@@ -179,12 +171,7 @@ def _show_edits(edits: Sequence[EditEffect], title: str, terminal: Terminal) -> 
 
 
 def show_failed(questions: Sequence[FailedQuestion], terminal: Terminal) -> None:
-    """Print the questions that a search has set aside, each with its last error.
-
-    Args:
-        questions: Those of a file; at least one.
-        terminal: Where to.
-    """
+    """Print the questions that a search has set aside, each with its last error."""
     terminal.fact("failed", f"{count(len(questions))} questions were set aside by the search")
     table = new_table("task", "id", "attempts", "last error")
     for question in questions:
@@ -194,12 +181,7 @@ def show_failed(questions: Sequence[FailedQuestion], terminal: Terminal) -> None
 
 
 def show_unfinished(folder: Path, terminal: Terminal) -> None:
-    """Print how far an interrupted search is.
-
-    Args:
-        folder: What it keeps.
-        terminal: Where to.
-    """
+    """Print how far an interrupted search is."""
     terminal.fact(
         "search",
         f"not finished: {count(num_batches_kept(folder))} batches of questions are kept; if it "
@@ -214,12 +196,6 @@ def show_question(
     records: Sequence[SearchRecord], question: str, place: Path, terminal: Terminal
 ) -> None:
     """Draw the tree of every question that has an id; ids are unique within a task only.
-
-    Args:
-        records: Questions of a search.
-        question: The id.
-        place: The file that they are from, for the message.
-        terminal: Where to.
 
     Raises:
         RecordError: No question of this id; the nearest ids are named.
@@ -349,10 +325,6 @@ def _parent(path: TriedPath, paths: Sequence[TriedPath]) -> Decisions:
 
 def edits_between(before: Decisions, after: Decisions) -> list[Action] | None:
     """Return the fewest edits that lead from one path to another.
-
-    Args:
-        before: `[L]`.
-        after: `[L]`.
 
     Returns:
         Edits by layer, none where the two are equal; None where no edits lead there, since an edit

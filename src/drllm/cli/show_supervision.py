@@ -1,8 +1,4 @@
-"""Targets as people read them: what a supervision found, what became of it, and why of the others.
-
-Owns the printing of `drllm show supervision.jsonl` and of `supervision.rejected.jsonl`. Leaves the
-counting to `supervision`, reading and checking to `records`. Loads no torch. Axes: L layers.
-"""
+"""Targets as people read them: what was found, what became of it, and why the others got none."""
 
 from __future__ import annotations
 
@@ -28,13 +24,7 @@ LAYERS_NAMED = 5
 
 
 def say_written(output: Path, summary: Mapping[str, Any], terminal: Terminal) -> None:
-    """Print what a supervision has written and found.
-
-    Args:
-        output: The file of the targets.
-        summary: As `summarise` returns it.
-        terminal: Where to.
-    """
+    """Print what a supervision has written and found."""
     terminal.say(f"supervision    {output}")
     say_supervision(summary, terminal)
     rejected = rejected_path(output)
@@ -43,12 +33,7 @@ def say_written(output: Path, summary: Mapping[str, Any], terminal: Terminal) ->
 
 
 def say_supervision(summary: Mapping[str, Any], terminal: Terminal) -> None:
-    """Print a supervision summary: what was found, what survived, what became a target.
-
-    Args:
-        summary: As `summarise` returns it, or as an older version left it in a manifest.
-        terminal: Where to.
-    """
+    """Print a summary of `summarise`, or what an older version left of one in a manifest."""
     total, targets = summary["questions"], summary["targets"]
     terminal.say(f"base right     {_share(summary['base_correct'], total)}")
     paths = summary.get("paths", {})
@@ -110,12 +95,7 @@ def _show_tasks(tasks: Mapping[str, Mapping[str, int]], terminal: Terminal) -> N
 
 
 def say_classes(counts: Sequence[int], terminal: Terminal) -> None:
-    """Print how many decisions skip, execute and repeat.
-
-    Args:
-        counts: Three numbers, in that order.
-        terminal: Where to.
-    """
+    """Print how many decisions skip, execute and repeat."""
     total = sum(counts) or 1
     shown = [
         f"{name} {n} ({percent(n / total)})".replace(NBSP, " ")
@@ -138,13 +118,7 @@ def _say_layers(counts: Sequence[Sequence[int]], terminal: Terminal) -> None:
 
 
 def show_supervision(path: Path, records: Sequence[SupervisionRecord], terminal: Terminal) -> None:
-    """Print what a file of targets holds, by the counts of its manifest where it has one.
-
-    Args:
-        path: The file.
-        records: Its targets; at least one.
-        terminal: Where to.
-    """
+    """Print what a file of targets holds, by the counts of its manifest where it has one."""
     manifest = read_manifest(path, "supervision") or {}
     if "summary" in manifest:
         say_supervision(manifest["summary"], terminal)
@@ -159,12 +133,7 @@ def show_supervision(path: Path, records: Sequence[SupervisionRecord], terminal:
 
 
 def show_rejected(questions: Sequence[RejectedQuestion], terminal: Terminal) -> None:
-    """Print how many questions of each task got no target, by reason.
-
-    Args:
-        questions: Those of a file, at least one.
-        terminal: Where to.
-    """
+    """Print how many questions of each task got no target, by reason."""
     terminal.say(f"without        {count(len(questions))} records have no target")
     table = new_table("task", "reason", "records", numbers_from=2)
     for (task, reason), n in Counter((q.task, q.reason) for q in questions).items():

@@ -12,10 +12,6 @@ from drllm.reporting.sweeps import read_sweep_file
 def show_sweep(path: Path, terminal: Terminal) -> None:
     """Print the settings of a sweep side by side, and which one was chosen.
 
-    Args:
-        path: `sweep.json`.
-        terminal: Where to.
-
     Raises:
         RecordError: A file that can't be trusted.
     """

@@ -304,25 +304,17 @@ def model_of(request: Request, routers: RouterStack | None) -> ModelConfig:
 
 
 def find_routers(place: Path) -> Path:
-    """Return a folder of routers, fetched first where the place is OWNER/NAME on the hub.
-
-    Raises:
-        CheckpointError: Routers that the hub doesn't have or doesn't give.
-    """
+    """Return a folder of routers, fetched first where the place is OWNER/NAME on the hub."""
     from drllm.models.routers.hub import find
 
     return find(place)
 
 
-def read_routers(folder: Path) -> RouterStack:
-    """Read routers, which is quick, before the base model is loaded.
-
-    Raises:
-        CheckpointError: Missing or broken.
-    """
+def read_routers(place: Path) -> RouterStack:
+    """Read routers, which is quick, before the base model is loaded."""
     from drllm.models.routers.checkpoint import load_routers
 
-    return load_routers(folder)
+    return load_routers(find_routers(place))
 
 
 @contextmanager
