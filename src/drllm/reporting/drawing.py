@@ -25,21 +25,6 @@ WIDTH = 4.2
 """Inches. Small, so that the 8-point texts can still be read when a phone scales the figure."""
 PNG_DPI = 200
 
-VARIABLES: Colours = {
-    "ink": "#010101",
-    "faint": "#020202",
-    "grid": "#030303",
-    "skip": "#040404",
-    "repeat": "#050505",
-    "s0": "#060606",
-    "s1": "#070707",
-    "s2": "#080808",
-    "s3": "#090909",
-    "s4": "#0a0a0a",
-    "s5": "#0b0b0b",
-}
-"""Name of a CSS variable → the placeholder that matplotlib draws with."""
-
 LIGHT: Colours = {
     "ink": "#1b1f24",
     "faint": "#5c6670",
@@ -53,11 +38,14 @@ LIGHT: Colours = {
     "s4": "#a64d86",
     "s5": "#8a6d00",
 }
-"""The same as the page's light scheme has them, for pictures that follow nothing."""
+"""Name of a colour → as the page's light scheme has it, for pictures that follow nothing."""
+
+VARIABLES: Colours = {name: "#" + 3 * f"{number:02x}" for number, name in enumerate(LIGHT, start=1)}
+"""Name of a CSS variable → the placeholder that matplotlib draws with."""
 
 
 def svg(draw: Draw, name: str) -> str:
-    """Return a drawing as an `<svg>` element that can stand in a page beside others.
+    """Return a drawing as an `<svg>` element that can stand in a page with others.
 
     Taken out: the file header, the metadata (foreign addresses), a style that would apply to the
     whole page, the fixed size, names that would be given twice in a page, and fonts.
@@ -151,7 +139,7 @@ def stacked(heights: Sequence[float], *, share_x: bool = False) -> tuple[Figure,
     return figure, [row[0] for row in panels]
 
 
-def beside(columns: int, height: float) -> tuple[Figure, list[Axes]]:
+def side_by_side(columns: int, height: float) -> tuple[Figure, list[Axes]]:
     """Return a figure of panels side by side that share their rows."""
     from matplotlib.figure import Figure
 

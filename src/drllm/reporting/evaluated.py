@@ -177,9 +177,7 @@ def _tables(evaluations: Sequence[Evaluation]) -> list[Block]:
     )
     cells: dict[str, Callable[[System], str]] = {
         "Accuracy in percent (where answers are graded, the mean grade) with its 95 % interval": (
-            lambda s: (
-                f"{plain(100 * s.accuracy)} ({' to '.join(plain(100 * e) for e in s.interval)})"
-            )
+            lambda s: f"{plain(100 * s.accuracy)} ({interval(s.interval)})"
         ),
         "Gold log-probability, nats a question": lambda s: plain(s.gold_logprob, 3),
         "Next-token loss, nats a token": lambda s: plain(s.text_loss, 3),
@@ -305,7 +303,7 @@ def _baselines(evaluation: Evaluation) -> list[Block]:
     if not compared:
         return [drawn]
     verdicts = ", ".join(f"{each.name} {label(against(each))}" for each in compared)
-    beside = Figure(
+    less = Figure(
         draw=partial(figures.routed_against, evaluation),
         name=f"{evaluation.task} baselines",
         alt=f"The routed model less each baseline, with 95 % intervals. On accuracy it is: "
@@ -337,7 +335,7 @@ def _baselines(evaluation: Evaluation) -> list[Block]:
         rows=rows,
         texts=(0, 1, 3, 5, 8),
     )
-    return [Columns([[drawn], [beside]]), table]
+    return [Columns([[drawn], [less]]), table]
 
 
 def against_columns(evaluation: Evaluation) -> tuple[str, ...]:

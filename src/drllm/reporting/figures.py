@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from drllm.records.results import BASE, PERMUTED, ROUTED, Evaluation, Point, System
-from drllm.reporting.drawing import WIDTH, Colours, beside, legend, stacked, whole_numbers
+from drllm.reporting.drawing import WIDTH, Colours, legend, side_by_side, stacked, whole_numbers
 from drllm.reporting.edits import EditEffect
 from drllm.reporting.run import Epoch
 from drllm.statistics.verdicts import Differences, Verdict
@@ -100,7 +100,7 @@ def routed_against(evaluation: Evaluation, colours: Colours) -> Figure:
     """Draw what the routed model has more than each baseline, by question."""
     baselines = [system for system in evaluation.baselines if system.routed_against is not None]
     measures = [m for m in MEASURES if any(m.of(s.routed_against) is not None for s in baselines)]
-    figure, panels = beside(len(measures), FRAME + 0.1 + ROW * len(baselines))
+    figure, panels = side_by_side(len(measures), FRAME + 0.1 + ROW * len(baselines))
     for axes, measure in zip(panels, measures, strict=True):
         for row, system in enumerate(baselines):
             found = measure.of(system.routed_against)

@@ -1,6 +1,6 @@
 """A report as Markdown: headings, sentences and tables, every text escaped.
 
-Figures are pictures in a folder beside the file; what is folded in the HTML is open here.
+Figures are pictures in a folder next to the file; what is folded in the HTML is open here.
 Axes: L layers.
 """
 

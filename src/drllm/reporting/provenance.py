@@ -126,9 +126,7 @@ def _commands(run: Run) -> list[Block]:
     )
     if not commands:
         return []
-    known = all("--device" in words for words in commands)
-    note = "" if known else " (the dtype and the device aren't recorded)"
-    return [Code(f"Command that repeats the evaluation{note}", "\n".join(commands))]
+    return [Code("Command that repeats the evaluation", "\n".join(commands))]
 
 
 def command(manifest: Mapping[str, Any]) -> str:

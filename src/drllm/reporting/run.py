@@ -17,6 +17,8 @@ from drllm.errors import RecordError
 from drllm.records import (
     SearchRecord,
     SupervisionRecord,
+    decode,
+    encode,
     read_json,
     read_json_lines,
     read_manifest,
@@ -48,13 +50,12 @@ class Source:
     manifest: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Epoch:
+class Epoch(msgspec.Struct, frozen=True, kw_only=True):
     """One line of `routers/metrics.jsonl`: the metrics of one split after one epoch."""
 
     epoch: int
-    split: str
-    values: Mapping[str, float | None]
+    split: Literal["train", "validation"]
+    values: dict[str, float | None]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -148,10 +149,10 @@ def read_run(folder: Path) -> Run:
         what = "is a file" if folder.exists() else "doesn't exist"
         raise RecordError(f"{folder} {what}; give a folder that 'drllm run' has written")
     run = Run(folder=folder)
-    if run.has("search.jsonl", "the search's yield can't be shown", _beside(folder, "search")):
+    if run.has("search.jsonl", "the search's yield can't be shown", _manifest_of(folder, "search")):
         run.search = list(read_search(folder / "search.jsonl"))
     targets = "targets and label counts can't be shown"
-    if run.has("supervision.jsonl", targets, _beside(folder, "supervision")):
+    if run.has("supervision.jsonl", targets, _manifest_of(folder, "supervision")):
         run.supervision = list(read_supervision(folder / "supervision.jsonl"))
     _read_routers(run)
     _read_results(run)
@@ -171,7 +172,7 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def _beside(folder: Path, kind: str) -> dict[str, Any]:
+def _manifest_of(folder: Path, kind: str) -> dict[str, Any]:
     path = folder / f"{kind}.jsonl"
     return (read_manifest(path, kind) or {}) if path.exists() else {}
 
@@ -191,21 +192,11 @@ def _read_routers(run: Run) -> None:
         run.layers = read_layers(folder / LAYERS_FILE)
 
 
-class _Named(msgspec.Struct):
-    epoch: int
-    split: Literal["train", "validation"]
-
-
 def _epochs(path: Path) -> list[Epoch]:
     found = []
     for line, row in read_json_lines(path, dict[str, Any]):
-        try:
-            named = msgspec.convert(row, _Named)
-            left = {name: row[name] for name in row if name not in ("epoch", "split")}
-            values = msgspec.convert(left, dict[str, float | None])
-        except msgspec.ValidationError as error:
-            raise RecordError(f"{path}, line {line}: {error}") from error
-        found.append(Epoch(epoch=named.epoch, split=named.split, values=values))
+        named = {name: row.pop(name) for name in ("epoch", "split") if name in row}
+        found.append(decode(encode({**named, "values": row}), Epoch, f"{path}, line {line}"))
     return sorted(found, key=lambda epoch: epoch.epoch)
 
 

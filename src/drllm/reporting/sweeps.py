@@ -15,7 +15,7 @@ import msgspec
 from drllm.errors import RecordError
 from drllm.records import SCHEMA_VERSION
 from drllm.records.results import ROUTED, Evaluation, read_form, read_results
-from drllm.reporting.drawing import Colours, beside
+from drllm.reporting.drawing import Colours, side_by_side
 from drllm.statistics.verdicts import Differences
 
 if TYPE_CHECKING:
@@ -99,28 +99,26 @@ def read_candidate(name: str, folder: Path) -> Candidate:
 
 
 def _places(evaluation: Evaluation) -> list[Placed]:
-    if evaluation.seeds:
-        return [
-            Placed(
-                task=evaluation.task,
-                depth=row.setting,
-                num_seeds=row.num_seeds,
-                executions=row.executions.mean,
-                against_base=row.against_base,
-            )
-            for row in evaluation.seeds
-            if row.setting
+    found = [
+        (row.setting, row.num_seeds, row.executions.mean, row.against_base)
+        for row in evaluation.seeds
+        if row.setting
+    ]
+    if not evaluation.seeds:
+        found = [
+            (point.setting, 1, point.executions, point.against_base)
+            for point in evaluation.curve
+            if point.system == ROUTED and point.against_base is not None
         ]
     return [
         Placed(
             task=evaluation.task,
-            depth=point.setting,
-            num_seeds=1,
-            executions=point.executions,
-            against_base=point.against_base,
+            depth=depth,
+            num_seeds=num_seeds,
+            executions=executions,
+            against_base=against_base,
         )
-        for point in evaluation.curve
-        if point.system == ROUTED and point.against_base is not None
+        for depth, num_seeds, executions, against_base in found
     ]
 
 
@@ -162,7 +160,7 @@ def drawn(candidates: Sequence[Candidate], colours: Colours) -> Figure:
     """Draw each setting's losses in a row, depths in colours of their own, with 95 % intervals."""
     depths = list(dict.fromkeys((p.task, p.depth) for each in candidates for p in each.places))
     several = len({task for task, _ in depths}) > 1
-    figure, panels = beside(2, FRAME + ROW * len(candidates) * max(1, len(depths) / 2))
+    figure, panels = side_by_side(2, FRAME + ROW * len(candidates) * max(1, len(depths) / 2))
     measures = (
         ("accuracy", 100, "accuracy,\npoints"),
         ("gold_logprob", 1, "gold log-prob.,\nnats"),

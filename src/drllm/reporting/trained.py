@@ -57,14 +57,14 @@ def blocks(run: Run) -> list[Block]:
         found.append(Text("No targets were held out, so there are no validation metrics."))
     found.append(_curves(run, by_split, scores))
     if run.layers is not None:
-        found += _by_layer(run.layers, known)
+        found.append(_by_layer(run.layers, known))
     if run.calibration is not None:
         settings = run.router_config["training"].get("settings") or {}
         found += _reliability(run.calibration, is_folded=settings.get("calibrate") is True)
     return found
 
 
-# --- beside baselines --------------------------------------------------------------------------
+# --- against baselines -------------------------------------------------------------------------
 
 
 def _judged(layers: Layers, systems: Mapping[str, Counts]) -> list[Block]:
@@ -77,7 +77,7 @@ def _judged(layers: Layers, systems: Mapping[str, Counts]) -> list[Block]:
                 [
                     Table(
                         caption=f"On {layers.title(part)}: routers after epoch "
-                        f"{layers.epoch}, beside decisions that ignore the question",
+                        f"{layers.epoch}, and decisions that ignore the question",
                         header=("metric", *map(shown, counted)),
                         rows=_rows([ratios(counts) for counts in counted.values()]),
                     )
@@ -131,8 +131,8 @@ def _curves(
 # --- by layer ----------------------------------------------------------------------------------
 
 
-def _by_layer(layers: Layers, systems: Mapping[str, Counts]) -> list[Block]:
-    """Draw and list each layer's labels, and how routers and the layer's majority hit them."""
+def _by_layer(layers: Layers, systems: Mapping[str, Counts]) -> Figure:
+    """Draw each layer's labels, and how routers and the layer's majority hit them."""
     labels = systems[ROUTERS].labels
     shares = [[n / sum(layer) for n in layer] for layer in labels]
     ours, theirs = (
@@ -141,39 +141,17 @@ def _by_layer(layers: Layers, systems: Mapping[str, Counts]) -> list[Block]:
     )
     title = layers.title(layers.judged)
     most = max(range(len(shares)), key=lambda layer: shares[layer][0])
-    return [
-        Figure(
-            draw=partial(figures.router_layers, shares, ours, theirs),
-            name="router layers",
-            alt=f"Labels, share of labels hit and F1 of skip by layer, on {title}. "
-            f"{by_layer(systems)} Most often to be skipped: layer {most}, "
-            f"{percent(shares[most][0])} of its labels; the routers' F1 of skip there is "
-            f"{plain(ours[most]['f1_skip'], 3)}.",
-            caption=f"By layer, on {title}: how often its label is skip or repeat, what share of "
-            f"its labels the routers hit (dots) and its commonest label in training hits "
-            f"(line), and the F1 of skip of both. No dot: skip is neither label nor decision.",
-        ),
-        Table(
-            caption=f"Routers of every layer, on {title}",
-            header=(
-                *("layer", "labels skip", "execute", "repeat"),
-                *("labels hit", "layer majority"),
-                *("F1 skip", "layer majority", "F1 repeat"),
-            ),
-            rows=[
-                [
-                    str(layer),
-                    *map(percent, share),
-                    *(percent(scores["accuracy"]) for scores in (one, other)),
-                    *(plain(scores["f1_skip"], 3) for scores in (one, other)),
-                    plain(one["f1_repeat"], 3),
-                ]
-                for layer, (share, one, other) in enumerate(zip(shares, ours, theirs, strict=True))
-            ],
-            texts=(),
-            folded=True,
-        ),
-    ]
+    return Figure(
+        draw=partial(figures.router_layers, shares, ours, theirs),
+        name="router layers",
+        alt=f"Labels, share of labels hit and F1 of skip by layer, on {title}. "
+        f"{by_layer(systems)} Most often to be skipped: layer {most}, "
+        f"{percent(shares[most][0])} of its labels; the routers' F1 of skip there is "
+        f"{plain(ours[most]['f1_skip'], 3)}.",
+        caption=f"By layer, on {title}: how often its label is skip or repeat, what share of "
+        f"its labels the routers hit (dots) and its commonest label in training hits "
+        f"(line), and the F1 of skip of both. No dot: skip is neither label nor decision.",
+    )
 
 
 # --- probabilities -----------------------------------------------------------------------------

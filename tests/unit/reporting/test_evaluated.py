@@ -251,7 +251,7 @@ def test_the_tasks_stand_side_by_side_with_their_verdicts(two):
 @pytest.mark.parametrize(
     ("caption", "base", "last"),
     [
-        ("Accuracy in percent", "70.0 (57.5 to 80.1)", "15.0 (8.1 to 26.1)"),
+        ("Accuracy in percent", "70.0 (57.5 to 80.1 %)", "15.0 (8.1 to 26.1 %)"),
         ("Gold log-probability, nats a question", "−1.200", "−1.200"),
         ("Next-token loss, nats a token", "3.800", "4.600"),
     ],

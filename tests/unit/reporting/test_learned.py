@@ -121,16 +121,9 @@ def test_the_verdict_and_what_guessing_hits_are_said(run, learned):
     assert texts[1].endswith(by_layer(systems))
 
 
-def test_every_layer_has_its_row_and_is_in_the_picture(run, learned):
+def test_every_layer_is_in_the_picture(run, learned):
     blocks = part(learned, "Router metrics")
-    rows = table(blocks, "Routers of every layer, on 12 held-out targets")
     ours = run.layers.parts["validation"]["routers"]
-    assert list(rows) == [str(layer) for layer in range(run.num_layers)]
-    for (_, cells), confusion in zip(rows.items(), ours.confusion, strict=True):
-        scores = hit_ratios(confusion)
-        assert cells[0] == f"{100 * sum(confusion[0]) / 12:.1f} %"
-        assert cells[3] == f"{100 * scores['accuracy']:.1f} %"
-        assert cells[5] == ("–" if scores["f1_skip"] is None else f"{scores['f1_skip']:.3f}")
     (figure,) = [b for b in blocks if isinstance(b, Figure) and b.name == "router layers"]
     assert by_layer(run.layers.parts["validation"]) in figure.alt
     labels, hits, skips = figure.draw(LIGHT).axes

@@ -43,7 +43,7 @@ def test_every_source_carries_the_hash_of_its_file(make_folder):
         ("supervision.jsonl", "supervision.jsonl is absent", "## Targets"),
         ("routers", "routers/metrics.jsonl is absent", "## Router metrics"),
         ("routers/metrics.jsonl", "routers/metrics.jsonl is absent", "## Router metrics"),
-        ("routers/layers.json", "routers/layers.json is absent", "Routers of every layer"),
+        ("routers/layers.json", "routers/layers.json is absent", "Figure:* By layer, on"),
         ("eval", "eval/ holds no TASK.json", "## Systems compared"),
         ("eval/samples.jsonl", "eval/samples.jsonl is absent", "## Example questions"),
         ("eval/latency.json", "eval/latency.json is absent", "Time of base and routed"),
