@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from drllm.paths import Decision
+from drllm.statistics.power import FEWEST_DIFFERENT
 
 NAMES = ("skip", "execute", "repeat")
 DECISIONS = range(len(NAMES))
@@ -254,6 +255,11 @@ def verdict(parts: Mapping[str, Mapping[str, Counts]]) -> str:
             "ignore the question."
         )
     systems = parts[VALIDATION]
+    if systems[ROUTERS].examples < FEWEST_DIFFERENT:
+        return (
+            f"{systems[ROUTERS].examples} held-out targets are too few to say whether the routers "
+            f"beat decisions that ignore the question; at least {FEWEST_DIFFERENT} can."
+        )
     scores = {name: ratios(counts) for name, counts in systems.items()}
     told, better = [], []
     for key, title in JUDGED:

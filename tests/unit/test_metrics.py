@@ -151,12 +151,21 @@ def test_the_verdict_is_about_held_out_targets_and_the_best_baseline_of_each_met
     trained = labels_of(TRAINED)
     parts = {
         "train": with_baselines(counted([(row, row) for row in TRAINED]), trained),
-        "validation": with_baselines(counted(list(zip(JUDGED, decided, strict=True))), trained),
+        "validation": with_baselines(
+            counted(list(zip(JUDGED * 2, decided * 2, strict=True))), trained
+        ),
     }
     said = verdict(parts)
-    assert said.startswith(f"On 4 held-out targets the routers {told}")
+    assert said.startswith(f"On 8 held-out targets the routers {told}")
     assert "accuracy" in said
     assert "0.750 (always execute)" in said
+
+
+def test_too_few_held_out_targets_carry_no_verdict() -> None:
+    few = with_baselines(counted([(row, row) for row in JUDGED]), labels_of(TRAINED))
+    said = verdict({"train": few, "validation": few})
+    assert said.startswith("4 held-out targets are too few")
+    assert "macro-F1" not in said
 
 
 def test_without_held_out_targets_nothing_is_claimed() -> None:

@@ -169,6 +169,8 @@ def _ratio_row(found: Timings, phase: str, size: int) -> list[str]:
 
 def _routers(found: Timings, size: int) -> str:
     each = found.router_seconds(size)
+    if each.lowest <= 0:  # a round in which they took less than nothing: noise
+        return f"not told from noise ({_ms(each.lowest)} to {_ms(each.highest)})"
     return f"{_ms(each.median)} ({_ms(each.lowest)} to {_ms(each.highest)})"
 
 
