@@ -28,10 +28,10 @@ import torch
 import transformers
 
 from drllm.config import ModelConfig
-from drllm.evaluation.baselines.base import Material
 from drllm.evaluation.baselines.fitting.measures import by_loss
 from drllm.evaluation.baselines.greedy import Greedy
 from drllm.evaluation.baselines.influence import block_influence, order_by_influence
+from drllm.evaluation.baselines.material import Material
 from drllm.models.base.load import BaseModel, load
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.tasks.base import OPTIONS_REWARD, choose, get_task

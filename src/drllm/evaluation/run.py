@@ -19,7 +19,8 @@ import torch
 
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError
-from drllm.evaluation.baselines.base import BASELINES, Lineup, Material
+from drllm.evaluation.baselines.base import BASELINES, Lineup
+from drllm.evaluation.baselines.material import Material
 from drllm.evaluation.baselines.permuted_routes import share_unchanged
 from drllm.evaluation.baselines.registry import depths, named
 from drllm.evaluation.blocks import Answered, Block, Keep

@@ -16,8 +16,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar
 
 from drllm.cost import mean_executions
+from drllm.evaluation.baselines.material import Material, PathMeasure
 from drllm.paths import Path
-from drllm.records import SearchRecord, SupervisionRecord
 from drllm.registry import Registry
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from drllm.models.routing.policies import Policy
     from drllm.models.routing.routed_model import RoutedModel
-    from drllm.models.scoring.packing import Question
 
 NOTHING = "nothing"
 ROUTES = "nothing but the routed model's own routes on these questions"
@@ -113,32 +112,6 @@ class Drawn:
     path: Path | None = None
     note: str = ""
 
-
-@dataclass(frozen=True)
-class Material:
-    """What baselines may be fitted on, never what is reported on.
-
-    Attributes:
-        routed: The model with its routers.
-        prompts: Token ids of each calibration prompt, `[N]`.
-        questions: The same questions with their options; empty if answers are generated.
-        golds: The right option of each question.
-        search: The search log of the training questions; empty if not given.
-        targets: The routers' own targets; empty if not given.
-        seed: Of what is trained.
-    """
-
-    routed: RoutedModel
-    prompts: Sequence[Sequence[int]]
-    questions: Sequence[Question] = ()
-    golds: Sequence[int] = ()
-    search: Sequence[SearchRecord] = ()
-    targets: Sequence[SupervisionRecord] = ()
-    seed: int = 0
-
-
-PathMeasure: TypeAlias = Callable[[Sequence[Path]], list[float]]
-"""Returns how good each of several candidates, decisions or paths, is; the larger the better."""
 
 Remember: TypeAlias = Callable[[str, Sequence[Path], PathMeasure], list[float]]
 """Returns what the measure of a name gives for candidates, asking it unless that is known."""

@@ -44,11 +44,6 @@ def block_influence(
     real tokens of all prompts, each token counting alike. A layer that hands on what it is given
     has influence 0. The base model runs, once a prompt; nothing is left on it.
 
-    Args:
-        routed: The model, whatever its policy.
-        prompts: Token ids of each calibration prompt.
-        batch_size: Prompts a forward pass.
-
     Returns:
         `[L]`, each from 0 to 2.
 

@@ -158,14 +158,8 @@ def skipping(
     If they aren't a whole number, some questions, drawn at random, drop one layer more than the
     others.
 
-    Args:
-        plan: What is dropped.
-        executions: Mean executions wanted, at most L.
-        num_questions: Q.
-        generator: Draws which questions drop one more.
-
     Returns:
-        `[Q, L]` decisions whose mean executions lie within 1/(2Q) of those wanted.
+        `[Q, L]` decisions whose mean executions are within 1/(2Q) of those wanted.
 
     Raises:
         ConfigError: Executions that the plan doesn't go down to, or more than L.
@@ -188,14 +182,9 @@ def mixture(
     num_questions: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Give each question one of two vectors of decisions, at given mean executions.
+    """Give each question one of two decisions `[L]`, drawn, at given mean executions.
 
-    Args:
-        first: `[L]`.
-        second: `[L]`, at least as many executions.
-        executions: Mean executions wanted, from those of the first to those of the second.
-        num_questions: Q.
-        generator: Draws which questions get which.
+    The second has at least as many executions as the first, and those wanted are between.
 
     Returns:
         `[Q, L]` decisions whose mean executions are as near to those wanted as Q questions allow:
@@ -218,15 +207,9 @@ def mixture(
 
 
 def share_of_second(first: Decisions, second: Decisions, executions: float) -> float:
-    """Return which share of the questions a mixture gives the second of two decisions.
+    """Return which share of the questions a mixture gives the second of two decisions `[L]`.
 
-    Args:
-        first: `[L]`.
-        second: `[L]`, at least as many executions.
-        executions: Mean executions wanted.
-
-    Returns:
-        A share in [0, 1]; 0 where both run as many.
+    0 if both run as many.
 
     Raises:
         ConfigError: Executions that don't lie between those of the two.

@@ -14,11 +14,11 @@ from drllm.evaluation.baselines.base import (
     PROGRAMS,
     Baseline,
     Drawn,
-    PathMeasure,
     executions_of,
     register,
 )
 from drllm.evaluation.baselines.layer_dropping import mixture, share_of_second
+from drllm.evaluation.baselines.material import PathMeasure
 from drllm.paths import Decisions, edits, full_decisions, num_executions
 from drllm.records import SearchRecord
 from drllm.supervision.rules import is_valid

@@ -11,7 +11,8 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from drllm.evaluation.baselines.base import CHOICE, Baseline, Drawn, PathMeasure, register
+from drllm.evaluation.baselines.base import CHOICE, Baseline, Drawn, register
+from drllm.evaluation.baselines.material import PathMeasure
 from drllm.paths import Path
 
 if TYPE_CHECKING:

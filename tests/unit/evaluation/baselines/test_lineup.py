@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from drllm.evaluation.baselines.base import Lineup, Material
+from drllm.evaluation.baselines.base import Lineup
+from drllm.evaluation.baselines.material import Material
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions, Path
 from drllm.records import SearchRecord, TriedPath

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from drllm.evaluation.baselines.base import Lineup, Material
+from drllm.evaluation.baselines.base import Lineup
 from drllm.evaluation.baselines.fitting import measures
+from drllm.evaluation.baselines.material import Material
 from drllm.paths import to_path
 
 TOLERANCE = 1e-4

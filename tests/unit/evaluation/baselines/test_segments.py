@@ -9,7 +9,7 @@ from drllm.errors import RecordError
 from drllm.evaluation.baselines.fitting.segments import (
     FULL_PATH_WEIGHT,
     LONGEST,
-    MOST_PATHS,
+    MAXIMUM_PATHS,
     best_programs,
     program_losses,
     programs_of,
@@ -109,10 +109,10 @@ def test_of_many_valid_programs_some_are_drawn():
     many = [d for d in itertools.product((0, 1), repeat=6) if any(d)]
     records = [record(0, many)]
     found = programs_of(records)
-    assert len(many) > MOST_PATHS
+    assert len(many) > MAXIMUM_PATHS
     # Each of the fifty weighs 1/50, the full path less if it was drawn.
     assert any(
-        float(found.weights[0]) == pytest.approx(1 - less / MOST_PATHS)
+        float(found.weights[0]) == pytest.approx(1 - less / MAXIMUM_PATHS)
         for less in (0.0, 1 - FULL_PATH_WEIGHT)
     )
     assert torch.equal(found.starts, programs_of(records).starts)

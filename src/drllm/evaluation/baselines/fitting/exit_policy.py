@@ -98,14 +98,8 @@ def confidences(
     Until it stops a prompt runs the full path, so these numbers say where it stops at any
     threshold.
 
-    Args:
-        routed: The model, of at least two layers.
-        readout: Of this model.
-        prompts: Token ids of each calibration prompt.
-        batch_size: Prompts a forward pass.
-
     Returns:
-        `[N, L − 1]` in [0, 1].
+        `[N, L − 1]` in [0, 1]; the model has at least two layers.
 
     Raises:
         ConfigError: No prompts, one without tokens, or one longer than the model's context.
@@ -114,14 +108,7 @@ def confidences(
 
 
 def executions_at(confidences: Tensor, threshold: float) -> Tensor:
-    """Return how many layers each prompt runs at a threshold.
-
-    Args:
-        confidences: `[N, L − 1]`.
-        threshold: As for `ExitPolicy`.
-
-    Returns:
-        `[N]`, from 1 to L.
+    """Return how many layers each prompt runs at a threshold, `[N]` from 1 to L.
 
     Example:
         >>> executions_at(torch.tensor([[0.2, 0.6, 0.1], [0.2, 0.3, 0.4]]), 0.5).tolist()
@@ -132,14 +119,7 @@ def executions_at(confidences: Tensor, threshold: float) -> Tensor:
 
 
 def find_threshold(confidences: Tensor, executions: float) -> Setting:
-    """Find the threshold at which prompts run the wanted executions on average.
-
-    Args:
-        confidences: `[N, L − 1]`, of the calibration prompts.
-        executions: Mean executions wanted.
-
-    Returns:
-        The threshold, and what it gives on the calibration prompts.
+    """Find the threshold at which the calibration prompts run the wanted executions on average.
 
     Source: ours.
     """

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from drllm.errors import ModelError
-from drllm.evaluation.baselines.base import Material, PathMeasure
+from drllm.evaluation.baselines.material import Material, PathMeasure
 from drllm.evaluation.blocks import blocks_of
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question, Tokens
@@ -108,12 +108,7 @@ def gold_logprob_along(
 def token_logprob(batches: Sequence[ChoiceBatch]) -> Measure:
     """Return the measure of texts: mean log-probability of a token, minus the next-token loss.
 
-    Args:
-        batches: Texts, or worked answers: questions with one continuation each (`text_question`
-            for a plain text), whose tokens all count alike.
-
-    Returns:
-        The measure. It raises `ModelError` on a log-probability that isn't finite.
+    Of texts (`text_question`), or of worked answers; all tokens count alike.
 
     Source: SLEB (arXiv 2402.09025), which chooses by perplexity.
     """
@@ -130,20 +125,12 @@ def token_logprob(batches: Sequence[ChoiceBatch]) -> Measure:
 
 
 def text_question(tokens: Tokens) -> Question:
-    """Return a text as a question for `token_logprob`: every token but the first is predicted.
-
-    Args:
-        tokens: At least two.
-    """
+    """Return a text as a question for `token_logprob`: all tokens but the first are predicted."""
     return Question(tokens[:1], [tokens[1:]])
 
 
 def log_share(sums: Sequence[float], place: int) -> float:
-    """Return the log of one option's share of the options' probability, in nats.
-
-    Args:
-        sums: Summed log-probability of each option.
-        place: Which option.
+    """Return the log of an option's share of the probability, from all options' summed logs.
 
     Example:
         >>> round(math.exp(log_share([-1000.0, -1000.0], 0)), 6)

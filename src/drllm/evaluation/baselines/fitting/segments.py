@@ -20,11 +20,11 @@ from drllm.records import SearchRecord
 from drllm.supervision.rules import is_saving, is_valid
 
 LONGEST = {Decision.SKIP: 4, Decision.EXECUTE: 4, Decision.REPEAT: 1}
-"""Most layers of a segment, by what is done with it. A decision of 2 runs one layer twice in
+"""Maximum layers of a segment, by what is done with it. A decision of 2 runs one layer twice in
 succession, so two repeated neighbours are two segments: repeating both as a block is another path,
 which the search log can't hold."""
-MOST_PATHS = 50
-"""Most valid paths of a question that are learned from."""
+MAXIMUM_PATHS = 50
+"""Maximum valid paths of a question that are learned from."""
 FULL_PATH_WEIGHT = 0.30
 """Weight of the full path beside shorter valid paths, whose weight is 1."""
 WIDTH = 128
@@ -34,13 +34,7 @@ WIDTH = 128
 
 
 def segments_of(decisions: Decisions) -> list[tuple[int, int]]:
-    """Cut decisions into the fewest segments, long ones first.
-
-    Args:
-        decisions: `[L]`.
-
-    Returns:
-        For each segment its first layer and its decision.
+    """Cut decisions `[L]` into the fewest segments, long ones first: first layers and decisions.
 
     Example:
         >>> segments_of((1, 1, 1, 1, 1, 0, 2, 2))
@@ -78,8 +72,8 @@ class Programs:
 def programs_of(records: Sequence[SearchRecord], seed: int = 0) -> Programs:
     """Collect the valid programs of a search log.
 
-    A question without a valid path teaches nothing and is left out. Of more than `MOST_PATHS` that
-    many are drawn. Where a shorter path is valid too, the full path counts `FULL_PATH_WEIGHT`, so
+    A question without a valid path teaches nothing and is left out. Of more than `MAXIMUM_PATHS`
+    that many are drawn. If a shorter path is valid too, the full path counts `FULL_PATH_WEIGHT`, so
     that the predictor isn't drawn to it; each weight is then divided by the question's number of
     paths, so that no question counts more than another.
 
@@ -124,8 +118,8 @@ def programs_of(records: Sequence[SearchRecord], seed: int = 0) -> Programs:
 def _weighted_paths(record: SearchRecord, rng: random.Random) -> list[tuple[Decisions, float]]:
     """Return the valid paths of a question that are learned from, each with its weight."""
     valid = [path.decisions for path in record.paths if is_valid(path)]
-    if len(valid) > MOST_PATHS:
-        valid = rng.sample(valid, MOST_PATHS)
+    if len(valid) > MAXIMUM_PATHS:
+        valid = rng.sample(valid, MAXIMUM_PATHS)
     full = full_decisions(record.num_layers)
     has_shorter = any(is_saving(path, record) for path in record.paths)
     of_full = FULL_PATH_WEIGHT if has_shorter else 1.0
@@ -171,12 +165,7 @@ class ProgramPredictor(nn.Module):
 
     @torch.no_grad()
     def plans(self, inputs: Tensor, depth_bias: float) -> Tensor:
-        """Return the likeliest programs, each execution charged a price; `[B, L]` decisions.
-
-        Args:
-            inputs: `[B, D]`.
-            depth_bias: Taken off a program's log-probability for each execution.
-        """
+        """Return the likeliest programs `[B, L]`, the bias taken off for each execution."""
         starts, operations = self(inputs)
         return with_one_execution(best_programs(starts, operations, depth_bias))
 
@@ -240,9 +229,6 @@ def train_predictor(
         inputs: `[questions, D]` from `first_inputs`, of the records' prompts.
         programs: From `programs_of`, of the same records.
         settings: Of the training.
-
-    Returns:
-        The predictor, on the CPU.
 
     Source: PoLar (arXiv 2606.06574).
     """

@@ -49,12 +49,7 @@ class SequenceRouter(nn.Module):
 
     @torch.no_grad()
     def plans(self, inputs: Tensor, depth_bias: float) -> Tensor:
-        """Return the likeliest decisions, each execution charged a price; `[B, L]`.
-
-        Args:
-            inputs: `[B, D]`.
-            depth_bias: As for the routers (`policies.biased`).
-        """
+        """Return the likeliest decisions `[B, L]`, each execution charged a price."""
         return with_one_execution(biased(self(inputs), depth_bias).argmax(dim=-1))
 
 
@@ -70,9 +65,6 @@ def train_sequence_router(
         inputs: `[N, D]` from `first_inputs`, of the targets' prompts.
         labels: `[N, L]` target decisions.
         settings: Of the training.
-
-    Returns:
-        The router, on the CPU.
     """
     settings = settings or FitSettings()
     generator = torch.Generator().manual_seed(settings.seed)

@@ -71,14 +71,6 @@ def find_bias(planner: Planner, inputs: Tensor, executions: float) -> Setting:
     What such a planner reads doesn't depend on its decisions, so the mean only falls as the bias
     grows, and no forward pass is needed.
 
-    Args:
-        planner: What decides.
-        inputs: `[N, D]` of the calibration prompts.
-        executions: Mean executions wanted.
-
-    Returns:
-        The bias, and what it gives on the calibration prompts.
-
     Source: ours (D-20).
     """
 
@@ -140,11 +132,7 @@ def recorded(
 ) -> Tensor:
     """Let prompts pass a recorder in batches of like length, and return what it kept of each.
 
-    Args:
-        routed: The model; its policy and its last route stay what they are.
-        recorder: What decides and keeps.
-        prompts: Token ids of each prompt.
-        batch_size: Prompts a forward pass.
+    The model's policy and its last route stay what they are.
 
     Returns:
         `[N, …]` on the CPU, in the order of the prompts.
@@ -183,11 +171,6 @@ def first_inputs(
     routed: RoutedModel, prompts: Sequence[Sequence[int]], *, batch_size: int = 16
 ) -> Tensor:
     """Read prompts at the first layer, where nothing but the embedding has run.
-
-    Args:
-        routed: The model, whatever its policy.
-        prompts: Token ids of each prompt.
-        batch_size: Prompts a forward pass.
 
     Returns:
         `[N, D]` in float32 on the CPU: the mean over each prompt's tokens.
