@@ -1,7 +1,7 @@
 """The state of a training between two epochs, and whether another training may resume it.
 
 `checkpoint.safetensors` holds weights and the optimiser's moments; its header says which epoch
-they belong to, the metrics so far, and what training made them.
+they belong to, the metrics so far, and which training made them.
 
 Axes: N examples, L layers.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from drllm.config import TrainConfig
 from drllm.errors import CheckpointError
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, read_config
-from drllm.training.features import digest, sizes
+from drllm.records import differences
 from drllm.training.trainer import Trainer
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -34,46 +34,34 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 SIZES_TOLERANCE = 1e-3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Origin:
-    """What a training is made of; a checkpoint serves only the training that made it.
+def identity_of(
+    config: TrainConfig, base_identity: Mapping[str, Any], targets: str
+) -> dict[str, Any]:
+    """Return what must be equal for two trainings to be the same one.
 
-    Attributes:
-        settings: Those that the routers depend on.
-        base: The base model's fingerprint.
-        targets: Hash of the questions and their targets.
-        sizes: `[N, L]`: mean size of each router's inputs.
+    Args:
+        config: The settings, of one seed and round.
+        base_identity: The base model's.
+        targets: Hash of the questions and their targets, from `digest`.
     """
-
-    settings: dict[str, Any]
-    base: str
-    targets: str
-    sizes: Tensor
-
-    @classmethod
-    def of(cls, trainer: Trainer, base_identity: Mapping[str, Any]) -> Origin:
-        """Describe a training."""
-        return cls(
-            settings=trainer.config.decisive(),
-            base=base_identity["fingerprint"],
-            targets=digest(trainer.examples),
-            sizes=sizes(trainer.examples),
-        )
+    return {
+        "settings": config.decisive(),
+        "base_model": base_identity["fingerprint"],
+        "targets_sha256": targets,
+    }
 
 
-def save(output: Path, origin: Origin, trainer: Trainer) -> None:
+def save(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
     """Replace the folder's checkpoint by the state after an epoch, in whole or not at all.
 
     Raises:
         CheckpointError: The folder can't be written.
     """
-    tensors = {SIZES: origin.sizes}
+    tensors = {SIZES: trainer.sizes}
     for part, by_name in _state(trainer).items():
         tensors |= {f"{part}.{name}": tensor.cpu() for name, tensor in by_name.items()}
     header = {
-        "settings": origin.settings,
-        "base": origin.base,
-        "targets": origin.targets,
+        "identity": identity,
         "epochs_done": trainer.epochs_done,
         "best": trainer.best,
         "metrics": trainer.rows,
@@ -91,7 +79,7 @@ def save(output: Path, origin: Origin, trainer: Trainer) -> None:
         ) from error
 
 
-def resume(output: Path, origin: Origin, trainer: Trainer) -> None:
+def resume(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
     """Put the state of the folder's checkpoint, if there is one, into a new trainer.
 
     Raises:
@@ -105,14 +93,20 @@ def resume(output: Path, origin: Origin, trainer: Trainer) -> None:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()[HEADER])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        differences = _differences(origin, header, tensors[SIZES])
-        if not differences:
+        found = differences(header["identity"], identity)
+        ours, theirs = trainer.sizes, tensors[SIZES]
+        if not found and (
+            ours.shape != theirs.shape
+            or not torch.allclose(theirs, ours, rtol=SIZES_TOLERANCE, atol=0.0)
+        ):
+            found = ["other features (of other prompts, or another dtype of the base model)"]
+        if not found:
             _restore(trainer, header, tensors)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is broken; delete it to train from the beginning") from error
-    if differences:
+    if found:
         raise CheckpointError(
-            f"{path} belongs to another run: {'; '.join(differences)}. Choose another output "
+            f"{path} belongs to another run, made with {'; '.join(found)}. Choose another output "
             f"folder, or delete the checkpoint to train from the beginning"
         )
 
@@ -122,26 +116,26 @@ def is_finished(output: Path) -> bool:
     return (output / WEIGHTS_FILE).exists() and not (output / CHECKPOINT_FILE).exists()
 
 
-def check_finished(output: Path, settings: Mapping[str, Any], base: str, targets: str) -> None:
-    """Refuse a folder whose finished routers are of another training.
-
-    Args:
-        output: A folder with finished routers.
-        settings: Of the training that they should be of.
-        base: The base model's fingerprint.
-        targets: Hash of the questions and their targets.
+def is_done(output: Path, identity: Mapping[str, Any]) -> bool:
+    """Tell whether a folder holds the finished routers of a training.
 
     Raises:
-        CheckpointError: They are of another one, or can't be read.
+        CheckpointError: It holds those of another one, or they can't be read.
     """
+    if not is_finished(output):
+        return False
     made = read_config(output)
-    same = {"settings": settings, "targets": targets}
-    known = {name: made.training.get(name) for name in same}
-    if known != same or made.base_fingerprint != base:
+    known = {
+        "settings": made.training.get("settings"),
+        "base_model": made.base_fingerprint,
+        "targets_sha256": made.training.get("targets"),
+    }
+    if found := differences(known, identity):
         raise CheckpointError(
-            f"{output} holds trained routers of another run; choose another output folder, or "
-            f"delete that one"
+            f"{output} holds trained routers of another run, made with {'; '.join(found)}; choose "
+            f"another output folder, or delete that one"
         )
+    return True
 
 
 def remove(output: Path) -> None:
@@ -150,7 +144,7 @@ def remove(output: Path) -> None:
 
 
 def _state(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
-    """Return all tensors of a training's state; the moments are 0 before the first step."""
+    """Return all tensors of a training's state after its first epoch."""
     weights = dict(trainer.stack.named_parameters())
     found = {"weights": {name: weight.detach() for name, weight in weights.items()}}
     for part in MOMENTS:
@@ -181,24 +175,3 @@ def _restore(trainer: Trainer, header: Mapping[str, Any], tensors: Mapping[str, 
     trainer.best = None if best is None else (best[0], best[1])
     trainer.kept = None if best is None else saved("kept")
     trainer.epochs_done, trainer.rows = header["epochs_done"], header["metrics"]
-
-
-def _differences(origin: Origin, header: Mapping[str, Any], found: Tensor) -> list[str]:
-    """Name everything in which the checkpoint's training isn't this one."""
-    theirs, ours = header["settings"], origin.settings
-    differences = [
-        f"its --{name.replace('_', '-')} is {theirs.get(name)}, yours {ours.get(name)}"
-        for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name) != ours.get(name)
-    ]
-    if header["base"] != origin.base:
-        differences.append("it was made for another base model")
-    if header["targets"] != origin.targets:
-        differences.append("it was made from other targets")
-    elif found.shape != origin.sizes.shape or not torch.allclose(
-        found, origin.sizes, rtol=SIZES_TOLERANCE, atol=0.0
-    ):
-        differences.append(
-            "its features differ (other prompts, or another dtype of the base model)"
-        )
-    return differences

@@ -1,9 +1,7 @@
-"""Where the routers' inputs are kept while and after they are pooled: a folder, or memory.
+"""Where the routers' inputs are kept while and after they are pooled: memory, or a folder.
 
-Owns `features.safetensors`, which is filled row by row in place, and what has to be equal for it
-to be gone on with or used again (`features.manifest.json`). Which rows are there is written in the
-file itself, behind them, so that a kill at any moment loses the last seconds and nothing else.
-Leaves what a row holds to `features`.
+`features.safetensors` is filled row by row in place. Which rows are done is written in the file
+itself, ahead of them, so that a kill at any moment loses the last seconds and nothing else.
 
 Axes: N targets, B rows, L layers, W windows, D hidden.
 """
@@ -25,17 +23,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drllm.errors import ConfigError, RecordError
-from drllm.records import manifest_path, only_writer, read_manifest, write_atomically
+from drllm.errors import RecordError
+from drllm.records import (
+    manifest_path,
+    only_writer,
+    read_manifest,
+    refuse_other_run,
+    write_json,
+)
 
 FEATURES_FOLDER = "features"
 FEATURES_FILE = "features.safetensors"
 FEATURE_VERSION = 1
 """Raised when the same targets would be pooled to other numbers."""
 HALF_WRITTEN = ".features*"
-"""What kills leave behind while one of the files is made."""
+"""What kills leave while one of the files is made."""
 COMMIT_S = 2.0
-"""Seconds between two commits, the most of its work that a pass loses to a kill."""
+"""Seconds between two commits, the maximum of its work that a pass loses to a kill."""
 NOT_DONE, NOT_FINITE = 0, -1
 """What `filled` says of a row that isn't pooled yet, and of one whose states aren't finite."""
 DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}
@@ -53,10 +57,7 @@ class Memory:
 
     @contextlib.contextmanager
     def opened(
-        self,
-        manifest: Mapping[str, Any],
-        shape: Shape,
-        announce: Callable[[str], None] | None = None,
+        self, manifest: Mapping[str, Any], shape: Shape, say: Callable[[str], None]
     ) -> Iterator[None]:
         """Make room."""
         self.means = torch.zeros(shape)
@@ -73,7 +74,7 @@ class Store:
     """Keeps the routers' inputs in a folder, memory-mapped.
 
     Args:
-        folder: Made if need be. Of what else lies in it nothing is touched.
+        folder: Made if necessary. Nothing else that lies in it is touched.
         dtype: In which the means are stored, `float32` or `bfloat16`; either way they are read in
             float32.
 
@@ -95,34 +96,25 @@ class Store:
 
     @contextlib.contextmanager
     def opened(
-        self,
-        manifest: Mapping[str, Any],
-        shape: Shape,
-        announce: Callable[[str], None] | None = None,
+        self, manifest: Mapping[str, Any], shape: Shape, say: Callable[[str], None]
     ) -> Iterator[None]:
-        """Go on with what the folder holds, or begin; inside the block, rows may be put.
+        """Resume what the folder holds, or begin; inside the block, rows may be put.
 
         A folder that holds every row is only read, so it may be one without permission to write.
         However the block is left, the rows that were put are kept.
 
         Args:
-            manifest: What the features are of (`records.new_manifest`); of it, `model`, `runtime`,
-                `config`, `targets` and the version have to be those of the features that are
-                there.
+            manifest: What the features are of (`new_manifest`); see `_identity`.
             shape: N, L, W, D.
-            announce: Is told what the pass needs on disk, and what is there already.
+            say: Is told what the pass needs on disk, and what is there already.
 
         Raises:
             ConfigError: The folder holds other features; the message says what differs.
             RecordError: Files that are broken; a folder that can't be written; too little space,
                 before or during the pass; another training that pools into the folder.
         """
-        say = announce or (lambda _: None)
-        manifest = {
-            **manifest,
-            "config": {**manifest["config"], "feature_dtype": self.dtype},
-            "feature_version": FEATURE_VERSION,
-        }
+        config = {**manifest["config"], "feature_dtype": self.dtype}
+        manifest = {**manifest, "config": config, "feature_version": FEATURE_VERSION}
         self._lay_out(shape)
         if self._resume(manifest) and self._missing() == 0:
             say(f"the routers' inputs in {self.folder} are used again")
@@ -163,7 +155,7 @@ class Store:
         """Delete the features, and the folder if it holds nothing else."""
         if not self.folder.is_dir():
             return
-        # As its only writer, so that the lock that a kill left behind goes with the rest.
+        # As its only writer, so that the lock that a kill left goes with the rest.
         with only_writer(self.folder, "training", "folder for the features"):
             for path in (*self.folder.glob(HALF_WRITTEN), self.path, self.manifest_path):
                 path.unlink(missing_ok=True)
@@ -173,51 +165,49 @@ class Store:
     # --- the file ------------------------------------------------------------------------------
 
     def _lay_out(self, shape: Shape) -> None:
-        """Work out where things lie: a header of safetensors, `filled`, and the rows behind it."""
+        """Work out where things lie: a header of safetensors, `filled`, then the rows."""
         dtype, name = DTYPES[self.dtype]
-        N = shape[0]
-        self._shape = shape
-        self._row_bytes = shape[1] * shape[2] * shape[3] * dtype.itemsize
+        N, *row = self._shape = shape
+        self._row_bytes = row[0] * row[1] * row[2] * dtype.itemsize
+        ends = [0, 8 * N, 8 * N + N * self._row_bytes]
         tensors = {
-            "filled": {"dtype": "I64", "shape": [N], "data_offsets": [0, 8 * N]},
-            "means": {
-                "dtype": name,
-                "shape": list(shape),
-                "data_offsets": [8 * N, 8 * N + N * self._row_bytes],
-            },
+            "filled": {"dtype": "I64", "shape": [N], "data_offsets": ends[:2]},
+            "means": {"dtype": name, "shape": list(shape), "data_offsets": ends[1:]},
         }
         text = json.dumps(tensors).encode()
         text += b" " * (-len(text) % 8)
         self._header = struct.pack("<Q", len(text)) + text
         self._start = len(self._header) + 8 * N
-        self._bytes = self._start + N * self._row_bytes
+        self._bytes = len(self._header) + ends[-1]
         self.filled = torch.full((N,), NOT_DONE)
 
     def _begin(self, manifest: Mapping[str, Any]) -> None:
         """Write the manifest, and a file without any row: whole, or not there at all."""
         for path in self.folder.glob(HALF_WRITTEN):
             path.unlink()
-        write_atomically(self.manifest_path, json.dumps(manifest, indent=2) + "\n")
+        write_json(self.manifest_path, manifest)
+        unfinished = self.path.with_name(f".{FEATURES_FILE}.tmp")
         with self._refusing():
-            with self._unfinished().open("wb") as file:
+            with unfinished.open("wb") as file:
                 file.write(self._header + self.filled.numpy().tobytes())
                 file.truncate(self._bytes)  # takes no space yet
                 os.fsync(file.fileno())
-            self._unfinished().replace(self.path)
+            unfinished.replace(self.path)
 
     def _resume(self, manifest: Mapping[str, Any]) -> bool:
-        """Read which rows the folder holds; False where it holds no features."""
+        """Read which rows the folder holds; False if it holds no features."""
         if not self.path.exists():
             return False  # a manifest alone binds nobody: a kill came between the two
         stored = read_manifest(self.folder / "features", "features")
         broken = f"{self.path} is broken; delete {self.folder} to pool the features anew"
         if stored is None:
             raise RecordError(f"{broken} ({self.manifest_path.name} is missing)")
-        if differences := _differences(stored, manifest):
-            raise ConfigError(
-                f"{self.folder} holds other features: {'; '.join(differences)}. Choose another "
-                f"folder, or delete it to pool them anew"
-            )
+        refuse_other_run(
+            f"{self.folder} holds other features: what is there",
+            _identity(stored),
+            _identity(manifest),
+            "choose another folder, or delete it to pool them anew",
+        )
         with self._refusing("read"), self.path.open("rb") as file:
             header = file.read(len(self._header))
             filled = file.read(8 * len(self.filled))
@@ -265,8 +255,8 @@ class Store:
 
     def _check_space(self, say: Callable[[str], None]) -> None:
         """Say what the pass needs, and refuse to begin what can't end well."""
-        N = self._shape[0]
-        need = self._missing() * self._row_bytes
+        N, missing = self._shape[0], self._missing()
+        need = missing * self._row_bytes
         place = self.folder.absolute()
         free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
         needed = f"{_size(need)} in {self.folder}, where {_size(free)} are free"
@@ -275,8 +265,7 @@ class Store:
                 f"the routers' inputs need {needed}; free some space, choose another folder"
                 + ("" if self.dtype == "bfloat16" else ", or give --feature-dtype bfloat16 (half)")
             )
-        done = N - self._missing()
-        begun = f"; {done} of {N} targets are there already" if done else ""
+        begun = f"; {N - missing} of {N} targets are there already" if missing < N else ""
         say(f"the routers' inputs need {needed}{begun}")
 
     @contextlib.contextmanager
@@ -288,42 +277,21 @@ class Store:
             done = len(self.filled) - self._missing()
             raise RecordError(
                 f"can't {verb} {self.path}: {error.strerror}; mend it and give the same command "
-                f"again: it goes on behind the {done} of {len(self.filled)} targets that are there"
+                f"again to resume it after the {done} of {len(self.filled)} targets that are there"
             ) from error
 
-    def _unfinished(self) -> Path:
-        return self.path.with_name(f".{FEATURES_FILE}.tmp")
 
-
-def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Name everything in which the features that are there aren't those that are asked for."""
-
-    def both(*names: str) -> tuple[Any, Any]:
-        values: list[Any] = [stored, wanted]
-        for name in names:
-            values = [value.get(name) if isinstance(value, Mapping) else None for value in values]
-        return values[0], values[1]
-
-    words = {
-        ("model", "fingerprint"): "the base model's fingerprint is {}, yours {}",
-        ("model", "class"): "the base model is a {}, yours a {}",
-        ("model", "num_layers"): "the base model has {} layers, yours {}",
-        ("model", "hidden_size"): "its hidden size is {}, yours {}",
-        ("runtime", "dtype"): "the base model ran in {}, yours runs in {}",
-        ("config", "num_windows"): "--num-windows was {}, yours is {}",
-        ("config", "feature_dtype"): "--feature-dtype was {}, yours is {}",
-        ("feature_version",): "they are of version {}, this drllm makes version {}",
-        ("targets", "number"): "they are of {} targets, yours are {}",
-        ("targets", "prompts_sha256"): "other prompts, or another tokenizer",
-        ("targets", "decisions_sha256"): "other target paths",
-        ("targets", "routers_sha256"): "along the routes of other routers, or of none",
+def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what must be equal for features to be used again; see `refuse_other_run`."""
+    model, runtime = manifest.get("model", {}), manifest.get("runtime", {})
+    names = ("fingerprint", "class", "num_layers", "hidden_size")
+    return {
+        "config": manifest.get("config", {}),
+        "model": {name: model.get(name) for name in names},
+        "dtype": runtime.get("dtype"),
+        "targets": {"routers_sha256": None, **manifest.get("targets", {})},
+        "feature_version": manifest.get("feature_version"),
     }
-    found = []
-    for names, text in words.items():
-        theirs, ours = both(*names)
-        if theirs != ours:
-            found.append(text.format(theirs, ours))
-    return found
 
 
 def _size(num_bytes: int) -> str:
@@ -333,6 +301,6 @@ def _size(num_bytes: int) -> str:
         >>> _size(2_211_840_000), _size(12_345)
         ('2.2 GB', '0.1 MB')
     """
-    if num_bytes >= 1e9:
-        return f"{num_bytes / 1e9:.1f} GB"
-    return f"{max(num_bytes / 1e6, 0.1):.1f} MB"
+    return (
+        f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{max(num_bytes / 1e6, 0.1):.1f} MB"
+    )

@@ -23,7 +23,7 @@ from drllm.config import TrainConfig
 from drllm.errors import CheckpointError, ConfigError
 from drllm.listener import Listener
 from drllm.metrics import TRAIN, VALIDATION, Counts, against_baselines
-from drllm.models.base.load import BaseModel
+from drllm.models.base.load import as_base_model
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.records import SupervisionRecord, clear_half_written, encode, write_atomically
@@ -80,20 +80,14 @@ def train(
     """
     config, listener = config or TrainConfig(), listener or Listener()
     rewards = getattr(targets, "rewards", ()) if rewards is None else rewards
-    base = model if isinstance(model, BaseModel) else BaseModel(model, tokenizer, _name(model))
+    base = as_base_model(model, tokenizer)
     if output is None:
         if config.num_seeds > 1:
             raise ConfigError(f"--num-seeds {config.num_seeds} needs a folder for the routers")
-        with tempfile.TemporaryDirectory() as temporary:
-            return train(
-                base,
-                targets,
-                config,
-                Path(temporary) / "routers",
-                features=features,
-                rewards=rewards,
-                listener=listener,
-            )
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder) / "routers"
+            more: dict[str, Any] = {"features": features, "rewards": rewards, "listener": listener}
+            return train(base, targets, config, output, **more)
     output, identity = Path(output), base.identity
     seeds = config.by_seed(output)
     config.check_effects()
@@ -118,37 +112,32 @@ def train(
             f"({reasons_of(along_targets.rejected)}): {rejected}"
         )
     hashed = digest(along_targets)
-    for folder, settings in seeds.items():
-        if checkpoint.is_finished(folder):
-            checkpoint.check_finished(folder, settings.decisive(), identity["fingerprint"], hashed)
-    last = list(seeds)[-1]
-    for folder, settings in seeds.items():
-        if checkpoint.is_finished(folder):
-            continue
+
+    def is_done(folder: Path, settings: TrainConfig) -> bool:
+        return checkpoint.is_done(folder, checkpoint.identity_of(settings, identity, hashed))
+
+    left = [folder for folder, settings in seeds.items() if not is_done(folder, settings)]
+    for folder in left:
         parts, used = [along_targets], []
         for number in range(config.on_policy_rounds + 1):
-            place, round_settings = round_of(folder, settings, number)
+            place, settings = round_of(folder, seeds[folder], number)
             if number > 0:
-                before, _ = round_of(folder, settings, number - 1)
+                before, _ = round_of(folder, seeds[folder], number - 1)
                 used.append(Store(before / FEATURES_FOLDER, config.feature_dtype))
                 parts.append(pool(routers=load_routers(before), store=used[-1]))
                 say_what_is_new(along_targets, parts[-1], settings, number)
-            if place != folder and checkpoint.is_finished(place):
-                checkpoint.check_finished(
-                    place, round_settings.decisive(), identity["fingerprint"], hashed
-                )
+            if place != folder and is_done(place, settings):
                 continue
-            goes = used if place == folder else []
-            if place == last and features is None:
-                goes = [*used, store]
+            if place == left[-1] and features is None:
+                used.append(store)
             train_on(
                 parts[0] if len(parts) == 1 else Aggregate(parts),
                 identity,
-                round_settings,
+                settings,
                 place,
                 rewards=rewards,
                 device=base.model.device,
-                used=goes,
+                used=used if place == folder else (),
                 listener=listener,
             )
     if features is None:
@@ -188,8 +177,8 @@ def train_on(
         example before the step that learns from it.
 
     Raises:
-        ConfigError: Settings without effect, features of another number of windows, a loss that
-            is no longer finite, or a tracker that isn't known, installed or able to start.
+        ConfigError: Settings that can't be used, a loss that is no longer finite, or a tracker
+            that isn't known, installed or able to start.
         CheckpointError: The folder can't be written, or holds a checkpoint of another training.
     """
     if config.num_seeds != 1:
@@ -199,9 +188,9 @@ def train_on(
     trainer = Trainer(examples, base_identity, config, device=device)
     for note in trainer.notes():
         logger.warning("%s", note)
-    origin = checkpoint.Origin.of(trainer, base_identity)
+    identity = checkpoint.identity_of(config, base_identity, digest(examples))
     _make_folder(output)
-    checkpoint.resume(output, origin, trainer)
+    checkpoint.resume(output, identity, trainer)
     steps = trainer.schedule.steps
     with (
         listener.progress("training", "steps") as progress,
@@ -216,7 +205,7 @@ def train_on(
         try:
             while not trainer.is_over:
                 trainer.epoch(on_step)
-                checkpoint.save(output, origin, trainer)
+                checkpoint.save(output, identity, trainer)
                 tracking.epoch()
                 _write_metrics(output, trainer.rows)
             if trainer.best is not None:
@@ -225,7 +214,7 @@ def train_on(
         except DivergedError:  # resumed, it would diverge again
             checkpoint.remove(output)
             raise
-    _write_routers(trainer, parts, origin, rewards, output)
+    _write_routers(trainer, parts, identity["targets_sha256"], rewards, output)
     for store in used:
         store.remove()
     forget(output)
@@ -245,7 +234,7 @@ def discard(output: Path, config: TrainConfig) -> None:
 def _write_routers(
     trainer: Trainer,
     parts: Mapping[str, Counts],
-    origin: checkpoint.Origin,
+    targets: str,
     rewards: Sequence[str],
     output: Path,
 ) -> None:
@@ -256,7 +245,7 @@ def _write_routers(
     )
     write_atomically(output / LAYERS_FILE, encode(layers) + b"\n")
     stack = trainer.routers()
-    told = _training(trainer, parts, origin.targets, rewards)
+    told = _training(trainer, parts, targets, rewards)
     confidence = temperature.measure(stack, trainer)
     if confidence is not None:
         told["calibration"] = confidence.to_dict()
@@ -311,7 +300,3 @@ def _make_folder(output: Path) -> None:
         raise CheckpointError(
             f"can't write to {output}: {problem}; choose a folder that you may write to"
         )
-
-
-def _name(model: Any) -> str:
-    return str(getattr(model, "name_or_path", "") or "")

@@ -72,19 +72,12 @@ class Confidence:
     reliability_before: tuple[Bin, ...]
     reliability_after: tuple[Bin, ...]
 
-    @property
-    def ece_before(self) -> float:
-        """Expected calibration error at T = 1."""
-        return calibration_error(self.reliability_before)
-
-    @property
-    def ece_after(self) -> float:
-        """The same at T."""
-        return calibration_error(self.reliability_after)
-
     def to_dict(self) -> dict[str, Any]:
-        """Return what `router_config.json` tells of it."""
-        errors = {"ece_before": self.ece_before, "ece_after": self.ece_after}
+        """Return what `router_config.json` says of it, with the expected calibration errors."""
+        errors = {
+            "ece_before": calibration_error(self.reliability_before),
+            "ece_after": calibration_error(self.reliability_after),
+        }
         return dataclasses.asdict(self) | errors | {"bins": BINS}
 
 
@@ -179,10 +172,9 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
 def reliability(confidence: Tensor, hits: Tensor) -> tuple[Bin, ...]:
     """Compare confidence with hits in bins of equal mass.
 
-    Decisions are sorted by confidence and divided into `BINS` parts of as many decisions each, or
-    one more. With bins of equal width nearly all decisions of a router would share the last one.
-    Decisions of exactly equal confidence count as hit in their common share, so that their order
-    doesn't matter.
+    With bins of equal width nearly all decisions of a router would share the last one. Decisions
+    of exactly equal confidence count as hit in their common share, so that their order doesn't
+    matter.
 
     Args:
         confidence: `[M]` in [0, 1]: the probability of what was decided; M ≥ 1.

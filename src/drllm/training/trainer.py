@@ -21,7 +21,7 @@ from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.metrics import NAMES, TRAIN, VALIDATION, Counts, ratios
 from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
-from drllm.training.features import Examples, each_once, moments, shape
+from drllm.training.features import Examples, each_once, moments, shape, sizes
 from drllm.training.losses import Objective, class_weights, log_priors
 from drllm.training.split import epoch_batches, generator, hold_out
 
@@ -113,6 +113,7 @@ class Trainer:
         class_weights: `[C]`.
         schedule: The rate of each step.
         steps_per_epoch: Steps in an epoch.
+        sizes: `[N, L]`: mean size of each router's inputs, which tells other features apart.
         stack: The routers; once the training is over those it ends with: of its best epoch if it
             watches the held-out loss, else of its last.
         epochs_done: Epochs made so far.
@@ -145,6 +146,7 @@ class Trainer:
         self.class_weights = class_weights(totals, beta)
         self.steps_per_epoch = math.ceil(len(self.trained) / config.gradient_accumulation)
         self.schedule = Schedule.of(config, self.steps_per_epoch * config.num_epochs)
+        self.sizes = sizes(examples)
         self.scale = moments(examples, self.trained) if config.normalise_features else None
         self.objective = self._objective()
         self.stack = self._new_stack(base_identity).to(self.device, dtype)

@@ -157,16 +157,16 @@ def other_path() -> list[Any]:
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "windows": ({"windows": 5}, r"--num-windows was 4, yours is 5"),
-    "model": ({"model": make_model(1)}, r"the base model's fingerprint is \w{16}, yours \w{16}"),
+    "windows": ({"windows": 5}, "num_windows 4, now 5"),
+    "model": ({"model": make_model(1)}, r"model fingerprint \"\w{16}\", now \"\w{16}\""),
     "dtype": (
         {"model": make_model().bfloat16()},
-        r"the base model ran in float32, yours runs in bfloat16",
+        "dtype .float32., now .bfloat16.",
     ),
-    "stored dtype": ({"dtype": "bfloat16"}, r"--feature-dtype was float32, yours is bfloat16"),
-    "number": ({"records": make_records(N - 1)}, r"they are of 7 targets, yours are 6; other pro"),
-    "prompt": ({"records": other_prompt()}, r"other features: other prompts, or another tokenizer"),
-    "path": ({"records": other_path()}, r"holds other features: other target paths\. Choose"),
+    "stored dtype": ({"dtype": "bfloat16"}, "feature_dtype .float32., now .bfloat16."),
+    "number": ({"records": make_records(N - 1)}, "targets number 7, now 6; other targets prompts"),
+    "prompt": ({"records": other_prompt()}, "other targets prompts"),
+    "path": ({"records": other_path()}, "other targets decisions"),
 }
 
 
@@ -180,14 +180,14 @@ def test_features_of_something_else_are_refused_with_what_differs(folder, what):
     with pytest.raises(ConfigError, match=message) as caught:
         pool(folder, N, store=store, **given)
     assert "\n" not in str(caught.value)
-    assert "Choose another folder, or delete it" in str(caught.value)
+    assert "choose another folder, or delete it" in str(caught.value)
     assert bytes_of(folder) == before
 
 
 def test_features_of_another_version_are_refused(folder, monkeypatch):
     pool(folder, N)
     monkeypatch.setattr(store_module, "FEATURE_VERSION", 99)
-    with pytest.raises(ConfigError, match="they are of version 1, this drllm makes version 99"):
+    with pytest.raises(ConfigError, match="feature_version 1, now 99"):
         pool(folder, N)
 
 
@@ -315,7 +315,7 @@ def test_a_manifest_without_features_is_no_obstacle(folder):
 def test_a_broken_off_pass_of_something_else_is_refused(folder):
     with pytest.raises(StopError):
         pool(folder, N, on_progress=stop_after(3))
-    with pytest.raises(ConfigError, match="--num-windows was 4, yours is 2"):
+    with pytest.raises(ConfigError, match="num_windows 4, now 2"):
         pool(folder, N, windows=2)
 
 
@@ -374,7 +374,7 @@ def test_a_disk_that_fills_up_during_the_pass_is_said_and_loses_nothing(folder, 
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, was)
     assert caught.value.__cause__.errno == errno.EFBIG
-    assert "goes on behind the 3 of 7 targets that are there" in str(caught.value)
+    assert "the 3 of 7 targets that are there" in str(caught.value)
     passes.clear()
     pool(folder, N)
     assert passes == [3, 1]
@@ -421,7 +421,7 @@ BROKEN = {
     other_header: "is broken; delete",
     too_many_windows: "is broken; delete",
     no_manifest: r"is broken; .*features\.manifest\.json is missing",
-    no_json: "features.manifest.json: the line is cut off",
+    no_json: "features.manifest.json: cut off in the middle",
 }
 
 
