@@ -84,8 +84,8 @@ def train(
     if output is None:
         if config.num_seeds > 1:
             raise ConfigError(f"--num-seeds {config.num_seeds} needs a folder for the routers")
-        with tempfile.TemporaryDirectory() as folder:
-            output = Path(folder) / "routers"
+        with tempfile.TemporaryDirectory() as temporary:
+            output = Path(temporary) / "routers"
             more: dict[str, Any] = {"features": features, "rewards": rewards, "listener": listener}
             return train(base, targets, config, output, **more)
     output, identity = Path(output), base.identity
