@@ -1,0 +1,25 @@
+"""The page on adding a baseline, followed literally."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from drllm.evaluation.baselines.base import BASELINES
+from drllm.evaluation.baselines.registry import named, ordered
+
+PAGE = Path(__file__).resolve().parents[4] / "docs" / "add-a-baseline.md"
+
+
+def test_the_page_adds_a_baseline_that_is_listed_and_passes_its_test(routed, monkeypatch):
+    assert BASELINES.names()  # loaded before they are copied
+    monkeypatch.setattr(BASELINES, "_entries", dict(BASELINES._entries))
+    text = PAGE.read_text(encoding="utf-8")
+    the_class, its_test = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    namespace: dict[str, object] = {"__name__": "page"}
+    exec(compile(the_class, PAGE, "exec"), namespace)
+    assert ordered()[-1].name == "first layers"
+    assert named("first-layers") == ["first layers"]
+    exec(compile(its_test, PAGE, "exec"), namespace)
+    [test] = [value for name, value in namespace.items() if name.startswith("test_")]
+    test(routed)
