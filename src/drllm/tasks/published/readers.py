@@ -81,11 +81,11 @@ def with_options(
 # --- ARC, CommonsenseQA --------------------------------------------------------------------------
 
 
-def labelled(row: Row, question: str = "question") -> Example:
+def labelled(row: Row) -> Example:
     """Read a row with `id`, `question`, `choices` (`text` and `label` of each) and `answerKey`.
 
     Labels may be letters or numbers, of any count from 2; the right option is where the answer
-    key stands among them. The question may have a column of another name.
+    key stands among them.
     """
     options = object_of(row, "choices", "text", "label")
     choices = texts_of(options, "text", minimum=2)
@@ -97,7 +97,7 @@ def labelled(row: Row, question: str = "question") -> Example:
     key = text_of(row, "answerKey")
     if key not in labels:
         raise TaskError(f"'answerKey' is {key!r}; expected one of {', '.join(labels)}")
-    return with_options(text_of(row, question), choices, labels.index(key), text_of(row, "id"))
+    return with_options(text_of(row, "question"), choices, labels.index(key), text_of(row, "id"))
 
 
 def labelled_columns(_example: Example, row: Row) -> dict[str, Any]:
