@@ -92,31 +92,19 @@ def test_a_recipe_may_leave_the_search_to_ray(
     assert_same_run(ours, theirs)
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["the same file", "the one in the folder"])
 def test_the_same_recipe_again_does_nothing_anew(
-    finished_run: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+    kept: bool, finished_run: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
 ):
     before = files_of(finished_run)
-    started = time.monotonic()
+    file = finished_run / "run.yaml" if kept else recipe
 
-    status = main(["run", str(recipe), "--output-dir", str(finished_run)])
+    assert main(["run", str(file), "--output-dir", str(finished_run)]) == 0
 
     out, err = capsys.readouterr()
-    assert status == 0
     assert files_of(finished_run) == before
-    assert time.monotonic() - started < 2
     assert err.count("done before") == 5
     assert f"report       {finished_run / 'report.html'}" in out
-
-
-def test_the_recipe_kept_in_the_folder_is_the_same_run(
-    finished_run: Path, capsys: pytest.CaptureFixture[str]
-):
-    before = files_of(finished_run)
-
-    assert main(["run", str(finished_run / "run.yaml"), "--output-dir", str(finished_run)]) == 0
-
-    assert files_of(finished_run) == before
-    assert capsys.readouterr().err.count("done before") == 5
 
 
 def test_other_training_settings_redo_the_training_and_what_follows(
@@ -572,10 +560,8 @@ def search_words(model: Path, dataset: str, output: Path) -> list[str]:
 
 
 def wait_for_first_batch(process: Popen[str], output: Path) -> None:
-    deadline = time.monotonic() + 60
     while not num_batches_kept(output / CHUNKS_FOLDER):
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
@@ -630,7 +616,7 @@ def test_an_interrupted_search_ends_in_one_sentence_and_keeps_its_blocks(
     process = start(search_words(model_folder(), "builtin_arithmetic", output))
     wait_for_first_batch(process, output)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
 
     last = err.splitlines()[-1]
     assert process.returncode == 130

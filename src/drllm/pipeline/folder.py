@@ -288,14 +288,14 @@ class RunFolder:
     ) -> None:
         started = time.perf_counter()
         if name != "search":  # which refuses a folder with another search: nothing has changed then
-            self._begin(name, made_from)
+            self.begin(name, made_from)
         outputs = perform()
         hashes = {path.relative_to(self.folder).as_posix(): sha256(path) for path in outputs}
         seconds = round(time.perf_counter() - started, 3)
         self.manifest.stages[name] = StageDone(made_from=made_from, outputs=hashes, seconds=seconds)
         self._write_manifest()
 
-    def _begin(self, name: str, made_from: dict[str, Any]) -> None:
+    def begin(self, name: str, made_from: dict[str, Any]) -> None:
         """Note that a stage begins; delete what it wrote when it last ended."""
         before = self.manifest.stages.get(name, StageDone(made_from=made_from))
         if name == "train" and before.made_from != made_from:

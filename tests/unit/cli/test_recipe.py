@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import yaml
 
 from drllm.cli import main
+from drllm.config import ModelConfig
 from drllm.errors import ConfigError, RecordError
-from drllm.pipeline import read_recipe
-from drllm.pipeline.folder import RunManifest, StageDone, read_run
+from drllm.listener import Listener
+from drllm.pipeline import Recipe, read_recipe
+from drllm.pipeline.folder import Loader, RunFolder, RunManifest, StageDone, read_run
 from drllm.records import sha256, write_json
 from drllm.tasks.base import get_tasks
 
@@ -150,3 +153,23 @@ def test_a_foreign_or_future_manifest_is_refused(tmp_path: Path, key: str, value
     write_json(tmp_path / "run.manifest.json", RunManifest(**{key: value}))
     with pytest.raises(RecordError, match=f"{value}"):
         read_run(tmp_path)
+
+
+def test_what_a_stage_did_not_write_is_never_deleted(tmp_path: Path):
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    outside.mkdir()
+    folder.mkdir()
+    for place in (outside / "mine.txt", folder / "old.txt", folder / "foreign.txt"):
+        place.write_text("x")
+    (folder / "link").symlink_to(outside)
+    outputs = dict.fromkeys(["../outside/mine.txt", "link/mine.txt", "old.txt"], "0")
+    stage = StageDone(made_from={"seed": 0}, outputs=outputs)
+    write_json(folder / "run.manifest.json", RunManifest(stages={"evaluate": stage}))
+
+    run = RunFolder(Recipe(), folder, Loader(ModelConfig(), Listener(), ExitStack()), Listener())
+    run.begin("evaluate", {"seed": 1})
+
+    assert (outside / "mine.txt").exists()
+    assert (folder / "foreign.txt").exists()
+    assert not (folder / "old.txt").exists()
+    assert read_run(folder).stages["evaluate"].outputs == {}
