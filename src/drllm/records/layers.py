@@ -82,27 +82,30 @@ class Bin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How far routers' probabilities can be believed: `training.calibration` of their config.
 
+    Both errors are measured on the targets that the temperature is fitted on; of one number on
+    thousands of decisions that flatters little, but it does.
+
     Attributes:
         temperature: Fits the held-out targets best; above 1 the routers were too sure.
         num_decisions: How many it was measured on.
-        ece_before: Expected calibration error, a share, at temperature 1.
-        ece_after: The same at the temperature.
-        nll_before: Mean negative log-likelihood, in nats a decision, at temperature 1.
+        nll_before: Mean negative log-likelihood of the targets, in nats a decision, as they are.
         nll_after: The same at the temperature.
-        reliability_before: Bins at temperature 1.
+        reliability_before: Confidence and hits, as they are; empty where it wasn't kept.
         reliability_after: The same at the temperature.
+        ece_before: Expected calibration error, a share, as they are.
+        ece_after: The same at the temperature.
         bins: How many there are at most.
     """
 
     temperature: float
     num_decisions: int
-    ece_before: float
-    ece_after: float
-    nll_before: float | None = None
-    nll_after: float | None = None
+    nll_before: float
+    nll_after: float
     reliability_before: tuple[Bin, ...] = ()
     reliability_after: tuple[Bin, ...] = ()
-    bins: int = 0
+    ece_before: float
+    ece_after: float
+    bins: int
 
 
 def calibration_of(config: Mapping[str, Any], where: str) -> Calibration | None:
