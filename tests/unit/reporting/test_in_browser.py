@@ -29,6 +29,12 @@ def find() -> str | None:
     return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
+PROGRAM = find()
+pytestmark = pytest.mark.skipif(
+    PROGRAM is None, reason=f"none of {', '.join(NAMES)} is installed (apt-get install chromium)"
+)
+
+
 class Browser:
     """One page of one browser, and what it complained about.
 
@@ -165,10 +171,8 @@ SIZES = (1280, 390)
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """One browser for all tests."""
-    program = find()
-    if program is None:
-        pytest.skip(f"none of {', '.join(NAMES)} is installed (Debian: apt-get install chromium)")
-    opened = Browser(program, tmp_path_factory.mktemp("profile"))
+    assert PROGRAM is not None
+    opened = Browser(PROGRAM, tmp_path_factory.mktemp("profile"))
     yield opened
     opened.close()
 

@@ -155,7 +155,6 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a future version": (in_result(schema_version=99), "schema version 99"),
     "an older form": (in_result(schema_version=1), "drllm 0.0.0 in an older form"),
     "a missing key": (lambda f: f.change(RESULT, lambda v: v.pop("systems")), "`systems`"),
-    "an unknown key": (in_result(opponents=[]), "`opponents`"),
     "an accuracy that is a text": (in_system(1, accuracy="high"), "`systems[1].accuracy`"),
     "an accuracy that is not finite": (in_system(0, accuracy=float("nan")), "NaN"),
     "an accuracy outside its interval": (in_system(0, interval=[0.9, 0.95]), "low <= accuracy"),
@@ -189,7 +188,6 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         "gives 'routed, 20 % saved' accuracy 0.9, samples.jsonl gives",
     ),
     "samples cut off": (lambda f: cut(f, "eval/samples.jsonl"), "samples.jsonl, line"),
-    "no samples in the file": (lambda f: f.text("eval/samples.jsonl", ""), "is empty"),
     "a decision of 3": (
         in_sample(lambda v: routed(v).update(decisions=[1, 3, 1, 1])),
         "samples.jsonl, line 3",
@@ -216,7 +214,6 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         "mixes base models with different weights",
     ),
     "search cut off": (lambda f: cut(f, "search.jsonl"), "search.jsonl, line"),
-    "supervision cut off": (lambda f: cut(f, "supervision.jsonl"), "supervision.jsonl, line"),
     "layers of another version": (in_layers(lambda v: v.update(schema_version=99)), "version 99"),
     "layers without the targets trained on": (in_layers(lambda v: v.pop("train")), "`train`"),
     "layers whose counts don't add up": (
