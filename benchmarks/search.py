@@ -39,7 +39,7 @@ from drllm.models.base.load import BaseModel, load
 from drllm.models.base.prompts import encode, render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import to_path
-from drllm.search.evaluator import Evaluator, Outcome
+from drllm.search.evaluator import Evaluator, Outcome, Reading
 from drllm.search.strategies import new_search
 from drllm.tasks.base import Prompt, get_task
 from drllm.tasks.grading import grade, score_choices
@@ -219,11 +219,17 @@ def parts_of_the_time(
     return {**shares, "the rest": 1 - sum(shares.values())}
 
 
+def num_tokens(reading: Reading) -> int:
+    """Return how many tokens the model reads of a prompt and the options that it scores."""
+    options = reading.continuations if reading.prompt.continuations else []
+    return len(reading.tokens) + sum(len(option) - 1 for option in options)
+
+
 def executions(evaluator: Evaluator, prompts: Sequence[Prompt], rounds: Rounds) -> dict[str, float]:
     """Return executions a path: asked, distinct, and run, in executions of a whole prompt."""
     pairs = [pair for each in rounds for pair in each]
     tried = [[d for place, d in pairs if place == question] for question in range(len(prompts))]
-    tokens = statistics.mean(evaluator.num_tokens(place) for place in range(len(prompts)))
+    tokens = statistics.mean(num_tokens(reading) for reading in evaluator.readings)
     return {
         "run": evaluator.states.tokens_run / tokens / len(pairs),
         "perfect_sharer": sum(map(distinct_executions, tried)) / len(pairs),

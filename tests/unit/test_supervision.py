@@ -283,7 +283,7 @@ def test_a_record_without_kl_has_no_kl_target():
 def soft(target: str, path_weights: str, *paths: TriedPath, **settings: Any) -> dict[str, float]:
     """The valid paths written with the target, as text, with their weights."""
     config = SuperviseConfig(target=target, path_weights=path_weights, **settings)
-    [found] = targets([record(*paths)], config).records
+    [found] = targets([record(*paths)], config)
     return {"".join(map(str, path.decisions)): path.weight for path in found.valid_paths or ()}
 
 
@@ -335,8 +335,8 @@ def test_weights_by_kl_need_the_kl():
 
 def test_valid_paths_do_not_change_the_target():
     config = SuperviseConfig(path_weights="shorter")
-    [softened] = targets([record(*SOFT_PATHS)], config).records
-    [plain] = targets([record(*SOFT_PATHS)], SuperviseConfig()).records
+    [softened] = targets([record(*SOFT_PATHS)], config)
+    [plain] = targets([record(*SOFT_PATHS)], SuperviseConfig())
     assert softened.optimal_layer_config == plain.optimal_layer_config
 
 
@@ -361,7 +361,7 @@ def questions(*kinds: tuple[TriedPath, ...]) -> list[SearchRecord]:
 
 
 def test_a_target_carries_what_training_needs():
-    (target,) = targets(questions(SAVING), SuperviseConfig()).records
+    (target,) = targets(questions(SAVING), SuperviseConfig())
 
     assert target.question == "Question 0?"
     assert target.prompt == "Q: Question 0?"
@@ -374,7 +374,7 @@ def test_a_target_carries_what_training_needs():
 def test_a_target_is_improving_where_the_full_path_failed():
     supervision = targets(questions(SAVING, IMPROVING, FULL_ONLY), SuperviseConfig())
 
-    assert [target.improving for target in supervision.records] == [False, True, False]
+    assert [target.improving for target in supervision] == [False, True, False]
 
 
 def test_the_summary_counts_what_the_search_found_and_what_became_of_it():
@@ -454,7 +454,7 @@ def test_every_question_is_told_why_it_has_no_target():
 def test_no_questions_make_no_targets():
     supervision = targets([], SuperviseConfig())
 
-    assert supervision.records == ()
+    assert supervision == ()
     assert supervision.summary["class_counts"] == [0, 0, 0]
 
 
@@ -465,7 +465,7 @@ def test_a_question_asked_twice_counts_once_in_whatever_task_and_spelling():
     ]
     supervision = targets(found, SuperviseConfig())
 
-    assert [target.task for target in supervision.records] == ["first"]
+    assert [target.task for target in supervision] == ["first"]
     assert supervision.reasons == (None, "same question twice")
     assert (supervision.summary["questions"], supervision.summary["copies"]) == (1, 1)
 
@@ -500,7 +500,7 @@ def test_the_first_of_two_copies_counts_even_if_it_has_no_target():
     ]
     supervision = targets(found, SuperviseConfig())
 
-    assert supervision.records == ()
+    assert supervision == ()
     assert supervision.reasons == ("no valid path", "same question twice")
     assert supervision.summary["rejected"]["no valid path"] == 1
     assert sum(supervision.summary["rejected"].values()) == 1
@@ -508,7 +508,7 @@ def test_the_first_of_two_copies_counts_even_if_it_has_no_target():
 
 def kept(share: float, *kinds: tuple[TriedPath, ...]) -> list[str]:
     config = SuperviseConfig(quota_improving=share)
-    return [target.id[9] for target in targets(questions(*kinds), config).records]
+    return [target.id[9] for target in targets(questions(*kinds), config)]
 
 
 def test_the_quota_drops_the_last_targets_that_do_not_improve():
@@ -533,7 +533,7 @@ def test_the_quota_is_met_with_as_few_drops_as_possible(share: float, improving:
     config = SuperviseConfig(quota_improving=share)
     supervision = targets(questions(*[SAVING] * 100, *[IMPROVING] * improving), config)
 
-    left = len(supervision.records)
+    left = len(supervision)
     assert improving / left >= share - 1e-12
     assert improving / (left + 1) < share or left == 100 + improving
     assert supervision.summary["rejected"]["over the quota"] == 100 + improving - left
@@ -543,7 +543,7 @@ def test_a_quota_takes_the_first_targets_not_the_first_questions():
     found = questions(HOPELESS, SAVING, SAVING, SAVING)
     supervision = targets(found, SuperviseConfig(quotas="facts=2"))
 
-    assert [target.id for target in supervision.records] == ["Question 1?", "Question 2?"]
+    assert [target.id for target in supervision] == ["Question 1?", "Question 2?"]
     assert supervision.reasons[3] == "over the quota"
     assert supervision.summary["tasks"]["facts"]["targets"] == 2
 
@@ -556,7 +556,7 @@ def test_a_copy_of_a_question_takes_no_place_in_a_quota():
     ]
     supervision = targets(found, SuperviseConfig(quotas="two=1"))
 
-    assert [target.question for target in supervision.records] == ["a?", "b?"]
+    assert [target.question for target in supervision] == ["a?", "b?"]
 
 
 def test_a_quota_for_a_task_that_is_not_there_names_those_that_are():
@@ -575,7 +575,7 @@ def test_the_least_saving_of_the_settings_is_followed():
 
     def picked(**settings: Any) -> tuple[int, ...]:
         config = SuperviseConfig(target="least_kl", **settings)
-        return targets([record(*paths)], config).records[0].optimal_layer_config
+        return targets([record(*paths)], config)[0].optimal_layer_config
 
     assert picked() == (1, 1, 1, 0)
     assert picked(min_saving=0.5) == (1, 0, 0, 0)

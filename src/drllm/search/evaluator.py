@@ -163,12 +163,6 @@ class Evaluator:
         """The shared states, with the count of executions run and asked for."""
         return self._batch.states
 
-    def num_tokens(self, place: int) -> int:
-        """Return how many tokens the model reads of a prompt and its continuations."""
-        if isinstance(self._batch, ChoiceBatch):
-            return self._batch.questions[place].length
-        return len(self.readings[place].tokens)
-
     def judged_as(self, prompts: Sequence[Prompt]) -> Evaluator:
         """Return this evaluator, its known states included, with another way of judging.
 

@@ -14,7 +14,7 @@ import socket
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 from drllm.config import ModelConfig, SearchConfig
@@ -126,6 +126,8 @@ class RayExecutor:
 
     Attributes:
         seats: One per worker.
+        identity: Which base model the workers have loaded.
+        runtime: How it runs there.
 
     Raises:
         ConfigError: Ray isn't installed or can't be reached, or has fewer devices than workers
@@ -144,9 +146,10 @@ class RayExecutor:
         try:
             self._plan_workers(model, num_workers)
             self.seats: list[Seat] = [self._seat() for _ in range(self.num_workers)]
-            self._known: Ready | None = None
+            self.identity: Mapping[str, Any] = {}
+            self.runtime: Mapping[str, Any] = {}
             self._failed_starts = 0
-            while self._known is None:
+            while not self.identity:
                 for seat in self._news():
                     self._take_in(seat)
         except BaseException:
@@ -157,12 +160,7 @@ class RayExecutor:
         """Return the executor."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """End the workers, and Ray where it was started for them."""
         self.close()
 
@@ -173,18 +171,6 @@ class RayExecutor:
         self.seats = []
         if self._is_ours:
             self.ray.shutdown()
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """Which base model the workers have loaded."""
-        assert self._known is not None
-        return self._known.identity
-
-    @property
-    def runtime(self) -> Mapping[str, Any]:
-        """How it runs there."""
-        assert self._known is not None
-        return self._known.runtime
 
     def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
         """Return what the model reads of each prompt; None where its template refuses it."""
@@ -205,7 +191,9 @@ class RayExecutor:
         of a cluster keep nothing of a batch under way: they may not see the folder.
         """
         jobs = Jobs(batches)
-        stored = self.ray.put(self._in_a_worker(config))
+        # A worker gets its share of the memory; the manifest keeps what the user has given.
+        share = config.state_cache_gb / self.num_sharing
+        stored = self.ray.put(dataclasses.replace(config, state_cache_gb=share))
         while True:
             for seat in self.seats:
                 while seat.starting is None and len(seat.jobs) < BATCHES_A_WORKER:
@@ -236,14 +224,6 @@ class RayExecutor:
                 if finished is not None:
                     yield finished
 
-    def _in_a_worker(self, config: SearchConfig) -> SearchConfig:
-        """Return the settings of a search as a worker gets them: its share of the memory.
-
-        No record depends on that, and the manifest keeps what the user has given.
-        """
-        share = config.state_cache_gb / self.num_sharing
-        return dataclasses.replace(config, state_cache_gb=share)
-
     def _plan_workers(self, model: ModelConfig, num_workers: int | None) -> None:
         """Find out how many workers there are, and what each of them gets."""
         if ":" in model.device:
@@ -271,7 +251,7 @@ class RayExecutor:
                 else f"--device is {model.device!r}, but Ray has no {device}; give --device cpu"
             )
         # A Ray of ours may count more cores than there are, so that workers can share them.
-        real = min(cores, os.cpu_count() or 1) if self._is_alone() else cores
+        real = min(cores, os.cpu_count() or 1) if len(self.ray.nodes()) == 1 else cores
         self.num_threads = max(1, real // self.num_workers)
         # As many as the node with the most cores has room for; a GPU's memory is one worker's own.
         most = max(int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes())
@@ -284,9 +264,6 @@ class RayExecutor:
             "num_gpus": 1 if is_gpu else 0,
             "num_cpus": 0 if is_gpu else self.num_threads,
         }
-
-    def _is_alone(self) -> bool:
-        return len(self.ray.nodes()) == 1
 
     def _seat(self) -> Seat:
         worker = self.ray.remote(Worker).options(**self._options).remote()
@@ -328,8 +305,8 @@ class RayExecutor:
                 ) from error
             self._replace(seat)
             return
-        if self._known is None:
-            self._known = ready
+        if not self.identity:
+            self.identity, self.runtime = ready.identity, ready.runtime
         for ours, theirs in ((self.identity, ready.identity), (self.runtime, ready.runtime)):
             for name in ours:
                 if ours[name] != theirs.get(name):

@@ -152,7 +152,7 @@ def run_search(
     if folder is None:
         _show_prompts(questions, listener)
         records, failed = _in_order(questions, _search(executor, batches, config, None, listener))
-        return SearchRecords(records, executor.identity, failed=failed)
+        return SearchRecords.of(records, executor.identity, failed=failed)
     file, identity = folder / SEARCH_FILE, _identity(questions, config, executor)
     chunks = Chunks(folder / CHUNKS_FOLDER, identity, stage="search")
     with only_writer(folder, "search", "--output-dir"):
@@ -182,7 +182,7 @@ def run_search(
         )
         write_records(file, records, manifest)
         chunks.remove()
-    return SearchRecords(records, executor.identity, file=file, failed=failed)
+    return SearchRecords.of(records, executor.identity, file=file, failed=failed)
 
 
 def _identity(

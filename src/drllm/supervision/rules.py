@@ -1,15 +1,16 @@
 """One question's target: which tried paths count, the rules that pick among them, the reasons.
 
-A rule is one class here (or in a module that `TARGETS` names), under `@TARGETS.register("name")`.
-What depends on other questions (copies, quotas) is decided in `select`. Loads no torch.
+A rule is one function here (or in a module that `TARGETS` names), under
+`@TARGETS.register("name")`. What depends on other questions (copies, quotas) is decided in
+`select`. Loads no torch.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from drllm.errors import ConfigError
 from drllm.records import SearchRecord, TriedPath
@@ -64,126 +65,106 @@ def survived(path: TriedPath) -> bool:
 # --- the rules ---------------------------------------------------------------------------------
 
 
-class TargetRule(ABC):
-    """How one question's target is picked among the paths that the search tried.
+Rule: TypeAlias = Callable[..., list[TriedPath] | str]
+"""Returns the paths of a search record that may become its target, the best first, or the reason
+why there are none. A rule that has a parameter `min_saving` is given `--min-saving` in it."""
 
-    Attributes:
-        uses_min_saving: The rule reads `--min-saving`.
-    """
-
-    uses_min_saving: ClassVar[bool] = False
-
-    @abstractmethod
-    def candidates(self, record: SearchRecord, min_saving: float) -> list[TriedPath] | str:
-        """Return the paths that may become the target, or the reason why there are none."""
-
-    @abstractmethod
-    def order(self, path: TriedPath) -> tuple[float, ...]:
-        """Return what candidates are compared by: the least becomes the target."""
-
-
-TARGETS: Registry[type[TargetRule]] = Registry("target rule")
-
-
-class _Retested(TargetRule):
-    """A rule that picks among the paths that survived the re-test, the full path included.
-
-    A question that no shorter path answers then teaches the routers to execute everything.
-    """
-
-    def candidates(self, record: SearchRecord, min_saving: float) -> list[TriedPath] | str:
-        if not any(map(is_valid, record.paths)):
-            return NO_VALID_PATH
-        return [path for path in record.paths if survived(path)] or NOT_SURVIVED
+TARGETS: Registry[Rule] = Registry("target rule")
 
 
 @TARGETS.register("shortest")
-class Shortest(_Retested):
-    """Fewest executions among the paths that survived the re-test, then largest margin in it."""
+def shortest(record: SearchRecord) -> list[TriedPath] | str:
+    """Fewest executions among the paths that survived the re-test, then largest margin in it.
 
-    def order(self, path: TriedPath) -> tuple[float, ...]:
-        """Return executions, margin in the re-test, simulation."""
-        return path.executions, -_retest_margin(path), path.simulation
+    The full path is one of them: a question that no shorter path answers then teaches the routers
+    to execute everything.
+    """
+    return _best_first(
+        _survivors(record), lambda path: (path.executions, -_retest_margin(path), path.simulation)
+    )
 
 
 @TARGETS.register("largest_margin")
-class LargestMargin(_Retested):
+def largest_margin(record: SearchRecord) -> list[TriedPath] | str:
     """Largest margin in the re-test among the paths that survived it, then fewest executions."""
-
-    def order(self, path: TriedPath) -> tuple[float, ...]:
-        """Return margin in the re-test, executions, simulation."""
-        return -_retest_margin(path), path.executions, path.simulation
-
-
-@TARGETS.register("released")
-class Released(TargetRule):
-    """Fewest executions among all right paths, re-tested or not: the published code's rule."""
-
-    def candidates(self, record: SearchRecord, min_saving: float) -> list[TriedPath] | str:
-        """Return every right path, the full path too."""
-        return [path for path in record.paths if is_valid(path)] or NO_VALID_PATH
-
-    def order(self, path: TriedPath) -> tuple[float, ...]:
-        """Return executions, simulation."""
-        return path.executions, path.simulation
+    return _best_first(
+        _survivors(record), lambda path: (-_retest_margin(path), path.executions, path.simulation)
+    )
 
 
 @TARGETS.register("paper")
-class Paper(Released):
+def paper(record: SearchRecord) -> list[TriedPath] | str:
     """Fewest executions among right paths that improve on the full path or save executions.
 
     Source: Dr.LLM section 3.1.
     """
+    valid = released(record)
+    if isinstance(valid, str):
+        return valid
+    kept = [path for path in valid if is_improving(path, record) or is_saving(path, record)]
+    return kept or ONLY_FULL_PATH
 
-    def candidates(self, record: SearchRecord, min_saving: float) -> list[TriedPath] | str:
-        """Return the right paths that improve or save."""
-        valid = super().candidates(record, min_saving)
-        if isinstance(valid, str):
-            return valid
-        kept = [path for path in valid if is_improving(path, record) or is_saving(path, record)]
-        return kept or ONLY_FULL_PATH
+
+@TARGETS.register("released")
+def released(record: SearchRecord) -> list[TriedPath] | str:
+    """Fewest executions among all right paths, re-tested or not: the published code's rule."""
+    valid = [path for path in record.paths if is_valid(path)] or NO_VALID_PATH
+    return _best_first(valid, lambda path: (path.executions, path.simulation))
 
 
 @TARGETS.register("least_kl")
-class LeastKL(TargetRule):
+def least_kl(record: SearchRecord, min_saving: float = MIN_SAVING) -> list[TriedPath] | str:
     """Least KL from the full path among the paths that save enough, right or not.
 
     Whether one answer came out right is mostly chance that the prompt doesn't foretell: few
     options, many tries. How far a path's next-token distributions lie from the full path's is a
-    mean over all tokens of the prompt, and regular enough to be learnt.
+    mean over all tokens of the prompt, and regular enough to be learned.
 
     Source: ours (docs/differences.md, D-24).
     """
-
-    uses_min_saving = True
-
-    def candidates(self, record: SearchRecord, min_saving: float) -> list[TriedPath] | str:
-        """Return the paths of known KL that save at least that share of the executions."""
-        maximum = (1 - min_saving) * record.full.executions + _ROUNDING
-        known = [path for path in record.paths[1:] if path.kl is not None]
-        if not known:
-            return NO_KL
-        return [path for path in known if path.executions <= maximum] or SAVES_TOO_LITTLE
-
-    def order(self, path: TriedPath) -> tuple[float, ...]:
-        """Return KL, executions, simulation."""
-        return _kl(path), path.executions, path.simulation
+    maximum = (1 - min_saving) * record.full.executions + _ROUNDING
+    known = [path for path in record.paths[1:] if path.kl is not None]
+    if not known:
+        return NO_KL
+    kept = [path for path in known if path.executions <= maximum] or SAVES_TOO_LITTLE
+    return _best_first(kept, lambda path: (_kl(path), path.executions, path.simulation))
 
 
-def choose(record: SearchRecord, target: str, *, min_saving: float = MIN_SAVING) -> TriedPath | str:
-    """Pick one question's target path; of equal ones the earliest tried.
+def candidates(
+    record: SearchRecord, target: str, *, min_saving: float = MIN_SAVING
+) -> list[TriedPath] | str:
+    """Return the paths that may become one question's target, the best first, or why none can.
 
     Args:
         record: What the search found.
         target: Name of a rule in `TARGETS`.
-        min_saving: For `least_kl`, the least share of the full path's executions to save.
-
-    Returns:
-        The path, or the reason why there is none.
+        min_saving: Least share of the full path's executions to save, for rules that read it.
     """
-    rule = TARGETS.get(target)()
-    kept = rule.candidates(record, min_saving)
-    return kept if isinstance(kept, str) else min(kept, key=rule.order)
+    rule = TARGETS.get(target)
+    return rule(record, min_saving=min_saving) if reads_min_saving(target) else rule(record)
+
+
+def choose(record: SearchRecord, target: str, *, min_saving: float = MIN_SAVING) -> TriedPath | str:
+    """Pick one question's target path, or say why there is none; see `candidates`."""
+    found = candidates(record, target, min_saving=min_saving)
+    return found if isinstance(found, str) else found[0]
+
+
+def reads_min_saving(target: str) -> bool:
+    """Tell whether a rule depends on `--min-saving`."""
+    return "min_saving" in inspect.signature(TARGETS.get(target)).parameters
+
+
+def _survivors(record: SearchRecord) -> list[TriedPath] | str:
+    if not any(map(is_valid, record.paths)):
+        return NO_VALID_PATH
+    return [path for path in record.paths if survived(path)] or NOT_SURVIVED
+
+
+def _best_first(
+    paths: list[TriedPath] | str, order: Callable[[TriedPath], tuple[float, ...]]
+) -> list[TriedPath] | str:
+    return paths if isinstance(paths, str) else sorted(paths, key=order)
 
 
 def weigh(paths: Sequence[TriedPath], path_weights: str) -> list[float]:

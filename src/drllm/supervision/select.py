@@ -10,7 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias
 
 from msgspec import UNSET
 
@@ -37,10 +37,10 @@ from drllm.supervision.rules import (
     OVER_QUOTA,
     REASONS,
     SAVES_TOO_LITTLE,
-    TARGETS,
     TWICE,
-    choose,
+    candidates,
     is_improving,
+    reads_min_saving,
     weigh,
 )
 from drllm.supervision.summary import summarise
@@ -52,38 +52,18 @@ Searches: TypeAlias = (
 _SAME_MODEL = ("fingerprint", "num_layers", "hidden_size", "class")
 
 
-class Supervision(Sequence[SupervisionRecord]):
-    """The targets of a set of questions, a sequence, and what became of the others.
+class Supervision(tuple[SupervisionRecord, ...]):
+    """The targets, one per question that has one, in order; and what became of the others.
 
     Attributes:
-        records: One per question that has a target, in the order of the questions.
         reasons: One per question: why it has no target, None where it has one.
         summary: Counts, as `summarise` describes them.
         rewards: The rewards that the prompts of the targets were made for, by name.
     """
 
-    def __init__(
-        self,
-        records: Sequence[SupervisionRecord],
-        reasons: Sequence[str | None],
-        summary: Mapping[str, Any],
-        rewards: Sequence[str],
-    ) -> None:
-        self.records = tuple(records)
-        self.reasons = tuple(reasons)
-        self.summary = dict(summary)
-        self.rewards = tuple(rewards)
-
-    @overload
-    def __getitem__(self, place: int) -> SupervisionRecord: ...
-    @overload
-    def __getitem__(self, place: slice) -> tuple[SupervisionRecord, ...]: ...
-    def __getitem__(self, place: int | slice) -> SupervisionRecord | tuple[SupervisionRecord, ...]:
-        """Return one target, or several."""
-        return self.records[place]
-
-    def __len__(self) -> int:
-        return len(self.records)
+    reasons: tuple[str | None, ...]
+    summary: dict[str, Any]
+    rewards: tuple[str, ...]
 
 
 def supervise(
@@ -110,18 +90,17 @@ def supervise(
     """
     config = config or SuperviseConfig()
     output = None if output is None else Path(output)
-    parts: list[Any] = (
-        [searches]
-        if isinstance(searches, str | Path | SearchRecords)
-        else [SearchRecords(searches)]  # type: ignore[arg-type]
-        if searches and isinstance(searches[0], SearchRecord)
-        else list(searches)
-    )
-    files = [one if isinstance(one, SearchRecords) else Path(one) for one in parts]
-    named = [one.file if isinstance(one, SearchRecords) else one for one in files]
-    _check_names([file for file in named if file is not None], len(named), output)
+    if isinstance(searches, str | Path | SearchRecords):
+        searches = [searches]
+    if searches and isinstance(searches[0], SearchRecord):
+        searches = [SearchRecords.of(searches)]  # type: ignore[arg-type]
+    given: list[Any] = [Path(one) if isinstance(one, str) else one for one in searches]
+    files = [one.file if isinstance(one, SearchRecords) else one for one in given]
+    _check_names([file for file in files if file is not None], output)
+    if not given:
+        raise RecordError("no search file is given; name at least one search.jsonl")
     read_quotas(config.quotas)  # what can't be read is refused before large files are
-    sources = [one if isinstance(one, SearchRecords) else SearchRecords.read(one) for one in files]
+    sources = [one if isinstance(one, SearchRecords) else SearchRecords.read(one) for one in given]
     for first, other in itertools.combinations(sources, 2):
         _check_same_model(first, other)
     _check_ids(sources)
@@ -173,7 +152,7 @@ def write(
         write_atomically(rejected_path(output), to_lines(rejected))
     elif rejected_path(output).is_file():
         rejected_path(output).unlink()
-    write_records(output, supervision.records, manifest)
+    write_records(output, supervision, manifest)
 
 
 def check_settings(config: SuperviseConfig, tasks: Collection[str]) -> dict[str, int]:
@@ -190,7 +169,7 @@ def check_settings(config: SuperviseConfig, tasks: Collection[str]) -> dict[str,
         ConfigError: Quotas that can't be read or name another task; a least saving with a rule
             that has no use for it.
     """
-    if config.min_saving is not None and not TARGETS.get(config.target).uses_min_saving:
+    if config.min_saving is not None and not reads_min_saving(config.target):
         raise ConfigError(
             f"--min-saving {config.min_saving:g} has no effect with --target {config.target}; "
             f"leave it out, or choose --target least_kl"
@@ -220,72 +199,56 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
     """
     quotas = check_settings(config, {record.task for record in records})
     min_saving = MIN_SAVING if config.min_saving is None else config.min_saving
-    chosen: list[TriedPath | str] = []
+    reasons: list[str | None] = []
+    found: dict[int, SupervisionRecord] = {}  # by the record's place
     seen: set[str] = set()
-    for record in records:
+    for place, record in enumerate(records):
         key = question_key(record.question)
-        chosen.append(
-            TWICE if key in seen else choose(record, config.target, min_saving=min_saving)
-        )
+        paths = TWICE if key in seen else candidates(record, config.target, min_saving=min_saving)
         seen.add(key)
-    places = [place for place, path in enumerate(chosen) if isinstance(path, TriedPath)]
-    candidates = [
-        _supervision_record(records[place], path, _valid_paths(records[place], config, min_saving))
-        for place, path in enumerate(chosen)
-        if isinstance(path, TriedPath)
-    ]
-    dropped = over_quota(candidates, quotas, config.quota_improving)
-    for place in dropped:
-        chosen[places[place]] = OVER_QUOTA
-    kept = [record for place, record in enumerate(candidates) if place not in dropped]
-    reasons = tuple(path if isinstance(path, str) else None for path in chosen)
-    return Supervision(
-        records=tuple(kept),
-        reasons=reasons,
-        summary=summarise(records, kept, Counter(reason for reason in reasons if reason)),
-        rewards=tuple(
-            sorted({r.reward for r, reason in zip(records, reasons, strict=True) if not reason})
-        ),
-    )
-
-
-def _valid_paths(
-    record: SearchRecord, config: SuperviseConfig, min_saving: float
-) -> tuple[WeightedPath, ...]:
-    """Return all paths that the rule might have picked, weighted, where they are asked for."""
-    if config.path_weights == "none":
-        return ()
-    paths = TARGETS.get(config.target)().candidates(record, min_saving)
-    assert not isinstance(paths, str)  # the question has a target
-    return tuple(
-        WeightedPath(decisions=path.decisions, weight=weight)
-        for path, weight in zip(paths, weigh(paths, config.path_weights), strict=True)
-    )
+        reasons.append(paths if isinstance(paths, str) else None)
+        if not isinstance(paths, str):
+            found[place] = _supervision_record(record, paths, config.path_weights)
+    places = list(found)
+    for dropped in over_quota(list(found.values()), quotas, config.quota_improving):
+        del found[places[dropped]]
+        reasons[places[dropped]] = OVER_QUOTA
+    supervision = Supervision(found.values())
+    supervision.reasons = tuple(reasons)
+    supervision.summary = summarise(records, supervision, Counter(filter(None, reasons)))
+    supervision.rewards = tuple(sorted({records[place].reward for place in found}))
+    return supervision
 
 
 def _supervision_record(
-    record: SearchRecord, path: TriedPath, valid_paths: tuple[WeightedPath, ...]
+    record: SearchRecord, paths: Sequence[TriedPath], path_weights: str
 ) -> SupervisionRecord:
+    """Return a question's target, the best of its candidates, with the others if they count."""
+    target, weighted = paths[0], []
+    if path_weights != "none":
+        paths = sorted(paths, key=lambda path: path.simulation)
+        weighted = [
+            WeightedPath(decisions=path.decisions, weight=weight)
+            for path, weight in zip(paths, weigh(paths, path_weights), strict=True)
+        ]
     return SupervisionRecord(
         question=record.question,
-        optimal_layer_config=path.decisions,
+        optimal_layer_config=target.decisions,
         answer=record.answer,
         prompt=record.prompt,
         id=record.id,
         task=record.task,
-        executions=path.executions,
-        improving=is_improving(path, record),
-        margin=path.margin,
-        valid_paths=valid_paths or UNSET,
+        executions=target.executions,
+        improving=is_improving(target, record),
+        margin=target.margin,
+        valid_paths=tuple(weighted) or UNSET,
     )
 
 
 # --- what is refused, and what the manifest says of each file -------------------------------------
 
 
-def _check_names(files: Sequence[Path], num_sources: int, output: Path | None) -> None:
-    if not num_sources:
-        raise RecordError("no search file is given; name at least one search.jsonl")
+def _check_names(files: Sequence[Path], output: Path | None) -> None:
     named: set[Path] = set()
     for file in files:
         if file.resolve() in named:

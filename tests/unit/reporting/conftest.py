@@ -241,7 +241,7 @@ class Folder:
             inputs=[self.path / "search.jsonl"],
             extra={**PINNED, "summary": chosen.summary},
         )
-        write_records(self.path / "supervision.jsonl", chosen.records, manifest)
+        write_records(self.path / "supervision.jsonl", chosen, manifest)
 
     def routers(self, epochs: int = 25, validation: bool = True) -> None:
         self.write(

@@ -212,11 +212,13 @@ def test_other_questions_do_not_resume_a_run(routed, earlier):
         run(routed, earlier, [get_task("builtin_arithmetic")])
 
 
-def test_another_version_does_not_resume_a_run(routed, facts, earlier, monkeypatch):
-    version = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: version(name) + "+other")
+def test_another_version_does_not_resume_a_run(routed, facts, earlier, tmp_path):
+    folder = shutil.copytree(earlier, tmp_path / "copy")
+    version = importlib.metadata.version("drllm")
+    for file in folder.rglob("*.json"):
+        file.write_text(file.read_text().replace(f'"{version}"', '"0.0.0"'))
     with pytest.raises(ConfigError, match=r"drllm_version .*choose another --output-dir"):
-        run(routed, earlier, [facts])
+        run(routed, folder, [facts])
 
 
 def test_a_cut_off_result_is_not_taken_for_a_finished_one(routed, facts, tmp_path):
