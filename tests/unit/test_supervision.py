@@ -97,149 +97,145 @@ def chosen(target: str, *paths: TriedPath) -> str:
 # --- one question ------------------------------------------------------------------------------
 
 
-def test_shortest_picks_the_fewest_executions_among_the_survivors():
-    assert (
-        chosen(
-            "shortest",
-            tried("1111", retest=GOOD),
-            tried("1110", retest=GOOD),
-            tried("1100", retest=GOOD),
-            tried("1000", retest=BAD),
-            tried("0001"),
-        )
-        == "1100"
-    )
-
-
-def test_shortest_breaks_ties_by_the_larger_margin_in_the_retest():
-    assert (
-        chosen(
-            "shortest",
-            tried("1111", retest=GOOD),
-            tried("1110", retest=good(0.5), margin=9.0),
-            tried("1101", retest=good(0.7), margin=0.1),
-            tried("1011", retest=good(None)),
-        )
-        == "1101"
-    )
-
-
-def test_a_path_without_margin_comes_after_one_with_a_negative_margin():
-    assert (
-        chosen(
-            "shortest",
-            tried("1111", retest=GOOD),
-            tried("1011", retest=good(None)),
-            tried("1110", retest=good(-5.0)),
-        )
-        == "1110"
-    )
-
-
-def test_shortest_breaks_the_last_ties_by_the_earlier_simulation():
-    assert (
-        chosen(
-            "shortest",
-            tried("1111", retest=GOOD),
-            tried("1101", retest=good(0.5)),
-            tried("1110", retest=good(0.5)),
-        )
-        == "1101"
-    )
-
-
-def test_largest_margin_picks_by_the_retest_whatever_the_length():
-    assert (
-        chosen(
-            "largest_margin",
-            tried("1111", 0.0),
-            tried("1110", retest=good(0.5), margin=9.0),
-            tried("2111", retest=good(0.7), margin=0.1),
-            tried("1000", retest=good(None)),
-        )
-        == "2111"
-    )
-
-
-def test_largest_margin_breaks_ties_by_fewer_executions():
-    assert (
-        chosen(
-            "largest_margin",
-            tried("1111", 0.0),
-            tried("1110", retest=good(0.5)),
-            tried("1100", retest=good(0.5)),
-        )
-        == "1100"
-    )
-
-
-@pytest.mark.parametrize("target", ["shortest", "largest_margin"])
-def test_a_right_full_path_is_the_target_where_nothing_else_survived(target: str):
-    assert chosen(target, tried("1111", retest=GOOD), tried("1110", retest=BAD)) == "1111"
-
-
-@pytest.mark.parametrize("target", ["shortest", "largest_margin"])
-def test_a_right_path_that_was_not_retested_is_no_target(target: str):
-    reason = chosen(target, tried("1111", 0.0), tried("1110"), tried("1101", retest=BAD))
-
-    assert reason == "no path survived the re-test"
-
-
-@pytest.mark.parametrize("target", ["shortest", "largest_margin"])
-def test_a_wrong_path_is_no_target_even_if_its_retest_went_well(target: str):
-    assert chosen(target, tried("1111", 0.0), tried("1110", 0.9, GOOD)) == "no valid path"
-
-
-@pytest.mark.parametrize("target", ["shortest", "largest_margin", "paper"])
-def test_a_question_without_a_right_path_has_no_target(target: str):
-    assert chosen(target, tried("1111", 0.0), tried("1110", 0.5)) == "no valid path"
-
-
-def test_paper_picks_the_shortest_right_path_without_a_retest():
-    assert chosen("paper", tried("1111"), tried("1110"), tried("1000", retest=BAD)) == "1000"
-
-
-def test_paper_breaks_ties_by_the_earlier_simulation():
-    assert (
-        chosen(
-            "paper", tried("1111"), tried("1101", retest=good(0.1)), tried("1110", retest=good(9.0))
-        )
-        == "1101"
-    )
-
-
-def test_paper_keeps_an_improving_path_that_is_longer_than_the_full_path():
-    assert chosen("paper", tried("1111", 0.0), tried("1112"), tried("0111", 0.0)) == "1112"
-
-
-@pytest.mark.parametrize("others", [(), (tried("2111"), tried("2011"), tried("0111", 0.0))])
-def test_paper_has_no_target_where_no_right_path_is_shorter_than_the_full_one(others: Any):
-    assert chosen("paper", tried("1111"), *others) == "only the full path"
-
-
 def harming(decisions: str, kl: float | None, **fields: Any) -> TriedPath:
     return tried(decisions, **{"reward": 0.0} | fields, kl=kl)
 
 
-def test_kl_picks_the_least_kl_whatever_the_reward():
-    assert (
-        chosen(
-            "least_kl",
+FULL, WRONG = tried("1111", retest=GOOD), tried("1111", 0.0)
+RETESTED = ("shortest", "largest_margin")
+CASES: dict[str, tuple[str, tuple[TriedPath, ...], str]] = {
+    "the fewest executions among the survivors": (
+        "shortest",
+        (
+            FULL,
+            tried("1110", retest=GOOD),
+            tried("1100", retest=GOOD),
+            tried("1000", retest=BAD),
+            tried("0001"),
+        ),
+        "1100",
+    ),
+    "of equal lengths the larger margin in the re-test": (
+        "shortest",
+        (
+            FULL,
+            tried("1110", retest=good(0.5), margin=9.0),
+            tried("1101", retest=good(0.7), margin=0.1),
+            tried("1011", retest=good(None)),
+        ),
+        "1101",
+    ),
+    "no margin comes after a negative one": (
+        "shortest",
+        (FULL, tried("1011", retest=good(None)), tried("1110", retest=good(-5.0))),
+        "1110",
+    ),
+    "of equal margins the earlier simulation": (
+        "shortest",
+        (FULL, tried("1101", retest=good(0.5)), tried("1110", retest=good(0.5))),
+        "1101",
+    ),
+    "the largest margin in the re-test whatever the length": (
+        "largest_margin",
+        (
+            WRONG,
+            tried("1110", retest=good(0.5), margin=9.0),
+            tried("2111", retest=good(0.7), margin=0.1),
+            tried("1000", retest=good(None)),
+        ),
+        "2111",
+    ),
+    "of equal margins the fewer executions": (
+        "largest_margin",
+        (WRONG, tried("1110", retest=good(0.5)), tried("1100", retest=good(0.5))),
+        "1100",
+    ),
+    "paper: the shortest right path, re-tested or not": (
+        "paper",
+        (tried("1111"), tried("1110"), tried("1000", retest=BAD)),
+        "1000",
+    ),
+    "paper: of equal lengths the earlier simulation": (
+        "paper",
+        (tried("1111"), tried("1101", retest=good(0.1)), tried("1110", retest=good(9.0))),
+        "1101",
+    ),
+    "paper: an improving path may be longer": (
+        "paper",
+        (WRONG, tried("1112"), tried("0111", 0.0)),
+        "1112",
+    ),
+    "paper: not the full path alone": ("paper", (tried("1111"),), "only the full path"),
+    "paper: no path that gains nothing": (
+        "paper",
+        (tried("1111"), tried("2111"), tried("2011"), tried("0111", 0.0)),
+        "only the full path",
+    ),
+    "released: the full path too": (
+        "released",
+        (tried("1111"), tried("2111"), tried("0111", 0.0)),
+        "1111",
+    ),
+    "released: the shortest right path": (
+        "released",
+        (tried("1111"), tried("1110"), tried("1000", retest=BAD)),
+        "1000",
+    ),
+    "released: an improving path": ("released", (WRONG, tried("1112")), "1112"),
+    "released: no right path": ("released", (WRONG, tried("1110", 0.5)), "no valid path"),
+    "least KL whatever the reward": (
+        "least_kl",
+        (
             harming("1111", 0.0, reward=1.0, retest=GOOD),
             harming("1110", 0.3, reward=1.0, retest=GOOD),
             harming("1011", 0.1),
             harming("0111", 0.2),
-        )
-        == "1011"
-    )
+        ),
+        "1011",
+    ),
+    "of equal KL the fewer executions, then the earlier simulation": (
+        "least_kl",
+        (*(harming(text, 0.5 * (text != "1111")) for text in ("1111", "1110", "0011", "1100")),),
+        "0011",
+    ),
+    "least KL: no path that saves nothing": (
+        "least_kl",
+        (harming("1111", 0.0), harming("2111", 0.01), harming("2011", 0.02)),
+        "no path saves enough",
+    ),
+    "least KL: no path without one": (
+        "least_kl",
+        (harming("1111", 0.0), harming("1110", None), harming("1100", 5.0)),
+        "1100",
+    ),
+    "least KL: a record without any": (
+        "least_kl",
+        (tried("1111"), tried("1110")),
+        "no KL in the record",
+    ),
+}
 
 
-def test_kl_breaks_ties_by_fewer_executions_and_then_by_the_earlier_simulation():
-    full = harming("1111", 0.0)
-    one, two, three = (harming(text, 0.5) for text in ("1110", "1100", "0011"))
+@pytest.mark.parametrize("case", CASES)
+def test_a_rule_picks_its_target(case: str):
+    target, paths, expected = CASES[case]
+    assert chosen(target, *paths) == expected
 
-    assert chosen("least_kl", full, one, two, three) == "1100"
-    assert chosen("least_kl", full, one, three, two) == "0011"
+
+@pytest.mark.parametrize("target", RETESTED)
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        ((FULL, tried("1110", retest=BAD)), "1111"),
+        ((WRONG, tried("1110"), tried("1101", retest=BAD)), "no path survived the re-test"),
+        ((WRONG, tried("1110", 0.9, GOOD)), "no valid path"),
+        ((WRONG, tried("1110", 0.5)), "no valid path"),
+    ],
+)
+def test_only_right_paths_that_survived_are_targets(
+    target: str, paths: tuple[TriedPath, ...], expected: str
+):
+    assert chosen(target, *paths) == expected
 
 
 def test_a_kl_target_saves_the_least_share_or_more():
@@ -258,23 +254,6 @@ def test_a_kl_target_saves_the_least_share_or_more():
     assert saving(0.11) == "1111111100"
     assert saving(0.3) == "1111111000"
     assert saving(0.31) == "no path saves enough"
-
-
-def test_kl_never_picks_a_path_that_saves_nothing():
-    paths = (harming("1111", 0.0), harming("2111", 0.01), harming("2011", 0.02))
-
-    assert chosen("least_kl", *paths) == "no path saves enough"
-
-
-def test_a_path_without_kl_is_no_kl_target():
-    assert (
-        chosen("least_kl", harming("1111", 0.0), harming("1110", None), harming("1100", 5.0))
-        == "1100"
-    )
-
-
-def test_a_record_without_kl_has_no_kl_target():
-    assert chosen("least_kl", tried("1111"), tried("1110")) == "no KL in the record"
 
 
 # --- all valid paths ---------------------------------------------------------------------------
@@ -338,13 +317,6 @@ def test_valid_paths_do_not_change_the_target():
     [softened] = targets([record(*SOFT_PATHS)], config)
     [plain] = targets([record(*SOFT_PATHS)], SuperviseConfig())
     assert softened.optimal_layer_config == plain.optimal_layer_config
-
-
-def test_released_is_paper_with_the_full_path_among_the_candidates():
-    assert chosen("released", tried("1111"), tried("2111"), tried("0111", 0.0)) == "1111"
-    assert chosen("released", tried("1111"), tried("1110"), tried("1000", retest=BAD)) == "1000"
-    assert chosen("released", tried("1111", 0.0), tried("1112")) == "1112"
-    assert chosen("released", tried("1111", 0.0), tried("1110", 0.5)) == "no valid path"
 
 
 # --- many questions ----------------------------------------------------------------------------

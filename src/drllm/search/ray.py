@@ -214,7 +214,7 @@ class RayExecutor:
                 try:
                     result = self._get(promised)
                 except self._lost:
-                    # What stood behind the first job wasn't begun, and isn't to blame.
+                    # What waited after the first job wasn't begun, and isn't to blame.
                     jobs.put_back([job for _, job in seat.jobs][1:])
                     self._replace(seat)
                     finished = jobs.lost(job)
@@ -254,8 +254,8 @@ class RayExecutor:
         real = min(cores, os.cpu_count() or 1) if len(self.ray.nodes()) == 1 else cores
         self.num_threads = max(1, real // self.num_workers)
         # As many as the node with the most cores has room for; a GPU's memory is one worker's own.
-        most = max(int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes())
-        on_a_node = min(self.num_workers, max(1, most // self.num_threads))
+        largest = max(int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes())
+        on_a_node = min(self.num_workers, max(1, largest // self.num_threads))
         self.num_sharing = 1 if is_gpu else on_a_node
         self._model = model
         if model.device == "auto":

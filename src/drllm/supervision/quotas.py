@@ -1,8 +1,4 @@
-"""Quotas: how many targets a task may have, and which share of them must improve.
-
-Owns reading `--quotas` and which targets go over them. Leaves choosing the targets to `rules`.
-Loads no torch.
-"""
+"""Quotas: how many targets a task may have, and which share of them must improve. No torch."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ def read_quotas(text: str | None) -> dict[str, int]:
         text: A comma list of TASK=COUNT; None for no quotas.
 
     Returns:
-        Most targets by task; tasks that aren't in it have as many as there are.
+        Maximum targets by task; tasks that aren't in it have as many as there are.
 
     Raises:
         ConfigError: Anything else, a count below 1, or a task named twice.
@@ -61,7 +57,7 @@ def over_quota(
 
     Args:
         kept: Targets in the order of the questions.
-        quotas: Most targets by task.
+        quotas: Maximum targets by task.
         share: Least share of improving targets, in (0, 1]; None for none.
 
     Returns:

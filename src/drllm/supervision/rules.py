@@ -197,7 +197,7 @@ def weigh(paths: Sequence[TriedPath], path_weights: str) -> list[float]:
     if any(path.kl is None for path in paths):
         raise ConfigError(
             "--path-weights closer needs each path's KL, which the search has not kept; "
-            "search anew with --kl, or choose --path-weights shorter"
+            "search again with --kl, or choose --path-weights shorter"
         )
     return [math.exp(-_kl(path)) for path in paths]
 

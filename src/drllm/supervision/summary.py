@@ -1,7 +1,6 @@
 """Counts of a supervision: what the search found, what survived, what became a target.
 
-Owns the summary that the manifest keeps and the command line prints. Leaves every decision to
-`rules` and `selection`. Loads no torch. Axes: L layers.
+Loads no torch. Axes: L layers.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ class Loglikelihood(Reward):
 class Letter(Reward):
     """The first option letter that stands alone is the right one.
 
-    Upper case, without a letter or digit beside it.
+    Upper case, without a letter or digit next to it.
     """
 
     def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:

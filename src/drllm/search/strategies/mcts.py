@@ -85,7 +85,7 @@ class TreeSearch(PathSearch):
 
     Each simulation goes down from the full path, makes one edit that leads to a decision vector
     never tried before, and adds that vector's reward to every node it passed. An edit that leads
-    to a known vector links it, and the simulation goes on from there. Below a node the next edge
+    to a known vector links it, and the simulation continues from there. Below a node the next edge
     is the one with the highest
 
         Q / v + c · sqrt(ln V / v) − lambda · executions / L
