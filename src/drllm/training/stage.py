@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from drllm.config import TrainConfig
@@ -248,7 +249,7 @@ def _write_routers(
     told = _training(trainer, parts, targets, rewards)
     confidence = temperature.measure(stack, trainer)
     if confidence is not None:
-        told["calibration"] = confidence.to_dict()
+        told["calibration"] = msgspec.to_builtins(confidence)
         if trainer.config.calibrate:
             temperature.fold(stack, confidence.temperature)
     stack.config = dataclasses.replace(stack.config, training=told)

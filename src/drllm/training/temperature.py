@@ -11,18 +11,16 @@ Axes: M decisions (held-out examples times layers), L layers, C = 3 decisions.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from drllm.bisection import bisect
 from drllm.models.routers.stack import RouterStack
+from drllm.records.layers import Bin, Calibration
 from drllm.training.features import READ_AT_ONCE
 from drllm.training.trainer import Trainer
 
@@ -34,57 +32,12 @@ and where none of them is, infinity."""
 BINS = 15
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bin:
-    """Decisions of like confidence.
-
-    Attributes:
-        decisions: How many.
-        confidence: The mean probability of what was decided.
-        hits: The mean share that the targets give to what was decided.
-    """
-
-    decisions: int
-    confidence: float
-    hits: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Confidence:
-    """How routers' probabilities and the held-out targets agree, as they are and at the best T.
-
-    Both errors are measured on the targets that T is fitted on; of one number on thousands of
-    decisions that flatters little, but it does.
-
-    Attributes:
-        temperature: T; above 1 the routers were too sure.
-        num_decisions: M.
-        nll_before: Mean negative log-likelihood of the targets, in nats a decision, at T = 1.
-        nll_after: The same at T.
-        reliability_before: Confidence and hits at T = 1, see `reliability`.
-        reliability_after: The same at T.
-    """
-
-    temperature: float
-    num_decisions: int
-    nll_before: float
-    nll_after: float
-    reliability_before: tuple[Bin, ...]
-    reliability_after: tuple[Bin, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what `router_config.json` says of it, with the expected calibration errors."""
-        errors = {
-            "ece_before": calibration_error(self.reliability_before),
-            "ece_after": calibration_error(self.reliability_after),
-        }
-        return dataclasses.asdict(self) | errors | {"bins": BINS}
-
-
-def measure(routers: RouterStack, trainer: Trainer) -> Confidence | None:
+def measure(routers: RouterStack, trainer: Trainer) -> Calibration | None:
     """Compare what routers say of the held-out examples with their targets, soft ones too.
 
-    Class weights, focal exponent and logit adjustment play no part in it, as in routing.
+    Class weights, focal exponent and logit adjustment play no part in it, as in routing. Both
+    errors are measured on the targets that T is fitted on; of one number on thousands of decisions
+    that flatters little, but it does.
 
     Args:
         routers: Trained by the trainer, on the CPU.
@@ -112,13 +65,17 @@ def measure(routers: RouterStack, trainer: Trainer) -> Confidence | None:
             temperature,
         )
     cooled = said / temperature
-    return Confidence(
+    before, after = _reliability_of(said, wanted), _reliability_of(cooled, wanted)
+    return Calibration(
         temperature=temperature,
         num_decisions=len(said),
+        ece_before=calibration_error(before),
+        ece_after=calibration_error(after),
         nll_before=_nll(said, wanted),
         nll_after=_nll(cooled, wanted),
-        reliability_before=_reliability_of(said, wanted),
-        reliability_after=_reliability_of(cooled, wanted),
+        reliability_before=before,
+        reliability_after=after,
+        bins=BINS,
     )
 
 

@@ -197,7 +197,7 @@ def test_calibrated_routers_need_no_further_temperature(features_of, identity, t
     assert again.temperature == pytest.approx(1.0, abs=1e-5)
     told = json.loads((tmp_path / "router_config.json").read_text())["training"]["calibration"]
     assert again.nll_before == pytest.approx(told["nll_after"], rel=1e-6)
-    assert again.to_dict()["ece_before"] == pytest.approx(told["ece_after"], abs=1e-6)
+    assert again.ece_before == pytest.approx(told["ece_after"], abs=1e-6)
 
 
 def test_the_temperature_is_fitted_on_soft_targets_where_these_are_learnt(
