@@ -7,7 +7,6 @@ from drllm.records.codec import SCHEMA_VERSION as SCHEMA_VERSION
 from drllm.records.codec import clear_half_written as clear_half_written
 from drllm.records.codec import decode as decode
 from drllm.records.codec import encode as encode
-from drllm.records.codec import read_bytes as read_bytes
 from drllm.records.codec import read_json as read_json
 from drllm.records.codec import read_json_lines as read_json_lines
 from drllm.records.codec import read_text as read_text
@@ -23,7 +22,6 @@ from drllm.records.manifest import read_records as read_records
 from drllm.records.manifest import to_lines as to_lines
 from drllm.records.manifest import write_records as write_records
 from drllm.records.resume import Chunks as Chunks
-from drllm.records.resume import differences as differences
 from drllm.records.resume import refuse_other_run as refuse_other_run
 from drllm.records.search import FailedQuestion as FailedQuestion
 from drllm.records.search import Question as Question

@@ -97,8 +97,14 @@ def encode(value: Any) -> bytes:
 
 
 def read_json(path: Path | str, kind: type[T]) -> T:
-    """Read a file of one JSON value; see `decode` and `read_bytes` for what is refused."""
-    return decode(read_bytes(path), kind, str(path))
+    """Read a file of one JSON value.
+
+    Raises:
+        RecordError: What `decode` refuses; a path that is missing, can't be opened, or isn't an
+            ordinary file.
+    """
+    with _opened(Path(path)) as file:
+        return decode(file.read(), kind, str(path))
 
 
 def read_json_lines(
@@ -112,7 +118,7 @@ def read_json_lines(
         upgrade: Rewrites lines of older versions before they are read.
 
     Raises:
-        RecordError: What `decode` and `read_bytes` refuse, or a file without lines.
+        RecordError: What `read_json` refuses, or a file without lines.
     """
     number = 0
     with _opened(Path(path)) as file:
@@ -123,20 +129,11 @@ def read_json_lines(
         raise RecordError(f"{path} is empty; run the stage that writes it again")
 
 
-def read_bytes(path: Path | str) -> bytes:
-    """Read a whole file.
-
-    Raises:
-        RecordError: A path that is missing, can't be opened, or isn't an ordinary file.
-    """
-    with _opened(Path(path)) as file:
-        return file.read()
-
-
 def read_text(path: Path | str) -> str:
-    """Read a whole UTF-8 file, without a byte order mark; see `read_bytes` for what is refused."""
+    """Read a whole UTF-8 file, without a byte order mark; see `read_json` for what is refused."""
     try:
-        return read_bytes(path).decode("utf-8-sig")
+        with _opened(Path(path)) as file:
+            return file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecordError(f"{path} is not a UTF-8 text file ({error.reason})") from error
 
@@ -183,11 +180,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def clear_half_written(*files: Path) -> None:
     """Delete what processes of this machine that were killed have left of these files."""
     for file in files:
-        half = re.compile(re.escape(f".{file.name}.{_host()}-") + r"(\d+)-[0-9a-f]{8}")
+        start = f".{file.name}.{_host()}-"
         with contextlib.suppress(OSError):  # it is for tidiness only
-            for part in file.parent.iterdir():
-                if (found := half.fullmatch(part.name)) and not psutil.pid_exists(int(found[1])):
-                    part.unlink(missing_ok=True)
+            # A folder may hold thousands of chunks, and this is done at every write.
+            for name in os.listdir(file.parent):  # noqa: PTH208
+                half = name.startswith(start) and re.fullmatch(r"(\d+)-\w{8}", name[len(start) :])
+                if half and not psutil.pid_exists(int(half[1])):
+                    (file.parent / name).unlink(missing_ok=True)
 
 
 def refuse_odd_file(path: Path, doing: str) -> bool:
@@ -272,17 +271,16 @@ def _reason(error: Exception) -> str:
 
 def _malformed(data: bytes | str, message: str) -> str:
     """Say what keeps a text from being JSON."""
-    if isinstance(data, bytes):
-        try:
-            data.decode()
-        except UnicodeDecodeError as error:
-            return f"not UTF-8 text ({error.reason})"
     constants: list[str] = []
-    with contextlib.suppress(ValueError, RecursionError):
+    try:
         json.loads(data, parse_constant=constants.append)  # takes more than JSON allows
         if constants:
             return f"{constants[0]} is no number of JSON; expected a finite one"
         return r"half a surrogate pair (\ud800 to \udfff), which is no text"
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 text ({error.reason})"
+    except (ValueError, RecursionError):
+        pass
     if message == "Input data was truncated":
         return "cut off in the middle; make the file again" if data else "nothing, expected JSON"
     return f"not JSON ({message.removeprefix('JSON is malformed: ')})"

@@ -18,6 +18,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -158,8 +159,11 @@ class Chunks:
             marker = _Marker(identity=self._identity, later=self._later)
             write_json(self.folder / MARKER_FILE, marker)
             self._is_marked = True
-        write_atomically(self._file(key), encode(value) + b"\n")
-        self._drop_parts()
+        file = self._file(key)
+        write_atomically(file, encode(value) + b"\n")
+        for name in self._names():
+            if name.startswith(file.stem + ".") and name not in (file.name, file.name + BROKEN):
+                (self.folder / name).unlink(missing_ok=True)
 
     def once(self, key: str, kind: type[T], make: Callable[[], Any]) -> T:
         """Return a chunk; one that isn't done is made, and kept, first.
@@ -229,16 +233,13 @@ class Chunks:
 
     def _names(self) -> list[str]:
         with self._refusing():
-            return [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+            return os.listdir(self.folder) if self.folder.is_dir() else []  # noqa: PTH208
 
     def _clear(self) -> None:
         """Delete half-written files, and parts of chunks that are finished."""
         for name in self._names():
             if (half := _HALF_WRITTEN.fullmatch(name)) and _is_ours(name):
                 clear_half_written(self.folder / half[1])
-        self._drop_parts()
-
-    def _drop_parts(self) -> None:
         names = set(self._names())
         for name in names:
             chunk = name.removesuffix(BROKEN)
