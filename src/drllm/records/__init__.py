@@ -22,6 +22,7 @@ from drllm.records.manifest import read_records as read_records
 from drllm.records.manifest import to_lines as to_lines
 from drllm.records.manifest import write_records as write_records
 from drllm.records.resume import Chunks as Chunks
+from drllm.records.resume import differences as differences
 from drllm.records.resume import refuse_other_run as refuse_other_run
 from drllm.records.search import FailedQuestion as FailedQuestion
 from drllm.records.search import Question as Question
