@@ -236,7 +236,7 @@ def reading(model: Any, ids: Tensor) -> Callable[[], Any]:
 
 
 def decoding(model: Any, ids: Tensor, num_tokens: int = 1) -> Callable[[], Any]:
-    """Return a call that reads more tokens, one a pass, behind prompts that were read before.
+    """Return a call that reads more tokens, one a pass, after prompts that were read before.
 
     What is read stays in the cache, so the next call finds it longer. Which tokens they are
     doesn't change the time, as decisions hold since the prompt.
@@ -283,7 +283,7 @@ def write_latency(
     """Time base and routed model, and write `latency.json`.
 
     Without rounds nothing is measured, and a file of an earlier evaluation is removed, so that no
-    result stands beside another one's times.
+    result is shown with another one's times.
 
     Args:
         base: The base model, not routed.

@@ -220,7 +220,7 @@ def _identity(header: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _saved(routers: RouterStack, output: Path, number: int) -> Path:
-    """Save routers that lie in memory beside the results, and return where."""
+    """Save routers from memory with the results, and return where."""
     folder = output / ROUTERS_FOLDER / str(number)
     save_routers(routers, folder)
     return folder

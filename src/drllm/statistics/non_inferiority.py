@@ -201,7 +201,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             said.append(f"No layers saved, so not tried: {'; '.join(self.not_cheaper)}.")
         if self.trials:
             worked = self.worked_answers
-            beside = (
+            where = (
                 " (worked answers weren't looked at)"
                 if worked is None
                 else f" and on worked answers of {worked}"
@@ -210,7 +210,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 f"Asked for with {100 * self.limits.confidence:g} % confidence: less than "
                 f"{self.limits.epsilon:g} points of accuracy lost, and a next-token loss less than "
                 f"{self.limits.max_loss_increase:g} nats a token higher on the questions' own "
-                f"texts{beside}. Tried from the most layers to the fewest, up to the first that "
+                f"texts{where}. Tried from the most layers to the fewest, up to the first that "
                 f"fails:"
             )
         said += [trial.sentence() for trial in self.trials]
