@@ -133,7 +133,8 @@ def maximum_loss(won: int, lost: int, n: int, confidence: float = 0.95) -> float
 
     A one-sided bound. Whoever claims that a system loses less than so much can be wrong in one
     direction only, so the whole risk of 5 % lies there; that a gain is underrated harms no one. It
-    is the end of the two-sided interval at 90 %, so a loss inside the 95 % interval may be excluded. Trials of drugs often halve the risk; here it stays at 5 %.
+    is the end of the two-sided interval at 90 %, so a loss inside the 95 % interval may be
+    excluded. Trials of drugs often halve the risk; here it stays at 5 %.
 
     Returns:
         A share of the questions; negative where even a gain is shown.
