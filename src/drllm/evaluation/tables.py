@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -82,7 +83,7 @@ class TaskRuns:
         """Accuracy of guessing."""
         return self.asked.written.chance or 0.0
 
-    @property
+    @cached_property
     def above_chance(self) -> bool:
         """Whether base is shown to be better than guessing."""
         return is_above_chance(self.systems[0], self.chance, self.config.seed)
