@@ -82,7 +82,9 @@ def test_what_the_walks_name_exists():
 
 
 def test_the_files_of_the_table_exist():
-    rows = re.findall(r"^\| (?!question|---).*\| (.*) \|$", page_from("Where to look"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (?!question|---).*\| (.*) \|$", page_from("Where to look"), re.MULTILINE
+    )
     assert len(rows) == 20
     for row in rows:
         places = re.findall(r"`([\w/.]+)`", row)
