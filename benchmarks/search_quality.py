@@ -12,7 +12,7 @@ survived saves.
     python benchmarks/search_quality.py --quick [--json FILE]
 
 A strategy may come with settings: --strategies tree,tree:length_penalty=0+exploration_constant=0.3
-Blocks that are done lie in --output-dir, and the same command goes on behind them. On two cores,
+Finished blocks are kept in --output-dir; run the same command to resume. On two cores,
 run it with --seeds 0,1 and with --seeds 2 at the same time, then with all seeds for the table.
 """
 

@@ -64,7 +64,7 @@ TIMES_ROUNDING = 10
 difference of a last bit on and multiplies it, so what rounding does is measured: ours again,
 rounded in other places (`rounded_otherwise`)."""
 CONFIG = TrainConfig(validation_fraction=0.0)
-"""Of both ways: the paper's, and every example is learnt from."""
+"""Of both ways: the paper's, and every example is learned from."""
 OTHER_BATCHES = (1, 2, 16)
 """Prompts of a pass, where what rounding does is measured."""
 
@@ -136,7 +136,7 @@ class Literal:
         stack: The routers to begin with.
         records: The targets.
         config: The paper's settings; of ours nothing is turned on.
-        trained: Which targets are learnt from.
+        trained: Which targets are learned from.
         held_out: Which are only measured.
     """
 

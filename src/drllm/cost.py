@@ -1,6 +1,6 @@
 """What running layers costs: executions in layer equivalents, and the budget they must keep to.
 
-Owns every conversion from decisions to cost. Costs are floats in *layer equivalents* (1.0 = one
+Costs are floats in *layer equivalents* (1.0 = one
 execution of one layer), so that a layer that runs only in part can be priced later. Measured time
 is never derived from here. Loads no torch.
 """

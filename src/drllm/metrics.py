@@ -243,7 +243,7 @@ def against_baselines(parts: Mapping[str, Counts]) -> dict[str, Any]:
 
 
 def verdict(parts: Mapping[str, Mapping[str, Counts]]) -> str:
-    """Say in one sentence whether routers beat the best baseline on targets they haven't learnt.
+    """Say in one sentence whether routers beat the best baseline on targets they haven't learned.
 
     Args:
         parts: What `with_baselines` returns, of `TRAIN` and, if targets were held out, of

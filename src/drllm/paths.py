@@ -1,9 +1,9 @@
 """Paths and decisions: the two ways to write down which layers run, and how they convert.
 
-Owns the algebra and its invariants. A *path* lists layer indices in the order executed
+A *path* lists layer indices in the order executed
 (`0 1 3 3 4`). *Decisions* hold one count per layer: 0 skip, 1 execute, 2 repeat (`1 1 0 2 1`).
 Every decision vector is a path; a path is a decision vector only if it visits the layers in order
-and none more than twice. Knows nothing of models, costs or files; loads no torch.
+and none more than twice. Loads no torch.
 """
 
 from __future__ import annotations

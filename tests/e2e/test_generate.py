@@ -1,4 +1,4 @@
-"""`drllm generate` with a file of prompts, and with the depth dial, on a tiny model."""
+"""`drllm generate` with a file of prompts, and with depth control, on a tiny model."""
 
 from __future__ import annotations
 

@@ -423,7 +423,7 @@ class Stream:
             self.logits[place] = torch.cat([self.logits[place], logits[place]])
 
     def copy(self) -> Stream:
-        """Return another stream that goes on from here by itself."""
+        """Return another stream that continues from here by itself."""
         twin = copy.copy(self)
         twin.cache = copy.deepcopy(self.cache)
         twin.tokens = random.Random(self.tokens.random())

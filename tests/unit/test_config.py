@@ -142,7 +142,7 @@ def test_an_unknown_setting_comes_with_its_place_and_the_nearest():
         ({"target_executions": 20, "calibration": "prompts.jsonl"}, "target_executions"),
     ],
 )
-def test_the_depth_dial_says_which_knob_is_turned(given: dict[str, Any], knob: str | None):
+def test_the_depth_control_says_which_knob_is_turned(given: dict[str, Any], knob: str | None):
     assert DepthConfig(**given).knob() == knob
 
 

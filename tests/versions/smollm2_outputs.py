@@ -2,8 +2,7 @@
 
     python tests/versions/smollm2_outputs.py FILE.safetensors
 
-Owns what is asked and what of the answers is kept. Leaves comparing the files of several
-environments to `test_smollm2_outputs`.
+`test_smollm2_outputs` compares the files of several environments.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch
 
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError
-from drllm.evaluation.baselines.base import BASELINES, Lineup
+from drllm.evaluation.baselines.base import BASELINES, FittedBaselines
 from drllm.evaluation.baselines.material import Material
 from drllm.evaluation.baselines.permuted_routes import share_unchanged
 from drllm.evaluation.baselines.registry import depths, named
@@ -260,7 +260,7 @@ class _Stage:
         self.on_progress: OnProgress
         self.prompts: list[list[int]] = []
         self.sources = sources_of(tasks, config)
-        self.lineups: dict[str, Lineup] = {}
+        self.fitted_by_source: dict[str, FittedBaselines] = {}
         self.baselines = named(config.baselines)
         self.shares = {in_words(share): share for share in depths(config.curve)}
         self.choosing = None
@@ -352,24 +352,24 @@ class _Stage:
         base = self.once(f"{task.name}: base", run.base)
         notes = list(asked.written.notes)
         source = self.sources[task.name]
-        if source.name not in self.lineups:
-            self.lineups[source.name] = Lineup(
+        if source.name not in self.fitted_by_source:
+            self.fitted_by_source[source.name] = FittedBaselines(
                 source.name, lambda: self._material(source), self.lm.routed, self.values
             )
-        lineup = self.lineups[source.name]
+        fitted = self.fitted_by_source[source.name]
         if source.name != task.name:
             notes.append(
                 f"Depths and baselines are fitted and chosen on questions of {source.name}, not "
                 f"of {task.name}"
             )
-        biases = dict(self._biases(lineup, notes))
+        biases = dict(self._biases(fitted, notes))
         chance = asked.written.chance or 0.0
         systems, seeds = [base], []
         for setting, bias in {"": 0.0, **biases}.items():
             policy = self._policy(bias)
-            at_depth = self._at_depth(task, run, lineup, setting, policy, notes)
+            at_depth = self._at_depth(task, run, fitted, setting, policy, notes)
             if self.other_seeds:
-                routed, permuted = self._seeds(task, run, lineup, at_depth, notes)
+                routed, permuted = self._seeds(task, run, fitted, at_depth, notes)
                 above_chance = is_above_chance(base, chance, config.seed)
                 seeds.append(
                     seeds_of(base, routed, permuted, config.seed, above_chance=above_chance)
@@ -421,16 +421,16 @@ class _Stage:
             self.config.seed,
         )
 
-    def _biases(self, lineup: Lineup, notes: list[str]) -> Iterator[tuple[str, float]]:
+    def _biases(self, fitted: FittedBaselines, notes: list[str]) -> Iterator[tuple[str, float]]:
         """Yield each depth of the curve in words, and the bias that gives it."""
         for setting, share in self.shares.items():
-            bias = self._bias(lineup, share, f"Not evaluated at {setting}", notes)
+            bias = self._bias(fitted, share, f"Not evaluated at {setting}", notes)
             if bias is not None:
                 yield setting, bias
 
     def _bias(
         self,
-        lineup: Lineup,
+        fitted: FittedBaselines,
         share: float,
         otherwise: str,
         notes: list[str],
@@ -441,7 +441,7 @@ class _Stage:
         Where none does, which is the routers' own, this is noted, and there is none to return.
         """
         wanted = (1 - share) * self.lm.routed.num_layers
-        prompts = lineup.material.prompts
+        prompts = fitted.material.prompts
         try:
             return find_depth_bias(self.lm.routed, prompts, wanted, routers=routers).depth_bias
         except ConfigError as error:
@@ -452,7 +452,7 @@ class _Stage:
         self,
         task: Task,
         run: TaskRun,
-        lineup: Lineup,
+        fitted: FittedBaselines,
         setting: str,
         policy: Policy,
         notes: list[str],
@@ -466,22 +466,22 @@ class _Stage:
         for name in self.baselines:
             if setting and BASELINES.get(name).has_own_depth:
                 continue  # it would be the same system again
-            if obstacle := lineup.obstacle(name, routed.executions):
+            if obstacle := fitted.obstacle(name, routed.executions):
                 notes.append(f"{name.capitalize()} isn't compared: {obstacle}.")
                 continue
-            baseline = partial(self._baseline, run, lineup, name, routed)
+            baseline = partial(self._baseline, run, fitted, name, routed)
             systems.append(self.once(f"{task.name}: {name}{at}", baseline))
         return systems
 
     def _baseline(
-        self, run: TaskRun, lineup: Lineup, name: str, routed: SystemRun, *, keep: Keep
+        self, run: TaskRun, fitted: FittedBaselines, name: str, routed: SystemRun, *, keep: Keep
     ) -> SystemRun:
         """Run a baseline at the executions of a routed model."""
         routes = torch.tensor(routed.routes[0])
         generator = torch.Generator().manual_seed(self.config.seed)
         draws = self.config.num_random_draws or NUM_RANDOM_DRAWS
         num = draws if BASELINES.get(name).is_drawn else 1
-        drawn = [lineup.at(name, routes, generator) for _ in range(num)]
+        drawn = [fitted.at(name, routes, generator) for _ in range(num)]
         system = run.baseline(name, drawn, routed.setting, keep=keep)
         if name == PERMUTED:
             plans = [draw.plan for draw in drawn if draw.plan is not None]
@@ -492,7 +492,7 @@ class _Stage:
         self,
         task: Task,
         run: TaskRun,
-        lineup: Lineup,
+        fitted: FittedBaselines,
         first: Sequence[SystemRun],
         notes: list[str],
     ) -> tuple[list[SystemRun], list[SystemRun]]:
@@ -501,7 +501,7 @@ class _Stage:
         Args:
             task: The task.
             run: Its questions.
-            lineup: For the prompts that a depth is looked for on.
+            fitted: For the prompts that a depth is looked for on.
             first: The first seed's routed model, and its baselines at this depth.
             notes: Receives which seeds can't be had at this depth.
 
@@ -516,7 +516,7 @@ class _Stage:
             bias: float | None = 0.0
             if share is not None:
                 otherwise = f"{folder} isn't evaluated at {setting}"
-                bias = self._bias(lineup, share, otherwise, notes, routers)
+                bias = self._bias(fitted, share, otherwise, notes, routers)
             if bias is None:
                 continue
             policy = RouterPolicy(routers, depth_bias=bias)
@@ -528,7 +528,7 @@ class _Stage:
             if permuted:
                 name = f"{task.name}: {PERMUTED} {of_seed}"
                 permuted.append(
-                    self.once(name, partial(self._baseline, run, lineup, PERMUTED, own))
+                    self.once(name, partial(self._baseline, run, fitted, PERMUTED, own))
                 )
         return routed, permuted
 

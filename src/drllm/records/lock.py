@@ -1,7 +1,7 @@
 """One writer at a time in a folder.
 
-Owns the lock file. The operating system gives the lock back when its process ends, however it
-ends, so that a killed run blocks nobody. Loads no torch.
+The operating system releases the lock when its process ends, however it ends, so a killed run
+blocks nobody. Loads no torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Resuming: is this the same run as before, and what of it is done?
 
-An interrupted run leaves its finished chunks in a folder of its own, and goes on from them:
+An interrupted run leaves its finished chunks in a folder of its own, and resumes from them:
 
     drllm.resume.json       the marker: which run the folder belongs to
     KEY-HASH.json           a finished chunk

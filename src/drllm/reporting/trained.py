@@ -1,4 +1,4 @@
-"""The part of a report about how well the routers learnt their labels.
+"""The part of a report about how well the routers learned their labels.
 
 Always compared with decisions that ignore the question. Axes: L layers, C = 3 decisions.
 """

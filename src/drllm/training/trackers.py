@@ -63,7 +63,7 @@ class Tracking:
         self.trainer, self.trackers = trainer, trackers
 
     def step(self, done: int, counts: Counts) -> None:
-        """Tell of a step: how many are done with it, and what it counted before it learnt."""
+        """Tell of a step: how many are done with it, and what it counted before it learned."""
         if self.trackers:
             rate = self.trainer.schedule.rate(done - 1)
             self._tell(_named("step/", {**ratios(counts), "learning_rate": rate}), done)

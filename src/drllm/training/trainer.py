@@ -233,7 +233,7 @@ class Trainer:
                 absent.append(f"{name} at {without if without < layers else 'all'} of {layers}")
         if absent:
             found.append(
-                f"no training example has these decisions, so they can't be learnt: "
+                f"no training example has these decisions, so they can't be learned: "
                 f"{', '.join(absent)} layers"
             )
         return found
@@ -260,7 +260,7 @@ class Trainer:
 
         Args:
             on_step: Is told after each step how many steps are done, and what was counted of the
-                rows that it learnt from, before it did.
+                rows that it learned from, before it did.
 
         Raises:
             DivergedError: A loss that is NaN or infinite.

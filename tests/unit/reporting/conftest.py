@@ -262,21 +262,21 @@ class Folder:
         )
         lines = []
         for epoch in range(1, epochs + 1):
-            learnt = 1 - math.exp(-epoch / 6)
+            learned = 1 - math.exp(-epoch / 6)
             for split in ("train", "validation") if validation else ("train",):
                 held = 0.55 if split == "validation" else 1.0
                 line: dict[str, Any] = {
                     "epoch": epoch,
                     "split": split,
                     "routers_loss": 0.09 * math.exp(-epoch / 8) + (0.03 if held < 1 else 0.01),
-                    "accuracy": 0.75 + 0.1 * learnt * held,
-                    "macro_f1": 0.33 + 0.3 * learnt * held,
-                    "f1_skip": 0.6 * learnt * held,
-                    "f1_execute": 0.93 + 0.03 * learnt * held,
-                    "f1_repeat": None if epoch < 3 else 0.25 * learnt * held,
-                    "acc_skip": 0.5 * learnt * held,
-                    "acc_repeat": 0.2 * learnt * held,
-                    "avg_layers": self.num_layers * (1 - 0.08 * learnt),
+                    "accuracy": 0.75 + 0.1 * learned * held,
+                    "macro_f1": 0.33 + 0.3 * learned * held,
+                    "f1_skip": 0.6 * learned * held,
+                    "f1_execute": 0.93 + 0.03 * learned * held,
+                    "f1_repeat": None if epoch < 3 else 0.25 * learned * held,
+                    "acc_skip": 0.5 * learned * held,
+                    "acc_repeat": 0.2 * learned * held,
+                    "avg_layers": self.num_layers * (1 - 0.08 * learned),
                 }
                 if split == "train":
                     line["learning_rate"] = 1e-3 * (1 - epoch / (epochs + 1))

@@ -328,7 +328,7 @@ def test_dropout_leaves_out_the_share_of_units_and_scales_the_others(prepared):
 def test_dropout_changes_what_is_learnt_and_not_how_it_is_measured(features, identity):
     plain = fitted(features, identity, config_of(learning_rate=1e-12))
     dropped = fitted(features, identity, config_of(learning_rate=1e-12, dropout=0.5))
-    # Nothing is learnt, so the held-out loss, which is measured without dropout, is the same.
+    # Nothing is learned, so the held-out loss, which is measured without dropout, is the same.
     losses = [[row["routers_loss"] for row in trainer.rows] for trainer in (plain, dropped)]
     assert losses[1][1::2] == pytest.approx(losses[0][1::2], rel=1e-5)
     assert losses[1][0::2] != pytest.approx(losses[0][0::2], rel=1e-2)

@@ -64,10 +64,10 @@ class Baseline(ABC):
     reads_question: ClassVar[bool] = False
     has_own_depth: ClassVar[bool] = False
 
-    def __init__(self, lineup: Lineup) -> None:
-        self.lineup = lineup
-        self.routed = lineup.routed
-        self.num_layers = lineup.routed.num_layers
+    def __init__(self, fitted: FittedBaselines) -> None:
+        self.fitted = fitted
+        self.routed = fitted.routed
+        self.num_layers = fitted.routed.num_layers
 
     def obstacle(self, executions: float) -> str | None:
         """Say why the baseline can't be had at given mean executions; None if it can."""
@@ -117,7 +117,7 @@ Remember: TypeAlias = Callable[[str, Sequence[Path], PathMeasure], list[float]]
 """Returns what the measure of a name gives for candidates, asking it unless that is known."""
 
 
-class Lineup:
+class FittedBaselines:
     """The baselines of one routed model on one task, fitted once and asked for any executions.
 
     Args:

@@ -29,7 +29,7 @@ class ConfidenceExit(Baseline):
     reads_question = True
 
     @cached_property
-    def readout(self) -> LogitLens:
+    def lens(self) -> LogitLens:
         """Logits after any layer."""
         from drllm.models.scoring.logit_lens import LogitLens
 
@@ -40,7 +40,7 @@ class ConfidenceExit(Baseline):
         """`[N, L − 1]` of the calibration prompts."""
         from drllm.evaluation.baselines.fitting.exit_policy import confidences
 
-        return confidences(self.routed, self.readout, self.lineup.material.prompts)
+        return confidences(self.routed, self.lens, self.fitted.material.prompts)
 
     def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
         """Return the exit policy."""
@@ -49,6 +49,6 @@ class ConfidenceExit(Baseline):
         wanted = min(executions_of(routes), float(self.num_layers))
         found = find_threshold(self.confidences, wanted)
         return Drawn(
-            policy=ExitPolicy(self.readout, found.value),
+            policy=ExitPolicy(self.lens, found.value),
             note=f"exits above a confidence of {found.value:.4f}",
         )

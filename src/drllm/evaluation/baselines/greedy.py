@@ -29,7 +29,7 @@ class GreedyByLoss(LayerDropping):
     @cached_property
     def plan(self) -> Plan:
         """The greedy order."""
-        return Greedy(self.lineup.measure("loss"), self.num_layers)
+        return Greedy(self.fitted.measure("loss"), self.num_layers)
 
 
 @register
@@ -49,7 +49,7 @@ class GreedyByAnswers(LayerDropping):
     @cached_property
     def plan(self) -> Plan:
         """The greedy order."""
-        return Greedy(self.lineup.measure("answers"), self.num_layers)
+        return Greedy(self.fitted.measure("answers"), self.num_layers)
 
 
 class Greedy:

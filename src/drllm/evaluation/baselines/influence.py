@@ -31,7 +31,7 @@ class BlockInfluence(LayerDropping):
     @cached_property
     def plan(self) -> Plan:
         """The order by influence."""
-        influence = block_influence(self.routed, self.lineup.material.prompts)
+        influence = block_influence(self.routed, self.fitted.material.prompts)
         return nested(order_by_influence(influence), self.num_layers)
 
 

@@ -46,7 +46,7 @@ class BestProgramBaseline(Baseline):
 
     def obstacle(self, executions: float) -> str | None:
         """Say so if the log's programs can't be mixed to these executions."""
-        reached = reach(self.lineup.material.search)
+        reached = reach(self.fitted.material.search)
         if reached is None:
             return "the search log has tried nothing but the full path"
         fewest, most = reached
@@ -59,8 +59,8 @@ class BestProgramBaseline(Baseline):
 
     def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
         """Return the mixture of program and full path."""
-        wanted, material = executions_of(routes), self.lineup.material
-        measure = self.lineup.measure("answers" if material.questions else "loss")
+        wanted, material = executions_of(routes), self.fitted.material
+        measure = self.fitted.measure("answers" if material.questions else "loss")
         program, full_share = best_program(material.search, measure, wanted)
         first, second = sorted((program, full_decisions(self.num_layers)), key=sum)
         return Drawn(

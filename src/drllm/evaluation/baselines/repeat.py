@@ -38,7 +38,7 @@ class BlockRepeat(Baseline):
     @cached_property
     def block(self) -> tuple[int, int]:
         """First and last layer of the best block."""
-        return best_block(self.lineup.measure("answers along"), self.num_layers)
+        return best_block(self.fitted.measure("answers along"), self.num_layers)
 
     def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
         """Return its path, whatever the routes."""

@@ -37,7 +37,7 @@ class UpFront(Baseline):
         """Return the planner's policy."""
         from drllm.evaluation.baselines.fitting.up_front import UpFrontPolicy, find_bias
 
-        found = find_bias(self.planner, self.lineup.first_inputs, executions_of(routes))
+        found = find_bias(self.planner, self.fitted.first_inputs, executions_of(routes))
         return Drawn(
             policy=UpFrontPolicy(self.planner, found.value),
             note=f"with a bias of {found.value:.4g}",
@@ -71,7 +71,7 @@ class SequenceRouterBaseline(UpFront):
 
         from drllm.evaluation.baselines.fitting.sequence_router import train_sequence_router
 
-        targets = self.lineup.material.targets
+        targets = self.fitted.material.targets
         labels = torch.tensor([target.optimal_layer_config for target in targets])
         return train_sequence_router(self.inputs_of([each.prompt for each in targets]), labels)
 
@@ -94,6 +94,6 @@ class ProgramPredictorBaseline(UpFront):
         """The predictor."""
         from drllm.evaluation.baselines.fitting.segments import programs_of, train_predictor
 
-        records = self.lineup.material.search
+        records = self.fitted.material.search
         inputs = self.inputs_of([record.prompt for record in records])
-        return train_predictor(inputs, programs_of(records, seed=self.lineup.material.seed))
+        return train_predictor(inputs, programs_of(records, seed=self.fitted.material.seed))

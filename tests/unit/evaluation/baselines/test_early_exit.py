@@ -47,13 +47,13 @@ def stops(probabilities, threshold):
 
 
 @pytest.fixture(scope="module")
-def readout(routed):
+def lens(routed):
     return LogitLens(routed)
 
 
 @pytest.fixture(scope="module")
-def measured(routed, readout):
-    return confidences(routed, readout, some_prompts(), batch_size=6)
+def measured(routed, lens):
+    return confidences(routed, lens, some_prompts(), batch_size=6)
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +67,9 @@ def test_confidences_equal_those_of_models_cut_off_behind_each_layer(measured, s
 
 @pytest.mark.parametrize("threshold", [0.0, 0.1, TELLING, 0.2, 1.0])
 @pytest.mark.parametrize("batch_size", [1, 6])
-def test_the_policy_stops_where_a_loop_by_hand_stops(routed, readout, slow, threshold, batch_size):
+def test_the_policy_stops_where_a_loop_by_hand_stops(routed, lens, slow, threshold, batch_size):
     wanted = [stops(probabilities, threshold) for probabilities in slow]
-    routes = routes_of(
-        routed, ExitPolicy(readout, threshold), some_prompts(), batch_size=batch_size
-    )
+    routes = routes_of(routed, ExitPolicy(lens, threshold), some_prompts(), batch_size=batch_size)
     assert routes.tolist() == [[1] * num + [0] * (L - num) for num in wanted]
 
 
@@ -81,12 +79,12 @@ def test_thresholds_of_this_test_tell_prompts_apart(slow):
 
 @pytest.mark.parametrize("executions", [1.0, 1.5, 2.3, 3.1, 4.0])
 def test_the_threshold_gives_the_wanted_executions_when_the_policy_runs(
-    routed, readout, measured, executions
+    routed, lens, measured, executions
 ):
     found = find_threshold(measured, executions)
     # A threshold lets one prompt more run, by up to L - 1 layers.
     assert found.executions == pytest.approx(executions, abs=(L - 1) / 2 / len(measured))
-    routes = routes_of(routed, ExitPolicy(readout, found.value), some_prompts())
+    routes = routes_of(routed, ExitPolicy(lens, found.value), some_prompts())
     assert float(routes.sum(dim=1).double().mean()) == found.executions
 
 
@@ -96,21 +94,21 @@ def test_executions_are_those_of_the_loop_by_hand(measured):
         assert executions_at(measured, threshold).tolist() == wanted
 
 
-def test_a_scored_continuation_is_not_read(routed, readout):
+def test_a_scored_continuation_is_not_read(routed, lens):
     """There the prompt's last real token isn't the row's last one."""
     prompts = some_prompts(6)
     questions = [Question(prompt, [[10, 11, 12], [13], [14, 15]]) for prompt in prompts]
-    policy = ExitPolicy(readout, TELLING)
+    policy = ExitPolicy(lens, TELLING)
     _, routes = ChoiceBatch(routed, questions, 1.0).routed_scores(policy)
     assert torch.equal(routes, routes_of(routed, policy, prompts))
     assert len(set(map(tuple, routes.tolist()))) > 1
 
 
-def test_generated_tokens_run_what_the_prompt_ran(routed, readout):
+def test_generated_tokens_run_what_the_prompt_ran(routed, lens):
     prompt = torch.tensor([some_prompts()[3]])
-    with routed.using(ExitPolicy(readout, TELLING)):
+    with routed.using(ExitPolicy(lens, TELLING)):
         routed.generate(prompt, max_new_tokens=5, do_sample=False)
-    expected = routes_of(routed, ExitPolicy(readout, TELLING), prompt.tolist())
+    expected = routes_of(routed, ExitPolicy(lens, TELLING), prompt.tolist())
     assert torch.equal(routed.last_route, expected)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from drllm.evaluation.baselines.base import Lineup
+from drllm.evaluation.baselines.base import FittedBaselines
 from drllm.evaluation.baselines.fitting import measures
 from drllm.evaluation.baselines.material import Material
 from drllm.paths import to_path
@@ -52,7 +52,7 @@ def test_what_is_known_of_candidates_is_not_measured_again(material, routed, mon
         return known[key]
 
     def plans():
-        of_task = Lineup("arc", lambda: material, routed, remember)
+        of_task = FittedBaselines("arc", lambda: material, routed, remember)
         routes = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0]])
         names = ("greedy by loss", "greedy by answers", "block repeat")
         return [of_task.at(name, routes, torch.Generator().manual_seed(0)) for name in names]

@@ -29,7 +29,7 @@ def saved(model_folder: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def copied(saved: Path, tmp_path: Path) -> Path:
-    """A model folder that the test may damage."""
+    """A model folder that the test may break."""
     return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 

@@ -242,18 +242,18 @@ def test_a_file_with_another_hash_is_refused_and_nothing_is_left(
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("damage", ["shorter", "missing", "no manifest", "older format"])
-def test_a_damaged_folder_is_not_trusted_and_made_again(
-    tiny: smollm2.Source, tmp_path: Path, damage: str
+@pytest.mark.parametrize("defect", ["shorter", "missing", "no manifest", "older format"])
+def test_a_broken_folder_is_not_trusted_and_made_again(
+    tiny: smollm2.Source, tmp_path: Path, defect: str
 ) -> None:
     folder = smollm2.convert_once(tiny, tmp_path / "model")
     weights, manifest = folder / "model.safetensors", folder / smollm2.MANIFEST_FILE
     whole = weights.read_bytes()
-    if damage == "shorter":
+    if defect == "shorter":
         weights.write_bytes(whole[:-1])
-    elif damage == "missing":
+    elif defect == "missing":
         weights.unlink()
-    elif damage == "no manifest":
+    elif defect == "no manifest":
         manifest.unlink()
     else:
         values = json.loads(manifest.read_text())

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from drllm.config import DepthConfig
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError, RecordError, RoutingError
-from drllm.models.routers import depth_control as dial
+from drllm.models.routers import depth_control
 from drllm.models.routers.depth_control import (
     CalibrationText,
     encode_calibration,
@@ -202,7 +202,7 @@ def routing_by(monkeypatch, routed):
             plans = [[min(2, max(0, row - 2 * layer)) for layer in range(L)] for row in rows]
             return torch.tensor(plans)
 
-        monkeypatch.setattr(dial, "routes_of", routes)
+        monkeypatch.setattr(depth_control, "routes_of", routes)
         return find_depth_bias(routed, [[5]] * number, target, **options)
 
     return find
@@ -225,9 +225,9 @@ def test_what_a_monotone_function_reaches_is_found_and_what_it_jumps_over_is_ref
     middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
     reached = [sum(executions(b, place) for place in range(number)) / number for b in middles]
     for target in (1.0, rng.uniform(1, 12), rng.choice(reached), rng.choice(reached), 12.0):
-        if min(abs(value - target) for value in reached) <= dial.TOLERANCE:
+        if min(abs(value - target) for value in reached) <= depth_control.TOLERANCE:
             assert routing_by(executions, target, number).executions == pytest.approx(
-                target, abs=dial.TOLERANCE
+                target, abs=depth_control.TOLERANCE
             )
         else:
             with pytest.raises(ConfigError) as caught:

@@ -53,8 +53,8 @@ def test_looking_for_the_norm_leaves_nothing_behind(tiny_llama):
     routed = RoutedModel(tiny_llama(), policy=FixedPolicy([1, 0, 1, 2, 1, 0], 6))
     routed.model(torch.tensor(PROMPT))
     before = routed.last_route.tolist()
-    readout = LogitLens(routed)
-    assert readout.norm is routed.model.model.norm
+    lens = LogitLens(routed)
+    assert lens.norm is routed.model.model.norm
     assert before == routed.last_route.tolist()
     assert not any(module._forward_hooks for module in routed.injection.layers)
     assert not any(module._forward_pre_hooks for module in routed.model.model.children())

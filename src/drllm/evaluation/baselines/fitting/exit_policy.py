@@ -32,15 +32,15 @@ class ExitPolicy(Policy):
     token of each prompt, which the executions don't count.
 
     Args:
-        readout: Of the model that is routed.
+        lens: Of the model that is routed.
         threshold: In [0, 1]; at 1 every layer runs, at 0 only the first.
 
     Source: CALM (arXiv 2207.07061), its confidence by softmax; here the top probability in place
         of the difference to the second.
     """
 
-    def __init__(self, readout: LogitLens, threshold: float) -> None:
-        self.readout = readout
+    def __init__(self, lens: LogitLens, threshold: float) -> None:
+        self.lens = lens
         self.threshold = threshold
         self._running = torch.empty(0, dtype=torch.bool)
 
@@ -51,26 +51,26 @@ class ExitPolicy(Policy):
             self._running = torch.ones(prompts.num_rows, dtype=torch.bool, device=device)
         elif bool(self._running.any()):
             rows = self._running.to(prompts.hidden.device)  # layers may lie on several devices
-            self._running = rows & (confidence(self.readout, prompts) <= self.threshold)
+            self._running = rows & (confidence(self.lens, prompts) <= self.threshold)
         return self._running.long()
 
 
 @torch.no_grad()
-def confidence(readout: LogitLens, prompts: PromptView) -> Tensor:
+def confidence(lens: LogitLens, prompts: PromptView) -> Tensor:
     """Return the probability of the likeliest token behind each prompt's last real one, `[B]`."""
     T = prompts.hidden.shape[1]
     from_end = prompts.readable.flip(1).long().argmax(dim=1)  # [B], padding behind the last one
     rows = torch.arange(prompts.num_rows, device=prompts.hidden.device)
     last = prompts.hidden[rows, T - 1 - from_end]  # [B, D]
-    logits = readout.logits(last)
+    logits = lens.logits(last)
     return logits.softmax(dim=-1).amax(dim=-1).to(prompts.hidden.device)
 
 
 class _Confidences(Recorder):
     """Runs everything, and keeps the confidence behind each layer but the last, `[B, L − 1]`."""
 
-    def __init__(self, readout: LogitLens) -> None:
-        self.readout = readout
+    def __init__(self, lens: LogitLens) -> None:
+        self.lens = lens
         self._behind: list[Tensor] = []
 
     def decide(self, layer: int, prompts: PromptView) -> list[int]:
@@ -78,7 +78,7 @@ class _Confidences(Recorder):
         if layer == 0:
             self._behind = []
         else:
-            self._behind.append(confidence(self.readout, prompts).cpu())
+            self._behind.append(confidence(self.lens, prompts).cpu())
         return [int(Decision.EXECUTE)] * prompts.num_rows
 
     @property
@@ -88,7 +88,7 @@ class _Confidences(Recorder):
 
 def confidences(
     routed: RoutedModel,
-    readout: LogitLens,
+    lens: LogitLens,
     prompts: Sequence[Sequence[int]],
     *,
     batch_size: int = 16,
@@ -104,7 +104,7 @@ def confidences(
     Raises:
         ConfigError: No prompts, one without tokens, or one longer than the model's context.
     """
-    return recorded(routed, _Confidences(readout), prompts, batch_size=batch_size)
+    return recorded(routed, _Confidences(lens), prompts, batch_size=batch_size)
 
 
 def executions_at(confidences: Tensor, threshold: float) -> Tensor:
