@@ -29,7 +29,7 @@ def kill_and_go_on(work: Callable[[Path, At], None], folder: Path, kills: int) -
     """Do some work unbroken, then so many times killed at another moment and gone on with.
 
     Since it forks, this needs a process of its own: each child, on one thread, kills itself at its
-    moment. Leaves `unbroken/` in the folder, and one folder for each kill, named after its moment.
+    moment. The folder gets `unbroken/`, and one folder for each kill, named after its moment.
     """
     torch.set_num_threads(1)
     moments: list[int] = []

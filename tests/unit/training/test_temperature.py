@@ -200,7 +200,7 @@ def test_calibrated_routers_need_no_further_temperature(features_of, identity, t
     assert again.ece_before == pytest.approx(told["ece_after"], abs=1e-6)
 
 
-def test_the_temperature_is_fitted_on_soft_targets_where_these_are_learnt(
+def test_the_temperature_is_fitted_on_soft_targets_where_these_are_learned(
     features_of, identity, tmp_path
 ):
     features = features_of(60)

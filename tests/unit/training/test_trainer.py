@@ -325,7 +325,7 @@ def test_dropout_leaves_out_the_share_of_units_and_scales_the_others(prepared):
     assert torch.equal(draws[0], trainer.kept_units(4, 1, 0))
 
 
-def test_dropout_changes_what_is_learnt_and_not_how_it_is_measured(features, identity):
+def test_dropout_changes_what_is_learned_and_not_how_it_is_measured(features, identity):
     plain = fitted(features, identity, config_of(learning_rate=1e-12))
     dropped = fitted(features, identity, config_of(learning_rate=1e-12, dropout=0.5))
     # Nothing is learned, so the held-out loss, which is measured without dropout, is the same.
@@ -467,7 +467,7 @@ def test_a_warm_up_longer_than_the_run_is_told(features_of, prepared):
         (lambda labels: labels.clamp(max=1), "repeat at all of 3 layers"),
     ],
 )
-def test_decisions_that_cannot_be_learnt_are_told(features_of, prepared, labels_of, told):
+def test_decisions_that_cannot_be_learned_are_told(features_of, prepared, labels_of, told):
     features = features_of(200)
     [note] = prepared(replace(features, labels=labels_of(features.labels))).notes()
     assert told in note
