@@ -34,7 +34,8 @@ from drllm.evaluation.baselines.influence import block_influence, order_by_influ
 from drllm.evaluation.baselines.material import Material
 from drllm.models.base.load import BaseModel, load
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.tasks.base import OPTIONS_REWARD, choose, get_task
+from drllm.tasks.base import OPTIONS_REWARD, choose
+from drllm.tasks.registry import get_task
 
 Clock = Callable[[], float]
 Tokens = list[int]

@@ -36,7 +36,8 @@ from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel, load
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.policies import RouterPolicy
-from drllm.tasks.base import OPTIONS_REWARD, choose, get_task
+from drllm.tasks.base import OPTIONS_REWARD, choose
+from drllm.tasks.registry import get_task
 
 Clock = Callable[[], float]
 

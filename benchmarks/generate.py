@@ -54,7 +54,7 @@ from drllm.models.routing.batch_generation import generate_many
 from drllm.models.routing.kv_cache import stored_bytes, stored_rows
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, PromptView, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.tasks.base import get_task
+from drllm.tasks.registry import get_task
 
 PROMPT_TOKENS = 100
 NUM_SKIPPED = (3, 6, 10)

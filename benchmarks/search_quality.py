@@ -46,7 +46,8 @@ from drllm.search.questions import ask
 from drllm.search.strategies import graded, mcts, new_search, sweep, walk
 from drllm.statistics.intervals import mean_interval
 from drllm.statistics.paired import mcnemar_exact
-from drllm.tasks.base import Example, Task, choose, get_task
+from drllm.tasks.base import Example, Task, choose
+from drllm.tasks.registry import get_task
 
 UNBOUNDED = 1_000_000
 """Simulations: more than any allowance of executions pays for."""

@@ -42,7 +42,8 @@ from drllm.listener import Listener, OnProgress
 from drllm.models.base.load import BaseModel, load
 from drllm.models.routers.stack import RouterStack
 from drllm.records import SupervisionRecord, new_manifest
-from drllm.tasks.base import OPTIONS_REWARD, choose, get_task
+from drllm.tasks.base import OPTIONS_REWARD, choose
+from drllm.tasks.registry import get_task
 from drllm.training.feature_store import Store
 from drllm.training.features import BATCH_SIZE, Features, collect, shape
 from drllm.training.split import epoch_batches

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from drllm.cli import main
-from drllm.tasks.base import choose, get_task
+from drllm.tasks.base import choose
+from drllm.tasks.registry import get_task
 
 LOGPROB_TOLERANCE = 1e-4
 """Nats that a continuation may differ from the harness' own number (design figure)."""

@@ -21,7 +21,7 @@ from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
 from drllm.paths import to_path
-from drllm.tasks.base import get_task
+from drllm.tasks.registry import get_task
 
 SUM_TOLERANCE = 1e-4
 """Nats; as where choices are packed. 5e-6 was measured."""

@@ -13,7 +13,7 @@ from drllm.models.base.prompts import encode, left_padded
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import to_path
 from drllm.search.evaluator import Evaluator
-from drllm.tasks.base import get_task
+from drllm.tasks.registry import get_task
 
 EXACT = 1e-9
 """Nats between the two ways in float64, where next to no arithmetic noise is left."""

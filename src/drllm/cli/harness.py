@@ -25,7 +25,7 @@ from lm_eval.utils import setup_logging
 from drllm.errors import ConfigError, TaskError, unknown_name
 from drllm.evaluation.lm_eval.own_tasks import OwnTasks, own_tasks, placed
 from drllm.records.places import check_folder
-from drllm.tasks.base import is_task_name
+from drllm.tasks.registry import is_task_name
 
 FOLDER = "tasks"
 """Below `--output_path`: the task folders of the runs whose results are there."""

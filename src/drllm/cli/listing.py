@@ -67,7 +67,7 @@ def list_names(request: Request, terminal: Terminal) -> None:
 
 
 def _list_tasks(terminal: Terminal) -> None:
-    from drllm.tasks.base import describe_tasks
+    from drllm.tasks.registry import describe_tasks
 
     table = new_table("task", "rewards (default first)", "what it asks")
     for name, rewards, what in describe_tasks():

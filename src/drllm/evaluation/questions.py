@@ -17,7 +17,8 @@ from drllm.evaluation.baselines.registry import check, depths, named
 from drllm.evaluation.lm_eval.registry import entry_of
 from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, results_in, schema_of
 from drllm.statistics.non_inferiority import FEWEST_TEXTS
-from drllm.tasks.base import Task, get_task, get_tasks
+from drllm.tasks.base import Task
+from drllm.tasks.registry import get_task, get_tasks
 
 
 def tasks_of(config: EvaluateConfig) -> list[Task]:

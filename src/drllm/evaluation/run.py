@@ -67,7 +67,8 @@ from drllm.records.results import (
     read_evaluation,
     results_in,
 )
-from drllm.tasks.base import OPTIONS_REWARD, Task, get_task, get_tasks
+from drllm.tasks.base import OPTIONS_REWARD, Task
+from drllm.tasks.registry import get_task, get_tasks
 
 Routers: TypeAlias = "Path | str | RouterStack"
 

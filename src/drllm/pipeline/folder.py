@@ -36,7 +36,8 @@ from drllm.records import (
     write_json,
 )
 from drllm.records.places import check_folder
-from drllm.tasks.base import Example, Task, choose, get_task
+from drllm.tasks.base import Example, Task, choose
+from drllm.tasks.registry import get_task
 
 if TYPE_CHECKING:
     from drllm.models.base.load import BaseModel

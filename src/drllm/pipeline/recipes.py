@@ -21,7 +21,8 @@ from drllm.errors import ConfigError, unknown_name
 from drllm.evaluation.questions import tasks_of
 from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision import check_settings
-from drllm.tasks.base import Task, get_tasks
+from drllm.tasks.base import Task
+from drllm.tasks.registry import get_tasks
 
 SECTIONS: dict[str, type[Settings]] = {
     "model": ModelConfig,

@@ -273,7 +273,8 @@ def _malformed(data: bytes | str, message: str) -> str:
     """Say what keeps a text from being JSON."""
     constants: list[str] = []
     try:
-        json.loads(data, parse_constant=constants.append)  # takes more than JSON allows
+        text = data.decode() if isinstance(data, bytes) else data
+        json.loads(text, parse_constant=constants.append)  # takes more than JSON allows
         if constants:
             return f"{constants[0]} is no number of JSON; expected a finite one"
         return r"half a surrogate pair (\ud800 to \udfff), which is no text"

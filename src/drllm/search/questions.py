@@ -16,7 +16,8 @@ from drllm.config import SearchConfig
 from drllm.errors import ConfigError, TaskError
 from drllm.records import question_key
 from drllm.search.strategies import STRATEGIES
-from drllm.tasks.base import Example, Prompt, Task, choose, get_task, get_tasks
+from drllm.tasks.base import Example, Prompt, Task, choose
+from drllm.tasks.registry import get_task, get_tasks
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What a task is: its questions, how a search and an evaluation ask them; and the registry.
+"""What a task is: its questions, how a search and an evaluation ask them.
 
 A task never sees a model or a tokenizer: it hands out texts. Loads no torch.
 """
@@ -14,7 +14,6 @@ from typing import Any, TypeAlias, TypeVar
 
 from drllm.config import SPLITS
 from drllm.errors import TaskError, unknown_name
-from drllm.registry import Registry
 
 Question = TypeVar("Question")
 """An example, alone or with what belongs to it."""
@@ -270,116 +269,3 @@ def choose(examples: Sequence[Question], limit: int | None, seed: int) -> list[Q
         return list(examples)
     kept = sorted(Random(seed).sample(range(len(examples)), limit))
     return [examples[place] for place in kept]
-
-
-# --- the registry ------------------------------------------------------------------------------
-
-TASKS: Registry[Task] = Registry(
-    "task", ["drllm.tasks.published.*", "drllm.tasks.builtin"], error=TaskError
-)
-"""Every task by name. A module of `tasks/published` is found without being named anywhere."""
-
-Registered = TypeVar("Registered", Task, type[Task])
-
-
-def register(task: Registered) -> Registered:
-    """Register a task under its name; as a decorator of a class, an instance of it."""
-    made = task() if isinstance(task, type) else task
-    TASKS.register(made.name)(made)
-    return task
-
-
-def groups() -> dict[str, tuple[str, ...]]:
-    """Return the names that stand for several tasks wherever a list of tasks is given."""
-    found: dict[str, tuple[str, ...]] = {}
-    for name in TASKS:
-        if group := TASKS.get(name).group:
-            found[group] = (*found.get(group, ()), name)
-    return found
-
-
-def task_names() -> list[str]:
-    """Return the names of all tasks and groups, sorted."""
-    return sorted({*TASKS, *groups()})
-
-
-def is_task_name(name: str) -> bool:
-    """Say whether a name is that of a task, a group, an alias, or a file of questions.
-
-    Example:
-        >>> is_task_name("arc"), is_task_name("mine.jsonl"), is_task_name("lambada_openai")
-        (True, True, False)
-    """
-    return _own_name(name) in task_names() or name.endswith(FILE_NAMES)
-
-
-def get_task(name: str) -> Task:
-    """Return a task by name, or the task that a `.jsonl` file of the user's own describes.
-
-    Raises:
-        TaskError: No such name (with the nearest) or file, or the name of several tasks.
-
-    Example:
-        >>> get_task("builtin_facts").name
-        'builtin_facts'
-    """
-    if name.endswith(FILE_NAMES):
-        from drllm.tasks.files import task_of_file
-
-        return task_of_file(Path(name))
-    name = _own_name(name)
-    if name in TASKS:
-        return TASKS.get(name)
-    if members := groups().get(name):
-        raise TaskError(f"{name!r} stands for {', '.join(members)}; name one of them")
-    raise TaskError(unknown_name("task", name, task_names()) + ", or a .jsonl file")
-
-
-def get_tasks(names: str) -> list[Task]:
-    """Return the tasks of a comma list, in order; a group's name stands for its tasks.
-
-    Raises:
-        TaskError: An unknown name, an empty list, a task named twice (alone and by its group
-            too), or two files of the same name.
-
-    Example:
-        >>> [task.name for task in get_tasks("gsm8k,arc")]
-        ['gsm8k', 'arc_easy', 'arc_challenge']
-    """
-    given = [_own_name(name.strip()) for name in names.split(",") if name.strip()]
-    wanted = [name for one in given for name in groups().get(one, (one,))]
-    if not wanted:
-        raise TaskError(f"no task is named in {names!r}. Valid: {', '.join(task_names())}")
-    for name in wanted:
-        if wanted.count(name) > 1:
-            raise TaskError(f"task {name!r} is named twice in {names!r}; name it once")
-    tasks = {name: get_task(name) for name in wanted}
-    own_names = [task.name for task in tasks.values()]
-    for name in own_names:
-        if own_names.count(name) > 1:
-            raise TaskError(f"two tasks of {names!r} are named {name!r}; rename a file")
-    return list(tasks.values())
-
-
-def describe_tasks() -> list[tuple[str, str, str]]:
-    """Return name, rewards (the default first) and description of every task and group, by name.
-
-    Rewards are empty where a task is only evaluated.
-
-    Example:
-        >>> next(row for row in describe_tasks() if row[0] == "arc")
-        ('arc', 'loglikelihood, letter', 'stands for arc_easy, arc_challenge')
-    """
-    described = {name: TASKS.get(name).description for name in TASKS}
-    first = {name: name for name in TASKS}
-    for name, members in groups().items():
-        described[name], first[name] = f"stands for {', '.join(members)}", members[0]
-    return [
-        (name, ", ".join(TASKS.get(first[name]).rewards), what)
-        for name, what in sorted(described.items())
-    ]
-
-
-def _own_name(name: str) -> str:
-    """Return a task's own name for an alias; other names stay as they are."""
-    return next((each for each in TASKS if name in TASKS.get(each).aliases), name)

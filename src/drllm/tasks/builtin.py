@@ -14,9 +14,10 @@ from pathlib import Path
 import msgspec
 
 from drllm.records import read_json, read_json_lines, split_of
-from drllm.tasks.base import Example, Task, check_split, register
+from drllm.tasks.base import Example, Task, check_split
 from drllm.tasks.forms import BOXED, Options
 from drllm.tasks.published.readers import with_options
+from drllm.tasks.registry import register
 
 DATA = Path(__file__).parent / "data"
 NUM_CHOICES = 4

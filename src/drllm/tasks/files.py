@@ -6,12 +6,13 @@ Rows are `question`, `choices`, `answer`, or `question`, `answer`, `grader`. Loa
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 from drllm.errors import TaskError, unknown_name
 from drllm.records import question_key, split_of
-from drllm.tasks.base import Example, Row, Task, check_split, task_names
+from drllm.tasks.base import Example, Row, Task, check_split
 from drllm.tasks.forms import BOXED, LETTER_TOKENS, LETTERS, Generated, Options
 from drllm.tasks.grading import REWARDS, normalise
 from drllm.tasks.published.readers import with_options
@@ -41,17 +42,17 @@ FORMS = {
 GRADERS = tuple(name for name in REWARDS if not REWARDS.get(name).scores_options)
 
 
-def task_of_file(path: Path) -> FileTask:
-    """Return the task of a file, which is read once unless it changes."""
+def task_of_file(path: Path, taken: tuple[str, ...] = ()) -> FileTask:
+    """Return the task of a file, which is read once unless it changes; see `FileTask`."""
     if not path.is_file():
         return FileTask(path)  # which says what is there instead
     state = path.stat()
-    return _kept(path, state.st_mtime_ns, state.st_size)
+    return _kept(path, taken, state.st_mtime_ns, state.st_size)
 
 
 @functools.lru_cache(maxsize=8)
-def _kept(path: Path, _mtime_ns: int, _size: int) -> FileTask:
-    return FileTask(path)
+def _kept(path: Path, taken: tuple[str, ...], _mtime_ns: int, _size: int) -> FileTask:
+    return FileTask(path, taken)
 
 
 class FileTask(Task):
@@ -64,15 +65,16 @@ class FileTask(Task):
         path: A `.jsonl` or `.jsonl.gz` file. Rows are `question`, `choices` and `answer` (the
             right option's index from 0, its text, or its letter), or `question`, `answer` and
             `grader` (`letter`, `exact` or `boxed`), the same for all.
+        taken: Names of other tasks; a file of such a name is called `NAME_file`.
 
     Raises:
         TaskError: A missing, empty or broken file, or a row that can't be used.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, taken: Collection[str] = ()) -> None:
         self.path = path
         stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
-        self.name = f"{stem}_file" if stem in task_names() else stem
+        self.name = f"{stem}_file" if stem in taken else stem
         self.description = f"the questions of {path}"
         self._examples, grader = self._read()
         last = max(LETTERS.find(example.answer) for example in self._examples)

@@ -11,7 +11,7 @@ import yaml
 from drllm.pipeline import Recipe, read_recipe
 from drllm.supervision import check_settings
 from drllm.supervision.quotas import read_quotas
-from drllm.tasks.base import get_tasks
+from drllm.tasks.registry import get_tasks
 
 RECIPES = Path(__file__).resolve().parents[3] / "src" / "drllm" / "cli" / "recipes"
 LLAMA = "meta-llama/Llama-3.2-3B-Instruct"

@@ -14,7 +14,7 @@ from drllm.listener import Listener
 from drllm.pipeline import Recipe, read_recipe
 from drllm.pipeline.folder import Loader, RunFolder, RunManifest, StageDone, read_run
 from drllm.records import sha256, write_json
-from drllm.tasks.base import get_tasks
+from drllm.tasks.registry import get_tasks
 
 RECIPES = sorted(
     (Path(__file__).resolve().parents[3] / "src" / "drllm" / "cli" / "recipes").glob("*.yaml")

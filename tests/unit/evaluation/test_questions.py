@@ -16,7 +16,7 @@ from drllm.evaluation.questions import (
     tasks_of,
     worked_task,
 )
-from drllm.tasks.base import get_task, get_tasks
+from drllm.tasks.registry import get_task, get_tasks
 
 TASKS = get_tasks("arc_easy,hellaswag")
 

@@ -42,7 +42,7 @@ from drllm.records.latency import read_latency
 from drllm.records.results import read_results
 from drllm.statistics import non_inferiority
 from drllm.statistics.paired import holm
-from drllm.tasks.base import get_task
+from drllm.tasks.registry import get_task
 
 NUM_QUESTIONS = 24
 SYSTEMS = [

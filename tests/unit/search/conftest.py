@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.tasks.base import Task, get_task
+from drllm.tasks.base import Task
+from drllm.tasks.registry import get_task
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from drllm.records import FailedQuestion
 from drllm.search.batch import ATTEMPTS, search_batch, search_in_step
 from drllm.search.evaluator import Evaluator, gold_text, read
 from drllm.search.questions import Batch, ask
-from drllm.tasks.base import get_task
+from drllm.tasks.registry import get_task
 
 CONFIG = SearchConfig(num_simulations=4)
 

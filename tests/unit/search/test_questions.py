@@ -11,7 +11,8 @@ from drllm.config import SearchConfig
 from drllm.errors import ConfigError, TaskError
 from drllm.records import question_key
 from drllm.search.questions import batches_of, in_shard, questions_of
-from drllm.tasks.base import choose, get_task
+from drllm.tasks.base import choose
+from drllm.tasks.registry import get_task
 
 
 def ids(questions):

@@ -29,7 +29,8 @@ from drllm.search.evaluator import Evaluator
 from drllm.search.executors import LocalExecutor
 from drllm.search.questions import batches_of, questions_of
 from drllm.search.run import run_search
-from drllm.tasks.base import choose, get_task
+from drllm.tasks.base import choose
+from drllm.tasks.registry import get_task
 
 IDENTITY = {"id": "tiny", "num_layers": 6, "fingerprint": "0"}
 RUNTIME = {"dtype": "float32", "device": "cpu", "attn_implementation": "sdpa"}

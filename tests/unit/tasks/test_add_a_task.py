@@ -13,8 +13,8 @@ import yaml
 
 import drllm.tasks.published
 from drllm.evaluation.lm_eval.folders import task_folder
-from drllm.tasks.base import TASKS, describe_tasks, get_tasks, register
 from drllm.tasks.published import table
+from drllm.tasks.registry import TASKS, describe_tasks, get_tasks, register
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "add-a-task.md"
 ROW, ROW_TEST, MODULE, MODULE_TEST = re.findall(

@@ -8,16 +8,8 @@ import sys
 import pytest
 
 from drllm.errors import TaskError
-from drllm.tasks.base import (
-    TASKS,
-    Example,
-    Harness,
-    describe_tasks,
-    get_task,
-    get_tasks,
-    groups,
-    is_task_name,
-)
+from drllm.tasks.base import Example, Harness
+from drllm.tasks.registry import TASKS, describe_tasks, get_task, get_tasks, groups, is_task_name
 
 
 def test_every_name_in_the_table_is_the_name_of_its_task() -> None:
@@ -108,7 +100,7 @@ import importlib, pkgutil, sys
 import drllm.tasks
 for module in pkgutil.walk_packages(drllm.tasks.__path__, "drllm.tasks."):
     importlib.import_module(module.name)
-from drllm.tasks.base import get_task
+from drllm.tasks.registry import get_task
 from drllm.tasks.grading import grade
 for name, reward in (("builtin_facts", "letter"), ("builtin_arithmetic", "boxed")):
     task = get_task(name)

@@ -15,9 +15,10 @@ import pytest
 from drllm.config import SPLITS
 from drllm.errors import TaskError
 from drllm.records import question_key
-from drllm.tasks.base import Example, get_task
+from drllm.tasks.base import Example
 from drllm.tasks.builtin import Relation, distractors, problems, relations
 from drllm.tasks.grading import grade, score_choices
+from drllm.tasks.registry import get_task
 
 if TYPE_CHECKING:
     from drllm.models.base.load import BaseModel
@@ -40,7 +41,7 @@ DIGESTS = {
 """Of all that is asked; runs of earlier versions asked the same."""
 
 DIGEST = (
-    "import hashlib, sys; from drllm.tasks.base import get_task;"
+    "import hashlib, sys; from drllm.tasks.registry import get_task;"
     "print(hashlib.sha256(repr([(e.id, e.question, e.choices, e.gold, e.answer)"
     " for e in get_task(sys.argv[1]).examples(sys.argv[2])]).encode()).hexdigest()[:16])"
 )

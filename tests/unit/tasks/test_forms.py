@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from drllm.errors import TaskError
-from drllm.tasks.base import Example, get_task
+from drllm.tasks.base import Example
 from drllm.tasks.forms import BOXED, LETTERS, Options
 from drllm.tasks.grading import grade
+from drllm.tasks.registry import get_task
 
 OPTIONS = Options()
 

@@ -15,9 +15,9 @@ import pytest
 from drllm.config import SPLITS
 from drllm.errors import TaskError
 from drllm.records import split_of
-from drllm.tasks.base import TASKS, get_task
 from drllm.tasks.published import task
 from drllm.tasks.published.task import SPLITS_OF, PublishedTask, find_file
+from drllm.tasks.registry import TASKS, get_task
 
 ARC_EASY, COMMONSENSE_QA, GSM8K = map(get_task, ("arc_easy", "commonsense_qa", "gsm8k"))
 ROWS = [

@@ -15,10 +15,11 @@ import pytest
 from drllm.config import SPLITS
 from drllm.errors import TaskError
 from drllm.records import question_key
-from drllm.tasks.base import TASKS, Example, get_task, get_tasks
+from drllm.tasks.base import Example
 from drllm.tasks.grading import grade, normalise
 from drllm.tasks.published.readers import UNANSWERABLE
 from drllm.tasks.published.task import PublishedTask
+from drllm.tasks.registry import TASKS, get_task, get_tasks
 
 AWKWARD = ' What is {{x}} in {question}?\nIt\'s "<b>" é \n '
 LABELLED = {

@@ -146,7 +146,7 @@ def task_folder(
             worked examples than asked for, or a task that can't have any.
 
     Example:
-        >>> from drllm.tasks.base import get_tasks
+        >>> from drllm.tasks.registry import get_tasks
         >>> [task], files = task_folder(get_tasks("builtin_facts"),
         ...                             split="test", limit=10, seed=0, data_dir=None)
         >>> task.harness_name, task.metric_key, task.num_questions, task.chance, list(files.tasks)

@@ -14,8 +14,8 @@ from typing import Any
 
 from drllm.errors import ConfigError, TaskError, unknown_name
 from drllm.evaluation.lm_eval.folders import FolderFiles, HarnessTask, task_folder
-from drllm.tasks.base import get_tasks, groups, is_task_name, task_names
 from drllm.tasks.published.task import PublishedTask
+from drllm.tasks.registry import get_tasks, groups, is_task_name, task_names
 
 SEED = 0
 """Of drawing `--limit` questions."""

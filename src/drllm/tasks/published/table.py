@@ -7,10 +7,11 @@ from typing import Any
 
 import yaml
 
-from drllm.tasks.base import OPTIONS_REWARD, Form, Function, Harness, register
+from drllm.tasks.base import OPTIONS_REWARD, Form, Function, Harness
 from drllm.tasks.forms import BOXED, Generated, Options
 from drllm.tasks.published import readers
 from drllm.tasks.published.task import PublishedTask
+from drllm.tasks.registry import register
 
 SETS = Path(__file__).with_name("sets.yaml")
 

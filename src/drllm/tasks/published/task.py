@@ -15,7 +15,6 @@ from drllm.config import SPLITS
 from drllm.errors import TaskError
 from drllm.records import question_key, split_of
 from drllm.tasks.base import (
-    TASKS,
     Example,
     Form,
     Harness,
@@ -25,6 +24,7 @@ from drllm.tasks.base import (
     check_split,
     shots_split,
 )
+from drllm.tasks.registry import TASKS
 from drllm.tasks.rows import read_rows
 
 SPLITS_OF: dict[str, tuple[str, ...]] = {

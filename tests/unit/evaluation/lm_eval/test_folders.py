@@ -14,9 +14,10 @@ import pytest
 from drllm.errors import ConfigError, TaskError
 from drllm.evaluation.lm_eval.folders import HarnessTask, task_folder
 from drllm.records import question_key
-from drllm.tasks.base import OPTIONS_REWARD, Example, Task, get_task, get_tasks
+from drllm.tasks.base import OPTIONS_REWARD, Example, Task
 from drllm.tasks.files import FileTask
 from drllm.tasks.published.task import PublishedTask
+from drllm.tasks.registry import get_task, get_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness and what it imports
 
