@@ -80,14 +80,17 @@ def find_recipe(given: Path) -> Path:
     Raises:
         ConfigError: No such file, and no such name.
     """
+    names = [str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml")]
     if given.suffix or given.is_absolute() or given.is_file():
+        same = [name for name in names if Path(name).name == given.stem]
+        if same and not given.exists():
+            raise ConfigError(
+                f"{given} doesn't exist; recipes of ours go by name: {' or '.join(sorted(same))}"
+            )
         return given
     ours = RECIPES / f"{given}.yaml"
     if not ours.is_file():
-        names = [path.relative_to(RECIPES).with_suffix("") for path in RECIPES.rglob("*.yaml")]
-        raise ConfigError(
-            unknown_name("recipe", str(given), map(str, names)) + "; or give a YAML file"
-        )
+        raise ConfigError(unknown_name("recipe", str(given), names) + "; or give a YAML file")
     return ours
 
 
