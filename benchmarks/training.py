@@ -452,7 +452,7 @@ def repeated(features: Features, size: tuple[int, int, int], folder: Path, base:
     identity = {**base.identity, "num_layers": L, "hidden_size": D}
     manifest = new_manifest("features", model=identity, config={"num_windows": W})
     store = Store(folder)
-    with store.opened(manifest, (N, L, W, D)):
+    with store.opened(manifest, (N, L, W, D), Listener().note):
         for start in range(0, N, WRITTEN_AT_ONCE):
             part = rows[start : start + WRITTEN_AT_ONCE]
             places = list(range(start, start + len(part)))
@@ -470,7 +470,8 @@ def fit_there(folder: Path, clock: Clock) -> dict[str, Any]:
     """Fit the features of a folder with the paper's settings, in a process that does only this."""
     told = json.loads((folder / "examples.json").read_text())
     store = Store(folder)
-    with store.opened(json.loads(store.manifest_path.read_text()), tuple(told["shape"])):
+    manifest = json.loads(store.manifest_path.read_text())
+    with store.opened(manifest, tuple(told["shape"]), Listener().note):
         pass
     features = Features(
         means=store.means,
