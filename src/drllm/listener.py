@@ -49,3 +49,18 @@ class Listener:
 
 def _ignore(done: float, total: int, note: str = "") -> None:
     """Hear of progress and do nothing."""
+
+
+def duration(seconds: float) -> str:
+    """Write a time for people.
+
+    Example:
+        >>> duration(3.21), duration(75.0), duration(7260.0)
+        ('3.2 s', '1 min 15 s', '2 h 1 min')
+    """
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

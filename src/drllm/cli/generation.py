@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drllm.cli.stages import attached, model_of, read_routers
-from drllm.cli.terminal import Terminal, draw_route, duration
+from drllm.cli.terminal import Terminal, draw_route
 from drllm.cli.verbs import VERBS, Flag, Request, verb
 from drllm.config import DepthConfig, GenerateConfig, ModelConfig
 from drllm.config.settings import flag_of
 from drllm.cost import executions, mean_executions
 from drllm.errors import ConfigError, TaskError
+from drllm.listener import duration
 from drllm.pipeline.folder import loaded
 from drllm.records import write_atomically
 from drllm.records.places import check_file

@@ -7,9 +7,10 @@ from pathlib import Path
 from drllm import pipeline
 from drllm.cli.show_results import show_results
 from drllm.cli.show_sweep import show_sweep
-from drllm.cli.terminal import Terminal, duration
+from drllm.cli.terminal import Terminal
 from drllm.cli.verbs import Flag, Request, verb
 from drllm.errors import ConfigError, unknown_name
+from drllm.listener import duration
 from drllm.reporting.sweeps import SWEEP_FILE
 
 RUNS = Path("runs")

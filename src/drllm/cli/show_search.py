@@ -13,10 +13,11 @@ from typing import Any
 
 from rich.text import Text
 
-from drllm.cli.terminal import Terminal, duration, new_table
+from drllm.cli.terminal import Terminal, new_table
 from drllm.config import SuperviseConfig
 from drllm.cost import distinct_executions
 from drllm.errors import RecordError
+from drllm.listener import duration
 from drllm.paths import Decision, Decisions
 from drllm.records import FailedQuestion, Retest, SearchRecord, TriedPath, read_manifest
 from drllm.reporting.edits import EditEffect, edit_effects

@@ -16,11 +16,12 @@ from drllm.cli.show import show
 from drllm.cli.show_results import show_results
 from drllm.cli.show_search import show_search
 from drllm.cli.show_supervision import say_written
-from drllm.cli.terminal import Terminal, duration, new_table
+from drllm.cli.terminal import Terminal, new_table
 from drllm.cli.verbs import Flag, Request, verb
 from drllm.config import EvaluateConfig, ModelConfig, SearchConfig, SuperviseConfig, TrainConfig
 from drllm.errors import CheckpointError, ConfigError
 from drllm.evaluation.questions import check_output, tasks_of
+from drllm.listener import duration
 from drllm.pipeline.folder import check_targets, loaded
 from drllm.pipeline.recipes import check_tracking
 from drllm.records import (

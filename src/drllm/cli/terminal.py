@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from drllm.errors import printable
-from drllm.listener import Listener
+from drllm.listener import Listener, duration
 from drllm.paths import Decision, sketch
 
 PLAIN_WIDTH = 120
@@ -260,21 +260,6 @@ def draw_route(decisions: Sequence[int]) -> Text:
         Text.assemble((sketch([kind]), STYLES[kind]), f" {name}") for kind, name in kinds
     )
     return text.append(margin).append_text(legend)
-
-
-def duration(seconds: float) -> str:
-    """Write a time for people.
-
-    Example:
-        >>> duration(3.21), duration(75.0), duration(7260.0)
-        ('3.2 s', '1 min 15 s', '2 h 1 min')
-    """
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _rate(rate: float) -> str:

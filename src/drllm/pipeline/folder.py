@@ -23,7 +23,7 @@ from drllm.config import EvaluateConfig, ModelConfig
 from drllm.errors import RecordError
 from drllm.evaluation.baselines.registry import files_needed
 from drllm.evaluation.questions import chosen_on
-from drllm.listener import Listener
+from drllm.listener import Listener, duration
 from drllm.pipeline.recipes import Recipe, read_recipe
 from drllm.records import (
     SCHEMA_VERSION,
@@ -280,7 +280,7 @@ class RunFolder:
             if name == names[0]:
                 self._keep_recipe()
             times.append(StageTime(name, self.manifest.stages[name].seconds, skipped))
-            took = "done before" if skipped else f"{times[-1].seconds:.1f} s"
+            took = "done before" if skipped else duration(times[-1].seconds)
             self.listener.note(f"[{number}/{len(names)}] {name}: {took}")
         return times
 

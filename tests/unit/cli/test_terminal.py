@@ -10,7 +10,8 @@ from rich.console import Console
 
 import drllm
 from drllm.cli import terminal as terminal_module
-from drllm.cli.terminal import Progress, Terminal, duration, new_table
+from drllm.cli.terminal import Progress, Terminal, new_table
+from drllm.listener import duration
 
 
 class Clock:
