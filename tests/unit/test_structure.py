@@ -19,7 +19,7 @@ MODULES = sorted(
     for file in (SOURCE / "drllm").rglob("*.py")
 )
 MAXIMUM_LINES = 600
-HEAVY = ("torch", "transformers", "datasets", "matplotlib", "lm_eval")
+HEAVY = ("torch", "transformers", "datasets", "matplotlib", "lm_eval", "scipy")
 
 FRESH = """
 import json, runpy, sys

@@ -27,7 +27,7 @@ IN_A_FOLDER = (
     example="drllm run demo --output-dir runs/demo",
     flags=(
         Flag(
-            "recipe", "YAML file, or the name of a recipe of ours", required=True, positional=True
+            "recipe", "YAML file, or the name of a packaged recipe", required=True, positional=True
         ),
         *IN_A_FOLDER,
     ),
@@ -54,7 +54,7 @@ def run(request: Request, terminal: Terminal) -> None:
     flags=(
         Flag(
             "sweep",
-            "YAML file, or the name of a sweep of ours: a recipe, and under 'settings' what "
+            "YAML file, or the name of a packaged sweep: a recipe, and under 'settings' what "
             "differs from it",
             required=True,
             positional=True,
@@ -76,7 +76,7 @@ def sweep(request: Request, terminal: Terminal) -> None:
 
 
 def find_recipe(given: Path) -> Path:
-    """Return the file of a recipe or sweep, given as a file or as the name of one of ours.
+    """Return the file of a recipe or sweep, given as a file or by the name of a packaged one.
 
     Raises:
         ConfigError: No such file, and no such name.
@@ -85,9 +85,8 @@ def find_recipe(given: Path) -> Path:
     if given.suffix or given.is_absolute() or given.is_file():
         same = [name for name in names if Path(name).name == given.stem]
         if same and not given.exists():
-            raise ConfigError(
-                f"{given} doesn't exist; recipes of ours go by name: {' or '.join(sorted(same))}"
-            )
+            known = " or ".join(sorted(same))
+            raise ConfigError(f"{given} doesn't exist; packaged recipes are run by name: {known}")
         return given
     ours = RECIPES / f"{given}.yaml"
     if not ours.is_file():

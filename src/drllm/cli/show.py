@@ -1,4 +1,4 @@
-"""`drllm show`: any file or folder of ours in readable form. Loads no torch."""
+"""`drllm show`: prints any file or folder that drllm wrote. Loads no torch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Renderer = Callable[[Path, Terminal], None]
 
 @verb(
     "show",
-    help="print any file or folder of ours in readable form",
+    help="print any file or folder that drllm wrote",
     example="drllm show runs/demo",
     flags=(
         Flag(
@@ -56,7 +56,7 @@ Renderer = Callable[[Path, Terminal], None]
     ),
 )
 def show_place(request: Request, terminal: Terminal) -> None:
-    """Print a file or folder of ours."""
+    """Print a file or folder that drllm wrote."""
     place, question = request.path("place"), request.values["question"]
     if question is None:
         show(place, terminal)
@@ -72,10 +72,10 @@ def show_place(request: Request, terminal: Terminal) -> None:
 
 
 def show(place: Path, terminal: Terminal) -> None:
-    """Print any file or folder of ours in readable form.
+    """Print any file or folder that drllm wrote.
 
     Raises:
-        RecordError: Nothing there, nothing of ours, or a file that can't be trusted.
+        RecordError: Nothing there, nothing that drllm wrote, or a file that can't be trusted.
     """
     if place.name == CHUNKS_FOLDER and place.is_dir():
         show_unfinished(place, terminal)

@@ -16,7 +16,6 @@ from statistics import NormalDist, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import gammaln, xlog1py, xlogy
 
 from drllm.bisection import bisect
 from drllm.statistics.intervals import Floats
@@ -213,6 +212,9 @@ def _outcomes(n: int, discordant: float) -> _Outcomes:
 
 def _binomial(successes: Any, trials: Any, share: float) -> Floats:
     """Return probabilities of so many successes; 0 where they are more than the trials."""
+    # Here, since every command imports this module and few of them compute a power.
+    from scipy.special import gammaln, xlog1py, xlogy
+
     failures = np.maximum(0.0, trials - successes)
     logs = gammaln(trials + 1) - gammaln(successes + 1) - gammaln(failures + 1)
     logs = logs + xlogy(successes, share) + xlog1py(failures, -share)
