@@ -36,7 +36,7 @@ from drllm.records import (
 )
 from drllm.records.path_files import read_path_file
 from drllm.records.places import check_file, check_folder
-from drllm.records.searched import SearchRecords
+from drllm.records.search import SearchRecords
 from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision.select import supervise, targets, write
 

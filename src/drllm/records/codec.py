@@ -35,6 +35,9 @@ Upgrade = Callable[[bytes, str], bytes]
 """Rewrites a line (the second argument says where it is) of an older version as one of ours."""
 
 
+_ENCODER = msgspec.json.Encoder()
+
+
 class _Version(msgspec.Struct):
     schema_version: int = 0
     drllm_version: str = "of another version"
@@ -240,9 +243,6 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-_ENCODER = msgspec.json.Encoder()
-
-
 @functools.cache
 def _host() -> str:
     """Tell machines that share a folder apart, as process ids are each machine's own."""
@@ -311,12 +311,11 @@ def _refuse_newer(data: bytes | str, where: str) -> None:
 
 
 def _not_finite(value: Any, place: str) -> Iterator[tuple[str, float]]:
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            yield place, value
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place, value
     elif isinstance(value, dict):
         for name, each in value.items():
-            yield from _not_finite(each, f"{place}.{name}" if place else str(name))
+            yield from _not_finite(each, f"{place}.{name}".lstrip("."))
     elif isinstance(value, (list, tuple)):
         for index, each in enumerate(value):
             yield from _not_finite(each, f"{place}[{index}]")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,15 +18,11 @@ SCHEMA = "drllm.latency"
 
 
 class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One system reading (`prefill`) or decoding a batch.
+    """One system reading (`prefill`) or decoding a batch, once a round.
 
     Attributes:
-        system: Its name.
-        phase: What it does.
-        batch_size: Rows.
         num_tokens: Read in one timing, over all rows.
         executions: Mean layer executions a forward pass, by the routes taken.
-        seconds: Of each round.
     """
 
     system: str
@@ -57,19 +54,11 @@ class Rounds(msgspec.Struct, frozen=True, kw_only=True):
     lowest: float
     highest: float
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Rounds:
-        """Sum up one value a round, at least one."""
-        return cls(median=statistics.median(values), lowest=min(values), highest=max(values))
-
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Measured times of several systems, which took turns in every round.
 
-    Attributes:
-        prompt_tokens: Of every prompt.
-        new_tokens: Decoded in one timing, each row.
-        timings: One for each system, phase and batch size.
+    Every prompt has `prompt_tokens`, and `new_tokens` are decoded in one timing, each row.
     """
 
     prompt_tokens: int
@@ -106,7 +95,7 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def ratio(self, above: str, below: str, phase: str, batch_size: int) -> Rounds:
         """Return how many times as long one system took as another in the same round."""
-        return Rounds.of([a / b for a, b in self._pairs(above, below, phase, batch_size)])
+        return self._compared(operator.truediv, above, below, phase, batch_size)
 
     def router_seconds(self, batch_size: int) -> Rounds:
         """Return what the routers take while a batch is read: differences within a round.
@@ -114,28 +103,18 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Between routers whose every answer is to execute and a routed model without routers. Noise
         can make it negative. In decode routers don't run.
         """
-        pairs = self._pairs(ROUTERS_EXECUTE, ATTACHED, PREFILL, batch_size)
-        return Rounds.of([a - b for a, b in pairs])
+        return self._compared(operator.sub, ROUTERS_EXECUTE, ATTACHED, PREFILL, batch_size)
 
-    def _pairs(
-        self, first: str, second: str, phase: str, batch_size: int
-    ) -> Iterator[tuple[float, float]]:
-        ours, theirs = (self.of(system, phase, batch_size) for system in (first, second))
-        return zip(ours.seconds, theirs.seconds, strict=True)
+    def _compared(
+        self, how: Callable[[float, float], float], one: str, other: str, phase: str, size: int
+    ) -> Rounds:
+        ours, theirs = self.of(one, phase, size).seconds, self.of(other, phase, size).seconds
+        found = list(map(how, ours, theirs))
+        return Rounds(median=statistics.median(found), lowest=min(found), highest=max(found))
 
 
 class Latency(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One `eval/latency.json`.
-
-    Attributes:
-        runtime: How the base model ran: dtype, device, attention, num_threads.
-        machine: In words.
-        routers: Their folder.
-        routers_sha256: Hash of their weights.
-        num_prompts: Different prompts that were timed.
-        systems: System → what it is.
-        measured: The times; base and routed are always there.
-    """
+    """One `eval/latency.json`; base and routed are always among what was measured."""
 
     runtime: dict[str, Any]
     machine: str

@@ -18,13 +18,7 @@ LAYERS_FILE = "layers.json"
 
 
 class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One `layers.json`.
-
-    Attributes:
-        epoch: Whose weights the routers have.
-        train: On the targets trained on.
-        validation: On those held out, if any are.
-    """
+    """One `layers.json`: counts on the targets trained on, and on those held out, if any are."""
 
     schema: Literal["drllm.layers"] = "drllm.layers"
     schema_version: Literal[1] = 1
@@ -66,13 +60,7 @@ def read_layers(path: Path) -> Layers:
 
 
 class Bin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Decisions of like confidence.
-
-    Attributes:
-        decisions: How many.
-        confidence: Mean probability of what was decided.
-        hits: Mean share that the targets give to it.
-    """
+    """Decisions of like confidence: how many, and the means of confidence and hits."""
 
     decisions: int
     confidence: float
@@ -83,18 +71,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """How far routers' probabilities can be believed: `training.calibration` of their config.
 
     Both errors are measured on the targets that the temperature is fitted on; of one number on
-    thousands of decisions that flatters little, but it does.
-
-    Attributes:
-        temperature: Fits the held-out targets best; above 1 the routers were too sure.
-        num_decisions: How many it was measured on.
-        nll_before: Mean negative log-likelihood of the targets, in nats a decision, as they are.
-        nll_after: The same at the temperature.
-        reliability_before: Confidence and hits, as they are; empty where it wasn't kept.
-        reliability_after: The same at the temperature.
-        ece_before: Expected calibration error, a share, as they are.
-        ece_after: The same at the temperature.
-        bins: How many there are at most.
+    thousands of decisions that flatters little, but it does. Bins are missing in older files.
     """
 
     temperature: float
@@ -124,19 +101,14 @@ def calibration_of(config: Mapping[str, Any], where: str) -> Calibration | None:
 
 def _check_confusions(counts: Counts) -> None:
     size = len(DECISIONS)
-    for layer in counts.confusion:
+    for layer in counts.confusion or [()]:
         cells = [cell for row in layer for cell in row]
         if (
             [len(row) for row in layer] != [size] * size
-            or min(cells) < 0
-            or any(cell != int(cell) for cell in cells)
-            or sum(cells) != counts.examples
+            or any(cell < 0 or cell != int(cell) for cell in cells)
+            or not sum(cells) == counts.examples > 0
         ):
-            break
-    else:
-        if counts.confusion and counts.examples > 0:
-            return
-    raise ValueError(
-        f"`confusion` isn't {size} x {size} counts a layer that add up to the {counts.examples} "
-        f"examples"
-    )
+            raise ValueError(
+                f"`confusion` isn't {size} x {size} counts a layer that add up to the "
+                f"{counts.examples} examples"
+            )

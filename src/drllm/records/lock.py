@@ -1,7 +1,7 @@
 """One writer at a time in a folder.
 
 The operating system releases the lock when its process ends, however it ends, so a killed run
-blocks nobody. Loads no torch.
+blocks nobody.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -28,14 +28,7 @@ from drllm.records.codec import (
 LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "math-verify")
 
 
-class _Record(Protocol):
-    @property
-    def id(self) -> str: ...
-    @property
-    def task(self) -> str: ...
-
-
-Record = TypeVar("Record", bound=_Record)
+T = TypeVar("T", bound=Any)
 
 
 class _Summary(msgspec.Struct):
@@ -100,6 +93,10 @@ def new_manifest(
         extra: More keys of the stage's own.
     """
     distinct = len({file.name for file in inputs}) == len(inputs)
+    libraries = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            libraries[name] = importlib.metadata.version(name)
     return {
         "schema": f"drllm.{schema}",
         "schema_version": SCHEMA_VERSION,
@@ -108,22 +105,13 @@ def new_manifest(
         "model": dict(model),
         "config": dict(config),
         "inputs": {file.name if distinct else str(file): sha256(file) for file in inputs},
-        "libraries": {name: found for name in LIBRARIES if (found := _version(name))},
+        "libraries": libraries,
         **(extra or {}),
     }
 
 
-def _version(library: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(library)
-    return None
-
-
 def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
-    """Read the manifest of a records file.
-
-    Returns:
-        The manifest, or None where there is none (a file of the user's own).
+    """Read the manifest of a records file; None where there is none (a file of the user's own).
 
     Raises:
         RecordError: A broken manifest, one of another kind of file, or of a newer version.
@@ -144,9 +132,7 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
     return manifest
 
 
-def read_records(
-    path: Path, kind: type[Record], schema: str, upgrade: Upgrade | None = None
-) -> list[Record]:
+def read_records(path: Path, kind: type[T], schema: str, upgrade: Upgrade | None = None) -> list[T]:
     """Read and check a whole records file.
 
     Args:
@@ -160,7 +146,7 @@ def read_records(
             its manifest was written for; an id that a task has twice.
     """
     manifest = read_manifest(path, schema)
-    records: list[Record] = []
+    records: list[T] = []
     seen: dict[tuple[str, str], int] = {}
     for line, record in read_json_lines(path, kind, upgrade):
         earlier = seen.setdefault((record.task, record.id), line)
@@ -191,13 +177,12 @@ def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any
         records: What becomes one line each.
         manifest: From `new_manifest`; gets the number of records and the file's hash.
     """
-    text = to_lines(records)
+    text, about = to_lines(records), manifest_path(path)
     refuse_odd_file(path, "write")
-    if refuse_odd_file(manifest_path(path), "write"):
+    if refuse_odd_file(about, "write"):
         try:
-            manifest_path(path).unlink()  # never a new file with an old manifest
+            about.unlink()  # never a new file with an old manifest
         except OSError as error:
-            raise RecordError(f"can't write {manifest_path(path)}: {error.strerror}") from error
+            raise RecordError(f"can't write {about}: {error.strerror}") from error
     write_atomically(path, text)
-    complete = {**manifest, "num_records": text.count("\n"), "sha256": sha256(path)}
-    write_json(manifest_path(path), complete)
+    write_json(about, {**manifest, "num_records": text.count("\n"), "sha256": sha256(path)})

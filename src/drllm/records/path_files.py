@@ -43,17 +43,19 @@ class PathFile:
         Raises:
             PathError: Values that this model can't run, or that could be decisions and a path.
         """
-        can_be_decisions = len(self.values) == num_layers and set(self.values) <= {0, 1, 2}
-        can_be_decisions = can_be_decisions and any(self.values)
-        can_be_path = set(self.values) <= set(range(num_layers))
-        if self.kind is None and can_be_decisions and can_be_path:
-            numbers = f"[{self.values[0]}, …]"
-            raise PathError(
-                f"{self.file}: {num_layers} numbers from 0 to 2 can be decisions or a path of this "
-                f'model; write {{"decisions": {numbers}}} or {{"path": {numbers}}} to say which'
-            )
+        distinct, kind = set(self.values), self.kind
+        if kind is None:
+            is_one_a_layer = len(self.values) == num_layers
+            kind = "decisions" if is_one_a_layer and {0} != distinct <= {0, 1, 2} else "path"
+            if kind == "decisions" and distinct <= set(range(num_layers)):
+                numbers = f"[{self.values[0]}, …]"
+                raise PathError(
+                    f"{self.file}: {num_layers} numbers from 0 to 2 can be decisions or a path of "
+                    f'this model; write {{"decisions": {numbers}}} or {{"path": {numbers}}} to say '
+                    f"which"
+                )
         try:
-            if self.kind == "decisions" or (self.kind is None and can_be_decisions):
+            if kind == "decisions":
                 return to_path(check_decisions(self.values, num_layers))
             return check_path(self.values, num_layers)
         except PathError as error:

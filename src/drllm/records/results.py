@@ -1,9 +1,7 @@
 """The results of an evaluation: `eval/TASK.json` and `eval/samples.jsonl`.
 
-Evaluation writes these structs; reports and `drllm show` read them. What follows from other values
-(such as shares saved) is a property and not in the files.
-
-Axes: L layers.
+Evaluation writes these structs; reports and `drllm show` read them. `docs/formats.md` says of each
+field what it means. What follows from other values is a property and not in the files.
 """
 
 from __future__ import annotations
@@ -17,8 +15,8 @@ import msgspec
 
 from drllm.errors import RecordError
 from drllm.paths import Decisions, check_decisions
-from drllm.records.codec import read_json, read_json_lines, sha256
-from drllm.records.manifest import read_manifest
+from drllm.records.codec import read_json
+from drllm.records.manifest import read_records
 from drllm.statistics.non_inferiority import Choice
 from drllm.statistics.verdicts import Differences
 
@@ -60,26 +58,9 @@ class Flops(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One system's result on one task, at the depth that the routers were trained for.
 
-    Attributes:
-        name: `base`, `routed`, or a baseline's name.
-        description: What it is, in words.
-        accuracy: Share of questions answered right; where answers are graded, the mean grade.
-        interval: 95 % interval of the accuracy.
-        executions: Mean layer executions a forward pass, in layer equivalents.
-        gold_logprob: Mean log-probability of the right option among the options, in nats.
-        seconds: Measured wall time of one draw.
-        draws: Random draws that the numbers are means over.
-        source: Where a baseline comes from.
-        fitted_on: What a baseline was fitted on.
-        reads_question: Whether a baseline's decisions follow from the question.
-        metrics: Means of all that the harness says of the answers.
-        text_loss: Mean next-token loss on the questions' texts, in nats a token.
-        decode_executions: Mean executions a generated token; None where options are scored.
-        prompt_flops: Derived; a mean over questions.
-        kv_bytes_per_token: Derived; likewise.
-        unchanged_routes: Share of questions that a permutation left their route.
-        against_base: What the system has more than base; None for base.
-        routed_against: What the routed model has more than the system; None for base and routed.
+    Executions are means a forward pass, in layer equivalents, `decode_executions` those a generated
+    token; log-probabilities and losses are in nats; intervals are of 95 %. `against_base` is what
+    the system has more than base, `routed_against` what the routed model has more than the system.
     """
 
     name: str
@@ -107,19 +88,7 @@ class System(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One system at one depth.
-
-    Attributes:
-        system: Its name.
-        setting: The depth in words ("20 % saved"); empty for base.
-        executions: Mean a forward pass, in layer equivalents.
-        accuracy: As `System`'s.
-        interval: Its 95 % interval.
-        gold_logprob: As `System`'s.
-        text_loss: As `System`'s.
-        against_base: What it has more than base; None for base.
-        routed_against: What the routed model of the same setting has more; None for that and base.
-    """
+    """One system at one depth, which is said in words ("20 % saved"; empty for base)."""
 
     system: str
     setting: str
@@ -162,17 +131,9 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Seeds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What routers of several seeds did at one depth.
+    """What routers of several seeds did at one depth; empty for the one they were trained for.
 
-    Attributes:
-        setting: The depth in words; empty for the one that they were trained for.
-        num_seeds: How many could be had at it.
-        accuracy: Between the seeds.
-        executions: Likewise.
-        gold_logprob: Likewise; None where unknown.
-        text_loss: Likewise.
-        against_base: What the mean over the seeds has more than base.
-        against_permuted: The same, than the mean over the seeds' own routes permuted.
+    The differences are of the mean over the seeds: to base, and to their own routes permuted.
     """
 
     setting: str
@@ -186,24 +147,7 @@ class Seeds(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One `eval/TASK.json`.
-
-    Attributes:
-        runtime: How the base model ran: dtype, device, attention.
-        kind: `choices` (options are scored) or `generated`.
-        metric: The metric that counts.
-        num_fewshot: Worked examples before each question.
-        chance: Accuracy of guessing.
-        routers: Their folder.
-        routers_sha256: Hash of their weights.
-        other_seeds: Folders of routers of other seeds, with the hashes of their weights.
-        systems: Base first.
-        curve: Base, then the systems at other depths; empty if none were asked for.
-        seeds: Depth by depth; empty where there was one seed.
-        choice: The certified choice, if one was asked for.
-        not_compared: Methods that a reader will look for, and why they aren't compared.
-        findings: What the comparisons show, in sentences.
-    """
+    """One `eval/TASK.json`; `systems` and `curve` (empty if not asked for) begin with base."""
 
     runtime: dict[str, Any]
     task: str
@@ -310,8 +254,8 @@ class Result(Evaluation, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def routes(self, name: str = ROUTED) -> list[Decisions]:
         """Return the decisions that a system took on the questions, in their order."""
-        outcomes = [sample.systems.get(name) for sample in self.samples]
-        return [each.decisions for each in outcomes if each is not None and each.decisions]
+        outcomes = [sample.systems[name] for sample in self.samples if name in sample.systems]
+        return [outcome.decisions for outcome in outcomes if outcome.decisions]
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -379,31 +323,23 @@ def read_results(folder: Path) -> list[Result]:
                 f"{path} holds task {evaluation.task!r}, and so does another file of {folder}; "
                 f"keep one result a task"
             )
-        own = samples.get(evaluation.task, ())
+        own = tuple(samples.get(evaluation.task, ()))
         _check_samples(path, evaluation, own)
-        values = {name: getattr(evaluation, name) for name in evaluation.__struct_fields__}
+        values = msgspec.structs.asdict(evaluation)
         found[evaluation.task] = Result(**values, samples=own)
     return list(found.values())
 
 
-def read_samples(path: Path) -> dict[str, tuple[Sample, ...]]:
+def read_samples(path: Path) -> dict[str, list[Sample]]:
     """Read `samples.jsonl` by task; empty where it is absent.
 
     Raises:
         RecordError: A file that can't be trusted.
     """
-    if not path.exists():
-        return {}
-    manifest = read_manifest(path, "samples") or {}
-    if manifest and manifest.get("sha256") != sha256(path):
-        raise RecordError(
-            f"{path} was changed or cut off after it was written (its manifest has another hash); "
-            f"evaluate again"
-        )
     samples: dict[str, list[Sample]] = {}
-    for _, sample in read_json_lines(path, Sample):
+    for sample in read_records(path, Sample, "samples") if path.exists() else ():
         samples.setdefault(sample.task, []).append(sample)
-    return {task: tuple(found) for task, found in samples.items()}
+    return samples
 
 
 # --- checks ------------------------------------------------------------------------------------
@@ -411,9 +347,7 @@ def read_samples(path: Path) -> dict[str, tuple[Sample, ...]]:
 
 def _check_samples(path: Path, evaluation: Evaluation, samples: Sequence[Sample]) -> None:
     """Refuse samples that can't be those that the result was computed from."""
-    if not samples:
-        return
-    if len(samples) != evaluation.num_questions:
+    if samples and len(samples) != evaluation.num_questions:
         raise RecordError(
             f"{path} counts {evaluation.num_questions} questions, {SAMPLES_FILE} has "
             f"{len(samples)} of task {evaluation.task!r}; they are of different evaluations"

@@ -51,13 +51,14 @@ _HALF_WRITTEN = re.compile(r"\.(.+)\.[0-9a-f]{8}-\d+-[0-9a-f]{8}")
 _SECTIONS = ("settings", "config")
 """Parts of an identity whose names say nothing to a user."""
 _ABSENT: Any = object()
+_VERSION = importlib.metadata.version("drllm")
 
 logger = logging.getLogger(__name__)
 
 
 class _Marker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     schema_version: int = SCHEMA_VERSION
-    drllm_version: str = importlib.metadata.version("drllm")
+    drllm_version: str = _VERSION
     identity: dict[str, Any]
     later: dict[str, Any]
 
@@ -80,9 +81,7 @@ class Chunks:
     def __init__(
         self, folder: Path, identity: Mapping[str, Any], *, stage: str, flag: str = "--output-dir"
     ) -> None:
-        self.folder = folder
-        self.stage = stage
-        self.flag = flag
+        self.folder, self.stage, self.flag = folder, stage, flag
         self._identity = _plain(identity)
         self._later: dict[str, Any] = {}
         self._is_marked = False
@@ -100,12 +99,9 @@ class Chunks:
         """
         marker = self._read_marker()
         if marker is not None:
-            wanted = _Marker(identity=self._identity, later={})
-            self._refuse_other(
-                *({"drllm_version": m.drllm_version, **m.identity} for m in (marker, wanted))
-            )
-            self._later = dict(marker.later)
-            self._is_marked = True
+            wanted = {"drllm_version": _VERSION, **self._identity}
+            self._refuse_other({"drllm_version": marker.drllm_version, **marker.identity}, wanted)
+            self._later, self._is_marked = marker.later, True
         elif foreign := sorted(name for name in self._names() if not _is_ours(name)):
             raise RecordError(
                 f"{self.folder} holds files that drllm didn't write ({', '.join(foreign[:3])}); "

@@ -1,31 +1,29 @@
 """What a search found out: `search.jsonl` and `search.failed.jsonl`, one question a line.
 
-Axes: L layers.
+`docs/formats.md` says of each field what it means.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from drllm.errors import RecordError
 from drllm.paths import Decisions, check_decisions
 from drllm.records.codec import decode, encode
-from drllm.records.manifest import read_records
+from drllm.records.manifest import read_manifest, read_records
 
 _DECISIONS = frozenset((0, 1, 2))
 _DAMAGE = b'"damage"'
 
 
 class Retest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a path fared when its question was asked in other ways.
+    """How a path fared when its question was asked in other ways; `margin` is the mean of those.
 
-    Attributes:
-        passed: Other askings that were answered right.
-        asked: Other askings in all.
-        margin: Mean margin over them, in nats; None where a margin isn't defined.
-        survived: Right in most of them, and the margin close enough to the full path's.
+    It has survived if it is right in most, and its margin close enough to the full path's.
     """
 
     passed: int
@@ -43,18 +41,10 @@ class Retest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class TriedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One path that the search tried on one question.
+    """One path that the search tried on one question; simulation 0 is the full path.
 
-    Attributes:
-        decisions: `[L]`.
-        simulation: 0 for the full path, else the simulation that tried it, from 1.
-        reward: In [0, 1]; 1 is a right answer.
-        margin: Graded score in nats, positive when right; None where not defined.
-        executions: Cost in layer equivalents.
-        answer: What was generated; None when choices were scored.
-        kl: Mean KL divergence from the full path's next-token distributions to the path's,
-            over the prompt's tokens, in nats a token; None where it wasn't computed.
-        retest: None unless the path was a candidate for supervision.
+    `executions` are in layer equivalents, `margin` and `kl` (from the full path, a mean over the
+    prompt's tokens) in nats; what isn't defined or wasn't computed is None.
     """
 
     decisions: Decisions
@@ -81,13 +71,7 @@ class TriedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which question a record is of.
-
-    Attributes:
-        id: Unique within the task.
-        task: The task's name.
-        question: The question's text.
-    """
+    """Which question a record is of; ids are unique within a task."""
 
     id: str
     task: str
@@ -97,13 +81,8 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class SearchRecord(Question, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All that the search found out about one question; one line of `search.jsonl`.
 
-    Attributes:
-        prompt: The text that the model read.
-        answer: The gold answer's text.
-        reward: Name of the reward.
-        num_layers: L.
-        paths: Every distinct path tried, the full path first, then by simulation.
-        seconds: Share of the block's wall time.
+    `paths` holds every distinct path tried, the full path first; `seconds` is the question's share
+    of its batch's wall time.
     """
 
     prompt: str
@@ -132,12 +111,7 @@ class SearchRecord(Question, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class FailedQuestion(Question, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A question that failed every time; one line of `search.failed.jsonl`.
-
-    Attributes:
-        error: Of the last attempt.
-        attempts: How often it was tried.
-    """
+    """A question that failed at every attempt; one line of `search.failed.jsonl`."""
 
     error: str
     attempts: int
@@ -162,3 +136,60 @@ def _from_version_1(line: bytes, where: str) -> bytes:
         if isinstance(path, dict) and "damage" in path and "kl" not in path:
             path["kl"] = path.pop("damage")
     return encode(row)
+
+
+class SearchRecords(tuple[SearchRecord, ...]):
+    """What `search_paths` returns and `supervise` takes: one record per question, in order.
+
+    Attributes:
+        model: Identity of the base model, as far as it is known.
+        file: The `search.jsonl` that holds them; None where they were never written.
+        is_new: Something was searched for them, not all read from a file.
+    """
+
+    model: dict[str, Any]
+    file: Path | None = None
+    failed: tuple[FailedQuestion, ...] = ()
+    is_new: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        records: Iterable[SearchRecord],
+        model: Mapping[str, Any] | None = None,
+        *,
+        file: Path | None = None,
+        failed: Sequence[FailedQuestion] = (),
+        is_new: bool = True,
+    ) -> SearchRecords:
+        """Return records with what they are from."""
+        found = cls(records)
+        found.model = {**({"num_layers": found[0].num_layers} if found else {}), **(model or {})}
+        found.file, found.failed, found.is_new = file, tuple(failed), is_new
+        return found
+
+    @classmethod
+    def read(cls, file: Path, *, is_new: bool = False) -> SearchRecords:
+        """Read a `search.jsonl`.
+
+        Raises:
+            RecordError: What `read_search` refuses; paths of different numbers of layers, or of
+                another one than the manifest names.
+        """
+        records = read_search(file)
+        layers = records[0].num_layers
+        for line, record in enumerate(records, start=1):
+            if record.num_layers != layers:
+                raise RecordError(
+                    f"{file}, line {line}: the question was searched on {record.num_layers} "
+                    f"layers, that of line 1 on {layers}; a file holds the paths of one model"
+                )
+        found = cls.of(
+            records, (read_manifest(file, "search") or {}).get("model"), file=file, is_new=is_new
+        )
+        if found.model["num_layers"] != layers:
+            raise RecordError(
+                f"{file} holds paths of {layers} layers, but its manifest names a model of "
+                f"{found.model['num_layers']}; make it again"
+            )
+        return found

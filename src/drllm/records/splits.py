@@ -1,24 +1,28 @@
-"""Which split a question belongs to, from its text alone. Loads no torch."""
+"""Which split a question belongs to, from its text alone."""
 
 from __future__ import annotations
 
 import hashlib
 
+BOUNDS = {
+    "train": {"search": 0.6, "fit": 0.8, "select": 1.0},
+    "validation": {"test": 1.0},
+    "single": {"select": 0.5, "test": 1.0},
+    "own": {"search": 0.5, "fit": 0.6, "select": 0.75, "test": 1.0},
+}
+"""By origin of a question, where the share of each split ends: of a set's training and validation
+questions, of sets that are only evaluated, and of one set that serves every stage."""
+
 
 def split_of(question: str, origin: str) -> str:
-    """Return the split that a question belongs to, from its text alone.
+    """Return the split that a question belongs to: `search`, `fit`, `select` or `test`.
 
     The same text always lands in the same split, in whatever file, order or copy it turns up, so
     a question that was trained on can't be reported on.
 
     Args:
         question: The question's text; surrounding white space and case don't count.
-        origin: `train` (divided 60/20/20 into search, fit, select), `validation` (all test),
-            `single` for sets that are only evaluated (halved into select and test), or `own` for
-            one set that serves every stage (50/10/15/25 into search, fit, select, test).
-
-    Returns:
-        One of `search`, `fit`, `select`, `test`.
+        origin: A key of `BOUNDS`.
 
     Source: ours.
 
@@ -26,18 +30,11 @@ def split_of(question: str, origin: str) -> str:
         >>> split_of("What is the boiling point of water?", "validation")
         'test'
     """
-    if origin == "validation":
-        return "test"
+    if origin not in BOUNDS:
+        raise ValueError(f"origin {origin!r} is not train, validation, single or own")
     digest = hashlib.sha256(question_key(question).encode()).digest()
     share = int.from_bytes(digest[:8], "big") / 2**64
-    if origin == "train":
-        return "search" if share < 0.6 else "fit" if share < 0.8 else "select"
-    if origin == "single":
-        return "select" if share < 0.5 else "test"
-    if origin == "own":
-        bounds = {"search": 0.5, "fit": 0.6, "select": 0.75, "test": 1.0}
-        return next(split for split, bound in bounds.items() if share < bound)
-    raise ValueError(f"origin {origin!r} is not train, validation, single or own")
+    return next(split for split, bound in BOUNDS[origin].items() if share < bound)
 
 
 def question_key(question: str) -> str:

@@ -1,13 +1,13 @@
 """Target paths to train routers on: `supervision.jsonl` and `supervision.rejected.jsonl`.
 
-Axes: L layers.
+`docs/formats.md` says of each field what it means.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -27,12 +27,7 @@ _SAME_TARGET = ("question", "prompt", "optimal_layer_config")
 
 
 class WeightedPath(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One of a question's valid paths, for soft targets.
-
-    Attributes:
-        decisions: `[L]`.
-        weight: What it counts beside the question's others; above 0.
-    """
+    """One of a question's valid paths, and what it counts beside the others in soft targets."""
 
     decisions: Decisions
     weight: float
@@ -47,20 +42,8 @@ class SupervisionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One target path to train routers on; one line of `supervision.jsonl`.
 
     A file of one's own needs `question`, `optimal_layer_config` and `answer` only, and may have
-    further columns.
-
-    Attributes:
-        question: The question's text.
-        optimal_layer_config: The target path's decisions, `[L]`.
-        answer: The gold answer's text.
-        prompt: The text that the routers read; the question itself where a file has none.
-        id: Unique within the task.
-        task: The task's name.
-        executions: Cost of the target path in layer equivalents.
-        improving: The full path failed and the target path doesn't.
-        margin: The target path's margin in nats; None where not known.
-        valid_paths: All paths that might have been the target, the target too; unset where they
-            weren't asked for.
+    further columns. `valid_paths`, all paths that might have been the target, the target too, is
+    unset where they weren't asked for.
     """
 
     question: str
@@ -92,25 +75,17 @@ class SupervisionRecord(msgspec.Struct, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, "executions", cost)
         elif self.executions != cost:
             raise ValueError(f"'executions' is {self.executions}, the decisions cost {cost}")
-        if self.valid_paths:
-            self._check_valid_paths(self.valid_paths)
-
-    def _check_valid_paths(self, paths: Sequence[WeightedPath]) -> None:
-        for path in paths:
-            check_decisions(path.decisions, len(self.optimal_layer_config))
-        distinct = {path.decisions for path in paths}
-        if self.optimal_layer_config not in distinct:
+        valid = [path.decisions for path in self.valid_paths or ()]
+        for decisions in valid:
+            check_decisions(decisions, len(self.optimal_layer_config))
+        if valid and self.optimal_layer_config not in valid:
             raise ValueError("'valid_paths' lacks the target path itself")
-        if len(distinct) != len(paths):
+        if len(set(valid)) != len(valid):
             raise ValueError("'valid_paths' holds the same decisions twice")
 
 
 class RejectedQuestion(Question, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A question without a target; one line of `supervision.rejected.jsonl`.
-
-    Attributes:
-        reason: Why it has none.
-    """
+    """A question without a target, and why; one line of `supervision.rejected.jsonl`."""
 
     reason: str
 
@@ -146,40 +121,33 @@ def join_supervision(paths: Sequence[Path]) -> list[SupervisionRecord]:
     joined: list[SupervisionRecord] = []
     by_id: dict[tuple[str, str], tuple[SupervisionRecord, Path]] = {}
     by_question: dict[tuple[str, str], tuple[SupervisionRecord, str]] = {}
-    first: tuple[int, str] | None = None
-    for path, line, record in _each(paths):
-        where = f"{path}, line {line}"
-        layers = len(record.optimal_layer_config)
-        first = first or (layers, where)
-        if layers != first[0]:
-            raise RecordError(
-                f"{where}: 'optimal_layer_config' has {layers} layers, that of {first[1]} has "
-                f"{first[0]}; give targets of one base model"
-            )
-        same, file = by_id.setdefault((record.task, record.id), (record, path))
-        for name in _SAME_TARGET:
-            if getattr(same, name) != getattr(record, name):
-                raise RecordError(
-                    f"{path} and {file} differ in {name!r} of question {record.id!r} of task "
-                    f"{record.task!r}; leave one of them out"
-                )
-        if file != path:
-            continue  # a copy
-        asked = (record.task, question_key(record.question))
-        other, earlier = by_question.setdefault(asked, (record, where))
-        if other.optimal_layer_config != record.optimal_layer_config:
-            raise RecordError(
-                f"{where}: {earlier} has the same question with another target (ids {record.id!r} "
-                f"and {other.id!r} of task {record.task!r}); leave one of them out"
-            )
-        joined.append(record)
-    return joined
-
-
-def _each(paths: Sequence[Path]) -> Iterator[tuple[Path, int, SupervisionRecord]]:
     for number, path in enumerate(paths):
         if path.resolve() in [earlier.resolve() for earlier in paths[:number]]:
             raise RecordError(f"{path} is given twice; name each supervision file once")
-        records = read_records(path, SupervisionRecord, "supervision")
-        for line, record in enumerate(records, start=1):
-            yield path, line, record
+        for line, record in enumerate(read_records(path, SupervisionRecord, "supervision"), 1):
+            where, target = f"{path}, line {line}", record.optimal_layer_config
+            if joined and len(target) != len(joined[0].optimal_layer_config):
+                raise RecordError(
+                    f"{where}: 'optimal_layer_config' has {len(target)} layers, that of "
+                    f"{paths[0]}, line 1 has {len(joined[0].optimal_layer_config)}; give targets "
+                    f"of one base model"
+                )
+            same, file = by_id.setdefault((record.task, record.id), (record, path))
+            for name in _SAME_TARGET:
+                if getattr(same, name) != getattr(record, name):
+                    raise RecordError(
+                        f"{path} and {file} differ in {name!r} of question {record.id!r} of task "
+                        f"{record.task!r}; leave one of them out"
+                    )
+            if file != path:
+                continue  # a copy
+            asked = (record.task, question_key(record.question))
+            other, earlier = by_question.setdefault(asked, (record, where))
+            if other.optimal_layer_config != target:
+                raise RecordError(
+                    f"{where}: {earlier} has the same question with another target (ids "
+                    f"{record.id!r} and {other.id!r} of task {record.task!r}); leave one of them "
+                    f"out"
+                )
+            joined.append(record)
+    return joined

@@ -31,7 +31,7 @@ from drllm.records import (
     write_atomically,
     write_records,
 )
-from drllm.records.searched import SearchRecords
+from drllm.records.search import SearchRecords
 from drllm.search import CHUNKS_FOLDER, FAILED_FILE, SEARCH_FILE
 from drllm.search.batch import Searched, search_in_step
 from drllm.search.executors import Executor, LocalExecutor, key_of

@@ -29,7 +29,7 @@ from drllm.records import (
     write_atomically,
     write_records,
 )
-from drllm.records.searched import SearchRecords
+from drllm.records.search import SearchRecords
 from drllm.supervision.quotas import over_quota, read_quotas
 from drllm.supervision.rules import (
     MIN_SAVING,
