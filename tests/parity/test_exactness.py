@@ -180,10 +180,17 @@ def check_answers(base, listed, prompts, found):
     return apart
 
 
-@pytest.mark.parametrize("reward", REWARDS)
 @pytest.mark.parametrize(
-    ("num_questions", "num_paths"),
-    [(3, 3), pytest.param(20, 50, marks=[pytest.mark.thorough, pytest.mark.hour])],
+    ("num_questions", "num_paths", "reward"),
+    [
+        (3, 3, "loglikelihood"),
+        (3, 3, "letter"),
+        *(pytest.param(3, 3, each, marks=pytest.mark.thorough) for each in ("boxed", "exact")),
+        *(
+            pytest.param(20, 50, each, marks=[pytest.mark.thorough, pytest.mark.hour])
+            for each in REWARDS
+        ),
+    ],
 )
 def test_searched_paths_get_the_verdict_and_margin_of_each_path_alone(
     smollm2, benchmark, request, record_property, reward, num_questions, num_paths

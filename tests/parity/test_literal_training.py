@@ -148,6 +148,7 @@ def test_in_double_precision_the_weights_are_those_of_the_literal_way(
             torch.testing.assert_close(weights[name][layer], expected.data, rtol=0, atol=IN_DOUBLE)
 
 
+@pytest.mark.thorough
 def test_with_smollm2_in_double_precision_losses_are_those_of_the_literal_way(
     literally: ModuleType, smollm2: BaseModel, record_property: Callable[[str, object], None]
 ) -> None:

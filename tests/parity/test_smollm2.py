@@ -152,7 +152,11 @@ def slow_margins(base, pairs, asked):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, EXACT), (torch.float32, NOISE)], ids=["f64", "f32"]
+    ("dtype", "tolerance"),
+    [
+        pytest.param(torch.float64, EXACT, id="f64", marks=pytest.mark.thorough),
+        pytest.param(torch.float32, NOISE, id="f32"),
+    ],
 )
 def test_shared_packed_scores_give_the_verdict_and_margin_of_each_path_alone(
     smollm2, facts, dtype, tolerance
