@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 NUM_HALVINGS = 60
 """Of the range; a double has no more digits."""
+
+
+class Setting(NamedTuple):
+    """A knob's position, and the mean executions over the calibration prompts measured there."""
+
+    value: float
+    executions: float
 
 
 def bisect(
@@ -29,24 +36,8 @@ def bisect(
     """
     for _ in range(halvings):
         middle = (low + high) / 2
-        if holds(middle):
-            high = middle
-        else:
-            low = middle
+        low, high = (low, middle) if holds(middle) else (middle, high)
     return low, high
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """A knob's position, and what it gives.
-
-    Attributes:
-        value: The position.
-        executions: Mean executions over the calibration prompts at this position, measured.
-    """
-
-    value: float
-    executions: float
 
 
 def nearest_setting(
@@ -79,4 +70,4 @@ def nearest_setting(
     nearest = min(seen.values(), key=lambda found: abs(found - executions))
     # Not at the edge of a step, where the last bits of arithmetic would decide.
     where = [value for value, found in seen.items() if found == nearest]
-    return Setting(value=(min(where) + max(where)) / 2, executions=nearest)
+    return Setting((min(where) + max(where)) / 2, nearest)

@@ -1,15 +1,13 @@
 """What running layers costs: executions in layer equivalents, and the budget they must keep to.
 
-Costs are floats in *layer equivalents* (1.0 = one
-execution of one layer), so that a layer that runs only in part can be priced later. Measured time
-is never derived from here. Loads no torch.
+Costs are floats in *layer equivalents* (1.0 = one execution of one layer), so that a layer that
+runs only in part can be priced later. Measured time is never derived from here. Loads no torch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from drllm.errors import ConfigError
 from drllm.paths import num_executions, to_path
@@ -26,14 +24,9 @@ def executions(decisions: Sequence[int]) -> float:
 
 
 def max_executions(budget: float, num_layers: int) -> int:
-    """Return the most executions that a path within the budget may have.
+    """Return the most executions of a path within a budget, a factor of L from 1.
 
-    Args:
-        budget: A factor of L, at least 1.
-        num_layers: L.
-
-    Returns:
-        The whole number of executions; a rounding error of the product never costs one.
+    A rounding error of the product never costs one.
 
     Raises:
         ConfigError: A budget below 1, which the full path itself would break.
@@ -53,10 +46,7 @@ def max_executions(budget: float, num_layers: int) -> int:
 
 
 def distinct_executions(rows: Sequence[Sequence[int]]) -> int:
-    """Count the executions that are left when paths share their common beginnings.
-
-    Args:
-        rows: The decisions of one question's paths.
+    """Count the executions that are left when one question's paths share their beginnings.
 
     Example:
         >>> distinct_executions([(1, 1, 1), (1, 1, 0), (1, 2, 0)])  # 0, 01, 012, 011
@@ -75,43 +65,30 @@ def mean_executions(rows: Sequence[Sequence[int]]) -> float:
     return sum(executions(row) for row in rows) / len(rows)
 
 
-@dataclass(frozen=True, slots=True)
-class PhaseExecutions:
-    """Executions a forward pass of generated answers, the two kinds of passes apart.
+def decode_executions(rows: Sequence[Sequence[int]], num_new_tokens: Sequence[int]) -> float | None:
+    """Return the mean executions of the forward passes that decode answers.
 
-    Attributes:
-        prefill: Mean over the prompts, each read in one pass.
-        decode: Mean over the passes that read one token more, in layer equivalents; None where no
-            answer needed one.
-    """
-
-    prefill: float
-    decode: float | None
-
-
-def executions_by_phase(
-    rows: Sequence[Sequence[int]], num_new_tokens: Sequence[int]
-) -> PhaseExecutions:
-    """Return the mean executions a forward pass, in prefill and in decode.
-
-    The pass that reads the prompt gives the first new token, so n tokens take n - 1 passes more. In
-    decode long answers count more than short ones; the two means differ where the routes of
-    prompts with long answers do.
+    The pass that reads the prompt gives the first new token, so n tokens take n - 1 passes more.
+    Long answers count more than short ones, so this differs from the prompts' mean where the
+    routes of prompts with long answers do.
 
     Args:
         rows: Each prompt's decisions, which hold for its whole answer.
         num_new_tokens: Tokens of each prompt's answer, from 1.
 
+    Returns:
+        The mean in layer equivalents; None where no answer needed such a pass.
+
     Raises:
         ValueError: Not one number of tokens for each prompt.
 
     Example:
-        >>> executions_by_phase([[1, 1, 1], [1, 0, 0]], [1, 5])
-        PhaseExecutions(prefill=2.0, decode=1.0)
+        >>> decode_executions([[1, 1, 1], [1, 0, 0]], [1, 5])
+        1.0
     """
     passes = [num - 1 for num in num_new_tokens]
     total = sum(executions(row) * num for row, num in zip(rows, passes, strict=True))
-    return PhaseExecutions(mean_executions(rows), total / sum(passes) if sum(passes) else None)
+    return total / sum(passes) if sum(passes) else None
 
 
 def share_saved(mean: float, num_layers: int) -> float:

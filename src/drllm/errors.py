@@ -1,18 +1,9 @@
 """Every exception that drllm raises on purpose.
 
-    DrllmError
-    ├── ConfigError      (ValueError)    a setting is out of range, unknown, or has no effect
-    ├── PathError        (ValueError)    a path or decisions that no model of this depth can run
-    ├── TaskError        (ValueError)    an unknown task, or questions that can't be used
-    ├── RecordError      (ValueError)    a file that can't be trusted (names file and line)
-    ├── ModelError       (OSError)       a base model that can't be found, opened or verified
-    ├── CheckpointError  (ValueError)    routers that are broken or were made for another model
-    ├── ArchitectureError (LookupError)  a model whose layers can't be routed exactly
-    └── RoutingError     (RuntimeError)  a request that can't be routed exactly
-
-Each is also the built-in that a caller would catch. A message says what is wrong with which
-value, what was expected, the nearest valid choice, and what to do. The command line prints it on
-one line and exits with status 2; any other exception is a defect of ours and keeps its traceback.
+Each is a `DrllmError`, and also the built-in that a caller would catch. A message says what is
+wrong with which value, what was expected, the nearest valid choice, and what to do. The command
+line prints it on one line and exits with status 2; any other exception is a defect of ours and
+keeps its traceback.
 """
 
 from __future__ import annotations
@@ -61,15 +52,12 @@ class RoutingError(DrllmError, RuntimeError):
 
 
 def unknown_name(kind: str, name: str, choices: Iterable[str]) -> str:
-    """Word the message for a name that isn't in a table.
+    """Word the message for a name that isn't in a table: the closest valid names, and all.
 
     Args:
         kind: What the name stands for, in the singular ("task", "flag").
         name: The name as the user wrote it.
         choices: Every valid name.
-
-    Returns:
-        One line with the name, the closest valid names if any is close, and the whole list.
 
     Example:
         >>> unknown_name("task", "arc_esay", ["arc_easy", "dart"])

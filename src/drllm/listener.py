@@ -17,13 +17,7 @@ class OnProgress(Protocol):
     """Called with the work done so far."""
 
     def __call__(self, done: float, total: int, note: str = "") -> None:
-        """Report work done.
-
-        Args:
-            done: Units done so far; may be a fraction. Where it falls, a new part has begun.
-            total: Units in all.
-            note: What is being worked on.
-        """
+        """Report units done, maybe a fraction; where it falls, a new part has begun."""
 
 
 class Listener:
@@ -38,17 +32,11 @@ class Listener:
         return nullcontext()
 
     def progress(self, title: str, unit: str) -> AbstractContextManager[OnProgress]:
-        """Return a block in which a stage reports progress.
-
-        Args:
-            title: What is being done.
-            unit: What is counted, in the plural.
-        """
+        """Return a block in which a stage reports what it does, counted in `unit` (a plural)."""
         return nullcontext(_ignore)
 
 
-def _ignore(done: float, total: int, note: str = "") -> None:
-    """Hear of progress and do nothing."""
+def _ignore(done: float, total: int, note: str = "") -> None: ...
 
 
 def duration(seconds: float) -> str:

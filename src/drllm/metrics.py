@@ -5,7 +5,7 @@ Three baselines ignore the question: always execute; each layer's commonest trai
 each layer's decision drawn as often as it was a label there (expected counts, nothing is drawn).
 Loads no torch.
 
-Axes: N targets, L layers, C = 3 decisions.
+Axes: L layers, C = 3 decisions.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any, TypeAlias
 
 from drllm.paths import Decision
@@ -20,9 +22,17 @@ from drllm.statistics.power import FEWEST_DIFFERENT
 
 NAMES = ("skip", "execute", "repeat")
 DECISIONS = range(len(NAMES))
+ROUTERS = "routers"
+ALWAYS_EXECUTE = "always_execute"
+LABEL_FREQUENCY = "label_frequency"
+LAYER_MAJORITY = "layer_majority"
+TRAIN, VALIDATION = "train", "validation"
+JUDGED = (("macro_f1", "macro-F1"), ("accuracy", "accuracy"))
 
 Confusion: TypeAlias = tuple[tuple[float, ...], ...]
 """`[C][C]`: how often each label (row) was given each decision (column)."""
+Labels: TypeAlias = Sequence[Sequence[float]]
+"""`[L][C]`: how often each decision is the label of each layer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,18 +53,13 @@ class Counts:
     loss: float | None = 0.0
 
     def __add__(self, other: Counts) -> Counts:
-        """Return the counts over both sets of targets.
-
-        Raises:
-            ValueError: Counts of models with different numbers of layers.
-        """
-        ours, theirs = self.confusion, other.confusion
-        if ours and theirs:
-            added = tuple(add(one, two) for one, two in zip(ours, theirs, strict=True))
-        else:
-            added = ours or theirs
+        """Return the counts over both sets of targets; both models need as many layers."""
+        confusion = self.confusion or other.confusion
+        if self.confusion and other.confusion:
+            layers = zip(self.confusion, other.confusion, strict=True)
+            confusion = tuple(_add(one, two) for one, two in layers)
         return Counts(
-            confusion=added,
+            confusion=confusion,
             executions=self.executions + other.executions,
             examples=self.examples + other.examples,
             loss=None if self.loss is None or other.loss is None else self.loss + other.loss,
@@ -66,32 +71,12 @@ class Counts:
         return [[sum(row) for row in layer] for layer in self.confusion]
 
 
-def add(one: Confusion, other: Confusion) -> Confusion:
-    """Return the confusion over both.
-
-    Example:
-        >>> add(((1, 0), (0, 2)), ((0, 1), (1, 0)))
-        ((1, 1), (1, 2))
-    """
-    return tuple(
-        tuple(ours + theirs for ours, theirs in zip(row, added, strict=True))
-        for row, added in zip(one, other, strict=True)
-    )
-
-
-def total(layers: Sequence[Confusion]) -> Confusion:
-    """Return the confusion over all layers."""
-    found: Confusion = tuple((0,) * len(DECISIONS) for _ in DECISIONS)
-    for layer in layers:
-        found = add(found, layer)
-    return found
+def _add(one: Confusion, other: Confusion) -> Confusion:
+    return tuple(tuple(map(add, row, added)) for row, added in zip(one, other, strict=True))
 
 
 def ratios(counts: Counts) -> dict[str, float | None]:
-    """Turn counts into metrics, named as on a line of `metrics.jsonl`.
-
-    Args:
-        counts: Of at least one target.
+    """Turn counts of at least one target into metrics, named as on a line of `metrics.jsonl`.
 
     Returns:
         `routers_loss` (mean over targets and layers; None without losses), those of
@@ -106,7 +91,7 @@ def ratios(counts: Counts) -> dict[str, float | None]:
     """
     return {
         "routers_loss": None if counts.loss is None else counts.loss / counts.examples,
-        **hit_ratios(total(counts.confusion)),
+        **hit_ratios(reduce(_add, counts.confusion)),
         "avg_layers": counts.executions / counts.examples,
     }
 
@@ -128,10 +113,7 @@ def hit_ratios(confusion: Confusion) -> dict[str, float | None]:
     hits = [confusion[decision][decision] for decision in DECISIONS]
     labelled = [sum(row) for row in confusion]
     decided = [sum(column) for column in zip(*confusion, strict=True)]
-    f1 = [
-        _ratio(2 * hit, of_label + of_decision)
-        for hit, of_label, of_decision in zip(hits, labelled, decided, strict=True)
-    ]
+    f1 = [_ratio(2 * hits[i], labelled[i] + decided[i]) for i in DECISIONS]
     defined = [value for value in f1 if value is not None]
     return {
         "accuracy": sum(hits) / sum(labelled),
@@ -148,16 +130,6 @@ def _ratio(part: float, whole: float) -> float | None:
 
 # --- baselines that ignore the question ---
 
-Labels: TypeAlias = Sequence[Sequence[float]]
-"""`[L][C]`: how often each decision is the label of each layer."""
-
-ROUTERS = "routers"
-ALWAYS_EXECUTE = "always_execute"
-LABEL_FREQUENCY = "label_frequency"
-LAYER_MAJORITY = "layer_majority"
-TRAIN, VALIDATION = "train", "validation"
-JUDGED = (("macro_f1", "macro-F1"), ("accuracy", "accuracy"))
-
 
 def baselines(labels: Labels, trained: Labels) -> dict[str, Counts]:
     """Count how the trivial ways of deciding fare, by name.
@@ -166,13 +138,21 @@ def baselines(labels: Labels, trained: Labels) -> dict[str, Counts]:
         labels: Of the targets that are judged; each layer has as many.
         trained: Of the targets trained on, from which majority and frequencies come.
     """
-    execute = [int(Decision.EXECUTE)] * len(labels)
     ways = {
-        ALWAYS_EXECUTE: [_only(decision) for decision in execute],
+        ALWAYS_EXECUTE: [_only(Decision.EXECUTE) for _ in labels],
         LABEL_FREQUENCY: [[n / sum(layer) for n in layer] for layer in trained],
         LAYER_MAJORITY: [_only(decision) for decision in majority(trained)],
     }
     return {name: expected_counts(labels, shares) for name, shares in ways.items()}
+
+
+def with_baselines(routers: Counts, trained: Labels) -> dict[str, Counts]:
+    """Return the counts of routers and those of the baselines on the same targets, by name."""
+    return {ROUTERS: routers, **baselines(routers.labels, trained)}
+
+
+def _only(decision: int) -> list[float]:
+    return [float(each == decision) for each in DECISIONS]
 
 
 def majority(labels: Labels) -> list[int]:
@@ -204,7 +184,7 @@ def expected_counts(labels: Labels, shares: Sequence[Sequence[float]]) -> Counts
     """
     examples = sum(labels[0])
     mean = sum(decision * layer[decision] for layer in shares for decision in DECISIONS)
-    skips_all = math.prod(layer[int(Decision.SKIP)] for layer in shares)
+    skips_all = math.prod(layer[Decision.SKIP] for layer in shares)
     return Counts(
         confusion=tuple(
             tuple(tuple(n * share for share in layer) for n in row)
@@ -214,11 +194,6 @@ def expected_counts(labels: Labels, shares: Sequence[Sequence[float]]) -> Counts
         examples=int(examples),
         loss=None,
     )
-
-
-def with_baselines(routers: Counts, trained: Labels) -> dict[str, Counts]:
-    """Return the counts of routers and those of the baselines on the same targets, by name."""
-    return {ROUTERS: routers, **baselines(routers.labels, trained)}
 
 
 def against_baselines(parts: Mapping[str, Counts]) -> dict[str, Any]:
@@ -254,29 +229,29 @@ def verdict(parts: Mapping[str, Mapping[str, Counts]]) -> str:
             "No targets were held out, so nothing says whether the routers beat decisions that "
             "ignore the question."
         )
-    systems = parts[VALIDATION]
-    if systems[ROUTERS].examples < FEWEST_DIFFERENT:
+    num_examples = parts[VALIDATION][ROUTERS].examples
+    if num_examples < FEWEST_DIFFERENT:
         return (
-            f"{systems[ROUTERS].examples} held-out targets are too few to say whether the routers "
+            f"{num_examples} held-out targets are too few to say whether the routers "
             f"beat decisions that ignore the question; at least {FEWEST_DIFFERENT} can."
         )
-    scores = {name: ratios(counts) for name, counts in systems.items()}
-    told, better = [], []
+    scores = {name: ratios(counts) for name, counts in parts[VALIDATION].items()}
+    told: list[str] = []
+    won: list[str] = []
+    lost: list[str] = []
     for key, title in JUDGED:
         values = {name: score[key] or 0.0 for name, score in scores.items()}
         ours = values.pop(ROUTERS)
         best = max(values, key=lambda name: values[name])
-        better.append(ours > values[best])
+        (won if ours > values[best] else lost).append(title)
         told.append(f"{title} {ours:.3f} against {values[best]:.3f} ({shown(best)})")
-    names = [title for _, title in JUDGED]
-    if all(better):
+    if not lost:
         what = "beat the best baseline in both macro-F1 and accuracy"
-    elif any(better):
-        won, lost = names[better.index(True)], names[better.index(False)]
-        what = f"beat the best baseline in {won}, but not in {lost}"
+    elif won:
+        what = f"beat the best baseline in {won[0]}, but not in {lost[0]}"
     else:
         what = "beat the best baseline neither in macro-F1 nor in accuracy"
-    return f"On {systems[ROUTERS].examples} held-out targets the routers {what}: {', '.join(told)}."
+    return f"On {num_examples} held-out targets the routers {what}: {', '.join(told)}."
 
 
 def by_layer(systems: Mapping[str, Counts]) -> str:
@@ -285,7 +260,10 @@ def by_layer(systems: Mapping[str, Counts]) -> str:
     Args:
         systems: What `with_baselines` returns.
     """
-    ours, theirs = (_hits(systems[name]) for name in (ROUTERS, LAYER_MAJORITY))
+    ours, theirs = (
+        [sum(layer[i][i] for i in DECISIONS) for layer in systems[name].confusion]
+        for name in (ROUTERS, LAYER_MAJORITY)
+    )
     gained = [one - other for one, other in zip(ours, theirs, strict=True)]
     more, fewer = sum(gain > 0 for gain in gained), sum(gain < 0 for gain in gained)
     return (
@@ -297,11 +275,3 @@ def by_layer(systems: Mapping[str, Counts]) -> str:
 def shown(name: str) -> str:
     """Return the name of a system as people read it."""
     return name.replace("_", " ")
-
-
-def _hits(counts: Counts) -> list[float]:
-    return [sum(layer[decision][decision] for decision in DECISIONS) for layer in counts.confusion]
-
-
-def _only(decision: int) -> list[float]:
-    return [float(each == decision) for each in DECISIONS]

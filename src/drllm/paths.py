@@ -1,9 +1,8 @@
 """Paths and decisions: the two ways to write down which layers run, and how they convert.
 
-A *path* lists layer indices in the order executed
-(`0 1 3 3 4`). *Decisions* hold one count per layer: 0 skip, 1 execute, 2 repeat (`1 1 0 2 1`).
-Every decision vector is a path; a path is a decision vector only if it visits the layers in order
-and none more than twice. Loads no torch.
+A *path* lists layer indices in the order executed (`0 1 3 3 4`). *Decisions* hold one count per
+layer: 0 skip, 1 execute, 2 repeat (`1 1 0 2 1`). Every decision vector is a path; a path is a
+decision vector only if it visits the layers in order and none more than twice. Loads no torch.
 """
 
 from __future__ import annotations
@@ -38,9 +37,6 @@ def check_decisions(decisions: Sequence[int], num_layers: int | None = None) -> 
     Args:
         decisions: One value per layer.
         num_layers: L, the expected length; None accepts any length of at least 1.
-
-    Returns:
-        The same values as a tuple of plain ints.
 
     Raises:
         PathError: A value outside 0, 1, 2; another length than `num_layers`; nothing executed.
@@ -87,16 +83,7 @@ def num_executions(decisions: Sequence[int]) -> int:
 
 
 def to_path(decisions: Sequence[int]) -> Path:
-    """Write decisions as the path they run.
-
-    Args:
-        decisions: One of 0, 1, 2 per layer, at least one execution.
-
-    Returns:
-        Layer indices in the order executed.
-
-    Raises:
-        PathError: As for `check_decisions`.
+    """Write decisions as the path they run; PathError as for `check_decisions`.
 
     Example:
         >>> to_path([1, 1, 0, 2, 1])
@@ -107,14 +94,7 @@ def to_path(decisions: Sequence[int]) -> Path:
 
 
 def to_decisions(path: Sequence[int], num_layers: int) -> Decisions:
-    """Write a path as decisions, if it is one that decisions can express.
-
-    Args:
-        path: Layer indices in the order executed.
-        num_layers: L of the model.
-
-    Returns:
-        One count per layer, `[L]`.
+    """Write a path as decisions `[L]`, if it is one that decisions can express.
 
     Raises:
         PathError: An index outside the model, a layer visited out of order or more than twice,
@@ -125,7 +105,7 @@ def to_decisions(path: Sequence[int], num_layers: int) -> Decisions:
         (1, 1, 0, 2, 1)
     """
     counts = [0] * num_layers
-    previous = -1
+    previous = 0
     for layer in path:
         if not 0 <= layer < num_layers:
             raise PathError(
@@ -174,11 +154,7 @@ def edits(decisions: Sequence[int]) -> str:
 
 
 def check_path(path: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Return a path as a tuple of plain ints, or say why the model can't run it.
-
-    Args:
-        path: Layer indices in the order executed.
-        num_layers: L.
+    """Return a path as a tuple of plain ints, or say why a model of L layers can't run it.
 
     Raises:
         PathError: An empty path, or an index that isn't a layer of the model.

@@ -9,7 +9,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from drllm.errors import ConfigError, DrllmError, unknown_name
 
@@ -56,12 +56,13 @@ class Registry(Generic[T]):
             ValueError: A name that is taken by something else.
         """
 
-        def add(entry: Entry) -> Entry:
+        def add(entry: Any) -> Any:
+            own = getattr(entry, "__qualname__", entry)
             for name in names:
                 taken = self._entries.get(name, entry)
-                if _name_of(taken) != _name_of(entry):
+                if getattr(taken, "__qualname__", taken) != own:
                     raise ValueError(f"there is a {self.kind} {name!r} already")
-                self._entries[name] = entry  # type: ignore[assignment]
+                self._entries[name] = entry
             return entry
 
         return add
@@ -100,7 +101,3 @@ class Registry(Generic[T]):
                     importlib.import_module(each.name)
         self._modules = ()
         return self._entries
-
-
-def _name_of(entry: object) -> object:
-    return getattr(entry, "__qualname__", entry)

@@ -5,10 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drllm.cost import (
-    PhaseExecutions,
+    decode_executions,
     distinct_executions,
     executions,
-    executions_by_phase,
     max_executions,
     mean_executions,
     share_saved,
@@ -48,20 +47,14 @@ def test_the_mean_is_over_rows():
     assert mean_executions([[1, 1, 1], [1, 0, 0]]) == 2.0
 
 
-def test_a_prompt_is_one_pass_and_its_answer_one_for_each_token_but_the_first():
-    rows = [[1, 1, 1], [1, 0, 0], [2, 2, 2]]
-    assert executions_by_phase(rows, [3, 5, 1]) == PhaseExecutions(
-        prefill=(3 + 1 + 6) / 3, decode=(2 * 3 + 4 * 1) / 6
-    )
-
-
-def test_answers_of_one_token_have_no_decode():
-    assert executions_by_phase([[1, 1]], [1]) == PhaseExecutions(prefill=2.0, decode=None)
+def test_decoding_reads_an_answer_token_by_token_but_for_the_first():
+    assert decode_executions([[1, 1, 1], [1, 0, 0], [2, 2, 2]], [3, 5, 1]) == (2 * 3 + 4 * 1) / 6
+    assert decode_executions([[1, 1]], [1]) is None  # answers of one token
 
 
 def test_each_prompt_needs_its_number_of_tokens():
     with pytest.raises(ValueError, match=r"shorter|longer"):
-        executions_by_phase([[1, 1], [1, 0]], [3])
+        decode_executions([[1, 1], [1, 0]], [3])
 
 
 def test_saved_is_the_share_of_the_full_path_and_negative_when_more_was_spent():

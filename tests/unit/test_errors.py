@@ -14,29 +14,15 @@ CLASSES = [
 ]
 
 
-def test_there_are_errors_to_check():
+def test_every_error_is_ours_and_a_builtin_that_callers_catch():
     assert len(CLASSES) == 8
-
-
-@pytest.mark.parametrize("kind", CLASSES)
-def test_every_error_is_ours_and_a_builtin_that_callers_catch(kind: type[Exception]):
-    ours, builtin = kind.__bases__
-
-    assert ours is DrllmError
-    assert builtin.__module__ == "builtins"
-    assert builtin is not Exception
-
-
-@pytest.mark.parametrize("kind", CLASSES)
-def test_the_module_lists_every_error_with_its_builtin(kind: type[Exception]):
-    (line,) = [row for row in (errors.__doc__ or "").splitlines() if f" {kind.__name__} " in row]
-
-    assert f"({kind.__bases__[1].__name__})" in line
-
-
-@pytest.mark.parametrize("kind", CLASSES)
-def test_a_message_is_printed_as_it_was_given(kind: type[Exception]):
-    assert str(kind("budget 0.5 is below 1")) == "budget 0.5 is below 1"
+    for kind in CLASSES:
+        ours, builtin = kind.__bases__
+        assert ours is DrllmError
+        assert builtin.__module__ == "builtins"
+        assert builtin is not Exception
+        # Not as KeyError and OSError may print it.
+        assert str(kind("budget 0.5 is below 1")) == "budget 0.5 is below 1"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import msgspec
 from torch import Tensor
 
-from drllm.cost import executions_by_phase, mean_executions
+from drllm.cost import decode_executions, mean_executions
 from drllm.evaluation.baselines.base import Drawn
 from drllm.evaluation.blocks import (
     LEAST_GENERATED,
@@ -313,7 +313,7 @@ class TaskRun:
                 max(1, len(self.lm.tok_encode(str(answer), add_special_tokens=False)))
                 for [answer] in found.answers[0]
             ]
-            system.decode_executions = executions_by_phase(first, tokens).decode
+            system.decode_executions = decode_executions(first, tokens)
         return system
 
     def _along(self, name: str, path: Path, setting: str, note: str, keep: Keep) -> SystemRun:
