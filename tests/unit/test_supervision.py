@@ -23,13 +23,8 @@ from drllm.records import (
     sha256,
     write_records,
 )
-from drllm.supervision import (
-    REASONS,
-    check_settings,
-    choose,
-    supervise,
-    targets,
-)
+from drllm.supervision.rules import REASONS, candidates
+from drllm.supervision.select import check_settings, supervise, targets
 
 MODEL = {
     "id": "some/model",
@@ -88,10 +83,10 @@ def record(*paths: TriedPath, question: str = "What is water?", **fields: Any) -
     )
 
 
-def chosen(target: str, *paths: TriedPath) -> str:
+def chosen(target: str, *paths: TriedPath, least: float | None = None) -> str:
     """The decisions that the rule picks, as text, or its reason."""
-    found = choose(record(*paths), target)
-    return found if isinstance(found, str) else "".join(map(str, found.decisions))
+    found = candidates(record(*paths), target, min_saving=least)
+    return found if isinstance(found, str) else "".join(map(str, found[0].decisions))
 
 
 # --- one question ------------------------------------------------------------------------------
@@ -245,15 +240,10 @@ def test_a_kl_target_saves_the_least_share_or_more():
         harming("1111111100", 0.2),
         harming("1111111000", 0.4),
     )
-
-    def saving(least: float) -> str:
-        found = choose(record(*paths), "least_kl", min_saving=least)
-        return found if isinstance(found, str) else "".join(map(str, found.decisions))
-
-    assert saving(0.1) == "1111111110"
-    assert saving(0.11) == "1111111100"
-    assert saving(0.3) == "1111111000"
-    assert saving(0.31) == "no path saves enough"
+    assert chosen("least_kl", *paths, least=0.1) == "1111111110"
+    assert chosen("least_kl", *paths, least=0.11) == "1111111100"
+    assert chosen("least_kl", *paths, least=0.3) == "1111111000"
+    assert chosen("least_kl", *paths, least=0.31) == "no path saves enough"
 
 
 # --- all valid paths ---------------------------------------------------------------------------

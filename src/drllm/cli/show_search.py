@@ -24,9 +24,8 @@ from drllm.reporting.edits import EditEffect, edit_effects
 from drllm.reporting.numbers import count, of_total, percent, plain, signed
 from drllm.search import num_batches_kept
 from drllm.search.actions import MAX_SKIPPED_AT_ONCE, Action
-from drllm.supervision import choose, is_valid, summarise, survived
-from drllm.supervision.rules import MIN_SAVING
-from drllm.supervision.summary import KINDS
+from drllm.supervision.rules import candidates, is_valid, survived
+from drllm.supervision.summary import KINDS, summarise
 
 BEST, WORST = 5, 3
 """Layers that a table of edits shows from either end."""
@@ -229,12 +228,12 @@ def _show_head(record: SearchRecord, config: SuperviseConfig, terminal: Terminal
     terminal.show(Text(record.question))
     terminal.say(f"answer         {record.answer}")
     terminal.say(f"paths          {len(record.paths)} tried, reward {record.reward}")
-    target = choose(record, config.target, min_saving=config.min_saving or MIN_SAVING)
-    if isinstance(target, str):
-        terminal.say(f"target         none: {target}")
+    found = candidates(record, config.target, min_saving=config.min_saving)
+    if isinstance(found, str):
+        terminal.say(f"target         none: {found}")
     else:
         terminal.say(
-            f"target         #{target.simulation}, {plain(target.executions)} executions "
+            f"target         #{found[0].simulation}, {plain(found[0].executions)} executions "
             f"(rule {config.target})"
         )
 

@@ -18,7 +18,7 @@ from drllm.records import (
     rejected_path,
 )
 from drllm.reporting.numbers import NBSP, count, percent, plain
-from drllm.supervision import summarise
+from drllm.supervision.summary import summarise
 
 LAYERS_NAMED = 5
 

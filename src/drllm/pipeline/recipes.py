@@ -20,7 +20,7 @@ from drllm.config.settings import Settings, from_dict
 from drllm.errors import ConfigError, unknown_name
 from drllm.evaluation.questions import tasks_of
 from drllm.search.questions import SearchQuestion, questions_of
-from drllm.supervision import check_settings
+from drllm.supervision.select import check_settings
 from drllm.tasks.base import Task
 from drllm.tasks.registry import get_tasks
 

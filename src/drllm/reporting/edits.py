@@ -8,7 +8,7 @@ from statistics import fmean
 
 from drllm.paths import Decision, Decisions
 from drllm.records import SearchRecord, TriedPath
-from drllm.supervision import is_valid
+from drllm.supervision.rules import is_valid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,8 +14,7 @@ from drllm.reporting.blocks import Block, Columns, Figure, Section, Table, Text
 from drllm.reporting.edits import edit_effects
 from drllm.reporting.numbers import NONE, count, of_total, percent, plain, signed
 from drllm.reporting.run import Run
-from drllm.supervision import summarise
-from drllm.supervision.summary import class_counts
+from drllm.supervision.summary import class_counts, summarise
 
 MIN_QUESTIONS = 5
 """Single edits tried on fewer questions are left out of the table of best and worst."""

@@ -12,10 +12,7 @@ _ROUNDING = 1e-9
 
 
 def read_quotas(text: str | None) -> dict[str, int]:
-    """Read quotas as users write them.
-
-    Args:
-        text: A comma list of TASK=COUNT; None for no quotas.
+    """Read quotas as users write them: a comma list of TASK=COUNT; None for no quotas.
 
     Returns:
         Maximum targets by task; tasks that aren't in it have as many as there are.
@@ -28,9 +25,7 @@ def read_quotas(text: str | None) -> dict[str, int]:
         {'arc_easy': 400, 'dart-1': 200}
     """
     quotas: dict[str, int] = {}
-    if text is None:
-        return quotas
-    for part in text.split(","):
+    for part in [] if text is None else text.split(","):
         task, _, count = (piece.strip() for piece in part.rpartition("="))
         if not task or not count.isdecimal() or int(count) < 1:
             raise ConfigError(
@@ -60,9 +55,6 @@ def over_quota(
         quotas: Maximum targets by task.
         share: Least share of improving targets, in (0, 1]; None for none.
 
-    Returns:
-        Places in `kept`, from 0.
-
     Source: `data_generation.py` of Dr.LLM's published code (commit 14e8837) for quota and share
         together; the share without a quota is ours (docs/differences.md, D-11).
     """
@@ -72,28 +64,15 @@ def over_quota(
     dropped: set[int] = set()
     for task, places in groups.items():
         if task in quotas:
-            dropped |= _beyond(kept, places, quotas[task], share)
+            first, later = places[: quotas[task]], places[quotas[task] :]
+            others = [place for place in first if not kept[place].improving]
+            wanted = math.ceil((share or 0) * quotas[task] - _ROUNDING)
+            missing = max(0, wanted - (len(first) - len(others)))
+            arriving = [place for place in later if kept[place].improving][:missing]
+            dropped |= {*later, *others[: len(arriving)]} - {*arriving}
         elif share is not None:
-            dropped |= _too_many(kept, places, share)
+            others = [place for place in places if not kept[place].improving]
+            # i / (i + n) >= share; a rounding error of the quotient never costs a target.
+            improving = len(places) - len(others)
+            dropped |= {*others[math.floor(improving * (1 - share) / share + _ROUNDING) :]}
     return dropped
-
-
-def _beyond(
-    kept: Sequence[SupervisionRecord], places: Sequence[int], quota: int, share: float | None
-) -> set[int]:
-    first, later = places[:quota], list(places[quota:])
-    if share is None:
-        return set(later)
-    wanted = math.ceil(share * quota - _ROUNDING)
-    missing = max(0, wanted - sum(kept[place].improving for place in first))
-    arriving = [place for place in later if kept[place].improving][:missing]
-    leaving = [place for place in first if not kept[place].improving][: len(arriving)]
-    return {*later, *leaving} - {*arriving}
-
-
-def _too_many(kept: Sequence[SupervisionRecord], places: Sequence[int], share: float) -> set[int]:
-    others = [place for place in places if not kept[place].improving]
-    improving = len(places) - len(others)
-    # i / (i + n) >= share; a rounding error of the quotient never costs a target.
-    room = math.floor(improving * (1 - share) / share + _ROUNDING)
-    return set(others[room:])

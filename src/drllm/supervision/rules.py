@@ -22,21 +22,13 @@ NOT_SURVIVED = "no path survived the re-test"
 NO_KL = "no KL in the record"
 SAVES_TOO_LITTLE = "no path saves enough"
 OVER_QUOTA = "over the quota"
-REASONS = (
-    NO_VALID_PATH,
-    ONLY_FULL_PATH,
-    NOT_SURVIVED,
-    NO_KL,
-    SAVES_TOO_LITTLE,
-    OVER_QUOTA,
-)
+REASONS = (NO_VALID_PATH, ONLY_FULL_PATH, NOT_SURVIVED, NO_KL, SAVES_TOO_LITTLE, OVER_QUOTA)
 """Why a searched question has no target."""
 TWICE = "same question twice"
 """Why a record has no target though its question may have one: an earlier record counts."""
 
 MIN_SAVING = 0.1
 """Share of the full path's executions that a target of the rule `least_kl` saves at least."""
-_ROUNDING = 1e-9
 
 
 # --- which paths count -------------------------------------------------------------------------
@@ -79,17 +71,13 @@ def shortest(record: SearchRecord) -> list[TriedPath] | str:
     The full path is one of them: a question that no shorter path answers then teaches the routers
     to execute everything.
     """
-    return _best_first(
-        _survivors(record), lambda path: (path.executions, -_retest_margin(path), path.simulation)
-    )
+    return _survivors(record, lambda path: (path.executions, -_retest_margin(path)))
 
 
 @TARGETS.register("largest_margin")
 def largest_margin(record: SearchRecord) -> list[TriedPath] | str:
     """Largest margin in the re-test among the paths that survived it, then fewest executions."""
-    return _best_first(
-        _survivors(record), lambda path: (-_retest_margin(path), path.executions, path.simulation)
-    )
+    return _survivors(record, lambda path: (-_retest_margin(path), path.executions))
 
 
 @TARGETS.register("paper")
@@ -108,8 +96,8 @@ def paper(record: SearchRecord) -> list[TriedPath] | str:
 @TARGETS.register("released")
 def released(record: SearchRecord) -> list[TriedPath] | str:
     """Fewest executions among all right paths, re-tested or not: the published code's rule."""
-    valid = [path for path in record.paths if is_valid(path)] or NO_VALID_PATH
-    return _best_first(valid, lambda path: (path.executions, path.simulation))
+    valid = filter(is_valid, record.paths)
+    return sorted(valid, key=lambda path: (path.executions, path.simulation)) or NO_VALID_PATH
 
 
 @TARGETS.register("least_kl")
@@ -122,49 +110,48 @@ def least_kl(record: SearchRecord, min_saving: float = MIN_SAVING) -> list[Tried
 
     Source: ours (docs/differences.md, D-24).
     """
-    maximum = (1 - min_saving) * record.full.executions + _ROUNDING
-    known = [path for path in record.paths[1:] if path.kl is not None]
+    maximum = (1 - min_saving) * record.full.executions + 1e-9
+    known = [(path.kl, path) for path in record.paths[1:] if path.kl is not None]
     if not known:
         return NO_KL
-    kept = [path for path in known if path.executions <= maximum] or SAVES_TOO_LITTLE
-    return _best_first(kept, lambda path: (_kl(path), path.executions, path.simulation))
+    kept = [(kl, path) for kl, path in known if path.executions <= maximum]
+    kept.sort(key=lambda each: (each[0], each[1].executions, each[1].simulation))
+    return [path for _, path in kept] or SAVES_TOO_LITTLE
+
+
+def _survivors(
+    record: SearchRecord, order: Callable[[TriedPath], tuple[float, float]]
+) -> list[TriedPath] | str:
+    if not any(map(is_valid, record.paths)):
+        return NO_VALID_PATH
+    kept = filter(survived, record.paths)
+    return sorted(kept, key=lambda path: (*order(path), path.simulation)) or NOT_SURVIVED
+
+
+def _retest_margin(path: TriedPath) -> float:
+    """Return the margin in the re-test; a path without one comes last."""
+    margin = path.retest.margin if path.retest else None
+    return -math.inf if margin is None else margin
 
 
 def candidates(
-    record: SearchRecord, target: str, *, min_saving: float = MIN_SAVING
+    record: SearchRecord, target: str, *, min_saving: float | None = None
 ) -> list[TriedPath] | str:
     """Return the paths that may become one question's target, the best first, or why none can.
 
     Args:
         record: What the search found.
         target: Name of a rule in `TARGETS`.
-        min_saving: Least share of the full path's executions to save, for rules that read it.
+        min_saving: Least share of the full path's executions to save, for rules that read it;
+            None for `MIN_SAVING`.
     """
-    rule = TARGETS.get(target)
-    return rule(record, min_saving=min_saving) if reads_min_saving(target) else rule(record)
-
-
-def choose(record: SearchRecord, target: str, *, min_saving: float = MIN_SAVING) -> TriedPath | str:
-    """Pick one question's target path, or say why there is none; see `candidates`."""
-    found = candidates(record, target, min_saving=min_saving)
-    return found if isinstance(found, str) else found[0]
+    given = {"min_saving": MIN_SAVING if min_saving is None else min_saving}
+    return TARGETS.get(target)(record, **(given if reads_min_saving(target) else {}))
 
 
 def reads_min_saving(target: str) -> bool:
     """Tell whether a rule depends on `--min-saving`."""
     return "min_saving" in inspect.signature(TARGETS.get(target)).parameters
-
-
-def _survivors(record: SearchRecord) -> list[TriedPath] | str:
-    if not any(map(is_valid, record.paths)):
-        return NO_VALID_PATH
-    return [path for path in record.paths if survived(path)] or NOT_SURVIVED
-
-
-def _best_first(
-    paths: list[TriedPath] | str, order: Callable[[TriedPath], tuple[float, ...]]
-) -> list[TriedPath] | str:
-    return paths if isinstance(paths, str) else sorted(paths, key=order)
 
 
 def weigh(paths: Sequence[TriedPath], path_weights: str) -> list[float]:
@@ -194,20 +181,10 @@ def weigh(paths: Sequence[TriedPath], path_weights: str) -> list[float]:
     if path_weights == "shorter":
         fewest = min(path.executions for path in paths)
         return [2.0 ** (fewest - path.executions) for path in paths]
-    if any(path.kl is None for path in paths):
+    known = [path.kl for path in paths if path.kl is not None]
+    if len(known) < len(paths):
         raise ConfigError(
             "--path-weights closer needs each path's KL, which the search has not kept; "
             "search again with --kl, or choose --path-weights shorter"
         )
-    return [math.exp(-_kl(path)) for path in paths]
-
-
-def _kl(path: TriedPath) -> float:
-    """Return the KL; a path without one comes last."""
-    return math.inf if path.kl is None else path.kl
-
-
-def _retest_margin(path: TriedPath) -> float:
-    """Return the margin in the re-test; a path without one comes last."""
-    margin = path.retest.margin if path.retest else None
-    return -math.inf if margin is None else margin
+    return [math.exp(-kl) for kl in known]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,7 +32,6 @@ from drllm.records import (
 from drllm.records.search import SearchRecords
 from drllm.supervision.quotas import over_quota, read_quotas
 from drllm.supervision.rules import (
-    MIN_SAVING,
     NO_KL,
     OVER_QUOTA,
     REASONS,
@@ -79,7 +78,7 @@ def supervise(
         searches: Search records, from `search_paths` or `search.jsonl` files of one base model
             (the shards of a search, say), in this order; a question that stands in several of them
             counts once.
-        config: The rule, and the quotas if there are any.
+        config: The rule and the quotas.
         output: The `supervision.jsonl` to write, replaced if it is there; None writes nothing.
 
     Raises:
@@ -104,8 +103,7 @@ def supervise(
     for first, other in itertools.combinations(sources, 2):
         _check_same_model(first, other)
     _check_ids(sources)
-    records = [record for source in sources for record in source]
-    supervision = targets(records, config)
+    supervision = targets(list(itertools.chain(*sources)), config)
     if not supervision:
         raise RecordError(_without_targets(supervision.summary))
     if output is not None:
@@ -119,13 +117,7 @@ def write(
     output: Path,
     config: SuperviseConfig,
 ) -> None:
-    """Write targets with their manifest, and the questions without one.
-
-    Args:
-        supervision: What `targets` made of all records of the sources.
-        sources: Of one base model.
-        output: The `supervision.jsonl`.
-        config: What it was made by.
+    """Write what `targets` made of all records of the sources, which are of one base model.
 
     Raises:
         RecordError: A file that can't be written.
@@ -139,13 +131,21 @@ def write(
         extra={"summary": supervision.summary, "rewards": list(supervision.rewards)},
     )
     if len(inputs) == len(sources):
-        counts = _counts_by_file(sources, supervision)
-        manifest["files"] = dict(zip(manifest["inputs"], counts, strict=True))
+        reasons = iter(supervision.reasons)
+        counts = (Counter(itertools.islice(reasons, len(source))) for source in sources)
+        manifest["files"] = {
+            name: {
+                "questions": found.total() - found[TWICE],
+                "copies": found[TWICE],
+                "targets": found[None],
+                "rejected": {reason: found[reason] for reason in REASONS},
+            }
+            for name, found in zip(manifest["inputs"], counts, strict=True)
+        }
     # First, so that targets with a manifest never lie next to the rejects of others.
-    records = (record for source in sources for record in source)
     rejected = [
         RejectedQuestion(id=record.id, task=record.task, question=record.question, reason=reason)
-        for record, reason in zip(records, supervision.reasons, strict=True)
+        for record, reason in zip(itertools.chain(*sources), supervision.reasons, strict=True)
         if reason is not None
     ]
     if rejected:
@@ -156,14 +156,7 @@ def write(
 
 
 def check_settings(config: SuperviseConfig, tasks: Collection[str]) -> dict[str, int]:
-    """Refuse settings that can't be followed, before anything is searched or read for them.
-
-    Args:
-        config: The rule and the quotas.
-        tasks: Names of the tasks whose questions there are.
-
-    Returns:
-        Most targets by task.
+    """Refuse settings that can't be followed with these tasks' questions; return the quotas.
 
     Raises:
         ConfigError: Quotas that can't be read or name another task; a least saving with a rule
@@ -187,25 +180,21 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
     Questions with the same text, in whatever tasks, are one question; the first one counts, with
     or without a target. Quotas are filled in the order of the questions.
 
-    Args:
-        records: Questions in order.
-        config: The rule, and the quotas if there are any.
-
-    Returns:
-        The targets and the summary; no targets at all is a result like any other.
+    No targets at all is a result like any other.
 
     Raises:
         ConfigError: As for `check_settings`, and weights by a KL that a path lacks.
     """
     quotas = check_settings(config, {record.task for record in records})
-    min_saving = MIN_SAVING if config.min_saving is None else config.min_saving
     reasons: list[str | None] = []
     found: dict[int, SupervisionRecord] = {}  # by the record's place
     seen: set[str] = set()
     for place, record in enumerate(records):
         key = question_key(record.question)
-        paths = TWICE if key in seen else candidates(record, config.target, min_saving=min_saving)
-        seen.add(key)
+        paths: list[TriedPath] | str = TWICE
+        if key not in seen:
+            seen.add(key)
+            paths = candidates(record, config.target, min_saving=config.min_saving)
         reasons.append(paths if isinstance(paths, str) else None)
         if not isinstance(paths, str):
             found[place] = _supervision_record(record, paths, config.path_weights)
@@ -249,18 +238,16 @@ def _supervision_record(
 
 
 def _check_names(files: Sequence[Path], output: Path | None) -> None:
-    named: set[Path] = set()
+    named = [file.resolve() for file in files]
     for file in files:
-        if file.resolve() in named:
+        if named.count(file.resolve()) > 1:
             raise RecordError(f"{file} is given twice; name each search file once")
-        named.add(file.resolve())
     for file in () if output is None else (output, rejected_path(output)):
         if file.resolve() in named:
             raise RecordError(f"{file} is both read and written; choose another output file")
 
 
 def _without_targets(summary: Mapping[str, Any]) -> str:
-    """Word the message for questions of which none has a target."""
     rejected = {reason: n for reason, n in summary["rejected"].items() if n}
     remedy = "search more questions or simulations, or choose another --target"
     if SAVES_TOO_LITTLE in rejected:
@@ -278,30 +265,12 @@ def _without_targets(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _counts_by_file(
-    sources: Sequence[SearchRecords], supervision: Supervision
-) -> Iterator[dict[str, Any]]:
-    """Yield what became of each file's questions, in the order of the files."""
-    reasons = iter(supervision.reasons)
-    for source in sources:
-        found = Counter(itertools.islice(reasons, len(source)))
-        yield {
-            "questions": len(source) - found[TWICE],
-            "copies": found[TWICE],
-            "targets": found[None],
-            "rejected": {reason: found[reason] for reason in REASONS},
-        }
-
-
 def _check_same_model(first: SearchRecords, other: SearchRecords) -> None:
     """Refuse files of two base models; another id for the same weights is fine."""
-    known = [name for name in _SAME_MODEL if name in first.model and name in other.model]
-    if "fingerprint" not in known:
-        known += [
-            name for name in ("id", "revision") if name in first.model and name in other.model
-        ]
-    for name in known:
-        if first.model[name] != other.model[name]:
+    known = first.model.keys() & other.model.keys()
+    named = _SAME_MODEL if "fingerprint" in known else (*_SAME_MODEL, "id", "revision")
+    for name in named:
+        if name in known and first.model[name] != other.model[name]:
             raise RecordError(
                 f"{first.file} and {other.file} are of different base models "
                 f"({name} {first.model[name]!r} and {other.model[name]!r}); "

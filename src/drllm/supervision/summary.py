@@ -18,7 +18,6 @@ KINDS: dict[str, Callable[[TriedPath, SearchRecord], bool]] = {
     "saving": is_saving,
     "improving": is_improving,
 }
-YIELDS = tuple(f"{kind}_{when}_retest" for kind in KINDS for when in ("before", "after"))
 
 
 def summarise(
@@ -46,84 +45,68 @@ def summarise(
         targets' mean (None without any); `class_counts`, how often the targets skip, execute and
         repeat, and `class_counts_by_layer`, `[L][3]`.
     """
-    rows = [record.optimal_layer_config for record in kept]
-    by_layer = class_counts(rows)
-    tasks = dict.fromkeys([*(record.task for record in records), *(r.task for r in kept)])
-    first = first_records(records)
-    copies = Counter(r.task for r in records) - Counter(r.task for r in first)
+    by_layer = class_counts([record.optimal_layer_config for record in kept])
+    by_question: dict[str, SearchRecord] = {}
+    for record in records:
+        by_question.setdefault(question_key(record.question), record)
+    first = [(record, _path_counts(record)) for record in by_question.values()]
+    copies = Counter(record.task for record in records)
+    copies.subtract(record.task for record, _ in first)
+    tasks = dict.fromkeys([*copies, *(record.task for record in kept)])
+
+    def of_task(task: str) -> dict[str, int]:
+        found = [(record, counts) for record, counts in first if record.task == task]
+        improving = [record.improving for record in kept if record.task == task]
+        return {
+            "questions": len(found),
+            "copies": copies[task],
+            **_questions_by_kind(found),
+            "targets": len(improving),
+            "improving_targets": sum(improving),
+        }
+
     return {
         "questions": len(first),
         "copies": copies.total(),
         "targets": len(kept),
         "rejected": {reason: rejected.get(reason, 0) for reason in REASONS},
-        **_yields(first),
+        **_questions_by_kind(first),
         "paths": {
-            name: n for name, n in _path_counts(first).items() if not name.startswith("valid")
+            name: sum(counts[name] for _, counts in first)
+            for name in _NAMES
+            if not name.startswith("valid")
         },
-        "tasks": {
-            task: _task_counts(
-                [record for record in first if record.task == task],
-                copies[task],
-                [record for record in kept if record.task == task],
-            )
-            for task in tasks
-        },
+        "tasks": {task: of_task(task) for task in tasks},
         "executions": sum(record.executions for record in kept) / len(kept) if kept else None,
         "class_counts": [sum(layer[decision] for layer in by_layer) for decision in Decision],
         "class_counts_by_layer": by_layer,
     }
 
 
-def first_records(records: Sequence[SearchRecord]) -> list[SearchRecord]:
-    """Return the first record of each question, in order."""
-    first: dict[str, SearchRecord] = {}
-    for record in records:
-        first.setdefault(question_key(record.question), record)
-    return list(first.values())
-
-
 def class_counts(rows: Sequence[Decisions]) -> list[list[int]]:
-    """Count each layer's decisions.
-
-    Returns:
-        `[L][3]`: how often each layer is skipped, executed and repeated; empty without rows.
+    """Count how often each layer is skipped, executed and repeated: `[L][3]`, empty without rows.
 
     Example:
         >>> class_counts([(1, 0), (1, 2)])
         [[0, 2, 0], [1, 0, 1]]
     """
-    counted = [Counter(layer) for layer in zip(*rows, strict=True)]
-    return [[layer[int(decision)] for decision in Decision] for layer in counted]
+    return [[layer.count(decision) for decision in Decision] for layer in zip(*rows, strict=True)]
 
 
-def _task_counts(
-    records: Sequence[SearchRecord], copies: int, kept: Sequence[SupervisionRecord]
+_NAMES = tuple(f"{kind}_{when}_retest" for kind in KINDS for when in ("before", "after"))
+
+
+def _path_counts(record: SearchRecord) -> dict[str, int]:
+    """Count a question's paths of each kind, as the search found them and that survived."""
+    found = {kind: [p for p in record.paths if is_one(p, record)] for kind, is_one in KINDS.items()}
+    counts = [n for paths in found.values() for n in (len(paths), sum(map(survived, paths)))]
+    return dict(zip(_NAMES, counts, strict=True))
+
+
+def _questions_by_kind(
+    found: Sequence[tuple[SearchRecord, Mapping[str, int]]],
 ) -> dict[str, int]:
     return {
-        "questions": len(records),
-        "copies": copies,
-        **_yields(records),
-        "targets": len(kept),
-        "improving_targets": sum(record.improving for record in kept),
+        "base_correct": sum(is_valid(record.full) for record, _ in found),
+        **{name: sum(counts[name] > 0 for _, counts in found) for name in _NAMES},
     }
-
-
-def _yields(records: Sequence[SearchRecord]) -> dict[str, int]:
-    """Count the questions that have a path of each kind."""
-    found = [_path_counts([record]) for record in records]
-    return {
-        "base_correct": sum(is_valid(record.full) for record in records),
-        **{name: sum(counts[name] > 0 for counts in found) for name in YIELDS},
-    }
-
-
-def _path_counts(records: Sequence[SearchRecord]) -> dict[str, int]:
-    """Count the paths of each kind, as the search found them and as far as they survived."""
-    counts: Counter[str] = Counter()
-    for record in records:
-        for path in record.paths:
-            for kind, is_one in KINDS.items():
-                if is_one(path, record):
-                    counts[f"{kind}_before_retest"] += 1
-                    counts[f"{kind}_after_retest"] += survived(path)
-    return {name: counts[name] for name in YIELDS}

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from drllm.pipeline import Recipe, read_recipe
-from drllm.supervision import check_settings
 from drllm.supervision.quotas import read_quotas
+from drllm.supervision.select import check_settings
 from drllm.tasks.registry import get_tasks
 
 RECIPES = Path(__file__).resolve().parents[3] / "src" / "drllm" / "cli" / "recipes"

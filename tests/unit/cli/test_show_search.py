@@ -34,7 +34,7 @@ from drllm.records import (
     write_records,
 )
 from drllm.search import CHUNKS_FOLDER
-from drllm.supervision import supervise, targets
+from drllm.supervision.select import supervise, targets
 
 KEPT = Retest(passed=3, asked=4, margin=0.5, survived=True)
 LOST = Retest(passed=1, asked=4, margin=-0.5, survived=False)

@@ -35,7 +35,7 @@ from drllm.statistics.intervals import wilson_interval
 from drllm.statistics.non_inferiority import Choice, Limits, LossBound, Trial
 from drllm.statistics.paired import mcnemar_exact, paired_interval
 from drllm.statistics.verdicts import Differences, Verdict
-from drllm.supervision import targets
+from drllm.supervision.select import targets
 
 PINNED = {
     "drllm_version": "0.0.0",
