@@ -11,33 +11,27 @@ Both read the same texts, taking turns in one run; influences and chosen layers 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
-import json
-import platform
 import statistics
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
-import transformers
 
-from drllm.config import ModelConfig
 from drllm.evaluation.baselines.fitting.measures import by_loss
 from drllm.evaluation.baselines.greedy import Greedy
 from drllm.evaluation.baselines.influence import block_influence, order_by_influence
 from drllm.evaluation.baselines.material import Material
-from drllm.models.base.load import BaseModel, load
+from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.tasks.base import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task
 
-Clock = Callable[[], float]
 Tokens = list[int]
 
 QUICK = {"repeats": 1, "texts": 8, "skipped": 1}
@@ -67,7 +61,7 @@ def by_length(texts: Sequence[Tokens]) -> list[torch.Tensor]:
 
 
 def ours(
-    base: BaseModel, texts: Sequence[Tokens], num_skipped: int, clock: Clock
+    base: BaseModel, texts: Sequence[Tokens], num_skipped: int, clock: common.Clock
 ) -> dict[str, Any]:
     """Choose layers by both of our baselines."""
     routed = RoutedModel(base.model, tokenizer=base.tokenizer)
@@ -88,7 +82,9 @@ def ours(
         routed.detach()
 
 
-def theirs(model: Any, texts: Sequence[Tokens], num_skipped: int, clock: Clock) -> dict[str, Any]:
+def theirs(
+    model: Any, texts: Sequence[Tokens], num_skipped: int, clock: common.Clock
+) -> dict[str, Any]:
     """Choose layers by both of economize's criteria, which count them from 1."""
     from economize.arch import adapter_for  # type: ignore[import-not-found]
     from economize.techniques.prune import depth  # type: ignore[import-not-found]
@@ -108,7 +104,7 @@ def theirs(model: Any, texts: Sequence[Tokens], num_skipped: int, clock: Clock) 
 
 
 def compare(
-    base: BaseModel, texts: Sequence[Tokens], sizes: dict[str, int], clock: Clock
+    base: BaseModel, texts: Sequence[Tokens], sizes: dict[str, int], clock: common.Clock
 ) -> dict[str, Any]:
     """Let both choose, in turns, and compare what they found."""
     stock = copy.deepcopy(base.model)
@@ -155,19 +151,11 @@ def report(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run the comparison and print it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few texts, under a minute")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: processor time of a single thread, for a machine that is used by others too",
-    )
+    parser = common.parser_of(__doc__, "few texts, under a minute")
+    common.add_clock(parser)
     parser.add_argument("--data-dir", type=Path, help="of the task, where it needs one")
     parser.add_argument("--task", default="builtin_facts", help="with options")
-    parser.add_argument("--model", default=ModelConfig().model, help="alias, hub id or folder")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    common.add_model(parser, devices=True)
     parser.add_argument("--texts", type=int, help="questions with their right answers")
     parser.add_argument("--skipped", type=int, help="layers to give up")
     parser.add_argument("--repeats", type=int)
@@ -176,13 +164,9 @@ def main() -> None:
         sys.exit(
             "economize isn't installed; pip install economize==0.3.2 (transformers 5 or newer)"
         )
-    sizes = dict(QUICK if options.quick else WHOLE)
-    sizes |= {name: given for name in sizes if (given := getattr(options, name)) is not None}
-    clock: Clock = time.perf_counter
-    if options.clock == "cpu":  # of several threads it would add up those that wait as well
-        torch.set_num_threads(1)
-        clock = time.process_time
-    base = load(ModelConfig(model=options.model, dtype="float32", device=options.device))
+    sizes = common.sizes_of(options, QUICK, WHOLE)
+    clock = common.clock_of(options)
+    base = common.base_of(options)
     texts = texts_of(base, options.task, sizes["texts"], options.data_dir)
     result = compare(base, texts, sizes, clock)
     report(result)
@@ -191,17 +175,12 @@ def main() -> None:
         "repeats": sizes["repeats"],
         "ours": OURS,
         "theirs": THEIRS,
-        "model": base.name,
         "task": options.task,
-        "clock": options.clock,
-        "machine": f"{platform.machine()}, {base.model.device}, {base.model.dtype}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}",
+        **common.of(base, options),
         **sizes,
         "result": result,
     }
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    common.write(options, figures)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ and knows nothing of settings, failures or repeated questions.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import os
 import platform
 import random
@@ -27,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import msgspec
 
 from drllm.config import ModelConfig, SearchConfig
@@ -206,9 +205,7 @@ def append(path: Path, batches: Sequence[Batch], results: dict[int, Searched]) -
 
 def main() -> None:
     """Run the comparison and print it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a small sample, under a minute")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser = common.parser_of(__doc__)
     options = parser.parse_args()
     repeats, number = (2, 800) if options.quick else (5, 8000)
     task = ManyQuestions(number)
@@ -272,8 +269,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "runs": ways,
     }
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    common.write(options, result)
 
 
 if __name__ == "__main__":

@@ -13,33 +13,25 @@ biased to execute every layer, which is what routers cost.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import logging
-import platform
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
-import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from drllm.config import ModelConfig
 from drllm.evaluation.latency import that_execute
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.models.base.identity import fingerprint
-from drllm.models.base.load import BaseModel, load
+from drllm.models.base.load import BaseModel
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.policies import RouterPolicy
 from drllm.tasks.base import OPTIONS_REWARD, choose
 from drllm.tasks.registry import get_task
-
-Clock = Callable[[], float]
 
 TASKS = ("builtin_facts",)
 REAL_TASKS = ("arc_easy", "mmlu", "commonsense_qa")
@@ -76,7 +68,7 @@ def executing_routers(base: BaseModel) -> RouterStack:
 
 
 def compare(
-    base: BaseModel, task: str, sizes: dict[str, int], data_dir: Path | None, clock: Clock
+    base: BaseModel, task: str, sizes: dict[str, int], data_dir: Path | None, clock: common.Clock
 ) -> dict[str, Any]:
     """Time both ways on one task's questions, and compare their answers."""
     requests = requests_of(task, sizes["questions"], data_dir)
@@ -155,32 +147,19 @@ def report(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run the comparison and print it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a small sample, under a minute")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: processor time of a single thread, for a machine that is used by others too",
-    )
+    parser = common.parser_of(__doc__)
+    common.add_clock(parser)
     parser.add_argument("--data-dir", type=Path, help="real questions in place of built-in ones")
     parser.add_argument("--tasks", help="comma list of tasks with options")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    parser.add_argument("--model", default=ModelConfig().model, help="alias, hub id or folder")
+    common.add_model(parser, devices=True, dtypes=True)
     parser.add_argument("--questions", type=int, help="of each task")
     parser.add_argument("--batch-size", type=int, default=32, help="rows a pass, both ways")
     parser.add_argument("--repeats", type=int)
     options = parser.parse_args()
-    sizes = {**(QUICK if options.quick else WHOLE), "batch_size": options.batch_size}
-    sizes |= {name: given for name in sizes if (given := getattr(options, name)) is not None}
-    clock: Clock = time.perf_counter
-    if options.clock == "cpu":  # of several threads it would add up those that wait as well
-        torch.set_num_threads(1)
-        clock = time.process_time
+    sizes = common.sizes_of(options, QUICK, WHOLE) | {"batch_size": options.batch_size}
+    clock = common.clock_of(options)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    base = load(ModelConfig(model=options.model, dtype=options.dtype, device=options.device))
+    base = common.base_of(options)
     names = options.tasks.split(",") if options.tasks else REAL_TASKS if options.data_dir else TASKS
     results = []
     for name in names:
@@ -193,17 +172,10 @@ def main() -> None:
         "repeats": sizes["repeats"],
         "ours": OURS,
         "theirs": THEIRS,
-        "model": base.name,
-        "clock": options.clock,
-        "machine": f"{platform.machine()}, {base.model.device}, {base.model.dtype}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}",
+        **common.of(base, options),
         "results": results,
     }
-    if base.model.device.type == "cuda":
-        figures["machine"] += f", {torch.cuda.get_device_name(base.model.device)}"
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    common.write(options, figures)
 
 
 if __name__ == "__main__":

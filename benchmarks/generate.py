@@ -17,26 +17,21 @@ does hits all of them alike, and are compared round by round; figures are median
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import json
-import platform
 import random
 import shutil
 import statistics
 import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
-import transformers
 from torch import Tensor
 
-from drllm.config import ModelConfig
 from drllm.evaluation.latency import (
     Clock,
     Rounds,
@@ -47,7 +42,7 @@ from drllm.evaluation.latency import (
     that_execute,
     twin,
 )
-from drllm.models.base.load import BaseModel, load
+from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode, left_padded
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.batch_generation import generate_many
@@ -301,23 +296,13 @@ def commit() -> str:
 
 def main() -> None:
     """Measure, print a table, and write the figures if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds, under a minute")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: processor time of a single thread, for a machine that is used by others too",
-    )
-    parser.add_argument("--model", default=ModelConfig().model, help="alias, hub id or folder")
+    parser = common.parser_of(__doc__, "few rounds, under a minute")
+    common.add_clock(parser)
+    common.add_model(parser)
     options = parser.parse_args()
     repeats = QUICK if options.quick else WHOLE
-    clock: Clock = time.perf_counter
-    if options.clock == "cpu":  # of several threads it would add up those that wait as well
-        torch.set_num_threads(1)
-        clock = time.process_time
-    base = load(ModelConfig(model=options.model, dtype="float32", device="cpu"))
+    clock = common.clock_of(options)
+    base = common.base_of(options)
     if base.num_layers <= max(NUM_SKIPPED):
         parser.error(f"{options.model} has {base.num_layers} layers; give a model of more than 10")
     with torch.no_grad():
@@ -348,14 +333,10 @@ def main() -> None:
         "repeats": repeats,
         "ours": OURS,
         "theirs": THEIRS,
-        "model": base.name,
-        "clock": options.clock,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, drllm "
-        f"{importlib.metadata.version('drllm')} at {commit()}",
+        **common.of(base, options),
+        "drllm": f"{importlib.metadata.version('drllm')} at {commit()}",
     }
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    common.write(options, result)
 
 
 if __name__ == "__main__":

@@ -15,27 +15,23 @@ With `--dtype bfloat16` the verdicts that differ are those that its rounding cos
 
 from __future__ import annotations
 
-import argparse
 import copy
 import cProfile
-import json
-import platform
 import pstats
 import random
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
-import transformers
 from torch import nn
 
-from drllm.config import ModelConfig, SearchConfig
+from drllm.config import SearchConfig
 from drllm.cost import distinct_executions
-from drllm.models.base.load import BaseModel, load
+from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode, render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import to_path
@@ -47,7 +43,6 @@ from drllm.tasks.registry import get_task
 
 Pair = tuple[int, tuple[int, ...]]
 Rounds = list[list[Pair]]
-Clock = Callable[[], float]
 
 REWARDS = {
     "loglikelihood": "builtin_facts",
@@ -132,7 +127,7 @@ def one_by_one(model: Any, tokenizer: Any, prompt: Prompt, decisions: tuple[int,
     return score_choices(sums, prompt)[0]
 
 
-def synchronised(clock: Clock, device: torch.device) -> Clock:
+def synchronised(clock: common.Clock, device: torch.device) -> common.Clock:
     """Return a clock that first waits for what a device was asked to do."""
 
     def read() -> float:
@@ -154,7 +149,7 @@ def routing(base: BaseModel) -> Iterator[RoutedModel]:
 
 
 def together(
-    evaluator: Evaluator, rounds: Rounds, clock: Clock
+    evaluator: Evaluator, rounds: Rounds, clock: common.Clock
 ) -> tuple[float, dict[Pair, Outcome]]:
     """Evaluate all rounds our way; return the time a path, and what came out."""
     found: dict[Pair, Outcome] = {}
@@ -165,7 +160,7 @@ def together(
 
 
 def parts_of_the_time(
-    base: BaseModel, prompts: Sequence[Prompt], rounds: Rounds, clock: Clock
+    base: BaseModel, prompts: Sequence[Prompt], rounds: Rounds, clock: common.Clock
 ) -> dict[str, float]:
     """Return which share of our time each part of the work takes, under a profiler.
 
@@ -239,7 +234,11 @@ def executions(evaluator: Evaluator, prompts: Sequence[Prompt], rounds: Rounds) 
 
 
 def compare(
-    base: BaseModel, reward: str, prompts: Sequence[Prompt], sizes: dict[str, int], clock: Clock
+    base: BaseModel,
+    reward: str,
+    prompts: Sequence[Prompt],
+    sizes: dict[str, int],
+    clock: common.Clock,
 ) -> dict[str, Any]:
     """Time both ways on one block of questions, and count the verdicts on which they differ."""
     rounds = searched_paths(base.num_layers, len(prompts), sizes["paths"])
@@ -322,37 +321,23 @@ def report(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run the comparison and print it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a small sample, under a minute")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: processor time of a single thread, for a machine that is used by others too",
-    )
+    parser = common.parser_of(__doc__)
+    common.add_clock(parser)
     parser.add_argument(
         "--data-dir", type=Path, help="real ARC questions in place of built-in ones"
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    parser.add_argument("--model", default=ModelConfig().model, help="alias, hub id or folder")
+    common.add_model(parser, devices=True, dtypes=True)
     parser.add_argument("--rewards", default=",".join(REWARDS), help="comma list")
     parser.add_argument("--questions", type=int, help="searched in step, as --block-size")
     parser.add_argument("--paths", type=int, help="of each question")
     parser.add_argument("--sample", type=int, help="paths that are also run one by one")
     parser.add_argument("--repeats", type=int)
     options = parser.parse_args()
-    sizes = dict(QUICK if options.quick else WHOLE)
-    sizes |= {name: given for name in sizes if (given := getattr(options, name)) is not None}
+    sizes = common.sizes_of(options, QUICK, WHOLE)
     if unknown := set(options.rewards.split(",")) - set(REWARDS):
         parser.error(f"--rewards takes {', '.join(REWARDS)}; not {', '.join(sorted(unknown))}")
-    clock: Clock = time.perf_counter
-    if options.clock == "cpu":  # of several threads it would add up those that wait as well
-        torch.set_num_threads(1)
-        clock = time.process_time
-    base = load(ModelConfig(model=options.model, dtype=options.dtype, device=options.device))
-    clock = synchronised(clock, base.model.device)
+    base = common.base_of(options)
+    clock = synchronised(common.clock_of(options), base.model.device)
     tasks = REAL_REWARDS if options.data_dir else REWARDS
     results = []
     with torch.no_grad():
@@ -370,17 +355,10 @@ def main() -> None:
         "repeats": sizes["repeats"],
         "ours": OURS,
         "theirs": THEIRS,
-        "model": base.name,
-        "clock": options.clock,
-        "machine": f"{platform.machine()}, {base.model.device}, {base.model.dtype}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}",
+        **common.of(base, options),
         "results": results,
     }
-    if base.model.device.type == "cuda":
-        figures["machine"] += f", {torch.cuda.get_device_name(base.model.device)}"
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    common.write(options, figures)
 
 
 if __name__ == "__main__":

@@ -32,11 +32,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import common
 import msgspec
 import torch
 
-from drllm.config import ModelConfig, SearchConfig
-from drllm.models.base.load import load
+from drllm.config import SearchConfig
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions, num_executions, to_path
 from drllm.records import write_atomically
@@ -384,16 +384,14 @@ def report(
 
 def main() -> None:
     """Search, or read what was searched before, and print the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few built-in questions, one seed")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser = common.parser_of(__doc__, "few built-in questions, one seed")
     parser.add_argument("--data-dir", type=Path, help="folder with arc_easy/train.jsonl[.gz]")
     parser.add_argument("--questions", type=int, default=60)
     parser.add_argument("--executions", type=int, default=600, help="allowance of a question")
     parser.add_argument("--seeds", default="0,1,2", help="comma list")
     parser.add_argument("--strategies", default="tree,sweep,walk", help="comma list, ours first")
     parser.add_argument("--block-size", type=int, default=4, help="questions evaluated together")
-    parser.add_argument("--model", default="smollm2-135m")
+    common.add_model(parser)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/search_quality"))
     options = parser.parse_args()
     if options.quick:
@@ -405,14 +403,13 @@ def main() -> None:
     task = get_task("builtin_facts" if options.quick else "arc_easy")
     examples = choose(task.examples("search", options.data_dir), options.questions, 0)
     examples.sort(key=lambda example: len(example.question))  # little of a batch is then padding
-    base = load(ModelConfig(model=options.model, dtype="float32", device="cpu"))
+    base = common.base_of(options)
     routed = RoutedModel(base.model, tokenizer=base.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         if options.quick:  # a quick run measures anew, whatever was measured before
             options.output_dir = Path(folder)
         result = report(*search_all(routed, task, examples, options), options)
-    if options.json:
-        write_atomically(options.json, json.dumps(result, indent=2) + "\n")
+    common.write(options, result)
 
 
 if __name__ == "__main__":

@@ -23,23 +23,21 @@ import argparse
 import itertools
 import json
 import math
-import platform
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
-import transformers
 from torch import Tensor, nn
 
-from drllm.config import ModelConfig, TrainConfig
+from drllm.config import TrainConfig
 from drllm.listener import Listener, OnProgress
-from drllm.models.base.load import BaseModel, load
+from drllm.models.base.load import BaseModel
 from drllm.models.routers.stack import RouterStack
 from drllm.records import SupervisionRecord, new_manifest
 from drllm.tasks.base import OPTIONS_REWARD, choose
@@ -49,8 +47,6 @@ from drllm.training.features import BATCH_SIZE, Features, collect, shape
 from drllm.training.split import epoch_batches
 from drllm.training.stage import train_on
 from drllm.training.trainer import Trainer
-
-Clock = Callable[[], float]
 
 QUICK = {"questions": 10, "targets": 48}
 WHOLE = {"questions": 160, "targets": 4000}
@@ -355,7 +351,7 @@ def are_equal(found: Sequence[float], by_rounding: Sequence[float]) -> bool:
 
 
 def compare(
-    base: BaseModel, records: Sequence[SupervisionRecord], folder: Path, clock: Clock
+    base: BaseModel, records: Sequence[SupervisionRecord], folder: Path, clock: common.Clock
 ) -> tuple[dict[str, Any], Features]:
     """Train both ways, and return the times and how far the losses are from one another."""
     everything = range(len(records))
@@ -466,7 +462,7 @@ def repeated(features: Features, size: tuple[int, int, int], folder: Path, base:
     (folder / "examples.json").write_text(json.dumps(examples))
 
 
-def fit_there(folder: Path, clock: Clock) -> dict[str, Any]:
+def fit_there(folder: Path, clock: common.Clock) -> dict[str, Any]:
     """Fit the features of a folder with the paper's settings, in a process that does only this."""
     told = json.loads((folder / "examples.json").read_text())
     store = Store(folder)
@@ -536,40 +532,25 @@ def growth(
 
 def main() -> None:
     """Run the comparison and print it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a small sample, under a minute")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    parser.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: processor time of a single thread, for a machine that is used by others too",
-    )
+    parser = common.parser_of(__doc__)
+    common.add_clock(parser)
     parser.add_argument("--data-dir", type=Path, help="ARC-Easy in place of built-in questions")
-    parser.add_argument("--model", default=ModelConfig().model, help="alias, hub id or folder")
+    common.add_model(parser)
     parser.add_argument("--questions", type=int, help="trained on both ways")
     parser.add_argument("--double", action="store_true", help="also compare losses in float64")
     parser.add_argument("--scale", action="store_true", help="also see how a fit grows")
     parser.add_argument("--targets", type=int, help="with --scale: of the largest fit")
     parser.add_argument("--fit", type=Path, help=argparse.SUPPRESS)  # a process of --scale's own
     options = parser.parse_args()
-    sizes = dict(QUICK if options.quick else WHOLE)
-    sizes |= {name: given for name in sizes if (given := getattr(options, name)) is not None}
+    sizes = common.sizes_of(options, QUICK, WHOLE)
     if options.targets is not None and not options.scale:
         parser.error("--targets has no effect without --scale")
-    clock: Clock = time.perf_counter
-    if options.clock == "cpu":  # of several threads it would add up those that wait as well
-        torch.set_num_threads(1)
-        clock = time.process_time
+    clock = common.clock_of(options)
     if options.fit:
         print(json.dumps(fit_there(options.fit, clock)))
         return
-    base = load(ModelConfig(model=options.model, dtype="float32", device="cpu"))
-    machine = (
-        f"{platform.machine()}, {base.model.device}, {base.model.dtype}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}"
-    )
+    base = common.base_of(options)
+    measured = common.of(base, options)  # before --double changes the model's dtype
     records = drawn_targets(base, sizes["questions"], options.data_dir)
     with tempfile.TemporaryDirectory() as name:
         result, features = compare(base, records, Path(name), clock)
@@ -587,14 +568,11 @@ def main() -> None:
         "repeats": 1,
         "ours": OURS,
         "theirs": THEIRS,
-        "model": base.name,
-        "clock": options.clock,
-        "machine": machine,
+        **measured,
         "result": result,
         "scale": scale,
     }
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    common.write(options, figures)
     if not result["losses_are_equal"]:
         raise SystemExit(
             f"the losses differ by more than {EQUAL_LOSSES} and {TIMES_ROUNDING} times rounding"

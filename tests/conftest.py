@@ -255,6 +255,8 @@ def benchmark() -> Callable[[str], ModuleType]:
     @functools.cache
     def imported(script: str) -> ModuleType:
         path = REPOSITORY / "benchmarks" / f"{script}.py"
+        if str(path.parent) not in sys.path:
+            sys.path.append(str(path.parent))  # as of a script, for what all of them share
         spec = importlib.util.spec_from_file_location(f"{script}_benchmark", path)
         assert spec is not None
         assert spec.loader is not None

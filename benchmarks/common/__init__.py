@@ -1,0 +1,86 @@
+"""What every benchmark here shares: its flags, its clock, and the file of its figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from drllm.config import ModelConfig
+from drllm.models.base.load import BaseModel, load
+
+Clock = Callable[[], float]
+
+
+def parser_of(doc: str, quick: str = "a small sample, under a minute") -> argparse.ArgumentParser:
+    """Return a parser with the flags of every benchmark: `--quick` and `--json`."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    return parser
+
+
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that chooses what is measured."""
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time of a single thread, for a machine that is used by others too",
+    )
+
+
+def add_model(parser: argparse.ArgumentParser, devices: bool = False, dtypes: bool = False) -> None:
+    """Add the flags of the model that is measured."""
+    parser.add_argument("--model", default=ModelConfig().model, help="alias, hub id or folder")
+    if devices:
+        parser.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+    if dtypes:
+        parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+
+
+def sizes_of(
+    options: argparse.Namespace, quick: Mapping[str, int], whole: Mapping[str, int]
+) -> dict[str, int]:
+    """Return the sizes of the quick or the whole form, with those given as flags in their place."""
+    sizes = quick if options.quick else whole
+    given = {name: getattr(options, name, None) for name in sizes}
+    return {name: size if given[name] is None else given[name] for name, size in sizes.items()}
+
+
+def clock_of(options: argparse.Namespace) -> Clock:
+    """Return the clock that `--clock` names."""
+    if options.clock == "wall":
+        return time.perf_counter
+    torch.set_num_threads(1)  # of several threads it would add up those that wait as well
+    return time.process_time
+
+
+def base_of(options: argparse.Namespace) -> BaseModel:
+    """Load the model that the flags name, in float32 on the CPU where they don't say more."""
+    dtype, device = getattr(options, "dtype", "float32"), getattr(options, "device", "cpu")
+    return load(ModelConfig(model=options.model, dtype=dtype, device=device))
+
+
+def of(base: BaseModel, options: argparse.Namespace) -> dict[str, str]:
+    """Say which model was measured, with which clock and on what machine."""
+    device = base.model.device
+    words = [platform.machine(), str(device), str(base.model.dtype)]
+    words += [f"{torch.get_num_threads()} threads", f"torch {torch.__version__}"]
+    words.append(f"transformers {transformers.__version__}")
+    if device.type == "cuda":
+        words.append(torch.cuda.get_device_name(device))
+    return {"model": base.name, "clock": options.clock, "machine": ", ".join(words)}
+
+
+def write(options: argparse.Namespace, figures: Mapping[str, Any]) -> None:
+    """Write the figures as JSON if `--json` asks for it."""
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
