@@ -23,10 +23,10 @@ from typing import Any
 import common
 import torch
 
+from drllm.evaluation.baselines.base import Material
 from drllm.evaluation.baselines.fitting.measures import by_loss
 from drllm.evaluation.baselines.greedy import Greedy
 from drllm.evaluation.baselines.influence import block_influence, order_by_influence
-from drllm.evaluation.baselines.material import Material
 from drllm.models.base.load import BaseModel
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.tasks.base import OPTIONS_REWARD, choose

@@ -19,9 +19,8 @@ import torch
 
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError
-from drllm.evaluation.baselines.base import BASELINES, FittedBaselines
-from drllm.evaluation.baselines.material import Material
-from drllm.evaluation.baselines.permuted_routes import share_unchanged
+from drllm.evaluation.baselines.base import BASELINES, FittedBaselines, Material
+from drllm.evaluation.baselines.own_routes import share_unchanged
 from drllm.evaluation.baselines.registry import depths, named
 from drllm.evaluation.blocks import Answered, Block, Keep
 from drllm.evaluation.choosing import Choosing

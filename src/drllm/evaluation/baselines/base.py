@@ -16,8 +16,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar
 
 from drllm.cost import mean_executions
-from drllm.evaluation.baselines.material import Material, PathMeasure
 from drllm.paths import Path
+from drllm.records import SearchRecord, SupervisionRecord
 from drllm.registry import Registry
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from drllm.models.routing.policies import Policy
     from drllm.models.routing.routed_model import RoutedModel
+    from drllm.models.scoring.packing import Question
 
 NOTHING = "nothing"
 ROUTES = "nothing but the routed model's own routes on these questions"
@@ -36,6 +37,49 @@ SEARCH_LOG = "the search log"
 PROGRAMS = f"{SEARCH_LOG}, then {CHOICE}"
 QUESTIONS = (CALIBRATION, CHOICE, PROGRAMS)
 """What is fitted on questions of the split that settings are chosen on."""
+
+Measure: TypeAlias = Callable[[Sequence[Path]], list[float]]
+"""Returns how good each of several candidates, decisions or paths, is; the larger the better."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What baselines may be fitted on, never what is reported on.
+
+    Attributes:
+        routed: The model with its routers.
+        prompts: Token ids of each calibration prompt, `[N]`.
+        questions: The same questions with their options; empty if answers are generated.
+        golds: The right option of each question.
+        search: The search log of the training questions; empty if not given.
+        targets: The routers' own targets; empty if not given.
+        seed: Of what is trained.
+    """
+
+    routed: RoutedModel
+    prompts: Sequence[Sequence[int]]
+    questions: Sequence[Question] = ()
+    golds: Sequence[int] = ()
+    search: Sequence[SearchRecord] = ()
+    targets: Sequence[SupervisionRecord] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """How a baseline decides on the questions of a task; one of the first three.
+
+    Attributes:
+        plan: `[Q, L]` decisions.
+        policy: What decides on each prompt.
+        path: One path for all, which decisions can't express.
+        note: What a reader should know beyond the description; a part of a sentence.
+    """
+
+    plan: Tensor | None = None
+    policy: Policy | None = None
+    path: Path | None = None
+    note: str = ""
 
 
 class Baseline(ABC):
@@ -96,27 +140,6 @@ def register(kind: Kind) -> Kind:
     return BASELINES.register(kind.name)(kind)
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """How a baseline decides on the questions of a task; one of the first three.
-
-    Attributes:
-        plan: `[Q, L]` decisions.
-        policy: What decides on each prompt.
-        path: One path for all, which decisions can't express.
-        note: What a reader should know beyond the description; a part of a sentence.
-    """
-
-    plan: Tensor | None = None
-    policy: Policy | None = None
-    path: Path | None = None
-    note: str = ""
-
-
-Remember: TypeAlias = Callable[[str, Sequence[Path], PathMeasure], list[float]]
-"""Returns what the measure of a name gives for candidates, asking it unless that is known."""
-
-
 class FittedBaselines:
     """The baselines of one routed model on one task, fitted once and asked for any executions.
 
@@ -124,7 +147,8 @@ class FittedBaselines:
         name: Of the task whose questions they are fitted on.
         prepare: Gives what they are fitted on; asked when it is first needed.
         routed: The model with its routers.
-        remember: Keeps what candidates were measured at, by far the longest part of fitting.
+        remember: Given the name of a measure, candidates and the measure itself, returns what the
+            measure gives, asking it unless that is known: by far the longest part of fitting.
     """
 
     def __init__(
@@ -132,7 +156,7 @@ class FittedBaselines:
         name: str,
         prepare: Callable[[], Material],
         routed: RoutedModel,
-        remember: Remember,
+        remember: Callable[[str, Sequence[Path], Measure], list[float]],
     ) -> None:
         self.name = name
         self._prepare = prepare
@@ -145,13 +169,6 @@ class FittedBaselines:
         """What baselines are fitted on."""
         return self._prepare()
 
-    @cached_property
-    def first_inputs(self) -> Tensor:
-        """`[N, D]`: what stands before the first layer, of the calibration prompts."""
-        from drllm.evaluation.baselines.fitting.up_front import first_inputs
-
-        return first_inputs(self.routed, self.material.prompts)
-
     def obstacle(self, name: str, executions: float) -> str | None:
         """Say why a baseline can't be had at given mean executions; None if it can."""
         baseline = self._baseline(name)
@@ -163,13 +180,8 @@ class FittedBaselines:
         """Return how a baseline decides on some questions; see `Baseline.at`."""
         return self._baseline(name).at(routes, generator)
 
-    def measure(self, kind: str) -> PathMeasure:
-        """Return a measure of candidates that remembers what it found.
-
-        Args:
-            kind: `loss` or `answers` of decisions, or `answers along` paths; see
-                `fitting.measures`.
-        """
+    def measure(self, kind: str) -> Measure:
+        """Return a measure of `fitting.measures.MEASURES` that remembers what it found."""
         from drllm.evaluation.baselines.fitting import measures
 
         return lambda candidates: self._remember(

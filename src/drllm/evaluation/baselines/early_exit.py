@@ -29,26 +29,21 @@ class ConfidenceExit(Baseline):
     reads_question = True
 
     @cached_property
-    def lens(self) -> LogitLens:
-        """Logits after any layer."""
+    def measured(self) -> tuple[LogitLens, Tensor]:
+        """Logits after any layer, and the calibration prompts' confidences, `[N, L − 1]`."""
+        from drllm.evaluation.baselines.fitting.exit_policy import confidences
         from drllm.models.scoring.logit_lens import LogitLens
 
-        return LogitLens(self.routed)
-
-    @cached_property
-    def confidences(self) -> Tensor:
-        """`[N, L − 1]` of the calibration prompts."""
-        from drllm.evaluation.baselines.fitting.exit_policy import confidences
-
-        return confidences(self.routed, self.lens, self.fitted.material.prompts)
+        lens = LogitLens(self.routed)
+        return lens, confidences(self.routed, lens, self.fitted.material.prompts)
 
     def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
         """Return the exit policy."""
         from drllm.evaluation.baselines.fitting.exit_policy import ExitPolicy, find_threshold
 
-        wanted = min(executions_of(routes), float(self.num_layers))
-        found = find_threshold(self.confidences, wanted)
+        lens, measured = self.measured
+        found = find_threshold(measured, min(executions_of(routes), float(self.num_layers)))
         return Drawn(
-            policy=ExitPolicy(self.lens, found.value),
+            policy=ExitPolicy(lens, found.value),
             note=f"exits above a confidence of {found.value:.4f}",
         )

@@ -5,16 +5,28 @@ Axes: L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
-from drllm.evaluation.baselines.base import CALIBRATION, CHOICE, register
-from drllm.evaluation.baselines.layer_dropping import LayerDropping, Plan, check_number, without
-from drllm.paths import Decisions
+from drllm.evaluation.baselines.base import CALIBRATION, CHOICE, Measure, register
+from drllm.evaluation.baselines.layer_dropping import LayerDropping, without
+
+
+class _ByMeasure(LayerDropping):
+    measure = ""
+
+    @cached_property
+    def greedy(self) -> Greedy:
+        """The order, as far as it was asked for."""
+        return Greedy(self.fitted.measure(self.measure), self.num_layers)
+
+    def dropped(self, number: int) -> Sequence[int]:
+        """Return the first layers of the greedy order."""
+        return self.greedy(number)
 
 
 @register
-class GreedyByLoss(LayerDropping):
+class GreedyByLoss(_ByMeasure):
     """Drops by the next-token loss of the calibration prompts."""
 
     name = "greedy by loss"
@@ -25,15 +37,11 @@ class GreedyByLoss(LayerDropping):
     source = "SLEB, arXiv 2402.09025"
     fitted_on = CALIBRATION
     order = 70
-
-    @cached_property
-    def plan(self) -> Plan:
-        """The greedy order."""
-        return Greedy(self.fitted.measure("loss"), self.num_layers)
+    measure = "loss"
 
 
 @register
-class GreedyByAnswers(LayerDropping):
+class GreedyByAnswers(_ByMeasure):
     """Drops by the gold answers' log-probability."""
 
     name = "greedy by answers"
@@ -45,15 +53,11 @@ class GreedyByAnswers(LayerDropping):
     fitted_on = CHOICE
     order = 80
     needs = ("questions", "a task with options")
-
-    @cached_property
-    def plan(self) -> Plan:
-        """The greedy order."""
-        return Greedy(self.fitted.measure("answers"), self.num_layers)
+    measure = "answers"
 
 
 class Greedy:
-    """A plan whose order is found as far as it is asked for.
+    """An order of dropping layers, found as far as it is asked for.
 
     A step tries every layer that is left, so k steps take about k · L candidates; all candidates
     of a step are measured at once. One layer is always left. Of equal layers the deepest goes.
@@ -78,34 +82,23 @@ class Greedy:
         >>> def measure(plans):
         ...     return [-sum(d for d, runs in zip(KL, plan) if not runs) for plan in plans]
         >>> greedy = Greedy(measure, 3)
-        >>> greedy(2), greedy.layers, greedy.values
-        ((1, 0, 0), [1, 2], [-1.0, -4.0])
+        >>> greedy(2), greedy.values
+        ([1, 2], [-1.0, -4.0])
     """
 
-    def __init__(
-        self,
-        measure: Callable[[Sequence[Decisions]], list[float]],
-        num_layers: int,
-        keep: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, measure: Measure, num_layers: int, keep: Sequence[int] = ()) -> None:
         self.measure = measure
         self.num_layers = num_layers
         self.layers: list[int] = []
         self.values: list[float] = []
-        self._left = [layer for layer in range(num_layers - 1, -1, -1) if layer not in keep]
-        self._maximum = min(len(self._left), num_layers - 1)
+        self._left = [layer for layer in reversed(range(num_layers)) if layer not in keep]
 
-    def __call__(self, num_skipped: int) -> Decisions:
-        """Return the decisions that drop so many layers.
-
-        Raises:
-            ConfigError: More layers than can be dropped.
-        """
-        check_number(num_skipped, self._maximum, self.num_layers)
-        while len(self.layers) < num_skipped:
+    def __call__(self, number: int) -> list[int]:
+        """Return the first layers that are dropped, `number` of them or all that can be."""
+        while len(self.layers) < min(number, self.num_layers - 1) and self._left:
             candidates = [without([*self.layers, each], self.num_layers) for each in self._left]
             found = self.measure(candidates)
-            best = max(range(len(found)), key=found.__getitem__)  # the first of equal ones
+            best = found.index(max(found))  # the first of equal ones
             self.layers.append(self._left.pop(best))
             self.values.append(found[best])
-        return without(self.layers[:num_skipped], self.num_layers)
+        return self.layers[:number]

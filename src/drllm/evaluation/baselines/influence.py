@@ -6,14 +6,15 @@ Axes: B rows, T tokens, D hidden, L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from drllm.evaluation.baselines.base import CALIBRATION, register
-from drllm.evaluation.baselines.layer_dropping import LayerDropping, Plan, nested
+from drllm.evaluation.baselines.layer_dropping import LayerDropping
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from drllm.models.routing.routed_model import RoutedModel
 
@@ -29,10 +30,13 @@ class BlockInfluence(LayerDropping):
     order = 60
 
     @cached_property
-    def plan(self) -> Plan:
-        """The order by influence."""
-        influence = block_influence(self.routed, self.fitted.material.prompts)
-        return nested(order_by_influence(influence), self.num_layers)
+    def by_influence(self) -> list[int]:
+        """All layers, the least influential first."""
+        return order_by_influence(block_influence(self.routed, self.fitted.material.prompts))
+
+    def dropped(self, number: int) -> Sequence[int]:
+        """Return the least influential layers; the most influential one stays."""
+        return self.by_influence[:-1][:number]
 
 
 def block_influence(
@@ -70,7 +74,7 @@ def block_influence(
     sums = torch.zeros(routed.num_layers, dtype=torch.float64)
 
     def hook_at(layer: int) -> Any:
-        def add(_module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        def add(_module: object, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             before: Tensor = args[0] if args else kwargs["hidden_states"]
             after: Tensor = output[0] if isinstance(output, tuple) else output
             cosines = torch.cosine_similarity(before.float(), after.float(), dim=-1)  # [B, T]
@@ -78,23 +82,17 @@ def block_influence(
 
         return add
 
-    handles = [
-        layer.register_forward_hook(hook_at(place), with_kwargs=True)
-        for place, layer in enumerate(routed.injection.layers)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for place, layer in enumerate(routed.injection.layers):
+            handle = layer.register_forward_hook(hook_at(place), with_kwargs=True)
+            hooks.callback(handle.remove)
         routes_of(routed, policy, prompts, batch_size=batch_size)
-    finally:
-        for handle in handles:
-            handle.remove()
     influence: list[float] = (1 - sums / sum(map(len, prompts))).tolist()
     return influence
 
 
 def order_by_influence(influence: Sequence[float]) -> list[int]:
     """Return all layers, the least influential first; of equal ones the deepest first.
-
-    Source: ShortGPT (arXiv 2403.03853). Which of equal layers goes first is ours.
 
     Example:
         >>> order_by_influence([0.9, 0.1, 0.3, 0.1])

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from drllm.bisection import bisect
 from drllm.evaluation.baselines.base import TARGETS, Baseline, Drawn, executions_of, register
-from drllm.paths import Decision
 
 if TYPE_CHECKING:
     import torch
@@ -87,10 +86,8 @@ def tilted(label_counts: Sequence[Sequence[int]], executions: float) -> Tensor:
 
     from drllm.models.routing.policies import label_frequencies
 
-    frequencies = label_frequencies(label_counts)
+    probabilities = frequencies = label_frequencies(label_counts)
     decisions = torch.arange(3, dtype=torch.float64)
-
-    probabilities = frequencies
 
     def are_few(theta: float) -> bool:  # executions fall as θ grows
         nonlocal probabilities
@@ -102,18 +99,11 @@ def tilted(label_counts: Sequence[Sequence[int]], executions: float) -> Tensor:
 
 
 def expected_executions(probabilities: Tensor) -> float:
-    """Return the mean executions of `label_frequency`, its rule for empty draws included.
-
-    Example:
-        >>> import torch
-        >>> expected_executions(torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]]))
-        1.25
-    """
+    """Return the mean executions of `label_frequency`, its rule for empty draws included."""
     import torch
 
     drawn = float((probabilities @ torch.arange(3, dtype=probabilities.dtype)).sum())
-    empty = float(probabilities[:, int(Decision.SKIP)].prod())
-    return drawn + empty
+    return drawn + float(probabilities[:, 0].prod())
 
 
 def label_frequency(
@@ -127,5 +117,5 @@ def label_frequency(
 
     drawn = torch.multinomial(probabilities, num_questions, replacement=True, generator=generator)
     drawn = drawn.T.contiguous()
-    drawn[drawn.sum(dim=1) == 0, -1] = int(Decision.EXECUTE)
+    drawn[drawn.sum(dim=1) == 0, -1] = 1
     return drawn

@@ -5,20 +5,19 @@ Axes: L layers.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from drllm.errors import ConfigError, RecordError
 from drllm.evaluation.baselines.base import (
     PROGRAMS,
     Baseline,
     Drawn,
+    Measure,
     executions_of,
     register,
 )
 from drllm.evaluation.baselines.layer_dropping import mixture, share_of_second
-from drllm.evaluation.baselines.material import PathMeasure
 from drllm.paths import Decisions, edits, full_decisions, num_executions
 from drllm.records import SearchRecord
 from drllm.supervision.rules import is_valid
@@ -46,14 +45,16 @@ class BestProgramBaseline(Baseline):
 
     def obstacle(self, executions: float) -> str | None:
         """Say so if the log's programs can't be mixed to these executions."""
-        reached = reach(self.fitted.material.search)
-        if reached is None:
+        records = self.fitted.material.search
+        L = records[0].num_layers
+        tried = {path.decisions for record in records for path in record.paths}
+        if tried <= {full_decisions(L)}:
             return "the search log has tried nothing but the full path"
-        fewest, most = reached
-        if not fewest <= executions <= most:
+        counts = [L, *map(num_executions, tried)]
+        if not min(counts) <= executions <= max(counts):
             return (
-                f"mixed with the full path, programs of the search log run {fewest} to {most} "
-                f"executions, and the routed model has {executions:.2f}"
+                f"mixed with the full path, programs of the search log run {min(counts)} to "
+                f"{max(counts)} executions, and the routed model has {executions:.2f}"
             )
         return None
 
@@ -81,36 +82,26 @@ def rates_in(records: Sequence[SearchRecord]) -> dict[Decisions, float]:
     Which programs a search tries on a question depends on how others fared there, so even a shrunk
     share is no estimate to report; it only says what to look at again (`best_program`).
 
-    Raises:
-        RecordError: No records, or records of models with different numbers of layers.
-
     Source: Re-PoLar (arXiv 2609.31360) for a few programs that serve many questions; the shrinkage
         is the usual beta-binomial one.
     """
-    if len({record.num_layers for record in records}) != 1:
-        raise RecordError(
-            "a program is looked for in search records of one model: at least one record, and all "
-            "of the same number of layers"
-        )
-    tried: Counter[Decisions] = Counter()
-    valid: Counter[Decisions] = Counter()
+    outcomes: defaultdict[Decisions, list[bool]] = defaultdict(list)
     of_kind: defaultdict[int, list[bool]] = defaultdict(list)
     for record in records:
         for path in record.paths:
-            tried[path.decisions] += 1
-            valid[path.decisions] += is_valid(path)
+            outcomes[path.decisions].append(is_valid(path))
             of_kind[num_executions(path.decisions)].append(is_valid(path))
     found = {}
-    for decisions, num in tried.items():
+    for decisions, own in outcomes.items():
         kind = of_kind[num_executions(decisions)]
         pseudo = PRIOR_TRIES * sum(kind) / len(kind)
-        found[decisions] = (valid[decisions] + pseudo) / (num + PRIOR_TRIES)
+        found[decisions] = (sum(own) + pseudo) / (len(own) + PRIOR_TRIES)
     return found
 
 
 def best_program(
     records: Sequence[SearchRecord],
-    measure: PathMeasure,
+    measure: Measure,
     executions: float,
     *,
     num_candidates: int = 32,
@@ -125,14 +116,11 @@ def best_program(
     Args:
         records: The search log of the training questions.
         measure: How good decisions are on the questions that may be chosen on.
-        executions: Mean executions wanted, within the log's `reach`.
+        executions: Mean executions wanted, which some program can be mixed to.
         num_candidates: Maximum programs that are measured.
 
     Returns:
         The best program, and the share of the questions that run the full path instead.
-
-    Raises:
-        ConfigError: No program of the log can be mixed to these executions.
 
     Source: Re-PoLar (arXiv 2609.31360); the mixture is ours.
     """
@@ -144,11 +132,6 @@ def best_program(
         if program != full and num_executions(first) <= executions <= num_executions(second):
             of_second = share_of_second(first, second, executions)
             shares[program] = 1 - of_second if second == program else of_second
-    if not shares:
-        raise ConfigError(
-            f"no program of this search log, mixed with the full path, runs {executions:g} "
-            f"executions; they reach {reach(records)}"
-        )
 
     def mixed(program: Decisions, value: float, of_full: float) -> float:
         return (1 - shares[program]) * value + shares[program] * of_full
@@ -160,15 +143,3 @@ def best_program(
     # Of equal ones the better by the log.
     best = max(candidates, key=lambda program: mixed(program, measured[program], of_full))
     return best, shares[best]
-
-
-def reach(records: Sequence[SearchRecord]) -> tuple[int, int] | None:
-    """Return the fewest and the most executions that programs of a log can be mixed to.
-
-    None if nothing but the full path was tried: that is no program to compare with.
-    """
-    num_layers = records[0].num_layers
-    tried = {path.decisions for record in records for path in record.paths}
-    tried -= {full_decisions(num_layers)}
-    executions = [num_layers, *map(num_executions, tried)]
-    return (min(executions), max(executions)) if tried else None

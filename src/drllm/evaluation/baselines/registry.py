@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
 from drllm.config import EvaluateConfig
 from drllm.config.settings import flag_of
 from drllm.errors import ConfigError, unknown_name
 from drllm.evaluation.baselines.base import BASELINES, QUESTIONS, Baseline
 
-NOT_COMPARED: Mapping[str, str] = MappingProxyType(
-    {
-        "LayerSkip": "arXiv 2404.16710: needs weights trained with layer dropout and a loss at "
-        "every exit, so it is no method for a frozen model",
-        "FlexiDepth": "arXiv 2503.23798: needs adapters trained with its routers for every layer "
-        "that tokens skip, so the model under it isn't frozen",
-    }
-)
+NOT_COMPARED = {
+    "LayerSkip": "arXiv 2404.16710: needs weights trained with layer dropout and a loss at "
+    "every exit, so it is no method for a frozen model",
+    "FlexiDepth": "arXiv 2503.23798: needs adapters trained with its routers for every layer "
+    "that tokens skip, so the model under it isn't frozen",
+}
 """Methods that a reader will look for, and why they aren't compared."""
-
 
 FILES = {"search": "search", "targets": "supervision"}
 """Material → the setting that names its file."""
@@ -45,10 +39,11 @@ def named(names: str) -> list[str]:
         ['permuted routes', 'last layers']
     """
     baselines = ordered()
-    if names == "none":
-        return []
-    if names in ("all", "quick"):
-        return [each.name for each in baselines if names == "all" or not _is_fitted(each)]
+    if names in ("all", "none"):
+        return [each.name for each in baselines if names == "all"]
+    if names == "quick":
+        fitted = [each for each in baselines if each.needs or each.fitted_on in QUESTIONS]
+        return [each.name for each in baselines if each not in fitted]
     wanted = [name.strip().replace("_", " ").replace("-", " ") for name in names.split(",")]
     for name in wanted:
         if name not in BASELINES:
@@ -58,17 +53,8 @@ def named(names: str) -> list[str]:
 
 
 def dashed(name: str) -> str:
-    """Return a name as it is typed.
-
-    Example:
-        >>> dashed("last layers")
-        'last-layers'
-    """
+    """Return a name as it is typed: `last-layers`."""
     return name.replace(" ", "-")
-
-
-def _is_fitted(baseline: type[Baseline]) -> bool:
-    return baseline.needs is not None or baseline.fitted_on in QUESTIONS
 
 
 def files_needed(baselines: str) -> list[str]:
@@ -90,28 +76,8 @@ def check(config: EvaluateConfig) -> None:
         ConfigError: An unknown baseline, depths that are none, a choice without depths, its limits
             without a choice, or a file or draws that no baseline has a use for.
     """
-    named(config.baselines)
+    baselines, all_baselines = [BASELINES.get(name) for name in named(config.baselines)], ordered()
     depths(config.curve)
-    _check_choice(config)
-    draws = config.num_random_draws
-    if draws is not None and not any(BASELINES.get(n).is_drawn for n in named(config.baselines)):
-        added = " or ".join(dashed(each.name) for each in ordered() if each.is_drawn)
-        raise ConfigError(
-            f"--num-random-draws {draws} has no effect on the baselines {config.baselines}; leave "
-            f"it out, or add {added} to --baselines"
-        )
-    for setting in ("search", "supervision"):
-        value = getattr(config, setting)
-        if value is not None and setting not in files_needed(config.baselines):
-            fitted = [dashed(each.name) for each in ordered() if setting in files_needed(each.name)]
-            raise ConfigError(
-                f"--{setting} {value} has no effect on the baselines {config.baselines}; leave it "
-                f"out, or add {' or '.join(fitted)} to --baselines"
-            )
-
-
-def _check_choice(config: EvaluateConfig) -> None:
-    """Refuse a certified choice without depths to choose from, and its limits without it."""
     if config.epsilon is not None and config.curve is None:
         raise ConfigError(
             f"--epsilon {config.epsilon:g} has no effect without depths to choose from; give "
@@ -124,17 +90,24 @@ def _check_choice(config: EvaluateConfig) -> None:
                 f"{flag_of(setting)} {value} has no effect without a certified choice; give "
                 f"--epsilon too, for example 2, or leave it out"
             )
+    using = {"num_random_draws": [each for each in all_baselines if each.is_drawn]}
+    for material, setting in FILES.items():
+        using[setting] = [b for b in all_baselines if b.needs and b.needs[0] == material]
+    for setting, users in using.items():
+        value = getattr(config, setting)
+        if value is not None and not set(users) & set(baselines):
+            raise ConfigError(
+                f"{flag_of(setting)} {value} has no effect on the baselines {config.baselines}; "
+                f"leave it out, or add {' or '.join(dashed(each.name) for each in users)} to "
+                f"--baselines"
+            )
 
 
 def depths(curve: str | None) -> list[float]:
-    """Return the shares of the executions that a curve is to save.
+    """Return the shares of the executions that a curve is to save, `0.1,0.2`, in order.
 
     Raises:
         ConfigError: What is no share below 1 and above 0, or one given twice.
-
-    Example:
-        >>> depths("0.1,0.2")
-        [0.1, 0.2]
     """
     shares: list[float] = []
     for word in [] if curve is None else curve.split(","):

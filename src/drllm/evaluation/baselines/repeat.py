@@ -11,8 +11,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from drllm.evaluation.baselines.base import CHOICE, Baseline, Drawn, register
-from drllm.evaluation.baselines.material import PathMeasure
+from drllm.evaluation.baselines.base import CHOICE, Baseline, Drawn, Measure, register
 from drllm.paths import Path
 
 if TYPE_CHECKING:
@@ -48,12 +47,7 @@ class BlockRepeat(Baseline):
 
 
 def repeated(start: int, end: int, num_layers: int) -> Path:
-    """Return the path that runs a block twice.
-
-    Args:
-        start: First layer of the block.
-        end: Its last layer.
-        num_layers: L.
+    """Return the path that runs a block twice, from its first layer to its last.
 
     Example:
         >>> repeated(1, 2, num_layers=4)
@@ -62,7 +56,7 @@ def repeated(start: int, end: int, num_layers: int) -> Path:
     return (*range(end + 1), *range(start, num_layers))
 
 
-def best_block(measure: PathMeasure, num_layers: int, longest: int = LONGEST) -> tuple[int, int]:
+def best_block(measure: Measure, num_layers: int, longest: int = LONGEST) -> tuple[int, int]:
     """Return first and last layer of the block whose repetition the measure likes best.
 
     Of equal ones the shortest, then the first.
@@ -76,4 +70,4 @@ def best_block(measure: PathMeasure, num_layers: int, longest: int = LONGEST) ->
         for start in range(num_layers - length + 1)
     ]
     values = measure([repeated(*block, num_layers) for block in blocks])
-    return blocks[max(range(len(values)), key=values.__getitem__)]  # the first of equal ones
+    return blocks[values.index(max(values))]  # the first of equal ones

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from drllm.evaluation.baselines.fitting.up_front import Planner
+    from drllm.evaluation.baselines.fitting.planners import Planner
 
 
 class UpFront(Baseline):
@@ -28,24 +28,28 @@ class UpFront(Baseline):
 
     reads_question = True
 
-    @cached_property
     @abstractmethod
-    def planner(self) -> Planner:
-        """What decides, trained when it is first asked for."""
+    def train(self) -> Planner:
+        """Return what decides."""
+
+    @cached_property
+    def trained(self) -> tuple[Planner, Tensor]:
+        """What decides, and what it reads of the calibration prompts, `[N, D]`."""
+        from drllm.evaluation.baselines.fitting.planners import first_inputs
+
+        return self.train(), first_inputs(self.routed, self.fitted.material.prompts)
 
     def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
         """Return the planner's policy."""
-        from drllm.evaluation.baselines.fitting.up_front import UpFrontPolicy, find_bias
+        from drllm.evaluation.baselines.fitting.planners import UpFrontPolicy, find_bias
 
-        found = find_bias(self.planner, self.fitted.first_inputs, executions_of(routes))
-        return Drawn(
-            policy=UpFrontPolicy(self.planner, found.value),
-            note=f"with a bias of {found.value:.4g}",
-        )
+        planner, inputs = self.trained
+        bias = find_bias(planner, inputs, executions_of(routes)).value
+        return Drawn(policy=UpFrontPolicy(planner, bias), note=f"with a bias of {bias:.4g}")
 
     def inputs_of(self, prompts: Sequence[str]) -> Tensor:
         """Return what stands before the first layer of some prompts, `[N, D]`."""
-        from drllm.evaluation.baselines.fitting.up_front import first_inputs
+        from drllm.evaluation.baselines.fitting.planners import first_inputs
         from drllm.models.base.prompts import encode
 
         return first_inputs(self.routed, [encode(self.routed.tokenizer, text) for text in prompts])
@@ -64,12 +68,11 @@ class SequenceRouterBaseline(UpFront):
     order = 120
     needs = ("targets", "the routers' targets; give them as --supervision")
 
-    @cached_property
-    def planner(self) -> Planner:
-        """The router."""
+    def train(self) -> Planner:
+        """Return the router."""
         import torch
 
-        from drllm.evaluation.baselines.fitting.sequence_router import train_sequence_router
+        from drllm.evaluation.baselines.fitting.planners import train_sequence_router
 
         targets = self.fitted.material.targets
         labels = torch.tensor([target.optimal_layer_config for target in targets])
@@ -89,9 +92,8 @@ class ProgramPredictorBaseline(UpFront):
     order = 130
     needs = ("search", "the search log; give it as --search")
 
-    @cached_property
-    def planner(self) -> Planner:
-        """The predictor."""
+    def train(self) -> Planner:
+        """Return the predictor."""
         from drllm.evaluation.baselines.fitting.segments import programs_of, train_predictor
 
         records = self.fitted.material.search

@@ -1,18 +1,21 @@
-"""A tiny model of four layers, a few questions, and the slow way of scoring them."""
+"""A tiny model of four layers, a few questions, the slow way of scoring them, search records."""
 
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from drllm.evaluation.baselines.base import Material
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
+from drllm.records import SearchRecord, TriedPath
 
 NUM_LAYERS = 4
 
@@ -36,22 +39,62 @@ def routed(tiny_llama: Callable[..., Any]) -> RoutedModel:
     return RoutedModel(tiny_llama(num_layers=NUM_LAYERS))
 
 
-@pytest.fixture(scope="module")
-def asked() -> list[tuple[Question, int]]:
-    """The questions, each with its gold option."""
-    return list(zip(QUESTIONS, GOLDS, strict=True))
+@pytest.fixture(scope="session")
+def some_prompts() -> Callable[[int], list[list[int]]]:
+    """A function that returns prompts of 1 to 20 tokens, always the same ones."""
+
+    def make(number: int) -> list[list[int]]:
+        rng = random.Random(0)
+        return [[rng.randrange(3, 101) for _ in range(rng.randint(1, 20))] for _ in range(number)]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def material_of() -> Callable[[RoutedModel], Material]:
+    """A function that returns the questions, their prompts and gold options for a model."""
+    return lambda routed: Material(routed, [each.context for each in QUESTIONS], QUESTIONS, GOLDS)
 
 
 @pytest.fixture(scope="module")
-def batches(routed: RoutedModel) -> list[ChoiceBatch]:
-    """The questions, in two batches."""
-    return [ChoiceBatch(routed, QUESTIONS[:3], 1.0), ChoiceBatch(routed, QUESTIONS[3:], 1.0)]
+def material(routed: RoutedModel, material_of: Callable[[RoutedModel], Material]) -> Material:
+    return material_of(routed)
 
 
-@pytest.fixture(scope="module")
-def golds() -> list[list[int]]:
-    """The gold options of `batches`."""
-    return [GOLDS[:3], GOLDS[3:]]
+@pytest.fixture(scope="session")
+def without_a_model() -> Callable[[int], Any]:
+    """A function that returns what baselines are made from that only know the number of layers."""
+    return lambda num_layers: SimpleNamespace(routed=SimpleNamespace(num_layers=num_layers))
+
+
+@pytest.fixture(scope="session")
+def searched() -> Callable[..., SearchRecord]:
+    """A function that returns one question's search, from pairs of decisions and reward."""
+
+    def make(number: int, tried: Sequence[tuple[tuple[int, ...], float]]) -> SearchRecord:
+        paths = tuple(
+            TriedPath(
+                decisions=decisions,
+                simulation=place,
+                reward=float(reward),
+                margin=None,
+                executions=float(sum(decisions)),
+            )
+            for place, (decisions, reward) in enumerate(tried)
+        )
+        return SearchRecord(
+            id=str(number),
+            task="own",
+            question=f"question {number}",
+            prompt=f"question {number}",
+            answer="a",
+            reward="loglikelihood",
+            num_layers=len(tried[0][0]),
+            paths=paths,
+            seconds=0.0,
+        )
+
+    return make
 
 
 @pytest.fixture(scope="module")

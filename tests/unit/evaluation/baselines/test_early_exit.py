@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 
@@ -24,11 +22,6 @@ CONFIDENCE_TOLERANCE = 1e-5
 """Of a probability in float32, alone or in a padded batch; 1e-6 was seen."""
 
 
-def some_prompts(number=20, seed=0):
-    rng = random.Random(seed)
-    return [[rng.randrange(3, 101) for _ in range(rng.randint(1, 20))] for _ in range(number)]
-
-
 def by_hand(listed, prompt):
     """The likeliest token's probability under the model cut off behind each layer."""
     found = []
@@ -47,18 +40,23 @@ def stops(probabilities, threshold):
 
 
 @pytest.fixture(scope="module")
+def prompts(some_prompts):
+    return some_prompts(20)
+
+
+@pytest.fixture(scope="module")
 def lens(routed):
     return LogitLens(routed)
 
 
 @pytest.fixture(scope="module")
-def measured(routed, lens):
-    return confidences(routed, lens, some_prompts(), batch_size=6)
+def measured(routed, lens, prompts):
+    return confidences(routed, lens, prompts, batch_size=6)
 
 
 @pytest.fixture(scope="module")
-def slow(listed):
-    return [by_hand(listed, prompt) for prompt in some_prompts()]
+def slow(listed, prompts):
+    return [by_hand(listed, prompt) for prompt in prompts]
 
 
 def test_confidences_equal_those_of_models_cut_off_behind_each_layer(measured, slow):
@@ -67,9 +65,11 @@ def test_confidences_equal_those_of_models_cut_off_behind_each_layer(measured, s
 
 @pytest.mark.parametrize("threshold", [0.0, 0.1, TELLING, 0.2, 1.0])
 @pytest.mark.parametrize("batch_size", [1, 6])
-def test_the_policy_stops_where_a_loop_by_hand_stops(routed, lens, slow, threshold, batch_size):
+def test_the_policy_stops_where_a_loop_by_hand_stops(
+    routed, lens, slow, prompts, threshold, batch_size
+):
     wanted = [stops(probabilities, threshold) for probabilities in slow]
-    routes = routes_of(routed, ExitPolicy(lens, threshold), some_prompts(), batch_size=batch_size)
+    routes = routes_of(routed, ExitPolicy(lens, threshold), prompts, batch_size=batch_size)
     assert routes.tolist() == [[1] * num + [0] * (L - num) for num in wanted]
 
 
@@ -79,12 +79,12 @@ def test_thresholds_of_this_test_tell_prompts_apart(slow):
 
 @pytest.mark.parametrize("executions", [1.0, 1.5, 2.3, 3.1, 4.0])
 def test_the_threshold_gives_the_wanted_executions_when_the_policy_runs(
-    routed, lens, measured, executions
+    routed, lens, measured, prompts, executions
 ):
     found = find_threshold(measured, executions)
     # A threshold lets one prompt more run, by up to L - 1 layers.
     assert found.executions == pytest.approx(executions, abs=(L - 1) / 2 / len(measured))
-    routes = routes_of(routed, ExitPolicy(lens, found.value), some_prompts())
+    routes = routes_of(routed, ExitPolicy(lens, found.value), prompts)
     assert float(routes.sum(dim=1).double().mean()) == found.executions
 
 
@@ -94,9 +94,9 @@ def test_executions_are_those_of_the_loop_by_hand(measured):
         assert executions_at(measured, threshold).tolist() == wanted
 
 
-def test_a_scored_continuation_is_not_read(routed, lens):
+def test_a_scored_continuation_is_not_read(routed, lens, prompts):
     """There the prompt's last real token isn't the row's last one."""
-    prompts = some_prompts(6)
+    prompts = prompts[:6]
     questions = [Question(prompt, [[10, 11, 12], [13], [14, 15]]) for prompt in prompts]
     policy = ExitPolicy(lens, TELLING)
     _, routes = ChoiceBatch(routed, questions, 1.0).routed_scores(policy)
@@ -104,17 +104,17 @@ def test_a_scored_continuation_is_not_read(routed, lens):
     assert len(set(map(tuple, routes.tolist()))) > 1
 
 
-def test_generated_tokens_run_what_the_prompt_ran(routed, lens):
-    prompt = torch.tensor([some_prompts()[3]])
+def test_generated_tokens_run_what_the_prompt_ran(routed, lens, prompts):
+    prompt = torch.tensor([prompts[3]])
     with routed.using(ExitPolicy(lens, TELLING)):
         routed.generate(prompt, max_new_tokens=5, do_sample=False)
     expected = routes_of(routed, ExitPolicy(lens, TELLING), prompt.tolist())
     assert torch.equal(routed.last_route, expected)
 
 
-def test_a_prompt_that_has_stopped_never_goes_on(tiny_llama, slow):
+def test_a_prompt_that_has_stopped_never_goes_on(tiny_llama, slow, prompts):
     """Even where a skipped layer leaves something that no token is likely behind."""
     routed = RoutedModel(tiny_llama(num_layers=L), bypass=lambda call, hidden: 0 * hidden)
     wanted = [stops(probabilities, TELLING) for probabilities in slow]
-    routes = routes_of(routed, ExitPolicy(LogitLens(routed), TELLING), some_prompts())
+    routes = routes_of(routed, ExitPolicy(LogitLens(routed), TELLING), prompts)
     assert routes.tolist() == [[1] * num + [0] * (L - num) for num in wanted]

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import random
 
 import pytest
 import torch
@@ -15,11 +14,6 @@ from drllm.models.routing.routed_model import RoutedModel
 
 COSINE_TOLERANCE = 1e-5
 """Means of float32 cosines, computed in batches or alone; 1e-7 was seen."""
-
-
-def some_prompts(number=11, seed=0):
-    rng = random.Random(seed)
-    return [[rng.randrange(3, 101) for _ in range(rng.randint(1, 20))] for _ in range(number)]
 
 
 def by_hand(model, prompts):
@@ -49,33 +43,35 @@ def routed(model):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_influence_equals_that_of_the_hidden_states_prompt_by_prompt(model, routed, batch_size):
-    prompts = some_prompts()
+def test_influence_equals_that_of_the_hidden_states_prompt_by_prompt(
+    model, routed, some_prompts, batch_size
+):
+    prompts = some_prompts(11)
     found = block_influence(routed, prompts, batch_size=batch_size)
     assert found == pytest.approx(by_hand(model, prompts), abs=COSINE_TOLERANCE)
     assert max(found) - min(found) > 100 * COSINE_TOLERANCE
 
 
-def test_the_base_model_is_measured_whatever_the_policy(model):
+def test_the_base_model_is_measured_whatever_the_policy(model, some_prompts):
     routed = RoutedModel(copy.deepcopy(model), policy=FixedPolicy([0, 2, 1, 0], 4))
-    prompts = some_prompts()
+    prompts = some_prompts(11)
     found = block_influence(routed, prompts)
     assert found == pytest.approx(by_hand(model, prompts), abs=COSINE_TOLERANCE)
 
 
-def test_a_layer_that_changes_nothing_has_no_influence_and_goes_first(tiny_llama):
+def test_a_layer_that_changes_nothing_has_no_influence_and_goes_first(tiny_llama, some_prompts):
     model = tiny_llama(num_layers=4)
     for linear in (model.model.layers[2].self_attn.o_proj, model.model.layers[2].mlp.down_proj):
         linear.weight.data.zero_()
-    found = block_influence(RoutedModel(model), some_prompts())
+    found = block_influence(RoutedModel(model), some_prompts(11))
     assert found[2] == pytest.approx(0, abs=COSINE_TOLERANCE)
     assert order_by_influence(found)[0] == 2
 
 
-def test_nothing_is_left_on_the_model(routed):
+def test_nothing_is_left_on_the_model(routed, some_prompts):
     routed.model(torch.tensor([[5, 6]]))
     before = routed.last_route.tolist()
-    block_influence(routed, some_prompts())
+    block_influence(routed, some_prompts(11))
     with pytest.raises(ConfigError, match="there are no prompts"):
         block_influence(routed, [])
     assert not any(layer._forward_hooks for layer in routed.injection.layers)

@@ -7,83 +7,99 @@ import torch
 
 from drllm.errors import ConfigError
 from drllm.evaluation.baselines.layer_dropping import (
-    evenly_spaced,
-    last_layers,
+    EvenlySpaced,
+    LastLayers,
+    LayerDropping,
     mixture,
-    nested,
-    skipping,
 )
 
 L = 30
-PLANS = {
-    "last": last_layers(L),
-    "even": evenly_spaced(L),
-    "measured": nested([19, 26, 20, 12, 18, 25, 5, 3], L),
-}
+
+
+class Measured(LayerDropping):
+    """Layers in an order that was found, not all of them."""
+
+    def dropped(self, number):
+        return [19, 26, 20, 12, 18, 25, 5, 3][:number]
+
+
+KINDS = pytest.mark.parametrize("kind", [LastLayers, EvenlySpaced, Measured])
 
 
 def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-@pytest.mark.parametrize("executions", [30, 29.99, 27.3, 25.5, 23, 22.01])
-@pytest.mark.parametrize("questions", [1, 7, 200])
-def test_mean_executions_are_as_near_as_whole_questions_allow(plan, executions, questions):
-    drawn = skipping(plan, executions, questions, rng())
+def routes_with(skipped: int, questions: int) -> torch.Tensor:
+    """Routes of `L` layers that skip so many in sum."""
+    routes = torch.ones(questions, L, dtype=torch.long)
+    for place in range(skipped):
+        routes[place % questions, place // questions] = 0
+    return routes
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("skipped", "questions"), [(0, 1), (7, 1), (8, 7), (19, 7), (0, 200), (2, 200), (1599, 200)]
+)
+def test_executions_are_those_of_the_routes(without_a_model, kind, skipped, questions):
+    drawn = kind(without_a_model(L)).at(routes_with(skipped, questions), rng()).plan
     assert drawn.shape == (questions, L)
-    mean = float(drawn.sum(dim=1).double().mean())
-    assert abs(mean - executions) <= 0.5 / questions + 1e-9
+    assert int((drawn == 0).sum()) == skipped
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-def test_all_questions_run_the_plan_with_one_layer_more_or_less(plan):
-    drawn = skipping(plan, 26.25, 40, rng())
-    assert {tuple(row) for row in drawn.tolist()} == {plan(3), plan(4)}
+@KINDS
+def test_all_questions_drop_one_layer_more_or_less(without_a_model, kind):
+    baseline = kind(without_a_model(L))
+    drawn = baseline.at(routes_with(150, 40), rng()).plan
+    assert {tuple(row) for row in drawn.tolist()} == {baseline.decisions(3), baseline.decisions(4)}
     assert int((drawn.sum(dim=1) == 26).sum()) == 30
 
 
-def test_which_questions_give_up_more_is_drawn():
-    first, again, other = (skipping(last_layers(L), 26.5, 40, rng(seed)) for seed in (0, 0, 1))
+def test_which_questions_drop_more_is_drawn(without_a_model):
+    baseline, routes = LastLayers(without_a_model(L)), routes_with(140, 40)
+    first, again, other = (baseline.at(routes, rng(seed)).plan for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("num_skipped", range(L - 1))
-def test_even_distances_differ_by_one_layer_at_most_and_keep_both_ends(num_skipped):
-    decisions = evenly_spaced(L)(num_skipped)
-    skipped = [layer for layer, runs in enumerate(decisions) if not runs]
-    assert len(skipped) == num_skipped
-    assert decisions[0] == decisions[-1] == 1
-    gaps = [b - a for a, b in itertools.pairwise(skipped)]
-    assert max(gaps, default=0) - min(gaps, default=0) <= 1
+def test_where_more_is_executed_than_there_are_layers_the_full_path_runs(without_a_model):
+    drawn = LastLayers(without_a_model(L)).at(torch.full((3, L), 2), rng())
+    assert torch.equal(drawn.plan, torch.ones(3, L, dtype=torch.long))
+    assert drawn.note == "runs 30 layers, having none to drop"
 
 
-@pytest.mark.parametrize("num_skipped", range(L - 1))
-def test_the_deepest_layers_go_but_the_last_stays(num_skipped):
-    path = [layer for layer, runs in enumerate(last_layers(L)(num_skipped)) if runs]
-    assert path == [*range(L - 1 - num_skipped), L - 1]
+def test_even_distances_differ_by_one_layer_at_most_and_keep_both_ends(without_a_model):
+    baseline = EvenlySpaced(without_a_model(L))
+    for number in range(L - 1):
+        decisions = baseline.decisions(number)
+        skipped = [layer for layer, runs in enumerate(decisions) if not runs]
+        assert len(skipped) == number
+        assert decisions[0] == decisions[-1] == 1
+        gaps = [b - a for a, b in itertools.pairwise(skipped)]
+        assert max(gaps, default=0) - min(gaps, default=0) <= 1
 
 
-@pytest.mark.parametrize("plan", [last_layers(L), evenly_spaced(L), nested(range(L), L)])
-def test_no_plan_gives_up_everything(plan):
+def test_the_deepest_layers_go_but_the_last_stays(without_a_model):
+    baseline = LastLayers(without_a_model(L))
+    for number in range(L - 1):
+        path = [layer for layer, runs in enumerate(baseline.decisions(number)) if runs]
+        assert path == [*range(L - 1 - number), L - 1]
+
+
+@KINDS
+def test_more_layers_than_can_be_dropped_are_refused(without_a_model, kind):
     with pytest.raises(ConfigError, match="ask for more executions"):
-        plan(L)
-    with pytest.raises(ConfigError, match="ask for more executions"):
-        skipping(plan, 0.5, 10, rng())
+        kind(without_a_model(L)).at(routes_with(29, 1), rng())
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
-@pytest.mark.parametrize("plan", [last_layers, evenly_spaced])
-def test_a_model_of_two_ends_has_nothing_to_give_up(plan, num_layers):
-    assert plan(num_layers)(0) == (1,) * num_layers
+@pytest.mark.parametrize("kind", [LastLayers, EvenlySpaced])
+def test_a_model_of_two_ends_has_nothing_to_drop(without_a_model, kind, num_layers):
+    baseline = kind(without_a_model(num_layers))
+    assert baseline.decisions(0) == (1,) * num_layers
     with pytest.raises(ConfigError, match="at most 0 can be"):
-        plan(num_layers)(1)
-
-
-def test_more_executions_than_layers_are_refused():
-    with pytest.raises(ConfigError, match="give a number up to 30"):
-        skipping(last_layers(L), 30.5, 10, rng())
+        baseline.decisions(1)
 
 
 @pytest.mark.parametrize("executions", [2, 2.4, 3.1, 5])

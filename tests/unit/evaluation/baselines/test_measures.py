@@ -1,3 +1,5 @@
+"""What candidates are measured by: the same whatever batches the questions fall into."""
+
 from __future__ import annotations
 
 import random
@@ -6,12 +8,8 @@ import pytest
 import torch
 
 from drllm.errors import ModelError
-from drllm.evaluation.baselines.fitting.measures import (
-    gold_logprob,
-    gold_logprob_along,
-    text_question,
-    token_logprob,
-)
+from drllm.evaluation.baselines.base import FittedBaselines, Material
+from drllm.evaluation.baselines.fitting import measures
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
@@ -23,47 +21,83 @@ TOLERANCE = 1e-4
 PLANS = [(1, 1, 1, 1), (1, 0, 1, 1), (2, 1, 0, 1), (0, 1, 1, 2), (0, 0, 0, 1)]
 
 
-def test_the_gold_logprob_equals_that_of_each_option_alone(batches, golds, slow_gold_logprob):
-    found = gold_logprob(batches, golds)(PLANS)
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    """Two questions a batch: their lengths take them out of their order."""
+    monkeypatch.setattr(measures, "BATCH_SIZE", 2)
+
+
+def test_the_gold_logprob_equals_that_of_each_option_alone(material, slow_gold_logprob):
+    found = measures.by_answers(material)(PLANS)
     assert found == pytest.approx([slow_gold_logprob(to_path(p)) for p in PLANS], abs=TOLERANCE)
     assert max(found) - min(found) > 100 * TOLERANCE
 
 
-def test_paths_are_measured_like_decisions(batches, golds, slow_gold_logprob):
+def test_paths_are_measured_like_decisions(material, slow_gold_logprob):
     paths = [(0, 1, 2, 3), (0, 1, 2, 1, 2, 3), (3, 0), (0, 1, 1, 1, 2, 3)]
-    found = gold_logprob_along(batches, golds)(paths)
+    found = measures.by_answers_along(material)(paths)
     assert found == pytest.approx([slow_gold_logprob(path) for path in paths], abs=TOLERANCE)
 
 
-def test_states_of_one_batch_are_given_up_before_the_next(batches, golds):
-    gold_logprob(batches, golds)(PLANS)
+def test_states_of_one_batch_are_given_up_before_the_next(material, monkeypatch):
+    batches = []
+
+    class Watched(ChoiceBatch):
+        def __init__(self, *args):
+            super().__init__(*args)
+            batches.append(self)
+
+    monkeypatch.setattr(measures, "ChoiceBatch", Watched)
+    measures.by_answers(material)(PLANS)
     assert [len(batch.states) for batch in batches] == [0, 0]
 
 
 def test_the_token_logprob_is_minus_the_loss_of_the_plain_model(routed, listed):
     rng = random.Random(0)
-    texts = [[rng.randrange(3, 101) for _ in range(length)] for length in (2, 9, 30)]
-    answers = [Question(text[:5], [text[5:]]) for text in texts[1:]]
-    groups = [[text_question(text) for text in texts], answers]
-    found = token_logprob([ChoiceBatch(routed, group, 1.0) for group in groups])(PLANS)
+    texts = [[rng.randrange(3, 101) for _ in range(length)] for length in (2, 9, 30, 1)]
+    found = measures.by_loss(Material(routed, texts))(PLANS)
     for plan, value in zip(PLANS, found, strict=True):
         plain, losses = listed(to_path(plan)), []
-        for question in [*groups[0], *groups[1]]:
-            num = len(question.context)
-            row = torch.tensor([*question.context, *question.continuations[0]])
+        for text in texts[:3]:
+            row = torch.tensor(text)
             with torch.no_grad():
                 logits = plain(row[None], use_cache=False).logits[0]
-            losses.append(
-                torch.nn.functional.cross_entropy(logits[num - 1 : -1], row[num:], reduction="none")
-            )
+            losses.append(torch.nn.functional.cross_entropy(logits[:-1], row[1:], reduction="none"))
         assert value == pytest.approx(-float(torch.cat(losses).mean()), abs=TOLERANCE)
 
 
-def test_numbers_that_are_not_finite_are_refused(tiny_llama, golds):
+def test_numbers_that_are_not_finite_are_refused(tiny_llama):
     model = tiny_llama(num_layers=4)
     model.model.layers[1].mlp.down_proj.weight.data.fill_(float("nan"))
-    batch = ChoiceBatch(RoutedModel(model), [Question([5, 6], [[7], [8]])], 1.0)
-    measure = gold_logprob([batch], [[0]])
+    questions = [Question([5, 6], [[7], [8]])]
+    measure = measures.by_answers(Material(RoutedModel(model), [], questions, [0]))
     assert measure([(1, 0, 1, 1)])[0] < 0
     with pytest.raises(ModelError, match="--dtype float32"):
         measure([(1, 1, 1, 1)])
+
+
+def test_what_is_known_of_candidates_is_not_measured_again(material, routed, monkeypatch):
+    known = {}
+
+    def remember(name, candidates, measure):
+        key = (name, tuple(candidates))
+        if key not in known:
+            known[key] = measure(candidates)
+        return known[key]
+
+    def plans():
+        of_task = FittedBaselines("arc", lambda: material, routed, remember)
+        routes = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 0]])
+        names = ("greedy by loss", "greedy by answers", "block repeat")
+        return [of_task.at(name, routes, torch.Generator().manual_seed(0)) for name in names]
+
+    def measured_again(*_):
+        raise AssertionError
+
+    before = plans()
+    assert {name for name, _ in known} == {"arc by loss", "arc by answers", "arc by answers along"}
+    for kind in measures.MEASURES:
+        monkeypatch.setitem(measures.MEASURES, kind, measured_again)
+    for first, again in zip(before, plans(), strict=True):
+        assert again.path == first.path
+        assert again.plan is first.plan is None or torch.equal(again.plan, first.plan)

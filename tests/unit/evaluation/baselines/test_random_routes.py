@@ -10,8 +10,7 @@ from drllm.evaluation.baselines.label_frequency import (
     label_frequency,
     tilted,
 )
-from drllm.evaluation.baselines.permuted_routes import permuted, share_unchanged
-from drllm.evaluation.baselines.random_decisions import random_like
+from drllm.evaluation.baselines.own_routes import permuted, random_like, share_unchanged
 
 
 def rng(seed: int = 0) -> torch.Generator:

@@ -4,30 +4,25 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from drllm.evaluation.baselines.fitting.measures import gold_logprob, gold_logprob_along
+from drllm.evaluation.baselines.fitting.measures import by_answers, by_answers_along
 from drllm.evaluation.baselines.repeat import best_block, repeated
 from drllm.models.base.load import BaseModel
 from drllm.models.export import export_path
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.models.scoring.choices import ChoiceBatch
 
 L = 4
 TOLERANCE = 1e-4
 """Nats, as in the parity tests of scoring."""
 
 
-def test_the_best_block_equals_that_of_trying_one_path_at_a_time(batches, golds, slow_gold_logprob):
-    found = best_block(gold_logprob_along(batches, golds), L)
+def test_the_best_block_equals_that_of_trying_one_path_at_a_time(material, slow_gold_logprob):
     by_hand = {
-        (start, end): slow_gold_logprob(
-            [*range(end + 1), *range(start, end + 1), *range(end + 1, L)]
-        )
+        (start, end): slow_gold_logprob([*range(end + 1), *range(start, L)])
         for start in range(L)
         for end in range(start, L)
     }
-    best = max(by_hand, key=by_hand.get)
     assert len(by_hand) == 10
-    assert found == best
+    assert best_block(by_answers_along(material), L) == max(by_hand, key=by_hand.get)
 
 
 def test_no_block_is_longer_than_asked_for():
@@ -40,14 +35,11 @@ def test_of_equal_blocks_the_shortest_and_first_is_taken():
 
 
 def test_the_exported_model_scores_what_was_measured(
-    model, routed, batches, golds, tiny_tokenizer, tmp_path
+    model, material, material_of, tiny_tokenizer, tmp_path
 ):
-    measure = gold_logprob_along(batches, golds)
+    measure = by_answers_along(material)
     path = repeated(*best_block(measure, L), L)
-    [value] = measure([path])
     export_path(BaseModel(model, tiny_tokenizer, "tiny"), path, tmp_path / "repeat")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "repeat", dtype=torch.float32).eval()
-    plain = RoutedModel(exported)
-    same = [ChoiceBatch(plain, batch.questions, 1.0) for batch in batches]
-    full = (1,) * len(path)
-    assert gold_logprob(same, golds)([full])[0] == pytest.approx(value, abs=TOLERANCE)
+    found = by_answers(material_of(RoutedModel(exported)))([(1,) * len(path)])
+    assert found == pytest.approx(measure([path]), abs=TOLERANCE)

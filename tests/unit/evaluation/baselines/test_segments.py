@@ -16,35 +16,18 @@ from drllm.evaluation.baselines.fitting.segments import (
     segments_of,
     train_predictor,
 )
-from drllm.evaluation.baselines.fitting.training import FitSettings
-from drllm.records import SearchRecord, TriedPath
 
 
-def record(number, valid, invalid=(), num_layers=6):
-    """One question's search: the full path first, whichever list it stands in."""
-    full = (1,) * num_layers
-    tried = sorted([*((d, 1.0) for d in valid), *((d, 0.0) for d in invalid)])
-    tried.sort(key=lambda pair: pair[0] != full)
-    return SearchRecord(
-        id=str(number),
-        task="own",
-        question=f"question {number}",
-        prompt=f"question {number}",
-        answer="a",
-        reward="loglikelihood",
-        num_layers=num_layers,
-        paths=tuple(
-            TriedPath(
-                decisions=decisions,
-                simulation=place,
-                reward=reward,
-                margin=None,
-                executions=float(sum(decisions)),
-            )
-            for place, (decisions, reward) in enumerate(tried)
-        ),
-        seconds=0.0,
-    )
+@pytest.fixture
+def record(searched):
+    """A function that returns one question's search: the full path first, in whichever list."""
+
+    def make(number, valid, invalid=()):
+        tried = sorted([*((d, 1.0) for d in valid), *((d, 0.0) for d in invalid)])
+        tried.sort(key=lambda pair: pair[0] != (1,) * len(pair[0]))
+        return searched(number, tried)
+
+    return make
 
 
 def every_program(num_layers):
@@ -86,7 +69,7 @@ def test_segments_are_the_fewest_that_give_the_decisions():
 FULL, SHORT, LONG = (1,) * 6, (1, 0, 1, 1, 1, 1), (1, 2, 1, 1, 1, 1)
 
 
-def test_every_valid_program_is_learned_with_its_weight():
+def test_every_valid_program_is_learned_with_its_weight(record):
     found = programs_of(
         [
             record(0, [FULL, SHORT], [LONG]),
@@ -105,7 +88,7 @@ def test_every_valid_program_is_learned_with_its_weight():
     assert found.operations.sum(dim=(1, 2)).tolist() == pytest.approx(found.weights.tolist())
 
 
-def test_of_many_valid_programs_some_are_drawn():
+def test_of_many_valid_programs_some_are_drawn(record):
     many = [d for d in itertools.product((0, 1), repeat=6) if any(d)]
     records = [record(0, many)]
     found = programs_of(records)
@@ -119,17 +102,10 @@ def test_of_many_valid_programs_some_are_drawn():
     assert not torch.equal(found.operations, programs_of(records, seed=1).operations)
 
 
-@pytest.mark.parametrize(
-    ("records", "message"),
-    [
-        ([], "no question of these search records has a valid path"),
-        ([record(0, [], [FULL])], "no question of these search records has a valid path"),
-        ([record(0, [FULL]), record(1, [(1, 1)], num_layers=2)], "different numbers of layers"),
-    ],
-)
-def test_logs_without_a_program_to_learn_are_refused(records, message):
-    with pytest.raises(RecordError, match=message):
-        programs_of(records)
+def test_logs_without_a_program_to_learn_are_refused(record):
+    for records in ([], [record(0, [], [FULL])]):
+        with pytest.raises(RecordError, match="no question of these search records has a valid"):
+            programs_of(records)
 
 
 # --- the predictor -----------------------------------------------------------------------------
@@ -170,7 +146,7 @@ def test_executions_only_fall_as_the_price_rises():
     assert int(counts[0].sum()) > int(counts[-1].sum())
 
 
-def test_the_loss_equals_that_of_one_program_and_one_layer_at_a_time():
+def test_the_loss_equals_that_of_one_program_and_one_layer_at_a_time(record):
     starts, operations = random_logits(2, 6, seed=2)
     valid = [[FULL, SHORT, LONG], [LONG, (0, 0, 1, 1, 1, 0)]]
     programs = programs_of([record(0, valid[0]), record(1, valid[1], [FULL])])
@@ -192,9 +168,10 @@ def test_the_loss_equals_that_of_one_program_and_one_layer_at_a_time():
 N, D = 120, 16
 
 
-def examples(seed=0):
+@pytest.fixture
+def examples(record):
     """Prompts of three kinds; each kind has a valid program of its own."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     kinds = torch.randint(3, (N,), generator=generator)
     inputs = 0.02 * torch.randn(N, D, generator=generator)
     inputs[:, :3] += 0.1 * torch.eye(3)[kinds]
@@ -206,41 +183,39 @@ def examples(seed=0):
     return inputs, records, torch.tensor(own)[kinds]
 
 
-def test_programs_that_follow_from_the_prompt_are_learned():
-    inputs, records, labels = examples()
+def test_programs_that_follow_from_the_prompt_are_learned(examples):
+    inputs, records, labels = examples
     predictor = train_predictor(inputs[:90], programs_of(records[:90]))
     found = predictor.plans(inputs[90:], 0.0)
     assert float((found == labels[90:]).all(dim=1).double().mean()) > 0.9
 
 
-def test_where_a_shorter_path_is_valid_the_full_path_counts_less():
-    inputs, _, _ = examples()
+def test_where_a_shorter_path_is_valid_the_full_path_counts_less(examples, record):
+    inputs, _, _ = examples
     records = [record(row, [FULL, (1, 0, 1, 1, 1, 1)]) for row in range(N)]
     predictor = train_predictor(inputs, programs_of(records))
     assert predictor.plans(inputs, 0.0).tolist() == [[1, 0, 1, 1, 1, 1]] * N
 
 
-def test_questions_without_a_valid_path_teach_nothing():
-    inputs, records, _ = examples()
-    short = FitSettings(num_epochs=2)
+def test_questions_without_a_valid_path_teach_nothing(examples, record):
+    inputs, records, _ = examples
     some = [r if row % 2 else record(row, [], [FULL]) for row, r in enumerate(records)]
-    first = train_predictor(inputs, programs_of(some), short)
-    again = train_predictor(inputs[1::2], programs_of(records[1::2]), short)
+    first = train_predictor(inputs, programs_of(some), num_epochs=2)
+    again = train_predictor(inputs[1::2], programs_of(records[1::2]), num_epochs=2)
     assert torch.equal(first.queries, again.queries)
 
 
-def test_the_same_seed_gives_the_same_predictor_and_another_seed_another():
-    inputs, records, _ = examples()
+def test_the_same_seed_gives_the_same_predictor_and_another_seed_another(examples):
+    inputs, records, _ = examples
     programs = programs_of(records)
     first, again, other = (
-        train_predictor(inputs, programs, FitSettings(num_epochs=2, seed=seed))
-        for seed in (0, 0, 1)
+        train_predictor(inputs, programs, num_epochs=2, seed=seed) for seed in (0, 0, 1)
     )
     assert torch.equal(first.queries, again.queries)
     assert not torch.equal(first.queries, other.queries)
 
 
-def test_a_predictor_never_skips_everything():
-    inputs, records, _ = examples()
-    predictor = train_predictor(inputs, programs_of(records), FitSettings(num_epochs=1))
+def test_a_predictor_never_skips_everything(examples):
+    inputs, records, _ = examples
+    predictor = train_predictor(inputs, programs_of(records), num_epochs=1)
     assert predictor.plans(inputs, 1000.0).tolist() == [[0, 0, 0, 0, 0, 1]] * N

@@ -1,17 +1,18 @@
 """Baseline: stop as soon as the model is confident, and skip all layers that are left.
 
-Axes: N prompts, B rows, T tokens, D hidden, L layers, V vocabulary.
+Axes: N prompts, B rows, T tokens, D hidden, L layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from drllm.bisection import Setting, nearest_setting
-from drllm.evaluation.baselines.fitting.up_front import Recorder, recorded
+from drllm.evaluation.baselines.fitting.planners import recorded
 from drllm.models.routing.policies import Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.logit_lens import LogitLens
@@ -62,28 +63,7 @@ def confidence(lens: LogitLens, prompts: PromptView) -> Tensor:
     from_end = prompts.readable.flip(1).long().argmax(dim=1)  # [B], padding behind the last one
     rows = torch.arange(prompts.num_rows, device=prompts.hidden.device)
     last = prompts.hidden[rows, T - 1 - from_end]  # [B, D]
-    logits = lens.logits(last)
-    return logits.softmax(dim=-1).amax(dim=-1).to(prompts.hidden.device)
-
-
-class _Confidences(Recorder):
-    """Runs everything, and keeps the confidence behind each layer but the last, `[B, L − 1]`."""
-
-    def __init__(self, lens: LogitLens) -> None:
-        self.lens = lens
-        self._behind: list[Tensor] = []
-
-    def decide(self, layer: int, prompts: PromptView) -> list[int]:
-        """Return 1 for every row."""
-        if layer == 0:
-            self._behind = []
-        else:
-            self._behind.append(confidence(self.lens, prompts).cpu())
-        return [int(Decision.EXECUTE)] * prompts.num_rows
-
-    @property
-    def values(self) -> Tensor:
-        return torch.stack(self._behind, dim=1)
+    return lens.logits(last).softmax(dim=-1).amax(dim=-1).to(prompts.hidden.device)
 
 
 def confidences(
@@ -99,12 +79,10 @@ def confidences(
     threshold.
 
     Returns:
-        `[N, L − 1]` in [0, 1]; the model has at least two layers.
-
-    Raises:
-        ConfigError: No prompts, one without tokens, or one longer than the model's context.
+        `[N, L − 1]` in [0, 1]; the model has at least two layers. See `recorded`.
     """
-    return recorded(routed, _Confidences(lens), prompts, batch_size=batch_size)
+    read, layers = partial(confidence, lens), range(1, routed.num_layers)
+    return recorded(routed, prompts, read, layers, Decision.EXECUTE, batch_size=batch_size)
 
 
 def executions_at(confidences: Tensor, threshold: float) -> Tensor:
@@ -114,18 +92,13 @@ def executions_at(confidences: Tensor, threshold: float) -> Tensor:
         >>> executions_at(torch.tensor([[0.2, 0.6, 0.1], [0.2, 0.3, 0.4]]), 0.5).tolist()
         [2, 4]
     """
-    goes_on = (confidences <= threshold).long().cumprod(dim=1)  # [N, L - 1]
-    return 1 + goes_on.sum(dim=1)
+    return 1 + (confidences <= threshold).long().cumprod(dim=1).sum(dim=1)
 
 
 def find_threshold(confidences: Tensor, executions: float) -> Setting:
-    """Find the threshold at which the calibration prompts run the wanted executions on average.
+    """Find the threshold at which the calibration prompts run the wanted executions on average."""
 
-    Source: ours.
-    """
-    return nearest_setting(
-        lambda threshold: float(executions_at(confidences, threshold).double().mean()),
-        executions,
-        0.0,
-        1.0,
-    )
+    def mean(threshold: float) -> float:
+        return float(executions_at(confidences, threshold).double().mean())
+
+    return nearest_setting(mean, executions, 0.0, 1.0)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from drllm.errors import RecordError
-from drllm.evaluation.baselines.fitting.training import FitSettings, fit, linear
-from drllm.evaluation.baselines.fitting.up_front import Standardise, with_one_execution
+from drllm.evaluation.baselines.fitting.planners import Planner, fit, linear
 from drllm.paths import Decision, Decisions, full_decisions
 from drllm.records import SearchRecord
 from drllm.supervision.rules import is_saving, is_valid
@@ -78,20 +78,15 @@ def programs_of(records: Sequence[SearchRecord], seed: int = 0) -> Programs:
     paths, so that no question counts more than another.
 
     Args:
-        records: The search log of the training questions.
+        records: The search log of the training questions, of one model.
         seed: Of the draw.
 
     Raises:
-        RecordError: No records, records of different models, or no valid path in any.
+        RecordError: No record has a valid path.
 
     Source: PoLar (arXiv 2606.06574), and the published code for what 0.30 is a weight of.
     """
     rng = random.Random(seed)
-    if len({record.num_layers for record in records}) > 1:
-        raise RecordError(
-            "these search records are of models with different numbers of layers; give those of "
-            "one model"
-        )
     places = [i for i, record in enumerate(records) if any(map(is_valid, record.paths))]
     if not places:
         raise RecordError(
@@ -99,39 +94,29 @@ def programs_of(records: Sequence[SearchRecord], seed: int = 0) -> Programs:
             "learn; search more questions"
         )
     N, L = len(places), records[0].num_layers
-    found = Programs(
-        torch.tensor(places),
-        torch.zeros(N),
-        torch.zeros(N, L),
-        torch.zeros(N, L, len(Decision)),
-    )
+    weights, starts = torch.zeros(N), torch.zeros(N, L)
+    operations = torch.zeros(N, L, len(Decision))
     for row, place in enumerate(places):
-        for decisions, weight in _weighted_paths(records[place], rng):
+        record = records[place]
+        valid = [path.decisions for path in record.paths if is_valid(path)]
+        if len(valid) > MAXIMUM_PATHS:
+            valid = rng.sample(valid, MAXIMUM_PATHS)
+        has_shorter = any(is_saving(path, record) for path in record.paths)
+        for decisions in valid:
+            is_lighter = has_shorter and decisions == full_decisions(L)
+            weight = (FULL_PATH_WEIGHT if is_lighter else 1.0) / len(valid)
             segments = segments_of(decisions)
-            found.weights[row] += weight
+            weights[row] += weight
             for layer, decision in segments:
-                found.starts[row, layer] += weight
-                found.operations[row, layer, decision] += weight / len(segments)
-    return found
-
-
-def _weighted_paths(record: SearchRecord, rng: random.Random) -> list[tuple[Decisions, float]]:
-    """Return the valid paths of a question that are learned from, each with its weight."""
-    valid = [path.decisions for path in record.paths if is_valid(path)]
-    if len(valid) > MAXIMUM_PATHS:
-        valid = rng.sample(valid, MAXIMUM_PATHS)
-    full = full_decisions(record.num_layers)
-    has_shorter = any(is_saving(path, record) for path in record.paths)
-    of_full = FULL_PATH_WEIGHT if has_shorter else 1.0
-    return [
-        (decisions, (of_full if decisions == full else 1.0) / len(valid)) for decisions in valid
-    ]
+                starts[row, layer] += weight
+                operations[row, layer, decision] += weight / len(segments)
+    return Programs(torch.tensor(places), weights, starts, operations)
 
 
 # --- the predictor -------------------------------------------------------------------------------
 
 
-class ProgramPredictor(nn.Module):
+class ProgramPredictor(Planner):
     """Gives, for every layer, the logit of a segment's start and those of its operation.
 
     PoLar reads the prompt with an encoder of its own (596 M parameters, frozen), lets one query a
@@ -150,8 +135,7 @@ class ProgramPredictor(nn.Module):
     """
 
     def __init__(self, inputs: Tensor, num_layers: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.scale = Standardise(inputs)
+        super().__init__(inputs)
         self.project = linear(inputs.shape[1], WIDTH, generator)
         self.queries = nn.Parameter(torch.randn(num_layers, WIDTH, generator=generator))
         self.start = linear(WIDTH, 1, generator)
@@ -159,15 +143,14 @@ class ProgramPredictor(nn.Module):
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of starts `[B, L]` and of operations `[B, L, C]`."""
-        prompt = self.project(self.scale(inputs))  # [B, H]
+        prompt = self.project(self.scaled(inputs))  # [B, H]
         inner = nn.functional.gelu(prompt[:, None] + self.queries)  # [B, L, H]
         return self.start(inner)[..., 0], self.operation(inner)
 
-    @torch.no_grad()
-    def plans(self, inputs: Tensor, depth_bias: float) -> Tensor:
-        """Return the likeliest programs `[B, L]`, the bias taken off for each execution."""
+    def likeliest(self, inputs: Tensor, depth_bias: float) -> Tensor:
+        """See `Planner.likeliest`."""
         starts, operations = self(inputs)
-        return with_one_execution(best_programs(starts, operations, depth_bias))
+        return best_programs(starts, operations, depth_bias)
 
 
 def best_programs(starts: Tensor, operations: Tensor, depth_bias: float) -> Tensor:
@@ -205,46 +188,40 @@ def best_programs(starts: Tensor, operations: Tensor, depth_bias: float) -> Tens
         highest = torch.stack(scores).max(dim=0)
         best.append(highest.values)
         taken.append(highest.indices)
-    return _read_back(torch.stack(taken, dim=1), choices)
-
-
-def _read_back(taken: Tensor, choices: Sequence[tuple[Decision, int]]) -> Tensor:
-    """Follow the choices from the last segment to the first, `[B, L]` of choices to decisions."""
     rows = []
-    for row in taken.tolist():
+    for row in torch.stack(taken, dim=1).tolist():
         decisions: list[int] = []
-        while len(decisions) < len(row):
-            decision, length = choices[row[len(row) - 1 - len(decisions)]]
+        while len(decisions) < L:  # from the last segment to the first
+            decision, length = choices[row[L - 1 - len(decisions)]]
             decisions += [int(decision)] * length
         rows.append(decisions[::-1])
     return torch.tensor(rows)
 
 
 def train_predictor(
-    inputs: Tensor, programs: Programs, settings: FitSettings | None = None
+    inputs: Tensor, programs: Programs, *, seed: int = 0, **settings: Any
 ) -> ProgramPredictor:
     """Train a predictor on the valid programs of a search log; an example is a question.
 
     Args:
         inputs: `[questions, D]` from `first_inputs`, of the records' prompts.
         programs: From `programs_of`, of the same records.
-        settings: Of the training.
+        seed: Of initial weights, order and held-out examples.
+        settings: See `planners.fit`.
 
     Source: PoLar (arXiv 2606.06574).
     """
-    settings = settings or FitSettings()
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(seed)
     inputs = inputs[programs.questions]
     predictor = ProgramPredictor(inputs, programs.starts.shape[1], generator)
 
     def loss(rows: Tensor) -> Tensor:
         starts, operations = predictor(inputs[rows])
-        return program_losses(starts, operations, programs, rows).sum() / (
-            programs.weights[rows].sum()
-        )
+        losses = program_losses(starts, operations, programs, rows)
+        return losses.sum() / programs.weights[rows].sum()
 
-    fit(predictor, loss, len(inputs), settings, generator)
-    return predictor.eval().requires_grad_(False)
+    fit(predictor, loss, len(inputs), generator, **settings)
+    return predictor
 
 
 def program_losses(starts: Tensor, operations: Tensor, programs: Programs, rows: Tensor) -> Tensor:

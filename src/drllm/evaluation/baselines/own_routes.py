@@ -1,4 +1,7 @@
-"""Baseline: every question runs the route of another question."""
+"""Baselines made of the routed model's own routes: permuted, or each row's decisions shuffled.
+
+Axes: Q questions, L layers.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,25 @@ class PermutedRoutes(Baseline):
         return Drawn(permuted(routes, generator))
 
 
+@register
+class RandomDecisions(Baseline):
+    """Controls for how much is executed, question by question: executions are equal for each.
+
+    If this does as well as the routed model, it doesn't matter which layers the routers pick.
+    """
+
+    name = "random decisions"
+    description = "each question's skips and repeats at random layers"
+    source = "ours"
+    fitted_on = ROUTES
+    order = 20
+    is_drawn = True
+
+    def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
+        """Return each row's decisions in random order."""
+        return Drawn(random_like(routes, generator))
+
+
 def permuted(routes: Tensor, generator: torch.Generator) -> Tensor:
     """Return routes `[Q, L]` in another order, all orders without a fixed place equally likely.
 
@@ -51,11 +73,13 @@ def permuted(routes: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def share_unchanged(routes: Tensor, others: Tensor) -> float:
-    """Return the share of questions whose decisions are the same in both, `[Q, L]` each.
-
-    Example:
-        >>> import torch
-        >>> share_unchanged(torch.tensor([[1, 0], [1, 1]]), torch.tensor([[1, 1], [1, 1]]))
-        0.5
-    """
+    """Return the share of questions whose decisions are the same in both, `[Q, L]` each."""
     return float((routes == others).all(dim=1).double().mean())
+
+
+def random_like(routes: Tensor, generator: torch.Generator) -> Tensor:
+    """Return routes `[Q, L]`, each row's decisions in random order."""
+    import torch
+
+    order = torch.rand(routes.shape, generator=generator, dtype=torch.float64).argsort(dim=1)
+    return routes.gather(1, order)
