@@ -1,9 +1,5 @@
 """Any YAML text is read as names and values, or refused in one line that names the file."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -61,7 +57,7 @@ FRAGMENTS = (
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=10))
 @example(["a: ", "[" * 100_000])
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_any_yaml_is_understood_or_refused(tmp_path: Path, fragments: list[str]) -> None:
+def test_any_yaml_is_understood_or_refused(tmp_path, fragments):
     file = tmp_path / "a.yaml"
     file.write_text("".join(fragments))
     said = str(file)
@@ -74,13 +70,13 @@ def test_any_yaml_is_understood_or_refused(tmp_path: Path, fragments: list[str])
 
 
 @pytest.mark.parametrize("text", ["a: !!int abc", "a: !!int ''", "a: 1\na: 2", "a: {b: 1, b: 2}"])
-def test_tags_and_names_given_twice_are_refused_with_their_line(tmp_path: Path, text: str) -> None:
+def test_tags_and_names_given_twice_are_refused_with_their_line(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"a\.yaml, line [12]: "):
         read_yaml(tmp_path / "a.yaml", "settings")
 
 
-def test_a_date_is_a_text(tmp_path: Path) -> None:
+def test_a_date_is_a_text(tmp_path):
     (tmp_path / "a.yaml").write_text("a: 2020-99-99\nb-c: 2020-01-01")
     found = read_yaml(tmp_path / "a.yaml", "settings")
     assert found == {"a": "2020-99-99", "b_c": "2020-01-01"}

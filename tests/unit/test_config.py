@@ -1,7 +1,4 @@
-from __future__ import annotations
-
 import dataclasses
-from typing import Any
 
 import pytest
 
@@ -14,7 +11,7 @@ from drllm.config import (
     SuperviseConfig,
     TrainConfig,
 )
-from drllm.config.settings import Settings, flag_of, from_dict
+from drllm.config.settings import flag_of, from_dict
 from drllm.errors import ConfigError
 
 GROUPS = [
@@ -47,7 +44,7 @@ def test_the_training_settings_are_the_papers():
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_every_setting_has_one_line_of_help(group: type[Settings]):
+def test_every_setting_has_one_line_of_help(group):
     for declared in dataclasses.fields(group):
         text = declared.metadata["help"]
         assert 0 < len(text) <= 80, declared.name
@@ -55,7 +52,7 @@ def test_every_setting_has_one_line_of_help(group: type[Settings]):
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_every_bound_is_kept_and_belongs_to_what_is_accepted(group: type[Settings]):
+def test_every_bound_is_kept_and_belongs_to_what_is_accepted(group):
     for declared in dataclasses.fields(group):
         rules = declared.metadata
         wrong = [
@@ -77,7 +74,7 @@ def test_every_bound_is_kept_and_belongs_to_what_is_accepted(group: type[Setting
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_settings_come_back_from_plain_types(group: type[Settings]):
+def test_settings_come_back_from_plain_types(group):
     assert from_dict(group, group().to_dict(), "here") == group()
 
 
@@ -87,13 +84,13 @@ def test_settings_cannot_be_changed():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), 10**4000, 2**63 + 1])
-def test_a_number_that_is_not_finite_or_too_large_is_refused(value: float):
+def test_a_number_that_is_not_finite_or_too_large_is_refused(value):
     with pytest.raises(ConfigError, match=r"--budget is .*; give a finite number"):
         SearchConfig(budget=value)
 
 
 @pytest.mark.parametrize("value", ["", " ", "a\0b"])
-def test_a_text_that_names_nothing_is_refused(value: str):
+def test_a_text_that_names_nothing_is_refused(value):
     with pytest.raises(ConfigError, match="--data-dir is "):
         SearchConfig(data_dir=value)
 
@@ -112,7 +109,7 @@ def test_a_text_that_names_nothing_is_refused(value: str):
         ("data_dir", False, "give text or nothing"),
     ],
 )
-def test_a_value_of_another_type_is_refused(name: str, value: Any, wanted: str):
+def test_a_value_of_another_type_is_refused(name, value, wanted):
     with pytest.raises(ConfigError, match=wanted):
         SearchConfig(**{name: value})
 
@@ -124,6 +121,14 @@ def test_a_number_without_a_point_is_a_number():
 def test_a_number_in_a_switch_is_refused():
     with pytest.raises(ConfigError, match=r"--trust-remote-code is 1; give true or false"):
         ModelConfig(trust_remote_code=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["cdua", "gpu", "cuda:", "cpu:x", "meta"])
+def test_an_unknown_device_is_refused_with_the_list(name):
+    with pytest.raises(
+        ConfigError, match=r"--device: unknown device .*Valid: auto, cpu, cuda, mps"
+    ):
+        ModelConfig(device=name)
 
 
 def test_an_unknown_setting_comes_with_its_place_and_the_nearest():
@@ -142,7 +147,7 @@ def test_an_unknown_setting_comes_with_its_place_and_the_nearest():
         ({"target_executions": 20, "calibration": "prompts.jsonl"}, "target_executions"),
     ],
 )
-def test_the_depth_control_says_which_knob_is_turned(given: dict[str, Any], knob: str | None):
+def test_the_depth_control_says_which_knob_is_turned(given, knob):
     assert DepthConfig(**given).knob() == knob
 
 
@@ -165,7 +170,7 @@ def test_the_depth_control_says_which_knob_is_turned(given: dict[str, Any], knob
         ({"calibration": "x.jsonl"}, "--calibration x.jsonl has no effect without --target-exec"),
     ],
 )
-def test_knobs_that_contradict_one_another_are_refused(given: dict[str, Any], message: str):
+def test_knobs_that_contradict_one_another_are_refused(given, message):
     with pytest.raises(ConfigError, match=message):
         DepthConfig(**given).knob()
 
@@ -198,9 +203,7 @@ IDLE = [(group, declared) for group, declared in FIELDS if declared.metadata["id
 
 
 @pytest.mark.parametrize(("group", "declared"), IDLE, ids=[f.name for _, f in IDLE])
-def test_a_setting_that_another_leaves_without_effect_is_refused(
-    group: type[Settings], declared: Any
-):
+def test_a_setting_that_another_leaves_without_effect_is_refused(group, declared):
     other, value = declared.metadata["idle"]
     rules = declared.metadata
     given = True if declared.default is False else 0.5 if rules["above"] == 0 else rules["minimum"]

@@ -4,17 +4,13 @@ A config whose words a version doesn't know gives it defaults, other logits, and
 environments are those of `make test-all`.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 HERE = Path(__file__).parent
 ENVIRONMENTS = HERE.parents[1] / ".venvs"
@@ -35,7 +31,7 @@ pytestmark = [
 ]
 
 
-def run(name: str, *words: str | Path) -> None:
+def run(name, *words):
     python = sys.executable if name == "here" else ENVIRONMENTS / name / "bin" / "python"
     if not Path(python).exists():
         pytest.skip(f"there is no environment {name}; make test-{name} makes it")
@@ -44,11 +40,11 @@ def run(name: str, *words: str | Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, Tensor]]:
+def outputs(tmp_path_factory):
     """A function of writer and reader: what the reader's environment makes of the exports."""
     place, known = tmp_path_factory.mktemp("exports"), {}
 
-    def outputs_of(writer: str, reader: str) -> dict[str, Tensor]:
+    def outputs_of(writer, reader):
         if not (place / writer).exists():
             run(writer, "write", place / writer)
         if (writer, reader) not in known:
@@ -61,7 +57,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], di
 
 
 @pytest.mark.parametrize(("writer", "reader"), PAIRS)
-def test_the_reader_has_the_writers_model_and_tokenizer(outputs, writer: str, reader: str) -> None:
+def test_the_reader_has_the_writers_model_and_tokenizer(outputs, writer, reader):
     wanted, found = outputs(writer, writer), outputs(writer, reader)
     assert wanted.keys() == found.keys()
     for key, value in wanted.items():

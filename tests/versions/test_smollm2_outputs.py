@@ -3,17 +3,13 @@
 The environments are those of `make test-all`, one for each file of bounds beside this one.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 HERE = Path(__file__).parent
 ENVIRONMENTS = HERE.parents[1] / ".venvs"
@@ -36,11 +32,11 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Tensor]]:
+def outputs(tmp_path_factory):
     """A function that runs an environment's Python once, by the name of its file of bounds."""
     folder, known = tmp_path_factory.mktemp("outputs"), {}
 
-    def run(name: str) -> dict[str, Tensor]:
+    def run(name):
         if name not in known:
             python = sys.executable if name == "here" else ENVIRONMENTS / name / "bin" / "python"
             if not Path(python).exists():
@@ -57,14 +53,14 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[st
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_rotation_has_the_base_that_the_model_was_trained_with(outputs, name: str) -> None:
+def test_the_rotation_has_the_base_that_the_model_was_trained_with(outputs, name):
     found = outputs(name)["inverse frequencies"]
     expected = ROPE_BASE ** -(torch.arange(32, dtype=torch.float64) / 32)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tokens_and_greedy_answers_are_the_same(outputs, name: str) -> None:
+def test_tokens_and_greedy_answers_are_the_same(outputs, name):
     ours, theirs = outputs("here"), outputs(name)
     assert ours.keys() == theirs.keys()
     whole = [key for key in ours if not ours[key].is_floating_point()]
@@ -75,7 +71,7 @@ def test_tokens_and_greedy_answers_are_the_same(outputs, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_are_the_same(outputs, name: str) -> None:
+def test_logits_are_the_same(outputs, name):
     ours, theirs = outputs("here"), outputs(name)
     for key, logits in ours.items():
         if key.endswith("/logits"):

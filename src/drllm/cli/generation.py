@@ -24,7 +24,6 @@ from drllm.tasks.base import OPTIONS_REWARD
 from drllm.tasks.rows import read_rows, text_of
 
 if TYPE_CHECKING:
-    from drllm.models.routers.depth_control import CalibrationText
     from drllm.models.routing.batch_generation import Answer
     from drllm.models.routing.policies import Policy
     from drllm.models.routing.routed_model import RoutedModel
@@ -61,7 +60,7 @@ def generate(request: Request, terminal: Terminal) -> None:
     _check(request, config, depth)
     file = request.path("file") if request.values["file"] else None
     asked = None if file is None else read_prompts(file, chat=config.chat)
-    texts: list[CalibrationText] = []
+    texts: list[tuple[str, bool]] = []
     if depth.calibration is not None:
         from drllm.models.routers.depth_control import read_calibration
 
@@ -172,7 +171,7 @@ def _asked(row: dict[str, Any], line: int, chat: bool) -> Asked:
 def _policy(
     routed: RoutedModel,
     depth: DepthConfig,
-    texts: Sequence[CalibrationText],
+    texts: Sequence[tuple[str, bool]],
     config: GenerateConfig,
     terminal: Terminal,
 ) -> Policy:

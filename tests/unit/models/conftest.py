@@ -1,9 +1,6 @@
 """What the tests of models share: the hub's cache, filled without a hub."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +10,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def cached() -> Iterator[Callable[[Path, str], str]]:
+def cached():
     """A function that puts a folder into the hub's cache as OWNER/NAME, and returns that name."""
     repositories: list[Path] = []
 
-    def put(folder: Path, name: str) -> str:
+    def put(folder, name):
         repository = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
         repositories.append(repository)
         shutil.copytree(folder, repository / "snapshots" / COMMIT)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +12,6 @@ from drllm.models.check import (
     COMMON,
     FAMILIES,
     IN_SUITE,
-    Finding,
     check,
     check_model,
     known_to_transformers,
@@ -31,7 +28,7 @@ DOCUMENTED_VERSION = re.search(r"with transformers ([\d.]+)", PAGE)[1]
 
 
 @pytest.fixture(scope="module")
-def findings() -> dict[str, Finding]:
+def findings():
     return {family: check(family) for family in FAMILIES}
 
 
@@ -69,7 +66,7 @@ def test_only_what_was_compared_has_a_difference(findings):
         assert (found.greatest_difference is not None) == (found.status in ("exact", "broken"))
 
 
-def test_a_family_that_transformers_lacks_is_absent(monkeypatch: pytest.MonkeyPatch):
+def test_a_family_that_transformers_lacks_is_absent(monkeypatch):
     monkeypatch.setattr(checking, "known_to_transformers", lambda family: False)
     found = check("llama")
     assert (found.status, found.class_name) == ("absent", "")
@@ -127,7 +124,7 @@ def test_a_model_that_is_wrong_by_itself_is_called_broken(tiny_model):
     assert version("transformers") in found.reason
 
 
-def test_one_wrong_row_is_enough_to_differ(tiny_model, monkeypatch: pytest.MonkeyPatch):
+def test_one_wrong_row_is_enough_to_differ(tiny_model, monkeypatch):
     original = LayerCall.run
 
     def run(self, hidden, rows=None):
@@ -140,7 +137,7 @@ def test_one_wrong_row_is_enough_to_differ(tiny_model, monkeypatch: pytest.Monke
     assert "report" in found.reason
 
 
-def test_the_python_of_the_page_on_adding_one_runs(capsys: pytest.CaptureFixture[str]):
+def test_the_python_of_the_page_on_adding_one_runs(capsys):
     page = (REPOSITORY / "docs" / "add-an-architecture.md").read_text(encoding="utf-8")
     [block] = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
     exec(compile(block, "docs/add-an-architecture.md", "exec"), {})
@@ -148,7 +145,7 @@ def test_the_python_of_the_page_on_adding_one_runs(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 30])
-def test_mixed_plans_can_be_run_by_a_model_of_any_depth(num_layers: int):
+def test_mixed_plans_can_be_run_by_a_model_of_any_depth(num_layers):
     plans = mixed_plans(num_layers)
     assert all(len(plan) == num_layers and sum(plan) > 0 for plan in plans)
     assert all(0 <= value <= 2 for plan in plans for value in plan)
@@ -188,14 +185,14 @@ def test_an_unknown_family_cannot_be_made():
         make_tiny("mistrall")
 
 
-def test_a_family_that_transformers_lacks_is_an_error(monkeypatch: pytest.MonkeyPatch):
+def test_a_family_that_transformers_lacks_is_an_error(monkeypatch):
     monkeypatch.setitem(FAMILIES, "no_such_family", {})
     with pytest.raises(ArchitectureError, match="has no no_such_family"):
         make_tiny("no_such_family")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_small_and_as_deep_as_the_others(family: str):
+def test_every_family_is_small_and_as_deep_as_the_others(family):
     if not known_to_transformers(family):
         pytest.skip(f"the installed transformers has no {family}")
     model = make_tiny(family)

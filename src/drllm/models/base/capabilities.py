@@ -11,8 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,12 +65,17 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
 
     def run(hook: Callable[[nn.Module, Any, Any], Any]) -> Any:
         handles = [layer.register_forward_hook(hook) for layer in layers]
+        modes = [(module, module.training) for module in decoder.modules()]
+        for module, _ in modes:  # dropout and checkpointing off
+            module.training = False
         try:
-            with torch.no_grad(), _evaluating(decoder):
+            with torch.no_grad():
                 return decoder(input_ids=token, use_cache=True)
         finally:
             for handle in handles:
                 handle.remove()
+            for module, mode in modes:
+                module.training = mode
 
     result = run(lambda _layer, _inputs, output: outputs.append(output))
     if len(outputs) != len(layers):
@@ -79,7 +83,10 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
             f"{name} called {len(outputs)} of its {len(layers)} layers in a forward pass; "
             f"its loop can't be routed"
         )
-    _check_state(name, result, len(layers))
+    if foreign := _foreign_state(result, len(layers)):
+        raise ArchitectureError(
+            f"{name} keeps state other than K/V in its layers ({foreign}); it can't be routed"
+        )
     if not isinstance(outputs[0], tuple):
         return False
     try:
@@ -94,37 +101,19 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
     return True
 
 
-def _check_state(name: str, output: Any, num_layers: int) -> None:
-    """Refuse a model whose layers remember a token in anything but one K/V entry each."""
+def _foreign_state(output: Any, num_layers: int) -> str | None:
+    """Say how layers remember a token in anything but one K/V entry each; None if they don't."""
     cache = next((value for value in output.values() if isinstance(value, Cache)), None)
-    entries = getattr(cache, "layers", [])
-    foreign = sorted({type(entry).__name__ for entry in entries if not is_kv(entry)})
     if cache is None:
-        reason = "no K/V cache comes back from a forward pass"
-    elif foreign:
-        reason = f"its cache holds {', '.join(foreign)}"
-    elif len(entries) != num_layers:
-        reason = f"its cache has {len(entries)} entries for {num_layers} layers"
-    elif any(int(entry.get_seq_length()) != 1 for entry in entries):
-        reason = "some of its layers store nothing of a token"
-    else:
-        return
-    raise ArchitectureError(
-        f"{name} keeps state other than K/V in its layers ({reason}); it can't be routed"
-    )
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Switch dropout and checkpointing off inside the block, each submodule restored after."""
-    modes = [(child, child.training) for child in module.modules()]
-    for child, _ in modes:
-        child.training = False
-    try:
-        yield
-    finally:
-        for child, mode in modes:
-            child.training = mode
+        return "no K/V cache comes back from a forward pass"
+    entries = getattr(cache, "layers", [])
+    if foreign := sorted({type(entry).__name__ for entry in entries if not is_kv(entry)}):
+        return f"its cache holds {', '.join(foreign)}"
+    if len(entries) != num_layers:
+        return f"its cache has {len(entries)} entries for {num_layers} layers"
+    if any(int(entry.get_seq_length()) != 1 for entry in entries):
+        return "some of its layers store nothing of a token"
+    return None
 
 
 def can_pack(model: Any, length: int) -> bool:
@@ -160,20 +149,15 @@ def can_split(model: Any) -> bool:
 def _takes_any_mask(model: Any) -> bool:
     """Say whether a mask and positions may be given that no ordinary text has."""
     decoder, _ = find_layers(model)
-    config = model.config.get_text_config()
-    # ALiBi (MPT, Bloom, some Falcons) takes columns for positions.
-    reads_positions = "position_ids" in inspect.signature(
-        decoder.forward
-    ).parameters and not getattr(config, "alibi", False)
     # Up to transformers 5.0 XGLM and few others take a mask `[P, 1, T, K]` for one of ones and
     # zeros, by this function, which later versions have no use for.
-    inverts_masks = hasattr(
-        sys.modules[type(decoder).__module__], "_prepare_4d_causal_attention_mask"
-    )
+    inverting = "_prepare_4d_causal_attention_mask"
     return (
         model.config._attn_implementation in ("sdpa", "eager")
-        and reads_positions
-        and not inverts_masks
+        and "position_ids" in inspect.signature(decoder.forward).parameters
+        # ALiBi (MPT, Bloom, some Falcons) takes columns for positions.
+        and not getattr(model.config.get_text_config(), "alibi", False)
+        and not hasattr(sys.modules[type(decoder).__module__], inverting)
     )
 
 

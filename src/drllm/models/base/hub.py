@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import huggingface_hub
@@ -116,22 +116,17 @@ def first_line(error: BaseException) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers and the hub's library inside the block, but for bars of downloads."""
-    verbosity = transformers_logging.get_verbosity()
-    hub_verbosity = hub_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    downloads = not are_progress_bars_disabled()
-    transformers_logging.set_verbosity_error()
-    hub_logging.set_verbosity(logging.ERROR)
-    if bars:
-        transformers_logging.disable_progress_bar()  # and, unasked, those of downloads
-    if downloads:
-        enable_progress_bars()
-    try:
+    with ExitStack() as restored:
+        restored.callback(hub_logging.set_verbosity, hub_logging.get_verbosity())
+        restored.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
+        downloads_are_quiet = are_progress_bars_disabled()
+        if downloads_are_quiet:
+            restored.callback(disable_progress_bars)
+        if transformers_logging.is_progress_bar_enabled():
+            restored.callback(transformers_logging.enable_progress_bar)
+            transformers_logging.disable_progress_bar()  # and, unasked, those of downloads
+        if not downloads_are_quiet:
+            enable_progress_bars()
+        transformers_logging.set_verbosity_error()
+        hub_logging.set_verbosity(logging.ERROR)
         yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        hub_logging.set_verbosity(hub_verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-        if not downloads:
-            disable_progress_bars()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -69,20 +69,10 @@ def fingerprint(model: nn.Module) -> str:
     """
     base = base_of(model)
     _, layers = find_layers(base)
-    digest = hashlib.sha256()
-    digest.update(_content("embedding", _first_matrix(base.get_input_embeddings())))
+    digest = hashlib.sha256(_content("embedding", base.get_input_embeddings()))
     for index in (len(layers) // 2, len(layers) - 1):
-        matrix = _first_matrix(layers[index])
-        digest.update(_content(f"layers.{index}.{matrix[0]}", matrix))
+        digest.update(_content(f"layers.{index}", layers[index]))
     return digest.hexdigest()[:16]
-
-
-def _first_matrix(module: nn.Module) -> Weight:
-    return next(
-        (name, around, own)
-        for name, around, own in _weights(module, "", ())
-        if around[-1].get_parameter(own).dim() == 2
-    )
 
 
 def _weights(module: nn.Module, prefix: str, around: tuple[nn.Module, ...]) -> Iterator[Weight]:
@@ -99,14 +89,21 @@ def _weights(module: nn.Module, prefix: str, around: tuple[nn.Module, ...]) -> I
         yield from _weights(child, f"{prefix}{name}.", around)
 
 
-def _content(name: str, weight: Weight) -> bytes:
-    """Return what is hashed of a weight: name, shape, signs."""
-    _, around, own = weight
+def _content(place: str, module: nn.Module) -> bytes:
+    """Return what is hashed of a module's first matrix: name, shape, signs."""
+    name, around, own = next(
+        weight
+        for weight in _weights(module, "", ())
+        if weight[1][-1].get_parameter(weight[2]).dim() == 2
+    )
+    name = place if place == "embedding" else f"{place}.{name}"
     owner = around[-1]
     with ExitStack() as fetched:
-        for module in reversed(around):  # accelerate's hook sits on the owner, or further out
-            if owner.get_parameter(own).is_meta and hasattr(module, "_hf_hook"):
-                fetched.enter_context(_fetched(module))
+        for holder in reversed(around):  # accelerate's hook sits on the owner, or further out
+            hook: Any = getattr(holder, "_hf_hook", None)
+            if hook is not None and owner.get_parameter(own).is_meta:
+                hook.pre_forward(holder)  # brings the weights, as before each forward
+                fetched.callback(hook.post_forward, holder, None)
         values = owner.get_parameter(own).detach()
         if values.is_meta:
             raise ModelError(
@@ -116,14 +113,3 @@ def _content(name: str, weight: Weight) -> bytes:
         first = values.reshape(-1)[:FINGERPRINT_VALUES].float()  # float8 has no signbit
         signs = np.packbits(torch.signbit(first).cpu().numpy()).tobytes()
     return f"{name} {list(values.shape)}\n".encode() + signs
-
-
-@contextmanager
-def _fetched(module: nn.Module) -> Iterator[None]:
-    """Let accelerate bring a module's weights, as it does before each forward."""
-    hook: Any = module._hf_hook
-    hook.pre_forward(module)
-    try:
-        yield
-    finally:
-        hook.post_forward(module, None)

@@ -50,23 +50,35 @@ def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
     if getattr(config, "is_encoder_decoder", False):
         raise ArchitectureError(f"{name} has an encoder; only decoder-only models can be routed")
     text = config.get_text_config()
-    _refuse_foreign_state(name, text)
-    num_layers = text.num_hidden_layers
-    decoder = model.get_decoder()
-    found = [
-        (decoder, child)
-        for child in decoder.children()
-        if isinstance(child, nn.ModuleList) and len(child) == num_layers
-    ]
+    if getattr(text, "num_kv_shared_layers", 0) or getattr(text, "kv_sharing_modes", None):
+        raise ArchitectureError(
+            f"{name} shares keys and values between layers; skipping a layer would break its "
+            f"readers, so it can't be routed"
+        )
+    kinds = {
+        *(getattr(text, "layer_types", ()) or ()),
+        *(getattr(text, "layers_block_type", ()) or ()),
+    }
+    foreign = sorted(kind for kind in kinds if not kind.endswith("attention") or "linear" in kind)
+    if foreign:
+        raise ArchitectureError(
+            f"{name} has layers of type {', '.join(foreign)}, whose state is not K/V; "
+            f"it can't be routed"
+        )
+    num_layers, decoder = text.num_hidden_layers, model.get_decoder()
+
+    def lists_in(parent: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
+        children = [child for child in parent.children() if isinstance(child, nn.ModuleList)]
+        return [(parent, child) for child in children if len(child) == num_layers]
+
+    found = lists_in(decoder)
     if not found:
         whole = set(getattr(model, "_no_split_modules", None) or ())
         found = [
-            (parent, child)
-            for parent in model.modules()
-            for child in parent.children()
-            if isinstance(child, nn.ModuleList)
-            and len(child) == num_layers
-            and {type(layer).__name__ for layer in child} <= whole
+            (parent, layers)
+            for module in model.modules()
+            for parent, layers in lists_in(module)
+            if {type(layer).__name__ for layer in layers} <= whole
             and "input_ids" in inspect.signature(parent.forward).parameters
         ]
     if len(found) != 1:
@@ -75,22 +87,3 @@ def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
             f"{type(decoder).__name__}, expected one; this architecture can't be routed yet"
         )
     return found[0]
-
-
-def _refuse_foreign_state(model: str, text: Any) -> None:
-    if getattr(text, "num_kv_shared_layers", 0) or getattr(text, "kv_sharing_modes", None):
-        raise ArchitectureError(
-            f"{model} shares keys and values between layers; skipping a layer would break its "
-            f"readers, so it can't be routed"
-        )
-    kinds = {
-        kind
-        for name in ("layer_types", "layers_block_type")
-        for kind in getattr(text, name, None) or ()
-    }
-    foreign = sorted(kind for kind in kinds if not kind.endswith("attention") or "linear" in kind)
-    if foreign:
-        raise ArchitectureError(
-            f"{model} has layers of type {', '.join(foreign)}, whose state is not K/V; "
-            f"it can't be routed"
-        )

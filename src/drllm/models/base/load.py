@@ -10,6 +10,7 @@ import difflib
 import logging
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from drllm.config import DTYPES, ModelConfig
+from drllm.config import ModelConfig
 from drllm.errors import ConfigError, ModelError, unknown_name
 from drllm.models.base import hub
 from drllm.models.base.identity import describe
@@ -67,7 +68,7 @@ class BaseModel:
         """D."""
         return int(self.model.config.get_text_config().hidden_size)
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What manifests and router checkpoints store to recognise the model again."""
         return {"id": self.name, "revision": self.revision, **describe(self.model)}
@@ -98,7 +99,14 @@ def load(config: ModelConfig) -> BaseModel:
     """
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    _check_attention(config.attn_implementation)
+    attention = config.attn_implementation
+    if attention is not None and "/" not in attention:  # OWNER/NAME is a kernel on the hub
+        known = {"eager", *(k for k in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in k)}
+        if attention not in known:
+            raise ConfigError(
+                "--attn-implementation: "
+                + unknown_name("attention implementation", attention, known)
+            )
     with hub.quiet():
         source, revision = _locate(config)
         model, tokenizer = _open(source, revision, dtype, config)
@@ -140,44 +148,33 @@ def resolve_device(name: str) -> torch.device:
     """Return the device that a `--device` names; `auto` is CUDA, else MPS, else the CPU.
 
     Raises:
-        ConfigError: An unknown device, or one that this machine doesn't have.
+        ConfigError: One that this machine doesn't have.
     """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    match = re.fullmatch(r"(cpu|mps|cuda)(?::(\d+))?", name)
-    if match is None:
-        known = ("auto", "cpu", "cuda", "mps")
-        raise ConfigError("--device: " + unknown_name("device", name, known) + ", or e.g. cuda:1")
-    kind, index = match[1], int(match[2] or 0)
+    kind, _, index = name.partition(":")
     count = {
         "cpu": 1,
         "cuda": torch.cuda.device_count(),
         "mps": int(torch.backends.mps.is_available()),
     }[kind]
-    if index >= count:
+    if int(index or 0) >= count:
         have = f"this machine has {count} of that kind" if count else "this machine has none"
         raise ConfigError(f"--device is {name!r}, but {have}; use --device auto or cpu")
     return torch.device(name)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of the weights; `auto` is bfloat16 on a GPU that has it, else float32.
-
-    Raises:
-        ConfigError: An unknown dtype.
-    """
-    if name not in DTYPES:
-        raise ConfigError("--dtype: " + unknown_name("dtype", name, DTYPES))
+    """Return the dtype of the weights; `auto` is bfloat16 on a GPU that has it, else float32."""
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    if device.type == "mps" and torch.backends.mps.is_macos_or_newer(14, 0):
-        return torch.bfloat16
-    return torch.float32
+    has_bfloat16 = (
+        device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    ) or (device.type == "mps" and torch.backends.mps.is_macos_or_newer(14, 0))
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 # --- finding the model -------------------------------------------------------------------------
@@ -185,42 +182,37 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _locate(config: ModelConfig) -> tuple[str, str | None]:
     """Return the folder or hub id to open, and the commit of a hub model."""
-    name = config.model
+    name, revision = config.model, config.revision
     if name in ALIASES:
-        for flag, given in (
-            ("--revision", config.revision is not None),
-            ("--trust-remote-code", config.trust_remote_code),
+        for flag, value in (
+            ("revision", revision),
+            ("trust-remote-code", config.trust_remote_code),
         ):
-            if given:
+            if value:
                 raise ConfigError(
-                    f"{flag} has no effect on {name!r}, which is an alias; leave it out"
+                    f"--{flag} has no effect on {name!r}, which is an alias; leave it out"
                 )
         from drllm.models.base import smollm2
 
         return str(smollm2.folder()), None
     place = Path(name).expanduser()
-    if name and place.is_dir():
-        if config.revision is not None:
+    if place.is_dir():
+        if revision is not None:
             raise ConfigError(
-                f"--revision {config.revision!r} has no effect on the folder {name}; leave it out"
+                f"--revision {revision!r} has no effect on the folder {name}; leave it out"
             )
         _check_folder(place, name)
         return str(place), None
     if place.is_file():
         raise ModelError(f"{name} is a file; give the folder that holds config.json and weights")
+    close = difflib.get_close_matches(name, ALIASES, n=1)
+    advice = f"give a hub id, a local folder, or an alias ({', '.join(ALIASES)})"
+    advice = f"did you mean {close[0]!r}?" if close else advice
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ModelError(
-            f"there is no folder {name!r}, and it isn't a hub id (OWNER/NAME) either; "
-            f"{_nearest_alias(name)}"
+            f"there is no folder {name!r}, and it isn't a hub id (OWNER/NAME) either; {advice}"
         )
-    return name, hub.find_commit(name, config.revision, otherwise=_nearest_alias(name))
-
-
-def _nearest_alias(name: str) -> str:
-    close = difflib.get_close_matches(name, ALIASES, n=1)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"give a hub id, a local folder, or an alias ({', '.join(sorted(ALIASES))})"
+    return name, hub.find_commit(name, revision, otherwise=advice)
 
 
 def _check_folder(place: Path, name: str) -> None:
@@ -233,46 +225,34 @@ def _check_folder(place: Path, name: str) -> None:
     if not any((place / file).is_file() for file in TOKENIZER_FILES):
         missing.append("a tokenizer (tokenizer.json)")
     if missing:
-        hint = "; are these routers? Give them as --routers" * (
-            (place / "router_config.json").is_file()
-        )
+        hint = "give a folder that save_pretrained has written"
+        if (place / "router_config.json").is_file():
+            hint = "are these routers? Give them as --routers"
         raise ModelError(
-            f"the folder {name} doesn't hold a model: it lacks {', '.join(missing)}"
-            f"{hint or '; give a folder that save_pretrained has written'}"
+            f"the folder {name} doesn't hold a model: it lacks {', '.join(missing)}; {hint}"
         )
 
 
 # --- opening it --------------------------------------------------------------------------------
 
 
-def _check_attention(name: str | None) -> None:
-    if name is None or "/" in name:  # OWNER/NAME is a kernel on the hub; transformers fetches it
-        return
-    known = {"eager"} | {key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in key}
-    if name not in known:
-        raise ConfigError(
-            "--attn-implementation: " + unknown_name("attention implementation", name, known)
-        )
-
-
 def _open(
     source: str, revision: str | None, dtype: torch.dtype, config: ModelConfig
 ) -> tuple[Any, Any]:
+    attention = config.attn_implementation
     common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if revision is not None:
-        common["revision"] = revision
-    options = dict(
-        common,
-        dtype=dtype,
-        use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are refused below, by name
-    )
-    if config.attn_implementation is not None:
-        options["attn_implementation"] = config.attn_implementation
+    common |= {} if revision is None else {"revision": revision}
+    options = common | ({} if attention is None else {"attn_implementation": attention})
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        model, info = AutoModelForCausalLM.from_pretrained(source, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            **options,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
     except _FOREIGN_ERRORS as error:
         raise _explain(error, config) from error
     for problem in ("missing_keys", "mismatched_keys"):
@@ -283,37 +263,32 @@ def _open(
                 f"the weights of {config.model} don't fit its config: {problem.replace('_', ' ')} "
                 f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''} ({len(names)} in all)"
             )
-    if info["unexpected_keys"]:
-        logger.warning(
-            "%s has %d weights that its class doesn't use",
-            config.model,
-            len(info["unexpected_keys"]),
-        )
+    if unused := len(info["unexpected_keys"]):
+        logger.warning("%s has %d weights that its class doesn't use", config.model, unused)
     return model, tokenizer
 
 
 def _explain(error: Exception, config: ModelConfig) -> ModelError | ConfigError:
     """Turn what transformers raised into one line that says what to do."""
-    text, name = str(error), config.model
+    text, name, said = str(error), config.model, hub.first_line(error)
+    attention, is_import = config.attn_implementation, isinstance(error, ImportError)
     if "trust_remote_code" in text and not config.trust_remote_code:
         return ModelError(
             f"model {name!r} needs modelling code of its own, which drllm doesn't run unasked; "
             f"read that code, then pass --trust-remote-code"
         )
-    if config.attn_implementation and re.search("attn_implementation|attention", text, re.I):
-        remedy = "install what it needs, or give" if isinstance(error, ImportError) else "give"
+    if attention and re.search("attn_implementation|attention", text, re.I):
+        remedy = "install what it needs, or give" if is_import else "give"
         return ConfigError(
-            f"--attn-implementation {config.attn_implementation!r} can't be used with {name!r}: "
-            f"{hub.first_line(error).rstrip('.')}; {remedy} --attn-implementation sdpa or eager"
+            f"--attn-implementation {attention!r} can't be used with {name!r}: {said}; {remedy} "
+            f"--attn-implementation sdpa or eager"
         )
-    if isinstance(error, ImportError):
-        return ModelError(
-            f"model {name!r} needs a package that isn't installed: {hub.first_line(error)}"
-        )
+    if is_import:
+        return ModelError(f"model {name!r} needs a package that isn't installed: {said}")
     if "Unrecognized configuration class" in text:
         return ModelError(
             f"{name!r} isn't a decoder-only language model that transformers can open"
         )
     if isinstance(error, SafetensorError):
-        return ModelError(f"the weights of {name!r} are broken or cut off: {hub.first_line(error)}")
-    return ModelError(f"model {name!r} can't be opened: {hub.first_line(error)}")
+        return ModelError(f"the weights of {name!r} are broken or cut off: {said}")
+    return ModelError(f"model {name!r} can't be opened: {said}")

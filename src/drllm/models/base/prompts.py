@@ -15,20 +15,13 @@ from torch import Tensor
 
 from drllm.errors import ConfigError
 
-Messages: TypeAlias = Sequence[Mapping[str, Any]]
-Prompt: TypeAlias = str | Messages
+Prompt: TypeAlias = str | Sequence[Mapping[str, Any]]
 """A text, or a conversation so far: messages with `role` and `content`."""
 
 CLOCK = datetime(2024, 7, 26)
 """The date that chat templates print: the one that Llama 3.1's own template names. With today's
 date a prompt would change tomorrow, for a resumed search and for routers trained on it."""
-DIRECTIVES = (
-    "%-d",
-    "%-m",
-    "%-H",
-    "%-I",
-    *(f"%{letter}" for letter in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"),
-)
+DIRECTIVES = ("%-d", "%-m", "%-H", "%-I", *(f"%{each}" for each in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"))
 """What a template's format of a date may hold."""
 
 

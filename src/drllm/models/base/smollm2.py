@@ -13,16 +13,15 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 from filelock import FileLock
 
-from drllm.errors import ModelError
-from drllm.records import sha256
+from drllm.errors import ModelError, RecordError
+from drllm.records import read_json, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,8 +55,16 @@ _WEIGHTS = {
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Manifest(msgspec.Struct):
+    """What a finished folder was made from, and the sizes of its files."""
+
+    format: int
+    source_sha256: str
+    bytes: dict[str, int]
+    source: str
+
+
+class Source(NamedTuple):
     """A GGUF file that a model is converted from, and the hash that it must have."""
 
     path: Path
@@ -69,11 +76,9 @@ def cache_folder() -> Path:
 
     The user's cache is `XDG_CACHE_HOME`, else `~/.cache`.
     """
-    own = os.environ.get(CACHE_VARIABLE)
-    if own:
+    if own := os.environ.get(CACHE_VARIABLE):
         return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "drllm"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "drllm"
 
 
 def folder() -> Path:
@@ -83,24 +88,19 @@ def folder() -> Path:
         ModelError: The wheel or gguf isn't installed, the wheel's file has another hash, or the
             cache folder can't be written.
     """
-    target = _target()
-    if is_complete(target, SHA256):
-        return target
-    return convert_once(Source(_find_gguf(), SHA256), target)
+    return converted() or convert_once(Source(_find_gguf(), SHA256), _target())
 
 
 def converted() -> Path | None:
     """Return the folder of the converted model, or None where it isn't converted yet."""
-    target = _target()
-    return target if is_complete(target, SHA256) else None
+    return _target() if is_complete(_target(), SHA256) else None
 
 
 def describe() -> str:
     """Return one line on what the model is and where it is, for `drllm ls models`."""
     place = converted()
-    return f"{DESCRIPTION}; " + (
-        f"converted in {place}" if place else "not converted yet (done on first use)"
-    )
+    state = f"converted in {place}" if place else "not converted yet (done on first use)"
+    return f"{DESCRIPTION}; {state}"
 
 
 def is_complete(target: Path, source_sha256: str) -> bool:
@@ -109,15 +109,13 @@ def is_complete(target: Path, source_sha256: str) -> bool:
     Only the manifest and the sizes of the files it lists are read.
     """
     try:
-        manifest = json.loads((target / MANIFEST_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = read_json(target / MANIFEST_FILE, Manifest)
+    except RecordError:
         return False
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("bytes"), dict):
-        return False
-    if (manifest.get("source_sha256"), manifest.get("format")) != (source_sha256, FORMAT):
-        return False
-    files = [(target / name, size) for name, size in manifest["bytes"].items()]
-    return all(file.is_file() and file.stat().st_size == size for file, size in files)
+    files = [(target / name, size) for name, size in manifest.bytes.items()]
+    return (manifest.source_sha256, manifest.format) == (source_sha256, FORMAT) and all(
+        file.is_file() and file.stat().st_size == size for file, size in files
+    )
 
 
 def convert_once(source: Source, target: Path) -> Path:
@@ -129,7 +127,10 @@ def convert_once(source: Source, target: Path) -> Path:
     Raises:
         ModelError: Another hash, no package gguf, or a folder that can't be written.
     """
-    with _writing(target):
+    from safetensors import SafetensorError
+
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock")):
             if is_complete(target, source.sha256):
@@ -140,19 +141,25 @@ def convert_once(source: Source, target: Path) -> Path:
                     f"{source.path} has SHA-256 {found[:16]}…, expected {source.sha256[:16]}…; "
                     f"install it again: pip install --no-deps --force-reinstall {REQUIREMENT}"
                 )
-            temporary = target.with_name(f".{target.name}.tmp")
             if temporary.exists():
                 shutil.rmtree(temporary)
             try:
                 temporary.mkdir()
-                _convert(source.path, temporary)
-                _seal(temporary, source)
+                _convert(source, temporary)
                 if target.exists():
                     shutil.rmtree(target)
                 temporary.rename(target)
                 _sync(target.parent)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
+    except ModelError:  # which is an OSError too
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ModelError(
+            f"can't convert {ALIAS} to {target}: {reason}; free about 600 MB there, "
+            f"or set {CACHE_VARIABLE} to a folder that you may write to"
+        ) from error
     return target
 
 
@@ -174,23 +181,8 @@ def _find_gguf() -> Path:
     return found[0]
 
 
-@contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    """Explain what can go wrong on the disk."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise ModelError(
-            f"can't convert {ALIAS} to {target}: {reason}; free about 600 MB there, "
-            f"or set {CACHE_VARIABLE} to a folder that you may write to"
-        ) from error
-
-
-def _convert(source: Path, target: Path) -> None:
-    """Write config, weights and tokenizer as files that every supported transformers reads alike.
+def _convert(source: Source, target: Path) -> None:
+    """Write and sync files that every supported transformers reads alike, the manifest last.
 
     Neither goes through `save_pretrained`, whose files differ between versions of transformers.
     """
@@ -203,22 +195,28 @@ def _convert(source: Path, target: Path) -> None:
         ) from error
     from safetensors.torch import save_file
 
-    logger.info("converting %s to %s, once", source.name, target.parent)
-    reader = gguf.GGUFReader(source)
-    config = _read_config(reader.fields)
+    logger.info("converting %s to %s, once", source.path.name, target.parent)
+    reader = gguf.GGUFReader(source.path)
+
+    def read(key: str) -> Any:
+        return reader.fields[key].contents()
+
+    config = _read_config(read)
     _write_json(target / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(target / "generation_config.json", ids)
     save_file(_read_weights(reader, config), target / WEIGHTS_FILE, metadata={"format": "pt"})
     # safetensors makes its file readable by the owner alone, whatever the umask says.
     (target / WEIGHTS_FILE).chmod((target / "config.json").stat().st_mode)
-    _write_tokenizer(reader.fields, target)
+    _write_tokenizer(read, target)
+    sizes = {file.name: file.stat().st_size for file in sorted(target.iterdir())}
+    manifest = Manifest(FORMAT, source.sha256, sizes, source.path.name)
+    _write_json(target / MANIFEST_FILE, msgspec.structs.asdict(manifest))
+    for file in (*target.iterdir(), target):
+        _sync(file)
 
 
-def _read_config(fields: dict[str, Any]) -> dict[str, Any]:
-    def read(key: str) -> Any:
-        return fields[key].contents()
-
+def _read_config(read: Callable[[str], Any]) -> dict[str, Any]:
     rope_theta = float(read("llama.rope.freq_base"))
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -267,7 +265,7 @@ def _read_weights(reader: Any, config: dict[str, Any]) -> dict[str, Tensor]:
     return weights
 
 
-def _write_tokenizer(metadata: dict[str, Any], target: Path) -> None:
+def _write_tokenizer(read: Callable[[str], Any], target: Path) -> None:
     """Write `tokenizer.json` and its settings from a GGUF file's metadata.
 
     Transformers' own reading of a GGUF file drops the splitting of digits that `tokenizer.ggml.pre
@@ -275,20 +273,15 @@ def _write_tokenizer(metadata: dict[str, Any], target: Path) -> None:
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    def read(key: str) -> Any:
-        return metadata[f"tokenizer.ggml.{key}"].contents()
-
-    tokens, kinds = read("tokens"), read("token_type")
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab={token: index for index, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ", 1)) for merge in read("merges")],
-        )
-    )
+    tokens, kinds = read("tokenizer.ggml.tokens"), read("tokenizer.ggml.token_type")
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ", 1)) for merge in read("tokenizer.ggml.merges")]
+    add_prefix_space = read("tokenizer.ggml.add_space_prefix")
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=read("add_space_prefix"), use_regex=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=True),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
@@ -297,43 +290,27 @@ def _write_tokenizer(metadata: dict[str, Any], target: Path) -> None:
         [AddedToken(token, special=True, normalized=False) for token in special]
     )
     tokenizer.save(str(target / "tokenizer.json"))
-    _write_json(
-        target / "tokenizer_config.json",
-        {
-            # The name that both transformers 4 and 5 know for "whatever tokenizer.json says".
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": tokens[read("bos_token_id")],
-            "eos_token": tokens[read("eos_token_id")],
-            "pad_token": tokens[read("padding_token_id")],
-            "unk_token": tokens[read("unknown_token_id")],
-            "add_bos_token": read("add_bos_token"),
-            "add_prefix_space": read("add_space_prefix"),
-            "clean_up_tokenization_spaces": False,
-            "model_input_names": ["input_ids", "attention_mask"],
-            "model_max_length": int(metadata["llama.context_length"].contents()),
-            "chat_template": metadata["tokenizer.chat_template"].contents(),
+    named = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    settings = {
+        # The name that both transformers 4 and 5 know for "whatever tokenizer.json says".
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{
+            f"{our}_token": tokens[read(f"tokenizer.ggml.{name}_token_id")]
+            for our, name in named.items()
         },
-    )
+        "add_bos_token": read("tokenizer.ggml.add_bos_token"),
+        "add_prefix_space": add_prefix_space,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": int(read("llama.context_length")),
+        "chat_template": read("tokenizer.chat_template"),
+    }
+    _write_json(target / "tokenizer_config.json", settings)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def _seal(folder: Path, source: Source) -> None:
-    """Sync every file to the disk and write the manifest that makes the folder complete."""
-    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-    manifest = {
-        "format": FORMAT,
-        "source": source.path.name,
-        "source_sha256": source.sha256,
-        "bytes": sizes,
-    }
-    _write_json(folder / MANIFEST_FILE, manifest)
-    for file in folder.iterdir():
-        _sync(file)
-    _sync(folder)
 
 
 def _sync(path: Path) -> None:

@@ -60,19 +60,16 @@ def save_routers(
         CheckpointError: Weights that aren't finite float32 of the right shapes, a folder that
             can't be written, or a README.md in it that isn't a card of routers.
     """
-    folder = Path(folder)
-    config = config or routers.config
+    folder, config = Path(folder), config or routers.config
     card = folder / CARD_FILE
     if card.is_file() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
         raise CheckpointError(
             f"{card} isn't a card of routers and would be replaced by one; save to a folder of "
             f"their own, or move it away"
         )
-    tensors = {
-        name: weight.detach().cpu().contiguous() for name, weight in routers.state_dict().items()
-    }
-    misfit = _misfit(tensors, config)
-    if misfit is not None:
+    weights = routers.state_dict()
+    tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    if misfit := _misfit(tensors, config):
         raise CheckpointError(f"these routers can't be saved: {misfit}")
     values = {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
     try:
@@ -88,7 +85,14 @@ def save_routers(
         CONFIG_FILE: text.encode(),
         CARD_FILE: model_card(config, place).encode(),
     }
-    _replace(folder, files)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder, files)
+    except OSError as error:
+        raise CheckpointError(
+            f"can't write routers to {folder}: {error.strerror}; "
+            f"free some space or choose a folder that you may write to"
+        ) from error
 
 
 def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -98,29 +102,15 @@ def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
     back if a later step fails. While they change places the config is away, so that a process
     killed in between leaves a folder that is refused, never one of two halves; the next save that
     succeeds removes what it left.
-
-    Raises:
-        CheckpointError: The folder can't be written, or the disk is full.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in files:
-            if (folder / name).is_dir():
-                raise IsADirectoryError(0, f"{name} in it is a folder")
-        _exchange(folder, files)
-    except OSError as error:
-        raise CheckpointError(
-            f"can't write routers to {folder}: {error.strerror}; "
-            f"free some space or choose a folder that you may write to"
-        ) from error
-
-
-def _exchange(folder: Path, files: Mapping[str, bytes]) -> None:
-    mark = uuid.uuid4().hex
-    new = {name: folder / f".{name}.{mark}.new" for name in files}
-    old = {name: folder / f".{name}.{mark}.old" for name in files}
     names = sorted(files, key=lambda name: name == CONFIG_FILE)  # the config last
-    placed = []
+    for name in names:
+        if (folder / name).is_dir():
+            raise IsADirectoryError(0, f"{name} in it is a folder")
+    mark, placed = uuid.uuid4().hex, []
+    new, old = (
+        {name: folder / f".{name}.{mark}.{age}" for name in names} for age in ("new", "old")
+    )
     try:
         for name in names:
             with new[name].open("xb") as file:
@@ -158,12 +148,9 @@ def load_routers(folder: Path | str) -> RouterStack:
             tensors of another shape or dtype, values that are not finite, or weights that were
             saved with another config.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    tensors, notes = _read_weights(folder)
-    path = folder / WEIGHTS_FILE
-    misfit = _misfit(tensors, config)
-    if misfit is not None:
+    path, config = Path(folder) / WEIGHTS_FILE, read_config(folder)
+    tensors, notes = _read_weights(path)
+    if misfit := _misfit(tensors, config):
         raise CheckpointError(f"{path}: {misfit}")
     saved_for = notes.get("num_windows", str(config.num_windows))
     if saved_for != str(config.num_windows):
@@ -184,27 +171,6 @@ def read_config(folder: Path | str) -> RouterConfig:
         CheckpointError: Missing, broken, incomplete, of a future format, or with unknown keys.
     """
     path = Path(folder) / CONFIG_FILE
-    values = _read_values(path)
-    fields = [declared.name for declared in dataclasses.fields(RouterConfig)]
-    for name in values:
-        if name not in fields:
-            raise CheckpointError(f"{path}: " + unknown_name("key", name, fields))
-    for name in fields:
-        if name not in values:
-            raise CheckpointError(f"{path} lacks the key {name!r}; train the routers again")
-    counts = values["label_counts"]
-    if isinstance(counts, list):
-        values["label_counts"] = tuple(
-            tuple(row) if isinstance(row, list) else row for row in counts
-        )
-    try:
-        return RouterConfig(**values)
-    except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def _read_values(path: Path) -> dict[str, Any]:
-    """Return what a config file holds, without its format version, which is checked."""
     if not path.is_file():
         raise CheckpointError(_no_config(path.parent))
     try:
@@ -222,18 +188,36 @@ def _read_values(path: Path) -> dict[str, Any]:
             f"{path} has format version {version}, this drllm reads up to {FORMAT_VERSION}; "
             f"install a newer drllm"
         )
-    return values
+    fields = [declared.name for declared in dataclasses.fields(RouterConfig)]
+    for name in (*values, *fields):
+        if name not in fields:
+            raise CheckpointError(f"{path}: " + unknown_name("key", name, fields))
+        if name not in values:
+            raise CheckpointError(f"{path} lacks the key {name!r}; train the routers again")
+    try:
+        return RouterConfig(**values)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
-def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a folder's `routers.safetensors`: the tensors, and the notes in its header.
+def _no_config(folder: Path) -> str:
+    """Say what is given instead of a folder of routers, and what may have been meant."""
+    if folder.is_file():
+        return f"{folder} is a file; give the folder of routers that holds {CONFIG_FILE}"
+    lacks, give = f"{folder} has no {CONFIG_FILE}", "give a folder that 'drllm train' has written"
+    if (folder / "routers" / CONFIG_FILE).is_file():
+        return f"{lacks}; did you mean {folder / 'routers'}?"
+    if (folder / "config.json").is_file():
+        return f"{lacks}; is it a base model? Then give it as --model"
+    if not folder.exists():
+        return f"{lacks}, since it doesn't exist; {give}"
+    return f"{lacks}; {give}" if any(folder.iterdir()) else f"{lacks}, since it is empty; {give}"
 
-    Raises:
-        CheckpointError: No such file, a broken one, or a pickle.
-    """
-    path = folder / WEIGHTS_FILE
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read `routers.safetensors`: the tensors, and the notes in its header."""
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no {WEIGHTS_FILE}; is it a folder of routers?")
+        raise CheckpointError(f"{path.parent} has no {WEIGHTS_FILE}; is it a folder of routers?")
     try:
         with safe_open(path, framework="pt") as file:
             # Copied, since the tensors would otherwise be a view of the file for ever.
@@ -249,23 +233,6 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(
             f"{path} is broken or cut off ({error}); train the routers again"
         ) from error
-
-
-def _no_config(folder: Path) -> str:
-    """Say what is given instead of a folder of routers, and what may have been meant."""
-    if folder.is_file():
-        return f"{folder} is a file; give the folder of routers that holds {CONFIG_FILE}"
-    inner = folder / "routers"
-    if (inner / CONFIG_FILE).is_file():
-        return f"{folder} has no {CONFIG_FILE}; did you mean {inner}?"
-    if (folder / "config.json").is_file():
-        return f"{folder} has no {CONFIG_FILE}; is it a base model? Then give it as --model"
-    give = "give a folder that 'drllm train' has written"
-    if not folder.exists():
-        return f"{folder} has no {CONFIG_FILE}, since it doesn't exist; {give}"
-    if not any(folder.iterdir()):
-        return f"{folder} has no {CONFIG_FILE}, since it is empty; {give}"
-    return f"{folder} has no {CONFIG_FILE}; {give}"
 
 
 def _misfit(tensors: Mapping[str, Tensor], config: RouterConfig) -> str | None:
@@ -305,17 +272,17 @@ def check_routers(model: Any, routers: RouterStack) -> None:
         CheckpointError: Another class, L, D or fingerprint; the message lists all that differ.
             Another id alone is a warning.
     """
-    config = routers.config
-    found = describe(model)
+    config, found = routers.config, describe(model)
+    expected = {
+        "base_class": (config.base_class, found["class"]),
+        "num_layers": (config.num_layers, found["num_layers"]),
+        "hidden_size": (config.hidden_size, found["hidden_size"]),
+        "base_fingerprint": (config.base_fingerprint, found["fingerprint"]),
+    }
     differences = [
-        f"{name} {expected}, this model has {value}"
-        for name, expected, value in (
-            ("base_class", config.base_class, found["class"]),
-            ("num_layers", config.num_layers, found["num_layers"]),
-            ("hidden_size", config.hidden_size, found["hidden_size"]),
-            ("base_fingerprint", config.base_fingerprint, found["fingerprint"]),
-        )
-        if expected not in ("", value)
+        f"{name} {wanted}, this model has {value}"
+        for name, (wanted, value) in expected.items()
+        if wanted not in ("", value)
     ]
     if differences:
         raise CheckpointError(
@@ -334,8 +301,7 @@ def check_routers(model: Any, routers: RouterStack) -> None:
 
 def described(config: RouterConfig, model: Any) -> RouterConfig:
     """Fill in what a config doesn't say of its base model."""
-    found = describe(model)
-    base = base_of(model)
+    found, base = describe(model), base_of(model)
     missing: dict[str, Any] = {
         "base_class": config.base_class or found["class"],
         "base_fingerprint": config.base_fingerprint or found["fingerprint"],

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from drllm.config import DepthConfig
+from drllm.config.settings import flag_of
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError, RecordError
 from drllm.models.base.prompts import context_length, encode, left_padded, render
@@ -77,7 +78,17 @@ def routes_of(
     Raises:
         ConfigError: No prompts, one without tokens, or one longer than the model's context.
     """
-    _check_prompts(prompts, context_length(routed.model))
+    if not prompts:
+        raise ConfigError("there are no prompts to route; give at least one")
+    context = context_length(routed.model)
+    for place, tokens in enumerate(prompts, start=1):
+        if not tokens:
+            raise ConfigError(f"prompt {place} has no tokens; leave it out")
+        if context is not None and len(tokens) > context:
+            raise ConfigError(
+                f"prompt {place} has {len(tokens)} tokens, the model's context holds {context}; "
+                f"shorten it or leave it out"
+            )
     routes = torch.empty(len(prompts), routed.num_layers, dtype=torch.long)
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     before = routed.driver.last_route
@@ -132,16 +143,17 @@ def find_depth_bias(
 
     Source: ours (D-20).
     """
-    L, routers = routed.num_layers, routed.routers if routers is None else routers
+    L, target = routed.num_layers, target_executions
+    routers = routed.routers if routers is None else routers
     if routers is None:
         raise ConfigError(
             "--target-executions has no effect on a model without routers; give routers, or pin a "
             "plan with routed.fixed(...)"
         )
-    if not 1 <= target_executions <= 2 * L:
+    if not 1 <= target <= 2 * L:
         raise ConfigError(
-            f"--target-executions is {target_executions:g}, but a model of {L} layers runs 1 to "
-            f"{2 * L} executions; give a number from 1 to {2 * L}"
+            f"--target-executions is {target:g}, but a model of {L} layers runs 1 to {2 * L} "
+            f"executions; give a number from 1 to {2 * L}"
         )
     seen: dict[float, float] = {}
 
@@ -152,115 +164,26 @@ def find_depth_bias(
             seen[bias] = mean_executions(routes.tolist())
         return seen[bias]
 
-    for bias in _biases_to_try(measure, target_executions):
-        if abs(measure(bias) - target_executions) <= tolerance:
+    for bias in _biases_to_try(measure, target):
+        if abs(measure(bias) - target) <= tolerance:
             return Calibration(
                 depth_bias=bias,
                 executions=seen[bias],
                 num_prompts=len(prompts),
                 num_probes=len(seen),
             )
-    raise ConfigError(_describe_jump(seen, target_executions, len(prompts)))
-
-
-def policy_for(
-    routed: RoutedModel, config: DepthConfig, prompts: Sequence[Sequence[int]] = ()
-) -> tuple[Policy, Calibration | None]:
-    """Return the policy that the settings of depth control ask for.
-
-    Args:
-        routed: The model, with routers where a knob is turned.
-        config: At most one knob turned.
-        prompts: Token ids of the calibration set, for `target_executions` alone.
-
-    Returns:
-        The policy (without a knob the one in force), and what was found on the calibration set.
-
-    Raises:
-        ConfigError: Several knobs, a knob without routers, or a target that can't be reached.
-    """
-    knob = config.knob()
-    if knob is None:
-        return routed.policy, None
-    if routed.routers is None:
-        raise ConfigError(
-            f"--{knob.replace('_', '-')} has no effect without routers; give --routers, or leave "
-            f"it out"
-        )
-    if knob == "static_routing":  # the routers need not be asked
-        return FullPolicy(), None
-    if config.target_executions is not None:
-        found = find_depth_bias(routed, prompts, config.target_executions)
-        return RouterPolicy(routed.routers, depth_bias=found.depth_bias), found
-    policy = RouterPolicy(
-        routed.routers, depth_bias=config.depth_bias, router_penalty=config.router_penalty
-    )
-    return policy, None
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationText:
-    """One line of a calibration file.
-
-    Attributes:
-        text: The prompt.
-        rendered: It is what the model reads, as in `supervision.jsonl`, a chat template included.
-    """
-
-    text: str
-    rendered: bool
-
-
-def read_calibration(path: Path) -> list[CalibrationText]:
-    """Read the prompts of a calibration file.
-
-    Each line is an object with `prompt`, or else `question`. Lines of our own `supervision.jsonl`
-    and `search.jsonl` are known by what else they hold, and read as search and training read them.
-
-    Raises:
-        RecordError: A file that can't be read, or a line without a text; names file and line.
-    """
-    texts = []
-    for line, row in read_json_lines(path, dict[str, Any]):
-        name = "prompt" if "prompt" in row else "question"
-        text = row.get(name)
-        if not isinstance(text, str) or not text.strip():
-            raise RecordError(
-                f"{path}, line {line}: {name!r} is {text!r}; expected a text, as 'prompt' or "
-                f"'question'"
-            )
-        rendered = "optimal_layer_config" in row or "paths" in row
-        texts.append(CalibrationText(text, rendered))
-    return texts
-
-
-def encode_calibration(
-    texts: Sequence[CalibrationText], tokenizer: Any, *, chat: bool
-) -> list[list[int]]:
-    """Return the tokens of calibration prompts.
-
-    Args:
-        texts: From `read_calibration`.
-        tokenizer: The base model's.
-        chat: Put texts that aren't rendered yet into the chat template.
-    """
-    return [
-        encode(tokenizer, render(tokenizer, item.text, chat=chat and not item.rendered))
-        for item in texts
+    below = [bias for bias in seen if seen[bias] < target]
+    above = [bias for bias in seen if seen[bias] > target]
+    nearest = [
+        min(side, key=lambda bias: (abs(seen[bias] - target), abs(bias)))
+        for side in (below, above)
+        if side
     ]
-
-
-def _check_prompts(prompts: Sequence[Sequence[int]], context: int | None) -> None:
-    if not prompts:
-        raise ConfigError("there are no prompts to route; give at least one")
-    for place, tokens in enumerate(prompts, start=1):
-        if not tokens:
-            raise ConfigError(f"prompt {place} has no tokens; leave it out")
-        if context is not None and len(tokens) > context:
-            raise ConfigError(
-                f"prompt {place} has {len(tokens)} tokens, the model's context holds {context}; "
-                f"shorten it or leave it out"
-            )
+    named = " and ".join(f"{seen[bias]:.2f} (--depth-bias {bias})" for bias in nearest)
+    raise ConfigError(
+        f"no depth bias gives {target:g} executions on these {len(prompts)} prompts, whose mean "
+        f"jumps over it: the nearest are {named}; take one of these, or calibrate on more prompts"
+    )
 
 
 def _biases_to_try(measure: Callable[[float], float], target: float) -> Iterator[float]:
@@ -295,18 +218,74 @@ def _halvings(
             end = middle
 
 
-def _describe_jump(seen: dict[float, float], target: float, num_prompts: int) -> str:
-    """Name the nearest means on either side of a target, with the smallest biases for them."""
-    sides = (
-        {bias: mean for bias, mean in seen.items() if mean < target},
-        {bias: mean for bias, mean in seen.items() if mean > target},
-    )
-    nearest = []
-    for side in filter(None, sides):
-        bias = min(side, key=lambda bias: (abs(side[bias] - target), abs(bias)))
-        nearest.append(f"{side[bias]:.2f} (--depth-bias {bias})")
-    return (
-        f"no depth bias gives {target:g} executions on these {num_prompts} prompts, whose mean "
-        f"jumps over it: the nearest are {' and '.join(nearest)}; take one of these, or calibrate "
-        f"on more prompts"
-    )
+def policy_for(
+    routed: RoutedModel, config: DepthConfig, prompts: Sequence[Sequence[int]] = ()
+) -> tuple[Policy, Calibration | None]:
+    """Return the policy that the settings of depth control ask for.
+
+    Args:
+        routed: The model, with routers where a knob is turned.
+        config: At most one knob turned.
+        prompts: Token ids of the calibration set, for `target_executions` alone.
+
+    Returns:
+        The policy (without a knob the one in force), and what was found on the calibration set.
+
+    Raises:
+        ConfigError: Several knobs, a knob without routers, or a target that can't be reached.
+    """
+    knob, routers = config.knob(), routed.routers
+    if knob is None:
+        return routed.policy, None
+    if routers is None:
+        raise ConfigError(
+            f"{flag_of(knob)} has no effect without routers; give --routers, or leave it out"
+        )
+    if knob == "static_routing":  # the routers need not be asked
+        return FullPolicy(), None
+    if config.target_executions is not None:
+        found = find_depth_bias(routed, prompts, config.target_executions)
+        return RouterPolicy(routers, depth_bias=found.depth_bias), found
+    penalty = config.router_penalty
+    return RouterPolicy(routers, depth_bias=config.depth_bias, router_penalty=penalty), None
+
+
+def read_calibration(path: Path) -> list[tuple[str, bool]]:
+    """Read the prompts of a calibration file.
+
+    Each line is an object with `prompt`, or else `question`. Lines of our own `supervision.jsonl`
+    and `search.jsonl` are known by what else they hold, and read as search and training read them.
+
+    Returns:
+        Each text, and whether it is what the model reads, a chat template included.
+
+    Raises:
+        RecordError: A file that can't be read, or a line without a text; names file and line.
+    """
+    texts = []
+    for line, row in read_json_lines(path, dict[str, Any]):
+        name = "prompt" if "prompt" in row else "question"
+        text = row.get(name)
+        if not isinstance(text, str) or not text.strip():
+            raise RecordError(
+                f"{path}, line {line}: {name!r} is {text!r}; expected a text, as 'prompt' or "
+                f"'question'"
+            )
+        texts.append((text, "optimal_layer_config" in row or "paths" in row))
+    return texts
+
+
+def encode_calibration(
+    texts: Sequence[tuple[str, bool]], tokenizer: Any, *, chat: bool
+) -> list[list[int]]:
+    """Return the tokens of calibration prompts.
+
+    Args:
+        texts: From `read_calibration`.
+        tokenizer: The base model's.
+        chat: Put texts that aren't rendered yet into the chat template.
+    """
+    return [
+        encode(tokenizer, render(tokenizer, text, chat=chat and not is_rendered))
+        for text, is_rendered in texts
+    ]

@@ -14,16 +14,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from drllm.errors import CheckpointError, ConfigError
-from drllm.models.base.hub import (
-    ERRORS,
-    FETCH_ERRORS,
-    TOKEN_VARIABLE,
-    answer,
-    explain,
-    first_line,
-    no_network,
-    quiet,
-)
+from drllm.models.base import hub
 from drllm.models.base.load import ALIASES
 from drllm.models.routers.card import HUB_ID
 from drllm.models.routers.checkpoint import (
@@ -36,7 +27,10 @@ from drllm.models.routers.checkpoint import (
 from drllm.models.routers.stack import RouterStack
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-NEW_TOKEN = "make one with write access in your settings there"
+NEW_TOKEN = (
+    "make one with write access in your settings there, then pass it as token=... or set "
+    + hub.TOKEN_VARIABLE
+)
 NAME_EXAMPLE = "give OWNER/NAME, for example your-name/routers"
 
 
@@ -57,23 +51,19 @@ def find(place: Path | str, revision: str | None = None) -> Path:
         CheckpointError: Routers that the hub doesn't have or doesn't give, or no network.
         ConfigError: A revision of a folder.
     """
-    folder = Path(place).expanduser()
-    if not folder.exists() and HUB_ID.fullmatch(str(place)) and not str(place).startswith("."):
-        return _fetch(str(place), revision)
-    if revision is not None:
-        raise ConfigError(
-            f"the revision {revision!r} has no effect on the folder {place}; leave it out"
-        )
-    return folder
-
-
-def _fetch(name: str, revision: str | None) -> Path:
+    name, folder = str(place), Path(place).expanduser()
+    if folder.exists() or not HUB_ID.fullmatch(name) or name.startswith("."):
+        if revision is not None:
+            raise ConfigError(
+                f"the revision {revision!r} has no effect on the folder {place}; leave it out"
+            )
+        return folder
     try:
-        with quiet():
+        with hub.quiet():
             folder = _cached_commit(name, revision) or _download(name, revision)
-    except FETCH_ERRORS as error:
+    except hub.FETCH_ERRORS as error:
         otherwise = "give OWNER/NAME, or a folder that 'drllm train' has written"
-        said = explain(error, "routers repository", name, revision, otherwise)
+        said = hub.explain(error, "routers repository", name, revision, otherwise)
         raise CheckpointError(f"{said}; there is no folder {name!r} either") from error
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(
@@ -129,14 +119,22 @@ def push_routers(
             no network.
     """
     config = described(routers.config, model)
-    if config.base_model and _is_local(config.base_model):
+    name = config.base_model
+    is_local = Path(name).expanduser().exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+    if name and name not in ALIASES and is_local:
         warnings.warn(
-            f"{config.base_model!r} is no hub id, so the pushed routers don't name their base "
-            f"model; whoever loads them gives it as base=...",
+            f"{name!r} is no hub id, so the pushed routers don't name their base model; whoever "
+            f"loads them gives it as base=...",
             stacklevel=3,
         )
         config = dataclasses.replace(config, base_model="", base_revision=None)
-    token = _check_push(repo, token)
+    if not HUB_ID.fullmatch(repo):
+        raise CheckpointError(f"{repo!r} can't be a repository on the hub; {NAME_EXAMPLE}")
+    if constants.HF_HUB_OFFLINE:
+        raise CheckpointError(f"can't push to {repo}: {hub.no_network()}; unset it to push")
+    token = token or huggingface_hub.get_token()
+    if token is None:
+        raise CheckpointError(f"can't push to {repo} on the hub without a token: {NEW_TOKEN}")
     api = huggingface_hub.HfApi(token=token)
     with tempfile.TemporaryDirectory(prefix="drllm-routers-") as folder:
         save_routers(routers, folder, config=config, place=repo)
@@ -153,52 +151,23 @@ def push_routers(
                 repo_id=repo, folder_path=folder, revision=revision, commit_message=commit_message
             )
         except HFValidationError as error:
+            said = hub.first_line(error)
             raise CheckpointError(
-                f"{repo!r} can't be a repository on the hub: {first_line(error)}; {NAME_EXAMPLE}"
+                f"{repo!r} can't be a repository on the hub: {said}; {NAME_EXAMPLE}"
             ) from error
-        except ERRORS as error:
-            raise _not_pushed(repo, error) from error
+        except hub.ERRORS as error:
+            raise CheckpointError(f"can't push to {repo}: {_refusal(repo, error)}") from error
     return str(commit.commit_url)
 
 
-def _check_push(repo: str, token: str | None) -> str:
-    """Refuse a push that can't succeed before anything is sent; return the token."""
-    if not HUB_ID.fullmatch(repo):
-        raise CheckpointError(f"{repo!r} can't be a repository on the hub; {NAME_EXAMPLE}")
-    if constants.HF_HUB_OFFLINE:
-        raise CheckpointError(f"can't push to {repo}: {no_network()}; unset it to push")
-    token = token or huggingface_hub.get_token()
-    if token is None:
-        raise CheckpointError(
-            f"can't push to {repo} on the hub without a token: {NEW_TOKEN}, then pass it as "
-            f"token=... or set {TOKEN_VARIABLE}"
-        )
-    return token
-
-
-def _not_pushed(repo: str, error: Exception) -> CheckpointError:
+def _refusal(repo: str, error: Exception) -> str:
     if not isinstance(error, HfHubHTTPError):
-        return CheckpointError(
-            f"can't push to {repo}: {no_network()} ({first_line(error)}); connect and push again"
-        )
-    status = error.response.status_code
-    if status == 401:
-        advice = (
-            f"the hub doesn't accept the token; {NEW_TOKEN}, then pass it as token=... or set "
-            f"{TOKEN_VARIABLE}"
-        )
-    elif status == 403:
-        advice = (
-            f"the token may not write there ({answer(error)}); give a token with write access "
+        return f"{hub.no_network()} ({hub.first_line(error)}); connect and push again"
+    if error.response.status_code == 401:
+        return f"the hub doesn't accept the token; {NEW_TOKEN}"
+    if error.response.status_code == 403:
+        return (
+            f"the token may not write there ({hub.answer(error)}); give a token with write access "
             f"to {repo.split('/')[0]}, or a repository of your own"
         )
-    else:
-        advice = f"the hub refused: {answer(error)}"
-    return CheckpointError(f"can't push to {repo}: {advice}")
-
-
-def _is_local(name: str) -> bool:
-    """Tell whether a base model's name means something on this machine only."""
-    if name in ALIASES:
-        return False
-    return Path(name).expanduser().exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+    return f"the hub refused: {hub.answer(error)}"

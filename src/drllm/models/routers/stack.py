@@ -6,17 +6,23 @@ Axes: B rows, T tokens, D hidden, L layers, W windows, H router width, C = 3 dec
 from __future__ import annotations
 
 import dataclasses
+import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from drllm.errors import ConfigError
 from drllm.models.routers.pooling import Windows
+from drllm.records.codec import worded
 
 NUM_DECISIONS = 3
 ROUTER_WIDTH = 128
+
+Size = Annotated[int, msgspec.Meta(ge=1)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,29 +47,24 @@ class RouterConfig:
         ConfigError: A value of another kind, or a size below 1.
     """
 
-    num_layers: int
-    hidden_size: int
-    num_windows: int = 8
-    router_width: int = ROUTER_WIDTH
+    num_layers: Size
+    hidden_size: Size
+    num_windows: Size = 8
+    router_width: Size = ROUTER_WIDTH
     base_model: str = ""
     base_revision: str | None = None
     base_class: str = ""
     base_fingerprint: str = ""
-    label_counts: tuple[tuple[int, int, int], ...] = ()
+    label_counts: tuple[tuple[Count, Count, Count], ...] = ()
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_windows", "router_width"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:  # True is an int too
-                raise ConfigError(f"{name!r} is {value!r}; expected a whole number from 1")
-        for name in ("base_model", "base_revision", "base_class", "base_fingerprint"):
-            value = getattr(self, name)
-            if not isinstance(value, str) and not (name == "base_revision" and value is None):
-                raise ConfigError(f"{name!r} is {value!r}; expected a text")
-        if not isinstance(self.training, dict):
-            raise ConfigError("'training' is not a JSON object; give settings and metrics by name")
-        if not _are_label_counts(self.label_counts, self.num_layers):
+        try:
+            for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
+                object.__setattr__(self, name, msgspec.convert(getattr(self, name), kind))
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{name!r}: {worded(error)}") from error
+        if len(self.label_counts) not in (0, self.num_layers):
             raise ConfigError("'label_counts' isn't num_layers rows of 3 counts")
 
 
@@ -126,22 +127,6 @@ class RouterStack(nn.Module):
         whole = windows.are_all_filled
         inner = inner.mean(dim=-2) if whole else _mean_over_filled(inner, filled)  # [B, H]
         return linear(inner, self.decision_weight[layer], self.decision_bias[layer])
-
-
-def _are_label_counts(value: Any, num_layers: int) -> bool:
-    """Tell whether a value is `[L][3]` whole numbers from 0, or empty."""
-    return isinstance(value, (tuple, list)) and (
-        not value
-        or (
-            len(value) == num_layers
-            and all(
-                isinstance(row, (tuple, list))
-                and len(row) == NUM_DECISIONS
-                and all(type(count) is int and count >= 0 for count in row)
-                for row in value
-            )
-        )
-    )
 
 
 def _mean_over_filled(values: Tensor, filled: Tensor) -> Tensor:

@@ -1,14 +1,11 @@
 """What is said when the hub says no: checked against a server that answers as the hub does."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import pytest
 
@@ -25,7 +22,7 @@ class Hub(BaseHTTPRequestHandler):
         "unreachable": (0, ""),
     }
 
-    def do_HEAD(self) -> None:
+    def do_HEAD(self):
         status, code = self.ANSWERS[self.path.split("/")[2]]
         if not status:
             self.close_connection = True  # hang up without a word
@@ -37,7 +34,7 @@ class Hub(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD  # noqa: N815
 
-    def log_message(self, *arguments: Any) -> None:
+    def log_message(self, *arguments):
         """Say nothing."""
 
 
@@ -60,7 +57,7 @@ print(json.dumps(messages))
 
 
 @pytest.fixture(scope="module")
-def hub_says(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def hub_says(tmp_path_factory):
     """What we say to each answer of a hub on this machine."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -95,8 +92,6 @@ def hub_says(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("forbidden", "if it needs a login, set HF_TOKEN"),
     ],
 )
-def test_each_refusal_of_the_hub_is_one_line(
-    hub_says: dict[str, str], name: str, said: str
-) -> None:
+def test_each_refusal_of_the_hub_is_one_line(hub_says, name, said):
     assert said in hub_says[name]
     assert "\n" not in hub_says[name]

@@ -1,11 +1,5 @@
 """A base model is recognised whatever is put around it, and told from every other."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import accelerate
 import peft
 import pytest
@@ -21,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def tiny(tiny_llama: Callable[..., Any]) -> Callable[..., Any]:
+def tiny(tiny_llama):
     """The same three-layer model again at each call."""
     return lambda **overrides: tiny_llama(num_layers=3, **overrides)
 
@@ -29,7 +23,7 @@ def tiny(tiny_llama: Callable[..., Any]) -> Callable[..., Any]:
 # --- what changes the fingerprint and what doesn't ---------------------------------------------
 
 
-def test_the_fingerprint_is_the_one_that_earlier_checkpoints_carry(tiny: Any) -> None:
+def test_the_fingerprint_is_the_one_that_earlier_checkpoints_carry(tiny):
     model = tiny()
     for index, (_, weight) in enumerate(sorted(model.named_parameters())):
         values = (torch.arange(weight.numel()) * 7919 + 31 * index) % 101 - 50
@@ -37,7 +31,7 @@ def test_the_fingerprint_is_the_one_that_earlier_checkpoints_carry(tiny: Any) ->
     assert fingerprint(model) == "f8ac63ac6268aed0"
 
 
-def test_describe_names_class_shape_and_fingerprint(tiny: Any) -> None:
+def test_describe_names_class_shape_and_fingerprint(tiny):
     model = tiny()
     assert describe(model) == {
         "class": "LlamaForCausalLM",
@@ -48,18 +42,18 @@ def test_describe_names_class_shape_and_fingerprint(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_the_fingerprint_survives_every_dtype(tiny: Any, dtype: torch.dtype) -> None:
+def test_the_fingerprint_survives_every_dtype(tiny, dtype):
     assert fingerprint(tiny()) == fingerprint(tiny().to(dtype))
 
 
-def test_the_fingerprint_survives_eight_bits(tiny: Any) -> None:
+def test_the_fingerprint_survives_eight_bits(tiny):
     model = tiny()
     for weight in model.parameters():
         weight.data = weight.data.to(torch.float8_e4m3fn)
     assert fingerprint(tiny()) == fingerprint(model)
 
 
-def test_the_fingerprint_tells_other_weights_apart(tiny: Any) -> None:
+def test_the_fingerprint_tells_other_weights_apart(tiny):
     assert len({fingerprint(tiny(seed=seed)) for seed in range(4)}) == 4
 
 
@@ -71,7 +65,7 @@ def test_the_fingerprint_tells_other_weights_apart(tiny: Any) -> None:
         "model.layers.2.self_attn.q_proj.weight",
     ],
 )
-def test_the_fingerprint_notices_a_light_fine_tune(tiny: Any, name: str) -> None:
+def test_the_fingerprint_notices_a_light_fine_tune(tiny, name):
     model = tiny()
     before = fingerprint(model)
     weight = model.get_parameter(name)
@@ -80,7 +74,7 @@ def test_the_fingerprint_notices_a_light_fine_tune(tiny: Any, name: str) -> None
     assert fingerprint(model) != before
 
 
-def test_a_model_whose_layers_cant_be_found_is_named() -> None:
+def test_a_model_whose_layers_cant_be_found_is_named():
     with pytest.raises(ArchitectureError, match="Linear is not a decoder-only language model"):
         fingerprint(torch.nn.Linear(2, 2))
 
@@ -100,19 +94,19 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_an_adapter_changes_nothing_that_a_model_is_recognised_by(tiny: Any, kind: str) -> None:
+def test_an_adapter_changes_nothing_that_a_model_is_recognised_by(tiny, kind):
     adapted = peft.get_peft_model(tiny(), ADAPTERS[kind]())
     assert describe(tiny()) == describe(adapted)
 
 
-def test_an_adapter_inside_the_model_changes_nothing_either(tiny: Any) -> None:
+def test_an_adapter_inside_the_model_changes_nothing_either(tiny):
     adapted = peft.inject_adapter_in_model(ADAPTERS["LoRA"](), tiny())
     assert type(adapted).__name__ == "LlamaForCausalLM"
     assert "model.layers.1.self_attn.q_proj.base_layer.weight" in adapted.state_dict()
     assert describe(tiny()) == describe(adapted)
 
 
-def test_an_adapter_merged_into_the_weights_makes_another_model(tiny: Any) -> None:
+def test_an_adapter_merged_into_the_weights_makes_another_model(tiny):
     adapted = peft.get_peft_model(tiny(), ADAPTERS["LoRA"]())
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:  # zero to begin with: without this the adapter does nothing
@@ -134,19 +128,19 @@ DEVICES = {
 }
 
 
-def offload_to_memory(model: Any, _folder: Path) -> Any:
+def offload_to_memory(model, _folder):
     return accelerate.cpu_offload(model, execution_device=CPU)
 
 
-def offload_to_disk(model: Any, folder: Path) -> Any:
+def offload_to_disk(model, folder):
     return accelerate.disk_offload(model, folder, execution_device=CPU)
 
 
-def dispatch(model: Any, folder: Path) -> Any:
+def dispatch(model, folder):
     return accelerate.dispatch_model(model, DEVICES, main_device="cpu", offload_dir=folder)
 
 
-def dispatch_whole_layers(model: Any, folder: Path) -> Any:
+def dispatch_whole_layers(model, folder):
     """The hook then sits on the layer, not on the module that owns the weight."""
     return accelerate.dispatch_model(
         model,
@@ -161,9 +155,7 @@ def dispatch_whole_layers(model: Any, folder: Path) -> Any:
 @pytest.mark.parametrize(
     "offload", [offload_to_memory, offload_to_disk, dispatch, dispatch_whole_layers]
 )
-def test_offloaded_weights_are_read_where_they_are_and_stay_there(
-    tiny: Any, offload: Callable[..., Any], tied: bool, tmp_path: Path
-) -> None:
+def test_offloaded_weights_are_read_where_they_are_and_stay_there(tiny, offload, tied, tmp_path):
     model = offload(tiny(tie_word_embeddings=tied), tmp_path / "weights")
     away = [name for name, weight in model.named_parameters() if weight.is_meta]
     assert "model.layers.2.self_attn.q_proj.weight" in away
@@ -171,13 +163,13 @@ def test_offloaded_weights_are_read_where_they_are_and_stay_there(
     assert away == [name for name, weight in model.named_parameters() if weight.is_meta]
 
 
-def test_an_adapter_on_offloaded_weights_changes_nothing(tiny: Any) -> None:
+def test_an_adapter_on_offloaded_weights_changes_nothing(tiny):
     adapted = peft.get_peft_model(tiny(), ADAPTERS["LoRA"]())
     accelerate.cpu_offload(adapted, execution_device=CPU)
     assert describe(tiny()) == describe(adapted)
 
 
-def test_a_model_without_values_is_refused(tiny: Any) -> None:
+def test_a_model_without_values_is_refused(tiny):
     model = tiny().to("meta")
     with pytest.raises(ModelError, match=r"'embedding' is on the meta device.*load its weights"):
         fingerprint(model)

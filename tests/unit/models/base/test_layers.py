@@ -1,7 +1,5 @@
 """Which models can be routed: what the rule finds and what the probe refuses."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """Prompts as the model reads them: the date that a chat template prints is always the same."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

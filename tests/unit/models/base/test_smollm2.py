@@ -4,16 +4,11 @@ Most tests convert a tiny file of the same layout; the real one is converted onc
 that need it.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -32,12 +27,12 @@ HEADS, KV_HEADS = 4, 2
 
 
 @pytest.fixture(scope="module")
-def tiny_model(tiny_llama: Any) -> Any:
+def tiny_model(tiny_llama):
     return tiny_llama(num_layers=2, seed=3, tie_word_embeddings=True, vocab_size=264)
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> smollm2.Source:
+def tiny(tiny_model, tmp_path_factory):
     """A GGUF file of `tiny_model`, laid out as llama.cpp's converter lays out the real one."""
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     config = tiny_model.config
@@ -86,12 +81,12 @@ def tiny(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> smollm2.S
 
 
 @pytest.fixture(scope="module")
-def tiny_folder(tiny: smollm2.Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_folder(tiny, tmp_path_factory):
     return smollm2.convert_once(tiny, tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="module")
-def real_gguf() -> Path:
+def real_gguf():
     try:
         return smollm2._find_gguf()
     except ModelError as error:
@@ -99,7 +94,7 @@ def real_gguf() -> Path:
 
 
 @pytest.fixture(scope="module")
-def real(real_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def real(real_gguf, tmp_path_factory):
     """The real model, converted by the code under test rather than found in a cache."""
     place = tmp_path_factory.mktemp("cache")
     yield smollm2.convert_once(smollm2.Source(real_gguf, smollm2.SHA256), place / "model")
@@ -109,7 +104,7 @@ def real(real_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 # --- the conversion is right -------------------------------------------------------------------
 
 
-def test_weights_are_those_that_the_file_was_made_from(tiny_folder: Path, tiny_model: Any) -> None:
+def test_weights_are_those_that_the_file_was_made_from(tiny_folder, tiny_model):
     read = AutoModelForCausalLM.from_pretrained(tiny_folder).state_dict()
     expected = tiny_model.state_dict()
     assert expected.keys() == read.keys()
@@ -119,9 +114,7 @@ def test_weights_are_those_that_the_file_was_made_from(tiny_folder: Path, tiny_m
 
 @pytest.mark.smollm2
 @pytest.mark.thorough  # the tiny file and the answer of the real one tell enough
-def test_reloaded_weights_give_the_logits_of_the_gguf_file_to_the_last_bit(
-    real: Path, real_gguf: Path
-) -> None:
+def test_reloaded_weights_give_the_logits_of_the_gguf_file_to_the_last_bit(real, real_gguf):
     direct = AutoModelForCausalLM.from_pretrained(
         real_gguf.parent, gguf_file=real_gguf.name, dtype=torch.float32
     )
@@ -133,7 +126,7 @@ def test_reloaded_weights_give_the_logits_of_the_gguf_file_to_the_last_bit(
 
 
 @pytest.mark.smollm2
-def test_the_real_model_answers_and_stops_at_the_end_of_its_turn(real: Path) -> None:
+def test_the_real_model_answers_and_stops_at_the_end_of_its_turn(real):
     config = json.loads((real / "config.json").read_text())
     assert config["rope_theta"] == 100000.0  # for transformers 4, and for 5:
     assert config["rope_parameters"] == {"rope_theta": 100000.0, "rope_type": "default"}
@@ -149,7 +142,7 @@ def test_the_real_model_answers_and_stops_at_the_end_of_its_turn(real: Path) -> 
 
 
 @pytest.mark.smollm2
-def test_tokenizer_has_the_settings_of_the_file(real: Path) -> None:
+def test_tokenizer_has_the_settings_of_the_file(real):
     tokenizer = AutoTokenizer.from_pretrained(real)
     assert (tokenizer.bos_token, tokenizer.bos_token_id) == ("<|im_start|>", 1)
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
@@ -160,7 +153,7 @@ def test_tokenizer_has_the_settings_of_the_file(real: Path) -> None:
 
 
 @pytest.mark.smollm2
-def test_chat_template_is_the_models_own(real: Path) -> None:
+def test_chat_template_is_the_models_own(real):
     tokenizer = AutoTokenizer.from_pretrained(real)
     turns = [{"role": "user", "content": "Hi"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -180,7 +173,7 @@ def test_chat_template_is_the_models_own(real: Path) -> None:
         "Zoë naïvely paid 5€ — 日本語 🙂",
     ],
 )
-def test_encoding_adds_nothing_and_loses_nothing(real: Path, text: str) -> None:
+def test_encoding_adds_nothing_and_loses_nothing(real, text):
     tokenizer = AutoTokenizer.from_pretrained(real)
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids) == text
@@ -188,7 +181,7 @@ def test_encoding_adds_nothing_and_loses_nothing(real: Path, text: str) -> None:
 
 
 @pytest.mark.smollm2
-def test_encoding_is_transformers_own_where_no_blanks_precede_a_digit(real: Path) -> None:
+def test_encoding_is_transformers_own_where_no_blanks_precede_a_digit(real):
     tokenizer = AutoTokenizer.from_pretrained(real)
     text = "Plants can't grow without light.\n\n  Which isn't a metal? (1995) <|im_end|>"
     # What AutoTokenizer.from_pretrained(..., gguf_file=...) of transformers 5.24 gives for it.
@@ -204,9 +197,7 @@ def test_encoding_is_transformers_own_where_no_blanks_precede_a_digit(real: Path
         ("x th2", ["x", "Ġth", "2"]),
     ],
 )
-def test_every_digit_is_split_off_before_the_blanks_are_grouped(
-    tiny_folder: Path, text: str, tokens: list[str]
-) -> None:
+def test_every_digit_is_split_off_before_the_blanks_are_grouped(tiny_folder, text, tokens):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     assert tokens == tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
 
@@ -214,9 +205,7 @@ def test_every_digit_is_split_off_before_the_blanks_are_grouped(
 # --- it is done once, and never half done ------------------------------------------------------
 
 
-def test_a_second_call_needs_no_source_and_writes_nothing(
-    tiny: smollm2.Source, tmp_path: Path
-) -> None:
+def test_a_second_call_needs_no_source_and_writes_nothing(tiny, tmp_path):
     folder = smollm2.convert_once(tiny, tmp_path / "model")
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     gone = smollm2.Source(tmp_path / "gone.gguf", tiny.sha256)
@@ -224,9 +213,7 @@ def test_a_second_call_needs_no_source_and_writes_nothing(
     assert before == {file: file.stat().st_mtime_ns for file in folder.iterdir()}
 
 
-def test_only_the_model_and_the_lock_are_left_and_readable_as_the_umask_says(
-    tiny: smollm2.Source, tmp_path: Path
-) -> None:
+def test_only_the_model_and_the_lock_are_left_and_readable_as_the_umask_says(tiny, tmp_path):
     folder = smollm2.convert_once(tiny, tmp_path / "model")
     assert {"model", ".model.lock"} >= {file.name for file in tmp_path.iterdir()}
     (tmp_path / "plain").touch()
@@ -234,18 +221,14 @@ def test_only_the_model_and_the_lock_are_left_and_readable_as_the_umask_says(
     assert {expected} == {file.stat().st_mode for file in folder.iterdir()}
 
 
-def test_a_file_with_another_hash_is_refused_and_nothing_is_left(
-    tiny: smollm2.Source, tmp_path: Path
-) -> None:
+def test_a_file_with_another_hash_is_refused_and_nothing_is_left(tiny, tmp_path):
     with pytest.raises(ModelError, match=r"tiny\.gguf has SHA-256 .* expected 0000.*reinstall"):
         smollm2.convert_once(smollm2.Source(tiny.path, "0" * 64), tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("defect", ["shorter", "missing", "no manifest", "older format"])
-def test_a_broken_folder_is_not_trusted_and_made_again(
-    tiny: smollm2.Source, tmp_path: Path, defect: str
-) -> None:
+def test_a_broken_folder_is_not_trusted_and_made_again(tiny, tmp_path, defect):
     folder = smollm2.convert_once(tiny, tmp_path / "model")
     weights, manifest = folder / "model.safetensors", folder / smollm2.MANIFEST_FILE
     whole = weights.read_bytes()
@@ -287,7 +270,7 @@ print("complete" if smollm2.is_complete(folder, sha256) else "incomplete", flush
 """
 
 
-def _child(tiny: smollm2.Source, target: Path, stop: str, barrier: str) -> subprocess.Popen[str]:
+def _child(tiny, target, stop, barrier):
     arguments = [str(tiny.path), tiny.sha256, str(target), stop, barrier]
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, text=True
@@ -295,9 +278,7 @@ def _child(tiny: smollm2.Source, target: Path, stop: str, barrier: str) -> subpr
 
 
 @pytest.mark.parametrize("stop", [pytest.param("tokenizer", marks=pytest.mark.thorough), "rename"])
-def test_a_killed_conversion_leaves_nothing_that_the_next_run_trusts(
-    tiny: smollm2.Source, tmp_path: Path, stop: str
-) -> None:
+def test_a_killed_conversion_leaves_nothing_that_the_next_run_trusts(tiny, tmp_path, stop):
     target = tmp_path / "model"
     with _child(tiny, target, stop, "") as child:
         assert child.stdout is not None
@@ -312,9 +293,7 @@ def test_a_killed_conversion_leaves_nothing_that_the_next_run_trusts(
     assert not leftover.exists()
 
 
-def test_of_two_processes_at_once_one_converts_and_both_get_the_model(
-    tiny: smollm2.Source, tmp_path: Path
-) -> None:
+def test_of_two_processes_at_once_one_converts_and_both_get_the_model(tiny, tmp_path):
     barrier = tmp_path / "go"
     children = [_child(tiny, tmp_path / "model", "tokenizer", str(barrier)) for _ in range(2)]
     for child in children:
@@ -329,9 +308,7 @@ def test_of_two_processes_at_once_one_converts_and_both_get_the_model(
 # --- where it lies, and what is said when it can't be had --------------------------------------
 
 
-def test_the_cache_is_the_own_variable_else_the_xdg_folder_else_in_the_home(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_cache_is_the_own_variable_else_the_xdg_folder_else_in_the_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("DRLLM_CACHE_DIR", str(tmp_path / "own"))
@@ -342,9 +319,7 @@ def test_the_cache_is_the_own_variable_else_the_xdg_folder_else_in_the_home(
     assert tmp_path / "home" / ".cache" / "drllm" == smollm2.cache_folder()
 
 
-def test_without_wheel_and_cache_one_line_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_wheel_and_cache_one_line_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setenv("DRLLM_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(smollm2, "DISTRIBUTION", "drllm-no-such-distribution")
     with pytest.raises(ModelError) as caught:
@@ -353,9 +328,7 @@ def test_without_wheel_and_cache_one_line_says_what_to_do(
     assert "\n" not in str(caught.value)
 
 
-def test_a_converted_model_is_found_without_the_wheel(
-    monkeypatch: pytest.MonkeyPatch, tiny: smollm2.Source, tmp_path: Path
-) -> None:
+def test_a_converted_model_is_found_without_the_wheel(monkeypatch, tiny, tmp_path):
     monkeypatch.setenv("DRLLM_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(smollm2, "SHA256", tiny.sha256)
     monkeypatch.setattr(smollm2, "DISTRIBUTION", "drllm-no-such-distribution")
@@ -364,17 +337,13 @@ def test_a_converted_model_is_found_without_the_wheel(
     assert made == smollm2.folder() == smollm2.converted()
 
 
-def test_without_gguf_one_line_says_what_to_install(
-    tiny: smollm2.Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_gguf_one_line_says_what_to_install(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ModelError, match="package gguf isn't installed; run: pip install gguf"):
         smollm2.convert_once(tiny, tmp_path / "model")
 
 
-def test_a_cache_folder_that_cant_be_written_is_named_with_the_variable(
-    tiny: smollm2.Source, tmp_path: Path
-) -> None:
+def test_a_cache_folder_that_cant_be_written_is_named_with_the_variable(tiny, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ModelError, match=r"file/cache/model: .*DRLLM_CACHE_DIR") as caught:
         smollm2.convert_once(tiny, tmp_path / "file" / "cache" / "model")

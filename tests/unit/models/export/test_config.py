@@ -1,14 +1,9 @@
 """What a config for a path says, and what is noticed where it can't say enough."""
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2MoeConfig
 
 from drllm.errors import ArchitectureError
@@ -16,7 +11,7 @@ from drllm.models.base.layers import find_layers
 from drllm.models.export import check_layers, config_along
 
 
-def test_a_list_of_one_value_per_layer_follows_the_path(tiny_model: Callable[..., Any]) -> None:
+def test_a_list_of_one_value_per_layer_follows_the_path(tiny_model):
     config = tiny_model("gemma3_text").config
     sliding, full = "sliding_attention", "full_attention"
     assert [sliding, sliding, full] * 2 == config.layer_types
@@ -25,29 +20,29 @@ def test_a_list_of_one_value_per_layer_follows_the_path(tiny_model: Callable[...
     assert listed.num_hidden_layers == 4
 
 
-def test_switches_that_are_lists_follow_too(tiny_model: Callable[..., Any]) -> None:
+def test_switches_that_are_lists_follow_too(tiny_model):
     config = tiny_model("smollm3").config
     assert config.no_rope_layers == [1, 1, 1, 0, 1, 1]
     assert config_along(config, [3, 3, 0]).no_rope_layers == [0, 0, 1]
 
 
-def test_a_list_of_layer_indices_becomes_that_of_their_new_places() -> None:
+def test_a_list_of_layer_indices_becomes_that_of_their_new_places():
     config = Qwen2MoeConfig(num_hidden_layers=4, mlp_only_layers=[0, 3])
     assert config_along(config, [3, 1, 0, 2, 3]).mlp_only_layers == [0, 2, 4]
     assert config_along(config, [1, 2]).mlp_only_layers == []
 
 
-def test_lists_of_tokens_stay_however_long_they_are() -> None:
+def test_lists_of_tokens_stay_however_long_they_are():
     config = LlamaConfig(num_hidden_layers=3, eos_token_id=[2, 3, 4])
     assert config_along(config, [0, 2]).eos_token_id == [2, 3, 4]
 
 
-def test_the_number_of_layers_is_found_under_other_names() -> None:
+def test_the_number_of_layers_is_found_under_other_names():
     listed = config_along(GPT2Config(n_layer=3), [0, 1, 1, 2])
     assert (listed.n_layer, listed.num_hidden_layers) == (4, 4)
 
 
-def test_the_base_models_config_stays_as_it_is(tiny_model: Callable[..., Any]) -> None:
+def test_the_base_models_config_stays_as_it_is(tiny_model):
     config = tiny_model("gemma3_text").config
     before = copy.deepcopy(config.to_dict())
     config_along(config, [5, 0])
@@ -57,14 +52,14 @@ def test_the_base_models_config_stays_as_it_is(tiny_model: Callable[..., Any]) -
 # --- layers ------------------------------------------------------------------------------------
 
 
-def built(model: Any, path: list[int]) -> nn.ModuleList:
+def built(model, path):
     """Return the layers that the model's class makes of the config for a path."""
     with torch.device("meta"):
         listed = AutoModelForCausalLM.from_config(config_along(model.config, path))
     return find_layers(listed)[1]
 
 
-def refused(ours: nn.ModuleList, theirs: nn.ModuleList, path: list[int]) -> str:
+def refused(ours, theirs, path):
     with pytest.raises(ArchitectureError) as caught:
         check_layers(ours, theirs, path)
     message = str(caught.value)
@@ -72,13 +67,13 @@ def refused(ours: nn.ModuleList, theirs: nn.ModuleList, path: list[int]) -> str:
     return message
 
 
-def test_layers_that_differ_in_their_index_alone_are_the_same(tiny_llama: Any) -> None:
+def test_layers_that_differ_in_their_index_alone_are_the_same(tiny_llama):
     model = tiny_llama()
     assert model.model.layers[3].self_attn.layer_idx == 3
     check_layers(built(model, [3, 0, 3]), model.model.layers, [3, 0, 3])
 
 
-def test_another_class_is_named(tiny_model: Callable[..., Any]) -> None:
+def test_another_class_is_named(tiny_model):
     model = tiny_model("deepseek_v3")  # its first layer is dense, the others have experts
     path = [0, 1, 0]
     message = refused(built(model, path), model.model.layers, path)
@@ -87,7 +82,7 @@ def test_another_class_is_named(tiny_model: Callable[..., Any]) -> None:
     check_layers(built(model, [0, 3, 3, 1]), model.model.layers, [0, 3, 3, 1])
 
 
-def test_another_scale_is_named(tiny_model: Callable[..., Any]) -> None:
+def test_another_scale_is_named(tiny_model):
     model = tiny_model("diffllama")  # a constant of its attention grows with the depth
     path = [0, 2]
     message = refused(built(model, path), model.model.layers, path)
@@ -95,21 +90,21 @@ def test_another_scale_is_named(tiny_model: Callable[..., Any]) -> None:
     assert str(model.model.layers[2].self_attn.lambda_init) in message
 
 
-def test_another_window_is_named(tiny_llama: Any) -> None:
+def test_another_window_is_named(tiny_llama):
     model = tiny_llama()
     model.model.layers[1].self_attn.sliding_window = 4
     message = refused(built(model, [0, 1]), model.model.layers, [0, 1])
     assert "would have None as self_attn.sliding_window instead of 4" in message
 
 
-def test_another_shape_is_named(tiny_llama: Any) -> None:
+def test_another_shape_is_named(tiny_llama):
     theirs = tiny_llama().model.layers
     ours = tiny_llama(intermediate_size=48).model.layers
     message = refused(ours, theirs, list(range(6)))
     assert "would have (48, 32) as the shape of mlp.gate_proj.weight instead of (64, 32)" in message
 
 
-def test_a_tensor_that_no_checkpoint_holds_is_compared_by_its_values(tiny_llama: Any) -> None:
+def test_a_tensor_that_no_checkpoint_holds_is_compared_by_its_values(tiny_llama):
     ours, theirs = tiny_llama().model.layers, tiny_llama().model.layers
     for layers in (ours, theirs):
         layers[1].register_buffer("window", torch.ones(3), persistent=False)
@@ -118,7 +113,7 @@ def test_a_tensor_that_no_checkpoint_holds_is_compared_by_its_values(tiny_llama:
     assert "other values in window" in refused(ours, theirs, list(range(6)))
 
 
-def test_what_is_being_done_with_a_model_does_not_count(tiny_llama: Any) -> None:
+def test_what_is_being_done_with_a_model_does_not_count(tiny_llama):
     model = tiny_llama()
     model.train()
     for layer in model.model.layers:

@@ -1,11 +1,7 @@
 """An exported path loads as an ordinary checkpoint and is the base model along that path."""
 
-from __future__ import annotations
-
 import copy
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,18 +33,18 @@ LOGIT_TOLERANCE = 2e-5
 class Exported:
     """Models of the families and their exports, each made once."""
 
-    def __init__(self, make: Callable[..., Any], tokenizer: Any, place: Path) -> None:
+    def __init__(self, make, tokenizer, place):
         self.make = make
         self.tokenizer = tokenizer
         self.place = place
         self.models: dict[str, Any] = {}
 
-    def base(self, family: str) -> BaseModel:
+    def base(self, family):
         if family not in self.models:
             self.models[family] = self.make(family)
         return BaseModel(self.models[family], self.tokenizer, family)
 
-    def __call__(self, family: str, path: Sequence[int]) -> Any:
+    def __call__(self, family, path):
         folder = self.place / family / "-".join(map(str, path))
         if not folder.exists():
             export_path(self.base(family), path, folder)
@@ -56,28 +52,26 @@ class Exported:
 
 
 @pytest.fixture(scope="module")
-def exported(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Exported:
+def exported(tiny_model, tiny_tokenizer, tmp_path_factory):
     return Exported(tiny_model, tiny_tokenizer, tmp_path_factory.mktemp("exports"))
 
 
 @pytest.fixture
-def base(tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> BaseModel:
+def base(tiny_llama, tiny_tokenizer):
     return BaseModel(tiny_llama(), tiny_tokenizer, "tiny")
 
 
-def loaded(folder: Path, **options: Any) -> Any:
+def loaded(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
-def logits(model: Any) -> Tensor:
+def logits(model):
     with torch.no_grad():
         result: Tensor = model(torch.tensor([PROMPT]), use_cache=False).logits
     return result
 
 
-def listed(model: Any, path: Sequence[int]) -> Any:
+def listed(model, path):
     """Return a copy whose layers are listed in path order, what is said of each of them too."""
     slow = copy.deepcopy(model)
     stack, layers = find_layers(slow)
@@ -90,7 +84,7 @@ def listed(model: Any, path: Sequence[int]) -> Any:
     return slow
 
 
-def refused(kind: type[Exception], base: BaseModel, path: Sequence[int], output: Path) -> str:
+def refused(kind, base, path, output):
     before = sorted(output.parent.iterdir())
     with pytest.raises(kind) as caught:
         export_path(base, path, output)
@@ -105,16 +99,14 @@ def refused(kind: type[Exception], base: BaseModel, path: Sequence[int], output:
 
 @pytest.mark.parametrize("path", [PLAN, BLOCK, BACKWARDS], ids=["plan", "block", "backwards"])
 @pytest.mark.parametrize("family", IN_SUITE)
-def test_logits_equal_those_of_the_layers_listed_by_hand(
-    exported: Exported, family: str, path: Sequence[int]
-) -> None:
+def test_logits_equal_those_of_the_layers_listed_by_hand(exported, family, path):
     expected = logits(listed(exported.base(family).model, path))
     found = logits(exported(family, path))
     torch.testing.assert_close(found, expected, atol=LOGIT_TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("family", IN_SUITE)
-def test_logits_and_greedy_answers_equal_the_routed_models(exported: Exported, family: str) -> None:
+def test_logits_and_greedy_answers_equal_the_routed_models(exported, family):
     plain = exported(family, PLAN)
     model = copy.deepcopy(exported.base(family).model)
     ids = torch.tensor([PROMPT])
@@ -132,14 +124,14 @@ def test_logits_and_greedy_answers_equal_the_routed_models(exported: Exported, f
     assert plain.generate(ids, **options).tolist() == answer.tolist()
 
 
-def test_the_full_path_gives_the_base_model_again(exported: Exported) -> None:
+def test_the_full_path_gives_the_base_model_again(exported):
     again = exported("llama", range(6))
     base = exported.base("llama").model
     assert again.state_dict().keys() == base.state_dict().keys()
     assert all(torch.equal(w, base.state_dict()[name]) for name, w in again.state_dict().items())
 
 
-def test_tied_embeddings_stay_tied(tiny_llama: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_tied_embeddings_stay_tied(tiny_llama, tiny_tokenizer, tmp_path):
     model = tiny_llama(tie_word_embeddings=True)
     made = export_path(BaseModel(model, tiny_tokenizer, "tied"), BLOCK, tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -149,7 +141,7 @@ def test_tied_embeddings_stay_tied(tiny_llama: Any, tiny_tokenizer: Any, tmp_pat
     assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
-def test_weights_keep_the_dtype_that_they_were_loaded_in(base: BaseModel, tmp_path: Path) -> None:
+def test_weights_keep_the_dtype_that_they_were_loaded_in(base, tmp_path):
     base.model.save_pretrained(tmp_path / "base")
     half = loaded(tmp_path / "base", dtype=torch.bfloat16)
     made = export_path(BaseModel(half, base.tokenizer, "half"), PLAN, tmp_path / "out")
@@ -159,7 +151,7 @@ def test_weights_keep_the_dtype_that_they_were_loaded_in(base: BaseModel, tmp_pa
     assert torch.equal(again.lm_head.weight, half.lm_head.weight)
 
 
-def test_a_model_that_would_not_load_as_it_is_is_refused(base: BaseModel, tmp_path: Path) -> None:
+def test_a_model_that_would_not_load_as_it_is_is_refused(base, tmp_path):
     base.model.to(torch.bfloat16)  # its table of rotations too, which loading keeps in float32
     message = refused(ArchitectureError, base, PLAN, tmp_path / "out")
     assert "changed after it was loaded" in message
@@ -168,7 +160,7 @@ def test_a_model_that_would_not_load_as_it_is_is_refused(base: BaseModel, tmp_pa
 # --- the folder --------------------------------------------------------------------------------
 
 
-def test_what_is_written_is_reported(base: BaseModel, tmp_path: Path) -> None:
+def test_what_is_written_is_reported(base, tmp_path):
     made = export_path(base, BLOCK, tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     layer = sum(w.nbytes for name, w in stored.items() if name.startswith("model.layers.1."))
@@ -178,7 +170,7 @@ def test_what_is_written_is_reported(base: BaseModel, tmp_path: Path) -> None:
     assert made.num_bytes > made.num_repeated_bytes
 
 
-def test_the_folder_holds_all_that_a_stock_checkpoint_has(base: BaseModel, tmp_path: Path) -> None:
+def test_the_folder_holds_all_that_a_stock_checkpoint_has(base, tmp_path):
     base.model.generation_config.max_new_tokens = 7
     export_path(base, PLAN, tmp_path / "out")
     names = {file.name for file in (tmp_path / "out").iterdir()}
@@ -197,14 +189,14 @@ def test_the_folder_holds_all_that_a_stock_checkpoint_has(base: BaseModel, tmp_p
     assert len(modes) == 1, "the weights can be read by whoever can read the rest"
 
 
-def test_the_card_names_base_model_and_path(base: BaseModel, tmp_path: Path) -> None:
+def test_the_card_names_base_model_and_path(base, tmp_path):
     export_path(base, BACKWARDS, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert base.identity["fingerprint"] in card
     assert "\n    5 0 3\n" in card
 
 
-def test_the_config_has_no_words_of_ours(base: BaseModel, tmp_path: Path) -> None:
+def test_the_config_has_no_words_of_ours(base, tmp_path):
     export_path(base, PLAN, tmp_path / "out")
     base.model.save_pretrained(tmp_path / "base")
     ours, stock = (
@@ -215,22 +207,20 @@ def test_the_config_has_no_words_of_ours(base: BaseModel, tmp_path: Path) -> Non
     assert changed <= {"_name_or_path"}, "six layers here, six there"
 
 
-def test_a_generation_config_that_contradicts_itself_is_handed_on(
-    base: BaseModel, tmp_path: Path
-) -> None:
+def test_a_generation_config_that_contradicts_itself_is_handed_on(base, tmp_path):
     base.model.generation_config.temperature = 0.5  # with do_sample off; saving refuses it
     export_path(base, PLAN, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written["temperature"] == 0.5
 
 
-def test_an_empty_folder_is_filled(base: BaseModel, tmp_path: Path) -> None:
+def test_an_empty_folder_is_filled(base, tmp_path):
     (tmp_path / "out").mkdir()
     export_path(base, PLAN, tmp_path / "out")
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-def test_missing_folders_above_it_are_made(base: BaseModel, tmp_path: Path) -> None:
+def test_missing_folders_above_it_are_made(base, tmp_path):
     export_path(base, PLAN, tmp_path / "deep" / "out")
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["out"]
 
@@ -238,7 +228,7 @@ def test_missing_folders_above_it_are_made(base: BaseModel, tmp_path: Path) -> N
 # --- the base model ----------------------------------------------------------------------------
 
 
-def test_the_base_model_stays_as_it_is(exported: Exported, tmp_path: Path) -> None:
+def test_the_base_model_stays_as_it_is(exported, tmp_path):
     base = exported.base("gemma3_text")
     weights = {name: weight.clone() for name, weight in base.model.state_dict().items()}
     config = copy.deepcopy(base.model.config.to_dict())
@@ -266,17 +256,17 @@ def test_the_base_model_stays_as_it_is(exported: Exported, tmp_path: Path) -> No
         (["0"], "'0' at position 0"),
     ],
 )
-def test_a_path_that_the_model_does_not_have_is_refused(path: list[Any], says: str) -> None:
+def test_a_path_that_the_model_does_not_have_is_refused(path, says):
     with pytest.raises(PathError) as caught:
         check_path(path, 6)
     assert says in str(caught.value)
 
 
-def test_a_wrong_path_leaves_nothing(base: BaseModel, tmp_path: Path) -> None:
+def test_a_wrong_path_leaves_nothing(base, tmp_path):
     assert "indices from 0 to 5" in refused(PathError, base, [0, 9], tmp_path / "out")
 
 
-def test_a_folder_with_something_in_it_is_refused(base: BaseModel, tmp_path: Path) -> None:
+def test_a_folder_with_something_in_it_is_refused(base, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
     assert "isn't empty" in refused(ConfigError, base, PLAN, tmp_path / "out")
@@ -284,8 +274,8 @@ def test_a_folder_with_something_in_it_is_refused(base: BaseModel, tmp_path: Pat
 
 
 def test_a_layer_whose_kind_follows_from_its_place_is_refused_elsewhere(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
-) -> None:
+    tiny_model, tiny_tokenizer, tmp_path
+):
     dense_first = BaseModel(tiny_model("deepseek_v3"), tiny_tokenizer, "tiny")
     message = refused(ArchitectureError, dense_first, [1, 2], tmp_path / "out")
     assert "layer 1, executed as number 0" in message
@@ -294,16 +284,14 @@ def test_a_layer_whose_kind_follows_from_its_place_is_refused_elsewhere(
 
 
 def test_every_other_layer_by_rule_is_refused_where_the_rule_breaks(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
-) -> None:
+    tiny_model, tiny_tokenizer, tmp_path
+):
     base = BaseModel(tiny_model("qwen2_moe", decoder_sparse_step=2), tiny_tokenizer, "tiny")
     assert "as the class of mlp" in refused(ArchitectureError, base, [0, 2, 3], tmp_path / "out")
     export_path(base, [0, 1, 4, 5], tmp_path / "out")
 
 
-def test_a_scale_that_follows_from_the_place_is_refused(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
-) -> None:
+def test_a_scale_that_follows_from_the_place_is_refused(tiny_model, tiny_tokenizer, tmp_path):
     """Newer transformers keep the scale as an attribute, older compute it as they go."""
     model = tiny_model("gpt2", attention="eager", scale_attn_by_inverse_layer_idx=True)
     base = BaseModel(model, tiny_tokenizer, "tiny")
@@ -312,14 +300,12 @@ def test_a_scale_that_follows_from_the_place_is_refused(
     export_path(base, [0, 1, 2], tmp_path / "out")
 
 
-def test_a_model_that_cannot_be_routed_is_refused(
-    tiny_model: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path
-) -> None:
+def test_a_model_that_cannot_be_routed_is_refused(tiny_model, tiny_tokenizer, tmp_path):
     base = BaseModel(tiny_model("lfm2"), tiny_tokenizer, "tiny")
     assert "not K/V" in refused(ArchitectureError, base, [0, 1], tmp_path / "out")
 
 
-def test_a_class_of_somebody_elses_is_refused(base: BaseModel, tmp_path: Path) -> None:
+def test_a_class_of_somebody_elses_is_refused(base, tmp_path):
     class Own(LlamaForCausalLM):
         pass
 
@@ -328,13 +314,13 @@ def test_a_class_of_somebody_elses_is_refused(base: BaseModel, tmp_path: Path) -
     assert "Own isn't a class of transformers" in message
 
 
-def test_a_model_with_something_put_on_it_is_refused(base: BaseModel, tmp_path: Path) -> None:
+def test_a_model_with_something_put_on_it_is_refused(base, tmp_path):
     base.model.lm_head.extra = nn.Parameter(torch.zeros(1))
     message = refused(ArchitectureError, base, PLAN, tmp_path / "out")
     assert "lm_head.extra" in message
 
 
-def test_a_routed_model_is_refused_and_stays_routed(base: BaseModel, tmp_path: Path) -> None:
+def test_a_routed_model_is_refused_and_stays_routed(base, tmp_path):
     routed = RoutedModel(base.model)
     assert "routed already" in refused(RoutingError, base, PLAN, tmp_path / "out")
     with routed.fixed([1, 0, 1, 1, 1, 1]):
@@ -345,21 +331,19 @@ def test_a_routed_model_is_refused_and_stays_routed(base: BaseModel, tmp_path: P
 # --- nothing appears that isn't right ----------------------------------------------------------
 
 
-def spoiling(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], object]) -> None:
+def spoiling(monkeypatch, spoil):
     """Let something happen to the files after they are written, before they are checked."""
     write = export._write
 
-    def written(folder: Path, *rest: Any) -> None:
+    def written(folder, *rest):
         write(folder, *rest)
         spoil(folder)
 
     monkeypatch.setattr(export, "_write", written)
 
 
-def test_a_checkpoint_that_reads_otherwise_is_removed(
-    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def other_base(folder: Path) -> None:
+def test_a_checkpoint_that_reads_otherwise_is_removed(base, tmp_path, monkeypatch):
+    def other_base(folder):
         config = json.loads((folder / "config.json").read_text())
         config["rope_theta"] = 77.0
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": 77.0}
@@ -369,12 +353,10 @@ def test_a_checkpoint_that_reads_otherwise_is_removed(
     assert "logits differ" in refused(ArchitectureError, base, PLAN, tmp_path / "out")
 
 
-def test_a_checkpoint_with_another_weight_is_removed(
-    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_with_another_weight_is_removed(base, tmp_path, monkeypatch):
     name = "model.layers.3.mlp.up_proj.weight"
 
-    def other_weight(folder: Path) -> None:
+    def other_weight(folder):
         weights = load_file(folder / "model.safetensors")
         weights[name][0, 0] += 1e-3
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -383,10 +365,8 @@ def test_a_checkpoint_with_another_weight_is_removed(
     assert name in refused(ArchitectureError, base, PLAN, tmp_path / "out")
 
 
-def test_a_full_disk_is_said_in_one_line(
-    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(folder: Path) -> None:
+def test_a_full_disk_is_said_in_one_line(base, tmp_path, monkeypatch):
+    def full(folder):
         raise OSError(28, "No space left on device")
 
     spoiling(monkeypatch, full)
@@ -395,10 +375,8 @@ def test_a_full_disk_is_said_in_one_line(
     assert str(tmp_path / "out") in message
 
 
-def test_an_interruption_leaves_nothing(
-    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(folder: Path) -> None:
+def test_an_interruption_leaves_nothing(base, tmp_path, monkeypatch):
+    def interrupted(folder):
         raise KeyboardInterrupt
 
     spoiling(monkeypatch, interrupted)

@@ -1,82 +1,100 @@
 """The files of routers: replaced all at once or not at all, and never trusted."""
 
-from __future__ import annotations
-
+import dataclasses
 import json
+import math
 import os
 import pickle
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save, save_file
 
-from drllm.errors import CheckpointError
-from drllm.models.routers.checkpoint import _read_weights as read_weights
-from drllm.models.routers.checkpoint import _replace as replace
-from drllm.models.routers.checkpoint import read_config
+from drllm.errors import CheckpointError, ConfigError
+from drllm.models.routers.checkpoint import load_routers, read_config, save_routers
+from drllm.models.routers.stack import RouterConfig, RouterStack
 
-OLD = {
-    "routers.safetensors": b"old weights",
-    "router_config.json": b"old config",
-    "README.md": b"old card",
-}
-NEW = {
-    "routers.safetensors": b"new weights" * 100,
-    "router_config.json": b"new config",
-    "README.md": b"new card",
-}
+WEIGHTS, CONFIG_FILE, CARD = "routers.safetensors", "router_config.json", "README.md"
+FILES = (WEIGHTS, CONFIG_FILE, CARD)
+CONFIG = RouterConfig(
+    num_layers=3,
+    hidden_size=5,
+    num_windows=4,
+    router_width=7,
+    base_model="org/tiny",
+    base_revision="main",
+    base_class="LlamaForCausalLM",
+    base_fingerprint="0123",
+    label_counts=((1, 2, 3), (0, 6, 0), (4, 1, 1)),
+    training={"settings": {"seed": 0}},
+)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def new_stack(config=CONFIG, seed=0):
+    return RouterStack(config, torch.Generator().manual_seed(seed))
+
+
+OLD, NEW = new_stack(), new_stack(dataclasses.replace(CONFIG, base_model="org/new"), seed=1)
+
+
+def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     """A folder of routers with a file of somebody else's."""
     place = tmp_path / "routers"
-    replace(place, OLD)
+    save_routers(OLD, place)
     (place / "metrics.jsonl").write_bytes(b"{}")
     return place
+
+
+@pytest.fixture(scope="module")
+def new(tmp_path_factory):
+    """What the files of NEW hold."""
+    place = tmp_path_factory.mktemp("new")
+    save_routers(NEW, place)
+    return contents(place)
 
 
 # --- writing -----------------------------------------------------------------------------------
 
 
-def test_files_are_written_to_a_folder_that_is_made(tmp_path: Path) -> None:
-    replace(tmp_path / "a" / "b", NEW)
-    assert contents(tmp_path / "a" / "b") == NEW
+def test_files_are_written_to_a_folder_that_is_made(tmp_path, new):
+    save_routers(NEW, tmp_path / "a" / "b")
+    assert contents(tmp_path / "a" / "b") == new
+    assert set(new) == set(FILES)
 
 
-def test_files_replace_those_that_are_there_and_leave_others(folder: Path) -> None:
-    replace(folder, NEW)
-    assert contents(folder) == {**NEW, "metrics.jsonl": b"{}"}
+def test_files_replace_those_that_are_there_and_leave_others(folder, new):
+    save_routers(NEW, folder)
+    assert contents(folder) == {**new, "metrics.jsonl": b"{}"}
 
 
-def test_files_are_as_readable_as_any_other(folder: Path) -> None:
-    (folder / "plain").write_text("")
-    modes = {path.stat().st_mode for path in folder.iterdir()}
-    assert len(modes) == 1
+def test_files_are_as_readable_as_any_other(folder):
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
 
 
 class Step:
     """Counts calls of an operation, and lets it fail at one of them."""
 
-    def __init__(self, original: Any, fails_at: int, error: BaseException) -> None:
+    def __init__(self, original, fails_at, error):
         self.original, self.fails_at, self.error = original, fails_at, error
         self.calls = 0
 
-    def __get__(self, instance: Any, owner: Any) -> Any:
+    def __get__(self, instance, owner):
         return lambda *arguments: self(instance, *arguments)
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments):
         self.calls += 1
         if self.calls == self.fails_at:
             raise self.error
@@ -91,21 +109,15 @@ FAILURES = [
 
 @pytest.mark.parametrize(("operation", "step"), FAILURES)
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failure_at_any_step_leaves_what_was_there(
-    folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    operation: str,
-    step: int,
-    error: BaseException,
-) -> None:
+def test_a_failure_at_any_step_leaves_what_was_there(folder, monkeypatch, operation, step, error):
     before = contents(folder)
-    owner: Any = os if operation == "fsync" else Path
+    owner = os if operation == "fsync" else Path
     failing = Step(getattr(owner, operation), step, error)
+    expected = CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
     with monkeypatch.context() as patched:
         patched.setattr(owner, operation, failing)
-        expected = CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
         with pytest.raises(expected) as caught:
-            replace(folder, NEW)
+            save_routers(NEW, folder)
     assert failing.calls >= step
     assert contents(folder) == before
     if expected is CheckpointError:
@@ -113,19 +125,18 @@ def test_a_failure_at_any_step_leaves_what_was_there(
 
 
 @pytest.mark.parametrize(("operation", "step"), [("fsync", 2), ("replace", 2), ("replace", 3)])
-def test_a_failure_in_an_empty_folder_leaves_it_empty(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, step: int
-) -> None:
-    owner: Any = os if operation == "fsync" else Path
+def test_a_failure_in_an_empty_folder_leaves_it_empty(tmp_path, monkeypatch, operation, step):
+    owner = os if operation == "fsync" else Path
+    failing = Step(getattr(owner, operation), step, OSError(5, "no"))
     with monkeypatch.context() as patched:
-        patched.setattr(owner, operation, Step(getattr(owner, operation), step, OSError(5, "no")))
+        patched.setattr(owner, operation, failing)
         with pytest.raises(CheckpointError):
-            replace(tmp_path, NEW)
+            save_routers(NEW, tmp_path)
     assert contents(tmp_path) == {}
 
 
 @contextmanager
-def files_of_at_most(num_bytes: int) -> Iterator[None]:
+def files_of_at_most(num_bytes):
     """Let the system refuse larger files, as a quota does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
@@ -135,25 +146,24 @@ def files_of_at_most(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_weights_that_the_system_refuses_leave_what_was_there(folder: Path) -> None:
+def test_weights_that_the_system_refuses_leave_what_was_there(folder):
     before = contents(folder)
     with files_of_at_most(100), pytest.raises(CheckpointError, match="File too large; free some"):
-        replace(folder, NEW)
+        save_routers(NEW, folder)
     assert contents(folder) == before
 
 
 KILLED = """
-import json, os, sys
+import os, sys
 from pathlib import Path
-from drllm.models.routers.checkpoint import _replace as replace_files
+from drllm.models.routers.checkpoint import load_routers, save_routers
 
-OLD, NEW = ({name: text.encode() for name, text in json.loads(files).items()}
-            for files in sys.argv[2:])
+root = Path(sys.argv[1])
+old, new = (load_routers(root / name) for name in ("old", "new"))
 original = Path.replace
-found = {}
 for step in range(1, 7):
-    folder = Path(sys.argv[1], str(step))
-    replace_files(folder, OLD)
+    folder = root / str(step)
+    save_routers(old, folder)
     child = os.fork()
     if child == 0:
         calls = 0
@@ -164,66 +174,173 @@ for step in range(1, 7):
                 os._exit(0)
             return original(source, target)
         Path.replace = replace
-        replace_files(folder, NEW)
+        save_routers(new, folder)
         os._exit(1)
-    _, status = os.waitpid(child, 0)
-    whole = {path.name: path.read_text() for path in folder.glob("[!.]*")}
-    found[step] = [status, whole]
-print(json.dumps(found))
+    assert os.waitpid(child, 0)[1] == 0, "the process was not killed at this step"
 """
 
 
-def test_a_process_killed_while_files_change_places_leaves_no_mixture(tmp_path: Path) -> None:
+def test_a_process_killed_while_files_change_places_leaves_no_mixture(tmp_path):
     """Only a folder with a config is ever read, so old and new must never stand beside one."""
-    old, new = ({name: text.decode() for name, text in files.items()} for files in (OLD, NEW))
-    child = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), json.dumps(old), json.dumps(new)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    states = json.loads(child.stdout)
-    assert len(states) == 6
-    for status, whole in states.values():
-        assert status == 0, "the process was not killed at this step"
-        assert "router_config.json" not in whole or whole in (old, new)
+    save_routers(OLD, tmp_path / "old")
+    save_routers(NEW, tmp_path / "new")
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=True)
+    whole = [contents(tmp_path / name) for name in ("old", "new")]
+    for step in range(1, 7):
+        found = contents(tmp_path / str(step))
+        found = {name: data for name, data in found.items() if not name.startswith(".")}
+        assert CONFIG_FILE not in found or found in whole
 
 
-def test_what_a_killed_save_left_behind_goes_with_the_next_one(folder: Path) -> None:
-    for name in OLD:
+def test_what_a_killed_save_left_behind_goes_with_the_next_one(folder):
+    for name in FILES:
         (folder / f".{name}.0123.new").write_bytes(b"half")
         (folder / f".{name}.0123.old").write_bytes(b"before")
     (folder / ".README.md.mine").write_bytes(b"not ours")
-    replace(folder, NEW)
-    assert set(contents(folder)) == {*NEW, "metrics.jsonl", ".README.md.mine"}
+    save_routers(NEW, folder)
+    assert set(contents(folder)) == {*FILES, "metrics.jsonl", ".README.md.mine"}
 
 
-@pytest.mark.parametrize("name", OLD)
-def test_a_folder_in_the_way_of_a_file_is_refused(folder: Path, name: str) -> None:
+@pytest.mark.parametrize("name", FILES)
+def test_a_folder_in_the_way_of_a_file_is_refused(folder, name):
     (folder / name).unlink()
     (folder / name).mkdir()
     before = sorted(path.name for path in folder.iterdir())
     with pytest.raises(CheckpointError, match=f"can't write routers to .*: {name} in it is a fold"):
-        replace(folder, NEW)
+        save_routers(NEW, folder)
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_a_file_in_the_way_of_the_folder_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["file", "file/routers"])
+def test_a_file_in_the_way_of_the_folder_is_refused(tmp_path, place):
     (tmp_path / "file").write_text("in the way")
-    for place in (tmp_path / "file", tmp_path / "file" / "routers"):
-        with pytest.raises(CheckpointError, match=r"can't write routers to .*; .*choose a folder"):
-            replace(place, NEW)
+    with pytest.raises(CheckpointError, match=r"can't write routers to .*; .*choose a folder"):
+        save_routers(NEW, tmp_path / place)
 
 
-# --- reading -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda stack: stack.half(), "has dtype float16, expected float32; save routers.float()"),
+        (lambda stack: stack.double(), "has dtype float64, expected float32"),
+        (lambda stack: stack.hidden_bias.data[1].fill_(math.nan), "'hidden_bias' holds NaN"),
+        (
+            lambda stack: setattr(stack, "config", RouterConfig(num_layers=4, hidden_size=5)),
+            "shape",
+        ),
+        (lambda stack: stack.config.training.update(path=Path()), "'training' isn't JSON .*Path"),
+        (lambda stack: stack.config.training.update(loss=math.inf), "'training' isn't JSON"),
+    ],
+)
+def test_what_could_not_be_loaded_again_is_not_saved_over_what_can(folder, spoil, message):
+    stack, before = load_routers(folder), contents(folder)
+    spoil(stack)
+    with pytest.raises(CheckpointError, match=f"these routers can't be saved: .*{message}"):
+        save_routers(stack, folder)
+    assert contents(folder) == before
 
 
-def refused(read: Any, folder: Path) -> str:
-    with pytest.raises(CheckpointError) as caught:
+def test_a_readme_of_something_else_is_never_replaced(tmp_path):
+    (tmp_path / CARD).write_text("# My thesis\n")
+    with pytest.raises(CheckpointError, match=r"README\.md isn't a card of routers .* move it"):
+        save_routers(NEW, tmp_path)
+    assert contents(tmp_path) == {CARD: b"# My thesis\n"}
+
+
+# --- what is saved is what is loaded -----------------------------------------------------------
+
+sizes = st.integers(1, 6)
+texts = st.text(max_size=20)
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@st.composite
+def configs(draw):
+    num_layers = draw(sizes)
+    row = st.tuples(*[st.integers(0, 2**40)] * 3)
+    counts = st.lists(row, min_size=num_layers, max_size=num_layers).map(tuple)
+    return RouterConfig(
+        num_layers=num_layers,
+        hidden_size=draw(sizes),
+        num_windows=draw(st.integers(1, 1000)),
+        router_width=draw(sizes),
+        base_model=draw(texts),
+        base_revision=draw(st.none() | texts),
+        base_class=draw(texts),
+        base_fingerprint=draw(texts),
+        label_counts=draw(st.just(()) | counts),
+        training=draw(st.dictionaries(texts, json_values, max_size=3)),
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(config=configs(), seed=st.integers(0, 2**32))
+def test_whatever_is_saved_is_loaded_bit_for_bit_and_saved_again_byte_for_byte(config, seed):
+    stack = new_stack(config)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in stack.parameters():  # any finite float32: denormal, huge, negative zero
+        bits = torch.randint(-(2**31), 2**31, weight.shape, generator=generator)
+        values = bits.to(torch.int32).view(torch.float32)
+        weight.data = torch.where(torch.isfinite(values), values, -0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        one, two = Path(folder, "one"), Path(folder, "two")
+        save_routers(stack, one)
+        loaded = load_routers(one)
+        save_routers(loaded, two)
+        assert contents(one) == contents(two)
+    assert config == loaded.config
+    assert stack.state_dict().keys() == loaded.state_dict().keys()
+    for name, weight in stack.state_dict().items():
+        assert torch.equal(weight.view(torch.int32), loaded.state_dict()[name].view(torch.int32))
+
+
+def test_loaded_routers_can_be_trained_and_outlive_their_files(folder):
+    loaded = load_routers(folder)
+    (folder / WEIGHTS).write_bytes(b"")
+    loaded(torch.ones(2, 3, 4, 5), torch.tensor([4, 2])).sum().backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in loaded.parameters())
+
+
+def test_loading_draws_no_random_numbers(folder):
+    before = torch.get_rng_state()
+    load_routers(folder)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_every_field_of_the_config_is_saved(folder):
+    names = {field.name for field in dataclasses.fields(RouterConfig)}
+    assert names | {"format_version"} == set(json.loads((folder / CONFIG_FILE).read_text()))
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_windows": 0}, "'num_windows': expected `int` >= 1"),
+        ({"num_windows": "8"}, "'num_windows': expected `int`, got `str`"),
+        ({"label_counts": ((1, 2, 3),)}, "'label_counts' isn't num_layers rows of 3 counts"),
+        ({"base_class": None}, "'base_class': expected `str`, got `null`"),
+    ],
+)
+def test_a_config_that_no_routers_can_have_is_not_made(values, message):
+    with pytest.raises(ConfigError, match=message):
+        RouterConfig(**{"num_layers": 2, "hidden_size": 3, **values})
+
+
+def refused(folder, message, read=load_routers):
+    with pytest.raises(CheckpointError, match=message) as caught:
         read(folder)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -232,54 +349,109 @@ def refused(read: Any, folder: Path) -> str:
         ("nowhere", "nowhere has no router_config.json, since it doesn't exist; give a folder"),
         ("empty", "has no router_config.json, since it is empty; give"),
         ("photos", "has no router_config.json; give a folder that 'drllm train' has written"),
-        ("base", "is it a base model? Then give it as --model"),
+        ("base", "is it a base model. Then give it as --model"),
         ("routers/router_config.json", "is a file; give the folder of routers that holds"),
         (".", "did you mean "),  # a run's folder, which has the routers in it
     ],
 )
-def test_what_is_no_folder_of_routers_is_refused_with_what_may_be_meant(
-    folder: Path, place: str, said: str
-) -> None:
+def test_what_is_no_folder_of_routers_is_refused_with_what_may_be_meant(folder, place, said):
     for name in ("empty", "photos", "base"):
         (folder.parent / name).mkdir()
     (folder.parent / "photos" / "photo.jpg").touch()
     (folder.parent / "base" / "config.json").write_text("{}")
-    assert said in refused(read_config, folder.parent / place)
+    refused(folder.parent / place, said, read_config)
+
+
+COUNTS = "'label_counts': expected"
 
 
 @pytest.mark.parametrize(
-    "write", [torch.save, lambda value, path: path.write_bytes(pickled(value))]
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "has format version 2, this drllm reads up to 1; install a newer"),
+        ({"format_version": "1"}, "'format_version' is '1'; expected a whole number from 1 to 1"),
+        ({"format_version": True}, "'format_version' is True; expected a whole number"),
+        ({"format_version": ...}, "'format_version' is None; .*is it the config of routers"),
+        ({"num_window": 8}, "unknown key 'num_window'; did you mean 'num_windows'"),
+        ({"num_layers": ...}, "lacks the key 'num_layers'; train the routers again"),
+        ({"hidden_size": 0}, "'hidden_size': expected `int` >= 1"),
+        ({"num_windows": "8"}, "'num_windows': expected `int`, got `str`"),
+        ({"num_windows": 8}, "was saved for num_windows 4, router_config.json says 8; put the co"),
+        ({"num_layers": 10**12, "label_counts": []}, r"has shape \[3, 7, 5\], .* asks for"),
+        ({"num_windows": True}, "'num_windows': expected `int`, got `bool`"),
+        ({"label_counts": [[1, 2, 3]]}, "'label_counts' isn't num_layers rows of 3 counts"),
+        ({"label_counts": [[1, 2]] * 3}, COUNTS + " `array` of length 3, got 2"),
+        ({"label_counts": [1, 2, 3]}, COUNTS),
+        ({"label_counts": [[-1, 1, 2]] * 3}, COUNTS),
+        ({"label_counts": [[1, 2, True]] * 3}, COUNTS),
+        ({"base_model": 5}, "'base_model': expected `str`"),
+        ({"base_revision": 5}, "'base_revision': expected `str"),
+        ({"training": []}, "'training': expected `object`"),
+        ({"num_layers": 4, "label_counts": []}, "'.*' has shape .*, router_config.json asks for"),
+        ({"hidden_size": 6}, r"'hidden_weight' has shape \[3, 7, 5\], .* asks for \[3, 7, 6\]"),
+    ],
 )
-def test_a_pickle_under_the_name_of_safetensors_is_not_opened(folder: Path, write: Any) -> None:
-    write({"hidden_bias": torch.zeros(2)}, folder / "routers.safetensors")
-    message = refused(read_weights, folder)
-    assert "routers.safetensors is a pickle under another name; drllm opens no pickles" in message
+def test_a_config_that_cannot_be_trusted_is_refused(folder, changes, message):
+    path = folder / CONFIG_FILE
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: value for k, value in values.items() if value is not ...}))
+    refused(folder, message)
 
 
-def pickled(value: Any) -> bytes:
-    return pickle.dumps(value)
+@pytest.mark.parametrize("content", [b"{", b"", b"[1, 2]", b"\xff\xfe\x00"])
+def test_a_broken_config_is_refused(folder, content):
+    (folder / CONFIG_FILE).write_bytes(content)
+    refused(folder, "train the routers again")
 
 
-def test_weights_whose_header_has_the_first_byte_of_a_pickle_are_read(folder: Path) -> None:
-    tensors = {"x" * length: torch.zeros(1) for length in range(1, 3)}
-    for length in range(256):
-        content = save(tensors, {"note": "y" * length})
-        if content[0] == 0x80:
-            break
-    assert content[0] == 0x80
-    (folder / "routers.safetensors").write_bytes(content)
-    assert set(read_weights(folder)[0]) == set(tensors)
+@pytest.mark.parametrize("in_place", [lambda path: None, Path.mkdir])
+def test_a_folder_without_weights_is_refused(folder, in_place):
+    (folder / WEIGHTS).unlink()
+    in_place(folder / WEIGHTS)
+    refused(folder, r"has no routers\.safetensors; is it a folder of routers\?")
+
+
+WHOLE = save(OLD.state_dict())
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"{}", b"GGUF" * 10, bytes(100)], ids=["empty", "JSON", "GGUF", "zeros"]
+    "content",
+    [b"", WHOLE[:5], WHOLE[:100], WHOLE[:-1], b"{}", b"GGUF" * 10, bytes(100)],
+    ids=["empty", "5 bytes", "100 bytes", "a byte less", "JSON", "GGUF", "zeros"],
 )
-def test_weights_that_are_no_safetensors_are_refused(folder: Path, text: bytes) -> None:
-    (folder / "routers.safetensors").write_bytes(text)
-    assert "is broken or cut off" in refused(read_weights, folder)
+def test_weights_that_are_cut_off_or_no_safetensors_are_refused(folder, content):
+    (folder / WEIGHTS).write_bytes(content)
+    refused(folder, "is broken or cut off .*train the routers again")
 
 
-def test_a_folder_in_place_of_the_weights_is_refused(folder: Path) -> None:
-    (folder / "routers.safetensors").unlink()
-    (folder / "routers.safetensors").mkdir()
-    assert "has no routers.safetensors; is it a folder" in refused(read_weights, folder)
+@pytest.mark.parametrize(
+    "write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))]
+)
+def test_a_pickle_under_the_name_of_safetensors_is_not_opened(folder, write):
+    write({"hidden_bias": torch.zeros(2)}, folder / WEIGHTS)
+    refused(folder, r"routers\.safetensors is a pickle under another name; drllm opens no pickles")
+
+
+def test_weights_whose_header_has_the_first_byte_of_a_pickle_are_read(folder):
+    files = (save(OLD.state_dict(), {"note": "y" * length}) for length in range(256))
+    (folder / WEIGHTS).write_bytes(next(data for data in files if data[0] == 0x80))
+    assert load_routers(folder).config == CONFIG  # the number of windows need not be noted either
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("decision_bias", None, "lacks the tensor 'decision_bias'; train the routers again"),
+        ("decision_bais", torch.zeros(3, 3), "unknown tensor 'decision_bais'; did you mean"),
+        ("decision_bias", torch.zeros(3, 2), r"has shape \[3, 2\], .* asks for \[3, 3\]"),
+        ("decision_bias", torch.full((3, 3), math.nan), "'decision_bias' holds NaN or infinity"),
+        ("hidden_bias", torch.full((3, 7), math.inf), "'hidden_bias' holds NaN or infinity"),
+        ("hidden_bias", torch.full((3, 7), -math.inf), "'hidden_bias' holds NaN or infinity"),
+        ("hidden_bias", torch.zeros(3, 7).half(), "'hidden_bias' has dtype float16, expected fl"),
+        ("decision_bias", torch.zeros(3, 3).long(), "'decision_bias' has dtype int64, expected"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(folder, name, value, message):
+    tensors = load_file(folder / WEIGHTS) | {name: value}
+    save_file({key: t for key, t in tensors.items() if t is not None}, folder / WEIGHTS)
+    refused(folder, message)

@@ -13,7 +13,6 @@ from drllm.cost import mean_executions
 from drllm.errors import ConfigError, RecordError, RoutingError
 from drllm.models.routers import depth_control
 from drllm.models.routers.depth_control import (
-    CalibrationText,
     encode_calibration,
     find_depth_bias,
     policy_for,
@@ -126,18 +125,13 @@ def test_prompts_that_cannot_be_routed_are_refused(routed, prompts, message):
 
 
 @pytest.mark.parametrize("target", [2.5, 4.0, 5.0, 6.0, 7.0, 9.0])
-def test_the_bias_gives_the_executions_wanted(routed, target):
+def test_the_bias_gives_the_executions_wanted_whatever_the_batches(routed, target):
     prompts = some_prompts()
     found = find_depth_bias(routed, prompts, target, tolerance=0.15)
     assert found.executions == pytest.approx(target, abs=0.15)
     assert found.executions == mean(routed, found.depth_bias, prompts)
     assert found.num_prompts == NUM_PROMPTS
-
-
-def test_the_same_prompts_give_the_same_bias_whatever_the_batches(routed):
-    prompts = some_prompts()
-    found = find_depth_bias(routed, prompts, 5.0, tolerance=0.15)
-    assert found == find_depth_bias(routed, prompts, 5.0, tolerance=0.15, batch_size=3)
+    assert found == find_depth_bias(routed, prompts, target, tolerance=0.15, batch_size=3)
 
 
 def test_routers_that_run_the_executions_wanted_are_left_alone(routed):
@@ -318,9 +312,7 @@ def test_prompts_come_from_prompt_or_else_from_question(tmp_path):
     path = written(
         tmp_path, {"prompt": "one"}, {"question": "two"}, {"question": "x", "prompt": "y"}
     )
-    assert [CalibrationText(text, rendered=False) for text in ("one", "two", "y")] == (
-        read_calibration(path)
-    )
+    assert read_calibration(path) == [("one", False), ("two", False), ("y", False)]
 
 
 def test_files_of_ours_hold_what_the_model_reads(tmp_path):
@@ -330,11 +322,8 @@ def test_files_of_ours_hold_what_the_model_reads(tmp_path):
         {"question": "q", "optimal_layer_config": [1], "answer": "a"},
         {"question": "q", "prompt": "Question: q", "paths": []},
     )
-    assert [
-        CalibrationText("user: q\n", rendered=True),
-        CalibrationText("q", rendered=True),
-        CalibrationText("Question: q", rendered=True),
-    ] == read_calibration(path)
+    expected = [("user: q\n", True), ("q", True), ("Question: q", True)]
+    assert expected == read_calibration(path)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +342,7 @@ def test_a_line_without_a_prompt_is_refused_by_its_number(tmp_path, row, message
 
 
 def test_only_what_is_not_rendered_yet_goes_through_the_chat_template(tiny_tokenizer):
-    texts = [CalibrationText("hi", rendered=False), CalibrationText("hi", rendered=True)]
+    texts = [("hi", False), ("hi", True)]
     plain, template = tiny_tokenizer.encode("hi"), tiny_tokenizer.encode("user: hi\nassistant: ")
     assert [template, plain] == encode_calibration(texts, tiny_tokenizer, chat=True)
     assert [plain, plain] == encode_calibration(texts, tiny_tokenizer, chat=False)

@@ -1,7 +1,5 @@
 """Routers on the hub: pushed to and fetched from a server that answers as the hub does."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -9,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -36,7 +33,7 @@ class Hub(BaseHTTPRequestHandler):
     repositories: dict[str, dict[str, bytes]] = {}  # noqa: RUF012
     requests: list[tuple[str, str, Any]] = []  # noqa: RUF012
 
-    def do_POST(self) -> None:
+    def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         lines = [json.loads(line) for line in body.splitlines() if line]
         self.requests.append((self.path, self.headers.get("Authorization", ""), lines))
@@ -67,7 +64,7 @@ class Hub(BaseHTTPRequestHandler):
         address = f"http://{self.headers['Host']}/{owner}/{name}/commit/{COMMIT}"
         return self.answer(200, {"success": True, "commitUrl": address, "commitOid": COMMIT})
 
-    def create(self, asked: dict[str, Any]) -> None:
+    def create(self, asked):
         owner, name = asked["organization"], asked["name"]
         address = f"http://{self.headers['Host']}/{owner}/{name}"
         if owner in REFUSED:
@@ -80,7 +77,7 @@ class Hub(BaseHTTPRequestHandler):
         self.repositories[f"{owner}/{name}"] = {".gitattributes": b""}
         return self.answer(200, {"url": address})
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         where = self.path.split("?")[0].split("/")
         if where[1] == "api":
             return self.describe("/".join(where[3:5]), where[5:])
@@ -93,7 +90,7 @@ class Hub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815
 
-    def describe(self, repo: str, what: list[str]) -> None:
+    def describe(self, repo, what):
         owner = repo.split("/")[0]
         if owner == "gated":
             return self.answer(403, {}, {"X-Error-Code": "GatedRepo"})
@@ -122,11 +119,10 @@ class Hub(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in files]
         private = owner == "hidden"
         return self.answer(
-            200,
-            {"id": repo, "sha": COMMIT, "private": private, "siblings": siblings, "tags": []},
+            200, {"id": repo, "sha": COMMIT, "private": private, "siblings": siblings, "tags": []}
         )
 
-    def answer(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
+    def answer(self, status, body, headers=None):
         if not status:
             self.close_connection = True  # hang up without a word
             return
@@ -139,7 +135,7 @@ class Hub(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def log_message(self, *arguments: Any) -> None:
+    def log_message(self, *arguments):
         """Say nothing."""
 
 
@@ -202,7 +198,7 @@ print(json.dumps(said))
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def said(tmp_path_factory):
     """What a process that pushes and fetches was answered."""
     Hub.repositories["someone/model"] = {"config.json": b"{}", "README.md": b"# A model"}
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
@@ -231,14 +227,14 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     Hub.requests.clear()
 
 
-def requests_to(path: str) -> list[tuple[str, Any]]:
+def requests_to(path):
     return [(token, lines) for where, token, lines in Hub.requests if where == path]
 
 
 # --- pushing -----------------------------------------------------------------------------------
 
 
-def test_a_pushed_repository_holds_the_three_files(said: dict[str, Any]) -> None:
+def test_a_pushed_repository_holds_the_three_files(said):
     assert said["pushed"].endswith(f"/someone/routers/commit/{COMMIT}")
     assert said["pushed warned"] == []
     files = Hub.repositories["someone/routers"]
@@ -253,14 +249,14 @@ def test_a_pushed_repository_holds_the_three_files(said: dict[str, Any]) -> None
     assert "`org/tiny`: LlamaForCausalLM, 3 layers" in card
 
 
-def test_token_and_message_reach_the_hub(said: dict[str, Any]) -> None:
+def test_token_and_message_reach_the_hub(said):
     [(token, lines), *later] = requests_to("/api/models/someone/routers/commit/main")
     assert token == "Bearer hf_secret"
     assert lines[0]["value"]["summary"] == "First routers"
     assert later[0][1][0]["value"]["summary"] == "Upload routers"
 
 
-def test_pushing_again_and_to_a_branch_works(said: dict[str, Any]) -> None:
+def test_pushing_again_and_to_a_branch_works(said):
     for name in ("again", "branch", "request"):
         assert said[name].endswith(COMMIT)
     assert len(requests_to("/api/models/someone/routers/branch/v2")) == 1
@@ -268,7 +264,7 @@ def test_pushing_again_and_to_a_branch_works(said: dict[str, Any]) -> None:
     assert len(requests_to("/api/models/someone/routers/commit/refs%2Fpr%2F1")) == 1
 
 
-def test_a_private_repository_is_made_private(said: dict[str, Any]) -> None:
+def test_a_private_repository_is_made_private(said):
     assert said["hidden"].endswith(COMMIT)
     asked = [lines[0] for _, lines in requests_to("/api/repos/create")]
     [hidden] = [request for request in asked if request["organization"] == "hidden"]
@@ -277,15 +273,13 @@ def test_a_private_repository_is_made_private(said: dict[str, Any]) -> None:
     assert others[0].get("visibility") == "public" or others[0].get("private") is False
 
 
-def test_nothing_is_pushed_to_a_public_repository_that_should_be_private(
-    said: dict[str, Any],
-) -> None:
+def test_nothing_is_pushed_to_a_public_repository_that_should_be_private(said):
     assert "someone/routers is public already and private=True can't change" in said["not hidden"]
     commits = [path for path, *_ in Hub.requests if "/someone/routers/commit/" in path]
     assert len(commits) == 4  # those of the tests above
 
 
-def test_the_name_of_a_folder_on_this_machine_is_not_pushed(said: dict[str, Any]) -> None:
+def test_the_name_of_a_folder_on_this_machine_is_not_pushed(said):
     [warning] = said["local warned"]
     assert "'/home/me/models/tiny' is no hub id, so the pushed routers don't name" in warning
     files = Hub.repositories["someone/local"]
@@ -313,13 +307,13 @@ def test_the_name_of_a_folder_on_this_machine_is_not_pushed(said: dict[str, Any]
         ("name ", "'' can't be a repository on the hub; give OWNER/NAME"),
     ],
 )
-def test_each_refusal_of_a_push_is_one_line(said: dict[str, Any], name: str, expected: str) -> None:
+def test_each_refusal_of_a_push_is_one_line(said, name, expected):
     assert said[name].startswith("CheckpointError: ")
     assert expected in said[name]
     assert "\n" not in said[name]
 
 
-def test_a_push_offline_is_refused_before_anything_is_sent(tiny_llama: Any) -> None:
+def test_a_push_offline_is_refused_before_anything_is_sent(tiny_llama):
     assert constants.HF_HUB_OFFLINE
     routers = RouterStack(RouterConfig(num_layers=3, hidden_size=32))
     with pytest.raises(CheckpointError, match="to someone/routers: HF_HUB_OFFLINE is set; unset"):
@@ -329,7 +323,7 @@ def test_a_push_offline_is_refused_before_anything_is_sent(tiny_llama: Any) -> N
 # --- fetching ----------------------------------------------------------------------------------
 
 
-def test_fetched_routers_are_those_that_were_pushed(said: dict[str, Any]) -> None:
+def test_fetched_routers_are_those_that_were_pushed(said):
     assert said["fetched"] is True
     assert said["fetched folder"].endswith(f"models--someone--routers/snapshots/{COMMIT}")
     assert said["fetched at a commit"] == said["fetched folder"]
@@ -347,25 +341,23 @@ def test_fetched_routers_are_those_that_were_pushed(said: dict[str, Any]) -> Non
         ("a base model", "'someone/model' has no router_config.json; is it a base model?"),
     ],
 )
-def test_each_refusal_of_a_fetch_is_one_line(
-    said: dict[str, Any], name: str, expected: str
-) -> None:
+def test_each_refusal_of_a_fetch_is_one_line(said, name, expected):
     assert said[f"fetch {name}"].startswith("CheckpointError: ")
     assert expected in said[f"fetch {name}"]
     assert "\n" not in said[f"fetch {name}"]
 
 
-def test_routers_that_arent_cached_are_refused_offline() -> None:
+def test_routers_that_arent_cached_are_refused_offline():
     with pytest.raises(CheckpointError, match="isn't in the local cache, and HF_HUB_OFFLINE is"):
         hub.find("someone/absent")
 
 
 @pytest.mark.parametrize("place", ["x--y/z", "-a/b"])
-def test_a_name_that_cant_be_a_hub_id_is_refused(place: str) -> None:
+def test_a_name_that_cant_be_a_hub_id_is_refused(place):
     with pytest.raises(CheckpointError, match=f"'{place}' can't be a hub id"):
         hub.find(place)
 
 
 @pytest.mark.parametrize("place", ["routers", "./a/b", "../routers", "a/b/c", "/no/such", "a/b/"])
-def test_a_place_that_is_no_hub_id_is_left_to_the_reader_of_folders(place: str) -> None:
+def test_a_place_that_is_no_hub_id_is_left_to_the_reader_of_folders(place):
     assert hub.find(place) == Path(place)
