@@ -9,6 +9,7 @@ Axes: N prompts, B rows of a batch, T tokens, L layers.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -115,16 +116,14 @@ def generate_many(
         prompt_tokens(routed, prompt, chat=chat, max_new_tokens=max_new_tokens)
         for prompt in prompts
     ]
-    if on_progress is not None:
-        on_progress(0, len(rows))
+    told = on_progress or (lambda _done, _all: None)
+    told(0, len(rows))
     if option("stop_strings"):
         options.setdefault("tokenizer", routed.tokenizer)
     padded = not any(map(option, LOOKS_BACK))
-    batches = _batches(routed, rows, batch_size, padded=padded, route_first=route_first)
     copies = int(option("num_return_sequences") or 1)
-    answers: list[list[Answer]] = [[] for _ in rows]
-    done = 0
-    for batch, policy in batches:
+    answers: dict[int, list[Answer]] = {}
+    for batch, policy in _batches(routed, rows, batch_size, padded, route_first):
         ids, mask = left_padded([rows[place] for place in batch], routed.model.device)
         # To older transformers' repetition penalty padding was said, too; what the prompt starts
         # with was said anyway.
@@ -141,21 +140,19 @@ def generate_many(
             )
         routes = routed.last_route.tolist()  # a row for each beam or answer
         each = len(routes) // len(batch)
-        for row, new in enumerate(output[:, ids.shape[1] :].tolist()):
-            place = batch[row // copies]
-            tokens = _up_to_the_end(new, ends)
-            answers[place].append(
+        said = [_up_to_the_end(row, ends) for row in output[:, ids.shape[1] :].tolist()]
+        for number, place in enumerate(batch):
+            answers[place] = [
                 Answer(
                     prompt=prompts[place],
                     text=routed.tokenizer.decode(tokens, skip_special_tokens=True),
                     tokens=tuple(tokens),
-                    route=tuple(routes[row // copies * each]),
+                    route=tuple(routes[number * each]),
                 )
-            )
-        done += len(batch)
-        if on_progress is not None:
-            on_progress(done, len(rows))
-    return [answer for of_prompt in answers for answer in of_prompt]
+                for tokens in said[number * copies : (number + 1) * copies]
+            ]
+        told(len(answers), len(rows))
+    return [answer for place in range(len(rows)) for answer in answers[place]]
 
 
 def prompt_tokens(
@@ -202,7 +199,6 @@ def _batches(
     routed: RoutedModel,
     rows: Sequence[Sequence[int]],
     batch_size: int,
-    *,
     padded: bool,
     route_first: bool,
 ) -> Iterator[tuple[list[int], Policy]]:
@@ -225,13 +221,11 @@ def _batches(
 
 def _known_plans(routed: RoutedModel, num_prompts: int) -> list[Decisions] | None:
     """Return each prompt's decisions where the policy would read nothing to give them."""
-    policy = routed.policy
-    if type(policy) not in (FullPolicy, FixedPolicy):
+    if type(routed.policy) not in (FullPolicy, FixedPolicy):
         return None
-    nothing = PromptView(
-        torch.empty(num_prompts, 0, 0), torch.empty(num_prompts, 0, dtype=torch.bool)
-    )
-    columns = [policy.decide(layer, nothing) for layer in range(routed.num_layers)]
+    nothing = torch.empty(num_prompts, 0)
+    view = PromptView(nothing[..., None], nothing.bool())
+    columns = [routed.policy.decide(layer, view) for layer in range(routed.num_layers)]
     return [tuple(map(int, plan)) for plan in zip(*columns, strict=True)]
 
 
@@ -239,12 +233,7 @@ def _cut(places: Sequence[int], plans: Sequence[Decisions], batch_size: int) -> 
     """Cut a list of prompts into batches so that the fewest executions are run.
 
     A batch runs a layer as often as the row that runs it most. Of several ways, the one with the
-    fewest batches of different plans is taken.
-
-    Args:
-        places: Prompts in the order in which they are cut, those of one plan side by side.
-        plans: The decisions of every prompt.
-        batch_size: Maximum prompts in a batch.
+    fewest batches of different plans is taken. Prompts of one plan must stand side by side.
 
     Source: ours; dynamic programming over where the last batch of the first n prompts starts.
 
@@ -266,11 +255,10 @@ def _cut(places: Sequence[int], plans: Sequence[Decisions], batch_size: int) -> 
         executions, mixed, start = min(ways)
         costs.append((executions, mixed))
         starts.append(start)
-    cuts, end = [], len(places)
-    while end:
-        cuts.append((starts[end], end))
-        end = starts[end]
-    for start, end in reversed(cuts):
+    cuts = [len(places)]
+    while cuts[-1]:
+        cuts.append(starts[cuts[-1]])
+    for start, end in itertools.pairwise(reversed(cuts)):
         yield list(places[start:end])
 
 

@@ -9,10 +9,10 @@ Axes: B rows, T tokens, D hidden, K keys, L layers, N paths.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,30 +20,16 @@ from torch import Tensor
 from drllm.errors import RoutingError
 from drllm.models.routers.pooling import Spans
 from drllm.models.routing.context import Override
-from drllm.models.routing.injection import Forward, LayerCall
+from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, routed_entry
 from drllm.models.routing.policies import FullPolicy, Policy, PromptView, reads_prompt
 from drllm.paths import Path
 
-
-class Bypass(Protocol):
-    """Replaces a layer on the rows that skip it; it never touches the cache."""
-
-    def __call__(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        """Return what the rows continue with.
-
-        Args:
-            call: The call of the layer; `call.index` and `call.module` say which it is.
-            hidden: `[R, T, D]`, the layer's input on the rows that skip it.
-
-        Returns:
-            `[R, T, D]`. It may depend on each token alone, since nothing of it is cached.
-
-        Example:
-            >>> def own_mlp(call, hidden):
-            ...     layer = call.module
-            ...     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        """
+Bypass: TypeAlias = Callable[[LayerCall, Tensor], Tensor]
+"""Replaces a layer on the rows that skip it. It is called with the call of the layer, whose `index`
+and `module` say which it is, and the layer's input on these rows `[R, T, D]`, and returns what they
+continue with. It never touches the cache, so what it returns may depend on each token alone; such
+as `lambda call, hidden: hidden + call.module.mlp(call.module.post_attention_layernorm(hidden))`."""
 
 
 def identity(call: LayerCall, hidden: Tensor) -> Tensor:  # noqa: ARG001
@@ -70,7 +56,7 @@ _readable: Override[Tensor] = Override("readable tokens")
 _generate: Override[GenerateCall] = Override("generate call")
 
 
-class RoutingDriver:
+class RoutingDriver(Driver):
     """Runs every row's own plan, layer by layer.
 
     A row's decisions are taken once, when its prompt passes, and hold for all that follows: they
@@ -90,37 +76,29 @@ class RoutingDriver:
         self.bypass = bypass
         self.last_route: list[tuple[int, ...]] = []
 
-    @contextmanager
-    def using(self, policy: Policy) -> Iterator[None]:
+    def using(self, policy: Policy) -> AbstractContextManager[None]:
         """Ask another policy inside the block."""
-        with _policy.set(self, policy):
-            yield
+        return _policy.set(self, policy)
 
-    @contextmanager
-    def prompt_lengths(self, lengths: Tensor) -> Iterator[None]:
+    def prompt_lengths(self, lengths: Tensor) -> AbstractContextManager[None]:
         """Let policies read only the first `lengths[b]` real tokens of row b inside the block."""
-        with _lengths.set(self, lengths):
-            yield
+        return _lengths.set(self, lengths)
 
-    @contextmanager
-    def reading(self, readable: Tensor) -> Iterator[None]:
+    def reading(self, readable: Tensor) -> AbstractContextManager[None]:
         """Say token by token what policies may read inside the block, `[B, T]` bool.
 
         For layouts that an attention mask and a length can't describe, such as several
         continuations packed after one prompt.
         """
-        with _readable.set(self, readable):
-            yield
+        return _readable.set(self, readable)
 
-    @contextmanager
-    def generating(self, copies: int = 1) -> Iterator[None]:
+    def generating(self, copies: int = 1) -> AbstractContextManager[None]:
         """Take the block for one `generate` call, whose decisions are taken once.
 
         Args:
             copies: Neighbouring rows that belong to one prompt; the policy is asked once for all.
         """
-        with _generate.set(self, GenerateCall(copies)):
-            yield
+        return _generate.set(self, GenerateCall(copies))
 
     @property
     def current_policy(self) -> Policy:
@@ -143,7 +121,7 @@ class RoutingDriver:
         return RoutedPass(self, forward)
 
 
-class RoutedPass:
+class RoutedPass(Driver):
     """One forward pass under a policy.
 
     Attributes:
@@ -153,16 +131,24 @@ class RoutedPass:
     def __init__(self, driver: RoutingDriver, forward: Forward) -> None:
         self.driver = driver
         self.forward = forward
+        self.policy = driver.current_policy
+        self.generate = _generate.get(driver)
+        self.copies = 1 if self.generate is None else self.generate.copies
         self.route: list[tuple[int, ...]] = []
-        self._asking: _Asking | None = None
+        self._readable: Tensor | None = None
+        self._spans: dict[int, Spans] = {}
+        self._plan: dict[int, tuple[int, ...]] = {}
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
         """Run each row as often as its decision says, `[B, T, D]` to `[B, T, D]`."""
         entry = None if call.cache is None else routed_entry(call.cache, call.index)
-        decisions = self._pinned(entry, call)
+        decisions = self._pinned(entry, call.index)
         if decisions is None:
             decisions = self._decide(call, hidden)
-            self._pin(entry, call, decisions)
+            if entry is not None:
+                entry.pin(decisions)
+            elif self.generate is not None:
+                self.generate.decisions[call.index] = decisions
         if len(decisions) != hidden.shape[0]:
             raise RoutingError(
                 f"decisions for {len(decisions)} rows are pinned, but the batch has "
@@ -175,29 +161,27 @@ class RoutedPass:
         if self.route:
             self.driver.last_route = self.route
 
-    def _pinned(self, entry: RoutedCacheLayer | None, call: LayerCall) -> tuple[int, ...] | None:
-        if call.index < len(self.route):  # a checkpointed layer, recomputed in the backward pass
-            return self.route[call.index]
+    def _pinned(self, entry: RoutedCacheLayer | None, layer: int) -> tuple[int, ...] | None:
+        if layer < len(self.route):  # a checkpointed layer, recomputed in the backward pass
+            return self.route[layer]
         if entry is not None:
             return entry.decisions
-        generate = _generate.get(self.driver)
-        return None if generate is None else generate.decisions.get(call.index)
-
-    def _pin(
-        self, entry: RoutedCacheLayer | None, call: LayerCall, decisions: tuple[int, ...]
-    ) -> None:
-        generate = _generate.get(self.driver)
-        if entry is not None:
-            entry.pin(decisions)
-        elif generate is not None:
-            generate.decisions[call.index] = decisions
+        return None if self.generate is None else self.generate.decisions.get(layer)
 
     def _decide(self, call: LayerCall, hidden: Tensor) -> tuple[int, ...]:
-        if self._asking is None:
-            generate = _generate.get(self.driver)
-            copies = 1 if generate is None else generate.copies
-            self._asking = _Asking(self.driver, self.forward, call, hidden, copies)
-        decisions = self._asking.decisions(call.index, hidden)
+        """Ask the policy for a layer's decisions, one for each row.
+
+        One that reads nothing decides for all layers at once: between two layers' matrix products
+        the same lines take several times as long, since those have emptied the processor's caches.
+        """
+        if self._readable is None:
+            if reads_prompt(self.policy):
+                self._readable = _readable_tokens(self.driver, self.forward, hidden)[:: self.copies]
+            else:
+                self._readable = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)[:: self.copies]
+                layers = range(call.index, call.num_layers)
+                self._plan = {layer: self._ask(layer, hidden) for layer in layers}
+        decisions = self._plan[call.index] if self._plan else self._ask(call.index, hidden)
         if call.is_last:
             # A row that skipped everything so far would answer from its embeddings (D-10).
             decisions = tuple(
@@ -209,33 +193,6 @@ class RoutedPass:
         self.route.append(decisions)
         return decisions
 
-
-class _Asking:
-    """Asks the policy in force for the decisions of one pass.
-
-    A policy that reads nothing decides for all layers at once: between two layers' matrix products
-    the same lines take several times as long, since those have emptied the processor's caches.
-    """
-
-    def __init__(
-        self, driver: RoutingDriver, forward: Forward, call: LayerCall, hidden: Tensor, copies: int
-    ) -> None:
-        self.policy = driver.current_policy
-        self.copies = copies
-        self.spans: dict[int, Spans] = {}
-        if reads_prompt(self.policy):
-            self.readable = _readable_tokens(driver, forward, hidden)[::copies]
-            self.plan = None
-        else:
-            B, T = hidden.shape[:2]
-            self.readable = torch.ones(B, T, dtype=torch.bool, device=hidden.device)[::copies]
-            layers = range(call.index, call.num_layers)
-            self.plan = {layer: self._ask(layer, hidden) for layer in layers}
-
-    def decisions(self, layer: int, hidden: Tensor) -> tuple[int, ...]:
-        """Return a layer's decisions, one for each row."""
-        return self._ask(layer, hidden) if self.plan is None else self.plan[layer]
-
     def _ask(self, layer: int, hidden: Tensor) -> tuple[int, ...]:
         B, copies = hidden.shape[0], self.copies
         if B % copies:
@@ -243,7 +200,8 @@ class _Asking:
                 f"the batch has {B} rows, which aren't {copies} for each prompt; give generate() "
                 f"one row per prompt"
             )
-        prompts = PromptView(hidden[::copies], self.readable, self.spans)
+        assert self._readable is not None
+        prompts = PromptView(hidden[::copies], self._readable, self._spans)
         decided = self.policy.decide(layer, prompts)
         decisions = tuple(decided.tolist() if isinstance(decided, Tensor) else decided)
         if len(decisions) * copies != B or not all(value in (0, 1, 2) for value in decisions):
@@ -271,7 +229,12 @@ def _readable_tokens(driver: RoutingDriver, forward: Forward, hidden: Tensor) ->
     elif mask.dim() == 2:
         readable = mask[:, -T:].bool()
     else:
-        readable = _real_tokens(mask, T)
+        # A real token sees itself, whatever window the layer has, and nothing after it; the row of
+        # a padded token sees nothing, or all keys where that keeps the softmax finite. A static
+        # cache has K > T, its keys after T not yet filled.
+        seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # [B, T, K]
+        itself = seen[:, :, :T].diagonal(dim1=1, dim2=2)
+        readable = itself & ~seen.triu(1).any(dim=2)
     readable = readable.to(hidden.device).expand(B, T)
     lengths = _lengths.get(driver)
     if lengths is not None:
@@ -286,20 +249,6 @@ def _readable_tokens(driver: RoutingDriver, forward: Forward, hidden: Tensor) ->
     if not bool(readable.any(dim=1).all()):
         raise RoutingError("a row of the batch has no real token; every row needs a prompt")
     return readable
-
-
-def _real_tokens(mask: Tensor, num_tokens: int) -> Tensor:
-    """Return which tokens of a prompt are real, from its `[B, 1, T, K]` mask, `[B, T]`.
-
-    A real token sees itself, whatever window the layer has, and nothing after it; the row of a
-    padded token sees nothing, or all keys where that keeps the softmax finite. A static cache has
-    K > T, its keys after T not yet filled.
-    """
-    seen = mask[:, 0]  # [B, T, K]
-    if seen.dtype != torch.bool:
-        seen = seen == 0
-    itself = seen[:, :, :num_tokens].diagonal(dim1=1, dim2=2)
-    return itself & ~seen.triu(1).any(dim=2)
 
 
 def execute(
@@ -345,7 +294,7 @@ def execute(
     return hidden
 
 
-class PathsDriver:
+class PathsDriver(Driver):
     """Runs every row along paths in any order, such as a repeated block of several layers.
 
     The model's loop carries the input of the first layer up to the last one; there the driver runs
@@ -361,29 +310,18 @@ class PathsDriver:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = [tuple(path) for path in paths]
+        self._calls: list[LayerCall] = []
 
-    def begin(self, forward: Forward) -> _PathsPass:
-        """Start a pass."""
-        return _PathsPass(self.paths)
-
-
-class _PathsPass:
-    """Collects the layer calls of one pass and runs the paths at the last one."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = paths
-        self.calls: list[LayerCall] = []
+    def begin(self, forward: Forward) -> PathsDriver:
+        """Start a pass, of its own where one is running."""
+        return PathsDriver(self.paths)
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        self.calls.append(call)
-        return self._run(hidden) if call.is_last else hidden
-
-    def end(self) -> None:
-        pass
-
-    def _run(self, hidden: Tensor) -> Tensor:
-        """Return the ends of all paths; only the states along the one being run are held."""
-        states, ends = [hidden], []
+        """Return the ends of all paths at the last layer, and its input at any other."""
+        self._calls.append(call)
+        if not call.is_last:
+            return hidden
+        states, ends = [hidden], []  # states along the path being run; no others are held
         before: Path = ()
         for path in self.paths:
             num_shared = 0
@@ -391,7 +329,7 @@ class _PathsPass:
                 num_shared += 1
             del states[num_shared + 1 :]
             for layer in path[num_shared:]:
-                states.append(self.calls[layer].run(states[-1]))
+                states.append(self._calls[layer].run(states[-1]))
             ends.append(states[-1])
             before = path
         return ends[0] if len(ends) == 1 else torch.cat(ends)

@@ -33,14 +33,6 @@ class GenerateHandle:
         self.model = model
         self.driver = driver
 
-    def attach(self) -> None:
-        """Put the override on."""
-        self.model.generate = self.generate
-
-    def remove(self) -> None:
-        """Take the override off."""
-        del self.model.generate
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the model does, with decisions taken once per prompt.
 
@@ -50,9 +42,9 @@ class GenerateHandle:
                 prompt would be given the decisions of the first.
         """
         option = Options(self.model, kwargs, args)
-        policy = self.driver.current_policy
+        reads = reads_prompt(self.driver.current_policy)
         chunk = option("prefill_chunk_size")
-        if chunk is not None and reads_prompt(policy):
+        if chunk is not None and reads:
             raise RoutingError(
                 f"prefill_chunk_size={chunk} would let the policy decide on the first chunk of the "
                 f"prompt alone; leave it out, or pin a plan with routed.fixed(...)"
@@ -66,7 +58,7 @@ class GenerateHandle:
         with ExitStack() as stack:
             stack.enter_context(self.driver.generating(copies))
             drafted = option("assistant_model") is not None or option("prompt_lookup_num_tokens")
-            if drafted and reads_prompt(policy) and not self.driver.has_prompt_lengths:
+            if drafted and reads and not self.driver.has_prompt_lengths:
                 # The first pass verifies the first draft together with the prompt.
                 lengths = _prompt_lengths(args, kwargs)
                 if lengths is not None:
@@ -87,14 +79,12 @@ class Options:
         self.given = given
         config = given.get("generation_config", args[1] if len(args) > 1 else None)
         alone = given.get("use_model_defaults") is False
-        self.configs = (config,) if alone else (config, model.generation_config)
+        self._configs = (config,) if alone else (config, model.generation_config)
 
     def __call__(self, name: str) -> Any:
         """Return an option's value, or None."""
-        for value in (self.given.get(name), *(getattr(c, name, None) for c in self.configs)):
-            if value is not None:
-                return value
-        return None
+        values = (self.given.get(name), *(getattr(config, name, None) for config in self._configs))
+        return next((value for value in values if value is not None), None)
 
 
 def end_tokens(given: Any) -> list[int]:

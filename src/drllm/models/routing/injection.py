@@ -10,10 +10,11 @@ Axes: B rows of the batch, R rows that run, T tokens, K keys, D hidden, E rotary
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,21 +46,19 @@ NOT_READ = ("tokenizer",)
 """Options of `generate` that it passes down all the same; no layer reads them."""
 
 
-class Driver(Protocol):
-    """Decides, at every layer of a forward pass, what is executed."""
+class Driver:
+    """Runs the layers of a forward pass; this one each layer once, as the model does by itself."""
 
-    def begin(self, forward: Forward) -> PassDriver:
+    def begin(self, forward: Forward) -> Driver:
         """Return what runs the layers of a new forward pass; called before its first layer."""
-
-
-class PassDriver(Protocol):
-    """Runs the layers of one forward pass."""
+        return self
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
         """Return what the model's loop continues with after this layer."""
+        return call.run(hidden)
 
     def end(self) -> None:
-        """Finish, once every layer was called."""
+        """Finish a pass, once every layer was called."""
 
 
 @dataclass
@@ -72,18 +71,16 @@ class Forward:
         rejected: Names of requested outputs that routing can't give.
         driver: What runs the layers of this pass.
         visited: Layers that the model's loop has called so far.
-        slices: Layer arguments already sliced, by rows, so that a slice is made once a pass.
-        cuts: Layer arguments already cut to last tokens, by how many, likewise.
+        parts: By argument and part, an argument and that part of it, made once a pass.
         indices: Rows as tensors, by rows and device, likewise.
     """
 
     attention_mask: Tensor | None
     opaque_mask: bool
     rejected: tuple[str, ...]
-    driver: PassDriver = field(init=False)
+    driver: Driver = field(init=False)
     visited: list[int] = field(default_factory=list)
-    slices: dict[tuple[int, ...], dict[str, tuple[Any, Any]]] = field(default_factory=dict)
-    cuts: dict[tuple[int, int], dict[str, tuple[Any, Any]]] = field(default_factory=dict)
+    parts: dict[tuple[str, tuple[Any, ...]], tuple[Any, Any]] = field(default_factory=dict)
     indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(default_factory=dict)
 
     def index(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
@@ -113,7 +110,6 @@ class Injection:
     """
 
     def __init__(self, model: Any, default: Driver) -> None:
-        self.model = model
         self.default = default
         self.decoder, self.layers = find_layers(model)
         self.num_layers = len(self.layers)
@@ -128,7 +124,7 @@ class Injection:
             handle.layer.forward = handle.forward
         self._hooks = [
             self.decoder.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            self.decoder.register_forward_hook(self._after, always_call=True),
         ]
 
     def remove(self) -> None:
@@ -156,19 +152,13 @@ class Injection:
 
     @contextmanager
     def driven_by(self, driver: Driver) -> Iterator[None]:
-        """Let another driver run the layers of this model inside the block."""
+        """Let another driver run the layers of this model inside the block; `Driver()` for none."""
         with _driver.set(self, driver):
-            yield
-
-    @contextmanager
-    def untouched(self) -> Iterator[None]:
-        """Run the plain base model inside the block, without taking anything off."""
-        with self.driven_by(_Plain()):
             yield
 
     def _before(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         for handle in self.handles:
-            if not handle.is_in_place:
+            if not handle.is_on_top and handle not in _overriding(handle.layer):
                 raise RoutingError(
                     f"the routing of layer {handle.index} was taken off the model by other code; "
                     f"make a new RoutedModel to attach it again"
@@ -182,15 +172,19 @@ class Injection:
         if isinstance(mask, dict):  # a mask per kind of attention; padding is the same in all
             mask = next((value for value in mask.values() if value is not None), None)
         _refuse_packed(kwargs, mask)
+        rejected = []
+        for name in REFUSED_OUTPUTS:
+            asked = kwargs.get(name)
+            if getattr(self.decoder.config, name, False) if asked is None else asked:
+                rejected.append(name)
+        is_tensor = isinstance(mask, Tensor)
         forward = Forward(
-            attention_mask=mask if isinstance(mask, Tensor) else None,
-            opaque_mask=mask is not None and not isinstance(mask, Tensor),
-            rejected=tuple([name for name in REFUSED_OUTPUTS if self._requested(name, kwargs)]),
+            mask if is_tensor else None, mask is not None and not is_tensor, tuple(rejected)
         )
         forward.driver = (_driver.get(self) or self.default).begin(forward)
         self.current.begin(forward)
 
-    def _after(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+    def _after(self, _module: nn.Module, _args: Any, output: Any) -> None:
         forward = self.current.get()
         if forward is None:  # the pre-hook itself raised
             return
@@ -203,23 +197,6 @@ class Injection:
                 f"{self.num_layers} layers once; its code was replaced and can't be routed"
             )
         forward.driver.end()
-
-    def _requested(self, name: str, kwargs: dict[str, Any]) -> bool:
-        asked = kwargs.get(name)
-        return bool(getattr(self.decoder.config, name, False) if asked is None else asked)
-
-
-class _Plain:
-    """Runs each layer once, as the model would by itself."""
-
-    def begin(self, forward: Forward) -> PassDriver:
-        return self
-
-    def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
-        return call.run(hidden)
-
-    def end(self) -> None:
-        pass
 
 
 class LayerHandle:
@@ -261,11 +238,6 @@ class LayerHandle:
         return (output, *(call.extras if forward.rejected else ()))
 
     @property
-    def is_in_place(self) -> bool:
-        """Whether the layer still calls us, perhaps through wrappers that say what they wrap."""
-        return self.is_on_top or self in _overriding(self.layer)
-
-    @property
     def is_on_top(self) -> bool:
         """Whether nobody has put anything over our override."""
         return getattr(self.layer.__dict__.get("forward"), "__self__", None) is self
@@ -278,6 +250,7 @@ class LayerCall:
         index: Layer index from 0.
         num_layers: L of the model.
         is_last: Whether no layer follows.
+        module: The layer itself.
         forward: The forward pass that this call belongs to.
         cache: The K/V cache among the arguments, found by its type; None without one.
         extras: What the layer returned besides its hidden states when it last ran.
@@ -296,6 +269,7 @@ class LayerCall:
         self._args = args
         self._kwargs = kwargs
         self.index = handle.index
+        self.module: nn.Module = handle.layer
         self.num_layers = handle.injection.num_layers
         self.is_last = self.index == self.num_layers - 1
         self.forward = forward
@@ -312,12 +286,6 @@ class LayerCall:
                         f"of transformers; paged and other foreign caches can't be routed"
                     )
 
-    @property
-    def module(self) -> nn.Module:
-        """The layer itself."""
-        layer: nn.Module = self._handle.layer
-        return layer
-
     def run(self, hidden: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
         """Execute the layer once.
 
@@ -331,17 +299,7 @@ class LayerCall:
         """
         args, kwargs = self._args, self._kwargs
         if rows is not None:
-            names = self._handle.positional
-            if len(args) > len(names):
-                raise RoutingError(
-                    f"the layers of this model take {len(args)} unnamed arguments after their "
-                    f"input; rows can't be routed separately"
-                )
-            args = tuple(
-                self._sliced(name, value, rows)
-                for name, value in zip(names, args, strict=False)  # the rest have defaults
-            )
-            kwargs = {name: self._sliced(name, value, rows) for name, value in kwargs.items()}
+            args, kwargs = self._cut(rows, partial(self._rows_of, rows))
         output = self._handle.original()(hidden, *args, **kwargs)
         if isinstance(output, tuple):
             self.extras = output[1:]
@@ -357,43 +315,46 @@ class LayerCall:
             num_past: Positions before the T that may still be seen, the last of those that the
                 mask has.
         """
-        memo = self.forward.cuts.setdefault((num_tokens, num_past), {})
-
-        def cut(name: str, value: Any) -> Any:
-            if name not in BATCH_AXES or value is None:
-                return value
-            if name not in memo or memo[name][0] is not value:
-                tensors = _tensors(name, value)
-                parts = tuple([_last_tokens(name, t, num_tokens, num_past) for t in tensors])
-                memo[name] = (value, parts if tensors is value else parts[0])
-            return memo[name][1]
-
-        names = self._handle.positional
-        args = (*map(cut, names, self._args), *self._args[len(names) :])
-        kwargs = {name: cut(name, value) for name, value in self._kwargs.items()}
+        part = ("last", num_tokens, num_past)
+        args, kwargs = self._cut(part, partial(_last_tokens, num_tokens, num_past))
         return LayerCall(self._handle, self.forward, self._num_rows, args, kwargs)
 
-    def _sliced(self, name: str, value: Any, rows: tuple[int, ...]) -> Any:
-        if value is None or isinstance(value, (bool, int, float, str, Cache)) or name in NOT_READ:
-            return value
-        tensors = _tensors(name, value)
-        if name not in BATCH_AXES:
+    def _cut(
+        self, part: tuple[Any, ...], cut: Callable[[str, Tensor], Tensor]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with every tensor cut to a part, which is made once a pass."""
+        names = self._handle.positional
+        if len(self._args) > len(names):
             raise RoutingError(
-                f"the layers of this model take a tensor argument {name!r} whose batch axis isn't "
-                f"known; routing rows apart would be a guess, so give every row the same decisions"
+                f"the layers of this model take {len(self._args)} unnamed arguments after their "
+                f"input; rows can't be routed separately"
             )
-        axis = BATCH_AXES[name]
-        if axis is None or (name in ROTARY and tensors[0].dim() == 2):
-            return value
-        memo = self.forward.slices.setdefault(rows, {})
-        if name in memo and memo[name][0] is value:
-            return memo[name][1]
-        sliced = tuple([self._rows_of(name, tensor, axis, rows) for tensor in tensors])
-        result = sliced if isinstance(value, (tuple, list)) else sliced[0]
-        memo[name] = (value, result)
-        return result
+        memo = self.forward.parts
 
-    def _rows_of(self, name: str, tensor: Tensor, axis: int, rows: tuple[int, ...]) -> Tensor:
+        def of(name: str, value: Any) -> Any:
+            if (
+                value is None
+                or isinstance(value, (bool, int, float, str, Cache))
+                or name in NOT_READ
+            ):
+                return value
+            known = memo.get((name, part))
+            if known is None or known[0] is not value:
+                tensors = value if isinstance(value, (tuple, list)) else (value,)
+                _check_tensors(name, tensors, type(value).__name__)
+                parts = tuple([cut(name, tensor) for tensor in tensors])
+                known = memo[name, part] = (value, parts if tensors is value else parts[0])
+            return known[1]
+
+        return (
+            tuple([of(name, value) for name, value in zip(names, self._args, strict=False)]),
+            {name: of(name, value) for name, value in self._kwargs.items()},
+        )
+
+    def _rows_of(self, rows: tuple[int, ...], name: str, tensor: Tensor) -> Tensor:
+        axis = BATCH_AXES[name]
+        if axis is None or (name in ROTARY and tensor.dim() == 2):
+            return tensor
         if tensor.shape[axis] == 1:  # broadcast over the batch: the same for every row
             # Some models count a mask's rows; several states of a batch of one row need as many.
             counted = name == "attention_mask" and self._num_rows == 1 and tensor.dim() == 4
@@ -461,18 +422,21 @@ def _refuse_packed(kwargs: dict[str, Any], mask: Any) -> None:
         )
 
 
-def _tensors(name: str, value: Any) -> Sequence[Tensor]:
-    """Return an argument as its tensors, or refuse one that is made of something else."""
-    tensors = value if isinstance(value, (tuple, list)) else (value,)
+def _check_tensors(name: str, tensors: Any, kind: str) -> None:
+    """Refuse an argument that can't be cut, or whose batch axis would be a guess."""
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         raise RoutingError(
-            f"the layers of this model take {name!r} as a {type(value).__name__}, which can't be "
-            f"cut by rows; load it with --attn-implementation sdpa (or eager)"
+            f"the layers of this model take {name!r} as a {kind}, which can't be cut by rows; load "
+            f"it with --attn-implementation sdpa (or eager)"
         )
-    return tensors
+    if name not in BATCH_AXES:
+        raise RoutingError(
+            f"the layers of this model take a tensor argument {name!r} whose batch axis isn't "
+            f"known; routing rows apart would be a guess, so give every row the same decisions"
+        )
 
 
-def _last_tokens(name: str, tensor: Tensor, num_tokens: int, num_past: int) -> Tensor:
+def _last_tokens(num_tokens: int, num_past: int, name: str, tensor: Tensor) -> Tensor:
     """Return the part of a layer's argument that belongs to the last tokens of its rows."""
     if name in ROTARY:
         return tensor if tensor.dim() == 2 else tensor[:, -num_tokens:]

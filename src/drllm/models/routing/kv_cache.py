@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
 
 from drllm.errors import RoutingError
 from drllm.models.base.capabilities import is_kv
+
+
+def _by_representative(name: str) -> Callable[..., Any]:
+    """Return a method that the entry which stands for all answers, by its class's arithmetic."""
+
+    def method(self: RoutedCacheLayer, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._representative(), name)(*args, **kwargs)
+
+    return method
 
 
 class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -44,11 +54,11 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         pristine.is_initialized = False
         self.pristine = pristine
         self.is_sliding = getattr(pristine, "is_sliding", False)
-        self.decisions: tuple[int, ...] | None = None
-        self.passes: list[CacheLayerMixin] = []
-        self.rows: list[tuple[int, ...]] = []
-        self.shadow: CacheLayerMixin | None = None
-        self._uncounted = 0
+        self.is_croppable = getattr(pristine, "is_croppable", True)
+        self.max_cache_len = getattr(pristine, "max_cache_len", 0)
+        # Where the inner entries are, the mask code masks what they have not yet filled.
+        self.is_compileable = getattr(pristine, "is_compileable", False)
+        self.reset()
         self._active: CacheLayerMixin | None = None
 
     def __repr__(self) -> str:
@@ -57,11 +67,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     # --- what routing calls ---
 
     def pin(self, decisions: tuple[int, ...]) -> None:
-        """Fix the decisions of all rows, once, before the first token is stored.
-
-        Args:
-            decisions: `[B]`, 0, 1 or 2 for each row.
-        """
+        """Fix the decisions `[B]` of all rows, once, before the first token is stored."""
         self.decisions = decisions
         for count in range(max(decisions)):
             self.passes.append(copy.deepcopy(self.pristine))
@@ -95,11 +101,6 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         else:
             _feed_ones(self.shadow, num_tokens, like)
 
-    @property
-    def num_stored_rows(self) -> int:
-        """K/V rows held, over all passes, without the shadow."""
-        return sum(len(rows) for rows in self.rows)
-
     # --- what transformers calls ---
 
     @property
@@ -111,21 +112,6 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def supports_early_init(self) -> bool:
         """Like `is_initialized`: nothing to initialise early, but counted once it holds K/V."""
         return self.is_initialized
-
-    @property
-    def max_cache_len(self) -> Any:
-        """Room that the inner entries have."""
-        return getattr(self.pristine, "max_cache_len", 0)
-
-    @property
-    def is_compileable(self) -> bool:
-        """Whether the inner entries are: the mask code then masks what they have not yet filled."""
-        return bool(getattr(self.pristine, "is_compileable", False))
-
-    @property
-    def is_croppable(self) -> bool:
-        """Whether the inner entries can be cropped."""
-        return bool(getattr(self.pristine, "is_croppable", True))
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: each pass initialises itself at its first update."""
@@ -139,21 +125,10 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             )
         return self._active.update(key_states, value_states, *args, **kwargs)
 
-    def get_seq_length(self) -> Any:
-        """Return the tokens stored so far, for whoever asks: a running pass or the mask code."""
-        return self._representative().get_seq_length()
-
-    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> Any:
-        """Return K/V length and offset for the mask code, by the inner class's own arithmetic."""
-        return self._representative().get_mask_sizes(*args, **kwargs)
-
-    def get_max_length(self) -> Any:
-        """Return the inner class's greatest length."""
-        return self._representative().get_max_length()
-
-    def get_max_cache_shape(self) -> Any:
-        """Return the same under the name that transformers 4 uses."""
-        return self._representative().get_max_cache_shape()
+    get_seq_length = _by_representative("get_seq_length")
+    get_mask_sizes = _by_representative("get_mask_sizes")
+    get_max_length = _by_representative("get_max_length")
+    get_max_cache_shape = _by_representative("get_max_cache_shape")  # of transformers 4
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Let row r be what row `beam_idx[r]` was."""
@@ -161,9 +136,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows (indices or a mask), in their order."""
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero().flatten()
-        self._select(indices)
+        self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Put `repeats` copies of each row next to one another."""
@@ -179,7 +152,10 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything, the decisions too."""
-        self.decisions, self.passes, self.rows, self.shadow = None, [], [], None
+        self.decisions: tuple[int, ...] | None = None
+        self.passes: list[CacheLayerMixin] = []
+        self.rows: list[tuple[int, ...]] = []
+        self.shadow: CacheLayerMixin | None = None
         self._uncounted = 0
 
     def activate_past_recording(self) -> None:
@@ -213,33 +189,31 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.shadow is not None and self._uncounted:
             num_tokens, self._uncounted = self._uncounted, 0
             _feed_ones(self.shadow, num_tokens, self.shadow.keys)
-        return [*self.passes, *([self.shadow] if self.shadow is not None else [])]
+        return self.passes if self.shadow is None else [*self.passes, self.shadow]
 
     def _representative(self) -> CacheLayerMixin:
         if self._active is not None:
             return self._active
-        entries = self._entries()
-        return entries[0] if entries else self.pristine
+        return next(iter(self._entries()), self.pristine)
 
     def _select(self, indices: Tensor) -> None:
         if self.decisions is None:
             return
-        chosen = [int(index) for index in indices.tolist()]
+        chosen: list[int] = indices.tolist()
         length = int(self.get_seq_length())
         passes: list[CacheLayerMixin] = []
         rows: list[tuple[int, ...]] = []
         for entry, held in zip(self.passes, self.rows, strict=True):
             position = {row: place for place, row in enumerate(held)}
             kept = tuple(r for r, index in enumerate(chosen) if index in position)
-            if not kept:
-                if self.shadow is None and not passes:  # nothing is left that knows the length
-                    self.shadow = copy.deepcopy(self.pristine)
-                    _feed_ones(self.shadow, length, entry.keys)
-                continue
-            places = torch.tensor([position[chosen[r]] for r in kept], device=entry.keys.device)
-            entry.reorder_cache(places)
-            passes.append(entry)
-            rows.append(kept)
+            if kept:
+                places = [position[chosen[r]] for r in kept]
+                entry.reorder_cache(torch.tensor(places, device=entry.keys.device))
+                passes.append(entry)
+                rows.append(kept)
+        if self.passes and not passes:  # nothing is left that knows the length
+            self.shadow = copy.deepcopy(self.pristine)
+            _feed_ones(self.shadow, length, self.passes[0].keys)
         self.decisions = tuple(self.decisions[index] for index in chosen)
         self.passes, self.rows = passes, rows
 
@@ -298,7 +272,8 @@ def routed_entry(cache: Cache, index: int) -> RoutedCacheLayer:
 
 def stored_rows(cache: Cache) -> int:
     """Count the K/V rows that a routed cache holds; equals the executions of its rows' plans."""
-    return sum(e.num_stored_rows for e in cache.layers if isinstance(e, RoutedCacheLayer))
+    entries = [entry for entry in cache.layers if isinstance(entry, RoutedCacheLayer)]
+    return sum(len(rows) for entry in entries for rows in entry.rows)
 
 
 def stored_bytes(cache: Cache) -> int:

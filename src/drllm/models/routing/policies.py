@@ -71,14 +71,11 @@ class Policy(Protocol):
 
     @abstractmethod
     def decide(self, layer: int, prompts: PromptView) -> Tensor | Sequence[int]:
-        """Return one decision per row.
+        """Return `[B]` integers 0, 1 or 2: a tensor on any device, or a sequence.
 
         Args:
             layer: Layer index from 0; layers are asked in order, once per prompt.
             prompts: What the layer is about to read.
-
-        Returns:
-            `[B]` integers 0, 1 or 2: a tensor on any device, or a sequence.
         """
 
 
@@ -121,11 +118,7 @@ class FixedPolicy(Policy):
         self.shared = plan.dim() == 1
 
     def decide(self, layer: int, prompts: PromptView) -> Sequence[int]:
-        """Return column `layer` of the plan.
-
-        Raises:
-            RoutingError: Decisions of their own for another number of rows.
-        """
+        """Return column `layer` of the plan, which must be for as many rows as there are."""
         if self.shared:
             return [self.plan[0][layer]] * prompts.num_rows
         if len(self.plan) != prompts.num_rows:
@@ -234,11 +227,7 @@ class LabelFrequencyPolicy(Policy):
         self.generator = generator
 
     def decide(self, layer: int, prompts: PromptView) -> Tensor:
-        """Return one draw per row.
-
-        Raises:
-            RoutingError: A layer that the counts don't go up to.
-        """
+        """Return one draw per row; the counts must go up to this layer."""
         if layer >= len(self.frequencies):
             raise RoutingError(
                 f"there are label counts of {len(self.frequencies)} layers, the model has more; "
@@ -288,11 +277,7 @@ class RouterPolicy(Policy):
     """
 
     def __init__(
-        self,
-        routers: RouterStack,
-        *,
-        depth_bias: float = 0.0,
-        router_penalty: float | None = None,
+        self, routers: RouterStack, *, depth_bias: float = 0.0, router_penalty: float | None = None
     ) -> None:
         DepthConfig(depth_bias=depth_bias, router_penalty=router_penalty).knob()
         self.routers = routers
@@ -320,17 +305,14 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def biased(logits: Tensor, depth_bias: float) -> Tensor:
-    """Charge every execution the same price, in logits.
+    """Charge every execution the same price, in logits: decision d gets its logit minus price · d.
 
-    A decision d gets its logit minus `depth_bias` · d. So with a price above 0 the layers whose
-    routers are least sure are skipped first; below 0 layers are repeated.
+    So above 0 the layers whose routers are least sure are skipped first; below 0 layers are
+    repeated.
 
     Args:
-        logits: `[B, 3]` of skip, execute and repeat.
+        logits: `[B, 3]` of skip, execute and repeat; the result's shape, too.
         depth_bias: The price; 0 leaves the logits as they are.
-
-    Returns:
-        `[B, 3]`.
 
     Source: ours (D-20).
 
@@ -343,7 +325,7 @@ def biased(logits: Tensor, depth_bias: float) -> Tensor:
 
 
 def penalised(logits: Tensor, router_penalty: float) -> Tensor:
-    """Blend the routers' probabilities with certain decisions, as published.
+    """Blend the routers' probabilities with certain decisions, as published; `[B, 3]` of them.
 
     From -1 to -0.5 certain skip gives way to the routers, from there to 0.5 the routers to certain
     execute, and from there to 1 that to certain repeat. So routers decide between -0.75 and 0 only:
@@ -352,9 +334,6 @@ def penalised(logits: Tensor, router_penalty: float) -> Tensor:
     Args:
         logits: `[B, 3]` of skip, execute and repeat.
         router_penalty: In [-1, 1].
-
-    Returns:
-        `[B, 3]` probabilities.
 
     Source: Dr.LLM figure 7 and its code for Qwen2 (D-20).
 

@@ -8,7 +8,7 @@ Axes: B rows, L layers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +86,8 @@ class RoutedModel:
 
     def _attach(self) -> None:
         self.injection = Injection(self.model, self.driver)
-        self._generation = GenerateHandle(base_of(self.model), self.driver)
-        self._generation.attach()
+        base = base_of(self.model)
+        base.generate = GenerateHandle(base, self.driver).generate
         self._attached = True
 
     @classmethod
@@ -117,7 +117,7 @@ class RoutedModel:
         """
         stack = load_routers(hub.find(routers, revision))
         if not (base is None or isinstance(base, (str, Path))):
-            for name, value in (("dtype", dtype), ("device", device)):
+            for name, value in {"dtype": dtype, "device": device}.items():
                 if value != "auto":
                     raise ConfigError(
                         f"{name}={value!r} has no effect on a base model that is loaded already; "
@@ -162,15 +162,8 @@ class RoutedModel:
     def generate(self, *args: Any, **inputs: Any) -> Any:
         """Generate with the model's own `generate`; decisions are made once per prompt.
 
-        The same as `routed.model.generate`: beams, sampling, several answers, assisted decoding,
-        streaming, with a cache and without.
-
-        Args:
-            args: Whatever `model.generate` takes by position (the token ids).
-            inputs: Whatever it takes by name.
-
-        Returns:
-            What `model.generate` returns.
+        It takes and returns what `routed.model.generate` does: beams, sampling, several answers,
+        assisted decoding, streaming, with a cache and without.
 
         Raises:
             RoutingError: `prefill_chunk_size` with a policy that reads the prompt, since it would
@@ -179,19 +172,18 @@ class RoutedModel:
         self._check_attached()
         return self.model.generate(*args, **inputs)
 
-    @contextmanager
-    def using(self, policy: Policy) -> Iterator[None]:
+    def using(self, policy: Policy) -> AbstractContextManager[None]:
         """Let another policy decide inside the block.
 
         The block counts for the thread that entered it; a thread started inside doesn't inherit
         it, so give the policy to `RoutedModel`, or open the block in that thread.
         """
         self._check_attached()
-        with self.driver.using(policy):
-            yield
+        return self.driver.using(policy)
 
-    @contextmanager
-    def fixed(self, decisions: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> Iterator[None]:
+    def fixed(
+        self, decisions: Sequence[int] | Sequence[Sequence[int]] | Tensor
+    ) -> AbstractContextManager[None]:
         """Pin a plan inside the block.
 
         Args:
@@ -200,11 +192,9 @@ class RoutedModel:
         Raises:
             PathError: Decisions that this model can't run.
         """
-        with self.using(FixedPolicy(decisions, self.num_layers)):
-            yield
+        return self.using(FixedPolicy(decisions, self.num_layers))
 
-    @contextmanager
-    def prompt_lengths(self, lengths: Sequence[int] | Tensor) -> Iterator[None]:
+    def prompt_lengths(self, lengths: Sequence[int] | Tensor) -> AbstractContextManager[None]:
         """Say where each row's prompt ends, for scoring continuations inside the block.
 
         Routers then read the prompt alone, never the continuation that is being scored.
@@ -212,8 +202,7 @@ class RoutedModel:
         Args:
             lengths: `[B]`, in real tokens, from 1.
         """
-        with self.driver.prompt_lengths(torch.as_tensor(lengths)):
-            yield
+        return self.driver.prompt_lengths(torch.as_tensor(lengths))
 
     def detach(self) -> Any:
         """Take the routing off and return the model, exactly what it was before.
@@ -223,7 +212,7 @@ class RoutedModel:
         """
         self._check_attached()
         self.injection.remove()
-        self._generation.remove()
+        del base_of(self.model).generate
         self._attached = False
         return self.model
 

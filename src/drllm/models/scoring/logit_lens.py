@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import base_of
+from drllm.models.routing.injection import Driver
 from drllm.models.routing.routed_model import RoutedModel
 
 NUM_TOKENS = 8
@@ -86,7 +87,7 @@ def _few_tokens(routed: RoutedModel) -> tuple[Tensor, Tensor, list[nn.Module]]:
     handles = [layers[-1].register_forward_hook(keep)]
     handles += [child.register_forward_pre_hook(note) for child in others]
     try:
-        with torch.no_grad(), routed.injection.untouched():
+        with torch.no_grad(), routed.injection.driven_by(Driver()):
             tokens = torch.arange(NUM_TOKENS, device=routed.model.device)[None]
             logits: Tensor = routed.model(input_ids=tokens, use_cache=False).logits
     finally:
