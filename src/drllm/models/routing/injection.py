@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -110,6 +110,7 @@ class Injection:
     """
 
     def __init__(self, model: Any, default: Driver) -> None:
+        self.model = model
         self.default = default
         self.decoder, self.layers = find_layers(model)
         self.num_layers = len(self.layers)
@@ -156,6 +157,23 @@ class Injection:
         with _driver.set(self, driver):
             yield
 
+    @cached_property
+    def can_drop_tokens(self) -> bool:
+        """Whether the model's loop continues with fewer tokens than it was given.
+
+        Some loops bring what the last layer returns back into the shape that they were given; these
+        must carry all tokens. It is tried on two tokens, without running a layer.
+        """
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.model.device)
+        with torch.no_grad(), self.driven_by(_DropToken()):
+            try:
+                output = self.decoder(input_ids=ids, use_cache=False)
+            except RuntimeError as error:
+                if "is invalid for input of size" not in str(error):  # not that of `Tensor.view`
+                    raise
+                return False
+        return bool(output[0].shape[1] == 1)
+
     def _before(self, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         for handle in self.handles:
             if not handle.is_on_top and handle not in _overriding(handle.layer):
@@ -197,6 +215,13 @@ class Injection:
                 f"{self.num_layers} layers once; its code was replaced and can't be routed"
             )
         forward.driver.end()
+
+
+class _DropToken(Driver):
+    """Runs no layer and returns the first of two tokens after the last one."""
+
+    def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
+        return hidden[:, :1] if call.is_last else hidden
 
 
 class LayerHandle:

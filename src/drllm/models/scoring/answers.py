@@ -178,8 +178,7 @@ class AnswerBatch:
             last = dict(zip(asked, shared.logits, strict=True))
             logits = torch.stack([last[pair][-1] for pair in pairs])
             kls = self._kl.measure(asked, shared.logits) if kl else {}
-            assert shared.cache is not None
-            return logits, shared.driver.routed_cache(shared.cache, pairs), kls
+            return logits, shared.routed_cache(pairs), kls
 
 
 @dataclass(slots=True)

@@ -5,14 +5,13 @@ repeating builds on the first execution, and two paths that agree so far share a
 state's value is what running that path alone gives, up to the last bits of batched arithmetic.
 
 Axes: P rows of the batch, N (row, decisions) pairs, U states run at once, T tokens, F past tokens,
-D hidden, H heads, E head size.
+D hidden, H heads, E head size, S kept tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -21,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from drllm.errors import RoutingError
 from drllm.models.routing.driver import Bypass, identity
-from drllm.models.routing.injection import Forward, LayerCall
+from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, entry_of
 from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
 from drllm.paths import Decisions, Path, to_path
@@ -39,28 +38,7 @@ MAX_PADDING = 4096
 """The same on any other device."""
 
 
-@dataclass(frozen=True, slots=True)
-class Past:
-    """What rows continue: K/V that other rows computed under the same paths.
-
-    Attributes:
-        driver: What ran those rows, and still holds their states.
-        places: For each row that continues one, which row that is.
-        num_tokens: For each row that continues one, how many of its tokens.
-    """
-
-    driver: PrefixSharingDriver
-    places: Sequence[int]
-    num_tokens: Sequence[int]
-
-    def kv(self, row: int, path: Path) -> tuple[Tensor, Tensor]:
-        """Return a row's past K and V of a path's last execution, `[H, F, E]`."""
-        keys, values = self.driver.kv(self.places[row], path)
-        num_tokens = self.num_tokens[row]
-        return keys[:, :num_tokens], values[:, :num_tokens]
-
-
-class PrefixSharingDriver:
+class PrefixSharingDriver(Driver):
     """Runs the distinct states of all pairs, layer by layer, and returns the last ones.
 
     The model's own loop carries the P rows up to the last layer; there the driver returns the
@@ -76,12 +54,22 @@ class PrefixSharingDriver:
             else; None returns all of them, `[N, T, D]`.
         rows_number: Tells these rows from others whose states are in the same cache.
         keep_kv: Keep K/V with each state, for `routed_cache` and for rows that continue these.
-        past: The past of the rows; None where they begin with their prompt.
+        past: What ran the rows that these continue under the same paths, and still holds their
+            states; None where these begin with their prompt.
+        past_rows: For each row that continues one, which row that is.
+        num_past: For each row that continues one, how many of its tokens.
         bypass: What a skipped layer passes on in this model.
+
+    Attributes:
+        logits: After the pass, for each pair, those of its last tokens, `[S, V]`.
+        cache: After the pass, its cache; None where none was used.
 
     Raises:
         RoutingError: A bypass that changes anything: a skip would no longer keep its state.
     """
+
+    logits: Sequence[Tensor] = ()
+    cache: Cache | None = None
 
     def __init__(
         self,
@@ -92,7 +80,9 @@ class PrefixSharingDriver:
         *,
         rows_number: int = 0,
         keep_kv: bool = False,
-        past: Past | None = None,
+        past: PrefixSharingDriver | None = None,
+        past_rows: Sequence[int] = (),
+        num_past: Sequence[int] = (),
         bypass: Bypass = identity,
     ) -> None:
         if bypass is not identity:
@@ -102,11 +92,14 @@ class PrefixSharingDriver:
             )
         self.pairs = list(pairs)
         self.states = states
-        self.lengths = list(lengths)
+        self.lengths = lengths
         self.keep_last = keep_last
         self.rows_number = rows_number
         self.keep_kv = keep_kv
         self.past = past
+        self.past_rows = past_rows
+        self.num_past = num_past
+        self._uses_cache = keep_kv or past is not None
         self._paths = {decisions: to_path(decisions) for _, decisions in self.pairs}
         self._used: dict[RowPath, PrefixState] = {}
         self._pristine: list[object] = []
@@ -115,8 +108,10 @@ class PrefixSharingDriver:
     @property
     def knows_all(self) -> bool:
         """Whether every state was known already, so that no layer has to run."""
-        paths = (self._paths[decisions] for _, decisions in self.pairs)
-        return all(start == len(path) for start, path in zip(self._start, paths, strict=True))
+        return all(
+            start == len(self._paths[d])
+            for start, (_, d) in zip(self._start, self.pairs, strict=True)
+        )
 
     def begin(self, forward: Forward) -> PrefixSharingDriver:
         """Start the pass; refuse outputs that can't be right."""
@@ -126,12 +121,19 @@ class PrefixSharingDriver:
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
         """Run every state that ends with this layer and isn't known yet."""
-        if self.keep_kv or self.past:
+        if self._uses_cache:
             if call.cache is None:
                 raise RoutingError("keeping K/V needs a cache: run the forward with use_cache=True")
             self._pristine.append(copy.deepcopy(entry_of(call.cache, call.index)))
         for count in range(2):
-            for group in self._groups(self._wanted(call.index, count), hidden.device):
+            reached = [
+                (self._row_path(pair, call.index, count), start)
+                for pair, start in zip(self.pairs, self._start, strict=True)
+                if pair[1][call.index] > count
+            ]
+            # A dict keeps the order of first mention.
+            wanted = {s: None for s, start in reached if len(s[1]) > start and s not in self._used}
+            for group in self._groups(list(wanted), hidden.device):
                 self._run(call, hidden, group)
         if not call.is_last:
             return hidden
@@ -140,9 +142,6 @@ class PrefixSharingDriver:
             return left_padded_stack(final, hidden.shape[1])
         kept = [h[len(h) - num :] for h, num in zip(final, self.keep_last, strict=True)]
         return torch.cat(kept)[None]
-
-    def end(self) -> None:
-        """Nothing is left to do."""
 
     def release(self) -> None:
         """Allow the states of this pass to be evicted."""
@@ -156,19 +155,19 @@ class PrefixSharingDriver:
         assert state.values is not None
         if self.past is None:
             return state.keys, state.values
-        keys, values = self.past.kv(row, path)
+        keys, values = self._past_kv(row, path)
         return torch.cat([keys, state.keys], dim=1), torch.cat([values, state.values], dim=1)
 
-    def routed_cache(self, cache: Cache, pairs: Sequence[Pair]) -> Cache:
+    def routed_cache(self, pairs: Sequence[Pair]) -> Cache:
         """Turn the cache of the shared pass into that of an ordinary routed batch of N rows.
 
         Args:
-            cache: The cache that the forward pass returned.
             pairs: Those of this pass's pairs that continue, in the order wanted.
 
         Returns:
             The same cache, its entries replaced by routed ones with each pair's K/V and decisions.
         """
+        assert self.cache is not None
         num_tokens = max(self.kv(row, self._paths[d])[0].shape[1] for row, d in pairs)
         like = next(iter(self._used.values())).hidden
         positions = {"cache_position": torch.arange(num_tokens, device=like.device)}
@@ -179,24 +178,24 @@ class PrefixSharingDriver:
                 entry.lengthen_shadow(num_tokens, like)
             for count, rows in enumerate(entry.rows):
                 held = [self.kv(*self._row_path(pairs[place], index, count)) for place in rows]
-                keys, values = (
-                    left_padded_stack(parts, num_tokens) for parts in zip(*held, strict=True)
-                )
+                keys, values = (left_padded_stack(t, num_tokens) for t in zip(*held, strict=True))
                 entry.passes[count].update(keys, values, positions)
-            cache.layers[index] = entry
-        return cache
+            self.cache.layers[index] = entry
+        return self.cache
+
+    def _past_kv(self, row: int, path: Path) -> tuple[Tensor, Tensor]:
+        """Return a row's past K and V of a path's last execution, `[H, F, E]`."""
+        assert self.past is not None
+        keys, values = self.past.kv(self.past_rows[row], path)
+        return keys[:, : self.num_past[row]], values[:, : self.num_past[row]]
 
     def _deepest(self, row: int, path: Path) -> int:
         """Return how many executions of a path are cached, and keep their states."""
-        known = 0
-        for length in range(len(path), 0, -1):
-            if self._hold(row, path[:length]):
-                known = length
-                break
+        lengths = range(len(path), 0, -1)
+        known = next((length for length in lengths if self._hold(row, path[:length])), 0)
         if self.keep_kv:  # every execution's K/V is needed, so a gap means running from there
-            for length in range(1, known):
-                if not self._hold(row, path[:length]):
-                    return length - 1
+            held = range(1, known)
+            return next((n - 1 for n in held if not self._hold(row, path[:n])), known)
         return known
 
     def _hold(self, row: int, path: Path) -> bool:
@@ -213,15 +212,6 @@ class PrefixSharingDriver:
         """Return the state that a pair reaches with pass `count` of a layer."""
         row, decisions = pair
         return row, self._paths[decisions][: sum(decisions[:layer]) + count + 1]
-
-    def _wanted(self, layer: int, count: int) -> list[RowPath]:
-        wanted: dict[RowPath, None] = {}  # a dict keeps the order of first mention
-        for pair, start in zip(self.pairs, self._start, strict=True):
-            if pair[1][layer] > count:
-                reached = self._row_path(pair, layer, count)
-                if len(reached[1]) > start and reached not in self._used:
-                    wanted[reached] = None
-        return list(wanted)
 
     def _groups(self, wanted: list[RowPath], device: torch.device) -> list[list[RowPath]]:
         """Split states that could run at once into groups of like length.
@@ -247,26 +237,24 @@ class PrefixSharingDriver:
             for row, path in wanted
         ]
         inputs = left_padded_stack(before)  # [U, T, D]
-        num_tokens, num_past, entry = inputs.shape[1], 0, None
-        if self.past is not None:
-            kv = [self.past.kv(row, path) for row, path in wanted]
-            keys, values = (left_padded_stack(parts) for parts in zip(*kv, strict=True))
-            num_past = keys.shape[2]
-        if self.keep_kv or self.past is not None:
+        num_past, entry = 0, None
+        if self._uses_cache:
             # Not an entry of the model's own class: one that slides drops what isn't seen again.
             entry = DynamicLayer()
-            if self.past is not None:
-                entry.update(keys, values)
             assert call.cache is not None
             call.cache.layers[call.index] = entry
-        outputs = call.last_tokens(num_tokens, num_past).run(inputs, rows)
+        if entry is not None and self.past is not None:
+            kv = [self._past_kv(row, path) for row, path in wanted]
+            keys, values = (left_padded_stack(parts) for parts in zip(*kv, strict=True))
+            num_past = keys.shape[2]
+            entry.update(keys, values)
+        outputs = call.last_tokens(inputs.shape[1], num_past).run(inputs, rows)
         self.states.executions_run += len(wanted)
         self.states.tokens_run += sum(self.lengths[row] for row in rows)
         for place, (row, path) in enumerate(wanted):
             # Clones: a view would keep the whole batch alive as long as one of its states.
             kept = [outputs[place]]
-            if self.keep_kv:
-                assert entry is not None
+            if entry is not None and self.keep_kv:
                 kept += [entry.keys[place], entry.values[place]]
             state = PrefixState(*(t[..., -self.lengths[row] :, :].clone() for t in kept))
             self._used[row, path] = state
