@@ -12,14 +12,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from drllm.errors import RoutingError
 from drllm.models.base.capabilities import can_pack
-from drllm.models.base.prompts import encode, encode_continuation
 from drllm.models.routing.driver import PathsDriver
 from drllm.models.routing.policies import Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
@@ -29,14 +28,6 @@ from drllm.models.scoring.packing import PackedBatch, PackedRows, Question, pack
 from drllm.models.scoring.prefix_cache import GIGABYTE, PrefixCache
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.paths import Path
-
-
-def tokenised(tokenizer: Any, text: str, continuations: Sequence[str]) -> Question:
-    """Return a rendered prompt and its continuations as tokens."""
-    return Question(
-        encode(tokenizer, text),
-        [encode_continuation(tokenizer, text, continuation) for continuation in continuations],
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +111,10 @@ class ChoiceBatch:
     ) -> None:
         self.routed = routed
         self.questions = list(questions)
-        self._check()
+        for question in self.questions:
+            each = zip(question.continuations, question.scored_from, strict=True)
+            if not question.context or not all(len(tokens) > first for tokens, first in each):
+                raise RoutingError("a prompt or one of its continuations has no tokens to score")
         self.states = contexts.states if contexts else PrefixCache(state_cache_gb * GIGABYTE)
         packs = can_pack(routed.model, max(question.length for question in self.questions))
         parts = [[question] if packs else question.apart() for question in self.questions]
@@ -134,7 +128,6 @@ class ChoiceBatch:
         self._rows = packed_rows(routed, self._parts, self.states, contexts=given)
         self._kl = KlFromFull(self._rows)
         self._batcher = MemoryBatcher(routed.model, self.states, paths_per_pass)
-        self._whole_rows: PackedBatch | None = None
         self._targets = [self._targets_of(part) for part in self._parts]
 
     @property
@@ -143,14 +136,7 @@ class ChoiceBatch:
         return self._rows.past is not None
 
     def logprobs(self, pairs: Sequence[Pair]) -> list[tuple[float, ...]]:
-        """Return the summed log-probability of each continuation, in nats.
-
-        Args:
-            pairs: Question's place and decisions.
-
-        Returns:
-            For each pair the sums, in the order of the question's continuations.
-        """
+        """Return, for each pair as in `scores`, the `logprobs` of its score."""
         return [score.logprobs for score in self.scores(pairs)]
 
     def scores(
@@ -166,17 +152,13 @@ class ChoiceBatch:
         of_rows = [(row, path) for place, path in pairs for row in self._places[place]]
         self.states.executions_asked += sum(sum(decisions) for _, decisions in of_rows)
         packed = self._rows.packed
-        num_logits = max(
-            after + 1 + (own if kl else 0)
-            for own, after in zip(packed.num_own, packed.num_after, strict=True)
-        )
-        size = PathSize(packed.num_columns, num_logits)
-        found = iter(self._batcher.run(of_rows, size, lambda part: self._scores(part, kl, greedy)))
-        return [
-            _joined(list(itertools.islice(found, len(self._places[place])))) for place, _ in pairs
-        ]
+        each = zip(packed.num_own, packed.num_after, strict=True)
+        size = PathSize(packed.num_columns, 1 + max(after + kl * own for own, after in each))
+        score = partial(self._scores, kl=kl, greedy=greedy)
+        found = iter(self._batcher.run(of_rows, size, score))
+        return [_joined([next(found) for _ in self._places[place]]) for place, _ in pairs]
 
-    def _scores(self, pairs: Sequence[Pair], kl: bool, greedy: bool) -> list[Score]:
+    def _scores(self, pairs: Sequence[Pair], *, kl: bool, greedy: bool) -> list[Score]:
         """Return how each path scores its row; KL with the first row of a question alone."""
         num_own, num_after = self._rows.packed.num_own, self._rows.packed.num_after
         first = {places[0] for places in self._places} if kl else set()
@@ -209,7 +191,7 @@ class ChoiceBatch:
         driver = self.routed.driver
         if len(self._parts) > len(self.questions):
             policy = _OncePerQuestion(policy, self._places)
-        with driver.using(policy), driver.reading(self._whole().context):
+        with driver.using(policy), driver.reading(self._whole.context):
             scores = self._whole_scores(self._whole_logits(), greedy=True)
         driver.last_route = [  # one row for each question
             tuple([layer[places[0]] for places in self._places]) for layer in driver.last_route
@@ -236,12 +218,10 @@ class ChoiceBatch:
         by_beginning = sorted(range(len(paths)), key=lambda place: tuple(paths[place]))
         for start in range(0, len(paths), paths_per_pass):
             part = by_beginning[start : start + paths_per_pass]
-            driver = PathsDriver([paths[place] for place in part])
-            with self.routed.injection.driven_by(driver):
-                logits = self._whole_logits()
-            each = torch.split(logits, len(self._parts))
-            for place, of_path in zip(part, each, strict=True):
-                scores = self._whole_scores(of_path, greedy=False)
+            with self.routed.injection.driven_by(PathsDriver([paths[place] for place in part])):
+                each = torch.split(self._whole_logits(), len(self._parts))
+            for place, logits in zip(part, each, strict=True):
+                scores = self._whole_scores(logits, greedy=False)
                 found[place] = [score.logprobs for score in scores]
         return found
 
@@ -250,12 +230,20 @@ class ChoiceBatch:
         self._kl.forget()
         self.states.forget()
 
+    @cached_property
+    def _whole(self) -> PackedBatch:
+        """The rows without a past."""
+        if self._rows.past is None:
+            return self._rows.packed
+        model = self.routed.model
+        return pack(self._parts, dtype=model.dtype, device=model.device)
+
     def _whole_logits(self) -> Tensor:
         """Run whole rows once, and return the logits of what is scored, `[B, S, V]`.
 
         A driver that returns more rows than it was given gives the logits of all of them.
         """
-        rows = self._whole()
+        rows = self._whole
         # By index, not by number: a slice would lie scattered, and the head's product be slow.
         T, keep = rows.ids.shape[1], max(rows.num_after) + 1
         with torch.no_grad():
@@ -270,73 +258,39 @@ class ChoiceBatch:
 
     def _whole_scores(self, logits: Tensor, *, greedy: bool) -> list[Score]:
         """Return the scores of every question from the logits of whole rows, `[B, S, V]`."""
-        num_after = self._whole().num_after
-        scores = self._scored(
-            [(row, logits[row, logits.shape[1] - num - 1 :]) for row, num in enumerate(num_after)],
-            greedy,
-        )
+        starts = [logits.shape[1] - num - 1 for num in self._whole.num_after]
+        rows = [(row, logits[row, start:]) for row, start in enumerate(starts)]
+        scores = self._scored(rows, greedy)
         return [_joined([scores[row] for row in places]) for places in self._places]
 
     def _scored(self, rows: Sequence[tuple[int, Tensor]], greedy: bool) -> list[Score]:
         """Return the scores of rows from their scored tokens' logits `[S, V]`."""
-        counts = [len(self._parts[row].continuations) for row, _ in rows]
-        each = [self._sum(row, logits, greedy) for row, logits in rows]
-        sums = iter(torch.cat([values for values, _ in each]).tolist())  # at once: it is waited for
-        flags = iter(torch.cat([misses for _, misses in each]).tolist())
-        return [
-            Score(
-                tuple(itertools.islice(sums, num)),
-                greedy=tuple(count == 0 for count in itertools.islice(flags, num if greedy else 0)),
-            )
-            for num in counts
-        ]
-
-    def _sum(self, row: int, logits: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
-        """Return each continuation's summed log-probability and its tokens that others beat, `[C]`.
-
-        The second is empty unless it is asked for.
-        """
-        columns, targets, owners = self._targets[row]
-        values = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # As lm-evaluation-harness has it: `logsumexp` is nearer to float64, and 1e-4 from it.
-        each = values.log_softmax(dim=1)[columns, targets]
-        num = len(self._parts[row].continuations)
-        sums = torch.zeros(num, dtype=each.dtype, device=each.device).index_add(0, owners, each)
-        if not greedy:
-            return sums, sums.new_empty(0)
-        beaten = (values.argmax(dim=1)[columns] != targets).to(sums.dtype)
-        return sums, torch.zeros_like(sums).index_add(0, owners, beaten)
-
-    def _check(self) -> None:
-        for question in self.questions:
-            unscored = question.num_unscored or [0] * len(question.continuations)
-            if not question.context or not all(
-                len(tokens) > num
-                for tokens, num in zip(question.continuations, unscored, strict=True)
-            ):
-                raise RoutingError("a prompt or one of its continuations has no tokens to score")
-
-    def _whole(self) -> PackedBatch:
-        """Return the rows without a past, laid out when first asked for."""
-        if self._rows.past is None:
-            return self._rows.packed
-        if self._whole_rows is None:
-            model = self.routed.model
-            self._whole_rows = pack(self._parts, dtype=model.dtype, device=model.device)
-        return self._whole_rows
+        found = []
+        for row, logits in rows:
+            columns, targets, owners = self._targets[row]
+            values = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            # As lm-evaluation-harness has it: `logsumexp` is nearer to float64, and 1e-4 from it.
+            each = [values.log_softmax(dim=1)[columns, targets]]
+            if greedy:  # count the tokens that others beat
+                each.append((values.argmax(dim=1)[columns] != targets).to(values.dtype))
+            zeros = values.new_zeros(len(self._parts[row].continuations))
+            found.append(torch.stack([zeros.index_add(0, owners, part) for part in each]))
+        sums, *beaten = torch.cat(found, dim=1).tolist()  # at once: a device is waited for here
+        scores: list[Score] = []
+        end = 0
+        for row, _ in rows:
+            start, end = end, end + len(self._parts[row].continuations)
+            flags = tuple(num == 0 for num in beaten[0][start:end]) if greedy else ()
+            scores.append(Score(tuple(sums[start:end]), greedy=flags))
+        return scores
 
     def _targets_of(self, question: Question) -> tuple[Tensor, ...]:
         """Return, for each token to predict, its scored column, its id and its continuation."""
-        columns: list[int] = []
-        targets: list[int] = []
-        owners: list[int] = []
+        found: list[tuple[int, int, int]] = []
         column = 1  # the first scored column is the context's last token
-        unscored = question.num_unscored or [0] * len(question.continuations)
-        for owner, tokens in enumerate(question.continuations):
-            inner, first = len(tokens) - 1, unscored[owner]
-            columns += [0, *range(column, column + inner)][first:]
-            targets += tokens[first:]
-            owners += [owner] * (len(tokens) - first)
-            column += inner
-        device = self.routed.model.device
-        return tuple(torch.tensor(each, device=device) for each in (columns, targets, owners))
+        each = zip(question.continuations, question.scored_from, strict=True)
+        for owner, (tokens, first) in enumerate(each):
+            columns = [0, *range(column, column + len(tokens) - 1)]
+            found += zip(columns[first:], tokens[first:], itertools.repeat(owner))
+            column += len(tokens) - 1
+        return torch.tensor(found, device=self.routed.model.device).unbind(1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ SHARE_OF_MEMORY = 0.5
 """Maximum share of the memory for states that the full path's distributions may take."""
 
 
-@dataclass(frozen=True, slots=True)
-class FullDistributions:
+class FullDistributions(NamedTuple):
     """The full path's next-token distributions on a row.
 
     Attributes:
@@ -32,22 +31,10 @@ class FullDistributions:
     probabilities: Tensor
     negative_entropy: Tensor
 
-    @classmethod
-    def of(cls, logits: Tensor) -> FullDistributions:
-        """Return the distributions of logits `[T, V]`."""
-        logprobs = logits.log_softmax(dim=-1)
-        probabilities = logprobs.exp()
-        return cls(probabilities, (probabilities * logprobs).sum(dim=-1))
-
     @property
     def num_bytes(self) -> int:
         """Memory that they hold."""
         return self.probabilities.nbytes + self.negative_entropy.nbytes
-
-    def divergence(self, logits: Tensor) -> Tensor:
-        """Return the sum over tokens of KL(these || those of the logits), in nats, as a scalar."""
-        cross = (self.probabilities * logits).sum(dim=-1) - logits.logsumexp(dim=-1)
-        return (self.negative_entropy - cross).sum()
 
 
 class KlFromFull:
@@ -66,8 +53,7 @@ class KlFromFull:
 
     def __init__(self, rows: PackedRows) -> None:
         self._rows = rows
-        self._num_layers = rows.routed.num_layers
-        self._full = full_decisions(self._num_layers)
+        self._full = full_decisions(rows.routed.num_layers)
         self._distributions: dict[int, FullDistributions] = {}
         self._prefix = KlFromFull(rows.past[0]) if rows.past is not None else None
         self._prefix_sums: dict[Decisions, float] = {}
@@ -89,14 +75,15 @@ class KlFromFull:
         each = [self._sum(pair, values) for pair, values in zip(pairs, logits, strict=True)]
         sums: list[float] = torch.stack(each).tolist()  # at once: a device is waited for here
         self._trim()
+        num_prefix = 0
         if self._prefix is not None:
-            self._measure_prefix([decisions for _, decisions in pairs])
+            num_prefix = self._prefix._rows.packed.num_own[0]
+            self._measure_prefix([decisions for _, decisions in pairs], num_prefix)
         kls: dict[Pair, float | None] = {}
         for (row, decisions), own in zip(pairs, sums, strict=True):
             total = own + self._prefix_sums.get(decisions, 0.0)
-            count = self._num_tokens(row)
-            finite = math.isfinite(total)
-            kls[row, decisions] = max(total / count, 0.0) if finite else None
+            count = self._rows.packed.num_own[row] + num_prefix
+            kls[row, decisions] = max(total / count, 0.0) if math.isfinite(total) else None
         return kls
 
     def forget(self) -> None:
@@ -106,43 +93,42 @@ class KlFromFull:
         if self._prefix is not None:
             self._prefix.forget()
 
-    def _num_tokens(self, row: int) -> int:
-        count = self._rows.packed.num_own[row]
-        return count + (self._prefix._num_tokens(0) if self._prefix is not None else 0)
-
     def _sum(self, pair: Pair, logits: Tensor) -> Tensor:
+        """Return the sum over tokens of the full path's KL from a path, in nats, as a scalar."""
         row, decisions = pair
         values = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if decisions != self._full:
-            return self._distributions[row].divergence(values)
+            full = self._distributions[row]
+            cross = (full.probabilities * values).sum(dim=-1) - values.logsumexp(dim=-1)
+            return (full.negative_entropy - cross).sum()
         if row not in self._distributions:
-            self._distributions[row] = FullDistributions.of(values)
+            logprobs = values.log_softmax(dim=-1)
+            probabilities = logprobs.exp()
+            entropy = (probabilities * logprobs).sum(dim=-1)
+            self._distributions[row] = FullDistributions(probabilities, entropy)
             self._rows.states.count_other(self._distributions[row].num_bytes)
         return 0 * self._distributions[row].negative_entropy.sum()  # not a number if that isn't
 
-    def _measure_prefix(self, wanted: Sequence[Decisions]) -> None:
+    def _measure_prefix(self, wanted: Sequence[Decisions], length: int) -> None:
         """Measure the tokens that all prompts begin with, under paths not measured yet."""
         assert self._prefix is not None
-        assert self._rows.past is not None
-        new = list(dict.fromkeys(d for d in wanted if d not in self._prefix_sums))
+        new = [(0, d) for d in dict.fromkeys(wanted) if d not in self._prefix_sums]
         if not new:
             return
-        length = self._prefix._num_tokens(0)
-        pairs = self._prefix.with_full([(0, decisions) for decisions in new])
-        with self._rows.past[0].run(pairs, [length] * len(pairs)) as shared:
+        pairs = self._prefix.with_full(new)
+        with self._prefix._rows.run(pairs, [length] * len(pairs)) as shared:
             measured = self._prefix.measure(pairs, shared.logits)
-        for decisions in new:
-            kl = measured[0, decisions]
-            self._prefix_sums[decisions] = math.nan if kl is None else kl * length
+        for pair in new:
+            kl = measured[pair]
+            self._prefix_sums[pair[1]] = math.nan if kl is None else kl * length
 
     def _trim(self) -> None:
         """Drop the newest distributions if all of them take too much memory."""
-        states = self._rows.states
         total = sum(each.num_bytes for each in self._distributions.values())
-        while self._distributions and total > SHARE_OF_MEMORY * states.max_bytes:
-            row = next(reversed(self._distributions))
-            total -= self._distributions[row].num_bytes
-            self._drop(row)
+        while self._distributions and total > SHARE_OF_MEMORY * self._rows.states.max_bytes:
+            total -= self._drop(next(reversed(self._distributions)))
 
-    def _drop(self, row: int) -> None:
-        self._rows.states.count_other(-self._distributions.pop(row).num_bytes)
+    def _drop(self, row: int) -> int:
+        num_bytes = self._distributions.pop(row).num_bytes
+        self._rows.states.count_other(-num_bytes)
+        return num_bytes
