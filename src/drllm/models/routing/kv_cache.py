@@ -47,6 +47,11 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     """Fits no batch: up to 5.0 transformers keeps a static cache for its next `generate`, which
     must not meet decisions of this one."""
 
+    decisions: tuple[int, ...] | None
+    passes: list[CacheLayerMixin]
+    rows: list[tuple[int, ...]]
+    shadow: CacheLayerMixin | None
+
     def __init__(self, pristine: CacheLayerMixin) -> None:
         # No super().__init__(): it would set keys and values that this entry doesn't have.
         # It is empty, but may have its room already, for all rows: each pass takes its own.
@@ -152,10 +157,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything, the decisions too."""
-        self.decisions: tuple[int, ...] | None = None
-        self.passes: list[CacheLayerMixin] = []
-        self.rows: list[tuple[int, ...]] = []
-        self.shadow: CacheLayerMixin | None = None
+        self.decisions, self.passes, self.rows, self.shadow = None, [], [], None
         self._uncounted = 0
 
     def activate_past_recording(self) -> None:

@@ -9,13 +9,13 @@ Axes: P prompts, N pairs, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from drllm.models.routing.generate import end_tokens
 from drllm.models.routing.kv_cache import cache_argument
@@ -108,15 +108,12 @@ class AnswerBatch:
         self.states.executions_asked += sum(sum(decisions) for _, decisions in pairs)
         columns = self.rows.packed.num_columns
         size = PathSize(columns, columns if kl else 1, keeps_kv=True)
-        return self._batcher.run(
-            range(len(pairs)),
-            size,
-            lambda places: self._generate(
-                [_Pending(place, pairs[place], max_new_tokens[place]) for place in places],
-                grader,
-                kl,
-            ),
-        )
+
+        def answered(places: Sequence[int]) -> list[Answer]:
+            pending = [_Pending(place, pairs[place], max_new_tokens[place]) for place in places]
+            return self._generate(pending, grader, kl)
+
+        return self._batcher.run(range(len(pairs)), size, answered)
 
     def forget(self) -> None:
         """Drop all shared states."""
@@ -125,7 +122,7 @@ class AnswerBatch:
 
     def _generate(self, pending: list[_Pending], grader: Grader, kl: bool) -> list[Answer]:
         """Answer the pairs of one pass."""
-        all_pending = pending
+        everything = pending
         logits, cache, kls = self._read([each.pair for each in pending], kl)
         lengths = self._lengths[[each.pair[0] for each in pending]].to(logits.device)[:, None]
         width = int(lengths.max())
@@ -133,14 +130,19 @@ class AnswerBatch:
         positions = lengths - 1
         while True:
             highest, best = logits.float().max(dim=-1)  # [rows]
-            each_logprob = highest - logits.float().logsumexp(dim=-1)
-            for each, token, logprob in zip(
-                pending, best.tolist(), each_logprob.tolist(), strict=True
-            ):
-                self._add_token(each, token, logprob, grader)
+            logprobs = highest - logits.float().logsumexp(dim=-1)
+            for each, token, logprob in zip(pending, best.tolist(), logprobs.tolist(), strict=True):
+                each.num_steps += 1
+                each.logprob += logprob
+                is_end = token in self._ends
+                if not is_end:
+                    each.tokens.append(token)
+                each.text = self.tokenizer.decode(each.tokens, skip_special_tokens=True)
+                is_all = is_end or each.num_steps == each.max_new_tokens
+                each.grade = grader(each.place, each.text, is_all)
             left = [row for row, each in enumerate(pending) if each.grade is None]
             if not left:
-                return [each.answer(kls.get(each.pair)) for each in all_pending]
+                return [each.answer(kls.get(each.pair)) for each in everything]
             if len(left) < len(pending):
                 keep = torch.tensor(left, device=best.device)
                 cache.batch_select_indices(keep)
@@ -157,28 +159,16 @@ class AnswerBatch:
                     **{self._cache_argument: cache},
                 ).logits[:, -1]
 
-    def _add_token(self, each: _Pending, token: int, logprob: float, grader: Grader) -> None:
-        """Add one token to an answer, or its end, and grade it."""
-        each.num_steps += 1
-        each.logprob += logprob
-        finished = token in self._ends
-        if not finished:
-            each.tokens.append(token)
-        each.text = self.tokenizer.decode(each.tokens, skip_special_tokens=True)
-        finished = finished or each.num_steps == each.max_new_tokens
-        each.grade = grader(each.place, each.text, finished)
-
     def _read(
         self, pairs: Sequence[Pair], kl: bool
-    ) -> tuple[Tensor, Any, dict[Pair, float | None]]:
+    ) -> tuple[Tensor, Cache, dict[Pair, float | None]]:
         """Return the prompts' last logits `[N, V]`, the routed cache of N rows, and the KL."""
         asked = self._kl.with_full(pairs) if kl else list(dict.fromkeys(pairs))
         keep = [self.rows.packed.num_own[row] if kl else 1 for row, _ in asked]
         with self.rows.run(asked, keep) as shared:
-            last = dict(zip(asked, shared.logits, strict=True))
-            logits = torch.stack([last[pair][-1] for pair in pairs])
+            last = {pair: values[-1] for pair, values in zip(asked, shared.logits, strict=True)}
             kls = self._kl.measure(asked, shared.logits) if kl else {}
-            return logits, shared.routed_cache(pairs), kls
+            return torch.stack([last[pair] for pair in pairs]), shared.routed_cache(pairs), kls
 
 
 @dataclass(slots=True)
@@ -188,14 +178,13 @@ class _Pending:
     place: int
     pair: Pair
     max_new_tokens: int
-    tokens: list[int] = dataclasses.field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     text: str = ""
     logprob: float = 0.0
     num_steps: int = 0
     grade: float | None = None
 
     def answer(self, kl: float | None) -> Answer:
-        """Return the graded answer."""
         assert self.grade is not None
-        tokens = tuple(self.tokens)
-        return Answer(self.text, tokens, self.grade, self.logprob / self.num_steps, kl)
+        logprob = self.logprob / self.num_steps
+        return Answer(self.text, tuple(self.tokens), self.grade, logprob, kl)

@@ -6,6 +6,7 @@ Results don't depend on how paths are split over passes.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -74,18 +75,17 @@ class MemoryBatcher:
         self.model = model
         self.states = PrefixCache(0) if states is None else states
         self._given = maximum
-        self._limit: int | None = None  # found by running out of memory
+        self._limit = sys.maxsize  # until memory runs out
 
     def num_paths(self, size: PathSize) -> int:
         """Return how many paths the next pass takes."""
-        if self._given is not None:
-            wanted = self._given
-        else:
+        wanted = self._given
+        if wanted is None:
             free = free_bytes(self.model.device)
             left = max(free - (self.states.max_bytes - self.states.num_bytes), free / 2)
             wanted = int(left * SHARE_OF_FREE_MEMORY / size.num_bytes(self.model))
             wanted = min(max(wanted, 1), MAX_PATHS)
-        return wanted if self._limit is None else min(wanted, self._limit)
+        return min(wanted, self._limit)
 
     def run(
         self,
@@ -105,40 +105,31 @@ class MemoryBatcher:
         """
         results: list[Result] = []
         while len(results) < len(items):
-            num = min(self.num_paths(size), len(items) - len(results))
-            done = self._try(items[len(results) : len(results) + num], size, one_pass)
-            if done is None:  # out of memory; what the pass held is free by now
-                self._limit = max(num // 2, 1)
-                _free_cached(self.model.device)
-                logger.warning(
-                    "out of memory on %s with %d paths in a pass; continuing with %d",
-                    self.model.device,
-                    num,
-                    self._limit,
-                )
+            part = items[len(results) :][: self.num_paths(size)]
+            try:
+                results += one_pass(part)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(part) == 1:
+                    raise ModelError(
+                        f"a single path of {size.num_tokens} tokens doesn't fit into the memory of "
+                        f"{self.model.device}; lower --state-cache-gb, load the model with --dtype "
+                        f"bfloat16, or use a device with more memory"
+                    ) from error
             else:
-                results += done
+                continue
+            # Outside of the except block, so that what the failed pass held is free by now.
+            self._limit = max(len(part) // 2, 1)
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            logger.warning(
+                "out of memory on %s with %d paths in a pass; continuing with %d",
+                self.model.device,
+                len(part),
+                self._limit,
+            )
         return results
-
-    def _try(
-        self,
-        items: Sequence[Item],
-        size: PathSize,
-        one_pass: Callable[[Sequence[Item]], list[Result]],
-    ) -> list[Result] | None:
-        """Return the results, or None if memory ran out with several paths."""
-        try:
-            return one_pass(items)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(items) == 1:
-                raise ModelError(
-                    f"a single path of {size.num_tokens} tokens doesn't fit into the memory of "
-                    f"{self.model.device}; lower --state-cache-gb, load the model with --dtype "
-                    f"bfloat16, or use a device with more memory"
-                ) from error
-            return None
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -173,8 +164,3 @@ def free_bytes(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + unused)
     return int(psutil.virtual_memory().available) // _num_sharing
-
-
-def _free_cached(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

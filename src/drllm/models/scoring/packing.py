@@ -156,8 +156,8 @@ def pack(
         past_seen = past_seen[:, None].expand(*shape, F)
         is_seen = torch.cat([past_seen, own_seen], dim=2)[:, None]  # [P, 1, T, F + T]
         mask = torch.zeros(is_seen.shape, dtype=dtype).masked_fill(~is_seen, torch.finfo(dtype).min)
-    tensors = (tensor.to(device) for tensor in (ids, positions, mask, owner == 0))
-    return PackedBatch(*tensors, past, num_own, num_after)
+    ids, positions, mask, context = (t.to(device) for t in (ids, positions, mask, owner == 0))
+    return PackedBatch(ids, positions, mask, context, past, num_own, num_after)
 
 
 class PackedRows:
@@ -190,9 +190,7 @@ class PackedRows:
         self.number = next(self._numbers)
 
     @contextmanager
-    def run(
-        self, pairs: Sequence[Pair], keep_last: Sequence[int]
-    ) -> Iterator[PrefixSharingDriver]:
+    def run(self, pairs: Sequence[Pair], keep_last: Sequence[int]) -> Iterator[PrefixSharingDriver]:
         """Run the states that are new; inside the block all states of these pairs are held.
 
         Args:
@@ -204,9 +202,9 @@ class PackedRows:
         """
         can_drop_tokens = self.routed.injection.can_drop_tokens
         with ExitStack() as stack:
-            past, places = None, ()
-            if self.past is not None:
-                rows, places = self.past
+            rows, places = self.past or (None, ())
+            past = None
+            if rows is not None:
                 before = list(dict.fromkeys((places[row], decisions) for row, decisions in pairs))
                 past = stack.enter_context(rows.run(before, [0] * len(before)))
             driver = PrefixSharingDriver(

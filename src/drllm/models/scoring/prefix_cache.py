@@ -85,7 +85,7 @@ class PrefixCache:
         if key in self._states:
             return
         self._states[key] = state
-        self._count(state.num_bytes)
+        self.count_other(state.num_bytes)
 
     def need(self, key: Key) -> None:
         """Protect a state from eviction until `release`, which has to follow once for each call."""
@@ -101,7 +101,9 @@ class PrefixCache:
 
     def count_other(self, num_bytes: int) -> None:
         """Count memory that is held besides the states; negative when it is freed."""
-        self._count(num_bytes)
+        self.num_bytes += num_bytes
+        self._shrink()
+        self.peak_bytes = max(self.peak_bytes, self.num_bytes)
 
     def forget(self) -> None:
         """Drop all states; what is held besides them still counts."""
@@ -109,19 +111,10 @@ class PrefixCache:
             self.num_bytes -= state.num_bytes
         self._states.clear()
 
-    def _count(self, num_bytes: int) -> None:
-        self.num_bytes += num_bytes
-        self._shrink()
-        self.peak_bytes = max(self.peak_bytes, self.num_bytes)
-
     def _shrink(self) -> None:
-        too_many = self.num_bytes - self.max_bytes
-        evicted = []
-        for key, state in self._states.items():
-            if too_many <= 0:
-                break
-            if key not in self._needed:
-                evicted.append(key)
-                too_many -= state.num_bytes
-        for key in evicted:
+        if self.num_bytes <= self.max_bytes:
+            return
+        for key in [key for key in self._states if key not in self._needed]:
             self.num_bytes -= self._states.pop(key).num_bytes
+            if self.num_bytes <= self.max_bytes:
+                return
