@@ -1,13 +1,10 @@
-"""A system's questions in blocks: asked together, and kept together.
-
-Axes: Q questions, L layers.
-"""
+"""A system's questions in blocks: asked together, and kept together."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import msgspec
@@ -17,26 +14,13 @@ from drllm.paths import Decisions
 
 Answers: TypeAlias = list[list[Answer | str]]
 """For each question, the answers to its requests."""
+Block: TypeAlias = Sequence[int]
+"""Places of the questions that are asked together."""
 
 LEAST_SCORED = 64
 """Questions of a block whose options are scored: seconds of work, which hide the file's writing."""
 LEAST_GENERATED = 1
 """Questions of a block that answers are generated to: a batch takes long enough by itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Questions that are asked together.
-
-    Attributes:
-        number: From 0.
-        num_blocks: Of the task.
-        places: Of its questions in the task.
-    """
-
-    number: int
-    num_blocks: int
-    places: tuple[int, ...]
 
 
 class Answered(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,24 +34,11 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     answers: list[Answers]
     routes: list[list[Decisions]]
-    seconds: float
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if len({*map(len, self.answers), *map(len, self.routes)}) != 1:
             raise ValueError("not as many questions in every draw")
-
-
-Keep: TypeAlias = Callable[[Block, Any, Callable[[], Answered]], Answered]
-"""Called with a block, what decides on its routes (plain JSON types) and what asks it.
-
-Returns the block's answers: those that were kept where it was asked before, under the same
-decisions, else those of now.
-"""
-
-
-def unkept(_block: Block, _decided: Any, ask: Callable[[], Answered]) -> Answered:
-    """Ask a block now, and keep nothing."""
-    return ask()
 
 
 def blocks_of(lengths: Sequence[int], least: int, batch_size: int) -> list[Block]:
@@ -85,27 +56,22 @@ def blocks_of(lengths: Sequence[int], least: int, batch_size: int) -> list[Block
     Source: ours.
 
     Example:
-        >>> [block.places for block in blocks_of([5, 9, 7], least=1, batch_size=2)]
-        [(1, 2), (0,)]
+        >>> blocks_of([5, 9, 7], least=1, batch_size=2)
+        [[1, 2], [0]]
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     size = batch_size * math.ceil(least / batch_size)
-    starts = range(0, len(order), size)
-    return [
-        Block(number, len(starts), tuple(order[start : start + size]))
-        for number, start in enumerate(starts)
-    ]
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def joined(blocks: Sequence[Block], answered: Sequence[Answered]) -> Answered:
     """Return the answers of all blocks as those of all questions, in the questions' order."""
-    places = [place for block in blocks for place in block.places]
+    places = [place for block in blocks for place in block]
     order = sorted(range(len(places)), key=places.__getitem__)
 
-    def in_order(draws: Sequence[Sequence[list[Any]]]) -> list[list[Any]]:
-        of_draws = zip(*draws, strict=True)
-        flat = [[each for part in parts for each in part] for parts in of_draws]
-        return [[draw[position] for position in order] for draw in flat]
+    def in_order(parts: Sequence[Sequence[list[Any]]]) -> list[list[Any]]:
+        draws = [list(itertools.chain.from_iterable(draw)) for draw in zip(*parts, strict=True)]
+        return [[draw[position] for position in order] for draw in draws]
 
     return Answered(
         answers=in_order([each.answers for each in answered]),

@@ -30,7 +30,7 @@ from drllm.cost import mean_executions
 from drllm.errors import ConfigError
 from drllm.models.base.layers import find_layers
 from drllm.models.base.load import BaseModel
-from drllm.models.routers.checkpoint import WEIGHTS_FILE, load_routers
+from drllm.models.routers.checkpoint import WEIGHTS_FILE
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FullPolicy, Policy, RouterPolicy
@@ -88,14 +88,8 @@ class Sizes:
             )
 
 
-def with_router_time(
-    routers: RouterStack, routed: Policy | None = None
-) -> dict[str, Policy | None]:
+def with_router_time(routers: RouterStack) -> dict[str, Policy | None]:
     """Return the systems of the usual comparison, the routers' own time told apart.
-
-    Args:
-        routers: Of the model.
-        routed: The policy that is in use, with its depth control; None for the routers alone.
 
     Returns:
         For `measure`: the untouched model, the routed one, one that is routed without routers, and
@@ -103,7 +97,7 @@ def with_router_time(
     """
     return {
         BASE: None,
-        ROUTED: routed or RouterPolicy(routers),
+        ROUTED: RouterPolicy(routers),
         ATTACHED: FullPolicy(),
         ROUTERS_EXECUTE: RouterPolicy(that_execute(routers)),
     }
@@ -153,45 +147,42 @@ def measure(
     sizes = sizes or Sizes()
     if not prompts or not min(map(len, prompts)):
         raise ConfigError("time is measured on prompts; give at least one, each with tokens")
-    device = model.device
     T = min(sizes.prompt_tokens, *map(len, prompts))
-    if clock is None:
-        clock = device_clock(device)
-    models, attached = {}, {}
-    for name, policy in systems.items():
-        models[name] = twin(model)
-        if policy is not None:
-            attached[name] = RoutedModel(models[name], policy=policy)
+    clock = clock or device_clock(model.device)
+    models = {name: twin(model) for name in systems}
+    routed = {
+        name: RoutedModel(models[name], policy=policy)
+        for name, policy in systems.items()
+        if policy is not None
+    }
     num_layers = len(find_layers(model)[1])
     timings = []
     for size in sizes.batch_sizes:
         rows = [list(prompts[row % len(prompts)])[:T] for row in range(size)]
-        ids = torch.tensor(rows, device=device)  # [B, T]
-        ways: dict[Literal["prefill", "decode"], dict[str, Callable[[], Any]]] = {
-            "prefill": {name: reading(each, ids) for name, each in models.items()},
-            "decode": {
-                name: decoding(each, ids, sizes.new_tokens) for name, each in models.items()
-            },
-        }
-        take_turns(ways["decode"], 1, clock)  # forgotten; prompts were read by `decoding` already
+        ids = torch.tensor(rows, device=model.device)  # [B, T]
+        read = {name: reading(each, ids) for name, each in models.items()}
+        decode = {name: decoding(each, ids, sizes.new_tokens) for name, each in models.items()}
+        take_turns(decode, 1, clock)  # forgotten; prompts were read by `decoding` already
         executions = dict.fromkeys(systems, float(num_layers))
-        for name, routed in attached.items():
-            executions[name] = mean_executions(routed.last_route.tolist())  # of [B, L]
-        for phase, calls in ways.items():
+        for name, each in routed.items():
+            executions[name] = mean_executions(each.last_route.tolist())  # of [B, L]
+        phases: tuple[tuple[Literal["prefill", "decode"], Any, int], ...] = (
+            ("prefill", read, T),
+            ("decode", decode, sizes.new_tokens),
+        )
+        for phase, calls, num_tokens in phases:
             rounds = take_turns(calls, sizes.rounds, clock)
-            num_tokens = size * (T if phase == "prefill" else sizes.new_tokens)
-            for name in calls:
-                seconds = tuple(times[name] for times in rounds)
-                timings.append(
-                    Timing(
-                        system=name,
-                        phase=phase,
-                        batch_size=size,
-                        num_tokens=num_tokens,
-                        executions=executions[name],
-                        seconds=seconds,
-                    )
+            timings += [
+                Timing(
+                    system=name,
+                    phase=phase,
+                    batch_size=size,
+                    num_tokens=size * num_tokens,
+                    executions=executions[name],
+                    seconds=tuple(times[name] for times in rounds),
                 )
+                for name in systems
+            ]
     return Timings(prompt_tokens=T, new_tokens=sizes.new_tokens, timings=tuple(timings))
 
 
@@ -226,12 +217,7 @@ def empty_cache(model: Any) -> dict[str, Cache]:
 
 
 def reading(model: Any, ids: Tensor) -> Callable[[], Any]:
-    """Return a call that reads prompts into a new cache.
-
-    Args:
-        model: Routed or not.
-        ids: `[B, T]` tokens.
-    """
+    """Return a call that reads prompts `[B, T]` into a new cache."""
     return lambda: model(ids, logits_to_keep=1, **empty_cache(model))
 
 
@@ -274,10 +260,11 @@ def device_clock(device: torch.device) -> Clock:
 
 def write_latency(
     base: BaseModel,
-    routers_dir: Path,
+    folder: Path,
+    routers: RouterStack,
     prompts: Sequence[Sequence[int]],
     config: EvaluateConfig,
-    output_dir: Path,
+    output: Path,
     clock: Clock | None = None,
 ) -> Path | None:
     """Time base and routed model, and write `latency.json`.
@@ -287,28 +274,28 @@ def write_latency(
 
     Args:
         base: The base model, not routed.
-        routers_dir: A folder of routers that belong to it.
+        folder: Of the routers.
+        routers: On the model's device.
         prompts: Token ids of all prompts of the evaluation.
         config: Rounds, and the seed of the draw.
-        output_dir: Where the results lie.
+        output: Where the results lie.
         clock: See `measure`.
 
     Returns:
         The file; None where nothing is measured.
     """
-    path = output_dir / LATENCY_FILE
+    path = output / LATENCY_FILE
     if not config.latency_rounds:
         path.unlink(missing_ok=True)
         return None
     timed = choose_prompts(prompts, config.seed)
-    routers = load_routers(routers_dir).to(base.model.device)
     sizes = Sizes(rounds=config.latency_rounds)
-    weights = routers_dir / WEIGHTS_FILE
+    weights = folder / WEIGHTS_FILE
     latency = Latency(
         **new_manifest("latency", model=base.identity, config=config.to_dict(), inputs=[weights]),
         runtime={**base.runtime, "num_threads": torch.get_num_threads()},
         machine=machine(base.model.device),
-        routers=str(routers_dir),
+        routers=str(folder),
         routers_sha256=sha256(weights),
         num_prompts=len(timed),
         systems=DESCRIPTIONS,
@@ -338,26 +325,13 @@ def choose_prompts(prompts: Sequence[Sequence[int]], seed: int) -> list[list[int
 
 
 def machine(device: torch.device) -> str:
-    """Return what a reader needs to know of the machine, in words.
-
-    Args:
-        device: What the model runs on.
-    """
-    parts = [f"{platform.system()} {platform.machine()}", _processor(), f"{_cores()} cores"]
-    if device.type == "cuda":
-        parts.insert(0, torch.cuda.get_device_name(device))
-    return ", ".join(part for part in parts if part)
-
-
-def _processor() -> str:
-    """Return the processor's name, which Python itself doesn't know on Linux."""
-    listed = Path("/proc/cpuinfo")
+    """Say in words on what a model on this device runs: accelerator, system, processor, cores."""
+    listed = Path("/proc/cpuinfo")  # Python itself doesn't know the processor's name on Linux
     text = listed.read_text(encoding="utf-8") if listed.is_file() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return " ".join(found[1].split()) if found else platform.processor()
-
-
-def _cores() -> int:
-    """Return how many cores this process may use."""
+    named = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    processor = " ".join(named[1].split()) if named else platform.processor()
     allowed = getattr(os, "sched_getaffinity", None)  # Linux only
-    return len(allowed(0)) if allowed is not None else os.cpu_count() or 1
+    cores = len(allowed(0)) if allowed is not None else os.cpu_count() or 1
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    system = f"{platform.system()} {platform.machine()}"
+    return ", ".join(filter(None, (accelerator, system, processor, f"{cores} cores")))

@@ -9,10 +9,12 @@ Axes: Q questions, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import msgspec
+import numpy as np
 from torch import Tensor
 
 from drllm.cost import decode_executions, mean_executions
@@ -23,18 +25,16 @@ from drllm.evaluation.blocks import (
     Answered,
     Answers,
     Block,
-    Keep,
     blocks_of,
     joined,
-    unkept,
 )
 from drllm.evaluation.latency import device_clock
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.requests import Request
 from drllm.evaluation.lm_eval.scoring import Answer, PolicyOf
-from drllm.evaluation.lm_eval.task import AskedTask, Graded, Key
+from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
-from drllm.paths import Decisions, Path
+from drllm.paths import Decisions
 from drllm.statistics.paired import Outcomes
 
 
@@ -47,7 +47,7 @@ class SystemRun(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         routes: For each draw, every question's decisions; empty where a path can't be expressed.
         correct: For each question, the score of its answer by the task's metric, averaged over
             the draws.
-        metrics: For each question, all that the harness says of its answer, likewise.
+        metrics: The same of all that the harness says of an answer, by name.
         gold_logprob: For each question, the gold option's log-probability among the options, in
             nats, likewise; empty where answers are generated.
         text_loss: For each text, its mean next-token loss in nats a token, of the first draw.
@@ -62,7 +62,7 @@ class SystemRun(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     setting: str = ""
     routes: list[list[Decisions]] = []
     correct: list[float] = []
-    metrics: list[dict[str, float]] = []
+    metrics: dict[str, list[float]] = {}
     gold_logprob: list[float] = []
     text_loss: list[float] = []
     seconds: float = 0.0
@@ -77,11 +77,6 @@ class SystemRun(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         return f"{self.name}, {self.setting}" if self.setting else self.name
 
     @property
-    def num_draws(self) -> int:
-        """Draws that the outcomes are averaged over."""
-        return max(1, len(self.routes))
-
-    @property
     def outcomes(self) -> Outcomes:
         """What is compared of it."""
         return Outcomes(
@@ -93,11 +88,15 @@ class SystemRun(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         )
 
 
-class Run(Protocol):
-    """Runs a system; a protocol, so that `keep` comes by its name."""
+Keep: TypeAlias = Callable[[str, float, Callable[[], Answered]], Answered]
+"""Called with a block's key, the share of the questions that are answered with it, and what asks
+it. The key holds what decides on the routes. Returns the answers that were kept under the same key,
+else those of now."""
 
-    def __call__(self, *, keep: Keep) -> SystemRun:
-        """Run the system, its blocks by way of `keep`."""
+
+def unkept(_key: str, _share: float, ask: Callable[[], Answered]) -> Answered:
+    """Ask a block now, and keep nothing."""
+    return ask()
 
 
 class TaskRun:
@@ -114,76 +113,72 @@ class TaskRun:
         self.asked = asked
         self._places = {key: place for place, key in enumerate(asked.keys)}
         self._clock = device_clock(lm.device)
-        self._requests = [] if not asked.has_options else asked.requests()
-        self._blocks = self._in_blocks()
-        if self._requests:  # whatever the first pass sets up would count as time of the base model
-            self.lm.scorer.score(self._requests[0], lambda _keys: FullPolicy())
+        self._requests = asked.requests() if asked.has_options else []
         self._texts = [asked.text(place) for place in range(min(num_texts, len(asked.keys)))]
-
-    def _in_blocks(self) -> list[Block]:
-        """Return the questions in blocks, of whole batches and of like length."""
-        scorer = self.lm.scorer
+        scorer = lm.scorer
         size = scorer.batch_size if isinstance(scorer.batch_size, int) else scorer.max_batch_size
-        if not self.asked.has_options:
-            lengths = [len(self.lm.tok_encode(prompt)) for prompt in self.asked.prompts()]
-            return blocks_of(lengths, LEAST_GENERATED, size)
-        lengths = [
-            len(requests[0].context) + sum(len(request.continuation) for request in requests)
-            for requests in self._requests
-        ]
-        return blocks_of(lengths, LEAST_SCORED, size)
+        if asked.has_options:
+            lengths = [
+                len(requests[0].context) + sum(len(request.continuation) for request in requests)
+                for requests in self._requests
+            ]
+            self._blocks = blocks_of(lengths, LEAST_SCORED, size)
+            # Whatever the first pass sets up would count as time of the base model.
+            scorer.score(self._requests[0], lambda _keys: FullPolicy())
+        else:
+            lengths = [len(lm.tok_encode(prompt)) for prompt in asked.prompts()]
+            self._blocks = blocks_of(lengths, LEAST_GENERATED, size)
 
-    @property
-    def num_layers(self) -> int:
-        """L."""
-        return self.lm.routed.num_layers
-
-    def by_policy(
-        self, name: str, policy: Policy, setting: str = "", note: str = "", *, keep: Keep = unkept
+    def run(
+        self, name: str, drawn: Sequence[Drawn], setting: str = "", keep: Keep = unkept
     ) -> SystemRun:
-        """Run a system that decides prompt by prompt, or the same for all.
+        """Run a system.
 
         Args:
             name: Its name.
-            policy: What decides.
+            drawn: How it decides: a policy, a path, or plans, of which there may be several draws.
             setting: Its depth in words.
-            note: What a reader should know.
-            keep: See `Keep`.
-        """
-        found = self._run(keep, lambda _: note, lambda block: self._ask(block, lambda _: policy))
-        return self._system(name, setting, found, note)
-
-    def base(self, *, keep: Keep = unkept) -> SystemRun:
-        """Run the base model: every layer once."""
-        return self.by_policy("base", FullPolicy(), keep=keep)
-
-    def baseline(
-        self, name: str, drawn: Sequence[Drawn], setting: str = "", *, keep: Keep = unkept
-    ) -> SystemRun:
-        """Run a baseline.
-
-        Args:
-            name: Its name.
-            drawn: How it decides; several draws of plans, else one.
-            setting: Of the routed model that it is compared with, in words.
             keep: See `Keep`.
         """
         first = drawn[0]
-        if first.policy is not None:
-            return self.by_policy(name, first.policy, setting, first.note, keep=keep)
-        if first.path is not None:
-            return self._along(name, first.path, setting, first.note, keep)
         plans = [draw.plan for draw in drawn if draw.plan is not None]
-        found = self._run(
-            keep,
-            lambda block: [_rows(plan, block) for plan in plans],
-            lambda block: self._ask_plans(block, plans),
-        )
-        return self._system(name, setting, found, first.note)
 
-    def texts(
-        self, name: str, policy: Policy, setting: str = "", *, keep: Keep = unkept
-    ) -> SystemRun:
+        def decided(block: Block) -> Any:
+            return [_rows(plan, block) for plan in plans] or first.path or first.note
+
+        found = self._by_blocks(keep, decided, lambda block: self._ask(block, first, plans))
+        draws = [self.asked.grade(answers) for answers in found.answers]
+        system = SystemRun(
+            name=name,
+            setting=setting,
+            routes=found.routes,
+            correct=_mean([[each.score for each in draw] for draw in draws]),
+            metrics={
+                metric: _mean([[each.metrics[metric] for each in draw] for draw in draws])
+                for metric in draws[0][0].metrics
+            },
+            seconds=found.seconds,
+            notes=[first.note] if first.note else [],
+        )
+        if self.asked.has_options:
+            system.gold_logprob = _mean([[each.gold_logprob for each in draw] for draw in draws])
+        if first.path is not None:
+            system.executions = float(len(first.path))
+            system.text_loss = self._losses(self.lm.scorer.score_path(self._texts, first.path))
+            return system
+        [system.executions] = _mean([[mean_executions(routes)] for routes in found.routes])
+        routes = dict(zip(self.asked.keys, found.routes[0], strict=True))
+        [texts] = self.lm.scorer.score_plans(self._texts, [routes])
+        system.text_loss = self._losses(texts.answers)
+        if not self.asked.has_options:
+            tokens = [
+                max(1, len(self.lm.tok_encode(str(answer), add_special_tokens=False)))
+                for [answer] in found.answers[0]
+            ]
+            system.decode_executions = decode_executions(found.routes[0], tokens)
+        return system
+
+    def texts(self, name: str, policy: Policy, setting: str = "", keep: Keep = unkept) -> SystemRun:
         """Read the texts of all questions, whose answers are generated, without generating any.
 
         Args:
@@ -195,136 +190,87 @@ class TaskRun:
         Returns:
             The system with its texts' losses and routes, without answers.
         """
-        found = self._run(keep, lambda _: "texts", lambda block: self._read(block, policy))
-        system = SystemRun(name=name, setting=setting, seconds=found.seconds, routes=found.routes)
+
+        def read(block: Block) -> Answered:
+            texts = [self._texts[place] for place in block]
+            scored = self.lm.scorer.score(texts, lambda _keys: policy)
+            routes = [scored.routes[text.question] for text in texts]
+            return Answered(answers=[[[answer] for answer in scored.answers]], routes=[routes])
+
+        found = self._by_blocks(keep, lambda _: "texts", read)
+        system = SystemRun(name=name, setting=setting, routes=found.routes)
         system.text_loss = self._losses([answer for [answer] in found.answers[0]])  # type: ignore[misc]
         system.executions = mean_executions(found.routes[0])
         return system
 
-    # --- asking ---
-
-    def _run(
+    def _by_blocks(
         self, keep: Keep, decided: Callable[[Block], Any], ask: Callable[[Block], Answered]
     ) -> Answered:
-        """Return the answers to all questions, block by block: kept, or asked now."""
         answered = [
-            keep(block, decided(block), lambda block=block: ask(block))  # type: ignore[misc]
-            for block in self._blocks
+            keep(
+                f"block {number} {json.dumps(decided(block))}",
+                (number + 1) / len(self._blocks),
+                lambda block=block: ask(block),  # type: ignore[misc]
+            )
+            for number, block in enumerate(self._blocks)
         ]
         return joined(self._blocks, answered)
 
-    def _ask(self, block: Block, policy_of: PolicyOf) -> Answered:
-        """Ask a block's questions under one draw."""
-        keys = [self.asked.keys[place] for place in block.places]
+    def _ask(self, block: Block, first: Drawn, plans: Sequence[Tensor]) -> Answered:
+        """Ask a block's questions under the first draw, which is timed, and under further plans."""
+        scorer, requests = self.lm.scorer, self._requests_of(block)
+        routes: list[list[Decisions]] = []
         started = self._clock()
+        if first.path is not None:
+            answers = [self._by_question(block, scorer.score_path(requests, first.path))]
+        else:
+            policy = first.policy
+            policy_of = self._following(plans[0]) if policy is None else lambda _keys: policy
+            answered, taken = self._under(block, policy_of)
+            answers, routes = [answered], [taken]
+        seconds = self._clock() - started
+        others = plans[1:]
+        routes += [_rows(plan, block) for plan in others]
+        if others and self.asked.has_options:  # what options have in common runs once
+            keys = self.asked.keys
+            by_key = [dict(zip(keys, map(tuple, p.tolist()), strict=True)) for p in others]
+            for scored in scorer.score_plans(requests, by_key):
+                answers.append(self._by_question(block, scored.answers))
+        else:
+            answers += [self._under(block, self._following(plan))[0] for plan in others]
+        return Answered(answers=answers, routes=routes, seconds=seconds)
+
+    def _under(self, block: Block, policy_of: PolicyOf) -> tuple[Answers, list[Decisions]]:
+        """Return a block's answers under a policy, and the routes that it took."""
+        keys = [self.asked.keys[place] for place in block]
         if self.asked.has_options:
             scored = self.lm.scorer.score(self._requests_of(block), policy_of)
-            answers = self._by_question(block, scored.answers)
-            routes = [scored.routes[key] for key in keys]
-        else:
-            answers, routes = self._generated(block, keys, policy_of)
-        return Answered(answers=[answers], routes=[routes], seconds=self._clock() - started)
-
-    def _generated(
-        self, block: Block, keys: Sequence[Key], policy_of: PolicyOf
-    ) -> tuple[Answers, list[Decisions]]:
-        instances = [self.asked.instances[place][0] for place in block.places]
+            return self._by_question(block, scored.answers), [scored.routes[key] for key in keys]
+        instances = [self.asked.instances[place][0] for place in block]
         prompts = [str(instance.args[0]) for instance in instances]
         key_of = dict(zip(prompts, keys, strict=True))
         with self.lm.deciding(lambda asked: policy_of([key_of[prompt] for prompt in asked])):
             texts = self.lm.generate_until(instances, disable_tqdm=True)
         return [[text] for text in texts], [self.lm.generated_routes[prompt] for prompt in prompts]
 
-    def _ask_plans(self, block: Block, plans: Sequence[Tensor]) -> Answered:
-        """Ask a block's questions under several plans `[Q, L]`.
+    def _following(self, plan: Tensor) -> PolicyOf:
+        def policy_of(keys: Sequence[object]) -> Policy:
+            rows = [self._places[key] for key in keys]  # type: ignore[index]
+            return FixedPolicy(plan[rows], self.lm.routed.num_layers)
 
-        The first one is timed; of the others, what options have in common runs once.
-        """
-        first, others = self._ask(block, self._following(plans[0])), plans[1:]
-        more: list[Answers] = []
-        if others and self.asked.has_options:
-            by_key = [self._by_key(plan.tolist()) for plan in others]
-            scored = self.lm.scorer.score_plans(self._requests_of(block), by_key)
-            more = [self._by_question(block, each.answers) for each in scored]
-        elif others:
-            more = [self._ask(block, self._following(plan)).answers[0] for plan in others]
-        routes = [_rows(plan, block) for plan in others]
-        return Answered(
-            answers=[*first.answers, *more],
-            routes=[*first.routes, *routes],
-            seconds=first.seconds,
-        )
-
-    def _ask_along(self, block: Block, path: Path) -> Answered:
-        """Ask a block's questions along a path."""
-        started = self._clock()
-        answers = self.lm.scorer.score_path(self._requests_of(block), path)
-        seconds = self._clock() - started
-        return Answered(answers=[self._by_question(block, answers)], routes=[], seconds=seconds)
-
-    def _read(self, block: Block, policy: Policy) -> Answered:
-        """Read the texts of a block's questions."""
-        texts = [self._texts[place] for place in block.places]
-        started = self._clock()
-        scored = self.lm.scorer.score(texts, lambda _keys: policy)
-        seconds = self._clock() - started
-        routes = [scored.routes[text.question] for text in texts]
-        return Answered(
-            answers=[[[answer] for answer in scored.answers]], routes=[routes], seconds=seconds
-        )
+        return policy_of
 
     def _requests_of(self, block: Block) -> list[Request]:
-        return [request for place in block.places for request in self._requests[place]]
+        return [each for place in block for each in self._requests[place]] if self._requests else []
 
     def _by_question(self, block: Block, answers: Sequence[Answer]) -> Answers:
         given = iter(answers)
         found: Answers = []
-        for place in block.places:
+        for place in block:
             each = [next(given) for _ in self._requests[place]]
             self.asked.check(place, each)  # before they are kept
             found.append([*each])
         return found
-
-    def _by_key(self, routes: Sequence[Sequence[int]]) -> dict[Hashable, Decisions]:
-        """Return the decisions of the first questions by their keys."""
-        return {key: tuple(row) for key, row in zip(self.asked.keys, routes, strict=False)}
-
-    def _following(self, plan: Tensor) -> PolicyOf:
-        def policy_of(keys: Sequence[object]) -> Policy:
-            rows = [self._places[key] for key in keys]  # type: ignore[index]
-            return FixedPolicy(plan[rows], self.num_layers)
-
-        return policy_of
-
-    # --- what is made of the answers ---
-
-    def _system(self, name: str, setting: str, found: Answered, note: str) -> SystemRun:
-        system = SystemRun(
-            name=name, setting=setting, seconds=found.seconds, notes=[note] if note else []
-        )
-        for answers, routes in zip(found.answers, found.routes, strict=True):
-            self._add_draw(system, routes, self.asked.grade(answers))
-        first = found.routes[0]
-        of_texts = self._by_key(first[: len(self._texts)])
-        [scored] = self.lm.scorer.score_plans(self._texts, [of_texts])
-        system.text_loss = self._losses(scored.answers)
-        if not self.asked.has_options:
-            tokens = [
-                max(1, len(self.lm.tok_encode(str(answer), add_special_tokens=False)))
-                for [answer] in found.answers[0]
-            ]
-            system.decode_executions = decode_executions(first, tokens)
-        return system
-
-    def _along(self, name: str, path: Path, setting: str, note: str, keep: Keep) -> SystemRun:
-        found = self._run(keep, lambda _: path, lambda block: self._ask_along(block, path))
-        system = SystemRun(
-            name=name, setting=setting, seconds=found.seconds, notes=[note] if note else []
-        )
-        _average(system, self.asked.grade(found.answers[0]), 0)
-        system.executions = float(len(path))
-        system.text_loss = self._losses(self.lm.scorer.score_path(self._texts, path))
-        return system
 
     def _losses(self, answers: Sequence[Answer]) -> list[float]:
         return [
@@ -332,33 +278,16 @@ class TaskRun:
             for text, (logprob, _) in zip(self._texts, answers, strict=True)
         ]
 
-    def _add_draw(
-        self, system: SystemRun, routes: list[Decisions], graded: Sequence[Graded]
-    ) -> None:
-        """Add one draw's outcomes to a system, keeping the mean over its draws."""
-        before = len(system.routes)
-        _average(system, graded, before)
-        system.routes.append(routes)
-        executions = mean_executions(routes)
-        system.executions = (system.executions * before + executions) / (before + 1)
-
 
 def _rows(plan: Tensor, block: Block) -> list[Decisions]:
     """Return a block's rows of a plan `[Q, L]`."""
-    return [tuple(row) for row in plan[list(block.places)].tolist()]
+    return [tuple(row) for row in plan[list(block)].tolist()]
 
 
-def _average(system: SystemRun, graded: Sequence[Graded], before: int) -> None:
-    """Average a draw's grades into what a system has of the draws before."""
-    correct = [each.score for each in graded]
-    gold = [each.gold_logprob for each in graded if each.gold_logprob is not None]
-    if not before:
-        system.correct, system.gold_logprob = correct, gold
-        system.metrics = [dict(each.metrics) for each in graded]
-        return
-    for values, new in ((system.correct, correct), (system.gold_logprob, gold)):
-        for place, value in enumerate(new):
-            values[place] = (values[place] * before + value) / (before + 1)
-    for kept, each in zip(system.metrics, graded, strict=True):
-        for metric, value in each.metrics.items():
-            kept[metric] = (kept[metric] * before + value) / (before + 1)
+def _mean(draws: Sequence[Sequence[Any]]) -> list[float]:
+    """Return the mean over draws, kept draw by draw, of values by question."""
+    mean = np.array(draws[0], dtype=float)
+    for before, values in enumerate(draws[1:], 1):
+        mean = (mean * before + np.array(values)) / (before + 1)
+    found: list[float] = mean.tolist()
+    return found

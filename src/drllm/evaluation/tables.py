@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -93,19 +92,20 @@ class TaskRuns:
         return tuple(map(self._row, self.trained))
 
     def _row(self, system: SystemRun) -> System:
-        baseline = BASELINES.get(system.name) if system.name in BASELINES else None
         base, routed = self.trained[:2]
+        about: dict[str, Any] = {"description": DESCRIPTIONS.get(system.name)}
+        if system.name in BASELINES:
+            baseline = BASELINES.get(system.name)
+            names = ("description", "source", "fitted_on", "reads_question")
+            about = {name: getattr(baseline, name) for name in names}
         return System(
             name=system.name,
-            description=DESCRIPTIONS[system.name] if baseline is None else baseline.description,
-            **self._measured(system, base, None if baseline is None else routed),
-            source=None if baseline is None else baseline.source,
-            fitted_on=None if baseline is None else baseline.fitted_on,
-            reads_question=None if baseline is None else baseline.reads_question,
-            metrics={name: fmean(e[name] for e in system.metrics) for name in system.metrics[0]},
+            **about,
+            **self._measured(system, base, routed if system.name in BASELINES else None),
+            metrics={name: fmean(values) for name, values in system.metrics.items()},
             decode_executions=system.decode_executions,
             seconds=system.seconds,
-            draws=system.num_draws,
+            draws=max(1, len(system.routes)),
             prompt_flops=self.cost.flops(system.routes),
             kv_bytes_per_token=self.cost.kv_bytes(system.routes),
             unchanged_routes=_mean(system.unchanged),
@@ -124,7 +124,7 @@ class TaskRuns:
                 system=each.name,
                 setting=each.setting,
                 **self._measured(
-                    each, base, routed.get(each.setting) if each.name != ROUTED else None
+                    each, base, None if each.name == ROUTED else routed.get(each.setting)
                 ),
             )
             for each in (base, *others)
@@ -140,15 +140,13 @@ class TaskRuns:
             "executions": system.executions,
             "gold_logprob": _mean(system.gold_logprob),
             "text_loss": _mean(system.text_loss),
-            "against_base": None if system is base else self.compare(system, base),
-            "routed_against": None if routed is None else self.compare(routed, system),
+            "against_base": None if system is base else self._compare(system, base),
+            "routed_against": None if routed is None else self._compare(routed, system),
         }
 
-    def compare(self, ours: SystemRun, theirs: SystemRun) -> Differences:
-        """Compare two systems on this task."""
-        return compare(
-            ours.outcomes, theirs.outcomes, self.config.seed, above_chance=self.above_chance
-        )
+    def _compare(self, ours: SystemRun, theirs: SystemRun) -> Differences:
+        outcomes = ours.outcomes, theirs.outcomes
+        return compare(*outcomes, self.config.seed, above_chance=self.above_chance)
 
     def evaluation(self, table: Sequence[System], header: Mapping[str, Any]) -> Evaluation:
         """Return the record of the task.
@@ -179,13 +177,24 @@ class TaskRuns:
     def _findings(self, table: Sequence[System]) -> list[str]:
         """Return what a reader may conclude, one sentence per question asked."""
         rows = {system.name: system for system in table}
+        base, routed = rows[BASE], rows[ROUTED]
         said = []
         if not self.above_chance:
             said.append(
                 f"On {self.task.name} the base model is not shown to be above chance "
                 f'({100 * self.chance:.1f} %), so no gain and no "no loss" can be claimed here.'
             )
-        said += self._against_base(rows[BASE], rows[ROUTED])
+        saved = 100 * share_saved(routed.executions, self.num_layers)
+        cost = f"{saved:.1f} % saved" if saved >= 0 else f"{-saved:.1f} % more than the base"
+        said.append(
+            f"The routed model runs {routed.executions:.2f} of {self.num_layers} layers a forward "
+            f"pass ({cost}) and answers {100 * routed.accuracy:.1f} % of {len(self.asked.ids)} "
+            f"questions right, the base model {100 * base.accuracy:.1f} %."
+        )
+        against = routed.against_base
+        assert against is not None
+        verdicts = (against.accuracy, against.gold_logprob, against.text_loss)
+        said += [verdict.sentence() for verdict in verdicts if verdict is not None]
         if PERMUTED in rows:
             num_routes = len(set(self.trained[1].routes[0]))
             said.append(_against_permuted(rows[PERMUTED], num_routes))
@@ -198,38 +207,27 @@ class TaskRuns:
             said += [f"{system.name.capitalize()}: {note}." for note in system.notes]
         return said
 
-    def _against_base(self, base: System, routed: System) -> list[str]:
-        saved = 100 * share_saved(routed.executions, self.num_layers)
-        cost = f"{saved:.1f} % saved" if saved >= 0 else f"{-saved:.1f} % more than the base"
-        against = routed.against_base
-        assert against is not None
-        verdicts = (against.accuracy, against.gold_logprob, against.text_loss)
-        return [
-            f"The routed model runs {routed.executions:.2f} of {self.num_layers} layers a forward "
-            f"pass ({cost}) and answers {100 * routed.accuracy:.1f} % of {len(self.asked.ids)} "
-            f"questions right, the base model {100 * base.accuracy:.1f} %.",
-            *(verdict.sentence() for verdict in verdicts if verdict is not None),
-        ]
-
     def samples(self) -> list[Sample]:
         """Return one line a question."""
-        data_dir = None if self.config.data_dir is None else Path(self.config.data_dir)
-        split = self.config.split_of(self.task.name)
-        examples = {example.id: example for example in self.task.examples(split, data_dir)}
-        found = []
-        for place, own_id in enumerate(self.asked.ids):
-            example = examples[own_id]
-            found.append(
-                Sample(
-                    id=example.id,
-                    task=example.task,
-                    question=example.question,
-                    choices=tuple(example.choices),
-                    gold=example.gold,
-                    systems={each.title: _outcome(each, place) for each in self.systems},
-                )
+        examples = {example.id: example for example in self.asked.written.examples}
+        return [
+            Sample(
+                id=own_id,
+                task=examples[own_id].task,
+                question=examples[own_id].question,
+                choices=tuple(examples[own_id].choices),
+                gold=examples[own_id].gold,
+                systems={
+                    each.title: Outcome(
+                        correct=each.correct[place],
+                        gold_logprob=each.gold_logprob[place] if each.gold_logprob else None,
+                        decisions=tuple(each.routes[0][place]) if len(each.routes) == 1 else None,
+                    )
+                    for each in self.systems
+                },
             )
-        return found
+            for place, own_id in enumerate(self.asked.ids)
+        ]
 
 
 def is_above_chance(base: SystemRun, chance: float, seed: int) -> bool:
@@ -250,14 +248,6 @@ def _against_permuted(permuted: System, num_routes: int) -> str:
     return said
 
 
-def _outcome(system: SystemRun, place: int) -> Outcome:
-    return Outcome(
-        correct=system.correct[place],
-        gold_logprob=system.gold_logprob[place] if system.gold_logprob else None,
-        decisions=tuple(system.routes[0][place]) if len(system.routes) == 1 else None,
-    )
-
-
 def _mean(values: Sequence[float]) -> float | None:
     return fmean(values) if values else None
 
@@ -271,19 +261,15 @@ def correct(tables: Sequence[Sequence[System]]) -> list[list[System]]:
     corrected = [list(table) for table in tables]
     for name in {system.name: None for table in tables for system in table}:
         places = [
-            (table, place)
+            (table, place, system.against_base)
             for table in corrected
             for place, system in enumerate(table)
             if system.name == name and system.against_base is not None
         ]
-        known = [table[place].against_base for table, place in places]
-        verdicts = correct_together([each.accuracy for each in known if each is not None])
-        for (table, place), verdict in zip(places, verdicts, strict=True):
-            differences = table[place].against_base
-            assert differences is not None
-            table[place] = replace(
-                table[place], against_base=replace(differences, accuracy=verdict)
-            )
+        verdicts = correct_together([against.accuracy for _, _, against in places])
+        for (table, place, against), verdict in zip(places, verdicts, strict=True):
+            against = replace(against, accuracy=verdict)
+            table[place] = replace(table[place], against_base=against)
     return corrected
 
 
@@ -311,20 +297,20 @@ def seeds_of(
         seed: Of the resampling.
         above_chance: Whether base is shown to be above chance.
     """
-    mean = _mean_outcomes(routed)
-    gold = [each.gold_logprob for each in routed]
-    loss = [each.text_loss for each in routed]
 
     def against(other: Outcomes) -> Differences:
-        return compare(mean, other, seed, above_chance=above_chance)
+        return compare(_mean_outcomes(routed), other, seed, above_chance=above_chance)
+
+    def spread(values: Sequence[Sequence[float]]) -> Spread | None:
+        return Spread.of(list(map(fmean, values))) if all(values) else None
 
     return Seeds(
         setting=routed[0].setting,
         num_seeds=len(routed),
         accuracy=Spread.of([fmean(each.correct) for each in routed]),
         executions=Spread.of([each.executions for each in routed]),
-        gold_logprob=Spread.of(list(map(fmean, gold))) if all(gold) else None,
-        text_loss=Spread.of(list(map(fmean, loss))) if all(loss) else None,
+        gold_logprob=spread([each.gold_logprob for each in routed]),
+        text_loss=spread([each.text_loss for each in routed]),
         against_base=against(base.outcomes),
         against_permuted=against(_mean_outcomes(permuted)) if permuted else None,
     )
@@ -332,17 +318,12 @@ def seeds_of(
 
 def _mean_outcomes(systems: Sequence[SystemRun]) -> Outcomes:
     """Return each question's and text's mean over the seeds."""
-
-    def over(values: Sequence[Sequence[float]]) -> list[float]:
-        return [fmean(each) for each in zip(*values, strict=True)]
-
-    return Outcomes(
-        name="mean over seeds",
-        executions=fmean(each.executions for each in systems),
-        correct=over([each.correct for each in systems]),
-        gold_logprob=over([each.gold_logprob for each in systems]),
-        text_loss=over([each.text_loss for each in systems]),
-    )
+    means = {
+        name: [fmean(each) for each in zip(*(getattr(s, name) for s in systems), strict=True)]
+        for name in ("correct", "gold_logprob", "text_loss")
+    }
+    executions = fmean(each.executions for each in systems)
+    return Outcomes(name="mean over seeds", executions=executions, **means)
 
 
 def seeds_sentence(seeds: Seeds) -> str:

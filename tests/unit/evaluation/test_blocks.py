@@ -19,10 +19,8 @@ def test_each_question_is_in_one_block_and_all_but_the_last_are_whole_batches(
     lengths, least, batch_size
 ):
     blocks = blocks_of(lengths, least, batch_size)
-    assert sorted(place for block in blocks for place in block.places) == list(range(len(lengths)))
-    assert [block.number for block in blocks] == list(range(len(blocks)))
-    assert {block.num_blocks for block in blocks} == {len(blocks)}
-    *whole, last = [len(block.places) for block in blocks]
+    assert sorted(place for block in blocks for place in block) == list(range(len(lengths)))
+    *whole, last = map(len, blocks)
     for size in whole:
         assert size % batch_size == 0
         assert least <= size < least + batch_size
@@ -31,7 +29,7 @@ def test_each_question_is_in_one_block_and_all_but_the_last_are_whole_batches(
 
 @given(lengths, sizes, sizes)
 def test_no_question_of_a_block_is_shorter_than_one_of_the_next(lengths, least, batch_size):
-    ordered = [lengths[p] for block in blocks_of(lengths, least, batch_size) for p in block.places]
+    ordered = [lengths[p] for block in blocks_of(lengths, least, batch_size) for p in block]
     assert ordered == sorted(ordered, reverse=True)
 
 
@@ -50,8 +48,8 @@ def test_joined_answers_are_in_the_order_of_the_questions(lengths, size, num_dra
         blocks,
         [
             Answered(
-                answers=[answers(draw, block.places) for draw in draws],
-                routes=[routes(draw, block.places) for draw in draws if has_routes],
+                answers=[answers(draw, block) for draw in draws],
+                routes=[routes(draw, block) for draw in draws if has_routes],
                 seconds=1.0,
             )
             for block in blocks

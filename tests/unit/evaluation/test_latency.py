@@ -190,7 +190,9 @@ def routers_dir(base, tmp_path_factory):
 
 def write(base, routers_dir, folder, rounds, clock=None):
     config = EvaluateConfig(latency_rounds=rounds)
-    return write_latency(base, routers_dir, PROMPTS, config, folder, clock)
+    return write_latency(
+        base, routers_dir, load_routers(routers_dir), PROMPTS, config, folder, clock
+    )
 
 
 def test_the_file_holds_every_round_of_every_system_and_what_they_ran_on(

@@ -41,7 +41,7 @@ def run(name, correct, setting="", executions=27.0, losses=(), num_routes=7, **v
         correct=list(correct),
         gold_logprob=values.pop("gold", [-1.0] * len(correct)),
         text_loss=list(losses),
-        metrics=[{"acc": value} for value in correct],
+        metrics={"acc": list(correct)},
         routes=values.pop("routes", routes),
         **values,
     )

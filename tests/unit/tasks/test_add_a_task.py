@@ -66,7 +66,7 @@ def test_the_tasks_of_the_page_can_be_evaluated(
     [task], files = task_folder(
         get_tasks(name), split="test", limit=None, seed=0, data_dir=tmp_path
     )
-    assert (task.num_questions, task.chance, task.metric_key) == (1, chance, "acc,none")
+    assert (task.num_questions, task.chance, task.metric, task.filter) == (1, chance, "acc", "none")
     assert f"{name}/{name}" in files.tasks[f"{name}.yaml"]["include"]
 
 

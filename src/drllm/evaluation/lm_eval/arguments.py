@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from drllm.errors import CheckpointError, ConfigError, unknown_name
 from drllm.models.base.load import BaseModel
 from drllm.models.routers import hub
-from drllm.models.routers.checkpoint import CONFIG_FILE, load_routers, read_config
+from drllm.models.routers.checkpoint import CONFIG_FILE, load_routers
 from drllm.models.routers.stack import RouterStack
 
 NOT_TAKEN = {
@@ -37,7 +36,7 @@ PASSED_ON = (
 """Arguments of the harness' own class that keep their meaning."""
 
 
-def check_names(others: Mapping[str, Any], known: Sequence[str]) -> None:
+def check_names(others: Mapping[str, Any], known: Iterable[str]) -> None:
     """Refuse arguments beyond those `known` that there aren't, or that would have no effect."""
     for name, value in others.items():
         if name in NOT_TAKEN:
@@ -46,15 +45,8 @@ def check_names(others: Mapping[str, Any], known: Sequence[str]) -> None:
             raise ConfigError(unknown_name("model argument", name, {*known, *PASSED_ON}))
 
 
-def check_batch_size(batch_size: int | str | None) -> None:
-    """Refuse what is neither a number of rows nor `auto`; None is the default."""
-    text = str(batch_size)
-    if batch_size is not None and not re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", text):
-        raise ConfigError(f"--batch_size is {text!r}; give auto, or a whole number from 1")
-
-
 def routers_and_base(
-    pretrained: str | BaseModel, routers: str | None, base: str | None
+    pretrained: str | BaseModel, routers: str | RouterStack | None, base: str | None
 ) -> tuple[RouterStack | None, str, str | None]:
     """Return the routers, the base model's name, and its revision where the routers name one.
 
@@ -67,46 +59,48 @@ def routers_and_base(
         ConfigError: Two places for one of them.
         CheckpointError: Routers that are broken, or don't name their base.
     """
+    stack = routers if isinstance(routers, RouterStack) else None
+    is_folder = isinstance(pretrained, str) and (Path(pretrained) / CONFIG_FILE).is_file()
+    if isinstance(routers, str) and not is_folder:
+        stack = load_routers(hub.find(Path(routers)))
     if isinstance(pretrained, BaseModel):
-        return (load_routers(Path(routers)) if routers else None), pretrained.name, None
-    folder = Path(pretrained)
-    if not (folder / CONFIG_FILE).is_file():
+        return stack, pretrained.name, None
+    if not is_folder:
         if base is not None:
             raise ConfigError(
                 f"base={base} has no effect: pretrained={pretrained} is no folder of routers"
-                f"{_not_there(folder)}; give the base as pretrained and the routers as routers="
+                f"{_not_there(pretrained)}; give the base as pretrained and the routers as routers="
             )
-        return (load_routers(hub.find(Path(routers))) if routers else None), pretrained, None
+        return stack, pretrained, None
     if routers is not None:
         raise ConfigError(
             f"pretrained={pretrained} is a folder of routers, and routers={routers} is given too; "
             f"give the base model as pretrained, or leave routers out"
         )
-    config = read_config(folder)
+    stack = load_routers(pretrained)
+    config = stack.config
     if base is None and not config.base_model:
         raise CheckpointError(
             f"the routers in {pretrained} don't name their base model; give it as base=MODEL"
         )
-    stack = load_routers(folder)
     return stack, base or config.base_model, None if base else config.base_revision
 
 
 def check_windows(pretrained: str | BaseModel, stack: RouterStack | None, num_windows: int) -> None:
     """Refuse a number of windows that isn't the routers' own, or that there are no routers for."""
     if stack is None:
-        missing = "" if isinstance(pretrained, BaseModel) else _not_there(Path(pretrained))
         raise ConfigError(
             f"num_windows={num_windows} needs routers, and pretrained={pretrained} is no folder of "
-            f"routers{missing}; give their folder, or leave num_windows out"
+            f"routers{_not_there(pretrained)}; give their folder, or leave num_windows out"
         )
-    if stack.config.num_windows != num_windows:
+    if (own := stack.config.num_windows) != num_windows:
         raise CheckpointError(
-            f"num_windows is {num_windows}, but these routers were trained with "
-            f"{stack.config.num_windows}; give num_windows={stack.config.num_windows}, or leave it "
-            f"out"
+            f"num_windows is {num_windows}, but these routers were trained with {own}; give "
+            f"num_windows={own}, or leave it out"
         )
 
 
-def _not_there(folder: Path) -> str:
+def _not_there(pretrained: str | BaseModel) -> str:
     """Say that there is no such folder, where a name looks like one: not for an alias."""
+    folder = Path(pretrained) if isinstance(pretrained, str) else Path()
     return "" if folder.exists() or len(folder.parts) == 1 else " (there is no such folder)"

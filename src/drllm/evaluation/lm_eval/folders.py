@@ -19,14 +19,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import yaml
 
 from drllm.errors import ConfigError, TaskError
 from drllm.evaluation.lm_eval.registry import entry_of
 from drllm.records import question_key, write_atomically
-from drllm.tasks.base import Example, Function, QuestionRow, Row, Task, choose
+from drllm.tasks.base import Example, Function, Harness, QuestionRow, Task, choose
+
+Columns: TypeAlias = dict[str, Any]
+"""A question's row of a rows file."""
+Line: TypeAlias = tuple[str, Columns]
+"""The part of the set that a question belongs to, and its row."""
 
 ASKED, SHOWN = "asked", "shown"
 ROWS, CACHE = "rows", "cache"
@@ -44,7 +49,7 @@ class HarnessTask:
         metric: The metric that counts.
         filter: The harness' filter that it is taken from; `none` for most.
         kind: Options are scored, or answers are generated.
-        num_questions: How many are asked, over all parts.
+        examples: The questions that are asked, over all parts.
         num_fewshot: Worked examples before each question.
         chance: Accuracy of guessing, the mean over the questions; None for generated answers.
         notes: What a reader of results must know.
@@ -56,15 +61,15 @@ class HarnessTask:
     metric: str
     filter: str
     kind: Literal["choices", "generated"]
-    num_questions: int
+    examples: tuple[Example, ...] = field(repr=False)
     num_fewshot: int
     chance: float | None
     notes: tuple[str, ...]
 
     @property
-    def metric_key(self) -> str:
-        """The key of the metric in the harness' results."""
-        return f"{self.metric},{self.filter}"
+    def num_questions(self) -> int:
+        """How many are asked."""
+        return len(self.examples)
 
 
 @dataclass
@@ -84,8 +89,39 @@ class FolderFiles:
     @property
     def key(self) -> str:
         """What tells these files from others, wherever they are: 16 hexadecimal digits."""
-        text = json.dumps(self.tasks, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _digest(json.dumps(self.tasks, sort_keys=True))
+
+    def _add(
+        self,
+        leaf: str,
+        file: str,
+        asked: Sequence[Columns],
+        shown: Sequence[Columns],
+        settings: Mapping[str, Any],
+    ) -> None:
+        """Add a task that holds questions; `file` is the harness' own that it changes, if any."""
+        places = {}
+        for use, rows in ((ASKED, asked), (SHOWN, shown)):
+            if rows:
+                text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+                places[use] = f"{ROWS}/{leaf}-{use}-{_digest(text)}.jsonl"
+                self.rows[places[use]] = text
+        self.num_questions[leaf] = len(asked)
+        self.tasks[f"{leaf}.yaml"] = {
+            **({"include": str(harness_file(file))} if file else {}),
+            "task": leaf,
+            "tag": None,  # else the harness' own tags would mean these tasks alone
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": places, "cache_dir": CACHE},
+            "training_split": None,
+            "validation_split": None,
+            "test_split": ASKED,
+            "fewshot_split": SHOWN if shown else None,
+            # `num_fewshot` is among them even where it is 0, which a command line then can't
+            # change: the harness would show questions that are asked.
+            **settings,
+        }
 
     def write(self, folder: Path) -> None:
         """Write the files below a folder, which may hold others; rows that are there stay.
@@ -98,19 +134,15 @@ class FolderFiles:
             if not path.is_file() or path.read_bytes() != text.encode():
                 write_atomically(path, text)
         for name, content in self.tasks.items():
-            placed = _placed(content, folder)
-            text = yaml.dump(placed, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+            if "dataset_kwargs" in content:
+                places = content["dataset_kwargs"]["data_files"]
+                rows = {use: str(folder / place) for use, place in places.items()}
+                placed = {"data_files": rows, "cache_dir": str(folder / CACHE)}
+                content = {**content, "dataset_kwargs": placed}
+            text = yaml.dump(
+                content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
+            )
             write_atomically(folder / name, text)
-
-
-def _placed(content: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return a task file's content with its places below the folder made absolute."""
-    if "dataset_kwargs" not in content:
-        return content
-    places = content["dataset_kwargs"]
-    rows = {use: str(folder / name) for use, name in places["data_files"].items()}
-    cache = str(folder / places["cache_dir"])
-    return {**content, "dataset_kwargs": {"data_files": rows, "cache_dir": cache}}
 
 
 def task_folder(
@@ -149,12 +181,13 @@ def task_folder(
         >>> from drllm.tasks.registry import get_tasks
         >>> [task], files = task_folder(get_tasks("builtin_facts"),
         ...                             split="test", limit=10, seed=0, data_dir=None)
-        >>> task.harness_name, task.metric_key, task.num_questions, task.chance, list(files.tasks)
-        ('builtin_facts', 'acc,none', 10, 0.25, ['builtin_facts.yaml'])
+        >>> task.harness_name, task.metric, task.num_questions, task.chance, list(files.tasks)
+        ('builtin_facts', 'acc', 10, 0.25, ['builtin_facts.yaml'])
     """
     if num_fewshot is not None and num_fewshot < 0:
         raise ConfigError(f"num_fewshot is {num_fewshot}; expected 0 or more worked examples")
-    names = [_harness_name(task) for task in tasks]
+    # Without what the harness' command line takes for something else.
+    names = [re.sub(r"[^A-Za-z0-9_.-]+", "_", task.name) for task in tasks]
     for task, name in zip(tasks, names, strict=True):
         if names.count(name) > 1:
             raise TaskError(
@@ -162,173 +195,119 @@ def task_folder(
             )
     files = FolderFiles()
     found = []
-    for task in tasks:
-        makes = _TaskFiles(task, files, num_fewshot)
+    for task, name in zip(tasks, names, strict=True):
+        entry = entry_of(task)
+        shots = entry.shots if num_fewshot is None else num_fewshot
+        if shots and entry.only_zero_shot:
+            raise TaskError(
+                f"task {task.name!r} takes no num_fewshot ({entry.only_zero_shot}); "
+                f"leave it out, or evaluate the task by itself"
+            )
         asked = choose(task.rows(split, data_dir), limit, seed)
-        found.append(makes.add(asked, makes.shots(split, data_dir), split, max_length))
+        try:
+            shown = task.shots(split, data_dir) if shots else []
+        except TaskError as error:
+            raise TaskError(
+                f"{error}; num_fewshot is {shots}, and 0 needs no worked examples"
+            ) from error
+        keys = {question_key(example.question) for example, _ in shown}
+        left = [one for one in asked if question_key(one[0].question) not in keys]
+        if not left:
+            raise TaskError(
+                f"task {task.name!r} has no questions in split {split!r}; give another "
+                f"split, or more questions"
+            )
+        notes = list(entry.notes)
+        if number := len(asked) - len(left):
+            notes.append(f"{number} left out, since a worked example is the same question")
+        lines, examples = _lines(task, entry, left), _lines(task, entry, shown)
+        settings = dict(entry.settings)
+        if entry.generated:
+            settings |= _lengths(entry, lines, examples, shots, max_length, notes)
+        leaves = {
+            f"{name}_{part}" if part else name: part for part in sorted({p for p, _ in lines})
+        }
+        for leaf, part in leaves.items():
+            own, own_shown = ([row for p, row in each if p == part] for each in (lines, examples))
+            if shots > len(own_shown):
+                raise TaskError(
+                    f"task {task.name!r}{f' ({part})' if part else ''} has {len(own_shown)} worked "
+                    f"examples to show, and num_fewshot is {shots}; "
+                    f"give at most {len(own_shown)}"
+                )
+            file = entry.file.format(part=part)
+            files._add(leaf, file, own, own_shown, {"num_fewshot": shots, **settings})
+        if entry.part_of:
+            files.tasks[f"{name}.yaml"] = {
+                "group": name,
+                "task": list(leaves),
+                "aggregate_metric_list": [{"metric": entry.metric, "weight_by_size": True}],
+                "metadata": {"version": 1},
+            }
+        chances = [1 / len(example.choices) for example, _ in left if not entry.generated]
+        found.append(
+            HarnessTask(
+                name=task.name,
+                harness_name=name,
+                leaves=tuple(leaves),
+                metric=entry.metric,
+                filter=entry.filter,
+                kind="generated" if entry.generated else "choices",
+                examples=tuple(example for example, _ in left),
+                num_fewshot=shots,
+                chance=fmean(chances) if chances else None,
+                notes=tuple(notes),
+            )
+        )
     return found, files
 
 
-class _TaskFiles:
-    """The files of one task, as part of a folder's."""
-
-    def __init__(self, task: Task, files: FolderFiles, num_fewshot: int | None) -> None:
-        self.task = task
-        self.name = _harness_name(task)
-        self.files = files
-        self.entry = entry_of(task)
-        self.num_fewshot = self.entry.shots if num_fewshot is None else num_fewshot
-        if self.num_fewshot and self.entry.only_zero_shot:
-            raise TaskError(
-                f"task {task.name!r} takes no num_fewshot ({self.entry.only_zero_shot}); "
-                f"leave it out, or evaluate the task by itself"
-            )
-
-    def shots(self, split: str, data_dir: Path | None) -> list[QuestionRow]:
-        """Return the questions that worked examples are drawn from."""
-        if not self.num_fewshot:
-            return []
+def _lines(task: Task, entry: Harness, questions: Sequence[QuestionRow]) -> list[Line]:
+    found = []
+    for example, row in questions:
         try:
-            return self.task.shots(split, data_dir)
+            columns = entry.row_of(example, row)
         except TaskError as error:
             raise TaskError(
-                f"{error}; num_fewshot is {self.num_fewshot}, and 0 needs no worked examples"
-            ) from error
-
-    def add(
-        self,
-        asked: Sequence[QuestionRow],
-        shown: Sequence[QuestionRow],
-        split: str,
-        max_length: int | None,
-    ) -> HarnessTask:
-        """Add the task's files, and return how the harness knows it."""
-        notes = list(self.entry.notes)
-        keys = {question_key(example.question) for example, _ in shown}
-        left = [one for one in asked if question_key(one[0].question) not in keys]
-        if len(left) < len(asked):
-            notes.append(
-                f"{len(asked) - len(left)} left out, since a worked example is the same question"
-            )
-        if not left:
-            raise TaskError(
-                f"task {self.task.name!r} has no questions in split {split!r}; give another "
-                f"split, or more questions"
-            )
-        settings = self._settings(left, shown, max_length, notes)
-        column, leaves = self.entry.part_of, []
-        for part in sorted({str(row[column]) for _, row in left}) if column else [""]:
-            leaf = f"{self.name}_{part}" if part else self.name
-            leaves.append(leaf)
-            asked_of_it, shown_of_it = (
-                [one for one in questions if not part or one[1][column] == part]
-                for questions in (left, shown)
-            )
-            self._add_leaf(leaf, part, asked_of_it, shown_of_it, settings)
-        if column:
-            self.files.tasks[f"{self.name}.yaml"] = {
-                "group": self.name,
-                "task": leaves,
-                "aggregate_metric_list": [{"metric": self.entry.metric, "weight_by_size": True}],
-                "metadata": {"version": 1},
-            }
-        generated = self.entry.generated
-        return HarnessTask(
-            name=self.task.name,
-            harness_name=self.name,
-            leaves=tuple(leaves),
-            metric=self.entry.metric,
-            filter=self.entry.filter,
-            kind="generated" if generated else "choices",
-            num_questions=len(left),
-            num_fewshot=self.num_fewshot,
-            chance=None if generated else fmean(1 / len(example.choices) for example, _ in left),
-            notes=tuple(notes),
-        )
-
-    def _settings(
-        self,
-        asked: Sequence[QuestionRow],
-        shown: Sequence[QuestionRow],
-        max_length: int | None,
-        notes: list[str],
-    ) -> dict[str, Any]:
-        """Return what the task files change, apart from where the rows are."""
-        settings = dict(self.entry.settings)
-        if not self.entry.generated:
-            return settings
-        rows = [self._columns(*one) for one in asked]
-        wanted = self.entry.max_new_tokens or max(row["max_new_tokens"] for row in rows)
-        given = wanted
-        if max_length is not None:
-            # No token is shorter than a byte, so that no prompt is cut; but half is for answers.
-            examples = [_bytes(self._columns(*one)) for one in shown]
-            longest = max(map(_bytes, rows)) + self.num_fewshot * max(examples, default=0)
-            given = min(wanted, room_for_answer(longest, max_length))
-        if given < wanted:
-            notes.append(
-                f"answers have at most {given} new tokens, since the model holds {max_length} in "
-                f"all; the task asks for {wanted}"
-            )
-        if given < wanted or not self.entry.file:
-            kwargs = settings.get("generation_kwargs") or generation_kwargs(self.entry.file)
-            settings["generation_kwargs"] = {**kwargs, "max_gen_toks": given}
-        return settings
-
-    def _columns(self, example: Example, row: Row) -> dict[str, Any]:
-        try:
-            return self.entry.row_of(example, row)
-        except TaskError as error:
-            raise TaskError(
-                f"task {self.task.name!r}, question {example.id!r}: {error}; the harness' prompt "
+                f"task {task.name!r}, question {example.id!r}: {error}; the harness' prompt "
                 f"needs it"
             ) from error
+        part = str(row[entry.part_of]) if entry.part_of else ""
+        found.append((part, {"drllm_id": example.id, **columns}))
+    return found
 
-    def _add_leaf(
-        self,
-        leaf: str,
-        part: str,
-        asked: Sequence[QuestionRow],
-        shown: Sequence[QuestionRow],
-        settings: Mapping[str, Any],
-    ) -> None:
-        if self.num_fewshot > len(shown):
-            raise TaskError(
-                f"task {self.task.name!r}{f' ({part})' if part else ''} has {len(shown)} worked "
-                f"examples to show, and num_fewshot is {self.num_fewshot}; "
-                f"give at most {len(shown)}"
-            )
-        rows = {ASKED: self._add_rows(leaf, ASKED, asked)}
-        if shown:
-            rows[SHOWN] = self._add_rows(leaf, SHOWN, shown)
-        self.files.num_questions[leaf] = len(asked)
-        file = self.entry.file.format(part=part)
-        self.files.tasks[f"{leaf}.yaml"] = {
-            **({"include": str(harness_file(file))} if file else {}),
-            "task": leaf,
-            "tag": None,  # else the harness' own tags would mean these tasks alone
-            "dataset_path": "json",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": rows, "cache_dir": CACHE},
-            "training_split": None,
-            "validation_split": None,
-            "test_split": ASKED,
-            "fewshot_split": SHOWN if shown else None,
-            # Written even where it is 0, which a command line then can't change: the harness
-            # would show questions that are asked.
-            "num_fewshot": self.num_fewshot,
-            **settings,
-        }
 
-    def _add_rows(self, leaf: str, use: str, questions: Sequence[QuestionRow]) -> str:
-        columns = [
-            {"drllm_id": example.id, **self._columns(example, row)} for example, row in questions
-        ]
-        text = "".join(f"{json.dumps(each, ensure_ascii=False)}\n" for each in columns)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        name = f"{ROWS}/{leaf}-{use}-{digest}.jsonl"
-        self.files.rows[name] = text
-        return name
+def _lengths(
+    entry: Harness,
+    asked: Sequence[Line],
+    shown: Sequence[Line],
+    shots: int,
+    max_length: int | None,
+    notes: list[str],
+) -> dict[str, Any]:
+    """Return how long generated answers may be, where the task file doesn't say so itself."""
+    given = wanted = entry.max_new_tokens or max(row["max_new_tokens"] for _, row in asked)
+    if max_length is not None:
+        # No token is shorter than a byte, so that no prompt is cut; but half is for answers.
+        longest = max(map(_bytes, asked)) + shots * max(map(_bytes, shown), default=0)
+        given = min(wanted, room_for_answer(longest, max_length))
+    if given < wanted:
+        notes.append(
+            f"answers have at most {given} new tokens, since the model holds {max_length} in "
+            f"all; the task asks for {wanted}"
+        )
+    elif entry.file:
+        return {}
+    kwargs = entry.settings.get("generation_kwargs")
+    if kwargs is None:
+        text = harness_file(entry.file).read_text(encoding="utf-8")
+        kwargs = yaml.load(text, Loader=_Plain)["generation_kwargs"]
+    return {"generation_kwargs": {**kwargs, "max_gen_toks": given}}
+
+
+def _bytes(line: Line) -> int:
+    columns = {name: value for name, value in line[1].items() if name != "drllm_id"}
+    return len(json.dumps(columns, ensure_ascii=False).encode())
 
 
 def room_for_answer(prompt: int, max_length: int) -> int:
@@ -341,23 +320,10 @@ def room_for_answer(prompt: int, max_length: int) -> int:
     return max(max_length // 2, max_length - prompt)
 
 
-def _harness_name(task: Task) -> str:
-    """Return a task's name without what the harness' command line takes for something else."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", task.name)
-
-
-def _bytes(row: Mapping[str, Any]) -> int:
-    return len(json.dumps(row, ensure_ascii=False).encode())
-
-
-# --- task files -----------------------------------------------------------------------------------
-
-
 def harness_file(name: str) -> Path:
     """Return where the installed harness has a task file, by its name below `tasks`."""
     spec = importlib.util.find_spec("lm_eval")
-    assert spec is not None, "lm_eval is a dependency"
-    assert spec.origin is not None
+    assert spec is not None and spec.origin is not None, "lm_eval is a dependency"  # noqa: PT018
     path = Path(spec.origin).parent / "tasks" / name
     if not path.is_file():
         raise TaskError(
@@ -366,11 +332,8 @@ def harness_file(name: str) -> Path:
     return path
 
 
-def generation_kwargs(name: str) -> dict[str, Any]:
-    """Return how a task file of the harness has answers generated."""
-    text = harness_file(name).read_text(encoding="utf-8")
-    settings: dict[str, Any] = yaml.load(text, Loader=_Plain)["generation_kwargs"]
-    return settings
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class _Plain(yaml.SafeLoader):

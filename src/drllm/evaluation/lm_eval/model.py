@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,7 +28,6 @@ from tqdm import tqdm
 from drllm.config import DepthConfig, ModelConfig
 from drllm.errors import ConfigError, RoutingError
 from drllm.evaluation.lm_eval.arguments import (
-    check_batch_size,
     check_names,
     check_windows,
     routers_and_base,
@@ -36,6 +36,7 @@ from drllm.evaluation.lm_eval.requests import Request, fitted, without_padding
 from drllm.evaluation.lm_eval.scoring import Answer, Counts, RequestScorer, Scored
 from drllm.models.base.load import BaseModel, load
 from drllm.models.routers.depth_control import encode_calibration, policy_for, read_calibration
+from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FixedPolicy, Policy, reads_prompt
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
@@ -46,6 +47,7 @@ MAX_ROWS = 64
 """As the harness' `max_batch_size`."""
 PATIENCE = timedelta(weeks=52)
 """How long a process waits for the others: some have much more to do. As in the harness."""
+FIXED = "give a fixed plan (decisions=FILE, or static_routing=true)"
 
 
 @register_model("drllm")
@@ -59,7 +61,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
     Args:
         pretrained: A base model (alias, hub id or folder), or a folder of routers, which names
             its base. From Python also a `BaseModel`.
-        routers: With a base model: its routers, a folder or a hub id.
+        routers: With a base model: its routers, a folder or a hub id; from Python also routers.
         base: With a folder of routers: the base model, where its config names none that is here.
         num_windows: Windows W of the routers; a check, since trained routers can't change it.
         decisions: A file with decisions or a path, followed whatever the prompt.
@@ -94,7 +96,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         self,
         pretrained: str | BaseModel,
         *,
-        routers: str | None = None,
+        routers: str | RouterStack | None = None,
         base: str | None = None,
         num_windows: int | None = None,
         decisions: str | None = None,
@@ -114,8 +116,12 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         max_length: int | None = None,
         **others: Any,
     ) -> None:
-        check_names(others, list(signature(RoutedLM).parameters))
-        check_batch_size(batch_size)
+        check_names(others, signature(RoutedLM).parameters)
+        batch_size = 1 if batch_size is None else batch_size
+        if not re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", str(batch_size)):
+            raise ConfigError(
+                f"--batch_size is '{batch_size}'; give auto, or a whole number from 1"
+            )
         depth = DepthConfig(
             depth_bias=float(depth_bias),
             target_executions=target_executions,
@@ -127,25 +133,29 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         stack, source, named = routers_and_base(pretrained, routers, base)
         if num_windows is not None:
             check_windows(pretrained, stack, num_windows)
-        accelerator = _joined(device)
-        if isinstance(pretrained, BaseModel):
-            loaded = pretrained
-        else:
-            loaded = load(
-                ModelConfig(
-                    model=source,
-                    revision=revision or named,
-                    dtype=str(dtype),
-                    device=str(accelerator.device) if accelerator else device or "auto",
-                    trust_remote_code=bool(trust_remote_code),
-                    attn_implementation=attn_implementation,
-                )
+        accelerator = None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # Each process takes a device of its own, or all the CPU, where that is asked for.
+            accelerator = Accelerator(
+                cpu=device == "cpu" or not torch.cuda.is_available(),
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
             )
+        loaded = pretrained
+        if not isinstance(loaded, BaseModel):
+            config = ModelConfig(
+                model=source,
+                revision=revision or named,
+                dtype=str(dtype),
+                device=str(accelerator.device) if accelerator else device or "auto",
+                trust_remote_code=bool(trust_remote_code),
+                attn_implementation=attn_implementation,
+            )
+            loaded = load(config)
         with quiet("lm_eval.models.huggingface"):  # it warns of a model that is loaded already
             super().__init__(
                 loaded.model,
                 tokenizer=loaded.tokenizer,
-                batch_size=batch_size if batch_size is not None else 1,
+                batch_size=batch_size,
                 max_batch_size=max_batch_size or MAX_ROWS,
                 max_length=max_length,
                 trust_remote_code=trust_remote_code,
@@ -157,8 +167,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             self._world_size = accelerator.num_processes
         self.base = loaded
         self.routed = RoutedModel(loaded.model, stack, tokenizer=loaded.tokenizer)
-        self.routers_source = (routers or str(pretrained)) if stack is not None else None
-        self.policy = self._policy(depth, decisions, stack)
+        self.routers_source = None if stack is None else str(routers or pretrained)
+        self.policy = self._policy(depth, decisions)
         self.scorer = RequestScorer(
             self.routed, self.max_length, self.batch_size, self.max_batch_size
         )
@@ -185,10 +195,9 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             )
         return cls(**{**arg_dict, "pretrained": str(arg_dict["pretrained"])}, **flags)
 
-    def _policy(self, depth: DepthConfig, decisions: str | None, stack: Any) -> Policy:
+    def _policy(self, depth: DepthConfig, decisions: str | None) -> Policy:
         if decisions is not None:
-            if stack is not None or depth.knob() is not None:
-                other = "routers" if stack is not None else depth.knob()
+            if other := "routers" if self.routed.routers is not None else depth.knob():
                 raise ConfigError(
                     f"decisions={decisions} and {other} are given, but only one of them can decide"
                     f"; leave one out"
@@ -196,12 +205,9 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             path = read_path_file(Path(decisions)).path(self.routed.num_layers)
             plan = to_decisions(path, self.routed.num_layers)
             return FixedPolicy(plan, self.routed.num_layers)
-        prompts: list[list[int]] = []
-        if depth.calibration is not None:
-            texts = read_calibration(Path(depth.calibration))
-            prompts = encode_calibration(texts, self.tokenizer, chat=False)
-        policy, _ = policy_for(self.routed, depth, prompts)
-        return policy
+        texts = [] if depth.calibration is None else read_calibration(Path(depth.calibration))
+        prompts = encode_calibration(texts, self.tokenizer, chat=False)
+        return policy_for(self.routed, depth, prompts)[0]
 
     # --- log-likelihoods ---
 
@@ -230,18 +236,18 @@ class RoutedLM(HFLM):  # type: ignore[misc]
 
     def request_of(self, instance: Instance) -> Request:
         """Return a request of the harness as tokens."""
-        context, continuation = instance.args
-        if context == "":
-            if reads_prompt(self.policy):
-                raise RoutingError(
-                    f"{instance.task_name} scores text without a prompt, so nothing can decide on "
-                    f"its route; give a fixed plan (decisions=FILE, or static_routing=true)"
-                )
-            tokens = self.tok_encode(continuation, add_special_tokens=False)
-            whole = tokens if tokens[0] == self.prefix_token_id else [self.prefix_token_id, *tokens]
-            return Request((instance.task_name, instance.doc_id), whole[:1], whole[1:])
         question = (instance.task_name, instance.doc_id)
-        return Request(question, *self._encode_pair(context, continuation))
+        context, continuation = instance.args
+        if context != "":
+            return Request(question, *self._encode_pair(context, continuation))
+        if reads_prompt(self.policy):
+            raise RoutingError(
+                f"{instance.task_name} scores text without a prompt, so nothing can decide on "
+                f"its route; {FIXED}"
+            )
+        tokens = self.tok_encode(continuation, add_special_tokens=False)
+        whole = tokens if tokens[0] == self.prefix_token_id else [self.prefix_token_id, *tokens]
+        return Request(question, whole[:1], whole[1:])
 
     def _loglikelihood_tokens(
         self,
@@ -252,13 +258,10 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         """Score windows of a text (rolling log-likelihoods), each by itself, without a prompt."""
         if reads_prompt(self.policy):
             raise RoutingError(
-                "rolling log-likelihoods have no prompt, so nothing can decide on their route; "
-                "give a fixed plan (decisions=FILE, or static_routing=true)"
+                f"rolling log-likelihoods have no prompt, so nothing can decide on their route; "
+                f"{FIXED}"
             )
-        rows = [
-            Request(place, context, continuation)
-            for place, (_, context, continuation) in enumerate(requests)
-        ]
+        rows = [Request(place, *tokens) for place, (_, *tokens) in enumerate(requests)]
         return self._scored(rows).answers
 
     # --- generated answers ---
@@ -292,17 +295,15 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         Answers that the model has no room for are shorter, with a warning (see `requests.fitted`).
         """
         wanted, places = without_padding(requests)
-        asked = fitted(
-            wanted, self.tok_encode, self.max_length, self.max_gen_toks, warns=self.rank == 0
-        )
+        room = self.max_length, self.max_gen_toks
+        asked = fitted(wanted, self.tok_encode, *room, warns=self.rank == 0)
         texts: list[str] = super().generate_until(asked, disable_tqdm=disable_tqdm)
         return [texts[place] for place in places]
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
         """Return how many answers are generated at once with `auto`: as many as memory allows."""
         size = PathSize(self.max_length, 1, keeps_kv=True)
-        fitting = MemoryBatcher(self.routed.model).num_paths(size)
-        found: int = min(self.max_batch_size, fitting)
+        found: int = min(self.max_batch_size, MemoryBatcher(self.routed.model).num_paths(size))
         if self.world_size > 1:
             found = int(self.all_gather(torch.tensor([found], device=self.device)).min())
         return found
@@ -340,18 +341,6 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 "executions_a_forward": counts.executions / max(counts.prompts, 1),
             },
         }
-
-
-def _joined(device: str | None) -> Accelerator | None:
-    """Return what joins this process with the others, or None where it is alone.
-
-    Each process takes a device of its own, or all the CPU, where that is the device asked for.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
-        return None
-    patient = InitProcessGroupKwargs(timeout=PATIENCE)
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
-    return Accelerator(cpu=on_cpu, kwargs_handlers=[patient])
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import logging
 import math
+import os.path
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -94,59 +94,34 @@ def asked(requests: Sequence[Request], max_length: int, *, by_prompt: bool) -> A
     found = Asked([], [], [(0, 0)] * len(requests))
     for key, places in groups.items():
         longest = max(len(requests[place].continuation) for place in places)
-        contexts = {
-            place: _cut(
-                requests[place].context,
-                max_length + 1 - (longest if by_prompt else len(requests[place].continuation)),
-            )
-            for place in places
-        }
-        prompt = _common(list(contexts.values()))
-        if prompt:
-            _add(found, key, prompt, requests, contexts)
-        elif by_prompt:
+        contexts = {}
+        for place in places:
+            room = max_length + 1 - (longest if by_prompt else len(requests[place].continuation))
+            # One token at least: after it something is predicted.
+            contexts[place] = tuple(requests[place].context[-max(room, 1) :])
+        common = os.path.commonprefix(list(contexts.values()))  # noqa: RUF071 (of tokens)
+        if by_prompt and not common:
             raise TaskError(
                 f"the requests of {_named(key)} have no prompt in common, so nothing can decide on "
                 f"their route; give a fixed plan (decisions=FILE, or static_routing=true)"
             )
-        else:
-            for context in dict.fromkeys(contexts.values()):
-                alike = {place: each for place, each in contexts.items() if each == context}
-                _add(found, key, context, requests, alike)
+        for prompt in [common] if common else dict.fromkeys(contexts.values()):
+            continuations: dict[tuple[tuple[int, ...], int], int] = {}
+            for place, context in contexts.items():
+                if common or context == prompt:
+                    unscored = context[len(prompt) :]
+                    behind = (*unscored, *requests[place].continuation), len(unscored)
+                    number = continuations.setdefault(behind, len(continuations))
+                    found.places[place] = (len(found.questions), number)
+            found.keys.append(key)
+            found.questions.append(
+                Question(
+                    prompt,
+                    [tokens for tokens, _ in continuations],
+                    [num for _, num in continuations],
+                )
+            )
     return found
-
-
-def _add(
-    found: Asked,
-    key: Hashable,
-    prompt: tuple[int, ...],
-    requests: Sequence[Request],
-    contexts: dict[int, tuple[int, ...]],
-) -> None:
-    """Add one question, and where each of its requests stands."""
-    continuations: dict[tuple[tuple[int, ...], int], int] = {}
-    for place, context in contexts.items():
-        unscored = len(context) - len(prompt)
-        tokens = (*context[len(prompt) :], *requests[place].continuation)
-        number = continuations.setdefault((tokens, unscored), len(continuations))
-        found.places[place] = (len(found.questions), number)
-    found.questions.append(
-        Question(prompt, [tokens for tokens, _ in continuations], [num for _, num in continuations])
-    )
-    found.keys.append(key)
-
-
-def _cut(context: Tokens, most: int) -> tuple[int, ...]:
-    """Return the last tokens of a context, one at least: after it something is predicted."""
-    return tuple(context[-max(most, 1) :])
-
-
-def _common(contexts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """Return what all contexts begin with."""
-    if len(set(contexts)) == 1:
-        return contexts[0]
-    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*contexts, strict=False))
-    return tuple(tokens[0] for tokens in alike)
 
 
 def _named(key: Hashable) -> str:
@@ -195,22 +170,18 @@ def fitted(
             given.setdefault((request.task_name or "a task", asked), []).append(room)
         found.append(request)
     for (task, asked), rooms in given.items() if warns else ():
-        _warn(task, asked, max_length, min(rooms), max(rooms))
+        least = "" if len(set(rooms)) == 1 else f"{min(rooms)} to "
+        _warn(
+            f"{task} asks for answers of up to {asked} tokens, and the model holds {max_length} "
+            f"with the question; answers have at most {least}{max(rooms)}"
+        )
     return found
 
 
 @functools.cache
-def _warn(task: str, asked: int, max_length: int, least: int, most: int) -> None:
+def _warn(message: str) -> None:
     """Say it once, however many systems answer the same questions."""
-    given = f"{most}" if least == most else f"{least} to {most}"
-    logger.warning(
-        "%s asks for answers of up to %d tokens, and the model holds %d with the question; answers "
-        "have at most %s",
-        task,
-        asked,
-        max_length,
-        given,
-    )
+    logger.warning(message)
 
 
 def without_padding(requests: Sequence[Any]) -> tuple[list[Any], list[int]]:

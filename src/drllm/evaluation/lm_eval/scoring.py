@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ Answer: TypeAlias = tuple[float, bool]
 PolicyOf: TypeAlias = Callable[[list[Hashable]], Policy]
 """Gives the policy for the questions of some keys, side by side in a batch."""
 
-Plan: TypeAlias = Mapping[Hashable, Decisions]
+Plan: TypeAlias = Mapping[Any, Decisions]
 """Decisions by question."""
 
 STATE_CACHE_GB = 1.0
@@ -81,11 +81,7 @@ class RequestScorer:
     """
 
     def __init__(
-        self,
-        routed: RoutedModel,
-        max_length: int,
-        batch_size: int | str,
-        max_batch_size: int,
+        self, routed: RoutedModel, max_length: int, batch_size: int | str, max_batch_size: int
     ) -> None:
         self.routed = routed
         self.max_length = max_length
@@ -114,30 +110,24 @@ class RequestScorer:
         routes: dict[Hashable, Decisions] = {}
         for places, batch in self._batches(found):
             keys = [found.keys[place] for place in places]
-            each, route = _scores_under(batch, policy_of(keys), self.routed.num_layers)
+            each, route = self._under(batch, policy_of(keys))
             self.counts.add(route)
             scores.update(zip(places, each, strict=True))
             routes.update(zip(keys, map(tuple, route.tolist()), strict=True))
-            on_progress(sum(len(found.questions[place].continuations) for place in places))
+            on_progress(sum(len(question.continuations) for question in batch.questions))
         return Scored(_answers(found, scores), routes)
 
     def score_plans(self, requests: Sequence[Request], plans: Sequence[Plan]) -> list[Scored]:
-        """Score requests under several plans at once, what their paths have in common run once.
-
-        Returns:
-            For each plan what `score` returns under it.
-        """
+        """Return what `score` does under each plan; what their paths have in common runs once."""
         found = asked(requests, self.max_length, by_prompt=True)
         scores: list[dict[int, Score]] = [{} for _ in plans]
         for places, batch in self._batches(found):
-            wanted = [
-                (number, place, (row, plan[found.keys[place]]))
-                for number, plan in enumerate(plans)
-                for row, place in enumerate(places)
+            pairs = [
+                (row, plan[found.keys[place]]) for plan in plans for row, place in enumerate(places)
             ]
-            each = batch.scores([pair for _, _, pair in wanted], greedy=True)
-            for (number, place, _), score in zip(wanted, each, strict=True):
-                scores[number][place] = score
+            each = iter(batch.scores(pairs, greedy=True))
+            for of_plan in scores:
+                of_plan.update((place, next(each)) for place in places)
             batch.forget()
         return [
             Scored(_answers(found, each), {key: plan[key] for key in found.keys})
@@ -157,39 +147,51 @@ class RequestScorer:
                 scores[place] = Score(values, greedy=(False,) * len(values))
         return _answers(found, scores)
 
+    def _under(self, batch: ChoiceBatch, policy: Policy) -> tuple[list[Score], Tensor]:
+        """Score a batch's questions under a policy; return their routes `[P, L]` too.
+
+        One plan for all is run as a path: then the prompts' common beginning is read once for all.
+        """
+        plan: Decisions | None = None
+        if isinstance(policy, FullPolicy):
+            plan = (1,) * self.routed.num_layers
+        elif isinstance(policy, FixedPolicy) and policy.shared:
+            plan = tuple(policy.plan[0])
+        if plan is None or not batch.shares_beginning:
+            return batch.routed_scores(policy)
+        pairs = [(place, plan) for place in range(len(batch.questions))]
+        return batch.scores(pairs, greedy=True), torch.tensor([plan] * len(pairs))
+
     def _batches(self, found: Asked) -> Iterator[tuple[list[int], ChoiceBatch]]:
         """Yield the questions of each pass, with their places, the longest first.
 
         A pass ends early where what follows is so short that padding it would cost more than a
         pass of its own.
         """
-        lengths = [each.length for each in found.questions]
-        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-        model = self.routed.model
+        questions, model = found.questions, self.routed.model
+        order = sorted(
+            range(len(questions)), key=lambda place: questions[place].length, reverse=True
+        )
         passes = MemoryBatcher(model)
-        all_packed = bool(order) and can_pack(model, max(lengths))
+        all_packed = bool(order) and can_pack(model, questions[order[0]].length)
         while order:
-            longest = lengths[order[0]]
+            longest = questions[order[0]].length
             if isinstance(self.batch_size, int):
                 limit = self.batch_size
             else:
-                scored = max(found.questions[place].num_after for place in order) + 1
+                scored = max(questions[place].num_after for place in order) + 1
                 limit = min(self.max_batch_size, passes.num_paths(PathSize(longest, scored)))
-            taken, rows = 0, 0
-            while taken < len(order):
-                question = found.questions[order[taken]]
+            taken = rows = 0
+            for question in (questions[place] for place in order):
                 packed = all_packed or can_pack(model, question.length)
                 rows += 1 if packed else len(question.apart())
-                is_full = rows > limit or (
-                    taken * longest >= ENOUGH_TOKENS
-                    and lengths[order[taken]] < LEAST_FILLED * longest
-                )
-                if taken and is_full:
+                too_short = question.length < LEAST_FILLED * longest
+                if taken and (rows > limit or (taken * longest >= ENOUGH_TOKENS and too_short)):
                     break
                 taken += 1
             places, order = order[:taken], order[taken:]
-            questions = [found.questions[place] for place in places]
-            yield places, ChoiceBatch(self.routed, questions, STATE_CACHE_GB)
+            batch = [questions[place] for place in places]
+            yield places, ChoiceBatch(self.routed, batch, STATE_CACHE_GB)
 
 
 def _answers(found: Asked, scores: Mapping[int, Score]) -> list[Answer]:
@@ -198,21 +200,3 @@ def _answers(found: Asked, scores: Mapping[int, Score]) -> list[Answer]:
         (scores[place].logprobs[number], scores[place].greedy[number])
         for place, number in found.places
     ]
-
-
-def _scores_under(
-    batch: ChoiceBatch, policy: Policy, num_layers: int
-) -> tuple[list[Score], Tensor]:
-    """Score a batch's questions under a policy; return their routes `[P, L]` too.
-
-    One plan for all is run as a path: then the prompts' common beginning is read once for all.
-    """
-    plan: Sequence[int] | None = None
-    if isinstance(policy, FullPolicy):
-        plan = (1,) * num_layers
-    elif isinstance(policy, FixedPolicy) and policy.shared:
-        plan = policy.plan[0]
-    if plan is None or not batch.shares_beginning:
-        return batch.routed_scores(policy)
-    pairs = [(place, tuple(plan)) for place in range(len(batch.questions))]
-    return batch.scores(pairs, greedy=True), torch.tensor([plan] * len(pairs))

@@ -115,10 +115,6 @@ class AskedTask:
         """Return what the model reads of each question, rendered."""
         return [str(instances[0].args[0]) for instances in self.instances]
 
-    def options(self, place: int) -> list[str]:
-        """Return the continuations that are scored, of the question at a place."""
-        return [str(instance.args[1]) for instance in self.instances[place]]
-
     def gold(self, place: int) -> int:
         """Return which option of the question at a place is right, where just one is."""
         name, _ = self.keys[place]
@@ -137,22 +133,16 @@ class AskedTask:
         where answers are generated, the right answer after the question (for GSM8K a worked
         solution), which alone is predicted.
         """
-        request = self._lm.request_of(self._with_answer(place))
         if self.has_options:
+            request = self._lm.request_of(self.instances[place][self.gold(place)])
             tokens = [*request.context, *request.continuation]
             return Request(self.keys[place], tokens[:1], tokens[1:])
-        return request
-
-    def _with_answer(self, place: int) -> Instance:
         name, doc_id = self.keys[place]
-        if self.has_options:
-            return self.instances[place][self.gold(place)]
         task = self._tasks[name]
         answer = task.doc_to_target(self.docs[place])
         first = answer[0] if isinstance(answer, list) else answer
-        continuation = task.config.target_delimiter + str(first)
-        context = self.prompts()[place]
-        return Instance("loglikelihood", {}, (context, continuation), 0, (name, doc_id, 1))
+        args = str(self.instances[place][0].args[0]), task.config.target_delimiter + str(first)
+        return self._lm.request_of(Instance("loglikelihood", {}, args, 0, (name, doc_id, 1)))
 
     def check(self, place: int, answers: Sequence[Answer]) -> None:
         """Refuse log-probabilities of the question at a place that are not finite."""
@@ -175,24 +165,21 @@ class AskedTask:
                 instance.resps, instance.filtered_resps = [answer], {}
         for task in self._tasks.values():
             task.apply_filters()
-        return [self._graded(place, given) for place, given in enumerate(answers)]
-
-    def _graded(self, place: int, answers: Sequence[Answer | str]) -> Graded:
-        name, _ = self.keys[place]
-        found = self._tasks[name].process_results(
-            self.docs[place],
-            [instance.filtered_resps[self.written.filter] for instance in self.instances[place]],
-        )
-        metrics = {
-            metric: float(value)
-            for metric, value in found.items()
-            if isinstance(value, (bool, int, float))
-        }
-        gold = None
-        if self.has_options:
-            sums = [answer[0] for answer in answers if not isinstance(answer, str)]
-            gold = log_share(sums, self.gold(place))
-        return Graded(metrics[self.written.metric], metrics, gold)
+        graded = []
+        for place, given in enumerate(answers):
+            filtered = [each.filtered_resps[self.written.filter] for each in self.instances[place]]
+            task = self._tasks[self.keys[place][0]]
+            metrics = {
+                metric: float(value)
+                for metric, value in task.process_results(self.docs[place], filtered).items()
+                if isinstance(value, (bool, int, float))
+            }
+            gold = None
+            if self.has_options:
+                sums = [answer[0] for answer in given if not isinstance(answer, str)]
+                gold = log_share(sums, self.gold(place))
+            graded.append(Graded(metrics[self.written.metric], metrics, gold))
+        return graded
 
 
 @contextmanager

@@ -91,10 +91,7 @@ def _measure(
     """Return the measure that adds up a value of each question's sums, and divides by a count."""
     lengths = [question.length for question in questions]
     batches = [
-        (
-            block.places,
-            ChoiceBatch(material.routed, [questions[i] for i in block.places], STATE_CACHE_GB),
-        )
+        (block, ChoiceBatch(material.routed, [questions[i] for i in block], STATE_CACHE_GB))
         for block in blocks_of(lengths, least=1, batch_size=BATCH_SIZE)
     ]
 

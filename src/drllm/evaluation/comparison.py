@@ -1,0 +1,236 @@
+"""Every system on one task, at every depth; and the certified choice of a depth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from drllm.errors import ConfigError
+from drllm.evaluation.baselines.base import BASELINES, Drawn
+from drllm.evaluation.baselines.own_routes import share_unchanged
+from drllm.evaluation.flops import PromptCost
+from drllm.evaluation.questions import chosen_on
+from drllm.evaluation.shared import Shared
+from drllm.evaluation.systems import Keep, SystemRun, TaskRun
+from drllm.evaluation.tables import TaskRuns, is_above_chance, seeds_of
+from drllm.models.routers.depth_control import find_depth_bias
+from drllm.models.routing.policies import FullPolicy, Policy, RouterPolicy
+from drllm.records.results import BASE, PERMUTED, ROUTED
+from drllm.statistics.non_inferiority import Choice, Limits, choose, confirm
+from drllm.statistics.paired import Outcomes
+from drllm.tasks.base import Task
+
+NUM_RANDOM_DRAWS = 10
+"""Draws of the baselines that are drawn, unless another number is given."""
+MAX_LOSS_INCREASE = 0.05
+"""Nats a token that the next-token loss may rise, unless another limit is given."""
+WORKED = "worked-"
+"""Beginning of the names of task folders with worked answers."""
+
+
+class Comparison:
+    """Every system on one task.
+
+    Args:
+        shared: What the evaluation's tasks share.
+        task: The task.
+    """
+
+    def __init__(self, shared: Shared, task: Task) -> None:
+        config = shared.config
+        self.shared, self.config, self.task = shared, config, task
+        self.asked = shared.asked(task, config.split_of(task.name), config.limit_of(task.name))
+        self.questions = TaskRun(shared.lm, self.asked, config.num_texts)
+        self.source = shared.sources[task.name]
+        self.fitted = shared.fitted(self.source)
+        self.notes = list(self.asked.written.notes)
+        if self.source.name != task.name:
+            self.notes.append(
+                f"Depths and baselines are fitted and chosen on questions of {self.source.name}, "
+                f"not of {task.name}"
+            )
+
+    def run(self) -> TaskRuns:
+        """Run base, then at each depth the routed model, its baselines, and other seeds' routers.
+
+        Baselines run at the first routers' executions; of other seeds only the permuted routes do,
+        at their own.
+        """
+        config, lm = self.config, self.shared.lm
+        base = self._by_policy(f"{self.task.name}: {BASE}", self.questions, BASE, FullPolicy())
+        chance = self.asked.written.chance or 0.0
+        above_chance = is_above_chance(base, chance, config.seed)
+        first, *other_seeds = self.shared.routers
+        policies = {"": RouterPolicy(self.shared.routers[first])}
+        for setting in self.shared.shares:
+            if policy := self._at_depth(first, setting, f"Not evaluated at {setting}"):
+                policies[setting] = policy
+        systems, seeds = [base], []
+        for setting, policy in policies.items():
+            at = f" at {setting}" if setting else ""
+            systems.append(self._routed(at, policy, setting))
+            routed = [systems[-1]]
+            systems += self._baselines(at, routed[0])
+            permuted = [
+                each for each in systems if (each.name, each.setting) == (PERMUTED, setting)
+            ]
+            for folder in other_seeds:
+                own = self._at_depth(folder, setting, f"{folder} isn't evaluated{at}")
+                if own is not None:
+                    routed.append(self._routed(f" of {folder}{at}", own, setting))
+                    if permuted:
+                        permuted.append(self._baseline(PERMUTED, f" of {folder}{at}", routed[-1]))
+            if other_seeds:
+                seeds.append(
+                    seeds_of(base, routed, permuted, config.seed, above_chance=above_chance)
+                )
+        choice = None
+        if config.epsilon is not None:
+            del policies[""]
+            choice = self._choice(config.epsilon, systems, policies, chance)
+        prompts = [lm.tok_encode(prompt) for prompt in self.asked.prompts()]
+        self.shared.prompts += prompts
+        return TaskRuns(
+            task=self.task,
+            asked=self.asked,
+            systems=systems,
+            notes=self.notes,
+            choice=choice,
+            config=config,
+            num_layers=lm.routed.num_layers,
+            cost=PromptCost.of(lm.routed.model, [len(ids) for ids in prompts]),
+            seeds=seeds,
+        )
+
+    def _at_depth(self, folder: Path, setting: str, otherwise: str) -> RouterPolicy | None:
+        """Return the policy under which routers save so much; where none does, it is noted."""
+        routers, lm = self.shared.routers[folder], self.shared.lm
+        if not setting:
+            return RouterPolicy(routers)
+        wanted = (1 - self.shared.shares[setting]) * lm.routed.num_layers
+        prompts = self.fitted.material.prompts
+        try:
+            found = find_depth_bias(lm.routed, prompts, wanted, routers=routers)
+        except ConfigError as error:
+            self.notes.append(f"{otherwise}: {error}")
+            return None
+        return RouterPolicy(routers, depth_bias=found.depth_bias)
+
+    def _by_policy(
+        self, key: str, questions: TaskRun, name: str, policy: Policy, setting: str = ""
+    ) -> SystemRun:
+        drawn = [Drawn(policy=policy)]
+        return self.shared.once(key, lambda keep: questions.run(name, drawn, setting, keep))
+
+    def _routed(self, which: str, policy: Policy, setting: str) -> SystemRun:
+        key = f"{self.task.name}: {ROUTED}{which}"
+        return self._by_policy(key, self.questions, ROUTED, policy, setting)
+
+    def _baselines(self, which: str, routed: SystemRun) -> list[SystemRun]:
+        systems = []
+        for name in self.shared.baselines:
+            if routed.setting and BASELINES.get(name).has_own_depth:
+                continue  # it would be the same system again
+            if obstacle := self.fitted.obstacle(name, routed.executions):
+                self.notes.append(f"{name.capitalize()} isn't compared: {obstacle}.")
+                continue
+            systems.append(self._baseline(name, which, routed))
+        return systems
+
+    def _baseline(self, name: str, which: str, routed: SystemRun) -> SystemRun:
+        """Run a baseline at the executions of a routed model."""
+
+        def run(keep: Keep) -> SystemRun:
+            routes = torch.tensor(routed.routes[0])
+            generator = torch.Generator().manual_seed(self.config.seed)
+            draws = self.config.num_random_draws or NUM_RANDOM_DRAWS
+            num = draws if BASELINES.get(name).is_drawn else 1
+            drawn = [self.fitted.at(name, routes, generator) for _ in range(num)]
+            system = self.questions.run(name, drawn, routed.setting, keep)
+            if name == PERMUTED:
+                plans = [draw.plan for draw in drawn if draw.plan is not None]
+                system.unchanged = [share_unchanged(routes, plan) for plan in plans]
+            return system
+
+        return self.shared.once(f"{self.task.name}: {name}{which}", run)
+
+    # --- the certified choice; the rule is `statistics.non_inferiority`'s ---
+
+    def _choice(
+        self,
+        epsilon: float,
+        systems: Sequence[SystemRun],
+        policies: Mapping[str, Policy],
+        chance: float,
+    ) -> Choice:
+        """Choose a depth on one split, and test it once on the one that is evaluated.
+
+        Args:
+            epsilon: Points of accuracy.
+            systems: On the evaluated questions: base first.
+            policies: The routed model's at each depth, by the depth in words.
+            chance: Accuracy of guessing on the evaluated questions.
+        """
+        config, source, worked = self.config, self.source, self.shared.worked
+        split = chosen_on(source, config)
+        asked = self.shared.asked(source, split, config.limit_of(source.name))
+        questions = TaskRun(self.shared.lm, asked, config.num_texts)
+        found = [self._by_policy(f"{source.name}: base on {split}", questions, BASE, FullPolicy())]
+        for setting, policy in policies.items():
+            key = f"{source.name}: routed at {setting} on {split}"
+            found.append(self._by_policy(key, questions, ROUTED, policy, setting))
+        worked_split = "" if worked is None else chosen_on(worked, config)
+        base, *settings = self._with_worked(found, policies, worked_split)
+        choice = choose(
+            base,
+            settings,
+            Limits(
+                epsilon=epsilon, max_loss_increase=config.max_loss_increase or MAX_LOSS_INCREASE
+            ),
+            chance=asked.written.chance or 0.0,
+            seed=config.seed,
+            worked_answers=None if worked is None else worked.name,
+            chosen_on=f"{source.name} ({split})",
+        )
+        if choice.chosen is None:
+            return choice
+        [ours] = (
+            each for each in systems if each.name == ROUTED and each.title == choice.chosen.name
+        )
+        base, tested = self._with_worked(
+            [systems[0], ours],
+            {ours.setting: policies[ours.setting]},
+            "" if worked is None else config.split_of(worked.name),
+        )
+        return confirm(choice, base, tested, chance=chance, seed=config.seed)
+
+    def _with_worked(
+        self, systems: Sequence[SystemRun], policies: Mapping[str, Policy], split: str
+    ) -> list[Outcomes]:
+        """Return outcomes that know their loss on worked answers, where it is asked for.
+
+        Args:
+            systems: Base, then one for each policy.
+            policies: By setting.
+            split: Of the worked answers.
+        """
+        outcomes = [system.outcomes for system in systems]
+        worked, once = self.shared.worked, self.shared.once
+        if worked is None:
+            return outcomes
+        num_texts = self.config.num_texts
+        asked = self.shared.asked(worked, split, num_texts, WORKED)
+        texts = TaskRun(self.shared.lm, asked, num_texts)
+        where = f"on worked answers of {worked.name}, {split}"
+        read = [once(f"base {where}", partial(texts.texts, BASE, FullPolicy(), ""))]
+        for setting, policy in policies.items():
+            key = f"{self.source.name}: routed at {setting} {where}"
+            read.append(once(key, partial(texts.texts, ROUTED, policy, setting)))
+        return [
+            dataclasses.replace(outcome, worked_loss=each.text_loss)
+            for outcome, each in zip(outcomes, read, strict=True)
+        ]
