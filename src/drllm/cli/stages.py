@@ -211,9 +211,9 @@ def train_verb(request: Request, terminal: Terminal) -> None:
     files = published.supervision_files(request)
     records = join_supervision(files)
     if config.soft_targets:
-        from drllm.training.targets import soft_targets
+        from drllm.training.targets import check_soft_targets
 
-        soft_targets(records)  # that there are any is known before the model is loaded
+        check_soft_targets(records)  # that there are any is known before the model is loaded
     flag = "--output" if request.values["output"] else "--run-name"
     check_folder(output, flag)
     features = request.path("features") if request.values["features"] else None

@@ -2,27 +2,25 @@
 
 `checkpoint.safetensors` holds weights and the optimiser's moments; its header says which epoch
 they belong to, the metrics so far, and which training made them.
-
-Axes: N examples, L layers.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from drllm.config import TrainConfig
-from drllm.errors import CheckpointError
+from drllm.errors import CheckpointError, RecordError
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, read_config
-from drllm.records import differences
+from drllm.records import decode, differences, encode
 from drllm.training.trainer import Trainer
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -32,6 +30,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 # Pooling the same prompts again may differ in the last bits (threads, another GPU); another prompt
 # or base model differs by far more.
 SIZES_TOLERANCE = 1e-3
+
+
+class _Header(msgspec.Struct, frozen=True, kw_only=True):
+    identity: dict[str, Any]
+    epochs_done: int
+    best: tuple[int, float] | None
+    metrics: list[dict[str, Any]]
 
 
 def identity_of(
@@ -57,19 +62,22 @@ def save(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
     Raises:
         CheckpointError: The folder can't be written.
     """
+    weights = dict(trainer.stack.named_parameters())
+    state: dict[str, Mapping[str, Tensor]] = {"weights": weights, "kept": trainer.kept or {}}
+    for part in MOMENTS:
+        state[part] = {name: trainer.optimizer.state[w][part] for name, w in weights.items()}
     tensors = {SIZES: trainer.sizes}
-    for part, by_name in _state(trainer).items():
-        tensors |= {f"{part}.{name}": tensor.cpu() for name, tensor in by_name.items()}
-    header = {
-        "identity": identity,
-        "epochs_done": trainer.epochs_done,
-        "best": trainer.best,
-        "metrics": trainer.rows,
-    }
-    path = output / CHECKPOINT_FILE
-    temporary = output / f".{CHECKPOINT_FILE}.tmp"
+    for part, named in state.items():
+        tensors |= {f"{part}.{name}": tensor.detach().cpu() for name, tensor in named.items()}
+    header = _Header(
+        identity=dict(identity),
+        epochs_done=trainer.epochs_done,
+        best=trainer.best,
+        metrics=trainer.rows,
+    )
+    path, temporary = output / CHECKPOINT_FILE, output / f".{CHECKPOINT_FILE}.tmp"
     try:
-        save_file(tensors, temporary, metadata={HEADER: json.dumps(header)})
+        save_file(tensors, temporary, metadata={HEADER: encode(header).decode()})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -91,9 +99,9 @@ def resume(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
         return
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()[HEADER])
+            header = decode(file.metadata()[HEADER], _Header, str(path))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found = differences(header["identity"], identity)
+        found = differences(header.identity, identity)
         ours, theirs = trainer.sizes, tensors[SIZES]
         if not found and (
             ours.shape != theirs.shape
@@ -102,7 +110,7 @@ def resume(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
             found = ["other features (of other prompts, or another dtype of the base model)"]
         if not found:
             _restore(trainer, header, tensors)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (SafetensorError, OSError, RecordError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is broken; delete it to train from the beginning") from error
     if found:
         raise CheckpointError(
@@ -143,18 +151,7 @@ def remove(output: Path) -> None:
     (output / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
-def _state(trainer: Trainer) -> dict[str, dict[str, Tensor]]:
-    """Return all tensors of a training's state after its first epoch."""
-    weights = dict(trainer.stack.named_parameters())
-    found = {"weights": {name: weight.detach() for name, weight in weights.items()}}
-    for part in MOMENTS:
-        found[part] = {
-            name: trainer.optimizer.state[weight][part] for name, weight in weights.items()
-        }
-    return found if trainer.kept is None else {**found, "kept": trainer.kept}
-
-
-def _restore(trainer: Trainer, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _restore(trainer: Trainer, header: _Header, tensors: Mapping[str, Tensor]) -> None:
     """Put a saved state into a new trainer; KeyError or ValueError if it doesn't fit."""
     weights = dict(trainer.stack.named_parameters())
 
@@ -166,12 +163,10 @@ def _restore(trainer: Trainer, header: Mapping[str, Any], tensors: Mapping[str, 
         return {name: tensor.to(trainer.device, trainer.dtype) for name, tensor in found.items()}
 
     moments = {part: saved(part) for part in MOMENTS}
-    step = torch.tensor(float(header["epochs_done"] * trainer.steps_per_epoch))
+    step = torch.tensor(float(header.epochs_done * trainer.steps_per_epoch))
     for name, weight in weights.items():
         state = {part: moments[part][name] for part in MOMENTS}
         trainer.optimizer.state[weight] = {"step": step.clone().to(trainer.device), **state}
     trainer.stack.load_state_dict(saved("weights"))
-    best = header["best"]
-    trainer.best = None if best is None else (best[0], best[1])
-    trainer.kept = None if best is None else saved("kept")
-    trainer.epochs_done, trainer.rows = header["epochs_done"], header["metrics"]
+    trainer.best, trainer.kept = header.best, saved("kept") if header.best else None
+    trainer.epochs_done, trainer.rows = header.epochs_done, header.metrics

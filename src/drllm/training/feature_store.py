@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -24,13 +25,7 @@ import torch
 from torch import Tensor
 
 from drllm.errors import RecordError
-from drllm.records import (
-    manifest_path,
-    only_writer,
-    read_manifest,
-    refuse_other_run,
-    write_json,
-)
+from drllm.records import manifest_path, only_writer, read_manifest, refuse_other_run, write_json
 
 FEATURES_FOLDER = "features"
 FEATURES_FILE = "features.safetensors"
@@ -48,26 +43,19 @@ Shape = tuple[int, int, int, int]
 
 
 class Memory:
-    """Keeps the routers' inputs in memory, in float32.
-
-    Attributes:
-        means: `[N, L, W, D]`.
-        filled: `[N]`: how many windows hold tokens, or `NOT_DONE` or `NOT_FINITE`.
-    """
+    """Keeps the routers' inputs in memory, in float32, with the methods of `Store`."""
 
     @contextlib.contextmanager
     def opened(
         self, manifest: Mapping[str, Any], shape: Shape, say: Callable[[str], None]
     ) -> Iterator[None]:
         """Make room."""
-        self.means = torch.zeros(shape)
-        self.filled = torch.full(shape[:1], NOT_DONE)
+        self.means, self.filled = torch.zeros(shape), torch.full(shape[:1], NOT_DONE)
         yield
 
     def put(self, rows: Sequence[int], means: Tensor, filled: Tensor) -> None:
         """Keep some rows."""
-        self.means[rows] = means.cpu()
-        self.filled[rows] = filled.cpu()
+        self.means[rows], self.filled[rows] = means.cpu(), filled.cpu()
 
 
 class Store:
@@ -80,19 +68,18 @@ class Store:
 
     Attributes:
         means: `[N, L, W, D]`, once `opened` is left; a map of the file, not to be written to.
-        filled: As of `Memory`.
+        filled: `[N]`: how many windows hold tokens, or `NOT_DONE` or `NOT_FINITE`.
     """
 
     means: Tensor
     filled: Tensor
+    _file: BinaryIO
+    _committed: float
 
     def __init__(self, folder: Path, dtype: str = "float32") -> None:
-        self.folder = folder
-        self.path = folder / FEATURES_FILE
+        self.folder, self.path = folder, folder / FEATURES_FILE
         self.manifest_path = manifest_path(folder / "features")
         self.dtype = dtype
-        self._file: BinaryIO | None = None
-        self._committed = 0.0
 
     @contextlib.contextmanager
     def opened(
@@ -127,22 +114,16 @@ class Store:
                 self._begin(manifest)
             with self._refusing():
                 self._file = self.path.open("r+b", buffering=0)
+            self._committed = time.monotonic()
             with self._file:
                 try:
-                    self._committed = time.monotonic()
                     yield
                 finally:
                     self._commit()
         self._map()
 
     def put(self, rows: Sequence[int], means: Tensor, filled: Tensor) -> None:
-        """Write some rows; in the file they count as done when they have reached the disk.
-
-        Args:
-            rows: `[B]` places from 0.
-            means: `[B, L, W, D]`.
-            filled: `[B]`.
-        """
+        """Write `[B]` rows; in the file they count as done when they have reached the disk."""
         stored = means.to("cpu", DTYPES[self.dtype][0]).contiguous()
         with self._refusing():
             for row, values in zip(rows, stored, strict=True):
@@ -168,7 +149,7 @@ class Store:
         """Work out where things lie: a header of safetensors, `filled`, then the rows."""
         dtype, name = DTYPES[self.dtype]
         N, *row = self._shape = shape
-        self._row_bytes = row[0] * row[1] * row[2] * dtype.itemsize
+        self._row_bytes = math.prod(row) * dtype.itemsize
         ends = [0, 8 * N, 8 * N + N * self._row_bytes]
         tensors = {
             "filled": {"dtype": "I64", "shape": [N], "data_offsets": ends[:2]},
@@ -221,7 +202,6 @@ class Store:
 
     def _commit(self) -> None:
         """Note the rows that were put as done, once they are on the disk."""
-        assert self._file is not None
         with self._refusing():
             os.fsync(self._file.fileno())
             self._write(len(self._header), self.filled.numpy())
@@ -229,9 +209,7 @@ class Store:
         self._committed = time.monotonic()
 
     def _write(self, place: int, values: np.ndarray[Any, Any]) -> None:
-        # Not through a map of the file: to a full disk the operating system would answer with
-        # the end of the process.
-        assert self._file is not None
+        # Not through a map: on a full disk the operating system would end the process.
         self._file.seek(place)
         rest = values.data.cast("B")
         while rest:
@@ -283,24 +261,16 @@ class Store:
 
 def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return what must be equal for features to be used again; see `refuse_other_run`."""
-    model, runtime = manifest.get("model", {}), manifest.get("runtime", {})
-    names = ("fingerprint", "class", "num_layers", "hidden_size")
+    model, names = manifest["model"], ("fingerprint", "class", "num_layers", "hidden_size")
     return {
         "config": manifest.get("config", {}),
         "model": {name: model.get(name) for name in names},
-        "dtype": runtime.get("dtype"),
+        "dtype": manifest.get("runtime", {}).get("dtype"),
         "targets": {"routers_sha256": None, **manifest.get("targets", {})},
         "feature_version": manifest.get("feature_version"),
     }
 
 
 def _size(num_bytes: int) -> str:
-    """Write a size for people.
-
-    Example:
-        >>> _size(2_211_840_000), _size(12_345)
-        ('2.2 GB', '0.1 MB')
-    """
-    return (
-        f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{max(num_bytes / 1e6, 0.1):.1f} MB"
-    )
+    giga, mega = num_bytes / 1e9, num_bytes / 1e6
+    return f"{giga:.1f} GB" if giga >= 1 else f"{max(mega, 0.1):.1f} MB"

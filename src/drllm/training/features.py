@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -28,7 +28,14 @@ from drllm.models.routing.policies import FixedPolicy, RecordingPolicy, RouterPo
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import RejectedQuestion, SupervisionRecord, new_manifest
 from drllm.training.feature_store import NOT_DONE, NOT_FINITE, Memory, Store
-from drllm.training.targets import OVERFLOWS, Targets, are_too_many, set_aside, targets_for
+from drllm.training.targets import (
+    OVERFLOWS,
+    Targets,
+    are_too_many,
+    set_aside,
+    soft_targets,
+    targets_for,
+)
 
 BATCH_SIZE = 8
 MAXIMUM_TOKENS = 16_384
@@ -43,16 +50,15 @@ class Features:
     """The training set of the routers, in the order of the targets.
 
     Attributes:
-        means: `[M, L, W, D]`, M ≥ N: the windows of every router's input, in float32, or in
-            bfloat16 to save space; in memory or a map of a file. Read them by `rows`.
+        means: `[M, L, W, D]`, M ≥ N: the windows of every router's input, in memory or a map of a
+            file. Read them by `rows`.
         filled: `[N]`: how many windows hold tokens.
         labels: `[N, L]` int64: the target path's decisions.
         questions: `[N]`: the questions' texts; they decide what is held out.
         tasks: `[N]`: the tasks' names.
-        soft: `[N, L, C]`: soft targets from `soft_targets`; None without.
+        soft: `[N, L, C]`: what `soft_targets` returns; None without.
         places: `[N]`: where each target lies in `means`; None if that is its own place.
         rejected: Targets that were set aside, and why.
-        records: `[N]`: the targets themselves; empty if they came from elsewhere.
     """
 
     means: Tensor
@@ -63,7 +69,6 @@ class Features:
     soft: Tensor | None = None
     places: Tensor | None = None
     rejected: tuple[RejectedQuestion, ...] = ()
-    records: tuple[SupervisionRecord, ...] = ()
 
     @property
     def num_targets(self) -> int:
@@ -76,9 +81,7 @@ class Features:
         In float32, or in float64 if that is how they are kept.
         """
         chosen = torch.as_tensor(index, dtype=torch.int64)
-        if self.places is not None:
-            chosen = self.places[chosen]
-        means = self.means[chosen]
+        means = self.means[chosen if self.places is None else self.places[chosen]]
         return means.to(torch.promote_types(means.dtype, torch.float32))
 
 
@@ -93,7 +96,7 @@ class Aggregate:
     """
 
     def __init__(self, parts: Sequence[Features]) -> None:
-        self.parts = list(parts)
+        self.parts = parts
         self.num_targets = parts[0].num_targets
         self.labels = torch.cat([part.labels for part in parts])
         self.filled = torch.cat([part.filled for part in parts])
@@ -101,18 +104,19 @@ class Aggregate:
         self.tasks = [name for part in parts for name in part.tasks]
         soft = [part.soft for part in parts if part.soft is not None]
         self.soft = torch.cat(soft) if soft else None
-        self._ends = list(itertools.accumulate(len(part.labels) for part in parts))
 
     def rows(self, index: Sequence[int]) -> Tensor:
         """Read some rows' windows, `[B, L, W, D]`, each from its own part."""
         wanted = torch.as_tensor(index, dtype=torch.int64)
-        owner = torch.bucketize(wanted, torch.tensor(self._ends), right=True)  # [B]
         means = self.parts[0].rows([])
         means = means.new_empty(len(wanted), *means.shape[1:])
-        for number, (part, end) in enumerate(zip(self.parts, self._ends, strict=True)):
-            mine = owner == number
+        start = 0
+        for part in self.parts:
+            end = start + len(part.labels)
+            mine = (start <= wanted) & (wanted < end)
             if bool(mine.any()):
-                means[mine] = part.rows((wanted[mine] - (end - len(part.labels))).tolist())
+                means[mine] = part.rows((wanted[mine] - start).tolist())
+            start = end
         return means
 
 
@@ -129,7 +133,7 @@ def collect(
     records: Sequence[SupervisionRecord],
     *,
     num_windows: int,
-    soft: Tensor | None = None,
+    soft: bool = False,
     routers: RouterStack | None = None,
     store: Store | None = None,
     batch_size: int = BATCH_SIZE,
@@ -148,7 +152,7 @@ def collect(
         tokenizer: The base model's.
         records: The targets. A few that this model can't run are set aside.
         num_windows: W.
-        soft: Soft targets of all records.
+        soft: The features have soft targets too.
         routers: Routers whose own routes are followed in place of the target paths. The labels
             stay the target paths' decisions.
         store: The folder that keeps the features, resumed or used again; None keeps them in memory.
@@ -165,14 +169,22 @@ def collect(
     routed = RoutedModel(model)
     try:
         targets = targets_for(model, tokenizer, routed.num_layers, records)
-        N = len(targets.records)
-        identity = describe(model)
-        shape = (*targets.labels.shape, num_windows, identity["hidden_size"])
+        identity, labels, N = describe(model), targets.labels, len(targets.records)
         kept = Memory() if store is None else store
-        manifest = _manifest(model, identity, targets, num_windows)
+        made_from = targets.hashes()
         if routers is not None:
-            manifest["targets"]["routers_sha256"] = _weights_hash(routers)
+            weights = [weight.cpu().numpy() for _, weight in sorted(routers.state_dict().items())]
+            joined = b"".join(weight.tobytes() for weight in weights)
+            made_from["routers_sha256"] = hashlib.sha256(joined).hexdigest()
             routers = routers.to(model.device)
+        dtype, device = str(model.dtype).removeprefix("torch."), model.device.type
+        manifest = new_manifest(
+            "features",
+            model={"id": model.name_or_path, **identity},
+            config={"num_windows": num_windows},
+            extra={"runtime": {"dtype": dtype, "device": device}, "targets": made_from},
+        )
+        shape = (*labels.shape, num_windows, identity["hidden_size"])
         with (
             kept.opened(manifest, shape, listener.note),
             listener.progress("pooling", "targets") as progress,
@@ -187,11 +199,8 @@ def collect(
             if done > 0:
                 progress(done, N)
             for rows in missing:
-                labels = targets.labels[rows]
-                policy = RecordingPolicy(
-                    RouterPolicy(routers) if routers else FixedPolicy(labels, labels.shape[1]),
-                    num_windows,
-                )
+                follows = FixedPolicy(labels[rows], labels.shape[1])
+                policy = RecordingPolicy(RouterPolicy(routers) if routers else follows, num_windows)
                 _forward(routed, policy, [targets.prompts[row] for row in rows])
                 finite = policy.means.isfinite().flatten(1).all(dim=1)  # [B]
                 kept.put(
@@ -204,17 +213,27 @@ def collect(
                 progress(done, N)
     finally:
         routed.detach()
-    return _features(targets, kept.means, kept.filled, soft)
+
+    is_used = kept.filled != NOT_FINITE
+    used = list(itertools.compress(targets.records, is_used.tolist()))
+    broken = itertools.compress(targets.records, (~is_used).tolist())
+    overflown = [set_aside(record, OVERFLOWS) for record in broken]
+    return Features(
+        means=kept.means,
+        filled=kept.filled[is_used],
+        labels=labels[is_used],
+        soft=soft_targets(used) if soft else None,
+        questions=tuple(record.question for record in used),
+        tasks=tuple(record.task for record in used),
+        places=is_used.nonzero().flatten() if overflown else None,
+        rejected=(*targets.rejected, *overflown),
+    )
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Divide prompts into batches by their lengths alone, the longest first.
+    """Divide prompts into batches by their lengths in tokens alone, the longest first.
 
     What is too large for memory then fails at the start.
-
-    Args:
-        lengths: `[N]` tokens of each.
-        batch_size: Maximum prompts of a batch.
 
     Example:
         >>> list(batches([3, 9, 4, 4], 3)), list(batches([3, 9000, 4, 9000], 3))
@@ -252,52 +271,6 @@ def _check_finite(model: Any, targets: Targets, filled: Tensor) -> None:
         )
 
 
-def _manifest(
-    model: Any, identity: Mapping[str, Any], targets: Targets, num_windows: int
-) -> dict[str, Any]:
-    """Return what the features depend on."""
-    return new_manifest(
-        "features",
-        model={"id": model.name_or_path, **identity},
-        config={"num_windows": num_windows},
-        extra={
-            "runtime": {
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "device": model.device.type,
-            },
-            "targets": targets.hashes(),
-        },
-    )
-
-
-def _weights_hash(routers: RouterStack) -> str:
-    """Return a hash of routers' weights, which decide the routes."""
-    weights = routers.state_dict()
-    joined = b"".join(weights[name].cpu().numpy().tobytes() for name in sorted(weights))
-    return hashlib.sha256(joined).hexdigest()
-
-
-def _features(targets: Targets, means: Tensor, filled: Tensor, soft: Tensor | None) -> Features:
-    """Leave out what was set aside."""
-    places = (filled != NOT_FINITE).nonzero().flatten()
-    broken = (filled == NOT_FINITE).nonzero().flatten().tolist()
-    kept = [targets.records[place] for place in places.tolist()]
-    return Features(
-        means=means,
-        filled=filled[places],
-        labels=targets.labels[places],
-        soft=None if soft is None else soft[list(targets.rows)][places],
-        records=tuple(kept),
-        questions=tuple(record.question for record in kept),
-        tasks=tuple(record.task for record in kept),
-        places=places if broken else None,
-        rejected=(
-            *targets.rejected,
-            *(set_aside(targets.records[place], OVERFLOWS) for place in broken),
-        ),
-    )
-
-
 # --- what is computed of features --------------------------------------------------------------
 
 
@@ -332,8 +305,8 @@ def sizes(examples: Examples) -> Tensor:
     """
     found = torch.cat(
         [
-            torch.stack([example.abs().mean(dim=(1, 2)) for example in means])
-            for _, means in _in_parts(examples, range(len(examples.labels)))
+            torch.stack([example.abs().mean(dim=(1, 2)) for example in examples.rows(part)])
+            for part in parts_of(range(len(examples.labels)))
         ]
     )
     finite = found.isfinite().all(dim=1).tolist()
@@ -360,9 +333,9 @@ def moments(examples: Examples, index: Sequence[int]) -> tuple[Tensor, Tensor]:
         Two tensors `[L, D]` in float64; no deviation is 0.
     """
     total = square = torch.zeros(())
-    for part, means in _in_parts(examples, index):
+    for part in parts_of(index):
         count = examples.filled[part].double()[:, None, None]  # [B, 1, 1]
-        values = means.double()  # zeros past `filled`, so that plain sums are over filled windows
+        values = examples.rows(part).double()  # zeros past `filled` add nothing to plain sums
         total = total + (values.sum(dim=2) / count).sum(dim=0)  # [L, D]
         square = square + (values.square().sum(dim=2) / count).sum(dim=0)
     mean = total / len(index)
@@ -372,8 +345,7 @@ def moments(examples: Examples, index: Sequence[int]) -> tuple[Tensor, Tensor]:
     return mean, torch.maximum(variance.sqrt(), floor)
 
 
-def _in_parts(examples: Examples, index: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield a few rows at a time: which, and their means `[B, L, W, D]`."""
+def parts_of(index: Sequence[int]) -> Iterator[list[int]]:
+    """Yield a few rows at a time, as features may be larger than memory."""
     for start in range(0, len(index), READ_AT_ONCE):
-        part = list(index[start : start + READ_AT_ONCE])
-        yield part, examples.rows(part)
+        yield list(index[start : start + READ_AT_ONCE])

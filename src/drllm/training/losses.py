@@ -25,9 +25,6 @@ def class_weights(counts: Sequence[float], beta: float) -> tuple[float, ...]:
         counts: Labels of each class; soft targets give fractions.
         beta: β in [0, 1); 0 gives equal weights, values near 1 inverse frequencies.
 
-    Returns:
-        One weight per class.
-
     Raises:
         ValueError: No class has a label.
 
@@ -40,9 +37,12 @@ def class_weights(counts: Sequence[float], beta: float) -> tuple[float, ...]:
     present = [count for count in counts if count > 0]
     if not present:
         raise ValueError(f"no class has a label in {list(counts)}")
-    inverse = {count: (1 - beta) / _one_minus_power(beta, count) for count in present}
-    mean = sum(inverse[count] for count in present) / len(present)
-    return tuple(inverse[count] / mean if count > 0 else 1.0 for count in counts)
+
+    def inverse(count: float) -> float:
+        return (1 - beta) / (1.0 if beta == 0 else -math.expm1(count * math.log(beta)))
+
+    mean = sum(map(inverse, present)) / len(present)
+    return tuple(inverse(count) / mean if count > 0 else 1.0 for count in counts)
 
 
 def log_priors(counts: Tensor) -> Tensor:
@@ -80,10 +80,6 @@ def focal_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float)
 
     Source: Lin et al. 2017 (arXiv 1708.02002), equation 5; Dr.LLM section 3.3. The sum over
         soft targets is ours.
-
-    Example:
-        >>> focal_losses(torch.zeros(3), torch.tensor([0.0, 1.0, 0.0]), torch.ones(3), 0.0)
-        tensor(1.0986)
     """
     log_p = logits.log_softmax(dim=-1)
     # 1 − p from log p keeps its digits where p is near 1; the floor keeps the gradient of a power
@@ -111,7 +107,3 @@ class Objective:
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of logits `[B, L, C]` on shares of the decisions `[B, L, C]`."""
         return focal_losses(logits + self.offsets, targets, self.weights, self.gamma).mean()
-
-
-def _one_minus_power(beta: float, count: float) -> float:
-    return 1.0 if beta == 0 else -math.expm1(count * math.log(beta))

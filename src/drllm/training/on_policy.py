@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,17 +30,14 @@ FEW = 0.1
 """Share of the trained targets below which a round is said to have little to teach."""
 
 
-def round_of(output: Path, config: TrainConfig, number: int) -> tuple[Path, TrainConfig]:
-    """Return folder and settings of one of a training's rounds; the last is the training itself."""
-    if number == config.on_policy_rounds:
-        return output, config
-    return output / f"round_{number}", dataclasses.replace(config, on_policy_rounds=number)
-
-
-def remove_rounds(output: Path) -> None:
-    """Delete what earlier rounds have left beside a training's routers."""
-    for folder in output.glob("round_*"):
-        shutil.rmtree(folder)
+def rounds_of(output: Path, config: TrainConfig) -> list[tuple[Path, TrainConfig]]:
+    """Return folder and settings of a training's rounds; the last is the training itself."""
+    last = config.on_policy_rounds
+    earlier = [
+        (output / f"round_{number}", dataclasses.replace(config, on_policy_rounds=number))
+        for number in range(last)
+    ]
+    return [*earlier, (output, config)]
 
 
 def say_what_is_new(features: Features, own: Features, config: TrainConfig, number: int) -> None:
@@ -63,7 +58,12 @@ def say_what_is_new(features: Features, own: Features, config: TrainConfig, numb
             reasons_of(own.rejected),
         )
     trained, _ = divide(own.questions, config, features.num_targets)
-    changed = len(trained) - _read_alike(features, own, trained)
+    names = zip(features.questions, features.tasks, strict=True)
+    places = {name: row for row, name in enumerate(names)}
+    theirs = [places[own.questions[row], own.tasks[row]] for row in trained]
+    before, after = sizes(features)[theirs], sizes(own)[trained]  # [B, L]
+    alike = torch.isclose(after, before, rtol=SIZES_TOLERANCE, atol=0.0).all(dim=1)
+    changed = len(trained) - int(alike.sum())
     if changed < FEW * len(trained):
         logger.warning(
             "along the routes of round %d only %d of %d targets that are trained on are read "
@@ -74,13 +74,3 @@ def say_what_is_new(features: Features, own: Features, config: TrainConfig, numb
             len(trained),
             number,
         )
-
-
-def _read_alike(features: Features, own: Features, rows: Sequence[int]) -> int:
-    """Count targets whose routers read along their own routes what they read along the path."""
-    places = {
-        key: row for row, key in enumerate(zip(features.questions, features.tasks, strict=True))
-    }
-    theirs = [places[own.questions[row], own.tasks[row]] for row in rows]
-    before, after = sizes(features)[theirs], sizes(own)[list(rows)]  # [B, L]
-    return int(torch.isclose(after, before, rtol=SIZES_TOLERANCE, atol=0.0).all(dim=1).sum())

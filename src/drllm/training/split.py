@@ -3,7 +3,7 @@
 Each draw is a function of the seed and of what it is for, so a resumed training needs no
 generator's state, and one draw never depends on another.
 
-Axes: N targets, B rows of a step.
+Axes: N targets.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FEWEST_TO_HOLD_OUT = 10
 def hold_out(
     questions: Sequence[str], fraction: float, seed: int, num_targets: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """Divide the targets into those trained on and those held out for metrics.
+    """Divide the targets into those trained on (never none) and those held out for metrics.
 
     A question's side depends on its text and the seed alone, so that more targets never move one
     from side to side and all targets of a question stay together. Below 10 targets nothing is
@@ -35,7 +35,7 @@ def hold_out(
         num_targets: How many targets there are; fewer than N where the rest are the same again.
 
     Returns:
-        The indices of the trained and of the held-out targets; the first is never empty.
+        The indices of the trained and of the held-out targets.
 
     Source: ours.
     """
@@ -45,17 +45,14 @@ def hold_out(
         return everything, []
     shares = [_hash(f"held out {seed} {question_key(text)}") / 2**63 for text in questions]
     threshold = max(fraction, math.nextafter(min(shares), math.inf))
-    held_out = [row for row in everything if shares[row] < threshold]
-    if len(held_out) == len(questions):
+    trained = [row for row in everything if shares[row] >= threshold]
+    if not trained:
         return everything, []
-    return [row for row in everything if shares[row] >= threshold], held_out
+    return trained, [row for row in everything if shares[row] < threshold]
 
 
 def epoch_batches(rows: Sequence[int], size: int, seed: int, epoch: int) -> Iterator[list[int]]:
-    """Yield the rows of each step of an epoch; the last step may have fewer.
-
-    The order is a function of seed and epoch, so a resumed run needs no generator's state.
-    """
+    """Yield the rows of each step of an epoch; the last step may have fewer."""
     order = torch.randperm(len(rows), generator=generator("order", seed, epoch)).tolist()
     for start in range(0, len(order), size):
         yield [rows[index] for index in order[start : start + size]]

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import logging
-import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ import msgspec
 import torch
 
 from drllm.config import TrainConfig
-from drllm.errors import CheckpointError, ConfigError
+from drllm.errors import ConfigError
 from drllm.listener import Listener
 from drllm.metrics import TRAIN, VALIDATION, Counts, against_baselines
 from drllm.models.base.load import as_base_model
@@ -29,11 +29,12 @@ from drllm.models.routers.checkpoint import WEIGHTS_FILE, load_routers, save_rou
 from drllm.models.routers.stack import RouterStack
 from drllm.records import SupervisionRecord, clear_half_written, encode, write_atomically
 from drllm.records.layers import LAYERS_FILE, Layers
+from drllm.records.places import check_folder
 from drllm.training import checkpoint, temperature
 from drllm.training.feature_store import FEATURES_FOLDER, Store
 from drllm.training.features import Aggregate, Examples, collect, digest, each_once
-from drllm.training.on_policy import remove_rounds, round_of, say_what_is_new
-from drllm.training.targets import reasons_of, soft_targets, write_rejected
+from drllm.training.on_policy import rounds_of, say_what_is_new
+from drllm.training.targets import check_soft_targets, reasons_of, write_rejected
 from drllm.training.trackers import check_trackers, forget, tracked
 from drllm.training.trainer import DivergedError, Trainer, divide
 
@@ -75,9 +76,10 @@ def train(
         The first seed's routers.
 
     Raises:
-        ConfigError: A setting without effect or that can't be used; a training that diverged.
+        ConfigError: A setting without effect or that can't be used; a folder that can't be
+            written; a training that diverged.
         RecordError: Targets that this model can't be trained on; features that can't be kept.
-        CheckpointError: A folder that can't be written, or holds another training.
+        CheckpointError: A folder that holds another training, or can't be written any more.
     """
     config, listener = config or TrainConfig(), listener or Listener()
     rewards = getattr(targets, "rewards", ()) if rewards is None else rewards
@@ -89,19 +91,22 @@ def train(
             output = Path(temporary) / "routers"
             more: dict[str, Any] = {"features": features, "rewards": rewards, "listener": listener}
             return train(base, targets, config, output, **more)
-    output, identity = Path(output), base.identity
+    output = Path(output)
     seeds = config.by_seed(output)
     config.check_effects()
     check_trackers(config.trackers)
+    check_folder(output, "output")
     for settings in seeds.values():
         divide([target.question for target in targets], settings, len(targets))
+    if config.soft_targets:
+        check_soft_targets(targets)
     pool = functools.partial(
         collect,
         base.model,
         base.tokenizer,
         targets,
         num_windows=config.num_windows,
-        soft=soft_targets(targets) if config.soft_targets else None,
+        soft=config.soft_targets,
         listener=listener,
     )
 
@@ -115,15 +120,16 @@ def train(
     hashed = digest(along_targets)
 
     def is_done(folder: Path, settings: TrainConfig) -> bool:
-        return checkpoint.is_done(folder, checkpoint.identity_of(settings, identity, hashed))
+        identity = checkpoint.identity_of(settings, base.identity, hashed)
+        return checkpoint.is_done(folder, identity)
 
     left = [folder for folder, settings in seeds.items() if not is_done(folder, settings)]
     for folder in left:
+        rounds = rounds_of(folder, seeds[folder])
         parts, used = [along_targets], []
-        for number in range(config.on_policy_rounds + 1):
-            place, settings = round_of(folder, seeds[folder], number)
+        for number, (place, settings) in enumerate(rounds):
             if number > 0:
-                before, _ = round_of(folder, seeds[folder], number - 1)
+                before, _ = rounds[number - 1]
                 used.append(Store(before / FEATURES_FOLDER, config.feature_dtype))
                 parts.append(pool(routers=load_routers(before), store=used[-1]))
                 say_what_is_new(along_targets, parts[-1], settings, number)
@@ -133,7 +139,7 @@ def train(
                 used.append(store)
             train_on(
                 parts[0] if len(parts) == 1 else Aggregate(parts),
-                identity,
+                base.identity,
                 settings,
                 place,
                 rewards=rewards,
@@ -178,19 +184,16 @@ def train_on(
         example before the step that learns from it.
 
     Raises:
-        ConfigError: Settings that can't be used, a loss that is no longer finite, or a tracker
-            that isn't known, installed or able to start.
-        CheckpointError: The folder can't be written, or holds a checkpoint of another training.
+        ConfigError: A loss that is no longer finite, or a tracker that can't start.
+        CheckpointError: A folder that can't be written, or holds another training's checkpoint.
     """
-    if config.num_seeds != 1:
-        raise ConfigError(f"--num-seeds is {config.num_seeds}; train one seed at a time")
     listener = listener or Listener()
-    check_trackers(config.trackers)
     trainer = Trainer(examples, base_identity, config, device=device)
     for note in trainer.notes():
         logger.warning("%s", note)
-    identity = checkpoint.identity_of(config, base_identity, digest(examples))
-    _make_folder(output)
+    hashed = digest(examples)
+    identity = checkpoint.identity_of(config, base_identity, hashed)
+    output.mkdir(parents=True, exist_ok=True)
     checkpoint.resume(output, identity, trainer)
     steps = trainer.schedule.steps
     with (
@@ -215,7 +218,7 @@ def train_on(
         except DivergedError:  # resumed, it would diverge again
             checkpoint.remove(output)
             raise
-    _write_routers(trainer, parts, identity["targets_sha256"], rewards, output)
+    _write_routers(trainer, parts, hashed, rewards, output)
     for store in used:
         store.remove()
     forget(output)
@@ -228,7 +231,8 @@ def discard(output: Path, config: TrainConfig) -> None:
     for folder in config.by_seed(output):
         checkpoint.remove(folder)
         (folder / WEIGHTS_FILE).unlink(missing_ok=True)
-        remove_rounds(folder)
+        for earlier_round in folder.glob("round_*"):
+            shutil.rmtree(earlier_round)
     Store(output / FEATURES_FOLDER).remove()
 
 
@@ -239,30 +243,11 @@ def _write_routers(
     rewards: Sequence[str],
     output: Path,
 ) -> None:
-    """Write everything that a folder of finished routers holds."""
+    """Write everything that a folder of finished routers holds; `targets` is their hash."""
+    examples, epoch, last = trainer.examples, trainer.kept_epoch, trainer.epochs_done
     _write_metrics(output, trainer.rows)
-    layers = Layers(
-        epoch=_kept_epoch(trainer), train=parts[TRAIN], validation=parts.get(VALIDATION)
-    )
+    layers = Layers(epoch=epoch, train=parts[TRAIN], validation=parts.get(VALIDATION))
     write_atomically(output / LAYERS_FILE, encode(layers) + b"\n")
-    stack = trainer.routers()
-    told = _training(trainer, parts, targets, rewards)
-    confidence = temperature.measure(stack, trainer)
-    if confidence is not None:
-        told["calibration"] = msgspec.to_builtins(confidence)
-        if trainer.config.calibrate:
-            temperature.fold(stack, confidence.temperature)
-    stack.config = dataclasses.replace(stack.config, training=told)
-    save_routers(stack, output)
-    clear_half_written(output / METRICS_FILE, output / LAYERS_FILE)
-
-
-def _training(
-    trainer: Trainer, parts: Mapping[str, Counts], targets: str, rewards: Sequence[str]
-) -> dict[str, Any]:
-    """Return what the routers' config says of their training."""
-    examples, rows = trainer.examples, trainer.rows
-    last, epoch = rows[-1]["epoch"], _kept_epoch(trainer)
     told: dict[str, Any] = {
         "settings": trainer.config.decisive(),
         "targets": targets,
@@ -273,31 +258,21 @@ def _training(
         "num_held_out": len(each_once(examples, trainer.held_out)),
         "tasks": dict(sorted(Counter(examples.tasks[: examples.num_targets]).items())),
         "rewards": list(rewards),
-        "metrics": [row for row in rows if row["epoch"] == epoch],
+        "metrics": [row for row in trainer.rows if row["epoch"] == epoch],
         "against_baselines": against_baselines(parts),
     }
-    return told if trainer.best is None else told | {"best_epoch": epoch, "last_epoch": last}
-
-
-def _kept_epoch(trainer: Trainer) -> int:
-    """Return the epoch whose weights a finished training has."""
-    return int(trainer.rows[-1]["epoch"]) if trainer.best is None else trainer.best[0]
+    if trainer.best is not None:
+        told |= {"best_epoch": epoch, "last_epoch": last}
+    stack = trainer.routers()
+    confidence = temperature.measure(stack, trainer)
+    if confidence is not None:
+        told["calibration"] = msgspec.to_builtins(confidence)
+        if trainer.config.calibrate:
+            temperature.fold(stack, confidence.temperature)
+    stack.config = dataclasses.replace(stack.config, training=told)
+    save_routers(stack, output)
+    clear_half_written(output / METRICS_FILE, output / LAYERS_FILE)
 
 
 def _write_metrics(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomically(output / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _make_folder(output: Path) -> None:
-    """Make a folder unless it is there, and check that it can be written."""
-    problem = None
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = error.strerror
-    if problem is None and not os.access(output, os.W_OK):
-        problem = "permission denied"
-    if problem is not None:
-        raise CheckpointError(
-            f"can't write to {output}: {problem}; choose a folder that you may write to"
-        )

@@ -33,34 +33,32 @@ MAXIMUM_SET_ASIDE = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Targets:
-    """Targets that the base model can run.
+    """Targets that the base model can run, in the order of the file.
 
     Attributes:
-        records: `[N]`, in the order of the file.
-        rows: `[N]`: the place of each among all targets of the file.
+        records: `[N]`.
         prompts: `[N]`: the tokens of each, `[T]`, at least one.
-        labels: `[N, L]` int64: the target paths' decisions.
-        rejected: Targets that were set aside, in the order of the file.
+        rejected: Targets that were set aside.
         total: All targets of the file.
     """
 
-    records: tuple[SupervisionRecord, ...]
-    rows: tuple[int, ...]
-    prompts: tuple[list[int], ...]
-    labels: Tensor
-    rejected: tuple[RejectedQuestion, ...]
+    records: list[SupervisionRecord]
+    prompts: list[list[int]]
+    rejected: list[RejectedQuestion]
     total: int
+
+    @property
+    def labels(self) -> Tensor:
+        """`[N, L]` int64: the target paths' decisions."""
+        return torch.tensor([record.optimal_layer_config for record in self.records])
 
     def hashes(self) -> dict[str, Any]:
         """Return their number and the hashes of tokens and decisions, on which features depend."""
-        prompts, decisions = hashlib.sha256(), hashlib.sha256()
-        for tokens, record in zip(self.prompts, self.records, strict=True):
-            prompts.update(repr(tokens).encode())
-            decisions.update(repr(record.optimal_layer_config).encode())
+        decisions = [record.optimal_layer_config for record in self.records]
         return {
             "number": len(self.records),
-            "prompts_sha256": prompts.hexdigest(),
-            "decisions_sha256": decisions.hexdigest(),
+            "prompts_sha256": _hash(self.prompts),
+            "decisions_sha256": _hash(decisions),
         }
 
 
@@ -75,8 +73,8 @@ def targets_for(
     if not records:
         raise RecordError("there are no targets to train on; search more questions")
     context = context_length(model)
-    kept, rows, prompts, rejected = [], [], [], []
-    for row, record in enumerate(records):
+    found = Targets(records=[], prompts=[], rejected=[], total=len(records))
+    for record in records:
         if len(record.optimal_layer_config) != num_layers:
             raise RecordError(
                 f"question {record.id!r}: its target has {len(record.optimal_layer_config)} "
@@ -85,27 +83,19 @@ def targets_for(
             )
         tokens = encode(tokenizer, record.prompt)
         if not tokens:
-            rejected.append(set_aside(record, NO_TOKENS))
+            found.rejected.append(set_aside(record, NO_TOKENS))
         elif context is not None and len(tokens) > context:
-            rejected.append(set_aside(record, TOO_LONG))
+            found.rejected.append(set_aside(record, TOO_LONG))
         else:
-            kept.append(record)
-            rows.append(row)
-            prompts.append(tokens)
-    if are_too_many(len(rejected), len(records)):
+            found.records.append(record)
+            found.prompts.append(tokens)
+    if are_too_many(len(found.rejected), len(records)):
         raise RecordError(
-            f"{len(rejected)} of {len(records)} targets can't be used with this base model "
-            f"({reasons_of(rejected)}; its context holds {context} tokens), the first is question "
-            f"{rejected[0].id!r}; give targets that were searched with this model"
+            f"{len(found.rejected)} of {len(records)} targets can't be used with this base model "
+            f"({reasons_of(found.rejected)}; its context holds {context} tokens), the first is "
+            f"question {found.rejected[0].id!r}; give targets that were searched with this model"
         )
-    return Targets(
-        records=tuple(kept),
-        rows=tuple(rows),
-        prompts=tuple(prompts),
-        labels=torch.tensor([record.optimal_layer_config for record in kept]),
-        rejected=tuple(rejected),
-        total=len(records),
-    )
+    return found
 
 
 def set_aside(record: SupervisionRecord, reason: str) -> RejectedQuestion:
@@ -139,6 +129,15 @@ def reasons_of(rejected: Sequence[RejectedQuestion]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in counts.items())
 
 
+def check_soft_targets(records: Sequence[SupervisionRecord]) -> None:
+    """Refuse targets of which none has a valid path beside its own, so that none would be soft."""
+    if not any(len(record.valid_paths or ()) > 1 for record in records):
+        raise ConfigError(
+            "--soft-targets has no effect: no target has a valid path beside its own; make the "
+            "targets with supervise --path-weights equal, or leave it out"
+        )
+
+
 def soft_targets(records: Sequence[SupervisionRecord]) -> Tensor:
     """Return each decision's share of the weight of a question's valid paths, layer by layer.
 
@@ -148,24 +147,16 @@ def soft_targets(records: Sequence[SupervisionRecord]) -> Tensor:
     Returns:
         `[N, L, C]` in float64; sums over C are 1.
 
-    Raises:
-        ConfigError: Nothing would be soft, since no target has a valid path beside its own.
-
     Source: ours.
     """
-    mixes = [_mix(record) for record in records]
-    if not any(((mix > 0) & (mix < 1)).any() for mix in mixes):
-        raise ConfigError(
-            "--soft-targets has no effect: no target has a valid path beside its own; make the "
-            "targets with supervise --path-weights equal, or leave it out"
-        )
-    return torch.stack(mixes)
+    L = len(records[0].optimal_layer_config)
+    mixes = torch.zeros(len(records), L, NUM_DECISIONS, dtype=torch.float64)
+    for mix, record in zip(mixes, records, strict=True):
+        valid = [(path.decisions, path.weight) for path in record.valid_paths or ()]
+        for decisions, weight in valid or [(record.optimal_layer_config, 1.0)]:
+            mix[torch.arange(L), list(decisions)] += weight
+    return mixes / mixes.sum(dim=-1, keepdim=True)
 
 
-def _mix(record: SupervisionRecord) -> Tensor:
-    """Mix one question's paths, `[L, C]`."""
-    paths = [(path.decisions, path.weight) for path in record.valid_paths or ()]
-    mix = torch.zeros(len(record.optimal_layer_config), NUM_DECISIONS, dtype=torch.float64)
-    for decisions, weight in paths or [(record.optimal_layer_config, 1.0)]:
-        mix[torch.arange(len(decisions)), list(decisions)] += weight
-    return mix / mix.sum(dim=-1, keepdim=True)
+def _hash(values: Sequence[object]) -> str:
+    return hashlib.sha256("".join(map(repr, values)).encode()).hexdigest()

@@ -21,7 +21,7 @@ from torch import Tensor
 from drllm.bisection import bisect
 from drllm.models.routers.stack import RouterStack
 from drllm.records.layers import Bin, Calibration
-from drllm.training.features import READ_AT_ONCE
+from drllm.training.features import parts_of
 from drllm.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -35,9 +35,7 @@ BINS = 15
 def measure(routers: RouterStack, trainer: Trainer) -> Calibration | None:
     """Compare what routers say of the held-out examples with their targets, soft ones too.
 
-    Class weights, focal exponent and logit adjustment play no part in it, as in routing. Both
-    errors are measured on the targets that T is fitted on; of one number on thousands of decisions
-    that flatters little, but it does.
+    Class weights, focal exponent and logit adjustment play no part in it, as in routing.
 
     Args:
         routers: Trained by the trainer, on the CPU.
@@ -48,14 +46,13 @@ def measure(routers: RouterStack, trainer: Trainer) -> Calibration | None:
     """
     if not trainer.held_out:
         return None
+    examples = trainer.examples
     with torch.no_grad():
-        said = torch.cat(
-            [
-                routers(trainer.examples.rows(rows).float(), trainer.examples.filled[rows]).double()
-                for start in range(0, len(trainer.held_out), READ_AT_ONCE)
-                for rows in [trainer.held_out[start : start + READ_AT_ONCE]]
-            ]
-        ).flatten(0, 1)  # [M, C]
+        logits = [
+            routers(examples.rows(rows).float(), examples.filled[rows])
+            for rows in parts_of(trainer.held_out)
+        ]
+    said = torch.cat(logits).double().flatten(0, 1)  # [M, C]
     wanted = trainer.targets[trainer.held_out].flatten(0, 1)  # [M, C]
     temperature = fit_temperature(said, wanted)
     if trainer.config.calibrate and temperature in (LOWEST, HIGHEST):
@@ -64,15 +61,14 @@ def measure(routers: RouterStack, trainer: Trainer) -> Calibration | None:
             "or the routers decide all of them alike",
             temperature,
         )
-    cooled = said / temperature
-    before, after = _reliability_of(said, wanted), _reliability_of(cooled, wanted)
+    before, after = _reliability_of(said, wanted), _reliability_of(said / temperature, wanted)
     return Calibration(
         temperature=temperature,
         num_decisions=len(said),
         ece_before=calibration_error(before),
         ece_after=calibration_error(after),
         nll_before=_nll(said, wanted),
-        nll_after=_nll(cooled, wanted),
+        nll_after=_nll(said / temperature, wanted),
         reliability_before=before,
         reliability_after=after,
         bins=BINS,
@@ -101,12 +97,6 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
         temperature is better, all logits of each decision being equal.
 
     Source: Guo et al. 2017 (arXiv 1706.04599), section 4.2.
-
-    Example:
-        >>> logits = torch.tensor([[2.0, 0.0]] * 4).double()
-        >>> targets = torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]]).double()
-        >>> round(2 / fit_temperature(logits, targets), 6), round(math.log(3), 6)
-        (1.098612, 1.098612)
     """
     behind = (targets * logits).sum(dim=-1, keepdim=True) - logits  # [M, C]
 
@@ -141,13 +131,6 @@ def reliability(confidence: Tensor, hits: Tensor) -> tuple[Bin, ...]:
         The bins, the least confident first; fewer than `BINS` where there are fewer decisions.
 
     Source: Nixon et al. 2019 (arXiv 1904.01685) for equal mass; sharing ties is ours.
-
-    Example:
-        >>> confidence = torch.tensor([0.5, 0.75])
-        >>> for part in reliability(confidence, torch.tensor([1.0, 0.0])):
-        ...     print(part)
-        Bin(decisions=1, confidence=0.5, hits=1.0)
-        Bin(decisions=1, confidence=0.75, hits=0.0)
     """
     values, order = confidence.double().sort()
     hit = torch.cat([values.new_zeros(1), hits[order].double().cumsum(dim=0)])  # [M + 1]
@@ -165,11 +148,6 @@ def calibration_error(bins: Sequence[Bin]) -> float:
     """Return the expected calibration error: by decisions, the mean |confidence − hits|.
 
     Source: Naeini et al. 2015.
-
-    Example:
-        >>> sure = Bin(decisions=3, confidence=0.9, hits=1.0)
-        >>> round(calibration_error([sure, Bin(decisions=1, confidence=0.6, hits=0.5)]), 4)
-        0.1
     """
     gaps = sum(part.decisions * abs(part.confidence - part.hits) for part in bins)
     return gaps / sum(part.decisions for part in bins)

@@ -6,7 +6,6 @@ weight depends on one.
 
 from __future__ import annotations
 
-import json
 import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from drllm.errors import ConfigError, unknown_name
 from drllm.metrics import JUDGED, Counts, baselines, ratios
-from drllm.records import write_atomically
+from drllm.records import read_json, write_json
 from drllm.training.trainer import Trainer, count_labels
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,11 @@ FOLDER = "trackers"
 RUN_FILE = "trackers.json"
 """Which run of the trackers an unfinished training reports to; it goes away with the checkpoint."""
 WANDB, TENSORBOARD = "wandb", "tensorboard"
+
+
+class _Run(msgspec.Struct, frozen=True):
+    id: str
+    trackers: list[str]
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -43,8 +49,7 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ConfigError("--report-to: " + unknown_name("tracker", name, LOGGER_TYPE_TO_CLASS))
         if name not in installed:
-            extra = name in (WANDB, TENSORBOARD)
-            package = "'drllm[trackers]'" if extra else name
+            package = "'drllm[trackers]'" if name in (WANDB, TENSORBOARD) else name
             raise ConfigError(
                 f"--report-to is {name}, but the package of that tracker isn't installed; "
                 f"pip install {package}, or leave it out"
@@ -52,12 +57,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Tracking:
-    """A training that trackers are told of.
-
-    Args:
-        trainer: The training.
-        trackers: Started ones of accelerate; without any, nothing is told.
-    """
+    """A training that started trackers are told of; without any, nothing is told."""
 
     def __init__(self, trainer: Trainer, trackers: Sequence[Any]) -> None:
         self.trainer, self.trackers = trainer, trackers
@@ -66,19 +66,23 @@ class Tracking:
         """Tell of a step: how many are done with it, and what it counted before it learned."""
         if self.trackers:
             rate = self.trainer.schedule.rate(done - 1)
-            self._tell(_named("step/", {**ratios(counts), "learning_rate": rate}), done)
+            self._tell({"step": {**ratios(counts), "learning_rate": rate}}, done)
 
     def epoch(self) -> None:
         """Tell of the epoch that was made last."""
         number = self.trainer.epochs_done
-        told: dict[str, Any] = {"epoch": number}
-        for row in self.trainer.rows[-2:]:
-            if row["epoch"] == number:
-                values = {k: v for k, v in row.items() if k not in ("epoch", "split")}
-                told |= _named(f"{row['split']}/", values)
+        lines = [dict(row) for row in self.trainer.rows[-2:] if row["epoch"] == number]
+        told = {line.pop("split"): line for line in lines}
         self._tell(told, number * self.trainer.steps_per_epoch)
 
-    def _tell(self, values: Mapping[str, Any], step: int) -> None:
+    def _tell(self, told: Mapping[str, Mapping[str, Any]], step: int) -> None:
+        """Tell of values by part, without those that aren't defined; an epoch belongs to none."""
+        values = {
+            name if name == "epoch" else f"{part}/{name}": value
+            for part, found in told.items()
+            for name, value in found.items()
+            if value is not None
+        }
         for tracker in self.trackers:
             tracker.log(dict(values), step=step)
 
@@ -101,20 +105,15 @@ def tracked(names: Sequence[str], trainer: Trainer, output: Path) -> Iterator[Tr
     from accelerate import PartialState
 
     PartialState()  # accelerate's trackers log through it
-    path = output / RUN_FILE
-    known: dict[str, Any] = {}
+    path, place = output / RUN_FILE, output / FOLDER
+    run = _Run(id=uuid.uuid4().hex[:12], trackers=[])
     if trainer.epochs_done and path.exists():  # without a checkpoint there is nothing to resume
-        known = json.loads(path.read_text(encoding="utf-8"))
-    identity, before = known.get("id", uuid.uuid4().hex[:12]), known.get("trackers", [])
-    write_atomically(path, json.dumps({"id": identity, "trackers": [*{*before, *names}]}) + "\n")
-    place, config = output / FOLDER, _config(trainer)
+        run = read_json(path, _Run)
+    write_json(path, _Run(id=run.id, trackers=sorted({*run.trackers, *names})))
     place.mkdir(exist_ok=True)
-    steps = trainer.epochs_done * trainer.steps_per_epoch
     started: list[Any] = []
     try:
-        started.extend(
-            _start(name, place, identity, config, steps, name in before) for name in names
-        )
+        started.extend(_start(name, place, run, trainer) for name in names)
         yield Tracking(trainer, started)
     finally:
         for tracker in started:
@@ -126,18 +125,12 @@ def forget(output: Path) -> None:
     (output / RUN_FILE).unlink(missing_ok=True)
 
 
-def _start(
-    name: str,
-    place: Path,
-    identity: str,
-    config: Mapping[str, Any],
-    steps: int,
-    resumes: bool,
-) -> Any:
-    """Start one tracker at a step, with the settings as its run's config."""
+def _start(name: str, place: Path, run: _Run, trainer: Trainer) -> Any:
+    """Start one tracker where the training is, with the settings as its run's config."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    kind = LOGGER_TYPE_TO_CLASS[name]
+    kind, config, resumes = LOGGER_TYPE_TO_CLASS[name], _config(trainer), name in run.trackers
+    steps = trainer.epochs_done * trainer.steps_per_epoch
     failures: tuple[type[Exception], ...] = (OSError,)
     arguments: dict[str, Any] = {}
     run_name = PROJECT
@@ -146,11 +139,11 @@ def _start(
 
         failures = (OSError, wandb.Error)
         arguments = {
-            "id": identity,
+            "id": run.id,
             "resume": "allow",
             "name": place.parent.resolve().name,
             "dir": str(place),
-            "config": dict(config),
+            "config": config,
             "reinit": "create_new",  # beside a run that the caller may have open
             "settings": {"console": "off"},  # what is printed, progress bars too, stays ours
         }
@@ -164,30 +157,24 @@ def _start(
         if hasattr(tracker, "start"):  # older versions start when they are made
             tracker.start()
         if name != WANDB and not (resumes and name == TENSORBOARD):
-            tracker.store_init_configuration(dict(config))
+            tracker.store_init_configuration(config)
     except failures as error:
         raise ConfigError(
             f"--report-to {name} can't start: {' '.join(str(error).split())}; mend that (for W&B: "
             f"wandb login, or WANDB_MODE=offline), or leave it out"
         ) from error
-    if steps:
-        _say_whether_it_resumes(name, tracker, steps, resumes)
-    return tracker
-
-
-def _say_whether_it_resumes(name: str, tracker: Any, steps: int, resumes: bool) -> None:
-    """Warn if a resumed training isn't one run of the tracker from first step to last."""
-    if not resumes:
+    if steps and not resumes:
         logger.warning("%s wasn't told of the first %d steps of this training", name, steps)
-    elif name == WANDB and tracker.tracker.offline:
+    elif steps and name == WANDB and tracker.tracker.offline:
         logger.warning(
             "wandb is offline and keeps the steps from %d on in a folder of their own, under the "
             "same run id %s; sync both folders",
             steps + 1,
             tracker.tracker.id,
         )
-    elif name not in (WANDB, TENSORBOARD):
+    elif steps and name not in (WANDB, TENSORBOARD):
         logger.warning("%s starts another run, from step %d on", name, steps + 1)
+    return tracker
 
 
 def _config(trainer: Trainer) -> dict[str, Any]:
@@ -198,8 +185,3 @@ def _config(trainer: Trainer) -> dict[str, Any]:
         scores = ratios(counts)
         found |= {f"baselines/{system}/{key}": scores[key] for key, _ in JUDGED}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _named(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Put a prefix before the names; values that aren't defined are left out."""
-    return {f"{prefix}{name}": value for name, value in values.items() if value is not None}

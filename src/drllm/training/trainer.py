@@ -21,11 +21,10 @@ from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.metrics import NAMES, TRAIN, VALIDATION, Counts, ratios
 from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
-from drllm.training.features import Examples, each_once, moments, shape, sizes
+from drllm.training.features import Examples, each_once, moments, parts_of, shape, sizes
 from drllm.training.losses import Objective, class_weights, log_priors
 from drllm.training.split import epoch_batches, generator, hold_out
 
-EVALUATION_ROWS = 32
 WARMUP_SHARE = 0.1
 FUSED = ("cpu", "cuda")
 """Devices for which every torch that we support has a fused AdamW."""
@@ -37,13 +36,7 @@ class DivergedError(ConfigError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """The learning rate of each step: linear warm-up, then half a cosine to 0.
-
-    Attributes:
-        peak: The largest rate.
-        warmup: Steps before the peak.
-        steps: Steps in all.
-    """
+    """The learning rate of each step: linear warm-up to the peak, then half a cosine to 0."""
 
     peak: float
     warmup: int
@@ -110,19 +103,16 @@ class Trainer:
             that it doesn't change with the number of routes.
         targets: `[N, L, C]` float64: the share of each decision; all in one for a hard label.
         label_counts: `[L][C]`: labels of the target paths trained on.
-        class_weights: `[C]`.
-        schedule: The rate of each step.
-        steps_per_epoch: Steps in an epoch.
         sizes: `[N, L]`: mean size of each router's inputs, which tells other features apart.
         stack: The routers; once the training is over those it ends with: of its best epoch if it
             watches the held-out loss, else of its last.
-        epochs_done: Epochs made so far.
         rows: Lines of metrics so far.
         best: Epoch and loss of the lowest held-out loss so far; None if it isn't watched.
         kept: The weights of that epoch.
 
     Raises:
-        ConfigError: A setting without effect, or features of another number of windows.
+        ConfigError: Nothing is held out for a setting that needs it, or features of another number
+            of windows.
     """
 
     def __init__(
@@ -134,21 +124,27 @@ class Trainer:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        config.check_effects()
         self.examples, self.config = examples, config
         self.device, self.dtype = torch.device(device), dtype
         self.trained, self.held_out = divide(examples.questions, config, examples.num_targets)
         self.once = each_once(examples, self.trained)
         self.label_counts = count_labels(examples.labels[self.once])
-        self.targets = self._targets()
-        totals = self.targets[self.once].sum(dim=(0, 1)).tolist()
+        hard = F.one_hot(examples.labels, NUM_DECISIONS)
+        shares = examples.soft if config.soft_targets else hard
+        assert shares is not None, "features without soft targets"
+        self.targets = shares.double()
+        learned = self.targets[self.once]
         beta = config.beta if config.class_weights == "effective_number" else 0.0
-        self.class_weights = class_weights(totals, beta)
+        self.class_weights = class_weights(learned.sum(dim=(0, 1)).tolist(), beta)
         self.steps_per_epoch = math.ceil(len(self.trained) / config.gradient_accumulation)
         self.schedule = Schedule.of(config, self.steps_per_epoch * config.num_epochs)
         self.sizes = sizes(examples)
         self.scale = moments(examples, self.trained) if config.normalise_features else None
-        self.objective = self._objective()
+        self.objective = Objective(
+            weights=self._here(torch.tensor(self.class_weights, dtype=torch.float64)),
+            gamma=config.gamma if config.loss == "focal" else 0.0,
+            offsets=self._here(config.logit_adjustment * log_priors(learned.sum(dim=0))),
+        )
         self.stack = self._new_stack(base_identity).to(self.device, dtype)
         self.optimizer = self._new_optimizer()
         self.epochs_done = 0
@@ -156,25 +152,8 @@ class Trainer:
         self.best: tuple[int, float] | None = None
         self.kept: dict[str, Tensor] | None = None
 
-    def _targets(self) -> Tensor:
-        if not self.config.soft_targets:
-            return F.one_hot(self.examples.labels, NUM_DECISIONS).double()
-        if self.examples.soft is None:
-            raise ConfigError(
-                "--soft-targets is on, but no soft targets are given; leave it out, or make the "
-                "targets with supervise --path-weights equal"
-            )
-        return self.examples.soft.double()
-
-    def _objective(self) -> Objective:
-        """Return what is minimised; priors are those of the targets trained on."""
-        priors = log_priors(self.targets[self.once].sum(dim=0))
-        weights = torch.tensor(self.class_weights, dtype=torch.float64)
-        return Objective(
-            weights=weights.to(self.dtype).to(self.device),  # in this order: MPS has no float64
-            gamma=self.config.gamma if self.config.loss == "focal" else 0.0,
-            offsets=(self.config.logit_adjustment * priors).to(self.dtype).to(self.device),
-        )
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype).to(self.device)  # in this order: MPS has no float64
 
     def _new_stack(self, base_identity: Mapping[str, Any]) -> RouterStack:
         """Return untrained routers for the base model, their weights drawn from the seed."""
@@ -220,18 +199,15 @@ class Trainer:
             )
         if len(self.once) == 1:
             found.append("there is only 1 target to train on; the routers will repeat it for all")
-        skips, executes, repeats = map(sum, zip(*self.label_counts, strict=True))
-        if executes and not skips and not repeats:
+        layers, absent = len(self.label_counts), []
+        for name, counts in zip(NAMES, zip(*self.label_counts, strict=True), strict=True):
+            if without := counts.count(0):
+                absent.append(f"{name} at {without if without < layers else 'all'} of {layers}")
+        if all(skips == repeats == 0 for skips, _, repeats in self.label_counts):
             found.append(
                 "every target executes every layer, so the routers can only learn the full path"
             )
-            return found
-        layers, absent = len(self.label_counts), []
-        for decision, name in enumerate(NAMES):
-            without = sum(counts[decision] == 0 for counts in self.label_counts)
-            if without:
-                absent.append(f"{name} at {without if without < layers else 'all'} of {layers}")
-        if absent:
+        elif absent:
             found.append(
                 f"no training example has these decisions, so they can't be learned: "
                 f"{', '.join(absent)} layers"
@@ -251,9 +227,12 @@ class Trainer:
     @property
     def steps_done(self) -> int:
         """Steps up to the last epoch's end; all of them once the training is over."""
-        if self.is_over:
-            return self.schedule.steps
-        return self.epochs_done * self.steps_per_epoch
+        return self.schedule.steps if self.is_over else self.epochs_done * self.steps_per_epoch
+
+    @property
+    def kept_epoch(self) -> int:
+        """The epoch whose weights a finished training has."""
+        return self.epochs_done if self.best is None else self.best[0]
 
     def epoch(self, on_step: Callable[[int, Counts], None] | None = None) -> None:
         """Train for one epoch and measure.
@@ -309,15 +288,12 @@ class Trainer:
         stack.load_state_dict({name: w.float() for name, w in weights.items()}, assign=True)
         return stack
 
-    def _step(self, rows: Sequence[int], rate: float, kept_units: Tensor | None) -> Counts:
+    def _step(self, rows: list[int], rate: float, kept_units: Tensor | None) -> Counts:
         """Learn from rows, and count how they fared before.
 
         The gradient is that of the mean loss, so it equals accumulating the rows one at a time.
         """
-        means, filled, targets = self._read(rows)
-        logits = self.stack(means, filled, kept_units)
-        loss = self.objective(logits, targets)
-        counted = count(logits.detach(), self.examples.labels[list(rows)], self._finite(loss))
+        loss, counted = self._judge(rows, kept_units)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         for group in self.optimizer.param_groups:
@@ -327,27 +303,23 @@ class Trainer:
 
     @torch.no_grad()
     def _measure(self, rows: Sequence[int]) -> Counts:
-        counts = Counts()
-        for start in range(0, len(rows), EVALUATION_ROWS):
-            part = list(rows[start : start + EVALUATION_ROWS])
-            means, filled, targets = self._read(part)
-            logits = self.stack(means, filled)
-            loss = self._finite(self.objective(logits, targets))
-            counts += count(logits, self.examples.labels[part], loss)
-        return counts
+        return sum((self._judge(part)[1] for part in parts_of(rows)), Counts())
 
-    def _read(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return windows `[B, L, W, D]`, filled `[B]` and targets `[B, L, C]` on the device."""
-        index = list(rows)
-        means = self.examples.rows(index)
+    def _judge(self, rows: list[int], kept_units: Tensor | None = None) -> tuple[Tensor, Counts]:
+        """Return the loss of the routers on some rows, and what their decisions count there."""
+        means, filled = self.examples.rows(rows), self.examples.filled[rows]
         if self.scale is not None:
             mean, deviation = self.scale
             means = (means.double() - mean[:, None]) / deviation[:, None]
-        return (
-            means.to(self.dtype).to(self.device),
-            self.examples.filled[index].to(self.device),
-            self.targets[index].to(self.dtype).to(self.device),
-        )
+        logits = self.stack(self._here(means), filled.to(self.device), kept_units)
+        loss = self.objective(logits, self._here(self.targets[rows]))
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"the loss became {value} at a learning rate of up to "
+                f"{self.config.learning_rate:.3g}; lower --learning-rate and train again"
+            )
+        return loss, count(logits.detach(), self.examples.labels[rows], value)
 
     def kept_units(self, size: int, epoch: int, step: int) -> Tensor | None:
         """Draw which hidden units a step keeps, as factors `[B, L, H]`; None without dropout."""
@@ -357,22 +329,13 @@ class Trainer:
         L, H = len(self.label_counts), self.config.router_width
         draws = generator("dropout", self.config.seed, epoch, step)
         drawn = torch.rand(size, L, H, generator=draws)
-        return ((drawn >= share) / (1 - share)).to(self.dtype).to(self.device)
-
-    def _finite(self, loss: Tensor) -> float:
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise DivergedError(
-                f"the loss became {value} at a learning rate of up to "
-                f"{self.config.learning_rate:.3g}; lower --learning-rate and train again"
-            )
-        return value
+        return self._here((drawn >= share) / (1 - share))
 
 
 def count_labels(labels: Tensor) -> tuple[tuple[int, int, int], ...]:
     """Count how often each decision is the label at each layer: `[N, L]` gives `[L][C]`."""
-    counts = [(labels == decision).sum(dim=0).tolist() for decision in range(NUM_DECISIONS)]
-    return tuple((skip, execute, repeat) for skip, execute, repeat in zip(*counts, strict=True))
+    counts = F.one_hot(labels, NUM_DECISIONS).sum(dim=0).tolist()
+    return tuple((skip, execute, repeat) for skip, execute, repeat in counts)
 
 
 def count(logits: Tensor, labels: Tensor, loss: float) -> Counts:

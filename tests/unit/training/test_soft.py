@@ -3,7 +3,7 @@ import torch
 
 from drllm.errors import ConfigError
 from drllm.records import SupervisionRecord, WeightedPath
-from drllm.training.targets import soft_targets
+from drllm.training.targets import check_soft_targets, soft_targets
 
 
 def record(target: str, **paths: float) -> SupervisionRecord:
@@ -45,4 +45,4 @@ def test_only_the_proportions_of_the_weights_count():
 @pytest.mark.parametrize("records", [[record("10")], [record("10", p10=2.0), record("11")]])
 def test_targets_of_which_none_is_soft_are_refused(records):
     with pytest.raises(ConfigError, match="--soft-targets has no effect: no target has a valid"):
-        soft_targets(records)
+        check_soft_targets(records)

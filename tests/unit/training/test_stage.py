@@ -6,7 +6,7 @@ import torch
 from watching import Watching
 
 from drllm.config import TrainConfig
-from drllm.errors import CheckpointError, ConfigError
+from drllm.errors import ConfigError
 from drllm.metrics import ratios, verdict
 from drllm.models.routers.checkpoint import load_routers
 from drllm.records.layers import read_layers
@@ -237,20 +237,6 @@ def test_features_of_another_number_of_windows_are_refused(features_of, identity
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_training(features_of, identity, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    seen = []
-    with pytest.raises(CheckpointError, match=r"can't write to .*file/routers"):
-        train_on(
-            features_of(),
-            identity,
-            QUICK,
-            tmp_path / "file" / "routers",
-            listener=Watching(lambda *progress: seen.append(progress)),
-        )
-    assert seen == []
-
-
 def test_an_early_end_is_told_with_the_epoch_whose_weights_are_kept(
     features_of, identity, tmp_path
 ):
@@ -281,8 +267,3 @@ def test_what_is_unusual_about_a_run_is_logged(features_of, identity, tmp_path, 
     unbroken, all_full = caplog.messages
     assert "--warmup-steps is 90" in unbroken
     assert "every target executes every layer" in all_full
-
-
-def test_a_run_of_several_seeds_is_refused(features_of, identity, tmp_path):
-    with pytest.raises(ConfigError, match="--num-seeds is 2"):
-        train_on(features_of(), identity, config_of(num_seeds=2), tmp_path)

@@ -41,6 +41,12 @@ def test_settings_that_cannot_be_used_are_refused_before_anything_is_pooled_or_w
     assert not (tmp_path / "routers").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_pooled(no_pass, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match=r"can't write to .*file/routers, since .*file is a"):
+        drllm.train(BASE, make_records(N), ONCE, tmp_path / "file" / "routers")
+
+
 def test_without_a_folder_the_routers_are_only_returned(tmp_path):
     found = drllm.train(BASE, make_records(N), ONCE)
     drllm.train(BASE, make_records(N), ONCE, tmp_path)

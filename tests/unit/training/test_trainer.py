@@ -422,32 +422,6 @@ def test_what_needs_something_held_out_is_refused_without(features_of, prepared,
         prepared(features_of(9), **needs)
 
 
-# --- without effect ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (
-            {"loss": "cross_entropy", "gamma": 1.0},
-            "--gamma 1 has no effect with --loss cross_entropy; leave one of the two out",
-        ),
-        (
-            {"class_weights": "none", "beta": 0.9},
-            "--beta 0.9 has no effect with --class-weights none",
-        ),
-        (
-            {"early_stopping": 2, "validation_fraction": 0.0},
-            "--early-stopping 2 has no effect with --validation-fraction 0",
-        ),
-        ({"soft_targets": True}, "--soft-targets is on, but no soft targets are given"),
-    ],
-)
-def test_a_setting_without_effect_is_refused(prepared, given, message):
-    with pytest.raises(ConfigError, match=message):
-        prepared(**given)
-
-
 # --- what is told ------------------------------------------------------------------------------
 
 
