@@ -48,16 +48,6 @@ class _Loader(yaml.SafeLoader):
             )
         return super().compose_node(parent, index)
 
-    def written_int(self, node: yaml.ScalarNode) -> WrittenInt:
-        number = WrittenInt(self.construct_yaml_int(node))
-        number.text = str(node.value)
-        return number
-
-    def written_float(self, node: yaml.ScalarNode) -> WrittenFloat:
-        number = WrittenFloat(self.construct_yaml_float(node))
-        number.text = str(node.value)
-        return number
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
@@ -71,8 +61,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.written_int)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.written_float)
+def _written(loader: _Loader, node: yaml.ScalarNode) -> WrittenInt | WrittenFloat:
+    number: WrittenInt | WrittenFloat
+    if node.tag.endswith(":int"):
+        number = WrittenInt(loader.construct_yaml_int(node))
+    else:
+        number = WrittenFloat(loader.construct_yaml_float(node))
+    number.text = str(node.value)
+    return number
+
+
+for tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{tag}", _written)
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
@@ -88,29 +88,26 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     Raises:
         ConfigError: No such file, not YAML, or not a mapping of names.
     """
+    remedy = f"give a YAML file with {what}"
     if not path.is_file():
         state = "isn't a file" if path.exists() else "doesn't exist"
-        raise ConfigError(f"{path} {state}; give a YAML file with {what}")
+        raise ConfigError(f"{path} {state}; {remedy}")
     try:
-        text = path.read_text(encoding="utf-8")
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"{path} can't be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not a UTF-8 text; give a YAML file with {what}") from error
-    try:
-        values = yaml.load(text, Loader=_Loader)
+        raise ConfigError(f"{path} is not a UTF-8 text; {remedy}") from error
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         # Of YAML's own errors some have a place; values such as 2020-99-99 raise ValueError.
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).split("\n")[0]
-        raise ConfigError(
-            f"{path}{line}: not YAML ({problem}); give a YAML file with {what}"
-        ) from error
+        raise ConfigError(f"{path}{line}: not YAML ({problem}); {remedy}") from error
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{path} holds {type(values).__name__}, not names and values; "
-            f"give a YAML file with {what}, written 'name: value'"
+            f"{path} holds {type(values).__name__}, not names and values; {remedy}, written "
+            f"'name: value'"
         )
     return with_underscores(values)
 
@@ -133,7 +130,10 @@ def canonical(group: type[Settings], values: Mapping[str, Any]) -> dict[str, Any
     for name, value in values.items():
         known = ours.get(name, name)
         if known in kinds:
-            value = as_text(value) if str in kinds[known] else _plain(value)
+            if str in kinds[known]:
+                value = as_text(value)
+            elif isinstance(value, (WrittenInt, WrittenFloat)):  # a plain one, as others expect
+                value = int(value) if isinstance(value, int) else float(value)
         found[known] = value
     return found
 
@@ -141,10 +141,3 @@ def canonical(group: type[Settings], values: Mapping[str, Any]) -> dict[str, Any
 def as_text(value: Any) -> Any:
     """Return the text of a number as it stands in the file; other values as they are."""
     return value.text if isinstance(value, (WrittenInt, WrittenFloat)) else value
-
-
-def _plain(value: Any) -> Any:
-    """Return a number that is one and nothing else, as whoever writes it expects."""
-    if isinstance(value, WrittenInt):
-        return int(value)
-    return float(value) if isinstance(value, WrittenFloat) else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import typing
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from drllm.errors import ConfigError, unknown_name
 
 
 @dataclass(frozen=True)
-class NamesIn(Collection[str]):
+class NamesIn(Iterable[str]):
     """The names in a registry, which is imported when they are first asked for.
 
     Attributes:
@@ -27,12 +27,6 @@ class NamesIn(Collection[str]):
         module, attribute = self.registry.split(":")
         return iter(getattr(importlib.import_module(module), attribute).names())
 
-    def __contains__(self, name: object) -> bool:
-        return any(name == known for known in self)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
 
 def setting(
     default: Any,
@@ -41,7 +35,7 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
-    choices: Collection[str] | None = None,
+    choices: Iterable[str] | None = None,
     alias: str | None = None,
     idle: tuple[str, Any] | None = None,
     decisive: bool = True,
@@ -68,11 +62,6 @@ class Settings:
     """A group of settings that checks its values when it is made."""
 
     def __post_init__(self) -> None:
-        """Check each field against its rules.
-
-        Raises:
-            ConfigError: Naming the setting, the value, and what was expected.
-        """
         kinds = kinds_of(type(self))
         for declared in dataclasses.fields(self):
             value = getattr(self, declared.name)

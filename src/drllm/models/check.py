@@ -147,8 +147,13 @@ def check(family: str) -> Finding:
     if family in FAMILIES and not known_to_transformers(family):
         reason = f"not in transformers {transformers.__version__}"
         return Finding(family=family, status="absent", reason=reason)
-    with quiet(), _one_thread():
-        return check_model(make_tiny(family))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # waiting for a second one can take longer than the work
+    try:
+        with quiet():
+            return check_model(make_tiny(family))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_model(model: Any) -> Finding:
@@ -161,28 +166,24 @@ def check_model(model: Any) -> Finding:
     Returns:
         What was found: exact, refused with the reason, or the size of the difference.
     """
-    about: dict[str, Any] = {"family": model.config.model_type, "class_name": type(model).__name__}
-    try:
-        _, layers = find_layers(model)
-        prompts, answers = _random_rows(model)
-        plans = mixed_plans(len(layers))
-        with quiet():
-            prefill, decode = _differences(model, plans, prompts, answers)
-    except (ArchitectureError, RoutingError) as error:
-        return Finding(**about, status="refused", reason=str(error))
-    measured: dict[str, Any] = {"prefill": prefill, "decode": decode}
-    if max(prefill, decode) <= TOLERANCE:
-        return Finding(**about, **measured, status="exact")
+    made: dict[str, Any] = {"family": model.config.model_type, "class_name": type(model).__name__}
     with quiet():
-        plain = max(_differences(model, None, prompts, answers))
-    if plain > TOLERANCE:
-        reason = (
-            f"transformers {transformers.__version__} itself says something else with padding and "
-            f"a cache than without; another version may do better"
-        )
-        return Finding(**about, **measured, status="broken", reason=reason)
+        try:
+            plans = mixed_plans(len(find_layers(model)[1]))
+            prefill, decode = _differences(model, plans)
+        except (ArchitectureError, RoutingError) as error:
+            return Finding(**made, status="refused", reason=str(error))
+        made |= {"prefill": prefill, "decode": decode}
+        if max(prefill, decode) <= TOLERANCE:
+            return Finding(**made, status="exact")
+        if max(_differences(model, None)) > TOLERANCE:
+            reason = (
+                f"transformers {transformers.__version__} itself says something else with padding "
+                f"and a cache than without; another version may do better"
+            )
+            return Finding(**made, status="broken", reason=reason)
     reason = "routed and plain logits differ by more than rounding; please report this model"
-    return Finding(**about, **measured, status="differs", reason=reason)
+    return Finding(**made, status="differs", reason=reason)
 
 
 def mixed_plans(num_layers: int) -> list[list[int]]:
@@ -215,33 +216,18 @@ def layers_listed(model: Any, decisions: Sequence[int]) -> Iterator[None]:
     """
     decoder, layers = find_layers(model)
     name = next(name for name, child in decoder.named_children() if child is layers)
-    config: Any = decoder.config
-    path = to_path(decisions)
-    listed = {
-        "num_hidden_layers": len(path),
-        **lists_along(vars(config), path, len(layers)),
-    }
-    before = {key: getattr(config, key) for key in listed}
-    setattr(decoder, name, nn.ModuleList([layers[index] for index in path]))
-    for key, value in listed.items():
-        setattr(config, key, value)
+    config, path = vars(decoder.config), to_path(decisions)
+    said = {"num_hidden_layers": len(path), **lists_along(config, path, len(layers))}
+    before = {key: getattr(decoder.config, key) for key in said}
     try:
+        setattr(decoder, name, nn.ModuleList([layers[index] for index in path]))
+        for key, value in said.items():
+            setattr(decoder.config, key, value)
         yield
     finally:
         setattr(decoder, name, layers)
         for key, value in before.items():
-            setattr(config, key, value)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Use one thread inside the block: waiting for a second one can take longer than the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+            setattr(decoder.config, key, value)
 
 
 class _Forced(LogitsProcessor):  # type: ignore[misc]
@@ -268,56 +254,41 @@ def _random_rows(model: Any) -> tuple[list[list[int]], list[list[int]]]:
     return prompts, [rng.choices(tokens, k=NUM_NEW) for _ in PROMPT_LENGTHS]
 
 
-def _differences(
-    model: Any,
-    plans: Sequence[Sequence[int]] | None,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-) -> tuple[float, float]:
+def _differences(model: Any, plans: Sequence[Sequence[int]] | None) -> tuple[float, float]:
     """Compare the two ways, in standard deviations of the logits.
 
     Args:
         model: A model that isn't routed.
         plans: `[B, L]`; None compares the plain model with itself.
-        prompts: `[B]` rows of tokens.
-        answers: `[B, T_new]` tokens that both ways read after the prompts.
 
     Returns:
         Largest difference where the prompts end, and while decoding.
     """
+    prompts, answers = _random_rows(model)
     slow = []
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         with layers_listed(model, plans[row]) if plans else nullcontext(), torch.no_grad():
             ids = torch.tensor([[*prompt, *answer]], device=model.device)
             logits = model(input_ids=ids, use_cache=False).logits[0]
         slow.append(logits[len(prompt) - 1 : -1].float().cpu())  # [T_new, V]
-    if plans is None:
-        fast = _decoded(model, prompts, answers)
-    else:
-        routed = RoutedModel(model)
-        try:
-            with routed.fixed(plans):
-                fast = _decoded(model, prompts, answers)
-        finally:
+    ids, mask = left_padded(prompts, model.device)
+    routed = None if plans is None else RoutedModel(model)
+    try:
+        with nullcontext() if routed is None else routed.fixed(plans or []):
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=GenerationConfig(do_sample=False, pad_token_id=0),
+                max_new_tokens=NUM_NEW,
+                use_cache=True,  # some models say no by default
+                logits_processor=LogitsProcessorList([_Forced(answers)]),
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+    finally:
+        if routed is not None:
             routed.detach()
-    expected = torch.stack(slow)  # [B, T_new, V]
+    fast = torch.stack(output.logits, dim=1).float().cpu()  # [B, T_new, V]
+    expected = torch.stack(slow)
     difference = ((fast - expected).abs() / expected.std()).amax(dim=(0, 2))
     return float(difference[0]), float(difference[1:].max())
-
-
-def _decoded(
-    model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
-) -> Tensor:
-    """Return the logits by which `generate` would choose each token, `[B, T_new, V]`."""
-    ids, mask = left_padded(prompts, model.device)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        generation_config=GenerationConfig(do_sample=False, pad_token_id=0),
-        max_new_tokens=NUM_NEW,
-        use_cache=True,  # some models say no by default
-        logits_processor=LogitsProcessorList([_Forced(answers)]),
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    return torch.stack(output.logits, dim=1).float().cpu()

@@ -14,7 +14,6 @@ import json
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,10 +37,7 @@ from drllm.paths import check_path, to_decisions
 NUM_TOKENS = 32
 """Length of the row on which the checkpoint is compared with the path."""
 
-CONFIG_FILE = "config.json"
-GENERATION_FILE = "generation_config.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-CARD_FILE = "README.md"
+CONFIG_FILE, TOKENIZER_CONFIG_FILE, CARD_FILE = "config.json", "tokenizer_config.json", "README.md"
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype)
 PASSING = ("training", "gradient_checkpointing")
@@ -54,8 +50,6 @@ OLDER_NAMES: dict[str, dict[str, str]] = {
     "qwen3_moe": {"num_local_experts": "num_experts"},
 }
 """Type of model → name of a setting in transformers 5 → its name in 4, where that is another."""
-
-_BY_KIND = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,17 +98,34 @@ def export_path(base: BaseModel, path: Sequence[int], output: Path | str) -> Exp
 
     Source: ours.
     """
-    output = Path(output)
+    output, model = Path(output), base.model
     path = check_path(path, base.num_layers)
     check_output(output)
     with hub.quiet():
-        listed = _build(base.model, path)
-        expected = _logits_along(base.model, path)
-        made = Export(output, path, base.runtime["dtype"], *_fill(listed, base.model, path))
-        with _appearing(output) as folder:
+        listed = _build(model, path)
+        expected = _logits_along(model, path)
+        made = Export(output, path, base.runtime["dtype"], *_fill(listed, model, path))
+        # Filled next to its place, and moved there when all has succeeded.
+        place = output.resolve()
+        folder = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+        try:
+            folder.mkdir(parents=True)
             _write(folder, listed, base, made)
             del listed  # the copies of weights; the checkpoint is loaded now
-            _verify(folder, base.model, path, expected)
+            _verify(folder, model, path, expected)
+            if place.is_dir():
+                place.rmdir()
+            folder.rename(place)
+        except DrllmError:  # of which some are an OSError too
+            raise
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or hub.first_line(error)
+            raise ModelError(
+                f"can't write {output}: {reason}; free some space, or give a folder that you may "
+                f"write to"
+            ) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     return made
 
 
@@ -134,11 +145,7 @@ def check_output(folder: Path) -> None:
 
 
 def _build(base: Any, path: tuple[int, ...]) -> Any:
-    """Return the stock model for a path on the meta device, its layers of the right kinds.
-
-    Raises:
-        ArchitectureError: There is none.
-    """
+    """Return the stock model for a path on the meta device, its layers of the right kinds."""
     name = type(base).__name__
     if not type(base).__module__.startswith("transformers."):
         raise ArchitectureError(
@@ -186,15 +193,10 @@ def _fill(listed: Any, base: Any, path: tuple[int, ...]) -> tuple[int, int]:
 
     Returns:
         Size of the weights, and of the copies among them, in bytes.
-
-    Raises:
-        ArchitectureError: The base model has other weights than its class makes.
     """
-    weights, num_repeated_bytes = {}, 0
-    for name, weight, is_copy in _weights_along(base, path):
-        # safetensors refuses tensors that share memory, but for those that the class ties.
-        weights[name] = weight.clone() if is_copy else weight
-        num_repeated_bytes += weight.nbytes if is_copy else 0
+    along = list(_weights_along(base, path))
+    # safetensors refuses tensors that share memory, but for those that the class ties.
+    weights = {name: weight.clone() if is_copy else weight for name, weight, is_copy in along}
     shapes = {name: weight.shape for name, weight in listed.state_dict().items()}
     for name in sorted(shapes.keys() | weights.keys()):
         if name not in shapes or name not in weights or shapes[name] != weights[name].shape:
@@ -205,7 +207,7 @@ def _fill(listed: Any, base: Any, path: tuple[int, ...]) -> tuple[int, int]:
     listed.load_state_dict(weights, assign=True)
     listed.tie_weights()
     num_bytes = sum({weight.data_ptr(): weight.nbytes for weight in weights.values()}.values())
-    return num_bytes, num_repeated_bytes
+    return num_bytes, sum(weight.nbytes for _, weight, is_copy in along if is_copy)
 
 
 # --- the config for the path -------------------------------------------------------------------
@@ -286,9 +288,9 @@ def check_layers(ours: nn.ModuleList, theirs: nn.ModuleList, path: Sequence[int]
         difference = _difference(ours[place], theirs[origin], place, origin)
         if difference is not None:
             raise ArchitectureError(
-                f"layer {origin}, executed as number {place} (counted from 0), {difference}: the "
-                f"config derives that from a layer's place or from their number, and can't say it "
-                f"otherwise; give a path that leaves it as it is"
+                f"layer {origin}, executed as number {place} (counted from 0), would have "
+                f"{difference}: the config derives that from a layer's place or from their number, "
+                f"and can't say it otherwise; give a path that leaves it as it is"
             )
 
 
@@ -299,23 +301,22 @@ def _difference(ours: nn.Module, theirs: nn.Module, place: int, origin: int) -> 
         found, wanted = new.get(name), old.get(name)
         is_index = (found, wanted) == (place, origin)
         if not is_index and (name not in new or name not in old or found != wanted):
-            return f"would have {found!r} as {name} instead of {wanted!r}"
+            return f"{found!r} as {name} instead of {wanted!r}"
     buffers = dict(theirs.named_buffers())
     for name, values in ours.named_buffers():
         if not values.is_meta and not torch.equal(values, buffers[name]):
-            return f"would have other values in {name}"
+            return f"other values in {name}"
     return None
 
 
 def _description(layer: nn.Module) -> dict[str, Any]:
     """Return what a layer is made of, by name: classes, shapes, plain attributes."""
-    modules = list(layer.named_modules())
-    tensors = (*layer.named_parameters(), *layer.named_buffers())
-    described: dict[str, Any] = {
-        f"the class of {name or 'the layer'}": type(module).__name__ for name, module in modules
-    }
-    described |= {f"the shape of {name}": tuple(tensor.shape) for name, tensor in tensors}
-    for name, module in modules:
+    described: dict[str, Any] = {}
+    for name, module in layer.named_modules():
+        described[f"the class of {name or 'the layer'}"] = type(module).__name__
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        described[f"the shape of {name}"] = tuple(tensor.shape)
+    for name, module in layer.named_modules():
         for attribute, value in vars(module).items():
             hidden = attribute.startswith("_") or attribute in PASSING
             if isinstance(value, PLAIN) and not hidden:
@@ -326,34 +327,11 @@ def _description(layer: nn.Module) -> dict[str, Any]:
 # --- the folder --------------------------------------------------------------------------------
 
 
-@contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
-    """Fill a folder next to its place, and move it there when the block has succeeded."""
-    place = output.resolve()
-    folder = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-        if place.is_dir():
-            place.rmdir()
-        folder.rename(place)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, DrllmError):
-            raise
-        reason = getattr(error, "strerror", None) or hub.first_line(error)
-        raise ModelError(
-            f"can't write {output}: {reason}; free some space, or give a folder that you may "
-            f"write to"
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _write(folder: Path, listed: Any, base: BaseModel, made: Export) -> None:
     # Written by its own method below: save_pretrained refuses settings that loading accepted.
     listed.generation_config = GenerationConfig()
     listed.save_pretrained(folder)
-    base.model.generation_config.to_json_file(folder / GENERATION_FILE)
+    base.model.generation_config.to_json_file(folder / "generation_config.json")
     base.tokenizer.save_pretrained(folder)
     say_for_transformers_4(folder)
     card = model_card(base.identity, made.path, made.dtype, made.num_repeated_bytes)
@@ -372,17 +350,20 @@ def say_for_transformers_4(folder: Path) -> None:
     Args:
         folder: A checkpoint as `save_pretrained` has written it.
     """
-    config = _read_json(folder / CONFIG_FILE)
-    add_older_words(config)
-    _write_json(folder / CONFIG_FILE, config)
-    if (folder / TOKENIZER_CONFIG_FILE).is_file():
-        tokenizer = _read_json(folder / TOKENIZER_CONFIG_FILE)
-        if tokenizer.get("tokenizer_class") == "TokenizersBackend":
-            # The name that both know for "whatever tokenizer.json says".
-            tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if isinstance(tokenizer.get("extra_special_tokens"), list):
-            tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
-        _write_json(folder / TOKENIZER_CONFIG_FILE, tokenizer)
+    for name, add in ((CONFIG_FILE, add_older_words), (TOKENIZER_CONFIG_FILE, _rename_tokens)):
+        if (folder / name).is_file():
+            values = json.loads((folder / name).read_text(encoding="utf-8"))
+            add(values)
+            text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
+def _rename_tokens(tokenizer: dict[str, Any]) -> None:
+    if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+        # The name that both know for "whatever tokenizer.json says".
+        tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(tokenizer.get("extra_special_tokens"), list):
+        tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
 
 
 def add_older_words(config: dict[str, Any]) -> None:
@@ -412,44 +393,25 @@ def add_older_words(config: dict[str, Any]) -> None:
 
 def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a config says of RoPE outside of `rope_parameters`, in transformers 4."""
-    parameters = config["rope_parameters"] or {}
-    if not any(isinstance(value, dict) for value in parameters.values()):
-        return _older_rope_of_one_kind(config, parameters)
-    if parameters.keys() != _BY_KIND or not all(parameters.values()):
-        return {}  # only transformers 5 has models with other kinds
-    full, sliding = parameters["full_attention"], parameters["sliding_attention"]
-    older = _older_rope_of_one_kind(config, full)
-    if sliding["rope_theta"] != full["rope_theta"]:
-        older["rope_local_base_freq"] = sliding["rope_theta"]
-    return older
-
-
-def _older_rope_of_one_kind(
-    config: Mapping[str, Any], parameters: Mapping[str, Any]
-) -> dict[str, Any]:
+    parameters, local = config["rope_parameters"] or {}, {}
+    if any(isinstance(value, dict) for value in parameters.values()):
+        kinds = {"full_attention", "sliding_attention"}
+        if parameters.keys() != kinds or not all(parameters.values()):
+            return {}  # only transformers 5 has models with other kinds
+        sliding, parameters = parameters["sliding_attention"], parameters["full_attention"]
+        if sliding["rope_theta"] != parameters["rope_theta"]:
+            local = {"rope_local_base_freq": sliding["rope_theta"]}
     outside = ("rope_theta", "partial_rotary_factor")
     older = {name: parameters[name] for name in outside if parameters.get(name) is not None}
-    scaling: dict[str, Any] | None = {
-        name: value for name, value in parameters.items() if name not in outside
-    }
     kind = parameters.get("rope_type", "default")
+    scaling: dict[str, Any] | None = {k: v for k, v in parameters.items() if k not in outside}
     if kind == "default":
         scaling = None
     elif kind == "longrope" and "original_max_position_embeddings" in config:
         # Models that say this length outside, such as phi3, accept these three inside and no more.
         factors = {name: parameters[name] for name in ("short_factor", "long_factor")}
         scaling = {"type": kind, **factors}
-    return {**older, "rope_scaling": scaling}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
-    path.write_text(text + "\n", encoding="utf-8")
+    return {**older, "rope_scaling": scaling, **local}
 
 
 def model_card(
@@ -488,17 +450,16 @@ def model_card(
 
 def _logits(model: Any) -> Tensor:
     """Return a model's logits for one row of tokens, always the same, `[1, T, V]`."""
-    most = context_length(model) or NUM_TOKENS
+    length = min(NUM_TOKENS, context_length(model) or NUM_TOKENS)
     num_tokens = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(num_tokens, (1, min(NUM_TOKENS, most)), generator=generator)
+    tokens = torch.randint(num_tokens, (1, length), generator=generator)
     with torch.no_grad():
         logits: Tensor = model(tokens.to(model.device), use_cache=False).logits
     return logits
 
 
 def _logits_along(base: Any, path: tuple[int, ...]) -> Tensor:
-    """Return the logits of the base model run along a path."""
     injection = Injection(base, PathsDriver([path]))
     try:
         return _logits(base)
@@ -507,11 +468,7 @@ def _logits_along(base: Any, path: tuple[int, ...]) -> Tensor:
 
 
 def _verify(folder: Path, base: Any, path: tuple[int, ...], expected: Tensor) -> None:
-    """Load the checkpoint and refuse it unless it is the base model along the path.
-
-    Raises:
-        ArchitectureError: A layer, a weight or the logits differ.
-    """
+    """Load the checkpoint and refuse it unless it is the base model along the path."""
     loaded = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=base.dtype,
