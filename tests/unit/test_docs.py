@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from drllm.tasks.grading import REWARDS
+from drllm.tasks.registry import get_task
+
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TOO_LONG = {"concepts.md", "decisions/0003-progressive-widening.md"}
@@ -62,7 +65,16 @@ def test_the_page_on_architectures_runs_on_a_model(tiny_llama):
     assert printed.startswith("exact ")
 
 
+def test_the_page_on_rewards_runs_and_its_reward_grades_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(REWARDS, "_entries", dict(REWARDS._entries))
+    assert run("add-a-reward.md") == [shown(*blocks("add-a-reward.md"))]
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"question": "3 + 4?", "answer": 7, "grader": "last-number"}')
+    assert get_task(str(path)).rewards == ("last-number",)
+
+
 def test_every_page_with_python_is_run_or_said_not_to_be():
     pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if blocks(page)}
     elsewhere = {"add-a-task.md", "add-a-baseline.md"}  # by tests of their packages
-    assert pages == {"python.md", "add-an-architecture.md"} | elsewhere | TOO_LONG
+    here = {"python.md", "add-an-architecture.md", "add-a-reward.md"}
+    assert pages == here | elsewhere | TOO_LONG

@@ -57,6 +57,15 @@ class Example:
     context: str = ""
 
 
+def with_options(
+    question: str, choices: tuple[str, ...], gold: int, row_id: str = "", task: str = ""
+) -> Example:
+    """Return a question with options; its answer is the right one's text."""
+    return Example(
+        id=row_id, task=task, question=question, choices=choices, gold=gold, answer=choices[gold]
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One way of asking an example, complete: what the model reads and what counts as right.
@@ -98,12 +107,8 @@ class Form(ABC):
     rewards: tuple[str, ...]
 
     @abstractmethod
-    def prompt(self, example: Example, reward: str) -> Prompt:
-        """Return how a question is asked for one of the rewards."""
-
-    @abstractmethod
-    def retests(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return other ways of asking the same question."""
+    def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
+        """Return how a question is asked for one of the rewards, then other ways of asking it."""
 
 
 class Function(str):
@@ -203,19 +208,19 @@ class Task(ABC):
 
     def prompt(self, example: Example, reward: str) -> Prompt:
         """Return how the question is asked; refuse a reward that doesn't fit."""
-        return self._form_for(reward).prompt(example, reward)
+        return self._prompts(example, reward)[0]
 
     def retests(self, example: Example, reward: str) -> tuple[Prompt, ...]:
         """Return the other ways of asking the same question that a lucky path must survive.
 
         Source: ours (docs/differences.md, D-05).
         """
-        return self._form_for(reward).retests(example, reward)
+        return self._prompts(example, reward)[1:]
 
-    def _form_for(self, reward: str) -> Form:
+    def _prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
         self.check_reward(reward)
         assert self.form is not None
-        return self.form
+        return self.form.prompts(example, reward)
 
     def check_reward(self, reward: str | None) -> str:
         """Return the reward to use, or refuse what the task can't grade.
@@ -229,19 +234,18 @@ class Task(ABC):
                 f"task {self.name!r} is only evaluated and can't be searched; "
                 f"'drllm ls tasks' shows which tasks have rewards"
             )
-        if reward is None:
-            return self.rewards[0]
-        fitting = [name for name in reward.split(",") if name in self.rewards]
-        if not fitting:
+        wanted = self.rewards if reward is None else reward.split(",")
+        fitting = next((name for name in wanted if name in self.rewards), None)
+        if fitting is None:
             raise TaskError(
                 f"reward {reward!r} doesn't fit task {self.name!r}; "
                 f"it takes {', '.join(self.rewards)} (without --reward each task has its own)"
             )
-        return fitting[0]
+        return fitting
 
 
 def check_split(split: str) -> str:
-    """Return the split's name, or refuse one that doesn't exist."""
+    """Return a split's name, or refuse one that doesn't exist."""
     if split not in SPLITS:
         raise TaskError(unknown_name("split", split, SPLITS))
     return split

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from drllm.records import read_json, read_json_lines, split_of
-from drllm.tasks.base import Example, Task, check_split
+from drllm.tasks.base import Example, Task, check_split, with_options
 from drllm.tasks.forms import BOXED, Options
-from drllm.tasks.published.readers import with_options
 from drllm.tasks.registry import register
 
 DATA = Path(__file__).parent / "data"
@@ -71,7 +69,7 @@ def _facts(split: str) -> tuple[Example, ...]:
     """Return the questions of one split.
 
     A fact (relation and subject) has one split, whichever way round it is asked. The right option
-    stands equally often in each place.
+    stands equally often in each place: every four of them are all places in random order.
     """
     made = [
         (relation, subject, backward)
@@ -83,17 +81,13 @@ def _facts(split: str) -> tuple[Example, ...]:
     ]
     rng = random.Random(f"{SEED} {split}")
     rng.shuffle(made)
-    places = _places(rng)
-    return tuple(_question(*fact, place=next(places)) for fact in made)
+    places: list[int] = []
+    while len(places) < len(made):
+        places += rng.sample(range(NUM_CHOICES), NUM_CHOICES)
+    return tuple(_question(*fact, place) for fact, place in zip(made, places, strict=False))
 
 
-def _places(rng: random.Random) -> Iterator[int]:
-    """Yield places of the right option: every four of them are all places in random order."""
-    while True:
-        yield from rng.sample(range(NUM_CHOICES), NUM_CHOICES)
-
-
-def _question(relation: Relation, subject: str, backward: bool, *, place: int) -> Example:
+def _question(relation: Relation, subject: str, backward: bool, place: int) -> Example:
     answer = relation.facts[subject]
     direction = "backward" if backward else "forward"
     rng = random.Random(f"{SEED} {relation.name} {subject} {direction}")
@@ -101,13 +95,9 @@ def _question(relation: Relation, subject: str, backward: bool, *, place: int) -
     choices = rng.sample(distractors(relation, subject, backward), NUM_CHOICES - 1)
     choices.insert(place, subject if backward else answer)
     question = wording.format(subject=subject, answer=answer)
-    return with_options(
-        question[0].upper() + question[1:],
-        tuple(choices),
-        place,
-        row_id=f"{relation.name}-{subject}-{direction}".replace(" ", "_"),
-        task=BuiltinFacts.name,
-    )
+    row_id = f"{relation.name}-{subject}-{direction}".replace(" ", "_")
+    question = question[0].upper() + question[1:]
+    return with_options(question, tuple(choices), place, row_id, BuiltinFacts.name)
 
 
 def distractors(relation: Relation, subject: str, backward: bool) -> list[str]:
@@ -165,12 +155,7 @@ class BuiltinArithmetic(Task):
         """Return the problems of one split, in a fixed order that mixes the levels."""
         check_split(split)
         return [
-            Example(
-                id=f"arithmetic-{number}",
-                task=self.name,
-                question=problem.query,
-                answer=problem.gt_ans,
-            )
-            for number, problem in enumerate(problems())
-            if problem.split == split
+            Example(id=f"arithmetic-{n}", task=self.name, question=each.query, answer=each.gt_ans)
+            for n, each in enumerate(problems())
+            if each.split == split
         ]

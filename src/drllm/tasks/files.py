@@ -12,17 +12,16 @@ from pathlib import Path
 
 from drllm.errors import TaskError, unknown_name
 from drllm.records import question_key, split_of
-from drllm.tasks.base import Example, Row, Task, check_split
+from drllm.tasks.base import Example, Row, Task, check_split, with_options
 from drllm.tasks.forms import BOXED, LETTER_TOKENS, LETTERS, Generated, Options
 from drllm.tasks.grading import REWARDS, normalise
-from drllm.tasks.published.readers import with_options
 from drllm.tasks.rows import read_rows, text_of, texts_of
 
 FORMS = {
     "letter": Generated(
         rewards=("letter",),
-        template="{question}\n\nAnswer with the letter of the right option only.",
-        other_templates=(
+        templates=(
+            "{question}\n\nAnswer with the letter of the right option only.",
             "Choose the right option and reply with its letter alone.\n\n{question}",
             "{question}\n\nWhich letter is right? Letter:",
         ),
@@ -30,8 +29,8 @@ FORMS = {
     ),
     "exact": Generated(
         rewards=("exact",),
-        template="{question}\n\nGive the answer only, with no explanation.",
-        other_templates=(
+        templates=(
+            "{question}\n\nGive the answer only, with no explanation.",
             "Answer the question in as few words as possible.\n\n{question}",
             "Question: {question}\nReply with the answer alone.",
         ),
@@ -39,7 +38,9 @@ FORMS = {
     "boxed": replace(BOXED, max_new_tokens=None),
 }
 """Grader → how its questions are asked; a reward that isn't here asks as `exact` does."""
-GRADERS = tuple(name for name in REWARDS if not REWARDS.get(name).scores_options)
+
+
+CHOICES = "'choices'"
 
 
 def task_of_file(path: Path, taken: tuple[str, ...] = ()) -> FileTask:
@@ -94,19 +95,19 @@ class FileTask(Task):
     def _read(self) -> tuple[list[Example], str | None]:
         """Return the questions and the grader of all rows; None where options are scored."""
         examples: list[Example] = []
-        lines: dict[str, tuple[int, Example]] = {}
-        kind: str | None = None
+        found: dict[str, tuple[int, Example]] = {}
+        first_kind = ""
         for line, row in read_rows(self.path):
             try:
-                its_kind = _kind(row)
-                kind = kind or its_kind
-                if its_kind != kind:
+                kind = _kind(row)
+                first_kind = first_kind or kind
+                if kind != first_kind:
                     raise TaskError(
-                        f"a row with {its_kind}, but the first has {kind}; "
+                        f"a row with {kind}, but the first has {first_kind}; "
                         f"put them into files of their own"
                     )
-                example = self._example(row, line)
-                first, earlier = lines.setdefault(question_key(example.question), (line, example))
+                example = replace(_example(row), id=f"line-{line}", task=self.name)
+                first, earlier = found.setdefault(question_key(example.question), (line, example))
                 if (earlier.choices, earlier.answer) != (example.choices, example.answer):
                     raise TaskError(
                         f"the question stands on line {first} with another answer or other "
@@ -116,23 +117,7 @@ class FileTask(Task):
                 raise TaskError(f"{self.path}, line {line}: {error}") from error
             if first == line:
                 examples.append(example)
-        return examples, None if kind == CHOICES else str(row["grader"])
-
-    def _example(self, row: Row, line: int) -> Example:
-        row_id, question = f"line-{line}", text_of(row, "question")
-        if "choices" not in row:
-            answer = _graded_answer(row)
-            return Example(id=row_id, task=self.name, question=question, answer=answer)
-        choices = texts_of(row, "choices", minimum=2)
-        for choice in choices:
-            if choices.count(choice) > 1:
-                raise TaskError(f"'choices' holds {choice!r} twice; every choice must be another")
-        if len(choices) > len(LETTERS):
-            raise TaskError(f"'choices' has {len(choices)} entries; give at most {len(LETTERS)}")
-        return with_options(question, choices, _gold(row, choices), row_id, self.name)
-
-
-CHOICES = "'choices'"
+        return examples, None if first_kind == CHOICES else str(row["grader"])
 
 
 def _kind(row: Row) -> str:
@@ -149,9 +134,23 @@ def _kind(row: Row) -> str:
             f"give question, choices, answer or question, answer, grader"
         )
     grader = row["grader"]
-    if grader not in GRADERS:
-        raise TaskError(unknown_name("grader", str(grader), GRADERS))
+    graders = [name for name in REWARDS if not REWARDS.get(name).scores_options]
+    if grader not in graders:
+        raise TaskError(unknown_name("grader", str(grader), graders))
     return f"grader {grader!r}"
+
+
+def _example(row: Row) -> Example:
+    question = text_of(row, "question")
+    if "choices" not in row:
+        return Example(question=question, answer=_graded_answer(row))
+    choices = texts_of(row, "choices", minimum=2)
+    for choice in choices:
+        if choices.count(choice) > 1:
+            raise TaskError(f"'choices' holds {choice!r} twice; every choice must be another")
+    if len(choices) > len(LETTERS):
+        raise TaskError(f"'choices' has {len(choices)} entries; give at most {len(LETTERS)}")
+    return with_options(question, choices, _gold(row, choices))
 
 
 def _gold(row: Row, choices: tuple[str, ...]) -> int:
@@ -163,25 +162,22 @@ def _gold(row: Row, choices: tuple[str, ...]) -> int:
             raise TaskError(f"'answer' {answer} is out of range; the valid indices are 0 to {last}")
         return answer
     text = text_of(row, "answer")
-    if text in choices:
-        return choices.index(text)
-    letters = LETTERS[: len(choices)]
-    if len(text) == 1 and text in letters:
-        return letters.index(text)
-    raise TaskError(
-        f"'answer' {text!r} is not among the choices; "
-        f"give a choice's text, its index (0 to {last}) or its letter (A to {letters[-1]})"
-    )
+    ways = (*choices, *LETTERS[: len(choices)])  # a choice's text comes before a letter
+    if text not in ways:
+        raise TaskError(
+            f"'answer' {text!r} is not among the choices; give a choice's text, its index (0 to "
+            f"{last}) or its letter (A to {LETTERS[last]})"
+        )
+    return ways.index(text) % len(choices)
 
 
 def _graded_answer(row: Row) -> str:
     """Return the right answer of a row with a grader, as text."""
-    value = row.get("answer")
+    value, grader = row.get("answer"), row["grader"]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         answer = str(value)
     else:
         answer = text_of(row, "answer").strip()
-    grader = row["grader"]
     if grader == "letter" and (len(answer) != 1 or answer not in LETTERS):
         raise TaskError(f"'answer' is {answer!r}; the grader 'letter' expects one of A to Z")
     if grader == "exact" and (not normalise(answer) or len(answer.splitlines()) > 1):

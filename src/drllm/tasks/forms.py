@@ -6,7 +6,7 @@ for ARC and PIQA, and in its cloze form for MMLU. Loads no torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from drllm.tasks.base import OPTIONS_REWARD, Example, Form, Prompt
 
@@ -27,39 +27,37 @@ ANSWER_TOKENS = 16
 class Options(Form):
     """Questions with options: `loglikelihood` scores their texts, `letter` asks for a letter.
 
+    They are asked again in the other templates and with the first one's scores by character; for
+    a letter in every other rotation of the options, so that the right letter moves.
+
     Attributes:
-        template: What stands around the question where the options' texts are scored.
-        other_templates: Others, for the re-test.
+        templates: What stands around the question where the options' texts are scored: as it is
+            asked, then for the re-tests.
     """
 
-    template: str = "Question: {question}\nAnswer:"
-    other_templates: tuple[str, ...] = (
+    templates: tuple[str, ...] = (
+        "Question: {question}\nAnswer:",
         "Q: {question}\nA:",
         "{question}\nThe correct answer is:",
         "Answer the following question.\n\n{question}\n\nAnswer:",
     )
     rewards: tuple[str, ...] = (OPTIONS_REWARD, "letter")
 
-    def prompt(self, example: Example, reward: str) -> Prompt:
-        """Return the question, with its options listed for `letter` only."""
+    def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
+        """See `Form.prompts`."""
         if reward == "letter":
-            return _letter_prompt(example, rotation=0)
-        return _scored_prompt(example, self.template)
-
-    def retests(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return the other ways of asking the same question.
-
-        For `loglikelihood` the other templates and the first one scored by character; for
-        `letter` every other rotation of the options, so that the right letter moves.
-        """
-        if reward == "letter":
-            return tuple(
-                _letter_prompt(example, rotation) for rotation in range(1, len(example.choices))
+            return tuple(_letter_prompt(example, place) for place in range(len(example.choices)))
+        asked = tuple(
+            Prompt(
+                text=_in_context(example, template.format(question=example.question)),
+                reward=OPTIONS_REWARD,
+                answer=example.answer,
+                continuations=tuple(f" {choice}" for choice in example.choices),
+                gold=example.gold,
             )
-        return (
-            *(_scored_prompt(example, template) for template in self.other_templates),
-            _scored_prompt(example, self.template, normalised=True),
+            for template in self.templates
         )
+        return (*asked, replace(asked[0], normalised=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,44 +66,39 @@ class Generated(Form):
 
     Attributes:
         rewards: How answers are graded: `letter`, `boxed` or `exact` alone.
-        template: Around `{question}` and, where there is one, `{context}`.
-        other_templates: Others, for the re-test.
+        templates: Around `{question}` and, where there is one, `{context}`: as it is asked, then
+            for the re-tests.
         max_new_tokens: Maximum tokens of an answer; None: what its longest right answer needs.
         letters: For `letter`, those that may be answered.
     """
 
     rewards: tuple[str, ...]
-    template: str
-    other_templates: tuple[str, ...]
+    templates: tuple[str, ...]
     max_new_tokens: int | None = None
     letters: str = "ABCDE"
 
-    def prompt(self, example: Example, reward: str) -> Prompt:
-        """Return the question in the first template."""
-        return self._prompt(example, self.template)
-
-    def retests(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return the question in the other templates."""
-        return tuple(self._prompt(example, template) for template in self.other_templates)
-
-    def _prompt(self, example: Example, template: str) -> Prompt:
+    def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
+        """See `Form.prompts`."""
         right = (example.answer, *example.other_answers)
         longest = 8 + max(len(answer.encode()) for answer in right)  # a token has a byte at least
-        return Prompt(
-            text=template.format(question=example.question, context=example.context),
-            reward=self.rewards[0],
-            answer=example.answer,
-            other_answers=example.other_answers,
-            chat=True,
-            max_new_tokens=self.max_new_tokens or max(ANSWER_TOKENS, longest),
-            letters=self.letters,
+        return tuple(
+            Prompt(
+                text=template.format(question=example.question, context=example.context),
+                reward=self.rewards[0],
+                answer=example.answer,
+                other_answers=example.other_answers,
+                chat=True,
+                max_new_tokens=self.max_new_tokens or max(ANSWER_TOKENS, longest),
+                letters=self.letters,
+            )
+            for template in self.templates
         )
 
 
 BOXED = Generated(
     rewards=("boxed",),
-    template="{question}\n\nGive the final answer only, as \\boxed{{answer}}, with no explanation.",
-    other_templates=(
+    templates=(
+        "{question}\n\nGive the final answer only, as \\boxed{{answer}}, with no explanation.",
         "Solve this problem and write nothing but the result in \\boxed{{}}.\n\n"
         "Problem: {question}",
         "Question: {question}\nReply with the final answer in the form \\boxed{{answer}} and no "
@@ -114,18 +107,6 @@ BOXED = Generated(
     max_new_tokens=BOXED_TOKENS,
 )
 r"""Problems whose answer is a number or an expression in `\boxed{}`."""
-
-
-def _scored_prompt(example: Example, template: str, *, normalised: bool = False) -> Prompt:
-    """Return a prompt whose continuations are the options' texts, each after a space."""
-    return Prompt(
-        text=_in_context(example, template.format(question=example.question)),
-        reward=OPTIONS_REWARD,
-        answer=example.answer,
-        continuations=tuple(f" {choice}" for choice in example.choices),
-        gold=example.gold,
-        normalised=normalised,
-    )
 
 
 def _letter_prompt(example: Example, rotation: int) -> Prompt:

@@ -33,16 +33,7 @@ class Reward:
     scores_options: ClassVar[bool] = False
 
     def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
-        """Return the grade of a generated answer, None while more text could change it.
-
-        Args:
-            prompt: What was asked.
-            text: What was generated so far, without special tokens.
-            finished: Nothing more will come; then the grade must be a number.
-
-        Raises:
-            ValueError: A reward that scores options.
-        """
+        """Return what the function `verdict` does, for prompts of this reward."""
         raise ValueError(f"reward {prompt.reward!r} does not grade generated answers")
 
     def gold_text(self, prompt: Prompt) -> str:
@@ -59,17 +50,7 @@ def reward_of(prompt: Prompt) -> Reward:
 
 
 def grade(prompt: Prompt, text: str) -> float:
-    """Grade a finished answer.
-
-    Args:
-        prompt: What was asked; its `reward` names the rule.
-        text: All that was generated, without special tokens.
-
-    Returns:
-        1.0 for a right answer, else 0.0.
-
-    Raises:
-        ValueError: The prompt isn't answered by generating.
+    """Grade a finished answer: 1.0 if it is right, else 0.0; see `verdict`.
 
     Example:
         >>> grade(Prompt(text="…", reward="letter", answer="B"), "The answer is B.")

@@ -5,6 +5,7 @@ Loads no torch.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TypeVar
 
@@ -57,10 +58,6 @@ def get_task(name: str) -> Task:
 
     Raises:
         TaskError: No such name (with the nearest) or file, or the name of several tasks.
-
-    Example:
-        >>> get_task("builtin_facts").name
-        'builtin_facts'
     """
     if name.endswith(FILE_NAMES):
         return task_of_file(Path(name), tuple(task_names()))
@@ -84,18 +81,17 @@ def get_tasks(names: str) -> list[Task]:
         ['gsm8k', 'arc_easy', 'arc_challenge']
     """
     given = [_own_name(name.strip()) for name in names.split(",") if name.strip()]
-    wanted = [name for one in given for name in groups().get(one, (one,))]
+    wanted = Counter(name for one in given for name in groups().get(one, (one,)))
     if not wanted:
         raise TaskError(f"no task is named in {names!r}. Valid: {', '.join(task_names())}")
-    for name in wanted:
-        if wanted.count(name) > 1:
+    for name, count in wanted.items():
+        if count > 1:
             raise TaskError(f"task {name!r} is named twice in {names!r}; name it once")
-    tasks = {name: get_task(name) for name in wanted}
-    own_names = [task.name for task in tasks.values()]
-    for name in own_names:
-        if own_names.count(name) > 1:
+    tasks = [get_task(name) for name in wanted]
+    for name, count in Counter(task.name for task in tasks).items():
+        if count > 1:
             raise TaskError(f"two tasks of {names!r} are named {name!r}; rename a file")
-    return list(tasks.values())
+    return tasks
 
 
 def describe_tasks() -> list[tuple[str, str, str]]:
@@ -107,14 +103,10 @@ def describe_tasks() -> list[tuple[str, str, str]]:
         >>> next(row for row in describe_tasks() if row[0] == "arc")
         ('arc', 'loglikelihood, letter', 'stands for arc_easy, arc_challenge')
     """
-    described = {name: TASKS.get(name).description for name in TASKS}
-    first = {name: name for name in TASKS}
-    for name, members in groups().items():
-        described[name], first[name] = f"stands for {', '.join(members)}", members[0]
-    return [
-        (name, ", ".join(TASKS.get(first[name]).rewards), what)
-        for name, what in sorted(described.items())
-    ]
+    rows = [(task, task.name, task.description) for task in map(TASKS.get, TASKS)]
+    for group, members in groups().items():
+        rows.append((TASKS.get(members[0]), group, f"stands for {', '.join(members)}"))
+    return sorted((name, ", ".join(task.rewards), what) for task, name, what in rows)
 
 
 def _own_name(name: str) -> str:

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 import drllm.tasks.published
 from drllm.evaluation.lm_eval.folders import task_folder
-from drllm.tasks.published import table
+from drllm.tasks.published.task import tasks_in
 from drllm.tasks.registry import TASKS, describe_tasks, get_tasks, register
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "add-a-task.md"
@@ -36,8 +35,8 @@ def _added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = {name: TASKS.get(name) for name in TASKS if name not in DATA}
     sys.modules.pop("drllm.tasks.published.headqa", None)  # whoever has added it for good
     monkeypatch.setattr(TASKS, "_entries", before)
-    [(name, row)] = yaml.load(ROW, Loader=table._Loader).items()
-    register(table.task_of(name, row))
+    [task] = tasks_in(ROW)
+    register(task)
     place, text = MODULE.split("\n", 1)
     assert place == "# src/drllm/tasks/published/headqa.py"
     folder = tmp_path / "published"

@@ -23,17 +23,15 @@ def test_what_stands_before_a_question_stands_before_it_in_every_prompt() -> Non
     asked = example("ice", "fire", gold=1)
     in_context = replace(asked, context="On chemistry.")
     for reward in OPTIONS.rewards:
-        plain = [OPTIONS.prompt(asked, reward), *OPTIONS.retests(asked, reward)]
-        others = [OPTIONS.prompt(in_context, reward), *OPTIONS.retests(in_context, reward)]
-        assert others == [
+        plain = OPTIONS.prompts(asked, reward)
+        assert OPTIONS.prompts(in_context, reward) == tuple(
             replace(prompt, text=f"On chemistry.\n\n{prompt.text}") for prompt in plain
-        ]
+        )
 
 
 def test_loglikelihood_is_retested_in_three_other_templates_and_by_character() -> None:
     asked = example("ice", "fire", gold=1)
-    prompt = OPTIONS.prompt(asked, "loglikelihood")
-    retests = OPTIONS.retests(asked, "loglikelihood")
+    prompt, *retests = OPTIONS.prompts(asked, "loglikelihood")
     assert [retest.normalised for retest in retests] == [False, False, False, True]
     assert len({prompt.text, *(retest.text for retest in retests)}) == 4
     assert retests[3].text == prompt.text
@@ -46,7 +44,7 @@ def test_loglikelihood_is_retested_in_three_other_templates_and_by_character() -
 def test_letters_are_retested_in_every_other_rotation(count: int) -> None:
     choices = [f"choice{index}" for index in range(count)]
     asked = example(*choices, gold=1)
-    prompts = [OPTIONS.prompt(asked, "letter"), *OPTIONS.retests(asked, "letter")]
+    prompts = OPTIONS.prompts(asked, "letter")
     assert prompts[0].answer == "B"
     assert sorted(prompt.answer for prompt in prompts) == list(LETTERS[:count])
     for prompt in prompts:
@@ -83,8 +81,8 @@ def test_generated_answers_are_asked_for_in_three_ways_and_graded(
 def test_an_answer_has_the_tokens_that_its_longest_right_text_needs() -> None:
     unlimited = replace(BOXED, max_new_tokens=None)
     asked = Example(question="?", answer="7", other_answers=("ж" * 100,))  # two bytes each
-    assert unlimited.prompt(asked, "boxed").max_new_tokens == 208
-    assert unlimited.prompt(replace(asked, other_answers=()), "boxed").max_new_tokens == 16
+    assert unlimited.prompts(asked, "boxed")[0].max_new_tokens == 208
+    assert unlimited.prompts(replace(asked, other_answers=()), "boxed")[0].max_new_tokens == 16
 
 
 @pytest.mark.parametrize(

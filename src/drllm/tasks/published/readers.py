@@ -18,7 +18,7 @@ from typing import Any
 
 from drllm.errors import TaskError
 from drllm.records import question_key
-from drllm.tasks.base import Example, Row
+from drllm.tasks.base import Example, Row, with_options
 from drllm.tasks.forms import LETTERS
 from drllm.tasks.grading import normalise
 from drllm.tasks.rows import index_of, object_of, text_of, texts_of
@@ -27,12 +27,7 @@ UNANSWERABLE = "unanswerable"
 """What SQuAD's prompts ask for where the passage holds no answer."""
 DART_LEVELS = (1, 2, 3, 4, 5)
 """As MATH has them: 1 is the easiest. As tasks: Dr.LLM, Table 2."""
-GPQA_OPTIONS = (
-    "Correct Answer",
-    "Incorrect Answer 1",
-    "Incorrect Answer 2",
-    "Incorrect Answer 3",
-)
+GPQA_OPTIONS = ("Correct Answer", *(f"Incorrect Answer {number}" for number in (1, 2, 3)))
 
 logger = logging.getLogger(__name__)
 
@@ -69,15 +64,6 @@ class Columns:
         return with_options(question, choices, self.answers.index(value))
 
 
-def with_options(
-    question: str, choices: tuple[str, ...], gold: int, row_id: str = "", task: str = ""
-) -> Example:
-    """Return a question with options; its answer is the right one's text."""
-    return Example(
-        id=row_id, task=task, question=question, choices=choices, gold=gold, answer=choices[gold]
-    )
-
-
 # --- ARC, CommonsenseQA --------------------------------------------------------------------------
 
 
@@ -98,12 +84,6 @@ def labelled(row: Row) -> Example:
     if key not in labels:
         raise TaskError(f"'answerKey' is {key!r}; expected one of {', '.join(labels)}")
     return with_options(text_of(row, "question"), choices, labels.index(key), text_of(row, "id"))
-
-
-def labelled_columns(_example: Example, row: Row) -> dict[str, Any]:
-    """Return the columns of ARC and CommonsenseQA."""
-    choices = {name: row["choices"][name] for name in ("text", "label")}
-    return {**{name: row[name] for name in ("id", "question", "answerKey")}, "choices": choices}
 
 
 # --- HellaSwag -----------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Questions that others published: from the hub, or from a data folder of the same layout.
 
-Loads no torch, and `datasets` only to ask the hub.
+The sets themselves are rows of `sets.yaml`. Loads no torch, and `datasets` only to ask the hub.
 """
 
 from __future__ import annotations
@@ -10,13 +10,19 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from drllm.config import SPLITS
+import yaml
+
 from drllm.errors import TaskError
 from drllm.records import question_key, split_of
+from drllm.records.splits import BOUNDS
 from drllm.tasks.base import (
+    FILE_NAMES,
+    OPTIONS_REWARD,
     Example,
     Form,
+    Function,
     Harness,
     QuestionRow,
     Row,
@@ -24,17 +30,12 @@ from drllm.tasks.base import (
     check_split,
     shots_split,
 )
-from drllm.tasks.registry import TASKS
+from drllm.tasks.forms import BOXED, Generated, Options
+from drllm.tasks.published import readers
+from drllm.tasks.registry import TASKS, register
 from drllm.tasks.rows import read_rows
 
-SPLITS_OF: dict[str, tuple[str, ...]] = {
-    "train": ("search", "fit", "select"),
-    "validation": ("test",),
-    "single": ("select", "test"),
-    "own": SPLITS,
-}
-"""Origin of a file → the splits that its questions are divided into."""
-
+SETS = Path(__file__).with_name("sets.yaml")
 FILES_KEPT = 8
 """How many files of questions are kept in memory, since every stage asks for them again."""
 
@@ -102,12 +103,17 @@ class PublishedTask(Task):
                 it was looked for), no network, or a line that can't be used (with its number).
         """
         data_dir = None if data_dir is None else Path(data_dir)
-        file = self._file_of(check_split(split))
+        check_split(split)
+        file = next((name for name in self.files if split in BOUNDS[self.files[name]]), None)
+        if file is None:
+            raise TaskError(
+                f"task {self.name!r} is only evaluated and has no questions for {split!r}; "
+                f"give --split {' or '.join(self._splits())}"
+            )
         origin = self.files[file]
-        asked = self._questions(file, data_dir)
         taken = self._reported(data_dir) if origin == "train" else set()
         questions: list[QuestionRow] = []
-        for example, row in asked:
+        for example, row in self._questions(file, data_dir):
             key = question_key(example.question)
             if key not in taken and split_of(example.question, origin) == split:
                 questions.append((example, row))
@@ -121,22 +127,12 @@ class PublishedTask(Task):
         of a set that is only evaluated. What is shown is never what is reported.
         """
         if self.shots_file:
-            return list(
-                self._questions(self.shots_file, None if data_dir is None else Path(data_dir))
-            )
+            folder = None if data_dir is None else Path(data_dir)
+            return list(self._questions(self.shots_file, folder))
         return self.rows(shots_split(check_split(split), self._splits()), data_dir)
 
     def _splits(self) -> list[str]:
-        return [split for origin in self.files.values() for split in SPLITS_OF[origin]]
-
-    def _file_of(self, split: str) -> str:
-        for file, origin in self.files.items():
-            if split in SPLITS_OF[origin]:
-                return file
-        raise TaskError(
-            f"task {self.name!r} is only evaluated and has no questions for {split!r}; "
-            f"give --split {' or '.join(self._splits())}"
-        )
+        return [split for origin in self.files.values() for split in BOUNDS[origin]]
 
     def _reported(self, data_dir: Path | None) -> set[str]:
         """Return the keys of the questions that are only reported, as far as they are there."""
@@ -172,9 +168,9 @@ class PublishedTask(Task):
     def _purpose(self, file: str) -> str:
         if file == self.shots_file:
             return "worked examples, to be shown before its questions"
-        return f"questions for {', '.join(SPLITS_OF[self.files[file]])}"
+        return f"questions for {', '.join(BOUNDS[self.files[file]])}"
 
-    def hub_rows(self, file: str) -> Iterable[Row]:
+    def _hub_rows(self, file: str) -> Iterable[Row]:
         """Return the rows of a file on the hub, of all parts of the set."""
         repositories = [self.repository.replace("*", part) for part in self.parts or ("",)]
         rows = (row for repository in repositories for row in self._fetch(repository, file))
@@ -218,17 +214,16 @@ def _read(
 ) -> tuple[QuestionRow, ...]:
     """Read a file of the hub (without a path) or of a data folder; a changed file is read anew."""
     if path is None:
-        rows: Iterable[tuple[int, Row]] = enumerate(task.hub_rows(file), start=1)
-        source = " ".join(filter(None, (task.repository, task.config, file)))
+        rows: Iterable[tuple[int, Row]] = enumerate(task._hub_rows(file), start=1)
+        source = " ".join(filter(None, (task.repository, task.config, file))) + ", row"
     else:
-        rows, source = read_rows(path), str(path)
+        rows, source = read_rows(path), f"{path}, line"
     questions: list[QuestionRow] = []
     for number, (line, row) in enumerate(rows, start=1):
         try:
             example = task.read(row)
         except TaskError as error:
-            where = f"{source}, row {line}" if path is None else f"{source}, line {line}"
-            raise TaskError(f"{where}: {error}") from error
+            raise TaskError(f"{source} {line}: {error}") from error
         if example is not None:
             row_id = example.id or f"{file}-{number}"
             questions.append((replace(example, id=row_id, task=task.name), row))
@@ -253,23 +248,63 @@ def find_file(folder: Path, stem: str) -> Path | None:
     Raises:
         TaskError: Several parts, and no whole.
     """
-    for suffix in (".jsonl", ".jsonl.gz"):
-        path = folder / f"{stem}{suffix}"
-        if path.is_file():
-            return path
+    whole = [path for end in FILE_NAMES if (path := folder / f"{stem}{end}").is_file()]
     parts = [
-        path
-        for suffix in (".jsonl", ".jsonl.gz")
-        for path in sorted(folder.glob(f"{stem}_subset[0-9]*{suffix}"))
+        path for end in FILE_NAMES for path in sorted(folder.glob(f"{stem}_subset[0-9]*{end}"))
     ]
-    if len(parts) > 1:
+    if len(parts) > 1 and not whole:
         raise TaskError(
             f"{folder} has several parts of {stem} ({', '.join(path.name for path in parts)}); "
             f"keep one of them, or give the whole as {stem}.jsonl"
         )
-    return parts[0] if parts else None
+    return next(iter([*whole, *parts]), None)
 
 
 @functools.cache
 def _warn_of_part(path: Path) -> None:
     logger.warning("%s is a part of the set only; what is reported on it is on that part", path)
+
+
+# --- the table of sets ---------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads functions that the harness is to call as it writes them."""
+
+
+_Loader.add_constructor("!function", lambda _, node: Function(node.value))
+
+
+def tasks_in(table: str) -> list[PublishedTask]:
+    """Return the tasks that a table in the format of `sets.yaml` describes."""
+    return [_task_of(name, row) for name, row in yaml.load(table, Loader=_Loader).items()]
+
+
+def _task_of(name: str, row: dict[str, Any]) -> PublishedTask:
+    fields = _tuples(row)
+    read, form, harness = fields["read"], fields.get("form"), fields.get("harness")
+    fields["read"] = _reader(read) if isinstance(read, str) else readers.Columns(**_tuples(read))
+    if isinstance(form, str):
+        fields["form"] = {"options": Options(), "boxed": BOXED}[form]
+    elif form:
+        kind = Options if OPTIONS_REWARD in form["rewards"] else Generated
+        fields["form"] = kind(**_tuples(form))
+    if harness:
+        columns = harness["columns"]
+        made = {"columns": _reader(columns)} if isinstance(columns, str) else {}
+        fields["harness"] = Harness(**_tuples(harness) | made)
+    if "thin_out" in fields:
+        fields["thin_out"] = _reader(fields["thin_out"])
+    return PublishedTask(name=name, **fields)
+
+
+def _tuples(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+
+
+def _reader(name: str) -> Any:
+    return getattr(readers, name)
+
+
+for _task in tasks_in(SETS.read_text(encoding="utf-8")):
+    register(_task)
