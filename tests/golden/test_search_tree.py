@@ -50,8 +50,8 @@ def draw() -> str:
             f"{reward:.0f} {score:+.2f}  "
             f"{node.visits:>2} visits, {node.value:.3f}"
         )
-        for edge in node.edges:
-            add(str(edge.action), edge.node, depth + 1)
+        for action, child in node.children.items():
+            add(str(action), child, depth + 1)
 
     add("full path", search.root, 0)
     return "\n".join(lines) + "\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from random import Random
 
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from drllm.cost import max_executions
 from drllm.paths import Decisions, full_decisions, num_executions
 from drllm.search.actions import apply, legal_actions
 from drllm.search.strategies import STRATEGIES, PathSearch, new_search
-from drllm.search.strategies.mcts import TreeSearch
+from drllm.search.strategies.mcts import Node, TreeSearch
 
 configs = st.builds(
     SearchConfig,
@@ -66,8 +68,20 @@ def run(num_layers: int, config: SearchConfig, seed: int, scale: int, most: int 
     return observed(new_search(num_layers, config, Random(seed)), most, seed, scale)
 
 
-def run_tree(num_layers: int, config: SearchConfig, seed: int, scale: int, most: int) -> TreeSearch:
-    search = TreeSearch(num_layers, config, Random(seed))
+class Watched(TreeSearch):
+    """A tree that counts its steps: how often a simulation went from one node to the next."""
+
+    def __init__(self, num_layers: int, config: SearchConfig, rng: Random) -> None:
+        self.steps: Counter[tuple[Decisions, Decisions]] = Counter()
+        super().__init__(num_layers, config, rng)
+
+    def _add_virtual_loss(self, trail: list[Node]) -> None:
+        self.steps.update(itertools.pairwise(node.decisions for node in trail))
+        super()._add_virtual_loss(trail)
+
+
+def run_tree(num_layers: int, config: SearchConfig, seed: int, scale: int, most: int) -> Watched:
+    search = Watched(num_layers, config, Random(seed))
     observed(search, most, seed, scale)
     return search
 
@@ -124,16 +138,12 @@ def test_the_same_seed_and_rewards_give_the_same_tree(num_layers, config, seed, 
 
     def statistics(search):
         return [
-            (
-                node.decisions,
-                node.visits,
-                node.value_sum,
-                [(e.action, e.visits) for e in node.edges],
-            )
+            (node.decisions, node.visits, node.value_sum, [*node.children])
             for node in search.nodes.values()
         ]
 
     assert statistics(first) == statistics(second)
+    assert first.steps == second.steps
 
 
 @given(layers, configs, seeds, scales, mosts)
@@ -142,29 +152,29 @@ def test_the_trees_statistics_add_up(num_layers, config, seed, scale, most):
 
     assert set(search.nodes) == set(search.tried)  # one node a vector, one vector a simulation
     assert search.root.visits == search.num_simulations_done + 1
-    arrivals = dict.fromkeys(search.nodes, 0)
+    left, arrived = Counter(), Counter({search.root.decisions: search.root.visits})
+    for (before, after), times in search.steps.items():
+        left[before] += times
+        arrived[after] += times
     for decisions, node in search.nodes.items():
         assert node.decisions == decisions
         assert node.executions == num_executions(decisions)
         assert 0 <= node.value <= 1
-        assert node.visits == 1 + sum(edge.visits for edge in node.edges)
-        for edge in node.edges:
-            arrivals[edge.node.decisions] += edge.visits
-    arrivals[search.root.decisions] += search.root.visits
-    assert arrivals == {decisions: node.visits for decisions, node in search.nodes.items()}
+        assert node.visits == 1 + left[decisions] == arrived[decisions]
 
 
 @given(layers, configs, seeds, scales, mosts)
-def test_every_edge_is_one_legal_edit_to_its_own_node(num_layers, config, seed, scale, most):
+def test_every_child_is_one_legal_edit_away_and_the_edits_own_node(
+    num_layers, config, seed, scale, most
+):
     search = run_tree(num_layers, config, seed, scale, most)
 
     for node in search.nodes.values():
         legal = legal_actions(node.decisions, search.limit)
-        made = [edge.action for edge in node.edges]
-        assert sorted(made + node.untried) == sorted(legal)  # each once, made or still to make
-        for edge in node.edges:
-            assert edge.node is search.nodes[apply(node.decisions, edge.action)]
-            assert edge.node.decisions != node.decisions
+        assert sorted([*node.children, *node.untried]) == sorted(legal)  # each once
+        for action, child in node.children.items():
+            assert child is search.nodes[apply(node.decisions, action)]
+            assert child.decisions != node.decisions
 
 
 @given(

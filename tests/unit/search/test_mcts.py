@@ -16,7 +16,6 @@ from drllm.search.strategies.mcts import (
     EDITS_DRAWN,
     WIDENING_EXPONENT,
     WIDENING_FACTOR,
-    Edge,
     Node,
     TreeSearch,
 )
@@ -45,84 +44,20 @@ def noise(decisions: Sequence[int]) -> float:
 # --- the tree ----------------------------------------------------------------------------------
 
 
-def test_each_simulation_tries_one_path_never_tried_before():
-    search = tree(30, noise, num_simulations=50)
-
-    assert [tried.simulation for tried in search.tried.values()] == list(range(51))
-    assert set(search.tried) == set(search.nodes)
-
-
-def test_a_node_is_visited_once_for_itself_and_once_for_each_visit_below():
-    search = tree(8, noise, num_simulations=200)
-
-    for node in search.nodes.values():
-        assert node.visits == 1 + sum(edge.visits for edge in node.edges)
-
-
-def test_every_visit_of_a_node_came_over_one_of_its_edges():
-    search = tree(8, noise, num_simulations=200)
-
-    arrivals = dict.fromkeys(search.nodes, 0)
-    for node in search.nodes.values():
-        for edge in node.edges:
-            arrivals[edge.node.decisions] += edge.visits
-    assert arrivals.pop(search.root.decisions) == 0
-    assert arrivals == {
-        decisions: node.visits
-        for decisions, node in search.nodes.items()
-        if node is not search.root
-    }
-
-
-def test_the_root_has_seen_every_reward_and_the_full_paths_own():
-    search = tree(8, noise, num_simulations=100)
-
-    assert search.root.visits == 101
-    assert search.root.value_sum == pytest.approx(sum(noise(path) for path in search.tried))
-
-
 def test_two_orders_of_the_same_edits_share_one_node():
     search = tree(3, noise, num_simulations=500)
 
     both = search.nodes[(0, 1, 2)]
-    parents = {
-        node.decisions for node in search.nodes.values() for edge in node.edges if edge.node is both
-    }
+    parents = {n.decisions for n in search.nodes.values() if both in n.children.values()}
     assert parents == {(0, 1, 1), (1, 1, 2)}
-
-
-@pytest.mark.parametrize(
-    ("num_layers", "budget", "paths"),
-    [(1, 1.0, 1), (1, 2.0, 2), (2, 1.0, 5), (3, 1.0, 16), (3, 2.0, 26), (5, 2.0, 242)],
-)
-def test_a_search_ends_when_every_path_within_the_budget_was_tried(
-    num_layers: int, budget: float, paths: int
-):
-    search = tree(num_layers, noise, budget=budget, num_simulations=10_000)
-
-    assert len(search.tried) == paths
-    assert search.num_simulations_done == paths - 1
-    assert search.root.closed
-
-
-def test_the_same_seed_and_rewards_give_the_same_tree():
-    first, second = tree(12, noise, seed=5), tree(12, noise, seed=5)
-
-    assert first.tried == second.tried
-    assert [(n.decisions, n.visits, n.value_sum) for n in first.nodes.values()] == [
-        (n.decisions, n.visits, n.value_sum) for n in second.nodes.values()
-    ]
-    assert first.tried != tree(12, noise, seed=6).tried
 
 
 # --- several paths in flight --------------------------------------------------------------------
 
-Statistics = list[tuple[Decisions, int, float, list[int]]]
 
-
-def statistics(search: TreeSearch) -> Statistics:
+def statistics(search: TreeSearch) -> list[tuple[Decisions, int, float, list[Action]]]:
     return [
-        (node.decisions, node.visits, node.value_sum, [edge.visits for edge in node.edges])
+        (node.decisions, node.visits, node.value_sum, [*node.children])
         for node in search.nodes.values()
     ]
 
@@ -150,6 +85,7 @@ class Sequential:
         self.sums: dict[Decisions, float] = {}
         self.known: dict[Decisions, tuple[float, float | None]] = {}
         self.closed: set[Decisions] = set()
+        self.gains: dict[tuple[int, int], list[float]] = {}
         self._evaluate(self.full, [self.full])
         for _ in range(config.num_simulations):
             while self.full not in self.closed and not self._simulate(self.full, [self.full]):
@@ -157,6 +93,10 @@ class Sequential:
 
     def _evaluate(self, decisions: Decisions, way: list[Decisions]) -> None:
         self.known[decisions] = self.judge(decisions)
+        changed = [change for change in enumerate(decisions) if change[1] != 1]
+        for change in changed if self.known[self.full][1] is not None else ():
+            gain = (self.known[decisions][1] - self.known[self.full][1]) / len(changed)
+            self.gains.setdefault(change, []).append(gain)
         self.children[decisions] = {}
         for node in way:
             self.visits[node] = self.visits.get(node, 0) + 1
@@ -188,24 +128,15 @@ class Sequential:
     def _new_edit(self, node: Decisions, left: list[Action]) -> Action:
         skips = [edit for edit in left if edit.decision == 0]
         left = skips if skips and self.known[node][0] == 1 else left
-        return max((self.rng.choice(left) for _ in range(self._num_drawn())), key=self._promise)
-
-    def _num_drawn(self) -> int:
-        return EDITS_DRAWN if len(self.known) > 1 and self.known[self.full][1] is not None else 1
+        num_drawn = EDITS_DRAWN if self.gains else 1
+        return max((self.rng.choice(left) for _ in range(num_drawn)), key=self._promise)
 
     def _promise(self, edit: Action) -> float:
-        gains: list[tuple[int, int, float]] = []
-        for decisions, (_, score) in self.known.items():
-            changed = [(layer, count) for layer, count in enumerate(decisions) if count != 1]
-            if score is not None:
-                own = (score - self.known[self.full][1]) / max(1, len(changed))
-                gains += [(layer, count, own) for layer, count in changed]
-        usual = math.fsum(gain for *_, gain in gains) / max(1, len(gains))
-        promise = 0.0
-        for layer in range(edit.layer, edit.layer + edit.span):
-            own = [gain for *change, gain in gains if change == [layer, edit.decision]]
-            promise += (usual + math.fsum(own)) / (1 + len(own))
-        return promise
+        every = [gain for gains in self.gains.values() for gain in gains]
+        usual = math.fsum(every) / max(1, len(every))
+        changes = [(edit.layer + i, int(edit.decision)) for i in range(edit.span)]
+        own = [self.gains.get(change, []) for change in changes]
+        return sum((usual + math.fsum(gains)) / (1 + len(gains)) for gains in own)
 
     def _rank(self, parent: Decisions, child: Decisions) -> tuple[float, float]:
         v, V = self.visits[child], self.visits[parent]
@@ -241,10 +172,9 @@ def test_with_one_path_a_round_the_tree_is_that_of_a_sequential_search(
     assert [(n.decisions, n.visits, n.value_sum) for n in search.nodes.values()] == [
         (decisions, plain.visits[decisions], plain.sums[decisions]) for decisions in plain.known
     ]
-    assert all(
-        {edge.action: edge.node.decisions for edge in search.nodes[decisions].edges} == below
-        for decisions, below in plain.children.items()
-    )
+    for decisions, below in plain.children.items():
+        children = search.nodes[decisions].children
+        assert {action: child.decisions for action, child in children.items()} == below
 
 
 def test_a_path_in_flight_counts_as_a_visit_worth_0_of_every_node_on_its_way():
@@ -273,13 +203,11 @@ def test_paths_in_flight_send_the_next_ones_elsewhere():
     fly(search, most=1, rounds=150)
     assert not search.root.untried  # so that every path begins with a selection
 
-    def first_steps(most: int) -> set[int]:
+    def first_steps(most: int) -> set[Decisions]:
         twin = copy.deepcopy(search)
-        before = [edge.visits for edge in twin.root.edges]
-        for _ in range(most):
-            twin.ask()
-        after = [edge.visits for edge in twin.root.edges[: len(before)]]
-        return {i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b}
+        return {
+            twin._trails[decisions][1].decisions for _ in range(most) for decisions in twin.ask()
+        }
 
     assert len(first_steps(1)) == 1
     assert len(first_steps(8)) > 3
@@ -294,8 +222,6 @@ def test_when_all_are_observed_the_visits_add_up_again(most: int):
     assert set(search.tried) == set(search.nodes)
     assert search.root.visits == 301
     assert search.root.value_sum == pytest.approx(sum(noise(path) for path in search.tried))
-    for node in search.nodes.values():
-        assert node.visits == 1 + sum(edge.visits for edge in node.edges)
 
 
 def test_the_order_of_observing_a_round_changes_no_count():
@@ -322,9 +248,9 @@ def test_the_order_of_observing_a_round_changes_no_count():
 def chosen(search: TreeSearch, node: Node) -> Decisions:
     """Return the child that the selection goes down to when the node may not widen."""
     node.untried.clear()
-    edge = search._edge_below(node)
-    assert edge is not None
-    return edge.node.decisions
+    child = search._below(node)
+    assert child is not None
+    return child.decisions
 
 
 def family(*children: tuple[Decisions, int, float], **settings: object) -> tuple[TreeSearch, Node]:
@@ -337,7 +263,7 @@ def family(*children: tuple[Decisions, int, float], **settings: object) -> tuple
     for decisions, visits, value_sum in children:
         node = Node(decisions, num_executions(decisions), [], visits=visits, value_sum=value_sum)
         node.untried += legal_actions(decisions, search.limit)
-        parent.edges.append(Edge(below[decisions], node, visits))
+        parent.children[below[decisions]] = node
     parent.visits = 1 + sum(visits for _, visits, _ in children)
     return search, parent
 
@@ -394,9 +320,9 @@ def test_random_children_are_selected_whatever_the_rule_says(
         random_child_probability=probability,
     )
 
-    longer = [edge for edge in search.root.edges if edge.node.executions > 12]
+    longer = [node for node in search.root.children.values() if node.executions > 12]
     assert longer
-    assert any(edge.visits > 1 for edge in longer) == longer_are_revisited
+    assert any(node.visits > 1 for node in longer) == longer_are_revisited
 
 
 @pytest.mark.parametrize(("full_is_right", "repeats"), [(True, False), (False, True)])
@@ -418,16 +344,15 @@ def test_a_node_has_no_more_open_children_than_its_visits_give_room_for():
     search = tree(30, noise, num_simulations=300)
 
     for node in search.nodes.values():
-        assert len(node.edges) <= math.ceil(WIDENING_FACTOR * node.visits**WIDENING_EXPONENT)
+        assert len(node.children) <= math.ceil(WIDENING_FACTOR * node.visits**WIDENING_EXPONENT)
 
 
 def test_fifty_simulations_are_both_broad_and_deep():
-    """A chain has one edge at each node; without widening no second edit is ever made."""
+    """A chain has one child at each node; without widening no second edit is ever made."""
     search = tree(30, lambda decisions: float(num_executions(decisions) >= 28))
 
-    first_edits = [edge for edge in search.root.edges if edge.node.decisions in search.tried]
-    assert 30 <= len(first_edits) <= 36
-    assert search.num_simulations_done - len(first_edits) >= 14
+    assert 30 <= len(search.root.children) <= 36
+    assert search.num_simulations_done - len(search.root.children) >= 14
 
 
 # --- scores --------------------------------------------------------------------------------------
@@ -482,9 +407,7 @@ def test_a_change_is_credited_with_its_part_of_what_the_path_gained():
     search.tell(decisions, 1.0, 1.0)
 
     changes = [(layer, count) for layer, count in enumerate(decisions) if count != 1]
-    assert {change: (g.total, g.times) for change, g in search._gains.items()} == {
-        change: (-1.0 / len(changes), 1) for change in changes
-    }
+    assert search._gains == {None: -1.0} | {change: -1.0 / len(changes) for change in changes}
 
 
 # --- the bandit --------------------------------------------------------------------------------

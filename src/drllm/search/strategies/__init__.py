@@ -9,7 +9,6 @@ Axes: L layers.
 from __future__ import annotations
 
 import math
-import pkgutil
 from abc import ABC, abstractmethod
 from random import Random
 from typing import ClassVar, NamedTuple
@@ -24,27 +23,20 @@ RELEASED_MIN_SAVED = 2
 
 
 class Tried(NamedTuple):
-    """How one path fared.
+    """How one path fared."""
 
-    Attributes:
-        simulation: 0 for the full path, else the simulation that tried it, from 1.
-        reward: In [0, 1]; 1 is a right answer.
-        score: Graded value in nats, more is better; None where none was given.
-    """
-
-    simulation: int
-    reward: float
-    score: float | None = None
+    simulation: int  # 0 for the full path, else the simulation that tried it, from 1
+    reward: float  # in [0, 1]; 1 is a right answer
+    score: float | None = None  # in nats, more is better; None where none was given
 
 
 class PathSearch(ABC):
     """A search over the paths of one question, by ask and tell.
 
     The caller asks for paths with `ask`, finds out what they are worth, and tells it with `tell`,
-    until nothing is returned although nothing is in flight. So many searches can advance in step
-    and have their paths evaluated in one batch. A path is in flight from `ask` to `tell`. The full
-    path comes first, alone, and isn't counted as a simulation. Subclasses choose paths in
-    `_select`.
+    until nothing is returned although nothing is in flight (asked for and not told yet). So many
+    searches can advance in step and have their paths evaluated in one batch. The full path comes
+    first, alone, and isn't counted as a simulation. Subclasses choose paths in `_select`.
 
     Args:
         num_layers: L of the model.
@@ -74,38 +66,36 @@ class PathSearch(ABC):
         """Return new paths whose rewards are wanted.
 
         Args:
-            maximum: How many; with 1, each path is chosen knowing the rewards of all others.
+            maximum: At least 1; with 1, each path is chosen knowing the rewards of all others.
 
         Returns:
             Distinct paths that were never returned before. None when the search is over, or when
             nothing can be chosen before the reward of a path in flight is known.
-
-        Raises:
-            ValueError: `maximum` is below 1.
         """
         if maximum < 1:
             raise ValueError(f"can't return {maximum} paths; ask for at least 1")
         if self._over:
             return []
         if not self.tried:
-            return [] if self._in_flight else [self._send(self._full, 0)]
+            if self._in_flight:
+                return []
+            self._in_flight[self._full] = 0
+            return [self._full]
         asked: list[Decisions] = []
         while len(asked) < maximum and self._num_begun < self.config.num_simulations:
             decisions = self._select()
             if decisions is None:
                 break
-            asked.append(self._send(decisions, self._num_begun + 1))
+            self._in_flight[decisions] = self._num_begun + 1
+            asked.append(decisions)
         self._over = not self._in_flight
         return asked
 
     def tell(self, decisions: Decisions, reward: float, score: float | None = None) -> None:
-        """Record the reward of a path in flight; after the end of a search too.
+        """Record the reward, in [0, 1], of a path in flight; after the end of a search too.
 
-        Args:
-            decisions: One of those that `ask` returned, in any order.
-            reward: In [0, 1].
-            score: What tells paths of equal reward apart (see `graded`). It helps to choose
-                edits, and is never a part of the reward. None where there is none.
+        The score tells paths of equal reward apart (see `graded`). It helps to choose edits, and is
+        never a part of the reward.
 
         Raises:
             ValueError: A path that isn't in flight, a reward out of range, or a score that isn't
@@ -129,10 +119,6 @@ class PathSearch(ABC):
         """Simulations finished or in flight."""
         return self.num_simulations_done + len(self._in_flight)
 
-    def _send(self, decisions: Decisions, simulation: int) -> Decisions:
-        self._in_flight[decisions] = simulation
-        return decisions
-
     def _stops_at(self, decisions: Decisions, reward: float) -> bool:
         """Say whether the stop rule ends the search with this path."""
         rule = self.config.stop_rule
@@ -144,10 +130,7 @@ class PathSearch(ABC):
 
     @abstractmethod
     def _select(self) -> Decisions | None:
-        """Return a path that is neither tried nor in flight, or None where none is left.
-
-        None too where the next one depends on a path in flight.
-        """
+        """Return a path neither tried nor in flight; None if none is left, or it depends on one."""
 
     def _backup(self, decisions: Decisions, reward: float) -> None:  # noqa: B027
         """Use the reward of the full path, or of one that `_select` returned."""
@@ -167,21 +150,11 @@ def graded(margin: float | None, kl: float | None) -> float | None:
     return None if kl is None else -kl
 
 
-STRATEGIES: Registry[type[PathSearch]] = Registry(
-    "strategy", [f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__)]
-)
+STRATEGIES: Registry[type[PathSearch]] = Registry("strategy", [f"{__name__}.*"])
 
 
 def new_search(num_layers: int, config: SearchConfig, rng: Random) -> PathSearch:
-    """Start the search that `config.strategy` names on one question.
-
-    Args:
-        num_layers: L of the model.
-        config: Settings of the search.
-        rng: The question's own source of randomness.
-
-    Raises:
-        ConfigError: No such strategy.
+    """Start the search that `config.strategy` names on one question, with its own randomness.
 
     Example:
         >>> search = new_search(3, SearchConfig(), Random(0))

@@ -8,6 +8,7 @@ Axes: L layers.
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from random import Random
 
@@ -29,9 +30,9 @@ class Node:
 
     Attributes:
         decisions: `[L]`.
-        executions: Their cost in layer equivalents.
-        untried: Legal edits that have no edge yet.
-        edges: Edges to the nodes below, in the order they were made.
+        executions: Their cost.
+        untried: Legal edits that weren't made here yet.
+        children: Where those that were made lead to, in their order; several nodes may share one.
         visits: Simulations that passed through or ended here, those in flight included.
         value_sum: Sum of those simulations' rewards, 0 for those in flight.
         closed: Every path below was tried or is in flight.
@@ -40,7 +41,7 @@ class Node:
     decisions: Decisions
     executions: int
     untried: list[Action]
-    edges: list[Edge] = field(default_factory=list)
+    children: dict[Action, Node] = field(default_factory=dict)
     visits: int = 0
     value_sum: float = 0.0
     closed: bool = False
@@ -51,49 +52,21 @@ class Node:
         return self.value_sum / self.visits
 
 
-@dataclass(slots=True, eq=False)
-class Edge:
-    """One edit that was made at a node.
-
-    Attributes:
-        action: The edit.
-        node: Where it leads; several edges may lead to one node.
-        visits: Simulations that took this edge, those in flight included.
-    """
-
-    action: Action
-    node: Node
-    visits: int = 0
-
-
-@dataclass(slots=True)
-class Gain:
-    """What a change of a layer has added to the scores of paths, in sum.
-
-    Attributes:
-        total: Sum of the paths' scores above the full path's, each divided by its changes.
-        times: Paths that were summed up.
-    """
-
-    total: float = 0.0
-    times: int = 0
-
-
 @STRATEGIES.register("tree")
 class TreeSearch(PathSearch):
     """Monte Carlo tree search over the decisions of one question.
 
     Each simulation goes down from the full path, makes one edit that leads to a decision vector
     never tried before, and adds that vector's reward to every node it passed. An edit that leads
-    to a known vector links it, and the simulation continues from there. Below a node the next edge
-    is the one with the highest
+    to a known vector links it, and the simulation continues from there. Below a node it goes to the
+    child with the highest
 
         Q / v + c · sqrt(ln V / v) − lambda · executions / L
 
-    with Q and v the sum of rewards and the visits of the node it leads to, V the visits of the
-    node it starts from; ties go to the higher score, and now and then it is a random one. Length
-    enters here and where edits are drawn, never the reward. Nodes below which nothing new is left
-    are passed over; when the root is one, the search is over.
+    with Q and v the child's sum of rewards and visits, V the node's visits; ties go to the higher
+    score, and now and then it is a random child. Length enters here and where edits are drawn,
+    never the reward. Nodes below which nothing new is left are passed over; when the root is one,
+    the search is over.
 
     Which edit is new: one of a few drawn at random, the one that promises the highest score by the
     paths seen so far. A right path is edited by skips alone while any are left, since nothing else
@@ -102,9 +75,9 @@ class TreeSearch(PathSearch):
     A path in flight counts as a visit with reward 0 of every node that it passed (a virtual loss),
     so that the next paths of a round go elsewhere; backing up its reward undoes the loss exactly.
 
-    A node of V visits has room for ceil(5 · sqrt(V)) edges (closed ones not counted). Without such
-    a bound the roughly 3L edits of the full path would use up all 50 simulations before the
-    second edit is ever made; with a bound of one edge a node the search is a chain. The numbers
+    A node of V visits has room for ceil(5 · sqrt(V)) children (closed ones not counted). Without
+    such a bound the roughly 3L edits of the full path would use up all 50 simulations before the
+    second edit is ever made; with a bound of one child a node the search is a chain. The numbers
     are chosen by measurement: docs/decisions/0003-progressive-widening.md.
 
     Attributes:
@@ -130,61 +103,60 @@ class TreeSearch(PathSearch):
         self.nodes: dict[Decisions, Node] = {}
         self.root = self._node(self._full)
         self.root.visits = 1  # its own, the first of all
-        self._trails: dict[Decisions, list[Edge]] = {self._full: []}  # of the paths in flight
-        self._gains: dict[tuple[int, int], Gain] = {}  # by layer and what it became
-        self._usual = Gain()
+        self._trails: dict[Decisions, list[Node]] = {self._full: [self.root]}  # of those in flight
+        # What changes of layers (which, to what; and all of them, under None) have added to scores,
+        # and how many paths that is a sum over.
+        self._gains: defaultdict[tuple[int, int] | None, float] = defaultdict(float)
+        self._times: Counter[tuple[int, int] | None] = Counter()
 
     def _select(self) -> Decisions | None:
-        trail: list[Edge] = []
-        while True:
-            node = trail[-1].node if trail else self.root
-            edge = self._edge_below(node)
-            if edge is None:
-                node.closed = True
-                if not trail:
-                    return None
-                trail.pop()
+        trail = [self.root]
+        while trail:
+            node = self._below(trail[-1])
+            if node is None:
+                trail.pop().closed = True
                 continue
-            trail.append(edge)
-            if edge.node.visits == 0:
+            trail.append(node)
+            if node.visits == 0:
                 self._add_virtual_loss(trail)
-                return edge.node.decisions
+                return node.decisions
+        return None
 
-    def _add_virtual_loss(self, trail: list[Edge]) -> None:
+    def _add_virtual_loss(self, trail: list[Node]) -> None:
         """Count the visits of a path that goes into flight; its reward is 0 until it is known."""
-        self.root.visits += 1
-        for edge in trail:
-            edge.visits += 1
-            edge.node.visits += 1
-        self._trails[trail[-1].node.decisions] = trail
+        for node in trail:
+            node.visits += 1
+        self._trails[trail[-1].decisions] = trail
 
     def _backup(self, decisions: Decisions, reward: float) -> None:
-        for node in (self.root, *(edge.node for edge in self._trails.pop(decisions))):
+        for node in self._trails.pop(decisions):
             node.value_sum += reward
         self._credit(decisions)
 
-    def _edge_below(self, node: Node) -> Edge | None:
-        """Return the edge to go down by, a new one where the node has room, None at a dead end."""
-        open_edges = [edge for edge in node.edges if not edge.node.closed]
+    def _below(self, node: Node) -> Node | None:
+        """Return the child to go down to, a new one where there is room, None at a dead end."""
+        children = [child for child in node.children.values() if not child.closed]
         room = math.ceil(WIDENING_FACTOR * node.visits**WIDENING_EXPONENT)
-        if node.untried and len(open_edges) < room:
+        if node.untried and len(children) < room:
             return self._expand(node)
-        if not open_edges:
+        if not children:
             return None
         if self._rng.random() < self.config.random_child_probability:
-            return self._rng.choice(open_edges)
-        return max(open_edges, key=lambda e: (self._bound(node, e.node), self._score(e.node)))
+            return self._rng.choice(children)
+        return max(children, key=lambda child: (self._bound(node, child), self._score(child)))
 
-    def _expand(self, node: Node) -> Edge:
+    def _expand(self, node: Node) -> Node:
         """Make a new edit: a random one, or as soon as scores are known the best of a few."""
-        num_drawn = EDITS_DRAWN if self._gains else 1
-        drawable = (self._is_right(node) and _skips(node.untried)) or node.untried
-        drawn = [self._rng.choice(drawable) for _ in range(num_drawn)]
+        drawable = node.untried
+        tried = self.tried.get(node.decisions)
+        if tried is not None and tried.reward >= 1:
+            skips = [action for action in node.untried if action.decision == Decision.SKIP]
+            drawable = skips or node.untried
+        drawn = [self._rng.choice(drawable) for _ in range(EDITS_DRAWN if self._gains else 1)]
         action = max(drawn, key=self._promise)
         node.untried.remove(action)
-        edge = Edge(action, self._node(apply(node.decisions, action)))
-        node.edges.append(edge)
-        return edge
+        node.children[action] = self._node(apply(node.decisions, action))
+        return node.children[action]
 
     def _credit(self, decisions: Decisions) -> None:
         """Share what a path scores above the full path evenly among the layers it changes."""
@@ -193,9 +165,9 @@ class TreeSearch(PathSearch):
         if full is None or own is None:
             return
         for change in changes:
-            for gain in (self._gains.setdefault(change, Gain()), self._usual):
-                gain.total += (own - full) / len(changes)
-                gain.times += 1
+            for key in (change, None):
+                self._gains[key] += (own - full) / len(changes)
+                self._times[key] += 1
 
     def _promise(self, action: Action) -> float:
         """Return what an edit may add to the score, from the paths that changed its layers alike.
@@ -203,17 +175,9 @@ class TreeSearch(PathSearch):
         A layer's mean is drawn towards the mean of all, as if that had been seen once; so an edit
         never seen promises the mean.
         """
-        usual = self._usual.total / max(1, self._usual.times)
-        gains = (
-            self._gains.get((layer, int(action.decision)), Gain())
-            for layer in range(action.layer, action.layer + action.span)
-        )
-        return sum((usual + gain.total) / (1 + gain.times) for gain in gains)
-
-    def _is_right(self, node: Node) -> bool:
-        """Tell whether a path is known to be right; one in flight isn't."""
-        tried = self.tried.get(node.decisions)
-        return tried is not None and tried.reward >= 1
+        usual = self._gains.get(None, 0.0) / max(1, self._times[None])
+        changes = ((action.layer + i, int(action.decision)) for i in range(action.span))
+        return sum((usual + self._gains.get(c, 0.0)) / (1 + self._times[c]) for c in changes)
 
     def _score(self, node: Node) -> float:
         """Return a path's score, less than any where it has none yet."""
@@ -230,13 +194,6 @@ class TreeSearch(PathSearch):
 
     def _node(self, decisions: Decisions) -> Node:
         if decisions not in self.nodes:
-            self.nodes[decisions] = Node(
-                decisions=decisions,
-                executions=num_executions(decisions),
-                untried=list(legal_actions(decisions, self.limit)),
-            )
+            legal = [*legal_actions(decisions, self.limit)]
+            self.nodes[decisions] = Node(decisions, num_executions(decisions), legal)
         return self.nodes[decisions]
-
-
-def _skips(actions: list[Action]) -> list[Action]:
-    return [action for action in actions if action.decision == Decision.SKIP]
