@@ -77,7 +77,7 @@ def search(
         new_search(routed.num_layers, config, Random(f"{config.seed}:{task.name}:{example.id}"))
         for example in examples
     ]
-    found: list[dict[Decisions, Outcome]] = [{} for _ in examples]
+    found: dict[tuple[int, Decisions], Outcome] = {}
     known: list[set[tuple[int, ...]]] = [set() for _ in examples]
     going = set(range(len(examples)))
     while going:
@@ -94,14 +94,13 @@ def search(
             if not affordable:
                 going.remove(place)
         for (place, decisions), outcome in zip(pairs, evaluator.evaluate(pairs), strict=True):
-            found[place][decisions] = outcome
+            found[place, decisions] = outcome
             score = graded(outcome.margin, outcome.kl)
             searches[place].tell(decisions, outcome.reward, score)
     executions_run = evaluator.states.executions_run
-    tried = [(place, decisions) for place, paths in enumerate(found) for decisions in paths]
-    completed = evaluator.with_margins(tried, [found[place][d] for place, d in tried])
-    for (place, decisions), outcome in zip(tried, completed, strict=True):
-        found[place][decisions] = outcome
+    tried = sorted(found, key=lambda pair: pair[0])
+    completed = evaluator.with_margins(tried, [found[pair] for pair in tried])
+    found = dict(zip(tried, completed, strict=True))
     retests = retest.retested(evaluator, others, config, found)
     return {
         "executions_run": executions_run,
@@ -119,7 +118,8 @@ def search(
                         if (place, decisions) in retests
                         else None,
                     }
-                    for decisions, outcome in found[place].items()
+                    for (asked_place, decisions), outcome in found.items()
+                    if asked_place == place
                 ],
             }
             for place, example in enumerate(examples)

@@ -7,6 +7,7 @@ failing.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +22,6 @@ from drllm.cost import executions
 from drllm.errors import ConfigError, ModelError, RoutingError, TaskError
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.prefix_sharing import Pair
-from drllm.paths import Decisions
 from drllm.records import Chunks, FailedQuestion, SearchRecord, TriedPath
 from drllm.search.evaluator import Evaluator, Outcome, read
 from drllm.search.questions import Batch, SearchQuestion
@@ -47,12 +47,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Searched:
-    """What became of the questions of a batch.
-
-    Attributes:
-        records: Of those that were searched, in order.
-        failed: Those that failed every time.
-    """
+    """What became of the questions of a batch: records in order, and what failed every time."""
 
     records: tuple[SearchRecord, ...]
     failed: tuple[FailedQuestion, ...] = ()
@@ -83,24 +78,18 @@ def search_batch(
         return Searched(tuple(records))
     except QUESTION_ERRORS as error:
         logger.info("a batch of %d questions failed: %s", len(batch.questions), error)
-    results = [_search_alone(routed, question, config, parts) for question in batch.questions]
-    return Searched(
-        tuple(one for one in results if isinstance(one, SearchRecord)),
-        tuple(one for one in results if isinstance(one, FailedQuestion)),
-    )
-
-
-def _search_alone(
-    routed: RoutedModel, question: SearchQuestion, config: SearchConfig, parts: Chunks | None
-) -> SearchRecord | FailedQuestion:
-    """Search one question of a batch that has failed, which was its first attempt."""
-    reason = ""
-    for _ in range(ATTEMPTS - 1):
-        try:
-            return search_in_step(routed, [question], config, parts=parts)[0]
-        except QUESTION_ERRORS as error:  # noqa: PERF203
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return failed_question(question, reason, ATTEMPTS)
+    records, failed = [], []
+    for question in batch.questions:
+        reason = ""
+        for _ in range(ATTEMPTS - 1):
+            try:
+                records += search_in_step(routed, [question], config, parts=parts)
+                break
+            except QUESTION_ERRORS as error:
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        else:
+            failed.append(failed_question(question, reason, ATTEMPTS))
+    return Searched(tuple(records), tuple(failed))
 
 
 def failed_question(question: SearchQuestion, error: str, attempts: int) -> FailedQuestion:
@@ -122,14 +111,14 @@ def search_in_step(
     parts: Chunks | None = None,
     on_round: OnRound | None = None,
 ) -> list[SearchRecord]:
-    """Search the paths of several questions in step, each with a tree of its own.
+    """Search the paths of several questions of one task in step, each with a tree of its own.
 
     Every round evaluates up to `leaves_per_round` new paths of every question that isn't done, in
     one batch. A question's tree depends on its own seed and outcomes only, not on its neighbours.
 
     Args:
         routed: The model, made with its tokenizer.
-        questions: Of one task; at least one.
+        questions: At least one.
         config: Settings of the search.
         parts: See `search_batch`.
         on_round: See `OnRound`.
@@ -173,51 +162,54 @@ def search_in_step(
         new_search(routed.num_layers, config, Random(f"{config.seed}:{one.task}:{one.example.id}"))
         for one in questions
     ]
-    found: list[dict[Decisions, Outcome]] = [{} for _ in questions]
-    num_rounds = 0
-    while pairs := [
-        (place, decisions)
-        for place, search in enumerate(searches)
-        for decisions in search.ask(config.leaves_per_round)
-    ]:
-        outcomes = once(f"round {num_rounds}", pairs, partial(evaluator.evaluate, pairs))
+    found: dict[Pair, Outcome] = {}
+    for number in itertools.count():
+        pairs = [
+            (place, decisions)
+            for place, search in enumerate(searches)
+            for decisions in search.ask(config.leaves_per_round)
+        ]
+        if not pairs:
+            break
+        outcomes = once(f"round {number}", pairs, partial(evaluator.evaluate, pairs))
         for (place, decisions), outcome in zip(pairs, outcomes, strict=True):
-            found[place][decisions] = outcome
+            found[place, decisions] = outcome
             searches[place].tell(decisions, outcome.reward, graded(outcome.margin, outcome.kl))
-        num_rounds += 1
         if on_round is not None:
             done = sum(search.num_simulations_done for search in searches)
             on_round(done / (len(searches) * config.num_simulations), num_new)
-    tried = [(place, decisions) for place, paths in enumerate(found) for decisions in paths]
-    known = [found[place][decisions] for place, decisions in tried]
-    completed = once("margins", tried, lambda: evaluator.with_margins(tried, known))
-    for (place, decisions), outcome in zip(tried, completed, strict=True):
-        found[place][decisions] = outcome
+    found = dict(sorted(found.items(), key=lambda item: item[0][0]))  # question by question
+    if not evaluator.scores_options:
+        tried, known = [*found], [*found.values()]
+        completed = once("margins", tried, lambda: evaluator.with_margins(tried, known))
+        found = dict(zip(tried, completed, strict=True))
     retests = retested(evaluator, asked_again, config, found, once)
+    paths: list[list[TriedPath]] = [[] for _ in questions]
+    for (place, decisions), outcome in found.items():
+        paths[place].append(
+            TriedPath(
+                decisions=decisions,
+                simulation=searches[place].tried[decisions].simulation,
+                reward=outcome.reward,
+                margin=outcome.margin,
+                executions=executions(decisions),
+                answer=outcome.answer,
+                kl=outcome.kl,
+                retest=retests.get((place, decisions)),
+            )
+        )
     seconds = (time.perf_counter() - started) / len(questions)
     return [
         SearchRecord(
             id=question.example.id,
             task=question.task,
             question=question.example.question,
-            prompt=asked[place].text,
+            prompt=reading.text,
             answer=question.example.answer,
             reward=question.prompt.reward,
             num_layers=routed.num_layers,
-            paths=tuple(
-                TriedPath(
-                    decisions=decisions,
-                    simulation=searches[place].tried[decisions].simulation,
-                    reward=outcome.reward,
-                    margin=outcome.margin,
-                    executions=executions(decisions),
-                    answer=outcome.answer,
-                    kl=outcome.kl,
-                    retest=retests.get((place, decisions)),
-                )
-                for decisions, outcome in found[place].items()
-            ),
+            paths=tuple(tried_paths),
             seconds=seconds,
         )
-        for place, question in enumerate(questions)
+        for question, reading, tried_paths in zip(questions, asked, paths, strict=True)
     ]

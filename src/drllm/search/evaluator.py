@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from drllm.errors import ModelError
 from drllm.models.base.prompts import context_length, encode, encode_continuation, render
@@ -19,7 +20,6 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
-from drllm.models.scoring.prefix_cache import PrefixCache
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.tasks.base import Prompt
 from drllm.tasks.grading import reward_of, score_choices, verdict
@@ -76,12 +76,7 @@ class Reading:
 
 
 def read(routed: RoutedModel, prompt: Prompt, text: str | None = None) -> Reading:
-    """Render and tokenise a prompt, with what may follow it.
-
-    Args:
-        routed: The model, with its tokenizer.
-        prompt: What is asked.
-        text: The prompt as it is rendered, where that is known.
+    """Render (where `text` isn't that already) and tokenise a prompt, with what may follow it.
 
     Raises:
         ConfigError: A prompt that the chat template refuses.
@@ -96,9 +91,8 @@ def read(routed: RoutedModel, prompt: Prompt, text: str | None = None) -> Readin
         encode_continuation(routed.tokenizer, text, continuation)
         for continuation in prompt.continuations or (gold_text(prompt),)
     ]
-    longest = max(map(len, continuations))
-    if not prompt.continuations:
-        longest = max(longest, prompt.max_new_tokens)
+    generated = 0 if prompt.continuations else prompt.max_new_tokens
+    longest = max(generated, *map(len, continuations))
     context = context_length(routed.model)
     if context is not None and len(tokens) + longest > context:
         raise ModelError(
@@ -127,6 +121,10 @@ class Evaluator:
             others of its prompt if it wasn't before.
         paths_per_pass: Maximum paths in a forward pass; None picks it by the memory that is free.
             Where memory runs out, half as many are tried. What comes out doesn't depend on it.
+
+    Attributes:
+        readings: The prompts as they are read.
+        states: The shared states, with the count of executions run and asked for.
     """
 
     def __init__(
@@ -138,56 +136,50 @@ class Evaluator:
         kl: bool = False,
         paths_per_pass: int | None = None,
     ) -> None:
-        self.routed = routed
         self.readings = [p if isinstance(p, Reading) else read(routed, p) for p in prompts]
+        self.routed = routed
         self.kl = kl
-        self._state_cache_gb = state_cache_gb
-        self._paths_per_pass = paths_per_pass
+        self._choices = partial(
+            ChoiceBatch, routed, state_cache_gb=state_cache_gb, paths_per_pass=paths_per_pass
+        )
         self._batch: ChoiceBatch | AnswerBatch
         if reward_of(self.readings[0].prompt).scores_options:
-            choices = [Question(each.tokens, each.continuations) for each in self.readings]
-            self._batch = ChoiceBatch(
-                routed, choices, state_cache_gb, paths_per_pass=paths_per_pass
+            self._batch = self._choices(
+                [Question(r.tokens, r.continuations) for r in self.readings]
             )
         else:
+            contexts = [reading.tokens for reading in self.readings]
             self._batch = AnswerBatch(
-                routed,
-                routed.tokenizer,
-                [each.tokens for each in self.readings],
-                state_cache_gb,
-                paths_per_pass=paths_per_pass,
+                routed, routed.tokenizer, contexts, state_cache_gb, paths_per_pass=paths_per_pass
             )
+        self.states = self._batch.states
 
     @property
-    def states(self) -> PrefixCache:
-        """The shared states, with the count of executions run and asked for."""
-        return self._batch.states
+    def scores_options(self) -> bool:
+        """Whether margins are known at once; those of generated answers need `with_margins`."""
+        return isinstance(self._batch, ChoiceBatch)
 
     def judged_as(self, prompts: Sequence[Prompt]) -> Evaluator:
         """Return this evaluator, its known states included, with another way of judging.
 
-        It measures no KL: that doesn't depend on how a path is judged.
-
-        Raises:
-            ValueError: The prompts read differently.
+        The prompts read as these do. It measures no KL: that doesn't depend on the judging.
         """
-        readings = list(zip(self.readings, prompts, strict=True))
-        if not all(reading.reads_like(prompt) for reading, prompt in readings):
-            raise ValueError("the prompts differ in what the model reads")
         other = copy.copy(self)
-        other.readings = [dataclasses.replace(one, prompt=prompt) for one, prompt in readings]
+        other.readings = [
+            dataclasses.replace(reading, prompt=prompt)
+            for reading, prompt in zip(self.readings, prompts, strict=True)
+        ]
         other.kl = False
         return other
 
     def evaluate(self, pairs: Sequence[Pair]) -> list[Outcome]:
-        """Return the outcome of each path on its prompt.
+        """Return the outcome of each path on its prompt, in order.
+
+        Margins of generated answers are None: they compare with what other paths answered, so
+        `with_margins` adds them when all paths are known.
 
         Args:
             pairs: Prompt's place in the batch, and decisions.
-
-        Returns:
-            Outcomes in order. Margins of generated answers are None: they compare with what other
-            paths answered, so `with_margins` adds them when all paths are known.
 
         Raises:
             ModelError: The full path's own log-probabilities aren't finite.
@@ -229,27 +221,18 @@ class Evaluator:
         """
         if isinstance(self._batch, ChoiceBatch):
             return list(outcomes)
-        wrong: dict[int, Counter[tuple[int, ...]]] = {}
+        wrong: list[Counter[tuple[int, ...]]] = [Counter() for _ in self.readings]
         for (place, _), outcome in zip(pairs, outcomes, strict=True):
             if outcome.reward < 1 and outcome.tokens:
-                wrong.setdefault(place, Counter())[outcome.tokens] += 1
+                wrong[place][outcome.tokens] += 1
         questions = [
             Question(
-                each.tokens,
-                [
-                    *each.continuations,
-                    *(t for t, _ in wrong.get(place, Counter()).most_common(WRONG_ANSWERS)),
-                ],
+                reading.tokens,
+                [*reading.continuations, *(t for t, _ in given.most_common(WRONG_ANSWERS))],
             )
-            for place, each in enumerate(self.readings)
+            for reading, given in zip(self.readings, wrong, strict=True)
         ]
-        batch = ChoiceBatch(
-            self.routed,
-            questions,
-            self._state_cache_gb,
-            paths_per_pass=self._paths_per_pass,
-            contexts=self._batch.rows,
-        )
+        batch = self._choices(questions, contexts=self._batch.rows)
         completed = []
         scores = batch.logprobs(pairs)
         for (place, _), outcome, sums in zip(pairs, outcomes, scores, strict=True):

@@ -11,22 +11,29 @@ import logging
 import os
 import re
 import socket
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from drllm.config import ModelConfig, SearchConfig
 from drllm.errors import ConfigError, DrllmError, ModelError
+from drllm.models.base.hub import quiet
+from drllm.models.base.load import load
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.batching import share_memory
 from drllm.records import Chunks
-from drllm.search.batch import Searched, search_batch
-from drllm.search.executors import Job, Jobs, OnShare, key_of, read_texts
+from drllm.search.batch import Searched, failed_question, search_batch
+from drllm.search.executors import LocalExecutor, OnShare, key_of
 from drllm.search.questions import Batch
 from drllm.tasks.base import Prompt
 
 BATCHES_A_WORKER = 2
 """Batches that a worker holds: the one it searches and the next, so that it never waits."""
+MAX_LOSSES = 3
+"""Workers that a question may cost while it is searched alone, before it is set aside."""
 MAX_FAILED_STARTS = 3
 """Workers in a row that may die while they load the model."""
 START_TIMEOUT_S = 600.0
@@ -34,16 +41,11 @@ START_TIMEOUT_S = 600.0
 CONNECT_TIMEOUT_S = 5.0
 """How long it may take until somebody answers at an address; Ray itself tries for minutes."""
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """What a worker says once it has loaded the model.
 
-    Attributes:
-        identity: Which base model.
-        runtime: How it runs.
-        pid: Of the worker's process.
-    """
+class Ready(NamedTuple):
+    """What a worker says once it has loaded the model: which, how it runs, and its process."""
 
     identity: Mapping[str, Any]
     runtime: Mapping[str, Any]
@@ -61,30 +63,22 @@ class Worker:
             num_threads: Threads that torch may use.
             num_sharing: Workers that share the memory that the model is in, this one included.
         """
-        import torch
-
-        from drllm.models.base.hub import quiet
-        from drllm.models.base.load import load
-        from drllm.models.routing.routed_model import RoutedModel
-        from drllm.models.scoring.batching import share_memory
-
         torch.set_num_threads(num_threads)
         share_memory(num_sharing)
         with quiet():
             base = load(model)
-        self.routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        self.local = LocalExecutor(routed, base.identity, base.runtime)
         return Ready(base.identity, base.runtime, os.getpid())
 
     def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
         """Return what the model reads of each prompt; None where its template refuses it."""
-        return read_texts(self.routed, prompts)
+        return self.local.texts(prompts)
 
     def search(self, batch: Batch, config: SearchConfig, parts: Chunks | None) -> Searched:
         """Search a batch."""
-        from drllm.models.base.hub import quiet
-
         with quiet():
-            return search_batch(self.routed, batch, config, parts=parts)
+            return search_batch(self.local.routed, batch, config, parts=parts)
 
 
 @dataclass(eq=False)
@@ -95,24 +89,17 @@ class Seat:
         worker: Ray's handle of it.
         starting: Ray's promise that it has loaded the model; None once it has.
         pid: Of its process, once it has loaded the model.
-        jobs: Promised results with their jobs, in the order in which they are done.
+        jobs: Promised results with their batches, in the order in which they are done.
     """
 
     worker: Any
     starting: Any
     pid: int | None = None
-    jobs: deque[tuple[Any, Job]] = field(default_factory=deque)
-
-    @property
-    def next_news(self) -> Any:
-        """What to wait for: the model, the first job, or nothing (None)."""
-        return (
-            self.starting if self.starting is not None else self.jobs[0][0] if self.jobs else None
-        )
+    jobs: deque[tuple[Any, Batch]] = field(default_factory=deque)
 
 
 class RayExecutor:
-    """Searches batches on Ray, one worker a device; a context manager.
+    """Searches batches on Ray, one worker a device; a context manager, and an `Executor`.
 
     A worker that dies is replaced, and what it had to do is searched again: its records are the
     same, wherever and however often a batch is searched.
@@ -126,8 +113,6 @@ class RayExecutor:
 
     Attributes:
         seats: One per worker.
-        identity: Which base model the workers have loaded.
-        runtime: How it runs there.
 
     Raises:
         ConfigError: Ray isn't installed or can't be reached, or has fewer devices than workers
@@ -138,17 +123,31 @@ class RayExecutor:
     def __init__(
         self, model: ModelConfig, *, num_workers: int | None = None, address: str | None = None
     ) -> None:
-        self.ray = import_ray()
-        self._is_ours = not self.ray.is_initialized()
+        try:
+            import ray
+        except ImportError as error:
+            raise ConfigError(
+                "--executor ray needs the package ray, which isn't installed; install it with "
+                "pip install 'drllm[ray]', or leave --executor out"
+            ) from error
+        self.ray: Any = ray
+        self._lost = (
+            ray.exceptions.RayActorError,
+            ray.exceptions.ObjectLostError,
+            ray.exceptions.OutOfMemoryError,
+            ray.exceptions.WorkerCrashedError,
+        )
+        self._is_ours = not ray.is_initialized()
         self._is_here = self._is_ours and address is None
+        self.seats: list[Seat] = []
+        self.identity: Mapping[str, Any] = {}
+        self.runtime: Mapping[str, Any] = {}
+        self._failed_starts = 0
         if self._is_ours:
-            connect(self.ray, address, num_workers)
+            connect(ray, address, num_workers)
         try:
             self._plan_workers(model, num_workers)
-            self.seats: list[Seat] = [self._seat() for _ in range(self.num_workers)]
-            self.identity: Mapping[str, Any] = {}
-            self.runtime: Mapping[str, Any] = {}
-            self._failed_starts = 0
+            self.seats = [self._seat() for _ in range(self.num_workers)]
             while not self.identity:
                 for seat in self._news():
                     self._take_in(seat)
@@ -157,16 +156,14 @@ class RayExecutor:
             raise
 
     def __enter__(self) -> RayExecutor:
-        """Return the executor."""
         return self
 
     def __exit__(self, *error: object) -> None:
-        """End the workers, and Ray where it was started for them."""
         self.close()
 
     def close(self) -> None:
         """End the workers, and Ray where it was started for them."""
-        for seat in getattr(self, "seats", []):
+        for seat in self.seats:
             self.ray.kill(seat.worker)
         self.seats = []
         if self._is_ours:
@@ -185,7 +182,7 @@ class RayExecutor:
         chunks: Chunks | None = None,
         on_share: OnShare | None = None,
     ) -> Iterator[tuple[Batch, Searched]]:
-        """Search batches on all workers; see `Executor.search`.
+        """Search batches on all workers.
 
         The caller's pace is the limit: no more batches are out than the workers can hold. Workers
         of a cluster keep nothing of a batch under way: they may not see the folder.
@@ -194,33 +191,32 @@ class RayExecutor:
         # A worker gets its share of the memory; the manifest keeps what the user has given.
         share = config.state_cache_gb / self.num_sharing
         stored = self.ray.put(dataclasses.replace(config, state_cache_gb=share))
+        kept = chunks if self._is_here else None
         while True:
             for seat in self.seats:
                 while seat.starting is None and len(seat.jobs) < BATCHES_A_WORKER:
-                    job = jobs.take()
-                    if job is None:
+                    batch = jobs.take()
+                    if batch is None:
                         break
-                    kept = chunks if self._is_here else None
-                    parts = None if kept is None else kept.within(key_of(job.whole))
-                    promised = seat.worker.search.remote(job.batch, stored, parts)
-                    seat.jobs.append((promised, job))
-            if not jobs.are_waiting and not any(seat.jobs for seat in self.seats):
+                    parts = None if kept is None else kept.within(key_of(batch))
+                    seat.jobs.append((seat.worker.search.remote(batch, stored, parts), batch))
+            if not jobs.again and not any(seat.jobs for seat in self.seats):
                 return
             for seat in self._news():
                 if seat.starting is not None:
                     self._take_in(seat)
                     continue
-                promised, job = seat.jobs[0]
+                promised, batch = seat.jobs[0]
                 try:
                     result = self._get(promised)
                 except self._lost:
                     # What waited after the first job wasn't begun, and isn't to blame.
-                    jobs.put_back([job for _, job in seat.jobs][1:])
+                    jobs.again.extend([waiting for _, waiting in seat.jobs][1:])
                     self._replace(seat)
-                    finished = jobs.lost(job)
+                    finished = jobs.lost(batch)
                 else:
                     seat.jobs.popleft()
-                    finished = jobs.done(job, result)
+                    finished = jobs.done(batch, result)
                 if finished is not None:
                     yield finished
 
@@ -231,14 +227,7 @@ class RayExecutor:
                 f"--device {model.device} doesn't go with --executor ray, which gives each worker "
                 f"a device of its own; give --device {model.device.partition(':')[0]}"
             )
-        exceptions = self.ray.exceptions
-        self._lost = (
-            exceptions.RayActorError,
-            exceptions.ObjectLostError,
-            exceptions.OutOfMemoryError,
-            exceptions.WorkerCrashedError,
-        )
-        resources = self.ray.cluster_resources()
+        resources, nodes = self.ray.cluster_resources(), self.ray.nodes()
         gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
         is_gpu = model.device == "cuda" or (model.device == "auto" and gpus > 0)
         device, there = ("GPU", gpus) if is_gpu else ("CPU core", cores)
@@ -251,10 +240,10 @@ class RayExecutor:
                 else f"--device is {model.device!r}, but Ray has no {device}; give --device cpu"
             )
         # A Ray of ours may count more cores than there are, so that workers can share them.
-        real = min(cores, os.cpu_count() or 1) if len(self.ray.nodes()) == 1 else cores
+        real = min(cores, os.cpu_count() or 1) if len(nodes) == 1 else cores
         self.num_threads = max(1, real // self.num_workers)
         # As many as the node with the most cores has room for; a GPU's memory is one worker's own.
-        largest = max(int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes())
+        largest = max(int(node["Resources"].get("CPU", 0)) for node in nodes)
         on_a_node = min(self.num_workers, max(1, largest // self.num_threads))
         self.num_sharing = 1 if is_gpu else on_a_node
         self._model = model
@@ -267,19 +256,20 @@ class RayExecutor:
 
     def _seat(self) -> Seat:
         worker = self.ray.remote(Worker).options(**self._options).remote()
-        asked = (self._model, self.num_threads, self.num_sharing)
-        return Seat(worker, worker.load.remote(*asked))
+        return Seat(worker, worker.load.remote(self._model, self.num_threads, self.num_sharing))
 
     def _replace(self, seat: Seat) -> None:
         """Start a new worker in the place of one that died."""
         self.ray.kill(seat.worker)  # one that can't be reached may still live
-        fresh = self._seat()
-        seat.worker, seat.starting, seat.pid = fresh.worker, fresh.starting, None
-        seat.jobs.clear()
+        self.seats[self.seats.index(seat)] = self._seat()
 
     def _news(self) -> list[Seat]:
         """Wait until a worker has loaded the model, done its first job, or died."""
-        seats = {seat.next_news: seat for seat in self.seats if seat.next_news is not None}
+        seats = {
+            seat.jobs[0][0] if seat.starting is None else seat.starting: seat
+            for seat in self.seats
+            if seat.starting is not None or seat.jobs
+        }
         is_started = any(seat.starting is None for seat in self.seats)
         timeout = None if is_started else START_TIMEOUT_S
         done, others = self.ray.wait(list(seats), num_returns=1, timeout=timeout)
@@ -307,14 +297,13 @@ class RayExecutor:
             return
         if not self.identity:
             self.identity, self.runtime = ready.identity, ready.runtime
-        for ours, theirs in ((self.identity, ready.identity), (self.runtime, ready.runtime)):
-            for name in ours:
-                if ours[name] != theirs.get(name):
-                    raise ModelError(
-                        f"the workers' models differ: one has {name} {ours[name]!r}, another "
-                        f"{theirs.get(name)!r}; give --dtype and --revision, and nodes that are "
-                        f"alike"
-                    )
+        theirs = {**ready.identity, **ready.runtime}
+        for name, ours in {**self.identity, **self.runtime}.items():
+            if ours != theirs.get(name):
+                raise ModelError(
+                    f"the workers' models differ: one has {name} {ours!r}, another "
+                    f"{theirs.get(name)!r}; give --dtype and --revision, and nodes that are alike"
+                )
         self._failed_starts = 0
         seat.starting, seat.pid = None, ready.pid
 
@@ -328,24 +317,68 @@ class RayExecutor:
             raise
 
 
-# --- reaching Ray --------------------------------------------------------------------------------
+class Jobs:
+    """The batches of a search, for workers that may die.
 
+    A batch that costs a worker is searched again question by question, which gives the same
+    decisions and rewards; a question that costs workers when it is alone is set aside alone. What
+    is to be done again comes before batches that nobody has seen yet, so no more batches are under
+    way than jobs.
 
-def import_ray() -> ModuleType:
-    """Return the package ray.
+    Args:
+        batches: What to search; one is taken when nothing else is left to do.
 
-    Raises:
-        ConfigError: It isn't installed.
+    Attributes:
+        again: What is to be done again: whole batches, or one question of a batch.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError(
-            "--executor ray needs the package ray, which isn't installed; install it with "
-            "pip install 'drllm[ray]', or leave --executor out"
-        ) from error
-    module: ModuleType = ray
-    return module
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.again: deque[Batch] = deque()
+        self._fresh = iter(batches)
+        self._losses: Counter[int] = Counter()  # by the question's place in the search
+        self._divided: dict[int, tuple[Batch, dict[int, Searched]]] = {}  # results by place
+
+    def take(self) -> Batch | None:
+        """Return the next job; None where there is none at the moment."""
+        return self.again.popleft() if self.again else next(self._fresh, None)
+
+    def done(self, job: Batch, result: Searched) -> tuple[Batch, Searched] | None:
+        """Return a whole batch with its result; None while other questions of it are missing."""
+        if job.number not in self._divided:
+            return job, result
+        whole, parts = self._divided[job.number]
+        parts[job.questions[0].place] = result
+        if len(parts) < len(whole.questions):
+            return None
+        del self._divided[job.number]
+        ordered = [parts[question.place] for question in whole.questions]
+        return whole, Searched(
+            tuple(record for part in ordered for record in part.records),
+            tuple(failed for part in ordered for failed in part.failed),
+        )
+
+    def lost(self, job: Batch) -> tuple[Batch, Searched] | None:
+        """Record that a worker died of a job; returns as `done`, once questions are set aside."""
+        if len(job.questions) > 1:
+            logger.warning(
+                "a worker died while it searched batch %d; its %d questions are searched again, "
+                "one by one",
+                *(job.number, len(job.questions)),
+            )
+            self._divided[job.number] = job, {}
+            self.again.extend(Batch(job.number, (question,)) for question in job.questions)
+            return None
+        (question,) = job.questions
+        self._losses[question.place] += 1
+        logger.warning(
+            "a worker died while it searched question %s of %s (loss %d of at most %d)",
+            *(question.example.id, question.task, self._losses[question.place], MAX_LOSSES),
+        )
+        if self._losses[question.place] < MAX_LOSSES:
+            self.again.append(job)
+            return None
+        failed = failed_question(question, "its worker process died", MAX_LOSSES)
+        return self.done(job, Searched((), (failed,)))
 
 
 def connect(ray: Any, address: str | None, num_workers: int | None) -> None:
@@ -361,36 +394,25 @@ def connect(ray: Any, address: str | None, num_workers: int | None) -> None:
         ConfigError: An address that is none, or at which there is no cluster.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    silent: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         cores = max(os.cpu_count() or 1, num_workers or 1)
         # A RAY_ADDRESS in the environment isn't asked: without --ray-address, this machine.
-        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, **silent)
         return
-    if address != "auto":
-        host, port = _host_and_port(address)
+    found = re.fullmatch(r"([^/]+):([0-9]{1,5})", address)
+    if address != "auto" and not (found and int(found[2]) < 1 << 16):
+        raise ConfigError(
+            f"--ray-address is {address!r}; give HOST:PORT of a running cluster, 'auto' for one "
+            f"on this machine, or leave it out to start one"
+        )
     try:
-        if address != "auto":
-            socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
-        ray.init(address=address, **quiet)
+        if found:
+            host = found[1].strip("[]")  # an IPv6 address stands in brackets
+            socket.create_connection((host, int(found[2])), timeout=CONNECT_TIMEOUT_S).close()
+        ray.init(address=address, **silent)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"--ray-address {address!r} can't be reached ({' '.join(str(error).split())[:200]}); "
             f"give HOST:PORT of a running cluster, as 'ray start' has said it, or leave it out"
         ) from error
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    """Take an address apart.
-
-    Raises:
-        ConfigError: It isn't of the form HOST:PORT.
-    """
-    host, _, port = address.rpartition(":")
-    is_port = re.fullmatch(r"[0-9]{1,5}", port) is not None and int(port) < 1 << 16
-    if not is_port or not re.fullmatch(r"[^/]+", host):
-        raise ConfigError(
-            f"--ray-address is {address!r}; give HOST:PORT of a running cluster, 'auto' for one "
-            f"on this machine, or leave it out to start one"
-        )
-    return host.strip("[]"), int(port)  # an IPv6 address stands in brackets

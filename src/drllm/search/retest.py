@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TypeAlias
 
 from drllm.config import SearchConfig
-from drllm.cost import executions
 from drllm.models.scoring.prefix_sharing import Pair
-from drllm.paths import Decisions, full_decisions
+from drllm.paths import Decisions, full_decisions, num_executions
 from drllm.records import Retest
 from drllm.search.evaluator import Evaluator, Outcome, Reading
 
@@ -16,29 +16,23 @@ Once: TypeAlias = Callable[[str, Sequence[Pair], Callable[[], list[Outcome]]], l
 """Returns what an earlier start of the search kept of a step, by its name and pairs, or does it."""
 
 
-def candidates(paths: Mapping[Decisions, Outcome]) -> list[Decisions]:
-    """Return a question's paths that may become its target, in the order tried.
+def is_candidate(decisions: Decisions, outcome: Outcome, full: Outcome) -> bool:
+    """Say whether a path may become its question's target, by its and the full path's outcome.
 
-    They are the right paths that improve on the full path or are shorter, and the full path itself
-    where it is right.
+    It is right, and improves on the full path, or is shorter, or is the full path itself.
     """
-    full = full_decisions(len(next(iter(paths))))
-    return [
-        decisions
-        for decisions, outcome in paths.items()
-        if outcome.reward >= 1
-        and (
-            paths[full].reward < 1 or decisions == full or executions(decisions) < executions(full)
-        )
-    ]
+    if outcome.reward < 1:
+        return False
+    is_shorter = num_executions(decisions) < len(decisions)
+    return full.reward < 1 or is_shorter or decisions == full_decisions(len(decisions))
 
 
 def retested(
     first: Evaluator,
     others: Sequence[Sequence[Reading]],
     config: SearchConfig,
-    found: Sequence[Mapping[Decisions, Outcome]],
-    once: Once | None = None,
+    found: Mapping[Pair, Outcome],
+    once: Once = lambda _, __, evaluate: evaluate(),
 ) -> dict[Pair, Retest]:
     """Ask every question again in other ways, with every path that may be a target.
 
@@ -49,61 +43,63 @@ def retested(
             need the memory.
         others: By question, the other ways of asking it.
         config: Settings of the search.
-        found: By question, each path's outcome in the first asking.
+        found: The outcomes of the first asking, by question's place and decisions.
         once: Keeps what is evaluated.
 
     Returns:
-        The outcome by question's place and decisions, of candidates only.
+        How candidates fared.
 
     Source: ours (docs/differences.md, D-05).
     """
-    routed = first.routed
-    full = full_decisions(routed.num_layers)
-    chosen = [(place, path) for place, paths in enumerate(found) for path in candidates(paths)]
+    full = full_decisions(first.routed.num_layers)
+    chosen = [pair for pair in found if is_candidate(pair[1], found[pair], found[pair[0], full])]
     places = sorted({place for place, _ in chosen})
     pairs = [*dict.fromkeys([*((place, full) for place in places), *chosen])]
     results: dict[Pair, list[Outcome]] = {pair: [] for pair in pairs}
-    ways = []
-    for way in range(max((len(others[place]) for place in places), default=0)):
-        # Questions may have different numbers of ways: one with 3 options has fewer rotations.
-        asked = {place: others[place][way] for place in places if way < len(others[place])}
-        reads_anew = not all(
-            first.readings[place].reads_like(reading.prompt) for place, reading in asked.items()
-        )
-        ways.append((reads_anew, way, asked))
+    # Questions may have different numbers of ways: one with 3 options has fewer rotations.
+    ways = [
+        {place: others[place][way] for place in places if way < len(others[place])}
+        for way in range(max((len(others[place]) for place in places), default=0))
+    ]
+    anew = [
+        not all(first.readings[place].reads_like(asked[place].prompt) for place in asked)
+        for asked in ways
+    ]
     # What reads as at first needs the states that are held; they can go before other states come.
-    for reads_anew, way, asked in sorted(ways, key=lambda each: each[0]):
-        part = [pair for pair in pairs if pair[0] in asked]
-
-        def evaluate(
-            reads_anew: bool = reads_anew,
-            asked: Mapping[int, Reading] = asked,
-            part: Sequence[Pair] = part,
-        ) -> list[Outcome]:
-            if reads_anew:
-                first.forget()
-                rows = {place: row for row, place in enumerate(asked)}
-                evaluator = Evaluator(
-                    routed,
-                    list(asked.values()),
-                    config.state_cache_gb,
-                    paths_per_pass=config.paths_per_pass,
-                )
-                pairs = [(rows[place], decisions) for place, decisions in part]
-            else:
-                prompts = [reading.prompt for reading in first.readings]
-                for place, reading in asked.items():
-                    prompts[place] = reading.prompt
-                evaluator, pairs = first.judged_as(prompts), list(part)
-            return evaluator.with_margins(pairs, evaluator.evaluate(pairs))
-
-        outcomes = evaluate() if once is None else once(f"retest {way}", part, evaluate)
+    for way in sorted(range(len(ways)), key=anew.__getitem__):
+        part = [pair for pair in pairs if pair[0] in ways[way]]
+        ask = partial(_ask_anew, config=config) if anew[way] else _judge_anew
+        outcomes = once(f"retest {way}", part, partial(ask, first, ways[way], part))
         for pair, outcome in zip(part, outcomes, strict=True):
             results[pair].append(outcome)
     return {
         (place, path): judge(results[place, path], results[place, full], config.margin_tolerance)
         for place, path in chosen
     }
+
+
+def _ask_anew(
+    first: Evaluator, asked: Mapping[int, Reading], pairs: Sequence[Pair], config: SearchConfig
+) -> list[Outcome]:
+    first.forget()
+    evaluator = Evaluator(
+        first.routed,
+        [*asked.values()],
+        config.state_cache_gb,
+        paths_per_pass=config.paths_per_pass,
+    )
+    rows = {place: row for row, place in enumerate(asked)}
+    pairs = [(rows[place], decisions) for place, decisions in pairs]
+    return evaluator.with_margins(pairs, evaluator.evaluate(pairs))
+
+
+def _judge_anew(
+    first: Evaluator, asked: Mapping[int, Reading], pairs: Sequence[Pair]
+) -> list[Outcome]:
+    evaluator = first.judged_as(
+        [asked.get(place, reading).prompt for place, reading in enumerate(first.readings)]
+    )
+    return evaluator.with_margins(pairs, evaluator.evaluate(pairs))
 
 
 def judge(outcomes: Sequence[Outcome], full: Sequence[Outcome], tolerance: float) -> Retest:
@@ -121,11 +117,10 @@ def judge(outcomes: Sequence[Outcome], full: Sequence[Outcome], tolerance: float
         for mine, theirs in zip(outcomes, full, strict=True)
         if mine.margin is not None and theirs.margin is not None
     ]
-    mine = sum(m for m, _ in both) / len(both) if both else None
     lost = sum(f - m for m, f in both) / len(both) if both else 0.0
     return Retest(
         passed=passed,
         asked=len(outcomes),
-        margin=mine,
+        margin=sum(m for m, _ in both) / len(both) if both else None,
         survived=passed * 2 > len(outcomes) and lost <= tolerance,
     )

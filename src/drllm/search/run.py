@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
+import itertools
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from drllm.config import ModelConfig, SearchConfig
 from drllm.errors import ConfigError, RecordError, TaskError
@@ -20,6 +22,7 @@ from drllm.models.base.load import as_base_model, load
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import (
     Chunks,
+    FailedQuestion,
     SearchRecord,
     clear_half_written,
     manifest_path,
@@ -47,14 +50,12 @@ SAMPLE_QUESTIONS = 8
 """Maximum questions of a task that a forecast searches; never more than a batch holds."""
 SAMPLE_SIMULATIONS = 10
 
-Examples: TypeAlias = Sequence[Task] | Sequence[Example] | Sequence[SearchQuestion] | None
-
 logger = logging.getLogger(__name__)
 
 
 def search_paths(
     model: Any,
-    examples: Examples = None,
+    examples: Sequence[Task] | Sequence[Example] | Sequence[SearchQuestion] | None = None,
     config: SearchConfig | None = None,
     output: Path | str | None = None,
     *,
@@ -101,12 +102,7 @@ def search_paths(
 def executor_of(
     model: Any, config: SearchConfig, *, tokenizer: Any, listener: Listener
 ) -> Iterator[Executor]:
-    """Make who searches: this process with the model, or the workers of Ray.
-
-    Raises:
-        ConfigError: Ray with a model that is loaded already.
-        TaskError: A model without its tokenizer.
-    """
+    """Make who searches: this process with the model, or the workers of Ray."""
     if config.executor == "ray":
         if not isinstance(model, ModelConfig):
             raise ConfigError("--executor ray loads a model for each worker; give a ModelConfig")
@@ -150,15 +146,21 @@ def run_search(
     ]
     batches = batches_of(questions, config.block_size)
     if folder is None:
-        _show_prompts(questions, listener)
-        records, failed = _in_order(questions, _search(executor, batches, config, None, listener))
+        records, failed = _search(executor, batches, config, None, listener)
         return SearchRecords.of(records, executor.identity, failed=failed)
     file, identity = folder / SEARCH_FILE, _identity(questions, config, executor)
     chunks = Chunks(folder / CHUNKS_FOLDER, identity, stage="search")
     with only_writer(folder, "search", "--output-dir"):
         clear_half_written(file, manifest_path(file), folder / FAILED_FILE)
-        finished = _finished(file, identity)
-        if finished is not None:
+        manifest = read_manifest(file, "search")
+        if manifest is not None:
+            refuse_other_run(
+                str(file),
+                {**manifest.get("plan", {}), "drllm_version": manifest.get("drllm_version")},
+                {**identity, "drllm_version": importlib.metadata.version("drllm")},
+                "choose another --output-dir, or the same settings",
+            )
+            finished = SearchRecords.read(file, is_new=False)
             chunks.remove()  # a kill after the manifest leaves them
             return finished
         is_begun = chunks.open()
@@ -168,8 +170,7 @@ def run_search(
                 f"{file} exists without its manifest, so it can't be resumed; "
                 f"choose another --output-dir"
             )
-        _show_prompts(questions, listener)
-        records, failed = _in_order(questions, _search(executor, batches, config, chunks, listener))
+        records, failed = _search(executor, batches, config, chunks, listener)
         if failed:
             write_atomically(folder / FAILED_FILE, to_lines(failed))
         else:
@@ -204,47 +205,27 @@ def _identity(
     }
 
 
-def _finished(file: Path, identity: Mapping[str, Any]) -> SearchRecords | None:
-    """Return a search that lies there whole, with its manifest.
-
-    Raises:
-        ConfigError: It was made from something else.
-        RecordError: It was changed after it was written.
-    """
-    manifest = read_manifest(file, "search")
-    if manifest is None:
-        return None
-    version = {"drllm_version": manifest.get("drllm_version")}
-    ours = {"drllm_version": new_manifest("search", model={}, config={})["drllm_version"]}
-    refuse_other_run(
-        str(file),
-        {**manifest.get("plan", {}), **version},
-        {**identity, **ours},
-        "choose another --output-dir, or the same settings",
-    )
-    return SearchRecords.read(file, is_new=False)
-
-
 def _search(
     executor: Executor,
     batches: Sequence[Batch],
     config: SearchConfig,
     chunks: Chunks | None,
     listener: Listener,
-) -> list[Searched]:
-    """Search the batches that aren't done, and return what became of all of them.
-
-    Raises:
-        TaskError: None of the first questions can be searched; nothing of them is kept.
-    """
+) -> tuple[list[SearchRecord], list[FailedQuestion]]:
+    """Search the batches that aren't done, and return all records in the questions' own order."""
+    questions = sorted(
+        (question for batch in batches for question in batch.questions), key=lambda one: one.place
+    )
+    _show_prompts(questions, listener)
     results: list[Searched] = []
     todo: list[Batch] = []
-    total = sum(len(batch.questions) for batch in batches)
+    total = len(questions)
     with listener.progress("searching", "questions") as on_progress:
         progress = _Progress(on_progress, total)
         for batch in batches:
             kept = None if chunks is None else chunks.get(key_of(batch), Searched)
-            if kept is None or not _is_of(batch, kept):
+            ids = kept and sorted(one.id for one in (*kept.records, *kept.failed))
+            if kept is None or ids != sorted(question.example.id for question in batch.questions):
                 todo.append(batch)
                 continue
             results.append(kept)
@@ -262,27 +243,16 @@ def _search(
                     f"none of the first {progress.num_done} questions could be searched; the last "
                     f"one: {result.failed[-1].error}"
                 )
-    return results
-
-
-def _is_of(batch: Batch, kept: Searched) -> bool:
-    """Tell whether what was kept is of exactly the questions of a batch."""
-    ids = sorted(one.id for one in (*kept.records, *kept.failed))
-    return ids == sorted(question.example.id for question in batch.questions)
-
-
-def _in_order(
-    questions: Sequence[SearchQuestion], results: Sequence[Searched]
-) -> tuple[list[SearchRecord], list[Any]]:
-    """Return all records and failed questions in the questions' own order."""
     places = {(one.task, one.example.id): one.place for one in questions}
-
-    def place(one: Any) -> int:
-        return places[one.task, one.id]
-
     return (
-        sorted((record for one in results for record in one.records), key=place),
-        sorted((failed for one in results for failed in one.failed), key=place),
+        sorted(
+            itertools.chain.from_iterable(result.records for result in results),
+            key=lambda record: places[record.task, record.id],
+        ),
+        sorted(
+            itertools.chain.from_iterable(result.failed for result in results),
+            key=lambda failed: places[failed.task, failed.id],
+        ),
     )
 
 
@@ -297,7 +267,6 @@ class _Progress:
         self.num_done = self.num_failed = self.num_paths = self.num_old_paths = 0
 
     def add(self, batch: Batch, found: Searched) -> None:
-        """Count what became of a batch."""
         self.num_done += len(batch.questions)
         self.num_failed += len(found.failed)
         for record in found.records:
@@ -308,13 +277,7 @@ class _Progress:
         self.report(batch)
 
     def report(self, batch: Batch, share: float = 0.0, num_paths: int = 0) -> None:
-        """Say how far the search is.
-
-        Args:
-            batch: Worked on last.
-            share: Of it that is done, where it is still under way.
-            num_paths: Tried in it so far, where it is still under way.
-        """
+        """Say how far the search is; of a batch under way, which share, with so many paths."""
         note = batch.task
         if new := self.num_paths - self.num_old_paths + num_paths:
             elapsed = max(time.monotonic() - self._started, 1e-9)
@@ -327,26 +290,14 @@ class _Progress:
 
 def _show_prompts(questions: Sequence[SearchQuestion], listener: Listener) -> None:
     """Say one prompt of each task: a wrong template is seen before hours are spent."""
-    shown: set[str] = set()
-    for question in questions:
-        if question.text is not None and question.task not in shown:
-            shown.add(question.task)
-            logger.info("the model reads, for example, %r", question.text)
-            lines = shortened(question.text, PROMPT_SHOWN).replace("\n", "\n  | ")
-            listener.note(f"a prompt of {question.task}, as the model reads it:\n  | {lines}")
-
-
-def shortened(text: str, maximum: int) -> str:
-    """Return a text with its middle left out where it is longer than `maximum` characters.
-
-    Example:
-        >>> shortened("0123456789", 4)
-        '01[... 6 characters left out ...]89'
-    """
-    if len(text) <= maximum:
-        return text
-    start, end = text[: maximum - maximum // 2], text[-(maximum // 2) :]
-    return f"{start}[... {len(text) - maximum} characters left out ...]{end}"
+    first = {one.task: one.text for one in reversed(questions) if one.text is not None}
+    for task, text in reversed(first.items()):
+        logger.info("the model reads, for example, %r", text)
+        if (left_out := len(text) - PROMPT_SHOWN) > 0:
+            half = PROMPT_SHOWN // 2
+            text = f"{text[:half]}[... {left_out} characters left out ...]{text[-half:]}"
+        lines = text.replace("\n", "\n  | ")
+        listener.note(f"a prompt of {task}, as the model reads it:\n  | {lines}")
 
 
 # --- forecast ----------------------------------------------------------------------------------
@@ -364,8 +315,8 @@ class TaskForecast:
             once.
         seconds: On the device that was measured.
         size_bytes: Of the records.
-        sample_questions: Questions that were searched to measure.
-        sample_paths: Paths that were tried to measure.
+        sample_questions: Those that were searched to measure.
+        sample_paths: Those that were tried to measure.
         prompt: One prompt as the model reads it.
     """
 
@@ -389,50 +340,45 @@ def forecast(
     share more with earlier ones, so a search of more simulations than the sample's is quicker than
     this by path.
 
-    Args:
-        routed: The model, made with its tokenizer.
-        questions: All questions of the search.
-        config: Settings of the search.
-
     Returns:
         One forecast per task, in order.
 
     Raises:
         DrllmError: A question of the sample that can't be searched.
     """
-    by_length = [q for batch in batches_of(questions, config.block_size) for q in batch.questions]
-    return [
-        _forecast(routed, [question for question in by_length if question.task == task], config)
-        for task in dict.fromkeys(question.task for question in questions)
-    ]
-
-
-def _forecast(
-    routed: RoutedModel, questions: Sequence[SearchQuestion], config: SearchConfig
-) -> TaskForecast:
-    size = min(SAMPLE_QUESTIONS, config.block_size, len(questions))
-    # The questions come by length: a sample from end to end is neither short nor long.
-    sample = [questions[(2 * i + 1) * len(questions) // (2 * size)] for i in range(size)]
-    simulations = min(SAMPLE_SIMULATIONS, config.num_simulations)
-    short = dataclasses.replace(config, num_simulations=simulations)
-    search_in_step(routed, sample[:1], dataclasses.replace(config, num_simulations=1))  # warm
-    started = time.perf_counter()
-    records = search_in_step(routed, sample, short)
-    seconds = time.perf_counter() - started
-    tried = [path for record in records for path in record.paths]
-    executions = sum(
-        path.executions * (1 + (path.retest.asked if path.retest else 0)) for path in tried
+    by_task: dict[str, list[SearchQuestion]] = {}
+    for batch in batches_of(questions, config.block_size):
+        by_task.setdefault(batch.task, []).extend(batch.questions)
+    once = dataclasses.replace(config, num_simulations=1)
+    short = dataclasses.replace(
+        config, num_simulations=min(SAMPLE_SIMULATIONS, config.num_simulations)
     )
-    paths = len(questions) * (config.num_simulations + 1)
-    by_path = paths / len(tried)
-    return TaskForecast(
-        task=questions[0].task,
-        questions=len(questions),
-        paths=paths,
-        executions=executions * by_path,
-        seconds=seconds * by_path,
-        size_bytes=len(to_lines(records).encode()) * by_path,
-        sample_questions=len(sample),
-        sample_paths=len(tried),
-        prompt=records[0].prompt,
-    )
+    found = []
+    for task, asked in by_task.items():
+        size = min(SAMPLE_QUESTIONS, config.block_size, len(asked))
+        # The questions come by length: a sample from end to end is neither short nor long.
+        sample = [asked[(2 * i + 1) * len(asked) // (2 * size)] for i in range(size)]
+        search_in_step(routed, sample[:1], once)  # warm
+        started = time.perf_counter()
+        records = search_in_step(routed, sample, short)
+        seconds = time.perf_counter() - started
+        tried = [path for record in records for path in record.paths]
+        executions = sum(
+            path.executions * (1 + (path.retest.asked if path.retest else 0)) for path in tried
+        )
+        paths = len(asked) * (config.num_simulations + 1)
+        by_path = paths / len(tried)
+        found.append(
+            TaskForecast(
+                task=task,
+                questions=len(asked),
+                paths=paths,
+                executions=executions * by_path,
+                seconds=seconds * by_path,
+                size_bytes=len(to_lines(records).encode()) * by_path,
+                sample_questions=len(sample),
+                sample_paths=len(tried),
+                prompt=records[0].prompt,
+            )
+        )
+    return found

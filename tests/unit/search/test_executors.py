@@ -6,21 +6,17 @@ import pytest
 
 from drllm.records import FailedQuestion
 from drllm.search.batch import Searched
-from drllm.search.executors import MAX_LOSSES, Jobs
 from drllm.search.questions import Batch, ask
+from drllm.search.ray import MAX_LOSSES, Jobs
 
 
 @pytest.fixture
 def batches(facts):
     """Three batches, of four questions, of four, and of one."""
-    questions = tuple(ask(facts, example, "loglikelihood") for example in facts.examples("search"))
+    examples = facts.examples("search")
+    questions = tuple(ask(facts, example, "loglikelihood", n) for n, example in enumerate(examples))
     parts = questions[:4], questions[4:8], questions[8:9]
     return [Batch(number, part) for number, part in enumerate(parts)]
-
-
-def result_of(job):
-    """Return a result that says which questions it is of."""
-    return Searched(tuple(ids_of(job.batch)))
 
 
 def num_of(result):
@@ -31,12 +27,12 @@ def carry_out(jobs, is_deadly):
     """Do all jobs, one after the other; return the finished batches and what each death was of."""
     finished, deaths = [], []
     while (job := jobs.take()) is not None:
-        ids = ids_of(job.batch)
+        ids = ids_of(job)
         if is_deadly(ids):
             deaths.append(ids)
             ended = jobs.lost(job)
         else:
-            ended = jobs.done(job, result_of(job))
+            ended = jobs.done(job, Searched(tuple(ids)))  # a result that says what it is of
         if ended is not None:
             finished.append(ended)
     return finished, deaths
@@ -102,8 +98,8 @@ def test_every_question_may_be_given_up(batches):
 
 
 def test_questions_with_the_same_id_are_told_apart(facts):
-    question = ask(facts, facts.examples("search")[0], "loglikelihood")
-    batch = Batch(0, (question, question))
+    example = facts.examples("search")[0]
+    batch = Batch(0, tuple(ask(facts, example, "loglikelihood", place) for place in (0, 1)))
     jobs = Jobs([batch])
     jobs.lost(jobs.take())
     [(ended, result)], _ = carry_out(jobs, lambda ids: False)
@@ -112,25 +108,15 @@ def test_questions_with_the_same_id_are_told_apart(facts):
 
 
 def test_what_is_done_again_comes_before_batches_that_nobody_has_seen(batches):
-    taken = []
-
-    def counted():
-        for batch in batches:
-            taken.append(batch.number)
-            yield batch
-
-    jobs = Jobs(counted())
+    fresh = iter(batches)
+    jobs = Jobs(fresh)
     first, second = jobs.take(), jobs.take()
-    assert not jobs.are_waiting
-    jobs.put_back([second])
+    assert not jobs.again
+    jobs.again.append(second)
     assert jobs.lost(first) is None
-    assert jobs.are_waiting
     again = [jobs.take() for _ in range(5)]
     assert again[0] is second
-    assert [job.batch.questions for job in again[1:]] == [(q,) for q in batches[0].questions]
-    assert taken == [0, 1]
-    assert not jobs.are_waiting
-    last = jobs.take()
-    assert last is not None
-    assert last.whole is batches[2]
+    assert [job.questions for job in again[1:]] == [(q,) for q in batches[0].questions]
+    assert not jobs.again
+    assert jobs.take() is batches[2]
     assert jobs.take() is None

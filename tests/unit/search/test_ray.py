@@ -20,7 +20,7 @@ from drllm.config import ModelConfig, SearchConfig
 from drllm.errors import ConfigError, ModelError
 from drllm.listener import Listener
 from drllm.records import read_manifest
-from drllm.search import FAILED_FILE, executors
+from drllm.search import FAILED_FILE
 from drllm.search import ray as ray_executor
 from drllm.search.questions import batches_of, questions_of
 from drllm.search.ray import RayExecutor, connect
@@ -148,7 +148,7 @@ def test_a_question_that_kills_its_workers_is_set_aside_and_its_batch_is_not(
 ):
     questions = questions_of([facts], CONFIG)
     bad = batches_of(questions, 2)[3].questions[0]
-    monkeypatch.setattr(executors, "MAX_LOSSES", 1)  # each is a process that imports torch
+    monkeypatch.setattr(ray_executor, "MAX_LOSSES", 1)  # each is a process that imports torch
     deadly = Deadly(**dataclasses.asdict(bad.prompt), driver=os.getpid())
     monkeypatch.setattr(workers, "texts", lambda prompts: [prompt.text for prompt in prompts])
     questions[bad.place] = dataclasses.replace(bad, retests=(deadly,))

@@ -7,7 +7,7 @@ import pytest
 import drllm
 from drllm.config import SearchConfig
 from drllm.search.evaluator import Evaluator, Outcome
-from drllm.search.retest import candidates, judge
+from drllm.search.retest import is_candidate, judge
 
 
 def test_every_candidate_is_retested_in_all_other_ways_and_nothing_else_is(routed, facts):
@@ -52,7 +52,7 @@ def test_candidates_improve_or_are_shorter_or_are_the_full_path(right, expected)
         decisions: Outcome(reward=float(decisions in right), margin=None)
         for decisions in (FULL, SHORTER, LONGER, AS_LONG)
     }
-    assert set(candidates(paths)) == expected
+    assert {d for d in paths if is_candidate(d, paths[d], paths[FULL])} == expected
 
 
 def outcomes(rewards, margins):

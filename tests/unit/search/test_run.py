@@ -119,7 +119,7 @@ def test_an_interrupted_batch_loses_one_round_and_no_retest(
     wanted, num_evaluated[0] = num_evaluated[0], 0
     interrupt(routed, tmp_path / "broken", [facts], 2, **config)
     with_margins = Evaluator.with_margins
-    left = [3]  # the margins of the first asking, and of one way of the re-test
+    left = [2]  # one way of the re-test, then the next
 
     def interrupted(self, pairs, outcomes):
         left[0] -= 1
