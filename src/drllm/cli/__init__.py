@@ -12,16 +12,12 @@ import sys
 from collections.abc import Sequence
 
 from drllm import __version__
-from drllm.cli.parser import parse
+from drllm.cli.parser import FOREIGN, VERBS, overview, parse
 from drllm.cli.terminal import Terminal
-from drllm.cli.verbs import FOREIGN, VERBS, overview
 from drllm.errors import ConfigError, DrllmError
 
 for _module in ("stages", "generation", "running", "listing", "show"):
     importlib.import_module(f"drllm.cli.{_module}")  # each registers its verbs
-
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,13 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(words, terminal)
     except DrllmError as error:
         terminal.fail(str(error))
-        return EXIT_USAGE
+        return 2
     except KeyboardInterrupt:
         resumes = bool(words) and words[0] in VERBS and VERBS[words[0]].resumes
         kept = "finished work is kept" if resumes else "no file is half-written"
         again = "to resume" if resumes else "again"
         terminal.fail(f"interrupted; {kept}. Run the same command {again}.")
-        return EXIT_INTERRUPTED
+        return 130
     except BrokenPipeError:
         # Whoever read our output has stopped (`drllm show … | head`): no error of anybody's.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,19 +53,17 @@ def _run(words: list[str], terminal: Terminal) -> int:
     if not words:
         raise ConfigError("no verb is given; 'drllm --help' lists them, first try: drllm ls tasks")
     if words[0] in ("-h", "--help"):
-        terminal.say(overview().rstrip("\n"))
-        return 0
-    if words[0] == "--version":
+        terminal.say(overview())
+    elif words[0] == "--version":
         terminal.say(f"drllm {__version__}")
-        return 0
-    if words[0] in FOREIGN:
+    elif words[0] in FOREIGN:
         from drllm.cli import harness
 
         harness.run(words[1:])
-        return 0
-    try:
-        request = parse(words)
-    except SystemExit as left:  # after --help
-        return int(left.code or 0)
-    VERBS[request.verb].run(request, terminal)
+    else:
+        try:
+            request = parse(words)
+        except SystemExit as left:  # after --help
+            return int(left.code or 0)
+        VERBS[request.verb].run(request, terminal)
     return 0

@@ -9,9 +9,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from drllm.cli.stages import attached, model_of, read_routers
+from drllm.cli.parser import VERBS, Flag, Request, verb
+from drllm.cli.stages import model_of, read_routers
 from drllm.cli.terminal import Terminal, draw_route
-from drllm.cli.verbs import VERBS, Flag, Request, verb
 from drllm.config import DepthConfig, GenerateConfig, ModelConfig
 from drllm.config.settings import flag_of
 from drllm.cost import executions, mean_executions
@@ -25,7 +25,6 @@ from drllm.tasks.rows import read_rows, text_of
 
 if TYPE_CHECKING:
     from drllm.models.routing.batch_generation import Answer
-    from drllm.models.routing.policies import Policy
     from drllm.models.routing.routed_model import RoutedModel
 
 KINDS = ("prompt", "question", "messages")
@@ -58,19 +57,31 @@ def generate(request: Request, terminal: Terminal) -> None:
     config, depth = request.of(GenerateConfig), request.of(DepthConfig)
     config.sampling()
     _check(request, config, depth)
-    file = request.path("file") if request.values["file"] else None
+    file, place = request.optional_path("file"), request.optional_path("routers")
     asked = None if file is None else read_prompts(file, chat=config.chat)
     texts: list[tuple[str, bool]] = []
     if depth.calibration is not None:
         from drllm.models.routers.depth_control import read_calibration
 
         texts = read_calibration(Path(depth.calibration).expanduser())
-    routers = read_routers(request.path("routers")) if request.values["routers"] else None
-    model = model_of(request, routers)
-    with loaded(model, terminal) as base, attached(base, routers) as routed:
-        with routed.using(_policy(routed, depth, texts, config, terminal)):
+    routers = None if place is None else read_routers(place)[1]
+    with loaded(model_of(request, routers), terminal) as base:
+        from drllm.models.routers.depth_control import encode_calibration, policy_for
+        from drllm.models.routing.routed_model import RoutedModel
+
+        routed = RoutedModel(base.model, routers, tokenizer=base.tokenizer)
+        prompts = encode_calibration(texts, routed.tokenizer, chat=config.chat)
+        with terminal.busy("looking for a depth bias") if prompts else nullcontext():
+            policy, found = policy_for(routed, depth, prompts)
+        if found is not None:
+            terminal.note(
+                f"depth bias  {found.depth_bias}: {found.executions:.2f} of {routed.num_layers} "
+                f"executions a forward pass on {found.num_prompts} calibration prompts; next time "
+                f"give --depth-bias {found.depth_bias}"
+            )
+        with routed.using(policy):
             if asked is None:
-                answer(routed, request.text("prompt"), config, terminal)
+                _answer(routed, request.values["prompt"], config, terminal)
             else:
                 _answer_file(routed, asked, request, terminal)
         trained = routers.config.training.get("rewards") if routers else None
@@ -102,15 +113,13 @@ def _check(request: Request, config: GenerateConfig, depth: DepthConfig) -> None
                 f"--output {output} is the file of prompts itself, which would be lost; give "
                 f"another name"
             )
-    knob = depth.knob()
+    knob, size, at_once = depth.knob(), config.batch_size, not config.route_first
     idle = {
         f"--output {output} has no effect on one PROMPT": output and not file,
-        f"--batch-size {config.batch_size} has no effect on one PROMPT": config.batch_size
-        and not file,
-        "--no-route-first has no effect on one PROMPT": not config.route_first and not file,
-        "--no-route-first has no effect without routers": not config.route_first and not routers,
-        "--no-route-first has no effect with --static-routing": not config.route_first
-        and depth.static_routing,
+        f"--batch-size {size} has no effect on one PROMPT": size and not file,
+        "--no-route-first has no effect on one PROMPT": at_once and not file,
+        "--no-route-first has no effect without routers": at_once and not routers,
+        "--no-route-first has no effect with --static-routing": at_once and depth.static_routing,
         f"{flag_of(knob or '')} has no effect without routers": knob and not routers,
     }
     for said, holds in idle.items():
@@ -168,37 +177,11 @@ def _asked(row: dict[str, Any], line: int, chat: bool) -> Asked:
     return Asked(line, own_id, messages)
 
 
-def _policy(
-    routed: RoutedModel,
-    depth: DepthConfig,
-    texts: Sequence[tuple[str, bool]],
-    config: GenerateConfig,
-    terminal: Terminal,
-) -> Policy:
-    """Return the policy that the settings ask for; say which bias was found, if one was."""
-    from drllm.models.routers.depth_control import encode_calibration, policy_for
-
-    prompts = encode_calibration(texts, routed.tokenizer, chat=config.chat)
-    with terminal.busy("looking for a depth bias") if prompts else nullcontext():
-        policy, found = policy_for(routed, depth, prompts)
-    if found is not None:
-        terminal.note(
-            f"depth bias  {found.depth_bias}: {found.executions:.2f} of {routed.num_layers} "
-            f"executions a forward pass on {found.num_prompts} calibration prompts; next time give "
-            f"--depth-bias {found.depth_bias}"
-        )
-    return policy
-
-
 # --- one prompt --------------------------------------------------------------------------------
 
 
-def answer(routed: RoutedModel, prompt: str, config: GenerateConfig, terminal: Terminal) -> None:
-    """Answer one prompt; print the answer, its route, its cost and the time.
-
-    Raises:
-        ConfigError: A prompt without tokens, or too long for the model's context.
-    """
+def _answer(routed: RoutedModel, prompt: str, config: GenerateConfig, terminal: Terminal) -> None:
+    """Answer one prompt; print the answer, its route, its cost and the time."""
     import torch
 
     from drllm.models.routing.batch_generation import prompt_tokens
@@ -222,12 +205,16 @@ def answer(routed: RoutedModel, prompt: str, config: GenerateConfig, terminal: T
     terminal.say()
     terminal.show(draw_route(route))
     terminal.say(
-        f"executions  {executions(route):.0f} of {routed.num_layers} a forward pass "
-        f"({_percent(executions(route), routed.num_layers)}), {len(new)} forward "
+        f"executions  {_share(executions(route), routed, 0)}, {len(new)} forward "
         f"pass{'es' * (len(new) > 1)}"
     )
     terminal.say(f"tokens      {len(tokens)} read, {len(new)} generated")
-    terminal.say(f"time        {clock.describe()}")
+    start, first, last = clock.times[0], clock.times[1], clock.times[-1]
+    decode = ""
+    if after := len(clock.times) - 2:
+        speed = f"{after / (last - first):.1f} tokens a second"
+        decode = f", decode {duration(last - first)} ({speed})"
+    terminal.say(f"time        prefill {duration(first - start)}{decode}")
 
 
 class _Clock:
@@ -243,16 +230,6 @@ class _Clock:
     def end(self) -> None:
         """Nothing is left to do."""
 
-    def describe(self) -> str:
-        """Say how long the prompt and the tokens after the first took, measured."""
-        prefill = self.times[1] - self.times[0]
-        text = f"prefill {duration(prefill)}"
-        after = len(self.times) - 2
-        if after > 0:
-            decode = self.times[-1] - self.times[1]
-            text += f", decode {duration(decode)} ({after / decode:.1f} tokens a second)"
-        return text
-
 
 # --- a file of prompts -------------------------------------------------------------------------
 
@@ -263,10 +240,16 @@ def _answer_file(
     """Answer all prompts, write or print the answers, and say what it took."""
     import torch
 
-    from drllm.models.routing.batch_generation import BATCH_SIZE, generate_many
+    from drllm.models.routing.batch_generation import BATCH_SIZE, generate_many, prompt_tokens
 
     config = request.of(GenerateConfig)
-    num_read = sum(_count_tokens(routed, row, config, request.path("file")) for row in asked)
+    shared: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "chat": config.chat}
+    num_read, row = 0, asked[0]
+    try:
+        for row in asked:
+            num_read += len(prompt_tokens(routed, row.prompt, **shared))
+    except ConfigError as error:
+        raise ConfigError(f"{request.path('file')}, line {row.line}: {error}") from error
     torch.manual_seed(config.seed or 0)
     started = time.perf_counter()
     with terminal.progress("answering", "prompts") as progress:
@@ -274,34 +257,26 @@ def _answer_file(
             routed,
             [row.prompt for row in asked],
             batch_size=config.batch_size or BATCH_SIZE,
-            max_new_tokens=config.max_new_tokens,
-            chat=config.chat,
             route_first=config.route_first,
             on_progress=progress,
+            **shared,
             **config.sampling(),
         )
     seconds = time.perf_counter() - started
     text = "".join(to_line(row.id, given) + "\n" for row, given in zip(asked, answers, strict=True))
-    if request.values["output"]:
-        write_atomically(request.path("output"), text)
-        terminal.say(f"answers     {request.path('output')}")
-        _summarise(answers, num_read, seconds, routed.num_layers, terminal.say)
+    tell: Callable[[str], None] = terminal.note
+    if output := request.optional_path("output"):
+        write_atomically(output, text)
+        tell = terminal.say
+        tell(f"answers     {output}")
     else:
         terminal.out.out(text, end="")
-        _summarise(answers, num_read, seconds, routed.num_layers, terminal.note)
-
-
-def _count_tokens(routed: RoutedModel, row: Asked, config: GenerateConfig, file: Path) -> int:
-    """Return how many tokens a prompt has, once it is sure that it can be answered."""
-    from drllm.models.routing.batch_generation import prompt_tokens
-
-    try:
-        tokens = prompt_tokens(
-            routed, row.prompt, chat=config.chat, max_new_tokens=config.max_new_tokens
-        )
-    except ConfigError as error:
-        raise ConfigError(f"{file}, line {row.line}: {error}") from error
-    return len(tokens)
+    routes = [given.route for given in answers]
+    plans, new = len(set(routes)), sum(len(given.tokens) for given in answers)
+    tell(f"prompts     {len(answers)} under {plans} plan{'s' * (plans > 1)}")
+    tell(f"executions  {_share(mean_executions(routes), routed, 2)}")
+    tell(f"tokens      {num_read} read, {new} generated")
+    tell(f"time        {duration(seconds)} ({new / seconds:.1f} tokens generated a second)")
 
 
 def to_line(own_id: str | int, given: Answer) -> str:
@@ -317,22 +292,6 @@ def to_line(own_id: str | int, given: Answer) -> str:
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
-def _summarise(
-    answers: Sequence[Answer],
-    num_read: int,
-    seconds: float,
-    num_layers: int,
-    tell: Callable[[str], None],
-) -> None:
-    """Say what all answers took together; the time includes routing them."""
-    routes = [given.route for given in answers]
-    mean, new = mean_executions(routes), sum(len(given.tokens) for given in answers)
-    plans = len(set(routes))
-    tell(f"prompts     {len(answers)} under {plans} plan{'s' * (plans > 1)}")
-    tell(f"executions  {mean:.2f} of {num_layers} a forward pass ({_percent(mean, num_layers)})")
-    tell(f"tokens      {num_read} read, {new} generated")
-    tell(f"time        {duration(seconds)} ({new / seconds:.1f} tokens generated a second)")
-
-
-def _percent(number: float, of: int) -> str:
-    return f"{100 * number / of:.0f} %"
+def _share(executed: float, routed: RoutedModel, digits: int) -> str:
+    of = routed.num_layers
+    return f"{executed:.{digits}f} of {of} a forward pass ({100 * executed / of:.0f} %)"

@@ -46,9 +46,23 @@ def run(words: Sequence[str]) -> None:
         SystemExit: After the harness' own messages.
     """
     setup_logging()
-    with _command_line(["drllm lm-eval", *words]):
+    with _replaced(sys, "argv", ["drllm lm-eval", *words]):
         harness = HarnessCLI()
-        _add_options(harness)
+        group = harness._subparsers.choices["run"].add_argument_group(
+            "drllm",
+            "With one of these, names of 'drllm ls tasks' and .jsonl files are drllm's tasks.",
+        )
+        group.add_argument(
+            "--data_dir",
+            "--data-dir",
+            metavar="<path>",
+            help="Folder with the files of drllm's tasks (default: from the hub)",
+        )
+        group.add_argument(
+            "--split",
+            metavar="<split>",
+            help="Questions of drllm's tasks: search, fit, select or test (default: test)",
+        )
         args = harness.parse_args()
         if getattr(args, "command", None) == "run":
             _evaluate(harness, args)
@@ -56,36 +70,24 @@ def run(words: Sequence[str]) -> None:
             harness.execute(args)
 
 
-def _add_options(harness: HarnessCLI) -> None:
-    """Let `run` take our options too."""
-    group = harness._subparsers.choices["run"].add_argument_group(
-        "drllm", "With one of these, names of 'drllm ls tasks' and .jsonl files are drllm's tasks."
-    )
-    group.add_argument(
-        "--data_dir",
-        "--data-dir",
-        metavar="<path>",
-        help="Folder with the files of drllm's tasks (default: from the hub)",
-    )
-    group.add_argument(
-        "--split",
-        metavar="<split>",
-        help="Questions of drllm's tasks: search, fit, select or test (default: test)",
-    )
-
-
 def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
     """Carry out `run`."""
     data_dir, split = args.data_dir, args.split
     del args.data_dir, args.split  # the harness takes what it doesn't know for settings of its own
     settings = _settings(args)
-    names = _names(settings.tasks or ())
+    given = settings.tasks or ()
+    words = given.split(",") if isinstance(given, str) else map(str, given)
+    names = [name.strip() for word in words for name in word.split(",") if name.strip()]
     if not names:
         raise ConfigError(
             "no task is named; give --tasks NAME,NAME: 'drllm lm-eval ls tasks' lists the harness' "
             "tasks and 'drllm ls tasks' drllm's, which need --split or --data_dir"
         )
-    output = _output_folder(settings.output_path)
+    output = None
+    if settings.output_path is not None:  # where the harness can't write it says so at the end only
+        output = Path(settings.output_path)
+        output = output.parent if output.suffix == ".json" else output
+        check_folder(output, "--output_path")
     if settings.model == "drllm" and settings.device == EvaluatorConfig().device:
         # Named by nobody; unlike the harness we don't go on without a device that was asked for.
         args.device = "auto"
@@ -93,6 +95,8 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
         # Without effect on tasks that set the other one, which the harness prefers.
         args.gen_kwargs = dict(settings.gen_kwargs)
         args.gen_kwargs["max_gen_toks"] = args.gen_kwargs.pop("max_new_tokens")
+    is_first = int(os.environ.get("RANK", "0")) == 0  # the process that writes
+    length = settings.model_args.get("max_length")
     own = None
     if data_dir is not None or split is not None:
         own = own_tasks(
@@ -101,19 +105,24 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
             limit=settings.limit,
             data_dir=data_dir,
             num_fewshot=settings.num_fewshot,
-            max_length=_most_tokens(settings.model_args),
+            max_length=length if isinstance(length, int) else None,
             include_path=settings.include_path,
             num_processes=int(os.environ.get("WORLD_SIZE", "1")),
         )
     with ExitStack() as stack:
         if settings.cache_requests:
-            stack.enter_context(_requests_apart(_key(args, own)))
+            from lm_eval.caching import cache
+
+            place = str(Path(cache.PATH) / f"drllm-{_key(args, own)}")
+            stack.enter_context(_replaced(cache, "PATH", place))
         if own is not None:
-            _say_notes(own)
-            folder = stack.enter_context(placed(own.files, output if _is_first() else None))
-            args.tasks = own.names
-            theirs = [settings.include_path] if settings.include_path else []
-            args.include_path = [*theirs, str(folder)] if theirs else str(folder)
+            for task in own.tasks if is_first else ():
+                for note in task.notes:
+                    logger.warning("%s: %s", task.name, note)
+            kept = output / FOLDER if output is not None and is_first else None
+            folder = str(stack.enter_context(placed(own.files, kept)))
+            theirs = settings.include_path
+            args.tasks, args.include_path = own.names, [theirs, folder] if theirs else folder
         _execute(harness, args, names, settings.include_path)
 
 
@@ -146,11 +155,7 @@ def _execute(
 
 
 def _settings(args: Namespace) -> EvaluatorConfig:
-    """Return what the harness makes of its words and of its `--config`.
-
-    Raises:
-        ConfigError: What it refuses.
-    """
+    """Return what the harness makes of its words and of its `--config`."""
     log = logging.getLogger("lm_eval")
     before = log.level
     log.setLevel(logging.CRITICAL)  # it says all of it again when it runs
@@ -161,42 +166,6 @@ def _settings(args: Namespace) -> EvaluatorConfig:
         raise ConfigError(str(error)) from error
     finally:
         log.setLevel(before)
-
-
-def _names(tasks: str | Sequence[Any]) -> list[str]:
-    given = tasks.split(",") if isinstance(tasks, str) else tasks
-    return [name.strip() for each in given for name in str(each).split(",") if name.strip()]
-
-
-def _output_folder(output_path: str | None) -> Path | None:
-    """Return where task folders are kept: next to the results, where these are kept.
-
-    Raises:
-        ConfigError: A place where the harness couldn't write its results: it would only say so
-            at the end.
-    """
-    if output_path is None:
-        return None
-    path = Path(output_path)
-    folder = path.parent if path.suffix == ".json" else path
-    check_folder(folder, "--output_path")
-    return folder / FOLDER
-
-
-def _most_tokens(model_args: dict[str, Any]) -> int | None:
-    given = model_args.get("max_length")
-    return given if isinstance(given, int) else None
-
-
-def _is_first() -> bool:
-    """Return whether this is the process that writes; each other has a folder of its own."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _say_notes(own: OwnTasks) -> None:
-    for task in own.tasks:
-        for note in task.notes if _is_first() else ():
-            logger.warning("%s: %s", task.name, note)
 
 
 def _nearest(name: str, include_path: str | None) -> str:
@@ -213,48 +182,24 @@ def _nearest(name: str, include_path: str | None) -> str:
     return f"{said}; 'drllm lm-eval ls tasks' lists all, --include_path FOLDER adds your own"
 
 
-# --- the harness' cache of requests --------------------------------------------------------------
-
-
 def _key(args: Namespace, own: OwnTasks | None) -> str:
     """Return what tells requests from others that the harness would take for the same.
 
     It knows them by task, number of shots and tokenizer. We add the rows, and every word of the
     command line but where results go: some change requests (`--gen_kwargs`, `--samples`, `--seed`).
     """
-    words = {
-        name: value
-        for name, value in vars(args).items()
-        if name not in ("func", "command", "cache_requests", "output_path")
-    }
-    content = (
-        own.files.key if own else "",
-        sorted(words.items()),
-        version("lm_eval"),
-        version("drllm"),
-    )
+    others = ("func", "command", "cache_requests", "output_path")
+    words = sorted((name, value) for name, value in vars(args).items() if name not in others)
+    content = (own.files.key if own else "", words, version("lm_eval"), version("drllm"))
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 @contextmanager
-def _requests_apart(key: str) -> Iterator[None]:
-    """Let the harness keep its requests in a folder of their own inside the block."""
-    from lm_eval.caching import cache
-
-    before = cache.PATH
-    cache.PATH = str(Path(before) / f"drllm-{key}")
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let an attribute be another one inside the block."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        cache.PATH = before
-
-
-@contextmanager
-def _command_line(words: list[str]) -> Iterator[None]:
-    """Let the process' command line be another one inside the block."""
-    before = sys.argv
-    sys.argv = words
-    try:
-        yield
-    finally:
-        sys.argv = before
+        setattr(owner, name, before)

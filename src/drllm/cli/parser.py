@@ -1,7 +1,9 @@
-"""From the words of a command line to checked settings.
+"""The table of verbs, and the way from the words of a command line to checked settings.
 
-A flag wins over the file given as `--config`, and that over the default. What is wrong with a
-line is said in one line that names the flag, the value and what was expected.
+Each verb is a function, registered once with its settings and its own flags; the parser, the help
+texts and the messages are made from this table. A flag wins over the file given as `--config`, and
+that over the default. What is wrong with a line is said in one line that names the flag, the value
+and what was expected.
 """
 
 from __future__ import annotations
@@ -10,21 +12,153 @@ import argparse
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from drllm.cli.verbs import FOREIGN, VERBS, Flag, Request, Verb
 from drllm.config import ModelConfig
 from drllm.config.files import as_text, canonical, read_yaml
 from drllm.config.settings import Settings, check_text, flag_of, kinds_of
 from drllm.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from drllm.cli.terminal import Terminal
+
+Kind = TypeVar("Kind", bound=Settings)
 
 _WANTED = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 _NUMBER = {
     int: re.compile(r"[+-]?\d{1,20}"),
     float: re.compile(r"[+-]?(\d{1,400}(\.\d*)?|\.\d+)([eE][+-]?\d{1,5})?"),
 }
+_RENAMED = {"--damage": "--kl", "--no-damage": "--no-kl", "--opponents": "--baselines"}
+
+
+# --- the table of verbs ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """What a verb reads or writes, apart from its settings.
+
+    Attributes:
+        name: Of the flag, with underscores; of the place on the line for a positional one.
+        help: One line.
+        default: None where the user must give one, or may leave it out.
+        required: The verb can't run without.
+        many: Takes one value or more.
+        positional: Given without a name.
+        switch: Takes no value; False where it isn't given.
+    """
+
+    name: str
+    help: str
+    default: str | None = None
+    required: bool = False
+    many: bool = False
+    positional: bool = False
+    switch: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The name as a user writes it."""
+        return self.name.upper() if self.positional else flag_of(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A command line, understood and checked.
+
+    Attributes:
+        verb: Name of the verb.
+        settings: One object of each of the verb's groups.
+        values: What its own flags say, by name.
+        model_given: The user named a base model.
+    """
+
+    verb: str
+    settings: tuple[Settings, ...]
+    values: Mapping[str, Any]
+    model_given: bool
+
+    def of(self, kind: type[Kind]) -> Kind:
+        """Return the settings of one group of the verb."""
+        return next(group for group in self.settings if isinstance(group, kind))
+
+    def path(self, name: str) -> Path:
+        """Return the value of a flag that is there, as a path."""
+        return Path(self.values[name]).expanduser()
+
+    def optional_path(self, name: str) -> Path | None:
+        """Return the value of a flag as a path; None where it isn't given."""
+        return self.path(name) if self.values[name] else None
+
+    def paths(self, name: str) -> list[Path]:
+        """Return the values of a flag that takes several."""
+        return [Path(value).expanduser() for value in self.values[name]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verb:
+    """One command.
+
+    Attributes:
+        name: As typed.
+        help: One line for `drllm --help`.
+        example: A command line that works.
+        run: Does the work.
+        settings: The groups of settings that become flags.
+        flags: What it reads and writes.
+        model_from_routers: Without `--model`, the routers name the base model.
+        resumes: The same command resumes after an interruption.
+    """
+
+    name: str
+    help: str
+    example: str
+    run: Callable[[Request, Terminal], None]
+    settings: tuple[type[Settings], ...] = ()
+    flags: tuple[Flag, ...] = ()
+    model_from_routers: bool = False
+    resumes: bool = False
+
+
+VERBS: dict[str, Verb] = {}
+"""Filled when the modules that `drllm.cli` names are imported, in the order of `--help`."""
+
+FOREIGN = {"lm-eval": "lm-evaluation-harness' own command line, with our model as --model drllm"}
+"""Verbs whose words somebody else reads, and what they do."""
+
+
+def verb(name: str, **described: Any) -> Callable[[Any], Any]:
+    """Register a function as a verb; see `Verb` for what describes it."""
+
+    def register(function: Any) -> Any:
+        VERBS[name] = Verb(name=name, run=function, **described)
+        return function
+
+    return register
+
+
+def overview() -> str:
+    """Return the text of `drllm --help`."""
+    lines = {name: each.help for name, each in VERBS.items()} | FOREIGN
+    width = max(map(len, lines))
+    verbs = "\n".join(f"  {name:{width}}  {text}" for name, text in lines.items())
+    return (
+        "usage: drllm VERB [flags]\n\n"
+        "Layer routing for frozen Hugging Face language models: skip, execute or repeat each\n"
+        "layer, once per prompt.\n\n"
+        f"verbs:\n{verbs}\n\n"
+        "flags:\n"
+        "  --help       this text; after a verb, its flags\n"
+        "  --version    the version\n\n"
+        f"first try: {VERBS['run'].example}"
+    )
+
+
+# --- a command line ----------------------------------------------------------------------------
 
 
 def parse(words: Sequence[str]) -> Request:
@@ -32,9 +166,6 @@ def parse(words: Sequence[str]) -> Request:
 
     Args:
         words: The command line without the program's name; at least the verb.
-
-    Returns:
-        The request.
 
     Raises:
         ConfigError: An unknown verb, flag or setting, a value that doesn't fit, something missing.
@@ -47,9 +178,9 @@ def parse(words: Sequence[str]) -> Request:
         raise ConfigError(unknown_name(kind, name, known) + "; 'drllm --help' explains them")
     verb = VERBS[name]
     rest = _with_dashes(rest)
-    _check_switches(verb, rest)
+    _check_values(verb, rest)
     try:
-        parsed, unknown = new_parser(verb).parse_known_args(rest)
+        parsed, unknown = _parser(verb).parse_known_args(rest)
     except argparse.ArgumentError as error:
         raise ConfigError(f"{' '.join(str(error).split())}; see 'drllm {name} --help'") from error
     if unknown:
@@ -58,27 +189,18 @@ def parse(words: Sequence[str]) -> Request:
     values: dict[str, Any] = {}
     for file in given.pop("config", []):
         check_text("--config", file)
-        values.update(_read_settings(Path(file).expanduser(), verb))
+        values |= _read_settings(Path(file).expanduser(), verb)
     for flag in verb.flags:
-        for text in _texts(given.get(flag.name)):
-            check_text(flag.shown, text)
-    for group in verb.settings:
-        kinds = kinds_of(group)
-        for declared in dataclasses.fields(group):
-            if isinstance(said := given.get(declared.name), str):
-                given[declared.name] = _value(declared, kinds[declared.name], said)
-    return _request(verb, values | given)
-
-
-def _texts(value: Any) -> list[str]:
-    return [
-        each
-        for each in (value if isinstance(value, list) else [value])
-        if each is not None and not isinstance(each, bool)
-    ]
-
-
-def _request(verb: Verb, values: Mapping[str, Any]) -> Request:
+        if flag.name in given:
+            _flag_value(flag, given[flag.name])
+    for _, setting, wanted, _ in _settings(verb):
+        said = given.get(setting.name)
+        if isinstance(said, str) and wanted is not str:
+            if not _NUMBER[wanted].fullmatch(said):
+                what = f"give {_WANTED[wanted]} ({setting.metadata['help']})"
+                raise ConfigError(f"{flag_of(setting.name)} is {said[:80]!r}; {what}")
+            given[setting.name] = wanted(said)
+    values |= given
     own: dict[str, Any] = {}
     for flag in verb.flags:
         missing: Any = [] if flag.many else False if flag.switch else flag.default
@@ -87,20 +209,28 @@ def _request(verb: Verb, values: Mapping[str, Any]) -> Request:
             raise ConfigError(
                 f"{verb.name} needs {flag.shown} ({flag.help}), for example: {verb.example}"
             )
-    settings = []
+    groups = tuple(_made(group, values) for group in verb.settings)
+    return Request(verb.name, groups, own, "model" in values)
+
+
+def _made(group: type[Settings], values: Mapping[str, Any]) -> Settings:
+    names = [declared.name for declared in dataclasses.fields(group)]
+    return group(**{name: values[name] for name in names if name in values})
+
+
+def _settings(
+    verb: Verb,
+) -> Iterator[tuple[type[Settings], dataclasses.Field[Any], type, list[str]]]:
+    """Yield each setting of a verb: its group, its declaration, its type, the names of its flag."""
     for group in verb.settings:
-        names = [declared.name for declared in dataclasses.fields(group)]
-        settings.append(group(**{key: values[key] for key in names if key in values}))
-    return Request(
-        verb=verb.name, settings=tuple(settings), values=own, model_given="model" in values
-    )
+        kinds = kinds_of(group)
+        for declared in dataclasses.fields(group):
+            names = (declared.name, declared.metadata["alias"])
+            yield group, declared, kinds[declared.name][0], [flag_of(n) for n in names if n]
 
 
-# --- flags -------------------------------------------------------------------------------------
-
-
-def new_parser(verb: Verb) -> argparse.ArgumentParser:
-    """Return the parser of one verb: every value is read as text, and None where it is missing."""
+def _parser(verb: Verb) -> argparse.ArgumentParser:
+    """Return a verb's parser: every value is read as text, and left out where it is missing."""
     places = [f"[{flag.shown}]" for flag in verb.flags if flag.positional]
     parser = argparse.ArgumentParser(
         prog=f"drllm {verb.name}",
@@ -112,19 +242,36 @@ def new_parser(verb: Verb) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     for flag in verb.flags:
-        text = flag.help + (f" (default: {flag.default})" if flag.default else "")
-        options: dict[str, Any] = {"help": _escaped(text), "metavar": flag.name.upper()}
+        options: dict[str, Any] = {"help": flag.help, "metavar": flag.name.upper()}
+        if flag.default:
+            options["help"] += f" (default: {flag.default})"
         if flag.positional:
             # Optional to argparse, so that what is missing is said in our words.
             parser.add_argument(flag.name, nargs="*" if flag.many else "?", **options)
         elif flag.switch:
             parser.add_argument(flag.shown, action="store_true", help=options["help"])
         else:
-            parser.add_argument(
-                flag.shown, nargs="+" if flag.many else None, dest=flag.name, **options
-            )
-    for group in verb.settings:
-        _add_settings(parser, group, verb)
+            nargs = "+" if flag.many else None
+            parser.add_argument(flag.shown, nargs=nargs, dest=flag.name, **options)
+    sections = {
+        group: parser.add_argument_group(group.__name__.removesuffix("Config").lower())
+        for group in verb.settings
+    }
+    for group, setting, kind, names in _settings(verb):
+        rules, default = setting.metadata, setting.default
+        text = rules["help"]
+        if rules["choices"]:
+            text += f"; one of {', '.join(rules['choices'])}"
+        if group is ModelConfig and setting.name == "model" and verb.model_from_routers:
+            text += "; without it the one that the routers name"
+        elif default is not None:
+            text += f" (default: {str(default).lower() if kind is bool else default})"
+        options = {"dest": setting.name, "help": text.replace("%", "%%")}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["metavar"] = {int: "N", float: "X"}.get(kind, "TEXT")
+        sections[group].add_argument(*names, **options)
     if verb.settings:
         parser.add_argument(
             "--config", action="append", metavar="FILE", help="settings in YAML; flags win over it"
@@ -132,72 +279,20 @@ def new_parser(verb: Verb) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser, group: type[Settings], verb: Verb) -> None:
-    section = parser.add_argument_group(group.__name__.removesuffix("Config").lower())
-    kinds = kinds_of(group)
-    for declared in dataclasses.fields(group):
-        rules, kind = declared.metadata, kinds[declared.name][0]
-        names = [flag_of(name) for name in (declared.name, rules["alias"]) if name]
-        text = rules["help"]
-        if rules["choices"]:
-            text += f"; one of {', '.join(rules['choices'])}"
-        if group is ModelConfig and declared.name == "model" and verb.model_from_routers:
-            text += "; without it the one that the routers name"
-        elif declared.default is not None:
-            default = str(declared.default).lower() if kind is bool else declared.default
-            text += f" (default: {default})"
-        options: dict[str, Any] = {"dest": declared.name, "help": _escaped(text)}
-        if kind is bool:
-            section.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
-        else:
-            metavar = {int: "N", float: "X"}.get(kind, "TEXT")
-            section.add_argument(*names, metavar=metavar, **options)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("%", "%%")  # argparse formats help texts
-
-
 def _with_dashes(words: Sequence[str]) -> list[str]:
     """Write flag names with dashes, since underscores are accepted too; values stay as they are."""
-    written: list[str] = []
-    for place, word in enumerate(words):
-        if word == "--":
-            return [*written, *words[place:]]
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            word = name.replace("_", "-") + equals + value
-        written.append(word)
-    return written
-
-
-def _value(declared: dataclasses.Field[Any], kinds: Sequence[type], text: str) -> Any:
-    """Return the value of a setting that the line gives as text."""
-    kind = kinds[0]
-    if kind is str:
-        return text
-    if _NUMBER[kind].fullmatch(text):
-        return kind(text)
-    raise ConfigError(
-        f"{flag_of(declared.name)} is {text[:80]!r}; give {_WANTED[kind]} "
-        f"({declared.metadata['help']})"
-    )
-
-
-# --- files -------------------------------------------------------------------------------------
+    end = words.index("--") if "--" in words else len(words)
+    dashed = (re.sub("^--[^=]*", lambda name: name[0].replace("_", "-"), w) for w in words[:end])
+    return [*dashed, *words[end:]]
 
 
 def _read_settings(path: Path, verb: Verb) -> dict[str, Any]:
-    """Read and check a `--config` file for a verb.
-
-    Raises:
-        ConfigError: As `read_yaml`; an unknown setting, or a value that doesn't fit.
-    """
+    """Read and check a `--config` file for a verb."""
     values = read_yaml(path, "settings")
     for group in verb.settings:
         values = canonical(group, values)
     known = [flag.name for flag in verb.flags if not flag.positional]
-    known += [declared.name for group in verb.settings for declared in dataclasses.fields(group)]
+    known += [setting.name for _, setting, _, _ in _settings(verb)]
     for key in values:
         if key not in known:
             raise ConfigError(f"{path}: " + unknown_name("setting", key, known))
@@ -206,15 +301,14 @@ def _read_settings(path: Path, verb: Verb) -> dict[str, Any]:
             if flag.name in values:
                 values[flag.name] = _flag_value(flag, values[flag.name])
         for group in verb.settings:
-            names = {declared.name for declared in dataclasses.fields(group)}
-            group(**{key: value for key, value in values.items() if key in names})
+            _made(group, values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return values
 
 
 def _flag_value(flag: Flag, value: Any) -> Any:
-    """Return what a file says for a verb's own flag."""
+    """Return what is said for a verb's own flag, checked."""
     if flag.switch:
         if not isinstance(value, bool):
             raise ConfigError(f"{flag.shown} is {value!r}; give true or false")
@@ -231,18 +325,16 @@ def _flag_value(flag: Flag, value: Any) -> Any:
 # --- what is refused ---------------------------------------------------------------------------
 
 
-def _check_switches(verb: Verb, words: Sequence[str]) -> None:
+def _check_values(verb: Verb, words: Sequence[str]) -> None:
     """Refuse `--switch=value`, and a flag without its value."""
     switches = _switches(verb)
-    valued = {flag.shown: f"one ({flag.help})" for flag in verb.flags if not flag.switch}
-    for group in verb.settings:
-        for declared in dataclasses.fields(group):
-            rules, kind = declared.metadata, kinds_of(group)[declared.name][0]
-            choices = rules["choices"]
-            wanted = f"one of {', '.join(choices)}" if choices else _WANTED[kind]
-            for name in (declared.name, rules["alias"]):
-                if name and flag_of(name) not in switches:
-                    valued[flag_of(name)] = f"{wanted} ({rules['help']})"
+    named = [flag for flag in verb.flags if not flag.positional and not flag.switch]
+    valued = {flag.shown: f"one ({flag.help})" for flag in named}
+    for _, setting, kind, names in _settings(verb):
+        choices = setting.metadata["choices"]
+        wanted = f"one of {', '.join(choices)}" if choices else _WANTED[kind]
+        if kind is not bool:
+            valued |= dict.fromkeys(names, f"{wanted} ({setting.metadata['help']})")
     if verb.settings:
         valued["--config"] = "the name of a YAML file"
     for word, after in itertools.zip_longest(words, words[1:]):
@@ -257,11 +349,14 @@ def _check_switches(verb: Verb, words: Sequence[str]) -> None:
 
 def _unknown(verb: Verb, word: str, words: Sequence[str]) -> ConfigError:
     """Return what is wrong with a word that the parser can't place."""
+    name = word.partition("=")[0]
     if word.startswith("-"):
         flags = [flag.shown for flag in verb.flags if not flag.positional]
-        flags += [flag_of(d.name) for group in verb.settings for d in dataclasses.fields(group)]
+        flags += [names[0] for _, _, _, names in _settings(verb)]
         flags += ["--config", "--help"] if verb.settings else ["--help"]
-        said = unknown_name("flag", word.partition("=")[0], flags)
+        said = unknown_name("flag", name, flags)
+        if _RENAMED.get(name, "").replace("--no-", "--") in flags:
+            said = f"unknown flag {name!r}, which is called {_RENAMED[name]} now"
         return ConfigError(f"{said} ('drllm {verb.name} --help')")
     switches = _switches(verb)
     before = {after: word for word, after in itertools.pairwise(words)}.get(word, "")
@@ -274,18 +369,14 @@ def _unknown(verb: Verb, word: str, words: Sequence[str]) -> ConfigError:
 
 
 def _switches(verb: Verb) -> dict[str, str]:
-    """Return every flag that takes no value, with the flag that undoes it or nothing."""
-    found = {flag.shown: "" for flag in verb.flags if flag.switch}
-    for group in verb.settings:
-        for declared in dataclasses.fields(group):
-            if kinds_of(group)[declared.name][0] is bool:
-                for name in filter(None, (declared.name, declared.metadata["alias"])):
-                    on, off = flag_of(name), flag_of(f"no_{name}")
-                    found[on], found[off] = f"{off} turns it off", f"{on} turns it on"
+    """Return every flag that takes no value, with what undoes it."""
+    found = {flag.shown: "leave that out" for flag in verb.flags if flag.switch}
+    for _, _, kind, names in _settings(verb):
+        for on in names if kind is bool else ():
+            off = on.replace("--", "--no-", 1)
+            found |= {on: f"{off} turns it off", off: f"{on} turns it on"}
     return found
 
 
 def _one_too_many(flag: str, value: str, switches: Mapping[str, str]) -> ConfigError:
-    return ConfigError(
-        f"{flag} takes no value, but {value!r} follows it; {switches[flag] or 'leave that out'}"
-    )
+    return ConfigError(f"{flag} takes no value, but {value!r} follows it; {switches[flag]}")

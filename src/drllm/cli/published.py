@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from drllm.cli.verbs import Request
+from drllm.cli.parser import Request
 from drllm.config import ModelConfig
 from drllm.config.settings import flag_of
 from drllm.errors import ConfigError
@@ -18,8 +18,6 @@ FOLDERS = (Path("data/mcts_paths"), Path("data"))
 
 ADDED = {"with_squad": "squad_v2", "with_commonsense": "commonsense_qa"}
 """Switch of the published training → the task whose targets it adds."""
-
-TARGETS = "supervision.jsonl"
 
 
 def supervision_files(request: Request) -> list[Path]:
@@ -39,16 +37,16 @@ def supervision_files(request: Request) -> list[Path]:
 
 
 def _left_by_the_search(request: Request) -> Path:
-    found = [folder / TARGETS for folder in FOLDERS if (folder / TARGETS).is_file()]
+    places = [folder / "supervision.jsonl" for folder in FOLDERS]
+    found = [file for file in places if file.is_file()]
     if not found:
         remedy = f"search first: {_search_command(request, 'arc,dart', FOLDERS[0])}"
-        searched = [folder for folder in FOLDERS if (folder / "search.jsonl").is_file()]
-        if searched:  # it gave no targets by default
-            given, made = searched[0] / "search.jsonl", searched[0] / TARGETS
-            remedy = f"make one: drllm supervise --search {given} --output {made}"
+        for file in reversed(places):
+            if (searched := file.with_name("search.jsonl")).is_file():  # no targets by default
+                remedy = f"make one: drllm supervise --search {searched} --output {file}"
+        neither = " nor ".join(map(str, places))
         raise ConfigError(
-            f"train needs --supervision FILE, since there is neither "
-            f"{' nor '.join(str(folder / TARGETS) for folder in FOLDERS)}; {remedy}"
+            f"train needs --supervision FILE, since there is neither {neither}; {remedy}"
         )
     if len(found) > 1:
         raise ConfigError(
@@ -65,15 +63,13 @@ def _added(flag: str, task: str, before: list[Path], request: Request) -> Path:
             f"{flag} has no effect: {', '.join(map(str, before))} already holds targets of "
             f"{task}; leave it out"
         )
-    folder = FOLDERS[1] / task
-    file = folder / TARGETS
+    file = FOLDERS[1] / task / "supervision.jsonl"
     if not file.is_file():
         raise ConfigError(
             f"{flag} needs targets of {task} in {file}, which isn't there; make them: "
-            f"{_search_command(request, task, folder)}"
+            f"{_search_command(request, task, file.parent)}"
         )
-    others = {record.task for record in read_supervision(file)} - {task}
-    if others:
+    if others := {record.task for record in read_supervision(file)} - {task}:
         raise ConfigError(
             f"{flag} adds targets of {task}, but {file} holds {', '.join(sorted(others))} too; "
             f"give the file as --supervision instead"

@@ -6,17 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-
-from drllm.cli.show_results import show_measured, show_results
-from drllm.cli.show_routers import show_agreement
+from drllm.cli.parser import Flag, Request, verb
+from drllm.cli.show_results import show_measured, show_results, show_sweep
 from drllm.cli.show_search import show_failed, show_question, show_search, show_unfinished
 from drllm.cli.show_supervision import say_classes, show_rejected, show_supervision
-from drllm.cli.show_sweep import show_sweep
-from drllm.cli.terminal import Terminal, new_table
-from drllm.cli.verbs import Flag, Request, verb
+from drllm.cli.terminal import Terminal
 from drllm.errors import RecordError
+from drllm.metrics import by_layer, ratios, shown, verdict
 from drllm.records import (
     FailedQuestion,
     RejectedQuestion,
@@ -26,7 +22,7 @@ from drllm.records import (
     read_supervision,
     refuse_odd_file,
 )
-from drllm.records.layers import LAYERS_FILE, Calibration, calibration_of
+from drllm.records.layers import LAYERS_FILE, calibration_of, read_layers
 from drllm.records.results import (
     EVALUATION_SCHEMA,
     LATENCY_FILE,
@@ -62,8 +58,7 @@ def show_place(request: Request, terminal: Terminal) -> None:
         show(place, terminal)
         return
     file = place / "search.jsonl" if place.is_dir() else place
-    _, first = next(read_json_lines(file, dict[str, Any]))
-    if "paths" not in first:
+    if "paths" not in _first_row(file):
         raise RecordError(
             f"{file} is no search.jsonl, and --question {question} draws what a search tried; "
             f"give a search.jsonl or a folder that holds one"
@@ -94,19 +89,13 @@ def show(place: Path, terminal: Terminal) -> None:
 
 def _show_folder(folder: Path, terminal: Terminal) -> None:
     if (folder / "router_config.json").is_file():
-        _show_routers(folder, terminal)
+        _show_routers(folder / "router_config.json", terminal)
         return
-    parts: list[tuple[Path, Renderer]] = [
-        (folder / name, _show_lines)
-        for name in ("search.jsonl", "search.failed.jsonl", "supervision.jsonl")
-        if (folder / name).is_file()
-    ]
+    names = ("search.jsonl", "search.failed.jsonl", "supervision.jsonl")
+    files = [folder / name for name in (*names, "routers/router_config.json", SWEEP_FILE)]
+    parts: list[tuple[Path, Renderer]] = [(file, show) for file in files if file.is_file()]
     if (folder / CHUNKS_FOLDER).is_dir() and not (folder / "search.jsonl").is_file():
         parts.insert(0, (folder / CHUNKS_FOLDER, show_unfinished))
-    if (folder / "routers" / "router_config.json").is_file():
-        parts.append((folder / "routers", _show_routers))
-    if (folder / SWEEP_FILE).is_file():
-        parts.append((folder / SWEEP_FILE, show_sweep))
     places = (folder / "eval", folder, folder / "test" / "eval")
     parts += [(place, show_results) for place in places if _has_results(place)]
     if not parts:
@@ -115,15 +104,16 @@ def _show_folder(folder: Path, terminal: Terminal) -> None:
             f"give a folder that a stage of drllm has written"
         )
     for number, (place, print_it) in enumerate(parts):
-        terminal.say(f"{chr(10) * (number > 0)}{place}")
+        if number:
+            terminal.say()
+        terminal.say(str(place.parent if place.name == "router_config.json" else place))
         print_it(place, terminal)
     if (folder / "report.html").is_file():
         terminal.say()
-        terminal.fact("report", str(folder / "report.html"))
+        terminal.fact("report", folder / "report.html")
 
 
 def _has_results(folder: Path) -> bool:
-    """Tell whether a file of the folder says that it is a result."""
     return any(schema_of(path) == EVALUATION_SCHEMA for path in results_in(folder))
 
 
@@ -141,8 +131,16 @@ def _show_json(path: Path, terminal: Terminal) -> None:
         show_results(path.parent, terminal, [read_evaluation(path).task])
 
 
+def _first_row(path: Path) -> dict[str, Any]:
+    return next(read_json_lines(path, dict[str, Any]))[1]
+
+
+def _rows(path: Path, kind: Any = dict[str, Any]) -> list[Any]:
+    return [row for _, row in read_json_lines(path, kind)]
+
+
 def _show_lines(path: Path, terminal: Terminal) -> None:
-    _, first = next(read_json_lines(path, dict[str, Any]))
+    first = _first_row(path)
     for field, (_, render) in _LINES.items():
         if field in first:
             render(path, terminal)
@@ -154,15 +152,65 @@ def _show_lines(path: Path, terminal: Terminal) -> None:
 
 
 def _show_samples(path: Path, terminal: Terminal) -> None:
-    rows = [row for _, row in read_json_lines(path, dict[str, Any])]
+    rows = _rows(path)
     terminal.fact("samples", f"{len(rows)}; systems {', '.join(rows[0]['systems'])}")
     terminal.fact("tables", f"drllm show {path.parent}")
+
+
+def _show_metrics(path: Path, terminal: Terminal) -> None:
+    rows = _rows(path)
+    last = max(row["epoch"] for row in rows)
+    chosen = [row for row in rows if row["epoch"] == last]
+    names = [name for name in chosen[0] if name not in ("epoch", "split", "learning_rate")]
+    terminal.table(
+        "|".join(["metric", *(str(row["split"]) for row in chosen)]),
+        ([name, *(plain(row.get(name), 3) for row in chosen)] for name in names),
+        title=f"epoch {last}",
+        numbers_from=1,
+    )
+
+
+# --- routers -----------------------------------------------------------------------------------
+
+
+def _show_routers(path: Path, terminal: Terminal) -> None:
+    config, folder = read_json(path, dict[str, Any]), path.parent
+    _check_weights(folder / "routers.safetensors")
+    training = config.get("training") or {}
+    shape = f"{config.get('num_layers')} layers of width {config.get('hidden_size')}"
+    terminal.fact("base model", f"{config.get('base_model') or 'not named'}, {shape}")
+    windows, width = config.get("num_windows"), config.get("router_width")
+    terminal.fact("routers", f"{windows} windows, inner width {width}")
+    if training:
+        tasks = ", ".join(f"{name} {n}" for name, n in training.get("tasks", {}).items())
+        terminal.fact(
+            "trained on",
+            f"{training.get('num_trained')} targets ({tasks}), "
+            f"{training.get('num_held_out')} held out, {training.get('steps')} steps",
+        )
+    if (found := calibration_of(config, str(path))) is not None:
+        folded = (training.get("settings") or {}).get("calibrate") is True
+        terminal.fact(
+            "calibration",
+            f"temperature {plain(found.temperature, 2)} "
+            f"({'in the weights' if folded else 'not in the weights'}), expected calibration "
+            f"error {plain(found.ece_before, 4)} without and {plain(found.ece_after, 4)} with "
+            f"it, on {found.num_decisions} held-out decisions",
+        )
+    if counts := config.get("label_counts"):
+        say_classes([sum(column) for column in zip(*counts, strict=True)], terminal)
+    for name, render in (("metrics.jsonl", _show_metrics), (LAYERS_FILE, _show_agreement)):
+        if (folder / name).is_file():
+            render(folder / name, terminal)
 
 
 def _check_weights(path: Path) -> None:
     """Refuse weights that are broken, cut off or not finite."""
     if not refuse_odd_file(path, "read"):
         return
+    import numpy as np
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="np") as file:  # as torch takes seconds to load
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -175,67 +223,26 @@ def _check_weights(path: Path) -> None:
             raise RecordError(f"{path}: {name!r} holds NaN or infinity; train the routers again")
 
 
-def _show_routers(folder: Path, terminal: Terminal) -> None:
-    path = folder / "router_config.json"
-    config = read_json(path, dict[str, Any])
-    _check_weights(folder / "routers.safetensors")
-    training = config.get("training") or {}
-    terminal.fact(
-        "base model",
-        f"{config.get('base_model') or 'not named'}, "
-        f"{config.get('num_layers')} layers of width {config.get('hidden_size')}",
-    )
-    terminal.fact(
-        "routers",
-        f"{config.get('num_windows')} windows, inner width {config.get('router_width')}",
-    )
-    if training:
-        tasks = ", ".join(f"{name} {n}" for name, n in training.get("tasks", {}).items())
-        terminal.fact(
-            "trained on",
-            f"{training.get('num_trained')} targets ({tasks}), "
-            f"{training.get('num_held_out')} held out, {training.get('steps')} steps",
+def _show_agreement(path: Path, terminal: Terminal) -> None:
+    """Compare the saved routers with decisions that ignore the question, on each part."""
+    layers = read_layers(path)
+    for part, systems in layers.parts.items():
+        scores = [ratios(counts) for counts in systems.values()]
+        terminal.table(
+            "|".join(["metric", *map(shown, systems)]),
+            ([name, *(plain(each[name], 3) for each in scores)] for name in scores[0]),
+            title=f"after epoch {layers.epoch}, on {layers.title(part)}",
+            numbers_from=1,
         )
-    if (found := calibration_of(config, str(path))) is not None:
-        folded = (training.get("settings") or {}).get("calibrate") is True
-        terminal.fact("calibration", _calibration(found, folded))
-    counts = config.get("label_counts") or []
-    if counts:
-        say_classes([sum(column) for column in zip(*counts, strict=True)], terminal)
-    if (folder / "metrics.jsonl").is_file():
-        _show_metrics(folder / "metrics.jsonl", terminal)
-    if (folder / LAYERS_FILE).is_file():
-        show_agreement(folder / LAYERS_FILE, terminal)
-
-
-def _calibration(found: Calibration, folded: bool) -> str:
-    """Say how far the probabilities can be believed, and whether that was mended."""
-    return (
-        f"temperature {plain(found.temperature, 2)} "
-        f"({'in the weights' if folded else 'not in the weights'}), expected calibration "
-        f"error {plain(found.ece_before, 4)} without and {plain(found.ece_after, 4)} with "
-        f"it, on {found.num_decisions} held-out decisions"
-    )
-
-
-def _show_metrics(path: Path, terminal: Terminal) -> None:
-    rows = [row for _, row in read_json_lines(path, dict[str, Any])]
-    last = max(row["epoch"] for row in rows)
-    table = new_table("metric", title=f"epoch {last}")
-    chosen = [row for row in rows if row["epoch"] == last]
-    for row in chosen:
-        table.add_column(str(row["split"]), justify="right")
-    names = [name for name in chosen[0] if name not in ("epoch", "split", "learning_rate")]
-    for name in names:
-        table.add_row(name, *(plain(row.get(name), 3) for row in chosen))
-    terminal.show(table)
+    terminal.say(by_layer(layers.parts[layers.judged]))
+    terminal.say(verdict(layers.parts))
 
 
 _JSON: dict[str, Renderer] = {
-    "router_config.json": lambda path, terminal: _show_routers(path.parent, terminal),
+    "router_config.json": _show_routers,
     "run.manifest.json": lambda path, terminal: _show_folder(path.parent, terminal),
     LATENCY_FILE: lambda path, terminal: show_measured(path.parent, terminal),
-    LAYERS_FILE: show_agreement,
+    LAYERS_FILE: _show_agreement,
     SWEEP_FILE: show_sweep,
 }
 """By name, what prints a file."""
@@ -248,15 +255,11 @@ _LINES: dict[str, tuple[str, Renderer]] = {
     ),
     "reason": (
         "questions without a target",
-        lambda path, terminal: show_rejected(
-            [one for _, one in read_json_lines(path, RejectedQuestion)], terminal
-        ),
+        lambda path, terminal: show_rejected(_rows(path, RejectedQuestion), terminal),
     ),
     "error": (
         "questions that failed",
-        lambda path, terminal: show_failed(
-            [one for _, one in read_json_lines(path, FailedQuestion)], terminal
-        ),
+        lambda path, terminal: show_failed(_rows(path, FailedQuestion), terminal),
     ),
     "systems": ("samples", _show_samples),
     "epoch": ("metrics", _show_metrics),

@@ -9,11 +9,10 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from rich.text import Text
 
-from drllm.cli.terminal import Terminal, new_table
+from drllm.cli.terminal import Terminal
 from drllm.config import SuperviseConfig
 from drllm.cost import distinct_executions
 from drllm.errors import RecordError
@@ -31,11 +30,10 @@ BEST, WORST = 5, 3
 """Layers that a table of edits shows from either end."""
 OFTEN = 0.2
 """An edit is ranked if it was tried on this share of the questions of the most tried one."""
-_TITLES = {Decision.SKIP: "skipped", Decision.REPEAT: "repeated"}
 NEAREST = 3
 """Ids that are offered where one is unknown."""
 ANSWER_WIDTH = 14
-"""Columns for what a path answered."""
+"""Columns for what a path answered: its beginning, so that a path stays one line."""
 
 
 def show_search(records: Sequence[SearchRecord], terminal: Terminal, *, edits: bool = True) -> None:
@@ -43,128 +41,91 @@ def show_search(records: Sequence[SearchRecord], terminal: Terminal, *, edits: b
 
     With `edits`, layers are ranked by what skipping or repeating them alone did.
     """
-    n = len(records)
+    n, num_layers = len(records), records[0].num_layers
     counts = summarise(records, [], {})
     paths = [path for record in records for path in record.paths]
     rewards = ", ".join(sorted({record.reward for record in records}))
     copies = f" and {count(counts['copies'])} copies" if counts["copies"] else ""
-    terminal.fact(
-        "questions",
-        f"{count(counts['questions'])}{copies}, {records[0].num_layers} layers, reward {rewards}",
-    )
+    asked = f"{count(counts['questions'])}{copies}"
+    terminal.fact("questions", f"{asked}, {num_layers} layers, reward {rewards}")
     terminal.fact("paths tried", f"{count(len(paths))}, {plain(len(paths) / n)} a question")
-    _show_yields(counts, terminal)
-    asked_again = [path for path in paths if path.retest is not None]
-    left = sum(survived(path) for path in asked_again)
-    terminal.fact(
-        "re-test",
-        f"{count(len(asked_again))} paths asked again, {of_total(left, len(asked_again))} survived",
-    )
-    _say_executions(records, terminal)
-    seconds = sum(record.seconds for record in records)
-    rate = f", {plain(len(paths) / seconds)} paths a second" if seconds > 0 else ""
-    terminal.fact("time", f"{duration(seconds)}, {plain(seconds / n)} s a question{rate}")
-    for decision, title in _TITLES.items() if edits else ():
-        _show_edits(least_harmful_first(records, decision), title, terminal)
-
-
-def _show_yields(counts: Mapping[str, Any], terminal: Terminal) -> None:
-    rows = [*counts["tasks"].items()]
-    if len(rows) > 1:
-        rows.append(("all", counts))
-    table = new_table(
-        "task",
-        "questions",
-        "base right",
-        *KINDS,
+    tasks = counts["tasks"] if len(counts["tasks"]) == 1 else {**counts["tasks"], "all": counts}
+    terminal.table(
+        "|".join(["task", "questions", "base right", *KINDS]),
+        (
+            [
+                task,
+                count(row["questions"]),
+                of_total(row["base_correct"], row["questions"]),
+                *(
+                    f"{count(row[f'{kind}_before_retest'])} → {count(row[f'{kind}_after_retest'])}"
+                    for kind in KINDS
+                ),
+            ]
+            for task, row in tasks.items()
+        ),
         title="Questions with such a path, as the search found it → after the re-test",
         numbers_from=1,
     )
-    for name, row in rows:
-        table.add_row(
-            Text(name),
-            count(row["questions"]),
-            of_total(row["base_correct"], row["questions"]),
-            *(
-                f"{count(row[f'{kind}_before_retest'])} → {count(row[f'{kind}_after_retest'])}"
-                for kind in KINDS
-            ),
-        )
-    terminal.show(table)
-
-
-def _say_executions(records: Sequence[SearchRecord], terminal: Terminal) -> None:
-    asked = round(sum(path.executions for record in records for path in record.paths))
-    distinct = sum(
-        distinct_executions([path.decisions for path in record.paths]) for record in records
-    )
+    again = [path for path in paths if path.retest is not None]
+    left = of_total(sum(map(survived, again)), len(again))
+    terminal.fact("re-test", f"{count(len(again))} paths asked again, {left} survived")
+    executions = round(sum(path.executions for path in paths))
+    distinct = sum(distinct_executions([path.decisions for path in r.paths]) for r in records)
+    shared = of_total(distinct, executions)
     terminal.fact(
-        "executions",
-        f"{count(asked)} asked by paths, {of_total(distinct, asked)} distinct in a question",
+        "executions", f"{count(executions)} asked by paths, {shared} distinct in a question"
     )
-    shortest = [
-        min(path.executions for path in record.paths if survived(path))
-        for record in records
-        if any(survived(path) for path in record.paths)
-    ]
-    if shortest:
+    surviving = [[path.executions for path in r.paths if survived(path)] for r in records]
+    if shortest := [min(each) for each in surviving if each]:
         terminal.fact(
             "shortest",
-            f"{plain(fmean(shortest), 2)} executions of {records[0].num_layers} for the shortest "
-            f"surviving path, mean of {count(len(shortest))}",
+            f"{plain(fmean(shortest), 2)} executions of {num_layers} for the shortest surviving "
+            f"path, mean of {count(len(shortest))}",
         )
-
-
-# --- single edits ------------------------------------------------------------------------------
+    seconds = sum(record.seconds for record in records)
+    rate = f", {plain(len(paths) / seconds)} paths a second" if seconds > 0 else ""
+    terminal.fact("time", f"{duration(seconds)}, {plain(seconds / n)} s a question{rate}")
+    for decision in (Decision.SKIP, Decision.REPEAT) if edits else ():
+        _show_edits(least_harmful_first(records, decision), decision, terminal)
 
 
 def least_harmful_first(records: Sequence[SearchRecord], decision: Decision) -> list[EditEffect]:
     """Return what single edits did, the least harmful first: by KL, else margin, else answers."""
-    return sorted(edit_effects(records, decision), key=_harm)
+
+    def harm(edit: EditEffect) -> tuple[float, ...]:  # what isn't known comes last
+        kl, margin = edit.kl, edit.margin
+        known = (kl is None, kl or 0.0, margin is None, -(margin or 0.0))
+        return (*known, edit.base_right - edit.right, edit.layer)
+
+    return sorted(edit_effects(records, decision), key=harm)
 
 
-def _harm(edit: EditEffect) -> tuple[bool, float, bool, float, float, int]:
-    """Order edits by what tells most about them; what isn't known comes last."""
-    return (
-        edit.kl is None,
-        edit.kl or 0.0,
-        edit.margin is None,
-        -(edit.margin or 0.0),
-        edit.base_right - edit.right,
-        edit.layer,
-    )
-
-
-def _show_edits(edits: Sequence[EditEffect], title: str, terminal: Terminal) -> None:
+def _show_edits(edits: Sequence[EditEffect], decision: Decision, terminal: Terminal) -> None:
+    done = "skipped" if decision == Decision.SKIP else "repeated"
     if not edits:
-        terminal.fact(f"one {title}", "never tried alone")
+        terminal.fact(f"one {done}", "never tried alone")
         return
     least = OFTEN * max(edit.questions for edit in edits)
-    ranked = [edit for edit in edits if edit.questions >= least]
-    shown = ranked if len(ranked) <= BEST + WORST else [*ranked[:BEST], *ranked[-WORST:]]
-    table = new_table(
-        "layer",
-        "tried",
-        "right",
-        "base right",
-        "kl",
-        "margin change",
-        title=f"One layer {title}, the others executed once; the least harmful of "
-        f"{len(ranked)} layers first",
-        numbers_from=0,
-    )
-    for edit in shown:
-        if len(shown) < len(ranked) and edit is ranked[-WORST]:
-            table.add_row("…")
-        table.add_row(
+    rows = [
+        [
             str(edit.layer),
             count(edit.questions),
             percent(edit.right),
             percent(edit.base_right),
             plain(edit.kl, 3),
             signed(edit.margin, 2),
-        )
-    terminal.show(table)
+        ]
+        for edit in edits
+        if edit.questions >= least
+    ]
+    terminal.table(
+        "layer|tried|right|base right|kl|margin change",
+        rows if len(rows) <= BEST + WORST else [*rows[:BEST], ["…"], *rows[-WORST:]],
+        title=f"One layer {done}, the others executed once; the least harmful of "
+        f"{len(rows)} layers first",
+        numbers_from=0,
+    )
 
 
 # --- what isn't in search.jsonl ----------------------------------------------------------------
@@ -173,11 +134,8 @@ def _show_edits(edits: Sequence[EditEffect], title: str, terminal: Terminal) -> 
 def show_failed(questions: Sequence[FailedQuestion], terminal: Terminal) -> None:
     """Print the questions that a search has set aside, each with its last error."""
     terminal.fact("failed", f"{count(len(questions))} questions were set aside by the search")
-    table = new_table("task", "id", "attempts", "last error")
-    for question in questions:
-        texts = (question.task, question.id, count(question.attempts), question.error)
-        table.add_row(*map(Text, texts))
-    terminal.show(table)
+    rows = [(one.task, one.id, count(one.attempts), one.error) for one in questions]
+    terminal.table("task|id|attempts|last error", rows)
 
 
 def show_unfinished(folder: Path, terminal: Terminal) -> None:
@@ -208,71 +166,56 @@ def show_question(
             f"{place} has no question with id {question!r}; nearest of {len(ids)}: "
             f"{', '.join(near)}"
         )
+    # The rule is that of the targets next to the search, if there are any.
+    manifest = read_manifest(place.with_name("supervision.jsonl"), "supervision") or {}
+    config = SuperviseConfig().to_dict() | manifest.get("config", {})
     for number, record in enumerate(found):
         if number:
             terminal.say()
-        _show_head(record, _rule_of(place), terminal)
+        rule = config["target"]
+        target = candidates(record, rule, min_saving=config["min_saving"])
+        terminal.fact("question", f"{record.id} of {record.task}, {record.num_layers} layers")
+        terminal.show(Text(record.question))
+        terminal.fact("answer", record.answer)
+        terminal.fact("paths", f"{len(record.paths)} tried, reward {record.reward}")
+        terminal.fact(
+            "target",
+            f"none: {target}"
+            if isinstance(target, str)
+            else f"#{target[0].simulation}, {plain(target[0].executions)} executions (rule {rule})",
+        )
         _show_tree(record, terminal)
 
 
-def _rule_of(search_file: Path) -> SuperviseConfig:
-    """Return how targets are chosen: as for the supervision.jsonl next to the search, if any."""
-    manifest = read_manifest(search_file.with_name("supervision.jsonl"), "supervision") or {}
-    known = ("target", "min_saving")
-    config = {name: manifest.get("config", {}).get(name) for name in known}
-    return SuperviseConfig(**{name: value for name, value in config.items() if value is not None})
-
-
-def _show_head(record: SearchRecord, config: SuperviseConfig, terminal: Terminal) -> None:
-    terminal.say(f"question       {record.id} of {record.task}, {record.num_layers} layers")
-    terminal.show(Text(record.question))
-    terminal.say(f"answer         {record.answer}")
-    terminal.say(f"paths          {len(record.paths)} tried, reward {record.reward}")
-    found = candidates(record, config.target, min_saving=config.min_saving)
-    if isinstance(found, str):
-        terminal.say(f"target         none: {found}")
-    else:
-        terminal.say(
-            f"target         #{found[0].simulation}, {plain(found[0].executions)} executions "
-            f"(rule {config.target})"
-        )
-
-
 def _show_tree(record: SearchRecord, terminal: Terminal) -> None:
-    names = ["path", "#", "right", "margin", "executions", "kl", "re-test"]
-    generated = any(path.answer is not None for path in record.paths)
-    table = new_table(*names, numbers_from=1)
-    if generated:  # its beginning, so that a path stays one line
-        table.add_column("answered", no_wrap=True, max_width=ANSWER_WIDTH)
     by_decisions = {path.decisions: path for path in record.paths}
+    rows: list[list[str | Text]] = []
     for decisions, label in draw_paths(record.paths):
         path = by_decisions[decisions]
-        table.add_row(
+        cells: list[str | Text] = [
             Text(label, style="bold" if is_valid(path) else "dim"),
             str(path.simulation),
-            _outcome(path),
+            {0.0: "no", 1.0: "yes"}.get(path.reward) or plain(path.reward, 2),
             plain(path.margin, 2),
             plain(path.executions),
             plain(path.kl, 3),
             _retested(path.retest),
-            *[Text(" ".join((path.answer or "").split()))] * generated,
-        )
-    terminal.show(table)
+        ]
+        rows.append([*cells, " ".join((path.answer or "").split())])
+    generated = any(path.answer is not None for path in record.paths)
+    terminal.table(
+        "path|#|right|margin|executions|kl|re-test" + "|answered" * generated,
+        rows if generated else [row[:-1] for row in rows],
+        numbers_from=1,
+        cut_off=("answered", ANSWER_WIDTH),
+    )
     terminal.say("re-test: other ways of asking that were answered right; + survived, − did not")
-
-
-def _outcome(path: TriedPath) -> str:
-    names = {0.0: "no", 1.0: "yes"}
-    return names.get(path.reward, plain(path.reward, 2))
 
 
 def _retested(retest: Retest | None) -> str:
     if retest is None:
         return ""
     return f"{'+' if retest.survived else '−'} {retest.passed} of {retest.asked}"
-
-
-# --- the tree ----------------------------------------------------------------------------------
 
 
 def draw_paths(paths: Sequence[TriedPath]) -> Iterator[tuple[Decisions, str]]:
@@ -289,38 +232,28 @@ def draw_paths(paths: Sequence[TriedPath]) -> Iterator[tuple[Decisions, str]]:
     Yields:
         The decisions of a path and its line, from the top down.
     """
-    parents = {path.decisions: _parent(path, paths) for path in paths[1:]}
     below: dict[Decisions, list[Decisions]] = {path.decisions: [] for path in paths}
     for path in sorted(paths[1:], key=lambda path: path.simulation):
-        below[parents[path.decisions]].append(path.decisions)
-    full = paths[0].decisions
-    yield full, "full path"
-    yield from _branches(full, below, "")
+        _, _, parent = min(
+            (len(edits), other.simulation, other.decisions)
+            for other in paths
+            if (edits := edits_between(other.decisions, path.decisions))
+        )
+        below[parent].append(path.decisions)
+    yield paths[0].decisions, "full path"
+    yield from _branches(paths[0].decisions, below, "")
 
 
 def _branches(
     above: Decisions, below: Mapping[Decisions, Sequence[Decisions]], lead: str
 ) -> Iterator[tuple[Decisions, str]]:
-    children = below[above]
-    for number, child in enumerate(children, start=1):
-        edit = ", ".join(map(str, edits_between(above, child) or ()))
-        if len(children) == 1:
-            mark, inner = "then ", lead
-        elif number < len(children):
-            mark, inner = "├ ", lead + "│ "
-        else:
-            mark, inner = "└ ", lead + "  "
-        yield child, lead + mark + edit
-        yield from _branches(child, below, inner)
-
-
-def _parent(path: TriedPath, paths: Sequence[TriedPath]) -> Decisions:
-    reached = (
-        (len(edits), other.simulation, other.decisions)
-        for other in paths
-        if (edits := edits_between(other.decisions, path.decisions))
-    )
-    return min(reached)[2]
+    for number, child in enumerate(below[above], start=1):
+        mark, inner = ("├ ", "│ ") if number < len(below[above]) else ("└ ", "  ")
+        if len(below[above]) == 1:
+            mark, inner = "then ", ""
+        edits = edits_between(above, child) or ()
+        yield child, lead + mark + ", ".join(map(str, edits))
+        yield from _branches(child, below, lead + inner)
 
 
 def edits_between(before: Decisions, after: Decisions) -> list[Action] | None:
@@ -335,22 +268,15 @@ def edits_between(before: Decisions, after: Decisions) -> list[Action] | None:
         ['skip 0-1', 'skip 2']
     """
     edits: list[Action] = []
-    layer = 0
-    while layer < len(after):
-        if before[layer] == after[layer]:
-            layer += 1
+    for layer, (old, new) in enumerate(zip(before, after, strict=True)):
+        if old == new:
             continue
-        if before[layer] != Decision.EXECUTE:
+        if old != Decision.EXECUTE:
             return None
-        span = 1
-        if after[layer] == Decision.SKIP:
-            while (
-                span < MAX_SKIPPED_AT_ONCE
-                and layer + span < len(after)
-                and before[layer + span] == Decision.EXECUTE
-                and after[layer + span] == Decision.SKIP
-            ):
-                span += 1
-        edits.append(Action(layer, span, Decision(after[layer])))
-        layer += span
+        last = edits[-1] if edits else Action(0, 0, Decision.EXECUTE)
+        is_next = last.decision == new == Decision.SKIP and last.layer + last.span == layer
+        if is_next and last.span < MAX_SKIPPED_AT_ONCE:
+            edits[-1] = Action(last.layer, last.span + 1, Decision.SKIP)
+        else:
+            edits.append(Action(layer, 1, Decision(new)))
     return edits

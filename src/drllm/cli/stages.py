@@ -6,18 +6,17 @@ Names, numbers, input files and the output's place are refused before the base m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drllm.cli import published
+from drllm.cli.parser import Flag, Request, verb
 from drllm.cli.show import show
 from drllm.cli.show_results import show_results
 from drllm.cli.show_search import show_search
 from drllm.cli.show_supervision import say_written
-from drllm.cli.terminal import Terminal, new_table
-from drllm.cli.verbs import Flag, Request, verb
+from drllm.cli.terminal import Terminal
 from drllm.config import EvaluateConfig, ModelConfig, SearchConfig, SuperviseConfig, TrainConfig
 from drllm.errors import CheckpointError, ConfigError
 from drllm.evaluation.questions import check_output, tasks_of
@@ -41,16 +40,7 @@ from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision.select import supervise, targets, write
 
 if TYPE_CHECKING:
-    from drllm.models.base.load import BaseModel
-    from drllm.models.export import Export
     from drllm.models.routers.stack import RouterStack
-    from drllm.models.routing.routed_model import RoutedModel
-
-CHECKPOINTS = Path("checkpoints")
-MB = 1e6
-
-
-# --- search and supervise ---------------------------------------------------------------------
 
 
 @verb(
@@ -82,27 +72,28 @@ def search(request: Request, terminal: Terminal) -> None:
     assert found.file is not None
     if not found.is_new:
         terminal.say(f"{found.file} is complete already; nothing was searched again")
-    terminal.fact("search", str(found.file))
+    terminal.fact("search", found.file)
     show_search(found, terminal, edits=False)
-    manifest = read_manifest(found.file, "search") or {}
-    if failed := manifest.get("num_failed"):
+    if failed := (read_manifest(found.file, "search") or {}).get("num_failed"):
         file = folder / "search.failed.jsonl"
         terminal.fact("failed", f"{failed} more questions, set aside in {file}")
     supervision = folder / "supervision.jsonl"
     with only_writer(folder, "search", "--output-dir"):
         clear_half_written(supervision, manifest_path(supervision), rejected_path(supervision))
-        _supervise_by_default(found, supervision, terminal)
+        _supervise_by_default(found, found.file, supervision, terminal)
 
 
-def _supervise_by_default(searched: SearchRecords, output: Path, terminal: Terminal) -> None:
+def _supervise_by_default(
+    searched: SearchRecords, file: Path, output: Path, terminal: Terminal
+) -> None:
     found = targets(searched, SuperviseConfig())
-    if output.is_file() and searched.file is not None:
+    if output.is_file():
         manifest = read_manifest(output, "supervision")
         # A kill between the file and its manifest leaves exactly what would be written now.
         if manifest is None and output.read_bytes() != to_lines(found).encode():
             terminal.note(f"drllm: {output} has no manifest, so it isn't ours; it stays as it is")
             return
-        if manifest is not None and sha256(searched.file) in manifest.get("inputs", {}).values():
+        if manifest is not None and sha256(file) in manifest.get("inputs", {}).values():
             terminal.say(f"{output} is made from this search already; it stays as it is")
             return
     if not found:
@@ -122,32 +113,33 @@ def _say_forecast(
     terminal: Terminal,
 ) -> None:
     """Print what a search would take; nothing is written."""
-    with loaded(model, terminal) as base, attached(base) as routed:
+    with loaded(model, terminal) as base, terminal.busy("measuring"):
+        from drllm.models.routing.routed_model import RoutedModel
         from drllm.search.run import forecast
 
-        with terminal.busy("measuring"):
-            parts = forecast(routed, questions, config)
-    table = new_table("task", "questions", "paths", "executions", "hours", "MB", numbers_from=1)
-    for part in parts:
-        table.add_row(
+        parts = forecast(RoutedModel(base.model, tokenizer=base.tokenizer), questions, config)
+    rows = (
+        [
             part.task,
             str(part.questions),
             str(part.paths),
             f"{part.executions:.2e}",
             f"{part.seconds / 3600:.3g}",
             f"{part.size_bytes / 1e6:.3g}",
-        )
-    terminal.show(table)
+        ]
+        for part in parts
+    )
+    terminal.table("task|questions|paths|executions|hours|MB", rows, numbers_from=1)
     seconds, size = sum(p.seconds for p in parts), sum(p.size_bytes for p in parts)
-    workers = config.num_workers or 1
+    workers, runtime = config.num_workers or 1, base.runtime
     shared = f", {duration(seconds / workers)} on {workers} like it" if workers > 1 else ""
-    runtime = base.runtime
-    terminal.say(f"time           {duration(seconds)} on one {runtime['device']}{shared}")
-    terminal.say(f"disk           {size / 1e6:.3g} MB, twice that while the files are joined")
+    terminal.fact("time", f"{duration(seconds)} on one {runtime['device']}{shared}")
+    terminal.fact("disk", f"{size / 1e6:.3g} MB, twice that while the files are joined")
     for part in parts:
-        terminal.say(
-            f"measured on    {part.sample_paths} paths of {part.sample_questions} questions of "
-            f"{part.task}: {base.name}, {runtime['dtype']} on {runtime['device']}"
+        terminal.fact(
+            "measured on",
+            f"{part.sample_paths} paths of {part.sample_questions} questions of {part.task}: "
+            f"{base.name}, {runtime['dtype']} on {runtime['device']}",
         )
     terminal.say(f"a prompt of {parts[0].task}, as the model reads it:\n{parts[0].prompt}")
     terminal.say("nothing was written; leave --dry-run out to search")
@@ -204,7 +196,7 @@ def supervise_verb(request: Request, terminal: Terminal) -> None:
 )
 def train_verb(request: Request, terminal: Terminal) -> None:
     """Train routers on target paths."""
-    output = _routers_folder(request)
+    output, flag = _routers_folder(request)
     config = request.of(TrainConfig)
     config.check_effects()
     check_tracking(config)
@@ -214,9 +206,8 @@ def train_verb(request: Request, terminal: Terminal) -> None:
         from drllm.training.targets import check_soft_targets
 
         check_soft_targets(records)  # that there are any is known before the model is loaded
-    flag = "--output" if request.values["output"] else "--run-name"
     check_folder(output, flag)
-    features = request.path("features") if request.values["features"] else None
+    features = request.optional_path("features")
     if features is not None:
         check_folder(features, "--features")
     from drllm.training.checkpoint import is_finished
@@ -231,11 +222,12 @@ def train_verb(request: Request, terminal: Terminal) -> None:
         rewards = check_targets(files, base.identity)
         train(base, records, config, output, features=features, rewards=rewards, listener=terminal)
     for folder in folders:
-        terminal.fact("routers", str(folder))
+        terminal.fact("routers", folder)
         show(folder, terminal)
 
 
-def _routers_folder(request: Request) -> Path:
+def _routers_folder(request: Request) -> tuple[Path, str]:
+    """Return where the routers are written, and by which flag that was said."""
     name, output = request.values["run_name"], request.values["output"]
     if bool(name) == bool(output):
         what = f"both --run-name {name!r} and --output {output!r} are" if name else "neither is"
@@ -243,12 +235,12 @@ def _routers_folder(request: Request) -> Path:
             f"{what} given; give --run-name NAME (writes checkpoints/NAME) or --output DIR"
         )
     if not name:
-        return request.path("output")
+        return request.path("output"), "--output"
     if Path(name).name != name or name in (".", ".."):
         raise ConfigError(
             f"--run-name is {name!r}; give a plain name without slashes, or a folder as --output"
         )
-    return CHECKPOINTS / str(name)
+    return Path("checkpoints") / name, "--run-name"
 
 
 @verb(
@@ -270,23 +262,37 @@ def _routers_folder(request: Request) -> Path:
 )
 def evaluate_verb(request: Request, terminal: Terminal) -> None:
     """Evaluate base, routed model and baselines, and print the table."""
-    config = request.of(EvaluateConfig)
-    output = request.path("output_dir")
+    config, output = request.of(EvaluateConfig), request.path("output_dir")
     tasks = tasks_of(config)
     check_folder(output, "--output-dir")
     check_output(output)
-    folders = [find_routers(place) for place in request.paths("routers")]
+    read = [read_routers(place) for place in request.paths("routers")]
+    folders = [folder for folder, _ in read]
     for folder in folders:
         if [other.resolve() for other in folders].count(folder.resolve()) > 1:
             raise ConfigError(f"--routers names {folder} twice; name each folder once")
-    first, *_ = [read_routers(folder) for folder in folders]
-    model = model_of(request, first)
-    with loaded(model, terminal) as base:
+    with loaded(model_of(request, read[0][1]), terminal) as base:
         from drllm.evaluation.run import evaluate
 
         evaluate(base, tasks, config, output, routers=folders, listener=terminal)
     show_results(output, terminal, [task.name for task in tasks])
-    terminal.say(f"results        {output}")
+    terminal.fact("results", output)
+
+
+def read_routers(place: Path) -> tuple[Path, RouterStack]:
+    """Read routers, which is quick, before the base model is loaded.
+
+    Args:
+        place: A folder, or OWNER/NAME on the hub, from where they are fetched.
+
+    Returns:
+        The folder that holds them, and the routers.
+    """
+    from drllm.models.routers import hub
+    from drllm.models.routers.checkpoint import load_routers
+
+    folder = hub.find(place)
+    return folder, load_routers(folder)
 
 
 def model_of(request: Request, routers: RouterStack | None) -> ModelConfig:
@@ -302,32 +308,6 @@ def model_of(request: Request, routers: RouterStack | None) -> ModelConfig:
         )
     revision = config.revision or routers.config.base_revision
     return dataclasses.replace(config, model=routers.config.base_model, revision=revision)
-
-
-def find_routers(place: Path) -> Path:
-    """Return a folder of routers, fetched first where the place is OWNER/NAME on the hub."""
-    from drllm.models.routers.hub import find
-
-    return find(place)
-
-
-def read_routers(place: Path) -> RouterStack:
-    """Read routers, which is quick, before the base model is loaded."""
-    from drllm.models.routers.checkpoint import load_routers
-
-    return load_routers(find_routers(place))
-
-
-@contextmanager
-def attached(base: BaseModel, routers: RouterStack | None = None) -> Iterator[RoutedModel]:
-    """Route the base model inside the block."""
-    from drllm.models.routing.routed_model import RoutedModel
-
-    routed = RoutedModel(base.model, routers, tokenizer=base.tokenizer)
-    try:
-        yield routed
-    finally:
-        routed.detach()
 
 
 # --- report and export ---------------------------------------------------------------------------
@@ -352,10 +332,9 @@ def report(request: Request, terminal: Terminal) -> None:
     """Write the report of one or more run folders."""
     from drllm.reporting import stage
 
-    output = request.values["output"]
-    place = request.path("output") if output else None
+    place = request.optional_path("output")
     files = stage.report(*request.paths("run_dir"), output=place, listener=terminal)
-    terminal.say(f"report         {', '.join(map(str, files))}")
+    terminal.fact("report", ", ".join(map(str, files)))
 
 
 @verb(
@@ -380,17 +359,13 @@ def export(request: Request, terminal: Terminal) -> None:
         path = plan.path(base.num_layers)
         with terminal.busy("writing and checking"):
             made = export_path(base, path, output)
-        _say(made, base.num_layers, terminal)
-
-
-def _say(made: Export, num_layers: int, terminal: Terminal) -> None:
     terminal.say(f"export      {made.folder}")
     terminal.say(f"path        {' '.join(map(str, made.path))}")
-    terminal.say(f"layers      {len(made.path)}, the base model has {num_layers}")
-    size = f"{made.num_bytes / MB:.1f} MB in {made.dtype}"
+    terminal.say(f"layers      {len(made.path)}, the base model has {base.num_layers}")
+    size = f"{made.num_bytes / 1e6:.1f} MB in {made.dtype}"
     if made.num_repeated_bytes:
         size += (
-            f"; {made.num_repeated_bytes / MB:.1f} MB of it are layers that are executed again, "
+            f"; {made.num_repeated_bytes / 1e6:.1f} MB of it are layers that are executed again, "
             f"since a checkpoint can't say that two layers are the same"
         )
     terminal.say(f"size        {size}")

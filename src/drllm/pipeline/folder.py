@@ -8,14 +8,14 @@ is still there, unchanged. What resumes inside a stage is up to the stage.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
@@ -46,6 +46,9 @@ STAGES = ("search", "supervise", "train", "evaluate", "report")
 RECIPE_FILE = "run.yaml"
 RUN_FILE = "run.manifest.json"
 RUN_SCHEMA = "drllm.run"
+ROUTER_FILES = ("router_config.json", "routers.safetensors")
+
+Stage: TypeAlias = Iterator[Any]
 
 
 # --- what is done ------------------------------------------------------------------------------
@@ -114,10 +117,7 @@ def hash_of(path: Path) -> str:
 
 
 def _digest(examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr(example).encode())
-    return digest.hexdigest()
+    return hashlib.sha256("".join(map(repr, examples)).encode()).hexdigest()
 
 
 def _evaluated(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, str]:
@@ -127,16 +127,12 @@ def _evaluated(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, str]:
     def digest(task: Task, split: str, limit: int | None) -> str:
         return _digest(choose(task.examples(split, folder), limit, config.seed))
 
-    found = {
-        task.name: digest(task, config.split_of(task.name), config.limit_of(task.name))
-        for task in tasks
-    }
+    found = {t.name: digest(t, config.split_of(t.name), config.limit_of(t.name)) for t in tasks}
     if config.worked_answers is not None:
         worked = get_task(config.worked_answers)
         for split in (chosen_on(worked, config), config.split_of(worked.name)):
-            found[f"worked answers of {worked.name}, {split}"] = digest(
-                worked, split, config.num_texts
-            )
+            name = f"worked answers of {worked.name}, {split}"
+            found[name] = digest(worked, split, config.num_texts)
     return found
 
 
@@ -184,16 +180,11 @@ def check_targets(files: Sequence[Path], identity: Mapping[str, Any]) -> list[st
     return list(rewards)
 
 
-class Loader:
-    """The base model of one run or several, loaded by the first stage that needs it."""
-
-    def __init__(self, config: ModelConfig, listener: Listener, stack: ExitStack) -> None:
-        self._config, self._listener, self._stack = config, listener, stack
-
-    @cached_property
-    def base(self) -> BaseModel:
-        """The model."""
-        return self._stack.enter_context(loaded(self._config, self._listener))
+@contextmanager
+def loader(config: ModelConfig, listener: Listener) -> Iterator[Callable[[], BaseModel]]:
+    """Return what gives the base model of several stages, and loads it when first asked."""
+    with ExitStack() as stack:
+        yield functools.cache(lambda: stack.enter_context(loaded(config, listener)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,10 +219,8 @@ def run(
         recipe = read_recipe(Path(recipe))
     recipe.check()
     check_folder(folder, "--output-dir")
-    with ExitStack() as stack:
-        return RunFolder(recipe, folder, Loader(recipe.model, listener, stack), listener).stages(
-            STAGES
-        )
+    with loader(recipe.model, listener) as load:
+        return RunFolder(recipe, folder, load, listener).stages(STAGES)
 
 
 class RunFolder:
@@ -240,7 +229,7 @@ class RunFolder:
     Args:
         recipe: The settings.
         folder: The run folder.
-        loader: Gives the base model.
+        load: Returns the base model.
         listener: Hears how far it is.
         shared: The run folder whose files a stage reads that doesn't run in this one.
     """
@@ -249,52 +238,41 @@ class RunFolder:
         self,
         recipe: Recipe,
         folder: Path,
-        loader: Loader,
+        load: Callable[[], BaseModel],
         listener: Listener,
         shared: Mapping[str, Path] | None = None,
     ) -> None:
-        self.recipe, self.folder = recipe, folder
-        self.loader, self.listener = loader, listener
+        self.recipe, self.folder, self.load, self.listener = recipe, folder, load, listener
         self.manifest = read_run(folder)
         shared = shared or {}
         self.search_file = shared.get("search", folder) / "search.jsonl"
         self.supervision_file = shared.get("supervise", folder) / "supervision.jsonl"
         self.routers = shared.get("train", folder) / "routers"
+        self.seeds = list(recipe.train.by_seed(self.routers))  # a folder each
 
     def stages(self, names: Sequence[str]) -> list[StageTime]:
         """Run what isn't done, in order; what the stages that aren't named give is shared."""
-        steps: dict[str, tuple[Callable[[], dict[str, Any]], Callable[[], Sequence[Path]]]] = {
-            "search": (self._search_from, self._search),
-            "supervise": (self._supervise_from, self._supervise),
-            "train": (self._train_from, self._train),
-            "evaluate": (self._evaluate_from, self._evaluate),
-            "report": (self._report_from, self._report),
-        }
+        version = importlib.metadata.version("drllm")
         times = []
         for number, name in enumerate(names, start=1):
-            gather, perform = steps[name]
-            made_from = {"drllm_version": importlib.metadata.version("drllm"), **gather()}
+            stage: Stage = getattr(self, f"_{name}")()
+            made_from = {"drllm_version": version, **next(stage)}
             skipped = self.manifest.is_done(name, made_from, self.folder)
             if not skipped:
-                self._perform(name, made_from, perform)
+                started = time.perf_counter()
+                if name != "search":  # which refuses a folder with another search: nothing changes
+                    self.begin(name, made_from)
+                hashes = {
+                    path.relative_to(self.folder).as_posix(): sha256(path) for path in next(stage)
+                }
+                seconds = round(time.perf_counter() - started, 3)
+                self._note(name, StageDone(made_from=made_from, outputs=hashes, seconds=seconds))
             if name == names[0]:
                 self._keep_recipe()
             times.append(StageTime(name, self.manifest.stages[name].seconds, skipped))
             took = "done before" if skipped else duration(times[-1].seconds)
             self.listener.note(f"[{number}/{len(names)}] {name}: {took}")
         return times
-
-    def _perform(
-        self, name: str, made_from: dict[str, Any], perform: Callable[[], Sequence[Path]]
-    ) -> None:
-        started = time.perf_counter()
-        if name != "search":  # which refuses a folder with another search: nothing has changed then
-            self.begin(name, made_from)
-        outputs = perform()
-        hashes = {path.relative_to(self.folder).as_posix(): sha256(path) for path in outputs}
-        seconds = round(time.perf_counter() - started, 3)
-        self.manifest.stages[name] = StageDone(made_from=made_from, outputs=hashes, seconds=seconds)
-        self._write_manifest()
 
     def begin(self, name: str, made_from: dict[str, Any]) -> None:
         """Note that a stage begins; delete what it wrote when it last ended."""
@@ -307,10 +285,10 @@ class RunFolder:
             path = self.folder / output
             if path.resolve() == self.folder.resolve() / output:  # no link leads elsewhere
                 path.unlink(missing_ok=True)
-        self.manifest.stages[name] = StageDone(made_from=made_from)
-        self._write_manifest()
+        self._note(name, StageDone(made_from=made_from))
 
-    def _write_manifest(self) -> None:
+    def _note(self, name: str, done: StageDone) -> None:
+        self.manifest.stages[name] = done
         self.manifest.schema_version = SCHEMA_VERSION
         self.manifest.drllm_version = importlib.metadata.version("drllm")
         write_json(self.folder / RUN_FILE, self.manifest)
@@ -321,115 +299,76 @@ class RunFolder:
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_atomically(path, text)
 
-    # What each stage is made from, and its work. The work returns the files it wrote.
+    # Each stage yields what it is made from and, if asked again, works and yields what it wrote.
 
-    def _search_from(self) -> dict[str, Any]:
-        return {
-            "config": self.recipe.search.decisive(),
-            "model": self.recipe.model.to_dict(),
-            "questions": _digest([question.example for question in self.recipe.questions]),
+    def _search(self) -> Stage:
+        recipe = self.recipe
+        yield {
+            "config": recipe.search.decisive(),
+            "model": recipe.model.to_dict(),
+            "questions": _digest([question.example for question in recipe.questions]),
         }
-
-    def _search(self) -> Sequence[Path]:
         from drllm.search.run import search_paths
 
-        recipe = self.recipe
         # Ray's workers load the model themselves.
-        model = recipe.model if recipe.search.executor == "ray" else self.loader.base
+        model = recipe.model if recipe.search.executor == "ray" else self.load()
         search_paths(model, recipe.questions, recipe.search, self.folder, listener=self.listener)
-        return [self.search_file, self.folder / "search.manifest.json"]
+        yield [self.search_file, self.folder / "search.manifest.json"]
 
-    def _supervise_from(self) -> dict[str, Any]:
-        return {
-            "config": self.recipe.supervise.to_dict(),
-            "search.jsonl": hash_of(self.search_file),
-        }
-
-    def _supervise(self) -> Sequence[Path]:
+    def _supervise(self) -> Stage:
+        config, output = self.recipe.supervise, self.supervision_file
+        yield {"config": config.to_dict(), "search.jsonl": hash_of(self.search_file)}
         from drllm.supervision.select import supervise
 
-        supervise([self.search_file], self.recipe.supervise, self.supervision_file)
-        rejected = rejected_path(self.supervision_file)
-        return [
-            self.supervision_file,
-            self.folder / "supervision.manifest.json",
-            *([rejected] if rejected.is_file() else []),
-        ]
+        supervise([self.search_file], config, output)
+        files = [output, self.folder / "supervision.manifest.json", rejected_path(output)]
+        yield [file for file in files if file.is_file()]
 
-    def _train_from(self) -> dict[str, Any]:
-        return {
-            "config": self.recipe.train.decisive(),
+    def _train(self) -> Stage:
+        config, supervision = self.recipe.train, self.supervision_file
+        yield {
+            "config": config.decisive(),
             "model": self.recipe.model.to_dict(),
-            "supervision.jsonl": hash_of(self.supervision_file),
+            "supervision.jsonl": hash_of(supervision),
         }
-
-    def _train(self) -> Sequence[Path]:
         from drllm.training.stage import train
         from drllm.training.targets import REJECTED_FILE
 
-        base, files = self.loader.base, [self.supervision_file]
-        train(
-            base,
-            read_supervision(self.supervision_file),
-            self.recipe.train,
-            self.routers,
-            rewards=check_targets(files, base.identity),
-            listener=self.listener,
-        )
-        names = ["router_config.json", "routers.safetensors", "README.md"]
-        names += ["metrics.jsonl", "layers.json"]
-        rejected = [path for path in [self.routers / REJECTED_FILE] if path.is_file()]
-        return [*(folder / name for folder in self._seeds() for name in names), *rejected]
+        base, targets = self.load(), read_supervision(supervision)
+        rewards = check_targets([supervision], base.identity)
+        train(base, targets, config, self.routers, rewards=rewards, listener=self.listener)
+        names = [*ROUTER_FILES, "README.md", "metrics.jsonl", "layers.json"]
+        files = [folder / name for folder in self.seeds for name in names]
+        rejected = self.routers / REJECTED_FILE
+        yield [*files, rejected] if rejected.is_file() else files
 
-    def _seeds(self) -> list[Path]:
-        """Return the folders of routers, one a seed, the first seed's first."""
-        return list(self.recipe.train.by_seed(self.routers))
-
-    def _evaluate_from(self) -> dict[str, Any]:
-        config = self.recipe.evaluate
-        routers = [
-            folder / name
-            for folder in self._seeds()
-            for name in ("router_config.json", "routers.safetensors")
-        ]
-        return {
+    def _evaluate(self) -> Stage:
+        config, tasks = self.recipe.evaluate, self.recipe.tasks
+        routers = [folder / name for folder in self.seeds for name in ROUTER_FILES]
+        yield {
             "config": config.decisive() | {"measures_time": config.latency_rounds > 0},
             "model": self.recipe.model.to_dict(),
-            "questions": _evaluated(self.recipe.tasks, config),
+            "questions": _evaluated(tasks, config),
             **{path.relative_to(self.routers).as_posix(): hash_of(path) for path in routers},
         }
-
-    def _evaluate(self) -> Sequence[Path]:
         from drllm.evaluation.run import evaluate
 
-        output, config = self.folder / "eval", self.recipe.evaluate
-        needed = files_needed(config.baselines)  # the run's own, unless others are given
-        if "search" in needed and config.search is None:
-            config = dataclasses.replace(config, search=str(self.search_file))
-        if "supervision" in needed and config.supervision is None:
-            config = dataclasses.replace(config, supervision=str(self.supervision_file))
-        results = evaluate(
-            self.loader.base,
-            self.recipe.tasks,
-            config,
-            output,
-            routers=self._seeds(),
-            listener=self.listener,
-        )
-        names = [f"{result.task}.json" for result in results]
-        names += ["samples.jsonl", "samples.manifest.json"]
-        names += ["latency.json"] if config.latency_rounds else []
-        return [output / name for name in names]
+        ours: dict[str, Any] = {}
+        for name in files_needed(config.baselines):  # the run's own, unless others are given
+            ours[name] = getattr(config, name) or str(getattr(self, f"{name}_file"))
+        config = dataclasses.replace(config, **ours)
+        output, base = self.folder / "eval", self.load()
+        evaluate(base, tasks, config, output, routers=self.seeds, listener=self.listener)
+        names = [f"{task.name}.json" for task in tasks] + ["samples.jsonl", "samples.manifest.json"]
+        yield [output / name for name in names + ["latency.json"] * (config.latency_rounds > 0)]
 
-    def _report_from(self) -> dict[str, Any]:
-        made = {RECIPE_FILE: sha256(self.folder / RECIPE_FILE)}
+    def _report(self) -> Stage:
+        made_from = {RECIPE_FILE: sha256(self.folder / RECIPE_FILE)}
         for stage in STAGES[:-1]:
             if stage in self.manifest.stages:
-                made.update(self.manifest.stages[stage].outputs)
-        return made
-
-    def _report(self) -> Sequence[Path]:
+                made_from |= self.manifest.stages[stage].outputs
+        yield made_from
         from drllm.reporting.stage import figures_of, report
 
         page, text = report(self.folder, listener=self.listener)
-        return [page, text, *figures_of(page)]
+        yield [page, text, *figures_of(page)]

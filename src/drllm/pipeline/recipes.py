@@ -36,6 +36,14 @@ SWEPT = ("supervise", "train")
 FOR_CHOICE = ("limit", "limits", "num_texts")
 """Settings of the evaluation that may differ where the settings of a sweep are judged."""
 CHOSEN_ON = "select"
+_IDLE = "splits search supervision epsilon worked_answers max_loss_increase num_random_draws"
+ALONE: dict[str, Any] = {
+    **dict.fromkeys(_IDLE.split()),
+    "split": CHOSEN_ON,
+    "baselines": "none",
+    "latency_rounds": 0,
+}
+"""How settings of a sweep are judged: the routed model alone, at every depth, on one split."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,17 +64,12 @@ class Recipe:
 
     @cached_property
     def questions(self) -> list[SearchQuestion]:
-        """The questions of the search.
-
-        Raises:
-            ConfigError: Settings that make no sense together or have no effect.
-            TaskError: An unknown task, or no questions to be had.
-        """
+        """The questions of the search; raises as `check` does."""
         return questions_of(None, self.search)
 
     @cached_property
     def tasks(self) -> list[Task]:
-        """The tasks of the evaluation; raises as `questions` does."""
+        """The tasks of the evaluation; raises as `check` does."""
         return tasks_of(self.evaluate)
 
     def check(self) -> None:
@@ -110,13 +113,21 @@ def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
     return _recipe(path, read_yaml(path, "a recipe"), data_dir)
 
 
-def _recipe(path: Path, values: Mapping[str, Any], data_dir: str | None) -> Recipe:
+def _recipe(
+    path: Path,
+    values: Mapping[str, Any],
+    data_dir: str | None,
+    changes: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Make a recipe of a file's values, some sections changed."""
+    changes = changes or {}
     groups = {}
     for name in values:
         if name not in SECTIONS:
             raise ConfigError(f"{path}: " + unknown_name("section", name, SECTIONS))
     for name, kind in SECTIONS.items():
-        section = canonical(kind, _section(path, name, values.get(name) or {}))
+        own = _section(path, name, values.get(name) or {})
+        section = canonical(kind, own | _section(path, name, changes.get(name, {})))
         if name == "search" and "output_dir" in section:
             raise ConfigError(
                 f"{path}: search: 'output_dir' is {section['output_dir']!r}; leave it out, a run "
@@ -150,7 +161,7 @@ class SweepPlan:
         file: The file.
         common: The recipe without any setting's changes.
         settings: By name, the recipe with them.
-        choosing: How each setting is evaluated.
+        choosing: How each setting is evaluated: the routed model alone, at every depth.
     """
 
     file: Path
@@ -182,7 +193,7 @@ def read_sweep(path: Path, data_dir: str | None = None) -> SweepPlan:
         if name not in FOR_CHOICE:
             raise ConfigError(f"{path}: choose: " + unknown_name("setting", name, FOR_CHOICE))
     common = _recipe(path, values, data_dir)
-    choosing = _recipe(path, _changed(path, values, {"evaluate": choose}), data_dir)
+    choosing = _recipe(path, values, data_dir, {"evaluate": choose}).evaluate
     if common.evaluate.curve is None:
         raise ConfigError(
             f"{path}: evaluate: a sweep compares at equal depths; give them as curve, for example "
@@ -196,18 +207,14 @@ def read_sweep(path: Path, data_dir: str | None = None) -> SweepPlan:
             )
     recipes: dict[str, Recipe] = {}
     for name, changes in settings.items():
-        recipes[str(name)] = _setting(path, str(name), values, changes, data_dir)
-    for name, recipe in recipes.items():
-        same = [
-            other
-            for other, theirs in recipes.items()
-            if (theirs.supervise, theirs.train) == (recipe.supervise, recipe.train)
-        ]
-        if same[0] != name:
-            raise ConfigError(
-                f"{path}: settings {same[0]!r} and {name!r} are the same; leave one out"
-            )
-    return SweepPlan(path, common, recipes, _for_choice(choosing.evaluate))
+        recipe = _setting(path, str(name), values, changes, data_dir)
+        for other, theirs in recipes.items():
+            if (theirs.supervise, theirs.train) == (recipe.supervise, recipe.train):
+                raise ConfigError(
+                    f"{path}: settings {other!r} and {name!r} are the same; leave one out"
+                )
+        recipes[str(name)] = recipe
+    return SweepPlan(path, common, recipes, dataclasses.replace(choosing, **ALONE))
 
 
 def _setting(
@@ -229,32 +236,6 @@ def _setting(
                 f"{path}: setting {name!r}: " + unknown_name("section", str(section), SWEPT)
             )
     try:
-        return _recipe(path, _changed(path, values, changes), data_dir)
+        return _recipe(path, values, data_dir, changes)
     except ConfigError as error:
         raise ConfigError(f"setting {name!r} of {error}") from error
-
-
-def _changed(path: Path, values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe's values with other settings in the place of its own."""
-    merged = {
-        name: {**_section(path, name, values.get(name) or {}), **_section(path, name, section)}
-        for name, section in changes.items()
-    }
-    return {**values, **merged}
-
-
-def _for_choice(config: EvaluateConfig) -> EvaluateConfig:
-    """Return how each setting is evaluated: the routed model alone, at every depth, on `select`."""
-    return dataclasses.replace(
-        config,
-        split=CHOSEN_ON,
-        splits=None,
-        baselines="none",
-        search=None,
-        supervision=None,
-        epsilon=None,
-        worked_answers=None,
-        max_loss_increase=None,
-        num_random_draws=None,
-        latency_rounds=0,
-    )

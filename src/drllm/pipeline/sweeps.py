@@ -9,17 +9,15 @@ OUT/sweep.json, sweep.png
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 from drllm.listener import Listener
-from drllm.pipeline.folder import Loader, RunFolder
+from drllm.pipeline.folder import RunFolder, loader
 from drllm.pipeline.recipes import CHOSEN_ON, SweepPlan
 from drllm.records import sha256, write_atomically, write_json
 from drllm.records.places import check_folder
-from drllm.reporting.sweeps import SWEEP_FILE, Candidate, SweepResult, choose, drawn, read_candidate
+from drllm.reporting.sweeps import SWEEP_FILE, SweepResult, choose, drawn, read_candidate
 
 
 def sweep(plan: SweepPlan, folder: Path, *, listener: Listener | None = None) -> str | None:
@@ -45,40 +43,32 @@ def sweep(plan: SweepPlan, folder: Path, *, listener: Listener | None = None) ->
     for recipe in (plan.common, *recipes.values()):
         recipe.check()
     check_folder(folder, "--output-dir")
-    with ExitStack() as stack:
-        loader = Loader(plan.common.model, listener, stack)
-        RunFolder(plan.common, folder, loader, listener).stages(["search"])
+    with loader(plan.common.model, listener) as load:
+        RunFolder(plan.common, folder, load, listener).stages(["search"])
         candidates = []
         for number, (name, recipe) in enumerate(recipes.items(), start=1):
             listener.note(f"setting {number} of {len(recipes)}: {name}")
             place = folder / "settings" / name
-            RunFolder(recipe, place, loader, listener, {"search": folder}).stages(
-                ["supervise", "train", "evaluate"]
-            )
+            run = RunFolder(recipe, place, load, listener, {"search": folder})
+            run.stages(["supervise", "train", "evaluate"])
             candidates.append(read_candidate(name, place / "eval"))
         chosen = choose(candidates)
-        _write_sweep(plan.file, folder, candidates, chosen)
+        result = SweepResult(
+            sweep=plan.file.name,
+            sweep_sha256=sha256(plan.file),
+            chosen_on=CHOSEN_ON,
+            chosen=None if chosen is None else chosen.name,
+            settings=tuple(candidates),
+        )
+        write_json(folder / SWEEP_FILE, result)
+        if any(candidate.places for candidate in candidates):
+            from drllm.reporting.drawing import png
+
+            write_atomically(folder / "sweep.png", png(partial(drawn, candidates)))
         if chosen is None:
             return None
         place = folder / "settings" / chosen.name
         shared = {"search": folder, "supervise": place, "train": place}
         best = plan.settings[chosen.name]
-        RunFolder(best, folder / "test", loader, listener, shared).stages(["evaluate", "report"])
+        RunFolder(best, folder / "test", load, listener, shared).stages(["evaluate", "report"])
     return chosen.name
-
-
-def _write_sweep(
-    file: Path, folder: Path, candidates: Sequence[Candidate], chosen: Candidate | None
-) -> None:
-    from drllm.reporting.drawing import png
-
-    result = SweepResult(
-        sweep=file.name,
-        sweep_sha256=sha256(file),
-        chosen_on=CHOSEN_ON,
-        chosen=None if chosen is None else chosen.name,
-        settings=tuple(candidates),
-    )
-    write_json(folder / SWEEP_FILE, result)
-    if any(candidate.places for candidate in candidates):
-        write_atomically(folder / "sweep.png", png(partial(drawn, candidates)))

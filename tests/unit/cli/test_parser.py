@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from drllm.cli import main
-from drllm.cli.parser import parse
-from drllm.cli.verbs import FOREIGN, VERBS, overview
+from drllm.cli.parser import FOREIGN, VERBS, overview, parse
 from drllm.config import EvaluateConfig, GenerateConfig, ModelConfig, SearchConfig, TrainConfig
 from drllm.config.files import read_yaml
 from drllm.config.settings import flag_of
@@ -69,7 +68,7 @@ def test_values_keep_their_underscores():
     assert parse(["search", "--dataset", "builtin_facts"]).of(SearchConfig).dataset == (
         "builtin_facts"
     )
-    assert parse(["generate", "--", "--a_b"]).text("prompt") == "--a_b"
+    assert parse(["generate", "--", "--a_b"]).values["prompt"] == "--a_b"
 
 
 def test_a_training_reads_several_files_or_none_that_is_named():
@@ -120,7 +119,7 @@ def test_a_number_in_a_file_is_a_text_where_the_setting_is_one(tmp_path: Path):
     settings = request.of(EvaluateConfig)
     assert (settings.curve, settings.limit, settings.epsilon) == ("0.10", 3, 2)
     assert request.of(ModelConfig).revision == "0123456"  # to YAML an octal number
-    assert request.text("output_dir") == "2024"
+    assert request.values["output_dir"] == "2024"
     flags = ["--curve", "0.10", "--limit", "3", "--epsilon", "2"]
     assert settings == parse(["evaluate", "--routers", "r", *flags]).of(EvaluateConfig)
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from drllm.config import ModelConfig
 from drllm.errors import ConfigError, RecordError
 from drllm.listener import Listener
 from drllm.pipeline import Recipe, read_recipe
-from drllm.pipeline.folder import Loader, RunFolder, RunManifest, StageDone, read_run
+from drllm.pipeline.folder import RunFolder, RunManifest, StageDone, loader, read_run
 from drllm.records import sha256, write_json
 from drllm.tasks.registry import get_tasks
 
@@ -166,8 +165,8 @@ def test_what_a_stage_did_not_write_is_never_deleted(tmp_path: Path):
     stage = StageDone(made_from={"seed": 0}, outputs=outputs)
     write_json(folder / "run.manifest.json", RunManifest(stages={"evaluate": stage}))
 
-    run = RunFolder(Recipe(), folder, Loader(ModelConfig(), Listener(), ExitStack()), Listener())
-    run.begin("evaluate", {"seed": 1})
+    with loader(ModelConfig(), Listener()) as load:
+        RunFolder(Recipe(), folder, load, Listener()).begin("evaluate", {"seed": 1})
 
     assert (outside / "mine.txt").exists()
     assert (folder / "foreign.txt").exists()

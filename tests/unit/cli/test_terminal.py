@@ -10,7 +10,7 @@ from rich.console import Console
 
 import drllm
 from drllm.cli import terminal as terminal_module
-from drllm.cli.terminal import Progress, Terminal, new_table
+from drllm.cli.terminal import Progress, Terminal
 from drllm.listener import duration
 
 
@@ -140,10 +140,8 @@ def test_no_control_character_of_a_text_reaches_the_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     terminal = Terminal()
-    table = new_table(HOSTILE, title=HOSTILE)
-    table.add_row(HOSTILE)
     terminal.say(HOSTILE)
-    terminal.show(table)
+    terminal.table(HOSTILE, [[HOSTILE]], title=HOSTILE)
     terminal.fail(HOSTILE)
     terminal.note(HOSTILE)
     out, err = capsys.readouterr()
