@@ -19,7 +19,7 @@ import torch
 from drllm.errors import ConfigError
 from drllm.models.base.prompts import Prompt, context_length, encode, left_padded, render
 from drllm.models.routers.depth_control import routes_of
-from drllm.models.routing.generate import Options, end_tokens
+from drllm.models.routing.generate import end_tokens, options_of
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import Decisions
@@ -109,9 +109,21 @@ def generate_many(
         >>> generate_many(routed, ["Name a metal.", "What is ice?"])  # doctest: +SKIP
         [Answer(prompt='Name a metal.', ...), Answer(prompt='What is ice?', ...)]
     """
-    option = Options(routed.model, options)
+    option = options_of(routed.model, options)
     ends = end_tokens(option("eos_token_id"))
-    _check(prompts, batch_size, option, ends)
+    if isinstance(prompts, str):
+        raise ConfigError(f"prompts is the text {prompts!r}; give a list of prompts")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; give a value of at least 1")
+    for name, why in REFUSED.items():
+        if options.get(name) is not None:
+            raise ConfigError(f"{name} can't be given for many prompts: {why}")
+    for name in ("stop_strings", "stopping_criteria"):
+        if option(name) and not ends and batch_size > 1:
+            raise ConfigError(
+                f"{name} needs an end-of-sequence token to fill up answers that end early; give "
+                f"eos_token_id, or batch_size=1"
+            )
     rows = [
         prompt_tokens(routed, prompt, chat=chat, max_new_tokens=max_new_tokens)
         for prompt in prompts
@@ -140,7 +152,11 @@ def generate_many(
             )
         routes = routed.last_route.tolist()  # a row for each beam or answer
         each = len(routes) // len(batch)
-        said = [_up_to_the_end(row, ends) for row in output[:, ids.shape[1] :].tolist()]
+        said = []
+        for row in output[:, ids.shape[1] :].tolist():
+            # What fills a row up to the longest of its batch are end tokens.
+            length = next((n for n, token in enumerate(row, 1) if token in ends), len(row))
+            said.append(row[:length])
         for number, place in enumerate(batch):
             answers[place] = [
                 Answer(
@@ -158,11 +174,7 @@ def generate_many(
 def prompt_tokens(
     routed: RoutedModel, prompt: Prompt, *, chat: bool, max_new_tokens: int
 ) -> list[int]:
-    """Return the tokens of a prompt, after checking that the context holds it and its answer.
-
-    Raises:
-        ConfigError: No tokenizer, a conversation that can't be rendered, no tokens, or too many.
-    """
+    """Return the tokens of a prompt, after checking that the context holds it and its answer."""
     if routed.tokenizer is None:
         raise ConfigError("prompts are texts; give RoutedModel its tokenizer")
     tokens = encode(routed.tokenizer, render(routed.tokenizer, prompt, chat=chat))
@@ -175,24 +187,6 @@ def prompt_tokens(
             f"model's context holds {context}; shorten the prompt or lower --max-new-tokens"
         )
     return tokens
-
-
-def _check(
-    prompts: Sequence[Prompt], batch_size: int, option: Options, ends: Sequence[int]
-) -> None:
-    if isinstance(prompts, str):
-        raise ConfigError(f"prompts is the text {prompts!r}; give a list of prompts")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; give a value of at least 1")
-    for name, why in REFUSED.items():
-        if option.given.get(name) is not None:
-            raise ConfigError(f"{name} can't be given for many prompts: {why}")
-    for name in ("stop_strings", "stopping_criteria"):
-        if option(name) and not ends and batch_size > 1:
-            raise ConfigError(
-                f"{name} needs an end-of-sequence token to fill up answers that end early; give "
-                f"eos_token_id, or batch_size=1"
-            )
 
 
 def _batches(
@@ -260,9 +254,3 @@ def _cut(places: Sequence[int], plans: Sequence[Decisions], batch_size: int) -> 
         cuts.append(starts[cuts[-1]])
     for start, end in itertools.pairwise(reversed(cuts)):
         yield list(places[start:end])
-
-
-def _up_to_the_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    """Cut off what fills a row up to the longest of its batch; all of it are end tokens."""
-    length = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:length]

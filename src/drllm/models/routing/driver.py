@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,8 +36,7 @@ def identity(call: LayerCall, hidden: Tensor) -> Tensor:  # noqa: ARG001
     return hidden
 
 
-@dataclass(slots=True)
-class GenerateCall:
+class GenerateCall(NamedTuple):
     """One call of `generate`.
 
     Attributes:
@@ -46,8 +44,8 @@ class GenerateCall:
         decisions: Pinned by layer, where there is no cache to pin them in.
     """
 
-    copies: int = 1
-    decisions: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    copies: int
+    decisions: dict[int, tuple[int, ...]]
 
 
 _policy: Override[Policy] = Override("policy")
@@ -87,18 +85,13 @@ class RoutingDriver(Driver):
     def reading(self, readable: Tensor) -> AbstractContextManager[None]:
         """Say token by token what policies may read inside the block, `[B, T]` bool.
 
-        For layouts that an attention mask and a length can't describe, such as several
-        continuations packed after one prompt.
+        For what a mask and a length can't describe, such as continuations packed after a prompt.
         """
         return _readable.set(self, readable)
 
-    def generating(self, copies: int = 1) -> AbstractContextManager[None]:
-        """Take the block for one `generate` call, whose decisions are taken once.
-
-        Args:
-            copies: Neighbouring rows that belong to one prompt; the policy is asked once for all.
-        """
-        return _generate.set(self, GenerateCall(copies))
+    def generating(self, copies: int) -> AbstractContextManager[None]:
+        """Take the block for one `generate` call: a prompt's copies are asked about once."""
+        return _generate.set(self, GenerateCall(copies, {}))
 
     @property
     def current_policy(self) -> Policy:
@@ -154,7 +147,7 @@ class RoutedPass(Driver):
                 f"decisions for {len(decisions)} rows are pinned, but the batch has "
                 f"{hidden.shape[0]}; a continuation must keep the rows of its prompts"
             )
-        return execute(call, hidden, decisions, entry, self.driver.bypass)
+        return self._execute(call, hidden, decisions, entry)
 
     def end(self) -> None:
         """Keep the route if this pass decided one."""
@@ -211,6 +204,40 @@ class RoutedPass(Driver):
             )
         return tuple([int(value) for value in decisions for _ in range(copies)])
 
+    def _execute(
+        self,
+        call: LayerCall,
+        hidden: Tensor,
+        decisions: tuple[int, ...],
+        entry: RoutedCacheLayer | None,
+    ) -> Tensor:
+        """Run a layer on each row as often as decided; skipped rows are what the bypass makes."""
+        if entry is not None and entry.shadow is not None:
+            entry.lengthen_shadow(hidden.shape[1], hidden)
+        bypass = self.driver.bypass
+        if bypass is not identity and 0 in decisions:
+            skipped = tuple([row for row, value in enumerate(decisions) if value == 0])
+            index = call.forward.index(skipped, hidden.device)
+            bypassed = bypass(call, hidden.index_select(0, index))
+            hidden = hidden.index_copy(0, index, bypassed.to(hidden.dtype))
+        for count in range(max(decisions)):
+            if entry is None:
+                rows = tuple([row for row, value in enumerate(decisions) if value > count])
+            else:
+                rows = entry.begin_pass(count)
+            try:
+                if len(rows) == len(decisions):
+                    hidden = call.run(hidden)
+                else:
+                    index = call.forward.index(rows, hidden.device)
+                    hidden = hidden.index_copy(
+                        0, index, call.run(hidden.index_select(0, index), rows)
+                    )
+            finally:
+                if entry is not None:
+                    entry.end_pass()
+        return hidden
+
 
 def _readable_tokens(driver: RoutingDriver, forward: Forward, hidden: Tensor) -> Tensor:
     """Return which of the T tokens of this pass the policy may read, `[B, T]`."""
@@ -249,49 +276,6 @@ def _readable_tokens(driver: RoutingDriver, forward: Forward, hidden: Tensor) ->
     if not bool(readable.any(dim=1).all()):
         raise RoutingError("a row of the batch has no real token; every row needs a prompt")
     return readable
-
-
-def execute(
-    call: LayerCall,
-    hidden: Tensor,
-    decisions: tuple[int, ...],
-    entry: RoutedCacheLayer | None,
-    bypass: Bypass = identity,
-) -> Tensor:
-    """Run one layer on each row as often as decided.
-
-    Args:
-        call: The call of the layer.
-        hidden: `[B, T, D]`.
-        decisions: `[B]` of 0, 1, 2.
-        entry: The layer's routed cache entry, its decisions pinned; None without a cache.
-        bypass: What a skipped row gets instead.
-
-    Returns:
-        `[B, T, D]`: a skipped row is what `bypass` made of it.
-    """
-    if entry is not None and entry.shadow is not None:
-        entry.lengthen_shadow(hidden.shape[1], hidden)
-    if bypass is not identity and 0 in decisions:
-        skipped = tuple([row for row, value in enumerate(decisions) if value == 0])
-        index = call.forward.index(skipped, hidden.device)
-        bypassed = bypass(call, hidden.index_select(0, index))
-        hidden = hidden.index_copy(0, index, bypassed.to(hidden.dtype))
-    for count in range(max(decisions)):
-        if entry is None:
-            rows = tuple([row for row, value in enumerate(decisions) if value > count])
-        else:
-            rows = entry.begin_pass(count)
-        try:
-            if len(rows) == len(decisions):
-                hidden = call.run(hidden)
-            else:
-                index = call.forward.index(rows, hidden.device)
-                hidden = hidden.index_copy(0, index, call.run(hidden.index_select(0, index), rows))
-        finally:
-            if entry is not None:
-                entry.end_pass()
-    return hidden
 
 
 class PathsDriver(Driver):

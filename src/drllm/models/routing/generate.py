@@ -7,7 +7,7 @@ Axes: B prompts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -41,7 +41,7 @@ class GenerateHandle:
                 decide on the first chunk alone; `guidance_scale` without a cache, whose second
                 prompt would be given the decisions of the first.
         """
-        option = Options(self.model, kwargs, args)
+        option = options_of(self.model, kwargs, args)
         reads = reads_prompt(self.driver.current_policy)
         chunk = option("prefill_chunk_size")
         if chunk is not None and reads:
@@ -66,25 +66,21 @@ class GenerateHandle:
             return type(self.model).generate(self.model, *args, **kwargs)
 
 
-class Options:
-    """The options of one call of `generate`: those given by name, else the generation configs'.
+def options_of(
+    model: Any, given: Mapping[str, Any], args: Sequence[Any] = ()
+) -> Callable[[str], Any]:
+    """Return what tells the options of a call of `generate` by name, None where one isn't set.
 
-    Args:
-        model: The model whose own generation config counts last.
-        given: The call's arguments by name.
-        args: The call's arguments by position.
+    Those given by name come first, then the generation config given, then the model's own.
     """
+    config = given.get("generation_config", args[1] if len(args) > 1 else None)
+    own = None if given.get("use_model_defaults") is False else model.generation_config
 
-    def __init__(self, model: Any, given: Mapping[str, Any], args: Sequence[Any] = ()) -> None:
-        self.given = given
-        config = given.get("generation_config", args[1] if len(args) > 1 else None)
-        alone = given.get("use_model_defaults") is False
-        self._configs = (config,) if alone else (config, model.generation_config)
-
-    def __call__(self, name: str) -> Any:
-        """Return an option's value, or None."""
-        values = (self.given.get(name), *(getattr(config, name, None) for config in self._configs))
+    def option(name: str) -> Any:
+        values = (given.get(name), getattr(config, name, None), getattr(own, name, None))
         return next((value for value in values if value is not None), None)
+
+    return option
 
 
 def end_tokens(given: Any) -> list[int]:

@@ -129,11 +129,7 @@ class Injection:
         ]
 
     def remove(self) -> None:
-        """Take every override and hook off; the model is then exactly what it was.
-
-        Raises:
-            RoutingError: Somebody put another override over ours; take that one off first.
-        """
+        """Take every override and hook off, unless somebody has put an override over ours."""
         for handle in self.handles:
             if not handle.is_on_top:
                 raise RoutingError(
@@ -159,10 +155,9 @@ class Injection:
 
     @cached_property
     def can_drop_tokens(self) -> bool:
-        """Whether the model's loop continues with fewer tokens than it was given.
+        """Whether the model's loop continues with fewer tokens than it was given; tried on two.
 
-        Some loops bring what the last layer returns back into the shape that they were given; these
-        must carry all tokens. It is tried on two tokens, without running a layer.
+        Some loops bring what the last layer returns back into the shape that they were given.
         """
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.model.device)
         with torch.no_grad(), self.driven_by(_DropToken()):
@@ -335,10 +330,7 @@ class LayerCall:
     def last_tokens(self, num_tokens: int, num_past: int = 0) -> LayerCall:
         """Return this call for rows that are cut to their last tokens, the first being padding.
 
-        Args:
-            num_tokens: Tokens that are left of the T of each row.
-            num_past: Positions before the T that may still be seen, the last of those that the
-                mask has.
+        Of the positions before the T tokens that the mask has, the last `num_past` may be seen.
         """
         part = ("last", num_tokens, num_past)
         args, kwargs = self._cut(part, partial(_last_tokens, num_tokens, num_past))

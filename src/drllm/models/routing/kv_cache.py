@@ -93,11 +93,8 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """Count tokens that passed a layer which no row runs.
 
         After the prompt they only add up, and are stored once somebody asks for the length. The
-        mask code asks few layers; at all others a skip then costs next to nothing.
-
-        Args:
-            num_tokens: T of this forward pass.
-            like: Any tensor of the layer's device and dtype.
+        mask code asks few layers; at all others a skip then costs next to nothing. `like` is any
+        tensor of the layer's device and dtype.
         """
         assert self.shadow is not None
         # A number that grows is no constant of a compiled graph, so that one stores them at once.
@@ -135,18 +132,14 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     get_max_length = _by_representative("get_max_length")
     get_max_cache_shape = _by_representative("get_max_cache_shape")  # of transformers 4
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row r be what row `beam_idx[r]` was."""
-        self._select(beam_idx)
-
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows (indices or a mask), in their order."""
-        self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+        self.reorder_cache(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Put `repeats` copies of each row next to one another."""
         assert self.decisions is not None
-        self._select(torch.arange(len(self.decisions)).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(len(self.decisions)).repeat_interleave(repeats))
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Cut every pass to the same length; at length 0 the decisions are forgotten too."""
@@ -198,10 +191,11 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
             return self._active
         return next(iter(self._entries()), self.pristine)
 
-    def _select(self, indices: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row r be what row `beam_idx[r]` was, for as many rows as there are indices."""
         if self.decisions is None:
             return
-        chosen: list[int] = indices.tolist()
+        chosen: list[int] = beam_idx.tolist()
         length = int(self.get_seq_length())
         passes: list[CacheLayerMixin] = []
         rows: list[tuple[int, ...]] = []
@@ -249,10 +243,6 @@ def entry_of(cache: Cache, index: int) -> Any:
 def routed_entry(cache: Cache, index: int) -> RoutedCacheLayer:
     """Return the routed entry of a layer, putting it in place at the first visit.
 
-    Args:
-        cache: The cache that the model's loop hands to its layers.
-        index: Layer index from 0.
-
     Raises:
         RoutingError: An entry that is not K/V, or one filled without routing.
     """
@@ -279,10 +269,7 @@ def stored_rows(cache: Cache) -> int:
 
 
 def stored_bytes(cache: Cache) -> int:
-    """Count the bytes of K and V that a cache holds, of a routed model or not.
-
-    The shadows of layers that no row runs are left out, as in `stored_rows`.
-    """
+    """Count the bytes of K and V that a cache holds, of a routed model or not; without shadows."""
     entries = [e.passes if isinstance(e, RoutedCacheLayer) else [e] for e in cache.layers]
     return sum(part.keys.nbytes + part.values.nbytes for parts in entries for part in parts)
 

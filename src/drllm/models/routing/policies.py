@@ -135,14 +135,8 @@ class RecordingPolicy(Policy):
     With the target paths' decisions that is teacher forcing; with routers, what they read at
     inference. After a forward pass `means` is `[B, L, W, D]` in float32 and `filled` is `[B]`.
 
-    Args:
-        policy: What decides.
-        num_windows: W.
-
     Source: Dr.LLM section 3.3; recording instead of training in the loop is ours (D-09).
     """
-
-    reads_prompt = True
 
     def __init__(self, policy: Policy, num_windows: int) -> None:
         self.policy = policy
@@ -181,15 +175,12 @@ class RandomPolicy(Policy):
     reads_prompt = False
 
     def __init__(self, probabilities: Sequence[float], generator: torch.Generator) -> None:
-        given = tuple(probabilities)
-        if (
-            len(given) != len(Decision)
-            or not all(0 <= value <= 1 for value in given)
-            or not math.isclose(sum(given), 1.0, abs_tol=1e-6)
-        ):
+        given = list(probabilities)
+        are_shares = len(given) == len(Decision) and all(0 <= value <= 1 for value in given)
+        if not are_shares or not math.isclose(sum(given), 1.0, abs_tol=1e-6):
             raise ConfigError(
-                f"the probabilities of skip, execute and repeat are {list(given)}; give three "
-                f"numbers from 0 to 1 that add up to 1"
+                f"the probabilities of skip, execute and repeat are {given}; give three numbers "
+                f"from 0 to 1 that add up to 1"
             )
         self.probabilities = torch.tensor(given)
         self.generator = generator
@@ -240,10 +231,7 @@ def label_frequencies(label_counts: Sequence[Sequence[int]]) -> Tensor:
     """Return how often each decision was the target of each layer, `[L, 3]` in float64.
 
     Args:
-        label_counts: `[L][3]`, as in `router_config.json`.
-
-    Raises:
-        CheckpointError: No counts, or none for some layer.
+        label_counts: `[L][3]`, as in `router_config.json`; refused where a layer has none.
     """
     counts = torch.tensor(label_counts, dtype=torch.float64)
     if counts.numel() == 0 or bool((counts.sum(dim=1) == 0).any()):
@@ -263,12 +251,11 @@ def _draw(probabilities: Tensor, num_rows: int, generator: torch.Generator) -> T
 class RouterPolicy(Policy):
     """Ask the trained routers: argmax of a layer's logits on the windows of its input.
 
-    Either knob moves the depth of all prompts; without one the routers decide alone.
-
     Args:
         routers: One router per layer.
         depth_bias: See `biased`; 0 leaves the logits as they are.
-        router_penalty: See `penalised`; None leaves the logits as they are.
+        router_penalty: See `penalised`; None leaves the logits as they are. Only one of the two
+            knobs may be turned.
 
     Raises:
         ConfigError: Both knobs, or a value out of range.
@@ -308,11 +295,7 @@ def biased(logits: Tensor, depth_bias: float) -> Tensor:
     """Charge every execution the same price, in logits: decision d gets its logit minus price · d.
 
     So above 0 the layers whose routers are least sure are skipped first; below 0 layers are
-    repeated.
-
-    Args:
-        logits: `[B, 3]` of skip, execute and repeat; the result's shape, too.
-        depth_bias: The price; 0 leaves the logits as they are.
+    repeated. Logits are `[B, 3]` of skip, execute and repeat.
 
     Source: ours (D-20).
 
@@ -330,10 +313,6 @@ def penalised(logits: Tensor, router_penalty: float) -> Tensor:
     From -1 to -0.5 certain skip gives way to the routers, from there to 0.5 the routers to certain
     execute, and from there to 1 that to certain repeat. So routers decide between -0.75 and 0 only:
     below that everything is skipped, above it everything executed, above 0.75 repeated.
-
-    Args:
-        logits: `[B, 3]` of skip, execute and repeat.
-        router_penalty: In [-1, 1].
 
     Source: Dr.LLM figure 7 and its code for Qwen2 (D-20).
 

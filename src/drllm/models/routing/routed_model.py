@@ -1,7 +1,5 @@
 """`RoutedModel`: a frozen Hugging Face model with a policy that decides how often each layer runs.
 
-Attach, generate, pin decisions, say where prompts end, save, load, detach.
-
 Axes: B rows, L layers.
 """
 
@@ -184,10 +182,7 @@ class RoutedModel:
     def fixed(
         self, decisions: Sequence[int] | Sequence[Sequence[int]] | Tensor
     ) -> AbstractContextManager[None]:
-        """Pin a plan inside the block.
-
-        Args:
-            decisions: `[L]` for every row, or `[B, L]`.
+        """Pin decisions inside the block, `[L]` for every row or `[B, L]`.
 
         Raises:
             PathError: Decisions that this model can't run.
@@ -195,12 +190,9 @@ class RoutedModel:
         return self.using(FixedPolicy(decisions, self.num_layers))
 
     def prompt_lengths(self, lengths: Sequence[int] | Tensor) -> AbstractContextManager[None]:
-        """Say where each row's prompt ends, for scoring continuations inside the block.
+        """Say where each row's prompt ends inside the block: `[B]` lengths in real tokens, from 1.
 
         Routers then read the prompt alone, never the continuation that is being scored.
-
-        Args:
-            lengths: `[B]`, in real tokens, from 1.
         """
         return self.driver.prompt_lengths(torch.as_tensor(lengths))
 

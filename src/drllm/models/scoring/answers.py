@@ -9,8 +9,9 @@ Axes: P prompts, N pairs, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -22,9 +23,9 @@ from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.models.scoring.kl import KlFromFull
-from drllm.models.scoring.packing import PackedRows, Question, Tokens, packed_rows
+from drllm.models.scoring.packing import Question, Tokens
 from drllm.models.scoring.prefix_cache import GIGABYTE, PrefixCache
-from drllm.models.scoring.prefix_sharing import Pair
+from drllm.models.scoring.prefix_sharing import Pair, packed_rows
 
 Grader: TypeAlias = Callable[[int, str, bool], float | None]
 """Called with a pair's place, its text so far, and whether that is all; None while undecided."""
@@ -77,7 +78,7 @@ class AnswerBatch:
         self.tokenizer = tokenizer
         self.states = PrefixCache(state_cache_gb * GIGABYTE)
         questions = [Question(context) for context in contexts]
-        self.rows: PackedRows = packed_rows(routed, questions, self.states, keep_kv=True)
+        self.rows = packed_rows(routed, questions, self.states, keep_kv=True)
         self._kl = KlFromFull(self.rows)
         self._batcher = MemoryBatcher(routed.model, self.states, paths_per_pass)
         self._lengths = torch.tensor([len(context) for context in contexts])
@@ -106,49 +107,59 @@ class AnswerBatch:
             generation settings is not applied (docs/differences.md, D-19).
         """
         self.states.executions_asked += sum(sum(decisions) for _, decisions in pairs)
-        columns = self.rows.packed.num_columns
+        columns = self.rows.packed.mask.shape[-1]
         size = PathSize(columns, columns if kl else 1, keeps_kv=True)
-
-        def answered(places: Sequence[int]) -> list[Answer]:
-            pending = [_Pending(place, pairs[place], max_new_tokens[place]) for place in places]
-            return self._generate(pending, grader, kl)
-
-        return self._batcher.run(range(len(pairs)), size, answered)
+        return self._batcher.run(
+            range(len(pairs)),
+            size,
+            lambda places: self._generate(places, pairs, max_new_tokens, grader, kl),
+        )
 
     def forget(self) -> None:
         """Drop all shared states."""
         self._kl.forget()
         self.states.forget()
 
-    def _generate(self, pending: list[_Pending], grader: Grader, kl: bool) -> list[Answer]:
-        """Answer the pairs of one pass."""
-        everything = pending
-        logits, cache, kls = self._read([each.pair for each in pending], kl)
-        lengths = self._lengths[[each.pair[0] for each in pending]].to(logits.device)[:, None]
+    def _generate(
+        self,
+        places: Sequence[int],
+        pairs: Sequence[Pair],
+        max_new_tokens: Sequence[int],
+        grader: Grader,
+        kl: bool,
+    ) -> list[Answer]:
+        """Answer the pairs of one pass, given by their places."""
+        answers: dict[int, Answer] = {}
+        tokens: dict[int, list[int]] = {place: [] for place in places}
+        totals = dict.fromkeys(places, 0.0)
+        going = list(places)
+        logits, cache, kls = self._read([pairs[place] for place in places], kl)
+        lengths = self._lengths[[pairs[place][0] for place in places]].to(logits.device)[:, None]
         width = int(lengths.max())
         mask = (torch.arange(width, device=logits.device) >= width - lengths).long()
         positions = lengths - 1
-        while True:
+        for step in itertools.count(1):
             highest, best = logits.float().max(dim=-1)  # [rows]
             logprobs = highest - logits.float().logsumexp(dim=-1)
-            for each, token, logprob in zip(pending, best.tolist(), logprobs.tolist(), strict=True):
-                each.num_steps += 1
-                each.logprob += logprob
+            for place, token, logprob in zip(going, best.tolist(), logprobs.tolist(), strict=True):
+                totals[place] += logprob
                 is_end = token in self._ends
                 if not is_end:
-                    each.tokens.append(token)
-                each.text = self.tokenizer.decode(each.tokens, skip_special_tokens=True)
-                is_all = is_end or each.num_steps == each.max_new_tokens
-                each.grade = grader(each.place, each.text, is_all)
-            left = [row for row, each in enumerate(pending) if each.grade is None]
+                    tokens[place].append(token)
+                text = self.tokenizer.decode(tokens[place], skip_special_tokens=True)
+                grade = grader(place, text, is_end or step == max_new_tokens[place])
+                if grade is not None:
+                    said, mean = tuple(tokens[place]), totals[place] / step
+                    answers[place] = Answer(text, said, grade, mean, kls.get(pairs[place]))
+            left = [row for row, place in enumerate(going) if place not in answers]
             if not left:
-                return [each.answer(kls.get(each.pair)) for each in everything]
-            if len(left) < len(pending):
+                break
+            if len(left) < len(going):
                 keep = torch.tensor(left, device=best.device)
                 cache.batch_select_indices(keep)
                 best, mask, positions = best[keep], mask[keep], positions[keep]
-                pending = [pending[row] for row in left]
-            mask = torch.cat([mask, mask.new_ones(len(pending), 1)], dim=1)
+                going = [going[row] for row in left]
+            mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
             positions = positions + 1
             with torch.no_grad(), self.routed.injection.driven_by(self.routed.driver):
                 logits = self.routed.model(
@@ -158,6 +169,7 @@ class AnswerBatch:
                     use_cache=True,
                     **{self._cache_argument: cache},
                 ).logits[:, -1]
+        return [answers[place] for place in places]
 
     def _read(
         self, pairs: Sequence[Pair], kl: bool
@@ -169,22 +181,3 @@ class AnswerBatch:
             last = {pair: values[-1] for pair, values in zip(asked, shared.logits, strict=True)}
             kls = self._kl.measure(asked, shared.logits) if kl else {}
             return torch.stack([last[pair] for pair in pairs]), shared.routed_cache(pairs), kls
-
-
-@dataclass(slots=True)
-class _Pending:
-    """An unfinished answer."""
-
-    place: int
-    pair: Pair
-    max_new_tokens: int
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    logprob: float = 0.0
-    num_steps: int = 0
-    grade: float | None = None
-
-    def answer(self, kl: float | None) -> Answer:
-        assert self.grade is not None
-        logprob = self.logprob / self.num_steps
-        return Answer(self.text, tuple(self.tokens), self.grade, logprob, kl)

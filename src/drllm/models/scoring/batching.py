@@ -133,11 +133,8 @@ class MemoryBatcher:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Say whether an error means that an allocator had no memory left.
-
-    torch has a class for CUDA alone; its other allocators raise a bare `RuntimeError` that names
-    them.
-    """
+    """Say whether an error means that an allocator had no memory left."""
+    # torch has a class for CUDA alone; its other allocators raise a bare error that names them.
     named = ("DefaultCPUAllocator", "MPS backend out of memory")
     return isinstance(error, torch.cuda.OutOfMemoryError) or any(
         name in str(error) for name in named
@@ -145,20 +142,13 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def share_memory(num_sharing: int) -> None:
-    """Set how many processes like this one share the machine's memory, this one included.
-
-    Each of them then counts on an equal part of what is free. It holds for the whole process, like
-    torch's number of threads. A CUDA device's memory isn't shared.
-    """
+    """Set how many processes, this one included, each count on a part of the machine's memory."""
     global _num_sharing
     _num_sharing = num_sharing
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory: on a CUDA device, else this process's part of the machine's.
-
-    What torch's allocator has cached counts as free.
-    """
+    """Return the free memory: of a CUDA device, what torch has cached included, else our part."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

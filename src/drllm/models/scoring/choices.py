@@ -24,9 +24,9 @@ from drllm.models.routing.policies import Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.batching import MemoryBatcher, PathSize
 from drllm.models.scoring.kl import KlFromFull
-from drllm.models.scoring.packing import PackedBatch, PackedRows, Question, pack, packed_rows
+from drllm.models.scoring.packing import PackedBatch, Question, pack
 from drllm.models.scoring.prefix_cache import GIGABYTE, PrefixCache
-from drllm.models.scoring.prefix_sharing import Pair
+from drllm.models.scoring.prefix_sharing import PackedRows, Pair, packed_rows
 from drllm.paths import Path
 
 
@@ -59,9 +59,7 @@ def _joined(parts: Sequence[Score]) -> Score:
 class _OncePerQuestion(Policy):
     """Asks another policy once for all rows of a question, which begin with the same context.
 
-    Args:
-        policy: What decides.
-        places: For each question, its rows, side by side; together they are the batch.
+    The rows of each question stand side by side; together they are the batch.
     """
 
     def __init__(self, policy: Policy, places: Sequence[range]) -> None:
@@ -153,7 +151,7 @@ class ChoiceBatch:
         self.states.executions_asked += sum(sum(decisions) for _, decisions in of_rows)
         packed = self._rows.packed
         each = zip(packed.num_own, packed.num_after, strict=True)
-        size = PathSize(packed.num_columns, 1 + max(after + kl * own for own, after in each))
+        size = PathSize(packed.mask.shape[-1], 1 + max(after + kl * own for own, after in each))
         score = partial(self._scores, kl=kl, greedy=greedy)
         found = iter(self._batcher.run(of_rows, size, score))
         return [_joined([next(found) for _ in self._places[place]]) for place, _ in pairs]
@@ -180,9 +178,6 @@ class ChoiceBatch:
         """Score every question once under a policy that decides on its prompt alone.
 
         The decisions are taken in the same pass that scores the continuations, and hold for them.
-
-        Args:
-            policy: What decides; it reads the contexts and never a continuation.
 
         Returns:
             How each question's continuations score, greedy ones named, and the routes taken,
@@ -239,10 +234,7 @@ class ChoiceBatch:
         return pack(self._parts, dtype=model.dtype, device=model.device)
 
     def _whole_logits(self) -> Tensor:
-        """Run whole rows once, and return the logits of what is scored, `[B, S, V]`.
-
-        A driver that returns more rows than it was given gives the logits of all of them.
-        """
+        """Run whole rows once, and return the logits of what is scored, `[B, S, V]`."""
         rows = self._whole
         # By index, not by number: a slice would lie scattered, and the head's product be slow.
         T, keep = rows.ids.shape[1], max(rows.num_after) + 1

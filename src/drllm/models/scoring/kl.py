@@ -7,34 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from drllm.models.scoring.packing import PackedRows
-from drllm.models.scoring.prefix_sharing import Pair
+from drllm.models.scoring.prefix_sharing import PackedRows, Pair
 from drllm.paths import Decisions, full_decisions
 
 SHARE_OF_MEMORY = 0.5
 """Maximum share of the memory for states that the full path's distributions may take."""
-
-
-class FullDistributions(NamedTuple):
-    """The full path's next-token distributions on a row.
-
-    Attributes:
-        probabilities: `[T, V]`.
-        negative_entropy: `[T]`, the mean of its own log-probability, in nats.
-    """
-
-    probabilities: Tensor
-    negative_entropy: Tensor
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that they hold."""
-        return self.probabilities.nbytes + self.negative_entropy.nbytes
 
 
 class KlFromFull:
@@ -54,8 +35,9 @@ class KlFromFull:
     def __init__(self, rows: PackedRows) -> None:
         self._rows = rows
         self._full = full_decisions(rows.routed.num_layers)
-        self._distributions: dict[int, FullDistributions] = {}
-        self._prefix = KlFromFull(rows.past[0]) if rows.past is not None else None
+        # The full path's distributions on each row `[T, V]`, and their negative entropy `[T]`.
+        self._distributions: dict[int, tuple[Tensor, Tensor]] = {}
+        self._prefix = KlFromFull(rows.past) if rows.past is not None else None
         self._prefix_sums: dict[Decisions, float] = {}
 
     def with_full(self, pairs: Sequence[Pair]) -> list[Pair]:
@@ -98,16 +80,15 @@ class KlFromFull:
         row, decisions = pair
         values = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if decisions != self._full:
-            full = self._distributions[row]
-            cross = (full.probabilities * values).sum(dim=-1) - values.logsumexp(dim=-1)
-            return (full.negative_entropy - cross).sum()
+            probabilities, negative_entropy = self._distributions[row]
+            cross = (probabilities * values).sum(dim=-1) - values.logsumexp(dim=-1)
+            return (negative_entropy - cross).sum()
         if row not in self._distributions:
             logprobs = values.log_softmax(dim=-1)
             probabilities = logprobs.exp()
-            entropy = (probabilities * logprobs).sum(dim=-1)
-            self._distributions[row] = FullDistributions(probabilities, entropy)
-            self._rows.states.count_other(self._distributions[row].num_bytes)
-        return 0 * self._distributions[row].negative_entropy.sum()  # not a number if that isn't
+            self._distributions[row] = probabilities, (probabilities * logprobs).sum(dim=-1)
+            self._rows.states.count_other(_num_bytes(self._distributions[row]))
+        return 0 * self._distributions[row][1].sum()  # not a number if that isn't
 
     def _measure_prefix(self, wanted: Sequence[Decisions], length: int) -> None:
         """Measure the tokens that all prompts begin with, under paths not measured yet."""
@@ -124,11 +105,15 @@ class KlFromFull:
 
     def _trim(self) -> None:
         """Drop the newest distributions if all of them take too much memory."""
-        total = sum(each.num_bytes for each in self._distributions.values())
+        total = sum(map(_num_bytes, self._distributions.values()))
         while self._distributions and total > SHARE_OF_MEMORY * self._rows.states.max_bytes:
             total -= self._drop(next(reversed(self._distributions)))
 
     def _drop(self, row: int) -> int:
-        num_bytes = self._distributions.pop(row).num_bytes
+        num_bytes = _num_bytes(self._distributions.pop(row))
         self._rows.states.count_other(-num_bytes)
         return num_bytes
+
+
+def _num_bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -43,16 +43,35 @@ class LogitLens:
 
     def __init__(self, routed: RoutedModel) -> None:
         model = base_of(routed.model)
-        head = model.get_output_embeddings()
-        if head is None:
+        self.head: nn.Module = model.get_output_embeddings()
+        if self.head is None:
             raise ArchitectureError(
                 f"{type(model).__name__} has no output head, so a hidden state has no logits"
             )
-        last, expected, after = _few_tokens(routed)
-        self.head: nn.Module = head
+        states: list[Tensor] = []
+        after: list[nn.Module] = []
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            states.append(output[0] if isinstance(output, tuple) else output)
+
+        def note(module: nn.Module, _inputs: Any) -> None:
+            if states:
+                after.append(module)
+
+        layers = routed.injection.layers
+        others = [child for child in routed.injection.decoder.children() if child is not layers]
+        hooks = [layers[-1].register_forward_hook(keep)]
+        hooks += [child.register_forward_pre_hook(note) for child in others]
+        try:
+            with torch.no_grad(), routed.injection.driven_by(Driver()):
+                tokens = torch.arange(NUM_TOKENS, device=routed.model.device)[None]
+                expected = routed.model(input_ids=tokens, use_cache=False).logits[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
         self.norm: nn.Module = after[0] if after else nn.Identity()
         with torch.no_grad():
-            difference = float((self.logits(last) - expected).abs().max())
+            difference = float((self.logits(states[0][0]) - expected).abs().max())
         if len(after) > 1 or not difference <= RELATIVE_TOLERANCE * float(expected.abs().max()):
             raise ArchitectureError(
                 f"{type(model).__name__} makes its logits with more than a final norm and a head, "
@@ -63,34 +82,3 @@ class LogitLens:
         """Return the logits of hidden states, `[N, D]` to `[N, V]`, at least in float32."""
         logits: Tensor = self.head(self.norm(hidden))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _few_tokens(routed: RoutedModel) -> tuple[Tensor, Tensor, list[nn.Module]]:
-    """Run one row of tokens through the untouched model.
-
-    Returns:
-        The last layer's output `[N, D]`, the logits `[N, V]` in at least float32, and the children
-        of the decoder that ran after the last layer.
-    """
-    layers = routed.injection.layers
-    outputs: list[Tensor] = []
-    after: list[nn.Module] = []
-
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
-
-    def note(module: nn.Module, _inputs: Any) -> None:
-        if outputs:
-            after.append(module)
-
-    others = [child for child in routed.injection.decoder.children() if child is not layers]
-    handles = [layers[-1].register_forward_hook(keep)]
-    handles += [child.register_forward_pre_hook(note) for child in others]
-    try:
-        with torch.no_grad(), routed.injection.driven_by(Driver()):
-            tokens = torch.arange(NUM_TOKENS, device=routed.model.device)[None]
-            logits: Tensor = routed.model(input_ids=tokens, use_cache=False).logits
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs[0][0], logits[0].to(torch.promote_types(logits.dtype, torch.float32)), after

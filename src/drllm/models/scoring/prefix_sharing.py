@@ -11,7 +11,11 @@ D hidden, H heads, E head size, S kept tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import itertools
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -19,9 +23,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from drllm.errors import RoutingError
-from drllm.models.routing.driver import Bypass, identity
+from drllm.models.base.capabilities import can_split
+from drllm.models.routing.driver import identity
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, entry_of
+from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.packing import PackedBatch, Question, pack
 from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
 from drllm.paths import Decisions, Path, to_path
 
@@ -36,36 +43,138 @@ PADDING_WORTH_A_RUN = {"cpu": 48}
 every token costs, on the others time goes by the number of runs."""
 MAX_PADDING = 4096
 """The same on any other device."""
+MIN_PREFIX = 8
+"""Fewer common tokens than these aren't worth a pass of their own."""
+
+
+@dataclass(eq=False)
+class PackedRows:
+    """Rows whose states under many paths are computed once and cached.
+
+    They may have a *past* that isn't read again: the K/V that other rows computed under the same
+    path. The common prefix of a batch is the past of all its prompts; a prompt is the past of the
+    continuations that are scored after it.
+
+    Attributes:
+        routed: The model.
+        packed: The rows.
+        states: Where states are cached; rows with different pasts may share it.
+        keep_kv: Keep K/V too, so that these rows can be continued.
+        past: The rows that are the past of these, and keep their K/V; None where these are whole.
+        past_rows: For each row, which row its past is.
+        number: Tells these rows from others whose states are in the same cache.
+    """
+
+    routed: RoutedModel
+    packed: PackedBatch
+    states: PrefixCache
+    keep_kv: bool = False
+    past: PackedRows | None = None
+    past_rows: Sequence[int] = ()
+    number: int = field(default_factory=itertools.count().__next__, init=False)
+
+    @contextmanager
+    def run(self, pairs: Sequence[Pair], keep_last: Sequence[int]) -> Iterator[PrefixSharingDriver]:
+        """Run the states that are new; inside the block all states of these pairs are held.
+
+        Args:
+            pairs: Row and decisions.
+            keep_last: For each pair, how many of its last tokens' logits are wanted.
+
+        Returns:
+            What ran the pass, with its logits and its cache.
+
+        Raises:
+            RoutingError: A bypass that changes anything: a skip would no longer keep its state.
+        """
+        if self.routed.driver.bypass is not identity:
+            raise RoutingError(
+                "paths can share their prefixes only where a skipped layer passes its input on as "
+                "it is; make the RoutedModel without bypass=..."
+            )
+        can_drop_tokens = self.routed.injection.can_drop_tokens
+        with ExitStack() as stack:
+            past = None
+            if self.past is not None:
+                before = list(dict.fromkeys((self.past_rows[row], path) for row, path in pairs))
+                past = stack.enter_context(self.past.run(before, [0] * len(before)))
+            driver = PrefixSharingDriver(self, pairs, keep_last if can_drop_tokens else None, past)
+            stack.callback(driver.release)
+            if not driver.knows_all or any(keep_last):
+                with torch.no_grad(), self.routed.injection.driven_by(driver):
+                    output = self.routed.model(
+                        input_ids=self.packed.ids,
+                        attention_mask=self.packed.mask,
+                        position_ids=self.packed.positions,
+                        use_cache=driver.uses_cache,
+                        logits_to_keep=0 if can_drop_tokens else max(1, *keep_last),
+                    )
+                driver.cache = next((v for v in output.values() if isinstance(v, Cache)), None)
+                if can_drop_tokens:
+                    driver.logits = torch.split(output.logits[0], list(keep_last))
+                else:
+                    each = zip(output.logits, keep_last, strict=True)
+                    driver.logits = [values[len(values) - num :] for values, num in each]
+            yield driver
+
+
+def packed_rows(
+    routed: RoutedModel,
+    questions: Sequence[Question],
+    states: PrefixCache,
+    *,
+    keep_kv: bool = False,
+    contexts: PackedRows | None = None,
+) -> PackedRows:
+    """Return the rows to run: after given contexts, after the common prefix, or whole.
+
+    The common prefix is what all prompts begin with: instructions, a system prompt, examples. A
+    prompt always keeps a token of its own after it.
+
+    Args:
+        routed: The model.
+        questions: At least one.
+        states: Where states are cached.
+        keep_kv: Keep K/V too, so that these rows can be continued.
+        contexts: Rows that hold the questions' contexts, if there are any.
+    """
+    where = {"dtype": routed.model.dtype, "device": routed.model.device}
+    prompts = [question.context for question in questions]
+    alike = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    shared = min(len(list(alike)), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+    past, past_rows, num_past = None, list[int](), None
+    if can_split(routed.model) and (contexts is not None or shared >= MIN_PREFIX):
+        if contexts is None:
+            prefix = pack([Question(prompts[0][:shared])], **where)
+            past, past_rows = PackedRows(routed, prefix, states, keep_kv=True), [0] * len(prompts)
+            num_past = [shared] * len(prompts)
+        else:
+            # A context's last token is run again, since its logits are needed.
+            past, past_rows = contexts, list(range(len(prompts)))
+            num_past = [len(prompt) - 1 for prompt in prompts]
+    packed = pack(questions, num_past=num_past, **where)
+    return PackedRows(routed, packed, states, keep_kv, past, past_rows)
 
 
 class PrefixSharingDriver(Driver):
     """Runs the distinct states of all pairs, layer by layer, and returns the last ones.
 
     The model's own loop carries the P rows up to the last layer; there the driver returns the
-    final states in the order of the pairs, so that norm and head see these.
+    final states in the order of the pairs, so that norm and head see these. The states of this
+    pass are needed until `release`.
 
     Args:
-        pairs: Row and decisions of each result; rows index the batch of the forward pass.
-        states: States of earlier passes over the same rows; new ones are added. Those of this
-            pass are needed until `release`.
-        lengths: For each row of the batch, its tokens; padding stands before them.
+        rows: The rows of the batch.
+        pairs: Row and decisions of each result.
         keep_last: For each pair, how many of its last tokens are wanted in the end. The driver
             returns these alone, `[1, sum, D]`, pair after pair, so that the head computes nothing
             else; None returns all of them, `[N, T, D]`.
-        rows_number: Tells these rows from others whose states are in the same cache.
-        keep_kv: Keep K/V with each state, for `routed_cache` and for rows that continue these.
-        past: What ran the rows that these continue under the same paths, and still holds their
-            states; None where these begin with their prompt.
-        past_rows: For each row that continues one, which row that is.
-        num_past: For each row that continues one, how many of its tokens.
-        bypass: What a skipped layer passes on in this model.
+        past: What ran the past of the rows under the same paths, and still holds its states.
 
     Attributes:
+        uses_cache: Whether the pass needs a cache.
         logits: After the pass, for each pair, those of its last tokens, `[S, V]`.
         cache: After the pass, its cache; None where none was used.
-
-    Raises:
-        RoutingError: A bypass that changes anything: a skip would no longer keep its state.
     """
 
     logits: Sequence[Tensor] = ()
@@ -73,33 +182,18 @@ class PrefixSharingDriver(Driver):
 
     def __init__(
         self,
+        rows: PackedRows,
         pairs: Sequence[Pair],
-        states: PrefixCache,
-        lengths: Sequence[int],
         keep_last: Sequence[int] | None,
-        *,
-        rows_number: int = 0,
-        keep_kv: bool = False,
-        past: PrefixSharingDriver | None = None,
-        past_rows: Sequence[int] = (),
-        num_past: Sequence[int] = (),
-        bypass: Bypass = identity,
+        past: PrefixSharingDriver | None,
     ) -> None:
-        if bypass is not identity:
-            raise RoutingError(
-                "paths can share their prefixes only where a skipped layer passes its input on as "
-                "it is; make the RoutedModel without bypass=..."
-            )
+        self.rows = rows
         self.pairs = list(pairs)
-        self.states = states
-        self.lengths = lengths
         self.keep_last = keep_last
-        self.rows_number = rows_number
-        self.keep_kv = keep_kv
         self.past = past
-        self.past_rows = past_rows
-        self.num_past = num_past
-        self._uses_cache = keep_kv or past is not None
+        self.uses_cache = rows.keep_kv or past is not None
+        self.states = rows.states
+        self.lengths = list(map(operator.add, rows.packed.num_own, rows.packed.num_after))
         self._paths = {decisions: to_path(decisions) for _, decisions in self.pairs}
         self._used: dict[RowPath, PrefixState] = {}
         self._pristine: list[object] = []
@@ -108,10 +202,8 @@ class PrefixSharingDriver(Driver):
     @property
     def knows_all(self) -> bool:
         """Whether every state was known already, so that no layer has to run."""
-        return all(
-            start == len(self._paths[d])
-            for start, (_, d) in zip(self._start, self.pairs, strict=True)
-        )
+        each = zip(self._start, self.pairs, strict=True)
+        return all(start == len(self._paths[decisions]) for start, (_, decisions) in each)
 
     def begin(self, forward: Forward) -> PrefixSharingDriver:
         """Start the pass; refuse outputs that can't be right."""
@@ -121,7 +213,7 @@ class PrefixSharingDriver(Driver):
 
     def layer(self, call: LayerCall, hidden: Tensor) -> Tensor:
         """Run every state that ends with this layer and isn't known yet."""
-        if self._uses_cache:
+        if self.uses_cache:
             if call.cache is None:
                 raise RoutingError("keeping K/V needs a cache: run the forward with use_cache=True")
             self._pristine.append(copy.deepcopy(entry_of(call.cache, call.index)))
@@ -145,7 +237,7 @@ class PrefixSharingDriver(Driver):
 
     def release(self) -> None:
         """Allow the states of this pass to be evicted."""
-        self.states.release((self.rows_number, *used) for used in self._used)
+        self.states.release((self.rows.number, *used) for used in self._used)
         self._used.clear()
 
     def kv(self, row: int, path: Path) -> tuple[Tensor, Tensor]:
@@ -186,14 +278,15 @@ class PrefixSharingDriver(Driver):
     def _past_kv(self, row: int, path: Path) -> tuple[Tensor, Tensor]:
         """Return a row's past K and V of a path's last execution, `[H, F, E]`."""
         assert self.past is not None
-        keys, values = self.past.kv(self.past_rows[row], path)
-        return keys[:, : self.num_past[row]], values[:, : self.num_past[row]]
+        keys, values = self.past.kv(self.rows.past_rows[row], path)
+        num_past = self.rows.packed.num_past[row]
+        return keys[:, :num_past], values[:, :num_past]
 
     def _deepest(self, row: int, path: Path) -> int:
         """Return how many executions of a path are cached, and keep their states."""
         lengths = range(len(path), 0, -1)
         known = next((length for length in lengths if self._hold(row, path[:length])), 0)
-        if self.keep_kv:  # every execution's K/V is needed, so a gap means running from there
+        if self.rows.keep_kv:  # every execution's K/V is needed, so a gap means running from there
             held = range(1, known)
             return next((n - 1 for n in held if not self._hold(row, path[:n])), known)
         return known
@@ -201,11 +294,11 @@ class PrefixSharingDriver(Driver):
     def _hold(self, row: int, path: Path) -> bool:
         if (row, path) in self._used:
             return True
-        state = self.states.get((self.rows_number, row, path))
+        state = self.states.get((self.rows.number, row, path))
         if state is None:
             return False
         self._used[row, path] = state
-        self.states.need((self.rows_number, row, path))
+        self.states.need((self.rows.number, row, path))
         return True
 
     def _row_path(self, pair: Pair, layer: int, count: int) -> RowPath:
@@ -238,7 +331,7 @@ class PrefixSharingDriver(Driver):
         ]
         inputs = left_padded_stack(before)  # [U, T, D]
         num_past, entry = 0, None
-        if self._uses_cache:
+        if self.uses_cache:
             # Not an entry of the model's own class: one that slides drops what isn't seen again.
             entry = DynamicLayer()
             assert call.cache is not None
@@ -254,11 +347,11 @@ class PrefixSharingDriver(Driver):
         for place, (row, path) in enumerate(wanted):
             # Clones: a view would keep the whole batch alive as long as one of its states.
             kept = [outputs[place]]
-            if entry is not None and self.keep_kv:
+            if entry is not None and self.rows.keep_kv:
                 kept += [entry.keys[place], entry.values[place]]
             state = PrefixState(*(t[..., -self.lengths[row] :, :].clone() for t in kept))
             self._used[row, path] = state
-            self.states.put((self.rows_number, row, path), state)
+            self.states.put((self.rows.number, row, path), state)
         if entry is not None:
             assert call.cache is not None
             call.cache.layers[call.index] = self._pristine[call.index]
