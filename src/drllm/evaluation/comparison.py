@@ -1,35 +1,191 @@
-"""Every system on one task, at every depth; and the certified choice of a depth."""
+"""What an evaluation runs: every system on every task, at every depth; and the certified choice."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError
-from drllm.evaluation.baselines.base import BASELINES, Drawn
+from drllm.evaluation.baselines.base import (
+    BASELINES,
+    Drawn,
+    FittedBaselines,
+    Material,
+    Measure,
+)
 from drllm.evaluation.baselines.own_routes import share_unchanged
+from drllm.evaluation.baselines.registry import depths, named
+from drllm.evaluation.blocks import Answered
 from drllm.evaluation.flops import PromptCost
-from drllm.evaluation.questions import chosen_on
-from drllm.evaluation.shared import Shared
+from drllm.evaluation.lm_eval.folders import task_folder
+from drllm.evaluation.lm_eval.model import RoutedLM
+from drllm.evaluation.lm_eval.task import AskedTask
+from drllm.evaluation.questions import chosen_on, sources_of, worked_task
 from drllm.evaluation.systems import Keep, SystemRun, TaskRun
 from drllm.evaluation.tables import TaskRuns, is_above_chance, seeds_of
+from drllm.listener import OnProgress
+from drllm.models.routers.checkpoint import WEIGHTS_FILE
 from drllm.models.routers.depth_control import find_depth_bias
+from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FullPolicy, Policy, RouterPolicy
+from drllm.models.scoring.packing import Question
+from drllm.paths import Path as LayerPath
+from drllm.records import Chunks, read_search, read_supervision, sha256
 from drllm.records.results import BASE, PERMUTED, ROUTED
 from drllm.statistics.non_inferiority import Choice, Limits, choose, confirm
 from drllm.statistics.paired import Outcomes
 from drllm.tasks.base import Task
 
+TASKS_FOLDER, PARTIAL_FOLDER = "tasks", "partial"
+WORKED = "worked-"
+"""Beginning of the names of task folders with worked answers."""
+NUM_CALIBRATION = 64
+"""Questions that depths are found and baselines fitted on, unless another number is given."""
 NUM_RANDOM_DRAWS = 10
 """Draws of the baselines that are drawn, unless another number is given."""
 MAX_LOSS_INCREASE = 0.05
 """Nats a token that the next-token loss may rise, unless another limit is given."""
-WORKED = "worked-"
-"""Beginning of the names of task folders with worked answers."""
+
+
+class Shared:
+    """What all tasks of one evaluation share.
+
+    Args:
+        lm: The routed model in the harness.
+        routers: By folder; the first ones are those that baselines are compared with.
+        tasks: All that are evaluated.
+        config: The settings.
+        output: Folder of the results.
+
+    Attributes:
+        on_progress: Hears what is run.
+        prompts: Tokens of the prompts asked so far.
+        chunks: What is kept of finished systems and blocks.
+    """
+
+    on_progress: OnProgress
+
+    def __init__(
+        self,
+        lm: RoutedLM,
+        routers: Mapping[Path, RouterStack],
+        tasks: Sequence[Task],
+        config: EvaluateConfig,
+        output: Path,
+    ) -> None:
+        self.lm, self.routers, self.config, self.output = lm, routers, config, output
+        self.prompts: list[list[int]] = []
+        self.sources = sources_of(tasks, config)
+        self.worked = worked_task(config, tasks)
+        self.baselines = named(config.baselines)
+        self.shares = {f"{100 * share:g} % saved": share for share in depths(config.curve)}
+        self._fitted: dict[str, FittedBaselines] = {}
+        logs = [
+            None if name is None else Path(name) for name in (config.search, config.supervision)
+        ]
+        self._search = [] if logs[0] is None else read_search(logs[0])
+        self._targets = [] if logs[1] is None else read_supervision(logs[1])
+        files = [folder / WEIGHTS_FILE for folder in routers] + list(filter(None, logs))
+        self.chunks = Chunks(
+            output / PARTIAL_FOLDER,
+            {
+                "config": {**config.to_dict(), "latency_rounds": None},  # measured anew each time
+                "tasks": [task.name for task in tasks],
+                "files": {f"{path}_sha256": sha256(path) for path in files},
+                "model": lm.base.identity,
+                "runtime": lm.base.runtime,
+            },
+            stage="evaluation",
+        )
+        at_depths = [name for name in self.baselines if not BASELINES.get(name).has_own_depth]
+        a_task = 2 + len(self.baselines) + (1 + len(at_depths)) * len(self.shares)
+        of_a_seed = 1 + (PERMUTED in self.baselines)
+        a_task += (len(routers) - 1) * of_a_seed * (1 + len(self.shares))
+        if config.epsilon is not None:
+            a_task += 1 + len(self.shares)
+            a_task += 3 + len(self.shares) if self.worked is not None else 0
+        self._num_systems = a_task * len(tasks) + 1  # time, at last
+        self._num_done = 0
+
+    def asked(self, task: Task, split: str, limit: int | None, use: str = "") -> AskedTask:
+        """Return the questions of a task, by way of a task folder; one for each use of a split."""
+        folder = self.output / TASKS_FOLDER / f"{use}{split}"
+        [written], files = task_folder(
+            [task],
+            split=split,
+            limit=limit,
+            seed=self.config.seed,
+            data_dir=self.config.data_dir,
+            num_fewshot=self.config.num_fewshot,
+            max_length=self.lm.max_length,
+        )
+        files.write(folder)
+        asked = AskedTask(written, folder, self.lm, chat=self.config.chat)
+        questions = f"{task.name}, {limit or 'all'} of {split}"
+        self.chunks.expect(questions, {"questions_sha256": asked.digest()})
+        return asked
+
+    def once(self, name: str, run: Callable[[Keep], SystemRun]) -> SystemRun:
+        """Run a system, or return what an earlier start of this evaluation has kept of it.
+
+        Decisions are part of a block's key: were they others after an interruption (what is trained
+        is trained again then), the block would be asked again.
+        """
+        parts = self.chunks.within(name)
+
+        def keep(key: str, share: float, ask: Callable[[], Answered]) -> Answered:
+            answered = parts.once(key, Answered, ask)
+            self.tell(name, share)
+            return answered
+
+        self.tell(name)
+        system = self.chunks.once(name, SystemRun, lambda: run(keep))
+        self.tell_done(name)
+        return system
+
+    def tell(self, name: str, share: float = 0.0) -> None:
+        """Say what is being run, and how much of it is done."""
+        self.on_progress(self._num_done + share, self._num_systems, name)
+
+    def tell_done(self, name: str) -> None:
+        """Say that all of it is done."""
+        self._num_done += 1
+        self.tell(name)
+
+    def fitted(self, source: Task) -> FittedBaselines:
+        """Return the baselines that are fitted on questions of a task; fitted when first needed."""
+
+        def remember(name: str, candidates: Sequence[LayerPath], measure: Measure) -> list[float]:
+            key = f"{name} {json.dumps(candidates)}"
+            return self.chunks.once(key, list[float], lambda: measure(candidates))
+
+        if source.name not in self._fitted:
+            self._fitted[source.name] = FittedBaselines(
+                source.name, lambda: self._material(source), self.lm.routed, remember
+            )
+        return self._fitted[source.name]
+
+    def _material(self, source: Task) -> Material:
+        """Return what baselines are fitted on, and depths are looked for on."""
+        num = self.config.num_calibration or NUM_CALIBRATION
+        asked = self.asked(source, chosen_on(source, self.config), num)
+        questions: list[Question] = []
+        golds: list[int] = []
+        for place, requests in enumerate(asked.requests() if asked.has_options else ()):
+            context = requests[0].context
+            if all(request.context == context for request in requests):
+                questions.append(Question(context, [each.continuation for each in requests]))
+                golds.append(asked.gold(place))
+            # Else the options stand in the context, and there is no one prompt.
+        prompts = [self.lm.tok_encode(prompt) for prompt in asked.prompts()]
+        logs = self._search, self._targets
+        return Material(self.lm.routed, prompts, questions, golds, *logs, self.config.seed)
 
 
 class Comparison:
@@ -169,11 +325,7 @@ class Comparison:
     ) -> Choice:
         """Choose a depth on one split, and test it once on the one that is evaluated.
 
-        Args:
-            epsilon: Points of accuracy.
-            systems: On the evaluated questions: base first.
-            policies: The routed model's at each depth, by the depth in words.
-            chance: Accuracy of guessing on the evaluated questions.
+        `systems` ran on the latter, base first; `policies` are the routed model's at each depth.
         """
         config, source, worked = self.config, self.source, self.shared.worked
         split = chosen_on(source, config)
@@ -198,26 +350,16 @@ class Comparison:
         )
         if choice.chosen is None:
             return choice
-        [ours] = (
-            each for each in systems if each.name == ROUTED and each.title == choice.chosen.name
-        )
-        base, tested = self._with_worked(
-            [systems[0], ours],
-            {ours.setting: policies[ours.setting]},
-            "" if worked is None else config.split_of(worked.name),
-        )
-        return confirm(choice, base, tested, chance=chance, seed=config.seed)
+        [ours] = (each for each in systems if each.title == choice.chosen.name)
+        chosen = {ours.setting: policies[ours.setting]}
+        worked_split = "" if worked is None else config.split_of(worked.name)
+        outcomes = self._with_worked([systems[0], ours], chosen, worked_split)
+        return confirm(choice, *outcomes, chance=chance, seed=config.seed)
 
     def _with_worked(
         self, systems: Sequence[SystemRun], policies: Mapping[str, Policy], split: str
     ) -> list[Outcomes]:
-        """Return outcomes that know their loss on worked answers, where it is asked for.
-
-        Args:
-            systems: Base, then one for each policy.
-            policies: By setting.
-            split: Of the worked answers.
-        """
+        """Return outcomes of base, then of each policy, with their loss on worked answers."""
         outcomes = [system.outcomes for system in systems]
         worked, once = self.shared.worked, self.shared.once
         if worked is None:

@@ -78,22 +78,17 @@ class ModelShape:
                     f"aren't derived; go by executions and measured time"
                 )
         heads = int(config.num_attention_heads)
+        groups = [getattr(part, "num_key_value_groups", 1) for part in layers.modules()]
         entries = DynamicCache(config=model.config).layers
         return cls(
             matrices=tuple(_entries(layer, name) for layer in layers),
             head=int(model.get_output_embeddings().weight.numel()),
             heads=heads,
-            kv_heads=heads // _sharing(layers),
+            kv_heads=heads // int(max(groups)),
             head_size=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
             windows=tuple(getattr(entry, "sliding_window", None) for entry in entries),
             kv_itemsize=model.dtype.itemsize,
         )
-
-
-def _sharing(layers: nn.ModuleList) -> int:
-    """Return how many query heads share a head of keys and values."""
-    found = {getattr(part, "num_key_value_groups", 1) for part in layers.modules()}
-    return int(max(found))
 
 
 def _entries(layer: nn.Module, model: str) -> int:

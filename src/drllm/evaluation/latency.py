@@ -17,7 +17,6 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -36,19 +35,17 @@ from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FullPolicy, Policy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import new_manifest, sha256, write_json
-from drllm.records.latency import (
-    ATTACHED,
-    ROUTERS_EXECUTE,
-    Latency,
-    Timing,
-    Timings,
-)
+from drllm.records.latency import ATTACHED, ROUTERS_EXECUTE, Latency, Timing, Timings
 from drllm.records.results import BASE, LATENCY_FILE, ROUTED
 
 Clock: TypeAlias = Callable[[], float]
 Rounds: TypeAlias = list[dict[str, float]]
 """Seconds by what was timed, for every round."""
 
+BATCH_SIZES = (1, 4, 16)
+PROMPT_TOKENS, NEW_TOKENS = 16, 1
+"""At most of a prompt; decoded in one timing. Small enough for a model of 135 million parameters on
+two cores."""
 ALWAYS = 1e3
 """Logits that no router's own answer comes near to."""
 DESCRIPTIONS = {
@@ -57,35 +54,6 @@ DESCRIPTIONS = {
     ATTACHED: "ready for routing, without routers: every layer once",
     ROUTERS_EXECUTE: "routers compute all that they do, and every layer runs once",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """How much is timed; small enough for a model of 135 million parameters on two cores.
-
-    Attributes:
-        batch_sizes: Each from 1.
-        prompt_tokens: Most tokens of a prompt.
-        new_tokens: Decoded in one timing.
-        rounds: Turns of every system.
-
-    Raises:
-        ConfigError: A size below 1.
-    """
-
-    batch_sizes: tuple[int, ...] = (1, 4, 16)
-    prompt_tokens: int = 16
-    new_tokens: int = 1
-    rounds: int = 3
-
-    def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "new_tokens", "rounds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give a value of at least 1")
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ConfigError(
-                f"batch_sizes is {list(self.batch_sizes)}; give one or more values of at least 1"
-            )
 
 
 def with_router_time(routers: RouterStack) -> dict[str, Policy | None]:
@@ -116,38 +84,34 @@ def measure(
     model: Any,
     systems: Mapping[str, Policy | None],
     prompts: Sequence[Sequence[int]],
-    sizes: Sizes | None = None,
+    rounds: int,
     clock: Clock | None = None,
 ) -> Timings:
     """Time systems on one model while they read prompts and while they decode.
 
     Prompts are real ones, since a router's route depends on them. All are cut to one length, the
-    shortest one's or `prompt_tokens`, so that no padding is timed; a batch of more rows than there
+    shortest one's or `PROMPT_TOKENS`, so that no padding is timed; a batch of more rows than there
     are prompts holds some several times.
 
     Args:
         model: The untouched model; copies that share its weights are timed.
         systems: By name, the policy that decides; None for the model as it is.
         prompts: Token ids.
-        sizes: How much is timed.
+        rounds: Turns of every system. One more, which isn't measured, comes first.
         clock: Gives the time in seconds; None for a clock that waits for the device.
-
-    Returns:
-        Seconds of every round. One turn of each, which isn't measured, comes first.
 
     Raises:
         ConfigError: No prompts, or one without tokens.
         RoutingError: A model that is routed already.
 
     Example:
-        >>> found = measure(model, with_router_time(routers), prompts)  # doctest: +SKIP
+        >>> found = measure(model, with_router_time(routers), prompts, rounds=3)  # doctest: +SKIP
         >>> found.ratio("routed", "base", "prefill", 16)  # doctest: +SKIP
         Rounds(median=0.91, lowest=0.9, highest=0.93)
     """
-    sizes = sizes or Sizes()
     if not prompts or not min(map(len, prompts)):
         raise ConfigError("time is measured on prompts; give at least one, each with tokens")
-    T = min(sizes.prompt_tokens, *map(len, prompts))
+    T = min(PROMPT_TOKENS, *map(len, prompts))
     clock = clock or device_clock(model.device)
     models = {name: twin(model) for name in systems}
     routed = {
@@ -157,33 +121,31 @@ def measure(
     }
     num_layers = len(find_layers(model)[1])
     timings = []
-    for size in sizes.batch_sizes:
+    for size in BATCH_SIZES:
         rows = [list(prompts[row % len(prompts)])[:T] for row in range(size)]
         ids = torch.tensor(rows, device=model.device)  # [B, T]
-        read = {name: reading(each, ids) for name, each in models.items()}
-        decode = {name: decoding(each, ids, sizes.new_tokens) for name, each in models.items()}
-        take_turns(decode, 1, clock)  # forgotten; prompts were read by `decoding` already
+        ways: dict[Literal["prefill", "decode"], Any] = {
+            "prefill": {name: reading(each, ids) for name, each in models.items()},
+            "decode": {name: decoding(each, ids) for name, each in models.items()},
+        }
+        take_turns(ways["decode"], 1, clock)  # forgotten; prompts were read by `decoding` already
         executions = dict.fromkeys(systems, float(num_layers))
         for name, each in routed.items():
             executions[name] = mean_executions(each.last_route.tolist())  # of [B, L]
-        phases: tuple[tuple[Literal["prefill", "decode"], Any, int], ...] = (
-            ("prefill", read, T),
-            ("decode", decode, sizes.new_tokens),
-        )
-        for phase, calls, num_tokens in phases:
-            rounds = take_turns(calls, sizes.rounds, clock)
+        for phase, calls in ways.items():
+            seconds = take_turns(calls, rounds, clock)
             timings += [
                 Timing(
                     system=name,
                     phase=phase,
                     batch_size=size,
-                    num_tokens=size * num_tokens,
+                    num_tokens=size * (T if phase == "prefill" else NEW_TOKENS),
                     executions=executions[name],
-                    seconds=tuple(times[name] for times in rounds),
+                    seconds=tuple(times[name] for times in seconds),
                 )
                 for name in systems
             ]
-    return Timings(prompt_tokens=T, new_tokens=sizes.new_tokens, timings=tuple(timings))
+    return Timings(prompt_tokens=T, new_tokens=NEW_TOKENS, timings=tuple(timings))
 
 
 # --- what is timed -----------------------------------------------------------------------------
@@ -221,25 +183,15 @@ def reading(model: Any, ids: Tensor) -> Callable[[], Any]:
     return lambda: model(ids, logits_to_keep=1, **empty_cache(model))
 
 
-def decoding(model: Any, ids: Tensor, num_tokens: int = 1) -> Callable[[], Any]:
-    """Return a call that reads more tokens, one a pass, after prompts that were read before.
+def decoding(model: Any, ids: Tensor) -> Callable[[], Any]:
+    """Return a call that reads one more token after prompts `[B, T]`, which are read once here.
 
     What is read stays in the cache, so the next call finds it longer. Which tokens they are
     doesn't change the time, as decisions hold since the prompt.
-
-    Args:
-        model: Routed or not.
-        ids: `[B, T]` tokens of the prompts, read once here.
-        num_tokens: How many a call.
     """
     cache = empty_cache(model)
     model(ids, logits_to_keep=1, **cache)
-
-    def decode() -> None:
-        for _ in range(num_tokens):
-            model(ids[:, :1], logits_to_keep=1, **cache)
-
-    return decode
+    return lambda: model(ids[:, :1], logits_to_keep=1, **cache)
 
 
 def device_clock(device: torch.device) -> Clock:
@@ -289,7 +241,7 @@ def write_latency(
         path.unlink(missing_ok=True)
         return None
     timed = choose_prompts(prompts, config.seed)
-    sizes = Sizes(rounds=config.latency_rounds)
+    systems = with_router_time(routers)
     weights = folder / WEIGHTS_FILE
     latency = Latency(
         **new_manifest("latency", model=base.identity, config=config.to_dict(), inputs=[weights]),
@@ -299,7 +251,7 @@ def write_latency(
         routers_sha256=sha256(weights),
         num_prompts=len(timed),
         systems=DESCRIPTIONS,
-        measured=measure(base.model, with_router_time(routers), timed, sizes, clock),
+        measured=measure(base.model, systems, timed, config.latency_rounds, clock),
     )
     write_json(path, latency)
     return path
@@ -311,16 +263,11 @@ def choose_prompts(prompts: Sequence[Sequence[int]], seed: int) -> list[list[int
     All are read at one length, so those that are long enough are drawn first, then the longest of
     the others. Of each its last tokens are kept: with worked examples or a chat template all
     prompts of a task begin alike.
-
-    Args:
-        prompts: Token ids.
-        seed: Of the draw.
     """
-    sizes = Sizes()
     drawn = random.Random(seed).sample(list(prompts), len(prompts))
-    drawn.sort(key=lambda ids: -min(len(ids), sizes.prompt_tokens))  # stable: else as drawn
-    chosen = drawn[: max(sizes.batch_sizes)]
-    T = min(sizes.prompt_tokens, *map(len, chosen))
+    drawn.sort(key=lambda ids: -min(len(ids), PROMPT_TOKENS))  # stable: else as drawn
+    chosen = drawn[: max(BATCH_SIZES)]
+    T = min(PROMPT_TOKENS, *map(len, chosen))
     return [list(ids[-T:]) for ids in chosen]
 
 

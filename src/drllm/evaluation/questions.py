@@ -14,7 +14,7 @@ from drllm.config.settings import flag_of
 from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
 from drllm.evaluation.baselines.base import BASELINES, QUESTIONS
 from drllm.evaluation.baselines.registry import check, depths, named
-from drllm.evaluation.lm_eval.registry import entry_of
+from drllm.evaluation.lm_eval.graders import entry_of
 from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, results_in, schema_of
 from drllm.statistics.non_inferiority import FEWEST_TEXTS
 from drllm.tasks.base import Task
@@ -55,7 +55,7 @@ def check_tasks(tasks: Sequence[Task], config: EvaluateConfig) -> None:
             if name not in known:
                 raise ConfigError(f"{flag_of(setting)}: " + unknown_name("task", name, known))
     for task in tasks:
-        check_examples(task, config.split_of(task.name), config.data_dir)
+        _check_examples(task, config.split_of(task.name), config.data_dir)
     sources = sources_of(tasks, config)
     limited = {*evaluated, *(s.name for s in sources.values() if config.epsilon is not None)}
     if config.limit is not None and limited <= config.own("limits").keys():
@@ -65,7 +65,7 @@ def check_tasks(tasks: Sequence[Task], config: EvaluateConfig) -> None:
         )
     if is_fitted(config):
         for source in sources.values():
-            check_examples(source, chosen_on(source, config), config.data_dir)
+            _check_examples(source, chosen_on(source, config), config.data_dir)
     worked_task(config, tasks)
 
 
@@ -83,18 +83,13 @@ def check_output(output: Path) -> None:
             )
 
 
-def check_examples(task: Task, split: str, data_dir: str | None) -> None:
-    """Refuse a task without questions in a split.
-
-    Raises:
-        TaskError: There are none, or the folder isn't one.
-    """
-    folder = None if data_dir is None else Path(data_dir)
-    if folder is not None and not folder.is_dir():
+def _check_examples(task: Task, split: str, data_dir: str | None) -> None:
+    """Refuse a folder that isn't one, and a task without questions in a split."""
+    if data_dir is not None and not Path(data_dir).is_dir():
         raise TaskError(
             f"--data-dir {data_dir} is not a folder; give the folder with the tasks' files"
         )
-    if not task.examples(split, folder):
+    if not task.examples(split, data_dir):
         raise TaskError(
             f"task {task.name!r} has no questions in split {split!r}; give another --split or "
             f"more questions"
@@ -164,13 +159,12 @@ def worked_task(config: EvaluateConfig, tasks: Sequence[Task]) -> Task | None:
             f"{given} has no effect: {task.name} alone is evaluated, and its own texts are its "
             f"worked answers; leave it out"
         )
-    folder = None if config.data_dir is None else Path(config.data_dir)
     for split in (chosen_on(task, config), config.split_of(task.name)):
         other = ""
         if split == "test":
             other = f"; --splits {task.name}=select has depths chosen on fit and tested on select"
         try:
-            found = len(task.examples(split, folder))
+            found = len(task.examples(split, config.data_dir))
         except TaskError as error:
             raise TaskError(f"{given}: {error}{other}") from error
         if found < FEWEST_TEXTS:

@@ -15,12 +15,11 @@ from typing import Any, TypeAlias
 
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError
-from drllm.evaluation.comparison import Comparison
+from drllm.evaluation.comparison import TASKS_FOLDER, Comparison, Shared
 from drllm.evaluation.latency import write_latency
 from drllm.evaluation.lm_eval.folders import CACHE
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.questions import check_output, check_tasks
-from drllm.evaluation.shared import TASKS_FOLDER, Shared
 from drllm.evaluation.tables import TaskRuns, correct
 from drllm.listener import Listener
 from drllm.models.base.load import BaseModel, as_base_model

@@ -11,7 +11,7 @@ import torch
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError, RoutingError
 from drllm.evaluation.latency import (
-    Sizes,
+    BATCH_SIZES,
     choose_prompts,
     decoding,
     machine,
@@ -25,7 +25,7 @@ from drllm.evaluation.latency import (
 )
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
-from drllm.models.routers.checkpoint import load_routers, save_routers
+from drllm.models.routers.checkpoint import save_routers
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, RouterPolicy
@@ -34,13 +34,22 @@ from drllm.records import sha256
 from drllm.records.latency import Rounds, read_latency
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15], [20, 21, 22, 23, 24, 25, 26]]
-SIZES = Sizes(batch_sizes=(1, 4), prompt_tokens=8, new_tokens=2, rounds=3)
+SYSTEMS = ("base", "routed", "attached", "routers that execute")
+PHASES = ("prefill", "decode")
 
 
-@pytest.fixture
-def routers():
-    config = RouterConfig(num_layers=6, hidden_size=32)
-    return RouterStack(config, torch.Generator().manual_seed(0))
+@pytest.fixture(scope="module")
+def base(tiny_llama, tiny_tokenizer):
+    return BaseModel(model=tiny_llama(), tokenizer=tiny_tokenizer, name="tiny", revision=None)
+
+
+@pytest.fixture(scope="module")
+def routers(base):
+    config = RouterConfig(num_layers=6, hidden_size=32, base_fingerprint=fingerprint(base.model))
+    stack = RouterStack(config, torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        stack.decision_weight.mul_(3)
+    return stack
 
 
 def test_systems_take_turns_in_another_order_every_round():
@@ -54,41 +63,39 @@ def test_systems_take_turns_in_another_order_every_round():
     assert rounds == [dict.fromkeys("abc", 1.0)] * 8
 
 
-def test_every_system_phase_and_batch_size_has_its_timing(tiny_llama, routers):
+def test_every_system_phase_and_batch_size_has_its_timing(base, routers):
     ticks = itertools.count()
-    found = measure(
-        tiny_llama(), with_router_time(routers), PROMPTS, SIZES, lambda: float(next(ticks))
-    )
-    names = ("base", "routed", "attached", "routers that execute")
-    assert len(found.timings) == len(names) * 2 * 2
-    for name, size in itertools.product(names, (1, 4)):
-        prefill, decode = (found.of(name, phase, size) for phase in ("prefill", "decode"))
-        assert prefill.num_tokens == size * 5  # the shortest prompt's length
-        assert decode.num_tokens == size * 2
-        assert prefill.seconds == decode.seconds == (1.0, 1.0, 1.0)
-    assert found.prompt_tokens == 5
+    systems = with_router_time(routers)
+    found = measure(base.model, systems, PROMPTS, 2, lambda: 0.5 * next(ticks))
+    timed = [(each.phase, each.batch_size, each.system) for each in found.timings]
+    assert sorted(timed) == sorted(itertools.product(PHASES, BATCH_SIZES, SYSTEMS))
+    for each in found.timings:
+        assert each.seconds == (0.5, 0.5)  # the shortest prompt has five tokens
+        assert each.num_tokens == each.batch_size * (5 if each.phase == "prefill" else 1)
+    assert (found.prompt_tokens, found.new_tokens) == (5, 1)
     assert found.router_seconds(4) == Rounds(median=0.0, lowest=0.0, highest=0.0)
     with pytest.raises(KeyError, match="no timing of"):
-        found.of("base", "prefill", 16)
+        found.of("base", "prefill", 2)
 
 
-def test_long_prompts_are_cut(tiny_llama):
-    sizes = Sizes(batch_sizes=(2,), prompt_tokens=3, new_tokens=1, rounds=1)
-    found = measure(tiny_llama(), {"base": None}, PROMPTS, sizes)
-    assert found.of("base", "prefill", 2).num_tokens == 6
+def test_long_prompts_are_cut(base):
+    found = measure(base.model, {"base": None}, [[5] * 20, [6] * 30], 1)
+    assert found.of("base", "prefill", 4).num_tokens == 4 * 16
 
 
 def test_the_model_is_left_untouched_and_its_weights_are_shared(tiny_llama, routers):
     model = tiny_llama()
     before = model(torch.tensor([PROMPTS[0]])).logits
-    measure(model, with_router_time(routers), PROMPTS, SIZES)
+    measure(model, with_router_time(routers), PROMPTS, 1)
     assert torch.equal(before, model(torch.tensor([PROMPTS[0]])).logits)
-    RoutedModel(model)  # would be refused if it were routed
     weights = {p.data_ptr() for p in model.parameters()}
     assert {p.data_ptr() for p in twin(model).parameters()} == weights
+    RoutedModel(model)  # would be refused if it were routed
+    with pytest.raises(RoutingError, match="routed already"):
+        measure(model, with_router_time(routers), PROMPTS, 1)
 
 
-def test_systems_run_the_plans_that_they_stand_for(tiny_llama, monkeypatch):
+def test_systems_run_the_plans_that_they_stand_for(base, monkeypatch):
     made = {}
     original = RoutedModel.__init__
 
@@ -97,27 +104,37 @@ def test_systems_run_the_plans_that_they_stand_for(tiny_llama, monkeypatch):
         made[policy] = self
 
     monkeypatch.setattr(RoutedModel, "__init__", record)
-    plan = FixedPolicy([1, 0, 2, 1, 1, 1], 6)
+    plan = FixedPolicy([1, 0, 2, 1, 2, 1], 6)
     systems = {"base": None, "static": plan, "full": (full := FullPolicy())}
-    found = measure(tiny_llama(), systems, PROMPTS, SIZES)
-    for phase in ("prefill", "decode"):
-        assert [found.of(name, phase, 4).executions for name in systems] == [6.0, 6.0, 6.0]
-    assert made[plan].last_route.tolist() == [[1, 0, 2, 1, 1, 1]] * 4
-    assert made[full].last_route.tolist() == [[1] * 6] * 4
+    found = measure(base.model, systems, PROMPTS, 1)
+    for phase in PHASES:
+        assert [found.of(name, phase, 4).executions for name in systems] == [6.0, 7.0, 6.0]
+    assert made[plan].last_route.tolist() == [[1, 0, 2, 1, 2, 1]] * 16
+    assert made[full].last_route.tolist() == [[1] * 6] * 16
 
 
-def test_a_routed_model_is_refused(tiny_llama, routers):
-    model = tiny_llama()
-    RoutedModel(model)
-    with pytest.raises(RoutingError, match="routed already"):
-        measure(model, with_router_time(routers), PROMPTS, SIZES)
+def test_executions_are_those_of_the_routes_that_were_timed(base, routers):
+    found = measure(base.model, with_router_time(routers), PROMPTS, 1)
+    routed = RoutedModel(base.model, routers)
+    costs = []
+    for prompt in PROMPTS:  # one by one
+        routed.model(torch.tensor([prompt[:5]]))
+        costs.append(int(routed.last_route.sum()))
+    routed.detach()
+    assert len(set(costs)) > 1, "the prompts must take several routes"
+    for phase, size in itertools.product(PHASES, BATCH_SIZES):
+        rows = [costs[row % 3] for row in range(size)]
+        assert found.of("routed", phase, size).executions == statistics.mean(rows)
+        for name in SYSTEMS:
+            if name != "routed":
+                assert found.of(name, phase, size).executions == 6.0
 
 
-def test_routers_that_execute_do_so_and_compute_all_that_they_did(tiny_llama, routers):
+def test_routers_that_execute_do_so_and_the_originals_stay(tiny_llama, routers):
     routed = RoutedModel(tiny_llama(), policy=RouterPolicy(that_execute(routers)))
-    routed.model(torch.tensor(PROMPTS[0])[None])
+    routed.model(torch.tensor(PROMPTS[:1]))
     assert routed.last_route.tolist() == [[1] * 6]
-    assert torch.equal(routers.decision_bias, torch.zeros(6, 3))  # the originals stay
+    assert torch.equal(routers.decision_bias, torch.zeros(6, 3))
 
 
 def test_reading_starts_anew_and_decoding_goes_on(tiny_llama):
@@ -135,111 +152,40 @@ def test_reading_starts_anew_and_decoding_goes_on(tiny_llama):
     read()
     assert lengths == [(5, 0), (5, 0)]
     lengths.clear()
-    decode = decoding(model, ids, 2)
+    decode = decoding(model, ids)
     decode()
     decode()
-    assert lengths == [(5, 0), (1, 5), (1, 6), (1, 7), (1, 8)]
+    assert lengths == [(5, 0), (1, 5), (1, 6)]
 
 
 @pytest.mark.parametrize("prompts", [[], [[5, 6], []]])
-def test_time_without_prompts_is_refused(tiny_llama, prompts):
+def test_time_without_prompts_is_refused(base, prompts):
     with pytest.raises(ConfigError, match="each with tokens"):
-        measure(tiny_llama(), {"base": None}, prompts, SIZES)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"rounds": 0}, "rounds is 0"),
-        ({"new_tokens": 0}, "new_tokens is 0"),
-        ({"prompt_tokens": -1}, "prompt_tokens is -1"),
-        ({"batch_sizes": ()}, r"batch_sizes is \[\]"),
-        ({"batch_sizes": (1, 0)}, r"batch_sizes is \[1, 0\]"),
-    ],
-)
-def test_sizes_below_one_are_refused(values, message):
-    with pytest.raises(ConfigError, match=message):
-        Sizes(**values)
+        measure(base.model, {"base": None}, prompts, 1)
 
 
 # --- what an evaluation writes -----------------------------------------------------------------
 
-SYSTEMS = ("base", "routed", "attached", "routers that execute")
 
-
-@pytest.fixture(scope="module")
-def base(tiny_llama, tiny_tokenizer):
-    return BaseModel(model=tiny_llama(), tokenizer=tiny_tokenizer, name="tiny", revision=None)
-
-
-@pytest.fixture(scope="module")
-def routers_dir(base, tmp_path_factory):
-    config = RouterConfig(
-        num_layers=6,
-        hidden_size=32,
-        base_model="tiny",
-        base_fingerprint=fingerprint(base.model),
-    )
-    stack = RouterStack(config, torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        stack.decision_weight.mul_(3)
-    folder = tmp_path_factory.mktemp("routers")
-    save_routers(stack, folder)
-    return folder
-
-
-def write(base, routers_dir, folder, rounds, clock=None):
-    config = EvaluateConfig(latency_rounds=rounds)
-    return write_latency(
-        base, routers_dir, load_routers(routers_dir), PROMPTS, config, folder, clock
-    )
-
-
-def test_the_file_holds_every_round_of_every_system_and_what_they_ran_on(
-    base, routers_dir, tmp_path
+def test_the_file_says_what_was_timed_and_on_what_and_goes_where_nothing_is_measured(
+    base, routers, tmp_path
 ):
-    ticks = itertools.count()
-    write(base, routers_dir, tmp_path, 2, lambda: 0.5 * next(ticks))
+    save_routers(routers, tmp_path / "routers")
+    weights = tmp_path / "routers" / "routers.safetensors"
+
+    def write(rounds):
+        config = EvaluateConfig(latency_rounds=rounds)
+        return write_latency(base, tmp_path / "routers", routers, PROMPTS, config, tmp_path)
+
+    path = write(2)
     found = read_latency(tmp_path)
     assert found.model == base.identity
-    assert found.routers_sha256 == sha256(routers_dir / "routers.safetensors")
-    assert found.config["latency_rounds"] == 2
+    assert (found.routers, found.routers_sha256) == (str(tmp_path / "routers"), sha256(weights))
+    assert found.config["latency_rounds"] == found.measured.num_rounds == 2
     assert found.runtime == {**base.runtime, "num_threads": torch.get_num_threads()}
     assert found.num_prompts == 3
-    timed = [(each.phase, each.batch_size, each.system) for each in found.measured.timings]
-    assert sorted(timed) == sorted(
-        itertools.product(("prefill", "decode"), Sizes().batch_sizes, SYSTEMS)
-    )
-    for each in found.measured.timings:
-        assert each.seconds == (0.5, 0.5)
-        assert each.num_tokens == each.batch_size * (5 if each.phase == "prefill" else 1)
-
-
-def test_executions_are_those_of_the_routes_that_were_timed(base, routers_dir, tmp_path):
-    write(base, routers_dir, tmp_path, 1)
-    found = read_latency(tmp_path).measured
-    routed = RoutedModel(base.model, load_routers(routers_dir))
-    costs = []
-    drawn = choose_prompts(PROMPTS, seed=0)
-    assert sorted(drawn) == sorted(prompt[-5:] for prompt in PROMPTS)
-    for prompt in drawn:  # one by one
-        routed.model(torch.tensor([prompt]))
-        costs.append(int(routed.last_route.sum()))
-    routed.detach()
-    assert len(set(costs)) > 1, "the prompts must take several routes"
-    for phase, size in itertools.product(("prefill", "decode"), (1, 4, 16)):
-        rows = [costs[row % 3] for row in range(size)]
-        assert found.of("routed", phase, size).executions == statistics.mean(rows)
-        for name in SYSTEMS:
-            if name != "routed":
-                assert found.of(name, phase, size).executions == 6.0
-
-
-def test_without_rounds_nothing_is_measured_and_old_times_go(base, routers_dir, tmp_path):
-    old = write(base, routers_dir, tmp_path, 1)
-    assert old.is_file()
-    assert write(base, routers_dir, tmp_path, 0, lambda: pytest.fail("measured")) is None
-    assert not old.exists()
+    assert write(0) is None
+    assert not path.exists()
 
 
 def test_prompts_that_are_long_enough_are_drawn_first_and_keep_their_last_tokens():
@@ -258,8 +204,8 @@ def test_of_short_prompts_the_longest_are_drawn_and_cut_to_the_shortest_of_them(
     assert choose_prompts(prompts, seed=0) == [[7, 8, 9]] * 16
 
 
-def test_fewer_prompts_than_rows_are_all_taken():
-    assert sorted(choose_prompts([[97, 98], [99, 100]], seed=0)) == [[97, 98], [99, 100]]
+def test_fewer_prompts_than_rows_are_all_taken_with_their_last_tokens():
+    assert sorted(choose_prompts(PROMPTS, seed=0)) == [prompt[-5:] for prompt in PROMPTS]
 
 
 def test_a_machine_is_named_with_its_cores_and_its_accelerator(monkeypatch):

@@ -674,9 +674,9 @@ def test_time_is_measured_once_for_all_tasks_on_their_prompts(
 ):
     given = []
 
-    def note(model, systems, prompts, sizes, clock):
+    def note(model, systems, prompts, rounds, clock):
         given.append(prompts)
-        return measure(model, systems, prompts, sizes, clock)
+        return measure(model, systems, prompts, rounds, clock)
 
     monkeypatch.setattr(latency, "measure", note)
     calls = []

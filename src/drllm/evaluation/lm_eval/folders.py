@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeAlias
 import yaml
 
 from drllm.errors import ConfigError, TaskError
-from drllm.evaluation.lm_eval.registry import entry_of
+from drllm.evaluation.lm_eval.graders import entry_of
 from drllm.records import question_key, write_atomically
 from drllm.tasks.base import Example, Function, Harness, QuestionRow, Task, choose
 
@@ -151,7 +151,7 @@ def task_folder(
     split: str,
     limit: int | None,
     seed: int,
-    data_dir: Path | None,
+    data_dir: Path | str | None,
     num_fewshot: int | None = None,
     max_length: int | None = None,
 ) -> tuple[list[HarnessTask], FolderFiles]:

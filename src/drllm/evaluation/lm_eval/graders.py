@@ -1,6 +1,7 @@
-"""What the task files that are ours name by `!function`: targets to show and answers to grade.
+"""How tasks that are ours alone are asked in an evaluation, and how their answers are graded.
 
-Among them SQuAD's two metrics, which the harness would fetch from the net. Loads no torch.
+Task files name the functions here by `!function`; among them are SQuAD's two metrics, which the
+harness would fetch from the net. Loads no torch.
 """
 
 from __future__ import annotations
@@ -12,11 +13,76 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from drllm.tasks.base import Prompt
+from drllm.tasks.base import OPTIONS_REWARD, Example, Function, Harness, Prompt, Row, Task
 from drllm.tasks.grading import grade, reward_of
 
 NO_ANSWER = "unanswerable"
 """What stands for "the passage doesn't say", among the answers shown and those generated."""
+
+RULE = ("reward", "answer", "other_answers", "letters")
+"""What grading needs to know of a prompt."""
+
+
+def entry_of(task: Task) -> Harness:
+    """Return how the harness asks a task: as the task says itself, or as a search asks it.
+
+    In the second case options are scored, else answers graded, as the first of its rewards says.
+    """
+    if task.harness is not None:
+        return task.harness
+
+    def options(example: Example, _row: Row) -> dict[str, Any]:
+        prompt = task.prompt(example, OPTIONS_REWARD)
+        # The options as one text, written in Python: of a column of lists that hold nothing but
+        # dates, datasets makes dates.
+        options = [text.removeprefix(" ") for text in prompt.continuations]
+        return {"prompt": prompt.text, "options": repr(options), "gold": prompt.gold}
+
+    def answers(example: Example, _row: Row) -> dict[str, Any]:
+        prompt = task.prompt(example, task.rewards[0])
+        return {
+            "prompt": prompt.text,
+            "grading": grading_of(prompt),
+            "max_new_tokens": prompt.max_new_tokens,
+        }
+
+    if task.rewards[0] == OPTIONS_REWARD:
+        return Harness(
+            columns=options,
+            settings={
+                "output_type": "multiple_choice",
+                "doc_to_text": "prompt",
+                "doc_to_choice": "{{options}}",
+                "doc_to_target": "gold",
+                **_averaged("acc", "acc_norm"),
+            },
+        )
+    return Harness(
+        columns=answers,
+        settings={
+            "output_type": "generate_until",
+            "doc_to_text": "prompt",
+            "doc_to_target": Function(f"{__name__}.shown"),
+            "target_delimiter": "\n",
+            "process_results": Function(f"{__name__}.graded"),
+            "generation_kwargs": {"until": [], "do_sample": False},
+            **_averaged("exact_match"),
+        },
+        generated=True,
+        metric="exact_match",
+        notes=(
+            "asked as a search asks it; a search sends the question through the model's chat "
+            "template, an evaluation does where the harness is told to apply it",
+        ),
+    )
+
+
+def _averaged(*metrics: str) -> dict[str, Any]:
+    each = {"aggregation": "mean", "higher_is_better": True}
+    return {
+        "metric_list": [{"metric": metric, **each} for metric in metrics],
+        "metadata": {"version": 1},
+    }
 
 
 def graded(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
@@ -41,24 +107,12 @@ def grading_of(prompt: Prompt) -> str:
         >>> graded(row, [r"It is \boxed{2}."]), shown(row)
         ({'exact_match': 1.0}, '\\boxed{2}')
     """
-    rule = {
-        "reward": prompt.reward,
-        "answer": prompt.answer,
-        "other_answers": prompt.other_answers,
-        "letters": prompt.letters,
-    }
-    return json.dumps(rule, ensure_ascii=False)
+    return json.dumps({name: getattr(prompt, name) for name in RULE}, ensure_ascii=False)
 
 
 def _prompt(doc: Mapping[str, Any]) -> Prompt:
     rule = json.loads(doc["grading"])
-    return Prompt(
-        text="",
-        reward=rule["reward"],
-        answer=rule["answer"],
-        other_answers=tuple(rule["other_answers"]),
-        letters=rule["letters"],
-    )
+    return Prompt(text="", **{**rule, "other_answers": tuple(rule["other_answers"])})
 
 
 # --- SQuAD 2.0 ---------------------------------------------------------------------------------

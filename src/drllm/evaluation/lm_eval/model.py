@@ -26,15 +26,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from drllm.config import DepthConfig, ModelConfig
-from drllm.errors import ConfigError, RoutingError
-from drllm.evaluation.lm_eval.arguments import (
-    check_names,
-    check_windows,
-    routers_and_base,
-)
+from drllm.errors import CheckpointError, ConfigError, RoutingError, unknown_name
 from drllm.evaluation.lm_eval.requests import Request, fitted, without_padding
 from drllm.evaluation.lm_eval.scoring import Answer, Counts, RequestScorer, Scored
 from drllm.models.base.load import BaseModel, load
+from drllm.models.routers import hub
+from drllm.models.routers.checkpoint import CONFIG_FILE, load_routers
 from drllm.models.routers.depth_control import encode_calibration, policy_for, read_calibration
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FixedPolicy, Policy, reads_prompt
@@ -47,6 +44,28 @@ MAX_ROWS = 64
 """As the harness' `max_batch_size`."""
 PATIENCE = timedelta(weeks=52)
 """How long a process waits for the others: some have much more to do. As in the harness."""
+NOT_TAKEN = {
+    "parallelize": "load the model on one device a process, and start several with torchrun",
+    "peft": "merge the adapter into the base model, or route a PEFT model from Python",
+    "delta": "apply the delta and save the model",
+    "autogptq": "give a model that transformers loads by itself",
+    "gptqmodel": "give a model that transformers loads by itself",
+    "gguf_file": "give a folder of safetensors",
+    "mixed_precision_dtype": "give dtype=bfloat16",
+    "softmax_dtype": "log-probabilities are always computed in float32",
+    "backend": "only decoder-only models are routed",
+}
+"""Arguments of the harness' own class that would have no effect here, and what to do instead."""
+
+PASSED_ON = (
+    "add_bos_token",
+    "prefix_token_id",
+    "truncation",
+    "think_end_token",
+    "enable_thinking",
+    "chat_template_args",
+)
+"""Arguments of the harness' own class that keep their meaning."""
 FIXED = "give a fixed plan (decisions=FILE, or static_routing=true)"
 
 
@@ -69,8 +88,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         target_executions: Mean executions wanted on the prompts of `calibration`.
         calibration: A `.jsonl` file of prompts.
         router_penalty: The published knob.
-        static_routing: Execute every layer; `is_static_routing` is the same.
-        is_static_routing: The published name.
+        static_routing: Execute every layer.
+        is_static_routing: The same by its published name.
         dtype: auto, float32, bfloat16 or float16.
         device: auto, cpu, cuda, cuda:1, mps. Of several processes each takes its own.
         revision: Of a base model on the hub.
@@ -80,9 +99,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             one. `auto` goes by memory.
         max_batch_size: Maximum rows a pass with `auto`.
         max_length: Maximum tokens read; the model's own context length unless given.
-        others: Arguments of the harness' `HFLM` that keep their meaning: `add_bos_token`,
-            `prefix_token_id`, `truncation`, `think_end_token`, `enable_thinking`,
-            `chat_template_args`.
+        others: Arguments of the harness' `HFLM` that keep their meaning: `PASSED_ON`.
 
     Raises:
         ConfigError: An argument that there isn't, or that has no effect.
@@ -116,7 +133,12 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         max_length: int | None = None,
         **others: Any,
     ) -> None:
-        check_names(others, signature(RoutedLM).parameters)
+        for name, value in others.items():
+            if name in NOT_TAKEN:
+                raise ConfigError(f"{name}={value} has no effect with drllm; {NOT_TAKEN[name]}")
+            if name not in PASSED_ON:
+                known = {*signature(RoutedLM).parameters, *PASSED_ON}
+                raise ConfigError(unknown_name("model argument", name, known))
         batch_size = 1 if batch_size is None else batch_size
         if not re.fullmatch(r"auto(:[1-9]\d*)?|[1-9]\d*", str(batch_size)):
             raise ConfigError(
@@ -130,9 +152,9 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             static_routing=bool(static_routing or is_static_routing),
         )
         depth.knob()
-        stack, source, named = routers_and_base(pretrained, routers, base)
+        stack, source, named = _routers_and_base(pretrained, routers, base)
         if num_windows is not None:
-            check_windows(pretrained, stack, num_windows)
+            _check_windows(pretrained, stack, num_windows)
         accelerator = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # Each process takes a device of its own, or all the CPU, where that is asked for.
@@ -341,6 +363,59 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 "executions_a_forward": counts.executions / max(counts.prompts, 1),
             },
         }
+
+
+def _routers_and_base(
+    pretrained: str | BaseModel, routers: str | RouterStack | None, base: str | None
+) -> tuple[RouterStack | None, str, str | None]:
+    """Return the routers, the base model's name, and its revision where the routers name one."""
+    stack = routers if isinstance(routers, RouterStack) else None
+    is_folder = isinstance(pretrained, str) and (Path(pretrained) / CONFIG_FILE).is_file()
+    if isinstance(routers, str) and not is_folder:
+        stack = load_routers(hub.find(Path(routers)))
+    if isinstance(pretrained, BaseModel):
+        return stack, pretrained.name, None
+    if not is_folder:
+        if base is not None:
+            raise ConfigError(
+                f"base={base} has no effect: pretrained={pretrained} is no folder of routers"
+                f"{_not_there(pretrained)}; give the base as pretrained and the routers as routers="
+            )
+        return stack, pretrained, None
+    if routers is not None:
+        raise ConfigError(
+            f"pretrained={pretrained} is a folder of routers, and routers={routers} is given too; "
+            f"give the base model as pretrained, or leave routers out"
+        )
+    stack = load_routers(pretrained)
+    config = stack.config
+    if base is None and not config.base_model:
+        raise CheckpointError(
+            f"the routers in {pretrained} don't name their base model; give it as base=MODEL"
+        )
+    return stack, base or config.base_model, None if base else config.base_revision
+
+
+def _check_windows(
+    pretrained: str | BaseModel, stack: RouterStack | None, num_windows: int
+) -> None:
+    """Refuse a number of windows that isn't the routers' own, or that there are no routers for."""
+    if stack is None:
+        raise ConfigError(
+            f"num_windows={num_windows} needs routers, and pretrained={pretrained} is no folder of "
+            f"routers{_not_there(pretrained)}; give their folder, or leave num_windows out"
+        )
+    if (own := stack.config.num_windows) != num_windows:
+        raise CheckpointError(
+            f"num_windows is {num_windows}, but these routers were trained with {own}; give "
+            f"num_windows={own}, or leave it out"
+        )
+
+
+def _not_there(pretrained: str | BaseModel) -> str:
+    """Say that there is no such folder, where a name looks like one: not for an alias."""
+    folder = Path(pretrained) if isinstance(pretrained, str) else Path()
+    return "" if folder.exists() or len(folder.parts) == 1 else " (there is no such folder)"
 
 
 @contextmanager

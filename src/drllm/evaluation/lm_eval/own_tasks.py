@@ -51,11 +51,11 @@ def own_tasks(
 
     Args:
         names: What stands in `--tasks`.
-        split: See `folders.task_folder`, as for `data_dir`, `num_fewshot` and `max_length`.
+        split: As `task_folder`'s.
         limit: The harness' `--limit`: maximum questions a task of ours, drawn with `SEED`.
-        data_dir: Folder of task data.
-        num_fewshot: Worked examples before each question.
-        max_length: Maximum tokens, where that is known.
+        data_dir: As `task_folder`'s.
+        num_fewshot: As `task_folder`'s.
+        max_length: As `task_folder`'s.
         include_path: A folder with tasks of the user's own.
         num_processes: Processes that share the questions of a task.
 
@@ -78,12 +78,17 @@ def own_tasks(
             f"--data_dir {data_dir} has no effect: {', '.join(ours)} brings its own questions; "
             f"leave it out, and give --split"
         )
+    if limit is not None and (limit < 1 or limit != int(limit)):
+        raise ConfigError(
+            f"--limit is {limit:g}; with --data_dir or --split it is a number of questions a task: "
+            f"give a whole number from 1"
+        )
     found, files = task_folder(
         tasks,
         split=split,
-        limit=_whole(limit),
+        limit=None if limit is None else int(limit),
         seed=SEED,
-        data_dir=None if data_dir is None else Path(data_dir),
+        data_dir=data_dir,
         num_fewshot=num_fewshot,
         max_length=max_length,
     )
@@ -97,12 +102,10 @@ def own_tasks(
         taken = {*files.num_questions, *(task.harness_name for task in found)}
         _check_others(others, taken, include_path)
     called = (task.harness_name for task in found)
-    members = {name: groups().get(name, (name,)) for name in ours}
-    ordered = [
-        next(called) if name in members else part
-        for name in names
-        for part in members.get(name, (name,))
-    ]
+    ordered = []
+    for name in names:
+        members = groups().get(name, (name,)) if name in ours else ()
+        ordered += [next(called) for _ in members] or [name]
     return OwnTasks(found, files, ordered)
 
 
@@ -123,35 +126,24 @@ def placed(files: FolderFiles, below: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _whole(limit: float | None) -> int | None:
-    if limit is not None and (limit < 1 or limit != int(limit)):
-        raise ConfigError(
-            f"--limit is {limit:g}; with --data_dir or --split it is a number of questions a task: "
-            f"give a whole number from 1"
-        )
-    return None if limit is None else int(limit)
-
-
 # --- the harness' own tasks next to ours ----------------------------------------------------------
-
-
-def _manager(include_path: str | None) -> Any:
-    import lm_eval.tasks
-
-    return lm_eval.tasks.TaskManager(include_path=include_path)
 
 
 def _check_unknown(names: Sequence[str]) -> None:
     """Refuse a name that is nobody's, where it resembles one of ours."""
+    import lm_eval.tasks
+
     for name in names:
         said = unknown_name("task", name, task_names())
-        if "did you mean" in said and name not in _manager(None).all_tasks:
+        if "did you mean" in said and name not in lm_eval.tasks.TaskManager().all_tasks:
             raise TaskError(f"{said}, or a .jsonl file; 'drllm lm-eval ls tasks' lists the others")
 
 
 def _check_others(others: Sequence[str], taken: set[str], include_path: str | None) -> None:
     """Refuse names next to ours that are unknown, or that hold a task of the same name as ours."""
-    manager = _manager(include_path)
+    import lm_eval.tasks
+
+    manager = lm_eval.tasks.TaskManager(include_path=include_path)
     index = manager.task_index
     for name in others:
         if name.endswith(".yaml") or Path(name).is_dir():
@@ -159,7 +151,7 @@ def _check_others(others: Sequence[str], taken: set[str], include_path: str | No
                 f"{name} is given together with drllm's tasks; give its folder as --include_path "
                 f"and the task by its name"
             )
-        held = {part for match in manager.match_tasks([name]) for part in _held(match, index)}
+        held = _held(manager.match_tasks([name]), index)
         if not held:
             said = unknown_name("task", name, {*task_names(), *index}).split(" Valid: ")[0]
             raise TaskError(
@@ -179,31 +171,26 @@ def _check_others(others: Sequence[str], taken: set[str], include_path: str | No
             )
 
 
-def _held(name: str, index: Any) -> set[str]:
-    """Return a name of the harness and all that it stands for."""
+def _held(names: Any, index: Any) -> set[str]:
+    """Return names of the harness and all that they stand for.
+
+    Args:
+        names: What may stand in a group's `task`: a name, a task that is changed, a group in it,
+            or a list of these.
+        index: The harness' entries by name.
+    """
     found: set[str] = set()
-    pending = [name]
+    pending = [names]
     while pending:
-        name = pending.pop()
-        if name in found:
-            continue
-        found.add(name)
-        if name not in index:
-            continue
-        entry = index[name]
-        if entry.kind.name == "TAG":
-            pending += entry.tags
-        elif entry.kind.name == "GROUP":
-            pending += _parts(entry.cfg["task"])
+        each = pending.pop()
+        if isinstance(each, dict):
+            pending.append(each.get("task", []))
+        elif not isinstance(each, str):
+            pending += each
+        elif each not in found:
+            found.add(each)
+            if each in index and index[each].kind.name == "TAG":
+                pending += index[each].tags
+            elif each in index and index[each].kind.name == "GROUP":
+                pending.append(index[each].cfg["task"])
     return found
-
-
-def _parts(listed: Any) -> Iterator[str]:
-    """Yield the names in a group's `task`: a name, a task that is changed, or a group in it."""
-    if isinstance(listed, str):
-        yield listed
-    elif isinstance(listed, dict):
-        yield from _parts(listed.get("task", []))
-    else:
-        for each in listed:
-            yield from _parts(each)
