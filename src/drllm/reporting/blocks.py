@@ -6,12 +6,14 @@ Texts are never markup: both renderers escape all of them. Axes: L layers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from drllm.paths import Decisions
 from drllm.reporting.drawing import Draw
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class Table:
         header: One name per column.
         rows: Cells as text, each row as long as the header.
         texts: Columns that hold words (left-aligned); the others hold numbers.
-        routes: Columns that hold routes as `paths.sketch` draws them, one character a layer.
+        routes: Columns of words that hold routes as `paths.sketch` draws them.
         folded: Shown on request only, where the medium can.
     """
 
@@ -48,6 +50,18 @@ class Table:
     texts: Sequence[int] = (0,)
     routes: Sequence[int] = ()
     folded: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        caption: str,
+        items: Iterable[T],
+        columns: Mapping[str, Callable[[T], str]],
+        **options: Any,
+    ) -> Table:
+        """Make a row of each item; each column has a name and says what its cells hold."""
+        rows = [[cell(item) for cell in columns.values()] for item in items]
+        return cls(caption=caption, header=tuple(columns), rows=rows, **options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,14 +82,7 @@ class HeatMap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """A drawing.
-
-    Attributes:
-        draw: Makes it; see `drawing`.
-        name: A few words, for the name of a file.
-        alt: What a reader who can't see it would be told.
-        caption: What is shown.
-    """
+    """A drawing, with words for a file's name, and for a reader who can't see it (`alt`)."""
 
     draw: Draw
     name: str
@@ -142,20 +149,17 @@ class Document:
     def figures(self) -> dict[Figure, str]:
         """Return the drawings in their order, each with a name of its own that files can have."""
         found: dict[Figure, str] = {}
-        for section in self.sections:
-            for figure in _figures(section.blocks):
-                words = re.sub(r"[^a-z0-9]+", "-", figure.name.lower()).strip("-")
-                found[figure] = f"{len(found) + 1:02d}-{words}"
+        for figure in (each for section in self.sections for each in _figures(section.blocks)):
+            words = re.sub(r"[^a-z0-9]+", "-", figure.name.lower()).strip("-")
+            found[figure] = f"{len(found) + 1:02d}-{words}"
         return found
 
 
-def _figures(blocks: Sequence[Block]) -> Iterator[Figure]:
+def _figures(blocks: Iterable[Block]) -> Iterator[Figure]:
     for block in blocks:
-        match block:
-            case Figure():
-                yield block
-            case Columns(groups):
-                for group in groups:
-                    yield from _figures(group)
-            case Folded(_, inner):
-                yield from _figures(inner)
+        if isinstance(block, Figure):
+            yield block
+        elif isinstance(block, Columns):
+            yield from _figures(inner for group in block.groups for inner in group)
+        elif isinstance(block, Folded):
+            yield from _figures(block.blocks)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from drllm.cost import share_saved
-from drllm.records.latency import DECODE, PREFILL, Latency, Rounds, Timings
+from drllm.records.latency import DECODE, PREFILL, Latency, Timings
 from drllm.records.results import BASE, ROUTED, Evaluation, System
 from drllm.reporting.blocks import Block, Section, Table, Text
 from drllm.reporting.numbers import NONE, count, percent, plain
@@ -24,37 +24,42 @@ NOT_MEASURED = (
 
 def sections(evaluations: Sequence[Evaluation], measured: Latency | None) -> list[Section]:
     """Return the sections on cost, of every task and of the machine."""
+    said = Text(
+        "What is counted and what follows from it stands first; only what a clock gave is called "
+        "measured."
+    )
+    runs = [(each, system) for each in evaluations for system in each.systems]
+    timed = [Text(NOT_MEASURED)] if measured is None else _timed(measured)
     return [
-        Section(
-            "Cost",
-            [
-                Text(
-                    "What is counted and what follows from it stands first; only what a clock gave "
-                    "is called measured."
-                )
-            ],
-        ),
-        Section("Counted and derived", _derived(evaluations), level=3),
-        Section("Measured", [*_timed(measured), *_own_time(evaluations)], level=3),
+        Section("Cost", [said]),
+        Section("Counted and derived", _derived(runs), level=3),
+        Section("Measured", [*timed, *_own_time(runs)], level=3),
     ]
 
 
-def _derived(evaluations: Sequence[Evaluation]) -> list[Block]:
-    rows = [_derived_row(each, system) for each in evaluations for system in each.systems]
+def _derived(runs: Sequence[tuple[Evaluation, System]]) -> list[Block]:
+    def giga(number: float | None) -> str:
+        return NONE if number is None else f"{number / 1e9:.3g}"
+
+    rows = [
+        [
+            each.task,
+            system.name,
+            plain(system.executions, 2),
+            plain(system.decode_executions, 2),
+            percent(share_saved(system.executions, each.num_layers)),
+            giga(flops.weights if (flops := system.prompt_flops) else None),
+            giga(flops.attention if flops else None),
+            count(None if (kept := system.kv_bytes_per_token) is None else round(kept)),
+        ]
+        for each, system in runs
+    ]
+    header = ("task", "system", "reading the prompt", "decoding a token", "saved")
     return [
         Table(
             caption="Layer executions a forward pass, counted; FLOPs of reading a prompt and bytes "
             "of K/V a token, derived",
-            header=(
-                "task",
-                "system",
-                "reading the prompt",
-                "decoding a token",
-                "saved",
-                "GFLOPs with weights",
-                "GFLOPs of attention",
-                "K/V bytes a token",
-            ),
+            header=(*header, "GFLOPs with weights", "GFLOPs of attention", "K/V bytes a token"),
             rows=rows,
             texts=(0, 1),
             folded=len(rows) > MOST_ROWS,
@@ -67,25 +72,7 @@ def _derived(evaluations: Sequence[Evaluation]) -> list[Block]:
     ]
 
 
-def _derived_row(evaluation: Evaluation, system: System) -> list[str]:
-    flops, kept = system.prompt_flops, system.kv_bytes_per_token
-    return [
-        evaluation.task,
-        system.name,
-        plain(system.executions, 2),
-        plain(system.decode_executions, 2),
-        percent(share_saved(system.executions, evaluation.num_layers)),
-        _giga(flops.weights if flops else None),
-        _giga(flops.attention if flops else None),
-        NONE if kept is None else count(round(kept)),
-    ]
-
-
-def _giga(number: float | None) -> str:
-    return NONE if number is None else f"{number / 1e9:.3g}"
-
-
-def _own_time(evaluations: Sequence[Evaluation]) -> list[Block]:
+def _own_time(runs: Sequence[tuple[Evaluation, System]]) -> list[Block]:
     rows = [
         [
             each.task,
@@ -93,8 +80,7 @@ def _own_time(evaluations: Sequence[Evaluation]) -> list[Block]:
             plain(system.seconds),
             plain(system.seconds / each.num_questions, 3) if each.num_questions else NONE,
         ]
-        for each in evaluations
-        for system in each.systems
+        for each, system in runs
     ]
     return [
         Table(
@@ -115,26 +101,16 @@ def _own_time(evaluations: Sequence[Evaluation]) -> list[Block]:
 # --- latency -----------------------------------------------------------------------------------
 
 
-def _timed(measured: Latency | None) -> list[Block]:
-    if measured is None:
-        return [Text(NOT_MEASURED)]
+def _timed(measured: Latency) -> list[Block]:
     found = measured.measured
     passes = "" if found.new_tokens == 1 else "es"
+    times = ("base, ms", "routed, ms", "routed / base", "lowest to highest")
+    rates = ("base, tokens/s", "routed, tokens/s", "executions, routed", "routers alone, ms")
     return [
-        Text(f"Measured on {machine_words(measured)}."),
+        Text(f"Measured on {_machine(measured)}."),
         Table(
-            caption=f"Time of base and routed, measured: {how_measured(measured)}",
-            header=(
-                "what, rows of the batch",
-                "base, ms",
-                "routed, ms",
-                "routed / base",
-                "lowest to highest",
-                "base, tokens/s",
-                "routed, tokens/s",
-                "executions, routed",
-                "routers alone, ms",
-            ),
+            caption=f"Time of base and routed, measured: {_how_measured(measured)}",
+            header=("what, rows of the batch", *times, *rates),
             rows=[_ratio_row(found, phase, size) for phase in PHASES for size in found.batch_sizes],
         ),
         Text(
@@ -144,9 +120,8 @@ def _timed(measured: Latency | None) -> list[Block]:
             "median, the lowest and the highest are shown. Below 1 the routed model is faster. "
             "Executions are those of the routes that were timed; rows of a batch may have "
             "different ones. The routers' own time is that of routers which compute everything "
-            "and always execute, "
-            "less that of the same model without routers: noise can make it negative, and in "
-            "decoding they don't run."
+            "and always execute, less that of the same model without routers: noise can make it "
+            "negative, and in decoding they don't run."
         ),
     ]
 
@@ -169,32 +144,28 @@ def _ratio_row(found: Timings, phase: str, size: int) -> list[str]:
 
 def _routers(found: Timings, size: int) -> str:
     each = found.router_seconds(size)
-    if each.lowest <= 0:  # a round in which they took less than nothing: noise
-        return f"not told from noise ({_ms(each.lowest)} to {_ms(each.highest)})"
-    return f"{_ms(each.median)} ({_ms(each.lowest)} to {_ms(each.highest)})"
+    ends = f"({_ms(each.lowest)} to {_ms(each.highest)})"
+    # In some round they took less than nothing: noise.
+    return f"not told from noise {ends}" if each.lowest <= 0 else f"{_ms(each.median)} {ends}"
 
 
 def _ms(seconds: float) -> str:
     """Write a time in milliseconds with three digits that say something, where it has them."""
     ms = 1e3 * seconds
-    if ms >= 100:
-        return count(round(ms))
-    return plain(ms, 1 if abs(ms) >= 10 else 2)
+    return count(round(ms)) if ms >= 100 else plain(ms, 1 if abs(ms) >= 10 else 2)
 
 
 def _rate(per_second: float) -> str:
     return count(round(per_second)) if per_second >= 100 else plain(per_second)
 
 
-def machine_words(measured: Latency) -> str:
-    """Say what the times were measured on."""
+def _machine(measured: Latency) -> str:
     ran, threads = measured.runtime, measured.runtime.get("num_threads")
     shown = f", {threads} thread{'s' * (threads != 1)}" if ran.get("device") == "cpu" else ""
     return f"{measured.machine}; {ran.get('device')}, {ran.get('dtype')}{shown}"
 
 
-def how_measured(measured: Latency) -> str:
-    """Say in a few words how the times were measured."""
+def _how_measured(measured: Latency) -> str:
     rounds = measured.measured.num_rounds
     return (
         f"medians of {count(rounds)} interleaved round{'s' * (rounds != 1)} on "
@@ -204,25 +175,20 @@ def how_measured(measured: Latency) -> str:
 
 def measured_lines(measured: Latency) -> list[str]:
     """Return the measured times in a few lines of plain text: ratios, speed, machine."""
-    found = measured.measured
-    ratios = {
-        words: ", ".join(
-            f"{_shown(found.ratio(ROUTED, BASE, phase, size))} at {size}"
-            for size in found.batch_sizes
-        )
+    found, sizes = measured.measured, measured.measured.batch_sizes
+
+    def ratio(phase: str, size: int) -> str:
+        each = found.ratio(ROUTED, BASE, phase, size)
+        return f"{plain(each.median, 2)} ({plain(each.lowest, 2)} to {plain(each.highest, 2)})"
+
+    ratios = "; ".join(
+        f"{words} " + ", ".join(f"{ratio(phase, size)} at {size}" for size in sizes)
         for phase, words in PHASES.items()
-    }
-    routers = ", ".join(
-        f"{_routers(found, size).replace(')', ') ms')} at {size}" for size in found.batch_sizes
     )
+    routers = ", ".join(f"{_routers(found, size).replace(')', ') ms')} at {size}" for size in sizes)
     return [
-        f"Measured time of routed / base by rows of a batch: "
-        f"{'; '.join(f'{words} {times}' for words, times in ratios.items())}.",
+        f"Measured time of routed / base by rows of a batch: {ratios}.",
         f"Measured time of the routers alone, while they read: {routers}.",
-        f"Both are {how_measured(measured)} cut to {found.prompt_tokens} tokens, on "
-        f"{machine_words(measured)}.",
+        f"Both are {_how_measured(measured)} cut to {found.prompt_tokens} tokens, on "
+        f"{_machine(measured)}.",
     ]
-
-
-def _shown(found: Rounds) -> str:
-    return f"{plain(found.median, 2)} ({plain(found.lowest, 2)} to {plain(found.highest, 2)})"

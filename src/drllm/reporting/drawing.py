@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -25,22 +26,11 @@ WIDTH = 4.2
 """Inches. Small, so that the 8-point texts can still be read when a phone scales the figure."""
 PNG_DPI = 200
 
-LIGHT: Colours = {
-    "ink": "#1b1f24",
-    "faint": "#5c6670",
-    "grid": "#dde1e5",
-    "skip": "#c2500a",
-    "repeat": "#0f6cbd",
-    "s0": "#1b1f24",
-    "s1": "#0f6cbd",
-    "s2": "#c2500a",
-    "s3": "#00805f",
-    "s4": "#a64d86",
-    "s5": "#8a6d00",
-}
+NAMES = ("ink", "faint", "grid", "skip", "repeat", "s0", "s1", "s2", "s3", "s4", "s5")
+_STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+LIGHT: Colours = {name: re.findall(rf"--{name}: (#\w{{6}});", _STYLE)[0] for name in NAMES}
 """Name of a colour → as the page's light scheme has it, for pictures that follow nothing."""
-
-VARIABLES: Colours = {name: "#" + 3 * f"{number:02x}" for number, name in enumerate(LIGHT, start=1)}
+VARIABLES: Colours = {name: "#" + 3 * f"{number:02x}" for number, name in enumerate(NAMES, start=1)}
 """Name of a CSS variable → the placeholder that matplotlib draws with."""
 
 
@@ -61,14 +51,10 @@ def svg(draw: Draw, name: str) -> str:
         _laid_out(draw(VARIABLES)).savefig(drawn, format="svg", metadata={"Date": None})
     text = drawn.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = text.replace("xlink:href=", "href=")
-    box = re.search(r'viewBox="[^"]*"', text)
-    assert box is not None
-    text = f"<svg {box.group()}" + text[text.index(">") :]
+    foreign = r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->"
+    text = re.sub(foreign, "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text).replace("xlink:href=", "href=")
+    text = re.sub(r'<svg [^>]*(viewBox="[^"]*")[^>]*', r"<svg \1", text, count=1)
     text = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", text)
     for variable, colour in VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
@@ -128,35 +114,24 @@ def _style(colours: Colours) -> dict[Any, Any]:
     }
 
 
-def stacked(heights: Sequence[float], *, share_x: bool = False) -> tuple[Figure, list[Axes]]:
-    """Return a figure of panels below each other, with their heights in inches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-    panels = figure.subplots(
-        len(heights), 1, squeeze=False, height_ratios=list(heights), sharex=share_x
-    )
-    return figure, [row[0] for row in panels]
-
-
-def side_by_side(columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    """Return a figure of panels side by side that share their rows."""
+def panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    """Return a figure so many inches high, with its panels row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, list(figure.subplots(1, columns, squeeze=False, sharey=True)[0])
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **options).ravel())
 
 
 def legend(axes: Axes, *, columns: int) -> None:
     """Name what was drawn above the panel's corner, in the order of drawing."""
-    handles, names = axes.get_legend_handles_labels()
-    if not names:
+    entries = [*zip(*axes.get_legend_handles_labels(), strict=True)]
+    if not entries:
         return
     # By default lines come before bars; here the order is that of drawing.
-    order = sorted(range(len(names)), key=lambda number: _drawn(axes, handles[number]))
+    containers: list[Any] = list(axes.containers)
+    entries.sort(key=lambda entry: entry[0] not in containers)
     axes.legend(
-        [handles[i] for i in order],
-        [names[i] for i in order],
+        *zip(*entries, strict=True),
         loc="lower right",
         bbox_to_anchor=(1, 0.97),
         ncols=columns,
@@ -164,12 +139,6 @@ def legend(axes: Axes, *, columns: int) -> None:
         borderpad=0.2,
         handlelength=1.4,
     )
-
-
-def _drawn(axes: Axes, handle: Any) -> int:
-    """Return when a legend's entry was drawn: containers (bars, error bars) before lines."""
-    containers = list(axes.containers)
-    return containers.index(handle) if handle in containers else len(containers)
 
 
 def whole_numbers(axes: Axes) -> None:

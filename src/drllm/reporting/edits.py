@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from drllm.paths import Decision, Decisions
+from drllm.paths import Decision
 from drllm.records import SearchRecord, TriedPath
 from drllm.supervision.rules import is_valid
 
@@ -37,19 +37,15 @@ class EditEffect:
 def edit_effects(records: Sequence[SearchRecord], decision: Decision) -> list[EditEffect]:
     """Return what skipping, or repeating, one layer and nothing else did.
 
-    Args:
-        records: Search records of one model.
-        decision: `SKIP` or `REPEAT`, what the one layer does.
-
-    Returns:
-        One effect per layer on which the edit was tried, in order of layer.
+    One effect per layer on which the edit was tried, in order of layer; the records are of one
+    model.
     """
     tried: dict[int, list[tuple[TriedPath, TriedPath]]] = {}
     for record in records:
         for path in record.paths:
-            layer = _only_edit(path.decisions, decision)
-            if layer is not None:
-                tried.setdefault(layer, []).append((record.full, path))
+            edited = [layer for layer, value in enumerate(path.decisions) if value != 1]
+            if len(edited) == 1 and path.decisions[edited[0]] == decision:
+                tried.setdefault(edited[0], []).append((record.full, path))
     return [_effect(layer, pairs) for layer, pairs in sorted(tried.items())]
 
 
@@ -69,8 +65,3 @@ def _effect(layer: int, pairs: Sequence[tuple[TriedPath, TriedPath]]) -> EditEff
         margin=fmean(margins) if margins else None,
         kl=fmean(kls) if kls else None,
     )
-
-
-def _only_edit(decisions: Decisions, decision: Decision) -> int | None:
-    edited = [layer for layer, value in enumerate(decisions) if value != Decision.EXECUTE]
-    return edited[0] if len(edited) == 1 and decisions[edited[0]] == decision else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from drllm.cost import share_saved
 from drllm.records.results import PERMUTED, Evaluation, System
@@ -18,19 +19,6 @@ from drllm.reporting.numbers import NONE, count, interval, p_value, percent, pla
 from drllm.reporting.run import Run
 from drllm.statistics.verdicts import Differences, Verdict
 
-SYSTEM_COLUMNS = (
-    "system",
-    "accuracy",
-    "95 % interval",
-    "executions a forward",
-    "saved",
-    "gold log-probability, nats",
-    "next-token loss, nats",
-    "won",
-    "lost",
-    "McNemar p",
-    "draws",
-)
 EQUAL = 0.01
 """Share of the layers by which executions may differ and still be called equal."""
 
@@ -94,30 +82,31 @@ def outstanding(evaluation: Evaluation) -> list[str]:
 
 def result(run: Run) -> list[Block]:
     """Return what the evaluation found: one task's findings, or tables over several tasks."""
-    blocks: list[Block] = [Text(note) for note in run.notes]
+    notes = map(Text, run.notes)
     if not run.evaluations:
-        text = f"{model_words(run)}; nothing was evaluated yet."
-        return [Text(text, strong=True), *blocks]
+        return [Text(f"{model_words(run)}; nothing was evaluated yet.", strong=True), *notes]
     if len(run.evaluations) == 1:
         first, *rest = of_task(run, run.evaluations[0])
-        return [first, *blocks, *rest]
+        return [first, *notes, *rest]
     counted = [Text(line, strong=True) for line in over_tasks(run.evaluations)]
-    return [*counted, *blocks, *_tables(run.evaluations)]
+    return [*counted, *notes, *_tables(run.evaluations)]
 
 
 def of_task(run: Run, evaluation: Evaluation) -> list[Block]:
     """Return what the evaluation found on a task, the choice's sentences aside."""
     choice = evaluation.choice
-    aside = () if choice is None else choice.sentences()
+    aside = choice.sentences() if choice else ()
     found = [finding for finding in evaluation.findings if finding not in aside]
     first, *rest = found or [f"On {evaluation.task} nothing was found."]
-    rest += [] if choice is None else [choice.verdict()]
-    told: list[Block] = [Listing(rest)] if rest else []
-    return [
-        Text(first, strong=True),
-        Text(f"Measured: {model_words(run)} on {_asked(evaluation)}."),
-        *told,
-    ]
+    rest += [choice.verdict()] if choice else []
+    kinds = {"choices": "options are scored", "generated": "answers are generated"}
+    shots = count(evaluation.num_fewshot) if evaluation.num_fewshot else "no"
+    asked = (
+        f"{evaluation.task}, {evaluation.split} split, {count(evaluation.num_questions)} "
+        f"questions, {kinds[evaluation.kind]}, metric {evaluation.metric}, {shots} worked examples"
+    )
+    blocks = [Text(first, strong=True), Text(f"Measured: {model_words(run)} on {asked}.")]
+    return [*blocks, Listing(rest)] if rest else [*blocks]
 
 
 def over_tasks(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -131,7 +120,7 @@ def over_tasks(evaluations: Sequence[Evaluation]) -> list[str]:
     for words, verdict in compared.items():
         found: dict[str, list[str]] = {}
         for evaluation in evaluations:
-            if (one := verdict(evaluation)) is not None:
+            if one := verdict(evaluation):
                 found.setdefault(one.label, []).append(evaluation.task)
         parts = [f"{name} on {len(tasks)} ({', '.join(tasks)})" for name, tasks in found.items()]
         if parts:
@@ -145,34 +134,29 @@ def model_words(run: Run) -> str:
     return f"{name} ({run.num_layers} layers)" if run.num_layers else name
 
 
-def _asked(evaluation: Evaluation) -> str:
-    kinds = {"choices": "options are scored", "generated": "answers are generated"}
-    shots = count(evaluation.num_fewshot) if evaluation.num_fewshot else "no"
-    return (
-        f"{evaluation.task}, {evaluation.split} split, {count(evaluation.num_questions)} "
-        f"questions, {kinds[evaluation.kind]}, metric {evaluation.metric}, {shots} worked examples"
-    )
-
-
 def _tables(evaluations: Sequence[Evaluation]) -> list[Block]:
-    glance = Table(
-        caption="The tasks at a glance. Verdicts are on accuracy; those against base are corrected "
+    glance = Table.of(
+        "The tasks at a glance. Verdicts are on accuracy; those against base are corrected "
         "for several tasks (Holm) where there is an exact test, the others hold each by itself at "
         "the 5 % level. The fixed baseline is the best of equal executions that doesn't read the "
         "question.",
-        header=(
-            "task",
-            "questions",
-            "base above chance",
-            "base",
-            "routed",
-            "saved",
-            "routed against base",
-            "against its permuted routes",
-            "best fixed baseline",
-            "against it",
-        ),
-        rows=[_glance(evaluation) for evaluation in evaluations],
+        evaluations,
+        {
+            "task": lambda e: e.task,
+            "questions": lambda e: count(e.num_questions),
+            "base above chance": lambda e: (
+                f"{'yes' if e.above_chance else 'not shown'} ({percent(e.chance)})"
+            ),
+            "base": lambda e: percent(e.base.accuracy),
+            "routed": lambda e: percent(r.accuracy) if (r := e.routed) else NONE,
+            "saved": lambda e: _saved(r, e.num_layers) if (r := e.routed) else NONE,
+            "routed against base": lambda e: label(d.accuracy if (d := against_base(e)) else None),
+            "against its permuted routes": lambda e: label(against(e.system(PERMUTED))),
+            "best fixed baseline": lambda e: (
+                f"{best.name}, {percent(best.accuracy)}" if (best := _rival(e)) else NONE
+            ),
+            "against it": lambda e: label(against(_rival(e))),
+        },
         texts=(0, 2, 6, 7, 8, 9),
     )
     cells: dict[str, Callable[[System], str]] = {
@@ -184,78 +168,93 @@ def _tables(evaluations: Sequence[Evaluation]) -> list[Block]:
         "Executions a forward": lambda s: plain(s.executions, 2),
     }
     names = list(dict.fromkeys(system.name for each in evaluations for system in each.systems))
-    tables = [
-        Table(
-            caption=caption,
-            header=("task", *names),
-            rows=[
-                [
-                    each.task,
-                    *(NONE if (s := each.system(name)) is None else cell(s) for name in names),
-                ]
-                for each in evaluations
-            ],
-            folded=number > 1,
-        )
-        for number, (caption, cell) in enumerate(cells.items())
-    ]
-    return [glance, *tables]
+    by_system: list[Block] = []
+    for caption, cell in cells.items():
+        found = [[each.system(name) for name in names] for each in evaluations]
+        rows = [
+            [each.task, *(NONE if system is None else cell(system) for system in systems)]
+            for each, systems in zip(evaluations, found, strict=True)
+        ]
+        header, folded = ("task", *names), len(by_system) > 1
+        by_system.append(Table(caption=caption, header=header, rows=rows, folded=folded))
+    return [glance, *by_system]
 
 
-def _glance(evaluation: Evaluation) -> list[str]:
-    routed, found = evaluation.routed, against_base(evaluation)
-    best = next(iter(rivals(evaluation)), None)
-    return [
-        evaluation.task,
-        count(evaluation.num_questions),
-        f"{'yes' if evaluation.above_chance else 'not shown'} ({percent(evaluation.chance)})",
-        percent(evaluation.base.accuracy),
-        percent(routed.accuracy) if routed else NONE,
-        percent(share_saved(routed.executions, evaluation.num_layers)) if routed else NONE,
-        label(found.accuracy if found else None),
-        label(against(evaluation.system(PERMUTED))),
-        f"{best.name}, {percent(best.accuracy)}" if best else NONE,
-        label(against(best)),
-    ]
+def _rival(evaluation: Evaluation) -> System | None:
+    return next(iter(rivals(evaluation)), None)
+
+
+def _saved(system: System, num_layers: int) -> str:
+    return percent(share_saved(system.executions, num_layers))
 
 
 # --- one task's systems ------------------------------------------------------------------------
 
 
-def systems(evaluation: Evaluation) -> Section:
-    """Return the section on a task's systems."""
-    return Section(
-        "Systems compared",
-        [
-            *_table(evaluation),
-            *_baselines(evaluation),
-            _what_they_are(evaluation),
-            *_metrics(evaluation),
-            *_not_compared(evaluation),
-        ],
-    )
+def _on_base(system: System, field: str) -> Any:
+    """Return a value of the system's verdict on accuracy against base, None where there is none."""
+    return getattr(system.against_base and system.against_base.accuracy, field, None)
+
+
+SYSTEM_COLUMNS: dict[str, Callable[[System, int], str]] = {
+    "system": lambda s, _: s.name,
+    "accuracy": lambda s, _: percent(s.accuracy),
+    "95 % interval": lambda s, _: interval(s.interval),
+    "executions a forward": lambda s, _: plain(s.executions, 2),
+    "saved": _saved,
+    "gold log-probability, nats": lambda s, _: plain(s.gold_logprob, 3),
+    "next-token loss, nats": lambda s, _: plain(s.text_loss, 3),
+    "won": lambda s, _: count(_on_base(s, "won")),
+    "lost": lambda s, _: count(_on_base(s, "lost")),
+    "McNemar p": lambda s, _: p_value(_on_base(s, "p")),
+    "draws": lambda s, _: count(s.draws),
+}
 
 
 def system_row(system: System, num_layers: int) -> list[str]:
     """Return a system's cells in the order of `SYSTEM_COLUMNS`."""
-    found = system.against_base.accuracy if system.against_base else None
-    return [
-        system.name,
-        percent(system.accuracy),
-        interval(system.interval),
-        plain(system.executions, 2),
-        percent(share_saved(system.executions, num_layers)),
-        plain(system.gold_logprob, 3),
-        plain(system.text_loss, 3),
-        count(found.won if found else None),
-        count(found.lost if found else None),
-        p_value(found.p if found else None),
-        count(system.draws),
-    ]
+    return [cell(system, num_layers) for cell in SYSTEM_COLUMNS.values()]
+
+
+def systems(evaluation: Evaluation) -> Section:
+    """Return the section on a task's systems."""
+    what_they_are = Table.of(
+        "What the systems are",
+        evaluation.systems,
+        {
+            "system": lambda s: s.name,
+            "what it does": lambda s: s.description or NONE,
+            "source": lambda s: s.source or NONE,
+            "fitted on": lambda s: s.fitted_on or NONE,
+            "routes unchanged": lambda s: percent(s.unchanged_routes),
+        },
+        texts=(0, 1, 2, 3),
+    )
+    blocks = [*_table(evaluation), *_baselines(evaluation), what_they_are]
+    names = list(dict.fromkeys(name for each in evaluation.systems for name in each.metrics))
+    if len(names) > 1:
+        caption = (
+            "All that lm-evaluation-harness says of the answers, as means over the questions; "
+            f"{evaluation.metric} counts"
+        )
+        rows = [
+            [each.name, *(plain(each.metrics.get(name), 4) for name in names)]
+            for each in evaluation.systems
+        ]
+        blocks.append(Table(caption=caption, header=("system", *names), rows=rows, folded=True))
+    if left_out := list(evaluation.not_compared.items()):
+        header = ("method", "why not")
+        blocks.append(Table(caption="Not compared", header=header, rows=left_out, texts=(0, 1)))
+    return Section("Systems compared", blocks)
 
 
 def _table(evaluation: Evaluation) -> list[Block]:
+    caption = (
+        f"{evaluation.task}, {count(evaluation.num_questions)} questions, chance "
+        f"{percent(evaluation.chance)}"
+    )
     header = [evaluation.score if name == "accuracy" else name for name in SYSTEM_COLUMNS]
+    rows = [system_row(system, evaluation.num_layers) for system in evaluation.systems]
     counted = (
         f"Answers are graded by {evaluation.metric}, so that none is simply won or lost. "
         if evaluation.is_graded
@@ -263,29 +262,22 @@ def _table(evaluation: Evaluation) -> list[Block]:
         "is no such count. "
     )
     blocks: list[Block] = [
-        Table(
-            caption=f"{evaluation.task}, {count(evaluation.num_questions)} questions, chance "
-            f"{percent(evaluation.chance)}",
-            header=header,
-            rows=[system_row(system, evaluation.num_layers) for system in evaluation.systems],
-        ),
+        Table(caption=caption, header=header, rows=rows),
         Text(f"{counted}A dash means: not measured, or not defined."),
     ]
-    corrected = [
-        f"{system.name} p = {p_value(system.against_base.accuracy.p_corrected)}".replace("= <", "<")
+    corrected = ", ".join(
+        f"{system.name} p = {p_value(p)}".replace("= <", "<")
         for system in evaluation.systems
-        if system.against_base and system.against_base.accuracy.p_corrected is not None
-    ]
+        if (p := _on_base(system, "p_corrected")) is not None
+    )
     if corrected:
-        listed = ", ".join(corrected)
-        blocks.append(Text(f"Corrected for the tests on several tasks (Holm): {listed}."))
-    if any(system.interval[0] == system.interval[1] for system in evaluation.systems):
-        blocks.append(
-            Text(
-                "An interval without width comes from resampling questions that all gave the same "
-                "mean over draws; it is no sign of certainty."
-            )
+        blocks.append(Text(f"Corrected for the tests on several tasks (Holm): {corrected}."))
+    if any(low == high for low, high in (system.interval for system in evaluation.systems)):
+        said = (
+            "An interval without width comes from resampling questions that all gave the same "
+            "mean over draws; it is no sign of certainty."
         )
+        blocks.append(Text(said))
     return blocks
 
 
@@ -299,10 +291,10 @@ def _baselines(evaluation: Evaluation) -> list[Block]:
         alt=f"{score} of the systems: {shown}.",
         caption=f"{score} with its 95 % interval. The line is base, the dotted line is chance.",
     )
-    compared = [s for s in evaluation.baselines if s.routed_against is not None]
+    compared = [(s, s.routed_against) for s in evaluation.baselines if s.routed_against]
     if not compared:
         return [drawn]
-    verdicts = ", ".join(f"{each.name} {label(against(each))}" for each in compared)
+    verdicts = ", ".join(f"{each.name} {label(found.accuracy)}" for each, found in compared)
     less = Figure(
         draw=partial(figures.routed_against, evaluation),
         name=f"{evaluation.task} baselines",
@@ -312,16 +304,7 @@ def _baselines(evaluation: Evaluation) -> list[Block]:
         "full dots where it is shown to differ. Right of the line the routed model has more; more "
         "next-token loss is worse.",
     )
-    rows = [
-        [
-            system.name,
-            *against_cells(system.routed_against),
-            plain(system.executions, 2),
-            {None: NONE, True: "yes", False: "no"}[system.reads_question],
-        ]
-        for system in compared
-        if system.routed_against is not None
-    ]
+    reads = {None: NONE, True: "yes", False: "no"}
     table = Table(
         caption="The routed model less each baseline, with 95 % intervals, and what is shown of "
         "the routed model at the 5 % level, each comparison by itself; no verdict where base isn't "
@@ -332,7 +315,10 @@ def _baselines(evaluation: Evaluation) -> list[Block]:
             "baseline's executions",
             "reads the question",
         ),
-        rows=rows,
+        rows=[
+            [s.name, *against_cells(found), plain(s.executions, 2), reads[s.reads_question]]
+            for s, found in compared
+        ],
         texts=(0, 1, 3, 5, 8),
     )
     return [Columns([[drawn], [less]]), table]
@@ -354,52 +340,3 @@ def against_cells(found: Differences) -> list[str]:
     """Return what is shown of the routed model against a baseline, with the differences."""
     verdicts = (found.accuracy, found.gold_logprob, found.text_loss)
     return [cell for each in verdicts for cell in (label(each), difference(each))]
-
-
-def _what_they_are(evaluation: Evaluation) -> Block:
-    return Table(
-        caption="What the systems are",
-        header=("system", "what it does", "source", "fitted on", "routes unchanged"),
-        rows=[
-            [
-                system.name,
-                system.description or NONE,
-                system.source or NONE,
-                system.fitted_on or NONE,
-                percent(system.unchanged_routes),
-            ]
-            for system in evaluation.systems
-        ],
-        texts=(0, 1, 2, 3),
-    )
-
-
-def _metrics(evaluation: Evaluation) -> list[Block]:
-    names = list(dict.fromkeys(name for each in evaluation.systems for name in each.metrics))
-    if len(names) < 2:
-        return []
-    return [
-        Table(
-            caption="All that lm-evaluation-harness says of the answers, as means over the "
-            f"questions; {evaluation.metric} counts",
-            header=("system", *names),
-            rows=[
-                [each.name, *(plain(each.metrics.get(name), 4) for name in names)]
-                for each in evaluation.systems
-            ],
-            folded=True,
-        )
-    ]
-
-
-def _not_compared(evaluation: Evaluation) -> list[Block]:
-    if not evaluation.not_compared:
-        return []
-    return [
-        Table(
-            caption="Not compared",
-            header=("method", "why not"),
-            rows=[[name, reason] for name, reason in evaluation.not_compared.items()],
-            texts=(0, 1),
-        )
-    ]

@@ -8,20 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from drllm.metrics import NAMES
 from drllm.paths import Decision, Decisions, num_executions, sketch
 from drllm.records.results import BASE, ROUTED, Result, Sample
-from drllm.reporting import figures
-from drllm.reporting.blocks import (
-    Block,
-    Figure,
-    HeatMap,
-    Listing,
-    PathKey,
-    Route,
-    Section,
-    Table,
-    Text,
-)
+from drllm.reporting import blocks, figures
+from drllm.reporting.blocks import Block, Section, Table, Text
 from drllm.reporting.numbers import count, percent, plain
 from drllm.reporting.run import Run
 from drllm.supervision.summary import class_counts
@@ -35,11 +26,9 @@ MOST_ROWS = 10
 def sections(run: Run, evaluation: Result) -> list[Section]:
     """Return the sections on a task's changed questions and routes."""
     found = []
-    able = [sample for sample in evaluation.samples if has_route(sample)]
-    if able:
+    if able := _with_routes(evaluation):
         found.append(Section("Questions that change", _changed(evaluation, able)))
-    routes = evaluation.routes()
-    if routes:
+    if routes := evaluation.routes():
         found.append(Section("Routes", _routes(run, routes)))
     return found
 
@@ -57,36 +46,35 @@ def shares(rows: Sequence[Decisions], decision: Decision) -> list[float]:
     return [layer[int(decision)] / len(rows) for layer in class_counts(rows)]
 
 
-def has_route(sample: Sample) -> bool:
-    """Say whether base's outcome, the routed model's and its route are all known."""
-    routed = sample.systems.get(ROUTED)
-    return BASE in sample.systems and routed is not None and routed.decisions is not None
+def _with_routes(evaluation: Result) -> list[Sample]:
+    """Return the questions of which base's outcome, the routed model's and its route are known."""
+    return [
+        sample
+        for sample in evaluation.samples
+        if BASE in sample.systems and ROUTED in sample.systems and _route(sample)
+    ]
 
 
-def route(sample: Sample) -> Decisions:
-    """Return the routed model's decisions on a question for which `has_route` holds."""
-    decisions = sample.systems[ROUTED].decisions
-    assert decisions is not None
-    return decisions
+def _route(sample: Sample) -> Decisions:
+    return sample.systems[ROUTED].decisions or ()
 
 
-def change(sample: Sample) -> float:
+def _change(sample: Sample) -> float:
     """Return what routing makes of a question: above 0 it is won, below 0 lost."""
     return sample.systems[ROUTED].correct - sample.systems[BASE].correct
 
 
-def mean_length(rows: Sequence[Decisions]) -> float | None:
-    """Return the mean executions of decision vectors; None without any."""
-    return sum(map(num_executions, rows)) / len(rows) if rows else None
+def _mean_length(rows: Sequence[Decisions]) -> str:
+    return plain(sum(map(num_executions, rows)) / len(rows), 2)
 
 
 # --- questions that change ---------------------------------------------------------------------
 
 
 def _changed(evaluation: Result, able: Sequence[Sample]) -> list[Block]:
-    won = [sample for sample in able if change(sample) > 0]
-    lost = [sample for sample in able if change(sample) < 0]
-    same = [sample for sample in able if change(sample) == 0]
+    won = [sample for sample in able if _change(sample) > 0]
+    lost = [sample for sample in able if _change(sample) < 0]
+    same = [sample for sample in able if _change(sample) == 0]
     if evaluation.is_graded:
         kept = f"{count(len(same))} keep their grade"
         words = ("with a better grade", "with a worse grade")
@@ -94,33 +82,32 @@ def _changed(evaluation: Result, able: Sequence[Sample]) -> list[Block]:
         right = sum(sample.systems[BASE].correct >= 1 for sample in same)
         kept = f"{count(right)} stay right and {count(len(same) - right)} stay wrong"
         words = ("won (right under routing alone)", "lost (right under base alone)")
-    start = f"Of {count(len(able))} questions, {kept} under routing"
-    blocks: list[Block] = [
-        Text(f"{start}; {count(len(won))} are won and {count(len(lost))} lost against base.")
+    said = Text(
+        f"Of {count(len(able))} questions, {kept} under routing; {count(len(won))} are won and "
+        f"{count(len(lost))} lost against base."
+    )
+    found = [
+        _questions(f"Questions {name}", samples)
+        for name, samples in zip(words, (won, lost), strict=True)
+        if samples
     ]
-    if won or lost:
-        blocks.append(PathKey())
-    for name, samples in zip(words, (won, lost), strict=True):
-        if samples:
-            blocks.append(_questions(f"Questions {name}", samples))
-    return blocks
+    return [said, blocks.PathKey(), *found] if found else [said]
 
 
 def _questions(caption: str, samples: Sequence[Sample]) -> Table:
-    graded = any(sample.gold is None for sample in samples)
-    return Table(
-        caption=f"{caption}: {count(len(samples))}",
-        header=("id", "question", "route", "executions", *(() if graded else ("right option",))),
-        rows=[
-            [
-                sample.id,
-                _short(sample.question),
-                sketch(route(sample)),
-                str(num_executions(route(sample))),
-                *(() if graded else (_short(sample.choices[sample.gold or 0]),)),
-            ]
-            for sample in samples
-        ],
+    columns = {
+        "id": lambda s: s.id,
+        "question": lambda s: _short(s.question),
+        "route": lambda s: sketch(_route(s)),
+        "executions": lambda s: str(num_executions(_route(s))),
+        "right option": lambda s: _short(s.choices[s.gold or 0]),
+    }
+    if any(sample.gold is None for sample in samples):
+        del columns["right option"]
+    return Table.of(
+        f"{caption}: {count(len(samples))}",
+        samples,
+        columns,
         texts=(0, 1, 2, 4),
         routes=(2,),
         folded=len(samples) > MOST_ROWS,
@@ -130,124 +117,102 @@ def _questions(caption: str, samples: Sequence[Sample]) -> Table:
 def _short(text: str) -> str:
     """Write a text on one line, cut between words where it is long."""
     line = " ".join(text.split())
-    if len(line) <= LONGEST:
-        return line
-    return line[: LONGEST - 1].rsplit(" ", 1)[0] + " …"
+    return line if len(line) <= LONGEST else line[: LONGEST - 1].rsplit(" ", 1)[0] + " …"
 
 
 # --- routes ------------------------------------------------------------------------------------
 
 
-def routes_by_task(evaluations: Sequence[Result]) -> Section | None:
-    """Return what the routes of several tasks have in common by layer; None without any."""
-    taken = {each.task: each.routes() for each in evaluations}
-    taken = {task: routes for task, routes in taken.items() if routes}
+def routes_by_task(evaluations: Sequence[Result]) -> list[Section]:
+    """Return a section on what the routes of several tasks have in common by layer, if any."""
+    taken = [(each.task, routes) for each in evaluations if (routes := each.routes())]
     if len(taken) < 2:
-        return None
+        return []
     spent = Table(
         caption="Routes by task",
         header=("task", "questions", "distinct routes", "executions a forward"),
         rows=[
-            [
-                task,
-                count(len(routes)),
-                count(len(set(routes))),
-                plain(mean_length(routes), 2),
-            ]
-            for task, routes in taken.items()
+            [task, count(len(routes)), count(len(set(routes))), _mean_length(routes)]
+            for task, routes in taken
         ],
     )
     maps = [
-        HeatMap(
-            caption=f"Share of the questions whose route {name}s each layer, in percent, by task. "
-            f"Each row has a colour scale of its own.",
-            rows=[(task, shares(routes, value)) for task, routes in taken.items()],
-            decision=name,
+        blocks.HeatMap(
+            caption=f"Share of the questions whose route {NAMES[value]}s each layer, in percent, "
+            f"by task. Each row has a colour scale of its own.",
+            rows=[(task, shares(routes, value)) for task, routes in taken],
+            decision=NAMES[value],
         )
-        for name, value in (("skip", Decision.SKIP), ("repeat", Decision.REPEAT))
+        for value in (Decision.SKIP, Decision.REPEAT)
     ]
-    return Section("Routes by task", [spent, *maps])
+    return [Section("Routes by task", [spent, *maps])]
 
 
 def _routes(run: Run, routes: Sequence[Decisions]) -> list[Block]:
-    names = {Decision.SKIP: "skip", Decision.EXECUTE: "execute", Decision.REPEAT: "repeat"}
     distinct = len(set(routes))
-    blocks: list[Block] = [
+    found: list[Block] = [
         Text(
             f"The routed model took {count(distinct)} distinct "
             f"{'route' if distinct == 1 else 'routes'} on {count(len(routes))} questions, "
-            f"{plain(mean_length(routes), 2)} executions on average."
+            f"{_mean_length(routes)} executions on average."
         ),
-        HeatMap(
+        blocks.HeatMap(
             caption="Share of the test questions whose route skips, executes or repeats each "
             "layer, in percent. Each row has a colour scale of its own, so that rare decisions "
             "can be seen.",
-            rows=[(name, shares(routes, value)) for value, name in names.items()],
+            rows=[(NAMES[value], shares(routes, value)) for value in Decision],
         ),
     ]
-    if run.supervision:
-        blocks += _labels(run, routes)
-    return blocks
-
-
-def _labels(run: Run, routes: Sequence[Decisions]) -> list[Block]:
+    if not run.supervision:
+        return found
     targets = [record.optimal_layer_config for record in run.supervision]
+    both = {"targets": targets, "routes": routes}
     skips, repeats = (
-        {"targets": shares(targets, value), "routes": shares(routes, value)}
+        {name: shares(rows, value) for name, rows in both.items()}
         for value in (Decision.SKIP, Decision.REPEAT)
     )
-    return [
-        Figure(
-            draw=partial(figures.labels_against_routes, skips, repeats),
-            name="labels and routes",
-            alt=f"By layer: targets skip {_mean(skips['targets'])} of layers on average, routes "
-            f"{_mean(skips['routes'])}; targets repeat {_mean(repeats['targets'])}, routes "
-            f"{_mean(repeats['routes'])}.",
-            caption="Labels against routes: share of the targets (bars) and of the routes on the "
-            "test questions (dots) that skip and that repeat each layer. The panels have scales "
-            "of their own.",
-        ),
-    ]
-
-
-def _mean(values: Sequence[float]) -> str:
-    return percent(sum(values) / len(values))
+    skip, repeat = (
+        {name: percent(sum(part) / len(part)) for name, part in each.items()}
+        for each in (skips, repeats)
+    )
+    drawn = blocks.Figure(
+        draw=partial(figures.labels_against_routes, skips, repeats),
+        name="labels and routes",
+        alt=f"By layer: targets skip {skip['targets']} of layers on average, routes "
+        f"{skip['routes']}; targets repeat {repeat['targets']}, routes {repeat['routes']}.",
+        caption="Labels against routes: share of the targets (bars) and of the routes on the "
+        "test questions (dots) that skip and that repeat each layer. The panels have scales "
+        "of their own.",
+    )
+    return [*found, drawn]
 
 
 # --- examples ----------------------------------------------------------------------------------
 
 
-def examples(evaluation: Result) -> Section | None:
-    """Return three questions with their routes, chosen by a fixed rule; None without routes."""
+def examples(evaluation: Result) -> list[Section]:
+    """Return a section on three questions chosen by a fixed rule, if any has a route."""
     chosen = choose_examples(evaluation)
-    if not chosen:
-        return None
     rule = Text(
         "Chosen by rule: the first question won, the first lost, the unchanged one of fewest "
         "executions; where there is no such question, the first of the others."
     )
-    return Section(
-        "Example questions",
-        [
-            rule,
-            PathKey(),
-            *(block for kind, sample in chosen for block in _example(kind, sample)),
-        ],
-    )
+    shown = [block for kind, sample in chosen for block in _example(kind, sample)]
+    return [Section("Example questions", [rule, blocks.PathKey(), *shown])] if shown else []
 
 
 def _example(kind: str, sample: Sample) -> list[Block]:
-    taken = route(sample)
+    route = _route(sample)
     options = [
         f"{choice} (right)" if number == sample.gold else choice
         for number, choice in enumerate(sample.choices)
     ]
     return [
         Text(f"{kind} ({sample.id}): {sample.question}", strong=True),
-        Listing(options),
-        Route(taken),
+        blocks.Listing(options),
+        blocks.Route(route),
         Text(
-            f"{num_executions(taken)} of {len(taken)} executions. Base is {_right(sample, BASE)}, "
+            f"{num_executions(route)} of {len(route)} executions. Base is {_right(sample, BASE)}, "
             f"routed is {_right(sample, ROUTED)}."
         ),
     ]
@@ -267,19 +232,16 @@ def choose_examples(evaluation: Result) -> list[tuple[str, Sample]]:
         The first question that routing won, the first that it lost, and the unchanged one of
         fewest executions; then the first others, until there are three. Each with its kind.
     """
-    able = [sample for sample in evaluation.samples if has_route(sample)]
-    chosen: list[tuple[str, Sample]] = []
-
-    def add(kind: str, candidates: Sequence[Sample]) -> None:
-        taken = [sample for _, sample in chosen]
-        left = [sample for sample in candidates if sample not in taken]
-        if left and len(chosen) < 3:
-            chosen.append((kind, left[0]))
-
-    add("First question won", [sample for sample in able if change(sample) > 0])
-    add("First question lost", [sample for sample in able if change(sample) < 0])
-    unchanged = [sample for sample in able if change(sample) == 0]
-    add("Unchanged, fewest executions", sorted(unchanged, key=lambda s: num_executions(route(s))))
-    while len(chosen) < min(3, len(able)):
-        add("First of the others", able)
-    return chosen
+    able = _with_routes(evaluation)
+    unchanged = [sample for sample in able if _change(sample) == 0]
+    ranked = [
+        *[("First question won", sample) for sample in able if _change(sample) > 0][:1],
+        *[("First question lost", sample) for sample in able if _change(sample) < 0][:1],
+        *[
+            ("Unchanged, fewest executions", sample)
+            for sample in sorted(unchanged, key=lambda one: num_executions(_route(one)))[:1]
+        ],
+    ]
+    taken = [sample for _, sample in ranked]
+    others = [("First of the others", sample) for sample in able if sample not in taken]
+    return [*ranked, *others][:3]

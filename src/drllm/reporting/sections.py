@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from drllm.records.results import BASE, ROUTED, Result
+from drllm.records.results import BASE, ROUTED
 from drllm.reporting import cost, depth, evaluated, learned, provenance, questions
 from drllm.reporting.blocks import Block, Document, Section, Table
 from drllm.reporting.numbers import NONE, percent, plain
@@ -19,41 +19,29 @@ def document(runs: Sequence[Run]) -> Document:
         return Document(f"Layer routing report: {runs[0].name}", _run_sections(runs[0]))
     sections = [Section("Runs compared", _comparison(runs))]
     for number, run in enumerate(runs, start=1):
-        sections.append(Section(f"Run {number}: {run.name}", []))
-        sections += _lower(_run_sections(run))
+        sections += [Section(f"Run {number}: {run.name}", []), *_lower(_run_sections(run))]
     return Document(f"Layer routing report: {len(runs)} runs", sections)
 
 
 def _run_sections(run: Run) -> list[Section]:
     sections = [Section("Result", evaluated.result(run))]
+    examples: list[Section] = []
     several = len(run.evaluations) > 1
     for evaluation in run.evaluations:
-        tested = _task_sections(run, evaluation)
+        examples = questions.examples(evaluation)
+        tested = [
+            evaluated.systems(evaluation),
+            *depth.sections(evaluation),
+            *questions.sections(run, evaluation),
+        ]
         if several:
             sections.append(Section(evaluation.task, evaluated.of_task(run, evaluation)))
-        sections += _lower(tested) if several else tested
-    common = questions.routes_by_task(run.evaluations)
-    sections += [] if common is None else [common]
+            tested, examples = _lower([*tested, *examples]), []
+        sections += tested
+    sections += questions.routes_by_task(run.evaluations)
     if run.evaluations:
         sections += cost.sections(run.evaluations, run.latency)
-    sections += learned.sections(run)
-    if not several:
-        sections += _examples(run.evaluations)
-    return [*sections, provenance.section(run)]
-
-
-def _task_sections(run: Run, evaluation: Result) -> list[Section]:
-    found = [
-        evaluated.systems(evaluation),
-        *depth.sections(evaluation),
-        *questions.sections(run, evaluation),
-    ]
-    return [*found, *_examples([evaluation])] if len(run.evaluations) > 1 else found
-
-
-def _examples(evaluations: Sequence[Result]) -> list[Section]:
-    found = [questions.examples(evaluation) for evaluation in evaluations]
-    return [section for section in found if section is not None]
+    return [*sections, *learned.sections(run), *examples, provenance.section(run)]
 
 
 def _lower(sections: Sequence[Section]) -> list[Section]:
@@ -64,90 +52,57 @@ def _lower(sections: Sequence[Section]) -> list[Section]:
 
 
 def _comparison(runs: Sequence[Run]) -> list[Block]:
-    named = {f"{number}: {run.name}": run for number, run in enumerate(runs, start=1)}
-    blocks: list[Block] = [_systems(named)]
-    if any(evaluation.curve for run in runs for evaluation in run.evaluations):
-        blocks.append(_curves(named))
-    if any(evaluation.choice for run in runs for evaluation in run.evaluations):
-        blocks.append(_choices(named))
-    return blocks
-
-
-def _systems(runs: dict[str, Run]) -> Table:
-    rows = []
-    for name, run in runs.items():
-        model = evaluated.model_words(run)
-        for evaluation in run.evaluations:
-            rows += [
-                [
-                    name,
-                    model,
-                    evaluation.task,
-                    str(evaluation.num_questions),
-                    *evaluated.system_row(system, evaluation.num_layers),
-                ]
-                for system in evaluation.systems
-                if system.name in (BASE, ROUTED)
-            ]
-        if not run.evaluations:
-            blank = [NONE] * (len(evaluated.SYSTEM_COLUMNS) + 2)
-            rows.append([name, model, *blank])
-    return Table(
+    named = [(f"{number}: {run.name}", run) for number, run in enumerate(runs, start=1)]
+    tested = [(name, evaluation) for name, run in named for evaluation in run.evaluations]
+    columns, rows = evaluated.SYSTEM_COLUMNS, []
+    for name, run in named:
+        cells = [
+            [each.task, str(each.num_questions), *evaluated.system_row(system, each.num_layers)]
+            for each in run.evaluations
+            for system in each.systems
+            if system.name in (BASE, ROUTED)
+        ]
+        unknown = [[NONE] * (len(columns) + 2)]
+        rows += [[name, evaluated.model_words(run), *row] for row in cells or unknown]
+    systems = Table(
         caption="Base and routed model of every run. Intervals of different runs say nothing about "
         "a difference between them where the questions differ.",
-        header=("run", "model", "task", "questions", *evaluated.SYSTEM_COLUMNS),
+        header=("run", "model", "task", "questions", *columns),
         rows=rows,
         texts=(0, 1, 2, 4),
     )
-
-
-def _curves(runs: dict[str, Run]) -> Table:
-    return Table(
+    curves = Table(
         caption="The routed model of every run at other depths",
-        header=("run", "task", *depth.CURVE_COLUMNS[1:]),
+        header=("run", "task", *[*depth.CURVE_COLUMNS][1:]),
         rows=[
-            [name, evaluation.task, *depth.point_row(point, evaluation.num_layers)[1:]]
-            for name, run in runs.items()
-            for evaluation in run.evaluations
-            for point in evaluation.curve
+            [name, each.task, *depth.point_row(point, each.num_layers)[1:]]
+            for name, each in tested
+            for point in each.curve
             if point.system == ROUTED
         ],
         texts=(0, 1, 2),
     )
-
-
-def _choices(runs: dict[str, Run]) -> Table:
-    rows = [
-        [name, evaluation.task, *_choice(evaluation.choice)]
-        for name, run in runs.items()
-        for evaluation in run.evaluations
-    ]
-    return Table(
+    limits = ("less than, points", "and less than, nats a token", "worked answers of")
+    choices = Table(
         caption="The certified choice of every run",
-        header=(
-            "run",
-            "task",
-            "less than, points",
-            "and less than, nats a token",
-            "worked answers of",
-            "confidence",
-            "certified",
-        ),
-        rows=rows,
+        header=("run", "task", *limits, "confidence", "certified"),
+        rows=[[name, each.task, *_choice(each.choice)] for name, each in tested],
         texts=(0, 1, 4, 6),
     )
+    blocks: list[Block] = [systems]
+    blocks += [curves] if any(each.curve for _, each in tested) else []
+    blocks += [choices] if any(each.choice for _, each in tested) else []
+    return blocks
 
 
 def _choice(choice: Choice | None) -> list[str]:
     if choice is None:
-        return [NONE, NONE, NONE, NONE, "not asked for"]
+        return [*[NONE] * 4, "not asked for"]
     kept = choice.certified
     return [
         f"{choice.limits.epsilon:g}",
         f"{choice.limits.max_loss_increase:g}",
         choice.worked_answers or "not looked at",
         percent(choice.limits.confidence, 0),
-        "none"
-        if kept is None
-        else f"{kept.name}, {plain(kept.executions, 2)} executions a forward",
+        f"{kept.name}, {plain(kept.executions, 2)} executions a forward" if kept else "none",
     ]

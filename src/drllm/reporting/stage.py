@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from drllm.errors import ConfigError, RecordError
@@ -46,15 +45,18 @@ def report(
     """
     if not run_folders:
         raise ConfigError("no run folder is given; give one that 'drllm run' has written")
-    folders = [Path(folder) for folder in run_folders]
-    target = _target(folders, output)
+    if output is None and len(run_folders) > 1:
+        raise ConfigError(
+            f"{len(run_folders)} run folders are given and no --output; "
+            f"give a folder or an .html file for their common report"
+        )
+    own = Path(run_folders[0]) / "report.html"
+    target = own if output is None else _target(Path(output))
     with listener.busy("drawing the report"):
-        found = document([read_run(folder) for folder in folders])
-        pictures = {name: png(figure.draw) for figure, name in found.figures().items()}
-        text = target.with_suffix(".md")
-        figures = _figures_folder(target)
+        found = document([read_run(Path(folder)) for folder in run_folders])
+        figures, text = _figures_folder(target), target.with_suffix(".md")
         contents: dict[Path, str | bytes] = {
-            figures / f"{name}.png": picture for name, picture in pictures.items()
+            figures / f"{name}.png": png(figure.draw) for figure, name in found.figures().items()
         }
         contents |= {target: page.render(found), text: markdown.render(found, figures.name)}
     for path, content in contents.items():
@@ -66,11 +68,7 @@ def report(
 
 
 def figures_of(page: Path) -> list[Path]:
-    """Return the pictures that belong to a report, in their order.
-
-    Args:
-        page: Its HTML file.
-    """
+    """Return the pictures that belong to a report, given its HTML file, in their order."""
     places = _figures_folder(page).glob("*.png")
     return sorted(place for place in places if re.fullmatch(FIGURE, place.name))
 
@@ -79,19 +77,12 @@ def _figures_folder(page: Path) -> Path:
     return page.with_name(f"{page.stem}_figures")
 
 
-def _target(folders: Sequence[Path], output: Path | str | None) -> Path:
-    if output is None:
-        if len(folders) > 1:
-            raise ConfigError(
-                f"{len(folders)} run folders are given and no --output; "
-                f"give a folder or an .html file for their common report"
-            )
-        return folders[0] / "report.html"
-    output = Path(output)
-    if output.suffix == ".html" and not output.is_dir():
-        return output
-    if output.suffix and not output.is_dir():
+def _target(output: Path) -> Path:
+    """Return the page to write for a folder, which may not be there yet, or an HTML file."""
+    if output.is_dir() or not output.suffix:
+        if output.is_file():
+            raise RecordError(f"{output} is a file; give a folder or a file that ends in .html")
+        return output / "report.html"
+    if output.suffix != ".html":
         raise ConfigError(f"--output is {output}; give a folder or a file that ends in .html")
-    if output.is_file():
-        raise RecordError(f"{output} is a file; give a folder or a file that ends in .html")
-    return output / "report.html"
+    return output

@@ -15,7 +15,7 @@ import msgspec
 from drllm.errors import RecordError
 from drllm.records import SCHEMA_VERSION
 from drllm.records.results import ROUTED, Evaluation, read_form, read_results
-from drllm.reporting.drawing import Colours, side_by_side
+from drllm.reporting.drawing import Colours, panels
 from drllm.statistics.verdicts import Differences
 
 if TYPE_CHECKING:
@@ -160,12 +160,13 @@ def drawn(candidates: Sequence[Candidate], colours: Colours) -> Figure:
     """Draw each setting's losses in a row, depths in colours of their own, with 95 % intervals."""
     depths = list(dict.fromkeys((p.task, p.depth) for each in candidates for p in each.places))
     several = len({task for task, _ in depths}) > 1
-    figure, panels = side_by_side(2, FRAME + ROW * len(candidates) * max(1, len(depths) / 2))
+    height = FRAME + ROW * len(candidates) * max(1, len(depths) / 2)
+    figure, (left, right) = panels(1, 2, height, sharey=True)
     measures = (
         ("accuracy", 100, "accuracy,\npoints"),
         ("gold_logprob", 1, "gold log-prob.,\nnats"),
     )
-    for axes, (key, scale, label) in zip(panels, measures, strict=True):
+    for axes, (key, scale, label) in zip((left, right), measures, strict=True):
         for number, depth in enumerate(depths):
             shift = (number - (len(depths) - 1) / 2) * 0.8 / len(depths)
             rows, middles, ends = [], [], []
@@ -185,8 +186,8 @@ def drawn(candidates: Sequence[Candidate], colours: Colours) -> Figure:
         axes.axvline(0, color=colours["ink"], linewidth=0.8, zorder=0)
         axes.set_xlabel(f"{label}, less base's")
         axes.locator_params(axis="x", nbins=3)
-    panels[0].set_yticks(range(len(candidates)), [each.name for each in candidates])
-    panels[0].invert_yaxis()
-    handles, names = panels[0].get_legend_handles_labels()
+    left.set_yticks(range(len(candidates)), [each.name for each in candidates])
+    left.invert_yaxis()
+    handles, names = left.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=2)
     return figure

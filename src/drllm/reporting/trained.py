@@ -5,7 +5,7 @@ Always compared with decisions that ignore the question. Axes: L layers, C = 3 d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
 from drllm.metrics import (
@@ -24,6 +24,7 @@ from drllm.metrics import (
 from drllm.records.layers import Calibration, Layers
 from drllm.reporting import figures
 from drllm.reporting.blocks import Block, Columns, Figure, Table, Text
+from drllm.reporting.figures import Scores
 from drllm.reporting.numbers import percent, plain
 from drllm.reporting.run import Run
 
@@ -38,7 +39,6 @@ METRICS = (
     ("avg_layers", "executions", 2),
     ("routers_loss", "loss", 4),
 )
-Scores = Mapping[str, float | None]
 
 
 def blocks(run: Run) -> list[Block]:
@@ -47,18 +47,15 @@ def blocks(run: Run) -> list[Block]:
         split: {epoch.epoch: epoch.values for epoch in run.epochs if epoch.split == split}
         for split in (TRAIN, VALIDATION)
     }
-    found: list[Block] = []
-    scores: dict[str, Scores] = {}
-    if run.layers is not None:
-        known = run.layers.parts[run.layers.judged]
-        found += _judged(run.layers, known)
-        scores = {name: ratios(counts) for name, counts in known.items() if name != ROUTERS}
+    known = run.layers.parts[run.layers.judged] if run.layers else {}
+    found = _judged(run.layers, known) if run.layers else []
+    scores = {name: ratios(counts) for name, counts in known.items() if name != ROUTERS}
     if not by_split[VALIDATION]:
         found.append(Text("No targets were held out, so there are no validation metrics."))
     found.append(_curves(run, by_split, scores))
-    if run.layers is not None:
+    if run.layers:
         found.append(_by_layer(run.layers, known))
-    if run.calibration is not None:
+    if run.calibration:
         settings = run.router_config["training"].get("settings") or {}
         found += _reliability(run.calibration, is_folded=settings.get("calibrate") is True)
     return found
@@ -69,41 +66,26 @@ def blocks(run: Run) -> list[Block]:
 
 def _judged(layers: Layers, systems: Mapping[str, Counts]) -> list[Block]:
     """Say how the saved routers stand on each part, and whether they beat the best baseline."""
-    return [
-        Text(verdict(layers.parts)),
-        Text(f"{_what_guessing_hits(systems)} {by_layer(systems)}"),
-        Columns(
-            [
-                [
-                    Table(
-                        caption=f"On {layers.title(part)}: routers after epoch "
-                        f"{layers.epoch}, and decisions that ignore the question",
-                        header=("metric", *map(shown, counted)),
-                        rows=_rows([ratios(counts) for counts in counted.values()]),
-                    )
-                ]
-                for part, counted in sorted(
-                    layers.parts.items(), key=lambda named: named[0] != layers.judged
-                )
-            ]
-        ),
-    ]
-
-
-def _what_guessing_hits(systems: Mapping[str, Counts]) -> str:
     execute, frequent = (ratios(systems[name]) for name in (ALWAYS_EXECUTE, LAYER_MAJORITY))
-    return (
+    guessed = (
         f"Executing every layer agrees with {percent(execute['accuracy'])} of the labels, and each "
         f"layer's most frequent label with {percent(frequent['accuracy'])}: what routers are worth "
         f"shows in the F1 of skip and repeat, not in accuracy."
     )
-
-
-def _rows(columns: Sequence[Scores]) -> list[list[str]]:
-    return [
-        [name, *(plain(values.get(key), digits) for values in columns)]
-        for key, name, digits in METRICS
-    ]
+    tables = []
+    for part in sorted(layers.parts, key=lambda part: part != layers.judged):
+        columns = {shown(name): ratios(counts) for name, counts in layers.parts[part].items()}
+        caption = (
+            f"On {layers.title(part)}: routers after epoch {layers.epoch}, and decisions that "
+            f"ignore the question"
+        )
+        rows = [
+            [name, *(plain(scores.get(key), digits) for scores in columns.values())]
+            for key, name, digits in METRICS
+        ]
+        tables.append([Table(caption=caption, header=("metric", *columns), rows=rows)])
+    said = [Text(verdict(layers.parts)), Text(f"{guessed} {by_layer(systems)}")]
+    return [*said, Columns(tables)]
 
 
 # --- by epoch ----------------------------------------------------------------------------------
@@ -159,10 +141,9 @@ def _by_layer(layers: Layers, systems: Mapping[str, Counts]) -> Figure:
 
 def _reliability(found: Calibration, *, is_folded: bool) -> list[Block]:
     """Say and draw how probabilities and held-out targets agree."""
+    verdict = "too sure" if found.temperature > 1 else "not sure enough"
     if found.temperature == 1:
         verdict = "as sure as they may be"
-    else:
-        verdict = "too sure" if found.temperature > 1 else "not sure enough"
     temperature = plain(found.temperature, 2)
     said = Text(
         f"Of what they decide the routers are {verdict}: on {found.num_decisions} held-out "
@@ -178,22 +159,20 @@ def _reliability(found: Calibration, *, is_folded: bool) -> list[Block]:
         f"temperature {temperature}": found.reliability_after,
     }
     series = {name: [(each.confidence, each.hits) for each in part] for name, part in bins.items()}
-    return [
-        said,
-        Figure(
-            draw=partial(figures.router_reliability, series),
-            name="router reliability",
-            alt="Share of decisions that held-out targets agree with, by the probability that the "
-            "routers gave them. "
-            + " ".join(
-                f"At {name} the least sure decisions are given {percent(points[0][0])} and hit "
-                f"{percent(points[0][1])}, the surest {percent(points[-1][0])} and "
-                f"{percent(points[-1][1])}."
-                for name, points in series.items()
-            ),
-            caption=f"How far the routers' probabilities can be believed: {found.num_decisions} "
-            f"held-out decisions in bins of as many each, by the probability of what was decided. "
-            f"On the dashed line as many hit as the probability says; below it the routers are "
-            f"too sure.",
-        ),
-    ]
+    ends = " ".join(
+        f"At {name} the least sure decisions are given {percent(points[0][0])} and hit "
+        f"{percent(points[0][1])}, the surest {percent(points[-1][0])} and "
+        f"{percent(points[-1][1])}."
+        for name, points in series.items()
+    )
+    drawn = Figure(
+        draw=partial(figures.router_reliability, series),
+        name="router reliability",
+        alt="Share of decisions that held-out targets agree with, by the probability that the "
+        f"routers gave them. {ends}",
+        caption=f"How far the routers' probabilities can be believed: {found.num_decisions} "
+        f"held-out decisions in bins of as many each, by the probability of what was decided. "
+        f"On the dashed line as many hit as the probability says; below it the routers are too "
+        f"sure.",
+    )
+    return [said, drawn]

@@ -16,7 +16,6 @@ import numpy.typing as npt
 Floats: TypeAlias = "npt.NDArray[np.float64]"
 
 BOOTSTRAP_DRAWS = 10_000
-TOO_FEW = "an interval needs at least one question"
 _CHUNK = 1 << 22  # resampled values held at once
 
 
@@ -38,17 +37,9 @@ def is_single(correct: Sequence[float]) -> bool:
 
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the score interval of an accuracy.
+    """Return the score interval of a share of right answers, of `n` in all.
 
     Unlike the normal interval it stays inside [0, 1] and doesn't vanish at 0 or n right answers.
-
-    Args:
-        correct: Right answers.
-        n: Answers in all, at least 1.
-        confidence: In (0, 1).
-
-    Returns:
-        Lower and upper bound of the share of right answers.
 
     Raises:
         ValueError: Counts that no evaluation can give. For means of several draws a question,
@@ -67,30 +58,18 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     # At the ends the bound is the end itself; say so without a rounding error.
-    lower = 0.0 if correct == 0 else centre - half
-    upper = 1.0 if correct == n else centre + half
-    return lower, upper
+    return (0.0 if correct == 0 else centre - half), (1.0 if correct == n else centre + half)
 
 
 def mean_interval(
-    values: Sequence[float],
-    seed: int,
-    draws: int = BOOTSTRAP_DRAWS,
-    confidence: float = 0.95,
+    values: Sequence[float], seed: int, draws: int = BOOTSTRAP_DRAWS, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Return the percentile interval of a mean over questions.
+    """Return the percentile interval of a mean over questions, which are resampled.
 
     For values that are no counts: accuracies averaged over several draws a question,
-    log-probabilities, and paired differences of them. The questions are resampled. Where all values
-    are equal the interval has no width: resampling can't tell what it hasn't seen, and that is no
-    sign of certainty. For right and wrong answers see `wilson_interval` and
-    `paired.paired_interval`.
-
-    Args:
-        values: One per question, at least one.
-        seed: Of the resampling.
-        draws: How often the questions are drawn anew.
-        confidence: In (0, 1).
+    log-probabilities, and paired differences of them. Where all values are equal the interval has
+    no width: resampling can't tell what it hasn't seen, and that is no sign of certainty. For right
+    and wrong answers see `wilson_interval` and `paired.paired_interval`.
 
     Raises:
         ValueError: No values.
@@ -108,27 +87,21 @@ def mean_interval(
 
 
 def upper_bound(
-    values: Sequence[float],
-    seed: int,
-    draws: int = BOOTSTRAP_DRAWS,
-    confidence: float = 0.95,
+    values: Sequence[float], seed: int, draws: int = BOOTSTRAP_DRAWS, confidence: float = 0.95
 ) -> float:
-    """Return what a mean doesn't exceed: a one-sided bound.
+    """Return what a mean doesn't exceed: a one-sided bound, infinite where too few values tell.
 
     For non-inferiority in scores that are no counts. Resampled are means in units of their own
     standard error, which makes up for skewed differences; the percentiles of plain means, ends of
     `mean_interval`, exclude too much where some questions or texts lose far more than the rest.
-    Where one in ten does, twenty are too few for either.
+    Where one in ten does, twenty are too few for either. Equal values are bounded by their value,
+    which is no sign of certainty.
 
     Args:
         values: One per question or text: the first system's score minus the second's.
         seed: Of the resampling.
         draws: How often the values are drawn anew.
         confidence: In (0.5, 1).
-
-    Returns:
-        The bound; infinite where there are too few values to tell. Where all are equal it is
-        their value: resampling can't tell what it hasn't seen, and that is no sign of certainty.
 
     Raises:
         ValueError: No values.
@@ -140,31 +113,27 @@ def upper_bound(
         >>> upper_bound(differences, seed=0) > mean_interval(differences, 0, confidence=0.9)[1]
         True
     """
-    if not values:
-        raise ValueError(TOO_FEW)
     given = np.asarray(values, dtype=np.float64)
-    if (given == given[0]).all():
+    if given.size and (given == given[0]).all():
         return float(given[0])
-    mean, spread = given.mean(), given.std()
     studentised = []
     for resamples in _resamples(given, seed, draws):
-        away = resamples.mean(axis=1) - mean
+        away = resamples.mean(axis=1) - given.mean()
         with np.errstate(divide="ignore"):  # infinite where one value was drawn n times
             studentised.append(np.where(away == 0, 0.0, away / resamples.std(axis=1)))
     lowest = np.quantile(np.concatenate(studentised), 1 - confidence, method="lower")
-    return float(mean - lowest * spread)
+    return float(given.mean() - lowest * given.std())
 
 
 def _resamples(values: Floats, seed: int, draws: int) -> Iterator[Floats]:
     """Yield values drawn anew, `[some of the draws, n]` at a time."""
     n = len(values)
     if n == 0:
-        raise ValueError(TOO_FEW)
+        raise ValueError("an interval needs at least one question")
     # The Mersenne Twister's own stream, taken modulo n: the draws that torch.randint gives for this
     # seed, with which earlier results were made.
     generator = np.random.RandomState(seed & 0xFFFFFFFF)
     while draws > 0:
         size = min(draws, max(1, _CHUNK // n))
-        raw = generator.randint(0, 1 << 32, (size, n), dtype=np.uint32)
-        yield values[raw % n]
+        yield values[generator.randint(0, 1 << 32, (size, n), dtype=np.uint32) % n]
         draws -= size

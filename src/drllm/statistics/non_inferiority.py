@@ -28,6 +28,7 @@ from drllm.errors import ConfigError
 from drllm.statistics.intervals import accuracy_interval, upper_bound
 from drllm.statistics.paired import Outcomes, maximum_loss, won_lost
 from drllm.statistics.power import smallest_certifiable
+from drllm.statistics.verdicts import signed
 
 FEWEST_TEXTS = 30
 """On fewer, the bound is exceeded too often where some texts lose far more than the rest: with one
@@ -61,18 +62,20 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class LossBound(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How much higher a next-token loss is than base's on the same texts, and at most.
+    """How much higher a next-token loss is than base's on so many texts, in nats a token.
 
-    Attributes:
-        num_texts: Texts read by both.
-        increase: Mean increase, in nats a token.
-        maximum: What the increase doesn't exceed with the confidence asked for; None where so few
-            texts bound it nowhere.
+    The mean `increase` doesn't exceed `maximum` with the confidence asked for; None where so few
+    texts bound it nowhere.
     """
 
     num_texts: int
     increase: float
     maximum: float | None
+
+    def written(self, unit: str = "") -> str:
+        """Write the numbers of a bound that there is."""
+        most = signed(self.maximum or 0.0, 3)
+        return f"{signed(self.increase, 3)}{unit}, at most {most}, on {self.num_texts}"
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -110,22 +113,15 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """Say whether it passes, and by which numbers."""
         if self.failures:
             return f"{self.name} fails: {', and '.join(self.failures)}."
-        excluded = (
-            f"losses of accuracy from {self.maximum_loss:.2f} points on are excluded"
-            if self.maximum_loss > 0
-            else "every loss of accuracy is excluded"
-        )
+        excluded = "every loss of accuracy is excluded"
+        if self.maximum_loss > 0:
+            excluded = f"losses of accuracy from {self.maximum_loss:.2f} points on are excluded"
         said = (
             f"{self.name} passes: won {self.won}, lost {self.lost} of {self.num_questions}, "
-            f"{excluded}; next-token loss {self.texts.increase:+.3f} nats a token, at most "
-            f"{self.texts.maximum:+.3f}, on {self.texts.num_texts} texts"
+            f"{excluded}; next-token loss {self.texts.written(' nats a token')} texts"
         )
-        if self.worked is not None:
-            said += (
-                f"; {self.worked.increase:+.3f}, at most {self.worked.maximum:+.3f}, on "
-                f"{self.worked.num_texts} worked answers"
-            )
-        return f"{said}."
+        worked = f"; {self.worked.written()} worked answers" if self.worked else ""
+        return f"{said}{worked}."
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -169,16 +165,14 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def certified(self) -> Trial | None:
         """The test of what was chosen, where it passed that too."""
-        tested = self.confirmation
-        return tested if tested is not None and tested.passed else None
+        return self.confirmation if self.confirmation and self.confirmation.passed else None
 
     def verdict(self) -> str:
         """Say in one sentence what is certified; "none" is an answer."""
-        kept = self.certified
-        if kept is not None:
+        if kept := self.certified:
             return f"Certified: {kept.name} ({kept.executions:.2f} layers a forward pass)."
         if self.obstacle is not None:
-            return f"None is certified: {self.obstacle[0].lower()}{self.obstacle[1:]}."
+            return f"None is certified: {_lower(self.obstacle)}."
         if self.chosen is None:
             return "None is certified: the first setting tried fails already."
         how = "wasn't tested on" if self.confirmation is None else "fails on"
@@ -188,24 +182,19 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Say what could be certified at all, what was tried, and what is certified."""
         said = []
         if self.smallest is not None:
-            assert self.smallest_with_power is not None
-            assert self.discordant is not None
             whose = "" if self.chosen_on is None else f" of {self.chosen_on}"
             said.append(
-                f"{self.num_questions} questions{whose}, {100 * self.discordant:.1f} % of them "
-                f"answered differently, can certify a loss below {self.smallest:.2f} points at "
-                f"best, were no difference seen, and below {self.smallest_with_power:.2f} points "
-                f"with 80 % probability, were there none."
+                f"{self.num_questions} questions{whose}, {100 * (self.discordant or 0):.1f} % of "
+                f"them answered differently, can certify a loss below {self.smallest:.2f} points "
+                f"at best, were no difference seen, and below {self.smallest_with_power:.2f} "
+                f"points with 80 % probability, were there none."
             )
         if self.not_cheaper:
             said.append(f"No layers saved, so not tried: {'; '.join(self.not_cheaper)}.")
         if self.trials:
-            worked = self.worked_answers
-            where = (
-                " (worked answers weren't looked at)"
-                if worked is None
-                else f" and on worked answers of {worked}"
-            )
+            where = " (worked answers weren't looked at)"
+            if self.worked_answers is not None:
+                where = f" and on worked answers of {self.worked_answers}"
             said.append(
                 f"Asked for with {100 * self.limits.confidence:g} % confidence: less than "
                 f"{self.limits.epsilon:g} points of accuracy lost, and a next-token loss less than "
@@ -244,8 +233,8 @@ def choose(
         limits: What a setting may lose.
         chance: Accuracy of guessing.
         seed: Of the resampling of texts.
-        worked_answers: The task that `worked_loss` is of; None where there is none.
-        chosen_on: Task and split of the questions, for whoever reads the choice.
+        worked_answers: See `Choice`; the task that `worked_loss` is of.
+        chosen_on: See `Choice`.
 
     Returns:
         The choice, to be confirmed by `confirm`; "none" is one too.
@@ -271,39 +260,30 @@ def choose(
     if not cheaper:
         return replace(choice, obstacle="There is no setting that runs fewer layers than base")
     discordant = sum(won_lost(cheaper[0].correct, base.correct)) / n
-    certifiable = smallest_certifiable(n, discordant, limits.confidence)
-    choice = replace(
-        choice,
-        smallest=100 * certifiable.if_equal,
-        smallest_with_power=100 * certifiable.with_power,
-        discordant=discordant,
+    smallest, with_power = (
+        100 * loss for loss in smallest_certifiable(n, discordant, limits.confidence)
     )
-    guessing = _guessing(base, chance)
-    if guessing is not None:
-        return replace(choice, obstacle=guessing)
-    if limits.epsilon <= 100 * certifiable.if_equal:
-        asked = f"Less than {limits.epsilon:g} points is too little at n = {n}"
-        return replace(choice, obstacle=asked)
+    choice = replace(
+        choice, smallest=smallest, smallest_with_power=with_power, discordant=discordant
+    )
+    obstacle = _guessing(base, chance)
+    if obstacle is None and limits.epsilon <= smallest:
+        obstacle = f"Less than {limits.epsilon:g} points is too little at n = {n}"
+    if obstacle is not None:
+        return replace(choice, obstacle=obstacle)
     trials: list[Trial] = []
     for each in cheaper:
         trials.append(_try(base, each, choice, seed))
         if not trials[-1].passed:
             break
-    untried = tuple(each.name for each in cheaper[len(trials) :])
-    return replace(choice, trials=tuple(trials), untried=untried)
+    left = cheaper[len(trials) :]
+    return replace(choice, trials=tuple(trials), untried=tuple(each.name for each in left))
 
 
 def confirm(
     choice: Choice, base: Outcomes, tested: Outcomes, *, chance: float, seed: int
 ) -> Choice:
     """Test what was chosen, once, on questions and texts that nothing was chosen on.
-
-    Args:
-        choice: With something chosen.
-        base: The untouched model on the other questions.
-        tested: The chosen setting on them.
-        chance: Accuracy of guessing on them.
-        seed: Of the resampling of texts.
 
     Raises:
         ConfigError: No held-out texts, or too few.
@@ -314,14 +294,16 @@ def confirm(
     if tested.name != choice.chosen.name:
         raise ValueError(f"{choice.chosen.name!r} was chosen, not {tested.name!r}")
     trial = _try(base, tested, choice, seed)
-    guessing = _guessing(base, chance)
-    if guessing is not None:
-        trial = replace(trial, failures=(guessing[0].lower() + guessing[1:], *trial.failures))
+    if guessing := _guessing(base, chance):
+        trial = replace(trial, failures=(_lower(guessing), *trial.failures))
     return replace(choice, confirmation=trial)
 
 
+def _lower(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
+
+
 def _guessing(base: Outcomes, chance: float) -> str | None:
-    """Say so where base may be guessing."""
     if accuracy_interval(base.correct)[0] > chance:
         return None
     return f"The base model is not shown to be above chance ({100 * chance:.1f} %)"
@@ -337,17 +319,20 @@ def _try(base: Outcomes, ours: Outcomes, choice: Choice, seed: int) -> Trial:
         failures.append(f"a loss of up to {loss:.2f} points of accuracy is not excluded")
 
     def bound(one: Sequence[float], other: Sequence[float], texts: str, where: str) -> LossBound:
-        found = _bound(one, other, limits.confidence, seed, texts)
-        if found.maximum is None:
-            failures.append(
-                f"no rise of the next-token loss{where} is excluded by so few texts that differ"
+        increases = [a - b for a, b in zip(one, other, strict=True)]
+        if len(increases) < FEWEST_TEXTS:
+            raise ConfigError(
+                f"{len(increases)} {texts} are too few to certify a depth; accuracy alone "
+                f"certifies broken models, so give the next-token loss on at least {FEWEST_TEXTS}"
             )
-        elif not found.maximum < limits.max_loss_increase:
-            failures.append(
-                f"a next-token loss{where} up to {found.maximum:.3f} nats a token higher is not "
-                f"excluded"
-            )
-        return found
+        found = upper_bound(increases, seed, confidence=limits.confidence)
+        maximum = None if found == math.inf else found
+        rise = f"next-token loss{where}"
+        if maximum is None:
+            failures.append(f"no rise of the {rise} is excluded by so few texts that differ")
+        elif not maximum < limits.max_loss_increase:
+            failures.append(f"a {rise} up to {maximum:.3f} nats a token higher is not excluded")
+        return LossBound(num_texts=len(increases), increase=fmean(increases), maximum=maximum)
 
     texts, worked = bound(ours.text_loss, base.text_loss, "held-out texts", ""), None
     if choice.worked_answers is not None:
@@ -363,26 +348,4 @@ def _try(base: Outcomes, ours: Outcomes, choice: Choice, seed: int) -> Trial:
         texts=texts,
         worked=worked,
         failures=tuple(failures),
-    )
-
-
-def _bound(
-    ours: Sequence[float], theirs: Sequence[float], confidence: float, seed: int, texts: str
-) -> LossBound:
-    """Bound the increase from one set of losses to another.
-
-    Raises:
-        ConfigError: Fewer than `FEWEST_TEXTS`.
-    """
-    increases = [one - other for one, other in zip(ours, theirs, strict=True)]
-    if len(increases) < FEWEST_TEXTS:
-        raise ConfigError(
-            f"{len(increases)} {texts} are too few to certify a depth; accuracy alone certifies "
-            f"broken models, so give the next-token loss on at least {FEWEST_TEXTS}"
-        )
-    found = upper_bound(increases, seed, confidence=confidence)
-    return LossBound(
-        num_texts=len(increases),
-        increase=fmean(increases),
-        maximum=None if found == math.inf else found,
     )

@@ -27,9 +27,8 @@ class Outcomes:
         executions: Mean over the questions, a forward pass, in layer equivalents.
         correct: One per question: 1 for right and 0 for wrong, or the share of several draws.
         gold_logprob: One per question, in nats; empty where it isn't known.
-        text_loss: One per text, in nats a token: the mean next-token loss over the text. Texts
-            count alike, however long. Empty where none was read.
-        worked_loss: The same, one per worked answer of another task; empty where none was read.
+        text_loss: Mean next-token loss of each text, in nats a token; empty where none was read.
+        worked_loss: The same, one per worked answer of another task.
     """
 
     name: str
@@ -97,9 +96,8 @@ def paired_interval(won: int, lost: int, n: int, confidence: float = 0.95) -> tu
         distance, deviation = paired_score(won, lost, n, difference)
         return bool(abs(distance) > z * deviation)
 
-    estimate = (won - lost) / n
     lower, upper = (
-        bisect(rejected, estimate, end)[0] if rejected(end) else end for end in (-1.0, 1.0)
+        bisect(rejected, (won - lost) / n, end)[0] if rejected(end) else end for end in (-1.0, 1.0)
     )
     return lower, upper
 
@@ -108,8 +106,8 @@ def paired_score(won: Any, lost: Any, n: int, difference: float) -> tuple[Any, A
     """Return what the paired score test weighs against each other.
 
     Args:
-        won: A number, or an array of them.
-        lost: Likewise.
+        won: A number, or an array of them; `lost` likewise.
+        lost: See `won`.
         n: Questions in all.
         difference: Of the accuracies, supposed to be true; in [-1, 1].
 
@@ -129,15 +127,11 @@ def paired_score(won: Any, lost: Any, n: int, difference: float) -> tuple[Any, A
 
 
 def maximum_loss(won: int, lost: int, n: int, confidence: float = 0.95) -> float:
-    """Return the loss of accuracy above which every loss is excluded.
+    """Return the loss of accuracy, a share, above which every loss is excluded.
 
-    A one-sided bound. Whoever claims that a system loses less than so much can be wrong in one
-    direction only, so the whole risk of 5 % lies there; that a gain is underrated harms no one. It
-    is the end of the two-sided interval at 90 %, so a loss inside the 95 % interval may be
-    excluded. Trials of drugs often halve the risk; here it stays at 5 %.
-
-    Returns:
-        A share of the questions; negative where even a gain is shown.
+    A one-sided bound, negative where even a gain is shown. Whoever claims that a system loses less
+    than so much can be wrong in one direction only, so the whole risk of 5 % lies there: it is the
+    end of the two-sided interval at 90 %. Trials of drugs often halve the risk; here it stays.
 
     Source: Tango 1998, Statistics in Medicine 17 (8).
 

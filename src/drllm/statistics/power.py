@@ -36,10 +36,8 @@ HALVINGS = 17
 class Certifiable(NamedTuple):
     """The smallest loss that so many questions could exclude, as a share of them.
 
-    Attributes:
-        if_equal: If as many are won as lost.
-        with_power: For a system that loses nothing, with the probability asked for over other
-            questions; 1 where no loss is.
+    `if_equal` holds if as many are won as lost; `with_power` for a system that loses nothing, with
+    the probability asked for over other questions (1 where no loss could be excluded).
     """
 
     if_equal: float
@@ -51,14 +49,9 @@ def smallest_certifiable(
 ) -> Certifiable:
     """Return the smallest loss ε that a non-inferiority test could exclude at this n.
 
-    For a system that in truth is as good as the other. Where the share of different answers is an
-    estimate, so is the result. An ε above it can be certified, one equal to it can't.
-
-    Args:
-        n: Questions, at least 1.
-        discordant: In [0, 1], estimated or assumed.
-        confidence: Of the one-sided bound, see `paired.maximum_loss`.
-        power: Probability with which the loss is to be excluded; in (0, 1).
+    For a system that in truth is as good as the other, with a one-sided bound of this confidence
+    (see `paired.maximum_loss`). Where the share of different answers is an estimate, so is the
+    result. An ε above it can be certified, one equal to it can't.
 
     Raises:
         ValueError: Numbers out of range.
@@ -74,12 +67,13 @@ def smallest_certifiable(
     # Half a question more on each side where their number is odd.
     half = min(math.ceil(discordant * n / 2), n // 2)
     if_equal = maximum_loss(half, half, n, confidence)
-    outcomes = _outcomes(n, discordant)
-    probabilities = outcomes.probabilities(0.5)
+    weights, differing, won = _outcomes(n, discordant)
+    lost = np.maximum(0.0, differing - won)
+    probabilities = weights * _binomial(won, differing, 0.5)
     z = NormalDist().inv_cdf(confidence)
 
     def is_enough(epsilon: float) -> bool:
-        distance, deviation = paired_score(outcomes.won, outcomes.lost, n, -epsilon)
+        distance, deviation = paired_score(won, lost, n, -epsilon)
         return float(probabilities[distance > z * deviation].sum()) >= power
 
     _, found = bisect(is_enough, 0.0, 1.0, HALVINGS)
@@ -91,8 +85,7 @@ def chance_to_show(n: int, discordant: float, difference: float, alpha: float = 
 
     Args:
         n: Questions, at least 1.
-        discordant: In truth; at least the difference, since each of these needs a question
-            answered differently.
+        discordant: In truth; at least the difference, which needs as many different answers.
         difference: Of the accuracies, in truth, as a share of the questions; in [0, 1].
         alpha: Level of the two-sided test.
 
@@ -109,12 +102,11 @@ def chance_to_show(n: int, discordant: float, difference: float, alpha: float = 
     _check(n, discordant)
     if not 0 <= difference <= discordant:
         raise ValueError(f"a difference of {difference} with {discordant} answered differently")
-    outcomes = _outcomes(n, discordant)
-    chances = _binomial(outcomes.won, outcomes.differing, 0.5)
-    tails = chances[:, ::-1].cumsum(axis=1)[:, ::-1]
-    shown = (2 * tails < alpha) & (outcomes.won > outcomes.lost)
+    weights, differing, won = _outcomes(n, discordant)
+    tails = _binomial(won, differing, 0.5)[:, ::-1].cumsum(axis=1)[:, ::-1]
+    shown = (2 * tails < alpha) & (won > np.maximum(0.0, differing - won))
     share_won = 0.5 if discordant == 0 else (1 + difference / discordant) / 2
-    return float(outcomes.probabilities(share_won)[shown].sum())
+    return float((weights * _binomial(won, differing, share_won))[shown].sum())
 
 
 def questions_needed(
@@ -154,15 +146,8 @@ def detectable_mean(
 ) -> float | None:
     """Return the smallest true mean difference that a two-sided test would probably show.
 
-    For scores that are no counts. The spread of the differences is taken as it is.
-
-    Args:
-        differences: One per question.
-        power: Probability with which the difference would be shown; in (0, 1).
-        alpha: Level of the two-sided test.
-
-    Returns:
-        In the differences' unit, or None where they have no spread to go by.
+    For scores that are no counts, one per question, whose spread is taken as it is; None where they
+    have none.
 
     Source: the normal approximation of a paired test's power.
 
@@ -177,37 +162,19 @@ def detectable_mean(
     return (quantile(1 - alpha / 2) + quantile(power)) * spread / math.sqrt(len(differences))
 
 
-class _Outcomes(NamedTuple):
-    """How many answers may differ, and how many of these may be won.
-
-    Attributes:
-        differing: `[M, 1]` questions answered differently, those that may well occur.
-        weights: `[M, 1]` their probabilities.
-        won: `[1, W]` from 0 to the largest of them; more than differ have probability 0.
-    """
-
-    differing: Floats
-    weights: Floats
-    won: Floats
-
-    @property
-    def lost(self) -> Floats:
-        """`[M, W]`, 0 where more are won than differ."""
-        return np.maximum(0.0, self.differing - self.won)
-
-    def probabilities(self, share_won: float) -> Floats:
-        """Return each outcome's probability, `[M, W]`, a differing answer being won with this."""
-        of_won: Floats = self.weights * _binomial(self.won, self.differing, share_won)
-        return of_won
-
-
 @functools.lru_cache(maxsize=4)
-def _outcomes(n: int, discordant: float) -> _Outcomes:
+def _outcomes(n: int, discordant: float) -> tuple[Floats, Floats, Floats]:
+    """Return how many answers may differ and how many of these may be won.
+
+    Returns:
+        `[M, 1]` probabilities of the numbers of different answers that may well occur, `[M, 1]`
+        these numbers, and `[1, W]` from 0 to the largest of them.
+    """
     every = np.arange(n + 1, dtype=np.float64)
     weights = _binomial(every, np.float64(n), discordant)
     likely = weights > NEGLIGIBLE
     differing = every[likely][:, None]
-    return _Outcomes(differing, weights[likely][:, None], np.arange(differing.max() + 1)[None, :])
+    return weights[likely][:, None], differing, np.arange(differing.max() + 1)[None, :]
 
 
 def _binomial(successes: Any, trials: Any, share: float) -> Floats:

@@ -34,6 +34,11 @@ ROUNDING = 1e-4
 """Differences up to here, in points or nats, are those of arithmetic in another order."""
 
 
+def signed(value: float, digits: int) -> str:
+    """Write a change with its sign, as reports and tables do: with a true minus."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
 class _Words(NamedTuple):
     """How a quantity is written; `worth` is a difference that a comparison must be able to show."""
 
@@ -98,7 +103,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     @property
     def target(self) -> float:
         """The difference that must be detectable: the one seen, or one worth having."""
-        return max(abs(self.mean), _WORDS[self.quantity].worth)
+        return max(abs(self.mean), self._words.worth)
 
     @property
     def label(self) -> str:
@@ -107,31 +112,37 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             return "better" if self.is_better else "worse"
         return {"none shown": "not shown", "guessing": "no verdict"}.get(self.shown, self.shown)
 
-    def numbers(self) -> str:
-        """Return the difference, its interval and its test."""
-        things = _WORDS[self.quantity].things
-        parts = [f"{self._write(self.mean)} {_WORDS[self.quantity].unit}"]
+    def sentence(self, ours: str = "routed", theirs: str = "base") -> str:
+        """Return the size of the difference between two named systems, then what is shown.
+
+        Example:
+            >>> judge_counts(2, 6, 8).sentence()[:44]
+            'Accuracy of routed less base: −50.0 points, '
+        """
+        return f"{self._words.title} of {ours} less {theirs}: {self._numbers()}: {self._claim()}."
+
+    def _numbers(self) -> str:
+        things = self._words.things
+        parts = [f"{self._write(self.mean)} {self._words.unit}"]
         if self.interval[0] == self.interval[1]:
             parts.append(f"the same on all {self.n} {things}")
         else:
             low, high = map(self._write, self.interval)
-            parts.append(f"95 % interval {low} to {high}")
             counts = "" if self.won is None else f"won {self.won}, lost {self.lost} of "
-            parts.append(f"{counts}{self.n} {things}")
+            parts += [f"95 % interval {low} to {high}", f"{counts}{self.n} {things}"]
         if self.p is not None:
             parts.append(f"exact McNemar p = {self.p:.3g}")
         if self.p_corrected is not None:
             parts.append(f"corrected for {self.num_tests} tests {self.p_corrected:.3g}")
         return ", ".join(parts)
 
-    def claim(self) -> str:
-        """Return what is shown, in words."""
-        target = f"{self._write(self.target).lstrip('+')} {_WORDS[self.quantity].unit}"
+    def _claim(self) -> str:
+        target = f"{self._write(self.target).lstrip('+')} {self._words.unit}"
         said = {
             "higher": "shown to be higher",
             "lower": "shown to be lower",
             "none shown": f"no difference is shown, and {target} would hardly have been missed",
-            "too few": f"too few {_WORDS[self.quantity].things} to tell",
+            "too few": f"too few {self._words.things} to tell",
             "guessing": "no verdict",
         }[self.shown]
         if self.needed is not None:
@@ -140,23 +151,12 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             said += ", which is worse"
         return f"{said}; {self.reason}" if self.reason else said
 
-    def sentence(self, ours: str = "routed", theirs: str = "base") -> str:
-        """Return the size of the difference, then what is shown.
-
-        Args:
-            ours: Name of the first system.
-            theirs: Name of the second.
-
-        Example:
-            >>> judge_counts(2, 6, 8).sentence()[:44]
-            'Accuracy of routed less base: -50.0 points, '
-        """
-        title = _WORDS[self.quantity].title
-        return f"{title} of {ours} less {theirs}: {self.numbers()}: {self.claim()}."
+    @property
+    def _words(self) -> _Words:
+        return _WORDS[self.quantity]
 
     def _write(self, value: float) -> str:
-        words = _WORDS[self.quantity]
-        return f"{words.scale * value:+.{words.digits}f}"
+        return signed(self._words.scale * value, self._words.digits)
 
 
 class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -183,10 +183,7 @@ def compare(
         ValueError: Another number of questions or texts.
     """
 
-    def means(quantity: Quantity) -> Verdict | None:
-        one, other = getattr(ours, quantity), getattr(theirs, quantity)
-        if not one or not other:
-            return None
+    def means(quantity: Quantity, one: Sequence[float], other: Sequence[float]) -> Verdict:
         judged = above_chance or quantity == "text_loss"
         return judge_means(quantity, one, other, seed, above_chance=judged)
 
@@ -194,11 +191,12 @@ def compare(
         won, lost = won_lost(ours.correct, theirs.correct)
         accuracy = judge_counts(won, lost, len(ours.correct), above_chance=above_chance)
     else:
-        accuracy = judge_means(
-            "accuracy", ours.correct, theirs.correct, seed, above_chance=above_chance
-        )
+        accuracy = means("accuracy", ours.correct, theirs.correct)
+    gold, loss = (ours.gold_logprob, theirs.gold_logprob), (ours.text_loss, theirs.text_loss)
     return Differences(
-        accuracy=accuracy, gold_logprob=means("gold_logprob"), text_loss=means("text_loss")
+        accuracy=accuracy,
+        gold_logprob=means("gold_logprob", *gold) if all(gold) else None,
+        text_loss=means("text_loss", *loss) if all(loss) else None,
     )
 
 
@@ -211,19 +209,19 @@ def judge_counts(
     p_corrected: float | None = None,
     num_tests: int = 1,
 ) -> Verdict:
-    """Judge two accuracies by the questions won and lost.
-
-    Args:
-        won: Questions that the first system has right and the second wrong.
-        lost: The other way round.
-        n: Questions in all.
-        above_chance: Whether base is shown to be above chance.
-        p_corrected: The exact test's p-value corrected for several tests; it decides.
-        num_tests: How many tests that were.
+    """Judge two accuracies by the questions won and lost of n, with the arguments of `Verdict`.
 
     Source: ours, of McNemar's exact test and Tango's interval.
     """
-    interval = paired_interval(won, lost, n)
+    interval, p = paired_interval(won, lost, n), mcnemar_exact(won, lost)
+    by_test = (p if p_corrected is None else p_corrected) < ALPHA
+    by_interval = not interval[0] <= 0 <= interval[1]
+    reason = None
+    if by_interval and not by_test:
+        after = "" if p_corrected is None else ", corrected for several tests,"
+        reason = f"the interval excludes 0, but the exact test{after} doesn't show a difference"
+    elif by_test and not by_interval:
+        reason = "the exact test shows a difference, but the interval includes 0"
     verdict = Verdict(
         quantity="accuracy",
         mean=(won - lost) / n,
@@ -232,32 +230,22 @@ def judge_counts(
         shown="none shown",
         won=won,
         lost=lost,
-        p=mcnemar_exact(won, lost),
+        p=p,
         p_corrected=p_corrected,
         num_tests=num_tests,
+        reason=reason,
     )
     if not above_chance:
         return _guessing(verdict)
-    assert verdict.p is not None
-    by_test = (verdict.p if p_corrected is None else p_corrected) < ALPHA
-    by_interval = not interval[0] <= 0 <= interval[1]
     if by_test and by_interval:
         return replace(verdict, shown="higher" if won > lost else "lower")
-    if by_interval:
-        after = "" if p_corrected is None else ", corrected for several tests,"
-        reason = f"the interval excludes 0, but the exact test{after} doesn't show a difference"
-        verdict = replace(verdict, reason=reason)
-    elif by_test:
-        reason = "the exact test shows a difference, but the interval includes 0"
-        verdict = replace(verdict, reason=reason)
     # Of several tests the strictest of Holm's levels, so that no more is promised than holds.
     alpha, discordant, target = ALPHA / num_tests, (won + lost) / n, verdict.target
     power = chance_to_show(n, max(discordant, target), target, alpha)
     if power >= POWER or _within(interval, target):
         return verdict
-    return replace(
-        verdict, shown="too few", needed=questions_needed(n, discordant, target, alpha=alpha)
-    )
+    needed = questions_needed(n, discordant, target, alpha=alpha)
+    return replace(verdict, shown="too few", needed=needed)
 
 
 def judge_means(
@@ -270,25 +258,12 @@ def judge_means(
 ) -> Verdict:
     """Judge two means over the same questions or texts by the bootstrap interval.
 
-    Args:
-        quantity: What they are.
-        ours: The first system's, one per question or text.
-        theirs: The second's.
-        seed: Of the resampling.
-        above_chance: Whether base is shown to be above chance.
-
     Raises:
         ValueError: Another number of them, or none.
     """
     values = [a - b for a, b in zip(ours, theirs, strict=True)]
-    low, high = mean_interval(values, seed)
-    verdict = Verdict(
-        quantity=quantity,
-        mean=fmean(values),
-        interval=(low, high),
-        n=len(values),
-        shown="none shown",
-    )
+    n, mean, (low, high) = len(values), fmean(values), mean_interval(values, seed)
+    verdict = Verdict(quantity=quantity, mean=mean, interval=(low, high), n=n, shown="none shown")
     if not above_chance:
         return _guessing(verdict)
     tolerance = ROUNDING / _WORDS[quantity].scale
@@ -297,10 +272,9 @@ def judge_means(
         return replace(verdict, shown="higher" if low > 0 else "lower")
     least = detectable_mean(values)
     times = 1.0 if least is None else (least / verdict.target) ** 2
-    if len(values) >= FEWEST_DIFFERENT and (times <= 1 or _within((low, high), verdict.target)):
+    if n >= FEWEST_DIFFERENT and (times <= 1 or _within((low, high), verdict.target)):
         return verdict
-    needed = max(FEWEST_DIFFERENT, math.ceil(len(values) * times))
-    return replace(verdict, shown="too few", needed=needed)
+    return replace(verdict, shown="too few", needed=max(FEWEST_DIFFERENT, math.ceil(n * times)))
 
 
 def correct_together(verdicts: Sequence[Verdict]) -> list[Verdict]:
@@ -310,24 +284,23 @@ def correct_together(verdicts: Sequence[Verdict]) -> list[Verdict]:
         verdicts: Each task's verdict on the same two systems. Those without an exact test, and a
             single one with it, stay as they are.
     """
-    tested = [place for place, each in enumerate(verdicts) if each.p is not None]
-    corrected = list(verdicts)
+    tested = [each.p for each in verdicts if each.p is not None]
     if len(tested) < 2:
-        return corrected
-    adjusted = holm([verdicts[place].p or 0.0 for place in tested])
-    for place, p in zip(tested, adjusted, strict=True):
-        old = verdicts[place]
-        assert old.won is not None
-        assert old.lost is not None
-        corrected[place] = judge_counts(
-            old.won,
-            old.lost,
-            old.n,
-            above_chance=old.shown != "guessing",
-            p_corrected=p,
+        return list(verdicts)
+    adjusted = iter(holm(tested))
+    return [
+        each
+        if each.won is None or each.lost is None
+        else judge_counts(
+            each.won,
+            each.lost,
+            each.n,
+            above_chance=each.shown != "guessing",
+            p_corrected=next(adjusted),
             num_tests=len(tested),
         )
-    return corrected
+        for each in verdicts
+    ]
 
 
 def _guessing(verdict: Verdict) -> Verdict:
