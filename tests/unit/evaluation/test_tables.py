@@ -248,5 +248,6 @@ def test_the_sentence_on_seeds_holds_the_spread_and_both_differences(num_seeds):
     text = seeds_sentence(seeds)
     assert text.startswith(f"Routers of {num_seeds} seeds at 10 % saved: accuracy")
     assert ("standard deviation" in text) == (num_seeds > 1)
-    assert seeds.against_base.accuracy.numbers() in text
-    assert seeds.against_permuted.accuracy.numbers() in text
+    assert seeds.against_base.accuracy.sentence("their mean", "base") in text
+    permuted = seeds.against_permuted.accuracy
+    assert permuted.sentence("their mean", "their own routes permuted") in text
