@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from drllm.config import ModelConfig
@@ -29,45 +30,31 @@ def copied(saved, tmp_path):
     return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
-def on_cpu(model, **settings):
-    return ModelConfig(model=str(model), device="cpu", **settings)
+def load(model, **settings):
+    return loading.load(ModelConfig(model=str(model), device="cpu", **settings))
 
 
-def refused(kind, config):
+def refused(kind, model, **settings):
     with pytest.raises(kind) as caught:
-        loading.load(config)
+        load(model, **settings)
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def edit(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 # --- what is loaded ----------------------------------------------------------------------------
 
 
 def test_a_local_folder_gives_its_model_frozen(saved, tiny_llama):
-    base = loading.load(on_cpu(saved))
+    base = load(saved)
     expected = tiny_llama(num_layers=3).state_dict()
     assert all(torch.equal(expected[name], w) for name, w in base.model.state_dict().items())
     assert not base.model.training
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
-
-
-def test_the_tokenizer_pads_on_the_left(saved):
-    tokenizer = loading.load(on_cpu(saved)).tokenizer
-    mask = tokenizer(["ab", "abcd"], padding=True, return_tensors="pt").attention_mask
-    assert mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
-
-
-def test_a_tokenizer_without_a_padding_token_pads_with_its_end_token(copied):
-    settings = copied / "tokenizer_config.json"
-    values = json.loads(settings.read_text())
-    del values["pad_token"]
-    settings.write_text(json.dumps(values))
-    assert loading.load(on_cpu(copied)).tokenizer.pad_token == "</s>"
-
-
-def test_identity_names_the_model_and_its_shape(saved):
-    base = loading.load(on_cpu(saved))
     assert base.identity == {
         "id": str(saved),
         "revision": None,
@@ -78,35 +65,38 @@ def test_identity_names_the_model_and_its_shape(saved):
     }
 
 
+def test_the_tokenizer_pads_on_the_left_with_its_end_token_if_it_has_no_other(copied):
+    edit(copied / "tokenizer_config.json", pad_token=None)
+    tokenizer = load(copied).tokenizer
+    assert tokenizer.pad_token == "</s>"
+    mask = tokenizer(["ab", "abcd"], padding=True, return_tensors="pt").attention_mask
+    assert mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+
+
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("given", "dtype", "attention"),
     [
-        ({}, ("float32", "sdpa")),
-        ({"dtype": "bfloat16"}, ("bfloat16", "sdpa")),
-        ({"dtype": "float16", "attn_implementation": "sdpa"}, ("float16", "sdpa")),
-        ({"dtype": "float32", "attn_implementation": "eager"}, ("float32", "eager")),
+        ({}, "float32", "sdpa"),
+        ({"dtype": "bfloat16"}, "bfloat16", "sdpa"),
+        ({"dtype": "float16", "attn_implementation": "sdpa"}, "float16", "sdpa"),
+        ({"dtype": "float32", "attn_implementation": "eager"}, "float32", "eager"),
     ],
 )
-def test_runtime_tells_how_the_model_runs_as_resolved(saved, given, expected):
-    dtype, attention = expected
-    base = loading.load(on_cpu(saved, **given))
+def test_runtime_tells_how_the_model_runs_as_resolved(saved, given, dtype, attention):
+    base = load(saved, **given)
     assert base.model.dtype == getattr(torch, dtype)
     assert base.runtime == {"dtype": dtype, "device": "cpu", "attn_implementation": attention}
 
 
 def test_loading_says_nothing_and_leaves_the_libraries_as_talkative_as_before(saved, capfd):
-    before = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-        are_progress_bars_disabled(),
-    )
-    loading.load(on_cpu(saved))
+    def state():
+        bars = (transformers_logging.is_progress_bar_enabled(), are_progress_bars_disabled())
+        return (*bars, transformers_logging.get_verbosity())
+
+    before = state()
+    load(saved)
     assert capfd.readouterr() == ("", "")
-    assert before == (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-        are_progress_bars_disabled(),
-    )
+    assert before == state()
 
 
 def test_the_alias_loads_by_its_own_name(smollm2):
@@ -124,27 +114,15 @@ def cached_hub_model(cached, saved):
 def test_a_hub_id_works_like_a_folder_and_is_pinned_to_its_commit(
     cached_hub_model, saved, revision
 ):
-    base = loading.load(on_cpu(cached_hub_model, revision=revision))
-    assert base.identity["id"] == "someone/tiny"
-    assert base.identity["revision"] == COMMIT
-    assert base.identity["fingerprint"] == loading.load(on_cpu(saved)).identity["fingerprint"]
-
-
-# --- device and dtype --------------------------------------------------------------------------
+    base = load(cached_hub_model, revision=revision)
+    from_hub = {"id": "someone/tiny", "revision": COMMIT}
+    assert base.identity == {**load(saved).identity, **from_hub}
 
 
 def test_auto_device_is_the_first_there_is_of_cuda_mps_cpu():
-    kinds = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    expected = next(kind for kind, available in kinds.items() if available)
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    expected = next((kind for kind, available in there.items() if available), "cpu")
     assert loading.resolve_device("auto") == torch.device(expected)
-
-
-def test_auto_dtype_is_float32_on_a_cpu():
-    assert loading.resolve_dtype("auto", torch.device("cpu")) == torch.float32
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "cpu:1", "mps:7"])
@@ -159,94 +137,99 @@ def test_a_device_that_this_machine_lacks_is_refused_with_a_remedy(name):
 def test_attention_that_is_not_installed_says_what_to_do(saved, monkeypatch):
     def refuse(*_, **options):
         assert options["attn_implementation"] == "flash_attention_2"
-        raise ImportError(
-            "FlashAttention2 has been toggled on, but there is no package flash_attn."
-        )
+        raise ImportError("FlashAttention2 has been toggled on, but there is no flash_attn.")
 
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", refuse)
-    message = refused(ConfigError, on_cpu(saved, attn_implementation="flash_attention_2"))
+    message = refused(ConfigError, saved, attn_implementation="flash_attention_2")
     assert message.startswith("--attn-implementation 'flash_attention_2' can't be used with ")
-    assert message.endswith(
-        "there is no package flash_attn; install what it needs, or give --attn-implementation "
-        "sdpa or eager"
-    )
-
-
-def test_an_unknown_attention_is_refused_with_the_nearest(saved):
-    message = refused(ConfigError, on_cpu(saved, attn_implementation="spda"))
-    assert "unknown attention implementation 'spda'; did you mean 'sdpa'?" in message
-
-
-def test_a_revision_of_a_folder_has_no_effect_and_is_refused(saved):
-    assert "--revision 'v2' has no effect" in refused(ConfigError, on_cpu(saved, revision="v2"))
-
-
-@pytest.mark.parametrize("setting", [{"revision": "main"}, {"trust_remote_code": True}])
-def test_hub_options_have_no_effect_on_an_alias_and_are_refused(setting):
-    message = refused(ConfigError, on_cpu("smollm2-135m", **setting))
-    assert "has no effect on 'smollm2-135m', which is an alias" in message
+    assert "no flash_attn; install what it needs, or give --attn-implementation sdpa" in message
 
 
 @pytest.mark.parametrize(
-    ("pattern", "lacking"),
+    ("model", "setting", "said"),
     [
-        ("config.json", "config.json"),
-        ("*.safetensors", "weights (*.safetensors)"),
-        ("tokenizer*", "a tokenizer (tokenizer.json)"),
+        (None, {"attn_implementation": "spda"}, "implementation 'spda'; did you mean 'sdpa'?"),
+        (None, {"revision": "v2"}, "--revision 'v2' has no effect on the folder"),
+        ("smollm2-135m", {"revision": "main"}, "--revision has no effect on 'smollm2-135m', which"),
+        ("smollm2-135m", {"trust_remote_code": True}, "--trust-remote-code has no effect on "),
     ],
 )
-def test_a_folder_that_lacks_a_part_is_refused_with_its_name(copied, pattern, lacking):
-    for file in copied.glob(pattern):
-        file.unlink()
-    message = refused(ModelError, on_cpu(copied))
-    assert f"doesn't hold a model: it lacks {lacking};" in message
+def test_a_setting_that_is_unknown_or_has_no_effect_is_refused(saved, model, setting, said):
+    assert said in refused(ConfigError, model or saved, **setting)
 
 
-def _without_a_tensor(folder):
-    _rewrite(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+def without(pattern):
+    def remove(folder):
+        for file in folder.glob(pattern):
+            file.unlink()
+
+    return remove
 
 
-def _of_another_shape(folder):
-    _rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
+def with_weights(change):
+    def rewrite(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return rewrite
 
 
-def _cut_off(folder):
+def cut_off(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
 
 
-def _of_routers(folder):
-    for file in folder.iterdir():
-        file.unlink()
+def of_routers(folder):
+    without("*")(folder)
     (folder / "router_config.json").write_text("{}")
+
+
+LACKS = "doesn't hold a model: it lacks "
 
 
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (_of_routers, "--routers"),
+        (without("config.json"), f"{LACKS}config.json;"),
+        (without("*.safetensors"), f"{LACKS}weights (*.safetensors);"),
+        (without("tokenizer*"), f"{LACKS}a tokenizer (tokenizer.json);"),
+        (of_routers, "are these routers? Give them as --routers"),
         # Instead of being filled with noise, as transformers does.
-        (_without_a_tensor, "missing keys model.layers.1.mlp.up_proj.weight (1 in all)"),
-        (_of_another_shape, "mismatched keys model.norm.weight"),
-        (_cut_off, "are broken or cut off"),
-        (lambda folder: (folder / "config.json").write_text("{"), "copy"),
-        (lambda folder: _edit_config(folder, model_type="flying_llama"), "flying_llama"),
         (
-            lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'),
-            "decoder-only",
+            with_weights(lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight")),
+            "missing keys model.layers.1.mlp.up_proj.weight (1 in all)",
         ),
+        (
+            with_weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)})),
+            "mismatched keys model.norm.weight",
+        ),
+        (cut_off, "are broken or cut off"),
+        (lambda folder: (folder / "config.json").write_text("{"), "copy"),
+        (lambda folder: edit(folder / "config.json", model_type="flying_llama"), "flying_llama"),
+        (lambda folder: edit(folder / "config.json", model_type="vit"), "decoder-only"),
     ],
 )
 def test_a_folder_that_holds_no_usable_model_is_refused(copied, spoil, said):
     spoil(copied)
-    assert said in refused(ModelError, on_cpu(copied))
+    assert said in refused(ModelError, copied)
 
 
 @pytest.mark.parametrize(
-    ("place", "said"), [("copy/config.json", "is a file"), ("nowhere", "there is no folder")]
+    ("name", "said"),
+    [
+        ("{}/config.json", "is a file"),
+        ("{}/nowhere", "there is no folder"),
+        ("smollm2-135", "did you mean 'smollm2-135m'?"),
+        ("a/b/c", "hub id"),
+        ("what is this?", "hub id"),
+        ("-/..x", "hub id"),
+        ("someone/absent", "'someone/absent' isn't in the local cache, and HF_HUB_OFFLINE is set"),
+        ("someone/absent", "HF_TOKEN"),
+    ],
 )
-def test_a_place_that_is_no_folder_is_refused(copied, place, said):
-    assert said in refused(ModelError, on_cpu(copied.parent / place))
+def test_a_name_that_stands_for_no_model_is_refused(saved, name, said):
+    assert said in refused(ModelError, name.format(saved))
 
 
 CUSTOM_CODE = """
@@ -264,48 +247,16 @@ class OwnModel(LlamaForCausalLM):
 def with_code(copied):
     (copied / "own.py").write_text(CUSTOM_CODE)
     auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
-    _edit_config(copied, model_type="own-llama", auto_map=auto_map)
+    edit(copied / "config.json", model_type="own-llama", auto_map=auto_map)
     return copied
 
 
 def test_code_that_comes_with_a_model_isnt_run_unasked(with_code):
     (with_code / "own.py").write_text("raise AssertionError('this code was run')")
-    message = refused(ModelError, on_cpu(with_code))
+    message = refused(ModelError, with_code)
     assert "needs modelling code of its own" in message
     assert "--trust-remote-code" in message
 
 
 def test_code_that_comes_with_a_model_runs_where_asked_for(with_code):
-    base = loading.load(on_cpu(with_code, trust_remote_code=True))
-    assert base.identity["class"] == "OwnModel"
-
-
-def _edit_config(folder, **values):
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
-
-
-def _rewrite(folder, change):
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-# --- the hub -----------------------------------------------------------------------------------
-
-
-def test_a_hub_model_that_isnt_cached_is_refused_offline_with_the_token_variable():
-    message = refused(ModelError, on_cpu("someone/absent"))
-    assert "'someone/absent' isn't in the local cache, and HF_HUB_OFFLINE is set" in message
-    assert "HF_TOKEN" in message
-
-
-def test_a_misspelt_alias_is_answered_with_the_alias():
-    assert "did you mean 'smollm2-135m'?" in refused(ModelError, on_cpu("smollm2-135"))
-
-
-@pytest.mark.parametrize("name", ["a/b/c", "what is this?", "-/..x"])
-def test_a_name_that_cant_be_a_hub_id_is_refused(name):
-    assert "hub id" in refused(ModelError, on_cpu(name))
+    assert load(with_code, trust_remote_code=True).identity["class"] == "OwnModel"

@@ -38,28 +38,31 @@ def tiny(tiny_model, tmp_path_factory):
     config = tiny_model.config
     tokens = [*SPECIAL, *sorted(ByteLevel.alphabet()), "ĠĠ", "ĠĠĠ", "Ġt", "th", "Ġth"]
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_vocab_size(len(tokens))
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_rope_dimension_count(config.hidden_size // HEADS)
-    writer.add_context_length(256)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(100000.0)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)))
-    writer.add_token_merges(["Ġ Ġ", "ĠĠ Ġ", "t h", "Ġ th", "Ġ t"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_add_bos_token(False)
-    writer.add_add_space_prefix(False)
-    writer.add_chat_template(TEMPLATE)
+    for name, value in {
+        "vocab_size": len(tokens),
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "block_count": config.num_hidden_layers,
+        "head_count": HEADS,
+        "head_count_kv": KV_HEADS,
+        "rope_dimension_count": config.hidden_size // HEADS,
+        "context_length": 256,
+        "layer_norm_rms_eps": 1e-5,
+        "rope_freq_base": 100000.0,
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": "smollm",
+        "token_list": tokens,
+        "token_types": [3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)),
+        "token_merges": ["Ġ Ġ", "ĠĠ Ġ", "t h", "Ġ th", "Ġ t"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "unk_token_id": 0,
+        "add_bos_token": False,
+        "add_space_prefix": False,
+        "chat_template": TEMPLATE,
+    }.items():
+        getattr(writer, f"add_{name}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in tiny_model.state_dict().items():
         if name == "lm_head.weight":
@@ -125,8 +128,13 @@ def test_reloaded_weights_give_the_logits_of_the_gguf_file_to_the_last_bit(real,
         assert torch.equal(direct(ids).logits, reloaded(ids).logits)
 
 
+@pytest.fixture
+def tokenizer(real):
+    return AutoTokenizer.from_pretrained(real)
+
+
 @pytest.mark.smollm2
-def test_the_real_model_answers_and_stops_at_the_end_of_its_turn(real):
+def test_the_real_model_answers_and_stops_at_the_end_of_its_turn(real, tokenizer):
     config = json.loads((real / "config.json").read_text())
     assert config["rope_theta"] == 100000.0  # for transformers 4, and for 5:
     assert config["rope_parameters"] == {"rope_theta": 100000.0, "rope_type": "default"}
@@ -134,7 +142,6 @@ def test_the_real_model_answers_and_stops_at_the_end_of_its_turn(real):
     model = AutoModelForCausalLM.from_pretrained(real)
     expected = 100000.0 ** -(torch.arange(0, 64, 2) / 64)
     torch.testing.assert_close(model.model.rotary_emb.inv_freq, expected)
-    tokenizer = AutoTokenizer.from_pretrained(real)
     assert model.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
     inputs = tokenizer("The capital of France is", return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=2, do_sample=False)
@@ -142,47 +149,31 @@ def test_the_real_model_answers_and_stops_at_the_end_of_its_turn(real):
 
 
 @pytest.mark.smollm2
-def test_tokenizer_has_the_settings_of_the_file(real):
-    tokenizer = AutoTokenizer.from_pretrained(real)
+def test_the_tokenizer_has_the_settings_and_the_chat_template_of_the_file(tokenizer):
     assert (tokenizer.bos_token, tokenizer.bos_token_id) == ("<|im_start|>", 1)
     assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
     assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|im_end|>", 2)
     assert (tokenizer.unk_token, tokenizer.unk_token_id) == ("<|endoftext|>", 0)
     assert tokenizer.model_input_names == ["input_ids", "attention_mask"]
     assert (len(tokenizer), tokenizer.model_max_length) == (49152, 8192)
-
-
-@pytest.mark.smollm2
-def test_chat_template_is_the_models_own(real):
-    tokenizer = AutoTokenizer.from_pretrained(real)
     turns = [{"role": "user", "content": "Hi"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    assert text == (
+    assert tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
         "<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
 @pytest.mark.smollm2
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_encoding_adds_nothing_loses_nothing_and_is_transformers_own(tokenizer):
+    for text in (
         "The quick brown fox can't jump over 13 lazy dogs; it isn't 2.5 m tall!",
         "  indented\n\n\ttabs and    blanks  ",
         "<|im_start|>user\nHi<|im_end|>\n",
         "Zoë naïvely paid 5€ — 日本語 🙂",
-    ],
-)
-def test_encoding_adds_nothing_and_loses_nothing(real, text):
-    tokenizer = AutoTokenizer.from_pretrained(real)
-    ids = tokenizer(text).input_ids
-    assert tokenizer.decode(ids) == text
-    assert ids == tokenizer(text, add_special_tokens=False).input_ids
-
-
-@pytest.mark.smollm2
-def test_encoding_is_transformers_own_where_no_blanks_precede_a_digit(real):
-    tokenizer = AutoTokenizer.from_pretrained(real)
+    ):
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids) == text
+        assert ids == tokenizer(text, add_special_tokens=False).input_ids
     text = "Plants can't grow without light.\n\n  Which isn't a metal? (1995) <|im_end|>"
     # What AutoTokenizer.from_pretrained(..., gguf_file=...) of transformers 5.24 gives for it.
     ids = "34246 416 982 1075 1355 1420 30 8866 10366 3247 982 253 4718 47 365 33 41 41 37 25 216 2"
@@ -211,14 +202,10 @@ def test_a_second_call_needs_no_source_and_writes_nothing(tiny, tmp_path):
     gone = smollm2.Source(tmp_path / "gone.gguf", tiny.sha256)
     assert folder == smollm2.convert_once(gone, folder)
     assert before == {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-
-
-def test_only_the_model_and_the_lock_are_left_and_readable_as_the_umask_says(tiny, tmp_path):
-    folder = smollm2.convert_once(tiny, tmp_path / "model")
+    # Only the model and the lock are left, and readable as the umask says.
     assert {"model", ".model.lock"} >= {file.name for file in tmp_path.iterdir()}
     (tmp_path / "plain").touch()
-    expected = (tmp_path / "plain").stat().st_mode
-    assert {expected} == {file.stat().st_mode for file in folder.iterdir()}
+    assert {(tmp_path / "plain").stat().st_mode} == {file.stat().st_mode for file in before}
 
 
 def test_a_file_with_another_hash_is_refused_and_nothing_is_left(tiny, tmp_path):

@@ -1,4 +1,7 @@
-"""Routers on the hub: pushed to and fetched from a server that answers as the hub does."""
+"""Models and routers on the hub: pushed to and fetched from a server that answers as the hub does.
+
+What is said when the hub says no is one line.
+"""
 
 import base64
 import hashlib
@@ -19,12 +22,19 @@ from drllm.models.routers import hub
 from drllm.models.routers.stack import RouterConfig, RouterStack
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REFUSED = {
-    "no-rights": (403, "You don't have the rights to create a model under this namespace"),
-    "bad-token": (401, "Invalid username or password."),
-    "too-much": (402, "Your plan is used up.\nBuy more."),
-    "unreachable": (0, ""),
+NO_PUSH = {
+    "no-rights": (403, {"error": "You don't have the rights to create a model under this"}),
+    "read-only": (403, {"error": "This token can't make repositories."}),
+    "bad-token": (401, {"error": "Invalid username or password."}),
+    "too-much": (402, {"error": "Your plan is used up.\nBuy more."}),
+    "unreachable": (0, {}),
 }
+NO_FETCH = {
+    "gated": (403, {}, "GatedRepo"),
+    "forbidden": (403, {"error": "Not from this network."}),
+    "unreachable": (0, {}),
+}
+"""Owner → status, answer and code of the error."""
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -40,38 +50,26 @@ class Hub(BaseHTTPRequestHandler):
         if self.path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
         if self.path == "/api/repos/create":
-            return self.create(lines[0])
+            return self.create(lines[0]["organization"], lines[0]["name"])
         _, _, _, owner, name, action, *_ = self.path.split("/")
-        if owner == "read-only":
-            return self.answer(403, {"error": "This token can only read."})
         if action == "branch":
             return self.answer(200, {})
         if action == "preupload":
-            return self.answer(
-                200,
-                {
-                    "files": [
-                        {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                        for file in lines[0]["files"]
-                    ]
-                },
-            )
+            files = [file["path"] for file in lines[0]["files"]]
+            regular = {"uploadMode": "regular", "shouldIgnore": False}
+            return self.answer(200, {"files": [{"path": path, **regular} for path in files]})
         assert action == "commit", self.path
-        files = self.repositories[f"{owner}/{name}"]
         for line in lines:
             if line["key"] == "file":
-                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                content = base64.b64decode(line["value"]["content"])
+                self.repositories[f"{owner}/{name}"][line["value"]["path"]] = content
         address = f"http://{self.headers['Host']}/{owner}/{name}/commit/{COMMIT}"
         return self.answer(200, {"success": True, "commitUrl": address, "commitOid": COMMIT})
 
-    def create(self, asked):
-        owner, name = asked["organization"], asked["name"]
+    def create(self, owner, name):
         address = f"http://{self.headers['Host']}/{owner}/{name}"
-        if owner in REFUSED:
-            status, said = REFUSED[owner]
-            return self.answer(status, {"error": said})
-        if owner == "read-only":
-            return self.answer(403, {"error": "This token can't make repositories."})
+        if owner in NO_PUSH:
+            return self.answer(*NO_PUSH[owner])
         if f"{owner}/{name}" in self.repositories:
             return self.answer(409, {"error": "You already created it", "url": address})
         self.repositories[f"{owner}/{name}"] = {".gitattributes": b""}
@@ -79,57 +77,42 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         where = self.path.split("?")[0].split("/")
-        if where[1] == "api":
-            return self.describe("/".join(where[3:5]), where[5:])
-        owner, name, _resolve, _revision, path = where[1:6]
-        content = self.repositories[f"{owner}/{name}"].get(path)
-        if content is None:
-            return self.answer(404, {}, {"X-Error-Code": "EntryNotFound"})
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
-        return self.answer(200, content, headers)
+        is_about = where[1] == "api"
+        repo = "/".join(where[3:5] if is_about else where[1:3])
+        what, revision = (where[5:6], where[6:7]) if is_about else (where[5:6], where[4:5])
+        if repo.split("/")[0] in NO_FETCH:
+            return self.answer(*NO_FETCH[repo.split("/")[0]])
+        files = self.repositories.get(repo)
+        if files is None:
+            return self.answer(401, {}, "RepoNotFound")
+        if revision not in ([], ["main"], [COMMIT]):
+            return self.answer(404, {}, "RevisionNotFound")
+        hashes = {path: hashlib.sha1(content).hexdigest() for path, content in files.items()}
+        if is_about and what == ["tree"]:
+            tree = [
+                {"type": "file", "path": path, "size": len(files[path]), "oid": oid}
+                for path, oid in hashes.items()
+            ]
+            return self.answer(200, tree)
+        if is_about:
+            about = {"id": repo, "sha": COMMIT, "private": repo.startswith("hidden/"), "tags": []}
+            return self.answer(200, {**about, "siblings": [{"rfilename": path} for path in files]})
+        if what[0] not in files:
+            return self.answer(404, {}, "EntryNotFound")
+        return self.answer(200, files[what[0]], etag=hashes[what[0]])
 
     do_HEAD = do_GET  # noqa: N815
 
-    def describe(self, repo, what):
-        owner = repo.split("/")[0]
-        if owner == "gated":
-            return self.answer(403, {}, {"X-Error-Code": "GatedRepo"})
-        if owner == "forbidden":
-            return self.answer(403, {"error": "Not from this network."})
-        if owner == "unreachable":
-            return self.answer(0, {})
-        if repo not in self.repositories:
-            return self.answer(401, {}, {"X-Error-Code": "RepoNotFound"})
-        files = self.repositories[repo]
-        if what[:1] == ["tree"]:
-            return self.answer(
-                200,
-                [
-                    {
-                        "type": "file",
-                        "path": path,
-                        "size": len(content),
-                        "oid": hashlib.sha1(content).hexdigest(),
-                    }
-                    for path, content in files.items()
-                ],
-            )
-        if what[:1] == ["revision"] and what[1] not in ("main", COMMIT):
-            return self.answer(404, {}, {"X-Error-Code": "RevisionNotFound"})
-        siblings = [{"rfilename": path} for path in files]
-        private = owner == "hidden"
-        return self.answer(
-            200, {"id": repo, "sha": COMMIT, "private": private, "siblings": siblings, "tags": []}
-        )
-
-    def answer(self, status, body, headers=None):
+    def answer(self, status, body, code="", etag=""):
         if not status:
             self.close_connection = True  # hang up without a word
             return
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
+        headers = {"X-Error-Code": code, "ETag": etag and f'"{etag}"'}
+        for name, value in (headers | {"X-Repo-Commit": etag and COMMIT}).items():
+            if value:
+                self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
@@ -145,7 +128,9 @@ time.sleep = lambda seconds: None  # between the hub library's retries
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import drllm
+from drllm.config import ModelConfig
 from drllm.errors import DrllmError
+from drllm.models.base.load import load
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routers.hub import find
 
@@ -167,6 +152,9 @@ def note(name, action):
 
 def push(repo, **options):
     return lambda: routed.push_to_hub(repo, **{"token": "hf_secret", **options})
+
+def load_model(name, revision=None):
+    return lambda: load(ModelConfig(model=name, revision=revision, device="cpu"))
 
 model.name_or_path = "org/tiny"
 note("pushed", push("someone/routers", commit_message="First routers"))
@@ -191,8 +179,11 @@ note("fetched folder", lambda: find("someone/routers"))
 note("fetched at a commit", lambda: find("someone/routers", COMMIT))
 for name in ("gated", "absent", "forbidden", "unreachable"):
     note(f"fetch {name}", lambda: find(name + "/routers"))
+    note(f"model {name}", load_model(name + "/model"))
 note("fetch other revision", lambda: find("someone/routers", "v9"))
 note("fetch a base model", lambda: find("someone/model"))
+note("model other revision", load_model("someone/model", "v9"))
+note("model without a config", load_model("someone/routers"))
 print(json.dumps(said))
 """.replace("COMMIT", repr(COMMIT))
 
@@ -327,6 +318,23 @@ def test_fetched_routers_are_those_that_were_pushed(said):
     assert said["fetched"] is True
     assert said["fetched folder"].endswith(f"models--someone--routers/snapshots/{COMMIT}")
     assert said["fetched at a commit"] == said["fetched folder"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gated", "is gated: accept the terms on its hub page, then set HF_TOKEN"),
+        ("absent", "isn't on the hub, or is private (then set HF_TOKEN)"),
+        ("other revision", "'someone/model' has no revision 'v9'"),
+        ("without a config", "has no config.json, so it isn't a transformers model"),
+        ("unreachable", "isn't in the local cache, and the hub can't be reached; connect"),
+        ("forbidden", "if it needs a login, set HF_TOKEN"),
+    ],
+)
+def test_each_refusal_of_a_model_is_one_line(said, name, expected):
+    assert said[f"model {name}"].startswith("ModelError: ")
+    assert expected in said[f"model {name}"]
+    assert "\n" not in said[f"model {name}"]
 
 
 @pytest.mark.parametrize(
