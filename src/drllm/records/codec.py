@@ -16,7 +16,7 @@ import platform
 import re
 import stat
 import uuid
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -36,6 +36,7 @@ Upgrade = Callable[[bytes, str], bytes]
 
 
 _ENCODER = msgspec.json.Encoder()
+_decoder = functools.lru_cache(maxsize=256)(msgspec.json.Decoder)
 
 
 class _Version(msgspec.Struct):
@@ -65,8 +66,8 @@ def decode(data: bytes | str, kind: type[T], where: str) -> T:
     except msgspec.ValidationError as error:
         _refuse_newer(data, where)
         raise RecordError(f"{where}: {worded(error)}") from error
-    except UnicodeError as error:
-        raise RecordError(f"{where}: not UTF-8 text ({error.reason})") from error  # type: ignore[attr-defined]
+    except (UnicodeEncodeError, UnicodeDecodeError) as error:
+        raise RecordError(f"{where}: not UTF-8 text ({error.reason})") from error
     except msgspec.DecodeError as error:
         raise RecordError(f"{where}: {_malformed(data, str(error))}") from error
     except RecursionError as error:
@@ -82,8 +83,7 @@ def encode(value: Any) -> bytes:
     """Write one value as JSON on one line, without the newline.
 
     Raises:
-        RecordError: A number that is not finite (a margin that isn't defined is None), or text
-            with half a surrogate pair.
+        RecordError: A number that is not finite, or text with half a surrogate pair.
     """
     try:
         data = _ENCODER.encode(value)
@@ -115,13 +115,7 @@ def read_json_lines(
 ) -> Iterator[tuple[int, T]]:
     """Yield `(line number from 1, value)` for each line of a JSON lines file.
 
-    Args:
-        path: The file.
-        kind: As of `decode`.
-        upgrade: Rewrites lines of older versions before they are read.
-
-    Raises:
-        RecordError: What `read_json` refuses, or a file without lines.
+    A file without lines is refused; `upgrade` rewrites lines of older versions first.
     """
     number = 0
     with _opened(Path(path)) as file:
@@ -149,9 +143,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that readers see the old content or all of the new, never a part.
 
-    Args:
-        path: Its folder is made if need be.
-        content: A text is written as UTF-8, its line ends as they are.
+    Its folder is made if need be; a text is written as UTF-8, its line ends as they are.
 
     Raises:
         RecordError: A folder that can't be written, a full disk, or a path that is there and isn't
@@ -193,14 +185,11 @@ def clear_half_written(*files: Path) -> None:
 
 
 def refuse_odd_file(path: Path, doing: str) -> bool:
-    """Refuse a path that is there and isn't an ordinary file (a folder, a FIFO, …).
+    """Tell whether a file is there; refuse what isn't an ordinary one (a folder, a FIFO, …).
 
     Args:
         path: May be missing.
         doing: `read` or `write`, for the message.
-
-    Returns:
-        Whether there is a file.
 
     Raises:
         RecordError: Something else is there, or a folder on the way can't be entered.
@@ -247,11 +236,6 @@ def sha256(path: Path) -> str:
 def _host() -> str:
     """Tell machines that share a folder apart, as process ids are each machine's own."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-
-
-@functools.lru_cache(maxsize=256)
-def _decoder(kind: Hashable) -> msgspec.json.Decoder[Any]:
-    return msgspec.json.Decoder(kind)
 
 
 @contextlib.contextmanager

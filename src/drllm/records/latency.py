@@ -82,11 +82,7 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return sorted({each.batch_size for each in self.timings})
 
     def of(self, system: str, phase: str, batch_size: int) -> Timing:
-        """Return one timing.
-
-        Raises:
-            KeyError: It wasn't measured.
-        """
+        """Return one timing; KeyError if it wasn't measured."""
         wanted = (system, phase, batch_size)
         for timing in self.timings:
             if (timing.system, timing.phase, timing.batch_size) == wanted:
@@ -133,10 +129,6 @@ class Latency(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def read_latency(folder: Path) -> Latency | None:
-    """Read the measured times of an `eval` folder, None where there are none.
-
-    Raises:
-        RecordError: A file that can't be trusted.
-    """
+    """Read the measured times of an `eval` folder, None where there are none."""
     path = folder / LATENCY_FILE
     return read_form(path, Latency, SCHEMA) if path.is_file() else None

@@ -17,10 +17,10 @@ from drllm.errors import RecordError
 
 @contextlib.contextmanager
 def only_writer(folder: Path, stage: str, flag: str) -> Iterator[None]:
-    """Be the only run of a stage that writes to a folder while the block runs.
+    """Be the only run of a stage that writes to a folder, made if need be, while the block runs.
 
     Args:
-        folder: Where to; made if need be.
+        folder: Where to.
         stage: What is run (`search`, `training`); the lock file is called after it.
         flag: By which another folder can be chosen, for the message.
 

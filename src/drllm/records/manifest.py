@@ -133,13 +133,7 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
 
 
 def read_records(path: Path, kind: type[T], schema: str, upgrade: Upgrade | None = None) -> list[T]:
-    """Read and check a whole records file.
-
-    Args:
-        path: The `.jsonl` file.
-        kind: The struct of a line.
-        schema: What its manifest, if there is one, says that it is (`search`, …).
-        upgrade: Rewrites lines of older versions.
+    """Read and check a whole records file, of the schema (`search`, …) that its manifest says.
 
     Raises:
         RecordError: What `read_json_lines` or `read_manifest` refuse; a file that isn't the one
@@ -172,10 +166,7 @@ def to_lines(records: Iterable[Any]) -> str:
 def write_records(path: Path, records: Iterable[Any], manifest: Mapping[str, Any]) -> None:
     """Write a whole records file and its manifest, each atomically.
 
-    Args:
-        path: The `.jsonl` file.
-        records: What becomes one line each.
-        manifest: From `new_manifest`; gets the number of records and the file's hash.
+    The manifest, from `new_manifest`, gets the number of records and the file's hash.
     """
     text, about = to_lines(records), manifest_path(path)
     refuse_odd_file(path, "write")

@@ -27,10 +27,7 @@ class _Given(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class PathFile:
     """What a file says, before it is known how many layers the model has.
 
-    Attributes:
-        file: Where it lies.
-        kind: `decisions` or `path`; None where the file doesn't say which.
-        values: Its numbers.
+    Its `kind` is `decisions` or `path`, or None where the file doesn't say which.
     """
 
     file: Path

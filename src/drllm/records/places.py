@@ -16,11 +16,7 @@ _ENDINGS = (".manifest.json", ".failed.jsonl", ".rejected.jsonl")
 
 
 def check_folder(folder: Path, flag: str) -> None:
-    """Refuse a folder that can't be written; nothing is made yet.
-
-    Raises:
-        ConfigError: A part of the path is a file, or the folder isn't writable.
-    """
+    """Refuse a folder that can't be written; nothing is made yet."""
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent

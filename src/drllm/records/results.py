@@ -171,11 +171,10 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         names = [system.name for system in self.systems]
         refuse_twice("system", names)
-        if BASE not in names:
-            raise ValueError(
-                f"no system {BASE!r} to compare with (there is: {', '.join(names) or 'none'})"
-            )
         refuse_twice("point", [point.name for point in self.curve])
+        if BASE not in names:
+            there = ", ".join(names) or "none"
+            raise ValueError(f"no system {BASE!r} to compare with (there is: {there})")
 
     @property
     def base(self) -> System:
@@ -258,9 +257,6 @@ class Result(Evaluation, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return [outcome.decisions for outcome in outcomes if outcome.decisions]
 
 
-# --- reading -----------------------------------------------------------------------------------
-
-
 class _Schema(msgspec.Struct):
     schema: str = ""
     schema_version: int = 0
@@ -305,10 +301,7 @@ def results_in(folder: Path) -> list[Path]:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """Read every `TASK.json` of an `eval` folder, with its samples.
-
-    Args:
-        folder: May be missing; then there are no results.
+    """Read every `TASK.json` of an `eval` folder, with its samples; none if it is missing.
 
     Raises:
         RecordError: A file that can't be trusted, two results of a task, or samples of another
@@ -331,18 +324,11 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def read_samples(path: Path) -> dict[str, list[Sample]]:
-    """Read `samples.jsonl` by task; empty where it is absent.
-
-    Raises:
-        RecordError: A file that can't be trusted.
-    """
+    """Read `samples.jsonl` by task; empty where it is absent."""
     samples: dict[str, list[Sample]] = {}
     for sample in read_records(path, Sample, "samples") if path.exists() else ():
         samples.setdefault(sample.task, []).append(sample)
     return samples
-
-
-# --- checks ------------------------------------------------------------------------------------
 
 
 def _check_samples(path: Path, evaluation: Evaluation, samples: Sequence[Sample]) -> None:
@@ -352,22 +338,24 @@ def _check_samples(path: Path, evaluation: Evaluation, samples: Sequence[Sample]
             f"{path} counts {evaluation.num_questions} questions, {SAMPLES_FILE} has "
             f"{len(samples)} of task {evaluation.task!r}; they are of different evaluations"
         )
+    correct: dict[str, list[float]] = {}
     for sample in samples:
         for name, outcome in sample.systems.items():
+            correct.setdefault(name, []).append(outcome.correct)
             if outcome.decisions and len(outcome.decisions) != evaluation.num_layers:
                 raise RecordError(
                     f"{path.with_name(SAMPLES_FILE)}, question {sample.id!r}: {name!r} has "
                     f"{len(outcome.decisions)} decisions, {path.name} says "
                     f"{evaluation.num_layers} layers"
                 )
-    means = {system.name: system.accuracy for system in evaluation.systems}
-    means |= {point.name: point.accuracy for point in evaluation.curve}
-    for name, accuracy in means.items():
-        correct = [each.systems[name].correct for each in samples if name in each.systems]
-        if correct and abs(statistics.fmean(correct) - accuracy) > ACCURACY_TOLERANCE:
+    accuracies = {system.name: system.accuracy for system in evaluation.systems}
+    accuracies |= {point.name: point.accuracy for point in evaluation.curve}
+    for name, accuracy in accuracies.items():
+        mean = statistics.fmean(correct.get(name, [accuracy]))
+        if abs(mean - accuracy) > ACCURACY_TOLERANCE:
             raise RecordError(
-                f"{path} gives {name!r} accuracy {accuracy}, {SAMPLES_FILE} gives "
-                f"{statistics.fmean(correct)}; they are of different evaluations"
+                f"{path} gives {name!r} accuracy {accuracy}, {SAMPLES_FILE} gives {mean}; they are "
+                f"of different evaluations"
             )
 
 

@@ -88,10 +88,7 @@ class Chunks:
         self._stem = ""
 
     def open(self) -> bool:
-        """Accept what the folder holds, and clear up what a kill has left in it.
-
-        Returns:
-            Whether an earlier start of this run has kept something.
+        """Accept what the folder holds, and clear up; tell whether an earlier start kept something.
 
         Raises:
             ConfigError: The folder belongs to another run; the message says what differs.
@@ -111,11 +108,7 @@ class Chunks:
         return marker is not None
 
     def expect(self, name: str, identity: Mapping[str, Any]) -> None:
-        """Add to the identity what becomes known during the run, such as a task's questions.
-
-        Raises:
-            ConfigError: It was something else at an earlier start.
-        """
+        """Add to the identity what becomes known during the run; refuse another than earlier."""
         wanted = _plain(identity)
         if name in self._later:
             self._refuse_other({name: self._later[name]}, {name: wanted})
@@ -133,12 +126,10 @@ class Chunks:
         One that can't be read is set aside with a warning, and counts as not done.
         """
         file = self._file(key)
-        if not (file.exists() or file.is_symlink()):
-            return None
         try:
             if file.is_symlink():
                 raise RecordError(f"{file} is a link")
-            return read_json(file, kind)
+            return read_json(file, kind) if file.exists() else None
         except RecordError as error:
             with self._refusing():
                 file.replace(file.with_name(file.name + BROKEN))
@@ -146,11 +137,7 @@ class Chunks:
             return None
 
     def put(self, key: str, value: Any) -> None:
-        """Keep a finished chunk; its parts go.
-
-        Raises:
-            RecordError: A folder that can't be written, a full disk, a number that isn't finite.
-        """
+        """Keep a finished chunk; its parts go."""
         if not self._is_marked:
             marker = _Marker(identity=self._identity, later=self._later)
             write_json(self.folder / MARKER_FILE, marker)
@@ -164,14 +151,12 @@ class Chunks:
     def once(self, key: str, kind: type[T], make: Callable[[], Any]) -> T:
         """Return a chunk; one that isn't done is made, and kept, first.
 
-        What was made is read back from its text, so that it can't differ from what a later start
-        will find.
+        What was made is read back, so that it can't differ from what a later start will find.
         """
         found = self.get(key, kind)
         if found is None:
-            value = make()
-            self.put(key, value)
-            found = decode(encode(value), kind, str(self._file(key)))
+            self.put(key, make())
+            found = read_json(self._file(key), kind)
         return found
 
     def within(self, key: str) -> Chunks:
@@ -193,8 +178,8 @@ class Chunks:
             return
         self._clear()
         with self._refusing():
-            names = self._names() if marker is not None else []
-            for name in sorted(filter(_is_ours, names), key=lambda name: name == MARKER_FILE):
+            names = filter(_is_ours, self._names() if marker is not None else [])
+            for name in sorted(names, key=lambda name: name == MARKER_FILE):
                 path = self.folder / name
                 if path.is_symlink() or not path.is_dir():
                     path.unlink(missing_ok=True)
@@ -254,7 +239,7 @@ class Chunks:
 def refuse_other_run(
     what: str, stored: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str
 ) -> None:
-    """Refuse to go on from, or to replace, what another run has made.
+    """Refuse to go on from, or to replace, what a run of another identity has made.
 
     Args:
         what: What was made, for the message ("the search in OUT").

@@ -118,11 +118,7 @@ class FailedQuestion(Question, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 def read_search(path: Path | str) -> list[SearchRecord]:
-    """Read and check a whole `search.jsonl`.
-
-    Raises:
-        RecordError: What can't be trusted, by file, line and place; see `read_records`.
-    """
+    """Read and check a whole `search.jsonl`; see `read_records`."""
     return read_records(Path(path), SearchRecord, "search", upgrade=_from_version_1)
 
 
@@ -170,12 +166,7 @@ class SearchRecords(tuple[SearchRecord, ...]):
 
     @classmethod
     def read(cls, file: Path, *, is_new: bool = False) -> SearchRecords:
-        """Read a `search.jsonl`.
-
-        Raises:
-            RecordError: What `read_search` refuses; paths of different numbers of layers, or of
-                another one than the manifest names.
-        """
+        """Read a `search.jsonl`; all its paths must be of as many layers as its manifest names."""
         records = read_search(file)
         layers = records[0].num_layers
         for line, record in enumerate(records, start=1):
@@ -184,9 +175,8 @@ class SearchRecords(tuple[SearchRecord, ...]):
                     f"{file}, line {line}: the question was searched on {record.num_layers} "
                     f"layers, that of line 1 on {layers}; a file holds the paths of one model"
                 )
-        found = cls.of(
-            records, (read_manifest(file, "search") or {}).get("model"), file=file, is_new=is_new
-        )
+        model = (read_manifest(file, "search") or {}).get("model")
+        found = cls.of(records, model, file=file, is_new=is_new)
         if found.model["num_layers"] != layers:
             raise RecordError(
                 f"{file} holds paths of {layers} layers, but its manifest names a model of "

@@ -42,10 +42,10 @@ class _Header(msgspec.Struct, frozen=True, kw_only=True):
 def identity_of(
     config: TrainConfig, base_identity: Mapping[str, Any], targets: str
 ) -> dict[str, Any]:
-    """Return what must be equal for two trainings to be the same one.
+    """Return what must be equal for two trainings (of one seed and round) to be the same one.
 
     Args:
-        config: The settings, of one seed and round.
+        config: The settings.
         base_identity: The base model's.
         targets: Hash of the questions and their targets, from `digest`.
     """
@@ -57,11 +57,7 @@ def identity_of(
 
 
 def save(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
-    """Replace the folder's checkpoint by the state after an epoch, in whole or not at all.
-
-    Raises:
-        CheckpointError: The folder can't be written.
-    """
+    """Replace the folder's checkpoint by the state after an epoch, in whole or not at all."""
     weights = dict(trainer.stack.named_parameters())
     state: dict[str, Mapping[str, Tensor]] = {"weights": weights, "kept": trainer.kept or {}}
     for part in MOMENTS:
@@ -91,8 +87,7 @@ def resume(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
     """Put the state of the folder's checkpoint, if there is one, into a new trainer.
 
     Raises:
-        CheckpointError: The checkpoint is broken, or another training's: the message says what
-            differs.
+        CheckpointError: It is broken, or another training's; the message says what differs.
     """
     path = output / CHECKPOINT_FILE
     if not path.exists():
@@ -125,11 +120,7 @@ def is_finished(output: Path) -> bool:
 
 
 def is_done(output: Path, identity: Mapping[str, Any]) -> bool:
-    """Tell whether a folder holds the finished routers of a training.
-
-    Raises:
-        CheckpointError: It holds those of another one, or they can't be read.
-    """
+    """Tell whether a folder holds the finished routers of a training; refuse those of another."""
     if not is_finished(output):
         return False
     made = read_config(output)

@@ -63,8 +63,7 @@ class Store:
 
     Args:
         folder: Made if necessary. Nothing else that lies in it is touched.
-        dtype: In which the means are stored, `float32` or `bfloat16`; either way they are read in
-            float32.
+        dtype: In which the means are stored, `float32` or `bfloat16`.
 
     Attributes:
         means: `[N, L, W, D]`, once `opened` is left; a map of the file, not to be written to.

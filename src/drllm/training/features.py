@@ -142,10 +142,9 @@ def collect(
     """Run the base model once along each target path and keep what the routers read.
 
     A router's input is the state before its layer, after the labelled decisions of the layers
-    before it; with routers, after the decisions that these took. Prompts of similar length share a
-    batch, whatever their paths. The batches follow from the lengths alone, so that a pass that was
-    killed and resumed ends with the bytes of one that wasn't, on the same machine with the same
-    number of threads.
+    before it; with routers, after the decisions that these took. The batches follow from the
+    prompts' lengths alone, so that a pass that was killed and resumed ends with the bytes of one
+    that wasn't, on the same machine with the same number of threads.
 
     Args:
         model: The frozen base model, without routing.
@@ -303,12 +302,9 @@ def sizes(examples: Examples) -> Tensor:
     Raises:
         RecordError: Means that are NaN or infinite, which no feature pass leaves.
     """
-    found = torch.cat(
-        [
-            torch.stack([example.abs().mean(dim=(1, 2)) for example in examples.rows(part)])
-            for part in parts_of(range(len(examples.labels)))
-        ]
-    )
+    parts = parts_of(range(len(examples.labels)))
+    means = itertools.chain.from_iterable(map(examples.rows, parts))
+    found = torch.stack([example.abs().mean(dim=(1, 2)) for example in means])
     finite = found.isfinite().all(dim=1).tolist()
     if not all(finite):
         raise RecordError(
@@ -324,10 +320,6 @@ def moments(examples: Examples, index: Sequence[int]) -> tuple[Tensor, Tensor]:
     Every target counts the same, however many windows it fills, as in the loss. A component that
     hardly varies, compared with the size of its layer's states, gets a floor as its deviation, so
     that dividing by it doesn't blow up rounding errors.
-
-    Args:
-        examples: What is trained on.
-        index: The targets to count; not empty.
 
     Returns:
         Two tensors `[L, D]` in float64; no deviation is 0.

@@ -170,8 +170,7 @@ def train_on(
 
     Args:
         examples: What the routers read and what they should decide.
-        base_identity: The base model's id, revision, class, num_layers, hidden_size and
-            fingerprint; stored with the routers.
+        base_identity: As for `Trainer`; stored with the routers.
         config: The settings, of one seed.
         output: The folder.
         rewards: As for `train`.
@@ -191,8 +190,7 @@ def train_on(
     trainer = Trainer(examples, base_identity, config, device=device)
     for note in trainer.notes():
         logger.warning("%s", note)
-    hashed = digest(examples)
-    identity = checkpoint.identity_of(config, base_identity, hashed)
+    identity = checkpoint.identity_of(config, base_identity, digest(examples))
     output.mkdir(parents=True, exist_ok=True)
     checkpoint.resume(output, identity, trainer)
     steps = trainer.schedule.steps
@@ -218,7 +216,7 @@ def train_on(
         except DivergedError:  # resumed, it would diverge again
             checkpoint.remove(output)
             raise
-    _write_routers(trainer, parts, hashed, rewards, output)
+    _write_routers(trainer, parts, identity["targets_sha256"], rewards, output)
     for store in used:
         store.remove()
     forget(output)
@@ -237,20 +235,16 @@ def discard(output: Path, config: TrainConfig) -> None:
 
 
 def _write_routers(
-    trainer: Trainer,
-    parts: Mapping[str, Counts],
-    targets: str,
-    rewards: Sequence[str],
-    output: Path,
+    trainer: Trainer, parts: Mapping[str, Counts], hashed: str, rewards: Sequence[str], output: Path
 ) -> None:
-    """Write everything that a folder of finished routers holds; `targets` is their hash."""
+    """Write everything that a folder of finished routers holds."""
     examples, epoch, last = trainer.examples, trainer.kept_epoch, trainer.epochs_done
     _write_metrics(output, trainer.rows)
     layers = Layers(epoch=epoch, train=parts[TRAIN], validation=parts.get(VALIDATION))
     write_atomically(output / LAYERS_FILE, encode(layers) + b"\n")
     told: dict[str, Any] = {
         "settings": trainer.config.decisive(),
-        "targets": targets,
+        "targets": hashed,
         "steps": last * trainer.steps_per_epoch,
         "warmup_steps": trainer.schedule.warmup,
         "class_weights": list(trainer.class_weights),

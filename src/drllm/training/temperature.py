@@ -39,10 +39,7 @@ def measure(routers: RouterStack, trainer: Trainer) -> Calibration | None:
 
     Args:
         routers: Trained by the trainer, on the CPU.
-        trainer: Its examples, targets and held-out rows are taken.
-
-    Returns:
-        None if nothing is held out.
+        trainer: Its examples, targets and held-out rows are taken; without any, None is returned.
     """
     if not trainer.held_out:
         return None
@@ -83,14 +80,10 @@ def fold(routers: RouterStack, temperature: float) -> None:
 
 
 def fit_temperature(logits: Tensor, targets: Tensor) -> float:
-    """Return the temperature at which logits give targets the largest likelihood.
+    """Return the temperature at which logits give targets (both `[M, C]`) the largest likelihood.
 
     The mean log-likelihood is concave in 1/T, so its slope, E_target[z] − E_p[z], has one zero,
     which is bisected; the same logits give the same digits.
-
-    Args:
-        logits: `[M, C]` in float64; M ≥ 1.
-        targets: `[M, C]`: shares of the decisions, one a label.
 
     Returns:
         From `LOWEST` to `HIGHEST`, the nearer one where the best lies beyond; 1 where no

@@ -68,11 +68,7 @@ class Schedule:
 def divide(
     questions: Sequence[str], config: TrainConfig, num_targets: int
 ) -> tuple[list[int], list[int]]:
-    """Return the rows that are trained on and those that are held out; see `hold_out`.
-
-    Raises:
-        ConfigError: None is held out, but a setting needs some.
-    """
+    """Return `hold_out` for some settings, refusing those that need what it doesn't hold out."""
     trained, held_out = hold_out(questions, config.validation_fraction, config.seed, num_targets)
     needs = "--calibrate" if config.calibrate else None
     if config.early_stopping is not None:
@@ -97,8 +93,7 @@ class Trainer:
         dtype: Of weights and batches.
 
     Attributes:
-        trained: Rows trained on: targets, or targets along several routes.
-        held_out: The other rows.
+        trained: Rows trained on: targets, or targets along several routes; `held_out` the others.
         once: Those of `trained` along their target path. Whatever counts labels counts these, so
             that it doesn't change with the number of routes.
         targets: `[N, L, C]` float64: the share of each decision; all in one for a hard label.
@@ -235,14 +230,11 @@ class Trainer:
         return self.epochs_done if self.best is None else self.best[0]
 
     def epoch(self, on_step: Callable[[int, Counts], None] | None = None) -> None:
-        """Train for one epoch and measure.
+        """Train for one epoch and measure; a loss that isn't finite raises DivergedError.
 
         Args:
             on_step: Is told after each step how many steps are done, and what was counted of the
                 rows that it learned from, before it did.
-
-        Raises:
-            DivergedError: A loss that is NaN or infinite.
         """
         number, config = self.epochs_done + 1, self.config
         order = epoch_batches(self.trained, config.gradient_accumulation, config.seed, number)
