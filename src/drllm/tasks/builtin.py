@@ -124,11 +124,8 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     Problems of one kind with the same numbers are in one split, in whatever words.
 
-    Attributes:
-        query: The text.
-        gt_ans: A whole number.
-        level: 1 (one step) to 5 (discounts, linear equations, remainders of powers).
-        split: `search`, `fit`, `select` or `test`.
+    The answer is a whole number; levels go from 1 (one step) to 5 (discounts, linear equations,
+    remainders of powers).
     """
 
     query: str

@@ -11,7 +11,7 @@ import pytest
 
 from drllm.config import SPLITS
 from drllm.errors import TaskError
-from drllm.tasks.base import Example
+from drllm.tasks.base import Example, Task
 from drllm.tasks.grading import grade
 from drllm.tasks.registry import get_task, get_tasks
 
@@ -25,29 +25,28 @@ def write(folder: Path, *rows: Any, name: str = "mine.jsonl") -> Path:
     return path
 
 
-def questions(path: Path) -> list[Example]:
+def read(path: Path) -> tuple[Task, list[Example]]:
+    """Return a file's task and its questions."""
     task = get_task(str(path))
-    return [example for split in SPLITS for example in task.examples(split)]
+    return task, [example for split in SPLITS for example in task.examples(split)]
 
 
 @pytest.mark.parametrize("answer", [1, "ice", "B"])
 def test_the_right_option_may_be_given_by_index_text_or_letter(
     tmp_path: Path, answer: int | str
 ) -> None:
-    path = write(tmp_path, {**CHOICES, "answer": answer})
-    (example,) = questions(path)
+    task, [example] = read(write(tmp_path, {**CHOICES, "answer": answer}))
     assert (example.gold, example.answer, example.id) == (1, "ice", "line-1")
-    assert get_task(str(path)).rewards == ("loglikelihood", "letter")
+    assert task.rewards == ("loglikelihood", "letter")
 
 
 def test_a_choices_text_comes_before_a_letter(tmp_path: Path) -> None:
     path = write(tmp_path, {"question": "Second letter?", "choices": ["B", "A"], "answer": "B"})
-    assert questions(path)[0].gold == 0
+    assert read(path)[1][0].gold == 0
 
 
 def test_options_are_asked_as_in_arc(tmp_path: Path) -> None:
-    task = get_task(str(write(tmp_path, CHOICES)))
-    (example,) = questions(write(tmp_path, CHOICES))
+    task, [example] = read(write(tmp_path, CHOICES))
     prompt = task.prompt(example, "loglikelihood")
     assert prompt.text == "Question: Which is cold?\nAnswer:"
     assert prompt.continuations == (" fire", " ice", " steam")
@@ -68,8 +67,7 @@ def test_options_are_asked_as_in_arc(tmp_path: Path) -> None:
 def test_generated_answers_are_graded_as_the_row_says(
     tmp_path: Path, row: dict[str, Any], right: str, wrong: str
 ) -> None:
-    task = get_task(str(write(tmp_path, row)))
-    (example,) = questions(write(tmp_path, row))
+    task, [example] = read(write(tmp_path, row))
     assert task.rewards == (row["grader"],)
     prompts = [task.prompt(example, row["grader"]), *task.retests(example, row["grader"])]
     assert len({prompt.text for prompt in prompts}) == 3
@@ -80,17 +78,16 @@ def test_generated_answers_are_graded_as_the_row_says(
 
 
 def test_a_file_is_read_once_unless_it_changes(tmp_path: Path) -> None:
-    path = str(write(tmp_path, CHOICES))
-    assert get_task(path) is get_task(path)
+    path = write(tmp_path, CHOICES)
+    assert get_task(str(path)) is get_task(str(path))
     write(tmp_path, CHOICES, {**CHOICES, "question": "And warm?"})
-    assert len(questions(Path(path))) == 2
+    assert len(read(path)[1]) == 2
 
 
 def test_a_long_answer_gets_the_tokens_that_it_needs(tmp_path: Path) -> None:
     long = "ж" * 100  # two bytes, and so up to two tokens, each
-    path = write(tmp_path, {"question": "?", "answer": long, "grader": "exact"})
-    (example,) = questions(path)
-    assert get_task(str(path)).prompt(example, "exact").max_new_tokens >= 200
+    task, [example] = read(write(tmp_path, {"question": "?", "answer": long, "grader": "exact"}))
+    assert task.prompt(example, "exact").max_new_tokens >= 200
 
 
 def test_one_file_serves_every_stage_and_no_question_two_of_them(tmp_path: Path) -> None:
@@ -109,13 +106,13 @@ def test_gzipped_files_and_blank_lines_are_read(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl.gz"
     with gzip.open(path, "wt", encoding="utf-8") as file:
         file.write("\n" + json.dumps(CHOICES) + "\n\n")
-    assert questions(path)[0].id == "line-2"
-    assert get_task(str(path)).name == "mine"
+    task, [example] = read(path)
+    assert (task.name, example.id) == ("mine", "line-2")
 
 
 def test_a_repeated_question_with_the_same_answer_counts_once(tmp_path: Path) -> None:
     path = write(tmp_path, CHOICES, {**CHOICES, "question": "which is  COLD?", "answer": "ice"})
-    assert len(questions(path)) == 1
+    assert len(read(path)[1]) == 1
 
 
 def test_a_file_never_takes_the_name_of_a_built_in_task(tmp_path: Path) -> None:
@@ -129,40 +126,38 @@ def test_two_files_of_one_name_are_refused_together(tmp_path: Path) -> None:
         get_tasks(",".join(map(str, paths)))
 
 
+def choices(**changes: Any) -> dict[str, Any]:
+    return {**CHOICES, **changes}
+
+
+def graded(**changes: Any) -> dict[str, Any]:
+    return {**GRADED, **changes}
+
+
 BROKEN: list[tuple[list[dict[str, Any]], str]] = [
-    (
-        [{**CHOICES, "answer": 3}],
-        "line 1: 'answer' 3 is out of range; the valid indices are 0 to 2",
-    ),
-    ([{**CHOICES, "answer": -1}], "line 1: 'answer' -1 is out of range"),
-    ([{**CHOICES, "answer": "snow"}], "line 1: 'answer' 'snow' is not among the choices"),
-    ([{**CHOICES, "answer": "D"}], "its letter (A to C)"),
-    ([{**CHOICES, "answer": True}], "line 1: 'answer' is True"),
-    ([{**CHOICES, "answer": None}], "line 1: 'answer' is None; expected text"),
-    (
-        [{**CHOICES, "choices": ["ice"], "answer": 0}],
-        "'choices' has 1 entries; expected at least 2",
-    ),
-    ([{**CHOICES, "choices": "ice"}], "line 1: 'choices' is 'ice'; expected a list"),
-    ([{**CHOICES, "choices": ["ice", ""]}], "line 1: 'choices' holds ''"),
-    ([{**CHOICES, "choices": ["ice", "ice"]}], "line 1: 'choices' holds 'ice' twice"),
-    (
-        [{**CHOICES, "choices": [str(n) for n in range(27)]}],
-        "'choices' has 27 entries; give at most",
-    ),
-    ([{**CHOICES, "grader": "letter"}], "takes no 'grader'"),
+    ([choices(answer=3)], "line 1: 'answer' 3 is out of range; the valid indices are 0 to 2"),
+    ([choices(answer=-1)], "line 1: 'answer' -1 is out of range"),
+    ([choices(answer="snow")], "line 1: 'answer' 'snow' is not among the choices"),
+    ([choices(answer="D")], "its letter (A to C)"),
+    ([choices(answer=True)], "line 1: 'answer' is True"),
+    ([choices(choices=["ice"])], "'choices' has 1 entries; expected at least 2"),
+    ([choices(choices="ice")], "line 1: 'choices' is 'ice'; expected a list"),
+    ([choices(choices=["ice", ""])], "line 1: 'choices' holds ''"),
+    ([choices(choices=["ice", "ice"])], "line 1: 'choices' holds 'ice' twice"),
+    ([choices(choices=[*map(str, range(27))])], "'choices' has 27 entries; give at most"),
+    ([choices(grader="letter")], "takes no 'grader'"),
     ([CHOICES, {"choices": ["a", "b"], "answer": 0}], "line 2: 'question' is missing"),
     ([{"question": "Why?", "choices": ["a", "b"]}], "line 1: 'answer' is missing"),
     ([{"question": "Why?", "answer": "so"}], "line 1: 'choices' or 'grader' is missing"),
-    ([{**GRADED, "grader": "exakt"}], "unknown grader 'exakt'; did you mean 'exact'?"),
-    ([{**GRADED, "grader": ["exact"]}], "unknown grader"),
-    ([{**GRADED, "grader": "letter"}], "the grader 'letter' expects one of A to Z"),
-    ([{**GRADED, "grader": "exact", "answer": "**"}], "expects one line of words"),
-    ([{**GRADED, "grader": "exact", "answer": "a\nb"}], "expects one line of words"),
+    ([graded(grader="exakt")], "unknown grader 'exakt'; did you mean 'exact'?"),
+    ([graded(grader=["exact"])], "unknown grader"),
+    ([graded(grader="letter")], "the grader 'letter' expects one of A to Z"),
+    ([graded(grader="exact", answer="**")], "expects one line of words"),
+    ([graded(grader="exact", answer="a\nb")], "expects one line of words"),
     ([CHOICES, GRADED], "line 2: a row with grader 'boxed', but the first has 'choices'"),
-    ([GRADED, {**GRADED, "grader": "exact"}], "line 2: a row with grader 'exact', but the first"),
-    ([CHOICES, {**CHOICES, "answer": 0}], "line 2: the question stands on line 1 with another"),
-    ([GRADED, {**GRADED, "answer": "8"}], "line 2: the question stands on line 1 with another"),
+    ([GRADED, graded(grader="exact")], "line 2: a row with grader 'exact', but the first"),
+    ([CHOICES, choices(answer=0)], "line 2: the question stands on line 1 with another"),
+    ([GRADED, graded(answer="8")], "line 2: the question stands on line 1 with another"),
 ]
 
 
@@ -200,9 +195,3 @@ def test_a_file_that_cannot_be_used_is_named(
     with pytest.raises(TaskError, match=message) as caught:
         get_task(str(path))
     assert str(path) in str(caught.value)
-
-
-def test_a_reward_that_the_rows_do_not_have_is_refused(tmp_path: Path) -> None:
-    task = get_task(str(write(tmp_path, GRADED)))
-    with pytest.raises(TaskError, match="it takes boxed"):
-        task.prompt(questions(write(tmp_path, GRADED))[0], "letter")

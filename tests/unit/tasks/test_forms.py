@@ -59,6 +59,7 @@ def test_letters_are_retested_in_every_other_rotation(count: int) -> None:
     [
         ("gsm8k", "boxed", r"\boxed{1,200}", "1200"),
         ("dart-2", "boxed", r"\boxed{1200.0}", r"\boxed{7}"),
+        ("builtin_arithmetic", "boxed", r"\boxed{1200}", "1200"),
         ("squad_v2", "exact", "1200.", "twelve hundred"),
     ],
 )

@@ -41,12 +41,11 @@ def arc(tmp_path: Path, write_rows: Callable[..., Path]) -> Path:
 
 
 def test_every_split_of_every_published_task_comes_from_one_file() -> None:
-    for name in TASKS:
-        found = get_task(name)
+    for found in map(get_task, TASKS):
         if isinstance(found, PublishedTask):
             splits = [split for origin in found.files.values() for split in BOUNDS[origin]]
-            assert len(splits) == len(set(splits)), name
-            assert "test" in splits, name
+            assert len(splits) == len(set(splits))
+            assert "test" in splits
 
 
 def test_a_split_keeps_the_files_order_and_the_first_of_equal_questions(
@@ -61,26 +60,22 @@ def test_a_split_keeps_the_files_order_and_the_first_of_equal_questions(
     assert search == expected
 
 
-def test_a_training_question_that_a_related_task_reports_is_left_out(
+def test_a_training_question_that_the_task_or_a_related_one_reports_is_left_out(
     arc: Path, write_rows: Callable[..., Path]
 ) -> None:
+    write_rows("arc_easy/validation", [{**ROWS[3], "question": " question  3? "}])
     write_rows("arc_challenge/validation", [{**ROWS[5], "question": "QUESTION 5?"}])
-    found = [e.id for split in SPLITS[:3] for e in ARC_EASY.examples(split, arc)]
-    assert "q5" not in found
-    assert len(found) == len(ROWS) - 1
+    found = {e.id for split in SPLITS[:3] for e in ARC_EASY.examples(split, arc)}
+    assert found == {row["id"] for row in ROWS} - {"q3", "q5"}
 
 
 def test_gzipped_files_are_read_too(arc: Path) -> None:
     plain = arc / "arc_easy" / "train.jsonl"
-    expected = ARC_EASY.examples("search", arc)
+    expected = ARC_EASY.examples("search", str(arc))
     with gzip.open(plain.with_name("train.jsonl.gz"), "wt", encoding="utf-8") as file:
         file.write(plain.read_text())
     plain.unlink()
     assert ARC_EASY.examples("search", arc) == expected
-
-
-def test_the_data_folder_may_be_given_as_text(arc: Path) -> None:
-    assert ARC_EASY.examples("test", str(arc)) == ARC_EASY.examples("test", arc)
 
 
 def test_a_file_is_read_once_and_read_anew_where_it_changed(
@@ -96,35 +91,16 @@ def test_a_file_is_read_once_and_read_anew_where_it_changed(
     assert [e.question for e in ARC_EASY.examples("test", arc)] == ["Quite another one?"]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"id": "1"\n', "line 1: "),
-        ("[1]\n", "line 1: expected `object`"),
-        ("", "is empty"),
-    ],
-)
-def test_a_broken_file_is_named(arc: Path, text: str, message: str) -> None:
-    (arc / "arc_easy" / "validation.jsonl").write_text(text)
-    with pytest.raises(TaskError, match=message):
-        ARC_EASY.examples("test", arc)
-
-
-def test_a_cut_off_gzip_file_is_named(arc: Path) -> None:
+def test_a_broken_file_is_named(arc: Path) -> None:
     path = arc / "arc_easy" / "validation.jsonl"
+    path.write_text("[1]\n")
+    with pytest.raises(TaskError, match="line 1: expected `object`"):
+        ARC_EASY.examples("test", arc)
     path.unlink()
     whole = gzip.compress(json.dumps(ROWS[0]).encode())
     path.with_name("validation.jsonl.gz").write_bytes(whole[:-12])
     with pytest.raises(TaskError, match=r"validation\.jsonl\.gz can't be read"):
         ARC_EASY.examples("test", arc)
-
-
-def test_a_missing_folder_or_file_is_named_where_it_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match="is not a folder"):
-        ARC_EASY.examples("test", tmp_path / "absent")
-    with pytest.raises(TaskError) as caught:
-        ARC_EASY.examples("test", tmp_path)
-    assert str(tmp_path / "arc_easy" / "validation.jsonl") in str(caught.value)
 
 
 def test_without_data_and_network_one_line_names_the_flag() -> None:
@@ -136,22 +112,11 @@ def test_without_data_and_network_one_line_names_the_flag() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_split_is_refused_with_the_nearest(arc: Path) -> None:
-    with pytest.raises(TaskError, match="did you mean 'search'"):
-        ARC_EASY.examples("serch", arc)
-
-
-def test_a_training_question_that_the_task_itself_reports_is_left_out(
-    arc: Path, write_rows: Callable[..., Path]
-) -> None:
-    write_rows("arc_easy/validation", [{**ROWS[3], "question": " question  3? "}])
-    found = [e.id for split in SPLITS[:3] for e in ARC_EASY.examples(split, arc)]
-    assert sorted(found) == sorted(row["id"] for row in ROWS if row["id"] != "q3")
-
-
-def test_a_split_whose_file_is_missing_names_it(
+def test_a_missing_folder_or_file_is_named_where_it_was_looked_for(
     tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:
+    with pytest.raises(TaskError, match="is not a folder"):
+        COMMONSENSE_QA.examples("test", tmp_path / "absent")
     write_rows("commonsense_qa/validation", ROWS)
     assert len(COMMONSENSE_QA.examples("test", tmp_path)) == len(ROWS)
     missing = tmp_path / "commonsense_qa" / "train.jsonl"

@@ -92,6 +92,8 @@ def asked(name: str, examples: list[Example]) -> list[tuple[str, str]]:
 
 # --- what a row means ----------------------------------------------------------------------------
 
+OF_FOLDER = {"question": "Why?", "choices": ["ice", "fire"], "answer": 1}
+
 
 @pytest.mark.parametrize(
     ("name", "row", "question", "choices", "gold"),
@@ -101,13 +103,7 @@ def asked(name: str, examples: list[Example]) -> list[tuple[str, str]]:
         ("hellaswag", HELLASWAG, "Rest: They", (" a ", "b", "c", "d"), 3),
         ("piqa", PIQA, "Keep {{tea}} warm", ("Put a cosy on it.", "Add {ice}."), 0),
         ("agieval", AGIEVAL, "Q: Why? A:", ("(A)ice", "(B)fire"), 1),
-        (
-            "agieval",
-            {"question": "Why?", "choices": ["ice", "fire"], "answer": 1},
-            "Why?",
-            ("ice", "fire"),
-            1,
-        ),
+        ("agieval", OF_FOLDER, "Why?", ("ice", "fire"), 1),
         ("truthfulqa", TRUTHFULQA, "What falls?", ("Down", "Up", "Sky"), 0),
         ("winogrande", WINOGRANDE, WINOGRANDE["sentence"], ("Ann", "Eve"), 1),
     ],
@@ -128,7 +124,6 @@ def test_a_row_with_options_is_a_question(
         ("gsm8k", {**GSM8K, "answer": "A loss.\n#### -12 "}, ("-12",)),
         ("gsm8k", {**GSM8K, "answer": "#### not yet\n#### 0.5"}, ("0.5",)),
         ("dart-2", DART, ("\\frac{1}{7}",)),
-        ("dart-2", {**DART, "level": None, "query_metadata": {}}, None),
         ("dart-3", DART, None),
         ("aime24", AIME, ("42",)),
         ("aime24", {"problem": "7 times 6?", "answer": " 42 "}, ("42",)),
@@ -140,10 +135,6 @@ def test_a_row_with_options_is_a_question(
 def test_a_row_with_a_generated_answer_is_a_question_or_none(
     name: str, row: dict[str, Any], answers: tuple[str, ...] | None
 ) -> None:
-    if name == "dart-2" and row["level"] is None:
-        with pytest.raises(TaskError, match="'level' is None"):
-            published(name).read(row)
-        return
     example = published(name).read(row)
     found = None if example is None else (example.answer, *example.other_answers)
     assert found == answers
@@ -199,25 +190,19 @@ BROKEN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("arc_easy", LABELLED, {"choices": {"text": ["a", "b"], "label": ["A", "A"]}}, "labels A, A"),
     ("arc_easy", LABELLED, {"id": 7}, "'id' is 7"),
     ("mmlu", MMLU, {"answer": 4}, "'answer' is 4; expected an index from 0 to 3"),
-    ("mmlu", MMLU, {"answer": "C"}, "'answer' is 'C'"),
     ("mmlu", MMLU, {"answer": True}, "'answer' is True"),
     ("mmlu", MMLU, {"choices": ["a", " "]}, "'choices' holds ' '"),
     ("mmlu", MMLU, {"subject": None}, "'subject' is None"),
     ("hellaswag", RAW_HELLASWAG, {"label": ""}, "'label' is ''; expected an index from 0 to 3"),
     ("hellaswag", RAW_HELLASWAG, {"label": "4"}, "'label' is 4"),
-    ("hellaswag", RAW_HELLASWAG, {"label": -1}, "'label' is -1"),
     ("hellaswag", RAW_HELLASWAG, {"ctx_b": None}, "'ctx_b' is None; expected text"),
     ("hellaswag", RAW_HELLASWAG, {"endings": []}, "'endings' has 0 entries"),
-    ("piqa", PIQA, {"label": 2}, "'label' is 2; expected an index from 0 to 1"),
     ("piqa", PIQA, {"label": "0"}, "'label' is '0'"),
-    ("piqa", PIQA, {"label": None}, "'label' is None"),
     ("agieval", AGIEVAL, {"gold": [2]}, "'gold' is 2; expected an index from 0 to 1"),
     ("agieval", AGIEVAL, {"gold": []}, "'gold' is []"),
-    ("agieval", AGIEVAL, {"gold": None}, "'gold' is None"),
-    ("agieval", {"question": "?", "choices": ["a", "b"]}, {"answer": 2}, "'answer' is 2"),
+    ("agieval", OF_FOLDER, {"answer": 2}, "'answer' is 2"),
     ("gpqa_diamond", GPQA, {"Incorrect Answer 2": ""}, "'Incorrect Answer 2' is empty"),
-    ("gpqa_diamond", {"question": "?", "choices": ["a", "b"]}, {"answer": 0}, "has 2 entries"),
-    ("gpqa_diamond", {"question": "?", "choices": [*"abcd"]}, {"answer": "a"}, "'answer' is 'a'"),
+    ("gpqa_diamond", OF_FOLDER, {}, "has 2 entries"),
     ("truthfulqa", TRUTHFULQA, {"mc1_targets": None}, "'mc1_targets' is None; expected an object"),
     (
         "truthfulqa",
@@ -231,14 +216,10 @@ BROKEN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("gsm8k", GSM8K, {"answer": "seven ####"}, "'answer' doesn't end in '#### ' and a number"),
     ("gsm8k", GSM8K, {"answer": "####7"}, "'answer' doesn't end in"),
     ("dart-1", DART, {"level": 6}, "'level' is 6; expected a whole number from 1 to 5"),
-    ("dart-3", DART, {"level": "Level 2"}, "'level' is 'Level 2'"),
-    ("dart-3", DART, {"gt_ans": ""}, "'gt_ans' is empty"),
-    ("dart-2", DART, {"query": 3}, "'query' is 3"),
+    ("dart-2", DART, {"level": None, "query_metadata": {}}, "'level' is None"),
     ("aime24", AIME, {"Answer": "x + 1"}, "'Answer' is 'x + 1'; expected a whole number"),
     ("aime24", {"problem": "?"}, {}, "'answer' is None"),
-    ("squad_v2", SQUAD, {"answers": ["mill"]}, "expected an object with 'text'"),
     ("squad_v2", SQUAD, {"answers": {"text": "mill"}}, "expected a list of texts"),
-    ("squad_v2", SQUAD, {"context": ""}, "'context' is empty"),
 ]
 
 
@@ -261,20 +242,15 @@ def test_a_broken_row_is_named_with_file_and_line(
     assert message in str(caught.value)
 
 
-EVALUATED = [name for name in TASKS if get_task(name).form is None]
-
-
-@pytest.mark.parametrize("name", EVALUATED)
+@pytest.mark.parametrize("name", [name for name in TASKS if get_task(name).form is None])
 def test_a_search_of_a_task_that_is_only_evaluated_is_refused_by_name(name: str) -> None:
     task, example = get_task(name), read("winogrande", WINOGRANDE)
-    for ask in (
-        lambda: task.check_reward(None),
-        lambda: task.prompt(example, "loglikelihood"),
-        lambda: task.retests(example, "loglikelihood"),
-    ):
-        with pytest.raises(TaskError, match=f"'{name}' is only evaluated and can't be searched"):
-            ask()
     assert task.description.endswith("evaluation only)")
+    for reward in (None, "loglikelihood"):
+        with pytest.raises(TaskError, match=f"'{name}' is only evaluated and can't be searched"):
+            task.check_reward(reward)
+    with pytest.raises(TaskError, match="can't be searched"):
+        task.prompt(example, "loglikelihood")
 
 
 # --- where the questions come from ---------------------------------------------------------------

@@ -1,8 +1,9 @@
 """How a row of a published set becomes a question, and what the harness' task file reads of it.
 
 A reader takes a row and returns the question, without the task's name and, where the row has no
-id, without one; None for a row that is no question. Rows of `sets.yaml` name these functions.
-Loads no torch.
+id, without one; None for a row that is no question. It refuses a row that can't be used without
+naming file and line. `*_columns` return what the harness reads of a question and its row. Rows of
+`sets.yaml` name these functions. Loads no torch.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Columns:
     answers: tuple[Any, ...] = ()
 
     def __call__(self, row: Row) -> Example:
-        """Return the question; refuse a row that can't be used, without file and line."""
+        """Return the question."""
         question = text_of(row, self.question)
         if isinstance(self.choices, str):
             choices = texts_of(row, self.choices, minimum=2)
@@ -64,14 +65,14 @@ class Columns:
         return with_options(question, choices, self.answers.index(value))
 
 
-# --- ARC, CommonsenseQA --------------------------------------------------------------------------
+# --- options -------------------------------------------------------------------------------------
 
 
 def labelled(row: Row) -> Example:
     """Read a row with `id`, `question`, `choices` (`text` and `label` of each) and `answerKey`.
 
     Labels may be letters or numbers, of any count from 2; the right option is where the answer
-    key stands among them.
+    key stands among them. ARC and CommonsenseQA.
     """
     options = object_of(row, "choices", "text", "label")
     choices = texts_of(options, "text", minimum=2)
@@ -84,9 +85,6 @@ def labelled(row: Row) -> Example:
     if key not in labels:
         raise TaskError(f"'answerKey' is {key!r}; expected one of {', '.join(labels)}")
     return with_options(text_of(row, "question"), choices, labels.index(key), text_of(row, "id"))
-
-
-# --- HellaSwag -----------------------------------------------------------------------------------
 
 
 def hellaswag(row: Row) -> Example | None:
@@ -124,11 +122,8 @@ def cleaned(text: str) -> str:
 
 
 def hellaswag_columns(example: Example, _row: Row) -> dict[str, Any]:
-    """Return the columns of HellaSwag, cleaned."""
+    """Return the texts cleaned."""
     return {"query": example.question, "choices": list(example.choices), "label": example.gold}
-
-
-# --- only evaluated ------------------------------------------------------------------------------
 
 
 def mmlu(row: Row) -> Example:
@@ -137,11 +132,8 @@ def mmlu(row: Row) -> Example:
     The line on the subject and the stripped question are those of lm-evaluation-harness.
     """
     example, subject = Columns()(row), text_of(row, "subject").replace("_", " ")
-    return replace(
-        example,
-        question=example.question.strip(),
-        context=f"The following are questions (with answers) about {subject}.",
-    )
+    context = f"The following are questions (with answers) about {subject}."
+    return replace(example, question=example.question.strip(), context=context)
 
 
 def winogrande(row: Row) -> Example:
@@ -163,14 +155,13 @@ def truthfulqa(row: Row) -> Example:
         raise TaskError(
             f"'labels' is {labels!r}; expected {len(choices)} of them, a single 1 and else 0"
         )
-    true = choices[labels.index(1)]
-    others = (choice for choice, label in zip(choices, labels, strict=True) if not label)
-    return with_options(text_of(row, "question"), (true, *others), 0)
+    true_first = sorted(range(len(choices)), key=lambda place: not labels[place])
+    return with_options(text_of(row, "question"), tuple(choices[i] for i in true_first), 0)
 
 
 def truthfulqa_columns(example: Example, _row: Row) -> dict[str, Any]:
-    """Return the columns of TruthfulQA."""
-    labels = [int(index == example.gold) for index in range(len(example.choices))]
+    """Return the true option first."""
+    labels = [1] + [0] * (len(example.choices) - 1)
     targets = {"choices": list(example.choices), "labels": labels}
     return {"question": example.question, "mc1_targets": targets}
 
@@ -190,7 +181,7 @@ def agieval(row: Row) -> Example:
 
 
 def agieval_columns(example: Example, row: Row) -> dict[str, Any]:
-    """Return the columns of AGIEval; any of several right options counts."""
+    """Return all right options; any of several counts."""
     return {"query": example.question, "choices": list(example.choices), "gold": _golds(row)}
 
 
@@ -224,7 +215,7 @@ def gpqa(row: Row) -> Example:
 
 
 def gpqa_columns(example: Example, _row: Row) -> dict[str, Any]:
-    """Return the columns of GPQA, the options in our order."""
+    """Return the options in our order."""
     assert example.gold is not None
     options = {f"choice{place}": text for place, text in enumerate(example.choices, start=1)}
     return {"Question": example.question, **options, "answer": f"({'ABCD'[example.gold]})"}
@@ -294,7 +285,7 @@ def aime(row: Row) -> Example:
 
 
 def aime_columns(example: Example, _row: Row) -> dict[str, Any]:
-    """Return the columns of AIME."""
+    """Return the hub's columns."""
     return {"Problem": example.question, "Answer": example.answer}
 
 
@@ -322,10 +313,7 @@ def squad(row: Row) -> Example | None:
 
 
 def squad_columns(_example: Example, row: Row) -> dict[str, Any]:
-    """Return the columns of SQuAD.
-
-    The answers are one text: the lists may all be empty, of which datasets makes another column.
-    """
+    """Return the answers as one text: of lists that may all be empty, datasets makes another."""
     texts = {name: text_of(row, name) for name in ("title", "context", "question")}
     answers = texts_of(row["answers"], "text", minimum=0)
     return {**texts, "grading": json.dumps(answers, ensure_ascii=False)}

@@ -92,11 +92,7 @@ class PublishedTask(Task):
 
         They stand in the file's order. Of questions with the same text the first is kept. A
         training question that stands in a file that is reported, of this task or a related one,
-        is left out.
-
-        Args:
-            split: `search`, `fit`, `select` or `test`.
-            data_dir: Folder with `TASK/FILE.jsonl[.gz]`; None asks the hub.
+        is left out. Files are `TASK/FILE.jsonl[.gz]` of the data folder, or the hub's.
 
         Raises:
             TaskError: A split that the set doesn't have, a missing folder or file (naming where
@@ -121,11 +117,7 @@ class PublishedTask(Task):
         return questions
 
     def shots(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
-        """Return the questions that may be shown, with their answers, before those of a split.
-
-        They are those of the `shots_file`, else those of another split: `fit`, or the other half
-        of a set that is only evaluated. What is shown is never what is reported.
-        """
+        """See `Task.shots`; of a set with a `shots_file` its questions."""
         if self.shots_file:
             folder = None if data_dir is None else Path(data_dir)
             return list(self._questions(self.shots_file, folder))

@@ -80,12 +80,12 @@ def test_every_valid_program_is_learned_with_its_weight(record):
     )
     assert found.questions.tolist() == [0, 2, 3]
     less = FULL_PATH_WEIGHT / 2
-    assert found.weights.tolist() == pytest.approx([0.5 + less, 1.0, 1.0])
+    assert found.starts[:, 0].tolist() == pytest.approx([0.5 + less, 1.0, 1.0])
     assert found.starts[0].tolist() == pytest.approx([0.5 + less, 0.5, 0.5, 0.0, less, 0.0])
     # The full path has two segments, the shorter one three: layers 0, 1, and 2 to 5.
     assert found.operations[0, 0].tolist() == pytest.approx([0.0, 0.5 / 3 + less / 2, 0.0])
     assert found.operations[0, 1].tolist() == pytest.approx([0.5 / 3, 0.0, 0.0])
-    assert found.operations.sum(dim=(1, 2)).tolist() == pytest.approx(found.weights.tolist())
+    assert found.operations.sum(dim=(1, 2)).tolist() == pytest.approx(found.starts[:, 0].tolist())
 
 
 def test_of_many_valid_programs_some_are_drawn(record):
@@ -95,7 +95,7 @@ def test_of_many_valid_programs_some_are_drawn(record):
     assert len(many) > MAXIMUM_PATHS
     # Each of the fifty weighs 1/50, the full path less if it was drawn.
     assert any(
-        float(found.weights[0]) == pytest.approx(1 - less / MAXIMUM_PATHS)
+        float(found.starts[0, 0]) == pytest.approx(1 - less / MAXIMUM_PATHS)
         for less in (0.0, 1 - FULL_PATH_WEIGHT)
     )
     assert torch.equal(found.starts, programs_of(records).starts)

@@ -16,7 +16,6 @@ from drllm.evaluation.baselines.fitting.planners import recorded
 from drllm.models.routing.policies import Policy, PromptView
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.logit_lens import LogitLens
-from drllm.paths import Decision
 
 
 class ExitPolicy(Policy):
@@ -82,7 +81,7 @@ def confidences(
         `[N, L − 1]` in [0, 1]; the model has at least two layers. See `recorded`.
     """
     read, layers = partial(confidence, lens), range(1, routed.num_layers)
-    return recorded(routed, prompts, read, layers, Decision.EXECUTE, batch_size=batch_size)
+    return recorded(routed, prompts, read, layers, decision=1, batch_size=batch_size)
 
 
 def executions_at(confidences: Tensor, threshold: float) -> Tensor:

@@ -21,7 +21,6 @@ from drllm.bisection import Setting, nearest_setting
 from drllm.models.routers.depth_control import routes_of
 from drllm.models.routing.policies import Policy, PromptView, biased, full_precision
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.paths import Decision
 
 STEEPEST = 1024.0
 """Greatest bias in either direction; logits of planners lie far within."""
@@ -32,10 +31,7 @@ class Planner(nn.Module):
     """Makes all decisions for a prompt from what is read of it at the first layer.
 
     First-layer inputs are small, and differ in scale from model to model, so every component is
-    scaled to the mean 0 and deviation 1 that it has over the training prompts.
-
-    Args:
-        inputs: `[N, D]` of the training prompts, for their scale.
+    scaled to the mean 0 and deviation 1 that it has over the training prompts, `[N, D]`.
     """
 
     mean: Tensor
@@ -58,27 +54,19 @@ class Planner(nn.Module):
 
     @torch.no_grad()
     def plans(self, inputs: Tensor, depth_bias: float) -> Tensor:
-        """Return decisions; a row that would skip everything runs the last layer.
+        """Return decisions `[B, L]`; a row that would skip everything runs the last layer.
 
         Args:
             inputs: `[B, D]`, from `first_input`.
             depth_bias: The price of an execution; the higher it is, the fewer a row has.
-
-        Returns:
-            `[B, L]`.
         """
         plans = self.likeliest(inputs, depth_bias).clone()
-        plans[plans.sum(dim=1) == 0, -1] = int(Decision.EXECUTE)
+        plans[plans.sum(dim=1) == 0, -1] = 1
         return plans
 
 
 class UpFrontPolicy(Policy):
-    """Takes all decisions at the first layer, from its pooled input.
-
-    Args:
-        planner: What decides, on the CPU.
-        depth_bias: See `Planner.plans`; `find_bias` finds it for wanted executions.
-    """
+    """Takes all decisions at the first layer, from its pooled input, by a planner on the CPU."""
 
     def __init__(self, planner: Planner, depth_bias: float = 0.0) -> None:
         self.planner = planner
@@ -120,13 +108,11 @@ def first_input(prompts: PromptView) -> Tensor:
 def first_inputs(
     routed: RoutedModel, prompts: Sequence[Sequence[int]], *, batch_size: int = 16
 ) -> Tensor:
-    """Return `first_input` of prompts at the first layer, where nothing but the embedding has run.
+    """Return `first_input` at the first layer, where nothing but the embedding has run, `[N, D]`.
 
-    Returns:
-        `[N, D]` in float32 on the CPU; see `recorded`.
+    All layers are skipped, of which routing runs the last one all the same; see `recorded`.
     """
-    read = recorded(routed, prompts, first_input, [0], Decision.SKIP, batch_size=batch_size)
-    return read[:, 0]
+    return recorded(routed, prompts, first_input, [0], decision=0, batch_size=batch_size)[:, 0]
 
 
 def recorded(
@@ -134,8 +120,8 @@ def recorded(
     prompts: Sequence[Sequence[int]],
     read: Callable[[PromptView], Tensor],
     layers: Collection[int],
-    decision: Decision,
     *,
+    decision: int,
     batch_size: int = 16,
 ) -> Tensor:
     """Return what is read of every prompt at some layers, while all take the same decision.
@@ -147,7 +133,7 @@ def recorded(
         prompts: Token ids of each.
         read: Returns a row for each prompt of a batch.
         layers: Where it reads.
-        decision: At every layer; where all are skipped, routing runs the last one all the same.
+        decision: At every layer.
         batch_size: Prompts in a forward pass.
 
     Returns:
@@ -156,16 +142,14 @@ def recorded(
     Raises:
         ConfigError: No prompts, one without tokens, or one longer than the model's context.
     """
+    kept: list[Tensor] = []  # batch by batch, layer by layer
 
     class Recorder(Policy):
-        """Keeps what is read, batch by batch and layer by layer."""
-
         def decide(self, layer: int, prompts: PromptView) -> list[int]:
             if layer in layers:
                 kept.append(read(prompts).cpu())
-            return [int(decision)] * prompts.num_rows
+            return [decision] * prompts.num_rows
 
-    kept: list[Tensor] = []
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     routes_of(routed, Recorder(), [prompts[row] for row in by_length], batch_size=batch_size)
     starts = range(0, len(kept), len(layers))
@@ -187,13 +171,13 @@ def fit(
     batch_size: int = 16,
     held_out: float = 0.2,
 ) -> None:
-    """Train a module in place and freeze it; the same arguments give the same weights.
+    """Train a module in place by AdamW and freeze it; the same arguments give the same weights.
 
     The epoch kept is the one after which the loss on examples held out was least, so that a
     baseline is neither cut short nor left to learn its few examples by heart.
 
     Args:
-        module: What is trained, by AdamW.
+        module: What is trained.
         loss: Returns the mean loss of the examples at some places, given as `[B]` indices.
         num_examples: How many there are.
         generator: Draws what is held out, and the order of the others in every epoch.
@@ -232,9 +216,7 @@ def linear(
     num_inputs: int, num_outputs: int, generator: torch.Generator | None = None
 ) -> nn.Linear:
     """Return a linear map with zero bias and Xavier weights of this generator, or zeros."""
-    made: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-        nn.Linear, num_inputs, num_outputs
-    )
+    made: nn.Linear = nn.utils.skip_init(nn.Linear, num_inputs, num_outputs)  # type: ignore[no-untyped-call]
     nn.init.zeros_(made.bias)
     if generator is None:
         nn.init.zeros_(made.weight)
@@ -255,10 +237,6 @@ class SequenceRouter(Planner):
     learns the targets that the routers learn. It shows what knowing the prompt's tokens, but
     nothing that a layer made of them, is worth.
 
-    Args:
-        inputs: `[N, D]` of the training prompts, for their scale.
-        num_layers: L.
-
     Source: MindSkip in Router-Tuning (arXiv 2410.13184), as changed above.
     """
 
@@ -267,12 +245,12 @@ class SequenceRouter(Planner):
         self.num_layers = num_layers
         # Zeros: of fewer prompts than components, training would never move what random weights
         # say about the others.
-        self.linear = linear(inputs.shape[1], num_layers * len(Decision))
+        self.linear = linear(inputs.shape[1], num_layers * 3)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits of skip, execute and repeat, `[B, D]` to `[B, L, C]`."""
         logits: Tensor = self.linear(self.scaled(inputs))
-        return logits.view(-1, self.num_layers, len(Decision))
+        return logits.view(-1, self.num_layers, 3)
 
     def likeliest(self, inputs: Tensor, depth_bias: float) -> Tensor:
         """See `Planner.likeliest`."""

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from drllm.errors import RecordError
 from drllm.evaluation.baselines.fitting.planners import Planner, fit, linear
-from drllm.paths import Decision, Decisions, full_decisions
+from drllm.paths import Decisions, full_decisions
 from drllm.records import SearchRecord
 from drllm.supervision.rules import is_saving, is_valid
 
-LONGEST = {Decision.SKIP: 4, Decision.EXECUTE: 4, Decision.REPEAT: 1}
+LONGEST = {0: 4, 1: 4, 2: 1}
 """Maximum layers of a segment, by what is done with it. A decision of 2 runs one layer twice in
 succession, so two repeated neighbours are two segments: repeating both as a block is another path,
 which the search log can't hold."""
@@ -43,7 +43,7 @@ def segments_of(decisions: Decisions) -> list[tuple[int, int]]:
     segments: list[tuple[int, int]] = []
     for layer, decision in enumerate(decisions):
         start, before = segments[-1] if segments else (0, -1)
-        if decision != before or layer - start == LONGEST[Decision(decision)]:
+        if decision != before or layer - start == LONGEST[decision]:
             segments.append((layer, decision))
     return segments
 
@@ -57,14 +57,13 @@ class Programs:
 
     Attributes:
         questions: `[N]`: the places, among the records, of the questions with a valid program.
-        weights: `[N]`: the weights of a question's programs, at most 1 together.
-        starts: `[N, L]`: the weight of those with a segment that starts at the layer.
+        starts: `[N, L]`: the weight of those with a segment that starts at the layer. All start
+            one at layer 0, whose weight, at most 1, is that of all together.
         operations: `[N, L, C]`: the weight of those that do this from there, each divided by its
             number of segments.
     """
 
     questions: Tensor
-    weights: Tensor
     starts: Tensor
     operations: Tensor
 
@@ -76,10 +75,6 @@ def programs_of(records: Sequence[SearchRecord], seed: int = 0) -> Programs:
     that many are drawn. If a shorter path is valid too, the full path counts `FULL_PATH_WEIGHT`, so
     that the predictor isn't drawn to it; each weight is then divided by the question's number of
     paths, so that no question counts more than another.
-
-    Args:
-        records: The search log of the training questions, of one model.
-        seed: Of the draw.
 
     Raises:
         RecordError: No record has a valid path.
@@ -93,9 +88,8 @@ def programs_of(records: Sequence[SearchRecord], seed: int = 0) -> Programs:
             "no question of these search records has a valid path, so there is no program to "
             "learn; search more questions"
         )
-    N, L = len(places), records[0].num_layers
-    weights, starts = torch.zeros(N), torch.zeros(N, L)
-    operations = torch.zeros(N, L, len(Decision))
+    L = records[0].num_layers
+    starts, operations = torch.zeros(len(places), L), torch.zeros(len(places), L, 3)
     for row, place in enumerate(places):
         record = records[place]
         valid = [path.decisions for path in record.paths if is_valid(path)]
@@ -106,11 +100,10 @@ def programs_of(records: Sequence[SearchRecord], seed: int = 0) -> Programs:
             is_lighter = has_shorter and decisions == full_decisions(L)
             weight = (FULL_PATH_WEIGHT if is_lighter else 1.0) / len(valid)
             segments = segments_of(decisions)
-            weights[row] += weight
             for layer, decision in segments:
                 starts[row, layer] += weight
                 operations[row, layer, decision] += weight / len(segments)
-    return Programs(torch.tensor(places), weights, starts, operations)
+    return Programs(torch.tensor(places), starts, operations)
 
 
 # --- the predictor -------------------------------------------------------------------------------
@@ -126,11 +119,6 @@ class ProgramPredictor(Planner):
     idea of predicting a program of segments from the prompt alone, not that system; what it reads
     costs nothing, as for the routers.
 
-    Args:
-        inputs: `[N, D]` of the training prompts, for their scale.
-        num_layers: L.
-        generator: Source of the initial weights.
-
     Source: PoLar (arXiv 2606.06574), simplified as said.
     """
 
@@ -139,7 +127,7 @@ class ProgramPredictor(Planner):
         self.project = linear(inputs.shape[1], WIDTH, generator)
         self.queries = nn.Parameter(torch.randn(num_layers, WIDTH, generator=generator))
         self.start = linear(WIDTH, 1, generator)
-        self.operation = linear(WIDTH, len(Decision), generator)
+        self.operation = linear(WIDTH, 3, generator)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of starts `[B, L]` and of operations `[B, L, C]`."""
@@ -183,7 +171,7 @@ def best_programs(starts: Tensor, operations: Tensor, depth_bias: float) -> Tens
                 scores.append(torch.full_like(best[0], -torch.inf))
                 continue
             score = best[first] + operation[:, first, decision] + inside[:, end - 1]
-            score = score - inside[:, first] - depth_bias * int(decision) * length
+            score = score - inside[:, first] - depth_bias * decision * length
             scores.append(score + start[:, first] if first else score)
         highest = torch.stack(scores).max(dim=0)
         best.append(highest.values)
@@ -193,7 +181,7 @@ def best_programs(starts: Tensor, operations: Tensor, depth_bias: float) -> Tens
         decisions: list[int] = []
         while len(decisions) < L:  # from the last segment to the first
             decision, length = choices[row[L - 1 - len(decisions)]]
-            decisions += [int(decision)] * length
+            decisions += [decision] * length
         rows.append(decisions[::-1])
     return torch.tensor(rows)
 
@@ -218,7 +206,7 @@ def train_predictor(
     def loss(rows: Tensor) -> Tensor:
         starts, operations = predictor(inputs[rows])
         losses = program_losses(starts, operations, programs, rows)
-        return losses.sum() / programs.weights[rows].sum()
+        return losses.sum() / programs.starts[rows, 0].sum()
 
     fit(predictor, loss, len(inputs), generator, **settings)
     return predictor
@@ -236,8 +224,8 @@ def program_losses(starts: Tensor, operations: Tensor, programs: Programs, rows:
         programs: What should come out.
         rows: `[B]`: which questions.
     """
-    starting, weights = programs.starts[rows], programs.weights[rows, None]
+    starting = programs.starts[rows]
     log_start, log_inside = nn.functional.logsigmoid(starts), nn.functional.logsigmoid(-starts)
-    of_starts = starting * log_start + (weights - starting) * log_inside  # [B, L]
+    of_starts = starting * log_start + (starting[:, :1] - starting) * log_inside  # [B, L]
     of_operations = programs.operations[rows] * operations.log_softmax(dim=-1)  # [B, L, C]
     return -(of_starts[:, 1:].mean(dim=1) + of_operations.sum(dim=(1, 2)))
