@@ -9,10 +9,10 @@ Axes: Q questions, L layers, N calibration prompts.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar
 
 from drllm.cost import mean_executions
@@ -44,16 +44,16 @@ Measure: TypeAlias = Callable[[Sequence[Path]], list[float]]
 
 @dataclass(frozen=True)
 class Material:
-    """What baselines may be fitted on, never what is reported on.
+    """What baselines may be fitted on, never what is reported on; empty is what isn't there.
 
     Attributes:
         routed: The model with its routers.
         prompts: Token ids of each calibration prompt, `[N]`.
-        questions: The same questions with their options; empty if answers are generated.
+        questions: The same questions with their options, where they have any.
         golds: The right option of each question.
-        search: The search log of the training questions; empty if not given.
-        targets: The routers' own targets; empty if not given.
-        seed: Of what is trained.
+        search: The search log of the training questions.
+        targets: The routers' own targets.
+        seed: Of what is drawn of the search log.
     """
 
     routed: RoutedModel
@@ -162,9 +162,9 @@ class FittedBaselines:
         self._prepare = prepare
         self.routed = routed
         self._remember = remember
-        self._fitted: dict[str, Baseline] = {}
+        self._baseline = functools.cache(lambda name: BASELINES.get(name)(self))
 
-    @cached_property
+    @functools.cached_property
     def material(self) -> Material:
         """What baselines are fitted on."""
         return self._prepare()
@@ -182,18 +182,12 @@ class FittedBaselines:
 
     def measure(self, kind: str) -> Measure:
         """Return a measure of `fitting.measures.MEASURES` that remembers what it found."""
-        from drllm.evaluation.baselines.fitting import measures
+        from drllm.evaluation.baselines.fitting.measures import MEASURES
 
-        return lambda candidates: self._remember(
-            f"{self.name} by {kind}",
-            candidates,
-            lambda unknown: measures.MEASURES[kind](self.material)(unknown),
-        )
+        def measure(unknown: Sequence[Path]) -> list[float]:
+            return MEASURES[kind](self.material)(unknown)
 
-    def _baseline(self, name: str) -> Baseline:
-        if name not in self._fitted:
-            self._fitted[name] = BASELINES.get(name)(self)
-        return self._fitted[name]
+        return lambda candidates: self._remember(f"{self.name} by {kind}", candidates, measure)
 
 
 def executions_of(routes: Tensor) -> float:

@@ -61,24 +61,21 @@ def block_influence(
     from drllm.models.routers.depth_control import routes_of
     from drllm.models.routing.policies import Policy, PromptView
 
-    class KeepsReadable(Policy):
-        """Executes everything, and keeps which tokens of the pass are real, `[B, T]`."""
-
-        readable = torch.empty(0, 0, dtype=torch.bool)
-
-        def decide(self, layer: int, prompts: PromptView) -> list[int]:
-            self.readable = prompts.readable
-            return [1] * prompts.num_rows
-
-    policy = KeepsReadable()
+    readable = torch.empty(0, 0, dtype=torch.bool)  # [B, T], of the pass
     sums = torch.zeros(routed.num_layers, dtype=torch.float64)
+
+    class KeepsReadable(Policy):
+        def decide(self, layer: int, prompts: PromptView) -> list[int]:
+            nonlocal readable
+            readable = prompts.readable
+            return [1] * prompts.num_rows
 
     def hook_at(layer: int) -> Any:
         def add(_module: object, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             before: Tensor = args[0] if args else kwargs["hidden_states"]
             after: Tensor = output[0] if isinstance(output, tuple) else output
             cosines = torch.cosine_similarity(before.float(), after.float(), dim=-1)  # [B, T]
-            sums[layer] += cosines[policy.readable].cpu().double().sum()
+            sums[layer] += cosines[readable].cpu().double().sum()
 
         return add
 
@@ -86,7 +83,7 @@ def block_influence(
         for place, layer in enumerate(routed.injection.layers):
             handle = layer.register_forward_hook(hook_at(place), with_kwargs=True)
             hooks.callback(handle.remove)
-        routes_of(routed, policy, prompts, batch_size=batch_size)
+        routes_of(routed, KeepsReadable(), prompts, batch_size=batch_size)
     influence: list[float] = (1 - sums / sum(map(len, prompts))).tolist()
     return influence
 

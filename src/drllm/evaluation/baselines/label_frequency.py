@@ -66,11 +66,10 @@ def tilted(label_counts: Sequence[Sequence[int]], executions: float) -> Tensor:
 
     Args:
         label_counts: `[L][3]` from `router_config.json`.
-        executions: Mean executions wanted, those of the routed model.
+        executions: Mean executions wanted.
 
     Returns:
-        `[L, 3]` probabilities. If the labels can't reach the executions wanted, those that come
-        nearest; `expected_executions` says how near.
+        `[L, 3]` probabilities; if the labels can't reach the executions, those that come nearest.
 
     Raises:
         CheckpointError: The routers carry no label counts.

@@ -27,9 +27,8 @@ def ordered() -> list[type[Baseline]]:
 def named(names: str) -> list[str]:
     """Return the baselines of a comma list, in the order in which they are shown.
 
-    Args:
-        names: Names with dashes or underscores for spaces; or one of `quick` (those that need no
-            fitting), `all`, `none`.
+    Names have dashes or underscores for spaces. `quick` are those that need no fitting; `all` and
+    `none` are lists too.
 
     Raises:
         ConfigError: A name that there isn't.
@@ -58,12 +57,7 @@ def dashed(name: str) -> str:
 
 
 def files_needed(baselines: str) -> list[str]:
-    """Return the settings whose files some of the baselines of a comma list are fitted on.
-
-    Example:
-        >>> files_needed("last-layers,best-program")
-        ['search']
-    """
+    """Return the settings whose files some of the baselines of a comma list are fitted on."""
     wanted = [BASELINES.get(name).needs for name in named(baselines)]
     needed = {needs[0] for needs in wanted if needs is not None}
     return [setting for material, setting in FILES.items() if material in needed]
