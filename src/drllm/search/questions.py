@@ -46,12 +46,7 @@ class SearchQuestion:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Questions of one task that are searched together.
-
-    Attributes:
-        number: From 0.
-        questions: At least one.
-    """
+    """Questions of one task that are searched together; numbers are from 0."""
 
     number: int
     questions: tuple[SearchQuestion, ...]
@@ -81,7 +76,8 @@ def questions_of(
         TaskError: An unknown task, no questions in a task or in this shard, or a reward that a
             task can't grade.
     """
-    shard = _check_settings(config)
+    _check_settings(config)
+    shard = None if config.shard is None else parse_shard(config.shard)
     found = _examples_of(get_tasks(config.dataset) if source is None else source, config)
     _check_rewards([task for task, _ in found], config)
     questions: list[SearchQuestion] = []
@@ -90,14 +86,14 @@ def questions_of(
     for task, examples in found:
         reward = task.check_reward(config.reward)
         asked = choose(examples, config.limit, config.seed)
-        if shard is not None:
-            asked = [example for example in asked if in_shard(example, *shard)]
         keys = [question_key(example.question) for example in asked]
         for example, key in zip(asked, keys, strict=True):
+            if shard is not None and not in_shard(example, *shard):
+                continue
             if key in seen:
                 copies += 1
-                continue
-            questions.append(ask(task, example, reward, len(questions)))
+            else:
+                questions.append(ask(task, example, reward, len(questions)))
         seen.update(keys)
     if not questions:
         raise TaskError(f"--shard {config.shard} holds no questions; give fewer shards")
@@ -124,9 +120,13 @@ def batches_of(questions: Sequence[SearchQuestion], size: int) -> list[Batch]:
 
     Little of a batch is then padding.
     """
+
+    def length(question: SearchQuestion) -> int:
+        return sum(map(len, (question.prompt.text, *question.prompt.continuations)))
+
     batches: list[Batch] = []
     for task in dict.fromkeys(question.task for question in questions):
-        by_length = sorted((q for q in questions if q.task == task), key=_length)
+        by_length = sorted((q for q in questions if q.task == task), key=length)
         for start in range(0, len(by_length), size):
             batches.append(Batch(len(batches), tuple(by_length[start : start + size])))
     return batches
@@ -146,27 +146,22 @@ def parse_shard(text: str) -> tuple[int, int]:
     if match is None:
         raise ConfigError(f"--shard is {text!r}; give i/n, for example 1/8 for the first of eight")
     part, parts = int(match[1]), int(match[2])
-    if parts == 1 and part == 1:
+    if part == parts == 1:
         raise ConfigError("--shard 1/1 is the whole search and has no effect; leave it out")
+    if parts == 0:
+        raise ConfigError(f"--shard is {text!r}; give at least two parts, for example 1/2")
     if not 1 <= part <= parts:
         raise ConfigError(
             f"--shard is {text!r}; of {parts} parts the first is 1/{parts}, the last "
             f"{parts}/{parts}"
-            if parts
-            else f"--shard is {text!r}; give at least two parts, for example 1/2"
         )
     return part, parts
 
 
 def in_shard(example: Example, part: int, parts: int) -> bool:
-    """Say whether a question belongs to a shard; its text alone decides.
+    """Say whether a question belongs to a shard, from 1; its text alone decides.
 
     Copies of a question land in the same shard, whatever their ids.
-
-    Args:
-        example: The question.
-        part: Number of the shard, from 1.
-        parts: Shards in all.
 
     Source: ours.
     """
@@ -175,26 +170,21 @@ def in_shard(example: Example, part: int, parts: int) -> bool:
     return int.from_bytes(digest[:8], "big") % parts == part - 1
 
 
-def _check_settings(config: SearchConfig) -> tuple[int, int] | None:
-    """Refuse settings that have no effect with the others; return the shard."""
-    for flag, value in (
-        ("--num-workers", config.num_workers),
-        ("--ray-address", config.ray_address),
-    ):
-        if value is not None and config.executor != "ray":
+def _check_settings(config: SearchConfig) -> None:
+    """Refuse settings that have no effect with the others."""
+    for name in ("num_workers", "ray_address") if config.executor != "ray" else ():
+        if (value := getattr(config, name)) is not None:
             raise ConfigError(
-                f"{flag} {value} has no effect with --executor {config.executor}; "
-                f"give --executor ray, or leave it out"
+                f"--{name.replace('_', '-')} {value} has no effect with --executor "
+                f"{config.executor}; give --executor ray, or leave it out"
             )
     for strategy in STRATEGIES:
         for name in STRATEGIES.get(strategy).own_settings if strategy != config.strategy else ():
-            value = getattr(config, name)
-            if value != getattr(SearchConfig(), name):
+            if (value := getattr(config, name)) != getattr(SearchConfig(), name):
                 raise ConfigError(
                     f"--{name.replace('_', '-')} {value:g} has no effect with --strategy "
                     f"{config.strategy}; leave it out, or choose --strategy {strategy}"
                 )
-    return None if config.shard is None else parse_shard(config.shard)
 
 
 def _check_rewards(tasks: Sequence[Task], config: SearchConfig) -> None:
@@ -218,15 +208,12 @@ def _examples_of(
     folder = None if config.data_dir is None else Path(config.data_dir)
     if folder is not None and not folder.is_dir():
         raise TaskError(f"--data-dir {folder} is not a folder; give the folder of the tasks' files")
-    tasks = [one for one in source if isinstance(one, Task)]
-    given = [one for one in source if isinstance(one, Example)]
-    found = [
-        *((task, task.examples(config.split, folder)) for task in tasks),
-        *(
-            (get_task(name), [example for example in given if example.task == name])
-            for name in dict.fromkeys(example.task for example in given)
-        ),
-    ]
+    found = [(t, t.examples(config.split, folder)) for t in source if isinstance(t, Task)]
+    given: dict[str, list[Example]] = {}
+    for example in source:
+        if isinstance(example, Example):
+            given.setdefault(example.task, []).append(example)
+    found += [(get_task(name), examples) for name, examples in given.items()]
     for task, examples in found:
         if not examples:
             raise TaskError(
@@ -236,8 +223,3 @@ def _examples_of(
     if not found:
         raise TaskError("no question is given; give tasks or examples")
     return found
-
-
-def _length(question: SearchQuestion) -> int:
-    prompt = question.prompt
-    return len(prompt.text) + sum(len(text) for text in prompt.continuations)
