@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from drllm.search.strategies import STRATEGIES
+from drllm.supervision.rules import TARGETS
 from drllm.tasks.grading import REWARDS
 from drllm.tasks.registry import get_task
 
@@ -73,8 +75,25 @@ def test_the_page_on_rewards_runs_and_its_reward_grades_a_file(tmp_path, monkeyp
     assert get_task(str(path)).rewards == ("last-number",)
 
 
+@pytest.mark.parametrize(
+    ("page", "registry", "name"),
+    [
+        ("add-a-strategy.md", STRATEGIES, "windows"),
+        ("add-a-target-rule.md", TARGETS, "no_repeats"),
+    ],
+)
+def test_the_pages_on_strategies_and_rules_run_and_register_what_they_say(
+    page, registry, name, monkeypatch
+):
+    assert name not in registry  # loaded before its entries are copied
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    assert run(page) == [shown(*blocks(page))]
+    assert registry.summaries()[name].endswith(".")
+
+
 def test_every_page_with_python_is_run_or_said_not_to_be():
     pages = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md") if blocks(page)}
     elsewhere = {"add-a-task.md", "add-a-baseline.md"}  # by tests of their packages
     here = {"python.md", "add-an-architecture.md", "add-a-reward.md"}
+    here |= {"add-a-strategy.md", "add-a-target-rule.md"}
     assert pages == here | elsewhere | TOO_LONG
