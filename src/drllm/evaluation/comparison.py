@@ -28,7 +28,7 @@ from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.evaluation.questions import chosen_on, sources_of, worked_task
 from drllm.evaluation.systems import Keep, SystemRun, TaskRun
-from drllm.evaluation.tables import TaskRuns, is_above_chance, seeds_of
+from drllm.evaluation.tables import TaskRuns
 from drllm.listener import OnProgress
 from drllm.models.routers.checkpoint import WEIGHTS_FILE
 from drllm.models.routers.depth_control import find_depth_bias
@@ -219,7 +219,6 @@ class Comparison:
         config, lm = self.config, self.shared.lm
         base = self._by_policy(f"{self.task.name}: {BASE}", self.questions, BASE, FullPolicy())
         chance = self.asked.written.chance or 0.0
-        above_chance = is_above_chance(base, chance, config.seed)
         first, *other_seeds = self.shared.routers
         policies = {"": RouterPolicy(self.shared.routers[first])}
         for setting in self.shared.shares:
@@ -241,9 +240,7 @@ class Comparison:
                     if permuted:
                         permuted.append(self._baseline(PERMUTED, f" of {folder}{at}", routed[-1]))
             if other_seeds:
-                seeds.append(
-                    seeds_of(base, routed, permuted, config.seed, above_chance=above_chance)
-                )
+                seeds.append((routed, permuted))
         choice = None
         if config.epsilon is not None:
             del policies[""]
@@ -251,7 +248,6 @@ class Comparison:
         prompts = [lm.tok_encode(prompt) for prompt in self.asked.prompts()]
         self.shared.prompts += prompts
         return TaskRuns(
-            task=self.task,
             asked=self.asked,
             systems=systems,
             notes=self.notes,

@@ -11,7 +11,7 @@ Axes: L layers, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -25,10 +25,12 @@ from drllm.models.base.layers import base_of, find_layers
 from drllm.paths import Decisions, check_decisions
 from drllm.records.results import Flops
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Where configurations say that a layer has experts, of which a token runs a few."""
-OTHER_ATTENTION = ("kv_lora_rank", "multi_query", "lambda_std_dev")
-"""Where they say that attention is of another shape than heads times head size."""
+NOT_DERIVED = (
+    *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    *("kv_lora_rank", "multi_query", "lambda_std_dev"),
+)
+"""Where configurations say that a layer has experts, of which a token runs a few, or attention of
+another shape than heads times head size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +58,10 @@ class ModelShape:
 
     @classmethod
     def of(cls, model: Any) -> ModelShape:
-        """Read the shape of a model; nothing is run.
+        """Read the shape of a model of transformers, routed or not; nothing is run.
 
         Matrices, and how many query heads share a head of keys, are taken from the model itself: a
         configuration doesn't say how many matrices an MLP has, and may hold what no layer reads.
-
-        Args:
-            model: A decoder-only model of transformers, routed or not, or a PEFT model around one.
 
         Raises:
             ArchitectureError: A model whose layers can't be found, or whose cost doesn't follow
@@ -71,7 +70,7 @@ class ModelShape:
         _, layers = find_layers(model)
         model = base_of(model)
         name, config = type(model).__name__, model.config.get_text_config()
-        for reason in (*EXPERTS, *OTHER_ATTENTION):
+        for reason in NOT_DERIVED:
             if getattr(config, reason, None):
                 raise ArchitectureError(
                     f"{name} has {reason} = {getattr(config, reason)}, for which FLOPs and K/V "
@@ -81,7 +80,7 @@ class ModelShape:
         groups = [getattr(part, "num_key_value_groups", 1) for part in layers.modules()]
         entries = DynamicCache(config=model.config).layers
         return cls(
-            matrices=tuple(_entries(layer, name) for layer in layers),
+            matrices=tuple(sum(_matrices(layer, name)) for layer in layers),
             head=int(model.get_output_embeddings().weight.numel()),
             heads=heads,
             kv_heads=heads // int(max(groups)),
@@ -91,32 +90,27 @@ class ModelShape:
         )
 
 
-def _entries(layer: nn.Module, model: str) -> int:
-    """Count the entries of a layer's matrices."""
-    total = 0
+def _matrices(layer: nn.Module, model: str) -> Iterator[int]:
+    """Yield the entries of each matrix of a layer."""
     for module in layer.modules():
         for parameter in module.parameters(recurse=False):
-            if parameter.dim() < 2:
-                continue
-            if not isinstance(module, (nn.Linear, Conv1D)) or not parameter.is_floating_point():
-                raise ArchitectureError(
-                    f"{model} has weights in {type(module).__name__}, for which FLOPs aren't "
-                    f"derived; go by executions and measured time"
-                )
-            total += parameter.numel()
-    return total
+            if parameter.dim() >= 2:
+                is_usual = isinstance(module, (nn.Linear, Conv1D))
+                if not (is_usual and parameter.is_floating_point()):
+                    raise ArchitectureError(
+                        f"{model} has weights in {type(module).__name__}, for which FLOPs aren't "
+                        f"derived; go by executions and measured time"
+                    )
+                yield parameter.numel()
 
 
-def prompt_flops(
-    shape: ModelShape, decisions: Sequence[int], num_tokens: int, num_logits: int = 1
-) -> Flops:
-    """Return the FLOPs of reading one prompt in one pass.
+def prompt_flops(shape: ModelShape, decisions: Sequence[int], num_tokens: int) -> Flops:
+    """Return the FLOPs of reading one prompt in one pass, and predicting one token.
 
     Args:
         shape: Of the model.
         decisions: `[L]`.
         num_tokens: T, from 1.
-        num_logits: At how many positions next tokens are predicted.
 
     Raises:
         PathError: Decisions that this model can't run.
@@ -134,7 +128,7 @@ def prompt_flops(
     # Two products for each pair of tokens: the score, and the value that it weights.
     pairs = sum(checked) * num_tokens * num_tokens
     return Flops(
-        weights=2 * (num_logits * shape.head + num_tokens * entries),
+        weights=2 * (shape.head + num_tokens * entries),
         attention=4 * pairs * shape.heads * shape.head_size,
     )
 
@@ -146,12 +140,9 @@ def kv_bytes(shape: ModelShape, decisions: Sequence[int], num_tokens: int = 1) -
 
     Args:
         shape: Of the model.
-        decisions: `[L]`.
+        decisions: `[L]`; PathError where this model can't run them.
         num_tokens: Tokens read so far; 1 gives the bytes a token, as long as no layer has more
             tokens than it sees.
-
-    Raises:
-        PathError: Decisions that this model can't run.
 
     Example:
         >>> two_layers = ModelShape((9, 9), 5, heads=4, kv_heads=2, head_size=8,

@@ -10,12 +10,11 @@ Axes: Q questions, L layers.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
-from torch import Tensor
 
 from drllm.cost import decode_executions, mean_executions
 from drllm.evaluation.baselines.base import Drawn
@@ -31,7 +30,7 @@ from drllm.evaluation.blocks import (
 from drllm.evaluation.latency import device_clock
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.requests import Request
-from drllm.evaluation.lm_eval.scoring import Answer, PolicyOf
+from drllm.evaluation.lm_eval.scoring import Answer, Plan
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
 from drllm.paths import Decisions
@@ -111,7 +110,7 @@ class TaskRun:
     def __init__(self, lm: RoutedLM, asked: AskedTask, num_texts: int) -> None:
         self.lm = lm
         self.asked = asked
-        self._places = {key: place for place, key in enumerate(asked.keys)}
+        self.num_layers = lm.routed.num_layers
         self._clock = device_clock(lm.device)
         self._requests = asked.requests() if asked.has_options else []
         self._texts = [asked.text(place) for place in range(min(num_texts, len(asked.keys)))]
@@ -124,7 +123,7 @@ class TaskRun:
             ]
             self._blocks = blocks_of(lengths, LEAST_SCORED, size)
             # Whatever the first pass sets up would count as time of the base model.
-            scorer.score(self._requests[0], lambda _keys: FullPolicy())
+            scorer.score(self._requests[0], FullPolicy())
         else:
             lengths = [len(lm.tok_encode(prompt)) for prompt in asked.prompts()]
             self._blocks = blocks_of(lengths, LEAST_GENERATED, size)
@@ -141,27 +140,34 @@ class TaskRun:
             keep: See `Keep`.
         """
         first = drawn[0]
-        plans = [draw.plan for draw in drawn if draw.plan is not None]
+        plans: list[Plan] = [
+            dict(zip(self.asked.keys, map(tuple, draw.plan.tolist()), strict=True))
+            for draw in drawn
+            if draw.plan is not None
+        ]
 
         def decided(block: Block) -> Any:
-            return [_rows(plan, block) for plan in plans] or first.path or first.note
+            return [self._rows(plan, block) for plan in plans] or first.path or first.note
 
         found = self._by_blocks(keep, decided, lambda block: self._ask(block, first, plans))
         draws = [self.asked.grade(answers) for answers in found.answers]
+        metrics = {
+            metric: _mean([[each[metric] for each in draw] for draw in draws])
+            for metric in draws[0][0]
+        }
         system = SystemRun(
             name=name,
             setting=setting,
             routes=found.routes,
-            correct=_mean([[each.score for each in draw] for draw in draws]),
-            metrics={
-                metric: _mean([[each.metrics[metric] for each in draw] for draw in draws])
-                for metric in draws[0][0].metrics
-            },
+            correct=metrics[self.asked.written.metric],
+            metrics=metrics,
             seconds=found.seconds,
             notes=[first.note] if first.note else [],
         )
         if self.asked.has_options:
-            system.gold_logprob = _mean([[each.gold_logprob for each in draw] for draw in draws])
+            gold = self.asked.gold_logprob
+            golds = [[gold(*each) for each in enumerate(answers)] for answers in found.answers]
+            system.gold_logprob = _mean(golds)
         if first.path is not None:
             system.executions = float(len(first.path))
             system.text_loss = self._losses(self.lm.scorer.score_path(self._texts, first.path))
@@ -169,7 +175,7 @@ class TaskRun:
         [system.executions] = _mean([[mean_executions(routes)] for routes in found.routes])
         routes = dict(zip(self.asked.keys, found.routes[0], strict=True))
         [texts] = self.lm.scorer.score_plans(self._texts, [routes])
-        system.text_loss = self._losses(texts.answers)
+        system.text_loss = self._losses(texts)
         if not self.asked.has_options:
             tokens = [
                 max(1, len(self.lm.tok_encode(str(answer), add_special_tokens=False)))
@@ -181,21 +187,15 @@ class TaskRun:
     def texts(self, name: str, policy: Policy, setting: str = "", keep: Keep = unkept) -> SystemRun:
         """Read the texts of all questions, whose answers are generated, without generating any.
 
-        Args:
-            name: The system's name.
-            policy: Decides on the questions' prompts, as before an answer is generated.
-            setting: Its depth in words.
-            keep: See `Keep`.
-
-        Returns:
-            The system with its texts' losses and routes, without answers.
+        The policy decides on the questions' prompts, as before an answer is generated. The rest is
+        as in `run`; the system has losses and routes, and no answers.
         """
 
         def read(block: Block) -> Answered:
             texts = [self._texts[place] for place in block]
-            scored = self.lm.scorer.score(texts, lambda _keys: policy)
-            routes = [scored.routes[text.question] for text in texts]
-            return Answered(answers=[[[answer] for answer in scored.answers]], routes=[routes])
+            answers, routes = self.lm.scorer.score(texts, policy)
+            taken = [routes[text.question] for text in texts]
+            return Answered(answers=[[[answer] for answer in answers]], routes=[taken])
 
         found = self._by_blocks(keep, lambda _: "texts", read)
         system = SystemRun(name=name, setting=setting, routes=found.routes)
@@ -216,7 +216,7 @@ class TaskRun:
         ]
         return joined(self._blocks, answered)
 
-    def _ask(self, block: Block, first: Drawn, plans: Sequence[Tensor]) -> Answered:
+    def _ask(self, block: Block, first: Drawn, plans: Sequence[Plan]) -> Answered:
         """Ask a block's questions under the first draw, which is timed, and under further plans."""
         scorer, requests = self.lm.scorer, self._requests_of(block)
         routes: list[list[Decisions]] = []
@@ -224,41 +224,38 @@ class TaskRun:
         if first.path is not None:
             answers = [self._by_question(block, scorer.score_path(requests, first.path))]
         else:
-            policy = first.policy
-            policy_of = self._following(plans[0]) if policy is None else lambda _keys: policy
-            answered, taken = self._under(block, policy_of)
+            answered, taken = self._under(block, first.policy or plans[0])
             answers, routes = [answered], [taken]
         seconds = self._clock() - started
         others = plans[1:]
-        routes += [_rows(plan, block) for plan in others]
         if others and self.asked.has_options:  # what options have in common runs once
-            keys = self.asked.keys
-            by_key = [dict(zip(keys, map(tuple, p.tolist()), strict=True)) for p in others]
-            for scored in scorer.score_plans(requests, by_key):
-                answers.append(self._by_question(block, scored.answers))
+            answers += [self._by_question(block, a) for a in scorer.score_plans(requests, others)]
         else:
-            answers += [self._under(block, self._following(plan))[0] for plan in others]
+            answers += [self._under(block, plan)[0] for plan in others]
+        routes += [self._rows(plan, block) for plan in others]
         return Answered(answers=answers, routes=routes, seconds=seconds)
 
-    def _under(self, block: Block, policy_of: PolicyOf) -> tuple[Answers, list[Decisions]]:
-        """Return a block's answers under a policy, and the routes that it took."""
+    def _under(self, block: Block, decides: Policy | Plan) -> tuple[Answers, list[Decisions]]:
+        """Return a block's answers, and the routes that its questions took."""
         keys = [self.asked.keys[place] for place in block]
         if self.asked.has_options:
-            scored = self.lm.scorer.score(self._requests_of(block), policy_of)
-            return self._by_question(block, scored.answers), [scored.routes[key] for key in keys]
+            answers, routes = self.lm.scorer.score(self._requests_of(block), decides)
+            return self._by_question(block, answers), [routes[key] for key in keys]
         instances = [self.asked.instances[place][0] for place in block]
         prompts = [str(instance.args[0]) for instance in instances]
         key_of = dict(zip(prompts, keys, strict=True))
-        with self.lm.deciding(lambda asked: policy_of([key_of[prompt] for prompt in asked])):
+
+        def policy_of(asked: Sequence[str]) -> Policy:
+            if isinstance(decides, Mapping):
+                return FixedPolicy([decides[key_of[prompt]] for prompt in asked], self.num_layers)
+            return decides
+
+        with self.lm.deciding(policy_of):
             texts = self.lm.generate_until(instances, disable_tqdm=True)
         return [[text] for text in texts], [self.lm.generated_routes[prompt] for prompt in prompts]
 
-    def _following(self, plan: Tensor) -> PolicyOf:
-        def policy_of(keys: Sequence[object]) -> Policy:
-            rows = [self._places[key] for key in keys]  # type: ignore[index]
-            return FixedPolicy(plan[rows], self.lm.routed.num_layers)
-
-        return policy_of
+    def _rows(self, plan: Plan, block: Block) -> list[Decisions]:
+        return [plan[self.asked.keys[place]] for place in block]
 
     def _requests_of(self, block: Block) -> list[Request]:
         return [each for place in block for each in self._requests[place]] if self._requests else []
@@ -277,11 +274,6 @@ class TaskRun:
             -logprob / len(text.continuation)
             for text, (logprob, _) in zip(self._texts, answers, strict=True)
         ]
-
-
-def _rows(plan: Tensor, block: Block) -> list[Decisions]:
-    """Return a block's rows of a plan `[Q, L]`."""
-    return [tuple(row) for row in plan[list(block)].tolist()]
 
 
 def _mean(draws: Sequence[Sequence[Any]]) -> list[float]:

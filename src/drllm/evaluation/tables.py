@@ -36,7 +36,6 @@ from drllm.statistics.intervals import accuracy_interval
 from drllm.statistics.non_inferiority import Choice
 from drllm.statistics.paired import Outcomes
 from drllm.statistics.verdicts import Differences, compare, correct_together
-from drllm.tasks.base import Task
 
 DESCRIPTIONS = {
     BASE: "the untouched model: every layer once",
@@ -51,7 +50,6 @@ class TaskRuns:
     """All that was run on one task.
 
     Attributes:
-        task: The task.
         asked: Its questions.
         systems: Base, then at each depth routed and its baselines.
         notes: What a reader must know.
@@ -59,10 +57,10 @@ class TaskRuns:
         config: As the evaluation's.
         num_layers: L.
         cost: Of the questions' prompts.
-        seeds: Depth by depth, where there are routers of several seeds.
+        seeds: Of routers of several seeds, depth by depth, how they ran on the same questions, and
+            their own routes permuted, if that was asked for.
     """
 
-    task: Task
     asked: AskedTask
     systems: Sequence[SystemRun]
     notes: Sequence[str]
@@ -70,7 +68,7 @@ class TaskRuns:
     config: EvaluateConfig
     num_layers: int
     cost: PromptCost
-    seeds: Sequence[Seeds] = ()
+    seeds: Sequence[tuple[Sequence[SystemRun], Sequence[SystemRun]]] = ()
 
     @property
     def trained(self) -> list[SystemRun]:
@@ -84,8 +82,8 @@ class TaskRuns:
 
     @cached_property
     def above_chance(self) -> bool:
-        """Whether base is shown to be better than guessing."""
-        return is_above_chance(self.systems[0], self.chance, self.config.seed)
+        """Whether base is shown to be better than guessing; only then is anything claimed."""
+        return accuracy_interval(self.systems[0].correct, self.config.seed)[0] > self.chance
 
     def table(self) -> tuple[System, ...]:
         """Return the systems at the depth that the routers were trained for."""
@@ -134,19 +132,46 @@ class TaskRuns:
         self, system: SystemRun, base: SystemRun, routed: SystemRun | None
     ) -> dict[str, Any]:
         """Return what a row of the table and a point of the curve have in common."""
+        ours = system.outcomes
         return {
             "accuracy": fmean(system.correct),
             "interval": accuracy_interval(system.correct, self.config.seed),
             "executions": system.executions,
             "gold_logprob": _mean(system.gold_logprob),
             "text_loss": _mean(system.text_loss),
-            "against_base": None if system is base else self._compare(system, base),
-            "routed_against": None if routed is None else self._compare(routed, system),
+            "against_base": None if system is base else self._compare(ours, base.outcomes),
+            "routed_against": None if routed is None else self._compare(routed.outcomes, ours),
         }
 
-    def _compare(self, ours: SystemRun, theirs: SystemRun) -> Differences:
-        outcomes = ours.outcomes, theirs.outcomes
-        return compare(*outcomes, self.config.seed, above_chance=self.above_chance)
+    def _compare(self, ours: Outcomes, theirs: Outcomes) -> Differences:
+        return compare(ours, theirs, self.config.seed, above_chance=self.above_chance)
+
+    def by_seeds(self) -> tuple[Seeds, ...]:
+        """Return what routers of several seeds did, depth by depth.
+
+        Two numbers must not be mixed. The spread says how much the training's randomness moves a
+        result on the same questions; the intervals say how far the mean over these seeds may move
+        with other questions, each resampled with its answers under all seeds.
+        """
+        return tuple(self._seeds(*runs) for runs in self.seeds)
+
+    def _seeds(self, routed: Sequence[SystemRun], permuted: Sequence[SystemRun]) -> Seeds:
+        def against(other: Outcomes) -> Differences:
+            return self._compare(_mean_outcomes(routed), other)
+
+        def spread(values: Sequence[Sequence[float]]) -> Spread | None:
+            return Spread.of(list(map(fmean, values))) if all(values) else None
+
+        return Seeds(
+            setting=routed[0].setting,
+            num_seeds=len(routed),
+            accuracy=Spread.of([fmean(each.correct) for each in routed]),
+            executions=Spread.of([each.executions for each in routed]),
+            gold_logprob=spread([each.gold_logprob for each in routed]),
+            text_loss=spread([each.text_loss for each in routed]),
+            against_base=against(self.systems[0].outcomes),
+            against_permuted=against(_mean_outcomes(permuted)) if permuted else None,
+        )
 
     def evaluation(self, table: Sequence[System], header: Mapping[str, Any]) -> Evaluation:
         """Return the record of the task.
@@ -155,11 +180,11 @@ class TaskRuns:
             table: From `table`, corrected for all tasks by `correct`.
             header: What the records of all tasks have in common.
         """
-        written = self.asked.written
+        written, seeds = self.asked.written, self.by_seeds()
         return Evaluation(
             **header,
-            task=self.task.name,
-            split=self.config.split_of(self.task.name),
+            task=written.name,
+            split=self.config.split_of(written.name),
             kind=written.kind,
             metric=written.metric,
             num_fewshot=written.num_fewshot,
@@ -168,20 +193,20 @@ class TaskRuns:
             chance=self.chance,
             systems=tuple(table),
             curve=self.curve(),
-            seeds=tuple(self.seeds),
+            seeds=seeds,
             choice=self.choice,
             not_compared=dict(NOT_COMPARED),
-            findings=tuple(self._findings(table)),
+            findings=tuple(self._findings(table, seeds)),
         )
 
-    def _findings(self, table: Sequence[System]) -> list[str]:
+    def _findings(self, table: Sequence[System], seeds: Sequence[Seeds]) -> list[str]:
         """Return what a reader may conclude, one sentence per question asked."""
         rows = {system.name: system for system in table}
         base, routed = rows[BASE], rows[ROUTED]
         said = []
         if not self.above_chance:
             said.append(
-                f"On {self.task.name} the base model is not shown to be above chance "
+                f"On {self.asked.written.name} the base model is not shown to be above chance "
                 f'({100 * self.chance:.1f} %), so no gain and no "no loss" can be claimed here.'
             )
         saved = 100 * share_saved(routed.executions, self.num_layers)
@@ -196,15 +221,25 @@ class TaskRuns:
         verdicts = (against.accuracy, against.gold_logprob, against.text_loss)
         said += [verdict.sentence() for verdict in verdicts if verdict is not None]
         if PERMUTED in rows:
-            num_routes = len(set(self.trained[1].routes[0]))
-            said.append(_against_permuted(rows[PERMUTED], num_routes))
-        said += map(seeds_sentence, self.seeds)
+            said.append(self._against_permuted(rows[PERMUTED]))
+        said += map(seeds_sentence, seeds)
         said += [] if self.choice is None else self.choice.sentences()
         said += dict.fromkeys(self.notes)
         if self.cost.note:
             said.append(f"FLOPs and K/V bytes are not derived: {self.cost.note}.")
         for system in self.trained:
             said += [f"{system.name.capitalize()}: {note}." for note in system.notes]
+        return said
+
+    def _against_permuted(self, permuted: System) -> str:
+        if len(set(self.trained[1].routes[0])) == 1:
+            return "All questions took one route, so permuting says nothing."
+        against, unchanged = permuted.routed_against, permuted.unchanged_routes or 0.0
+        assert against is not None
+        sentence = against.accuracy.sentence(ROUTED, "its own routes permuted over the questions")
+        said = f"Whether it matters which question a route is for: {sentence}"
+        if unchanged > MENTIONED:
+            said += f" {100 * unchanged:.1f} % of the questions kept their route by chance."
         return said
 
     def samples(self) -> list[Sample]:
@@ -230,24 +265,6 @@ class TaskRuns:
         ]
 
 
-def is_above_chance(base: SystemRun, chance: float, seed: int) -> bool:
-    """Tell whether base is shown to be better than guessing; only then is anything claimed."""
-    return accuracy_interval(base.correct, seed)[0] > chance
-
-
-def _against_permuted(permuted: System, num_routes: int) -> str:
-    if num_routes == 1:
-        return "All questions took one route, so permuting says nothing."
-    found = permuted.routed_against
-    assert found is not None
-    sentence = found.accuracy.sentence(ROUTED, "its own routes permuted over the questions")
-    said = f"Whether it matters which question a route is for: {sentence}"
-    unchanged = permuted.unchanged_routes or 0.0
-    if unchanged > MENTIONED:
-        said += f" {100 * unchanged:.1f} % of the questions kept their route by chance."
-    return said
-
-
 def _mean(values: Sequence[float]) -> float | None:
     return fmean(values) if values else None
 
@@ -271,49 +288,6 @@ def correct(tables: Sequence[Sequence[System]]) -> list[list[System]]:
             against = replace(against, accuracy=verdict)
             table[place] = replace(table[place], against_base=against)
     return corrected
-
-
-# --- several seeds -----------------------------------------------------------------------------
-
-
-def seeds_of(
-    base: SystemRun,
-    routed: Sequence[SystemRun],
-    permuted: Sequence[SystemRun],
-    seed: int,
-    *,
-    above_chance: bool = True,
-) -> Seeds:
-    """Return what routers of several seeds did at one depth.
-
-    Two numbers must not be mixed. The spread says how much the training's randomness moves a result
-    on the same questions; the intervals say how far the mean over these seeds may move with other
-    questions, each resampled with its answers under all seeds.
-
-    Args:
-        base: The untouched model on the same questions and texts.
-        routed: One run a seed.
-        permuted: The same seeds' own routes permuted over the questions; empty if that wasn't run.
-        seed: Of the resampling.
-        above_chance: Whether base is shown to be above chance.
-    """
-
-    def against(other: Outcomes) -> Differences:
-        return compare(_mean_outcomes(routed), other, seed, above_chance=above_chance)
-
-    def spread(values: Sequence[Sequence[float]]) -> Spread | None:
-        return Spread.of(list(map(fmean, values))) if all(values) else None
-
-    return Seeds(
-        setting=routed[0].setting,
-        num_seeds=len(routed),
-        accuracy=Spread.of([fmean(each.correct) for each in routed]),
-        executions=Spread.of([each.executions for each in routed]),
-        gold_logprob=spread([each.gold_logprob for each in routed]),
-        text_loss=spread([each.text_loss for each in routed]),
-        against_base=against(base.outcomes),
-        against_permuted=against(_mean_outcomes(permuted)) if permuted else None,
-    )
 
 
 def _mean_outcomes(systems: Sequence[SystemRun]) -> Outcomes:

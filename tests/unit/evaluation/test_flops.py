@@ -7,11 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from drllm.errors import ArchitectureError, PathError
-from drllm.evaluation.flops import (
-    ModelShape,
-    kv_bytes,
-    prompt_flops,
-)
+from drllm.evaluation.flops import ModelShape, kv_bytes, prompt_flops
 from drllm.evaluation.latency import empty_cache
 from drllm.models.check import FAMILIES
 from drllm.models.routing.kv_cache import stored_bytes
@@ -53,11 +49,10 @@ def test_flops_of_a_prompt_are_those_that_torch_counts(tiny_model, family):
     shape, T = ModelShape.of(model), 13  # longer than what a sliding layer sees
     routed = RoutedModel(model)
     for decisions in DECISIONS:
-        for num_logits in (1, T):
-            with routed.fixed(decisions):
-                found = counted(lambda n=num_logits: model(ids(T), logits_to_keep=n))
-            derived = prompt_flops(shape, decisions, T, num_logits=num_logits)
-            assert derived.weights + derived.attention == found
+        with routed.fixed(decisions):
+            found = counted(lambda: model(ids(T), logits_to_keep=1))
+        derived = prompt_flops(shape, decisions, T)
+        assert derived.weights + derived.attention == found
 
 
 @pytest.mark.thorough
@@ -76,9 +71,9 @@ def test_every_family_is_derived_exactly_or_refused(tiny_model, family):
 
 
 def test_what_grows_with_the_length_is_told_apart():
-    shape = ModelShape((100, 200), 50, heads=4, kv_heads=2, head_size=8, windows=(None, None),
+    shape = ModelShape((100, 200), 0, heads=4, kv_heads=2, head_size=8, windows=(None, None),
                        kv_itemsize=2)  # fmt: skip
-    once, twice = (prompt_flops(shape, [1, 1], num_tokens=n, num_logits=0) for n in (10, 20))
+    once, twice = (prompt_flops(shape, [1, 1], num_tokens=n) for n in (10, 20))
     assert twice.weights == 2 * once.weights
     assert twice.attention == 4 * once.attention
 
@@ -112,14 +107,6 @@ def test_kv_bytes_are_those_in_the_cache(tiny_model, family, dtype):
             with routed.fixed(decisions), torch.no_grad():
                 model(ids(part), **cache)
             assert kv_bytes(shape, decisions, num_read) == stored_bytes(*cache.values())
-
-
-def test_bytes_in_the_cache_of_an_untouched_model_are_counted_too(tiny_llama):
-    model = tiny_llama()
-    cache = empty_cache(model)
-    with torch.no_grad():
-        model(ids(5), **cache)
-    assert stored_bytes(*cache.values()) == kv_bytes(ModelShape.of(model), [1] * 6, 5)
 
 
 # --- what isn't derived ------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from drllm.config import EvaluateConfig
 from drllm.evaluation.flops import PromptCost
 from drllm.evaluation.systems import SystemRun
-from drllm.evaluation.tables import TaskRuns, correct, seeds_of, seeds_sentence
+from drllm.evaluation.tables import TaskRuns, correct, seeds_sentence
 from drllm.records.results import Evaluation
 from drllm.statistics.intervals import mean_interval, wilson_interval
 from drllm.statistics.paired import paired_interval
@@ -48,10 +48,11 @@ def run(name, correct, setting="", executions=27.0, losses=(), num_routes=7, **v
 
 
 def runs(*systems, chance=0.25, seeds=(), notes=()):
-    written = SimpleNamespace(chance=chance, kind="choices", metric="acc", num_fewshot=0)
+    written = SimpleNamespace(
+        name="a_task", chance=chance, kind="choices", metric="acc", num_fewshot=0
+    )
     written.num_questions = len(systems[0].correct)
     return TaskRuns(
-        task=SimpleNamespace(name="a_task"),
         asked=SimpleNamespace(written=written, ids=list(range(written.num_questions))),
         systems=systems,
         notes=notes,
@@ -202,6 +203,11 @@ def test_tables_of_several_tasks_are_corrected_system_by_system():
 # --- several seeds -----------------------------------------------------------------------------
 
 
+def seeds_of(base, routed, permuted):
+    [seeds] = runs(base, chance=-1.0, seeds=[(routed, permuted)]).by_seeds()
+    return seeds
+
+
 def at(correct, name="routed", executions=9.0):
     gold = [-value for value in correct]
     return run(name, correct, "10 % saved", executions, gold=gold)
@@ -209,7 +215,7 @@ def at(correct, name="routed", executions=9.0):
 
 def test_the_interval_over_questions_does_not_know_how_far_seeds_lie_apart():
     # Each seed is right everywhere or nowhere: the mean is the same on every question.
-    seeds = seeds_of(at([0.0] * 20, "base"), [at([1.0] * 20), at([0.0] * 20)], [], seed=0)
+    seeds = seeds_of(at([0.0] * 20, "base"), [at([1.0] * 20), at([0.0] * 20)], [])
     assert seeds.against_base.accuracy.interval == (0.5, 0.5)
     assert seeds.accuracy.deviation > 0.7
     assert (seeds.accuracy.lowest, seeds.accuracy.highest) == (0.0, 1.0)
@@ -222,7 +228,7 @@ def test_averaging_over_seeds_narrows_the_interval_only_as_far_as_they_disagree(
 
     def width(by_seed):
         base = at([0.0] * 200, "base")
-        seeds = seeds_of(base, [at(values) for values in by_seed], [], seed=0)
+        seeds = seeds_of(base, [at(values) for values in by_seed], [])
         low, high = seeds.against_base.gold_logprob.interval
         return high - low
 
@@ -233,7 +239,7 @@ def test_averaging_over_seeds_narrows_the_interval_only_as_far_as_they_disagree(
 def test_differences_are_those_of_the_mean_over_seeds_question_by_question():
     routed = [at([1.0, 1.0, 0.0, 1.0], executions=8.0), at([0.0, 1.0, 0.0, 0.0])]
     permuted = [at([0.0, 0.0, 0.0, 1.0]), at([0.0, 0.0, 1.0, 1.0])]
-    seeds = seeds_of(at([0.0, 1.0, 0.0, 1.0], "base"), routed, permuted, seed=0)
+    seeds = seeds_of(at([0.0, 1.0, 0.0, 1.0], "base"), routed, permuted)
     assert (seeds.setting, seeds.num_seeds) == ("10 % saved", 2)
     assert seeds.executions.mean == 8.5
     assert seeds.against_base.accuracy.mean == 0.0
@@ -244,7 +250,7 @@ def test_differences_are_those_of_the_mean_over_seeds_question_by_question():
 @pytest.mark.parametrize("num_seeds", [1, 2])
 def test_the_sentence_on_seeds_holds_the_spread_and_both_differences(num_seeds):
     routed = [at([0.5, 1.0, 0.0, 1.0]), at([0.0, 1.0, 0.5, 0.0])][:num_seeds]
-    seeds = seeds_of(at([0.0, 1.0, 0.0, 1.0], "base"), routed, routed, seed=0)
+    seeds = seeds_of(at([0.0, 1.0, 0.0, 1.0], "base"), routed, routed)
     text = seeds_sentence(seeds)
     assert text.startswith(f"Routers of {num_seeds} seeds at 10 % saved: accuracy")
     assert ("standard deviation" in text) == (num_seeds > 1)

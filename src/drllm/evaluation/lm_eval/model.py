@@ -28,7 +28,7 @@ from tqdm import tqdm
 from drllm.config import DepthConfig, ModelConfig
 from drllm.errors import CheckpointError, ConfigError, RoutingError, unknown_name
 from drllm.evaluation.lm_eval.requests import Request, fitted, without_padding
-from drllm.evaluation.lm_eval.scoring import Answer, Counts, RequestScorer, Scored
+from drllm.evaluation.lm_eval.scoring import Answer, Counts, RequestScorer
 from drllm.models.base.load import BaseModel, load
 from drllm.models.routers import hub
 from drllm.models.routers.checkpoint import CONFIG_FILE, load_routers
@@ -243,18 +243,12 @@ class RoutedLM(HFLM):  # type: ignore[misc]
             raise ConfigError("enable_thinking=true fits generated answers only; leave it out")
         rows = [self.request_of(each) for each in requests]
         with tqdm(desc="scoring", total=len(rows), disable=disable_tqdm or self.rank != 0) as bar:
-            answers = self._scored(rows, bar.update).answers
+            answers, _ = self.scorer.score(
+                rows, self.policy, by_prompt=reads_prompt(self.policy), on_progress=bar.update
+            )
         for request, answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, answer)
         return answers
-
-    def _scored(self, rows: Sequence[Request], on_progress: Any = lambda _: None) -> Scored:
-        return self.scorer.score(
-            rows,
-            lambda _keys: self.policy,
-            by_prompt=reads_prompt(self.policy),
-            on_progress=on_progress,
-        )
 
     def request_of(self, instance: Instance) -> Request:
         """Return a request of the harness as tokens."""
@@ -284,7 +278,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 f"{FIXED}"
             )
         rows = [Request(place, *tokens) for place, (_, *tokens) in enumerate(requests)]
-        return self._scored(rows).answers
+        return self.scorer.score(rows, self.policy, by_prompt=False)[0]
 
     # --- generated answers ---
 

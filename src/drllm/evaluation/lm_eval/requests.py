@@ -187,9 +187,6 @@ def _warn(message: str) -> None:
 def without_padding(requests: Sequence[Any]) -> tuple[list[Any], list[int]]:
     """Return the requests without those that the harness repeats to fill a process up.
 
-    Args:
-        requests: Each as often as its `repeats` asks for, some more often.
-
     Returns:
         Those to answer, and for each request the place of its answer among theirs.
 
@@ -201,8 +198,8 @@ def without_padding(requests: Sequence[Any]) -> tuple[list[Any], list[int]]:
         (3, [0, 1, 2, 2, 2])
     """
     wanted: list[Any] = []
+    places: list[int] = []
     found: dict[int, list[int]] = {}
-    places = []
     for request in requests:
         own = found.setdefault(id(request), [])
         if len(own) < (request.repeats or 1):  # None in a request made by hand

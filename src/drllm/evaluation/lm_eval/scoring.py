@@ -23,9 +23,6 @@ from drllm.paths import Decisions, Path
 Answer: TypeAlias = tuple[float, bool]
 """A continuation's log-probability in nats, and whether it is the likeliest one."""
 
-PolicyOf: TypeAlias = Callable[[list[Hashable]], Policy]
-"""Gives the policy for the questions of some keys, side by side in a batch."""
-
 Plan: TypeAlias = Mapping[Any, Decisions]
 """Decisions by question."""
 
@@ -56,19 +53,6 @@ class Counts:
         self.executions += int(routes.sum())
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """What a list of requests was answered.
-
-    Attributes:
-        answers: For each request.
-        routes: For each question, by its key, its route.
-    """
-
-    answers: list[Answer]
-    routes: dict[Hashable, Decisions]
-
-
 class RequestScorer:
     """Scores requests with a routed model.
 
@@ -92,33 +76,40 @@ class RequestScorer:
     def score(
         self,
         requests: Sequence[Request],
-        policy_of: PolicyOf,
+        decides: Policy | Plan,
         *,
         by_prompt: bool = True,
         on_progress: Callable[[int], object] = lambda _: None,
-    ) -> Scored:
+    ) -> tuple[list[Answer], dict[Hashable, Decisions]]:
         """Score requests, each question's under one route; see `requests.asked`.
 
         Args:
             requests: In any order.
-            policy_of: See `PolicyOf`.
-            by_prompt: The policy decides on the prompt of a question.
+            decides: What decides on a question's route.
+            by_prompt: It does so by the question's prompt.
             on_progress: Called with the number of continuations that were scored.
+
+        Returns:
+            The answer to each request, and each question's route.
         """
         found = asked(requests, self.max_length, by_prompt=by_prompt)
         scores: dict[int, Score] = {}
         routes: dict[Hashable, Decisions] = {}
         for places, batch in self._batches(found):
             keys = [found.keys[place] for place in places]
-            each, route = self._under(batch, policy_of(keys))
+            if isinstance(decides, Mapping):
+                plan = [decides[key] for key in keys]
+                each, route = self._under(batch, FixedPolicy(plan, self.routed.num_layers))
+            else:
+                each, route = self._under(batch, decides)
             self.counts.add(route)
             scores.update(zip(places, each, strict=True))
             routes.update(zip(keys, map(tuple, route.tolist()), strict=True))
             on_progress(sum(len(question.continuations) for question in batch.questions))
-        return Scored(_answers(found, scores), routes)
+        return _answers(found, scores), routes
 
-    def score_plans(self, requests: Sequence[Request], plans: Sequence[Plan]) -> list[Scored]:
-        """Return what `score` does under each plan; what their paths have in common runs once."""
+    def score_plans(self, requests: Sequence[Request], plans: Sequence[Plan]) -> list[list[Answer]]:
+        """Return the answers under each plan; what their paths have in common runs once."""
         found = asked(requests, self.max_length, by_prompt=True)
         scores: list[dict[int, Score]] = [{} for _ in plans]
         for places, batch in self._batches(found):
@@ -129,10 +120,7 @@ class RequestScorer:
             for of_plan in scores:
                 of_plan.update((place, next(each)) for place in places)
             batch.forget()
-        return [
-            Scored(_answers(found, each), {key: plan[key] for key in found.keys})
-            for plan, each in zip(plans, scores, strict=True)
-        ]
+        return [_answers(found, each) for each in scores]
 
     def score_path(self, requests: Sequence[Request], path: Path) -> list[Answer]:
         """Score requests along one path, which decisions needn't be able to express.

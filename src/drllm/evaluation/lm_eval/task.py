@@ -7,9 +7,8 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,22 +27,6 @@ Key: TypeAlias = tuple[str, int]
 
 FEWSHOT_SEED = 1234
 """The harness' own, so that its command line draws the same worked examples."""
-
-
-@dataclass(frozen=True, slots=True)
-class Graded:
-    """What the answer to one question is worth.
-
-    Attributes:
-        score: By the metric that counts, from 0 to 1.
-        metrics: All that the harness says of it, by name.
-        gold_logprob: The gold option's log-probability among the options, in nats; None where
-            there are no options.
-    """
-
-    score: float
-    metrics: dict[str, float]
-    gold_logprob: float | None
 
 
 class AskedTask:
@@ -68,15 +51,16 @@ class AskedTask:
     def __init__(self, written: HarnessTask, folder: Path, lm: RoutedLM, *, chat: bool) -> None:
         self.written = written
         self._lm = lm
-        with _quiet():
-            manager = TaskManager(include_path=str(folder), include_defaults=False)
-            self._tasks: dict[str, Any] = dict(manager.load([written.harness_name])["tasks"])
+        self._tasks: dict[str, Any] = {}
         self.keys: list[Key] = []
         self.instances: list[list[Instance]] = []
         self.docs: list[Mapping[str, Any]] = []
-        for name, task in self._tasks.items():
-            task.set_fewshot_seed(seed=FEWSHOT_SEED)
-            with _quiet():
+        # The harness and `datasets` tell how they read a task, in bars of their own.
+        with quiet("lm_eval"), redirect_stderr(io.StringIO()):
+            manager = TaskManager(include_path=str(folder), include_defaults=False)
+            self._tasks |= manager.load([written.harness_name])["tasks"]
+            for task in self._tasks.values():
+                task.set_fewshot_seed(seed=FEWSHOT_SEED)
                 task.build_all_requests(
                     rank=0,
                     world_size=1,
@@ -85,10 +69,10 @@ class AskedTask:
                     chat_template=lm.apply_chat_template if chat else None,
                     tokenizer_name=lm.tokenizer_name if chat else "",
                 )
-            by_doc = itertools.groupby(task.instances, key=lambda instance: instance.doc_id)
-            for doc_id, instances in by_doc:
+        for name, task in self._tasks.items():
+            for doc_id, instances in itertools.groupby(task.instances, lambda each: each.doc_id):
                 self.keys.append((name, doc_id))
-                self.instances.append(sorted(instances, key=lambda instance: instance.idx))
+                self.instances.append(sorted(instances, key=lambda each: each.idx))
                 self.docs.append(self.instances[-1][0].doc)
 
     @property
@@ -153,8 +137,8 @@ class AskedTask:
                     f"with --dtype float32"
                 )
 
-    def grade(self, answers: Sequence[Sequence[Answer | str]]) -> list[Graded]:
-        """Return what a system's answers are worth.
+    def grade(self, answers: Sequence[Sequence[Answer | str]]) -> list[dict[str, float]]:
+        """Return what the harness says of a system's answers: its metrics by name.
 
         Args:
             answers: For each question, the answers to its requests: a log-probability and whether
@@ -166,24 +150,15 @@ class AskedTask:
         for task in self._tasks.values():
             task.apply_filters()
         graded = []
-        for place, given in enumerate(answers):
-            filtered = [each.filtered_resps[self.written.filter] for each in self.instances[place]]
-            task = self._tasks[self.keys[place][0]]
-            metrics = {
-                metric: float(value)
-                for metric, value in task.process_results(self.docs[place], filtered).items()
-                if isinstance(value, (bool, int, float))
-            }
-            gold = None
-            if self.has_options:
-                sums = [answer[0] for answer in given if not isinstance(answer, str)]
-                gold = log_share(sums, self.gold(place))
-            graded.append(Graded(metrics[self.written.metric], metrics, gold))
+        for (name, _), doc, instances in zip(self.keys, self.docs, self.instances, strict=True):
+            answered = [each.filtered_resps[self.written.filter] for each in instances]
+            metrics = self._tasks[name].process_results(doc, answered)
+            graded.append(
+                {m: float(v) for m, v in metrics.items() if isinstance(v, (bool, int, float))}
+            )
         return graded
 
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the harness and `datasets` from telling how they read a task, in bars of their own."""
-    with quiet("lm_eval"), redirect_stderr(io.StringIO()):
-        yield
+    def gold_logprob(self, place: int, answers: Sequence[Answer | str]) -> float:
+        """Return the gold option's log-probability among the options of a question, in nats."""
+        sums = [answer[0] for answer in answers if not isinstance(answer, str)]
+        return log_share(sums, self.gold(place))
