@@ -32,38 +32,25 @@ def findings():
     return {family: check(family) for family in FAMILIES}
 
 
-def test_the_page_has_every_family_and_no_other():
-    assert list(FAMILIES) == list(DOCUMENTED)
-
-
-def test_no_family_is_routed_wrongly(findings):
+def test_no_family_is_routed_wrongly_and_those_of_the_suite_are_exact(findings):
     assert [family for family, found in findings.items() if found.status == "differs"] == []
-
-
-def test_the_families_of_the_suite_are_exact(findings):
     assert dict.fromkeys(IN_SUITE, "exact") == {name: findings[name].status for name in IN_SUITE}
 
 
 def test_what_the_page_says_is_so(findings):
-    if version("transformers") != DOCUMENTED_VERSION:
-        pytest.skip(f"the page is about transformers {DOCUMENTED_VERSION}")
-    assert {family: found.status for family, found in findings.items()} == DOCUMENTED
-
-
-def test_no_family_that_the_page_calls_refused_is_let_through_by_another_version(findings):
+    assert list(FAMILIES) == list(DOCUMENTED)
     refused = [family for family, status in DOCUMENTED.items() if status == "refused"]
-    assert {"refused"} == {findings[family].status for family in refused} - {"absent"}
+    assert {findings[family].status for family in refused} - {"absent"} == {"refused"}
+    if version("transformers") == DOCUMENTED_VERSION:
+        assert {family: found.status for family, found in findings.items()} == DOCUMENTED
 
 
-def test_a_refusal_gives_its_reason_in_one_line(findings):
-    reasons = [found.reason for found in findings.values() if found.status == "refused"]
-    assert reasons
-    assert all(reason and "\n" not in reason for reason in reasons)
-
-
-def test_only_what_was_compared_has_a_difference(findings):
+def test_a_refusal_gives_its_reason_in_one_line_and_what_was_compared_a_difference(findings):
     for found in findings.values():
         assert (found.greatest_difference is not None) == (found.status in ("exact", "broken"))
+        if found.status == "refused":
+            assert found.reason
+            assert "\n" not in found.reason
 
 
 def test_a_family_that_transformers_lacks_is_absent(monkeypatch):
@@ -71,11 +58,6 @@ def test_a_family_that_transformers_lacks_is_absent(monkeypatch):
     found = check("llama")
     assert (found.status, found.class_name) == ("absent", "")
     assert version("transformers") in found.reason
-
-
-def test_an_unknown_family_is_an_error_with_the_nearest_name():
-    with pytest.raises(ArchitectureError, match="did you mean 'qwen2'"):
-        check("qwen22")
 
 
 def test_a_checked_model_is_left_as_it_was(tiny_model):
@@ -154,19 +136,13 @@ def test_mixed_plans_can_be_run_by_a_model_of_any_depth(num_layers):
 # --- tiny models -------------------------------------------------------------------------------
 
 
-def test_the_same_seed_makes_the_same_model():
+def test_the_same_seed_makes_the_same_model_whatever_the_global_generator():
+    before = torch.get_rng_state()
     first, again, other = make_tiny("qwen2"), make_tiny("qwen2"), make_tiny("qwen2", seed=1)
+    assert torch.equal(before, torch.get_rng_state())
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(first(ids).logits, again(ids).logits)
     assert not torch.equal(first(ids).logits, other(ids).logits)
-
-
-def test_making_a_model_leaves_the_global_generator_alone():
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    make_tiny("gpt2")
-    assert torch.equal(expected, torch.rand(3))
 
 
 def test_fields_of_the_configuration_can_be_given():
@@ -174,27 +150,20 @@ def test_fields_of_the_configuration_can_be_given():
     assert (len(model.model.layers), model.config._attn_implementation) == (3, "eager")
 
 
-def test_a_model_is_frozen_in_float32_and_evaluating():
-    model = make_tiny("olmoe")
-    assert not model.training
-    assert {(torch.float32, False)} == {(p.dtype, p.requires_grad) for p in model.parameters()}
-
-
-def test_an_unknown_family_cannot_be_made():
+def test_an_unknown_family_and_one_that_transformers_lacks_cannot_be_made(monkeypatch):
     with pytest.raises(ArchitectureError, match="did you mean 'mistral'"):
         make_tiny("mistrall")
-
-
-def test_a_family_that_transformers_lacks_is_an_error(monkeypatch):
     monkeypatch.setitem(FAMILIES, "no_such_family", {})
     with pytest.raises(ArchitectureError, match="has no no_such_family"):
         make_tiny("no_such_family")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_small_and_as_deep_as_the_others(family):
+def test_every_family_is_small_frozen_and_as_deep_as_the_others(family):
     if not known_to_transformers(family):
         pytest.skip(f"the installed transformers has no {family}")
     model = make_tiny(family)
     assert COMMON["num_hidden_layers"] == model.config.num_hidden_layers
     assert sum(p.numel() for p in model.parameters()) < 300_000
+    assert not model.training
+    assert {(torch.float32, False)} == {(p.dtype, p.requires_grad) for p in model.parameters()}

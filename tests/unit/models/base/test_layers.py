@@ -27,10 +27,20 @@ def test_a_second_list_of_the_same_length_is_refused(tiny_llama):
         find_layers(model)
 
 
-def test_a_list_of_another_length_than_the_config_says_is_refused(tiny_llama):
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("num_hidden_layers", 5, "found 0 lists of 5 layers"),
+        # A state that skipping would break.
+        ("num_kv_shared_layers", 2, "shares keys and values"),
+        ("layer_types", ["full_attention", "linear_attention"] * 3, "linear_attention"),
+        ("layers_block_type", ["attention", "mamba"] * 3, "mamba"),
+    ],
+)
+def test_layers_that_cant_be_told_or_routed_are_refused(tiny_llama, name, value, reason):
     model = tiny_llama()
-    model.config.num_hidden_layers = 5
-    with pytest.raises(ArchitectureError, match="found 0 lists of 5 layers"):
+    setattr(model.config, name, value)
+    with pytest.raises(ArchitectureError, match=reason):
         find_layers(model)
 
 
@@ -39,36 +49,50 @@ def test_a_module_that_is_no_language_model_is_refused():
         find_layers(nn.Linear(2, 2))
 
 
-def test_a_model_with_an_encoder_is_refused():
+@pytest.mark.filterwarnings("ignore")  # Bert says that it was not made as a decoder
+def test_a_model_with_an_encoder_and_an_encoder_are_refused():
     config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     with pytest.raises(ArchitectureError, match="has an encoder"):
         find_layers(T5ForConditionalGeneration(config))
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "reason"),
-    [
-        ("num_kv_shared_layers", 2, "shares keys and values"),
-        ("layer_types", ["full_attention", "linear_attention"] * 3, "linear_attention"),
-        ("layers_block_type", ["attention", "mamba"] * 3, "mamba"),
-    ],
-)
-def test_layers_with_a_state_that_skipping_would_break_are_refused(tiny_llama, name, value, reason):
-    model = tiny_llama()
-    setattr(model.config, name, value)
-    with pytest.raises(ArchitectureError, match=reason):
-        find_layers(model)
-
-
-@pytest.mark.filterwarnings("ignore")  # it says that it was not made as a decoder
-def test_an_encoder_is_refused():
     model = BertLMHeadModel(BertConfig(num_hidden_layers=3, **SMALL)).eval()
     with pytest.raises(ArchitectureError, match="found 0 lists of 3 layers"):
         RoutedModel(model)
 
 
+# --- the probe ---------------------------------------------------------------------------------
+
+
 def probed(model):
     return probe(model, *find_layers(model))
+
+
+def looping_over(model, layers_of):
+    """Let the model's loop run over other layers, made of its own in each pass."""
+    decoder, loop = model.model, type(model.model).forward
+
+    def other_loop(*args, **kwargs):
+        whole, decoder.layers = decoder.layers, layers_of(decoder.layers)
+        try:
+            return loop(decoder, *args, **kwargs)
+        finally:
+            decoder.layers = whole
+
+    decoder.forward = other_loop
+
+
+class Wrapped(nn.Module):
+    """A layer whose output is changed on its way to the loop."""
+
+    def __init__(self, layer, change):
+        super().__init__()
+        self.layer, self.change = layer, change
+
+    def forward(self, *args, **kwargs):
+        return self.change(self.layer(*args, **kwargs))
+
+
+def each(layers, change):
+    return nn.ModuleList([Wrapped(layer, change) for layer in layers])
 
 
 def test_the_probe_leaves_no_trace(tiny_llama):
@@ -84,96 +108,54 @@ def test_the_probe_leaves_no_trace(tiny_llama):
 
 def test_a_loop_that_leaves_layers_out_is_refused(tiny_llama):
     model = tiny_llama()
-    loop = type(model.model).forward
-
-    def three_layers(*args, **kwargs):
-        whole, model.model.layers = model.model.layers, model.model.layers[:3]
-        try:
-            return loop(model.model, *args, **kwargs)
-        finally:
-            model.model.layers = whole
-
-    model.model.forward = three_layers
+    looping_over(model, lambda layers: layers[:3])
     with pytest.raises(ArchitectureError, match="called 3 of its 6 layers"):
         probed(model)
 
 
-class Carrying(nn.Module):
-    """A layer that hands a running sum on, beside its hidden state."""
+def unpacks_two(layers):
+    def unpack(output):
+        hidden, extra = output
+        return hidden + 0 * extra
 
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *args, **kwargs):
-        return self.layer(*args, **kwargs), torch.ones(1)
+    return each(layers, unpack)
 
 
-@pytest.mark.parametrize("unpacks", [True, False], ids=["unpacks two", "adds up what comes"])
-def test_a_loop_that_uses_more_than_the_hidden_state_is_refused(tiny_llama, unpacks):
+def adds_up(layers):
+    sums = []
+
+    def add(output):
+        sums.extend(output[1:])
+        return output[0] + sum(sums)
+
+    return each(layers, add)
+
+
+def takes_the_first(layers):
+    return each(layers, lambda output: output[0])
+
+
+@pytest.mark.parametrize("layers_of", [unpacks_two, adds_up, takes_the_first])
+def test_a_loop_that_uses_more_than_the_hidden_state_is_refused(tiny_llama, layers_of):
     model = tiny_llama()
-    decoder = model.model
-    decoder.layers = nn.ModuleList([Carrying(layer) for layer in decoder.layers])
-    loop = type(decoder).forward
-
-    class Unpacking(nn.Module):
-        def __init__(self, layer, sums):
-            super().__init__()
-            self.layer, self.sums = layer, sums
-
-        def forward(self, *args, **kwargs):
-            output = self.layer(*args, **kwargs)
-            if unpacks:
-                hidden, extra = output
-                return hidden + 0 * extra
-            self.sums.extend(output[1:])
-            return output[0] + sum(self.sums)
-
-    def unpacking_loop(*args, **kwargs):
-        whole, sums = decoder.layers, []
-        decoder.layers = nn.ModuleList([Unpacking(layer, sums) for layer in whole])
-        try:
-            return loop(decoder, *args, **kwargs)
-        finally:
-            decoder.layers = whole
-
-    decoder.forward = unpacking_loop
-    with pytest.raises(ArchitectureError, match="return more than a hidden state"):
-        probed(model)
+    model.model.layers = each(model.model.layers, lambda hidden: (hidden, torch.ones(1)))
+    looping_over(model, layers_of)
+    if layers_of is takes_the_first:  # what it ignores is no hindrance
+        assert probed(model) is True
+    else:
+        with pytest.raises(ArchitectureError, match="return more than a hidden state"):
+            probed(model)
 
 
-def test_extras_that_the_loop_ignores_are_no_hindrance(tiny_llama):
-    model = tiny_llama()
-    decoder, loop = model.model, type(model.model).forward
-    decoder.layers = nn.ModuleList([Carrying(layer) for layer in decoder.layers])
+class Forgetful(nn.Module):
+    """A layer without a state."""
 
-    class First(nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, *args, **kwargs):
-            return self.layer(*args, **kwargs)[0]
-
-    def taking_the_first(*args, **kwargs):
-        whole = decoder.layers
-        decoder.layers = nn.ModuleList([First(layer) for layer in whole])
-        try:
-            return loop(decoder, *args, **kwargs)
-        finally:
-            decoder.layers = whole
-
-    decoder.forward = taking_the_first
-    assert probed(model) is True
+    def forward(self, hidden, *args, **kwargs):
+        return hidden
 
 
 def test_layers_that_store_nothing_are_refused(tiny_llama):
     model = tiny_llama()
-
-    class Forgetful(nn.Module):
-        def forward(self, hidden, *args, **kwargs):
-            return hidden
-
     model.model.layers[4] = Forgetful()
     with pytest.raises(ArchitectureError, match="state other than K/V"):
         probed(model)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from drllm.errors import CheckpointError, ConfigError, RoutingError
-from drllm.models.base.identity import describe
+from drllm.models.base.identity import fingerprint
 from drllm.models.routers.checkpoint import check_routers, read_config, save_routers
+from drllm.models.routers.checkpoint import described as fill_in
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.routed_model import RoutedModel
 
@@ -38,20 +39,15 @@ def by_hand(**values):
 
 
 def described(model, **values):
-    found = describe(model)
-    return by_hand(
-        base_class=found["class"],
-        num_layers=found["num_layers"],
-        hidden_size=found["hidden_size"],
-        base_fingerprint=found["fingerprint"],
-        **values,
-    )
+    """The same, with all that the base model is recognised by."""
+    stack = by_hand(**values)
+    stack.config = fill_in(stack.config, model)
+    return stack
 
 
 def route(routed):
     routed.model(IDS)
-    decisions: list[list[int]] = routed.last_route.tolist()
-    return decisions
+    return routed.last_route.tolist()
 
 
 # --- which base models fit ---------------------------------------------------------------------
@@ -139,14 +135,9 @@ def test_what_routers_made_by_hand_dont_say_of_their_base_is_filled_in(model, tm
     routers = by_hand()
     before = routers.config
     RoutedModel(model, routers).save_pretrained(tmp_path)
-    found = describe(model)
-    assert read_config(tmp_path) == dataclasses.replace(
-        before,
-        base_model="org/tiny",
-        base_revision=COMMIT,
-        base_class="LlamaForCausalLM",
-        base_fingerprint=found["fingerprint"],
-    )
+    base = {"base_class": "LlamaForCausalLM", "base_fingerprint": fingerprint(model)}
+    base |= {"base_model": "org/tiny", "base_revision": COMMIT}
+    assert read_config(tmp_path) == dataclasses.replace(before, **base)
     assert routers.config == before
     card = (tmp_path / "README.md").read_text()
     assert f"`org/tiny`, revision `{COMMIT}`: LlamaForCausalLM, 3 layers, hidden size 32" in card
@@ -169,11 +160,10 @@ def test_what_trained_routers_say_of_their_base_is_kept(model, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_the_base_under_an_adapter_is_what_is_saved(model, tmp_path):
-    expected = describe(model)
+    before = fingerprint(model)
     RoutedModel(adapted(model), by_hand()).save_pretrained(tmp_path)
     config = read_config(tmp_path)
-    assert config.base_class == expected["class"] == "LlamaForCausalLM"
-    assert config.base_fingerprint == expected["fingerprint"]
+    assert (config.base_class, config.base_fingerprint) == ("LlamaForCausalLM", before)
 
 
 def test_a_model_without_routers_has_nothing_to_save(model, tmp_path):

@@ -82,6 +82,13 @@ def test_a_route_is_the_one_that_generating_takes(routed):
     assert expected == routes_of(routed, routed.policy, prompts).tolist()
 
 
+class FailsLate(Policy):
+    def decide(self, layer, prompts):
+        if prompts.hidden.shape[1] > 20:
+            raise RuntimeError("too long for me")
+        return torch.ones(prompts.num_rows, dtype=torch.long)
+
+
 def test_probing_leaves_the_last_route_and_the_policy_as_they_were(tiny_llama):
     routed = RoutedModel(tiny_llama(), policy=FixedPolicy([1, 0, 2, 1, 1, 1], L))
     policy = routed.policy
@@ -90,22 +97,10 @@ def test_probing_leaves_the_last_route_and_the_policy_as_they_were(tiny_llama):
         _ = routed.last_route
     routed.model(torch.tensor([[5, 6, 7]]))
     assert routes_of(routed, FullPolicy(), some_prompts(3)).tolist() == [[1] * L] * 3
-    assert routed.last_route.tolist() == [[1, 0, 2, 1, 1, 1]]
-    assert routed.policy is policy
-
-
-def test_a_policy_that_fails_leaves_the_last_route_as_it_was(routed):
-    class FailsLate(Policy):
-        def decide(self, layer, prompts):
-            if prompts.hidden.shape[1] > 20:
-                raise RuntimeError("too long for me")
-            return torch.ones(prompts.num_rows, dtype=torch.long)
-
-    routed.model(torch.tensor([[5, 6, 7]]))
-    before = routed.last_route.tolist()
     with pytest.raises(RuntimeError, match="too long for me"):
         routes_of(routed, FailsLate(), some_prompts(), batch_size=4)
-    assert before == routed.last_route.tolist()
+    assert routed.last_route.tolist() == [[1, 0, 2, 1, 1, 1]]
+    assert routed.policy is policy
 
 
 @pytest.mark.parametrize(
@@ -266,10 +261,10 @@ def test_without_a_knob_the_policy_in_force_stays(routed, tiny_llama):
 
 
 def test_each_knob_becomes_a_policy(routed):
-    policy, found = policy_for(routed, DepthConfig(depth_bias=0.7))
-    assert (policy.depth_bias, policy.router_penalty, found) == (0.7, None, None)
-    policy, found = policy_for(routed, DepthConfig(router_penalty=-0.6))
-    assert (policy.depth_bias, policy.router_penalty, found) == (0.0, -0.6, None)
+    for bias, penalty in ((0.7, None), (0.0, -0.6)):
+        config = DepthConfig(depth_bias=bias, router_penalty=penalty)
+        policy, found = policy_for(routed, config)
+        assert (policy.depth_bias, policy.router_penalty, found) == (bias, penalty, None)
     policy, found = policy_for(routed, DepthConfig(static_routing=True))
     assert isinstance(policy, FullPolicy)
     assert found is None
@@ -308,22 +303,18 @@ def written(tmp_path, *rows):
     return path
 
 
-def test_prompts_come_from_prompt_or_else_from_question(tmp_path):
-    path = written(
-        tmp_path, {"prompt": "one"}, {"question": "two"}, {"question": "x", "prompt": "y"}
-    )
-    assert read_calibration(path) == [("one", False), ("two", False), ("y", False)]
-
-
-def test_files_of_ours_hold_what_the_model_reads(tmp_path):
-    path = written(
-        tmp_path,
-        {"question": "q", "prompt": "user: q\n", "optimal_layer_config": [1], "answer": "a"},
-        {"question": "q", "optimal_layer_config": [1], "answer": "a"},
-        {"question": "q", "prompt": "Question: q", "paths": []},
-    )
-    expected = [("user: q\n", True), ("q", True), ("Question: q", True)]
-    assert expected == read_calibration(path)
+def test_prompts_are_read_and_those_of_our_files_are_rendered_already(tmp_path):
+    ours = {"optimal_layer_config": [1], "answer": "a"}
+    rows = [
+        ({"prompt": "one"}, "one", False),
+        ({"question": "two"}, "two", False),
+        ({"question": "x", "prompt": "y"}, "y", False),
+        ({"question": "q", "prompt": "user: q\n", **ours}, "user: q\n", True),
+        ({"question": "q", **ours}, "q", True),
+        ({"question": "q", "prompt": "Question: q", "paths": []}, "Question: q", True),
+    ]
+    path = written(tmp_path, *(row for row, *_ in rows))
+    assert read_calibration(path) == [(text, rendered) for _, text, rendered in rows]
 
 
 @pytest.mark.parametrize(
