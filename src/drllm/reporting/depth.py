@@ -9,7 +9,13 @@ from drllm.cost import share_saved
 from drllm.records.results import Evaluation, Point, Spread
 from drllm.reporting import figures
 from drllm.reporting.blocks import Block, Columns, Figure, Folded, Listing, Section, Table, Text
-from drllm.reporting.evaluated import against_cells, against_columns, difference, outstanding
+from drllm.reporting.evaluated import (
+    AGAINST,
+    against_cells,
+    against_columns,
+    difference,
+    outstanding,
+)
 from drllm.reporting.numbers import NONE, count, percent, plain, signed
 from drllm.statistics.non_inferiority import Choice, Trial
 from drllm.statistics.verdicts import Differences, Quantity
@@ -67,17 +73,15 @@ def _curve(evaluation: Evaluation) -> list[Block]:
         in_numbers,
     ]
     rows = [
-        [point.setting, point.system, *against_cells(found), plain(point.executions, 2)]
+        [point.setting, point.system, *against_cells(found, point.executions)]
         for point in evaluation.curve
         if (found := point.routed_against) is not None
     ]
     if rows:
         depths = list(dict.fromkeys(setting for setting, *_ in rows))
         against = Table(
-            caption="The routed model less each baseline, depth by depth, with 95 % intervals, and "
-            "what is shown of the routed model at the 5 % level, each comparison by itself; no "
-            "verdict where base isn't shown to be above chance",
-            header=("depth", "baseline", *against_columns(evaluation), "baseline's executions"),
+            caption=AGAINST.format(", depth by depth"),
+            header=("depth", "baseline", *against_columns(evaluation.score)),
             rows=sorted(rows, key=lambda row: depths.index(row[0])),
             texts=(0, 1, 2, 4, 6),
         )

@@ -19,6 +19,12 @@ from drllm.reporting.numbers import NONE, count, interval, p_value, percent, pla
 from drllm.reporting.run import Run
 from drllm.statistics.verdicts import Differences, Verdict
 
+AGAINST = (
+    "The routed model less each baseline{}, with 95 % intervals, and what is shown of the routed "
+    "model at the 5 % level, each comparison by itself; no verdict where base isn't shown to be "
+    "above chance"
+)
+"""Caption of the tables that have `against_cells`."""
 EQUAL = 0.01
 """Share of the layers by which executions may differ and still be called equal."""
 
@@ -306,17 +312,10 @@ def _baselines(evaluation: Evaluation) -> list[Block]:
     )
     reads = {None: NONE, True: "yes", False: "no"}
     table = Table(
-        caption="The routed model less each baseline, with 95 % intervals, and what is shown of "
-        "the routed model at the 5 % level, each comparison by itself; no verdict where base isn't "
-        "shown to be above chance",
-        header=(
-            "baseline",
-            *against_columns(evaluation),
-            "baseline's executions",
-            "reads the question",
-        ),
+        caption=AGAINST.format(""),
+        header=("baseline", *against_columns(evaluation.score), "reads the question"),
         rows=[
-            [s.name, *against_cells(found), plain(s.executions, 2), reads[s.reads_question]]
+            [s.name, *against_cells(found, s.executions), reads[s.reads_question]]
             for s, found in compared
         ],
         texts=(0, 1, 3, 5, 8),
@@ -324,19 +323,21 @@ def _baselines(evaluation: Evaluation) -> list[Block]:
     return [Columns([[drawn], [less]]), table]
 
 
-def against_columns(evaluation: Evaluation) -> tuple[str, ...]:
-    """Return what the cells of `against_cells` are called; every other one holds words."""
+def against_columns(score: str) -> tuple[str, ...]:
+    """Return what the cells of `against_cells` are called; the even ones hold words."""
     return (
-        f"routed, by {evaluation.score}",
+        f"routed, by {score}",
         "points",
         "by gold log-probability",
         "nats a question",
         "by next-token loss",
         "nats a token",
+        "baseline's executions",
     )
 
 
-def against_cells(found: Differences) -> list[str]:
+def against_cells(found: Differences, executions: float) -> list[str]:
     """Return what is shown of the routed model against a baseline, with the differences."""
     verdicts = (found.accuracy, found.gold_logprob, found.text_loss)
-    return [cell for each in verdicts for cell in (label(each), difference(each))]
+    cells = [cell for each in verdicts for cell in (label(each), difference(each))]
+    return [*cells, plain(executions, 2)]

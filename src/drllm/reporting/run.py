@@ -6,34 +6,23 @@ another model than the others, is an error. Axes: L layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import msgspec
+from msgspec.structs import asdict
 
+from drllm import records
 from drllm.errors import RecordError
-from drllm.records import (
-    SearchRecord,
-    SupervisionRecord,
-    decode,
-    encode,
-    read_json,
-    read_json_lines,
-    read_manifest,
-    read_search,
-    read_supervision,
-    read_text,
-    sha256,
-)
+from drllm.records import SearchRecord, SupervisionRecord, sha256
 from drllm.records.latency import Latency, read_latency
 from drllm.records.layers import LAYERS_FILE, Calibration, Layers, calibration_of, read_layers
 from drllm.records.results import (
     EVALUATION_SCHEMA,
     LATENCY_FILE,
     SAMPLES_FILE,
-    Evaluation,
     Result,
     read_results,
     results_in,
@@ -60,20 +49,20 @@ class Epoch(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """Everything a run folder says.
+    """Everything a run folder says; what it doesn't hold is empty or None.
 
     Attributes:
         folder: Where it is.
-        num_layers: L, agreed on by all files; None where no file says it.
+        num_layers: L, agreed on by all files.
         model: Identity of the base model, from the first file that says it.
         search: The search records.
         supervision: The targets.
         router_config: Contents of `router_config.json`.
         epochs: Router metrics, in order of epoch.
-        layers: How the saved routers agree with their labels; None where it wasn't kept.
-        calibration: How far their probabilities can be believed; None where nothing was held out.
+        layers: How the saved routers agree with their labels.
+        calibration: How far their probabilities can be believed.
         evaluations: By task, in order of name.
-        latency: Times of base and routed; None where none were measured.
+        latency: Times of base and routed.
         recipe: Text of `run.yaml`.
         sources: The files that were read.
         absent: One line for each file that isn't there.
@@ -82,13 +71,13 @@ class Run:
     folder: Path
     num_layers: int | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
-    search: list[SearchRecord] = field(default_factory=list)
-    supervision: list[SupervisionRecord] = field(default_factory=list)
+    search: Sequence[SearchRecord] = ()
+    supervision: Sequence[SupervisionRecord] = ()
     router_config: Mapping[str, Any] = field(default_factory=dict)
-    epochs: list[Epoch] = field(default_factory=list)
+    epochs: Sequence[Epoch] = ()
     layers: Layers | None = None
     calibration: Calibration | None = None
-    evaluations: list[Result] = field(default_factory=list)
+    evaluations: Sequence[Result] = ()
     latency: Latency | None = None
     recipe: str | None = None
     sources: list[Source] = field(default_factory=list)
@@ -102,36 +91,40 @@ class Run:
     @property
     def summary(self) -> Mapping[str, Any]:
         """Counts that the supervision stage left in its manifest."""
-        return self._manifest("supervision.jsonl").get("summary") or {}
+        return self._supervised("summary")
 
     @property
     def notes(self) -> list[str]:
         """What a reader should know before trusting the rest."""
-        by_name = {source.name: source for source in self.sources}
-        read = (self._manifest("supervision.jsonl").get("inputs") or {}).get("search.jsonl")
-        if "search.jsonl" not in by_name or read in (None, by_name["search.jsonl"].sha256):
+        read = self._supervised("inputs").get("search.jsonl")
+        searched = [each.sha256 for each in self.sources if each.name == "search.jsonl"]
+        if read is None or searched in ([], [read]):
             return []
         return [
             "The targets in supervision.jsonl were made from another search.jsonl than the one in "
             "this folder, so what is said of the search and of the targets doesn't belong together."
         ]
 
-    def _manifest(self, name: str) -> Mapping[str, Any]:
-        return next((each.manifest for each in self.sources if each.name == name), {})
+    def _supervised(self, key: str) -> Mapping[str, Any]:
+        said = [each.manifest for each in self.sources if each.name == "supervision.jsonl"]
+        return (said[0].get(key) if said else None) or {}
 
-    def has(self, name: str, otherwise: str, manifest: Mapping[str, Any] | None = None) -> bool:
+    def has(self, name: str, otherwise: str, said: msgspec.Struct | None = None) -> bool:
         """Say whether a file is there, and note it as a source, or as absent.
 
         Args:
             name: In the folder.
             otherwise: What can't be shown without it; empty where nobody misses it.
-            manifest: What the file says of itself, if anything.
+            said: The file as read, where it says itself what a manifest says.
         """
         path = self.folder / name
         if not path.exists():
             self.absent += [f"{name} is absent: {otherwise}."] if otherwise else []
             return False
-        self.sources.append(Source(name=name, sha256=sha256(path), manifest=manifest or {}))
+        manifest = asdict(said) if said is not None else {}
+        if path.suffix == ".jsonl":
+            manifest = records.read_manifest(path, path.stem) or {}
+        self.sources.append(Source(name=name, sha256=sha256(path), manifest=manifest))
         return True
 
 
@@ -149,16 +142,15 @@ def read_run(folder: Path) -> Run:
         what = "is a file" if folder.exists() else "doesn't exist"
         raise RecordError(f"{folder} {what}; give a folder that 'drllm run' has written")
     run = Run(folder=folder)
-    if run.has("search.jsonl", "the search's yield can't be shown", _manifest_of(folder, "search")):
-        run.search = list(read_search(folder / "search.jsonl"))
-    targets = "targets and label counts can't be shown"
-    if run.has("supervision.jsonl", targets, _manifest_of(folder, "supervision")):
-        run.supervision = list(read_supervision(folder / "supervision.jsonl"))
+    if run.has("search.jsonl", "the search's yield can't be shown"):
+        run.search = list(records.read_search(folder / "search.jsonl"))
+    if run.has("supervision.jsonl", "targets and label counts can't be shown"):
+        run.supervision = list(records.read_supervision(folder / "supervision.jsonl"))
     _read_routers(run)
     _read_results(run)
     recipe = folder / "run.yaml"
     if recipe.is_file():
-        run.recipe = read_text(recipe)
+        run.recipe = records.read_text(recipe)
     else:
         run.absent.append("run.yaml is absent: the recipe isn't shown.")
     if not (run.search or run.supervision or run.router_config or run.epochs or run.evaluations):
@@ -172,32 +164,25 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def _manifest_of(folder: Path, kind: str) -> dict[str, Any]:
-    path = folder / f"{kind}.jsonl"
-    return (read_manifest(path, kind) or {}) if path.exists() else {}
-
-
 def _read_routers(run: Run) -> None:
     folder = run.folder / "routers"
     if run.has("routers/router_config.json", "the routers aren't described"):
         path = folder / "router_config.json"
-        run.router_config = read_json(path, dict[str, Any])
+        run.router_config = records.read_json(path, dict[str, Any])
         if not isinstance(run.router_config.get("num_layers"), int):
             raise RecordError(f"{path}: 'num_layers' is missing, or no whole number")
         run.calibration = calibration_of(run.router_config, str(path))
     if run.has("routers/metrics.jsonl", "router metrics can't be shown"):
-        run.epochs = _epochs(folder / "metrics.jsonl")
+        path = folder / "metrics.jsonl"
+        found = []
+        for line, row in records.read_json_lines(path, dict[str, Any]):
+            named = {name: row.pop(name) for name in ("epoch", "split") if name in row}
+            epoch = records.encode({**named, "values": row})
+            found.append(records.decode(epoch, Epoch, f"{path}, line {line}"))
+        run.epochs = sorted(found, key=lambda epoch: epoch.epoch)
     missed = "the routers aren't shown layer by layer" if run.epochs else ""
     if run.has(f"routers/{LAYERS_FILE}", missed):
         run.layers = read_layers(folder / LAYERS_FILE)
-
-
-def _epochs(path: Path) -> list[Epoch]:
-    found = []
-    for line, row in read_json_lines(path, dict[str, Any]):
-        named = {name: row.pop(name) for name in ("epoch", "split") if name in row}
-        found.append(decode(encode({**named, "values": row}), Epoch, f"{path}, line {line}"))
-    return sorted(found, key=lambda epoch: epoch.epoch)
 
 
 def _read_results(run: Run) -> None:
@@ -206,10 +191,8 @@ def _read_results(run: Run) -> None:
     Raises:
         RecordError: A result that can't be trusted.
     """
-    prefix = "eval/"
-    own = [path for path in results_in(run.folder) if schema_of(path) == EVALUATION_SCHEMA]
-    if own and not (run.folder / "eval").is_dir():
-        prefix = ""
+    own = any(schema_of(path) == EVALUATION_SCHEMA for path in results_in(run.folder))
+    prefix = "" if own and not (run.folder / "eval").is_dir() else "eval/"
     folder = run.folder / prefix
     paths = results_in(folder)
     if not paths:
@@ -217,37 +200,29 @@ def _read_results(run: Run) -> None:
         return
     run.evaluations = read_results(folder)
     run.latency = read_latency(folder)
-    missed = "routes and example questions can't be shown"
-    samples = folder / SAMPLES_FILE
-    manifest = (read_manifest(samples, "samples") or {}) if samples.exists() else {}
-    run.has(f"{prefix}{SAMPLES_FILE}", missed, manifest)
+    run.has(f"{prefix}{SAMPLES_FILE}", "routes and example questions can't be shown")
     for path, evaluation in zip(paths, run.evaluations, strict=True):
-        run.has(f"{prefix}{path.name}", "", _said(evaluation, Evaluation))
-    missed = "no latency or throughput can be shown"
-    run.has(f"{prefix}{LATENCY_FILE}", missed, _said(run.latency, Latency))
-
-
-def _said(found: msgspec.Struct | None, kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """Return a file's values by name, as a manifest has them; empty for None."""
-    return {} if found is None else {name: getattr(found, name) for name in kind.__struct_fields__}
+        run.has(f"{prefix}{path.name}", "", evaluation)
+    run.has(f"{prefix}{LATENCY_FILE}", "no latency or throughput can be shown", run.latency)
 
 
 # --- do the files belong together? -------------------------------------------------------------
 
 
 def _agreed_layers(run: Run) -> int | None:
+    depths = list(dict.fromkeys(record.num_layers for record in run.search))
+    if len(depths) > 1:
+        raise RecordError(
+            f"{run.folder / 'search.jsonl'} holds questions of models with {depths[0]} and "
+            f"{depths[1]} layers; a report is about one"
+        )
     said: dict[str, int] = {}
-    for record in run.search:
-        said.setdefault("search.jsonl", record.num_layers)
-        if record.num_layers != said["search.jsonl"]:
-            raise RecordError(
-                f"{run.folder / 'search.jsonl'} holds questions of models with "
-                f"{said['search.jsonl']} and {record.num_layers} layers; a report is about one"
-            )
+    if depths:
+        said["search.jsonl"] = depths[0]
     if run.supervision:
         said["supervision.jsonl"] = len(run.supervision[0].optimal_layer_config)
     if run.router_config:
-        said["router_config.json"] = cast(int, run.router_config["num_layers"])
+        said["router_config.json"] = run.router_config["num_layers"]
     if run.layers is not None:
         said[LAYERS_FILE] = run.layers.num_layers
     for evaluation in run.evaluations:
@@ -263,7 +238,7 @@ def _agreed_layers(run: Run) -> int | None:
 
 def _agreed_model(run: Run) -> Mapping[str, Any]:
     models = [(each.name, each.manifest.get("model")) for each in run.sources]
-    known = [(name, model) for name, model in models if isinstance(model, dict)]
+    known = [(name, model) for name, model in models if model and isinstance(model, dict)]
     fingerprints: dict[str, str] = {}
     for name, model in known:
         if model.get("fingerprint"):
@@ -274,7 +249,7 @@ def _agreed_model(run: Run) -> Mapping[str, Any]:
             f"{run.folder} mixes base models with different weights (fingerprints in {shown}); "
             f"keep the files of one run in a folder"
         )
-    return next((model for _, model in known if model), {})
+    return known[0][1] if known else {}
 
 
 def _check_routers(run: Run) -> None:

@@ -5,7 +5,7 @@ The choice sees the `select` split alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -28,14 +28,9 @@ FRAME = 0.9
 
 
 class Placed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A routed model at one depth of one task: the mean over its seeds, less base.
+    """A routed model at one depth (in words) of one task: the mean over its seeds, less base.
 
-    Attributes:
-        task: What was asked.
-        depth: In words.
-        num_seeds: Seeds whose routers could be brought to the depth.
-        executions: Mean a forward pass.
-        against_base: On the same questions.
+    `num_seeds` are those whose routers could be brought to the depth.
     """
 
     task: str
@@ -63,14 +58,9 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class SweepResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One `sweep.json`.
+    """One `sweep.json`: settings in the order given, chosen on a split.
 
-    Attributes:
-        sweep: Name of the recipe.
-        sweep_sha256: Its hash.
-        chosen_on: The split.
-        chosen: Name of the setting; None where no setting reaches any depth.
-        settings: In the order given.
+    `sweep` is the recipe's name; `chosen` is None where no setting reaches any depth.
     """
 
     schema: str = SCHEMA
@@ -83,11 +73,7 @@ class SweepResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def read_candidate(name: str, folder: Path) -> Candidate:
-    """Read a setting's results.
-
-    Args:
-        name: Of the setting.
-        folder: Its `eval` folder.
+    """Read a setting's results from its `eval` folder.
 
     Raises:
         RecordError: Results that can't be trusted, or none.
@@ -98,28 +84,21 @@ def read_candidate(name: str, folder: Path) -> Candidate:
     return Candidate(name=name, places=tuple(p for each in evaluations for p in _places(each)))
 
 
-def _places(evaluation: Evaluation) -> list[Placed]:
-    found = [
+def _places(evaluation: Evaluation) -> Iterator[Placed]:
+    rows = [
         (row.setting, row.num_seeds, row.executions.mean, row.against_base)
         for row in evaluation.seeds
-        if row.setting
     ]
-    if not evaluation.seeds:
-        found = [
+    if not rows:
+        rows = [
             (point.setting, 1, point.executions, point.against_base)
             for point in evaluation.curve
             if point.system == ROUTED and point.against_base is not None
         ]
-    return [
-        Placed(
-            task=evaluation.task,
-            depth=depth,
-            num_seeds=num_seeds,
-            executions=executions,
-            against_base=against_base,
-        )
-        for depth, num_seeds, executions, against_base in found
-    ]
+    for depth, seeds, executions, found in rows:
+        if depth:
+            about = {"task": evaluation.task, "depth": depth}
+            yield Placed(**about, num_seeds=seeds, executions=executions, against_base=found)
 
 
 def choose(candidates: Sequence[Candidate]) -> Candidate | None:
@@ -129,20 +108,14 @@ def choose(candidates: Sequence[Candidate]) -> Candidate | None:
     be brought to a depth have nothing to offer there. Among them the mean merit over tasks and
     depths decides, and where it is equal the first one given.
 
-    Args:
-        candidates: In the order given.
-
     Source: ours.
     """
-    found = [each for each in candidates if each.merit is not None]
-    if not found:
-        return None
-    most = max(_reached(each) for each in found)
-    return max((each for each in found if _reached(each) == most), key=lambda c: c.merit or 0.0)
 
+    def rank(candidate: Candidate) -> tuple[int, int, float]:
+        places = candidate.places
+        return len(places), sum(place.num_seeds for place in places), candidate.merit or 0.0
 
-def _reached(candidate: Candidate) -> tuple[int, int]:
-    return len(candidate.places), sum(place.num_seeds for place in candidate.places)
+    return max((each for each in candidates if each.places), key=rank, default=None)
 
 
 def read_sweep_file(path: Path) -> SweepResult:
@@ -162,27 +135,25 @@ def drawn(candidates: Sequence[Candidate], colours: Colours) -> Figure:
     several = len({task for task, _ in depths}) > 1
     height = FRAME + ROW * len(candidates) * max(1, len(depths) / 2)
     figure, (left, right) = panels(1, 2, height, sharey=True)
-    measures = (
-        ("accuracy", 100, "accuracy,\npoints"),
-        ("gold_logprob", 1, "gold log-prob.,\nnats"),
-    )
-    for axes, (key, scale, label) in zip((left, right), measures, strict=True):
+    for axes, key, scale, label in (
+        (left, "accuracy", 100, "accuracy,\npoints"),
+        (right, "gold_logprob", 1, "gold log-prob.,\nnats"),
+    ):
         for number, depth in enumerate(depths):
             shift = (number - (len(depths) - 1) / 2) * 0.8 / len(depths)
-            rows, middles, ends = [], [], []
-            for row, candidate in enumerate(candidates):
-                for place in candidate.places:
-                    found = getattr(place.against_base, key)
-                    if (place.task, place.depth) == depth and found is not None:
-                        rows.append(row + shift)
-                        middles.append(scale * found.mean)
-                        ends.append([scale * end for end in found.interval])
-            if not rows:
-                continue
-            colour, marker = colours[f"s{number % 5 + 1}"], "osD^v"[number % 5]
-            axes.hlines(rows, *zip(*ends, strict=True), color=colour, linewidth=1.2)
-            name = f"{depth[0]}, {depth[1]}" if several else depth[1]
-            axes.plot(middles, rows, marker, color=colour, markersize=3.5, label=name)
+            points = [
+                (row + shift, *(scale * value for value in (found.mean, *found.interval)))
+                for row, candidate in enumerate(candidates)
+                for place in candidate.places
+                if (place.task, place.depth) == depth
+                and (found := getattr(place.against_base, key)) is not None
+            ]
+            if points:
+                rows, middles, lows, highs = zip(*points, strict=True)
+                colour, marker = colours[f"s{number % 5 + 1}"], "osD^v"[number % 5]
+                name = ", ".join(depth) if several else depth[1]
+                axes.hlines(rows, lows, highs, color=colour, linewidth=1.2)
+                axes.plot(middles, rows, marker, color=colour, markersize=3.5, label=name)
         axes.axvline(0, color=colours["ink"], linewidth=0.8, zorder=0)
         axes.set_xlabel(f"{label}, less base's")
         axes.locator_params(axis="x", nbins=3)
