@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from subprocess import PIPE, Popen
 from typing import Any
 
 import pytest
@@ -49,31 +46,32 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path
     return folder
 
 
-def _hear_interrupts() -> None:
-    """Undo what a shell does to the commands it runs in the background: they ignore SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+@pytest.fixture(scope="session")
+def processes() -> Any:
+    """Processes that start at once, since what they need is loaded before they are forked."""
+    context = multiprocessing.get_context("forkserver")
+    stages = ("search.run", "training.stage", "evaluation.run", "models.base.load")
+    context.set_forkserver_preload(["drllm.cli", *(f"drllm.{stage}" for stage in stages)])
+    return context
+
+
+COMMAND = """
+import signal, sys
+from drllm.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+sys.stderr = open(said, "w", buffering=1)
+sys.exit(main(words))
+"""
 
 
 @pytest.fixture
-def start() -> Any:
-    """A function that starts `python -m drllm …` in a process of its own."""
-    running: list[Popen[str]] = []
+def start(processes: Any, tmp_path: Path) -> Callable[[Sequence[str]], tuple[Any, Path]]:
+    """A function that starts a command; it returns the process, and the file of what it says."""
 
-    def begin(words: Sequence[str], cwd: Path | None = None) -> Popen[str]:
-        process = Popen(
-            [sys.executable, "-m", "drllm", *words],
-            cwd=cwd,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=PIPE,
-            stderr=PIPE,
-            text=True,
-            preexec_fn=_hear_interrupts,
-        )
-        running.append(process)
-        return process
+    def begin(words: Sequence[str]) -> tuple[Any, Path]:
+        said = tmp_path / "stderr.txt"
+        process = processes.Process(target=exec, args=(COMMAND, {"words": words, "said": said}))
+        process.start()
+        return process, said
 
-    yield begin
-    for process in running:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    return begin

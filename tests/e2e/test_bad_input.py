@@ -478,16 +478,16 @@ def test_these_mistakes_are_answered_without_loading_torch(
 
 
 def test_a_process_ends_with_the_same_status_and_line(
-    models: dict[str, str], working: Callable[[Case], Path], start: Any
+    models: dict[str, str], working: Callable[[Case], Path]
 ):
     [case] = [case for case in CASES if case.words == "EVALUATE --model OTHER"]
     folder = working(case)
     before = listing(folder)
 
-    process = start(case.line(models), folder)
-    _, err = process.communicate()
+    words = [sys.executable, "-m", "drllm", *case.line(models)]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
 
-    check_answer(case, process.returncode, err)
+    check_answer(case, done.returncode, done.stderr)
     assert listing(folder) == before
 
 

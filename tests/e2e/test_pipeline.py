@@ -3,50 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import Popen
 from typing import Any
 
 import pytest
 
 from drllm.cli import main
 from drllm.records import read_search
+from drllm.reporting import stage as reporting
 from drllm.search import CHUNKS_FOLDER, num_batches_kept
 
-FILES = {
-    "run.yaml",
-    "run.manifest.json",
-    "search.jsonl",
-    "search.manifest.json",
-    "supervision.jsonl",
-    "supervision.manifest.json",
-    "supervision.rejected.jsonl",
-    "routers/router_config.json",
-    "routers/routers.safetensors",
-    "routers/metrics.jsonl",
-    "routers/layers.json",
-    "routers/README.md",
-    "eval/builtin_facts.json",
-    "eval/latency.json",
-    "eval/samples.jsonl",
-    "eval/samples.manifest.json",
-    "eval/tasks/test/builtin_facts.yaml",
-    "eval/tasks/test/rows/builtin_facts-asked.jsonl",
-    "report.html",
-    "report.md",
-    "report_figures/01-builtin-facts-systems.png",
-    "report_figures/02-builtin-facts-baselines.png",
-    "report_figures/03-labels-and-routes.png",
-    "report_figures/04-single-edits.png",
-    "report_figures/05-target-executions.png",
-    "report_figures/06-router-metrics.png",
-    "report_figures/07-router-layers.png",
-}
+EVERY_FILE = """
+run.yaml run.manifest.json
+search.jsonl search.manifest.json
+supervision.jsonl supervision.manifest.json supervision.rejected.jsonl
+routers/router_config.json routers/routers.safetensors routers/metrics.jsonl routers/layers.json
+routers/README.md
+eval/builtin_facts.json eval/latency.json eval/samples.jsonl eval/samples.manifest.json
+eval/tasks/test/builtin_facts.yaml eval/tasks/test/rows/builtin_facts-asked.jsonl
+report.html report.md
+report_figures/01-builtin-facts-systems.png report_figures/02-builtin-facts-baselines.png
+report_figures/03-labels-and-routes.png report_figures/04-single-edits.png
+report_figures/05-target-executions.png report_figures/06-router-metrics.png
+report_figures/07-router-layers.png
+"""
+FILES = set(EVERY_FILE.split())
 
 
 def files_of(folder: Path) -> dict[str, int]:
@@ -54,18 +41,47 @@ def files_of(folder: Path) -> dict[str, int]:
 
     The hash of its rows is left out of a file's name.
     """
-    return {
-        re.sub(
-            r"-[0-9a-f]{8,}(?=\.jsonl$)", "", path.relative_to(folder).as_posix()
-        ): path.stat().st_mtime_ns
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    times = {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in files}
+    return {re.sub(r"-[0-9a-f]{8,}(?=\.jsonl$)", "", name): at for name, at in times.items()}
 
 
 @pytest.fixture
 def run_copy(tmp_path: Path, finished_run: Path) -> Path:
     return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the report be two files without content: its figures take longer than all else."""
+
+    def report(folder: Path, listener: Any) -> tuple[Path, Path]:
+        pages = folder / "report.html", folder / "report.md"
+        for page in pages:
+            page.write_text("")
+        return pages
+
+    monkeypatch.setattr(reporting, "report", report)
+    monkeypatch.setattr(reporting, "figures_of", lambda page: [])
+
+
+@pytest.fixture
+def rerun(
+    recipe: Path, tmp_path: Path, run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """A function that carries out the recipe, a text in it changed, in a copy of the run.
+
+    It returns what goes to standard error.
+    """
+
+    def rerun(old: str = "", new: str = "", *words: str) -> str:
+        other = tmp_path / "other.yaml"
+        assert old in recipe.read_text()
+        other.write_text(recipe.read_text().replace(old, new, 1))
+        assert main(["run", str(other), "--output-dir", str(run_copy), *words]) == 0
+        return capsys.readouterr().err
+
+    return rerun
 
 
 # --- a recipe ----------------------------------------------------------------------------------
@@ -92,29 +108,24 @@ def test_a_recipe_may_leave_the_search_to_ray(
     assert_same_run(ours, theirs)
 
 
-@pytest.mark.parametrize("kept", [False, True], ids=["the same file", "the one in the folder"])
-def test_the_same_recipe_again_does_nothing_anew(
-    kept: bool, finished_run: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+def test_the_same_recipe_or_the_one_in_the_folder_does_nothing_anew(
+    finished_run: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
 ):
     before = files_of(finished_run)
-    file = finished_run / "run.yaml" if kept else recipe
+    for file in (recipe, finished_run / "run.yaml"):
+        assert main(["run", str(file), "--output-dir", str(finished_run)]) == 0
 
-    assert main(["run", str(file), "--output-dir", str(finished_run)]) == 0
-
-    out, err = capsys.readouterr()
-    assert files_of(finished_run) == before
-    assert err.count("done before") == 5
-    assert f"report       {finished_run / 'report.html'}" in out
+        out, err = capsys.readouterr()
+        assert files_of(finished_run) == before
+        assert err.count("done before") == 5
+        assert f"report       {finished_run / 'report.html'}" in out
 
 
 def test_other_training_settings_redo_the_training_and_what_follows(
-    run_copy: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_copy: Path, rerun: Callable[..., str]
 ):
     before = files_of(run_copy)
-    other = tmp_path / "other.yaml"
-    other.write_text(recipe.read_text().replace("num_epochs: 2", "num_epochs: 3"))
-
-    assert main(["run", str(other), "--output-dir", str(run_copy)]) == 0
+    said = rerun("num_epochs: 2", "num_epochs: 3")
 
     after = files_of(run_copy)
     unchanged = {name for name in after if after[name] == before[name]}
@@ -122,21 +133,144 @@ def test_other_training_settings_redo_the_training_and_what_follows(
     kept |= {name for name in FILES if name.endswith("asked.jsonl")}  # the questions are the same
     assert unchanged == kept
     assert len((run_copy / "routers" / "metrics.jsonl").read_text().splitlines()) == 3
-    assert capsys.readouterr().err.count("done before") == 2
+    assert said.count("done before") == 2
+
+
+def test_a_result_that_was_changed_by_hand_is_made_again(
+    run_copy: Path, rerun: Callable[..., str], quick_report: None
+):
+    result = run_copy / "eval" / "builtin_facts.json"
+    right = json.loads(result.read_text())
+    result.write_text(result.read_text().replace('"accuracy": ', '"accuracy": 1.0e-9 + '))
+
+    assert rerun().count("done before") == 3
+
+    made_again = json.loads(result.read_text())
+    for system, expected in zip(made_again["systems"], right["systems"], strict=True):
+        assert system["accuracy"] == expected["accuracy"]
+        assert system["gold_logprob"] == pytest.approx(expected["gold_logprob"], abs=1e-4)
+
+
+def test_whether_time_is_measured_redoes_the_evaluation_and_how_often_does_not(
+    run_copy: Path, rerun: Callable[..., str], quick_report: None
+):
+    for rounds, redone in ((4, False), (0, True)):
+        said = rerun("evaluate: {", f"evaluate: {{latency_rounds: {rounds}, ")
+        assert ("evaluate: done before" not in said) == redone
+        assert (run_copy / "eval" / "latency.json").exists() != redone
+
+
+def test_other_tasks_leave_no_result_of_the_earlier_ones(
+    run_copy: Path, rerun: Callable[..., str], tmp_path: Path, quick_report: None
+):
+    own = tmp_path / "own.jsonl"
+    rows = [
+        {"question": f"Which number follows {n}?", "choices": [str(n + 1), str(n)], "answer": 0}
+        for n in range(40)
+    ]
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    rerun("tasks: builtin_facts", f"tasks: {own}")
+
+    results = [path.name for path in (run_copy / "eval").glob("[!.s]*.json")]
+    assert sorted(results) == ["latency.json", "own.json"]
+
+
+def test_a_moved_data_folder_with_the_same_questions_redoes_the_report_only(
+    rerun: Callable[..., str], tmp_path: Path, quick_report: None
+):
+    (tmp_path / "data").mkdir()
+
+    said = rerun("", "", "--data-dir", str(tmp_path / "data"))
+
+    for stage in ("[1/5] search", "[2/5] supervise", "[3/5] train", "[4/5] evaluate"):
+        assert f"{stage}: done before" in said
+
+
+def test_a_recipe_with_several_seeds_evaluates_them_all(
+    run_copy: Path, rerun: Callable[..., str], quick_report: None
+):
+    rerun("num_epochs: 2", "num_epochs: 2, num_seeds: 2")
+
+    assert (run_copy / "routers" / "seed_1" / "routers.safetensors").is_file()
+    result = json.loads((run_copy / "eval" / "builtin_facts.json").read_text())
+    assert list(result["other_seeds"]) == [str(run_copy / "routers" / "seed_1")]
+
+
+def test_a_sweep_chooses_a_setting_on_select_and_tests_it_once(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], quick_report: None
+):
+    sweep, out = tmp_path / "sweep.yaml", tmp_path / "sweep"
+    text = recipe.read_text().replace("num_random_draws: 2}", "curve: '0.1', latency_rounds: 0}")
+    sweep.write_text(text + "settings: {plain: {}, two: {train: {beta: 0.9, num_seeds: 2}}}\n")
+    assert main(["sweep", str(sweep), "--output-dir", str(out)]) == 0
+    found = json.loads((out / "sweep.json").read_text())
+    assert [each["name"] for each in found["settings"]] == ["plain", "two"]
+    for name in ("plain", "two"):
+        result = json.loads((out / "settings" / name / "eval/builtin_facts.json").read_text())
+        assert result["split"] == "select"
+        assert {row["name"] for row in result["systems"]} == {"base", "routed"}
+    tested = json.loads((out / "test" / "eval" / "builtin_facts.json").read_text())
+    assert tested["split"] == "test"
+    assert tested["routers"] == str(out / "settings" / found["chosen"] / "routers")
+    assert (out / "test" / "report.html").is_file()
+    assert (out / "sweep.png").is_file()
+    shown = capsys.readouterr().out
+    assert f"Chosen on select: {found['chosen']}" in " ".join(shown.split())
+
+    before = files_of(out)
+    assert main(["sweep", str(sweep), "--output-dir", str(out)]) == 0
+    after = files_of(out)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed <= {"sweep.json", "sweep.png"}
+    assert main(["show", str(out)]) == 0
+    assert "settings on select" in capsys.readouterr().out
+
+
+# --- single verbs ------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def train_words(run_copy: Path, model_folder: Callable[..., Path]) -> list[str]:
+def model(model_folder: Callable[..., Path]) -> list[str]:
+    return ["--model", str(model_folder()), "--device", "cpu"]
+
+
+@pytest.fixture
+def train_words(run_copy: Path, model: list[str]) -> list[str]:
     """A training on a copy of the run's targets, to be given an output."""
-    model = ["--model", str(model_folder()), "--device", "cpu"]
     settings = ["--num-epochs", "1", "--warmup-steps", "0"]
     return ["train", *model, *settings, "--supervision", str(run_copy / "supervision.jsonl")]
+
+
+def test_the_stages_one_by_one_end_in_an_evaluation(
+    tmp_path: Path,
+    model: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    model[0] = "--model-id"
+
+    assert main(["search", *model, "--limit", "6", "--num_simulations", "6"]) == 0
+    supervised = ["supervise", "--search", "data/search.jsonl", "--output", "data/paper.jsonl"]
+    assert main([*supervised, "--target", "paper"]) == 0
+    trained = ["train", *model, "--supervision", "data/supervision.jsonl", "--run-name", "first"]
+    assert main([*trained, "--num-epochs", "1", "--warmup-steps", "0"]) == 0
+    evaluated = ["evaluate", "--routers", "checkpoints/first", "--device", "cpu", "--limit", "4"]
+    assert main([*evaluated, "--num-random-draws", "1"]) == 0
+
+    out = capsys.readouterr().out
+    assert Path("data/paper.jsonl").is_file()
+    assert Path("eval/builtin_facts.json").is_file()
+    assert "builtin_facts, test: 4 questions" in out
+    for system in ("base", "routed", "permuted routes", "random decisions", "label frequency"):
+        assert re.search(rf"^ {system} .*\d–\d", out, re.MULTILINE)
 
 
 def test_features_that_are_kept_are_used_again_by_another_training(
     train_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    kept = tmp_path / "kept"
+    kept, weights = tmp_path / "kept", {}
     for name, others in (("first", []), ("again", []), ("other", ["--seed", "1"])):
         words = [*train_words, *others, "--features", str(kept), "--output", str(tmp_path / name)]
         assert main(words) == 0
@@ -144,22 +278,17 @@ def test_features_that_are_kept_are_used_again_by_another_training(
         assert (f"the routers' inputs in {kept} are used again" in said) == (name != "first")
         assert (f"the routers' inputs need 0.1 MB in {kept}, where " in said) == (name == "first")
         assert not (tmp_path / name / "features").exists()
-
-    weights = [
-        (tmp_path / name / "routers.safetensors").read_bytes() for name in ("first", "again")
-    ]
-    assert weights[0] == weights[1]
-    assert (tmp_path / "other" / "routers.safetensors").read_bytes() != weights[0]
+        weights[name] = (tmp_path / name / "routers.safetensors").read_bytes()
+    assert weights["first"] == weights["again"] != weights["other"]
 
 
 def test_rounds_on_the_routers_own_routes_leave_routers_of_each_round(
     train_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     few = Path(train_words[-1]).read_text().splitlines()
-    rows = [json.loads(line) for line in few * 4]
     many = [
         row | {"id": str(number), "question": f"{row['question']} {number}"}
-        for number, row in enumerate(rows)
+        for number, row in enumerate(map(json.loads, few * 4))
     ]
     supervision, output = tmp_path / "many.jsonl", tmp_path / "rounds"
     supervision.write_text("".join(json.dumps(row) + "\n" for row in many))
@@ -199,117 +328,19 @@ def test_a_target_that_is_set_aside_is_said_and_listed(
     assert main([*train_words, "--output", str(tmp_path / "routers")]) == 0
 
     rejected = tmp_path / "routers" / "rejected.jsonl"
-    assert (
-        "targets are set aside (1 longer than the base model's context): " + str(rejected)
-        in capsys.readouterr().err
-    )
+    why = "targets are set aside (1 longer than the base model's context)"
+    assert f"{why}: {rejected}" in capsys.readouterr().err
     [line] = rejected.read_text().splitlines()
     assert json.loads(line)["id"] == "long"
     assert main(["show", str(rejected)]) == 0
     assert "longer than the base model's context" in capsys.readouterr().out
 
 
-def test_a_result_that_was_changed_by_hand_is_made_again(
-    run_copy: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
-):
-    result = run_copy / "eval" / "builtin_facts.json"
-    right = json.loads(result.read_text())
-    result.write_text(result.read_text().replace('"accuracy": ', '"accuracy": 1.0e-9 + '))
-
-    assert main(["run", str(recipe), "--output-dir", str(run_copy)]) == 0
-
-    made_again = json.loads(result.read_text())
-    for system, expected in zip(made_again["systems"], right["systems"], strict=True):
-        assert system["accuracy"] == expected["accuracy"]
-        assert system["gold_logprob"] == pytest.approx(expected["gold_logprob"], abs=1e-4)
-    assert capsys.readouterr().err.count("done before") == 3
-
-
-def test_whether_time_is_measured_redoes_the_evaluation_and_how_often_does_not(
-    run_copy: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    other = tmp_path / "other.yaml"
-    for rounds, redone in ((4, False), (0, True)):
-        settings = f"evaluate: {{latency_rounds: {rounds}, "
-        other.write_text(recipe.read_text().replace("evaluate: {", settings))
-        assert main(["run", str(other), "--output-dir", str(run_copy)]) == 0
-        assert ("evaluate: done before" not in capsys.readouterr().err) == redone
-        assert (run_copy / "eval" / "latency.json").exists() != redone
-    assert "were not measured" in (run_copy / "report.md").read_text()
-
-
-def test_other_tasks_leave_no_result_of_the_earlier_ones(
-    run_copy: Path, recipe: Path, tmp_path: Path
-):
-    own = tmp_path / "own.jsonl"
-    rows = [
-        {"question": f"Which number follows {n}?", "choices": [str(n + 1), str(n)], "answer": 0}
-        for n in range(40)
-    ]
-    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    other = tmp_path / "other.yaml"
-    other.write_text(recipe.read_text().replace("tasks: builtin_facts", f"tasks: {own}"))
-
-    assert main(["run", str(other), "--output-dir", str(run_copy)]) == 0
-
-    assert sorted(path.name for path in (run_copy / "eval").glob("[!.s]*.json")) == [
-        "latency.json",
-        "own.json",
-    ]
-
-
-def test_a_moved_data_folder_with_the_same_questions_redoes_the_report_only(
-    run_copy: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    elsewhere = tmp_path / "data"
-    elsewhere.mkdir()
-
-    words = ["run", str(recipe), "--output-dir", str(run_copy), "--data-dir", str(elsewhere)]
-    assert main(words) == 0
-
-    said = capsys.readouterr().err
-    for stage in ("[1/5] search", "[2/5] supervise", "[3/5] train", "[4/5] evaluate"):
-        assert f"{stage}: done before" in said
-
-
-# --- single verbs ------------------------------------------------------------------------------
-
-
-def test_the_stages_one_by_one_end_in_an_evaluation(
-    tmp_path: Path,
-    model_folder: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
-    monkeypatch.chdir(tmp_path)
-    model = ["--model-id", str(model_folder()), "--device", "cpu"]
-
-    assert main(["search", *model, "--limit", "6", "--num_simulations", "6"]) == 0
-    supervised = ["supervise", "--search", "data/search.jsonl", "--output", "data/paper.jsonl"]
-    assert main([*supervised, "--target", "paper"]) == 0
-    trained = ["train", *model, "--supervision", "data/supervision.jsonl", "--run-name", "first"]
-    assert main([*trained, "--num-epochs", "1", "--warmup-steps", "0"]) == 0
-    evaluated = ["evaluate", "--routers", "checkpoints/first", "--device", "cpu", "--limit", "4"]
-    assert main([*evaluated, "--num-random-draws", "1"]) == 0
-
-    out = capsys.readouterr().out
-    assert Path("data/paper.jsonl").is_file()
-    assert Path("eval/builtin_facts.json").is_file()
-    assert "builtin_facts, test: 4 questions" in out
-    for system in ("base", "routed", "permuted routes", "random decisions", "label frequency"):
-        assert re.search(rf"^ {system} .*\d–\d", out, re.MULTILINE)
-
-
 def test_several_seeds_are_trained_and_evaluated_together(
-    finished_run: Path,
-    tmp_path: Path,
-    model_folder: Callable[..., Path],
-    capsys: pytest.CaptureFixture[str],
+    train_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     def train(name: str, *words: str) -> int:
-        given = ["train", "--model", str(model_folder()), "--device", "cpu", "--num-epochs", "2"]
-        given += ["--supervision", str(finished_run / "supervision.jsonl")]
-        return main([*given, "--warmup-steps", "1", "--output", str(tmp_path / name), *words])
+        return main([*train_words, "--output", str(tmp_path / name), *words])
 
     def weights(name: str) -> bytes:
         return (tmp_path / name / "routers.safetensors").read_bytes()
@@ -338,32 +369,18 @@ def test_several_seeds_are_trained_and_evaluated_together(
     assert "Routers of 2 seeds: accuracy" in out
 
 
-def test_a_recipe_with_several_seeds_evaluates_them_all(
-    run_copy: Path, recipe: Path, tmp_path: Path
-):
-    seeds = tmp_path / "seeds.yaml"
-    seeds.write_text(recipe.read_text().replace("num_epochs: 2", "num_epochs: 2, num_seeds: 2"))
-    assert main(["run", str(seeds), "--output-dir", str(run_copy)]) == 0
-    assert (run_copy / "routers" / "seed_1" / "routers.safetensors").is_file()
-    result = json.loads((run_copy / "eval" / "builtin_facts.json").read_text())
-    assert list(result["other_seeds"]) == [str(run_copy / "routers" / "seed_1")]
-    assert "Routers of several seeds" in (run_copy / "report.md").read_text()
-
-
 def test_several_seeds_are_trained_on_soft_targets_each_in_its_own_folder(
     run_copy: Path,
+    train_words: list[str],
     tmp_path: Path,
-    model_folder: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.chdir(tmp_path)
     supervised = ["supervise", "--search", "run/search.jsonl", "--output", "soft.jsonl"]
     assert main([*supervised, "--target", "least_kl", "--path-weights", "closer"]) == 0
-    trained = ["train", "--model", str(model_folder()), "--device", "cpu", "--run-name", "soft"]
-    trained += ["--supervision", "soft.jsonl", "--num-epochs", "1", "--warmup-steps", "0"]
-    trained += ["--soft-targets", "--num-seeds", "2", "--seed", "5"]
-    assert main(trained) == 0
+    trained = [*train_words[:-1], "soft.jsonl", "--run-name", "soft", "--soft-targets"]
+    assert main([*trained, "--num-seeds", "2", "--seed", "5"]) == 0
 
     folders = [Path("checkpoints/soft"), Path("checkpoints/soft/seed_6")]
     configs = [json.loads((folder / "router_config.json").read_text()) for folder in folders]
@@ -372,74 +389,68 @@ def test_several_seeds_are_trained_on_soft_targets_each_in_its_own_folder(
     assert all(f"routers        {folder}" in out for folder in folders)
 
 
-def test_a_search_that_is_complete_says_so_and_stays_as_it_is(
-    run_copy: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
-):
-    settings = recipe.read_text()
-    model = re.search(r"model: (/[^,]+),", settings)
-    assert model is not None
-    before = (run_copy / "search.jsonl").stat().st_mtime_ns
+@pytest.fixture
+def search_again(
+    run_copy: Path, model: list[str], capsys: pytest.CaptureFixture[str]
+) -> Callable[[], Any]:
+    """A function that repeats the run's search by its own verb, and returns what it says."""
+    words = ["search", *model, "--output-dir", str(run_copy), "--block-size", "3"]
 
-    words = ["search", "--model", model[1], "--device", "cpu", "--output-dir", str(run_copy)]
-    status = main([*words, "--limit", "6", "--num-simulations", "6", "--block-size", "3"])
+    def again() -> Any:
+        assert main([*words, "--limit", "6", "--num-simulations", "6"]) == 0
+        return capsys.readouterr()
 
-    assert status == 0
-    assert "search.jsonl is complete already" in capsys.readouterr().out
-    assert (run_copy / "search.jsonl").stat().st_mtime_ns == before
+    return again
 
 
-def test_targets_by_another_rule_survive_the_same_search_again(
-    run_copy: Path, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+def test_the_same_search_again_leaves_itself_and_targets_of_another_rule_as_they_are(
+    run_copy: Path, search_again: Callable[[], Any]
 ):
     search, output = run_copy / "search.jsonl", run_copy / "supervision.jsonl"
     words = ["supervise", "--search", str(search), "--output", str(output), "--target", "paper"]
     assert main(words) == 0
-    chosen = output.read_text()
+    chosen, before = output.read_text(), search.stat().st_mtime_ns
 
-    assert search_again(run_copy, model_folder()) == 0
+    out = search_again().out
 
+    assert "search.jsonl is complete already" in out
+    assert search.stat().st_mtime_ns == before
+    assert "supervision.jsonl is made from this search already" in out
     assert output.read_text() == chosen
-    assert "supervision.jsonl is made from this search already" in capsys.readouterr().out
-
-
-def search_again(folder: Path, model: Path) -> int:
-    words = ["search", "--model", str(model), "--device", "cpu", "--output-dir", str(folder)]
-    return main([*words, "--limit", "6", "--num-simulations", "6", "--block-size", "3"])
 
 
 def test_targets_whose_manifest_a_kill_prevented_get_it_from_the_same_search_again(
-    run_copy: Path, model_folder: Callable[..., Path]
+    run_copy: Path, search_again: Callable[[], Any]
 ):
     manifest = run_copy / "supervision.manifest.json"
     before = json.loads(manifest.read_text())
     manifest.unlink()
 
-    assert search_again(run_copy, model_folder()) == 0
+    search_again()
 
     after = json.loads(manifest.read_text())
     assert {**after, "created": ""} == {**before, "created": ""}
     assert after["rewards"] == ["loglikelihood"]
 
 
-def test_targets_of_ones_own_stay_as_they_are(
-    run_copy: Path, model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-):
+def test_targets_of_ones_own_stay_as_they_are(run_copy: Path, search_again: Callable[[], Any]):
     (run_copy / "supervision.manifest.json").unlink()
     output = run_copy / "supervision.jsonl"
-    lines = output.read_text().splitlines(keepends=True)
-    output.write_text("".join(lines[1:]))
+    own = "".join(output.read_text().splitlines(keepends=True)[1:])
+    output.write_text(own)
 
-    assert search_again(run_copy, model_folder()) == 0
+    said = search_again().err
 
-    assert output.read_text() == "".join(lines[1:])
+    assert output.read_text() == own
     assert not (run_copy / "supervision.manifest.json").exists()
-    assert "has no manifest, so it isn't ours; it stays as it is" in capsys.readouterr().err
+    assert "has no manifest, so it isn't ours; it stays as it is" in said
 
 
 def trained_for(routers: Path, *rewards: str) -> str:
     """Rewrite what the routers' prompts were made for, and return their folder."""
     path = routers / "router_config.json"
     config = json.loads(path.read_text())
+    assert config["training"]["rewards"] == ["loglikelihood"]
     config["training"]["rewards"] = list(rewards)
     path.write_text(json.dumps(config))
     return str(routers)
@@ -461,11 +472,8 @@ def test_generate_says_so_where_routers_read_a_chat_template_but_were_trained_wi
     notes: int,
     capsys: pytest.CaptureFixture[str],
 ):
-    routers = run_copy / "routers"
-    assert json.loads((routers / "router_config.json").read_text())["training"]["rewards"] == [
-        "loglikelihood"
-    ]
-    words = ["generate", "--routers", trained_for(routers, *rewards), "--device", "cpu", *flags]
+    routers = trained_for(run_copy / "routers", *rewards)
+    words = ["generate", "--routers", routers, "--device", "cpu", *flags]
 
     assert main([*words, "--max-new-tokens", "2", "What is ice?"]) == 0
 
@@ -481,7 +489,7 @@ def test_evaluate_says_so_where_routers_were_trained_on_other_prompts(
     run_copy: Path, tmp_path: Path, rewards: list[str], notes: int, capsys: Any
 ):
     words = ["evaluate", "--routers", trained_for(run_copy / "routers", *rewards)]
-    words += ["--device", "cpu", "--limit", "2", "--num-random-draws", "1"]
+    words += ["--device", "cpu", "--limit", "2", "--baselines", "none", "--latency-rounds", "0"]
 
     assert main([*words, "--output-dir", str(tmp_path / "eval")]) == 0
 
@@ -498,26 +506,25 @@ def test_generate_draws_the_route_and_counts_its_cost(
     out = capsys.readouterr().out
     route = re.search(r"layer  0\n       ([█·2]{4})\n", out)
     assert route is not None
-    counts = {"·": 0, "█": 1, "2": 2}
-    executions = sum(counts[mark] for mark in route[1])
+    executions = sum("·█2".index(mark) for mark in route[1])
     assert f"executions  {executions} of 4 a forward pass" in out
     assert re.search(r"time        prefill \d", out)
 
 
 def test_generate_without_routers_gives_the_base_models_answer(
-    model_folder: Callable[..., Path], tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+    model: list[str], tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ):
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_folder())
+    plain = AutoModelForCausalLM.from_pretrained(model[1])
     ids = torch.tensor([tiny_tokenizer("Name an ice.")["input_ids"]])
-    output = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    output = plain.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
     expected = tiny_tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     assert expected.strip()
 
-    words = ["generate", "--model", str(model_folder()), "--device", "cpu", "--no-chat"]
-    assert main([*words, "--max-new-tokens", "6", "Name an ice."]) == 0
+    words = ["generate", *model, "--no-chat", "--max-new-tokens", "6", "Name an ice."]
+    assert main(words) == 0
 
     out = capsys.readouterr().out
     assert out.startswith(expected.strip() + "\n")
@@ -553,110 +560,55 @@ def test_everything_in_a_run_folder_can_be_shown(
 # --- kill, interrupt, go on --------------------------------------------------------------------
 
 
-def search_words(model: Path, dataset: str, output: Path) -> list[str]:
-    settings = ["--num-simulations", "8", "--limit", "10", "--block-size", "2"]
-    words = ["search", "--model", str(model), "--device", "cpu", "--dataset", dataset]
-    return [*words, *settings, "--output-dir", str(output)]
-
-
-def wait_for_first_batch(process: Popen[str], output: Path) -> None:
-    while not num_batches_kept(output / CHUNKS_FOLDER):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.001)
-
-
-@pytest.fixture
-def letters_file(tmp_path: Path) -> str:
-    """Questions to be answered by a letter; the tiny model's babble is right at times."""
-    path = tmp_path / "letters.jsonl"
-    rows = [
-        {"question": f"Is {n} A) odd, B) even or C) big?", "answer": "C", "grader": "letter"}
-        for n in range(40)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-@pytest.mark.parametrize("dataset", ["builtin_facts", "builtin_arithmetic", "letters"])
-def test_a_killed_search_goes_on_and_ends_as_an_unbroken_one(
+@pytest.mark.parametrize(
+    ("dataset", "stop"),
+    [
+        ("builtin_facts", signal.SIGINT),
+        ("letters", signal.SIGKILL),
+        pytest.param("builtin_arithmetic", signal.SIGKILL, marks=pytest.mark.thorough),
+    ],
+)
+def test_a_search_that_was_stopped_goes_on_and_ends_as_an_unbroken_one(
     dataset: str,
+    stop: signal.Signals,
     tmp_path: Path,
-    model_folder: Callable[..., Path],
-    letters_file: str,
-    start: Any,
+    model: list[str],
+    start: Callable[..., Any],
     assert_same_run: Callable[..., None],
 ):
-    dataset = dataset.replace("letters", letters_file)
-    killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
-    process = start(search_words(model_folder(), dataset, killed))
-    wait_for_first_batch(process, killed)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    kept = [file for file in (killed / CHUNKS_FOLDER).iterdir() if file.name.count(".") == 1]
-    assert 1 <= num_batches_kept(killed / CHUNKS_FOLDER) < 5  # the kill came in the middle of it
+    if dataset == "letters":  # answered by a letter; the tiny model's babble is right at times
+        dataset = str(tmp_path / "letters.jsonl")
+        choices = {"answer": "C", "grader": "letter"}
+        rows = [{"question": f"Is {n} A) odd, B) even or C) big?", **choices} for n in range(40)]
+        Path(dataset).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["search", *model, "--dataset", dataset, "--num-simulations", "8", "--limit", "10"]
+    words += ["--block-size", "2", "--output-dir"]
+    stopped, unbroken = tmp_path / "stopped", tmp_path / "unbroken"
+    process, said = start([*words, str(stopped)])
+    while not num_batches_kept(stopped / CHUNKS_FOLDER):
+        assert process.is_alive(), said.read_text()
+        time.sleep(0.001)
+    os.kill(process.pid, stop)
+    process.join()
+
+    if stop == signal.SIGINT:
+        assert process.exitcode == 130
+        assert "Traceback" not in said.read_text()
+        sentence = "interrupted; finished work is kept. Run the same command to resume."
+        assert said.read_text().splitlines()[-1] == f"drllm: {sentence}"
+    kept = [file for file in (stopped / CHUNKS_FOLDER).iterdir() if file.name.count(".") == 1]
+    assert 1 <= num_batches_kept(stopped / CHUNKS_FOLDER) < 5  # the stop came in the middle of it
     chunk = next(json.loads(f.read_text()) for f in kept if f.name.startswith("batch-"))
-    assert not (killed / "search.jsonl").exists()
+    assert not (stopped / "search.jsonl").exists()
 
-    assert main(search_words(model_folder(), dataset, killed)) == 0
-    assert main(search_words(model_folder(), dataset, unbroken)) == 0
+    for folder in (stopped, unbroken):
+        assert main([*words, str(folder)]) == 0
 
-    assert not (killed / CHUNKS_FOLDER).exists()
-    rows = [json.loads(line) for line in (killed / "search.jsonl").read_text().splitlines()]
+    assert not (stopped / CHUNKS_FOLDER).exists()
+    lines = (stopped / "search.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     assert all(record in rows for record in chunk["records"])  # times too: not searched again
-    resumed, expected = read_search(killed / "search.jsonl"), read_search(unbroken / "search.jsonl")
+    resumed, expected = (read_search(run / "search.jsonl") for run in (stopped, unbroken))
     assert_same_run(resumed, expected)
     if dataset != "builtin_arithmetic":  # too hard for a model of random weights
         assert {path.reward for record in expected for path in record.paths} == {0.0, 1.0}
-
-
-def test_an_interrupted_search_ends_in_one_sentence_and_keeps_its_blocks(
-    tmp_path: Path, model_folder: Callable[..., Path], start: Any
-):
-    output = tmp_path / "data"
-    process = start(search_words(model_folder(), "builtin_arithmetic", output))
-    wait_for_first_batch(process, output)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-
-    last = err.splitlines()[-1]
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    assert last == "drllm: interrupted; finished work is kept. Run the same command to resume."
-    assert num_batches_kept(output / CHUNKS_FOLDER)
-    assert not (output / "search.jsonl").exists()
-
-
-def test_a_sweep_chooses_a_setting_on_select_and_tests_it_once(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    sweep = tmp_path / "sweep.yaml"
-    text = recipe.read_text().replace("num_random_draws: 2}", "curve: '0.1,0.2', epsilon: 5}")
-    sweep.write_text(
-        text.replace("limit: 6, curve", "limit: 6, num_texts: 30, curve")
-        + "settings: {plain: {}, weighted: {train: {beta: 0.9}}, two: {train: {num_seeds: 2}}}\n"
-    )
-    out = tmp_path / "sweep"
-    assert main(["sweep", str(sweep), "--output-dir", str(out)]) == 0
-    found = json.loads((out / "sweep.json").read_text())
-    assert [each["name"] for each in found["settings"]] == ["plain", "weighted", "two"]
-    for each in found["settings"]:
-        result = json.loads(
-            (out / "settings" / each["name"] / "eval/builtin_facts.json").read_text()
-        )
-        assert result["split"] == "select"
-        assert {row["name"] for row in result["systems"]} == {"base", "routed"}
-    tested = json.loads((out / "test" / "eval" / "builtin_facts.json").read_text())
-    assert tested["split"] == "test"
-    assert tested["routers"] == str(out / "settings" / found["chosen"] / "routers")
-    assert (out / "test" / "report.html").is_file()
-    assert (out / "sweep.png").is_file()
-    shown = capsys.readouterr().out
-    assert f"Chosen on select: {found['chosen']}" in " ".join(shown.split())
-
-    before = files_of(out)
-    assert main(["sweep", str(sweep), "--output-dir", str(out)]) == 0
-    after = files_of(out)
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed <= {"sweep.json", "sweep.png"}
-    assert main(["show", str(out)]) == 0
-    assert "settings on select" in capsys.readouterr().out
