@@ -6,7 +6,6 @@ import torch
 from drllm.evaluation.baselines.fitting.exit_policy import (
     ExitPolicy,
     confidences,
-    executions_at,
     find_threshold,
 )
 from drllm.models.routers.depth_control import routes_of
@@ -69,12 +68,9 @@ def test_the_policy_stops_where_a_loop_by_hand_stops(
     routed, lens, slow, prompts, threshold, batch_size
 ):
     wanted = [stops(probabilities, threshold) for probabilities in slow]
+    assert threshold != TELLING or len(set(wanted)) > 2
     routes = routes_of(routed, ExitPolicy(lens, threshold), prompts, batch_size=batch_size)
     assert routes.tolist() == [[1] * num + [0] * (L - num) for num in wanted]
-
-
-def test_thresholds_of_this_test_tell_prompts_apart(slow):
-    assert len({stops(probabilities, TELLING) for probabilities in slow}) > 2
 
 
 @pytest.mark.parametrize("executions", [1.0, 1.5, 2.3, 3.1, 4.0])
@@ -86,12 +82,6 @@ def test_the_threshold_gives_the_wanted_executions_when_the_policy_runs(
     assert found.executions == pytest.approx(executions, abs=(L - 1) / 2 / len(measured))
     routes = routes_of(routed, ExitPolicy(lens, found.value), prompts)
     assert float(routes.sum(dim=1).double().mean()) == found.executions
-
-
-def test_executions_are_those_of_the_loop_by_hand(measured):
-    for threshold in (0.0, 0.1, 0.2, 1.0):
-        wanted = [stops(row, threshold) for row in measured.tolist()]
-        assert executions_at(measured, threshold).tolist() == wanted
 
 
 def test_a_scored_continuation_is_not_read(routed, lens, prompts):

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from drllm.errors import ConfigError
 from drllm.evaluation.baselines.fitting.planners import (
     SequenceRouter,
     UpFrontPolicy,
@@ -42,18 +41,6 @@ def test_what_is_read_is_the_mean_embedding_of_each_prompt_alone(
     for prompt, row in zip(prompts, found, strict=True):
         expected = model.model.embed_tokens(torch.tensor(prompt)).mean(dim=0)
         torch.testing.assert_close(row, expected)
-
-
-def test_reading_leaves_the_last_route_as_it_was(routed, prompts):
-    routed.model(torch.tensor([[5, 6]]))
-    before = routed.last_route.tolist()
-    first_inputs(routed, prompts[:3])
-    assert before == routed.last_route.tolist()
-
-
-def test_prompts_that_cannot_be_read_are_refused(routed):
-    with pytest.raises(ConfigError, match="there are no prompts"):
-        first_inputs(routed, [])
 
 
 @pytest.mark.parametrize("bias", [0.0, 0.7])

@@ -83,14 +83,11 @@ def test_every_baseline_says_in_a_line_what_it_is():
         for text in (baseline.description, baseline.source, baseline.fitted_on):
             assert text
             assert "\n" not in text
+    reading = {baseline.name for baseline in ordered() if baseline.reads_question}
+    assert reading == {"confidence exit", "sequence router", "program predictor"}
 
 
 def test_what_is_not_compared_has_a_reason_and_is_no_baseline():
     assert set(NOT_COMPARED) == {"LayerSkip", "FlexiDepth"}
     assert all("needs" in reason for reason in NOT_COMPARED.values())
     assert not set(NOT_COMPARED) & set(BASELINES)
-
-
-def test_three_baselines_decide_from_the_question():
-    reading = {baseline.name for baseline in ordered() if baseline.reads_question}
-    assert reading == {"confidence exit", "sequence router", "program predictor"}
