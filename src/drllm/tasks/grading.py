@@ -132,10 +132,7 @@ class Loglikelihood(Reward):
 
 @REWARDS.register("letter")
 class Letter(Reward):
-    """The first option letter that stands alone is the right one.
-
-    Upper case, without a letter or digit next to it.
-    """
+    """The first option letter that stands alone is the right one."""
 
     def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
         """See `Reward.verdict`."""
@@ -168,8 +165,7 @@ class Boxed(Reward):
 class Exact(Reward):
     """The first line that isn't blank equals an answer.
 
-    Apart from case, white space, quotation marks and emphasis around it and a final punctuation
-    mark.
+    Both are compared as `normalise` has them.
     """
 
     def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
@@ -210,10 +206,5 @@ def first_boxed(text: str) -> str | None:
 
 
 def normalise(answer: str) -> str:
-    """Return an answer without what doesn't count: case, outer marks, runs of white space.
-
-    Example:
-        >>> normalise(' **New  York.** ')
-        'new york'
-    """
+    """Return an answer without what doesn't count: case, outer marks, runs of white space."""
     return " ".join(answer.split()).casefold().lstrip(_OPENING_MARKS).rstrip(_CLOSING_MARKS)

@@ -44,12 +44,7 @@ def task_names() -> list[str]:
 
 
 def is_task_name(name: str) -> bool:
-    """Say whether a name is that of a task, a group, an alias, or a file of questions.
-
-    Example:
-        >>> is_task_name("arc"), is_task_name("mine.jsonl"), is_task_name("lambada_openai")
-        (True, True, False)
-    """
+    """Say whether a name is that of a task, a group, an alias, or a file of questions."""
     return _own_name(name) in task_names() or name.endswith(FILE_NAMES)
 
 
@@ -98,10 +93,6 @@ def describe_tasks() -> list[tuple[str, str, str]]:
     """Return name, rewards (the default first) and description of every task and group, by name.
 
     Rewards are empty where a task is only evaluated.
-
-    Example:
-        >>> next(row for row in describe_tasks() if row[0] == "arc")
-        ('arc', 'loglikelihood, letter', 'stands for arc_easy, arc_challenge')
     """
     rows = [(task, task.name, task.description) for task in map(TASKS.get, TASKS)]
     for group, members in groups().items():

@@ -89,10 +89,5 @@ def block_influence(
 
 
 def order_by_influence(influence: Sequence[float]) -> list[int]:
-    """Return all layers, the least influential first; of equal ones the deepest first.
-
-    Example:
-        >>> order_by_influence([0.9, 0.1, 0.3, 0.1])
-        [3, 1, 2, 0]
-    """
+    """Return all layers, the least influential first; of equal ones the deepest first."""
     return sorted(range(len(influence)), key=lambda layer: (influence[layer], -layer))

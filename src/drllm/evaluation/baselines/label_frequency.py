@@ -75,11 +75,6 @@ def tilted(label_counts: Sequence[Sequence[int]], executions: float) -> Tensor:
         CheckpointError: The routers carry no label counts.
 
     Source: ours (docs/differences.md, D-18).
-
-    Example:
-        >>> tilted([[1, 1, 0], [0, 1, 0]], executions=1.5)
-        tensor([[0.5000, 0.5000, 0.0000],
-                [0.0000, 1.0000, 0.0000]], dtype=torch.float64)
     """
     import torch
 

@@ -85,12 +85,7 @@ class EvenlySpaced(LayerDropping):
 
 
 def without(layers: Collection[int], num_layers: int) -> Decisions:
-    """Return the full path's decisions without some layers.
-
-    Example:
-        >>> without([2], num_layers=4)
-        (1, 1, 0, 1)
-    """
+    """Return the full path's decisions without some layers."""
     return tuple(int(layer not in layers) for layer in range(num_layers))
 
 
@@ -111,11 +106,6 @@ def mixture(
 
     Raises:
         ConfigError: Executions that don't lie between.
-
-    Example:
-        >>> import torch
-        >>> mixture((1, 0), (1, 1), 1.5, 4, torch.Generator()).sum(dim=1).double().mean()
-        tensor(1.5000, dtype=torch.float64)
     """
     import torch
 

@@ -37,7 +37,7 @@ class PermutedRoutes(Baseline):
 
 @register
 class RandomDecisions(Baseline):
-    """Controls for how much is executed, question by question: executions are equal for each.
+    """Controls for how much is executed, question by question.
 
     If this does as well as the routed model, it doesn't matter which layers the routers pick.
     """
@@ -73,7 +73,7 @@ def permuted(routes: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def share_unchanged(routes: Tensor, others: Tensor) -> float:
-    """Return the share of questions whose decisions are the same in both, `[Q, L]` each."""
+    """Return the share of questions whose decisions `[Q, L]` are the same in both."""
     return float((routes == others).all(dim=1).double().mean())
 
 

@@ -75,9 +75,7 @@ def rates_in(records: Sequence[SearchRecord]) -> dict[Decisions, float]:
 
     Most programs were tried on a question or two, and of thousands some were lucky. So the share
     is shrunk: (valid + k · p) / (tried + k) with k = `PRIOR_TRIES` and p the share of all tries at
-    the same number of executions that were valid. A program tried once stays near its kind; one
-    tried on most questions is judged by itself. It is the mean of a beta distribution whose prior
-    is worth k tries.
+    the same number of executions that were valid.
 
     Which programs a search tries on a question depends on how others fared there, so even a shrunk
     share is no estimate to report; it only says what to look at again (`best_program`).

@@ -85,12 +85,7 @@ def confidences(
 
 
 def executions_at(confidences: Tensor, threshold: float) -> Tensor:
-    """Return how many layers each prompt runs at a threshold, `[N]` from 1 to L.
-
-    Example:
-        >>> executions_at(torch.tensor([[0.2, 0.6, 0.1], [0.2, 0.3, 0.4]]), 0.5).tolist()
-        [2, 4]
-    """
+    """Return how many layers each prompt runs at a threshold, `[N]` from 1 to L."""
     return 1 + (confidences <= threshold).long().cumprod(dim=1).sum(dim=1)
 
 

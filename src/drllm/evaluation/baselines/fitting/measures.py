@@ -56,12 +56,7 @@ MEASURES: dict[str, Callable[[Material], Measure]] = {
 
 
 def log_share(sums: Sequence[float], place: int) -> float:
-    """Return the log of an option's share of the probability, from all options' summed logs.
-
-    Example:
-        >>> round(math.exp(log_share([-1000.0, -1000.0], 0)), 6)
-        0.5
-    """
+    """Return the log of an option's share of the probability, from all options' summed logs."""
     highest = max(sums)
     return sums[place] - highest - math.log(sum(math.exp(value - highest) for value in sums))
 
