@@ -1,7 +1,5 @@
-"""The slow, obvious way of running a path, which everything fast is compared with.
-
-And what the parity tests are made of: the families, the plans, the prompts, and the answers of
-the slow way, which are made once a session for each family and plan.
+"""What the parity tests are made of: the families, the plans, the prompts, and the answers of the
+slow way, which are made once a session for each family and plan.
 """
 
 from __future__ import annotations
@@ -12,15 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from drllm.models.check import IN_SUITE
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.paths import to_path
-
-LOGIT_TOLERANCE = 2e-5
-"""Greatest difference of fp32 logits (standard deviation about 1.4) that batched arithmetic made
-on these models: 6e-6 was measured, rounded up for other processors."""
+from slow_way import ListedModel
 
 TELLING = ("llama", "gemma3_text", "gpt2")
 """Families that differ in what can go wrong: the usual; sliding and full layers mixed, with a
@@ -61,75 +54,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         )
     if "plan" in metafunc.fixturenames and "family" in metafunc.fixturenames:
         metafunc.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-
-
-class ListedModel:
-    """A plain copy of a model whose layer list *is* the path; one unpadded row, no cache.
-
-    The layers are those of the model's largest list. What the configuration says layer by layer is
-    put into the order of the path too.
-
-    Args:
-        model: A model that isn't routed; it stays as it is.
-        decisions: `[L]`.
-        cached: Give each listed layer a copy of its own and number them anew, so that the model
-            can be run with a cache too: one entry a listed layer.
-    """
-
-    def __init__(self, model: Any, decisions: Sequence[int], *, cached: bool = False) -> None:
-        path = to_path(decisions)
-        self.model = copy.deepcopy(model)
-        lists = [
-            (sum(p.numel() for p in child.parameters()), parent, name)
-            for parent in self.model.modules()
-            for name, child in parent.named_children()
-            if isinstance(child, nn.ModuleList)
-        ]
-        _, stack, name = max(lists, key=lambda found: found[0])
-        layers = getattr(stack, name)
-        assert len(layers) == len(decisions)
-        listed = [copy.deepcopy(layers[i]) if cached else layers[i] for i in path]
-        if cached:
-            for place, layer in enumerate(listed):
-                for part in layer.modules():
-                    if hasattr(part, "layer_idx"):
-                        part.layer_idx = place
-        setattr(stack, name, nn.ModuleList(listed))
-        config = self.model.config
-        assert config is stack.config
-        for key, value in list(vars(config).items()):
-            if isinstance(value, (list, tuple)) and len(value) == len(decisions):
-                setattr(config, key, [value[i] for i in path])
-        config.num_hidden_layers = len(path)
-
-    def logits(self, tokens: Sequence[int]) -> Tensor:
-        """Return the logits of every position, `[T, V]`."""
-        with torch.no_grad():
-            return self.model(torch.tensor([list(tokens)]), use_cache=False).logits[0]
-
-    def sums(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
-        """Return each continuation's log-probability, in a row of its own without padding."""
-        start, sums = len(context) - 1, []
-        for tokens in continuations:
-            logprobs = self.logits([*context, *tokens]).log_softmax(-1)
-            sums.append(sum(float(logprobs[start + k, token]) for k, token in enumerate(tokens)))
-        return sums
-
-    def greedy(self, tokens: Sequence[int], num_new: int, never: int | None = None) -> list[int]:
-        """Return the next tokens, each from a full recomputation of everything before it.
-
-        Args:
-            tokens: The prompt.
-            num_new: How many.
-            never: A token that isn't said, as `min_new_tokens` keeps `generate` from ending early.
-        """
-        row = list(tokens)
-        for _ in range(num_new):
-            logits = self.logits(row)[-1]
-            if never is not None:
-                logits[never] = -torch.inf
-            row.append(int(logits.argmax()))
-        return row[len(tokens) :]
 
 
 class Slow:
@@ -189,11 +113,6 @@ def _one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None
 
 
 @pytest.fixture(scope="session")
-def listed() -> type[ListedModel]:
-    return ListedModel
-
-
-@pytest.fixture(scope="session")
 def slow(tiny_model: Callable[..., Any]) -> Slow:
     return Slow(tiny_model)
 
@@ -206,8 +125,3 @@ def routed(slow: Slow, family: str) -> RoutedModel:
 @pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
     return PROMPTS
-
-
-@pytest.fixture(scope="session")
-def logit_tolerance() -> float:
-    return LOGIT_TOLERANCE

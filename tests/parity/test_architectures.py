@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import DynamicCache
 
 from drllm.models.base.prompts import left_padded
-from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.kv_cache import cache_argument, stored_rows
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.training import features
+from slow_way import LOGIT_TOLERANCE, right_padded, tiny_routers
 
 NUM_NEW = 8
 
@@ -27,42 +28,26 @@ def generate(routed, prompts):
     return output[:, ids.shape[1] :].tolist()
 
 
-def right_padded(rows):
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return ids, mask
-
-
 def test_every_row_of_a_padded_batch_says_what_it_says_alone(slow, routed, prompts, family, plan):
     with routed.fixed(plan):
         found = generate(routed, prompts)
     assert slow.greedy(family, plan) == found
 
 
-def test_prefill_logits_equal_the_slow_way_at_every_real_position(
-    slow, routed, prompts, family, plan, logit_tolerance
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_equal_the_slow_way_at_every_real_position_of_a_padded_batch(
+    slow, routed, prompts, family, plan, side
 ):
-    ids, mask = left_padded(prompts, "cpu")
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    ids, mask = left_padded(prompts, "cpu") if side == "left" else right_padded(prompts)
+    options = {}
+    if side == "left":
+        options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     with routed.fixed(plan), torch.no_grad():
-        logits = routed.model(ids, attention_mask=mask, position_ids=positions).logits
+        logits = routed.model(ids, attention_mask=mask, **options).logits
     for row, (decisions, prompt) in enumerate(zip(plan, prompts, strict=True)):
         expected = slow.listed(family, decisions).logits(prompt)
-        found = logits[row, -len(prompt) :]
-        torch.testing.assert_close(expected, found, atol=logit_tolerance, rtol=0)
-
-
-def test_right_padding_leaves_the_logits_at_real_positions_as_they_are(
-    slow, routed, prompts, family, plan, logit_tolerance
-):
-    ids, mask = right_padded(prompts)
-    with routed.fixed(plan), torch.no_grad():
-        logits = routed.model(ids, attention_mask=mask).logits
-    for row, (decisions, prompt) in enumerate(zip(plan, prompts, strict=True)):
-        expected = slow.listed(family, decisions).logits(prompt)
-        found = logits[row, : len(prompt)]
-        torch.testing.assert_close(expected, found, atol=logit_tolerance, rtol=0)
+        found = logits[row, mask[row].bool()]
+        torch.testing.assert_close(expected, found, atol=LOGIT_TOLERANCE, rtol=0)
 
 
 def test_all_execute_is_bit_identical_to_the_untouched_model(slow, prompts, family):
@@ -77,13 +62,7 @@ def test_all_execute_is_bit_identical_to_the_untouched_model(slow, prompts, fami
 
 
 def test_routers_decide_once_and_their_route_holds_while_decoding(slow, prompts, family):
-    stack = RouterStack(
-        RouterConfig(num_layers=6, hidden_size=32, num_windows=4, router_width=16),
-        torch.Generator().manual_seed(3),
-    )
-    with torch.no_grad():  # far from the zero biases, so that all three decisions turn up
-        stack.decision_weight.mul_(6)
-    routed = RoutedModel(slow.untouched(family), stack)
+    routed = RoutedModel(slow.untouched(family), tiny_routers(seed=3, spread=6.0))
     found = generate(routed, prompts)
     route = routed.last_route.tolist()
     assert len({tuple(decisions) for decisions in route}) > 1
@@ -91,9 +70,7 @@ def test_routers_decide_once_and_their_route_holds_while_decoding(slow, prompts,
     assert slow.greedy(family, route) == found
 
 
-def test_features_of_a_prompt_are_the_same_alone_and_in_a_padded_batch(
-    routed, prompts, family, logit_tolerance
-):
+def test_features_of_a_prompt_are_the_same_alone_and_in_a_padded_batch(routed, prompts, family):
     """Learned positions (GPT-2) count the real tokens, wherever padding puts them."""
     together = RecordingPolicy(FixedPolicy([1, 2, 0, 1, 1, 1], 6), 4)
     features._forward(routed, together, prompts)
@@ -101,7 +78,7 @@ def test_features_of_a_prompt_are_the_same_alone_and_in_a_padded_batch(
         alone = RecordingPolicy(FixedPolicy([1, 2, 0, 1, 1, 1], 6), 4)
         features._forward(routed, alone, [prompt])
         torch.testing.assert_close(
-            alone.means[0], together.means[row], atol=logit_tolerance, rtol=1e-4
+            alone.means[0], together.means[row], atol=LOGIT_TOLERANCE, rtol=1e-4
         )
 
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, pipeline
 
 from drllm.errors import RoutingError
 from drllm.models.base.prompts import left_padded
-from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.policies import FixedPolicy
 from drllm.models.routing.routed_model import RoutedModel
+from slow_way import LOGIT_TOLERANCE, ListedModel, tiny_routers
 
 pytestmark = pytest.mark.filterwarnings(  # transformers renames it; PEFT still asks by the old name
     "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
@@ -52,33 +52,35 @@ def logits_of_row(routed, plan, prompt):
         return routed.model(torch.tensor([prompt])).logits[0]
 
 
-def slow(listed, model, plan=MIXED):
-    return [listed(model, row).logits(prompt) for row, prompt in zip(plan, PROMPTS, strict=True)]
+def slow(model, plan=MIXED):
+    return [
+        ListedModel(model, row).logits(prompt) for row, prompt in zip(plan, PROMPTS, strict=True)
+    ]
 
 
-def assert_same(expected, found, tolerance):
+def assert_same(expected, found):
     positions = prompts()["attention_mask"].sum(1)
     for row, (alone, together) in enumerate(zip(expected, found, strict=True)):
         assert len(alone) == positions[row]
-        torch.testing.assert_close(alone, together[-len(alone) :], atol=tolerance, rtol=0)
+        torch.testing.assert_close(alone, together[-len(alone) :], atol=LOGIT_TOLERANCE, rtol=0)
 
 
 # --- adapters ----------------------------------------------------------------------------------
 
 
-def test_an_adapter_attached_before_routing_is_routed(tiny_llama, listed, logit_tolerance):
+def test_an_adapter_attached_before_routing_is_routed(tiny_llama):
     adapted = get_peft_model(tiny_llama(), lora())
     merged = copy.deepcopy(adapted).merge_and_unload()
     routed = RoutedModel(adapted)
-    assert_same(slow(listed, merged), logits(routed), logit_tolerance)
+    assert_same(slow(merged), logits(routed))
     assert routed.detach() is adapted
 
 
-def test_an_adapter_attached_after_routing_is_routed(tiny_llama, listed, logit_tolerance):
+def test_an_adapter_attached_after_routing_is_routed(tiny_llama):
     merged = get_peft_model(tiny_llama(), lora()).merge_and_unload()
     routed = RoutedModel(tiny_llama())
     adapted = get_peft_model(routed.model, lora())
-    assert_same(slow(listed, merged), logits(routed, model=adapted), logit_tolerance)
+    assert_same(slow(merged), logits(routed, model=adapted))
 
 
 def test_an_adapted_model_generates_under_routing(tiny_llama):
@@ -103,31 +105,31 @@ def test_adapter_weights_keep_their_names(tiny_llama, tmp_path):
 # --- accelerate --------------------------------------------------------------------------------
 
 
-def test_a_dispatched_model_is_routed(tiny_llama, listed, logit_tolerance):
+def test_a_dispatched_model_is_routed(tiny_llama):
     model = tiny_llama()
-    expected = slow(listed, model)
+    expected = slow(model)
     names = [name for name, _ in model.named_children()]
     dispatched = accelerate.dispatch_model(model, dict.fromkeys(names, "cpu"), force_hooks=True)
-    assert_same(expected, logits(RoutedModel(dispatched)), logit_tolerance)
+    assert_same(expected, logits(RoutedModel(dispatched)))
 
 
-def test_hooks_put_on_after_routing_keep_it(tiny_llama, listed, logit_tolerance):
+def test_hooks_put_on_after_routing_keep_it(tiny_llama):
     model = tiny_llama()
-    expected = slow(listed, model)
+    expected = slow(model)
     routed = RoutedModel(model)
     for layer in model.model.layers:
         accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.ModelHook())
-    assert_same(expected, logits(routed), logit_tolerance)
+    assert_same(expected, logits(routed))
     accelerate.hooks.remove_hook_from_submodules(model)
-    assert_same(expected, logits(routed), logit_tolerance)
+    assert_same(expected, logits(routed))
     routed.detach()
 
 
-def test_weights_offloaded_before_routing_are_found(tiny_llama, listed, logit_tolerance):
+def test_weights_offloaded_before_routing_are_found(tiny_llama):
     model = tiny_llama()
-    expected = slow(listed, model)
+    expected = slow(model)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    assert_same(expected, logits(RoutedModel(model)), logit_tolerance)
+    assert_same(expected, logits(RoutedModel(model)))
 
 
 def test_hooks_removed_from_under_routing_are_noticed(tiny_llama):
@@ -140,15 +142,15 @@ def test_hooks_removed_from_under_routing_are_noticed(tiny_llama):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch.ao
-def test_a_model_with_quantised_weights_is_routed(tiny_llama, listed, logit_tolerance):
+def test_a_model_with_quantised_weights_is_routed(tiny_llama):
     model = torch.ao.quantization.quantize_dynamic(tiny_llama(), {torch.nn.Linear})
     one_by_one = [
         logits_of_row(RoutedModel(copy.deepcopy(model)), plan, prompt)
         for plan, prompt in zip(MIXED, PROMPTS, strict=True)
     ]
     # Row by row on both sides: what a batch is quantised to depends on all of its rows.
-    for alone, expected in zip(one_by_one, slow(listed, model), strict=True):
-        torch.testing.assert_close(expected, alone, atol=logit_tolerance, rtol=0)
+    for alone, expected in zip(one_by_one, slow(model), strict=True):
+        torch.testing.assert_close(expected, alone, atol=LOGIT_TOLERANCE, rtol=0)
 
 
 # --- gradients ---------------------------------------------------------------------------------
@@ -305,11 +307,7 @@ def test_a_compiled_model_follows_a_change_of_plan(tiny_llama):
 @needs_tracing
 @pytest.mark.thorough
 def test_decoding_with_a_compiled_model_follows_the_pinned_route(tiny_llama):
-    config = RouterConfig(num_layers=6, hidden_size=32, num_windows=4, router_width=16)
-    stack = RouterStack(config, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        stack.decision_weight.mul_(3)
-    routed = RoutedModel(tiny_llama(), stack)
+    routed = RoutedModel(tiny_llama(), tiny_routers())
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     expected = routed.generate(**prompts(), **options)
     assert len({tuple(row) for row in routed.last_route.tolist()}) > 1, "the sample must be a test"

@@ -16,8 +16,8 @@ from drllm.evaluation.lm_eval.requests import STEPS
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import save_routers
-from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.policies import RouterPolicy
+from slow_way import ListedModel, tiny_routers
 
 LOGPROB_TOLERANCE = 1e-4
 """Nats that a continuation may differ from the harness' own number (design figure)."""
@@ -39,12 +39,8 @@ def base(tiny_llama, tiny_tokenizer):
 
 @pytest.fixture
 def routers(base, tmp_path):
-    config = RouterConfig(
-        num_layers=6, hidden_size=32, base_model="tiny", base_fingerprint=fingerprint(base.model)
-    )
-    stack = RouterStack(config, torch.Generator().manual_seed(2))
-    with torch.no_grad():  # far from the zero biases, so that all three decisions turn up
-        stack.decision_weight.mul_(3)
+    named = {"base_model": "tiny", "base_fingerprint": fingerprint(base.model)}
+    stack = tiny_routers(seed=2, num_windows=8, router_width=128, **named)
     save_routers(stack, tmp_path / "routers")
     return tmp_path / "routers"
 
@@ -151,7 +147,7 @@ def test_without_routers_generated_answers_are_the_harness_own(base, batch_size)
     assert expected == found
 
 
-def test_under_routers_every_choice_scores_as_the_questions_route_alone(base, routers, listed):
+def test_under_routers_every_choice_scores_as_the_questions_route_alone(base, routers):
     plain = copy.deepcopy(base.model)
     lm = RoutedLM(base, routers=str(routers), batch_size=4)
     requests = instances(QUESTIONS)
@@ -165,7 +161,7 @@ def test_under_routers_every_choice_scores_as_the_questions_route_alone(base, ro
     assert len(set(routes.values())) > 1, "the sample must be a test"
     for request, (logprob, _) in zip(requests, answers, strict=True):
         context, continuation = lm._encode_pair(*request.args)
-        [alone] = listed(plain, routes[request.doc_id]).sums(context, [continuation])
+        [alone] = ListedModel(plain, routes[request.doc_id]).sums(context, [continuation])
         assert alone == pytest.approx(logprob, abs=LOGPROB_TOLERANCE)
     assert lm.scorer.counts.prompts == len(QUESTIONS)
     assert lm.scorer.counts.executions == sum(map(sum, routes.values()))
@@ -186,7 +182,7 @@ def test_under_routers_the_words_of_an_option_in_the_context_do_not_move_the_rou
     assert route("Anna", "Bo") == route("Zeno of Elea", "Cleo")
 
 
-def test_under_routers_generated_answers_follow_the_route_of_their_prompt(base, routers, listed):
+def test_under_routers_generated_answers_follow_the_route_of_their_prompt(base, routers):
     plain = copy.deepcopy(base.model)
     lm = RoutedLM(base, routers=str(routers), batch_size=2)
     settings = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
@@ -194,7 +190,7 @@ def test_under_routers_generated_answers_follow_the_route_of_their_prompt(base, 
     texts = lm.generate_until(requests, disable_tqdm=True)
     assert set(QUESTIONS) == set(lm.generated_routes)
     for context, text in zip(QUESTIONS, texts, strict=True):
-        alone = listed(plain, lm.generated_routes[context])
+        alone = ListedModel(plain, lm.generated_routes[context])
         said = alone.greedy(lm.tok_encode(context), 6)
         end = lm.tokenizer.eos_token_id
         said = said[: said.index(end)] if end in said else said
@@ -212,9 +208,7 @@ def test_text_without_a_prompt_is_refused_under_routers(base, routers):
         )
 
 
-def test_a_plan_from_a_file_is_followed_and_rolling_texts_are_scored_under_it(
-    base, tmp_path, listed
-):
+def test_a_plan_from_a_file_is_followed_and_rolling_texts_are_scored_under_it(base, tmp_path):
     plan = (1, 0, 2, 1, 1, 1)
     plain = copy.deepcopy(base.model)
     file = tmp_path / "plan.json"
@@ -225,10 +219,10 @@ def test_a_plan_from_a_file_is_followed_and_rolling_texts_are_scored_under_it(
         requests, lm.loglikelihood(requests, disable_tqdm=True), strict=True
     ):
         context, continuation = lm._encode_pair(*request.args)
-        [alone] = listed(plain, plan).sums(context, [continuation])
+        [alone] = ListedModel(plain, plan).sums(context, [continuation])
         assert alone == pytest.approx(logprob, abs=LOGPROB_TOLERANCE)
     rolling = [Instance("loglikelihood_rolling", {}, ("some text",), 0)]
-    slow = HFLM(pretrained=listed(plain, plan, cached=True).model, tokenizer=base.tokenizer)
+    slow = HFLM(pretrained=ListedModel(plain, plan, cached=True).model, tokenizer=base.tokenizer)
     assert slow.loglikelihood_rolling(rolling, disable_tqdm=True) == pytest.approx(
         lm.loglikelihood_rolling(rolling, disable_tqdm=True), abs=LOGPROB_TOLERANCE
     )

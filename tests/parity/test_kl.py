@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from torch.nn.functional import kl_div
@@ -12,9 +10,8 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
-from drllm.paths import to_path
+from slow_way import FULL, ListedModel, never, prefixes, some_pairs
 
-FULL = (1,) * 6
 TOLERANCE = 2e-5
 """Nats a token, on KLs of 0.1 to 10. 4e-6 was measured."""
 
@@ -24,45 +21,16 @@ CONTINUATIONS = [[[10], [11, 12, 13]], [[30, 31, 32, 33], [34]], [[50, 51], [52,
 PROMPTS = {"apart": OWN, "one beginning": [STEM + own for own in OWN]}
 
 
-def some_pairs(num, seed=0):
-    rng = random.Random(seed)
-    pairs = []
-    while len(pairs) < num:
-        decisions = tuple(rng.choices([0, 1, 2], [2, 5, 2], k=6))
-        if any(decisions) and decisions != FULL:
-            pairs.append((rng.randrange(3), decisions))
-    return pairs
-
-
-def distinct_states(pairs):
-    """Count what a perfect sharer runs for these paths."""
-    return len(
-        {
-            (row, to_path(decisions)[:length])
-            for row, decisions in pairs
-            for length in range(1, sum(decisions) + 1)
-        }
-    )
-
-
-def slow_kls(listed, model, contexts, pairs):
+def slow_kls(model, contexts, pairs):
     """Run each prompt alone, unpadded, in full, and compare its distributions token by token."""
-    full = [listed(model, FULL).logits(context).log_softmax(-1) for context in contexts]
-    return [
-        float(
-            kl_div(
-                listed(model, decisions).logits(contexts[row]).log_softmax(-1),
-                full[row],
-                reduction="batchmean",
-                log_target=True,
-            )
+    kls = []
+    for row, decisions in pairs:
+        path, full = (
+            ListedModel(model, each).logits(contexts[row]).float().log_softmax(-1)
+            for each in (decisions, FULL)
         )
-        for row, decisions in pairs
-    ]
-
-
-def never_decided(_place, _text, finished):
-    return 0.0 if finished else None
+        kls.append(float(kl_div(path, full, reduction="batchmean", log_target=True)))
+    return kls
 
 
 def measured(routed, tokenizer, contexts, pairs, reward, **options):
@@ -73,18 +41,18 @@ def measured(routed, tokenizer, contexts, pairs, reward, **options):
         batch = ChoiceBatch(routed, questions, gb, **options)
         return [score.kl for score in batch.scores(pairs, kl=True)], batch
     batch = AnswerBatch(routed, tokenizer, contexts, gb, **options)
-    answers = batch.answers(pairs, [3] * len(pairs), never_decided, kl=True)
+    answers = batch.answers(pairs, [3] * len(pairs), never, kl=True)
     return [answer.kl for answer in answers], batch
 
 
 @pytest.mark.parametrize("reward", ["choices", "answers"])
 @pytest.mark.parametrize("prompts", PROMPTS)
 def test_kl_is_the_mean_kl_from_the_full_path_over_the_prompt(
-    tiny_llama, tiny_tokenizer, listed, reward, prompts
+    tiny_llama, tiny_tokenizer, reward, prompts
 ):
     model, contexts = tiny_llama(eos_token_id=None), PROMPTS[prompts]
     pairs = some_pairs(20)
-    expected = slow_kls(listed, model, contexts, pairs)
+    expected = slow_kls(model, contexts, pairs)
     assert min(expected) > 0.01, "the paths must do some KL"
     kls, _ = measured(RoutedModel(model), tiny_tokenizer, contexts, pairs, reward)
     assert expected == pytest.approx(kls, abs=TOLERANCE)
@@ -124,11 +92,11 @@ def test_nothing_is_measured_unless_asked_for(tiny_llama, tiny_tokenizer, reward
         assert {score.kl for score in without.scores(pairs)} == {None}
     else:
         without = AnswerBatch(routed, tiny_tokenizer, OWN, 1.0)
-        found = without.answers(pairs, [3] * 4, never_decided)
+        found = without.answers(pairs, [3] * 4, never)
         assert {answer.kl for answer in found} == {None}
     full = {(row, FULL) for row, _ in pairs}
-    assert distinct_states(pairs) == without.states.executions_run, "no full path is run beside"
-    assert distinct_states([*pairs, *full]) == with_it.states.executions_run
+    assert len(prefixes(pairs)) == without.states.executions_run, "no full path is run beside"
+    assert len(prefixes([*pairs, *full])) == with_it.states.executions_run
 
 
 @pytest.mark.parametrize("broken", ["path", "full path"])
@@ -137,21 +105,17 @@ def test_what_overflows_has_no_kl(tiny_llama, tiny_tokenizer, broken):
     batch = AnswerBatch(RoutedModel(model), tiny_tokenizer, OWN, 1.0)
     path = (1, 1, 1, 1, 1, 2)
     if broken == "path":  # the last layer's second run is all that is then left to run
-        [full] = batch.answers([(0, FULL)], [1], never_decided, kl=True)
+        [full] = batch.answers([(0, FULL)], [1], never, kl=True)
         assert full.kl == 0.0
     model.model.layers[5].mlp.register_forward_hook(lambda _m, _a, out: out * float("inf"))
-    [answer] = batch.answers([(0, path)], [1], never_decided, kl=True)
+    [answer] = batch.answers([(0, path)], [1], never, kl=True)
     assert answer.kl is None
 
 
-def test_kl_in_half_precision_is_computed_in_float32(tiny_llama, tiny_tokenizer, listed):
+def test_kl_in_half_precision_is_computed_in_float32(tiny_llama, tiny_tokenizer):
     model = tiny_llama().to(torch.bfloat16)
     pairs = some_pairs(6)
-    expected = []
-    for row, decisions in pairs:
-        full = listed(model, FULL).logits(OWN[row]).float().log_softmax(-1)
-        path = listed(model, decisions).logits(OWN[row]).float().log_softmax(-1)
-        expected.append(float(kl_div(path, full, reduction="batchmean", log_target=True)))
+    expected = slow_kls(model, OWN, pairs)
     kls, _ = measured(RoutedModel(model), tiny_tokenizer, OWN, pairs, "choices")
     # bfloat16 has 8 bits: batched arithmetic differs from a row alone by about a hundredth.
     assert expected == pytest.approx(kls, rel=0.1)

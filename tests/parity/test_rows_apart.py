@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 import transformers
@@ -14,24 +12,30 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 import drllm
 from drllm.config import SearchConfig
 from drllm.errors import RoutingError
-from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.policies import FixedPolicy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
-from drllm.paths import to_path
 from drllm.tasks.registry import get_task
+from slow_way import (
+    FULL,
+    ListedModel,
+    Recorder,
+    assert_sums,
+    never,
+    prefixes,
+    some_pairs,
+    sums_alone,
+    tiny_routers,
+)
 
-SUM_TOLERANCE = 1e-4
-"""Nats; as where choices are packed. 5e-6 was measured."""
-DAMAGE_TOLERANCE = 2e-5
-"""Nats a token; likewise."""
+KL_TOLERANCE = 2e-5
+"""Nats a token; as where choices are packed. 4e-6 was measured."""
 
 SLIDING = ("mistral", "gemma3_text", "gpt_neo", "llama4_text")
 """Layers that see 8 tokens: all of them; two of three; every other one, by column; in chunks."""
 
-FULL = (1,) * 6
 QUESTIONS = [
     Question([60, 61, 62, 63, 64, 65, 5, 6, 7, 8, 9], [[10], [11, 12, 13], [14, 15]]),
     Question([20, 21], [[30, 31, 32, 33], [34], [35], [36, 37]]),
@@ -40,39 +44,16 @@ QUESTIONS = [
 NUM_ROWS = [3, 4, 1]
 
 
-def some_pairs(num, seed=0):
-    rng = random.Random(seed)
-    pairs = []
-    while len(pairs) < num:
-        decisions = tuple(rng.choices([0, 1, 2], [2, 5, 2], k=6))
-        if any(decisions) and decisions != FULL:
-            pairs.append((rng.randrange(len(QUESTIONS)), decisions))
-    return pairs
+CONTEXTS = [question.context for question in QUESTIONS]
 
 
-def alone(listed, model, pairs):
-    return [
-        listed(model, decisions).sums(QUESTIONS[place].context, QUESTIONS[place].continuations)
-        for place, decisions in pairs
-    ]
+def alone(model, pairs):
+    return sums_alone(model, QUESTIONS, pairs)
 
 
-def logprobs(scores):
-    return [score.logprobs for score in scores]
-
-
-def assert_equal(expected, found):
-    for slow, fast in zip(expected, found, strict=True):
-        assert slow == pytest.approx(fast, abs=SUM_TOLERANCE)
-
-
-def prefixes(pairs):
-    """Return the distinct states that paths go through."""
-    return {
-        (place, to_path(decisions)[:length])
-        for place, decisions in pairs
-        for length in range(1, sum(decisions) + 1)
-    }
+def along(route):
+    """Return the pairs of a route for each question."""
+    return [(place, tuple(row)) for place, row in enumerate(route.tolist())]
 
 
 def said_to_slide(model):
@@ -87,10 +68,8 @@ def sliding(request, tiny_model):
     model = tiny_model(request.param)
     tokens = torch.arange(5, 19)[None]
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), tokens], dim=1)
-    mask, positions = (
-        (padded > 0).long(),
-        torch.cat([torch.zeros(3).long(), torch.arange(14)])[None],
-    )
+    mask = (padded > 0).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         alone = model(tokens).logits[0]
         beside = model(padded, attention_mask=mask, position_ids=positions).logits[0, 3:]
@@ -99,27 +78,25 @@ def sliding(request, tiny_model):
     return model
 
 
-def test_choices_longer_than_a_window_equal_each_path_alone(sliding, listed):
+def test_choices_longer_than_a_window_equal_each_path_alone(sliding):
     pairs = some_pairs(12)
-    expected = alone(listed, sliding, pairs)
-    full = alone(listed, sliding, [(place, FULL) for place in range(3)])
+    expected = alone(sliding, pairs)
+    full = alone(sliding, [(place, FULL) for place in range(3)])
     batch = ChoiceBatch(RoutedModel(sliding), QUESTIONS, 1.0)
-    assert_equal(expected, batch.logprobs(pairs[:8]) + batch.logprobs(pairs[8:]))
-    assert_equal(full, logprobs(batch.routed_scores(FixedPolicy(FULL, 6))[0]))
+    assert_sums(expected, batch.logprobs(pairs[:8]) + batch.logprobs(pairs[8:]))
+    assert_sums(full, batch.routed_scores(FixedPolicy(FULL, 6))[0])
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neo"])
-def test_choices_that_fit_the_context_one_by_one_equal_each_path_alone(kind, tiny_model, listed):
+def test_choices_that_fit_the_context_one_by_one_equal_each_path_alone(kind, tiny_model):
     """Some models keep a mask of the context's size, which together they would exceed."""
     question = Question([5, 6, 7, 8, 9], [[10, 11, 12], [13, 14, 15], [16, 17, 18]])
     windows = {"window_size": 64} if kind == "gpt_neo" else {}
     model = tiny_model(kind, attention="eager", max_position_embeddings=8, **windows)
     paths = [decisions for _, decisions in some_pairs(6)]
-    expected = [
-        listed(model, path).sums(question.context, question.continuations) for path in paths
-    ]
-    batch = ChoiceBatch(RoutedModel(model), [question], 1.0)
-    assert_equal(expected, batch.logprobs([(0, path) for path in paths]))
+    pairs = [(0, path) for path in paths]
+    expected = sums_alone(model, [question], pairs)
+    assert_sums(expected, ChoiceBatch(RoutedModel(model), [question], 1.0).logprobs(pairs))
 
 
 def test_paths_of_a_row_of_its_own_share_their_states(tiny_model):
@@ -143,14 +120,14 @@ def test_one_question_too_long_sets_the_rows_of_all_apart_and_none_does_not(tiny
 
 @pytest.mark.parametrize("num_paths", [None, 1, 4])
 @pytest.mark.parametrize("gb", [1.0, 10e-6])  # 10 kB hold the distributions of one row at most
-def test_kl_is_measured_on_one_row_of_a_question(tiny_model, listed, num_paths, gb):
+def test_kl_is_measured_on_one_row_of_a_question(tiny_model, num_paths, gb):
     model = tiny_model("mistral")
     pairs = [*some_pairs(10, seed=1), (1, FULL)]
-    full = {place: listed(model, FULL).logits(q.context) for place, q in enumerate(QUESTIONS)}
+    full = {place: ListedModel(model, FULL).logits(q.context) for place, q in enumerate(QUESTIONS)}
     expected = [
         float(
             kl_div(
-                listed(model, decisions).logits(QUESTIONS[place].context).log_softmax(-1),
+                ListedModel(model, decisions).logits(QUESTIONS[place].context).log_softmax(-1),
                 full[place].log_softmax(-1),
                 reduction="batchmean",
                 log_target=True,
@@ -159,11 +136,11 @@ def test_kl_is_measured_on_one_row_of_a_question(tiny_model, listed, num_paths, 
         for place, decisions in pairs
     ]
     assert min(expected[:-1]) > 0.01, "the paths must do some KL"
-    sums = alone(listed, model, pairs)
+    sums = alone(model, pairs)
     batch = ChoiceBatch(RoutedModel(model), QUESTIONS, gb, paths_per_pass=num_paths)
     scores = batch.scores(pairs, kl=True)
-    assert expected == pytest.approx([s.kl for s in scores], abs=DAMAGE_TOLERANCE)
-    assert_equal(sums, [score.logprobs for score in scores])
+    assert expected == pytest.approx([s.kl for s in scores], abs=KL_TOLERANCE)
+    assert_sums(sums, scores)
     if gb == 1.0:  # the full path beside others runs on the measured row alone
         run = sum(NUM_ROWS[place] for place, _ in prefixes(pairs))
         measured_too = {(place, FULL) for place, _ in pairs} - {(1, FULL)}
@@ -179,28 +156,20 @@ def test_a_window_of_zero_is_none(tiny_llama):
     assert batch.states.executions_run == 6
 
 
-def random_routers():
-    config = RouterConfig(num_layers=6, hidden_size=32, num_windows=4, router_width=16)
-    stack = RouterStack(config, torch.Generator().manual_seed(2))
-    with torch.no_grad():  # far from the zero biases, so that all three decisions turn up
-        stack.decision_weight.mul_(3)
-    return stack
-
-
 def test_routers_take_the_routes_that_they_take_where_choices_are_packed(tiny_llama):
     routed = RoutedModel(tiny_llama())
-    policy = RouterPolicy(random_routers())
+    policy = RouterPolicy(tiny_routers(seed=2))
     packed, packed_route = ChoiceBatch(routed, QUESTIONS, 1.0).routed_scores(policy)
     said_to_slide(routed.model)
     apart, route = ChoiceBatch(routed, QUESTIONS, 1.0).routed_scores(policy)
     assert {0, 1, 2} == set(route.flatten().tolist()), "the sample must be a test"
     assert len(set(map(tuple, route.tolist()))) == len(QUESTIONS), "the sample must be a test"
     assert packed_route.tolist() == route.tolist() == routed.last_route.tolist()
-    assert_equal(logprobs(packed), logprobs(apart))
+    assert_sums(packed, apart)
 
 
-def test_routes_of_rows_apart_score_as_those_paths_do_alone(sliding, listed):
-    routed = RoutedModel(sliding, random_routers())
+def test_routes_of_rows_apart_score_as_those_paths_do_alone(sliding):
+    routed = RoutedModel(sliding, tiny_routers(seed=2))
     batch = ChoiceBatch(routed, QUESTIONS, 1.0)
     found, route = batch.routed_scores(RouterPolicy(routed.routers))
     # The routers read the context: the route of a question without choices is the same.
@@ -209,8 +178,7 @@ def test_routes_of_rows_apart_score_as_those_paths_do_alone(sliding, listed):
             routed.model(torch.tensor([question.context]), use_cache=False)
         assert [decisions] == routed.last_route.tolist()
     routed.detach()
-    pairs = [(place, tuple(row)) for place, row in enumerate(route.tolist())]
-    assert_equal(alone(listed, sliding, pairs), logprobs(found))
+    assert_sums(alone(sliding, along(route)), found)
 
 
 def test_a_plan_has_one_row_for_each_question(tiny_llama):
@@ -219,18 +187,7 @@ def test_a_plan_has_one_row_for_each_question(tiny_llama):
     batch = ChoiceBatch(routed, QUESTIONS, 1.0)
     found, route = batch.routed_scores(FixedPolicy(plans, 6))
     assert plans == [tuple(row) for row in route.tolist()]
-    assert_equal(batch.logprobs(list(enumerate(plans))), logprobs(found))
-
-
-class Recorder:
-    """A policy that executes everything and keeps what it could read."""
-
-    def __init__(self):
-        self.views = []
-
-    def decide(self, layer, prompts):
-        self.views.append(prompts)
-        return torch.ones(prompts.num_rows, dtype=torch.long)
+    assert_sums(batch.logprobs(list(enumerate(plans))), found)
 
 
 def test_a_policy_is_asked_once_for_a_question_and_reads_its_context_alone(tiny_llama):
@@ -238,22 +195,17 @@ def test_a_policy_is_asked_once_for_a_question_and_reads_its_context_alone(tiny_
     recorder = Recorder()
     ChoiceBatch(RoutedModel(model), QUESTIONS, 1.0).routed_scores(recorder)
     assert [len(QUESTIONS)] * 6 == [view.num_rows for view in recorder.views]
-    for row, question in enumerate(QUESTIONS):
-        view = recorder.views[0]
-        expected = model.model.embed_tokens(torch.tensor(question.context))
-        assert torch.equal(expected, view.hidden[row][view.readable[row]])
+    recorder.assert_read(model, CONTEXTS)
 
 
-def test_continuations_of_answered_prompts_equal_each_path_alone(
-    tiny_model, tiny_tokenizer, listed
-):
+def test_continuations_of_answered_prompts_equal_each_path_alone(tiny_model, tiny_tokenizer):
     model = tiny_model("mistral")
     pairs = some_pairs(12, seed=5)
-    expected = alone(listed, model, pairs)
-    answers = AnswerBatch(RoutedModel(model), tiny_tokenizer, [q.context for q in QUESTIONS], 1.0)
-    answers.answers(pairs[:8], [2] * 8, lambda _place, _text, ended: 0.0 if ended else None)
+    expected = alone(model, pairs)
+    answers = AnswerBatch(RoutedModel(model), tiny_tokenizer, CONTEXTS, 1.0)
+    answers.answers(pairs[:8], [2] * 8, never)
     batch = ChoiceBatch(answers.routed, QUESTIONS, 1.0, contexts=answers.rows)
-    assert_equal(expected, batch.logprobs(pairs))
+    assert_sums(expected, batch.logprobs(pairs))
 
 
 def lengths_only(module, query, key, value, attention_mask, sliding_window=None, **options):
@@ -286,19 +238,16 @@ def register(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-def test_attention_that_takes_no_mask_for_packing_scores_rows_apart(
-    tiny_model, listed, register, kind
-):
+def test_attention_that_takes_no_mask_for_packing_scores_rows_apart(tiny_model, register, kind):
     attention = register("lengths_only", real_tokens)
     model = tiny_model(kind, attention="sdpa")
     pairs = some_pairs(12, seed=2)
-    expected = alone(listed, model, pairs)
+    expected = alone(model, pairs)
     routed = RoutedModel(tiny_model(kind, attention=attention))
     batch = ChoiceBatch(routed, QUESTIONS, 1.0)
-    assert_equal(expected, batch.logprobs(pairs))
-    found, route = batch.routed_scores(RouterPolicy(random_routers()))
-    taken = [(place, tuple(row)) for place, row in enumerate(route.tolist())]
-    assert_equal(alone(listed, model, taken), logprobs(found))
+    assert_sums(expected, batch.logprobs(pairs))
+    found, route = batch.routed_scores(RouterPolicy(tiny_routers(seed=2)))
+    assert_sums(alone(model, along(route)), found)
 
 
 class Opaque:
@@ -309,7 +258,7 @@ def test_attention_whose_masks_cannot_be_cut_is_refused(tiny_llama, tiny_tokeniz
     routed = RoutedModel(tiny_llama())
     routed.model.config._attn_implementation = register("opaque", lambda *_, **_options: Opaque())
     choices = ChoiceBatch(routed, QUESTIONS, 1.0)
-    answers = AnswerBatch(routed, tiny_tokenizer, [q.context for q in QUESTIONS], 1.0)
+    answers = AnswerBatch(routed, tiny_tokenizer, CONTEXTS, 1.0)
     pairs = [(0, (1, 1, 0, 1, 1, 1))]
     with pytest.raises(RoutingError, match="Opaque, which can't be cut by rows"):
         choices.logprobs(pairs)
@@ -333,10 +282,10 @@ def test_a_search_finds_the_same_where_choices_stand_in_rows_of_their_own(
     assert retested, "the sample must hold candidates"
 
 
-def test_choices_of_a_model_that_counts_columns_are_not_packed(tiny_model, listed):
+def test_choices_of_a_model_that_counts_columns_are_not_packed(tiny_model):
     """ALiBi has no positions to say that each continuation goes on where the prompt ends."""
     model = tiny_model("mpt")
-    full = alone(listed, model, [(place, FULL) for place in range(3)])
+    full = alone(model, [(place, FULL) for place in range(3)])
     batch = ChoiceBatch(RoutedModel(model), QUESTIONS, 1.0)
     found, _ = batch.routed_scores(FixedPolicy(FULL, 6))
-    assert_equal(full, logprobs(found))
+    assert_sums(full, found)

@@ -8,9 +8,9 @@ a version of transformers can't do with a plain model either is skipped, and say
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,21 +20,14 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from drllm.models.base.prompts import left_padded
+from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.routed_model import RoutedModel
+from slow_way import FOREIGN_ERRORS, FULL
 
 TELLING_ONLY = True  # read by conftest: the other families run in `make test-all`
 NUM_NEW = 8
 END = 2
-FULL = [1] * 6
-FOREIGN_ERRORS = (
-    AssertionError,
-    AttributeError,
-    IndexError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+GREEDY = {"max_new_tokens": NUM_NEW, "suppress_tokens": [END], "do_sample": False}
 BF16_GAP = 0.15
 """Logits between the two likeliest tokens, of standard deviation about 1.4, that bfloat16 may take
 for equal."""
@@ -46,45 +39,13 @@ def answers(model: Any, prompts: list[list[int]], **options: Any) -> list[list[i
     The end token is kept from being said, by the one way that every version takes with drafts too.
     """
     ids, mask = left_padded(prompts, "cpu")
-    settings = {"max_new_tokens": NUM_NEW, "suppress_tokens": [END], "do_sample": False}
-    output = model.generate(input_ids=ids, attention_mask=mask, **{**settings, **options})
+    output = model.generate(input_ids=ids, attention_mask=mask, **{**GREEDY, **options})
     return output[:, ids.shape[1] :].tolist()
 
 
-def cache_name(model: Any) -> str:
-    accepted = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in accepted else "past_key_values"
-
-
-# --- greedy ways, a batch at a time ------------------------------------------------------------
-
-
-def with_a_cache_of_the_users(model: Any, prompts: list[list[int]]) -> list[list[int]]:
-    cache = DynamicCache(config=model.config)
-    return answers(model, prompts, **{cache_name(model): cache})
-
-
-def with_a_cache_that_grows_lazily(model: Any, prompts: list[list[int]]) -> list[list[int]]:
-    return answers(model, prompts, **{cache_name(model): DynamicCache()})
-
-
-def with_a_static_cache(model: Any, prompts: list[list[int]]) -> list[list[int]]:
-    return answers(model, prompts, cache_implementation="static")
-
-
-def without_a_cache(model: Any, prompts: list[list[int]]) -> list[list[int]]:
-    return answers(model, prompts, use_cache=False)
-
-
-def with_the_prompt_in_chunks(model: Any, prompts: list[list[int]]) -> list[list[int]]:
-    return answers(model, prompts, prefill_chunk_size=3)
-
-
-# --- greedy ways, a prompt at a time -----------------------------------------------------------
-
-
-def by_prompt_lookup(model: Any, prompts: list[list[int]]) -> list[list[int]]:
-    return answers(model, prompts, prompt_lookup_num_tokens=3)
+def on_a_cache(make: Callable[[Any], Any]) -> Callable[..., list[list[int]]]:
+    """Return the way of generating on a cache of the user's."""
+    return lambda model, prompts: answers(model, prompts, **{cache_argument(model): make(model)})
 
 
 class Collecting(BaseStreamer):
@@ -113,16 +74,16 @@ def by_streaming(model: Any, prompts: list[list[int]]) -> list[list[int]]:
 
 
 BATCHED: dict[str, Callable[..., list[list[int]]]] = {
-    "a cache of the user's": with_a_cache_of_the_users,
-    "a lazy cache": with_a_cache_that_grows_lazily,
-    "a static cache": with_a_static_cache,
-    "no cache": without_a_cache,
-    "the prompt in chunks": with_the_prompt_in_chunks,
+    "a cache of the user's": on_a_cache(lambda model: DynamicCache(config=model.config)),
+    "a lazy cache": on_a_cache(lambda _model: DynamicCache()),
+    "a static cache": partial(answers, cache_implementation="static"),
+    "no cache": partial(answers, use_cache=False),
+    "the prompt in chunks": partial(answers, prefill_chunk_size=3),
 }
 ALONE: dict[str, Callable[..., list[list[int]]]] = {
-    "prompt lookup": by_prompt_lookup,
+    "prompt lookup": partial(answers, prompt_lookup_num_tokens=3),
     "streaming": by_streaming,
-    "itself in chunks": with_the_prompt_in_chunks,
+    "itself in chunks": partial(answers, prefill_chunk_size=3),
 }
 
 
@@ -191,15 +152,20 @@ def test_a_batch_says_what_the_slow_way_says_with(slow, routed, prompts, family,
     )
 
 
-@pytest.mark.parametrize("way", ALONE.values(), ids=ALONE.keys())
-def test_a_prompt_alone_is_answered_as_by_the_slow_way_with(
-    slow, routed, prompts, family, plan, way
-):
+def check_alone(way, slow, routed, prompts, family, plan):
+    """Hold a way that takes one prompt at a time to the slow way."""
     held_to(
         slow.greedy(family, plan),
         lambda: one_by_one(way, routed.model, prompts, lambda row: routed.fixed(plan[row])),
         lambda: on_plain_models(slow, family, plan, lambda model: one_by_one(way, model, prompts)),
     )
+
+
+@pytest.mark.parametrize("way", ALONE.values(), ids=ALONE.keys())
+def test_a_prompt_alone_is_answered_as_by_the_slow_way_with(
+    slow, routed, prompts, family, plan, way
+):
+    check_alone(way, slow, routed, prompts, family, plan)
 
 
 def test_eager_attention_says_what_sdpa_says(slow, prompts, family, plan):
@@ -214,16 +180,7 @@ def test_eager_attention_says_what_sdpa_says(slow, prompts, family, plan):
 def test_a_routed_target_says_the_same_with_a_draft_model(slow, routed, prompts, family, plan):
     draft = slow.untouched(family)  # under most plans it guesses some tokens right, others wrong
 
-    def assisted(model, some):
-        return answers(model, some, assistant_model=draft)
-
-    held_to(
-        slow.greedy(family, plan),
-        lambda: one_by_one(assisted, routed.model, prompts, lambda row: routed.fixed(plan[row])),
-        lambda: on_plain_models(
-            slow, family, plan, lambda model: one_by_one(assisted, model, prompts)
-        ),
-    )
+    check_alone(partial(answers, assistant_model=draft), slow, routed, prompts, family, plan)
 
 
 class Overheard:
@@ -295,10 +252,7 @@ class Chat:
         self.ids = self.model.generate(
             input_ids=self.ids,
             attention_mask=self.mask,
-            max_new_tokens=num_new,
-            suppress_tokens=[END],
-            do_sample=False,
-            **{cache_name(self.model): self.cache},
+            **{**GREEDY, "max_new_tokens": num_new, cache_argument(self.model): self.cache},
         )
         said = self.ids[:, before:]
         self.mask = torch.cat([self.mask, torch.ones_like(said)], dim=1)
@@ -412,11 +366,9 @@ def scored(model, prompts):
     output = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        max_new_tokens=NUM_NEW,
-        suppress_tokens=[END],
-        do_sample=False,
         output_scores=True,
         return_dict_in_generate=True,
+        **GREEDY,
     )
     said = output.sequences[:, ids.shape[1] :].tolist()
     return list(zip(said, torch.stack(output.scores, dim=1).float(), strict=True))

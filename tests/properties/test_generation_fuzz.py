@@ -31,10 +31,11 @@ from drllm.models.base.layers import find_layers
 from drllm.models.base.prompts import left_padded
 from drllm.models.check import IN_SUITE, known_to_transformers, layers_listed, make_tiny
 from drllm.models.routers.pooling import Spans
-from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.kv_cache import cache_argument, stored_rows
 from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
+from slow_way import FOREIGN_ERRORS, right_padded, tiny_routers
 
 pytestmark = pytest.mark.filterwarnings(  # of a model that asks itself by an old name
     "ignore:The `sliding_window_pattern` attribute is deprecated:FutureWarning"
@@ -67,30 +68,16 @@ sliding layers go wrong; 0.2 on 4.56, where static caches and prompts in chunks 
 MOST_TIES = 0.01
 """Share of the tokens, and of the decisions, at which the last bits may tip the scales."""
 
-FOREIGN_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
 
 @dataclass(frozen=True)
 class Case:
     """One combination.
 
     Attributes:
-        family: Of the model.
         attention: Attention code; None for the model's own choice.
         way: Name of a way of generating.
-        prompts: Token ids, one row each.
         plans: Decisions, one row for each prompt; not used where routers decide.
         routers: Seed of random routers that decide instead.
-        num_new: Tokens of an answer.
         ending: Answers may end early.
         cache: Kind of cache that `generate` is given or asked to make.
         size: A small number that each way uses as it likes: beams, answers, tokens of a chunk.
@@ -117,8 +104,6 @@ class Said:
     Attributes:
         tokens: All of the row, without padding.
         logits: `[N, V]`; entry n was computed from the first `start + n + 1` tokens.
-        start: See there.
-        plan: The row's decisions.
         greedy: Each token from `start + 1` on was the likeliest.
         never: A token that could not be said.
         num_read: Tokens that routers read to decide the plan; None where others decided it.
@@ -173,11 +158,7 @@ def routed_model(family: str, attention: str | None) -> RoutedModel:
 
 @cache
 def router_stack(seed: int) -> RouterStack:
-    config = RouterConfig(num_layers=L, hidden_size=32, num_windows=1 + seed % 8, router_width=16)
-    stack = RouterStack(config, torch.Generator().manual_seed(seed))
-    with torch.no_grad():  # far from the zero biases, so that all three decisions turn up
-        stack.decision_weight.mul_(6)
-    return stack.requires_grad_(False)
+    return tiny_routers(seed, 6.0, num_windows=1 + seed % 8).requires_grad_(False)
 
 
 class Side:
@@ -250,6 +231,18 @@ def new_cache(side: Side) -> Any:
     return DynamicCache() if side.case.cache == "lazy" else DynamicCache(config=config)
 
 
+def say(model: Any, ids: Tensor, mask: Tensor, num_new: int, **options: Any) -> Any:
+    return model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=num_new,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **{"do_sample": False, "eos_token_id": END, **options},
+    )
+
+
 def generate(side: Side, copies: int = 1, **options: Any) -> list[Said]:
     """Generate for a left-padded batch."""
     case = side.case
@@ -257,22 +250,14 @@ def generate(side: Side, copies: int = 1, **options: Any) -> list[Said]:
     torch.manual_seed(case.seed)
     ending = {"eos_token_id": list(ENDS)} if case.ending else {"min_new_tokens": case.num_new}
     own_cache = {} if cache_argument(side.model) in options else with_cache(side)
-    options = {"do_sample": False, "eos_token_id": END, **ending, **own_cache, **options}
+    options = {**ending, **own_cache, **options}
     with side.deciding():
-        output = side.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=case.num_new,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **options,
-        )
+        output = say(side.model, ids, mask, case.num_new, **options)
     rows = case.prompts
     beams = options.get("num_beams", 1)
     answers = options.get("num_return_sequences", 1)
     plans = side.plans(copies)
-    greedy = beams == 1 and not options["do_sample"]
+    greedy = beams == 1 and "do_sample" not in options
     logits = torch.stack(output.logits)  # [T_new, B * copies, V]
     said = []
     for place, new in enumerate(output.sequences[:, ids.shape[1] :].tolist()):
@@ -280,7 +265,9 @@ def generate(side: Side, copies: int = 1, **options: Any) -> list[Said]:
         source = [place] * len(new)
         if beams > 1:
             source = [index for index in output.beam_indices[place].tolist() if index >= 0]
-        new = up_to_the_end(new[: len(source)], ENDS if case.ending else ())
+        ends = ENDS if case.ending else ()
+        length = next((n for n, token in enumerate(new, 1) if token in ends), len(new))
+        new = new[: min(length, len(source))]
         found = torch.stack([logits[t, source[t]] for t in range(len(new))])
         said.append(
             Said(
@@ -294,19 +281,6 @@ def generate(side: Side, copies: int = 1, **options: Any) -> list[Said]:
             )
         )
     return said
-
-
-def up_to_the_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    length = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:length]
-
-
-def greedily(side: Side) -> list[Said]:
-    return generate(side)
-
-
-def in_chunks(side: Side) -> list[Said]:
-    return generate(side, prefill_chunk_size=side.case.size + 1)
 
 
 def sampling(side: Side) -> list[Said]:
@@ -323,10 +297,6 @@ def beam_options(case: Case) -> dict[str, Any]:
 def in_beams(side: Side) -> list[Said]:
     options = beam_options(side.case)
     return generate(side, options["num_beams"], **options)
-
-
-def by_lookup(side: Side) -> list[Said]:
-    return generate(side, prompt_lookup_num_tokens=1 + side.case.size)
 
 
 def drafted(target: Side, draft: Any) -> list[Said]:
@@ -351,18 +321,8 @@ def as_a_draft(side: Side) -> list[Said]:
 def again(side: Side, ids: Tensor, mask: Tensor, kept: Any, num_new: int) -> Any:
     """Answer greedily on a cache that holds part of the rows already."""
     with side.misleading():
-        return side.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=num_new,
-            min_new_tokens=num_new,
-            eos_token_id=END,
-            pad_token_id=0,
-            do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
-            **{cache_argument(side.model): kept},
-        )
+        named = {cache_argument(side.model): kept}
+        return say(side.model, ids, mask, num_new, min_new_tokens=num_new, **named)
 
 
 class Stream:
@@ -405,9 +365,7 @@ class Stream:
         self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
         with self.side.misleading():
             logits = self._pass(ids)
-        for place, tokens in enumerate(new):
-            self.rows[place] = self.rows[place] + tokens
-            self.logits[place] = torch.cat([self.logits[place], logits[place]])
+        self._add(new, logits)
 
     def answer(self, num_new: int) -> None:
         """Continue with the model's own `generate`."""
@@ -416,11 +374,11 @@ class Stream:
         ids, _ = left_padded([[0] * (width - len(row)) + row for row in self.rows], "cpu")
         mask = torch.cat([self.mask, torch.ones_like(new)], dim=1)
         output = again(self.side, torch.cat([ids, new], dim=1), mask, self.cache, num_new)
-        logits = torch.stack(output.logits, dim=1)
-        said = output.sequences[:, width:].tolist()
-        for place, tokens in enumerate(said):
-            self.rows[place] = self.rows[place] + tokens
-            self.logits[place] = torch.cat([self.logits[place], logits[place]])
+        self._add(output.sequences[:, width:].tolist(), torch.stack(output.logits, dim=1))
+
+    def _add(self, tokens: Sequence[list[int]], logits: Tensor) -> None:
+        self.rows = [row + new for row, new in zip(self.rows, tokens, strict=True)]
+        self.logits = [torch.cat(both) for both in zip(self.logits, logits, strict=True)]
 
     def copy(self) -> Stream:
         """Return another stream that continues from here by itself."""
@@ -449,7 +407,7 @@ class Stream:
         if self.side.routed is not None:
             assert stored_rows(self.cache) == sum(map(sum, self.plans))
         return [
-            Said(tokens=row, logits=logits, start=0, plan=plan, num_read=num_read)
+            Said(row, logits, 0, plan, num_read=num_read)
             for row, logits, plan, num_read in zip(
                 self.rows, self.logits, self.plans, self.num_read, strict=True
             )
@@ -545,26 +503,15 @@ def in_turns(side: Side) -> list[Said]:
     return answered + second
 
 
-def right_padded(side: Side, rows: Sequence[Sequence[int]]) -> list[Said]:
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+def padded_on_the_right(side: Side, rows: Sequence[Sequence[int]] = ()) -> list[Said]:
+    rows = rows or side.case.prompts
+    ids, mask = right_padded(rows)
     with side.deciding(), torch.no_grad():
         logits = side.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return [
-        Said(
-            tokens=list(row),
-            logits=logits[place, : len(row)],
-            start=0,
-            plan=plan,
-            num_read=side.num_read(place),
-        )
+        Said(list(row), logits[place, : len(row)], 0, plan, num_read=side.num_read(place))
         for place, (row, plan) in enumerate(zip(rows, side.plans(), strict=True))
     ]
-
-
-def padded_on_the_right(side: Side) -> list[Said]:
-    return right_padded(side, side.case.prompts)
 
 
 def scored(side: Side) -> list[Said]:
@@ -574,18 +521,17 @@ def scored(side: Side) -> list[Said]:
         [*prompt, *tokens.choices(TOKENS, k=1 + tokens.randrange(side.case.size + 1))]
         for prompt in side.case.prompts
     ]
-    if side.routed is None:
-        return right_padded(side, rows)
-    with side.routed.prompt_lengths([len(prompt) for prompt in side.case.prompts]):
-        return right_padded(side, rows)
+    lengths = [len(prompt) for prompt in side.case.prompts]
+    with nullcontext() if side.routed is None else side.routed.prompt_lengths(lengths):
+        return padded_on_the_right(side, rows)
 
 
 WAYS: dict[str, Callable[[Side], list[Said]]] = {
-    "greedy": greedily,
+    "greedy": generate,
     "sampling": sampling,
     "beams": in_beams,
-    "chunks": in_chunks,
-    "lookup": by_lookup,
+    "chunks": lambda side: generate(side, prefill_chunk_size=side.case.size + 1),
+    "lookup": lambda side: generate(side, prompt_lookup_num_tokens=1 + side.case.size),
     "with a draft": with_a_draft,
     "as a draft": as_a_draft,
     "turns": in_turns,
@@ -675,9 +621,8 @@ def check_route(case: Case, said: Said, counts: Counts) -> None:
     everything = torch.ones(1, said.num_read, dtype=torch.bool)
     for layer, decision in enumerate(said.plan):
         read = reads[sum(said.plan[:layer])]
-        logits = stack.layer_logits(layer, Spans(everything, stack.config.num_windows).means(read))[
-            0
-        ]
+        windows = Spans(everything, stack.config.num_windows).means(read)
+        logits = stack.layer_logits(layer, windows)[0]
         counts.decisions += 1
         if int(logits.argmax()) != decision:
             last_resort = layer == L - 1 and not any(said.plan[:layer]) and decision == 1

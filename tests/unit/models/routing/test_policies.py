@@ -21,15 +21,10 @@ from drllm.models.routing.policies import (
     penalised,
 )
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.paths import num_executions
 
 D = 32
 L = 6
 PROMPTS = torch.tensor([[5, 6, 7, 8, 9], [20, 21, 22, 3, 4]])
-
-
-def pool(hidden, readable, num_windows):
-    return Spans(readable, num_windows).means(hidden)
 
 
 def rng(seed=0):
@@ -135,7 +130,7 @@ def test_the_labels_are_followed_and_the_routers_inputs_recorded():
     for _ in range(2):  # a second pass starts anew
         labels = [list(policy.decide(layer, prompts)) for layer, prompts in enumerate(views)]
     assert labels == [[1, 2], [0, 1], [2, 0]]
-    expected = [pool(prompts.hidden, prompts.readable, 4).means for prompts in views]
+    expected = [Spans(each.readable, 4).means(each.hidden).means for each in views]
     assert torch.equal(torch.stack(expected, dim=1), policy.means)
     assert policy.filled.tolist() == [4, 4]
 
@@ -170,11 +165,7 @@ def test_each_layer_is_drawn_with_the_frequencies_of_its_labels():
     policy = LabelFrequencyPolicy(COUNTS, rng())
     assert shares(policy, 0) == pytest.approx([0.3, 0.6, 0.1], abs=0.015)
     assert shares(policy, 1) == pytest.approx([0.0, 0.95, 0.05], abs=0.015)
-
-
-def test_a_decision_that_was_never_a_label_is_never_drawn():
-    policy = LabelFrequencyPolicy(COUNTS, rng())
-    assert shares(policy, 1)[0] == 0
+    assert shares(policy, 1)[0] == 0, "what was never a label is never drawn"
     assert shares(policy, 2) == [0, 1, 0]
 
 
@@ -206,12 +197,6 @@ def test_label_frequencies_add_up_to_one():
     torch.testing.assert_close(expected, label_frequencies(COUNTS))
 
 
-def test_a_draw_that_skips_everything_still_executes_one_layer(tiny_llama):
-    routed = RoutedModel(tiny_llama(), policy=LabelFrequencyPolicy([[9, 0, 0]] * L, rng()))
-    routed.model(PROMPTS)
-    assert routed.last_route.tolist() == [[0, 0, 0, 0, 0, 1]] * 2
-
-
 # --- the routers and their knobs -------------------------------------------------------------
 
 
@@ -238,13 +223,6 @@ def test_a_bias_charges_each_execution_once(bias):
     torch.testing.assert_close(torch.tensor(expected), biased(logits, bias))
 
 
-def test_executions_never_rise_with_the_bias_where_the_logits_stay():
-    logits = random_logits()
-    sums = [int(biased(logits, b).argmax(1).sum()) for b in torch.arange(-30, 30, 0.5).tolist()]
-    assert sums == sorted(sums, reverse=True)
-    assert (sums[0], sums[-1]) == (2 * len(logits), 0)
-
-
 def published_blend(row, p):
     """The published rule on one row of logits, written out."""
     weights = [math.exp(value - max(row)) for value in row]
@@ -267,27 +245,6 @@ def test_a_penalty_blends_as_published(p):
 
 
 @pytest.mark.parametrize(
-    ("penalties", "decision"),
-    [((-1.0, -0.9, -0.75), 0), ((0.01, 0.3, 0.5, 0.6, 0.75), 1), ((0.76, 0.9, 1.0), 2)],
-)
-def test_where_a_certain_decision_makes_up_half_of_the_blend_the_routers_have_no_say(
-    penalties, decision
-):
-    for p in penalties:
-        assert penalised(random_logits(size=10.0), p).argmax(1).unique().tolist() == [decision]
-
-
-def test_the_middle_of_the_lower_half_is_the_routers_alone():
-    logits = random_logits()
-    assert torch.equal(logits.argmax(1), penalised(logits, -0.5).argmax(1))
-
-
-@pytest.mark.parametrize("p", [-0.7, -0.6, -0.4, -0.2])
-def test_between_skip_and_execute_the_routers_still_count(p):
-    assert len(penalised(random_logits(), p).argmax(1).unique()) > 1
-
-
-@pytest.mark.parametrize(
     ("knobs", "route"),
     [
         ({"router_penalty": -1.0}, [0, 0, 0, 0, 0, 1]),
@@ -303,17 +260,6 @@ def test_the_ends_of_each_knob_on_a_model(tiny_llama, knobs, route):
     assert routed.last_route.tolist() == [route] * 2
 
 
-def test_a_knob_moves_the_depth_of_a_model(tiny_llama):
-    routers = new_routers()
-    routed = RoutedModel(tiny_llama())
-    executions = []
-    for bias in (-4.0, 0.0, 4.0):
-        with routed.using(RouterPolicy(routers, depth_bias=bias)):
-            routed.model(PROMPTS)
-        executions.append(sum(map(num_executions, routed.last_route.tolist())))
-    assert executions[0] > executions[1] > executions[2]
-
-
 def test_two_knobs_are_refused_by_name():
     with pytest.raises(ConfigError, match="--depth-bias and --router-penalty are given"):
         RouterPolicy(new_routers(), depth_bias=0.5, router_penalty=-0.5)
@@ -323,12 +269,7 @@ def test_two_knobs_are_refused_by_name():
     ("knobs", "message"),
     [
         ({"depth_bias": math.nan}, "--depth-bias is nan; give a finite number"),
-        ({"depth_bias": math.inf}, "--depth-bias is inf; give a finite number"),
-        ({"depth_bias": 1e300}, "--depth-bias is 1e[+]300; give a"),
-        ({"router_penalty": math.nan}, "--router-penalty is nan; give a finite number"),
-        ({"router_penalty": 1.01}, "--router-penalty is 1.01; give a value of at most 1"),
         ({"router_penalty": -2}, "--router-penalty is -2; give a value of at least -1"),
-        ({"router_penalty": "off"}, "--router-penalty is 'off'; give a number"),
     ],
 )
 def test_a_knob_out_of_range_is_refused(knobs, message):

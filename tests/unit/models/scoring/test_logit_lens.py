@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 
@@ -13,39 +11,22 @@ from drllm.models.check import IN_SUITE
 from drllm.models.routing.policies import FixedPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.logit_lens import LogitLens
-
-LOGIT_TOLERANCE = 2e-5
-"""As in the parity tests."""
+from slow_way import LOGIT_TOLERANCE, ListedModel
 
 PROMPT = [[5, 6, 7, 8, 9, 10]]
-
-
-def states_and_logits(model, num_layers):
-    """The state behind a layer of a plain copy, and the logits of the copy cut off there."""
-    plain = copy.deepcopy(model)
-    stack, layers = find_layers(plain)
-    name = next(name for name, child in stack.named_children() if child is layers)
-    kept, states = layers[:num_layers], []
-    kept[-1].register_forward_hook(
-        lambda _layer, _inputs, out: states.append(out[0] if isinstance(out, tuple) else out)
-    )
-    setattr(stack, name, kept)
-    for key in ("layer_types", "no_rope_layers"):
-        if getattr(plain.config, key, None) is not None:
-            setattr(plain.config, key, getattr(plain.config, key)[:num_layers])
-    plain.config.num_hidden_layers = num_layers
-    with torch.no_grad():
-        logits = plain(torch.tensor(PROMPT), use_cache=False).logits
-    return states[0][0], logits[0]
 
 
 @pytest.mark.parametrize("family", IN_SUITE)
 @pytest.mark.parametrize("num_layers", [2, 6])
 def test_a_state_says_what_the_model_cut_off_there_says(tiny_model, family, num_layers):
-    model = tiny_model(family)
-    states, expected = states_and_logits(model, num_layers)
+    model, states = tiny_model(family), []
+    cut_off = ListedModel(model, path=range(num_layers))
+    find_layers(cut_off.model)[1][-1].register_forward_hook(
+        lambda _layer, _inputs, out: states.append(out[0] if isinstance(out, tuple) else out)
+    )
+    expected = cut_off.logits(PROMPT[0])
     with torch.no_grad():
-        found = LogitLens(RoutedModel(model)).logits(states)
+        found = LogitLens(RoutedModel(model)).logits(states[0][0])
     torch.testing.assert_close(found, expected, atol=LOGIT_TOLERANCE, rtol=0)
 
 

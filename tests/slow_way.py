@@ -1,0 +1,189 @@
+"""The slow, obvious way of running a path, which everything fast is compared with.
+
+And what such tests are made of: routers that decide, paths, and how scores are compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.paths import to_path
+
+LOGIT_TOLERANCE = 2e-5
+"""Greatest difference of fp32 logits (standard deviation about 1.4) that batched arithmetic made
+on these models: 6e-6 was measured, rounded up for other processors."""
+SUM_TOLERANCE = 1e-4
+"""Nats that a summed log-probability may differ from the path run alone (design figure; 5e-6 was
+measured on these models)."""
+FULL = (1,) * 6
+FOREIGN_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What transformers raises where the untouched model can't do something either."""
+
+
+class ListedModel:
+    """A plain copy of a model whose layer list *is* the path; one unpadded row, no cache.
+
+    What the configuration says layer by layer is put into the order of the path too.
+
+    Args:
+        model: A model that isn't routed; it stays as it is.
+        decisions: `[L]`.
+        path: Layers in any order, instead of decisions.
+        cached: Give each listed layer a copy of its own and number them anew, so that the model
+            can be run with a cache too: one entry a listed layer.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        decisions: Sequence[int] | None = None,
+        *,
+        path: Sequence[int] = (),
+        cached: bool = False,
+    ) -> None:
+        path = path if decisions is None else to_path(decisions)
+        self.model = copy.deepcopy(model)
+        lists = [  # the largest list of modules is that of the layers
+            (sum(p.numel() for p in child.parameters()), parent, name)
+            for parent in self.model.modules()
+            for name, child in parent.named_children()
+            if isinstance(child, nn.ModuleList)
+        ]
+        _, stack, name = max(lists, key=lambda found: found[0])
+        layers = getattr(stack, name)
+        assert decisions is None or len(layers) == len(decisions)
+        listed = [copy.deepcopy(layers[i]) if cached else layers[i] for i in path]
+        if cached:
+            for place, layer in enumerate(listed):
+                for part in layer.modules():
+                    if hasattr(part, "layer_idx"):
+                        part.layer_idx = place
+        setattr(stack, name, nn.ModuleList(listed))
+        config = self.model.config
+        assert config is stack.config
+        for key, value in list(vars(config).items()):
+            if isinstance(value, (list, tuple)) and len(value) == len(layers):
+                setattr(config, key, [value[i] for i in path])
+        config.num_hidden_layers = len(path)
+
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        """Return the logits of every position, `[T, V]`."""
+        with torch.no_grad():
+            return self.model(torch.tensor([list(tokens)]), use_cache=False).logits[0]
+
+    def each(self, context: Sequence[int], tokens: Sequence[int]) -> list[float]:
+        """Return the log-probability of each token behind a context, in an unpadded row."""
+        logprobs = self.logits([*context, *tokens]).log_softmax(-1)[len(context) - 1 :]
+        return [float(logprobs[place, token]) for place, token in enumerate(tokens)]
+
+    def sums(self, context: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[float]:
+        """Return each continuation's log-probability, in a row of its own without padding."""
+        return [sum(self.each(context, tokens)) for tokens in continuations]
+
+    def greedy(self, tokens: Sequence[int], num_new: int, never: int | None = None) -> list[int]:
+        """Return the next tokens, each from a full recomputation of everything before it.
+
+        Args:
+            tokens: The prompt.
+            num_new: How many.
+            never: A token that isn't said, as `min_new_tokens` keeps `generate` from ending early.
+        """
+        row = list(tokens)
+        for _ in range(num_new):
+            logits = self.logits(row)[-1]
+            if never is not None:
+                logits[never] = -torch.inf
+            row.append(int(logits.argmax()))
+        return row[len(tokens) :]
+
+
+def sums_alone(model: Any, questions: Sequence[Any], pairs: Sequence[Any]) -> list[list[float]]:
+    """Score (question, decisions) pairs one by one, each continuation in a row of its own."""
+    return [
+        ListedModel(model, decisions).sums(questions[row].context, questions[row].continuations)
+        for row, decisions in pairs
+    ]
+
+
+def assert_sums(expected: Sequence[Any], found: Sequence[Any]) -> None:
+    """Compare sums, or scores that hold them."""
+    for slow, fast in zip(expected, found, strict=True):
+        sums = [getattr(each, "logprobs", each) for each in (slow, fast)]
+        assert sums[0] == pytest.approx(sums[1], abs=SUM_TOLERANCE)
+
+
+def some_pairs(num: int, seed: int = 0) -> list[tuple[int, tuple[int, ...]]]:
+    """Draw (question, decisions) pairs for three questions; none is the full path."""
+    rng = random.Random(seed)
+    pairs: list[tuple[int, tuple[int, ...]]] = []
+    while len(pairs) < num:
+        decisions = tuple(rng.choices([0, 1, 2], [2, 5, 2], k=6))
+        if any(decisions) and decisions != FULL:
+            pairs.append((rng.randrange(3), decisions))
+    return pairs
+
+
+def prefixes(pairs: Sequence[Any]) -> set[tuple[int, tuple[int, ...]]]:
+    """Return the distinct states that paths go through: what a perfect sharer runs."""
+    return {
+        (row, to_path(decisions)[:length])
+        for row, decisions in pairs
+        for length in range(1, sum(decisions) + 1)
+    }
+
+
+def never(_place: int, _text: str, finished: bool) -> float | None:
+    """Grade an answer when it is all there."""
+    return 0.0 if finished else None
+
+
+def tiny_routers(seed: int = 0, spread: float = 3.0, **options: Any) -> RouterStack:
+    """Make routers for the tiny models that take all three decisions."""
+    shape = {"num_layers": 6, "hidden_size": 32, "num_windows": 4, "router_width": 16}
+    stack = RouterStack(RouterConfig(**{**shape, **options}), torch.Generator().manual_seed(seed))
+    with torch.no_grad():  # far from the zero biases, so that all three decisions turn up
+        stack.decision_weight.mul_(spread)
+    return stack
+
+
+class Recorder:
+    """A policy that executes everything and keeps what it could read, layer by layer."""
+
+    def __init__(self) -> None:
+        self.views: list[Any] = []
+
+    def decide(self, _layer: int, prompts: Any) -> Tensor:
+        self.views.append(prompts)
+        return torch.ones(prompts.num_rows, dtype=torch.long)
+
+    def assert_read(self, model: Any, contexts: Sequence[Sequence[int]]) -> None:
+        """Check that the first layer was shown these contexts and nothing else."""
+        view = self.views[0]
+        for row, context in enumerate(contexts):
+            expected = model.model.embed_tokens(torch.tensor(context))
+            assert torch.equal(expected, view.hidden[row][view.readable[row]])
+
+
+def right_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return ids and mask of rows that are padded on the right."""
+    width = max(map(len, rows))
+    ids = [[*row, *[0] * (width - len(row))] for row in rows]
+    mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
