@@ -347,4 +347,4 @@ def test_files_of_others_beside_a_run_are_no_results(make_folder):
     folder = make_folder()
     folder.search()
     folder.write("notes.json", {"mine": 1})
-    assert read_run(folder.path).evaluations == []
+    assert not read_run(folder.path).evaluations
