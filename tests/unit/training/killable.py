@@ -17,24 +17,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from small import W, Watching
 from transformers import LlamaConfig, LlamaForCausalLM
-from watching import Watching
 
 from drllm.records import SupervisionRecord
 from drllm.training import feature_store as store_module
 from drllm.training.feature_store import Store
 from drllm.training.features import Features, collect
 
-L, W, D, CONTEXT = 3, 4, 8, 48
+L, D, CONTEXT = 3, 8, 48
 
 
 class Letters:
-    """A tokenizer of one token a letter."""
+    """A tokenizer of one token a letter, none for a line."""
 
     bos_token = None
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) % 64 for letter in text.strip()]}
+        return {"input_ids": [ord(letter) % 64 for letter in text.strip("_ ")]}
 
 
 def make_model(seed: int = 0) -> LlamaForCausalLM:
@@ -44,6 +44,7 @@ def make_model(seed: int = 0) -> LlamaForCausalLM:
         intermediate_size=16,
         num_hidden_layers=L,
         num_attention_heads=2,
+        num_key_value_heads=1,
         max_position_embeddings=CONTEXT,
         initializer_range=0.4,
     )
@@ -59,9 +60,6 @@ def make_record(number: int, prompt: str, decisions: tuple[int, ...]) -> Supervi
         answer="yes",
         prompt=prompt,
         id=f"q{number}",
-        task="own",
-        executions=float(sum(decisions)),
-        improving=False,
     )
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from unittest import mock
 
 from kills import At, kill_and_go_on
-from watching import Watching
+from small import IDENTITY, Watching, make_features
 
-from conftest import IDENTITY, make_features
 from drllm.config import TrainConfig
 from drllm.training.stage import train_on
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
+from small import files_of
+
+import drllm
 
 At: TypeAlias = Callable[[int], None]
 """Called with a count at each moment at which a kill may come."""
@@ -42,3 +47,15 @@ def kill_and_go_on(work: Callable[[Path, At], None], folder: Path, kills: int) -
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), "the child ended before its moment"
         work(folder / str(moment), lambda count: None)
+
+
+def assert_kills_change_nothing(script: str, folder: Path, kills: int, num_files: int) -> None:
+    """Run a script that kills; all work it has gone on with must end as the unbroken one did."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(drllm.__file__).parents[1])}
+    words = [sys.executable, Path(__file__).with_name(script), folder, str(kills)]
+    subprocess.run(words, env=environment, check=True, timeout=300)
+    found = {each.name: files_of(each) for each in folder.iterdir()}
+    unbroken = found.pop("unbroken")
+    assert (len(unbroken), len(found)) == (num_files, kills)
+    for moment, files in found.items():
+        assert files == unbroken, f"killed at {moment}"

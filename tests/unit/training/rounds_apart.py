@@ -13,7 +13,7 @@ from unittest import mock
 
 from killable import MODEL, Letters, W, make_records
 from kills import At, kill_and_go_on
-from watching import Watching
+from small import Watching
 
 from drllm.config import TrainConfig
 from drllm.models.base.load import BaseModel

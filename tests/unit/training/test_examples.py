@@ -2,37 +2,34 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small import make_features
 
 from drllm.errors import RecordError
 from drllm.training.features import CONSTANT, digest, moments, shape, sizes
 
-EXACT = 1e-12
-
 
 def slow_moments(features, index):
     """Mean and deviation of every component, one layer and example at a time."""
-    L, D = features.means.shape[1], features.means.shape[3]
-    mean, square = torch.zeros(L, D).double(), torch.zeros(L, D).double()
+    mean, square = torch.zeros(2, *features.means.shape[1::2]).double()  # [L, D]
     for row in index:
-        filled = int(features.filled[row])
-        windows = features.means[row, :, :filled].double()  # [L, filled, D]
+        windows = features.means[row, :, : int(features.filled[row])].double()  # [L, filled, D]
         mean += windows.mean(dim=1) / len(index)
         square += windows.square().mean(dim=1) / len(index)
     return mean, (square - mean.square()).sqrt()
 
 
 @pytest.mark.parametrize("index", [list(range(70)), [3], [69, 2, 2, 40]], ids=["all", "1", "some"])
-def test_moments_equal_the_slow_loop(features_of, index):
-    features = features_of(70)
+def test_moments_equal_the_slow_loop(index):
+    features = make_features(70)
     mean, deviation = moments(features, index)
     expected_mean, expected_deviation = slow_moments(features, index)
-    torch.testing.assert_close(mean, expected_mean, rtol=0, atol=EXACT)
+    torch.testing.assert_close(mean, expected_mean, rtol=0, atol=1e-12)
     varies = expected_deviation > 1e-3
     torch.testing.assert_close(deviation[varies], expected_deviation[varies], rtol=0, atol=1e-9)
 
 
-def test_a_component_that_does_not_vary_is_not_blown_up(features_of):
-    features = features_of(20)
+def test_a_component_that_does_not_vary_is_not_blown_up():
+    features = make_features(20)
     means = features.means.clone()
     means[:, 1, :, 2] = 7.0
     means[:, 2] = 0.0
@@ -43,8 +40,8 @@ def test_a_component_that_does_not_vary_is_not_blown_up(features_of):
     assert deviation[2].tolist() == [1.0] * means.shape[3]
 
 
-def test_the_digest_tells_targets_apart_and_not_last_bits(features_of):
-    features = features_of()
+def test_the_digest_tells_targets_apart_and_not_last_bits():
+    features = make_features()
     labels = features.labels.clone()
     labels[0, 0] = (labels[0, 0] + 1) % 3
     assert digest(features) != digest(replace(features, labels=labels))
@@ -54,19 +51,16 @@ def test_the_digest_tells_targets_apart_and_not_last_bits(features_of):
     assert len({digest(each) for each in (features, *softened)}) == 3
 
 
-def test_sizes_are_of_each_target_and_layer(features_of):
-    features = features_of(40)
-    expected = features.means.abs().mean(dim=(2, 3))
-    torch.testing.assert_close(sizes(features), expected)
+def test_sizes_are_of_each_target_and_layer():
+    features = make_features(40)
+    torch.testing.assert_close(sizes(features), features.means.abs().mean(dim=(2, 3)))
     assert shape(features) == (40, *features.means.shape[1:])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_are_refused_by_question(features_of, value):
-    features = features_of(40)
+def test_features_that_are_not_finite_are_refused_by_question(value):
+    features = make_features(40)
     means = features.means.clone()
     means[35, 1, 0, 3] = value
-    with pytest.raises(
-        RecordError, match="features of question 'question 35' hold NaN or infinity"
-    ):
+    with pytest.raises(RecordError, match="features of question 'question 35' hold NaN or infin"):
         sizes(replace(features, means=means))

@@ -12,17 +12,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import killable
 import pytest
 import torch
+from killable import D, L, Letters, make_model, make_record, make_records, pool
 from safetensors import safe_open
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import killable
-from killable import D, L, Letters, W, make_model, make_record, make_records, pool
+from small import BrokenOffError, W, files_of
 
 import drllm
 from drllm.errors import ConfigError, DrllmError, RecordError
@@ -33,6 +32,8 @@ from drllm.training.feature_store import FEATURES_FILE, Store
 from drllm.training.features import collect, digest, shape, sizes
 
 N = 7
+ROWS = N * L * W * D
+"""Numbers in `means`."""
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "features"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def in_memory() -> Any:
     return collect(make_model(), Letters(), make_records(N), num_windows=W, batch_size=3)
 
@@ -77,27 +78,19 @@ def test_features_on_disk_are_those_in_memory(folder, in_memory):
     assert torch.equal(sizes(stored), sizes(in_memory))
 
 
-def test_in_bfloat16_they_are_rounded_and_read_in_float32(folder, in_memory):
-    stored = pool(folder, N, store=Store(folder, "bfloat16"))
-    assert stored.rows([0]).dtype == torch.float32
-    assert torch.equal(stored.rows(range(N)), in_memory.means.bfloat16().float())
-    halved = len(bytes_of(folder))
-    pool(folder.with_name("whole"), N)
-    assert len(bytes_of(folder.with_name("whole"))) - halved == N * L * W * D * 2
-
-
-def test_rows_come_in_the_order_asked_for(folder, in_memory):
-    asked = [5, 0, 5]
-    assert torch.equal(pool(folder, N).rows(asked), in_memory.means[asked])
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_any_reader_of_safetensors_opens_the_file(folder, dtype):
+def test_they_are_stored_in_a_dtype_and_any_reader_of_safetensors_opens_the_file(
+    folder, in_memory, dtype
+):
     stored = pool(folder, N, store=Store(folder, dtype))
+    kind = getattr(torch, dtype)
+    asked = [5, 0, 5]
+    assert torch.equal(stored.rows(asked), in_memory.means[asked].to(kind).float())
     with safe_open(folder / FEATURES_FILE, framework="pt") as file:
         assert torch.equal(file.get_tensor("means"), stored.means)
-        assert file.get_tensor("means").dtype == getattr(torch, dtype)
+        assert file.get_tensor("means").dtype == kind
         assert torch.equal(file.get_tensor("filled"), stored.filled)
+    assert 0 < len(bytes_of(folder)) - ROWS * kind.itemsize < 300 + 8 * N
 
 
 def test_the_manifest_tells_what_the_features_are_of(folder):
@@ -110,19 +103,12 @@ def test_the_manifest_tells_what_the_features_are_of(folder):
     assert len(manifest["model"]["fingerprint"]) == 16
 
 
-def test_nothing_else_is_left_in_the_folder(folder):
+def test_nothing_else_is_left_and_removing_leaves_what_others_put_there(folder):
     pool(folder, N)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "features.manifest.json",
-        FEATURES_FILE,
-    ]
-
-
-def test_removing_leaves_what_others_put_there(folder):
-    pool(folder, N)
+    assert sorted(files_of(folder)) == ["features.manifest.json", FEATURES_FILE]
     (folder / "notes.txt").write_text("mine")
     Store(folder).remove()
-    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert list(files_of(folder)) == ["notes.txt"]
     (folder / "notes.txt").unlink()
     pool(folder, N)
     Store(folder).remove()
@@ -147,26 +133,21 @@ def test_whole_features_are_used_again_without_a_pass_and_without_writing(
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-def other_prompt() -> list[Any]:
-    return [*make_records(N - 1), make_record(N - 1, "other", (0, 2, 1))]
-
-
-def other_path() -> list[Any]:
-    first = make_records(N)
-    return [make_record(0, first[0].prompt, (2, 1, 1)), *first[1:]]
-
-
+RECORDS = make_records(N)
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "windows": ({"windows": 5}, "num_windows 4, now 5"),
     "model": ({"model": make_model(1)}, r"model fingerprint \"\w{16}\", now \"\w{16}\""),
-    "dtype": (
-        {"model": make_model().bfloat16()},
-        "dtype .float32., now .bfloat16.",
-    ),
+    "dtype": ({"model": make_model().bfloat16()}, "dtype .float32., now .bfloat16."),
     "stored dtype": ({"dtype": "bfloat16"}, "feature_dtype .float32., now .bfloat16."),
-    "number": ({"records": make_records(N - 1)}, "targets number 7, now 6; other targets prompts"),
-    "prompt": ({"records": other_prompt()}, "other targets prompts"),
-    "path": ({"records": other_path()}, "other targets decisions"),
+    "number": ({"records": RECORDS[:-1]}, "targets number 7, now 6; other targets prompts"),
+    "prompt": (
+        {"records": [*RECORDS[:-1], make_record(N - 1, "other", (0, 2, 1))]},
+        "other targets prompts",
+    ),
+    "path": (
+        {"records": [make_record(0, RECORDS[0].prompt, (2, 1, 1)), *RECORDS[1:]]},
+        "other targets decisions",
+    ),
 }
 
 
@@ -282,20 +263,16 @@ def test_a_pass_killed_at_ten_random_moments_ends_with_the_bytes_of_an_unbroken_
     assert bytes_of(folder) == bytes_of(unbroken)
 
 
-class StopError(Exception):
-    pass
-
-
 def stop_after(rows: int):
     def on_progress(done: int, total: int) -> None:
         if done >= rows:
-            raise StopError
+            raise BrokenOffError
 
     return on_progress
 
 
 def test_what_was_pooled_before_an_error_is_kept_and_not_pooled_again(folder, passes):
-    with pytest.raises(StopError):
+    with pytest.raises(BrokenOffError):
         pool(folder, N, on_progress=stop_after(6))
     passes.clear()
     seen: list[int] = []
@@ -306,17 +283,13 @@ def test_what_was_pooled_before_an_error_is_kept_and_not_pooled_again(folder, pa
     assert said[0].endswith("; 6 of 7 targets are there already")
 
 
-def test_a_manifest_without_features_is_no_obstacle(folder):
-    pool(folder, N)
-    (folder / FEATURES_FILE).unlink()
-    assert shape(pool(folder, N, windows=2)) == (N, L, 2, D)
-
-
-def test_a_broken_off_pass_of_something_else_is_refused(folder):
-    with pytest.raises(StopError):
+def test_a_broken_off_pass_of_something_else_is_refused_but_not_a_manifest_alone(folder):
+    with pytest.raises(BrokenOffError):
         pool(folder, N, on_progress=stop_after(3))
     with pytest.raises(ConfigError, match="num_windows 4, now 2"):
         pool(folder, N, windows=2)
+    (folder / FEATURES_FILE).unlink()
+    assert shape(pool(folder, N, windows=2)) == (N, L, 2, D)
 
 
 def test_a_second_training_is_kept_out_while_the_first_pools(folder):
@@ -343,7 +316,7 @@ def test_the_need_is_announced_before_the_pass(folder):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_pass_that_does_not_fit_on_the_disk_is_not_begun(folder, monkeypatch, passes, dtype):
-    need = N * L * W * D * {"float32": 4, "bfloat16": 2}[dtype]
+    need = ROWS * {"float32": 4, "bfloat16": 2}[dtype]
     usage = store_module.shutil.disk_usage(folder.parent)
     monkeypatch.setattr(
         store_module.shutil, "disk_usage", lambda place: usage._replace(free=need - 1)
@@ -364,7 +337,7 @@ def test_a_disk_that_fills_up_during_the_pass_is_said_and_loses_nothing(folder, 
 
     def fill_up(done: int, total: int) -> None:
         if done == 3:  # behind `filled` and half a row
-            start = len(bytes_of(folder)) - N * L * W * D * 4
+            start = len(bytes_of(folder)) - ROWS * 4
             resource.setrlimit(resource.RLIMIT_FSIZE, (start + L * W * D * 2, before[1]))
 
     try:
@@ -391,56 +364,48 @@ def test_a_folder_below_a_file_is_refused(tmp_path):
 # --- what isn't trusted ------------------------------------------------------------------------
 
 
-def cut_off(folder: Path) -> None:
-    path = folder / FEATURES_FILE
-    path.write_bytes(path.read_bytes()[:-1])
+def rewritten(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda folder: (folder / FEATURES_FILE).write_bytes(change(bytes_of(folder)))
 
 
-def other_header(folder: Path) -> None:
-    path = folder / FEATURES_FILE
-    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"F16"'))
+def with_at_end(skipped: int, value: bytes) -> Callable[[Path], None]:
+    """Replace bytes before so many at the end of the file."""
+    end = -skipped - len(value)
+    return rewritten(lambda old: old[:end] + value + old[len(old) - skipped :])
 
 
-def too_many_windows(folder: Path) -> None:
-    path = folder / FEATURES_FILE
-    content = bytearray(path.read_bytes())
-    content[-N * L * W * D * 4 - 8] = W + 1  # the last value of `filled`
-    path.write_bytes(content)
-
-
-def no_manifest(folder: Path) -> None:
-    (folder / "features.manifest.json").unlink()
-
-
-def no_json(folder: Path) -> None:
-    (folder / "features.manifest.json").write_text("{")
-
-
-BROKEN = {
-    cut_off: "is broken; delete .* to pool the features anew",
-    other_header: "is broken; delete",
-    too_many_windows: "is broken; delete",
-    no_manifest: r"is broken; .*features\.manifest\.json is missing",
-    no_json: "features.manifest.json: cut off in the middle",
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut off": (rewritten(lambda old: old[:-1]), "is broken; delete .* to pool the features anew"),
+    "another header": (rewritten(lambda old: old.replace(b'"F32"', b'"F16"')), "is broken; delete"),
+    "too many windows": (  # in the last value of `filled`
+        with_at_end(ROWS * 4, (W + 1).to_bytes(8, "little")),
+        "is broken; delete",
+    ),
+    "no manifest": (
+        lambda folder: (folder / "features.manifest.json").unlink(),
+        r"is broken; .*features\.manifest\.json is missing",
+    ),
+    "no JSON": (
+        lambda folder: (folder / "features.manifest.json").write_text("{"),
+        "features.manifest.json: cut off in the middle",
+    ),
 }
 
 
-@pytest.mark.parametrize("spoil", BROKEN, ids=lambda spoil: spoil.__name__)
-def test_files_that_cannot_be_trusted_are_refused_and_kept(folder, spoil):
+@pytest.mark.parametrize("what", BROKEN)
+def test_files_that_cannot_be_trusted_are_refused_and_kept(folder, what):
+    spoil, message = BROKEN[what]
     pool(folder, N)
     spoil(folder)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(DrllmError, match=BROKEN[spoil]) as caught:
+    before = files_of(folder)
+    with pytest.raises(DrllmError, match=message) as caught:
         pool(folder, N)
     assert "\n" not in str(caught.value)
-    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert files_of(folder) == before
 
 
 def test_numbers_that_are_not_finite_are_found_before_training(folder):
     pool(folder, N)
-    path = folder / FEATURES_FILE
-    content = bytearray(path.read_bytes())
-    content[-4:] = b"\x00\x00\xc0\x7f"  # NaN
-    path.write_bytes(content)
+    with_at_end(0, b"\x00\x00\xc0\x7f")(folder)  # NaN
     with pytest.raises(RecordError, match=r"of question 'about G+' hold NaN or infinity"):
         sizes(pool(folder, N))

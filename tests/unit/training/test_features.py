@@ -2,98 +2,51 @@
 
 import copy
 import dataclasses
-import itertools
 import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from watching import Watching
+from killable import CONTEXT, D, L, Letters, make_model, make_record
+from small import W, Watching, assert_windows
 
 from drllm.errors import ModelError, RecordError
-from drllm.records import RejectedQuestion, SupervisionRecord, read_json_lines
+from drllm.models.base.prompts import encode
+from drllm.records import RejectedQuestion, read_json_lines
 from drllm.training.feature_store import Store
 from drllm.training.features import collect, digest, sizes
 from drllm.training.targets import write_rejected
 
-L, W, D, CONTEXT = 4, 3, 16, 24
-# The model runs in float64, the means are stored in float32.
+BASE = make_model().double()
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+"""The model runs in float64, the means are stored in float32."""
+FULL = (1, 1, 1)
+PROMPTS = {
+    "a longer prompt of 20": FULL,
+    "hi": (0, 2, 1),
+    "seven..": (2, 0, 2),
+    "?": (0, 0, 1),
+    "twelve chars": (1, 0, 0),
+    "seven,,": (1, 2, 0),
+    "all are repeated": (2, 2, 2),
+}
+RECORDS = [make_record(row, *each) for row, each in enumerate(PROMPTS.items())]
+N = len(RECORDS)
+LONG = [make_record(row, "x" * (CONTEXT + row), FULL) for row in (8, 9)]
 
 
-class Letters:
-    """A tokenizer of one token a letter, `^` for the beginning of a text."""
-
-    bos_token = "^"
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        marked = ("^" if add_special_tokens else "") + text
-        return {"input_ids": [ord(letter) % 64 for letter in marked]}
+def pooled(records=RECORDS, model=BASE, **options):
+    return collect(model, Letters(), records, num_windows=W, **options)
 
 
-class NoMarks(Letters):
-    """The same without a token for the beginning, so that a text may have no tokens."""
-
-    bos_token = None
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) % 64 for letter in text.strip("_")]}
-
-
-def record(number: int, prompt: str, decisions: list[int]) -> SupervisionRecord:
-    return SupervisionRecord(
-        question=f"about {prompt}",
-        optimal_layer_config=tuple(decisions),
-        answer="yes",
-        prompt=prompt,
-        id=f"q{number}",
-        task="own",
-        executions=float(sum(decisions)),
-        improving=False,
-    )
-
-
-RECORDS = [
-    record(0, "a longer prompt of 20", [1, 1, 1, 1]),
-    record(1, "hi", [0, 2, 0, 1]),
-    record(2, "seven..", [2, 0, 1, 2]),
-    record(3, "?", [0, 0, 0, 1]),
-    record(4, "^rendered by a chat", [2, 2, 2, 2]),
-    record(5, "twelve chars", [1, 0, 0, 0]),
-    record(6, "seven,,", [1, 2, 0, 1]),
-]
-
-
-@pytest.fixture(scope="module")
-def base() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=D,
-        intermediate_size=24,
-        num_hidden_layers=L,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        initializer_range=0.4,
-    )
-    return LlamaForCausalLM(config).double().eval().requires_grad_(False)
-
-
-def tokens_of(prompt: str) -> list[int]:
-    """`^` once, whether the prompt brings it or not."""
-    return [ord(letter) % 64 for letter in "^" + prompt.removeprefix("^")]
-
-
-def slow_inputs(base: LlamaForCausalLM, prompt: str, decisions) -> list[torch.Tensor]:
+def slow_inputs(record) -> list[torch.Tensor]:
     """What each layer reads, `[T, D]`, after the labelled executions of the layers before it."""
-    ids = torch.tensor([tokens_of(prompt)])
+    ids = torch.tensor([Letters()(record.prompt)["input_ids"]])
     T = ids.shape[1]
-    hidden = base.model.embed_tokens(ids)
-    positions = base.model.rotary_emb(hidden, torch.arange(T)[None])
+    hidden = BASE.model.embed_tokens(ids)
+    positions = BASE.model.rotary_emb(hidden, torch.arange(T)[None])
     causal = torch.full((T, T), -math.inf, dtype=hidden.dtype).triu(1)[None, None]
     inputs = []
-    for layer, times in zip(base.model.layers, decisions, strict=True):
+    for layer, times in zip(BASE.model.layers, record.optimal_layer_config, strict=True):
         inputs.append(hidden[0])
         for _ in range(times):
             output = layer(hidden, attention_mask=causal, position_embeddings=positions)
@@ -101,91 +54,74 @@ def slow_inputs(base: LlamaForCausalLM, prompt: str, decisions) -> list[torch.Te
     return inputs
 
 
-def slow_windows(hidden: torch.Tensor) -> list[torch.Tensor]:
-    """Means over the windows of `[T, D]`, in a loop."""
-    windows = min(len(hidden), W)
-    edges = [window * len(hidden) // windows for window in range(windows + 1)]
-    return [
-        sum(hidden[token] for token in range(start, end)) / (end - start)
-        for start, end in itertools.pairwise(edges)
-    ]
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_features_equal_one_prompt_at_a_time_layer_by_layer(base, batch_size):
-    features = collect(base, Letters(), RECORDS, num_windows=W, batch_size=batch_size)
-    for row, wanted in enumerate(RECORDS):
-        inputs = slow_inputs(base, wanted.prompt, wanted.optimal_layer_config)
-        for layer, hidden in enumerate(inputs):
-            windows = torch.stack(slow_windows(hidden)).float()
-            found = features.means[row, layer]
-            torch.testing.assert_close(found[: len(windows)], windows, **CLOSE)
-            assert not found[len(windows) :].any()
-        assert int(features.filled[row]) == len(windows)
-
-
-def test_features_come_in_the_order_of_the_records(base):
-    features = collect(base, Letters(), RECORDS, num_windows=W, batch_size=2)
-    assert features.labels.tolist() == [list(r.optimal_layer_config) for r in RECORDS]
-    assert features.questions == tuple(r.question for r in RECORDS)
-    assert features.tasks == ("own",) * len(RECORDS)
-    assert features.filled.tolist() == [3, 3, 3, 2, 3, 3, 3]
-    assert features.means.shape == (len(RECORDS), L, W, D)
+def test_features_equal_one_prompt_at_a_time_layer_by_layer(batch_size):
+    seen = []
+    watching = Watching(lambda done, total: seen.append((done, total)))
+    features = pooled(batch_size=batch_size, listener=watching)
+    for found, record in zip(features.means, RECORDS, strict=True):
+        assert_windows(found, slow_inputs(record), **CLOSE)
+    assert features.means.shape == (N, L, W, D)
     assert features.means.dtype == torch.float32
+    assert features.filled.tolist() == [min(len(prompt), W) for prompt in PROMPTS]
+    assert features.labels.tolist() == [list(decisions) for decisions in PROMPTS.values()]
+    assert features.questions == tuple(record.question for record in RECORDS)
+    assert features.tasks == ("own",) * N
+    sizes_of_passes = [*range(batch_size, N, batch_size), N]
+    assert seen == [(done, N) for done in sizes_of_passes]
 
 
-def test_each_target_of_a_batch_follows_its_own_path(base):
+def test_each_target_of_a_batch_follows_its_own_path():
     """The same prompt along several paths, the first of them the full one."""
-    paths = [[1, 1, 1, 1], [0, 1, 1, 1], [2, 1, 0, 1], [1, 0, 2, 1]]
-    records = [record(row, "the same prompt", path) for row, path in enumerate(paths)]
-    together = collect(base, Letters(), records, num_windows=W, batch_size=len(records))
+    paths = [FULL, (0, 1, 1), (2, 1, 0), (1, 0, 2)]
+    records = [make_record(row, "the same prompt", path) for row, path in enumerate(paths)]
+    together = pooled(records)
     for row, one in enumerate(records):
-        alone = collect(base, Letters(), [one], num_windows=W)
-        torch.testing.assert_close(together.means[row], alone.means[0], **CLOSE)
+        torch.testing.assert_close(together.means[row], pooled([one]).means[0], **CLOSE)
     reads = together.means[:, -1]
     assert all((reads[row] - reads[0]).abs().max() > 0.01 for row in (1, 2, 3))
 
 
-def test_the_model_is_left_without_routing(base):
-    before = base.forward
-    collect(base, Letters(), RECORDS[:1], num_windows=W)
-    assert base.forward == before
+def test_a_prompt_that_begins_with_the_mark_of_a_beginning_gets_no_second_one():
+    class Marks(Letters):
+        bos_token = "^"
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return super().__call__(("^" if add_special_tokens else "") + text)
+
+    assert encode(Marks(), "^a") == encode(Marks(), "a") == Letters()("^a")["input_ids"]
 
 
-def test_progress_counts_the_prompts(base):
-    seen = []
-    collect(
-        base,
-        Letters(),
-        RECORDS,
-        num_windows=W,
-        batch_size=3,
-        listener=Watching(lambda done, total: seen.append((done, total))),
-    )
-    assert seen == [(3, 7), (6, 7), (7, 7)]
+def test_the_model_is_left_without_routing():
+    before = BASE.forward
+    pooled(RECORDS[:1])
+    assert BASE.forward == before
 
 
-def test_a_prompt_as_long_as_the_context_is_read(base):
-    longest = record(0, "x" * (CONTEXT - 1), [1, 1, 1, 1])
-    assert len(collect(base, Letters(), [longest], num_windows=W).means) == 1
+def test_a_prompt_as_long_as_the_context_is_read():
+    assert len(pooled([make_record(0, "x" * CONTEXT, FULL)]).means) == 1
 
 
-def test_a_target_for_another_number_of_layers_is_refused_by_id(base):
-    bad = record(9, "x", [1, 1, 1])
-    with pytest.raises(RecordError, match="'q9': its target has 3 layers, the base model has 4"):
-        collect(base, Letters(), [*RECORDS, bad], num_windows=W)
-
-
-def test_no_targets_are_refused(base):
-    with pytest.raises(RecordError, match="no targets to train on"):
-        collect(base, Letters(), [], num_windows=W)
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([*RECORDS, make_record(9, "x", (1, 1))], "'q9': its target has 2 layers, the base .* 3"),
+        ([], "no targets to train on"),
+        (
+            [*RECORDS, *LONG],
+            r"^2 of 9 targets can't be used .*2 longer than the base model's context; its context "
+            r"holds 48 tokens\), the first is question 'q8'; give targets that were searched",
+        ),
+        (LONG[:1], r"^1 of 1 targets can't be used"),
+    ],
+    ids=["another depth", "none", "many too long", "one of one"],
+)
+def test_targets_of_which_too_many_do_not_fit_the_model_are_refused(records, message):
+    with pytest.raises(RecordError, match=message):
+        pooled(records)
 
 
 # --- targets that the model can't run ---------------------------------------------------------
-
-
-def without(records, name: str):
-    return [wanted for wanted in records if wanted.id != name]
 
 
 def assert_same_features(found, expected) -> None:
@@ -196,77 +132,54 @@ def assert_same_features(found, expected) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "tokenizer", "reason"),
-    [
-        (record(9, "x" * CONTEXT, [1, 1, 1, 1]), Letters(), "longer than the base model's context"),
-        (record(9, "_", [1, 1, 1, 1]), NoMarks(), "prompt without tokens"),
-    ],
-    ids=["too long", "no tokens"],
+    ("prompt", "reason"),
+    [("x" * (CONTEXT + 1), "longer than the base model's context"), ("_", "prompt without tokens")],
 )
-def test_a_single_target_that_this_model_cannot_read_is_set_aside(base, bad, tokenizer, reason):
-    records = [*RECORDS[:3], bad, *RECORDS[3:]]
-    features = collect(base, tokenizer, records, num_windows=W)
-    assert_same_features(features, collect(base, tokenizer, RECORDS, num_windows=W))
+def test_a_single_target_that_this_model_cannot_read_is_set_aside(prompt, reason):
+    bad = make_record(9, prompt, FULL)
+    features = pooled([*RECORDS[:3], bad, *RECORDS[3:]])
+    assert_same_features(features, pooled())
     [rejected] = features.rejected
     assert (rejected.id, rejected.question, rejected.reason) == ("q9", bad.question, reason)
 
 
-def test_targets_that_this_model_cannot_read_are_refused_where_they_are_many(base):
-    long = [record(row, "x" * (CONTEXT + row), [1, 1, 1, 1]) for row in (8, 9)]
-    with pytest.raises(
-        RecordError,
-        match=r"^2 of 9 targets can't be used .*2 longer than the base model's context; its "
-        r"context holds 24 tokens\), the first is question 'q8'; give targets that were searched",
-    ):
-        collect(base, Letters(), [*RECORDS, *long], num_windows=W)
-    with pytest.raises(RecordError, match=r"^1 of 1 targets can't be used"):
-        collect(base, Letters(), long[:1], num_windows=W)
-
-
 @pytest.fixture
-def overflowing(base):
+def overflowing():
     """A model to which question marks are endless."""
-    broken = copy.deepcopy(base)
+    broken = copy.deepcopy(BASE)
     broken.model.embed_tokens.weight[ord("?") % 64] = math.inf
     return broken
 
 
 @pytest.mark.parametrize("on_disk", [False, True], ids=["in memory", "on disk"])
 def test_a_single_target_whose_states_overflow_is_set_aside(overflowing, on_disk, tmp_path):
-    def pooled(name: str, records):
+    def pool(name: str, records):
         store = Store(tmp_path / name) if on_disk else None
-        return collect(overflowing, Letters(), records, num_windows=W, store=store)
+        return pooled(records, overflowing, store=store)
 
-    features = pooled("all", RECORDS)
-    assert_same_features(features, pooled("finite", without(RECORDS, "q3")))
+    features = pool("all", RECORDS)
+    finite = [record for record in RECORDS if record.id != "q3"]
+    assert_same_features(features, pool("finite", finite))
     [rejected] = features.rejected
     assert (rejected.id, rejected.reason) == ("q3", "hidden states that are NaN or infinite")
-    assert sizes(features).shape == (len(RECORDS) - 1, L)
-    assert pooled("all", RECORDS).rejected == (rejected,)  # on disk: read, not pooled
-
-
-def test_a_target_that_was_set_aside_leaves_no_nan_in_the_file(overflowing, tmp_path):
-    features = collect(
-        overflowing, Letters(), RECORDS, num_windows=W, store=Store(tmp_path / "features")
-    )
+    assert sizes(features).shape == (N - 1, L)
     assert features.means.isfinite().all()
+    assert pool("all", RECORDS).rejected == (rejected,)  # on disk: read, not pooled
 
 
 def test_states_that_overflow_are_refused_where_they_are_many(overflowing, tmp_path):
-    records = [*RECORDS, record(8, "really?", [1, 1, 1, 1])]
+    records = [*RECORDS, make_record(8, "really?", FULL)]
+    message = (
+        r"^2 of 8 targets, the first is question 'q3': a layer .* NaN or infinity in "
+        r"torch\.float64; load it with --dtype float32"
+    )
     for _ in range(2):  # the second time they are read
-        with pytest.raises(
-            ModelError,
-            match=r"^2 of 8 targets, the first is question 'q3': a layer .* NaN or infinity in "
-            r"torch\.float64; load it with --dtype float32",
-        ):
-            collect(
-                overflowing, Letters(), records, num_windows=W, store=Store(tmp_path / "features")
-            )
+        with pytest.raises(ModelError, match=message):
+            pooled(records, overflowing, store=Store(tmp_path / "features"))
 
 
 def test_rejected_targets_are_written_and_taken_away_again(overflowing, tmp_path):
-    features = collect(overflowing, Letters(), RECORDS, num_windows=W)
+    features = pooled(model=overflowing)
     path = write_rejected(tmp_path, features.rejected)
     [(_, found)] = read_json_lines(path, RejectedQuestion)
     assert found == features.rejected[0]
@@ -277,28 +190,20 @@ def test_rejected_targets_are_written_and_taken_away_again(overflowing, tmp_path
 # --- what training reads -----------------------------------------------------------------------
 
 
-def test_means_in_float64_are_read_as_they_are(base):
-    features = collect(base, Letters(), RECORDS, num_windows=W)
-    precise = dataclasses.replace(features, means=features.means.double())
-    assert precise.rows([1]).dtype == torch.float64
-    assert features.rows([1]).dtype == torch.float32
-
-
-def test_rows_are_copies(base):
-    features = collect(base, Letters(), RECORDS, num_windows=W)
+def test_rows_are_copies_of_those_asked_for_in_their_order_and_at_least_in_float32():
+    features = pooled()
+    assert torch.equal(features.rows([4, 0]), features.means[[4, 0]])
     features.rows([0, 1]).zero_()
     assert features.means[:2].any()
+    precise = dataclasses.replace(features, means=features.means.double())
+    assert precise.rows([1]).dtype == torch.float64
+    halved = dataclasses.replace(features, means=features.means.bfloat16())
+    assert halved.rows([1]).dtype == torch.float32
 
 
-def test_the_digest_tells_targets_apart_and_the_sizes_tell_prompts_apart(base):
-    features = collect(base, Letters(), RECORDS[:2], num_windows=W)
-    other_target = [RECORDS[0], record(1, "hi", [0, 2, 1, 1])]
-    assert digest(features) != digest(collect(base, Letters(), other_target, num_windows=W))
-    again = collect(base, Letters(), RECORDS[:2], num_windows=W, batch_size=1)
+def test_the_digest_tells_targets_apart_and_the_sizes_tell_prompts_apart():
+    features = pooled(RECORDS[:2])
+    assert digest(features) != digest(pooled([RECORDS[0], make_record(1, "hi", (0, 2, 2))]))
+    again = pooled(RECORDS[:2], batch_size=1)
     assert digest(features) == digest(again)
     torch.testing.assert_close(sizes(features), sizes(again), **CLOSE)
-
-
-def test_rows_are_those_asked_for_in_their_order(base):
-    features = collect(base, Letters(), RECORDS, num_windows=W)
-    assert torch.equal(features.rows([4, 0]), features.means[[4, 0]])

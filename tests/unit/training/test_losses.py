@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from drllm.training.losses import Objective, class_weights, focal_losses, log_priors
 
 EXACT = 1e-12  # float64: only the order of additions differs
+WEIGHTS = torch.tensor([0.7, 0.2, 2.1], dtype=torch.float64)
 
 
 def slow_class_weights(counts: list[int], beta: float) -> list[float]:
@@ -20,12 +21,10 @@ def slow_class_weights(counts: list[int], beta: float) -> list[float]:
 
 def slow_focal_loss(logits, labels, weights, gamma) -> float:
     losses = []
-    for row_logits, row_labels in zip(logits.tolist(), labels.tolist(), strict=True):
-        layers = []
-        for three, label in zip(row_logits, row_labels, strict=True):
-            p = math.exp(three[label]) / sum(math.exp(logit) for logit in three)
-            layers.append(-weights[label] * (1 - p) ** gamma * math.log(p))
-        losses.append(sum(layers) / len(layers))
+    rows = logits.flatten(0, 1).tolist()
+    for three, label in zip(rows, labels.flatten().tolist(), strict=True):
+        p = math.exp(three[label]) / sum(map(math.exp, three))
+        losses.append(-weights[label] * (1 - p) ** gamma * math.log(p))
     return sum(losses) / len(losses)
 
 
@@ -42,11 +41,6 @@ def batch(seed: int = 0, rows: int = 5, layers: int = 4):
     return logits, labels
 
 
-def test_published_counts_give_the_weights_that_follow_from_the_paper():
-    weights = class_weights([4399, 120956, 1457], beta=0.999)
-    assert [round(weight, 3) for weight in weights] == [0.916, 0.905, 1.179]
-
-
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 0.9999999])
 @pytest.mark.parametrize("counts", [[1190, 6558, 22], [1, 1, 1], [3, 700, 1], [0, 40, 2]])
 def test_class_weights_equal_the_sum_of_the_geometric_series(counts, beta):
@@ -54,24 +48,12 @@ def test_class_weights_equal_the_sum_of_the_geometric_series(counts, beta):
     assert slow_class_weights(counts, beta) == pytest.approx(class_weights(counts, beta), rel=1e-11)
 
 
-def test_weights_of_the_classes_present_have_mean_one():
-    weights = class_weights([50, 0, 7], beta=0.99)
-    assert pytest.approx(1.0, abs=EXACT) == (weights[0] + weights[2]) / 2
-
-
 def test_a_class_without_labels_gets_weight_one_and_leaves_the_others_alone():
     skip, execute, repeat = class_weights([5, 100, 0], beta=0.99)
-    assert repeat == 1.0
+    assert execute < repeat == 1.0 < skip
     assert list(class_weights([5, 100], beta=0.99)) == [skip, execute]
-
-
-def test_a_single_class_has_weight_one():
+    assert (skip + execute) / 2 == pytest.approx(1.0, abs=EXACT)
     assert class_weights([0, 30, 0], beta=0.999) == (1.0, 1.0, 1.0)
-
-
-def test_rarer_classes_weigh_more():
-    skip, execute, repeat = class_weights([300, 4000, 20], beta=0.999)
-    assert execute < skip < repeat
 
 
 def test_no_labels_at_all_are_refused():
@@ -82,9 +64,10 @@ def test_no_labels_at_all_are_refused():
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.0])
 def test_focal_loss_equals_the_slow_loop(gamma):
     logits, labels = batch()
-    weights = [0.7, 0.2, 2.1]
-    loss = focal_loss(logits, labels, torch.tensor(weights, dtype=torch.float64), gamma)
-    assert slow_focal_loss(logits, labels, weights, gamma) == pytest.approx(float(loss), abs=EXACT)
+    loss = focal_loss(logits, labels, WEIGHTS, gamma)
+    assert slow_focal_loss(logits, labels, WEIGHTS.tolist(), gamma) == pytest.approx(
+        float(loss), abs=EXACT
+    )
 
 
 def test_without_gamma_and_weights_it_is_cross_entropy():
@@ -97,9 +80,8 @@ def test_without_gamma_and_weights_it_is_cross_entropy():
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_gradients_equal_finite_differences(gamma):
     logits, labels = batch(seed=2, rows=2, layers=2)
-    weights = torch.tensor([0.7, 0.2, 2.1], dtype=torch.float64)
     logits.requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda x: focal_loss(x, labels, weights, gamma), (logits,))
+    assert torch.autograd.gradcheck(lambda x: focal_loss(x, labels, WEIGHTS, gamma), (logits,))
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.1, 0.5, 1.0, 2.0])
@@ -120,33 +102,25 @@ def test_the_loss_keeps_the_dtype_of_the_logits():
 
 def test_the_loss_of_soft_targets_is_the_mix_of_the_losses_of_the_labels():
     logits, _ = batch(seed=3)
-    weights = torch.tensor([0.7, 0.2, 2.1], dtype=torch.float64)
-    gamma = 2.0
     shares = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     mixed = sum(
-        share * focal_losses(logits, one, weights, gamma)
+        share * focal_losses(logits, one, WEIGHTS, 2.0)
         for share, one in zip(shares, torch.eye(3, dtype=torch.float64), strict=True)
     )
-    softly = focal_losses(logits, shares, weights, gamma)
+    softly = focal_losses(logits, shares, WEIGHTS, 2.0)
     torch.testing.assert_close(softly, mixed, rtol=0, atol=EXACT)
 
 
-def test_priors_are_the_label_frequencies_of_each_layer():
-    counts = torch.tensor([[1.0, 2.0, 1.0], [10.0, 80.0, 10.0]])
-    expected = torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.8, 0.1]])
-    torch.testing.assert_close(log_priors(counts).exp(), expected)
-
-
-def test_a_class_that_a_layer_lacks_has_the_prior_of_its_commonest():
-    priors = log_priors(torch.tensor([[1.0, 9.0, 0.0], [0.0, 5.0, 0.0]])).exp()
-    torch.testing.assert_close(priors, torch.tensor([[0.1, 0.9, 0.9], [1.0, 1.0, 1.0]]))
+def test_priors_are_each_layers_frequencies_and_what_it_lacks_has_that_of_its_commonest():
+    priors = log_priors(torch.tensor([[1.0, 2.0, 1.0], [1.0, 9.0, 0.0], [0.0, 5.0, 0.0]])).exp()
+    expected = torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.9, 0.9], [1.0, 1.0, 1.0]])
+    torch.testing.assert_close(priors, expected)
 
 
 def test_offsets_are_added_to_the_logits_of_each_layer():
     logits, labels = batch(seed=4, rows=6)
-    weights = torch.tensor([0.7, 0.2, 2.1], dtype=torch.float64)
     offsets = torch.zeros(4, 3, dtype=torch.float64)
     offsets[2] = torch.tensor([0.0, 1.5, -0.5])
-    found = Objective(weights, 2.0, offsets)(logits, F.one_hot(labels, 3).double())
-    expected = slow_focal_loss(logits + offsets, labels, weights.tolist(), 2.0)
+    found = Objective(WEIGHTS, 2.0, offsets)(logits, F.one_hot(labels, 3).double())
+    expected = slow_focal_loss(logits + offsets, labels, WEIGHTS.tolist(), 2.0)
     assert expected == pytest.approx(float(found), abs=EXACT)

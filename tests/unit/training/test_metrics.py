@@ -15,11 +15,8 @@ def batch(rows: int = 20, layers: int = 5, seed: int = 0):
 
 def pairs(logits, labels) -> list[tuple[int, int]]:
     """(label, decision) of every layer, one by one."""
-    found = []
-    for row_logits, row_labels in zip(logits.tolist(), labels.tolist(), strict=True):
-        for three, label in zip(row_logits, row_labels, strict=True):
-            found.append((label, three.index(max(three))))
-    return found
+    decided = [three.index(max(three)) for three in logits.flatten(0, 1).tolist()]
+    return list(zip(labels.flatten().tolist(), decided, strict=True))
 
 
 def f1_of(found: list[tuple[int, int]], wanted: int) -> float:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from math import nan
 from pathlib import Path
@@ -16,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from killable import MODEL, D, L, Letters, W, make_records
+from killable import MODEL, D, L, Letters, make_records
+from kills import assert_kills_change_nothing
 from msgspec import structs
 from rounds_apart import BASE, CONFIG, N, pool_own, train
+from small import BrokenOffError, W, assert_windows, files_of
 
-import drllm
 from drllm.errors import CheckpointError, ConfigError
 from drllm.models.routers.checkpoint import load_routers
 from drllm.models.routers.depth_control import routes_of
@@ -42,13 +40,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 """Features are float32; prompts in other batches differ in the last bits."""
 KILLED_ONCE = replace(CONFIG, num_epochs=1, num_seeds=1, on_policy_rounds=1)
 ONE = replace(CONFIG, num_seeds=1, on_policy_rounds=1)
-FILES = [
-    "README.md",
-    "layers.json",
-    "metrics.jsonl",
-    "router_config.json",
-    "routers.safetensors",
-]
+FILES = ["README.md", "layers.json", "metrics.jsonl", "router_config.json", "routers.safetensors"]
 
 
 def new_routers(seed: int = 0) -> RouterStack:
@@ -81,15 +73,6 @@ def heard(routers: RouterStack, prompt: list[int]) -> tuple[list[torch.Tensor], 
     return inputs, routed.last_route[0].tolist()
 
 
-def slow_windows(hidden: torch.Tensor) -> list[torch.Tensor]:
-    number = min(len(hidden), W)
-    edges = [window * len(hidden) // number for window in range(number + 1)]
-    return [
-        sum(hidden[token] for token in range(start, end)) / (end - start)
-        for start, end in itertools.pairwise(edges)
-    ]
-
-
 def test_features_of_routers_are_what_a_hook_hears_at_inference_and_labels_stay():
     records, routers = make_records(N), new_routers()
     features = pool_own(records, routers=routers)
@@ -98,12 +81,8 @@ def test_features_of_routers_are_what_a_hook_hears_at_inference_and_labels_stay(
         inputs, route = heard(routers, tokens(record))
         routes.append(route)
         assert len(inputs) == L
-        for layer, hidden in enumerate(inputs):
-            windows = torch.stack(slow_windows(hidden))
-            found = features.rows([row])[0, layer]
-            torch.testing.assert_close(found[: len(windows)], windows, **CLOSE)
-            assert not found[len(windows) :].any()
-        assert int(features.filled[row]) == len(windows)
+        assert_windows(features.rows([row])[0], inputs, **CLOSE)
+        assert int(features.filled[row]) == min(len(inputs[0]), W)
     assert features.labels.tolist() == [list(r.optimal_layer_config) for r in records]
     assert {0, 1, 2} <= {decision for route in routes for decision in route}
     assert routes != features.labels.tolist()
@@ -219,10 +198,7 @@ def test_without_rounds_each_seed_is_one_training_on_the_features(tmp_path):
     features = pool_own(make_records(N))
     for place, one in config.by_seed(tmp_path / "plain").items():
         train_on(features, IDENTITY, one, place)
-    for path in (tmp_path / "plain").rglob("*.*"):
-        other = tmp_path / "rounds" / path.relative_to(tmp_path / "plain")
-        assert path.read_bytes() == other.read_bytes()
-    assert not list((tmp_path / "rounds").glob("round_*"))
+    assert files_of(tmp_path / "plain") == files_of(tmp_path / "rounds")
 
 
 def test_earlier_rounds_are_kept_as_the_trainings_with_fewer_rounds(finished, tmp_path):
@@ -230,10 +206,9 @@ def test_earlier_rounds_are_kept_as_the_trainings_with_fewer_rounds(finished, tm
         fewer = tmp_path / str(rounds)
         train(fewer, replace(CONFIG, on_policy_rounds=rounds))
         for seed in (fewer, fewer / "seed_1"):
-            kept = finished / seed.relative_to(fewer) / f"round_{rounds}"
-            assert sorted(path.name for path in kept.iterdir()) == FILES
-            for name in FILES:
-                assert (seed / name).read_bytes() == (kept / name).read_bytes()
+            kept = files_of(finished / seed.relative_to(fewer) / f"round_{rounds}")
+            assert sorted(kept) == FILES
+            assert kept == {name: (seed / name).read_bytes() for name in FILES}
 
 
 def test_only_routers_are_left(finished):
@@ -349,25 +324,7 @@ def test_a_round_without_a_mistake_to_learn_from_is_said(tmp_path, caplog, monke
 
 @pytest.mark.parametrize("kills", [3, pytest.param(6, marks=pytest.mark.thorough)])
 def test_rounds_killed_at_random_moments_end_bit_for_bit_as_unbroken_ones(tmp_path, kills):
-    script = Path(__file__).with_name("rounds_apart.py")
-    environment = {**os.environ, "PYTHONPATH": str(Path(drllm.__file__).parents[1])}
-    subprocess.run(
-        [sys.executable, script, tmp_path, str(kills)], env=environment, check=True, timeout=300
-    )
-    unbroken = sorted(path for path in (tmp_path / "unbroken").rglob("*.*") if path.is_file())
-    assert len(unbroken) == 2 * 2 * len(FILES)
-    killed = [folder for folder in tmp_path.iterdir() if folder.name != "unbroken"]
-    assert len(killed) == kills
-    for folder in killed:
-        found = sorted(path for path in folder.rglob("*.*") if path.is_file())
-        assert [path.relative_to(folder) for path in found] == [
-            path.relative_to(tmp_path / "unbroken") for path in unbroken
-        ]
-        assert [path.read_bytes() for path in found] == [path.read_bytes() for path in unbroken]
-
-
-class BrokenOffError(Exception):
-    """Stands for a kill."""
+    assert_kills_change_nothing("rounds_apart.py", tmp_path, kills, num_files=2 * 2 * len(FILES))
 
 
 @pytest.mark.parametrize("round_number", [1, 2])
@@ -391,9 +348,7 @@ def test_a_finished_round_is_not_trained_again(finished, tmp_path, round_number,
     seeds = (tmp_path, tmp_path / "seed_1")
     rounds = [seed / name for seed in seeds for name in ("round_0", "round_1", ".")]
     assert trained == rounds[round_number:]
-    for path in finished.rglob("routers.safetensors"):
-        assert path.read_bytes() == (tmp_path / path.relative_to(finished)).read_bytes()
-    assert not list(tmp_path.rglob("features"))
+    assert files_of(tmp_path) == files_of(finished)
 
 
 def test_broken_off_in_the_last_clean_up_routers_are_unfinished_or_nothing_is_left(

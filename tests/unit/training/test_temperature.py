@@ -1,13 +1,12 @@
 """Temperature and calibration error, against a grid of temperatures and sums done by hand."""
 
-import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from small import IDENTITY, QUICK, make_features
 
-from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.models.routers.checkpoint import load_routers
 from drllm.training import temperature as temperature_module
@@ -19,20 +18,13 @@ from drllm.training.temperature import (
     LOWEST,
     calibration_error,
     fit_temperature,
-    fold,
     measure,
     reliability,
 )
 from drllm.training.trainer import Trainer
 
-CONFIG = TrainConfig(
-    num_epochs=3,
-    gradient_accumulation=4,
-    num_windows=4,
-    router_width=5,
-    warmup_steps=2,
-    validation_fraction=0.3,
-)
+CONFIG = replace(QUICK, validation_fraction=0.3)
+FEATURES = make_features(60)
 FINE = 1e-3
 """Ratio of two temperatures of the grid, less 1."""
 
@@ -102,14 +94,6 @@ def error(confidence: torch.Tensor, hits: torch.Tensor) -> float:
     return calibration_error(reliability(confidence, hits))
 
 
-def test_the_calibration_error_of_fifteen_decisions_is_the_mean_of_their_gaps():
-    """One decision a bin: the gap of a hit is 1 − c, that of a miss c."""
-    confidence = torch.arange(1, 16) / 20
-    hits = torch.tensor([0.0, 1.0, 0.0] * 5)
-    by_hand = sum(1 - n / 20 if n % 3 == 2 else n / 20 for n in range(1, 16)) / 15
-    assert error(confidence, hits) == pytest.approx(by_hand, abs=1e-7)
-
-
 def test_the_calibration_error_of_a_small_table_done_by_hand(monkeypatch):
     """Two bins of three: |0.5 − 1/3| and |0.9 − 2/3|, in any order of the decisions."""
     monkeypatch.setattr(temperature_module, "BINS", 2)
@@ -138,106 +122,79 @@ def test_calibrated_probabilities_have_a_small_error_and_overconfident_ones_a_la
 # --- in training -------------------------------------------------------------------------------
 
 
-def test_training_tells_what_a_slow_loop_over_the_held_out_targets_finds(
-    features_of, identity, tmp_path
-):
-    features = features_of(60)
-    train_on(features, identity, CONFIG, tmp_path)
-    routers = load_routers(tmp_path)
-    told = routers.config.training["calibration"]
+def told_of(folder, config=CONFIG, features=FEATURES):
+    """Train; the routers, and what their config tells of the temperature."""
+    train_on(features, IDENTITY, config, folder)
+    routers = load_routers(folder)
+    return routers, routers.config.training.get("calibration")
 
-    _, held_out = hold_out(features.questions, 0.3, CONFIG.seed)
-    logits, targets = [], []
-    for row in held_out:
-        said = routers(features.rows([row]), features.filled[[row]])[0]
-        logits += said.double().tolist()
-        targets += torch.eye(3)[features.labels[row]].tolist()
-    logits, targets = torch.tensor(logits).double(), torch.tensor(targets).double()
+
+def test_training_tells_what_a_slow_loop_over_the_held_out_targets_finds(tmp_path):
+    routers, told = told_of(tmp_path)
+    _, held_out = hold_out(FEATURES.questions, 0.3, CONFIG.seed)
+    said = routers(FEATURES.rows(held_out), FEATURES.filled[held_out]).detach()
+    logits = said.double().flatten(0, 1)
+    targets = torch.eye(3)[FEATURES.labels[held_out]].double().flatten(0, 1)
     assert told["num_decisions"] == len(logits) == 3 * len(held_out)
-    assert told["bins"] == BINS
-    assert told["nll_before"] == pytest.approx(slow_nll(logits, targets, 1.0), rel=1e-5)
-    assert told["nll_after"] == pytest.approx(
-        slow_nll(logits, targets, told["temperature"]), rel=1e-5
-    )
-    around = [slow_nll(logits, targets, told["temperature"] * factor) for factor in (0.9, 1.1)]
-    assert told["nll_after"] < min(around)
+
+    found = told["temperature"]
+    slow = {scale: slow_nll(logits, targets, found * scale) for scale in (1 / found, 1, 0.9, 1.1)}
+    assert told["nll_before"] == pytest.approx(slow[1 / found], rel=1e-5)
+    assert told["nll_after"] == pytest.approx(slow[1], rel=1e-5)
+    assert slow[1] < min(slow[0.9], slow[1.1])
     assert told["nll_after"] <= told["nll_before"]
     assert 0 <= told["ece_after"] <= 1
+
     bins = told["reliability_before"]
-    assert len(bins) == BINS
+    assert len(bins) == told["bins"] == BINS
     assert sum(part["decisions"] for part in bins) == len(logits)
     hit = (logits.argmax(dim=-1) == targets.argmax(dim=-1)).double().mean()
     by_bins = sum(part["decisions"] * part["hits"] for part in bins) / len(logits)
     assert by_bins == pytest.approx(float(hit))
 
 
-def test_without_being_asked_for_the_temperature_is_told_and_the_weights_stay(
-    features_of, identity, tmp_path
-):
+def test_without_being_asked_for_the_temperature_is_told_and_the_weights_stay(tmp_path):
     """Calibrated weights are the others divided; so their decisions are the same."""
-    features = features_of(60)
-    train_on(features, identity, CONFIG, tmp_path / "plain")
-    train_on(features, identity, replace(CONFIG, calibrate=True), tmp_path / "calibrated")
-    plain, calibrated = (load_routers(tmp_path / name) for name in ("plain", "calibrated"))
-    told = calibrated.config.training["calibration"]
-    assert told == plain.config.training["calibration"]
+    plain, untold = told_of(tmp_path / "plain")
+    calibrated, told = told_of(tmp_path / "calibrated", replace(CONFIG, calibrate=True))
+    assert told == untold
     assert told["temperature"] != pytest.approx(1.0, abs=0.01)
     assert torch.equal(plain.hidden_weight, calibrated.hidden_weight)
-    before = plain(features.rows(range(60)), features.filled)
-    after = calibrated(features.rows(range(60)), features.filled)
+    before, after = (each(FEATURES.means, FEATURES.filled) for each in (plain, calibrated))
     torch.testing.assert_close(after * told["temperature"], before, rtol=1e-5, atol=1e-6)
     assert torch.equal(after.argmax(dim=-1), before.argmax(dim=-1))
     assert "- calibrate: True" in (tmp_path / "calibrated" / "README.md").read_text()
 
 
-def test_calibrated_routers_need_no_further_temperature(features_of, identity, tmp_path):
-    features, config = features_of(60), replace(CONFIG, calibrate=True)
-    train_on(features, identity, config, tmp_path)
-    again = measure(load_routers(tmp_path), Trainer(features, identity, config))
+def test_calibrated_routers_need_no_further_temperature(tmp_path):
+    config = replace(CONFIG, calibrate=True)
+    routers, told = told_of(tmp_path, config)
+    again = measure(routers, Trainer(FEATURES, IDENTITY, config))
     assert again.temperature == pytest.approx(1.0, abs=1e-5)
-    told = json.loads((tmp_path / "router_config.json").read_text())["training"]["calibration"]
     assert again.nll_before == pytest.approx(told["nll_after"], rel=1e-6)
     assert again.ece_before == pytest.approx(told["ece_after"], abs=1e-6)
 
 
-def test_the_temperature_is_fitted_on_soft_targets_where_these_are_learned(
-    features_of, identity, tmp_path
-):
-    features = features_of(60)
-    soft = 0.7 * torch.eye(3).double()[features.labels] + 0.1
-    train_on(replace(features, soft=soft), identity, replace(CONFIG, soft_targets=True), tmp_path)
-    told = load_routers(tmp_path).config.training["calibration"]
+def test_the_temperature_is_fitted_on_soft_targets_where_these_are_learned(tmp_path):
+    soft = 0.7 * torch.eye(3).double()[FEATURES.labels] + 0.1
+    config = replace(CONFIG, soft_targets=True)
+    _, told = told_of(tmp_path, config, replace(FEATURES, soft=soft))
     entropy = -(0.8 * math.log(0.8) + 0.2 * math.log(0.1))
     assert told["nll_after"] > entropy  # no distribution comes below that of the targets
 
 
-def test_nothing_is_told_where_nothing_is_held_out(features_of, identity, tmp_path):
-    train_on(features_of(9), identity, CONFIG, tmp_path)
-    assert "calibration" not in load_routers(tmp_path).config.training
-
-
-def test_calibrating_without_held_out_targets_is_refused(features_of, identity, tmp_path):
-    wanted = replace(CONFIG, calibrate=True)
+def test_without_held_out_targets_nothing_is_told_and_calibrating_is_refused(tmp_path):
+    assert told_of(tmp_path, features=make_features(9))[1] is None
     with pytest.raises(ConfigError, match=r"^--calibrate has no effect: of 9 targets none is held"):
-        train_on(features_of(9), identity, wanted, tmp_path)
-    with pytest.raises(ConfigError, match="--calibrate has no effect with --validation-frac"):
-        replace(wanted, validation_fraction=0.0).check_effects()
+        told_of(tmp_path, replace(CONFIG, calibrate=True), make_features(9))
 
 
-def test_a_temperature_at_the_edge_is_said(features_of, identity, caplog):
-    features = replace(features_of(30), labels=torch.ones(30, 3, dtype=torch.int64))
-    trainer = Trainer(features, identity, replace(CONFIG, calibrate=True))
+def test_a_temperature_at_the_edge_is_said(caplog):
+    features = replace(make_features(30), labels=torch.ones(30, 3, dtype=torch.int64))
+    trainer = Trainer(features, IDENTITY, replace(CONFIG, calibrate=True))
     routers = trainer.routers()
     with torch.no_grad():
         routers.decision_weight.zero_()
         routers.decision_bias[:, 1] = 5.0
     assert measure(routers, trainer).temperature == LOWEST
     assert "lies beyond 0.05" in caplog.text
-
-
-def test_folding_divides_the_logits(features_of, identity):
-    features = features_of(12)
-    routers = Trainer(features, identity, CONFIG).routers()
-    before = routers(features.rows(range(12)), features.filled).detach()
-    fold(routers, 2.0)
-    assert torch.equal(routers(features.rows(range(12)), features.filled), before / 2)

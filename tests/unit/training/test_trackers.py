@@ -8,18 +8,16 @@ import time
 from dataclasses import replace
 
 import pytest
-from watching import Watching
+from small import IDENTITY, QUICK, BrokenOffError, make_features, stop_at
 
-from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.models.routers.checkpoint import load_routers
 from drllm.training.checkpoint import CHECKPOINT_FILE
 from drllm.training.stage import train_on
 from drllm.training.trackers import FOLDER, RUN_FILE, check_trackers
 
-QUIET = TrainConfig(
-    num_epochs=3, gradient_accumulation=4, num_windows=4, router_width=5, warmup_steps=2
-)
+TENSORBOARD, WANDB = (replace(QUICK, report_to=name) for name in ("tensorboard", "wandb"))
+FEATURES = make_features(40)
 SINGLE = 1e-6
 """TensorBoard keeps float32."""
 DEFINED = ("routers_loss", "accuracy", "macro_f1", "f1_execute", "avg_layers", "learning_rate")
@@ -97,27 +95,24 @@ def told_wandb(folder) -> list[tuple[str, dict[str, object], list[dict[str, obje
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
-def test_a_tracker_changes_no_file_of_the_routers(
-    features_of, identity, tmp_path, tracker, request
-):
+def test_a_tracker_changes_no_file_of_the_routers(tmp_path, tracker, request):
     needs(tracker)
     if tracker == "wandb":
         request.getfixturevalue("offline")
-    features = features_of(40)
-    plain = train_on(features, identity, QUIET, tmp_path / "plain" / "routers")
-    told = replace(QUIET, report_to=tracker)
-    assert plain == train_on(features, identity, told, tmp_path / "told" / "routers")
+    plain = train_on(FEATURES, IDENTITY, QUICK, tmp_path / "plain" / "routers")
+    told = replace(QUICK, report_to=tracker)
+    assert plain == train_on(FEATURES, IDENTITY, told, tmp_path / "told" / "routers")
     for path in (tmp_path / "plain" / "routers").iterdir():
         assert path.read_bytes() == (tmp_path / "told" / "routers" / path.name).read_bytes()
     assert not (tmp_path / "told" / "routers" / RUN_FILE).exists()
     assert (tmp_path / "told" / "routers" / FOLDER).is_dir()
 
 
-def test_tensorboard_is_told_of_every_step_and_epoch(features_of, identity, tmp_path):
+def test_tensorboard_is_told_of_every_step_and_epoch(tmp_path):
     needs("tensorboard")
-    rows = train_on(features_of(40), identity, replace(QUIET, report_to="tensorboard"), tmp_path)
+    rows = train_on(FEATURES, IDENTITY, TENSORBOARD, tmp_path)
     trained = load_routers(tmp_path).config.training
-    steps = trained["steps"] // QUIET.num_epochs
+    steps = trained["steps"] // QUICK.num_epochs
     curves = scalars(tmp_path)
     for row in rows:
         for name in DEFINED:
@@ -132,51 +127,35 @@ def test_tensorboard_is_told_of_every_step_and_epoch(features_of, identity, tmp_
     assert mean == pytest.approx(rows[0]["routers_loss"], rel=SINGLE)
 
 
-class InterruptedRunError(Exception):
-    pass
-
-
-def interrupted(features, identity, config, folder, after: int) -> None:
-    def stop(done: int, _: int) -> None:
-        if done > after:
-            raise InterruptedRunError
-
-    with pytest.raises(InterruptedRunError):
-        train_on(features, identity, config, folder, listener=Watching(stop))
+def interrupted(config, folder) -> None:
+    with pytest.raises(BrokenOffError):
+        train_on(FEATURES, IDENTITY, config, folder, listener=stop_at(15))
     assert (folder / CHECKPOINT_FILE).exists()
 
 
-def test_a_resumed_training_goes_on_in_the_same_curves_of_tensorboard(
-    features_of, identity, tmp_path, caplog
-):
+def test_a_resumed_training_goes_on_in_the_same_curves_of_tensorboard(tmp_path, caplog):
     needs("tensorboard")
-    features, config = features_of(40), replace(QUIET, report_to="tensorboard")
-    train_on(features, identity, config, tmp_path / "whole")
-    interrupted(features, identity, config, tmp_path / "broken", after=14)
+    train_on(FEATURES, IDENTITY, TENSORBOARD, tmp_path / "whole")
+    interrupted(TENSORBOARD, tmp_path / "broken")
     time.sleep(1.1)  # TensorBoard reads files in the order of their names: seconds, then process
-    train_on(features, identity, config, tmp_path / "broken")
+    train_on(FEATURES, IDENTITY, TENSORBOARD, tmp_path / "broken")
     assert scalars(tmp_path / "whole") == scalars(tmp_path / "broken")
     ours = [each.message for each in caplog.records if each.name.startswith("drllm")]
     assert not any("tensorboard" in message for message in ours)
 
 
-def test_a_tracker_that_joins_a_resumed_training_is_said_to_lack_its_beginning(
-    features_of, identity, tmp_path, caplog
-):
+def test_a_tracker_that_joins_a_resumed_training_is_said_to_lack_its_beginning(tmp_path, caplog):
     needs("tensorboard")
-    features = features_of(40)
-    interrupted(features, identity, QUIET, tmp_path, after=14)
-    train_on(features, identity, replace(QUIET, report_to="tensorboard"), tmp_path)
-    steps = load_routers(tmp_path).config.training["steps"] // QUIET.num_epochs
+    interrupted(QUICK, tmp_path)
+    train_on(FEATURES, IDENTITY, TENSORBOARD, tmp_path)
+    steps = load_routers(tmp_path).config.training["steps"] // QUICK.num_epochs
     assert f"tensorboard wasn't told of the first {steps} steps of this training" in caplog.messages
 
 
-def test_wandb_offline_keeps_settings_baselines_and_curves(
-    features_of, identity, tmp_path, offline
-):
-    rows = train_on(features_of(40), identity, replace(QUIET, report_to="wandb"), tmp_path)
+def test_wandb_offline_keeps_settings_baselines_and_curves(tmp_path, offline):
+    rows = train_on(FEATURES, IDENTITY, WANDB, tmp_path)
     ((_, config, history),) = told_wandb(tmp_path)
-    settings = {name: v for name, v in QUIET.decisive().items() if v is not None}
+    settings = {name: v for name, v in QUICK.decisive().items() if v is not None}
     assert settings.items() <= config.items()
     assert 0 < config["baselines/always_execute/accuracy"] < 1
     losses = [line["step/routers_loss"] for line in history if "step/routers_loss" in line]
@@ -188,21 +167,20 @@ def test_wandb_offline_keeps_settings_baselines_and_curves(
 
 
 def test_wandb_offline_goes_on_under_the_same_id_and_says_that_two_folders_belong_together(
-    features_of, identity, tmp_path, offline, caplog
+    tmp_path, offline, caplog
 ):
-    features, config = features_of(40), replace(QUIET, report_to="wandb")
-    interrupted(features, identity, config, tmp_path, after=14)
-    train_on(features, identity, config, tmp_path)
+    interrupted(WANDB, tmp_path)
+    train_on(FEATURES, IDENTITY, WANDB, tmp_path)
     first, second = told_wandb(tmp_path)
     assert first[0] == second[0] != ""
     assert any("wandb is offline and keeps the steps from" in text for text in caplog.messages)
 
 
-def test_a_wandb_run_of_the_caller_is_left_alone(features_of, identity, tmp_path, offline):
+def test_a_wandb_run_of_the_caller_is_left_alone(tmp_path, offline):
     import wandb
 
     own = wandb.init(project="own", dir=str(tmp_path))
-    train_on(features_of(), identity, replace(QUIET, report_to="wandb"), tmp_path / "routers")
+    train_on(make_features(), IDENTITY, WANDB, tmp_path / "routers")
     assert wandb.run is own
     own.log({"still": 1})  # it would be refused after an end
     own.finish()
@@ -224,9 +202,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_what_to_install(
         check_trackers([name])
 
 
-def test_a_tracker_that_cannot_start_is_named_in_one_line(
-    features_of, identity, tmp_path, monkeypatch, offline
-):
+def test_a_tracker_that_cannot_start_is_named_in_one_line(tmp_path, monkeypatch, offline):
     import wandb
 
     def refuse(**_):
@@ -234,12 +210,12 @@ def test_a_tracker_that_cannot_start_is_named_in_one_line(
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(ConfigError, match="--report-to wandb can't start: no key is there; mend"):
-        train_on(features_of(), identity, replace(QUIET, report_to="wandb"), tmp_path)
+        train_on(make_features(), IDENTITY, WANDB, tmp_path)
 
 
 def test_names_are_told_apart_by_commas_each_once():
-    assert replace(QUIET, report_to="wandb, tensorboard,wandb").trackers == [
+    assert replace(QUICK, report_to="wandb, tensorboard,wandb").trackers == [
         "wandb",
         "tensorboard",
     ]
-    assert QUIET.trackers == []
+    assert QUICK.trackers == []

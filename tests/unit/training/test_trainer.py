@@ -5,34 +5,29 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small import IDENTITY, QUICK, make_features
 from torch.nn import functional as F
 
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.models.routers.stack import RouterStack
-from drllm.training.features import Features, moments
+from drllm.training.features import Aggregate, Features, moments
 from drllm.training.losses import class_weights
 from drllm.training.split import epoch_batches
 from drllm.training.trainer import DivergedError, Schedule, Trainer
 
 EXACT = 1e-10
 """float64: only the order of additions differs."""
-QUICK = TrainConfig(
-    num_epochs=4,
-    gradient_accumulation=4,
-    num_windows=4,
-    router_width=5,
-    warmup_steps=2,
-    learning_rate=0.02,
-)
+FEATURES = make_features(40)
+PLAIN = {"loss": "cross_entropy", "class_weights": "none"}
 
 
 def config_of(**changes) -> TrainConfig:
-    return replace(QUICK, **changes)
+    return replace(QUICK, **{"num_epochs": 4, "learning_rate": 0.02, **changes})
 
 
-def fitted(features, identity, config, dtype=torch.float32) -> Trainer:
-    trainer = Trainer(features, identity, config, dtype=dtype)
+def fitted(features, config, dtype=torch.float32) -> Trainer:
+    trainer = Trainer(features, IDENTITY, config, dtype=dtype)
     while not trainer.is_over:
         trainer.epoch()
     return trainer
@@ -47,22 +42,17 @@ def loss_of(trainer, logits, rows) -> float:
     return float(trainer.objective(logits, trainer.targets[rows]))
 
 
-@pytest.fixture
-def prepared(features, identity):
+def prepared(features=FEATURES, **changes) -> Trainer:
     """A training of the features in float64, before its first step."""
-
-    def prepare(features=features, **changes) -> Trainer:
-        return Trainer(features, identity, config_of(**changes), dtype=torch.float64)
-
-    return prepare
+    return Trainer(features, IDENTITY, config_of(**changes), dtype=torch.float64)
 
 
 # --- against plain torch -----------------------------------------------------------------------
 
 
-def slow_fit(features, identity, config) -> RouterStack:
+def slow_fit(features, config) -> RouterStack:
     """One example at a time, with torch's plain optimiser."""
-    trainer = Trainer(features, identity, config, dtype=torch.float64)
+    trainer = Trainer(features, IDENTITY, config, dtype=torch.float64)
     stack = trainer.stack
     weights = [weight for name, weight in stack.named_parameters() if not name.endswith("bias")]
     biases = [weight for name, weight in stack.named_parameters() if name.endswith("bias")]
@@ -95,16 +85,16 @@ def slow_fit(features, identity, config) -> RouterStack:
 @pytest.mark.parametrize(
     "changes", [{}, {"seed": 5, "learning_rate": 0.03, "gradient_accumulation": 7}]
 )
-def test_training_in_batches_equals_one_example_at_a_time(features, identity, changes):
-    features = replace(features, means=features.means.double())
+def test_training_in_batches_equals_one_example_at_a_time(changes):
+    features = replace(FEATURES, means=FEATURES.means.double())
     config = config_of(weight_decay=0.5, **changes)
-    found = weights_of(fitted(features, identity, config, torch.float64))
-    for name, weight in slow_fit(features, identity, config).state_dict().items():
+    found = weights_of(fitted(features, config, torch.float64))
+    for name, weight in slow_fit(features, config).state_dict().items():
         torch.testing.assert_close(found[name], weight, rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("windows", [8, 32])
-def test_any_number_of_windows_is_trained_on(identity, windows):
+def test_any_number_of_windows_is_trained_on(windows):
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (60, 3), generator=generator)
     means = torch.randn(60, 3, windows, 6, generator=generator)
@@ -116,7 +106,7 @@ def test_any_number_of_windows_is_trained_on(identity, windows):
         questions=tuple(str(row) for row in range(60)),
         tasks=("own",) * 60,
     )
-    trainer = fitted(features, identity, config_of(num_windows=windows, num_epochs=20))
+    trainer = fitted(features, config_of(num_windows=windows, num_epochs=20))
     first, last = trainer.rows[1], trainer.rows[-1]
     assert last["macro_f1"] > 0.9
     assert last["routers_loss"] < 0.5 * first["routers_loss"]
@@ -124,23 +114,16 @@ def test_any_number_of_windows_is_trained_on(identity, windows):
     assert (logits.argmax(dim=-1) == labels).double().mean() > 0.9
 
 
-def test_rows_are_read_a_batch_at_a_time(features_of, identity):
+def test_rows_are_read_a_batch_at_a_time():
     asked = []
 
-    class Watched:
-        num_targets, soft = 200, None
-
-        def __init__(self, features) -> None:
-            self.labels, self.filled = features.labels, features.filled
-            self.questions, self.tasks = features.questions, features.tasks
-            self.features = features
-
+    class Watched(Aggregate):
         def rows(self, index):
             asked.append(len(index))
-            return self.features.rows(index)
+            return super().rows(index)
 
     config = config_of(num_epochs=1, normalise_features=True)
-    fitted(Watched(features_of(200)), identity, config)
+    fitted(Watched([make_features(200)]), config)
     assert max(asked) <= 32
 
 
@@ -152,9 +135,9 @@ def test_rows_are_read_a_batch_at_a_time(features_of, identity):
     ],
     ids=["while training", "in the last step"],
 )
-def test_a_loss_that_is_not_finite_is_refused_with_the_rate(features, identity, changes):
+def test_a_loss_that_is_not_finite_is_refused_with_the_rate(changes):
     with pytest.raises(DivergedError, match=r"loss became .* at a learning rate of up to 9e\+"):
-        fitted(features, identity, config_of(**changes)).evaluate()
+        fitted(FEATURES, config_of(**changes)).evaluate()
 
 
 # --- the learning rate -------------------------------------------------------------------------
@@ -177,71 +160,53 @@ def test_a_warm_up_that_fits_is_kept():
     assert Schedule.of(TrainConfig(warmup_steps=249), 250).warmup == 249
 
 
-# --- settings ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def features(features_of):
-    return features_of(40)
-
-
 @pytest.fixture
 def logits():
     generator = torch.Generator().manual_seed(7)
     return torch.randn(4, 3, 3, dtype=torch.float64, generator=generator)
 
 
-def slow_loss(logits, labels, weight_of, gamma) -> float:
+def slow_loss(logits, weights, gamma) -> float:
+    """The focal loss of the first targets, a layer at a time."""
     losses = []
-    for row_logits, row_labels in zip(logits.tolist(), labels.tolist(), strict=True):
-        for layer, (three, label) in enumerate(zip(row_logits, row_labels, strict=True)):
-            p = math.exp(three[label]) / sum(map(math.exp, three))
-            losses.append(-weight_of(layer, label) * (1 - p) ** gamma * math.log(p))
+    labels = FEATURES.labels[:4].flatten().tolist()
+    for three, label in zip(logits.flatten(0, 1).tolist(), labels, strict=True):
+        p = math.exp(three[label]) / sum(map(math.exp, three))
+        losses.append(-weights[label] * (1 - p) ** gamma * math.log(p))
     return sum(losses) / len(losses)
 
 
-# --- the loss ----------------------------------------------------------------------------------
-
-
-def weights_by_frequency(features, beta):
-    labels = features.labels.flatten().tolist()
-    inverse = [(1 - beta) / (1 - beta ** labels.count(decision)) for decision in range(3)]
+def weights_by(counts, beta):
+    inverse = [(1 - beta) / (1 - beta**count) for count in counts]
     return [3 * value / sum(inverse) for value in inverse]
 
 
 @pytest.mark.parametrize(("gamma", "beta"), [(2.0, 0.999), (0.5, 0.9), (0.0, 0.999)])
-def test_the_focal_loss_has_the_exponent_and_the_weights_that_are_set(
-    features, prepared, logits, gamma, beta
-):
-    weights = weights_by_frequency(features, beta)
-    expected = slow_loss(logits, features.labels[:4], lambda _, label: weights[label], gamma)
+def test_the_focal_loss_has_the_exponent_and_the_weights_that_are_set(logits, gamma, beta):
+    labels = FEATURES.labels.flatten().tolist()
+    weights = weights_by([labels.count(decision) for decision in range(3)], beta)
+    expected = slow_loss(logits, weights, gamma)
     found = loss_of(prepared(gamma=gamma, beta=beta, validation_fraction=0.0), logits, range(4))
     assert expected == pytest.approx(found, rel=1e-9)
 
 
-def test_cross_entropy_without_class_weights_is_that_of_torch(features, prepared, logits):
-    expected = F.cross_entropy(logits.flatten(0, 1), features.labels[:4].flatten())
-    found = loss_of(prepared(loss="cross_entropy", class_weights="none"), logits, range(4))
+def test_cross_entropy_without_class_weights_is_that_of_torch(logits):
+    expected = F.cross_entropy(logits.flatten(0, 1), FEATURES.labels[:4].flatten())
+    found = loss_of(prepared(**PLAIN), logits, range(4))
     assert found == pytest.approx(float(expected), rel=1e-12)
 
 
-def test_class_weights_can_be_left_out_of_the_focal_loss(features, prepared, logits):
-    expected = slow_loss(logits, features.labels[:4], lambda *_: 1.0, 2.0)
+def test_class_weights_can_be_left_out_of_the_focal_loss(logits):
+    expected = slow_loss(logits, [1.0] * 3, 2.0)
     found = prepared(class_weights="none")
     assert loss_of(found, logits, range(4)) == pytest.approx(expected, rel=1e-12)
     assert found.class_weights == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0])
-def test_logit_adjustment_adds_the_log_frequency_of_each_layer(features_of, prepared, logits, tau):
-    features = features_of(200)
-    trainer = prepared(
-        features,
-        loss="cross_entropy",
-        class_weights="none",
-        logit_adjustment=tau,
-        validation_fraction=0.0,
-    )
+def test_logit_adjustment_adds_the_log_frequency_of_each_layer(logits, tau):
+    features = make_features(200)
+    trainer = prepared(features, **PLAIN, logit_adjustment=tau, validation_fraction=0.0)
     counts = torch.stack([(features.labels == decision).sum(dim=0) for decision in range(3)], 1)
     assert (counts > 0).all()
     adjusted = logits + tau * (counts / 200).double().log()
@@ -250,27 +215,25 @@ def test_logit_adjustment_adds_the_log_frequency_of_each_layer(features_of, prep
     assert found == pytest.approx(float(expected), rel=1e-6)  # `expected` has float32 frequencies
 
 
-def test_logit_adjustment_takes_the_label_frequencies_out_of_the_logits(features_of, identity):
+def test_logit_adjustment_takes_the_label_frequencies_out_of_the_logits():
     """On inputs that tell nothing, where plain training learns the frequencies alone."""
-    features = features_of(200)
+    features = make_features(200)
     blind = replace(features, means=torch.zeros_like(features.means))
-    plain = config_of(
-        loss="cross_entropy", class_weights="none", num_epochs=60, gradient_accumulation=50
-    )
+    plain = config_of(**PLAIN, num_epochs=60, gradient_accumulation=50)
 
     def spread(config) -> float:
         """Mean standard deviation of the logits that the routers give to the three decisions."""
-        routers = fitted(blind, identity, config).routers()
+        routers = fitted(blind, config).routers()
         return float(routers(blind.means, blind.filled).std(dim=-1).mean().detach())
 
     assert spread(replace(plain, logit_adjustment=1.0)) < 0.1 * spread(plain)
 
 
-def test_a_decision_that_a_layer_lacks_does_not_stop_logit_adjustment(features, identity):
-    labels = features.labels.clone()
+def test_a_decision_that_a_layer_lacks_does_not_stop_logit_adjustment():
+    labels = FEATURES.labels.clone()
     labels[:, 1] = 1
-    rare = replace(features, labels=labels)
-    trainer = fitted(rare, identity, config_of(logit_adjustment=1.0, num_epochs=20))
+    rare = replace(FEATURES, labels=labels)
+    trainer = fitted(rare, config_of(logit_adjustment=1.0, num_epochs=20))
     said = trainer.routers()(rare.means, rare.filled)
     assert said.isfinite().all()
     assert (said[:, 1].argmax(dim=-1) == 1).all()
@@ -280,42 +243,40 @@ def test_a_decision_that_a_layer_lacks_does_not_stop_logit_adjustment(features, 
 
 
 @pytest.fixture
-def soft(features):
-    mixed = F.one_hot(features.labels, 3).double()
+def soft():
+    mixed = F.one_hot(FEATURES.labels, 3).double()
     mixed[::2] = 0.6 * mixed[::2] + 0.4 * torch.tensor([0.0, 1.0, 0.0])
     return mixed
 
 
-def test_soft_targets_replace_the_labels_in_the_loss(features, prepared, logits, soft):
-    plain = {"loss": "cross_entropy", "class_weights": "none"}
-    trainer = prepared(replace(features, soft=soft), soft_targets=True, **plain)
+def test_soft_targets_replace_the_labels_in_the_loss(logits, soft):
+    trainer = prepared(replace(FEATURES, soft=soft), soft_targets=True, **PLAIN)
     expected = F.cross_entropy(logits.flatten(0, 1), soft[:4].flatten(0, 1))
     assert loss_of(trainer, logits, range(4)) == pytest.approx(float(expected), rel=1e-12)
-    unwanted = prepared(replace(features, soft=soft), **plain)
-    assert loss_of(unwanted, logits, range(4)) == loss_of(prepared(**plain), logits, range(4))
+    unwanted = prepared(replace(FEATURES, soft=soft), **PLAIN)
+    assert loss_of(unwanted, logits, range(4)) == loss_of(prepared(**PLAIN), logits, range(4))
 
 
-def test_soft_targets_count_in_the_class_weights_by_their_shares(features, prepared, soft):
-    found = prepared(replace(features, soft=soft), soft_targets=True, validation_fraction=0.0)
-    counts = soft.sum(dim=(0, 1)).tolist()
-    inverse = [(1 - 0.999) / (1 - 0.999**count) for count in counts]
-    assert found.class_weights == pytest.approx([3 * value / sum(inverse) for value in inverse])
+def test_soft_targets_count_in_the_class_weights_by_their_shares(soft):
+    found = prepared(replace(FEATURES, soft=soft), soft_targets=True, validation_fraction=0.0)
+    expected = weights_by(soft.sum(dim=(0, 1)).tolist(), 0.999)
+    assert found.class_weights == pytest.approx(expected)
     assert found.label_counts == prepared(validation_fraction=0.0).label_counts
 
 
-def test_routers_learn_the_shares_of_soft_targets(features, identity):
+def test_routers_learn_the_shares_of_soft_targets():
     """On inputs that tell nothing, routers end with the mean of the targets."""
     shares = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).expand(40, 3, 3)
-    blind = replace(features, means=torch.zeros_like(features.means), soft=shares)
-    config = config_of(loss="cross_entropy", class_weights="none", soft_targets=True, num_epochs=60)
-    said = fitted(blind, identity, config).routers()(blind.means, blind.filled)
+    blind = replace(FEATURES, means=torch.zeros_like(FEATURES.means), soft=shares)
+    config = config_of(**PLAIN, soft_targets=True, num_epochs=60)
+    said = fitted(blind, config).routers()(blind.means, blind.filled)
     torch.testing.assert_close(said.softmax(dim=-1), shares.float(), rtol=0, atol=0.01)
 
 
 # --- the routers' inputs and units -------------------------------------------------------------
 
 
-def test_dropout_leaves_out_the_share_of_units_and_scales_the_others(prepared):
+def test_dropout_leaves_out_the_share_of_units_and_scales_the_others():
     trainer = prepared(dropout=0.4)
     draws = [trainer.kept_units(4, epoch, 0) for epoch in range(1, 101)]
     kept = torch.cat(draws)
@@ -325,19 +286,19 @@ def test_dropout_leaves_out_the_share_of_units_and_scales_the_others(prepared):
     assert torch.equal(draws[0], trainer.kept_units(4, 1, 0))
 
 
-def test_dropout_changes_what_is_learned_and_not_how_it_is_measured(features, identity):
-    plain = fitted(features, identity, config_of(learning_rate=1e-12))
-    dropped = fitted(features, identity, config_of(learning_rate=1e-12, dropout=0.5))
+def test_dropout_changes_what_is_learned_and_not_how_it_is_measured():
+    plain = fitted(FEATURES, config_of(learning_rate=1e-12))
+    dropped = fitted(FEATURES, config_of(learning_rate=1e-12, dropout=0.5))
     # Nothing is learned, so the held-out loss, which is measured without dropout, is the same.
     losses = [[row["routers_loss"] for row in trainer.rows] for trainer in (plain, dropped)]
     assert losses[1][1::2] == pytest.approx(losses[0][1::2], rel=1e-5)
     assert losses[1][0::2] != pytest.approx(losses[0][0::2], rel=1e-2)
 
 
-def test_normalised_features_are_folded_into_the_weights(features, identity):
+def test_normalised_features_are_folded_into_the_weights():
     """Routers that read features as they are say what those in training say of scaled ones."""
-    shifted = replace(features, means=features.means * 3 + 2)
-    trainer = fitted(shifted, identity, config_of(normalise_features=True))
+    shifted = replace(FEATURES, means=FEATURES.means * 3 + 2)
+    trainer = fitted(shifted, config_of(normalise_features=True))
     mean, deviation = moments(shifted, trainer.trained)
     scaled = ((shifted.means.double() - mean[:, None]) / deviation[:, None]).float()
     torch.testing.assert_close(
@@ -348,36 +309,31 @@ def test_normalised_features_are_folded_into_the_weights(features, identity):
     )
 
 
-def test_normalised_training_does_not_see_how_features_are_scaled(features, identity):
-    moved = replace(features, means=torch.where(features.means != 0, features.means * 7 + 4, 0.0))
+def test_normalised_training_does_not_see_how_features_are_scaled():
+    moved = replace(FEATURES, means=torch.where(FEATURES.means != 0, FEATURES.means * 7 + 4, 0.0))
     config = config_of(normalise_features=True)
-    one, other = (weights_of(fitted(each, identity, config)) for each in (features, moved))
+    one, other = (weights_of(fitted(each, config)) for each in (FEATURES, moved))
     for name, weight in one.items():
         torch.testing.assert_close(weight, other[name], rtol=0, atol=1e-4)
-    plain = weights_of(fitted(moved, identity, config_of()))
+    plain = weights_of(fitted(moved, config_of()))
     assert (plain["hidden_weight"] - one["hidden_weight"]).abs().max() > 1e-2
 
 
-def test_held_out_targets_have_no_part_in_the_scale(features, identity):
+def test_held_out_targets_have_no_part_in_the_scale():
     config = config_of(normalise_features=True, validation_fraction=0.3)
-    one = fitted(features, identity, config)
-    means = features.means.clone()
+    one = fitted(FEATURES, config)
+    means = FEATURES.means.clone()
     means[one.held_out] *= 50
-    other = fitted(replace(features, means=means), identity, config)
+    other = fitted(replace(FEATURES, means=means), config)
     assert torch.equal(one.stack.hidden_weight, other.stack.hidden_weight)
 
 
 # --- stopping early ----------------------------------------------------------------------------
 
 
-STOPPING = config_of(
-    num_epochs=40, learning_rate=0.3, validation_fraction=0.3, early_stopping=3, warmup_steps=0
-)
-
-
-def with_losses(monkeypatch, features, identity, config, losses) -> Trainer:
+def with_losses(monkeypatch, config, losses) -> Trainer:
     """Train with held-out losses that are given, one an epoch, until it is over."""
-    trainer = Trainer(features, identity, config)
+    trainer = Trainer(FEATURES, IDENTITY, config)
     given = iter(losses)
     measure = trainer._measure
 
@@ -403,34 +359,34 @@ def with_losses(monkeypatch, features, identity, config, losses) -> Trainer:
     ],
 )
 def test_training_stops_after_so_many_epochs_without_a_lower_loss_and_keeps_the_best(
-    features, identity, monkeypatch, patience, losses, epochs, best
+    monkeypatch, patience, losses, epochs, best
 ):
-    config = replace(STOPPING, num_epochs=6, early_stopping=patience)
-    trainer = with_losses(monkeypatch, features, identity, config, losses)
+    config = config_of(num_epochs=6, early_stopping=patience, validation_fraction=0.3)
+    trainer = with_losses(monkeypatch, config, losses)
     assert trainer.epochs_done == epochs == len(losses)
     assert trainer.best == (best, losses[best - 1])
     assert trainer.steps_done == trainer.schedule.steps
-    unstopped = Trainer(features, identity, replace(config, early_stopping=None))
+    unstopped = Trainer(FEATURES, IDENTITY, replace(config, early_stopping=None))
     for _ in range(best):
         unstopped.epoch()
     assert torch.equal(trainer.stack.hidden_weight, unstopped.stack.hidden_weight)
 
 
 @pytest.mark.parametrize("needs", [{"early_stopping": 3}, {"calibrate": True}])
-def test_what_needs_something_held_out_is_refused_without(features_of, prepared, needs):
+def test_what_needs_something_held_out_is_refused_without(needs):
     with pytest.raises(ConfigError, match="has no effect: of 9 targets none is held out"):
-        prepared(features_of(9), **needs)
+        prepared(make_features(9), **needs)
 
 
 # --- what is told ------------------------------------------------------------------------------
 
 
-def test_a_usual_run_has_nothing_to_tell(features_of, prepared):
-    assert prepared(features_of(200)).notes() == []
+def test_a_usual_run_has_nothing_to_tell():
+    assert prepared(make_features(200)).notes() == []
 
 
-def test_a_warm_up_longer_than_the_run_is_told(features_of, prepared):
-    [note] = prepared(features_of(200), warmup_steps=500, validation_fraction=0.0).notes()
+def test_a_warm_up_longer_than_the_run_is_told():
+    [note] = prepared(make_features(200), warmup_steps=500, validation_fraction=0.0).notes()
     assert "--warmup-steps is 500, but the run has only 200 steps; warming up for 20" in note
 
 
@@ -441,11 +397,11 @@ def test_a_warm_up_longer_than_the_run_is_told(features_of, prepared):
         (lambda labels: labels.clamp(max=1), "repeat at all of 3 layers"),
     ],
 )
-def test_decisions_that_cannot_be_learned_are_told(features_of, prepared, labels_of, told):
-    features = features_of(200)
+def test_decisions_that_cannot_be_learned_are_told(labels_of, told):
+    features = make_features(200)
     [note] = prepared(replace(features, labels=labels_of(features.labels))).notes()
     assert told in note
 
 
-def test_a_single_target_is_told(features_of, prepared):
-    assert "only 1 target" in prepared(features_of(1), num_epochs=9).notes()[0]
+def test_a_single_target_is_told():
+    assert "only 1 target" in prepared(make_features(1), num_epochs=9).notes()[0]

@@ -1,0 +1,103 @@
+"""A small set of features, the base model it stands for, and who listens to its training."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drllm.config import TrainConfig
+from drllm.listener import Listener, OnProgress
+from drllm.training.features import Features
+
+L, W, D = 3, 4, 6
+IDENTITY: dict[str, Any] = {
+    "id": "org/tiny",
+    "revision": "main",
+    "class": "LlamaForCausalLM",
+    "num_layers": L,
+    "hidden_size": D,
+    "fingerprint": "0123456789abcdef",
+}
+QUICK = TrainConfig(
+    num_epochs=3, gradient_accumulation=4, num_windows=W, router_width=5, warmup_steps=2
+)
+
+
+def make_features(num_targets: int = 12) -> Features:
+    """Features from which the labels can be learned: the first component gives them away."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.multinomial(
+        torch.tensor([0.3, 0.6, 0.1]), num_targets * L, replacement=True, generator=generator
+    ).view(num_targets, L)
+    labels[labels.sum(dim=1) == 0, -1] = 1
+    means = torch.randn(num_targets, L, W, D, generator=generator)
+    means[..., 0] += 4 * (labels[..., None] - 1)
+    filled = torch.randint(1, W + 1, (num_targets,), generator=generator)
+    for row, number in enumerate(filled.tolist()):
+        means[row, :, number:] = 0
+    return Features(
+        means=means,
+        filled=filled,
+        labels=labels,
+        questions=tuple(f"question {row}" for row in range(num_targets)),
+        tasks=tuple("odd" if row % 2 else "even" for row in range(num_targets)),
+    )
+
+
+def slow_windows(hidden: torch.Tensor) -> list[torch.Tensor]:
+    """Means over the windows of `[T, D]`, in a loop."""
+    number = min(len(hidden), W)
+    edges = [window * len(hidden) // number for window in range(number + 1)]
+    return [
+        sum(hidden[token] for token in range(start, end)) / (end - start)
+        for start, end in itertools.pairwise(edges)
+    ]
+
+
+def assert_windows(found: torch.Tensor, inputs: Sequence[torch.Tensor], **close: float) -> None:
+    """What one target's routers read, `[L, W, D]`, is the slow means of its layers' inputs."""
+    for layer, hidden in enumerate(inputs):
+        windows = torch.stack(slow_windows(hidden)).float()
+        torch.testing.assert_close(found[layer, : len(windows)], windows, **close)
+        assert not found[layer, len(windows) :].any()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its place."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+class Watching(Listener):
+    """Passes progress, and notes, on to functions."""
+
+    def __init__(
+        self, on_progress: Callable[..., Any], on_note: Callable[[str], Any] = lambda text: None
+    ) -> None:
+        self.on_progress, self.on_note = on_progress, on_note
+
+    def note(self, text: str) -> None:
+        self.on_note(text)
+
+    @contextmanager
+    def progress(self, title: str, unit: str) -> Iterator[OnProgress]:
+        yield self.on_progress
+
+
+class BrokenOffError(Exception):
+    """Stands for a kill."""
+
+
+def stop_at(done_before: int) -> Watching:
+    """A listener that breaks off once so much is done."""
+
+    def on_progress(done: int, total: int) -> None:
+        if done >= done_before:
+            raise BrokenOffError
+
+    return Watching(on_progress)
