@@ -39,9 +39,6 @@ def left(text: str, quotas: dict[str, int], share: float | None = None) -> str:
 def test_quotas_are_read_with_or_without_spaces():
     assert read_quotas("arc_easy=400,dart-1=200") == {"arc_easy": 400, "dart-1": 200}
     assert read_quotas(" arc_easy = 400 , dart-1=200 ") == {"arc_easy": 400, "dart-1": 200}
-
-
-def test_no_quotas_are_no_quotas():
     assert read_quotas(None) == {}
 
 
@@ -58,59 +55,58 @@ def test_a_task_named_twice_is_refused():
         read_quotas("a=1,b=2,a=3")
 
 
-# --- without a share ---------------------------------------------------------------------------
+# --- what stays --------------------------------------------------------------------------------
 
 
-def test_a_quota_keeps_the_first_targets_of_its_task():
-    assert left("abaabb", {"a": 2, "b": 1}) == "aba..."
+@pytest.mark.parametrize(
+    ("text", "quotas", "stays"),
+    [
+        ("abaabb", {"a": 2, "b": 1}, "aba..."),  # the first targets of each task
+        ("abab", {"a": 1}, "ab.b"),  # a task without a quota keeps all
+        ("aab", {"a": 5, "b": 5}, "aab"),  # a quota that is not reached costs nothing
+        ("aAb", {}, "aAb"),
+    ],
+)
+def test_a_quota_keeps_the_first_targets_of_its_task(text: str, quotas: dict[str, int], stays: str):
+    assert left(text, quotas) == stays
 
 
-def test_a_task_without_a_quota_keeps_all():
-    assert left("abab", {"a": 1}) == "ab.b"
+@pytest.mark.parametrize(
+    ("text", "quotas", "share", "stays"),
+    [
+        # a later improving target takes the place of the first one that doesn't improve,
+        ("aaaa" + "AaA", {"a": 4}, 0.25, ".aaa" + "A.."),
+        # as many of them as the share wants; none where it is met; as many as there are
+        ("aAaa" + "aAAA", {"a": 4}, 0.75, ".A.a" + ".AA."),
+        ("aAAA" + "AA", {"a": 4}, 0.5, "aAAA" + ".."),
+        ("aaaa" + "aA", {"a": 4}, 0.75, ".aaa" + ".A"),
+        # each task has the share of its own quota; one below its quota is left alone
+        ("aabb" + "ABBA", {"a": 2, "b": 2}, 0.5, ".a.b" + "AB.."),
+        ("aaA", {"a": 4}, 0.75, "aaA"),
+        # a task without a quota is thinned by itself; without any, all tasks are together
+        ("aAbbbB", {"a": 2}, 0.5, "aAb..B"),
+        ("aaBB", {}, 0.5, "aaBB"),
+        ("aaaBB", {}, 0.5, "aa.BB"),
+        # the last targets that don't improve go, all of them where nothing improves
+        ("aaAaA", {}, 0.5, "aaA.A"),
+        ("aAa", {}, 0.3, "aAa"),
+        ("aAa", {}, 1.0, ".A."),
+        ("aa", {}, 0.3, ".."),
+    ],
+)
+def test_a_share_of_the_targets_improves(
+    text: str, quotas: dict[str, int], share: float, stays: str
+):
+    assert left(text, quotas, share) == stays
 
 
-def test_a_quota_that_is_not_reached_costs_nothing():
-    assert left("aab", {"a": 5, "b": 5}) == "aab"
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.3, 1 / 3, 0.7, 0.9])
+@pytest.mark.parametrize("improving", [1, 3, 9])
+def test_the_share_is_met_with_as_few_drops_as_possible(share: float, improving: int):
+    stays = 100 + improving - left("a" * 100 + "A" * improving, {}, share).count(".")
 
-
-def test_without_quotas_nothing_goes():
-    assert left("aAb", {}) == "aAb"
-
-
-# --- with a share ------------------------------------------------------------------------------
-
-
-def test_a_later_improving_target_takes_the_place_of_the_first_that_does_not_improve():
-    assert left("aaaa" + "AaA", {"a": 4}, 0.25) == ".aaa" + "A.."
-
-
-def test_as_many_places_are_taken_as_the_share_wants():
-    assert left("aAaa" + "aAAA", {"a": 4}, 0.75) == ".A.a" + ".AA."
-
-
-def test_a_share_that_the_first_targets_have_takes_no_place():
-    assert left("aAAA" + "AA", {"a": 4}, 0.5) == "aAAA" + ".."
-
-
-def test_a_task_that_runs_out_of_improving_targets_stays_full_and_below_the_share():
-    assert left("aaaa" + "aA", {"a": 4}, 0.75) == ".aaa" + ".A"
-
-
-def test_each_task_has_the_share_of_its_own_quota():
-    assert left("aabb" + "ABBA", {"a": 2, "b": 2}, 0.5) == ".a.b" + "AB.."
-
-
-def test_a_task_below_its_quota_is_left_alone():
-    assert left("aaA", {"a": 4}, 0.75) == "aaA"
-
-
-def test_a_task_without_a_quota_is_thinned_by_itself():
-    assert left("aAbbbB", {"a": 2}, 0.5) == "aAb..B"
-
-
-def test_without_quotas_all_tasks_together_have_the_share():
-    assert left("aaBB", {}, 0.5) == "aaBB"
-    assert left("aaaBB", {}, 0.5) == "aa.BB"
+    assert improving / stays >= share - 1e-12
+    assert improving / (stays + 1) < share or stays == 100 + improving
 
 
 def published(improving: list[bool], quota: int, share: float) -> set[int]:
