@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -121,10 +119,7 @@ def test_another_search_that_writes_there_is_answered_in_one_line(
     ("flags", "says"),
     [
         (["--shard", "1/1"], "--shard 1/1 is the whole search and has no effect"),
-        (["--shard", "one"], "--shard is 'one'; give i/n"),
-        (["--shard", "3/2"], "--shard is '3/2'; of 2 parts the first is 1/2, the last 2/2"),
         (["--num-workers", "2"], "--num-workers 2 has no effect with --executor local"),
-        (["--ray-address", "a:1"], "--ray-address a:1 has no effect with --executor local"),
         (["--shard", "1/2", "--limit", "1"], "--shard 1/2 holds no questions; give fewer shards"),
         (["--dry-run", "yes"], "--dry-run takes no value, but 'yes' follows it; leave that out"),
     ],
@@ -148,60 +143,3 @@ def test_a_yaml_file_can_ask_for_a_dry_run(
     (tmp_path / "settings.yaml").write_text("dry_run: maybe\n")
     assert main([*words, "--config", str(tmp_path / "settings.yaml")]) == 2
     assert "--dry-run is 'maybe'; give true or false" in capsys.readouterr().err
-
-
-def test_progress_names_rate_and_yield(words: list[str], capsys: pytest.CaptureFixture[str]):
-    assert main(words) == 0
-
-    said = capsys.readouterr().err
-    assert " paths a second, " in said
-    assert " % valid, " in said
-    assert " % improving)" in said
-
-
-def test_one_prompt_of_each_task_is_shown_as_the_model_reads_it(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    words = [*words, "--dataset", "builtin_facts,builtin_arithmetic"]
-    assert main(words) == 0
-
-    shown = prompts_in(capsys.readouterr().err)
-    assert list(shown) == ["builtin_facts", "builtin_arithmetic"]
-    records = read_search(tmp_path / "out" / "search.jsonl")
-    for name, text in shown.items():
-        assert text in [record.prompt for record in records if record.task == name]
-    assert shown["builtin_arithmetic"].startswith("user: ")
-    assert shown["builtin_arithmetic"].endswith("\nassistant: ")
-
-    assert main(words) == 0
-    assert prompts_in(capsys.readouterr().err) == {}
-
-
-def test_of_a_long_prompt_the_middle_is_left_out(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    texts = [f"Of {n} {'very ' * 200}many, which?" for n in range(10)]
-    rows = [{"question": text, "choices": ["one", "none"], "answer": 0} for text in texts]
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = tmp_path / "long" / "config.json"
-    shutil.copytree(words[words.index("--model") + 1], config.parent)
-    config.write_text(config.read_text().replace("512", "2048"))
-    words = [*words, "--model", str(config.parent), "--dataset", str(tmp_path / "own.jsonl")]
-    assert main(words) == 0
-
-    [text] = prompts_in(capsys.readouterr().err).values()
-    start, number, end = re.split(r"\[\.\.\. ([0-9]+) characters left out \.\.\.\]", text)
-    [prompt] = {
-        record.prompt
-        for record in read_search(tmp_path / "out" / "search.jsonl")
-        if record.prompt.startswith(start)
-    }
-    assert prompt.endswith(end)
-    assert len(start) == len(end) == 300
-    assert len(prompt) == 600 + int(number)
-
-
-def prompts_in(said: str) -> dict[str, str]:
-    """Return the prompts that are shown in what was said, by task."""
-    parts = re.findall(r"^a prompt of (.+), as the model reads it:\n((?:  \| .*\n)+)", said, re.M)
-    return {name: text.replace("\n  | ", "\n")[4:-1] for name, text in parts}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import re
 import shutil
@@ -79,9 +80,21 @@ def chunks(folder):
 
 
 @pytest.fixture(scope="module")
-def unbroken(routed, facts, tmp_path_factory):
-    """The records of a run that nothing disturbed."""
-    return run(routed, tmp_path_factory.mktemp("unbroken"), [facts])
+def undisturbed(routed, facts, tmp_path_factory):
+    """The records of a run that nothing disturbed, and what was heard of it."""
+    heard = Heard()
+    return run(routed, tmp_path_factory.mktemp("unbroken"), [facts], heard), heard
+
+
+@pytest.fixture(scope="module")
+def unbroken(undisturbed):
+    return undisturbed[0]
+
+
+@pytest.fixture
+def finished(unbroken, tmp_path):
+    """A folder with a complete search."""
+    return shutil.copytree(unbroken.file.parent, tmp_path / "finished")
 
 
 @pytest.fixture
@@ -157,14 +170,16 @@ def test_finished_batches_are_not_searched_again(routed, facts, tmp_path):
     assert num_batches_kept(tmp_path / CHUNKS_FOLDER) > len(kept) - 1
 
 
-def test_a_finished_search_is_returned_as_it_is(routed, facts, tmp_path, assert_same_run):
-    found = run(routed, tmp_path, [facts])
-    before = found.file.stat().st_mtime_ns
+def test_a_finished_search_is_returned_as_it_is_whoever_asks_for_it(
+    routed, facts, finished, unbroken, assert_same_run
+):
+    before = (finished / "search.jsonl").stat().st_mtime_ns
     heard = Heard()
-    again = run(routed, tmp_path, [facts], heard)
-    assert (found.is_new, again.is_new) == (True, False)
-    assert_same_run(found, again)
-    assert before == again.file.stat().st_mtime_ns
+    for who in ({}, {"paths_per_pass": 3, "state_cache_gb": 1.0, "executor": "ray"}):
+        again = run(routed, finished, [facts], heard, **who)
+        assert_same_run(unbroken, again)
+        assert (unbroken.is_new, again.is_new) == (True, False)
+        assert before == again.file.stat().st_mtime_ns
     assert heard.calls == heard.notes == []
 
 
@@ -180,13 +195,12 @@ def test_a_search_without_a_folder_gives_the_same_records_and_writes_nothing(
 
 
 @pytest.fixture(scope="module", params=[2, None], ids=["interrupted", "complete"])
-def earlier(request, routed, facts, tmp_path_factory):
+def earlier(request, routed, facts, unbroken, tmp_path_factory):
     """The folder of a search that was interrupted, or of one that is complete."""
-    folder = tmp_path_factory.mktemp("earlier")
     if request.param is None:
-        run(routed, folder, [facts])
-    else:
-        interrupt(routed, folder, [facts], request.param)
+        return unbroken.file.parent
+    folder = tmp_path_factory.mktemp("earlier")
+    interrupt(routed, folder, [facts], request.param)
     return folder
 
 
@@ -222,11 +236,11 @@ def test_another_version_does_not_resume_a_run(routed, facts, earlier, tmp_path)
         run(routed, folder, [facts])
 
 
-def test_a_cut_off_result_is_not_taken_for_a_finished_one(routed, facts, tmp_path):
-    output = run(routed, tmp_path, [facts]).file
+def test_a_cut_off_result_is_not_taken_for_a_finished_one(routed, facts, finished):
+    output = finished / "search.jsonl"
     output.write_bytes(output.read_bytes()[:-50])
     with pytest.raises(RecordError, match="line 7"):
-        run(routed, tmp_path, [facts])
+        run(routed, finished, [facts])
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
@@ -273,9 +287,8 @@ def test_a_run_killed_after_its_manifest_is_cleared_of_its_chunks(
     assert not (tmp_path / CHUNKS_FOLDER).exists()
 
 
-def test_the_manifest_names_model_settings_and_prompts(routed, facts, tmp_path):
-    output = run(routed, tmp_path, [facts]).file
-    manifest = json.loads(manifest_path(output).read_text())
+def test_the_manifest_names_model_settings_and_prompts(unbroken):
+    manifest = json.loads(manifest_path(unbroken.file).read_text())
     assert manifest["model"] == IDENTITY
     assert manifest["config"]["num_simulations"] == 8
     assert manifest["num_records"] == 7
@@ -283,9 +296,8 @@ def test_the_manifest_names_model_settings_and_prompts(routed, facts, tmp_path):
     assert len(manifest["plan"]["prompts_sha256"]) == 64
 
 
-def test_progress_counts_questions_and_says_what_is_found(routed, facts, tmp_path):
-    heard = Heard()
-    records = run(routed, tmp_path, [facts], heard)
+def test_progress_counts_questions_and_says_what_is_found(undisturbed):
+    records, heard = undisturbed
     done = [done for done, _, _ in heard.calls]
     assert done == sorted(done)
     assert heard.calls[-1][:2] == (7, 7)
@@ -296,7 +308,8 @@ def test_progress_counts_questions_and_says_what_is_found(routed, facts, tmp_pat
     ]
     valid = sum(map(bool, survived)) / 7
     assert 0 < valid < 1, "the sample must hold both"
-    assert f"{100 * valid:.0f} % valid" in heard.calls[-1][2]
+    says = rf"builtin_facts, [0-9.]+ paths a second, {100 * valid:.0f} % valid, \d+ % improving"
+    assert re.fullmatch(says, heard.calls[-1][2])
 
 
 def test_a_reward_that_the_task_cannot_grade_is_refused_before_any_work(routed, facts, tmp_path):
@@ -308,12 +321,6 @@ def test_a_reward_that_the_task_cannot_grade_is_refused_before_any_work(routed, 
 def test_ray_takes_no_model_that_is_loaded_already(routed, facts):
     with pytest.raises(ConfigError, match="ModelConfig"):
         drllm.search_paths(routed, [facts], settings(executor="ray"))
-
-
-def test_who_does_the_work_changes_no_search(routed, facts, tmp_path):
-    before = run(routed, tmp_path, [facts]).file.stat().st_mtime_ns
-    again = run(routed, tmp_path, [facts], paths_per_pass=3, state_cache_gb=1.0, executor="ray")
-    assert before == again.file.stat().st_mtime_ns
 
 
 def test_another_chat_template_does_not_resume_a_run(routed, tmp_path, monkeypatch):
@@ -330,12 +337,12 @@ def test_a_search_is_resumed_the_next_day_under_a_template_that_prints_the_date(
 ):
     template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
     monkeypatch.setattr(routed.tokenizer, "chat_template", template)
-    task = get_task("builtin_arithmetic")
+    task, few = get_task("builtin_arithmetic"), {"limit": 2, "block_size": 1}
     set_date(2031, 5, 1)
-    unbroken = run(routed, tmp_path / "unbroken", [task], limit=4)
-    interrupt(routed, tmp_path / "broken", [task], 2, limit=4)
+    unbroken = run(routed, tmp_path / "unbroken", [task], **few)
+    interrupt(routed, tmp_path / "broken", [task], 1, **few)
     set_date(2031, 5, 2)
-    resumed = run(routed, tmp_path / "broken", [task], limit=4)
+    resumed = run(routed, tmp_path / "broken", [task], **few)
     assert_same_run(unbroken, resumed)
     assert all(record.prompt.startswith("26 Jul 2024 ") for record in resumed)
 
@@ -346,9 +353,24 @@ def test_one_prompt_of_each_task_is_told_as_the_model_reads_it(routed, facts, tm
     records = run(routed, tmp_path, tasks, heard, limit=2)
     assert len(heard.notes) == 2
     for task, note in zip(tasks, heard.notes, strict=True):
-        assert task.name in note.splitlines()[0]
-        text = "\n".join(line.removeprefix("  | ") for line in note.splitlines()[1:])
-        assert text in [record.prompt for record in records if record.task == task.name]
+        title, *lines = note.split("\n  | ")
+        assert title == f"a prompt of {task.name}, as the model reads it:"
+        prompts = [record.prompt for record in records if record.task == task.name]
+        assert "\n".join(lines) in prompts
+    assert lines[0].startswith("user: ")
+
+
+def test_of_a_long_prompt_the_middle_is_left_out(routed, tmp_path):
+    row = {"question": f"Of {'very ' * 130}many, which?", "choices": ["one", "none"], "answer": 0}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
+    heard, split = Heard(), split_of(row["question"], "own")
+    [record] = run(routed, None, [get_task(str(tmp_path / "own.jsonl"))], heard, split=split)
+    [text] = [note.partition("\n  | ")[2].replace("\n  | ", "\n") for note in heard.notes]
+    start, number, end = re.split(r"\[\.\.\. ([0-9]+) characters left out \.\.\.\]", text)
+    assert record.prompt.startswith(start)
+    assert record.prompt.endswith(end)
+    assert len(start) == len(end) == 300
+    assert len(record.prompt) == 600 + int(number)
 
 
 def test_a_prompt_that_the_template_refuses_is_not_the_example(routed, tmp_path, monkeypatch):
@@ -364,16 +386,13 @@ def test_a_prompt_that_the_template_refuses_is_not_the_example(routed, tmp_path,
     assert [failed.id for failed in found.failed] == [first.id]
 
 
-@pytest.mark.parametrize("parts", [2, 3])
-def test_the_shards_together_are_the_whole_search(routed, facts, tmp_path, parts, assert_same_run):
-    whole = run(routed, tmp_path / "whole", [facts], limit=12)
-    shards = [
-        run(routed, tmp_path / str(part), [facts], limit=12, shard=f"{part}/{parts}")
-        for part in range(1, parts + 1)
-    ]
+def test_the_shards_together_are_the_whole_search(
+    routed, facts, tmp_path, unbroken, assert_same_run
+):
+    shards = [run(routed, tmp_path / n, [facts], shard=f"{n}/3") for n in ("1", "2", "3")]
     assert all(shards)
-    joined = sorted((record for shard in shards for record in shard), key=lambda r: r.id)
-    assert_same_run(sorted(whole, key=lambda record: record.id), joined)
+    joined = sorted(itertools.chain(*shards), key=lambda record: record.id)
+    assert_same_run(sorted(unbroken, key=lambda record: record.id), joined)
 
 
 @pytest.mark.parametrize(
@@ -416,25 +435,11 @@ def some_fail(tiny_llama, tiny_tokenizer, tmp_path):
     model.get_input_embeddings().weight.data[tiny_tokenizer("~")["input_ids"][0]] = float("nan")
     rows = [
         {"question": f"{'~' * (n % 4 == 3)}What is {n}?", "choices": ["odd", "even"], "answer": 0}
-        for n in range(40)
+        for n in range(24)
     ]
     file = tmp_path / "own.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return RoutedModel(model, tokenizer=tiny_tokenizer), get_task(str(file))
-
-
-def alone(routed, task, records):
-    """Search each question again by itself."""
-    by_id = {example.id: example for example in task.examples("search")}
-
-    class One(type(task)):
-        def examples(self, split, data_dir=None):
-            return [self.only]
-
-    one = One(task.path)
-    for record in records:
-        one.only = by_id[record.id]
-        yield from drllm.search_paths(routed, [one], settings(limit=None))
 
 
 def read_failed(folder):
@@ -446,6 +451,7 @@ def test_questions_that_fail_are_set_aside_and_their_neighbours_are_searched_as_
 ):
     routed, task = some_fail
     found = run(routed, tmp_path / "out", [task], limit=None)
+    alone = drllm.search_paths(routed, [task], settings(limit=None, block_size=1))
     bad = {e.id for e in task.examples("search") if "~" in e.question}
     assert tuple(read_failed(tmp_path / "out")) == found.failed
     assert {failed.id for failed in found.failed} == bad
@@ -453,7 +459,7 @@ def test_questions_that_fail_are_set_aside_and_their_neighbours_are_searched_as_
     assert all(one.error.startswith("ModelError: the base model's own") for one in found.failed)
     assert {record.id for record in found} == {e.id for e in task.examples("search")} - bad
     assert json.loads(manifest_path(found.file).read_text())["num_failed"] == len(bad)
-    assert_same_run(found, list(alone(routed, task, found)))
+    assert_same_run(found, alone)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -471,14 +477,15 @@ def test_a_question_beyond_the_context_is_set_aside_and_its_neighbours_are_searc
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = get_task(str(file))
 
-    found = run(routed, tmp_path / "out", [task], limit=None, block_size=8)
-
+    found, alone = (
+        drllm.search_paths(routed, [task], settings(limit=None, block_size=n)) for n in (8, 1)
+    )
     [failed] = found.failed
     assert failed.question == long["question"]
     says = r"ModelError: a prompt of the question has \d+ tokens, .* context holds 256; shorten"
     assert re.match(says, failed.error)
     assert len(found) == len(task.examples("search")) - 1 > 2
-    assert_same_run(found, list(alone(routed, task, found)))
+    assert_same_run(found, alone)
 
 
 def test_a_resumed_run_keeps_what_was_set_aside(some_fail, tmp_path, assert_same_run):
@@ -491,23 +498,14 @@ def test_a_resumed_run_keeps_what_was_set_aside(some_fail, tmp_path, assert_same
     assert read_failed(tmp_path / "unbroken") == read_failed(tmp_path / "broken")
 
 
-def test_a_run_in_which_every_question_fails_ends_with_the_reason(
-    tiny_llama, tiny_tokenizer, facts, tmp_path
+@pytest.mark.parametrize(("limit", "first"), [(7, 7), (40, 16)])
+def test_a_run_in_which_every_question_fails_ends_with_the_reason_and_soon(
+    tiny_llama, tiny_tokenizer, facts, tmp_path, limit, first
 ):
     model = tiny_llama(max_position_embeddings=1024)
     model.get_input_embeddings().weight.data.fill_(float("nan"))
     routed = RoutedModel(model, tokenizer=tiny_tokenizer)
-    message = r"none of the first 7 questions could be searched; .*--dtype float32"
-    with pytest.raises(TaskError, match=message):
-        run(routed, tmp_path, [facts])
+    says = rf"none of the first {first} questions could be searched; .*--dtype float32"
+    with pytest.raises(TaskError, match=says):
+        run(routed, tmp_path, [facts], limit=limit)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_hopeless_run_ends_before_all_questions_have_failed(
-    tiny_llama, tiny_tokenizer, facts, tmp_path
-):
-    model = tiny_llama(max_position_embeddings=1024)
-    model.get_input_embeddings().weight.data.fill_(float("nan"))
-    routed = RoutedModel(model, tokenizer=tiny_tokenizer)
-    with pytest.raises(TaskError, match="none of the first 16 questions"):
-        run(routed, tmp_path, [facts], limit=40)
