@@ -38,39 +38,25 @@ def test_an_edit_changes_only_the_layers_that_it_names():
     assert apply((1, 1, 2, 0), Action(0, 1, Decision.REPEAT)) == (2, 1, 2, 0)
 
 
-def test_a_layer_that_was_edited_is_never_edited_again():
-    assert [str(action) for action in legal_actions((0, 1, 2, 1, 1), limit=10)] == [
-        "skip 1",
-        "skip 3",
-        "skip 4",
-        "skip 3-4",
-        "repeat 1",
-        "repeat 3",
-        "repeat 4",
-    ]
-
-
-def test_a_path_at_the_limit_has_no_repeats():
-    decisions = {action.decision for action in legal_actions((1, 1, 1), limit=3)}
-
-    assert decisions == {Decision.SKIP}
-
-
-def test_the_last_execution_is_never_skipped():
-    assert legal_actions((0, 1, 0), limit=3) == (Action(1, 1, Decision.REPEAT),)
-
-
-def test_a_double_skip_never_leaves_nothing_to_execute():
-    assert [str(action) for action in legal_actions((1, 1), limit=2)] == ["skip 0", "skip 1"]
-
-
-def test_a_repeated_layer_lets_the_last_layer_executed_once_be_skipped():
-    assert "skip 1" in [str(action) for action in legal_actions((2, 1), limit=4)]
-
-
-def test_a_model_of_one_layer_can_only_repeat_it():
-    assert legal_actions((1,), limit=2) == (Action(0, 1, Decision.REPEAT),)
-    assert legal_actions((1,), limit=1) == ()
+@pytest.mark.parametrize(
+    ("decisions", "limit", "edits"),
+    [
+        # a layer that was edited is never edited again
+        (
+            (0, 1, 2, 1, 1),
+            10,
+            "skip 1, skip 3, skip 4, skip 3-4, repeat 1, repeat 3, repeat 4",
+        ),
+        ((1, 1, 1), 3, "skip 0, skip 1, skip 2, skip 0-1, skip 1-2"),  # no repeats at the limit
+        ((0, 1, 0), 3, "repeat 1"),  # the last execution is never skipped
+        ((1, 1), 2, "skip 0, skip 1"),
+        ((2, 1), 4, "skip 1, repeat 1"),
+        ((1,), 2, "repeat 0"),
+        ((1,), 1, ""),
+    ],
+)
+def test_edits_that_are_legal(decisions: tuple[int, ...], limit: int, edits: str):
+    assert ", ".join(map(str, legal_actions(decisions, limit))) == edits
 
 
 @pytest.mark.parametrize(("num_layers", "limit"), [(1, 1), (1, 2), (4, 4), (4, 5), (6, 6), (6, 12)])

@@ -12,6 +12,9 @@ from drllm.search.strategies.sweep import SweepSearch
 from drllm.search.strategies.walk import WalkSearch
 
 KINDS = {"tree": TreeSearch, "sweep": SweepSearch, "walk": WalkSearch}
+FULL = full_decisions(12)
+each_strategy = pytest.mark.parametrize("strategy", STRATEGIES.names())
+each_rule = pytest.mark.parametrize("rule", ["paper", "released"])
 
 
 def start(strategy: str, num_layers: int = 12, **settings: object) -> PathSearch:
@@ -20,21 +23,18 @@ def start(strategy: str, num_layers: int = 12, **settings: object) -> PathSearch
 
 def run(search: PathSearch, full: float, right: int) -> list[tuple[int, ...]]:
     """Reward the full path with `full`, and other paths only if at most `right` executions long."""
+    search.tell(*search.ask(), full)
     while asked := search.ask():
-        (decisions,) = asked
-        if num_executions(decisions) == search.num_layers and not search.tried:
-            search.tell(decisions, full)
-        else:
-            search.tell(decisions, float(num_executions(decisions) <= right))
+        search.tell(*asked, float(num_executions(*asked) <= right))
     return list(search.tried)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES.names())
+@each_strategy
 def test_the_setting_picks_the_strategy(strategy: str):
     assert type(start(strategy)) is KINDS[strategy]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES.names())
+@each_strategy
 def test_the_settings_of_the_tree_change_the_tree_alone(strategy: str):
     def tried(**settings: float) -> list[tuple[int, ...]]:
         return run(start(strategy, num_simulations=300, **settings), full=1.0, right=10)
@@ -44,40 +44,32 @@ def test_the_settings_of_the_tree_change_the_tree_alone(strategy: str):
     assert changed == [strategy == "tree"] * len(TreeSearch.own_settings)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES.names())
-def test_the_full_path_comes_first_and_is_no_simulation(strategy: str):
+@each_strategy
+def test_the_full_path_comes_first_and_alone_and_is_no_simulation(strategy: str):
     search = start(strategy)
 
-    assert search.ask(maximum=5) == [full_decisions(12)]
-    search.tell(full_decisions(12), 1.0)
-    assert search.num_simulations_done == 0
-    assert search.tried[full_decisions(12)] == (0, 1.0, None)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES.names())
-def test_nothing_is_proposed_before_the_full_path_is_observed(strategy: str):
-    search = start(strategy)
-    search.ask()
-
+    assert search.ask(maximum=5) == [FULL]
     assert search.ask(maximum=5) == []
-    search.tell(full_decisions(12), 1.0)
+    search.tell(FULL, 1.0)
+    assert search.num_simulations_done == 0
+    assert search.tried[FULL] == (0, 1.0, None)
     assert len(search.ask(maximum=5)) == 5
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES.names())
+@each_strategy
 def test_a_path_in_flight_is_not_proposed_again(strategy: str):
     search = start(strategy)
     search.tell(*search.ask(), 1.0)
 
     asked = [*search.ask(maximum=4), *search.ask(maximum=6)]
     assert len(set(asked)) == 10
-    assert full_decisions(12) not in asked
+    assert FULL not in asked
     for decisions in asked:
         search.tell(decisions, 0.0)
     assert not set(search.ask(maximum=10)) & set(asked)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES.names())
+@each_strategy
 def test_paths_in_flight_count_towards_the_simulations(strategy: str):
     search = start(strategy, num_simulations=10)
     search.tell(*search.ask(), 1.0)
@@ -91,7 +83,7 @@ def test_paths_in_flight_count_towards_the_simulations(strategy: str):
     assert search.ask() == []
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES.names())
+@each_strategy
 def test_simulations_are_numbered_as_proposed_whatever_is_observed_first(strategy: str):
     search = start(strategy)
     search.tell(*search.ask(), 1.0)
@@ -104,47 +96,26 @@ def test_simulations_are_numbered_as_proposed_whatever_is_observed_first(strateg
     assert numbers[0] == 1
 
 
-@pytest.mark.parametrize("most", [0, -1])
-def test_less_than_one_path_can_not_be_asked_for(most: int):
-    with pytest.raises(ValueError, match="at least 1"):
-        start("tree").ask(most)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES.names())
-def test_a_path_that_was_not_proposed_is_refused(strategy: str):
-    search = start(strategy)
+def test_what_can_not_be_asked_or_told_is_refused():
+    search = start("tree")
+    for most in (0, -1):
+        with pytest.raises(ValueError, match="at least 1"):
+            search.ask(most)
     search.ask()
-
-    with pytest.raises(ValueError, match="not in flight"):
+    for reward in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="not in"):
+            search.tell(FULL, reward)
+    for score in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="not finite"):
+            search.tell(FULL, 1.0, score)
+    with pytest.raises(ValueError, match="not in flight"):  # never proposed
         search.tell((0,) + (1,) * 11, 1.0)
+    search.tell(FULL, 1.0)
+    with pytest.raises(ValueError, match="not in flight"):  # told already
+        search.tell(FULL, 1.0)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES.names())
-def test_a_path_that_was_observed_can_not_be_observed_again(strategy: str):
-    search = start(strategy)
-    search.tell(*search.ask(), 1.0)
-
-    with pytest.raises(ValueError, match="not in flight"):
-        search.tell(full_decisions(12), 1.0)
-
-
-@pytest.mark.parametrize("reward", [-0.1, 1.1, float("nan")])
-def test_a_reward_outside_0_to_1_is_refused(reward: float):
-    search = start("tree")
-
-    with pytest.raises(ValueError, match="not in"):
-        search.tell(*search.ask(), reward)
-
-
-@pytest.mark.parametrize("score", [float("nan"), float("inf")])
-def test_a_score_that_is_not_finite_is_refused(score: float):
-    search = start("tree")
-
-    with pytest.raises(ValueError, match="not finite"):
-        search.tell(*search.ask(), 1.0, score)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES.names())
+@each_strategy
 def test_a_score_is_no_part_of_the_reward_and_ends_nothing(strategy: str):
     search = start(strategy, stop_rule="paper", num_simulations=10)
     search.tell(*search.ask(), 0.0, -1.0)
@@ -155,7 +126,7 @@ def test_a_score_is_no_part_of_the_reward_and_ends_nothing(strategy: str):
     assert {tried.score for tried in search.tried.values()} == {-1.0, 5.0}
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES.names())
+@each_strategy
 def test_exhaust_uses_all_simulations_whatever_was_found(strategy: str):
     search = start(strategy, stop_rule="exhaust", num_simulations=30)
 
@@ -163,8 +134,8 @@ def test_exhaust_uses_all_simulations_whatever_was_found(strategy: str):
     assert search.num_simulations_done == 30
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES.names())
-@pytest.mark.parametrize("rule", ["paper", "released"])
+@each_strategy
+@each_rule
 def test_the_first_improving_path_ends_the_search_even_if_it_is_longer(strategy: str, rule: str):
     search = start(strategy, stop_rule=rule)
 
@@ -173,26 +144,19 @@ def test_the_first_improving_path_ends_the_search_even_if_it_is_longer(strategy:
     assert search.ask() == []
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES.names())
-def test_paper_ends_with_the_first_right_path_that_is_shorter(strategy: str):
-    search = start(strategy, stop_rule="paper")
+@each_strategy
+@pytest.mark.parametrize(("rule", "saved"), [("paper", 1), ("released", 2)])
+def test_the_first_right_path_that_saves_one_layer_or_two_ends_the_search(
+    strategy: str, rule: str, saved: int
+):
+    *others, last = run(start(strategy, stop_rule=rule), full=1.0, right=24)
 
-    *others, last = run(search, full=1.0, right=24)
-    assert num_executions(last) < 12
-    assert all(num_executions(path) >= 12 for path in others)
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES.names())
-def test_released_ends_with_the_first_right_path_that_saves_two_layers(strategy: str):
-    search = start(strategy, stop_rule="released")
-
-    *others, last = run(search, full=1.0, right=24)
-    assert num_executions(last) <= 10
-    assert all(num_executions(path) > 10 for path in others)
+    assert num_executions(last) <= 12 - saved
+    assert all(num_executions(path) > 12 - saved for path in others)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES.names())
-@pytest.mark.parametrize("rule", ["paper", "released"])
+@each_strategy
+@each_rule
 def test_wrong_short_paths_end_nothing(strategy: str, rule: str):
     search = start(strategy, stop_rule=rule, num_simulations=25)
 
@@ -208,8 +172,8 @@ def test_a_partial_reward_is_not_right_and_ends_nothing():
     assert search.num_simulations_done == 10
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES.names())
-@pytest.mark.parametrize("rule", ["paper", "released"])
+@each_strategy
+@each_rule
 def test_once_a_path_ends_the_search_those_in_flight_are_observed_and_no_others(
     strategy: str, rule: str
 ):
@@ -222,5 +186,5 @@ def test_once_a_path_ends_the_search_those_in_flight_are_observed_and_no_others(
     for decisions in others:
         search.tell(decisions, 0.0)
     assert search.ask(maximum=5) == []
-    assert list(search.tried) == [full_decisions(12), first, *others]
+    assert list(search.tried) == [FULL, first, *others]
     assert search.num_simulations_done == 5

@@ -36,16 +36,11 @@ def neighbours(decisions: Decisions) -> set[Decisions]:
     return {apply(decisions, action) for action in legal_actions(decisions, 12)}
 
 
-def test_the_first_level_is_every_single_edit_once():
+def test_the_first_level_is_every_edit_once_single_skips_then_double_ones_then_repeats():
     first = levels(sweep(num_simulations=NUM_SINGLE))
 
     assert len(first) == NUM_SINGLE
     assert set(first) == neighbours(full_decisions(6))
-
-
-def test_single_skips_come_before_double_skips_and_these_before_repeats():
-    first = levels(sweep(num_simulations=NUM_SINGLE))
-
     assert [num_executions(decisions) for decisions in first] == [5] * 6 + [4] * 5 + [7] * 6
 
 
@@ -127,10 +122,3 @@ def test_rounds_of_several_try_the_same_paths_as_rounds_of_one():
     together = sweep(reward, num_simulations=200, most=7)
 
     assert list(alone.tried.items()) == list(together.tried.items())
-
-
-def test_a_sweep_given_enough_simulations_tries_every_path_within_the_budget_and_ends():
-    search = sweep(num_layers=3, num_simulations=1000)
-
-    assert len(search.tried) == 3**3 - 1
-    assert search.ask() == []

@@ -3,11 +3,8 @@ from __future__ import annotations
 import itertools
 from random import Random
 
-import pytest
-
 from drllm.config import SearchConfig
-from drllm.cost import max_executions
-from drllm.paths import full_decisions, num_executions
+from drllm.paths import full_decisions
 from drllm.search.actions import apply, legal_actions
 from drllm.search.strategies.walk import WalkSearch
 
@@ -50,29 +47,14 @@ def test_a_walk_at_its_end_starts_again_from_the_full_path():
     assert set(restarts) <= neighbours((1, 1, 1, 1, 1, 1), limit=6)
 
 
-def test_a_path_met_again_counts_as_a_simulation_and_is_not_evaluated_again():
-    search = walk(2, num_simulations=50)
-
-    assert search.num_simulations_done == 50
-    assert len(search.tried) - 1 < 50
-
-
-def test_simulation_numbers_leave_gaps_where_a_path_was_met_again():
+def test_a_path_met_again_counts_as_a_simulation_and_leaves_a_gap_in_their_numbers():
     search = walk(3, num_simulations=200)
 
+    assert search.num_simulations_done == 200
     numbers = [tried.simulation for tried in search.tried.values()]
     assert numbers == sorted(set(numbers))
     assert numbers[0] == 0
     assert len(search.tried) < numbers[-1] <= 200
-
-
-@pytest.mark.parametrize("budget", [1.0, 1.1, 2.0])
-def test_the_walk_keeps_to_the_budget(budget: float):
-    search = walk(10, budget=budget, num_simulations=300)
-
-    limit = max_executions(budget, 10)
-    assert all(1 <= num_executions(path) <= limit for path in search.tried)
-    assert all(set(path) <= {0, 1, 2} for path in search.tried)
 
 
 def test_a_single_layer_within_budget_1_leaves_nothing_to_walk():
@@ -88,8 +70,3 @@ def test_in_a_round_of_several_the_walk_takes_the_same_way():
             together.tell(decisions, 0.0)
 
     assert alone.tried == together.tried
-
-
-def test_the_same_seed_walks_the_same_way():
-    assert walk(12, seed=3).tried == walk(12, seed=3).tried
-    assert walk(12, seed=3).tried != walk(12, seed=4).tried
