@@ -64,7 +64,6 @@ class Shared:
         output: Folder of the results.
 
     Attributes:
-        on_progress: Hears what is run.
         prompts: Tokens of the prompts asked so far.
         chunks: What is kept of finished systems and blocks.
     """
@@ -103,14 +102,13 @@ class Shared:
             },
             stage="evaluation",
         )
-        at_depths = [name for name in self.baselines if not BASELINES.get(name).has_own_depth]
-        a_task = 2 + len(self.baselines) + (1 + len(at_depths)) * len(self.shares)
-        of_a_seed = 1 + (PERMUTED in self.baselines)
-        a_task += (len(routers) - 1) * of_a_seed * (1 + len(self.shares))
-        if config.epsilon is not None:
-            a_task += 1 + len(self.shares)
-            a_task += 3 + len(self.shares) if self.worked is not None else 0
-        self._num_systems = a_task * len(tasks) + 1  # time, at last
+        num_at_depths = sum(not BASELINES.get(name).has_own_depth for name in self.baselines)
+        num_depths = 1 + len(self.shares)
+        num = 1 + len(self.baselines) - num_at_depths + (1 + num_at_depths) * num_depths
+        num += (len(routers) - 1) * (1 + (PERMUTED in self.baselines)) * num_depths
+        num += num_depths if config.epsilon is not None else 0  # on what a depth is chosen on
+        num += num_depths + 2 if self.worked is not None else 0
+        self._num_systems = num * len(tasks) + 1  # time, at last
         self._num_done = 0
 
     def asked(self, task: Task, split: str, limit: int | None, use: str = "") -> AskedTask:
@@ -132,11 +130,7 @@ class Shared:
         return asked
 
     def once(self, name: str, run: Callable[[Keep], SystemRun]) -> SystemRun:
-        """Run a system, or return what an earlier start of this evaluation has kept of it.
-
-        Decisions are part of a block's key: were they others after an interruption (what is trained
-        is trained again then), the block would be asked again.
-        """
+        """Run a system, or return what an earlier start of this evaluation has kept of it."""
         parts = self.chunks.within(name)
 
         def keep(key: str, share: float, ask: Callable[[], Answered]) -> Answered:
@@ -189,12 +183,7 @@ class Shared:
 
 
 class Comparison:
-    """Every system on one task.
-
-    Args:
-        shared: What the evaluation's tasks share.
-        task: The task.
-    """
+    """Every system on one task."""
 
     def __init__(self, shared: Shared, task: Task) -> None:
         config = shared.config
@@ -331,8 +320,7 @@ class Comparison:
         for setting, policy in policies.items():
             key = f"{source.name}: routed at {setting} on {split}"
             found.append(self._by_policy(key, questions, ROUTED, policy, setting))
-        worked_split = "" if worked is None else chosen_on(worked, config)
-        base, *settings = self._with_worked(found, policies, worked_split)
+        base, *settings = self._with_worked(found, policies, lambda task: chosen_on(task, config))
         choice = choose(
             base,
             settings,
@@ -348,19 +336,23 @@ class Comparison:
             return choice
         [ours] = (each for each in systems if each.title == choice.chosen.name)
         chosen = {ours.setting: policies[ours.setting]}
-        worked_split = "" if worked is None else config.split_of(worked.name)
-        outcomes = self._with_worked([systems[0], ours], chosen, worked_split)
-        return confirm(choice, *outcomes, chance=chance, seed=config.seed)
+        tested = self._with_worked(
+            [systems[0], ours], chosen, lambda task: config.split_of(task.name)
+        )
+        return confirm(choice, *tested, chance=chance, seed=config.seed)
 
     def _with_worked(
-        self, systems: Sequence[SystemRun], policies: Mapping[str, Policy], split: str
+        self,
+        systems: Sequence[SystemRun],
+        policies: Mapping[str, Policy],
+        split_of: Callable[[Task], str],
     ) -> list[Outcomes]:
         """Return outcomes of base, then of each policy, with their loss on worked answers."""
         outcomes = [system.outcomes for system in systems]
         worked, once = self.shared.worked, self.shared.once
         if worked is None:
             return outcomes
-        num_texts = self.config.num_texts
+        num_texts, split = self.config.num_texts, split_of(worked)
         asked = self.shared.asked(worked, split, num_texts, WORKED)
         texts = TaskRun(self.shared.lm, asked, num_texts)
         where = f"on worked answers of {worked.name}, {split}"

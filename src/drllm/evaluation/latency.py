@@ -57,12 +57,7 @@ DESCRIPTIONS = {
 
 
 def with_router_time(routers: RouterStack) -> dict[str, Policy | None]:
-    """Return the systems of the usual comparison, the routers' own time told apart.
-
-    Returns:
-        For `measure`: the untouched model, the routed one, one that is routed without routers, and
-        one whose routers run but always say to execute.
-    """
+    """Return what `measure` compares, so that the routers' own time is told apart."""
     return {
         BASE: None,
         ROUTED: RouterPolicy(routers),
@@ -217,8 +212,7 @@ def write_latency(
     prompts: Sequence[Sequence[int]],
     config: EvaluateConfig,
     output: Path,
-    clock: Clock | None = None,
-) -> Path | None:
+) -> None:
     """Time base and routed model, and write `latency.json`.
 
     Without rounds nothing is measured, and a file of an earlier evaluation is removed, so that no
@@ -231,15 +225,11 @@ def write_latency(
         prompts: Token ids of all prompts of the evaluation.
         config: Rounds, and the seed of the draw.
         output: Where the results lie.
-        clock: See `measure`.
-
-    Returns:
-        The file; None where nothing is measured.
     """
     path = output / LATENCY_FILE
     if not config.latency_rounds:
         path.unlink(missing_ok=True)
-        return None
+        return
     timed = choose_prompts(prompts, config.seed)
     systems = with_router_time(routers)
     weights = folder / WEIGHTS_FILE
@@ -251,10 +241,9 @@ def write_latency(
         routers_sha256=sha256(weights),
         num_prompts=len(timed),
         systems=DESCRIPTIONS,
-        measured=measure(base.model, systems, timed, config.latency_rounds, clock),
+        measured=measure(base.model, systems, timed, config.latency_rounds),
     )
     write_json(path, latency)
-    return path
 
 
 def choose_prompts(prompts: Sequence[Sequence[int]], seed: int) -> list[list[int]]:

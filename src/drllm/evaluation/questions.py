@@ -46,11 +46,10 @@ def check_tasks(tasks: Sequence[Task], config: EvaluateConfig) -> None:
             f"a task is called {Path(LATENCY_FILE).stem!r}, but {LATENCY_FILE} holds the measured "
             f"times; rename its file"
         )
-    worked = None if config.worked_answers is None else get_task(config.worked_answers)
     evaluated = [task.name for task in tasks]
-    with_worked = evaluated if worked is None else [*evaluated, worked.name]
-    for setting in ("limits", "splits", "fitted_on"):
-        known = with_worked if setting == "splits" else evaluated
+    worked = [] if config.worked_answers is None else [get_task(config.worked_answers).name]
+    named_in = {"limits": evaluated, "splits": [*evaluated, *worked], "fitted_on": evaluated}
+    for setting, known in named_in.items():
         for name in config.own(setting):
             if name not in known:
                 raise ConfigError(f"{flag_of(setting)}: " + unknown_name("task", name, known))
@@ -70,11 +69,7 @@ def check_tasks(tasks: Sequence[Task], config: EvaluateConfig) -> None:
 
 
 def check_output(output: Path) -> None:
-    """Refuse a folder with files that reports would take for results.
-
-    Raises:
-        RecordError: Naming one of them.
-    """
+    """Refuse, by RecordError, a folder with files that reports would take for results."""
     for path in results_in(output):
         if schema_of(path) != EVALUATION_SCHEMA:
             raise RecordError(
@@ -142,8 +137,7 @@ def worked_task(config: EvaluateConfig, tasks: Sequence[Task]) -> Task | None:
     evaluated; a question belongs to one split by its text, so no worked answer serves both.
 
     Raises:
-        ConfigError: A task with options, or one that is evaluated by itself, whose own texts are
-            its worked answers.
+        ConfigError: A task with options, or the only one that is evaluated.
         TaskError: An unknown task, a split that it hasn't got, or too few questions in one.
     """
     if config.worked_answers is None:
@@ -160,9 +154,8 @@ def worked_task(config: EvaluateConfig, tasks: Sequence[Task]) -> Task | None:
             f"worked answers; leave it out"
         )
     for split in (chosen_on(task, config), config.split_of(task.name)):
-        other = ""
-        if split == "test":
-            other = f"; --splits {task.name}=select has depths chosen on fit and tested on select"
+        other = f"; --splits {task.name}=select has depths chosen on fit and tested on select"
+        other = other if split == "test" else ""
         try:
             found = len(task.examples(split, config.data_dir))
         except TaskError as error:

@@ -89,8 +89,9 @@ class SystemRun(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 Keep: TypeAlias = Callable[[str, float, Callable[[], Answered]], Answered]
 """Called with a block's key, the share of the questions that are answered with it, and what asks
-it. The key holds what decides on the routes. Returns the answers that were kept under the same key,
-else those of now."""
+it; returns the answers that were kept under the same key, else those of now. Decisions are part of
+the key: were they others after an interruption (what is trained is trained again then), the block
+would be asked again."""
 
 
 def unkept(_key: str, _share: float, ask: Callable[[], Answered]) -> Answered:

@@ -175,17 +175,17 @@ def test_the_file_says_what_was_timed_and_on_what_and_goes_where_nothing_is_meas
 
     def write(rounds):
         config = EvaluateConfig(latency_rounds=rounds)
-        return write_latency(base, tmp_path / "routers", routers, PROMPTS, config, tmp_path)
+        write_latency(base, tmp_path / "routers", routers, PROMPTS, config, tmp_path)
 
-    path = write(2)
+    write(2)
     found = read_latency(tmp_path)
     assert found.model == base.identity
     assert (found.routers, found.routers_sha256) == (str(tmp_path / "routers"), sha256(weights))
     assert found.config["latency_rounds"] == found.measured.num_rounds == 2
     assert found.runtime == {**base.runtime, "num_threads": torch.get_num_threads()}
     assert found.num_prompts == 3
-    assert write(0) is None
-    assert not path.exists()
+    write(0)
+    assert not (tmp_path / "latency.json").exists()
 
 
 def test_prompts_that_are_long_enough_are_drawn_first_and_keep_their_last_tokens():

@@ -46,13 +46,8 @@ from drllm.tasks.registry import get_task
 
 NUM_QUESTIONS = 24
 SYSTEMS = [
-    "base",
-    "routed",
-    "permuted routes",
-    "random decisions",
-    "label frequency",
-    "last layers",
-    "evenly spaced",
+    *("base", "routed", "permuted routes", "random decisions"),
+    *("label frequency", "last layers", "evenly spaced"),
 ]
 TOLERANCE = 1e-4
 """Nats between a continuation among others and alone (design figure; below 2e-5 here)."""
@@ -64,13 +59,15 @@ def base(tiny_llama, tiny_tokenizer):
     return BaseModel(model=model, tokenizer=tiny_tokenizer, name="tiny", revision=None)
 
 
-def new_routers(base, num_layers=6, seed=3):
+def new_routers(base, seed=3, **values):
     config = RouterConfig(
-        num_layers=num_layers,
-        hidden_size=32,
-        base_model="tiny",
-        base_fingerprint=fingerprint(base.model),
-        label_counts=((2, 7, 1),) * num_layers,
+        **{
+            "num_layers": 6,
+            "hidden_size": 32,
+            "base_fingerprint": fingerprint(base.model),
+            "label_counts": ((2, 7, 1),) * values.get("num_layers", 6),
+            **values,
+        }
     )
     stack = RouterStack(config, torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -116,60 +113,91 @@ class Hearing(Listener):
         self.notes.append(text)
 
 
-def run_evaluation(base, routers, tasks, config, folder, calls=None):
-    """Evaluate, and return the files of the tasks."""
-    listener = Hearing()
-    try:
-        results = evaluate(base, tasks, config, folder, routers=routers, listener=listener)
-    finally:
+@pytest.fixture(scope="module")
+def run(base, routers_dir, task):
+    """A function that evaluates, and returns the files of the tasks as they are read."""
+
+    def evaluate_to(folder, model=base, tasks=(task,), routers=routers_dir, calls=None, **values):
+        listener = Hearing()
+        config = settings(**values)
+        results = evaluate(model, tasks, config, folder, routers=routers, listener=listener)
         if calls is not None:
             calls += listener.calls
-    assert [result.task for result in results] == [task.name for task in tasks]
-    return [folder / f"{result.task}.json" for result in results]
+        assert [result.task for result in results] == [each.name for each in tasks]
+        return [json.loads((folder / f"{result.task}.json").read_text()) for result in results]
+
+    return evaluate_to
+
+
+def samples_in(folder):
+    return [row for _, row in read_json_lines(folder / "samples.jsonl", dict[str, Any])]
+
+
+def by_name(result):
+    return {row["name"]: row for row in result["systems"]}
 
 
 @pytest.fixture(scope="module")
-def evaluated(base, routers_dir, task, tmp_path_factory):
+def evaluated(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
     calls = []
-    [path] = run_evaluation(base, routers_dir, [task], settings(), folder, calls)
-    samples = [row for _, row in read_json_lines(folder / "samples.jsonl", dict[str, Any])]
-    return json.loads(path.read_text()), samples, calls
+    [result] = run(folder, calls=calls)
+    return result, samples_in(folder), calls
 
 
-def alone(base, decisions, task, example):
-    """Ask one question of a plain model whose layer list is the path, choice by choice."""
+def along(base, decisions):
+    """Return a plain model whose layer list is the path."""
     model = copy.deepcopy(base.model)
     path = to_path(decisions)
     model.model.layers = nn.ModuleList([model.model.layers[index] for index in path])
     model.config.num_hidden_layers = len(path)
-    prompt = task.prompt(example, "loglikelihood")
-    context, sums = encode(base.tokenizer, prompt.text), []
-    for continuation in prompt.continuations:
-        row = encode(base.tokenizer, prompt.text + continuation)
-        logprobs = model(torch.tensor([row]), use_cache=False).logits[0].log_softmax(-1)
-        sums.append(sum(float(logprobs[i - 1, row[i]]) for i in range(len(context), len(row))))
-    gold = sums[example.gold] - math.log(sum(math.exp(value) for value in sums))
-    return float(sums.index(max(sums)) == example.gold), gold
+    return model
+
+
+@torch.no_grad()
+def loss_of(model, context, answer):
+    ids = torch.tensor([[*context, *answer]])
+    labels = ids.clone()
+    labels[:, : len(context)] = -100
+    return float(model(ids, labels=labels, use_cache=False).loss)
 
 
 @pytest.mark.parametrize("system", ["base", "routed"])
 def test_every_sample_equals_the_question_asked_alone(evaluated, base, task, system):
-    _, samples, _ = evaluated
     examples = {example.id: example for example in task.examples("test")}
-    for sample in samples:
-        outcome = sample["systems"][system]
-        correct, gold = alone(base, outcome["decisions"], task, examples[sample["id"]])
-        assert correct == outcome["correct"]
+    for sample in evaluated[1]:
+        outcome, example = sample["systems"][system], examples[sample["id"]]
+        model, prompt = along(base, outcome["decisions"]), task.prompt(example, "loglikelihood")
+        context, sums = encode(base.tokenizer, prompt.text), []
+        for continuation in prompt.continuations:
+            row = encode(base.tokenizer, prompt.text + continuation)
+            behind = row[len(context) :]
+            sums.append(-len(behind) * loss_of(model, context, behind))
+        gold = sums[example.gold] - math.log(sum(math.exp(value) for value in sums))
+        assert float(sums.index(max(sums)) == example.gold) == outcome["correct"]
         assert gold == pytest.approx(outcome["gold_logprob"], abs=1e-4)
 
 
+def test_the_loss_of_a_text_is_that_of_the_question_with_its_right_answer_under_its_route(
+    evaluated, base, task
+):
+    result, samples, _ = evaluated
+    examples = {example.id: example for example in task.examples("test")}
+    for name in ("base", "routed", "last layers"):
+        losses = []
+        for sample in samples[:6]:
+            prompt = task.prompt(examples[sample["id"]], "loglikelihood")
+            text = encode(base.tokenizer, prompt.text + prompt.continuations[prompt.gold])
+            model = along(base, sample["systems"][name]["decisions"])
+            losses.append(loss_of(model, text[:1], text[1:]))
+        assert by_name(result)[name]["text_loss"] == pytest.approx(sum(losses) / 6, abs=TOLERANCE)
+
+
 def test_routes_are_those_of_the_question_alone(evaluated, base, routers_dir, task):
-    _, samples, _ = evaluated
     examples = {example.id: example for example in task.examples("test")}
     routed = RoutedModel(base.model, load_routers(routers_dir))
     seen = set()
-    for sample in samples:
+    for sample in evaluated[1]:
         text = task.prompt(examples[sample["id"]], "loglikelihood").text
         routed.model(torch.tensor([encode(base.tokenizer, text)]))
         route = routed.last_route[0].tolist()
@@ -177,12 +205,11 @@ def test_routes_are_those_of_the_question_alone(evaluated, base, routers_dir, ta
         seen.add(tuple(route))
     routed.detach()
     assert len(seen) > 1, "the sample must hold several routes"
-    assert isinstance(routed.driver.policy, RouterPolicy)
 
 
 def test_the_table_holds_every_system_with_interval_executions_and_seconds(evaluated):
     result, samples, _ = evaluated
-    rows = {row["name"]: row for row in result["systems"]}
+    rows = by_name(result)
     assert list(rows) == SYSTEMS
     assert len(samples) == result["num_questions"] == NUM_QUESTIONS
     for name, row in rows.items():
@@ -194,52 +221,40 @@ def test_the_table_holds_every_system_with_interval_executions_and_seconds(evalu
 
 
 def test_baselines_run_at_the_routed_model_s_executions(evaluated):
-    rows = {row["name"]: row for row in evaluated[0]["systems"]}
+    rows = by_name(evaluated[0])
+    routed = rows["routed"]["executions"]
     for name in ("permuted routes", "random decisions"):
-        assert rows[name]["executions"] == pytest.approx(rows["routed"]["executions"])
+        assert rows[name]["executions"] == pytest.approx(routed)
         assert rows[name]["draws"] == 3
     # Equal on average only: 3 draws of 24 questions, a row's standard deviation is about 1.2.
-    assert rows["label frequency"]["executions"] == pytest.approx(
-        rows["routed"]["executions"], abs=0.5
-    )
-    assert rows["routed"]["executions"] > 6, "the sample must be a test of what comes next"
+    assert rows["label frequency"]["executions"] == pytest.approx(routed, abs=0.5)
+    assert routed > 6, "the sample must be a test of what comes next"
     for name in ("last layers", "evenly spaced"):  # there is nothing to drop
         assert rows[name]["executions"] == 6
     assert "Last layers: runs 6 layers, having none to drop." in evaluated[0]["findings"]
 
 
-def test_labels_that_cannot_reach_the_routed_executions_are_said_not_to(
-    base, routers_dir, task, tmp_path
-):
-    routers = load_routers(routers_dir)
-    config = dataclasses.replace(routers.config, label_counts=((0, 10, 0),) * 6)
-    only_execute = RouterStack(config)
-    only_execute.load_state_dict(routers.state_dict())
-    save_routers(only_execute, tmp_path / "routers")
-    config = settings(baselines="label-frequency", limit=8)
-    [path] = run_evaluation(base, tmp_path / "routers", [task], config, tmp_path / "eval")
-    result = json.loads(path.read_text())
-    rows = {row["name"]: row for row in result["systems"]}
+def test_labels_that_cannot_reach_the_routed_executions_are_said_not_to(base, run, tmp_path):
+    only_execute = new_routers(base, label_counts=((0, 10, 0),) * 6)
+    [result] = run(tmp_path, routers=only_execute, baselines="label-frequency", limit=8)
+    rows = by_name(result)
     assert rows["label frequency"]["executions"] == 6
     assert rows["routed"]["executions"] != 6
     assert (
         "Label frequency: not at equal executions: whatever the tilt, the labels give no nearer "
-        f"mean than 6.00 where the routed model has "
-        f"{rows['routed']['executions']:.2f}."
+        f"mean than 6.00 where the routed model has {rows['routed']['executions']:.2f}."
     ) in result["findings"]
 
 
 def test_routes_left_in_place_by_the_permutation_are_counted(evaluated):
     result, samples, _ = evaluated
-    rows = {row["name"]: row for row in result["systems"]}
     routes = torch.tensor([sample["systems"]["routed"]["decisions"] for sample in samples])
     generator = torch.Generator().manual_seed(0)
     shares = [share_unchanged(routes, permuted(routes, generator)) for _ in range(3)]
-    assert rows["permuted routes"]["unchanged_routes"] == pytest.approx(sum(shares) / 3)
     assert sum(shares) > 0, "the sample must hold questions of the same route"
-    assert [name for name, row in rows.items() if row["unchanged_routes"] is not None] == [
-        "permuted routes"
-    ]
+    for name, row in by_name(result).items():
+        expected = pytest.approx(sum(shares) / 3) if name == "permuted routes" else None
+        assert row["unchanged_routes"] == expected
 
 
 @pytest.mark.parametrize(("device", "waits"), [("cuda:0", 1), ("cpu", 0)])
@@ -265,10 +280,9 @@ def two_tasks(task):
     return [task, Half()]
 
 
-def test_several_tasks_are_corrected_system_by_system(base, routers_dir, two_tasks, tmp_path):
-    config = settings(baselines="permuted-routes,last-layers", num_random_draws=1, limit=12)
-    paths = run_evaluation(base, routers_dir, two_tasks, config, tmp_path)
-    results = [json.loads(path.read_text()) for path in paths]
+def test_several_tasks_are_corrected_system_by_system(run, two_tasks, tmp_path):
+    few = {"baselines": "permuted-routes,last-layers", "num_random_draws": 1, "limit": 12}
+    results = run(tmp_path, tasks=two_tasks, **few)
     for rows in zip(*(result["systems"] for result in results), strict=True):
         if rows[0]["name"] != "base":
             found = [row["against_base"]["accuracy"] for row in rows]
@@ -286,73 +300,77 @@ def test_rows_hold_their_paired_differences_to_base_and_routed(evaluated):
         name = row["name"]
         assert (row["against_base"] is None) == (name == "base")
         assert (row["routed_against"] is None) == (name in ("base", "routed"))
-        for found, first, second in (
-            (row["against_base"], name, "base"),
-            (row["routed_against"], "routed", name),
-        ):
+        pairs = {"against_base": (name, "base"), "routed_against": ("routed", name)}
+        for found, (first, second) in ((row[key], pair) for key, pair in pairs.items() if row[key]):
             for key, field in (("accuracy", "correct"), ("gold_logprob", "gold_logprob")):
-                if found is not None:
-                    mean = sum(each[first][field] - each[second][field] for each in outcomes)
-                    assert found[key]["mean"] == pytest.approx(mean / NUM_QUESTIONS, abs=1e-9)
-                    low, high = found[key]["interval"]
-                    assert low <= found[key]["mean"] + 1e-9
-                    assert high >= found[key]["mean"] - 1e-9
-            if found is not None:
-                assert found["text_loss"]["mean"] is not None
+                mean = sum(each[first][field] - each[second][field] for each in outcomes)
+                assert found[key]["mean"] == pytest.approx(mean / NUM_QUESTIONS, abs=1e-9)
+                low, high = found[key]["interval"]
+                assert low - 1e-9 <= found[key]["mean"] <= high + 1e-9
+            assert found["text_loss"]["mean"] is not None
 
 
-def test_chance_and_findings_and_provenance_are_written(evaluated, base):
-    result, _, _ = evaluated
+def test_chance_and_findings_and_provenance_are_written_and_progress_ends_at_the_total(
+    evaluated, base
+):
+    result, _, calls = evaluated
     assert result["chance"] == 0.25
     assert len(result["findings"]) >= 3
-    assert result["model"] == base.identity
-    assert result["runtime"] == base.runtime
+    assert (result["model"], result["runtime"]) == (base.identity, base.runtime)
     assert len(result["routers_sha256"]) == 64
     assert result["config"]["seed"] == 0
-
-
-def test_progress_ends_at_the_total(evaluated):
-    _, _, calls = evaluated
     assert calls[-1][0] == calls[-1][1]
     assert [done for done, *_ in calls] == sorted(done for done, *_ in calls)
 
 
+def test_the_cost_of_a_prompt_falls_with_the_executions_and_is_said_to_be_derived(evaluated):
+    rows = by_name(evaluated[0])
+    base, routed = rows["base"], rows["routed"]
+    # All layers are alike, so K/V go with the executions; FLOPs hold the output head besides.
+    share = routed["executions"] / base["executions"]
+    assert routed["kv_bytes_per_token"] == pytest.approx(share * base["kv_bytes_per_token"])
+    assert base["kv_bytes_per_token"] == 6 * 2 * 16 * 4  # layers, K and V, their width, bytes
+    assert base["prompt_flops"]["weights"] > base["prompt_flops"]["attention"] > 0
+    assert rows["permuted routes"]["prompt_flops"]["attention"] > 0
+
+
 def test_the_same_seed_gives_the_same_result_and_the_model_is_given_back_untouched(
-    base, routers_dir, task, evaluated, tmp_path
+    run, base, evaluated, tmp_path
 ):
-    config = settings(baselines="permuted-routes,last-layers")
-    [path] = run_evaluation(base, routers_dir, [task], config, tmp_path)
-    first = {row["name"]: row for row in evaluated[0]["systems"]}
-    for row in json.loads(path.read_text())["systems"]:
+    [result] = run(tmp_path, baselines="permuted-routes,last-layers")
+    first = by_name(evaluated[0])
+    for row in result["systems"]:
         assert {**first[row["name"]], "seconds": None} == {**row, "seconds": None}
     assert read_manifest(tmp_path / "samples.jsonl", "samples") is not None
     assert all("forward" not in layer.__dict__ for layer in base.model.model.layers)
 
 
-def test_routers_of_another_model_are_refused(base, task, tmp_path):
-    save_routers(new_routers(base, num_layers=5), tmp_path / "routers")
+@pytest.mark.parametrize("is_first", [True, False])
+def test_routers_of_another_model_are_refused(is_first, run, base, routers_dir, tmp_path):
+    save_routers(new_routers(base, num_layers=5), tmp_path / "other")
+    routers = [tmp_path / "other"] if is_first else [routers_dir, tmp_path / "other"]
     with pytest.raises(CheckpointError, match="num_layers 5"):
-        run_evaluation(base, tmp_path / "routers", [task], settings(), tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+        run(tmp_path / "eval", routers=routers)
+    assert not (tmp_path / "eval").exists()
 
 
 def test_a_routed_model_is_evaluated_with_its_own_routers_and_given_back(
     base, routers_dir, task, evaluated, tmp_path
 ):
     routed = RoutedModel(base.model, load_routers(routers_dir), tokenizer=base.tokenizer)
+    config = settings(baselines="none")
     try:
-        [result] = evaluate(routed, [task], settings(baselines="none"))
-        [kept] = evaluate(routed, ["builtin_facts"], settings(baselines="none"), tmp_path)
+        [result] = evaluate(routed, [task], config)
+        [kept] = evaluate(routed, ["builtin_facts"], config, tmp_path)
         with pytest.raises(ConfigError, match="its own routers"):
-            evaluate(routed, [task], settings(baselines="none"), routers=routers_dir)
+            evaluate(routed, [task], config, routers=routers_dir)
         with routed.fixed([1] * 6):
             routed.model(torch.tensor([[5, 6]]))
         assert routed.last_route.tolist() == [[1] * 6]
     finally:
         routed.detach()
-    for system, again, expected in zip(
-        result.systems, kept.systems, evaluated[0]["systems"], strict=False
-    ):
+    both = zip(result.systems, kept.systems, strict=True)
+    for (system, again), expected in zip(both, evaluated[0]["systems"], strict=False):
         assert system.accuracy == again.accuracy == expected["accuracy"]
         assert system.gold_logprob == pytest.approx(expected["gold_logprob"])
     [read] = read_results(tmp_path)
@@ -367,64 +385,67 @@ def test_a_model_needs_routers_and_a_tokenizer(base, routers_dir, task):
         evaluate(base.model, [task], settings(), routers=routers_dir)
 
 
-def test_routers_trained_on_prompts_of_another_form_are_said(base, task, tmp_path):
-    stack = new_routers(base)
-    config = dataclasses.replace(stack.config, training={"rewards": ["letter"]})
-    other = RouterStack(config)
-    other.load_state_dict(stack.state_dict())
-    listener = Hearing()
+def test_routers_trained_on_prompts_of_another_form_are_said(base, task):
+    other, listener = new_routers(base, training={"rewards": ["letter"]}), Hearing()
     evaluate(base, [task], settings(limit=4, baselines="none"), routers=other, listener=listener)
     assert "trained on prompts for letter" in listener.notes[0]
+
+
+def test_generated_answers_are_evaluated_under_each_route(run, tmp_path):
+    [result] = run(tmp_path, tasks=[get_task("builtin_arithmetic")], limit=4, num_random_draws=2)
+    assert result["kind"] == "generated"
+    rows = by_name(result)
+    assert list(rows) == SYSTEMS
+    assert rows["routed"]["gold_logprob"] is None
+    assert rows["base"]["decode_executions"] == 6
+    assert rows["permuted routes"]["executions"] == pytest.approx(rows["routed"]["executions"])
+
+
+def test_baselines_that_lack_what_they_are_fitted_on_are_named(run, tmp_path):
+    [result] = run(tmp_path, baselines="all", limit=8, num_random_draws=1, num_calibration=4)
+    lacking = {"best program", "program predictor", "sequence router"}
+    expected = [*SYSTEMS[:2], *(name for name in named("all") if name not in lacking)]
+    assert list(by_name(result)) == expected
+    for name in lacking:
+        start = f"{name.capitalize()} isn't compared: it needs"
+        assert any(text.startswith(start) for text in result["findings"])
 
 
 # --- depths, and the certified choice ----------------------------------------------------------
 
 
-def test_a_curve_has_every_system_at_every_depth_that_the_routers_can_be_brought_to(
-    base, routers_dir, task, tmp_path
-):
-    config = settings(curve="0.1,0.3", baselines="permuted-routes,last-layers", limit=12)
-    [path] = run_evaluation(base, routers_dir, [task], config, tmp_path)
-    result = json.loads(path.read_text())
+def test_a_curve_has_every_system_at_every_depth_that_the_routers_can_be_brought_to(run, tmp_path):
+    baselines = "permuted-routes,last-layers"
+    [result] = run(tmp_path, curve="0.1,0.3", baselines=baselines, limit=12)
     first, *points = result["curve"]
     assert (first["system"], first["executions"], first["against_base"]) == ("base", 6.0, None)
     reached = {point["setting"] for point in points}
     missed = [finding for finding in result["findings"] if finding.startswith("Not evaluated at")]
     assert len(reached) + len(missed) == 2
     assert reached <= {"10 % saved", "30 % saved"}
-    assert len(reached) >= 1, "the sample must be a test"
+    assert reached, "the sample must be a test"
     for setting in reached:
         at = {point["system"]: point for point in points if point["setting"] == setting}
-        assert {"routed", "permuted routes", "last layers"} == set(at)
+        assert set(at) == {"routed", "permuted routes", "last layers"}
         executions = at["routed"]["executions"]
         assert at["permuted routes"]["executions"] == pytest.approx(executions)
         assert at["last layers"]["executions"] == pytest.approx(executions, abs=0.5 / 12)
         assert at["routed"]["text_loss"] > 0
-    assert [row["name"] for row in result["systems"]] == [
-        "base",
-        "routed",
-        "permuted routes",
-        "last layers",
-    ]
+    assert list(by_name(result)) == ["base", "routed", "permuted routes", "last layers"]
 
 
-def test_a_certified_choice_says_what_so_few_questions_can_show(base, routers_dir, task, tmp_path):
-    config = settings(curve="0.1", epsilon=2.0, baselines="none", limit=12, num_texts=30)
-    [path] = run_evaluation(base, routers_dir, [task], config, tmp_path)
-    result = json.loads(path.read_text())
+def test_a_certified_choice_says_what_so_few_questions_can_show(run, tmp_path):
+    choice = {"curve": "0.1", "epsilon": 2.0, "baselines": "none", "num_texts": 30}
+    [result] = run(tmp_path, limit=12, **choice)
     assert result["choice"]["limits"]["epsilon"] == 2.0
     assert result["choice"]["confirmation"] is None
     assert any(finding.startswith("None is certified") for finding in result["findings"])
 
 
-def test_a_depth_is_never_chosen_on_the_questions_that_it_is_tested_on(
-    base, routers_dir, task, tmp_path
-):
-    config = settings(
-        split="select", curve="0.1", epsilon=2.0, baselines="none", limit=30, num_texts=30
-    )
+def test_a_depth_is_never_chosen_on_the_questions_that_it_is_tested_on(run, tmp_path):
     calls = []
-    run_evaluation(base, routers_dir, [task], config, tmp_path, calls)
+    choice = {"curve": "0.1", "epsilon": 2.0, "baselines": "none", "num_texts": 30}
+    run(tmp_path, calls=calls, split="select", limit=30, **choice)
     names = {name for _, _, name in calls}
     assert "builtin_facts: base on fit" in names
     assert not any(name.endswith("on select") for name in names)
@@ -437,10 +458,11 @@ def _base_above_chance(monkeypatch):
 
 
 @pytest.mark.usefixtures("_base_above_chance")
-def test_a_choice_is_held_to_worked_answers_of_another_task_that_serve_it_once(
-    base, routers_dir, task, tmp_path
-):
-    config = settings(
+def test_a_choice_is_held_to_worked_answers_of_another_task_that_serve_it_once(run, tmp_path):
+    calls = []
+    [result] = run(
+        tmp_path,
+        calls=calls,
         curve="0.1,0.3",
         epsilon=100.0,
         max_loss_increase=100.0,
@@ -449,9 +471,7 @@ def test_a_choice_is_held_to_worked_answers_of_another_task_that_serve_it_once(
         limit=30,
         num_texts=30,
     )
-    calls = []
-    [path] = run_evaluation(base, routers_dir, [task], config, tmp_path, calls)
-    choice = json.loads(path.read_text())["choice"]
+    choice = result["choice"]
     assert choice["worked_answers"] == "builtin_arithmetic"
     assert choice["trials"][-1]["failures"] == []
     assert choice["confirmation"]["failures"] == []
@@ -467,17 +487,12 @@ def test_a_choice_is_held_to_worked_answers_of_another_task_that_serve_it_once(
         f"builtin_facts: routed at {chosen} on worked answers of builtin_arithmetic, test",
     ]
     assert calls[-1][0] <= calls[-1][1]
-    read = {
-        split: {row["prompt"] for row in rows_of(tmp_path / "tasks" / f"worked-{split}")}
-        for split in ("select", "test")
-    }
-    assert [len(prompts) for prompts in read.values()] == [30, 30]
-    assert not read["select"] & read["test"]
-
-
-def rows_of(folder):
-    [file] = (folder / "rows").glob("*.jsonl")
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    read = []
+    for split in ("select", "test"):
+        [file] = (tmp_path / "tasks" / f"worked-{split}" / "rows").glob("*.jsonl")
+        read.append({json.loads(line)["prompt"] for line in file.read_text().splitlines()})
+    assert [len(prompts) for prompts in read] == [30, 30]
+    assert not read[0] & read[1]
 
 
 def test_the_loss_of_a_worked_answer_is_that_behind_its_prompt_under_the_prompts_own_route(
@@ -485,13 +500,8 @@ def test_the_loss_of_a_worked_answer_is_that_behind_its_prompt_under_the_prompts
 ):
     lm = RoutedLM(base, routers=str(routers_dir), batch_size=4)
     try:
-        [written], files = task_folder(
-            [get_task("builtin_arithmetic")],
-            split="select",
-            limit=8,
-            seed=0,
-            data_dir=None,
-        )
+        tasks = [get_task("builtin_arithmetic")]
+        [written], files = task_folder(tasks, split="select", limit=8, seed=0, data_dir=None)
         files.write(tmp_path)
         asked = AskedTask(written, tmp_path, lm, chat=False)
         policy = RouterPolicy(lm.routed.routers)
@@ -507,18 +517,9 @@ def test_the_loss_of_a_worked_answer_is_that_behind_its_prompt_under_the_prompts
     assert len(set(routes)) > 1, "the sample must be a test"
     assert read.executions == pytest.approx(sum(map(sum, routes)) / 8)
     for place, (prompt, route) in enumerate(zip(asked.prompts(), routes, strict=True)):
-        model = copy.deepcopy(base.model)
-        path = to_path(route)
-        model.model.layers = nn.ModuleList([model.model.layers[index] for index in path])
-        model.config.num_hidden_layers = len(path)
-        context = encode(base.tokenizer, prompt)
-        answer = list(asked.text(place).continuation)
-        ids = torch.tensor([[*context, *answer]])
-        labels = ids.clone()
-        labels[:, : len(context)] = -100
-        with torch.no_grad():
-            loss = float(model(ids, labels=labels, use_cache=False).loss)
-        assert read.text_loss[place] == pytest.approx(loss, abs=TOLERANCE)
+        context, answer = encode(base.tokenizer, prompt), asked.text(place).continuation
+        expected = loss_of(along(base, route), context, answer)
+        assert read.text_loss[place] == pytest.approx(expected, abs=TOLERANCE)
 
 
 def test_depths_are_shares_each_named_once():
@@ -529,78 +530,13 @@ def test_depths_are_shares_each_named_once():
             depths(wrong)
 
 
-# --- what is asked, what is read ---------------------------------------------------------------
-
-
-def test_the_loss_of_a_text_is_that_of_the_question_with_its_right_answer_under_its_route(
-    evaluated, base, task
-):
-    result, samples, _ = evaluated
-    examples = {example.id: example for example in task.examples("test")}
-    rows = {row["name"]: row for row in result["systems"]}
-    for name in ("base", "routed", "last layers"):
-        losses = []
-        for sample in samples[:6]:
-            model = copy.deepcopy(base.model)
-            path = to_path(sample["systems"][name]["decisions"])
-            model.model.layers = nn.ModuleList([model.model.layers[index] for index in path])
-            model.config.num_hidden_layers = len(path)
-            prompt = task.prompt(examples[sample["id"]], "loglikelihood")
-            ids = torch.tensor(
-                [encode(base.tokenizer, prompt.text + prompt.continuations[prompt.gold])]
-            )
-            with torch.no_grad():
-                losses.append(float(model(ids, labels=ids, use_cache=False).loss))
-        assert rows[name]["text_loss"] == pytest.approx(sum(losses) / 6, abs=TOLERANCE)
-
-
-def test_generated_answers_are_evaluated_under_each_route(base, routers_dir, tmp_path):
-    config = settings(tasks="builtin_arithmetic", limit=4, num_random_draws=2)
-    tasks = [get_task("builtin_arithmetic")]
-    [path] = run_evaluation(base, routers_dir, tasks, config, tmp_path)
-    result = json.loads(path.read_text())
-    assert result["kind"] == "generated"
-    rows = {row["name"]: row for row in result["systems"]}
-    assert list(rows) == SYSTEMS
-    assert rows["routed"]["gold_logprob"] is None
-    assert rows["base"]["decode_executions"] == 6
-    assert rows["permuted routes"]["executions"] == pytest.approx(rows["routed"]["executions"])
-
-
-def test_baselines_that_lack_what_they_are_fitted_on_are_named(base, routers_dir, task, tmp_path):
-    config = settings(baselines="all", limit=8, num_random_draws=1)
-    [path] = run_evaluation(base, routers_dir, [task], config, tmp_path)
-    result = json.loads(path.read_text())
-    lacking = {"best program", "program predictor", "sequence router"}
-    assert [*SYSTEMS[:2], *(name for name in named("all") if name not in lacking)] == [
-        row["name"] for row in result["systems"]
-    ]
-    for name in lacking:
-        assert any(
-            f"{name.capitalize()} isn't compared: it needs" in text for text in result["findings"]
-        )
-
-
-def test_the_cost_of_a_prompt_falls_with_the_executions_and_is_said_to_be_derived(evaluated):
-    rows = {row["name"]: row for row in evaluated[0]["systems"]}
-    base, routed = rows["base"], rows["routed"]
-    # All layers are alike, so K/V go with the executions; FLOPs hold the output head besides.
-    share = routed["executions"] / base["executions"]
-    assert routed["kv_bytes_per_token"] == pytest.approx(share * base["kv_bytes_per_token"])
-    assert base["kv_bytes_per_token"] == 6 * 2 * 16 * 4  # layers, K and V, their width, bytes
-    assert base["prompt_flops"]["weights"] > base["prompt_flops"]["attention"] > 0
-    assert rows["permuted routes"]["prompt_flops"]["attention"] > 0
-
-
-def test_depths_of_a_task_can_be_those_of_another(base, routers_dir, two_tasks, tmp_path):
+def test_depths_of_a_task_can_be_those_of_another(run, two_tasks, tmp_path):
     first, second = two_tasks
-    own = settings(curve="0.1", baselines="block-influence", epsilon=50.0, limit=12, num_texts=30)
-    alone, both = tmp_path / "alone", tmp_path / "both"
-    [path] = run_evaluation(base, routers_dir, [first], own, alone)
-    named = dataclasses.replace(own, fitted_on=f"{second.name}={first.name}")
-    calls = []
-    paths = run_evaluation(base, routers_dir, two_tasks, named, both, calls)
-    expected, one, other = (json.loads(each.read_text()) for each in (path, *paths))
+    own = {"curve": "0.1", "baselines": "block-influence", "epsilon": 50.0, "limit": 12}
+    own |= {"num_texts": 30, "num_calibration": 6}
+    [expected] = run(tmp_path / "alone", tasks=[first], **own)
+    calls, named = [], f"{second.name}={first.name}"
+    one, other = run(tmp_path / "both", tasks=two_tasks, calls=calls, fitted_on=named, **own)
     assert one["choice"]["trials"] == other["choice"]["trials"] == expected["choice"]["trials"]
     assert one["choice"]["smallest"] == other["choice"]["smallest"]
     assert any(f"fitted and chosen on questions of {first.name}" in f for f in other["findings"])
@@ -614,74 +550,56 @@ def test_depths_of_a_task_can_be_those_of_another(base, routers_dir, two_tasks, 
 
 
 def test_routers_of_other_seeds_are_what_they_are_when_evaluated_alone(
-    base, routers_dir, task, tmp_path
+    run, base, routers_dir, tmp_path
 ):
     save_routers(new_routers(base, seed=5), tmp_path / "other")
-    config = settings(curve="0.1", baselines="permuted-routes", limit=12)
-    alone = {}
-    for folder in (routers_dir, tmp_path / "other"):
-        [path] = run_evaluation(base, folder, [task], config, tmp_path / f"{folder.name} alone")
-        alone[folder] = json.loads(path.read_text())
+    folders = [routers_dir, tmp_path / "other"]
+    few = {"curve": "0.1", "baselines": "permuted-routes", "limit": 8, "num_calibration": 8}
+    alone = [run(tmp_path / f"{each.name} alone", routers=each, **few)[0] for each in folders]
     calls = []
-    both = [routers_dir, tmp_path / "other"]
-    [path] = run_evaluation(base, both, [task], config, tmp_path / "both", calls)
-    result = json.loads(path.read_text())
-    done, total, _ = calls[-1]
-    assert done <= total
+    [result] = run(tmp_path / "both", routers=folders, calls=calls, **few)
+    assert calls[-1][0] <= calls[-1][1]
     trained, *at_depth = result["seeds"]
-    both = [each["systems"] for each in alone.values()]
+    assert at_depth, "the sample must be a test"
+    rows = [by_name(each) for each in alone]
     for key in ("accuracy", "executions", "gold_logprob", "text_loss"):
-        values = [next(row for row in rows if row["name"] == "routed")[key] for rows in both]
+        values = [each["routed"][key] for each in rows]
         assert trained[key]["lowest"] == pytest.approx(min(values))
         assert trained[key]["highest"] == pytest.approx(max(values))
-    means = [row["against_base"]["accuracy"]["mean"] for rows in both for row in rows[1:2]]
-    assert trained["against_base"]["accuracy"]["mean"] == pytest.approx(sum(means) / 2)
-    permuted = [rows[2]["routed_against"]["accuracy"]["mean"] for rows in both]
-    assert trained["against_permuted"]["accuracy"]["mean"] == pytest.approx(sum(permuted) / 2)
+    gains = [each["routed"]["against_base"]["accuracy"]["mean"] for each in rows]
+    assert trained["against_base"]["accuracy"]["mean"] == pytest.approx(sum(gains) / 2)
+    gains = [each["permuted routes"]["routed_against"]["accuracy"]["mean"] for each in rows]
+    assert trained["against_permuted"]["accuracy"]["mean"] == pytest.approx(sum(gains) / 2)
     for row in at_depth:
-        points = [
-            point
-            for each in alone.values()
+        executions = [
+            point["executions"]
+            for each in alone
             for point in each["curve"]
             if (point["system"], point["setting"]) == ("routed", row["setting"])
         ]
-        assert row["num_seeds"] == len(points)
-        assert row["executions"]["mean"] == pytest.approx(
-            sum(point["executions"] for point in points) / len(points)
-        )
+        assert row["num_seeds"] == len(executions)
+        assert row["executions"]["mean"] == pytest.approx(sum(executions) / len(executions))
     assert any(finding.startswith("Routers of 2 seeds") for finding in result["findings"])
     assert list(result["other_seeds"]) == [str(tmp_path / "other")]
-    assert result["systems"] == [
-        {**row, "seconds": mine["seconds"]}
-        for row, mine in zip(alone[routers_dir]["systems"], result["systems"], strict=True)
-    ]
-
-
-def test_routers_of_another_model_among_the_seeds_are_refused(base, routers_dir, task, tmp_path):
-    save_routers(new_routers(base, num_layers=5), tmp_path / "other")
-    with pytest.raises(CheckpointError, match="num_layers"):
-        run_evaluation(
-            base, [routers_dir, tmp_path / "other"], [task], settings(), tmp_path / "eval"
-        )
-    assert not (tmp_path / "eval").exists()
+    for row, mine in zip(alone[0]["systems"], result["systems"], strict=True):
+        assert {**row, "seconds": mine["seconds"]} == mine
 
 
 # --- measured time ----------------------------------------------------------------------------
 
 
 def test_time_is_measured_once_for_all_tasks_on_their_prompts(
-    base, routers_dir, two_tasks, tmp_path, monkeypatch
+    run, base, two_tasks, tmp_path, monkeypatch
 ):
-    given = []
+    given, calls = [], []
 
-    def note(model, systems, prompts, rounds, clock):
+    def note(model, systems, prompts, rounds):
         given.append(prompts)
-        return measure(model, systems, prompts, rounds, clock)
+        return measure(model, systems, prompts, rounds)
 
     monkeypatch.setattr(latency, "measure", note)
-    calls = []
-    config = settings(limit=6, latency_rounds=2, baselines="none")
-    run_evaluation(base, routers_dir, two_tasks, config, tmp_path, calls)
+    few = {"limit": 6, "latency_rounds": 2, "baselines": "none"}
+    result, _ = run(tmp_path, tasks=two_tasks, calls=calls, **few)
     [prompts] = given
     asked = [
         encode(base.tokenizer, task.prompt(example, "loglikelihood").text)[-len(prompts[0]) :]
@@ -692,29 +610,27 @@ def test_time_is_measured_once_for_all_tasks_on_their_prompts(
     assert all(prompt in asked for prompt in prompts)
     assert read_latency(tmp_path).measured.num_rounds == 2
     assert [call[:2] for call in calls[-2:]] == [(4, 5), (5, 5)]
-    result = json.loads((tmp_path / "builtin_facts.json").read_text())
-    assert [row["name"] for row in result["systems"]] == ["base", "routed"]
+    assert list(by_name(result)) == ["base", "routed"]
     assert all("forward" not in layer.__dict__ for layer in base.model.model.layers)
 
 
-def test_without_rounds_no_time_stands_beside_the_results(base, routers_dir, task, tmp_path):
+def test_without_rounds_no_time_stands_beside_the_results(run, tmp_path):
     (tmp_path / "latency.json").write_text("of an earlier evaluation")
-    run_evaluation(base, routers_dir, [task], settings(limit=4, baselines="none"), tmp_path)
+    run(tmp_path, limit=4, baselines="none")
     assert not (tmp_path / "latency.json").exists()
 
 
 def test_an_evaluation_that_goes_on_measures_time_anew_as_often_as_it_is_told(
-    base, routers_dir, task, tmp_path, monkeypatch
+    run, tmp_path, monkeypatch
 ):
-    config = settings(limit=4, baselines="none", latency_rounds=2)
+    few = {"limit": 4, "baselines": "none"}
     with monkeypatch.context() as broken_off:
         broken_off.setattr(stage, "write_latency", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            run_evaluation(base, routers_dir, [task], config, tmp_path)
+            run(tmp_path, **few, latency_rounds=2)
     assert not list(tmp_path.glob("*.json"))
     monkeypatch.setattr(systems.TaskRun, "_ask", lambda *_: pytest.fail("all was asked"))
-    once = dataclasses.replace(config, latency_rounds=1)
-    run_evaluation(base, routers_dir, [task], once, tmp_path)
+    run(tmp_path, **few, latency_rounds=1)
     assert read_latency(tmp_path).measured.num_rounds == 1
 
 
@@ -739,16 +655,15 @@ def small_blocks(monkeypatch):
 def without_times(folder):
     result = json.loads((folder / "builtin_facts.json").read_text())
     rows = [{**row, "seconds": None} for row in result.pop("systems")]
-    return {**result, "created": None}, rows
+    return {**result, "created": None}, rows, (folder / "samples.jsonl").read_bytes()
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_an_evaluation_interrupted_at_random_questions_ends_as_an_unbroken_one(
-    base, routers_dir, task, tmp_path, monkeypatch
+    run, tmp_path, monkeypatch
 ):
     moments, asked = random.Random(5), []
-    breaks = False
-
+    breaks, breaks_in_it = False, 0
     ask = systems.TaskRun._ask
 
     def interrupted(self, block, *args):
@@ -759,83 +674,74 @@ def test_an_evaluation_interrupted_at_random_questions_ends_as_an_unbroken_one(
         return answers
 
     monkeypatch.setattr(systems.TaskRun, "_ask", interrupted)
-    config = settings(**BROKEN_OFF)
-    run_evaluation(base, routers_dir, [task], config, tmp_path / "unbroken")
+    run(tmp_path / "unbroken", **BROKEN_OFF)
     whole = list(asked)
     assert whole == whole[:4] * 5
-
     asked.clear()
-    breaks, moments_in_it = True, 0
+    breaks = True
     while True:
         try:
-            run_evaluation(base, routers_dir, [task], config, tmp_path / "broken")
+            run(tmp_path / "broken", **BROKEN_OFF)
         except KeyboardInterrupt:
-            moments_in_it += len(list((tmp_path / "broken" / "partial").glob("*.*.json"))) > 1
+            breaks_in_it += len(list((tmp_path / "broken" / "partial").glob("*.*.json"))) > 1
             assert not (tmp_path / "broken" / "builtin_facts.json").exists()
             continue
         break
-    assert moments_in_it >= 2, "the sample must break off inside of systems"
+    assert breaks_in_it >= 2, "the sample must break off inside of systems"
     assert asked == whole, "no block is asked twice"
     assert without_times(tmp_path / "broken") == without_times(tmp_path / "unbroken")
-    first, second = (tmp_path / name / "samples.jsonl" for name in ("broken", "unbroken"))
-    assert first.read_bytes() == second.read_bytes()
     assert not (tmp_path / "broken" / "partial").exists()
 
 
 @pytest.mark.parametrize("other", ["settings", "questions", "dtype"])
 def test_an_interrupted_evaluation_is_not_continued_as_another(
-    other, base, routers_dir, task, tmp_path, monkeypatch
+    other, run, base, task, tmp_path, monkeypatch
 ):
+    few = {"limit": 4, "baselines": "none"}
     monkeypatch.setattr(systems, "_mean", lambda *_: 1 / 0)
-    config = settings(limit=4, baselines="none")
     with pytest.raises(ZeroDivisionError):
-        run_evaluation(base, routers_dir, [task], config, tmp_path)
+        run(tmp_path, **few)
     if other == "settings":
-        config = dataclasses.replace(config, seed=1)
+        few["seed"] = 1
     elif other == "questions":
         examples = type(task).examples
         monkeypatch.setattr(type(task), "examples", lambda *args: [*reversed(examples(*args)[:30])])
     else:
-        half = copy.deepcopy(base.model).to(torch.bfloat16)
-        base = dataclasses.replace(base, model=half)
+        few["model"] = dataclasses.replace(base, model=copy.deepcopy(base.model).bfloat16())
     said = {"settings": "seed 0, now 1", "questions": "other .*questions", "dtype": "dtype"}[other]
     with pytest.raises(ConfigError, match=f"interrupted evaluation was made with .*{said}"):
-        run_evaluation(base, routers_dir, [task], config, tmp_path)
+        run(tmp_path, **few)
 
 
 @pytest.mark.parametrize("other", ["settings", "routers"])
 def test_finished_results_are_not_replaced_by_those_of_another_evaluation(
-    other, base, routers_dir, task, tmp_path
+    other, run, base, tmp_path
 ):
-    config = settings(limit=4, baselines="none")
-    [path] = run_evaluation(base, routers_dir, [task], config, tmp_path / "eval")
-    before = path.read_bytes()
-    if other == "settings":
-        config, said = dataclasses.replace(config, seed=1), "seed 0, now 1"
-    else:
-        save_routers(new_routers(base, seed=9), tmp_path / "other")
-        routers_dir, said = tmp_path / "other", "other routers"
+    few = {"limit": 4, "baselines": "none"}
+    run(tmp_path / "eval", **few)
+    before = (tmp_path / "eval" / "builtin_facts.json").read_bytes()
+    save_routers(new_routers(base, seed=9), tmp_path / "other")
+    changed = {"seed": 1} if other == "settings" else {"routers": tmp_path / "other"}
+    said = "seed 0, now 1" if other == "settings" else "other routers"
     with pytest.raises(ConfigError, match=f"was made with {said}.*another --output-dir"):
-        run_evaluation(base, routers_dir, [task], config, tmp_path / "eval")
-    assert path.read_bytes() == before
+        run(tmp_path / "eval", **few, **changed)
+    assert (tmp_path / "eval" / "builtin_facts.json").read_bytes() == before
 
 
 def test_a_folder_with_foreign_files_is_refused_before_anything_is_asked(
-    base, routers_dir, task, tmp_path, monkeypatch
+    run, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(systems.TaskRun, "_ask", lambda *_: pytest.fail("asked"))
     (tmp_path / "notes.json").write_text("{}")
     with pytest.raises(RecordError, match=r"notes\.json isn't a result"):
-        run_evaluation(base, routers_dir, [task], settings(), tmp_path)
+        run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.json"]
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_blocks_change_no_outcome(base, routers_dir, task, evaluated, tmp_path):
-    config = settings(baselines="permuted-routes,last-layers")
-    run_evaluation(base, routers_dir, [task], config, tmp_path)
-    samples = [row for _, row in read_json_lines(tmp_path / "samples.jsonl", dict[str, Any])]
-    for sample, whole in zip(samples, evaluated[1], strict=True):
+def test_blocks_change_no_outcome(run, evaluated, tmp_path):
+    run(tmp_path, baselines="permuted-routes,last-layers")
+    for sample, whole in zip(samples_in(tmp_path), evaluated[1], strict=True):
         for name, outcome in sample["systems"].items():
             other = whole["systems"][name]
             assert outcome["correct"] == pytest.approx(other["correct"])
@@ -843,12 +749,10 @@ def test_blocks_change_no_outcome(base, routers_dir, task, evaluated, tmp_path):
             assert outcome.get("decisions") == other.get("decisions")
 
 
-def test_numbers_that_cannot_be_compared_are_not_kept(base, routers_dir, task, tmp_path):
+def test_numbers_that_cannot_be_compared_are_not_kept(run, base, tmp_path):
     broken = copy.deepcopy(base.model)
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match=r"a log-probability of question .* is nan; load"):
-        run_evaluation(
-            dataclasses.replace(base, model=broken), routers_dir, [task], settings(), tmp_path
-        )
+        run(tmp_path, model=dataclasses.replace(base, model=broken))
     assert not (tmp_path / "partial").exists()

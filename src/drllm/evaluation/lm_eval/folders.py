@@ -40,11 +40,9 @@ ROWS, CACHE = "rows", "cache"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HarnessTask:
-    """A task of a task folder.
+    """A task of a task folder; `harness_name` is what to give to the harness' `--tasks`.
 
     Attributes:
-        name: Our name of the task.
-        harness_name: What to give to the harness' `--tasks`.
         leaves: Names of the harness' tasks that hold the questions: itself, or a group's parts.
         metric: The metric that counts.
         filter: The harness' filter that it is taken from; `none` for most.
@@ -92,21 +90,15 @@ class FolderFiles:
         return _digest(json.dumps(self.tasks, sort_keys=True))
 
     def _add(
-        self,
-        leaf: str,
-        file: str,
-        asked: Sequence[Columns],
-        shown: Sequence[Columns],
-        settings: Mapping[str, Any],
+        self, leaf: str, file: str, rows: Mapping[str, Sequence[Columns]], settings: dict[str, Any]
     ) -> None:
         """Add a task that holds questions; `file` is the harness' own that it changes, if any."""
         places = {}
-        for use, rows in ((ASKED, asked), (SHOWN, shown)):
-            if rows:
-                text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
-                places[use] = f"{ROWS}/{leaf}-{use}-{_digest(text)}.jsonl"
-                self.rows[places[use]] = text
-        self.num_questions[leaf] = len(asked)
+        for use in filter(rows.get, (ASKED, SHOWN)):
+            text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows[use])
+            places[use] = f"{ROWS}/{leaf}-{use}-{_digest(text)}.jsonl"
+            self.rows[places[use]] = text
+        self.num_questions[leaf] = len(rows[ASKED])
         self.tasks[f"{leaf}.yaml"] = {
             **({"include": str(harness_file(file))} if file else {}),
             "task": leaf,
@@ -117,7 +109,7 @@ class FolderFiles:
             "training_split": None,
             "validation_split": None,
             "test_split": ASKED,
-            "fewshot_split": SHOWN if shown else None,
+            "fewshot_split": SHOWN if rows[SHOWN] else None,
             # `num_fewshot` is among them even where it is 0, which a command line then can't
             # change: the harness would show questions that are asked.
             **settings,
@@ -188,34 +180,31 @@ def task_folder(
         raise ConfigError(f"num_fewshot is {num_fewshot}; expected 0 or more worked examples")
     # Without what the harness' command line takes for something else.
     names = [re.sub(r"[^A-Za-z0-9_.-]+", "_", task.name) for task in tasks]
+    files, found = FolderFiles(), []
     for task, name in zip(tasks, names, strict=True):
         if names.count(name) > 1:
             raise TaskError(
                 f"task {task.name!r} is evaluated twice, or another has the same name; name it once"
             )
-    files = FolderFiles()
-    found = []
-    for task, name in zip(tasks, names, strict=True):
         entry = entry_of(task)
         shots = entry.shots if num_fewshot is None else num_fewshot
         if shots and entry.only_zero_shot:
             raise TaskError(
-                f"task {task.name!r} takes no num_fewshot ({entry.only_zero_shot}); "
-                f"leave it out, or evaluate the task by itself"
+                f"task {task.name!r} takes no num_fewshot ({entry.only_zero_shot}); leave it out, "
+                f"or evaluate the task by itself"
             )
         asked = choose(task.rows(split, data_dir), limit, seed)
         try:
             shown = task.shots(split, data_dir) if shots else []
         except TaskError as error:
-            raise TaskError(
-                f"{error}; num_fewshot is {shots}, and 0 needs no worked examples"
-            ) from error
+            needless = f"num_fewshot is {shots}, and 0 needs no worked examples"
+            raise TaskError(f"{error}; {needless}") from error
         keys = {question_key(example.question) for example, _ in shown}
         left = [one for one in asked if question_key(one[0].question) not in keys]
         if not left:
             raise TaskError(
-                f"task {task.name!r} has no questions in split {split!r}; give another "
-                f"split, or more questions"
+                f"task {task.name!r} has no questions in split {split!r}; give another split, or "
+                f"more questions"
             )
         notes = list(entry.notes)
         if number := len(asked) - len(left):
@@ -224,23 +213,24 @@ def task_folder(
         settings = dict(entry.settings)
         if entry.generated:
             settings |= _lengths(entry, lines, examples, shots, max_length, notes)
-        leaves = {
-            f"{name}_{part}" if part else name: part for part in sorted({p for p, _ in lines})
-        }
-        for leaf, part in leaves.items():
-            own, own_shown = ([row for p, row in each if p == part] for each in (lines, examples))
-            if shots > len(own_shown):
+        parts = sorted({part for part, _ in lines})
+        leaves = [f"{name}_{part}" if part else name for part in parts]
+        for leaf, part in zip(leaves, parts, strict=True):
+            own = {
+                use: [row for place, row in each if place == part]
+                for use, each in ((ASKED, lines), (SHOWN, examples))
+            }
+            if shots > (most := len(own[SHOWN])):
                 raise TaskError(
-                    f"task {task.name!r}{f' ({part})' if part else ''} has {len(own_shown)} worked "
-                    f"examples to show, and num_fewshot is {shots}; "
-                    f"give at most {len(own_shown)}"
+                    f"task {task.name!r}{f' ({part})' if part else ''} has {most} worked examples "
+                    f"to show, and num_fewshot is {shots}; give at most {most}"
                 )
             file = entry.file.format(part=part)
-            files._add(leaf, file, own, own_shown, {"num_fewshot": shots, **settings})
+            files._add(leaf, file, own, {"num_fewshot": shots, **settings})
         if entry.part_of:
             files.tasks[f"{name}.yaml"] = {
                 "group": name,
-                "task": list(leaves),
+                "task": leaves,
                 "aggregate_metric_list": [{"metric": entry.metric, "weight_by_size": True}],
                 "metadata": {"version": 1},
             }
@@ -268,10 +258,8 @@ def _lines(task: Task, entry: Harness, questions: Sequence[QuestionRow]) -> list
         try:
             columns = entry.row_of(example, row)
         except TaskError as error:
-            raise TaskError(
-                f"task {task.name!r}, question {example.id!r}: {error}; the harness' prompt "
-                f"needs it"
-            ) from error
+            where = f"task {task.name!r}, question {example.id!r}"
+            raise TaskError(f"{where}: {error}; the harness' prompt needs it") from error
         part = str(row[entry.part_of]) if entry.part_of else ""
         found.append((part, {"drllm_id": example.id, **columns}))
     return found

@@ -5,6 +5,7 @@ Axes: P prompts, L layers.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -204,7 +205,6 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         cls, arg_dict: dict[str, Any], additional_config: Mapping[str, Any] | None = None
     ) -> RoutedLM:
         """Make a model of `--model_args` and of the harness' flags (batch sizes, device)."""
-        flags = {name: value for name, value in (additional_config or {}).items() if value}
         for name in ("batch_size", "max_batch_size", "device"):
             if name in arg_dict:
                 raise ConfigError(
@@ -215,6 +215,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                 "no model is named; give --model_args pretrained=NAME: a folder of routers, or a "
                 "base model (alias, hub id or folder)"
             )
+        flags = {name: value for name, value in (additional_config or {}).items() if value}
         return cls(**{**arg_dict, "pretrained": str(arg_dict["pretrained"])}, **flags)
 
     def _policy(self, depth: DepthConfig, decisions: str | None) -> Policy:
@@ -224,9 +225,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
                     f"decisions={decisions} and {other} are given, but only one of them can decide"
                     f"; leave one out"
                 )
-            path = read_path_file(Path(decisions)).path(self.routed.num_layers)
-            plan = to_decisions(path, self.routed.num_layers)
-            return FixedPolicy(plan, self.routed.num_layers)
+            L = self.routed.num_layers
+            return FixedPolicy(to_decisions(read_path_file(Path(decisions)).path(L), L), L)
         texts = [] if depth.calibration is None else read_calibration(Path(depth.calibration))
         prompts = encode_calibration(texts, self.tokenizer, chat=False)
         return policy_for(self.routed, depth, prompts)[0]
@@ -234,11 +234,7 @@ class RoutedLM(HFLM):  # type: ignore[misc]
     # --- log-likelihoods ---
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
-        """Score continuations, those of one question together; see `requests.asked`.
-
-        Raises:
-            RoutingError: A request without a prompt, while a policy decides on prompts.
-        """
+        """Score continuations, those of one question together; see `requests.asked`."""
         if self.enable_thinking:
             raise ConfigError("enable_thinking=true fits generated answers only; leave it out")
         rows = [self.request_of(each) for each in requests]
@@ -330,10 +326,8 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         """Wait for all processes, and add up what they counted: the harness calls it in each."""
         super().barrier()
         if self.world_size > 1:
-            own = self.scorer.counts
-            counted = torch.tensor([[own.prompts, own.executions]])
-            every = self.all_gather(counted.to(self.device)).sum(dim=0).tolist()
-            self.shared_counts = Counts(*every)
+            own = torch.tensor([dataclasses.astuple(self.scorer.counts)], device=self.device)
+            self.shared_counts = Counts(*self.all_gather(own).sum(dim=0).tolist())
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what the harness writes next to its results.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class OwnTasks:
-    """Our tasks among those of a command line.
-
-    Attributes:
-        tasks: Ours, in order.
-        files: The files of their folder.
-        names: All tasks for the harness' `--tasks`, in the order given.
-    """
+    """Our tasks among those of a command line, and all `names` for the harness' `--tasks`."""
 
     tasks: list[HarnessTask]
     files: FolderFiles
@@ -111,19 +105,15 @@ def own_tasks(
 
 @contextmanager
 def placed(files: FolderFiles, below: Path | None) -> Iterator[Path]:
-    """Write a task folder, and remove it after the block unless it was given a place.
-
-    Args:
-        files: What is in it.
-        below: Where to keep it, in a folder named by its content; None keeps nothing.
-    """
-    if below is not None:
-        files.write(below / files.key)
-        yield below / files.key
-        return
-    with tempfile.TemporaryDirectory(prefix="drllm-tasks-") as folder:
-        files.write(Path(folder))
-        yield Path(folder)
+    """Write a task folder below another, named by its content; below None only for the block."""
+    with ExitStack() as stack:
+        if below is None:
+            passing = tempfile.TemporaryDirectory(prefix="drllm-tasks-")
+            folder = Path(stack.enter_context(passing))
+        else:
+            folder = below / files.key
+        files.write(folder)
+        yield folder
 
 
 # --- the harness' own tasks next to ours ----------------------------------------------------------
@@ -174,10 +164,8 @@ def _check_others(others: Sequence[str], taken: set[str], include_path: str | No
 def _held(names: Any, index: Any) -> set[str]:
     """Return names of the harness and all that they stand for.
 
-    Args:
-        names: What may stand in a group's `task`: a name, a task that is changed, a group in it,
-            or a list of these.
-        index: The harness' entries by name.
+    `names` are what may stand in a group's `task`: a name, a task that is changed, a group in it,
+    or a list of these.
     """
     found: set[str] = set()
     pending = [names]

@@ -36,12 +36,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One continuation to score.
+    """One continuation to score after a context, each of one token or more.
 
-    Attributes:
-        question: What tells its question from others, such as the task's name and the row.
-        context: Tokens in front of the continuation, at least one.
-        continuation: Tokens to score, at least one.
+    `question` tells its question from others, such as the task's name and the row.
     """
 
     question: Hashable

@@ -37,12 +37,7 @@ LEAST_FILLED = 0.8
 
 @dataclass(slots=True)
 class Counts:
-    """What was executed, counted by prompt.
-
-    Attributes:
-        prompts: Prompts that were routed.
-        executions: Their executions a forward pass, added up.
-    """
+    """Prompts that were routed, and their executions a forward pass, added up."""
 
     prompts: int = 0
     executions: int = 0
