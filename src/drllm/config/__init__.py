@@ -6,7 +6,7 @@ A field here is all it takes to add a flag, a key of YAML files and their checks
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -242,17 +242,11 @@ class TrainConfig(Settings):
     def by_seed(self, output: Path) -> dict[Path, TrainConfig]:
         """Return the folder of every seed's routers, with the settings of that training alone.
 
-        Args:
-            output: Of the whole training; the first seed's routers lie in it, those of a further
-                seed S in `seed_S` below it.
+        The first seed's routers lie in `output`, those of a further seed S in `seed_S` below it.
         """
-        seeds = range(self.seed, self.seed + self.num_seeds)
-        return {
-            output if seed == self.seed else output / f"seed_{seed}": replace(
-                self, seed=seed, num_seeds=1
-            )
-            for seed in seeds
-        }
+        first, *more = range(self.seed, self.seed + self.num_seeds)
+        folders = {first: output} | {seed: output / f"seed_{seed}" for seed in more}
+        return {folder: replace(self, seed=s, num_seeds=1) for s, folder in folders.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,9 +284,8 @@ class GenerateConfig(Settings):
         self.check_effects()
         if self.temperature == 0:
             return {"do_sample": False, "num_beams": 1}
-        top_p = 1.0 if self.top_p is None else self.top_p
-        sampled = {"temperature": self.temperature, "top_p": top_p, "top_k": 0}
-        return {"do_sample": True, "num_beams": 1, **sampled}
+        drawn = {"temperature": self.temperature, "top_p": self.top_p or 1.0, "top_k": 0}
+        return {"do_sample": True, "num_beams": 1, **drawn}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,25 +316,20 @@ class DepthConfig(Settings):
             ConfigError: More than one knob; a calibration set without a target, or a target
                 without one.
         """
-        turned = {
-            "depth_bias": self.depth_bias != 0,
-            "target_executions": self.target_executions is not None,
-            "router_penalty": self.router_penalty is not None,
-            "static_routing": self.static_routing,
-        }
-        names = [name for name, given in turned.items() if given]
+        given = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+        names = [name for name in given if name != "calibration"]
         if len(names) > 1:
             flags = [flag_of(name) for name in names]
             raise ConfigError(
                 f"{', '.join(flags[:-1])} and {flags[-1]} are given, but only one of them can set "
                 f"the depth; leave the others out"
             )
-        if turned["target_executions"] and self.calibration is None:
+        if self.target_executions is not None and self.calibration is None:
             raise ConfigError(
                 f"--target-executions {self.target_executions:g} needs prompts to look on; give "
                 f"a file of them as --calibration, for example supervision.jsonl"
             )
-        if self.calibration is not None and not turned["target_executions"]:
+        if self.calibration is not None and self.target_executions is None:
             raise ConfigError(
                 f"--calibration {self.calibration} has no effect without --target-executions; "
                 f"give both or neither"
@@ -416,20 +404,12 @@ class EvaluateConfig(Settings):
     seed: int = setting(0, "seed of permutations, random draws and --limit", minimum=0)
 
     def limit_of(self, task: str) -> int | None:
-        """Return how many questions of a task are asked at most; None for all.
-
-        Raises:
-            ConfigError: `limits` that can't be read.
-        """
+        """Return how many questions of a task are asked at most; None for all."""
         count = self.own("limits").get(task)
         return self.limit if count is None else None if count == "all" else int(count)
 
     def split_of(self, task: str) -> str:
-        """Return which questions of a task are asked.
-
-        Raises:
-            ConfigError: `splits` that can't be read.
-        """
+        """Return which questions of a task are asked."""
         return self.own("splits").get(task, self.split)
 
     def own(self, setting: str) -> dict[str, str]:

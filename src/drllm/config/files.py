@@ -95,7 +95,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
-        raise ConfigError(f"{path} can't be read: {error.strerror or error}") from error
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not a UTF-8 text; {remedy}") from error
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:

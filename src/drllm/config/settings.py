@@ -14,7 +14,7 @@ from drllm.errors import ConfigError, unknown_name
 
 @dataclass(frozen=True)
 class NamesIn(Iterable[str]):
-    """The names in a registry, which is imported when they are first asked for.
+    """The names in a registry, in the order of their registration; imported when first asked for.
 
     Attributes:
         registry: `module:attribute`, of a module above this one that loads no torch.
@@ -23,7 +23,6 @@ class NamesIn(Iterable[str]):
     registry: str
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the names in the order of their registration."""
         module, attribute = self.registry.split(":")
         return iter(getattr(importlib.import_module(module), attribute).names())
 
@@ -43,7 +42,7 @@ def setting(
     """Declare one field: its default, help text and the values it accepts.
 
     Args:
-        default: The value when the user gives none; `...` where the user must give one.
+        default: The value when the user gives none.
         help: One line for `--help`, with the unit and where the default comes from.
         minimum: Smallest accepted number.
         maximum: Largest accepted number.
@@ -54,7 +53,7 @@ def setting(
         decisive: Results depend on it; False for places, memory, and who does the work.
     """
     rules = {name: value for name, value in locals().items() if name != "default"}
-    return field(metadata=rules, **({} if default is ... else {"default": default}))
+    return field(default=default, metadata=rules)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +77,12 @@ class Settings:
         """
         for declared in dataclasses.fields(self):
             value, idle = getattr(self, declared.name), declared.metadata["idle"]
-            if idle is None or value == declared.default or getattr(self, idle[0]) != idle[1]:
-                continue
-            given = "" if value is True else f" {_shown(value)}"
-            raise ConfigError(
-                f"{flag_of(declared.name)}{given} has no effect with {flag_of(idle[0])} "
-                f"{_shown(idle[1])}; leave one of the two out"
-            )
+            if idle and value != declared.default and getattr(self, idle[0]) == idle[1]:
+                given = "" if value is True else f" {_shown(value)}"
+                raise ConfigError(
+                    f"{flag_of(declared.name)}{given} has no effect with {flag_of(idle[0])} "
+                    f"{_shown(idle[1])}; leave one of the two out"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON types, for manifests."""
@@ -92,11 +90,8 @@ class Settings:
 
     def decisive(self) -> dict[str, Any]:
         """Return the settings that must be equal for two results to be the same one."""
-        return {
-            declared.name: getattr(self, declared.name)
-            for declared in dataclasses.fields(self)
-            if declared.metadata["decisive"]
-        }
+        fields = [each.name for each in dataclasses.fields(self) if each.metadata["decisive"]]
+        return {name: getattr(self, name) for name in fields}
 
 
 _KINDS = {
@@ -111,10 +106,7 @@ LARGEST_INT = 2**63 - 1
 def kinds_of(group: type[Settings]) -> dict[str, tuple[type, ...]]:
     """Return the types that each setting of a group takes; `int | None` is two."""
     hints = typing.get_type_hints(group)
-    return {
-        declared.name: typing.get_args(hints[declared.name]) or (hints[declared.name],)
-        for declared in dataclasses.fields(group)
-    }
+    return {name: typing.get_args(hint) or (hint,) for name, hint in hints.items()}
 
 
 def flag_of(name: str) -> str:
@@ -130,51 +122,41 @@ def _shown(value: Any) -> str:
 
 def _check(flag: str, value: Any, kinds: tuple[type, ...], rules: Mapping[str, Any]) -> None:
     accepted = (*kinds, int) if float in kinds else kinds
-    misfit = isinstance(value, bool) and bool not in kinds  # to Python a bool is an int
-    if misfit or not isinstance(value, accepted):
+    is_bool = isinstance(value, bool)  # which to Python is an int
+    if (is_bool and bool not in kinds) or not isinstance(value, accepted):
         wanted = " or ".join(_KINDS.get(kind, "nothing") for kind in kinds)
         raise ConfigError(f"{flag} is {value!r}; give {wanted}")
     if isinstance(value, str):
         check_text(flag, value)
         if rules["choices"] and value not in rules["choices"]:
             raise ConfigError(f"{flag}: " + unknown_name("value", value, rules["choices"]))
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if is_bool or not isinstance(value, (int, float)):
         return
     minimum, maximum, above = rules["minimum"], rules["maximum"], rules["above"]
-    bounds = {
-        "a finite number below 2^63": abs(value) <= LARGEST_INT,
-        f"a value of at least {minimum}": minimum is None or value >= minimum,
-        f"a value above {above}": above is None or value > above,
-        f"a value of at most {maximum}": maximum is None or value <= maximum,
-    }
-    for wanted, holds in bounds.items():
+    for wanted, holds in (
+        ("a finite number below 2^63", abs(value) <= LARGEST_INT),
+        (f"a value of at least {minimum}", minimum is None or value >= minimum),
+        (f"a value above {above}", above is None or value > above),
+        (f"a value of at most {maximum}", maximum is None or value <= maximum),
+    ):
         if not holds:
             raise ConfigError(f"{flag} is {_shown(value)}; give {wanted}")
 
 
 def check_text(flag: str, text: str) -> None:
-    """Refuse a text that is empty or that no file could be named by.
-
-    Raises:
-        ConfigError: Naming the flag.
-    """
+    """Refuse a text that is empty or that no file could be named by, naming the flag."""
     if not text.strip() or "\0" in text:
         raise ConfigError(f"{flag} is {text!r}; give a text, or leave it out")
 
 
 def from_dict(kind: type[Any], values: dict[str, Any], where: str) -> Any:
-    """Make a settings group from a mapping, refusing keys that don't exist.
-
-    Args:
-        kind: One of the dataclasses above.
-        values: Names and values, as read from YAML.
-        where: What the mapping is part of, for the message.
+    """Make a settings group from a mapping that is part of `where`.
 
     Raises:
         ConfigError: An unknown key (with the nearest valid one), a value of another type, or one
             out of range.
     """
-    known = {declared.name for declared in dataclasses.fields(kind)}
+    known = kinds_of(kind)
     for name in values:
         if name not in known:
             raise ConfigError(f"{where}: " + unknown_name("setting", str(name), known))

@@ -79,9 +79,6 @@ class Finding:
         return max(self.prefill, self.decode)
 
 
-# --- tiny models of every family ---------------------------------------------------------------
-
-
 _TABLE = yaml.safe_load(Path(__file__).with_name("families.yaml").read_text(encoding="utf-8"))
 COMMON: dict[str, Any] = _TABLE["common"]
 """What the configurations of all tiny models say."""
@@ -92,12 +89,12 @@ IN_SUITE: list[str] = _TABLE["in_suite"]
 
 
 def known_to_transformers(family: str) -> bool:
-    """Whether the installed transformers has a family."""
+    """Tell whether the installed transformers has a family."""
     return family in CONFIG_MAPPING
 
 
 def make_tiny(family: str, seed: int = 0, attention: str | None = None, **overrides: Any) -> Any:
-    """Make a model of a family, 6 layers of width 32, with random weights.
+    """Make a frozen model of a family in float32, 6 layers of width 32, with random weights.
 
     Args:
         family: A name of `FAMILIES`.
@@ -105,16 +102,8 @@ def make_tiny(family: str, seed: int = 0, attention: str | None = None, **overri
         attention: Attention code of transformers; None takes the model's default.
         overrides: Fields of the family's configuration, in place of those of the table.
 
-    Returns:
-        A model in float32 and evaluation mode, whose parameters ask for no gradients.
-
     Raises:
-        ArchitectureError: A name that isn't in the table, or a family that the installed
-            transformers doesn't have.
-
-    Example:
-        >>> type(make_tiny("qwen2")).__name__
-        'Qwen2ForCausalLM'
+        ArchitectureError: A family that the table or the installed transformers doesn't have.
     """
     if family not in FAMILIES:
         raise ArchitectureError(unknown_name("family", family, FAMILIES))
@@ -128,17 +117,8 @@ def make_tiny(family: str, seed: int = 0, attention: str | None = None, **overri
     return model.float().eval().requires_grad_(False)
 
 
-# --- the check ---------------------------------------------------------------------------------
-
-
 def check(family: str) -> Finding:
-    """Try a tiny model of a family.
-
-    Returns:
-        What was found; `absent` where the installed transformers doesn't have the family.
-
-    Raises:
-        ArchitectureError: A name that isn't in the table.
+    """Try a tiny model of a family of the table, of any other name an ArchitectureError.
 
     Example:
         >>> check("qwen2").status
@@ -187,10 +167,7 @@ def check_model(model: Any) -> Finding:
 
 
 def mixed_plans(num_layers: int) -> list[list[int]]:
-    """Return four plans that use a cache in all the ways that one can go wrong.
-
-    Args:
-        num_layers: L.
+    """Return four plans for L layers that use a cache in all the ways that one can go wrong.
 
     Example:
         >>> mixed_plans(4)
@@ -255,14 +232,10 @@ def _random_rows(model: Any) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def _differences(model: Any, plans: Sequence[Sequence[int]] | None) -> tuple[float, float]:
-    """Compare the two ways, in standard deviations of the logits.
+    """Return the largest difference of the two ways where the prompts end, and while decoding.
 
-    Args:
-        model: A model that isn't routed.
-        plans: `[B, L]`; None compares the plain model with itself.
-
-    Returns:
-        Largest difference where the prompts end, and while decoding.
+    It is in standard deviations of the logits. Without plans `[B, L]` the plain model is compared
+    with itself.
     """
     prompts, answers = _random_rows(model)
     slow = []

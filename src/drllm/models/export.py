@@ -130,11 +130,7 @@ def export_path(base: BaseModel, path: Sequence[int], output: Path | str) -> Exp
 
 
 def check_output(folder: Path) -> None:
-    """Refuse a folder that holds something already.
-
-    Raises:
-        ConfigError: It isn't empty, or it is a file.
-    """
+    """Refuse, by a ConfigError, a folder that isn't empty, and a file."""
     if folder.is_file():
         raise ConfigError(f"{folder} is a file; give the name of a folder to make")
     if folder.is_dir() and any(folder.iterdir()):
@@ -191,8 +187,7 @@ def _weights_along(base: Any, path: tuple[int, ...]) -> Iterator[tuple[str, Tens
 def _fill(listed: Any, base: Any, path: tuple[int, ...]) -> tuple[int, int]:
     """Give the model on the meta device its weights, sharing memory with the base model's.
 
-    Returns:
-        Size of the weights, and of the copies among them, in bytes.
+    Returns the size of the weights, and of the copies among them, in bytes.
     """
     along = list(_weights_along(base, path))
     # safetensors refuses tensors that share memory, but for those that the class ties.
@@ -214,20 +209,11 @@ def _fill(listed: Any, base: Any, path: tuple[int, ...]) -> tuple[int, int]:
 
 
 def config_along(config: Any, path: Sequence[int]) -> Any:
-    """Return a model's config with its layers in path order.
+    """Return a copy of a model's config with its layers in path order.
 
     Lists of L values are taken for one value per layer and follow the path, and so do lists of
     layer indices, told by their name. Everything else stays; whether that was enough is for
-    `check_layers` to say.
-
-    Args:
-        config: Of the base model; stays as it is.
-        path: Layer indices in the order executed.
-
-    Raises:
-        ValueError: The config's class refuses the values.
-
-    Source: ours.
+    `check_layers` to say. Values that the config's class refuses are a ValueError.
 
     Example:
         >>> from transformers import Qwen2Config
@@ -250,8 +236,6 @@ def config_along(config: Any, path: Sequence[int]) -> Any:
 def lists_along(fields: Mapping[str, Any], path: Sequence[int], num_layers: int) -> dict[str, Any]:
     """Return the lists of a config that say something layer by layer, in path order.
 
-    Source: ours.
-
     Example:
         >>> lists_along({"dense_layers": [0, 2], "windows": [4, 8, 8], "width": 64}, [2, 1, 2], 3)
         {'dense_layers': [0, 2], 'windows': [8, 8, 8]}
@@ -268,21 +252,15 @@ def lists_along(fields: Mapping[str, Any], path: Sequence[int], num_layers: int)
 
 
 def check_layers(ours: nn.ModuleList, theirs: nn.ModuleList, path: Sequence[int]) -> None:
-    """Refuse layers that are of another kind than those they stand for.
+    """Refuse layers of another kind than those they stand for, naming the layer and what differs.
 
     Compared are classes, names and shapes of tensors, every plain attribute (a window, a switch
     for RoPE, a scale) except a layer's index, and the values of tensors that no checkpoint holds.
 
     Args:
-        ours: Built from the config for the path; on the meta device tensors have no values, and
-            none are compared.
+        ours: Built from the config for the path; on the meta device no values are compared.
         theirs: Of the base model.
         path: Layer indices in the order executed.
-
-    Raises:
-        ArchitectureError: Naming the layer and what differs.
-
-    Source: ours.
     """
     for place, origin in enumerate(path):
         difference = _difference(ours[place], theirs[origin], place, origin)
@@ -311,17 +289,18 @@ def _difference(ours: nn.Module, theirs: nn.Module, place: int, origin: int) -> 
 
 def _description(layer: nn.Module) -> dict[str, Any]:
     """Return what a layer is made of, by name: classes, shapes, plain attributes."""
-    described: dict[str, Any] = {}
-    for name, module in layer.named_modules():
-        described[f"the class of {name or 'the layer'}"] = type(module).__name__
-    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-        described[f"the shape of {name}"] = tuple(tensor.shape)
-    for name, module in layer.named_modules():
-        for attribute, value in vars(module).items():
-            hidden = attribute.startswith("_") or attribute in PASSING
-            if isinstance(value, PLAIN) and not hidden:
-                described[f"{name}.{attribute}".lstrip(".")] = value
-    return described
+    modules = dict(layer.named_modules())
+    tensors = dict((*layer.named_parameters(), *layer.named_buffers()))
+    return {
+        **{f"the class of {name or 'the layer'}": type(m).__name__ for name, m in modules.items()},
+        **{f"the shape of {name}": tuple(tensor.shape) for name, tensor in tensors.items()},
+        **{
+            f"{name}.{attribute}".lstrip("."): value
+            for name, module in modules.items()
+            for attribute, value in vars(module).items()
+            if isinstance(value, PLAIN) and attribute[0] != "_" and attribute not in PASSING
+        },
+    }
 
 
 # --- the folder --------------------------------------------------------------------------------
@@ -345,11 +324,7 @@ def _write(folder: Path, listed: Any, base: BaseModel, made: Export) -> None:
 
 
 def say_for_transformers_4(folder: Path) -> None:
-    """Add to config and tokenizer what transformers 4 reads under other names.
-
-    Args:
-        folder: A checkpoint as `save_pretrained` has written it.
-    """
+    """Add what transformers 4 reads under other names to a folder of `save_pretrained`."""
     for name, add in ((CONFIG_FILE, add_older_words), (TOKENIZER_CONFIG_FILE, _rename_tokens)):
         if (folder / name).is_file():
             values = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -370,9 +345,8 @@ def add_older_words(config: dict[str, Any]) -> None:
     """Add to a config, in place, what transformers 4 and the first of 5 read under other names.
 
     Transformers 5 keeps all of RoPE under `rope_parameters`. Transformers 4 doesn't know that key
-    and takes its defaults: other numbers, and no warning. Both may stand in one config.
-
-    Source: ours; the older names are those that transformers 5 itself still reads.
+    and takes its defaults: other numbers, and no warning. Both may stand in one config. The older
+    names are those that transformers 5 itself still reads.
 
     Example:
         >>> config = {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}}
@@ -419,15 +393,14 @@ def model_card(
 ) -> str:
     """Write the card of an exported checkpoint: where it comes from, and how to load it.
 
+    The front matter, which the hub reads, names the base model only where that came from the hub,
+    so that it has a revision.
+
     Args:
         base: Identity of the base model.
         path: Layer indices of the base model in the order executed.
         dtype: Of the weights.
         num_repeated_bytes: Size of the layers that are written again.
-
-    Returns:
-        Markdown with the front matter that the hub reads. `base_model` is in it only where the base
-        model came from the hub, so that it has a revision.
     """
     try:
         decisions = to_decisions(path, base["num_layers"])

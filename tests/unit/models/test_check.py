@@ -133,9 +133,6 @@ def test_mixed_plans_can_be_run_by_a_model_of_any_depth(num_layers):
     assert all(0 <= value <= 2 for plan in plans for value in plan)
 
 
-# --- tiny models -------------------------------------------------------------------------------
-
-
 def test_the_same_seed_makes_the_same_model_whatever_the_global_generator():
     before = torch.get_rng_state()
     first, again, other = make_tiny("qwen2"), make_tiny("qwen2"), make_tiny("qwen2", seed=1)

@@ -222,9 +222,6 @@ def requests_to(path):
     return [(token, lines) for where, token, lines in Hub.requests if where == path]
 
 
-# --- pushing -----------------------------------------------------------------------------------
-
-
 def test_a_pushed_repository_holds_the_three_files(said):
     assert said["pushed"].endswith(f"/someone/routers/commit/{COMMIT}")
     assert said["pushed warned"] == []
@@ -309,9 +306,6 @@ def test_a_push_offline_is_refused_before_anything_is_sent(tiny_llama):
     routers = RouterStack(RouterConfig(num_layers=3, hidden_size=32))
     with pytest.raises(CheckpointError, match="to someone/routers: HF_HUB_OFFLINE is set; unset"):
         hub.push_routers(routers, tiny_llama(num_layers=3), "someone/routers", token="hf_secret")
-
-
-# --- fetching ----------------------------------------------------------------------------------
 
 
 def test_fetched_routers_are_those_that_were_pushed(said):

@@ -40,14 +40,7 @@ def find_commit(name: str, revision: str | None, *, otherwise: str) -> str:
     """Return the commit that a revision of a hub model stands for.
 
     The model's config is fetched for it, the smallest file that tells whether the model is there.
-
-    Args:
-        name: OWNER/NAME.
-        revision: Branch, tag or commit; None for the default branch.
-        otherwise: What to advise where there is no such model or no network.
-
-    Raises:
-        ModelError: A model that is absent, private or gated, no such revision, or no network.
+    Arguments are those of `explain`, whose sentence a ModelError then is.
     """
     try:
         file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)

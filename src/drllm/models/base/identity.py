@@ -30,12 +30,7 @@ Weight = tuple[str, tuple[nn.Module, ...], str]
 def describe(model: Any) -> dict[str, Any]:
     """Return `class`, `num_layers`, `hidden_size` and `fingerprint` of a base model.
 
-    Args:
-        model: A decoder-only model of transformers, with or without an adapter of PEFT.
-
-    Raises:
-        ArchitectureError: The model's layers can't be found, or can't be routed.
-        ModelError: Its weights were never loaded.
+    Takes and refuses what `fingerprint` does.
     """
     base = base_of(model)
     text = base.config.get_text_config()

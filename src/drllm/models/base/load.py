@@ -30,14 +30,8 @@ ALIASES = ("smollm2-135m",)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 # What transformers raises for a model that it can't open; a defect of ours is none of these.
-_FOREIGN_ERRORS: tuple[type[Exception], ...] = (
-    *hub.ERRORS,
-    ImportError,
-    KeyError,
-    RuntimeError,
-    SafetensorError,
-    ValueError,
-)
+_FOREIGN: tuple[type[Exception], ...]
+_FOREIGN = (*hub.ERRORS, ImportError, KeyError, RuntimeError, SafetensorError, ValueError)
 
 logger = logging.getLogger(__name__)
 
@@ -127,14 +121,9 @@ def load(config: ModelConfig) -> BaseModel:
 
 
 def as_base_model(model: Any, tokenizer: Any = None) -> BaseModel:
-    """Return a model of transformers that is loaded already as a base model.
+    """Return a model of transformers that is loaded already as a base model, in evaluation mode.
 
-    Args:
-        model: Put into evaluation mode; a `BaseModel` is returned as it is.
-        tokenizer: Of the model.
-
-    Raises:
-        ConfigError: No tokenizer.
+    A `BaseModel` is returned as it is; any other needs its tokenizer.
     """
     if isinstance(model, BaseModel):
         return model
@@ -147,19 +136,13 @@ def as_base_model(model: Any, tokenizer: Any = None) -> BaseModel:
 def resolve_device(name: str) -> torch.device:
     """Return the device that a `--device` names; `auto` is CUDA, else MPS, else the CPU.
 
-    Raises:
-        ConfigError: One that this machine doesn't have.
+    One that this machine doesn't have is a ConfigError.
     """
+    has_mps = torch.backends.mps.is_available()
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
     kind, _, index = name.partition(":")
-    count = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }[kind]
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(has_mps)}[kind]
     if int(index or 0) >= count:
         have = f"this machine has {count} of that kind" if count else "this machine has none"
         raise ConfigError(f"--device is {name!r}, but {have}; use --device auto or cpu")
@@ -175,9 +158,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     ) or (device.type == "mps" and torch.backends.mps.is_macos_or_newer(14, 0))
     return torch.bfloat16 if has_bfloat16 else torch.float32
-
-
-# --- finding the model -------------------------------------------------------------------------
 
 
 def _locate(config: ModelConfig) -> tuple[str, str | None]:
@@ -233,9 +213,6 @@ def _check_folder(place: Path, name: str) -> None:
         )
 
 
-# --- opening it --------------------------------------------------------------------------------
-
-
 def _open(
     source: str, revision: str | None, dtype: torch.dtype, config: ModelConfig
 ) -> tuple[Any, Any]:
@@ -253,7 +230,7 @@ def _open(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except _FOREIGN_ERRORS as error:
+    except _FOREIGN as error:
         raise _explain(error, config) from error
     for problem in ("missing_keys", "mismatched_keys"):
         names = sorted(str(key if isinstance(key, str) else key[0]) for key in info[problem])

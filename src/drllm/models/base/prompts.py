@@ -26,11 +26,11 @@ DIRECTIVES = ("%-d", "%-m", "%-H", "%-I", *(f"%{each}" for each in "aAbBcdfGHIjm
 
 
 def render(tokenizer: Any, prompt: Prompt, *, chat: bool) -> str:
-    """Return the text that the model reads, the same on every day.
+    """Return the text that the model reads of a text or a conversation, the same on every day.
 
     Args:
         tokenizer: The base model's tokenizer.
-        prompt: A text, or a conversation.
+        prompt: What is asked.
         chat: Put a text into the user's turn of the tokenizer's chat template, where it has one;
             a base model without a template reads the text as it is.
 
@@ -107,10 +107,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_continuation(tokenizer: Any, text: str, continuation: str) -> list[int]:
-    """Return the tokens by which a continuation follows a rendered prompt.
-
-    The prompt and its continuation are tokenised together, and what goes beyond the prompt's own
-    tokens is the continuation.
+    """Return the tokens that a continuation adds to those of a rendered prompt before it.
 
     Source: the rule of lm-evaluation-harness (`TemplateLM._encode_pair`); its special case for
         prompts that end in white space never arises with plain prompts of ours.
@@ -121,12 +118,7 @@ def encode_continuation(tokenizer: Any, text: str, continuation: str) -> list[in
 def left_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
     """Return token rows as one batch with padding on the left, and its attention mask.
 
-    Args:
-        rows: Token ids of each prompt.
-        device: Where the batch lies.
-
-    Returns:
-        `[B, T]` token ids (padding is 0, and masked) and `[B, T]` mask of ones and zeros.
+    Both are `[B, T]` on the device; padding is 0, and masked by 0 among ones.
     """
     width = max(len(row) for row in rows)
     ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)

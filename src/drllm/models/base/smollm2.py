@@ -72,10 +72,7 @@ class Source(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Return the folder for converted models: `DRLLM_CACHE_DIR`, else `drllm` in the user's cache.
-
-    The user's cache is `XDG_CACHE_HOME`, else `~/.cache`.
-    """
+    """Return `DRLLM_CACHE_DIR`, else `drllm` in `XDG_CACHE_HOME`, which is `~/.cache` if unset."""
     if own := os.environ.get(CACHE_VARIABLE):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "drllm"
@@ -85,8 +82,7 @@ def folder() -> Path:
     """Return the folder of the converted model; convert it if that wasn't done yet.
 
     Raises:
-        ModelError: The wheel or gguf isn't installed, the wheel's file has another hash, or the
-            cache folder can't be written.
+        ModelError: The wheel isn't installed, or `convert_once` fails.
     """
     return converted() or convert_once(Source(_find_gguf(), SHA256), _target())
 
@@ -104,10 +100,7 @@ def describe() -> str:
 
 
 def is_complete(target: Path, source_sha256: str) -> bool:
-    """Tell whether a folder holds a finished conversion of this source by this format.
-
-    Only the manifest and the sizes of the files it lists are read.
-    """
+    """Tell by manifest and sizes whether a folder is a finished conversion of this source."""
     try:
         manifest = read_json(target / MANIFEST_FILE, Manifest)
     except RecordError:

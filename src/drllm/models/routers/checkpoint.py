@@ -36,9 +36,6 @@ CARD_FILE = "README.md"
 PICKLES = (b"PK\x03\x04", b"\x80")  # how torch.save and pickle begin a file
 
 
-# --- saving ------------------------------------------------------------------------------------
-
-
 def save_routers(
     routers: RouterStack,
     folder: Path | str,
@@ -135,9 +132,6 @@ def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
         for left in folder.glob(f".{name}.*"):  # and what a save that was killed left behind
             if left.suffix in (".new", ".old"):
                 left.unlink(missing_ok=True)
-
-
-# --- loading -----------------------------------------------------------------------------------
 
 
 def load_routers(folder: Path | str) -> RouterStack:
@@ -258,9 +252,6 @@ def _misfit(tensors: Mapping[str, Tensor], config: RouterConfig) -> str | None:
         if not torch.isfinite(found).all():
             return f"{name!r} holds NaN or infinity; train again"
     return None
-
-
-# --- the base model ----------------------------------------------------------------------------
 
 
 def check_routers(model: Any, routers: RouterStack) -> None:

@@ -278,12 +278,9 @@ def read_calibration(path: Path) -> list[tuple[str, bool]]:
 def encode_calibration(
     texts: Sequence[tuple[str, bool]], tokenizer: Any, *, chat: bool
 ) -> list[list[int]]:
-    """Return the tokens of calibration prompts.
+    """Return the tokens of prompts from `read_calibration`.
 
-    Args:
-        texts: From `read_calibration`.
-        tokenizer: The base model's.
-        chat: Put texts that aren't rendered yet into the chat template.
+    With `chat`, those that aren't rendered yet go through the chat template.
     """
     return [
         encode(tokenizer, render(tokenizer, text, chat=chat and not is_rendered))

@@ -20,9 +20,6 @@ def tiny(tiny_llama):
     return lambda **overrides: tiny_llama(num_layers=3, **overrides)
 
 
-# --- what changes the fingerprint and what doesn't ---------------------------------------------
-
-
 def test_the_fingerprint_is_the_one_that_earlier_checkpoints_carry(tiny):
     model = tiny()
     for index, (_, weight) in enumerate(sorted(model.named_parameters())):
@@ -65,8 +62,6 @@ def test_the_fingerprint_notices_a_light_fine_tune(tiny, name):
     assert fingerprint(model) != before
 
 
-# --- adapters ----------------------------------------------------------------------------------
-
 ADAPTERS = {
     "LoRA": lambda: peft.LoraConfig(target_modules=["q_proj", "v_proj"]),
     "LoRA of the embedding": lambda: peft.LoraConfig(target_modules=["q_proj", "embed_tokens"]),
@@ -100,8 +95,6 @@ def test_an_adapter_merged_into_the_weights_makes_another_model(tiny):
     before = fingerprint(adapted)
     assert fingerprint(adapted.merge_and_unload()) != before
 
-
-# --- weights that are elsewhere ----------------------------------------------------------------
 
 DEVICES = {
     "model.embed_tokens": "cpu",

@@ -59,9 +59,6 @@ def test_a_model_with_an_encoder_and_an_encoder_are_refused():
         RoutedModel(model)
 
 
-# --- the probe ---------------------------------------------------------------------------------
-
-
 def probed(model):
     return probe(model, *find_layers(model))
 

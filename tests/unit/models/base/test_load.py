@@ -46,9 +46,6 @@ def edit(file, **values):
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
-# --- what is loaded ----------------------------------------------------------------------------
-
-
 def test_a_local_folder_gives_its_model_frozen(saved, tiny_llama):
     base = load(saved)
     expected = tiny_llama(num_layers=3).state_dict()
@@ -129,9 +126,6 @@ def test_auto_device_is_the_first_there_is_of_cuda_mps_cpu():
 def test_a_device_that_this_machine_lacks_is_refused_with_a_remedy(name):
     with pytest.raises(ConfigError, match=rf"'{name}', but this machine has .*--device auto"):
         loading.resolve_device(name)
-
-
-# --- what is refused ---------------------------------------------------------------------------
 
 
 def test_attention_that_is_not_installed_says_what_to_do(saved, monkeypatch):

@@ -104,9 +104,6 @@ def real(real_gguf, tmp_path_factory):
     shutil.rmtree(place)  # pytest would keep 500 MB of each of the last three runs
 
 
-# --- the conversion is right -------------------------------------------------------------------
-
-
 def test_weights_are_those_that_the_file_was_made_from(tiny_folder, tiny_model):
     read = AutoModelForCausalLM.from_pretrained(tiny_folder).state_dict()
     expected = tiny_model.state_dict()
@@ -191,9 +188,6 @@ def test_encoding_adds_nothing_loses_nothing_and_is_transformers_own(tokenizer):
 def test_every_digit_is_split_off_before_the_blanks_are_grouped(tiny_folder, text, tokens):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     assert tokens == tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
-
-
-# --- it is done once, and never half done ------------------------------------------------------
 
 
 def test_a_second_call_needs_no_source_and_writes_nothing(tiny, tmp_path):
@@ -290,9 +284,6 @@ def test_of_two_processes_at_once_one_converts_and_both_get_the_model(tiny, tmp_
     said = [child.communicate(timeout=60)[0].split() for child in children]
     assert [child.returncode for child in children] == [0, 0]
     assert sorted(said) == [["complete"], ["midway", "complete"]]
-
-
-# --- where it lies, and what is said when it can't be had --------------------------------------
 
 
 def test_the_cache_is_the_own_variable_else_the_xdg_folder_else_in_the_home(monkeypatch, tmp_path):

@@ -44,9 +44,6 @@ def test_the_number_of_layers_is_found_under_other_names():
     assert (listed.n_layer, listed.num_hidden_layers) == (4, 4)
 
 
-# --- layers ------------------------------------------------------------------------------------
-
-
 def built(model, path):
     """Return the layers that the model's class makes of the config for a path."""
     with torch.device("meta"):

@@ -111,9 +111,6 @@ def test_the_tokenizers_class_and_extra_tokens_have_names_that_both_know(tmp_pat
     assert said(tmp_path, "tokenizer_config.json", newer) == older
 
 
-# --- the card ----------------------------------------------------------------------------------
-
-
 def test_the_card_says_where_the_weights_come_from_and_which_path_it_is():
     card = model_card(IDENTITY, (0, 1, 3, 3, 4), "bfloat16", 1234)
     matter = yaml.safe_load(card.split("---\n")[1])

@@ -87,9 +87,6 @@ def refused(kind, base, path, output):
     return message
 
 
-# --- it is the path ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("path", [PLAN, BLOCK, BACKWARDS], ids=["plan", "block", "backwards"])
 @pytest.mark.parametrize("family", IN_SUITE)
 def test_logits_equal_those_of_the_layers_listed_by_hand(exported, base_of, family, path):
@@ -134,9 +131,6 @@ def test_weights_keep_the_dtype_that_they_were_loaded_in(base, tmp_path):
     again = loaded(tmp_path / "out", dtype="auto")
     assert (made.dtype, again.dtype) == ("bfloat16", torch.bfloat16)
     assert torch.equal(again.lm_head.weight, half.lm_head.weight)
-
-
-# --- the folder --------------------------------------------------------------------------------
 
 
 def test_what_is_written_is_reported_and_named_in_the_card(base, tmp_path):
@@ -196,9 +190,6 @@ def test_the_base_model_stays_as_it_is(base_of, tmp_path):
     assert config == base.model.config.to_dict()
     assert torch.equal(before, logits(base.model))
     assert not any("forward" in vars(module) for module in base.model.modules())
-
-
-# --- what is refused ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -279,9 +270,6 @@ def test_a_routed_model_is_refused_and_stays_routed(base, tmp_path):
     with routed.fixed([1, 0, 1, 1, 1, 1]):
         logits(routed.model)
     assert routed.last_route.tolist() == [[1, 0, 1, 1, 1, 1]]
-
-
-# --- nothing appears that isn't right ----------------------------------------------------------
 
 
 def other_rotation(folder):

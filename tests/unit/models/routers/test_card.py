@@ -41,9 +41,6 @@ def front_matter(card):
     return yaml.safe_load(card.split("---\n", 2)[1])
 
 
-# --- the base model and how to load ------------------------------------------------------------
-
-
 @pytest.mark.parametrize("config", [BY_HAND, TRAINED])
 def test_the_card_names_the_base_model_with_all_that_it_is_recognised_by(config):
     assert (
@@ -102,9 +99,6 @@ def test_a_name_breaks_out_of_neither_line_nor_code():
 def test_the_number_of_parameters_is_the_real_one():
     number = sum(weight.numel() for weight in RouterStack(BY_HAND).parameters())
     assert f"\n{number} parameters in float32: width 5, 4 windows.\n" in model_card(BY_HAND)
-
-
-# --- data and metrics --------------------------------------------------------------------------
 
 
 def test_the_card_of_trained_routers_tells_data_metrics_and_settings():

@@ -50,9 +50,6 @@ def route(routed):
     return routed.last_route.tolist()
 
 
-# --- which base models fit ---------------------------------------------------------------------
-
-
 def refused(model, routers):
     with pytest.raises(CheckpointError) as caught:
         check_routers(model, routers)
@@ -112,9 +109,6 @@ def test_routers_fit_and_route_their_model_with_its_weights_offloaded_too(model)
     assert route(RoutedModel(model, routers)) == expected
 
 
-# --- saving ------------------------------------------------------------------------------------
-
-
 def test_a_saved_checkpoint_is_three_files_that_route_as_before(model, tmp_path):
     routed = RoutedModel(model, by_hand())
     expected = route(routed)
@@ -172,9 +166,6 @@ def test_a_model_without_routers_has_nothing_to_save(model, tmp_path):
         routed.save_pretrained(tmp_path)
     with pytest.raises(RoutingError, match="no routers to save"):
         routed.push_to_hub("someone/routers")
-
-
-# --- loading -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

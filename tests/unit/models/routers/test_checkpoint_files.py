@@ -66,9 +66,6 @@ def new(tmp_path_factory):
     return contents(place)
 
 
-# --- writing -----------------------------------------------------------------------------------
-
-
 def test_files_are_written_to_a_folder_that_is_made(tmp_path, new):
     save_routers(NEW, tmp_path / "a" / "b")
     assert contents(tmp_path / "a" / "b") == new
@@ -247,8 +244,6 @@ def test_a_readme_of_something_else_is_never_replaced(tmp_path):
     assert contents(tmp_path) == {CARD: b"# My thesis\n"}
 
 
-# --- what is saved is what is loaded -----------------------------------------------------------
-
 sizes = st.integers(1, 6)
 texts = st.text(max_size=20)
 json_values = st.recursive(
@@ -318,9 +313,6 @@ def test_loading_draws_no_random_numbers(folder):
 def test_every_field_of_the_config_is_saved(folder):
     names = {field.name for field in dataclasses.fields(RouterConfig)}
     assert names | {"format_version"} == set(json.loads((folder / CONFIG_FILE).read_text()))
-
-
-# --- what is refused ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

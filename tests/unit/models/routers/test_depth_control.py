@@ -50,9 +50,6 @@ def mean(routed, bias, prompts):
     return mean_executions(routes.tolist())
 
 
-# --- routes without generating ---------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bias", [-1.0, 0.0, 0.6])
 def test_prompts_of_all_lengths_take_the_same_routes_together_as_one_by_one(routed, bias):
     prompts, policy = some_prompts(), RouterPolicy(routed.routers, depth_bias=bias)
@@ -116,9 +113,6 @@ def test_prompts_that_cannot_be_routed_are_refused(routed, prompts, message):
         routes_of(routed, FullPolicy(), prompts)
 
 
-# --- finding a bias on a model ---------------------------------------------------------------
-
-
 @pytest.mark.parametrize("target", [2.5, 4.0, 5.0, 6.0, 7.0, 9.0])
 def test_the_bias_gives_the_executions_wanted_whatever_the_batches(routed, target):
     prompts = some_prompts()
@@ -176,9 +170,6 @@ def test_executions_that_no_model_of_this_depth_runs_are_refused(routed, target)
 def test_a_model_without_routers_has_no_bias(tiny_llama):
     with pytest.raises(ConfigError, match="has no effect on a model without routers"):
         find_depth_bias(RoutedModel(tiny_llama()), some_prompts(2), 5)
-
-
-# --- finding a bias of a known function ------------------------------------------------------
 
 
 @pytest.fixture
@@ -251,9 +242,6 @@ def test_the_search_takes_few_probes(routing_by):
     assert routing_by(executions, 4.3, 100).num_probes < 15
 
 
-# --- from settings to a policy ---------------------------------------------------------------
-
-
 def test_without_a_knob_the_policy_in_force_stays(routed, tiny_llama):
     assert policy_for(routed, DepthConfig()) == (routed.policy, None)
     plain = RoutedModel(tiny_llama())
@@ -292,9 +280,6 @@ def test_a_target_becomes_the_bias_that_was_found(routed):
 def test_a_knob_without_routers_is_refused(tiny_llama, config):
     with pytest.raises(ConfigError, match=f"--{config.knob().replace('_', '-')} has no effect"):
         policy_for(RoutedModel(tiny_llama()), config, some_prompts(2))
-
-
-# --- calibration files -----------------------------------------------------------------------
 
 
 def written(tmp_path, *rows):

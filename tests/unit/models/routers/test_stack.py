@@ -25,9 +25,6 @@ def new_stack(seed=0):
     return stack
 
 
-# --- pooling ---------------------------------------------------------------------------------
-
-
 def pool(hidden, readable, num_windows):
     return Spans(readable, num_windows).means(hidden)
 
@@ -108,9 +105,6 @@ def test_a_row_is_pooled_alike_alone_and_in_a_padded_batch():
     readable[0, :6] = False
     alone = pool(hidden[:1, 6:], readable[:1, 6:], 4)
     torch.testing.assert_close(pool(hidden, readable, 4).means[:1], alone.means, **CLOSE)
-
-
-# --- the routers -----------------------------------------------------------------------------
 
 
 def slow_logits(stack, layer, windows):
