@@ -126,11 +126,6 @@ def test_a_missing_folder_or_file_is_named_where_it_was_looked_for(
         assert f"found no {missing} or .jsonl.gz (its questions for search" in str(caught.value)
 
 
-def test_a_set_that_is_only_evaluated_has_no_questions_to_search() -> None:
-    with pytest.raises(TaskError, match=r"only evaluated .*'search'; give --split select or test"):
-        get_task("mmlu").examples("search")
-
-
 def test_a_part_of_a_set_serves_where_the_whole_is_not_there_and_is_warned_about_once(
     tmp_path: Path,
     write_rows: Callable[..., Path],
