@@ -52,7 +52,7 @@ class Material:
         questions: The same questions with their options, where they have any.
         golds: The right option of each question.
         search: The search log of the training questions.
-        targets: The routers' own targets.
+        supervision: The routers' own targets.
         seed: Of what is drawn of the search log.
     """
 
@@ -61,7 +61,7 @@ class Material:
     questions: Sequence[Question] = ()
     golds: Sequence[int] = ()
     search: Sequence[SearchRecord] = ()
-    targets: Sequence[SupervisionRecord] = ()
+    supervision: Sequence[SupervisionRecord] = ()
     seed: int = 0
 
 

@@ -15,8 +15,8 @@ NOT_COMPARED = {
 }
 """Methods that a reader will look for, and why they aren't compared."""
 
-FILES = {"search": "search", "targets": "supervision"}
-"""Material → the setting that names its file."""
+FILES = ("search", "supervision")
+"""Settings that name files which baselines are fitted on; `Material` has their content."""
 
 
 def ordered() -> list[type[Baseline]]:
@@ -59,8 +59,7 @@ def dashed(name: str) -> str:
 def files_needed(baselines: str) -> list[str]:
     """Return the settings whose files some of the baselines of a comma list are fitted on."""
     wanted = [BASELINES.get(name).needs for name in named(baselines)]
-    needed = {needs[0] for needs in wanted if needs is not None}
-    return [setting for material, setting in FILES.items() if material in needed]
+    return [file for file in FILES if any(needs and needs[0] == file for needs in wanted)]
 
 
 def check(config: EvaluateConfig) -> None:
@@ -70,7 +69,7 @@ def check(config: EvaluateConfig) -> None:
         ConfigError: An unknown baseline, depths that are none, a choice without depths, its limits
             without a choice, or a file or draws that no baseline has a use for.
     """
-    baselines, all_baselines = [BASELINES.get(name) for name in named(config.baselines)], ordered()
+    every, asked = ordered(), [BASELINES.get(name) for name in named(config.baselines)]
     depths(config.curve)
     if config.epsilon is not None and config.curve is None:
         raise ConfigError(
@@ -84,12 +83,11 @@ def check(config: EvaluateConfig) -> None:
                 f"{flag_of(setting)} {value} has no effect without a certified choice; give "
                 f"--epsilon too, for example 2, or leave it out"
             )
-    using = {"num_random_draws": [each for each in all_baselines if each.is_drawn]}
-    for material, setting in FILES.items():
-        using[setting] = [b for b in all_baselines if b.needs and b.needs[0] == material]
+    using = {file: [b for b in every if b.needs and b.needs[0] == file] for file in FILES}
+    using = {"num_random_draws": [each for each in every if each.is_drawn], **using}
     for setting, users in using.items():
         value = getattr(config, setting)
-        if value is not None and not set(users) & set(baselines):
+        if value is not None and not set(users) & set(asked):
             raise ConfigError(
                 f"{flag_of(setting)} {value} has no effect on the baselines {config.baselines}; "
                 f"leave it out, or add {' or '.join(dashed(each.name) for each in users)} to "

@@ -66,7 +66,7 @@ class SequenceRouterBaseline(UpFront):
     source = "MindSkip in Router-Tuning, arXiv 2410.13184, on our targets"
     fitted_on = TARGETS
     order = 120
-    needs = ("targets", "the routers' targets; give them as --supervision")
+    needs = ("supervision", "the routers' targets; give them as --supervision")
 
     def train(self) -> Planner:
         """Return the router."""
@@ -74,7 +74,7 @@ class SequenceRouterBaseline(UpFront):
 
         from drllm.evaluation.baselines.fitting.planners import train_sequence_router
 
-        targets = self.fitted.material.targets
+        targets = self.fitted.material.supervision
         labels = torch.tensor([target.optimal_layer_config for target in targets])
         return train_sequence_router(self.inputs_of([each.prompt for each in targets]), labels)
 

@@ -98,7 +98,6 @@ class PublishedTask(Task):
             TaskError: A split that the set doesn't have, a missing folder or file (naming where
                 it was looked for), no network, or a line that can't be used (with its number).
         """
-        data_dir = None if data_dir is None else Path(data_dir)
         check_split(split)
         file = next((name for name in self.files if split in BOUNDS[self.files[name]]), None)
         if file is None:
@@ -119,14 +118,13 @@ class PublishedTask(Task):
     def shots(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
         """See `Task.shots`; of a set with a `shots_file` its questions."""
         if self.shots_file:
-            folder = None if data_dir is None else Path(data_dir)
-            return list(self._questions(self.shots_file, folder))
+            return list(self._questions(self.shots_file, data_dir))
         return self.rows(shots_split(check_split(split), self._splits()), data_dir)
 
     def _splits(self) -> list[str]:
         return [split for origin in self.files.values() for split in BOUNDS[origin]]
 
-    def _reported(self, data_dir: Path | None) -> set[str]:
+    def _reported(self, data_dir: Path | str | None) -> set[str]:
         """Return the keys of the questions that are only reported, as far as they are there."""
         keys: set[str] = set()
         for task in (self, *(TASKS.get(name) for name in self.related if name != self.name)):
@@ -137,11 +135,11 @@ class PublishedTask(Task):
                     keys.update(question_key(example.question) for example, _ in reported)
         return keys
 
-    def _questions(self, file: str, data_dir: Path | None) -> tuple[QuestionRow, ...]:
+    def _questions(self, file: str, data_dir: Path | str | None) -> tuple[QuestionRow, ...]:
         """Return the questions of a file; see `rows` for what is refused."""
         if data_dir is None:
             return _read(self, file, None, 0, 0)
-        if not data_dir.is_dir():
+        if not Path(data_dir).is_dir():
             raise TaskError(f"--data-dir {data_dir} is not a folder; give the folder of task data")
         path = self._find(file, data_dir)
         if path is None:
@@ -187,16 +185,16 @@ class PublishedTask(Task):
             raise TaskError(
                 f"task {self.name!r} can't fetch {file} of {repository} from the hub "
                 f"({cause}); connect or log in (hf auth login), or give --data-dir with "
-                f"{self._place(Path())}/{file}.jsonl"
+                f"{self._place('')}/{file}.jsonl"
             ) from error
         if self.columns:
             rows = rows.select_columns([name for name in self.columns if name in rows.column_names])
         yield from rows
 
-    def _place(self, data_dir: Path) -> Path:
-        return data_dir / (self.folder or self.name)
+    def _place(self, data_dir: Path | str) -> Path:
+        return Path(data_dir) / (self.folder or self.name)
 
-    def _find(self, file: str, data_dir: Path) -> Path | None:
+    def _find(self, file: str, data_dir: Path | str) -> Path | None:
         return find_file(self._place(data_dir), file)
 
 
@@ -222,14 +220,14 @@ def _read(
     return tuple(questions)
 
 
+_thinned: dict[tuple[str, str | None, str], list[Row]] = {}
+"""What was kept of files of the hub, which are long, and which several tasks may share."""
+
+
 def forget() -> None:
     """Forget every question that was read, for tests whose hub changes."""
     _read.cache_clear()
     _thinned.clear()
-
-
-_thinned: dict[tuple[str, str | None, str], list[Row]] = {}
-"""What was kept of files of the hub, which are long, and which several tasks may share."""
 
 
 def find_file(folder: Path, stem: str) -> Path | None:
@@ -240,16 +238,16 @@ def find_file(folder: Path, stem: str) -> Path | None:
     Raises:
         TaskError: Several parts, and no whole.
     """
-    whole = [path for end in FILE_NAMES if (path := folder / f"{stem}{end}").is_file()]
-    parts = [
-        path for end in FILE_NAMES for path in sorted(folder.glob(f"{stem}_subset[0-9]*{end}"))
-    ]
-    if len(parts) > 1 and not whole:
-        raise TaskError(
-            f"{folder} has several parts of {stem} ({', '.join(path.name for path in parts)}); "
-            f"keep one of them, or give the whole as {stem}.jsonl"
-        )
-    return next(iter([*whole, *parts]), None)
+    for name in (stem, f"{stem}_subset[0-9]*"):
+        found = [path for end in FILE_NAMES for path in sorted(folder.glob(name + end))]
+        if len(found) > 1 and name != stem:
+            raise TaskError(
+                f"{folder} has several parts of {stem} ({', '.join(path.name for path in found)}); "
+                f"keep one of them, or give the whole as {stem}.jsonl"
+            )
+        if found:
+            return found[0]
+    return None
 
 
 @functools.cache
