@@ -40,7 +40,8 @@ FOREIGN_ERRORS = (
 class ListedModel:
     """A plain copy of a model whose layer list *is* the path; one unpadded row, no cache.
 
-    What the configuration says layer by layer is put into the order of the path too.
+    The weights are shared, not copied. What the configuration says layer by layer is put into the
+    order of the path too.
 
     Args:
         model: A model that isn't routed; it stays as it is.
@@ -59,7 +60,8 @@ class ListedModel:
         cached: bool = False,
     ) -> None:
         path = path if decisions is None else to_path(decisions)
-        self.model = copy.deepcopy(model)
+        shared = {id(weight): weight for weight in model.parameters()}
+        self.model = copy.deepcopy(model, dict(shared))
         lists = [  # the largest list of modules is that of the layers
             (sum(p.numel() for p in child.parameters()), parent, name)
             for parent in self.model.modules()
@@ -69,7 +71,7 @@ class ListedModel:
         _, stack, name = max(lists, key=lambda found: found[0])
         layers = getattr(stack, name)
         assert decisions is None or len(layers) == len(decisions)
-        listed = [copy.deepcopy(layers[i]) if cached else layers[i] for i in path]
+        listed = [copy.deepcopy(layers[i], dict(shared)) if cached else layers[i] for i in path]
         if cached:
             for place, layer in enumerate(listed):
                 for part in layer.modules():
@@ -172,6 +174,11 @@ class Recorder:
     def decide(self, _layer: int, prompts: Any) -> Tensor:
         self.views.append(prompts)
         return torch.ones(prompts.num_rows, dtype=torch.long)
+
+    @property
+    def read(self) -> list[list[int]]:
+        """How many tokens of each row could be read, pass by pass."""
+        return [view.readable.sum(dim=1).tolist() for view in self.views[::6]]
 
     def assert_read(self, model: Any, contexts: Sequence[Sequence[int]]) -> None:
         """Check that the first layer was shown these contexts and nothing else."""

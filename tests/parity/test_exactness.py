@@ -21,6 +21,7 @@ from drllm.search.evaluator import WRONG_ANSWERS, Evaluator, gold_text
 from drllm.tasks.base import Prompt, choose
 from drllm.tasks.grading import grade, score_choices, verdict
 from drllm.tasks.registry import get_task
+from slow_way import ListedModel
 
 REWARDS = ("loglikelihood", "letter", "boxed", "exact")
 MARGIN_TOLERANCE = 1e-4
@@ -98,30 +99,24 @@ def real(reward, num, data_dir):
 class Alone:
     """One prompt under one path, asked in plain transformers."""
 
-    def __init__(self, base, plain, prompt):
+    def __init__(self, base, model, decisions, prompt):
+        self.slow = ListedModel(model, decisions, cached=True)
         self.tokenizer, self.prompt = base.tokenizer, prompt
-        self.plain = plain
         self.text = render(base.tokenizer, prompt.text, chat=prompt.chat)
         self.context = encode(base.tokenizer, self.text)
 
-    def logits(self, tokens):
-        row = torch.tensor([[*self.context, *tokens]])
-        return self.plain(row, use_cache=False).logits[0, len(self.context) - 1 :]
-
     def each(self, tokens):
         """Return the log-probability of each token behind the prompt."""
-        logprobs = self.logits(tokens).log_softmax(-1)
-        return [float(logprobs[place, token]) for place, token in enumerate(tokens)]
+        return self.slow.each(self.context, tokens)
 
     def score(self):
-        behind = (
-            encode_continuation(self.tokenizer, self.text, continuation)
-            for continuation in self.prompt.continuations
-        )
-        return score_choices([sum(self.each(tokens)) for tokens in behind], self.prompt)
+        behind = [
+            encode_continuation(self.tokenizer, self.text, c) for c in self.prompt.continuations
+        ]
+        return score_choices(self.slow.sums(self.context, behind), self.prompt)
 
     def generate(self):
-        output = self.plain.generate(
+        output = self.slow.model.generate(
             torch.tensor([self.context]),
             attention_mask=torch.ones(1, len(self.context), dtype=torch.long),
             max_new_tokens=self.prompt.max_new_tokens,
@@ -131,22 +126,22 @@ class Alone:
         return output[0, len(self.context) :].tolist()
 
 
-def check_choices(base, listed, prompts, found):
+def check_choices(base, prompts, found):
     """Compare choice scores; return how far margins are apart."""
     apart, exact_model = [], copy.deepcopy(base.model).double()
     for (place, decisions), outcome in found.items():
-        alone = Alone(base, listed(base.model, decisions), prompts[place])
+        alone = Alone(base, base.model, decisions, prompts[place])
         reward, margin = alone.score()
         apart.append(abs(margin - outcome.margin))
         assert reward == outcome.reward or abs(margin) < MARGIN_TOLERANCE, (place, decisions)
         if apart[-1] >= MARGIN_TOLERANCE:
-            _, exact = Alone(base, listed(exact_model, decisions), prompts[place]).score()
+            _, exact = Alone(base, exact_model, decisions, prompts[place]).score()
             allowed = max(MARGIN_TOLERANCE, 2 * abs(margin - exact))
             assert abs(outcome.margin - exact) < allowed, (place, decisions)
     return apart
 
 
-def check_answers(base, listed, prompts, found):
+def check_answers(base, prompts, found):
     """Compare answers and verdicts; return how far the margins of some paths are apart."""
     wrong = {}
     for (place, _), outcome in found.items():
@@ -155,7 +150,7 @@ def check_answers(base, listed, prompts, found):
     apart = []
     for number, ((place, decisions), outcome) in enumerate(found.items()):
         prompt = prompts[place]
-        alone = Alone(base, listed(base.model, decisions), prompt)
+        alone = Alone(base, base.model, decisions, prompt)
         said, ours = alone.generate(), list(outcome.tokens)
         same = next((k for k, pair in enumerate(zip(said, ours)) if pair[0] != pair[1]), None)  # noqa: B905
         if same is None:
@@ -163,7 +158,7 @@ def check_answers(base, listed, prompts, found):
             text = base.tokenizer.decode(said, skip_special_tokens=True)
             assert grade(prompt, text) == outcome.reward, (place, decisions)
         else:  # the two tokens must have been as good as equal
-            last = alone.logits(ours[:same])[-1]
+            last = alone.slow.logits([*alone.context, *ours[:same]])[-1]
             assert abs(float(last[said[same]] - last[ours[same]])) < TIE, (place, decisions)
         if number % MARGINS_CHECKED == 0 and outcome.margin is not None:
             gold = encode_continuation(base.tokenizer, alone.text, gold_text(prompt))
@@ -216,7 +211,7 @@ def test_searched_paths_get_the_verdict_and_margin_of_each_path_alone(
     assert LEAST_SHARE <= right <= 1 - LEAST_SHARE, "the sample must hold both verdicts"
     with torch.no_grad():
         check = check_choices if reward == "loglikelihood" else check_answers
-        apart = check(smollm2, obvious.listed, prompts, found)
+        apart = check(smollm2, prompts, found)
     record_property("margins_apart", f"{max(apart):.1e} at most, {mean(apart):.1e} on average")
     record_property("share_right", right)
     assert mean(each < MARGIN_TOLERANCE for each in apart) >= LEAST_WITHIN

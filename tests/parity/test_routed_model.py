@@ -19,6 +19,7 @@ from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.kv_cache import cache_argument, stored_rows
 from drllm.models.routing.policies import FullPolicy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
+from slow_way import LOGIT_TOLERANCE, ListedModel, Recorder, right_padded, tiny_routers
 
 PROMPTS = [[5, 6, 7, 8, 9], [3, 4], [10, 11, 12, 13, 14, 15, 16, 17], [20, 21, 22]]
 
@@ -32,36 +33,28 @@ PLANS = {
 MIXED = [PLANS["skip of layer 0"], PLANS["all repeated"], PLANS["skips and repeats"], [1] * 6]
 
 
-def generate(routed, plan, prompts=PROMPTS, num_new=20, **options):
-    ids, mask = left_padded(prompts, "cpu")
-    with routed.fixed(plan):
-        output = routed.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=num_new,
-            min_new_tokens=num_new,
-            do_sample=False,
-            **options,
-        )
-    return output[:, ids.shape[1] :].tolist()
+IDS = torch.tensor([PROMPTS[0]])
+LONG = torch.tensor([PROMPTS[2]])
+
+
+def batch():
+    ids, mask = left_padded(PROMPTS, "cpu")
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def on(model, cache):
+    return {cache_argument(model): cache, "use_cache": True}
 
 
 def test_keys_and_weights_never_change(tiny_llama):
     model = tiny_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     routed = RoutedModel(model)
-    generate(routed, MIXED, num_new=2)
+    with routed.fixed(MIXED):
+        routed.generate(**batch(), max_new_tokens=2)
     after = model.state_dict()
     assert list(before) == list(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def new_routers(model, num_windows=4, seed=0):
-    config = RouterConfig(num_layers=6, hidden_size=32, num_windows=num_windows, router_width=16)
-    stack = RouterStack(config, torch.Generator().manual_seed(seed))
-    with torch.no_grad():  # far from the zero biases, so that all three decisions turn up
-        stack.decision_weight.mul_(3)
-    return stack
 
 
 def slow_route(model, stack, prompt):
@@ -89,26 +82,23 @@ def slow_route(model, stack, prompt):
 
 def test_routers_decide_in_a_padded_batch_as_they_do_by_hand(tiny_llama):
     model = tiny_llama()
-    stack = new_routers(model)
+    stack = tiny_routers()
     with torch.no_grad():
         expected = [slow_route(model, stack, prompt) for prompt in PROMPTS]
     assert len({value for row in expected for value in row}) == 3, "the sample must be a test"
     routed = RoutedModel(model, stack)
-    ids, mask = left_padded(PROMPTS, "cpu")
-    routed.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5)
+    routed.generate(**batch(), max_new_tokens=5)
     assert expected == routed.last_route.tolist()
 
 
 def test_prompt_lengths_keep_continuations_from_the_routers(tiny_llama):
-    routed = RoutedModel(tiny_llama(), new_routers(None))
+    routed = RoutedModel(tiny_llama(), tiny_routers())
     alone, padded = [], []
     for prompt in PROMPTS:
         routed.model(torch.tensor([prompt]))
         alone.append(routed.last_route[0].tolist())
     rows = [[*prompt, 40 + i, 50, 60] for i, prompt in enumerate(PROMPTS)]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])  # right padding
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    ids, mask = right_padded(rows)
     with routed.prompt_lengths([len(prompt) for prompt in PROMPTS]):
         routed.model(ids, attention_mask=mask)
         padded = routed.last_route.tolist()
@@ -119,10 +109,9 @@ def test_prompt_lengths_keep_continuations_from_the_routers(tiny_llama):
 
 @pytest.mark.parametrize("lengths", [[0, 1, 1, 1], [1, 1, 1], [9, 2, 8, 3]])
 def test_impossible_prompt_lengths_are_refused(tiny_llama, lengths):
-    routed = RoutedModel(tiny_llama(), new_routers(None))
-    ids, mask = left_padded(PROMPTS, "cpu")
+    routed = RoutedModel(tiny_llama(), tiny_routers())
     with routed.prompt_lengths(lengths), pytest.raises(RoutingError, match="prompt_lengths"):
-        routed.model(ids, attention_mask=mask)
+        routed.model(**batch())
 
 
 class ByRow(FullPolicy):
@@ -140,17 +129,16 @@ class ByRow(FullPolicy):
 def test_one_row_that_skips_everything_executes_the_last_layer_and_the_others_dont(tiny_llama):
     plans = [[0] * 6, [1, 0, 0, 0, 0, 0], [0, 2, 0, 0, 0, 0], [1] * 6]
     routed = RoutedModel(tiny_llama(), policy=ByRow(plans))
-    ids, mask = left_padded(PROMPTS, "cpu")
-    routed.model(ids, attention_mask=mask)
+    routed.model(**batch())
     assert routed.last_route.tolist() == [[0, 0, 0, 0, 0, 1], *plans[1:]]
 
 
 def test_routers_that_skip_everything_still_execute_one_layer(tiny_llama):
-    stack = new_routers(None)
+    stack = tiny_routers()
     with torch.no_grad():
         stack.decision_bias.copy_(torch.tensor([100.0, 0.0, 0.0]))
     routed = RoutedModel(tiny_llama(), stack)
-    routed.model(torch.tensor([PROMPTS[0]]))
+    routed.model(IDS)
     assert routed.last_route.tolist() == [[0, 0, 0, 0, 0, 1]]
 
 
@@ -158,17 +146,16 @@ def test_a_routed_cache_counts_as_initialised_once_it_holds_keys(tiny_llama):
     """Some models of transformers read that to tell a first turn from a second."""
     model = tiny_llama()
     cache = DynamicCache(config=model.config)
-    RoutedModel(model).model(torch.tensor([[5]]), **{cache_argument(model): cache}, use_cache=True)
+    RoutedModel(model).model(torch.tensor([[5]]), **on(model, cache))
     assert cache.is_initialized
 
 
 def test_a_copy_routes_by_itself(tiny_llama):
     routed = RoutedModel(tiny_llama())
     twin = copy.deepcopy(routed)
-    ids = torch.tensor([PROMPTS[0]])
     with routed.fixed(PLANS["repeats"]):
-        routed.model(ids)
-    twin.model(ids)
+        routed.model(IDS)
+    twin.model(IDS)
     assert [PLANS["repeats"]] == routed.last_route.tolist()
     assert twin.last_route.tolist() == [[1] * 6]
 
@@ -176,16 +163,15 @@ def test_a_copy_routes_by_itself(tiny_llama):
 def test_a_pickled_model_routes_as_before(tiny_llama):
     routed = RoutedModel(tiny_llama())
     twin = pickle.loads(pickle.dumps(routed))
-    ids = torch.tensor([PROMPTS[2]])
     with routed.fixed(PLANS["repeats"]), twin.fixed(PLANS["repeats"]):
-        assert torch.equal(routed.model(ids).logits, twin.model(ids).logits)
+        assert torch.equal(routed.model(LONG).logits, twin.model(LONG).logits)
 
 
 def test_a_removed_override_is_noticed(tiny_llama):
     routed = RoutedModel(tiny_llama())
     del routed.model.model.layers[3].forward
     with pytest.raises(RoutingError, match="layer 3 was taken off"):
-        routed.model(torch.tensor([PROMPTS[0]]))
+        routed.model(IDS)
 
 
 @pytest.mark.parametrize("called", [[0, 2, 1, 3, 4, 5], [0, 1, 2, 4, 5], [0, 1, 2, 3, 4, 5, 5]])
@@ -195,7 +181,7 @@ def test_a_loop_that_swaps_omits_or_repeats_layers_later_is_noticed(tiny_llama, 
     decoder.layers = torch.nn.ModuleList([decoder.layers[index] for index in called])
     decoder.config.num_hidden_layers = len(called)
     with pytest.raises(RoutingError, match=re.escape(f"called layers {called}")):
-        routed.model(torch.tensor([PROMPTS[0]]), use_cache=False)
+        routed.model(IDS, use_cache=False)
 
 
 def test_an_override_over_ours_is_not_swept_away(tiny_llama):
@@ -216,38 +202,34 @@ def test_a_model_is_routed_once_only(tiny_llama):
 def test_a_cache_filled_without_routing_is_refused(tiny_llama):
     model = tiny_llama()
     cache = DynamicCache(config=model.config)
-    model(torch.tensor([PROMPTS[0]]), **{cache_argument(model): cache}, use_cache=True)
+    model(IDS, **on(model, cache))
     routed = RoutedModel(model)
     with pytest.raises(RoutingError, match="filled without routing"):
-        routed.model(torch.tensor([[4]]), **{cache_argument(model): cache}, use_cache=True)
+        routed.model(torch.tensor([[4]]), **on(model, cache))
 
 
 def test_attentions_are_refused_under_routing_and_given_without(tiny_llama):
     routed = RoutedModel(tiny_llama(attn_implementation="eager"))
-    ids = torch.tensor([PROMPTS[0]])
-    with (
-        routed.fixed(PLANS["repeats"]),
-        pytest.raises(RoutingError, match="output_attentions"),
-    ):
-        routed.model(ids, output_attentions=True)
+    with routed.fixed(PLANS["repeats"]), pytest.raises(RoutingError, match="output_attentions"):
+        routed.model(IDS, output_attentions=True)
     with routed.using(FullPolicy()):
-        assert len(routed.model(ids, output_attentions=True).attentions) == 6
+        assert len(routed.model(IDS, output_attentions=True).attentions) == 6
 
 
 def test_an_error_inside_a_forward_leaves_routing_usable(tiny_llama):
     routed = RoutedModel(tiny_llama())
-    ids = torch.tensor([PROMPTS[0]])
     with routed.fixed([PLANS["repeats"]] * 3), pytest.raises(RoutingError, match="3 prompts"):
-        routed.model(ids)
-    routed.model(ids)
+        routed.model(IDS)
+    routed.model(IDS)
     assert routed.last_route.tolist() == [[1] * 6]
 
 
 def test_beams_without_a_cache_equal_beams_with_one(tiny_llama):
     routed = RoutedModel(tiny_llama())
-    options = {"num_beams": 3, "num_return_sequences": 2, "num_new": 6}
-    expected = generate(routed, MIXED, **options)
-    assert expected == generate(routed, MIXED, use_cache=False, **options)
+    options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 6, "min_new_tokens": 6}
+    with routed.fixed(MIXED):
+        expected = routed.generate(**batch(), **options)
+        assert torch.equal(expected, routed.generate(**batch(), use_cache=False, **options))
 
 
 @pytest.mark.parametrize("plan", [[1] * 5, [1, 1, 3, 1, 1, 1], [0] * 6, [[1] * 6, [0] * 6]])
@@ -268,7 +250,7 @@ def test_routers_of_another_depth_or_width_are_refused(tiny_llama):
 
 def test_routers_and_a_policy_together_are_refused(tiny_llama):
     with pytest.raises(RoutingError, match="not both"):
-        RoutedModel(tiny_llama(), new_routers(None), policy=FullPolicy())
+        RoutedModel(tiny_llama(), tiny_routers(), policy=FullPolicy())
 
 
 def test_last_route_before_any_prompt_is_an_error(tiny_llama):
@@ -278,43 +260,28 @@ def test_last_route_before_any_prompt_is_an_error(tiny_llama):
 
 def test_saved_routers_load_and_route_the_same(tiny_llama, tmp_path):
     model = tiny_llama()
-    routed = RoutedModel(model, new_routers(model))
-    ids = torch.tensor([PROMPTS[2]])
-    routed.model(ids)
+    routed = RoutedModel(model, tiny_routers())
+    routed.model(LONG)
     expected = routed.last_route
     routed.save_pretrained(tmp_path / "routers")
     routed.detach()
     again = RoutedModel.from_pretrained(tmp_path / "routers", base=model)
-    again.model(ids)
+    again.model(LONG)
     assert torch.equal(expected, again.last_route)
     assert isinstance(again.driver.policy, RouterPolicy)
 
 
-class Counting(FullPolicy):
-    """Executes everything and counts how many tokens it could read."""
-
-    reads_prompt = True
-
-    def __init__(self):
-        self.read = []
-
-    def decide(self, layer, prompts):
-        if layer == 0:
-            self.read.append(prompts.readable.sum(dim=1).tolist())
-        return super().decide(layer, prompts)
-
-
 def test_chunked_prefill_is_refused_where_routers_would_read_one_chunk(tiny_llama):
     model = tiny_llama()
-    routed = RoutedModel(model, new_routers(model))
-    options = {"input_ids": torch.tensor([PROMPTS[2]]), "prefill_chunk_size": 3}
+    routed = RoutedModel(model, tiny_routers())
+    options = {"input_ids": LONG, "prefill_chunk_size": 3}
     with pytest.raises(RoutingError, match="first chunk"):
         routed.generate(**options, max_new_tokens=2)
 
 
 def test_chunked_prefill_under_a_fixed_plan_says_what_the_whole_prompt_does(tiny_llama):
     model = tiny_llama()
-    options = {"input_ids": torch.tensor([PROMPTS[2]]), "max_new_tokens": 4}
+    options = {"input_ids": LONG, "max_new_tokens": 4}
     try:
         model.generate(**options, prefill_chunk_size=3)
     except ValueError as error:
@@ -326,11 +293,9 @@ def test_chunked_prefill_under_a_fixed_plan_says_what_the_whole_prompt_does(tiny
 
 
 def test_generation_without_a_cache_asks_the_policy_once(tiny_llama):
-    policy = Counting()
+    policy = Recorder()
     routed = RoutedModel(tiny_llama(), policy=policy)
-    routed.generate(
-        input_ids=torch.tensor([PROMPTS[0]]), use_cache=False, max_new_tokens=4, min_new_tokens=4
-    )
+    routed.generate(input_ids=IDS, use_cache=False, max_new_tokens=4, min_new_tokens=4)
     assert policy.read == [[len(PROMPTS[0])]]
 
 
@@ -339,7 +304,7 @@ def test_attentions_asked_for_by_the_configuration_are_refused_too(tiny_llama):
     routed = RoutedModel(model)
     model.config.output_attentions = True
     with routed.fixed(PLANS["repeats"]), pytest.raises(RoutingError, match="output_attentions"):
-        routed.model(torch.tensor([PROMPTS[0]]))
+        routed.model(IDS)
 
 
 class Opaque:
@@ -357,31 +322,30 @@ def test_an_argument_that_cannot_be_cut_by_rows_is_refused(tiny_llama):
 
 
 def test_what_one_model_may_read_is_no_matter_of_another(tiny_llama):
-    first, second = RoutedModel(tiny_llama()), Counting()
+    first, second = RoutedModel(tiny_llama()), Recorder()
     other = RoutedModel(tiny_llama(), policy=second)
     with first.prompt_lengths([2]):
-        other.model(torch.tensor([PROMPTS[0]]))
+        other.model(IDS)
     assert second.read == [[len(PROMPTS[0])]]
 
 
 def test_two_threads_route_the_same_model_apart(tiny_llama):
     routed = RoutedModel(tiny_llama())
-    ids = torch.tensor([PROMPTS[2]])
     chosen = [PLANS["repeats"], PLANS["skip of layer 0"]] * 8
     with torch.no_grad():
         expected = []
         for plan in chosen:
             with routed.fixed(plan):
-                expected.append(routed.model(ids).logits)
+                expected.append(routed.model(LONG).logits)
 
         def run(plan):
             with routed.fixed(plan), torch.no_grad():
-                return routed.model(ids).logits
+                return routed.model(LONG).logits
 
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(run, chosen))
     for slow, fast in zip(expected, found, strict=True):
-        torch.testing.assert_close(slow, fast, atol=2e-5, rtol=0)
+        torch.testing.assert_close(slow, fast, atol=LOGIT_TOLERANCE, rtol=0)
 
 
 def test_an_interrupted_forward_leaves_nothing_behind(tiny_llama):
@@ -392,11 +356,10 @@ def test_an_interrupted_forward_leaves_nothing_behind(tiny_llama):
             return super().decide(layer, prompts)
 
     routed = RoutedModel(tiny_llama())
-    ids = torch.tensor([PROMPTS[0]])
-    expected = routed.model(ids).logits
+    expected = routed.model(IDS).logits
     with pytest.raises(KeyboardInterrupt), routed.using(Interrupting()):
-        routed.model(ids)
-    assert torch.equal(expected, routed.model(ids).logits)
+        routed.model(IDS)
+    assert torch.equal(expected, routed.model(IDS).logits)
     layer, hidden = routed.model.model.layers[0], torch.randn(1, 3, 32)
     rotary = routed.model.model.rotary_emb(hidden, torch.arange(3)[None])
     by_hand = layer(hidden, position_embeddings=rotary)
@@ -425,7 +388,7 @@ def own_mlp(call, hidden):
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
-def test_a_bypass_takes_the_place_of_skipped_layers_row_by_row(tiny_llama, listed, logit_tolerance):
+def test_a_bypass_takes_the_place_of_skipped_layers_row_by_row(tiny_llama):
     model = tiny_llama()
     plans = [[1, 0, 1, 0, 1, 1], [0, 1, 2, 1, 1, 0], [1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 2, 1]]
     expected = []
@@ -444,22 +407,18 @@ def test_a_bypass_takes_the_place_of_skipped_layers_row_by_row(tiny_llama, liste
         with torch.no_grad():
             expected.append(by_hand(torch.tensor([prompt]), use_cache=False).logits[0])
     routed = RoutedModel(model, bypass=own_mlp)
-    ids, mask = left_padded(PROMPTS, "cpu")
     with routed.fixed(plans), torch.no_grad():
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        found = routed.model(ids, attention_mask=mask, position_ids=positions).logits
+        positions = (batch()["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        found = routed.model(**batch(), position_ids=positions).logits
     for row, slow in enumerate(expected):
-        torch.testing.assert_close(slow, found[row, -len(slow) :], atol=logit_tolerance, rtol=0)
+        torch.testing.assert_close(slow, found[row, -len(slow) :], atol=LOGIT_TOLERANCE, rtol=0)
 
 
 def test_a_bypass_stores_nothing_in_the_cache(tiny_llama):
     routed = RoutedModel(tiny_llama(), bypass=own_mlp)
-    ids, mask = left_padded(PROMPTS, "cpu")
     cache = DynamicCache(config=routed.model.config)
     with routed.fixed(MIXED), torch.no_grad():
-        routed.model(
-            ids, attention_mask=mask, **{cache_argument(routed.model): cache}, use_cache=True
-        )
+        routed.model(**batch(), **on(routed.model, cache))
     assert sum(map(sum, MIXED)) == stored_rows(cache)
 
 
@@ -467,10 +426,10 @@ def test_a_bypass_stores_nothing_in_the_cache(tiny_llama):
 
 
 def test_the_models_own_generate_keeps_the_decisions_too(tiny_llama):
-    policy = Counting()
+    policy = Recorder()
     routed = RoutedModel(tiny_llama(), policy=policy)
     options = {"use_cache": False, "max_new_tokens": 4, "min_new_tokens": 4}
-    routed.model.generate(torch.tensor([PROMPTS[0]]), **options)
+    routed.model.generate(IDS, **options)
     assert policy.read == [[len(PROMPTS[0])]]
 
 
@@ -478,19 +437,18 @@ def test_the_models_own_generate_keeps_the_decisions_too(tiny_llama):
     "options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}]
 )
 def test_copies_of_a_prompt_are_asked_about_once_and_share_its_route(tiny_llama, options):
-    policy = Counting()
+    policy = Recorder()
     routed = RoutedModel(tiny_llama(), policy=policy)
-    ids, mask = left_padded(PROMPTS, "cpu")
-    routed.generate(ids, attention_mask=mask, max_new_tokens=4, **options)
+    routed.generate(**batch(), max_new_tokens=4, **options)
     assert policy.read == [[len(prompt) for prompt in PROMPTS]]
     with routed.using(ByRow(MIXED)):
-        routed.generate(ids, attention_mask=mask, max_new_tokens=4, **options)
+        routed.generate(**batch(), max_new_tokens=4, **options)
     assert routed.last_route.tolist() == [plan for plan in MIXED for _ in range(3)]
 
 
 @pytest.mark.parametrize("drafting", ["prompt lookup", "assistant"])
 def test_drafted_tokens_are_not_read_as_part_of_the_prompt(tiny_llama, drafting):
-    policy = Counting()
+    policy = Recorder()
     routed = RoutedModel(tiny_llama(), policy=policy)
     options = {
         "prompt lookup": {"prompt_lookup_num_tokens": 3},
@@ -503,10 +461,9 @@ def test_drafted_tokens_are_not_read_as_part_of_the_prompt(tiny_llama, drafting)
 
 def test_a_generation_config_given_by_position_is_read_too(tiny_llama):
     routed = RoutedModel(tiny_llama())
-    ids, mask = left_padded(PROMPTS, "cpu")
     options = GenerationConfig(num_beams=3, max_new_tokens=4, pad_token_id=0)
     with routed.fixed(MIXED):
-        routed.generate(ids, options, attention_mask=mask)
+        routed.generate(batch()["input_ids"], options, attention_mask=batch()["attention_mask"])
     assert routed.last_route[::3].tolist() == MIXED
 
 
@@ -519,7 +476,7 @@ def test_guidance_without_a_cache_is_refused(tiny_llama):
 def test_a_cache_cropped_to_nothing_takes_a_new_prompt(tiny_llama):
     routed = RoutedModel(tiny_llama())
     cache = DynamicCache(config=routed.model.config)
-    named = {cache_argument(routed.model): cache, "use_cache": True}
+    named = on(routed.model, cache)
     with torch.no_grad():
         for plan in (PLANS["repeats"], PLANS["skip of layer 0"]):
             with routed.fixed(plan):
@@ -596,38 +553,34 @@ def test_a_policy_that_answers_for_too_few_rows_is_refused(tiny_llama):
 def test_flex_attention_is_refused_where_rows_differ(tiny_llama):
     routed = RoutedModel(tiny_llama())
     routed.model.config._attn_implementation = "flex_attention"
-    ids, mask = left_padded(PROMPTS, "cpu")
     with (
         routed.fixed(MIXED),  # its first layer runs on some of the rows
         pytest.raises(RoutingError, match="BlockMask, which can't be cut by rows"),
     ):
-        routed.model(ids, attention_mask=mask)
+        routed.model(**batch())
 
 
-def test_a_static_cache_counts_the_tokens_of_a_layer_that_nobody_runs(tiny_llama, listed):
+def test_a_static_cache_counts_the_tokens_of_a_layer_that_nobody_runs(tiny_llama):
     model = tiny_llama()
     plan = PLANS["skip of layer 0"]
     prompt, turn = [5, 6, 7, 8], [9, 10, 11]
-    expected = listed(model, plan).logits([*prompt, *turn])[-1]
+    expected = ListedModel(model, plan).logits([*prompt, *turn])[-1]
     routed = RoutedModel(model)
     cache = StaticCache(config=model.config, max_cache_len=16)
     with torch.no_grad(), routed.fixed(plan):
         for tokens in (prompt, turn):
-            logits = routed.model(
-                torch.tensor([tokens]), **{cache_argument(model): cache}, use_cache=True
-            ).logits
-    torch.testing.assert_close(expected, logits[0, -1], atol=2e-5, rtol=0)
+            logits = routed.model(torch.tensor([tokens]), **on(model, cache)).logits
+    torch.testing.assert_close(expected, logits[0, -1], atol=LOGIT_TOLERANCE, rtol=0)
 
 
 def test_a_static_cache_is_not_kept_for_the_next_generate(tiny_llama):
     model = tiny_llama()
     options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
-    ids = torch.tensor([PROMPTS[0]])
-    untouched = model.generate(ids, **options)
+    untouched = model.generate(IDS, **options)
     routed = RoutedModel(model)
     for plan in (PLANS["repeats"], PLANS["skip of layer 0"]):
         with routed.fixed(plan):
-            expected = routed.generate(ids, max_new_tokens=4, do_sample=False)
-            assert torch.equal(expected, routed.generate(ids, **options))
+            expected = routed.generate(IDS, max_new_tokens=4, do_sample=False)
+            assert torch.equal(expected, routed.generate(IDS, **options))
     routed.detach()
-    assert torch.equal(untouched, model.generate(ids, **options))
+    assert torch.equal(untouched, model.generate(IDS, **options))

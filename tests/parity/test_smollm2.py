@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import random
 
 import pytest
 import torch
-from torch import nn
 
 from drllm.models.base.prompts import encode, left_padded
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.paths import to_path
 from drllm.search.evaluator import Evaluator
 from drllm.tasks.registry import get_task
+from slow_way import ListedModel
 
 EXACT = 1e-9
 """Nats between the two ways in float64, where next to no arithmetic noise is left."""
@@ -37,19 +35,6 @@ def plans(num_layers, num, seed=0):
             plan[layer] = rng.choice([0, 0, 2])
         drawn.append(plan)
     return drawn
-
-
-def listed(model, decisions):
-    """Return a model whose layer list is the path; the layers themselves are shared, not copied."""
-    plain = copy.copy(model)
-    plain._modules = dict(model._modules)
-    plain.model = copy.copy(model.model)
-    plain.model._modules = dict(model.model._modules)
-    plain.config = plain.model.config = copy.deepcopy(model.config)
-    path = to_path(decisions)
-    plain.model.layers = nn.ModuleList([model.model.layers[index] for index in path])
-    plain.config.num_hidden_layers = len(path)
-    return plain
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +85,7 @@ def flips(base, row, plan, answer):
     decoding one by one gives; where it doesn't, it is asked how the answer's own beginning goes
     on. The margin is how many nats the answer's token lies behind.
     """
-    with torch.no_grad():
-        slow = listed(base.model, plan)
-        logits = slow(torch.tensor([row + answer]), use_cache=False).logits[0, len(row) - 1 : -1]
+    logits = ListedModel(base.model, plan).logits(row + answer)[len(row) - 1 : -1]
     logits[:, base.tokenizer.eos_token_id] = -torch.inf  # as min_new_tokens does
     behind = logits.max(dim=-1).values - logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
     return {place: margin for place, margin in enumerate(behind.tolist()) if margin > 0}
@@ -136,18 +119,13 @@ def test_a_batch_of_different_prompts_and_plans_generates_what_each_row_does_alo
 def slow_margins(base, pairs, asked):
     """Score every path alone, choice by choice, in the model's own precision."""
     margins = []
-    with torch.no_grad():
-        for place, plan in pairs:
-            slow, prompt, sums = listed(base.model, plan), asked[place], []
-            context = encode(base.tokenizer, prompt.text)
-            for continuation in prompt.continuations:
-                row = encode(base.tokenizer, prompt.text + continuation)
-                logprobs = slow(torch.tensor([row]), use_cache=False).logits[0].log_softmax(-1)
-                sums.append(
-                    sum(float(logprobs[i - 1, row[i]]) for i in range(len(context), len(row)))
-                )
-            gold = sums.pop(prompt.gold)
-            margins.append(gold - max(sums))
+    for place, plan in pairs:
+        prompt = asked[place]
+        context = encode(base.tokenizer, prompt.text)
+        rows = [encode(base.tokenizer, prompt.text + each) for each in prompt.continuations]
+        sums = ListedModel(base.model, plan).sums(context, [row[len(context) :] for row in rows])
+        gold = sums.pop(prompt.gold)
+        margins.append(gold - max(sums))
     return margins
 
 
