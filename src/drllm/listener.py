@@ -43,8 +43,8 @@ def duration(seconds: float) -> str:
     """Write a time for people.
 
     Example:
-        >>> duration(3.21), duration(75.0), duration(7260.0)
-        ('3.2 s', '1 min 15 s', '2 h 1 min')
+        >>> [duration(seconds) for seconds in (59.94, 59.96, 75.0, 3599.6, 7260.0)]
+        ['59.9 s', '1 min 0 s', '1 min 15 s', '1 h 0 min', '2 h 1 min']
     """
     if seconds < 59.95:
         return f"{seconds:.1f} s"

@@ -26,7 +26,7 @@ def write(path: Path, *rows: Any) -> Path:
 TALK = [{"role": "user", "content": "Hi."}, {"role": "user", "content": "Who am I?"}]
 
 
-def test_rows_ask_by_prompt_question_or_messages(tmp_path: Path):
+def test_rows_ask_by_prompt_question_or_messages_gzipped_or_not(tmp_path: Path):
     path = write(
         tmp_path / "p.jsonl",
         {"id": "sky", "prompt": "Why is the sky blue?"},
@@ -37,18 +37,14 @@ def test_rows_ask_by_prompt_question_or_messages(tmp_path: Path):
 
     asked = read_prompts(path, chat=True)
 
+    gzipped = tmp_path / "p.jsonl.gz"
+    gzipped.write_bytes(gzip.compress(path.read_bytes()))
+    assert read_prompts(gzipped, chat=True) == asked
     assert [(row.line, row.id, row.prompt) for row in asked] == [
         (1, "sky", "Why is the sky blue?"),
         (3, "line-3", "What is ice?"),
         (4, 7, TALK),
     ]
-
-
-def test_a_gzipped_file_is_read(tmp_path: Path):
-    path = tmp_path / "p.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"prompt": "a"}\n'))
-
-    assert [row.prompt for row in read_prompts(path, chat=False)] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -91,21 +87,11 @@ def test_an_answer_is_one_line_with_its_cost():
     line = to_line("a", answer)
 
     assert "\n" not in line
-    assert json.loads(line) == {
-        "id": "a",
-        "prompt": "Was ist »Eis«?",
-        "answer": "Wasser.",
-        "route": [1, 0, 2],
-        "executions": 3.0,
-        "tokens": 3,
-    }
     assert "»Eis«" in line
-
-
-def test_a_conversation_keeps_its_name_in_the_answers():
-    answer = Answer(prompt=TALK, text="Ann", tokens=(5,), route=(1,))
-
-    assert json.loads(to_line(3, answer))["messages"] == TALK
+    told = {"id": "a", "prompt": "Was ist »Eis«?", "answer": "Wasser.", "route": [1, 0, 2]}
+    assert json.loads(line) == {**told, "executions": 3.0, "tokens": 3}
+    talk = Answer(prompt=TALK, text="Ann", tokens=(5,), route=(1,))
+    assert json.loads(to_line(3, talk))["messages"] == TALK
 
 
 # --- settings ----------------------------------------------------------------------------------

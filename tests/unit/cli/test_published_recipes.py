@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from drllm.pipeline import Recipe, read_recipe
+from drllm.pipeline import read_recipe
 from drllm.supervision.quotas import read_quotas
 from drllm.supervision.select import check_settings
 from drllm.tasks.registry import get_tasks
@@ -99,14 +99,12 @@ BOTH = pytest.mark.parametrize(
 )
 
 
-def load(name: str) -> Recipe:
-    return read_recipe(RECIPES / name)
-
-
 @BOTH
-def test_every_setting_is_the_sources(name: str, table: dict[str, tuple[Any, str]]):
-    recipe = load(name)
+def test_every_setting_is_the_sources_and_none_is_without_one(name: str, table: dict[str, Any]):
+    recipe = read_recipe(RECIPES / name)
+    values = yaml.safe_load((RECIPES / name).read_text(encoding="utf-8"))
 
+    assert {f"{section}.{key}" for section, keys in values.items() for key in keys} == set(table)
     for place, (value, source) in table.items():
         section, setting = place.split(".")
         found = getattr(getattr(recipe, section), setting)
@@ -116,24 +114,10 @@ def test_every_setting_is_the_sources(name: str, table: dict[str, tuple[Any, str
 
 
 @BOTH
-def test_no_setting_is_without_a_source(name: str, table: dict[str, tuple[Any, str]]):
-    values = yaml.safe_load((RECIPES / name).read_text(encoding="utf-8"))
-
-    written = {f"{section}.{key}" for section, keys in values.items() for key in keys}
-    assert written == set(table)
-
-
-@BOTH
-def test_the_quotas_add_up_to_four_thousand(name: str, table: dict[str, tuple[Any, str]]):
-    assert sum(read_quotas(load(name).supervise.quotas).values()) == 4000
-
-
-@BOTH
-def test_the_quotas_are_those_of_the_tasks_that_are_searched(
-    name: str, table: dict[str, tuple[Any, str]]
-):
-    recipe = load(name)
+def test_the_quotas_of_all_tasks_that_are_searched_add_up_to_four_thousand(name: str, table: Any):
+    recipe = read_recipe(RECIPES / name)
     tasks = [task.name for task in get_tasks(recipe.search.dataset)]
 
     assert check_settings(recipe.supervise, tasks) == TABLE_2
     assert tasks == list(TABLE_2)
+    assert sum(TABLE_2.values()) == 4000

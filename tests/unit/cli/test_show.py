@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from msgspec.structs import replace
 
-from drllm.cli.show_results import show_evaluation, show_measured
+from drllm.cli.show_results import show_evaluation
 from drllm.cli.terminal import Terminal, draw_route
 from drllm.records.latency import Latency, Timing, Timings
 from drllm.records.results import Evaluation, Point, System
@@ -183,7 +181,7 @@ def measured() -> Latency:
     )
 
 
-def test_measured_time_is_said_in_three_lines_and_called_measured():
+def test_measured_time_is_said_in_three_lines_and_called_measured_threads_of_a_processor_only():
     ratios, routers, how = (line.replace("\u00a0", " ") for line in measured_lines(measured()))
     assert ratios == (
         "Measured time of routed / base by rows of a batch: reading 0.90 (0.88 to 0.93) at 1; "
@@ -196,16 +194,6 @@ def test_measured_time_is_said_in_three_lines_and_called_measured():
         "Both are medians of 3 interleaved rounds on 16 prompts cut to 16 tokens, on Linux "
         "x86_64, 2 cores; cpu, float32, 1 thread."
     )
-
-
-def test_threads_are_said_of_a_processor_only():
     on_gpu = {"device": "cuda", "dtype": "bfloat16", "num_threads": 1}
     found = replace(measured(), machine="A card", runtime=on_gpu)
     assert measured_lines(found)[-1].endswith("on A card; cuda, bfloat16.")
-
-
-def test_a_folder_without_measured_time_says_nothing_of_it(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-):
-    show_measured(tmp_path, Terminal())
-    assert capsys.readouterr().out == ""

@@ -4,6 +4,7 @@ import io
 import logging
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -11,27 +12,17 @@ from rich.console import Console
 import drllm
 from drllm.cli import terminal as terminal_module
 from drllm.cli.terminal import Progress, Terminal
-from drllm.listener import duration
-
-
-class Clock:
-    """A clock that is set by hand."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(terminal_module.time, "monotonic", clock.monotonic)
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A clock that is set by hand."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(terminal_module.time, "monotonic", lambda: clock.now)
     return clock
 
 
-def plain(total: int, steps: list[tuple[float, float]], clock: Clock) -> list[str]:
+def plain(total: int, steps: list[tuple[float, float]], clock: SimpleNamespace) -> list[str]:
     """Return the lines of a progress that isn't shown on a terminal, for (time, done) steps."""
     file = io.StringIO()
     start = clock.now
@@ -42,7 +33,7 @@ def plain(total: int, steps: list[tuple[float, float]], clock: Clock) -> list[st
     return file.getvalue().splitlines()
 
 
-def test_plain_progress_is_a_line_every_tenth_without_control_characters(clock: Clock):
+def test_plain_progress_is_a_line_every_tenth_without_control_characters(clock: SimpleNamespace):
     lines = plain(200, [(float(done), done) for done in range(1, 201)], clock)
 
     assert len(lines) == 11
@@ -51,20 +42,20 @@ def test_plain_progress_is_a_line_every_tenth_without_control_characters(clock: 
     assert all(line.isprintable() for line in lines)
 
 
-def test_what_an_earlier_run_did_says_nothing_about_the_rate(clock: Clock):
+def test_what_an_earlier_run_did_says_nothing_about_the_rate(clock: SimpleNamespace):
     lines = plain(100, [(0.01, 40.0), (0.02, 50.0), (10.02, 60.0)], clock)
 
     assert "a second" not in lines[0] + lines[1]
     assert lines[2] == "searching: 60 of 100 questions, 59.9 a minute, 40.1 s left"
 
 
-def test_the_next_task_of_a_stage_begins_anew(clock: Clock):
+def test_the_next_task_of_a_stage_begins_anew(clock: SimpleNamespace):
     lines = plain(10, [(1.0, 5.0), (2.0, 10.0), (3.0, 0.0), (4.0, 1.0)], clock)
 
     assert lines[-1] == "searching: 1 of 10 questions, 1.0 a second, 9.0 s left"
 
 
-def test_progress_on_a_terminal_is_a_bar_with_rate_and_time_left(clock: Clock):
+def test_progress_on_a_terminal_is_a_bar_with_rate_and_time_left(clock: SimpleNamespace):
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=120)
     with Progress(console, "searching", "questions") as progress:
@@ -87,26 +78,23 @@ def test_no_bar_is_left_behind_by_an_error():
     assert progress.bar.finished or not progress.bar.live.is_started
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.0, "0.0 s"), (59.94, "59.9 s"), (59.96, "1 min 0 s"), (3599.6, "1 h 0 min")],
-)
-def test_a_time_is_written_in_the_unit_that_fits(seconds: float, text: str):
-    assert duration(seconds) == text
-
-
 def test_a_failure_is_one_line_whatever_the_message_holds(capsys: pytest.CaptureFixture[str]):
     Terminal().fail("first [bold]\n  second " + "x" * 300)
 
     assert capsys.readouterr().err == f"drllm: first [bold] second {'x' * 300}\n"
 
 
-def test_our_warnings_are_shown_as_one_line(capsys: pytest.CaptureFixture[str]):
+def test_our_warnings_are_shown_as_one_line_and_afterwards_logging_is_as_before(
+    capsys: pytest.CaptureFixture[str],
+):
+    logger = logging.getLogger("drllm")
+    before = (list(logger.handlers), logger.propagate, warnings.showwarning)
     with Terminal().warnings():
         logging.getLogger("drllm.somewhere").warning("shorter than %d", 3)
         logging.getLogger("drllm.somewhere").info("nobody asked")
 
     assert capsys.readouterr().err == "drllm: warning: shorter than 3\n"
+    assert (list(logger.handlers), logger.propagate, warnings.showwarning) == before
 
 
 def test_warnings_that_code_of_ours_raises_are_shown_and_others_are_not(
@@ -121,16 +109,6 @@ def test_warnings_that_code_of_ours_raises_are_shown_and_others_are_not(
             warnings.warn_explicit("theirs", UserWarning, "/elsewhere/torch.py", 3)
 
     assert capsys.readouterr().err == "drllm: warning: another name\n"
-
-
-def test_logging_is_as_before_afterwards():
-    logger = logging.getLogger("drllm")
-    before = (list(logger.handlers), logger.propagate, warnings.showwarning)
-
-    with Terminal().warnings():
-        pass
-
-    assert (list(logger.handlers), logger.propagate, warnings.showwarning) == before
 
 
 HOSTILE = "a\x1b[31mb\x07\x9b2J\u202ec\td"
