@@ -46,42 +46,43 @@ def routers(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[...
     return folder
 
 
-@pytest.fixture
-def words(model_folder: Callable[..., Path], routers: Path) -> list[str]:
-    """The start of every command line."""
-    shared = ["--model", str(model_folder()), "--device", "cpu", "--max-new-tokens", "6"]
-    return ["generate", "--routers", str(routers), *shared]
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
+    return write(tmp_path / "prompts.jsonl", ROWS)
+
+
+@pytest.fixture
+def generate(
+    model_folder: Callable[..., Path], routers: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Any]:
+    """A function that generates with the routers, and returns what was printed."""
+    shared = ["--model", str(model_folder()), "--device", "cpu", "--max-new-tokens", "6"]
+
+    def run(*words: object, status: int = 0) -> Any:
+        assert main(["generate", "--routers", str(routers), *shared, *map(str, words)]) == status
+        return capsys.readouterr()
+
+    return run
 
 
 def lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def sketch(route: list[int]) -> str:
-    return "".join("·█2"[value] for value in route)
-
-
 def test_each_prompt_of_a_file_is_answered_as_by_itself(
-    words: list[str], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    generate: Callable[..., Any], prompts: Path, tmp_path: Path
 ):
     output = tmp_path / "new" / "answers.jsonl"
-    assert main([*words, "--file", str(prompts), "--output", str(output)]) == 0
-    said = capsys.readouterr().out
+    said = generate("--file", prompts, "--output", output).out
 
     answers = lines(output.read_text())
-    assert [row["id"] for row in answers] == [
-        "ice",
-        "line-2",
-        7,
-        *(f"line-{n}" for n in range(4, 9)),
-    ]
+    own = [f"line-{n}" for n in range(4, 9)]
+    assert [row["id"] for row in answers] == ["ice", "line-2", 7, *own]
     assert answers[2]["messages"] == TALK
     plans = {tuple(row["route"]) for row in answers}
     assert len(plans) > 2
@@ -94,78 +95,59 @@ def test_each_prompt_of_a_file_is_answered_as_by_itself(
             continue
         assert row["prompt"] == given.get("prompt", given.get("question"))
         assert row["executions"] == sum(row["route"])
-        assert main([*words, row["prompt"]]) == 0
-        out = capsys.readouterr().out
+        out = generate(row["prompt"]).out
         assert out.startswith(row["answer"] + "\n\nlayer")
-        assert f"\n       {sketch(row['route'])}\n" in out
+        sketch = "".join("·█2"[value] for value in row["route"])
+        assert f"\n       {sketch}\n" in out
         assert f", {row['tokens']} generated" in out
 
-
-def test_without_an_output_the_answers_alone_go_to_standard_output(
-    words: list[str], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    output = tmp_path / "answers.jsonl"
-    assert main([*words, "--file", str(prompts), "--output", str(output)]) == 0
-    capsys.readouterr()
-
+    # Without an output the answers, and nothing else, go to standard output.
     for flags in (["--batch-size", "2"], ["--batch-size", "3", "--no-route-first"]):
-        assert main([*words, "--file", str(prompts), *flags]) == 0
-
-        captured = capsys.readouterr()
-        assert captured.out == output.read_text()
-        assert re.search(r"^prompts +8 under \d plans$", captured.err, re.MULTILINE)
-        assert re.search(r"^time .* tokens generated a second\)$", captured.err, re.MULTILINE)
+        printed = generate("--file", prompts, *flags)
+        assert printed.out == output.read_text()
+        assert re.search(r"^prompts +8 under \d plans$", printed.err, re.MULTILINE)
+        assert re.search(r"^time .* tokens generated a second\)$", printed.err, re.MULTILINE)
 
 
 def test_emoji_codes_and_markup_of_a_prompt_come_back_as_they_are(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    generate: Callable[..., Any], tmp_path: Path
 ):
     text = ":fire: [bold]what?[/bold] \t\x0b\n" + "long " * 40
-    path = tmp_path / "p.jsonl"
-    path.write_text(json.dumps({"prompt": text}) + "\n")
 
-    assert main([*words, "--file", str(path)]) == 0
+    [row] = lines(generate("--file", write(tmp_path / "p.jsonl", [{"prompt": text}])).out)
 
-    [row] = lines(capsys.readouterr().out)
     assert row["prompt"] == text
 
 
-def test_draws_follow_the_seed(words: list[str], prompts: Path, capsys: pytest.CaptureFixture[str]):
+def test_draws_follow_the_seed(generate: Callable[..., Any], prompts: Path):
     def draw(*flags: str) -> str:
-        assert main([*words, "--file", str(prompts), "--temperature", "2", *flags]) == 0
-        return capsys.readouterr().out
+        return generate("--file", prompts, "--temperature", "2", *flags).out
 
     assert draw("--seed", "1") == draw("--seed", "1")
     assert draw("--seed", "1") != draw("--seed", "2")
     assert draw() == draw("--seed", "0", "--top-p", "1")
     assert draw("--top-p", "0.0001") == draw("--top-p", "0.0001", "--seed", "3")
 
-    def draw_one(*flags: str) -> str:
-        assert main([*words, "What is ice?", "--temperature", "2", *flags]) == 0
-        return capsys.readouterr().out.split("\n\n")[0]
+    def draw_one(seed: str) -> str:
+        words = ["What is ice?", "--temperature", "2", "--seed", seed]
+        return generate(*words).out.split("\n\n")[0]
 
-    assert draw_one("--seed", "1") == draw_one("--seed", "1")
-    assert draw_one("--seed", "1") != draw_one("--seed", "2")
+    assert draw_one("1") == draw_one("1")
+    assert draw_one("1") != draw_one("2")
 
 
-def test_static_routing_executes_every_layer(
-    words: list[str], prompts: Path, capsys: pytest.CaptureFixture[str]
-):
-    assert main([*words, "--file", str(prompts), "--static-routing"]) == 0
+def test_static_routing_executes_every_layer(generate: Callable[..., Any], prompts: Path):
+    printed = generate("--file", prompts, "--static-routing")
 
-    captured = capsys.readouterr()
-    assert [row["route"] for row in lines(captured.out)] == [[1] * 4] * 8
-    assert "8 under 1 plan\n" in captured.err
+    assert [row["route"] for row in lines(printed.out)] == [[1] * 4] * 8
+    assert "8 under 1 plan\n" in printed.err
 
 
 def test_the_bias_that_was_found_is_said_and_does_the_same_when_given(
-    words: list[str], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    generate: Callable[..., Any], prompts: Path, tmp_path: Path
 ):
-    calibration = tmp_path / "c.jsonl"
-    calibration.write_text("".join(json.dumps(row) + "\n" for row in ROWS if "messages" not in row))
-    wanted = ["--target-executions", "2.5", "--calibration", str(calibration)]
-    assert main([*words, "--file", str(prompts), *wanted]) == 0
-    found = capsys.readouterr()
+    texts = write(tmp_path / "c.jsonl", [row for row in ROWS if "messages" not in row])
+    found = generate("--file", prompts, "--target-executions", "2.5", "--calibration", texts)
 
     pattern = r"^depth bias  (\S+): (\S+) of 4 executions a forward pass on 7 calibration prompts"
     match = re.search(pattern, found.err, re.MULTILINE)
@@ -174,31 +156,26 @@ def test_the_bias_that_was_found_is_said_and_does_the_same_when_given(
     assert float(match[1]) > 0
     routes = [row["route"] for row in lines(found.out) if "messages" not in row]
     assert sum(map(sum, routes)) / len(routes) == pytest.approx(float(match[2]), abs=0.005)
-
-    assert main([*words, "--file", str(prompts), "--depth-bias", match[1]]) == 0
-
-    assert capsys.readouterr().out == found.out
+    assert generate("--file", prompts, "--depth-bias", match[1]).out == found.out
 
 
 @pytest.mark.parametrize(("penalty", "executions"), [("-1", 1), ("0.5", 4), ("1", 8)])
 def test_the_published_penalty_goes_from_one_execution_to_two_a_layer(
-    words: list[str], penalty: str, executions: int, capsys: pytest.CaptureFixture[str]
+    generate: Callable[..., Any], penalty: str, executions: int
 ):
-    assert main([*words, "What is ice?", "--router-penalty", penalty]) == 0
+    out = generate("What is ice?", "--router-penalty", penalty).out
 
-    assert f"executions  {executions} of 4 a forward pass" in capsys.readouterr().out
+    assert f"executions  {executions} of 4 a forward pass" in out
 
 
 def test_a_prompt_too_long_for_the_model_is_named_by_its_line_and_nothing_is_written(
-    words: list[str], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    generate: Callable[..., Any], tmp_path: Path
 ):
-    with prompts.open("a") as file:
-        file.write(json.dumps({"prompt": "a" * 600}) + "\n")
+    prompts = write(tmp_path / "prompts.jsonl", [*ROWS, {"prompt": "a" * 600}])
     output = tmp_path / "answers.jsonl"
 
-    assert main([*words, "--file", str(prompts), "--output", str(output)]) == 2
+    [line] = generate("--file", prompts, "--output", output, status=2).err.splitlines()
 
-    [line] = capsys.readouterr().err.splitlines()
     assert f"{prompts}, line 9: the prompt has 618 tokens" in line
     assert "context holds 512" in line
     assert not output.exists()
@@ -207,13 +184,10 @@ def test_a_prompt_too_long_for_the_model_is_named_by_its_line_and_nothing_is_wri
 def test_a_conversation_that_the_template_refuses_is_named_by_its_line(
     model_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    path = tmp_path / "p.jsonl"
-    rows = [{"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = tmp_path / "model"
-    shutil.copytree(model_folder(), model)
+    model = Path(shutil.copytree(model_folder(), tmp_path / "model"))
     refusing = "{% if messages|length == 1 %}{{ raise_exception('too short') }}{% endif %}"
     (model / "chat_template.jinja").write_text(refusing)
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"messages": TALK[:1]}])
 
     assert main(["generate", "--model", str(model), "--device", "cpu", "--file", str(path)]) == 2
 

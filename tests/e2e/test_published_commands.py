@@ -67,25 +67,30 @@ def options(task: str, file: str, number: int) -> dict[str, Any]:
     }
 
 
+def write_targets(place: str, *tasks: str, decisions: tuple[int, ...] = (1, 1, 0, 1)) -> None:
+    """Write targets of one's own, one of each task that is named."""
+    rows = [
+        {"question": f"What is {n} of {task}?", "answer": "", "id": str(n), "task": task}
+        for n, task in enumerate(tasks)
+    ]
+    write(place, [{**row, "optimal_layer_config": decisions} for row in rows])
+
+
 @pytest.fixture
 def command(model_folder: Callable[..., Path]) -> Callable[[str], int]:
     """A function that runs a command line, `MODEL` standing for the tiny model."""
     return lambda words: main(words.replace("MODEL", str(model_folder())).split())
 
 
-def target(task: str, number: int, decisions: list[int]) -> dict[str, Any]:
-    return {
-        "question": f"What is {number} of {task}?",
-        "optimal_layer_config": decisions,
-        "answer": "",
-        "id": str(number),
-        "task": task,
-    }
+@pytest.fixture
+def refused(command: Callable[[str], int], capsys: pytest.CaptureFixture[str]) -> Any:
+    """A function that returns the one line by which a command fails."""
 
+    def line(words: str) -> str:
+        assert command(words) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        return str(line)
 
-def said(capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the one line by which the last command failed."""
-    [line] = capsys.readouterr().err.splitlines()
     return line
 
 
@@ -94,17 +99,12 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_search_training_and_evaluation_chain(command: Callable[[str], int], folder: Path):
     search = "--model MODEL --dataset arc,dart --output_dir data/mcts_paths --num_simulations 50"
-    assert command(f"search {search} --budget 2 --device cpu {FEWER}") == 0
+    assert command(f"search {search} --budget 2 --device cpu --limit 2 --data_dir sets") == 0
     assert command(f"{TRAIN} --device cpu") == 0
-    assert (
-        command(
-            "lm-eval run --model drllm --model_args "
-            "pretrained=checkpoints/drllm-tiny,dtype=bfloat16,num_windows=8 "
-            "--tasks arc_challenge,arc_easy --batch_size 1 --gen_kwargs max_new_tokens=256 "
-            f"--cache_requests true --device cpu --output_path out {FEWER}"
-        )
-        == 0
-    )
+    asked = "pretrained=checkpoints/drllm-tiny,dtype=bfloat16,num_windows=8"
+    tasks = "--tasks arc_challenge,arc_easy --batch_size 1 --gen_kwargs max_new_tokens=256"
+    evaluate = f"lm-eval run --model drllm --model_args {asked} {tasks} --cache_requests true"
+    assert command(f"{evaluate} --device cpu --output_path out {FEWER}") == 0
 
     targets = read_supervision("data/mcts_paths/supervision.jsonl")
     assert {"arc_easy", "arc_challenge"} <= {record.task for record in targets}
@@ -122,11 +122,10 @@ def test_search_training_and_evaluation_chain(command: Callable[[str], int], fol
 
 
 def test_targets_of_commonsense_are_added_by_the_command_that_the_message_names(
-    command: Callable[[str], int], capsys: pytest.CaptureFixture[str]
+    command: Callable[[str], int], refused: Callable[[str], str]
 ):
-    write("data/supervision.jsonl", [target("arc_easy", n, [1, 0, 1, 1]) for n in range(4)])
-    assert command(f"{TRAIN} --device cpu --with_commonsense") == 2
-    line = said(capsys)
+    write_targets("data/supervision.jsonl", *["arc_easy"] * 4, decisions=(1, 0, 1, 1))
+    line = refused(f"{TRAIN} --device cpu --with_commonsense")
     assert "data/commonsense_qa/supervision.jsonl, which isn't there" in line
     [search] = re.findall(r"drllm (search .* --budget 2)", line)
     assert command(f"{search} --device cpu {FEWER}") == 0
@@ -142,62 +141,42 @@ def test_targets_of_commonsense_are_added_by_the_command_that_the_message_names(
 # --- what a training reads -----------------------------------------------------------------------
 
 
-def test_without_targets_the_search_command_that_makes_them_is_named(
-    command: Callable[[str], int], capsys: pytest.CaptureFixture[str], folder: Path
+def test_without_targets_the_command_that_makes_them_is_named(
+    refused: Callable[[str], str], folder: Path
 ):
     before = sorted(folder.rglob("*"))
-    assert command(TRAIN) == 2
-    line = said(capsys)
+    line = refused(TRAIN)
     assert "neither data/mcts_paths/supervision.jsonl nor data/supervision.jsonl" in line
-    assert re.search(
-        r"drllm search --model \S+ --dataset arc,dart --output_dir data/mcts_paths ", line
-    )
+    search = r"drllm search --model \S+ --dataset arc,dart --output_dir data/mcts_paths "
+    assert re.search(search, line)
     assert sorted(folder.rglob("*")) == before
-
-
-def test_a_search_without_targets_is_not_asked_for_again(
-    command: Callable[[str], int], capsys: pytest.CaptureFixture[str]
-):
-    write("data/search.jsonl", [])
-    assert command(TRAIN) == 2
+    write("data/search.jsonl", [])  # a search that gave no targets isn't asked for again
     remedy = "drllm supervise --search data/search.jsonl --output data/supervision.jsonl"
-    assert remedy in said(capsys)
+    assert remedy in refused(TRAIN)
 
 
-def test_two_places_to_read_from_are_not_chosen_between(
-    command: Callable[[str], int], capsys: pytest.CaptureFixture[str]
-):
+def test_two_places_to_read_from_are_not_chosen_between(refused: Callable[[str], str]):
     for place in ("data", "data/mcts_paths"):
-        write(f"{place}/supervision.jsonl", [target("own", 1, [1, 1, 1, 1])])
-    assert command(TRAIN) == 2
-    assert "give the one to learn from as --supervision" in said(capsys)
+        write_targets(f"{place}/supervision.jsonl", "own")
+    assert "give the one to learn from as --supervision" in refused(TRAIN)
 
 
 @pytest.mark.parametrize(
     ("main_tasks", "added_tasks", "says"),
     [
-        ([], None, "data/squad_v2/supervision.jsonl, which isn't there; make them: drllm search"),
+        ([], [], "data/squad_v2/supervision.jsonl, which isn't there; make them: drllm search"),
         (["squad_v2"], ["squad_v2"], "--with-squad has no effect"),
         ([], ["squad_v2", "arc_easy"], "holds arc_easy too; give the file as --supervision"),
     ],
     ids=["none", "there already", "of other tasks"],
 )
 def test_targets_that_cannot_be_added_are_refused(
-    main_tasks: list[str],
-    added_tasks: list[str] | None,
-    says: str,
-    command: Callable[[str], int],
-    capsys: pytest.CaptureFixture[str],
+    main_tasks: list[str], added_tasks: list[str], says: str, refused: Callable[[str], str]
 ):
-    rows = [target(task, 1, [1, 1, 0, 1]) for task in ("own", *main_tasks)]
-    write("data/supervision.jsonl", rows)
-    if added_tasks is not None:
-        write(
-            "data/squad_v2/supervision.jsonl",
-            [target(task, 2, [1, 1, 1, 1]) for task in added_tasks],
-        )
-    assert command(f"{TRAIN} --with_squad") == 2
-    assert says in said(capsys)
+    write_targets("data/supervision.jsonl", "own", *main_tasks)
+    if added_tasks:
+        write_targets("data/squad_v2/supervision.jsonl", *added_tasks)
+    assert says in refused(f"{TRAIN} --with_squad")
     assert not Path("checkpoints").exists()
 
 
@@ -206,7 +185,7 @@ def test_several_files_are_joined_and_a_target_of_two_counts_once(
 ):
     found = finished_run / "supervision.jsonl"  # with the manifest of the tiny model
     shutil.copytree(finished_run, "run", ignore=shutil.ignore_patterns("routers", "eval"))
-    write("more.jsonl", [target("own", n, [1, 1, 0, 1]) for n in range(3)])
+    write_targets("more.jsonl", "own", "own", "own")
     Path("twice.jsonl").write_text(found.read_text())
     files = [Path("run/supervision.jsonl"), Path("more.jsonl"), Path("twice.jsonl")]
     once = read_supervision(found)
