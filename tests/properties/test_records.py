@@ -103,26 +103,24 @@ one_file = st.lists(search_records(), min_size=1, max_size=3, unique_by=by_id)
 files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 
 
-@given(records=one_file)
-@files
-def test_a_search_file_comes_back_as_it_was_written(records: list[SearchRecord], tmp_path: Path):
-    file = tmp_path / "search.jsonl"
-    write_records(file, records, new_manifest("search", model={}, config={}))
-
-    assert read_search(file) == records
-
-
-@given(
-    records=st.lists(supervision_records(), min_size=1, max_size=3, unique_by=(by_id, by_question))
+several_targets = st.lists(
+    supervision_records(), min_size=1, max_size=3, unique_by=(by_id, by_question)
 )
-@files
-def test_a_supervision_file_comes_back_as_it_was_written(
-    records: list[SupervisionRecord], tmp_path: Path
-):
-    file = tmp_path / "supervision.jsonl"
-    write_records(file, records, new_manifest("supervision", model={}, config={}))
 
-    assert read_supervision(file) == records
+
+def written(folder: Path, records: list[Any], schema: str = "search") -> Path:
+    file = folder / f"{schema}.jsonl"
+    write_records(file, records, new_manifest(schema, model={}, config={}))
+    return file
+
+
+@given(records=one_file, targets=several_targets)
+@files
+def test_files_come_back_as_they_were_written(
+    records: list[SearchRecord], targets: list[SupervisionRecord], tmp_path: Path
+):
+    assert read_search(written(tmp_path, records)) == records
+    assert read_supervision(written(tmp_path, targets, "supervision")) == targets
 
 
 @given(records=one_file, data=st.data())
@@ -130,11 +128,9 @@ def test_a_supervision_file_comes_back_as_it_was_written(
 def test_a_file_cut_off_anywhere_is_refused(
     records: list[SearchRecord], data: st.DataObject, tmp_path: Path
 ):
-    file = tmp_path / "search.jsonl"
-    write_records(file, records, new_manifest("search", model={}, config={}))
+    file = written(tmp_path, records)
     whole = file.read_bytes()
     file.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
-
     with pytest.raises(RecordError, match=r"search\.jsonl"):
         read_search(file)
 
@@ -149,7 +145,6 @@ def test_without_a_manifest_a_file_cut_off_inside_a_line_is_refused(
     whole_lines = data.draw(st.integers(0, len(lines) - 1))
     part = lines[whole_lines][: data.draw(st.integers(1, len(lines[whole_lines]) - 2))]
     file.write_bytes(b"".join(lines[:whole_lines]) + part)
-
     with pytest.raises(RecordError, match=r"own\.jsonl"):
         read_search(file)
 
@@ -159,13 +154,11 @@ def test_without_a_manifest_a_file_cut_off_inside_a_line_is_refused(
 def test_a_file_changed_after_it_was_written_is_refused(
     records: list[SearchRecord], data: st.DataObject, tmp_path: Path
 ):
-    file = tmp_path / "search.jsonl"
-    write_records(file, records, new_manifest("search", model={}, config={}))
+    file = written(tmp_path, records)
     whole = bytearray(file.read_bytes())
     where = data.draw(st.integers(0, len(whole) - 1))
     whole[where] ^= data.draw(st.integers(1, 255))
     file.write_bytes(whole)
-
     with pytest.raises(RecordError):
         read_search(file)
 
@@ -197,7 +190,6 @@ def test_any_foreign_value_in_a_search_line_is_refused_or_understood(
     first = row["paths"][0]
     at = data.draw(st.sampled_from([row, first, *([first["retest"]] if first["retest"] else [])]))
     at[data.draw(st.sampled_from([*at]))] = data.draw(json_values)
-
     assert refused_or_understood(SearchRecord, row)
 
 
@@ -207,14 +199,12 @@ def test_any_foreign_value_in_a_supervision_line_is_refused_or_understood(
 ):
     row = json.loads(encode(record))
     row[data.draw(st.sampled_from([*row]))] = data.draw(json_values)
-
     assert refused_or_understood(SupervisionRecord, row)
 
 
 @given(filled, st.sampled_from(["train", "validation", "single", "own"]))
 def test_a_question_is_in_one_split_however_it_is_spaced_and_cased(question: str, origin: str):
     split = split_of(question, origin)
-
     assert split in {"search", "fit", "select", "test"}
     assert split_of(f"  {question}\n", origin) == split
     if question.isascii():

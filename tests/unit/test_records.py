@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,6 @@ def written(file: Path, *found: Any, schema: str = "search") -> Path:
 # --- splits ------------------------------------------------------------------------------------
 
 
-def shares(origin: str) -> dict[str, float]:
-    n = 4000
-    found = [split_of(f"Question number {number}?", origin) for number in range(n)]
-    return {split: found.count(split) / n for split in set(found)}
-
-
 @pytest.mark.parametrize(
     ("origin", "expected"),
     [
@@ -102,7 +97,9 @@ def shares(origin: str) -> dict[str, float]:
     ],
 )
 def test_questions_are_divided_by_where_they_come_from(origin: str, expected: dict[str, float]):
-    assert shares(origin) == pytest.approx(expected, abs=0.03)
+    found = Counter(split_of(f"Question number {number}?", origin) for number in range(4000))
+    shares = {split: number / found.total() for split, number in found.items()}
+    assert shares == pytest.approx(expected, abs=0.03)
 
 
 def test_a_question_stays_in_the_split_it_was_in_when_this_was_written():
@@ -144,7 +141,6 @@ def test_a_line_is_compact_utf_8_in_the_order_of_the_fields():
 def test_a_supervision_line_needs_question_decisions_and_answer_only():
     row = {"question": "What is ice?", "optimal_layer_config": [1, 0, 2], "answer": "water"}
     record = read_row({**row, "a column": 1}, SupervisionRecord)
-
     assert record.optimal_layer_config == (1, 0, 2)
     assert record.prompt == "What is ice?"
     assert (record.task, record.executions, record.improving) == ("own", 3.0, False)
@@ -152,31 +148,24 @@ def test_a_supervision_line_needs_question_decisions_and_answer_only():
     assert read_row({**row, "question": "b?"}, SupervisionRecord).id != record.id
 
 
-def without(key: str) -> dict[str, Any]:
-    row = search_row()
-    del row[key]
-    return row
-
-
 def spoiled(**values: Any) -> dict[str, Any]:
-    return search_row() | values
+    """A search line with other values; without those that are `...`."""
+    return {key: v for key, v in (search_row() | values).items() if v is not ...}
 
 
-def spoiled_path(number: int = 1, **values: Any) -> dict[str, Any]:
+def spoiled_path(**values: Any) -> dict[str, Any]:
     row = search_row()
-    row["paths"][number] |= values
+    row["paths"][1] |= values
     return row
 
 
 def spoiled_retest(**values: Any) -> dict[str, Any]:
-    row = search_row()
-    row["paths"][1]["retest"] |= values
-    return row
+    return spoiled_path(retest=search_row()["paths"][1]["retest"] | values)
 
 
 FULL = search_row()["paths"][0]
 BROKEN_SEARCH_ROWS = {
-    "no question": (without("question"), "`question`"),
+    "no question": (spoiled(question=...), "`question`"),
     "an unknown field": (spoiled(more=1), "`more`"),
     "an empty question": (spoiled(question="  "), "'question' is empty"),
     "a question that is no text": (spoiled(question=5), "`question`"),
@@ -267,10 +256,6 @@ def test_valid_paths_are_written_where_they_were_asked_for():
 # --- whole files -------------------------------------------------------------------------------
 
 
-def test_a_file_reads_as_it_was_written(tmp_path: Path):
-    assert read_search(written(tmp_path / "search.jsonl", RECORD, OTHER)) == [RECORD, OTHER]
-
-
 def test_a_file_of_version_1_in_which_the_kl_is_called_damage_is_read(tmp_path: Path):
     record = replace(
         RECORD,
@@ -290,7 +275,6 @@ def test_a_file_of_version_1_in_which_the_kl_is_called_damage_is_read(tmp_path: 
 def test_a_supervision_file_can_be_loaded_by_the_datasets_library(tmp_path: Path):
     datasets = pytest.importorskip("datasets")
     file = written(tmp_path / "supervision.jsonl", TARGET, schema="supervision")
-
     loaded = datasets.load_dataset(
         "json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache")
     )
@@ -314,16 +298,13 @@ def test_a_file_cut_off_at_any_byte_is_refused(two_lines: Path):
 
 
 def test_a_line_that_is_cut_off_is_named(two_lines: Path):
-    whole = two_lines.read_bytes()
-    two_lines.write_bytes(whole[:-20])
-
+    two_lines.write_bytes(two_lines.read_bytes()[:-20])
     with pytest.raises(RecordError, match=r"search\.jsonl, line 2: cut off"):
         read_search(two_lines)
 
 
 def test_a_file_that_lost_whole_lines_is_refused_unless_it_is_ones_own(two_lines: Path):
     two_lines.write_bytes(encode(RECORD) + b"\n")
-
     with pytest.raises(RecordError, match="was changed or cut off after it was written"):
         read_search(two_lines)
     manifest_path(two_lines).unlink()
@@ -344,30 +325,19 @@ def test_a_file_that_lost_whole_lines_is_refused_unless_it_is_ones_own(two_lines
 def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes, message: str):
     file = tmp_path / "foreign.jsonl"
     file.write_bytes(content)
-
     with pytest.raises(RecordError, match=message):
         read_search(file)
 
 
 def test_a_question_that_stands_twice_is_refused_with_both_lines(tmp_path: Path):
     file = written(tmp_path / "search.jsonl", RECORD, OTHER, RECORD)
-
     with pytest.raises(RecordError, match=r"line 3: question 'q1' .* is in line 1 already"):
         read_search(file)
 
 
 def test_one_id_in_two_tasks_is_two_questions(tmp_path: Path):
-    other = replace(RECORD, task="more facts")
-
-    assert len(read_search(written(tmp_path / "search.jsonl", RECORD, other))) == 2
-
-
-def test_targets_of_two_depths_are_refused(tmp_path: Path):
-    other = replace(TARGET, id="q2", optimal_layer_config=(1, 1), executions=2.0)
-    file = written(tmp_path / "supervision.jsonl", TARGET, other, schema="supervision")
-
-    with pytest.raises(RecordError, match=r"line 2: 'optimal_layer_config' has 2 layers, .*line 1"):
-        read_supervision(file)
+    records = [RECORD, replace(RECORD, task="more facts")]
+    assert read_search(written(tmp_path / "search.jsonl", *records)) == records
 
 
 @pytest.mark.parametrize("question", ["What is ice?", "  what is\n ICE?"])
@@ -375,7 +345,6 @@ def test_two_targets_of_one_question_are_refused_with_both_lines(tmp_path: Path,
     between = replace(TARGET, id="q2", question="What is steam?")
     other = replace(TARGET, id="q3", question=question, **SHORTER)
     file = written(tmp_path / "supervision.jsonl", TARGET, between, other, schema="supervision")
-
     with pytest.raises(
         RecordError, match=r"line 3: .*line 1 has the same question with another target .*q3"
     ):
@@ -384,14 +353,13 @@ def test_two_targets_of_one_question_are_refused_with_both_lines(tmp_path: Path,
 
 @pytest.mark.parametrize(
     "changes",
-    [{"id": "q2"}, {"task": "more", "optimal_layer_config": (1, 1, 0), "executions": 2.0}],
+    [{"id": "q2"}, {"task": "more", **SHORTER}],
 )
 def test_one_target_twice_and_one_question_in_two_tasks_are_accepted(
     tmp_path: Path, changes: dict[str, Any]
 ):
     other = replace(TARGET, **changes)
     file = written(tmp_path / "supervision.jsonl", TARGET, other, schema="supervision")
-
     assert read_supervision(file) == [TARGET, other]
 
 
@@ -418,9 +386,7 @@ def test_joined_files_have_the_targets_of_all_and_copies_once(
     tmp_path: Path, changes: dict[str, Any], number: int
 ):
     files = two_files(tmp_path, **changes)
-
     joined = join_supervision(files)
-
     assert joined[0] == TARGET
     assert joined[1:] == read_supervision(files[1])[: number - 1]
 
@@ -428,18 +394,11 @@ def test_joined_files_have_the_targets_of_all_and_copies_once(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (
-            {"optimal_layer_config": (1, 1, 0), "executions": 2.0},
-            "differ in 'optimal_layer_config' of question 'q1'",
-        ),
+        (SHORTER, "differ in 'optimal_layer_config' of question 'q1'"),
         ({"prompt": "ice?"}, "differ in 'prompt' of question 'q1' of task 'facts'"),
         ({"question": "What is steam?"}, "differ in 'question' of question 'q1'"),
         (
-            {
-                "id": "q2",
-                "question": " what IS ice?",
-                **SHORTER,
-            },
+            {"id": "q2", "question": " what IS ice?", **SHORTER},
             r"same question with another target \(ids 'q2' and 'q1' of task 'facts'\)",
         ),
         (
@@ -452,14 +411,12 @@ def test_files_that_contradict_one_another_are_not_joined(
     tmp_path: Path, changes: dict[str, Any], says: str
 ):
     first, other = two_files(tmp_path, **changes)
-
     with pytest.raises(RecordError, match=f"{other}.*{says}"):
         join_supervision([first, other])
 
 
 def test_a_file_is_not_joined_with_itself(tmp_path: Path):
     file, _ = two_files(tmp_path)
-
     with pytest.raises(RecordError, match="given twice"):
         join_supervision([file, file.parent / ".." / file.parent.name / file.name])
 
@@ -479,7 +436,6 @@ def test_a_manifest_tells_where_a_file_comes_from(tmp_path: Path):
         extra={"prompt_hash": "abc"},
     )
     write_records(file, [RECORD], about)
-
     stored = read_manifest(file, "search")
     assert stored is not None
     assert (stored["schema"], stored["schema_version"]) == ("drllm.search", SCHEMA_VERSION)
@@ -495,7 +451,6 @@ def test_inputs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path):
     for number, file in enumerate(files):
         file.parent.mkdir()
         file.write_text(f"{number}\n")
-
     inputs = new_manifest("supervision", model={}, config={}, inputs=files)["inputs"]
     assert inputs == {str(file): sha256(file) for file in files}
 
@@ -518,7 +473,6 @@ def test_inputs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path):
 )
 def test_a_manifest_that_cannot_be_trusted_is_refused(two_lines: Path, text: str, message: str):
     manifest_path(two_lines).write_text(text)
-
     with pytest.raises(RecordError, match=message):
         read_search(two_lines)
 
@@ -526,18 +480,12 @@ def test_a_manifest_that_cannot_be_trusted_is_refused(two_lines: Path, text: str
 # --- writing -----------------------------------------------------------------------------------
 
 
-def test_writing_makes_the_folder_and_leaves_nothing_else_in_it(tmp_path: Path):
-    written(tmp_path / "new" / "folder" / "search.jsonl", RECORD)
-
-    names = sorted(file.name for file in (tmp_path / "new" / "folder").iterdir())
-    assert names == ["search.jsonl", "search.manifest.json"]
-
-
-def test_a_written_file_may_be_read_by_whoever_may_read_new_files(tmp_path: Path):
+def test_writing_makes_a_folder_with_two_files_that_who_may_read_new_files_may_read(tmp_path: Path):
     plain = tmp_path / "plain.txt"
     plain.write_text("x")
-    file = written(tmp_path / "search.jsonl", RECORD)
-
+    file = written(tmp_path / "new" / "folder" / "search.jsonl", RECORD)
+    names = sorted(each.name for each in file.parent.iterdir())
+    assert names == ["search.jsonl", "search.manifest.json"]
     assert file.stat().st_mode == plain.stat().st_mode
 
 
@@ -574,7 +522,6 @@ def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_written(
     tmp_path: Path, name: str
 ):
     (tmp_path / name).mkdir()
-
     with pytest.raises(RecordError, match=f"{name}: it is a folder"):
         written(tmp_path / "search.jsonl", RECORD)
     assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -57,7 +57,6 @@ def test_a_start_without_a_chunk_leaves_nothing(tmp_path: Path) -> None:
     kept.expect("arc", {"questions_sha256": "bb"})
     assert kept.get("a", int) is None
     assert list(tmp_path.iterdir()) == []
-    kept.remove()
 
 
 @pytest.mark.parametrize(
