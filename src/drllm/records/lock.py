@@ -19,13 +19,7 @@ from drllm.errors import RecordError
 def only_writer(folder: Path, stage: str, flag: str) -> Iterator[None]:
     """Be the only run of a stage that writes to a folder, made if need be, while the block runs.
 
-    Args:
-        folder: Where to.
-        stage: What is run (`search`, `training`); the lock file is called after it.
-        flag: By which another folder can be chosen, for the message.
-
-    Raises:
-        RecordError: Another run is writing there, or the folder can't be written.
+    Where another is writing, it is refused, naming the `flag` by which another folder is chosen.
     """
     path = folder / f".{stage}.lock"
     lock = FileLock(path, timeout=0)

@@ -45,9 +45,6 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     libraries: dict[str, str]
 
 
-# --- eval/TASK.json ----------------------------------------------------------------------------
-
-
 class Flops(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """FLOPs of reading a prompt: products with weights, and what grows with its square."""
 
@@ -212,9 +209,6 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def system(self, name: str) -> System | None:
         """Return the system of that name, if it was evaluated."""
         return next((system for system in self.systems if system.name == name), None)
-
-
-# --- eval/samples.jsonl ------------------------------------------------------------------------
 
 
 class Outcome(

@@ -241,14 +241,8 @@ def refuse_other_run(
 ) -> None:
     """Refuse to go on from, or to replace, what a run of another identity has made.
 
-    Args:
-        what: What was made, for the message ("the search in OUT").
-        stored: The identity that was stored with it.
-        wanted: The identity of this run.
-        remedy: What to do, for the message.
-
-    Raises:
-        ConfigError: They differ; the message says in what.
+    The ConfigError names what was made ("the search in OUT"), in what the identities differ, and
+    the remedy.
     """
     if found := differences(stored, wanted):
         more = f" and {len(found) - MAXIMUM_SAID} more" if len(found) > MAXIMUM_SAID else ""

@@ -108,10 +108,8 @@ def read_supervision(path: Path | str) -> list[SupervisionRecord]:
 def join_supervision(paths: Sequence[Path]) -> list[SupervisionRecord]:
     """Read several `supervision.jsonl` files as one, in this order.
 
-    A target that stands in two of them counts once.
-
-    Args:
-        paths: The files, at least one; the shards of a search, say, or those of other tasks.
+    They may be the shards of a search, say, or those of other tasks. A target that stands in two
+    of them counts once.
 
     Raises:
         RecordError: What `read_records` refuses of one file; a file named twice; targets of

@@ -44,10 +44,7 @@ def identity_of(
 ) -> dict[str, Any]:
     """Return what must be equal for two trainings (of one seed and round) to be the same one.
 
-    Args:
-        config: The settings.
-        base_identity: The base model's.
-        targets: Hash of the questions and their targets, from `digest`.
+    `targets` is the hash from `digest`.
     """
     return {
         "settings": config.decisive(),

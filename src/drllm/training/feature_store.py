@@ -142,8 +142,6 @@ class Store:
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
-    # --- the file ------------------------------------------------------------------------------
-
     def _lay_out(self, shape: Shape) -> None:
         """Work out where things lie: a header of safetensors, `filled`, then the rows."""
         dtype, name = DTYPES[self.dtype]
@@ -224,8 +222,6 @@ class Store:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
             self.means = torch.from_numpy(rows).view(dtype)
-
-    # --- space ---------------------------------------------------------------------------------
 
     def _missing(self) -> int:
         return int((self.filled == NOT_DONE).sum())

@@ -22,11 +22,8 @@ def class_weights(counts: Sequence[float], beta: float) -> tuple[float, ...]:
     can meet that weight; it only prices the labels of a held-out part that has the class.
 
     Args:
-        counts: Labels of each class; soft targets give fractions.
+        counts: Labels of each class, one above 0; soft targets give fractions.
         beta: β in [0, 1); 0 gives equal weights, values near 1 inverse frequencies.
-
-    Raises:
-        ValueError: No class has a label.
 
     Source: Cui et al. 2019 (arXiv 1901.05555), section 3; Dr.LLM section 3.3.
 
@@ -46,14 +43,11 @@ def class_weights(counts: Sequence[float], beta: float) -> tuple[float, ...]:
 
 
 def log_priors(counts: Tensor) -> Tensor:
-    """Return the logarithm of how frequent each decision is at each layer, up to a constant.
+    """Return the logarithm of how frequent each decision is among the labels `[L, C]` of a layer.
 
     A class without labels at a layer gets the frequency of the layer's commonest: its logit is
     then pushed down as without adjustment. With log 0, or that of a rare class, next to nothing
     would push it, and it could win where the adjustment is gone, in routing.
-
-    Args:
-        counts: `[L, C]` labels of each layer.
 
     Example:
         >>> log_priors(torch.tensor([[1.0, 4.0, 0.0]])).exp()
@@ -70,13 +64,10 @@ def focal_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float)
     gives it: 1 for the label alone, or a distribution. The weights are not divided out.
 
     Args:
-        logits: `[..., C]`.
-        targets: `[..., C]`: q, in the dtype of the logits.
+        logits: `[..., C]`; the losses `[...]` are in their dtype.
+        targets: `[..., C]`: q.
         weights: `[C]`, from `class_weights`.
         gamma: γ; 0 gives weighted cross-entropy.
-
-    Returns:
-        `[...]`, in the dtype of the logits.
 
     Source: Lin et al. 2017 (arXiv 1708.02002), equation 5; Dr.LLM section 3.3. The sum over
         soft targets is ours.

@@ -51,11 +51,8 @@ def say_what_is_new(features: Features, own: Features, config: TrainConfig, numb
     """
     if own.rejected:
         logger.warning(
-            "along the routes of round %d, %d of %d targets are left out (%s)",
-            number - 1,
-            len(own.rejected),
-            features.num_targets,
-            reasons_of(own.rejected),
+            f"along the routes of round {number - 1}, {len(own.rejected)} of "
+            f"{features.num_targets} targets are left out ({reasons_of(own.rejected)})"
         )
     trained, _ = divide(own.questions, config, features.num_targets)
     names = zip(features.questions, features.tasks, strict=True)
@@ -66,11 +63,8 @@ def say_what_is_new(features: Features, own: Features, config: TrainConfig, numb
     changed = len(trained) - int(alike.sum())
     if changed < FEW * len(trained):
         logger.warning(
-            "along the routes of round %d only %d of %d targets that are trained on are read "
-            "otherwise than along their target paths, which the routers follow there already, so "
-            "round %d has little to teach; give fewer epochs, dropout or more targets",
-            number - 1,
-            changed,
-            len(trained),
-            number,
+            f"along the routes of round {number - 1} only {changed} of {len(trained)} targets that "
+            f"are trained on are read otherwise than along their target paths, which the routers "
+            f"follow there already, so round {number} has little to teach; give fewer epochs, "
+            f"dropout or more targets"
         )

@@ -34,9 +34,6 @@ def hold_out(
         seed: Another seed holds out others.
         num_targets: How many targets there are; fewer than N where the rest are the same again.
 
-    Returns:
-        The indices of the trained and of the held-out targets.
-
     Source: ours.
     """
     everything = list(range(len(questions)))

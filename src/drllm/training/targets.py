@@ -33,13 +33,9 @@ MAXIMUM_SET_ASIDE = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Targets:
-    """Targets that the base model can run, in the order of the file.
+    """Targets that the base model can run, with their tokens, in the order of the file.
 
-    Attributes:
-        records: `[N]`.
-        prompts: `[N]`: the tokens of each, `[T]`, at least one.
-        rejected: Targets that were set aside.
-        total: All targets of the file.
+    `rejected` are those that were set aside, `total` is the number of both.
     """
 
     records: list[SupervisionRecord]

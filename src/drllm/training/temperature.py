@@ -35,11 +35,8 @@ BINS = 15
 def measure(routers: RouterStack, trainer: Trainer) -> Calibration | None:
     """Compare what routers say of the held-out examples with their targets, soft ones too.
 
-    Class weights, focal exponent and logit adjustment play no part in it, as in routing.
-
-    Args:
-        routers: Trained by the trainer, on the CPU.
-        trainer: Its examples, targets and held-out rows are taken; without any, None is returned.
+    Class weights, focal exponent and logit adjustment play no part in it, as in routing. The
+    routers are on the CPU; where the trainer has held nothing out, None is returned.
     """
     if not trainer.held_out:
         return None
@@ -121,7 +118,7 @@ def reliability(confidence: Tensor, hits: Tensor) -> tuple[Bin, ...]:
         hits: `[M]`: the share that the target gives to what was decided; 0 or 1 for labels.
 
     Returns:
-        The bins, the least confident first; fewer than `BINS` where there are fewer decisions.
+        At most `BINS` bins, the least confident first.
 
     Source: Nixon et al. 2019 (arXiv 1904.01685) for equal mass; sharing ties is ours.
     """

@@ -35,11 +35,7 @@ class _Run(msgspec.Struct, frozen=True):
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that accelerate doesn't know or whose package isn't there.
-
-    Raises:
-        ConfigError: Naming the tracker, and what to give or install instead.
-    """
+    """Refuse trackers that accelerate doesn't know or whose package isn't there."""
     if not names:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -91,13 +87,8 @@ class Tracking:
 def tracked(names: Sequence[str], trainer: Trainer, output: Path) -> Iterator[Tracking]:
     """Start trackers, or resume their runs with an unfinished training, for a block.
 
-    Args:
-        names: Of trackers that `check_trackers` has let pass.
-        trainer: The training, at its beginning or where it resumes.
-        output: The routers' folder, which keeps what trackers write here.
-
-    Raises:
-        ConfigError: A tracker that isn't able to start.
+    What trackers write on this machine lies in the routers' folder. One that isn't able to start
+    raises ConfigError.
     """
     if not names:
         yield Tracking(trainer, [])
