@@ -3,9 +3,6 @@
 An edit turns layers that are executed once into skipped or repeated ones and nothing else. So a
 layer is changed at most once on the way from the full path: there are no edits that change
 nothing, no cycles, no counts above 2, and every decision vector within the budget can be reached.
-Loads no torch.
-
-Axes: L layers.
 """
 
 from __future__ import annotations
@@ -20,17 +17,12 @@ MAX_SKIPPED_AT_ONCE = 2
 class Action(NamedTuple):
     """One edit: set neighbouring layers, each executed once so far, to another decision.
 
-    Attributes:
-        layer: The first layer it changes.
-        span: How many neighbouring layers it changes: 1, or 2 for a skip.
-        decision: What they become: `Decision.SKIP` or `Decision.REPEAT`.
-
     Source: Dr.LLM section 3.1 (skip one or two neighbouring layers, repeat one).
     """
 
-    layer: int
-    span: int
-    decision: Decision
+    layer: int  # the first one
+    span: int  # 1, or 2 for a skip
+    decision: Decision  # `SKIP` or `REPEAT`
 
     def __str__(self) -> str:
         last = self.layer + self.span - 1
@@ -39,14 +31,9 @@ class Action(NamedTuple):
 
 
 def legal_actions(decisions: Decisions, limit: int) -> tuple[Action, ...]:
-    """List the edits that decisions allow.
+    """List the edits that valid decisions allow, for paths of at most `limit` executions.
 
-    Args:
-        decisions: `[L]`, valid.
-        limit: Maximum executions of the edited path, from `cost.max_executions`.
-
-    Returns:
-        Single skips, then double skips, then repeats, each by layer. Empty where no edit is left.
+    Single skips come first, then double skips, then repeats, each by layer.
 
     Example:
         >>> [str(action) for action in legal_actions((1, 1, 0), limit=3)]

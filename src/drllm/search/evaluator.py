@@ -30,7 +30,7 @@ WRONG_ANSWERS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How one path fared on one question.
+    """How one path fared on one question; see `TriedPath`.
 
     Attributes:
         reward: In [0, 1].
@@ -39,9 +39,7 @@ class Outcome:
         tokens: Those of the answer, without the end-of-sequence token.
         logprob: Mean log-probability of the answer's tokens (with the end of sequence), in nats;
             None when choices were scored, and where it isn't finite.
-        kl: Mean KL divergence from the full path's next-token distributions to the path's,
-            over the prompt's tokens, in nats a token; None where it wasn't asked for or isn't
-            finite.
+        kl: In nats a token; None where it wasn't asked for or isn't finite.
     """
 
     reward: float
@@ -54,20 +52,12 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A prompt as the model reads it.
-
-    Attributes:
-        prompt: What is asked.
-        text: With the chat template, where it is sent through one.
-        tokens: Of the text.
-        continuations: Tokens of the options to score; of a prompt that is answered by generating,
-            those of the right answer alone.
-    """
+    """A prompt as the model reads it: with the chat template, where it is sent through one."""
 
     prompt: Prompt
     text: str
     tokens: list[int]
-    continuations: list[list[int]]
+    continuations: list[list[int]]  # the options; the right answer where one is generated
 
     def reads_like(self, prompt: Prompt) -> bool:
         """Tell whether a prompt puts the same before the model, and only judges it otherwise."""

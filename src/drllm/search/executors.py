@@ -1,13 +1,10 @@
-"""Who searches the batches: what every executor offers, and the one in this process.
-
-The executor on Ray is in `ray`.
-"""
+"""Who searches the batches: this process; another that offers the same is on Ray, in `ray`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from drllm.config import SearchConfig
 from drllm.errors import ConfigError, TaskError
@@ -22,46 +19,18 @@ OnShare = Callable[[Batch, float, int], None]
 """Called within a batch with the share of it that is done, and its paths tried now."""
 
 
-class Executor(Protocol):
-    """One or more copies of the base model that search batches.
-
-    Attributes:
-        identity: Which base model, for the manifest.
-        runtime: How it runs; another dtype, say, is another search.
-    """
-
-    identity: Mapping[str, Any]
-    runtime: Mapping[str, Any]
-
-    def texts(self, prompts: Sequence[Prompt]) -> list[str | None]:
-        """Return what the model reads of each prompt; None where its template refuses it."""
-
-    def search(
-        self,
-        batches: Iterable[Batch],
-        config: SearchConfig,
-        chunks: Chunks | None = None,
-        on_share: OnShare | None = None,
-    ) -> Iterator[tuple[Batch, Searched]]:
-        """Search batches, and hand each over as soon as it is done, in any order.
-
-        Batches are taken when there is somebody to search them, not before.
-
-        Args:
-            batches: What to search.
-            config: Settings of the search.
-            chunks: Where what is done of a batch is kept, under `key_of`.
-            on_share: See `OnShare`; only executors that search one batch at a time call it.
-        """
-
-
 def key_of(batch: Batch) -> str:
     """Return the key under which a batch is kept."""
     return f"batch {batch.number}"
 
 
 class LocalExecutor:
-    """Searches in this process, one batch after the other; see `Executor`.
+    """Searches in this process, one batch after the other.
+
+    Args:
+        routed: The model, made with its tokenizer.
+        identity: Which base model it is, for the manifest.
+        runtime: How it runs; another dtype, say, is another search.
 
     Raises:
         TaskError: A model without its tokenizer.
@@ -93,7 +62,14 @@ class LocalExecutor:
         chunks: Chunks | None = None,
         on_share: OnShare | None = None,
     ) -> Iterator[tuple[Batch, Searched]]:
-        """Search batches in order."""
+        """Search batches, and hand each over as soon as it is done.
+
+        Args:
+            batches: Taken when there is somebody to search them, not before.
+            config: Settings of the search.
+            chunks: Where what is done of a batch is kept, under `key_of`.
+            on_share: See `OnShare`.
+        """
         for batch in batches:
             parts = None if chunks is None else chunks.within(key_of(batch))
             on_round = None if on_share is None else partial(on_share, batch)

@@ -56,13 +56,7 @@ class Worker:
     """A process with a copy of the base model; Ray makes it an actor."""
 
     def load(self, model: ModelConfig, num_threads: int, num_sharing: int) -> Ready:
-        """Load the base model and route it.
-
-        Args:
-            model: Which, and how.
-            num_threads: Threads that torch may use.
-            num_sharing: Workers that share the memory that the model is in, this one included.
-        """
+        """Load the base model and route it; so many workers share the memory that it is in."""
         torch.set_num_threads(num_threads)
         share_memory(num_sharing)
         with quiet():
@@ -83,23 +77,16 @@ class Worker:
 
 @dataclass(eq=False)
 class Seat:
-    """A device's place: the worker that has it now, and what that worker has to do.
-
-    Attributes:
-        worker: Ray's handle of it.
-        starting: Ray's promise that it has loaded the model; None once it has.
-        pid: Of its process, once it has loaded the model.
-        jobs: Promised results with their batches, in the order in which they are done.
-    """
+    """A device's place: the worker that has it now, and its promised results, the next first."""
 
     worker: Any
-    starting: Any
-    pid: int | None = None
+    starting: Any  # Ray's promise that the model is loaded; None once it is
+    pid: int | None = None  # of the process, once it is
     jobs: deque[tuple[Any, Batch]] = field(default_factory=deque)
 
 
 class RayExecutor:
-    """Searches batches on Ray, one worker a device; a context manager, and an `Executor`.
+    """Searches batches on Ray, one worker a device, as `LocalExecutor` does; a context manager.
 
     A worker that dies is replaced, and what it had to do is searched again: its records are the
     same, wherever and however often a batch is searched.
@@ -182,7 +169,7 @@ class RayExecutor:
         chunks: Chunks | None = None,
         on_share: OnShare | None = None,
     ) -> Iterator[tuple[Batch, Searched]]:
-        """Search batches on all workers.
+        """Search batches on all workers, and hand them over in any order.
 
         The caller's pace is the limit: no more batches are out than the workers can hold. Workers
         of a cluster keep nothing of a batch under way: they may not see the folder.
@@ -382,13 +369,13 @@ class Jobs:
 
 
 def connect(ray: Any, address: str | None, num_workers: int | None) -> None:
-    """Start Ray on this machine, or join a cluster.
+    """Start Ray on this machine, with cores for so many workers at least, or join a cluster.
 
     Args:
         ray: The package.
         address: HOST:PORT of a cluster, or `auto` for the one that `RAY_ADDRESS` names or Ray
             finds on this machine; None starts Ray here.
-        num_workers: That it is to have cores for, at least, where it is started here.
+        num_workers: None for as many as there are cores.
 
     Raises:
         ConfigError: An address that is none, or at which there is no cluster.

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from drllm.config import ModelConfig, SearchConfig
 from drllm.errors import ConfigError, RecordError, TaskError
-from drllm.listener import Listener, OnProgress
+from drllm.listener import Listener
 from drllm.models.base.hub import quiet
 from drllm.models.base.load import as_base_model, load
 from drllm.models.routing.routed_model import RoutedModel
@@ -37,10 +37,15 @@ from drllm.records import (
 from drllm.records.search import SearchRecords
 from drllm.search import CHUNKS_FOLDER, FAILED_FILE, SEARCH_FILE
 from drllm.search.batch import Searched, search_in_step
-from drllm.search.executors import Executor, LocalExecutor, key_of
+from drllm.search.executors import LocalExecutor, key_of
 from drllm.search.questions import Batch, SearchQuestion, batches_of, questions_of
 from drllm.supervision.rules import is_improving, survived
 from drllm.tasks.base import Example, Task
+
+if TYPE_CHECKING:
+    from drllm.search.ray import RayExecutor
+
+    Executor = LocalExecutor | RayExecutor
 
 HOPELESS = 16
 """Questions that may fail before the first one succeeds; then something else is wrong."""
@@ -112,22 +117,19 @@ def executor_of(
             workers = RayExecutor(model, num_workers=config.num_workers, address=config.ray_address)
         with workers:
             yield workers
-    elif isinstance(model, ModelConfig):
-        with quiet():
+        return
+    with ExitStack() as stack:
+        if isinstance(model, ModelConfig):
+            stack.enter_context(quiet())
             with listener.busy(f"loading {model.model}"):
-                base = load(model)
-            with executor_of(base, config, tokenizer=tokenizer, listener=listener) as local:
-                yield local
-    elif isinstance(model, RoutedModel):
-        base = as_base_model(model.model, tokenizer or model.tokenizer)
-        yield LocalExecutor(model, base.identity, base.runtime)
-    else:
-        base = as_base_model(model, tokenizer)
-        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-        try:
-            yield LocalExecutor(routed, base.identity, base.runtime)
-        finally:
-            routed.detach()
+                model = load(model)
+        if isinstance(model, RoutedModel):
+            routed, base = model, as_base_model(model.model, tokenizer or model.tokenizer)
+        else:
+            base = as_base_model(model, tokenizer)
+            routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+            stack.callback(routed.detach)
+        yield LocalExecutor(routed, base.identity, base.runtime)
 
 
 def run_search(
@@ -219,73 +221,60 @@ def _search(
     _show_prompts(questions, listener)
     results: list[Searched] = []
     todo: list[Batch] = []
-    total = len(questions)
+    num: Counter[str] = Counter()
+    total, started = len(questions), time.monotonic()
+
     with listener.progress("searching", "questions") as on_progress:
-        progress = _Progress(on_progress, total)
+
+        def report(batch: Batch, share: float = 0.0, num_paths: int = 0) -> None:
+            """Say how far the search is; of a batch under way, which share, with so many paths."""
+            note = batch.task
+            if new := num["paths"] - num["old paths"] + num_paths:
+                note += f", {new / max(time.monotonic() - started, 1e-9):.1f} paths a second"
+            if num["done"]:
+                valid, improving = (
+                    100 * num[what] / num["done"] for what in ("valid", "improving")
+                )
+                note += f", {valid:.0f} % valid, {improving:.0f} % improving"
+            on_progress(num["done"] + share * len(batch.questions), total, note)
+
+        def add(batch: Batch, found: Searched) -> None:
+            results.append(found)
+            num["done"] += len(batch.questions)
+            num["failed"] += len(found.failed)
+            for record in found.records:
+                kept = [path for path in record.paths if survived(path)]
+                num["paths"] += len(record.paths)
+                num["valid"] += bool(kept)
+                num["improving"] += any(is_improving(path, record) for path in kept)
+            report(batch)
+
         for batch in batches:
             kept = None if chunks is None else chunks.get(key_of(batch), Searched)
             ids = kept and sorted(one.id for one in (*kept.records, *kept.failed))
-            if kept is None or ids != sorted(question.example.id for question in batch.questions):
+            if kept is not None and ids == sorted(one.example.id for one in batch.questions):
+                add(batch, kept)
+            else:
                 todo.append(batch)
-                continue
-            results.append(kept)
-            progress.add(batch, kept)
-        progress.num_old_paths = progress.num_paths
-        for batch, result in executor.search(todo, config, chunks, progress.report):
+        num["old paths"] = num["paths"]
+        for batch, result in executor.search(todo, config, chunks, report):
             if chunks is not None:
                 chunks.put(key_of(batch), result)
-            results.append(result)
-            progress.add(batch, result)
-            if progress.num_failed == progress.num_done >= min(HOPELESS, total):
+            add(batch, result)
+            if num["failed"] == num["done"] >= min(HOPELESS, total):
                 if chunks is not None:
                     chunks.remove()
                 raise TaskError(
-                    f"none of the first {progress.num_done} questions could be searched; the last "
+                    f"none of the first {num['done']} questions could be searched; the last "
                     f"one: {result.failed[-1].error}"
                 )
     places = {(one.task, one.example.id): one.place for one in questions}
+    records = [record for result in results for record in result.records]
+    failed = [one for result in results for one in result.failed]
     return (
-        sorted(
-            itertools.chain.from_iterable(result.records for result in results),
-            key=lambda record: places[record.task, record.id],
-        ),
-        sorted(
-            itertools.chain.from_iterable(result.failed for result in results),
-            key=lambda failed: places[failed.task, failed.id],
-        ),
+        sorted(records, key=lambda record: places[record.task, record.id]),
+        sorted(failed, key=lambda one: places[one.task, one.id]),
     )
-
-
-class _Progress:
-    """Counts what is done and found, and says so."""
-
-    def __init__(self, on_progress: OnProgress, total: int) -> None:
-        self._on_progress = on_progress
-        self._total = total
-        self._started = time.monotonic()
-        self._num_valid = self._num_improving = 0
-        self.num_done = self.num_failed = self.num_paths = self.num_old_paths = 0
-
-    def add(self, batch: Batch, found: Searched) -> None:
-        self.num_done += len(batch.questions)
-        self.num_failed += len(found.failed)
-        for record in found.records:
-            kept = [path for path in record.paths if survived(path)]
-            self.num_paths += len(record.paths)
-            self._num_valid += bool(kept)
-            self._num_improving += any(is_improving(path, record) for path in kept)
-        self.report(batch)
-
-    def report(self, batch: Batch, share: float = 0.0, num_paths: int = 0) -> None:
-        """Say how far the search is; of a batch under way, which share, with so many paths."""
-        note = batch.task
-        if new := self.num_paths - self.num_old_paths + num_paths:
-            elapsed = max(time.monotonic() - self._started, 1e-9)
-            note += f", {new / elapsed:.1f} paths a second"
-        if self.num_done:
-            valid, improving = self._num_valid / self.num_done, self._num_improving / self.num_done
-            note += f", {100 * valid:.0f} % valid, {100 * improving:.0f} % improving"
-        self._on_progress(self.num_done + share * len(batch.questions), self._total, note)
 
 
 def _show_prompts(questions: Sequence[SearchQuestion], listener: Listener) -> None:
@@ -305,30 +294,17 @@ def _show_prompts(questions: Sequence[SearchQuestion], listener: Listener) -> No
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskForecast:
-    """What one task will take, at most: a stop rule may end questions early.
-
-    Attributes:
-        task: The task's name.
-        questions: To be searched.
-        paths: To be tried, full paths included.
-        executions: That these paths and their re-tests ask for; those that paths share are run
-            once.
-        seconds: On the device that was measured.
-        size_bytes: Of the records.
-        sample_questions: Those that were searched to measure.
-        sample_paths: Those that were tried to measure.
-        prompt: One prompt as the model reads it.
-    """
+    """What one task will take, at most: a stop rule may end questions early."""
 
     task: str
     questions: int
-    paths: int
-    executions: float
-    seconds: float
-    size_bytes: float
-    sample_questions: int
-    sample_paths: int
-    prompt: str
+    paths: int  # full paths included
+    executions: float  # of paths and re-tests; those that paths share are run once
+    seconds: float  # on the device that was measured
+    size_bytes: float  # of the records
+    sample_questions: int  # searched to measure
+    sample_paths: int  # tried to measure
+    prompt: str  # one, as the model reads it
 
 
 def forecast(

@@ -52,17 +52,14 @@ _SAME_MODEL = ("fingerprint", "num_layers", "hidden_size", "class")
 
 
 class Supervision(tuple[SupervisionRecord, ...]):
-    """The targets, one per question that has one, in order; and what became of the others.
-
-    Attributes:
-        reasons: One per question: why it has no target, None where it has one.
-        summary: Counts, as `summarise` describes them.
-        rewards: The rewards that the prompts of the targets were made for, by name.
-    """
+    """The targets, one per question that has one, in order; and what became of the others."""
 
     reasons: tuple[str | None, ...]
+    """One per question: why it has no target, None where it has one."""
     summary: dict[str, Any]
+    """Counts, as `summarise` describes them."""
     rewards: tuple[str, ...]
+    """Those that the prompts of the targets were made for, by name."""
 
 
 def supervise(
@@ -94,8 +91,14 @@ def supervise(
     if searches and isinstance(searches[0], SearchRecord):
         searches = [SearchRecords.of(searches)]  # type: ignore[arg-type]
     given: list[Any] = [Path(one) if isinstance(one, str) else one for one in searches]
-    files = [one.file if isinstance(one, SearchRecords) else one for one in given]
-    _check_names([file for file in files if file is not None], output)
+    named = [one.file if isinstance(one, SearchRecords) else one for one in given]
+    files = [file.resolve() for file in named if file is not None]
+    for file in files:
+        if files.count(file) > 1:
+            raise RecordError(f"{file} is given twice; name each search file once")
+    for file in () if output is None else (output, rejected_path(output)):
+        if file.resolve() in files:
+            raise RecordError(f"{file} is both read and written; choose another output file")
     if not given:
         raise RecordError("no search file is given; name at least one search.jsonl")
     read_quotas(config.quotas)  # what can't be read is refused before large files are
@@ -235,16 +238,6 @@ def _supervision_record(
 
 
 # --- what is refused, and what the manifest says of each file -------------------------------------
-
-
-def _check_names(files: Sequence[Path], output: Path | None) -> None:
-    named = [file.resolve() for file in files]
-    for file in files:
-        if named.count(file.resolve()) > 1:
-            raise RecordError(f"{file} is given twice; name each search file once")
-    for file in () if output is None else (output, rejected_path(output)):
-        if file.resolve() in named:
-            raise RecordError(f"{file} is both read and written; choose another output file")
 
 
 def _without_targets(summary: Mapping[str, Any]) -> str:

@@ -45,7 +45,6 @@ class PathSearch(ABC):
 
     Attributes:
         tried: Every path whose reward is known, in that order, the full path first.
-        num_simulations_done: Simulations finished so far.
         own_settings: Settings of `SearchConfig` that no other strategy reads.
     """
 
@@ -69,8 +68,8 @@ class PathSearch(ABC):
             maximum: At least 1; with 1, each path is chosen knowing the rewards of all others.
 
         Returns:
-            Distinct paths that were never returned before. None when the search is over, or when
-            nothing can be chosen before the reward of a path in flight is known.
+            Paths never returned before; none when the search is over, or when nothing can be chosen
+            before the reward of a path in flight is known.
         """
         if maximum < 1:
             raise ValueError(f"can't return {maximum} paths; ask for at least 1")

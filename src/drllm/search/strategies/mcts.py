@@ -26,25 +26,15 @@ EDITS_DRAWN = 8
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """One decision vector. Everything that leads to it shares its statistics.
-
-    Attributes:
-        decisions: `[L]`.
-        executions: Their cost.
-        untried: Legal edits that weren't made here yet.
-        children: Where those that were made lead to, in their order; several nodes may share one.
-        visits: Simulations that passed through or ended here, those in flight included.
-        value_sum: Sum of those simulations' rewards, 0 for those in flight.
-        closed: Every path below was tried or is in flight.
-    """
+    """One decision vector `[L]`. Everything that leads to it shares its statistics."""
 
     decisions: Decisions
     executions: int
-    untried: list[Action]
-    children: dict[Action, Node] = field(default_factory=dict)
-    visits: int = 0
-    value_sum: float = 0.0
-    closed: bool = False
+    untried: list[Action]  # legal edits that weren't made here yet
+    children: dict[Action, Node] = field(default_factory=dict)  # by edit; nodes may share one
+    visits: int = 0  # simulations that passed through or ended here, or are in flight
+    value_sum: float = 0.0  # of those simulations' rewards, 0 in flight
+    closed: bool = False  # every path below was tried or is in flight
 
     @property
     def value(self) -> float:
@@ -79,10 +69,6 @@ class TreeSearch(PathSearch):
     such a bound the roughly 3L edits of the full path would use up all 50 simulations before the
     second edit is ever made; with a bound of one child a node the search is a chain. The numbers
     are chosen by measurement: docs/decisions/0003-progressive-widening.md.
-
-    Attributes:
-        root: The full path's node.
-        nodes: Every node, by its decisions.
 
     Source: Dr.LLM section 3.1 and appendix (UCB rule, its constants, random child);
         transpositions, widening, the choice of edits and of ties are ours

@@ -5,13 +5,14 @@ Axes: L layers.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from random import Random
 
 from drllm.config import SearchConfig
 from drllm.paths import Decisions, num_executions
-from drllm.search.actions import Action, apply, legal_actions
+from drllm.search.actions import apply, legal_actions
 from drllm.search.strategies import STRATEGIES, PathSearch, Tried
 
 
@@ -57,7 +58,8 @@ class SweepSearch(PathSearch):
             level.sort(key=self._rank)
             edits.sort(key=lambda edit: self._rank(apply(self._full, edit)))
             longer: list[Decisions] = []
-            for parent, edit in _together(level, edits):
+            places = itertools.product(range(len(level)), range(len(edits)))
+            for parent, edit in ((level[i], edits[j]) for i, j in sorted(places, key=sum)):
                 if edit in legal_actions(parent, self.limit):
                     decisions = apply(parent, edit)
                     if decisions not in self.tried and decisions not in self._in_flight:
@@ -69,12 +71,3 @@ class SweepSearch(PathSearch):
         """Return what paths are sorted by; an edit that is over the budget alone comes last."""
         _, reward, score = self.tried.get(decisions, Tried(0, 0.0))
         return -reward, math.inf if score is None else -score, num_executions(decisions)
-
-
-def _together(
-    level: Sequence[Decisions], edits: Sequence[Action]
-) -> Iterator[tuple[Decisions, Action]]:
-    """Yield every path with every edit, by the sum of their places; at equal sums, paths first."""
-    for total in range(len(level) + len(edits) - 1):
-        for place in range(max(0, total - len(edits) + 1), min(total + 1, len(level))):
-            yield level[place], edits[total - place]
