@@ -181,10 +181,8 @@ class Task(ABC):
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split, in fixed order; no question is in two splits.
 
-        Args:
-            split: `search`, `fit`, `select` or `test`.
-            data_dir: Folder with the task's files; None uses the hub. Tasks that bring their own
-                questions don't look at it.
+        Files are those of the data folder, or the hub's without one; a task that brings its own
+        questions looks at neither.
 
         Raises:
             TaskError: No such file, no network, or a line that can't be used (with its number).

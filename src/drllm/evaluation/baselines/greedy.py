@@ -62,10 +62,6 @@ class Greedy:
     A step tries every layer that is left, so k steps take about k · L candidates; all candidates
     of a step are measured at once. One layer is always left. Of equal layers the deepest goes.
 
-    By loss this is SLEB, whose code never drops the first or the last layer (`keep`); by answers
-    it is TALE by log-probability instead of accuracy. Unlike TALE it doesn't stop when the measure
-    falls: baselines are compared at given executions.
-
     Args:
         measure: How good each of several decisions is.
         num_layers: L.
@@ -75,7 +71,7 @@ class Greedy:
         layers: Those dropped so far, in order.
         values: The measure with the first layer dropped, with the first two, and so on.
 
-    Source: SLEB (arXiv 2402.09025); TALE (arXiv 2510.22767).
+    Source: SLEB (arXiv 2402.09025) and TALE (arXiv 2510.22767), changed as D-18 says.
 
     Example:
         >>> KL = [9.0, 1.0, 3.0]

@@ -80,8 +80,7 @@ def rates_in(records: Sequence[SearchRecord]) -> dict[Decisions, float]:
     Which programs a search tries on a question depends on how others fared there, so even a shrunk
     share is no estimate to report; it only says what to look at again (`best_program`).
 
-    Source: Re-PoLar (arXiv 2609.31360) for a few programs that serve many questions; the shrinkage
-        is the usual beta-binomial one.
+    Source: Re-PoLar (arXiv 2609.31360); the shrinkage is the usual beta-binomial one.
     """
     outcomes: defaultdict[Decisions, list[bool]] = defaultdict(list)
     of_kind: defaultdict[int, list[bool]] = defaultdict(list)

@@ -26,17 +26,11 @@ class ExitPolicy(Policy):
     threshold, all further layers are skipped, for the prompt and for what is generated behind it.
     Nothing is trained. The first layer always runs.
 
-    CALM decides anew for every generated token, calibrates its threshold for a bound on the loss,
-    and trains the intermediate states to be read; here the decision is taken once per prompt, as
-    the routers take theirs, and the model is frozen. The head is applied up to L − 1 times to one
-    token of each prompt, which the executions don't count.
-
     Args:
         lens: Of the model that is routed.
         threshold: In [0, 1]; at 1 every layer runs, at 0 only the first.
 
-    Source: CALM (arXiv 2207.07061), its confidence by softmax; here the top probability in place
-        of the difference to the second.
+    Source: CALM (arXiv 2207.07061), changed as D-18 says.
     """
 
     def __init__(self, lens: LogitLens, threshold: float) -> None:

@@ -37,8 +37,7 @@ def by_loss(material: Material) -> Measure:
 def by_answers(material: Material) -> Measure:
     """Return the mean log-probability of the gold options, of the options and not of the text.
 
-    Source: TALE (arXiv 2510.22767) for choosing by the task's own answers; the log-probability in
-        place of its accuracy is ours, since it tells candidates apart with fewer questions.
+    Source: TALE (arXiv 2510.22767), by log-probability (D-18).
     """
     return _by_answers(material, _under_plans)
 

@@ -128,14 +128,6 @@ def recorded(
 
     Prompts of like length share a batch. The model's policy and its last route stay what they are.
 
-    Args:
-        routed: The model.
-        prompts: Token ids of each.
-        read: Returns a row for each prompt of a batch.
-        layers: Where it reads.
-        decision: At every layer.
-        batch_size: Prompts in a forward pass.
-
     Returns:
         `[N, layers, …]` on the CPU, in the order of the prompts.
 
@@ -231,13 +223,7 @@ def linear(
 class SequenceRouter(Planner):
     """Gives the logits of every layer's decision from one linear map of the pooled prompt.
 
-    MindSkip puts one linear map of the mean hidden state before every block it may skip, and
-    trains it with the language-model loss and a penalty on what runs. This one reads the same mean
-    once, before the first layer, for all layers, chooses among skip, execute and repeat, and
-    learns the targets that the routers learn. It shows what knowing the prompt's tokens, but
-    nothing that a layer made of them, is worth.
-
-    Source: MindSkip in Router-Tuning (arXiv 2410.13184), as changed above.
+    Source: MindSkip in Router-Tuning (arXiv 2410.13184), changed as D-18 says.
     """
 
     def __init__(self, inputs: Tensor, num_layers: int) -> None:

@@ -112,14 +112,7 @@ def programs_of(records: Sequence[SearchRecord], seed: int = 0) -> Programs:
 class ProgramPredictor(Planner):
     """Gives, for every layer, the logit of a segment's start and those of its operation.
 
-    PoLar reads the prompt with an encoder of its own (596 M parameters, frozen), lets one query a
-    layer attend to its tokens, and runs two encoder blocks over the layers before its two heads.
-    Here the base model's own first-layer input, averaged over the prompt, stands for the encoder,
-    and a query a layer is added to its projection, without attention among layers. So this is the
-    idea of predicting a program of segments from the prompt alone, not that system; what it reads
-    costs nothing, as for the routers.
-
-    Source: PoLar (arXiv 2606.06574), simplified as said.
+    Source: PoLar (arXiv 2606.06574), much simplified; docs/differences.md (D-18) says how.
     """
 
     def __init__(self, inputs: Tensor, num_layers: int, generator: torch.Generator) -> None:
@@ -146,12 +139,12 @@ def best_programs(starts: Tensor, operations: Tensor, depth_bias: float) -> Tens
 
     A program's log-probability is the sum, over layers, of that of a segment starting there or
     not, and, over segments, of that of the operation at its first layer; the first layer always
-    starts one. PoLar looks for it with a beam of 5; this finds the best.
+    starts one. The bias is taken off for each execution.
 
     Args:
         starts: `[B, L]` logits.
         operations: `[B, L, C]` logits.
-        depth_bias: Taken off for each execution.
+        depth_bias: The price of an execution.
 
     Returns:
         `[B, L]` decisions; they may skip every layer.
@@ -217,12 +210,7 @@ def program_losses(starts: Tensor, operations: Tensor, programs: Programs, rows:
 
     The loss of a program is the mean binary cross-entropy of the starts (but the first layer's,
     which always is one) plus the mean cross-entropy of the operations where its segments start.
-
-    Args:
-        starts: `[B, L]` logits.
-        operations: `[B, L, C]` logits.
-        programs: What should come out.
-        rows: `[B]`: which questions.
+    Logits are `[B, L]` and `[B, L, C]`; `rows` are the places of the questions.
     """
     starting = programs.starts[rows]
     log_start, log_inside = nn.functional.logsigmoid(starts), nn.functional.logsigmoid(-starts)
