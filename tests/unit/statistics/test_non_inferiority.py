@@ -21,38 +21,43 @@ RIGHT = [1] * 240 + [0] * 160  # 60 %
 
 
 def base(correct=RIGHT, texts=TEXTS):
-    return Outcomes(name="base", executions=30.0, correct=correct, text_loss=texts)
+    return Outcomes(
+        name="base", executions=30.0, correct=correct, text_loss=texts, worked_loss=texts
+    )
 
 
-def with_worked(point, worse=0.0, texts=TEXTS):
-    """Return a point with worked answers, all of whose losses rise by about so much."""
-    rng = random.Random(point.executions)
-    losses = [value + worse + rng.uniform(-0.005, 0.005) for value in texts]
-    return dataclasses.replace(point, worked_loss=losses)
-
-
-def point(executions, won=3, lost=3, worse=0.01):
+def point(executions, won=3, lost=3, worse=0.01, worked=0.0):
     """Return a setting that wins and loses so many questions; its losses rise by about so much."""
     correct = [0] * lost + RIGHT[lost:]
     correct[-won or N :] = [1] * won
     rng = random.Random(executions)
-    texts = [value + worse + rng.uniform(-0.005, 0.005) for value in TEXTS]
-    name = f"routed, {executions:g} layers"
-    return Outcomes(name=name, executions=executions, correct=correct, text_loss=texts)
+    texts, answers = (
+        [value + rise + rng.uniform(-0.005, 0.005) for value in TEXTS] for rise in (worse, worked)
+    )
+    return Outcomes(
+        name=f"routed, {executions:g} layers",
+        executions=executions,
+        correct=correct,
+        text_loss=texts,
+        worked_loss=answers,
+    )
 
 
-def chosen(points, limits=LIMITS, reference=None, chance=0.25):
-    return choose(reference or base(), points, limits, chance=chance, seed=0)
+def chosen(points, limits=LIMITS, reference=None, chance=0.25, **about):
+    return choose(reference or base(), points, limits, chance=chance, seed=0, **about)
+
+
+def confirmed(choice, tested, chance=0.25):
+    return confirm(choice, base(), tested, chance=chance, seed=1)
 
 
 def test_the_cheapest_setting_within_both_limits_is_chosen():
     choice = chosen([point(20, lost=60), point(27), point(24)])
-    assert [trial.name for trial in choice.trials] == [
-        "routed, 27 layers",
-        "routed, 24 layers",
-        "routed, 20 layers",
+    assert [(trial.name, trial.passed) for trial in choice.trials] == [
+        ("routed, 27 layers", True),
+        ("routed, 24 layers", True),
+        ("routed, 20 layers", False),
     ]
-    assert [trial.passed for trial in choice.trials] == [True, True, False]
     assert choice.chosen.executions == 24
     assert choice.trials[0].maximum_loss == pytest.approx(100 * maximum_loss(3, 3, N))
 
@@ -67,73 +72,12 @@ def test_nothing_behind_the_first_failure_is_looked_at():
 def test_accuracy_alone_certifies_nothing():
     choice = chosen([point(27, worse=0.2)])
     assert choice.chosen is None
-    assert choice.trials[0].maximum_loss < LIMITS.epsilon
-    assert choice.trials[0].failures == (
-        f"a next-token loss up to {choice.trials[0].texts.maximum:.3f} nats a token higher is "
-        f"not excluded",
-    )
-    assert choice.sentences()[-1] == "None is certified: the first setting tried fails already."
-
-
-def held_to_worked(point, limits=LIMITS):
-    """Choose between base and a point, both with worked answers."""
-    return choose(with_worked(base()), [point], limits, chance=0.25, seed=0, worked_answers="gsm8k")
-
-
-def test_worked_answers_have_a_bound_of_their_own():
-    choice = held_to_worked(with_worked(point(27), worse=0.2))
     [trial] = choice.trials
-    assert (trial.maximum_loss < LIMITS.epsilon, trial.texts.maximum < 0.1) == (True, True)
-    assert trial.worked.increase == pytest.approx(0.2, abs=0.005)
+    assert trial.maximum_loss < LIMITS.epsilon
     assert trial.failures == (
-        f"a next-token loss on worked answers of gsm8k up to {trial.worked.maximum:.3f} "
-        f"nats a token higher is not excluded",
+        f"a next-token loss up to {trial.texts.maximum:.3f} nats a token higher is not excluded",
     )
     assert choice.sentences()[-1] == "None is certified: the first setting tried fails already."
-    held = held_to_worked(with_worked(point(27), worse=0.02))
-    assert held.chosen.worked.num_texts == len(TEXTS)
-    assert f"at most {held.chosen.worked.maximum:+.3f}, on 40" in held.chosen.sentence()
-
-
-def test_worked_answers_are_a_condition_when_the_choice_is_confirmed_too():
-    choice = held_to_worked(with_worked(point(27)))
-    worse = with_worked(point(27), worse=0.2)
-    failed = confirm(choice, with_worked(base()), worse, chance=0.25, seed=1)
-    assert failed.certified is None
-    assert "worked answers of gsm8k" in failed.confirmation.failures[0]
-    held = confirm(choice, with_worked(base()), with_worked(point(27)), chance=0.25, seed=1)
-    assert held.certified is not None
-
-
-def test_it_is_said_whether_worked_answers_were_looked_at():
-    assert any(
-        "worked answers weren't looked at" in each for each in chosen([point(27)]).sentences()
-    )
-    held = held_to_worked(with_worked(point(27))).sentences()
-    assert any("on worked answers of gsm8k" in each for each in held)
-
-
-def test_too_few_worked_answers_are_refused():
-    bare = with_worked(base(), texts=TEXTS[:29])
-    with pytest.raises(ConfigError, match="29 worked answers of gsm8k are too few"):
-        choose(
-            bare,
-            [with_worked(point(27), texts=TEXTS[:29])],
-            LIMITS,
-            chance=0.25,
-            seed=0,
-            worked_answers="gsm8k",
-        )
-
-
-def test_texts_that_bound_nothing_certify_nothing():
-    texts = [3.0] * 30
-    alone = dataclasses.replace(point(27), correct=RIGHT, text_loss=[3.0] * 29 + [3.01])
-    choice = chosen([alone], reference=base(texts=texts))
-    assert choice.trials[0].texts.maximum is None
-    assert choice.trials[0].failures == (
-        "no rise of the next-token loss is excluded by so few texts that differ",
-    )
 
 
 def test_a_loss_of_accuracy_that_is_not_excluded_certifies_nothing():
@@ -143,6 +87,46 @@ def test_a_loss_of_accuracy_that_is_not_excluded_certifies_nothing():
     assert choice.trials[0].failures == (
         f"a loss of up to {loss:.2f} points of accuracy is not excluded",
     )
+
+
+def test_texts_that_bound_nothing_certify_nothing():
+    alone = dataclasses.replace(point(27), correct=RIGHT, text_loss=[3.0] * 29 + [3.01])
+    choice = chosen([alone], reference=base(texts=[3.0] * 30))
+    assert choice.trials[0].texts.maximum is None
+    assert choice.trials[0].failures == (
+        "no rise of the next-token loss is excluded by so few texts that differ",
+    )
+
+
+def test_worked_answers_have_a_bound_of_their_own():
+    choice = chosen([point(27, worked=0.2)], worked_answers="gsm8k")
+    [trial] = choice.trials
+    assert (trial.maximum_loss < LIMITS.epsilon, trial.texts.maximum < 0.1) == (True, True)
+    assert trial.worked.increase == pytest.approx(0.2, abs=0.005)
+    assert trial.failures == (
+        f"a next-token loss on worked answers of gsm8k up to {trial.worked.maximum:.3f} "
+        f"nats a token higher is not excluded",
+    )
+    held = chosen([point(27, worked=0.02)], worked_answers="gsm8k")
+    assert held.chosen.worked.num_texts == len(TEXTS)
+    assert f"at most {held.chosen.worked.maximum:+.3f}, on 40" in held.chosen.sentence()
+
+
+def test_worked_answers_are_a_condition_when_the_choice_is_confirmed_too():
+    choice = chosen([point(27)], worked_answers="gsm8k")
+    failed = confirmed(choice, point(27, worked=0.2))
+    assert failed.certified is None
+    assert "worked answers of gsm8k" in failed.confirmation.failures[0]
+    assert confirmed(choice, point(27)).certified is not None
+
+
+def test_it_is_said_whether_worked_answers_were_looked_at_and_whose_questions_these_are():
+    said = " ".join(chosen([point(27)]).sentences())
+    assert "worked answers weren't looked at" in said
+    about = {"worked_answers": "gsm8k", "chosen_on": "arc_easy (select)"}
+    said = " ".join(chosen([point(27)], **about).sentences())
+    assert said.startswith("400 questions of arc_easy (select), 1.5 % of them")
+    assert "on worked answers of gsm8k" in said
 
 
 def test_the_smallest_certifiable_loss_is_said_first():
@@ -155,21 +139,14 @@ def test_the_smallest_certifiable_loss_is_said_first():
     assert f"below {100 * certifiable.with_power:.2f} points with 80 % probability" in first
 
 
-def test_it_is_said_whose_questions_a_choice_was_made_on():
-    where = "arc_easy (select)"
-    choice = choose(base(), [point(27)], LIMITS, chance=0.25, seed=0, chosen_on=where)
-    assert choice.chosen_on == where
-    assert choice.sentences()[0].startswith("400 questions of arc_easy (select), 1.5 % of them")
-
-
 def test_less_than_n_can_certify_is_not_tried():
-    choice = chosen([point(27)], Limits(epsilon=0.5, max_loss_increase=0.1))
+    little = Limits(epsilon=0.5, max_loss_increase=0.1)
+    choice = chosen([point(27)], little)
     assert choice.trials == ()
     assert choice.obstacle == "Less than 0.5 points is too little at n = 400"
     assert choice.obstacle[1:] in choice.sentences()[-1]
     # Even where more is won than lost, which the limit was not set for.
-    lucky = chosen([point(27, won=9, lost=1)], Limits(epsilon=0.5, max_loss_increase=0.1))
-    assert lucky.chosen is None
+    assert chosen([point(27, won=9, lost=1)], little).chosen is None
 
 
 def test_a_base_that_may_be_guessing_certifies_nothing():
@@ -182,26 +159,25 @@ def test_settings_that_save_nothing_are_no_choice():
     choice = chosen([point(30), point(33), point(27)])
     assert choice.not_cheaper == ("routed, 30 layers", "routed, 33 layers")
     assert choice.chosen.executions == 27
-    choice = chosen([point(30)])
-    assert choice.sentences() == [
+    assert chosen([point(30)]).sentences() == [
         "No layers saved, so not tried: routed, 30 layers.",
         "None is certified: there is no setting that runs fewer layers than base.",
     ]
 
 
-def test_what_is_chosen_is_confirmed_on_other_questions():
+def test_what_is_chosen_is_confirmed_on_other_questions_and_goes_into_a_file():
     choice = chosen([point(27)])
     assert choice.certified is None
     assert "wasn't tested on other questions" in choice.sentences()[-1]
-    held = confirm(choice, base(), point(27, won=4, lost=2), chance=0.25, seed=1)
+    held = confirmed(choice, point(27, won=4, lost=2))
     assert held.certified == held.confirmation
-    assert held.sentences()[-1] == ("Certified: routed, 27 layers (27.00 layers a forward pass).")
+    assert held.sentences()[-1] == "Certified: routed, 27 layers (27.00 layers a forward pass)."
     assert "won 4, lost 2 of 400" in held.sentences()[-2]
-    failed = confirm(choice, base(), point(27, lost=30), chance=0.25, seed=1)
+    assert msgspec.json.decode(msgspec.json.encode(held), type=Choice) == held
+    failed = confirmed(choice, point(27, lost=30))
     assert failed.certified is None
     assert "routed, 27 layers, fails on" in failed.sentences()[-1]
-    guessing = confirm(choice, base(), point(27), chance=0.58, seed=1)
-    assert guessing.confirmation.failures == (
+    assert confirmed(choice, point(27), chance=0.58).confirmation.failures == (
         "the base model is not shown to be above chance (58.0 %)",
     )
 
@@ -209,38 +185,39 @@ def test_what_is_chosen_is_confirmed_on_other_questions():
 def test_only_what_was_chosen_is_confirmed_and_only_once():
     choice = chosen([point(27)])
     with pytest.raises(ValueError, match="was chosen, not 'routed, 24 layers'"):
-        confirm(choice, base(), point(24), chance=0.25, seed=0)
-    held = confirm(choice, base(), point(27), chance=0.25, seed=0)
-    for other in (held, chosen([point(27, lost=60)])):
+        confirmed(choice, point(24))
+    for other in (confirmed(choice, point(27)), chosen([point(27, lost=60)])):
         with pytest.raises(ValueError, match="only once"):
-            confirm(other, base(), point(27), chance=0.25, seed=0)
+            confirmed(other, point(27))
 
 
-def test_a_choice_goes_into_a_file():
-    choice = confirm(chosen([point(27)]), base(), point(27), chance=0.25, seed=0)
-    assert msgspec.json.decode(msgspec.json.encode(choice), type=Choice) == choice
-
-
-@pytest.mark.parametrize("texts", [[], TEXTS[:29]])
-def test_a_choice_without_enough_texts_is_refused(texts):
-    bare = dataclasses.replace(point(27), text_loss=texts)
-    with pytest.raises(ConfigError, match=f"{len(texts)} held-out texts are too few"):
-        chosen([bare], reference=base(texts=texts))
+@pytest.mark.parametrize(
+    ("field", "texts", "message"),
+    [
+        ("text_loss", [], "0 held-out texts are too few"),
+        ("text_loss", TEXTS[:29], "29 held-out texts are too few"),
+        ("worked_loss", TEXTS[:29], "29 worked answers of gsm8k are too few"),
+    ],
+)
+def test_a_choice_without_enough_texts_is_refused(field, texts, message):
+    bare, reference = (dataclasses.replace(each, **{field: texts}) for each in (point(27), base()))
+    with pytest.raises(ConfigError, match=message):
+        chosen([bare], reference=reference, worked_answers="gsm8k")
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"epsilon": 0, "max_loss_increase": 0.1}, "epsilon is 0"),
-        ({"epsilon": 101, "max_loss_increase": 0.1}, "epsilon is 101"),
-        ({"epsilon": 2, "max_loss_increase": 0}, "max_loss_increase is 0"),
-        ({"epsilon": 2, "max_loss_increase": float("nan")}, "max_loss_increase is nan"),
-        ({"epsilon": 2, "max_loss_increase": 0.1, "confidence": 0.5}, "confidence is 0.5"),
+        ({"epsilon": 0}, "epsilon is 0"),
+        ({"epsilon": 101}, "epsilon is 101"),
+        ({"max_loss_increase": 0}, "max_loss_increase is 0"),
+        ({"max_loss_increase": float("nan")}, "max_loss_increase is nan"),
+        ({"confidence": 0.5}, "confidence is 0.5"),
     ],
 )
 def test_limits_out_of_range_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
-        Limits(**values)
+        Limits(**{"epsilon": 2, "max_loss_increase": 0.1, **values})
 
 
 def test_settings_that_all_lose_as_much_as_epsilon_are_rarely_passed_however_many_there_are():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import msgspec
@@ -42,23 +43,15 @@ def test_counts_are_judged_by_the_exact_test_and_the_interval(won, lost, n, show
 
 
 def test_every_outcome_of_few_questions_is_claimed_only_where_test_and_interval_agree():
-    for n in (7,):
-        for won in range(n + 1):
-            for lost in range(n + 1 - won):
-                found = judge_counts(won, lost, n)
-                by_test = mcnemar_exact(won, lost) < 0.05
-                low, high = paired_interval(won, lost, n)
-                by_interval = low > 0 or high < 0
-                assert (found.is_better is not None) == (by_test and by_interval)
-                assert (found.reason is not None) == (by_test != by_interval)
-
-
-def test_an_interval_without_0_beside_a_test_that_shows_nothing_is_said():
-    found = judge_counts(0, 4, 8)
-    assert found.interval[1] < 0
-    assert found.shown == "too few"
-    assert found.reason in found.sentence()
-    assert found.reason is not None
+    for won, lost in itertools.product(range(8), repeat=2):
+        if won + lost <= 7:
+            found = judge_counts(won, lost, 7)
+            by_test = mcnemar_exact(won, lost) < 0.05
+            low, high = paired_interval(won, lost, 7)
+            by_interval = low > 0 or high < 0
+            assert (found.is_better is not None) == (by_test and by_interval)
+            assert (found.reason is not None) == (by_test != by_interval)
+            assert found.reason is None or found.reason in found.sentence()
 
 
 def test_too_few_questions_come_with_the_number_that_would_do():
@@ -140,13 +133,9 @@ def test_several_tasks_are_corrected_for_each_other_and_the_corrected_value_deci
     assert all(each.num_tests == 3 for each in together[:3])
     assert [each.shown for each in together[:3]] == ["higher", "too few", "higher"]
     assert correct_together([alone[0], means]) == [alone[0], means]
-
-
-def test_a_correction_can_take_a_claim_away_and_says_so():
-    found = judge_counts(15, 4, 120, p_corrected=0.06, num_tests=3)
-    assert found.is_better is None
-    assert found.reason is not None
-    assert "corrected" in found.reason
+    taken_away = judge_counts(15, 4, 120, p_corrected=0.06, num_tests=3)
+    assert taken_away.is_better is None
+    assert "corrected" in taken_away.sentence()
 
 
 @pytest.mark.parametrize(
