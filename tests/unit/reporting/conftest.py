@@ -62,35 +62,21 @@ TEXT_LOSS = {"base": 3.8, "routed": 3.9, "permuted routes": 3.93, "last layers":
 def means(quantity: Any, mean: float, half: float, n: int) -> Verdict:
     """A verdict on two means, which is shown where the interval excludes 0."""
     shown = "higher" if mean > half else "lower" if mean < -half else "none shown"
-    return Verdict(
-        quantity=quantity, mean=mean, interval=(mean - half, mean + half), n=n, shown=shown
-    )
+    ends = (mean - half, mean + half)
+    return Verdict(quantity=quantity, mean=mean, interval=ends, n=n, shown=shown)
 
 
 @functools.cache
 def counted(won: int, lost: int, n: int, above_chance: bool) -> Verdict:
     """A verdict on accuracies, without the slow search for what could have been shown."""
-    p = mcnemar_exact(won, lost)
+    p, ends = mcnemar_exact(won, lost), paired_interval(won, lost, n)
     shown = "none shown" if p >= 0.05 else "higher" if won > lost else "lower"
-    return Verdict(
-        quantity="accuracy",
-        mean=(won - lost) / n,
-        interval=paired_interval(won, lost, n),
-        n=n,
-        shown=shown if above_chance else "guessing",
-        won=won,
-        lost=lost,
-        p=p,
-    )
+    about = {"shown": shown if above_chance else "guessing", "won": won, "lost": lost, "p": p}
+    return Verdict(quantity="accuracy", mean=(won - lost) / n, interval=ends, n=n, **about)
 
 
 def differences(
-    ours: str,
-    theirs: str,
-    right: Mapping[str, set[int]],
-    n: int,
-    chance: float,
-    factor: float = 1.0,
+    ours: str, theirs: str, right: Mapping[str, set[int]], n: int, chance: float, factor: float
 ) -> Differences:
     """What one system has more than another; accuracies of permuted routes are means over draws."""
     above = wilson_interval(len(right["base"]), n)[0] > chance
@@ -107,36 +93,25 @@ def differences(
     )
 
 
-def trial(name: str, failures: tuple[str, ...] = (), **changes: Any) -> Trial:
-    """A setting tested for a certified choice."""
-    values: dict[str, Any] = {
-        "name": name,
-        "executions": 5.4,
-        "num_questions": 60,
-        "won": 2,
-        "lost": 3,
-        "maximum_loss": 8.25,
-        "texts": LossBound(num_texts=40, increase=0.02, maximum=0.04),
-        "worked": None,
-        "failures": failures,
-    }
-    return Trial(**(values | changes))
-
-
-def choice(trials: tuple[Trial, ...], confirmation: Trial | None, **changes: Any) -> Choice:
-    return Choice(
-        limits=Limits(epsilon=10.0, max_loss_increase=0.05),
-        num_questions=60,
-        trials=trials,
-        confirmation=confirmation,
-        chosen_on="arc_easy (select)",
-        **changes,
-    )
-
-
-FAILED = "a next-token loss up to 0.080 nats a token higher is not excluded"
-TRIED = (trial("routed, 10 % saved"), trial("routed, 20 % saved", (FAILED,), executions=4.8))
-CERTIFIED = choice(TRIED, trial("routed, 10 % saved", won=4, lost=4))
+TRIAL = Trial(
+    name="routed, 10 % saved",
+    executions=5.4,
+    num_questions=60,
+    won=2,
+    lost=3,
+    maximum_loss=8.25,
+    texts=LossBound(num_texts=40, increase=0.02, maximum=0.04),
+    worked=None,
+    failures=(),
+)
+FAILED = ("a next-token loss up to 0.080 nats a token higher is not excluded",)
+CERTIFIED = Choice(
+    limits=Limits(epsilon=10.0, max_loss_increase=0.05),
+    num_questions=60,
+    trials=(TRIAL, replace(TRIAL, name="routed, 20 % saved", failures=FAILED, executions=4.8)),
+    confirmation=replace(TRIAL, won=4, lost=4),
+    chosen_on="arc_easy (select)",
+)
 
 RUNTIME = {"dtype": "float32", "device": "cpu", "attn_implementation": "sdpa"}
 SECONDS = {
@@ -244,22 +219,10 @@ class Folder:
         write_records(self.path / "supervision.jsonl", chosen, manifest)
 
     def routers(self, epochs: int = 25, validation: bool = True) -> None:
-        self.write(
-            "routers/router_config.json",
-            {
-                "format_version": 1,
-                "num_layers": self.num_layers,
-                "hidden_size": 576,
-                "num_windows": 8,
-                "router_width": 128,
-                "base_model": "smollm2-135m",
-                "base_revision": None,
-                "base_class": "LlamaForCausalLM",
-                "base_fingerprint": self.model["fingerprint"],
-                "label_counts": [[1, 8, 1]] * self.num_layers,
-                "training": {"calibration": self.calibration()} if validation else {},
-            },
-        )
+        shape = {"num_layers": self.num_layers, "hidden_size": 576, "num_windows": 8}
+        base = {"base_model": "smollm2-135m", "base_fingerprint": self.model["fingerprint"]}
+        training = {"calibration": self.calibration()} if validation else {}
+        self.write("routers/router_config.json", {**shape, **base, "training": training})
         lines = []
         for epoch in range(1, epochs + 1):
             learned = 1 - math.exp(-epoch / 6)
@@ -274,12 +237,7 @@ class Folder:
                     "f1_skip": 0.6 * learned * held,
                     "f1_execute": 0.93 + 0.03 * learned * held,
                     "f1_repeat": None if epoch < 3 else 0.25 * learned * held,
-                    "acc_skip": 0.5 * learned * held,
-                    "acc_repeat": 0.2 * learned * held,
-                    "avg_layers": self.num_layers * (1 - 0.08 * learned),
                 }
-                if split == "train":
-                    line["learning_rate"] = 1e-3 * (1 - epoch / (epochs + 1))
                 lines.append(json.dumps(line))
         self.text("routers/metrics.jsonl", "\n".join(lines) + "\n")
         parts = {"train": 40, "validation": 12} if validation else {"train": 40}
@@ -288,19 +246,13 @@ class Folder:
     def calibration(self) -> dict[str, Any]:
         """Return what is told of routers that are too sure."""
         sure = [0.5 + 0.03 * number for number in range(15)]
-        bins = [{"decisions": 10, "confidence": c, "hits": c - 0.05} for c in sure]
-        mended = [{"decisions": 10, "confidence": c - 0.04, "hits": c - 0.05} for c in sure]
-        return {
-            "temperature": 1.25,
-            "num_decisions": 150,
-            "nll_before": 0.5,
-            "nll_after": 0.45,
-            "reliability_before": bins,
-            "reliability_after": mended,
-            "ece_before": 0.05,
-            "ece_after": 0.01,
-            "bins": 15,
-        }
+        before, after = (
+            [{"decisions": 10, "confidence": c - shift, "hits": c - 0.05} for c in sure]
+            for shift in (0, 0.04)
+        )
+        found = {"temperature": 1.25, "num_decisions": 150, "bins": 15}
+        found |= {"nll_before": 0.5, "nll_after": 0.45, "ece_before": 0.05, "ece_after": 0.01}
+        return found | {"reliability_before": before, "reliability_after": after}
 
     def layers(self, parts: dict[str, list[list[list[int]]]], epoch: int) -> None:
         """Write the confusions of the saved routers."""
@@ -342,15 +294,10 @@ class Folder:
 
         With `depths`, routed and its baselines at these shares saved are there too.
         """
-        right = {
-            name: self._right(share, questions)
-            for name, share in zip(("base", "routed", "permuted routes"), accuracies, strict=True)
-        }
+        shares = zip(("base", "routed", "permuted routes"), accuracies, strict=True)
+        right = {name: self._right(share, questions) for name, share in shares}
         right["last layers"] = self._right(0.5 * accuracies[1], questions)
-        names = [
-            *right,
-            *(f"{n}, {100 * d:g} % saved" for d in depths for n in right if n != "base"),
-        ]
+        deeper = [f"{n}, {100 * d:g} % saved" for d in depths for n in right if n != "base"]
         samples = []
         for number in range(questions):
             route = tuple(
@@ -358,6 +305,14 @@ class Folder:
                 for share in self._habits()
             )
             routes = {"base": full_decisions(self.num_layers), "routed": route}
+            systems = {
+                name: Outcome(
+                    correct=float(number in right[name.split(",")[0]]),
+                    gold_logprob=-1.2,
+                    decisions=routes.get(name),
+                )
+                for name in [*right, *deeper]
+            }
             samples.append(
                 Sample(
                     id=f"{task}-{number}",
@@ -365,17 +320,11 @@ class Folder:
                     question=question(number),
                     choices=("it bends", "it sinks", "it rings", "it glows"),
                     gold=number % 4,
-                    systems={
-                        name: Outcome(
-                            correct=float(number in right[name.split(",")[0]]),
-                            gold_logprob=-1.2,
-                            decisions=routes.get(name),
-                        )
-                        for name in names
-                    },
+                    systems=systems,
                 )
             )
         mean = sum(sum(each.systems["routed"].decisions or ()) for each in samples) / questions
+        judged = functools.partial(self._judged, right, questions, chance)
         result = Evaluation(
             **self.header(
                 "drllm.evaluation", {"tasks": task, "curve": (depths and "0.1,0.2") or None}
@@ -390,11 +339,16 @@ class Folder:
             metric="acc",
             num_fewshot=0,
             systems=tuple(
-                self._system(name, right, questions, mean if name != "base" else None, chance)
+                self._system(name, mean if name != "base" else float(self.num_layers), judged(name))
                 for name in right
             ),
             curve=tuple(
-                self._point(name, share, right, questions, chance)
+                Point(
+                    system=name,
+                    setting=f"{100 * share:g} % saved" if share else "",
+                    executions=(1 - share) * self.num_layers,
+                    **judged(name, 1 + 5 * share),
+                )
                 for name in right
                 for share in ((0.0,) if name == "base" else depths)
                 if depths
@@ -433,57 +387,47 @@ class Folder:
         )
         self.write("eval/latency.json", msgspec.to_builtins(found) | changes)
 
-    def _system(
-        self, name: str, right: dict[str, set[int]], n: int, mean: float | None, chance: float
-    ) -> System:
-        accuracy = len(right[name]) / n
-        baseline = name in BASELINES
-        spent = float(self.num_layers) if mean is None else mean
+    def _judged(
+        self, right: dict[str, set[int]], n: int, chance: float, name: str, factor: float = 1.0
+    ) -> dict[str, Any]:
+        """Return what a system and a point have in common."""
+        base, routed = (
+            differences(*pair, right, n, chance, factor)
+            for pair in ((name, "base"), ("routed", name))
+        )
+        return {
+            "accuracy": len(right[name]) / n,
+            "interval": wilson_interval(len(right[name]), n),
+            "gold_logprob": -1.2,
+            "text_loss": TEXT_LOSS[name],
+            "against_base": None if name == "base" else base,
+            "routed_against": routed if name in BASELINES else None,
+        }
+
+    def _system(self, name: str, spent: float, judged: dict[str, Any]) -> System:
+        baseline, permuted = name in BASELINES, name == "permuted routes"
         return System(
             name=name,
             description=f"what {name} means",
             source=f"the paper of {name}" if baseline else None,
             fitted_on="nothing" if baseline else None,
             reads_question=False if baseline else None,
-            accuracy=accuracy,
-            interval=wilson_interval(len(right[name]), n),
-            metrics={"acc": accuracy, "acc_norm": accuracy / 2},
+            metrics={"acc": judged["accuracy"], "acc_norm": judged["accuracy"] / 2},
             prompt_flops=Flops(weights=1.5e9 * spent, attention=2e7 * spent),
             kv_bytes_per_token=768 * spent,
-            text_loss=TEXT_LOSS[name],
-            against_base=None if name == "base" else differences(name, "base", right, n, chance),
-            routed_against=differences("routed", name, right, n, chance) if baseline else None,
             executions=spent,
-            gold_logprob=-1.2,
             seconds=12.34,
-            draws=10 if name == "permuted routes" else 1,
-            unchanged_routes=0.02 if name == "permuted routes" else None,
-        )
-
-    def _point(
-        self, name: str, share: float, right: dict[str, set[int]], n: int, chance: float
-    ) -> Point:
-        factor = 1 + 5 * share
-        return Point(
-            system=name,
-            setting=f"{100 * share:g} % saved" if share else "",
-            executions=(1 - share) * self.num_layers,
-            accuracy=len(right[name]) / n,
-            interval=wilson_interval(len(right[name]), n),
-            gold_logprob=-1.2,
-            text_loss=TEXT_LOSS[name],
-            against_base=differences(name, "base", right, n, chance, factor) if share else None,
-            routed_against=differences("routed", name, right, n, chance, factor)
-            if name in BASELINES
-            else None,
+            draws=10 if permuted else 1,
+            unchanged_routes=0.02 if permuted else None,
+            **judged,
         )
 
     def _habits(self) -> list[float]:
-        middle = self.num_layers / 2
+        half, last = self.num_layers / 2, self.num_layers - 1
         return [
             0.01
-            if layer < 2 or layer == self.num_layers - 1
-            else 0.02 + 0.3 * (layer > middle) / (1 + abs(layer - 0.7 * self.num_layers))
+            if layer in (0, 1, last)
+            else 0.02 + 0.3 * (layer > half) / (1 + abs(layer - 0.7 * self.num_layers))
             for layer in range(self.num_layers)
         ]
 
@@ -532,37 +476,33 @@ def text_of() -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
-def new_folder() -> Callable[[Path], Folder]:
-    """Return a maker of run folders of 4 layers in a place that is there."""
-    return lambda path: Folder(path, 4, 0)
+def new_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Folder]:
+    """Return a maker of run folders: `new_folder(name="run", num_layers=4, seed=0)`."""
 
-
-@pytest.fixture
-def make_folder(tmp_path: Path) -> Callable[..., Folder]:
-    """Return a maker of run folders: `make_folder(name="run", num_layers=4, seed=0)`."""
-
-    def make(name: str = "run", num_layers: int = 4, seed: int = 0) -> Folder:
-        path = tmp_path / name
+    def new(name: str = "run", num_layers: int = 4, seed: int = 0) -> Folder:
+        path = tmp_path_factory.mktemp("made") / name
         path.mkdir()
         return Folder(path, num_layers, seed)
 
-    return make
+    return new
+
+
+@pytest.fixture
+def folder(new_folder: Callable[..., Folder]) -> Folder:
+    """Return an empty folder of 4 layers."""
+    return new_folder()
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(new_folder: Callable[..., Folder]) -> Run:
     """Return one run as read, of 12 layers."""
-    path = tmp_path_factory.mktemp("read") / "run"
-    path.mkdir()
-    return read_run(Folder(path, 12, 3).everything(**WHOLE))
+    return read_run(new_folder("run", 12, 3).everything(**WHOLE))
 
 
 @pytest.fixture(scope="session")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(new_folder: Callable[..., Folder]) -> Path:
     """Return the page of one report with everything, of a model of 30 layers."""
-    path = tmp_path_factory.mktemp("whole") / "run"
-    path.mkdir()
-    html, _ = write_report(Folder(path, 30, 1).everything(**WHOLE))
+    html, _ = write_report(new_folder("run", 30, 1).everything(**WHOLE))
     return html
 
 

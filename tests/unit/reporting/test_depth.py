@@ -22,8 +22,8 @@ def evaluation(run: Any) -> Any:
     return run.evaluations[0]
 
 
-def test_the_curve_stands_in_numbers(run, text_of, make_folder, whole):
-    folder = make_folder(num_layers=12, seed=3)
+def test_the_curve_stands_in_numbers(run, text_of, new_folder, whole):
+    folder = new_folder(num_layers=12, seed=3)
     folder.evaluation(**whole)
     text = text_of(folder.path).replace("\u00a0", " ")
     rows = text.split("*The depth curve in numbers*")[1].strip().split("\n\n")[0].splitlines()
@@ -36,9 +36,9 @@ def test_the_curve_stands_in_numbers(run, text_of, make_folder, whole):
 
 
 def test_the_routed_model_stands_against_every_baseline_at_every_depth(
-    run, text_of, make_folder, whole
+    run, text_of, new_folder, whole
 ):
-    folder = make_folder(num_layers=12, seed=3)
+    folder = new_folder(num_layers=12, seed=3)
     folder.evaluation(**whole)
     text = text_of(folder.path).replace("\u00a0", " ")
     rows = text.split("*The routed model less each baseline, depth by depth")[1].splitlines()
@@ -165,9 +165,9 @@ def choice_of(text: str) -> tuple[str, str]:
     return before, section.split("\n## ")[0]
 
 
-def test_the_choice_is_said_by_itself_with_every_trial(make_folder, text_of, whole):
+def test_the_choice_is_said_by_itself_with_every_trial(new_folder, text_of, whole):
     choice = whole["choice"]
-    folder = make_folder()
+    folder = new_folder()
     findings = ["Something else.", *choice.sentences()]
     folder.evaluation(choice=choice, changes={"findings": findings})
     result, section = choice_of(text_of(folder.path))
@@ -188,21 +188,21 @@ def test_the_choice_is_said_by_itself_with_every_trial(make_folder, text_of, who
     ]
 
 
-def test_a_choice_of_nothing_has_no_trials(make_folder, text_of, whole):
+def test_a_choice_of_nothing_has_no_trials(new_folder, text_of, whole):
     nothing = replace(whole["choice"], trials=(), confirmation=None, obstacle="Too few questions")
-    folder = make_folder()
+    folder = new_folder()
     folder.evaluation(choice=nothing)
     _, section = choice_of(text_of(folder.path))
     assert section.startswith("\n\n**None is certified: too few questions.**")
     assert "|" not in section
 
 
-def test_worked_answers_have_columns_of_their_own(make_folder, text_of, whole):
+def test_worked_answers_have_columns_of_their_own(new_folder, text_of, whole):
     choice = whole["choice"]
     worked = replace(choice.trials[0].texts, num_texts=50, increase=0.031, maximum=None)
     trials = tuple(replace(trial, worked=worked, failures=("x",)) for trial in choice.trials)
     held = replace(choice, worked_answers="gsm8k", trials=trials, confirmation=None)
-    folder = make_folder()
+    folder = new_folder()
     folder.evaluation(choice=held)
     _, section = choice_of(text_of(folder.path))
     header, *rows = re.findall(r"^\| (?:setting|routed).*$", section, re.MULTILINE)
@@ -213,7 +213,7 @@ def test_worked_answers_have_columns_of_their_own(make_folder, text_of, whole):
 # --- several seeds -----------------------------------------------------------------------------
 
 
-def test_seeds_stand_in_a_table_of_their_own(run, make_folder, text_of, whole):
+def test_seeds_stand_in_a_table_of_their_own(run, new_folder, text_of, whole):
     found = run.evaluations[0].curve[1].against_base
     row = Seeds(
         setting="10 % saved",
@@ -225,7 +225,7 @@ def test_seeds_stand_in_a_table_of_their_own(run, make_folder, text_of, whole):
         against_base=replace(found, text_loss=None),
         against_permuted=None,
     )
-    folder = make_folder(num_layers=12, seed=3)
+    folder = new_folder(num_layers=12, seed=3)
     folder.evaluation(**whole)
     assert "several seeds" not in text_of(folder.path)
     folder.evaluation(**whole, task="other", changes={"seeds": [msgspec.to_builtins(row)]})

@@ -30,8 +30,8 @@ def replace_systems(folder: Any, **fields: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def folder(make_folder: Any) -> Any:
-    made = make_folder()
+def folder(new_folder: Any) -> Any:
+    made = new_folder()
     made.evaluation(questions=60, accuracies=(0.7, 0.5, 0.5))
     return made
 
@@ -87,8 +87,8 @@ def test_one_comparison_has_one_interval_on_the_whole_page(folder, run, text_of)
         assert row[1:3] == [label(system.routed_against.accuracy), shown]
 
 
-def test_verdicts_are_withheld_where_base_may_be_guessing(make_folder, text_of):
-    folder = make_folder()
+def test_verdicts_are_withheld_where_base_may_be_guessing(new_folder, text_of):
+    folder = new_folder()
     folder.evaluation(accuracies=(0.7, 0.5, 0.5), chance=0.65)
     _, permuted, last = table(text_of(folder.path), "The routed model less each baseline")
     for row in (permuted, last):
@@ -180,8 +180,8 @@ def test_a_run_without_baselines_has_no_comparison_with_them(folder, text_of):
     assert "| routed |" in text
 
 
-def test_a_handful_of_questions_makes_a_report(make_folder, text_of):
-    folder = make_folder()
+def test_a_handful_of_questions_makes_a_report(new_folder, text_of):
+    folder = new_folder()
     folder.evaluation(questions=2, accuracies=(0.5, 0.5, 0.5), depths=(0.1,))
     assert "2 questions" in text_of(folder.path)
 
@@ -206,8 +206,8 @@ def test_rivals_run_as_much_and_are_no_controls(run):
 
 
 @pytest.fixture
-def two(make_folder: Any, text_of: Any) -> str:
-    folder = make_folder()
+def two(new_folder: Any, text_of: Any) -> str:
+    folder = new_folder()
     folder.evaluation(accuracies=(0.7, 0.3, 0.3))
     folder.evaluation(task="guessed", questions=20, accuracies=(0.3, 0.4, 0.3))
     folder.change("eval/guessed.json", lambda values: values["systems"].pop(3))
@@ -314,8 +314,8 @@ def test_settings_of_every_kind_can_stand_in_a_command():
     )
 
 
-def test_equal_settings_are_shown_once(make_folder, text_of):
-    folder = make_folder()
+def test_equal_settings_are_shown_once(new_folder, text_of):
+    folder = new_folder()
     folder.search()
     folder.supervision()
     assert text_of(folder.path).count("Settings of search.jsonl, supervision.jsonl") == 1

@@ -187,8 +187,8 @@ def test_routers_that_have_their_temperature_in_the_weights_say_so(run):
     assert said.endswith("decisions and is in the weights.")
 
 
-def test_without_held_out_targets_the_missing_validation_is_said(make_folder):
-    folder = make_folder()
+def test_without_held_out_targets_the_missing_validation_is_said(new_folder):
+    folder = new_folder()
     folder.everything()
     folder.routers(validation=False)
     blocks = part(sections(read_run(folder.path)), "Router metrics")
@@ -200,8 +200,8 @@ def test_without_held_out_targets_the_missing_validation_is_said(make_folder):
     assert not any("calibration error" in text for text in texts)
 
 
-def test_a_single_epoch_can_be_drawn(make_folder):
-    folder = make_folder()
+def test_a_single_epoch_can_be_drawn(new_folder):
+    folder = new_folder()
     folder.everything()
     folder.routers(epochs=1)
     blocks = part(sections(read_run(folder.path)), "Router metrics")

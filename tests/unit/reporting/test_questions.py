@@ -38,8 +38,8 @@ def rewrite(folder: Any, outcomes: dict[int, tuple[float, float]]) -> None:
 
 
 @pytest.fixture
-def folder(make_folder: Any) -> Any:
-    made = make_folder()
+def folder(new_folder: Any) -> Any:
+    made = new_folder()
     made.evaluation(questions=20)
     return made
 
@@ -79,8 +79,8 @@ def test_grades_that_change_are_compared_as_grades(folder, text_of):
     assert "Base is graded 0.20, routed is graded 0.90." in text
 
 
-def test_long_questions_are_cut_between_words(make_folder, text_of):
-    folder = make_folder()
+def test_long_questions_are_cut_between_words(new_folder, text_of):
+    folder = new_folder()
     folder.evaluation(questions=20, question=lambda n: f"{n} " + "several words " * 20)
     rewrite(folder, {3: (0, 1)})
     text = text_of(folder.path).split("*Questions won")[1]
@@ -115,8 +115,8 @@ def test_the_heat_map_holds_the_shares_of_the_routes(run):
         assert rows["repeat"][layer] == taken.count(2) / 60
 
 
-def test_routes_of_tasks_are_coloured_by_what_they_do(make_folder):
-    folder = make_folder()
+def test_routes_of_tasks_are_coloured_by_what_they_do(new_folder):
+    folder = new_folder()
     folder.evaluation()
     folder.evaluation(task="other", questions=20)
     html = render(document([read_run(folder.path)]))

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import pytest
 
 from drllm.errors import ConfigError, RecordError
 from drllm.reporting import markdown
-from drllm.reporting.drawing import LIGHT, VARIABLES
 from drllm.reporting.page import render
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import document
@@ -59,22 +57,12 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def written(path: Path) -> tuple[str, str]:
-    html, md = write_report(path)
-    return html.read_text(encoding="utf-8"), md.read_text(encoding="utf-8")
-
-
-def test_the_page_nests_and_has_no_name_twice(report):
-    page = Page(report[0])
-    assert page.errors == []
-    assert page.open == []
-    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(ids) == len(set(ids))
-
-
-def test_the_page_needs_nothing_from_elsewhere(report):
+def test_the_page_nests_has_no_name_twice_and_needs_nothing_from_elsewhere(report):
     html, _ = report
     page = Page(html)
+    assert (page.errors, page.open) == ([], [])
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
     assert not page.all("script")
     assert not page.all("link")
     addresses = [
@@ -138,18 +126,18 @@ def test_every_colour_that_is_used_is_defined_in_both_schemes(report):
 EVIL = "<script>alert('x')</script> & \"quoted\" | `code` $\\frac{1}{2}$ 木"
 
 
-def test_markup_and_control_characters_in_any_text_are_shown_and_not_obeyed(make_folder):
-    folder = make_folder()
+def test_markup_and_control_characters_in_any_text_are_shown_and_not_obeyed(folder):
     folder.evaluation(task="evil", question=lambda number: f"{EVIL} \x1b[31m {number}")
-    result = (folder.path / "eval" / "evil.json").read_text(encoding="utf-8")
-    marked = result.replace("what permuted routes means", "<img src=x onerror=alert(1)> \\u001b[2J")
-    marked = marked.replace("No difference between", "<b>No</b> difference between")
-    (folder.path / "eval" / "evil.json").write_text(marked, encoding="utf-8")
-    for name in ("eval/evil.json", "eval/samples.jsonl"):
-        text = (folder.path / name).read_text(encoding="utf-8")
-        folder.text(name, text.replace("permuted routes", "$x_ <i>"))
+    for old, new in (
+        ("what permuted routes means", "<img src=x onerror=alert(1)> \\u001b[2J"),
+        ("No difference between", "<b>No</b> difference between"),
+        ("permuted routes", "$x_ <i>"),
+    ):
+        for name in ("eval/evil.json", "eval/samples.jsonl"):
+            text = (folder.path / name).read_text(encoding="utf-8")
+            folder.text(name, text.replace(old, new))
     folder.text("run.yaml", "model: </pre><script>alert(1)</script>\n")
-    html, md = written(folder.path)
+    html, md = (file.read_text(encoding="utf-8") for file in write_report(folder.path))
     page = Page(html)
     assert not any(page.all(tag) for tag in ("img", "script", "b", "i"))
     assert page.errors == []
@@ -162,38 +150,37 @@ def test_markup_and_control_characters_in_any_text_are_shown_and_not_obeyed(make
         assert "x1b[31m" in text.replace("\\[", "[")
 
 
-def test_the_recipe_can_hold_a_fence_of_its_own(make_folder, text_of):
-    folder = make_folder()
-    folder.everything()
+def test_the_recipe_can_hold_a_fence_of_its_own(folder, text_of):
+    folder.evaluation()
     folder.text("run.yaml", "note: |\n  ```\n  # not a heading\n  ```\n")
     assert "\n````\nnote: |" in text_of(folder.path)
 
 
-def test_two_reports_of_the_same_records_are_equal(make_folder, report, whole):
-    folder = make_folder(num_layers=30, seed=1)  # as the fixture's
+def test_two_reports_of_the_same_records_are_equal(new_folder, report, whole):
+    folder = new_folder(num_layers=30, seed=1)  # as the fixture's
     found = document([read_run(folder.everything(**whole))])
     assert (render(found), markdown.render(found, "report_figures")) == report
 
 
-def test_the_markdown_is_the_golden_one(make_folder, text_of, whole):
-    folder = make_folder(name="golden", num_layers=6, seed=3)
+def test_the_markdown_is_the_golden_one(new_folder, text_of, whole):
+    folder = new_folder(name="golden", num_layers=6, seed=3)
     md = re.sub(r"\b[0-9a-f]{64}\b", "SHA-256", text_of(folder.everything(**whole)))
     if os.environ.get("DRLLM_UPDATE_GOLDEN"):
         GOLDEN.write_text(md, encoding="utf-8")
     assert md == GOLDEN.read_text(encoding="utf-8")
 
 
-def test_every_row_of_every_markdown_table_has_the_same_cells(make_folder, text_of, whole):
-    folder = make_folder(num_layers=30)
+def test_every_row_of_every_markdown_table_has_the_same_cells(new_folder, text_of, whole):
+    folder = new_folder(num_layers=30)
     md = text_of(folder.everything(**whole, question=lambda number: f"a | b {number}"))
     tables = re.findall(r"(?:^\|.*\n)+", md, flags=re.MULTILINE)
     assert len(tables) > 5
     for table in tables:
-        cells = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
-        assert len(cells) == 1
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 
 
-def evaluated(folder: Any) -> Path:
+@pytest.fixture
+def quick(folder: Any) -> Path:
     """A folder that is quick to report on, for tests that ask where and not what."""
     folder.evaluation(questions=12)
     return Path(folder.path)
@@ -201,108 +188,80 @@ def evaluated(folder: Any) -> Path:
 
 @pytest.mark.parametrize(
     ("output", "page"),
-    [(None, "run/report.html"), ("new/place", "new/place/report.html"), ("one.html", "one.html")],
+    [(None, "report.html"), ("new/place", "new/place/report.html"), ("one.html", "one.html")],
 )
-def test_the_report_lies_where_it_is_wanted(make_folder, tmp_path, output, page):
-    place = None if output is None else tmp_path / output
-    html, md = write_report(evaluated(make_folder()), output=place)
-    assert (html, md) == (tmp_path / page, (tmp_path / page).with_suffix(".md"))
+def test_the_report_lies_where_it_is_wanted(quick, tmp_path, output, page):
+    html, md = write_report(quick, output=output and tmp_path / output)
+    assert html == (tmp_path if output else quick) / page
+    assert md == html.with_suffix(".md")
     assert html.is_file()
     assert md.is_file()
 
 
 @pytest.mark.parametrize(("output", "error"), [("one.pdf", ConfigError), ("taken", RecordError)])
-def test_another_kind_of_output_is_refused(make_folder, tmp_path, output, error):
+def test_another_kind_of_output_is_refused(quick, tmp_path, output, error):
     (tmp_path / "taken").write_text("mine", encoding="utf-8")
     with pytest.raises(error, match=output):
-        write_report(evaluated(make_folder()), output=tmp_path / output)
+        write_report(quick, output=tmp_path / output)
     assert (tmp_path / "taken").read_text(encoding="utf-8") == "mine"
 
 
-def test_no_run_folder_and_several_without_an_output_are_refused(make_folder):
+def test_no_run_folder_several_without_an_output_and_a_broken_one_are_refused(quick, tmp_path):
     with pytest.raises(ConfigError, match="no run folder"):
         write_report()
     with pytest.raises(ConfigError, match="2 run folders"):
-        write_report(evaluated(make_folder("a")), evaluated(make_folder("b")))
+        write_report(quick, quick)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecordError, match="holds no search"):
+        write_report(quick, tmp_path / "empty", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
-def test_several_runs_are_compared_and_then_shown_one_by_one(make_folder, text_of):
-    small = evaluated(make_folder("small", num_layers=4))
-    large = evaluated(make_folder("large", num_layers=30))
-    text = text_of(small, large)
+def test_several_runs_are_compared_and_then_shown_one_by_one(new_folder, text_of):
+    folders = [new_folder("small", num_layers=4), new_folder("large", num_layers=30)]
+    for folder in folders:
+        folder.evaluation(questions=12)
+    text = text_of(*(folder.path for folder in folders))
     headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
     assert headings == ["Runs compared", "Run 1: small", "Run 2: large"]
     comparison = text.split("## Run 1")[0]
-    assert comparison.count("| 1: small |") == 2
-    assert comparison.count("| 2: large |") == 2
+    assert comparison.count("| 1: small |") == comparison.count("| 2: large |") == 2
     assert "at other depths" not in comparison
     assert "certified choice" not in comparison
 
 
-def test_curves_and_choices_of_several_runs_stand_side_by_side(make_folder, text_of, whole):
-    first, second, third = (make_folder(name) for name in ("a", "b", "c"))
+def test_curves_and_choices_of_several_runs_stand_side_by_side(new_folder, text_of, whole):
+    first, second, third = (new_folder(name) for name in ("a", "b", "c"))
     first.evaluation(**whole)
     second.evaluation(depths=(0.1,))
     third.search()
     comparison = text_of(first.path, second.path, third.path).split("## Run 1")[0]
-    curves, choices = comparison.split("*The routed model of every run at other depths*")[1].split(
-        "*The certified choice of every run*"
-    )
+    _, rest = comparison.split("*The routed model of every run at other depths*")
+    curves, choices = rest.split("*The certified choice of every run*")
     assert re.findall(r"^\| (\d: \w \| arc_easy \| \d+ % saved) \|", curves, re.MULTILINE) == [
         "1: a | arc_easy | 10 % saved",
         "1: a | arc_easy | 20 % saved",
         "2: b | arc_easy | 10 % saved",
     ]
     first_row = "| 1: a | arc_easy | 10 | 0.05 | not looked at | 95 % | routed, 10 % saved, 5.40"
-    assert first_row in plain(choices)
+    assert first_row in choices.replace("\u00a0", " ")
     assert "| 2: b | arc_easy | – | – | – | – | not asked for |" in choices
 
 
-def plain(text: str) -> str:
-    return text.replace("\u00a0", " ")
-
-
-def test_the_figures_of_the_markdown_lie_beside_it(make_folder, tmp_path):
-    html, md = write_report(evaluated(make_folder()), output=tmp_path / "one.html")
+def test_figures_lie_beside_the_markdown_and_replace_those_of_an_earlier_report(quick, tmp_path):
+    figures = tmp_path / "one_figures"
+    figures.mkdir()
+    for name in ("03-old-curve.png", "mine.png"):
+        (figures / name).write_bytes(b"")
+    html, md = write_report(quick, output=tmp_path / "one.html")
     pictures = re.findall(r"^!\[(.+)\]\((one_figures/[\w-]+\.png)\)$", md.read_text(), re.MULTILINE)
     assert len(pictures) == html.read_text(encoding="utf-8").count("<figure>") == 2
     for words, picture in pictures:
         assert len(words) > 40
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-    assert len(list((tmp_path / "one_figures").iterdir())) == 2
-
-
-def test_pictures_of_an_earlier_report_go_and_others_stay(make_folder, tmp_path):
-    (tmp_path / "one_figures").mkdir()
-    for name in ("03-old-curve.png", "mine.png"):
-        (tmp_path / "one_figures" / name).write_bytes(b"")
-    html, _ = write_report(evaluated(make_folder()), output=tmp_path / "one.html")
-    assert [place.name for place in figures_of(html)] == [
-        "01-arc-easy-systems.png",
-        "02-arc-easy-baselines.png",
-    ]
-    assert not (tmp_path / "one_figures" / "03-old-curve.png").exists()
-    assert (tmp_path / "one_figures" / "mine.png").exists()
-
-
-def test_the_colours_of_pictures_are_those_of_the_light_scheme():
-    style = resources.files("drllm.reporting").joinpath("style.css").read_text(encoding="utf-8")
-    light = re.search(r":root \{(.*?)\}", style, flags=re.DOTALL)
-    assert light is not None
-    assert {
-        name: f"#{value}"
-        for name, value in re.findall(r"--(\w+): #(\w{6});", light.group(1))
-        if name in VARIABLES
-    } == LIGHT
-    assert set(LIGHT) == set(VARIABLES)
-
-
-def test_a_broken_second_folder_leaves_nothing_behind(make_folder, tmp_path):
-    good = evaluated(make_folder("good"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(RecordError, match="holds no search"):
-        write_report(good, tmp_path / "empty", output=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    names = ["01-arc-easy-systems.png", "02-arc-easy-baselines.png"]
+    assert [place.name for place in figures_of(html)] == names
+    assert sorted(place.name for place in figures.iterdir()) == [*names, "mine.png"]
 
 
 def test_reporting_loads_no_torch_and_matplotlib_only_when_drawing():
@@ -314,7 +273,7 @@ def test_reporting_loads_no_torch_and_matplotlib_only_when_drawing():
     assert done.stdout.strip() == "[]"
 
 
-def test_drawing_leaves_the_settings_of_matplotlib_alone(make_folder):
+def test_drawing_leaves_the_settings_of_matplotlib_alone(quick):
     import matplotlib
 
     def settings() -> dict[str, Any]:
@@ -324,6 +283,6 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(make_folder):
         }
 
     before = settings()
-    write_report(evaluated(make_folder()))
+    write_report(quick)
     assert before == settings()
     assert "matplotlib.pyplot" not in sys.modules

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,33 @@ from drllm.reporting.run import read_run
 from drllm.reporting.stage import report
 
 
-def test_a_full_folder_is_read_whole(make_folder):
-    run = read_run(make_folder(num_layers=6).everything())
-    assert run.num_layers == 6
+@pytest.fixture(scope="module")
+def full(new_folder: Callable[..., Any], whole: Any) -> Any:
+    """A folder with everything, which `copied` copies."""
+    made = new_folder()
+    made.everything(**whole)
+    return made
+
+
+@pytest.fixture
+def copied(full: Any, tmp_path: Path) -> Any:
+    """A copy of the full folder that a test may spoil."""
+    made = copy.copy(full)
+    made.path = tmp_path / "run"
+    shutil.copytree(full.path, made.path)
+    made.samples = []
+    return made
+
+
+def remove(folder: Any, *names: str) -> None:
+    for name in names:
+        path = folder.path / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_a_full_folder_is_read_whole_and_every_source_has_its_hash(full):
+    run = read_run(full.path)
+    assert run.num_layers == 4
     assert len(run.search) == 40
     assert len(run.supervision) == run.summary["targets"]
     assert len(run.epochs) == 50
@@ -26,14 +51,9 @@ def test_a_full_folder_is_read_whole(make_folder):
     assert len(run.evaluations[0].samples) == 60
     assert run.model["id"] == "smollm2-135m"
     assert run.absent == []
-
-
-def test_every_source_carries_the_hash_of_its_file(make_folder):
-    folder = make_folder()
-    run = read_run(folder.everything())
     assert len(run.sources) == 8
     for source in run.sources:
-        assert source.sha256 == sha256(folder.path / source.name)
+        assert source.sha256 == sha256(full.path / source.name)
 
 
 @pytest.mark.parametrize(
@@ -50,39 +70,25 @@ def test_every_source_carries_the_hash_of_its_file(make_folder):
         ("run.yaml", "run.yaml is absent", "Recipe (run.yaml)"),
     ],
 )
-def test_a_missing_part_is_left_out_and_named_once(make_folder, text_of, removed, told, section):
-    folder = make_folder()
-    assert section in text_of(folder.everything())
-    path = folder.path / removed
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    text = text_of(folder.path)
+def test_a_missing_part_is_left_out_and_named_once(copied, text_of, removed, told, section):
+    assert section in text_of(copied.path)
+    remove(copied, removed)
+    text = text_of(copied.path)
     assert text.count(told) == 1
     assert section not in text
 
 
-@pytest.mark.parametrize("kept", ["search", "supervision", "routers", "evaluation"])
-def test_any_single_part_makes_a_report(make_folder, text_of, kept):
-    folder = make_folder()
-    folder.everything()
-    parts = {
-        "search": ["search.jsonl", "search.manifest.json"],
-        "supervision": ["supervision.jsonl", "supervision.manifest.json"],
-        "routers": ["routers"],
-        "evaluation": ["eval"],
-    }
-    for part, names in parts.items():
-        for name in names if part != kept else []:
-            path = folder.path / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert "## Provenance" in text_of(folder.path)
+@pytest.mark.parametrize("kept", ["search", "supervision", "routers", "eval"])
+def test_any_single_part_makes_a_report(copied, text_of, kept):
+    for path in list(copied.path.iterdir()):
+        if not path.name.startswith(kept):
+            remove(copied, path.name)
+    assert "## Provenance" in text_of(copied.path)
 
 
-def test_files_without_manifests_are_read_as_the_users_own(make_folder, text_of):
-    folder = make_folder()
-    folder.everything()
-    for name in ("search.manifest.json", "supervision.manifest.json"):
-        (folder.path / name).unlink()
-    text = text_of(folder.path)
+def test_files_without_manifests_are_read_as_the_users_own(copied, text_of):
+    remove(copied, "search.manifest.json", "supervision.manifest.json")
+    text = text_of(copied.path)
     assert "questions, how many have such a path" in text
     assert "by reason" not in text  # only the supervision stage knows the reasons
 
@@ -103,7 +109,8 @@ def test_what_is_no_run_folder_is_refused_and_left_alone(tmp_path, place, messag
     assert list((tmp_path / "empty").iterdir()) == []
 
 
-RESULT, TIMES, LAYERS = "eval/arc_easy.json", "eval/latency.json", "routers/layers.json"
+RESULT, SAMPLES = "eval/arc_easy.json", "eval/samples.jsonl"
+TIMES, LAYERS = "eval/latency.json", "routers/layers.json"
 
 
 def change_line(
@@ -134,7 +141,7 @@ def in_system(number: int, **fields: Any) -> Callable[[Any], None]:
 
 
 def in_sample(change: Callable[[dict[str, Any]], Any]) -> Callable[[Any], None]:
-    return lambda folder: change_line(folder, "eval/samples.jsonl", 3, change)
+    return lambda folder: change_line(folder, SAMPLES, 3, change)
 
 
 def in_times(change: Callable[[list[Any]], Any]) -> Callable[[Any], None]:
@@ -145,9 +152,8 @@ def in_layers(change: Callable[[dict[str, Any]], Any]) -> Callable[[Any], None]:
     return lambda folder: folder.change(LAYERS, change)
 
 
-def routed(sample: dict[str, Any]) -> dict[str, Any]:
-    outcome: dict[str, Any] = sample["systems"]["routed"]
-    return outcome
+def in_route(decisions: list[int]) -> Callable[[Any], None]:
+    return in_sample(lambda v: v["systems"]["routed"].update(decisions=decisions))
 
 
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
@@ -187,13 +193,13 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         ),
         "gives 'routed, 20 % saved' accuracy 0.9, samples.jsonl gives",
     ),
-    "samples cut off": (lambda f: cut(f, "eval/samples.jsonl"), "samples.jsonl, line"),
+    "samples cut off": (lambda f: cut(f, SAMPLES), "samples.jsonl, line"),
     "a decision of 3": (
-        in_sample(lambda v: routed(v).update(decisions=[1, 3, 1, 1])),
+        in_route([1, 3, 1, 1]),
         "samples.jsonl, line 3",
     ),
     "decisions of another depth": (
-        in_sample(lambda v: routed(v).update(decisions=[1] * 5)),
+        in_route([1] * 5),
         "has 5 decisions, arc_easy.json says 4 layers",
     ),
     "a gold that is no choice": (in_sample(lambda v: v.update(gold=4)), "line 3: `gold` is 4"),
@@ -247,81 +253,49 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory, new_folder: Any, whole: Any) -> Any:
-    folder = new_folder(tmp_path_factory.mktemp("full"))
-    folder.everything(**whole)
-    return folder
-
-
 @pytest.mark.parametrize(("spoil", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_trusted_is_refused_in_one_line_and_nothing_is_written(
-    full, tmp_path, spoil, message
+    copied, spoil, message
 ):
-    folder = copy.copy(full)
-    folder.path = tmp_path / "run"
-    shutil.copytree(full.path, folder.path)
-    spoil(folder)
+    spoil(copied)
     with pytest.raises(RecordError) as error:
-        report(folder.path)
+        report(copied.path)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-    assert not list(folder.path.glob("report*"))
+    assert not list(copied.path.glob("report*"))
 
 
-def test_results_of_other_routers_are_refused(make_folder):
-    folder = make_folder()
-    folder.everything()
-    weights = folder.text("routers/routers.safetensors", "weights")
+def test_results_of_other_routers_are_refused(copied):
+    weights = copied.text("routers/routers.safetensors", "weights")
     for name in (RESULT, TIMES):
-        folder.change(name, lambda values: values.update(routers_sha256=sha256(weights)))
-    read_run(folder.path)
-    folder.text("routers/routers.safetensors", "newer weights")
+        copied.change(name, lambda values: values.update(routers_sha256=sha256(weights)))
+    read_run(copied.path)
+    copied.text("routers/routers.safetensors", "newer weights")
     with pytest.raises(RecordError, match="was made with other routers"):
-        read_run(folder.path)
+        read_run(copied.path)
 
 
-def test_targets_of_another_search_are_noted_in_the_first_section(make_folder, text_of):
-    folder = make_folder()
-    folder.everything()
-    assert read_run(folder.path).notes == []
-    folder.search(questions=10)
-    md = text_of(folder.path)
-    first = md.split("\n## ")[1]
+def test_targets_of_another_search_are_noted_in_the_first_section(copied, text_of):
+    assert read_run(copied.path).notes == []
+    copied.search(questions=10)
+    first = text_of(copied.path).split("\n## ")[1]
     assert "were made from another search.jsonl than the one in this folder" in first
 
 
-def test_samples_changed_after_writing_are_refused(make_folder):
-    folder = make_folder()
-    folder.everything()
-    folder.write(
-        "eval/samples.manifest.json",
-        {
-            "schema": "drllm.samples",
-            "schema_version": 1,
-            "model": {},
-            "config": {},
-            "sha256": "0" * 64,
-        },
-    )
+def test_samples_changed_after_writing_are_refused(copied):
+    values = {"schema": "drllm.samples", "schema_version": 1, "model": {}, "config": {}}
+    copied.write("eval/samples.manifest.json", {**values, "sha256": "0" * 64})
     with pytest.raises(RecordError, match="was changed or cut off after it was written"):
-        read_run(folder.path)
+        read_run(copied.path)
 
 
-def test_samples_without_choices_can_be_reported(make_folder, text_of):
-    folder = make_folder()
-    folder.everything()
-    path = folder.path / "eval" / "samples.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    for row in rows:
-        row.update(choices=[], gold=None)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    md = text_of(folder.path)
-    assert "## Example questions" in md
+def test_samples_without_choices_can_be_reported(copied, text_of):
+    for number in range(1, 61):
+        change_line(copied, SAMPLES, number, lambda row: row.update(choices=[], gold=None))
+    assert "## Example questions" in text_of(copied.path)
 
 
-def test_the_samples_of_several_tasks_are_kept_apart(make_folder, text_of):
-    folder = make_folder()
+def test_the_samples_of_several_tasks_are_kept_apart(folder, text_of):
     folder.evaluation()
     folder.evaluation(task="arc_challenge", questions=30, accuracies=(0.3, 0.4, 0.3))
     run = read_run(folder.path)
@@ -333,8 +307,7 @@ def test_the_samples_of_several_tasks_are_kept_apart(make_folder, text_of):
         assert "### Systems compared" in text.split(f"\n## {task}\n")[1]
 
 
-def test_a_folder_of_results_alone_is_read_too(make_folder, tmp_path, text_of):
-    folder = make_folder()
+def test_a_folder_of_results_alone_is_read_too(folder, tmp_path, text_of):
     folder.evaluation()
     (folder.path / "eval").rename(tmp_path / "results")
     run = read_run(tmp_path / "results")
@@ -343,8 +316,7 @@ def test_a_folder_of_results_alone_is_read_too(make_folder, tmp_path, text_of):
     assert "| arc_easy.json |" in text_of(tmp_path / "results")
 
 
-def test_files_of_others_beside_a_run_are_no_results(make_folder):
-    folder = make_folder()
+def test_files_of_others_beside_a_run_are_no_results(folder):
     folder.search()
     folder.write("notes.json", {"mine": 1})
     assert not read_run(folder.path).evaluations

@@ -87,8 +87,8 @@ def test_a_sweep_is_read_as_it_was_written(tmp_path):
             read_sweep_file(path)
 
 
-def test_results_are_read_at_the_depths_of_the_curve(make_folder, whole):
-    folder = make_folder(num_layers=12, seed=3)
+def test_results_are_read_at_the_depths_of_the_curve(new_folder, whole):
+    folder = new_folder(num_layers=12, seed=3)
     folder.evaluation(**whole)
     found = read_candidate("a", folder.path / "eval")
     assert [each.depth for each in found.places] == ["10 % saved", "20 % saved"]
