@@ -30,8 +30,7 @@ from drllm.errors import RoutingError
 from drllm.models.base.layers import find_layers
 from drllm.models.base.prompts import left_padded
 from drllm.models.check import IN_SUITE, known_to_transformers, layers_listed, make_tiny
-from drllm.models.routers.pooling import Spans
-from drllm.models.routers.stack import RouterStack
+from drllm.models.routers.stack import RouterStack, Spans
 from drllm.models.routing.kv_cache import cache_argument, stored_rows
 from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 
@@ -26,29 +27,24 @@ GROUPS = [
 FIELDS = [(group, declared) for group in GROUPS for declared in dataclasses.fields(group)]
 
 
-def test_the_search_settings_are_the_papers():
-    config = SearchConfig()
-
-    assert (config.num_simulations, config.budget) == (50, 2.0)
-    assert (config.exploration_constant, config.length_penalty) == (1.8, 3.0)
-    assert config.random_child_probability == 0.1
-
-
-def test_the_training_settings_are_the_papers():
-    config = TrainConfig()
-
-    assert (config.num_epochs, config.learning_rate, config.weight_decay) == (25, 1e-3, 0.01)
-    assert (config.warmup_steps, config.gradient_accumulation) == (500, 16)
-    assert (config.num_windows, config.router_width) == (8, 128)
-    assert (config.gamma, config.beta) == (2.0, 0.999)
+def test_the_settings_of_search_and_training_are_the_papers():
+    search, train = SearchConfig(), TrainConfig()
+    assert (search.num_simulations, search.budget) == (50, 2.0)
+    assert (search.exploration_constant, search.length_penalty) == (1.8, 3.0)
+    assert search.random_child_probability == 0.1
+    assert (train.num_epochs, train.learning_rate, train.weight_decay) == (25, 1e-3, 0.01)
+    assert (train.warmup_steps, train.gradient_accumulation) == (500, 16)
+    assert (train.num_windows, train.router_width) == (8, 128)
+    assert (train.gamma, train.beta) == (2.0, 0.999)
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_every_setting_has_one_line_of_help(group):
+def test_every_group_has_one_line_of_help_a_setting_and_comes_back_from_plain_types(group):
     for declared in dataclasses.fields(group):
         text = declared.metadata["help"]
         assert 0 < len(text) <= 80, declared.name
         assert "\n" not in text
+    assert from_dict(group, group().to_dict(), "here") == group()
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -73,62 +69,40 @@ def test_every_bound_is_kept_and_belongs_to_what_is_accepted(group):
             assert getattr(group(**{declared.name: value}), declared.name) == value
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_settings_come_back_from_plain_types(group):
-    assert from_dict(group, group().to_dict(), "here") == group()
-
-
 def test_settings_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SearchConfig().budget = 1.0  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 10**4000, 2**63 + 1])
-def test_a_number_that_is_not_finite_or_too_large_is_refused(value):
-    with pytest.raises(ConfigError, match=r"--budget is .*; give a finite number"):
-        SearchConfig(budget=value)
-
-
-@pytest.mark.parametrize("value", ["", " ", "a\0b"])
-def test_a_text_that_names_nothing_is_refused(value):
-    with pytest.raises(ConfigError, match="--data-dir is "):
-        SearchConfig(data_dir=value)
+WHOLE, FINITE = "give a whole number", "give a finite number"
+UNKNOWN_DEVICE = "unknown device .*Valid: auto, cpu, cuda, mps"
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "wanted"),
+    ("group", "name", "value", "said"),
     [
-        ("num_simulations", "50", "give a whole number"),
-        ("num_simulations", 50.0, "give a whole number"),
-        ("num_simulations", True, "give a whole number"),
-        ("num_simulations", None, "give a whole number"),
-        ("limit", "all", "give a whole number or nothing"),
-        ("budget", "2", "give a number"),
-        ("budget", [2.0], "give a number"),
-        ("dataset", 5, "give text"),
-        ("data_dir", False, "give text or nothing"),
+        *((SearchConfig, "budget", value, FINITE) for value in (math.nan, -math.inf)),
+        *((SearchConfig, "budget", value, FINITE) for value in (10**4000, 2**63 + 1)),
+        *((SearchConfig, "budget", value, "give a number") for value in ("2", [2.0])),
+        *((SearchConfig, "num_simulations", value, WHOLE) for value in ("50", 50.0, True, None)),
+        (SearchConfig, "limit", "all", "give a whole number or nothing"),
+        (SearchConfig, "dataset", 5, "give text"),
+        (SearchConfig, "data_dir", False, "give text or nothing"),
+        *((SearchConfig, "data_dir", value, "give a text") for value in ("", " ", "a\0b")),
+        (SearchConfig, "reward", "boxed,leter", "unknown value 'leter'; did you mean 'letter'"),
+        (ModelConfig, "trust_remote_code", 1, "give true or false"),
+        *((ModelConfig, "device", value, UNKNOWN_DEVICE) for value in ("cdua", "gpu", "cuda:")),
+        *((ModelConfig, "device", value, UNKNOWN_DEVICE) for value in ("cpu:x", "meta")),
     ],
 )
-def test_a_value_of_another_type_is_refused(name, value, wanted):
-    with pytest.raises(ConfigError, match=wanted):
-        SearchConfig(**{name: value})
+def test_a_value_that_does_not_fit_is_refused(group, name, value, said):
+    with pytest.raises(ConfigError, match=f"^{flag_of(name)}(:| is) .*{said}"):
+        group(**{name: value})
 
 
-def test_a_number_without_a_point_is_a_number():
+def test_a_number_without_a_point_and_a_list_of_rewards_fit():
     assert SearchConfig(budget=2).budget == 2
-
-
-def test_a_number_in_a_switch_is_refused():
-    with pytest.raises(ConfigError, match=r"--trust-remote-code is 1; give true or false"):
-        ModelConfig(trust_remote_code=1)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", ["cdua", "gpu", "cuda:", "cpu:x", "meta"])
-def test_an_unknown_device_is_refused_with_the_list(name):
-    with pytest.raises(
-        ConfigError, match=r"--device: unknown device .*Valid: auto, cpu, cuda, mps"
-    ):
-        ModelConfig(device=name)
+    assert SearchConfig(reward="letter,boxed").reward == "letter,boxed"
 
 
 def test_an_unknown_setting_comes_with_its_place_and_the_nearest():
@@ -175,28 +149,22 @@ def test_knobs_that_contradict_one_another_are_refused(given, message):
         DepthConfig(**given).knob()
 
 
-def test_a_reward_that_is_not_there_is_refused_in_a_list_too():
-    assert SearchConfig(reward="letter,boxed").reward == "letter,boxed"
-    with pytest.raises(ConfigError, match="--reward: unknown value 'leter'; did you mean 'letter'"):
-        SearchConfig(reward="boxed,leter")
-
-
-def test_some_tasks_may_have_limits_of_their_own():
-    config = EvaluateConfig(limit=200, limits="gsm8k=30, arc_easy=all")
+def test_some_tasks_may_have_limits_and_splits_of_their_own():
+    config = EvaluateConfig(limit=200, limits="gsm8k=30, arc_easy=all", splits="gsm8k=select")
     assert [config.limit_of(task) for task in ("gsm8k", "arc_easy", "mmlu")] == [30, None, 200]
-
-
-@pytest.mark.parametrize("limits", ["gsm8k", "gsm8k=0", "=3", "a=1,a=2", "a=x"])
-def test_what_is_no_limit_is_refused(limits):
-    with pytest.raises(ConfigError, match=r"--limits: .* doesn't fit"):
-        EvaluateConfig(limits=limits).limit_of("a")
-
-
-def test_some_tasks_may_have_splits_of_their_own():
-    config = EvaluateConfig(splits="gsm8k=select")
     assert [config.split_of(task) for task in ("gsm8k", "mmlu")] == ["select", "test"]
-    with pytest.raises(ConfigError, match="'gsm8k=train' doesn't fit; give TASK= and search, fit"):
-        EvaluateConfig(splits="gsm8k=train").split_of("gsm8k")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("limits", text) for text in ("gsm8k", "gsm8k=0", "=3", "a=1,a=2", "a=x")),
+        ("splits", "gsm8k=train"),
+    ],
+)
+def test_what_is_no_limit_and_no_split_is_refused(name, text):
+    with pytest.raises(ConfigError, match=rf"--{name}: .* doesn't fit; give TASK="):
+        EvaluateConfig(**{name: text}).own(name)
 
 
 IDLE = [(group, declared) for group, declared in FIELDS if declared.metadata["idle"]]

@@ -103,7 +103,11 @@ def export_path(base: BaseModel, path: Sequence[int], output: Path | str) -> Exp
     check_output(output)
     with hub.quiet():
         listed = _build(model, path)
-        expected = _logits_along(model, path)
+        injection = Injection(model, PathsDriver([path]))
+        try:
+            expected = _logits(model)
+        finally:
+            injection.remove()
         made = Export(output, path, base.runtime["dtype"], *_fill(listed, model, path))
         # Filled next to its place, and moved there when all has succeeded.
         place = output.resolve()
@@ -430,14 +434,6 @@ def _logits(model: Any) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(tokens.to(model.device), use_cache=False).logits
     return logits
-
-
-def _logits_along(base: Any, path: tuple[int, ...]) -> Tensor:
-    injection = Injection(base, PathsDriver([path]))
-    try:
-        return _logits(base)
-    finally:
-        injection.remove()
 
 
 def _verify(folder: Path, base: Any, path: tuple[int, ...], expected: Tensor) -> None:

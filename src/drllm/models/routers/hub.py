@@ -6,6 +6,8 @@ import dataclasses
 import re
 import tempfile
 import warnings
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ def find(place: Path | str, revision: str | None = None) -> Path:
         return folder
     try:
         with hub.quiet():
-            folder = _cached_commit(name, revision) or _download(name, revision)
+            folder = _fetched(name, revision)
     except hub.FETCH_ERRORS as error:
         otherwise = "give OWNER/NAME, or a folder that 'drllm train' has written"
         said = hub.explain(error, "routers repository", name, revision, otherwise)
@@ -73,27 +75,22 @@ def find(place: Path | str, revision: str | None = None) -> Path:
     return folder
 
 
-def _download(name: str, revision: str | None, **options: Any) -> Path:
-    wanted = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
-    return Path(
-        huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted, **options)
-    )
-
-
-def _cached_commit(name: str, revision: str | None) -> Path | None:
-    """Return where a commit lies in the cache, if it is one and is complete.
+def _fetched(name: str, revision: str | None) -> Path:
+    """Return where routers lie in the cache, fetched into it unless it has the whole commit.
 
     A commit never changes, so the hub needn't be asked. Some versions of its library ask all the
     same for the list of files, where an older version put them there.
     """
-    if revision is None or not COMMIT.fullmatch(revision):
-        return None
-    try:
-        folder = _download(name, revision, local_files_only=True)
-    except LocalEntryNotFoundError:
-        return None
-    complete = (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
-    return folder if complete else None
+    files = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
+    fetch = partial(
+        huggingface_hub.snapshot_download, name, revision=revision, allow_patterns=files
+    )
+    if revision is not None and COMMIT.fullmatch(revision):
+        with suppress(LocalEntryNotFoundError):
+            folder = Path(fetch(local_files_only=True))
+            if (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
+                return folder
+    return Path(fetch())
 
 
 def push_routers(

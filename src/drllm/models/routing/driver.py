@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from drllm.errors import RoutingError
-from drllm.models.routers.pooling import Spans
+from drllm.models.routers.stack import Spans
 from drllm.models.routing.context import Override
 from drllm.models.routing.injection import Driver, Forward, LayerCall
 from drllm.models.routing.kv_cache import RoutedCacheLayer, routed_entry

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from drllm.config import DepthConfig
 from drllm.errors import CheckpointError, ConfigError, RoutingError
-from drllm.models.routers.pooling import Spans, Windows
-from drllm.models.routers.stack import RouterStack
+from drllm.models.routers.stack import RouterStack, Spans, Windows
 from drllm.paths import Decision, check_decisions
 from drllm.registry import Registry
 

