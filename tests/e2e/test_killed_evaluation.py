@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import time
 from pathlib import Path
@@ -14,19 +13,12 @@ import pytest
 from drllm.cli import main
 
 SETTINGS = (
-    *("--tasks", "builtin_arithmetic", "--limit", "8", "--batch-size", "1"),
+    *("--tasks", "builtin_arithmetic", "--limit", "7", "--batch-size", "1"),
     *("--baselines", "permuted-routes", "--num-random-draws", "2", "--num-texts", "2"),
+    *("--latency-rounds", "0"),
 )
-NUM_BLOCKS = 8
+NUM_BLOCKS = 7
 """Of each of three systems: answers are generated, and a batch is one question."""
-
-
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    """Processes that start at once, since what they need is loaded before they are forked."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["drllm.cli.stages", "drllm.evaluation.run"])
-    return context
 
 
 def begun(processes: Any, words: list[str]) -> Any:

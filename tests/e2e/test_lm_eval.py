@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
+import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -215,16 +214,18 @@ def test_a_task_of_the_users_own_can_stand_beside_ours(evaluate, model_folder, t
     assert list(found["results"]) == ["some_text", "builtin_facts"]
 
 
-def test_max_new_tokens_bounds_answers_whatever_the_task_asks_for(
+def test_max_new_tokens_bounds_answers_whatever_the_task_asks_for_and_the_cache_holds(
     evaluate, model_folder, tmp_path: Path
 ):
-    words = "--model drllm --tasks builtin_arithmetic --split test --limit 3 --gen_kwargs"
-    evaluate("out", f"{words} max_new_tokens=2", pretrained=model_folder())
-    answers = [each["resps"][0][0] for each in samples_of(tmp_path / "out", "builtin_arithmetic")]
-    assert all(len(answer) <= 2 for answer in answers)  # a token is a character
-    evaluate("out", f"{words} max_new_tokens=9", pretrained=model_folder())
-    longer = [each["resps"][0][0] for each in samples_of(tmp_path / "out", "builtin_arithmetic")]
-    assert max(map(len, longer)) > 2, "the sample must be a test"
+    words = "--model drllm --tasks builtin_arithmetic --split test --limit 3 --cache_requests true"
+    longest = []
+    for most in (9, 2):
+        evaluate("out", f"{words} --gen_kwargs max_new_tokens={most}", pretrained=model_folder())
+        samples = samples_of(tmp_path / "out", "builtin_arithmetic")
+        for each in samples:
+            assert each["arguments"]["gen_args_0"]["arg_1"]["max_gen_toks"] == most
+        longest.append(max(len(each["resps"][0][0]) for each in samples))  # characters are tokens
+    assert longest[1] <= 2 < longest[0] <= 9
 
 
 def test_cached_requests_are_those_of_the_same_rows_and_words(
@@ -245,16 +246,6 @@ def test_cached_requests_are_those_of_the_same_rows_and_words(
     text = (tmp_path / "mine.jsonl").read_text().replace("Which", "What")
     (tmp_path / "mine.jsonl").write_text(text)
     assert all("What" in prompt for prompt in questions())
-
-
-def test_cached_requests_ask_for_as_many_tokens_as_the_command(
-    evaluate, model_folder, tmp_path: Path
-):
-    words = "--model drllm --tasks builtin_arithmetic --split test --limit 2 --cache_requests true"
-    for most in (7, 3):
-        evaluate("out", f"{words} --gen_kwargs max_new_tokens={most}", pretrained=model_folder())
-        for each in samples_of(tmp_path / "out", "builtin_arithmetic"):
-            assert each["arguments"]["gen_args_0"]["arg_1"]["max_gen_toks"] == most
 
 
 # --- what is refused only once the harness is at work --------------------------------------------
@@ -332,48 +323,50 @@ def test_a_task_of_the_harness_without_network_is_answered_in_one_line(
 
 # --- several processes ---------------------------------------------------------------------------
 
-SMALL = """
-import functools, sys
+ONE_OF_TWO = """
+import functools, os, sys, tempfile
 import lm_eval.tasks
-lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+from lm_eval.caching import cache
 from drllm.cli import main
-sys.exit(main(sys.argv[1:]))
+os.environ.update(environment)
+os.chdir(folder)
+tempfile.tempdir, cache.PATH = folder, f"{folder}/cache"
+lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+sys.exit(main(words))
 """
 
 
-def test_two_processes_give_the_numbers_of_one(evaluate, finished_run: Path, tmp_path: Path):
+def test_two_processes_give_the_numbers_of_one(
+    evaluate, finished_run: Path, tmp_path: Path, processes: Any
+):
     words = (
         "--model drllm --tasks builtin_facts,builtin_arithmetic --split test --limit 7 "
         "--gen_kwargs max_new_tokens=4 --cache_requests true"
     )
     model = {"pretrained": finished_run / "routers", "num_windows": 8}
     one = evaluate("one", words, **model)
-
-    (tmp_path / "small.py").write_text(SMALL)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     joined = ",".join(f"{name}={value}" for name, value in model.items())
-    launched = "-m torch.distributed.run --standalone --nproc_per_node 2 small.py lm-eval run"
     where = "--output_path two --device cpu --log_samples --model_args"
-    done = subprocess.run(
-        [sys.executable, *launched.split(), *words.split(), *where.split(), joined],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "LM_HARNESS_CACHE_PATH": str(tmp_path / "cache"),
-            "TMPDIR": str(tmp_path),
-        },
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    given = {"words": ["lm-eval", "run", *words.split(), *where.split(), joined]}
+    pair = []
+    for rank in ("0", "1"):  # as torchrun starts them
+        environment = {**place, "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}
+        given |= {"folder": str(tmp_path), "environment": environment}
+        pair.append(processes.Process(target=exec, args=(ONE_OF_TWO, given)))
+        pair[-1].start()
+    for process in pair:
+        process.join(240)
+        assert process.exitcode == 0
     two = results_of(tmp_path / "two")
     for task, metrics in one["results"].items():
         assert metrics == {
             name: pytest.approx(value, rel=ROUNDING) if "stderr" in name else value
             for name, value in two["results"][task].items()
         }
+        assert_same_samples(tmp_path / "one", tmp_path / "two", task)
     assert two["config"]["drllm"] == one["config"]["drllm"]
     assert two["config"]["drllm"]["prompts"] == 14  # a seventh question is asked of one process
-    for task in two["results"]:
-        assert_same_samples(tmp_path / "one", tmp_path / "two", task)
     assert not list(tmp_path.glob("drllm-tasks-*"))

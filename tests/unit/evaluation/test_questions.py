@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from drllm.config import EvaluateConfig
@@ -51,37 +49,31 @@ def test_something_is_fitted_with_a_curve_or_baselines_that_need_it(settings, fi
     assert is_fitted(EvaluateConfig(**settings)) is fitted
 
 
-def test_another_source_without_effect_is_refused():
-    with pytest.raises(ConfigError, match="has no effect on the baselines quick without --curve"):
-        sources_of(TASKS, EvaluateConfig(fitted_on="hellaswag=arc_easy"))
-
-
-def test_a_number_of_questions_without_effect_is_refused():
-    with pytest.raises(ConfigError, match=r"--num-calibration 9 has no effect .* without --curve"):
-        sources_of(TASKS, EvaluateConfig(num_calibration=9))
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"fitted_on": "hellaswag=arc_easy"}, "effect on the baselines quick without --curve"),
+        ({"num_calibration": 9}, r"--num-calibration 9 has no effect .* without --curve"),
+        ({"curve": "0.1", "fitted_on": "hellaswag=arc_eas"}, "did you mean 'arc_easy'"),
+        ({"curve": "0.1", "fitted_on": "hellaswag"}, "--fitted-on: 'hellaswag' doesn't fit"),
+    ],
+)
+def test_sources_that_make_no_sense_are_refused(values, message):
+    with pytest.raises((ConfigError, TaskError), match=message):
+        sources_of(TASKS, EvaluateConfig(**values))
     sources_of(TASKS, EvaluateConfig(num_calibration=9, baselines="block-repeat"))
-
-
-def test_an_unknown_source_is_refused_with_near_names():
-    with pytest.raises(TaskError, match="did you mean 'arc_easy'"):
-        sources_of(TASKS, EvaluateConfig(curve="0.1", fitted_on="hellaswag=arc_eas"))
-    with pytest.raises(ConfigError, match="--fitted-on: 'hellaswag' doesn't fit"):
-        sources_of(TASKS, EvaluateConfig(curve="0.1", fitted_on="hellaswag"))
 
 
 # --- worked answers ----------------------------------------------------------------------------
 
 
-def settings(**values):
-    return EvaluateConfig(**{"curve": "0.1", "epsilon": 2.0, **values})
-
-
 def worked(tasks="builtin_facts", **values):
-    return worked_task(settings(tasks=tasks, **values), get_tasks(tasks))
+    config = EvaluateConfig(curve="0.1", epsilon=2.0, tasks=tasks, **values)
+    return worked_task(config, get_tasks(tasks))
 
 
 @pytest.fixture
-def make_data(tmp_path):
+def make_data(tmp_path, write_rows):
     """A function that writes invented rows as the training file of GSM8K."""
 
     def make(number):
@@ -89,32 +81,21 @@ def make_data(tmp_path):
             {"question": f"What are {place} and 1?", "answer": f"Add them.\n#### {place + 1}"}
             for place in range(number)
         ]
-        (tmp_path / "gsm8k").mkdir()
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / "gsm8k" / "train.jsonl").write_text(text)
+        write_rows("gsm8k/train", rows)
         return str(tmp_path)
 
     return make
 
 
-def test_none_are_read_unless_a_task_is_named():
+def test_worked_answers_are_those_of_a_named_task_whose_answers_are_generated():
     assert worked() is None
-
-
-def test_a_task_of_generated_answers_is_taken():
-    assert worked(worked_answers="builtin_arithmetic").name == "builtin_arithmetic"
-
-
-def test_options_are_no_worked_answers():
+    name = "builtin_arithmetic"
+    assert worked(worked_answers=name).name == name
+    assert worked(f"builtin_facts,{name}", worked_answers=name).name == name
     with pytest.raises(ConfigError, match=r"arc_easy: its answers are options.*gsm8k"):
         worked(worked_answers="arc_easy")
-
-
-def test_a_task_that_is_evaluated_alone_needs_no_second_look_at_its_own_answers():
-    with pytest.raises(ConfigError, match="has no effect: builtin_arithmetic alone"):
-        worked("builtin_arithmetic", worked_answers="builtin_arithmetic")
-    both = "builtin_facts,builtin_arithmetic"
-    assert worked(both, worked_answers="builtin_arithmetic") is not None
+    with pytest.raises(ConfigError, match=f"has no effect: {name} alone"):
+        worked(name, worked_answers=name)
 
 
 def test_a_split_without_a_file_is_answered_with_the_split_to_give(make_data):
@@ -129,9 +110,8 @@ def test_a_split_without_a_file_is_answered_with_the_split_to_give(make_data):
 
 
 def test_too_few_worked_answers_are_refused_before_anything_runs(make_data):
-    data_dir = make_data(60)
     with pytest.raises(TaskError, match=r"split 'fit' has \d+ questions, and a bound needs 30"):
-        worked(worked_answers="gsm8k", data_dir=data_dir, splits="gsm8k=select")
+        worked(worked_answers="gsm8k", data_dir=make_data(60), splits="gsm8k=select")
 
 
 # --- what is refused before a model is loaded --------------------------------------------------
@@ -152,10 +132,9 @@ def test_settings_that_make_no_sense_are_refused(values, message):
         tasks_of(EvaluateConfig(**values))
 
 
-def test_a_task_that_is_called_as_the_measured_times_are_is_refused(tmp_path):
-    file = tmp_path / "latency.jsonl"
+def test_a_task_that_is_called_as_the_measured_times_are_is_refused(write_rows):
     row = {"question": "One or two?", "choices": ["one", "two"], "answer": 0}
-    file.write_text("".join(json.dumps({**row, "id": str(n)}) + "\n" for n in range(3)))
+    file = write_rows("latency", [{**row, "id": str(n)} for n in range(3)])
     with pytest.raises(ConfigError, match=r"latency\.json holds the measured times; rename"):
         tasks_of(EvaluateConfig(tasks=str(file)))
 

@@ -280,19 +280,6 @@ def two_tasks(task):
     return [task, Half()]
 
 
-def test_several_tasks_are_corrected_system_by_system(run, two_tasks, tmp_path):
-    few = {"baselines": "permuted-routes,last-layers", "num_random_draws": 1, "limit": 12}
-    results = run(tmp_path, tasks=two_tasks, **few)
-    for rows in zip(*(result["systems"] for result in results), strict=True):
-        if rows[0]["name"] != "base":
-            found = [row["against_base"]["accuracy"] for row in rows]
-            assert [each["p_corrected"] for each in found] == holm([each["p"] for each in found])
-    for result in results:
-        routed = result["systems"][1]["against_base"]["accuracy"]
-        said = f"corrected for 2 tests {routed['p_corrected']:.3g}"
-        assert said in " ".join(result["findings"])
-
-
 def test_rows_hold_their_paired_differences_to_base_and_routed(evaluated):
     result, samples, _ = evaluated
     outcomes = [sample["systems"] for sample in samples]
@@ -434,21 +421,18 @@ def test_a_curve_has_every_system_at_every_depth_that_the_routers_can_be_brought
     assert list(by_name(result)) == ["base", "routed", "permuted routes", "last layers"]
 
 
-def test_a_certified_choice_says_what_so_few_questions_can_show(run, tmp_path):
-    choice = {"curve": "0.1", "epsilon": 2.0, "baselines": "none", "num_texts": 30}
-    [result] = run(tmp_path, limit=12, **choice)
-    assert result["choice"]["limits"]["epsilon"] == 2.0
-    assert result["choice"]["confirmation"] is None
-    assert any(finding.startswith("None is certified") for finding in result["findings"])
-
-
-def test_a_depth_is_never_chosen_on_the_questions_that_it_is_tested_on(run, tmp_path):
+def test_a_depth_is_chosen_on_other_questions_than_it_is_tested_on_and_so_few_show_nothing(
+    run, tmp_path
+):
     calls = []
     choice = {"curve": "0.1", "epsilon": 2.0, "baselines": "none", "num_texts": 30}
-    run(tmp_path, calls=calls, split="select", limit=30, **choice)
+    [result] = run(tmp_path, calls=calls, split="select", limit=12, **choice)
     names = {name for _, _, name in calls}
     assert "builtin_facts: base on fit" in names
     assert not any(name.endswith("on select") for name in names)
+    assert result["choice"]["limits"]["epsilon"] == 2.0
+    assert result["choice"]["confirmation"] is None
+    assert any(finding.startswith("None is certified") for finding in result["findings"])
 
 
 @pytest.fixture
@@ -588,7 +572,7 @@ def test_routers_of_other_seeds_are_what_they_are_when_evaluated_alone(
 # --- measured time ----------------------------------------------------------------------------
 
 
-def test_time_is_measured_once_for_all_tasks_on_their_prompts(
+def test_time_is_measured_once_and_tests_are_corrected_for_all_tasks(
     run, base, two_tasks, tmp_path, monkeypatch
 ):
     given, calls = [], []
@@ -599,7 +583,7 @@ def test_time_is_measured_once_for_all_tasks_on_their_prompts(
 
     monkeypatch.setattr(latency, "measure", note)
     few = {"limit": 6, "latency_rounds": 2, "baselines": "none"}
-    result, _ = run(tmp_path, tasks=two_tasks, calls=calls, **few)
+    results = run(tmp_path, tasks=two_tasks, calls=calls, **few)
     [prompts] = given
     asked = [
         encode(base.tokenizer, task.prompt(example, "loglikelihood").text)[-len(prompts[0]) :]
@@ -610,14 +594,12 @@ def test_time_is_measured_once_for_all_tasks_on_their_prompts(
     assert all(prompt in asked for prompt in prompts)
     assert read_latency(tmp_path).measured.num_rounds == 2
     assert [call[:2] for call in calls[-2:]] == [(4, 5), (5, 5)]
-    assert list(by_name(result)) == ["base", "routed"]
+    found = [by_name(result)["routed"]["against_base"]["accuracy"] for result in results]
+    assert [each["p_corrected"] for each in found] == holm([each["p"] for each in found])
+    for result, each in zip(results, found, strict=True):
+        assert list(by_name(result)) == ["base", "routed"]
+        assert f"corrected for 2 tests {each['p_corrected']:.3g}" in " ".join(result["findings"])
     assert all("forward" not in layer.__dict__ for layer in base.model.model.layers)
-
-
-def test_without_rounds_no_time_stands_beside_the_results(run, tmp_path):
-    (tmp_path / "latency.json").write_text("of an earlier evaluation")
-    run(tmp_path, limit=4, baselines="none")
-    assert not (tmp_path / "latency.json").exists()
 
 
 def test_an_evaluation_that_goes_on_measures_time_anew_as_often_as_it_is_told(

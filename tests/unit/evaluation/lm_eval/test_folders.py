@@ -39,6 +39,17 @@ def write(tmp_path: Path) -> Callable[..., list[HarnessTask]]:
     return to_folder
 
 
+@pytest.fixture
+def asked(write: Any, loaded: Any) -> Callable[..., Any]:
+    """A function that writes one task, and returns it with the harness' tasks by leaf."""
+
+    def ask(name: str | Task, place: str = "tasks", **given: Any) -> Any:
+        [task] = write(name, place=place, **given)
+        return task, loaded(task.harness_name, place=place)
+
+    return ask
+
+
 def requests_of(task: Any) -> list[Any]:
     return [instance.args for instance in task.instances]
 
@@ -94,14 +105,13 @@ def expected(
 @pytest.mark.parametrize("num_fewshot", [0, 3])
 @pytest.mark.usefixtures("our_order")
 def test_the_requests_are_those_of_the_harness_own_task_file(
-    set_name: str, num_fewshot: int, sets: Any, write: Any, loaded: Any, by_the_harness: Any
+    set_name: str, num_fewshot: int, sets: Any, asked: Any, by_the_harness: Any
 ) -> None:
     harness = get_task(set_name).harness
     assert harness is not None
     if not sets[set_name].file or (num_fewshot and harness.only_zero_shot):
         pytest.skip("the harness has no file for it, or shows no examples")
-    [task] = write(set_name, num_fewshot=num_fewshot)
-    found = loaded(task.harness_name)
+    task, found = asked(set_name, num_fewshot=num_fewshot)
     assert tuple(found) == task.leaves
     ours = {leaf: requests_of(one) for leaf, one in found.items()}
     assert ours == expected(set_name, sets, by_the_harness, num_fewshot)
@@ -110,37 +120,31 @@ def test_the_requests_are_those_of_the_harness_own_task_file(
 
 
 def test_gsm8k_shows_five_worked_examples_unless_told_otherwise(
-    sets: Any, write: Any, loaded: Any, by_the_harness: Any
+    sets: Any, asked: Any, by_the_harness: Any
 ) -> None:
-    [task] = write("gsm8k", split="select")
+    task, found = asked("gsm8k", split="select")
     rows = [row for _, row in rows_of("gsm8k", "select")]
     shown = [row for _, row in rows_of("gsm8k", "fit")]
     assert (task.num_fewshot, task.metric, task.filter) == (5, "exact_match", "flexible-extract")
-    [one] = loaded("gsm8k").values()
-    assert requests_of(one) == by_the_harness("gsm8k/gsm8k.yaml", rows, shown, None)
+    assert requests_of(found["gsm8k"]) == by_the_harness("gsm8k/gsm8k.yaml", rows, shown, None)
 
 
 def test_the_hub_and_a_data_folder_give_the_same_requests(
-    set_name: str, data_folder: Any, write: Any, loaded: Any
+    set_name: str, data_folder: Any, asked: Any
 ) -> None:
     harness = get_task(set_name).harness
     assert harness is not None
     given = {"num_fewshot": 0 if harness.only_zero_shot else 2}
-    [online] = write(set_name, place="online", **given)
-    [offline] = write(set_name, place="offline", data_dir=data_folder(set_name), **given)
+    online, first = asked(set_name, place="online", **given)
+    offline, second = asked(set_name, place="offline", data_dir=data_folder(set_name), **given)
     assert online == offline
-    first, second = (
-        {leaf: requests_of(one) for leaf, one in loaded(set_name, place=place).items()}
-        for place in ("online", "offline")
-    )
-    assert first == second
+    assert list(map(requests_of, first.values())) == list(map(requests_of, second.values()))
 
 
-def test_squads_prompt_is_the_harness_own(sets: Any, write: Any, loaded: Any) -> None:
+def test_squads_prompt_is_the_harness_own(sets: Any, asked: Any) -> None:
     from lm_eval.tasks.squadv2.task import SQuAD2
 
-    write("squad_v2", num_fewshot=0)
-    [task] = loaded("squad_v2").values()
+    task = asked("squad_v2", num_fewshot=0)[1]["squad_v2"]
     rows = [row for _, row in rows_of("squad_v2")]
     contexts = [context for context, _ in requests_of(task)]
     assert contexts == [SQuAD2.doc_to_text(None, row) for row in rows]
@@ -152,17 +156,14 @@ def test_squads_prompt_is_the_harness_own(sets: Any, write: Any, loaded: Any) ->
 
 
 @pytest.mark.parametrize("name", ["arc_easy", "arc_challenge", "hellaswag", "piqa", "mmlu_cloze"])
-def test_what_a_search_asks_is_what_an_evaluation_asks(
-    name: str, sets: Any, write: Any, loaded: Any
-) -> None:
-    write(name, num_fewshot=0)
+def test_what_a_search_asks_is_what_an_evaluation_asks(name: str, sets: Any, asked: Any) -> None:
+    _, found = asked(name, num_fewshot=0)
     searched = get_task(name.removesuffix("_cloze"))
     ours = []
     for example in searched.examples("test"):
         prompt = searched.prompt(example, OPTIONS_REWARD)
         ours += [(prompt.text, text) for text in prompt.continuations]
-    found = loaded(name).values()
-    assert sorted(ours) == sorted(args for task in found for args in requests_of(task))
+    assert sorted(ours) == sorted(args for task in found.values() for args in requests_of(task))
 
 
 def test_every_task_that_has_a_name_can_be_evaluated(
@@ -219,12 +220,13 @@ def test_a_run_of_the_harness_reports_the_metric_that_counts_of_every_task(
 
 
 def test_options_of_ours_are_asked_byte_for_byte_as_a_search_asks_them(
-    write: Any, loaded: Any, tmp_path: Path
+    asked: Any, tmp_path: Path
 ) -> None:
+    dates = ["2001-01-01", "1999-12-31"]
     lines = [
         {
             "question": f"Day {n}? {{{{x}}}} {{y}}\n 'é\" 😀",
-            "choices": ["2001-01-01", "1999-12-31", f"20{n:02}-05-05"],
+            "choices": [*dates, f"20{n:02}-05-05"],
             "answer": n % 3,
         }
         for n in range(40)
@@ -232,9 +234,9 @@ def test_options_of_ours_are_asked_byte_for_byte_as_a_search_asks_them(
     path = tmp_path / "my days, all.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     task = FileTask(path)
-    [written] = write(task)
+    written, leaves = asked(task)
     assert (written.name, written.harness_name) == ("my days, all", "my_days_all")
-    [found] = loaded("my_days_all").values()
+    found = leaves["my_days_all"]
     ours = []
     for example in task.examples("test"):
         prompt = task.prompt(example, OPTIONS_REWARD)
@@ -249,7 +251,7 @@ def test_options_of_ours_are_asked_byte_for_byte_as_a_search_asks_them(
     [("builtin_arithmetic", "so \\boxed{{{}}}", "\\boxed{{{}1}}"), ("dates", "{}.", "on {}")],
 )
 def test_generated_answers_of_ours_are_graded_by_our_rules(
-    name: str, right: str, wrong: str, write: Any, loaded: Any, tmp_path: Path
+    name: str, right: str, wrong: str, asked: Any, tmp_path: Path
 ) -> None:
     if name == "dates":
         name = str(tmp_path / "dates.jsonl")
@@ -258,8 +260,8 @@ def test_generated_answers_of_ours_are_graded_by_our_rules(
             for n in range(40)
         ]
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    [written] = write(name, num_fewshot=1)
-    [found] = loaded(written.harness_name).values()
+    written, leaves = asked(name, num_fewshot=1)
+    [found] = leaves.values()
     task = get_task(name)
     examples = task.examples("test")
     prompts = [task.prompt(example, task.rewards[0]) for example in examples]
@@ -278,20 +280,17 @@ def test_generated_answers_of_ours_are_graded_by_our_rules(
 # --- which questions ---------------------------------------------------------------------------
 
 
-def test_no_question_that_is_asked_is_shown(
-    set_name: str, sets: Any, write: Any, loaded: Any
-) -> None:
+def test_no_question_that_is_asked_is_shown(set_name: str, sets: Any, asked: Any) -> None:
     name, task = set_name, get_task(set_name)
     assert isinstance(task, PublishedTask)
     assert task.harness is not None
     if task.harness.only_zero_shot:
         pytest.skip("takes no worked examples")
     for split in ("select", "test"):
-        place = f"tasks-{split}"
-        write(name, place=place, split=split, num_fewshot=2)
+        _, leaves = asked(name, place=f"tasks-{split}", split=split, num_fewshot=2)
         tested = {question_key(e.question) for e in get_task(name).examples("test")}
         ids: dict[str, set[str]] = {"asked": set(), "shown": set()}
-        for each in loaded(name, place=place).values():
+        for each in leaves.values():
             for use in ids:
                 ids[use] |= {doc["drllm_id"] for doc in each.dataset[use]}
         shown = {e.id: question_key(e.question) for e, _ in task.shots(split)}
@@ -315,16 +314,17 @@ def test_a_question_that_stands_among_the_worked_examples_is_not_asked_with_them
 
 
 def test_a_limit_draws_the_same_questions_each_time_and_only_their_parts_are_written(
-    sets: Any, write: Any, loaded: Any
+    sets: Any, asked: Any
 ) -> None:
-    [task] = write("mmlu", limit=1, seed=3)
-    assert (task.num_questions, len(task.leaves)) == (1, 1)
-    [found] = loaded("mmlu").values()
-    first = [doc["drllm_id"] for doc in found.eval_docs]
-    [again] = write("mmlu", place="again", limit=1, seed=3)
-    assert again == task
-    [found] = loaded("mmlu", place="again").values()
-    assert [doc["drllm_id"] for doc in found.eval_docs] == first
+    both = [asked("mmlu", place=place, limit=1, seed=3) for place in ("once", "again")]
+    tasks, ids = [], []
+    for task, leaves in both:
+        [found] = leaves.values()
+        tasks.append(task)
+        ids.append([doc["drllm_id"] for doc in found.eval_docs])
+    assert tasks[0] == tasks[1]
+    assert ids[0] == ids[1]
+    assert (tasks[0].num_questions, len(tasks[0].leaves)) == (1, 1)
 
 
 def test_the_same_questions_give_the_same_files(sets: Any, write: Any, tmp_path: Path) -> None:
@@ -342,31 +342,28 @@ def test_the_same_questions_give_the_same_files(sets: Any, write: Any, tmp_path:
 
 
 def test_other_rows_are_never_read_from_an_old_cache(
-    data_folder: Any, write: Any, write_rows: Any, loaded: Any
+    data_folder: Any, asked: Any, write_rows: Any
 ) -> None:
     data_dir = data_folder("piqa")
-    write("piqa", data_dir=data_dir)
-    [before] = loaded("piqa").values()
+    before = asked("piqa", data_dir=data_dir)[1]["piqa"]
     rows = [{**row, "sol1": "Wait."} for row in map(dict, before.eval_docs)]
     write_rows(
         "data/piqa/validation",
         [{k: row[k] for k in ("goal", "sol1", "sol2", "label")} for row in rows],
     )
-    write("piqa", data_dir=data_dir)
-    [after] = loaded("piqa").values()
+    after = asked("piqa", data_dir=data_dir)[1]["piqa"]
     assert {doc["sol1"] for doc in after.eval_docs} == {"Wait."}
     assert len(requests_of(after)) == len(requests_of(before))
 
 
 def test_what_datasets_keeps_is_kept_in_the_folder(
-    sets: Any, write: Any, loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sets: Any, asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
 
     elsewhere = tmp_path / "elsewhere"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(elsewhere))
-    write("piqa")
-    loaded("piqa")
+    asked("piqa")
     assert not elsewhere.exists()
     assert list((tmp_path / "tasks" / "cache").rglob("*.arrow"))
 
@@ -387,18 +384,17 @@ def test_the_stock_harness_with_all_of_its_own_tasks_takes_ours_of_the_same_name
 
 
 def test_answers_are_capped_to_what_the_model_holds_and_the_reader_is_told(
-    sets: Any, write: Any, loaded: Any
+    sets: Any, asked: Any
 ) -> None:
-    [task] = write("aime24", max_length=2048)
-    [found] = loaded("aime24").values()
+    task, leaves = asked("aime24", max_length=2048)
+    found = leaves["aime24"]
     [most] = {how["max_gen_toks"] for _, how in requests_of(found)}
     longest = max(len(context.encode()) for context, _ in requests_of(found))
     assert 1024 < most <= 2048 - longest
     assert any(f"at most {most} new tokens" in note and "32768" in note for note in task.notes)
     assert requests_of(found)[0][1]["until"][0] == "Question:"
-    [task] = write("aime24")
-    [found] = loaded("aime24").values()
-    assert {how["max_gen_toks"] for _, how in requests_of(found)} == {32768}
+    task, leaves = asked("aime24")
+    assert {how["max_gen_toks"] for _, how in requests_of(leaves["aime24"])} == {32768}
     assert task.notes == ()
 
 
@@ -478,16 +474,15 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 def test_the_real_files_are_asked_as_the_harness_asks_them(
-    name: str, data_dir: Path, write: Any, loaded: Any, by_the_harness: Any
+    name: str, data_dir: Path, asked: Any, by_the_harness: Any
 ) -> None:
     place, file = REAL[name]
     with gzip.open(data_dir / f"{place}.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    [task] = write(name, data_dir=data_dir, limit=100)
-    [found] = loaded(name).values()
-    key = "sentence" if name == "winogrande" else "question"
-    asked = {doc[key] for doc in found.eval_docs}
-    of_those = [row for row in rows if row[key] in asked]
+    task, leaves = asked(name, data_dir=data_dir, limit=100)
+    found, key = leaves[name], "sentence" if name == "winogrande" else "question"
+    questions = {doc[key] for doc in found.eval_docs}
+    of_those = [row for row in rows if row[key] in questions]
     assert task.num_questions == 100
     assert requests_of(found) == by_the_harness(file, of_those, [], 0)
 

@@ -43,30 +43,27 @@ def test_the_same_request_twice_is_scored_once():
     assert found.places == [(0, 0), (0, 1), (0, 0)]
 
 
-def test_contexts_with_nothing_in_common_are_questions_of_their_own_under_a_fixed_plan():
-    wanted = [Request("a", [1, 2], [7]), Request("a", [5], [7]), Request("a", [1, 2], [8])]
+def test_contexts_with_nothing_in_common_are_questions_of_their_own_or_refused():
+    key = ("pmi", 3)
+    wanted = [Request(key, [1, 2], [7]), Request(key, [5], [7]), Request(key, [1, 2], [8])]
     found = asked(wanted, LONG, by_prompt=False)
     assert [question.context for question in found.questions] == [(1, 2), (5,)]
     assert found.places == [(0, 0), (1, 0), (0, 1)]
-
-
-def test_contexts_with_nothing_in_common_are_refused_where_somebody_decides_on_the_prompt():
-    wanted = [Request(("pmi", 3), [1, 2], [7]), Request(("pmi", 3), [5], [7])]
     with pytest.raises(TaskError, match=r"pmi 3 have no prompt in common.*decisions=FILE"):
         asked(wanted, LONG, by_prompt=True)
 
 
-def test_what_is_too_long_loses_its_beginning_as_the_harness_has_it():
-    wanted = [Request("a", [1, 2, 3, 4], [7]), Request("a", [1, 2, 3, 4], [8, 9])]
-    found = asked(wanted, 3, by_prompt=False)
+@pytest.mark.parametrize(
+    ("by_prompt", "contexts"),
     # The last token of a continuation isn't read, so four tokens fit into three.
-    assert [question.context for question in found.questions] == [(2, 3, 4), (3, 4)]
-
-
-def test_contexts_of_a_question_are_cut_alike_where_somebody_decides_on_the_prompt():
+    [(False, [(2, 3, 4), (3, 4)]), (True, [(3, 4)])],
+)
+def test_what_is_too_long_loses_its_beginning_alike_where_somebody_decides_on_it(
+    by_prompt, contexts
+):
     wanted = [Request("a", [1, 2, 3, 4], [7]), Request("a", [1, 2, 3, 4], [8, 9])]
-    [question] = asked(wanted, 3, by_prompt=True).questions
-    assert question.context == (3, 4)
+    found = asked(wanted, 3, by_prompt=by_prompt).questions
+    assert [question.context for question in found] == contexts
 
 
 def test_a_continuation_that_the_model_cannot_read_is_refused():
@@ -102,8 +99,8 @@ def request(length, most, task, **others):
     return Instance("generate_until", {}, ("x" * length, settings), 0, (task, length, 1))
 
 
-def lengths(wanted, warns=False):
-    found = fitted(wanted, encode, CONTEXT, 256, warns=warns)
+def lengths(wanted):
+    found = fitted(wanted, encode, CONTEXT, 256, warns=False)
     return [dict(each.args[1])["max_gen_toks"] for each in found]
 
 
@@ -120,18 +117,14 @@ def test_what_fits_or_asks_for_half_of_the_context_stays_as_it_is(task):
     assert all(one is other for one, other in zip(fitting, found, strict=True))
 
 
-def test_an_answer_gets_what_its_prompt_leaves_and_half_of_the_context_at_least(task):
-    for length in range(1, CONTEXT + 40):
-        [most] = lengths([request(length, 32768, task)])
+def test_an_answer_gets_what_its_prompt_leaves_in_steps_and_half_of_the_context_at_least(task):
+    found = lengths([request(length, 32768, task) for length in range(1, CONTEXT + 40)])
+    for length, most in enumerate(found, 1):
         left = CONTEXT - length
         assert most >= CONTEXT // 2
         if left >= CONTEXT // 2:
             assert left - CONTEXT // STEPS < most <= left
-
-
-def test_prompts_of_about_one_length_are_answered_side_by_side(task):
-    found = lengths([request(length, 32768, task) for length in range(1, CONTEXT + 1)])
-    assert len(set(found)) <= STEPS // 2 + 1
+    assert len(set(found)) <= STEPS // 2 + 1  # so that many are answered side by side
 
 
 def test_requests_and_their_other_settings_are_left_alone(task):
@@ -151,16 +144,13 @@ def test_every_way_of_asking_is_understood(task, name):
     assert name not in found.args[1]
 
 
-def test_it_is_said_once_what_was_asked_for_and_what_is_given(task, caplog):
+def test_one_process_of_several_says_once_what_was_asked_for_and_what_is_given(task, caplog):
     wanted = [request(length, 32768, task) for length in (12, 75, 140)]
+    fitted(wanted, encode, CONTEXT, 256, warns=False)
+    assert caplog.records == []
     for _ in range(3):
         fitted(wanted, encode, CONTEXT, 256, warns=True)
     assert [record.getMessage() for record in caplog.records] == [
         f"{task} asks for answers of up to 32768 tokens, and the model holds 160 with the "
         f"question; answers have at most 80 to 140"
     ]
-
-
-def test_one_process_of_several_says_it(task, caplog):
-    fitted([request(12, 32768, task)], encode, CONTEXT, 256, warns=False)
-    assert caplog.records == []
