@@ -37,15 +37,10 @@ def identity(call: LayerCall, hidden: Tensor) -> Tensor:  # noqa: ARG001
 
 
 class GenerateCall(NamedTuple):
-    """One call of `generate`.
+    """One call of `generate`."""
 
-    Attributes:
-        copies: How many neighbouring rows belong to one prompt: its beams, or its answers.
-        decisions: Pinned by layer, where there is no cache to pin them in.
-    """
-
-    copies: int
-    decisions: dict[int, tuple[int, ...]]
+    copies: int  # neighbouring rows that belong to one prompt: its beams, or its answers
+    decisions: dict[int, tuple[int, ...]]  # pinned by layer, where there is no cache to pin them in
 
 
 _policy: Override[Policy] = Override("policy")

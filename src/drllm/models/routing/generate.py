@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,20 +19,16 @@ from drllm.models.routing.driver import RoutingDriver
 from drllm.models.routing.policies import reads_prompt
 
 
+@dataclass(eq=False)
 class GenerateHandle:
     """The override of a model's `generate`; a plain object, so that models copy and pickle.
 
     Without it, a `generate` without a cache would decide anew at every step, beams of one prompt
     could be given different decisions, and a draft's tokens would be read as part of the prompt.
-
-    Args:
-        model: The model whose `generate` is overridden.
-        driver: Its routing.
     """
 
-    def __init__(self, model: Any, driver: RoutingDriver) -> None:
-        self.model = model
-        self.driver = driver
+    model: Any
+    driver: RoutingDriver
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the model does, with decisions taken once per prompt.

@@ -63,23 +63,14 @@ class Driver:
 
 @dataclass
 class Forward:
-    """One forward pass of the decoder, from its pre-hook to its post-hook.
+    """One forward pass of the decoder, from its pre-hook to its post-hook."""
 
-    Attributes:
-        attention_mask: As the caller gave it: `[B, K]`, `[B, 1, T, K]`, or None for no padding.
-        opaque_mask: The caller gave a mask of a kind that doesn't say which tokens are padding.
-        rejected: Names of requested outputs that routing can't give.
-        driver: What runs the layers of this pass.
-        visited: Layers that the model's loop has called so far.
-        parts: By argument and part, an argument and that part of it, made once a pass.
-        indices: Rows as tensors, by rows and device, likewise.
-    """
-
-    attention_mask: Tensor | None
-    opaque_mask: bool
-    rejected: tuple[str, ...]
+    attention_mask: Tensor | None  # as the caller gave it: [B, K], [B, 1, T, K]; None: no padding
+    opaque_mask: bool  # the caller gave one that doesn't say which tokens are padding
+    rejected: tuple[str, ...]  # names of requested outputs that routing can't give
     driver: Driver = field(init=False)
-    visited: list[int] = field(default_factory=list)
+    visited: list[int] = field(default_factory=list)  # layers that the model's loop has called
+    # By argument and part, an argument and that part of it; made once a pass, like `indices`.
     parts: dict[tuple[str, tuple[Any, ...]], tuple[Any, Any]] = field(default_factory=dict)
     indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = field(default_factory=dict)
 
@@ -220,18 +211,15 @@ class _DropToken(Driver):
 
 
 class LayerHandle:
-    """The override of one layer's forward; a plain object, so that models copy and pickle.
-
-    Attributes:
-        positional: Names of the layer's arguments after its input, in order.
-        previous: The override that was on the layer before ours, if there was one.
-    """
+    """The override of one layer's forward; a plain object, so that models copy and pickle."""
 
     def __init__(self, injection: Injection, layer: nn.Module, index: int) -> None:
         self.injection = injection
         self.layer: Any = layer
         self.index = index
+        # The override that was on the layer before ours, if there was one.
         self.previous: Callable[..., Any] | None = layer.__dict__.get("forward")
+        # Names of the layer's arguments after its input, in order.
         named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         parameters = inspect.signature(self.original()).parameters.values()
         self.positional = tuple(p.name for p in parameters if p.kind in named)[1:]
@@ -385,6 +373,7 @@ class LayerCall:
         return tensor.index_select(axis, self.forward.index(rows, tensor.device))
 
 
+@dataclass(frozen=True)
 class RoutedRecomputation:
     """A layer's checkpointing function that recomputes it within the pass it belongs to.
 
@@ -393,9 +382,8 @@ class RoutedRecomputation:
     to find its pass again; later the checkpoint lies inside the override, and this does no harm.
     """
 
-    def __init__(self, checkpoint: Callable[..., Any], current: ThreadValue[Forward]) -> None:
-        self.checkpoint = checkpoint
-        self.current = current
+    checkpoint: Callable[..., Any]
+    current: ThreadValue[Forward]
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run `function` under the checkpoint, now and when it is recomputed."""

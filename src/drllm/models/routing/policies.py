@@ -128,6 +128,7 @@ class FixedPolicy(Policy):
         return [row[layer] for row in self.plan]
 
 
+@dataclass(eq=False)
 class RecordingPolicy(Policy):
     """Follow another policy and record what every router would have read.
 
@@ -137,16 +138,15 @@ class RecordingPolicy(Policy):
     Source: Dr.LLM section 3.3; recording instead of training in the loop is ours (D-09).
     """
 
-    def __init__(self, policy: Policy, num_windows: int) -> None:
-        self.policy = policy
-        self.num_windows = num_windows
-        self._means: list[Tensor] = []
-        self.filled = torch.empty(0, dtype=torch.long)
+    policy: Policy
+    num_windows: int
+    filled: Tensor = field(init=False)
+    _means: list[Tensor] = field(default_factory=list, init=False)
 
     def decide(self, layer: int, prompts: PromptView) -> Tensor | Sequence[int]:
         """Record the windows at this layer and return the other policy's decisions."""
         if layer == 0:
-            self._means = []
+            self._means.clear()
         windows = prompts.windows(self.num_windows)
         self._means.append(windows.means)
         self.filled = windows.filled

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import psutil
@@ -33,17 +33,11 @@ _num_sharing = 1
 
 @dataclass(frozen=True, slots=True)
 class PathSize:
-    """What a path of one prompt takes while its pass runs.
+    """What a path of one prompt takes while its pass runs."""
 
-    Attributes:
-        num_tokens: Tokens of its row, past ones included.
-        num_logits: Tokens whose logits are computed.
-        keeps_kv: Its K/V is kept, and gathered once more to generate from.
-    """
-
-    num_tokens: int
-    num_logits: int
-    keeps_kv: bool = False
+    num_tokens: int  # of its row, past ones included
+    num_logits: int  # tokens whose logits are computed
+    keeps_kv: bool = False  # its K/V is kept, and gathered once more to generate from
 
     def num_bytes(self, model: Any) -> int:
         """Return its memory in a model."""
@@ -60,6 +54,7 @@ class PathSize:
         return int(states + logits)
 
 
+@dataclass(eq=False)
 class MemoryBatcher:
     """Splits work over forward passes.
 
@@ -69,17 +64,14 @@ class MemoryBatcher:
         maximum: Maximum paths in a pass; None picks it by the memory that is free.
     """
 
-    def __init__(
-        self, model: Any, states: PrefixCache | None = None, maximum: int | None = None
-    ) -> None:
-        self.model = model
-        self.states = PrefixCache(0) if states is None else states
-        self._given = maximum
-        self._limit = sys.maxsize  # until memory runs out
+    model: Any
+    states: PrefixCache = field(default_factory=lambda: PrefixCache(0))
+    maximum: int | None = None
+    _limit: int = sys.maxsize  # until memory runs out
 
     def num_paths(self, size: PathSize) -> int:
         """Return how many paths the next pass takes."""
-        wanted = self._given
+        wanted = self.maximum
         if wanted is None:
             free = free_bytes(self.model.device)
             left = max(free - (self.states.max_bytes - self.states.num_bytes), free / 2)

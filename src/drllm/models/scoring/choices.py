@@ -56,15 +56,12 @@ def _joined(parts: Sequence[Score]) -> Score:
     )
 
 
+@dataclass(eq=False)
 class _OncePerQuestion(Policy):
-    """Asks another policy once for all rows of a question, which begin with the same context.
+    """Asks another policy once for all rows of a question, which begin with the same context."""
 
-    The rows of each question stand side by side; together they are the batch.
-    """
-
-    def __init__(self, policy: Policy, places: Sequence[range]) -> None:
-        self.policy = policy
-        self.places = places
+    policy: Policy
+    places: Sequence[range]  # the rows of each question, side by side; together they are the batch
 
     def decide(self, layer: int, prompts: PromptView) -> list[int]:
         """Show the policy each question's first row, and return its answer for all of them."""

@@ -64,24 +64,17 @@ class Question:
 class PackedBatch:
     """Questions as rows that end in a common column; padding stands on the left.
 
-    Attributes:
-        ids: `[P, T]`.
-        positions: `[P, T]`, each token's place in the prompt that it belongs to.
-        mask: `[P, 1, T, F + T]`, added to attention scores; or `[P, T]`, which tokens are real, for
-            plain questions without a past: any attention can take it, and keeps its own window.
-        context: `[P, T]`, which columns hold the prompt's own tokens.
-        num_past: For each row, the past tokens of the prompt.
-        num_own: For each row, the prompt's other tokens.
-        num_after: For each row, its tokens after the prompt.
+    The mask is `[P, 1, T, F + T]`, added to attention scores; or `[P, T]`, which tokens are real,
+    for plain questions without a past: any attention can take it, and keeps its own window.
     """
 
-    ids: Tensor
-    positions: Tensor
+    ids: Tensor  # [P, T]
+    positions: Tensor  # [P, T], each token's place in the prompt that it belongs to
     mask: Tensor
-    context: Tensor
-    num_past: list[int]
-    num_own: list[int]
-    num_after: list[int]
+    context: Tensor  # [P, T], which columns hold the prompt's own tokens
+    num_past: list[int]  # for each row, the past tokens of the prompt
+    num_own: list[int]  # for each row, the prompt's other tokens
+    num_after: list[int]  # for each row, its tokens after the prompt
 
 
 def pack(

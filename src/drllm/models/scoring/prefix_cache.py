@@ -5,9 +5,9 @@ Axes: T tokens, D hidden, H heads, E head size.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from torch import Tensor
@@ -22,16 +22,10 @@ Key: TypeAlias = tuple[int, int, Path]
 
 @dataclass(frozen=True, slots=True)
 class PrefixState:
-    """A row of tokens after some executions.
+    """A row of tokens after some executions."""
 
-    Attributes:
-        hidden: `[T, D]`.
-        keys: `[H, T, E]`, the K of the last execution; None when K/V isn't kept.
-        values: Likewise V.
-    """
-
-    hidden: Tensor
-    keys: Tensor | None = None
+    hidden: Tensor  # [T, D]
+    keys: Tensor | None = None  # [H, T, E], the K of the last execution, where K/V is kept
     values: Tensor | None = None
 
     @property
@@ -40,6 +34,7 @@ class PrefixState:
         return sum(t.nbytes for t in (self.hidden, self.keys, self.values) if t is not None)
 
 
+@dataclass(eq=False)
 class PrefixCache:
     """States by row and path; the least recently used are evicted when memory runs out.
 
@@ -47,27 +42,16 @@ class PrefixCache:
     what others hold besides the states and report here (`count_other`). A state that a pass needs
     isn't evicted before the pass is over, so memory may exceed the maximum by what a single pass
     needs; afterwards the maximum holds.
-
-    Args:
-        max_bytes: Maximum memory.
-
-    Attributes:
-        num_bytes: Memory taken now.
-        peak_bytes: The largest that it was.
-        executions_run: States that were computed.
-        tokens_run: Sum of their tokens.
-        executions_asked: Executions of all paths that were asked for.
     """
 
-    def __init__(self, max_bytes: float) -> None:
-        self.max_bytes = max_bytes
-        self.num_bytes = 0
-        self.peak_bytes = 0
-        self.executions_run = 0
-        self.tokens_run = 0
-        self.executions_asked = 0
-        self._states: OrderedDict[Key, PrefixState] = OrderedDict()
-        self._needed: dict[Key, int] = {}
+    max_bytes: float
+    num_bytes: int = 0
+    peak_bytes: int = 0  # the largest that `num_bytes` was
+    executions_run: int = 0  # states that were computed
+    tokens_run: int = 0  # the sum of their tokens
+    executions_asked: int = 0  # of all paths that were asked for
+    _states: OrderedDict[Key, PrefixState] = field(default_factory=OrderedDict)
+    _needed: Counter[Key] = field(default_factory=Counter)  # by how many passes
 
     def __len__(self) -> int:
         return len(self._states)
@@ -89,14 +73,12 @@ class PrefixCache:
 
     def need(self, key: Key) -> None:
         """Protect a state from eviction until `release`, which has to follow once for each call."""
-        self._needed[key] = self._needed.get(key, 0) + 1
+        self._needed[key] += 1
 
     def release(self, keys: Iterable[Key]) -> None:
         """Allow eviction again."""
-        for key in keys:
-            self._needed[key] -= 1
-            if not self._needed[key]:
-                del self._needed[key]
+        self._needed.subtract(keys)
+        self._needed = +self._needed  # those above zero
         self._shrink()
 
     def count_other(self, num_bytes: int) -> None:

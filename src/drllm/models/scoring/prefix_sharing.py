@@ -55,22 +55,15 @@ class PackedRows:
     path. The common prefix of a batch is the past of all its prompts; a prompt is the past of the
     continuations that are scored after it.
 
-    Attributes:
-        routed: The model.
-        packed: The rows.
-        states: Where states are cached; rows with different pasts may share it.
-        keep_kv: Keep K/V too, so that these rows can be continued.
-        past: The rows that are the past of these, and keep their K/V; None where these are whole.
-        past_rows: For each row, which row its past is.
-        number: Tells these rows from others whose states are in the same cache.
     """
 
     routed: RoutedModel
     packed: PackedBatch
-    states: PrefixCache
-    keep_kv: bool = False
-    past: PackedRows | None = None
-    past_rows: Sequence[int] = ()
+    states: PrefixCache  # rows with different pasts may share it
+    keep_kv: bool = False  # so that these rows can be continued
+    past: PackedRows | None = None  # which keep their K/V
+    past_rows: Sequence[int] = ()  # for each row, which row its past is
+    # Tells these rows from others whose states are in the same cache.
     number: int = field(default_factory=itertools.count().__next__, init=False)
 
     @contextmanager
@@ -170,15 +163,10 @@ class PrefixSharingDriver(Driver):
             returns these alone, `[1, sum, D]`, pair after pair, so that the head computes nothing
             else; None returns all of them, `[N, T, D]`.
         past: What ran the past of the rows under the same paths, and still holds its states.
-
-    Attributes:
-        uses_cache: Whether the pass needs a cache.
-        logits: After the pass, for each pair, those of its last tokens, `[S, V]`.
-        cache: After the pass, its cache; None where none was used.
     """
 
-    logits: Sequence[Tensor] = ()
-    cache: Cache | None = None
+    logits: Sequence[Tensor] = ()  # after the pass, for each pair, of its last tokens: [S, V]
+    cache: Cache | None = None  # after the pass; None where none was used
 
     def __init__(
         self,
