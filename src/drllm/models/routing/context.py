@@ -24,12 +24,6 @@ _counting = threading.Lock()
 class Override(Generic[Value]):
     """One kind of value that a block overrides; each owner has its own, the innermost block counts.
 
-    Args:
-        name: Of the kind, for debuggers.
-
-    Attributes:
-        in_use: Whether a block is open, for any owner and in any thread.
-
     Example:
         >>> lengths = Override("lengths")
         >>> owner = object()
@@ -41,7 +35,7 @@ class Override(Generic[Value]):
     def __init__(self, name: str) -> None:
         self._variable: ContextVar[tuple[tuple[int, Value], ...]] = ContextVar(name, default=())
         self._num_blocks = 0
-        self.in_use = False
+        self.in_use = False  # whether a block is open, for any owner and in any thread
 
     @contextmanager
     def set(self, owner: object, value: Value) -> Iterator[None]:
@@ -56,11 +50,10 @@ class Override(Generic[Value]):
 
     def get(self, owner: object) -> Value | None:
         """Return the owner's value in this thread, or None outside of its blocks."""
-        if not self.in_use:
-            return None
-        for holder, value in self._variable.get():
-            if holder == id(owner):
-                return value
+        if self.in_use:
+            for holder, value in self._variable.get():
+                if holder == id(owner):
+                    return value
         return None
 
     def _count(self, change: int) -> None:
@@ -86,9 +79,7 @@ class ThreadValue(Generic[Value]):
 
     def get(self) -> Value | None:
         """Return the value, or None between `end` and `begin`."""
-        if not self._is_untraced:
-            return self._traced
-        if self._traced is not None and torch.compiler.is_compiling():
+        if not self._is_untraced or (self._traced is not None and torch.compiler.is_compiling()):
             return self._traced
         value: Value | None = _values.get().get(id(self), self._traced)
         return value

@@ -78,10 +78,7 @@ class RoutingDriver(Driver):
         return _lengths.set(self, lengths)
 
     def reading(self, readable: Tensor) -> AbstractContextManager[None]:
-        """Say token by token what policies may read inside the block, `[B, T]` bool.
-
-        For what a mask and a length can't describe, such as continuations packed after a prompt.
-        """
+        """Say token by token what policies may read inside the block, `[B, T]` bool."""
         return _readable.set(self, readable)
 
     def generating(self, copies: int) -> AbstractContextManager[None]:

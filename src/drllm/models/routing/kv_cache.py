@@ -110,10 +110,8 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """Whether decisions were pinned."""
         return self.decisions is not None
 
-    @property
-    def supports_early_init(self) -> bool:
-        """Like `is_initialized`: nothing to initialise early, but counted once it holds K/V."""
-        return self.is_initialized
+    supports_early_init = is_initialized
+    """Nothing to initialise early, but counted once it holds K/V."""
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: each pass initialises itself at its first update."""

@@ -55,7 +55,6 @@ class AnswerBatch:
     """Prompts that are answered greedily, each pair under its own decisions.
 
     Args:
-        routed: The model.
         tokenizer: Turns tokens into the text that is graded.
         contexts: The prompts' tokens.
         state_cache_gb: Maximum memory for shared states and their K/V, in GB.

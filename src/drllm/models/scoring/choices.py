@@ -81,7 +81,6 @@ class ChoiceBatch:
     plain row of its own with a copy of the context. The numbers are the same.
 
     Args:
-        routed: The model.
         questions: With at least one continuation each.
         state_cache_gb: Maximum memory for shared states, in GB.
         paths_per_pass: Maximum rows in a forward pass, one for each path; None picks it by memory.
@@ -172,13 +171,10 @@ class ChoiceBatch:
         return [replace(found[pair], kl=kls.get(pair)) for pair in pairs]
 
     def routed_scores(self, policy: Policy) -> tuple[list[Score], Tensor]:
-        """Score every question once under a policy that decides on its prompt alone.
+        """Score every question once under a policy, which reads its prompt and no continuation.
 
-        The decisions are taken in the same pass that scores the continuations, and hold for them.
-
-        Returns:
-            How each question's continuations score, greedy ones named, and the routes taken,
-            `[P, L]`.
+        Decisions are taken in the pass that scores. Returns how each question's continuations
+        score, greedy ones named, and the routes taken, `[P, L]`.
         """
         driver = self.routed.driver
         if len(self._parts) > len(self.questions):
@@ -193,18 +189,14 @@ class ChoiceBatch:
     def path_logprobs(
         self, paths: Sequence[Path], *, paths_per_pass: int = 8
     ) -> list[list[tuple[float, ...]]]:
-        """Score every question along paths that decisions needn't be able to express.
+        """Return, for each path, the sums of every question; decisions needn't express the paths.
 
         What paths begin with in common is run once where they share a pass; nothing is kept
         between passes. For decisions, `logprobs` does less work.
 
         Args:
-            paths: Layer indices of this model in the order executed: in any order, each any
-                number of times.
+            paths: Layer indices in any order, each any number of times.
             paths_per_pass: Maximum paths in a forward pass; each takes the memory of all questions.
-
-        Returns:
-            For each path the sums of every question.
         """
         found: list[list[tuple[float, ...]]] = [[] for _ in paths]
         by_beginning = sorted(range(len(paths)), key=lambda place: tuple(paths[place]))

@@ -87,14 +87,8 @@ def pack(
     """Lay questions out, the continuations of each after one copy of its prompt.
 
     The mask keeps continuations from seeing one another, and each continues at the position where
-    the prompt ends, so every log-probability is what a row of its own would give.
-
-    Args:
-        questions: At least one.
-        dtype: Of the mask.
-        device: Where the rows lie.
-        num_past: For each question, how many tokens of its prompt are past ones, the last of F
-            columns; None for none.
+    the prompt ends, so every log-probability is what a row of its own would give. `num_past` says
+    for each question how many tokens of its prompt are past ones, the last of F columns.
     """
     past = [0] * len(questions) if num_past is None else list(num_past)
     num_own = [len(q.context) - num for q, num in zip(questions, past, strict=True)]

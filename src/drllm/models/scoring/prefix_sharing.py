@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -74,9 +75,6 @@ class PackedRows:
             pairs: Row and decisions.
             keep_last: For each pair, how many of its last tokens' logits are wanted.
 
-        Returns:
-            What ran the pass, with its logits and its cache.
-
         Raises:
             RoutingError: A bypass that changes anything: a skip would no longer keep its state.
         """
@@ -123,13 +121,6 @@ def packed_rows(
 
     The common prefix is what all prompts begin with: instructions, a system prompt, examples. A
     prompt always keeps a token of its own after it.
-
-    Args:
-        routed: The model.
-        questions: At least one.
-        states: Where states are cached.
-        keep_kv: Keep K/V too, so that these rows can be continued.
-        contexts: Rows that hold the questions' contexts, if there are any.
     """
     where = {"dtype": routed.model.dtype, "device": routed.model.device}
     prompts = [question.context for question in questions]
@@ -239,13 +230,9 @@ class PrefixSharingDriver(Driver):
         return torch.cat([keys, state.keys], dim=1), torch.cat([values, state.values], dim=1)
 
     def routed_cache(self, pairs: Sequence[Pair]) -> Cache:
-        """Turn the cache of the shared pass into that of an ordinary routed batch of N rows.
+        """Turn the pass's cache into that of an ordinary routed batch of some of its pairs.
 
-        Args:
-            pairs: Those of this pass's pairs that continue, in the order wanted.
-
-        Returns:
-            The same cache, its entries replaced by routed ones with each pair's K/V and decisions.
+        Its entries are replaced by routed ones with each pair's K/V and decisions.
         """
         assert self.cache is not None
         num_tokens = max(self.kv(row, self._paths[d])[0].shape[1] for row, d in pairs)
@@ -347,10 +334,6 @@ class PrefixSharingDriver(Driver):
 
 def left_padded_stack(parts: Sequence[Tensor], num_tokens: int = 0) -> Tensor:
     """Return tensors `[..., T_i, D]` as one of at least so many tokens, padded on the left."""
-    longest = max(num_tokens, *(part.shape[-2] for part in parts))
-    if all(part.shape[-2] == longest for part in parts):
-        return torch.stack(list(parts))
-    stacked = parts[0].new_zeros(len(parts), *parts[0].shape[:-2], longest, parts[0].shape[-1])
-    for place, part in enumerate(parts):
-        stacked[place, ..., longest - part.shape[-2] :, :] = part
-    return stacked
+    missing = [max(num_tokens, *(p.shape[-2] for p in parts)) - part.shape[-2] for part in parts]
+    padded = zip(parts, missing, strict=True)
+    return torch.stack([F.pad(part, (0, 0, num, 0)) if num else part for part, num in padded])
