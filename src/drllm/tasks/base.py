@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from drllm.config import SPLITS
 from drllm.errors import TaskError, unknown_name
+
+if TYPE_CHECKING:
+    from drllm.tasks.forms import Form
 
 Question = TypeVar("Question")
 """An example, alone or with what belongs to it."""
@@ -95,20 +98,6 @@ class Prompt:
     max_new_tokens: int = 16
     normalised: bool = False
     letters: str = "ABCDE"
-
-
-class Form(ABC):
-    """How the questions of a task are asked in a search; `forms` has the usual ones.
-
-    Attributes:
-        rewards: The rewards that fit, the default first.
-    """
-
-    rewards: tuple[str, ...]
-
-    @abstractmethod
-    def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return how a question is asked for one of the rewards, then other ways of asking it."""
 
 
 class Function(str):

@@ -12,7 +12,7 @@ import msgspec
 
 from drllm.records import read_json_lines
 from drllm.tasks.base import Example, Task, check_split, with_options
-from drllm.tasks.forms import BOXED, Options
+from drllm.tasks.forms import BOXED, OPTIONS
 from drllm.tasks.registry import register
 
 DATA = Path(__file__).parent / "data"
@@ -64,7 +64,7 @@ class BuiltinFacts(Task):
 
     name = "builtin_facts"
     description = "general knowledge, four options, made from tables of our own (needs no data)"
-    form = Options()
+    form = OPTIONS
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split, in the file's order."""

@@ -13,12 +13,12 @@ from pathlib import Path
 from drllm.errors import TaskError, unknown_name
 from drllm.records import question_key, split_of
 from drllm.tasks.base import Example, Row, Task, check_split, with_options
-from drllm.tasks.forms import BOXED, LETTER_TOKENS, LETTERS, Generated, Options
+from drllm.tasks.forms import BOXED, LETTER_TOKENS, LETTERS, OPTIONS, Form
 from drllm.tasks.grading import REWARDS, normalise
 from drllm.tasks.rows import read_rows, text_of, texts_of
 
 FORMS = {
-    "letter": Generated(
+    "letter": Form(
         rewards=("letter",),
         templates=(
             "{question}\n\nAnswer with the letter of the right option only.",
@@ -27,7 +27,7 @@ FORMS = {
         ),
         max_new_tokens=LETTER_TOKENS,
     ),
-    "exact": Generated(
+    "exact": Form(
         rewards=("exact",),
         templates=(
             "{question}\n\nGive the answer only, with no explanation.",
@@ -81,7 +81,7 @@ class FileTask(Task):
         last = max(LETTERS.find(example.answer) for example in self._examples)
         letters = LETTERS[: max(5, last + 1)]  # the options stand in the questions' texts
         form = FORMS.get(grader or "", FORMS["exact"])
-        self.form = replace(form, rewards=(grader,), letters=letters) if grader else Options()
+        self.form = replace(form, rewards=(grader,), letters=letters) if grader else OPTIONS
 
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split, in the file's order.

@@ -1,6 +1,6 @@
 r"""How questions are asked in a search: scored options, or generated answers.
 
-The prompts of `Options` under `loglikelihood` are byte for byte what lm-evaluation-harness renders
+The prompts of `OPTIONS` under `loglikelihood` are byte for byte what lm-evaluation-harness renders
 for ARC and PIQA, and in its cloze form for MMLU. Loads no torch.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from drllm.tasks.base import OPTIONS_REWARD, Example, Form, Prompt
+from drllm.tasks.base import OPTIONS_REWARD, Example, Prompt
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER_TEMPLATE = (
@@ -24,52 +24,16 @@ ANSWER_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Form):
-    """Questions with options: `loglikelihood` scores their texts, `letter` asks for a letter.
-
-    They are asked again in the other templates and with the first one's scores by character; for
-    a letter in every other rotation of the options, so that the right letter moves.
+class Form:
+    """How the questions of a task are asked in a search.
 
     Attributes:
-        templates: What stands around the question where the options' texts are scored: as it is
-            asked, then for the re-tests.
-    """
-
-    templates: tuple[str, ...] = (
-        "Question: {question}\nAnswer:",
-        "Q: {question}\nA:",
-        "{question}\nThe correct answer is:",
-        "Answer the following question.\n\n{question}\n\nAnswer:",
-    )
-    rewards: tuple[str, ...] = (OPTIONS_REWARD, "letter")
-
-    def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """See `Form.prompts`."""
-        if reward == "letter":
-            return tuple(_letter_prompt(example, place) for place in range(len(example.choices)))
-        asked = tuple(
-            Prompt(
-                text=_in_context(example, template.format(question=example.question)),
-                reward=OPTIONS_REWARD,
-                answer=example.answer,
-                continuations=tuple(f" {choice}" for choice in example.choices),
-                gold=example.gold,
-            )
-            for template in self.templates
-        )
-        return (*asked, replace(asked[0], normalised=True))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generated(Form):
-    """Questions that are answered by generating, through the chat template.
-
-    Attributes:
-        rewards: How answers are graded: `letter`, `boxed` or `exact` alone.
-        templates: Around `{question}` and, where there is one, `{context}`: as it is asked, then
+        rewards: The rewards that fit, the default first: `loglikelihood` scores the options' texts,
+            `letter` asks for one of their letters, others grade a generated answer.
+        templates: Around `{question}` and, for generated answers, `{context}`: as it is asked, then
             for the re-tests.
         max_new_tokens: Maximum tokens of an answer; None: what its longest right answer needs.
-        letters: For `letter`, those that may be answered.
+        letters: Those that may be answered, where options stand in the question.
     """
 
     rewards: tuple[str, ...]
@@ -78,13 +42,22 @@ class Generated(Form):
     letters: str = "ABCDE"
 
     def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """See `Form.prompts`."""
+        """Return how a question is asked for one of the rewards, then other ways of asking it.
+
+        Besides in other templates, options are scored by character; a letter is asked for in every
+        rotation of the options, so that the right one moves.
+        """
+        if reward == OPTIONS_REWARD:
+            asked = tuple(_scored_prompt(example, template) for template in self.templates)
+            return (*asked, replace(asked[0], normalised=True))
+        if reward == "letter" and example.choices:
+            return tuple(_letter_prompt(example, place) for place in range(len(example.choices)))
         right = (example.answer, *example.other_answers)
         longest = 8 + max(len(answer.encode()) for answer in right)  # a token has a byte at least
         return tuple(
             Prompt(
                 text=template.format(question=example.question, context=example.context),
-                reward=self.rewards[0],
+                reward=reward,
                 answer=example.answer,
                 other_answers=example.other_answers,
                 chat=True,
@@ -95,7 +68,16 @@ class Generated(Form):
         )
 
 
-BOXED = Generated(
+OPTIONS = Form(
+    rewards=(OPTIONS_REWARD, "letter"),
+    templates=(
+        "Question: {question}\nAnswer:",
+        "Q: {question}\nA:",
+        "{question}\nThe correct answer is:",
+        "Answer the following question.\n\n{question}\n\nAnswer:",
+    ),
+)
+BOXED = Form(
     rewards=("boxed",),
     templates=(
         "{question}\n\nGive the final answer only, as \\boxed{{answer}}, with no explanation.",
@@ -106,23 +88,29 @@ BOXED = Generated(
     ),
     max_new_tokens=BOXED_TOKENS,
 )
-r"""Problems whose answer is a number or an expression in `\boxed{}`."""
+
+
+def _scored_prompt(example: Example, template: str) -> Prompt:
+    return Prompt(
+        text=_in_context(example, template.format(question=example.question)),
+        reward=OPTIONS_REWARD,
+        answer=example.answer,
+        continuations=tuple(f" {choice}" for choice in example.choices),
+        gold=example.gold,
+    )
 
 
 def _letter_prompt(example: Example, rotation: int) -> Prompt:
     """Return a prompt that lists the options, lettered, `rotation` of them moved to the end."""
     assert example.gold is not None
-    count = len(example.choices)
-    order = [(index + rotation) % count for index in range(count)]
-    letters = LETTERS[:count]
-    options = "\n".join(
-        f"{letter}. {example.choices[index]}" for letter, index in zip(letters, order, strict=True)
-    )
+    choices = example.choices[rotation:] + example.choices[:rotation]
+    letters = LETTERS[: len(choices)]
+    options = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, choices, strict=True))
     text = LETTER_TEMPLATE.format(question=example.question, options=options)
     return Prompt(
         text=_in_context(example, text),
         reward="letter",
-        answer=letters[order.index(example.gold)],
+        answer=letters[(example.gold - rotation) % len(choices)],
         chat=True,
         max_new_tokens=LETTER_TOKENS,
         letters=letters,

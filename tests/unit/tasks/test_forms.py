@@ -8,11 +8,9 @@ import pytest
 
 from drllm.errors import TaskError
 from drllm.tasks.base import Example
-from drllm.tasks.forms import BOXED, LETTERS, Options
+from drllm.tasks.forms import BOXED, LETTERS, OPTIONS
 from drllm.tasks.grading import grade
 from drllm.tasks.registry import get_task
-
-OPTIONS = Options()
 
 
 def example(*choices: str, gold: int = 0) -> Example:

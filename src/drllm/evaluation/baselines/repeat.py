@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from drllm.evaluation.baselines.base import CHOICE, Baseline, Drawn, Measure, register
+from drllm.evaluation.baselines.base import CHOICE, Baseline, Drawn, register
 from drllm.paths import Path
 
 if TYPE_CHECKING:
@@ -24,7 +24,11 @@ LONGEST = 8
 
 @register
 class BlockRepeat(Baseline):
-    """Repeats the block that helps the gold answers' log-probability most."""
+    """Repeats the block that helps the gold answers' log-probability most.
+
+    Source: RYS ("repeat yourself", the public notes on repeating middle blocks of Qwen2-72B); for
+        depth up-scaling by copied layers, SOLAR (arXiv 2312.15166).
+    """
 
     name = "block repeat"
     description = "one block of neighbouring layers runs twice; at its own executions"
@@ -36,8 +40,15 @@ class BlockRepeat(Baseline):
 
     @cached_property
     def block(self) -> tuple[int, int]:
-        """First and last layer of the best block."""
-        return best_block(self.fitted.measure("answers along"), self.num_layers)
+        """First and last layer of the best block; of equal ones the shortest, then the first."""
+        blocks = [
+            (start, start + length - 1)
+            for length in range(1, min(LONGEST, self.num_layers) + 1)
+            for start in range(self.num_layers - length + 1)
+        ]
+        measure = self.fitted.measure("answers along")
+        values = measure([repeated(*block, self.num_layers) for block in blocks])
+        return blocks[values.index(max(values))]
 
     def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
         """Return its path, whatever the routes."""
@@ -54,20 +65,3 @@ def repeated(start: int, end: int, num_layers: int) -> Path:
         (0, 1, 2, 1, 2, 3)
     """
     return (*range(end + 1), *range(start, num_layers))
-
-
-def best_block(measure: Measure, num_layers: int, longest: int = LONGEST) -> tuple[int, int]:
-    """Return first and last layer of the block whose repetition the measure likes best.
-
-    Of equal ones the shortest, then the first.
-
-    Source: RYS ("repeat yourself", the public notes on repeating middle blocks of Qwen2-72B); for
-        depth up-scaling by copied layers, SOLAR (arXiv 2312.15166).
-    """
-    blocks = [
-        (start, start + length - 1)
-        for length in range(1, min(longest, num_layers) + 1)
-        for start in range(num_layers - length + 1)
-    ]
-    values = measure([repeated(*block, num_layers) for block in blocks])
-    return blocks[values.index(max(values))]  # the first of equal ones

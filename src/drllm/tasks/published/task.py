@@ -19,9 +19,7 @@ from drllm.records import question_key, split_of
 from drllm.records.splits import BOUNDS
 from drllm.tasks.base import (
     FILE_NAMES,
-    OPTIONS_REWARD,
     Example,
-    Form,
     Function,
     Harness,
     QuestionRow,
@@ -30,7 +28,7 @@ from drllm.tasks.base import (
     check_split,
     shots_split,
 )
-from drllm.tasks.forms import BOXED, Generated, Options
+from drllm.tasks.forms import BOXED, OPTIONS, Form
 from drllm.tasks.published import readers
 from drllm.tasks.registry import TASKS, register
 from drllm.tasks.rows import read_rows
@@ -275,10 +273,9 @@ def _task_of(name: str, row: dict[str, Any]) -> PublishedTask:
     read, form, harness = fields["read"], fields.get("form"), fields.get("harness")
     fields["read"] = _reader(read) if isinstance(read, str) else readers.Columns(**_tuples(read))
     if isinstance(form, str):
-        fields["form"] = {"options": Options(), "boxed": BOXED}[form]
+        fields["form"] = {"options": OPTIONS, "boxed": BOXED}[form]
     elif form:
-        kind = Options if OPTIONS_REWARD in form["rewards"] else Generated
-        fields["form"] = kind(**_tuples(form))
+        fields["form"] = Form(**_tuples(form))
     if harness:
         columns = harness["columns"]
         made = {"columns": _reader(columns)} if isinstance(columns, str) else {}
