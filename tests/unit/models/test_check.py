@@ -119,13 +119,6 @@ def test_one_wrong_row_is_enough_to_differ(tiny_model, monkeypatch):
     assert "report" in found.reason
 
 
-def test_the_python_of_the_page_on_adding_one_runs(capsys):
-    page = (REPOSITORY / "docs" / "add-an-architecture.md").read_text(encoding="utf-8")
-    [block] = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
-    exec(compile(block, "docs/add-an-architecture.md", "exec"), {})
-    assert capsys.readouterr().out == "exact True\n"
-
-
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 30])
 def test_mixed_plans_can_be_run_by_a_model_of_any_depth(num_layers):
     plans = mixed_plans(num_layers)

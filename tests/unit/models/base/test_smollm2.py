@@ -177,17 +177,10 @@ def test_encoding_adds_nothing_loses_nothing_and_is_transformers_own(tokenizer):
     assert tokenizer(text).input_ids == [int(token) for token in ids.split()]
 
 
-@pytest.mark.parametrize(
-    ("text", "tokens"),
-    [
-        ("a   1", ["a", "ĠĠĠ", "1"]),
-        ("12 34", ["1", "2", "Ġ", "3", "4"]),
-        ("x th2", ["x", "Ġth", "2"]),
-    ],
-)
-def test_every_digit_is_split_off_before_the_blanks_are_grouped(tiny_folder, text, tokens):
+def test_every_digit_is_split_off_before_the_blanks_are_grouped(tiny_folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    assert tokens == tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
+    for text, tokens in (("a   1", "a ĠĠĠ 1"), ("12 34", "1 2 Ġ 3 4"), ("x th2", "x Ġth 2")):
+        assert tokens.split() == tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
 
 
 def test_a_second_call_needs_no_source_and_writes_nothing(tiny, tmp_path):
@@ -200,12 +193,6 @@ def test_a_second_call_needs_no_source_and_writes_nothing(tiny, tmp_path):
     assert {"model", ".model.lock"} >= {file.name for file in tmp_path.iterdir()}
     (tmp_path / "plain").touch()
     assert {(tmp_path / "plain").stat().st_mode} == {file.stat().st_mode for file in before}
-
-
-def test_a_file_with_another_hash_is_refused_and_nothing_is_left(tiny, tmp_path):
-    with pytest.raises(ModelError, match=r"tiny\.gguf has SHA-256 .* expected 0000.*reinstall"):
-        smollm2.convert_once(smollm2.Source(tiny.path, "0" * 64), tmp_path / "model")
-    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("defect", ["shorter", "missing", "no manifest", "older format"])
@@ -305,14 +292,13 @@ def test_without_the_wheel_only_a_model_that_is_converted_is_found(monkeypatch, 
     assert made == smollm2.folder() == smollm2.converted()
 
 
-def test_without_gguf_one_line_says_what_to_install(tiny, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ModelError, match="package gguf isn't installed; run: pip install gguf"):
-        smollm2.convert_once(tiny, tmp_path / "model")
-
-
-def test_a_cache_folder_that_cant_be_written_is_named_with_the_variable(tiny, tmp_path):
+def test_what_keeps_a_model_from_being_converted_is_one_line(tiny, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(ModelError, match=r"file/cache/model: .*DRLLM_CACHE_DIR") as caught:
+    with pytest.raises(ModelError, match=r"^can't convert .*file/cache/model: .*DRLLM_CACHE_DIR"):
         smollm2.convert_once(tiny, tmp_path / "file" / "cache" / "model")
-    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match=r"^\S*tiny\.gguf has SHA-256 .* expected 0000.*reinstall"):
+        smollm2.convert_once(smollm2.Source(tiny.path, "0" * 64), tmp_path / "model")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ModelError, match=r"package gguf isn't installed; run: pip install gguf$"):
+        smollm2.convert_once(tiny, tmp_path / "model")
+    assert not (tmp_path / "model").exists()

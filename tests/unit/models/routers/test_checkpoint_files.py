@@ -9,7 +9,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -58,26 +57,12 @@ def folder(tmp_path):
     return place
 
 
-@pytest.fixture(scope="module")
-def new(tmp_path_factory):
-    """What the files of NEW hold."""
-    place = tmp_path_factory.mktemp("new")
-    save_routers(NEW, place)
-    return contents(place)
-
-
-def test_files_are_written_to_a_folder_that_is_made(tmp_path, new):
+def test_files_replace_those_that_are_there_leave_others_and_are_as_readable(folder, tmp_path):
     save_routers(NEW, tmp_path / "a" / "b")
-    assert contents(tmp_path / "a" / "b") == new
+    new = contents(tmp_path / "a" / "b")
     assert set(new) == set(FILES)
-
-
-def test_files_replace_those_that_are_there_and_leave_others(folder, new):
     save_routers(NEW, folder)
     assert contents(folder) == {**new, "metrics.jsonl": b"{}"}
-
-
-def test_files_are_as_readable_as_any_other(folder):
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
 
 
@@ -132,21 +117,14 @@ def test_a_failure_in_an_empty_folder_leaves_it_empty(tmp_path, monkeypatch, ope
     assert contents(tmp_path) == {}
 
 
-@contextmanager
-def files_of_at_most(num_bytes):
-    """Let the system refuse larger files, as a quota does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_weights_that_the_system_refuses_leave_what_was_there(folder):
-    before = contents(folder)
-    with files_of_at_most(100), pytest.raises(CheckpointError, match="File too large; free some"):
-        save_routers(NEW, folder)
+    before, limits = contents(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))  # as a quota does
+    try:
+        with pytest.raises(CheckpointError, match="File too large; free some"):
+            save_routers(NEW, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents(folder) == before
 
 
@@ -298,21 +276,14 @@ def test_whatever_is_saved_is_loaded_bit_for_bit_and_saved_again_byte_for_byte(c
 
 
 def test_loaded_routers_can_be_trained_and_outlive_their_files(folder):
+    names = {field.name for field in dataclasses.fields(RouterConfig)}
+    assert names | {"format_version"} == set(json.loads((folder / CONFIG_FILE).read_text()))
+    before = torch.get_rng_state()
     loaded = load_routers(folder)
+    assert torch.equal(before, torch.get_rng_state()), "loading draws no random numbers"
     (folder / WEIGHTS).write_bytes(b"")
     loaded(torch.ones(2, 3, 4, 5), torch.tensor([4, 2])).sum().backward()
     assert all(weight.grad.abs().sum() > 0 for weight in loaded.parameters())
-
-
-def test_loading_draws_no_random_numbers(folder):
-    before = torch.get_rng_state()
-    load_routers(folder)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_every_field_of_the_config_is_saved(folder):
-    names = {field.name for field in dataclasses.fields(RouterConfig)}
-    assert names | {"format_version"} == set(json.loads((folder / CONFIG_FILE).read_text()))
 
 
 @pytest.mark.parametrize(

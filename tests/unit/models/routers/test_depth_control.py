@@ -50,23 +50,25 @@ def mean(routed, bias, prompts):
     return mean_executions(routes.tolist())
 
 
-@pytest.mark.parametrize("bias", [-1.0, 0.0, 0.6])
-def test_prompts_of_all_lengths_take_the_same_routes_together_as_one_by_one(routed, bias):
+@pytest.fixture
+def with_learned_positions():
+    """A model whose positions padding must not move."""
+    config = GPT2Config(
+        n_layer=L, n_embd=32, n_head=4, vocab_size=101, n_positions=64, initializer_range=0.25
+    )
+    return RoutedModel(GPT2LMHeadModel(config).eval(), new_routers())
+
+
+@pytest.mark.parametrize(
+    ("kind", "bias"),
+    [("routed", -1.0), ("routed", 0.0), ("routed", 0.6), ("with_learned_positions", 0.0)],
+)
+def test_prompts_of_all_lengths_take_the_same_routes_together_as_one_by_one(request, kind, bias):
+    routed = request.getfixturevalue(kind)
     prompts, policy = some_prompts(), RouterPolicy(routed.routers, depth_bias=bias)
     alone = [routes_of(routed, policy, [prompt])[0].tolist() for prompt in prompts]
     for batch_size in (7, 100):
         assert alone == routes_of(routed, policy, prompts, batch_size=batch_size).tolist()
-    assert len(set(map(tuple, alone))) > 3
-
-
-def test_padding_does_not_move_the_positions_of_a_model_that_learned_them():
-    config = GPT2Config(
-        n_layer=L, n_embd=32, n_head=4, vocab_size=101, n_positions=64, initializer_range=0.25
-    )
-    routed = RoutedModel(GPT2LMHeadModel(config).eval())
-    prompts, policy = some_prompts(12), RouterPolicy(new_routers())
-    alone = [routes_of(routed, policy, [prompt])[0].tolist() for prompt in prompts]
-    assert alone == routes_of(routed, policy, prompts).tolist()
     assert len(set(map(tuple, alone))) > 3
 
 
