@@ -232,10 +232,8 @@ def _search(
             if new := num["paths"] - num["old paths"] + num_paths:
                 note += f", {new / max(time.monotonic() - started, 1e-9):.1f} paths a second"
             if num["done"]:
-                valid, improving = (
-                    100 * num[what] / num["done"] for what in ("valid", "improving")
-                )
-                note += f", {valid:.0f} % valid, {improving:.0f} % improving"
+                for what in ("valid", "improving"):
+                    note += f", {100 * (num[what] / num['done']):.0f} % {what}"
             on_progress(num["done"] + share * len(batch.questions), total, note)
 
         def add(batch: Batch, found: Searched) -> None:

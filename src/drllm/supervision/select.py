@@ -93,8 +93,8 @@ def supervise(
     given: list[Any] = [Path(one) if isinstance(one, str) else one for one in searches]
     named = [one.file if isinstance(one, SearchRecords) else one for one in given]
     files = [file.resolve() for file in named if file is not None]
-    for file in files:
-        if files.count(file) > 1:
+    for file in filter(None, named):
+        if files.count(file.resolve()) > 1:
             raise RecordError(f"{file} is given twice; name each search file once")
     for file in () if output is None else (output, rejected_path(output)):
         if file.resolve() in files:
