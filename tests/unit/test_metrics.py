@@ -18,8 +18,6 @@ from drllm.metrics import (
     baselines,
     by_layer,
     expected_counts,
-    hit_ratios,
-    majority,
     ratios,
     verdict,
     with_baselines,
@@ -120,19 +118,6 @@ def test_drawing_only_skips_still_costs_one_execution() -> None:
     assert expected_counts([[1, 3, 0], [0, 4, 0]], [[1.0, 0.0, 0.0]] * 2).executions == 4
 
 
-def test_of_equally_common_labels_execute_comes_first() -> None:
-    assert majority([[2, 2, 2], [2, 1, 2], [0, 1, 2]]) == [1, 0, 2]
-
-
-def test_the_f1_of_one_layer_is_that_of_its_own_counts() -> None:
-    confusion = ((2, 1, 0), (1, 5, 0), (0, 1, 0))
-    found = hit_ratios(confusion)
-    assert found["f1_skip"] == pytest.approx(2 * 2 / (3 + 3))
-    assert found["f1_execute"] == pytest.approx(2 * 5 / (6 + 7))
-    assert found["f1_repeat"] == 0.0
-    assert found["accuracy"] == 0.7
-
-
 TRAINED = [(1, 1)] * 6 + [(0, 1)] * 2
 JUDGED = [(1, 1), (1, 1), (0, 1), (1, 0)]
 
@@ -161,16 +146,12 @@ def test_the_verdict_is_about_held_out_targets_and_the_best_baseline_of_each_met
     assert "0.750 (always execute)" in said
 
 
-def test_too_few_held_out_targets_carry_no_verdict() -> None:
+def test_few_or_no_held_out_targets_carry_no_verdict() -> None:
     few = with_baselines(counted([(row, row) for row in JUDGED]), labels_of(TRAINED))
     said = verdict({"train": few, "validation": few})
     assert said.startswith("4 held-out targets are too few")
     assert "macro-F1" not in said
-
-
-def test_without_held_out_targets_nothing_is_claimed() -> None:
-    trained = labels_of(TRAINED)
-    said = verdict({"train": with_baselines(counted([(row, row) for row in TRAINED]), trained)})
+    said = verdict({"train": few})
     assert said.startswith("No targets were held out, so nothing says whether the routers beat")
 
 

@@ -31,20 +31,12 @@ def settings(**values):
     return SearchConfig(num_simulations=8, **values)
 
 
-def test_a_record_holds_the_full_path_first_and_then_every_simulation(routed, facts):
-    records = drllm.search_paths(routed, facts.examples("search")[:3], settings())
-    for record in records:
+def test_a_record_holds_every_simulation_with_the_outcome_of_its_path_alone(routed, facts):
+    examples = facts.examples("search")[:3]
+    records = drllm.search_paths(routed, examples, settings())
+    for record, example in zip(records, examples, strict=True):
         assert full_decisions(6) == record.full.decisions
         assert list(range(9)) == [path.simulation for path in record.paths]
-        assert len(record.paths) == len({path.decisions for path in record.paths})
-        assert all(path.executions == sum(path.decisions) for path in record.paths)
-
-
-def test_recorded_outcomes_are_those_of_each_path_alone(routed, facts):
-    examples = facts.examples("search")[:3]
-    for record, example in zip(
-        drllm.search_paths(routed, examples, settings()), examples, strict=True
-    ):
         for path in record.paths:
             alone = Evaluator(routed, [facts.prompt(example, "loglikelihood")], 1.0)
             [outcome] = alone.evaluate([(0, path.decisions)])
@@ -59,28 +51,17 @@ def test_neighbours_in_a_batch_do_not_change_a_question_s_tree(routed, facts, as
     assert_same_run(together, alone)
 
 
-def test_another_seed_tries_other_paths(routed, facts):
-    examples = facts.examples("search")[:1]
-    [first] = drllm.search_paths(routed, examples, settings(seed=0))
-    [second] = drllm.search_paths(routed, examples, settings(seed=1))
-    assert {p.decisions for p in first.paths} != {p.decisions for p in second.paths}
-
-
-def test_generated_answers_are_searched_and_recorded(routed):
-    task = get_task("builtin_arithmetic")
-    [record] = drllm.search_paths(routed, task.examples("search")[:1], settings())
-    assert record.reward == "boxed"
-    assert all(path.answer is not None for path in record.paths)
-    assert all(path.margin is not None for path in record.paths if path.reward < 1)
-
-
-def test_the_prompt_in_the_record_is_what_the_model_read(routed, tiny_tokenizer):
+def test_generated_answers_are_recorded_with_the_prompt_that_the_model_read(routed, tiny_tokenizer):
     task = get_task("builtin_arithmetic")
     example = task.examples("search")[0]
     [record] = drllm.search_paths(routed, [example], settings())
-    prompt = task.prompt(example, "boxed")
+    assert record.reward == "boxed"
+    assert all(path.answer is not None for path in record.paths)
+    assert all(path.margin is not None for path in record.paths if path.reward < 1)
     rendered = tiny_tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt.text}], tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": task.prompt(example, "boxed").text}],
+        tokenize=False,
+        add_generation_prompt=True,
     )
     assert rendered == record.prompt
 
@@ -91,11 +72,19 @@ def test_a_model_without_its_tokenizer_is_refused(tiny_llama, facts):
         drllm.search_paths(bare, [facts], settings())
 
 
-def test_several_leaves_a_round_try_as_many_paths(routed, facts):
-    examples = facts.examples("search")[:2]
-    for record in drllm.search_paths(routed, examples, settings(leaves_per_round=4)):
-        assert len(record.paths) == 9
-        assert record.paths[0].simulation == 0
+def test_the_seed_and_the_leaves_a_round_change_which_paths_are_tried(routed, facts):
+    examples = facts.examples("search")[:1]
+    found = [{}, {"seed": 1}, {"leaves_per_round": 4}]
+    tried = [
+        {
+            path.decisions
+            for path in drllm.search_paths(routed, examples, settings(**given))[0].paths
+        }
+        for given in found
+    ]
+    assert [len(paths) for paths in tried] == [9, 9, 9]
+    assert tried[0] != tried[1]
+    assert tried[0] != tried[2]
 
 
 def test_kl_is_recorded_only_where_it_is_wanted(routed, facts):

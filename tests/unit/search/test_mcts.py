@@ -291,15 +291,12 @@ def test_selection_takes_the_child_with_the_highest_bound_of_the_papers_rule(see
     assert chosen(*made) == max(bounds, key=bounds.__getitem__)
 
 
-def test_of_two_equal_children_the_shorter_one_is_selected():
-    assert chosen(*family(((1, 1, 2), 5, 2.5), ((1, 1, 0), 5, 2.5))) == (1, 1, 0)
+def test_of_two_equal_children_the_shorter_one_is_selected_unless_only_rewards_count():
+    children = (((1, 1, 2), 5, 3.0), ((1, 1, 0), 5, 2.9))
+    unbiased = {"length_penalty": 0.0, "exploration_constant": 0.0}
 
-
-def test_without_length_penalty_and_exploration_only_the_mean_reward_counts():
-    children = (((1, 1, 2), 5, 3.0), ((1, 1, 0), 1, 0.5))
-    settings = {"length_penalty": 0.0, "exploration_constant": 0.0}
-
-    assert chosen(*family(*children, **settings)) == (1, 1, 2)
+    assert chosen(*family(*children)) == (1, 1, 0)
+    assert chosen(*family(*children, **unbiased)) == (1, 1, 2)
 
 
 def test_length_never_enters_a_nodes_value():
@@ -325,13 +322,10 @@ def test_random_children_are_selected_whatever_the_rule_says(
     assert any(node.visits > 1 for node in longer) == longer_are_revisited
 
 
-@pytest.mark.parametrize(("full_is_right", "repeats"), [(True, False), (False, True)])
-def test_a_right_path_is_edited_by_skips_alone_a_wrong_one_by_repeats_too(
-    full_is_right: bool, repeats: bool
-):
-    search = tree(30, lambda decisions: float(full_is_right))
-
-    assert any(2 in decisions for decisions in search.tried) == repeats
+def test_a_right_path_is_edited_by_skips_alone_a_wrong_one_by_repeats_too():
+    for reward in (1.0, 0.0):
+        search = tree(30, lambda decisions: reward)  # noqa: B023
+        assert any(2 in decisions for decisions in search.tried) == (reward < 1)
 
 
 def test_a_right_path_without_skips_left_is_edited_by_repeats():
