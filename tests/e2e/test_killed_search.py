@@ -16,6 +16,7 @@ from drllm.records import read_search
 from drllm.search import CHUNKS_FOLDER, num_batches_kept
 
 MOST_S = 120.0
+QUESTIONS = 24
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +26,15 @@ def processes() -> Any:
     context.set_forkserver_preload(
         ["drllm.cli.stages", "drllm.search.run", "drllm.models.base.load"]
     )
+    first = context.Process(target=time.monotonic)  # starts the server of processes
+    first.start()
+    first.join()
     return context
 
 
 @pytest.fixture
 def words(model_folder: Callable[..., Path]) -> list[str]:
-    settings = ["--limit", "48", "--block-size", "1"]
+    settings = ["--limit", str(QUESTIONS), "--block-size", "1"]
     return ["search", "--model", str(model_folder()), "--device", "cpu", *settings]
 
 
@@ -57,7 +61,6 @@ def test_a_search_killed_at_random_moments_ends_as_an_undisturbed_one(
 ):
     words = [*words, "--num-simulations", str(simulations), "--output-dir"]
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    to_the_end(processes, [*words, str(tmp_path / "first")])  # starts the server of processes
     whole = to_the_end(processes, [*words, str(undisturbed)])
     idle = to_the_end(processes, [*words, str(undisturbed)])  # it is complete: nothing to search
     moments = random.Random(kills)
@@ -73,11 +76,8 @@ def test_a_search_killed_at_random_moments_ends_as_an_undisturbed_one(
             done.append(num_batches_kept(killed / CHUNKS_FOLDER))
     to_the_end(processes, [*words, str(killed)])
 
-    assert any(0 < batches < 48 for batches in done), f"no kill came in the midst of it: {done}"
-    expected, found = (
-        read_search(undisturbed / "search.jsonl"),
-        read_search(killed / "search.jsonl"),
-    )
+    assert any(0 < batches < QUESTIONS for batches in done), f"no kill came in the midst of it: {done}"
+    expected, found = (read_search(folder / "search.jsonl") for folder in (undisturbed, killed))
     assert_same_run(found, expected)
     names = [sorted(path.name for path in folder.iterdir()) for folder in (killed, undisturbed)]
     assert names[0] == names[1], "nothing half-written is left behind"
