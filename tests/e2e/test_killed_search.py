@@ -76,7 +76,7 @@ def test_a_search_killed_at_random_moments_ends_as_an_undisturbed_one(
             done.append(num_batches_kept(killed / CHUNKS_FOLDER))
     to_the_end(processes, [*words, str(killed)])
 
-    assert any(0 < batches < QUESTIONS for batches in done), f"no kill came in the midst of it: {done}"
+    assert any(0 < batches < QUESTIONS for batches in done), f"no kill came in its midst: {done}"
     expected, found = (read_search(folder / "search.jsonl") for folder in (undisturbed, killed))
     assert_same_run(found, expected)
     names = [sorted(path.name for path in folder.iterdir()) for folder in (killed, undisturbed)]

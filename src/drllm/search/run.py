@@ -36,8 +36,7 @@ from drllm.records import (
 )
 from drllm.records.search import SearchRecords
 from drllm.search import CHUNKS_FOLDER, FAILED_FILE, SEARCH_FILE
-from drllm.search.batch import Searched, search_in_step
-from drllm.search.executors import LocalExecutor, key_of
+from drllm.search.batch import LocalExecutor, Searched, key_of, search_in_step
 from drllm.search.questions import Batch, SearchQuestion, batches_of, questions_of
 from drllm.supervision.rules import is_improving, survived
 from drllm.tasks.base import Example, Task

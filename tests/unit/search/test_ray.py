@@ -144,7 +144,7 @@ def _revived(values):
 
 
 @needs_ray
-@pytest.mark.thorough  # a process that imports torch for each loss; test_executors has the rest
+@pytest.mark.thorough  # a process that imports torch for each loss; test_jobs has the rest
 def test_a_question_that_kills_its_workers_is_set_aside_and_its_batch_is_not(
     workers, facts, tmp_path, in_process, assert_same_run, monkeypatch
 ):

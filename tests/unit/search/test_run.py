@@ -26,8 +26,8 @@ from drllm.records import (
     split_of,
 )
 from drllm.search import CHUNKS_FOLDER, num_batches_kept
+from drllm.search.batch import LocalExecutor
 from drllm.search.evaluator import Evaluator
-from drllm.search.executors import LocalExecutor
 from drllm.search.questions import batches_of, questions_of
 from drllm.search.run import run_search
 from drllm.tasks.base import choose
