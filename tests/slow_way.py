@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import kl_div
 
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.paths import to_path
@@ -122,6 +123,18 @@ def sums_alone(model: Any, questions: Sequence[Any], pairs: Sequence[Any]) -> li
         ListedModel(model, decisions).sums(questions[row].context, questions[row].continuations)
         for row, decisions in pairs
     ]
+
+
+def kls_alone(model: Any, contexts: Sequence[Any], pairs: Sequence[Any]) -> list[float]:
+    """Run each prompt alone, unpadded, in full, and compare its distributions token by token."""
+    kls = []
+    for row, decisions in pairs:
+        path, full = (
+            ListedModel(model, each).logits(contexts[row]).float().log_softmax(-1)
+            for each in (decisions, FULL)
+        )
+        kls.append(float(kl_div(path, full, reduction="batchmean", log_target=True)))
+    return kls
 
 
 def assert_sums(expected: Sequence[Any], found: Sequence[Any]) -> None:

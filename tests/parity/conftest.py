@@ -5,11 +5,10 @@ slow way, which are made once a session for each family and plan.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import torch
 
 from drllm.models.check import IN_SUITE
 from drllm.models.routing.routed_model import RoutedModel
@@ -103,13 +102,9 @@ class Slow:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_for_tiny_models(request: pytest.FixtureRequest) -> Iterator[None]:
-    """On two cores a second thread doubles the time that these take."""
-    threads = torch.get_num_threads()
+def _one_thread_for_tiny_models(request: pytest.FixtureRequest) -> None:
     if {"family", "tiny_model"} & set(request.fixturenames):
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+        request.getfixturevalue("one_thread")
 
 
 @pytest.fixture(scope="session")

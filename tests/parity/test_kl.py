@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.functional import kl_div
 
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.answers import AnswerBatch
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
-from slow_way import FULL, ListedModel, never, prefixes, some_pairs
+from slow_way import FULL, kls_alone, never, prefixes, some_pairs
 
 TOLERANCE = 2e-5
 """Nats a token, on KLs of 0.1 to 10. 4e-6 was measured."""
@@ -19,18 +18,6 @@ STEM = [60, 61, 62, 63, 64, 65, 66, 67, 68]
 OWN = [[5, 6, 7, 8, 9], [20], [40, 41, 42, 43, 44, 45, 46, 47, 48]]
 CONTINUATIONS = [[[10], [11, 12, 13]], [[30, 31, 32, 33], [34]], [[50, 51], [52, 53]]]
 PROMPTS = {"apart": OWN, "one beginning": [STEM + own for own in OWN]}
-
-
-def slow_kls(model, contexts, pairs):
-    """Run each prompt alone, unpadded, in full, and compare its distributions token by token."""
-    kls = []
-    for row, decisions in pairs:
-        path, full = (
-            ListedModel(model, each).logits(contexts[row]).float().log_softmax(-1)
-            for each in (decisions, FULL)
-        )
-        kls.append(float(kl_div(path, full, reduction="batchmean", log_target=True)))
-    return kls
 
 
 def measured(routed, tokenizer, contexts, pairs, reward, **options):
@@ -52,7 +39,7 @@ def test_kl_is_the_mean_kl_from_the_full_path_over_the_prompt(
 ):
     model, contexts = tiny_llama(eos_token_id=None), PROMPTS[prompts]
     pairs = some_pairs(20)
-    expected = slow_kls(model, contexts, pairs)
+    expected = kls_alone(model, contexts, pairs)
     assert min(expected) > 0.01, "the paths must do some KL"
     kls, _ = measured(RoutedModel(model), tiny_tokenizer, contexts, pairs, reward)
     assert expected == pytest.approx(kls, abs=TOLERANCE)
@@ -115,7 +102,7 @@ def test_what_overflows_has_no_kl(tiny_llama, tiny_tokenizer, broken):
 def test_kl_in_half_precision_is_computed_in_float32(tiny_llama, tiny_tokenizer):
     model = tiny_llama().to(torch.bfloat16)
     pairs = some_pairs(6)
-    expected = slow_kls(model, OWN, pairs)
+    expected = kls_alone(model, OWN, pairs)
     kls, _ = measured(RoutedModel(model), tiny_tokenizer, OWN, pairs, "choices")
     # bfloat16 has 8 bits: batched arithmetic differs from a row alone by about a hundredth.
     assert expected == pytest.approx(kls, rel=0.1)

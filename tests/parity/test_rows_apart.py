@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from torch.nn.functional import kl_div
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -20,9 +19,9 @@ from drllm.models.scoring.packing import Question
 from drllm.tasks.registry import get_task
 from slow_way import (
     FULL,
-    ListedModel,
     Recorder,
     assert_sums,
+    kls_alone,
     never,
     prefixes,
     some_pairs,
@@ -123,18 +122,7 @@ def test_one_question_too_long_sets_the_rows_of_all_apart_and_none_does_not(tiny
 def test_kl_is_measured_on_one_row_of_a_question(tiny_model, num_paths, gb):
     model = tiny_model("mistral")
     pairs = [*some_pairs(10, seed=1), (1, FULL)]
-    full = {place: ListedModel(model, FULL).logits(q.context) for place, q in enumerate(QUESTIONS)}
-    expected = [
-        float(
-            kl_div(
-                ListedModel(model, decisions).logits(QUESTIONS[place].context).log_softmax(-1),
-                full[place].log_softmax(-1),
-                reduction="batchmean",
-                log_target=True,
-            )
-        )
-        for place, decisions in pairs
-    ]
+    expected = kls_alone(model, CONTEXTS, pairs)
     assert min(expected[:-1]) > 0.01, "the paths must do some KL"
     sums = alone(model, pairs)
     batch = ChoiceBatch(RoutedModel(model), QUESTIONS, gb, paths_per_pass=num_paths)

@@ -36,9 +36,12 @@ from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from slow_way import FOREIGN_ERRORS, right_padded, tiny_routers
 
-pytestmark = pytest.mark.filterwarnings(  # of a model that asks itself by an old name
-    "ignore:The `sliding_window_pattern` attribute is deprecated:FutureWarning"
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings(  # of a model that asks itself by an old name
+        "ignore:The `sliding_window_pattern` attribute is deprecated:FutureWarning"
+    ),
+]
 
 FAMILIES = (
     # Besides those of the suite, some that differ from them in what can go wrong.
@@ -70,51 +73,32 @@ MOST_TIES = 0.01
 
 @dataclass(frozen=True)
 class Case:
-    """One combination.
-
-    Attributes:
-        attention: Attention code; None for the model's own choice.
-        way: Name of a way of generating.
-        plans: Decisions, one row for each prompt; not used where routers decide.
-        routers: Seed of random routers that decide instead.
-        ending: Answers may end early.
-        cache: Kind of cache that `generate` is given or asked to make.
-        size: A small number that each way uses as it likes: beams, answers, tokens of a chunk.
-        seed: Of whatever else a way draws.
-    """
+    """One combination."""
 
     family: str
-    attention: str | None
+    attention: str | None  # None for the model's own choice
     way: str
     prompts: tuple[tuple[int, ...], ...]
-    plans: tuple[tuple[int, ...], ...]
-    routers: int | None
+    plans: tuple[tuple[int, ...], ...]  # for each prompt; not used where routers decide
+    routers: int | None  # seed of random routers that decide instead
     num_new: int
-    ending: bool
-    cache: str
-    size: int
-    seed: int
+    ending: bool  # answers may end early
+    cache: str  # that `generate` is given or asked to make
+    size: int  # as each way likes to use it: beams, answers, tokens of a chunk
+    seed: int  # of whatever else a way draws
 
 
 @dataclass(frozen=True)
 class Said:
-    """What one row was given and said, with the logits by which it was said.
+    """What one row was given and said, with the logits by which it was said."""
 
-    Attributes:
-        tokens: All of the row, without padding.
-        logits: `[N, V]`; entry n was computed from the first `start + n + 1` tokens.
-        greedy: Each token from `start + 1` on was the likeliest.
-        never: A token that could not be said.
-        num_read: Tokens that routers read to decide the plan; None where others decided it.
-    """
-
-    tokens: list[int]
-    logits: Tensor
+    tokens: list[int]  # all of the row, without padding
+    logits: Tensor  # [N, V]; entry n was computed from the first `start + n + 1` tokens
     start: int
     plan: tuple[int, ...]
-    greedy: bool = False
-    never: int | None = None
-    num_read: int | None = None
+    greedy: bool = False  # each token from `start + 1` on was the likeliest
+    never: int | None = None  # a token that could not be said
+    num_read: int | None = None  # by routers to decide the plan; None where others decided it
 
 
 @dataclass
@@ -130,15 +114,6 @@ class Counts:
     beams: int = 0
     beam_ties: int = 0
     greatest: float = 0.0
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads that wait for one another cost tiny models more than they help."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- the models ---------------------------------------------------------------------------------
@@ -256,7 +231,6 @@ def generate(side: Side, copies: int = 1, **options: Any) -> list[Said]:
     beams = options.get("num_beams", 1)
     answers = options.get("num_return_sequences", 1)
     plans = side.plans(copies)
-    greedy = beams == 1 and "do_sample" not in options
     logits = torch.stack(output.logits)  # [T_new, B * copies, V]
     said = []
     for place, new in enumerate(output.sequences[:, ids.shape[1] :].tolist()):
@@ -270,11 +244,11 @@ def generate(side: Side, copies: int = 1, **options: Any) -> list[Said]:
         found = torch.stack([logits[t, source[t]] for t in range(len(new))])
         said.append(
             Said(
-                tokens=[*rows[row], *new],
-                logits=found,
-                start=len(rows[row]) - 1,
-                plan=plans[row * copies],
-                greedy=greedy,
+                [*rows[row], *new],
+                found,
+                len(rows[row]) - 1,
+                plans[row * copies],
+                greedy=beams == 1 and "do_sample" not in options,
                 never=None if case.ending else END,
                 num_read=side.num_read(row),
             )
@@ -488,16 +462,10 @@ def in_turns(side: Side) -> list[Said]:
     ids, mask = left_padded(rows, "cpu")
     output = again(first, ids, mask, kept, case.num_new)
     logits = torch.stack(output.logits, dim=1)
+    said = output.sequences[:, ids.shape[1] :].tolist()
     second = [
-        Said(
-            tokens=[*row, *output.sequences[place, ids.shape[1] :].tolist()],
-            logits=logits[place],
-            start=len(row) - 1,
-            plan=plans[place],
-            greedy=True,
-            never=END,
-        )
-        for place, row in enumerate(rows)
+        Said([*row, *new], logits[place], len(row) - 1, plans[place], greedy=True, never=END)
+        for place, (row, new) in enumerate(zip(rows, said, strict=True))
     ]
     return answered + second
 
