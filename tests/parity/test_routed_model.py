@@ -15,7 +15,6 @@ from transformers.utils import is_torch_flex_attn_available
 
 from drllm.errors import CheckpointError, PathError, RoutingError
 from drllm.models.base.prompts import left_padded
-from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.kv_cache import cache_argument, stored_rows
 from drllm.models.routing.policies import FullPolicy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
@@ -44,6 +43,16 @@ def batch():
 
 def on(model, cache):
     return {cache_argument(model): cache, "use_cache": True}
+
+
+@pytest.fixture
+def routed(tiny_llama):
+    return RoutedModel(tiny_llama())
+
+
+@pytest.fixture
+def by_routers(tiny_llama):
+    return RoutedModel(tiny_llama(), tiny_routers())
 
 
 def test_keys_and_weights_never_change(tiny_llama):
@@ -91,27 +100,25 @@ def test_routers_decide_in_a_padded_batch_as_they_do_by_hand(tiny_llama):
     assert expected == routed.last_route.tolist()
 
 
-def test_prompt_lengths_keep_continuations_from_the_routers(tiny_llama):
-    routed = RoutedModel(tiny_llama(), tiny_routers())
+def test_prompt_lengths_keep_continuations_from_the_routers(by_routers):
     alone, padded = [], []
     for prompt in PROMPTS:
-        routed.model(torch.tensor([prompt]))
-        alone.append(routed.last_route[0].tolist())
+        by_routers.model(torch.tensor([prompt]))
+        alone.append(by_routers.last_route[0].tolist())
     rows = [[*prompt, 40 + i, 50, 60] for i, prompt in enumerate(PROMPTS)]
     ids, mask = right_padded(rows)
-    with routed.prompt_lengths([len(prompt) for prompt in PROMPTS]):
-        routed.model(ids, attention_mask=mask)
-        padded = routed.last_route.tolist()
-        routed.model(ids)  # as some harnesses do: right padding without a mask
-        assert alone == routed.last_route.tolist()
+    with by_routers.prompt_lengths([len(prompt) for prompt in PROMPTS]):
+        by_routers.model(ids, attention_mask=mask)
+        padded = by_routers.last_route.tolist()
+        by_routers.model(ids)  # as some harnesses do: right padding without a mask
+        assert alone == by_routers.last_route.tolist()
     assert alone == padded
 
 
 @pytest.mark.parametrize("lengths", [[0, 1, 1, 1], [1, 1, 1], [9, 2, 8, 3]])
-def test_impossible_prompt_lengths_are_refused(tiny_llama, lengths):
-    routed = RoutedModel(tiny_llama(), tiny_routers())
-    with routed.prompt_lengths(lengths), pytest.raises(RoutingError, match="prompt_lengths"):
-        routed.model(**batch())
+def test_impossible_prompt_lengths_are_refused(by_routers, lengths):
+    with by_routers.prompt_lengths(lengths), pytest.raises(RoutingError, match="prompt_lengths"):
+        by_routers.model(**batch())
 
 
 class ByRow(FullPolicy):
@@ -150,8 +157,7 @@ def test_a_routed_cache_counts_as_initialised_once_it_holds_keys(tiny_llama):
     assert cache.is_initialized
 
 
-def test_a_copy_routes_by_itself(tiny_llama):
-    routed = RoutedModel(tiny_llama())
+def test_a_copy_routes_by_itself(routed):
     twin = copy.deepcopy(routed)
     with routed.fixed(PLANS["repeats"]):
         routed.model(IDS)
@@ -160,23 +166,20 @@ def test_a_copy_routes_by_itself(tiny_llama):
     assert twin.last_route.tolist() == [[1] * 6]
 
 
-def test_a_pickled_model_routes_as_before(tiny_llama):
-    routed = RoutedModel(tiny_llama())
+def test_a_pickled_model_routes_as_before(routed):
     twin = pickle.loads(pickle.dumps(routed))
     with routed.fixed(PLANS["repeats"]), twin.fixed(PLANS["repeats"]):
         assert torch.equal(routed.model(LONG).logits, twin.model(LONG).logits)
 
 
-def test_a_removed_override_is_noticed(tiny_llama):
-    routed = RoutedModel(tiny_llama())
+def test_a_removed_override_is_noticed(routed):
     del routed.model.model.layers[3].forward
     with pytest.raises(RoutingError, match="layer 3 was taken off"):
         routed.model(IDS)
 
 
 @pytest.mark.parametrize("called", [[0, 2, 1, 3, 4, 5], [0, 1, 2, 4, 5], [0, 1, 2, 3, 4, 5, 5]])
-def test_a_loop_that_swaps_omits_or_repeats_layers_later_is_noticed(tiny_llama, called):
-    routed = RoutedModel(tiny_llama())
+def test_a_loop_that_swaps_omits_or_repeats_layers_later_is_noticed(routed, called):
     decoder = routed.model.model
     decoder.layers = torch.nn.ModuleList([decoder.layers[index] for index in called])
     decoder.config.num_hidden_layers = len(called)
@@ -184,8 +187,7 @@ def test_a_loop_that_swaps_omits_or_repeats_layers_later_is_noticed(tiny_llama, 
         routed.model(IDS, use_cache=False)
 
 
-def test_an_override_over_ours_is_not_swept_away(tiny_llama):
-    routed = RoutedModel(tiny_llama())
+def test_an_override_over_ours_is_not_swept_away(routed):
     layer = routed.model.model.layers[2]
     layer.forward = lambda *args, **kwargs: None
     with pytest.raises(RoutingError, match="layer 2 was overridden again"):
@@ -193,8 +195,7 @@ def test_an_override_over_ours_is_not_swept_away(tiny_llama):
     assert hasattr(routed.model.model.layers[0].forward, "__self__")
 
 
-def test_a_model_is_routed_once_only(tiny_llama):
-    routed = RoutedModel(tiny_llama())
+def test_a_model_is_routed_once_only(routed):
     with pytest.raises(RoutingError, match="routed already"):
         RoutedModel(routed.model)
 
@@ -216,16 +217,14 @@ def test_attentions_are_refused_under_routing_and_given_without(tiny_llama):
         assert len(routed.model(IDS, output_attentions=True).attentions) == 6
 
 
-def test_an_error_inside_a_forward_leaves_routing_usable(tiny_llama):
-    routed = RoutedModel(tiny_llama())
+def test_an_error_inside_a_forward_leaves_routing_usable(routed):
     with routed.fixed([PLANS["repeats"]] * 3), pytest.raises(RoutingError, match="3 prompts"):
         routed.model(IDS)
     routed.model(IDS)
     assert routed.last_route.tolist() == [[1] * 6]
 
 
-def test_beams_without_a_cache_equal_beams_with_one(tiny_llama):
-    routed = RoutedModel(tiny_llama())
+def test_beams_without_a_cache_equal_beams_with_one(routed):
     options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 6, "min_new_tokens": 6}
     with routed.fixed(MIXED):
         expected = routed.generate(**batch(), **options)
@@ -233,19 +232,15 @@ def test_beams_without_a_cache_equal_beams_with_one(tiny_llama):
 
 
 @pytest.mark.parametrize("plan", [[1] * 5, [1, 1, 3, 1, 1, 1], [0] * 6, [[1] * 6, [0] * 6]])
-def test_plans_that_no_model_can_run_are_refused(tiny_llama, plan):
-    routed = RoutedModel(tiny_llama())
+def test_plans_that_no_model_can_run_are_refused(routed, plan):
     with pytest.raises(PathError), routed.fixed(plan):
         pass
 
 
-def test_routers_of_another_depth_or_width_are_refused(tiny_llama):
-    stack = RouterStack(RouterConfig(num_layers=5, hidden_size=32))
-    with pytest.raises(CheckpointError, match="num_layers 5"):
-        RoutedModel(tiny_llama(), stack)
-    stack = RouterStack(RouterConfig(num_layers=6, hidden_size=16))
-    with pytest.raises(CheckpointError, match="hidden_size 16"):
-        RoutedModel(tiny_llama(), stack)
+@pytest.mark.parametrize(("name", "size"), [("num_layers", 5), ("hidden_size", 16)])
+def test_routers_of_another_depth_or_width_are_refused(tiny_llama, name, size):
+    with pytest.raises(CheckpointError, match=f"{name} {size}"):
+        RoutedModel(tiny_llama(), tiny_routers(**{name: size}))
 
 
 def test_routers_and_a_policy_together_are_refused(tiny_llama):
@@ -272,11 +267,9 @@ def test_saved_routers_load_and_route_the_same(tiny_llama, tmp_path):
 
 
 def test_chunked_prefill_is_refused_where_routers_would_read_one_chunk(tiny_llama):
-    model = tiny_llama()
-    routed = RoutedModel(model, tiny_routers())
-    options = {"input_ids": LONG, "prefill_chunk_size": 3}
+    routed = RoutedModel(tiny_llama(), tiny_routers())
     with pytest.raises(RoutingError, match="first chunk"):
-        routed.generate(**options, max_new_tokens=2)
+        routed.generate(LONG, prefill_chunk_size=3, max_new_tokens=2)
 
 
 def test_chunked_prefill_under_a_fixed_plan_says_what_the_whole_prompt_does(tiny_llama):
@@ -311,14 +304,10 @@ class Opaque:
     """Stands for a mask whose rows can't be cut, as flex attention's."""
 
 
-def test_an_argument_that_cannot_be_cut_by_rows_is_refused(tiny_llama):
-    routed = RoutedModel(tiny_llama())
-    ids = torch.tensor([[3, 4], [5, 6]])
-    with (
-        routed.fixed([[1] * 6, [1, 0, 1, 1, 1, 1]]),
-        pytest.raises(RoutingError, match="Opaque"),
-    ):
-        routed.model(ids, custom=Opaque())
+def test_an_argument_that_cannot_be_cut_by_rows_is_refused(routed):
+    plans = [[1] * 6, [1, 0, 1, 1, 1, 1]]
+    with routed.fixed(plans), pytest.raises(RoutingError, match="Opaque"):
+        routed.model(torch.tensor([[3, 4], [5, 6]]), custom=Opaque())
 
 
 def test_what_one_model_may_read_is_no_matter_of_another(tiny_llama):
@@ -329,33 +318,27 @@ def test_what_one_model_may_read_is_no_matter_of_another(tiny_llama):
     assert second.read == [[len(PROMPTS[0])]]
 
 
-def test_two_threads_route_the_same_model_apart(tiny_llama):
-    routed = RoutedModel(tiny_llama())
+def test_two_threads_route_the_same_model_apart(routed):
     chosen = [PLANS["repeats"], PLANS["skip of layer 0"]] * 8
-    with torch.no_grad():
-        expected = []
-        for plan in chosen:
-            with routed.fixed(plan):
-                expected.append(routed.model(LONG).logits)
 
-        def run(plan):
-            with routed.fixed(plan), torch.no_grad():
-                return routed.model(LONG).logits
+    def run(plan):
+        with routed.fixed(plan), torch.no_grad():
+            return routed.model(LONG).logits
 
-        with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(run, chosen))
+    expected = list(map(run, chosen))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, chosen))
     for slow, fast in zip(expected, found, strict=True):
         torch.testing.assert_close(slow, fast, atol=LOGIT_TOLERANCE, rtol=0)
 
 
-def test_an_interrupted_forward_leaves_nothing_behind(tiny_llama):
+def test_an_interrupted_forward_leaves_nothing_behind(routed):
     class Interrupting(FullPolicy):
         def decide(self, layer, prompts):
             if layer == 3:
                 raise KeyboardInterrupt
             return super().decide(layer, prompts)
 
-    routed = RoutedModel(tiny_llama())
     expected = routed.model(IDS).logits
     with pytest.raises(KeyboardInterrupt), routed.using(Interrupting()):
         routed.model(IDS)
@@ -367,8 +350,7 @@ def test_an_interrupted_forward_leaves_nothing_behind(tiny_llama):
     assert torch.equal(by_hand, layer(hidden, position_embeddings=rotary))
 
 
-def test_a_detached_model_says_so(tiny_llama):
-    routed = RoutedModel(tiny_llama())
+def test_a_detached_model_says_so(routed):
     routed.detach()
     for use in (
         routed.detach,
@@ -394,18 +376,12 @@ def test_a_bypass_takes_the_place_of_skipped_layers_row_by_row(tiny_llama):
     expected = []
     for plan, prompt in zip(plans, PROMPTS, strict=True):
         # By hand: every layer listed once more where it is skipped, its attention silenced.
-        by_hand = copy.deepcopy(model)
-        layers = []
-        for index, count in enumerate(plan):
-            for _ in range(max(count, 1)):
-                layer = copy.deepcopy(by_hand.model.layers[index])
-                if count == 0:
-                    layer.self_attn.o_proj.weight.data.zero_()
-                layers.append(layer)
-        by_hand.model.layers = torch.nn.ModuleList(layers)
-        by_hand.config.num_hidden_layers = len(layers)
-        with torch.no_grad():
-            expected.append(by_hand(torch.tensor([prompt]), use_cache=False).logits[0])
+        silenced = copy.deepcopy(model)
+        for layer, count in zip(silenced.model.layers, plan, strict=True):
+            if count == 0:
+                layer.self_attn.o_proj.weight.data.zero_()
+        by_hand = ListedModel(silenced, [max(count, 1) for count in plan])
+        expected.append(by_hand.logits(prompt))
     routed = RoutedModel(model, bypass=own_mlp)
     with routed.fixed(plans), torch.no_grad():
         positions = (batch()["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -459,22 +435,19 @@ def test_drafted_tokens_are_not_read_as_part_of_the_prompt(tiny_llama, drafting)
     assert policy.read == [[len(prompt)]]
 
 
-def test_a_generation_config_given_by_position_is_read_too(tiny_llama):
-    routed = RoutedModel(tiny_llama())
+def test_a_generation_config_given_by_position_is_read_too(routed):
     options = GenerationConfig(num_beams=3, max_new_tokens=4, pad_token_id=0)
     with routed.fixed(MIXED):
         routed.generate(batch()["input_ids"], options, attention_mask=batch()["attention_mask"])
     assert routed.last_route[::3].tolist() == MIXED
 
 
-def test_guidance_without_a_cache_is_refused(tiny_llama):
-    routed = RoutedModel(tiny_llama())
+def test_guidance_without_a_cache_is_refused(routed):
     with pytest.raises(RoutingError, match="guidance_scale=2"):
         routed.generate(torch.tensor([[3]]), guidance_scale=2.0, use_cache=False)
 
 
-def test_a_cache_cropped_to_nothing_takes_a_new_prompt(tiny_llama):
-    routed = RoutedModel(tiny_llama())
+def test_a_cache_cropped_to_nothing_takes_a_new_prompt(routed):
     cache = DynamicCache(config=routed.model.config)
     named = on(routed.model, cache)
     with torch.no_grad():
@@ -496,8 +469,7 @@ def test_detaching_gives_the_model_its_own_generate_back(tiny_llama):
 # --- what can't be right -----------------------------------------------------------------------
 
 
-def test_packed_sequences_are_refused(tiny_llama):
-    routed = RoutedModel(tiny_llama())
+def test_packed_sequences_are_refused(routed):
     ids = torch.tensor([[3, 4, 5, 6, 7]])
     with pytest.raises(RoutingError, match="packed sequences"):
         routed.model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1]]))
@@ -505,8 +477,7 @@ def test_packed_sequences_are_refused(tiny_llama):
         routed.model(ids, cu_seq_lens_q=torch.tensor([0, 3, 5]))
 
 
-def test_a_cache_of_a_foreign_kind_is_refused(tiny_llama):
-    routed = RoutedModel(tiny_llama())
+def test_a_cache_of_a_foreign_kind_is_refused(routed):
     layer, hidden = routed.model.model.layers[0], torch.zeros(1, 1, 32)
 
     def call_first(module, args, kwargs):
@@ -518,8 +489,7 @@ def test_a_cache_of_a_foreign_kind_is_refused(tiny_llama):
     hook.remove()
 
 
-def test_an_argument_whose_axis_does_not_count_the_rows_is_refused(tiny_llama):
-    routed = RoutedModel(tiny_llama())
+def test_an_argument_whose_axis_does_not_count_the_rows_is_refused(routed):
     ids, mask = left_padded(PROMPTS[:3], "cpu")
     layer = routed.model.model.layers[1]
     forward = layer.forward
@@ -530,10 +500,8 @@ def test_an_argument_whose_axis_does_not_count_the_rows_is_refused(tiny_llama):
 
     cut.__wrapped__ = forward
     layer.forward = cut
-    with (
-        routed.fixed([[1] * 6, [1, 0, 1, 1, 1, 1], [1] * 6]),
-        pytest.raises(RoutingError, match="doesn't count the 3 rows"),
-    ):
+    plans = [[1] * 6, [1, 0, 1, 1, 1, 1], [1] * 6]
+    with routed.fixed(plans), pytest.raises(RoutingError, match="doesn't count the 3 rows"):
         routed.model(ids, attention_mask=mask)
 
 
@@ -550,8 +518,7 @@ def test_a_policy_that_answers_for_too_few_rows_is_refused(tiny_llama):
 @pytest.mark.thorough  # its mask is compiled first
 @pytest.mark.skipif(not is_torch_flex_attn_available(), reason="this torch has no flex attention")
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
-def test_flex_attention_is_refused_where_rows_differ(tiny_llama):
-    routed = RoutedModel(tiny_llama())
+def test_flex_attention_is_refused_where_rows_differ(routed):
     routed.model.config._attn_implementation = "flex_attention"
     with (
         routed.fixed(MIXED),  # its first layer runs on some of the rows
