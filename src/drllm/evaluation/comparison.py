@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from drllm.config import EvaluateConfig
-from drllm.errors import ConfigError
+from drllm.errors import ArchitectureError, ConfigError
 from drllm.evaluation.baselines.base import (
     BASELINES,
     Drawn,
@@ -22,7 +22,7 @@ from drllm.evaluation.baselines.base import (
 from drllm.evaluation.baselines.own_routes import share_unchanged
 from drllm.evaluation.baselines.registry import depths, named
 from drllm.evaluation.blocks import Answered
-from drllm.evaluation.flops import PromptCost
+from drllm.evaluation.flops import ModelShape
 from drllm.evaluation.lm_eval.folders import task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.task import AskedTask
@@ -236,6 +236,10 @@ class Comparison:
             choice = self._choice(config.epsilon, systems, policies, chance)
         prompts = [lm.tok_encode(prompt) for prompt in self.asked.prompts()]
         self.shared.prompts += prompts
+        try:
+            shape: ModelShape | str = ModelShape.of(lm.routed.model)
+        except ArchitectureError as error:
+            shape = str(error)
         return TaskRuns(
             asked=self.asked,
             systems=systems,
@@ -243,7 +247,8 @@ class Comparison:
             choice=choice,
             config=config,
             num_layers=lm.routed.num_layers,
-            cost=PromptCost.of(lm.routed.model, [len(ids) for ids in prompts]),
+            shape=shape,
+            num_tokens=[len(ids) for ids in prompts],
             seeds=seeds,
         )
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 from torch import nn
@@ -22,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import base_of, find_layers
-from drllm.paths import Decisions, check_decisions
+from drllm.paths import check_decisions
 from drllm.records.results import Flops
 
 NOT_DERIVED = (
@@ -154,51 +153,3 @@ def kv_bytes(shape: ModelShape, decisions: Sequence[int], num_tokens: int = 1) -
     checked = check_decisions(decisions, len(shape.matrices))
     kept = [num_tokens if w is None else min(num_tokens, w - 1) for w in shape.windows]
     return sum(count * tokens * a_token for count, tokens in zip(checked, kept, strict=True))
-
-
-@dataclass(frozen=True, slots=True)
-class PromptCost:
-    """What reading the prompts of one task costs under the routes that a system took.
-
-    Attributes:
-        shape: Of the model; None where its cost doesn't follow from its matrices.
-        num_tokens: Of each prompt.
-        note: Why nothing is derived; empty where it is.
-    """
-
-    shape: ModelShape | None
-    num_tokens: Sequence[int]
-    note: str = ""
-
-    @classmethod
-    def of(cls, model: Any, num_tokens: Sequence[int]) -> PromptCost:
-        """Read a model's shape, unless its cost can't be derived."""
-        try:
-            return cls(ModelShape.of(model), num_tokens)
-        except ArchitectureError as error:
-            return cls(None, num_tokens, str(error))
-
-    def flops(self, draws: Sequence[Sequence[Decisions]]) -> Flops | None:
-        """Return the mean FLOPs of reading a prompt and predicting one token.
-
-        Args:
-            draws: For each draw, every question's decisions; empty where a path can't be expressed
-                by decisions.
-        """
-        if self.shape is None or not draws:
-            return None
-        flops = [
-            prompt_flops(self.shape, decisions, tokens)
-            for draw in draws
-            for decisions, tokens in zip(draw, self.num_tokens, strict=True)
-        ]
-        return Flops(
-            weights=fmean(each.weights for each in flops),
-            attention=fmean(each.attention for each in flops),
-        )
-
-    def kv_bytes(self, draws: Sequence[Sequence[Decisions]]) -> float | None:
-        """Return the mean bytes of K and V that a token keeps in the cache; draws as in `flops`."""
-        if self.shape is None or not draws:
-            return None
-        return fmean(kv_bytes(self.shape, decisions) for draw in draws for decisions in draw)

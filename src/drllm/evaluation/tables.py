@@ -17,14 +17,16 @@ from drllm.config import EvaluateConfig
 from drllm.cost import share_saved
 from drllm.evaluation.baselines.base import BASELINES
 from drllm.evaluation.baselines.registry import NOT_COMPARED
-from drllm.evaluation.flops import PromptCost
+from drllm.evaluation.flops import ModelShape, kv_bytes, prompt_flops
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.evaluation.systems import SystemRun
+from drllm.paths import Decisions
 from drllm.records.results import (
     BASE,
     PERMUTED,
     ROUTED,
     Evaluation,
+    Flops,
     Outcome,
     Point,
     Sample,
@@ -41,6 +43,7 @@ DESCRIPTIONS = {
     BASE: "the untouched model: every layer once",
     ROUTED: "the routers decide, reading the question alone",
 }
+FROM_TASK = ("kind", "metric", "num_fewshot", "num_questions")
 MENTIONED = 0.01
 """Share of routes unchanged by the permutation above which it is said."""
 
@@ -56,7 +59,8 @@ class TaskRuns:
         choice: The certified choice, if one was asked for.
         config: As the evaluation's.
         num_layers: L.
-        cost: Of the questions' prompts.
+        shape: Of the model; or why its cost can't be derived.
+        num_tokens: Of the questions' prompts.
         seeds: Of routers of several seeds, depth by depth, how they ran on the same questions, and
             their own routes permuted, if that was asked for.
     """
@@ -67,7 +71,8 @@ class TaskRuns:
     choice: Choice | None
     config: EvaluateConfig
     num_layers: int
-    cost: PromptCost
+    shape: ModelShape | str
+    num_tokens: Sequence[int]
     seeds: Sequence[tuple[Sequence[SystemRun], Sequence[SystemRun]]] = ()
 
     @property
@@ -90,49 +95,53 @@ class TaskRuns:
         return tuple(map(self._row, self.trained))
 
     def _row(self, system: SystemRun) -> System:
-        base, routed = self.trained[:2]
         about: dict[str, Any] = {"description": DESCRIPTIONS.get(system.name)}
         if system.name in BASELINES:
             baseline = BASELINES.get(system.name)
             names = ("description", "source", "fitted_on", "reads_question")
             about = {name: getattr(baseline, name) for name in names}
+        flops, kv = self._cost(system.routes)
         return System(
             name=system.name,
             **about,
-            **self._measured(system, base, routed if system.name in BASELINES else None),
+            **self._measured(system),
             metrics={name: fmean(values) for name, values in system.metrics.items()},
             decode_executions=system.decode_executions,
             seconds=system.seconds,
             draws=max(1, len(system.routes)),
-            prompt_flops=self.cost.flops(system.routes),
-            kv_bytes_per_token=self.cost.kv_bytes(system.routes),
+            prompt_flops=flops,
+            kv_bytes_per_token=kv,
             unchanged_routes=_mean(system.unchanged),
         )
+
+    def _cost(self, draws: Sequence[Sequence[Decisions]]) -> tuple[Flops | None, float | None]:
+        """Return the mean FLOPs of a prompt with one token predicted, and K/V bytes a token."""
+        if isinstance(self.shape, str) or not draws:
+            return None, None
+        flops = [
+            prompt_flops(self.shape, decisions, num_tokens)
+            for draw in draws
+            for decisions, num_tokens in zip(draw, self.num_tokens, strict=True)
+        ]
+        weights, attention = fmean(f.weights for f in flops), fmean(f.attention for f in flops)
+        kv = fmean(kv_bytes(self.shape, decisions) for draw in draws for decisions in draw)
+        return Flops(weights=weights, attention=attention), kv
 
     def curve(self) -> tuple[Point, ...]:
         """Return base, then each system's depths from the most executions to the fewest."""
         base, *others = [each for each in self.systems if each.setting or each.name == BASE]
-        if not others:
-            return ()
         names = list(dict.fromkeys(each.name for each in others))
-        routed = {each.setting: each for each in others if each.name == ROUTED}
         others.sort(key=lambda each: (names.index(each.name), -each.executions))
         return tuple(
-            Point(
-                system=each.name,
-                setting=each.setting,
-                **self._measured(
-                    each, base, None if each.name == ROUTED else routed.get(each.setting)
-                ),
-            )
-            for each in (base, *others)
+            Point(system=each.name, setting=each.setting, **self._measured(each))
+            for each in ((base, *others) if others else ())
         )
 
-    def _measured(
-        self, system: SystemRun, base: SystemRun, routed: SystemRun | None
-    ) -> dict[str, Any]:
+    def _measured(self, system: SystemRun) -> dict[str, Any]:
         """Return what a row of the table and a point of the curve have in common."""
-        ours = system.outcomes
+        base, ours = self.systems[0], system.outcomes
+        routed = {each.setting: each.outcomes for each in self.systems if each.name == ROUTED}
+        is_baseline = system.name not in (BASE, ROUTED)
         return {
             "accuracy": fmean(system.correct),
             "interval": accuracy_interval(system.correct, self.config.seed),
@@ -140,7 +149,9 @@ class TaskRuns:
             "gold_logprob": _mean(system.gold_logprob),
             "text_loss": _mean(system.text_loss),
             "against_base": None if system is base else self._compare(ours, base.outcomes),
-            "routed_against": None if routed is None else self._compare(routed.outcomes, ours),
+            "routed_against": (
+                self._compare(routed[system.setting], ours) if is_baseline else None
+            ),
         }
 
     def _compare(self, ours: Outcomes, theirs: Outcomes) -> Differences:
@@ -185,10 +196,7 @@ class TaskRuns:
             **header,
             task=written.name,
             split=self.config.split_of(written.name),
-            kind=written.kind,
-            metric=written.metric,
-            num_fewshot=written.num_fewshot,
-            num_questions=written.num_questions,
+            **{name: getattr(written, name) for name in FROM_TASK},
             num_layers=self.num_layers,
             chance=self.chance,
             systems=tuple(table),
@@ -225,8 +233,8 @@ class TaskRuns:
         said += map(seeds_sentence, seeds)
         said += [] if self.choice is None else self.choice.sentences()
         said += dict.fromkeys(self.notes)
-        if self.cost.note:
-            said.append(f"FLOPs and K/V bytes are not derived: {self.cost.note}.")
+        if isinstance(self.shape, str):
+            said.append(f"FLOPs and K/V bytes are not derived: {self.shape}.")
         for system in self.trained:
             said += [f"{system.name.capitalize()}: {note}." for note in system.notes]
         return said

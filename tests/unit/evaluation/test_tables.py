@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 from drllm.config import EvaluateConfig
-from drllm.evaluation.flops import PromptCost
 from drllm.evaluation.systems import SystemRun
 from drllm.evaluation.tables import TaskRuns, correct, seeds_sentence
 from drllm.records.results import Evaluation
@@ -59,7 +58,8 @@ def runs(*systems, chance=0.25, seeds=(), notes=()):
         choice=None,
         config=EvaluateConfig(),
         num_layers=30,
-        cost=PromptCost(None, [], "it has experts"),
+        shape="it has experts",
+        num_tokens=[],
         seeds=seeds,
     )
 

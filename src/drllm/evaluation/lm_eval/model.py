@@ -59,12 +59,8 @@ NOT_TAKEN = {
 """Arguments of the harness' own class that would have no effect here, and what to do instead."""
 
 PASSED_ON = (
-    "add_bos_token",
-    "prefix_token_id",
-    "truncation",
-    "think_end_token",
-    "enable_thinking",
-    "chat_template_args",
+    *("add_bos_token", "prefix_token_id", "truncation"),
+    *("think_end_token", "enable_thinking", "chat_template_args"),
 )
 """Arguments of the harness' own class that keep their meaning."""
 FIXED = "give a fixed plan (decisions=FILE, or static_routing=true)"
