@@ -178,24 +178,38 @@ GPQA_INDEXED = [  # as a data folder has them, the options in an order of its ow
 ]
 
 
-def _set(hub: tuple[str, str | None], folder: str, file: str, **rows: Rows) -> PublishedSet:
-    """A set in one repository, with the same rows in a data folder."""
+def _set(hub: str, file: str, folder: str, **rows: Rows) -> PublishedSet:
+    """A set in one repository (`REPOSITORY:CONFIGURATION`), with the same rows in a data folder."""
+    repository, _, config = hub.partition(":")
     return PublishedSet(
-        hub={(*hub, split): each for split, each in rows.items()},
+        hub={(repository, config or None, split): each for split, each in rows.items()},
         folder={f"{folder}/{split}": each for split, each in rows.items()},
         file=file,
     )
 
 
+def _both(make: Callable[[str], Rows]) -> dict[str, Rows]:
+    return {split: make(split) for split in ("train", "validation")}
+
+
 def _arc(name: str, config: str) -> PublishedSet:
-    train, test = _labelled(f"{name} train", "ABCD"), _labelled(f"{name} test", "123")
-    file = f"arc/{name}.yaml"
-    return _set(("allenai/ai2_arc", config), name, file, train=train, validation=test)
+    rows = {
+        "train": _labelled(f"{name} train", "ABCD"),
+        "validation": _labelled(f"{name} test", "123"),
+    }
+    return _set(f"allenai/ai2_arc:{config}", f"arc/{name}.yaml", name, **rows)
 
 
-CSQA = {split: _labelled(f"csqa {split}", "ABCDE") for split in ("train", "validation")}
+CSQA = _both(lambda split: _labelled(f"csqa {split}", "ABCDE"))
 MMLU = {"dev": _mmlu("dev", 10), "validation": _mmlu("validation", NUM_QUESTIONS)}
+GSM8K = {split: _gsm8k(split) for split in ("train", "test")}
 OF_PARTS = [AGIEVAL[index :: len(AGIEVAL_PARTS)] for index in range(len(AGIEVAL_PARTS))]
+AGIEVAL_FILE = [
+    {"question": row["query"], "choices": row["choices"], "answer": row["gold"][0]}
+    for rows in OF_PARTS
+    for row in rows
+]
+AIME_FILE = [{"problem": row["Problem"], "answer": str(row["Answer"])} for row in AIME]
 
 SETS: dict[str, PublishedSet] = {
     "agieval": PublishedSet(
@@ -203,75 +217,47 @@ SETS: dict[str, PublishedSet] = {
             (f"hails/agieval-{part}", None, "test"): rows
             for part, rows in zip(AGIEVAL_PARTS, OF_PARTS, strict=True)
         },
-        folder={
-            "agieval/test": [
-                {"question": row["query"], "choices": row["choices"], "answer": row["gold"][0]}
-                for rows in OF_PARTS
-                for row in rows
-            ]
-        },
+        folder={"agieval/test": AGIEVAL_FILE},
         file="agieval/aqua-rat.yaml",
     ),
     "aime24": PublishedSet(
         hub={("Maxwell-Jia/AIME_2024", None, "train"): AIME},
-        folder={
-            "aime24/test": [
-                {"problem": row["Problem"], "answer": str(row["Answer"])} for row in AIME
-            ]
-        },
+        folder={"aime24/test": AIME_FILE},
         file="aime/aime24.yaml",
     ),
     "arc_easy": _arc("arc_easy", "ARC-Easy"),
     "arc_challenge": _arc("arc_challenge", "ARC-Challenge"),
     "commonsense_qa": _set(
-        ("tau/commonsense_qa", None), "commonsense_qa", "commonsense_qa/default.yaml", **CSQA
+        "tau/commonsense_qa", "commonsense_qa/default.yaml", "commonsense_qa", **CSQA
     ),
     "commonsense_qa_cloze": _set(
-        ("tau/commonsense_qa", None), "commonsense_qa", "arc/arc_easy.yaml", **CSQA
+        "tau/commonsense_qa", "arc/arc_easy.yaml", "commonsense_qa", **CSQA
     ),
     "gpqa_diamond": PublishedSet(
         hub={("Idavidrein/gpqa", "gpqa_diamond", "train"): GPQA},
         folder={"gpqa_diamond/test": GPQA_INDEXED},
         file="gpqa/zeroshot/gpqa_diamond_zeroshot.yaml",
     ),
-    "gsm8k": _set(
-        ("openai/gsm8k", "main"),
-        "gsm8k",
-        "gsm8k/gsm8k.yaml",
-        train=_gsm8k("train"),
-        test=_gsm8k("test"),
-    ),
+    "gsm8k": _set("openai/gsm8k:main", "gsm8k/gsm8k.yaml", "gsm8k", **GSM8K),
     "hellaswag": PublishedSet(
-        hub={("Rowan/hellaswag", None, s): _hellaswag(s) for s in ("train", "validation")},
-        folder={f"hellaswag/{s}": _hellaswag_clean(s) for s in ("train", "validation")},
+        hub={("Rowan/hellaswag", None, s): rows for s, rows in _both(_hellaswag).items()},
+        folder={f"hellaswag/{s}": rows for s, rows in _both(_hellaswag_clean).items()},
         file="hellaswag/hellaswag.yaml",
     ),
-    "mmlu": _set(("cais/mmlu", "all"), "mmlu", "mmlu/default/mmlu_{part}.yaml", **MMLU),
-    "mmlu_cloze": _set(("cais/mmlu", "all"), "mmlu", "mmlu/continuation/mmlu_{part}.yaml", **MMLU),
-    "piqa": _set(
-        ("baber/piqa", None),
-        "piqa",
-        "piqa/piqa.yaml",
-        train=_piqa("train"),
-        validation=_piqa("validation"),
-    ),
-    "squad_v2": _set(
-        ("rajpurkar/squad_v2", None),
-        "squad_v2",
-        "",
-        train=_squad("train"),
-        validation=_squad("validation"),
-    ),
+    "mmlu": _set("cais/mmlu:all", "mmlu/default/mmlu_{part}.yaml", "mmlu", **MMLU),
+    "mmlu_cloze": _set("cais/mmlu:all", "mmlu/continuation/mmlu_{part}.yaml", "mmlu", **MMLU),
+    "piqa": _set("baber/piqa", "piqa/piqa.yaml", "piqa", **_both(_piqa)),
+    "squad_v2": _set("rajpurkar/squad_v2", "", "squad_v2", **_both(_squad)),
     "truthfulqa": _set(
-        ("truthfulqa/truthful_qa", "multiple_choice"),
-        "truthfulqa",
+        "truthfulqa/truthful_qa:multiple_choice",
         "truthfulqa/truthfulqa_mc1.yaml",
+        "truthfulqa",
         validation=TRUTHFULQA,
     ),
     "winogrande": _set(
-        ("allenai/winogrande", "winogrande_xl"),
-        "winogrande",
+        "allenai/winogrande:winogrande_xl",
         "winogrande/default.yaml",
+        "winogrande",
         validation=WINOGRANDE,
     ),
 }

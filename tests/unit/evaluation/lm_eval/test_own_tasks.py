@@ -59,40 +59,29 @@ def test_a_limit_is_a_number_of_questions():
     for limit in (0.5, 0, 2.5):
         with pytest.raises(ConfigError, match="give a whole number from 1"):
             chosen("builtin_facts", limit=limit)
-
-
-def test_a_group_that_holds_a_task_of_ours_is_refused_beside_it(theirs):
-    with pytest.raises(TaskError, match="'both' of the harness holds 'builtin_facts'"):
-        chosen("both", "builtin_facts", include_path=theirs)
-    assert chosen("both", "builtin_arithmetic", include_path=theirs).names[0] == "both"
-
-
-def test_a_pattern_that_fits_a_task_of_ours_is_refused_beside_it(theirs, tmp_path: Path):
-    (tmp_path / "more.yaml").write_text(TASK.format(name="builtin_facts"))
-    with pytest.raises(TaskError, match="holds 'builtin_facts'"):
-        chosen("builtin_f*", "builtin_facts", include_path=theirs)
-
-
-def test_a_task_of_the_same_name_in_the_users_folder_is_refused(theirs, tmp_path: Path):
-    (tmp_path / "more.yaml").write_text(TASK.format(name="builtin_facts"))
-    with pytest.raises(TaskError, match=r"stands in --include_path .* too; rename"):
-        chosen("builtin_facts", include_path=theirs)
-
-
-@pytest.mark.parametrize("name", ["tasks.yaml", "."])
-def test_a_file_or_folder_of_tasks_is_refused_beside_ours(name: str, theirs):
-    with pytest.raises(TaskError, match="give its folder as --include_path"):
-        chosen(name, "builtin_facts")
-
-
-def test_an_unknown_name_beside_ours_is_refused_with_its_nearest(theirs):
-    with pytest.raises(TaskError, match="unknown task 'wrods'; did you mean 'words'"):
-        chosen("builtin_facts", "wrods", include_path=theirs)
-
-
-def test_fewer_questions_than_processes_are_refused():
     with pytest.raises(TaskError, match="has 2 questions for 3 processes"):
         chosen("builtin_facts", limit=2, num_processes=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_theirs_too", "message"),
+    [
+        ("both", False, "'both' of the harness holds 'builtin_facts'"),
+        ("builtin_f*", True, "holds 'builtin_facts'"),
+        ("builtin_arithmetic", True, r"stands in --include_path .* too; rename"),
+        ("tasks.yaml", False, "give its folder as --include_path"),
+        (".", False, "give its folder as --include_path"),
+        ("wrods", False, "unknown task 'wrods'; did you mean 'words'"),
+    ],
+)
+def test_names_beside_ours_that_are_unknown_or_could_mean_two_tasks_are_refused(
+    name: str, is_theirs_too: bool, message: str, theirs, tmp_path: Path
+):
+    if is_theirs_too:
+        (tmp_path / "more.yaml").write_text(TASK.format(name="builtin_facts"))
+    with pytest.raises(TaskError, match=message):
+        chosen(name, "builtin_facts", include_path=theirs)
+    assert chosen("both", "builtin_arithmetic", include_path=theirs).names[0] == "both"
 
 
 def test_a_folder_without_a_place_goes_at_the_end_and_one_with_a_place_stays(
