@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector
 
 from drllm.evaluation.baselines.fitting.planners import (
     SequenceRouter,
@@ -14,6 +15,7 @@ from drllm.evaluation.baselines.fitting.planners import (
     first_inputs,
     train_sequence_router,
 )
+from drllm.evaluation.baselines.fitting.segments import programs_of, train_predictor
 from drllm.models.routers.depth_control import routes_of
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
@@ -107,14 +109,19 @@ def test_decisions_that_follow_from_the_prompt_are_learned(examples):
     assert float((found == labels[150:]).double().mean()) > 0.95
 
 
-def test_the_same_seed_gives_the_same_router_and_another_seed_another(examples):
+def test_the_same_seed_trains_the_same_planner_and_another_seed_another(examples, searched):
+    records = [searched(row, [((1, 1, 1), 1), ((1, 0, row % 3), 1)]) for row in range(N)]
     before = torch.get_rng_state()
-    first, again, other = (
-        train_sequence_router(*examples, seed=seed, num_epochs=2).linear.weight
-        for seed in (0, 0, 1)
-    )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+    for train, learned in (
+        (train_sequence_router, examples[1]),
+        (train_predictor, programs_of(records)),
+    ):
+        first, again, other = (
+            parameters_to_vector(train(examples[0], learned, seed=seed, num_epochs=2).parameters())
+            for seed in (0, 0, 1)
+        )
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
     assert torch.equal(before, torch.get_rng_state()), "the global generator stays as it was"
 
 
