@@ -449,6 +449,15 @@ class Folder:
         change(values)
         self.write(name, values)
 
+    def grade(self) -> None:
+        """Let answers have grades instead of being right or wrong."""
+
+        def apply(values: dict[str, Any]) -> None:
+            values.update(metric="f1")
+            values["systems"][1]["against_base"]["accuracy"].update(won=None, lost=None, p=None)
+
+        self.change("eval/arc_easy.json", apply)
+
     def write(self, name: str, values: Any) -> Path:
         return self.text(name, json.dumps(values))
 

@@ -16,31 +16,29 @@ from drllm.reporting.evaluated import outstanding
 from drllm.reporting.numbers import signed
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def evaluation(run: Any) -> Any:
     """One task of 12 layers with a curve of two depths."""
     return run.evaluations[0]
 
 
-def test_the_curve_stands_in_numbers(run, text_of, new_folder, whole):
-    folder = new_folder(num_layers=12, seed=3)
-    folder.evaluation(**whole)
-    text = text_of(folder.path).replace("\u00a0", " ")
+@pytest.fixture(scope="module")
+def text(run: Any, text_of: Any) -> str:
+    """What is said of it."""
+    said: str = text_of(run.folder).replace("\u00a0", " ")
+    return said
+
+
+def test_the_curve_stands_in_numbers(evaluation, text):
     rows = text.split("*The depth curve in numbers*")[1].strip().split("\n\n")[0].splitlines()
     assert len(rows) == 2 + 1 + 3 * 2
     assert rows[2] == "| base | – | 12.00 | 0.0 % | 55.0 % | – | – | – |"
-    points = run.evaluations[0].curve[1].against_base.accuracy
     assert rows[3].startswith("| routed | 10 % saved | 10.80 | 10.0 % | 50.0 % | −5.0 (")
-    assert points.mean == pytest.approx(-0.05)
+    assert evaluation.curve[1].against_base.accuracy.mean == pytest.approx(-0.05)
     assert rows[3].endswith("| −0.150 (−0.350 to +0.050) | +0.150 (+0.100 to +0.200) |")
 
 
-def test_the_routed_model_stands_against_every_baseline_at_every_depth(
-    run, text_of, new_folder, whole
-):
-    folder = new_folder(num_layers=12, seed=3)
-    folder.evaluation(**whole)
-    text = text_of(folder.path).replace("\u00a0", " ")
+def test_the_routed_model_stands_against_every_baseline_at_every_depth(evaluation, text):
     rows = text.split("*The routed model less each baseline, depth by depth")[1].splitlines()
     found = [row.split(" | ") for row in rows if row.startswith(("| 10 %", "| 20 %"))]
     assert [(row[0][2:], row[1]) for row in found] == [
@@ -49,7 +47,7 @@ def test_the_routed_model_stands_against_every_baseline_at_every_depth(
         ("20 % saved", "permuted routes"),
         ("20 % saved", "last layers"),
     ]
-    last = next(p for p in run.evaluations[0].curve if p.name == "last layers, 10 % saved")
+    last = next(p for p in evaluation.curve if p.name == "last layers, 10 % saved")
     assert found[1][3].startswith(signed(100 * last.routed_against.accuracy.mean, 1))
 
 
@@ -93,13 +91,11 @@ def test_drawn_points_are_the_numbers_with_their_intervals(evaluation):
     assert ends == pytest.approx([100 * end for end in placed[0].against_base.accuracy.interval])
 
 
-def test_systems_that_stand_out_differ_in_more_than_colour(evaluation):
-    assert len({look[0] for look in figures.LOOKS}) == len(figures.LOOKS)
-    assert len({look[1] for look in figures.LOOKS}) == len(figures.LOOKS)
-    assert len({look[2] for look in figures.LOOKS}) == len(figures.LOOKS)
+def test_systems_that_stand_out_differ_in_more_than_colour():
+    assert all(len(set(looks)) == len(figures.LOOKS) for looks in zip(*figures.LOOKS, strict=True))
 
 
-def test_the_legend_stands_outside_the_panels(evaluation):
+def test_the_legend_stands_outside_the_panels_and_names_others_once(evaluation):
     figure = figures.depth_curve(evaluation, outstanding(evaluation), LIGHT)
     figure.canvas.draw()
     [legend] = figure.legends
@@ -107,11 +103,8 @@ def test_the_legend_stands_outside_the_panels(evaluation):
     assert sorted(names) == ["last layers", "permuted routes", "routed"]
     top = legend.get_window_extent().y1
     assert all(top <= panel.get_window_extent().y0 for panel in figure.axes)
-
-
-def test_others_are_faint_lines_with_one_name(evaluation):
-    figure = figures.depth_curve(evaluation, ["routed"], LIGHT)
-    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    [legend] = figures.depth_curve(evaluation, ["routed"], LIGHT).legends
+    names = [text.get_text() for text in legend.get_texts()]
     assert names == ["each other baseline", "routed"]
 
 
@@ -159,26 +152,24 @@ def test_only_what_is_shown_has_a_full_dot(evaluation):
 # --- the choice --------------------------------------------------------------------------------
 
 
-def choice_of(text: str) -> tuple[str, str]:
-    """Return what is said before the section on the choice, and the section."""
-    before, section = text.replace("\u00a0", " ").split("## Certified choice")
+def choice_of(folder: Any, text_of: Any, choice: Any, **changes: Any) -> tuple[str, str]:
+    """Return what is said before the section on a choice, and the section."""
+    folder.evaluation(choice=choice, changes=changes)
+    before, section = text_of(folder.path).replace("\u00a0", " ").split("## Certified choice")
     return before, section.split("\n## ")[0]
 
 
-def test_the_choice_is_said_by_itself_with_every_trial(new_folder, text_of, whole):
+def test_the_choice_is_said_by_itself_with_every_trial(folder, text_of, whole):
     choice = whole["choice"]
-    folder = new_folder()
     findings = ["Something else.", *choice.sentences()]
-    folder.evaluation(choice=choice, changes={"findings": findings})
-    result, section = choice_of(text_of(folder.path))
+    result, section = choice_of(folder, text_of, choice, findings=findings)
     assert section.startswith(f"\n\n**{choice.verdict()}**\n")
     assert f"- {choice.verdict()}" in result
     for sentence in choice.sentences()[:-1]:
         assert sentence not in result
         assert section.count(sentence) == 1
     assert "| worked answers |" not in section
-    rows = re.findall(r"^\| routed.*$", section, re.MULTILINE)
-    assert rows == [
+    assert re.findall(r"^\| routed.*$", section, re.MULTILINE) == [
         "| routed, 10 % saved | arc_easy (select) | yes | – | 5.40 | 60 | 2 | 3 | 8.25 | 40 "
         "| +0.020 | +0.040 |",
         "| routed, 20 % saved | arc_easy (select) | no | a next-token loss up to 0.080 nats a "
@@ -188,33 +179,25 @@ def test_the_choice_is_said_by_itself_with_every_trial(new_folder, text_of, whol
     ]
 
 
-def test_a_choice_of_nothing_has_no_trials(new_folder, text_of, whole):
+def test_a_choice_of_nothing_has_no_trials(folder, text_of, whole):
     nothing = replace(whole["choice"], trials=(), confirmation=None, obstacle="Too few questions")
-    folder = new_folder()
-    folder.evaluation(choice=nothing)
-    _, section = choice_of(text_of(folder.path))
+    _, section = choice_of(folder, text_of, nothing)
     assert section.startswith("\n\n**None is certified: too few questions.**")
     assert "|" not in section
 
 
-def test_worked_answers_have_columns_of_their_own(new_folder, text_of, whole):
+def test_worked_answers_have_columns_of_their_own(folder, text_of, whole):
     choice = whole["choice"]
     worked = replace(choice.trials[0].texts, num_texts=50, increase=0.031, maximum=None)
     trials = tuple(replace(trial, worked=worked, failures=("x",)) for trial in choice.trials)
     held = replace(choice, worked_answers="gsm8k", trials=trials, confirmation=None)
-    folder = new_folder()
-    folder.evaluation(choice=held)
-    _, section = choice_of(text_of(folder.path))
+    _, section = choice_of(folder, text_of, held)
     header, *rows = re.findall(r"^\| (?:setting|routed).*$", section, re.MULTILINE)
     assert header.endswith("| worked answers | their next-token loss, nats | at most, nats |")
     assert [row.split(" | ")[-3:] for row in rows] == [["50", "+0.031", "– |"]] * 2
 
 
-# --- several seeds -----------------------------------------------------------------------------
-
-
-def test_seeds_stand_in_a_table_of_their_own(run, new_folder, text_of, whole):
-    found = run.evaluations[0].curve[1].against_base
+def test_seeds_stand_in_a_table_of_their_own(evaluation, folder, text_of, text):
     row = Seeds(
         setting="10 % saved",
         num_seeds=3,
@@ -222,14 +205,12 @@ def test_seeds_stand_in_a_table_of_their_own(run, new_folder, text_of, whole):
         executions=Spread.of([10.7, 10.8, 10.9]),
         gold_logprob=None,
         text_loss=None,
-        against_base=replace(found, text_loss=None),
+        against_base=replace(evaluation.curve[1].against_base, text_loss=None),
         against_permuted=None,
     )
-    folder = new_folder(num_layers=12, seed=3)
-    folder.evaluation(**whole)
-    assert "several seeds" not in text_of(folder.path)
-    folder.evaluation(**whole, task="other", changes={"seeds": [msgspec.to_builtins(row)]})
-    text = text_of(folder.path).replace("\u00a0", " ")
-    section = text.split("### Routers of several seeds")[1].split("\n### ")[0]
+    assert "several seeds" not in text
+    folder.evaluation(changes={"seeds": [msgspec.to_builtins(row)]})
+    said = text_of(folder.path).replace("\u00a0", " ")
+    section = said.split("## Routers of several seeds")[1].split("\n## ")[0]
     assert "| 10 % saved | 3 | 10.80 (10.70 to 10.90) | 50.0 (45.0 to 55.0) | 5.0 |" in section
     assert section.rstrip().endswith("| −0.150 (−0.350 to +0.050) | – | – |")

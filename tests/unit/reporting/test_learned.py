@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -18,8 +17,6 @@ from drllm.reporting.edits import edit_effects
 from drllm.reporting.learned import sections
 from drllm.reporting.numbers import NBSP
 from drllm.reporting.run import read_run
-
-CURVES = "router metrics"
 
 
 def flat(blocks):
@@ -60,14 +57,13 @@ def test_the_yield_is_that_of_the_manifest_before_and_after_the_retest(run, lear
 
 
 def test_a_copy_of_a_question_is_told_and_counts_once(run):
-    copy = msgspec.structs.replace(run.search[0], task="another", id="copy")
-    copied = dataclasses.replace(run, search=[*run.search, copy], sources=[])
-    (text, *_) = part(sections(copied), "What the search found")
-
+    copy = replace(run.search[0], task="another", id="copy")
+    copied = sections(dataclasses.replace(run, search=[*run.search, copy], sources=[]))
+    (text, *_) = part(copied, "What the search found")
     assert text.text.startswith("40 questions and 1 copies of them were searched, ")
     right = sum(record.full.reward >= 1 for record in run.search)
     assert f"The full path answers {right} (" in text.text
-    assert table(part(sections(copied), "What the search found"), "Of 40 questions")
+    assert table(part(copied, "What the search found"), "Of 40 questions")
 
 
 def test_every_reason_for_a_missing_target_is_listed(run, learned):
@@ -121,57 +117,54 @@ def test_the_verdict_and_what_guessing_hits_are_said(run, learned):
     assert texts[1].endswith(by_layer(systems))
 
 
+def figure_of(blocks, name):
+    (found,) = [block for block in blocks if isinstance(block, Figure) and block.name == name]
+    return found
+
+
 def test_every_layer_is_in_the_picture(run, learned):
-    blocks = part(learned, "Router metrics")
-    ours = run.layers.parts["validation"]["routers"]
-    (figure,) = [b for b in blocks if isinstance(b, Figure) and b.name == "router layers"]
-    assert by_layer(run.layers.parts["validation"]) in figure.alt
+    systems = run.layers.parts["validation"]
+    figure = figure_of(part(learned, "Router metrics"), "router layers")
+    assert by_layer(systems) in figure.alt
     labels, hits, skips = figure.draw(LIGHT).axes
     assert len(labels.patches) == 2 * run.num_layers
     for axes, key, scale in ((hits, "accuracy", 100), (skips, "f1_skip", 1)):
         (dots,) = axes.lines
-        known = [hit_ratios(confusion)[key] for confusion in ours.confusion]
+        known = [hit_ratios(confusion)[key] for confusion in systems["routers"].confusion]
         assert list(dots.get_ydata()) == [scale * value for value in known if value is not None]
 
 
 def test_the_curves_show_the_best_baseline_of_each_metric(run, learned):
-    (figure,) = [b for b in part(learned, "Router metrics") if getattr(b, "name", "") == CURVES]
-    scores = {
-        name: ratios(counts)
-        for name, counts in run.layers.parts["validation"].items()
-        if name != "routers"
-    }
-    panels = figure.draw(LIGHT).axes
+    systems = run.layers.parts["validation"]
+    scores = {name: ratios(counts) for name, counts in systems.items() if name != "routers"}
+    panels = figure_of(part(learned, "Router metrics"), "router metrics").draw(LIGHT).axes
     assert [axes.get_ylabel() for axes in panels[:2]] == ["macro-F1", "labels hit"]
     for axes, key in zip(panels, ("macro_f1", "accuracy"), strict=False):
         dashed = axes.lines[-1]
-        assert dashed.get_ydata()[0] == max(each[key] for each in scores.values())
         best = max(scores, key=lambda name: scores[name][key])
+        assert dashed.get_ydata()[0] == scores[best][key]
         assert dashed.get_label() == best.replace("_", " ")
 
 
 # --- probabilities -----------------------------------------------------------------------------
 
-RELIABILITY = "router reliability"
 
-
-def of_reliability(blocks):
+def said_of_reliability(blocks):
     (said,) = [b.text for b in blocks if isinstance(b, Text) and "calibration error" in b.text]
-    return said.replace(NBSP, " "), [b for b in blocks if getattr(b, "name", "") == RELIABILITY]
+    return said.replace(NBSP, " ")
 
 
 def test_it_is_said_and_drawn_how_far_probabilities_can_be_believed(run, learned):
-    said, (figure,) = of_reliability(part(learned, "Router metrics"))
+    blocks = part(learned, "Router metrics")
+    said = said_of_reliability(blocks)
     assert said.startswith("Of what they decide the routers are too sure: on 150 held-out ")
     assert "off by 5.0 % on average (expected calibration error)" in said
     assert "at a temperature of 1.25, where it is 1.0 %" in said
     assert said.endswith("and is not in the weights.")
-    (axes,) = figure.draw(LIGHT).axes
+    (axes,) = figure_of(blocks, "router reliability").draw(LIGHT).axes
     _, before, after = axes.lines
-    for line, points in (
-        (before, run.calibration.reliability_before),
-        (after, run.calibration.reliability_after),
-    ):
+    measured = (run.calibration.reliability_before, run.calibration.reliability_after)
+    for line, points in zip((before, after), measured, strict=True):
         drawn = [*zip(line.get_xdata(), line.get_ydata(), strict=True)]
         assert drawn == [(each.confidence, each.hits) for each in points]
         assert len(points) == 15
@@ -182,14 +175,12 @@ def test_routers_that_have_their_temperature_in_the_weights_say_so(run):
     config = {"training": {"settings": {"calibrate": True}}}
     cold = replace(run.calibration, temperature=0.8)
     found = sections(dataclasses.replace(run, calibration=cold, router_config=config))
-    said, _ = of_reliability(part(found, "Router metrics"))
+    said = said_of_reliability(part(found, "Router metrics"))
     assert "are not sure enough" in said
     assert said.endswith("decisions and is in the weights.")
 
 
-def test_without_held_out_targets_the_missing_validation_is_said(new_folder):
-    folder = new_folder()
-    folder.everything()
+def test_without_held_out_targets_the_missing_validation_is_said(folder):
     folder.routers(validation=False)
     blocks = part(sections(read_run(folder.path)), "Router metrics")
     texts = [block.text for block in blocks if isinstance(block, Text)]
@@ -200,42 +191,38 @@ def test_without_held_out_targets_the_missing_validation_is_said(new_folder):
     assert not any("calibration error" in text for text in texts)
 
 
-def test_a_single_epoch_can_be_drawn(new_folder):
-    folder = new_folder()
-    folder.everything()
+def test_a_single_epoch_can_be_drawn(folder):
     folder.routers(epochs=1)
     blocks = part(sections(read_run(folder.path)), "Router metrics")
-    (figure,) = [block for block in blocks if getattr(block, "name", "") == CURVES]
-    assert svg(figure.draw, "metrics").startswith("<svg viewBox=")
+    drawn = figure_of(blocks, "router metrics").draw
+    assert svg(drawn, "metrics").startswith("<svg viewBox=")
 
 
 # --- single edits ------------------------------------------------------------------------------
 
 
-def tried(decisions, reward, margin):
-    return TriedPath(
-        decisions=decisions,
-        simulation=0,
-        reward=reward,
-        margin=margin,
-        executions=executions(decisions),
+def searched(run, *paths):
+    return replace(
+        run.search[0],
+        num_layers=3,
+        paths=tuple(
+            TriedPath(
+                decisions=decisions,
+                simulation=0,
+                reward=reward,
+                margin=margin,
+                executions=executions(decisions),
+            )
+            for decisions, reward, margin in paths
+        ),
     )
 
 
-def searched(run, *paths):
-    return replace(run.search[0], num_layers=3, paths=paths)
-
-
 def test_effects_count_only_paths_with_that_single_edit(run):
+    two, other = ((0, 0, 1), 0.0, -9.0), ((2, 1, 1), 1.0, 0.75)
     records = [
-        searched(
-            run,
-            tried((1, 1, 1), 1.0, 0.5),
-            tried((0, 1, 1), 0.0, -0.5),
-            tried((0, 0, 1), 0.0, -9.0),  # two edits
-            tried((2, 1, 1), 1.0, 0.75),  # another edit
-        ),
-        searched(run, tried((1, 1, 1), 0.0, -0.25), tried((0, 1, 1), 1.0, 0.25)),
+        searched(run, ((1, 1, 1), 1.0, 0.5), ((0, 1, 1), 0.0, -0.5), two, other),
+        searched(run, ((1, 1, 1), 0.0, -0.25), ((0, 1, 1), 1.0, 0.25)),
     ]
     (skip,) = edit_effects(records, Decision.SKIP)
     assert (skip.layer, skip.questions, skip.reward, skip.margin) == (0, 2, 0.0, -0.25)
@@ -244,6 +231,6 @@ def test_effects_count_only_paths_with_that_single_edit(run):
 
 
 def test_an_effect_without_margins_has_none(run):
-    records = [searched(run, tried((1, 1, 1), 1.0, None), tried((1, 0, 1), 0.0, None))]
+    records = [searched(run, ((1, 1, 1), 1.0, None), ((1, 0, 1), 0.0, None))]
     (effect,) = edit_effects(records, Decision.SKIP)
     assert (effect.reward, effect.margin) == (-1.0, None)
