@@ -33,15 +33,10 @@ class Listing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """A table; the first cell of each row names the row.
+    """A table of texts; the first cell of each row names the row.
 
-    Attributes:
-        caption: What the table shows.
-        header: One name per column.
-        rows: Cells as text, each row as long as the header.
-        texts: Columns that hold words (left-aligned); the others hold numbers.
-        routes: Columns of words that hold routes as `paths.sketch` draws them.
-        folded: Shown on request only, where the medium can.
+    The columns `texts` hold words (left-aligned), the others numbers; of the words, `routes` hold
+    routes as `paths.sketch` draws them. Where the medium can, a `folded` one is shown on request.
     """
 
     caption: str
@@ -66,13 +61,9 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeatMap:
-    """Shares by layer, coloured on a scale of its own for each row.
+    """Shares by layer, coloured on a scale of its own for each row: a name with `[L]` in [0, 1].
 
-    Attributes:
-        caption: What is shown.
-        rows: Name of each row with its `[L]` shares in [0, 1].
-        decision: Whose shares they are, in every row: `skip`, `execute` or `repeat`; None where
-            each row is named after its own.
+    `decision` says whose shares all rows are; None where each row is named after its own.
     """
 
     caption: str

@@ -80,37 +80,26 @@ def _laid_out(figure: Figure) -> Figure:
     figure.set_layout_engine("none")
     for axes in figure.axes:
         # The solver's last bits follow addresses in memory, and names in the file follow its bits.
-        left, bottom, width, height = (
-            round(value, 6) for value in axes.get_position(original=True).bounds
-        )
+        bounds = axes.get_position(original=True).bounds
+        left, bottom, width, height = (round(value, 6) for value in bounds)
         axes.set_position((left, bottom, width, height))
     return figure
 
 
 def _style(colours: Colours) -> dict[Any, Any]:
-    return {
+    used = {
+        "ink": ("text.color axes.labelcolor xtick.labelcolor ytick.labelcolor legend.labelcolor"),
+        "faint": "axes.edgecolor xtick.color ytick.color",
+        "grid": "grid.color",
+    }
+    return {key: colours[name] for name, keys in used.items() for key in keys.split()} | {
+        **dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+        **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
+        **dict.fromkeys(("font.size", "axes.titlesize"), 8),
+        "grid.linewidth": 0.6,
         "svg.fonttype": "none",
         "text.parse_math": False,  # a system may be called anything
-        "font.size": 8,
-        "text.color": colours["ink"],
-        "axes.labelcolor": colours["ink"],
-        "axes.edgecolor": colours["faint"],
-        "axes.facecolor": "none",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.titlesize": 8,
-        "grid.color": colours["grid"],
-        "grid.linewidth": 0.6,
-        "xtick.color": colours["faint"],
-        "ytick.color": colours["faint"],
-        "xtick.labelcolor": colours["ink"],
-        "ytick.labelcolor": colours["ink"],
-        "figure.facecolor": "none",
-        "savefig.facecolor": "none",
-        "legend.frameon": False,
-        "legend.labelcolor": colours["ink"],
     }
 
 

@@ -15,14 +15,9 @@ from drllm.supervision.rules import is_valid
 class EditEffect:
     """What one edit of the full path did, over the questions on which it alone was tried.
 
-    Attributes:
-        layer: The edited layer.
-        questions: On how many it was tried.
-        right: Share of them that it answers right.
-        base_right: Share of them that the full path answers right.
-        reward: Mean reward minus the full path's on the same questions.
-        margin: The same for the margin, in nats; None where no margin is defined.
-        kl: Mean KL, in nats a token; None where none was computed.
+    `right` and `base_right` are the shares of these questions that it and the full path answer
+    right. `reward` and `margin` (in nats) are means less the full path's; `kl` is a mean in nats a
+    token. None stands where it isn't defined, or none was computed.
     """
 
     layer: int

@@ -84,8 +84,11 @@ def accuracy_of_systems(evaluation: Evaluation, colours: Colours) -> Figure:
     """Draw each system's accuracy with its interval in a row of its own, base's as a line."""
     systems = evaluation.systems
     figure, (axes,) = panels(1, 1, FRAME + ROW * len(systems))
+    looks = {BASE: ("s0", "o"), ROUTED: ("s1", "o"), PERMUTED: ("s2", "s")}
     for row, system in enumerate(systems):
-        _interval(axes, row, 100, system.accuracy, system.interval, system.name, colours)
+        colour, marker = looks.get(system.name, ("faint", "D"))
+        values = (system.accuracy, *system.interval)
+        _interval(axes, row, 100, values, (colours[colour], marker), "full")
     axes.axvline(100 * evaluation.base.accuracy, color=colours["faint"], linewidth=0.8, zorder=0)
     axes.axvline(100 * evaluation.chance, color=colours["faint"], linewidth=1, linestyle=":")
     _rows(axes, systems)
@@ -103,7 +106,8 @@ def routed_against(evaluation: Evaluation, colours: Colours) -> Figure:
         for row, system in enumerate(baselines):
             if (v := measure.of(system.routed_against)) is not None:
                 fill = "none" if v.is_better is None else "full"
-                _interval(axes, row, measure.scale, v.mean, v.interval, ROUTED, colours, fill)
+                values = (v.mean, *v.interval)
+                _interval(axes, row, measure.scale, values, (colours["s1"], "o"), fill)
         axes.axvline(0, color=colours["ink"], linewidth=0.8, zorder=0)
         axes.set_xlabel(measure.label.replace(", ", ",\n"))
         axes.locator_params(axis="x", nbins=3)
@@ -112,21 +116,12 @@ def routed_against(evaluation: Evaluation, colours: Colours) -> Figure:
 
 
 def _interval(
-    axes: Axes,
-    row: int,
-    scale: float,
-    middle: float,
-    ends: tuple[float, float],
-    name: str,
-    colours: Colours,
-    fill: Any = "full",
+    axes: Axes, row: int, scale: float, values: Sequence[float], look: Sequence[str], fill: Any
 ) -> None:
-    looks = {BASE: ("s0", "o"), ROUTED: ("s1", "o"), PERMUTED: ("s2", "s")}
-    colour, marker = looks.get(name, ("faint", "D"))
-    low, high = (scale * end for end in ends)
-    axes.hlines(row, low, high, color=colours[colour], linewidth=1.6)
-    look = {"color": colours[colour], "markersize": 4.5, "fillstyle": fill}
-    axes.plot([scale * middle], [row], marker, **look)
+    """Draw a value and the ends of its interval, in a colour with a marker."""
+    middle, low, high = (scale * value for value in values)
+    axes.hlines(row, low, high, color=look[0], linewidth=1.6)
+    axes.plot([middle], [row], look[1], color=look[0], markersize=4.5, fillstyle=fill)
 
 
 def _rows(axes: Axes, systems: Sequence[System]) -> None:

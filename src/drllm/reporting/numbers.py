@@ -44,12 +44,7 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 
 def interval(ends: tuple[float, float]) -> str:
-    """Write an interval of shares in percent.
-
-    Example:
-        >>> interval((0.5, 0.6)).replace(NBSP, " ")
-        '50.0 to 60.0 %'
-    """
+    """Write an interval of shares in percent."""
     return f"{plain(100 * ends[0])} to {plain(100 * ends[1])}{NBSP}%"
 
 
@@ -66,12 +61,7 @@ def p_value(p: float | None) -> str:
 
 
 def count(number: int | None) -> str:
-    """Write a count with thousands kept apart.
-
-    Example:
-        >>> count(120956).replace(NBSP, " ")
-        '120 956'
-    """
+    """Write a count with thousands kept apart."""
     return NONE if number is None else f"{number:,}".replace(",", NBSP)
 
 
@@ -79,7 +69,7 @@ def of_total(number: int, total: int) -> str:
     """Write a count and its share of a total.
 
     Example:
-        >>> of_total(3, 4).replace(NBSP, " ")
-        '3 (75.0 %)'
+        >>> of_total(3000, 4000).replace(NBSP, " ")
+        '3 000 (75.0 %)'
     """
     return f"{count(number)} ({percent(number / total if total else None)})"

@@ -51,21 +51,10 @@ class Epoch(msgspec.Struct, frozen=True, kw_only=True):
 class Run:
     """Everything a run folder says; what it doesn't hold is empty or None.
 
-    Attributes:
-        folder: Where it is.
-        num_layers: L, agreed on by all files.
-        model: Identity of the base model, from the first file that says it.
-        search: The search records.
-        supervision: The targets.
-        router_config: Contents of `router_config.json`.
-        epochs: Router metrics, in order of epoch.
-        layers: How the saved routers agree with their labels.
-        calibration: How far their probabilities can be believed.
-        evaluations: By task, in order of name.
-        latency: Times of base and routed.
-        recipe: Text of `run.yaml`.
-        sources: The files that were read.
-        absent: One line for each file that isn't there.
+    `num_layers` is L, agreed on by all files; `model` is the base model's identity, from the first
+    file that says it. `layers` says how the saved routers agree with their labels, `calibration`
+    how far their probabilities can be believed. `sources` are the files that were read; of each
+    that isn't there `absent` has a line.
     """
 
     folder: Path

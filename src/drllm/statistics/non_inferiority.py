@@ -38,11 +38,8 @@ in ten of them, of 20 texts in 17 % of the cases instead of 5, of 30 in 8 %."""
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a setting may lose.
 
-    Attributes:
-        epsilon: Loss of accuracy that isn't accepted any more, in points.
-        max_loss_increase: Rise of the next-token loss that isn't accepted any more, in nats a
-            token, on each set of texts.
-        confidence: With which each is to be shown, one-sided.
+    Less than `epsilon` points of accuracy, and less than `max_loss_increase` nats a token of
+    next-token loss on each set of texts, each shown with this one-sided confidence.
 
     Raises:
         ConfigError: A value out of range.
@@ -79,19 +76,10 @@ class LossBound(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One setting tested against base.
+    """One setting tested against base; `docs/formats.md` has the fields.
 
-    Attributes:
-        name: System and setting.
-        executions: Mean a forward pass, in layer equivalents.
-        num_questions: Questions asked of both.
-        won: Questions that the setting has right and base wrong.
-        lost: The other way round.
-        maximum_loss: Loss of accuracy from which on every loss is excluded, in points; negative
-            where a gain is shown.
-        texts: The bound of the next-token loss on the questions' own texts.
-        worked: The same on worked answers; None where none are asked for.
-        failures: Why it doesn't pass, in words; empty where it does.
+    `maximum_loss` is the loss of accuracy from which on every loss is excluded, in points: negative
+    where a gain is shown. `failures` say why it doesn't pass.
     """
 
     name: str
@@ -125,23 +113,12 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was chosen, if anything, and why.
+    """What was chosen, if anything, and why; `docs/formats.md` has the fields.
 
-    Attributes:
-        limits: What a setting may lose.
-        num_questions: Questions that it was chosen on.
-        smallest: The smallest ε in points that so many questions could certify, were as many won
-            as lost under the setting that is tried first; None where there is none to try.
-        smallest_with_power: The same with a probability of 80 %, for a system that loses nothing.
-        discordant: Share of the questions that this setting and base answer differently.
-        trials: Settings in the order tried; all but the last one passed.
-        untried: Cheaper settings than one that failed.
-        not_cheaper: Settings that run as many layers as base or more, and can't be a choice.
-        obstacle: Why nothing was tried, in words; None where something was.
-        worked_answers: The task whose worked answers a setting has to pass too; None where they
-            aren't looked at.
-        chosen_on: Task and split of the questions that it was chosen on.
-        confirmation: The test of what was chosen, on other questions; None if there was none.
+    `smallest` is the smallest ε in points that so many questions could certify, were as many won as
+    lost under the setting that is tried first; `smallest_with_power` is that for a system which
+    loses nothing, with a probability of 80 %. All `trials` but the last one passed. `obstacle` says
+    why nothing was tried.
     """
 
     limits: Limits
@@ -233,8 +210,8 @@ def choose(
         limits: What a setting may lose.
         chance: Accuracy of guessing.
         seed: Of the resampling of texts.
-        worked_answers: See `Choice`; the task that `worked_loss` is of.
-        chosen_on: See `Choice`.
+        worked_answers: The task that `worked_loss` is of, if it is to be looked at.
+        chosen_on: Task and split of the questions, for whoever reads the choice.
 
     Returns:
         The choice, to be confirmed by `confirm`; "none" is one too.

@@ -22,13 +22,9 @@ from drllm.statistics.intervals import is_single
 class Outcomes:
     """What one system did at one setting, question by question and text by text.
 
-    Attributes:
-        name: System and setting, for whoever reads of it.
-        executions: Mean over the questions, a forward pass, in layer equivalents.
-        correct: One per question: 1 for right and 0 for wrong, or the share of several draws.
-        gold_logprob: One per question, in nats; empty where it isn't known.
-        text_loss: Mean next-token loss of each text, in nats a token; empty where none was read.
-        worked_loss: The same, one per worked answer of another task.
+    `executions` are a mean a forward pass, in layer equivalents. `correct` is 1 or 0 a question, or
+    the share of several draws; `gold_logprob` is in nats. Losses are means over a text or a worked
+    answer of another task, in nats a token. What isn't known is empty.
     """
 
     name: str
@@ -105,11 +101,8 @@ def paired_interval(won: int, lost: int, n: int, confidence: float = 0.95) -> tu
 def paired_score(won: Any, lost: Any, n: int, difference: float) -> tuple[Any, Any]:
     """Return what the paired score test weighs against each other.
 
-    Args:
-        won: A number, or an array of them; `lost` likewise.
-        lost: See `won`.
-        n: Questions in all.
-        difference: Of the accuracies, supposed to be true; in [-1, 1].
+    `won` and `lost` are numbers or arrays of them; the difference, in [-1, 1], is that of the
+    accuracies, supposed to be true.
 
     Returns:
         How many questions the counts lie above what is supposed, and the standard deviation of

@@ -109,17 +109,10 @@ def chance_to_show(n: int, discordant: float, difference: float, alpha: float = 
     return float((weights * _binomial(won, differing, share_won))[shown].sum())
 
 
-def questions_needed(
-    n: int, discordant: float, difference: float, power: float = POWER, alpha: float = ALPHA
-) -> int:
+def questions_needed(n: int, discordant: float, difference: float, alpha: float = ALPHA) -> int:
     """Return how many questions, more than n, would probably show a difference.
 
-    Args:
-        n: Questions that there are.
-        discordant: Taken as large as the difference, where that asks for more.
-        difference: Of the accuracies, as a share of the questions; in (0, 1].
-        power: Probability with which the difference would be shown; in (0, 1).
-        alpha: Level of the two-sided test.
+    `discordant` is taken as large as the difference, in (0, 1], where that asks for more.
 
     Source: ours, by doubling and bisection over `chance_to_show`.
 
@@ -130,7 +123,7 @@ def questions_needed(
     discordant = max(discordant, difference)
 
     def is_enough(num: int) -> bool:
-        return chance_to_show(num, discordant, difference, alpha) >= power
+        return chance_to_show(num, discordant, difference, alpha) >= POWER
 
     low, high = n, n + 1
     while not is_enough(high):
@@ -141,9 +134,7 @@ def questions_needed(
     return high
 
 
-def detectable_mean(
-    differences: Sequence[float], power: float = POWER, alpha: float = ALPHA
-) -> float | None:
+def detectable_mean(differences: Sequence[float]) -> float | None:
     """Return the smallest true mean difference that a two-sided test would probably show.
 
     For scores that are no counts, one per question, whose spread is taken as it is; None where they
@@ -159,7 +150,7 @@ def detectable_mean(
     if not spread:
         return None
     quantile = NormalDist().inv_cdf
-    return (quantile(1 - alpha / 2) + quantile(power)) * spread / math.sqrt(len(differences))
+    return (quantile(1 - ALPHA / 2) + quantile(POWER)) * spread / math.sqrt(len(differences))
 
 
 @functools.lru_cache(maxsize=4)

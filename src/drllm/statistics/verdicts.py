@@ -60,24 +60,12 @@ _WORDS: dict[Quantity, _Words] = {
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a comparison of one system with another shows.
+    """What a comparison of one system with another shows; `docs/formats.md` has the fields.
 
-    Attributes:
-        quantity: What is compared: `accuracy` (a share of the questions), `gold_logprob` (nats a
-            question), `text_loss` (next-token loss, nats a token; higher is worse).
-        mean: The first system's value minus the second's.
-        interval: Its 95 % interval.
-        n: Questions, or texts.
-        shown: `higher` or `lower`; `none shown`, where a difference worth having would probably
-            have been; `too few` questions to tell; `guessing`, where nothing can be claimed since
-            base isn't above chance.
-        won: Questions that the first has right and the second wrong; None for means.
-        lost: The other way round.
-        p: Of the exact test; None for means.
-        p_corrected: The same, corrected for several tests; where there is one, it decides.
-        num_tests: How many tests that were.
-        needed: With `too few`, how many questions would show `target` with a probability of 80 %.
-        reason: Why no more is claimed although the test or the interval alone would allow it.
+    `shown` is `none shown` where a difference worth having would probably have been shown, `too
+    few` where it wouldn't (`needed` questions would show `target` with a probability of 80 %), and
+    `guessing` where nothing can be claimed since base isn't above chance. `won`, `lost` and `p` are
+    None for means; where there is a `p_corrected`, it decides. Of `text_loss` more is worse.
     """
 
     quantity: Quantity
