@@ -288,15 +288,6 @@ def two_lines(tmp_path: Path) -> Path:
     return written(tmp_path / "search.jsonl", RECORD, OTHER)
 
 
-def test_a_file_cut_off_at_any_byte_is_refused(two_lines: Path):
-    whole = two_lines.read_bytes()
-
-    for length in range(len(whole)):
-        two_lines.write_bytes(whole[:length])
-        with pytest.raises(RecordError, match=r"search\.jsonl"):
-            read_search(two_lines)
-
-
 def test_a_line_that_is_cut_off_is_named(two_lines: Path):
     two_lines.write_bytes(two_lines.read_bytes()[:-20])
     with pytest.raises(RecordError, match=r"search\.jsonl, line 2: cut off"):

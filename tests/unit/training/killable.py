@@ -1,28 +1,29 @@
-"""A feature pass of a small model that can be run in a process of its own, and killed there.
+"""A feature pass of a small model, and as a script the same, killed: FOLDER KILLS.
 
-`python killable.py` loads everything once and then forks a process for each line that it reads,
-so that many can be killed in little time.
+In `once/` each pass is killed at another moment, in `often/` one is killed again and again.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
-import signal
+import random
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+from kills import At, kill, kill_and_go_on
+from safetensors import safe_open
 from small import W, Watching
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from drllm.records import SupervisionRecord
 from drllm.training import feature_store as store_module
-from drllm.training.feature_store import Store
+from drllm.training.feature_store import FEATURES_FILE, Store
 from drllm.training.features import Features, collect
 
 L, D, CONTEXT = 3, 8, 48
@@ -100,56 +101,45 @@ def pool(
     )
 
 
-def pool_slowly(folder: str, number: int, pause_s: float) -> None:
-    """Pool with a pause behind each batch, committed one by one."""
-    store_module.COMMIT_S = 0.0
-    pool(Path(folder), number, on_progress=lambda done, total: time.sleep(pause_s))
-
-
-def pool_and_die(folder: str, number: int, step: int) -> None:
-    """Pool until a step, half done, ends this process; a step is a write or a wait for the disk."""
-    store_module.COMMIT_S = 0.0
-    steps = iter(range(step + 1))
+def pool_until(folder: Path, at: At) -> None:
+    """Pool; `at` is called with a count in the midst of each write and before each wait for it."""
+    counter = itertools.count()
     write, sync = Store._write, os.fsync
 
-    def is_last() -> bool:
-        return next(steps) == step
+    def write_in_halves(self: Store, place: int, values: np.ndarray[Any, Any]) -> None:
+        flat = values.reshape(-1)
+        half = len(flat) // 2
+        write(self, place, flat[:half])
+        at(next(counter))
+        write(self, place + flat[:half].nbytes, flat[half:])
 
-    def write_half(self: Store, place: int, values: np.ndarray[Any, Any]) -> None:
-        if is_last():
-            flat = values.reshape(-1)
-            write(self, place, flat[: len(flat) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-        write(self, place, values)
-
-    def sync_never(file: int) -> None:
-        if is_last():
-            os.kill(os.getpid(), signal.SIGKILL)
-        sync(file)
-
-    Store._write = write_half  # type: ignore[method-assign]
-    os.fsync = sync_never
-    pool(Path(folder), number)
+    with (
+        mock.patch.object(store_module, "COMMIT_S", 0.0),
+        mock.patch.object(Store, "_write", write_in_halves),
+        mock.patch("os.fsync", lambda file: (at(next(counter)), sync(file))),
+    ):
+        pool(folder, 4)  # two batches
 
 
-def serve() -> None:
-    """For each line `[function, [arguments]]`: print the pid of what runs it, then how it ended."""
-    for line in sys.stdin:
-        name, arguments = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            globals()[name](*arguments)
-            os._exit(0)  # an exception ends the loop as well, with another status
-        say(pid)
-        say(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+def pool_often_killed(folder: Path, kills: int) -> None:
+    """Pool 60 targets, killed at random batches, going on in the same folder each time."""
+    number, moments, done = 60, random.Random(0), []
 
+    def by_batches(folder: Path, at: At) -> None:
+        counter = itertools.count()
+        with mock.patch.object(store_module, "COMMIT_S", 0.0):
+            pool(folder, number, on_progress=lambda *_: at(next(counter)))
 
-def say(what: object) -> None:
-    sys.stdout.write(f"{what}\n")
-    sys.stdout.flush()
+    for _ in range(kills):
+        kill(by_batches, folder / "killed", moments.randrange(1, 3))
+        with safe_open(folder / "killed" / FEATURES_FILE, framework="pt") as file:
+            done.append(int((file.get_tensor("filled") != 0).sum()))
+    for name in ("killed", "unbroken"):
+        by_batches(folder / name, lambda count: None)
+    assert 0 < done[0] < number, "no kill came in the midst of it"
+    assert done == sorted(done), "nothing that was done is done again"
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    say("ready")
-    serve()
+    kill_and_go_on(pool_until, Path(sys.argv[1]) / "once", "all")
+    pool_often_killed(Path(sys.argv[1]) / "often", int(sys.argv[2]))

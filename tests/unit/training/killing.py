@@ -39,4 +39,4 @@ def train(folder: Path, at: At) -> None:
 
 
 if __name__ == "__main__":
-    kill_and_go_on(train, Path(sys.argv[1]), int(sys.argv[2]))
+    kill_and_go_on(train, Path(sys.argv[1]), sys.argv[2])

@@ -30,32 +30,44 @@ def kill_at(moment: int) -> At:
     return at
 
 
-def kill_and_go_on(work: Callable[[Path, At], None], folder: Path, kills: int) -> None:
+def kill(work: Callable[[Path, At], None], folder: Path, moment: int) -> None:
+    """Do some work in a child on one thread, which kills itself at a moment."""
+    torch.set_num_threads(1)
+    child = os.fork()
+    if child == 0:
+        work(folder, kill_at(moment))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "the child ended before its moment"
+
+
+def kill_and_go_on(work: Callable[[Path, At], None], folder: Path, kills: str) -> None:
     """Do some work unbroken, then so many times killed at another moment and gone on with.
 
-    Since it forks, this needs a process of its own: each child, on one thread, kills itself at its
-    moment. The folder gets `unbroken/`, and one folder for each kill, named after its moment.
+    Since it forks, this needs a process of its own. The folder gets `unbroken/`, and one folder for
+    each kill (`all`: at every moment), named after its moment.
     """
     torch.set_num_threads(1)
     moments: list[int] = []
     work(folder / "unbroken", moments.append)
-    for moment in random.Random(0).sample(moments, kills):
-        child = os.fork()
-        if child == 0:
-            work(folder / str(moment), kill_at(moment))
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status), "the child ended before its moment"
+    number = len(moments) if kills == "all" else int(kills)
+    for moment in random.Random(0).sample(moments, number):
+        kill(work, folder / str(moment), moment)
         work(folder / str(moment), lambda count: None)
 
 
-def assert_kills_change_nothing(script: str, folder: Path, kills: int, num_files: int) -> None:
-    """Run a script that kills; all work it has gone on with must end as the unbroken one did."""
+def run_script(script: str, *arguments: object) -> None:
+    """Run a script that lies here in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(Path(drllm.__file__).parents[1])}
-    words = [sys.executable, Path(__file__).with_name(script), folder, str(kills)]
+    words = [sys.executable, Path(__file__).with_name(script), *map(str, arguments)]
     subprocess.run(words, env=environment, check=True, timeout=300)
-    found = {each.name: files_of(each) for each in folder.iterdir()}
+
+
+def kills_that_changed_nothing(folder: Path, num_files: int, name: str = "*") -> int:
+    """Count kills; the files of a name must have ended as those of the unbroken work did."""
+    found = {each.name: files_of(each, name) for each in folder.iterdir()}
     unbroken = found.pop("unbroken")
-    assert (len(unbroken), len(found)) == (num_files, kills)
+    assert len(unbroken) == num_files
     for moment, files in found.items():
         assert files == unbroken, f"killed at {moment}"
+    return len(found)

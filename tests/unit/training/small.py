@@ -28,16 +28,16 @@ QUICK = TrainConfig(
 )
 
 
-def make_features(num_targets: int = 12) -> Features:
+def make_features(num_targets: int = 12, windows: int = W) -> Features:
     """Features from which the labels can be learned: the first component gives them away."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.multinomial(
         torch.tensor([0.3, 0.6, 0.1]), num_targets * L, replacement=True, generator=generator
     ).view(num_targets, L)
     labels[labels.sum(dim=1) == 0, -1] = 1
-    means = torch.randn(num_targets, L, W, D, generator=generator)
+    means = torch.randn(num_targets, L, windows, D, generator=generator)
     means[..., 0] += 4 * (labels[..., None] - 1)
-    filled = torch.randint(1, W + 1, (num_targets,), generator=generator)
+    filled = torch.randint(1, windows + 1, (num_targets,), generator=generator)
     for row, number in enumerate(filled.tolist()):
         means[row, :, number:] = 0
     return Features(
@@ -67,9 +67,9 @@ def assert_windows(found: torch.Tensor, inputs: Sequence[torch.Tensor], **close:
         assert not found[layer, len(windows) :].any()
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its place."""
-    files = (path for path in folder.rglob("*") if path.is_file())
+def files_of(folder: Path, name: str = "*") -> dict[str, bytes]:
+    """Every file of a name below a folder, by its place."""
+    files = (path for path in folder.rglob(name) if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
-import os
-import random
 import resource
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import killable
 import pytest
 import torch
 from killable import D, L, Letters, make_model, make_record, make_records, pool
+from kills import kills_that_changed_nothing, run_script
 from safetensors import safe_open
 from small import BrokenOffError, W, files_of
 
-import drllm
 from drllm.errors import ConfigError, DrllmError, RecordError
 from drllm.records import only_writer
 from drllm.training import feature_store as store_module
@@ -186,81 +179,20 @@ def test_answers_and_names_do_not_matter(folder, passes):
 # --- broken off --------------------------------------------------------------------------------
 
 
-class Processes:
-    """Runs the functions of `killable` in processes of their own."""
-
-    def __init__(self) -> None:
-        self.server = subprocess.Popen(
-            [sys.executable, killable.__file__],
-            env={**os.environ, "PYTHONPATH": str(Path(drllm.__file__).parents[1])},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self.server.stdout.readline() == "ready\n"
-
-    def start(self, function: Any, folder: Path, *arguments: Any) -> int:
-        line = json.dumps([function.__name__, [str(folder), *arguments]])
-        self.server.stdin.write(line + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def end(self) -> int:
-        return int(self.server.stdout.readline())
-
-    def run(self, function: Any, folder: Path, *arguments: Any) -> int:
-        self.start(function, folder, *arguments)
-        return self.end()
-
-
 @pytest.fixture(scope="module")
-def processes() -> Any:
-    started = Processes()
-    yield started
-    started.server.stdin.close()
-    started.server.wait()
-    started.server.stdout.close()
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("killed")
+    run_script("killable.py", folder, 10)
+    return folder
 
 
-def test_a_pass_killed_at_any_step_ends_with_the_bytes_of_an_unbroken_one(tmp_path, processes):
-    number = 4  # two batches
-    assert processes.run(killable.pool_slowly, tmp_path / "unbroken", number, 0.0) == 0
-    expected = bytes_of(tmp_path / "unbroken")
-    for step in range(100):
-        folder = tmp_path / str(step)
-        status = processes.run(killable.pool_and_die, folder, number, step)
-        if status == 0:
-            break
-        assert status == -signal.SIGKILL
-        assert processes.run(killable.pool_slowly, folder, number, 0.0) == 0
-        assert bytes_of(folder) == expected
-    assert status == 0
-    assert step > number + 3 * 3  # a row a step, and three steps a commit
+def test_a_pass_killed_at_any_step_ends_with_the_bytes_of_an_unbroken_one(killed):
+    kills = kills_that_changed_nothing(killed / "once", 1, FEATURES_FILE)
+    assert kills > 4 + 3 * 3  # a write for each of four rows, and three steps a commit
 
 
-def test_a_pass_killed_at_ten_random_moments_ends_with_the_bytes_of_an_unbroken_one(
-    tmp_path, processes
-):
-    number, pause_s = 40, 0.03
-    folder, unbroken = tmp_path / "killed", tmp_path / "unbroken"
-    assert processes.run(killable.pool_slowly, unbroken, number, 0.0) == 0
-    started = time.monotonic()
-    assert processes.run(killable.pool_slowly, unbroken, number, 0.0) == 0  # it is whole
-    idle_s = time.monotonic() - started
-    moments, done = random.Random(0), []
-    for _ in range(10):
-        pid = processes.start(killable.pool_slowly, folder, number, pause_s)
-        time.sleep(idle_s + moments.uniform(0.0, 3 * pause_s))
-        with contextlib.suppress(ProcessLookupError):  # it was quicker than the kill
-            os.kill(pid, signal.SIGKILL)
-        assert processes.end() in (-signal.SIGKILL, 0)
-        if (folder / FEATURES_FILE).exists():
-            with safe_open(folder / FEATURES_FILE, framework="pt") as file:
-                done.append(int((file.get_tensor("filled") != 0).sum()))
-    assert processes.run(killable.pool_slowly, folder, number, 0.0) == 0
-    assert any(0 < rows < number for rows in done), f"no kill came in the midst of it: {done}"
-    assert done == sorted(done), "nothing that was done is done again"
-    assert bytes_of(folder) == bytes_of(unbroken)
+def test_a_pass_killed_ten_times_ends_with_the_bytes_of_an_unbroken_one(killed):
+    assert bytes_of(killed / "often" / "killed") == bytes_of(killed / "often" / "unbroken")
 
 
 def stop_after(rows: int):

@@ -10,10 +10,7 @@ from torch.nn import functional as F
 
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
-from drllm.models.routers.stack import RouterStack
-from drllm.training.features import Aggregate, Features, moments
-from drllm.training.losses import class_weights
-from drllm.training.split import epoch_batches
+from drllm.training.features import Aggregate, moments
 from drllm.training.trainer import DivergedError, Schedule, Trainer
 
 EXACT = 1e-10
@@ -45,73 +42,6 @@ def loss_of(trainer, logits, rows) -> float:
 def prepared(features=FEATURES, **changes) -> Trainer:
     """A training of the features in float64, before its first step."""
     return Trainer(features, IDENTITY, config_of(**changes), dtype=torch.float64)
-
-
-# --- against plain torch -----------------------------------------------------------------------
-
-
-def slow_fit(features, config) -> RouterStack:
-    """One example at a time, with torch's plain optimiser."""
-    trainer = Trainer(features, IDENTITY, config, dtype=torch.float64)
-    stack = trainer.stack
-    weights = [weight for name, weight in stack.named_parameters() if not name.endswith("bias")]
-    biases = [weight for name, weight in stack.named_parameters() if name.endswith("bias")]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": weights, "weight_decay": config.weight_decay},
-            {"params": biases, "weight_decay": 0.0},
-        ]
-    )
-    rows_trained = trainer.trained
-    labels = features.labels[rows_trained].flatten().tolist()
-    weight = class_weights([labels.count(decision) for decision in range(3)], config.beta)
-    step = 0
-    for epoch in range(1, config.num_epochs + 1):
-        for rows in epoch_batches(rows_trained, config.gradient_accumulation, config.seed, epoch):
-            optimizer.zero_grad()
-            for row in rows:
-                logits = stack(features.means[row : row + 1], features.filled[row : row + 1])[0]
-                p = logits.softmax(dim=-1).gather(1, features.labels[row][:, None])[:, 0]
-                weighed = torch.tensor(weight, dtype=torch.float64)[features.labels[row]]
-                loss = (weighed * (1 - p) ** config.gamma * -p.log()).mean()
-                (loss / len(rows)).backward()
-            for group in optimizer.param_groups:
-                group["lr"] = trainer.schedule.rate(step)
-            optimizer.step()
-            step += 1
-    return stack
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"seed": 5, "learning_rate": 0.03, "gradient_accumulation": 7}]
-)
-def test_training_in_batches_equals_one_example_at_a_time(changes):
-    features = replace(FEATURES, means=FEATURES.means.double())
-    config = config_of(weight_decay=0.5, **changes)
-    found = weights_of(fitted(features, config, torch.float64))
-    for name, weight in slow_fit(features, config).state_dict().items():
-        torch.testing.assert_close(found[name], weight, rtol=0, atol=EXACT)
-
-
-@pytest.mark.parametrize("windows", [8, 32])
-def test_any_number_of_windows_is_trained_on(windows):
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(3, (60, 3), generator=generator)
-    means = torch.randn(60, 3, windows, 6, generator=generator)
-    means[..., 0] += 4 * (labels[..., None] - 1)
-    features = Features(
-        means=means,
-        filled=torch.full((60,), windows),
-        labels=labels,
-        questions=tuple(str(row) for row in range(60)),
-        tasks=("own",) * 60,
-    )
-    trainer = fitted(features, config_of(num_windows=windows, num_epochs=20))
-    first, last = trainer.rows[1], trainer.rows[-1]
-    assert last["macro_f1"] > 0.9
-    assert last["routers_loss"] < 0.5 * first["routers_loss"]
-    logits = trainer.routers()(features.means, features.filled)
-    assert (logits.argmax(dim=-1) == labels).double().mean() > 0.9
 
 
 def test_rows_are_read_a_batch_at_a_time():
@@ -215,20 +145,6 @@ def test_logit_adjustment_adds_the_log_frequency_of_each_layer(logits, tau):
     assert found == pytest.approx(float(expected), rel=1e-6)  # `expected` has float32 frequencies
 
 
-def test_logit_adjustment_takes_the_label_frequencies_out_of_the_logits():
-    """On inputs that tell nothing, where plain training learns the frequencies alone."""
-    features = make_features(200)
-    blind = replace(features, means=torch.zeros_like(features.means))
-    plain = config_of(**PLAIN, num_epochs=60, gradient_accumulation=50)
-
-    def spread(config) -> float:
-        """Mean standard deviation of the logits that the routers give to the three decisions."""
-        routers = fitted(blind, config).routers()
-        return float(routers(blind.means, blind.filled).std(dim=-1).mean().detach())
-
-    assert spread(replace(plain, logit_adjustment=1.0)) < 0.1 * spread(plain)
-
-
 def test_a_decision_that_a_layer_lacks_does_not_stop_logit_adjustment():
     labels = FEATURES.labels.clone()
     labels[:, 1] = 1
@@ -262,15 +178,6 @@ def test_soft_targets_count_in_the_class_weights_by_their_shares(soft):
     expected = weights_by(soft.sum(dim=(0, 1)).tolist(), 0.999)
     assert found.class_weights == pytest.approx(expected)
     assert found.label_counts == prepared(validation_fraction=0.0).label_counts
-
-
-def test_routers_learn_the_shares_of_soft_targets():
-    """On inputs that tell nothing, routers end with the mean of the targets."""
-    shares = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).expand(40, 3, 3)
-    blind = replace(FEATURES, means=torch.zeros_like(FEATURES.means), soft=shares)
-    config = config_of(**PLAIN, soft_targets=True, num_epochs=60)
-    said = fitted(blind, config).routers()(blind.means, blind.filled)
-    torch.testing.assert_close(said.softmax(dim=-1), shares.float(), rtol=0, atol=0.01)
 
 
 # --- the routers' inputs and units -------------------------------------------------------------
