@@ -34,15 +34,11 @@ logger = logging.getLogger(__name__)
 
 
 def run(words: Sequence[str]) -> None:
-    """Carry out a command line of the harness.
-
-    Args:
-        words: What follows `drllm lm-eval`.
+    """Carry out a command line of the harness: what follows `drllm lm-eval`.
 
     Raises:
-        TaskError: A task that there isn't, or whose questions can't be had.
-        ConfigError: An option that makes no sense or has no effect.
-        DrllmError: What our model refuses.
+        DrllmError: A task that there isn't, or whose questions can't be had; an option that makes
+            no sense or has no effect; what our model refuses.
         SystemExit: After the harness' own messages.
     """
     setup_logging()

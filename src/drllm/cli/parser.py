@@ -40,25 +40,15 @@ _RENAMED = {"--damage": "--kl", "--no-damage": "--no-kl", "--opponents": "--base
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """What a verb reads or writes, apart from its settings.
+    """What a verb reads or writes, apart from its settings."""
 
-    Attributes:
-        name: Of the flag, with underscores; of the place on the line for a positional one.
-        help: One line.
-        default: None where the user must give one, or may leave it out.
-        required: The verb can't run without.
-        many: Takes one value or more.
-        positional: Given without a name.
-        switch: Takes no value; False where it isn't given.
-    """
-
-    name: str
+    name: str  # with underscores; of the place on the line for a positional one
     help: str
     default: str | None = None
     required: bool = False
-    many: bool = False
+    many: bool = False  # one value or more
     positional: bool = False
-    switch: bool = False
+    switch: bool = False  # no value; False where it isn't given
 
     @property
     def shown(self) -> str:
@@ -68,19 +58,12 @@ class Flag:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A command line, understood and checked.
-
-    Attributes:
-        verb: Name of the verb.
-        settings: One object of each of the verb's groups.
-        values: What its own flags say, by name.
-        model_given: The user named a base model.
-    """
+    """A command line, understood and checked."""
 
     verb: str
-    settings: tuple[Settings, ...]
-    values: Mapping[str, Any]
-    model_given: bool
+    settings: tuple[Settings, ...]  # one object of each of the verb's groups
+    values: Mapping[str, Any]  # of the verb's own flags, by name
+    model_given: bool  # the user named a base model
 
     def of(self, kind: type[Kind]) -> Kind:
         """Return the settings of one group of the verb."""
@@ -101,27 +84,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verb:
-    """One command.
-
-    Attributes:
-        name: As typed.
-        help: One line for `drllm --help`.
-        example: A command line that works.
-        run: Does the work.
-        settings: The groups of settings that become flags.
-        flags: What it reads and writes.
-        model_from_routers: Without `--model`, the routers name the base model.
-        resumes: The same command resumes after an interruption.
-    """
+    """One command; `run` does the work."""
 
     name: str
     help: str
     example: str
     run: Callable[[Request, Terminal], None]
-    settings: tuple[type[Settings], ...] = ()
+    settings: tuple[type[Settings], ...] = ()  # groups that become flags
     flags: tuple[Flag, ...] = ()
-    model_from_routers: bool = False
-    resumes: bool = False
+    model_from_routers: bool = False  # without --model, the routers name the base model
+    resumes: bool = False  # the same command resumes after an interruption
 
 
 VERBS: dict[str, Verb] = {}
@@ -178,13 +150,13 @@ def parse(words: Sequence[str]) -> Request:
         raise ConfigError(unknown_name(kind, name, known) + "; 'drllm --help' explains them")
     verb = VERBS[name]
     rest = _with_dashes(rest)
-    _check_values(verb, rest)
+    switches = _check_values(verb, rest)
     try:
         parsed, unknown = _parser(verb).parse_known_args(rest)
     except argparse.ArgumentError as error:
         raise ConfigError(f"{' '.join(str(error).split())}; see 'drllm {name} --help'") from error
     if unknown:
-        raise _unknown(verb, unknown[0], rest)
+        raise _unknown(verb, unknown[0], rest, switches)
     given = {key: value for key, value in vars(parsed).items() if value not in (None, [])}
     values: dict[str, Any] = {}
     for file in given.pop("config", []):
@@ -325,57 +297,58 @@ def _flag_value(flag: Flag, value: Any) -> Any:
 # --- what is refused ---------------------------------------------------------------------------
 
 
-def _check_values(verb: Verb, words: Sequence[str]) -> None:
-    """Refuse `--switch=value`, and a flag without its value."""
-    switches = _switches(verb)
-    named = [flag for flag in verb.flags if not flag.positional and not flag.switch]
-    valued = {flag.shown: f"one ({flag.help})" for flag in named}
+def _check_values(verb: Verb, words: Sequence[str]) -> dict[str, str]:
+    """Refuse `--switch=value`, and a flag without its value; return what undoes each switch."""
+    valued: dict[str, str] = {}
+    switches: dict[str, str] = {}
+    for flag in verb.flags:
+        if flag.switch:
+            switches[flag.shown] = "leave that out"
+        elif not flag.positional:
+            valued[flag.shown] = f"one ({flag.help})"
     for _, setting, kind, names in _settings(verb):
         choices = setting.metadata["choices"]
         wanted = f"one of {', '.join(choices)}" if choices else _WANTED[kind]
-        if kind is not bool:
-            valued |= dict.fromkeys(names, f"{wanted} ({setting.metadata['help']})")
+        for name in names:
+            if kind is bool:
+                off = name.replace("--", "--no-", 1)
+                switches |= {name: f"{off} turns it off", off: f"{name} turns it on"}
+            else:
+                valued[name] = f"{wanted} ({setting.metadata['help']})"
     if verb.settings:
         valued["--config"] = "the name of a YAML file"
     for word, after in itertools.zip_longest(words, words[1:]):
-        if word == "--":
-            return
         name, equals, value = word.partition("=")
+        if word == "--":
+            break
         if equals and name in switches:
             raise _one_too_many(name, value, switches)
         if name in valued and not equals and (after is None or after.startswith("--")):
             raise ConfigError(f"{name} has no value; give {valued[name]}")
+    return switches
 
 
-def _unknown(verb: Verb, word: str, words: Sequence[str]) -> ConfigError:
+def _unknown(
+    verb: Verb, word: str, words: Sequence[str], switches: Mapping[str, str]
+) -> ConfigError:
     """Return what is wrong with a word that the parser can't place."""
     name = word.partition("=")[0]
+    see = f"'drllm {verb.name} --help'"
     if word.startswith("-"):
         flags = [flag.shown for flag in verb.flags if not flag.positional]
         flags += [names[0] for _, _, _, names in _settings(verb)]
         flags += ["--config", "--help"] if verb.settings else ["--help"]
-        said = unknown_name("flag", name, flags)
         if _RENAMED.get(name, "").replace("--no-", "--") in flags:
-            said = f"unknown flag {name!r}, which is called {_RENAMED[name]} now"
-        return ConfigError(f"{said} ('drllm {verb.name} --help')")
-    switches = _switches(verb)
+            return ConfigError(
+                f"unknown flag {name!r}, which is called {_RENAMED[name]} now ({see})"
+            )
+        return ConfigError(f"{unknown_name('flag', name, flags)} ({see})")
     before = {after: word for word, after in itertools.pairwise(words)}.get(word, "")
     if before in switches:
         return _one_too_many(before, word, switches)
     return ConfigError(
-        f"{verb.name} has no use for {word!r}; put texts with spaces in quotes, or see "
-        f"'drllm {verb.name} --help'"
+        f"{verb.name} has no use for {word!r}; put texts with spaces in quotes, or see {see}"
     )
-
-
-def _switches(verb: Verb) -> dict[str, str]:
-    """Return every flag that takes no value, with what undoes it."""
-    found = {flag.shown: "leave that out" for flag in verb.flags if flag.switch}
-    for _, _, kind, names in _settings(verb):
-        for on in names if kind is bool else ():
-            off = on.replace("--", "--no-", 1)
-            found |= {on: f"{off} turns it off", off: f"{on} turns it on"}
-    return found
 
 
 def _one_too_many(flag: str, value: str, switches: Mapping[str, str]) -> ConfigError:

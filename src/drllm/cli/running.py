@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from drllm import pipeline
 from drllm.cli.parser import Flag, Request, verb
 from drllm.cli.show_results import show_results, show_sweep
 from drllm.cli.terminal import Terminal
 from drllm.errors import ConfigError, unknown_name
 from drllm.listener import duration
+from drllm.pipeline import folder as run_folder
+from drllm.pipeline import sweeps
+from drllm.pipeline.recipes import read_recipe, read_sweep
 from drllm.reporting.sweeps import SWEEP_FILE
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -34,8 +36,8 @@ SWEEP = (
 def run(request: Request, terminal: Terminal) -> None:
     """Carry out a recipe, and print the results, each stage's time and the report's place."""
     path, folder = _places(request, "recipe")
-    recipe = pipeline.read_recipe(path, request.values["data_dir"])
-    done = pipeline.run(recipe, folder, listener=terminal)
+    recipe = read_recipe(path, request.values["data_dir"])
+    done = run_folder.run(recipe, folder, listener=terminal)
     show_results(folder / "eval", terminal)
     terminal.say()
     for stage in done:
@@ -54,8 +56,8 @@ def run(request: Request, terminal: Terminal) -> None:
 def sweep(request: Request, terminal: Terminal) -> None:
     """Carry out a sweep, and print its table and the test of what was chosen."""
     path, folder = _places(request, "sweep")
-    plan = pipeline.read_sweep(path, request.values["data_dir"])
-    chosen = pipeline.sweep(plan, folder, listener=terminal)
+    plan = read_sweep(path, request.values["data_dir"])
+    chosen = sweeps.sweep(plan, folder, listener=terminal)
     show_sweep(folder / SWEEP_FILE, terminal)
     if chosen is not None:
         show_results(folder / "test" / "eval", terminal)

@@ -144,11 +144,6 @@ class Progress:
 
     A context manager, and inside it a callback `(done, total, note="")`. `done` may be a fraction
     of a unit; where it falls, the next task of the stage has begun.
-
-    Args:
-        console: Where to.
-        title: What is being done.
-        unit: What is counted, in the plural.
     """
 
     def __init__(self, console: Console, title: str, unit: str) -> None:

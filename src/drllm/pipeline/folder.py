@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -55,16 +55,10 @@ Stage: TypeAlias = Iterator[Any]
 
 
 class StageDone(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """One stage of a run.
-
-    Attributes:
-        made_from: Settings, hashes of inputs and the version, as plain JSON.
-        outputs: Hash of every file written, by its place in the folder; empty until it ends.
-        seconds: How long it took.
-    """
+    """One stage of a run, as `docs/formats.md` describes it."""
 
     made_from: dict[str, Any]
-    outputs: dict[str, str] = {}
+    outputs: dict[str, str] = {}  # empty until the stage ends
     seconds: float = 0.0
 
 
@@ -152,14 +146,12 @@ def loaded(config: ModelConfig, listener: Listener) -> Iterator[BaseModel]:
 
 
 def check_targets(files: Sequence[Path], identity: Mapping[str, Any]) -> list[str]:
-    """Refuse targets that were searched with another base model.
+    """Refuse targets that were searched with another base model than the one to be trained on.
 
-    Args:
-        files: Supervision files; one without a manifest says nothing about its model.
-        identity: Of the base model to be trained on.
+    A file without a manifest says nothing about its model.
 
     Returns:
-        The rewards that their prompts were made for, where known.
+        The rewards that the targets' prompts were made for, where known.
 
     Raises:
         RecordError: Another number of layers or fingerprint; another id alone doesn't matter.
@@ -187,8 +179,7 @@ def loader(config: ModelConfig, listener: Listener) -> Iterator[Callable[[], Bas
         yield functools.cache(lambda: stack.enter_context(loaded(config, listener)))
 
 
-@dataclasses.dataclass(frozen=True)
-class StageTime:
+class StageTime(NamedTuple):
     """How long a stage took, in seconds, and whether an earlier run did it."""
 
     name: str
@@ -226,12 +217,8 @@ def run(
 class RunFolder:
     """The stages of a recipe in a folder.
 
-    Args:
-        recipe: The settings.
-        folder: The run folder.
-        load: Returns the base model.
-        listener: Hears how far it is.
-        shared: The run folder whose files a stage reads that doesn't run in this one.
+    `load` returns the base model; `shared` names, by stage, the run folder whose files are read
+    where the stage doesn't run in this one.
     """
 
     def __init__(

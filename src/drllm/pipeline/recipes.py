@@ -155,19 +155,12 @@ def _section(path: Path, name: str, values: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep file says.
-
-    Attributes:
-        file: The file.
-        common: The recipe without any setting's changes.
-        settings: By name, the recipe with them.
-        choosing: How each setting is evaluated: the routed model alone, at every depth.
-    """
+    """What a sweep file says."""
 
     file: Path
-    common: Recipe
-    settings: Mapping[str, Recipe]
-    choosing: EvaluateConfig
+    common: Recipe  # without any setting's changes
+    settings: Mapping[str, Recipe]  # by name, with them
+    choosing: EvaluateConfig  # how each setting is evaluated
 
 
 def read_sweep(path: Path, data_dir: str | None = None) -> SweepPlan:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from drllm.pipeline import read_recipe
+from drllm.pipeline.recipes import read_recipe
 from drllm.supervision.quotas import read_quotas
 from drllm.supervision.select import check_settings
 from drllm.tasks.registry import get_tasks

@@ -11,8 +11,8 @@ from drllm.cli import main
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, RecordError
 from drllm.listener import Listener
-from drllm.pipeline import Recipe, read_recipe, read_sweep
 from drllm.pipeline.folder import RunFolder, RunManifest, StageDone, loader, read_run
+from drllm.pipeline.recipes import Recipe, read_recipe, read_sweep
 from drllm.records import sha256, write_json
 from drllm.tasks.registry import get_tasks
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from drllm.errors import ConfigError
-from drllm.pipeline import read_sweep
+from drllm.pipeline.recipes import read_sweep
 
 COMMON = "train: {num_epochs: 3}\nevaluate: {curve: '0.1', baselines: last-layers, epsilon: 2}\n"
 SETTINGS = "settings:\n  plain: {}\n  sharp: {train: {gamma: 3.0}, supervise: {target: paper}}\n"
