@@ -102,6 +102,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def drllm(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """A function that runs a command line, in one text or more words, and returns what it says."""
+    from drllm.cli import main
+
+    def run(command: str, *words: object, status: int = 0) -> Any:
+        capsys.readouterr()
+        assert main([*command.split(), *map(str, words)]) == status
+        return capsys.readouterr()
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder with the real data sets: DRLLM_DATA_DIR, else `shared/data` beside the repo."""

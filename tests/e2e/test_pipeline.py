@@ -67,7 +67,7 @@ def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def rerun(
-    recipe: Path, tmp_path: Path, run_copy: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, run_copy: Path, drllm: Callable[..., Any]
 ) -> Callable[..., str]:
     """A function that carries out the recipe, a text in it changed, in a copy of the run.
 
@@ -78,8 +78,7 @@ def rerun(
         other = tmp_path / "other.yaml"
         assert old in recipe.read_text()
         other.write_text(recipe.read_text().replace(old, new, 1))
-        assert main(["run", str(other), "--output-dir", str(run_copy), *words]) == 0
-        return capsys.readouterr().err
+        return str(drllm("run", other, "--output-dir", run_copy, *words).err)
 
     return rerun
 
@@ -109,16 +108,15 @@ def test_a_recipe_may_leave_the_search_to_ray(
 
 
 def test_the_same_recipe_or_the_one_in_the_folder_does_nothing_anew(
-    finished_run: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, recipe: Path, drllm: Callable[..., Any]
 ):
     before = files_of(finished_run)
     for file in (recipe, finished_run / "run.yaml"):
-        assert main(["run", str(file), "--output-dir", str(finished_run)]) == 0
+        said = drllm("run", file, "--output-dir", finished_run)
 
-        out, err = capsys.readouterr()
         assert files_of(finished_run) == before
-        assert err.count("done before") == 5
-        assert f"report       {finished_run / 'report.html'}" in out
+        assert said.err.count("done before") == 5
+        assert f"report       {finished_run / 'report.html'}" in said.out
 
 
 def test_other_training_settings_redo_the_training_and_what_follows(
@@ -198,12 +196,12 @@ def test_a_recipe_with_several_seeds_evaluates_them_all(
 
 
 def test_a_sweep_chooses_a_setting_on_select_and_tests_it_once(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], quick_report: None
+    recipe: Path, tmp_path: Path, drllm: Callable[..., Any], quick_report: None
 ):
     sweep, out = tmp_path / "sweep.yaml", tmp_path / "sweep"
     text = recipe.read_text().replace("num_random_draws: 2}", "curve: '0.1', latency_rounds: 0}")
     sweep.write_text(text + "settings: {plain: {}, two: {train: {beta: 0.9, num_seeds: 2}}}\n")
-    assert main(["sweep", str(sweep), "--output-dir", str(out)]) == 0
+    shown = drllm("sweep", sweep, "--output-dir", out).out
     found = json.loads((out / "sweep.json").read_text())
     assert [each["name"] for each in found["settings"]] == ["plain", "two"]
     for name in ("plain", "two"):
@@ -215,16 +213,13 @@ def test_a_sweep_chooses_a_setting_on_select_and_tests_it_once(
     assert tested["routers"] == str(out / "settings" / found["chosen"] / "routers")
     assert (out / "test" / "report.html").is_file()
     assert (out / "sweep.png").is_file()
-    shown = capsys.readouterr().out
     assert f"Chosen on select: {found['chosen']}" in " ".join(shown.split())
 
     before = files_of(out)
-    assert main(["sweep", str(sweep), "--output-dir", str(out)]) == 0
+    drllm("sweep", sweep, "--output-dir", out)
     after = files_of(out)
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed <= {"sweep.json", "sweep.png"}
-    assert main(["show", str(out)]) == 0
-    assert "settings on select" in capsys.readouterr().out
+    assert {name for name in before if before[name] != after[name]} <= {"sweep.json", "sweep.png"}
+    assert "settings on select" in drllm("show", out).out
 
 
 # --- single verbs ------------------------------------------------------------------------------
@@ -236,30 +231,32 @@ def model(model_folder: Callable[..., Path]) -> list[str]:
 
 
 @pytest.fixture
-def train_words(run_copy: Path, model: list[str]) -> list[str]:
-    """A training on a copy of the run's targets, to be given an output."""
-    settings = ["--num-epochs", "1", "--warmup-steps", "0"]
-    return ["train", *model, *settings, "--supervision", str(run_copy / "supervision.jsonl")]
+def train(run_copy: Path, model: list[str], drllm: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that trains one epoch on a copy of the run's targets, or on others."""
+    command = "train --num-epochs 1 --warmup-steps 0 --supervision"
+
+    def run(*words: object, targets: object = run_copy / "supervision.jsonl", status: int = 0):
+        return drllm(command, targets, *model, *words, status=status)
+
+    return run
 
 
 def test_the_stages_one_by_one_end_in_an_evaluation(
     tmp_path: Path,
-    model: list[str],
+    model_folder: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    drllm: Callable[..., Any],
 ):
     monkeypatch.chdir(tmp_path)
-    model[0] = "--model-id"
+    model = ["--model-id", model_folder(), "--device", "cpu"]
 
-    assert main(["search", *model, "--limit", "6", "--num_simulations", "6"]) == 0
-    supervised = ["supervise", "--search", "data/search.jsonl", "--output", "data/paper.jsonl"]
-    assert main([*supervised, "--target", "paper"]) == 0
-    trained = ["train", *model, "--supervision", "data/supervision.jsonl", "--run-name", "first"]
-    assert main([*trained, "--num-epochs", "1", "--warmup-steps", "0"]) == 0
-    evaluated = ["evaluate", "--routers", "checkpoints/first", "--device", "cpu", "--limit", "4"]
-    assert main([*evaluated, "--num-random-draws", "1"]) == 0
+    drllm("search --limit 6 --num_simulations 6", *model)
+    drllm("supervise --search data/search.jsonl --output data/paper.jsonl --target paper")
+    few = "--num-epochs 1 --warmup-steps 0"
+    drllm(f"train --supervision data/supervision.jsonl --run-name first {few}", *model)
+    few = "--limit 4 --num-random-draws 1"
+    out = drllm(f"evaluate --routers checkpoints/first --device cpu {few}").out
 
-    out = capsys.readouterr().out
     assert Path("data/paper.jsonl").is_file()
     assert Path("eval/builtin_facts.json").is_file()
     assert "builtin_facts, test: 4 questions" in out
@@ -268,13 +265,11 @@ def test_the_stages_one_by_one_end_in_an_evaluation(
 
 
 def test_features_that_are_kept_are_used_again_by_another_training(
-    train_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train: Callable[..., Any], tmp_path: Path
 ):
     kept, weights = tmp_path / "kept", {}
     for name, others in (("first", []), ("again", []), ("other", ["--seed", "1"])):
-        words = [*train_words, *others, "--features", str(kept), "--output", str(tmp_path / name)]
-        assert main(words) == 0
-        said = capsys.readouterr().err
+        said = train(*others, "--features", kept, "--output", tmp_path / name).err
         assert (f"the routers' inputs in {kept} are used again" in said) == (name != "first")
         assert (f"the routers' inputs need 0.1 MB in {kept}, where " in said) == (name == "first")
         assert not (tmp_path / name / "features").exists()
@@ -283,132 +278,116 @@ def test_features_that_are_kept_are_used_again_by_another_training(
 
 
 def test_rounds_on_the_routers_own_routes_leave_routers_of_each_round(
-    train_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_copy: Path, train: Callable[..., Any], tmp_path: Path
 ):
-    few = Path(train_words[-1]).read_text().splitlines()
+    few = (run_copy / "supervision.jsonl").read_text().splitlines()
     many = [
         row | {"id": str(number), "question": f"{row['question']} {number}"}
         for number, row in enumerate(map(json.loads, few * 4))
     ]
-    supervision, output = tmp_path / "many.jsonl", tmp_path / "rounds"
-    supervision.write_text("".join(json.dumps(row) + "\n" for row in many))
-    words = [*train_words[:-1], str(supervision), "--on-policy-rounds", "1", "--calibrate"]
-    assert main([*words, "--output", str(output)]) == 0
-    printed = capsys.readouterr()
-    assert f"the routers' inputs need 0.1 MB in {output / 'round_0' / 'features'}" in printed.err
-    assert "calibration    temperature" in printed.out
-    assert "(in the weights), expected calibration error" in printed.out
+    targets, output = tmp_path / "many.jsonl", tmp_path / "rounds"
+    targets.write_text("".join(json.dumps(row) + "\n" for row in many))
+    said = train("--on-policy-rounds", "1", "--calibrate", "--output", output, targets=targets)
+    assert f"the routers' inputs need 0.1 MB in {output / 'round_0' / 'features'}" in said.err
+    assert "calibration    temperature" in said.out
+    assert "(in the weights), expected calibration error" in said.out
     assert {path.parent for path in output.rglob("router*")} == {output, output / "round_0"}
     assert not list(output.rglob("features"))
 
 
 def test_a_training_that_failed_behind_the_pass_goes_on_with_its_features(
-    train_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train: Callable[..., Any], tmp_path: Path
 ):
     output = tmp_path / "routers"
     (output / "README.md").mkdir(parents=True)  # in the way of the card
-    assert main([*train_words, "--output", str(output)]) == 2
+    train("--output", output, status=2)
     assert (output / "features" / "features.safetensors").exists()
     (output / "README.md").rmdir()
-    capsys.readouterr()
 
-    assert main([*train_words, "--output", str(output)]) == 0
-    assert f"the routers' inputs in {output / 'features'} are used again" in capsys.readouterr().err
+    said = train("--output", output).err
+
+    assert f"the routers' inputs in {output / 'features'} are used again" in said
     assert not (output / "features").exists()
 
 
 def test_a_target_that_is_set_aside_is_said_and_listed(
-    run_copy: Path, train_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_copy: Path, train: Callable[..., Any], tmp_path: Path, drllm: Callable[..., Any]
 ):
     (run_copy / "supervision.manifest.json").unlink()
     with (run_copy / "supervision.jsonl").open("a") as file:
         row = {"question": "long?", "prompt": "x" * 600, "answer": "", "id": "long"}
         file.write(json.dumps({**row, "optimal_layer_config": [1, 1, 1, 1]}) + "\n")
 
-    assert main([*train_words, "--output", str(tmp_path / "routers")]) == 0
+    said = train("--output", tmp_path / "routers").err
 
     rejected = tmp_path / "routers" / "rejected.jsonl"
     why = "targets are set aside (1 longer than the base model's context)"
-    assert f"{why}: {rejected}" in capsys.readouterr().err
+    assert f"{why}: {rejected}" in said
     [line] = rejected.read_text().splitlines()
     assert json.loads(line)["id"] == "long"
-    assert main(["show", str(rejected)]) == 0
-    assert "longer than the base model's context" in capsys.readouterr().out
+    assert "longer than the base model's context" in drllm("show", rejected).out
 
 
 def test_several_seeds_are_trained_and_evaluated_together(
-    train_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train: Callable[..., Any], tmp_path: Path, drllm: Callable[..., Any]
 ):
-    def train(name: str, *words: str) -> int:
-        return main([*train_words, "--output", str(tmp_path / name), *words])
+    both, second = tmp_path / "both", tmp_path / "second"
+    seeds = ["--output", both, "--num-seeds", "2"]
 
-    def weights(name: str) -> bytes:
-        return (tmp_path / name / "routers.safetensors").read_bytes()
+    def weights(folder: Path) -> bytes:
+        return (folder / "routers.safetensors").read_bytes()
 
-    assert train("both", "--num-seeds", "2") == 0
-    assert train("second", "--seed", "1") == 0
-    assert weights("both/seed_1") == weights("second") != weights("both")
-    assert train("both", "--num-seeds", "2") == 2
-    assert "holds trained routers already" in capsys.readouterr().err
+    train(*seeds)
+    train("--output", second, "--seed", "1")
+    assert weights(both / "seed_1") == weights(second) != weights(both)
+    assert "holds trained routers already" in train(*seeds, status=2).err
 
-    shutil.rmtree(tmp_path / "both" / "seed_1")  # as a kill behind the first seed leaves it
-    before = (tmp_path / "both" / "routers.safetensors").stat().st_mtime_ns
-    assert train("both", "--num-seeds", "2", "--learning-rate", "0.1") == 2
-    assert "holds trained routers of another run" in capsys.readouterr().err
-    assert train("both", "--num-seeds", "2") == 0
-    assert weights("both/seed_1") == weights("second")
-    assert (tmp_path / "both" / "routers.safetensors").stat().st_mtime_ns == before
+    shutil.rmtree(both / "seed_1")  # as a kill behind the first seed leaves it
+    before = (both / "routers.safetensors").stat().st_mtime_ns
+    other = train(*seeds, "--learning-rate", "0.1", status=2).err
+    assert "holds trained routers of another run" in other
+    train(*seeds)
+    assert weights(both / "seed_1") == weights(second)
+    assert (both / "routers.safetensors").stat().st_mtime_ns == before
 
-    folders = [str(tmp_path / "both"), str(tmp_path / "both" / "seed_1")]
-    evaluate = ["evaluate", "--device", "cpu", "--limit", "4", "--baselines", "none"]
-    evaluate += ["--output-dir", str(tmp_path / "eval"), "--routers", *folders]
-    assert main([*evaluate, folders[0]]) == 2
-    assert f"--routers names {folders[0]} twice" in capsys.readouterr().err
-    assert main(evaluate) == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert "Routers of 2 seeds: accuracy" in out
+    evaluate = ["--output-dir", tmp_path / "eval", "--routers", both, both / "seed_1"]
+    command = "evaluate --device cpu --limit 4 --baselines none"
+    twice = drllm(command, *evaluate, both, status=2).err
+    assert f"--routers names {both} twice" in twice
+    assert "Routers of 2 seeds: accuracy" in " ".join(drllm(command, *evaluate).out.split())
 
 
 def test_several_seeds_are_trained_on_soft_targets_each_in_its_own_folder(
     run_copy: Path,
-    train_words: list[str],
+    train: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    drllm: Callable[..., Any],
 ):
     monkeypatch.chdir(tmp_path)
-    supervised = ["supervise", "--search", "run/search.jsonl", "--output", "soft.jsonl"]
-    assert main([*supervised, "--target", "least_kl", "--path-weights", "closer"]) == 0
-    trained = [*train_words[:-1], "soft.jsonl", "--run-name", "soft", "--soft-targets"]
-    assert main([*trained, "--num-seeds", "2", "--seed", "5"]) == 0
+    rule = "--target least_kl --path-weights closer"
+    drllm(f"supervise --search run/search.jsonl --output soft.jsonl {rule}")
+    words = ["--run-name", "soft", "--soft-targets", "--num-seeds", "2", "--seed", "5"]
+    out = train(*words, targets="soft.jsonl").out
 
     folders = [Path("checkpoints/soft"), Path("checkpoints/soft/seed_6")]
     configs = [json.loads((folder / "router_config.json").read_text()) for folder in folders]
     assert [config["training"]["settings"]["seed"] for config in configs] == [5, 6]
-    out = capsys.readouterr().out
     assert all(f"routers        {folder}" in out for folder in folders)
 
 
 @pytest.fixture
-def search_again(
-    run_copy: Path, model: list[str], capsys: pytest.CaptureFixture[str]
-) -> Callable[[], Any]:
+def search_again(run_copy: Path, model: list[str], drllm: Callable[..., Any]) -> Callable[[], Any]:
     """A function that repeats the run's search by its own verb, and returns what it says."""
-    words = ["search", *model, "--output-dir", str(run_copy), "--block-size", "3"]
-
-    def again() -> Any:
-        assert main([*words, "--limit", "6", "--num-simulations", "6"]) == 0
-        return capsys.readouterr()
-
-    return again
+    command = "search --limit 6 --num-simulations 6 --block-size 3 --output-dir"
+    return lambda: drllm(command, run_copy, *model)
 
 
 def test_the_same_search_again_leaves_itself_and_targets_of_another_rule_as_they_are(
-    run_copy: Path, search_again: Callable[[], Any]
+    run_copy: Path, search_again: Callable[[], Any], drllm: Callable[..., Any]
 ):
     search, output = run_copy / "search.jsonl", run_copy / "supervision.jsonl"
-    words = ["supervise", "--search", str(search), "--output", str(output), "--target", "paper"]
-    assert main(words) == 0
+    drllm("supervise --target paper", "--search", search, "--output", output)
     chosen, before = output.read_text(), search.stat().st_mtime_ns
 
     out = search_again().out
@@ -466,44 +445,37 @@ def trained_for(routers: Path, *rewards: str) -> str:
     ],
 )
 def test_generate_says_so_where_routers_read_a_chat_template_but_were_trained_without(
-    run_copy: Path,
-    flags: list[str],
-    rewards: list[str],
-    notes: int,
-    capsys: pytest.CaptureFixture[str],
+    run_copy: Path, flags: list[str], rewards: list[str], notes: int, drllm: Callable[..., Any]
 ):
-    routers = trained_for(run_copy / "routers", *rewards)
-    words = ["generate", "--routers", routers, "--device", "cpu", *flags]
+    routers = ["--routers", trained_for(run_copy / "routers", *rewards)]
 
-    assert main([*words, "--max-new-tokens", "2", "What is ice?"]) == 0
+    said = drllm("generate ice --device cpu --max-new-tokens 2", *routers, *flags).err
 
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == notes
-    assert all("with --no-chat they read as in training" in line for line in said)
+    assert len(said.splitlines()) == notes
+    assert all("with --no-chat they read as in training" in line for line in said.splitlines())
 
 
 @pytest.mark.parametrize(
     ("rewards", "notes"), [(["letter"], 1), (["letter", "loglikelihood"], 0), ([], 0)]
 )
 def test_evaluate_says_so_where_routers_were_trained_on_other_prompts(
-    run_copy: Path, tmp_path: Path, rewards: list[str], notes: int, capsys: Any
+    run_copy: Path, tmp_path: Path, rewards: list[str], notes: int, drllm: Callable[..., Any]
 ):
-    words = ["evaluate", "--routers", trained_for(run_copy / "routers", *rewards)]
-    words += ["--device", "cpu", "--limit", "2", "--baselines", "none", "--latency-rounds", "0"]
+    places = [trained_for(run_copy / "routers", *rewards), "--output-dir", tmp_path / "eval"]
 
-    assert main([*words, "--output-dir", str(tmp_path / "eval")]) == 0
+    command = "evaluate --device cpu --limit 2 --baselines none --latency-rounds 0 --routers"
+    said = drllm(command, *places).err
 
-    assert capsys.readouterr().err.count("were trained on prompts for letter, the") == notes
+    assert said.count("were trained on prompts for letter, the") == notes
 
 
 def test_generate_draws_the_route_and_counts_its_cost(
-    finished_run: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, drllm: Callable[..., Any]
 ):
-    words = ["generate", "--routers", str(finished_run / "routers"), "--device", "cpu"]
+    words = ["What is ice?", "--routers", finished_run / "routers"]
 
-    assert main([*words, "--max-new-tokens", "5", "What is ice?"]) == 0
+    out = drllm("generate --device cpu --max-new-tokens 5", *words).out
 
-    out = capsys.readouterr().out
     route = re.search(r"layer  0\n       ([█·2]{4})\n", out)
     assert route is not None
     executions = sum("·█2".index(mark) for mark in route[1])
@@ -512,7 +484,7 @@ def test_generate_draws_the_route_and_counts_its_cost(
 
 
 def test_generate_without_routers_gives_the_base_models_answer(
-    model: list[str], tiny_tokenizer: Any, capsys: pytest.CaptureFixture[str]
+    model: list[str], tiny_tokenizer: Any, drllm: Callable[..., Any]
 ):
     import torch
     from transformers import AutoModelForCausalLM
@@ -523,10 +495,8 @@ def test_generate_without_routers_gives_the_base_models_answer(
     expected = tiny_tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     assert expected.strip()
 
-    words = ["generate", *model, "--no-chat", "--max-new-tokens", "6", "Name an ice."]
-    assert main(words) == 0
+    out = drllm("generate --no-chat --max-new-tokens 6", "Name an ice.", *model).out
 
-    out = capsys.readouterr().out
     assert out.startswith(expected.strip() + "\n")
     assert "4 of 4 a forward pass (100 %)" in out
 
@@ -550,11 +520,9 @@ def test_generate_without_routers_gives_the_base_models_answer(
     ],
 )
 def test_everything_in_a_run_folder_can_be_shown(
-    finished_run: Path, place: str, shown: str, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, place: str, shown: str, drllm: Callable[..., Any]
 ):
-    assert main(["show", str(finished_run / place)]) == 0
-
-    assert shown in capsys.readouterr().out
+    assert shown in drllm("show", finished_run / place).out
 
 
 # --- kill, interrupt, go on --------------------------------------------------------------------
