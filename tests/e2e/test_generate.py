@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from drllm.cli import main
-
 TALK = [
     {"role": "user", "content": "I am Ann."},
     {"role": "assistant", "content": "Hi."},
@@ -58,16 +56,11 @@ def prompts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def generate(
-    model_folder: Callable[..., Path], routers: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Callable[..., Path], routers: Path, drllm: Callable[..., Any]
 ) -> Callable[..., Any]:
     """A function that generates with the routers, and returns what was printed."""
-    shared = ["--model", str(model_folder()), "--device", "cpu", "--max-new-tokens", "6"]
-
-    def run(*words: object, status: int = 0) -> Any:
-        assert main(["generate", "--routers", str(routers), *shared, *map(str, words)]) == status
-        return capsys.readouterr()
-
-    return run
+    shared = f"--routers {routers} --model {model_folder()} --device cpu --max-new-tokens 6"
+    return lambda *words, status=0: drllm(f"generate {shared}", *words, status=status)
 
 
 def lines(text: str) -> list[dict[str, Any]]:
@@ -182,14 +175,14 @@ def test_a_prompt_too_long_for_the_model_is_named_by_its_line_and_nothing_is_wri
 
 
 def test_a_conversation_that_the_template_refuses_is_named_by_its_line(
-    model_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Callable[..., Path], tmp_path: Path, drllm: Callable[..., Any]
 ):
     model = Path(shutil.copytree(model_folder(), tmp_path / "model"))
     refusing = "{% if messages|length == 1 %}{{ raise_exception('too short') }}{% endif %}"
     (model / "chat_template.jinja").write_text(refusing)
     path = write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"messages": TALK[:1]}])
 
-    assert main(["generate", "--model", str(model), "--device", "cpu", "--file", str(path)]) == 2
+    said = drllm("generate --device cpu --model", model, "--file", path, status=2).err
 
-    [line] = capsys.readouterr().err.splitlines()
+    [line] = said.splitlines()
     assert "p.jsonl, line 1: the model's chat template refuses the prompt: too short" in line

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from drllm.cli import main
 from drllm.models.routers.checkpoint import read_config
 from drllm.records import join_supervision, read_supervision, split_of
 
@@ -77,19 +76,19 @@ def write_targets(place: str, *tasks: str, decisions: tuple[int, ...] = (1, 1, 0
 
 
 @pytest.fixture
-def command(model_folder: Callable[..., Path]) -> Callable[[str], int]:
+def command(model_folder: Callable[..., Path], drllm: Callable[..., Any]) -> Callable[..., str]:
     """A function that runs a command line, `MODEL` standing for the tiny model."""
-    return lambda words: main(words.replace("MODEL", str(model_folder())).split())
+    model = str(model_folder())
+    return lambda words, status=0: drllm(words.replace("MODEL", model), status=status).err
 
 
 @pytest.fixture
-def refused(command: Callable[[str], int], capsys: pytest.CaptureFixture[str]) -> Any:
+def refused(command: Callable[..., str]) -> Callable[[str], str]:
     """A function that returns the one line by which a command fails."""
 
     def line(words: str) -> str:
-        assert command(words) == 2
-        [line] = capsys.readouterr().err.splitlines()
-        return str(line)
+        [line] = command(words, status=2).splitlines()
+        return line
 
     return line
 
@@ -97,14 +96,14 @@ def refused(command: Callable[[str], int], capsys: pytest.CaptureFixture[str]) -
 # --- one after the other -------------------------------------------------------------------------
 
 
-def test_search_training_and_evaluation_chain(command: Callable[[str], int], folder: Path):
+def test_search_training_and_evaluation_chain(command: Callable[..., str], folder: Path):
     search = "--model MODEL --dataset arc,dart --output_dir data/mcts_paths --num_simulations 50"
-    assert command(f"search {search} --budget 2 --device cpu --limit 2 --data_dir sets") == 0
-    assert command(f"{TRAIN} --device cpu") == 0
+    command(f"search {search} --budget 2 --device cpu --limit 2 --data_dir sets")
+    command(f"{TRAIN} --device cpu")
     asked = "pretrained=checkpoints/drllm-tiny,dtype=bfloat16,num_windows=8"
     tasks = "--tasks arc_challenge,arc_easy --batch_size 1 --gen_kwargs max_new_tokens=256"
     evaluate = f"lm-eval run --model drllm --model_args {asked} {tasks} --cache_requests true"
-    assert command(f"{evaluate} --device cpu --output_path out {FEWER}") == 0
+    command(f"{evaluate} --device cpu --output_path out {FEWER}")
 
     targets = read_supervision("data/mcts_paths/supervision.jsonl")
     assert {"arc_easy", "arc_challenge"} <= {record.task for record in targets}
@@ -122,15 +121,15 @@ def test_search_training_and_evaluation_chain(command: Callable[[str], int], fol
 
 
 def test_targets_of_commonsense_are_added_by_the_command_that_the_message_names(
-    command: Callable[[str], int], refused: Callable[[str], str]
+    command: Callable[..., str], refused: Callable[[str], str]
 ):
     write_targets("data/supervision.jsonl", *["arc_easy"] * 4, decisions=(1, 0, 1, 1))
     line = refused(f"{TRAIN} --device cpu --with_commonsense")
     assert "data/commonsense_qa/supervision.jsonl, which isn't there" in line
     [search] = re.findall(r"drllm (search .* --budget 2)", line)
-    assert command(f"{search} --device cpu {FEWER}") == 0
+    command(f"{search} --device cpu {FEWER}")
 
-    assert command(f"{TRAIN} --device cpu --with_commonsense") == 0
+    command(f"{TRAIN} --device cpu --with_commonsense")
 
     added = len(read_supervision("data/commonsense_qa/supervision.jsonl"))
     assert added > 0
@@ -181,7 +180,7 @@ def test_targets_that_cannot_be_added_are_refused(
 
 
 def test_several_files_are_joined_and_a_target_of_two_counts_once(
-    command: Callable[[str], int], finished_run: Path
+    command: Callable[..., str], finished_run: Path
 ):
     found = finished_run / "supervision.jsonl"  # with the manifest of the tiny model
     shutil.copytree(finished_run, "run", ignore=shutil.ignore_patterns("routers", "eval"))
@@ -192,7 +191,7 @@ def test_several_files_are_joined_and_a_target_of_two_counts_once(
     assert join_supervision(files)[: len(once)] == once
 
     words = f"--supervision {' '.join(map(str, files))} --num_epochs 1 --device cpu"
-    assert command(f"train --model_id MODEL --run_name joined {words}") == 0
+    command(f"train --model_id MODEL --run_name joined {words}")
 
     training = read_config(Path("checkpoints/joined")).training
     assert sum(training["tasks"].values()) == len(once) + 3

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from drllm.cli import main
 from drllm.errors import PathError, RecordError
 from drllm.paths import to_path
 from drllm.records.path_files import PathFile, read_path_file
@@ -116,18 +114,15 @@ def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def export(model_folder: Callable[..., Path]) -> Callable[[Path, Path], int]:
+def export(model_folder, drllm):
     """A function that exports a plan of a tiny model to a folder."""
-    words = ["export", "--model", str(model_folder(num_layers=5)), "--device", "cpu"]
-    return lambda plan, to: main([*words, "--decisions", str(plan), "--output", str(to)])
+    command = f"export --device cpu --model {model_folder(num_layers=5)} --decisions"
+    return lambda plan, to, status=0: drllm(command, plan, "--output", to, status=status)
 
 
-def test_the_checkpoint_is_written_and_described(
-    export: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plan, output = written(tmp_path, "0 1 2 3 1 2 3 4"), tmp_path / "out"
-    assert export(plan, output) == 0
-    said = capsys.readouterr()
+def test_the_checkpoint_is_written_and_described(export, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    said = export(written(tmp_path, "0 1 2 3 1 2 3 4"), output)
     assert said.err == ""
     for text in (
         f"export      {output}",
@@ -151,19 +146,13 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("text", "output", "says"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_is_one_line_and_leaves_everything_as_it_was(
-    export: Callable[..., int],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    text: str,
-    output: str,
-    says: str,
+    export, tmp_path: Path, text: str, output: str, says: str
 ) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine").write_text("x")
     plan = written(tmp_path, text)
     before = sorted(tmp_path.rglob("*"))
-    assert export(plan, tmp_path / output) == 2
-    said = capsys.readouterr()
+    said = export(plan, tmp_path / output, status=2)
     assert said.out == ""
     [line] = said.err.splitlines()
     assert says in line
@@ -172,7 +161,7 @@ def test_a_mistake_is_one_line_and_leaves_everything_as_it_was(
 
 @pytest.mark.thorough  # the tiny model's checkpoint is loaded again and compared bit by bit
 def test_a_real_model_exported_from_decisions_answers_as_the_routed_one(
-    smollm2: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    smollm2: Any, tmp_path: Path, drllm
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -183,9 +172,8 @@ def test_a_real_model_exported_from_decisions_answers_as_the_routed_one(
     decisions[12], decisions[20] = 0, 2
     plan = written(tmp_path, json.dumps({"decisions": decisions}))
     output = tmp_path / "out"
-    words = ["export", "--device", "cpu", "--decisions", str(plan), "--output", str(output)]
-    assert main(words) == 0
-    assert " ".join(map(str, to_path(decisions))) in capsys.readouterr().out
+    said = drllm("export --device cpu --decisions", plan, "--output", output).out
+    assert " ".join(map(str, to_path(decisions))) in said
     tokenizer = AutoTokenizer.from_pretrained(output)
     plain = AutoModelForCausalLM.from_pretrained(output)
     inputs = tokenizer("The capital of France is", return_tensors="pt")

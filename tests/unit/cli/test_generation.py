@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from drllm.cli import main
 from drllm.cli.generation import read_prompts, to_line
 from drllm.config import GenerateConfig
 from drllm.errors import RecordError, TaskError
@@ -140,11 +139,7 @@ ROW = '{"prompt": "a"}\n'
     ],
 )
 def test_what_cannot_work_is_answered_in_one_line_before_anything_is_loaded(
-    words: str,
-    says: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    words: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drllm
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("drllm.cli.generation.loaded", None)  # loading would be a TypeError
@@ -153,10 +148,9 @@ def test_what_cannot_work_is_answered_in_one_line_before_anything_is_loaded(
     (tmp_path / "bad.jsonl").write_text(ROW + '{"text": "a"}\n')
     before = {path.name: path.read_text() for path in tmp_path.iterdir()}
 
-    assert main(["generate", *words.split()]) == 2
+    said = drllm(f"generate {words}", status=2)
 
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert len(captured.err.splitlines()) == 1
-    assert says in captured.err
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+    assert says in said.err
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before

@@ -1,26 +1,29 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from drllm.cli import main
-from drllm.cli.parser import FOREIGN, VERBS, overview, parse
+from drllm.cli.parser import FOREIGN, VERBS, Request, overview, parse
 from drllm.config import EvaluateConfig, GenerateConfig, ModelConfig, SearchConfig, TrainConfig
 from drllm.config.files import read_yaml
 from drllm.config.settings import flag_of
 from drllm.errors import ConfigError
 
-FIELDS = [
-    (name, declared)
-    for name, verb in VERBS.items()
-    for group in verb.settings
-    for declared in dataclasses.fields(group)
-]
+
+def parsed(line: str) -> Request:
+    return parse(shlex.split(line))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "s.yaml"
 
 
 def test_every_verb_has_a_line_in_the_overview():
@@ -30,68 +33,56 @@ def test_every_verb_has_a_line_in_the_overview():
 
 @pytest.mark.parametrize("name", VERBS)
 def test_every_verbs_example_is_understood(name: str):
-    words = [word.strip('"') for word in VERBS[name].example.split()]
-    if name == "generate":  # its prompt has spaces
-        words = [*words[: words.index("Why")], "Why is the sky blue?"]
-
-    assert words[0] == "drllm"
-    assert parse(words[1:]).verb == name
+    program, *words = shlex.split(VERBS[name].example)
+    assert program == "drllm"
+    assert parse(words).verb == name
 
 
 @pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if verb.settings])
-def test_every_setting_is_a_flag_with_its_default_in_the_help(
-    verb: str, capsys: pytest.CaptureFixture[str]
-):
-    assert main([verb, "--help"]) == 0
-
-    entries = re.split(r"\n(?=  -|\n)", capsys.readouterr().out)
-    for _, declared in [field for field in FIELDS if field[0] == verb]:
+def test_every_setting_is_a_flag_with_its_default_in_the_help(verb: str, drllm):
+    entries = re.split(r"\n(?=  -|\n)", drllm(f"{verb} --help").out)
+    for declared in [each for group in VERBS[verb].settings for each in dataclasses.fields(group)]:
         flag = flag_of(declared.name)
         entry = next(text for text in entries if re.match(rf"  {flag}[ ,]", text))
         text = " ".join(entry.split())
         assert " ".join(declared.metadata["help"].split()) in text
         if declared.default is not None and declared.name != "model":
-            assert text.endswith(
-                f"(default: {declared.default!s})".replace("True", "true").replace("False", "false")
-            )
+            shown = str(declared.default).replace("True", "true").replace("False", "false")
+            assert text.endswith(f"(default: {shown})")
 
 
 def test_underscores_and_dashes_are_the_same():
-    dashes = parse(["search", "--num-simulations", "7", "--stop-rule=paper"])
-    underscores = parse(["search", "--num_simulations=7", "--stop_rule", "paper"])
+    dashes = parsed("search --num-simulations 7 --stop-rule=paper")
 
-    assert dashes == underscores
+    assert dashes == parsed("search --num_simulations=7 --stop_rule paper")
     assert dashes.of(SearchConfig).num_simulations == 7
 
 
 def test_values_keep_their_underscores():
-    assert parse(["search", "--dataset", "builtin_facts"]).of(SearchConfig).dataset == (
-        "builtin_facts"
-    )
-    assert parse(["generate", "--", "--a_b"]).values["prompt"] == "--a_b"
+    dataset = parsed("search --dataset builtin_facts").of(SearchConfig).dataset
+    assert dataset == "builtin_facts"
+    assert parsed("generate -- --a_b").values["prompt"] == "--a_b"
 
 
 def test_a_training_reads_several_files_or_none_that_is_named():
-    words = ["train", "--run-name", "n"]
+    several = parsed("train --run-name n --supervision a b --with_squad")
+    none = parsed("train --run-name n")
 
-    assert parse([*words, "--supervision", "a", "b"]).paths("supervision") == [Path("a"), Path("b")]
-    assert parse(words).paths("supervision") == []
-    assert parse([*words, "--with_squad"]).values["with_squad"] is True
-    assert parse(words).values["with_commonsense"] is False
+    assert several.paths("supervision") == [Path("a"), Path("b")]
+    assert none.paths("supervision") == []
+    assert several.values["with_squad"] is True
+    assert none.values["with_commonsense"] is False
 
 
 def test_a_published_name_is_accepted():
-    assert parse(["search", "--model_id", "owner/name"]).of(ModelConfig).model == "owner/name"
+    assert parsed("search --model_id owner/name").of(ModelConfig).model == "owner/name"
 
 
-@pytest.mark.parametrize("where", ["before", "after"])
-def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path, where: str):
-    file = tmp_path / "s.yaml"
+@pytest.mark.parametrize("order", ["--config {} --num-epochs 9", "--num-epochs 9 --config {}"])
+def test_a_flag_wins_over_the_file_and_the_file_over_the_default(file: Path, order: str):
     file.write_text("num-epochs: 7\nlearning_rate: 0.5\nmodel_id: owner/name\n")
-    flags, config = ["--num-epochs", "9"], ["--config", str(file)]
-    order = [*config, *flags] if where == "before" else [*flags, *config]
 
-    request = parse(["train", "--supervision", "s", "--run-name", "n", *order])
+    request = parsed("train --supervision s --run-name n " + order.format(file))
 
     settings = request.of(TrainConfig)
     assert (settings.num_epochs, settings.learning_rate) == (9, 0.5)
@@ -100,48 +91,45 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path,
     assert request.model_given
 
 
-def test_a_file_may_name_what_a_verb_reads(tmp_path: Path):
-    file = tmp_path / "s.yaml"
+def test_a_file_may_name_what_a_verb_reads(file: Path):
     file.write_text("search: a.jsonl\noutput: b.jsonl\ntarget: paper\n")
 
-    request = parse(["supervise", "--config", str(file)])
+    request = parsed(f"supervise --config {file}")
 
     assert request.paths("search") == [Path("a.jsonl")]
     assert request.path("output") == Path("b.jsonl")
 
 
-def test_a_number_in_a_file_is_a_text_where_the_setting_is_one(tmp_path: Path):
-    file = tmp_path / "s.yaml"
+def test_a_number_in_a_file_is_a_text_where_the_setting_is_one(file: Path):
     file.write_text("curve: 0.10\nlimit: 3\nepsilon: 2\nrevision: 0123456\noutput-dir: 2024\n")
 
-    request = parse(["evaluate", "--routers", "r", "--config", str(file)])
+    request = parsed(f"evaluate --routers r --config {file}")
 
     settings = request.of(EvaluateConfig)
     assert (settings.curve, settings.limit, settings.epsilon) == ("0.10", 3, 2)
     assert request.of(ModelConfig).revision == "0123456"  # to YAML an octal number
     assert request.values["output_dir"] == "2024"
-    flags = ["--curve", "0.10", "--limit", "3", "--epsilon", "2"]
-    assert settings == parse(["evaluate", "--routers", "r", *flags]).of(EvaluateConfig)
+    line = "evaluate --routers r --curve 0.10 --limit 3 --epsilon 2"
+    assert settings == parsed(line).of(EvaluateConfig)
 
 
 @pytest.mark.parametrize("line", ["curve: true", "curve: [0.1]", "routers: 5.0: 3", "limit: x"])
-def test_other_values_in_a_file_still_have_to_fit(tmp_path: Path, line: str):
-    file = tmp_path / "s.yaml"
+def test_other_values_in_a_file_still_have_to_fit(file: Path, line: str):
     file.write_text(line + "\n")
 
     with pytest.raises(ConfigError, match=r"s\.yaml"):
-        parse(["evaluate", "--routers", "r", "--config", str(file)])
+        parsed(f"evaluate --routers r --config {file}")
 
 
 def test_a_switch_can_be_turned_on_and_off():
-    assert parse(["generate", "hello"]).of(GenerateConfig).chat is True
-    assert parse(["generate", "--no-chat", "hello"]).of(GenerateConfig).chat is False
-    assert parse(["search", "--trust-remote-code"]).of(ModelConfig).trust_remote_code is True
+    assert parsed("generate hello").of(GenerateConfig).chat is True
+    assert parsed("generate --no-chat hello").of(GenerateConfig).chat is False
+    assert parsed("search --trust-remote-code").of(ModelConfig).trust_remote_code is True
 
 
 def test_without_a_model_it_is_known_that_none_was_given():
-    given = parse(["evaluate", "--routers", "r", "--model", "smollm2-135m"])
-    not_given = parse(["evaluate", "--routers", "r"])
+    given = parsed("evaluate --routers r --model smollm2-135m")
+    not_given = parsed("evaluate --routers r")
 
     assert given.model_given
     assert not not_given.model_given
@@ -150,28 +138,25 @@ def test_without_a_model_it_is_known_that_none_was_given():
 
 def test_abbreviated_flags_are_refused():
     with pytest.raises(ConfigError, match="unknown flag '--lim'; did you mean '--limit'"):
-        parse(["search", "--lim", "3"])
+        parsed("search --lim 3")
 
 
 def test_numbers_with_an_exponent_are_numbers_on_the_line():
-    words = ["train", "--supervision", "s", "--output", "o", "--learning-rate", "1e-3"]
+    line = "train --supervision s --output o --learning-rate 1e-3"
 
-    assert parse(words).of(TrainConfig).learning_rate == 1e-3
-
-
-def test_an_empty_yaml_file_is_refused(tmp_path: Path):
-    file = tmp_path / "s.yaml"
-    file.write_text("")
-
-    with pytest.raises(ConfigError, match="holds NoneType, not names and values"):
-        read_yaml(file, "settings")
+    assert parsed(line).of(TrainConfig).learning_rate == 1e-3
 
 
-def test_a_yaml_file_in_another_encoding_is_refused(tmp_path: Path):
-    file = tmp_path / "s.yaml"
-    file.write_bytes(b"model: \xff\xfe")
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"", "holds NoneType, not names and values"), (b"model: \xff\xfe", "not a UTF-8 text")],
+)
+def test_a_yaml_file_without_names_or_in_another_encoding_is_refused(
+    file: Path, content: bytes, says: str
+):
+    file.write_bytes(content)
 
-    with pytest.raises(ConfigError, match="not a UTF-8 text"):
+    with pytest.raises(ConfigError, match=says):
         read_yaml(file, "settings")
 
 
@@ -192,12 +177,8 @@ def test_help_version_and_lists_load_no_torch():
     assert done.stderr == ""
 
 
-def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]):
-    import importlib.metadata
-
-    assert main(["--version"]) == 0
-
-    assert capsys.readouterr().out == f"drllm {importlib.metadata.version('drllm')}\n"
+def test_the_version_is_the_packages(drllm):
+    assert drllm("--version").out == f"drllm {importlib.metadata.version('drllm')}\n"
 
 
 def test_every_public_name_is_there_and_none_is_a_packages():

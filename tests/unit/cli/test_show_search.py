@@ -337,11 +337,10 @@ def search_file(folder: Path, found: Sequence[SearchRecord] = FOUND) -> Path:
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_show_draws_a_question_of_a_file_or_folder(tmp_path: Path, capsys, folder: bool):
+def test_show_draws_a_question_of_a_file_or_folder(tmp_path: Path, drllm, folder: bool):
     file = search_file(tmp_path)
-    assert main(["show", str(tmp_path if folder else file), "--question", "q2"]) == 0
 
-    assert "What is ice?" in capsys.readouterr().out
+    assert "What is ice?" in drllm("show --question q2", tmp_path if folder else file).out
 
 
 def test_a_questions_target_follows_the_rule_of_the_supervision_next_to_it(tmp_path: Path, line_of):
@@ -359,13 +358,13 @@ def test_show_tells_the_story_of_a_search_file(tmp_path: Path, printed):
     assert "as the search found it → after the re-test" in printed()
 
 
-def test_a_question_is_drawn_from_a_search_only(tmp_path: Path, capsys):
+def test_a_question_is_drawn_from_a_search_only(tmp_path: Path, drllm):
     output = tmp_path / "supervision.jsonl"
     supervise([search_file(tmp_path)], SuperviseConfig(), output)
 
-    assert main(["show", str(output), "--question", "q1"]) == 2
-    assert "supervision.jsonl is no search.jsonl" in capsys.readouterr().err
-    assert main(["show", str(tmp_path / "nowhere"), "--question", "q1"]) == 2
+    said = drllm("show --question q1", output, status=2).err
+    assert "supervision.jsonl is no search.jsonl" in said
+    drllm("show --question q1", tmp_path / "nowhere", status=2)
 
 
 def failed_file(folder: Path) -> Path:
