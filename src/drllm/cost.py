@@ -69,8 +69,7 @@ def decode_executions(rows: Sequence[Sequence[int]], num_new_tokens: Sequence[in
     """Return the mean executions of the forward passes that decode answers.
 
     The pass that reads the prompt gives the first new token, so n tokens take n - 1 passes more.
-    Long answers count more than short ones, so this differs from the prompts' mean where the
-    routes of prompts with long answers do.
+    Long answers count more than short ones.
 
     Args:
         rows: Each prompt's decisions, which hold for its whole answer.
@@ -78,13 +77,6 @@ def decode_executions(rows: Sequence[Sequence[int]], num_new_tokens: Sequence[in
 
     Returns:
         The mean in layer equivalents; None where no answer needed such a pass.
-
-    Raises:
-        ValueError: Not one number of tokens for each prompt.
-
-    Example:
-        >>> decode_executions([[1, 1, 1], [1, 0, 0]], [1, 5])
-        1.0
     """
     passes = [num - 1 for num in num_new_tokens]
     total = sum(executions(row) * num for row, num in zip(rows, passes, strict=True))

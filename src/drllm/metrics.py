@@ -169,18 +169,11 @@ def majority(labels: Labels) -> list[int]:
 def expected_counts(labels: Labels, shares: Sequence[Sequence[float]]) -> Counts:
     """Return the expected counts of decisions that are drawn without looking at the question.
 
+    Decisions that skip every layer cost 1, as everywhere.
+
     Args:
         labels: `[L][C]`, of the targets.
         shares: `[L][C]`: the probability of each decision; layers are drawn one by one.
-
-    Returns:
-        Expected counts; decisions that skip every layer cost 1, as everywhere.
-
-    Source: ours.
-
-    Example:
-        >>> expected_counts([[1, 3, 0]], [[0.5, 0.5, 0.0]]).confusion[0][:2]
-        ((0.5, 0.5, 0.0), (1.5, 1.5, 0.0))
     """
     examples = sum(labels[0])
     mean = sum(decision * layer[decision] for layer in shares for decision in DECISIONS)

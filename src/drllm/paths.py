@@ -40,10 +40,6 @@ def check_decisions(decisions: Sequence[int], num_layers: int | None = None) -> 
 
     Raises:
         PathError: A value outside 0, 1, 2; another length than `num_layers`; nothing executed.
-
-    Example:
-        >>> check_decisions([1, 0, 2], num_layers=3)
-        (1, 0, 2)
     """
     if num_layers is not None and len(decisions) != num_layers:
         raise PathError(
@@ -63,22 +59,12 @@ def check_decisions(decisions: Sequence[int], num_layers: int | None = None) -> 
 
 
 def full_decisions(num_layers: int) -> Decisions:
-    """Return the decisions of the base model itself: every layer once.
-
-    Example:
-        >>> full_decisions(3)
-        (1, 1, 1)
-    """
+    """Return the decisions of the base model itself: every layer once."""
     return (int(Decision.EXECUTE),) * num_layers
 
 
 def num_executions(decisions: Sequence[int]) -> int:
-    """Count the layer executions that decisions cost.
-
-    Example:
-        >>> num_executions([1, 0, 2])
-        3
-    """
+    """Count the layer executions that decisions cost."""
     return sum(int(value) for value in decisions)
 
 
@@ -158,10 +144,6 @@ def check_path(path: Sequence[int], num_layers: int) -> tuple[int, ...]:
 
     Raises:
         PathError: An empty path, or an index that isn't a layer of the model.
-
-    Example:
-        >>> check_path([0, 1, 0, 1, 2], num_layers=3)
-        (0, 1, 0, 1, 2)
     """
     if not len(path):
         raise PathError("the path is empty; at least one layer must be executed")

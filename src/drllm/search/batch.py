@@ -121,15 +121,7 @@ def search_in_step(
     Every round evaluates up to `leaves_per_round` new paths of every question that isn't done, in
     one batch. A question's tree depends on its own seed and outcomes only, not on its neighbours.
 
-    Args:
-        routed: The model, made with its tokenizer.
-        questions: At least one.
-        config: Settings of the search.
-        parts: See `search_batch`.
-        on_round: See `OnRound`.
-
-    Returns:
-        Every path tried of every question in order, with reward, margin, executions, KL, re-test.
+    The arguments are those of `search_batch`.
 
     Raises:
         ConfigError: A prompt that the chat template refuses.
@@ -263,13 +255,9 @@ class LocalExecutor:
         chunks: Chunks | None = None,
         on_share: OnShare | None = None,
     ) -> Iterator[tuple[Batch, Searched]]:
-        """Search batches, and hand each over as soon as it is done.
+        """Search batches, each taken when it can be, and hand it over as soon as it is done.
 
-        Args:
-            batches: Taken when there is somebody to search them, not before.
-            config: Settings of the search.
-            chunks: Where what is done of a batch is kept, under `key_of`.
-            on_share: See `OnShare`.
+        What is done of a batch is kept in `chunks`, under `key_of`.
         """
         for batch in batches:
             parts = None if chunks is None else chunks.within(key_of(batch))

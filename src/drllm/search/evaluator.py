@@ -113,7 +113,6 @@ class Evaluator:
             Where memory runs out, half as many are tried. What comes out doesn't depend on it.
 
     Attributes:
-        readings: The prompts as they are read.
         states: The shared states, with the count of executions run and asked for.
     """
 

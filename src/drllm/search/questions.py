@@ -79,12 +79,20 @@ def questions_of(
     _check_settings(config)
     shard = None if config.shard is None else parse_shard(config.shard)
     found = _examples_of(get_tasks(config.dataset) if source is None else source, config)
-    _check_rewards([task for task, _ in found], config)
+    rewards = [task.check_reward(config.reward) for task, _ in found]
+    wanted = [] if config.reward is None else config.reward.split(",")
+    for name in wanted:
+        if wanted.count(name) > 1:
+            raise ConfigError(f"--reward names {name!r} twice; name it once")
+        if name not in rewards:
+            raise TaskError(
+                f"--reward {config.reward}: no task of "
+                f"{','.join(task.name for task, _ in found)!r} is graded by {name!r}; leave it out"
+            )
     questions: list[SearchQuestion] = []
     seen: set[str] = set()
     copies = 0
-    for task, examples in found:
-        reward = task.check_reward(config.reward)
+    for (task, examples), reward in zip(found, rewards, strict=True):
         asked = choose(examples, config.limit, config.seed)
         keys = [question_key(example.question) for example in asked]
         for example, key in zip(asked, keys, strict=True):
@@ -137,10 +145,6 @@ def parse_shard(text: str) -> tuple[int, int]:
 
     Raises:
         ConfigError: Not of the form i/n, a part that doesn't exist, or one part of one.
-
-    Example:
-        >>> parse_shard("2/8")
-        (2, 8)
     """
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
     if match is None:
@@ -185,20 +189,6 @@ def _check_settings(config: SearchConfig) -> None:
                     f"--{name.replace('_', '-')} {value:g} has no effect with --strategy "
                     f"{config.strategy}; leave it out, or choose --strategy {strategy}"
                 )
-
-
-def _check_rewards(tasks: Sequence[Task], config: SearchConfig) -> None:
-    """Refuse a reward that grades no task, or is named twice."""
-    used = {task.check_reward(config.reward) for task in tasks}
-    rewards = [] if config.reward is None else config.reward.split(",")
-    for name in rewards:
-        if rewards.count(name) > 1:
-            raise ConfigError(f"--reward names {name!r} twice; name it once")
-        if name not in used:
-            raise TaskError(
-                f"--reward {config.reward}: no task of "
-                f"{','.join(task.name for task in tasks)!r} is graded by {name!r}; leave it out"
-            )
 
 
 def _examples_of(

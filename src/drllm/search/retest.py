@@ -46,9 +46,6 @@ def retested(
         found: The outcomes of the first asking, by question's place and decisions.
         once: Keeps what is evaluated.
 
-    Returns:
-        How candidates fared.
-
     Source: ours (docs/differences.md, D-05).
     """
     full = full_decisions(first.routed.num_layers)
@@ -103,12 +100,9 @@ def _judge_anew(
 
 
 def judge(outcomes: Sequence[Outcome], full: Sequence[Outcome], tolerance: float) -> Retest:
-    """Say whether a path has survived.
+    """Say whether a path has survived, by its outcomes and the full path's, one a way of asking.
 
-    Args:
-        outcomes: Of the path, one per way of asking.
-        full: Of the full path, in the same order.
-        tolerance: Nats by which the path's mean margin may lie below the full path's.
+    Its mean margin may lie below the full path's by `tolerance` nats.
     """
     passed = sum(outcome.reward >= 1 for outcome in outcomes)
     # Margins are compared only over the ways in which both paths have one.

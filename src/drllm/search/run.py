@@ -313,9 +313,6 @@ def forecast(
     share more with earlier ones, so a search of more simulations than the sample's is quicker than
     this by path.
 
-    Returns:
-        One forecast per task, in order.
-
     Raises:
         DrllmError: A question of the sample that can't be searched.
     """

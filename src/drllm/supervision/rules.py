@@ -162,19 +162,10 @@ def weigh(paths: Sequence[TriedPath], path_weights: str) -> list[float]:
         path_weights: `equal`; `shorter` (each execution more than the shortest has halves the
             weight) or `closer` (exp(−KL), the KL in nats a token).
 
-    Returns:
-        Weights above 0.
-
     Raises:
         ConfigError: `closer` for a path whose KL wasn't computed.
 
     Source: ours.
-
-    Example:
-        >>> full = TriedPath(decisions=(1, 1), simulation=0, reward=1, margin=None, executions=2)
-        >>> half = TriedPath(decisions=(1, 0), simulation=1, reward=1, margin=None, executions=1)
-        >>> weigh([full, half], "shorter")
-        [0.5, 1.0]
     """
     if path_weights == "equal":
         return [1.0 for _ in paths]

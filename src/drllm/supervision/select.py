@@ -181,9 +181,8 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
     """Pick a target path for each searched question.
 
     Questions with the same text, in whatever tasks, are one question; the first one counts, with
-    or without a target. Quotas are filled in the order of the questions.
-
-    No targets at all is a result like any other.
+    or without a target. Quotas are filled in the order of the questions. No targets at all is a
+    result like any other.
 
     Raises:
         ConfigError: As for `check_settings`, and weights by a KL that a path lacks.

@@ -18,9 +18,6 @@ from drllm.cost import max_executions
 from drllm.paths import Decisions, full_decisions, num_executions
 from drllm.registry import Registry
 
-RELEASED_MIN_SAVED = 2
-"""Layers that a correct path must save to end a search under the rule `released`."""
-
 
 class Tried(NamedTuple):
     """How one path fared."""
@@ -62,14 +59,10 @@ class PathSearch(ABC):
         self._over = False
 
     def ask(self, maximum: int = 1) -> list[Decisions]:
-        """Return new paths whose rewards are wanted.
+        """Return up to so many new paths whose rewards are wanted.
 
-        Args:
-            maximum: At least 1; with 1, each path is chosen knowing the rewards of all others.
-
-        Returns:
-            Paths never returned before; none when the search is over, or when nothing can be chosen
-            before the reward of a path in flight is known.
+        With 1, each is chosen knowing the rewards of all others. There are none when the search is
+        over, or when nothing can be chosen before the reward of a path in flight is known.
         """
         if maximum < 1:
             raise ValueError(f"can't return {maximum} paths; ask for at least 1")
@@ -119,13 +112,13 @@ class PathSearch(ABC):
         return self.num_simulations_done + len(self._in_flight)
 
     def _stops_at(self, decisions: Decisions, reward: float) -> bool:
-        """Say whether the stop rule ends the search with this path."""
+        """Say whether the stop rule ends the search with this path; `released` at two saved."""
         rule = self.config.stop_rule
         if rule == "exhaust" or decisions == self._full or reward < 1:
             return False
         improving = self.tried[self._full].reward < 1
         saved = self.num_layers - num_executions(decisions)
-        return improving or saved >= (RELEASED_MIN_SAVED if rule == "released" else 1)
+        return improving or saved >= (2 if rule == "released" else 1)
 
     @abstractmethod
     def _select(self) -> Decisions | None:
@@ -139,10 +132,6 @@ def graded(margin: float | None, kl: float | None) -> float | None:
     """Return a path's score: its margin, or where that isn't known its KL, negated.
 
     Scores of one question are of one kind: a reward either has margins at once or for no path.
-
-    Example:
-        >>> graded(None, 0.25)
-        -0.25
     """
     if margin is not None:
         return margin
@@ -153,11 +142,5 @@ STRATEGIES: Registry[type[PathSearch]] = Registry("strategy", [f"{__name__}.*"])
 
 
 def new_search(num_layers: int, config: SearchConfig, rng: Random) -> PathSearch:
-    """Start the search that `config.strategy` names on one question, with its own randomness.
-
-    Example:
-        >>> search = new_search(3, SearchConfig(), Random(0))
-        >>> search.ask()
-        [(1, 1, 1)]
-    """
+    """Start the search that `config.strategy` names on one question, with its own randomness."""
     return STRATEGIES.get(config.strategy)(num_layers, config, rng)

@@ -73,13 +73,6 @@ class TreeSearch(PathSearch):
     Source: Dr.LLM section 3.1 and appendix (UCB rule, its constants, random child);
         transpositions, widening, the choice of edits and of ties are ours
         (docs/decisions/0003-progressive-widening.md).
-
-    Example:
-        >>> search = TreeSearch(2, SearchConfig(num_simulations=3), Random(0))
-        >>> while asked := search.ask():
-        ...     search.tell(*asked, reward=1.0)
-        >>> search.root.visits, len(search.nodes)
-        (4, 4)
     """
 
     own_settings = ("exploration_constant", "length_penalty", "random_child_probability")

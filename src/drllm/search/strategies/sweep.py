@@ -27,13 +27,6 @@ class SweepSearch(PathSearch):
     edit j of the ranking are tried in the order of i + j. Paths rank by reward, then
     by score, then the shorter one first; an edit ranks as the path that it alone makes. The ranking
     waits until no path is in flight, so a round never reaches into the next level.
-
-    Example:
-        >>> search = SweepSearch(2, SearchConfig(num_simulations=2), Random(0))
-        >>> while asked := search.ask():
-        ...     search.tell(*asked, reward=1.0)
-        >>> sorted(search.tried)
-        [(0, 1), (1, 0), (1, 1)]
     """
 
     def __init__(self, num_layers: int, config: SearchConfig, rng: Random) -> None:

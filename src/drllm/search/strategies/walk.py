@@ -24,11 +24,6 @@ class WalkSearch(PathSearch):
     budget.
 
     Source: the published code of Dr.LLM (commit 14e8837), whose tree gives every node one child.
-
-    Example:
-        >>> search = WalkSearch(4, SearchConfig(), Random(0))
-        >>> search.ask()
-        [(1, 1, 1, 1)]
     """
 
     def __init__(self, num_layers: int, config: SearchConfig, rng: Random) -> None:
