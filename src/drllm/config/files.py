@@ -76,17 +76,11 @@ for tag in ("int", "float"):
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """Read a YAML file that holds names and values.
+    """Read a YAML file of names, in which dashes become underscores, and values.
 
     Args:
-        path: The file.
+        path: The file; one that is missing, not YAML, or not a mapping of names is a ConfigError.
         what: What it is, for messages ("settings", "a recipe").
-
-    Returns:
-        Its values; the names have underscores in place of dashes.
-
-    Raises:
-        ConfigError: No such file, not YAML, or not a mapping of names.
     """
     remedy = f"give a YAML file with {what}"
     if not path.is_file():
@@ -120,9 +114,7 @@ def with_underscores(values: Mapping[Any, Any]) -> dict[str, Any]:
 def canonical(group: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group's settings under our names, a number as text where the setting is one.
 
-    Args:
-        group: Where the settings are declared.
-        values: From `read_yaml`; what is no setting of the group is left as it is.
+    Of the values from `read_yaml`, what is no setting of the group is left as it is.
     """
     ours = {declared.metadata["alias"]: declared.name for declared in dataclasses.fields(group)}
     kinds = kinds_of(group)

@@ -21,12 +21,7 @@ import torch
 import transformers
 import yaml
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from drllm.errors import ArchitectureError, RoutingError, unknown_name
@@ -140,11 +135,7 @@ def check_model(model: Any) -> Finding:
     """Try a model: a padded batch, a plan for each row, a cache, `generate`.
 
     Args:
-        model: A decoder-only model of transformers in float32 that isn't routed. It is left as
-            it was.
-
-    Returns:
-        What was found: exact, refused with the reason, or the size of the difference.
+        model: A decoder-only model of transformers in float32 that isn't routed; left as it was.
     """
     made: dict[str, Any] = {"family": model.config.model_type, "class_name": type(model).__name__}
     with quiet():
@@ -167,12 +158,7 @@ def check_model(model: Any) -> Finding:
 
 
 def mixed_plans(num_layers: int) -> list[list[int]]:
-    """Return four plans for L layers that use a cache in all the ways that one can go wrong.
-
-    Example:
-        >>> mixed_plans(4)
-        [[0, 1, 1, 1], [2, 2, 2, 2], [1, 0, 2, 1], [0, 0, 1, 0]]
-    """
+    """Return four plans for L layers that use a cache in all the ways that one can go wrong."""
     return [
         [0] + [1] * (num_layers - 1) if num_layers > 1 else [1],
         [2] * num_layers,
@@ -207,20 +193,6 @@ def layers_listed(model: Any, decisions: Sequence[int]) -> Iterator[None]:
             setattr(decoder.config, key, value)
 
 
-class _Forced(LogitsProcessor):  # type: ignore[misc]
-    """Makes `generate` say given answers, so that both ways read the same tokens."""
-
-    def __init__(self, answers: Sequence[Sequence[int]]) -> None:
-        self.answers = torch.tensor(answers)  # [B, T_new]
-        self.step = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Rule every other token out."""
-        said = self.answers[:, self.step, None].to(scores.device)
-        self.step += 1
-        return torch.full_like(scores, -torch.inf).scatter(1, said, 0.0)
-
-
 def _random_rows(model: Any) -> tuple[list[list[int]], list[list[int]]]:
     """Return prompts, and answers that no end token cuts short."""
     rng = random.Random(0)
@@ -246,6 +218,10 @@ def _differences(model: Any, plans: Sequence[Sequence[int]] | None) -> tuple[flo
         slow.append(logits[len(prompt) - 1 : -1].float().cpu())  # [T_new, V]
     ids, mask = left_padded(prompts, model.device)
     routed = None if plans is None else RoutedModel(model)
+
+    def forced(row: int, said: Tensor) -> list[int]:
+        return [answers[row][len(said) - ids.shape[1]]]
+
     try:
         with nullcontext() if routed is None else routed.fixed(plans or []):
             output = model.generate(
@@ -254,7 +230,7 @@ def _differences(model: Any, plans: Sequence[Sequence[int]] | None) -> tuple[flo
                 generation_config=GenerationConfig(do_sample=False, pad_token_id=0),
                 max_new_tokens=NUM_NEW,
                 use_cache=True,  # some models say no by default
-                logits_processor=LogitsProcessorList([_Forced(answers)]),
+                prefix_allowed_tokens_fn=forced,  # so that both ways read the same tokens
                 output_logits=True,
                 return_dict_in_generate=True,
             )

@@ -14,9 +14,8 @@ import json
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -52,8 +51,7 @@ OLDER_NAMES: dict[str, dict[str, str]] = {
 """Type of model → name of a setting in transformers 5 → its name in 4, where that is another."""
 
 
-@dataclass(frozen=True, slots=True)
-class Export:
+class Export(NamedTuple):
     """What was written.
 
     Attributes:
@@ -218,13 +216,6 @@ def config_along(config: Any, path: Sequence[int]) -> Any:
     Lists of L values are taken for one value per layer and follow the path, and so do lists of
     layer indices, told by their name. Everything else stays; whether that was enough is for
     `check_layers` to say. Values that the config's class refuses are a ValueError.
-
-    Example:
-        >>> from transformers import Qwen2Config
-        >>> kinds = ["full_attention", "sliding_attention"]
-        >>> listed = config_along(Qwen2Config(num_hidden_layers=2, layer_types=kinds), [0, 1, 1])
-        >>> listed.num_hidden_layers, listed.layer_types
-        (3, ['full_attention', 'sliding_attention', 'sliding_attention'])
     """
     text = config.get_text_config()
     values = config.to_dict()
@@ -351,12 +342,6 @@ def add_older_words(config: dict[str, Any]) -> None:
     Transformers 5 keeps all of RoPE under `rope_parameters`. Transformers 4 doesn't know that key
     and takes its defaults: other numbers, and no warning. Both may stand in one config. The older
     names are those that transformers 5 itself still reads.
-
-    Example:
-        >>> config = {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}}
-        >>> add_older_words(config)
-        >>> config["rope_theta"], config["rope_scaling"]
-        (50000.0, None)
     """
     for part in [config, *config.values()]:  # a composite config has one for the text
         if not isinstance(part, dict):

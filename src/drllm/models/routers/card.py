@@ -28,22 +28,19 @@ METRICS = {
     "acc_repeat": "repeat labels hit",
     "avg_layers": "executions",
 }
-COMPARED = {"macro_f1": "macro-F1", "accuracy": "labels hit"} | {
-    key: METRICS[key] for key in ("f1_skip", "f1_repeat", "avg_layers")
-}
+COMPARED = {"macro_f1": "macro-F1", "accuracy": "labels hit"}
+COMPARED |= {key: METRICS[key] for key in ("f1_skip", "f1_repeat", "avg_layers")}
 
 
 def model_card(config: RouterConfig, place: str = FOLDER) -> str:
-    """Write the card of routers.
+    """Write the card of routers, Markdown with the front matter that the hub reads.
+
+    `base_model` is in the front matter only where it has the form of a hub id. Of routers that
+    weren't trained the card says that nothing is known of their data and metrics.
 
     Args:
-        config: Of trained routers, or of others: the card then says that nothing is known of
-            their data and metrics.
+        config: The routers'.
         place: From where they are loaded: a folder or a hub id.
-
-    Returns:
-        Markdown with the front matter that the hub reads. `base_model` is in it only where it has
-        the form of a hub id.
     """
     training, rows = config.training, config.training.get("metrics")
     compared = _mapping(training.get("against_baselines"))

@@ -64,8 +64,7 @@ def save_routers(
             f"{card} isn't a card of routers and would be replaced by one; save to a folder of "
             f"their own, or move it away"
         )
-    weights = routers.state_dict()
-    tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+    tensors = {name: w.detach().cpu().contiguous() for name, w in routers.state_dict().items()}
     if misfit := _misfit(tensors, config):
         raise CheckpointError(f"these routers can't be saved: {misfit}")
     values = {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
@@ -105,9 +104,8 @@ def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
         if (folder / name).is_dir():
             raise IsADirectoryError(0, f"{name} in it is a folder")
     mark, placed = uuid.uuid4().hex, []
-    new, old = (
-        {name: folder / f".{name}.{mark}.{age}" for name in names} for age in ("new", "old")
-    )
+    new = {name: folder / f".{name}.{mark}.new" for name in names}
+    old = {name: folder / f".{name}.{mark}.old" for name in names}
     try:
         for name in names:
             with new[name].open("xb") as file:
@@ -264,16 +262,10 @@ def check_routers(model: Any, routers: RouterStack) -> None:
             Another id alone is a warning.
     """
     config, found = routers.config, describe(model)
-    expected = {
-        "base_class": (config.base_class, found["class"]),
-        "num_layers": (config.num_layers, found["num_layers"]),
-        "hidden_size": (config.hidden_size, found["hidden_size"]),
-        "base_fingerprint": (config.base_fingerprint, found["fingerprint"]),
-    }
     differences = [
-        f"{name} {wanted}, this model has {value}"
-        for name, (wanted, value) in expected.items()
-        if wanted not in ("", value)
+        f"{name} {getattr(config, name)}, this model has {found[name.removeprefix('base_')]}"
+        for name in ("base_class", "num_layers", "hidden_size", "base_fingerprint")
+        if getattr(config, name) not in ("", found[name.removeprefix("base_")])
     ]
     if differences:
         raise CheckpointError(
@@ -293,11 +285,11 @@ def check_routers(model: Any, routers: RouterStack) -> None:
 def described(config: RouterConfig, model: Any) -> RouterConfig:
     """Fill in what a config doesn't say of its base model."""
     found, base = describe(model), base_of(model)
-    missing: dict[str, Any] = {
-        "base_class": config.base_class or found["class"],
-        "base_fingerprint": config.base_fingerprint or found["fingerprint"],
-    }
     if not config.base_model:
-        missing["base_model"] = getattr(base, "name_or_path", "")
-        missing["base_revision"] = getattr(base.config, "_commit_hash", None)
-    return dataclasses.replace(config, **missing)
+        name, commit = getattr(base, "name_or_path", ""), getattr(base.config, "_commit_hash", None)
+        config = dataclasses.replace(config, base_model=name, base_revision=commit)
+    return dataclasses.replace(
+        config,
+        base_class=config.base_class or found["class"],
+        base_fingerprint=config.base_fingerprint or found["fingerprint"],
+    )
