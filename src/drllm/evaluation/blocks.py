@@ -24,12 +24,9 @@ LEAST_GENERATED = 1
 
 
 class Answered(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What some questions were answered under all draws of a system.
+    """What some questions were answered under all draws of a system; `seconds` is the first's time.
 
-    Attributes:
-        answers: For each draw.
-        routes: For each draw, every question's decisions; empty where a path can't be expressed.
-        seconds: Wall time of the first draw, measured.
+    `routes` has every question's decisions; it is empty where a path can't be expressed.
     """
 
     answers: list[Answers]

@@ -13,6 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import msgspec
+
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError
 from drllm.evaluation.comparison import TASKS_FOLDER, Comparison, Shared
@@ -29,7 +31,7 @@ from drllm.models.routers.checkpoint import (
     load_routers,
     save_routers,
 )
-from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import (
     new_manifest,
@@ -44,9 +46,6 @@ from drllm.tasks.base import OPTIONS_REWARD, Task
 from drllm.tasks.registry import get_task, get_tasks
 
 Routers: TypeAlias = "Path | str | RouterStack"
-
-ROUTERS_FOLDER = "routers"
-"""For routers that were given from memory."""
 
 
 def evaluate(
@@ -120,12 +119,18 @@ def _evaluate(
         raise ConfigError("no routers are given; name their folder, or evaluate a RoutedModel")
     routers = {}
     for number, each in enumerate(given):
-        folder = output / ROUTERS_FOLDER / str(number) if isinstance(each, RouterStack) else each
+        folder = output / "routers" / str(number) if isinstance(each, RouterStack) else Path(each)
         if isinstance(each, RouterStack):
-            save_routers(each, Path(folder))
-        routers[Path(folder)] = load_routers(folder)
+            save_routers(each, folder)
+        routers[folder] = load_routers(folder)
     (first, trained), *_ = routers.items()
-    _tell_of_rewards(trained.config, listener)
+    asked_by = trained.config.training.get("rewards")
+    if isinstance(asked_by, list) and asked_by and OPTIONS_REWARD not in asked_by:
+        listener.note(
+            f"drllm: the routers were trained on prompts for {', '.join(map(str, asked_by))}, the "
+            f"evaluation asks by {OPTIONS_REWARD}; to have both alike, search with --reward "
+            f"{OPTIONS_REWARD}"
+        )
     hashes = {folder: sha256(folder / WEIGHTS_FILE) for folder in routers}
     header = {
         **new_manifest(
@@ -139,7 +144,13 @@ def _evaluate(
         "routers_sha256": hashes[first],
         "other_seeds": {str(folder): hashes[folder] for folder in routers if folder != first},
     }
-    _refuse_replacing(output, header)
+    for path in results_in(output):
+        refuse_other_run(
+            f"the evaluation in {path}",
+            _identity(msgspec.structs.asdict(read_evaluation(path))),
+            _identity(header),
+            "choose another --output-dir, or delete the old results",
+        )
     for stack in routers.values():
         check_routers(base.model, stack)
         stack.to(base.model.device)
@@ -162,6 +173,13 @@ def _evaluate(
     return results
 
 
+def _identity(header: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what makes two evaluations the same one; how often time is measured doesn't."""
+    names = ("routers_sha256", "other_seeds", "model", "runtime")
+    config = {**header["config"], "latency_rounds": None}
+    return {"config": config, **{name: header[name] for name in names}}
+
+
 def _write(
     done: Sequence[TaskRuns], header: Mapping[str, Any], output: Path
 ) -> tuple[Evaluation, ...]:
@@ -177,32 +195,3 @@ def _write(
     for cache in (output / TASKS_FOLDER).glob(f"*/{CACHE}"):
         shutil.rmtree(cache)  # what the harness made of the rows, to read them
     return results
-
-
-def _refuse_replacing(output: Path, header: Mapping[str, Any]) -> None:
-    """Refuse to replace the results of another evaluation."""
-
-    def identity(values: Mapping[str, Any]) -> dict[str, Any]:  # time is measured anew each time
-        names = ("routers_sha256", "other_seeds", "model", "runtime")
-        config = {**values["config"], "latency_rounds": None}
-        return {"config": config, **{name: values[name] for name in names}}
-
-    for path in results_in(output):
-        old = read_evaluation(path)
-        refuse_other_run(
-            f"the evaluation in {path}",
-            identity({name: getattr(old, name) for name in header}),
-            identity(header),
-            "choose another --output-dir, or delete the old results",
-        )
-
-
-def _tell_of_rewards(config: RouterConfig, listener: Listener) -> None:
-    """Say so where the routers were trained on prompts of another form than those asked here."""
-    trained = config.training.get("rewards")
-    if isinstance(trained, list) and trained and OPTIONS_REWARD not in trained:
-        listener.note(
-            f"drllm: the routers were trained on prompts for {', '.join(map(str, trained))}, the "
-            f"evaluation asks by {OPTIONS_REWARD}; to have both alike, search with --reward "
-            f"{OPTIONS_REWARD}"
-        )

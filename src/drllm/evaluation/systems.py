@@ -41,7 +41,6 @@ class SystemRun(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """One system's outcomes on a task, by question.
 
     Attributes:
-        name: `base`, `routed`, or a baseline's.
         setting: Its depth in words; empty for the routers as they were trained.
         routes: For each draw, every question's decisions; empty where a path can't be expressed.
         correct: For each question, the score of its answer by the task's metric, averaged over
@@ -54,7 +53,6 @@ class SystemRun(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         executions: Mean a forward pass over questions and draws.
         decode_executions: Of answers that are generated, mean a token; None with options.
         unchanged: For each draw of permuted routes, the share of questions that kept their route.
-        notes: What a reader should know about it beyond its description.
     """
 
     name: str
@@ -132,14 +130,7 @@ class TaskRun:
     def run(
         self, name: str, drawn: Sequence[Drawn], setting: str = "", keep: Keep = unkept
     ) -> SystemRun:
-        """Run a system.
-
-        Args:
-            name: Its name.
-            drawn: How it decides: a policy, a path, or plans, of which there may be several draws.
-            setting: Its depth in words.
-            keep: See `Keep`.
-        """
+        """Run a system that decides by a policy, a path, or one or more draws of plans."""
         first = drawn[0]
         plans: list[Plan] = [
             dict(zip(self.asked.keys, map(tuple, draw.plan.tolist()), strict=True))
@@ -219,18 +210,19 @@ class TaskRun:
 
     def _ask(self, block: Block, first: Drawn, plans: Sequence[Plan]) -> Answered:
         """Ask a block's questions under the first draw, which is timed, and under further plans."""
-        scorer, requests = self.lm.scorer, self._requests_of(block)
-        routes: list[list[Decisions]] = []
+        scorer, routes = self.lm.scorer, list[list[Decisions]]()
         started = self._clock()
         if first.path is not None:
-            answers = [self._by_question(block, scorer.score_path(requests, first.path))]
+            scored = scorer.score_path(self._requests_of(block), first.path)
+            answers = [self._by_question(block, scored)]
         else:
             answered, taken = self._under(block, first.policy or plans[0])
             answers, routes = [answered], [taken]
         seconds = self._clock() - started
         others = plans[1:]
         if others and self.asked.has_options:  # what options have in common runs once
-            answers += [self._by_question(block, a) for a in scorer.score_plans(requests, others)]
+            plain = scorer.score_plans(self._requests_of(block), others)
+            answers += [self._by_question(block, each) for each in plain]
         else:
             answers += [self._under(block, plan)[0] for plan in others]
         routes += [self._rows(plan, block) for plan in others]
@@ -259,7 +251,7 @@ class TaskRun:
         return [plan[self.asked.keys[place]] for place in block]
 
     def _requests_of(self, block: Block) -> list[Request]:
-        return [each for place in block for each in self._requests[place]] if self._requests else []
+        return [each for place in block for each in self._requests[place]]
 
     def _by_question(self, block: Block, answers: Sequence[Answer]) -> Answers:
         given = iter(answers)

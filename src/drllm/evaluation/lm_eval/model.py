@@ -150,8 +150,18 @@ class RoutedLM(HFLM):  # type: ignore[misc]
         )
         depth.knob()
         stack, source, named = _routers_and_base(pretrained, routers, base)
-        if num_windows is not None:
-            _check_windows(pretrained, stack, num_windows)
+        if num_windows is not None and stack is None:
+            raise ConfigError(
+                f"num_windows={num_windows} needs routers, and pretrained={pretrained} is no "
+                f"folder of routers{_not_there(pretrained)}; give their folder, or leave "
+                f"num_windows out"
+            )
+        own = num_windows if stack is None else stack.config.num_windows
+        if num_windows not in (None, own):
+            raise CheckpointError(
+                f"num_windows is {num_windows}, but these routers were trained with {own}; give "
+                f"num_windows={own}, or leave it out"
+            )
         accelerator = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # Each process takes a device of its own, or all the CPU, where that is asked for.
@@ -378,22 +388,6 @@ def _routers_and_base(
             f"the routers in {pretrained} don't name their base model; give it as base=MODEL"
         )
     return stack, base or config.base_model, None if base else config.base_revision
-
-
-def _check_windows(
-    pretrained: str | BaseModel, stack: RouterStack | None, num_windows: int
-) -> None:
-    """Refuse a number of windows that isn't the routers' own, or that there are no routers for."""
-    if stack is None:
-        raise ConfigError(
-            f"num_windows={num_windows} needs routers, and pretrained={pretrained} is no folder of "
-            f"routers{_not_there(pretrained)}; give their folder, or leave num_windows out"
-        )
-    if (own := stack.config.num_windows) != num_windows:
-        raise CheckpointError(
-            f"num_windows is {num_windows}, but these routers were trained with {own}; give "
-            f"num_windows={own}, or leave it out"
-        )
 
 
 def _not_there(pretrained: str | BaseModel) -> str:

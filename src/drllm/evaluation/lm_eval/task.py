@@ -39,7 +39,6 @@ class AskedTask:
         chat: Ask through the chat template, worked examples as turns.
 
     Attributes:
-        written: The entry.
         keys: Of the questions, in the order of their rows.
         instances: For each question, its requests.
         docs: For each question, its row.
