@@ -197,8 +197,12 @@ def _batches(
     route_first: bool,
 ) -> Iterator[tuple[list[int], Policy]]:
     """Yield the places of prompts that are answered together, and what decides on them."""
-    plans = _known_plans(routed, len(rows))
-    if plans is None and route_first and len(rows) > batch_size:
+    plans: list[Decisions] | None = None
+    if type(routed.policy) in (FullPolicy, FixedPolicy):  # these would read nothing
+        view = PromptView(torch.empty(len(rows), 0, 0), torch.empty(len(rows), 0).bool())
+        columns = [routed.policy.decide(layer, view) for layer in range(routed.num_layers)]
+        plans = [tuple(map(int, plan)) for plan in zip(*columns, strict=True)]
+    elif route_first and len(rows) > batch_size:
         routes = routes_of(routed, routed.policy, rows, batch_size=batch_size)
         plans = [tuple(route) for route in routes.tolist()]
     groups: dict[int, list[int]] = {}
@@ -211,16 +215,6 @@ def _batches(
         else:
             for batch in _cut(sorted(places, key=plans.__getitem__), plans, batch_size):
                 yield batch, FixedPolicy([plans[place] for place in batch], routed.num_layers)
-
-
-def _known_plans(routed: RoutedModel, num_prompts: int) -> list[Decisions] | None:
-    """Return each prompt's decisions where the policy would read nothing to give them."""
-    if type(routed.policy) not in (FullPolicy, FixedPolicy):
-        return None
-    nothing = torch.empty(num_prompts, 0)
-    view = PromptView(nothing[..., None], nothing.bool())
-    columns = [routed.policy.decide(layer, view) for layer in range(routed.num_layers)]
-    return [tuple(map(int, plan)) for plan in zip(*columns, strict=True)]
 
 
 def _cut(places: Sequence[int], plans: Sequence[Decisions], batch_size: int) -> Iterator[list[int]]:

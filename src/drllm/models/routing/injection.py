@@ -10,8 +10,8 @@ Axes: B rows of the batch, R rows that run, T tokens, K keys, D hidden, E rotary
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -138,11 +138,9 @@ class Injection:
         for hook in self._hooks:
             hook.remove()
 
-    @contextmanager
-    def driven_by(self, driver: Driver) -> Iterator[None]:
+    def driven_by(self, driver: Driver) -> AbstractContextManager[None]:
         """Let another driver run the layers of this model inside the block; `Driver()` for none."""
-        with _driver.set(self, driver):
-            yield
+        return _driver.set(self, driver)
 
     @cached_property
     def can_drop_tokens(self) -> bool:
@@ -190,10 +188,8 @@ class Injection:
 
     def _after(self, _module: nn.Module, _args: Any, output: Any) -> None:
         forward = self.current.get()
-        if forward is None:  # the pre-hook itself raised
-            return
         self.current.end()
-        if output is None:  # the forward raised: let that error through
+        if forward is None or output is None:  # the pre-hook or the forward raised: let it through
             return
         if forward.visited != list(range(self.num_layers)):
             raise RoutingError(
@@ -252,17 +248,7 @@ class LayerHandle:
 
 
 class LayerCall:
-    """One call of a layer by the model's loop: its index, its arguments, and how to run it.
-
-    Attributes:
-        index: Layer index from 0.
-        num_layers: L of the model.
-        is_last: Whether no layer follows.
-        module: The layer itself.
-        forward: The forward pass that this call belongs to.
-        cache: The K/V cache among the arguments, found by its type; None without one.
-        extras: What the layer returned besides its hidden states when it last ran.
-    """
+    """One call of a layer by the model's loop: its index, its arguments, and how to run it."""
 
     def __init__(
         self,
@@ -276,13 +262,13 @@ class LayerCall:
         self._num_rows = num_rows
         self._args = args
         self._kwargs = kwargs
-        self.index = handle.index
+        self.index = handle.index  # from 0
         self.module: nn.Module = handle.layer
         self.num_layers = handle.injection.num_layers
         self.is_last = self.index == self.num_layers - 1
-        self.forward = forward
-        self.extras: tuple[Any, ...] = ()
-        self.cache: Cache | None = None
+        self.forward = forward  # the pass that this call belongs to
+        self.extras: tuple[Any, ...] = ()  # returned besides hidden states when it last ran
+        self.cache: Cache | None = None  # found by its type
         for value in (*args, *kwargs.values()):
             if isinstance(value, Cache):
                 self.cache = value
@@ -295,15 +281,12 @@ class LayerCall:
                     )
 
     def run(self, hidden: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
-        """Execute the layer once.
+        """Execute the layer once, `[R, T, D]` to `[R, T, D]` of the same dtype.
 
         Args:
-            hidden: `[R, T, D]`, the inputs of the rows that run.
+            hidden: The inputs of the rows that run.
             rows: For each of the R inputs, the row of the original batch whose mask and positions
                 it uses; None where the inputs are the batch itself.
-
-        Returns:
-            `[R, T, D]` in the dtype of `hidden`.
         """
         args, kwargs = self._args, self._kwargs
         if rows is not None:

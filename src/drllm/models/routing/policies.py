@@ -37,12 +37,11 @@ class PromptView:
         hidden: `[B, T, D]`, the layer's input; padded positions may hold anything.
         readable: `[B, T]` bool: real tokens of the prompt, without padding and without whatever
             comes after a prompt length that the caller gave.
-        spans: Where windows lie, by their number; the layers of a pass share it.
     """
 
     hidden: Tensor
     readable: Tensor
-    spans: dict[int, Spans] = field(default_factory=dict)
+    spans: dict[int, Spans] = field(default_factory=dict)  # by number of windows; a pass shares it
 
     @property
     def num_rows(self) -> int:
@@ -72,9 +71,7 @@ class Policy(Protocol):
     def decide(self, layer: int, prompts: PromptView) -> Tensor | Sequence[int]:
         """Return `[B]` integers 0, 1 or 2: a tensor on any device, or a sequence.
 
-        Args:
-            layer: Layer index from 0; layers are asked in order, once per prompt.
-            prompts: What the layer is about to read.
+        Layers are asked in order from 0, once per prompt, with what they are about to read.
         """
 
 

@@ -56,17 +56,12 @@ class PathSize:
 
 @dataclass(eq=False)
 class MemoryBatcher:
-    """Splits work over forward passes.
-
-    Args:
-        model: What runs.
-        states: A cache that will still take some of the memory that is free now.
-        maximum: Maximum paths in a pass; None picks it by the memory that is free.
-    """
+    """Splits work over forward passes."""
 
     model: Any
+    # A cache that will still take some of the memory that is free now.
     states: PrefixCache = field(default_factory=lambda: PrefixCache(0))
-    maximum: int | None = None
+    maximum: int | None = None  # paths in a pass; None picks it by the memory that is free
     _limit: int = sys.maxsize  # until memory runs out
 
     def num_paths(self, size: PathSize) -> int:
@@ -85,11 +80,11 @@ class MemoryBatcher:
         size: PathSize,
         one_pass: Callable[[Sequence[Item]], list[Result]],
     ) -> list[Result]:
-        """Run all items, as many in a pass as memory allows.
+        """Run all items, one for each path, as many in a pass as memory allows.
 
         Args:
-            items: One for each path.
-            size: Of the largest of them.
+            items: What `one_pass` takes parts of.
+            size: Of the largest path.
             one_pass: Gives the results of a part of the items, in order.
 
         Raises:
