@@ -57,12 +57,8 @@ def plain_number(text: str) -> Decimal | None:
 def same_value(gold: str, given: str) -> bool:
     r"""Say whether an answer means the same as the gold answer.
 
-    Args:
-        gold: The right answer in LaTeX or plain text, without `\boxed`.
-        given: What was inside the box.
-
-    Returns:
-        As math-verify says; False where it needs more than `LIMIT_S` seconds.
+    Both are LaTeX or plain text, without `\boxed`. It is as math-verify says; False where that
+    needs more than `LIMIT_S` seconds.
 
     Example:
         >>> same_value("12", "12.0"), same_value("12", "13")

@@ -50,12 +50,7 @@ def reward_of(prompt: Prompt) -> Reward:
 
 
 def grade(prompt: Prompt, text: str) -> float:
-    """Grade a finished answer: 1.0 if it is right, else 0.0; see `verdict`.
-
-    Example:
-        >>> grade(Prompt(text="…", reward="letter", answer="B"), "The answer is B.")
-        1.0
-    """
+    """Grade a finished answer: 1.0 if it is right, else 0.0; see `verdict`."""
     result = verdict(prompt, text, finished=True)
     assert result is not None
     return result
@@ -98,12 +93,6 @@ def score_choices(logprobs: Sequence[float], prompt: Prompt) -> tuple[float, flo
     Raises:
         ValueError: Another number of scores than continuations, a score that isn't finite, or a
             prompt without options.
-
-    Example:
-        >>> prompt = Prompt(text="…", reward="loglikelihood", answer="ice", gold=1,
-        ...                 continuations=(" fire", " ice"))
-        >>> score_choices([-3.0, -1.0], prompt)
-        (1.0, 2.0)
     """
     if prompt.gold is None or len(prompt.continuations) < 2:
         raise ValueError(f"a prompt with reward {prompt.reward!r} has no options to score")

@@ -62,24 +62,13 @@ class Greedy:
     A step tries every layer that is left, so k steps take about k · L candidates; all candidates
     of a step are measured at once. One layer is always left. Of equal layers the deepest goes.
 
-    Args:
-        measure: How good each of several decisions is.
-        num_layers: L.
-        keep: Layers that are never dropped.
+    Those in `keep` are never dropped.
 
     Attributes:
         layers: Those dropped so far, in order.
         values: The measure with the first layer dropped, with the first two, and so on.
 
     Source: SLEB (arXiv 2402.09025) and TALE (arXiv 2510.22767), changed as D-18 says.
-
-    Example:
-        >>> KL = [9.0, 1.0, 3.0]
-        >>> def measure(plans):
-        ...     return [-sum(d for d, runs in zip(KL, plan) if not runs) for plan in plans]
-        >>> greedy = Greedy(measure, 3)
-        >>> greedy(2), greedy.values
-        ([1, 2], [-1.0, -4.0])
     """
 
     def __init__(self, measure: Measure, num_layers: int, keep: Sequence[int] = ()) -> None:

@@ -90,36 +90,30 @@ def without(layers: Collection[int], num_layers: int) -> Decisions:
 
 
 def mixture(
-    first: Decisions,
-    second: Decisions,
+    one: Decisions,
+    other: Decisions,
     executions: float,
     num_questions: int,
     generator: torch.Generator,
 ) -> Tensor:
     """Give each question one of two decisions `[L]`, drawn, at given mean executions.
 
-    The second has at least as many executions as the first, and those wanted are between.
-
     Returns:
         `[Q, L]` decisions whose mean executions are as near to those wanted as Q questions allow:
         within half the difference of the two, divided by Q.
 
     Raises:
-        ConfigError: Executions that don't lie between.
+        ConfigError: Executions that don't lie between those of the two.
     """
     import torch
 
-    num_second = round(share_of_second(first, second, executions) * num_questions)
-    takes_second = torch.randperm(num_questions, generator=generator) < num_second  # [Q]
-    return torch.where(takes_second[:, None], torch.tensor(second), torch.tensor(first))
-
-
-def share_of_second(first: Decisions, second: Decisions, executions: float) -> float:
-    """Return which share of the questions `mixture` gives the second; 0 if both run as many."""
+    first, second = sorted((one, other), key=num_executions)
     low, high = num_executions(first), num_executions(second)
     if not low <= executions <= high:
         raise ConfigError(
             f"{executions:g} executions are wanted of a mixture of {low} and {high}; give a number "
             f"from {low} to {high}"
         )
-    return (executions - low) / (high - low) if high > low else 0.0
+    share = (executions - low) / (high - low) if high > low else 0.0
+    takes_second = torch.randperm(num_questions, generator=generator) < round(share * num_questions)
+    return torch.where(takes_second[:, None], torch.tensor(second), torch.tensor(first))

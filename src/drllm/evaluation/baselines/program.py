@@ -17,7 +17,7 @@ from drllm.evaluation.baselines.base import (
     executions_of,
     register,
 )
-from drllm.evaluation.baselines.layer_dropping import mixture, share_of_second
+from drllm.evaluation.baselines.layer_dropping import mixture
 from drllm.paths import Decisions, edits, full_decisions, num_executions
 from drllm.records import SearchRecord
 from drllm.supervision.rules import is_valid
@@ -63,9 +63,8 @@ class BestProgramBaseline(Baseline):
         wanted, material = executions_of(routes), self.fitted.material
         measure = self.fitted.measure("answers" if material.questions else "loss")
         program, full_share = best_program(material.search, measure, wanted)
-        first, second = sorted((program, full_decisions(self.num_layers)), key=sum)
         return Drawn(
-            mixture(first, second, wanted, len(routes), generator),
+            mixture(program, full_decisions(self.num_layers), wanted, len(routes), generator),
             note=f"{edits(program)} on {1 - full_share:.0%} of the questions",
         )
 
@@ -125,10 +124,11 @@ def best_program(
     full = full_decisions(records[0].num_layers)
     shares = {}
     for program in rates:
-        first, second = sorted((program, full), key=num_executions)
-        if program != full and num_executions(first) <= executions <= num_executions(second):
-            of_second = share_of_second(first, second, executions)
-            shares[program] = 1 - of_second if second == program else of_second
+        own = num_executions(program)
+        low, high = sorted((own, len(full)))
+        if program != full and low <= executions <= high:
+            of_longer = (executions - low) / (high - low) if high > low else 0.0
+            shares[program] = of_longer if own == low else 1 - of_longer
 
     def mixed(program: Decisions, value: float, of_full: float) -> float:
         return (1 - shares[program]) * value + shares[program] * of_full

@@ -32,10 +32,6 @@ def named(names: str) -> list[str]:
 
     Raises:
         ConfigError: A name that there isn't.
-
-    Example:
-        >>> named("last_layers,permuted-routes")
-        ['permuted routes', 'last layers']
     """
     baselines = ordered()
     if names in ("all", "none"):

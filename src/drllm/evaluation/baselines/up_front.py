@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from drllm.evaluation.baselines.base import (
     SEARCH_LOG,
@@ -26,18 +25,23 @@ if TYPE_CHECKING:
 class UpFront(Baseline):
     """Follows a planner, at the depth bias that gives the wanted executions."""
 
+    needs: ClassVar[tuple[str, str]]
     reads_question = True
 
     @abstractmethod
-    def train(self) -> Planner:
-        """Return what decides."""
+    def train(self, records: Any, inputs: Tensor) -> Planner:
+        """Return what decides, trained on the records that it needs and their inputs `[N, D]`."""
 
     @cached_property
     def trained(self) -> tuple[Planner, Tensor]:
         """What decides, and what it reads of the calibration prompts, `[N, D]`."""
         from drllm.evaluation.baselines.fitting.planners import first_inputs
+        from drllm.models.base.prompts import encode
 
-        return self.train(), first_inputs(self.routed, self.fitted.material.prompts)
+        material, tokenizer = self.fitted.material, self.routed.tokenizer
+        records = getattr(material, self.needs[0])
+        inputs = first_inputs(self.routed, [encode(tokenizer, each.prompt) for each in records])
+        return self.train(records, inputs), first_inputs(self.routed, material.prompts)
 
     def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
         """Return the planner's policy."""
@@ -46,13 +50,6 @@ class UpFront(Baseline):
         planner, inputs = self.trained
         bias = find_bias(planner, inputs, executions_of(routes)).value
         return Drawn(policy=UpFrontPolicy(planner, bias), note=f"with a bias of {bias:.4g}")
-
-    def inputs_of(self, prompts: Sequence[str]) -> Tensor:
-        """Return what stands before the first layer of some prompts, `[N, D]`."""
-        from drllm.evaluation.baselines.fitting.planners import first_inputs
-        from drllm.models.base.prompts import encode
-
-        return first_inputs(self.routed, [encode(self.routed.tokenizer, text) for text in prompts])
 
 
 @register
@@ -68,15 +65,14 @@ class SequenceRouterBaseline(UpFront):
     order = 120
     needs = ("supervision", "the routers' targets; give them as --supervision")
 
-    def train(self) -> Planner:
+    def train(self, records: Any, inputs: Tensor) -> Planner:
         """Return the router."""
         import torch
 
         from drllm.evaluation.baselines.fitting.planners import train_sequence_router
 
-        targets = self.fitted.material.supervision
-        labels = torch.tensor([target.optimal_layer_config for target in targets])
-        return train_sequence_router(self.inputs_of([each.prompt for each in targets]), labels)
+        labels = torch.tensor([each.optimal_layer_config for each in records])
+        return train_sequence_router(inputs, labels)
 
 
 @register
@@ -92,10 +88,8 @@ class ProgramPredictorBaseline(UpFront):
     order = 130
     needs = ("search", "the search log; give it as --search")
 
-    def train(self) -> Planner:
+    def train(self, records: Any, inputs: Tensor) -> Planner:
         """Return the predictor."""
         from drllm.evaluation.baselines.fitting.segments import programs_of, train_predictor
 
-        records = self.fitted.material.search
-        inputs = self.inputs_of([record.prompt for record in records])
         return train_predictor(inputs, programs_of(records, seed=self.fitted.material.seed))

@@ -173,7 +173,7 @@ def fit(
         loss: Returns the mean loss of the examples at some places, given as `[B]` indices.
         num_examples: How many there are.
         generator: Draws what is held out, and the order of the others in every epoch.
-        num_epochs: Maximum passes over the examples.
+        num_epochs: Passes over the examples.
         learning_rate: At the first step; from there half a cosine leads to 0.
         batch_size: Examples a step.
         held_out: Share of the examples that isn't learned from. With 0, or below 10 examples,
@@ -249,13 +249,8 @@ def train_sequence_router(
     """Train a router on target paths, by cross-entropy at every layer.
 
     Executions are set by a bias afterwards, which moves all layers alike, so the decisions' classes
-    are not weighted: with the routers' weights, near 1, little would change.
-
-    Args:
-        inputs: `[N, D]` from `first_inputs`, of the targets' prompts.
-        labels: `[N, L]` target decisions.
-        seed: Of order and held-out examples.
-        settings: See `fit`.
+    are not weighted: with the routers' weights, near 1, little would change. Inputs are
+    `first_inputs` of the targets' prompts, labels their decisions `[N, L]`; settings are `fit`'s.
     """
     router = SequenceRouter(inputs, labels.shape[1])
 

@@ -184,13 +184,7 @@ def train_predictor(
 ) -> ProgramPredictor:
     """Train a predictor on the valid programs of a search log; an example is a question.
 
-    Args:
-        inputs: `[questions, D]` from `first_inputs`, of the records' prompts.
-        programs: From `programs_of`, of the same records.
-        seed: Of initial weights, order and held-out examples.
-        settings: See `planners.fit`.
-
-    Source: PoLar (arXiv 2606.06574).
+    Inputs are `first_inputs` of all records' prompts; settings are `planners.fit`'s.
     """
     generator = torch.Generator().manual_seed(seed)
     inputs = inputs[programs.questions]
