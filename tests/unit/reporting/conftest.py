@@ -134,14 +134,9 @@ class Folder:
         self.num_layers = num_layers
         self.rng = random.Random(seed)
         self.samples: list[Sample] = []
-        self.model = {
-            "id": "smollm2-135m",
-            "revision": None,
-            "class": "LlamaForCausalLM",
-            "num_layers": num_layers,
-            "hidden_size": 576,
-            "fingerprint": "0123456789abcdef",
-        }
+        self.model = {"id": "smollm2-135m", "revision": None, "class": "LlamaForCausalLM"}
+        self.model |= {"num_layers": num_layers, "hidden_size": 576}
+        self.model |= {"fingerprint": "0123456789abcdef"}
 
     def header(self, schema: str, config: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -155,13 +150,11 @@ class Folder:
             **PINNED,
         }
 
-    # How much a layer matters: the first two and the last most, as in real models.
     def kl(self, decisions: tuple[int, ...]) -> float:
-        total = 0.0
-        for layer, value in enumerate(decisions):
-            important = layer < 2 or layer == self.num_layers - 1
-            total += {0: 2.5 if important else 0.25, 1: 0.0, 2: 0.3}[value]
-        return total
+        """How much edits harm: the first two layers and the last matter most, as in real models."""
+        important = (0, 1, self.num_layers - 1)
+        harms = ((2.5 if layer in important else 0.25, 0.0, 0.3) for layer in range(len(decisions)))
+        return sum(harm[value] for value, harm in zip(decisions, harms, strict=True))
 
     def edited(self) -> tuple[int, ...]:
         decisions = list(full_decisions(self.num_layers))
@@ -170,10 +163,9 @@ class Folder:
         return tuple(decisions)
 
     def search(self, questions: int = 40, simulations: int = 30) -> None:
-        records = [self._searched(number, simulations) for number in range(questions)]
-        self.searched = records
+        self.searched = [self._searched(number, simulations) for number in range(questions)]
         manifest = new_manifest("search", model=self.model, config=SETTINGS, extra=PINNED)
-        write_records(self.path / "search.jsonl", records, manifest)
+        write_records(self.path / "search.jsonl", self.searched, manifest)
 
     def _searched(self, number: int, simulations: int) -> SearchRecord:
         ease = self.rng.gauss(0.2, 1.0)
@@ -183,6 +175,7 @@ class Folder:
         for simulation, decisions in enumerate(d for d in tried if any(d)):
             margin = round(ease - self.kl(decisions) + self.rng.gauss(0, 0.4), 3)
             passed = sum(margin + self.rng.gauss(0, 0.5) > 0 for _ in range(4))
+            again = Retest(passed=passed, asked=4, margin=margin - 0.1, survived=passed >= 3)
             paths.append(
                 TriedPath(
                     decisions=decisions,
@@ -190,9 +183,7 @@ class Folder:
                     reward=float(margin > 0),
                     margin=margin,
                     executions=executions(decisions),
-                    retest=Retest(passed=passed, asked=4, margin=margin - 0.1, survived=passed >= 3)
-                    if margin > 0
-                    else None,
+                    retest=again if margin > 0 else None,
                 )
             )
         return SearchRecord(
@@ -240,8 +231,7 @@ class Folder:
                 }
                 lines.append(json.dumps(line))
         self.text("routers/metrics.jsonl", "\n".join(lines) + "\n")
-        parts = {"train": 40, "validation": 12} if validation else {"train": 40}
-        self.layers({part: self._confusions(part, size) for part, size in parts.items()}, epochs)
+        self.layers({"train": 40} | ({"validation": 12} if validation else {}), epochs)
 
     def calibration(self) -> dict[str, Any]:
         """Return what is told of routers that are too sure."""
@@ -254,30 +244,19 @@ class Folder:
         found |= {"nll_before": 0.5, "nll_after": 0.45, "ece_before": 0.05, "ece_after": 0.01}
         return found | {"reliability_before": before, "reliability_after": after}
 
-    def layers(self, parts: dict[str, list[list[list[int]]]], epoch: int) -> None:
-        """Write the confusions of the saved routers."""
-        told = {
-            part: {
-                "examples": sum(map(sum, confusions[0])),
-                "executions": sum(row[1] + 2 * row[2] for layer in confusions for row in layer),
-                "loss": 0.5,
-                "confusion": confusions,
-            }
-            for part, confusions in parts.items()
-        }
-        about = {"schema": "drllm.layers", "schema_version": 1, "epoch": epoch}
-        self.write("routers/layers.json", about | told)
-
-    def _confusions(self, part: str, size: int) -> list[list[list[int]]]:
-        """Labels by layer as the targets', of which the routers hit three in four."""
-        rng = random.Random(f"{part} {self.num_layers}")
-        found = []
-        for _ in range(self.num_layers):
-            layer = [[0, 0, 0] for _ in range(3)]
-            for label in rng.choices((0, 1, 2), (0.2, 0.75, 0.05), k=size):
-                layer[label][label if rng.random() < 0.75 else 1] += 1
-            found.append(layer)
-        return found
+    def layers(self, parts: dict[str, int], epoch: int) -> None:
+        """Write the confusions of the saved routers, which hit three labels in four."""
+        found: dict[str, Any] = {"schema": "drllm.layers", "schema_version": 1, "epoch": epoch}
+        for part, size in parts.items():
+            rng = random.Random(f"{part} {self.num_layers}")
+            confusion = [[[0, 0, 0] for _ in range(3)] for _ in range(self.num_layers)]
+            for layer in confusion:
+                for label in rng.choices((0, 1, 2), (0.2, 0.75, 0.05), k=size):
+                    layer[label][label if rng.random() < 0.75 else 1] += 1
+            spent = sum(row[1] + 2 * row[2] for layer in confusion for row in layer)
+            about = {"examples": size, "executions": spent, "loss": 0.5}
+            found[part] = {**about, "confusion": confusion}
+        self.write("routers/layers.json", found)
 
     def evaluation(
         self,

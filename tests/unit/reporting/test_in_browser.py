@@ -24,24 +24,14 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 TIMEOUT_S = 60.0
 
 
-def find() -> str | None:
-    """Return the browser's place, or None where there is none."""
-    return next((found for name in NAMES if (found := shutil.which(name))), None)
-
-
-PROGRAM = find()
+PROGRAM = next((found for name in NAMES if (found := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(
     PROGRAM is None, reason=f"none of {', '.join(NAMES)} is installed (apt-get install chromium)"
 )
 
 
 class Browser:
-    """One page of one browser, and what it complained about.
-
-    Attributes:
-        messages: Errors and warnings of the page's console.
-        requests: Addresses that the page asked for, its own apart.
-    """
+    """One page of one browser: what its console complained of, and what it asked for."""
 
     def __init__(self, program: str, profile: Path) -> None:
         to_browser, self.sender = os.pipe()
@@ -54,19 +44,11 @@ class Browser:
             os.dup2(103, 3)
             os.dup2(104, 4)
 
-        words = [
-            program,
-            "--headless=new",
-            "--remote-debugging-pipe",
-            f"--user-data-dir={profile}",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--disable-background-networking",
-            "--no-first-run",
-            "--hide-scrollbars",
-        ]
+        flags = "headless=new remote-debugging-pipe disable-gpu disable-dev-shm-usage "
+        flags += "disable-background-networking no-first-run hide-scrollbars"
         if os.geteuid() == 0:
-            words.append("--no-sandbox")  # root has no other way
+            flags += " no-sandbox"  # root has no other way
+        words = [program, f"--user-data-dir={profile}", *(f"--{flag}" for flag in flags.split())]
         self.process = subprocess.Popen(
             [*words, "about:blank"],
             preexec_fn=as_three_and_four,
@@ -82,26 +64,18 @@ class Browser:
         self.requests: list[str] = []
         self.loaded = False
         self.session: str | None = None
-        [page] = [
-            target
-            for target in self.ask("Target.getTargets")["targetInfos"]
-            if target["type"] == "page"
-        ]
+        targets = self.ask("Target.getTargets")["targetInfos"]
+        [page] = [target for target in targets if target["type"] == "page"]
         attached = self.ask("Target.attachToTarget", targetId=page["targetId"], flatten=True)
         self.session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.ask(f"{domain}.enable")
 
-    def open(self, page: Path, width: int, scheme: str = "light", height: int = 900) -> None:
+    def open(self, page: Path, width: int, scheme: str = "light") -> None:
         """Load a page anew in a window of some width, in the light or dark scheme."""
         self.messages, self.requests, self.loaded = [], [], False
-        self.ask(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=width < 600,
-        )
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.ask("Emulation.setDeviceMetricsOverride", **size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.ask("Emulation.setEmulatedMedia", features=features)
         address = page.resolve().as_uri()
@@ -166,6 +140,7 @@ class Browser:
 
 SIZES = (1280, 390)
 """A desktop and a phone, in CSS pixels."""
+OPEN = "document.querySelectorAll('details').forEach(each => {each.open = true})"
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +162,7 @@ def test_the_page_is_whole_and_fits_the_window(browser, page, width, scheme):
     for state in ("closed", "opened"):
         assert browser.value("window.innerWidth") == width, state
         assert browser.value("document.documentElement.scrollWidth") == width, state
-        browser.value("document.querySelectorAll('details').forEach(each => {each.open = true})")
+        browser.value(OPEN)
 
     drawn = browser.value(
         "[...document.querySelectorAll('figure svg')].map(each => {"
@@ -206,7 +181,7 @@ def test_the_page_is_whole_and_fits_the_window(browser, page, width, scheme):
 @pytest.mark.parametrize("width", SIZES)
 def test_texts_of_figures_can_be_read(browser, page, width):
     browser.open(page, width)
-    browser.value("document.querySelectorAll('details').forEach(each => {each.open = true})")
+    browser.value(OPEN)
     heights = browser.value(
         "[...document.querySelectorAll('figure svg text')]"
         ".filter(each => !each.getAttribute('transform')?.includes('rotate(-90'))"

@@ -25,44 +25,52 @@ def verdict(quantity, mean):
     return Verdict(quantity=quantity, mean=mean, interval=ends, n=60, shown="none shown")
 
 
-def place(gold, depth="10 % saved", accuracy=0.0, num_seeds=3, task="arc_easy"):
-    return Placed(
-        task=task,
-        depth=depth,
-        num_seeds=num_seeds,
-        executions=27.0,
-        against_base=Differences(
-            accuracy=verdict("accuracy", accuracy),
-            gold_logprob=None if gold is None else verdict("gold_logprob", gold),
-        ),
+def place(gold, depth="10 % saved", accuracy=0.0, num_seeds=3):
+    found = Differences(
+        accuracy=verdict("accuracy", accuracy),
+        gold_logprob=None if gold is None else verdict("gold_logprob", gold),
     )
+    about = {"task": "arc_easy", "depth": depth, "num_seeds": num_seeds, "executions": 27.0}
+    return Placed(**about, against_base=found)
 
 
 def candidate(name, *places):
     return Candidate(name=name, places=places)
 
 
-def test_the_setting_that_keeps_most_of_the_gold_log_probability_is_chosen():
-    worse = candidate("worse", place(-0.3, accuracy=0.1), place(-0.5, "20 % saved"))
-    better = candidate("better", place(-0.4, accuracy=-0.1), place(-0.3, "20 % saved"))
-    assert choose([worse, better]).name == "better"
+DEEPER = "20 % saved"
 
 
-def test_a_setting_that_reaches_fewer_depths_or_seeds_is_not_chosen():
-    everywhere = candidate("everywhere", place(-0.9), place(-0.9, "20 % saved"))
-    once = candidate("once", place(-0.1))
-    fewer = candidate("fewer", place(-0.1), place(-0.1, "20 % saved", num_seeds=2))
-    assert choose([once, fewer, everywhere]).name == "everywhere"
-
-
-def test_accuracy_counts_where_no_gold_log_probability_is_known():
-    low = candidate("low", place(None, accuracy=-0.1))
-    high = candidate("high", place(None, accuracy=0.0))
-    assert choose([low, high]).name == "high"
-
-
-def test_the_first_of_equal_settings_is_chosen():
-    assert choose([candidate("a", place(-0.1)), candidate("b", place(-0.1))]).name == "a"
+@pytest.mark.parametrize(
+    ("candidates", "best"),
+    [
+        (
+            [
+                candidate("worse", place(-0.3, accuracy=0.1), place(-0.5, DEEPER)),
+                candidate("better", place(-0.4, accuracy=-0.1), place(-0.3, DEEPER)),
+            ],
+            1,
+        ),
+        (
+            [
+                candidate("at one depth", place(-0.1)),
+                candidate("of fewer seeds", place(-0.1), place(-0.1, DEEPER, num_seeds=2)),
+                candidate("everywhere", place(-0.9), place(-0.9, DEEPER)),
+            ],
+            2,
+        ),
+        ([candidate("low", place(None, accuracy=-0.1)), candidate("high", place(None))], 1),
+        ([candidate("a", place(-0.1)), candidate("b", place(-0.1))], 0),
+    ],
+    ids=[
+        "keeps most of the gold log-probability",
+        "reaches more depths with more seeds",
+        "keeps most accuracy where no gold log-probability is known",
+        "comes first of equal ones",
+    ],
+)
+def test_the_setting_is_chosen_that(candidates, best):
+    assert choose(candidates) == candidates[best]
 
 
 def test_none_is_chosen_where_no_router_saves_anything():
@@ -70,14 +78,9 @@ def test_none_is_chosen_where_no_router_saves_anything():
 
 
 def test_a_sweep_is_read_as_it_was_written(tmp_path):
-    candidates = [candidate("a", place(-0.1)), candidate("b", place(-0.2)), candidate("c")]
-    swept = SweepResult(
-        sweep="a.yaml",
-        sweep_sha256="0" * 64,
-        chosen_on="select",
-        chosen="a",
-        settings=tuple(candidates),
-    )
+    settings = (candidate("a", place(-0.1)), candidate("b", place(-0.2)), candidate("c"))
+    about = {"sweep": "a.yaml", "sweep_sha256": "0" * 64, "chosen_on": "select", "chosen": "a"}
+    swept = SweepResult(**about, settings=settings)
     path = tmp_path / "sweep.json"
     write_json(path, swept)
     assert read_sweep_file(path) == swept
@@ -87,10 +90,8 @@ def test_a_sweep_is_read_as_it_was_written(tmp_path):
             read_sweep_file(path)
 
 
-def test_results_are_read_at_the_depths_of_the_curve(new_folder, whole):
-    folder = new_folder(num_layers=12, seed=3)
-    folder.evaluation(**whole)
-    found = read_candidate("a", folder.path / "eval")
+def test_results_are_read_at_the_depths_of_the_curve(run):
+    found = read_candidate("a", run.folder / "eval")
     assert [each.depth for each in found.places] == ["10 % saved", "20 % saved"]
     assert all(each.num_seeds == 1 for each in found.places)
 
