@@ -113,156 +113,94 @@ RESULT, SAMPLES = "eval/arc_easy.json", "eval/samples.jsonl"
 TIMES, LAYERS = "eval/latency.json", "routers/layers.json"
 
 
-def change_line(
-    folder: Any, name: str, number: int, change: Callable[[dict[str, Any]], Any]
-) -> None:
+METRICS, CONFIG = "routers/metrics.jsonl", "routers/router_config.json"
+
+
+def spoil(folder: Any, name: str, change: Any) -> None:
+    """Change a JSON file, or a file's third line, by a function; or replace or halve the file."""
     path = folder.path / name
-    lines = path.read_text(encoding="utf-8").splitlines()
-    values = json.loads(lines[number - 1])
-    change(values)
-    lines[number - 1] = json.dumps(values)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if change == "half":
+        change = path.read_bytes()[: path.stat().st_size // 2]
+    if isinstance(change, bytes):
+        path.write_bytes(change)
+    elif isinstance(change, dict):
+        folder.write(name, change)
+    elif path.suffix == ".json":
+        folder.change(name, change)
+    else:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        values = json.loads(lines[2])
+        change(values)
+        lines[2] = json.dumps(values)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def cut(folder: Any, name: str) -> None:
-    path = folder.path / name
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text[: len(text) // 2], encoding="utf-8")
+def told(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda times: change(times["measured"]["timings"])
 
 
-def in_result(**fields: Any) -> Callable[[Any], None]:
-    return lambda folder: folder.change(RESULT, lambda values: values.update(fields))
+def routed(**fields: Any) -> Callable[[Any], Any]:
+    return lambda sample: sample["systems"]["routed"].update(fields)
 
 
-def in_system(number: int, **fields: Any) -> Callable[[Any], None]:
-    return lambda folder: folder.change(
-        RESULT, lambda values: values["systems"][number].update(fields)
-    )
+AWAY = {"accuracy": 0.9, "interval": [0.8, 1.0]}
+REFUSED: list[tuple[str, Any, str]] = [
+    (RESULT, lambda v: v.update(schema="x"), "arc_easy.json says 'x'"),
+    (RESULT, lambda v: v.update(schema_version=99), "schema version 99"),
+    (RESULT, lambda v: v.update(schema_version=1), "drllm 0.0.0 in an older form"),
+    (RESULT, lambda v: v.pop("systems"), "`systems`"),
+    (RESULT, lambda v: v["systems"][1].update(accuracy="high"), "`systems[1].accuracy`"),
+    (RESULT, lambda v: v["systems"][0].update(accuracy=float("nan")), "NaN"),
+    (RESULT, lambda v: v["systems"][0].update(interval=[0.9, 0.95]), "low <= accuracy"),
+    (RESULT, lambda v: v["systems"][2].update(name="routed"), "'routed' is there twice"),
+    (RESULT, lambda v: v["systems"][0].update(name="bass"), "no system 'base'"),
+    (RESULT, lambda v: v.update(num_questions=61), "61 questions, samples.jsonl"),
+    (RESULT, lambda v: v["systems"][1].update(AWAY), "they are of different evaluations"),
+    (RESULT, "half", "arc_easy.json"),
+    ("eval/other.json", {"a": 1}, "other.json says ''"),
+    (RESULT, lambda v: v["systems"][1]["against_base"]["accuracy"].update(shown="a"), "'a'"),
+    (RESULT, lambda v: v["curve"].append(v["curve"][1]), "'routed, 10 % saved' is there twice"),
+    (RESULT, lambda v: v["curve"][2].update(AWAY), "'routed, 20 % saved' accuracy 0.9, samples"),
+    (SAMPLES, "half", "samples.jsonl, line"),
+    (SAMPLES, routed(decisions=[1, 3, 1, 1]), "samples.jsonl, line 3"),
+    (SAMPLES, routed(decisions=[1] * 5), "has 5 decisions, arc_easy.json says 4 layers"),
+    (SAMPLES, lambda v: v.update(gold=4), "line 3: `gold` is 4"),
+    (TIMES, lambda v: v.update(schema="drllm.x"), "says 'drllm.x'; expected 'drllm.latency'"),
+    (TIMES, lambda v: v.update(schema_version=1), "older form"),
+    (TIMES, told(lambda v: v[0].update(seconds=[0.1, 0.0, 0.1])), "`seconds` is [0.1, 0.0, 0.1]"),
+    (TIMES, told(lambda v: v[2].update(seconds=[0.1])), "as many rou"),
+    (TIMES, told(lambda v: v.pop(0)), "no times of 'base'"),
+    (TIMES, told(lambda v: v.clear()), "no times of 'base' in"),
+    (TIMES, lambda v: v["model"].update(fingerprint="f" * 16), "base models with different wei"),
+    ("search.jsonl", "half", "search.jsonl, line"),
+    (LAYERS, lambda v: v.update(schema_version=99), "version 99"),
+    (LAYERS, lambda v: v.pop("train"), "`train`"),
+    (LAYERS, lambda v: v["validation"].update(examples=13), "add up to the 13 examples"),
+    (LAYERS, lambda v: v["train"]["confusion"].pop(), "different numbers of layers"),
+    (METRICS, lambda v: v.update(split="test"), "metrics.jsonl, line 3"),
+    (METRICS, lambda v: v.update(macro_f1="good"), "metrics.jsonl, line 3"),
+    (CONFIG, {"num_windows": 8}, "'num_layers' is missing"),
+    (CONFIG, {"num_layers": 5, "num_windows": 8}, "mixes models of different depth"),
+    ("run.yaml", b"\xff", "not a UTF-8"),
+]
 
 
-def in_sample(change: Callable[[dict[str, Any]], Any]) -> Callable[[Any], None]:
-    return lambda folder: change_line(folder, SAMPLES, 3, change)
-
-
-def in_times(change: Callable[[list[Any]], Any]) -> Callable[[Any], None]:
-    return lambda folder: folder.change(TIMES, lambda v: change(v["measured"]["timings"]))
-
-
-def in_layers(change: Callable[[dict[str, Any]], Any]) -> Callable[[Any], None]:
-    return lambda folder: folder.change(LAYERS, change)
-
-
-def in_route(decisions: list[int]) -> Callable[[Any], None]:
-    return in_sample(lambda v: v["systems"]["routed"].update(decisions=decisions))
-
-
-REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "another schema": (in_result(schema="x"), "arc_easy.json says 'x'"),
-    "a future version": (in_result(schema_version=99), "schema version 99"),
-    "an older form": (in_result(schema_version=1), "drllm 0.0.0 in an older form"),
-    "a missing key": (lambda f: f.change(RESULT, lambda v: v.pop("systems")), "`systems`"),
-    "an accuracy that is a text": (in_system(1, accuracy="high"), "`systems[1].accuracy`"),
-    "an accuracy that is not finite": (in_system(0, accuracy=float("nan")), "NaN"),
-    "an accuracy outside its interval": (in_system(0, interval=[0.9, 0.95]), "low <= accuracy"),
-    "a system named twice": (in_system(2, name="routed"), "'routed' is there twice"),
-    "no base": (in_system(0, name="bass"), "no system 'base'"),
-    "another number of questions": (in_result(num_questions=61), "61 questions, samples.jsonl"),
-    "an accuracy of other samples": (
-        in_system(1, accuracy=0.9, interval=[0.8, 1.0]),
-        "they are of different evaluations",
-    ),
-    "a result cut off": (lambda f: cut(f, RESULT), "arc_easy.json"),
-    "a foreign file": (lambda f: f.write("eval/other.json", {"a": 1}), "other.json says ''"),
-    "one task in two files": (
-        lambda f: shutil.copy(f.path / RESULT, f.path / "eval/again.json"),
-        "holds task 'arc_easy', and so does another file",
-    ),
-    "a verdict of no kind": (
-        lambda f: f.change(
-            RESULT, lambda v: v["systems"][1]["against_base"]["accuracy"].update(shown="equal")
-        ),
-        "'equal'",
-    ),
-    "a curve with one point twice": (
-        lambda f: f.change(RESULT, lambda v: v["curve"].append(v["curve"][1])),
-        "'routed, 10 % saved' is there twice",
-    ),
-    "a point that the samples don't give": (
-        lambda f: f.change(
-            RESULT, lambda v: v["curve"][2].update(accuracy=0.9, interval=[0.8, 1.0])
-        ),
-        "gives 'routed, 20 % saved' accuracy 0.9, samples.jsonl gives",
-    ),
-    "samples cut off": (lambda f: cut(f, SAMPLES), "samples.jsonl, line"),
-    "a decision of 3": (
-        in_route([1, 3, 1, 1]),
-        "samples.jsonl, line 3",
-    ),
-    "decisions of another depth": (
-        in_route([1] * 5),
-        "has 5 decisions, arc_easy.json says 4 layers",
-    ),
-    "a gold that is no choice": (in_sample(lambda v: v.update(gold=4)), "line 3: `gold` is 4"),
-    "times of another kind of file": (
-        lambda f: f.latency(schema="drllm.evaluation"),
-        "latency.json says 'drllm.evaluation'; expected 'drllm.latency'",
-    ),
-    "times of an older form": (lambda f: f.latency(schema_version=1), "older form"),
-    "a round that took no time": (
-        in_times(lambda v: v[0].update(seconds=[0.1, 0.0, 0.1])),
-        "`seconds` is [0.1, 0.0, 0.1]",
-    ),
-    "a system with fewer rounds": (in_times(lambda v: v[2].update(seconds=[0.1])), "as many rou"),
-    "a comparison without base's times": (in_times(lambda v: v.pop(0)), "no times of 'base'"),
-    "no times": (in_times(lambda v: v.clear()), "no times of 'base'"),
-    "times of another base model": (
-        lambda f: f.latency(model={**f.model, "fingerprint": "f" * 16}),
-        "mixes base models with different weights",
-    ),
-    "search cut off": (lambda f: cut(f, "search.jsonl"), "search.jsonl, line"),
-    "layers of another version": (in_layers(lambda v: v.update(schema_version=99)), "version 99"),
-    "layers without the targets trained on": (in_layers(lambda v: v.pop("train")), "`train`"),
-    "layers whose counts don't add up": (
-        in_layers(lambda v: v["validation"].update(examples=13)),
-        "add up to the 13 examples",
-    ),
-    "parts of different depth": (
-        in_layers(lambda v: v["train"]["confusion"].pop()),
-        "different numbers of layers",
-    ),
-    "metrics of an unknown split": (
-        lambda f: change_line(f, "routers/metrics.jsonl", 2, lambda v: v.update(split="test")),
-        "metrics.jsonl, line 2",
-    ),
-    "a metric that is a text": (
-        lambda f: change_line(f, "routers/metrics.jsonl", 2, lambda v: v.update(macro_f1="good")),
-        "metrics.jsonl, line 2",
-    ),
-    "routers without layers": (
-        lambda f: f.write("routers/router_config.json", {"num_windows": 8}),
-        "'num_layers' is missing",
-    ),
-    "routers of another depth": (
-        lambda f: f.write("routers/router_config.json", {"num_layers": 5, "num_windows": 8}),
-        "mixes models of different depth",
-    ),
-    "a recipe that is no text": (
-        lambda f: (f.path / "run.yaml").write_bytes(b"\xff"),
-        "not a UTF-8",
-    ),
-}
-
-
-@pytest.mark.parametrize(("spoil", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("name", "change", "message"), REFUSED, ids=[case[2] for case in REFUSED])
 def test_what_cannot_be_trusted_is_refused_in_one_line_and_nothing_is_written(
-    copied, spoil, message
+    copied, name, change, message
 ):
-    spoil(copied)
+    spoil(copied, name, change)
     with pytest.raises(RecordError) as error:
         report(copied.path)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not list(copied.path.glob("report*"))
+
+
+def test_one_task_in_two_files_is_refused(copied):
+    shutil.copy(copied.path / RESULT, copied.path / "eval/again.json")
+    with pytest.raises(RecordError, match="holds task 'arc_easy', and so does another file"):
+        report(copied.path)
 
 
 def test_results_of_other_routers_are_refused(copied):
@@ -290,8 +228,9 @@ def test_samples_changed_after_writing_are_refused(copied):
 
 
 def test_samples_without_choices_can_be_reported(copied, text_of):
-    for number in range(1, 61):
-        change_line(copied, SAMPLES, number, lambda row: row.update(choices=[], gold=None))
+    rows = map(json.loads, (copied.path / SAMPLES).read_text(encoding="utf-8").splitlines())
+    bare = [json.dumps({**row, "choices": [], "gold": None}) for row in rows]
+    copied.text(SAMPLES, "\n".join(bare) + "\n")
     assert "## Example questions" in text_of(copied.path)
 
 
