@@ -277,14 +277,14 @@ class Folder:
         right = {name: self._right(share, questions) for name, share in shares}
         right["last layers"] = self._right(0.5 * accuracies[1], questions)
         deeper = [f"{n}, {100 * d:g} % saved" for d in depths for n in right if n != "base"]
-        samples = []
+        samples: list[Sample] = []
         for number in range(questions):
             route = tuple(
                 0 if self.rng.random() < share else 2 if self.rng.random() < 0.02 else 1
                 for share in self._habits()
             )
             routes = {"base": full_decisions(self.num_layers), "routed": route}
-            systems = {
+            outcomes = {
                 name: Outcome(
                     correct=float(number in right[name.split(",")[0]]),
                     gold_logprob=-1.2,
@@ -292,46 +292,36 @@ class Folder:
                 )
                 for name in [*right, *deeper]
             }
-            samples.append(
-                Sample(
-                    id=f"{task}-{number}",
-                    task=task,
-                    question=question(number),
-                    choices=("it bends", "it sinks", "it rings", "it glows"),
-                    gold=number % 4,
-                    systems=systems,
-                )
-            )
+            about = {"id": f"{task}-{number}", "task": task, "question": question(number)}
+            options = ("it bends", "it sinks", "it rings", "it glows")
+            samples.append(Sample(**about, choices=options, gold=number % 4, systems=outcomes))
         mean = sum(sum(each.systems["routed"].decisions or ()) for each in samples) / questions
         judged = functools.partial(self._judged, right, questions, chance)
+        systems = [
+            self._system(name, mean if name != "base" else float(self.num_layers), judged(name))
+            for name in right
+        ]
+        curve = [
+            Point(
+                system=name,
+                setting=f"{100 * share:g} % saved" if share else "",
+                executions=(1 - share) * self.num_layers,
+                **judged(name, 1 + 5 * share),
+            )
+            for name in right
+            for share in ((0.0,) if name == "base" else depths)
+            if depths
+        ]
+        config = {"tasks": task, "curve": "0.1,0.2" if depths else None}
+        about = {"task": task, "split": "test", "kind": "choices", "metric": "acc"}
+        about |= {"num_questions": questions, "num_layers": self.num_layers, "num_fewshot": 0}
         result = Evaluation(
-            **self.header(
-                "drllm.evaluation", {"tasks": task, "curve": (depths and "0.1,0.2") or None}
-            ),
-            task=task,
-            split="test",
-            num_questions=questions,
-            num_layers=self.num_layers,
+            **self.header("drllm.evaluation", config),
+            **about,
             chance=chance,
             runtime=RUNTIME,
-            kind="choices",
-            metric="acc",
-            num_fewshot=0,
-            systems=tuple(
-                self._system(name, mean if name != "base" else float(self.num_layers), judged(name))
-                for name in right
-            ),
-            curve=tuple(
-                Point(
-                    system=name,
-                    setting=f"{100 * share:g} % saved" if share else "",
-                    executions=(1 - share) * self.num_layers,
-                    **judged(name, 1 + 5 * share),
-                )
-                for name in right
-                for share in ((0.0,) if name == "base" else depths)
-                if depths
-            ),
+            systems=tuple(systems),
+            curve=tuple(curve),
             choice=choice,
             not_compared={"LayerSkip": "needs weights of its own"},
             findings=("No difference between routed and base is shown.", "Findings follow."),

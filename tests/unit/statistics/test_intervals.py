@@ -59,16 +59,6 @@ def test_the_bootstrap_equals_enumerating_every_resample(values, confidence):
     assert expected == pytest.approx(mean_interval(values, 0, 200_000, confidence))
 
 
-def test_the_bootstrap_covers_the_true_mean_about_as_often_as_it_says():
-    rng = random.Random(3)
-    covered = 0
-    for trial in range(200):
-        values = [rng.random() for _ in range(60)]
-        lower, upper = mean_interval(values, seed=trial, draws=400)
-        covered += lower <= 0.5 <= upper
-    assert 178 <= covered <= 199  # 190 expected, 3 standard deviations and the method's bias
-
-
 def test_all_draws_are_made_when_they_do_not_fit_in_one_chunk(monkeypatch):
     values = [float(value % 7) for value in range(50)]
     whole = mean_interval(values, seed=0, draws=1000)
@@ -138,13 +128,6 @@ def test_the_bound_of_skewed_differences_covers_as_often_as_it_says_and_percenti
         covered["percentile"] += mean_interval(values, trial, 500, confidence=0.9)[1] >= 1
     assert covered["studentised"] / trials > 0.92
     assert covered["percentile"] / trials < 0.91
-
-
-def test_the_bound_of_normal_differences_is_that_of_a_t_test():
-    rng = random.Random(1)
-    values = [rng.gauss(0.1, 1) for _ in range(40)]
-    half = 1.6849 * statistics.stdev(values) / math.sqrt(40)  # t, 39 degrees of freedom
-    assert upper_bound(values, seed=0) - statistics.fmean(values) == pytest.approx(half, rel=0.1)
 
 
 def test_too_few_differences_bound_nothing():
