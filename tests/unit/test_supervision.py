@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import pytest
 
 from drllm.config import SuperviseConfig
-from drllm.cost import executions
 from drllm.errors import ConfigError, RecordError
 from drllm.records import (
     RejectedQuestion,
@@ -35,33 +35,37 @@ MODEL = {
     "hidden_size": 32,
     "fingerprint": "0123456789abcdef",
 }
+PATH = re.compile(r"([012]+)(!?)(-|\+(?:none|[-.0-9]*))?(?:~([.0-9]+))?")
 BAD = Retest(passed=1, asked=4, margin=-1.0, survived=False)
-Paths = tuple[TriedPath, ...]
 
 
-def right(decisions: str, **fields: Any) -> TriedPath:
-    """A right path from its decisions as text; `record` numbers the simulations."""
-    values = tuple(int(value) for value in decisions)
-    return TriedPath(
-        decisions=values,
-        simulation=0,
-        executions=executions(values),
-        **{"reward": 1.0, "margin": None} | fields,
-    )
+def tried(text: str) -> tuple[TriedPath, ...]:
+    """Paths from their decisions, the full path first.
+
+    Behind them stands `!` if the answer wasn't right, `-` if the re-test failed, `+` if it was
+    survived (with this margin, else 1; the first margin is the opposite), and the KL after `~`.
+    """
+    found = []
+    for place, word in enumerate(text.split()):
+        decisions, is_wrong, again, kl = PATH.fullmatch(word).groups()
+        retest = BAD if again == "-" else None
+        if again and retest is None:
+            margin = None if again == "+none" else float(again[1:] or 1)
+            retest = Retest(passed=4, asked=4, margin=margin, survived=True)
+        path = TriedPath(
+            decisions=tuple(map(int, decisions)),
+            simulation=place,
+            reward=0.9 if is_wrong else 1.0,
+            margin=None if retest is None or retest.margin is None else -retest.margin,
+            executions=float(sum(map(int, decisions))),
+            kl=kl and float(kl),
+            retest=retest,
+        )
+        found.append(path)
+    return tuple(found)
 
 
-def good(decisions: str, again: float | None = 1.0, **fields: Any) -> TriedPath:
-    """A path that survived the re-test, with this margin in it."""
-    retest = Retest(passed=4, asked=4, margin=again, survived=True)
-    return right(decisions, retest=retest, **fields)
-
-
-def wrong(decisions: str, reward: float = 0.0, **fields: Any) -> TriedPath:
-    return right(decisions, reward=reward, **fields)
-
-
-def record(*paths: TriedPath, question: str = "What is water?", **fields: Any) -> SearchRecord:
-    """A searched question; the first path is the full one."""
+def record(paths: str, question: str = "What is water?", **fields: Any) -> SearchRecord:
     values = {
         "id": question,
         "task": "facts",
@@ -69,114 +73,58 @@ def record(*paths: TriedPath, question: str = "What is water?", **fields: Any) -
         "answer": "wet",
         "reward": "loglikelihood",
     }
+    found = tried(paths)
     return SearchRecord(
         **(values | fields),
         question=question,
-        num_layers=len(paths[0].decisions),
-        paths=tuple(
-            TriedPath(**{name: getattr(path, name) for name in path.__slots__} | {"simulation": n})
-            for n, path in enumerate(paths)
-        ),
+        num_layers=len(found[0].decisions),
+        paths=found,
         seconds=1.0,
     )
 
 
-def chosen(target: str, *paths: TriedPath, least: float | None = None) -> str:
+def chosen(target: str, paths: str, least: float | None = None) -> str:
     """The decisions that the rule picks, as text, or its reason."""
-    found = candidates(record(*paths), target, min_saving=least)
+    found = candidates(record(paths), target, min_saving=least)
     return found if isinstance(found, str) else "".join(map(str, found[0].decisions))
 
 
 # --- one question ------------------------------------------------------------------------------
 
-CASES: list[tuple[str, Paths, str]] = [
-    # the fewest executions among the survivors
-    (
-        "shortest",
-        (good("1111"), good("1110"), good("1100"), right("1000", retest=BAD), right("0001")),
-        "1100",
-    ),
-    # of equal lengths the larger margin in the re-test
-    (
-        "shortest",
-        (
-            good("1111"),
-            good("1110", 0.5, margin=9.0),
-            good("1101", 0.7, margin=0.1),
-            good("1011", None),
-        ),
-        "1101",
-    ),
-    # no margin comes after a negative one; of equal margins the earlier simulation
-    ("shortest", (good("1111"), good("1011", None), good("1110", -5.0)), "1110"),
-    ("shortest", (good("1111"), good("1101", 0.5), good("1110", 0.5)), "1101"),
-    # the largest margin in the re-test whatever the length; of equal margins the fewer executions
-    (
-        "largest_margin",
-        (
-            wrong("1111"),
-            good("1110", 0.5, margin=9.0),
-            good("2111", 0.7, margin=0.1),
-            good("1000", None),
-        ),
-        "2111",
-    ),
-    ("largest_margin", (wrong("1111"), good("1110", 0.5), good("1100", 0.5)), "1100"),
-    # the shortest right path, re-tested or not; of equal lengths the earlier simulation
-    ("paper", (right("1111"), right("1110"), right("1000", retest=BAD)), "1000"),
-    ("paper", (right("1111"), good("1101", 0.1), good("1110", 9.0)), "1101"),
-    # an improving path may be longer; the full path alone, or paths that gain nothing, don't count
-    ("paper", (wrong("1111"), right("1112"), wrong("0111")), "1112"),
-    ("paper", (right("1111"),), "only the full path"),
-    (
-        "paper",
-        (right("1111"), right("2111"), right("2011"), wrong("0111")),
-        "only the full path",
-    ),
-    # the full path too; the shortest right path; an improving one; none
-    ("released", (right("1111"), right("2111"), wrong("0111")), "1111"),
-    ("released", (right("1111"), right("1110"), right("1000", retest=BAD)), "1000"),
-    ("released", (wrong("1111"), right("1112")), "1112"),
-    ("released", (wrong("1111"), wrong("1110", 0.5)), "no valid path"),
-    # whatever the reward; of equal KL the fewer executions, then the earlier simulation
-    (
-        "least_kl",
-        (good("1111", kl=0.0), good("1110", kl=0.3), wrong("1011", kl=0.1), wrong("0111", kl=0.2)),
-        "1011",
-    ),
-    (
-        "least_kl",
-        (wrong("1111", kl=0.0), *(wrong(text, kl=0.5) for text in ("1110", "0011", "1100"))),
-        "0011",
-    ),
-    # no path that saves nothing, and none without a KL
-    (
-        "least_kl",
-        (wrong("1111", kl=0.0), wrong("2111", kl=0.01), wrong("2011", kl=0.02)),
-        "no path saves enough",
-    ),
-    ("least_kl", (wrong("1111", kl=0.0), wrong("1110"), wrong("1100", kl=5.0)), "1100"),
-    ("least_kl", (right("1111"), right("1110")), "no KL in the record"),
-    # only right paths that survived
-    *(
-        (target, paths, expected)
-        for target in ("shortest", "largest_margin")
-        for paths, expected in [
-            ((good("1111"), right("1110", retest=BAD)), "1111"),
-            (
-                (wrong("1111"), right("1110"), right("1101", retest=BAD)),
-                "no path survived the re-test",
-            ),
-            ((wrong("1111"), good("1110", reward=0.9)), "no valid path"),
-            ((wrong("1111"), wrong("1110", 0.5)), "no valid path"),
-        ]
-    ),
-]
+CASES = """
+shortest        1111+ 1110+ 1100+ 1000- 0001           1100  the fewest executions of survivors
+shortest        1111+ 1110+.5 1101+.7 1011+none        1101  then the margin in the re-test
+shortest        1111+ 1011+none 1110+-5                1110  no margin comes after a negative one
+shortest        1111+ 1101+.5 1110+.5                  1101  then the earlier simulation
+shortest        1111+ 1110-                            1111  only right paths that survived
+shortest        1111! 1110 1101-                       no path survived the re-test
+shortest        1111! 1110!+                           no valid path
+largest_margin  1111! 1110+.5 2111+.7 1000+none        2111  whatever the length
+largest_margin  1111! 1110+.5 1100+.5                  1100  then the fewer executions
+largest_margin  1111+ 1110-                            1111  only right paths that survived
+largest_margin  1111! 1110 1101-                       no path survived the re-test
+largest_margin  1111! 1110!+                           no valid path
+paper           1111 1110 1000-                        1000  the shortest one, re-tested or not
+paper           1111 1101+.1 1110+9                    1101  then the earlier simulation
+paper           1111! 1112 0111!                       1112  an improving path may be longer
+paper           1111                                   only the full path
+paper           1111 2111 2011 0111!                   only the full path
+released        1111 2111 0111!                        1111  the full path too
+released        1111 1110 1000-                        1000  the shortest right path
+released        1111! 1112                             1112  an improving one
+released        1111! 1110!                            no valid path
+least_kl        1111+~0 1110+~.3 1011!~.1 0111!~.2     1011  whatever the reward
+least_kl        1111!~0 1110!~.5 0011!~.5 1100!~.5     0011  then the fewer executions
+least_kl        1111!~0 2111!~.01 2011!~.02            no path saves enough
+least_kl        1111!~0 1110! 1100!~5                  1100  none without a KL
+least_kl        1111 1110                              no KL in the record
+"""
 
 
-@pytest.mark.parametrize(("target", "paths", "expected"), CASES)
-def test_a_rule_picks_its_target(target: str, paths: Paths, expected: str):
-    assert chosen(target, *paths) == expected
+@pytest.mark.parametrize("case", CASES.strip().splitlines())
+def test_a_rule_picks_its_target(case: str):
+    target, paths, expected, *_ = re.split(r"\s{2,}", case)
+    assert chosen(target, paths) == expected
 
 
 @pytest.mark.parametrize(
@@ -189,27 +137,21 @@ def test_a_rule_picks_its_target(target: str, paths: Paths, expected: str):
     ],
 )
 def test_a_kl_target_saves_the_least_share_or_more(least: float, expected: str):
-    paths = [wrong("1" * (10 - n) + "0" * n, kl=n / 10) for n in range(4)]
-    assert chosen("least_kl", *paths, least=least) == expected
+    paths = " ".join(f"{'1' * (10 - n)}{'0' * n}!~0.{n}" for n in range(4))
+    assert chosen("least_kl", paths, least=least) == expected
 
 
 # --- all valid paths ---------------------------------------------------------------------------
 
 
-def soft(target: str, path_weights: str, *paths: TriedPath, **settings: Any) -> dict[str, float]:
+def soft(target: str, path_weights: str, paths: str, **settings: Any) -> dict[str, float]:
     """The valid paths written with the target, as text, with their weights."""
     config = SuperviseConfig(target=target, path_weights=path_weights, **settings)
-    [found] = targets([record(*paths)], config)
+    [found] = targets([record(paths)], config)
     return {"".join(map(str, path.decisions)): path.weight for path in found.valid_paths or ()}
 
 
-SOFT_PATHS = (
-    good("1111", kl=0.0),
-    good("1110", kl=0.2),
-    good("1100", kl=0.7),
-    right("1000", retest=BAD, kl=2.0),
-    wrong("0001", kl=3.0),
-)
+SOFT_PATHS = "1111+~0 1110+~0.2 1100+~0.7 1000-~2 0001!~3"
 
 
 @pytest.mark.parametrize(
@@ -223,43 +165,40 @@ SOFT_PATHS = (
     ],
 )
 def test_the_valid_paths_are_those_that_the_rule_picks_from(target: str, expected: set[str]):
-    assert set(soft(target, "equal", *SOFT_PATHS)) == expected
+    assert set(soft(target, "equal", SOFT_PATHS)) == expected
     if target == "least_kl":
-        found = soft(target, "equal", *SOFT_PATHS, min_saving=0.5)
+        found = soft(target, "equal", SOFT_PATHS, min_saving=0.5)
         assert set(found) == {"1100", "1000", "0001"}
 
 
 def test_valid_paths_weigh_the_same_half_by_execution_or_by_kl_and_none_are_written_unasked():
-    assert soft("shortest", "none", *SOFT_PATHS) == {}
-    assert soft("shortest", "equal", *SOFT_PATHS) == {"1111": 1, "1110": 1, "1100": 1}
-    assert soft("shortest", "shorter", *SOFT_PATHS) == {"1111": 0.25, "1110": 0.5, "1100": 1}
-    closer = soft("shortest", "closer", *SOFT_PATHS)
+    assert soft("shortest", "none", SOFT_PATHS) == {}
+    assert soft("shortest", "equal", SOFT_PATHS) == {"1111": 1, "1110": 1, "1100": 1}
+    assert soft("shortest", "shorter", SOFT_PATHS) == {"1111": 0.25, "1110": 0.5, "1100": 1}
+    closer = soft("shortest", "closer", SOFT_PATHS)
     expected = {"1111": 1, "1110": math.exp(-0.2), "1100": math.exp(-0.7)}
     assert closer == pytest.approx(expected)
 
 
 def test_weights_by_kl_need_the_kl():
     with pytest.raises(ConfigError, match="--path-weights closer needs each path's KL"):
-        soft("shortest", "closer", good("1111", kl=0.0), good("1110"))
+        soft("shortest", "closer", "1111+~0 1110+")
 
 
 def test_valid_paths_do_not_change_the_target():
-    [softened] = targets([record(*SOFT_PATHS)], SuperviseConfig(path_weights="shorter"))
-    [plain] = targets([record(*SOFT_PATHS)], SuperviseConfig())
+    [softened] = targets([record(SOFT_PATHS)], SuperviseConfig(path_weights="shorter"))
+    [plain] = targets([record(SOFT_PATHS)], SuperviseConfig())
     assert softened.optimal_layer_config == plain.optimal_layer_config
 
 
 # --- many questions ----------------------------------------------------------------------------
 
-SAVING = (good("1111"), good("1100", margin=2.5))
-IMPROVING = (wrong("1111"), good("2110"))
-FULL_ONLY = (good("1111"),)
-LUCKY = (wrong("1111"), right("1110", retest=BAD))
-HOPELESS = (wrong("1111"), wrong("1110"))
+SAVING, IMPROVING, FULL_ONLY = "1111+ 1100+", "1111! 2110+", "1111+"
+LUCKY, HOPELESS = "1111! 1110-", "1111! 1110!"
 
 
-def questions(*kinds: Paths) -> list[SearchRecord]:
-    return [record(*paths, question=f"Question {n}?") for n, paths in enumerate(kinds)]
+def questions(*kinds: str) -> list[SearchRecord]:
+    return [record(paths, question=f"Question {n}?") for n, paths in enumerate(kinds)]
 
 
 def test_a_target_carries_what_training_needs():
@@ -270,7 +209,7 @@ def test_a_target_carries_what_training_needs():
     assert target.answer == "wet"
     assert target.optimal_layer_config == (1, 1, 0, 0)
     assert (target.id, target.task) == ("Question 0?", "facts")
-    assert (target.executions, target.margin) == (2.0, 2.5)
+    assert (target.executions, target.margin) == (2.0, -1.0)
 
 
 def test_a_target_is_improving_where_the_full_path_failed():
@@ -308,9 +247,9 @@ def test_the_summary_counts_what_the_search_found_and_what_became_of_it():
 
 def test_the_summary_tells_the_tasks_apart():
     found = [
-        record(*SAVING, question="a?", task="one"),
-        record(*IMPROVING, question="b?", task="two"),
-        record(*HOPELESS, question="c?", task="one"),
+        record(SAVING, question="a?", task="one"),
+        record(IMPROVING, question="b?", task="two"),
+        record(HOPELESS, question="c?", task="one"),
     ]
     tasks = targets(found, SuperviseConfig()).summary["tasks"]
 
@@ -330,8 +269,8 @@ def test_no_questions_make_no_targets():
 
 def test_a_question_asked_twice_counts_once_in_whatever_task_and_spelling():
     found = [
-        record(*SAVING, question="What is ice?", task="first"),
-        record(*IMPROVING, question="  what is\nICE? ", task="second"),
+        record(SAVING, question="What is ice?", task="first"),
+        record(IMPROVING, question="  what is\nICE? ", task="second"),
     ]
     supervision = targets(found, SuperviseConfig())
 
@@ -342,13 +281,13 @@ def test_a_question_asked_twice_counts_once_in_whatever_task_and_spelling():
 
 def test_a_copy_adds_to_no_count_but_that_of_copies():
     found = [
-        record(*SAVING, question="What is ice?", task="first"),
-        record(*HOPELESS, question="What is fog?", task="first"),
+        record(SAVING, question="What is ice?", task="first"),
+        record(HOPELESS, question="What is fog?", task="first"),
     ]
     copies = [
-        record(*IMPROVING, question="what is ice?", task="second"),
-        record(*SAVING, question="What is fog?", id="again", task="second"),
-        record(*SAVING, question="What is fog?", id="again", task="third"),
+        record(IMPROVING, question="what is ice?", task="second"),
+        record(SAVING, question="What is fog?", id="again", task="second"),
+        record(SAVING, question="What is fog?", id="again", task="third"),
     ]
     alone, joined = (
         targets(records, SuperviseConfig()).summary for records in (found, [*found, *copies])
@@ -365,8 +304,8 @@ def test_a_copy_adds_to_no_count_but_that_of_copies():
 
 def test_the_first_of_two_copies_counts_even_if_it_has_no_target():
     found = [
-        record(*HOPELESS, question="What is ice?", task="first"),
-        record(*SAVING, question="What is ice?", task="second"),
+        record(HOPELESS, question="What is ice?", task="first"),
+        record(SAVING, question="What is ice?", task="second"),
     ]
     supervision = targets(found, SuperviseConfig())
 
@@ -386,9 +325,9 @@ def test_a_quota_takes_the_first_targets_not_the_first_questions():
 
 def test_a_copy_of_a_question_takes_no_place_in_a_quota():
     found = [
-        record(*SAVING, question="a?", task="one"),
-        record(*SAVING, question="A?", id="copy", task="two"),
-        record(*SAVING, question="b?", task="two"),
+        record(SAVING, question="a?", task="one"),
+        record(SAVING, question="A?", id="copy", task="two"),
+        record(SAVING, question="b?", task="two"),
     ]
     supervision = targets(found, SuperviseConfig(quotas="two=1"))
 
@@ -405,7 +344,7 @@ def test_the_least_saving_has_no_use_but_for_kl():
         check_settings(SuperviseConfig(target="paper", min_saving=0.2), ["facts"])
     assert check_settings(SuperviseConfig(target="least_kl", min_saving=0.2), ["facts"]) == {}
     found = targets(
-        [record(wrong("1111", kl=0.0), wrong("1110", kl=0.1), wrong("1000", kl=0.9))],
+        [record("1111!~0 1110!~.1 1000!~.9")],
         SuperviseConfig(target="least_kl", min_saving=0.5),
     )
     assert found[0].optimal_layer_config == (1, 0, 0, 0)
@@ -413,7 +352,7 @@ def test_the_least_saving_has_no_use_but_for_kl():
 
 def test_every_question_has_a_target_or_a_reason():
     found = questions(SAVING, SAVING, SAVING, IMPROVING, FULL_ONLY, LUCKY, HOPELESS)
-    found.append(record(*SAVING, question="question 0?", task="copy"))
+    found.append(record(SAVING, question="question 0?", task="copy"))
     summary = targets(found, SuperviseConfig(quota_improving=0.5)).summary
 
     assert set(summary["rejected"]) == set(REASONS)
@@ -430,8 +369,8 @@ def written(file: Path, *found: SearchRecord, **model: Any) -> Path:
     return file
 
 
-def search_file(folder: Path, *kinds: Paths, name: str = "search.jsonl", **model: Any) -> Path:
-    found = [record(*paths, question=f"{name} {n}?") for n, paths in enumerate(kinds)]
+def search_file(folder: Path, *kinds: str, name: str = "search.jsonl", **model: Any) -> Path:
+    found = [record(paths, question=f"{name} {n}?") for n, paths in enumerate(kinds)]
     return written(folder / name, *found, **model)
 
 
@@ -476,7 +415,7 @@ def test_targets_are_written_with_a_manifest_of_model_settings_inputs_and_summar
 
 def test_the_manifest_names_the_rewards_of_the_targets_only(tmp_path: Path):
     kinds = {"letter": SAVING, "exact": SAVING, "boxed": HOPELESS}
-    found = [record(*kinds[name], question=f"{name}?", reward=name) for name in kinds]
+    found = [record(kinds[name], question=f"{name}?", reward=name) for name in kinds]
 
     output = supervised(written(tmp_path / "search.jsonl", *found))
 
@@ -487,8 +426,8 @@ def test_every_question_without_a_target_is_written_with_its_reason(tmp_path: Pa
     one = search_file(tmp_path, HOPELESS, SAVING, name="a.jsonl")
     two = written(
         tmp_path / "b.jsonl",
-        record(*LUCKY, question="b?", id="q1", task="other"),
-        record(*SAVING, question="A.jsonl  0?", id="q2", task="other"),
+        record(LUCKY, question="b?", id="q1", task="other"),
+        record(SAVING, question="A.jsonl  0?", id="q2", task="other"),
     )
     output = tmp_path / "out" / "mine.jsonl"
     supervise([one, two], SuperviseConfig(), output)
@@ -582,7 +521,7 @@ def test_a_question_of_two_shards_counts_once(tmp_path: Path):
 
 
 def test_kl_is_read_back_from_a_search_file(tmp_path: Path):
-    source = search_file(tmp_path, (wrong("1111", kl=0.0), wrong("1110", kl=0.25)))
+    source = search_file(tmp_path, "1111!~0 1110!~.25")
 
     (target,) = read_supervision(supervised(source, target="least_kl"))
     assert target.optimal_layer_config == (1, 1, 1, 0)
@@ -628,7 +567,7 @@ def test_files_of_different_base_models_are_refused_naming_both(
 
 def test_without_fingerprints_the_ids_must_agree(tmp_path: Path):
     for name in ("a", "b"):
-        found = [record(*SAVING, question=name)]
+        found = [record(SAVING, question=name)]
         known = new_manifest("search", model={"id": f"{name}/model"}, config={})
         write_records(tmp_path / f"{name}.jsonl", found, known)
 
@@ -638,7 +577,7 @@ def test_without_fingerprints_the_ids_must_agree(tmp_path: Path):
 
 def test_files_of_different_depths_are_refused_even_without_manifests(tmp_path: Path):
     first = search_file(tmp_path, SAVING, name="a.jsonl")
-    second = search_file(tmp_path, (good("111"),), name="b.jsonl")
+    second = search_file(tmp_path, "111+", name="b.jsonl")
     for file in (first, second):
         manifest_path(file).unlink()
 
@@ -649,12 +588,12 @@ def test_files_of_different_depths_are_refused_even_without_manifests(tmp_path: 
 @pytest.mark.parametrize(
     ("kinds", "told", "says"),
     [
-        ((SAVING, (good("111"),)), {}, r"line 2: .* 3 layers, that of line 1 on 4"),
+        ((SAVING, "111+"), {}, r"line 2: .* 3 layers, that of line 1 on 4"),
         ((SAVING,), {"num_layers": 30}, r"paths of 4 layers, but its manifest names .* of 30"),
     ],
 )
 def test_two_depths_in_one_search_are_refused(
-    tmp_path: Path, kinds: Sequence[Paths], told: dict[str, Any], says: str
+    tmp_path: Path, kinds: Sequence[str], told: dict[str, Any], says: str
 ):
     with pytest.raises(RecordError, match=says):
         supervised(search_file(tmp_path, *kinds, **told))
@@ -662,7 +601,7 @@ def test_two_depths_in_one_search_are_refused(
 
 def test_two_questions_under_one_id_are_refused(tmp_path: Path):
     files = [
-        written(tmp_path / name, record(*SAVING, question=f"What is {name}?", id="q1"))
+        written(tmp_path / name, record(SAVING, question=f"What is {name}?", id="q1"))
         for name in ("a.jsonl", "b.jsonl")
     ]
     with pytest.raises(RecordError, match="different questions with id 'q1' of task 'facts'"):
@@ -683,14 +622,14 @@ def test_two_questions_under_one_id_are_refused(tmp_path: Path):
             r"2 no KL in the record\); search again with --kl",
         ),
         (
-            ((wrong("1111", kl=0.0), wrong("1110", kl=0.25)),),
+            ("1111!~0 1110!~.25",),
             {"target": "least_kl", "min_saving": 0.5},
             r"1 no path saves enough\); .* smaller --min-saving",
         ),
     ],
 )
 def test_no_target_at_all_is_an_error_that_names_the_reasons_and_leaves_the_old_targets(
-    tmp_path: Path, kinds: Sequence[Paths], settings: dict[str, Any], says: str
+    tmp_path: Path, kinds: Sequence[str], settings: dict[str, Any], says: str
 ):
     source = search_file(tmp_path, *kinds)
     with pytest.raises(RecordError, match=says):
