@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -152,6 +153,8 @@ def test_the_trees_statistics_add_up(num_layers, config, seed, scale, most):
 
     assert set(search.nodes) == set(search.tried)  # one node a vector, one vector a simulation
     assert search.root.visits == search.num_simulations_done + 1
+    rewards = [tried.reward for tried in search.tried.values()]
+    assert search.root.value_sum == pytest.approx(sum(rewards))
     left, arrived = Counter(), Counter({search.root.decisions: search.root.visits})
     for (before, after), times in search.steps.items():
         left[before] += times

@@ -213,17 +213,6 @@ def test_paths_in_flight_send_the_next_ones_elsewhere():
     assert len(first_steps(8)) > 3
 
 
-@pytest.mark.parametrize("most", [2, 8, 64])
-def test_when_all_are_observed_the_visits_add_up_again(most: int):
-    search = TreeSearch(8, SearchConfig(num_simulations=300), Random(0))
-    fly(search, most, rounds=300)
-
-    assert search.num_simulations_done == 300
-    assert set(search.tried) == set(search.nodes)
-    assert search.root.visits == 301
-    assert search.root.value_sum == pytest.approx(sum(noise(path) for path in search.tried))
-
-
 def test_the_order_of_observing_a_round_changes_no_count():
     """Sums are added up in another order, so that they may differ in the last bits."""
     halves = lambda decisions: round(noise(decisions))  # noqa: E731
