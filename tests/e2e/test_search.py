@@ -43,7 +43,6 @@ def test_a_dry_run_is_right_about_paths_and_close_about_disk(
     assert main([*words, "--dry-run"]) == 0
     [row] = [line.split() for line in capsys.readouterr().out.splitlines() if "facts  " in line]
     assert main(words) == 0
-
     records = read_search(tmp_path / "out" / "search.jsonl")
     assert int(row[2]) == sum(len(record.paths) for record in records)
     size = len(to_lines(records).encode()) / 1e6
@@ -77,7 +76,6 @@ def test_a_dry_run_shares_the_time_out_among_workers(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ):
     assert main([*words, "--dry-run", "--executor", "ray", "--num-workers", "4"]) == 0
-
     assert " on 4 like it" in capsys.readouterr().out
 
 
@@ -109,7 +107,6 @@ def test_another_search_that_writes_there_is_answered_in_one_line(
 ):
     with only_writer(tmp_path / "out", "search", "--output-dir"):
         assert main(words) == 2
-
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"drllm: another search is writing to {tmp_path / 'out'}; wait")
     assert list((tmp_path / "out").iterdir()) == []
@@ -128,7 +125,6 @@ def test_options_that_make_no_sense_are_answered_before_a_model_is_loaded(
     flags: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert main(["search", "--model", "none", "--output-dir", str(tmp_path / "out"), *flags]) == 2
-
     [line] = capsys.readouterr().err.splitlines()
     assert says in line
     assert list(tmp_path.iterdir()) == []

@@ -63,7 +63,6 @@ def test_the_search_grows_the_stored_tree():
 
 def test_the_stored_tree_shows_every_node_and_a_shared_one():
     text = STORED.read_text(encoding="utf-8")
-
     assert text.count("#") == CONFIG.num_simulations + 1
     assert "as above" in text
 

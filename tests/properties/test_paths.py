@@ -28,7 +28,6 @@ def test_decisions_survive_being_written_as_a_path(decisions: list[int]):
 @given(decision_vectors)
 def test_a_path_survives_being_written_as_decisions(decisions: list[int]):
     path = to_path(decisions)
-
     assert to_path(to_decisions(path, len(decisions))) == path
 
 
@@ -40,7 +39,6 @@ def test_a_path_is_as_long_as_its_executions(decisions: list[int]):
 @given(decision_vectors)
 def test_a_path_visits_layers_in_order_and_at_most_twice(decisions: list[int]):
     path = to_path(decisions)
-
     assert sorted(path) == list(path)
     assert all(path.count(layer) <= 2 for layer in path)
 
@@ -48,7 +46,6 @@ def test_a_path_visits_layers_in_order_and_at_most_twice(decisions: list[int]):
 @given(decision_vectors)
 def test_checking_changes_nothing(decisions: list[int]):
     checked = check_decisions(decisions, len(decisions))
-
     assert checked == tuple(decisions)
     assert check_decisions(checked) == checked
 
@@ -81,6 +78,5 @@ def test_one_wrong_value_anywhere_is_refused_with_its_layer(
 ):
     layer = where % len(decisions)
     spoiled = [*decisions[:layer], wrong, *decisions[layer + 1 :]]
-
     with pytest.raises(PathError, match=f"at layer {layer} is not one of"):
         check_decisions(spoiled)

@@ -90,7 +90,6 @@ def run_tree(num_layers: int, config: SearchConfig, seed: int, scale: int, most:
 @given(layers, configs, seeds, scales, mosts)
 def test_every_path_can_be_run_and_is_within_the_budget(num_layers, config, seed, scale, most):
     search = run(num_layers, config, seed, scale, most)
-
     limit = max_executions(config.budget, num_layers)
     for decisions in search.tried:
         assert len(decisions) == num_layers
@@ -101,7 +100,6 @@ def test_every_path_can_be_run_and_is_within_the_budget(num_layers, config, seed
 @given(layers, configs, seeds, scales, mosts)
 def test_a_search_never_does_more_simulations_than_asked_for(num_layers, config, seed, scale, most):
     search = run(num_layers, config, seed, scale, most)
-
     assert len(search.tried) - 1 <= search.num_simulations_done <= config.num_simulations
     numbers = [tried.simulation for tried in search.tried.values()]
     assert len(set(numbers)) == len(numbers)
@@ -113,7 +111,6 @@ def test_a_search_never_does_more_simulations_than_asked_for(num_layers, config,
 @given(layers, configs, seeds, scales, mosts)
 def test_the_same_seed_and_rewards_try_the_same_paths(num_layers, config, seed, scale, most):
     first, second = (run(num_layers, config, seed, scale, most) for _ in range(2))
-
     assert list(first.tried.items()) == list(second.tried.items())
 
 
@@ -122,7 +119,6 @@ def test_under_every_stop_rule_only_the_last_path_can_be_one_that_stops(
     num_layers, config, seed, scale
 ):
     search = run(num_layers, config, seed, scale)
-
     *others, _ = search.tried
     full = search.tried[full_decisions(num_layers)].reward
     saved = {"paper": 1, "released": 2, "exhaust": num_layers + 1}[config.stop_rule]
@@ -171,7 +167,6 @@ def test_every_child_is_one_legal_edit_away_and_the_edits_own_node(
     num_layers, config, seed, scale, most
 ):
     search = run_tree(num_layers, config, seed, scale, most)
-
     for node in search.nodes.values():
         legal = legal_actions(node.decisions, search.limit)
         assert sorted([*node.children, *node.untried]) == sorted(legal)  # each once
@@ -208,6 +203,5 @@ def test_a_search_given_enough_simulations_tries_everything_and_ends(
 @given(st.integers(1, 3), configs, seeds, scales, mosts)
 def test_every_search_of_a_tiny_model_ends_by_itself(num_layers, config, seed, scale, most):
     search = run(num_layers, config, seed, scale, most)
-
     assert search.ask(most) == []
     assert len(search.tried) <= 3**num_layers - 1

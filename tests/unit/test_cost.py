@@ -68,5 +68,4 @@ def test_saved_is_the_share_of_the_full_path_and_negative_when_more_was_spent():
 )
 def test_distinct_executions_are_the_distinct_beginnings_of_the_paths(rows: list[tuple[int, ...]]):
     beginnings = {to_path(row)[:end] for row in rows for end in range(1, len(to_path(row)) + 1)}
-
     assert distinct_executions(rows) == len(beginnings)

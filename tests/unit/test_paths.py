@@ -29,7 +29,6 @@ def test_edits_name_the_layers_that_are_skipped_and_repeated(
 
 def test_checked_decisions_are_plain_ints_in_a_tuple() -> None:
     checked = check_decisions([True, 1.0, Decision.REPEAT])  # type: ignore[list-item]
-
     assert checked == (1, 1, 2)
     assert [type(value) for value in checked] == [int, int, int]
 

@@ -203,7 +203,6 @@ def questions(*kinds: str) -> list[SearchRecord]:
 
 def test_a_target_carries_what_training_needs():
     (target,) = targets(questions(SAVING), SuperviseConfig())
-
     assert target.question == "Question 0?"
     assert target.prompt == "Q: Question 0?"
     assert target.answer == "wet"
@@ -214,7 +213,6 @@ def test_a_target_carries_what_training_needs():
 
 def test_a_target_is_improving_where_the_full_path_failed():
     supervision = targets(questions(SAVING, IMPROVING, FULL_ONLY), SuperviseConfig())
-
     assert [target.improving for target in supervision] == [False, True, False]
 
 
@@ -262,7 +260,6 @@ def test_the_summary_tells_the_tasks_apart():
 
 def test_no_questions_make_no_targets():
     supervision = targets([], SuperviseConfig())
-
     assert supervision == ()
     assert supervision.summary["class_counts"] == [0, 0, 0]
 
@@ -273,7 +270,6 @@ def test_a_question_asked_twice_counts_once_in_whatever_task_and_spelling():
         record(IMPROVING, question="  what is\nICE? ", task="second"),
     ]
     supervision = targets(found, SuperviseConfig())
-
     assert [target.task for target in supervision] == ["first"]
     assert supervision.reasons == (None, "same question twice")
     assert (supervision.summary["questions"], supervision.summary["copies"]) == (1, 1)
@@ -308,7 +304,6 @@ def test_the_first_of_two_copies_counts_even_if_it_has_no_target():
         record(SAVING, question="What is ice?", task="second"),
     ]
     supervision = targets(found, SuperviseConfig())
-
     assert supervision == ()
     assert supervision.reasons == ("no valid path", "same question twice")
     assert sum(supervision.summary["rejected"].values()) == 1
@@ -317,7 +312,6 @@ def test_the_first_of_two_copies_counts_even_if_it_has_no_target():
 def test_a_quota_takes_the_first_targets_not_the_first_questions():
     found = questions(HOPELESS, SAVING, SAVING, SAVING)
     supervision = targets(found, SuperviseConfig(quotas="facts=2"))
-
     assert [target.id for target in supervision] == ["Question 1?", "Question 2?"]
     assert supervision.reasons[3] == "over the quota"
     assert supervision.summary["tasks"]["facts"]["targets"] == 2
@@ -330,7 +324,6 @@ def test_a_copy_of_a_question_takes_no_place_in_a_quota():
         record(SAVING, question="b?", task="two"),
     ]
     supervision = targets(found, SuperviseConfig(quotas="two=1"))
-
     assert [target.question for target in supervision] == ["a?", "b?"]
 
 
@@ -354,7 +347,6 @@ def test_every_question_has_a_target_or_a_reason():
     found = questions(SAVING, SAVING, SAVING, IMPROVING, FULL_ONLY, LUCKY, HOPELESS)
     found.append(record(SAVING, question="question 0?", task="copy"))
     summary = targets(found, SuperviseConfig(quota_improving=0.5)).summary
-
     assert set(summary["rejected"]) == set(REASONS)
     assert summary["targets"] + sum(summary["rejected"].values()) == summary["questions"] == 7
     assert summary["questions"] + summary["copies"] == len(found)
@@ -416,9 +408,7 @@ def test_targets_are_written_with_a_manifest_of_model_settings_inputs_and_summar
 def test_the_manifest_names_the_rewards_of_the_targets_only(tmp_path: Path):
     kinds = {"letter": SAVING, "exact": SAVING, "boxed": HOPELESS}
     found = [record(kinds[name], question=f"{name}?", reward=name) for name in kinds]
-
     output = supervised(written(tmp_path / "search.jsonl", *found))
-
     assert manifest(output)["rewards"] == ["exact", "letter"]
 
 
@@ -446,9 +436,7 @@ def test_rejects_are_replaced_with_the_targets_and_go_where_all_have_one(tmp_pat
     assert len(rejected(supervised(source))) == 1
     output = supervised(source, target="paper", quotas="facts=1")
     assert [reason for *_, reason in rejected(output)] == ["over the quota"]
-
     supervised(search_file(tmp_path, SAVING, name="b.jsonl"))
-
     assert not rejected_path(output).exists()
 
 
@@ -472,7 +460,6 @@ def test_targets_are_never_trusted_before_their_rejects_are_written(
 def test_rejects_that_cannot_be_written_leave_the_old_targets_alone(tmp_path: Path):
     output = supervised(search_file(tmp_path, SAVING, name="a.jsonl"))
     rejected_path(output).mkdir()
-
     with pytest.raises(RecordError, match=r"rejected\.jsonl: it is a folder"):
         supervised(search_file(tmp_path, LUCKY, SAVING, name="b.jsonl"))
     assert ids(output) == ["a.jsonl 0?"]
@@ -481,7 +468,6 @@ def test_rejects_that_cannot_be_written_leave_the_old_targets_alone(tmp_path: Pa
 def test_targets_follow_the_order_of_the_files(tmp_path: Path):
     first = search_file(tmp_path, SAVING, SAVING, name="b.jsonl")
     second = search_file(tmp_path, SAVING, name="a.jsonl")
-
     assert ids(supervised(first, second)) == ["b.jsonl 0?", "b.jsonl 1?", "a.jsonl 0?"]
 
 
@@ -489,7 +475,6 @@ def test_files_of_one_name_in_two_folders_are_both_inputs(tmp_path: Path):
     one = search_file(tmp_path / "one", SAVING, IMPROVING)
     two = search_file(tmp_path / "two", SAVING)
     told = manifest(supervised(one, two))
-
     assert (told["summary"]["questions"], told["summary"]["copies"]) == (2, 1)
     assert told["inputs"] == {str(one): sha256(one), str(two): sha256(two)}
 
@@ -513,7 +498,6 @@ def test_a_question_of_two_shards_counts_once(tmp_path: Path):
     one = written(tmp_path / "one.jsonl", *found)
     two = written(tmp_path / "two.jsonl", *found[1:])
     told = manifest(supervised(one, two))
-
     assert told["summary"]["targets"] == 2
     second = told["files"]["two.jsonl"]
     assert (second["questions"], second["copies"], second["targets"]) == (0, 1, 0)
@@ -522,7 +506,6 @@ def test_a_question_of_two_shards_counts_once(tmp_path: Path):
 
 def test_kl_is_read_back_from_a_search_file(tmp_path: Path):
     source = search_file(tmp_path, "1111!~0 1110!~.25")
-
     (target,) = read_supervision(supervised(source, target="least_kl"))
     assert target.optimal_layer_config == (1, 1, 1, 0)
     assert not target.improving
@@ -531,7 +514,6 @@ def test_kl_is_read_back_from_a_search_file(tmp_path: Path):
 def test_the_model_is_what_the_manifests_tell_of_it(tmp_path: Path):
     first, second = (search_file(tmp_path, SAVING, name=name) for name in ("a.jsonl", "b.jsonl"))
     manifest_path(first).unlink()
-
     assert manifest(supervised(first))["model"] == {"num_layers": 4}
     assert manifest(supervised(first, second))["model"] == MODEL
 
@@ -539,7 +521,6 @@ def test_the_model_is_what_the_manifests_tell_of_it(tmp_path: Path):
 def test_one_set_of_weights_under_two_ids_is_one_model(tmp_path: Path):
     first = search_file(tmp_path, SAVING, name="a.jsonl")
     second = search_file(tmp_path, SAVING, name="b.jsonl", id="local/copy", revision=None)
-
     assert len(ids(supervised(first, second))) == 2
 
 
@@ -559,7 +540,6 @@ def test_files_of_different_base_models_are_refused_naming_both(
 ):
     first = search_file(tmp_path, SAVING, name="a.jsonl")
     second = search_file(tmp_path, SAVING, name="b.jsonl", **told)
-
     with pytest.raises(RecordError, match=rf"a\.jsonl and .*b\.jsonl are .*{says}"):
         supervised(first, second)
     assert not (tmp_path / "supervision.jsonl").exists()
@@ -570,7 +550,6 @@ def test_without_fingerprints_the_ids_must_agree(tmp_path: Path):
         found = [record(SAVING, question=name)]
         known = new_manifest("search", model={"id": f"{name}/model"}, config={})
         write_records(tmp_path / f"{name}.jsonl", found, known)
-
     with pytest.raises(RecordError, match="id 'a/model' and 'b/model'"):
         supervised(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
 
@@ -580,7 +559,6 @@ def test_files_of_different_depths_are_refused_even_without_manifests(tmp_path: 
     second = search_file(tmp_path, "111+", name="b.jsonl")
     for file in (first, second):
         manifest_path(file).unlink()
-
     with pytest.raises(RecordError, match="num_layers 4 and 3"):
         supervised(first, second)
 
@@ -635,7 +613,6 @@ def test_no_target_at_all_is_an_error_that_names_the_reasons_and_leaves_the_old_
     with pytest.raises(RecordError, match=says):
         supervised(source, **settings)
     assert list(tmp_path.glob("supervision*")) == []
-
     output = supervised(search_file(tmp_path, SAVING, name="a.jsonl"))
     with pytest.raises(RecordError, match=says):
         supervised(source, **settings)
@@ -646,7 +623,6 @@ def test_no_target_at_all_is_an_error_that_names_the_reasons_and_leaves_the_old_
 def test_a_file_is_not_both_read_and_written(tmp_path: Path, name: str):
     source = search_file(tmp_path, SAVING, LUCKY, name=name)
     before = source.read_text()
-
     with pytest.raises(RecordError, match=rf"{name} is both read and written"):
         supervise([source], SuperviseConfig(), tmp_path / "." / "out.jsonl")
     assert source.read_text() == before
@@ -654,7 +630,6 @@ def test_a_file_is_not_both_read_and_written(tmp_path: Path, name: str):
 
 def test_a_file_given_twice_is_refused(tmp_path: Path):
     source = search_file(tmp_path, SAVING)
-
     with pytest.raises(RecordError, match="given twice"):
         supervised(source, tmp_path / "." / source.name)
 
@@ -668,6 +643,5 @@ def test_what_makes_no_sense_is_refused_before_files_are_read(tmp_path: Path):
 
 def test_a_supervision_file_is_not_taken_for_a_search_file(tmp_path: Path):
     output = supervised(search_file(tmp_path, SAVING))
-
     with pytest.raises(RecordError, match=r"says 'drllm\.supervision'; expected 'drllm\.search'"):
         supervise([output], SuperviseConfig(), tmp_path / "again.jsonl")

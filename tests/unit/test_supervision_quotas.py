@@ -104,7 +104,6 @@ def test_a_share_of_the_targets_improves(
 @pytest.mark.parametrize("improving", [1, 3, 9])
 def test_the_share_is_met_with_as_few_drops_as_possible(share: float, improving: int):
     stays = 100 + improving - left("a" * 100 + "A" * improving, {}, share).count(".")
-
     assert improving / stays >= share - 1e-12
     assert improving / (stays + 1) < share or stays == 100 + improving
 
@@ -135,5 +134,4 @@ def test_quota_and_share_keep_what_going_one_by_one_would(
 ):
     kept = [target("a", improving=better) for better in improving]
     gone = over_quota(kept, {"a": quota}, share)
-
     assert set(range(len(kept))) - gone == published(improving, quota, share)

@@ -24,7 +24,6 @@ def reachable(num_layers: int, limit: int) -> set[tuple[int, ...]]:
 
 def test_the_full_path_has_l_skips_then_l_minus_1_double_skips_then_l_repeats():
     actions = legal_actions(full_decisions(30), limit=60)
-
     assert actions == (
         *(Action(layer, 1, Decision.SKIP) for layer in range(30)),
         *(Action(layer, 2, Decision.SKIP) for layer in range(29)),
@@ -66,5 +65,4 @@ def test_edits_reach_every_vector_within_the_limit_and_no_other(num_layers: int,
         for decisions in itertools.product((0, 1, 2), repeat=num_layers)
         if 1 <= num_executions(decisions) <= limit
     }
-
     assert reachable(num_layers, limit) == every

@@ -46,7 +46,6 @@ def noise(decisions: Sequence[int]) -> float:
 
 def test_two_orders_of_the_same_edits_share_one_node():
     search = tree(3, noise, num_simulations=500)
-
     both = search.nodes[(0, 1, 2)]
     parents = {n.decisions for n in search.nodes.values() if both in n.children.values()}
     assert parents == {(0, 1, 1), (1, 1, 2)}
@@ -283,14 +282,12 @@ def test_selection_takes_the_child_with_the_highest_bound_of_the_papers_rule(see
 def test_of_two_equal_children_the_shorter_one_is_selected_unless_only_rewards_count():
     children = (((1, 1, 2), 5, 3.0), ((1, 1, 0), 5, 2.9))
     unbiased = {"length_penalty": 0.0, "exploration_constant": 0.0}
-
     assert chosen(*family(*children)) == (1, 1, 0)
     assert chosen(*family(*children, **unbiased)) == (1, 1, 2)
 
 
 def test_length_never_enters_a_nodes_value():
     search = tree(6, lambda decisions: 1.0, num_simulations=60)
-
     assert {node.value for node in search.nodes.values()} == {1.0}
 
 
@@ -319,13 +316,11 @@ def test_a_right_path_is_edited_by_skips_alone_a_wrong_one_by_repeats_too():
 
 def test_a_right_path_without_skips_left_is_edited_by_repeats():
     search = tree(2, lambda decisions: 1.0)
-
     assert {*search.tried} == {(1, 1), (0, 1), (1, 0), (2, 1), (1, 2), (2, 2), (0, 2), (2, 0)}
 
 
 def test_a_node_has_no_more_open_children_than_its_visits_give_room_for():
     search = tree(30, noise, num_simulations=300)
-
     for node in search.nodes.values():
         assert len(node.children) <= math.ceil(WIDENING_FACTOR * node.visits**WIDENING_EXPONENT)
 
@@ -333,7 +328,6 @@ def test_a_node_has_no_more_open_children_than_its_visits_give_room_for():
 def test_fifty_simulations_are_both_broad_and_deep():
     """A chain has one child at each node; without widening no second edit is ever made."""
     search = tree(30, lambda decisions: float(num_executions(decisions) >= 28))
-
     assert 30 <= len(search.root.children) <= 36
     assert search.num_simulations_done - len(search.root.children) >= 14
 
@@ -362,7 +356,6 @@ def test_of_children_with_equal_bounds_the_one_with_the_higher_score_is_selected
     children = [(decisions, 5, 2.5) for decisions in scores][::order]
     search, parent = family(*children)
     search.tried |= {decisions: Tried(1, 0.5, score) for decisions, score in scores.items()}
-
     assert chosen(search, parent) == (1, 0, 1)
 
 
@@ -378,7 +371,6 @@ def test_edits_that_scored_well_before_are_made_more_often(seed: int):
 
 def test_scores_that_are_all_equal_prefer_no_edit():
     first = [*with_scores(lambda decisions: 1.0, 0).tried]
-
     changed = {layer for decisions in first for layer in range(30) if decisions[layer] != 1}
     assert changed == set(range(30))
 
@@ -388,7 +380,6 @@ def test_a_change_is_credited_with_its_part_of_what_the_path_gained():
     search.tell(*search.ask(), 1.0, 2.0)
     (decisions,) = search.ask()
     search.tell(decisions, 1.0, 1.0)
-
     changes = [(layer, count) for layer, count in enumerate(decisions) if count != 1]
     assert search._gains == {None: -1.0} | {change: -1.0 / len(changes) for change in changes}
 
@@ -430,7 +421,6 @@ def times_found(strategy: str, num_simulations: int, **settings: float) -> int:
 def test_the_tree_finds_three_joint_edits_that_a_chain_of_random_edits_misses():
     """Measured: 20 and 0 of 20. Exploration is set to the size of one edit's reward."""
     settings = {"exploration_constant": 0.3, "length_penalty": 0.0}
-
     assert times_found("tree", 400, **settings) >= 18
     assert times_found("walk", 400, **settings) <= 2
 

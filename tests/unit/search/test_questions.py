@@ -129,7 +129,6 @@ def test_a_question_of_two_tasks_is_asked_of_the_first_one(overlapping, caplog):
     first, second = (task.examples("search") for task in overlapping)
     shared = set(keys(first)) & set(keys(second))
     assert 0 < len(shared) < len(second)
-
     questions_of([overlapping[0], get_task("builtin_facts")], SearchConfig())
     asked = questions_of(overlapping, SearchConfig())
     left = [e for e in second if question_key(e.question) not in shared]

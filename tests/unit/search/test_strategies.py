@@ -47,7 +47,6 @@ def test_the_settings_of_the_tree_change_the_tree_alone(strategy: str):
 @each_strategy
 def test_the_full_path_comes_first_and_alone_and_is_no_simulation(strategy: str):
     search = start(strategy)
-
     assert search.ask(maximum=5) == [FULL]
     assert search.ask(maximum=5) == []
     search.tell(FULL, 1.0)
@@ -60,7 +59,6 @@ def test_the_full_path_comes_first_and_alone_and_is_no_simulation(strategy: str)
 def test_a_path_in_flight_is_not_proposed_again(strategy: str):
     search = start(strategy)
     search.tell(*search.ask(), 1.0)
-
     asked = [*search.ask(maximum=4), *search.ask(maximum=6)]
     assert len(set(asked)) == 10
     assert FULL not in asked
@@ -73,7 +71,6 @@ def test_a_path_in_flight_is_not_proposed_again(strategy: str):
 def test_paths_in_flight_count_towards_the_simulations(strategy: str):
     search = start(strategy, num_simulations=10)
     search.tell(*search.ask(), 1.0)
-
     asked = [*search.ask(maximum=6), *search.ask(maximum=6)]
     assert len(asked) == 10
     assert search.num_simulations_done == 0
@@ -90,7 +87,6 @@ def test_simulations_are_numbered_as_proposed_whatever_is_observed_first(strateg
     asked = search.ask(maximum=5)
     for decisions in reversed(asked):
         search.tell(decisions, 0.0)
-
     numbers = [search.tried[decisions].simulation for decisions in asked]
     assert numbers == sorted(set(numbers))
     assert numbers[0] == 1
@@ -121,7 +117,6 @@ def test_a_score_is_no_part_of_the_reward_and_ends_nothing(strategy: str):
     search.tell(*search.ask(), 0.0, -1.0)
     while asked := search.ask():
         search.tell(*asked, 0.0, 5.0)
-
     assert search.num_simulations_done == 10
     assert {tried.score for tried in search.tried.values()} == {-1.0, 5.0}
 
@@ -129,7 +124,6 @@ def test_a_score_is_no_part_of_the_reward_and_ends_nothing(strategy: str):
 @each_strategy
 def test_exhaust_uses_all_simulations_whatever_was_found(strategy: str):
     search = start(strategy, stop_rule="exhaust", num_simulations=30)
-
     run(search, full=0.0, right=12)
     assert search.num_simulations_done == 30
 
@@ -138,7 +132,6 @@ def test_exhaust_uses_all_simulations_whatever_was_found(strategy: str):
 @each_rule
 def test_the_first_improving_path_ends_the_search_even_if_it_is_longer(strategy: str, rule: str):
     search = start(strategy, stop_rule=rule)
-
     tried = run(search, full=0.0, right=24)
     assert len(tried) == 2
     assert search.ask() == []
@@ -150,7 +143,6 @@ def test_the_first_right_path_that_saves_one_layer_or_two_ends_the_search(
     strategy: str, rule: str, saved: int
 ):
     *others, last = run(start(strategy, stop_rule=rule), full=1.0, right=24)
-
     assert num_executions(last) <= 12 - saved
     assert all(num_executions(path) > 12 - saved for path in others)
 
@@ -159,7 +151,6 @@ def test_the_first_right_path_that_saves_one_layer_or_two_ends_the_search(
 @each_rule
 def test_wrong_short_paths_end_nothing(strategy: str, rule: str):
     search = start(strategy, stop_rule=rule, num_simulations=25)
-
     run(search, full=1.0, right=0)
     assert search.num_simulations_done == 25
 
@@ -168,7 +159,6 @@ def test_a_partial_reward_is_not_right_and_ends_nothing():
     search = start("tree", stop_rule="paper", num_simulations=10)
     while asked := search.ask():
         search.tell(*asked, 0.99)
-
     assert search.num_simulations_done == 10
 
 

@@ -38,7 +38,6 @@ def neighbours(decisions: Decisions) -> set[Decisions]:
 
 def test_the_first_level_is_every_edit_once_single_skips_then_double_ones_then_repeats():
     first = levels(sweep(num_simulations=NUM_SINGLE))
-
     assert len(first) == NUM_SINGLE
     assert set(first) == neighbours(full_decisions(6))
     assert [num_executions(decisions) for decisions in first] == [5] * 6 + [4] * 5 + [7] * 6
@@ -57,7 +56,6 @@ def test_the_second_level_begins_with_the_best_path_and_the_best_edit_of_it():
     """Skipping layer 1 and skipping layer 4 alone are right, so they are tried together."""
     right = {(1, 0, 1, 1, 1, 1), (1, 1, 1, 1, 0, 1)}
     search = sweep(lambda decisions: float(decisions in right), num_simulations=NUM_SINGLE + 1)
-
     assert levels(search)[-1] == (1, 0, 1, 1, 0, 1)
 
 
@@ -67,14 +65,12 @@ def test_of_equally_right_edits_those_of_the_best_score_are_combined_first():
         (decisions,) = asked
         others = sum(decisions[layer] != 1 for layer in (0, 1, 3, 4))
         search.tell(decisions, 1.0, -float(decisions[2] + decisions[5] + others))
-
     assert levels(search)[-1] == (1, 1, 0, 1, 1, 0)
 
 
 def test_of_equally_right_edits_those_that_leave_less_to_execute_are_combined_first():
     """Skips of two layers, where they don't overlap: all edits are worth the same."""
     search = sweep(lambda decisions: 1.0, num_simulations=NUM_SINGLE + 3)
-
     assert [num_executions(decisions) for decisions in levels(search)[-3:]] == [2, 2, 2]
 
 
@@ -95,7 +91,6 @@ def test_the_third_level_extends_the_best_pairs():
 
 def test_repeats_come_in_where_a_skip_makes_room_for_them():
     search = sweep(num_layers=3, budget=1.0, num_simulations=1000)
-
     assert all(num_executions(decisions) <= 3 for decisions in search.tried)
     assert {(2, 0, 1), (1, 0, 2)} <= search.tried.keys()
 

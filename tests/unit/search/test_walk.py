@@ -23,7 +23,6 @@ def neighbours(decisions: tuple[int, ...], limit: int) -> set[tuple[int, ...]]:
 
 def test_each_path_is_one_edit_away_from_the_path_before():
     search = walk(30, num_simulations=20)
-
     paths = list(search.tried)
     assert len(paths) == 21
     for before, after in itertools.pairwise(paths):
@@ -36,7 +35,6 @@ def test_the_walk_ignores_what_paths_are_worth():
 
 def test_a_walk_at_its_end_starts_again_from_the_full_path():
     search = walk(6, num_simulations=40, budget=1.0)
-
     restarts = [
         after
         for before, after in itertools.pairwise(search.tried)
@@ -49,7 +47,6 @@ def test_a_walk_at_its_end_starts_again_from_the_full_path():
 
 def test_a_path_met_again_counts_as_a_simulation_and_leaves_a_gap_in_their_numbers():
     search = walk(3, num_simulations=200)
-
     assert search.num_simulations_done == 200
     numbers = [tried.simulation for tried in search.tried.values()]
     assert numbers == sorted(set(numbers))
@@ -59,7 +56,6 @@ def test_a_path_met_again_counts_as_a_simulation_and_leaves_a_gap_in_their_numbe
 
 def test_a_single_layer_within_budget_1_leaves_nothing_to_walk():
     search = walk(1, budget=1.0)
-
     assert list(search.tried) == [full_decisions(1)]
 
 
@@ -68,5 +64,4 @@ def test_in_a_round_of_several_the_walk_takes_the_same_way():
     while asked := together.ask(maximum=7):
         for decisions in reversed(asked):
             together.tell(decisions, 0.0)
-
     assert alone.tried == together.tried
