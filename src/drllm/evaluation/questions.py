@@ -21,20 +21,19 @@ from drllm.tasks.base import Task
 from drllm.tasks.registry import get_task, get_tasks
 
 
-def tasks_of(config: EvaluateConfig) -> list[Task]:
-    """Return the tasks that a config names, once it is sure that they can be evaluated.
+def tasks_of(config: EvaluateConfig, given: Sequence[Task | str] | None = None) -> list[Task]:
+    """Return the tasks that are evaluated, once it is sure that they can be.
+
+    Args:
+        config: Names them unless they are given.
+        given: Tasks or their names.
 
     Raises:
         ConfigError: Settings that make no sense together, or too few texts for a choice.
         TaskError: An unknown task, or no questions to be had.
     """
-    tasks = get_tasks(config.tasks)
-    check_tasks(tasks, config)
-    return tasks
-
-
-def check_tasks(tasks: Sequence[Task], config: EvaluateConfig) -> None:
-    """Refuse tasks that can't be evaluated under a config; see `tasks_of`."""
+    wanted = get_tasks(config.tasks) if given is None else given
+    tasks = [get_task(task) if isinstance(task, str) else task for task in wanted]
     check(config)
     if config.epsilon is not None and config.num_texts < FEWEST_TEXTS:
         raise ConfigError(
@@ -66,6 +65,7 @@ def check_tasks(tasks: Sequence[Task], config: EvaluateConfig) -> None:
         for source in sources.values():
             _check_examples(source, chosen_on(source, config), config.data_dir)
     worked_task(config, tasks)
+    return tasks
 
 
 def check_output(output: Path) -> None:

@@ -21,7 +21,7 @@ from drllm.evaluation.comparison import TASKS_FOLDER, Comparison, Shared
 from drllm.evaluation.latency import write_latency
 from drllm.evaluation.lm_eval.folders import CACHE
 from drllm.evaluation.lm_eval.model import RoutedLM
-from drllm.evaluation.questions import check_output, check_tasks
+from drllm.evaluation.questions import check_output, tasks_of
 from drllm.evaluation.tables import TaskRuns, correct
 from drllm.listener import Listener
 from drllm.models.base.load import BaseModel, as_base_model
@@ -43,7 +43,6 @@ from drllm.records import (
 )
 from drllm.records.results import SAMPLES_FILE, Evaluation, read_evaluation, results_in
 from drllm.tasks.base import OPTIONS_REWARD, Task
-from drllm.tasks.registry import get_task, get_tasks
 
 Routers: TypeAlias = "Path | str | RouterStack"
 
@@ -88,9 +87,7 @@ def evaluate(
     Source: the comparison is ours (docs/differences.md, D-18).
     """
     config, listener = config or EvaluateConfig(), listener or Listener()
-    wanted = get_tasks(config.tasks) if tasks is None else tasks
-    found = [get_task(task) if isinstance(task, str) else task for task in wanted]
-    check_tasks(found, config)
+    found = tasks_of(config, tasks)
     given = [routers] if isinstance(routers, (str, Path, RouterStack)) else list(routers)
     with ExitStack() as stack:
         folder = Path(output or stack.enter_context(tempfile.TemporaryDirectory()))
