@@ -32,11 +32,11 @@ KINDS = ("prompt", "question", "messages")
 
 
 class Asked(NamedTuple):
-    """One row of a file of prompts: its line, its id, and a text or a list of messages."""
+    """One row of a file of prompts."""
 
     line: int
     id: str | int
-    prompt: str | list[dict[str, Any]]
+    prompt: str | list[dict[str, Any]]  # a text or messages
 
 
 @verb(
@@ -177,9 +177,6 @@ def _asked(row: dict[str, Any], line: int, chat: bool) -> Asked:
     return Asked(line, own_id, messages)
 
 
-# --- one prompt --------------------------------------------------------------------------------
-
-
 def _answer(routed: RoutedModel, prompt: str, config: GenerateConfig, terminal: Terminal) -> None:
     """Answer one prompt; print the answer, its route, its cost and the time."""
     import torch
@@ -224,14 +221,10 @@ class _Clock:
         self.times: list[float] = []
 
     def put(self, value: Any) -> None:
-        """Note the time; the tokens are on the CPU already, so the device has finished."""
+        # The tokens are on the CPU already, so the device has finished.
         self.times.append(time.perf_counter())
 
-    def end(self) -> None:
-        """Nothing is left to do."""
-
-
-# --- a file of prompts -------------------------------------------------------------------------
+    def end(self) -> None: ...
 
 
 def _answer_file(

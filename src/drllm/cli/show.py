@@ -13,15 +13,7 @@ from drllm.cli.show_supervision import say_classes, show_rejected, show_supervis
 from drllm.cli.terminal import Terminal
 from drllm.errors import RecordError
 from drllm.metrics import by_layer, ratios, shown, verdict
-from drllm.records import (
-    FailedQuestion,
-    RejectedQuestion,
-    read_json,
-    read_json_lines,
-    read_search,
-    read_supervision,
-    refuse_odd_file,
-)
+from drllm.records import read_json, read_json_lines, read_search, refuse_odd_file
 from drllm.records.layers import LAYERS_FILE, calibration_of, read_layers
 from drllm.records.results import (
     EVALUATION_SCHEMA,
@@ -117,9 +109,6 @@ def _has_results(folder: Path) -> bool:
     return any(schema_of(path) == EVALUATION_SCHEMA for path in results_in(folder))
 
 
-# --- files, by name and by what they hold ------------------------------------------------------
-
-
 def _show_json(path: Path, terminal: Terminal) -> None:
     if not path.is_file():
         raise RecordError(f"{path} doesn't exist; give a file or folder that drllm has written")
@@ -135,8 +124,8 @@ def _first_row(path: Path) -> dict[str, Any]:
     return next(read_json_lines(path, dict[str, Any]))[1]
 
 
-def _rows(path: Path, kind: Any = dict[str, Any]) -> list[Any]:
-    return [row for _, row in read_json_lines(path, kind)]
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [row for _, row in read_json_lines(path, dict[str, Any])]
 
 
 def _show_lines(path: Path, terminal: Terminal) -> None:
@@ -168,9 +157,6 @@ def _show_metrics(path: Path, terminal: Terminal) -> None:
         title=f"epoch {last}",
         numbers_from=1,
     )
-
-
-# --- routers -----------------------------------------------------------------------------------
 
 
 def _show_routers(path: Path, terminal: Terminal) -> None:
@@ -249,18 +235,9 @@ _JSON: dict[str, Renderer] = {
 
 _LINES: dict[str, tuple[str, Renderer]] = {
     "paths": ("search", lambda path, terminal: show_search(read_search(path), terminal)),
-    "optimal_layer_config": (
-        "supervision",
-        lambda path, terminal: show_supervision(path, read_supervision(path), terminal),
-    ),
-    "reason": (
-        "questions without a target",
-        lambda path, terminal: show_rejected(_rows(path, RejectedQuestion), terminal),
-    ),
-    "error": (
-        "questions that failed",
-        lambda path, terminal: show_failed(_rows(path, FailedQuestion), terminal),
-    ),
+    "optimal_layer_config": ("supervision", show_supervision),
+    "reason": ("questions without a target", show_rejected),
+    "error": ("questions that failed", show_failed),
     "systems": ("samples", _show_samples),
     "epoch": ("metrics", _show_metrics),
 }

@@ -18,7 +18,14 @@ from drllm.cost import distinct_executions
 from drllm.errors import RecordError
 from drllm.listener import duration
 from drllm.paths import Decision, Decisions
-from drllm.records import FailedQuestion, Retest, SearchRecord, TriedPath, read_manifest
+from drllm.records import (
+    FailedQuestion,
+    Retest,
+    SearchRecord,
+    TriedPath,
+    read_json_lines,
+    read_manifest,
+)
 from drllm.reporting.edits import EditEffect, edit_effects
 from drllm.reporting.numbers import count, of_total, percent, plain, signed
 from drllm.search import num_batches_kept
@@ -128,11 +135,9 @@ def _show_edits(edits: Sequence[EditEffect], decision: Decision, terminal: Termi
     )
 
 
-# --- what isn't in search.jsonl ----------------------------------------------------------------
-
-
-def show_failed(questions: Sequence[FailedQuestion], terminal: Terminal) -> None:
+def show_failed(path: Path, terminal: Terminal) -> None:
     """Print the questions that a search has set aside, each with its last error."""
+    questions = [one for _, one in read_json_lines(path, FailedQuestion)]
     terminal.fact("failed", f"{count(len(questions))} questions were set aside by the search")
     rows = [(one.task, one.id, count(one.attempts), one.error) for one in questions]
     terminal.table("task|id|attempts|last error", rows)
@@ -145,9 +150,6 @@ def show_unfinished(folder: Path, terminal: Terminal) -> None:
         f"not finished: {count(num_batches_kept(folder))} batches of questions are kept; if it "
         f"isn't running, run the same command to resume it",
     )
-
-
-# --- one question ------------------------------------------------------------------------------
 
 
 def show_question(

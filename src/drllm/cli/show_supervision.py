@@ -9,7 +9,13 @@ from typing import Any
 
 from drllm.cli.terminal import Terminal
 from drllm.paths import Decision
-from drllm.records import RejectedQuestion, SupervisionRecord, read_manifest, rejected_path
+from drllm.records import (
+    RejectedQuestion,
+    read_json_lines,
+    read_manifest,
+    read_supervision,
+    rejected_path,
+)
 from drllm.reporting.numbers import count, percent, plain
 from drllm.supervision.summary import KINDS, summarise
 
@@ -74,8 +80,9 @@ def _say_decisions(summary: Mapping[str, Any], terminal: Terminal) -> None:
             terminal.fact(name, f"layers {', '.join(shown)}")
 
 
-def show_supervision(path: Path, records: Sequence[SupervisionRecord], terminal: Terminal) -> None:
+def show_supervision(path: Path, terminal: Terminal) -> None:
     """Print what a file of targets holds, by the counts of its manifest where it has one."""
+    records = read_supervision(path)
     manifest = read_manifest(path, "supervision") or {}
     if "summary" in manifest:
         say_supervision(manifest["summary"], terminal)
@@ -87,8 +94,9 @@ def show_supervision(path: Path, records: Sequence[SupervisionRecord], terminal:
     terminal.fact("executions", f"{plain(mean, 2)} of {layers} on average")
 
 
-def show_rejected(questions: Sequence[RejectedQuestion], terminal: Terminal) -> None:
+def show_rejected(path: Path, terminal: Terminal) -> None:
     """Print how many questions of each task got no target, by reason."""
+    questions = [one for _, one in read_json_lines(path, RejectedQuestion)]
     terminal.fact("without", f"{count(len(questions))} records have no target")
     reasons = Counter((question.task, question.reason) for question in questions)
     rows = [(task, reason, count(n)) for (task, reason), n in reasons.items()]

@@ -163,9 +163,6 @@ def supervise_verb(request: Request, terminal: Terminal) -> None:
     say_written(output, found.summary, terminal)
 
 
-# --- train and evaluate --------------------------------------------------------------------------
-
-
 @verb(
     "train",
     help="train the routers on target paths",
@@ -308,9 +305,6 @@ def model_of(request: Request, routers: RouterStack | None) -> ModelConfig:
         )
     revision = config.revision or routers.config.base_revision
     return dataclasses.replace(config, model=routers.config.base_model, revision=revision)
-
-
-# --- report and export ---------------------------------------------------------------------------
 
 
 @verb(

@@ -51,9 +51,6 @@ ROUTER_FILES = ("router_config.json", "routers.safetensors")
 Stage: TypeAlias = Iterator[Any]
 
 
-# --- what is done ------------------------------------------------------------------------------
-
-
 class StageDone(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """One stage of a run, as `docs/formats.md` describes it."""
 
@@ -128,9 +125,6 @@ def _evaluated(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, str]:
             name = f"worked answers of {worked.name}, {split}"
             found[name] = digest(worked, split, config.num_texts)
     return found
-
-
-# --- a run -------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import yaml
 
 from drllm.config import EvaluateConfig, ModelConfig, SearchConfig, SuperviseConfig, TrainConfig
 from drllm.config.files import canonical, read_yaml, with_underscores
-from drllm.config.settings import Settings, from_dict
+from drllm.config.settings import from_dict
 from drllm.errors import ConfigError, unknown_name
 from drllm.evaluation.questions import tasks_of
 from drllm.search.questions import SearchQuestion, questions_of
@@ -24,13 +24,6 @@ from drllm.supervision.select import check_settings
 from drllm.tasks.base import Task
 from drllm.tasks.registry import get_tasks
 
-SECTIONS: dict[str, type[Settings]] = {
-    "model": ModelConfig,
-    "search": SearchConfig,
-    "supervise": SuperviseConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-}
 SWEPT = ("supervise", "train")
 """Sections that a setting of a sweep may change."""
 FOR_CHOICE = ("limit", "limits", "num_texts")
@@ -86,12 +79,13 @@ class Recipe:
         check_tracking(self.train)
 
 
-def check_tracking(config: TrainConfig) -> None:
-    """Refuse trackers that can't be told of the training; loads torch only where there are any.
+SECTIONS: dict[str, Any] = {
+    section.name: section.default_factory for section in dataclasses.fields(Recipe)
+}
 
-    Raises:
-        ConfigError: One that isn't known or installed.
-    """
+
+def check_tracking(config: TrainConfig) -> None:
+    """Refuse trackers that aren't known or installed; loads torch only where there are any."""
     if config.trackers:
         from drllm.training.trackers import check_trackers
 
@@ -113,14 +107,8 @@ def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
     return _recipe(path, read_yaml(path, "a recipe"), data_dir)
 
 
-def _recipe(
-    path: Path,
-    values: Mapping[str, Any],
-    data_dir: str | None,
-    changes: Mapping[str, Any] | None = None,
-) -> Recipe:
+def _recipe(path: Path, values: Mapping[str, Any], data_dir: str | None, **changes: Any) -> Recipe:
     """Make a recipe of a file's values, some sections changed."""
-    changes = changes or {}
     groups = {}
     for name in values:
         if name not in SECTIONS:
@@ -148,9 +136,6 @@ def _section(path: Path, name: str, values: Any) -> dict[str, Any]:
             f"{path}: section {name!r} is {values!r}; give settings, written 'name: value'"
         )
     return with_underscores(values)
-
-
-# --- sweeps ------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +171,7 @@ def read_sweep(path: Path, data_dir: str | None = None) -> SweepPlan:
         if name not in FOR_CHOICE:
             raise ConfigError(f"{path}: choose: " + unknown_name("setting", name, FOR_CHOICE))
     common = _recipe(path, values, data_dir)
-    choosing = _recipe(path, values, data_dir, {"evaluate": choose}).evaluate
+    choosing = _recipe(path, values, data_dir, evaluate=choose).evaluate
     if common.evaluate.curve is None:
         raise ConfigError(
             f"{path}: evaluate: a sweep compares at equal depths; give them as curve, for example "
@@ -229,6 +214,6 @@ def _setting(
                 f"{path}: setting {name!r}: " + unknown_name("section", str(section), SWEPT)
             )
     try:
-        return _recipe(path, values, data_dir, changes)
+        return _recipe(path, values, data_dir, **changes)
     except ConfigError as error:
         raise ConfigError(f"setting {name!r} of {error}") from error
