@@ -1,14 +1,25 @@
 from __future__ import annotations
 
-import pytest
-from msgspec.structs import replace
+import json
+from pathlib import Path
 
+import msgspec
+import numpy as np
+import pytest
+import yaml
+from msgspec.structs import replace
+from safetensors.numpy import save
+
+from drllm.cli.show import show
 from drllm.cli.show_results import show_evaluation
 from drllm.cli.terminal import Terminal, draw_route
-from drllm.records.latency import Latency, Timing, Timings
-from drllm.records.results import Evaluation, Point, System
+from drllm.errors import RecordError
+from drllm.metrics import by_layer, ratios, verdict
+from drllm.records.latency import Latency
+from drllm.records.layers import read_layers
+from drllm.records.results import Evaluation
 from drllm.reporting.cost import measured_lines
-from drllm.statistics.verdicts import Differences, Verdict
+from drllm.reporting.numbers import plain
 
 
 def test_a_route_stands_under_its_layers_numbers():
@@ -30,83 +41,54 @@ def test_a_deep_models_route_is_broken_into_rows():
     assert lines[3] == "       ·2"
 
 
-WORSE = Differences(
-    accuracy=Verdict(quantity="accuracy", mean=0.25, interval=(0.05, 0.45), n=40, shown="higher"),
-    gold_logprob=Verdict(
-        quantity="gold_logprob", mean=-0.125, interval=(-0.3, 0.1), n=40, shown="none shown"
+HEADER = """
+schema: drllm.evaluation
+schema_version: 2
+drllm_version: "0"
+created: ""
+model: {}
+config: {}
+inputs: {}
+libraries: {}
+routers: routers
+routers_sha256: ""
+"""
+HIGHER = "accuracy: {quantity: accuracy, mean: 0.25, interval: [0.05, 0.45], n: 40, shown: higher"
+OPEN = "gold_logprob: {quantity: gold_logprob, mean: -0.125, interval: [-0.3, 0.1], n: 40"
+POINT = "accuracy: 0.75, interval: [0.6, 0.9], gold_logprob: -1.375, text_loss: null"
+EVALUATION = msgspec.convert(
+    yaml.safe_load(
+        f"""
+{HEADER}
+runtime: {{}}
+kind: choices
+metric: acc
+num_fewshot: 0
+task: facts
+split: test
+num_questions: 40
+num_layers: 30
+chance: 0.25
+systems:
+  - {{name: base, description: "", accuracy: 0.5, interval: [0.3521, 0.6479], executions: 30.0,
+      gold_logprob: -1.25, text_loss: 3.75, seconds: 12.34}}
+  - {{name: random decisions, description: "", accuracy: 0.25, interval: [0.1, 0.4],
+      executions: 27.55, gold_logprob: null, seconds: 3.0, draws: 5,
+      against_base: {{{HIGHER}, won: 1, lost: 9, p: 0.0001}}}},
+      routed_against: &worse {{{HIGHER}}}, {OPEN}, shown: none shown}}}}}}
+findings: [It is worse.]
+curve:
+  - {{system: base, setting: "", executions: 30.0, against_base: null,
+      routed_against: null, {POINT}}}
+  - {{system: routed, setting: 10 % saved, executions: 27.0, against_base: *worse,
+      routed_against: null, {POINT}}}
+  - {{system: program predictor, setting: 10 % saved, executions: 26.5, against_base: null,
+      routed_against: null, {POINT}}}
+  - {{system: routed, setting: 20 % saved, executions: 24.0, against_base: *worse,
+      routed_against: null, {POINT}}}
+"""
     ),
-)
-TESTED = Differences(accuracy=replace(WORSE.accuracy, won=1, lost=9, p=0.0001))
-HEADER = {
-    "schema": "drllm.evaluation",
-    "schema_version": 2,
-    "drllm_version": "0",
-    "created": "",
-    "model": {},
-    "config": {},
-    "inputs": {},
-    "libraries": {},
-    "routers": "routers",
-    "routers_sha256": "",
-}
-
-
-def point(system: str, setting: str, executions: float, against: Differences | None) -> Point:
-    return Point(
-        system=system,
-        setting=setting,
-        executions=executions,
-        accuracy=0.75,
-        interval=(0.6, 0.9),
-        gold_logprob=-1.375,
-        text_loss=None,
-        against_base=against,
-        routed_against=None,
-    )
-
-
-EVALUATION = Evaluation(
-    **HEADER,
-    runtime={},
-    kind="choices",
-    metric="acc",
-    num_fewshot=0,
-    task="facts",
-    split="test",
-    num_questions=40,
-    num_layers=30,
-    chance=0.25,
-    systems=(
-        System(
-            name="base",
-            description="",
-            accuracy=0.5,
-            interval=(0.3521, 0.6479),
-            executions=30.0,
-            gold_logprob=-1.25,
-            text_loss=3.75,
-            seconds=12.34,
-        ),
-        System(
-            name="random decisions",
-            description="",
-            accuracy=0.25,
-            interval=(0.1, 0.4),
-            executions=27.55,
-            gold_logprob=None,
-            seconds=3.0,
-            draws=5,
-            against_base=TESTED,
-            routed_against=WORSE,
-        ),
-    ),
-    findings=("It is worse.",),
-    curve=(
-        point("base", "", 30.0, None),
-        point("routed", "10 % saved", 27.0, WORSE),
-        point("program predictor", "10 % saved", 26.5, None),
-        point("routed", "20 % saved", 24.0, WORSE),
-    ),
+    Evaluation,
 )
 
 
@@ -153,32 +135,27 @@ def test_a_narrow_terminal_loses_no_digit(capsys: pytest.CaptureFixture[str]):
 
 
 def measured() -> Latency:
+    """Times of one row and 16 tokens, the same for reading and decoding."""
     seconds = {
-        "base": (0.1, 0.2, 0.3),
-        "routed": (0.09, 0.176, 0.2793),
-        "attached": (0.1, 0.2, 0.3),
-        "routers that execute": (0.1052, 0.205, 0.306),
+        "base": [0.1, 0.2, 0.3],
+        "routed": [0.09, 0.176, 0.2793],
+        "attached": [0.1, 0.2, 0.3],
+        "routers that execute": [0.1052, 0.205, 0.306],
     }
-    timings = tuple(
-        Timing(
-            system=name,
-            phase=phase,
-            batch_size=size,
-            num_tokens=16 * size,
-            executions=30.0,
-            seconds=times,
-        )
+    shared = {"batch_size": 1, "num_tokens": 16, "executions": 30.0}
+    timings = [
+        {"system": name, "phase": phase, "seconds": times, **shared}
         for name, times in seconds.items()
-        for phase, size in (("prefill", 1), ("decode", 1))
-    )
-    return Latency(
-        **HEADER,
-        runtime={"device": "cpu", "dtype": "float32", "num_threads": 1},
-        machine="Linux x86_64, 2 cores",
-        num_prompts=16,
-        systems={},
-        measured=Timings(prompt_tokens=16, new_tokens=2, timings=timings),
-    )
+        for phase in ("prefill", "decode")
+    ]
+    found = {
+        "runtime": {"device": "cpu", "dtype": "float32", "num_threads": 1},
+        "machine": "Linux x86_64, 2 cores",
+        "num_prompts": 16,
+        "systems": {},
+        "measured": {"prompt_tokens": 16, "new_tokens": 2, "timings": timings},
+    }
+    return msgspec.convert(yaml.safe_load(HEADER) | found, Latency)
 
 
 def test_measured_time_is_said_in_three_lines_and_called_measured_threads_of_a_processor_only():
@@ -197,3 +174,76 @@ def test_measured_time_is_said_in_three_lines_and_called_measured_threads_of_a_p
     on_gpu = {"device": "cuda", "dtype": "bfloat16", "num_threads": 1}
     found = replace(measured(), machine="A card", runtime=on_gpu)
     assert measured_lines(found)[-1].endswith("on A card; cuda, bfloat16.")
+
+
+PARTS = {
+    "train": [[[4, 6, 0], [1, 28, 0], [0, 1, 0]], [[0, 0, 0], [0, 40, 0], [0, 0, 0]]],
+    "validation": [[[2, 1, 0], [0, 7, 0], [0, 0, 0]], [[0, 1, 0], [1, 8, 0], [0, 0, 0]]],
+}
+
+
+@pytest.fixture
+def layers(tmp_path: Path) -> Path:
+    told = {
+        part: {
+            "examples": sum(map(sum, confusion[0])),
+            "executions": sum(row[1] for layer in confusion for row in layer),
+            "loss": 0.25,
+            "confusion": confusion,
+        }
+        for part, confusion in PARTS.items()
+    }
+    file = tmp_path / "layers.json"
+    file.write_text(json.dumps({"schema": "drllm.layers", "schema_version": 1, "epoch": 3} | told))
+    return file
+
+
+def test_every_metric_of_routers_and_baselines_is_printed_on_both_parts(
+    layers: Path, capsys: pytest.CaptureFixture[str]
+):
+    show(layers, Terminal())
+    out = capsys.readouterr().out
+    rows = [line.split() for line in out.splitlines()]
+    for systems in read_layers(layers).parts.values():
+        scores = [ratios(counts) for counts in systems.values()]
+        for name in scores[0]:
+            assert [name, *(plain(each[name], 3) for each in scores)] in rows
+    assert "after epoch 3, on 40 targets trained on" in out
+    assert "after epoch 3, on 10 held-out targets" in out
+    assert max(map(len, out.split("The routers hit")[0].splitlines())) <= 80
+
+
+def test_the_verdict_stands_below_the_tables(layers: Path, capsys: pytest.CaptureFixture[str]):
+    terminal = Terminal()
+    terminal.out.width = 400
+    show(layers, terminal)
+    agreement = read_layers(layers)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [by_layer(agreement.parts["validation"]), verdict(agreement.parts)]
+
+
+def test_a_folder_of_routers_shows_its_layers_too(layers: Path, capsys: pytest.CaptureFixture[str]):
+    config = {"num_layers": 2, "hidden_size": 8, "num_windows": 4, "router_width": 5}
+    (layers.parent / "router_config.json").write_text(json.dumps(config))
+    show(layers.parent, Terminal())
+    assert "on 10 held-out targets" in capsys.readouterr().out
+    layers.unlink()
+    show(layers.parent, Terminal())
+    assert "held-out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x08\x00\x00\x00\x00\x00\x00\x00{}",
+        b"PK\x03\x04",
+        save({"a": np.array([1.0, np.nan], dtype=np.float32)}),
+        save({"a": np.ones(4, dtype=np.float32)})[:-1],
+    ],
+)
+def test_routers_with_broken_weights_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "router_config.json").write_text("{}")
+    (tmp_path / "routers.safetensors").write_bytes(content)
+    with pytest.raises(RecordError, match=r"routers\.safetensors"):
+        show(tmp_path, Terminal())
