@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import time
 from collections.abc import Callable
@@ -17,19 +16,6 @@ from drllm.search import CHUNKS_FOLDER, num_batches_kept
 
 MOST_S = 120.0
 QUESTIONS = 24
-
-
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    """Processes that start at once, since what they need is loaded before they are forked."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["drllm.cli.stages", "drllm.search.run", "drllm.models.base.load"]
-    )
-    first = context.Process(target=time.monotonic)  # starts the server of processes
-    first.start()
-    first.join()
-    return context
 
 
 @pytest.fixture
