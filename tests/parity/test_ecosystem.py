@@ -37,6 +37,11 @@ def lora(seed=0):
     )
 
 
+@pytest.fixture
+def planned(tiny_llama):
+    return RoutedModel(tiny_llama(), policy=FixedPolicy(PLAN, 6))
+
+
 def prompts():
     ids, mask = left_padded(PROMPTS, "cpu")
     return {"input_ids": ids, "attention_mask": mask}
@@ -213,23 +218,21 @@ def test_detaching_leaves_the_checkpointing_function_as_it_was(tiny_llama):
 # --- copying and saving ------------------------------------------------------------------------
 
 
-def test_a_deep_copy_of_the_model_is_routed_by_itself(tiny_llama):
-    routed = RoutedModel(tiny_llama(), policy=FixedPolicy(PLAN, 6))
-    twin = copy.deepcopy(routed.model)
-    expected = routed.model(**prompts()).logits
-    routed.detach()
+def test_a_deep_copy_of_the_model_is_routed_by_itself(planned):
+    twin = copy.deepcopy(planned.model)
+    expected = planned.model(**prompts()).logits
+    planned.detach()
     assert torch.equal(expected, twin(**prompts()).logits)
-    assert not torch.equal(expected, routed.model(**prompts()).logits)
+    assert not torch.equal(expected, planned.model(**prompts()).logits)
 
 
-def test_a_model_saved_whole_is_routed_when_it_is_loaded(tiny_llama):
-    routed = RoutedModel(tiny_llama(), policy=FixedPolicy(PLAN, 6))
+def test_a_model_saved_whole_is_routed_when_it_is_loaded(planned):
     file = io.BytesIO()
-    torch.save(routed.model, file)
+    torch.save(planned.model, file)
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
-    assert torch.equal(routed.model(**prompts()).logits, loaded(**prompts()).logits)
-    expected = routed.generate(**prompts(), max_new_tokens=5, do_sample=False)
+    assert torch.equal(planned.model(**prompts()).logits, loaded(**prompts()).logits)
+    expected = planned.generate(**prompts(), max_new_tokens=5, do_sample=False)
     assert torch.equal(expected, loaded.generate(**prompts(), max_new_tokens=5, do_sample=False))
 
 
@@ -249,15 +252,16 @@ def test_save_pretrained_writes_the_base_model_as_ever(tiny_llama, tmp_path):
 # --- running it --------------------------------------------------------------------------------
 
 
-def test_a_text_generation_pipeline_is_routed(tiny_llama, tiny_tokenizer):
+def test_a_text_generation_pipeline_is_routed(planned, tiny_tokenizer):
     text = "to be or not"
-    routed = RoutedModel(tiny_llama(), policy=FixedPolicy(PLAN, 6))
     options = {"max_new_tokens": 8, "do_sample": False}
     ids = tiny_tokenizer(text, return_tensors="pt")
-    expected = tiny_tokenizer.decode(routed.generate(**ids, **options)[0], skip_special_tokens=True)
-    run = pipeline("text-generation", model=routed.model, tokenizer=tiny_tokenizer)
+    expected = tiny_tokenizer.decode(
+        planned.generate(**ids, **options)[0], skip_special_tokens=True
+    )
+    run = pipeline("text-generation", model=planned.model, tokenizer=tiny_tokenizer)
     assert run(text, **options)[0]["generated_text"] == expected
-    routed.detach()
+    planned.detach()
     assert run(text, **options)[0]["generated_text"] != expected
 
 
@@ -273,13 +277,12 @@ def compiled(model, **options):
 
 
 @needs_tracing
-def test_a_fixed_plan_compiles_to_one_graph(tiny_llama):
-    routed = RoutedModel(tiny_llama(), policy=FixedPolicy(PLAN, 6))
+def test_a_fixed_plan_compiles_to_one_graph(planned):
     with torch.no_grad():
-        expected = routed.model(**prompts()).logits
-        fast = compiled(routed.model, fullgraph=True)
+        expected = planned.model(**prompts()).logits
+        fast = compiled(planned.model, fullgraph=True)
         assert torch.equal(expected, fast(**prompts()).logits)
-        assert routed.last_route.tolist() == [PLAN] * 3
+        assert planned.last_route.tolist() == [PLAN] * 3
 
 
 @needs_tracing
@@ -293,14 +296,13 @@ def test_rows_with_plans_of_their_own_compile_to_one_graph(tiny_llama):
 
 @needs_tracing
 @pytest.mark.thorough
-def test_a_compiled_model_follows_a_change_of_plan(tiny_llama):
-    routed = RoutedModel(tiny_llama(), policy=FixedPolicy(PLAN, 6))
-    fast = compiled(routed.model)
+def test_a_compiled_model_follows_a_change_of_plan(planned):
+    fast = compiled(planned.model)
     with torch.no_grad():
         fast(**prompts())
         for plan in ([1] * 6, [2, 1, 1, 0, 1, 1], PLAN):
-            with routed.fixed(plan):  # breaks the graph, and is right all the same
-                expected = routed.model(**prompts()).logits
+            with planned.fixed(plan):  # breaks the graph, and is right all the same
+                expected = planned.model(**prompts()).logits
                 assert torch.equal(expected, fast(**prompts()).logits)
 
 

@@ -63,13 +63,18 @@ def assert_same(expected, found):
         assert slow_greedy == fast_greedy
 
 
+def score(lm, requests):
+    return lm.loglikelihood(requests, disable_tqdm=True)
+
+
+def check_scores(base, requests, **options):
+    assert_same(score(stock(base, **options), requests), score(RoutedLM(base, **options), requests))
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 64, "auto"])
 def test_without_routers_every_answer_is_the_harness_own(base, batch_size):
-    expected = stock(base).loglikelihood(instances(QUESTIONS), disable_tqdm=True)
-    found = RoutedLM(base, batch_size=batch_size).loglikelihood(
-        instances(QUESTIONS), disable_tqdm=True
-    )
-    assert_same(expected, found)
+    expected = score(stock(base), instances(QUESTIONS))
+    assert_same(expected, score(RoutedLM(base, batch_size=batch_size), instances(QUESTIONS)))
 
 
 def test_a_continuation_that_the_model_would_say_itself_is_greedy_in_both(base):
@@ -78,9 +83,9 @@ def test_a_continuation_that_the_model_would_say_itself_is_greedy_in_both(base):
         [Instance("generate_until", {}, ("what is", {"max_gen_toks": 5, "until": []}), 0)]
     )
     questions = {"what is": [said, said[:2], said[:-1] + "#"]}
-    expected = plain.loglikelihood(instances(questions), disable_tqdm=True)
+    expected = score(plain, instances(questions))
     assert [greedy for _, greedy in expected] == [True, True, False], "the sample must be a test"
-    assert_same(expected, RoutedLM(base).loglikelihood(instances(questions), disable_tqdm=True))
+    assert_same(expected, score(RoutedLM(base), instances(questions)))
 
 
 def test_options_that_stand_in_the_context_score_as_in_the_harness(base):
@@ -88,26 +93,17 @@ def test_options_that_stand_in_the_context_score_as_in_the_harness(base):
         Instance("loglikelihood", {}, (f"so {name} went", " home again"), idx, ("gap", 0, 1))
         for idx, name in enumerate(["Anna", "Bo"])
     ]
-    assert_same(
-        stock(base).loglikelihood(requests, disable_tqdm=True),
-        RoutedLM(base).loglikelihood(requests, disable_tqdm=True),
-    )
+    check_scores(base, requests)
 
 
 def test_prompts_that_are_too_long_are_cut_as_in_the_harness(base):
     questions = {"long " * 40: [" a", " bb cc"], "short": [" a"]}
-    assert_same(
-        stock(base, max_length=50).loglikelihood(instances(questions), disable_tqdm=True),
-        RoutedLM(base, max_length=50).loglikelihood(instances(questions), disable_tqdm=True),
-    )
+    check_scores(base, instances(questions), max_length=50)
 
 
 def test_text_without_a_prompt_scores_as_in_the_harness_under_a_fixed_plan(base):
     requests = instances({"": ["some text", "other", "<s>begun by the prefix token"]})
-    assert_same(
-        stock(base).loglikelihood(requests, disable_tqdm=True),
-        RoutedLM(base).loglikelihood(requests, disable_tqdm=True),
-    )
+    check_scores(base, requests)
 
 
 def test_rolling_texts_score_as_in_the_harness_under_a_fixed_plan(base):
@@ -151,7 +147,7 @@ def test_under_routers_every_choice_scores_as_the_questions_route_alone(base, ro
     plain = copy.deepcopy(base.model)
     lm = RoutedLM(base, routers=str(routers), batch_size=4)
     requests = instances(QUESTIONS)
-    answers = lm.loglikelihood(requests, disable_tqdm=True)
+    answers = score(lm, requests)
     routes = {}
     for number, context in enumerate(QUESTIONS):  # the prompt alone, without any choice
         tokens = torch.tensor([lm.tok_encode(context)])
@@ -177,7 +173,7 @@ def test_under_routers_the_words_of_an_option_in_the_context_do_not_move_the_rou
             )
             for idx, name in enumerate(names)
         ]
-        return lm._scored(requests).routes["gap", 0]
+        return lm.scorer.score(requests, lm.policy)[1]["gap", 0]
 
     assert route("Anna", "Bo") == route("Zeno of Elea", "Cleo")
 
@@ -201,7 +197,7 @@ def test_under_routers_generated_answers_follow_the_route_of_their_prompt(base, 
 def test_text_without_a_prompt_is_refused_under_routers(base, routers):
     lm = RoutedLM(base, routers=str(routers))
     with pytest.raises(RoutingError, match="without a prompt"):
-        lm.loglikelihood(instances({"": ["some text"]}), disable_tqdm=True)
+        score(lm, instances({"": ["some text"]}))
     with pytest.raises(RoutingError, match=r"rolling .* no prompt"):
         lm.loglikelihood_rolling(
             [Instance("loglikelihood_rolling", {}, ("text",), 0)], disable_tqdm=True
@@ -215,9 +211,7 @@ def test_a_plan_from_a_file_is_followed_and_rolling_texts_are_scored_under_it(ba
     file.write_text(f'{{"decisions": {list(plan)}}}')
     lm = RoutedLM(base, decisions=str(file))
     requests = instances(QUESTIONS)
-    for request, (logprob, _) in zip(
-        requests, lm.loglikelihood(requests, disable_tqdm=True), strict=True
-    ):
+    for request, (logprob, _) in zip(requests, score(lm, requests), strict=True):
         context, continuation = lm._encode_pair(*request.args)
         [alone] = ListedModel(plain, plan).sums(context, [continuation])
         assert alone == pytest.approx(logprob, abs=LOGPROB_TOLERANCE)
