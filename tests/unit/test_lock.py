@@ -56,15 +56,6 @@ def test_nothing_is_left_behind_even_by_an_error(tmp_path):
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_two_writers_of_one_process_exclude_each_other(tmp_path):
-    with (
-        only_writer(tmp_path, *SEARCH),
-        pytest.raises(RecordError, match="another search"),
-        only_writer(tmp_path, *SEARCH),
-    ):
-        pass
-
-
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with (

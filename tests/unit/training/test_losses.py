@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from drllm.training.losses import Objective, class_weights, focal_losses, log_priors
+from drllm.training.losses import class_weights, focal_losses, log_priors
 
 EXACT = 1e-12  # float64: only the order of additions differs
 WEIGHTS = torch.tensor([0.7, 0.2, 2.1], dtype=torch.float64)
@@ -70,13 +70,6 @@ def test_focal_loss_equals_the_slow_loop(gamma):
     )
 
 
-def test_without_gamma_and_weights_it_is_cross_entropy():
-    logits, labels = batch(seed=1)
-    loss = focal_loss(logits, labels, torch.ones(3), gamma=0.0)
-    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    assert float(expected) == pytest.approx(float(loss), abs=EXACT)
-
-
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_gradients_equal_finite_differences(gamma):
     logits, labels = batch(seed=2, rows=2, layers=2)
@@ -115,12 +108,3 @@ def test_priors_are_each_layers_frequencies_and_what_it_lacks_has_that_of_its_co
     priors = log_priors(torch.tensor([[1.0, 2.0, 1.0], [1.0, 9.0, 0.0], [0.0, 5.0, 0.0]])).exp()
     expected = torch.tensor([[0.25, 0.5, 0.25], [0.1, 0.9, 0.9], [1.0, 1.0, 1.0]])
     torch.testing.assert_close(priors, expected)
-
-
-def test_offsets_are_added_to_the_logits_of_each_layer():
-    logits, labels = batch(seed=4, rows=6)
-    offsets = torch.zeros(4, 3, dtype=torch.float64)
-    offsets[2] = torch.tensor([0.0, 1.5, -0.5])
-    found = Objective(WEIGHTS, 2.0, offsets)(logits, F.one_hot(labels, 3).double())
-    expected = slow_focal_loss(logits + offsets, labels, WEIGHTS.tolist(), 2.0)
-    assert expected == pytest.approx(float(found), abs=EXACT)
