@@ -168,26 +168,19 @@ BROKEN_SEARCH_ROWS = {
     "no question": (spoiled(question=...), "`question`"),
     "an unknown field": (spoiled(more=1), "`more`"),
     "an empty question": (spoiled(question="  "), "'question' is empty"),
-    "a question that is no text": (spoiled(question=5), "`question`"),
     "no paths": (spoiled(paths=[]), "'paths' doesn't start with the full path"),
-    "paths that are no list": (spoiled(paths={}), "`paths`"),
-    "a path that is no object": (spoiled(paths=[7]), r"`paths\[0\]`"),
     "the full path last": (spoiled(paths=search_row()["paths"][::-1]), "'paths' doesn't start"),
     "a path twice": (spoiled(paths=[FULL, FULL]), "'paths' holds the same decisions twice"),
     "a decision of 3": (spoiled_path(decisions=[1, 3, 1]), r"decision 3 at layer 1.*`paths\[1\]`"),
     "a decision of 1.0": (spoiled_path(decisions=[1.0, 1, 0]), r"`paths\[1\]\.decisions\[0\]`"),
-    "a decision of true": (spoiled_path(decisions=[True, 1, 0]), r"`paths\[1\]\.decisions\[0\]`"),
     "too few decisions": (spoiled_path(decisions=[1, 1], executions=2), "2 decisions .* 3 layers"),
     "another depth": (spoiled(num_layers=4), "3 decisions .* 4 layers"),
     "nothing executed": (spoiled_path(decisions=[0, 0, 0]), "at least one layer"),
     "executions of another path": (spoiled_path(executions=2), r"'executions'.*`paths\[1\]`"),
     "a reward above 1": (spoiled_path(reward=1.5), r"'reward'.*`paths\[1\]`"),
-    "a reward that is text": (spoiled_path(reward="1"), r"`paths\[1\]\.reward`"),
     "a negative KL": (spoiled_path(kl=-0.1), r"'kl' is -0.1"),
     "a negative simulation": (spoiled_path(simulation=-1), "'simulation' is -1"),
     "a margin of NaN": (spoiled_path(margin=float("nan")), "NaN"),
-    "an endless margin": (spoiled_path(margin=float("inf")), "Infinity"),
-    "an answer that is no text": (spoiled_path(answer=5), r"`paths\[1\]\.answer`"),
     "a re-test without verdict": (spoiled_path(retest={"passed": 1, "asked": 2}), "`margin`"),
     "more passed than asked": (spoiled_retest(passed=5), r"5 of 4.*`paths\[1\]\.retest`"),
     "survived with half": (spoiled_retest(passed=2), "'survived' is true, but only 2 of 4"),
@@ -203,16 +196,13 @@ def test_a_search_line_is_refused_with(what: str):
 
 BROKEN_TARGETS = {
     "no decisions": ({"optimal_layer_config": None}, "`optimal_layer_config`"),
-    "decisions as text": ({"optimal_layer_config": "1 0 2"}, "`optimal_layer_config`"),
     "a label of 3": ({"optimal_layer_config": [1, 3]}, "'optimal_layer_config': decision 3 at"),
     "a label of -1": ({"optimal_layer_config": [1, -1]}, "decision -1 at layer 1"),
     "all skipped": ({"optimal_layer_config": [0, 0]}, "at least one layer must be executed"),
     "no layers": ({"optimal_layer_config": []}, "at least one layer must be executed"),
-    "improving as text": ({"improving": "false"}, "`improving`"),
     "an empty question": ({"question": " "}, "'question' is empty"),
     "an empty prompt": ({"prompt": ""}, "'prompt' is empty"),
     "executions of another path": ({"executions": 2.0}, "'executions' is 2.0"),
-    "valid paths as text": ({"valid_paths": "1 0 2"}, "`valid_paths`"),
     "a valid path of another depth": (
         {"valid_paths": [{"decisions": [1, 0], "weight": 1}]},
         "2 decisions .* 3 layers",
@@ -300,24 +290,6 @@ def test_a_file_that_lost_whole_lines_is_refused_unless_it_is_ones_own(two_lines
         read_search(two_lines)
     manifest_path(two_lines).unlink()
     assert read_search(two_lines) == [RECORD]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is empty; run the stage that writes it again"),
-        (b"\n", "line 1: "),
-        (b"[1, 2]\n", "line 1: .*object"),
-        (b"question,answer\n", "line 1: not JSON"),
-        (b"\x89PNG\r\n", "not UTF-8"),
-        (b"{}\n", "line 1: .*`id`"),
-    ],
-)
-def test_a_foreign_file_is_refused(tmp_path: Path, content: bytes, message: str):
-    file = tmp_path / "foreign.jsonl"
-    file.write_bytes(content)
-    with pytest.raises(RecordError, match=message):
-        read_search(file)
 
 
 def test_a_question_that_stands_twice_is_refused_with_both_lines(tmp_path: Path):
