@@ -213,9 +213,7 @@ def against_baselines(parts: Mapping[str, Counts]) -> dict[str, Any]:
 def verdict(parts: Mapping[str, Mapping[str, Counts]]) -> str:
     """Say in one sentence whether routers beat the best baseline on targets they haven't learned.
 
-    Args:
-        parts: What `with_baselines` returns, of `TRAIN` and, if targets were held out, of
-            `VALIDATION`.
+    The parts are what `with_baselines` returns, of `TRAIN` and, if it is there, of `VALIDATION`.
     """
     if VALIDATION not in parts:
         return (
@@ -248,11 +246,7 @@ def verdict(parts: Mapping[str, Mapping[str, Counts]]) -> str:
 
 
 def by_layer(systems: Mapping[str, Counts]) -> str:
-    """Say in one sentence at how many layers routers hit more labels than the layer's majority.
-
-    Args:
-        systems: What `with_baselines` returns.
-    """
+    """Say in one sentence at how many layers routers hit more labels than the layer's majority."""
     ours, theirs = (
         [sum(layer[i][i] for i in DECISIONS) for layer in systems[name].confusion]
         for name in (ROUTERS, LAYER_MAJORITY)

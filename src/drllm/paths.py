@@ -90,8 +90,7 @@ def to_decisions(path: Sequence[int], num_layers: int) -> Decisions:
         >>> to_decisions([0, 1, 3, 3, 4], num_layers=5)
         (1, 1, 0, 2, 1)
     """
-    counts = [0] * num_layers
-    previous = 0
+    counts, previous = [0] * num_layers, 0
     for layer in path:
         if not 0 <= layer < num_layers:
             raise PathError(

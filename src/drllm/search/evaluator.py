@@ -178,8 +178,7 @@ class Evaluator:
             for pair, score in zip(pairs, self._batch.scores(pairs, kl=self.kl), strict=True):
                 reward, margin = 0.0, None
                 if self._is_finite(pair, score.logprobs):
-                    prompt = self.readings[pair[0]].prompt
-                    reward, margin = score_choices(score.logprobs, prompt)
+                    reward, margin = score_choices(score.logprobs, self.readings[pair[0]].prompt)
                 outcomes.append(Outcome(reward=reward, margin=margin, kl=score.kl))
             return outcomes
         prompts = [self.readings[place].prompt for place, _ in pairs]
@@ -237,11 +236,7 @@ class Evaluator:
         self._batch.forget()
 
     def _is_finite(self, pair: Pair, logprobs: Sequence[float]) -> bool:
-        """Say whether a path's numbers can be judged; one that overflows has no answer.
-
-        Raises:
-            ModelError: The full path itself overflows, so that nothing can be compared with it.
-        """
+        """Say whether a path's numbers can be judged; nothing can where the full path overflows."""
         place, decisions = pair
         if all(math.isfinite(value) for value in logprobs):
             return True

@@ -114,12 +114,9 @@ def questions_of(
 
 def ask(task: Task, example: Example, reward: str, place: int = 0) -> SearchQuestion:
     """Return a question of a task with every way of asking it."""
+    prompt, retests = task.prompt(example, reward), task.retests(example, reward)
     return SearchQuestion(
-        place=place,
-        task=task.name,
-        example=example,
-        prompt=task.prompt(example, reward),
-        retests=task.retests(example, reward),
+        place=place, task=task.name, example=example, prompt=prompt, retests=retests
     )
 
 

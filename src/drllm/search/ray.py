@@ -124,12 +124,8 @@ class RayExecutor:
                 "pip install 'drllm[ray]', or leave --executor out"
             ) from error
         self.ray: Any = ray
-        self._lost = (
-            ray.exceptions.RayActorError,
-            ray.exceptions.ObjectLostError,
-            ray.exceptions.OutOfMemoryError,
-            ray.exceptions.WorkerCrashedError,
-        )
+        losses = ("RayActorError", "ObjectLostError", "OutOfMemoryError", "WorkerCrashedError")
+        self._lost = tuple(getattr(ray.exceptions, name) for name in losses)
         self._is_ours = not ray.is_initialized()
         self._is_here = self._is_ours and address is None
         self.seats: list[Seat] = []
@@ -239,13 +235,9 @@ class RayExecutor:
         largest = max(int(node["Resources"].get("CPU", 0)) for node in nodes)
         on_a_node = min(self.num_workers, max(1, largest // self.num_threads))
         self.num_sharing = 1 if is_gpu else on_a_node
-        self._model = model
-        if model.device == "auto":
-            self._model = ModelConfig(**{**model.to_dict(), "device": "cuda" if is_gpu else "cpu"})
-        self._options = {
-            "num_gpus": 1 if is_gpu else 0,
-            "num_cpus": 0 if is_gpu else self.num_threads,
-        }
+        chosen = ("cuda" if is_gpu else "cpu") if model.device == "auto" else model.device
+        self._model = dataclasses.replace(model, device=chosen)
+        self._options = {"num_gpus": int(is_gpu), "num_cpus": 0 if is_gpu else self.num_threads}
 
     def _seat(self) -> Seat:
         worker = self.ray.remote(Worker).options(**self._options).remote()

@@ -89,8 +89,7 @@ def paper(record: SearchRecord) -> list[TriedPath] | str:
     valid = released(record)
     if isinstance(valid, str):
         return valid
-    kept = [path for path in valid if is_improving(path, record) or is_saving(path, record)]
-    return kept or ONLY_FULL_PATH
+    return [p for p in valid if is_improving(p, record) or is_saving(p, record)] or ONLY_FULL_PATH
 
 
 @TARGETS.register("released")
@@ -111,12 +110,12 @@ def least_kl(record: SearchRecord, min_saving: float = MIN_SAVING) -> list[Tried
     Source: ours (docs/differences.md, D-24).
     """
     maximum = (1 - min_saving) * record.full.executions + 1e-9
-    known = [(path.kl, path) for path in record.paths[1:] if path.kl is not None]
+    known = [path for path in record.paths[1:] if path.kl is not None]
     if not known:
         return NO_KL
-    kept = [(kl, path) for kl, path in known if path.executions <= maximum]
-    kept.sort(key=lambda each: (each[0], each[1].executions, each[1].simulation))
-    return [path for _, path in kept] or SAVES_TOO_LITTLE
+    kept = [path for path in known if path.executions <= maximum]
+    kept.sort(key=lambda path: (path.kl or 0.0, path.executions, path.simulation))
+    return kept or SAVES_TOO_LITTLE
 
 
 def _survivors(

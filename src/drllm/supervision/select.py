@@ -10,7 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from msgspec import UNSET
 
@@ -44,12 +44,6 @@ from drllm.supervision.rules import (
 )
 from drllm.supervision.summary import summarise
 
-Searches: TypeAlias = (
-    SearchRecords | Path | str | Sequence[SearchRecord] | Sequence[Path | str | SearchRecords]
-)
-
-_SAME_MODEL = ("fingerprint", "num_layers", "hidden_size", "class")
-
 
 class Supervision(tuple[SupervisionRecord, ...]):
     """The targets, one per question that has one, in order; and what became of the others."""
@@ -63,7 +57,9 @@ class Supervision(tuple[SupervisionRecord, ...]):
 
 
 def supervise(
-    searches: Searches, config: SuperviseConfig | None = None, output: Path | str | None = None
+    searches: SearchRecords | Path | str | Sequence[SearchRecord | SearchRecords | Path | str],
+    config: SuperviseConfig | None = None,
+    output: Path | str | None = None,
 ) -> Supervision:
     """Pick the targets of searched questions, and write them with their manifest.
 
@@ -241,16 +237,17 @@ def _supervision_record(
 
 def _without_targets(summary: Mapping[str, Any]) -> str:
     rejected = {reason: n for reason, n in summary["rejected"].items() if n}
-    remedy = "search more questions or simulations, or choose another --target"
-    if SAVES_TOO_LITTLE in rejected:
-        remedy = "search more simulations, or give a smaller --min-saving"
-    if NO_KL in rejected:
-        remedy = "search again with --kl, or choose another --target"
     if OVER_QUOTA in rejected:  # a quota alone leaves targets, a share leaves the improving ones
         remedy = (
             "no target improves on the full path, so leave --quota-improving out, or search more "
             "simulations"
         )
+    elif NO_KL in rejected:
+        remedy = "search again with --kl, or choose another --target"
+    elif SAVES_TOO_LITTLE in rejected:
+        remedy = "search more simulations, or give a smaller --min-saving"
+    else:
+        remedy = "search more questions or simulations, or choose another --target"
     reasons = ", ".join(f"{n} {reason}" for reason, n in rejected.items())
     return (
         f"none of the {summary['questions']} searched questions has a target ({reasons}); {remedy}"
@@ -260,8 +257,8 @@ def _without_targets(summary: Mapping[str, Any]) -> str:
 def _check_same_model(first: SearchRecords, other: SearchRecords) -> None:
     """Refuse files of two base models; another id for the same weights is fine."""
     known = first.model.keys() & other.model.keys()
-    named = _SAME_MODEL if "fingerprint" in known else (*_SAME_MODEL, "id", "revision")
-    for name in named:
+    others = () if "fingerprint" in known else ("id", "revision")
+    for name in ("fingerprint", "num_layers", "hidden_size", "class", *others):
         if name in known and first.model[name] != other.model[name]:
             raise RecordError(
                 f"{first.file} and {other.file} are of different base models "
