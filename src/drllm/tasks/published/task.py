@@ -263,34 +263,27 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("!function", lambda _, node: Function(node.value))
 
 
+_NAMED = {**vars(readers), "options": OPTIONS, "boxed": BOXED}
+_BY_NAME = ("read", "columns", "thin_out", "form")
+_KINDS: dict[str, type] = {"read": readers.Columns, "form": Form, "harness": Harness}
+
+
 def tasks_in(table: str) -> list[PublishedTask]:
     """Return the tasks that a table in the format of `sets.yaml` describes."""
-    return [_task_of(name, row) for name, row in yaml.load(table, Loader=_Loader).items()]
+    rows = yaml.load(table, Loader=_Loader).items()
+    return [PublishedTask(name=name, **_fields(row)) for name, row in rows]
 
 
-def _task_of(name: str, row: dict[str, Any]) -> PublishedTask:
-    fields = _tuples(row)
-    read, form, harness = fields["read"], fields.get("form"), fields.get("harness")
-    fields["read"] = _reader(read) if isinstance(read, str) else readers.Columns(**_tuples(read))
-    if isinstance(form, str):
-        fields["form"] = {"options": OPTIONS, "boxed": BOXED}[form]
-    elif form:
-        fields["form"] = Form(**_tuples(form))
-    if harness:
-        columns = harness["columns"]
-        made = {"columns": _reader(columns)} if isinstance(columns, str) else {}
-        fields["harness"] = Harness(**_tuples(harness) | made)
-    if "thin_out" in fields:
-        fields["thin_out"] = _reader(fields["thin_out"])
-    return PublishedTask(name=name, **fields)
-
-
-def _tuples(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-
-
-def _reader(name: str) -> Any:
-    return getattr(readers, name)
+def _fields(row: Mapping[str, Any]) -> dict[str, Any]:
+    fields = dict(row)
+    for key, value in row.items():
+        if isinstance(value, list):
+            fields[key] = tuple(value)
+        elif isinstance(value, str) and key in _BY_NAME:
+            fields[key] = _NAMED[value]
+        elif isinstance(value, dict) and key in _KINDS:
+            fields[key] = _KINDS[key](**_fields(value))
+    return fields
 
 
 for _task in tasks_in(SETS.read_text(encoding="utf-8")):
