@@ -98,9 +98,6 @@ def _own_time(runs: Sequence[tuple[Evaluation, System]]) -> list[Block]:
     ]
 
 
-# --- latency -----------------------------------------------------------------------------------
-
-
 def _timed(measured: Latency) -> list[Block]:
     found = measured.measured
     passes = "" if found.new_tokens == 1 else "es"

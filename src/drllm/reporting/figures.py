@@ -118,7 +118,6 @@ def routed_against(evaluation: Evaluation, colours: Colours) -> Figure:
 def _interval(
     axes: Axes, row: int, scale: float, values: Sequence[float], look: Sequence[str], fill: Any
 ) -> None:
-    """Draw a value and the ends of its interval, in a colour with a marker."""
     middle, low, high = (scale * value for value in values)
     axes.hlines(row, low, high, color=look[0], linewidth=1.6)
     axes.plot([middle], [row], look[1], color=look[0], markersize=4.5, fillstyle=fill)
@@ -272,8 +271,7 @@ def target_executions(lengths: Sequence[int], num_layers: int, colours: Colours)
     values = range(min(lengths), max(lengths) + 1)
     axes.bar(values, [lengths.count(value) for value in values], color=colours["s1"])
     axes.axvline(num_layers, color=colours["ink"], linewidth=1, linestyle="--", label="full path")
-    axes.set_xlabel("executions of the target path")
-    axes.set_ylabel("questions")
+    axes.set(xlabel="executions of the target path", ylabel="questions")
     whole_numbers(axes)
     legend(axes, columns=1)
     return figure
@@ -314,8 +312,7 @@ def router_metrics(
         axes.set_ylabel(title)
     for name in NAMES:
         line(of_decisions, shown, f"f1_{name}", "faint" if name == "execute" else name, "-", name)
-    of_decisions.set_ylabel(f"F1, {shown}")
-    of_decisions.set_ylim(-0.03, 1.03)
+    of_decisions.set(ylabel=f"F1, {shown}", ylim=(-0.03, 1.03))
     of_loss.set_ylim(bottom=0)
     of_loss.set_xlabel("epoch")
     for axes in found:
@@ -342,26 +339,21 @@ def router_layers(
     labels.bar(range(len(shares)), repeats, bottom=skips, **look)
     labels.set_ylabel("labels, %")
     for axes, key, scale in ((hits, "accuracy", 100), (skip, "f1_skip", 1)):
-
-        def points(scores: Sequence[Scores], key: str = key, scale: int = scale) -> Floats:
-            known = [
-                (x, scale * v) for x, each in enumerate(scores) if (v := each[key]) is not None
-            ]
-            found: Floats = np.array(known, dtype=np.float64).reshape(-1, 2).T
-            return found
-
+        theirs, ours = (
+            scale * np.array([each[key] for each in scores], dtype=np.float64)
+            for scores in (majority, routers)
+        )
         # A stroke a layer, not a line through them: layers have nothing between them.
-        x, y = points(majority)
+        x = np.flatnonzero(~np.isnan(theirs))
         look = {"color": colours["ink"], "label": "layer majority"}
-        axes.hlines(y, x - 0.4, x + 0.4, linewidth=1.2, **look)
-        axes.plot(*points(routers), "o", color=colours["s1"], markersize=3.2, label="routers")
+        axes.hlines(theirs[x], x - 0.4, x + 0.4, linewidth=1.2, **look)
+        x = np.flatnonzero(~np.isnan(ours))
+        axes.plot(x, ours[x], "o", color=colours["s1"], markersize=3.2, label="routers")
     hits.set_ylabel("labels hit, %")
-    skip.set_ylabel("F1 skip")
-    skip.set_ylim(-0.05, 1.05)
+    skip.set(xlabel="layer", ylabel="F1 skip", ylim=(-0.05, 1.05))
     for axes in (labels, hits, skip):
         _by_layer(axes, len(shares))
         legend(axes, columns=2)
-    skip.set_xlabel("layer")
     return figure
 
 
@@ -380,10 +372,7 @@ def router_reliability(
     for (name, points), (colour, marker, fill) in zip(series.items(), looks, strict=False):
         look: dict[str, Any] = {"marker": marker, "fillstyle": fill, "color": colours[colour]}
         axes.plot(*zip(*points, strict=True), markersize=4, linewidth=1, label=name, **look)
-    axes.set_xlim(ends)
-    axes.set_ylim(ends)
-    axes.set_aspect("equal")
-    axes.set_xlabel("probability of what was decided")
-    axes.set_ylabel("share of hits")
+    axes.set(xlim=ends, ylim=ends, aspect="equal")
+    axes.set(xlabel="probability of what was decided", ylabel="share of hits")
     axes.legend(loc="upper left")
     return figure

@@ -33,9 +33,6 @@ def sections(run: Run, evaluation: Result) -> list[Section]:
     return found
 
 
-# --- what is known of a question ----------------------------------------------------------------
-
-
 def shares(rows: Sequence[Decisions], decision: Decision) -> list[float]:
     """Return each layer's share of rows that take a decision.
 
@@ -66,9 +63,6 @@ def _change(sample: Sample) -> float:
 
 def _mean_length(rows: Sequence[Decisions]) -> str:
     return plain(sum(map(num_executions, rows)) / len(rows), 2)
-
-
-# --- questions that change ---------------------------------------------------------------------
 
 
 def _changed(evaluation: Result, able: Sequence[Sample]) -> list[Block]:
@@ -118,9 +112,6 @@ def _short(text: str) -> str:
     """Write a text on one line, cut between words where it is long."""
     line = " ".join(text.split())
     return line if len(line) <= LONGEST else line[: LONGEST - 1].rsplit(" ", 1)[0] + " …"
-
-
-# --- routes ------------------------------------------------------------------------------------
 
 
 def routes_by_task(evaluations: Sequence[Result]) -> list[Section]:
@@ -185,9 +176,6 @@ def _routes(run: Run, routes: Sequence[Decisions]) -> list[Block]:
         "of their own.",
     )
     return [*found, drawn]
-
-
-# --- examples ----------------------------------------------------------------------------------
 
 
 def examples(evaluation: Result) -> list[Section]:

@@ -195,9 +195,6 @@ def _read_results(run: Run) -> None:
     run.has(f"{prefix}{LATENCY_FILE}", "no latency or throughput can be shown", run.latency)
 
 
-# --- do the files belong together? -------------------------------------------------------------
-
-
 def _agreed_layers(run: Run) -> int | None:
     depths = list(dict.fromkeys(record.num_layers for record in run.search))
     if len(depths) > 1:

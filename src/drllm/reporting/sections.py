@@ -48,9 +48,6 @@ def _lower(sections: Sequence[Section]) -> list[Section]:
     return [replace(section, level=section.level + 1) for section in sections]
 
 
-# --- several runs ------------------------------------------------------------------------------
-
-
 def _comparison(runs: Sequence[Run]) -> list[Block]:
     named = [(f"{number}: {run.name}", run) for number, run in enumerate(runs, start=1)]
     tested = [(name, evaluation) for name, run in named for evaluation in run.evaluations]

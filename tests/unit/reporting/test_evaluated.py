@@ -35,9 +35,6 @@ def folder(folder: Any) -> Any:
     return folder
 
 
-# --- one task ----------------------------------------------------------------------------------
-
-
 def test_the_result_is_what_the_evaluation_found_and_what_was_asked(folder, text_of):
     result = text_of(folder.path).split("## Systems")[0].replace("\u00a0", " ")
     assert "\n\n**No difference between routed and base is shown.**\n\n" in result
@@ -133,9 +130,6 @@ def test_measured_time_stands_apart_with_its_machine_and_its_rounds(folder, text
     assert rows[3][1:] == ["55.0", "45.1", "0.900", "0.820 to 1.000", "36.4", "44.3", "3.50", "–"]
 
 
-# --- other kinds of tasks ----------------------------------------------------------------------
-
-
 def test_generated_answers_have_decoding_and_no_log_probability(folder, text_of):
     folder.change(
         "eval/arc_easy.json", lambda v: v.update(kind="generated", metric="exact_match", chance=0.0)
@@ -169,9 +163,6 @@ def test_a_handful_of_questions_makes_a_report(new_folder, text_of):
     assert "2 questions" in text_of(folder.path)
 
 
-# --- rivals ------------------------------------------------------------------------------------
-
-
 def test_rivals_run_as_much_and_are_no_controls(run):
     (evaluation,) = run.evaluations
     base, routed, permuted, last = evaluation.systems
@@ -183,9 +174,6 @@ def test_rivals_run_as_much_and_are_no_controls(run):
     assert [each.name for each in rivals(found, read_question=True)] == ["reader"]
     assert outstanding(found) == ["routed", "permuted routes", "near", "reader"]
     assert rivals(replace(evaluation, systems=(base,))) == []
-
-
-# --- several tasks -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -259,34 +247,9 @@ def test_every_task_has_its_sections_below_it_and_its_findings_above(two):
     assert len(rows) == 1 + 4
 
 
-# --- provenance --------------------------------------------------------------------------------
-
-
-def test_what_the_files_were_made_from_and_by_is_shown(folder, text_of):
-    folder.latency()
-    text = text_of(folder.path)
-    made = table(text, "What these files were made from in turn")
-    assert made[1] == ["eval/arc_easy.json", "routers.safetensors", "5" * 64]
-    assert "Command that repeats the evaluation\n" in text
-    assert (
-        "drllm evaluate --model smollm2-135m --dtype float32 --device cpu "
-        "--attn-implementation sdpa --routers routers --tasks arc_easy --seed 7\n"
-    ) in text
-    ran = table(text, "How the base model ran")
-    machine = "Linux x86_64, Processor 9000, 2 cores"
-    assert ran[1:] == [
-        ["eval/arc_easy.json", "float32", "cpu", "sdpa", "–", "–"],
-        ["eval/latency.json", "float32", "cpu", "sdpa", "2", machine],
-    ]
-
-
 def test_settings_of_every_kind_can_stand_in_a_command():
     config = {"tasks": "a,b", "chat": True, "epsilon": 2.0, "search": "my runs/search.jsonl"}
     assert command({"routers": "r", "config": config}) == (
         "drllm evaluate --routers r --tasks a,b --chat true --search 'my runs/search.jsonl' "
         "--epsilon 2.0"
     )
-
-
-def test_equal_settings_are_shown_once(run, text_of):
-    assert text_of(run.folder).count("Settings of search.jsonl, supervision.jsonl") == 1

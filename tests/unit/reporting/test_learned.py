@@ -146,9 +146,6 @@ def test_the_curves_show_the_best_baseline_of_each_metric(run, learned):
         assert dashed.get_label() == best.replace("_", " ")
 
 
-# --- probabilities -----------------------------------------------------------------------------
-
-
 def said_of_reliability(blocks):
     (said,) = [b.text for b in blocks if isinstance(b, Text) and "calibration error" in b.text]
     return said.replace(NBSP, " ")
@@ -196,9 +193,6 @@ def test_a_single_epoch_can_be_drawn(folder):
     blocks = part(sections(read_run(folder.path)), "Router metrics")
     drawn = figure_of(blocks, "router metrics").draw
     assert svg(drawn, "metrics").startswith("<svg viewBox=")
-
-
-# --- single edits ------------------------------------------------------------------------------
 
 
 def searched(run, *paths):

@@ -109,9 +109,6 @@ def test_routes_of_tasks_are_coloured_by_what_they_do(folder):
         assert heat.count(f'<td class="{decision}"') == 2 * 4
 
 
-# --- examples ----------------------------------------------------------------------------------
-
-
 def test_shares_are_counted_by_layer():
     rows = [(0, 1, 2), (1, 1, 2), (1, 1, 0), (1, 1, 1)]
     assert shares(rows, Decision.SKIP) == [0.25, 0.0, 0.25]

@@ -47,9 +47,6 @@ def test_impossible_counts_are_refused(correct, n):
         wilson_interval(correct, n)
 
 
-# --- bootstrap -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("values", [[0.0, 1.0, 5.0], [-1.0, 0.0, 0.5, 2.0], [1.0, 1.0, -1.0, 0.0]])
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 def test_the_bootstrap_equals_enumerating_every_resample(values, confidence):
@@ -100,9 +97,6 @@ def test_what_is_drawn_follows_from_the_seed(asked):
 def test_an_interval_of_nothing_is_refused(asked):
     with pytest.raises(ValueError, match="at least one question"):
         asked([], 0)
-
-
-# --- one-sided bound of a mean -----------------------------------------------------------------
 
 
 def test_the_bound_equals_enumerating_every_resample():

@@ -34,9 +34,6 @@ def test_mcnemar_holds_for_thousands_of_questions():
     assert math.erfc(z / math.sqrt(2)) == pytest.approx(mcnemar_exact(1300, 1200), rel=0.02)
 
 
-# --- difference of two accuracies ------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("won", "lost", "n", "confidence", "bounds"),
     [
@@ -130,9 +127,6 @@ def test_impossible_paired_counts_are_refused(won, lost, n):
         paired_interval(won, lost, n)
 
 
-# --- non-inferiority ---------------------------------------------------------------------------
-
-
 def test_the_maximum_loss_is_the_end_of_the_two_sided_interval_at_90_per_cent():
     # R package PropCIs 0.3-0, as above; won and lost change places with the sign.
     assert maximum_loss(28, 25, 618) == pytest.approx(0.0148, abs=5e-5)
@@ -163,9 +157,6 @@ def test_the_score_is_the_same_for_numbers_and_for_arrays():
     for place in range(10):
         expected = paired_score(float(won[place]), float(lost[place]), 50, -0.03)
         assert (distances[place], deviations[place]) == pytest.approx(expected)
-
-
-# --- Holm ------------------------------------------------------------------------------------
 
 
 def rejected_by_steps(pvalues: list[float], level: float) -> set[int]:
@@ -202,9 +193,6 @@ def test_adjusted_p_values_reject_what_the_stepwise_procedure_rejects(seed):
         assert rejected_by_steps(pvalues, level) == {
             index for index, value in enumerate(adjusted) if value <= level
         }
-
-
-# --- won and lost ------------------------------------------------------------------------------
 
 
 def test_only_answers_that_are_right_or_wrong_are_won_and_lost():

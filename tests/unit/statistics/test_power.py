@@ -28,9 +28,6 @@ def drawn(n, share_won, share_lost, seed):
     return [tuple(row[:2]) for row in rng.multinomial(n, (share_won, share_lost, tied), DRAWS)]
 
 
-# --- what can be certified ---------------------------------------------------------------------
-
-
 def share_certified(n, discordant, epsilon, seed=0):
     certified = functools.cache(lambda won, lost: maximum_loss(won, lost, n) < epsilon)
     outcomes = drawn(n, discordant / 2, discordant / 2, seed)
@@ -73,9 +70,6 @@ def test_more_questions_and_fewer_different_answers_certify_less_loss():
 def test_an_odd_number_of_different_answers_is_rounded_to_the_safe_side():
     assert smallest_certifiable(101, 3 / 101).if_equal == maximum_loss(2, 2, 101)
     assert smallest_certifiable(7, 1.0).if_equal == maximum_loss(3, 3, 7)  # no more than there are
-
-
-# --- what can be shown -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -144,9 +138,6 @@ def test_a_stricter_level_needs_more_questions_and_thousands_are_no_burden():
     found = questions_needed(100, 0.2, 0.025)
     assert found == pytest.approx(0.2 * (z / 0.025) ** 2, rel=0.03)
     assert questions_needed(100, 0.2, 0.05, alpha=0.01) > questions_needed(100, 0.2, 0.05)
-
-
-# --- means -------------------------------------------------------------------------------------
 
 
 def test_the_detectable_mean_is_shown_as_often_as_it_says():
