@@ -4,8 +4,6 @@ python tests/versions/exports.py write FOLDER
 python tests/versions/exports.py read FOLDER FILE.safetensors
 """
 
-from __future__ import annotations
-
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from drllm.models.base.load import BaseModel
@@ -45,10 +42,7 @@ EXPORTED: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", ROPE),
     "gemma3_text": ("gemma3_text", {**ROPE, "rope_local_base_freq": 3000.0}),
     "phi3": ("phi3", {**ROPE, "partial_rotary_factor": 0.5}),
-    "phi3, long": (
-        "phi3",
-        {**ROPE, "rope_scaling": LONG, "original_max_position_embeddings": 16},
-    ),
+    "phi3, long": ("phi3", {**ROPE, "rope_scaling": LONG, "original_max_position_embeddings": 16}),
     "smollm3": ("smollm3", ROPE),
     "gpt_neox": ("gpt_neox", {"rotary_emb_base": 5000, "rotary_pct": 0.5}),
     "gpt2": ("gpt2", {}),
@@ -57,7 +51,7 @@ EXPORTED: dict[str, tuple[str, dict[str, Any]]] = {
 """Name → family, and what its config says in words that every transformers reads."""
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer():
     """Return a tokenizer of one token a word, with a special token of its own."""
     vocab = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<more>"])}
     vocab |= {f"w{index}": index for index in range(len(vocab), COMMON["vocab_size"])}
@@ -72,14 +66,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def write(folder: Path) -> None:
+def write(folder):
     """Export every model under its name."""
     for name, (family, options) in EXPORTED.items():
         base = BaseModel(make_tiny(family, **options), tokenizer(), name)
         export_path(base, PATH, folder / name)
 
 
-def read(folder: Path) -> dict[str, Tensor]:
+def read(folder):
     """Return the logits of every export in a folder, and the tokenizer's tokens."""
     found = {}
     for name in EXPORTED:

@@ -5,16 +5,12 @@
 `test_smollm2_outputs` compares the files of several environments.
 """
 
-from __future__ import annotations
-
 import random
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from drllm.config import ModelConfig
 from drllm.models.base import load as loading
@@ -39,7 +35,7 @@ CHAT = [
 ROUTED = ("sentence", "chat")
 
 
-def plan(num_layers: int) -> list[int]:
+def plan(num_layers):
     """Return decisions that skip three layers and repeat three."""
     edited = random.Random(0).sample(range(3, num_layers), 6)
     return [
@@ -47,7 +43,7 @@ def plan(num_layers: int) -> list[int]:
     ]
 
 
-def answers(model: Any, tokens: list[int]) -> dict[str, Tensor]:
+def answers(model, tokens):
     """Return the last logits of a prompt and the tokens that greedy decoding adds to it."""
     ids = torch.tensor([tokens])
     with torch.no_grad():
@@ -62,7 +58,7 @@ def answers(model: Any, tokens: list[int]) -> dict[str, Tensor]:
     return {"logits": logits, "greedy": output[0, len(tokens) :].clone()}
 
 
-def outputs() -> dict[str, Tensor]:
+def outputs():
     """Return everything that is compared, by name.
 
     `PROMPT/tokens`; of the base model `PROMPT/base/logits` and `PROMPT/base/greedy`; of a path of

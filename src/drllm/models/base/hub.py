@@ -8,18 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import constants
-from huggingface_hub.errors import (  # type: ignore[attr-defined]
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub import constants, errors, utils
 from huggingface_hub.utils.tqdm import (
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -30,9 +19,10 @@ from transformers.utils import logging as transformers_logging
 from drllm.errors import ModelError
 
 TOKEN_VARIABLE = "HF_TOKEN"
-ERRORS: tuple[type[Exception], ...] = (HTTPError, OSError)
+ERRORS: tuple[type[Exception], ...]
+ERRORS = (errors.HTTPError, OSError)  # type: ignore[attr-defined]
 """What the hub's library raises; the first is its HTTP library's own error, whichever that is."""
-FETCH_ERRORS: tuple[type[Exception], ...] = (HFValidationError, EntryNotFoundError, *ERRORS)
+FETCH_ERRORS = (errors.HFValidationError, errors.EntryNotFoundError, *ERRORS)
 """What `explain` explains."""
 
 
@@ -45,11 +35,11 @@ def find_commit(name: str, revision: str | None, *, otherwise: str) -> str:
     try:
         file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
     except FETCH_ERRORS as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            raise ModelError(
-                f"model {name!r} has no config.json, so it isn't a transformers model"
-            ) from error
-        raise ModelError(explain(error, "model", name, revision, otherwise)) from error
+        said = explain(error, "model", name, revision, otherwise)
+        is_local = isinstance(error, errors.LocalEntryNotFoundError)
+        if isinstance(error, errors.EntryNotFoundError) and not is_local:
+            said = f"model {name!r} has no config.json, so it isn't a transformers model"
+        raise ModelError(said) from error
     return Path(file).parent.name  # the cache keeps a model's files under snapshots/COMMIT
 
 
@@ -64,21 +54,23 @@ def explain(error: Exception, kind: str, name: str, revision: str | None, otherw
         otherwise: What to advise where it isn't there, or there is no network.
     """
     what = f"{kind} {name!r}" + (f" at revision {revision!r}" if revision else "")
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return (
             f"{what} is gated: accept the terms on its hub page, then set {TOKEN_VARIABLE} to a "
             f"token of yours"
         )
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return f"{kind} {name!r} has no revision {revision!r}; give a branch, tag or commit of it"
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         return f"{what} isn't on the hub, or is private (then set {TOKEN_VARIABLE}); {otherwise}"
-    if isinstance(error, HFValidationError):
+    if isinstance(error, errors.HFValidationError):
         return f"{name!r} can't be a hub id; {otherwise}"
-    if isinstance(error, LocalEntryNotFoundError):
+    if isinstance(error, errors.LocalEntryNotFoundError):
         # Also raised for any answer that isn't one of the above; the cause tells.
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    if isinstance(error, HfHubHTTPError) and not isinstance(error, LocalEntryNotFoundError):
+    if isinstance(error, errors.HfHubHTTPError) and not isinstance(
+        error, errors.LocalEntryNotFoundError
+    ):
         return (
             f"the hub refused {what}: {answer(error)}; if it needs a login, set "
             f"{TOKEN_VARIABLE} to a valid token"
@@ -94,7 +86,7 @@ def no_network() -> str:
     return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub can't be reached"
 
 
-def answer(error: HfHubHTTPError) -> str:
+def answer(error: errors.HfHubHTTPError) -> str:
     """Return what the hub itself says, in one line, else what its library makes of it."""
     said = (error.server_message or "").strip()
     return said.splitlines()[0].rstrip(".") if said else first_line(error)
@@ -110,7 +102,7 @@ def first_line(error: BaseException) -> str:
 def quiet() -> Iterator[None]:
     """Silence transformers and the hub's library inside the block, but for bars of downloads."""
     with ExitStack() as restored:
-        restored.callback(hub_logging.set_verbosity, hub_logging.get_verbosity())
+        restored.callback(utils.logging.set_verbosity, utils.logging.get_verbosity())
         restored.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
         downloads_are_quiet = are_progress_bars_disabled()
         if downloads_are_quiet:
@@ -121,5 +113,5 @@ def quiet() -> Iterator[None]:
         if not downloads_are_quiet:
             enable_progress_bars()
         transformers_logging.set_verbosity_error()
-        hub_logging.set_verbosity(logging.ERROR)
+        utils.logging.set_verbosity(logging.ERROR)
         yield

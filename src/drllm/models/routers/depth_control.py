@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +39,7 @@ SCANNED = 16
 """Biases, evenly spaced, from which the search starts again where it ended in a jump."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
+class Calibration(NamedTuple):
     """A depth bias, and what it gives on the prompts that it was found on.
 
     Attributes:
@@ -69,14 +67,12 @@ def routes_of(
     Args:
         routed: The model.
         policy: What decides; it is asked about several batches, so no plan with rows of its own.
-        prompts: Token ids of each prompt.
+        prompts: Token ids of each prompt; none, one without tokens, and one longer than the
+            model's context are a ConfigError.
         batch_size: Prompts in a forward pass.
 
     Returns:
         `[N, L]` on the CPU, in the order of the prompts.
-
-    Raises:
-        ConfigError: No prompts, one without tokens, or one longer than the model's context.
     """
     if not prompts:
         raise ConfigError("there are no prompts to route; give at least one")
@@ -166,19 +162,11 @@ def find_depth_bias(
 
     for bias in _biases_to_try(measure, target):
         if abs(measure(bias) - target) <= tolerance:
-            return Calibration(
-                depth_bias=bias,
-                executions=seen[bias],
-                num_prompts=len(prompts),
-                num_probes=len(seen),
-            )
-    below = [bias for bias in seen if seen[bias] < target]
-    above = [bias for bias in seen if seen[bias] > target]
-    nearest = [
-        min(side, key=lambda bias: (abs(seen[bias] - target), abs(bias)))
-        for side in (below, above)
-        if side
-    ]
+            return Calibration(bias, seen[bias], num_prompts=len(prompts), num_probes=len(seen))
+    by_distance = sorted(seen, key=lambda bias: (abs(seen[bias] - target), abs(bias)))
+    below = [bias for bias in by_distance if seen[bias] < target]
+    above = [bias for bias in by_distance if seen[bias] > target]
+    nearest = [*below[:1], *above[:1]]
     named = " and ".join(f"{seen[bias]:.2f} (--depth-bias {bias})" for bias in nearest)
     raise ConfigError(
         f"no depth bias gives {target:g} executions on these {len(prompts)} prompts, whose mean "
@@ -221,18 +209,15 @@ def _halvings(
 def policy_for(
     routed: RoutedModel, config: DepthConfig, prompts: Sequence[Sequence[int]] = ()
 ) -> tuple[Policy, Calibration | None]:
-    """Return the policy that the settings of depth control ask for.
+    """Return the policy that settings ask for, and what was found on the calibration set.
+
+    Without a knob it is the policy in force. Several knobs, a knob without routers, and a target
+    that can't be reached are a ConfigError.
 
     Args:
         routed: The model, with routers where a knob is turned.
         config: At most one knob turned.
         prompts: Token ids of the calibration set, for `target_executions` alone.
-
-    Returns:
-        The policy (without a knob the one in force), and what was found on the calibration set.
-
-    Raises:
-        ConfigError: Several knobs, a knob without routers, or a target that can't be reached.
     """
     knob, routers = config.knob(), routed.routers
     if knob is None:

@@ -46,17 +46,12 @@ def test_the_fingerprint_tells_other_weights_apart(tiny):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "model.embed_tokens.weight",
-        "model.layers.1.self_attn.q_proj.weight",
-        "model.layers.2.self_attn.q_proj.weight",
-    ],
+    "name", ["embed_tokens", *(f"layers.{n}.self_attn.q_proj" for n in (1, 2))]
 )
 def test_the_fingerprint_notices_a_light_fine_tune(tiny, name):
     model = tiny()
     before = fingerprint(model)
-    weight = model.get_parameter(name)
+    weight = model.get_parameter(f"model.{of}.weight")
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     weight.add_(noise * 0.02 * weight.std())
     assert fingerprint(model) != before
@@ -96,15 +91,9 @@ def test_an_adapter_merged_into_the_weights_makes_another_model(tiny):
     assert fingerprint(adapted.merge_and_unload()) != before
 
 
-DEVICES = {
-    "model.embed_tokens": "cpu",
-    "model.layers.0": "cpu",
-    "model.layers.1": "disk",
-    "model.layers.2": "disk",
-    "model.norm": "cpu",
-    "model.rotary_emb": "cpu",
-    "lm_head": "cpu",
-}
+ON_DISK = ["model.layers.1", "model.layers.2"]
+KEPT = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
+DEVICES = dict.fromkeys(ON_DISK, "disk") | dict.fromkeys(KEPT, "cpu")
 
 
 def dispatched(model, folder, **options):

@@ -8,16 +8,9 @@ import yaml
 from drllm.models.routers.card import METRICS, model_card
 from drllm.models.routers.stack import RouterConfig, RouterStack
 
-BY_HAND = RouterConfig(
-    num_layers=3,
-    hidden_size=6,
-    num_windows=4,
-    router_width=5,
-    base_model="org/tiny",
-    base_revision="abc123",
-    base_class="LlamaForCausalLM",
-    base_fingerprint="0123456789abcdef",
-)
+BASE = {"base_model": "org/tiny", "base_revision": "abc123", "base_class": "LlamaForCausalLM"}
+SIZES = {"num_layers": 3, "hidden_size": 6, "num_windows": 4, "router_width": 5}
+BY_HAND = RouterConfig(**SIZES, **BASE, base_fingerprint="0123456789abcdef")
 TRAINING = {
     "settings": {"learning_rate": 0.001, "gamma": 2.0},
     "num_trained": 30,
@@ -59,13 +52,10 @@ def test_the_card_says_how_to_load_from_where_the_routers_are(place):
 
 def test_routers_without_the_name_of_a_base_say_that_one_has_to_be_given():
     card = card_with(base_model="", base_revision=None)
-    for said in (
-        "# Routers for LlamaForCausalLM\n",
-        "Not named: LlamaForCausalLM, 3 layers",
-        'from_pretrained("path/to/this/folder", base=model)',
-        "--model MODEL",
-    ):
-        assert said in card
+    assert "# Routers for LlamaForCausalLM\n" in card
+    assert "Not named: LlamaForCausalLM, 3 layers" in card
+    assert 'from_pretrained("path/to/this/folder", base=model)' in card
+    assert "--model MODEL" in card
     assert "base_model" not in front_matter(card)
 
 

@@ -23,18 +23,10 @@ from drllm.models.routers.stack import RouterConfig, RouterStack
 
 WEIGHTS, CONFIG_FILE, CARD = "routers.safetensors", "router_config.json", "README.md"
 FILES = (WEIGHTS, CONFIG_FILE, CARD)
-CONFIG = RouterConfig(
-    num_layers=3,
-    hidden_size=5,
-    num_windows=4,
-    router_width=7,
-    base_model="org/tiny",
-    base_revision="main",
-    base_class="LlamaForCausalLM",
-    base_fingerprint="0123",
-    label_counts=((1, 2, 3), (0, 6, 0), (4, 1, 1)),
-    training={"settings": {"seed": 0}},
-)
+SIZES = {"num_layers": 3, "hidden_size": 5, "num_windows": 4, "router_width": 7}
+BASE = {"base_model": "org/tiny", "base_revision": "main", "base_class": "LlamaForCausalLM"}
+COUNTS = ((1, 2, 3), (0, 6, 0), (4, 1, 1))
+CONFIG = RouterConfig(**SIZES, **BASE, base_fingerprint="0123", label_counts=COUNTS)
 
 
 def new_stack(config=CONFIG, seed=0):
@@ -325,7 +317,7 @@ def test_what_is_no_folder_of_routers_is_refused_with_what_may_be_meant(folder, 
     refused(folder.parent / place, said, read_config)
 
 
-COUNTS = "'label_counts': expected"
+ROWS = "'label_counts': expected"
 
 
 @pytest.mark.parametrize(
@@ -343,10 +335,10 @@ COUNTS = "'label_counts': expected"
         ({"num_layers": 10**12, "label_counts": []}, r"has shape \[3, 7, 5\], .* asks for"),
         ({"num_windows": True}, "'num_windows': expected `int`, got `bool`"),
         ({"label_counts": [[1, 2, 3]]}, "'label_counts' isn't num_layers rows of 3 counts"),
-        ({"label_counts": [[1, 2]] * 3}, COUNTS + " `array` of length 3, got 2"),
-        ({"label_counts": [1, 2, 3]}, COUNTS),
-        ({"label_counts": [[-1, 1, 2]] * 3}, COUNTS),
-        ({"label_counts": [[1, 2, True]] * 3}, COUNTS),
+        ({"label_counts": [[1, 2]] * 3}, ROWS + " `array` of length 3, got 2"),
+        ({"label_counts": [1, 2, 3]}, ROWS),
+        ({"label_counts": [[-1, 1, 2]] * 3}, ROWS),
+        ({"label_counts": [[1, 2, True]] * 3}, ROWS),
         ({"base_model": 5}, "'base_model': expected `str`"),
         ({"base_revision": 5}, "'base_revision': expected `str"),
         ({"training": []}, "'training': expected `object`"),
