@@ -38,7 +38,7 @@ WORDS = {
     "LM_EVAL": "lm-eval run --model drllm --device cpu",
     "ASKED": "--tasks builtin_facts --split test --limit 2",
     "RECIPE": "run r.yaml --output-dir new",
-    "AGAIN": "run r.yaml --output-dir run",
+    "AGAIN": "run run/run.yaml --output-dir run",
     "LONG": "x" * 600,
 }
 """What words in capitals stand for, apart from the folders of tiny models."""
@@ -150,30 +150,13 @@ def config(**values: Any) -> Callable[[Path], None]:
     return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def recipe(old: str, new: str) -> Callable[[Path], None]:
-    """Copy the run's recipe with a change."""
-
-    def change(path: Path) -> None:
-        text = (path.parent / "run" / "run.yaml").read_text()
-        assert old in text
-        path.write_text(text.replace(old, new))
-
-    return change
-
-
 PREPARE: dict[str, Callable[[Path], object]] = {
     "one_layer_more_in_all": own(one_layer_more),
     "one_layer_more_in_one": own(lambda rows: one_layer_more(rows[1:2])),
     "no_decision_bias": with_weights(lambda tensors: tensors.pop("decision_bias")),
     "removed": Path.unlink,
-    "five_layers": config(num_layers=5),
     "five_layers_without_counts": config(num_layers=5, label_counts=[]),
-    "format_7": config(format_version=7),
-    "no_windows": config(num_windows=0),
-    "num_window": config(num_window=8),
     "no_base_model": config(base_model=""),
-    "another_dtype": recipe("dtype: auto", "dtype: bfloat16"),
-    "another_search": recipe("num_simulations: 6", "num_simulations: 7"),
 }
 
 # --- the tables --------------------------------------------------------------------------------
@@ -276,12 +259,13 @@ RECIPE => r.yaml holds list, not names and values => r.yaml: - search\\n- train\
 RECIPE => r.yaml: unknown section 'trian' => r.yaml: trian: {num_epochs: 2}\\n
 RECIPE => r.yaml: train: unknown setting 'epochs' => r.yaml: train: {epochs: 2}\\n
 RECIPE => 'output_dir' is 'here' => r.yaml: search: {output_dir: here}\\n
-run run/run.yaml --output-dir run => run/run.manifest.json: => run/run.manifest.json: {"stages":
+AGAIN => run/run.manifest.json: => run/run.manifest.json: {"stages":
 HARNESS --tasks arc_easy --data_dir data => data/arc_easy/validation.jsonl, line 2 \
 => data/arc_easy/validation.jsonl: @a_broken_line
 HARNESS ASKED --output_path file => --output_path: can't write to file, since file is a file \
 => file: x
-report run => mixes models of different depth => run/routers/router_config.json: @five_layers
+report run => mixes models of different depth \
+=> run/routers/router_config.json: "num_layers": 4 -> "num_layers": 5
 show notes.jsonl => notes.jsonl, line 1: has text => notes.jsonl: {"text": "hello"}\\n
 show run/search.jsonl => search.jsonl, line 6 => run/search.jsonl: @cut_off
 show new.rejected.jsonl => new.rejected.jsonl, line 1: \
@@ -327,13 +311,15 @@ TRAINED --features kept => kept holds other features: \
 ROUTED => run/routers has no routers.safetensors => run/routers/routers.safetensors: @removed
 ROUTED => 'hidden_weight' holds NaN => run/routers/routers.safetensors: @a_nan
 EVALUATE => lacks the tensor 'decision_bias' => run/routers/routers.safetensors: @no_decision_bias
-EVALUATE => format version 7 => run/routers/router_config.json: @format_7
+EVALUATE => format version 7 \
+=> run/routers/router_config.json: "format_version": 1 -> "format_version": 7
 EVALUATE => routers.safetensors: => run/routers/router_config.json: @five_layers_without_counts
-EVALUATE => 'num_windows' => run/routers/router_config.json: @no_windows
-ROUTED => unknown key 'num_window' => run/routers/router_config.json: @num_window
+EVALUATE => 'num_windows' => run/routers/router_config.json: "num_windows": 8 -> "num_windows": 0
+ROUTED => unknown key 'num_window' \
+=> run/routers/router_config.json: "num_windows" -> "num_window": 8, "num_windows"
 ROUTED => don't name their base model => run/routers/router_config.json: @no_base_model
-AGAIN => run/search.jsonl was made with => r.yaml: @another_search
-AGAIN => dtype => r.yaml: @another_dtype
+AGAIN => run/search.jsonl was made with => run/run.yaml: num_simulations: 6 -> num_simulations: 7
+AGAIN => dtype => run/run.yaml: dtype: auto -> dtype: bfloat16
 HARNESS --tasks some_tex --include_path . => unknown task 'some_tex'; did you mean 'some_text'? \
 => some_text.yaml: task: some_text\\n
 LM_EVAL --model_args pretrained=MODEL,decisions=plan.json ASKED => plan.json \

@@ -162,9 +162,6 @@ def parse(words: Sequence[str]) -> Request:
     for file in given.pop("config", []):
         check_text("--config", file)
         values |= _read_settings(Path(file).expanduser(), verb)
-    for flag in verb.flags:
-        if flag.name in given:
-            _flag_value(flag, given[flag.name])
     for _, setting, wanted, _ in _settings(verb):
         said = given.get(setting.name)
         if isinstance(said, str) and wanted is not str:
@@ -177,6 +174,8 @@ def parse(words: Sequence[str]) -> Request:
     for flag in verb.flags:
         missing: Any = [] if flag.many else False if flag.switch else flag.default
         own[flag.name] = values.get(flag.name, missing)
+        if flag.name in given:
+            _flag_value(flag, given[flag.name])
         if flag.required and not own[flag.name]:
             raise ConfigError(
                 f"{verb.name} needs {flag.shown} ({flag.help}), for example: {verb.example}"

@@ -8,8 +8,15 @@ from typing import Any
 
 from drllm.cli.parser import Flag, Request, verb
 from drllm.cli.show_results import show_measured, show_results, show_sweep
-from drllm.cli.show_search import show_failed, show_question, show_search, show_unfinished
-from drllm.cli.show_supervision import say_classes, show_rejected, show_supervision
+from drllm.cli.show_search import (
+    say_classes,
+    show_failed,
+    show_question,
+    show_rejected,
+    show_search,
+    show_supervision,
+    show_unfinished,
+)
 from drllm.cli.terminal import Terminal
 from drllm.errors import RecordError
 from drllm.metrics import by_layer, ratios, shown, verdict

@@ -1,6 +1,7 @@
 """Results as people read them: systems, depths, findings, measured time; a sweep's settings.
 
-The tables fit 80 columns. What is claimed are the evaluation's own findings and verdicts.
+The tables fit 80 columns; a file that can't be trusted is refused. What is claimed are the
+evaluation's own findings and verdicts.
 """
 
 from __future__ import annotations
@@ -19,11 +20,7 @@ from drllm.statistics.verdicts import Differences
 
 
 def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) -> None:
-    """Print the tables of an `eval` folder: of some tasks, or of all.
-
-    Raises:
-        RecordError: A result that can't be trusted.
-    """
+    """Print the tables of an `eval` folder: of some tasks, or of all."""
     for evaluation in read_results(folder):
         if not tasks or evaluation.task in tasks:
             show_evaluation(evaluation, terminal)
@@ -31,14 +28,10 @@ def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) ->
 
 
 def show_measured(folder: Path, terminal: Terminal) -> None:
-    """Print the measured times of an `eval` folder, where it holds any.
-
-    Raises:
-        RecordError: Times that can't be trusted.
-    """
-    measured = read_latency(folder)
-    for line in [] if measured is None else measured_lines(measured):
-        terminal.say(line.replace(NBSP, " "))
+    """Print the measured times of an `eval` folder, where it holds any."""
+    if measured := read_latency(folder):
+        for line in measured_lines(measured):
+            terminal.say(line.replace(NBSP, " "))
 
 
 def show_evaluation(evaluation: Evaluation, terminal: Terminal) -> None:
@@ -92,11 +85,7 @@ def _depths(curve: Sequence[Point]) -> Iterator[list[str]]:
 
 
 def show_sweep(path: Path, terminal: Terminal) -> None:
-    """Print the settings of a sweep side by side, and which one was chosen.
-
-    Raises:
-        RecordError: A file that can't be trusted.
-    """
+    """Print the settings of a sweep side by side, and which one was chosen."""
     sweep = read_sweep_file(path)
     terminal.table(
         "setting|depth|seeds|layers\nrun|accuracy less\nbase's, points|gold log-p.\nless base's"

@@ -14,8 +14,7 @@ from drllm.cli import published
 from drllm.cli.parser import Flag, Request, verb
 from drllm.cli.show import show
 from drllm.cli.show_results import show_results
-from drllm.cli.show_search import show_search
-from drllm.cli.show_supervision import say_written
+from drllm.cli.show_search import say_written, show_search
 from drllm.cli.terminal import Terminal
 from drllm.config import EvaluateConfig, ModelConfig, SearchConfig, SuperviseConfig, TrainConfig
 from drllm.errors import CheckpointError, ConfigError
@@ -277,14 +276,7 @@ def evaluate_verb(request: Request, terminal: Terminal) -> None:
 
 
 def read_routers(place: Path) -> tuple[Path, RouterStack]:
-    """Read routers, which is quick, before the base model is loaded.
-
-    Args:
-        place: A folder, or OWNER/NAME on the hub, from where they are fetched.
-
-    Returns:
-        The folder that holds them, and the routers.
-    """
+    """Read routers of a folder or, fetched first, of the hub; return their folder and them."""
     from drllm.models.routers import hub
     from drllm.models.routers.checkpoint import load_routers
 

@@ -15,10 +15,10 @@ from drllm.cli.show_search import (
     draw_paths,
     edits_between,
     least_harmful_first,
+    say_supervision,
     show_question,
     show_search,
 )
-from drllm.cli.show_supervision import say_supervision
 from drllm.cli.terminal import Terminal
 from drllm.config import SuperviseConfig
 from drllm.cost import executions
