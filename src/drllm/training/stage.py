@@ -31,6 +31,7 @@ from drllm.records import SupervisionRecord, clear_half_written, encode, write_a
 from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.places import check_folder
 from drllm.training import checkpoint, temperature
+from drllm.training.checkpoint import is_done
 from drllm.training.feature_store import FEATURES_FOLDER, Store
 from drllm.training.features import Aggregate, Examples, collect, digest, each_once
 from drllm.training.on_policy import rounds_of, say_what_is_new
@@ -117,13 +118,10 @@ def train(
             f"drllm: {len(along_targets.rejected)} of {len(targets)} targets are set aside "
             f"({reasons_of(along_targets.rejected)}): {rejected}"
         )
-    hashed = digest(along_targets)
-
-    def is_done(folder: Path, settings: TrainConfig) -> bool:
-        identity = checkpoint.identity_of(settings, base.identity, hashed)
-        return checkpoint.is_done(folder, identity)
-
-    left = [folder for folder, settings in seeds.items() if not is_done(folder, settings)]
+    identity_of = functools.partial(
+        checkpoint.identity_of, base_identity=base.identity, targets=digest(along_targets)
+    )
+    left = [folder for folder, one in seeds.items() if not is_done(folder, identity_of(one))]
     for folder in left:
         rounds = rounds_of(folder, seeds[folder])
         parts, used = [along_targets], []
@@ -133,7 +131,7 @@ def train(
                 used.append(Store(before / FEATURES_FOLDER, config.feature_dtype))
                 parts.append(pool(routers=load_routers(before), store=used[-1]))
                 say_what_is_new(along_targets, parts[-1], settings, number)
-            if place != folder and is_done(place, settings):
+            if place != folder and is_done(place, identity_of(settings)):
                 continue
             if place == left[-1] and features is None:
                 used.append(store)

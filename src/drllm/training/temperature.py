@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,11 +43,11 @@ def measure(routers: RouterStack, trainer: Trainer) -> Calibration | None:
         return None
     examples = trainer.examples
     with torch.no_grad():
-        logits = [
+        parts = [
             routers(examples.rows(rows).float(), examples.filled[rows])
             for rows in parts_of(trainer.held_out)
         ]
-    said = torch.cat(logits).double().flatten(0, 1)  # [M, C]
+    said = torch.cat(parts).double().flatten(0, 1)  # [M, C]
     wanted = trainer.targets[trainer.held_out].flatten(0, 1)  # [M, C]
     temperature = fit_temperature(said, wanted)
     if trainer.config.calibrate and temperature in (LOWEST, HIGHEST):
@@ -55,18 +56,14 @@ def measure(routers: RouterStack, trainer: Trainer) -> Calibration | None:
             "or the routers decide all of them alike",
             temperature,
         )
-    before, after = _reliability_of(said, wanted), _reliability_of(said / temperature, wanted)
-    return Calibration(
-        temperature=temperature,
-        num_decisions=len(said),
-        ece_before=calibration_error(before),
-        ece_after=calibration_error(after),
-        nll_before=_nll(said, wanted),
-        nll_after=_nll(said / temperature, wanted),
-        reliability_before=before,
-        reliability_after=after,
-        bins=BINS,
-    )
+    found: dict[str, Any] = {}
+    for when, logits in (("before", said), ("after", said / temperature)):
+        confidence, decided = logits.softmax(dim=-1).max(dim=-1)
+        bins = reliability(confidence, wanted.gather(-1, decided[:, None])[:, 0])
+        nll = -(wanted * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
+        found[f"reliability_{when}"], found[f"ece_{when}"] = bins, calibration_error(bins)
+        found[f"nll_{when}"] = float(nll)
+    return Calibration(temperature=temperature, num_decisions=len(said), bins=BINS, **found)
 
 
 def fold(routers: RouterStack, temperature: float) -> None:
@@ -141,12 +138,3 @@ def calibration_error(bins: Sequence[Bin]) -> float:
     """
     gaps = sum(part.decisions * abs(part.confidence - part.hits) for part in bins)
     return gaps / sum(part.decisions for part in bins)
-
-
-def _reliability_of(logits: Tensor, targets: Tensor) -> tuple[Bin, ...]:
-    confidence, decided = logits.softmax(dim=-1).max(dim=-1)
-    return reliability(confidence, targets.gather(-1, decided[:, None])[:, 0])
-
-
-def _nll(logits: Tensor, targets: Tensor) -> float:
-    return float(-(targets * logits.log_softmax(dim=-1)).sum(dim=-1).mean())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from dataclasses import replace
@@ -23,15 +22,10 @@ SINGLE = 1e-6
 DEFINED = ("routers_loss", "accuracy", "macro_f1", "f1_execute", "avg_layers", "learning_rate")
 
 
-def needs(package: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} isn't installed (pip install 'drllm[trackers]')")
-
-
 @pytest.fixture
 def offline(monkeypatch, tmp_path_factory):
     """W&B without a network, and without a trace in the user's home."""
-    needs("wandb")
+    pytest.importorskip("wandb")
     home = tmp_path_factory.mktemp("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -96,7 +90,7 @@ def told_wandb(folder) -> list[tuple[str, dict[str, object], list[dict[str, obje
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
 def test_a_tracker_changes_no_file_of_the_routers(tmp_path, tracker, request):
-    needs(tracker)
+    pytest.importorskip(tracker)
     if tracker == "wandb":
         request.getfixturevalue("offline")
     plain = train_on(FEATURES, IDENTITY, QUICK, tmp_path / "plain" / "routers")
@@ -109,7 +103,7 @@ def test_a_tracker_changes_no_file_of_the_routers(tmp_path, tracker, request):
 
 
 def test_tensorboard_is_told_of_every_step_and_epoch(tmp_path):
-    needs("tensorboard")
+    pytest.importorskip("tensorboard")
     rows = train_on(FEATURES, IDENTITY, TENSORBOARD, tmp_path)
     trained = load_routers(tmp_path).config.training
     steps = trained["steps"] // QUICK.num_epochs
@@ -134,7 +128,7 @@ def interrupted(config, folder) -> None:
 
 
 def test_a_resumed_training_goes_on_in_the_same_curves_of_tensorboard(tmp_path, caplog):
-    needs("tensorboard")
+    pytest.importorskip("tensorboard")
     train_on(FEATURES, IDENTITY, TENSORBOARD, tmp_path / "whole")
     interrupted(TENSORBOARD, tmp_path / "broken")
     time.sleep(1.1)  # TensorBoard reads files in the order of their names: seconds, then process
@@ -145,7 +139,7 @@ def test_a_resumed_training_goes_on_in_the_same_curves_of_tensorboard(tmp_path, 
 
 
 def test_a_tracker_that_joins_a_resumed_training_is_said_to_lack_its_beginning(tmp_path, caplog):
-    needs("tensorboard")
+    pytest.importorskip("tensorboard")
     interrupted(QUICK, tmp_path)
     train_on(FEATURES, IDENTITY, TENSORBOARD, tmp_path)
     steps = load_routers(tmp_path).config.training["steps"] // QUICK.num_epochs
