@@ -44,23 +44,13 @@ RAW_HELLASWAG = {
 HELLASWAG = {"query": "Rest: They", "choices": [" a ", "b", "c", "d"], "label": 3}
 PIQA = {"goal": "Keep {{tea}} warm", "sol1": "Put a cosy on it.", "sol2": "Add {ice}.", "label": 0}
 AGIEVAL = {"query": "Q: Why? A:", "choices": ["(A)ice", "(B)fire"], "gold": [1]}
-GPQA = {
-    "Question": "What is heavy?",
-    "Correct Answer": " Lead [title] it is\n",
-    "Incorrect Answer 1": "Air",
-    "Incorrect Answer 2": "Oil",
-    "Incorrect Answer 3": "Cork",
-}
+GPQA = {"Question": "What is heavy?", "Correct Answer": " Lead [title] it is\n"}
+GPQA |= {f"Incorrect Answer {n}": text for n, text in enumerate(("Air", "Oil", "Cork"), start=1)}
 TRUTHFULQA = {
     "question": "What falls?",
     "mc1_targets": {"choices": ["Up", "Down", "Sky"], "labels": [0, 1, 0]},
 }
-WINOGRANDE = {
-    "sentence": "Ann helps Eve since _ is ill.",
-    "option1": "Ann",
-    "option2": "Eve",
-    "answer": "2",
-}
+WINOGRANDE = {"sentence": "Ann helps, _ is ill.", "option1": "Ann", "option2": "Eve", "answer": "2"}
 GSM8K = {"question": "How many?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"}
 DART = {"query": "Divide 1 by $7$.", "gt_ans": "\\frac{1}{7}", "level": 2}
 AIME = {"ID": "I-1", "Problem": "What is 7 times 6?", "Answer": 42}

@@ -14,19 +14,9 @@ from drllm.evaluation.baselines.base import BASELINES
 from drllm.evaluation.baselines.registry import NOT_COMPARED, check, files_needed, named, ordered
 
 NAMES = [
-    "permuted routes",
-    "random decisions",
-    "label frequency",
-    "last layers",
-    "evenly spaced",
-    "block influence",
-    "greedy by loss",
-    "greedy by answers",
-    "best program",
-    "confidence exit",
-    "block repeat",
-    "sequence router",
-    "program predictor",
+    *("permuted routes", "random decisions", "label frequency", "last layers", "evenly spaced"),
+    *("block influence", "greedy by loss", "greedy by answers", "best program", "confidence exit"),
+    *("block repeat", "sequence router", "program predictor"),
 ]
 
 
