@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,29 +46,6 @@ def test_a_dry_run_is_right_about_paths_and_close_about_disk(
     assert int(row[2]) == sum(len(record.paths) for record in records)
     size = len(to_lines(records).encode()) / 1e6
     assert float(row[5]) == pytest.approx(size, rel=0.25)
-
-
-def test_a_question_of_two_files_is_searched_once_and_counted_so_beforehand(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    questions = [f"Is {n} A) odd, B) even or C) big?" for n in range(12)]
-    for name in ("one", "two"):
-        rows = [{"question": text, "answer": "C", "grader": "letter"} for text in questions]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        questions = [*questions[:8], "Is 99 A) odd, B) even or C) big?", "Why, A) B) or C)?"]
-    words += ["--dataset", f"{tmp_path / 'one.jsonl'},{tmp_path / 'two.jsonl'}"]
-
-    assert main([*words, "--dry-run"]) == 0
-    out, err = capsys.readouterr()
-    rows = [line.split() for line in out.splitlines() if line.split()[:1] in (["one"], ["two"])]
-    forecast = {row[0]: int(row[1]) for row in rows}
-    assert err.count("an earlier task of this search has them too: ") == 1
-
-    assert main(words) == 0
-    assert capsys.readouterr().err.count("an earlier task of this search has them too: ") == 1
-    found = read_search(tmp_path / "out" / "search.jsonl")
-    assert len({record.question for record in found}) == len(found)
-    assert Counter(record.task for record in found) == forecast
 
 
 def test_a_dry_run_shares_the_time_out_among_workers(
