@@ -139,9 +139,6 @@ def check_output(folder: Path) -> None:
         raise ConfigError(f"the folder {folder} isn't empty; give the name of a new one")
 
 
-# --- the model for the path --------------------------------------------------------------------
-
-
 def _build(base: Any, path: tuple[int, ...]) -> Any:
     """Return the stock model for a path on the meta device, its layers of the right kinds."""
     name = type(base).__name__
@@ -205,9 +202,6 @@ def _fill(listed: Any, base: Any, path: tuple[int, ...]) -> tuple[int, int]:
     listed.tie_weights()
     num_bytes = sum({weight.data_ptr(): weight.nbytes for weight in weights.values()}.values())
     return num_bytes, sum(weight.nbytes for _, weight, is_copy in along if is_copy)
-
-
-# --- the config for the path -------------------------------------------------------------------
 
 
 def config_along(config: Any, path: Sequence[int]) -> Any:
@@ -298,9 +292,6 @@ def _description(layer: nn.Module) -> dict[str, Any]:
     }
 
 
-# --- the folder --------------------------------------------------------------------------------
-
-
 def _write(folder: Path, listed: Any, base: BaseModel, made: Export) -> None:
     # Written by its own method below: save_pretrained refuses settings that loading accepted.
     listed.generation_config = GenerationConfig()
@@ -313,9 +304,6 @@ def _write(folder: Path, listed: Any, base: BaseModel, made: Export) -> None:
     for file in folder.glob("*.safetensors"):
         # safetensors makes its files readable by the owner alone, whatever the umask says.
         file.chmod((folder / CARD_FILE).stat().st_mode)
-
-
-# --- words that transformers 4 reads -----------------------------------------------------------
 
 
 def say_for_transformers_4(folder: Path) -> None:
@@ -405,9 +393,6 @@ def model_card(
         num_repeated_bytes=num_repeated_bytes,
         version=importlib.metadata.version("drllm"),
     )
-
-
-# --- the check ---------------------------------------------------------------------------------
 
 
 def _logits(model: Any) -> Tensor:

@@ -44,13 +44,10 @@ def test_layers_that_cant_be_told_or_routed_are_refused(tiny_llama, name, value,
         find_layers(model)
 
 
-def test_a_module_that_is_no_language_model_is_refused():
+@pytest.mark.filterwarnings("ignore")  # Bert says that it was not made as a decoder
+def test_what_is_no_decoder_only_language_model_is_refused():
     with pytest.raises(ArchitectureError, match="Linear is not a decoder-only language model"):
         find_layers(nn.Linear(2, 2))
-
-
-@pytest.mark.filterwarnings("ignore")  # Bert says that it was not made as a decoder
-def test_a_model_with_an_encoder_and_an_encoder_are_refused():
     config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     with pytest.raises(ArchitectureError, match="has an encoder"):
         find_layers(T5ForConditionalGeneration(config))
