@@ -5,7 +5,7 @@ Nothing derived is called measured. `drllm show` prints `measured_lines`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from drllm.cost import share_saved
 from drllm.records.latency import DECODE, PREFILL, Latency, Timings
@@ -24,78 +24,65 @@ NOT_MEASURED = (
 
 def sections(evaluations: Sequence[Evaluation], measured: Latency | None) -> list[Section]:
     """Return the sections on cost, of every task and of the machine."""
-    said = Text(
+
+    def by_system(caption: str, columns: dict[str, Callable[[Evaluation, System], str]]) -> Table:
+        rows = [
+            [each.task, system.name, *(cell(each, system) for cell in columns.values())]
+            for each in evaluations
+            for system in each.systems
+        ]
+        header, folded = ("task", "system", *columns), len(rows) > MOST_ROWS
+        return Table(caption=caption, header=header, rows=rows, texts=(0, 1), folded=folded)
+
+    derived = by_system(
+        "Layer executions a forward pass, counted; FLOPs of reading a prompt and bytes of K/V a "
+        "token, derived",
+        {
+            "reading the prompt": lambda _, s: plain(s.executions, 2),
+            "decoding a token": lambda _, s: plain(s.decode_executions, 2),
+            "saved": lambda e, s: percent(share_saved(s.executions, e.num_layers)),
+            "GFLOPs with weights": lambda _, s: _giga(f.weights if (f := s.prompt_flops) else None),
+            "GFLOPs of attention": lambda _, s: _giga(
+                f.attention if (f := s.prompt_flops) else None
+            ),
+            "K/V bytes a token": lambda _, s: count(
+                None if s.kv_bytes_per_token is None else round(s.kv_bytes_per_token)
+            ),
+        },
+    )
+    how_derived = Text(
+        "FLOPs and bytes follow from the model's shape and the routes and were not measured; "
+        "attention's share grows with the length of the prompt. Nothing is decoded where options "
+        "are scored."
+    )
+    own = by_system(
+        "The evaluation's own time, measured",
+        {
+            "seconds, one draw": lambda _, s: plain(s.seconds),
+            "seconds a question": lambda e, s: plain(
+                s.seconds / e.num_questions if e.num_questions else None, 3
+            ),
+        },
+    )
+    how_own = Text(
+        "These seconds are wall time of this evaluation: questions run in batches, options share "
+        "what they have in common, and each system was timed once. They are neither a latency nor "
+        "a throughput."
+    )
+    order = Text(
         "What is counted and what follows from it stands first; only what a clock gave is called "
         "measured."
     )
-    runs = [(each, system) for each in evaluations for system in each.systems]
     timed = [Text(NOT_MEASURED)] if measured is None else _timed(measured)
     return [
-        Section("Cost", [said]),
-        Section("Counted and derived", _derived(runs), level=3),
-        Section("Measured", [*timed, *_own_time(runs)], level=3),
+        Section("Cost", [order]),
+        Section("Counted and derived", [derived, how_derived], level=3),
+        Section("Measured", [*timed, own, how_own], level=3),
     ]
 
 
-def _derived(runs: Sequence[tuple[Evaluation, System]]) -> list[Block]:
-    def giga(number: float | None) -> str:
-        return NONE if number is None else f"{number / 1e9:.3g}"
-
-    rows = [
-        [
-            each.task,
-            system.name,
-            plain(system.executions, 2),
-            plain(system.decode_executions, 2),
-            percent(share_saved(system.executions, each.num_layers)),
-            giga(flops.weights if (flops := system.prompt_flops) else None),
-            giga(flops.attention if flops else None),
-            count(None if (kept := system.kv_bytes_per_token) is None else round(kept)),
-        ]
-        for each, system in runs
-    ]
-    header = ("task", "system", "reading the prompt", "decoding a token", "saved")
-    return [
-        Table(
-            caption="Layer executions a forward pass, counted; FLOPs of reading a prompt and bytes "
-            "of K/V a token, derived",
-            header=(*header, "GFLOPs with weights", "GFLOPs of attention", "K/V bytes a token"),
-            rows=rows,
-            texts=(0, 1),
-            folded=len(rows) > MOST_ROWS,
-        ),
-        Text(
-            "FLOPs and bytes follow from the model's shape and the routes and were not measured; "
-            "attention's share grows with the length of the prompt. Nothing is decoded where "
-            "options are scored."
-        ),
-    ]
-
-
-def _own_time(runs: Sequence[tuple[Evaluation, System]]) -> list[Block]:
-    rows = [
-        [
-            each.task,
-            system.name,
-            plain(system.seconds),
-            plain(system.seconds / each.num_questions, 3) if each.num_questions else NONE,
-        ]
-        for each, system in runs
-    ]
-    return [
-        Table(
-            caption="The evaluation's own time, measured",
-            header=("task", "system", "seconds, one draw", "seconds a question"),
-            rows=rows,
-            texts=(0, 1),
-            folded=len(rows) > MOST_ROWS,
-        ),
-        Text(
-            "These seconds are wall time of this evaluation: questions run in batches, options "
-            "share what they have in common, and each system was timed once. They are neither a "
-            "latency nor a throughput."
-        ),
-    ]
+def _giga(number: float | None) -> str:
+    return NONE if number is None else f"{number / 1e9:.3g}"
 
 
 def _timed(measured: Latency) -> list[Block]:

@@ -38,11 +38,8 @@ def svg(draw: Draw, name: str) -> str:
     """Return a drawing as an `<svg>` element that can stand in a page with others.
 
     Taken out: the file header, the metadata (foreign addresses), a style that would apply to the
-    whole page, the fixed size, names that would be given twice in a page, and fonts.
-
-    Args:
-        draw: Makes the figure.
-        name: Unlike all others of the page; keeps names of shapes apart, and equal between runs.
+    whole page, the fixed size, names that would be given twice in a page, and fonts. Its name,
+    unlike all others of the page, keeps names of shapes apart, and equal between runs.
     """
     import matplotlib
 

@@ -18,12 +18,7 @@ from drllm.reporting.numbers import percent
 
 
 def render(document: Document, folder: str) -> str:
-    """Return the whole report.
-
-    Args:
-        document: What it says.
-        folder: Of the figures, as seen from the file: `NAME.png` for each of `document.figures()`.
-    """
+    """Return the whole report, whose figures lie in a folder: `FOLDER/NAME.png`, by their names."""
     parts = [f"# {escape(document.title)}"]
     places = {figure: f"{folder}/{name}.png" for figure, name in document.figures().items()}
     for section in document.sections:

@@ -101,10 +101,8 @@ class Run:
     def has(self, name: str, otherwise: str, said: msgspec.Struct | None = None) -> bool:
         """Say whether a file is there, and note it as a source, or as absent.
 
-        Args:
-            name: In the folder.
-            otherwise: What can't be shown without it; empty where nobody misses it.
-            said: The file as read, where it says itself what a manifest says.
+        `otherwise` is what can't be shown without it, empty where nobody misses it; `said` is the
+        file as read, where it says itself what a manifest says.
         """
         path = self.folder / name
         if not path.exists():

@@ -204,17 +204,13 @@ def choose(
 
     Args:
         base: The untouched model; right or wrong on each question, and its next-token losses.
-        settings: Of one system or several, on the same questions and texts. The order in which
-            they are tried follows from their executions, those given first coming first where
-            these are equal, and from nothing that was answered.
+        settings: Of one system or several, on the same questions and texts. They are tried in an
+            order that follows from their executions (and where these are equal the order given).
         limits: What a setting may lose.
         chance: Accuracy of guessing.
         seed: Of the resampling of texts.
         worked_answers: The task that `worked_loss` is of, if it is to be looked at.
-        chosen_on: Task and split of the questions, for whoever reads the choice.
-
-    Returns:
-        The choice, to be confirmed by `confirm`; "none" is one too.
+        chosen_on: Task and split of the questions.
 
     Raises:
         ConfigError: No held-out texts, or too few.

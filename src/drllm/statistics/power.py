@@ -83,11 +83,8 @@ def smallest_certifiable(
 def chance_to_show(n: int, discordant: float, difference: float, alpha: float = ALPHA) -> float:
     """Return the probability that the exact McNemar test shows a true difference, with its sign.
 
-    Args:
-        n: Questions, at least 1.
-        discordant: In truth; at least the difference, which needs as many different answers.
-        difference: Of the accuracies, in truth, as a share of the questions; in [0, 1].
-        alpha: Level of the two-sided test.
+    The difference of the accuracies, a share of the questions in [0, 1], needs at least as many
+    different answers. The test is two-sided at the level α.
 
     Raises:
         ValueError: Numbers out of range.

@@ -14,17 +14,11 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from drllm import records
 from drllm.config import SuperviseConfig
 from drllm.cost import executions
 from drllm.paths import full_decisions
-from drllm.records import (
-    SCHEMA_VERSION,
-    Retest,
-    SearchRecord,
-    TriedPath,
-    new_manifest,
-    write_records,
-)
+from drllm.records import Retest, SearchRecord, TriedPath, new_manifest, write_records
 from drllm.records.latency import Latency, Timing, Timings
 from drllm.records.results import Evaluation, Flops, Outcome, Point, Sample, System
 from drllm.reporting import markdown
@@ -141,7 +135,7 @@ class Folder:
     def header(self, schema: str, config: dict[str, Any]) -> dict[str, Any]:
         return {
             "schema": schema,
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": records.SCHEMA_VERSION,
             "model": self.model,
             "config": {"seed": 7, "curve": None, **config},
             "inputs": {"routers.safetensors": "5" * 64},

@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from drllm.cost import executions
-from drllm.metrics import by_layer, hit_ratios, ratios, verdict
+from drllm.metrics import by_layer, hit_ratios, ratios
 from drllm.paths import Decision
 from drllm.records import TriedPath
 from drllm.reporting.blocks import Columns, Figure, Table, Text
@@ -106,15 +106,6 @@ def test_routers_stand_beside_decisions_that_ignore_the_question_on_each_part(
         assert rows["labels hit"][column] == f"{scores['accuracy']:.3f}"
         assert rows["executions"][column] == f"{scores['avg_layers']:.2f}"
     assert rows["loss"][1:] == ["–"] * 3
-
-
-def test_the_verdict_and_what_guessing_hits_are_said(run, learned):
-    texts = [block.text for block in part(learned, "Router metrics") if isinstance(block, Text)]
-    systems = run.layers.parts["validation"]
-    assert texts[0] == verdict(run.layers.parts)
-    executed = ratios(systems["always_execute"])["accuracy"]
-    assert f"{100 * executed:.1f}{NBSP}% of the labels" in texts[1]
-    assert texts[1].endswith(by_layer(systems))
 
 
 def figure_of(blocks, name):

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from drllm.paths import Decision
 from drllm.records.results import Outcome, Sample
 from drllm.reporting.page import render
-from drllm.reporting.questions import choose_examples, sections, shares
+from drllm.reporting.questions import choose_examples
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import document
 
@@ -92,27 +91,12 @@ def test_routes_in_tables_are_drawn_mark_by_mark_in_the_page(folder):
     assert re.findall(r'class="(\w+)"', marks) == ["execute", "skip", "repeat", "execute"]
 
 
-def test_the_heat_map_holds_the_shares_of_the_routes(run):
-    routes = run.evaluations[0].routes()
-    routed = next(part for part in sections(run, run.evaluations[0]) if part.title == "Routes")
-    for value, (name, shares_of_layers) in enumerate(routed.blocks[1].rows):
-        assert name == ("skip", "execute", "repeat")[value]
-        taken = [[route[layer] for route in routes] for layer in range(12)]
-        assert shares_of_layers == [layer.count(value) / 60 for layer in taken]
-
-
 def test_routes_of_tasks_are_coloured_by_what_they_do(folder):
     folder.evaluation(task="other", questions=20)
     html = render(document([read_run(folder.path)]))
     maps = html.split("<h2>Routes by task</h2>")[1].split("</section>")[0].split("heat")[1:]
     for decision, heat in zip(("skip", "repeat"), maps, strict=True):
         assert heat.count(f'<td class="{decision}"') == 2 * 4
-
-
-def test_shares_are_counted_by_layer():
-    rows = [(0, 1, 2), (1, 1, 2), (1, 1, 0), (1, 1, 1)]
-    assert shares(rows, Decision.SKIP) == [0.25, 0.0, 0.25]
-    assert shares(rows, Decision.REPEAT) == [0.0, 0.0, 0.5]
 
 
 def sample(name: str, base: float, routed: float, route: tuple[int, ...] | None) -> Sample:
