@@ -433,6 +433,7 @@ def test_a_choice_is_held_to_worked_answers_of_another_task_that_serve_it_once(r
         curve="0.1,0.3",
         epsilon=100.0,
         max_loss_increase=100.0,
+        num_calibration=4,
         worked_answers="builtin_arithmetic",
         baselines="none",
         limit=30,
@@ -500,7 +501,7 @@ def test_depths_are_shares_each_named_once():
 def test_depths_of_a_task_can_be_those_of_another(run, two_tasks, tmp_path):
     first, second = two_tasks
     own = {"curve": "0.1", "baselines": "block-influence", "epsilon": 50.0, "limit": 12}
-    own |= {"num_texts": 30, "num_calibration": 6}
+    own |= {"num_texts": 30, "num_calibration": 4}
     [expected] = run(tmp_path / "alone", tasks=[first], **own)
     calls, named = [], f"{second.name}={first.name}"
     one, other = run(tmp_path / "both", tasks=two_tasks, calls=calls, fitted_on=named, **own)
@@ -521,7 +522,7 @@ def test_routers_of_other_seeds_are_what_they_are_when_evaluated_alone(
 ):
     save_routers(new_routers(base, seed=5), tmp_path / "other")
     folders = [routers_dir, tmp_path / "other"]
-    few = {"curve": "0.1", "baselines": "permuted-routes", "limit": 8, "num_calibration": 8}
+    few = {"curve": "0.1", "baselines": "permuted-routes", "limit": 8, "num_calibration": 4}
     alone = [run(tmp_path / f"{each.name} alone", routers=each, **few)[0] for each in folders]
     calls = []
     [result] = run(tmp_path / "both", routers=folders, calls=calls, **few)
