@@ -156,29 +156,25 @@ def test_an_aggregate_is_of_the_same_targets_and_measured_over_all_its_rows(part
         assert torch.equal(found, expected)
 
 
-def test_a_question_that_is_held_out_is_so_in_every_round(parts):
-    whole, config = Aggregate(parts), replace(CONFIG, num_seeds=1)
+def test_a_question_is_held_out_in_every_round_and_its_labels_count_once(parts):
+    config = replace(CONFIG, num_seeds=1, logit_adjustment=1.0)
+    whole = Aggregate(parts)
     plan, alone = (Trainer(each, IDENTITY, config) for each in (whole, parts[0]))
     held_out = {whole.questions[row] for row in plan.held_out}
     assert held_out == {whole.questions[row] for row in alone.held_out}
     assert not held_out & {whole.questions[row] for row in plan.trained}
     assert len(plan.held_out) > 2 * len(alone.held_out) > 0
     assert each_once(whole, plan.held_out) == alone.held_out
+    assert plan.once == alone.trained
+    assert plan.label_counts == alone.label_counts
+    assert plan.class_weights == alone.class_weights
+    assert torch.equal(plan.objective.offsets, alone.objective.offsets)
 
 
 def test_what_is_too_few_to_hold_out_stays_so_with_several_routes():
     questions = [f"question {row}" for row in range(9)]
     assert hold_out([*questions, *questions], 0.3, 0, num_targets=9) == (list(range(18)), [])
     assert hold_out([*questions, *questions], 0.3, 0)[1]
-
-
-def test_labels_are_counted_once_however_many_routes_there_are(parts):
-    config = replace(CONFIG, num_seeds=1, logit_adjustment=1.0)
-    plan, alone = (Trainer(each, IDENTITY, config) for each in (Aggregate(parts), parts[0]))
-    assert plan.once == alone.trained
-    assert plan.label_counts == alone.label_counts
-    assert plan.class_weights == alone.class_weights
-    assert torch.equal(plan.objective.offsets, alone.objective.offsets)
 
 
 # --- the rounds --------------------------------------------------------------------------------
@@ -330,25 +326,22 @@ def test_rounds_killed_at_random_moments_end_bit_for_bit_as_unbroken_ones(tmp_pa
 
 @pytest.mark.parametrize("round_number", [1, 2])
 def test_a_finished_round_is_not_trained_again(finished, tmp_path, round_number, monkeypatch):
-    trained = []
+    trained, broken_off = [], [round_number]
 
     def fit(examples, identity, config, output, **options):
+        if config.on_policy_rounds in broken_off:
+            raise BrokenOffError
         trained.append(output)
         return train_on(examples, identity, config, output, **options)
 
-    def break_off(examples, identity, config, output, **options):
-        if config.on_policy_rounds == round_number:
-            raise BrokenOffError
-        return train_on(examples, identity, config, output, **options)
-
-    monkeypatch.setattr(stage, "train_on", break_off)
+    monkeypatch.setattr(stage, "train_on", fit)
     with pytest.raises(BrokenOffError):
         train(tmp_path)
-    monkeypatch.setattr(stage, "train_on", fit)
+    broken_off.clear()
     train(tmp_path)
     seeds = (tmp_path, tmp_path / "seed_1")
     rounds = [seed / name for seed in seeds for name in ("round_0", "round_1", ".")]
-    assert trained == rounds[round_number:]
+    assert trained == rounds
     assert files_of(tmp_path) == files_of(finished)
 
 
@@ -356,30 +349,24 @@ def test_broken_off_in_the_last_clean_up_routers_are_unfinished_or_nothing_is_le
     tmp_path, monkeypatch
 ):
     """At each file and folder that is deleted; else no later call would delete the rest."""
-    moments = itertools.count()
-    for moment in moments:
+    unlink, rmdir = Path.unlink, Path.rmdir
+    for moment in itertools.count():
         folder, counter = tmp_path / str(moment), itertools.count()
-        unlink, rmdir = Path.unlink, Path.rmdir
 
-        def stop_at(work, counter=counter, moment=moment):
-            def deleted(path, *arguments, **options):
-                if next(counter) == moment:
-                    raise BrokenOffError
-                return work(path, *arguments, **options)
-
-            return deleted
+        def breaks_off(counter=counter, moment=moment) -> None:
+            if next(counter) == moment:
+                raise BrokenOffError
 
         with monkeypatch.context() as patched:
-            patched.setattr(Path, "unlink", stop_at(unlink))
-            patched.setattr(Path, "rmdir", stop_at(rmdir))
+            patched.setattr(Path, "unlink", lambda *p, at=breaks_off, **o: (at(), unlink(*p, **o)))
+            patched.setattr(Path, "rmdir", lambda *p, at=breaks_off: (at(), rmdir(*p)))
             try:
                 train(folder, KILLED_ONCE)
             except BrokenOffError:
-                if is_finished(folder):
-                    assert not list(folder.rglob("features"))
-                continue
-        break
-    assert next(moments) > 8
+                assert not (is_finished(folder) and list(folder.rglob("features")))
+            else:
+                break
+    assert moment > 8
 
 
 def test_a_folder_with_routers_of_fewer_rounds_is_refused_before_anything_is_trained(tmp_path):
