@@ -85,7 +85,7 @@ def _laid_out(figure: Figure) -> Figure:
 
 def _style(colours: Colours) -> dict[Any, Any]:
     used = {
-        "ink": ("text.color axes.labelcolor xtick.labelcolor ytick.labelcolor legend.labelcolor"),
+        "ink": "text.color axes.labelcolor xtick.labelcolor ytick.labelcolor legend.labelcolor",
         "faint": "axes.edgecolor xtick.color ytick.color",
         "grid": "grid.color",
     }

@@ -63,7 +63,7 @@ def _search(run: Run) -> list[Block]:
             )
         ]
     # A supervision file of somebody else's has no summary; the search says all but the rejects.
-    counts = {**(run.summary or {**counts, "rejected": None})}
+    counts = dict(run.summary) or {**counts, "rejected": None}
     questions = int(counts.get("questions", 0))
 
     def share(number: Any) -> str:
