@@ -8,6 +8,7 @@ Axes: B rows, T tokens, D hidden, L layers, W windows, H router width, C = 3 dec
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import typing
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -60,11 +61,14 @@ class RouterConfig:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        try:
-            for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
-                object.__setattr__(self, name, msgspec.convert(getattr(self, name), kind))
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"{name!r}: {worded(error)}") from error
+        for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, msgspec.convert(value, kind))
+            except msgspec.ValidationError as error:
+                raise ConfigError(
+                    f"{name!r}: {worded(error)}; it is {reprlib.repr(value)}"
+                ) from error
         if len(self.label_counts) not in (0, self.num_layers):
             raise ConfigError("'label_counts' isn't num_layers rows of 3 counts")
 
