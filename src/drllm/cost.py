@@ -13,16 +13,6 @@ from drllm.errors import ConfigError
 from drllm.paths import num_executions, to_path
 
 
-def executions(decisions: Sequence[int]) -> float:
-    """Return the cost of decisions in layer equivalents.
-
-    Example:
-        >>> executions([1, 0, 2])
-        3.0
-    """
-    return float(num_executions(decisions))
-
-
 def max_executions(budget: float, num_layers: int) -> int:
     """Return the most executions of a path within a budget, a factor of L from 1.
 
@@ -62,7 +52,7 @@ def distinct_executions(rows: Sequence[Sequence[int]]) -> int:
 
 def mean_executions(rows: Sequence[Sequence[int]]) -> float:
     """Return the mean cost of several decision vectors in layer equivalents."""
-    return sum(executions(row) for row in rows) / len(rows)
+    return sum(map(num_executions, rows)) / len(rows)
 
 
 def decode_executions(rows: Sequence[Sequence[int]], num_new_tokens: Sequence[int]) -> float | None:
@@ -79,7 +69,7 @@ def decode_executions(rows: Sequence[Sequence[int]], num_new_tokens: Sequence[in
         The mean in layer equivalents; None where no answer needed such a pass.
     """
     passes = [num - 1 for num in num_new_tokens]
-    total = sum(executions(row) * num for row, num in zip(rows, passes, strict=True))
+    total = sum(num_executions(row) * num for row, num in zip(rows, passes, strict=True))
     return total / sum(passes) if sum(passes) else None
 
 

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from drllm.cost import executions
 from drllm.errors import RecordError
 from drllm.paths import full_decisions
 from drllm.records import (
@@ -63,7 +62,7 @@ def search_records(draw: st.DrawFn) -> SearchRecord:
                 simulation=simulation,
                 reward=draw(st.floats(0, 1)),
                 margin=draw(margins),
-                executions=executions(decisions),
+                executions=float(sum(decisions)),
                 answer=draw(st.none() | texts),
                 kl=draw(st.none() | st.floats(0, 10)),
                 retest=draw(st.none() | retests()),
@@ -85,7 +84,7 @@ def supervision_records(draw: st.DrawFn, layers: int = 4) -> SupervisionRecord:
         prompt=draw(filled),
         id=draw(texts),
         task=draw(texts),
-        executions=executions(decisions),
+        executions=float(sum(decisions)),
         improving=draw(st.booleans()),
         margin=draw(margins),
     )

@@ -7,18 +7,12 @@ from hypothesis import strategies as st
 from drllm.cost import (
     decode_executions,
     distinct_executions,
-    executions,
     max_executions,
     mean_executions,
     share_saved,
 )
 from drllm.errors import ConfigError
 from drllm.paths import to_path
-
-
-def test_a_cost_is_a_float_in_layer_equivalents():
-    assert executions([1, 0, 2]) == 3.0
-    assert isinstance(executions([1, 0, 2]), float)
 
 
 @pytest.mark.parametrize(

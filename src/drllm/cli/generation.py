@@ -14,9 +14,10 @@ from drllm.cli.stages import model_of, read_routers
 from drllm.cli.terminal import Terminal, draw_route
 from drllm.config import DepthConfig, GenerateConfig, ModelConfig
 from drllm.config.settings import flag_of
-from drllm.cost import executions, mean_executions
+from drllm.cost import mean_executions
 from drllm.errors import ConfigError, TaskError
 from drllm.listener import duration
+from drllm.paths import num_executions
 from drllm.pipeline.folder import loaded
 from drllm.records import write_atomically
 from drllm.records.places import check_file
@@ -202,7 +203,7 @@ def _answer(routed: RoutedModel, prompt: str, config: GenerateConfig, terminal: 
     terminal.say()
     terminal.show(draw_route(route))
     terminal.say(
-        f"executions  {_share(executions(route), routed, 0)}, {len(new)} forward "
+        f"executions  {_share(num_executions(route), routed, 0)}, {len(new)} forward "
         f"pass{'es' * (len(new) > 1)}"
     )
     terminal.say(f"tokens      {len(tokens)} read, {len(new)} generated")
@@ -279,7 +280,7 @@ def to_line(own_id: str | int, given: Answer) -> str:
         "prompt" if isinstance(given.prompt, str) else "messages": given.prompt,
         "answer": given.text.strip(),
         "route": given.route,
-        "executions": executions(given.route),
+        "executions": float(num_executions(given.route)),
         "tokens": len(given.tokens),
     }
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"))

@@ -13,9 +13,8 @@ from pathlib import Path
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from drllm.cost import executions
 from drllm.errors import PathError, RecordError
-from drllm.paths import Decisions, check_decisions
+from drllm.paths import Decisions, check_decisions, num_executions
 from drllm.records.manifest import read_records
 from drllm.records.search import Question
 from drllm.records.splits import question_key
@@ -70,7 +69,7 @@ class SupervisionRecord(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("question", "prompt"):
             if not getattr(self, name).strip():
                 raise ValueError(f"{name!r} is empty")
-        cost = executions(self.optimal_layer_config)
+        cost = float(num_executions(self.optimal_layer_config))
         if math.isnan(self.executions):
             msgspec.structs.force_setattr(self, "executions", cost)
         elif self.executions != cost:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from drllm.config import SearchConfig
-from drllm.cost import executions
 from drllm.errors import ConfigError, ModelError, RoutingError, TaskError
 from drllm.models.base.prompts import render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.prefix_sharing import Pair
+from drllm.paths import num_executions
 from drllm.records import Chunks, FailedQuestion, SearchRecord, TriedPath
 from drllm.search.evaluator import Evaluator, Outcome, read
 from drllm.search.questions import Batch, SearchQuestion
@@ -189,7 +189,7 @@ def search_in_step(
                 simulation=searches[place].tried[decisions].simulation,
                 reward=outcome.reward,
                 margin=outcome.margin,
-                executions=executions(decisions),
+                executions=float(num_executions(decisions)),
                 answer=outcome.answer,
                 kl=outcome.kl,
                 retest=retests.get((place, decisions)),

@@ -16,7 +16,6 @@ from msgspec.structs import replace
 
 from drllm import records
 from drllm.config import SuperviseConfig
-from drllm.cost import executions
 from drllm.paths import full_decisions
 from drllm.records import Retest, SearchRecord, TriedPath, new_manifest, write_records
 from drllm.records.latency import Latency, Timing, Timings
@@ -176,7 +175,7 @@ class Folder:
                     simulation=simulation,
                     reward=float(margin > 0),
                     margin=margin,
-                    executions=executions(decisions),
+                    executions=float(sum(decisions)),
                     retest=again if margin > 0 else None,
                 )
             )

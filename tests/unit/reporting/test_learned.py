@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 from msgspec.structs import replace
 
-from drllm.cost import executions
 from drllm.metrics import by_layer, hit_ratios, ratios
 from drllm.paths import Decision
 from drllm.records import TriedPath
@@ -196,7 +195,7 @@ def searched(run, *paths):
                 simulation=0,
                 reward=reward,
                 margin=margin,
-                executions=executions(decisions),
+                executions=float(sum(decisions)),
             )
             for decisions, reward, margin in paths
         ),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from drllm.errors import ConfigError
 from drllm.evaluation.baselines.base import NOTHING, Baseline, Drawn, executions_of, register
@@ -21,23 +21,25 @@ if TYPE_CHECKING:
 class LayerDropping(Baseline):
     """Drops k or k + 1 layers on each question, so that mean executions are the routed model's."""
 
+    num_kept: ClassVar[int] = 1
+    """Layers that are never dropped."""
+
+    def obstacle(self, executions: float) -> str | None:
+        """Say so if fewer executions are wanted than layers are kept."""
+        if executions >= min(self.num_kept, self.num_layers):
+            return None
+        return (
+            f"it keeps {self.num_kept} layers at least, and the routed model has "
+            f"{executions:.2f} executions"
+        )
+
     @abstractmethod
     def dropped(self, number: int) -> Sequence[int]:
         """Return the layers that are dropped, `number` of them or all that can be, never all L."""
 
     def decisions(self, number: int) -> Decisions:
-        """Return the decisions that drop so many layers.
-
-        Raises:
-            ConfigError: More layers than can be dropped.
-        """
-        layers = self.dropped(number)
-        if len(layers) < number:
-            raise ConfigError(
-                f"{number} layers are to be dropped, but of {self.num_layers} layers at most "
-                f"{len(layers)} can be; ask for more executions"
-            )
-        return without(layers, self.num_layers)
+        """Return the decisions that drop so many layers, or all that can be."""
+        return without(self.dropped(number), self.num_layers)
 
     def at(self, routes: Tensor, generator: torch.Generator) -> Drawn:
         """Return decisions that drop k or k + 1 layers; the full path if more are executed."""
@@ -61,6 +63,7 @@ class LastLayers(LayerDropping):
     source = "Gromov et al., arXiv 2403.17887"
     fitted_on = NOTHING
     order = 40
+    num_kept = 2
 
     def dropped(self, number: int) -> Sequence[int]:
         """Return layers from the end; the first one is kept too."""
@@ -76,6 +79,7 @@ class EvenlySpaced(LayerDropping):
     source = "Unified Layer Skipping, arXiv 2404.06954"
     fitted_on = NOTHING
     order = 50
+    num_kept = 2
 
     def dropped(self, number: int) -> Sequence[int]:
         """Return those of the L − 2 layers between that are nearest to the middles of k parts."""

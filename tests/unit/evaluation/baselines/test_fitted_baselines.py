@@ -70,4 +70,4 @@ def test_what_a_baseline_needs_and_there_is_not_is_named(fitted):
     assert fitted.obstacle("sequence router", 3.0) == (
         "it needs the routers' targets; give them as --supervision"
     )
-    assert fitted.obstacle("last layers", 1.0) is None
+    assert fitted.obstacle("block influence", 1.0) is None
