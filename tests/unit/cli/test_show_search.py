@@ -21,7 +21,6 @@ from drllm.cli.show_search import (
 )
 from drllm.cli.terminal import Terminal
 from drllm.config import SuperviseConfig
-from drllm.cost import executions
 from drllm.errors import RecordError
 from drllm.paths import Decision
 from drllm.records import (
@@ -45,7 +44,7 @@ SEARCH = Path("search.jsonl")
 def tried(decisions: str, reward: float = 0.0, **fields: Any) -> TriedPath:
     values = tuple(map(int, decisions))
     given = {"simulation": 0, "margin": None, **fields}
-    return TriedPath(decisions=values, reward=reward, executions=executions(values), **given)
+    return TriedPath(decisions=values, reward=reward, executions=float(sum(values)), **given)
 
 
 QUESTION = {
