@@ -137,6 +137,8 @@ def test_markup_and_control_characters_in_any_text_are_shown_and_not_obeyed(fold
     assert sum("$x_ <i>" in text for text in page.texts) >= 3  # table, words, figure
     outside = re.sub(r"```.*?```", "", md, flags=re.DOTALL)
     assert re.findall(r"<\w", outside) == []
+    for rows in re.findall(r"(?:^\|.*\n)+", md, flags=re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in rows.splitlines()}) == 1
     for text in (html, md):
         assert "\x1b" not in text
         assert "x1b[31m" in text.replace("\\[", "[")
@@ -160,15 +162,6 @@ def test_the_markdown_is_the_golden_one(new_folder, text_of, whole):
     if os.environ.get("DRLLM_UPDATE_GOLDEN"):
         GOLDEN.write_text(md, encoding="utf-8")
     assert md == GOLDEN.read_text(encoding="utf-8")
-
-
-def test_every_row_of_every_markdown_table_has_the_same_cells(new_folder, text_of, whole):
-    folder = new_folder(num_layers=30)
-    md = text_of(folder.everything(**whole, question=lambda number: f"a | b {number}"))
-    tables = re.findall(r"(?:^\|.*\n)+", md, flags=re.MULTILINE)
-    assert len(tables) > 5
-    for table in tables:
-        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 
 
 @pytest.fixture
@@ -209,25 +202,19 @@ def test_no_run_folder_several_without_an_output_and_a_broken_one_are_refused(qu
     assert not (tmp_path / "out").exists()
 
 
-def test_several_runs_are_compared_and_then_shown_one_by_one(new_folder, text_of):
-    folders = [new_folder("small", num_layers=4), new_folder("large", num_layers=30)]
-    for folder in folders:
-        folder.evaluation(questions=12)
-    text = text_of(*(folder.path for folder in folders))
-    headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
-    assert headings == ["Runs compared", "Run 1: small", "Run 2: large"]
-    comparison = text.split("## Run 1")[0]
-    assert comparison.count("| 1: small |") == comparison.count("| 2: large |") == 2
-    assert "at other depths" not in comparison
-    assert "certified choice" not in comparison
-
-
-def test_curves_and_choices_of_several_runs_stand_side_by_side(new_folder, text_of, whole):
-    first, second, third = (new_folder(name) for name in ("a", "b", "c"))
+def test_several_runs_stand_side_by_side_and_then_one_by_one(new_folder, text_of, whole):
+    first, second, third, plain = (new_folder(name) for name in ("a", "b", "c", "plain"))
+    plain.evaluation(questions=12)
+    third.search()
+    without = text_of(plain.path, third.path)
+    assert "at other depths" not in without
+    assert "certified choice" not in without
     first.evaluation(**whole)
     second.evaluation(depths=(0.1,))
-    third.search()
-    comparison = text_of(first.path, second.path, third.path).split("## Run 1")[0]
+    text = text_of(first.path, second.path, third.path)
+    headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
+    assert headings == ["Runs compared", "Run 1: a", "Run 2: b", "Run 3: c"]
+    comparison = text.split("## Run 1")[0]
     _, rest = comparison.split("*The routed model of every run at other depths*")
     curves, choices = rest.split("*The certified choice of every run*")
     assert re.findall(r"^\| (\d: \w \| arc_easy \| \d+ % saved) \|", curves, re.MULTILINE) == [

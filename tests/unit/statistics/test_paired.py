@@ -79,13 +79,6 @@ def test_paired_bounds_are_where_the_score_test_is_just_not_rejected(won, lost, 
     assert score(won, lost, n, upper) == pytest.approx(-1.96, abs=1e-3)
 
 
-def test_without_disagreement_the_paired_interval_is_known_in_closed_form():
-    z = 1.959963984540054
-    for n in (1, 6, 500):
-        bound = z * z / (n + z * z)
-        assert paired_interval(0, 0, n) == pytest.approx((-bound, bound))
-
-
 @pytest.mark.parametrize("n", [1, 2, 7, 12])
 def test_paired_intervals_have_width_hold_the_estimate_and_mirror(n):
     for won in range(n + 1):
