@@ -33,7 +33,10 @@ from drllm.config import SearchConfig
 from drllm.cost import distinct_executions
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode, render
+from drllm.models.routing.injection import LayerCall
 from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.scoring.choices import ChoiceBatch
+from drllm.models.scoring.prefix_sharing import PrefixSharingDriver, packed_rows
 from drllm.paths import to_path
 from drllm.search.evaluator import Evaluator, Outcome, Reading
 from drllm.search.strategies import new_search
@@ -189,30 +192,29 @@ def parts_of_the_time(
     stats: Any = pstats.Stats(profile)
     total = stats.total_tt
 
-    def within(file: str, function: str, caller: str = "") -> float:
-        seconds = 0.0
-        for (path, _, name), (_, _, _, cumulative, callers) in stats.stats.items():
-            if name == function and path.endswith(file):
-                seconds += (
-                    sum(times[3] for (_, _, by), times in callers.items() if by == caller)
-                    if caller
-                    else cumulative
-                )
-        return seconds
+    def within(function: Any, caller: Any = None) -> float:
+        *_, cumulative, callers = stats.stats.get(key_of(function), (0, 0, 0, 0.0, {}))
+        return callers.get(key_of(caller), [0.0])[-1] if caller else cumulative
 
+    run, run_paths = LayerCall.run, PrefixSharingDriver._run
     parts = {
-        "layers, prompts": within("injection.py", "run", "_run"),
+        "layers, prompts": within(run, run_paths),
         "head": head_seconds,
-        "handling states": within("prefix_sharing.py", "layer"),
-        "cache to generate from": within("prefix_sharing.py", "routed_cache"),
-        "layers, decoding": within("injection.py", "run") - within("injection.py", "run", "_run"),
-        "scoring": within("choices.py", "_sum"),
-        "judging": within("answers.py", "_add_token"),
-        "rows and masks, once": within("packing.py", "packed_rows"),
+        "handling states": within(PrefixSharingDriver.layer),
+        "cache to generate from": within(PrefixSharingDriver.routed_cache),
+        "layers, decoding": within(run) - within(run, run_paths),
+        "scoring": within(ChoiceBatch._scored),
+        "rows and masks, once": within(packed_rows),
     }
     parts["handling states"] -= parts["layers, prompts"]
     shares = {name: seconds / total for name, seconds in parts.items()}
     return {**shares, "the rest": 1 - sum(shares.values())}
+
+
+def key_of(function: Any) -> tuple[str, int, str]:
+    """Return the name by which pstats knows a function."""
+    code = function.__code__
+    return code.co_filename, code.co_firstlineno, code.co_name
 
 
 def num_tokens(reading: Reading) -> int:

@@ -242,6 +242,8 @@ def test_the_evaluator_is_compared_on_every_reward(searched: dict[str, Any]) -> 
         assert result["paths"] == result["verdicts_compared"] == 12
         assert result["speedup"] == searched["speedup"][result["reward"]]
         assert sum(result["parts"].values()) == pytest.approx(1)
+        assert result["parts"]["layers, prompts"] > 0
+        assert result["parts"]["handling states"] > 0
 
 
 def test_the_evaluator_and_the_obvious_way_come_to_the_same_verdicts(
