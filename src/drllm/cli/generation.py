@@ -42,7 +42,6 @@ class Asked(NamedTuple):
 
 @verb(
     "generate",
-    help="answer a prompt and show the route that it took, or answer a file of prompts",
     example='drllm generate --routers checkpoints/first "Why is the sky blue?"',
     settings=(ModelConfig, GenerateConfig, DepthConfig),
     flags=(
@@ -54,7 +53,7 @@ class Asked(NamedTuple):
     model_from_routers=True,
 )
 def generate(request: Request, terminal: Terminal) -> None:
-    """Answer one prompt and show its route, or answer a file of prompts."""
+    """Answer a prompt and show the route that it took, or answer a file of prompts."""
     config, depth = request.of(GenerateConfig), request.of(DepthConfig)
     config.sampling()
     _check(request, config, depth)

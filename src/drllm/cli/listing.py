@@ -100,7 +100,6 @@ _LISTS = {
 
 @verb(
     "ls",
-    help="list what is chosen by name: tasks, models, baselines and more",
     example="drllm ls tasks",
     flags=(
         Flag("what", ", ".join([*_LISTS, *_REGISTRIES]), required=True, positional=True),
@@ -108,7 +107,7 @@ _LISTS = {
     ),
 )
 def list_names(request: Request, terminal: Terminal) -> None:
-    """Print what there is of one kind."""
+    """List what is chosen by name: tasks, models, baselines and more."""
     what, model = request.values["what"], request.values["model"]
     if what not in _LISTS and what not in _REGISTRIES:
         known = [*_LISTS, *_REGISTRIES]

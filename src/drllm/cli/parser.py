@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from drllm.config import ModelConfig
 from drllm.config.files import as_text, canonical, read_yaml
 from drllm.config.settings import Settings, check_text, flag_of, kinds_of
 from drllm.errors import ConfigError, unknown_name
@@ -28,8 +27,9 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind", bound=Settings)
 
 _WANTED = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
-_NUMBER = {
+_WRITTEN = {
     int: re.compile(r"[+-]?\d{1,20}"),
+    str: re.compile(".*", re.DOTALL),
     float: re.compile(r"[+-]?(\d{1,400}(\.\d*)?|\.\d+)([eE][+-]?\d{1,5})?"),
 }
 _RENAMED = {"--damage": "--kl", "--no-damage": "--no-kl", "--opponents": "--baselines"}
@@ -40,20 +40,32 @@ _RENAMED = {"--damage": "--kl", "--no-damage": "--no-kl", "--opponents": "--base
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """What a verb reads or writes, apart from its settings."""
+    """What a verb reads or writes, or one of its settings."""
 
     name: str  # with underscores; of the place on the line for a positional one
     help: str
-    default: str | None = None
+    default: Any = None
     required: bool = False
     many: bool = False  # one value or more
     positional: bool = False
     switch: bool = False  # no value; False where it isn't given
+    group: type[Settings] | None = None  # whose setting it is; what follows is of settings alone
+    kind: type = str
+    choices: tuple[str, ...] = ()
+    alias: str | None = None
 
     @property
-    def shown(self) -> str:
-        """The name as a user writes it."""
-        return self.name.upper() if self.positional else flag_of(self.name)
+    def names(self) -> list[str]:
+        """The names as a user writes them; the first is the one to show."""
+        if self.positional:
+            return [self.name.upper()]
+        return [flag_of(name) for name in (self.name, self.alias) if name]
+
+    @property
+    def wanted(self) -> str:
+        """What to give as its value."""
+        what = _WANTED[self.kind] if self.group else "one"
+        return (f"one of {', '.join(self.choices)}" if self.choices else what) + f" ({self.help})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +94,7 @@ class Request:
         return [Path(value).expanduser() for value in self.values[name]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Verb:
     """One command; `run` does the work."""
 
@@ -104,10 +116,11 @@ FOREIGN = {"lm-eval": "lm-evaluation-harness' own command line, with our model a
 
 
 def verb(name: str, **described: Any) -> Callable[[Any], Any]:
-    """Register a function as a verb; see `Verb` for what describes it."""
+    """Register a function as a verb, described as `Verb` says; its docstring is the help."""
 
     def register(function: Any) -> Any:
-        VERBS[name] = Verb(name=name, run=function, **described)
+        text = function.__doc__.split("\n")[0].rstrip(".")
+        VERBS[name] = Verb(name, text[0].lower() + text[1:], run=function, **described)
         return function
 
     return register
@@ -162,24 +175,22 @@ def parse(words: Sequence[str]) -> Request:
     for file in given.pop("config", []):
         check_text("--config", file)
         values |= _read_settings(Path(file).expanduser(), verb)
-    for _, setting, wanted, _ in _settings(verb):
-        said = given.get(setting.name)
-        if isinstance(said, str) and wanted is not str:
-            if not _NUMBER[wanted].fullmatch(said):
-                what = f"give {_WANTED[wanted]} ({setting.metadata['help']})"
-                raise ConfigError(f"{flag_of(setting.name)} is {said[:80]!r}; {what}")
-            given[setting.name] = wanted(said)
     values |= given
     own: dict[str, Any] = {}
-    for flag in verb.flags:
-        missing: Any = [] if flag.many else False if flag.switch else flag.default
-        own[flag.name] = values.get(flag.name, missing)
-        if flag.name in given:
-            _flag_value(flag, given[flag.name])
-        if flag.required and not own[flag.name]:
-            raise ConfigError(
-                f"{verb.name} needs {flag.shown} ({flag.help}), for example: {verb.example}"
-            )
+    for flag in _flags(verb):
+        said, name = given.get(flag.name), flag.names[0]
+        if flag.group is None:
+            missing: Any = [] if flag.many else False if flag.switch else flag.default
+            own[flag.name] = values.get(flag.name, missing)
+            if said is not None:
+                _flag_value(flag, said)
+            if flag.required and not own[flag.name]:
+                needs = f"{verb.name} needs {name} ({flag.help})"
+                raise ConfigError(f"{needs}, for example: {verb.example}")
+        elif isinstance(said, str):
+            if not _WRITTEN[flag.kind].fullmatch(said):
+                raise ConfigError(f"{name} is {said[:80]!r}; give {flag.wanted}")
+            values[flag.name] = flag.kind(said)
     groups = tuple(_made(group, values) for group in verb.settings)
     return Request(verb.name, groups, own, "model" in values)
 
@@ -189,20 +200,21 @@ def _made(group: type[Settings], values: Mapping[str, Any]) -> Settings:
     return group(**{name: values[name] for name in names if name in values})
 
 
-def _settings(
-    verb: Verb,
-) -> Iterator[tuple[type[Settings], dataclasses.Field[Any], type, list[str]]]:
-    """Yield each setting of a verb: its group, its declaration, its type, the names of its flag."""
+def _flags(verb: Verb) -> Iterator[Flag]:
+    """Yield a verb's own flags, then those of its settings."""
+    yield from verb.flags
     for group in verb.settings:
         kinds = kinds_of(group)
-        for declared in dataclasses.fields(group):
-            names = (declared.name, declared.metadata["alias"])
-            yield group, declared, kinds[declared.name][0], [flag_of(n) for n in names if n]
+        for each in dataclasses.fields(group):
+            kind, choices = kinds[each.name][0], tuple(each.metadata["choices"] or ())
+            rest: Any = {"choices": choices, "alias": each.metadata["alias"]}
+            text = each.metadata["help"]
+            yield Flag(each.name, text, each.default, group=group, kind=kind, **rest)
 
 
 def _parser(verb: Verb) -> argparse.ArgumentParser:
     """Return a verb's parser: every value is read as text, and left out where it is missing."""
-    places = [f"[{flag.shown}]" for flag in verb.flags if flag.positional]
+    places = [f"[{flag.names[0]}]" for flag in verb.flags if flag.positional]
     parser = argparse.ArgumentParser(
         prog=f"drllm {verb.name}",
         usage=" ".join(["%(prog)s", "[flags]", *places]),
@@ -212,37 +224,32 @@ def _parser(verb: Verb) -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    for flag in verb.flags:
-        options: dict[str, Any] = {"help": flag.help, "metavar": flag.name.upper()}
-        if flag.default:
-            options["help"] += f" (default: {flag.default})"
-        if flag.positional:
-            # Optional to argparse, so that what is missing is said in our words.
-            parser.add_argument(flag.name, nargs="*" if flag.many else "?", **options)
-        elif flag.switch:
-            parser.add_argument(flag.shown, action="store_true", help=options["help"])
-        else:
-            nargs = "+" if flag.many else None
-            parser.add_argument(flag.shown, nargs=nargs, dest=flag.name, **options)
-    sections = {
-        group: parser.add_argument_group(group.__name__.removesuffix("Config").lower())
-        for group in verb.settings
-    }
-    for group, setting, kind, names in _settings(verb):
-        rules, default = setting.metadata, setting.default
-        text = rules["help"]
-        if rules["choices"]:
-            text += f"; one of {', '.join(rules['choices'])}"
-        if group is ModelConfig and setting.name == "model" and verb.model_from_routers:
+    sections: dict[Any, Any] = {None: parser}
+    for group in verb.settings:
+        title = group.__name__.removesuffix("Config").lower()
+        sections[group] = parser.add_argument_group(title)
+    for flag in _flags(verb):
+        text, default = flag.help, flag.default
+        if flag.choices:
+            text += f"; one of {', '.join(flag.choices)}"
+        if flag.name == "model" and verb.model_from_routers:
             text += "; without it the one that the routers name"
         elif default is not None:
-            text += f" (default: {str(default).lower() if kind is bool else default})"
-        options = {"dest": setting.name, "help": text.replace("%", "%%")}
-        if kind is bool:
+            text += f" (default: {str(default).lower() if flag.kind is bool else default})"
+        options: dict[str, Any] = {"help": text.replace("%", "%%")}
+        if flag.switch:
+            options["action"] = "store_true"
+        elif flag.kind is bool:
             options["action"] = argparse.BooleanOptionalAction
+        elif flag.group:
+            options["metavar"] = {int: "N", float: "X"}.get(flag.kind, "TEXT")
         else:
-            options["metavar"] = {int: "N", float: "X"}.get(kind, "TEXT")
-        sections[group].add_argument(*names, **options)
+            options["metavar"] = flag.name.upper()
+            # Places are optional to argparse, so that what is missing is said in our words.
+            options["nargs"] = (
+                ("*" if flag.many else "?") if flag.positional else "+" * flag.many or None
+            )
+        sections[flag.group].add_argument(*map(str.lower, flag.names), **options)
     if verb.settings:
         parser.add_argument(
             "--config", action="append", metavar="FILE", help="settings in YAML; flags win over it"
@@ -262,8 +269,7 @@ def _read_settings(path: Path, verb: Verb) -> dict[str, Any]:
     values = read_yaml(path, "settings")
     for group in verb.settings:
         values = canonical(group, values)
-    known = [flag.name for flag in verb.flags if not flag.positional]
-    known += [setting.name for _, setting, _, _ in _settings(verb)]
+    known = [flag.name for flag in _flags(verb) if not flag.positional]
     for key in values:
         if key not in known:
             raise ConfigError(f"{path}: " + unknown_name("setting", key, known))
@@ -282,14 +288,14 @@ def _flag_value(flag: Flag, value: Any) -> Any:
     """Return what is said for a verb's own flag, checked."""
     if flag.switch:
         if not isinstance(value, bool):
-            raise ConfigError(f"{flag.shown} is {value!r}; give true or false")
+            raise ConfigError(f"{flag.names[0]} is {value!r}; give true or false")
         return value
     texts = [as_text(each) for each in (value if isinstance(value, list) else [value])]
     if not all(isinstance(text, str) for text in texts) or (len(texts) != 1 and not flag.many):
         wanted = "one text or a list of texts" if flag.many else "a text"
-        raise ConfigError(f"{flag.shown} is {value!r}; give {wanted}")
+        raise ConfigError(f"{flag.names[0]} is {value!r}; give {wanted}")
     for text in texts:
-        check_text(flag.shown, text)
+        check_text(flag.names[0], text)
     return texts if flag.many else texts[0]
 
 
@@ -300,20 +306,15 @@ def _check_values(verb: Verb, words: Sequence[str]) -> dict[str, str]:
     """Refuse `--switch=value`, and a flag without its value; return what undoes each switch."""
     valued: dict[str, str] = {}
     switches: dict[str, str] = {}
-    for flag in verb.flags:
-        if flag.switch:
-            switches[flag.shown] = "leave that out"
-        elif not flag.positional:
-            valued[flag.shown] = f"one ({flag.help})"
-    for _, setting, kind, names in _settings(verb):
-        choices = setting.metadata["choices"]
-        wanted = f"one of {', '.join(choices)}" if choices else _WANTED[kind]
-        for name in names:
-            if kind is bool:
+    for flag in _flags(verb):
+        for name in () if flag.positional else flag.names:
+            if flag.switch:
+                switches[name] = "leave that out"
+            elif flag.kind is bool:
                 off = name.replace("--", "--no-", 1)
                 switches |= {name: f"{off} turns it off", off: f"{name} turns it on"}
             else:
-                valued[name] = f"{wanted} ({setting.metadata['help']})"
+                valued[name] = flag.wanted
     if verb.settings:
         valued["--config"] = "the name of a YAML file"
     for word, after in itertools.zip_longest(words, words[1:]):
@@ -334,8 +335,7 @@ def _unknown(
     name = word.partition("=")[0]
     see = f"'drllm {verb.name} --help'"
     if word.startswith("-"):
-        flags = [flag.shown for flag in verb.flags if not flag.positional]
-        flags += [names[0] for _, _, _, names in _settings(verb)]
+        flags = [flag.names[0] for flag in _flags(verb) if not flag.positional]
         flags += ["--config", "--help"] if verb.settings else ["--help"]
         if _RENAMED.get(name, "").replace("--no-", "--") in flags:
             return ConfigError(

@@ -28,13 +28,12 @@ SWEEP = (
 
 @verb(
     "run",
-    help="carry out a recipe: all stages in a row, skipping what is done",
     example="drllm run demo --output-dir runs/demo",
     flags=(Flag("recipe", RECIPE, required=True, positional=True), *IN_A_FOLDER),
     resumes=True,
 )
 def run(request: Request, terminal: Terminal) -> None:
-    """Carry out a recipe, and print the results, each stage's time and the report's place."""
+    """Carry out a recipe: all stages in a row, skipping what is done."""
     path, folder = _places(request, "recipe")
     recipe = read_recipe(path, request.values["data_dir"])
     done = run_folder.run(recipe, folder, listener=terminal)
@@ -48,13 +47,12 @@ def run(request: Request, terminal: Terminal) -> None:
 
 @verb(
     "sweep",
-    help="train with many settings, choose one on the select split, test it once",
     example="drllm sweep sweeps/demo --output-dir runs/sweep",
     flags=(Flag("sweep", SWEEP, required=True, positional=True), *IN_A_FOLDER),
     resumes=True,
 )
 def sweep(request: Request, terminal: Terminal) -> None:
-    """Carry out a sweep, and print its table and the test of what was chosen."""
+    """Train with many settings, choose one on the select split, test it once."""
     path, folder = _places(request, "sweep")
     plan = read_sweep(path, request.values["data_dir"])
     chosen = sweeps.sweep(plan, folder, listener=terminal)

@@ -38,7 +38,6 @@ Renderer = Callable[[Path, Terminal], None]
 
 @verb(
     "show",
-    help="print any file or folder that drllm wrote",
     example="drllm show runs/demo",
     flags=(
         Flag(
@@ -51,7 +50,7 @@ Renderer = Callable[[Path, Terminal], None]
     ),
 )
 def show_place(request: Request, terminal: Terminal) -> None:
-    """Print a file or folder that drllm wrote."""
+    """Print any file or folder that drllm wrote."""
     place, question = request.path("place"), request.values["question"]
     if question is None:
         show(place, terminal)

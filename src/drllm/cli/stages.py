@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 @verb(
     "search",
-    help="try layer paths for each question: search.jsonl, then supervision.jsonl",
     example="drllm search --dataset builtin_facts --limit 64 --output-dir data/",
     settings=(ModelConfig, SearchConfig),
     flags=(
@@ -57,7 +56,7 @@ if TYPE_CHECKING:
     resumes=True,
 )
 def search(request: Request, terminal: Terminal) -> None:
-    """Search the tasks' questions, then choose target paths by the default rules."""
+    """Try layer paths for each question: search.jsonl, then supervision.jsonl."""
     config, model = request.of(SearchConfig), request.of(ModelConfig)
     folder = Path(config.output_dir).expanduser()
     questions = questions_of(None, config)
@@ -146,7 +145,6 @@ def _say_forecast(
 
 @verb(
     "supervise",
-    help="choose one target path a question from what the search tried",
     example="drllm supervise --search data/search.jsonl --output data/supervision.jsonl",
     settings=(SuperviseConfig,),
     flags=(
@@ -155,7 +153,7 @@ def _say_forecast(
     ),
 )
 def supervise_verb(request: Request, terminal: Terminal) -> None:
-    """Choose target paths from search records."""
+    """Choose one target path a question from what the search tried."""
     output = request.path("output")
     check_file(output, "--output", "supervision")
     found = supervise(request.paths("search"), request.of(SuperviseConfig), output)
@@ -164,7 +162,6 @@ def supervise_verb(request: Request, terminal: Terminal) -> None:
 
 @verb(
     "train",
-    help="train the routers on target paths",
     example="drllm train --supervision data/supervision.jsonl --run-name first",
     settings=(ModelConfig, TrainConfig),
     flags=(
@@ -191,7 +188,7 @@ def supervise_verb(request: Request, terminal: Terminal) -> None:
     resumes=True,
 )
 def train_verb(request: Request, terminal: Terminal) -> None:
-    """Train routers on target paths."""
+    """Train the routers on target paths."""
     output, flag = _routers_folder(request)
     config = request.of(TrainConfig)
     config.check_effects()
@@ -241,7 +238,6 @@ def _routers_folder(request: Request) -> tuple[Path, str]:
 
 @verb(
     "evaluate",
-    help="compare base, routed model and baselines on tasks",
     example="drllm evaluate --routers checkpoints/first --tasks builtin_facts",
     settings=(ModelConfig, EvaluateConfig),
     flags=(
@@ -257,7 +253,7 @@ def _routers_folder(request: Request) -> tuple[Path, str]:
     resumes=True,
 )
 def evaluate_verb(request: Request, terminal: Terminal) -> None:
-    """Evaluate base, routed model and baselines, and print the table."""
+    """Compare base, routed model and baselines on tasks."""
     config, output = request.of(EvaluateConfig), request.path("output_dir")
     tasks = tasks_of(config)
     check_folder(output, "--output-dir")
@@ -301,7 +297,6 @@ def model_of(request: Request, routers: RouterStack | None) -> ModelConfig:
 
 @verb(
     "report",
-    help="write report.html and report.md from the records of a run",
     example="drllm report runs/demo",
     flags=(
         Flag(
@@ -315,7 +310,7 @@ def model_of(request: Request, routers: RouterStack | None) -> ModelConfig:
     ),
 )
 def report(request: Request, terminal: Terminal) -> None:
-    """Write the report of one or more run folders."""
+    """Write report.html and report.md from the records of a run."""
     from drllm.reporting import stage
 
     place = request.optional_path("output")
@@ -325,7 +320,6 @@ def report(request: Request, terminal: Terminal) -> None:
 
 @verb(
     "export",
-    help="write a fixed path as an ordinary checkpoint, its layers listed in path order",
     example="drllm export --model smollm2-135m --decisions plan.json --output exported/",
     settings=(ModelConfig,),
     flags=(
@@ -334,7 +328,7 @@ def report(request: Request, terminal: Terminal) -> None:
     ),
 )
 def export(request: Request, terminal: Terminal) -> None:
-    """Write a fixed path of a model as a checkpoint, and say what it is."""
+    """Write a fixed path as an ordinary checkpoint, its layers listed in path order."""
     from drllm.models.export import check_output, export_path
 
     output = request.path("output")
