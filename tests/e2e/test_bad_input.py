@@ -40,6 +40,8 @@ WORDS = {
     "RECIPE": "run r.yaml --output-dir new",
     "AGAIN": "run run/run.yaml --output-dir run",
     "LONG": "x" * 600,
+    "FILE": "generate --file p.jsonl",
+    "EXPORT": "export --model MODEL --device cpu --decisions plan --output",
 }
 """What words in capitals stand for, apart from the folders of tiny models."""
 
@@ -155,6 +157,7 @@ PREPARE: dict[str, Callable[[Path], object]] = {
     "one_layer_more_in_one": own(lambda rows: one_layer_more(rows[1:2])),
     "no_decision_bias": with_weights(lambda tensors: tensors.pop("decision_bias")),
     "removed": Path.unlink,
+    "no_utf8": lambda path: path.write_bytes(b"model: \xff\xfe"),
     "five_layers_without_counts": config(num_layers=5, label_counts=[]),
     "no_base_model": config(base_model=""),
 }
@@ -172,7 +175,29 @@ search --kl maybe => --kl takes no value, but 'maybe' follows it; --no-kl
 search --no_kl=maybe => --no-kl takes no value, but 'maybe' follows it; --kl
 generate why is the sky blue => generate has no use for 'is'
 generate --routers run/routers => generate needs PROMPT
-ls task => unknown list 'task'
+generate x --file p.jsonl => PROMPT 'x' and --file p.jsonl are both given
+generate x --output o.jsonl => --output o.jsonl has no effect on one PROMPT
+generate x --batch-size 4 => --batch-size 4 has no effect on one PROMPT
+generate x --no-route-first => --no-route-first has no effect on one PROMPT
+FILE --no-route-first => --no-route-first has no effect without routers
+FILE --no-route-first --routers r --static-routing => no effect with --static-routing
+generate x --seed 5 => --seed 5 has no effect with --temperature 0
+generate x --depth-bias 0.5 => --depth-bias has no effect without routers
+generate x --static-routing => --static-routing has no effect without routers
+generate x --calibration p.jsonl => no effect without --target-executions
+generate x --target-executions 3 => needs prompts to look on
+FILE => p.jsonl doesn't exist
+FILE => p.jsonl is empty => p.jsonl: \\n
+FILE => p.jsonl, line 2 => p.jsonl: {"prompt": "a"}\\n{"text": "a"}\\n
+FILE --output p.jsonl => is the file of prompts itself => p.jsonl: {"prompt": "a"}\\n
+FILE --output . => --output: can't write .
+FILE --output p.jsonl/o => p.jsonl is a file => p.jsonl: {"prompt": "a"}\\n
+ls task => unknown list 'task'; did you mean 'tasks'
+ls tasks --model smollm2-135m => --model has no effect on the list of tasks
+search --lim 3 => unknown flag '--lim'; did you mean '--limit'
+search --shard 1/1 => --shard 1/1 is the whole search and has no effect
+search --num-workers 2 => --num-workers 2 has no effect with --executor local
+search --dry-run yes => --dry-run takes no value, but 'yes' follows it; leave that out
 search --limit all => --limit is 'all'
 search --num_simulations 2.5 => --num-simulations is '2.5'
 search --budget 0.9 => --budget is 0.9
@@ -220,6 +245,8 @@ HARNESS ASKED --log_samples => --log_samples
 report nowhere => nowhere doesn't exist
 report run run => 2 run folders are given and no --output
 show nowhere => nowhere doesn't exist
+show nowhere --question q1 => nowhere doesn't exist
+show run/supervision.jsonl --question q1 => run/supervision.jsonl is no search.jsonl
  => no verb is given
 search --seed 99999999999999999999 => --seed is 99999999999999999999
 search --output-dir= => --output-dir is ''
@@ -252,11 +279,19 @@ TRAINED => line 2 => run/supervision.jsonl: @with_the_first_question
 TRAINED => run/supervision.jsonl, line 2 => run/supervision.jsonl: @all_skipped
 TRAINED --features file => file is a file => file: x
 search --config s.yaml => s.yaml: unknown setting 'buget' => s.yaml: buget: 1.5\\n
+search --config s.yaml => s.yaml holds NoneType, not names and values => s.yaml:
+search --config s.yaml => s.yaml is not a UTF-8 text => s.yaml: @no_utf8
+evaluate --routers r --config s.yaml => s.yaml: --curve is True => s.yaml: curve: true\\n
+evaluate --routers r --config s.yaml => s.yaml: --curve is [0.1] => s.yaml: curve: [0.1]\\n
+evaluate --routers r --config s.yaml => s.yaml: --limit is 'x' => s.yaml: limit: x\\n
 train --supervision x --run-name y --config s.yaml => s.yaml: --learning-rate is '1e-3' \
 => s.yaml: learning-rate: 1e-3\\n
 RECIPE => r.yaml, line 2: not YAML => r.yaml: search: [limit\\n
 RECIPE => r.yaml holds list, not names and values => r.yaml: - search\\n- train\\n
-RECIPE => r.yaml: unknown section 'trian' => r.yaml: trian: {num_epochs: 2}\\n
+RECIPE => r.yaml: section 'train' is 3; give settings => r.yaml: train: 3\\n
+RECIPE => r.yaml: --num-epochs is 0; give a value of at least 1 \
+=> r.yaml: train: {num_epochs: 0}\\n
+RECIPE => r.yaml: unknown section 'trian'; did you mean 'train' => r.yaml: trian: {num_epochs: 2}\\n
 RECIPE => r.yaml: train: unknown setting 'epochs' => r.yaml: train: {epochs: 2}\\n
 RECIPE => 'output_dir' is 'here' => r.yaml: search: {output_dir: here}\\n
 AGAIN => run/run.manifest.json: => run/run.manifest.json: {"stages":
@@ -268,6 +303,8 @@ report run => mixes models of different depth \
 => run/routers/router_config.json: "num_layers": 4 -> "num_layers": 5
 show notes.jsonl => notes.jsonl, line 1: has text => notes.jsonl: {"text": "hello"}\\n
 show run/search.jsonl => search.jsonl, line 6 => run/search.jsonl: @cut_off
+show search.failed.jsonl => search.failed.jsonl, line 1: \
+=> search.failed.jsonl: {"error": "x"}\\n
 show new.rejected.jsonl => new.rejected.jsonl, line 1: \
 => new.rejected.jsonl: {"reason": "no valid path"}\\n
 """
@@ -294,6 +331,13 @@ HARNESS --tasks builtin_fact --split test => unknown task 'builtin_fact'
 HARNESS --tasks builtin_facts => task 'builtin_facts' is drllm's
 HARNESS --tasks arc_easy --split test => 'arc_easy' can't fetch validation of allenai/ai2_arc
 HARNESS ASKED --batch_size many => --batch_size is 'many'
+HARNESS --tasks= => no task is named; give --tasks NAME,NAME
+HARNESS --tasks far_away --include_path . => can't be fetched from the hub (Couldn't reach \
+=> far_away.yaml: task: far_away\\ndataset_path: nobody/nothing\\noutput_type: multiple_choice\\n
+LM_EVAL ASKED --model_args pretrained=checkpoints/none,num_windows=8 => \
+pretrained=checkpoints/none is no folder of routers (there is no such folder)
+LM_EVAL ASKED --model_args pretrained=tiny,num_windows=8 => leave num_windows out
+LM_EVAL ASKED --model_args pretrained=checkpoints/none,base=tiny => base=tiny has no effect
 LM_EVAL ASKED => no model is named
 LM_EVAL --model_args pretrained=./nowhere ASKED => there is no folder './nowhere'
 HARNESS,num_window=8 ASKED => unknown model argument 'num_window'
@@ -318,6 +362,11 @@ EVALUATE => >= 1; it is 0 => run/routers/router_config.json: "num_windows": 8 ->
 ROUTED => unknown key 'num_window' \
 => run/routers/router_config.json: "num_windows" -> "num_window": 8, "num_windows"
 ROUTED => don't name their base model => run/routers/router_config.json: @no_base_model
+EXPORT out => 9 at position 1 => plan: {"path": [0, 9]}
+EXPORT out => can be decisions or a path => plan: 1 1 1 1
+EXPORT out => 'x' at position 1 => plan: 0 x
+EXPORT run => isn't empty => plan: 0 1
+EXPORT plan => is a file => plan: 0 1
 AGAIN => run/search.jsonl was made with => run/run.yaml: num_simulations: 6 -> num_simulations: 7
 AGAIN => dtype => run/run.yaml: dtype: auto -> dtype: bfloat16
 HARNESS --tasks some_tex --include_path . => unknown task 'some_tex'; did you mean 'some_text'? \

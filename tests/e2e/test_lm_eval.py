@@ -251,44 +251,13 @@ def test_cached_requests_are_those_of_the_same_rows_and_words(
 # --- what is refused only once the harness is at work --------------------------------------------
 
 
-def last_line(words: str, capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    assert main(["lm-eval", "run", "--model", "drllm", "--device", "cpu", *words.split()]) == 2
-    return capsys.readouterr().err.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("--tasks=", ("no task is named", "--tasks NAME", "drllm ls tasks")),
-        (
-            "--model_args pretrained=checkpoints/none,num_windows=8",
-            ("pretrained=checkpoints/none is no folder of routers (there is no such folder)",),
-        ),
-        (
-            "--model_args pretrained=tiny,num_windows=8",
-            ("pretrained=tiny is no folder of routers;", "leave num_windows out"),
-        ),
-        (
-            "--model_args pretrained=checkpoints/none,base=tiny",
-            ("base=tiny has no effect", "(there is no such folder)"),
-        ),
-    ],
-)
-def test_what_is_missing_is_said_in_one_line(
-    words: str, said: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-):
-    tasks = "" if "--tasks" in words else "--tasks builtin_facts --split test"
-    line = last_line(f"{words} {tasks}", capsys)
-    assert all(part in line for part in said), line
-
-
 def test_text_without_a_prompt_is_refused_under_routers(
-    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished_run: Path, tmp_path: Path, drllm: Callable[..., Any]
 ):
     rolling_task(tmp_path)
-    words = f"--model_args pretrained={finished_run / 'routers'} --tasks some_text"
-    said = last_line(f"{words} --include_path theirs", capsys)
+    words = "lm-eval run --model drllm --device cpu --tasks some_text --include_path theirs"
+    routers = f"pretrained={finished_run / 'routers'}"
+    said = drllm(words, "--model_args", routers, status=2).err.splitlines()[-1]
     assert "rolling log-likelihoods have no prompt" in said
     assert "decisions=FILE, or static_routing=true" in said
 
@@ -307,18 +276,6 @@ def test_answers_longer_than_the_model_holds_are_shorter_and_it_is_said(
         [[answer]] = each["resps"]
         assert len(answer) <= most  # a token is a character
         assert each["arguments"]["gen_args_0"]["arg_1"]["max_gen_toks"] == 32768
-
-
-def test_a_task_of_the_harness_without_network_is_answered_in_one_line(
-    model_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    text = "task: far_away\ndataset_path: nobody/nothing\noutput_type: multiple_choice\n"
-    (tmp_path / "far_away.yaml").write_text(text)
-    words = f"--model_args pretrained={model_folder()} --tasks far_away --include_path ."
-    said = last_line(words, capsys)
-    assert "can't be fetched from the hub" in said
-    assert "nobody/nothing" in said
-    assert "connect or log in" in said
 
 
 # --- several processes ---------------------------------------------------------------------------

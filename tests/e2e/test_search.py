@@ -88,24 +88,6 @@ def test_another_search_that_writes_there_is_answered_in_one_line(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (["--shard", "1/1"], "--shard 1/1 is the whole search and has no effect"),
-        (["--num-workers", "2"], "--num-workers 2 has no effect with --executor local"),
-        (["--shard", "1/2", "--limit", "1"], "--shard 1/2 holds no questions; give fewer shards"),
-        (["--dry-run", "yes"], "--dry-run takes no value, but 'yes' follows it; leave that out"),
-    ],
-)
-def test_options_that_make_no_sense_are_answered_before_a_model_is_loaded(
-    flags: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    assert main(["search", "--model", "none", "--output-dir", str(tmp_path / "out"), *flags]) == 2
-    [line] = capsys.readouterr().err.splitlines()
-    assert says in line
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_yaml_file_can_ask_for_a_dry_run(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

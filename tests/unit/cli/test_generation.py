@@ -1,4 +1,4 @@
-"""Files of prompts and of answers, and what `drllm generate` refuses before it loads anything."""
+"""Files of prompts and of answers, and the settings of draws, of `drllm generate`."""
 
 from __future__ import annotations
 
@@ -105,52 +105,3 @@ def test_with_a_temperature_the_flags_say_all_about_the_draws():
     expected = {"do_sample": True, "num_beams": 1, "temperature": 0.7, "top_p": 0.9, "top_k": 0}
     assert config.sampling() == expected
     assert GenerateConfig(temperature=0.7).sampling() == {**expected, "top_p": 1.0}
-
-
-# --- the command line --------------------------------------------------------------------------
-
-ROW = '{"prompt": "a"}\n'
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        ("", "needs PROMPT"),
-        ("x --file p.jsonl", "PROMPT 'x' and --file p.jsonl are both given"),
-        ("x --output o.jsonl", "--output o.jsonl has no effect on one PROMPT"),
-        ("x --batch-size 4", "--batch-size 4 has no effect on one PROMPT"),
-        ("x --no-route-first", "--no-route-first has no effect on one PROMPT"),
-        ("--file p.jsonl --no-route-first", "--no-route-first has no effect without routers"),
-        (
-            "--file p.jsonl --no-route-first --routers r --static-routing",
-            "--no-route-first has no effect with --static-routing",
-        ),
-        ("x --seed 5", "--seed 5 has no effect with --temperature 0"),
-        ("x --depth-bias 0.5", "--depth-bias has no effect without routers"),
-        ("x --static-routing", "--static-routing has no effect without routers"),
-        ("x --calibration p.jsonl", "no effect without --target-executions"),
-        ("x --target-executions 3", "needs prompts to look on"),
-        ("--file none.jsonl", "none.jsonl doesn't exist"),
-        ("--file empty.jsonl", "empty.jsonl is empty"),
-        ("--file bad.jsonl", "bad.jsonl, line 2"),
-        ("--file p.jsonl --output p.jsonl", "is the file of prompts itself"),
-        ("--file p.jsonl --output .", "--output: can't write ."),
-        ("--file p.jsonl --output p.jsonl/o", "p.jsonl is a file"),
-    ],
-)
-def test_what_cannot_work_is_answered_in_one_line_before_anything_is_loaded(
-    words: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drllm
-):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("drllm.cli.generation.loaded", None)  # loading would be a TypeError
-    (tmp_path / "p.jsonl").write_text(ROW)
-    (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "bad.jsonl").write_text(ROW + '{"text": "a"}\n')
-    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
-
-    said = drllm(f"generate {words}", status=2)
-
-    assert said.out == ""
-    assert len(said.err.splitlines()) == 1
-    assert says in said.err
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before

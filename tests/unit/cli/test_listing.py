@@ -60,9 +60,3 @@ def test_a_registry_is_listed_with_what_each_name_is(what: str, names: list[str]
     lines = [line.split() for line in drllm("ls", what).out.splitlines() if line.strip()]
     told = {line[0]: line[1:] for line in lines}
     assert all(len(told[name]) > 2 for name in names)
-
-
-def test_what_is_no_list_and_a_model_without_effect_are_refused(drllm):
-    assert "did you mean 'tasks'" in drllm("ls task", status=2).err
-    said = drllm("ls tasks --model smollm2-135m", status=2).err
-    assert "--model has no effect on the list of tasks" in said

@@ -88,25 +88,6 @@ def test_a_data_folder_on_the_line_wins_over_the_recipe(tmp_path: Path):
     assert (recipe.search.data_dir, recipe.evaluate.data_dir) == ("there", "there")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("train: 3\n", "section 'train' is 3; give settings"),
-        ("train: {num_epochs: 0}\n", "--num-epochs is 0; give a value of at least 1"),
-        ("evalute: {limit: 3}\n", "unknown section 'evalute'; did you mean 'evaluate'"),
-    ],
-)
-def test_a_recipe_that_does_not_fit_is_refused_with_its_name(
-    tmp_path: Path, text: str, message: str
-):
-    path = write(tmp_path, text)
-
-    with pytest.raises(ConfigError, match=message) as caught:
-        read_recipe(path)
-
-    assert str(caught.value).startswith(f"{path}: ")
-
-
 # --- sweeps ------------------------------------------------------------------------------------
 
 COMMON = "train: {num_epochs: 3}\nevaluate: {curve: '0.1', baselines: last-layers, epsilon: 2}\n"

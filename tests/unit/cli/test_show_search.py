@@ -357,15 +357,6 @@ def test_show_tells_the_story_of_a_search_file(tmp_path: Path, printed):
     assert "as the search found it → after the re-test" in printed()
 
 
-def test_a_question_is_drawn_from_a_search_only(tmp_path: Path, drllm):
-    output = tmp_path / "supervision.jsonl"
-    supervise([search_file(tmp_path)], SuperviseConfig(), output)
-
-    said = drllm("show --question q1", output, status=2).err
-    assert "supervision.jsonl is no search.jsonl" in said
-    drllm("show --question q1", tmp_path / "nowhere", status=2)
-
-
 def failed_file(folder: Path) -> Path:
     file = folder / "search.failed.jsonl"
     failed = [
@@ -385,14 +376,6 @@ def test_questions_that_failed_are_shown_with_their_errors(tmp_path: Path, print
     assert "failed 2 questions were set aside by the search" in out
     assert "facts q7 3 TaskError: [b]no[/b] prompt" in out
     assert "facts q7 3 ModelError: not finite" in out
-
-
-def test_a_broken_line_of_the_failed_questions_is_named(tmp_path: Path):
-    file = failed_file(tmp_path)
-    file.write_text(file.read_text() + '{"error": "x"}\n')
-
-    with pytest.raises(RecordError, match=r"failed\.jsonl, line 3: .*`id`"):
-        show(file, Terminal())
 
 
 @pytest.mark.parametrize("place", ["", CHUNKS_FOLDER])
