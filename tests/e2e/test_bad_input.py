@@ -327,7 +327,7 @@ train --model DEEPER --device cpu --supervision run/supervision.jsonl --run-name
 GENERATE nowhere => nowhere has no router_config.json
 EVALUATE --model OTHER => these routers were trained for
 ROUTED --model DEEPER => num_layers 4, this model has 5
-HARNESS --tasks builtin_fact --split test => unknown task 'builtin_fact'
+HARNESS --tasks builtin_fact --split test => did you mean 'builtin_facts'
 HARNESS --tasks builtin_facts => task 'builtin_facts' is drllm's
 HARNESS --tasks arc_easy --split test => 'arc_easy' can't fetch validation of allenai/ai2_arc
 HARNESS ASKED --batch_size many => --batch_size is 'many'

@@ -65,3 +65,40 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.setattr(datasets, "load_dataset", fake.load_dataset)
     yield fake
     forget()
+
+
+@pytest.fixture(scope="session")
+def rendered_by_the_harness():
+    """A function that renders rows by a task file of the harness, wherever the set itself is.
+
+    It returns the arguments of every request: context and continuation, where options are scored.
+    `shown` are rows of worked examples; None as their number leaves it to the file.
+    """
+
+    def render(rows, file, shown=(), num_fewshot=0):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import datasets
+            import lm_eval.tasks
+            from lm_eval.api.task import ConfigurableTask
+            from lm_eval.tasks._yaml_loader import load_yaml
+
+            config = load_yaml(Path(lm_eval.tasks.__file__).parent / file)
+            uses = {"asked": rows, "shown": shown or rows}
+            sets = {use: datasets.Dataset.from_list(each) for use, each in uses.items()}
+            config |= {
+                "custom_dataset": lambda **_: datasets.DatasetDict(sets),
+                "tag": None,
+                "training_split": None,
+                "validation_split": None,
+                "test_split": "asked",
+                "fewshot_split": "shown",
+            }
+            if num_fewshot is not None:
+                config["num_fewshot"] = num_fewshot
+            task = ConfigurableTask(config=config)
+            task.set_fewshot_seed(1234)
+            task.build_all_requests(rank=0, world_size=1)
+        return [instance.args for instance in task.instances]
+
+    return render

@@ -16,14 +16,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
-from drllm.errors import ConfigError, TaskError, unknown_name
-from drllm.evaluation.lm_eval.own_tasks import OwnTasks, own_tasks, placed
+from drllm.errors import ConfigError, TaskError
+from drllm.evaluation.lm_eval.own_tasks import OwnTasks, own_tasks, unlisted
 from drllm.records.places import check_folder
 from drllm.tasks.registry import is_task_name
 
@@ -115,8 +116,11 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
             for task in own.tasks if is_first else ():
                 for note in task.notes:
                     logger.warning("%s: %s", task.name, note)
-            kept = output / FOLDER if output is not None and is_first else None
-            folder = str(stack.enter_context(placed(own.files, kept)))
+            if output is not None and is_first:
+                folder = str(output / FOLDER / own.files.key)
+            else:
+                folder = stack.enter_context(TemporaryDirectory(prefix="drllm-tasks-"))
+            own.files.write(Path(folder))
             theirs = settings.include_path
             args.tasks, args.include_path = own.names, [theirs, folder] if theirs else folder
         _execute(harness, args, names, settings.include_path)
@@ -174,7 +178,7 @@ def _nearest(name: str, include_path: str | None) -> str:
             f"--data_dir FOLDER to have its questions read from files"
         )
     known = lm_eval.tasks.TaskManager(include_path=include_path).all_tasks
-    said = unknown_name("task", name, known).split(" Valid: ")[0].rstrip(".")
+    said = unlisted("task", name, known)
     return f"{said}; 'drllm lm-eval ls tasks' lists all, --include_path FOLDER adds your own"
 
 

@@ -260,9 +260,6 @@ def evaluate_verb(request: Request, terminal: Terminal) -> None:
     check_output(output)
     read = [read_routers(place) for place in request.paths("routers")]
     folders = [folder for folder, _ in read]
-    for folder in folders:
-        if [other.resolve() for other in folders].count(folder.resolve()) > 1:
-            raise ConfigError(f"--routers names {folder} twice; name each folder once")
     with loaded(model_of(request, read[0][1]), terminal) as base:
         from drllm.evaluation.run import evaluate
 

@@ -177,8 +177,7 @@ class Shared:
                 questions.append(Question(context, [each.continuation for each in requests]))
                 golds.append(asked.gold(place))
             # Else the options stand in the context, and there is no one prompt.
-        prompts = [self.lm.tok_encode(prompt) for prompt in asked.prompts()]
-        logs = self._search, self._targets
+        logs, prompts = (self._search, self._targets), asked.prompt_tokens
         return Material(self.lm.routed, prompts, questions, golds, *logs, self.config.seed)
 
 
@@ -234,8 +233,7 @@ class Comparison:
         if config.epsilon is not None:
             del policies[""]
             choice = self._choice(config.epsilon, systems, policies, chance)
-        prompts = [lm.tok_encode(prompt) for prompt in self.asked.prompts()]
-        self.shared.prompts += prompts
+        self.shared.prompts += self.asked.prompt_tokens
         try:
             shape: ModelShape | str = ModelShape.of(lm.routed.model)
         except ArchitectureError as error:
@@ -248,7 +246,7 @@ class Comparison:
             config=config,
             num_layers=lm.routed.num_layers,
             shape=shape,
-            num_tokens=[len(ids) for ids in prompts],
+            num_tokens=[len(ids) for ids in self.asked.prompt_tokens],
             seeds=seeds,
         )
 

@@ -129,6 +129,10 @@ def _evaluate(
             f"{OPTIONS_REWARD}"
         )
     hashes = {folder: sha256(folder / WEIGHTS_FILE) for folder in routers}
+    if len(set(hashes.values())) < len(given):
+        raise ConfigError(
+            "the same routers are given twice, and would count as another seed; give each once"
+        )
     header = {
         **new_manifest(
             "evaluation",

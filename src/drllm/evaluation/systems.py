@@ -124,7 +124,7 @@ class TaskRun:
             # Whatever the first pass sets up would count as time of the base model.
             scorer.score(self._requests[0], FullPolicy())
         else:
-            lengths = [len(lm.tok_encode(prompt)) for prompt in asked.prompts()]
+            lengths = list(map(len, asked.prompt_tokens))
             self._blocks = blocks_of(lengths, LEAST_GENERATED, size)
 
     def run(

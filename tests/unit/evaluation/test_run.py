@@ -348,9 +348,11 @@ def test_a_routed_model_is_evaluated_with_its_own_routers_and_given_back(
     assert load_routers(kept.routers).config.num_layers == 6
 
 
-def test_a_model_needs_routers_and_a_tokenizer(base, routers_dir, task):
+def test_a_model_needs_routers_each_once_and_a_tokenizer(base, routers_dir, task):
     with pytest.raises(ConfigError, match="no routers are given"):
         evaluate(base, [task], settings())
+    with pytest.raises(ConfigError, match="the same routers are given twice"):
+        evaluate(base, [task], settings(), routers=[routers_dir, routers_dir])
     with pytest.raises(ConfigError, match="without a tokenizer"):
         evaluate(base.model, [task], settings(), routers=routers_dir)
 

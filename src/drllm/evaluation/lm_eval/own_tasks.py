@@ -1,13 +1,11 @@
-"""Which of the tasks that are given to the harness are ours, and where their folder stands.
+"""Which of the tasks that are given to the harness are ours.
 
 A name that could mean either is refused. Loads no torch, and the harness only to look up its names.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,25 +31,21 @@ class OwnTasks:
 def own_tasks(
     names: Sequence[str],
     *,
-    split: str,
     limit: float | None,
     data_dir: str | None,
-    num_fewshot: int | None,
-    max_length: int | None,
     include_path: str | None,
     num_processes: int,
+    **more: Any,
 ) -> OwnTasks:
     """Return the tasks of a command line of which some are ours.
 
     Args:
         names: What stands in `--tasks`.
-        split: As `task_folder`'s.
         limit: The harness' `--limit`: maximum questions a task of ours, drawn with `SEED`.
         data_dir: As `task_folder`'s.
-        num_fewshot: As `task_folder`'s.
-        max_length: As `task_folder`'s.
         include_path: A folder with tasks of the user's own.
         num_processes: Processes that share the questions of a task.
+        more: As `task_folder`'s: split, num_fewshot, max_length.
 
     Raises:
         ConfigError: None of the names is ours, a `data_dir` that none of them reads, or a limit
@@ -61,10 +55,10 @@ def own_tasks(
     ours = [name for name in names if is_task_name(name)]
     others = [name for name in names if not is_task_name(name)]
     if not ours:
-        _check_unknown(others)
+        said = unlisted("task of drllm's", others[0], task_names())
         raise ConfigError(
-            f"--data_dir and --split have no effect: {', '.join(others) or 'no task'} is none of "
-            f"drllm's tasks ('drllm ls tasks' lists them); leave them out"
+            f"--data_dir and --split have no effect on the harness' own tasks: {said}; "
+            f"'drllm ls tasks' lists them; leave both flags out, or name one"
         )
     tasks = get_tasks(",".join(ours))
     if data_dir is not None and not any(isinstance(task, PublishedTask) for task in tasks):
@@ -79,12 +73,10 @@ def own_tasks(
         )
     found, files = task_folder(
         tasks,
-        split=split,
         limit=None if limit is None else int(limit),
         seed=SEED,
         data_dir=data_dir,
-        num_fewshot=num_fewshot,
-        max_length=max_length,
+        **more,
     )
     for name, number in files.num_questions.items():
         if number < num_processes:  # which would end the harness
@@ -103,30 +95,12 @@ def own_tasks(
     return OwnTasks(found, files, ordered)
 
 
-@contextmanager
-def placed(files: FolderFiles, below: Path | None) -> Iterator[Path]:
-    """Write a task folder below another, named by its content; below None only for the block."""
-    with ExitStack() as stack:
-        if below is None:
-            passing = tempfile.TemporaryDirectory(prefix="drllm-tasks-")
-            folder = Path(stack.enter_context(passing))
-        else:
-            folder = below / files.key
-        files.write(folder)
-        yield folder
-
-
 # --- the harness' own tasks next to ours ----------------------------------------------------------
 
 
-def _check_unknown(names: Sequence[str]) -> None:
-    """Refuse a name that is nobody's, where it resembles one of ours."""
-    import lm_eval.tasks
-
-    for name in names:
-        said = unknown_name("task", name, task_names())
-        if "did you mean" in said and name not in lm_eval.tasks.TaskManager().all_tasks:
-            raise TaskError(f"{said}, or a .jsonl file; 'drllm lm-eval ls tasks' lists the others")
+def unlisted(kind: str, name: str, known: Iterable[str]) -> str:
+    """Say that a name is unknown, with the nearest: the harness has thousands, too many to list."""
+    return unknown_name(kind, name, known).split(" Valid: ")[0].rstrip(".?")
 
 
 def _check_others(others: Sequence[str], taken: set[str], include_path: str | None) -> None:
@@ -143,10 +117,8 @@ def _check_others(others: Sequence[str], taken: set[str], include_path: str | No
             )
         held = _held(manager.match_tasks([name]), index)
         if not held:
-            said = unknown_name("task", name, {*task_names(), *index}).split(" Valid: ")[0]
-            raise TaskError(
-                f"{said.rstrip('.')}; 'drllm ls tasks' and 'drllm lm-eval ls tasks' list all"
-            )
+            said = unlisted("task", name, {*task_names(), *index})
+            raise TaskError(f"{said}; 'drllm ls tasks' and 'drllm lm-eval ls tasks' list all")
         if both := sorted(held & taken):
             raise TaskError(
                 f"{name!r} of the harness holds {both[0]!r}, which is drllm's task in this "

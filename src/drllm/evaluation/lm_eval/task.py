@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import itertools
@@ -97,6 +98,11 @@ class AskedTask:
     def prompts(self) -> list[str]:
         """Return what the model reads of each question, rendered."""
         return [str(instances[0].args[0]) for instances in self.instances]
+
+    @functools.cached_property
+    def prompt_tokens(self) -> list[list[int]]:
+        """The same as tokens."""
+        return [self._lm.tok_encode(prompt) for prompt in self.prompts()]
 
     def gold(self, place: int) -> int:
         """Return which option of the question at a place is right, where just one is."""

@@ -1,6 +1,6 @@
 """Published sets in small: rows of the hub's schema and of data folders, all of them invented.
 
-And the two ways from rows to requests: a task folder of ours, and the harness' own task file.
+And the way from a task folder of ours to requests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ AWKWARD = 'Why {{x}} and {y}? "<b>" it\'s é\n '
 """What templates, quotes and white space could trip over; a part of every question."""
 
 Rows = list[dict[str, Any]]
-Requests = list[tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -301,47 +300,9 @@ def loaded(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
             manager = TaskManager(include_path=str(tmp_path / place), include_defaults=defaults)
             tasks: dict[str, Any] = manager.load(list(names))["tasks"]
-            return {name: _built(task) for name, task in tasks.items()}
+            for task in tasks.values():
+                task.set_fewshot_seed(1234)
+                task.build_all_requests(rank=0, world_size=1)
+            return tasks
 
     return load
-
-
-@pytest.fixture
-def by_the_harness() -> Callable[..., Requests]:
-    """A function that renders rows by a task file of the harness, apart from where they are."""
-
-    def render(
-        file: str, asked: Rows, shown: Rows, num_fewshot: int | None, **changes: Any
-    ) -> Requests:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import datasets
-            import lm_eval.tasks
-            from lm_eval.api.task import ConfigurableTask
-            from lm_eval.tasks._yaml_loader import load_yaml
-
-            config = load_yaml(Path(lm_eval.tasks.__file__).parent / file)
-            config.pop("tag", None)
-            rows = {"asked": asked, "shown": shown or asked}
-            sets = datasets.DatasetDict(
-                {use: datasets.Dataset.from_list(part) for use, part in rows.items()}
-            )
-            config |= {
-                "custom_dataset": lambda **_: sets,
-                "training_split": None,
-                "validation_split": None,
-                "test_split": "asked",
-                "fewshot_split": "shown",
-                **changes,
-            }
-            if num_fewshot is not None:
-                config["num_fewshot"] = num_fewshot
-            return [each.args for each in _built(ConfigurableTask(config=config)).instances]
-
-    return render
-
-
-def _built(task: Any) -> Any:
-    task.set_fewshot_seed(1234)
-    task.build_all_requests(rank=0, world_size=1)
-    return task

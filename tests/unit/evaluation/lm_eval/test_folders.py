@@ -83,7 +83,7 @@ def our_order(monkeypatch: pytest.MonkeyPatch, sets: Any) -> None:
 @pytest.mark.parametrize("num_fewshot", [0, 3])
 @pytest.mark.usefixtures("our_order")
 def test_the_requests_are_those_of_the_harness_own_task_file(
-    set_name: str, num_fewshot: int, sets: Any, asked: Any, by_the_harness: Any
+    set_name: str, num_fewshot: int, sets: Any, asked: Any, rendered_by_the_harness: Any
 ) -> None:
     harness = get_task(set_name).harness
     assert harness is not None
@@ -95,20 +95,22 @@ def test_the_requests_are_those_of_the_harness_own_task_file(
     shown = get_task(set_name).shots("test") if num_fewshot else []
     for part in PARTS if "{part}" in sets[set_name].file else ("",):
         here = [[r for _, r in each if not part or r["subject"] == part] for each in (rows, shown)]
-        theirs = by_the_harness(sets[set_name].file.format(part=part), *here, num_fewshot)
+        file = sets[set_name].file.format(part=part)
+        theirs = rendered_by_the_harness(here[0], file, here[1], num_fewshot)
         assert requests_of(found[f"{set_name}_{part}" if part else set_name]) == theirs
     assert task.num_questions == sum(len(one.eval_docs) for one in found.values())
     assert task.num_fewshot == num_fewshot
 
 
 def test_gsm8k_shows_five_worked_examples_unless_told_otherwise(
-    sets: Any, asked: Any, by_the_harness: Any
+    sets: Any, asked: Any, rendered_by_the_harness: Any
 ) -> None:
     task, found = asked("gsm8k", split="select")
     rows = [row for _, row in rows_of("gsm8k", "select")]
     shown = [row for _, row in rows_of("gsm8k", "fit")]
     assert (task.num_fewshot, task.metric, task.filter) == (5, "exact_match", "flexible-extract")
-    assert requests_of(found["gsm8k"]) == by_the_harness("gsm8k/gsm8k.yaml", rows, shown, None)
+    theirs = rendered_by_the_harness(rows, "gsm8k/gsm8k.yaml", shown, None)
+    assert requests_of(found["gsm8k"]) == theirs
 
 
 def test_the_hub_and_a_data_folder_give_the_same_requests(
@@ -148,32 +150,18 @@ def test_what_a_search_asks_is_what_an_evaluation_asks(name: str, sets: Any, ask
     assert sorted(ours) == sorted(args for task in found.values() for args in requests_of(task))
 
 
-def test_every_task_that_has_a_name_can_be_evaluated(
-    sets: Any, hub: Any, write: Any, loaded: Any
-) -> None:
-    key = ("hkust-nlp/dart-math-pool-math", None, "train")
-    hub.files[key] = [
-        {"query": f"What is {n}?", "gt_ans": str(n), "level": 1 + n % 5} for n in range(200)
-    ]
-    names = [*sets, *(f"dart-{level}" for level in range(1, 6)), *OURS]
-    tasks = write(",".join(names), num_fewshot=0)
-    assert [task.name for task in tasks] == names
-    found = loaded(*(task.harness_name for task in tasks))
-    for task in tasks:
-        docs = [doc for leaf in task.leaves for doc in found[leaf].eval_docs]
-        examples = get_task(task.name).examples("test")
-        assert sorted(doc["drllm_id"] for doc in docs) == sorted(e.id for e in examples)
-        assert task.num_questions == len(examples)
-        assert (task.chance is None) == (task.kind == "generated")
-
-
 def test_a_run_of_the_harness_reports_the_metric_that_counts_of_every_task(
-    sets: Any, write: Any, tmp_path: Path
+    sets: Any, hub: Any, write: Any, tmp_path: Path
 ) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    tasks = write(",".join((*sets, *OURS)), limit=6, num_fewshot=0)
+    hub.files["hkust-nlp/dart-math-pool-math", None, "train"] = [
+        {"query": f"What is {n}?", "gt_ans": str(n), "level": 1 + n % 5} for n in range(300)
+    ]
+    names = [*sets, *(f"dart-{level}" for level in range(1, 6)), *OURS]
+    tasks = write(",".join(names), limit=6, num_fewshot=0)
+    assert [task.name for task in tasks] == names
     found = simple_evaluate(
         model="dummy",
         tasks=[task.harness_name for task in tasks],
@@ -184,6 +172,7 @@ def test_a_run_of_the_harness_reports_the_metric_that_counts_of_every_task(
     assert set(found["n-shot"].values()) == {0}
     for task in tasks:
         results = {**found["results"], **found.get("groups", {})}
+        assert (task.chance is None) == (task.kind == "generated")
         result = results[task.harness_name][f"{task.metric},{task.filter}"]
         assert 0 <= result <= 1
         samples = [one for leaf in task.leaves for one in found["samples"][leaf]]
@@ -451,7 +440,7 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 def test_the_real_files_are_asked_as_the_harness_asks_them(
-    name: str, data_dir: Path, asked: Any, by_the_harness: Any
+    name: str, data_dir: Path, asked: Any, rendered_by_the_harness: Any
 ) -> None:
     place, file = REAL[name]
     with gzip.open(data_dir / f"{place}.jsonl.gz", "rt", encoding="utf-8") as lines:
@@ -461,7 +450,7 @@ def test_the_real_files_are_asked_as_the_harness_asks_them(
     questions = {doc[key] for doc in found.eval_docs}
     of_those = [row for row in rows if row[key] in questions]
     assert task.num_questions == 100
-    assert requests_of(found) == by_the_harness(file, of_those, [], 0)
+    assert requests_of(found) == rendered_by_the_harness(of_those, file)
 
 
 def test_every_real_set_can_be_evaluated(data_dir: Path, write: Any, loaded: Any) -> None:

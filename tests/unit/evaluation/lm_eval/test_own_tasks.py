@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from drllm.errors import ConfigError, TaskError
-from drllm.evaluation.lm_eval.own_tasks import OwnTasks, own_tasks, placed
+from drllm.evaluation.lm_eval.own_tasks import OwnTasks, own_tasks
 
 TASK = "task: {name}\ndataset_path: json\noutput_type: multiple_choice\n"
 
@@ -82,19 +81,6 @@ def test_names_beside_ours_that_are_unknown_or_could_mean_two_tasks_are_refused(
     with pytest.raises(TaskError, match=message):
         chosen(name, "builtin_facts", include_path=theirs)
     assert chosen("both", "builtin_arithmetic", include_path=theirs).names[0] == "both"
-
-
-def test_a_folder_without_a_place_goes_at_the_end_and_one_with_a_place_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    files = chosen("builtin_facts").files
-    with placed(files, None) as folder:
-        assert (folder / "builtin_facts.yaml").is_file()
-    assert list(tmp_path.iterdir()) == []
-    with placed(files, tmp_path / "kept") as folder:
-        pass
-    assert (tmp_path / "kept" / files.key / "builtin_facts.yaml").is_file()
 
 
 def test_the_key_of_a_folder_tells_its_questions_apart_and_nothing_else():
