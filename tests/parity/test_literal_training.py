@@ -21,6 +21,7 @@ from drllm.models.routers.checkpoint import load_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import SupervisionRecord
+from drllm.training.feature_store import Store
 from drllm.training.features import collect
 from drllm.training.split import hold_out
 from drllm.training.stage import train_on
@@ -170,7 +171,8 @@ def test_with_smollm2_in_double_precision_losses_are_those_of_the_literal_way(
 def test_in_single_precision_losses_and_decisions_are_those_of_the_literal_way(
     literally: ModuleType, model: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    features = collect(model, tiny_tokenizer, RECORDS, num_windows=W, batch_size=5)
+    store = Store(tmp_path / "features")
+    features = collect(model, tiny_tokenizer, RECORDS, num_windows=W, store=store, batch_size=5)
     rows = train_on(features, IDENTITY, CONFIG, tmp_path)
     untrained = Trainer(features, IDENTITY, CONFIG).stack
     literal = literal_run(literally, model, tiny_tokenizer, untrained)

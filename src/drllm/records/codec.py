@@ -39,7 +39,10 @@ _ENCODER = msgspec.json.Encoder()
 _decoder = functools.lru_cache(maxsize=256)(msgspec.json.Decoder)
 
 
-class _Version(msgspec.Struct):
+class Version(msgspec.Struct):
+    """What any file of ours says of its form."""
+
+    schema: str = ""
     schema_version: int = 0
     drllm_version: str = "of another version"
 
@@ -283,7 +286,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _refuse_newer(data: bytes | str, where: str) -> None:
     """Refuse a file of a newer version by its version's name, where it says one."""
     try:
-        version = msgspec.json.decode(data, type=_Version)
+        version = msgspec.json.decode(data, type=Version)
     except (msgspec.MsgspecError, RecursionError):
         return
     if version.schema_version > SCHEMA_VERSION:

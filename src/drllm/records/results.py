@@ -15,7 +15,7 @@ import msgspec
 
 from drllm.errors import RecordError
 from drllm.paths import Decisions, check_decisions
-from drllm.records.codec import read_json
+from drllm.records.codec import Version, read_json
 from drllm.records.manifest import read_records
 from drllm.statistics.non_inferiority import Choice
 from drllm.statistics.verdicts import Differences
@@ -251,16 +251,10 @@ class Result(Evaluation, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return [outcome.decisions for outcome in outcomes if outcome.decisions]
 
 
-class _Schema(msgspec.Struct):
-    schema: str = ""
-    schema_version: int = 0
-    drllm_version: str = "of an unknown version"
-
-
 def schema_of(path: Path) -> str:
     """Return the schema that a JSON file says it has; empty where it says none."""
     try:
-        return read_json(path, _Schema).schema
+        return read_json(path, Version).schema
     except RecordError:
         return ""
 
@@ -272,7 +266,7 @@ def read_evaluation(path: Path) -> Evaluation:
 
 def read_form(path: Path, kind: type[T], schema: str) -> T:
     """Read a file of results, refusing one of an older form by its version's name."""
-    found = read_json(path, _Schema)
+    found = read_json(path, Version)
     if found.schema != schema:
         raise RecordError(
             f"{path} says {found.schema!r}; expected {schema!r}. Is it the right file?"

@@ -1,4 +1,4 @@
-"""Where the routers' inputs are kept while and after they are pooled: memory, or a folder.
+"""The folder that keeps the routers' inputs while and after they are pooled.
 
 `features.safetensors` is filled row by row in place. Which rows are done is written in the file
 itself, ahead of them, so that a kill at any moment loses the last seconds and nothing else.
@@ -40,22 +40,6 @@ NOT_DONE, NOT_FINITE = 0, -1
 DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}
 
 Shape = tuple[int, int, int, int]
-
-
-class Memory:
-    """Keeps the routers' inputs in memory, in float32, with the methods of `Store`."""
-
-    @contextlib.contextmanager
-    def opened(
-        self, manifest: Mapping[str, Any], shape: Shape, say: Callable[[str], None]
-    ) -> Iterator[None]:
-        """Make room."""
-        self.means, self.filled = torch.zeros(shape), torch.full(shape[:1], NOT_DONE)
-        yield
-
-    def put(self, rows: Sequence[int], means: Tensor, filled: Tensor) -> None:
-        """Keep some rows."""
-        self.means[rows], self.filled[rows] = means.cpu(), filled.cpu()
 
 
 class Store:
@@ -103,12 +87,15 @@ class Store:
         manifest = {**manifest, "config": config, "feature_version": FEATURE_VERSION}
         self._lay_out(shape)
         if self._resume(manifest) and self._missing() == 0:
+            if (self.folder / ".training.lock").exists():  # a kill after the last commit left it
+                with contextlib.suppress(RecordError), self._alone():
+                    pass
             say(f"the routers' inputs in {self.folder} are used again")
             self._map()
             yield
             return
         self._check_space(say)
-        with only_writer(self.folder, "training", "folder for the features"):
+        with self._alone():
             if not self._resume(manifest):  # nobody else has begun in the meantime
                 self._begin(manifest)
             with self._refusing():
@@ -136,11 +123,14 @@ class Store:
         if not self.folder.is_dir():
             return
         # As its only writer, so that the lock that a kill left goes with the rest.
-        with only_writer(self.folder, "training", "folder for the features"):
+        with self._alone():
             for path in (*self.folder.glob(HALF_WRITTEN), self.path, self.manifest_path):
                 path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        return only_writer(self.folder, "training", "folder for the features")
 
     def _lay_out(self, shape: Shape) -> None:
         """Work out where things lie: a header of safetensors, `filled`, then the rows."""

@@ -27,7 +27,7 @@ from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import RejectedQuestion, SupervisionRecord, new_manifest
-from drllm.training.feature_store import NOT_DONE, NOT_FINITE, Memory, Store
+from drllm.training.feature_store import NOT_DONE, NOT_FINITE, Store
 from drllm.training.targets import (
     OVERFLOWS,
     Targets,
@@ -50,8 +50,8 @@ class Features:
     """The training set of the routers, in the order of the targets.
 
     Attributes:
-        means: `[M, L, W, D]`, M ≥ N: the windows of every router's input, in memory or a map of a
-            file. Read them by `rows`.
+        means: `[M, L, W, D]`, M ≥ N: the windows of every router's input, a map of a file. Read
+            them by `rows`.
         filled: `[N]`: how many windows hold tokens.
         labels: `[N, L]` int64: the target path's decisions.
         questions: `[N]`: the questions' texts; they decide what is held out.
@@ -133,9 +133,9 @@ def collect(
     records: Sequence[SupervisionRecord],
     *,
     num_windows: int,
+    store: Store,
     soft: bool = False,
     routers: RouterStack | None = None,
-    store: Store | None = None,
     batch_size: int = BATCH_SIZE,
     listener: Listener | None = None,
 ) -> Features:
@@ -154,7 +154,7 @@ def collect(
         soft: The features have soft targets too.
         routers: Routers whose own routes are followed in place of the target paths. The labels
             stay the target paths' decisions.
-        store: The folder that keeps the features, resumed or used again; None keeps them in memory.
+        store: The folder that keeps the features, resumed or used again.
         batch_size: Maximum prompts in a forward pass.
         listener: Is told what the pass needs on disk, and of its progress.
 
@@ -169,7 +169,6 @@ def collect(
     try:
         targets = targets_for(model, tokenizer, routed.num_layers, records)
         identity, labels, N = describe(model), targets.labels, len(targets.records)
-        kept = Memory() if store is None else store
         made_from = targets.hashes()
         if routers is not None:
             weights = [weight.cpu().numpy() for _, weight in sorted(routers.state_dict().items())]
@@ -185,14 +184,14 @@ def collect(
         )
         shape = (*labels.shape, num_windows, identity["hidden_size"])
         with (
-            kept.opened(manifest, shape, listener.note),
+            store.opened(manifest, shape, listener.note),
             listener.progress("pooling", "targets") as progress,
         ):
-            _check_finite(model, targets, kept.filled)
+            _check_finite(model, targets, store.filled)
             missing = [
                 rows
                 for rows in batches([len(tokens) for tokens in targets.prompts], batch_size)
-                if bool((kept.filled[rows] == NOT_DONE).any())
+                if bool((store.filled[rows] == NOT_DONE).any())
             ]
             done = N - sum(map(len, missing))
             if done > 0:
@@ -202,24 +201,24 @@ def collect(
                 policy = RecordingPolicy(RouterPolicy(routers) if routers else follows, num_windows)
                 _forward(routed, policy, [targets.prompts[row] for row in rows])
                 finite = policy.means.isfinite().flatten(1).all(dim=1)  # [B]
-                kept.put(
+                store.put(
                     rows,
                     torch.where(finite[:, None, None, None], policy.means, 0.0),
                     torch.where(finite, policy.filled.to(finite.device), NOT_FINITE),
                 )
-                _check_finite(model, targets, kept.filled)
+                _check_finite(model, targets, store.filled)
                 done += len(rows)
                 progress(done, N)
     finally:
         routed.detach()
 
-    is_used = kept.filled != NOT_FINITE
+    is_used = store.filled != NOT_FINITE
     used = list(itertools.compress(targets.records, is_used.tolist()))
     broken = itertools.compress(targets.records, (~is_used).tolist())
     overflown = [set_aside(record, OVERFLOWS) for record in broken]
     return Features(
-        means=kept.means,
-        filled=kept.filled[is_used],
+        means=store.means,
+        filled=store.filled[is_used],
         labels=labels[is_used],
         soft=soft_targets(used) if soft else None,
         questions=tuple(record.question for record in used),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -77,24 +76,3 @@ def focal_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float)
     # below 1 finite where p is 1, and there log p = 0 makes the product 0 anyway.
     remaining = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)
     return -(targets * weights * remaining**gamma * log_p).sum(dim=-1)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Objective:
-    """The loss that a training minimises: the mean over rows and layers.
-
-    Attributes:
-        weights: `[C]`: class weights.
-        gamma: Focal exponent; 0 for cross-entropy.
-        offsets: `[L, C]`: added to the logits before the loss, never when routing.
-
-    Source: `offsets` are τ · log prior of Menon et al. 2021 (arXiv 2007.07314), equation 10.
-    """
-
-    weights: Tensor
-    gamma: float
-    offsets: Tensor
-
-    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of logits `[B, L, C]` on shares of the decisions `[B, L, C]`."""
-        return focal_losses(logits + self.offsets, targets, self.weights, self.gamma).mean()

@@ -191,17 +191,16 @@ def train_on(
     identity = checkpoint.identity_of(config, base_identity, digest(examples))
     output.mkdir(parents=True, exist_ok=True)
     checkpoint.resume(output, identity, trainer)
-    steps = trainer.schedule.steps
     with (
         listener.progress("training", "steps") as progress,
         tracked(config.trackers, trainer, output) as tracking,
     ):
 
         def on_step(done: int, counts: Counts) -> None:
-            progress(done, steps)
+            progress(done, trainer.steps)
             tracking.step(done, counts)
 
-        progress(trainer.steps_done, steps)
+        progress(trainer.steps_done, trainer.steps)
         try:
             while not trainer.is_over:
                 trainer.epoch(on_step)
@@ -209,7 +208,7 @@ def train_on(
                 tracking.epoch()
                 _write_metrics(output, trainer.rows)
             if trainer.best is not None:
-                progress(steps, steps)
+                progress(trainer.steps, trainer.steps)
             parts = trainer.evaluate()
         except DivergedError:  # resumed, it would diverge again
             checkpoint.remove(output)
@@ -244,7 +243,7 @@ def _write_routers(
         "settings": trainer.config.decisive(),
         "targets": hashed,
         "steps": last * trainer.steps_per_epoch,
-        "warmup_steps": trainer.schedule.warmup,
+        "warmup_steps": trainer.warmup,
         "class_weights": list(trainer.class_weights),
         "num_trained": len(trainer.once),
         "num_held_out": len(each_once(examples, trainer.held_out)),

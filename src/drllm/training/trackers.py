@@ -61,7 +61,7 @@ class Tracking:
     def step(self, done: int, counts: Counts) -> None:
         """Tell of a step: how many are done with it, and what it counted before it learned."""
         if self.trackers:
-            rate = self.trainer.schedule.rate(done - 1)
+            rate = self.trainer.rate(done - 1)
             self._tell({"step": {**ratios(counts), "learning_rate": rate}}, done)
 
     def epoch(self) -> None:

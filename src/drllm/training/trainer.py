@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from drllm.errors import ConfigError
 from drllm.metrics import NAMES, TRAIN, VALIDATION, Counts, ratios
 from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
 from drllm.training.features import Examples, each_once, moments, parts_of, shape, sizes
-from drllm.training.losses import Objective, class_weights, log_priors
+from drllm.training.losses import class_weights, focal_losses, log_priors
 from drllm.training.split import epoch_batches, generator, hold_out
 
 WARMUP_SHARE = 0.1
@@ -32,37 +31,6 @@ FUSED = ("cpu", "cuda")
 
 class DivergedError(ConfigError):
     """The loss became NaN or infinite; the training can't be resumed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """The learning rate of each step: linear warm-up to the peak, then half a cosine to 0."""
-
-    peak: float
-    warmup: int
-    steps: int
-
-    @classmethod
-    def of(cls, config: TrainConfig, steps: int) -> Schedule:
-        """Return the schedule of a training.
-
-        A warm-up as long as the training would end it before the rate has reached its peak. It
-        then gets a tenth of the steps (docs/differences.md, D-14).
-        """
-        warmup = config.warmup_steps if config.warmup_steps < steps else int(WARMUP_SHARE * steps)
-        return cls(peak=config.learning_rate, warmup=warmup, steps=steps)
-
-    def rate(self, step: int) -> float:
-        """Return the rate of a step, counted from 0; none of them is 0.
-
-        Example:
-            >>> [Schedule(peak=1.0, warmup=1, steps=5).rate(step) for step in (0, 1, 3)]
-            [0.5, 1.0, 0.5]
-        """
-        if step < self.warmup:
-            return self.peak * (step + 1) / (self.warmup + 1)
-        progress = (step - self.warmup) / (self.steps - self.warmup)
-        return self.peak * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def divide(
@@ -97,8 +65,10 @@ class Trainer:
         once: Those of `trained` along their target path. Whatever counts labels counts these, so
             that it doesn't change with the number of routes.
         targets: `[N, L, C]` float64: the share of each decision; all in one for a hard label.
+        offsets: `[L, C]`: added to the logits before the loss.
         label_counts: `[L][C]`: labels of the target paths trained on.
         sizes: `[N, L]`: mean size of each router's inputs, which tells other features apart.
+        steps: Of all epochs; in `warmup` of them the learning rate rises.
         stack: The routers; once the training is over those it ends with: of its best epoch if it
             watches the held-out loss, else of its last.
         rows: Lines of metrics so far.
@@ -132,14 +102,16 @@ class Trainer:
         beta = config.beta if config.class_weights == "effective_number" else 0.0
         self.class_weights = class_weights(learned.sum(dim=(0, 1)).tolist(), beta)
         self.steps_per_epoch = math.ceil(len(self.trained) / config.gradient_accumulation)
-        self.schedule = Schedule.of(config, self.steps_per_epoch * config.num_epochs)
+        self.steps = self.steps_per_epoch * config.num_epochs
+        # A warm-up as long as the training would end it before the rate has reached its peak
+        # (docs/differences.md, D-14).
+        fits = config.warmup_steps < self.steps
+        self.warmup = config.warmup_steps if fits else int(WARMUP_SHARE * self.steps)
         self.sizes = sizes(examples)
         self.scale = moments(examples, self.trained) if config.normalise_features else None
-        self.objective = Objective(
-            weights=self._here(torch.tensor(self.class_weights, dtype=torch.float64)),
-            gamma=config.gamma if config.loss == "focal" else 0.0,
-            offsets=self._here(config.logit_adjustment * log_priors(learned.sum(dim=0))),
-        )
+        self.gamma = config.gamma if config.loss == "focal" else 0.0
+        self.weights = self._here(torch.tensor(self.class_weights, dtype=torch.float64))
+        self.offsets = self._here(config.logit_adjustment * log_priors(learned.sum(dim=0)))
         self.stack = self._new_stack(base_identity).to(self.device, dtype)
         self.optimizer = self._new_optimizer()
         self.epochs_done = 0
@@ -187,10 +159,10 @@ class Trainer:
     def notes(self) -> list[str]:
         """Return what a user should know of the training, one sentence each."""
         found = []
-        if self.schedule.warmup != self.config.warmup_steps:
+        if self.warmup != self.config.warmup_steps:
             found.append(
                 f"--warmup-steps is {self.config.warmup_steps}, but the run has only "
-                f"{self.schedule.steps} steps; warming up for {self.schedule.warmup} instead"
+                f"{self.steps} steps; warming up for {self.warmup} instead"
             )
         if len(self.once) == 1:
             found.append("there is only 1 target to train on; the routers will repeat it for all")
@@ -222,12 +194,23 @@ class Trainer:
     @property
     def steps_done(self) -> int:
         """Steps up to the last epoch's end; all of them once the training is over."""
-        return self.schedule.steps if self.is_over else self.epochs_done * self.steps_per_epoch
+        return self.steps if self.is_over else self.epochs_done * self.steps_per_epoch
 
     @property
     def kept_epoch(self) -> int:
         """The epoch whose weights a finished training has."""
         return self.epochs_done if self.best is None else self.best[0]
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0: a line up, then half a cosine to 0.
+
+        No step's rate is 0.
+        """
+        peak = self.config.learning_rate
+        if step < self.warmup:
+            return peak * (step + 1) / (self.warmup + 1)
+        progress = (step - self.warmup) / (self.steps - self.warmup)
+        return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
 
     def epoch(self, on_step: Callable[[int, Counts], None] | None = None) -> None:
         """Train for one epoch and measure; a loss that isn't finite raises DivergedError.
@@ -240,7 +223,7 @@ class Trainer:
         order = epoch_batches(self.trained, config.gradient_accumulation, config.seed, number)
         counts, done = Counts(), self.epochs_done * self.steps_per_epoch
         for step, rows in enumerate(order):
-            rate = self.schedule.rate(done + step)
+            rate = self.rate(done + step)
             counted = self._step(rows, rate, self.kept_units(len(rows), number, step))
             counts += counted
             if on_step is not None:
@@ -257,6 +240,15 @@ class Trainer:
                 self.kept = {name: w.clone() for name, w in self.stack.state_dict().items()}
             if self.is_over and self.kept is not None:
                 self.stack.load_state_dict(self.kept)
+
+    def loss(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        """Return the objective: the mean over some rows and all layers, of logits `[B, L, C]`.
+
+        Source: the offsets, never there in routing, are τ · log prior of Menon et al. 2021 (arXiv
+            2007.07314), equation 10.
+        """
+        targets = self._here(self.targets[rows])
+        return focal_losses(logits + self.offsets, targets, self.weights, self.gamma).mean()
 
     def evaluate(self) -> dict[str, Counts]:
         """Count how the routers fare on the rows trained on and on those held out, by name."""
@@ -304,7 +296,7 @@ class Trainer:
             mean, deviation = self.scale
             means = (means.double() - mean[:, None]) / deviation[:, None]
         logits = self.stack(self._here(means), filled.to(self.device), kept_units)
-        loss = self.objective(logits, self._here(self.targets[rows]))
+        loss = self.loss(logits, rows)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise DivergedError(

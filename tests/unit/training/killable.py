@@ -1,30 +1,32 @@
-"""A feature pass of a small model, and as a script the same, killed: FOLDER KILLS.
-
-In `once/` each pass is killed at another moment, in `often/` one is killed again and again.
-"""
+"""A small model, its targets and trainings; as a script such work, killed: WORK FOLDER KILLS."""
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
+import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import torch
-from kills import At, kill, kill_and_go_on
 from safetensors import safe_open
-from small import W, Watching
+from small import IDENTITY, W, Watching, files_of, make_features
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import drllm
+from drllm.config import TrainConfig
+from drllm.models.base.load import BaseModel
 from drllm.records import SupervisionRecord
-from drllm.training import feature_store as store_module
+from drllm.training import feature_store, stage
 from drllm.training.feature_store import FEATURES_FILE, Store
-from drllm.training.features import Features, collect
+from drllm.training.features import collect
 
 L, D, CONTEXT = 3, 8, 48
 
@@ -76,70 +78,163 @@ def make_records(number: int) -> list[SupervisionRecord]:
 
 
 MODEL = make_model()
+N = 20
+BASE = BaseModel(MODEL, Letters(), "org/tiny", "main")
+CONFIG = TrainConfig(
+    num_epochs=2,
+    learning_rate=0.05,
+    gradient_accumulation=8,
+    num_windows=W,
+    router_width=5,
+    warmup_steps=0,
+    validation_fraction=0.2,
+    num_seeds=2,
+    on_policy_rounds=2,
+)
 
 
-def pool(
-    folder: Path,
-    number: int,
-    *,
-    store: Store | None = None,
-    model: Any = MODEL,
-    windows: int = W,
-    records: list[SupervisionRecord] | None = None,
-    on_progress: Callable[..., Any] = lambda *_: None,
-    on_note: Callable[[str], Any] = lambda text: None,
-) -> Features:
+def pool(folder, number=0, *, records=None, on_progress=lambda *_: None, on_note=print, **options):
     """Pool `number` targets into a folder, three a batch."""
-    return collect(
-        model,
-        Letters(),
-        make_records(number) if records is None else records,
-        num_windows=windows,
-        store=store or Store(folder),
-        batch_size=3,
-        listener=Watching(on_progress, on_note),
-    )
+    given = {"num_windows": W, "store": Store(folder), "batch_size": 3, **options}
+    model, targets = given.pop("model", MODEL), records or make_records(number)
+    return collect(model, Letters(), targets, listener=Watching(on_progress, on_note), **given)
 
 
-def pool_until(folder: Path, at: At) -> None:
-    """Pool; `at` is called with a count in the midst of each write and before each wait for it."""
-    counter = itertools.count()
-    write, sync = Store._write, os.fsync
+def pooled(records, model=MODEL, **options):
+    """Pool targets into a folder that is gone then; the features stay mapped."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder) / "features")
+        return collect(model, Letters(), records, **{"num_windows": W, "store": store, **options})
 
-    def write_in_halves(self: Store, place: int, values: np.ndarray[Any, Any]) -> None:
+
+def train(folder, config=CONFIG, at=lambda *_: None, records=None) -> None:
+    """Train rounds; `at` is called whenever something was done."""
+    stage.train(BASE, records or make_records(N), config, folder, listener=Watching(at))
+
+
+# --- kills -------------------------------------------------------------------------------------
+
+
+def kill(work: Callable[..., None], folder: Path, moment: int) -> None:
+    """Do some work in a child on one thread, which kills itself at a moment.
+
+    The work is given the folder, and what to call at each moment at which a kill may come.
+    """
+    torch.set_num_threads(1)
+    child = os.fork()
+    if child == 0:
+        left = [None] * moment
+        work(folder, lambda *_: left.pop() if left else os.kill(os.getpid(), signal.SIGKILL))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "the child ended before its moment"
+
+
+def kill_and_go_on(work: Callable[..., None], folder: Path, kills: str) -> None:
+    """Do some work unbroken, then so many times killed at another moment and gone on with.
+
+    Since it forks, this needs a process of its own. The folder gets `unbroken/`, and one folder for
+    each kill (`all`: at every moment), named after its moment.
+    """
+    torch.set_num_threads(1)
+    moments: list[int] = []
+    work(folder / "unbroken", lambda *_: moments.append(len(moments)))
+    number = len(moments) if kills == "all" else int(kills)
+    for moment in random.Random(0).sample(moments, number):
+        kill(work, folder / str(moment), moment)
+        work(folder / str(moment), lambda *_: None)
+
+
+def run_script(*arguments: object) -> None:
+    """Run this file in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(drllm.__file__).parents[1])}
+    words = [sys.executable, __file__, *map(str, arguments)]
+    subprocess.run(words, env=environment, check=True, timeout=300)
+
+
+def kills_that_changed_nothing(folder: Path, num_files: int, name: str = "*") -> int:
+    """Count kills; the files of a name must have ended as those of the unbroken work did."""
+    found = {each.name: files_of(each, name) for each in folder.iterdir()}
+    unbroken = found.pop("unbroken")
+    assert len(unbroken) == num_files
+    for moment, files in found.items():
+        assert files == unbroken, f"killed at {moment}"
+    return len(found)
+
+
+# --- what is killed ----------------------------------------------------------------------------
+
+
+@contextmanager
+def at_files(at):
+    """Call `at` before each wait for a file, and before each file is complete or deleted.
+
+    Features are committed after every batch.
+    """
+    write, put, unlink = os.fsync, Path.replace, Path.unlink
+    with (
+        mock.patch.object(feature_store, "COMMIT_S", 0.0),
+        mock.patch("os.fsync", lambda file: (at(), write(file))),
+        mock.patch.object(Path, "replace", lambda *paths: (at(), put(*paths))),
+        mock.patch.object(Path, "unlink", lambda *path, **how: (at(), unlink(*path, **how))),
+    ):
+        yield
+
+
+def pool_until(folder: Path, at: Callable[..., Any]) -> None:
+    """Pool two batches; a kill may come in the midst of a row too."""
+    write = Store._write
+
+    def write_in_halves(self, place, values):
         flat = values.reshape(-1)
         half = len(flat) // 2
         write(self, place, flat[:half])
-        at(next(counter))
+        at()
         write(self, place + flat[:half].nbytes, flat[half:])
 
-    with (
-        mock.patch.object(store_module, "COMMIT_S", 0.0),
-        mock.patch.object(Store, "_write", write_in_halves),
-        mock.patch("os.fsync", lambda file: (at(next(counter)), sync(file))),
-    ):
-        pool(folder, 4)  # two batches
+    with mock.patch.object(Store, "_write", write_in_halves), at_files(at):
+        pool(folder, 4)
 
 
-def pool_often_killed(folder: Path, kills: int) -> None:
+def pool_often_killed(folder: Path, kills: str) -> None:
     """Pool 60 targets, killed at random batches, going on in the same folder each time."""
     number, moments, done = 60, random.Random(0), []
 
-    def by_batches(folder: Path, at: At) -> None:
-        counter = itertools.count()
-        with mock.patch.object(store_module, "COMMIT_S", 0.0):
-            pool(folder, number, on_progress=lambda *_: at(next(counter)))
+    def by_batches(folder, at):
+        with mock.patch.object(feature_store, "COMMIT_S", 0.0):
+            pool(folder, number, on_progress=at)
 
-    for _ in range(kills):
+    for _ in range(int(kills)):
         kill(by_batches, folder / "killed", moments.randrange(1, 3))
         with safe_open(folder / "killed" / FEATURES_FILE, framework="pt") as file:
             done.append(int((file.get_tensor("filled") != 0).sum()))
     for name in ("killed", "unbroken"):
-        by_batches(folder / name, lambda count: None)
+        by_batches(folder / name, lambda *_: None)
     assert 0 < done[0] < number, "no kill came in the midst of it"
     assert done == sorted(done), "nothing that was done is done again"
 
 
+def train_features(folder: Path, at: Callable[..., Any]) -> None:
+    """Train on features, with dropout and then until the held-out loss rises."""
+    config = replace(CONFIG, num_epochs=3, gradient_accumulation=10, warmup_steps=5, num_seeds=1)
+    slow = replace(config, learning_rate=1e-3, seed=1, dropout=0.3, validation_fraction=0.1)
+    soon = replace(config, num_epochs=5, learning_rate=0.3, early_stopping=2)
+    with at_files(at):
+        for name, each in {"slow": slow, "soon": replace(soon, validation_fraction=0.4)}.items():
+            told = Watching(at)
+            stage.train_on(make_features(40), IDENTITY, each, folder / name, listener=told)
+
+
+def train_rounds(folder: Path, at: Callable[..., Any]) -> None:
+    """Train two seeds of one round."""
+    with at_files(at):
+        train(folder, replace(CONFIG, on_policy_rounds=1), at)
+
+
 if __name__ == "__main__":
-    kill_and_go_on(pool_until, Path(sys.argv[1]) / "once", "all")
-    pool_often_killed(Path(sys.argv[1]) / "often", int(sys.argv[2]))
+    name, where, how_many = sys.argv[1:]
+    if name == "pool":
+        kill_and_go_on(pool_until, Path(where) / "once", "all")
+        pool_often_killed(Path(where) / "often", how_many)
+    else:
+        kill_and_go_on(globals()[name], Path(where), how_many)

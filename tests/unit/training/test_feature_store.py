@@ -1,4 +1,4 @@
-"""Features on disk: the numbers of a pass in memory, whatever broke the pass off."""
+"""Features on disk: what is stored, used again, refused, and kept whatever breaks a pass off."""
 
 from __future__ import annotations
 
@@ -12,8 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from killable import D, L, Letters, make_model, make_record, make_records, pool
-from kills import kills_that_changed_nothing, run_script
+from killable import (
+    D,
+    L,
+    kills_that_changed_nothing,
+    make_model,
+    make_record,
+    make_records,
+    pool,
+    pooled,
+    run_script,
+)
 from safetensors import safe_open
 from small import BrokenOffError, W, files_of
 
@@ -22,7 +31,7 @@ from drllm.records import only_writer
 from drllm.training import feature_store as store_module
 from drllm.training import features as features_module
 from drllm.training.feature_store import FEATURES_FILE, Store
-from drllm.training.features import collect, digest, shape, sizes
+from drllm.training.features import shape
 
 N = 7
 ROWS = N * L * W * D
@@ -32,11 +41,6 @@ ROWS = N * L * W * D
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "features"
-
-
-@pytest.fixture(scope="module")
-def in_memory() -> Any:
-    return collect(make_model(), Letters(), make_records(N), num_windows=W, batch_size=3)
 
 
 @pytest.fixture
@@ -60,25 +64,13 @@ def bytes_of(folder: Path) -> bytes:
 # --- what is stored ----------------------------------------------------------------------------
 
 
-def test_features_on_disk_are_those_in_memory(folder, in_memory):
-    stored = pool(folder, N)
-    assert shape(stored) == shape(in_memory) == (N, L, W, D)
-    assert torch.equal(stored.rows(range(N)), in_memory.rows(range(N)))
-    assert torch.equal(stored.filled, in_memory.filled)
-    assert torch.equal(stored.labels, in_memory.labels)
-    assert (stored.questions, stored.tasks) == (in_memory.questions, in_memory.tasks)
-    assert digest(stored) == digest(in_memory)
-    assert torch.equal(sizes(stored), sizes(in_memory))
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_they_are_stored_in_a_dtype_and_any_reader_of_safetensors_opens_the_file(
-    folder, in_memory, dtype
-):
+def test_they_are_stored_in_a_dtype_and_any_reader_of_safetensors_opens_the_file(folder, dtype):
     stored = pool(folder, N, store=Store(folder, dtype))
     kind = getattr(torch, dtype)
     asked = [5, 0, 5]
-    assert torch.equal(stored.rows(asked), in_memory.means[asked].to(kind).float())
+    whole = pooled(make_records(N), batch_size=3)
+    assert torch.equal(stored.rows(asked), whole.means[asked].to(kind).float())
     with safe_open(folder / FEATURES_FILE, framework="pt") as file:
         assert torch.equal(file.get_tensor("means"), stored.means)
         assert file.get_tensor("means").dtype == kind
@@ -128,7 +120,7 @@ def test_whole_features_are_used_again_without_a_pass_and_without_writing(
 
 RECORDS = make_records(N)
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "windows": ({"windows": 5}, "num_windows 4, now 5"),
+    "windows": ({"num_windows": 5}, "num_windows 4, now 5"),
     "model": ({"model": make_model(1)}, r"model fingerprint \"\w{16}\", now \"\w{16}\""),
     "dtype": ({"model": make_model().bfloat16()}, "dtype .float32., now .bfloat16."),
     "stored dtype": ({"dtype": "bfloat16"}, "feature_dtype .float32., now .bfloat16."),
@@ -182,13 +174,14 @@ def test_answers_and_names_do_not_matter(folder, passes):
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
-    run_script("killable.py", folder, 10)
+    run_script("pool", folder, 10)
     return folder
 
 
 def test_a_pass_killed_at_any_step_ends_with_the_bytes_of_an_unbroken_one(killed):
     kills = kills_that_changed_nothing(killed / "once", 1, FEATURES_FILE)
     assert kills > 4 + 3 * 3  # a write for each of four rows, and three steps a commit
+    assert not list(killed.rglob("*.lock"))
 
 
 def test_a_pass_killed_ten_times_ends_with_the_bytes_of_an_unbroken_one(killed):
@@ -219,9 +212,9 @@ def test_a_broken_off_pass_of_something_else_is_refused_but_not_a_manifest_alone
     with pytest.raises(BrokenOffError):
         pool(folder, N, on_progress=stop_after(3))
     with pytest.raises(ConfigError, match="num_windows 4, now 2"):
-        pool(folder, N, windows=2)
+        pool(folder, N, num_windows=2)
     (folder / FEATURES_FILE).unlink()
-    assert shape(pool(folder, N, windows=2)) == (N, L, 2, D)
+    assert shape(pool(folder, N, num_windows=2)) == (N, L, 2, D)
 
 
 def test_a_second_training_is_kept_out_while_the_first_pools(folder):
@@ -300,17 +293,13 @@ def rewritten(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     return lambda folder: (folder / FEATURES_FILE).write_bytes(change(bytes_of(folder)))
 
 
-def with_at_end(skipped: int, value: bytes) -> Callable[[Path], None]:
-    """Replace bytes before so many at the end of the file."""
-    end = -skipped - len(value)
-    return rewritten(lambda old: old[:end] + value + old[len(old) - skipped :])
-
-
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut off": (rewritten(lambda old: old[:-1]), "is broken; delete .* to pool the features anew"),
     "another header": (rewritten(lambda old: old.replace(b'"F32"', b'"F16"')), "is broken; delete"),
     "too many windows": (  # in the last value of `filled`
-        with_at_end(ROWS * 4, (W + 1).to_bytes(8, "little")),
+        rewritten(
+            lambda old: old[: -ROWS * 4 - 8] + (W + 1).to_bytes(8, "little") + old[-ROWS * 4 :]
+        ),
         "is broken; delete",
     ),
     "no manifest": (
@@ -334,10 +323,3 @@ def test_files_that_cannot_be_trusted_are_refused_and_kept(folder, what):
         pool(folder, N)
     assert "\n" not in str(caught.value)
     assert files_of(folder) == before
-
-
-def test_numbers_that_are_not_finite_are_found_before_training(folder):
-    pool(folder, N)
-    with_at_end(0, b"\x00\x00\xc0\x7f")(folder)  # NaN
-    with pytest.raises(RecordError, match=r"of question 'about G+' hold NaN or infinity"):
-        sizes(pool(folder, N))

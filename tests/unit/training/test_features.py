@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from killable import CONTEXT, D, L, Letters, make_model, make_record
+from killable import CONTEXT, D, L, Letters, make_model, make_record, pooled
 from small import W, Watching, assert_windows
 
 from drllm.errors import ModelError, RecordError
 from drllm.models.base.prompts import encode
 from drllm.records import RejectedQuestion, read_json_lines
 from drllm.training.feature_store import Store
-from drllm.training.features import collect, digest, sizes
+from drllm.training.features import digest, sizes
 from drllm.training.targets import write_rejected
 
 BASE = make_model().double()
@@ -34,8 +34,8 @@ N = len(RECORDS)
 LONG = [make_record(row, "x" * (CONTEXT + row), FULL) for row in (8, 9)]
 
 
-def pooled(records=RECORDS, model=BASE, **options):
-    return collect(model, Letters(), records, num_windows=W, **options)
+def features_of(records=RECORDS, model=BASE, **options):
+    return pooled(records, model, **options)
 
 
 def slow_inputs(record) -> list[torch.Tensor]:
@@ -58,7 +58,7 @@ def slow_inputs(record) -> list[torch.Tensor]:
 def test_features_equal_one_prompt_at_a_time_layer_by_layer(batch_size):
     seen = []
     watching = Watching(lambda done, total: seen.append((done, total)))
-    features = pooled(batch_size=batch_size, listener=watching)
+    features = features_of(batch_size=batch_size, listener=watching)
     for found, record in zip(features.means, RECORDS, strict=True):
         assert_windows(found, slow_inputs(record), **CLOSE)
     assert features.means.shape == (N, L, W, D)
@@ -75,9 +75,9 @@ def test_each_target_of_a_batch_follows_its_own_path():
     """The same prompt along several paths, the first of them the full one."""
     paths = [FULL, (0, 1, 1), (2, 1, 0), (1, 0, 2)]
     records = [make_record(row, "the same prompt", path) for row, path in enumerate(paths)]
-    together = pooled(records)
+    together = features_of(records)
     for row, one in enumerate(records):
-        torch.testing.assert_close(together.means[row], pooled([one]).means[0], **CLOSE)
+        torch.testing.assert_close(together.means[row], features_of([one]).means[0], **CLOSE)
     reads = together.means[:, -1]
     assert all((reads[row] - reads[0]).abs().max() > 0.01 for row in (1, 2, 3))
 
@@ -94,12 +94,12 @@ def test_a_prompt_that_begins_with_the_mark_of_a_beginning_gets_no_second_one():
 
 def test_the_model_is_left_without_routing():
     before = BASE.forward
-    pooled(RECORDS[:1])
+    features_of(RECORDS[:1])
     assert BASE.forward == before
 
 
 def test_a_prompt_as_long_as_the_context_is_read():
-    assert len(pooled([make_record(0, "x" * CONTEXT, FULL)]).means) == 1
+    assert len(features_of([make_record(0, "x" * CONTEXT, FULL)]).means) == 1
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_prompt_as_long_as_the_context_is_read():
 )
 def test_targets_of_which_too_many_do_not_fit_the_model_are_refused(records, message):
     with pytest.raises(RecordError, match=message):
-        pooled(records)
+        features_of(records)
 
 
 # --- targets that the model can't run ---------------------------------------------------------
@@ -137,8 +137,8 @@ def assert_same_features(found, expected) -> None:
 )
 def test_a_single_target_that_this_model_cannot_read_is_set_aside(prompt, reason):
     bad = make_record(9, prompt, FULL)
-    features = pooled([*RECORDS[:3], bad, *RECORDS[3:]])
-    assert_same_features(features, pooled())
+    features = features_of([*RECORDS[:3], bad, *RECORDS[3:]])
+    assert_same_features(features, features_of())
     [rejected] = features.rejected
     assert (rejected.id, rejected.question, rejected.reason) == ("q9", bad.question, reason)
 
@@ -151,11 +151,9 @@ def overflowing():
     return broken
 
 
-@pytest.mark.parametrize("on_disk", [False, True], ids=["in memory", "on disk"])
-def test_a_single_target_whose_states_overflow_is_set_aside(overflowing, on_disk, tmp_path):
+def test_a_single_target_whose_states_overflow_is_set_aside(overflowing, tmp_path):
     def pool(name: str, records):
-        store = Store(tmp_path / name) if on_disk else None
-        return pooled(records, overflowing, store=store)
+        return features_of(records, overflowing, store=Store(tmp_path / name))
 
     features = pool("all", RECORDS)
     finite = [record for record in RECORDS if record.id != "q3"]
@@ -164,7 +162,7 @@ def test_a_single_target_whose_states_overflow_is_set_aside(overflowing, on_disk
     assert (rejected.id, rejected.reason) == ("q3", "hidden states that are NaN or infinite")
     assert sizes(features).shape == (N - 1, L)
     assert features.means.isfinite().all()
-    assert pool("all", RECORDS).rejected == (rejected,)  # on disk: read, not pooled
+    assert pool("all", RECORDS).rejected == (rejected,)  # read, not pooled
 
 
 def test_states_that_overflow_are_refused_where_they_are_many(overflowing, tmp_path):
@@ -175,11 +173,11 @@ def test_states_that_overflow_are_refused_where_they_are_many(overflowing, tmp_p
     )
     for _ in range(2):  # the second time they are read
         with pytest.raises(ModelError, match=message):
-            pooled(records, overflowing, store=Store(tmp_path / "features"))
+            features_of(records, overflowing, store=Store(tmp_path / "features"))
 
 
 def test_rejected_targets_are_written_and_taken_away_again(overflowing, tmp_path):
-    features = pooled(model=overflowing)
+    features = features_of(model=overflowing)
     path = write_rejected(tmp_path, features.rejected)
     [(_, found)] = read_json_lines(path, RejectedQuestion)
     assert found == features.rejected[0]
@@ -191,7 +189,7 @@ def test_rejected_targets_are_written_and_taken_away_again(overflowing, tmp_path
 
 
 def test_rows_are_copies_of_those_asked_for_in_their_order_and_at_least_in_float32():
-    features = pooled()
+    features = features_of()
     assert torch.equal(features.rows([4, 0]), features.means[[4, 0]])
     features.rows([0, 1]).zero_()
     assert features.means[:2].any()
@@ -199,11 +197,3 @@ def test_rows_are_copies_of_those_asked_for_in_their_order_and_at_least_in_float
     assert precise.rows([1]).dtype == torch.float64
     halved = dataclasses.replace(features, means=features.means.bfloat16())
     assert halved.rows([1]).dtype == torch.float32
-
-
-def test_the_digest_tells_targets_apart_and_the_sizes_tell_prompts_apart():
-    features = pooled(RECORDS[:2])
-    assert digest(features) != digest(pooled([RECORDS[0], make_record(1, "hi", (0, 2, 2))]))
-    again = pooled(RECORDS[:2], batch_size=1)
-    assert digest(features) == digest(again)
-    torch.testing.assert_close(sizes(features), sizes(again), **CLOSE)

@@ -7,24 +7,32 @@ import dataclasses
 import itertools
 import shutil
 from dataclasses import replace
-from math import nan
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from killable import MODEL, D, L, Letters, make_records
-from kills import kills_that_changed_nothing, run_script
+from killable import (
+    BASE,
+    CONFIG,
+    MODEL,
+    D,
+    L,
+    Letters,
+    N,
+    kills_that_changed_nothing,
+    make_records,
+    pooled,
+    run_script,
+    train,
+)
 from msgspec import structs
-from rounds_apart import BASE, CONFIG, N, pool_own, train
 from small import BrokenOffError, W, assert_windows, files_of
 
 from drllm.errors import CheckpointError, ConfigError
 from drllm.models.routers.checkpoint import load_routers
-from drllm.models.routers.depth_control import routes_of
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.paths import check_decisions
 from drllm.records import WeightedPath
 from drllm.training import stage
 from drllm.training.checkpoint import CHECKPOINT_FILE, is_finished
@@ -75,7 +83,7 @@ def heard(routers: RouterStack, prompt: list[int]) -> tuple[list[torch.Tensor], 
 
 def test_features_of_routers_are_what_a_hook_hears_at_inference_and_labels_stay():
     records, routers = make_records(N), new_routers()
-    features = pool_own(records, routers=routers)
+    features = pooled(records, routers=routers)
     routes = []
     for row, record in enumerate(records):
         inputs, route = heard(routers, tokens(record))
@@ -88,29 +96,14 @@ def test_features_of_routers_are_what_a_hook_hears_at_inference_and_labels_stay(
     assert routes != features.labels.tolist()
 
 
-def test_one_pass_pools_what_routing_first_and_then_following_the_routes_does():
-    records, routers = make_records(N), new_routers(1)
-    routed = RoutedModel(MODEL, routers)
-    routes = routes_of(routed, routed.policy, [tokens(record) for record in records]).tolist()
-    routed.detach()
-    followed = [
-        structs.replace(record, optimal_layer_config=check_decisions(route, L), executions=nan)
-        for record, route in zip(records, routes, strict=True)
-    ]
-    expected = pool_own(followed)
-    found = pool_own(records, routers=routers)
-    torch.testing.assert_close(found.means, expected.means, **CLOSE)
-    assert not torch.allclose(found.means, pool_own(records).means, **CLOSE)
-
-
 def test_features_on_disk_are_of_certain_routers(tmp_path: Path):
     records, store = make_records(N), tmp_path / "features"
-    features = pool_own(records, store=Store(store), routers=new_routers())
-    again = pool_own(records, store=Store(store), routers=new_routers())
+    features = pooled(records, store=Store(store), routers=new_routers())
+    again = pooled(records, store=Store(store), routers=new_routers())
     assert torch.equal(features.means, again.means)
     for others in (new_routers(1), None):
         with pytest.raises(ConfigError, match="other targets routers"):
-            pool_own(records, store=Store(store), routers=others)
+            pooled(records, store=Store(store), routers=others)
 
 
 # --- several routes as one set -----------------------------------------------------------------
@@ -119,8 +112,8 @@ def test_features_on_disk_are_of_certain_routers(tmp_path: Path):
 @pytest.fixture
 def parts() -> list[Any]:
     records = make_records(N)
-    first = pool_own(records)
-    return [first, pool_own(records, routers=new_routers()), pool_own(records[3:])]
+    first = pooled(records)
+    return [first, pooled(records, routers=new_routers()), pooled(records[3:])]
 
 
 def test_rows_of_an_aggregate_are_those_of_its_parts_one_after_the_other(parts):
@@ -168,7 +161,7 @@ def test_a_question_is_held_out_in_every_round_and_its_labels_count_once(parts):
     assert plan.once == alone.trained
     assert plan.label_counts == alone.label_counts
     assert plan.class_weights == alone.class_weights
-    assert torch.equal(plan.objective.offsets, alone.objective.offsets)
+    assert torch.equal(plan.offsets, alone.offsets)
 
 
 def test_what_is_too_few_to_hold_out_stays_so_with_several_routes():
@@ -191,7 +184,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_without_rounds_each_seed_is_one_training_on_the_features(tmp_path):
     config = replace(CONFIG, on_policy_rounds=0)
     train(tmp_path / "rounds", config)
-    features = pool_own(make_records(N))
+    features = pooled(make_records(N))
     for place, one in config.by_seed(tmp_path / "plain").items():
         train_on(features, IDENTITY, one, place)
     assert files_of(tmp_path / "plain") == files_of(tmp_path / "rounds")
@@ -229,9 +222,9 @@ def test_a_round_equals_training_by_hand_on_both_routes(tmp_path):
     train(tmp_path / "run", config)
 
     alone = replace(config, on_policy_rounds=0)
-    first = pool_own(make_records(N))
+    first = pooled(make_records(N))
     train_on(first, IDENTITY, alone, tmp_path / "0")
-    second = pool_own(make_records(N), routers=load_routers(tmp_path / "0"))
+    second = pooled(make_records(N), routers=load_routers(tmp_path / "0"))
     joined = dataclasses.replace(
         first,
         means=torch.cat([first.means, second.means]),
@@ -320,7 +313,7 @@ def test_a_round_without_a_mistake_to_learn_from_is_said(tmp_path, caplog, monke
 
 @pytest.mark.parametrize("kills", [3, pytest.param(6, marks=pytest.mark.thorough)])
 def test_rounds_killed_at_random_moments_end_bit_for_bit_as_unbroken_ones(tmp_path, kills):
-    run_script("rounds_apart.py", tmp_path, kills)
+    run_script("train_rounds", tmp_path, kills)
     assert kills_that_changed_nothing(tmp_path, 2 * 2 * len(FILES)) == kills
 
 
@@ -379,7 +372,7 @@ def test_a_folder_with_routers_of_fewer_rounds_is_refused_before_anything_is_tra
 
 
 def test_a_checkpoint_of_fewer_rounds_is_refused(tmp_path):
-    def break_off() -> None:
+    def break_off(*_) -> None:
         if (tmp_path / CHECKPOINT_FILE).exists():
             raise BrokenOffError
 

@@ -157,13 +157,6 @@ def test_the_weights_do_not_depend_on_the_held_out_labels(tmp_path):
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_another_seed_gives_other_routers(tmp_path):
-    trained(tmp_path / "one", 12)
-    trained(tmp_path / "two", 12, replace(QUICK, seed=1))
-    one, two = (load_routers(tmp_path / name) for name in ("one", "two"))
-    assert not torch.equal(one.hidden_weight, two.hidden_weight)
-
-
 def test_progress_counts_every_step_once(tmp_path):
     seen = []
     watching = Watching(lambda done, total: seen.append((done, total)))

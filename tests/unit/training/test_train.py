@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from killable import MODEL, make_record, make_records
-from rounds_apart import BASE, CONFIG, N
+from killable import BASE, CONFIG, MODEL, N, make_record, make_records
 
 import drllm
 from drllm.errors import ConfigError

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.training.features import Aggregate, moments
-from drllm.training.trainer import DivergedError, Schedule, Trainer
+from drllm.training.losses import class_weights, focal_losses
+from drllm.training.trainer import DivergedError, Trainer
 
-EXACT = 1e-10
-"""float64: only the order of additions differs."""
 FEATURES = make_features(40)
+ONE_HOT = F.one_hot(FEATURES.labels, 3).double()
 PLAIN = {"loss": "cross_entropy", "class_weights": "none"}
 
 
@@ -36,7 +36,7 @@ def weights_of(trainer) -> dict[str, torch.Tensor]:
 
 def loss_of(trainer, logits, rows) -> float:
     """A batch's loss under a training's settings, logits `[B, L, C]`."""
-    return float(trainer.objective(logits, trainer.targets[rows]))
+    return float(trainer.loss(logits, rows))
 
 
 def prepared(features=FEATURES, **changes) -> Trainer:
@@ -73,21 +73,25 @@ def test_a_loss_that_is_not_finite_is_refused_with_the_rate(changes):
 # --- the learning rate -------------------------------------------------------------------------
 
 
+def with_steps(steps: int, warmup: int) -> Trainer:
+    rows = make_features(3)
+    return prepared(rows, num_epochs=steps, warmup_steps=warmup, learning_rate=8.0)
+
+
 def test_the_rate_rises_in_a_line_and_falls_along_a_cosine():
-    schedule = Schedule(peak=8.0, warmup=3, steps=7)
     expected = [2.0, 4.0, 6.0, 8.0, 4 + 4 * math.cos(math.pi / 4), 4.0, 4 - 4 * math.sqrt(0.5)]
-    assert expected == pytest.approx([schedule.rate(step) for step in range(7)])
+    assert expected == pytest.approx([with_steps(7, 3).rate(step) for step in range(7)])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 250, 500])
 def test_a_warm_up_as_long_as_the_run_is_shortened_to_a_tenth(steps):
-    schedule = Schedule.of(TrainConfig(warmup_steps=500), steps)
-    assert (schedule.warmup, schedule.steps) == (steps // 10, steps)
-    assert max(schedule.rate(step) for step in range(steps)) == schedule.peak
+    trainer = with_steps(steps, 500)
+    assert (trainer.warmup, trainer.steps) == (steps // 10, steps)
+    assert max(trainer.rate(step) for step in range(steps)) == 8.0
 
 
 def test_a_warm_up_that_fits_is_kept():
-    assert Schedule.of(TrainConfig(warmup_steps=249), 250).warmup == 249
+    assert with_steps(250, 249).warmup == 249
 
 
 @pytest.fixture
@@ -96,41 +100,24 @@ def logits():
     return torch.randn(4, 3, 3, dtype=torch.float64, generator=generator)
 
 
-def slow_loss(logits, weights, gamma) -> float:
-    """The focal loss of the first targets, a layer at a time."""
-    losses = []
-    labels = FEATURES.labels[:4].flatten().tolist()
-    for three, label in zip(logits.flatten(0, 1).tolist(), labels, strict=True):
-        p = math.exp(three[label]) / sum(map(math.exp, three))
-        losses.append(-weights[label] * (1 - p) ** gamma * math.log(p))
-    return sum(losses) / len(losses)
-
-
-def weights_by(counts, beta):
-    inverse = [(1 - beta) / (1 - beta**count) for count in counts]
-    return [3 * value / sum(inverse) for value in inverse]
-
-
-@pytest.mark.parametrize(("gamma", "beta"), [(2.0, 0.999), (0.5, 0.9), (0.0, 0.999)])
-def test_the_focal_loss_has_the_exponent_and_the_weights_that_are_set(logits, gamma, beta):
-    labels = FEATURES.labels.flatten().tolist()
-    weights = weights_by([labels.count(decision) for decision in range(3)], beta)
-    expected = slow_loss(logits, weights, gamma)
-    found = loss_of(prepared(gamma=gamma, beta=beta, validation_fraction=0.0), logits, range(4))
-    assert expected == pytest.approx(found, rel=1e-9)
+@pytest.mark.parametrize(
+    ("gamma", "beta", "kind"),
+    [(2.0, 0.999, "effective_number"), (0.5, 0.9, "effective_number"), (2.0, 0.0, "none")],
+)
+def test_the_focal_loss_has_the_exponent_and_the_weights_that_are_set(logits, gamma, beta, kind):
+    counts = FEATURES.labels.flatten().bincount().tolist()
+    weights = class_weights(counts, beta)
+    losses = focal_losses(logits, ONE_HOT[:4], torch.tensor(weights).double(), gamma)
+    changes = {"beta": beta} if beta else {}
+    trainer = prepared(gamma=gamma, class_weights=kind, validation_fraction=0.0, **changes)
+    assert trainer.class_weights == weights
+    assert loss_of(trainer, logits, range(4)) == pytest.approx(float(losses.mean()), rel=1e-7)
 
 
 def test_cross_entropy_without_class_weights_is_that_of_torch(logits):
     expected = F.cross_entropy(logits.flatten(0, 1), FEATURES.labels[:4].flatten())
     found = loss_of(prepared(**PLAIN), logits, range(4))
     assert found == pytest.approx(float(expected), rel=1e-12)
-
-
-def test_class_weights_can_be_left_out_of_the_focal_loss(logits):
-    expected = slow_loss(logits, [1.0] * 3, 2.0)
-    found = prepared(class_weights="none")
-    assert loss_of(found, logits, range(4)) == pytest.approx(expected, rel=1e-12)
-    assert found.class_weights == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0])
@@ -160,7 +147,7 @@ def test_a_decision_that_a_layer_lacks_does_not_stop_logit_adjustment():
 
 @pytest.fixture
 def soft():
-    mixed = F.one_hot(FEATURES.labels, 3).double()
+    mixed = ONE_HOT.clone()
     mixed[::2] = 0.6 * mixed[::2] + 0.4 * torch.tensor([0.0, 1.0, 0.0])
     return mixed
 
@@ -173,9 +160,19 @@ def test_soft_targets_replace_the_labels_in_the_loss(logits, soft):
     assert loss_of(unwanted, logits, range(4)) == loss_of(prepared(**PLAIN), logits, range(4))
 
 
+@pytest.mark.parametrize("is_soft", [False, True])
+def test_a_training_blind_to_the_input_learns_the_shares_of_the_decisions(soft, is_soft):
+    blind = replace(FEATURES, means=torch.zeros_like(FEATURES.means), soft=soft)
+    fit = {"num_epochs": 200, "gradient_accumulation": 40, "validation_fraction": 0.0}
+    trainer = fitted(blind, config_of(**PLAIN, **fit, soft_targets=is_soft))
+    said = trainer.routers()(blind.means, blind.filled).softmax(dim=-1)[0].double()
+    expected = (soft if is_soft else ONE_HOT).mean(dim=0)
+    torch.testing.assert_close(said, expected, rtol=0, atol=0.01)
+
+
 def test_soft_targets_count_in_the_class_weights_by_their_shares(soft):
     found = prepared(replace(FEATURES, soft=soft), soft_targets=True, validation_fraction=0.0)
-    expected = weights_by(soft.sum(dim=(0, 1)).tolist(), 0.999)
+    expected = class_weights(soft.sum(dim=(0, 1)).tolist(), 0.999)
     assert found.class_weights == pytest.approx(expected)
     assert found.label_counts == prepared(validation_fraction=0.0).label_counts
 
@@ -272,7 +269,7 @@ def test_training_stops_after_so_many_epochs_without_a_lower_loss_and_keeps_the_
     trainer = with_losses(monkeypatch, config, losses)
     assert trainer.epochs_done == epochs == len(losses)
     assert trainer.best == (best, losses[best - 1])
-    assert trainer.steps_done == trainer.schedule.steps
+    assert trainer.steps_done == trainer.steps
     unstopped = Trainer(FEATURES, IDENTITY, replace(config, early_stopping=None))
     for _ in range(best):
         unstopped.epoch()
@@ -292,23 +289,22 @@ def test_a_usual_run_has_nothing_to_tell():
     assert prepared(make_features(200)).notes() == []
 
 
-def test_a_warm_up_longer_than_the_run_is_told():
-    [note] = prepared(make_features(200), warmup_steps=500, validation_fraction=0.0).notes()
-    assert "--warmup-steps is 500, but the run has only 200 steps; warming up for 20" in note
-
-
 @pytest.mark.parametrize(
-    ("labels_of", "told"),
+    ("number", "labels_of", "changes", "told"),
     [
-        (torch.ones_like, "every target executes every layer"),
-        (lambda labels: labels.clamp(max=1), "repeat at all of 3 layers"),
+        (200, torch.ones_like, {}, "every target executes every layer"),
+        (200, lambda labels: labels.clamp(max=1), {}, "repeat at all of 3 layers"),
+        (1, torch.clone, {"num_epochs": 9}, "only 1 target"),
+        (
+            200,
+            torch.clone,
+            {"warmup_steps": 500, "validation_fraction": 0.0},
+            "--warmup-steps is 500, but the run has only 200 steps; warming up for 20",
+        ),
     ],
 )
-def test_decisions_that_cannot_be_learned_are_told(labels_of, told):
-    features = make_features(200)
-    [note] = prepared(replace(features, labels=labels_of(features.labels))).notes()
-    assert told in note
-
-
-def test_a_single_target_is_told():
-    assert "only 1 target" in prepared(make_features(1), num_epochs=9).notes()[0]
+def test_what_is_unusual_is_told(number, labels_of, changes, told):
+    features = make_features(number)
+    found = prepared(replace(features, labels=labels_of(features.labels)), **changes).notes()
+    assert told in found[0]
+    assert len(found) == 1 or number == 1
