@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
+
+import msgspec
 
 from drllm.paths import Decisions
 from drllm.reporting.drawing import Draw
@@ -16,23 +17,20 @@ from drllm.reporting.drawing import Draw
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(msgspec.Struct, frozen=True):
     """A paragraph; `strong` for the sentence that the section is about."""
 
     text: str
     strong: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Listing:
+class Listing(msgspec.Struct, frozen=True):
     """Lines that belong together, in order."""
 
     lines: Sequence[str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Table:
+class Table(msgspec.Struct, frozen=True, kw_only=True):
     """A table of texts; the first cell of each row names the row.
 
     The columns `texts` hold words (left-aligned), the others numbers; of the words, `routes` hold
@@ -55,12 +53,16 @@ class Table:
         **options: Any,
     ) -> Table:
         """Make a row of each item; each column has a name and says what its cells hold."""
-        rows = [[cell(item) for cell in columns.values()] for item in items]
+        rows = [row_of(columns, item) for item in items]
         return cls(caption=caption, header=tuple(columns), rows=rows, **options)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeatMap:
+def row_of(columns: Mapping[str, Callable[..., str]], *about: Any) -> list[str]:
+    """Return what each column's cell says of something."""
+    return [cell(*about) for cell in columns.values()]
+
+
+class HeatMap(msgspec.Struct, frozen=True, kw_only=True):
     """Shares by layer, coloured on a scale of its own for each row: a name with `[L]` in [0, 1].
 
     `decision` says whose shares all rows are; None where each row is named after its own.
@@ -71,8 +73,7 @@ class HeatMap:
     decision: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
+class Figure(msgspec.Struct, frozen=True, kw_only=True):
     """A drawing, with words for a file's name, and for a reader who can't see it (`alt`)."""
 
     draw: Draw
@@ -81,48 +82,37 @@ class Figure:
     caption: str
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(msgspec.Struct, frozen=True):
     """A route, drawn layer by layer."""
 
     decisions: Decisions
 
 
-@dataclass(frozen=True, slots=True)
-class Code:
+class Code(msgspec.Struct, frozen=True):
     """A text to be shown as it is, such as a settings file."""
 
     title: str
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class PathKey:
+class PathKey(msgspec.Struct, frozen=True):
     """What the marks in drawn routes mean."""
 
 
-@dataclass(frozen=True, slots=True)
-class Folded:
-    """Blocks that are shown on request only, where the medium can."""
+class Columns(msgspec.Struct, frozen=True):
+    """Groups of blocks that stand side by side where there is room, else below each other.
 
-    title: str
-    blocks: Sequence[Block]
-
-
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """Groups of blocks that stand side by side where there is room, else below each other."""
+    With a title they are shown on request only, where the medium can.
+    """
 
     groups: Sequence[Sequence[Block]]
+    folded: str | None = None
 
 
-Block: TypeAlias = (
-    Text | Listing | Table | HeatMap | Figure | Route | Code | PathKey | Columns | Folded
-)
+Block: TypeAlias = Text | Listing | Table | HeatMap | Figure | Route | Code | PathKey | Columns
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
+class Section(msgspec.Struct, frozen=True):
     """A heading with its blocks; `level` 2, 3 or 4."""
 
     title: str
@@ -130,8 +120,7 @@ class Section:
     level: int = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(msgspec.Struct, frozen=True):
     """A whole report."""
 
     title: str
@@ -152,5 +141,3 @@ def _figures(blocks: Iterable[Block]) -> Iterator[Figure]:
             yield block
         elif isinstance(block, Columns):
             yield from _figures(inner for group in block.groups for inner in group)
-        elif isinstance(block, Folded):
-            yield from _figures(block.blocks)

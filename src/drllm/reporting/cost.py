@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from drllm.cost import share_saved
 from drllm.records.latency import DECODE, PREFILL, Latency, Timings
 from drllm.records.results import BASE, ROUTED, Evaluation, System
-from drllm.reporting.blocks import Block, Section, Table, Text
+from drllm.reporting.blocks import Block, Section, Table, Text, row_of
 from drllm.reporting.numbers import NONE, count, percent, plain
 
 MOST_ROWS = 20
@@ -27,7 +27,7 @@ def sections(evaluations: Sequence[Evaluation], measured: Latency | None) -> lis
 
     def by_system(caption: str, columns: dict[str, Callable[[Evaluation, System], str]]) -> Table:
         rows = [
-            [each.task, system.name, *(cell(each, system) for cell in columns.values())]
+            [each.task, system.name, *row_of(columns, each, system)]
             for each in evaluations
             for system in each.systems
         ]

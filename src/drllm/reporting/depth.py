@@ -8,14 +8,8 @@ from functools import partial
 from drllm.cost import share_saved
 from drllm.records.results import Evaluation, Point, Spread
 from drllm.reporting import figures
-from drllm.reporting.blocks import Block, Columns, Figure, Folded, Listing, Section, Table, Text
-from drllm.reporting.evaluated import (
-    AGAINST,
-    against_cells,
-    against_columns,
-    difference,
-    outstanding,
-)
+from drllm.reporting.blocks import Block, Columns, Figure, Listing, Section, Table, Text, row_of
+from drllm.reporting.evaluated import against_baselines, difference, outstanding
 from drllm.reporting.numbers import NONE, count, percent, plain, signed
 from drllm.statistics.non_inferiority import Choice, Trial
 from drllm.statistics.verdicts import Differences, Quantity
@@ -37,11 +31,6 @@ CURVE_COLUMNS: dict[str, Callable[[Point, int], str]] = {
 }
 
 
-def point_row(point: Point, num_layers: int) -> list[str]:
-    """Return a point's cells in the order of `CURVE_COLUMNS`."""
-    return [cell(point, num_layers) for cell in CURVE_COLUMNS.values()]
-
-
 def sections(evaluation: Evaluation) -> list[Section]:
     """Return the sections on the curve, the seeds and the choice, as far as there are any."""
     found = []
@@ -59,7 +48,7 @@ def _curve(evaluation: Evaluation) -> list[Block]:
     in_numbers = Table(
         caption="The depth curve in numbers",
         header=tuple(CURVE_COLUMNS),
-        rows=[point_row(point, evaluation.num_layers) for point in evaluation.curve],
+        rows=[row_of(CURVE_COLUMNS, point, evaluation.num_layers) for point in evaluation.curve],
         texts=(0, 1),
     )
     blocks: list[Block] = [
@@ -72,20 +61,11 @@ def _curve(evaluation: Evaluation) -> list[Block]:
         *(_drawings(evaluation, measures) if measures else []),
         in_numbers,
     ]
-    rows = [
-        [point.setting, point.system, *against_cells(found, point.executions)]
-        for point in evaluation.curve
-        if (found := point.routed_against) is not None
-    ]
-    if rows:
-        depths = list(dict.fromkeys(setting for setting, *_ in rows))
-        against = Table(
-            caption=AGAINST.format(", depth by depth"),
-            header=("depth", "baseline", *against_columns(evaluation.score)),
-            rows=sorted(rows, key=lambda row: depths.index(row[0])),
-            texts=(0, 1, 2, 4, 6),
-        )
-        blocks.append(against)
+    if compared := [point for point in evaluation.curve if point.routed_against is not None]:
+        depths = list(dict.fromkeys(point.setting for point in compared))
+        compared.sort(key=lambda point: depths.index(point.setting))
+        named = {"depth": lambda p: p.setting, "baseline": lambda p: p.system}
+        blocks.append(against_baselines(", depth by depth", evaluation.score, compared, named))
     return blocks
 
 
@@ -119,7 +99,7 @@ def _drawings(evaluation: Evaluation, measures: Sequence[figures.Measure]) -> li
         )
         for measure in measures
     ]
-    return [whole, Folded("Every baseline by itself", [Columns([[each] for each in single])])]
+    return [whole, Columns([[each] for each in single], folded="Every baseline by itself")]
 
 
 def _seeds(evaluation: Evaluation) -> list[Block]:
@@ -181,7 +161,7 @@ def _choice(choice: Choice, split: str) -> list[Block]:
     if choice.worked_answers:
         header += ("worked answers", "their next-token loss, nats", "at most, nats")
     tested = [*choice.trials, *([choice.confirmation] if choice.confirmation else [])]
-    rows = [[cell(trial) for cell in columns.values()] for trial in tested]
+    rows = [row_of(columns, trial) for trial in tested]
     for row, found in zip(rows, (trial.worked for trial in tested), strict=True):
         if found is not None:
             row += [count(found.num_texts), signed(found.increase), signed(found.maximum)]

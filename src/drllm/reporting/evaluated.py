@@ -12,19 +12,13 @@ from functools import partial
 from typing import Any
 
 from drllm.cost import share_saved
-from drllm.records.results import PERMUTED, Evaluation, System
+from drllm.records.results import PERMUTED, Evaluation, Point, System
 from drllm.reporting import figures
-from drllm.reporting.blocks import Block, Columns, Figure, Listing, Section, Table, Text
+from drllm.reporting.blocks import Block, Columns, Figure, Listing, Section, Table, Text, row_of
 from drllm.reporting.numbers import NONE, count, interval, p_value, percent, plain, signed
 from drllm.reporting.run import Run
-from drllm.statistics.verdicts import Differences, Verdict
+from drllm.statistics.verdicts import Quantity, Verdict
 
-AGAINST = (
-    "The routed model less each baseline{}, with 95 % intervals, and what is shown of the routed "
-    "model at the 5 % level, each comparison by itself; no verdict where base isn't shown to be "
-    "above chance"
-)
-"""Caption of the tables that have `against_cells`."""
 EQUAL = 0.01
 """Share of the layers by which executions may differ and still be called equal."""
 
@@ -49,11 +43,6 @@ def difference(verdict: Verdict | None) -> str:
 def against(system: System | None) -> Verdict | None:
     """Return the verdict on the routed model's accuracy against a baseline."""
     return system.routed_against.accuracy if system and system.routed_against else None
-
-
-def against_base(evaluation: Evaluation) -> Differences | None:
-    """Return what the routed model has more than base."""
-    return evaluation.routed.against_base if evaluation.routed else None
 
 
 def rivals(evaluation: Evaluation, *, read_question: bool = False) -> list[System]:
@@ -118,8 +107,8 @@ def of_task(run: Run, evaluation: Evaluation) -> list[Block]:
 def over_tasks(evaluations: Sequence[Evaluation]) -> list[str]:
     """Say of how many tasks what is shown of the routed model, one sentence a comparison."""
     compared: dict[str, Callable[[Evaluation], Verdict | None]] = {
-        "accuracy against base": lambda e: d.accuracy if (d := against_base(e)) else None,
-        "next-token loss against base": lambda e: d.text_loss if (d := against_base(e)) else None,
+        "accuracy against base": lambda e: _less_base(e.routed, "accuracy"),
+        "next-token loss against base": lambda e: _less_base(e.routed, "text_loss"),
         "accuracy against its own routes permuted": lambda e: against(e.system(PERMUTED)),
     }
     said = []
@@ -156,7 +145,7 @@ def _tables(evaluations: Sequence[Evaluation]) -> list[Block]:
             "base": lambda e: percent(e.base.accuracy),
             "routed": lambda e: percent(r.accuracy) if (r := e.routed) else NONE,
             "saved": lambda e: _saved(r, e.num_layers) if (r := e.routed) else NONE,
-            "routed against base": lambda e: label(d.accuracy if (d := against_base(e)) else None),
+            "routed against base": lambda e: label(_less_base(e.routed, "accuracy")),
             "against its permuted routes": lambda e: label(against(e.system(PERMUTED))),
             "best fixed baseline": lambda e: (
                 f"{best.name}, {percent(best.accuracy)}" if (best := _rival(e)) else NONE
@@ -197,9 +186,13 @@ def _saved(system: System, num_layers: int) -> str:
 # --- one task's systems ------------------------------------------------------------------------
 
 
+def _less_base(system: System | None, quantity: Quantity) -> Any:
+    return getattr(system and system.against_base, quantity, None)
+
+
 def _on_base(system: System, field: str) -> Any:
     """Return a value of the system's verdict on accuracy against base, None where there is none."""
-    return getattr(system.against_base and system.against_base.accuracy, field, None)
+    return getattr(_less_base(system, "accuracy"), field, None)
 
 
 SYSTEM_COLUMNS: dict[str, Callable[[System, int], str]] = {
@@ -215,11 +208,6 @@ SYSTEM_COLUMNS: dict[str, Callable[[System, int], str]] = {
     "McNemar p": lambda s, _: p_value(_on_base(s, "p")),
     "draws": lambda s, _: count(s.draws),
 }
-
-
-def system_row(system: System, num_layers: int) -> list[str]:
-    """Return a system's cells in the order of `SYSTEM_COLUMNS`."""
-    return [cell(system, num_layers) for cell in SYSTEM_COLUMNS.values()]
 
 
 def systems(evaluation: Evaluation) -> Section:
@@ -260,7 +248,7 @@ def _table(evaluation: Evaluation) -> list[Block]:
         f"{percent(evaluation.chance)}"
     )
     header = [evaluation.score if name == "accuracy" else name for name in SYSTEM_COLUMNS]
-    rows = [system_row(system, evaluation.num_layers) for system in evaluation.systems]
+    rows = [row_of(SYSTEM_COLUMNS, each, evaluation.num_layers) for each in evaluation.systems]
     counted = (
         f"Answers are graded by {evaluation.metric}, so that none is simply won or lost. "
         if evaluation.is_graded
@@ -311,33 +299,35 @@ def _baselines(evaluation: Evaluation) -> list[Block]:
         "next-token loss is worse.",
     )
     reads = {None: NONE, True: "yes", False: "no"}
-    table = Table(
-        caption=AGAINST.format(""),
-        header=("baseline", *against_columns(evaluation.score), "reads the question"),
-        rows=[
-            [s.name, *against_cells(found, s.executions), reads[s.reads_question]]
-            for s, found in compared
-        ],
-        texts=(0, 1, 3, 5, 8),
-    )
+    named = {"baseline": lambda s: s.name}
+    read = {"reads the question": lambda s: reads[s.reads_question]}
+    table = against_baselines("", evaluation.score, [s for s, _ in compared], named, **read)
     return [Columns([[drawn], [less]]), table]
 
 
-def against_columns(score: str) -> tuple[str, ...]:
-    """Return what the cells of `against_cells` are called; the even ones hold words."""
-    return (
-        f"routed, by {score}",
-        "points",
-        "by gold log-probability",
-        "nats a question",
-        "by next-token loss",
-        "nats a token",
-        "baseline's executions",
+def against_baselines(
+    where: str,
+    score: str,
+    baselines: Sequence[System | Point],
+    first: dict[str, Callable[[Any], str]],
+    **last: Callable[[Any], str],
+) -> Table:
+    """Return what is shown of the routed model against baselines, between columns of words."""
+    columns: dict[str, Callable[[Any], str]] = {
+        **first,
+        f"routed, by {score}": lambda b: label(b.routed_against.accuracy),
+        "points": lambda b: difference(b.routed_against.accuracy),
+        "by gold log-probability": lambda b: label(b.routed_against.gold_logprob),
+        "nats a question": lambda b: difference(b.routed_against.gold_logprob),
+        "by next-token loss": lambda b: label(b.routed_against.text_loss),
+        "nats a token": lambda b: difference(b.routed_against.text_loss),
+        "baseline's executions": lambda b: plain(b.executions, 2),
+        **last,
+    }
+    caption = (
+        f"The routed model less each baseline{where}, with 95 % intervals, and what is shown of "
+        "the routed model at the 5 % level, each comparison by itself; no verdict where base isn't "
+        "shown to be above chance"
     )
-
-
-def against_cells(found: Differences, executions: float) -> list[str]:
-    """Return what is shown of the routed model against a baseline, with the differences."""
-    verdicts = (found.accuracy, found.gold_logprob, found.text_loss)
-    cells = [cell for each in verdicts for cell in (label(each), difference(each))]
-    return [*cells, plain(executions, 2)]
+    n = len(first)
+    return Table.of(caption, baselines, columns, texts=(*range(n + 1), n + 2, n + 4, n + 7))

@@ -66,10 +66,9 @@ def _block(block: Block, places: Mapping[Figure, str]) -> str:
             return f"`{sketch(decisions)}`"
         case blocks.PathKey():
             return "One character a layer: `█` executed once, `·` skipped, `2` executed twice."
-        case blocks.Columns(groups):
-            return "\n\n".join(_block(inner, places) for group in groups for inner in group)
-        case blocks.Folded(title, inside):
-            return "\n\n".join([_line(title), *(_block(inner, places) for inner in inside)])
+        case blocks.Columns(groups, title):
+            inside = [_block(inner, places) for group in groups for inner in group]
+            return "\n\n".join([_line(title), *inside] if title else inside)
         case blocks.Code(title, text):
             fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
             return f"{_line(title)}\n\n{fence}\n{text.rstrip()}\n{fence}"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from drllm.records.results import BASE, ROUTED
 from drllm.reporting import cost, depth, evaluated, learned, provenance, questions
-from drllm.reporting.blocks import Block, Document, Section, Table
+from drllm.reporting.blocks import Block, Document, Section, Table, row_of
 from drllm.reporting.numbers import NONE, percent, plain
 from drllm.reporting.run import Run
 from drllm.statistics.non_inferiority import Choice
@@ -54,7 +55,7 @@ def _comparison(runs: Sequence[Run]) -> list[Block]:
     columns, rows = evaluated.SYSTEM_COLUMNS, []
     for name, run in named:
         cells = [
-            [each.task, str(each.num_questions), *evaluated.system_row(system, each.num_layers)]
+            [each.task, str(each.num_questions), *row_of(columns, system, each.num_layers)]
             for each in run.evaluations
             for system in each.systems
             if system.name in (BASE, ROUTED)
@@ -72,7 +73,7 @@ def _comparison(runs: Sequence[Run]) -> list[Block]:
         caption="The routed model of every run at other depths",
         header=("run", "task", *[*depth.CURVE_COLUMNS][1:]),
         rows=[
-            [name, each.task, *depth.point_row(point, each.num_layers)[1:]]
+            [name, each.task, *row_of(depth.CURVE_COLUMNS, point, each.num_layers)[1:]]
             for name, each in tested
             for point in each.curve
             if point.system == ROUTED
