@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,12 +24,6 @@ decision_vectors = st.lists(st.sampled_from([0, 1, 2]), min_size=1, max_size=64)
 @given(decision_vectors)
 def test_decisions_survive_being_written_as_a_path(decisions: list[int]):
     assert to_decisions(to_path(decisions), len(decisions)) == tuple(decisions)
-
-
-@given(decision_vectors)
-def test_a_path_survives_being_written_as_decisions(decisions: list[int]):
-    path = to_path(decisions)
-    assert to_path(to_decisions(path, len(decisions))) == path
 
 
 @given(decision_vectors)
@@ -71,11 +67,15 @@ def test_any_sequence_of_layers_is_either_refused_or_comes_back(path: list[int],
         assert to_path(decisions) == tuple(path)
 
 
-@given(decision_vectors, st.integers(0, 63), st.sampled_from([-1, 3, 0.5, "1", None, float("nan")]))
+@given(
+    decision_vectors,
+    st.integers(0, 63),
+    st.sampled_from([-1, 3, 0.5, "1", "x", None, math.nan, math.inf]),
+)
 def test_one_wrong_value_anywhere_is_refused_with_its_layer(
     decisions: list[int], where: int, wrong: object
 ):
     layer = where % len(decisions)
     spoiled = [*decisions[:layer], wrong, *decisions[layer + 1 :]]
-    with pytest.raises(PathError, match=f"at layer {layer} is not one of"):
+    with pytest.raises(PathError, match=rf"at layer {layer} is not one of 0 \(skip\)"):
         check_decisions(spoiled)

@@ -7,10 +7,7 @@ import math
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -25,30 +22,55 @@ NUM_LAYERS = 12
 
 
 @pytest.fixture(scope="module")
-def generate(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+def generate(benchmark):
     return benchmark("generate")
 
 
 @pytest.fixture(scope="module")
-def tiny_folder(model_folder: Callable[..., Path]) -> Path:
+def quality(benchmark):
+    return benchmark("search_quality")
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(model_folder):
     return model_folder(num_layers=NUM_LAYERS)
 
 
 @pytest.fixture(scope="module")
-def written(
-    generate: ModuleType, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
-    """What the quick benchmark of generation writes for a tiny model."""
-    file = tmp_path_factory.mktemp("benchmark") / "figures.json"
-    arguments = ["generate.py", "--quick", "--json", str(file), "--model", str(tiny_folder)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", arguments)
-        generate.main()
-    figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return figures
+def figures_of(benchmark, tiny_folder, tmp_path_factory):
+    """A function that runs a quick benchmark on a tiny model, and returns what it writes."""
+
+    def run(name, *words, folder=tiny_folder):
+        file = tmp_path_factory.mktemp("benchmark") / "figures.json"
+        fixed = ["--quick", "--json", str(file), "--model", str(folder)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [f"{name}.py", *fixed, *words])
+            benchmark(name).main()
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    return run
 
 
-def test_every_comparison_has_its_figure_and_bound(written: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def one_question(tiny_folder):
+    """A function that returns a routed model, a task and some of its questions."""
+
+    def make(number):
+        base = load(ModelConfig(model=str(tiny_folder), dtype="float32", device="cpu"))
+        task = get_task("builtin_facts")
+        routed = RoutedModel(base.model, tokenizer=base.tokenizer)
+        return routed, task, task.examples("search")[:number]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def written(figures_of):
+    """What the benchmark of generation writes."""
+    return figures_of("generate")
+
+
+def test_every_comparison_has_its_figure_and_bound(written):
     ways = ("prefill_batch_1", "prefill_batch_8", "decode_batch_1")
     expected = dict.fromkeys(ways, 1.03) | {"routers_prefill_batch_1": 1.01}
     for way in ("prefill", "decode"):
@@ -62,19 +84,16 @@ def test_every_comparison_has_its_figure_and_bound(written: dict[str, Any]) -> N
     assert figures == {name: middle for name, (_, middle, _) in written["quartiles"].items()}
 
 
-def test_what_is_stored_is_the_plan_row_by_row_and_byte_by_byte(written: dict[str, Any]) -> None:
+def test_rows_store_their_plans_byte_by_byte_and_answer_the_same_in_any_batch(written):
     assert len(written["stored"]) == 5
     for count in written["stored"]:
         assert count["is_exact"], count
     skipped = next(c for c in written["stored"] if c["case"] == "1 prompt, 10 layers skipped")
     assert skipped["bytes"] * NUM_LAYERS == skipped["bytes_untouched"] * (NUM_LAYERS - 10)
+    assert set(written["answers_that_differ"].values()) == {0}, "grouped and mixed batches"
 
 
-def test_grouped_and_mixed_batches_answer_the_same(written: dict[str, Any]) -> None:
-    assert set(written["answers_that_differ"].values()) == {0}
-
-
-def test_a_missed_bound_is_said_plainly(generate: ModuleType) -> None:
+def test_a_missed_bound_is_said_plainly(generate):
     assert str(generate.Figure("a", "decode", [1.01, 1.05, 1.06], 1.03)).endswith("MISSED")
     assert str(generate.Figure("a", "decode", [1.01, 1.03, 1.06], 1.03)).endswith("met")
 
@@ -83,36 +102,11 @@ def test_a_missed_bound_is_said_plainly(generate: ModuleType) -> None:
 
 
 @pytest.fixture(scope="module")
-def quality(benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmark("search_quality")
+def found(figures_of):
+    return figures_of("search_quality")
 
 
-@pytest.fixture(scope="module")
-def compare(
-    quality: ModuleType, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., dict[str, Any]]:
-    """A function that runs the quick comparison on a tiny model, and returns what it writes."""
-
-    def run(*arguments: str) -> dict[str, Any]:
-        file = tmp_path_factory.mktemp("quality") / "figures.json"
-        fixed = ["search_quality.py", "--quick", "--json", str(file), "--model", str(tiny_folder)]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [*fixed, *arguments])
-            quality.main()
-        figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return figures
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def found(compare: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    return compare()
-
-
-def test_every_strategy_is_compared_with_the_first_for_nearly_the_same_executions(
-    found: dict[str, Any],
-) -> None:
+def test_every_strategy_is_compared_with_the_first_for_nearly_the_same_executions(found):
     assert found["strategies"].keys() == {"tree", "sweep", "walk"}
     assert found["speedup"].keys() == {"tree / sweep", "tree / walk"}
     allowance = found["executions_a_question"]
@@ -121,7 +115,7 @@ def test_every_strategy_is_compared_with_the_first_for_nearly_the_same_execution
             assert allowance - 2 * NUM_LAYERS < figures["executions"] <= allowance
 
 
-def test_the_re_test_only_takes_away(found: dict[str, Any]) -> None:
+def test_the_re_test_only_takes_away(found):
     for by_seed in found["strategies"].values():
         for one in by_seed:
             for name in ("valid", "saving", "improving"):
@@ -129,23 +123,17 @@ def test_the_re_test_only_takes_away(found: dict[str, Any]) -> None:
             assert one["shortest"] <= one["shortest after"] <= NUM_LAYERS
 
 
-def test_the_executions_counted_are_those_that_the_evaluator_runs(
-    quality: ModuleType, tiny_folder: Path
-) -> None:
-    base = load(ModelConfig(model=str(tiny_folder), dtype="float32", device="cpu"))
-    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-    task = get_task("builtin_facts")
+def test_the_executions_counted_are_those_that_the_evaluator_runs(quality, one_question):
+    routed, task, examples = one_question(1)
     for strategy in ("tree", "sweep", "walk"):
         config = SearchConfig(strategy=strategy, num_simulations=10_000)
-        result = quality.search(routed, task.examples("search")[:1], task, config, 120)
+        result = quality.search(routed, examples, task, config, 120)
         (row,) = result["rows"]
         assert result["executions_run"] == row["executions"] <= 120
         assert len(row["paths"]) > 5
 
 
-def test_a_question_counts_as_saving_only_where_a_shorter_right_path_survived(
-    quality: ModuleType,
-) -> None:
+def test_a_question_counts_as_saving_only_where_a_shorter_right_path_survived(quality):
     survived = {"survived": True, "margin": 0.5}
     full = {"decisions": [1, 1, 1], "reward": 1.0, "margin": 1.0, "kl": 0.0, "retest": survived}
     lucky = full | {"decisions": [1, 0, 1], "retest": survived | {"survived": False}}
@@ -160,8 +148,8 @@ def test_a_question_counts_as_saving_only_where_a_shorter_right_path_survived(
     assert not quality.has_improving(row, survived=False)
 
 
-def test_strategies_are_compared_question_by_question(quality: ModuleType) -> None:
-    def row(*decisions: int, full_is_right: bool = True) -> dict[str, Any]:
+def test_strategies_are_compared_question_by_question(quality):
+    def row(*decisions, full_is_right=True):
         path = {"reward": 1.0, "retest": {"survived": True}}
         full = {"decisions": [1, 1, 1], "reward": float(full_is_right), "retest": None}
         return {"paths": [full, path | {"decisions": [*decisions]}]}
@@ -178,7 +166,7 @@ def test_strategies_are_compared_question_by_question(quality: ModuleType) -> No
     }
 
 
-def test_a_strategy_can_come_with_settings(quality: ModuleType) -> None:
+def test_a_strategy_can_come_with_settings(quality):
     assert quality.strategy_settings("walk") == {"strategy": "walk"}
     assert quality.strategy_settings("tree:length_penalty=0+budget=1.5") == {
         "strategy": "tree",
@@ -188,26 +176,15 @@ def test_a_strategy_can_come_with_settings(quality: ModuleType) -> None:
 
 
 def test_blocks_that_are_done_are_read_and_those_of_other_settings_are_not(
-    quality: ModuleType, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    base = load(ModelConfig(model=str(tiny_folder), dtype="float32", device="cpu"))
-    routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-    task = get_task("builtin_facts")
-    options = Namespace(
-        strategies=["tree", "walk"],
-        seeds=[0, 1],
-        block_size=1,
-        executions=30,
-        model=str(tiny_folder),
-        output_dir=tmp_path,
-    )
-    examples = task.examples("search")[:2]
+    quality, tiny_folder, one_question, tmp_path, monkeypatch
+):
+    routed, task, examples = one_question(2)
+    options = Namespace(strategies=["tree", "walk"], seeds=[0, 1], block_size=1, executions=30)
+    options.model, options.output_dir = str(tiny_folder), tmp_path
     first = quality.search_all(routed, task, examples, options)
-    asked: list[str] = []
-    monkeypatch.setattr(quality, "search", lambda *arguments: asked.append("") or {})
-    assert quality.search_all(routed, task, examples, options) == first
-    assert not asked
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(quality, "search", None)  # whoever searches now fails
+        assert quality.search_all(routed, task, examples, options) == first
     options.executions = 50
     assert quality.search_all(routed, task, examples, options) != first
 
@@ -216,26 +193,12 @@ def test_blocks_that_are_done_are_read_and_those_of_other_settings_are_not(
 
 
 @pytest.fixture(scope="module")
-def search(benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmark("search")
+def searched(figures_of):
+    """What the benchmark of the evaluator writes."""
+    return figures_of("search", "--questions", "3", "--paths", "4", "--sample", "12")
 
 
-@pytest.fixture(scope="module")
-def searched(
-    search: ModuleType, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Any]:
-    """What the benchmark of the evaluator writes for a tiny model."""
-    file = tmp_path_factory.mktemp("benchmark") / "figures.json"
-    sizes = ["--questions", "3", "--paths", "4", "--sample", "12"]
-    arguments = ["search.py", "--quick", "--json", str(file), "--model", str(tiny_folder), *sizes]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", arguments)
-        search.main()
-    figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return figures
-
-
-def test_the_evaluator_is_compared_on_every_reward(searched: dict[str, Any]) -> None:
+def test_the_evaluator_is_compared_on_every_reward_and_comes_to_the_same_verdicts(searched):
     rewards = {"loglikelihood", "letter", "boxed"}
     assert rewards == searched["speedup"].keys() == searched["kl_overhead"].keys()
     for result in searched["results"]:
@@ -244,17 +207,10 @@ def test_the_evaluator_is_compared_on_every_reward(searched: dict[str, Any]) -> 
         assert sum(result["parts"].values()) == pytest.approx(1)
         assert result["parts"]["layers, prompts"] > 0
         assert result["parts"]["handling states"] > 0
-
-
-def test_the_evaluator_and_the_obvious_way_come_to_the_same_verdicts(
-    searched: dict[str, Any],
-) -> None:
     assert set(searched["verdicts_that_differ"].values()) == {0}
 
 
-def test_executions_lie_between_those_of_a_perfect_sharer_and_those_asked(
-    searched: dict[str, Any],
-) -> None:
+def test_executions_lie_between_those_of_a_perfect_sharer_and_those_asked(searched):
     for result in searched["results"]:
         shares = result["executions_a_path"]
         assert 0 < shares["run"] <= shares["perfect_sharer"] * (1 + 1e-9)
@@ -265,28 +221,17 @@ def test_executions_lie_between_those_of_a_perfect_sharer_and_those_asked(
 
 
 @pytest.fixture(scope="module")
-def trained(
-    benchmark: Callable[[str], ModuleType],
-    model_folder: Callable[..., Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Any]:
-    """What the benchmark of the training writes for a tiny model; of the sizes only two."""
+def trained(benchmark, figures_of, model_folder):
+    """What the benchmark of the training writes; of the sizes only two."""
     script = benchmark("training")
     sizes_of = script.sizes_of
-    file = tmp_path_factory.mktemp("benchmark") / "figures.json"
-    sizes = ["--questions", "12", "--double", "--scale", "--targets", "14"]
-    model = ["--model", str(model_folder())]
+    words = ["--questions", "12", "--double", "--scale", "--targets", "14"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["training.py", "--quick", "--json", str(file), *model, *sizes])
         patch.setattr(script, "sizes_of", lambda whole: sizes_of(whole)[:2])
-        script.main()
-    figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return figures
+        return figures_of("training", *words, folder=model_folder())
 
 
-def test_training_with_the_base_model_in_the_loop_has_the_losses_of_ours(
-    trained: dict[str, Any],
-) -> None:
+def test_training_with_the_base_model_in_the_loop_has_the_losses_of_ours(trained):
     result = trained["result"]
     assert (result["questions"], result["epochs"]) == (12, 25)
     assert 0 <= max(result["relative_differences"]) < 1e-5  # float32
@@ -302,9 +247,7 @@ def test_training_with_the_base_model_in_the_loop_has_the_losses_of_ours(
     assert result["last_loss"] > 0
 
 
-def test_what_rounding_does_is_the_most_of_all_samples_and_of_all_epochs_so_far(
-    benchmark: Callable[[str], ModuleType],
-) -> None:
+def test_what_rounding_does_is_the_most_of_all_samples_and_of_all_epochs_so_far(benchmark):
     samples = [[1e-8, 3e-6, 2e-9, 1e-3], [2e-8, 1e-6, 1e-6, 4e-3]]
     assert benchmark("training").furthest_so_far(samples) == [2e-8, 3e-6, 3e-6, 4e-3]
 
@@ -319,12 +262,12 @@ def test_what_rounding_does_is_the_most_of_all_samples_and_of_all_epochs_so_far(
     ],
 )
 def test_losses_are_equal_that_differ_by_little_or_by_ten_times_what_rounding_does(
-    benchmark: Callable[[str], ModuleType], found: list[float], are_equal: bool
-) -> None:
+    benchmark, found, are_equal
+):
     assert benchmark("training").are_equal(found, [1e-8, 1e-6, 1e-3]) is are_equal
 
 
-def test_the_bound_is_made_of_epochs_batches_and_routers(trained: dict[str, Any]) -> None:
+def test_the_bound_is_made_of_epochs_batches_and_routers(trained):
     result = trained["result"]
     assert trained["speedup"] == result["speedup"] < result["bound"]
     assert result["ours_s"] == pytest.approx(result["pass_s"] + result["fit_s"])
@@ -332,15 +275,13 @@ def test_the_bound_is_made_of_epochs_batches_and_routers(trained: dict[str, Any]
     assert math.prod(factors) == pytest.approx(result["bound"])
 
 
-def test_a_fit_is_measured_at_parts_of_each_side(benchmark: Callable[[str], ModuleType]) -> None:
+def test_a_fit_is_measured_at_parts_of_each_side(benchmark):
     whole, *parts = benchmark("training").sizes_of((4000, 30, 576))
     assert whole == (4000, 30, 576)
     assert parts == [(2000, 30, 576), (4000, 15, 576), (4000, 30, 288), (1000, 30, 576)]
 
 
-def test_each_fit_has_its_time_and_the_memory_of_a_process_of_its_own(
-    trained: dict[str, Any],
-) -> None:
+def test_each_fit_has_its_time_and_the_memory_of_a_process_of_its_own(trained):
     sizes = [(point["N"], point["L"], point["D"]) for point in trained["scale"]]
     assert sizes == [(14, 4, 32), (7, 4, 32)]
     first, second = trained["scale"]
@@ -355,16 +296,9 @@ def test_each_fit_has_its_time_and_the_memory_of_a_process_of_its_own(
 # --- which layers baselines give up -------------------------------------------------------------
 
 
-def test_baselines_give_up_the_layers_that_a_peer_library_does(
-    benchmark: Callable[[str], ModuleType], tiny_folder: Path, tmp_path: Path
-) -> None:
+def test_baselines_give_up_the_layers_that_a_peer_library_does(figures_of):
     pytest.importorskip("economize", reason="the peer library isn't installed")
-    script, file = benchmark("baselines"), tmp_path / "figures.json"
-    arguments = ["--quick", "--json", str(file), "--model", str(tiny_folder), "--skipped", "4"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["baselines.py", *arguments])
-        script.main()
-    figures = json.loads(file.read_text(encoding="utf-8"))
+    figures = figures_of("baselines", "--skipped", "4")
     assert figures["speedup"].keys() == {"block influence", "by loss"}
     result = figures["result"]
     assert result["equal_by_influence"]
@@ -375,9 +309,7 @@ def test_baselines_give_up_the_layers_that_a_peer_library_does(
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_a_quick_run_on_the_real_model_writes_what_every_benchmark_must(
-    smollm2: Any, script: Path, tmp_path: Path
-) -> None:
+def test_a_quick_run_on_the_real_model_writes_what_every_benchmark_must(smollm2, script, tmp_path):
     if script.stem == "baselines":
         pytest.importorskip("economize", reason="the peer library isn't installed")
     file = tmp_path / "figures.json"

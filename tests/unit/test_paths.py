@@ -33,12 +33,6 @@ def test_checked_decisions_are_plain_ints_in_a_tuple() -> None:
     assert [type(value) for value in checked] == [int, int, int]
 
 
-@pytest.mark.parametrize("value", [3, -1, 0.5, "1", "x", None, float("nan"), float("inf")])
-def test_a_value_that_is_no_decision_is_refused_with_its_layer(value: object) -> None:
-    with pytest.raises(PathError, match=r"at layer 1 is not one of 0 \(skip\), 1 \(execute\)"):
-        check_decisions([1, value])  # type: ignore[list-item]
-
-
 def test_another_number_of_layers_is_refused_with_both_numbers() -> None:
     with pytest.raises(PathError, match=r"3 decisions .* 4 layers"):
         check_decisions([1, 1, 1], num_layers=4)

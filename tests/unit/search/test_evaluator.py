@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import random
+import itertools
 from collections import Counter
 from statistics import mean
 
 import pytest
 import torch
-from torch import nn
 
+import slow_way
 from drllm.errors import ModelError
 from drllm.models.base.prompts import encode, render
 from drllm.models.routing.injection import LayerCall
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import Score
-from drllm.paths import to_path
 from drllm.search.evaluator import Evaluator, gold_text
 from drllm.tasks.base import Prompt
 from drllm.tasks.grading import grade
+from slow_way import FULL, ListedModel, kls_alone
 
 KINDS = ("llama", "mistral")
 """Choices are packed behind one context, or don't fit the window and stand in rows of their own."""
@@ -47,35 +46,14 @@ NUM_NEW = 6
 
 
 def some_pairs(num, seed=0):
-    rng = random.Random(seed)
-    pairs = [(place, (1,) * 6) for place in range(3)]
-    while len(pairs) < num:
-        decisions = tuple(rng.choices([0, 1, 2], [2, 5, 2], k=6))
-        if any(decisions):
-            pairs.append((rng.randrange(3), decisions))
-    return pairs
+    """Each prompt's full path, then others."""
+    return [*((place, FULL) for place in range(3)), *slow_way.some_pairs(num - 3, seed)]
 
 
-def listed(model, decisions):
-    plain = copy.deepcopy(model)
-    layers = plain.model.layers
-    path = to_path(decisions)
-    plain.model.layers = nn.ModuleList([layers[index] for index in path])
-    plain.config.num_hidden_layers = len(path)
-    return plain
-
-
-def slow_logprobs(model, context, tokens):
-    row = [*context, *tokens]
-    logprobs = model(torch.tensor([row]), use_cache=False).logits[0].log_softmax(-1)
-    return [float(logprobs[place - 1, row[place]]) for place in range(len(context), len(row))]
-
-
-def slow_sum(model, tokenizer, text, continuation):
+def encoded(tokenizer, text, *continuations):
+    """Return the context's tokens, and those that each continuation adds."""
     context = encode(tokenizer, text)
-    return sum(
-        slow_logprobs(model, context, encode(tokenizer, text + continuation)[len(context) :])
-    )
+    return context, [encode(tokenizer, text + each)[len(context) :] for each in continuations]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,8 +61,9 @@ def test_choices_give_the_reward_and_margin_of_plain_scoring(tiny_model, tiny_to
     model = tiny_model(kind)
     pairs, expected = some_pairs(24), []
     for place, decisions in pairs:
-        prompt, plain = CHOICES[place], listed(model, decisions)
-        sums = [slow_sum(plain, tiny_tokenizer, prompt.text, c) for c in prompt.continuations]
+        prompt = CHOICES[place]
+        asked = encoded(tiny_tokenizer, prompt.text, *prompt.continuations)
+        sums = ListedModel(model, decisions).sums(*asked)
         best = sums.index(max(sums))
         others = [value for index, value in enumerate(sums) if index != prompt.gold]
         expected.append((float(best == prompt.gold), sums[prompt.gold] - max(others)))
@@ -97,15 +76,12 @@ def test_choices_give_the_reward_and_margin_of_plain_scoring(tiny_model, tiny_to
         assert outcome.margin == pytest.approx(margin, abs=MARGIN_TOLERANCE)
 
 
-def slow_answer(model, tokenizer, prompt):
+def slow_answer(model, decisions, tokenizer, prompt):
     row = encode(tokenizer, render(tokenizer, prompt.text, chat=prompt.chat))
-    start, end = len(row), model.generation_config.eos_token_id
-    for _ in range(prompt.max_new_tokens):
-        token = int(model(torch.tensor([row]), use_cache=False).logits[0, -1].argmax())
-        if token == end:
-            break
-        row.append(token)
-    return tokenizer.decode(row[start:], skip_special_tokens=True)
+    new = ListedModel(model, decisions).greedy(row, prompt.max_new_tokens)
+    end = model.generation_config.eos_token_id
+    said = itertools.takewhile(lambda token: token != end, new)
+    return tokenizer.decode([*said], skip_special_tokens=True)
 
 
 def asked_and_answered(model, tokenizer, pairs):
@@ -114,7 +90,7 @@ def asked_and_answered(model, tokenizer, pairs):
         Prompt(text=text, chat=chat, reward="exact", answer="", max_new_tokens=NUM_NEW)
         for text, chat in QUESTIONS
     ]
-    texts = [slow_answer(listed(model, d), tokenizer, prompts[place]) for place, d in pairs]
+    texts = [slow_answer(model, d, tokenizer, prompts[place]) for place, d in pairs]
     for place, prompt in enumerate(prompts):
         said = [t for (p, _), t in zip(pairs, texts, strict=True) if p == place and t.strip()]
         prompts[place] = dataclasses.replace(prompt, answer=max(said, key=said.count))
@@ -141,18 +117,16 @@ def test_answers_get_the_grade_of_plain_generation_and_margins_against_wrong_one
             wrong[place][outcome.tokens] += 1
     seen = set()
     for (place, decisions), outcome in zip(pairs, outcomes, strict=True):
-        plain = listed(model, decisions)
+        plain = ListedModel(model, decisions)
         text = render(tiny_tokenizer, prompts[place].text, chat=prompts[place].chat)
         gold = gold_text(prompts[place])
-        expected = slow_sum(plain, tiny_tokenizer, text, gold) / len(gold)
+        context, tokens = encoded(tiny_tokenizer, text, gold)
+        expected = plain.sums(context, tokens)[0] / len(gold)
         if outcome.reward < 1:
             expected -= outcome.logprob
         else:
-            context = encode(tiny_tokenizer, text)
-            expected -= max(
-                mean(slow_logprobs(plain, context, tokens))
-                for tokens, _ in wrong[place].most_common(4)
-            )
+            common = wrong[place].most_common(4)
+            expected -= max(mean(plain.each(context, tokens)) for tokens, _ in common)
         assert expected == pytest.approx(outcome.margin, abs=MARGIN_TOLERANCE)
         seen.add(outcome.reward)
     assert seen == {0.0, 1.0}, "the sample must hold both verdicts"
@@ -162,7 +136,7 @@ def test_a_right_answer_that_nobody_got_wrong_has_no_margin(tiny_llama, tiny_tok
     prompt = Prompt(text="x", reward="exact", answer="y", max_new_tokens=4)
     routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
     evaluator = Evaluator(routed, [prompt], 1.0)
-    pairs = [(0, (1,) * 6)]
+    pairs = [(0, FULL)]
     [outcome] = evaluator.evaluate(pairs)
     [right] = evaluator.with_margins(
         pairs, [type(outcome)(reward=1.0, margin=None, answer=outcome.answer)]
@@ -190,7 +164,7 @@ def test_a_question_s_limit_of_tokens_is_its_own(tiny_llama, tiny_tokenizer):
     ]
     model = tiny_llama(eos_token_id=None)
     routed = RoutedModel(model, tokenizer=tiny_tokenizer)
-    outcomes = Evaluator(routed, prompts, 1.0).evaluate([(0, (1,) * 6), (1, (1,) * 6)])
+    outcomes = Evaluator(routed, prompts, 1.0).evaluate([(0, FULL), (1, FULL)])
     assert [len(outcome.tokens) for outcome in outcomes] == [3, 9]
 
 
@@ -209,20 +183,13 @@ def test_a_path_that_overflows_is_wrong_but_a_base_model_that_does_is_an_error(
         [outcome] = evaluator.evaluate([(0, (1, 2, 1, 1, 1, 1))])
         assert (outcome.reward, outcome.margin) == (0.0, None)
         with pytest.raises(ModelError, match="--dtype float32"):
-            evaluator.evaluate([(0, (1,) * 6)])
+            evaluator.evaluate([(0, FULL)])
 
 
 def test_outcomes_carry_kl_when_it_is_asked_for(tiny_llama, tiny_tokenizer):
     model = tiny_llama()
-    pairs = [(0, (1, 1, 0, 1, 1, 2)), (1, (1,) * 6), (2, (1, 0, 1, 1, 1, 1))]
-    expected = []
-    for place, decisions in pairs:
-        row = torch.tensor([encode(tiny_tokenizer, CHOICES[place].text)])
-        full, path = (
-            listed(model, d)(row, use_cache=False).logits[0].log_softmax(-1)
-            for d in ((1,) * 6, decisions)
-        )
-        expected.append(float((full.exp() * (full - path)).sum(dim=-1).mean()))
+    pairs = [(0, (1, 1, 0, 1, 1, 2)), (1, FULL), (2, (1, 0, 1, 1, 1, 1))]
+    expected = kls_alone(model, [encode(tiny_tokenizer, each.text) for each in CHOICES], pairs)
     routed = RoutedModel(model, tokenizer=tiny_tokenizer)
     generated = [dataclasses.replace(p, reward="exact", continuations=()) for p in CHOICES]
     for prompts in (CHOICES, generated):

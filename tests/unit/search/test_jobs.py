@@ -42,13 +42,6 @@ def ids_of(batch):
     return [question.example.id for question in batch.questions]
 
 
-def test_batches_are_done_whole_and_in_order_while_nothing_dies(batches):
-    finished, deaths = carry_out(Jobs(batches), lambda ids: False)
-    assert [batch for batch, _ in finished] == batches
-    assert [num_of(result) for _, result in finished] == [(4, 0), (4, 0), (1, 0)]
-    assert deaths == []
-
-
 def test_a_question_that_kills_its_workers_is_set_aside_alone(batches):
     whole = ids_of(batches[0])
     bad = whole[1]

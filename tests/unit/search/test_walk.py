@@ -4,7 +4,6 @@ import itertools
 from random import Random
 
 from drllm.config import SearchConfig
-from drllm.paths import full_decisions
 from drllm.search.actions import apply, legal_actions
 from drllm.search.strategies.walk import WalkSearch
 
@@ -52,11 +51,6 @@ def test_a_path_met_again_counts_as_a_simulation_and_leaves_a_gap_in_their_numbe
     assert numbers == sorted(set(numbers))
     assert numbers[0] == 0
     assert len(search.tried) < numbers[-1] <= 200
-
-
-def test_a_single_layer_within_budget_1_leaves_nothing_to_walk():
-    search = walk(1, budget=1.0)
-    assert list(search.tried) == [full_decisions(1)]
 
 
 def test_in_a_round_of_several_the_walk_takes_the_same_way():

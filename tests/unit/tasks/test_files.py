@@ -45,15 +45,6 @@ def test_a_choices_text_comes_before_a_letter(tmp_path: Path) -> None:
     assert read(path)[1][0].gold == 0
 
 
-def test_options_are_asked_as_in_arc(tmp_path: Path) -> None:
-    task, [example] = read(write(tmp_path, CHOICES))
-    prompt = task.prompt(example, "loglikelihood")
-    assert prompt.text == "Question: Which is cold?\nAnswer:"
-    assert prompt.continuations == (" fire", " ice", " steam")
-    assert len(task.retests(example, "loglikelihood")) == 4
-    assert len(task.retests(example, "letter")) == 2
-
-
 @pytest.mark.parametrize(
     ("row", "right", "wrong"),
     [
@@ -175,8 +166,6 @@ def test_a_row_that_cannot_be_used_is_named(
         (b"\n\n", "is empty"),
         (b'{"question": "W', "line 1: "),
         (b'"text"\n', "line 1: expected `object`"),
-        (b"\xff\xfe", "line 1: not UTF-8 text"),
-        (b'{"question": "W", "question": "V"}', "line 1: the key 'question' is given twice"),
         (b'{"question": NaN}', "line 1: NaN is no number"),
     ],
 )

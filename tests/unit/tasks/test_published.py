@@ -69,15 +69,6 @@ def test_a_training_question_that_the_task_or_a_related_one_reports_is_left_out(
     assert found == {row["id"] for row in ROWS} - {"q3", "q5"}
 
 
-def test_gzipped_files_are_read_too(arc: Path) -> None:
-    plain = arc / "arc_easy" / "train.jsonl"
-    expected = ARC_EASY.examples("search", str(arc))
-    with gzip.open(plain.with_name("train.jsonl.gz"), "wt", encoding="utf-8") as file:
-        file.write(plain.read_text())
-    plain.unlink()
-    assert ARC_EASY.examples("search", arc) == expected
-
-
 def test_a_file_is_read_once_and_read_anew_where_it_changed(
     arc: Path, write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -10,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from drllm.evaluation.baselines.base import Material
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.packing import Question
 from drllm.records import SearchRecord, TriedPath
+from slow_way import ListedModel
 
 NUM_LAYERS = 4
 
@@ -98,32 +97,14 @@ def searched() -> Callable[..., SearchRecord]:
 
 
 @pytest.fixture(scope="module")
-def listed(model: Any) -> Callable[[Sequence[int]], Any]:
-    """A function that returns a plain copy of the model whose layer list is a path."""
-
-    def make(path: Sequence[int]) -> Any:
-        plain = copy.deepcopy(model)
-        plain.model.layers = nn.ModuleList([plain.model.layers[layer] for layer in path])
-        plain.config.num_hidden_layers = len(path)
-        return plain
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def slow_gold_logprob(listed: Callable[[Sequence[int]], Any]) -> Callable[[Sequence[int]], float]:
+def slow_gold_logprob(model: Any) -> Callable[[Sequence[int]], float]:
     """A function that measures a path: one question, one option at a time, without padding."""
 
     def measure(path: Sequence[int]) -> float:
-        plain, total = listed(path), 0.0
+        plain, total = ListedModel(model, path=path), 0.0
         for question, gold in zip(QUESTIONS, GOLDS, strict=True):
-            context, sums = list(question.context), []
-            for option in question.continuations:
-                row = [*context, *option]
-                with torch.no_grad():
-                    logprobs = plain(torch.tensor([row]), use_cache=False).logits[0].log_softmax(-1)
-                sums.append(sum(logprobs[i - 1, row[i]] for i in range(len(context), len(row))))
-            total += float(torch.stack(sums).log_softmax(0)[gold])
+            sums = torch.tensor(plain.sums(question.context, question.continuations))
+            total += float(sums.log_softmax(0)[gold])
         return total / len(QUESTIONS)
 
     return measure

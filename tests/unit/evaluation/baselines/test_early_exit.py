@@ -13,6 +13,7 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.logit_lens import LogitLens
 from drllm.models.scoring.packing import Question
+from slow_way import ListedModel
 
 L = 4
 TELLING = 0.13
@@ -21,13 +22,12 @@ CONFIDENCE_TOLERANCE = 1e-5
 """Of a probability in float32, alone or in a padded batch; 1e-6 was seen."""
 
 
-def by_hand(listed, prompt):
+def by_hand(model, prompt):
     """The likeliest token's probability under the model cut off behind each layer."""
     found = []
     for num_layers in range(1, L):
-        with torch.no_grad():
-            logits = listed(range(num_layers))(torch.tensor([prompt]), use_cache=False).logits
-        found.append(float(logits[0, -1].softmax(-1).max()))
+        logits = ListedModel(model, path=range(num_layers)).logits(prompt)
+        found.append(float(logits[-1].softmax(-1).max()))
     return found
 
 
@@ -54,8 +54,8 @@ def measured(routed, lens, prompts):
 
 
 @pytest.fixture(scope="module")
-def slow(listed, prompts):
-    return [by_hand(listed, prompt) for prompt in prompts]
+def slow(model, prompts):
+    return [by_hand(model, prompt) for prompt in prompts]
 
 
 def test_confidences_equal_those_of_models_cut_off_behind_each_layer(measured, slow):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from statistics import fmean
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
 from drllm.paths import to_path
+from slow_way import ListedModel
 
 TOLERANCE = 1e-4
 """Nats, as in the parity tests of scoring."""
@@ -52,18 +54,14 @@ def test_states_of_one_batch_are_given_up_before_the_next(material, monkeypatch)
     assert [len(batch.states) for batch in batches] == [0, 0]
 
 
-def test_the_token_logprob_is_minus_the_loss_of_the_plain_model(routed, listed):
+def test_the_token_logprob_is_minus_the_loss_of_the_plain_model(routed, model):
     rng = random.Random(0)
     texts = [[rng.randrange(3, 101) for _ in range(length)] for length in (2, 9, 30, 1)]
     found = measures.by_loss(Material(routed, texts))(PLANS)
     for plan, value in zip(PLANS, found, strict=True):
-        plain, losses = listed(to_path(plan)), []
-        for text in texts[:3]:
-            row = torch.tensor(text)
-            with torch.no_grad():
-                logits = plain(row[None], use_cache=False).logits[0]
-            losses.append(torch.nn.functional.cross_entropy(logits[:-1], row[1:], reduction="none"))
-        assert value == pytest.approx(-float(torch.cat(losses).mean()), abs=TOLERANCE)
+        plain = ListedModel(model, plan)
+        logprobs = [each for text in texts[:3] for each in plain.each(text[:1], text[1:])]
+        assert value == pytest.approx(fmean(logprobs), abs=TOLERANCE)
 
 
 def test_numbers_that_are_not_finite_are_refused(tiny_llama):
