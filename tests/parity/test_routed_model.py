@@ -149,6 +149,10 @@ def test_routers_that_skip_everything_still_execute_one_layer(tiny_llama):
     assert routed.last_route.tolist() == [[0, 0, 0, 0, 0, 1]]
 
 
+@pytest.mark.skipif(
+    not hasattr(DynamicCache, "is_initialized"),
+    reason="a cache of this transformers has no word of it",
+)
 def test_a_routed_cache_counts_as_initialised_once_it_holds_keys(tiny_llama):
     """Some models of transformers read that to tell a first turn from a second."""
     model = tiny_llama()
