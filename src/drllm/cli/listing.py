@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from drllm.cli.parser import Flag, Request, verb
 from drllm.cli.terminal import Terminal
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, unknown_name
 from drllm.registry import Registry
-
-if TYPE_CHECKING:
-    from drllm.models.check import Finding
 
 _REGISTRIES = {
     "rewards": "drllm.tasks.grading:REWARDS",
@@ -48,46 +44,34 @@ def _list_baselines(terminal: Terminal) -> None:
         terminal.say(f"Not compared: {name}, {reason}.")
 
 
-def _list_architectures(terminal: Terminal) -> None:
-    from drllm.models.check import FAMILIES, check
+def _list_architectures(terminal: Terminal, model: str | None = None) -> None:
+    from drllm.models.check import FAMILIES, check, check_model
 
     findings = []
-    with terminal.progress("check", "families") as progress:
-        for family in FAMILIES:
-            findings.append(check(family))
-            progress(len(findings), len(FAMILIES), family)
-    _show_findings(findings, terminal)
-    terminal.say("Each was tried on a tiny model. Yours: drllm ls architectures --model NAME")
+    if model is None:
+        with terminal.progress("check", "families") as progress:
+            for family in FAMILIES:
+                findings.append(check(family))
+                progress(len(findings), len(FAMILIES), family)
+    else:
+        from drllm.models.base.load import load
 
-
-def _check_architecture(terminal: Terminal, model: str) -> None:
-    from drllm.models.base.load import load
-    from drllm.models.check import check_model
-
-    with terminal.busy(f"loading {model}"):
-        base = load(ModelConfig(model=model, dtype="float32"))
-    with terminal.busy(f"checking {model}"):
-        finding = check_model(base.model)
-    _show_findings([finding], terminal)
-
-
-def _show_findings(findings: Sequence[Finding], terminal: Terminal) -> None:
-    rows = (
-        [
-            found.family,
-            found.class_name,
-            found.status,
-            *("–" if d is None else f"{d:.0e}" for d in (found.prefill, found.decode)),
-            found.reason,
-        ]
-        for found in findings
-    )
+        with terminal.busy(f"loading {model}"):
+            base = load(ModelConfig(model=model, dtype="float32"))
+        with terminal.busy(f"checking {model}"):
+            findings.append(check_model(base.model))
+    rows = []
+    for found in findings:
+        off = ("–" if off is None else f"{off:.0e}" for off in (found.prefill, found.decode))
+        rows.append([found.family, found.class_name, found.status, *off, found.reason])
     terminal.table("family|class|status|prefill|decode|why", rows)
     counts = Counter(found.status for found in findings)
     terminal.say(", ".join(f"{count} {status}" for status, count in counts.items()))
     terminal.say(
         "Differences: greatest between logits, routed and plain, in their standard deviations."
     )
+    if model is None:
+        terminal.say("Each was tried on a tiny model. Yours: drllm ls architectures --model NAME")
 
 
 _LISTS = {
@@ -109,11 +93,11 @@ _LISTS = {
 def list_names(request: Request, terminal: Terminal) -> None:
     """List what is chosen by name: tasks, models, baselines and more."""
     what, model = request.values["what"], request.values["model"]
-    if what not in _LISTS and what not in _REGISTRIES:
-        known = [*_LISTS, *_REGISTRIES]
+    known = [*_LISTS, *_REGISTRIES]
+    if what not in known:
         raise ConfigError(unknown_name("list", what, known) + "; for example: drllm ls tasks")
     if what == "architectures" and model is not None:
-        _check_architecture(terminal, model)
+        _list_architectures(terminal, model)
     elif model is not None:
         raise ConfigError(
             f"--model has no effect on the list of {what}; leave it out, "
@@ -123,7 +107,7 @@ def list_names(request: Request, terminal: Terminal) -> None:
         _LISTS[what](terminal)
     else:
         module, name = _REGISTRIES[what].split(":")
-        registry: Registry[object] = getattr(importlib.import_module(module), name)
+        registry: Registry[Any] = getattr(importlib.import_module(module), name)
         terminal.table(f"{registry.kind}|what it is", registry.summaries().items())
         if what == "policies":
             terminal.say("Or a class of your own: docs/python.md, examples/own_policy.py.")

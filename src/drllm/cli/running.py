@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from drllm.cli.parser import Flag, Request, verb
-from drllm.cli.show_results import show_results, show_sweep
+from drllm.cli.show import show_results, show_sweep
 from drllm.cli.terminal import Terminal
 from drllm.errors import ConfigError, unknown_name
 from drllm.listener import duration

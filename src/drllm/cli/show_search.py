@@ -20,7 +20,6 @@ from drllm.paths import Decision, Decisions
 from drllm.records import (
     FailedQuestion,
     RejectedQuestion,
-    Retest,
     SearchRecord,
     TriedPath,
     read_json_lines,
@@ -198,6 +197,7 @@ def _show_tree(record: SearchRecord, terminal: Terminal) -> None:
     rows: list[list[str | Text]] = []
     for decisions, label in draw_paths(record.paths):
         path = by_decisions[decisions]
+        again = path.retest
         cells: list[str | Text] = [
             Text(label, style="bold" if is_valid(path) else "dim"),
             str(path.simulation),
@@ -205,7 +205,7 @@ def _show_tree(record: SearchRecord, terminal: Terminal) -> None:
             plain(path.margin, 2),
             plain(path.executions),
             plain(path.kl, 3),
-            _retested(path.retest),
+            f"{'+' if again.survived else '−'} {again.passed} of {again.asked}" if again else "",
         ]
         rows.append([*cells, " ".join((path.answer or "").split())])
     generated = any(path.answer is not None for path in record.paths)
@@ -216,12 +216,6 @@ def _show_tree(record: SearchRecord, terminal: Terminal) -> None:
         cut_off=("answered", ANSWER_WIDTH),
     )
     terminal.say("re-test: other ways of asking that were answered right; + survived, − did not")
-
-
-def _retested(retest: Retest | None) -> str:
-    if retest is None:
-        return ""
-    return f"{'+' if retest.survived else '−'} {retest.passed} of {retest.asked}"
 
 
 def draw_paths(paths: Sequence[TriedPath]) -> Iterator[tuple[Decisions, str]]:

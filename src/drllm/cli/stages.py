@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from drllm.cli import published
 from drllm.cli.parser import Flag, Request, verb
-from drllm.cli.show import show
-from drllm.cli.show_results import show_results
+from drllm.cli.show import show, show_results
 from drllm.cli.show_search import say_written, show_search
 from drllm.cli.terminal import Terminal
 from drllm.config import EvaluateConfig, ModelConfig, SearchConfig, SuperviseConfig, TrainConfig

@@ -10,8 +10,7 @@ import yaml
 from msgspec.structs import replace
 from safetensors.numpy import save
 
-from drllm.cli.show import show
-from drllm.cli.show_results import show_evaluation
+from drllm.cli.show import show, show_evaluation
 from drllm.cli.terminal import Terminal, draw_route
 from drllm.errors import RecordError
 from drllm.metrics import by_layer, ratios, verdict
