@@ -518,10 +518,8 @@ def test_a_process_ends_with_the_same_status_and_line(
     [case] = [case for case in CASES if case.words == "EVALUATE --model OTHER"]
     folder = working(case)
     before = listing(folder)
-
     words = [sys.executable, "-m", "drllm", *case.line(models)]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
-
     check_answer(case, done.returncode, done.stderr)
     assert listing(folder) == before
 
@@ -530,11 +528,9 @@ def test_a_defect_of_ours_keeps_its_traceback(tmp_path: Path, finished_run: Path
     script = "import drllm.cli.stages as s\ns.supervise = lambda *a: 1 / 0\nimport sys\n"
     script += "from drllm.cli import main\nsys.exit(main(sys.argv[1:]))\n"
     words = ["supervise", "--search", str(finished_run / "search.jsonl"), "--output", "x.jsonl"]
-
     done = subprocess.run(
         [sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True
     )
-
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "ZeroDivisionError" in done.stderr

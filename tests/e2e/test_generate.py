@@ -92,6 +92,8 @@ def test_each_prompt_of_a_file_is_answered_as_by_itself(
         assert out.startswith(row["answer"] + "\n\nlayer")
         sketch = "".join("·█2"[value] for value in row["route"])
         assert f"\n       {sketch}\n" in out
+        assert f"executions  {sum(row['route'])} of 4 a forward pass" in out
+        assert re.search(r"time        prefill \d", out)
         assert f", {row['tokens']} generated" in out
 
     # Without an output the answers, and nothing else, go to standard output.
@@ -106,9 +108,7 @@ def test_emoji_codes_and_markup_of_a_prompt_come_back_as_they_are(
     generate: Callable[..., Any], tmp_path: Path
 ):
     text = ":fire: [bold]what?[/bold] \t\x0b\n" + "long " * 40
-
     [row] = lines(generate("--file", write(tmp_path / "p.jsonl", [{"prompt": text}])).out)
-
     assert row["prompt"] == text
 
 
@@ -131,7 +131,6 @@ def test_draws_follow_the_seed(generate: Callable[..., Any], prompts: Path):
 
 def test_static_routing_executes_every_layer(generate: Callable[..., Any], prompts: Path):
     printed = generate("--file", prompts, "--static-routing")
-
     assert [row["route"] for row in lines(printed.out)] == [[1] * 4] * 8
     assert "8 under 1 plan\n" in printed.err
 
@@ -141,7 +140,6 @@ def test_the_bias_that_was_found_is_said_and_does_the_same_when_given(
 ):
     texts = write(tmp_path / "c.jsonl", [row for row in ROWS if "messages" not in row])
     found = generate("--file", prompts, "--target-executions", "2.5", "--calibration", texts)
-
     pattern = r"^depth bias  (\S+): (\S+) of 4 executions a forward pass on 7 calibration prompts"
     match = re.search(pattern, found.err, re.MULTILINE)
     assert match is not None, found.err
@@ -157,7 +155,6 @@ def test_the_published_penalty_goes_from_one_execution_to_two_a_layer(
     generate: Callable[..., Any], penalty: str, executions: int
 ):
     out = generate("What is ice?", "--router-penalty", penalty).out
-
     assert f"executions  {executions} of 4 a forward pass" in out
 
 
@@ -166,9 +163,7 @@ def test_a_prompt_too_long_for_the_model_is_named_by_its_line_and_nothing_is_wri
 ):
     prompts = write(tmp_path / "prompts.jsonl", [*ROWS, {"prompt": "a" * 600}])
     output = tmp_path / "answers.jsonl"
-
     [line] = generate("--file", prompts, "--output", output, status=2).err.splitlines()
-
     assert f"{prompts}, line 9: the prompt has 618 tokens" in line
     assert "context holds 512" in line
     assert not output.exists()
@@ -181,8 +176,6 @@ def test_a_conversation_that_the_template_refuses_is_named_by_its_line(
     refusing = "{% if messages|length == 1 %}{{ raise_exception('too short') }}{% endif %}"
     (model / "chat_template.jinja").write_text(refusing)
     path = write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"messages": TALK[:1]}])
-
     said = drllm("generate --device cpu --model", model, "--file", path, status=2).err
-
     [line] = said.splitlines()
     assert "p.jsonl, line 1: the model's chat template refuses the prompt: too short" in line

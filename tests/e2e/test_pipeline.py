@@ -99,9 +99,7 @@ def test_a_recipe_may_leave_the_search_to_ray(
     by_ray.write_text(
         recipe.read_text().replace("search: {", "search: {executor: ray, num_workers: 1, ")
     )
-
     assert main(["run", str(by_ray), "--output-dir", str(tmp_path / "run")]) == 0
-
     assert set(files_of(tmp_path / "run")) == FILES
     ours, theirs = (read_search(run / "search.jsonl") for run in (finished_run, tmp_path / "run"))
     assert_same_run(ours, theirs)
@@ -113,7 +111,6 @@ def test_the_same_recipe_or_the_one_in_the_folder_does_nothing_anew(
     before = files_of(finished_run)
     for file in (recipe, finished_run / "run.yaml"):
         said = drllm("run", file, "--output-dir", finished_run)
-
         assert files_of(finished_run) == before
         assert said.err.count("done before") == 5
         assert f"report       {finished_run / 'report.html'}" in said.out
@@ -124,7 +121,6 @@ def test_other_training_settings_redo_the_training_and_what_follows(
 ):
     before = files_of(run_copy)
     said = rerun("num_epochs: 2", "num_epochs: 3")
-
     after = files_of(run_copy)
     unchanged = {name for name in after if after[name] == before[name]}
     kept = {name for name in FILES if name.startswith(("search", "supervision"))}
@@ -140,9 +136,7 @@ def test_a_result_that_was_changed_by_hand_is_made_again(
     result = run_copy / "eval" / "builtin_facts.json"
     right = json.loads(result.read_text())
     result.write_text(result.read_text().replace('"accuracy": ', '"accuracy": 1.0e-9 + '))
-
     assert rerun().count("done before") == 3
-
     made_again = json.loads(result.read_text())
     for system, expected in zip(made_again["systems"], right["systems"], strict=True):
         assert system["accuracy"] == expected["accuracy"]
@@ -167,9 +161,7 @@ def test_other_tasks_leave_no_result_of_the_earlier_ones(
         for n in range(40)
     ]
     own.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
     rerun("tasks: builtin_facts", f"tasks: {own}")
-
     results = [path.name for path in (run_copy / "eval").glob("[!.s]*.json")]
     assert sorted(results) == ["latency.json", "own.json"]
 
@@ -178,9 +170,7 @@ def test_a_moved_data_folder_with_the_same_questions_redoes_the_report_only(
     rerun: Callable[..., str], tmp_path: Path, quick_report: None
 ):
     (tmp_path / "data").mkdir()
-
     said = rerun("", "", "--data-dir", str(tmp_path / "data"))
-
     for stage in ("[1/5] search", "[2/5] supervise", "[3/5] train", "[4/5] evaluate"):
         assert f"{stage}: done before" in said
 
@@ -189,7 +179,6 @@ def test_a_recipe_with_several_seeds_evaluates_them_all(
     run_copy: Path, rerun: Callable[..., str], quick_report: None
 ):
     rerun("num_epochs: 2", "num_epochs: 2, num_seeds: 2")
-
     assert (run_copy / "routers" / "seed_1" / "routers.safetensors").is_file()
     result = json.loads((run_copy / "eval" / "builtin_facts.json").read_text())
     assert list(result["other_seeds"]) == [str(run_copy / "routers" / "seed_1")]
@@ -303,9 +292,7 @@ def test_a_training_that_failed_behind_the_pass_goes_on_with_its_features(
     train("--output", output, status=2)
     assert (output / "features" / "features.safetensors").exists()
     (output / "README.md").rmdir()
-
     said = train("--output", output).err
-
     assert f"the routers' inputs in {output / 'features'} are used again" in said
     assert not (output / "features").exists()
 
@@ -369,7 +356,6 @@ def test_several_seeds_are_trained_on_soft_targets_each_in_its_own_folder(
     drllm(f"supervise --search run/search.jsonl --output soft.jsonl {rule}")
     words = ["--run-name", "soft", "--soft-targets", "--num-seeds", "2", "--seed", "5"]
     out = train(*words, targets="soft.jsonl").out
-
     folders = [Path("checkpoints/soft"), Path("checkpoints/soft/seed_6")]
     configs = [json.loads((folder / "router_config.json").read_text()) for folder in folders]
     assert [config["training"]["settings"]["seed"] for config in configs] == [5, 6]
@@ -389,9 +375,7 @@ def test_the_same_search_again_leaves_itself_and_targets_of_another_rule_as_they
     search, output = run_copy / "search.jsonl", run_copy / "supervision.jsonl"
     drllm("supervise --target paper", "--search", search, "--output", output)
     chosen, before = output.read_text(), search.stat().st_mtime_ns
-
     out = search_again().out
-
     assert "search.jsonl is complete already" in out
     assert search.stat().st_mtime_ns == before
     assert "supervision.jsonl is made from this search already" in out
@@ -404,9 +388,7 @@ def test_targets_whose_manifest_a_kill_prevented_get_it_from_the_same_search_aga
     manifest = run_copy / "supervision.manifest.json"
     before = json.loads(manifest.read_text())
     manifest.unlink()
-
     search_again()
-
     after = json.loads(manifest.read_text())
     assert {**after, "created": ""} == {**before, "created": ""}
     assert after["rewards"] == ["loglikelihood"]
@@ -417,9 +399,7 @@ def test_targets_of_ones_own_stay_as_they_are(run_copy: Path, search_again: Call
     output = run_copy / "supervision.jsonl"
     own = "".join(output.read_text().splitlines(keepends=True)[1:])
     output.write_text(own)
-
     said = search_again().err
-
     assert output.read_text() == own
     assert not (run_copy / "supervision.manifest.json").exists()
     assert "has no manifest, so it isn't ours; it stays as it is" in said
@@ -448,9 +428,7 @@ def test_generate_says_so_where_routers_read_a_chat_template_but_were_trained_wi
     run_copy: Path, flags: list[str], rewards: list[str], notes: int, drllm: Callable[..., Any]
 ):
     routers = ["--routers", trained_for(run_copy / "routers", *rewards)]
-
     said = drllm("generate ice --device cpu --max-new-tokens 2", *routers, *flags).err
-
     assert len(said.splitlines()) == notes
     assert all("with --no-chat they read as in training" in line for line in said.splitlines())
 
@@ -462,25 +440,9 @@ def test_evaluate_says_so_where_routers_were_trained_on_other_prompts(
     run_copy: Path, tmp_path: Path, rewards: list[str], notes: int, drllm: Callable[..., Any]
 ):
     places = [trained_for(run_copy / "routers", *rewards), "--output-dir", tmp_path / "eval"]
-
     command = "evaluate --device cpu --limit 2 --baselines none --latency-rounds 0 --routers"
     said = drllm(command, *places).err
-
     assert said.count("were trained on prompts for letter, the") == notes
-
-
-def test_generate_draws_the_route_and_counts_its_cost(
-    finished_run: Path, drllm: Callable[..., Any]
-):
-    words = ["What is ice?", "--routers", finished_run / "routers"]
-
-    out = drllm("generate --device cpu --max-new-tokens 5", *words).out
-
-    route = re.search(r"layer  0\n       ([█·2]{4})\n", out)
-    assert route is not None
-    executions = sum("·█2".index(mark) for mark in route[1])
-    assert f"executions  {executions} of 4 a forward pass" in out
-    assert re.search(r"time        prefill \d", out)
 
 
 def test_generate_without_routers_gives_the_base_models_answer(

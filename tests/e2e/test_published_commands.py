@@ -128,9 +128,7 @@ def test_targets_of_commonsense_are_added_by_the_command_that_the_message_names(
     assert "data/commonsense_qa/supervision.jsonl, which isn't there" in line
     [search] = re.findall(r"drllm (search .* --budget 2)", line)
     command(f"{search} --device cpu {FEWER}")
-
     command(f"{TRAIN} --device cpu --with_commonsense")
-
     added = len(read_supervision("data/commonsense_qa/supervision.jsonl"))
     assert added > 0
     tasks = read_config(Path("checkpoints/drllm-tiny")).training["tasks"]

@@ -5,26 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from drllm.cli import main
 from drllm.records import only_writer, read_search, to_lines
 
 
 @pytest.fixture
-def words(model_folder: Callable[..., Path], tmp_path: Path) -> list[str]:
-    settings = ["--num-simulations", "6", "--limit", "10", "--block-size", "3"]
-    model = ["--model", str(model_folder()), "--device", "cpu"]
-    return ["search", *model, *settings, "--output-dir", str(tmp_path / "out")]
+def search(model_folder: Callable[..., Path], tmp_path: Path, drllm: Any) -> Callable[..., Any]:
+    """A function that searches with a tiny model, to `out` unless told otherwise."""
+    command = f"search --model {model_folder()} --device cpu --num-simulations 6 --limit 10"
+    place = ["--block-size", "3", "--output-dir", tmp_path / "out"]
+    return lambda *words, status=0: drllm(command, *place, *words, status=status)
 
 
-def test_a_dry_run_says_what_to_expect_and_writes_nothing(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    assert main([*words, "--dry-run", "--dataset", "builtin_facts,builtin_arithmetic"]) == 0
-
-    out = capsys.readouterr().out
+def test_a_dry_run_says_what_to_expect_and_writes_nothing(search, tmp_path: Path):
+    out = search("--dry-run", "--dataset", "builtin_facts,builtin_arithmetic").out
     for task in ("builtin_facts", "builtin_arithmetic"):
         [row] = [line.split() for line in out.splitlines() if line.split()[:1] == [task]]
         assert row[1:3] == ["10", "70"]
@@ -36,38 +33,28 @@ def test_a_dry_run_says_what_to_expect_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_is_right_about_paths_and_close_about_disk(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    assert main([*words, "--dry-run"]) == 0
-    [row] = [line.split() for line in capsys.readouterr().out.splitlines() if "facts  " in line]
-    assert main(words) == 0
+def test_a_dry_run_is_right_about_paths_and_close_about_disk(search, tmp_path: Path):
+    out = search("--dry-run").out
+    [row] = [line.split() for line in out.splitlines() if "facts  " in line]
+    search()
     records = read_search(tmp_path / "out" / "search.jsonl")
     assert int(row[2]) == sum(len(record.paths) for record in records)
     size = len(to_lines(records).encode()) / 1e6
     assert float(row[5]) == pytest.approx(size, rel=0.25)
 
 
-def test_a_dry_run_shares_the_time_out_among_workers(
-    words: list[str], capsys: pytest.CaptureFixture[str]
-):
-    assert main([*words, "--dry-run", "--executor", "ray", "--num-workers", "4"]) == 0
-    assert " on 4 like it" in capsys.readouterr().out
+def test_a_dry_run_shares_the_time_out_among_workers(search):
+    assert " on 4 like it" in search("--dry-run", "--executor", "ray", "--num-workers", "4").out
 
 
-def test_shards_are_joined_by_supervise(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_shards_are_joined_by_supervise(search, tmp_path: Path, drllm):
     files = [tmp_path / part / "search.jsonl" for part in ("whole", "1", "2")]
     for file, shard in zip(files, ([], ["--shard", "1/2"], ["--shard", "2/2"]), strict=True):
-        assert main([*words, *shard, "--output-dir", str(file.parent)]) == 0
+        search(*shard, "--output-dir", file.parent)
     whole, first, second = map(read_search, files)
     assert sorted(r.id for r in whole) == sorted(r.id for r in [*first, *second])
     joined = tmp_path / "joined.jsonl"
-
-    command = ["supervise", "--search", str(files[1]), str(files[2]), "--output", str(joined)]
-    assert main(command) == 0
-
+    drllm("supervise --search", *files[1:], "--output", joined)
     by_question = {
         json.loads(line)["question"]: json.loads(line)["optimal_layer_config"]
         for line in (tmp_path / "whole" / "supervision.jsonl").read_text().splitlines()
@@ -78,22 +65,17 @@ def test_shards_are_joined_by_supervise(
     assert by_question == {}
 
 
-def test_another_search_that_writes_there_is_answered_in_one_line(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_another_search_that_writes_there_is_answered_in_one_line(search, tmp_path: Path):
     with only_writer(tmp_path / "out", "search", "--output-dir"):
-        assert main(words) == 2
-    [line] = capsys.readouterr().err.splitlines()
+        [line] = search(status=2).err.splitlines()
     assert line.startswith(f"drllm: another search is writing to {tmp_path / 'out'}; wait")
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_yaml_file_can_ask_for_a_dry_run(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    (tmp_path / "settings.yaml").write_text("dry_run: true\n")
-    assert main([*words, "--config", str(tmp_path / "settings.yaml")]) == 0
-    assert "nothing was written" in capsys.readouterr().out
-    (tmp_path / "settings.yaml").write_text("dry_run: maybe\n")
-    assert main([*words, "--config", str(tmp_path / "settings.yaml")]) == 2
-    assert "--dry-run is 'maybe'; give true or false" in capsys.readouterr().err
+def test_a_yaml_file_can_ask_for_a_dry_run(search, tmp_path: Path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("dry_run: true\n")
+    assert "nothing was written" in search("--config", file).out
+    file.write_text("dry_run: maybe\n")
+    said = search("--config", file, status=2).err
+    assert "--dry-run is 'maybe'; give true or false" in said

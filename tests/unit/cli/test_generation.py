@@ -66,25 +66,20 @@ def test_a_row_that_cannot_be_asked_is_refused_with_file_and_line(
     tmp_path: Path, row: Any, message: str
 ):
     path = write(tmp_path / "p.jsonl", {"prompt": "a", "id": "first"}, row)
-
     with pytest.raises((TaskError, RecordError), match=message) as error:
         read_prompts(path, chat=True)
-
     assert str(error.value).startswith(f"{path}, line 2")
 
 
 def test_messages_are_refused_where_no_chat_template_is_used(tmp_path: Path):
     path = write(tmp_path / "p.jsonl", {"messages": TALK})
-
     with pytest.raises(TaskError, match="line 1: 'messages' need the chat template"):
         read_prompts(path, chat=False)
 
 
 def test_an_answer_is_one_line_with_its_cost():
     answer = Answer(prompt="Was ist »Eis«?", text=" Wasser.\n", tokens=(5, 6, 2), route=(1, 0, 2))
-
     line = to_line("a", answer)
-
     assert "\n" not in line
     assert "»Eis«" in line
     told = {"id": "a", "prompt": "Was ist »Eis«?", "answer": "Wasser.", "route": [1, 0, 2]}

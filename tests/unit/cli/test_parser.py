@@ -51,7 +51,6 @@ def test_every_setting_is_a_flag_with_its_default_in_the_help(verb: str, drllm):
 
 def test_underscores_and_dashes_are_the_same():
     dashes = parsed("search --num-simulations 7 --stop-rule=paper")
-
     assert dashes == parsed("search --num_simulations=7 --stop_rule paper")
     assert dashes.of(SearchConfig).num_simulations == 7
 
@@ -65,7 +64,6 @@ def test_values_keep_their_underscores():
 def test_a_training_reads_several_files_or_none_that_is_named():
     several = parsed("train --run-name n --supervision a b --with_squad")
     none = parsed("train --run-name n")
-
     assert several.paths("supervision") == [Path("a"), Path("b")]
     assert none.paths("supervision") == []
     assert several.values["with_squad"] is True
@@ -79,9 +77,7 @@ def test_a_published_name_is_accepted():
 @pytest.mark.parametrize("order", ["--config {} --num-epochs 9", "--num-epochs 9 --config {}"])
 def test_a_flag_wins_over_the_file_and_the_file_over_the_default(file: Path, order: str):
     file.write_text("num-epochs: 7\nlearning_rate: 0.5\nmodel_id: owner/name\n")
-
     request = parsed("train --supervision s --run-name n " + order.format(file))
-
     settings = request.of(TrainConfig)
     assert (settings.num_epochs, settings.learning_rate) == (9, 0.5)
     assert settings.gamma == TrainConfig().gamma
@@ -91,18 +87,14 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(file: Path, ord
 
 def test_a_file_may_name_what_a_verb_reads(file: Path):
     file.write_text("search: a.jsonl\noutput: b.jsonl\ntarget: paper\n")
-
     request = parsed(f"supervise --config {file}")
-
     assert request.paths("search") == [Path("a.jsonl")]
     assert request.path("output") == Path("b.jsonl")
 
 
 def test_a_number_in_a_file_is_a_text_where_the_setting_is_one(file: Path):
     file.write_text("curve: 0.10\nlimit: 3\nepsilon: 2\nrevision: 0123456\noutput-dir: 2024\n")
-
     request = parsed(f"evaluate --routers r --config {file}")
-
     settings = request.of(EvaluateConfig)
     assert (settings.curve, settings.limit, settings.epsilon) == ("0.10", 3, 2)
     assert request.of(ModelConfig).revision == "0123456"  # to YAML an octal number
@@ -120,7 +112,6 @@ def test_a_switch_can_be_turned_on_and_off():
 def test_without_a_model_it_is_known_that_none_was_given():
     given = parsed("evaluate --routers r --model smollm2-135m")
     not_given = parsed("evaluate --routers r")
-
     assert given.model_given
     assert not not_given.model_given
     assert given.of(ModelConfig) == not_given.of(ModelConfig)
@@ -128,7 +119,6 @@ def test_without_a_model_it_is_known_that_none_was_given():
 
 def test_numbers_with_an_exponent_are_numbers_on_the_line():
     line = "train --supervision s --output o --learning-rate 1e-3"
-
     assert parsed(line).of(TrainConfig).learning_rate == 1e-3
 
 
@@ -141,9 +131,7 @@ def test_help_version_and_lists_load_no_torch():
         f"assert [main(words) for words in {QUIET_WORDS!r}] == [0] * {len(QUIET_WORDS)}\n"
         "print({'torch', 'transformers'} & set(sys.modules))"
     )
-
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "set()"
     assert done.stderr == ""

@@ -103,7 +103,6 @@ BOTH = pytest.mark.parametrize(
 def test_every_setting_is_the_sources_and_none_is_without_one(name: str, table: dict[str, Any]):
     recipe = read_recipe(RECIPES / name)
     values = yaml.safe_load((RECIPES / name).read_text(encoding="utf-8"))
-
     assert {f"{section}.{key}" for section, keys in values.items() for key in keys} == set(table)
     for place, (value, source) in table.items():
         section, setting = place.split(".")
@@ -117,7 +116,6 @@ def test_every_setting_is_the_sources_and_none_is_without_one(name: str, table: 
 def test_the_quotas_of_all_tasks_that_are_searched_add_up_to_four_thousand(name: str, table: Any):
     recipe = read_recipe(RECIPES / name)
     tasks = [task.name for task in get_tasks(recipe.search.dataset)]
-
     assert check_settings(recipe.supervise, tasks) == TABLE_2
     assert tasks == list(TABLE_2)
     assert sum(TABLE_2.values()) == 4000

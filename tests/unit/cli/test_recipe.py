@@ -40,7 +40,6 @@ def test_what_comes_with_the_project_is_understood(path: Path):
         sweep = read_sweep(path)
         assert len(sweep.settings) >= (12 if path.stem == "arc_easy_smollm2" else 2)
     recipe = sweep.common if path.parent.name == "sweeps" else read_recipe(path)
-
     assert get_tasks(recipe.search.dataset)
     assert get_tasks(recipe.evaluate.tasks)
     assert recipe.evaluate.split == "test"
@@ -53,26 +52,20 @@ def test_the_driver_of_ray_loads_no_model(
     """A model that can't be loaded isn't missed before Ray is, which comes first."""
     monkeypatch.setitem(sys.modules, "ray", None)  # importing it fails
     path = write(tmp_path, "model: {model: no/such/folder}\nsearch: {executor: ray, limit: 2}\n")
-
     assert main(["run", str(path), "--output-dir", str(tmp_path / "out")]) == 2
-
     assert "needs the package ray" in capsys.readouterr().err
 
 
 def test_names_may_have_dashes_and_the_published_spelling(tmp_path: Path):
     path = write(tmp_path, "model: {model-id: owner/name}\ntrain: {num-epochs: 3}\n")
-
     recipe = read_recipe(path)
-
     assert recipe.model.model == "owner/name"
     assert recipe.train.num_epochs == 3
 
 
 def test_a_number_is_a_text_where_the_setting_is_one_also_when_written_out(tmp_path: Path):
     path = write(tmp_path, "model: {revision: 1.10}\nevaluate: {curve: 0.1, limit: 5}\ntrain: ~\n")
-
     recipe = read_recipe(path)
-
     assert recipe.model.revision == "1.10"
     assert (recipe.evaluate.curve, recipe.evaluate.limit) == ("0.1", 5)
     text = recipe.to_yaml()
@@ -82,9 +75,7 @@ def test_a_number_is_a_text_where_the_setting_is_one_also_when_written_out(tmp_p
 
 def test_a_data_folder_on_the_line_wins_over_the_recipe(tmp_path: Path):
     path = write(tmp_path, "search: {data_dir: here}\n")
-
     recipe = read_recipe(path, "there")
-
     assert (recipe.search.data_dir, recipe.evaluate.data_dir) == ("there", "there")
 
 

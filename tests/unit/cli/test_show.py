@@ -24,9 +24,7 @@ from drllm.reporting.numbers import plain
 def test_a_route_stands_under_its_layers_numbers():
     decisions = [1] * 25
     decisions[10], decisions[21] = 0, 2
-
     scale, route, legend = draw_route(decisions).plain.splitlines()
-
     assert scale.index("10") == route.index("·")
     assert scale.index("20") + 1 == route.index("2")
     assert route.strip() == "█" * 10 + "·" + "█" * 10 + "2" + "█" * 3
@@ -35,7 +33,6 @@ def test_a_route_stands_under_its_layers_numbers():
 
 def test_a_deep_models_route_is_broken_into_rows():
     lines = draw_route([1] * 60 + [0, 2]).plain.splitlines()
-
     assert lines[2] == "layer  60"
     assert lines[3] == "       ·2"
 

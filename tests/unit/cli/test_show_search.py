@@ -117,7 +117,6 @@ def test_the_story_tells_yields_by_task_executions_and_time(printed):
 def test_a_copy_of_a_question_counts_in_what_was_spent_and_in_no_yield(printed):
     copy = record(*FOUND[0].paths, task="other", question="what is  WATER?")
     show_search([*FOUND, copy], Terminal())
-
     out = printed()
     assert "questions 2 and 1 copies, 4 layers, reward loglikelihood" in out
     assert "paths tried 11, 3.7 a question" in out
@@ -127,14 +126,12 @@ def test_a_copy_of_a_question_counts_in_what_was_spent_and_in_no_yield(printed):
 
 def test_a_search_without_survivors_has_no_shortest_path(printed):
     show_search([record(tried("11"), tried("10"))], Terminal())
-
     assert "shortest" not in printed()
 
 
 def test_single_edits_are_told_by_layer_the_least_harmful_first():
     skips = least_harmful_first(FOUND, Decision.SKIP)
     (repeat,) = least_harmful_first(FOUND, Decision.REPEAT)
-
     told = [(e.layer, e.questions, e.right, e.base_right, e.kl, e.margin) for e in skips]
     assert told == [(1, 1, 1.0, 0.0, 0.25, 1.5), (3, 2, 0.5, 0.5, 0.75, -0.75)]
     assert (repeat.layer, repeat.questions, repeat.margin) == (0, 1, 1.0)
@@ -151,9 +148,7 @@ def test_single_edits_are_told_by_layer_the_least_harmful_first():
 def test_without_kl_edits_are_ranked_by_what_is_known(outcomes: list[Any], order: list[int]):
     rows = zip(("111", "011", "101", "110"), outcomes, strict=False)
     found = [record(*(tried(row, **outcome) for row, outcome in rows))]
-
     skips = least_harmful_first(found, Decision.SKIP)
-
     assert [edit.layer for edit in skips] == order
     assert skips[0].kl is None
 
@@ -162,7 +157,6 @@ def test_of_many_layers_the_best_and_the_worst_are_shown(printed):
     full = tried("1" * 12, kl=0.0)
     skips = [tried("1" * layer + "0" + "1" * (11 - layer), kl=layer / 10) for layer in range(12)]
     show_search([record(full, *skips)], Terminal())
-
     table = printed().split("of 12 layers first")[1]
     shown = [word for word in table.split() if word.isdecimal()]
     assert shown[::2] == ["0", "1", "2", "3", "4", "9", "10", "11"]
@@ -175,7 +169,6 @@ def test_edits_that_were_hardly_tried_are_not_ranked(printed):
     ]
     once = record(tried("111", kl=0.0), tried("011", kl=0.001), id="rare")
     show_search([*often, once], Terminal())
-
     assert "of 1 layers first" in printed()
 
 
@@ -185,13 +178,11 @@ def test_the_story_of_a_search_fits_eighty_columns(narrow, capsys):
         for number, one in enumerate(FOUND * 2)
     ]
     show_search(long, narrow)
-
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 def test_after_a_search_layers_are_not_ranked(printed):
     show_search(FOUND, Terminal(), edits=False)
-
     out = printed()
     assert "paths tried 7" in out
     assert "least harmful" not in out
@@ -236,9 +227,7 @@ def test_every_path_is_drawn_once_with_the_edits_that_lead_to_it(data: st.DataOb
     rows = data.draw(st.lists(row, unique=True, max_size=12))
     full = (1, 1, 1, 1)
     every = [full, *(row for row in rows if row != full)]
-
     drawn = draw_paths(record(*(tried("".join(map(str, row))) for row in every)).paths)
-
     assert sorted(decisions for decisions, _ in drawn) == sorted(every)
 
 
@@ -263,7 +252,6 @@ def line_of(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
 
 def test_a_questions_tree_has_all_that_was_measured(line_of):
     show_question(FOUND, "q1", SEARCH, Terminal())
-
     assert line_of("What is water?") == ""
     assert line_of("target") == "#1, 3.0 executions (rule shortest)"
     assert line_of("full path") == "0 yes 0.50 4.0 0.000 + 3 of 4"
@@ -274,7 +262,6 @@ def test_a_questions_tree_has_all_that_was_measured(line_of):
 
 def test_what_was_not_measured_is_left_open(line_of):
     show_question([record(tried("11"), tried("10", 0.5))], "q1", SEARCH, Terminal())
-
     assert line_of("then skip 1") == "1 0.50 – 1.0 –"
     assert line_of("target") == "none: no valid path"
 
@@ -282,7 +269,6 @@ def test_what_was_not_measured_is_left_open(line_of):
 def test_generated_answers_stand_beside_their_paths(line_of):
     paths = tried("11", 1.0, answer="B"), tried("10", answer="I [b]don't\nknow")
     show_question([record(*paths, reward="letter")], "q1", SEARCH, Terminal())
-
     assert line_of("full path").endswith(" B")
     assert line_of("then skip 1").endswith(" I [b]don't kn…")
 
@@ -290,7 +276,6 @@ def test_generated_answers_stand_beside_their_paths(line_of):
 def test_a_long_answer_keeps_its_path_on_one_line(narrow, line_of):
     paths = tried("11", answer="so and so " * 20), tried("10", answer="B")
     show_question([record(*paths, reward="boxed")], "q1", SEARCH, narrow)
-
     assert line_of("full path").endswith("…")
     assert "so and so" in line_of("full path")
 
@@ -304,13 +289,11 @@ def test_a_questions_tree_fits_eighty_columns(narrow, capsys):
         reward="boxed",
     )
     show_question([found], "q1", SEARCH, narrow)
-
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 def test_an_unknown_id_names_the_nearest():
     found = [record(tried("11"), id=name) for name in ("train-7", "train-71", "other-3", "x")]
-
     with pytest.raises(
         RecordError, match=r"no question with id 'train-72'; .* of 4: train-7, train-71, other-3"
     ):
@@ -320,7 +303,6 @@ def test_an_unknown_id_names_the_nearest():
 def test_an_id_of_two_tasks_draws_both(printed):
     found = [record(tried("11"), task=name) for name in ("one", "two")]
     show_question(found, "q1", SEARCH, Terminal())
-
     out = printed()
     assert "q1 of one" in out
     assert "q1 of two" in out
@@ -338,7 +320,6 @@ def search_file(folder: Path, found: Sequence[SearchRecord] = FOUND) -> Path:
 @pytest.mark.parametrize("folder", [False, True])
 def test_show_draws_a_question_of_a_file_or_folder(tmp_path: Path, drllm, folder: bool):
     file = search_file(tmp_path)
-
     assert "What is ice?" in drllm("show --question q2", tmp_path if folder else file).out
 
 
@@ -347,13 +328,11 @@ def test_a_questions_target_follows_the_rule_of_the_supervision_next_to_it(tmp_p
     config = SuperviseConfig(target="least_kl", min_saving=0.5)
     supervise([file], config, tmp_path / "supervision.jsonl")
     assert main(["show", str(file), "--question", "q1"]) == 0
-
     assert line_of("target") == "#2, 2.0 executions (rule least_kl)"
 
 
 def test_show_tells_the_story_of_a_search_file(tmp_path: Path, printed):
     show(search_file(tmp_path), Terminal())
-
     assert "as the search found it → after the re-test" in printed()
 
 
@@ -371,7 +350,6 @@ def failed_file(folder: Path) -> Path:
 def test_questions_that_failed_are_shown_with_their_errors(tmp_path: Path, printed, folder: bool):
     file = failed_file(tmp_path)
     show(tmp_path if folder else file, Terminal())
-
     out = printed()
     assert "failed 2 questions were set aside by the search" in out
     assert "facts q7 3 TaskError: [b]no[/b] prompt" in out
@@ -386,7 +364,6 @@ def test_a_search_that_is_not_finished_says_how_far_it_is(tmp_path: Path, printe
     for name in (*whole, *others, "drllm.resume.json"):
         write_atomically(tmp_path / CHUNKS_FOLDER / name, "{}\n")
     show(tmp_path / place, Terminal())
-
     assert "search not finished: 2 batches of questions" in printed()
 
 
@@ -394,7 +371,6 @@ def test_what_is_kept_of_a_search_that_is_whole_is_not_mentioned(tmp_path: Path,
     search_file(tmp_path)
     write_atomically(tmp_path / CHUNKS_FOLDER / "batch-0-0123456789ab.json", "{}\n")
     show(tmp_path, Terminal())
-
     assert "not finished" not in printed()
 
 
@@ -425,7 +401,6 @@ def test_questions_without_a_target_are_counted_by_task_and_reason(tmp_path: Pat
     file = search_file(tmp_path, [*FOUND, *hopeless])
     supervise([file], SuperviseConfig(quotas="other=1,facts=1"), tmp_path / "mine.jsonl")
     show(tmp_path / "mine.rejected.jsonl", Terminal())
-
     out = printed()
     assert "without 3 records have no target" in out
     assert "fa[ct]s no valid path 2" in out
@@ -435,7 +410,6 @@ def test_questions_without_a_target_are_counted_by_task_and_reason(tmp_path: Pat
 def test_copies_of_questions_are_told_apart(printed):
     copies = [record(*FOUND[1].paths, task=name, question="What is water?") for name in "ab"]
     say_supervision(targets([*FOUND, *copies], SuperviseConfig()).summary, Terminal())
-
     out = printed()
     assert "base right 1 of 2 questions (50.0 %)" in out
     assert "targets 2 of 2 questions (100.0 %)" in out
@@ -447,7 +421,6 @@ def test_a_summary_of_an_older_version_is_told_as_far_as_it_goes(printed):
     for name in ("copies", "paths", "tasks", "executions", "class_counts_by_layer"):
         del summary[name]
     say_supervision(summary, Terminal())
-
     out = printed()
     assert "saving path 2 questions, 2 after the re-test improving" in out
     assert out.endswith("decisions skip 2 (25.0 %), execute 6 (75.0 %), repeat 0 (0.0 %)")

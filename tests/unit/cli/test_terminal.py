@@ -35,7 +35,6 @@ def plain(total: int, steps: list[tuple[float, float]], clock: SimpleNamespace) 
 
 def test_plain_progress_is_a_line_every_tenth_without_control_characters(clock: SimpleNamespace):
     lines = plain(200, [(float(done), done) for done in range(1, 201)], clock)
-
     assert len(lines) == 11
     assert lines[5] == "searching: 100 of 200 questions, 1.0 a second, 1 min 40 s left"
     assert lines[-1] == "searching: 200 of 200 questions, 1.0 a second"
@@ -44,14 +43,12 @@ def test_plain_progress_is_a_line_every_tenth_without_control_characters(clock: 
 
 def test_what_an_earlier_run_did_says_nothing_about_the_rate(clock: SimpleNamespace):
     lines = plain(100, [(0.01, 40.0), (0.02, 50.0), (10.02, 60.0)], clock)
-
     assert "a second" not in lines[0] + lines[1]
     assert lines[2] == "searching: 60 of 100 questions, 59.9 a minute, 40.1 s left"
 
 
 def test_the_next_task_of_a_stage_begins_anew(clock: SimpleNamespace):
     lines = plain(10, [(1.0, 5.0), (2.0, 10.0), (3.0, 0.0), (4.0, 1.0)], clock)
-
     assert lines[-1] == "searching: 1 of 10 questions, 1.0 a second, 9.0 s left"
 
 
@@ -62,7 +59,6 @@ def test_progress_on_a_terminal_is_a_bar_with_rate_and_time_left(clock: SimpleNa
         progress(0, 100)
         clock.now += 10
         progress(50, 100)
-
     text = file.getvalue()
     assert "50 of 100 questions, 5.0 a second, 10.0 s left" in text
     assert "━" in text
@@ -70,17 +66,14 @@ def test_progress_on_a_terminal_is_a_bar_with_rate_and_time_left(clock: SimpleNa
 
 def test_no_bar_is_left_behind_by_an_error():
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-
     with pytest.raises(ZeroDivisionError), Progress(console, "searching", "questions") as progress:
         progress(1 / 0, 1)
-
     assert progress.bar is not None
     assert progress.bar.finished or not progress.bar.live.is_started
 
 
 def test_a_failure_is_one_line_whatever_the_message_holds(capsys: pytest.CaptureFixture[str]):
     Terminal().fail("first [bold]\n  second " + "x" * 300)
-
     assert capsys.readouterr().err == f"drllm: first [bold] second {'x' * 300}\n"
 
 
@@ -92,7 +85,6 @@ def test_our_warnings_are_shown_as_one_line_and_afterwards_logging_is_as_before(
     with Terminal().warnings():
         logging.getLogger("drllm.somewhere").warning("shorter than %d", 3)
         logging.getLogger("drllm.somewhere").info("nobody asked")
-
     assert capsys.readouterr().err == "drllm: warning: shorter than 3\n"
     assert (list(logger.handlers), logger.propagate, warnings.showwarning) == before
 
@@ -107,7 +99,6 @@ def test_warnings_that_code_of_ours_raises_are_shown_and_others_are_not(
             warnings.warn_explicit("another name", UserWarning, ours, 1)
             warnings.warn_explicit("old name", DeprecationWarning, ours, 2)
             warnings.warn_explicit("theirs", UserWarning, "/elsewhere/torch.py", 3)
-
     assert capsys.readouterr().err == "drllm: warning: another name\n"
 
 
