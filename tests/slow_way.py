@@ -201,6 +201,16 @@ class Recorder:
             assert torch.equal(expected, view.hidden[row][view.readable[row]])
 
 
+class Opaque:
+    """Stands for a mask whose rows can't be cut, as flex attention's."""
+
+
+def said_to_slide(model: Any) -> Any:
+    """Let a model say that it slides, which a Llama doesn't do: its numbers stay the same."""
+    model.config.sliding_window = 8
+    return model
+
+
 def right_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Return ids and mask of rows that are padded on the right."""
     width = max(map(len, rows))

@@ -110,12 +110,21 @@ def test_adapter_weights_keep_their_names(tiny_llama, tmp_path):
 # --- accelerate --------------------------------------------------------------------------------
 
 
-def test_a_dispatched_model_is_routed(tiny_llama):
+def dispatched(model):
+    names = [name for name, _ in model.named_children()]
+    accelerate.dispatch_model(model, dict.fromkeys(names, "cpu"), force_hooks=True)
+
+
+def offloaded(model):
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("put", [dispatched, offloaded])
+def test_a_model_whose_weights_are_elsewhere_is_routed(tiny_llama, put):
     model = tiny_llama()
     expected = slow(model)
-    names = [name for name, _ in model.named_children()]
-    dispatched = accelerate.dispatch_model(model, dict.fromkeys(names, "cpu"), force_hooks=True)
-    assert_same(expected, logits(RoutedModel(dispatched)))
+    put(model)
+    assert_same(expected, logits(RoutedModel(model)))
 
 
 def test_hooks_put_on_after_routing_keep_it(tiny_llama):
@@ -128,13 +137,6 @@ def test_hooks_put_on_after_routing_keep_it(tiny_llama):
     accelerate.hooks.remove_hook_from_submodules(model)
     assert_same(expected, logits(routed))
     routed.detach()
-
-
-def test_weights_offloaded_before_routing_are_found(tiny_llama):
-    model = tiny_llama()
-    expected = slow(model)
-    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    assert_same(expected, logits(RoutedModel(model)))
 
 
 def test_hooks_removed_from_under_routing_are_noticed(tiny_llama):
@@ -277,21 +279,14 @@ def compiled(model, **options):
 
 
 @needs_tracing
-def test_a_fixed_plan_compiles_to_one_graph(planned):
-    with torch.no_grad():
-        expected = planned.model(**prompts()).logits
-        fast = compiled(planned.model, fullgraph=True)
-        assert torch.equal(expected, fast(**prompts()).logits)
-        assert planned.last_route.tolist() == [PLAN] * 3
-
-
-@needs_tracing
-def test_rows_with_plans_of_their_own_compile_to_one_graph(tiny_llama):
-    routed = RoutedModel(tiny_llama(), policy=FixedPolicy(MIXED, 6))
+@pytest.mark.parametrize("plan", [PLAN, MIXED], ids=["one plan", "a plan a row"])
+def test_a_plan_compiles_to_one_graph(tiny_llama, plan):
+    routed = RoutedModel(tiny_llama(), policy=FixedPolicy(plan, 6))
     with torch.no_grad():
         expected = routed.model(**prompts()).logits
         fast = compiled(routed.model, fullgraph=True)
         assert torch.equal(expected, fast(**prompts()).logits)
+        assert routed.last_route.tolist() == (MIXED if plan is MIXED else [PLAN] * 3)
 
 
 @needs_tracing

@@ -53,6 +53,21 @@ def instances(questions, kind="loglikelihood", task="task"):
     ]
 
 
+def to_answer(texts=tuple(QUESTIONS), **settings):
+    return [Instance("generate_until", {}, (text, dict(settings)), 0) for text in texts]
+
+
+def rolling(*texts):
+    return [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
+
+
+def options_in_the_context(*names):
+    return [
+        Instance("loglikelihood", {}, (f"so {name} went", " home again"), idx, ("gap", 0, 1))
+        for idx, name in enumerate(names)
+    ]
+
+
 def stock(base, **options):
     return HFLM(pretrained=copy.deepcopy(base.model), tokenizer=base.tokenizer, **options)
 
@@ -73,15 +88,13 @@ def check_scores(base, requests, **options):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64, "auto"])
 def test_without_routers_every_answer_is_the_harness_own(base, batch_size):
-    expected = score(stock(base), instances(QUESTIONS))
-    assert_same(expected, score(RoutedLM(base, batch_size=batch_size), instances(QUESTIONS)))
+    lm = RoutedLM(base, batch_size=batch_size)
+    assert_same(score(stock(base), instances(QUESTIONS)), score(lm, instances(QUESTIONS)))
 
 
 def test_a_continuation_that_the_model_would_say_itself_is_greedy_in_both(base):
     plain = stock(base)
-    [said] = plain.generate_until(
-        [Instance("generate_until", {}, ("what is", {"max_gen_toks": 5, "until": []}), 0)]
-    )
+    [said] = plain.generate_until(to_answer(["what is"], max_gen_toks=5, until=[]))
     questions = {"what is": [said, said[:2], said[:-1] + "#"]}
     expected = score(plain, instances(questions))
     assert [greedy for _, greedy in expected] == [True, True, False], "the sample must be a test"
@@ -89,11 +102,7 @@ def test_a_continuation_that_the_model_would_say_itself_is_greedy_in_both(base):
 
 
 def test_options_that_stand_in_the_context_score_as_in_the_harness(base):
-    requests = [
-        Instance("loglikelihood", {}, (f"so {name} went", " home again"), idx, ("gap", 0, 1))
-        for idx, name in enumerate(["Anna", "Bo"])
-    ]
-    check_scores(base, requests)
+    check_scores(base, options_in_the_context("Anna", "Bo"))
 
 
 def test_prompts_that_are_too_long_are_cut_as_in_the_harness(base):
@@ -102,15 +111,11 @@ def test_prompts_that_are_too_long_are_cut_as_in_the_harness(base):
 
 
 def test_text_without_a_prompt_scores_as_in_the_harness_under_a_fixed_plan(base):
-    requests = instances({"": ["some text", "other", "<s>begun by the prefix token"]})
-    check_scores(base, requests)
+    check_scores(base, instances({"": ["some text", "other", "<s>begun by the prefix token"]}))
 
 
 def test_rolling_texts_score_as_in_the_harness_under_a_fixed_plan(base):
-    requests = [
-        Instance("loglikelihood_rolling", {}, (text,), 0)
-        for text in ("a text " * 30, "short", "<s>begun by the prefix token")
-    ]
+    requests = rolling("a text " * 30, "short", "<s>begun by the prefix token")
     expected = stock(base).loglikelihood_rolling(requests, disable_tqdm=True)
     found = RoutedLM(base).loglikelihood_rolling(requests, disable_tqdm=True)
     assert expected == pytest.approx(found, abs=LOGPROB_TOLERANCE * 3)  # windows
@@ -121,10 +126,8 @@ def test_answers_that_there_is_no_room_for_are_the_harness_own_of_the_length_tha
     base, batch_size
 ):
     def asked(most):
-        return [
-            Instance("generate_until", {}, (text, {"max_gen_toks": of, "until": ["a"]}), 0)
-            for text, of in zip(QUESTIONS, most, strict=True)
-        ]
+        each = zip(QUESTIONS, most, strict=True)
+        return [to_answer([text], max_gen_toks=of, until=["a"])[0] for text, of in each]
 
     step = 96 // STEPS
     room = [96 - math.ceil(len(base.tokenizer(text).input_ids) / step) * step for text in QUESTIONS]
@@ -136,8 +139,7 @@ def test_answers_that_there_is_no_room_for_are_the_harness_own_of_the_length_tha
 
 @pytest.mark.parametrize("batch_size", [1, 2, "auto"])
 def test_without_routers_generated_answers_are_the_harness_own(base, batch_size):
-    settings = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
-    requests = [Instance("generate_until", {}, (text, dict(settings)), 0) for text in QUESTIONS]
+    requests = to_answer(until=["\n"], max_gen_toks=8, do_sample=False)
     expected = stock(base).generate_until(requests, disable_tqdm=True)
     found = RoutedLM(base, batch_size=batch_size).generate_until(requests, disable_tqdm=True)
     assert expected == found
@@ -167,12 +169,7 @@ def test_under_routers_the_words_of_an_option_in_the_context_do_not_move_the_rou
     lm = RoutedLM(base, routers=str(routers))
 
     def route(*names):
-        requests = [
-            lm.request_of(
-                Instance("loglikelihood", {}, (f"so {name} went", " home"), idx, ("gap", 0, 1))
-            )
-            for idx, name in enumerate(names)
-        ]
+        requests = [lm.request_of(each) for each in options_in_the_context(*names)]
         return lm.scorer.score(requests, lm.policy)[1]["gap", 0]
 
     assert route("Anna", "Bo") == route("Zeno of Elea", "Cleo")
@@ -181,8 +178,7 @@ def test_under_routers_the_words_of_an_option_in_the_context_do_not_move_the_rou
 def test_under_routers_generated_answers_follow_the_route_of_their_prompt(base, routers):
     plain = copy.deepcopy(base.model)
     lm = RoutedLM(base, routers=str(routers), batch_size=2)
-    settings = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
-    requests = [Instance("generate_until", {}, (text, dict(settings)), 0) for text in QUESTIONS]
+    requests = to_answer(until=["\n"], max_gen_toks=6, do_sample=False)
     texts = lm.generate_until(requests, disable_tqdm=True)
     assert set(QUESTIONS) == set(lm.generated_routes)
     for context, text in zip(QUESTIONS, texts, strict=True):
@@ -199,9 +195,7 @@ def test_text_without_a_prompt_is_refused_under_routers(base, routers):
     with pytest.raises(RoutingError, match="without a prompt"):
         score(lm, instances({"": ["some text"]}))
     with pytest.raises(RoutingError, match=r"rolling .* no prompt"):
-        lm.loglikelihood_rolling(
-            [Instance("loglikelihood_rolling", {}, ("text",), 0)], disable_tqdm=True
-        )
+        lm.loglikelihood_rolling(rolling("text"), disable_tqdm=True)
 
 
 def test_a_plan_from_a_file_is_followed_and_rolling_texts_are_scored_under_it(base, tmp_path):
@@ -215,10 +209,10 @@ def test_a_plan_from_a_file_is_followed_and_rolling_texts_are_scored_under_it(ba
         context, continuation = lm._encode_pair(*request.args)
         [alone] = ListedModel(plain, plan).sums(context, [continuation])
         assert alone == pytest.approx(logprob, abs=LOGPROB_TOLERANCE)
-    rolling = [Instance("loglikelihood_rolling", {}, ("some text",), 0)]
+    texts = rolling("some text")
     slow = HFLM(pretrained=ListedModel(plain, plan, cached=True).model, tokenizer=base.tokenizer)
-    assert slow.loglikelihood_rolling(rolling, disable_tqdm=True) == pytest.approx(
-        lm.loglikelihood_rolling(rolling, disable_tqdm=True), abs=LOGPROB_TOLERANCE
+    assert slow.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(
+        lm.loglikelihood_rolling(texts, disable_tqdm=True), abs=LOGPROB_TOLERANCE
     )
 
 

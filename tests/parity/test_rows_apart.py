@@ -19,11 +19,12 @@ from drllm.models.scoring.packing import Question
 from drllm.tasks.registry import get_task
 from slow_way import (
     FULL,
-    Recorder,
+    Opaque,
     assert_sums,
     kls_alone,
     never,
     prefixes,
+    said_to_slide,
     some_pairs,
     sums_alone,
     tiny_routers,
@@ -53,12 +54,6 @@ def alone(model, pairs):
 def along(route):
     """Return the pairs of a route for each question."""
     return [(place, tuple(row)) for place, row in enumerate(route.tolist())]
-
-
-def said_to_slide(model):
-    """Let a model say that it slides, which a Llama doesn't do: its numbers stay the same."""
-    model.config.sliding_window = 8
-    return model
 
 
 @pytest.fixture(params=SLIDING)
@@ -169,23 +164,6 @@ def test_routes_of_rows_apart_score_as_those_paths_do_alone(sliding):
     assert_sums(alone(sliding, along(route)), found)
 
 
-def test_a_plan_has_one_row_for_each_question(tiny_llama):
-    routed = RoutedModel(said_to_slide(tiny_llama()))
-    plans = [(1, 0, 2, 1, 1, 1), (0, 1, 1, 1, 2, 1), (1, 1, 1, 1, 0, 0)]
-    batch = ChoiceBatch(routed, QUESTIONS, 1.0)
-    found, route = batch.routed_scores(FixedPolicy(plans, 6))
-    assert plans == [tuple(row) for row in route.tolist()]
-    assert_sums(batch.logprobs(list(enumerate(plans))), found)
-
-
-def test_a_policy_is_asked_once_for_a_question_and_reads_its_context_alone(tiny_llama):
-    model = said_to_slide(tiny_llama())
-    recorder = Recorder()
-    ChoiceBatch(RoutedModel(model), QUESTIONS, 1.0).routed_scores(recorder)
-    assert [len(QUESTIONS)] * 6 == [view.num_rows for view in recorder.views]
-    recorder.assert_read(model, CONTEXTS)
-
-
 def test_continuations_of_answered_prompts_equal_each_path_alone(tiny_model, tiny_tokenizer):
     model = tiny_model("mistral")
     pairs = some_pairs(12, seed=5)
@@ -236,10 +214,6 @@ def test_attention_that_takes_no_mask_for_packing_scores_rows_apart(tiny_model, 
     assert_sums(expected, batch.logprobs(pairs))
     found, route = batch.routed_scores(RouterPolicy(tiny_routers(seed=2)))
     assert_sums(alone(model, along(route)), found)
-
-
-class Opaque:
-    """Stands for a mask whose rows can't be cut, as flex attention's."""
 
 
 def test_attention_whose_masks_cannot_be_cut_is_refused(tiny_llama, tiny_tokenizer, register):

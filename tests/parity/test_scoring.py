@@ -22,6 +22,7 @@ from slow_way import (
     assert_sums,
     never,
     prefixes,
+    said_to_slide,
     some_pairs,
     sums_alone,
 )
@@ -89,9 +90,15 @@ def test_a_state_cache_that_is_too_small_costs_time_and_nothing_else(tiny_llama)
     assert tight.states.executions_run > roomy.states.executions_run
 
 
-def test_deciding_and_scoring_in_one_pass_equals_scoring_under_that_route(tiny_llama):
+@pytest.fixture(params=[False, True], ids=["packed", "rows apart"])
+def model(tiny_llama, request):
+    """A model whose choices are packed, and one whose choices stand in rows of their own."""
+    return said_to_slide(tiny_llama()) if request.param else tiny_llama()
+
+
+def test_deciding_and_scoring_in_one_pass_equals_scoring_under_that_route(model):
     plans = [PATH, (0, 1, 1, 1, 2, 1), (1, 1, 1, 1, 0, 0)]
-    batch = ChoiceBatch(RoutedModel(tiny_llama()), QUESTIONS, 1.0)
+    batch = ChoiceBatch(RoutedModel(model), QUESTIONS, 1.0)
     scores, route = batch.routed_scores(FixedPolicy(plans, 6))
     assert plans == [tuple(row) for row in route.tolist()]
     assert_sums(batch.logprobs(list(enumerate(plans))), scores)
@@ -132,10 +139,10 @@ def test_greedy_are_the_continuations_that_the_path_would_say_itself(tiny_llama)
     assert batch.scores([(0, PATH)])[0].greedy == ()
 
 
-def test_policies_read_the_context_and_no_candidate_answer(tiny_llama):
-    model, recorder = tiny_llama(), Recorder()
+def test_policies_are_asked_once_a_question_and_read_its_context_alone(model):
+    recorder = Recorder()
     ChoiceBatch(RoutedModel(model), QUESTIONS, 1.0).routed_scores(recorder)
-    assert len(recorder.views) == 6
+    assert [len(QUESTIONS)] * 6 == [view.num_rows for view in recorder.views]
     recorder.assert_read(model, CONTEXTS)
 
 

@@ -24,9 +24,8 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import DynamicCache, StaticCache
 
-from drllm.errors import RoutingError
 from drllm.models.base.layers import find_layers
 from drllm.models.base.prompts import left_padded
 from drllm.models.check import IN_SUITE, known_to_transformers, layers_listed, make_tiny
@@ -733,18 +732,3 @@ def test_what_went_wrong_once_equals_the_slow_way_with(case: Case) -> None:
     try_out(case, counts)
     if counts.upstream:
         pytest.skip(f"transformers {transformers.__version__}: {next(iter(counts.upstream))}")
-
-
-def test_a_second_answer_on_a_static_cache_is_the_first_one_again() -> None:
-    """Up to transformers 5.0 `generate` keeps a static cache for its next call."""
-    side = Side(replace(PLAIN, cache="static"))
-    first, second = generate(side), generate(side)
-    assert first[0].tokens == second[0].tokens
-
-
-def test_a_prompt_in_chunks_is_refused_however_it_is_asked_for() -> None:
-    side = Side(replace(PLAIN, routers=3))
-    ids, mask = left_padded(PLAIN.prompts, "cpu")
-    config = GenerationConfig(prefill_chunk_size=2, max_new_tokens=4, pad_token_id=0)
-    with side.deciding(), pytest.raises(RoutingError, match="prefill_chunk_size=2"):
-        side.model.generate(ids, config, attention_mask=mask)

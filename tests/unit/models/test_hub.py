@@ -317,36 +317,26 @@ def test_fetched_routers_are_those_that_were_pushed(said):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("gated", "is gated: accept the terms on its hub page, then set HF_TOKEN"),
-        ("absent", "isn't on the hub, or is private (then set HF_TOKEN)"),
-        ("other revision", "'someone/model' has no revision 'v9'"),
-        ("without a config", "has no config.json, so it isn't a transformers model"),
-        ("unreachable", "isn't in the local cache, and the hub can't be reached; connect"),
-        ("forbidden", "if it needs a login, set HF_TOKEN"),
+        ("model gated", "is gated: accept the terms on its hub page, then set HF_TOKEN"),
+        ("model absent", "isn't on the hub, or is private (then set HF_TOKEN)"),
+        ("model other revision", "'someone/model' has no revision 'v9'"),
+        ("model without a config", "has no config.json, so it isn't a transformers model"),
+        ("model unreachable", "isn't in the local cache, and the hub can't be reached; connect"),
+        ("model forbidden", "if it needs a login, set HF_TOKEN"),
+        ("fetch gated", "'gated/routers' is gated: accept the terms on its hub page, then set HF"),
+        ("fetch absent", "'absent/routers' isn't on the hub, or is private (then set HF_TOKEN)"),
+        ("fetch absent", "there is no folder 'absent/routers' either"),
+        ("fetch forbidden", "'forbidden/routers': Not from this network; if it needs a login, set"),
+        ("fetch unreachable", "'unreachable/routers' isn't in the local cache, and the hub can't"),
+        ("fetch other revision", "'someone/routers' has no revision 'v9'; give a branch, tag or c"),
+        ("fetch a base model", "'someone/model' has no router_config.json; is it a base model?"),
     ],
 )
-def test_each_refusal_of_a_model_is_one_line(said, name, expected):
-    assert said[f"model {name}"].startswith("ModelError: ")
-    assert expected in said[f"model {name}"]
-    assert "\n" not in said[f"model {name}"]
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("gated", "'gated/routers' is gated: accept the terms on its hub page, then set HF_TOKEN"),
-        ("absent", "'absent/routers' isn't on the hub, or is private (then set HF_TOKEN)"),
-        ("absent", "there is no folder 'absent/routers' either"),
-        ("forbidden", "'forbidden/routers': Not from this network; if it needs a login, set HF"),
-        ("unreachable", "'unreachable/routers' isn't in the local cache, and the hub can't be rea"),
-        ("other revision", "'someone/routers' has no revision 'v9'; give a branch, tag or commit"),
-        ("a base model", "'someone/model' has no router_config.json; is it a base model?"),
-    ],
-)
-def test_each_refusal_of_a_fetch_is_one_line(said, name, expected):
-    assert said[f"fetch {name}"].startswith("CheckpointError: ")
-    assert expected in said[f"fetch {name}"]
-    assert "\n" not in said[f"fetch {name}"]
+def test_each_refusal_of_a_model_or_of_routers_is_one_line(said, name, expected):
+    kind = "ModelError" if name.startswith("model") else "CheckpointError"
+    assert said[name].startswith(f"{kind}: ")
+    assert expected in said[name]
+    assert "\n" not in said[name]
 
 
 def test_routers_that_arent_cached_are_refused_offline():

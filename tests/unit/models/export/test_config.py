@@ -22,26 +22,23 @@ def test_lists_of_one_value_per_layer_follow_the_path_in_a_copy(tiny_model):
     assert before == config.to_dict()
 
 
-def test_switches_that_are_lists_follow_too(tiny_model):
-    config = tiny_model("smollm3").config
-    assert config.no_rope_layers == [1, 1, 1, 0, 1, 1]
-    assert config_along(config, [3, 3, 0]).no_rope_layers == [0, 0, 1]
+EXPERTS = Qwen2MoeConfig(num_hidden_layers=4, mlp_only_layers=[0, 3])
+SWITCHES = LlamaConfig(num_hidden_layers=3, no_rope_layers=[1, 1, 0], eos_token_id=[2, 3, 4])
 
 
-def test_a_list_of_layer_indices_becomes_that_of_their_new_places():
-    config = Qwen2MoeConfig(num_hidden_layers=4, mlp_only_layers=[0, 3])
-    assert config_along(config, [3, 1, 0, 2, 3]).mlp_only_layers == [0, 2, 4]
-    assert config_along(config, [1, 2]).mlp_only_layers == []
-
-
-def test_lists_of_tokens_stay_however_long_they_are():
-    config = LlamaConfig(num_hidden_layers=3, eos_token_id=[2, 3, 4])
-    assert config_along(config, [0, 2]).eos_token_id == [2, 3, 4]
-
-
-def test_the_number_of_layers_is_found_under_other_names():
-    listed = config_along(GPT2Config(n_layer=3), [0, 1, 1, 2])
-    assert (listed.n_layer, listed.num_hidden_layers) == (4, 4)
+@pytest.mark.parametrize(
+    ("config", "path", "name", "value"),
+    [
+        (SWITCHES, [2, 2, 0], "no_rope_layers", [0, 0, 1]),
+        (SWITCHES, [0, 2], "eos_token_id", [2, 3, 4]),  # tokens, however many they are
+        (EXPERTS, [3, 1, 0, 2, 3], "mlp_only_layers", [0, 2, 4]),  # indices become places
+        (EXPERTS, [1, 2], "mlp_only_layers", []),
+        (GPT2Config(n_layer=3), [0, 1, 1, 2], "n_layer", 4),  # the number has other names
+        (GPT2Config(n_layer=3), [0, 1, 1, 2], "num_hidden_layers", 4),
+    ],
+)
+def test_what_a_config_says_of_layers_follows_the_path_and_nothing_else(config, path, name, value):
+    assert getattr(config_along(config, path), name) == value
 
 
 def built(model, path):

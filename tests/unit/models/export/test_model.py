@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from drllm.errors import ArchitectureError, ConfigError, ModelError, PathError, RoutingError
 from drllm.models import export
-from drllm.models.base.layers import find_layers
 from drllm.models.base.load import BaseModel
 from drllm.models.check import IN_SUITE
 from drllm.models.export import export_path
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import to_decisions
+from slow_way import LOGIT_TOLERANCE, ListedModel
 
 PLAN = (0, 2, 2, 4, 5, 5)
 """Skips and repeats, which decisions can express."""
@@ -25,9 +25,6 @@ BLOCK = (0, 1, 2, 3, 1, 2, 3, 4, 5)
 BACKWARDS = (5, 0, 3)
 IDS = torch.tensor([list(range(5, 25))])
 """Longer than the tokens that a sliding layer of these models sees."""
-
-LOGIT_TOLERANCE = 2e-5
-"""As in the parity tests; a weight's place in memory alone moves the last bits."""
 
 
 @pytest.fixture(scope="module")
@@ -64,19 +61,6 @@ def logits(model):
         return model(IDS, use_cache=False).logits
 
 
-def listed(model, path):
-    """Return a copy whose layers are listed in path order, what is said of each of them too."""
-    slow = copy.deepcopy(model)
-    stack, layers = find_layers(slow)
-    name = next(name for name, child in stack.named_children() if child is layers)
-    setattr(stack, name, nn.ModuleList([layers[index] for index in path]))
-    for key in ("layer_types", "no_rope_layers"):
-        if getattr(slow.config, key, None) is not None:
-            setattr(slow.config, key, [getattr(slow.config, key)[index] for index in path])
-    slow.config.num_hidden_layers = len(path)
-    return slow
-
-
 def refused(kind, base, path, output):
     before = sorted(output.parent.iterdir())
     with pytest.raises(kind) as caught:
@@ -90,7 +74,7 @@ def refused(kind, base, path, output):
 @pytest.mark.parametrize("path", [PLAN, BLOCK, BACKWARDS], ids=["plan", "block", "backwards"])
 @pytest.mark.parametrize("family", IN_SUITE)
 def test_logits_equal_those_of_the_layers_listed_by_hand(exported, base_of, family, path):
-    expected = logits(listed(base_of(family).model, path))
+    expected = logits(ListedModel(base_of(family).model, path=path).model)
     found = logits(exported(family, path))
     torch.testing.assert_close(found, expected, atol=LOGIT_TOLERANCE, rtol=0)
 
