@@ -1,7 +1,5 @@
 """Every family of the suite, under every plan, against the slow way; greedy, in a padded batch."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import DynamicCache

@@ -1,7 +1,5 @@
 """A routed model among the tools people use with one: each leaves routing right, or says so."""
 
-from __future__ import annotations
-
 import copy
 import importlib.metadata
 import io

@@ -4,8 +4,6 @@ SmolLM2-135M-Instruct, float32. Every reward is asked in a way that gives it eno
 answers: the model can't box what it has to work out, so it is shown the answer and told to box it.
 """
 
-from __future__ import annotations
-
 import copy
 import gzip
 import json

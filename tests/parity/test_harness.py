@@ -1,7 +1,5 @@
 """Our model in lm-evaluation-harness against the harness' own, and against each path alone."""
 
-from __future__ import annotations
-
 import copy
 import math
 

@@ -1,7 +1,5 @@
 """KL against a plain model that lists the path's layers, and torch's own KL divergence."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

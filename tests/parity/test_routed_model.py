@@ -1,7 +1,5 @@
 """The routed model against the slow way: plain model, layers listed in path order, row by row."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import re

@@ -1,7 +1,5 @@
 """Choices that can't be packed, in rows of their own, against packed ones and each alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers

@@ -1,7 +1,5 @@
 """Shared prefixes and packed choices against running every path alone, choice by choice."""
 
-from __future__ import annotations
-
 import gc
 
 import pytest

@@ -1,7 +1,5 @@
 """What must hold on real weights: SmolLM2-135M-Instruct, float32, real questions."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

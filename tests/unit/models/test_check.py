@@ -126,16 +126,13 @@ def test_mixed_plans_can_be_run_by_a_model_of_any_depth(num_layers):
     assert all(0 <= value <= 2 for plan in plans for value in plan)
 
 
-def test_the_same_seed_makes_the_same_model_whatever_the_global_generator():
+def test_the_same_seed_and_fields_make_the_same_model_whatever_the_global_generator():
     before = torch.get_rng_state()
     first, again, other = make_tiny("qwen2"), make_tiny("qwen2"), make_tiny("qwen2", seed=1)
     assert torch.equal(before, torch.get_rng_state())
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(first(ids).logits, again(ids).logits)
     assert not torch.equal(first(ids).logits, other(ids).logits)
-
-
-def test_fields_of_the_configuration_can_be_given():
     model = make_tiny("llama", num_hidden_layers=3, attention="eager")
     assert (len(model.model.layers), model.config._attn_implementation) == (3, "eager")
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import re
 
 import pytest
 import torch
@@ -183,37 +184,36 @@ def test_the_base_model_stays_as_it_is(base_of, tmp_path):
             "deepseek_v3",
             {},
             [1, 2],
-            ("layer 1, executed as number 0", "the class of mlp"),
+            "layer 1, executed as number 0.*the class of mlp",
             [0, 2, 2, 5],
         ),
         (
             "qwen2_moe",
             {"decoder_sparse_step": 2},
             [0, 2, 3],
-            ("as the class of mlp",),
+            "as the class of mlp",
             [0, 1, 4, 5],
         ),
-        ("lfm2", {}, [0, 1], ("not K/V",), None),
+        # Newer transformers keep the scale as an attribute, older compute it as they go.
+        (
+            "gpt2",
+            {"attention": "eager", "scale_attn_by_inverse_layer_idx": True},
+            [0, 2],
+            "scaling|logits differ",
+            [0, 1, 2],
+        ),
+        ("lfm2", {}, [0, 1], "not K/V", None),
     ],
-    ids=["dense first", "every other", "not routable"],
+    ids=["dense first", "every other", "scaled", "not routable"],
 )
 def test_a_layer_that_another_place_would_change_is_refused_there(
     tiny_model, tiny_tokenizer, tmp_path, family, options, path, said, other
 ):
     base = BaseModel(tiny_model(family, **options), tiny_tokenizer, "tiny")
     message = refused(ArchitectureError, base, path, tmp_path / "out")
-    assert all(text in message for text in said)
+    assert re.search(said, message)
     if other:
         export_path(base, other, tmp_path / "out")
-
-
-def test_a_scale_that_follows_from_the_place_is_refused(tiny_model, tiny_tokenizer, tmp_path):
-    """Newer transformers keep the scale as an attribute, older compute it as they go."""
-    model = tiny_model("gpt2", attention="eager", scale_attn_by_inverse_layer_idx=True)
-    base = BaseModel(model, tiny_tokenizer, "tiny")
-    message = refused(ArchitectureError, base, [0, 2], tmp_path / "out")
-    assert "scaling" in message or "logits differ" in message
-    export_path(base, [0, 1, 2], tmp_path / "out")
 
 
 class Own(LlamaForCausalLM):

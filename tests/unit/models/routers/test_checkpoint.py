@@ -168,19 +168,17 @@ def routers_folder(base_folder, model, tmp_path):
     return tmp_path / "routers"
 
 
-def test_the_base_model_is_the_one_that_the_routers_name(routers_folder, base_folder):
-    routed = RoutedModel.from_pretrained(routers_folder, dtype="float32", device="cpu")
-    assert routed.model.name_or_path == str(base_folder)
-    assert routed.model.dtype == torch.float32
+@pytest.mark.parametrize("given", [None, str, Path])
+def test_the_base_model_is_the_one_that_the_routers_name_or_that_is_given_by_its_place(
+    routers_folder, base_folder, given
+):
+    if given:
+        save_routers(by_hand(), routers_folder)  # which name none
+    base = given and given(base_folder)
+    routed = RoutedModel.from_pretrained(routers_folder, base, dtype="float32", device="cpu")
+    assert (routed.model.name_or_path, routed.model.dtype) == (str(base_folder), torch.float32)
     assert routed.tokenizer("a").input_ids
     assert route(routed)
-
-
-@pytest.mark.parametrize("given", [str, Path])
-def test_a_base_model_can_be_given_by_its_place(base_folder, tmp_path, given):
-    save_routers(by_hand(), tmp_path)
-    routed = RoutedModel.from_pretrained(tmp_path, given(base_folder), device="cpu")
-    assert routed.model.name_or_path == str(base_folder)
 
 
 def test_routers_of_another_model_are_refused_on_loading(routers_folder, tiny_llama):

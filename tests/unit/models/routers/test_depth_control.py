@@ -125,12 +125,6 @@ def test_the_bias_gives_the_executions_wanted_whatever_the_batches(routed, targe
     assert found == find_depth_bias(routed, prompts, target, tolerance=0.15, batch_size=3)
 
 
-def test_routers_that_run_the_executions_wanted_are_left_alone(routed):
-    prompts = some_prompts()
-    found = find_depth_bias(routed, prompts, mean(routed, 0.0, prompts))
-    assert (found.depth_bias, found.num_probes) == (0.0, 1)
-
-
 @pytest.mark.parametrize(("target", "route"), [(1, [0, 0, 0, 0, 0, 1]), (2 * L, [2] * L)])
 def test_the_least_and_the_most_executions_can_be_had(routed, target, route):
     prompts = some_prompts(5)
@@ -220,6 +214,19 @@ def test_what_a_monotone_function_reaches_is_found_and_what_it_jumps_over_is_ref
             assert f" and {above:.2f} (" in str(caught.value)
 
 
+def test_the_search_is_short_and_ends_where_no_bias_is_needed_or_no_bias_moves_the_routers(
+    routing_by,
+):
+    def executions(bias, place):
+        return max(1, min(12, round(6 - 2 * bias + place / 100)))
+
+    assert routing_by(executions, 4.3, 100).num_probes < 15
+    found = routing_by(lambda bias, place: 7, 7)
+    assert (found.depth_bias, found.num_probes) == (0.0, 1)
+    with pytest.raises(ConfigError, match=r"the nearest are 7.00 \(--depth-bias 0.0\); take"):
+        routing_by(lambda bias, place: 7, 5)
+
+
 @pytest.mark.parametrize(("start", "end"), [(0.8, 0.9), (0.82, 0.86)])
 def test_a_target_is_found_behind_a_jump_of_a_function_that_is_not_monotone(routing_by, start, end):
     def executions(bias, _place):
@@ -232,32 +239,15 @@ def test_a_target_is_found_behind_a_jump_of_a_function_that_is_not_monotone(rout
     assert found.executions == 6
 
 
-def test_routers_that_no_bias_moves_end_the_search(routing_by):
-    with pytest.raises(ConfigError, match=r"the nearest are 7.00 \(--depth-bias 0.0\); take"):
-        routing_by(lambda bias, place: 7, 5)
-
-
-def test_the_search_takes_few_probes(routing_by):
-    def executions(bias, place):
-        return max(1, min(12, round(6 - 2 * bias + place / 100)))
-
-    assert routing_by(executions, 4.3, 100).num_probes < 15
-
-
-def test_without_a_knob_the_policy_in_force_stays(routed, tiny_llama):
-    assert policy_for(routed, DepthConfig()) == (routed.policy, None)
-    plain = RoutedModel(tiny_llama())
-    assert policy_for(plain, DepthConfig()) == (plain.policy, None)
-
-
-def test_each_knob_becomes_a_policy(routed):
-    for bias, penalty in ((0.7, None), (0.0, -0.6)):
-        config = DepthConfig(depth_bias=bias, router_penalty=penalty)
-        policy, found = policy_for(routed, config)
-        assert (policy.depth_bias, policy.router_penalty, found) == (bias, penalty, None)
+def test_each_knob_becomes_a_policy_and_without_one_the_policy_in_force_stays(routed, tiny_llama):
+    for model in (routed, RoutedModel(tiny_llama())):
+        assert policy_for(model, DepthConfig()) == (model.policy, None)
+    for knob in ({"depth_bias": 0.7}, {"router_penalty": -0.6}):
+        policy, found = policy_for(routed, DepthConfig(**knob))
+        assert {name: getattr(policy, name) for name in knob} == knob
+        assert found is None
     policy, found = policy_for(routed, DepthConfig(static_routing=True))
-    assert isinstance(policy, FullPolicy)
-    assert found is None
+    assert (type(policy), found) == (FullPolicy, None)
 
 
 def test_a_target_becomes_the_bias_that_was_found(routed):

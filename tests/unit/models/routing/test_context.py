@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import copy
 import pickle
 import threading
@@ -21,32 +19,20 @@ def in_a_thread(function):
     return results[0]
 
 
-def test_the_innermost_block_counts_and_the_outer_one_comes_back():
+def test_the_innermost_block_of_an_owner_counts_and_the_outer_one_comes_back():
     kind, owner = Override("kind"), Owner()
     with kind.set(owner, 1):
         with kind.set(owner, 2):
             assert kind.get(owner) == 2
-        assert kind.get(owner) == 1
+        assert (kind.get(owner), kind.get(Owner())) == (1, None)
     assert kind.get(owner) is None
 
 
-def test_what_one_owner_holds_is_nothing_to_another():
-    kind, owner = Override("kind"), Owner()
-    with kind.set(owner, 1):
-        assert kind.get(Owner()) is None
-
-
-def test_what_is_held_in_one_thread_is_not_seen_in_another():
-    kind, owner = Override("kind"), Owner()
-    with kind.set(owner, 1):
-        assert in_a_thread(lambda: kind.get(owner)) is None
-
-
-def test_it_is_in_use_while_any_thread_holds_something():
+def test_what_is_held_in_one_thread_is_not_seen_in_another_but_known_to_be_in_use():
     kind, owner = Override("kind"), Owner()
     assert not kind.in_use
     with kind.set(owner, 1):
-        assert in_a_thread(lambda: kind.in_use)
+        assert in_a_thread(lambda: (kind.get(owner), kind.in_use)) == (None, True)
     assert not kind.in_use
 
 
@@ -54,29 +40,29 @@ def test_an_error_inside_the_block_ends_it():
     kind, owner = Override("kind"), Owner()
     with pytest.raises(ValueError, match="inside"), kind.set(owner, 1):
         raise ValueError("inside")
-    assert kind.get(owner) is None
-    assert not kind.in_use
+    assert (kind.get(owner), kind.in_use) == (None, False)
 
 
-def test_a_value_is_current_from_begin_to_end():
+def test_a_value_is_current_from_begin_to_end_and_replaces_one_left_behind():
     current = ThreadValue()
     assert current.get() is None
-    current.begin("pass")
-    assert current.get() == "pass"
-    current.end()
-    assert current.get() is None
-
-
-def test_a_value_left_behind_is_replaced_by_the_next():
-    current = ThreadValue()
     current.begin("interrupted")
     current.begin("next")
+    assert current.get() == "next"
     current.end()
     assert current.get() is None
 
 
-def test_two_objects_have_their_own_current_values():
-    first, second = ThreadValue(), ThreadValue()
+def other_one(_current):
+    return ThreadValue()
+
+
+@pytest.mark.parametrize(
+    "make", [other_one, copy.deepcopy, lambda current: pickle.loads(pickle.dumps(current))]
+)
+def test_another_object_even_a_copy_has_a_current_value_of_its_own(make):
+    first = ThreadValue()
+    second = make(first)
     first.begin("first")
     assert second.get() is None
     second.begin("second")
@@ -96,13 +82,4 @@ def test_each_thread_has_its_own_current_value():
 
     assert in_a_thread(other) == (None, "other")
     assert current.get() == "main"
-    current.end()
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
-def test_a_copy_has_a_current_value_of_its_own(copied):
-    current = ThreadValue()
-    twin = copied(current)
-    current.begin("pass")
-    assert twin.get() is None
     current.end()

@@ -1,7 +1,5 @@
 """How paths are split over forward passes, and what happens when memory runs out."""
 
-from __future__ import annotations
-
 import logging
 from types import SimpleNamespace
 

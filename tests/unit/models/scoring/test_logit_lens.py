@@ -1,7 +1,5 @@
 """What a model would say behind a layer equals what it says when it is cut off there."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The store of states: what it counts, what it gives up, and what it may not."""
 
-from __future__ import annotations
-
 import torch
 
 from drllm.models.scoring.prefix_cache import PrefixCache, PrefixState
