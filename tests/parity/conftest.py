@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import pytest
@@ -59,28 +60,17 @@ class Slow:
     """The slow way's answers on the tiny models, kept for the session."""
 
     def __init__(self, make: Callable[..., Any]) -> None:
-        self.make = make
-        self.models: dict[tuple[Any, ...], Any] = {}
-        self.lists: dict[tuple[Any, ...], ListedModel] = {}
-        self.answers: dict[tuple[Any, ...], list[int]] = {}
+        self._make, self._list, self._say = cache(make), cache(self._listed), cache(self._said)
 
     def untouched(self, family: str, **options: Any) -> Any:
         """Return a model of the family, a copy of its own for each caller."""
-        key = (family, *sorted(options.items()))
-        if key not in self.models:
-            self.models[key] = self.make(family, **options)
-        return copy.deepcopy(self.models[key])
+        return copy.deepcopy(self._make(family, **options))
 
     def listed(
         self, family: str, decisions: Sequence[int], *, cached: bool = False, **options: Any
     ) -> ListedModel:
         """Return the family's model with its layers listed in path order."""
-        key = (family, tuple(decisions), cached, *sorted(options.items()))
-        if key not in self.lists:
-            self.lists[key] = ListedModel(
-                self.untouched(family, **options), decisions, cached=cached
-            )
-        return self.lists[key]
+        return self._list(family, tuple(decisions), cached, **options)
 
     def greedy(
         self,
@@ -91,14 +81,16 @@ class Slow:
         **options: Any,
     ) -> list[list[int]]:
         """Return each prompt's greedy answer under its own row of the plan."""
-        rows = []
-        for decisions, prompt in zip(plan, prompts, strict=True):
-            key = (family, tuple(decisions), tuple(prompt), num_new, *sorted(options.items()))
-            if key not in self.answers:
-                listed = self.listed(family, decisions, **options)
-                self.answers[key] = listed.greedy(prompt, num_new, never=END)
-            rows.append(self.answers[key])
-        return rows
+        return [
+            self._say(family, tuple(decisions), tuple(prompt), num_new, **options)
+            for decisions, prompt in zip(plan, prompts, strict=True)
+        ]
+
+    def _listed(self, family, decisions, cached, **options):
+        return ListedModel(self.untouched(family, **options), decisions, cached=cached)
+
+    def _said(self, family, decisions, prompt, num_new, **options):
+        return self.listed(family, decisions, **options).greedy(prompt, num_new, never=END)
 
 
 @pytest.fixture(autouse=True)

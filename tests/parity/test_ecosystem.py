@@ -71,19 +71,17 @@ def assert_same(expected, found):
 # --- adapters ----------------------------------------------------------------------------------
 
 
-def test_an_adapter_attached_before_routing_is_routed(tiny_llama):
-    adapted = get_peft_model(tiny_llama(), lora())
-    merged = copy.deepcopy(adapted).merge_and_unload()
-    routed = RoutedModel(adapted)
-    assert_same(slow(merged), logits(routed))
-    assert routed.detach() is adapted
-
-
-def test_an_adapter_attached_after_routing_is_routed(tiny_llama):
+@pytest.mark.parametrize("first", ["adapter", "routing"])
+def test_an_adapter_is_routed_whichever_is_attached_first(tiny_llama, first):
     merged = get_peft_model(tiny_llama(), lora()).merge_and_unload()
-    routed = RoutedModel(tiny_llama())
-    adapted = get_peft_model(routed.model, lora())
+    if first == "adapter":
+        adapted = get_peft_model(tiny_llama(), lora())
+        routed = RoutedModel(adapted)
+    else:
+        routed = RoutedModel(tiny_llama())
+        adapted = get_peft_model(routed.model, lora())
     assert_same(slow(merged), logits(routed, model=adapted))
+    assert routed.detach() is (adapted if first == "adapter" else adapted.get_base_model())
 
 
 def test_an_adapted_model_generates_under_routing(tiny_llama):

@@ -47,36 +47,28 @@ EXACT_SHOTS = (
 )
 
 
-def boxing(question, answer):
-    return Prompt(
-        text=f"{BOXED_SHOTS}Problem: {question}\nAnswer: {answer}\nBoxed:",
-        reward="boxed",
-        answer=answer,
-        max_new_tokens=16,
-    )
+ASKED = {
+    "boxed": (BOXED_SHOTS, "Problem", "Boxed", 16),
+    "exact": (EXACT_SHOTS, "Question", "Same answer", 12),
+}
 
 
-def repeating(question, answer):
-    return Prompt(
-        text=f"{EXACT_SHOTS}Question: {question}\nAnswer: {answer}\nSame answer:",
-        reward="exact",
-        answer=answer,
-        max_new_tokens=12,
-    )
+def shown(reward, question, answer):
+    """Ask for an answer that is shown."""
+    shots, name, wanted, most = ASKED[reward]
+    text = f"{shots}{name}: {question}\nAnswer: {answer}\n{wanted}:"
+    return Prompt(text=text, reward=reward, answer=answer, max_new_tokens=most)
 
 
 def built_in(reward, num):
     if reward == "boxed":
-        return [boxing(e.question, e.answer) for e in arithmetic()[:num]]
+        examples = get_task("builtin_arithmetic").examples("search")[:num]
+        return [shown(reward, e.question, e.answer) for e in examples]
     task = get_task("builtin_facts")
     examples = choose(task.examples("search"), num, seed=3)
     if reward == "exact":
-        return [repeating(example.question, example.answer) for example in examples]
+        return [shown(reward, e.question, e.answer) for e in examples]
     return [task.prompt(example, reward) for example in examples]
-
-
-def arithmetic():
-    return get_task("builtin_arithmetic").examples("search")
 
 
 def real(reward, num, data_dir):
@@ -85,12 +77,12 @@ def real(reward, num, data_dir):
             rows = [json.loads(line) for line in file]
         rows = [row for row in rows if len(row["question"]) < 140][:num]
         answers = [row["answer"].split("#### ")[1].replace(",", "") for row in rows]
-        return [boxing(row["question"], a) for row, a in zip(rows, answers, strict=True)]
+        return [shown(reward, row["question"], a) for row, a in zip(rows, answers, strict=True)]
     task = get_task("arc_easy")
     examples = task.examples("search", data_dir)
     if reward == "exact":
         short = [e for e in examples if len(e.answer.split()) < 3 and len(e.question) < 150]
-        return [repeating(example.question, example.answer) for example in short[:num]]
+        return [shown(reward, e.question, e.answer) for e in short[:num]]
     return [task.prompt(example, reward) for example in choose(examples, num, seed=0)]
 
 

@@ -101,13 +101,21 @@ def test_paths_of_a_row_of_its_own_share_their_states(tiny_model):
     assert asked == batch.states.executions_asked
 
 
-def test_one_question_too_long_sets_the_rows_of_all_apart_and_none_does_not(tiny_model):
-    routed = RoutedModel(tiny_model("mistral"))
-    fits, too_long = Question([5, 6, 7, 8], [[1, 2, 3], [4, 5, 6]]), QUESTIONS[0]  # 8 tokens
-    for questions, num_rows in (([fits], 1), ([fits, too_long], 2)):
-        batch = ChoiceBatch(routed, questions, 1.0)
-        batch.logprobs([(0, FULL)])
-        assert 6 * num_rows == batch.states.executions_run
+FITS, TOO_LONG = Question([5, 6, 7, 8], [[1, 2, 3], [4, 5, 6]]), QUESTIONS[0]  # 8 tokens
+
+
+@pytest.mark.parametrize(
+    ("window", "questions", "num_rows"),
+    [(8, [FITS], 1), (8, [FITS, TOO_LONG], 2), (0, [FITS, TOO_LONG], 1)],  # 0: it doesn't slide
+)
+def test_one_question_longer_than_a_window_sets_the_rows_of_all_apart(
+    tiny_llama, window, questions, num_rows
+):
+    model = tiny_llama()
+    model.config.sliding_window = window
+    batch = ChoiceBatch(RoutedModel(model), questions, 1.0)
+    batch.logprobs([(0, FULL)])
+    assert 6 * num_rows == batch.states.executions_run
 
 
 @pytest.mark.parametrize("num_paths", [None, 1, 4])
@@ -127,14 +135,6 @@ def test_kl_is_measured_on_one_row_of_a_question(tiny_model, num_paths, gb):
         measured_too = {(place, FULL) for place, _ in pairs} - {(1, FULL)}
         added = prefixes([*pairs, *measured_too]) - prefixes(pairs)
         assert run + len(added) == batch.states.executions_run
-
-
-def test_a_window_of_zero_is_none(tiny_llama):
-    model = tiny_llama()
-    model.config.sliding_window = 0  # what Qwen2-MoE's says where it doesn't slide
-    batch = ChoiceBatch(RoutedModel(model), QUESTIONS, 1.0)
-    batch.logprobs([(0, FULL)])
-    assert batch.states.executions_run == 6
 
 
 def test_routers_take_the_routes_that_they_take_where_choices_are_packed(tiny_llama):

@@ -315,11 +315,6 @@ def test_interleaved_caches_keep_their_own_routes(slow, routed, prompts, family,
 
 # --- beams and samples, against transformers on the plain model -------------------------------
 
-BEAMS = {
-    "beam search": {"num_beams": 3},
-    "beam search for several answers": {"num_beams": 4, "num_return_sequences": 3},
-}
-
 
 def alone_on_plain_models(slow, family, plan, prompts, **options):
     """Answers of plain models with the listed layers, one unpadded prompt at a time."""
@@ -329,7 +324,7 @@ def alone_on_plain_models(slow, family, plan, prompts, **options):
     return said
 
 
-@pytest.mark.parametrize("options", BEAMS.values(), ids=BEAMS.keys())
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 3}])
 def test_beams_of_a_batch_are_those_of_the_plain_model(
     slow, routed, prompts, family, plan, options
 ):
@@ -338,13 +333,7 @@ def test_beams_of_a_batch_are_those_of_the_plain_model(
     assert alone_on_plain_models(slow, family, plan, prompts, **options) == found
 
 
-SAMPLES = {
-    "sampling": {},
-    "sampling for several answers": {"num_return_sequences": 3},
-}
-
-
-@pytest.mark.parametrize("options", SAMPLES.values(), ids=SAMPLES.keys())
+@pytest.mark.parametrize("options", [{}, {"num_return_sequences": 3}])
 def test_samples_with_one_seed_are_those_of_the_plain_model(
     slow, routed, prompts, family, plan, options
 ):

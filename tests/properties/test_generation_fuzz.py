@@ -271,16 +271,11 @@ def in_beams(side: Side) -> list[Said]:
     return generate(side, options["num_beams"], **options)
 
 
-def drafted(target: Side, draft: Any) -> list[Said]:
+def drafted(target: Side, draft: Any = None) -> list[Said]:
     # Some versions draft nothing while an answer mustn't end.
-    target.case = replace(target.case, ending=True)
+    case = target.case = replace(target.case, ending=True)
+    draft = draft or plain_model(case.family, case.attention, seed=case.seed % 2)
     return generate(target, assistant_model=draft)
-
-
-def with_a_draft(side: Side) -> list[Said]:
-    return drafted(
-        side, plain_model(side.case.family, side.case.attention, seed=side.case.seed % 2)
-    )
 
 
 def as_a_draft(side: Side) -> list[Said]:
@@ -498,7 +493,7 @@ WAYS: dict[str, Callable[[Side], list[Said]]] = {
     "beams": in_beams,
     "chunks": lambda side: generate(side, prefill_chunk_size=side.case.size + 1),
     "lookup": lambda side: generate(side, prompt_lookup_num_tokens=1 + side.case.size),
-    "with a draft": with_a_draft,
+    "with a draft": drafted,
     "as a draft": as_a_draft,
     "turns": in_turns,
     "reading on": reading_on,

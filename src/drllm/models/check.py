@@ -193,23 +193,18 @@ def layers_listed(model: Any, decisions: Sequence[int]) -> Iterator[None]:
             setattr(decoder.config, key, value)
 
 
-def _random_rows(model: Any) -> tuple[list[list[int]], list[list[int]]]:
-    """Return prompts, and answers that no end token cuts short."""
-    rng = random.Random(0)
-    avoided = {0, 1, 2, *end_tokens(model.generation_config.eos_token_id)}
-    vocab_size = model.config.get_text_config().vocab_size
-    tokens = [token for token in range(vocab_size) if token not in avoided]
-    prompts = [rng.choices(tokens, k=length) for length in PROMPT_LENGTHS]
-    return prompts, [rng.choices(tokens, k=NUM_NEW) for _ in PROMPT_LENGTHS]
-
-
 def _differences(model: Any, plans: Sequence[Sequence[int]] | None) -> tuple[float, float]:
     """Return the largest difference of the two ways where the prompts end, and while decoding.
 
     It is in standard deviations of the logits. Without plans `[B, L]` the plain model is compared
     with itself.
     """
-    prompts, answers = _random_rows(model)
+    rng = random.Random(0)
+    ends = {0, 1, 2, *end_tokens(model.generation_config.eos_token_id)}  # would cut answers short
+    vocab_size = model.config.get_text_config().vocab_size
+    tokens = [token for token in range(vocab_size) if token not in ends]
+    prompts = [rng.choices(tokens, k=length) for length in PROMPT_LENGTHS]
+    answers = [rng.choices(tokens, k=NUM_NEW) for _ in PROMPT_LENGTHS]
     slow = []
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         with layers_listed(model, plans[row]) if plans else nullcontext(), torch.no_grad():

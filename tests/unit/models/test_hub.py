@@ -20,6 +20,7 @@ from huggingface_hub import constants
 from drllm.errors import CheckpointError
 from drllm.models.routers import hub
 from drllm.models.routers.stack import RouterConfig, RouterStack
+from drllm.models.routing.routed_model import RoutedModel
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NO_PUSH = {
@@ -305,7 +306,7 @@ def test_a_push_offline_is_refused_before_anything_is_sent(tiny_llama):
     assert constants.HF_HUB_OFFLINE
     routers = RouterStack(RouterConfig(num_layers=3, hidden_size=32))
     with pytest.raises(CheckpointError, match="to someone/routers: HF_HUB_OFFLINE is set; unset"):
-        hub.push_routers(routers, tiny_llama(num_layers=3), "someone/routers", token="hf_secret")
+        RoutedModel(tiny_llama(num_layers=3), routers).push_to_hub("someone/routers", token="x")
 
 
 def test_fetched_routers_are_those_that_were_pushed(said):

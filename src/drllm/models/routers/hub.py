@@ -97,11 +97,10 @@ def push_routers(
     routers: RouterStack,
     model: Any,
     repo: str,
-    *,
-    private: bool = False,
-    token: str | None = None,
-    revision: str | None = None,
-    commit_message: str = "Upload routers",
+    private: bool,
+    token: str | None,
+    revision: str | None,
+    commit_message: str,
 ) -> str:
     """Push routers with a model card to the hub, making the repository if necessary.
 

@@ -21,7 +21,20 @@ Value = TypeVar("Value")
 _counting = threading.Lock()
 
 
-class Override(Generic[Value]):
+class _Counted:
+    """Counts what is held, for any owner and in any thread."""
+
+    def __init__(self) -> None:
+        self._num_held = 0
+        self.in_use = False  # whether anything is held: the plain attribute that a graph guards
+
+    def _count(self, change: int) -> None:
+        with _counting:
+            self._num_held += change
+            self.in_use = self._num_held > 0
+
+
+class Override(_Counted, Generic[Value]):
     """One kind of value that a block overrides; each owner has its own, the innermost block counts.
 
     Example:
@@ -33,9 +46,8 @@ class Override(Generic[Value]):
     """
 
     def __init__(self, name: str) -> None:
+        super().__init__()
         self._variable: ContextVar[tuple[tuple[int, Value], ...]] = ContextVar(name, default=())
-        self._num_blocks = 0
-        self.in_use = False  # whether a block is open, for any owner and in any thread
 
     @contextmanager
     def set(self, owner: object, value: Value) -> Iterator[None]:
@@ -56,16 +68,11 @@ class Override(Generic[Value]):
                     return value
         return None
 
-    def _count(self, change: int) -> None:
-        with _counting:
-            self._num_blocks += change
-            self.in_use = self._num_blocks > 0
-
 
 _values: ContextVar[Mapping[int, Any]] = ContextVar("current", default=MappingProxyType({}))
 
 
-class ThreadValue(Generic[Value]):
+class ThreadValue(_Counted, Generic[Value]):
     """One value from `begin` to `end`, separate for each thread; a plain object that pickles.
 
     A value begun while tracing stays in a plain attribute, since a trace belongs to one thread. One
@@ -73,13 +80,12 @@ class ThreadValue(Generic[Value]):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._traced: Value | None = None
-        self._num_untraced = 0
-        self._is_untraced = False
 
     def get(self) -> Value | None:
         """Return the value, or None between `end` and `begin`."""
-        if not self._is_untraced or (self._traced is not None and torch.compiler.is_compiling()):
+        if not self.in_use or (self._traced is not None and torch.compiler.is_compiling()):
             return self._traced
         value: Value | None = _values.get().get(id(self), self._traced)
         return value
@@ -96,14 +102,9 @@ class ThreadValue(Generic[Value]):
     def end(self) -> None:
         """Drop the value."""
         self._traced = None
-        if torch.compiler.is_compiling() and not self._is_untraced:
+        if torch.compiler.is_compiling() and not self.in_use:
             return
         values = _values.get()
         if id(self) in values:
             _values.set({key: value for key, value in values.items() if key != id(self)})
             self._count(-1)
-
-    def _count(self, change: int) -> None:
-        with _counting:
-            self._num_untraced += change
-            self._is_untraced = self._num_untraced > 0

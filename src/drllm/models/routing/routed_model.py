@@ -261,15 +261,8 @@ class RoutedModel:
             CheckpointError: What the hub or `save_pretrained` refuses, or no network.
             RoutingError: There are no routers.
         """
-        return hub.push_routers(
-            self._own_routers(),
-            self.model,
-            repo,
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-        )
+        routers = self._own_routers()
+        return hub.push_routers(routers, self.model, repo, private, token, revision, commit_message)
 
     def _own_routers(self) -> RouterStack:
         if self.routers is None:

@@ -140,39 +140,29 @@ def packed_rows(
     return PackedRows(routed, packed, states, keep_kv, past, past_rows)
 
 
+@dataclass(eq=False)
 class PrefixSharingDriver(Driver):
     """Runs the distinct states of all pairs, layer by layer, and returns the last ones.
 
     The model's own loop carries the P rows up to the last layer; there the driver returns the
     final states in the order of the pairs, so that norm and head see these. The states of this
     pass are needed until `release`.
-
-    Args:
-        rows: The rows of the batch.
-        pairs: Row and decisions of each result.
-        keep_last: For each pair, how many of its last tokens are wanted in the end. The driver
-            returns these alone, `[1, sum, D]`, pair after pair, so that the head computes nothing
-            else; None returns all of them, `[N, T, D]`.
-        past: What ran the past of the rows under the same paths, and still holds its states.
     """
 
+    rows: PackedRows
+    pairs: Sequence[Pair]  # of each result
+    # For each pair, how many of its last tokens are wanted in the end. They alone are returned,
+    # `[1, sum, D]`, so that the head computes nothing else; None returns all, `[N, T, D]`.
+    keep_last: Sequence[int] | None
+    past: PrefixSharingDriver | None  # ran the rows' past under the same paths, and holds it
     logits: Sequence[Tensor] = ()  # after the pass, for each pair, of its last tokens: [S, V]
     cache: Cache | None = None  # after the pass; None where none was used
 
-    def __init__(
-        self,
-        rows: PackedRows,
-        pairs: Sequence[Pair],
-        keep_last: Sequence[int] | None,
-        past: PrefixSharingDriver | None,
-    ) -> None:
-        self.rows = rows
-        self.pairs = list(pairs)
-        self.keep_last = keep_last
-        self.past = past
-        self.uses_cache = rows.keep_kv or past is not None
-        self.states = rows.states
-        self.lengths = list(map(operator.add, rows.packed.num_own, rows.packed.num_after))
+    def __post_init__(self) -> None:
+        packed = self.rows.packed
+        self.uses_cache = self.rows.keep_kv or self.past is not None
+        self.states = self.rows.states
+        self.lengths = list(map(operator.add, packed.num_own, packed.num_after))
         self._paths = {decisions: to_path(decisions) for _, decisions in self.pairs}
         self._used: dict[RowPath, PrefixState] = {}
         self._pristine: list[object] = []

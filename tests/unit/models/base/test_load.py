@@ -237,20 +237,12 @@ class OwnModel(LlamaForCausalLM):
 """
 
 
-@pytest.fixture
-def with_code(copied):
+def test_code_that_comes_with_a_model_runs_only_where_asked_for(copied):
     (copied / "own.py").write_text(CUSTOM_CODE)
     auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     edit(copied / "config.json", model_type="own-llama", auto_map=auto_map)
-    return copied
-
-
-def test_code_that_comes_with_a_model_isnt_run_unasked(with_code):
-    (with_code / "own.py").write_text("raise AssertionError('this code was run')")
-    message = refused(ModelError, with_code)
+    assert load(copied, trust_remote_code=True).identity["class"] == "OwnModel"
+    (copied / "own.py").write_text("raise AssertionError('this code was run')")
+    message = refused(ModelError, copied)
     assert "needs modelling code of its own" in message
     assert "--trust-remote-code" in message
-
-
-def test_code_that_comes_with_a_model_runs_where_asked_for(with_code):
-    assert load(with_code, trust_remote_code=True).identity["class"] == "OwnModel"
