@@ -49,12 +49,6 @@ def test_training_learns_labels_that_the_features_determine(tmp_path, windows):
     assert (decided == features.labels).double().mean() > 0.9
 
 
-def test_the_folder_holds_exactly_the_finished_routers(tmp_path):
-    trained(tmp_path / "new" / "folder", 12)
-    names = ["README.md", "layers.json", "metrics.jsonl", "router_config.json"]
-    assert sorted(files_of(tmp_path / "new" / "folder")) == [*names, "routers.safetensors"]
-
-
 def test_the_saved_config_says_what_was_trained_for_which_model(tmp_path):
     features = make_features(40)
     rows = train_on(features, IDENTITY, QUICK, tmp_path, rewards=["letter"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 
@@ -24,13 +23,24 @@ DEFINED = ("routers_loss", "accuracy", "macro_f1", "f1_execute", "avg_layers", "
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path_factory):
-    """W&B without a network, and without a trace in the user's home."""
-    pytest.importorskip("wandb")
+    """W&B without a network or a trace in the user's home; each run with what it is told."""
+    wandb = pytest.importorskip("wandb")
     home = tmp_path_factory.mktemp("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(home))
+    start, runs = wandb.init, []
+
+    def init(**given):
+        run, history = start(**given), []
+        log = run.log
+        run.log = lambda told, **step: (history.append(told), log(told, **step))
+        runs.append((run.id, dict(run.config), history))
+        return run
+
+    monkeypatch.setattr(wandb, "init", init)
+    return runs
 
 
 def scalars(folder) -> dict[str, dict[int, float]]:
@@ -43,49 +53,6 @@ def scalars(folder) -> dict[str, dict[int, float]]:
         name: {event.step: event.value for event in events.Scalars(name)}
         for name in events.Tags()["scalars"]
     }
-
-
-def logged(content: bytes) -> list[bytes]:
-    """The records of a LevelDB log, behind W&B's 7 bytes of its own: blocks of 32 KiB, in them
-    parts of (4 bytes of checksum, 2 of length, 1 that is 1 for a whole record, 4 for a last part).
-    """
-    block, header = 2**15, 7
-    found, begun, at = [], b"", header
-    while at + header <= len(content):
-        if block - at % block < header:
-            at += block - at % block
-            continue
-        size, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
-        begun += content[at + header : at + header + size]
-        at += header + size
-        if kind in (1, 4):
-            found, begun = [*found, begun], b""
-    return found
-
-
-def told_wandb(folder) -> list[tuple[str, dict[str, object], list[dict[str, object]]]]:
-    """What each offline folder of W&B holds: the run's id, its config and its history."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    found = []
-    for file in sorted((folder / FOLDER).glob("wandb/offline-run-*/*.wandb")):
-        identity, config, history = "", {}, []
-        for data in logged(file.read_bytes()):
-            record = Record()
-            record.ParseFromString(data)
-            if record.HasField("run"):
-                identity = record.run.run_id
-                config = {u.key: json.loads(u.value_json) for u in record.run.config.update}
-            if record.HasField("history"):
-                items = record.history.item
-                history.append(
-                    {
-                        (item.key or "/".join(item.nested_key)): json.loads(item.value_json)
-                        for item in items
-                    }
-                )
-        found.append((identity, config, history))
-    return found
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
@@ -148,7 +115,8 @@ def test_a_tracker_that_joins_a_resumed_training_is_said_to_lack_its_beginning(t
 
 def test_wandb_offline_keeps_settings_baselines_and_curves(tmp_path, offline):
     rows = train_on(FEATURES, IDENTITY, WANDB, tmp_path)
-    ((_, config, history),) = told_wandb(tmp_path)
+    ((_, config, history),) = offline
+    assert list(tmp_path.glob(f"{FOLDER}/wandb/offline-run-*/*.wandb"))
     settings = {name: v for name, v in QUICK.decisive().items() if v is not None}
     assert settings.items() <= config.items()
     assert 0 < config["baselines/always_execute/accuracy"] < 1
@@ -165,8 +133,9 @@ def test_wandb_offline_goes_on_under_the_same_id_and_says_that_two_folders_belon
 ):
     interrupted(WANDB, tmp_path)
     train_on(FEATURES, IDENTITY, WANDB, tmp_path)
-    first, second = told_wandb(tmp_path)
+    first, second = offline
     assert first[0] == second[0] != ""
+    assert len(list(tmp_path.glob(f"{FOLDER}/wandb/offline-run-*/*.wandb"))) == 2
     assert any("wandb is offline and keeps the steps from" in text for text in caplog.messages)
 
 
@@ -208,8 +177,5 @@ def test_a_tracker_that_cannot_start_is_named_in_one_line(tmp_path, monkeypatch,
 
 
 def test_names_are_told_apart_by_commas_each_once():
-    assert replace(QUICK, report_to="wandb, tensorboard,wandb").trackers == [
-        "wandb",
-        "tensorboard",
-    ]
-    assert QUICK.trackers == []
+    told = replace(QUICK, report_to="wandb, tensorboard,wandb")
+    assert (told.trackers, QUICK.trackers) == (["wandb", "tensorboard"], [])
