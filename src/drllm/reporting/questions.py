@@ -222,14 +222,12 @@ def choose_examples(evaluation: Result) -> list[tuple[str, Sample]]:
     """
     able = _with_routes(evaluation)
     unchanged = [sample for sample in able if _change(sample) == 0]
-    ranked = [
-        *[("First question won", sample) for sample in able if _change(sample) > 0][:1],
-        *[("First question lost", sample) for sample in able if _change(sample) < 0][:1],
-        *[
-            ("Unchanged, fewest executions", sample)
-            for sample in sorted(unchanged, key=lambda one: num_executions(_route(one)))[:1]
-        ],
-    ]
+    kinds = {
+        "First question won": [sample for sample in able if _change(sample) > 0],
+        "First question lost": [sample for sample in able if _change(sample) < 0],
+        "Unchanged, fewest executions": sorted(unchanged, key=lambda s: num_executions(_route(s))),
+    }
+    ranked = [(kind, found[0]) for kind, found in kinds.items() if found]
     taken = [sample for _, sample in ranked]
     others = [("First of the others", sample) for sample in able if sample not in taken]
     return [*ranked, *others][:3]

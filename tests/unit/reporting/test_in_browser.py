@@ -34,55 +34,55 @@ class Browser:
     """One page of one browser: what its console complained of, and what it asked for."""
 
     def __init__(self, program: str, profile: Path) -> None:
-        to_browser, self.sender = os.pipe()
-        self.receiver, from_browser = os.pipe()
-
-        def as_three_and_four() -> None:
-            # By way of high numbers, since either may be 3 or 4 already.
-            os.dup2(to_browser, 103)
-            os.dup2(from_browser, 104)
-            os.dup2(103, 3)
-            os.dup2(104, 4)
-
         flags = "headless=new remote-debugging-pipe disable-gpu disable-dev-shm-usage "
         flags += "disable-background-networking no-first-run hide-scrollbars"
         if os.geteuid() == 0:
             flags += " no-sandbox"  # root has no other way
         words = [program, f"--user-data-dir={profile}", *(f"--{flag}" for flag in flags.split())]
+        pipes = 'exec "$@" 3<&0 4>&1 </dev/null >/dev/null 2>&1'
         self.process = subprocess.Popen(
-            [*words, "about:blank"],
-            preexec_fn=as_three_and_four,
-            close_fds=False,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            ["sh", "-c", pipes, "sh", *words, "about:blank"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
         )
-        os.close(to_browser)
-        os.close(from_browser)
         self.numbers = itertools.count(1)
         self.received = b""
-        self.messages: list[str] = []
-        self.requests: list[str] = []
-        self.loaded = False
-        self.session: str | None = None
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.session: dict[str, str] = {}
         targets = self.ask("Target.getTargets")["targetInfos"]
         [page] = [target for target in targets if target["type"] == "page"]
         attached = self.ask("Target.attachToTarget", targetId=page["targetId"], flatten=True)
-        self.session = attached["sessionId"]
+        self.session = {"sessionId": attached["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.ask(f"{domain}.enable")
 
     def open(self, page: Path, width: int, scheme: str = "light") -> None:
         """Load a page anew in a window of some width, in the light or dark scheme."""
-        self.messages, self.requests, self.loaded = [], [], False
+        self.events = []
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self.ask("Emulation.setDeviceMetricsOverride", **size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.ask("Emulation.setEmulatedMedia", features=features)
-        address = page.resolve().as_uri()
-        self.ask("Page.navigate", url=address)
-        while not self.loaded:
+        self.ask("Page.navigate", url=page.resolve().as_uri())
+        while not self.heard("Page.loadEventFired"):
             self._hear()
-        self.requests = [request for request in self.requests if request != address]
+
+    def heard(self, method: str) -> list[dict[str, Any]]:
+        """Return what events of a kind said since the page was opened."""
+        return [values for name, values in self.events if name == method]
+
+    @property
+    def requests(self) -> list[str]:
+        """What was asked for besides the page."""
+        return [values["request"]["url"] for values in self.heard("Network.requestWillBeSent")][1:]
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """What the console complained of."""
+        said = self.heard("Runtime.consoleAPICalled")
+        complaints = [values for values in said if values["type"] in ("error", "warning")]
+        return complaints + self.heard("Log.entryAdded") + self.heard("Runtime.exceptionThrown")
 
     def value(self, expression: str) -> Any:
         """Return what an expression is worth in the page."""
@@ -93,49 +93,36 @@ class Browser:
     def close(self) -> None:
         """End the browser."""
         self.process.kill()
-        self.process.wait()
-        os.close(self.sender)
-        os.close(self.receiver)
+        self.process.communicate()
 
     def ask(self, method: str, **values: Any) -> dict[str, Any]:
         """Send a message and return the answer."""
         number = next(self.numbers)
-        message: dict[str, Any] = {"id": number, "method": method, "params": values}
-        if self.session is not None:
-            message["sessionId"] = self.session
-        os.write(self.sender, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._hear()
-            if answer.get("id") == number:
-                assert "error" not in answer, f"{method}: {answer['error']}"
-                result: dict[str, Any] = answer["result"]
-                return result
+        message = {"id": number, "method": method, "params": values, **self.session}
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(message).encode() + b"\0")
+        while (answer := self._hear()).get("id") != number:
+            pass
+        assert "error" not in answer, f"{method}: {answer['error']}"
+        result: dict[str, Any] = answer["result"]
+        return result
 
     def _hear(self) -> dict[str, Any]:
-        """Return the next message, and keep what it says of the page."""
+        """Return the next message, and keep it if it is an event."""
         until = time.monotonic() + TIMEOUT_S
+        receiver = self.process.stdout
+        assert receiver is not None
         while b"\0" not in self.received:
-            ready, _, _ = select.select([self.receiver], [], [], max(0.0, until - time.monotonic()))
+            ready, _, _ = select.select([receiver], [], [], max(0.0, until - time.monotonic()))
             assert ready, f"the browser said nothing for {TIMEOUT_S:g} seconds"
-            part = os.read(self.receiver, 1 << 16)
+            part = receiver.read(1 << 16)
             assert part, "the browser ended"
             self.received += part
         text, self.received = self.received.split(b"\0", 1)
         message: dict[str, Any] = json.loads(text)
-        self._keep(message.get("method"), message.get("params", {}))
+        if "method" in message:
+            self.events.append((message["method"], message["params"]))
         return message
-
-    def _keep(self, method: str | None, values: dict[str, Any]) -> None:
-        if method == "Page.loadEventFired":
-            self.loaded = True
-        elif method == "Network.requestWillBeSent":
-            self.requests.append(values["request"]["url"])
-        elif method == "Log.entryAdded":
-            self.messages.append(values["entry"]["text"])
-        elif method == "Runtime.exceptionThrown":
-            self.messages.append(values["exceptionDetails"]["text"])
-        elif method == "Runtime.consoleAPICalled" and values["type"] in ("error", "warning"):
-            self.messages.append(str(values["args"]))
 
 
 SIZES = (1280, 390)
@@ -221,6 +208,6 @@ def test_a_page_with_faults_is_noticed(browser, tmp_path):
         encoding="utf-8",
     )
     browser.open(tmp_path / "bad.html", 390)
-    assert any("no" in message for message in browser.messages)
+    assert any("'no'" in str(message) for message in browser.messages)
     assert browser.requests == ["http://127.0.0.1:9/x.png"]
     assert browser.value("document.documentElement.scrollWidth") > 390

@@ -69,47 +69,41 @@ def test_nothing_behind_the_first_failure_is_looked_at():
     assert "Not tried after a failure: routed, 20 layers." in choice.sentences()
 
 
-def test_accuracy_alone_certifies_nothing():
-    choice = chosen([point(27, worse=0.2)])
-    assert choice.chosen is None
+FEW = base(texts=[3.0] * 30)
+NO_RISE = "no rise of the next-token loss is excluded by so few texts that differ"
+RISE = "a next-token loss{} up to {:.3f} nats a token higher is not excluded"
+LOST = "a loss of up to {:.2f} points of accuracy is not excluded"
+WORKED = " on worked answers of gsm8k"
+
+
+@pytest.mark.parametrize(
+    ("tested", "reference", "failure"),
+    [
+        (point(27, worse=0.2), None, lambda t: RISE.format("", t.texts.maximum)),
+        (point(27, worked=0.2), None, lambda t: RISE.format(WORKED, t.worked.maximum)),
+        (point(27, lost=18), None, lambda _: LOST.format(100 * maximum_loss(3, 18, N))),
+        (
+            dataclasses.replace(FEW, executions=27, text_loss=[3.0] * 29 + [3.01]),
+            FEW,
+            lambda _: NO_RISE,
+        ),
+    ],
+    ids=["accuracy alone", "loss on texts alone", "losses alone", "texts that bound nothing"],
+)
+def test_nothing_is_certified_by(tested, reference, failure):
+    choice = chosen([tested], reference=reference, worked_answers="gsm8k")
     [trial] = choice.trials
-    assert trial.maximum_loss < LIMITS.epsilon
-    assert trial.failures == (
-        f"a next-token loss up to {trial.texts.maximum:.3f} nats a token higher is not excluded",
-    )
+    assert trial.failures == (failure(trial),)
+    assert (trial.maximum_loss < LIMITS.epsilon) == ("accuracy" not in trial.failures[0])
+    assert (trial.texts.maximum is None) == (reference is FEW)
     assert choice.sentences()[-1] == "None is certified: the first setting tried fails already."
 
 
-def test_a_loss_of_accuracy_that_is_not_excluded_certifies_nothing():
-    choice = chosen([point(27, won=3, lost=18)])
-    assert choice.chosen is None
-    loss = 100 * maximum_loss(3, 18, N)
-    assert choice.trials[0].failures == (
-        f"a loss of up to {loss:.2f} points of accuracy is not excluded",
-    )
-
-
-def test_texts_that_bound_nothing_certify_nothing():
-    alone = dataclasses.replace(point(27), correct=RIGHT, text_loss=[3.0] * 29 + [3.01])
-    choice = chosen([alone], reference=base(texts=[3.0] * 30))
-    assert choice.trials[0].texts.maximum is None
-    assert choice.trials[0].failures == (
-        "no rise of the next-token loss is excluded by so few texts that differ",
-    )
-
-
 def test_worked_answers_have_a_bound_of_their_own():
-    choice = chosen([point(27, worked=0.2)], worked_answers="gsm8k")
-    [trial] = choice.trials
-    assert (trial.maximum_loss < LIMITS.epsilon, trial.texts.maximum < 0.1) == (True, True)
-    assert trial.worked.increase == pytest.approx(0.2, abs=0.005)
-    assert trial.failures == (
-        f"a next-token loss on worked answers of gsm8k up to {trial.worked.maximum:.3f} "
-        f"nats a token higher is not excluded",
-    )
-    held = chosen([point(27, worked=0.02)], worked_answers="gsm8k")
-    assert held.chosen.worked.num_texts == len(TEXTS)
-    assert f"at most {held.chosen.worked.maximum:+.3f}, on 40" in held.chosen.sentence()
+    held = chosen([point(27, worked=0.02)], worked_answers="gsm8k").chosen
+    assert held.worked.num_texts == len(TEXTS)
+    assert held.worked.increase == pytest.approx(0.02, abs=0.005)
+    assert f"at most {held.worked.maximum:+.3f}, on 40" in held.sentence()
 
 
 def test_worked_answers_are_a_condition_when_the_choice_is_confirmed_too():

@@ -4,7 +4,6 @@ import itertools
 import math
 import random
 
-import numpy as np
 import pytest
 
 from drllm.statistics.paired import (
@@ -12,7 +11,6 @@ from drllm.statistics.paired import (
     maximum_loss,
     mcnemar_exact,
     paired_interval,
-    paired_score,
     won_lost,
 )
 
@@ -142,14 +140,6 @@ def test_a_system_that_loses_epsilon_is_called_no_worse_in_one_case_of_twenty(ep
         if won + lost <= n and maximum_loss(won, lost, n) < epsilon
     )
     assert 0.02 < wrong < 0.065  # outcomes are whole questions, and the test approximates
-
-
-def test_the_score_is_the_same_for_numbers_and_for_arrays():
-    won, lost = np.arange(10.0), np.arange(10.0)[::-1]
-    distances, deviations = paired_score(won, lost, 50, -0.03)
-    for place in range(10):
-        expected = paired_score(float(won[place]), float(lost[place]), 50, -0.03)
-        assert (distances[place], deviations[place]) == pytest.approx(expected)
 
 
 def rejected_by_steps(pvalues: list[float], level: float) -> set[int]:
