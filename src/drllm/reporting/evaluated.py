@@ -165,10 +165,9 @@ def _tables(evaluations: Sequence[Evaluation]) -> list[Block]:
     names = list(dict.fromkeys(system.name for each in evaluations for system in each.systems))
     by_system: list[Block] = []
     for caption, cell in cells.items():
-        found = [[each.system(name) for name in names] for each in evaluations]
         rows = [
-            [each.task, *(NONE if system is None else cell(system) for system in systems)]
-            for each, systems in zip(evaluations, found, strict=True)
+            [each.task, *(cell(s) if (s := each.system(name)) else NONE for name in names)]
+            for each in evaluations
         ]
         header, folded = ("task", *names), len(by_system) > 1
         by_system.append(Table(caption=caption, header=header, rows=rows, folded=folded))

@@ -173,11 +173,7 @@ def _read_routers(run: Run) -> None:
 
 
 def _read_results(run: Run) -> None:
-    """Read `eval/`, or the results that lie in the folder itself, as `drllm evaluate` leaves them.
-
-    Raises:
-        RecordError: A result that can't be trusted.
-    """
+    """Read `eval/`, or results that lie in the folder itself, as `drllm evaluate` leaves them."""
     own = any(schema_of(path) == EVALUATION_SCHEMA for path in results_in(run.folder))
     prefix = "" if own and not (run.folder / "eval").is_dir() else "eval/"
     folder = run.folder / prefix
@@ -200,17 +196,14 @@ def _agreed_layers(run: Run) -> int | None:
             f"{run.folder / 'search.jsonl'} holds questions of models with {depths[0]} and "
             f"{depths[1]} layers; a report is about one"
         )
-    said: dict[str, int] = {}
-    if depths:
-        said["search.jsonl"] = depths[0]
-    if run.supervision:
-        said["supervision.jsonl"] = len(run.supervision[0].optimal_layer_config)
-    if run.router_config:
-        said["router_config.json"] = run.router_config["num_layers"]
-    if run.layers is not None:
-        said[LAYERS_FILE] = run.layers.num_layers
-    for evaluation in run.evaluations:
-        said[f"the evaluation of {evaluation.task!r}"] = evaluation.num_layers
+    found = {
+        "search.jsonl": depths[0] if depths else None,
+        "supervision.jsonl": next((len(s.optimal_layer_config) for s in run.supervision), None),
+        "router_config.json": run.router_config.get("num_layers"),
+        LAYERS_FILE: run.layers.num_layers if run.layers else None,
+        **{f"the evaluation of {each.task!r}": each.num_layers for each in run.evaluations},
+    }
+    said = {name: layers for name, layers in found.items() if layers is not None}
     if len(set(said.values())) > 1:
         shown = ", ".join(f"{name}: {layers}" for name, layers in said.items())
         raise RecordError(
@@ -221,10 +214,10 @@ def _agreed_layers(run: Run) -> int | None:
 
 
 def _agreed_model(run: Run) -> Mapping[str, Any]:
-    models = [(each.name, each.manifest.get("model")) for each in run.sources]
-    known = [(name, model) for name, model in models if model and isinstance(model, dict)]
+    models = {each.name: each.manifest.get("model") for each in run.sources}
+    known = {name: model for name, model in models.items() if model and isinstance(model, dict)}
     fingerprints: dict[str, str] = {}
-    for name, model in known:
+    for name, model in known.items():
         if model.get("fingerprint"):
             fingerprints.setdefault(str(model["fingerprint"]), name)
     if len(fingerprints) > 1:
@@ -233,7 +226,7 @@ def _agreed_model(run: Run) -> Mapping[str, Any]:
             f"{run.folder} mixes base models with different weights (fingerprints in {shown}); "
             f"keep the files of one run in a folder"
         )
-    return known[0][1] if known else {}
+    return next(iter(known.values()), {})
 
 
 def _check_routers(run: Run) -> None:
