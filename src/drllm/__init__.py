@@ -34,17 +34,7 @@ _PUBLIC = {
     "train": "drllm.training.stage",
 }
 
-__all__ = [
-    "RoutedModel",
-    "evaluate",
-    "generate_many",
-    "report",
-    "search_paths",
-    "supervise",
-    "to_decisions",
-    "to_path",
-    "train",
-]
+__all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The Python of the docs: every block runs, in order, and prints what the page says."""
+"""The Python of README and docs: every block runs, in order, and prints what the page says."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 
+from drllm.models.routers.checkpoint import described, save_routers
+from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.search.strategies import STRATEGIES
 from drllm.supervision.rules import TARGETS
 from drllm.tasks.grading import REWARDS
 from drllm.tasks.registry import get_task
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOCS = REPOSITORY / "docs"
+README = "../README.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TOO_LONG = {"concepts.md", "decisions/0003-progressive-widening.md"}
 """Pages whose blocks say how a table was made, in minutes and from the files of a run."""
@@ -97,3 +101,23 @@ def test_every_page_with_python_is_run_or_said_not_to_be():
     here = {"python.md", "add-an-architecture.md", "add-a-reward.md"}
     here |= {"add-a-strategy.md", "add-a-target-rule.md"}
     assert pages == here | elsewhere | TOO_LONG
+
+
+def test_the_python_of_the_readme_runs(smollm2, tmp_path, capsys):
+    config = RouterConfig(num_layers=smollm2.num_layers, hidden_size=smollm2.hidden_size)
+    save_routers(RouterStack(described(config, smollm2.model)), tmp_path / "routers")
+    [code] = blocks(README)
+    where = "runs/demo/routers"
+    assert where in code
+    exec(code.replace(where, str(tmp_path / "routers")), {})
+    assert "Which gas do plants take in?" in capsys.readouterr().out
+
+
+def test_every_module_for_a_first_reading_exists():
+    lines = (DOCS / README).read_text(encoding="utf-8").splitlines()
+    [line] = [line for line in lines if line.startswith("For a first reading")]
+    names = re.findall(r"`([a-z_/]+)`", line)
+    assert len(names) > 5
+    for name in names:
+        place = REPOSITORY / "src" / "drllm" / name
+        assert place.is_dir() or place.with_suffix(".py").is_file(), name

@@ -258,12 +258,6 @@ def test_the_summary_tells_the_tasks_apart():
     assert told == {"one": (2, 1, 1, 0), "two": (1, 0, 1, 1)}
 
 
-def test_no_questions_make_no_targets():
-    supervision = targets([], SuperviseConfig())
-    assert supervision == ()
-    assert supervision.summary["class_counts"] == [0, 0, 0]
-
-
 def test_a_copy_adds_to_no_count_but_that_of_copies():
     found = [
         record(SAVING, question="What is ice?", task="first"),
@@ -314,11 +308,6 @@ def test_the_least_saving_has_no_use_but_for_kl():
     with pytest.raises(ConfigError, match=r"--min-saving 0\.2 has no effect with --target paper"):
         check_settings(SuperviseConfig(target="paper", min_saving=0.2), ["facts"])
     assert check_settings(SuperviseConfig(target="least_kl", min_saving=0.2), ["facts"]) == {}
-    found = targets(
-        [record("1111!~0 1110!~.1 1000!~.9")],
-        SuperviseConfig(target="least_kl", min_saving=0.5),
-    )
-    assert found[0].optimal_layer_config == (1, 0, 0, 0)
 
 
 def test_every_question_has_a_target_or_a_reason():
@@ -433,14 +422,6 @@ def test_targets_are_never_trusted_before_their_rejects_are_written(
     # The targets are still those of the first search, and so says their manifest.
     assert list(manifest(output)["inputs"]) == ["a.jsonl"]
     assert ids(output) == ["a.jsonl 0?"]
-
-
-def test_files_of_one_name_in_two_folders_are_both_inputs(tmp_path: Path):
-    one = search_file(tmp_path / "one", SAVING, IMPROVING)
-    two = search_file(tmp_path / "two", SAVING)
-    told = manifest(supervised(one, two))
-    assert (told["summary"]["questions"], told["summary"]["copies"]) == (2, 1)
-    assert told["inputs"] == {str(one): sha256(one), str(two): sha256(two)}
 
 
 def test_the_manifest_tells_what_became_of_each_file(tmp_path: Path):

@@ -234,14 +234,6 @@ def test_the_order_of_observing_a_round_changes_no_count():
     assert forward.num_simulations_done == 100
 
 
-# --- selection and widening --------------------------------------------------------------------
-
-
-def test_a_right_path_without_skips_left_is_edited_by_repeats():
-    search = tree(2, lambda decisions: 1.0)
-    assert {*search.tried} == {(1, 1), (0, 1), (1, 0), (2, 1), (1, 2), (2, 2), (0, 2), (2, 0)}
-
-
 def test_fifty_simulations_are_both_broad_and_deep():
     """A chain has one child at each node; without widening no second edit is ever made."""
     search = tree(30, lambda decisions: float(num_executions(decisions) >= 28))
@@ -275,12 +267,6 @@ def test_edits_that_scored_well_before_are_made_more_often(seed: int):
         return sum(harm(decisions) for decisions in search.tried) / len(search.tried)
 
     assert mean(with_scores(harm, seed)) > 0.8 * mean(with_scores(lambda decisions: None, seed))
-
-
-def test_scores_that_are_all_equal_prefer_no_edit():
-    first = [*with_scores(lambda decisions: 1.0, 0).tried]
-    changed = {layer for decisions in first for layer in range(30) if decisions[layer] != 1}
-    assert changed == set(range(30))
 
 
 # --- the bandit --------------------------------------------------------------------------------

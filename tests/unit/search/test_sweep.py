@@ -89,12 +89,6 @@ def test_the_third_level_extends_the_best_pairs():
     assert next(d for d in levels(search) if d not in first | second) == goal
 
 
-def test_repeats_come_in_where_a_skip_makes_room_for_them():
-    search = sweep(num_layers=3, budget=1.0, num_simulations=1000)
-    assert all(num_executions(decisions) <= 3 for decisions in search.tried)
-    assert {(2, 0, 1), (1, 0, 2)} <= search.tried.keys()
-
-
 def test_a_round_never_reaches_beyond_a_level_that_is_not_observed():
     search = SweepSearch(6, SearchConfig(strategy="sweep", num_simulations=100), Random(0))
     search.tell(*search.ask(), 1.0)

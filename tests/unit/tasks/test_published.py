@@ -82,11 +82,8 @@ def test_a_file_is_read_once_and_read_anew_where_it_changed(
     assert [e.question for e in ARC_EASY.examples("test", arc)] == ["Quite another one?"]
 
 
-def test_a_broken_file_is_named(arc: Path) -> None:
+def test_a_torn_file_is_named(arc: Path) -> None:
     path = arc / "arc_easy" / "validation.jsonl"
-    path.write_text("[1]\n")
-    with pytest.raises(TaskError, match="line 1: expected `object`"):
-        ARC_EASY.examples("test", arc)
     path.unlink()
     whole = gzip.compress(json.dumps(ROWS[0]).encode())
     path.with_name("validation.jsonl.gz").write_bytes(whole[:-12])
