@@ -15,22 +15,19 @@ sizes = st.integers(1, 20)
 
 
 @given(lengths, sizes, sizes)
-def test_each_question_is_in_one_block_and_all_but_the_last_are_whole_batches(
+def test_each_question_is_in_one_block_the_longest_first_and_all_but_the_last_are_whole_batches(
     lengths, least, batch_size
 ):
     blocks = blocks_of(lengths, least, batch_size)
-    assert sorted(place for block in blocks for place in block) == list(range(len(lengths)))
+    places = [place for block in blocks for place in block]
+    assert sorted(places) == list(range(len(lengths)))
+    ordered = [lengths[place] for place in places]
+    assert ordered == sorted(ordered, reverse=True)
     *whole, last = map(len, blocks)
     for size in whole:
         assert size % batch_size == 0
         assert least <= size < least + batch_size
     assert 1 <= last <= (whole[0] if whole else len(lengths))
-
-
-@given(lengths, sizes, sizes)
-def test_no_question_of_a_block_is_shorter_than_one_of_the_next(lengths, least, batch_size):
-    ordered = [lengths[p] for block in blocks_of(lengths, least, batch_size) for p in block]
-    assert ordered == sorted(ordered, reverse=True)
 
 
 @given(lengths, sizes, st.integers(1, 3), st.booleans())

@@ -26,12 +26,12 @@ from drllm.evaluation.latency import (
 from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import save_routers
-from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.kv_cache import cache_argument
-from drllm.models.routing.policies import FixedPolicy, FullPolicy, RouterPolicy
+from drllm.models.routing.policies import FixedPolicy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import sha256
 from drllm.records.latency import Rounds, read_latency
+from slow_way import tiny_routers
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15], [20, 21, 22, 23, 24, 25, 26]]
 SYSTEMS = ("base", "routed", "attached", "routers that execute")
@@ -45,11 +45,9 @@ def base(tiny_llama, tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def routers(base):
-    config = RouterConfig(num_layers=6, hidden_size=32, base_fingerprint=fingerprint(base.model))
-    stack = RouterStack(config, torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        stack.decision_weight.mul_(3)
-    return stack
+    return tiny_routers(
+        3, num_windows=8, router_width=128, base_fingerprint=fingerprint(base.model)
+    )
 
 
 def test_systems_take_turns_in_another_order_every_round():
@@ -78,11 +76,6 @@ def test_every_system_phase_and_batch_size_has_its_timing(base, routers):
         found.of("base", "prefill", 2)
 
 
-def test_long_prompts_are_cut(base):
-    found = measure(base.model, {"base": None}, [[5] * 20, [6] * 30], 1)
-    assert found.of("base", "prefill", 4).num_tokens == 4 * 16
-
-
 def test_the_model_is_left_untouched_and_its_weights_are_shared(tiny_llama, routers):
     model = tiny_llama()
     before = model(torch.tensor([PROMPTS[0]])).logits
@@ -95,15 +88,9 @@ def test_the_model_is_left_untouched_and_its_weights_are_shared(tiny_llama, rout
         measure(model, with_router_time(routers), PROMPTS, 1)
 
 
-def test_systems_run_the_plans_that_they_stand_for(base):
-    systems = {"base": None, "static": FixedPolicy([1, 0, 2, 1, 2, 1], 6), "full": FullPolicy()}
+def test_executions_are_those_of_the_plans_and_routes_that_were_timed(base, routers):
+    systems = {**with_router_time(routers), "static": FixedPolicy([1, 0, 2, 1, 2, 1], 6)}
     found = measure(base.model, systems, PROMPTS, 1)
-    for phase, size in itertools.product(PHASES, BATCH_SIZES):
-        assert [found.of(name, phase, size).executions for name in systems] == [6.0, 7.0, 6.0]
-
-
-def test_executions_are_those_of_the_routes_that_were_timed(base, routers):
-    found = measure(base.model, with_router_time(routers), PROMPTS, 1)
     routed = RoutedModel(base.model, routers)
     costs = []
     for prompt in PROMPTS:  # one by one
@@ -114,9 +101,9 @@ def test_executions_are_those_of_the_routes_that_were_timed(base, routers):
     for phase, size in itertools.product(PHASES, BATCH_SIZES):
         rows = [costs[row % 3] for row in range(size)]
         assert found.of("routed", phase, size).executions == statistics.mean(rows)
-        for name in SYSTEMS:
-            if name != "routed":
-                assert found.of(name, phase, size).executions == 6.0
+        assert found.of("static", phase, size).executions == 7.0
+        for name in set(SYSTEMS) - {"routed"}:
+            assert found.of(name, phase, size).executions == 6.0
 
 
 def test_routers_that_execute_do_so_and_the_originals_stay(tiny_llama, routers):
@@ -147,10 +134,12 @@ def test_reading_starts_anew_and_decoding_goes_on(tiny_llama):
     assert lengths == [(5, 0), (1, 5), (1, 6)]
 
 
-@pytest.mark.parametrize("prompts", [[], [[5, 6], []]])
-def test_time_without_prompts_is_refused(base, prompts):
-    with pytest.raises(ConfigError, match="each with tokens"):
-        measure(base.model, {"base": None}, prompts, 1)
+def test_long_prompts_are_cut_and_time_without_prompts_is_refused(base):
+    found = measure(base.model, {"base": None}, [[5] * 20, [6] * 30], 1)
+    assert found.of("base", "prefill", 4).num_tokens == 4 * 16
+    for prompts in ([], [[5, 6], []]):
+        with pytest.raises(ConfigError, match="each with tokens"):
+            measure(base.model, {"base": None}, prompts, 1)
 
 
 # --- what an evaluation writes -----------------------------------------------------------------
@@ -188,12 +177,9 @@ def test_prompts_that_are_long_enough_are_drawn_first_and_keep_their_last_tokens
     assert choose_prompts([*short, *long], seed=1) != chosen
 
 
-def test_of_short_prompts_the_longest_are_drawn_and_cut_to_the_shortest_of_them():
+def test_of_short_prompts_the_longest_are_drawn_and_of_few_all_cut_to_the_shortest_of_them():
     prompts = [list(range(10 - length, 10)) for length in (3, 9, 5, 7)] * 4 + [[0, 0]] * 4
     assert choose_prompts(prompts, seed=0) == [[7, 8, 9]] * 16
-
-
-def test_fewer_prompts_than_rows_are_all_taken_with_their_last_tokens():
     assert sorted(choose_prompts(PROMPTS, seed=0)) == [prompt[-5:] for prompt in PROMPTS]
 
 

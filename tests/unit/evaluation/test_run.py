@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from drllm.config import EvaluateConfig
 from drllm.errors import CheckpointError, ConfigError, ModelError, RecordError
@@ -33,16 +32,15 @@ from drllm.models.base.identity import fingerprint
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode
 from drllm.models.routers.checkpoint import load_routers, save_routers
-from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.paths import to_path
 from drllm.records import read_json_lines, read_manifest
 from drllm.records.latency import read_latency
 from drllm.records.results import read_results
 from drllm.statistics import non_inferiority
 from drllm.statistics.paired import holm
 from drllm.tasks.registry import get_task
+from slow_way import ListedModel, tiny_routers
 
 NUM_QUESTIONS = 24
 SYSTEMS = [
@@ -60,19 +58,9 @@ def base(tiny_llama, tiny_tokenizer):
 
 
 def new_routers(base, seed=3, **values):
-    config = RouterConfig(
-        **{
-            "num_layers": 6,
-            "hidden_size": 32,
-            "base_fingerprint": fingerprint(base.model),
-            "label_counts": ((2, 7, 1),) * values.get("num_layers", 6),
-            **values,
-        }
-    )
-    stack = RouterStack(config, torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        stack.decision_weight.mul_(3)
-    return stack
+    fitting = {"num_windows": 8, "base_fingerprint": fingerprint(base.model)}
+    labels = ((2, 7, 1),) * values.get("num_layers", 6)
+    return tiny_routers(seed, router_width=128, **{**fitting, "label_counts": labels, **values})
 
 
 @pytest.fixture(scope="module")
@@ -145,21 +133,10 @@ def evaluated(run, tmp_path_factory):
     return result, samples_in(folder), calls
 
 
-def along(base, decisions):
-    """Return a plain model whose layer list is the path."""
-    model = copy.deepcopy(base.model)
-    path = to_path(decisions)
-    model.model.layers = nn.ModuleList([model.model.layers[index] for index in path])
-    model.config.num_hidden_layers = len(path)
-    return model
-
-
-@torch.no_grad()
-def loss_of(model, context, answer):
-    ids = torch.tensor([[*context, *answer]])
-    labels = ids.clone()
-    labels[:, : len(context)] = -100
-    return float(model(ids, labels=labels, use_cache=False).loss)
+def loss_along(base, decisions, context, answer):
+    """Return the mean loss of an answer's tokens in a plain model whose layer list is the path."""
+    [logprob] = ListedModel(base.model, decisions).sums(context, [answer])
+    return -logprob / len(answer)
 
 
 @pytest.mark.parametrize("system", ["base", "routed"])
@@ -167,12 +144,11 @@ def test_every_sample_equals_the_question_asked_alone(evaluated, base, task, sys
     examples = {example.id: example for example in task.examples("test")}
     for sample in evaluated[1]:
         outcome, example = sample["systems"][system], examples[sample["id"]]
-        model, prompt = along(base, outcome["decisions"]), task.prompt(example, "loglikelihood")
-        context, sums = encode(base.tokenizer, prompt.text), []
-        for continuation in prompt.continuations:
-            row = encode(base.tokenizer, prompt.text + continuation)
-            behind = row[len(context) :]
-            sums.append(-len(behind) * loss_of(model, context, behind))
+        prompt = task.prompt(example, "loglikelihood")
+        context = encode(base.tokenizer, prompt.text)
+        rows = [encode(base.tokenizer, prompt.text + text) for text in prompt.continuations]
+        behind = [row[len(context) :] for row in rows]
+        sums = ListedModel(base.model, outcome["decisions"]).sums(context, behind)
         gold = sums[example.gold] - math.log(sum(math.exp(value) for value in sums))
         assert float(sums.index(max(sums)) == example.gold) == outcome["correct"]
         assert gold == pytest.approx(outcome["gold_logprob"], abs=1e-4)
@@ -188,8 +164,8 @@ def test_the_loss_of_a_text_is_that_of_the_question_with_its_right_answer_under_
         for sample in samples[:6]:
             prompt = task.prompt(examples[sample["id"]], "loglikelihood")
             text = encode(base.tokenizer, prompt.text + prompt.continuations[prompt.gold])
-            model = along(base, sample["systems"][name]["decisions"])
-            losses.append(loss_of(model, text[:1], text[1:]))
+            decisions = sample["systems"][name]["decisions"]
+            losses.append(loss_along(base, decisions, text[:1], text[1:]))
         assert by_name(result)[name]["text_loss"] == pytest.approx(sum(losses) / 6, abs=TOLERANCE)
 
 
@@ -207,8 +183,8 @@ def test_routes_are_those_of_the_question_alone(evaluated, base, routers_dir, ta
     assert len(seen) > 1, "the sample must hold several routes"
 
 
-def test_the_table_holds_every_system_with_interval_executions_and_seconds(evaluated):
-    result, samples, _ = evaluated
+def test_the_table_holds_every_system_and_the_file_says_what_was_evaluated(evaluated, base):
+    result, samples, calls = evaluated
     rows = by_name(result)
     assert list(rows) == SYSTEMS
     assert len(samples) == result["num_questions"] == NUM_QUESTIONS
@@ -218,6 +194,13 @@ def test_the_table_holds_every_system_with_interval_executions_and_seconds(evalu
         assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
         assert row["seconds"] > 0
     assert rows["base"]["executions"] == 6
+    assert result["chance"] == 0.25
+    assert len(result["findings"]) >= 3
+    assert (result["model"], result["runtime"]) == (base.identity, base.runtime)
+    assert len(result["routers_sha256"]) == 64
+    assert result["config"]["seed"] == 0
+    assert calls[-1][0] == calls[-1][1]
+    assert [done for done, *_ in calls] == sorted(done for done, *_ in calls)
 
 
 def test_baselines_run_at_the_routed_model_s_executions(evaluated):
@@ -278,19 +261,6 @@ def two_tasks(task):
             return [dataclasses.replace(example, task="half") for example in examples]
 
     return [task, Half()]
-
-
-def test_chance_and_findings_and_provenance_are_written_and_progress_ends_at_the_total(
-    evaluated, base
-):
-    result, _, calls = evaluated
-    assert result["chance"] == 0.25
-    assert len(result["findings"]) >= 3
-    assert (result["model"], result["runtime"]) == (base.identity, base.runtime)
-    assert len(result["routers_sha256"]) == 64
-    assert result["config"]["seed"] == 0
-    assert calls[-1][0] == calls[-1][1]
-    assert [done for done, *_ in calls] == sorted(done for done, *_ in calls)
 
 
 def test_the_cost_of_a_prompt_falls_with_the_executions_and_is_said_to_be_derived(evaluated):
@@ -488,7 +458,7 @@ def test_the_loss_of_a_worked_answer_is_that_behind_its_prompt_under_the_prompts
     assert read.executions == pytest.approx(sum(map(sum, routes)) / 8)
     for place, (prompt, route) in enumerate(zip(asked.prompts(), routes, strict=True)):
         context, answer = encode(base.tokenizer, prompt), asked.text(place).continuation
-        expected = loss_of(along(base, route), context, answer)
+        expected = loss_along(base, route, context, answer)
         assert read.text_loss[place] == pytest.approx(expected, abs=TOLERANCE)
 
 

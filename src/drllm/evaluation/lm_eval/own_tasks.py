@@ -100,7 +100,7 @@ def own_tasks(
 
 def unlisted(kind: str, name: str, known: Iterable[str]) -> str:
     """Say that a name is unknown, with the nearest: the harness has thousands, too many to list."""
-    return unknown_name(kind, name, known).split(" Valid: ")[0].rstrip(".?")
+    return unknown_name(kind, name, known).split(" Valid: ")[0].rstrip(".")
 
 
 def _check_others(others: Sequence[str], taken: set[str], include_path: str | None) -> None:

@@ -54,6 +54,12 @@ def requests_of(task: Any) -> list[Any]:
     return [instance.args for instance in task.instances]
 
 
+def searched(task: Task) -> list[Any]:
+    """Return the requests of a search's own prompts."""
+    prompts = [task.prompt(example, OPTIONS_REWARD) for example in task.examples("test")]
+    return [(prompt.text, text) for prompt in prompts for text in prompt.continuations]
+
+
 def rows_of(name: str, split: str = "test") -> list[tuple[Example, Any]]:
     task = get_task(name)
     assert isinstance(task, PublishedTask)
@@ -142,11 +148,7 @@ def test_squads_prompt_is_the_harness_own(sets: Any, asked: Any) -> None:
 @pytest.mark.parametrize("name", ["arc_easy", "arc_challenge", "hellaswag", "piqa", "mmlu_cloze"])
 def test_what_a_search_asks_is_what_an_evaluation_asks(name: str, sets: Any, asked: Any) -> None:
     _, found = asked(name, num_fewshot=0)
-    searched = get_task(name.removesuffix("_cloze"))
-    ours = []
-    for example in searched.examples("test"):
-        prompt = searched.prompt(example, OPTIONS_REWARD)
-        ours += [(prompt.text, text) for text in prompt.continuations]
+    ours = searched(get_task(name.removesuffix("_cloze")))
     assert sorted(ours) == sorted(args for task in found.values() for args in requests_of(task))
 
 
@@ -204,11 +206,7 @@ def test_options_of_ours_are_asked_byte_for_byte_as_a_search_asks_them(
     written, leaves = asked(task)
     assert (written.name, written.harness_name) == ("my days, all", "my_days_all")
     found = leaves["my_days_all"]
-    ours = []
-    for example in task.examples("test"):
-        prompt = task.prompt(example, OPTIONS_REWARD)
-        ours += [(prompt.text, text) for text in prompt.continuations]
-    assert requests_of(found) == ours
+    assert requests_of(found) == searched(task)
     golds = [found.doc_to_target(doc) for doc in found.eval_docs]
     assert golds == [example.gold for example in task.examples("test")]
 
@@ -383,13 +381,10 @@ def test_what_cannot_be_asked_is_refused(
         write(names, **given)
 
 
-def test_a_task_named_twice_is_refused() -> None:
+def test_a_task_named_twice_and_an_empty_split_are_refused(write: Any, tmp_path: Path) -> None:
     twice = [get_task("builtin_facts")] * 2
     with pytest.raises(TaskError, match="'builtin_facts' is evaluated twice"):
         task_folder(twice, split="test", limit=None, seed=0, data_dir=None)
-
-
-def test_an_empty_split_is_refused(write: Any, tmp_path: Path) -> None:
     path = tmp_path / "few.jsonl"
     path.write_text(json.dumps({"question": "1?", "choices": ["a", "b"], "answer": 0}) + "\n")
     empty = next(s for s in ("search", "test") if not get_task(str(path)).examples(s))
