@@ -21,13 +21,12 @@ from drllm.evaluation.baselines.base import (
 )
 from drllm.evaluation.baselines.own_routes import share_unchanged
 from drllm.evaluation.baselines.registry import depths, named
-from drllm.evaluation.blocks import Answered
 from drllm.evaluation.flops import ModelShape
 from drllm.evaluation.lm_eval.folders import task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.evaluation.questions import chosen_on, sources_of, worked_task
-from drllm.evaluation.systems import Keep, SystemRun, TaskRun
+from drllm.evaluation.systems import Answered, Keep, SystemRun, TaskRun
 from drllm.evaluation.tables import TaskRuns
 from drllm.listener import OnProgress
 from drllm.models.routers.checkpoint import WEIGHTS_FILE

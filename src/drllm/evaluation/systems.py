@@ -9,6 +9,7 @@ Axes: Q questions, L layers.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -18,23 +19,40 @@ import numpy as np
 
 from drllm.cost import decode_executions, mean_executions
 from drllm.evaluation.baselines.base import Drawn
-from drllm.evaluation.blocks import (
-    LEAST_GENERATED,
-    LEAST_SCORED,
-    Answered,
-    Answers,
-    Block,
-    blocks_of,
-    joined,
-)
 from drllm.evaluation.latency import device_clock
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.requests import Request
 from drllm.evaluation.lm_eval.scoring import Answer, Plan
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
+from drllm.models.scoring.batching import blocks_of
 from drllm.paths import Decisions
 from drllm.statistics.paired import Outcomes
+
+Answers: TypeAlias = list[list[Answer | str]]
+"""For each question, the answers to its requests."""
+Block: TypeAlias = Sequence[int]
+"""Places of the questions that are asked together."""
+
+LEAST_SCORED = 64
+"""Questions of a block whose options are scored: seconds of work, which hide the file's writing."""
+LEAST_GENERATED = 1
+"""Questions of a block that answers are generated to: a batch takes long enough by itself."""
+
+
+class Answered(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What some questions were answered under all draws of a system; `seconds` is the first's time.
+
+    `routes` has every question's decisions; it is empty where a path can't be expressed.
+    """
+
+    answers: list[Answers]
+    routes: list[list[Decisions]]
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len({*map(len, self.answers), *map(len, self.routes)}) != 1:
+            raise ValueError("not as many questions in every draw")
 
 
 class SystemRun(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -267,6 +285,22 @@ class TaskRun:
             -logprob / len(text.continuation)
             for text, (logprob, _) in zip(self._texts, answers, strict=True)
         ]
+
+
+def joined(blocks: Sequence[Block], answered: Sequence[Answered]) -> Answered:
+    """Return the answers of all blocks as those of all questions, in the questions' order."""
+    places = [place for block in blocks for place in block]
+    order = sorted(range(len(places)), key=places.__getitem__)
+
+    def in_order(parts: Sequence[Sequence[list[Any]]]) -> list[list[Any]]:
+        draws = [list(itertools.chain.from_iterable(draw)) for draw in zip(*parts, strict=True)]
+        return [[draw[position] for position in order] for draw in draws]
+
+    return Answered(
+        answers=in_order([each.answers for each in answered]),
+        routes=in_order([each.routes for each in answered]),
+        seconds=sum(each.seconds for each in answered),
+    )
 
 
 def _mean(draws: Sequence[Sequence[Any]]) -> list[float]:

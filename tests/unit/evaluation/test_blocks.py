@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drllm.errors import RecordError
-from drllm.evaluation.blocks import Answered, blocks_of, joined
+from drllm.evaluation.systems import Answered, joined
+from drllm.models.scoring.batching import blocks_of
 from drllm.records import decode, encode
 
 lengths = st.lists(st.integers(1, 500), min_size=1, max_size=60)

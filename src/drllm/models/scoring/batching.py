@@ -6,6 +6,7 @@ Results don't depend on how paths are split over passes.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -141,3 +142,26 @@ def free_bytes(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + unused)
     return int(psutil.virtual_memory().available) // _num_sharing
+
+
+def blocks_of(lengths: Sequence[int], least: int, batch_size: int) -> list[list[int]]:
+    """Return the questions of a task in blocks, the longest first.
+
+    Questions of like length make a block, so that batches inside of it are padded no more than if
+    all questions were batched together; a block's size is a multiple of the batch's. The same
+    lengths always give the same blocks.
+
+    Args:
+        lengths: Of each question, in tokens.
+        least: Questions of a block, at least; the last one has what is left.
+        batch_size: Questions a batch.
+
+    Source: ours.
+
+    Example:
+        >>> blocks_of([5, 9, 7], least=1, batch_size=2)
+        [[1, 2], [0]]
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    size = batch_size * math.ceil(least / batch_size)
+    return [order[start : start + size] for start in range(0, len(order), size)]

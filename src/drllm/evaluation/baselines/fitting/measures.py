@@ -14,7 +14,7 @@ from typing import Any
 
 from drllm.errors import ModelError
 from drllm.evaluation.baselines.base import Material, Measure
-from drllm.evaluation.blocks import blocks_of
+from drllm.models.scoring.batching import blocks_of
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
 from drllm.paths import Decisions
