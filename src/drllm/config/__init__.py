@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from drllm.config.settings import NamesIn, Settings, flag_of, setting
+from drllm.config.settings import NamesIn, Settings, flag_of, incidental, setting
 from drllm.errors import ConfigError, unknown_name
 
 STOP_RULES = ("paper", "released", "exhaust")
@@ -52,12 +52,8 @@ class SearchConfig(Settings):
     """The tree search over layer paths; its numbers are the paper's unless said otherwise."""
 
     dataset: str = setting("builtin_facts", "tasks (comma list), or a .jsonl file of your own")
-    output_dir: str = setting(
-        "data/", "folder that receives search.jsonl and supervision.jsonl", decisive=False
-    )
-    data_dir: str | None = setting(
-        None, "folder with SPLIT.jsonl[.gz] files by task", decisive=False
-    )
+    output_dir: str = incidental("data/", "folder that receives search.jsonl and supervision.jsonl")
+    data_dir: str | None = incidental(None, "folder with SPLIT.jsonl[.gz] files by task")
     split: str = setting("search", "which questions", choices=SPLITS)
     limit: int | None = setting(
         None, "at most this many questions a task, drawn with the seed", minimum=1
@@ -92,32 +88,23 @@ class SearchConfig(Settings):
         0.5, "re-test: nats a path's margin may lie below the full path's", minimum=0.0
     )
     block_size: int = setting(32, "questions searched together", minimum=1)
-    state_cache_gb: float = setting(
-        4.0,
-        "memory for shared path prefixes, in GB; shared by Ray's workers on one CPU",
-        above=0.0,
-        decisive=False,
+    state_cache_gb: float = incidental(
+        4.0, "memory for shared path prefixes, in GB; shared by Ray's workers on one CPU", above=0.0
     )
-    paths_per_pass: int | None = setting(
-        None,
-        "maximum paths in a forward pass; as many as memory allows unless given",
-        minimum=1,
-        decisive=False,
+    paths_per_pass: int | None = incidental(
+        None, "maximum paths in a forward pass; as many as memory allows unless given", minimum=1
     )
     shard: str | None = setting(None, "search part i of n (i/n, from 1), to be joined by supervise")
-    executor: str = setting(
-        "local", "where to search: in this process, or on Ray", choices=EXECUTORS, decisive=False
+    executor: str = incidental(
+        "local", "where to search: in this process, or on Ray", choices=EXECUTORS
     )
-    num_workers: int | None = setting(
+    num_workers: int | None = incidental(
         None,
         "with --executor ray: processes, one a device; as many as there are unless given",
         minimum=1,
-        decisive=False,
     )
-    ray_address: str | None = setting(
-        None,
-        "with --executor ray: HOST:PORT of a cluster, or auto; else one starts here",
-        decisive=False,
+    ray_address: str | None = incidental(
+        None, "with --executor ray: HOST:PORT of a cluster, or auto; else one starts here"
     )
     seed: int = setting(0, "seed of the search and of --limit", minimum=0)
 
@@ -227,10 +214,8 @@ class TrainConfig(Settings):
         "routers from so many seeds, counting up from --seed; see seed_S in the output",
         minimum=1,
     )
-    report_to: str | None = setting(
-        None,
-        "trackers of accelerate (comma list), such as tensorboard,wandb; off by default",
-        decisive=False,
+    report_to: str | None = incidental(
+        None, "trackers of accelerate (comma list), such as tensorboard,wandb; off by default"
     )
 
     @property
@@ -342,9 +327,7 @@ class EvaluateConfig(Settings):
     """What is evaluated, on which questions, against which baselines."""
 
     tasks: str = setting("builtin_facts", "tasks (comma list), or a .jsonl file of your own")
-    data_dir: str | None = setting(
-        None, "folder with SPLIT.jsonl[.gz] files by task", decisive=False
-    )
+    data_dir: str | None = incidental(None, "folder with SPLIT.jsonl[.gz] files by task")
     split: str = setting("test", "which questions", choices=SPLITS)
     limit: int | None = setting(
         None, "at most this many questions a task, drawn with the seed", minimum=1
@@ -398,8 +381,8 @@ class EvaluateConfig(Settings):
         None, "draws of the random baselines a question; 10 unless given", minimum=1
     )
     batch_size: int = setting(16, "questions a forward pass", minimum=1)
-    latency_rounds: int = setting(
-        3, "turns in which base and routed are timed; 0 measures no time", minimum=0, decisive=False
+    latency_rounds: int = incidental(
+        3, "turns in which base and routed are timed; 0 measures no time", minimum=0
     )
     seed: int = setting(0, "seed of permutations, random draws and --limit", minimum=0)
 

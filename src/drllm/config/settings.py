@@ -50,10 +50,15 @@ def setting(
         choices: The only accepted strings (None is accepted too where it is the default).
         alias: Another flag name under which published commands know this setting.
         idle: Another field of the group, and the value of it that leaves this one without effect.
-        decisive: Results depend on it; False for places, memory, and who does the work.
+        decisive: Results depend on it.
     """
     rules = {name: value for name, value in locals().items() if name != "default"}
     return field(default=default, metadata=rules)
+
+
+def incidental(default: Any, help: str, **rules: Any) -> Any:
+    """Declare a field that results don't depend on: places, memory, who does the work."""
+    return setting(default, help, decisive=False, **rules)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -371,13 +371,7 @@ def model_card(
     """Write the card of an exported checkpoint: where it comes from, and how to load it.
 
     The front matter, which the hub reads, names the base model only where that came from the hub,
-    so that it has a revision.
-
-    Args:
-        base: Identity of the base model.
-        path: Layer indices of the base model in the order executed.
-        dtype: Of the weights.
-        num_repeated_bytes: Size of the layers that are written again.
+    so that its identity `base` has a revision.
     """
     try:
         decisions = to_decisions(path, base["num_layers"])

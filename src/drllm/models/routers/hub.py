@@ -105,14 +105,8 @@ def push_routers(
     """Push routers with a model card to the hub, making the repository if necessary.
 
     The name of a base model that only this machine has isn't pushed, and a warning says so: it
-    would lead nobody anywhere, and tell how folders are called here.
-
-    Arguments are those of `RoutedModel.push_to_hub`.
-
-    Raises:
-        CheckpointError: What `save_routers` refuses, a name that can't be one, no token, one that
-            isn't accepted or may not write there, a public repository instead of a private one, or
-            no network.
+    would lead nobody anywhere, and tell how folders are called here. Arguments and errors are those
+    of `RoutedModel.push_to_hub`.
     """
     config = described(routers.config, model)
     name = config.base_model

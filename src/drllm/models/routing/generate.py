@@ -31,13 +31,7 @@ class GenerateHandle:
     driver: RoutingDriver
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as the model does, with decisions taken once per prompt.
-
-        Raises:
-            RoutingError: `prefill_chunk_size` with a policy that reads the prompt, since it would
-                decide on the first chunk alone; `guidance_scale` without a cache, whose second
-                prompt would be given the decisions of the first.
-        """
+        """Generate as the model does, with decisions taken once per prompt."""
         option = options_of(self.model, kwargs, args)
         reads = reads_prompt(self.driver.current_policy)
         chunk = option("prefill_chunk_size")

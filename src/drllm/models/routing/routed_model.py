@@ -165,7 +165,8 @@ class RoutedModel:
 
         Raises:
             RoutingError: `prefill_chunk_size` with a policy that reads the prompt, since it would
-                decide on the first chunk; a detached model.
+                decide on the first chunk alone; `guidance_scale` without a cache, whose second
+                prompt would be given the decisions of the first; a detached model.
         """
         self._check_attached()
         return self.model.generate(*args, **inputs)
@@ -258,7 +259,8 @@ class RoutedModel:
             The address of the commit.
 
         Raises:
-            CheckpointError: What the hub or `save_pretrained` refuses, or no network.
+            CheckpointError: What the hub or `save_pretrained` refuses, a public repository instead
+                of a private one, or no network.
             RoutingError: There are no routers.
         """
         routers = self._own_routers()

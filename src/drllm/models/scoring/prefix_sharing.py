@@ -55,7 +55,6 @@ class PackedRows:
     They may have a *past* that isn't read again: the K/V that other rows computed under the same
     path. The common prefix of a batch is the past of all its prompts; a prompt is the past of the
     continuations that are scored after it.
-
     """
 
     routed: RoutedModel
