@@ -2,6 +2,15 @@
 
 A folder of routers holds `router_config.json`, `routers.safetensors`, `metrics.jsonl`,
 `layers.json` and `README.md`.
+
+In teacher forcing (round 0) a router reads the states that the target path leaves; in routing it
+reads those that the routers before it made, mistakes and all. So before each further round what
+the last round's routers read along their own routes is pooled; then new routers are trained from
+the same initial weights on all rounds' inputs, with the question's labels unchanged. A round's
+routers are those of a training with that number of rounds.
+
+Source of the rounds: Ross et al. 2011 (arXiv 1011.0686), algorithm 3.1 with β = 1 in round 0 and
+0 after.
 """
 
 from __future__ import annotations
@@ -31,10 +40,9 @@ from drllm.records import SupervisionRecord, clear_half_written, encode, write_a
 from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.places import check_folder
 from drllm.training import checkpoint, temperature
-from drllm.training.checkpoint import is_done
+from drllm.training.checkpoint import SIZES_TOLERANCE, is_done
 from drllm.training.feature_store import FEATURES_FOLDER, Store
-from drllm.training.features import Aggregate, Examples, collect, digest, each_once
-from drllm.training.on_policy import rounds_of, say_what_is_new
+from drllm.training.features import Aggregate, Examples, Features, collect, digest, each_once, sizes
 from drllm.training.targets import check_soft_targets, reasons_of, write_rejected
 from drllm.training.trackers import check_trackers, forget, tracked
 from drllm.training.trainer import DivergedError, Trainer, divide
@@ -42,6 +50,8 @@ from drllm.training.trainer import DivergedError, Trainer, divide
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+FEW = 0.1
+"""Share of the trained targets below which a round is said to have little to teach."""
 
 
 def train(
@@ -123,14 +133,15 @@ def train(
     )
     left = [folder for folder, one in seeds.items() if not is_done(folder, identity_of(one))]
     for folder in left:
-        rounds = rounds_of(folder, seeds[folder])
-        parts, used = [along_targets], []
-        for number, (place, settings) in enumerate(rounds):
+        last, parts, used = seeds[folder].on_policy_rounds, [along_targets], []
+        for number in range(last + 1):
+            settings = dataclasses.replace(seeds[folder], on_policy_rounds=number)
+            place = folder if number == last else folder / f"round_{number}"
             if number > 0:
-                before, _ = rounds[number - 1]
+                before = folder / f"round_{number - 1}"
                 used.append(Store(before / FEATURES_FOLDER, config.feature_dtype))
                 parts.append(pool(routers=load_routers(before), store=used[-1]))
-                say_what_is_new(along_targets, parts[-1], settings, number)
+                _say_what_is_new(along_targets, parts[-1], settings)
             if place != folder and is_done(place, identity_of(settings)):
                 continue
             if place == left[-1] and features is None:
@@ -229,6 +240,30 @@ def discard(output: Path, config: TrainConfig) -> None:
         for earlier_round in folder.glob("round_*"):
             shutil.rmtree(earlier_round)
     Store(output / FEATURES_FOLDER).remove()
+
+
+def _say_what_is_new(features: Features, own: Features, config: TrainConfig) -> None:
+    """Warn of targets that a round leaves out along the routes of the last, and of little new."""
+    number = config.on_policy_rounds
+    if own.rejected:
+        logger.warning(
+            f"along the routes of round {number - 1}, {len(own.rejected)} of "
+            f"{features.num_targets} targets are left out ({reasons_of(own.rejected)})"
+        )
+    trained, _ = divide(own.questions, config, features.num_targets)
+    names = zip(features.questions, features.tasks, strict=True)
+    places = {name: row for row, name in enumerate(names)}
+    theirs = [places[own.questions[row], own.tasks[row]] for row in trained]
+    before, after = sizes(features)[theirs], sizes(own)[trained]  # [B, L]
+    alike = torch.isclose(after, before, rtol=SIZES_TOLERANCE, atol=0.0).all(dim=1)
+    changed = len(trained) - int(alike.sum())
+    if changed < FEW * len(trained):
+        logger.warning(
+            f"along the routes of round {number - 1} only {changed} of {len(trained)} targets that "
+            f"are trained on are read otherwise than along their target paths, which the routers "
+            f"follow there already, so round {number} has little to teach; give fewer epochs, "
+            f"dropout or more targets"
+        )
 
 
 def _write_routers(
