@@ -295,7 +295,10 @@ def read_results(folder: Path) -> list[Result]:
         RecordError: A file that can't be trusted, two results of a task, or samples of another
             evaluation.
     """
-    samples = read_samples(folder / SAMPLES_FILE)
+    file = folder / SAMPLES_FILE
+    samples: dict[str, list[Sample]] = {}
+    for sample in read_records(file, Sample, "samples") if file.exists() else ():
+        samples.setdefault(sample.task, []).append(sample)
     found: dict[str, Result] = {}
     for path in results_in(folder):
         evaluation = read_evaluation(path)
@@ -309,14 +312,6 @@ def read_results(folder: Path) -> list[Result]:
         values = msgspec.structs.asdict(evaluation)
         found[evaluation.task] = Result(**values, samples=own)
     return list(found.values())
-
-
-def read_samples(path: Path) -> dict[str, list[Sample]]:
-    """Read `samples.jsonl` by task; empty where it is absent."""
-    samples: dict[str, list[Sample]] = {}
-    for sample in read_records(path, Sample, "samples") if path.exists() else ():
-        samples.setdefault(sample.task, []).append(sample)
-    return samples
 
 
 def _check_samples(path: Path, evaluation: Evaluation, samples: Sequence[Sample]) -> None:

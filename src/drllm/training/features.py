@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -168,12 +168,16 @@ def collect(
     routed = RoutedModel(model)
     try:
         targets = targets_for(model, tokenizer, routed.num_layers, records)
-        identity, labels, N = describe(model), targets.labels, len(targets.records)
-        made_from = targets.hashes()
+        decisions = [record.optimal_layer_config for record in targets.records]
+        identity, labels, N = describe(model), torch.tensor(decisions), len(decisions)
+        made_from = {
+            "number": N,
+            "prompts_sha256": _sha256(repr(prompt).encode() for prompt in targets.prompts),
+            "decisions_sha256": _sha256(repr(path).encode() for path in decisions),
+        }
         if routers is not None:
             weights = [weight.cpu().numpy() for _, weight in sorted(routers.state_dict().items())]
-            joined = b"".join(weight.tobytes() for weight in weights)
-            made_from["routers_sha256"] = hashlib.sha256(joined).hexdigest()
+            made_from["routers_sha256"] = _sha256(weight.tobytes() for weight in weights)
             routers = routers.to(model.device)
         dtype, device = str(model.dtype).removeprefix("torch."), model.device.type
         manifest = new_manifest(
@@ -243,6 +247,10 @@ def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
         size = max(1, min(batch_size, MAXIMUM_TOKENS // lengths[order[start]]))
         yield order[start : start + size]
         start += size
+
+
+def _sha256(parts: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _forward(routed: RoutedModel, policy: RecordingPolicy, prompts: Sequence[list[int]]) -> None:

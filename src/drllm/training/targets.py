@@ -8,7 +8,6 @@ Axes: N targets, T tokens, L layers, C = 3 decisions.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,20 +41,6 @@ class Targets:
     prompts: list[list[int]]
     rejected: list[RejectedQuestion]
     total: int
-
-    @property
-    def labels(self) -> Tensor:
-        """`[N, L]` int64: the target paths' decisions."""
-        return torch.tensor([record.optimal_layer_config for record in self.records])
-
-    def hashes(self) -> dict[str, Any]:
-        """Return their number and the hashes of tokens and decisions, on which features depend."""
-        decisions = [record.optimal_layer_config for record in self.records]
-        return {
-            "number": len(self.records),
-            "prompts_sha256": _hash(self.prompts),
-            "decisions_sha256": _hash(decisions),
-        }
 
 
 def targets_for(
@@ -152,7 +137,3 @@ def soft_targets(records: Sequence[SupervisionRecord]) -> Tensor:
         for decisions, weight in valid or [(record.optimal_layer_config, 1.0)]:
             mix[torch.arange(L), list(decisions)] += weight
     return mixes / mixes.sum(dim=-1, keepdim=True)
-
-
-def _hash(values: Sequence[object]) -> str:
-    return hashlib.sha256("".join(map(repr, values)).encode()).hexdigest()
