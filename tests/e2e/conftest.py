@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,19 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Spare each command reading 14,000 task files, and keep the harness' cache and log apart."""
+    import lm_eval.tasks
+    from lm_eval.caching import cache
+
+    small = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", small)
+    monkeypatch.setattr(cache, "PATH", str(tmp_path / "cache"))
+    monkeypatch.setenv("LMEVAL_LOG_LEVEL", "ERROR")
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")

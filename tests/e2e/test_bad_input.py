@@ -10,7 +10,6 @@ one (`NAME: OLD -> NEW`) or one of the functions below (`NAME: @FUNCTION`).
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import shutil
@@ -440,16 +439,6 @@ def working(tmp_path: Path, finished_run: Path) -> Callable[[Case], Path]:
     return make
 
 
-@pytest.fixture
-def quiet_harness(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the harness' log from standard error, and spare it reading its 14,000 task files."""
-    import lm_eval.tasks
-
-    small = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", small)
-    monkeypatch.setenv("LMEVAL_LOG_LEVEL", "ERROR")
-
-
 def check_answer(case: Case, status: int, err: str) -> None:
     assert status == 2, err
     assert err.endswith("\n")
@@ -469,7 +458,7 @@ def test_a_mistake_is_answered_by_one_line_and_nothing_is_written(
 ):
     words = case.line(models)
     if "lm-eval" in words:
-        request.getfixturevalue("quiet_harness")
+        request.getfixturevalue("small_harness")
     folder = working(case)
     monkeypatch.chdir(folder)
     before = listing(folder)

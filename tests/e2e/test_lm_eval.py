@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import socket
 import sys
@@ -35,17 +34,7 @@ metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
 """
 
 
-@pytest.fixture(autouse=True)
-def _small_harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Spare each command reading 14,000 task files, and keep the harness' cache and log apart."""
-    import lm_eval.tasks
-    from lm_eval.caching import cache
-
-    small = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", small)
-    monkeypatch.setattr(cache, "PATH", str(tmp_path / "cache"))
-    monkeypatch.setenv("LMEVAL_LOG_LEVEL", "ERROR")
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("small_harness")
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ questions in the schemas of ARC and DART-Math stand in for the real ones.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import shutil
@@ -28,16 +27,8 @@ FEWER = "--limit 4 --data_dir sets"
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder, with questions in `sets/` and the harness' own caches apart."""
-    import lm_eval.tasks
-    from lm_eval.caching import cache
-
-    small = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", small)
-    monkeypatch.setattr(cache, "PATH", str(tmp_path / "cache"))
-    monkeypatch.setenv("LMEVAL_LOG_LEVEL", "ERROR")
-    monkeypatch.chdir(tmp_path)
+def folder(tmp_path: Path, small_harness: None) -> Path:
+    """An empty working folder, with questions in `sets/`."""
     for task in ("arc_easy", "arc_challenge", "commonsense_qa"):
         for file in ("train", "validation"):
             write(f"sets/{task}/{file}.jsonl", [options(task, file, n) for n in range(12)])

@@ -178,7 +178,6 @@ def _asked(row: dict[str, Any], line: int, chat: bool) -> Asked:
 
 
 def _answer(routed: RoutedModel, prompt: str, config: GenerateConfig, terminal: Terminal) -> None:
-    """Answer one prompt; print the answer, its route, its cost and the time."""
     import torch
 
     from drllm.models.routing.batch_generation import prompt_tokens

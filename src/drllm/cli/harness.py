@@ -68,7 +68,6 @@ def run(words: Sequence[str]) -> None:
 
 
 def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
-    """Carry out `run`."""
     data_dir, split = args.data_dir, args.split
     del args.data_dir, args.split  # the harness takes what it doesn't know for settings of its own
     settings = _settings(args)

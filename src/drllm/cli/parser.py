@@ -201,7 +201,6 @@ def _made(group: type[Settings], values: Mapping[str, Any]) -> Settings:
 
 
 def _flags(verb: Verb) -> Iterator[Flag]:
-    """Yield a verb's own flags, then those of its settings."""
     yield from verb.flags
     for group in verb.settings:
         kinds = kinds_of(group)
@@ -265,7 +264,6 @@ def _with_dashes(words: Sequence[str]) -> list[str]:
 
 
 def _read_settings(path: Path, verb: Verb) -> dict[str, Any]:
-    """Read and check a `--config` file for a verb."""
     values = read_yaml(path, "settings")
     for group in verb.settings:
         values = canonical(group, values)

@@ -5,7 +5,7 @@ What is claimed of results are the evaluation's own findings and verdicts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +165,15 @@ def _show_metrics(path: Path, terminal: Terminal) -> None:
     last = max(row["epoch"] for row in rows)
     chosen = [row for row in rows if row["epoch"] == last]
     names = [name for name in chosen[0] if name not in ("epoch", "split", "learning_rate")]
-    terminal.table(
-        "|".join(["metric", *(str(row["split"]) for row in chosen)]),
-        ([name, *(plain(row.get(name), 3) for row in chosen)] for name in names),
-        title=f"epoch {last}",
-        numbers_from=1,
-    )
+    parts = {str(row["split"]): row for row in chosen}
+    _show_metric_table(names, parts, f"epoch {last}", terminal)
+
+
+def _show_metric_table(
+    names: Iterable[str], columns: Mapping[str, Any], title: str, terminal: Terminal
+) -> None:
+    rows = ([name, *(plain(each.get(name), 3) for each in columns.values())] for name in names)
+    terminal.table("|".join(["metric", *columns]), rows, title=title, numbers_from=1)
 
 
 def _show_routers(path: Path, terminal: Terminal) -> None:
@@ -205,7 +208,6 @@ def _show_routers(path: Path, terminal: Terminal) -> None:
 
 
 def _check_weights(path: Path) -> None:
-    """Refuse weights that are broken, cut off or not finite."""
     if not refuse_odd_file(path, "read"):
         return
     import numpy as np
@@ -227,13 +229,9 @@ def _show_agreement(path: Path, terminal: Terminal) -> None:
     """Compare the saved routers with decisions that ignore the question, on each part."""
     layers = read_layers(path)
     for part, systems in layers.parts.items():
-        scores = [ratios(counts) for counts in systems.values()]
-        terminal.table(
-            "|".join(["metric", *map(shown, systems)]),
-            ([name, *(plain(each[name], 3) for each in scores)] for name in scores[0]),
-            title=f"after epoch {layers.epoch}, on {layers.title(part)}",
-            numbers_from=1,
-        )
+        scores = {shown(name): ratios(counts) for name, counts in systems.items()}
+        title = f"after epoch {layers.epoch}, on {layers.title(part)}"
+        _show_metric_table(next(iter(scores.values())), scores, title, terminal)
     terminal.say(by_layer(layers.parts[layers.judged]))
     terminal.say(verdict(layers.parts))
 

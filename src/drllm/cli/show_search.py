@@ -330,7 +330,6 @@ def say_classes(counts: Sequence[int], terminal: Terminal) -> None:
 
 
 def _say_decisions(summary: Mapping[str, Any], terminal: Terminal) -> None:
-    """Say what the targets decide, and which layers they skip and repeat most."""
     say_classes(summary["class_counts"], terminal)
     counts = summary.get("class_counts_by_layer", [])
     for decision, name in ((Decision.SKIP, "most skipped"), (Decision.REPEAT, "most repeated")):

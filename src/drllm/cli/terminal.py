@@ -46,8 +46,7 @@ class Terminal(Listener):
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # a terminal without █ is no reason to fail
-        self.out = _console(stderr=False)
-        self.err = _console(stderr=True)
+        self.out, self.err = _Console(stderr=False), _Console(stderr=True)
 
     def say(self, text: str = "") -> None:
         """Print a line of the result; nothing in it is markup, and long lines aren't broken."""
@@ -224,13 +223,13 @@ def draw_route(decisions: Sequence[int]) -> Text:
 class _Console(Console):
     """A console that shows the control characters of a text instead of obeying them."""
 
+    def __init__(self, *, stderr: bool) -> None:
+        super().__init__(stderr=stderr)
+        if not self.is_terminal:
+            self.width = PLAIN_WIDTH
+
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
-
-
-def _console(*, stderr: bool) -> Console:
-    console = _Console(stderr=stderr, soft_wrap=False)
-    return console if console.is_terminal else _Console(stderr=stderr, width=PLAIN_WIDTH)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 STAGES = ("search", "supervise", "train", "evaluate", "report")
 RECIPE_FILE = "run.yaml"
 RUN_FILE = "run.manifest.json"
-RUN_SCHEMA = "drllm.run"
 ROUTER_FILES = ("router_config.json", "routers.safetensors")
 
 Stage: TypeAlias = Iterator[Any]
@@ -62,7 +61,7 @@ class StageDone(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class RunManifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """`run.manifest.json`: what each stage was made from, what it wrote and how long it took."""
 
-    schema: str = RUN_SCHEMA
+    schema: Literal["drllm.run"] = "drllm.run"
     schema_version: int = SCHEMA_VERSION
     drllm_version: str = ""
     stages: dict[str, StageDone] = {}
@@ -82,24 +81,17 @@ def read_run(folder: Path) -> RunManifest:
     """Read a folder's `run.manifest.json`; empty where there is none.
 
     Raises:
-        RecordError: It is broken or of a future version.
+        RecordError: It is broken, another schema's or of a future version.
     """
     path = folder / RUN_FILE
     if not path.exists():
         return RunManifest()
     try:
-        found = read_json(path, RunManifest)
+        return read_json(path, RunManifest)
     except RecordError as error:
         raise RecordError(
             f"{error}; delete {path}, and finished stages are checked or made anew"
         ) from error
-    if found.schema != RUN_SCHEMA or found.schema_version > SCHEMA_VERSION:
-        raise RecordError(
-            f"{path} is {found.schema!r} of schema version {found.schema_version}; this drllm "
-            f"reads {RUN_SCHEMA!r} up to {SCHEMA_VERSION}: choose another --output-dir, or install "
-            f"a newer drllm"
-        )
-    return found
 
 
 def hash_of(path: Path) -> str:

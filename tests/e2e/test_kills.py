@@ -1,0 +1,123 @@
+"""A search or evaluation that is killed again and again ends as one that nothing disturbed."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drllm.cli import main
+from drllm.records import read_search
+from drllm.search import CHUNKS_FOLDER, num_batches_kept
+
+MOST_S = 120.0
+QUESTIONS = 24
+
+
+@pytest.fixture
+def words(model_folder: Callable[..., Path]) -> list[str]:
+    settings = ["--limit", str(QUESTIONS), "--block-size", "1"]
+    return ["search", "--model", str(model_folder()), "--device", "cpu", *settings]
+
+
+def begun(processes: Any, words: list[str]) -> Any:
+    process = processes.Process(target=main, args=(words,))
+    process.start()
+    return process
+
+
+def to_the_end(processes: Any, words: list[str]) -> float:
+    """Run a command in a process of its own and return its seconds."""
+    started = time.monotonic()
+    process = begun(processes, words)
+    process.join(MOST_S)
+    assert process.exitcode == 0
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+    ("kills", "simulations"), [(3, 8), pytest.param(20, 50, marks=pytest.mark.thorough)]
+)
+def test_a_search_killed_at_random_moments_ends_as_an_undisturbed_one(
+    kills: int,
+    simulations: int,
+    processes: Any,
+    words: list[str],
+    tmp_path: Path,
+    assert_same_run: Callable[..., None],
+):
+    words = [*words, "--num-simulations", str(simulations), "--output-dir"]
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    whole = to_the_end(processes, [*words, str(undisturbed)])
+    idle = to_the_end(processes, [*words, str(undisturbed)])  # it is complete: nothing to search
+    moments = random.Random(kills)
+    done: list[int] = []
+    while len(done) < kills:
+        process = begun(processes, [*words, str(killed)])
+        process.join(moments.uniform(idle / 2, idle + 2 * (whole - idle) / kills))
+        process.kill()
+        process.join(MOST_S)
+        assert process.exitcode in (-9, 0)  # 0: it was quicker than the kill
+        if process.exitcode == -9:
+            done.append(num_batches_kept(killed / CHUNKS_FOLDER))
+    to_the_end(processes, [*words, str(killed)])
+
+    assert any(0 < batches < QUESTIONS for batches in done), f"no kill came in its midst: {done}"
+    expected, found = (read_search(folder / "search.jsonl") for folder in (undisturbed, killed))
+    assert_same_run(found, expected)
+    names = [sorted(path.name for path in folder.iterdir()) for folder in (killed, undisturbed)]
+    assert names[0] == names[1], "nothing half-written is left behind"
+
+
+# --- an evaluation -----------------------------------------------------------------------------
+
+SETTINGS = (
+    *("--tasks", "builtin_arithmetic", "--limit", "7", "--batch-size", "1"),
+    *("--baselines", "permuted-routes", "--num-random-draws", "2", "--num-texts", "2"),
+    *("--latency-rounds", "0"),
+)
+NUM_BLOCKS = 7
+"""Of each of three systems: answers are generated, and a batch is one question."""
+
+
+def outcome(folder: Path) -> tuple[Any, Any]:
+    """Return what an evaluation wrote, without its times."""
+    result = json.loads((folder / "builtin_arithmetic.json").read_text())
+    rows = [{**row, "seconds": None} for row in result["systems"]]
+    assert not (folder / "partial").exists()
+    return {**result, "created": None, "systems": rows}, (folder / "samples.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(15, marks=pytest.mark.thorough)])
+def test_an_evaluation_killed_at_random_questions_ends_as_an_undisturbed_one(
+    kills: int, processes: Any, finished_run: Path, tmp_path: Path
+):
+    words = ["evaluate", "--routers", str(finished_run / "routers"), "--device", "cpu", *SETTINGS]
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    to_the_end(processes, [*words, "--output-dir", str(undisturbed)])
+    moments = random.Random(kills)
+    inside = 0
+    for after in sorted(moments.sample(range(1, 5 * NUM_BLOCKS // 2), kills)):
+        process = begun(processes, [*words, "--output-dir", str(killed)])
+        while num_blocks(killed / "partial") < after and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        assert process.exitcode in (-9, 0)  # 0: it was quicker than the kill
+        inside += any((killed / "partial").glob("b*.*.json"))
+    assert inside, "no kill came inside of a system"
+    to_the_end(processes, [*words, "--output-dir", str(killed)])
+    assert outcome(killed) == outcome(undisturbed)
+
+
+def num_blocks(partial: Path) -> int:
+    """Count the blocks that were answered, those of systems that are done included."""
+    names = [path.name for path in partial.glob("b*.json")]
+    parts = [name for name in names if name.count(".") > 1]
+    return NUM_BLOCKS * (len(names) - len(parts)) + len(parts)
