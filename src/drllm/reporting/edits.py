@@ -46,9 +46,7 @@ def edit_effects(records: Sequence[SearchRecord], decision: Decision) -> list[Ed
 
 def _effect(layer: int, pairs: Sequence[tuple[TriedPath, TriedPath]]) -> EditEffect:
     margins = [
-        path.margin - full.margin
-        for full, path in pairs
-        if path.margin is not None and full.margin is not None
+        p.margin - f.margin for f, p in pairs if f.margin is not None and p.margin is not None
     ]
     kls = [path.kl for _, path in pairs if path.kl is not None]
     return EditEffect(

@@ -6,6 +6,7 @@ other way round.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -147,9 +148,7 @@ def holm(pvalues: Sequence[float]) -> list[float]:
         >>> holm([0.01, 0.04, 0.03])
         [0.03, 0.06, 0.06]
     """
-    adjusted = [0.0] * len(pvalues)
-    largest = 0.0
-    for rank, index in enumerate(sorted(range(len(pvalues)), key=lambda i: pvalues[i])):
-        largest = max(largest, min(1.0, (len(pvalues) - rank) * pvalues[index]))
-        adjusted[index] = largest
-    return adjusted
+    order = sorted(range(len(pvalues)), key=lambda index: pvalues[index])
+    factors = range(len(pvalues), 0, -1)
+    adjusted = (min(1.0, n * pvalues[index]) for n, index in zip(factors, order, strict=True))
+    return [p for _, p in sorted(zip(order, itertools.accumulate(adjusted, max), strict=True))]

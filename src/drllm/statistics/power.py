@@ -152,12 +152,7 @@ def detectable_mean(differences: Sequence[float]) -> float | None:
 
 @functools.lru_cache(maxsize=4)
 def _outcomes(n: int, discordant: float) -> tuple[Floats, Floats, Floats]:
-    """Return how many answers may differ and how many of these may be won.
-
-    Returns:
-        `[M, 1]` probabilities of the numbers of different answers that may well occur, `[M, 1]`
-        these numbers, and `[1, W]` from 0 to the largest of them.
-    """
+    """Return how likely `[M, 1]` what numbers `[M, 1]` differ, and how many may be won `[1, W]`."""
     every = np.arange(n + 1, dtype=np.float64)
     weights = _binomial(every, np.float64(n), discordant)
     likely = weights > NEGLIGIBLE

@@ -158,14 +158,10 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 def compare(
     ours: Outcomes, theirs: Outcomes, seed: int, *, above_chance: bool = True
 ) -> Differences:
-    """Compare two systems on the same questions and texts.
+    """Compare two systems on the same questions and texts; a gain is a gain of ours.
 
-    Args:
-        ours: The system that a gain is a gain of.
-        theirs: The other.
-        seed: Of the resampling.
-        above_chance: Whether base is shown to be above chance. The next-token loss is judged
-            either way: nobody guesses it.
+    Where base isn't shown to be above chance, the next-token loss is judged nevertheless: nobody
+    guesses it.
 
     Raises:
         ValueError: Another number of questions or texts.
@@ -266,11 +262,9 @@ def judge_means(
 
 
 def correct_together(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """Judge several comparisons again, their tests corrected for each other by Holm's method.
+    """Judge each task's comparison again, the tests corrected for each other by Holm's method.
 
-    Args:
-        verdicts: Each task's verdict on the same two systems. Those without an exact test, and a
-            single one with it, stay as they are.
+    Those without an exact test, and a single one with it, stay as they are.
     """
     tested = [each.p for each in verdicts if each.p is not None]
     if len(tested) < 2:
