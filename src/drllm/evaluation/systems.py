@@ -289,8 +289,7 @@ class TaskRun:
 
 def joined(blocks: Sequence[Block], answered: Sequence[Answered]) -> Answered:
     """Return the answers of all blocks as those of all questions, in the questions' order."""
-    places = [place for block in blocks for place in block]
-    order = sorted(range(len(places)), key=places.__getitem__)
+    order = np.argsort(list(itertools.chain.from_iterable(blocks)))
 
     def in_order(parts: Sequence[Sequence[list[Any]]]) -> list[list[Any]]:
         draws = [list(itertools.chain.from_iterable(draw)) for draw in zip(*parts, strict=True)]

@@ -48,6 +48,7 @@ def test_flops_of_a_prompt_are_those_that_torch_counts(tiny_model, family):
     model = tiny_model(family, attention="eager")
     shape, T = ModelShape.of(model), 13  # longer than what a sliding layer sees
     routed = RoutedModel(model)
+    assert ModelShape.of(model) == shape
     for decisions in DECISIONS:
         with routed.fixed(decisions):
             found = counted(lambda: model(ids(T), logits_to_keep=1))
@@ -76,13 +77,6 @@ def test_what_grows_with_the_length_is_told_apart():
     once, twice = (prompt_flops(shape, [1, 1], num_tokens=n) for n in (10, 20))
     assert twice.weights == 2 * once.weights
     assert twice.attention == 4 * once.attention
-
-
-def test_a_routed_model_has_the_shape_of_its_base(tiny_llama):
-    model = tiny_llama()
-    shape = ModelShape.of(model)
-    RoutedModel(model)
-    assert ModelShape.of(model) == shape
 
 
 # --- K/V ---------------------------------------------------------------------------------------

@@ -631,9 +631,12 @@ def test_an_evaluation_interrupted_at_random_questions_ends_as_an_unbroken_one(
     assert not (tmp_path / "broken" / "partial").exists()
 
 
-@pytest.mark.parametrize("other", ["settings", "questions", "dtype"])
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [("settings", "seed 0, now 1"), ("questions", "other .*questions"), ("dtype", "dtype")],
+)
 def test_an_interrupted_evaluation_is_not_continued_as_another(
-    other, run, base, task, tmp_path, monkeypatch
+    other, said, run, base, task, tmp_path, monkeypatch
 ):
     few = {"limit": 4, "baselines": "none"}
     monkeypatch.setattr(systems, "_mean", lambda *_: 1 / 0)
@@ -646,7 +649,6 @@ def test_an_interrupted_evaluation_is_not_continued_as_another(
         monkeypatch.setattr(type(task), "examples", lambda *args: [*reversed(examples(*args)[:30])])
     else:
         few["model"] = dataclasses.replace(base, model=copy.deepcopy(base.model).bfloat16())
-    said = {"settings": "seed 0, now 1", "questions": "other .*questions", "dtype": "dtype"}[other]
     with pytest.raises(ConfigError, match=f"interrupted evaluation was made with .*{said}"):
         run(tmp_path, **few)
 

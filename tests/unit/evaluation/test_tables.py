@@ -10,25 +10,15 @@ import pytest
 from drllm.config import EvaluateConfig
 from drllm.evaluation.systems import SystemRun
 from drllm.evaluation.tables import TaskRuns, correct, seeds_sentence
+from drllm.records import new_manifest
 from drllm.records.results import Evaluation
 from drllm.statistics.intervals import mean_interval, wilson_interval
 from drllm.statistics.paired import paired_interval
 
 RIGHT_80 = [1.0] * 80 + [0.0] * 20
 RIGHT_50 = [1.0] * 50 + [0.0] * 50
-HEADER = {
-    "schema": "drllm.evaluation",
-    "schema_version": 2,
-    "drllm_version": "x",
-    "created": "x",
-    "model": {},
-    "config": {},
-    "inputs": {},
-    "libraries": {},
-    "runtime": {},
-    "routers": "routers",
-    "routers_sha256": "0",
-}
+HEADER = new_manifest("evaluation", model={}, config={})
+HEADER |= {"runtime": {}, "routers": "routers", "routers_sha256": "0"}
 
 
 def run(name, correct, setting="", executions=27.0, losses=(), num_routes=7, **values):

@@ -18,14 +18,15 @@ CONTEXT = 160
 NAMES = (f"task {number}" for number in itertools.count())
 
 
-def test_the_continuations_of_one_context_stand_behind_it_together():
-    wanted = [Request("a", [1, 2], [7]), Request("b", [3], [7]), Request("a", [1, 2], [8, 9])]
+def test_the_continuations_of_one_context_stand_behind_it_together_each_once():
+    first, other = Request("a", [1, 2], [7]), Request("b", [3], [7])
+    wanted = [first, other, Request("a", [1, 2], [8, 9]), first]
     found = asked(wanted, LONG, by_prompt=True)
     first, second = found.questions
     assert (first.context, first.continuations) == ((1, 2), [(7,), (8, 9)])
     assert (second.context, second.continuations) == ((3,), [(7,)])
     assert found.keys == ["a", "b"]
-    assert found.places == [(0, 0), (1, 0), (0, 1)]
+    assert found.places == [(0, 0), (1, 0), (0, 1), (0, 0)]
 
 
 def test_where_the_options_stand_in_the_context_the_prompt_is_what_comes_before_them():
@@ -34,13 +35,6 @@ def test_where_the_options_stand_in_the_context_the_prompt_is_what_comes_before_
     assert question.context == (1, 2)
     assert question.continuations == [(30, 7, 8), (40, 41, 7, 8)]
     assert question.num_unscored == [1, 2]
-
-
-def test_the_same_request_twice_is_scored_once():
-    wanted = [Request("a", [1], [7]), Request("a", [1], [8]), Request("a", [1], [7])]
-    found = asked(wanted, LONG, by_prompt=True)
-    assert found.questions[0].continuations == [(7,), (8,)]
-    assert found.places == [(0, 0), (0, 1), (0, 0)]
 
 
 def test_contexts_with_nothing_in_common_are_questions_of_their_own_or_refused():
