@@ -138,10 +138,11 @@ def baselines(labels: Labels, trained: Labels) -> dict[str, Counts]:
         labels: Of the targets that are judged; each layer has as many.
         trained: Of the targets trained on, from which majority and frequencies come.
     """
+    order = (Decision.EXECUTE, Decision.SKIP, Decision.REPEAT)  # of equally common labels
     ways = {
         ALWAYS_EXECUTE: [_only(Decision.EXECUTE) for _ in labels],
         LABEL_FREQUENCY: [[n / sum(layer) for n in layer] for layer in trained],
-        LAYER_MAJORITY: [_only(decision) for decision in majority(trained)],
+        LAYER_MAJORITY: [_only(max(order, key=layer.__getitem__)) for layer in trained],
     }
     return {name: expected_counts(labels, shares) for name, shares in ways.items()}
 
@@ -153,17 +154,6 @@ def with_baselines(routers: Counts, trained: Labels) -> dict[str, Counts]:
 
 def _only(decision: int) -> list[float]:
     return [float(each == decision) for each in DECISIONS]
-
-
-def majority(labels: Labels) -> list[int]:
-    """Return each layer's commonest label, `[L]`; of equally common ones execute, else skip.
-
-    Example:
-        >>> majority([[3, 1, 0], [2, 2, 0], [2, 0, 2]])
-        [0, 1, 0]
-    """
-    order = (int(Decision.EXECUTE), int(Decision.SKIP), int(Decision.REPEAT))
-    return [max(order, key=lambda decision: layer[decision]) for layer in labels]
 
 
 def expected_counts(labels: Labels, shares: Sequence[Sequence[float]]) -> Counts:

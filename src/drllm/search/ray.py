@@ -141,16 +141,13 @@ class RayExecutor:
                 for seat in self._news():
                     self._take_in(seat)
         except BaseException:
-            self.close()
+            self.__exit__()
             raise
 
     def __enter__(self) -> RayExecutor:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         """End the workers, and Ray where it was started for them."""
         for seat in self.seats:
             self.ray.kill(seat.worker)

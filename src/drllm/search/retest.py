@@ -65,8 +65,8 @@ def retested(
     # What reads as at first needs the states that are held; they can go before other states come.
     for way in sorted(range(len(ways)), key=anew.__getitem__):
         part = [pair for pair in pairs if pair[0] in ways[way]]
-        ask = partial(_ask_anew, config=config) if anew[way] else _judge_anew
-        outcomes = once(f"retest {way}", part, partial(ask, first, ways[way], part))
+        ask = partial(_ask, first, ways[way], part, config, anew[way])
+        outcomes = once(f"retest {way}", part, ask)
         for pair, outcome in zip(part, outcomes, strict=True):
             results[pair].append(outcome)
     return {
@@ -75,27 +75,24 @@ def retested(
     }
 
 
-def _ask_anew(
-    first: Evaluator, asked: Mapping[int, Reading], pairs: Sequence[Pair], config: SearchConfig
+def _ask(
+    first: Evaluator,
+    asked: Mapping[int, Reading],
+    pairs: Sequence[Pair],
+    config: SearchConfig,
+    is_new: bool,
 ) -> list[Outcome]:
-    first.forget()
-    evaluator = Evaluator(
-        first.routed,
-        [*asked.values()],
-        config.state_cache_gb,
-        paths_per_pass=config.paths_per_pass,
-    )
-    rows = {place: row for row, place in enumerate(asked)}
-    pairs = [(rows[place], decisions) for place, decisions in pairs]
-    return evaluator.with_margins(pairs, evaluator.evaluate(pairs))
-
-
-def _judge_anew(
-    first: Evaluator, asked: Mapping[int, Reading], pairs: Sequence[Pair]
-) -> list[Outcome]:
-    evaluator = first.judged_as(
-        [asked.get(place, reading).prompt for place, reading in enumerate(first.readings)]
-    )
+    """Ask in one way; where that reads as at first, the states that are held are judged anew."""
+    if is_new:
+        first.forget()
+        readings, size = [*asked.values()], config.paths_per_pass
+        evaluator = Evaluator(first.routed, readings, config.state_cache_gb, paths_per_pass=size)
+        rows = {place: row for row, place in enumerate(asked)}
+        pairs = [(rows[place], decisions) for place, decisions in pairs]
+    else:
+        evaluator = first.judged_as(
+            [asked.get(place, reading).prompt for place, reading in enumerate(first.readings)]
+        )
     return evaluator.with_margins(pairs, evaluator.evaluate(pairs))
 
 

@@ -1,9 +1,8 @@
 """Whether two short LaTeX answers mean the same number or expression. Loads no torch.
 
 math-verify guards against expressions that never finish (`9^{9^{9^9}}`) by an alarm signal, which
-works in the main thread only and clobbers an alarm that the caller has set. Here it runs without
-its alarm in a process of its own, which is ended when an answer takes too long: any thread may
-ask, and no signal is touched.
+works in the main thread only and clobbers the caller's. Here it runs in a process of its own, which
+is ended when an answer takes too long: any thread may ask.
 """
 
 from __future__ import annotations

@@ -65,8 +65,7 @@ def permuted(routes: Tensor, generator: torch.Generator) -> Tensor:
     Q = len(routes)
     places = torch.arange(Q)
     order = torch.randperm(Q, generator=generator)
-    # Drawing again until no place is fixed keeps all such orders equally likely; one draw in e
-    # succeeds, whatever Q is.
+    # Drawing again keeps all such orders equally likely; one draw in e succeeds, whatever Q is.
     while Q > 1 and bool((order == places).any()):
         order = torch.randperm(Q, generator=generator)
     return routes[order]

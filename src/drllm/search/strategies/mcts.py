@@ -65,10 +65,8 @@ class TreeSearch(PathSearch):
     A path in flight counts as a visit with reward 0 of every node that it passed (a virtual loss),
     so that the next paths of a round go elsewhere; backing up its reward undoes the loss exactly.
 
-    A node of V visits has room for ceil(5 · sqrt(V)) children (closed ones not counted). Without
-    such a bound the roughly 3L edits of the full path would use up all 50 simulations before the
-    second edit is ever made; with a bound of one child a node the search is a chain. The numbers
-    are chosen by measurement: docs/decisions/0003-progressive-widening.md.
+    A node of V visits has room for ceil(5 · sqrt(V)) children (closed ones not counted), so that
+    the roughly 3L edits of the full path don't use up all simulations.
 
     Source: Dr.LLM section 3.1 and appendix (UCB rule, its constants, random child);
         transpositions, widening, the choice of edits and of ties are ours
@@ -102,7 +100,6 @@ class TreeSearch(PathSearch):
         return None
 
     def _add_virtual_loss(self, trail: list[Node]) -> None:
-        """Count the visits of a path that goes into flight; its reward is 0 until it is known."""
         for node in trail:
             node.visits += 1
         self._trails[trail[-1].decisions] = trail
@@ -122,7 +119,7 @@ class TreeSearch(PathSearch):
             return None
         if self._rng.random() < self.config.random_child_probability:
             return self._rng.choice(children)
-        return max(children, key=lambda child: (self._bound(node, child), self._score(child)))
+        return max(children, key=lambda child: self._rank(node, child))
 
     def _expand(self, node: Node) -> Node:
         """Make a new edit: a random one, or as soon as scores are known the best of a few."""
@@ -158,18 +155,14 @@ class TreeSearch(PathSearch):
         changes = ((action.layer + i, int(action.decision)) for i in range(action.span))
         return sum((usual + self._gains.get(c, 0.0)) / (1 + self._times[c]) for c in changes)
 
-    def _score(self, node: Node) -> float:
-        """Return a path's score, less than any where it has none yet."""
-        tried = self.tried.get(node.decisions)
-        return -math.inf if tried is None or tried.score is None else tried.score
-
-    def _bound(self, parent: Node, child: Node) -> float:
-        """Return a child's upper confidence bound, less its length penalty."""
-        explore = self.config.exploration_constant * math.sqrt(
-            math.log(parent.visits) / child.visits
-        )
+    def _rank(self, parent: Node, child: Node) -> tuple[float, float]:
+        """Return a child's upper confidence bound, less its length penalty, and its score."""
+        constant = self.config.exploration_constant
+        explore = constant * math.sqrt(math.log(parent.visits) / child.visits)
         length = self.config.length_penalty * child.executions / self.num_layers
-        return child.value + explore - length
+        tried = self.tried.get(child.decisions)
+        score = -math.inf if tried is None or tried.score is None else tried.score
+        return child.value + explore - length, score
 
     def _node(self, decisions: Decisions) -> Node:
         if decisions not in self.nodes:

@@ -78,15 +78,11 @@ def confidences(
     return recorded(routed, prompts, read, layers, decision=1, batch_size=batch_size)
 
 
-def executions_at(confidences: Tensor, threshold: float) -> Tensor:
-    """Return how many layers each prompt runs at a threshold, `[N]` from 1 to L."""
-    return 1 + (confidences <= threshold).long().cumprod(dim=1).sum(dim=1)
-
-
 def find_threshold(confidences: Tensor, executions: float) -> Setting:
     """Find the threshold at which the calibration prompts run the wanted executions on average."""
 
     def mean(threshold: float) -> float:
-        return float(executions_at(confidences, threshold).double().mean())
+        goes_on = (confidences <= threshold).long().cumprod(dim=1)  # [N, L − 1]
+        return float((1 + goes_on.sum(dim=1)).double().mean())
 
     return nearest_setting(mean, executions, 0.0, 1.0)
