@@ -15,6 +15,7 @@ from drllm.metrics import DECISIONS, ROUTERS, TRAIN, VALIDATION, Counts, with_ba
 from drllm.records.codec import decode, encode, read_json
 
 LAYERS_FILE = "layers.json"
+SIZE = len(DECISIONS)
 
 
 class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -28,7 +29,17 @@ class Layers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def __post_init__(self) -> None:
         for counts in filter(None, (self.train, self.validation)):
-            _check_confusions(counts)
+            for layer in counts.confusion or [()]:
+                cells = [cell for row in layer for cell in row]
+                if (
+                    [len(row) for row in layer] != [SIZE] * SIZE
+                    or any(cell < 0 or cell != int(cell) for cell in cells)
+                    or not sum(cells) == counts.examples > 0
+                ):
+                    raise ValueError(
+                        f"`confusion` isn't {SIZE} x {SIZE} counts a layer that add up to the "
+                        f"{counts.examples} examples"
+                    )
             if len(counts.confusion) != self.num_layers:
                 raise ValueError("`train` and `validation` have different numbers of layers")
 
@@ -97,18 +108,3 @@ def calibration_of(config: Mapping[str, Any], where: str) -> Calibration | None:
     """
     found = (config.get("training") or {}).get("calibration")
     return None if found is None else decode(encode(found), Calibration, f"{where}, 'calibration'")
-
-
-def _check_confusions(counts: Counts) -> None:
-    size = len(DECISIONS)
-    for layer in counts.confusion or [()]:
-        cells = [cell for row in layer for cell in row]
-        if (
-            [len(row) for row in layer] != [size] * size
-            or any(cell < 0 or cell != int(cell) for cell in cells)
-            or not sum(cells) == counts.examples > 0
-        ):
-            raise ValueError(
-                f"`confusion` isn't {size} x {size} counts a layer that add up to the "
-                f"{counts.examples} examples"
-            )

@@ -8,20 +8,15 @@ from drllm.training.targets import check_soft_targets, soft_targets
 
 def record(target: str, **paths: float) -> SupervisionRecord:
     """A target and its valid paths, by decisions behind a letter: `p102=0.5`."""
-    decisions = tuple(int(digit) for digit in target)
+    valid = [
+        WeightedPath(decisions=tuple(map(int, path[1:])), weight=weight)
+        for path, weight in paths.items()
+    ]
     return SupervisionRecord(
         question=target,
-        optimal_layer_config=decisions,
+        optimal_layer_config=tuple(map(int, target)),
         answer="yes",
-        prompt=target,
-        id=target,
-        task="own",
-        executions=float(sum(decisions)),
-        improving=False,
-        valid_paths=tuple(
-            WeightedPath(decisions=tuple(int(digit) for digit in path[1:]), weight=weight)
-            for path, weight in paths.items()
-        ),
+        valid_paths=tuple(valid),
     )
 
 
