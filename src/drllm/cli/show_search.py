@@ -117,18 +117,11 @@ def _show_edits(edits: Sequence[EditEffect], decision: Decision, terminal: Termi
         terminal.fact(f"one {done}", "never tried alone")
         return
     least = OFTEN * max(edit.questions for edit in edits)
-    rows = [
-        [
-            str(edit.layer),
-            count(edit.questions),
-            percent(edit.right),
-            percent(edit.base_right),
-            plain(edit.kl, 3),
-            signed(edit.margin, 2),
-        ]
-        for edit in edits
-        if edit.questions >= least
-    ]
+    rows = []
+    for edit in edits:
+        if edit.questions >= least:
+            numbers = count(edit.questions), percent(edit.right), percent(edit.base_right)
+            rows.append([str(edit.layer), *numbers, plain(edit.kl, 3), signed(edit.margin, 2)])
     terminal.table(
         "layer|tried|right|base right|kl|margin change",
         rows if len(rows) <= BEST + WORST else [*rows[:BEST], ["…"], *rows[-WORST:]],

@@ -56,16 +56,16 @@ if TYPE_CHECKING:
 )
 def search(request: Request, terminal: Terminal) -> None:
     """Try layer paths for each question: search.jsonl, then supervision.jsonl."""
-    config, model = request.of(SearchConfig), request.of(ModelConfig)
+    config = request.of(SearchConfig)
     folder = Path(config.output_dir).expanduser()
     questions = questions_of(None, config)
     check_folder(folder, "--output-dir")
     if request.values["dry_run"]:
-        _say_forecast(questions, config, model, terminal)
+        _say_forecast(questions, request, terminal)
         return
     from drllm.search.run import search_paths
 
-    found = search_paths(model, questions, config, folder, listener=terminal)
+    found = search_paths(request.of(ModelConfig), questions, config, folder, listener=terminal)
     assert found.file is not None
     if not found.is_new:
         terminal.say(f"{found.file} is complete already; nothing was searched again")
@@ -104,28 +104,19 @@ def _supervise_by_default(
 
 
 def _say_forecast(
-    questions: Sequence[SearchQuestion],
-    config: SearchConfig,
-    model: ModelConfig,
-    terminal: Terminal,
+    questions: Sequence[SearchQuestion], request: Request, terminal: Terminal
 ) -> None:
     """Print what a search would take; nothing is written."""
-    with loaded(model, terminal) as base, terminal.busy("measuring"):
+    config = request.of(SearchConfig)
+    with loaded(request.of(ModelConfig), terminal) as base, terminal.busy("measuring"):
         from drllm.models.routing.routed_model import RoutedModel
         from drllm.search.run import forecast
 
         parts = forecast(RoutedModel(base.model, tokenizer=base.tokenizer), questions, config)
-    rows = (
-        [
-            part.task,
-            str(part.questions),
-            str(part.paths),
-            f"{part.executions:.2e}",
-            f"{part.seconds / 3600:.3g}",
-            f"{part.size_bytes / 1e6:.3g}",
-        ]
-        for part in parts
-    )
+    rows = []
+    for part in parts:
+        counts = part.task, str(part.questions), str(part.paths), f"{part.executions:.2e}"
+        rows.append([*counts, f"{part.seconds / 3600:.3g}", f"{part.size_bytes / 1e6:.3g}"])
     terminal.table("task|questions|paths|executions|hours|MB", rows, numbers_from=1)
     seconds, size = sum(p.seconds for p in parts), sum(p.size_bytes for p in parts)
     workers, runtime = config.num_workers or 1, base.runtime
