@@ -132,11 +132,7 @@ def check(family: str) -> Finding:
 
 
 def check_model(model: Any) -> Finding:
-    """Try a model: a padded batch, a plan for each row, a cache, `generate`.
-
-    Args:
-        model: A decoder-only model of transformers in float32 that isn't routed; left as it was.
-    """
+    """Try a model in float32 that isn't routed, and leave it as it was."""
     made: dict[str, Any] = {"family": model.config.model_type, "class_name": type(model).__name__}
     with quiet():
         try:

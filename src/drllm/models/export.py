@@ -83,9 +83,6 @@ def export_path(base: BaseModel, path: Sequence[int], output: Path | str) -> Exp
         path: Layer indices in the order executed: in any order, each any number of times.
         output: The folder to make; an empty one may be there.
 
-    Returns:
-        What was written.
-
     Raises:
         PathError: An empty path, or a layer that the model doesn't have.
         ArchitectureError: The model's config can't express the path, or its class isn't one of

@@ -42,10 +42,7 @@ def is_kv(entry: Any) -> bool:
 def probe(model: Any, decoder: nn.Module, layers: nn.ModuleList) -> bool:
     """Run one token with the model's own cache, and tell whether its layers return tuples.
 
-    Args:
-        model: A model of transformers that isn't routed yet, or a PEFT model around one.
-        decoder: The module whose loop runs the layers.
-        layers: Its layers.
+    The model isn't routed yet; decoder and layers are those of `find_layers`.
 
     Raises:
         ArchitectureError: The loop doesn't call each layer once, uses more of a layer's output
@@ -116,11 +113,7 @@ def can_pack(model: Any, length: int) -> bool:
 
     That takes attention that is told by a mask what it may see. Such a mask replaces a window, or
     is cut by it column by column, and some models keep one as wide as their context, so no row may
-    be longer than these.
-
-    Args:
-        model: A decoder-only model of transformers.
-        length: Tokens of the longest row.
+    be longer than these; `length` is that of the longest.
     """
     return _takes_any_mask(model) and length <= min(_window(model), context_length(model) or length)
 

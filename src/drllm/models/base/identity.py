@@ -43,18 +43,12 @@ def describe(model: Any) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a short hash that another model, or a fine-tune of the same one, doesn't share.
+    """Return 16 hex digits that another model, or a fine-tune of the same one, doesn't share.
 
     Hashed are the names, shapes and the signs of the values of three weights: input embedding, and
     the first matrix of the middle and of the last layer. Signs survive every change of dtype, so
     routers trained on a float32 model fit its bfloat16 or float16 load. An adapter that isn't
     merged into the weights doesn't count.
-
-    Args:
-        model: A decoder-only model of transformers, with or without an adapter of PEFT.
-
-    Returns:
-        16 hex digits.
 
     Raises:
         ArchitectureError: The model's layers can't be found, or can't be routed.

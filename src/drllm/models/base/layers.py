@@ -14,27 +14,17 @@ from drllm.errors import ArchitectureError
 
 
 def base_of(model: Any) -> Any:
-    """Return the transformers model inside an adapter's wrapper, or the model itself.
-
-    Args:
-        model: A model of transformers, or a PEFT model around one.
-    """
+    """Return the transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def find_layers(model: Any) -> tuple[nn.Module, nn.ModuleList]:
-    """Find the decoder and its list of layers.
+    """Find the module whose loop runs the layers, and the layers, inside a PEFT model too.
 
     The list is the one `ModuleList` of `num_hidden_layers` entries that is a direct child of
     `model.get_decoder()`. Where `get_decoder()` ends above the text stack, it is the one such
     list in any module that takes token ids, its entries of the classes that transformers never
     splits over devices.
-
-    Args:
-        model: A decoder-only model of transformers, a PEFT model around one included.
-
-    Returns:
-        The module whose loop runs the layers, and the layers.
 
     Raises:
         ArchitectureError: The model has no such list, shares K/V between layers, or has layers

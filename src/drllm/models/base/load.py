@@ -78,13 +78,7 @@ class BaseModel:
 
 
 def load(config: ModelConfig) -> BaseModel:
-    """Load a base model and its tokenizer, frozen.
-
-    Args:
-        config: Which model, and how; `auto` device and dtype are resolved here.
-
-    Returns:
-        The model in evaluation mode on its device.
+    """Load a base model and its tokenizer, frozen; `auto` device and dtype are resolved here.
 
     Raises:
         ConfigError: A device, attention code or revision that can't be had or has no effect.

@@ -36,11 +36,8 @@ def model_card(config: RouterConfig, place: str = FOLDER) -> str:
     """Write the card of routers, Markdown with the front matter that the hub reads.
 
     `base_model` is in the front matter only where it has the form of a hub id. Of routers that
-    weren't trained the card says that nothing is known of their data and metrics.
-
-    Args:
-        config: The routers'.
-        place: From where they are loaded: a folder or a hub id.
+    weren't trained the card says that nothing is known of their data and metrics. `place` is from
+    where they are loaded: a folder or a hub id.
     """
     training, rows = config.training, config.training.get("metrics")
     compared = _mapping(training.get("against_baselines"))

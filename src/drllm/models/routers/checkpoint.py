@@ -136,9 +136,8 @@ def load_routers(folder: Path | str) -> RouterStack:
     """Read routers that `save_routers` has written.
 
     Raises:
-        CheckpointError: A missing or broken file, a future format, unknown or missing keys,
-            tensors of another shape or dtype, values that are not finite, or weights that were
-            saved with another config.
+        CheckpointError: What `read_config` refuses, a broken file, tensors of another shape or
+            dtype, values that are not finite, or weights that were saved with another config.
     """
     path, config = Path(folder) / WEIGHTS_FILE, read_config(folder)
     tensors, notes = _read_weights(path)

@@ -236,13 +236,11 @@ def policy_for(
 
 
 def read_calibration(path: Path) -> list[tuple[str, bool]]:
-    """Read the prompts of a calibration file.
+    """Return each prompt of a calibration file, and whether the model reads it as it is.
 
     Each line is an object with `prompt`, or else `question`. Lines of our own `supervision.jsonl`
-    and `search.jsonl` are known by what else they hold, and read as search and training read them.
-
-    Returns:
-        Each text, and whether it is what the model reads, a chat template included.
+    and `search.jsonl` are known by what else they hold: their prompts are what the model reads, a
+    chat template included.
 
     Raises:
         RecordError: A file that can't be read, or a line without a text; names file and line.

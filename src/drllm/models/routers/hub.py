@@ -39,15 +39,12 @@ NAME_EXAMPLE = "give OWNER/NAME, for example your-name/routers"
 def find(place: Path | str, revision: str | None = None) -> Path:
     """Return the folder of routers that a name stands for, fetched from the hub if necessary.
 
-    A folder on this machine wins over the hub.
+    A folder on this machine wins over the hub. One that doesn't exist is returned too, for its
+    reader to refuse.
 
     Args:
         place: A folder, or OWNER/NAME on the hub.
         revision: Branch, tag or commit on the hub; None for the default branch.
-
-    Returns:
-        The folder, in the hub library's cache where the routers come from the hub. A folder that
-        doesn't exist is returned too, for its reader to refuse.
 
     Raises:
         CheckpointError: Routers that the hub doesn't have or doesn't give, or no network.

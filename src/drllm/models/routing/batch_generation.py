@@ -224,11 +224,6 @@ def _cut(places: Sequence[int], plans: Sequence[Decisions], batch_size: int) -> 
     fewest batches of different plans is taken. Prompts of one plan must stand side by side.
 
     Source: ours; dynamic programming over where the last batch of the first n prompts starts.
-
-    Example:
-        >>> plans = [(1, 1), (1, 1), (1, 1), (2, 2), (2, 2)]
-        >>> list(_cut(range(5), plans, 2)), list(_cut(range(5), plans, 4))
-        ([[0], [1, 2], [3, 4]], [[0, 1, 2], [3, 4]])
     """
     costs, starts = [(0, 0)], [0]  # of the first n prompts: executions and mixed batches
     for end in range(1, len(places) + 1):

@@ -226,8 +226,7 @@ class LabelFrequencyPolicy(Policy):
 def label_frequencies(label_counts: Sequence[Sequence[int]]) -> Tensor:
     """Return how often each decision was the target of each layer, `[L, 3]` in float64.
 
-    Args:
-        label_counts: `[L][3]`, as in `router_config.json`; refused where a layer has none.
+    Counts are those of `router_config.json`, and refused where a layer has none.
     """
     counts = torch.tensor(label_counts, dtype=torch.float64)
     if counts.numel() == 0 or bool((counts.sum(dim=1) == 0).any()):

@@ -19,15 +19,12 @@ SHARE_OF_MEMORY = 0.5
 
 
 class KlFromFull:
-    """Mean KL(full path's next-token distribution || the path's) over the tokens of a prompt.
+    """Mean KL(full path's next-token distribution || the path's) over the tokens of rows' prompts.
 
     In fp32 (fp64 for a model in it). The tokens of a common prefix count for every prompt, and are
     measured once for all of them. The full path's distributions are kept for each row while they
     take no more than `SHARE_OF_MEMORY` of the memory for states; beyond that they are computed
     again from its last state in every pass.
-
-    Args:
-        rows: The rows whose prompts are measured.
 
     Source: ours; docs/decisions/0006.
     """
@@ -48,11 +45,9 @@ class KlFromFull:
         return list(dict.fromkeys([*missing, *asked, *pairs]))
 
     def measure(self, pairs: Sequence[Pair], logits: Sequence[Tensor]) -> dict[Pair, float | None]:
-        """Return each path's KL; None where a number isn't finite.
+        """Return the KL of the pairs that `with_full` gave; None where a number isn't finite.
 
-        Args:
-            pairs: As `with_full` gave them.
-            logits: Those of the prompt's own tokens, `[T, V]`.
+        Logits are those of the prompt's own tokens, `[T, V]`.
         """
         each = [self._sum(pair, values) for pair, values in zip(pairs, logits, strict=True)]
         sums: list[float] = torch.stack(each).tolist()  # at once: a device is waited for here

@@ -29,10 +29,7 @@ class LogitLens:
 
     The norm is the module that runs after the last layer among the direct children of the module
     whose loop runs the layers; a model may have none. A few tokens are run through the untouched
-    model to find it, and to compare the result with the logits of the model itself.
-
-    Args:
-        routed: The model, whatever its policy.
+    model, whatever its policy, to find it, and to compare the result with the model's own logits.
 
     Raises:
         ArchitectureError: The model has no output head, or makes its logits in another way (a cap,
