@@ -8,8 +8,8 @@ from pathlib import Path
 from drllm.errors import ConfigError, RecordError
 from drllm.listener import Listener
 from drllm.records import write_atomically
-from drllm.reporting import markdown, page
 from drllm.reporting.drawing import png
+from drllm.reporting.rendering import to_html, to_markdown
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import document
 
@@ -58,7 +58,7 @@ def report(
         contents: dict[Path, str | bytes] = {
             figures / f"{name}.png": png(figure.draw) for figure, name in found.figures().items()
         }
-        contents |= {target: page.render(found), text: markdown.render(found, figures.name)}
+        contents |= {target: to_html(found), text: to_markdown(found, figures.name)}
     for path, content in contents.items():
         write_atomically(path, content)
     for earlier in figures_of(target):

@@ -20,7 +20,7 @@ from drllm.paths import full_decisions
 from drllm.records import Retest, SearchRecord, TriedPath, new_manifest, write_records
 from drllm.records.latency import Latency, Timing, Timings
 from drllm.records.results import Evaluation, Flops, Outcome, Point, Sample, System
-from drllm.reporting import markdown
+from drllm.reporting.rendering import to_markdown
 from drllm.reporting.run import Run, read_run
 from drllm.reporting.sections import document
 from drllm.reporting.stage import report as write_report
@@ -441,7 +441,7 @@ def text_of() -> Callable[..., str]:
     """A function that returns the Markdown about some folders, which takes no drawing."""
 
     def render(*folders: Path) -> str:
-        return markdown.render(document([read_run(folder) for folder in folders]), "figures")
+        return to_markdown(document([read_run(folder) for folder in folders]), "figures")
 
     return render
 

@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from drllm.reporting.evaluated import outstanding, over_tasks, rivals
-from drllm.reporting.provenance import command
+from drllm.reporting.sections import command
 from drllm.statistics.verdicts import judge_counts
 
 

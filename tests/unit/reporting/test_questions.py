@@ -10,8 +10,8 @@ import pytest
 from msgspec.structs import replace
 
 from drllm.records.results import Outcome, Sample
-from drllm.reporting.page import render
 from drllm.reporting.questions import choose_examples
+from drllm.reporting.rendering import to_html
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import document
 
@@ -84,7 +84,7 @@ def test_long_questions_are_cut_between_words(new_folder, text_of):
 
 def test_routes_in_tables_are_drawn_mark_by_mark_in_the_page(folder):
     rewrite(folder, {3: (0, 1)})
-    html = render(document([read_run(folder.path)]))
+    html = to_html(document([read_run(folder.path)]))
     strip = '<span class="strip" role="img" aria-label="Route: █·2█">'
     assert html.count(strip) == 1
     marks = html.split(strip)[1].split("</td>")[0]
@@ -93,7 +93,7 @@ def test_routes_in_tables_are_drawn_mark_by_mark_in_the_page(folder):
 
 def test_routes_of_tasks_are_coloured_by_what_they_do(folder):
     folder.evaluation(task="other", questions=20)
-    html = render(document([read_run(folder.path)]))
+    html = to_html(document([read_run(folder.path)]))
     maps = html.split("<h2>Routes by task</h2>")[1].split("</section>")[0].split("heat")[1:]
     for decision, heat in zip(("skip", "repeat"), maps, strict=True):
         assert heat.count(f'<td class="{decision}"') == 2 * 4

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from drllm.errors import ConfigError, RecordError
-from drllm.reporting import markdown
-from drllm.reporting.page import render
+from drllm.reporting.rendering import to_html, to_markdown
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import document
 from drllm.reporting.stage import figures_of
@@ -153,7 +152,7 @@ def test_the_recipe_can_hold_a_fence_of_its_own(folder, text_of):
 def test_two_reports_of_the_same_records_are_equal(new_folder, report, whole):
     folder = new_folder(num_layers=30, seed=1)  # as the fixture's
     found = document([read_run(folder.everything(**whole))])
-    assert (render(found), markdown.render(found, "report_figures")) == report
+    assert (to_html(found), to_markdown(found, "report_figures")) == report
 
 
 def test_the_markdown_is_the_golden_one(new_folder, text_of, whole):

@@ -1,6 +1,8 @@
-"""A report as Markdown: headings, sentences and tables, every text escaped.
+"""A report as Markdown, or as one HTML page with styles and drawings inside it.
 
-Figures are pictures in a folder next to the file; what is folded in the HTML is open here.
+Every text is escaped. The page's markup is in `page.html.j2`; colours and layout are in
+`style.css`. Figures of the Markdown are pictures in a folder next to the file; what is folded in
+the HTML is open there.
 """
 
 from __future__ import annotations
@@ -8,16 +10,52 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from urllib.parse import quote
 
+import jinja2
+
 from drllm.errors import printable
-from drllm.paths import sketch
+from drllm.metrics import NAMES
+from drllm.paths import Decision, Decisions, sketch
 from drllm.reporting import blocks
 from drllm.reporting.blocks import Block, Document, Figure, Table
+from drllm.reporting.drawing import svg
 from drllm.reporting.numbers import percent
 
+STRONGEST = 0.6
+"""Opacity of the strongest colour of a heat map; beyond that the values on it are hard to read."""
 
-def render(document: Document, folder: str) -> str:
+
+def to_html(document: Document) -> str:
+    """Return the whole page."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    figures = document.figures()
+    page = environment.get_template("page.html.j2").render(
+        document=document,
+        kind_of=lambda block: type(block).__name__,
+        drawn=lambda figure: svg(figure.draw, figures[figure]).removeprefix("<svg"),
+        in_words=_in_words,
+        names=NAMES,
+        marks=dict(zip(sketch(tuple(Decision)), NAMES, strict=True)),
+        strongest=STRONGEST,
+    )
+    return printable(page)
+
+
+def _in_words(route: Decisions) -> str:
+    special = [f"{NAMES[value]}s layer {layer}" for layer, value in enumerate(route) if value != 1]
+    return ", ".join(special) or "executes every layer once"
+
+
+def to_markdown(document: Document, folder: str) -> str:
     """Return the whole report, whose figures lie in a folder: `FOLDER/NAME.png`, by their names."""
     parts = [f"# {escape(document.title)}"]
     places = {figure: f"{folder}/{name}.png" for figure, name in document.figures().items()}
