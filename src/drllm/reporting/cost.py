@@ -41,10 +41,8 @@ def sections(evaluations: Sequence[Evaluation], measured: Latency | None) -> lis
             "reading the prompt": lambda _, s: plain(s.executions, 2),
             "decoding a token": lambda _, s: plain(s.decode_executions, 2),
             "saved": lambda e, s: percent(share_saved(s.executions, e.num_layers)),
-            "GFLOPs with weights": lambda _, s: _giga(f.weights if (f := s.prompt_flops) else None),
-            "GFLOPs of attention": lambda _, s: _giga(
-                f.attention if (f := s.prompt_flops) else None
-            ),
+            "GFLOPs with weights": lambda _, s: _giga(s, "weights"),
+            "GFLOPs of attention": lambda _, s: _giga(s, "attention"),
             "K/V bytes a token": lambda _, s: count(
                 None if s.kv_bytes_per_token is None else round(s.kv_bytes_per_token)
             ),
@@ -81,8 +79,9 @@ def sections(evaluations: Sequence[Evaluation], measured: Latency | None) -> lis
     ]
 
 
-def _giga(number: float | None) -> str:
-    return NONE if number is None else f"{number / 1e9:.3g}"
+def _giga(system: System, part: str) -> str:
+    flops = system.prompt_flops
+    return NONE if flops is None else f"{getattr(flops, part) / 1e9:.3g}"
 
 
 def _timed(measured: Latency) -> list[Block]:

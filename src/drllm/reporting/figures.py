@@ -32,7 +32,6 @@ LOOKS = (("s1", "o", "-"), ("s2", "s", "--"), ("s3", "D", "-."), ("s4", "^", ":"
 """Colour, marker and dashes of the systems that stand out, told apart without the colour too."""
 
 Scores: TypeAlias = Mapping[str, float | None]
-"""Name of a metric → its value."""
 Placed: TypeAlias = System | Point
 """A system at some depth, with differences to base."""
 

@@ -214,11 +214,10 @@ def _right(sample: Sample, system: str) -> str:
 
 
 def choose_examples(evaluation: Result) -> list[tuple[str, Sample]]:
-    """Pick three questions by a fixed rule, so that nobody picks the pretty ones.
+    """Pick three questions by a fixed rule, so that nobody picks the pretty ones, with their kinds.
 
-    Returns:
-        The first question that routing won, the first that it lost, and the unchanged one of
-        fewest executions; then the first others, until there are three. Each with its kind.
+    The first question that routing won, the first that it lost, and the unchanged one of fewest
+    executions; then the first others, until there are three.
     """
     able = _with_routes(evaluation)
     unchanged = [sample for sample in able if _change(sample) == 0]

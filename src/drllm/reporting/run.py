@@ -116,14 +116,10 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder.
+    """Read a folder of `drllm run` or `drllm evaluate`; any of its parts may be missing.
 
-    Args:
-        folder: As `drllm run` or `drllm evaluate` leaves it; any of its parts may be missing.
-
-    Raises:
-        RecordError: Nothing to report on, a file that can't be trusted, or files that belong to
-            different models.
+    Nothing to report on, a file that can't be trusted, and files that belong to different models
+    are a RecordError.
     """
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "doesn't exist"

@@ -73,11 +73,7 @@ class SweepResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def read_candidate(name: str, folder: Path) -> Candidate:
-    """Read a setting's results from its `eval` folder.
-
-    Raises:
-        RecordError: Results that can't be trusted, or none.
-    """
+    """Read a setting's results from its `eval` folder; none are a RecordError."""
     evaluations = read_results(folder)
     if not evaluations:
         raise RecordError(f"{folder} holds no results; run the sweep again")
@@ -119,11 +115,7 @@ def choose(candidates: Sequence[Candidate]) -> Candidate | None:
 
 
 def read_sweep_file(path: Path) -> SweepResult:
-    """Read `sweep.json`.
-
-    Raises:
-        RecordError: No such file, of a newer drllm, or one that can't be trusted.
-    """
+    """Read `sweep.json`, a RecordError if it is absent, newer than this drllm or not trusted."""
     if not path.is_file():
         raise RecordError(f"{path} doesn't exist; give a folder that 'drllm sweep' has written")
     return read_form(path, SweepResult, SCHEMA)

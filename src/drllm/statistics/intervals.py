@@ -22,9 +22,7 @@ _CHUNK = 1 << 22  # resampled values held at once
 def accuracy_interval(correct: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """Return the 95 % interval of an accuracy: Wilson's, or a bootstrap for means over draws.
 
-    Args:
-        correct: One per question: 1 for right and 0 for wrong, or the share of several draws.
-        seed: Of the resampling.
+    `correct` is 1 or 0 a question, or the share of several draws.
     """
     if is_single(correct):
         return wilson_interval(round(sum(correct)), len(correct))
@@ -40,10 +38,8 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
     """Return the score interval of a share of right answers, of `n` in all.
 
     Unlike the normal interval it stays inside [0, 1] and doesn't vanish at 0 or n right answers.
-
-    Raises:
-        ValueError: Counts that no evaluation can give. For means of several draws a question,
-            whose counts aren't whole, see `mean_interval`.
+    Counts that no evaluation can give are a ValueError; for means of several draws a question,
+    whose counts aren't whole, see `mean_interval`.
 
     Source: Wilson 1927, JASA 22 (158).
 
@@ -69,10 +65,8 @@ def mean_interval(
     For values that are no counts: accuracies averaged over several draws a question,
     log-probabilities, and paired differences of them. Where all values are equal the interval has
     no width: resampling can't tell what it hasn't seen, and that is no sign of certainty. For right
-    and wrong answers see `wilson_interval` and `paired.paired_interval`.
-
-    Raises:
-        ValueError: No values.
+    and wrong answers see `wilson_interval` and `paired.paired_interval`. No values are a
+    ValueError.
 
     Source: Efron 1979, Annals of Statistics 7 (1), percentile method.
 
@@ -91,20 +85,12 @@ def upper_bound(
 ) -> float:
     """Return what a mean doesn't exceed: a one-sided bound, infinite where too few values tell.
 
-    For non-inferiority in scores that are no counts. Resampled are means in units of their own
+    For non-inferiority in scores that are no counts: the values are differences of two systems by
+    question or text, the confidence lies in (0.5, 1). Resampled are means in units of their own
     standard error, which makes up for skewed differences; the percentiles of plain means, ends of
     `mean_interval`, exclude too much where some questions or texts lose far more than the rest.
     Where one in ten does, twenty are too few for either. Equal values are bounded by their value,
-    which is no sign of certainty.
-
-    Args:
-        values: One per question or text: the first system's score minus the second's.
-        seed: Of the resampling.
-        draws: How often the values are drawn anew.
-        confidence: In (0.5, 1).
-
-    Raises:
-        ValueError: No values.
+    which is no sign of certainty. No values are a ValueError.
 
     Source: Hall 1988, Annals of Statistics 16 (3), the percentile-t method.
 

@@ -39,10 +39,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """What a setting may lose.
 
     Less than `epsilon` points of accuracy, and less than `max_loss_increase` nats a token of
-    next-token loss on each set of texts, each shown with this one-sided confidence.
-
-    Raises:
-        ConfigError: A value out of range.
+    next-token loss on each set of texts, each shown with this one-sided confidence. A value out of
+    range is a ConfigError.
     """
 
     epsilon: float
@@ -199,22 +197,13 @@ def choose(
 ) -> Choice:
     """Choose the cheapest setting within the limits, on the questions that settings are chosen on.
 
+    Settings, of one system or several, have base's questions and texts, answered once (else it is
+    a ValueError); of equal executions the one given first is tried first. `chance` is the accuracy
+    of guessing, `worked_answers` the task whose `worked_loss` is looked at, if any, `chosen_on` the
+    questions' task and split. Too few held-out texts are a ConfigError.
+
     Nothing is tried where base isn't shown to be above chance (who guesses has nothing to lose),
     or where ε is below what so many questions could certify were no difference seen.
-
-    Args:
-        base: The untouched model; right or wrong on each question, and its next-token losses.
-        settings: Of one system or several, on the same questions and texts. They are tried in an
-            order that follows from their executions (and where these are equal the order given).
-        limits: What a setting may lose.
-        chance: Accuracy of guessing.
-        seed: Of the resampling of texts.
-        worked_answers: The task that `worked_loss` is of, if it is to be looked at.
-        chosen_on: Task and split of the questions.
-
-    Raises:
-        ConfigError: No held-out texts, or too few.
-        ValueError: Other questions or texts than base's, or several draws a question.
 
     Source: ours; for the order of the tests see the module's docstring.
     """
@@ -258,9 +247,8 @@ def confirm(
 ) -> Choice:
     """Test what was chosen, once, on questions and texts that nothing was chosen on.
 
-    Raises:
-        ConfigError: No held-out texts, or too few.
-        ValueError: Nothing was chosen, it was confirmed before, or `tested` isn't the chosen one.
+    Too few held-out texts are a ConfigError; no chosen setting, a second confirmation, or another
+    setting than the chosen one is a ValueError.
     """
     if choice.chosen is None or choice.confirmation is not None:
         raise ValueError("only what was chosen is confirmed, and only once")

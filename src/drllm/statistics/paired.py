@@ -37,10 +37,7 @@ class Outcomes:
 
 
 def won_lost(ours: Sequence[float], theirs: Sequence[float]) -> tuple[int, int]:
-    """Count the questions won and lost, each answered once by both.
-
-    Raises:
-        ValueError: Another number of questions, or answers that are neither right nor wrong.
+    """Count the questions won and lost; a ValueError unless both answered the same ones once.
 
     Example:
         >>> won_lost([1, 0, 1], [1, 1, 0])
@@ -74,10 +71,7 @@ def paired_interval(won: int, lost: int, n: int, confidence: float = 0.95) -> tu
 
     All differences that a score test on the questions won and lost doesn't reject. Unlike a
     bootstrap or the normal interval it doesn't vanish where few questions or none are won or
-    lost, and it stays inside [-1, 1].
-
-    Raises:
-        ValueError: Counts that no evaluation can give.
+    lost, and it stays inside [-1, 1]. Counts that no evaluation can give are a ValueError.
 
     Source: Tango 1998, Statistics in Medicine 17 (8).
 
@@ -100,14 +94,10 @@ def paired_interval(won: int, lost: int, n: int, confidence: float = 0.95) -> tu
 
 
 def paired_score(won: Any, lost: Any, n: int, difference: float) -> tuple[Any, Any]:
-    """Return what the paired score test weighs against each other.
+    """Return how many questions the counts lie above what is supposed, and its deviation if true.
 
-    `won` and `lost` are numbers or arrays of them; the difference, in [-1, 1], is that of the
-    accuracies, supposed to be true.
-
-    Returns:
-        How many questions the counts lie above what is supposed, and the standard deviation of
-        that if it were true. The test rejects where the one is more than z times the other.
+    `won` and `lost` are numbers or arrays of them; the difference of the accuracies, in [-1, 1], is
+    supposed to be true. The test rejects where the one is more than z times the other.
 
     Source: Tango 1998, Statistics in Medicine 17 (8).
     """

@@ -51,10 +51,8 @@ def smallest_certifiable(
 
     For a system that in truth is as good as the other, with a one-sided bound of this confidence
     (see `paired.maximum_loss`). Where the share of different answers is an estimate, so is the
-    result. An ε above it can be certified, one equal to it can't.
-
-    Raises:
-        ValueError: Numbers out of range.
+    result. An ε above it can be certified, one equal to it can't. Numbers out of range are a
+    ValueError.
 
     Source: the test is Tango's (1998, Statistics in Medicine 17); the search is ours.
 
@@ -63,11 +61,10 @@ def smallest_certifiable(
         >>> round(found.if_equal, 4), round(found.with_power, 4)
         (0.0238, 0.0359)
     """
-    _check(n, discordant)
+    weights, differing, won = _outcomes(n, discordant)
     # Half a question more on each side where their number is odd.
     half = min(math.ceil(discordant * n / 2), n // 2)
     if_equal = maximum_loss(half, half, n, confidence)
-    weights, differing, won = _outcomes(n, discordant)
     lost = np.maximum(0.0, differing - won)
     probabilities = weights * _binomial(won, differing, 0.5)
     z = NormalDist().inv_cdf(confidence)
@@ -84,10 +81,7 @@ def chance_to_show(n: int, discordant: float, difference: float, alpha: float = 
     """Return the probability that the exact McNemar test shows a true difference, with its sign.
 
     The difference of the accuracies, a share of the questions in [0, 1], needs at least as many
-    different answers. The test is two-sided at the level α.
-
-    Raises:
-        ValueError: Numbers out of range.
+    different answers; numbers out of range are a ValueError. The test is two-sided at the level α.
 
     Source: O'Brien 1998 and G*Power's exact McNemar test: the power given how many answers differ,
         averaged over that number.
@@ -96,10 +90,9 @@ def chance_to_show(n: int, discordant: float, difference: float, alpha: float = 
         >>> round(chance_to_show(n=50, discordant=0.4, difference=0.24, alpha=0.1), 4)
         0.8394
     """
-    _check(n, discordant)
+    weights, differing, won = _outcomes(n, discordant)
     if not 0 <= difference <= discordant:
         raise ValueError(f"a difference of {difference} with {discordant} answered differently")
-    weights, differing, won = _outcomes(n, discordant)
     tails = _binomial(won, differing, 0.5)[:, ::-1].cumsum(axis=1)[:, ::-1]
     shown = (2 * tails < alpha) & (won > np.maximum(0.0, differing - won))
     share_won = 0.5 if discordant == 0 else (1 + difference / discordant) / 2
@@ -153,6 +146,8 @@ def detectable_mean(differences: Sequence[float]) -> float | None:
 @functools.lru_cache(maxsize=4)
 def _outcomes(n: int, discordant: float) -> tuple[Floats, Floats, Floats]:
     """Return how likely `[M, 1]` what numbers `[M, 1]` differ, and how many may be won `[1, W]`."""
+    if n < 1 or not 0 <= discordant <= 1:
+        raise ValueError(f"a share {discordant} of {n} questions is impossible")
     every = np.arange(n + 1, dtype=np.float64)
     weights = _binomial(every, np.float64(n), discordant)
     likely = weights > NEGLIGIBLE
@@ -169,8 +164,3 @@ def _binomial(successes: Any, trials: Any, share: float) -> Floats:
     logs = gammaln(trials + 1) - gammaln(successes + 1) - gammaln(failures + 1)
     logs = logs + xlogy(successes, share) + xlog1py(failures, -share)
     return np.where(successes > trials, 0.0, np.exp(logs))
-
-
-def _check(n: int, discordant: float) -> None:
-    if n < 1 or not 0 <= discordant <= 1:
-        raise ValueError(f"a share {discordant} of {n} questions is impossible")

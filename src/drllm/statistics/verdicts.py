@@ -134,7 +134,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             "guessing": "no verdict",
         }[self.shown]
         if self.needed is not None:
-            said += f" (about {_rounded(self.needed)} would show {target})"
+            unit = 10 ** max(0, len(str(self.needed)) - 2)  # two digits that count, rounded up
+            said += f" (about {-(-self.needed // unit) * unit} would show {target})"
         if self.quantity == "text_loss" and self.is_better is False:
             said += ", which is worse"
         return f"{said}; {self.reason}" if self.reason else said
@@ -161,10 +162,7 @@ def compare(
     """Compare two systems on the same questions and texts; a gain is a gain of ours.
 
     Where base isn't shown to be above chance, the next-token loss is judged nevertheless: nobody
-    guesses it.
-
-    Raises:
-        ValueError: Another number of questions or texts.
+    guesses it. Another number of questions or texts is a ValueError.
     """
 
     def means(quantity: Quantity, one: Sequence[float], other: Sequence[float]) -> Verdict:
@@ -242,8 +240,7 @@ def judge_means(
 ) -> Verdict:
     """Judge two means over the same questions or texts by the bootstrap interval.
 
-    Raises:
-        ValueError: Another number of them, or none.
+    Other numbers of them, or none, are a ValueError.
     """
     values = [a - b for a, b in zip(ours, theirs, strict=True)]
     n, mean, (low, high) = len(values), fmean(values), mean_interval(values, seed)
@@ -291,9 +288,3 @@ def _guessing(verdict: Verdict) -> Verdict:
 
 def _within(interval: tuple[float, float], limit: float) -> bool:
     return -limit < interval[0] and interval[1] < limit
-
-
-def _rounded(number: int) -> str:
-    """Write a number with two digits that count, rounded up."""
-    unit = 10 ** max(0, len(str(number)) - 2)
-    return str(-(-number // unit) * unit)
