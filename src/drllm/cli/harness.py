@@ -24,7 +24,7 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
 from drllm.errors import ConfigError, TaskError
-from drllm.evaluation.lm_eval.own_tasks import OwnTasks, own_tasks, unlisted
+from drllm.evaluation.lm_eval.folders import OwnTasks, own_tasks, unlisted
 from drllm.records.places import check_folder
 from drllm.tasks.registry import is_task_name
 

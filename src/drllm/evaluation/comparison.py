@@ -12,13 +12,7 @@ import torch
 
 from drllm.config import EvaluateConfig
 from drllm.errors import ArchitectureError, ConfigError
-from drllm.evaluation.baselines.base import (
-    BASELINES,
-    Drawn,
-    FittedBaselines,
-    Material,
-    Measure,
-)
+from drllm.evaluation.baselines.base import BASELINES, Drawn, FittedBaselines, Material, Measure
 from drllm.evaluation.baselines.own_routes import share_unchanged
 from drllm.evaluation.baselines.registry import depths, named
 from drllm.evaluation.flops import ModelShape
@@ -55,16 +49,8 @@ MAX_LOSS_INCREASE = 0.05
 class Shared:
     """What all tasks of one evaluation share.
 
-    Args:
-        lm: The routed model in the harness.
-        routers: By folder; the first ones are those that baselines are compared with.
-        tasks: All that are evaluated.
-        config: The settings.
-        output: Folder of the results.
-
-    Attributes:
-        prompts: Tokens of the prompts asked so far.
-        chunks: What is kept of finished systems and blocks.
+    Routers are by folder; baselines are compared with the first ones. `prompts` are the tokens of
+    the prompts asked so far, and `chunks` keeps finished systems and blocks.
     """
 
     on_progress: OnProgress

@@ -104,15 +104,9 @@ def _matrices(layer: nn.Module, model: str) -> Iterator[int]:
 
 
 def prompt_flops(shape: ModelShape, decisions: Sequence[int], num_tokens: int) -> Flops:
-    """Return the FLOPs of reading one prompt in one pass, and predicting one token.
+    """Return the FLOPs of reading one prompt of T ≥ 1 tokens in one pass, and predicting one token.
 
-    Args:
-        shape: Of the model.
-        decisions: `[L]`.
-        num_tokens: T, from 1.
-
-    Raises:
-        PathError: Decisions that this model can't run.
+    PathError for decisions `[L]` that this model can't run.
 
     Source: the usual count (Kaplan et al. 2020, section 2.1), layer by layer as often as it runs.
 
@@ -135,13 +129,8 @@ def prompt_flops(shape: ModelShape, decisions: Sequence[int], num_tokens: int) -
 def kv_bytes(shape: ModelShape, decisions: Sequence[int], num_tokens: int = 1) -> int:
     """Return the bytes of K and V that one sequence keeps.
 
-    A skipped layer keeps none, a repeated one keeps those of both passes.
-
-    Args:
-        shape: Of the model.
-        decisions: `[L]`; PathError where this model can't run them.
-        num_tokens: Tokens read so far; 1 gives the bytes a token, as long as no layer has more
-            tokens than it sees.
+    A skipped layer keeps none, a repeated one keeps those of both passes. One token read gives the
+    bytes a token, as long as no layer has more tokens than it sees. PathError as `prompt_flops`.
 
     Example:
         >>> two_layers = ModelShape((9, 9), 5, heads=4, kv_heads=2, head_size=8,

@@ -88,16 +88,10 @@ def measure(
     shortest one's or `PROMPT_TOKENS`, so that no padding is timed; a batch of more rows than there
     are prompts holds some several times.
 
-    Args:
-        model: The untouched model; copies that share its weights are timed.
-        systems: By name, the policy that decides; None for the model as it is.
-        prompts: Token ids.
-        rounds: Turns of every system. One more, which isn't measured, comes first.
-        clock: Gives the time in seconds; None for a clock that waits for the device.
-
-    Raises:
-        ConfigError: No prompts, or one without tokens.
-        RoutingError: A model that is routed already.
+    Copies that share the untouched model's weights are timed, each under a policy; None is the
+    model as it is. A round that isn't measured comes first. Without a clock, which gives seconds,
+    one waits for the device. ConfigError if there are no prompts, or one without tokens;
+    RoutingError for a model that is routed already.
 
     Example:
         >>> found = measure(model, with_router_time(routers), prompts, rounds=3)  # doctest: +SKIP
@@ -213,18 +207,11 @@ def write_latency(
     config: EvaluateConfig,
     output: Path,
 ) -> None:
-    """Time base and routed model, and write `latency.json`.
+    """Time the base model, not routed yet, and the routed one, and write `latency.json`.
 
     Without rounds nothing is measured, and a file of an earlier evaluation is removed, so that no
-    result is shown with another one's times.
-
-    Args:
-        base: The base model, not routed.
-        folder: Of the routers.
-        routers: On the model's device.
-        prompts: Token ids of all prompts of the evaluation.
-        config: Rounds, and the seed of the draw.
-        output: Where the results lie.
+    result is shown with another one's times. Routers lie on the model's device; prompts are all
+    those of the evaluation.
     """
     path = output / LATENCY_FILE
     if not config.latency_rounds:

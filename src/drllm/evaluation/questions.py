@@ -22,15 +22,10 @@ from drllm.tasks.registry import get_task, get_tasks
 
 
 def tasks_of(config: EvaluateConfig, given: Sequence[Task | str] | None = None) -> list[Task]:
-    """Return the tasks that are evaluated, once it is sure that they can be.
+    """Return the tasks that are evaluated, those given or the config's, if they can be.
 
-    Args:
-        config: Names them unless they are given.
-        given: Tasks or their names.
-
-    Raises:
-        ConfigError: Settings that make no sense together, or too few texts for a choice.
-        TaskError: An unknown task, or no questions to be had.
+    ConfigError for settings that make no sense together, or too few texts for a choice; TaskError
+    for an unknown task, or no questions to be had.
     """
     wanted = get_tasks(config.tasks) if given is None else given
     tasks = [get_task(task) if isinstance(task, str) else task for task in wanted]
@@ -104,11 +99,8 @@ def sources_of(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]
     """Return, by the name of each task, the task whose questions all is fitted on.
 
     A task's own, unless `fitted_on` names another: where a set has only questions that are
-    reported, or to see what holds elsewhere of what was chosen here.
-
-    Raises:
-        ConfigError: A `fitted_on` that can't be read; that or `num_calibration` without effect.
-        TaskError: It names a task that there isn't.
+    reported, or to see what holds elsewhere of what was chosen here. ConfigError if that can't be
+    read, or it or `num_calibration` has no effect; TaskError if it names a task that there isn't.
     """
     others = config.own("fitted_on")
     for setting in ("fitted_on", "num_calibration"):
@@ -135,10 +127,8 @@ def worked_task(config: EvaluateConfig, tasks: Sequence[Task]) -> Task | None:
 
     Depths are chosen on one split of that task and tested on another, as for the tasks that are
     evaluated; a question belongs to one split by its text, so no worked answer serves both.
-
-    Raises:
-        ConfigError: A task with options, or the only one that is evaluated.
-        TaskError: An unknown task, a split that it hasn't got, or too few questions in one.
+    ConfigError for a task with options, or the only one that is evaluated; TaskError for an unknown
+    task, a split that it hasn't got, or too few questions in one.
     """
     if config.worked_answers is None:
         return None

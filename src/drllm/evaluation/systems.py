@@ -118,10 +118,7 @@ def unkept(_key: str, _share: float, ask: Callable[[], Answered]) -> Answered:
 class TaskRun:
     """All questions of a task, under one system after another.
 
-    Args:
-        lm: The routed model in the harness.
-        asked: The questions.
-        num_texts: Of how many of them, from the first, the text's loss is read.
+    The text's loss is read of the first `num_texts` of them.
     """
 
     def __init__(self, lm: RoutedLM, asked: AskedTask, num_texts: int) -> None:

@@ -185,12 +185,7 @@ class TaskRuns:
         )
 
     def evaluation(self, table: Sequence[System], header: Mapping[str, Any]) -> Evaluation:
-        """Return the record of the task.
-
-        Args:
-            table: From `table`, corrected for all tasks by `correct`.
-            header: What the records of all tasks have in common.
-        """
+        """Return the record of the task; `correct` has corrected its table for all tasks."""
         written, seeds = self.asked.written, self.by_seeds()
         return Evaluation(
             **header,
@@ -278,11 +273,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def correct(tables: Sequence[Sequence[System]]) -> list[list[System]]:
-    """Correct each system's tests against base for being done on several tasks.
-
-    Args:
-        tables: Each task's; a single one stays as it is.
-    """
+    """Correct each system's tests against base for several tasks; a single table stays as it is."""
     corrected = [list(table) for table in tables]
     for name in {system.name: None for table in tables for system in table}:
         places = [

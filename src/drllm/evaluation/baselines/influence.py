@@ -42,17 +42,12 @@ class BlockInfluence(LayerDropping):
 def block_influence(
     routed: RoutedModel, prompts: Sequence[Sequence[int]], *, batch_size: int = 16
 ) -> list[float]:
-    """Measure how much each layer turns the hidden states that pass through it.
+    """Measure how much each layer turns the hidden states that pass through it, `[L]`.
 
     The influence of a layer is 1 minus the mean cosine between its input and its output, over the
     real tokens of all prompts, each token counting alike. A layer that hands on what it is given
-    has influence 0. The base model runs, once a prompt; nothing is left on it.
-
-    Returns:
-        `[L]`, each from 0 to 2.
-
-    Raises:
-        ConfigError: No prompts, one without tokens, or one longer than the model's context.
+    has influence 0; the maximum is 2. The base model runs, once a prompt; nothing is left on it.
+    ConfigError if there are no prompts, one without tokens, or one longer than the model's context.
 
     Source: ShortGPT (arXiv 2403.03853).
     """

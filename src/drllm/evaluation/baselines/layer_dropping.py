@@ -100,14 +100,10 @@ def mixture(
     num_questions: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Give each question one of two decisions `[L]`, drawn, at given mean executions.
+    """Give each question one of two decisions `[L]`, drawn, at given mean executions, `[Q, L]`.
 
-    Returns:
-        `[Q, L]` decisions whose mean executions are as near to those wanted as Q questions allow:
-        within half the difference of the two, divided by Q.
-
-    Raises:
-        ConfigError: Executions that don't lie between those of the two.
+    The mean is as near to that wanted as Q questions allow: within half the difference of the two,
+    divided by Q. ConfigError for executions that don't lie between those of the two.
     """
     import torch
 

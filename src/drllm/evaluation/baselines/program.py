@@ -107,16 +107,8 @@ def best_program(
     A program may run fewer executions than wanted (more, if more than L are wanted): a share of
     the questions then runs the full path, so that the mean is what it should be. What counts is
     the mixture, which for any mean over questions is the mean of the two by their shares. Those
-    candidates whose mixtures answer the most questions by the log are measured.
-
-    Args:
-        records: The search log of the training questions.
-        measure: How good decisions are on the questions that may be chosen on.
-        executions: Mean executions wanted, which some program can be mixed to.
-        num_candidates: Maximum programs that are measured.
-
-    Returns:
-        The best program, and the share of the questions that run the full path instead.
+    candidates whose mixtures answer the most questions by the log are measured. Some program can be
+    mixed to the executions; returned with it is the share of questions that run the full path.
 
     Source: Re-PoLar (arXiv 2609.31360); the mixture is ours.
     """

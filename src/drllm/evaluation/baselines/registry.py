@@ -27,11 +27,8 @@ def ordered() -> list[type[Baseline]]:
 def named(names: str) -> list[str]:
     """Return the baselines of a comma list, in the order in which they are shown.
 
-    Names have dashes or underscores for spaces. `quick` are those that need no fitting; `all` and
-    `none` are lists too.
-
-    Raises:
-        ConfigError: A name that there isn't.
+    Names have dashes or underscores for spaces; ConfigError for one that there isn't. `quick` are
+    those that need no fitting; `all` and `none` are lists too.
     """
     baselines = ordered()
     if names in ("all", "none"):
@@ -61,9 +58,8 @@ def files_needed(baselines: str) -> list[str]:
 def check(config: EvaluateConfig) -> None:
     """Refuse settings that make no sense together, before anything is loaded or written.
 
-    Raises:
-        ConfigError: An unknown baseline, depths that are none, a choice without depths, its limits
-            without a choice, or a file or draws that no baseline has a use for.
+    ConfigError for an unknown baseline, depths that are none, a choice without depths, its limits
+    without a choice, or a file or draws that no baseline has a use for.
     """
     every, asked = ordered(), [BASELINES.get(name) for name in named(config.baselines)]
     depths(config.curve)
@@ -94,8 +90,7 @@ def check(config: EvaluateConfig) -> None:
 def depths(curve: str | None) -> list[float]:
     """Return the shares of the executions that a curve is to save, `0.1,0.2`, in order.
 
-    Raises:
-        ConfigError: What is no share below 1 and above 0, or one given twice.
+    ConfigError for what is no share below 1 and above 0, or one given twice.
     """
     shares: list[float] = []
     for word in [] if curve is None else curve.split(","):

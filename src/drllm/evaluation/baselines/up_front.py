@@ -90,6 +90,6 @@ class ProgramPredictorBaseline(UpFront):
 
     def train(self, records: Any, inputs: Tensor) -> Planner:
         """Return the predictor."""
-        from drllm.evaluation.baselines.fitting.segments import programs_of, train_predictor
+        from drllm.evaluation.baselines.fitting.planners import programs_of, train_predictor
 
         return train_predictor(inputs, programs_of(records, seed=self.fitted.material.seed))

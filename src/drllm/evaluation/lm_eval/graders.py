@@ -121,13 +121,9 @@ def _prompt(doc: Mapping[str, Any]) -> Prompt:
 def squad(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Grade an answer as SQuAD 2.0 does; `unanswerable` and nothing at all mean "no answer".
 
-    Args:
-        doc: A row whose `grading` lists the right answers as JSON; none where there is no answer.
-        results: The generated text.
-
-    Returns:
-        `exact`: 1 if the text equals an answer after normalising, else 0; `f1`: the best overlap
-        in words with an answer, in [0, 1].
+    The row's `grading` lists the right answers as JSON; none where there is no answer. `exact` is 1
+    if the text equals an answer after normalising, else 0; `f1` the best overlap in words with an
+    answer, in [0, 1].
 
     Source: Rajpurkar et al. 2016, section 6.1, and 2018 (no answer: both metrics are 1 for an
         answer withheld, else 0). That a word stands for the missing answer is

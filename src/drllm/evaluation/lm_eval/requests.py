@@ -65,19 +65,12 @@ def asked(requests: Sequence[Request], max_length: int, *, by_prompt: bool) -> A
     """Put the requests of one question together.
 
     Requests that occur twice, as the harness asks where processes share the work unevenly, are
-    scored once.
+    scored once. What is longer than the `max_length` tokens that the model reads loses tokens at
+    its start, as the harness has it; a continuation is never cut: TaskError if it is longer.
 
-    Args:
-        requests: In any order.
-        max_length: Maximum tokens that the model reads. What is longer loses tokens at its start,
-            as the harness has it; its continuation is never cut.
-        by_prompt: Somebody will decide on the prompt of a question, so there must be one, and the
-            contexts of a question are cut alike. Otherwise contexts that have nothing in common
-            are taken for questions of their own, each cut by itself.
-
-    Raises:
-        TaskError: A continuation longer than `max_length`; with `by_prompt`, a question whose
-            contexts have no common beginning.
+    With `by_prompt` somebody will decide on the prompt of a question, so there must be one
+    (TaskError if its contexts have no common beginning), and its contexts are cut alike. Otherwise
+    contexts that have nothing in common are questions of their own, each cut by itself.
     """
     groups: dict[Hashable, list[int]] = {}
     for place, request in enumerate(requests):
@@ -140,14 +133,9 @@ def fitted(
 
     What a request gets depends on its own prompt alone, so that it is the same in whatever batch
     or process. Requests for no more than half of the context stay as they are, as do those that
-    fit. One warning a task says what was asked for and what is given.
-
-    Args:
-        requests: Each with a prompt and the settings of `generate`; those that change are copied.
-        encode: Makes tokens of a prompt.
-        max_length: Maximum tokens that the model reads and writes in all.
-        max_new_tokens: Of answers whose request doesn't say.
-        warns: Whether this process says what it does; of several, one.
+    fit; those that change are copied. One warning a task says what was asked for and what is given,
+    if this is the process that warns. The model reads and writes `max_length` tokens in all;
+    `max_new_tokens` are for answers whose request doesn't say.
 
     Source: ours (docs/differences.md, D-27).
     """
@@ -184,8 +172,7 @@ def _warn(message: str) -> None:
 def without_padding(requests: Sequence[Any]) -> tuple[list[Any], list[int]]:
     """Return the requests without those that the harness repeats to fill a process up.
 
-    Returns:
-        Those to answer, and for each request the place of its answer among theirs.
+    Also, for each request, the place of its answer among theirs.
 
     Example:
         >>> from types import SimpleNamespace

@@ -49,14 +49,10 @@ class Counts:
 
 
 class RequestScorer:
-    """Scores requests with a routed model.
+    """Scores requests with a routed model, which reads at most `max_length` tokens.
 
-    Args:
-        routed: The model.
-        max_length: Maximum tokens that it reads.
-        batch_size: Rows a pass; a question is one, or one for each continuation where the model
-            can't have them packed, and is never split. `auto` goes by memory.
-        max_batch_size: Maximum rows a pass with `auto`.
+    `batch_size` is in rows a pass; a question is one, or one for each continuation where the model
+    can't have them packed, and is never split. `auto` goes by memory, up to `max_batch_size`.
     """
 
     def __init__(
@@ -76,16 +72,10 @@ class RequestScorer:
         by_prompt: bool = True,
         on_progress: Callable[[int], object] = lambda _: None,
     ) -> tuple[list[Answer], dict[Hashable, Decisions]]:
-        """Score requests, each question's under one route; see `requests.asked`.
+        """Return the answer to each request, and each question's one route; see `requests.asked`.
 
-        Args:
-            requests: In any order.
-            decides: What decides on a question's route.
-            by_prompt: It does so by the question's prompt.
-            on_progress: Called with the number of continuations that were scored.
-
-        Returns:
-            The answer to each request, and each question's route.
+        `by_prompt`: the route is decided by the question's prompt. `on_progress` is called with the
+        number of continuations that were scored.
         """
         found = asked(requests, self.max_length, by_prompt=by_prompt)
         scores: dict[int, Score] = {}

@@ -143,12 +143,7 @@ class AskedTask:
                 )
 
     def grade(self, answers: Sequence[Sequence[Answer | str]]) -> list[dict[str, float]]:
-        """Return what the harness says of a system's answers: its metrics by name.
-
-        Args:
-            answers: For each question, the answers to its requests: a log-probability and whether
-                it is the likeliest continuation, or a text.
-        """
+        """Return, for each question, what the harness says of its answers: metrics by name."""
         for instances, given in zip(self.instances, answers, strict=True):
             for instance, answer in zip(instances, given, strict=True):
                 instance.resps, instance.filtered_resps = [answer], {}

@@ -13,9 +13,10 @@ from drllm.evaluation.baselines.fitting.planners import (
     UpFrontPolicy,
     find_bias,
     first_inputs,
+    programs_of,
+    train_predictor,
     train_sequence_router,
 )
-from drllm.evaluation.baselines.fitting.segments import programs_of, train_predictor
 from drllm.models.routers.depth_control import routes_of
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from drllm.errors import RecordError
-from drllm.evaluation.baselines.fitting.segments import (
+from drllm.evaluation.baselines.fitting.planners import (
     FULL_PATH_WEIGHT,
     LONGEST,
     MAXIMUM_PATHS,

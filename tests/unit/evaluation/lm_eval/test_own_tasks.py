@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from drllm.errors import ConfigError, TaskError
-from drllm.evaluation.lm_eval.own_tasks import OwnTasks, own_tasks
+from drllm.evaluation.lm_eval.folders import OwnTasks, own_tasks
 
 TASK = "task: {name}\ndataset_path: json\noutput_type: multiple_choice\n"
 

@@ -24,11 +24,8 @@ class ExitPolicy(Policy):
     Behind every layer but the last, the state of the prompt's last real token goes through the
     model's own final norm and output head. Once the likeliest token's probability exceeds the
     threshold, all further layers are skipped, for the prompt and for what is generated behind it.
-    Nothing is trained. The first layer always runs.
-
-    Args:
-        lens: Of the model that is routed.
-        threshold: In [0, 1]; at 1 every layer runs, at 0 only the first.
+    Nothing is trained. The first layer always runs; at a threshold of 1 every layer does, at 0 only
+    the first.
 
     Source: CALM (arXiv 2207.07061), changed as D-18 says.
     """
@@ -66,13 +63,10 @@ def confidences(
     *,
     batch_size: int = 16,
 ) -> Tensor:
-    """Measure the confidence behind each layer but the last, on the full path.
+    """Measure the confidence behind each layer but the last, on the full path, `[N, L − 1]`.
 
     Until it stops a prompt runs the full path, so these numbers say where it stops at any
-    threshold.
-
-    Returns:
-        `[N, L − 1]` in [0, 1]; the model has at least two layers. See `recorded`.
+    threshold. The model has at least two layers. See `recorded`.
     """
     read, layers = partial(confidence, lens), range(1, routed.num_layers)
     return recorded(routed, prompts, read, layers, decision=1, batch_size=batch_size)
