@@ -27,12 +27,11 @@ from drllm.records import (
     read_supervision,
     rejected_path,
 )
-from drllm.reporting.edits import EditEffect, edit_effects
 from drllm.reporting.numbers import count, of_total, percent, plain, signed
 from drllm.search import num_batches_kept
 from drllm.search.actions import MAX_SKIPPED_AT_ONCE, Action
 from drllm.supervision.rules import candidates, is_valid, survived
-from drllm.supervision.summary import KINDS, summarise
+from drllm.supervision.summary import KINDS, EditEffect, edit_effects, summarise
 
 BEST, WORST = 5, 3
 """Layers that a table of edits shows from either end."""

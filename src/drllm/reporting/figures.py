@@ -15,10 +15,10 @@ import numpy as np
 from drllm.metrics import NAMES, TRAIN, VALIDATION
 from drllm.records.results import BASE, PERMUTED, ROUTED, Evaluation, Point, System
 from drllm.reporting.drawing import Colours, legend, panels, whole_numbers
-from drllm.reporting.edits import EditEffect
 from drllm.reporting.run import Epoch
 from drllm.statistics.intervals import Floats
 from drllm.statistics.verdicts import Differences, Verdict
+from drllm.supervision.summary import EditEffect
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

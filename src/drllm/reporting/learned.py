@@ -14,11 +14,10 @@ from drllm.paths import Decision, num_executions
 from drllm.records.layers import Calibration, Layers
 from drllm.reporting import figures
 from drllm.reporting.blocks import Block, Columns, Figure, Section, Table, Text
-from drllm.reporting.edits import edit_effects
 from drllm.reporting.figures import Scores
 from drllm.reporting.numbers import NONE, count, of_total, percent, plain, signed
 from drllm.reporting.run import Run
-from drllm.supervision.summary import class_counts, summarise
+from drllm.supervision.summary import class_counts, edit_effects, summarise
 
 MIN_QUESTIONS = 5
 """Single edits tried on fewer questions are left out of the table of best and worst."""

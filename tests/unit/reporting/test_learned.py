@@ -12,10 +12,10 @@ from drllm.paths import Decision
 from drllm.records import TriedPath
 from drllm.reporting.blocks import Columns, Figure, Table, Text
 from drllm.reporting.drawing import LIGHT, svg
-from drllm.reporting.edits import edit_effects
 from drllm.reporting.learned import sections
 from drllm.reporting.numbers import NBSP
 from drllm.reporting.run import read_run
+from drllm.supervision.summary import edit_effects
 
 
 def flat(blocks):
