@@ -23,7 +23,6 @@ from drllm.cli.terminal import Terminal
 from drllm.errors import RecordError
 from drllm.metrics import by_layer, ratios, shown, verdict
 from drllm.records import read_json, read_json_lines, read_search, refuse_odd_file
-from drllm.records.latency import read_latency
 from drllm.records.layers import LAYERS_FILE, calibration_of, read_layers
 from drllm.records.results import (
     EVALUATION_SCHEMA,
@@ -32,6 +31,7 @@ from drllm.records.results import (
     Point,
     System,
     read_evaluation,
+    read_latency,
     read_results,
     results_in,
     schema_of,

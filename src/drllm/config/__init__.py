@@ -261,10 +261,8 @@ class GenerateConfig(Settings):
     def sampling(self) -> dict[str, Any]:
         """Return the options of transformers' `generate` that say how tokens are chosen.
 
-        The flags say all of it: a model's own settings for sampling are not mixed in.
-
-        Raises:
-            ConfigError: A sampling setting at temperature 0.
+        The flags say all of it: a model's own settings for sampling are not mixed in. A sampling
+        setting at temperature 0 is refused.
         """
         self.check_effects()
         if self.temperature == 0:
@@ -294,12 +292,8 @@ class DepthConfig(Settings):
     def knob(self) -> str | None:
         """Return the name of the setting that is turned, None where the routers decide alone.
 
-        Not checked when the settings are made, since a file and the command line may each give
-        a part of them.
-
-        Raises:
-            ConfigError: More than one knob; a calibration set without a target, or a target
-                without one.
+        More than one knob, and a calibration set or a target without the other, are refused only
+        here, since a file and the command line may each give a part of the settings.
         """
         given = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
         names = [name for name in given if name != "calibration"]
@@ -396,11 +390,7 @@ class EvaluateConfig(Settings):
         return self.own("splits").get(task, self.split)
 
     def own(self, setting: str) -> dict[str, str]:
-        """Return what `limits`, `splits` or `fitted_on` says, by task.
-
-        Raises:
-            ConfigError: What is no limit, no split or no name, or a task named twice.
-        """
+        """Return what `limits`, `splits` or `fitted_on` says, by task; refuse what doesn't fit."""
         kinds = {
             "limits": (r"all|[1-9]\d*", "TASK=COUNT, or TASK=all", "gsm8k=30,arc_easy=all"),
             "splits": ("|".join(SPLITS), f"TASK= and {', '.join(SPLITS)}", "gsm8k=select"),

@@ -78,9 +78,7 @@ for tag in ("int", "float"):
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
     """Read a YAML file of names, in which dashes become underscores, and values.
 
-    Args:
-        path: The file; one that is missing, not YAML, or not a mapping of names is a ConfigError.
-        what: What it is, for messages ("settings", "a recipe").
+    One that is missing, not YAML, or not a mapping is a ConfigError; it says `what` to give.
     """
     remedy = f"give a YAML file with {what}"
     if not path.is_file():

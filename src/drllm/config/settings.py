@@ -16,8 +16,7 @@ from drllm.errors import ConfigError, unknown_name
 class NamesIn(Iterable[str]):
     """The names in a registry, in the order of their registration; imported when first asked for.
 
-    Attributes:
-        registry: `module:attribute`, of a module above this one that loads no torch.
+    The registry is `module:attribute`, of a module above this one that loads no torch.
     """
 
     registry: str
@@ -39,18 +38,12 @@ def setting(
     idle: tuple[str, Any] | None = None,
     decisive: bool = True,
 ) -> Any:
-    """Declare one field: its default, help text and the values it accepts.
+    """Declare one field: its default, one line for `--help` with the unit, and what it accepts.
 
-    Args:
-        default: The value when the user gives none.
-        help: One line for `--help`, with the unit and where the default comes from.
-        minimum: Smallest accepted number.
-        maximum: Largest accepted number.
-        above: Accepted numbers are strictly larger than this.
-        choices: The only accepted strings (None is accepted too where it is the default).
-        alias: Another flag name under which published commands know this setting.
-        idle: Another field of the group, and the value of it that leaves this one without effect.
-        decisive: Results depend on it.
+    `above` is a bound that itself isn't accepted; None is accepted beside the choices where it is
+    the default; `alias` is a flag under which published commands know the setting; `idle` is
+    another field of the group, and the value of it that leaves this one without effect; results
+    depend on what is `decisive`.
     """
     rules = {name: value for name, value in locals().items() if name != "default"}
     return field(default=default, metadata=rules)
@@ -76,9 +69,6 @@ class Settings:
 
         Not checked when the settings are made, since a file and the command line may each give a
         part of them. A setting that has its default isn't taken for given.
-
-        Raises:
-            ConfigError: Naming both settings.
         """
         for declared in dataclasses.fields(self):
             value, idle = getattr(self, declared.name), declared.metadata["idle"]
@@ -157,9 +147,8 @@ def check_text(flag: str, text: str) -> None:
 def from_dict(kind: type[Any], values: dict[str, Any], where: str) -> Any:
     """Make a settings group from a mapping that is part of `where`.
 
-    Raises:
-        ConfigError: An unknown key (with the nearest valid one), a value of another type, or one
-            out of range.
+    An unknown key (the message has the nearest valid one), a value of another type, or one out of
+    range is a ConfigError.
     """
     known = kinds_of(kind)
     for name in values:

@@ -35,8 +35,16 @@ from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FullPolicy, Policy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import new_manifest, sha256, write_json
-from drllm.records.latency import ATTACHED, ROUTERS_EXECUTE, Latency, Timing, Timings
-from drllm.records.results import BASE, LATENCY_FILE, ROUTED
+from drllm.records.results import (
+    ATTACHED,
+    BASE,
+    LATENCY_FILE,
+    ROUTED,
+    ROUTERS_EXECUTE,
+    Latency,
+    Timing,
+    Timings,
+)
 
 Clock: TypeAlias = Callable[[], float]
 Rounds: TypeAlias = list[dict[str, float]]

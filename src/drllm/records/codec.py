@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 import psutil
+from filelock import FileLock, Timeout
 
 from drllm.errors import RecordError
 
@@ -48,12 +49,9 @@ class Version(msgspec.Struct):
 
 
 def decode(data: bytes | str, kind: type[T], where: str) -> T:
-    """Read one JSON value.
+    """Read one JSON value: a struct (its `__post_init__` is run), or `dict[str, Any]`.
 
-    Args:
-        data: The JSON text.
-        kind: What it must be: a struct (its `__post_init__` is run), or `dict[str, Any]`.
-        where: The file, and the line if need be; messages begin with it.
+    Messages begin with `where`: the file, and the line if need be.
 
     Raises:
         RecordError: Not JSON, another type than `kind` says, a number that is not finite or too
@@ -85,8 +83,7 @@ def decode(data: bytes | str, kind: type[T], where: str) -> T:
 def encode(value: Any) -> bytes:
     """Write one value as JSON on one line, without the newline.
 
-    Raises:
-        RecordError: A number that is not finite, or text with half a surrogate pair.
+    A number that is not finite, or text with half a surrogate pair, is a RecordError.
     """
     try:
         data = _ENCODER.encode(value)
@@ -105,9 +102,8 @@ def encode(value: Any) -> bytes:
 def read_json(path: Path | str, kind: type[T]) -> T:
     """Read a file of one JSON value.
 
-    Raises:
-        RecordError: What `decode` refuses; a path that is missing, can't be opened, or isn't an
-            ordinary file.
+    What `decode` refuses is a RecordError, and so is a path that is missing, can't be opened, or
+    isn't an ordinary file.
     """
     with _opened(Path(path)) as file:
         return decode(file.read(), kind, str(path))
@@ -146,11 +142,9 @@ def write_json(path: Path, value: Any) -> None:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that readers see the old content or all of the new, never a part.
 
-    Its folder is made if need be; a text is written as UTF-8, its line ends as they are.
-
-    Raises:
-        RecordError: A folder that can't be written, a full disk, or a path that is there and isn't
-            an ordinary file.
+    Its folder is made if need be; a text is written as UTF-8, its line ends as they are. A folder
+    that can't be written, a full disk, or a path that is there and isn't an ordinary file is a
+    RecordError.
     """
     refuse_odd_file(path, "write")
     clear_half_written(path)
@@ -187,15 +181,38 @@ def clear_half_written(*files: Path) -> None:
                     (file.parent / name).unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def only_writer(folder: Path, stage: str, flag: str) -> Iterator[None]:
+    """Be the only run of a stage that writes to a folder, made if need be, while the block runs.
+
+    Where another is writing, it is refused, naming the `flag` by which another folder is chosen.
+    The lock goes with the process, however that ends, so a killed run blocks nobody.
+    """
+    path = folder / f".{stage}.lock"
+    lock = FileLock(path, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise RecordError(
+            f"another {stage} is writing to {folder}; wait until it ends, or choose another {flag}"
+        ) from None
+    except OSError as error:
+        raise RecordError(
+            f"can't write {path}: {error.strerror}; choose a folder that you may write to"
+        ) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(PermissionError):  # Windows keeps a file that is open
+            path.unlink(missing_ok=True)  # while it is held: whoever waited sees that it is gone
+        lock.release()
+
+
 def refuse_odd_file(path: Path, doing: str) -> bool:
     """Tell whether a file is there; refuse what isn't an ordinary one (a folder, a FIFO, …).
 
-    Args:
-        path: May be missing.
-        doing: `read` or `write`, for the message.
-
-    Raises:
-        RecordError: Something else is there, or a folder on the way can't be entered.
+    A folder on the way that can't be entered is refused too; `doing` is `read` or `write`.
     """
     try:
         mode = path.stat().st_mode

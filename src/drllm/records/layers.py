@@ -97,14 +97,9 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 def calibration_of(config: Mapping[str, Any], where: str) -> Calibration | None:
-    """Return what a router's config says of it; None where no target was held out.
+    """Return what a `router_config.json` says of it; None where no target was held out.
 
-    Args:
-        config: Contents of `router_config.json`.
-        where: Its path, for messages.
-
-    Raises:
-        RecordError: It can't be trusted.
+    One that can't be trusted is a RecordError, which begins with `where`, the file's path.
     """
     found = (config.get("training") or {}).get("calibration")
     return None if found is None else decode(encode(found), Calibration, f"{where}, 'calibration'")

@@ -27,7 +27,6 @@ from drllm.records.codec import (
 
 LIBRARIES = ("torch", "transformers", "safetensors", "datasets", "math-verify")
 
-
 T = TypeVar("T", bound=Any)
 
 
@@ -83,14 +82,10 @@ def new_manifest(
     inputs: Sequence[Path] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Gather what a reader needs to trust and reproduce a records file.
+    """Gather what a reader needs to trust and reproduce a records file (`search`, …).
 
-    Args:
-        schema: `search`, `supervision`, …
-        model: Identity of the base model (id, revision, class, num_layers, fingerprint).
-        config: The resolved settings.
-        inputs: Files that were read; their hashes are stored, by name where names differ.
-        extra: More keys of the stage's own.
+    The model's identity has id, revision, class, num_layers and fingerprint; the hashes of the
+    inputs are stored, by name where names differ; `extra` are more keys of the stage's own.
     """
     distinct = len({file.name for file in inputs}) == len(inputs)
     libraries = {}
@@ -113,8 +108,7 @@ def new_manifest(
 def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
     """Read the manifest of a records file; None where there is none (a file of the user's own).
 
-    Raises:
-        RecordError: A broken manifest, one of another kind of file, or of a newer version.
+    One that is broken, of another kind of file, or of a newer version is a RecordError.
     """
     file = manifest_path(path)
     if not refuse_odd_file(file, "read"):
@@ -135,9 +129,8 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
 def read_records(path: Path, kind: type[T], schema: str, upgrade: Upgrade | None = None) -> list[T]:
     """Read and check a whole records file, of the schema (`search`, …) that its manifest says.
 
-    Raises:
-        RecordError: What `read_json_lines` or `read_manifest` refuse; a file that isn't the one
-            its manifest was written for; an id that a task has twice.
+    Besides what `read_json_lines` and `read_manifest` refuse, a file that isn't the one its
+    manifest was written for, or an id that a task has twice, is a RecordError.
     """
     manifest = read_manifest(path, schema)
     records: list[T] = []

@@ -37,8 +37,7 @@ class PathFile:
     def path(self, num_layers: int) -> tuple[int, ...]:
         """Return the path for a model of L layers.
 
-        Raises:
-            PathError: Values that this model can't run, or that could be decisions and a path.
+        Values that it can't run, or that could be decisions and a path, are a PathError.
         """
         distinct, kind = set(self.values), self.kind
         if kind is None:
@@ -60,15 +59,10 @@ class PathFile:
 
 
 def read_path_file(file: Path) -> PathFile:
-    """Read decisions or a path.
+    """Read a JSON object with `decisions` or `path`, or a line of numbers with spaces or commas.
 
-    Args:
-        file: A JSON object with `decisions` or `path`, or one line of numbers with spaces or
-            commas between them.
-
-    Raises:
-        RecordError: No such file, no text, or another form.
-        PathError: No numbers, or a value that isn't a whole number.
+    No such file, no text, or another form is a RecordError; no numbers, or a value that isn't a
+    whole number, a PathError.
     """
     text = read_text(file).strip()
     if not text or (text[0] not in "{[" and "\n" in text):

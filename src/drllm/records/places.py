@@ -31,14 +31,8 @@ def check_folder(folder: Path, flag: str) -> None:
 def check_file(file: Path, flag: str, schema: str = "") -> None:
     """Refuse a file that can't be written, or that is what another stage has written.
 
-    Args:
-        file: The output.
-        flag: Its flag, for messages.
-        schema: What it may replace (`supervision`), known by its manifest.
-
-    Raises:
-        ConfigError: A folder, device, FIFO or socket; a folder that can't be written; a manifest,
-            a record of another kind, or a file of a run or of routers.
+    The latter is a manifest, a file of a run or of routers, or a record of another kind, by its
+    manifest, than the schema (`supervision`) that may be replaced.
     """
     check_folder(file.parent, flag)
     try:

@@ -69,13 +69,10 @@ class Chunks:
     Use it inside `only_writer` of the folder that gets the results. Instances can be pickled:
     processes that the run starts may `put` chunks, each its own.
 
-    Args:
-        folder: Made with the first chunk and not sooner: a start that came to nothing, by a
-            setting that is mended then, must not stand in the way of the next one.
-        identity: What must be equal for two runs to be the same one, as plain JSON, the most
-            telling first. Of a value named `*_sha256` messages say "other *".
-        stage: What is run, for messages ("search").
-        flag: By which another folder can be chosen, for messages.
+    The folder is made with the first chunk and not sooner: a start that came to nothing, by a
+    setting that is mended then, must not stand in the way of the next one. The identity is what
+    must be equal for two runs to be the same one, as plain JSON, the most telling first; of a
+    value named `*_sha256` messages say "other *".
     """
 
     def __init__(
@@ -90,9 +87,8 @@ class Chunks:
     def open(self) -> bool:
         """Accept what the folder holds, and clear up; tell whether an earlier start kept something.
 
-        Raises:
-            ConfigError: The folder belongs to another run; the message says what differs.
-            RecordError: It is a link, or holds files that drllm didn't write.
+        A folder of another run is a ConfigError, which says what differs; one that is a link, or
+        holds files that drllm didn't write, a RecordError.
         """
         marker = self._read_marker()
         if marker is not None:

@@ -8,8 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from drllm.cost import share_saved
-from drllm.records.latency import DECODE, PREFILL, Latency, Timings
-from drllm.records.results import BASE, ROUTED, Evaluation, System
+from drllm.records.results import (
+    BASE,
+    DECODE,
+    PREFILL,
+    ROUTED,
+    Evaluation,
+    Latency,
+    System,
+    Timings,
+)
 from drllm.reporting.blocks import Block, Section, Table, Text, row_of
 from drllm.reporting.numbers import NONE, count, percent, plain
 

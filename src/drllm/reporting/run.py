@@ -17,13 +17,14 @@ from msgspec.structs import asdict
 from drllm import records
 from drllm.errors import RecordError
 from drllm.records import SearchRecord, SupervisionRecord, sha256
-from drllm.records.latency import Latency, read_latency
 from drllm.records.layers import LAYERS_FILE, Calibration, Layers, calibration_of, read_layers
 from drllm.records.results import (
     EVALUATION_SCHEMA,
     LATENCY_FILE,
     SAMPLES_FILE,
+    Latency,
     Result,
+    read_latency,
     read_results,
     results_in,
     schema_of,

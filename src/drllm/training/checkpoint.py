@@ -83,8 +83,7 @@ def save(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
 def resume(output: Path, identity: Mapping[str, Any], trainer: Trainer) -> None:
     """Put the state of the folder's checkpoint, if there is one, into a new trainer.
 
-    Raises:
-        CheckpointError: It is broken, or another training's; the message says what differs.
+    One that is broken, or another training's, raises CheckpointError, which says what differs.
     """
     path = output / CHECKPOINT_FILE
     if not path.exists():

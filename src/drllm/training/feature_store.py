@@ -43,11 +43,9 @@ Shape = tuple[int, int, int, int]
 
 
 class Store:
-    """Keeps the routers' inputs in a folder, memory-mapped.
+    """Keeps the routers' inputs in a folder, memory-mapped, as `float32` or `bfloat16`.
 
-    Args:
-        folder: Made if necessary. Nothing else that lies in it is touched.
-        dtype: In which the means are stored, `float32` or `bfloat16`.
+    The folder is made if necessary; nothing else that lies in it is touched.
 
     Attributes:
         means: `[N, L, W, D]`, once `opened` is left; a map of the file, not to be written to.
@@ -71,12 +69,8 @@ class Store:
         """Resume what the folder holds, or begin; inside the block, rows may be put.
 
         A folder that holds every row is only read, so it may be one without permission to write.
-        However the block is left, the rows that were put are kept.
-
-        Args:
-            manifest: What the features are of (`new_manifest`); see `_identity`.
-            shape: N, L, W, D.
-            say: Is told what the pass needs on disk, and what is there already.
+        However the block is left, the rows that were put are kept. `say` is told what the pass
+        needs on disk, and what is there already; the shape is N, L, W, D.
 
         Raises:
             ConfigError: The folder holds other features; the message says what differs.

@@ -88,9 +88,8 @@ class Features:
 class Aggregate:
     """Several features as one training set: the same targets along one route after the other.
 
-    Args:
-        parts: The first along the target paths, each target once; the others hold targets of the
-            first along other routes, with the same labels.
+    The first part is along the target paths, each target once; the others hold targets of the
+    first along other routes, with the same labels.
 
     Source: the aggregated data set of Ross et al. 2011 (arXiv 1011.0686), algorithm 3.1.
     """
@@ -146,22 +145,14 @@ def collect(
     prompts' lengths alone, so that a pass that was killed and resumed ends with the bytes of one
     that wasn't, on the same machine with the same number of threads.
 
-    Args:
-        model: The frozen base model, without routing.
-        tokenizer: The base model's.
-        records: The targets. A few that this model can't run are set aside.
-        num_windows: W.
-        soft: The features have soft targets too.
-        routers: Routers whose own routes are followed in place of the target paths. The labels
-            stay the target paths' decisions.
-        store: The folder that keeps the features, resumed or used again.
-        batch_size: Maximum prompts in a forward pass.
-        listener: Is told what the pass needs on disk, and of its progress.
+    The model is without routing; a few targets that it can't run are set aside. The store is
+    resumed or used again. Where `routers` are given, their own routes are followed in place of the
+    target paths, whose decisions the labels stay. `soft` gives the features soft targets too. The
+    listener is told what the pass needs on disk, and of its progress.
 
     Raises:
         ConfigError: The store holds features of something else.
-        RecordError: No targets; a target for another number of layers; too many that this model
-            can't read; a store that can't be trusted or written.
+        RecordError: What `targets_for` refuses; a store that can't be trusted or written.
         ModelError: Hidden states that overflow the base model's dtype, in too many targets.
     """
     listener = listener or Listener()
@@ -306,8 +297,7 @@ def digest(examples: Examples) -> str:
 def sizes(examples: Examples) -> Tensor:
     """Return the mean size of each router's inputs, `[N, L]`, which tells sets of means apart.
 
-    Raises:
-        RecordError: Means that are NaN or infinite, which no feature pass leaves.
+    Means that are NaN or infinite, which no feature pass leaves, raise RecordError.
     """
     parts = parts_of(range(len(examples.labels)))
     means = itertools.chain.from_iterable(map(examples.rows, parts))
@@ -322,14 +312,11 @@ def sizes(examples: Examples) -> Tensor:
 
 
 def moments(examples: Examples, index: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each component of each layer's filled windows.
+    """Return mean and deviation (never 0), `[L, D]` in float64, of each layer's filled windows.
 
     Every target counts the same, however many windows it fills, as in the loss. A component that
     hardly varies, compared with the size of its layer's states, gets a floor as its deviation, so
     that dividing by it doesn't blow up rounding errors.
-
-    Returns:
-        Two tensors `[L, D]` in float64; no deviation is 0.
     """
     total = square = torch.zeros(())
     for part in parts_of(index):

@@ -176,24 +176,13 @@ def train_on(
 
     After every epoch a checkpoint is written, from which the same call resumes. It is removed last
     of all, so that a call that was killed before leaves nothing that the next one doesn't remove.
+    Then nothing needs the `used` features; they are deleted. The listener is told of each step;
+    steps that stopping early spares count as done.
 
-    Args:
-        examples: What the routers read and what they should decide.
-        base_identity: As for `Trainer`; stored with the routers.
-        config: The settings, of one seed.
-        output: The folder.
-        rewards: As for `train`.
-        device: Where the routers are trained; the features stay where they are.
-        used: Features that nothing needs once these routers are written; they are deleted.
-        listener: Is told of each step; steps that stopping early spares count as done.
-
-    Returns:
-        The lines of `metrics.jsonl`. Those of the training part are counted while training: each
-        example before the step that learns from it.
-
-    Raises:
-        ConfigError: A loss that is no longer finite, or a tracker that can't start.
-        CheckpointError: A folder that can't be written, or holds another training's checkpoint.
+    Returns the lines of `metrics.jsonl`. Those of the training part are counted while training:
+    each example before the step that learns from it. A loss that is no longer finite, or a tracker
+    that can't start, is a ConfigError; a folder that can't be written, or holds another training's
+    checkpoint, a CheckpointError.
     """
     listener = listener or Listener()
     trainer = Trainer(examples, base_identity, config, device=device)

@@ -48,8 +48,7 @@ def targets_for(
 ) -> Targets:
     """Tokenise the targets, and set aside those whose prompts the model can't read.
 
-    Raises:
-        RecordError: No targets; a target with another number of layers; too many to set aside.
+    No targets, one with another number of layers, and too many to set aside are a RecordError.
     """
     if not records:
         raise RecordError("there are no targets to train on; search more questions")
@@ -120,13 +119,11 @@ def check_soft_targets(records: Sequence[SupervisionRecord]) -> None:
 
 
 def soft_targets(records: Sequence[SupervisionRecord]) -> Tensor:
-    """Return each decision's share of the weight of a question's valid paths, layer by layer.
+    """Return decisions' shares of the weight of a question's valid paths, by layer: `[N, L, C]`.
 
     A target without valid paths keeps its own decisions. The routers still read the states along
-    the target path: the mix is what a router should say of a prompt, not of one path.
-
-    Returns:
-        `[N, L, C]` in float64; sums over C are 1.
+    the target path: the mix is what a router should say of a prompt, not of one path. Sums over C
+    are 1, in float64.
 
     Source: ours.
     """

@@ -77,11 +77,9 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     """Return the temperature at which logits give targets (both `[M, C]`) the largest likelihood.
 
     The mean log-likelihood is concave in 1/T, so its slope, E_target[z] − E_p[z], has one zero,
-    which is bisected; the same logits give the same digits.
-
-    Returns:
-        From `LOWEST` to `HIGHEST`, the nearer one where the best lies beyond; 1 where no
-        temperature is better, all logits of each decision being equal.
+    which is bisected; the same logits give the same digits. It is from `LOWEST` to `HIGHEST`, the
+    nearer one where the best lies beyond; 1 where no temperature is better, all logits of each
+    decision being equal.
 
     Source: Guo et al. 2017 (arXiv 1706.04599), section 4.2.
     """
@@ -104,18 +102,12 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
 
 
 def reliability(confidence: Tensor, hits: Tensor) -> tuple[Bin, ...]:
-    """Compare confidence with hits in bins of equal mass.
+    """Compare confidence with hits in at most `BINS` bins of equal mass, the least confident first.
 
     With bins of equal width nearly all decisions of a router would share the last one. Decisions
     of exactly equal confidence count as hit in their common share, so that their order doesn't
-    matter.
-
-    Args:
-        confidence: `[M]` in [0, 1]: the probability of what was decided; M ≥ 1.
-        hits: `[M]`: the share that the target gives to what was decided; 0 or 1 for labels.
-
-    Returns:
-        At most `BINS` bins, the least confident first.
+    matter. Confidence `[M]`, M ≥ 1, is the probability of what was decided; hits `[M]` are the
+    shares that the target gives to that, 0 or 1 for labels.
 
     Source: Nixon et al. 2019 (arXiv 1904.01685) for equal mass; sharing ties is ours.
     """

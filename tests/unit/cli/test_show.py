@@ -14,9 +14,8 @@ from drllm.cli.show import show, show_evaluation
 from drllm.cli.terminal import Terminal, draw_route
 from drllm.errors import RecordError
 from drllm.metrics import by_layer, ratios, verdict
-from drllm.records.latency import Latency
 from drllm.records.layers import read_layers
-from drllm.records.results import Evaluation
+from drllm.records.results import Evaluation, Latency
 from drllm.reporting.cost import measured_lines
 from drllm.reporting.numbers import plain
 

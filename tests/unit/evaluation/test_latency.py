@@ -30,7 +30,7 @@ from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FixedPolicy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import sha256
-from drllm.records.latency import Rounds, read_latency
+from drllm.records.results import Rounds, read_latency
 from slow_way import tiny_routers
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15], [20, 21, 22, 23, 24, 25, 26]]

@@ -35,8 +35,7 @@ from drllm.models.routers.checkpoint import load_routers, save_routers
 from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import read_json_lines, read_manifest
-from drllm.records.latency import read_latency
-from drllm.records.results import read_results
+from drllm.records.results import read_latency, read_results
 from drllm.statistics import non_inferiority
 from drllm.statistics.paired import holm
 from drllm.tasks.registry import get_task

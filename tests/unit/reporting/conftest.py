@@ -18,7 +18,6 @@ from drllm import records
 from drllm.config import SuperviseConfig
 from drllm.paths import full_decisions
 from drllm.records import Retest, SearchRecord, TriedPath, new_manifest, write_records
-from drllm.records.latency import Latency, Timing, Timings
 from drllm.records.results import Evaluation, Flops, Outcome, Point, Sample, System
 from drllm.reporting.rendering import to_markdown
 from drllm.reporting.run import Run, read_run
@@ -327,7 +326,7 @@ class Folder:
     def latency(self, **changes: Any) -> None:
         """Write the times of base and routed, as an evaluation measures them."""
         timings = [
-            Timing(
+            records.results.Timing(
                 system=name,
                 phase=phase,
                 batch_size=size,
@@ -339,13 +338,15 @@ class Folder:
             for size in (1, 4, 16)
             for name, seconds in SECONDS.items()
         ]
-        found = Latency(
+        found = records.results.Latency(
             **self.header("drllm.latency", {"tasks": "arc_easy"}),
             runtime={**RUNTIME, "num_threads": 2},
             machine="Linux x86_64, Processor 9000, 2 cores",
             num_prompts=16,
             systems={name: f"what {name} is" for name in SECONDS},
-            measured=Timings(prompt_tokens=16, new_tokens=2, timings=tuple(timings)),
+            measured=records.results.Timings(
+                prompt_tokens=16, new_tokens=2, timings=tuple(timings)
+            ),
         )
         self.write("eval/latency.json", msgspec.to_builtins(found) | changes)
 
