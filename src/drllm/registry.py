@@ -20,12 +20,9 @@ Entry = TypeVar("Entry")
 class Registry(Generic[T]):
     """Things of one kind by name, in the order of their registration.
 
-    Args:
-        kind: What a name stands for, in the singular, for messages ("baseline").
-        modules: Modules that register on import; they are imported on the first look-up, so that
-            making the registry loads nothing. `package.*` is every module of a package, so that
-            adding one is adding a file.
-        error: What an unknown name raises.
+    The kind stands in messages, in the singular ("baseline"); `error` is what an unknown name
+    raises. The modules register on import, at the first look-up, so that making the registry loads
+    nothing; `package.*` is every module of a package, so that adding one is adding a file.
 
     Example:
         >>> rules = Registry("target rule")
@@ -50,10 +47,8 @@ class Registry(Generic[T]):
     def register(self, *names: str) -> Callable[[Entry], Entry]:
         """Register the decorated class or function under a name, and under further aliases.
 
-        Defined again, as by a notebook cell that is run twice, it replaces what it was.
-
-        Raises:
-            ValueError: A name that is taken by something else.
+        Defined again, as by a notebook cell that is run twice, it replaces what it was; ValueError
+        for a name that is taken by something else.
         """
 
         def add(entry: Any) -> Any:
@@ -68,11 +63,7 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """Return what is registered under a name.
-
-        Raises:
-            DrllmError: An unknown name; the message has the nearest one and all of them.
-        """
+        """Return what a name stands for; the error of an unknown one has the nearest and all."""
         entries = self._loaded()
         if name not in entries:
             raise self._error(unknown_name(self.kind, name, entries))

@@ -17,7 +17,6 @@ from typing import Any, TypeAlias
 import msgspec
 import numpy as np
 
-from drllm.cost import decode_executions, mean_executions
 from drllm.evaluation.baselines.base import Drawn
 from drllm.evaluation.latency import device_clock
 from drllm.evaluation.lm_eval.model import RoutedLM
@@ -26,7 +25,7 @@ from drllm.evaluation.lm_eval.scoring import Answer, Plan
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
 from drllm.models.scoring.batching import blocks_of
-from drllm.paths import Decisions
+from drllm.paths import Decisions, decode_executions, mean_executions
 from drllm.statistics.paired import Outcomes
 
 Answers: TypeAlias = list[list[Answer | str]]

@@ -210,11 +210,10 @@ class Task(ABC):
         return self.form.prompts(example, reward)
 
     def check_reward(self, reward: str | None) -> str:
-        """Return the reward to use, or refuse what the task can't grade.
+        """Return the reward to use, None for the task's own, or refuse what it can't grade.
 
-        Args:
-            reward: A name, or several with commas between, of which the first that fits is taken
-                (`letter,boxed` for tasks with options and problems); None for the task's own.
+        Of several with commas between (`letter,boxed` for tasks with options and problems) the
+        first that fits is taken.
         """
         if not self.rewards:
             raise TaskError(

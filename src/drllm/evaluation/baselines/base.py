@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar
 
-from drllm.cost import mean_executions
-from drllm.paths import Path
+from drllm.paths import Path, mean_executions
 from drllm.records import SearchRecord, SupervisionRecord
 from drllm.registry import Registry
 
