@@ -25,12 +25,7 @@ from drllm.evaluation.questions import check_output, tasks_of
 from drllm.evaluation.tables import TaskRuns, correct
 from drllm.listener import Listener
 from drllm.models.base.load import BaseModel, as_base_model
-from drllm.models.routers.checkpoint import (
-    WEIGHTS_FILE,
-    check_routers,
-    load_routers,
-    save_routers,
-)
+from drllm.models.routers.checkpoint import WEIGHTS_FILE, check_routers, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import (

@@ -51,17 +51,10 @@ MENTIONED = 0.01
 class TaskRuns:
     """All that was run on one task.
 
-    Attributes:
-        asked: Its questions.
-        systems: Base, then at each depth routed and its baselines.
-        notes: What a reader must know.
-        choice: The certified choice, if one was asked for.
-        config: As the evaluation's.
-        num_layers: L.
-        shape: Of the model; or why its cost can't be derived.
-        num_tokens: Of the questions' prompts.
-        seeds: Of routers of several seeds, depth by depth, how they ran on the same questions, and
-            their own routes permuted, if that was asked for.
+    Systems are base, then at each depth routed and its baselines; notes are what a reader must
+    know. The shape is the model's, or why its cost can't be derived; tokens are those of the
+    questions' prompts. `seeds` are, depth by depth, routers of several seeds on the same questions,
+    and their own routes permuted, if that was asked for.
     """
 
     asked: AskedTask

@@ -78,10 +78,8 @@ class HarnessTask:
 class FolderFiles:
     """The files of a task folder, before there is one.
 
-    Attributes:
-        tasks: Name of each task file → its content, where rows are given below the folder.
-        rows: Name below the folder → text of each rows file; it is named by its content.
-        num_questions: Name of each task that holds questions → how many.
+    By name: the content of each task file, where rows are given below the folder; the text of each
+    rows file, by its name below the folder; and how many questions a task has that holds any.
     """
 
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -396,11 +394,7 @@ def own_tasks(
             f"give a whole number from 1"
         )
     found, files = task_folder(
-        tasks,
-        limit=None if limit is None else int(limit),
-        seed=SEED,
-        data_dir=data_dir,
-        **more,
+        tasks, limit=None if limit is None else int(limit), seed=SEED, data_dir=data_dir, **more
     )
     for name, number in files.num_questions.items():
         if number < num_processes:  # which would end the harness

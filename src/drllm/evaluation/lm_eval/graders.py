@@ -143,10 +143,7 @@ def squad(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
         found = []
     # Answers that are nothing but articles and marks are left out, unless that leaves none.
     right = [words for words in map(_words, json.loads(doc["grading"])) if words] or [[]]
-    return {
-        "exact": float(found in right),
-        "f1": max(_overlap(found, words) for words in right),
-    }
+    return {"exact": float(found in right), "f1": max(_overlap(found, words) for words in right)}
 
 
 def squad_shown(doc: Mapping[str, Any]) -> str:

@@ -48,12 +48,9 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The questions of a list of requests.
+    """The questions of a list of requests, and for each its requests' `Request.question`.
 
-    Attributes:
-        questions: Each with its prompt and continuations.
-        keys: For each of these, its requests' `Request.question`.
-        places: For each request, the place of its question and of its continuation there.
+    `places` has for each request the place of its question and of its continuation there.
     """
 
     questions: list[Question]

@@ -57,11 +57,7 @@ def confidence(lens: LogitLens, prompts: PromptView) -> Tensor:
 
 
 def confidences(
-    routed: RoutedModel,
-    lens: LogitLens,
-    prompts: Sequence[Sequence[int]],
-    *,
-    batch_size: int = 16,
+    routed: RoutedModel, lens: LogitLens, prompts: Sequence[Sequence[int]], *, batch_size: int = 16
 ) -> Tensor:
     """Measure the confidence behind each layer but the last, on the full path, `[N, L − 1]`.
 
