@@ -1,11 +1,10 @@
-"""What a search found out: `search.jsonl` and `search.failed.jsonl`; and questions' splits.
+"""What a search found out: `search.jsonl` and `search.failed.jsonl`.
 
 `docs/formats.md` says of each field what it means.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,48 +183,3 @@ class SearchRecords(tuple[SearchRecord, ...]):
                 f"{found.model['num_layers']}; make it again"
             )
         return found
-
-
-BOUNDS = {
-    "train": {"search": 0.6, "fit": 0.8, "select": 1.0},
-    "validation": {"test": 1.0},
-    "single": {"select": 0.5, "test": 1.0},
-    "own": {"search": 0.5, "fit": 0.6, "select": 0.75, "test": 1.0},
-}
-"""By origin of a question, where the share of each split ends: of a set's training and validation
-questions, of sets that are only evaluated, and of one set that serves every stage."""
-
-
-def split_of(question: str, origin: str) -> str:
-    """Return the split that a question belongs to: `search`, `fit`, `select` or `test`.
-
-    The same text always lands in the same split, in whatever file, order or copy it turns up, so
-    a question that was trained on can't be reported on.
-
-    Args:
-        question: The question's text; surrounding white space and case don't count.
-        origin: A key of `BOUNDS`.
-
-    Source: ours.
-
-    Example:
-        >>> split_of("What is the boiling point of water?", "validation")
-        'test'
-    """
-    if origin not in BOUNDS:
-        raise ValueError(f"origin {origin!r} is not train, validation, single or own")
-    digest = hashlib.sha256(question_key(question).encode()).digest()
-    share = int.from_bytes(digest[:8], "big") / 2**64
-    return next(split for split, bound in BOUNDS[origin].items() if share < bound or bound == 1)
-
-
-def question_key(question: str) -> str:
-    """Return the text under which two copies of a question count as the same one.
-
-    Surrounding white space, line breaks and case don't count.
-
-    Example:
-        >>> question_key("  What is  ICE? ")
-        'what is ice?'
-    """
-    return " ".join(question.split()).casefold()

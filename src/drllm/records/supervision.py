@@ -16,7 +16,8 @@ from msgspec import UNSET, UnsetType
 from drllm.errors import PathError, RecordError
 from drllm.paths import Decisions, check_decisions, num_executions
 from drllm.records.manifest import read_records
-from drllm.records.search import Question, question_key
+from drllm.records.search import Question
+from drllm.records.splits import question_key
 
 _FROM_QUESTION = "\ud800"
 """A text that no file can hold, for fields whose default follows from the question."""

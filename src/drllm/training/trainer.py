@@ -8,9 +8,8 @@ Axes: N examples, B rows of a step, D hidden, L layers, W windows, H router widt
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +20,11 @@ from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.metrics import NAMES, TRAIN, VALIDATION, Counts, ratios
 from drllm.models.routers.stack import NUM_DECISIONS, RouterConfig, RouterStack
-from drllm.records import question_key
 from drllm.training.features import Examples, each_once, moments, parts_of, shape, sizes
+from drllm.training.losses import class_weights, focal_losses, log_priors
+from drllm.training.split import epoch_batches, generator, hold_out
 
 WARMUP_SHARE = 0.1
-FEWEST_TO_HOLD_OUT = 10
 FUSED = ("cpu", "cuda")
 """Devices for which every torch that we support has a fused AdamW."""
 
@@ -330,111 +329,3 @@ def count(logits: Tensor, labels: Tensor, loss: float) -> Counts:
         examples=len(labels),
         loss=loss * len(labels),
     )
-
-
-# --- the objective ---
-
-
-def class_weights(counts: Sequence[float], beta: float) -> tuple[float, ...]:
-    """Return the weight of each decision, the larger the rarer it is among the targets.
-
-    The weight of a class with n labels is the inverse of its effective number
-    (1 − βⁿ) / (1 − β), scaled so that the classes present have weights of mean 1. A class without
-    labels has no effective number: it gets weight 1, that of an average class. No training label
-    can meet that weight; it only prices the labels of a held-out part that has the class.
-
-    One of the counts is above 0; soft targets give fractions. β is in [0, 1): 0 gives equal
-    weights, values near 1 inverse frequencies.
-
-    Source: Cui et al. 2019 (arXiv 1901.05555), section 3; Dr.LLM section 3.3.
-
-    Example:
-        >>> [round(weight, 3) for weight in class_weights([4399, 120956, 1457], 0.999)]
-        [0.916, 0.905, 1.179]
-    """
-    present = [count for count in counts if count > 0]
-    if not present:
-        raise ValueError(f"no class has a label in {list(counts)}")
-
-    def inverse(count: float) -> float:
-        return (1 - beta) / (1.0 if beta == 0 else -math.expm1(count * math.log(beta)))
-
-    mean = sum(map(inverse, present)) / len(present)
-    return tuple(inverse(count) / mean if count > 0 else 1.0 for count in counts)
-
-
-def log_priors(counts: Tensor) -> Tensor:
-    """Return the logarithm of how frequent each decision is among the labels `[L, C]` of a layer.
-
-    A class without labels at a layer gets the frequency of the layer's commonest: its logit is
-    then pushed down as without adjustment. With log 0, or that of a rare class, next to nothing
-    would push it, and it could win where the adjustment is gone, in routing.
-
-    Example:
-        >>> log_priors(torch.tensor([[1.0, 4.0, 0.0]])).exp()
-        tensor([[0.2000, 0.8000, 0.8000]])
-    """
-    commonest = counts.amax(dim=-1, keepdim=True)
-    return (torch.where(counts > 0, counts, commonest) / counts.sum(dim=-1, keepdim=True)).log()
-
-
-def focal_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float) -> Tensor:
-    """Return Σ_c q_c · −w_c · (1 − p_c)^γ · log p_c, `[...]`, in the dtype of logits `[..., C]`.
-
-    p_c is the probability that the router gives decision c, and q_c the share that the target
-    `[..., C]` gives it: 1 for the label alone, or a distribution. The weights `[C]`, from
-    `class_weights`, are not divided out. γ = 0 gives weighted cross-entropy.
-
-    Source: Lin et al. 2017 (arXiv 1708.02002), equation 5; Dr.LLM section 3.3. The sum over
-        soft targets is ours.
-    """
-    log_p = logits.log_softmax(dim=-1)
-    # 1 − p from log p keeps its digits where p is near 1; the floor keeps the gradient of a power
-    # below 1 finite where p is 1, and there log p = 0 makes the product 0 anyway.
-    remaining = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)
-    return -(targets * weights * remaining**gamma * log_p).sum(dim=-1)
-
-
-# --- random draws ---
-# Each is a function of the seed and of what it is for: resuming needs no state of a generator.
-
-
-def hold_out(
-    questions: Sequence[str], fraction: float, seed: int, num_targets: int | None = None
-) -> tuple[list[int], list[int]]:
-    """Divide the targets into those trained on (never none) and an expected fraction held out.
-
-    A question's side depends on the seed and its text (by `question_key`) alone, so that more
-    targets never move one from side to side and all targets of a question stay together. Below 10
-    targets nothing is held out; from there on, with a fraction above 0, at least one question is.
-    `num_targets` is below the number of questions where the rest are the same again.
-
-    Source: ours.
-    """
-    everything = list(range(len(questions)))
-    num_targets = len(questions) if num_targets is None else num_targets
-    if fraction == 0 or num_targets < FEWEST_TO_HOLD_OUT:
-        return everything, []
-    shares = [_hash(f"held out {seed} {question_key(text)}") / 2**63 for text in questions]
-    threshold = max(fraction, math.nextafter(min(shares), math.inf))
-    trained = [row for row in everything if shares[row] >= threshold]
-    if not trained:
-        return everything, []
-    return trained, [row for row in everything if shares[row] < threshold]
-
-
-def epoch_batches(rows: Sequence[int], size: int, seed: int, epoch: int) -> Iterator[list[int]]:
-    """Yield the rows of each step of an epoch; the last step may have fewer."""
-    order = torch.randperm(len(rows), generator=generator("order", seed, epoch)).tolist()
-    for start in range(0, len(order), size):
-        yield [rows[index] for index in order[start : start + size]]
-
-
-def generator(purpose: str, *numbers: int) -> torch.Generator:
-    """Return a generator on the CPU for one purpose, seeded with the numbers."""
-    return torch.Generator().manual_seed(_hash(" ".join([purpose, *map(str, numbers)])))
-
-
-def _hash(text: str) -> int:
-    """Return 63 bits that are the same on every machine, unlike Python's own hash."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

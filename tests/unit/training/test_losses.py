@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from drllm.training.trainer import class_weights, focal_losses, log_priors
+from drllm.training.losses import class_weights, focal_losses, log_priors
 
 EXACT = 1e-12  # float64: only the order of additions differs
 WEIGHTS = torch.tensor([0.7, 0.2, 2.1], dtype=torch.float64)

@@ -10,8 +10,9 @@ from drllm.metrics import ratios, verdict
 from drllm.models.routers.checkpoint import load_routers
 from drllm.records.layers import read_layers
 from drllm.training.checkpoint import is_finished
+from drllm.training.split import hold_out
 from drllm.training.stage import train_on
-from drllm.training.trainer import Trainer, count, count_labels, hold_out
+from drllm.training.trainer import Trainer, count, count_labels
 
 STOPPING = replace(
     QUICK,

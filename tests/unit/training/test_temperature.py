@@ -10,6 +10,7 @@ from small import IDENTITY, QUICK, make_features
 from drllm.errors import ConfigError
 from drllm.models.routers.checkpoint import load_routers
 from drllm.training import temperature as temperature_module
+from drllm.training.split import hold_out
 from drllm.training.stage import train_on
 from drllm.training.temperature import (
     BINS,
@@ -20,7 +21,7 @@ from drllm.training.temperature import (
     measure,
     reliability,
 )
-from drllm.training.trainer import Trainer, hold_out
+from drllm.training.trainer import Trainer
 
 CONFIG = replace(QUICK, validation_fraction=0.3)
 FEATURES = make_features(60)

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
 from drllm.training.features import Aggregate, moments
-from drllm.training.trainer import DivergedError, Trainer, class_weights, focal_losses
+from drllm.training.losses import class_weights, focal_losses
+from drllm.training.trainer import DivergedError, Trainer
 
 FEATURES = make_features(40)
 ONE_HOT = F.one_hot(FEATURES.labels, 3).double()

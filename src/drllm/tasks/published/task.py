@@ -16,7 +16,7 @@ import yaml
 
 from drllm.errors import TaskError
 from drllm.records import question_key, split_of
-from drllm.records.search import BOUNDS
+from drllm.records.splits import BOUNDS
 from drllm.tasks.base import (
     FILE_NAMES,
     Example,

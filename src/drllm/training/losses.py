@@ -1,0 +1,72 @@
+"""What routers are trained to make small: a focal loss, class weights, and logit adjustment.
+
+Axes: L layers, C = 3 decisions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def class_weights(counts: Sequence[float], beta: float) -> tuple[float, ...]:
+    """Return the weight of each decision, the larger the rarer it is among the targets.
+
+    The weight of a class with n labels is the inverse of its effective number
+    (1 − βⁿ) / (1 − β), scaled so that the classes present have weights of mean 1. A class without
+    labels has no effective number: it gets weight 1, that of an average class. No training label
+    can meet that weight; it only prices the labels of a held-out part that has the class.
+
+    One of the counts is above 0; soft targets give fractions. β is in [0, 1): 0 gives equal
+    weights, values near 1 inverse frequencies.
+
+    Source: Cui et al. 2019 (arXiv 1901.05555), section 3; Dr.LLM section 3.3.
+
+    Example:
+        >>> [round(weight, 3) for weight in class_weights([4399, 120956, 1457], 0.999)]
+        [0.916, 0.905, 1.179]
+    """
+    present = [count for count in counts if count > 0]
+    if not present:
+        raise ValueError(f"no class has a label in {list(counts)}")
+
+    def inverse(count: float) -> float:
+        return (1 - beta) / (1.0 if beta == 0 else -math.expm1(count * math.log(beta)))
+
+    mean = sum(map(inverse, present)) / len(present)
+    return tuple(inverse(count) / mean if count > 0 else 1.0 for count in counts)
+
+
+def log_priors(counts: Tensor) -> Tensor:
+    """Return the logarithm of how frequent each decision is among the labels `[L, C]` of a layer.
+
+    A class without labels at a layer gets the frequency of the layer's commonest: its logit is
+    then pushed down as without adjustment. With log 0, or that of a rare class, next to nothing
+    would push it, and it could win where the adjustment is gone, in routing.
+
+    Example:
+        >>> log_priors(torch.tensor([[1.0, 4.0, 0.0]])).exp()
+        tensor([[0.2000, 0.8000, 0.8000]])
+    """
+    commonest = counts.amax(dim=-1, keepdim=True)
+    return (torch.where(counts > 0, counts, commonest) / counts.sum(dim=-1, keepdim=True)).log()
+
+
+def focal_losses(logits: Tensor, targets: Tensor, weights: Tensor, gamma: float) -> Tensor:
+    """Return Σ_c q_c · −w_c · (1 − p_c)^γ · log p_c, `[...]`, in the dtype of logits `[..., C]`.
+
+    p_c is the probability that the router gives decision c, and q_c the share that the target
+    `[..., C]` gives it: 1 for the label alone, or a distribution. The weights `[C]`, from
+    `class_weights`, are not divided out. γ = 0 gives weighted cross-entropy.
+
+    Source: Lin et al. 2017 (arXiv 1708.02002), equation 5; Dr.LLM section 3.3. The sum over
+        soft targets is ours.
+    """
+    log_p = logits.log_softmax(dim=-1)
+    # 1 − p from log p keeps its digits where p is near 1; the floor keeps the gradient of a power
+    # below 1 finite where p is 1, and there log p = 0 makes the product 0 anyway.
+    remaining = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)
+    return -(targets * weights * remaining**gamma * log_p).sum(dim=-1)
