@@ -30,13 +30,14 @@ import torch
 from torch import nn
 
 from drllm.config import SearchConfig
+from drllm.cost import distinct_executions
 from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import encode, render
 from drllm.models.routing.injection import LayerCall
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.prefix_sharing import PrefixSharingDriver, packed_rows
-from drllm.paths import distinct_executions, to_path
+from drllm.paths import to_path
 from drllm.search.evaluator import Evaluator, Outcome, Reading
 from drllm.search.strategies import new_search
 from drllm.tasks.base import Prompt

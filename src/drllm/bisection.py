@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-NUM_HALVINGS = 60  # of the range; a double has no more digits
+NUM_HALVINGS = 60
+"""Of the range; a double has no more digits."""
 
 
 class Setting(NamedTuple):
@@ -20,8 +21,14 @@ def bisect(
 ) -> tuple[float, float]:
     """Narrow a range in which a condition turns once, from false at `low` to true at `high`.
 
-    It isn't asked at the two ends; `high` may be below `low`. What comes back is the last value at
-    which it was false, and the first at which it was true.
+    Args:
+        holds: The condition; not asked at the two ends.
+        low: Where it is false.
+        high: Where it is true; may be below `low`.
+        halvings: How often the range is halved.
+
+    Returns:
+        The last value at which it was false, and the first at which it was true.
 
     Example:
         >>> bisect(lambda x: x * x >= 2, 0.0, 2.0, halvings=3)
@@ -39,8 +46,14 @@ def nearest_setting(
     """Return the setting between two ends whose mean executions are nearest to those wanted.
 
     Over N prompts the mean goes in steps of at least 1/N, so it is seldom met to the last digit;
-    what is returned says what it gives. From one end to the other, what is measured only falls or
-    only rises; beyond either end that end is nearest.
+    what is returned says what it gives.
+
+    Args:
+        measure: Mean executions at a setting; from one end to the other it only falls or only
+            rises.
+        executions: Mean executions wanted; beyond either end that end is nearest.
+        low: One end.
+        high: The other.
 
     Example:
         >>> nearest_setting(lambda x: 10 - round(x), executions=6.2, low=0.0, high=8.0).executions

@@ -54,7 +54,10 @@ class RoutingError(DrllmError, RuntimeError):
 def unknown_name(kind: str, name: str, choices: Iterable[str]) -> str:
     """Word the message for a name that isn't in a table: the closest valid names, and all.
 
-    The kind is what the name stands for, in the singular ("task", "flag").
+    Args:
+        kind: What the name stands for, in the singular ("task", "flag").
+        name: The name as the user wrote it.
+        choices: Every valid name.
 
     Example:
         >>> unknown_name("task", "arc_esay", ["arc_easy", "dart"])

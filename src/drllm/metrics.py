@@ -39,12 +39,16 @@ Labels: TypeAlias = Sequence[Sequence[float]]
 class Counts:
     """What was counted over some targets; expected values where decisions are drawn.
 
-    The loss is the sum of the targets' losses (each a mean over layers); None for decisions that
-    aren't made from probabilities.
+    Attributes:
+        confusion: `[L]` confusions, one a layer; empty where nothing was counted.
+        executions: What the decisions cost over all targets, in layer equivalents.
+        examples: How many targets.
+        loss: Sum over the targets of their losses (each a mean over layers); None for decisions
+            that aren't made from probabilities.
     """
 
-    confusion: tuple[Confusion, ...] = ()  # one a layer; empty where nothing was counted
-    executions: float = 0  # that the decisions cost over all targets, in layer equivalents
+    confusion: tuple[Confusion, ...] = ()
+    executions: float = 0
     examples: int = 0
     loss: float | None = 0.0
 
@@ -74,8 +78,9 @@ def _add(one: Confusion, other: Confusion) -> Confusion:
 def ratios(counts: Counts) -> dict[str, float | None]:
     """Turn counts of at least one target into metrics, named as on a line of `metrics.jsonl`.
 
-    They are `routers_loss` (mean over targets and layers; None without losses), those of
-    `hit_ratios`, and `avg_layers` (mean executions of the decisions).
+    Returns:
+        `routers_loss` (mean over targets and layers; None without losses), those of
+        `hit_ratios`, and `avg_layers` (mean executions of the decisions).
 
     Example:
         >>> ratios(Counts(confusion=(((1, 1, 0), (0, 2, 0), (0, 0, 0)),), executions=3, examples=1))
@@ -92,11 +97,15 @@ def ratios(counts: Counts) -> dict[str, float | None]:
 
 
 def hit_ratios(confusion: Confusion) -> dict[str, float | None]:
-    """Return the metrics of one confusion with at least one label: a layer's, or of all layers.
+    """Return the metrics of one confusion: a layer's, or that of all layers.
 
-    `accuracy` (share of the labels that were hit), `macro_f1` (mean of the F1 that are defined),
-    `f1_*` (None where a class is neither a label nor decided), `acc_skip` and `acc_repeat` (share
-    of a class' labels that were hit; None where it has none).
+    Args:
+        confusion: With at least one label.
+
+    Returns:
+        `accuracy` (share of the labels that were hit), `macro_f1` (mean of the F1 that are
+        defined), `f1_*` (None where a class is neither a label nor decided), `acc_skip` and
+        `acc_repeat` (share of a class' labels that were hit; None where it has none).
 
     Source: Dr.LLM names macro-F1, F1 by class and accuracy by class; that undefined F1 are left
         out of the mean is ours.
@@ -123,9 +132,11 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 def baselines(labels: Labels, trained: Labels) -> dict[str, Counts]:
-    """Count by name how the trivial ways of deciding fare on labels, each layer with as many.
+    """Count how the trivial ways of deciding fare, by name.
 
-    Majority and frequencies are those of the targets trained on.
+    Args:
+        labels: Of the targets that are judged; each layer has as many.
+        trained: Of the targets trained on, from which majority and frequencies come.
     """
     order = (Decision.EXECUTE, Decision.SKIP, Decision.REPEAT)  # of equally common labels
     ways = {
@@ -148,8 +159,11 @@ def _only(decision: int) -> list[float]:
 def expected_counts(labels: Labels, shares: Sequence[Sequence[float]]) -> Counts:
     """Return the expected counts of decisions that are drawn without looking at the question.
 
-    Shares `[L][C]` are the probability of each decision; layers are drawn one by one. Decisions
-    that skip every layer cost 1, as everywhere.
+    Decisions that skip every layer cost 1, as everywhere.
+
+    Args:
+        labels: `[L][C]`, of the targets.
+        shares: `[L][C]`: the probability of each decision; layers are drawn one by one.
     """
     examples = sum(labels[0])
     mean = sum(decision * layer[decision] for layer in shares for decision in DECISIONS)
@@ -168,8 +182,12 @@ def expected_counts(labels: Labels, shares: Sequence[Sequence[float]]) -> Counts
 def against_baselines(parts: Mapping[str, Counts]) -> dict[str, Any]:
     """Return what the routers' config says of routers and baselines, for the model card.
 
-    The parts are the counts of the targets trained on, and of those held out, if any are; `split`
-    says which are compared: held-out targets, else those trained on.
+    Args:
+        parts: Counts of the targets trained on, and of those held out, if any are.
+
+    Returns:
+        `split` (held-out targets, else those trained on), `examples`, `systems` (metrics by name)
+        and `verdict` (one sentence).
     """
     trained = parts[TRAIN].labels
     compared = {split: with_baselines(counts, trained) for split, counts in parts.items()}

@@ -1,21 +1,17 @@
-"""Paths and decisions: the two ways to write down which layers run, and what running them costs.
+"""Paths and decisions: the two ways to write down which layers run, and how they convert.
 
 A *path* lists layer indices in the order executed (`0 1 3 3 4`). *Decisions* hold one count per
 layer: 0 skip, 1 execute, 2 repeat (`1 1 0 2 1`). Every decision vector is a path; a path is a
 decision vector only if it visits the layers in order and none more than twice. Loads no torch.
-
-Costs are floats in *layer equivalents* (1.0 = one execution of one layer), so that a layer that
-runs only in part can be priced later. Measured time is never derived from here.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from enum import IntEnum
 from typing import TypeAlias
 
-from drllm.errors import ConfigError, PathError
+from drllm.errors import PathError
 
 Decisions: TypeAlias = tuple[int, ...]
 """One decision per layer, `[L]`, each 0, 1 or 2, at least one of them not 0."""
@@ -36,10 +32,14 @@ class Decision(IntEnum):
 
 
 def check_decisions(decisions: Sequence[int], num_layers: int | None = None) -> Decisions:
-    """Return the decisions as a tuple, or say in a PathError why no model can run them.
+    """Return the decisions as a tuple, or say why no model can run them.
 
-    That is a value outside 0, 1, 2; another length than `num_layers` (None accepts any length of at
-    least 1); or nothing executed.
+    Args:
+        decisions: One value per layer.
+        num_layers: L, the expected length; None accepts any length of at least 1.
+
+    Raises:
+        PathError: A value outside 0, 1, 2; another length than `num_layers`; nothing executed.
     """
     if num_layers is not None and len(decisions) != num_layers:
         raise PathError(
@@ -139,7 +139,11 @@ def edits(decisions: Sequence[int]) -> str:
 
 
 def check_path(path: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Return a path as plain ints, or say in a PathError why a model of L layers can't run it."""
+    """Return a path as a tuple of plain ints, or say why a model of L layers can't run it.
+
+    Raises:
+        PathError: An empty path, or an index that isn't a layer of the model.
+    """
     if not len(path):
         raise PathError("the path is empty; at least one layer must be executed")
     for place, layer in enumerate(path):
@@ -149,63 +153,3 @@ def check_path(path: Sequence[int], num_layers: int) -> tuple[int, ...]:
                 f"model of {num_layers} layers; give indices from 0 to {num_layers - 1}"
             )
     return tuple(int(layer) for layer in path)
-
-
-# --- what running layers costs
-
-
-def max_executions(budget: float, num_layers: int) -> int:
-    """Return the most executions of a path within a budget, a factor of L from 1.
-
-    A rounding error of the product never costs one. ConfigError for a budget below 1, which the
-    full path itself would break.
-
-    Source: Dr.LLM section 3.1 (paths of at most 2L layers).
-
-    Example:
-        >>> max_executions(1.1, 30)
-        33
-    """
-    if not budget >= 1:
-        raise ConfigError(
-            f"budget {budget} is below 1, so not even the full path fits; "
-            f"give a factor of the number of layers from 1 to 2"
-        )
-    return math.floor(budget * num_layers + 1e-9)
-
-
-def distinct_executions(rows: Sequence[Sequence[int]]) -> int:
-    """Count the executions that are left when one question's paths share their beginnings.
-
-    Example:
-        >>> distinct_executions([(1, 1, 1), (1, 1, 0), (1, 2, 0)])  # 0, 01, 012, 011
-        4
-    """
-    states: dict[tuple[int, int], int] = {}  # a state and the layer that is run next → the state
-    for row in rows:
-        state = 0
-        for layer in to_path(row):
-            state = states.setdefault((state, layer), len(states) + 1)
-    return len(states)
-
-
-def mean_executions(rows: Sequence[Sequence[int]]) -> float:
-    """Return the mean cost of several decision vectors in layer equivalents."""
-    return sum(map(num_executions, rows)) / len(rows)
-
-
-def decode_executions(rows: Sequence[Sequence[int]], num_new_tokens: Sequence[int]) -> float | None:
-    """Return the mean executions of the forward passes that decode answers.
-
-    The pass that reads the prompt gives the first new token, so n tokens take n - 1 passes more.
-    Long answers count more than short ones; None where no answer needed such a pass. A prompt's
-    decisions hold for its whole answer, which has at least one token.
-    """
-    passes = [num - 1 for num in num_new_tokens]
-    total = sum(num_executions(row) * num for row, num in zip(rows, passes, strict=True))
-    return total / sum(passes) if sum(passes) else None
-
-
-def share_saved(mean: float, num_layers: int) -> float:
-    """Return the share of the full path's executions that were saved (negative: spent more)."""
-    return 1.0 - mean / num_layers

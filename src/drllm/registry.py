@@ -20,9 +20,12 @@ Entry = TypeVar("Entry")
 class Registry(Generic[T]):
     """Things of one kind by name, in the order of their registration.
 
-    The kind stands in messages, in the singular ("baseline"); `error` is what an unknown name
-    raises. The modules register on import, at the first look-up, so that making the registry loads
-    nothing; `package.*` is every module of a package, so that adding one is adding a file.
+    Args:
+        kind: What a name stands for, in the singular, for messages ("baseline").
+        modules: Modules that register on import; they are imported on the first look-up, so that
+            making the registry loads nothing. `package.*` is every module of a package, so that
+            adding one is adding a file.
+        error: What an unknown name raises.
 
     Example:
         >>> rules = Registry("target rule")
@@ -47,8 +50,10 @@ class Registry(Generic[T]):
     def register(self, *names: str) -> Callable[[Entry], Entry]:
         """Register the decorated class or function under a name, and under further aliases.
 
-        Defined again, as by a notebook cell that is run twice, it replaces what it was; ValueError
-        for a name that is taken by something else.
+        Defined again, as by a notebook cell that is run twice, it replaces what it was.
+
+        Raises:
+            ValueError: A name that is taken by something else.
         """
 
         def add(entry: Any) -> Any:
@@ -63,7 +68,11 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """Return what a name stands for; the error of an unknown one has the nearest and all."""
+        """Return what is registered under a name.
+
+        Raises:
+            DrllmError: An unknown name; the message has the nearest one and all of them.
+        """
         entries = self._loaded()
         if name not in entries:
             raise self._error(unknown_name(self.kind, name, entries))

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drllm.config import STOP_RULES, SearchConfig
-from drllm.paths import Decisions, full_decisions, max_executions, num_executions
+from drllm.cost import max_executions
+from drllm.paths import Decisions, full_decisions, num_executions
 from drllm.search.actions import apply, legal_actions
 from drllm.search.strategies import STRATEGIES, PathSearch, new_search
 from drllm.search.strategies.mcts import Node, TreeSearch

@@ -4,15 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drllm.errors import ConfigError
-from drllm.paths import (
+from drllm.cost import (
     decode_executions,
     distinct_executions,
     max_executions,
     mean_executions,
     share_saved,
-    to_path,
 )
+from drllm.errors import ConfigError
+from drllm.paths import to_path
 
 
 @pytest.mark.parametrize(

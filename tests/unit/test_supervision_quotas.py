@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from drllm.errors import ConfigError
 from drllm.records import SupervisionRecord
-from drllm.supervision.select import over_quota, read_quotas
+from drllm.supervision.quotas import over_quota, read_quotas
 
 
 def target(task: str, *, improving: bool) -> SupervisionRecord:

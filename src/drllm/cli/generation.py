@@ -14,9 +14,10 @@ from drllm.cli.stages import model_of, read_routers
 from drllm.cli.terminal import Terminal, draw_route
 from drllm.config import DepthConfig, GenerateConfig, ModelConfig
 from drllm.config.settings import flag_of
+from drllm.cost import mean_executions
 from drllm.errors import ConfigError, TaskError
 from drllm.listener import duration
-from drllm.paths import mean_executions, num_executions
+from drllm.paths import num_executions
 from drllm.pipeline.folder import loaded
 from drllm.records import write_atomically
 from drllm.records.places import check_file

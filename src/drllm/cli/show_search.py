@@ -13,9 +13,10 @@ from rich.text import Text
 
 from drllm.cli.terminal import Terminal
 from drllm.config import SuperviseConfig
+from drllm.cost import distinct_executions
 from drllm.errors import RecordError
 from drllm.listener import duration
-from drllm.paths import Decision, Decisions, distinct_executions
+from drllm.paths import Decision, Decisions
 from drllm.records import (
     FailedQuestion,
     RejectedQuestion,

@@ -1,6 +1,6 @@
 """What a route costs in arithmetic and in memory, derived from the shapes of the model's weights.
 
-None of it is a measurement. Time is measured in `latency`, executions are counted in `drllm.paths`.
+None of it is a measurement. Time is measured in `latency`, executions are counted in `drllm.cost`.
 
 A multiplication and an addition are two FLOPs. Counted are products of matrices; norms,
 activations, the softmax and rotations aren't. Each token attends to each one that is in reach of

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from drllm.config import EvaluateConfig
+from drllm.cost import mean_executions
 from drllm.errors import ConfigError
 from drllm.models.base.layers import find_layers
 from drllm.models.base.load import BaseModel
@@ -33,7 +34,6 @@ from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.policies import FullPolicy, Policy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.paths import mean_executions
 from drllm.records import new_manifest, sha256, write_json
 from drllm.records.results import (
     ATTACHED,

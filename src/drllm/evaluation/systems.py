@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import msgspec
 import numpy as np
 
+from drllm.cost import decode_executions, mean_executions
 from drllm.evaluation.baselines.base import Drawn
 from drllm.evaluation.latency import device_clock
 from drllm.evaluation.lm_eval.model import RoutedLM
@@ -25,7 +26,7 @@ from drllm.evaluation.lm_eval.scoring import Answer, Plan
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy
 from drllm.models.scoring.batching import blocks_of
-from drllm.paths import Decisions, decode_executions, mean_executions
+from drllm.paths import Decisions
 from drllm.statistics.paired import Outcomes
 
 Answers: TypeAlias = list[list[Answer | str]]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from drllm.paths import share_saved
+from drllm.cost import share_saved
 from drllm.records.results import (
     BASE,
     DECODE,

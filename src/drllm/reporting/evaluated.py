@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from drllm.paths import share_saved
+from drllm.cost import share_saved
 from drllm.records.results import PERMUTED, Evaluation, Point, Spread, System
 from drllm.reporting import figures
 from drllm.reporting.blocks import Block, Columns, Figure, Listing, Section, Table, Text, row_of

@@ -8,8 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from drllm import metrics
+from drllm.cost import share_saved
 from drllm.metrics import LAYER_MAJORITY, NAMES, ROUTERS, TRAIN, VALIDATION, Counts, ratios
-from drllm.paths import Decision, num_executions, share_saved
+from drllm.paths import Decision, num_executions
 from drllm.records.layers import Calibration, Layers
 from drllm.reporting import figures
 from drllm.reporting.blocks import Block, Columns, Figure, Section, Table, Text

@@ -1,7 +1,7 @@
 """Search: which paths of each question answer it right, and what each path costs.
 
 `run.search_paths` is the stage, `strategies` choose paths, `evaluator` says what they are worth,
-`batch` asks several questions in step, and again. Loads no torch.
+`retest` asks again. Loads no torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ CHUNKS_FOLDER = "search.partial"
 
 
 def num_batches_kept(folder: Path) -> int:
-    """Count the finished batches that an interrupted search keeps in its `CHUNKS_FOLDER`."""
+    """Count the finished batches that an interrupted search keeps.
+
+    Args:
+        folder: `CHUNKS_FOLDER`.
+    """
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     return sum(bool(re.fullmatch(r"batch-\d+-[0-9a-f]{12}\.json", name)) for name in names)

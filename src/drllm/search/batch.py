@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
@@ -23,10 +23,11 @@ from drllm.errors import ConfigError, ModelError, RoutingError, TaskError
 from drllm.models.base.prompts import render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.models.scoring.prefix_sharing import Pair
-from drllm.paths import Decisions, full_decisions, num_executions
-from drllm.records import Chunks, FailedQuestion, Retest, SearchRecord, TriedPath
-from drllm.search.evaluator import Evaluator, Outcome, Reading, read
+from drllm.paths import num_executions
+from drllm.records import Chunks, FailedQuestion, SearchRecord, TriedPath
+from drllm.search.evaluator import Evaluator, Outcome, read
 from drllm.search.questions import Batch, SearchQuestion
+from drllm.search.retest import retested
 from drllm.search.strategies import graded, new_search
 from drllm.tasks.base import Prompt
 
@@ -45,8 +46,6 @@ OnShare = Callable[[Batch, float, int], None]
 """Called within a batch with the share of it that is done, and its paths tried now."""
 OnRound = Callable[[float, int], None]
 """Called after each round with the share of the batch that is done, and the paths tried now."""
-Once: TypeAlias = Callable[[str, Sequence[Pair], Callable[[], list[Outcome]]], list[Outcome]]
-"""Returns what an earlier start of the search kept of a step, by its name and pairs, or does it."""
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +69,14 @@ def search_batch(
     """Search a batch, setting aside the questions that fail every time.
 
     A batch that fails as a whole is searched question by question, which gives the same records:
-    a question's tree doesn't depend on its neighbours. The model comes with its tokenizer; `parts`
-    keeps what is done of the batch, so that an interrupted search loses one round; `on_round` is
-    called while the batch is searched as a whole.
+    a question's tree doesn't depend on its neighbours.
+
+    Args:
+        routed: The model, made with its tokenizer.
+        batch: The questions.
+        config: Settings of the search.
+        parts: Keeps what is done of the batch, so that an interrupted search loses one round.
+        on_round: See `OnRound`; called while the batch is searched as a whole.
     """
     try:
         records = search_in_step(routed, batch.questions, config, parts=parts, on_round=on_round)
@@ -116,8 +120,13 @@ def search_in_step(
 
     Every round evaluates up to `leaves_per_round` new paths of every question that isn't done, in
     one batch. A question's tree depends on its own seed and outcomes only, not on its neighbours.
-    The arguments are those of `search_batch`; what `read` and `Evaluator.evaluate` refuse, in any
-    of the ways that a question is asked, is raised.
+
+    The arguments are those of `search_batch`.
+
+    Raises:
+        ConfigError: A prompt that the chat template refuses.
+        ModelError: A question that is too long for the model's context in one of the ways that
+            it is asked; or log-probabilities that aren't finite.
 
     Source: Dr.LLM section 3.1.
     """
@@ -203,117 +212,21 @@ def search_in_step(
     ]
 
 
-# --- the re-test: right paths are asked again in other ways before they count as targets
-
-
-def is_candidate(decisions: Decisions, outcome: Outcome, full: Outcome) -> bool:
-    """Say whether a path may become its question's target, by its and the full path's outcome.
-
-    It is right, and improves on the full path, or is shorter, or is the full path itself.
-    """
-    if outcome.reward < 1:
-        return False
-    is_shorter = num_executions(decisions) < len(decisions)
-    return full.reward < 1 or is_shorter or decisions == full_decisions(len(decisions))
-
-
-def retested(
-    first: Evaluator,
-    others: Sequence[Sequence[Reading]],
-    config: SearchConfig,
-    found: Mapping[Pair, Outcome],
-    once: Once,
-) -> dict[Pair, Retest]:
-    """Ask every question again in other ways, with every path that may be a target.
-
-    The full path is asked in any case: margins are compared with its own. `first` is the evaluator
-    of the first asking, whose outcomes were `found`; its states are given up where other prompts
-    need the memory. `others` are the other ways of asking, by question.
-
-    Source: ours (docs/differences.md, D-05).
-    """
-    full = full_decisions(first.routed.num_layers)
-    chosen = [pair for pair in found if is_candidate(pair[1], found[pair], found[pair[0], full])]
-    places = sorted({place for place, _ in chosen})
-    pairs = [*dict.fromkeys([*((place, full) for place in places), *chosen])]
-    results: dict[Pair, list[Outcome]] = {pair: [] for pair in pairs}
-    # Questions may have different numbers of ways: one with 3 options has fewer rotations.
-    ways = [
-        {place: others[place][way] for place in places if way < len(others[place])}
-        for way in range(max((len(others[place]) for place in places), default=0))
-    ]
-    anew = [
-        not all(first.readings[place].reads_like(asked[place].prompt) for place in asked)
-        for asked in ways
-    ]
-    # What reads as at first needs the states that are held; they can go before other states come.
-    for way in sorted(range(len(ways)), key=anew.__getitem__):
-        part = [pair for pair in pairs if pair[0] in ways[way]]
-        ask = partial(_ask, first, ways[way], part, config, anew[way])
-        outcomes = once(f"retest {way}", part, ask)
-        for pair, outcome in zip(part, outcomes, strict=True):
-            results[pair].append(outcome)
-    return {
-        (place, path): judge(results[place, path], results[place, full], config.margin_tolerance)
-        for place, path in chosen
-    }
-
-
-def _ask(
-    first: Evaluator,
-    asked: Mapping[int, Reading],
-    pairs: Sequence[Pair],
-    config: SearchConfig,
-    is_new: bool,
-) -> list[Outcome]:
-    """Ask in one way; where that reads as at first, the states that are held are judged anew."""
-    if is_new:
-        first.forget()
-        readings, size = [*asked.values()], config.paths_per_pass
-        evaluator = Evaluator(first.routed, readings, config.state_cache_gb, paths_per_pass=size)
-        rows = {place: row for row, place in enumerate(asked)}
-        pairs = [(rows[place], decisions) for place, decisions in pairs]
-    else:
-        evaluator = first.judged_as(
-            [asked.get(place, reading).prompt for place, reading in enumerate(first.readings)]
-        )
-    return evaluator.with_margins(pairs, evaluator.evaluate(pairs))
-
-
-def judge(outcomes: Sequence[Outcome], full: Sequence[Outcome], tolerance: float) -> Retest:
-    """Say whether a path has survived, by its outcomes and the full path's, one a way of asking.
-
-    Its mean margin may lie below the full path's by `tolerance` nats.
-    """
-    passed = sum(outcome.reward >= 1 for outcome in outcomes)
-    # Margins are compared only over the ways in which both paths have one.
-    both = [
-        (mine.margin, theirs.margin)
-        for mine, theirs in zip(outcomes, full, strict=True)
-        if mine.margin is not None and theirs.margin is not None
-    ]
-    lost = sum(f - m for m, f in both) / len(both) if both else 0.0
-    return Retest(
-        passed=passed,
-        asked=len(outcomes),
-        margin=sum(m for m, _ in both) / len(both) if both else None,
-        survived=passed * 2 > len(outcomes) and lost <= tolerance,
-    )
-
-
-# --- in this process
-
-
 def key_of(batch: Batch) -> str:
     """Return the key under which a batch is kept."""
     return f"batch {batch.number}"
 
 
 class LocalExecutor:
-    """Searches in this process, one batch after the other, with a model and its tokenizer.
+    """Searches in this process, one batch after the other.
 
-    The identity says which base model it is, the runtime how it runs: another dtype, say, is
-    another search.
+    Args:
+        routed: The model, made with its tokenizer.
+        identity: Which base model it is, for the manifest.
+        runtime: How it runs; another dtype, say, is another search.
+
+    Raises:
+        TaskError: A model without its tokenizer.
     """
 
     def __init__(
@@ -342,7 +255,10 @@ class LocalExecutor:
         chunks: Chunks | None = None,
         on_share: OnShare | None = None,
     ) -> Iterator[tuple[Batch, Searched]]:
-        """Search batches, each taken when it can be, and hand it over as soon as it is done."""
+        """Search batches, each taken when it can be, and hand it over as soon as it is done.
+
+        What is done of a batch is kept in `chunks`, under `key_of`.
+        """
         for batch in batches:
             parts = None if chunks is None else chunks.within(key_of(batch))
             on_round = None if on_share is None else partial(on_share, batch)

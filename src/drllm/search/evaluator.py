@@ -68,9 +68,11 @@ class Reading:
 def read(routed: RoutedModel, prompt: Prompt, text: str | None = None) -> Reading:
     """Render (where `text` isn't that already) and tokenise a prompt, with what may follow it.
 
-    ConfigError where the chat template refuses it; ModelError where it and the longest of what may
-    follow are beyond the model's context: some models fail there, others go on at positions that
-    they have never learned.
+    Raises:
+        ConfigError: A prompt that the chat template refuses.
+        ModelError: The prompt, with the longest of what may follow it, is beyond the model's
+            context. Some models fail there; others go on, at positions that they have never
+            learned.
     """
     if text is None:
         text = render(routed.tokenizer, prompt.text, chat=prompt.chat)
@@ -99,12 +101,19 @@ def gold_text(prompt: Prompt) -> str:
 class Evaluator:
     """Evaluates paths on a fixed batch of prompts, remembering what paths have in common.
 
-    The prompts are all of one reward, read already or read now. `state_cache_gb` limits the memory
-    for shared states, those that a pass needs and the full path's distributions included; more is
-    held only while a single pass needs more. With `kl`, each path's KL is measured: 0 for the full
-    path, which is run with the others of its prompt if it wasn't before. `paths_per_pass` limits a
-    forward pass (None: by the memory that is free; where that runs out, half as many are tried) and
-    changes nothing in what comes out. `states` counts the executions run and asked for.
+    Args:
+        routed: The model, with its tokenizer.
+        prompts: All of one reward; read already, or read now (see `read`).
+        state_cache_gb: Maximum memory for shared states, in GB. States that a pass needs and the
+            full path's distributions count too; more than this is held only while a single pass
+            needs more.
+        kl: Measure each path's KL. It is 0 for the full path, which is run with the
+            others of its prompt if it wasn't before.
+        paths_per_pass: Maximum paths in a forward pass; None picks it by the memory that is free.
+            Where memory runs out, half as many are tried. What comes out doesn't depend on it.
+
+    Attributes:
+        states: The shared states, with the count of executions run and asked for.
     """
 
     def __init__(
@@ -156,8 +165,13 @@ class Evaluator:
         """Return the outcome of each path on its prompt, in order.
 
         Margins of generated answers are None: they compare with what other paths answered, so
-        `with_margins` adds them when all paths are known. ModelError where the full path's own
-        log-probabilities aren't finite.
+        `with_margins` adds them when all paths are known.
+
+        Args:
+            pairs: Prompt's place in the batch, and decisions.
+
+        Raises:
+            ModelError: The full path's own log-probabilities aren't finite.
         """
         if isinstance(self._batch, ChoiceBatch):
             outcomes = []

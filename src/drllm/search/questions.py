@@ -26,15 +26,22 @@ logger = logging.getLogger(__name__)
 class SearchQuestion:
     """One question of a search, with every way of asking it.
 
-    Its place is among all questions of the search in their own order, which is that of the records.
+    Attributes:
+        place: Among all questions of the search in their own order, which is that of the records.
+        task: The task's name.
+        example: The question.
+        prompt: How it is asked.
+        retests: The other ways of asking that a path must survive.
+        text: The prompt as the model reads it; None until it is rendered, and where the chat
+            template refuses it.
     """
 
     place: int
     task: str
     example: Example
     prompt: Prompt
-    retests: tuple[Prompt, ...]  # the other ways of asking, which a path must survive
-    text: str | None = None  # as the model reads it; None until rendered, or if that is refused
+    retests: tuple[Prompt, ...]
+    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +64,12 @@ def questions_of(
 
     The limit comes before the shard, so that the shards of one limit add up to it, and before
     copies are left out, so that what is drawn of a task doesn't depend on the others. Copies of
-    questions of an earlier task are left out with a warning. The source is tasks, whose questions
-    of `config.split` are loaded, or examples of named tasks; None for those of `config.dataset`.
+    questions of an earlier task are left out with a warning.
+
+    Args:
+        source: Tasks, whose questions of `config.split` are loaded, or examples of named tasks;
+            None for the tasks that `config.dataset` names.
+        config: Settings of the search.
 
     Raises:
         ConfigError: A setting without effect, or a shard that makes no sense.
@@ -127,7 +138,11 @@ def batches_of(questions: Sequence[SearchQuestion], size: int) -> list[Batch]:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Return which part of how many a `--shard` names; ConfigError for one part of one too."""
+    """Return which part of how many a `--shard` names.
+
+    Raises:
+        ConfigError: Not of the form i/n, a part that doesn't exist, or one part of one.
+    """
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
     if match is None:
         raise ConfigError(f"--shard is {text!r}; give i/n, for example 1/8 for the first of eight")

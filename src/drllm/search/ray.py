@@ -97,10 +97,15 @@ class RayExecutor:
     A worker that dies is replaced, and what it had to do is searched again: its records are the
     same, wherever and however often a batch is searched.
 
-    With the device `auto`, each worker has a GPU of its own where Ray has any, else the CPU.
-    `num_workers` None takes one a GPU, or else one a CPU core. Without an address Ray is started on
-    this machine, and ended afterwards; a Ray that this process has started already is used as it
-    is.
+    Args:
+        model: Which base model the workers load, and how. With `auto` the device is a GPU of its
+            own for each worker where Ray has any, else the CPU.
+        num_workers: Workers; None takes one a GPU, or else one a CPU core.
+        address: Of a cluster; None starts Ray on this machine, and ends it afterwards. A Ray that
+            this process has started already is used as it is.
+
+    Attributes:
+        seats: One per worker.
 
     Raises:
         ConfigError: Ray isn't installed or can't be reached, or has fewer devices than workers
@@ -301,10 +306,16 @@ class Jobs:
     decisions and rewards; a question that costs workers when it is alone is set aside alone. What
     is to be done again comes before batches that nobody has seen yet, so no more batches are under
     way than jobs.
+
+    Args:
+        batches: What to search; one is taken when nothing else is left to do.
+
+    Attributes:
+        again: What is to be done again: whole batches, or one question of a batch.
     """
 
     def __init__(self, batches: Iterable[Batch]) -> None:
-        self.again: deque[Batch] = deque()  # whole batches, or one question of a batch
+        self.again: deque[Batch] = deque()
         self._fresh = iter(batches)
         self._losses: Counter[int] = Counter()  # by the question's place in the search
         self._divided: dict[int, tuple[Batch, dict[int, Searched]]] = {}  # results by place
@@ -355,8 +366,14 @@ class Jobs:
 def connect(ray: Any, address: str | None, num_workers: int | None) -> None:
     """Start Ray on this machine, with cores for so many workers at least, or join a cluster.
 
-    The address is HOST:PORT of a cluster, or `auto` for the one that `RAY_ADDRESS` names or Ray
-    finds on this machine; None starts Ray here. ConfigError where there is no cluster.
+    Args:
+        ray: The package.
+        address: HOST:PORT of a cluster, or `auto` for the one that `RAY_ADDRESS` names or Ray
+            finds on this machine; None starts Ray here.
+        num_workers: None for as many as there are cores.
+
+    Raises:
+        ConfigError: An address that is none, or at which there is no cluster.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     silent: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}

@@ -138,7 +138,11 @@ def candidates(
 ) -> list[TriedPath] | str:
     """Return the paths that may become one question's target, the best first, or why none can.
 
-    The target names a rule; `min_saving` None is `MIN_SAVING`, for rules that read it.
+    Args:
+        record: What the search found.
+        target: Name of a rule in `TARGETS`.
+        min_saving: Least share of the full path's executions to save, for rules that read it;
+            None for `MIN_SAVING`.
     """
     given = {"min_saving": MIN_SAVING if min_saving is None else min_saving}
     return TARGETS.get(target)(record, **(given if reads_min_saving(target) else {}))
@@ -150,10 +154,15 @@ def reads_min_saving(target: str) -> bool:
 
 
 def weigh(paths: Sequence[TriedPath], path_weights: str) -> list[float]:
-    """Return what each of a question's candidates, at least one, counts in its soft targets.
+    """Return what each of a question's candidates counts in its soft targets.
 
-    By `path_weights`: `equal`; `shorter` (each execution more than the shortest has halves the
-    weight); `closer` (exp(−KL), in nats a token), ConfigError where a KL wasn't computed.
+    Args:
+        paths: The candidates; at least one.
+        path_weights: `equal`; `shorter` (each execution more than the shortest has halves the
+            weight) or `closer` (exp(−KL), the KL in nats a token).
+
+    Raises:
+        ConfigError: `closer` for a path whose KL wasn't computed.
 
     Source: ours.
     """

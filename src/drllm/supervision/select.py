@@ -7,7 +7,6 @@ torch.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from drllm.records import (
     write_records,
 )
 from drllm.records.search import SearchRecords
+from drllm.supervision.quotas import over_quota, read_quotas
 from drllm.supervision.rules import (
     NO_KL,
     OVER_QUOTA,
@@ -43,8 +43,6 @@ from drllm.supervision.rules import (
     weigh,
 )
 from drllm.supervision.summary import summarise
-
-ROUNDING = 1e-9
 
 
 class Supervision(tuple[SupervisionRecord, ...]):
@@ -118,7 +116,11 @@ def write(
     output: Path,
     config: SuperviseConfig,
 ) -> None:
-    """Write what `targets` made of all records of the sources, which are of one base model."""
+    """Write what `targets` made of all records of the sources, which are of one base model.
+
+    Raises:
+        RecordError: A file that can't be written.
+    """
     inputs = [source.file for source in sources if source.file is not None]
     manifest = new_manifest(
         "supervision",
@@ -153,7 +155,12 @@ def write(
 
 
 def check_settings(config: SuperviseConfig, tasks: Collection[str]) -> dict[str, int]:
-    """Refuse settings that can't be followed with these tasks' questions; return the quotas."""
+    """Refuse settings that can't be followed with these tasks' questions; return the quotas.
+
+    Raises:
+        ConfigError: Quotas that can't be read or name another task; a least saving with a rule
+            that has no use for it.
+    """
     if config.min_saving is not None and not reads_min_saving(config.target):
         raise ConfigError(
             f"--min-saving {config.min_saving:g} has no effect with --target {config.target}; "
@@ -171,7 +178,10 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
 
     Questions with the same text, in whatever tasks, are one question; the first one counts, with
     or without a target. Quotas are filled in the order of the questions. No targets at all is a
-    result like any other. ConfigError as for `check_settings` and `weigh`.
+    result like any other.
+
+    Raises:
+        ConfigError: As for `check_settings`, and weights by a KL that a path lacks.
     """
     quotas = check_settings(config, {record.task for record in records})
     reasons: list[str | None] = []
@@ -269,65 +279,3 @@ def _check_ids(sources: Sequence[SearchRecords]) -> None:
                     f"{file} and {source.file} have different questions with id {record.id!r} of "
                     f"task {record.task!r}; rename the task of one of them"
                 )
-
-
-# --- quotas
-
-
-def read_quotas(text: str | None) -> dict[str, int]:
-    """Read quotas as users write them: a comma list of TASK=COUNT; None for no quotas.
-
-    They are the maximum targets by task; tasks that aren't in it have as many as there are.
-
-    Example:
-        >>> read_quotas("arc_easy=400, dart-1=200")
-        {'arc_easy': 400, 'dart-1': 200}
-    """
-    quotas: dict[str, int] = {}
-    for part in [] if text is None else text.split(","):
-        task, _, count = (piece.strip() for piece in part.rpartition("="))
-        if not task or not count.isdecimal() or int(count) < 1:
-            raise ConfigError(
-                f"--quotas: {part.strip()!r} is no quota; give TASK=COUNT with a count of at "
-                f"least 1, several of them with commas between, e.g. arc_easy=400,dart-1=200"
-            )
-        if task in quotas:
-            raise ConfigError(f"--quotas names task {task!r} twice; name it once")
-        quotas[task] = int(count)
-    return quotas
-
-
-def over_quota(
-    kept: Sequence[SupervisionRecord], quotas: Mapping[str, int], share: float | None
-) -> set[int]:
-    """Return the places of the targets that have to go.
-
-    Without a share, a task keeps its first targets. With a share and a quota, it keeps its first
-    targets too, and as long as too few of them improve, the next improving target beyond the
-    quota takes the place of the first one that doesn't; a task that runs out of improving targets
-    stays below the share, as in the published code. With a share and no quota there is nothing to
-    take from: the last targets that don't improve go, until the others have the share; each task
-    by itself where any task has a quota, else all of them together. The share, of improving
-    targets, is in (0, 1], or None.
-
-    Source: `data_generation.py` of Dr.LLM's published code (commit 14e8837) for quota and share
-        together; the share without a quota is ours (docs/differences.md, D-11).
-    """
-    groups: dict[str, list[int]] = {}
-    for place, record in enumerate(kept):
-        groups.setdefault(record.task if quotas else "", []).append(place)
-    dropped: set[int] = set()
-    for task, places in groups.items():
-        if task in quotas:
-            first, later = places[: quotas[task]], places[quotas[task] :]
-            others = [place for place in first if not kept[place].improving]
-            wanted = math.ceil((share or 0) * quotas[task] - ROUNDING)
-            missing = max(0, wanted - (len(first) - len(others)))
-            arriving = [place for place in later if kept[place].improving][:missing]
-            dropped |= {*later, *others[: len(arriving)]} - {*arriving}
-        elif share is not None:
-            others = [place for place in places if not kept[place].improving]
-            # i / (i + n) >= share; a rounding error of the quotient never costs a target.
-            improving = len(places) - len(others)
-            dropped |= {*others[math.floor(improving * (1 - share) / share + ROUNDING) :]}
-    return dropped

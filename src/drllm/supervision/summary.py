@@ -27,9 +27,13 @@ def summarise(
     kept: Sequence[SupervisionRecord],
     rejected: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Count what the search found, the targets kept of it, and questions rejected by reason.
+    """Count what the search found and what became of it.
 
-    Of records with the same question the first one counts, whatever their tasks and files.
+    Args:
+        records: What was searched. Of records with the same question the first one counts,
+            whatever their tasks and files.
+        kept: Their targets.
+        rejected: Questions without a target, by reason.
 
     Returns:
         `questions` = `targets` + the sum of `rejected` (every reason is there, zeros too);

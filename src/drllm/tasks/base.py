@@ -210,10 +210,11 @@ class Task(ABC):
         return self.form.prompts(example, reward)
 
     def check_reward(self, reward: str | None) -> str:
-        """Return the reward to use, None for the task's own, or refuse what it can't grade.
+        """Return the reward to use, or refuse what the task can't grade.
 
-        Of several with commas between (`letter,boxed` for tasks with options and problems) the
-        first that fits is taken.
+        Args:
+            reward: A name, or several with commas between, of which the first that fits is taken
+                (`letter,boxed` for tasks with options and problems); None for the task's own.
         """
         if not self.rewards:
             raise TaskError(

@@ -38,6 +38,8 @@ FORMS = {
     "boxed": replace(BOXED, max_new_tokens=None),
 }
 """Grader → how its questions are asked; a reward that isn't here asks as `exact` does."""
+
+
 CHOICES = "'choices'"
 
 
@@ -58,10 +60,16 @@ class FileTask(Task):
     """The questions of one file; which rewards fit depends on the rows.
 
     Every question belongs to one of the four splits by its text, so that one file serves search,
-    training and evaluation, and no question is trained on and reported on. Rows are `question`,
-    `choices` and `answer` (the right option's index from 0, its text, or its letter), or
-    `question`, `answer` and `grader` (`letter`, `exact` or `boxed`), the same for all. A file whose
-    name is `taken` by another task is called `NAME_file`.
+    training and evaluation, and no question is trained on and reported on.
+
+    Args:
+        path: A `.jsonl` or `.jsonl.gz` file. Rows are `question`, `choices` and `answer` (the
+            right option's index from 0, its text, or its letter), or `question`, `answer` and
+            `grader` (`letter`, `exact` or `boxed`), the same for all.
+        taken: Names of other tasks; a file of such a name is called `NAME_file`.
+
+    Raises:
+        TaskError: A missing, empty or broken file, or a row that can't be used.
     """
 
     def __init__(self, path: Path, taken: Collection[str] = ()) -> None:

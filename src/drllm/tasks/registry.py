@@ -67,8 +67,9 @@ def get_task(name: str) -> Task:
 def get_tasks(names: str) -> list[Task]:
     """Return the tasks of a comma list, in order; a group's name stands for its tasks.
 
-    TaskError for an unknown name, an empty list, a task named twice (alone and by its group too),
-    or two files of the same name.
+    Raises:
+        TaskError: An unknown name, an empty list, a task named twice (alone and by its group
+            too), or two files of the same name.
 
     Example:
         >>> [task.name for task in get_tasks("gsm8k,arc")]

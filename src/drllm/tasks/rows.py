@@ -16,10 +16,14 @@ from drllm.records import decode, refuse_odd_file
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield `(line number, object)` for each line of a `.jsonl` or `.jsonl.gz` file but blank ones.
+    """Yield `(line number, object)` for each line of a `.jsonl` or `.jsonl.gz` file.
 
-    TaskError, with file and line, for a missing, empty or unreadable file, or a line that isn't a
-    JSON object.
+    Args:
+        path: The file; gzipped if its name ends in `.gz`. Blank lines are passed over.
+
+    Raises:
+        TaskError: A missing, empty or unreadable file, or a line that isn't a JSON object. The
+            message names file and line.
     """
     empty = True
     try:

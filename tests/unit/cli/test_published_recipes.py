@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from drllm.pipeline.recipes import read_recipe
-from drllm.supervision.select import check_settings, read_quotas
+from drllm.supervision.quotas import read_quotas
+from drllm.supervision.select import check_settings
 from drllm.tasks.registry import get_tasks
 
 RECIPES = Path(__file__).resolve().parents[3] / "src" / "drllm" / "cli" / "recipes"

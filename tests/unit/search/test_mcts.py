@@ -8,7 +8,8 @@ from random import Random
 import pytest
 
 from drllm.config import SearchConfig
-from drllm.paths import Decisions, max_executions, num_executions
+from drllm.cost import max_executions
+from drllm.paths import Decisions, num_executions
 from drllm.search.actions import Action, apply, legal_actions
 from drllm.search.strategies import PathSearch, new_search
 from drllm.search.strategies.mcts import (

@@ -6,8 +6,8 @@ import pytest
 
 import drllm
 from drllm.config import SearchConfig
-from drllm.search.batch import is_candidate, judge
 from drllm.search.evaluator import Evaluator, Outcome
+from drllm.search.retest import is_candidate, judge
 
 
 def test_every_candidate_is_retested_in_all_other_ways_and_nothing_else_is(routed, facts):

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar
 
-from drllm.paths import Path, mean_executions
+from drllm.cost import mean_executions
+from drllm.paths import Path
 from drllm.records import SearchRecord, SupervisionRecord
 from drllm.registry import Registry
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from drllm.config import DepthConfig
 from drllm.config.settings import flag_of
+from drllm.cost import mean_executions
 from drllm.errors import ConfigError, RecordError
 from drllm.models.base.prompts import context_length, encode, left_padded, render
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.policies import FullPolicy, Policy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.paths import mean_executions
 from drllm.records import read_json_lines
 
 TOLERANCE = 0.25

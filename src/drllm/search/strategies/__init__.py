@@ -14,7 +14,8 @@ from random import Random
 from typing import ClassVar, NamedTuple
 
 from drllm.config import SearchConfig
-from drllm.paths import Decisions, full_decisions, max_executions, num_executions
+from drllm.cost import max_executions
+from drllm.paths import Decisions, full_decisions, num_executions
 from drllm.registry import Registry
 
 
@@ -32,17 +33,25 @@ class PathSearch(ABC):
     The caller asks for paths with `ask`, finds out what they are worth, and tells it with `tell`,
     until nothing is returned although nothing is in flight (asked for and not told yet). So many
     searches can advance in step and have their paths evaluated in one batch. The full path comes
-    first, alone, and isn't counted as a simulation. Subclasses choose paths in `_select`; `rng` is
-    the only source of randomness.
+    first, alone, and isn't counted as a simulation. Subclasses choose paths in `_select`.
+
+    Args:
+        num_layers: L of the model.
+        config: Simulations, budget, stop rule and the numbers of the selection rule.
+        rng: The only source of randomness.
+
+    Attributes:
+        tried: Every path whose reward is known, in that order, the full path first.
+        own_settings: Settings of `SearchConfig` that no other strategy reads.
     """
 
-    own_settings: ClassVar[tuple[str, ...]] = ()  # of `SearchConfig`, that no other strategy reads
+    own_settings: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, num_layers: int, config: SearchConfig, rng: Random) -> None:
         self.num_layers = num_layers
         self.config = config
         self.limit = max_executions(config.budget, num_layers)
-        self.tried: dict[Decisions, Tried] = {}  # in the order of being told, the full path first
+        self.tried: dict[Decisions, Tried] = {}
         self.num_simulations_done = 0
         self._rng = rng
         self._full = full_decisions(num_layers)
@@ -78,8 +87,11 @@ class PathSearch(ABC):
         """Record the reward, in [0, 1], of a path in flight; after the end of a search too.
 
         The score tells paths of equal reward apart (see `graded`). It helps to choose edits, and is
-        never a part of the reward. ValueError for a path that isn't in flight, a reward out of
-        range, or a score that isn't finite.
+        never a part of the reward.
+
+        Raises:
+            ValueError: A path that isn't in flight, a reward out of range, or a score that isn't
+                finite.
         """
         if decisions not in self._in_flight:
             raise ValueError(f"{decisions} is not in flight; ask() returned {[*self._in_flight]}")

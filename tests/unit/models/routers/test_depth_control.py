@@ -9,6 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from drllm.config import DepthConfig
+from drllm.cost import mean_executions
 from drllm.errors import ConfigError, RecordError, RoutingError
 from drllm.models.routers import depth_control
 from drllm.models.routers.depth_control import (
@@ -21,7 +22,6 @@ from drllm.models.routers.depth_control import (
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
-from drllm.paths import mean_executions
 
 L = 6
 NUM_PROMPTS = 40
