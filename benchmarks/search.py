@@ -41,8 +41,8 @@ from drllm.paths import to_path
 from drllm.search.evaluator import Evaluator, Outcome, Reading
 from drllm.search.strategies import new_search
 from drllm.tasks.base import Prompt
-from drllm.tasks.grading import grade, score_choices
 from drllm.tasks.registry import get_task
+from drllm.tasks.rewards import grade, score_choices
 
 Pair = tuple[int, tuple[int, ...]]
 Rounds = list[list[Pair]]

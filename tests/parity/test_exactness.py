@@ -17,8 +17,8 @@ from drllm.models.base.prompts import encode, encode_continuation, render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.search.evaluator import WRONG_ANSWERS, Evaluator, gold_text
 from drllm.tasks.base import Prompt, choose
-from drllm.tasks.grading import grade, score_choices, verdict
 from drllm.tasks.registry import get_task
+from drllm.tasks.rewards import grade, score_choices, verdict
 from slow_way import ListedModel
 
 REWARDS = ("loglikelihood", "letter", "boxed", "exact")

@@ -12,7 +12,7 @@ from drllm.config import (
     SuperviseConfig,
     TrainConfig,
 )
-from drllm.config.settings import flag_of, from_dict
+from drllm.config.fields import flag_of, from_dict
 from drllm.errors import ConfigError
 
 GROUPS = [

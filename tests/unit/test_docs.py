@@ -15,8 +15,8 @@ from drllm.models.routers.checkpoint import described, save_routers
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.search.strategies import STRATEGIES
 from drllm.supervision.rules import TARGETS
-from drllm.tasks.grading import REWARDS
 from drllm.tasks.registry import get_task
+from drllm.tasks.rewards import REWARDS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"

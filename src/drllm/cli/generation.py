@@ -13,7 +13,7 @@ from drllm.cli.parser import VERBS, Flag, Request, verb
 from drllm.cli.stages import model_of, read_routers
 from drllm.cli.terminal import Terminal, draw_route
 from drllm.config import DepthConfig, GenerateConfig, ModelConfig
-from drllm.config.settings import flag_of
+from drllm.config.fields import flag_of
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError, TaskError
 from drllm.listener import duration

@@ -13,7 +13,7 @@ from drllm.errors import ConfigError, unknown_name
 from drllm.registry import Registry
 
 _REGISTRIES = {
-    "rewards": "drllm.tasks.grading:REWARDS",
+    "rewards": "drllm.tasks.rewards:REWARDS",
     "strategies": "drllm.search.strategies:STRATEGIES",
     "targets": "drllm.supervision.rules:TARGETS",
     "policies": "drllm.models.routing.policies:POLICIES",

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from drllm.config.fields import Settings, check_text, flag_of, kinds_of
 from drllm.config.files import as_text, canonical, read_yaml
-from drllm.config.settings import Settings, check_text, flag_of, kinds_of
 from drllm.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from drllm.cli.parser import Request
 from drllm.config import ModelConfig
-from drllm.config.settings import flag_of
+from drllm.config.fields import flag_of
 from drllm.errors import ConfigError
 from drllm.records import join_supervision, read_supervision
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from drllm.config.settings import Settings, kinds_of
+from drllm.config.fields import Settings, kinds_of
 from drllm.errors import ConfigError
 
 

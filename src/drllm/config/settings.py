@@ -1,157 +1,410 @@
-"""What a setting is: a field with a type, bounds and help text, checked when its group is made."""
+"""Every setting of every stage, once: type, default, bounds, unit and help text.
+
+A field here is all it takes to add a flag, a key of YAML files and their checks.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import typing
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
+from drllm.config.fields import NamesIn, Settings, flag_of, incidental, setting
 from drllm.errors import ConfigError, unknown_name
 
-
-@dataclass(frozen=True)
-class NamesIn(Iterable[str]):
-    """The names in a registry, in the order of their registration; imported when first asked for.
-
-    The registry is `module:attribute`, of a module above this one that loads no torch.
-    """
-
-    registry: str
-
-    def __iter__(self) -> Iterator[str]:
-        module, attribute = self.registry.split(":")
-        return iter(getattr(importlib.import_module(module), attribute).names())
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    choices: Iterable[str] | None = None,
-    alias: str | None = None,
-    idle: tuple[str, Any] | None = None,
-    decisive: bool = True,
-) -> Any:
-    """Declare one field: its default, one line for `--help` with the unit, and what it accepts.
-
-    `above` is a bound that itself isn't accepted; None is accepted beside the choices where it is
-    the default; `alias` is a flag under which published commands know the setting; `idle` is
-    another field of the group, and the value of it that leaves this one without effect; results
-    depend on what is `decisive`.
-    """
-    rules = {name: value for name, value in locals().items() if name != "default"}
-    return field(default=default, metadata=rules)
-
-
-def incidental(default: Any, help: str, **rules: Any) -> Any:
-    """Declare a field that results don't depend on: places, memory, who does the work."""
-    return setting(default, help, decisive=False, **rules)
+STOP_RULES = ("paper", "released", "exhaust")
+EXECUTORS = ("local", "ray")
+SPLITS = ("search", "fit", "select", "test")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PATH_WEIGHTS = ("none", "equal", "shorter", "closer")
+LOSSES = ("focal", "cross_entropy")
+CLASS_WEIGHTS = ("effective_number", "none")
+FEATURE_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """A group of settings that checks its values when it is made."""
+class ModelConfig(Settings):
+    """Which base model, and how it is loaded."""
+
+    model: str = setting(
+        "smollm2-135m", "base model: an alias, a hub id or a local folder", alias="model_id"
+    )
+    revision: str | None = setting(None, "branch, tag or commit of a hub model")
+    dtype: str = setting(
+        "auto", "weights: auto is bfloat16 on a GPU that has it, else float32", choices=DTYPES
+    )
+    device: str = setting("auto", "where to run: auto is cuda, else mps, else cpu")
+    attn_implementation: str | None = setting(None, "attention code of transformers, e.g. sdpa")
+    trust_remote_code: bool = setting(False, "run modelling code that comes with a hub model")
 
     def __post_init__(self) -> None:
-        kinds = kinds_of(type(self))
-        for declared in dataclasses.fields(self):
-            value = getattr(self, declared.name)
-            _check(flag_of(declared.name), value, kinds[declared.name], declared.metadata)
+        super().__post_init__()
+        if not re.fullmatch(r"auto|(cpu|cuda|mps)(:\d+)?", self.device):
+            raise ConfigError(
+                "--device: " + unknown_name("device", self.device, DEVICES) + ", or e.g. cuda:1"
+            )
 
-    def check_effects(self) -> None:
-        """Refuse settings that others of the group leave without effect.
 
-        Not checked when the settings are made, since a file and the command line may each give a
-        part of them. A setting that has its default isn't taken for given.
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(Settings):
+    """The tree search over layer paths; its numbers are the paper's unless said otherwise."""
+
+    dataset: str = setting("builtin_facts", "tasks (comma list), or a .jsonl file of your own")
+    output_dir: str = incidental("data/", "folder that receives search.jsonl and supervision.jsonl")
+    data_dir: str | None = incidental(None, "folder with SPLIT.jsonl[.gz] files by task")
+    split: str = setting("search", "which questions", choices=SPLITS)
+    limit: int | None = setting(
+        None, "at most this many questions a task, drawn with the seed", minimum=1
+    )
+    reward: str | None = setting(
+        None, "graded by: of a comma list the first that fits the task; default: the task's own"
+    )
+    num_simulations: int = setting(50, "paths tried a question (paper: 50)", minimum=1)
+    budget: float = setting(
+        2.0, "maximum executions of a path, as a factor of L (paper: 2)", minimum=1.0, maximum=2.0
+    )
+    strategy: str = setting(
+        "tree",
+        "tree, sweep (single edits, then pairs) or walk (one chain)",
+        choices=NamesIn("drllm.search.strategies:STRATEGIES"),
+    )
+    stop_rule: str = setting(
+        "exhaust", "when a question is done before its simulations are", choices=STOP_RULES
+    )
+    exploration_constant: float = setting(1.8, "c of the UCB rule (paper: 1.8)", minimum=0.0)
+    length_penalty: float = setting(3.0, "lambda of the UCB rule (paper: 3.0)", minimum=0.0)
+    random_child_probability: float = setting(
+        0.1, "share of selections made at random (paper)", minimum=0.0, maximum=1.0
+    )
+    leaves_per_round: int = setting(
+        1, "paths of a question evaluated together; above 1 with virtual losses", minimum=1
+    )
+    kl: bool = setting(
+        True, "keep each path's mean KL from the full path over the prompt, in nats a token"
+    )
+    margin_tolerance: float = setting(
+        0.5, "re-test: nats a path's margin may lie below the full path's", minimum=0.0
+    )
+    block_size: int = setting(32, "questions searched together", minimum=1)
+    state_cache_gb: float = incidental(
+        4.0, "memory for shared path prefixes, in GB; shared by Ray's workers on one CPU", above=0.0
+    )
+    paths_per_pass: int | None = incidental(
+        None, "maximum paths in a forward pass; as many as memory allows unless given", minimum=1
+    )
+    shard: str | None = setting(None, "search part i of n (i/n, from 1), to be joined by supervise")
+    executor: str = incidental(
+        "local", "where to search: in this process, or on Ray", choices=EXECUTORS
+    )
+    num_workers: int | None = incidental(
+        None,
+        "with --executor ray: processes, one a device; as many as there are unless given",
+        minimum=1,
+    )
+    ray_address: str | None = incidental(
+        None, "with --executor ray: HOST:PORT of a cluster, or auto; else one starts here"
+    )
+    seed: int = setting(0, "seed of the search and of --limit", minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rewards = NamesIn("drllm.tasks.rewards:REWARDS")
+        for name in () if self.reward is None else self.reward.split(","):
+            if name not in rewards:
+                raise ConfigError("--reward: " + unknown_name("value", name, rewards))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperviseConfig(Settings):
+    """How one target path is chosen for each searched question."""
+
+    target: str = setting(
+        "shortest",
+        "rule that picks among the valid paths",
+        choices=NamesIn("drllm.supervision.rules:TARGETS"),
+    )
+    min_saving: float | None = setting(
+        None,
+        "with --target least_kl: least share of the executions that a target saves (0.1)",
+        above=0.0,
+        maximum=1.0,
+    )
+    path_weights: str = setting(
+        "none", "also write all valid paths for --soft-targets, weighted so", choices=PATH_WEIGHTS
+    )
+    quotas: str | None = setting(
+        None, "maximum targets a task, first come: arc_easy=400,dart-1=200; else no limit"
+    )
+    quota_improving: float | None = setting(
+        None,
+        "keep this share of improving targets by dropping others (published: 0.30)",
+        above=0.0,
+        maximum=1.0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Settings):
+    """The routers and their training; numbers are the paper's unless said otherwise."""
+
+    num_epochs: int = setting(25, "passes over the targets (paper: 25)", minimum=1)
+    learning_rate: float = setting(1e-3, "peak of the cosine schedule (paper: 1e-3)", above=0.0)
+    weight_decay: float = setting(0.01, "AdamW weight decay (paper: 0.01)", minimum=0.0)
+    warmup_steps: int = setting(500, "steps of linear warm-up (paper: 500)", minimum=0)
+    gradient_accumulation: int = setting(
+        16, "examples an optimiser step (paper: 1 x 16)", minimum=1
+    )
+    num_windows: int = setting(
+        8, "windows W a router averages the prompt into (paper: 8)", minimum=1
+    )
+    feature_dtype: str = setting(
+        "float32", "how routers' inputs are stored; bfloat16 halves them", choices=FEATURE_DTYPES
+    )
+    router_width: int = setting(128, "hidden width of a router (paper: 128)", minimum=1)
+    loss: str = setting("focal", "what is minimised (paper: focal)", choices=LOSSES)
+    gamma: float = setting(
+        2.0, "focal loss exponent (paper: 2)", minimum=0.0, idle=("loss", "cross_entropy")
+    )
+    class_weights: str = setting(
+        "effective_number",
+        "whether rare decisions weigh more (as in the paper)",
+        choices=CLASS_WEIGHTS,
+    )
+    beta: float = setting(
+        0.999,
+        "effective-number class weights (paper: 0.999)",
+        minimum=0.0,
+        maximum=0.9999999,
+        idle=("class_weights", "none"),
+    )
+    logit_adjustment: float = setting(
+        0.0, "tau: adds tau times each layer's log label frequency in the loss", minimum=0.0
+    )
+    soft_targets: bool = setting(
+        False, "learn the weighted mix of all valid paths (supervise --path-weights)"
+    )
+    dropout: float = setting(
+        0.0, "share of a router's hidden units left out of a step", minimum=0.0, maximum=0.9
+    )
+    normalise_features: bool = setting(
+        False, "scale each component of the routers' inputs to mean 0, deviation 1"
+    )
+    validation_fraction: float = setting(
+        0.1, "share of the targets held out for metrics (ours)", minimum=0.0, maximum=0.5
+    )
+    early_stopping: int | None = setting(
+        None,
+        "epochs without a lower held-out loss before it ends; keeps the best",
+        minimum=1,
+        idle=("validation_fraction", 0.0),
+    )
+    calibrate: bool = setting(
+        False,
+        "divide the logits by a temperature fitted on targets held out",
+        idle=("validation_fraction", 0.0),
+    )
+    on_policy_rounds: int = setting(
+        0, "rounds that also train on what the routers read along their own routes", minimum=0
+    )
+    seed: int = setting(0, "seed of initial weights, order and held-out part", minimum=0)
+    num_seeds: int = setting(
+        1,
+        "routers from so many seeds, counting up from --seed; see seed_S in the output",
+        minimum=1,
+    )
+    report_to: str | None = incidental(
+        None, "trackers of accelerate (comma list), such as tensorboard,wandb; off by default"
+    )
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `report_to`, each once."""
+        named = [] if self.report_to is None else self.report_to.split(",")
+        return list(dict.fromkeys(name.strip() for name in named))
+
+    def by_seed(self, output: Path) -> dict[Path, TrainConfig]:
+        """Return the folder of every seed's routers, with the settings of that training alone.
+
+        The first seed's routers lie in `output`, those of a further seed S in `seed_S` below it.
         """
-        for declared in dataclasses.fields(self):
-            value, idle = getattr(self, declared.name), declared.metadata["idle"]
-            if idle and value != declared.default and getattr(self, idle[0]) == idle[1]:
-                given = "" if value is True else f" {_shown(value)}"
+        first, *more = range(self.seed, self.seed + self.num_seeds)
+        folders = {first: output} | {seed: output / f"seed_{seed}" for seed in more}
+        return {folder: replace(self, seed=s, num_seeds=1) for s, folder in folders.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(Settings):
+    """How text is generated."""
+
+    max_new_tokens: int = setting(64, "maximum tokens generated", minimum=1)
+    chat: bool = setting(True, "ask through the tokenizer's chat template, where it has one")
+    batch_size: int | None = setting(
+        None, "with --file: maximum prompts decoded together; 16 unless given", minimum=1
+    )
+    route_first: bool = setting(
+        True, "with --file: route all prompts first, to decode equal plans together"
+    )
+    temperature: float = setting(0.0, "sampling temperature; 0 is greedy", minimum=0.0)
+    top_p: float | None = setting(
+        None,
+        "sample from the likeliest tokens of this share; 1 unless given",
+        above=0.0,
+        maximum=1.0,
+        idle=("temperature", 0.0),
+    )
+    seed: int | None = setting(
+        None, "sampling seed; 0 unless given", minimum=0, idle=("temperature", 0.0)
+    )
+
+    def sampling(self) -> dict[str, Any]:
+        """Return the options of transformers' `generate` that say how tokens are chosen.
+
+        The flags say all of it: a model's own settings for sampling are not mixed in. A sampling
+        setting at temperature 0 is refused.
+        """
+        self.check_effects()
+        if self.temperature == 0:
+            return {"do_sample": False, "num_beams": 1}
+        drawn = {"temperature": self.temperature, "top_p": self.top_p or 1.0, "top_k": 0}
+        return {"do_sample": True, "num_beams": 1, **drawn}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthConfig(Settings):
+    """How deep the routers go: one knob, or none for the routers as they were trained."""
+
+    depth_bias: float = setting(
+        0.0, "price of an execution in logits; below 0 runs more", minimum=-1e6, maximum=1e6
+    )
+    target_executions: float | None = setting(
+        None, "mean executions wanted; a bias that gives them is looked for", minimum=1.0
+    )
+    calibration: str | None = setting(None, "prompts (.jsonl) that --target-executions looks on")
+    router_penalty: float | None = setting(
+        None, "published knob: -1 skips all, 0.5 executes all", minimum=-1.0, maximum=1.0
+    )
+    static_routing: bool = setting(
+        False, "execute every layer, whatever the routers say", alias="is_static_routing"
+    )
+
+    def knob(self) -> str | None:
+        """Return the name of the setting that is turned, None where the routers decide alone.
+
+        More than one knob, and a calibration set or a target without the other, are refused only
+        here, since a file and the command line may each give a part of the settings.
+        """
+        given = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+        names = [name for name in given if name != "calibration"]
+        if len(names) > 1:
+            flags = [flag_of(name) for name in names]
+            raise ConfigError(
+                f"{', '.join(flags[:-1])} and {flags[-1]} are given, but only one of them can set "
+                f"the depth; leave the others out"
+            )
+        if self.target_executions is not None and self.calibration is None:
+            raise ConfigError(
+                f"--target-executions {self.target_executions:g} needs prompts to look on; give "
+                f"a file of them as --calibration, for example supervision.jsonl"
+            )
+        if self.calibration is not None and self.target_executions is None:
+            raise ConfigError(
+                f"--calibration {self.calibration} has no effect without --target-executions; "
+                f"give both or neither"
+            )
+        return names[0] if names else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Settings):
+    """What is evaluated, on which questions, against which baselines."""
+
+    tasks: str = setting("builtin_facts", "tasks (comma list), or a .jsonl file of your own")
+    data_dir: str | None = incidental(None, "folder with SPLIT.jsonl[.gz] files by task")
+    split: str = setting("test", "which questions", choices=SPLITS)
+    limit: int | None = setting(
+        None, "at most this many questions a task, drawn with the seed", minimum=1
+    )
+    limits: str | None = setting(
+        None, "other limits for some tasks: TASK=COUNT with commas between, or TASK=all"
+    )
+    splits: str | None = setting(
+        None, "other splits for some tasks: TASK=SPLIT with commas between"
+    )
+    fitted_on: str | None = setting(
+        None, "depths and baselines from another task's questions: TASK=OTHER, with commas"
+    )
+    num_fewshot: int | None = setting(
+        None, "worked examples before each question; each task's own unless given", minimum=0
+    )
+    chat: bool = setting(False, "ask through the tokenizer's chat template")
+    baselines: str = setting(
+        "quick", "comma list, quick, all or none; 'drllm ls baselines' explains them"
+    )
+    search: str | None = setting(None, "search.jsonl, for baselines that are fitted on it")
+    supervision: str | None = setting(
+        None, "supervision.jsonl, for baselines that are fitted on the routers' targets"
+    )
+    curve: str | None = setting(
+        None, "shares of the executions to save, e.g. 0.1,0.2,0.3: routed and baselines at each"
+    )
+    epsilon: float | None = setting(
+        None,
+        "with --curve: points of accuracy; finds the cheapest depth shown to lose less",
+        above=0.0,
+        maximum=100.0,
+    )
+    max_loss_increase: float | None = setting(
+        None,
+        "with --epsilon: nats a token that the loss of texts may rise; 0.05 unless given",
+        above=0.0,
+    )
+    worked_answers: str | None = setting(
+        None, "with --epsilon: a task (gsm8k) on whose right answers the loss may rise no more"
+    )
+    num_calibration: int | None = setting(
+        None,
+        "select questions that depths are found and baselines fitted on; 64 unless given",
+        minimum=1,
+    )
+    num_texts: int = setting(
+        100, "questions whose text's next-token loss is read too, at most", minimum=1
+    )
+    num_random_draws: int | None = setting(
+        None, "draws of the random baselines a question; 10 unless given", minimum=1
+    )
+    batch_size: int = setting(16, "questions a forward pass", minimum=1)
+    latency_rounds: int = incidental(
+        3, "turns in which base and routed are timed; 0 measures no time", minimum=0
+    )
+    seed: int = setting(0, "seed of permutations, random draws and --limit", minimum=0)
+
+    def limit_of(self, task: str) -> int | None:
+        """Return how many questions of a task are asked at most; None for all."""
+        count = self.own("limits").get(task)
+        return self.limit if count is None else None if count == "all" else int(count)
+
+    def split_of(self, task: str) -> str:
+        """Return which questions of a task are asked."""
+        return self.own("splits").get(task, self.split)
+
+    def own(self, setting: str) -> dict[str, str]:
+        """Return what `limits`, `splits` or `fitted_on` says, by task; refuse what doesn't fit."""
+        kinds = {
+            "limits": (r"all|[1-9]\d*", "TASK=COUNT, or TASK=all", "gsm8k=30,arc_easy=all"),
+            "splits": ("|".join(SPLITS), f"TASK= and {', '.join(SPLITS)}", "gsm8k=select"),
+            "fitted_on": (r"[\w./-]+", "TASK=OTHER", "hellaswag=arc_easy"),
+        }
+        pattern, form, example = kinds[setting]
+        text: str | None = getattr(self, setting)
+        found: dict[str, str] = {}
+        for part in [] if text is None else text.split(","):
+            task, _, value = (piece.strip() for piece in part.rpartition("="))
+            if not task or not re.fullmatch(pattern, value) or task in found:
                 raise ConfigError(
-                    f"{flag_of(declared.name)}{given} has no effect with {flag_of(idle[0])} "
-                    f"{_shown(idle[1])}; leave one of the two out"
+                    f"{flag_of(setting)}: {part.strip()!r} doesn't fit; give {form}, each task "
+                    f"once, for example {example}"
                 )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain JSON types, for manifests."""
-        return dataclasses.asdict(self)
-
-    def decisive(self) -> dict[str, Any]:
-        """Return the settings that must be equal for two results to be the same one."""
-        fields = [each.name for each in dataclasses.fields(self) if each.metadata["decisive"]]
-        return {name: getattr(self, name) for name in fields}
-
-
-_KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number (in YAML 1e-3 is text; write 1.0e-3)",
-    str: "text",
-}
-LARGEST_INT = 2**63 - 1
-
-
-def kinds_of(group: type[Settings]) -> dict[str, tuple[type, ...]]:
-    """Return the types that each setting of a group takes; `int | None` is two."""
-    hints = typing.get_type_hints(group)
-    return {name: typing.get_args(hint) or (hint,) for name, hint in hints.items()}
-
-
-def flag_of(name: str) -> str:
-    """Return a setting's name as a flag."""
-    return "--" + name.replace("_", "-")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value) if not isinstance(value, int) or value.bit_length() < 100 else "a huge number"
-
-
-def _check(flag: str, value: Any, kinds: tuple[type, ...], rules: Mapping[str, Any]) -> None:
-    accepted = (*kinds, int) if float in kinds else kinds
-    is_bool = isinstance(value, bool)  # which to Python is an int
-    if (is_bool and bool not in kinds) or not isinstance(value, accepted):
-        wanted = " or ".join(_KINDS.get(kind, "nothing") for kind in kinds)
-        raise ConfigError(f"{flag} is {value!r}; give {wanted}")
-    if isinstance(value, str):
-        check_text(flag, value)
-        if rules["choices"] and value not in rules["choices"]:
-            raise ConfigError(f"{flag}: " + unknown_name("value", value, rules["choices"]))
-    if is_bool or not isinstance(value, (int, float)):
-        return
-    minimum, maximum, above = rules["minimum"], rules["maximum"], rules["above"]
-    for wanted, holds in (
-        ("a finite number below 2^63", abs(value) <= LARGEST_INT),
-        (f"a value of at least {minimum}", minimum is None or value >= minimum),
-        (f"a value above {above}", above is None or value > above),
-        (f"a value of at most {maximum}", maximum is None or value <= maximum),
-    ):
-        if not holds:
-            raise ConfigError(f"{flag} is {_shown(value)}; give {wanted}")
-
-
-def check_text(flag: str, text: str) -> None:
-    """Refuse a text that is empty or that no file could be named by, naming the flag."""
-    if not text.strip() or "\0" in text:
-        raise ConfigError(f"{flag} is {text!r}; give a text, or leave it out")
-
-
-def from_dict(kind: type[Any], values: dict[str, Any], where: str) -> Any:
-    """Make a settings group from a mapping that is part of `where`.
-
-    An unknown key (the message has the nearest valid one), a value of another type, or one out of
-    range is a ConfigError.
-    """
-    known = kinds_of(kind)
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"{where}: " + unknown_name("setting", str(name), known))
-    return kind(**values)
+            found[task] = value
+        return found

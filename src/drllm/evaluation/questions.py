@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drllm.config import EvaluateConfig
-from drllm.config.settings import flag_of
+from drllm.config.fields import flag_of
 from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
 from drllm.evaluation.baselines.base import BASELINES, QUESTIONS
 from drllm.evaluation.baselines.registry import check, depths, named

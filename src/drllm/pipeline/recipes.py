@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from drllm.config import EvaluateConfig, ModelConfig, SearchConfig, SuperviseConfig, TrainConfig
+from drllm.config.fields import from_dict
 from drllm.config.files import canonical, read_yaml, with_underscores
-from drllm.config.settings import from_dict
 from drllm.errors import ConfigError, unknown_name
 from drllm.evaluation.questions import tasks_of
 from drllm.search.questions import SearchQuestion, questions_of

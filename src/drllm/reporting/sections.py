@@ -11,7 +11,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from drllm.config import EvaluateConfig
-from drllm.config.settings import flag_of
+from drllm.config.fields import flag_of
 from drllm.records.results import BASE, EVALUATION_SCHEMA, ROUTED
 from drllm.reporting import cost, evaluated, learned, questions
 from drllm.reporting.blocks import Block, Code, Document, Listing, Section, Table, Text, row_of

@@ -1,7 +1,7 @@
 """What a path is worth on a question: reward, margin and answer, for many questions at once.
 
 The forward passes and their shared prefixes are in `models.scoring`, the rewards in
-`tasks.grading`.
+`tasks.rewards`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
 from drllm.models.scoring.prefix_sharing import Pair
 from drllm.tasks.base import Prompt
-from drllm.tasks.grading import reward_of, score_choices, verdict
+from drllm.tasks.rewards import reward_of, score_choices, verdict
 
 WRONG_ANSWERS = 4
 """Wrong answers, the most frequent ones, that a right answer's margin is measured against."""

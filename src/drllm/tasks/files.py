@@ -14,7 +14,7 @@ from drllm.errors import TaskError, unknown_name
 from drllm.records import question_key, split_of
 from drllm.tasks.base import Example, Row, Task, check_split, with_options
 from drllm.tasks.forms import BOXED, LETTER_TOKENS, LETTERS, OPTIONS, Form
-from drllm.tasks.grading import REWARDS, normalise
+from drllm.tasks.rewards import REWARDS, normalise
 from drllm.tasks.rows import read_rows, text_of, texts_of
 
 FORMS = {

@@ -12,7 +12,7 @@ import pytest
 
 from drllm.cli.parser import FOREIGN, VERBS, Request, overview, parse
 from drllm.config import EvaluateConfig, GenerateConfig, ModelConfig, SearchConfig, TrainConfig
-from drllm.config.settings import flag_of
+from drllm.config.fields import flag_of
 
 
 def parsed(line: str) -> Request:

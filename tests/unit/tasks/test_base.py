@@ -84,7 +84,7 @@ import drllm.tasks
 for module in pkgutil.walk_packages(drllm.tasks.__path__, "drllm.tasks."):
     importlib.import_module(module.name)
 from drllm.tasks.registry import get_task
-from drllm.tasks.grading import grade
+from drllm.tasks.rewards import grade
 for name, reward in (("builtin_facts", "letter"), ("builtin_arithmetic", "boxed")):
     task = get_task(name)
     example = task.examples("test")[0]

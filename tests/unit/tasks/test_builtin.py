@@ -14,8 +14,8 @@ from drllm.config import SPLITS
 from drllm.records import question_key
 from drllm.tasks.base import Example
 from drllm.tasks.builtin import problems
-from drllm.tasks.grading import score_choices
 from drllm.tasks.registry import get_task
+from drllm.tasks.rewards import score_choices
 
 if TYPE_CHECKING:
     from drllm.models.base.load import BaseModel

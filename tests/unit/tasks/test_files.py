@@ -12,8 +12,8 @@ import pytest
 from drllm.config import SPLITS
 from drllm.errors import TaskError
 from drllm.tasks.base import Example, Task
-from drllm.tasks.grading import grade
 from drllm.tasks.registry import get_task, get_tasks
+from drllm.tasks.rewards import grade
 
 CHOICES = {"question": "Which is cold?", "choices": ["fire", "ice", "steam"], "answer": 1}
 GRADED = {"question": "What is 3 + 4?", "answer": "7", "grader": "boxed"}

@@ -9,8 +9,8 @@ import pytest
 from drllm.errors import TaskError
 from drllm.tasks.base import Example
 from drllm.tasks.forms import BOXED, LETTERS, OPTIONS
-from drllm.tasks.grading import grade
 from drllm.tasks.registry import get_task
+from drllm.tasks.rewards import grade
 
 
 def example(*choices: str, gold: int = 0) -> Example:

@@ -16,10 +16,10 @@ from drllm.config import SPLITS
 from drllm.errors import TaskError
 from drllm.records import question_key
 from drllm.tasks.base import Example
-from drllm.tasks.grading import grade, normalise
 from drllm.tasks.published.readers import UNANSWERABLE
 from drllm.tasks.published.task import PublishedTask
 from drllm.tasks.registry import TASKS, get_task, get_tasks
+from drllm.tasks.rewards import grade, normalise
 
 AWKWARD = ' What is {{x}} in {question}?\nIt\'s "<b>" é \n '
 LABELLED = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from drllm.config import EvaluateConfig
-from drllm.config.settings import flag_of
+from drllm.config.fields import flag_of
 from drllm.errors import ConfigError, unknown_name
 from drllm.evaluation.baselines.base import BASELINES, QUESTIONS, Baseline
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drllm.tasks.base import OPTIONS_REWARD, Example, Function, Harness, Prompt, Row, Task
-from drllm.tasks.grading import grade, reward_of
+from drllm.tasks.rewards import grade, reward_of
 
 NO_ANSWER = "unanswerable"
 """What stands for "the passage doesn't say", among the answers shown and those generated."""

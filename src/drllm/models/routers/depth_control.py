@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from drllm.config import DepthConfig
-from drllm.config.settings import flag_of
+from drllm.config.fields import flag_of
 from drllm.cost import mean_executions
 from drllm.errors import ConfigError, RecordError
 from drllm.models.base.prompts import context_length, encode, left_padded, render

@@ -21,7 +21,7 @@ from drllm.errors import TaskError
 from drllm.records import question_key
 from drllm.tasks.base import Example, Row, with_options
 from drllm.tasks.forms import LETTERS
-from drllm.tasks.grading import normalise
+from drllm.tasks.rewards import normalise
 from drllm.tasks.rows import index_of, object_of, text_of, texts_of
 
 UNANSWERABLE = "unanswerable"

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from drllm.tasks.base import Prompt
-from drllm.tasks.grading import first_boxed, grade, normalise, score_choices, verdict
+from drllm.tasks.rewards import first_boxed, grade, normalise, score_choices, verdict
 
 PROMPTS = {
     "letter": Prompt(text="?", reward="letter", answer="B", letters="ABCD"),

@@ -1,0 +1,157 @@
+"""What a setting is: a field with a type, bounds and help text, checked when its group is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from drllm.errors import ConfigError, unknown_name
+
+
+@dataclass(frozen=True)
+class NamesIn(Iterable[str]):
+    """The names in a registry, in the order of their registration; imported when first asked for.
+
+    The registry is `module:attribute`, of a module above this one that loads no torch.
+    """
+
+    registry: str
+
+    def __iter__(self) -> Iterator[str]:
+        module, attribute = self.registry.split(":")
+        return iter(getattr(importlib.import_module(module), attribute).names())
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    choices: Iterable[str] | None = None,
+    alias: str | None = None,
+    idle: tuple[str, Any] | None = None,
+    decisive: bool = True,
+) -> Any:
+    """Declare one field: its default, one line for `--help` with the unit, and what it accepts.
+
+    `above` is a bound that itself isn't accepted; None is accepted beside the choices where it is
+    the default; `alias` is a flag under which published commands know the setting; `idle` is
+    another field of the group, and the value of it that leaves this one without effect; results
+    depend on what is `decisive`.
+    """
+    rules = {name: value for name, value in locals().items() if name != "default"}
+    return field(default=default, metadata=rules)
+
+
+def incidental(default: Any, help: str, **rules: Any) -> Any:
+    """Declare a field that results don't depend on: places, memory, who does the work."""
+    return setting(default, help, decisive=False, **rules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A group of settings that checks its values when it is made."""
+
+    def __post_init__(self) -> None:
+        kinds = kinds_of(type(self))
+        for declared in dataclasses.fields(self):
+            value = getattr(self, declared.name)
+            _check(flag_of(declared.name), value, kinds[declared.name], declared.metadata)
+
+    def check_effects(self) -> None:
+        """Refuse settings that others of the group leave without effect.
+
+        Not checked when the settings are made, since a file and the command line may each give a
+        part of them. A setting that has its default isn't taken for given.
+        """
+        for declared in dataclasses.fields(self):
+            value, idle = getattr(self, declared.name), declared.metadata["idle"]
+            if idle and value != declared.default and getattr(self, idle[0]) == idle[1]:
+                given = "" if value is True else f" {_shown(value)}"
+                raise ConfigError(
+                    f"{flag_of(declared.name)}{given} has no effect with {flag_of(idle[0])} "
+                    f"{_shown(idle[1])}; leave one of the two out"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain JSON types, for manifests."""
+        return dataclasses.asdict(self)
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the settings that must be equal for two results to be the same one."""
+        fields = [each.name for each in dataclasses.fields(self) if each.metadata["decisive"]]
+        return {name: getattr(self, name) for name in fields}
+
+
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number (in YAML 1e-3 is text; write 1.0e-3)",
+    str: "text",
+}
+LARGEST_INT = 2**63 - 1
+
+
+def kinds_of(group: type[Settings]) -> dict[str, tuple[type, ...]]:
+    """Return the types that each setting of a group takes; `int | None` is two."""
+    hints = typing.get_type_hints(group)
+    return {name: typing.get_args(hint) or (hint,) for name, hint in hints.items()}
+
+
+def flag_of(name: str) -> str:
+    """Return a setting's name as a flag."""
+    return "--" + name.replace("_", "-")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value) if not isinstance(value, int) or value.bit_length() < 100 else "a huge number"
+
+
+def _check(flag: str, value: Any, kinds: tuple[type, ...], rules: Mapping[str, Any]) -> None:
+    accepted = (*kinds, int) if float in kinds else kinds
+    is_bool = isinstance(value, bool)  # which to Python is an int
+    if (is_bool and bool not in kinds) or not isinstance(value, accepted):
+        wanted = " or ".join(_KINDS.get(kind, "nothing") for kind in kinds)
+        raise ConfigError(f"{flag} is {value!r}; give {wanted}")
+    if isinstance(value, str):
+        check_text(flag, value)
+        if rules["choices"] and value not in rules["choices"]:
+            raise ConfigError(f"{flag}: " + unknown_name("value", value, rules["choices"]))
+    if is_bool or not isinstance(value, (int, float)):
+        return
+    minimum, maximum, above = rules["minimum"], rules["maximum"], rules["above"]
+    for wanted, holds in (
+        ("a finite number below 2^63", abs(value) <= LARGEST_INT),
+        (f"a value of at least {minimum}", minimum is None or value >= minimum),
+        (f"a value above {above}", above is None or value > above),
+        (f"a value of at most {maximum}", maximum is None or value <= maximum),
+    ):
+        if not holds:
+            raise ConfigError(f"{flag} is {_shown(value)}; give {wanted}")
+
+
+def check_text(flag: str, text: str) -> None:
+    """Refuse a text that is empty or that no file could be named by, naming the flag."""
+    if not text.strip() or "\0" in text:
+        raise ConfigError(f"{flag} is {text!r}; give a text, or leave it out")
+
+
+def from_dict(kind: type[Any], values: dict[str, Any], where: str) -> Any:
+    """Make a settings group from a mapping that is part of `where`.
+
+    An unknown key (the message has the nearest valid one), a value of another type, or one out of
+    range is a ConfigError.
+    """
+    known = kinds_of(kind)
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{where}: " + unknown_name("setting", str(name), known))
+    return kind(**values)
