@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -64,6 +66,8 @@ def test_every_family_is_derived_exactly_or_refused(tiny_model, family):
         shape = ModelShape.of(model)
     except (ArchitectureError, ValueError) as reason:
         pytest.skip(str(reason))
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        pytest.skip("this transformers computes the logits of every token")  # more than is derived
     cache = empty_cache(model)
     found = counted(lambda: model(ids(13), logits_to_keep=1, **cache))
     derived = prompt_flops(shape, [1] * 6, 13)
