@@ -65,7 +65,7 @@ class FileTask(Task):
     Args:
         path: A `.jsonl` or `.jsonl.gz` file. Rows are `question`, `choices` and `answer` (the
             right option's index from 0, its text, or its letter), or `question`, `answer` and
-            `grader` (`letter`, `exact` or `boxed`), the same for all.
+            `grader` (a reward that grades text), the same for all.
         taken: Names of other tasks; a file of such a name is called `NAME_file`.
 
     Raises:
