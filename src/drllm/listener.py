@@ -17,7 +17,7 @@ class OnProgress(Protocol):
     """Called with the work done so far."""
 
     def __call__(self, done: float, total: int, note: str = "") -> None:
-        """Report units done, maybe a fraction; where it falls, a new part has begun."""
+        """Report units done, maybe a fraction; fewer than before mean that a new part began."""
 
 
 class Listener:
@@ -32,7 +32,7 @@ class Listener:
         return nullcontext()
 
     def progress(self, title: str, unit: str) -> AbstractContextManager[OnProgress]:
-        """Return a block in which a stage reports what it does, counted in `unit` (a plural)."""
+        """Return a block whose value takes reports of progress, counted in `unit` (a plural)."""
         return nullcontext(_ignore)
 
 

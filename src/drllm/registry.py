@@ -50,7 +50,7 @@ class Registry(Generic[T]):
     def register(self, *names: str) -> Callable[[Entry], Entry]:
         """Register the decorated class or function under a name, and under further aliases.
 
-        Defined again, as by a notebook cell that is run twice, it replaces what it was.
+        What is defined again, as by a notebook cell that is run twice, replaces the earlier one.
 
         Raises:
             ValueError: A name that is taken by something else.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from drllm.models.routing.routed_model import RoutedModel
 
 KINDS = ("prompt", "question", "messages")
-"""What a row of a file may ask by; `question` is another name for `prompt`."""
+"""The key under which a row of a file asks; `question` is another name for `prompt`."""
 
 
 class Asked(NamedTuple):

@@ -80,12 +80,12 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
             "tasks and 'drllm ls tasks' drllm's, which need --split or --data_dir"
         )
     output = None
-    if settings.output_path is not None:  # where the harness can't write it says so at the end only
+    if settings.output_path is not None:  # the harness would fail at the end only
         output = Path(settings.output_path)
         output = output.parent if output.suffix == ".json" else output
         check_folder(output, "--output_path")
     if settings.model == "drllm" and settings.device == EvaluatorConfig().device:
-        # Named by nobody; unlike the harness we don't go on without a device that was asked for.
+        # The user named none; unlike the harness, we refuse a device that isn't there.
         args.device = "auto"
     if "max_new_tokens" in settings.gen_kwargs and "max_gen_toks" not in settings.gen_kwargs:
         # Without effect on tasks that set the other one, which the harness prefers.
@@ -128,12 +128,12 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
 def _execute(
     harness: HarnessCLI, args: Namespace, names: Sequence[str], include_path: str | None
 ) -> None:
-    """Let the harness do it, and say in one line what users get wrong."""
+    """Run the harness; what users get wrong becomes one line."""
     import datasets
 
     import drllm.evaluation.lm_eval.model  # noqa: F401 (registers our model)
 
-    # What fetching a set ends with: no network, or no such set for this user.
+    # How fetching a data set fails: no network, or no such set for this user.
     unreached = (ConnectionError, datasets.exceptions.DatasetNotFoundError)
     try:
         harness.execute(args)
@@ -168,7 +168,7 @@ def _settings(args: Namespace) -> EvaluatorConfig:
 
 
 def _nearest(name: str, include_path: str | None) -> str:
-    """Say which task was meant; the harness has thousands, so not which there are."""
+    """Name the task that was probably meant; the harness has too many to list."""
     import lm_eval.tasks
 
     if is_task_name(name):
@@ -195,7 +195,7 @@ def _key(args: Namespace, own: OwnTasks | None) -> str:
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Let an attribute be another one inside the block."""
+    """Replace an attribute inside the block."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -2,8 +2,8 @@
 
 Each verb is a function, registered once with its settings and its own flags; the parser, the help
 texts and the messages are made from this table. A flag wins over the file given as `--config`, and
-that over the default. What is wrong with a line is said in one line that names the flag, the value
-and what was expected.
+that over the default. A mistake becomes one line that names the flag, the value and what was
+expected.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _RENAMED = {"--damage": "--kl", "--no-damage": "--no-kl", "--opponents": "--base
 class Flag:
     """What a verb reads or writes, or one of its settings."""
 
-    name: str  # with underscores; of the place on the line for a positional one
+    name: str  # with underscores, of a positional argument too
     help: str
     default: Any = None
     required: bool = False
     many: bool = False  # one value or more
     positional: bool = False
     switch: bool = False  # no value; False where it isn't given
-    group: type[Settings] | None = None  # whose setting it is; what follows is of settings alone
+    group: type[Settings] | None = None  # whose setting it is; the fields below are for settings
     kind: type = str
     choices: tuple[str, ...] = ()
     alias: str | None = None
@@ -112,7 +112,7 @@ VERBS: dict[str, Verb] = {}
 """Filled when the modules that `drllm.cli` names are imported, in the order of `--help`."""
 
 FOREIGN = {"lm-eval": "lm-evaluation-harness' own command line, with our model as --model drllm"}
-"""Verbs whose words somebody else reads, and what they do."""
+"""Verbs whose arguments another program parses, with their help."""
 
 
 def verb(name: str, **described: Any) -> Callable[[Any], Any]:
@@ -244,7 +244,7 @@ def _parser(verb: Verb) -> argparse.ArgumentParser:
             options["metavar"] = {int: "N", float: "X"}.get(flag.kind, "TEXT")
         else:
             options["metavar"] = flag.name.upper()
-            # Places are optional to argparse, so that what is missing is said in our words.
+            # Positional ones are optional to argparse, so that we word what is missing.
             options["nargs"] = (
                 ("*" if flag.many else "?") if flag.positional else "+" * flag.many or None
             )

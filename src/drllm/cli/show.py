@@ -1,6 +1,6 @@
 """`drllm show`: prints any file or folder that drllm wrote, results too. Loads no torch.
 
-What is claimed of results are the evaluation's own findings and verdicts.
+Claims about results are the evaluation's own findings and verdicts.
 """
 
 from __future__ import annotations

@@ -36,11 +36,11 @@ from drllm.supervision.summary import KINDS, EditEffect, edit_effects, summarise
 BEST, WORST = 5, 3
 """Layers that a table of edits shows from either end."""
 OFTEN = 0.2
-"""An edit is ranked if it was tried on this share of the questions of the most tried one."""
+"""Ranked edits were tried on at least this share of the most tried edit's questions."""
 NEAREST = 3
 """Ids that are offered where one is unknown."""
 LAYERS_NAMED = 5
-"""Layers that are named as those that targets skip or repeat most."""
+"""How many of the layers that targets skip, or repeat, most often are named."""
 ANSWER_WIDTH = 14
 """Columns for what a path answered: its beginning, so that a path stays one line."""
 

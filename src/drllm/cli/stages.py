@@ -1,4 +1,4 @@
-"""The verbs of the stages: check what can be checked without a model, run the stage, say so.
+"""The verbs of the stages: check what needs no model, run the stage, print what came of it.
 
 Names, numbers, input files and the output's place are refused before the base model is loaded.
 """
@@ -188,7 +188,7 @@ def train_verb(request: Request, terminal: Terminal) -> None:
     if config.soft_targets:
         from drllm.training.targets import check_soft_targets
 
-        check_soft_targets(records)  # that there are any is known before the model is loaded
+        check_soft_targets(records)  # refused before the model is loaded
     check_folder(output, flag)
     features = request.optional_path("features")
     if features is not None:
@@ -259,7 +259,7 @@ def evaluate_verb(request: Request, terminal: Terminal) -> None:
 
 
 def read_routers(place: Path) -> tuple[Path, RouterStack]:
-    """Read routers of a folder or, fetched first, of the hub; return their folder and them."""
+    """Read routers from a folder or the hub; return the local folder and the routers."""
     from drllm.models.routers import hub
     from drllm.models.routers.checkpoint import load_routers
 

@@ -53,7 +53,7 @@ class Terminal(Listener):
         self.out.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def fact(self, name: str, text: object) -> None:
-        """Print a line of the result: a name, and what there is to say of it."""
+        """Print a line of the result: a name and its value."""
         self.say(f"{name:14} {str(text).replace(NBSP, ' ')}")
 
     def show(self, what: RenderableType) -> None:
@@ -97,7 +97,7 @@ class Terminal(Listener):
         self.err.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def fail(self, text: str) -> None:
-        """Print the one line by which a command ends that couldn't do its work."""
+        """Print the one line with which a failed command ends."""
         self.note(f"drllm: {' '.join(text.split())}")
 
     def busy(self, what: str) -> AbstractContextManager[Any]:
@@ -105,7 +105,7 @@ class Terminal(Listener):
         return self.err.status(what) if self.err.is_terminal else nullcontext()
 
     def progress(self, title: str, unit: str) -> Progress:
-        """Return what shows progress: of what is being done, in what is counted, in the plural."""
+        """Return a display of the progress of what `title` says, counted in `unit` (a plural)."""
         return Progress(self.err, title, unit)
 
     @contextmanager
@@ -168,7 +168,7 @@ class Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Take the bar's hands off the terminal."""
+        """Stop the bar, if there is one."""
         if self.bar is not None:
             self.bar.stop()
 

@@ -160,7 +160,7 @@ def check_targets(files: Sequence[Path], identity: Mapping[str, Any]) -> list[st
 
 @contextmanager
 def loader(config: ModelConfig, listener: Listener) -> Iterator[Callable[[], BaseModel]]:
-    """Return what gives the base model of several stages, and loads it when first asked."""
+    """Yield a function that returns the base model, and loads it when first called."""
     with ExitStack() as stack:
         yield functools.cache(lambda: stack.enter_context(loaded(config, listener)))
 
@@ -224,7 +224,7 @@ class RunFolder:
         self.seeds = list(recipe.train.by_seed(self.routers))  # a folder each
 
     def stages(self, names: Sequence[str]) -> list[StageTime]:
-        """Run what isn't done, in order; what the stages that aren't named give is shared."""
+        """Run the named stages that aren't done, in order; other stages' files must be there."""
         version = importlib.metadata.version("drllm")
         times = []
         for number, name in enumerate(names, start=1):
@@ -272,7 +272,7 @@ class RunFolder:
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             write_atomically(path, text)
 
-    # Each stage yields what it is made from and, if asked again, works and yields what it wrote.
+    # Each stage yields what it is made from, then, when it has run, the files that it wrote.
 
     def _search(self) -> Stage:
         recipe = self.recipe
