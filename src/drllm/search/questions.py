@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drllm.config import SearchConfig
+from drllm.config.fields import flag_of
 from drllm.errors import ConfigError, TaskError
 from drllm.records import question_key
 from drllm.search.strategies import STRATEGIES
@@ -176,14 +177,14 @@ def _check_settings(config: SearchConfig) -> None:
     for name in ("num_workers", "ray_address") if config.executor != "ray" else ():
         if (value := getattr(config, name)) is not None:
             raise ConfigError(
-                f"--{name.replace('_', '-')} {value} has no effect with --executor "
+                f"{flag_of(name)} {value} has no effect with --executor "
                 f"{config.executor}; give --executor ray, or leave it out"
             )
     for strategy in STRATEGIES:
         for name in STRATEGIES.get(strategy).own_settings if strategy != config.strategy else ():
             if (value := getattr(config, name)) != getattr(SearchConfig(), name):
                 raise ConfigError(
-                    f"--{name.replace('_', '-')} {value:g} has no effect with --strategy "
+                    f"{flag_of(name)} {value:g} has no effect with --strategy "
                     f"{config.strategy}; leave it out, or choose --strategy {strategy}"
                 )
 
