@@ -165,7 +165,7 @@ class SearchRecords(tuple[SearchRecord, ...]):
         return found
 
     @classmethod
-    def read(cls, file: Path, *, is_new: bool = False) -> SearchRecords:
+    def read(cls, file: Path) -> SearchRecords:
         """Read a `search.jsonl`; all its paths must be of as many layers as its manifest names."""
         records = read_search(file)
         layers = records[0].num_layers
@@ -176,7 +176,7 @@ class SearchRecords(tuple[SearchRecord, ...]):
                     f"layers, that of line 1 on {layers}; a file holds the paths of one model"
                 )
         model = (read_manifest(file, "search") or {}).get("model")
-        found = cls.of(records, model, file=file, is_new=is_new)
+        found = cls.of(records, model, file=file, is_new=False)
         if found.model["num_layers"] != layers:
             raise RecordError(
                 f"{file} holds paths of {layers} layers, but its manifest names a model of "

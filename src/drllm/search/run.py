@@ -161,7 +161,7 @@ def run_search(
                 {**identity, "drllm_version": importlib.metadata.version("drllm")},
                 "choose another --output-dir, or the same settings",
             )
-            finished = SearchRecords.read(file, is_new=False)
+            finished = SearchRecords.read(file)
             chunks.remove()  # a kill after the manifest leaves them
             return finished
         is_begun = chunks.open()
