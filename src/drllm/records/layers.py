@@ -81,8 +81,8 @@ class Bin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How far routers' probabilities can be believed: `training.calibration` of their config.
 
-    Both errors are measured on the targets that the temperature is fitted on; of one number on
-    thousands of decisions that flatters little, but it does. Bins are missing in older files.
+    Both errors are measured on the targets that the temperature is fitted on, so they are a little
+    optimistic: one number is fitted on thousands of decisions. Bins are missing in older files.
     """
 
     temperature: float

@@ -265,7 +265,7 @@ class RayExecutor:
         return [seats[promised] for promised in done]
 
     def _take_in(self, seat: Seat) -> None:
-        """Hear that a worker has loaded the model; one whose model differs is refused."""
+        """Note that a worker has loaded the model; one whose model differs is refused."""
         try:
             ready: Ready = self._get(seat.starting)
         except self._lost as error:

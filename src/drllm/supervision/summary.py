@@ -1,4 +1,4 @@
-"""Counts of a supervision: what the search found (single edits too), survived, became a target.
+"""Counts: what the search found, what survived, what became a target; what single edits did.
 
 Loads no torch. Axes: L layers.
 """

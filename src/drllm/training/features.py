@@ -268,7 +268,7 @@ def _check_finite(model: Any, targets: Targets, filled: Tensor) -> None:
         )
 
 
-# --- what is computed of features --------------------------------------------------------------
+# --- what is computed from features ------------------------------------------------------------
 
 
 def shape(examples: Examples) -> tuple[int, int, int, int]:

@@ -1,4 +1,4 @@
-"""What routers are trained to make small: a focal loss, class weights, and logit adjustment.
+"""The training loss: a focal loss, class weights, and logit adjustment.
 
 Axes: L layers, C = 3 decisions.
 """
