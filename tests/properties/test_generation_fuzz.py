@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
@@ -510,9 +510,8 @@ CACHES = ("default", "given", "lazy", "static", "none")
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, way: str) -> Case:
     """A combination that is allowed; not everything that is drawn matters to its way."""
-    way = draw(st.sampled_from(list(WAYS)))
     family = draw(st.sampled_from([name for name in FAMILIES if known_to_transformers(name)]))
     eager = family in NO_SDPA or draw(st.booleans())
     B = 1 if way in ALONE else draw(st.integers(1, 5))
@@ -652,42 +651,43 @@ def try_out(case: Case, counts: Counts) -> None:
         raise error
 
 
-def explore(num_examples: int, **options: Any) -> Counts:
-    """Try that many combinations."""
+def explore(num_each: int) -> Counts:
+    """Try that many combinations of each way; the same ones every time."""
     counts = Counts()
+    for number, way in enumerate(WAYS):
 
-    @settings(
-        max_examples=num_examples,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        **{"derandomize": True, **options},
-    )
-    @given(cases())
-    def look(case: Case) -> None:
-        try_out(case, counts)
+        @seed(number)
+        @settings(
+            max_examples=num_each,
+            deadline=None,
+            database=None,
+            derandomize=False,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(cases(way))
+        def look(case: Case) -> None:
+            try_out(case, counts)
 
-    look()
+        look()
     return counts
 
 
-def assert_telling(counts: Counts, most_upstream: float = MOST_UPSTREAM) -> None:
+def assert_telling(counts: Counts) -> None:
     """Ties and what transformers itself can't do must not be what a run consists of."""
     num_examples, num_upstream = counts.ways.total(), counts.upstream.total()
-    assert num_upstream <= most_upstream * num_examples, counts.upstream
+    assert num_upstream <= MOST_UPSTREAM * num_examples, counts.upstream
     assert counts.token_ties <= MOST_TIES * counts.tokens
     assert counts.decision_ties <= MOST_TIES * counts.decisions
     assert counts.beam_ties <= MOST_TIES * counts.beams
 
 
-def test_forty_random_combinations_equal_the_slow_way() -> None:
-    # In 40 a way that transformers can't do may come up more often: chunks on 5.0, 14 times.
-    assert_telling(explore(40), most_upstream=0.5)
+def test_four_random_combinations_of_each_way_equal_the_slow_way() -> None:
+    assert_telling(explore(4))
 
 
 @pytest.mark.thorough
 def test_five_hundred_random_combinations_equal_the_slow_way() -> None:
-    counts = explore(500)
+    counts = explore(35)
     assert_telling(counts)
     upstream = Counter(reason.split(",")[0] for reason in counts.upstream.elements())
     assert all(counts.ways[way] > upstream[way] for way in WAYS), "each way is compared"
