@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from drllm.cli.parser import Flag, Request, verb
 from drllm.cli.show_search import (
     say_classes,
@@ -27,6 +29,7 @@ from drllm.records.layers import LAYERS_FILE, calibration_of, read_layers
 from drllm.records.results import (
     EVALUATION_SCHEMA,
     LATENCY_FILE,
+    ROUTED,
     Evaluation,
     Point,
     System,
@@ -36,9 +39,9 @@ from drllm.records.results import (
     results_in,
     schema_of,
 )
-from drllm.reporting.cost import measured_lines
-from drllm.reporting.evaluated import against, label
-from drllm.reporting.numbers import NBSP, NONE, p_value, plain, signed
+from drllm.reporting.cost import measured_line
+from drllm.reporting.evaluated import against, difference, label
+from drllm.reporting.numbers import NONE, plain, signed
 from drllm.reporting.sweeps import SWEEP_FILE, SweepResult, read_sweep_file
 from drllm.search import CHUNKS_FOLDER
 from drllm.statistics.verdicts import Differences
@@ -250,45 +253,43 @@ def show_results(folder: Path, terminal: Terminal, tasks: Sequence[str] = ()) ->
 def show_measured(folder: Path, terminal: Terminal) -> None:
     """Print the measured times of an `eval` folder, where it holds any."""
     if measured := read_latency(folder):
-        for line in measured_lines(measured):
-            terminal.say(line.replace(NBSP, " "))
+        terminal.say(measured_line(measured))
 
 
 def show_evaluation(evaluation: Evaluation, terminal: Terminal) -> None:
-    """Print one task's tables and what they do and don't show."""
+    """Print what one task's results show, the tables, then what else is to be known."""
+    verdict, *rest = evaluation.findings or ("",)
+    terminal.say(f"{evaluation.task}, {evaluation.split}: {evaluation.num_questions} questions")
+    terminal.say(verdict)
     terminal.table(
-        f"system|{evaluation.score}\n%|95 %\ninterval|layers\nrun|gold\nlog-p.|text\nloss"
-        "|p vs\nbase|routed\nis",
+        f"system|layers\nrun|{evaluation.score}\n%|less base's\n(95 % interval)|token\nloss"
+        "|routed\nis",
         map(_system, evaluation.systems),
-        title=f"{evaluation.task}, {evaluation.split}: {evaluation.num_questions} questions, "
-        f"{evaluation.num_layers} layers",
         numbers_from=1,
     )
     if evaluation.curve:
         terminal.table(
-            f"depth|system|layers\nrun|{evaluation.score}\n%|less base's\n95 % interval"
-            "|gold\nlog-p.|text\nloss",
+            f"depth|system|layers\nrun|{evaluation.score}\n%|less base's\n(95 % interval)"
+            "|token\nloss",
             _depths(evaluation.curve),
-            title="at other depths; gold log-probability and text loss less base's",
+            title="at other depths; next-token loss less base's",
             numbers_from=2,
         )
-    for finding in evaluation.findings:
-        terminal.say(finding.replace(NBSP, " "))
+    for finding in rest:
+        terminal.say(finding)
 
 
-def _system(system: System) -> list[str]:
-    low, high = (plain(100 * end) for end in system.interval)
+def _system(system: System) -> list[Text]:
     found = system.against_base
-    return [
-        system.name + (f" ({system.draws} draws)" if system.draws > 1 else ""),
-        plain(100 * system.accuracy),
-        f"{low}–{high}",
+    cells = [
+        system.name + (f" ×{system.draws}" if system.draws > 1 else ""),
         plain(system.executions, 2),
-        plain(system.gold_logprob, 3),
+        plain(100 * system.accuracy),
+        difference(found.accuracy if found else None),
         plain(system.text_loss, 3),
-        p_value(found.accuracy.p if found else None).replace(NBSP, ""),
         label(against(system)),
     ]
+    return [Text(cell, style="bold" if system.name == ROUTED else "") for cell in cells]
 
 
 def _depths(curve: Sequence[Point]) -> Iterator[list[str]]:
@@ -297,9 +298,8 @@ def _depths(curve: Sequence[Point]) -> Iterator[list[str]]:
         for point in curve:
             if point.setting == setting:
                 numbers = plain(point.executions, 2), plain(100 * point.accuracy)
-                ends = point.against_base.accuracy.interval if point.against_base else None
-                between = " to ".join(signed(100 * end, 1) for end in ends) if ends else NONE
-                yield [name, point.system, *numbers, between, *_losses(point.against_base)]
+                less = difference(point.against_base.accuracy if point.against_base else None)
+                yield [name, point.system, *numbers, less, _losses(point.against_base)[1]]
                 name = ""
         yield []
 

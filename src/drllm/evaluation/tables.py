@@ -196,30 +196,24 @@ class TaskRuns:
         )
 
     def _findings(self, table: Sequence[System], seeds: Sequence[Seeds]) -> list[str]:
-        """Return what a reader may conclude, one sentence per question asked."""
+        """Return what a reader may conclude, what is shown of the routed model first."""
         rows = {system.name: system for system in table}
-        base, routed = rows[BASE], rows[ROUTED]
-        said = []
+        routed, against = rows[ROUTED], rows[ROUTED].against_base
+        assert against is not None
+        saved = 100 * share_saved(routed.executions, self.num_layers)
+        cost = f"{saved:.1f} % of the layers saved" if saved >= 0 else f"{-saved:.1f} % more layers"
+        said = [against.headline(f"{cost} ({routed.executions:.2f} of {self.num_layers} run)")]
         if not self.above_chance:
             said.append(
                 f"On {self.asked.written.name} the base model is not shown to be above chance "
                 f'({100 * self.chance:.1f} %), so no gain and no "no loss" can be claimed here.'
             )
-        saved = 100 * share_saved(routed.executions, self.num_layers)
-        cost = f"{saved:.1f} % saved" if saved >= 0 else f"{-saved:.1f} % more than the base"
-        said.append(
-            f"The routed model runs {routed.executions:.2f} of {self.num_layers} layers a forward "
-            f"pass ({cost}) and answers {100 * routed.accuracy:.1f} % of {len(self.asked.ids)} "
-            f"questions right, the base model {100 * base.accuracy:.1f} %."
-        )
-        against = routed.against_base
-        assert against is not None
-        verdicts = (against.accuracy, against.gold_logprob, against.text_loss)
-        said += [verdict.sentence() for verdict in verdicts if verdict is not None]
+        if against.gold_logprob is not None:
+            said.append(against.gold_logprob.sentence())
         if PERMUTED in rows:
             said.append(self._against_permuted(rows[PERMUTED]))
         said += map(seeds_sentence, seeds)
-        said += [] if self.choice is None else self.choice.sentences()
+        said += [] if self.choice is None else [self.choice.verdict()]
         said += dict.fromkeys(self.notes)
         if isinstance(self.shape, str):
             said.append(f"FLOPs and K/V bytes are not derived: {self.shape}.")
@@ -232,8 +226,7 @@ class TaskRuns:
             return "All questions took one route, so permuting says nothing."
         against, unchanged = permuted.routed_against, permuted.unchanged_routes or 0.0
         assert against is not None
-        sentence = against.accuracy.sentence(ROUTED, "its own routes permuted over the questions")
-        said = f"Whether it matters which question a route is for: {sentence}"
+        said = against.accuracy.sentence(ROUTED, "its own routes permuted over the questions")
         if unchanged > MENTIONED:
             said += f" {100 * unchanged:.1f} % of the questions kept their route by chance."
         return said

@@ -19,7 +19,7 @@ from drllm.paths import Decisions, check_decisions
 from drllm.records.codec import Version, read_json
 from drllm.records.manifest import read_records
 from drllm.statistics.non_inferiority import Choice
-from drllm.statistics.verdicts import Differences
+from drllm.statistics.verdicts import Differences, judge_times
 
 BASE, ROUTED = "base", "routed"
 PERMUTED = "permuted routes"
@@ -397,6 +397,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Rounds(msgspec.Struct, frozen=True, kw_only=True):
     """What was compared round by round: the rounds' median, lowest and highest."""
 
+    values: tuple[float, ...]
     median: float
     lowest: float
     highest: float
@@ -440,6 +441,11 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """Return how many times as long one system took as another in the same round."""
         return self._compared(operator.truediv, above, below, phase, batch_size)
 
+    def labels(self) -> list[str]:
+        """Say of each phase and batch size, in this order, whether the routed model is faster."""
+        timed = [(phase, size) for phase in (PREFILL, DECODE) for size in self.batch_sizes]
+        return judge_times([self.ratio(ROUTED, BASE, *each).values for each in timed])
+
     def router_seconds(self, batch_size: int) -> Rounds:
         """Return what the routers take while a batch is read: differences within a round.
 
@@ -452,8 +458,10 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         self, how: Callable[[float, float], float], one: str, other: str, phase: str, size: int
     ) -> Rounds:
         ours, theirs = self.of(one, phase, size).seconds, self.of(other, phase, size).seconds
-        found = list(map(how, ours, theirs))
-        return Rounds(median=statistics.median(found), lowest=min(found), highest=max(found))
+        found = tuple(map(how, ours, theirs))
+        return Rounds(
+            values=found, median=statistics.median(found), lowest=min(found), highest=max(found)
+        )
 
 
 class Latency(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):

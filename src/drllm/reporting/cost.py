@@ -1,6 +1,6 @@
 """The part of a report about what the systems cost: counted and derived, then measured.
 
-Nothing derived is called measured. `drllm show` prints `measured_lines`.
+Nothing derived is called measured. `drllm show` prints `measured_line`.
 """
 
 from __future__ import annotations
@@ -164,22 +164,16 @@ def _how_measured(measured: Latency) -> str:
     )
 
 
-def measured_lines(measured: Latency) -> list[str]:
-    """Return the measured times in a few lines of plain text: ratios, speed, machine."""
-    found, sizes = measured.measured, measured.measured.batch_sizes
-
-    def ratio(phase: str, size: int) -> str:
-        each = found.ratio(ROUTED, BASE, phase, size)
-        return f"{plain(each.median, 2)} ({plain(each.lowest, 2)} to {plain(each.highest, 2)})"
-
-    ratios = "; ".join(
-        f"{words} " + ", ".join(f"{ratio(phase, size)} at {size}" for size in sizes)
-        for phase, words in PHASES.items()
+def measured_line(measured: Latency) -> str:
+    """Say in one line what the measured times show."""
+    found = measured.measured
+    timed = [(phase, size) for phase in PHASES for size in found.batch_sizes]
+    ratios = [found.ratio(ROUTED, BASE, *each) for each in timed]
+    shown: dict[str, list[str]] = {}
+    for (phase, size), ratio, label in zip(timed, ratios, found.labels(), strict=True):
+        shown.setdefault(label, []).append(f"{PHASES[phase]} {size} ({plain(ratio.median, 2)})")
+    said = "; ".join(f"{label}: {', '.join(where)}" for label, where in shown.items())
+    return (
+        f"Measured time, routed / base by rows of a batch, {found.num_rounds} rounds of "
+        f"{found.prompt_tokens} tokens: {said}."
     )
-    routers = ", ".join(f"{_routers(found, size).replace(')', ') ms')} at {size}" for size in sizes)
-    return [
-        f"Measured time of routed / base by rows of a batch: {ratios}.",
-        f"Measured time of the routers alone, while they read: {routers}.",
-        f"Both are {_how_measured(measured)} cut to {found.prompt_tokens} tokens, on "
-        f"{_machine(measured)}.",
-    ]

@@ -103,42 +103,48 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def sentence(self, ours: str = "routed", theirs: str = "base") -> str:
         """Return the size of the difference between two named systems, then what is shown.
 
+        Where it is too small to be told, that comes first.
+
         Example:
-            >>> judge_counts(2, 6, 8).sentence()[:44]
-            'Accuracy of routed less base: −50.0 points, '
+            >>> judge_counts(2, 6, 8).sentence()[:42]
+            'Too few questions to tell (about 33 would '
         """
-        return f"{self._words.title} of {ours} less {theirs}: {self._numbers()}: {self._claim()}."
+        compared = f"{self._words.title} of {ours} less {theirs}"
+        if self.shown == "too few":
+            return f"{_upper(self.claim)}: {_lower(compared)} {self.numbers}."
+        return f"{compared}: {self.numbers}: {self.claim}."
 
-    def _numbers(self) -> str:
-        things = self._words.things
-        parts = [f"{self._write(self.mean)} {self._words.unit}"]
+    @property
+    def numbers(self) -> str:
+        """The size of the difference with its interval and what it was seen on."""
+        size = f"{self._write(self.mean)} {self._words.unit}"
+        things = f"{self.n} {self._words.things}"
         if self.interval[0] == self.interval[1]:
-            parts.append(f"the same on all {self.n} {things}")
-        else:
-            low, high = map(self._write, self.interval)
-            counts = "" if self.won is None else f"won {self.won}, lost {self.lost} of "
-            parts += [f"95 % interval {low} to {high}", f"{counts}{self.n} {things}"]
-        if self.p is not None:
-            parts.append(f"exact McNemar p = {self.p:.3g}")
+            return f"{size} (the same on all {things})"
+        low, high = map(self._write, self.interval)
+        counts = "" if self.won is None else f"won {self.won}, lost {self.lost} of "
+        tested = "" if self.p is None else f", p = {self.p:.2g}"
         if self.p_corrected is not None:
-            parts.append(f"corrected for {self.num_tests} tests {self.p_corrected:.3g}")
-        return ", ".join(parts)
+            tested += f", {self.p_corrected:.2g} corrected for {self.num_tests} tests"
+        return f"{size} (95 % interval {low} to {high}; {counts}{things}{tested})"
 
-    def _claim(self) -> str:
+    @property
+    def claim(self) -> str:
+        """What is shown, in words."""
         target = f"{self._write(self.target).lstrip('+')} {self._words.unit}"
-        said = {
-            "higher": "shown to be higher",
-            "lower": "shown to be lower",
-            "none shown": f"no difference is shown, and {target} would hardly have been missed",
-            "too few": f"too few {self._words.things} to tell",
-            "guessing": "no verdict",
-        }[self.shown]
-        if self.needed is not None:
-            unit = 10 ** max(0, len(str(self.needed)) - 2)  # two digits that count, rounded up
-            said += f" (about {-(-self.needed // unit) * unit} would show {target})"
-        if self.quantity == "text_loss" and self.is_better is False:
-            said += ", which is worse"
-        return f"{said}; {self.reason}" if self.reason else said
+        if self.is_better is not None:
+            return f"{self.shown}, which is {self.label}"
+        if self.shown == "none shown":
+            said, also = "no difference is shown", f"{target} would hardly have been missed"
+        elif self.shown == "guessing":
+            said, also = "no verdict", ""
+        else:
+            needed = self.needed or 0
+            unit = 10 ** max(0, len(str(needed)) - 2)  # two digits that count, rounded up
+            said = f"too few {self._words.things} to tell"
+            also = f"about {-(-needed // unit) * unit} would show {target}"
+        reasons = "; ".join(filter(None, (also, self.reason)))
+        return f"{said} ({reasons})" if reasons else said
 
     @property
     def _words(self) -> _Words:
@@ -154,6 +160,24 @@ class Differences(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     accuracy: Verdict
     gold_logprob: Verdict | None = None
     text_loss: Verdict | None = None
+
+    def headline(self, cost: str) -> str:
+        """Say in one line what is shown of accuracy and next-token loss, at what cost.
+
+        Example:
+            >>> Differences(accuracy=judge_counts(10, 30, 120)).headline("9 % saved")
+            ... # doctest: +NORMALIZE_WHITESPACE
+            'Accuracy −16.7 points (95 % interval −26.7 to −6.6; won 10, lost 30 of 120
+            questions, p = 0.0022): lower, which is worse; 9 % saved.'
+        """
+        accuracy, loss = self.accuracy, self.text_loss
+        said = f"accuracy {accuracy.numbers}"
+        if accuracy.shown == "too few":
+            said = f"{accuracy.claim}: {said}"
+        else:
+            said += f": {accuracy.claim}"
+        also = [] if loss is None else [f"next-token loss {loss.numbers}: {loss.claim}"]
+        return f"{_upper('; '.join([said, *also, cost]))}."
 
 
 def compare(
@@ -249,13 +273,16 @@ def judge_means(
         return _guessing(verdict)
     tolerance = ROUNDING / _WORDS[quantity].scale
     differing = sum(abs(value) > tolerance for value in values)
-    if differing >= FEWEST_DIFFERENT and (low > 0 or high < 0):
-        return replace(verdict, shown="higher" if low > 0 else "lower")
+    if low > 0 or high < 0:
+        if differing >= FEWEST_DIFFERENT:
+            return replace(verdict, shown="higher" if low > 0 else "lower")
+        verdict = replace(verdict, reason=f"the interval excludes 0, but only {differing} differ")
     least = detectable_mean(values)
     times = 1.0 if least is None else (least / verdict.target) ** 2
     if n >= FEWEST_DIFFERENT and (times <= 1 or _within((low, high), verdict.target)):
         return verdict
-    return replace(verdict, shown="too few", needed=max(FEWEST_DIFFERENT, math.ceil(n * times)))
+    needed = max(FEWEST_DIFFERENT, math.ceil(n * times))
+    return replace(verdict, shown="too few", needed=needed)
 
 
 def correct_together(verdicts: Sequence[Verdict]) -> list[Verdict]:
@@ -282,8 +309,33 @@ def correct_together(verdicts: Sequence[Verdict]) -> list[Verdict]:
     ]
 
 
+def judge_times(ratios: Sequence[Sequence[float]]) -> list[str]:
+    """Say of each list of rounds what the ratios of two times in a round show of the first.
+
+    By the sign test, corrected by Holm's method for their being several.
+
+    Example:
+        >>> judge_times([[0.9, 0.95, 0.91, 0.9, 0.8, 0.9, 0.9], [0.9, 1.1, 0.8]])
+        ['faster', 'too noisy to tell']
+    """
+    sides = [(sum(each < 1 for each in one), sum(each > 1 for each in one)) for one in ratios]
+    shown = [p < ALPHA for p in holm([mcnemar_exact(*each) for each in sides])]
+    return [
+        ("faster" if less > more else "slower") if is_shown else "too noisy to tell"
+        for (less, more), is_shown in zip(sides, shown, strict=True)
+    ]
+
+
 def _guessing(verdict: Verdict) -> Verdict:
     return replace(verdict, shown="guessing", reason="base is not shown to be above chance")
+
+
+def _upper(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _lower(text: str) -> str:
+    return text[0].lower() + text[1:]
 
 
 def _within(interval: tuple[float, float], limit: float) -> bool:

@@ -79,23 +79,26 @@ def test_findings_are_the_sentences_of_the_verdicts(base, routed, shown):
     assert against.accuracy.shown == shown
     assert against.gold_logprob.shown == "lower"
     assert against.text_loss.shown == "higher"  # users read it: a loss that rises is said
-    for verdict in (against.accuracy, against.gold_logprob, against.text_loss):
-        assert verdict.sentence() in found.findings
+    assert against.accuracy.numbers in found.findings[0]
+    assert f"{against.text_loss.numbers}: higher, which is worse" in found.findings[0]
+    assert found.findings[1] == against.gold_logprob.sentence()
 
 
 @pytest.mark.parametrize("permuted", [[0.05] * 50 + [0.0] * 50, [0.5] * 100])
 def test_nothing_is_claimed_where_the_base_may_be_guessing(permuted):
     base, routed = ([1.0] * right + [0.0] * (100 - right) for right in (20, 60))
     found = evaluation(run("base", base), run("routed", routed), run("permuted routes", permuted))
-    assert "not shown to be above chance (25.0 %)" in found.findings[0]
+    assert "no verdict (base is not shown to be above chance)" in found.findings[0]
+    assert "not shown to be above chance (25.0 %)" in found.findings[1]
     for system in found.systems[1:]:
         assert system.against_base.accuracy.shown == "guessing"
     assert found.systems[2].routed_against.accuracy.shown == "guessing"
-    assert "shown to be higher" not in " ".join(found.findings[1:])
+    assert "which is better" not in " ".join(found.findings)
 
 
 @pytest.mark.parametrize(
-    ("executions", "words"), [(27.0, "(10.0 % saved)"), (33.0, "(10.0 % more than the base)")]
+    ("executions", "words"),
+    [(27.0, "10.0 % of the layers saved (27.00 of 30 run)."), (33.0, "10.0 % more layers (33.00")],
 )
 def test_saved_and_spent_executions_are_told_apart(executions, words):
     assert words in said(run("base", RIGHT_50), run("routed", RIGHT_50, executions=executions))
@@ -107,8 +110,10 @@ def test_saved_and_spent_executions_are_told_apart(executions, words):
 def test_routes_permuted_over_the_questions_decide_whether_reading_matters(permuted, shown):
     systems = (run("base", RIGHT_50), run("routed", RIGHT_50), run("permuted routes", permuted))
     found = evaluation(*systems)
-    assert found.systems[2].routed_against.accuracy.shown == shown
-    assert any(each.startswith("Whether it matters which question") for each in found.findings)
+    verdict = found.systems[2].routed_against.accuracy
+    assert verdict.shown == shown
+    said = verdict.sentence("routed", "its own routes permuted over the questions")
+    assert said in found.findings
 
 
 @pytest.mark.parametrize(("unchanged", "is_said"), [(0.005, False), (0.123, True)])

@@ -12,11 +12,13 @@ from drllm.statistics.intervals import mean_interval
 from drllm.statistics.paired import Outcomes, mcnemar_exact, paired_interval
 from drllm.statistics.power import FEWEST_DIFFERENT, chance_to_show
 from drllm.statistics.verdicts import (
+    Differences,
     Verdict,
     compare,
     correct_together,
     judge_counts,
     judge_means,
+    judge_times,
 )
 
 
@@ -60,7 +62,7 @@ def test_too_few_questions_come_with_the_number_that_would_do():
     assert found.needed > 60
     assert found.target == 0.05  # smaller differences needn't be found
     assert chance_to_show(found.needed, 7 / 60, found.target) >= 0.8
-    assert "too few questions" in found.sentence()
+    assert found.sentence().startswith("Too few questions to tell (about ")
 
 
 @pytest.mark.parametrize("quantity", ["accuracy", "gold_logprob"])
@@ -101,6 +103,7 @@ def test_differences_on_fewer_questions_than_can_show_anything_carry_no_verdict(
     found = judge_means("gold_logprob", ours, theirs, 0)
     assert found.interval[0] > 0
     assert found.is_better is None
+    assert "excludes 0, but only 5 differ" in found.sentence()
 
 
 def test_rounding_is_no_difference():
@@ -139,17 +142,37 @@ def test_several_tasks_are_corrected_for_each_other_and_the_corrected_value_deci
 
 
 @pytest.mark.parametrize(
-    ("verdict", "size", "claim"),
+    ("verdict", "parts"),
     [
-        (judge_counts(10, 30, 120), "Accuracy of ours less theirs: −16.7 points, ", "lower"),
-        (judge_counts(12, 8, 120), "of ours less theirs: +3.3 points, 95 % ", "too few questions"),
-        (judge_counts(8, 12, 120, above_chance=False), "won 8, lost 12 of 120", "no verdict; base"),
-        (judge_means("text_loss", [1.0] * 9, [1.0] * 9, 0), "the same on all 9 texts", "no differ"),
+        (judge_counts(10, 30, 120), ("−16.7 points", "−26.7 to −6.", "lower, which is worse")),
+        (judge_counts(12, 8, 120), ("Too few questions to tell (about", "+3.3 points", "interval")),
+        (judge_counts(8, 12, 120, above_chance=False), ("won 8, lost 12 of 120", "no verdict (")),
+        (judge_means("text_loss", [1.0] * 9, [1.0] * 9, 0), ("same on all 9 texts", "no differ")),
+        (judge_means("text_loss", [1.0, 2.0], [1.0, 1.0], 0), ("Too few texts to tell", "+0.500")),
     ],
 )
-def test_a_sentence_has_the_size_first_then_what_is_shown(verdict, size, claim):
+def test_a_sentence_has_the_size_first_unless_too_few_questions_could_tell(verdict, parts):
     said = verdict.sentence("ours", "theirs")
-    assert 0 <= said.index(size) < said.index(claim)
+    places = [said.index(part) for part in parts]
+    assert places == sorted(places)
+    assert said.lower().index("of ours less theirs") < places[-1]
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_a_headline_holds_both_verdicts_and_the_cost(few):
+    accuracy = judge_counts(12, 8, 120) if few else judge_counts(10, 30, 120)
+    loss = judge_means("text_loss", [5.0 + place / 9 for place in range(9)], [3.0] * 9, 0)
+    said = Differences(accuracy=accuracy, text_loss=loss).headline("9 % saved")
+    assert said.startswith("Too few questions to tell (about" if few else "Accuracy −16.7 points")
+    assert f"accuracy {accuracy.numbers}" in said.lower()
+    assert f"next-token loss {loss.numbers}: higher, which is worse; 9 % saved." in said
+
+
+def test_times_are_told_apart_only_where_the_rounds_agree_whatever_else_was_timed():
+    agree, split = [0.9] * 6, [0.9, 1.1] * 6
+    assert judge_times([agree, split]) == ["too noisy to tell"] * 2  # one of two tests
+    assert judge_times([agree]) == ["faster"]
+    assert judge_times([[1.1] * 8, split, [0.5] * 3]) == ["slower", *["too noisy to tell"] * 2]
 
 
 def test_a_verdict_is_the_same_after_a_file():
