@@ -52,7 +52,7 @@ class RoutingError(DrllmError, RuntimeError):
 
 
 def unknown_name(kind: str, name: str, choices: Iterable[str]) -> str:
-    """Word the message for a name that isn't in a table: the closest valid names, and all.
+    """Word the message for a name that isn't in a short table: the closest valid names, and all.
 
     Args:
         kind: What the name stands for, in the singular ("task", "flag").
@@ -64,9 +64,20 @@ def unknown_name(kind: str, name: str, choices: Iterable[str]) -> str:
         "unknown task 'arc_esay'; did you mean 'arc_easy'? Valid: arc_easy, dart"
     """
     valid = sorted(choices)
-    close = difflib.get_close_matches(name, valid, n=2)
-    hint = f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else "."
-    return f"unknown {kind} {name!r}{hint} Valid: {', '.join(valid)}"
+    said = nearest_name(kind, name, valid)
+    return f"{said}{'' if said.endswith('?') else '.'} Valid: {', '.join(valid)}"
+
+
+def nearest_name(kind: str, name: str, choices: Iterable[str]) -> str:
+    """Word the message for a name that isn't in a long table: the closest valid names alone.
+
+    Example:
+        >>> nearest_name("flag", "--num-epoch", ["--num-epochs", "--seed"])
+        "unknown flag '--num-epoch'; did you mean '--num-epochs'?"
+    """
+    close = difflib.get_close_matches(name, sorted(choices), n=2)
+    hint = f"; did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
+    return f"unknown {kind} {name!r}{hint}"
 
 
 def printable(text: str) -> str:

@@ -220,8 +220,11 @@ EVALUATE --num-calibration 9 => --num-calibration 9 has no effect
 EVALUATE --baselines none --num-random-draws 3 => --num-random-draws 3 has no effect
 EVALUATE --curve 0.1,1.5 => --curve is '0.1,1.5'
 EVALUATE --search run/search.jsonl => --search run/search.jsonl has no effect
-EVALUATE --limits gsm8k=3 => --limits: unknown task 'gsm8k'
-EVALUATE --limit 5 --limits builtin_facts=3 => --limit 5 has no effect
+EVALUATE --limits gsm8k=3 => --limits is no flag; write it into a YAML file, such as 'limits: {gsm
+EVALUATE --config s.yaml => limits: unknown task 'gsm8k' => s.yaml: limits: {gsm8k: 3}\\n
+EVALUATE --config s.yaml => s.yaml: splits of x is True; give text => s.yaml: splits: {x: true}\\n
+EVALUATE --limit 5 --config s.yaml => --limit 5 has no effect => s.yaml: \
+limits: {builtin_facts: 3}\\n
 search --dataset arc_easy --data-dir nowhere => --data-dir nowhere is not a folder
 search --dataset arc_easy --data-dir run => run/arc_easy
 supervise --search run/search.jsonl --output run => --output: can't write run

@@ -12,7 +12,7 @@ from drllm.config import (
     SuperviseConfig,
     TrainConfig,
 )
-from drllm.config.fields import flag_of, from_dict
+from drllm.config.fields import flag_of, from_dict, is_by_task, kinds_of
 from drllm.errors import ConfigError
 
 GROUPS = [
@@ -50,6 +50,8 @@ def test_every_group_has_one_line_of_help_a_setting_and_comes_back_from_plain_ty
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_bound_is_kept_and_belongs_to_what_is_accepted(group):
     for declared in dataclasses.fields(group):
+        if is_by_task(kinds_of(group)[declared.name]):
+            continue
         rules = declared.metadata
         wrong = [
             (rules["minimum"], -1, "at least"),
@@ -149,22 +151,29 @@ def test_knobs_that_contradict_one_another_are_refused(given, message):
         DepthConfig(**given).knob()
 
 
+LIMITS = {"gsm8k": 30, "arc_easy": "all"}
+
+
 def test_some_tasks_may_have_limits_and_splits_of_their_own():
-    config = EvaluateConfig(limit=200, limits="gsm8k=30, arc_easy=all", splits="gsm8k=select")
+    config = EvaluateConfig(limit=200, limits=LIMITS, splits={"gsm8k": "select"})
     assert [config.limit_of(task) for task in ("gsm8k", "arc_easy", "mmlu")] == [30, None, 200]
     assert [config.split_of(task) for task in ("gsm8k", "mmlu")] == ["select", "test"]
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
+    ("name", "value", "says"),
     [
-        *(("limits", text) for text in ("gsm8k", "gsm8k=0", "=3", "a=1,a=2", "a=x")),
-        ("splits", "gsm8k=train"),
+        ("limits", "gsm8k=30", r"'gsm8k=30'; give values by task, as in 'limits: {gsm8k: 30"),
+        ("limits", {"gsm8k": 0}, "of gsm8k is 0; give a value of at least 1"),
+        ("limits", {"gsm8k": "x"}, "of gsm8k: unknown value 'x'"),
+        ("limits", {"gsm8k": None}, "of gsm8k is None"),
+        ("splits", {"gsm8k": "train"}, "of gsm8k: unknown value 'train'"),
+        ("fitted_on", {"gsm8k": ["a"]}, "of gsm8k is .'a'.; give text"),
     ],
 )
-def test_what_is_no_limit_and_no_split_is_refused(name, text):
-    with pytest.raises(ConfigError, match=rf"--{name}: .* doesn't fit; give TASK="):
-        EvaluateConfig(**{name: text}).own(name)
+def test_what_is_no_limit_no_split_and_no_task_is_refused(name, value, says):
+    with pytest.raises(ConfigError, match=f"^{name} (is )?{says}"):
+        EvaluateConfig(**{name: value})
 
 
 IDLE = [(group, declared) for group, declared in FIELDS if declared.metadata["idle"]]

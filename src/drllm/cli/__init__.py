@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from drllm import __version__
-from drllm.cli.parser import FOREIGN, VERBS, overview, parse
+from drllm.cli.help import say_help, say_overview
+from drllm.cli.parser import FOREIGN, HELP, VERBS, parse, verb_of
 from drllm.cli.terminal import Terminal
 from drllm.errors import ConfigError, DrllmError
 
@@ -49,21 +50,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _before(words: Sequence[str], end: str) -> Sequence[str]:
+    return words[: words.index(end)] if end in words else words
+
+
 def _run(words: list[str], terminal: Terminal) -> int:
     if not words:
         raise ConfigError("no verb is given; 'drllm --help' lists them, first try: drllm ls tasks")
     if words[0] in ("-h", "--help"):
-        terminal.say(overview())
+        say_overview(terminal)
     elif words[0] == "--version":
         terminal.say(f"drllm {__version__}")
     elif words[0] in FOREIGN:
         from drllm.cli import harness
 
         harness.run(words[1:])
+    elif asked := {word.replace("_", "-") for word in _before(words, "--")} & set(HELP):
+        say_help(verb_of(words[0]), terminal, everything="--help-all" in asked)
     else:
-        try:
-            request = parse(words)
-        except SystemExit as left:  # after --help
-            return int(left.code or 0)
+        request = parse(words)
         VERBS[request.verb].run(request, terminal)
     return 0

@@ -46,14 +46,18 @@ class Asked(NamedTuple):
     settings=(ModelConfig, GenerateConfig, DepthConfig),
     flags=(
         Flag("prompt", "what to answer", positional=True),
-        Flag("routers", "routers: a folder or a hub id; without, every layer is executed"),
+        Flag(
+            "routers",
+            "routers: a folder or a hub id; without, every layer is executed",
+            value="DIR",
+        ),
         Flag("file", "prompts to answer instead of PROMPT (.jsonl)"),
         Flag("output", "with --file: answers to write (.jsonl); default: print them"),
     ),
     model_from_routers=True,
 )
 def generate(request: Request, terminal: Terminal) -> None:
-    """Answer a prompt and show the route that it took, or answer a file of prompts."""
+    """Answer a prompt, or a file of them, and show the route taken."""
     config, depth = request.of(GenerateConfig), request.of(DepthConfig)
     config.sampling()
     _check(request, config, depth)

@@ -23,8 +23,8 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.utils import setup_logging
 
-from drllm.errors import ConfigError, TaskError
-from drllm.evaluation.lm_eval.folders import OwnTasks, own_tasks, unlisted
+from drllm.errors import ConfigError, TaskError, nearest_name
+from drllm.evaluation.lm_eval.folders import OwnTasks, own_tasks
 from drllm.records.places import check_folder
 from drllm.tasks.registry import is_task_name
 
@@ -177,7 +177,7 @@ def _nearest(name: str, include_path: str | None) -> str:
             f"--data_dir FOLDER to have its questions read from files"
         )
     known = lm_eval.tasks.TaskManager(include_path=include_path).all_tasks
-    said = unlisted("task", name, known)
+    said = nearest_name("task", name, known)
     return f"{said}; 'drllm lm-eval ls tasks' lists all, --include_path FOLDER adds your own"
 
 

@@ -87,7 +87,7 @@ _LISTS = {
     example="drllm ls tasks",
     flags=(
         Flag("what", ", ".join([*_LISTS, *_REGISTRIES]), required=True, positional=True),
-        Flag("model", "a model whose architecture to check, in place of all known"),
+        Flag("model", "a model whose architecture to check, in place of all known", value="NAME"),
     ),
 )
 def list_names(request: Request, terminal: Terminal) -> None:

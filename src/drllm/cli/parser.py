@@ -1,9 +1,8 @@
 """The table of verbs, and the way from the words of a command line to checked settings.
 
 Each verb is a function, registered once with its settings and its own flags; the parser, the help
-texts and the messages are made from this table. A flag wins over the file given as `--config`, and
-that over the default. A mistake becomes one line that names the flag, the value and what was
-expected.
+and the messages are made from this table. A flag wins over the file given as `--config`, and that
+over the default. A mistake becomes one line that names the flag, the value and what was expected.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from drllm.config.fields import Settings, check_text, flag_of, kinds_of
+from drllm.config.fields import Settings, check_text, flag_of, is_by_task, kinds_of
 from drllm.config.files import as_text, canonical, read_yaml
-from drllm.errors import ConfigError, unknown_name
+from drllm.errors import ConfigError, nearest_name, unknown_name
 
 if TYPE_CHECKING:
     from drllm.cli.terminal import Terminal
@@ -32,6 +31,7 @@ _WRITTEN = {
     str: re.compile(".*", re.DOTALL),
     float: re.compile(r"[+-]?(\d{1,400}(\.\d*)?|\.\d+)([eE][+-]?\d{1,5})?"),
 }
+HELP = ("-h", "--help", "--help-all")
 _RENAMED = {"--damage": "--kl", "--no-damage": "--no-kl", "--opponents": "--baselines"}
 
 
@@ -49,10 +49,13 @@ class Flag:
     many: bool = False  # one value or more
     positional: bool = False
     switch: bool = False  # no value; False where it isn't given
+    value: str = "FILE"  # how a value is written, for `--help`
+    basic: bool = True  # shown by `--help`; the others by `--help-all` only
     group: type[Settings] | None = None  # whose setting it is; the fields below are for settings
     kind: type = str
     choices: tuple[str, ...] = ()
     alias: str | None = None
+    in_files: bool = False  # a setting by task, which only YAML files have
 
     @property
     def names(self) -> list[str]:
@@ -111,7 +114,7 @@ class Verb:
 VERBS: dict[str, Verb] = {}
 """Filled when the modules that `drllm.cli` names are imported, in the order of `--help`."""
 
-FOREIGN = {"lm-eval": "lm-evaluation-harness' own command line, with our model as --model drllm"}
+FOREIGN = {"lm-eval": "lm-evaluation-harness' own command line, with --model drllm"}
 """Verbs whose arguments another program parses, with their help."""
 
 
@@ -126,23 +129,6 @@ def verb(name: str, **described: Any) -> Callable[[Any], Any]:
     return register
 
 
-def overview() -> str:
-    """Return the text of `drllm --help`."""
-    lines = {name: each.help for name, each in VERBS.items()} | FOREIGN
-    width = max(map(len, lines))
-    verbs = "\n".join(f"  {name:{width}}  {text}" for name, text in lines.items())
-    return (
-        "usage: drllm VERB [flags]\n\n"
-        "Layer routing for frozen Hugging Face language models: skip, execute or repeat each\n"
-        "layer, once per prompt.\n\n"
-        f"verbs:\n{verbs}\n\n"
-        "flags:\n"
-        "  --help       this text; after a verb, its flags\n"
-        "  --version    the version\n\n"
-        f"first try: {VERBS['run'].example}"
-    )
-
-
 # --- a command line ----------------------------------------------------------------------------
 
 
@@ -154,14 +140,9 @@ def parse(words: Sequence[str]) -> Request:
 
     Raises:
         ConfigError: An unknown verb, flag or setting, a value that doesn't fit, something missing.
-        SystemExit: After `--help` has been printed.
     """
     name, *rest = words
-    if name not in VERBS:
-        kind = "flag" if name.startswith("-") else "verb"
-        known = {**VERBS, **FOREIGN}
-        raise ConfigError(unknown_name(kind, name, known) + "; 'drllm --help' explains them")
-    verb = VERBS[name]
+    verb = verb_of(name)
     rest = _with_dashes(rest)
     switches = _check_values(verb, rest)
     try:
@@ -177,7 +158,7 @@ def parse(words: Sequence[str]) -> Request:
         values |= _read_settings(Path(file).expanduser(), verb)
     values |= given
     own: dict[str, Any] = {}
-    for flag in _flags(verb):
+    for flag in flags_of(verb):
         said, name = given.get(flag.name), flag.names[0]
         if flag.group is None:
             missing: Any = [] if flag.many else False if flag.switch else flag.default
@@ -200,59 +181,65 @@ def _made(group: type[Settings], values: Mapping[str, Any]) -> Settings:
     return group(**{name: values[name] for name in names if name in values})
 
 
-def _flags(verb: Verb) -> Iterator[Flag]:
+def verb_of(name: str) -> Verb:
+    """Return the verb of a name; ConfigError for one that there isn't."""
+    if name not in VERBS:
+        kind = "flag" if name.startswith("-") else "verb"
+        known = {**VERBS, **FOREIGN}
+        raise ConfigError(unknown_name(kind, name, known) + "; 'drllm --help' explains them")
+    return VERBS[name]
+
+
+def flags_of(verb: Verb) -> Iterator[Flag]:
+    """Return a verb's flags, its own first; settings that only YAML files have are among them."""
     yield from verb.flags
     for group in verb.settings:
         kinds = kinds_of(group)
         for each in dataclasses.fields(group):
-            kind, choices = kinds[each.name][0], tuple(each.metadata["choices"] or ())
-            rest: Any = {"choices": choices, "alias": each.metadata["alias"]}
-            text = each.metadata["help"]
-            yield Flag(each.name, text, each.default, group=group, kind=kind, **rest)
+            rules, in_files = each.metadata, is_by_task(kinds[each.name])
+            kind, choices = kinds[each.name][0], tuple(rules["choices"] or ())
+            value = {int: "N", float: "X"}.get(kind, "NAME")
+            yield Flag(
+                each.name,
+                rules["help"],
+                each.default,
+                value=rules["value"] or (value if in_files else "|".join(choices) or value),
+                basic=rules["basic"],
+                group=group,
+                kind=kind,
+                choices=choices,
+                alias=rules["alias"],
+                in_files=in_files,
+            )
+
+
+def _given_as_flags(verb: Verb) -> list[Flag]:
+    return [flag for flag in flags_of(verb) if not flag.in_files]
 
 
 def _parser(verb: Verb) -> argparse.ArgumentParser:
     """Return a verb's parser: every value is read as text, and left out where it is missing."""
-    places = [f"[{flag.names[0]}]" for flag in verb.flags if flag.positional]
     parser = argparse.ArgumentParser(
         prog=f"drllm {verb.name}",
-        usage=" ".join(["%(prog)s", "[flags]", *places]),
-        description=f"{verb.help[0].upper()}{verb.help[1:]}.",
-        epilog=f"example: {verb.example}",
+        add_help=False,
         exit_on_error=False,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    sections: dict[Any, Any] = {None: parser}
-    for group in verb.settings:
-        title = group.__name__.removesuffix("Config").lower()
-        sections[group] = parser.add_argument_group(title)
-    for flag in _flags(verb):
-        text, default = flag.help, flag.default
-        if flag.choices:
-            text += f"; one of {', '.join(flag.choices)}"
-        if flag.name == "model" and verb.model_from_routers:
-            text += "; without it the one that the routers name"
-        elif default is not None:
-            text += f" (default: {str(default).lower() if flag.kind is bool else default})"
-        options: dict[str, Any] = {"help": text.replace("%", "%%")}
+    for flag in _given_as_flags(verb):
+        options: dict[str, Any] = {}
         if flag.switch:
             options["action"] = "store_true"
         elif flag.kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif flag.group:
-            options["metavar"] = {int: "N", float: "X"}.get(flag.kind, "TEXT")
-        else:
-            options["metavar"] = flag.name.upper()
-            # Positional ones are optional to argparse, so that we word what is missing.
-            options["nargs"] = (
-                ("*" if flag.many else "?") if flag.positional else "+" * flag.many or None
-            )
-        sections[flag.group].add_argument(*map(str.lower, flag.names), **options)
+        elif flag.positional:
+            # Optional to argparse, so that we word what is missing.
+            options["nargs"] = "*" if flag.many else "?"
+        elif flag.many:
+            options["nargs"] = "+"
+        parser.add_argument(*map(str.lower, flag.names), **options)
     if verb.settings:
-        parser.add_argument(
-            "--config", action="append", metavar="FILE", help="settings in YAML; flags win over it"
-        )
+        parser.add_argument("--config", action="append")
     return parser
 
 
@@ -267,10 +254,10 @@ def _read_settings(path: Path, verb: Verb) -> dict[str, Any]:
     values = read_yaml(path, "settings")
     for group in verb.settings:
         values = canonical(group, values)
-    known = [flag.name for flag in _flags(verb) if not flag.positional]
+    known = [flag.name for flag in flags_of(verb) if not flag.positional]
     for key in values:
         if key not in known:
-            raise ConfigError(f"{path}: " + unknown_name("setting", key, known))
+            raise ConfigError(f"{path}: {nearest_name('setting', key, known)} {_see(verb)}")
     try:
         for flag in verb.flags:
             if flag.name in values:
@@ -304,7 +291,7 @@ def _check_values(verb: Verb, words: Sequence[str]) -> dict[str, str]:
     """Refuse `--switch=value`, and a flag without its value; return what undoes each switch."""
     valued: dict[str, str] = {}
     switches: dict[str, str] = {}
-    for flag in _flags(verb):
+    for flag in _given_as_flags(verb):
         for name in () if flag.positional else flag.names:
             if flag.switch:
                 switches[name] = "leave that out"
@@ -331,21 +318,28 @@ def _unknown(
 ) -> ConfigError:
     """Return what is wrong with a word that the parser can't place."""
     name = word.partition("=")[0]
-    see = f"'drllm {verb.name} --help'"
     if word.startswith("-"):
-        flags = [flag.names[0] for flag in _flags(verb) if not flag.positional]
-        flags += ["--config", "--help"] if verb.settings else ["--help"]
-        if _RENAMED.get(name, "").replace("--no-", "--") in flags:
+        flags = {flag.names[0]: flag for flag in flags_of(verb) if not flag.positional}
+        if name in flags:
             return ConfigError(
-                f"unknown flag {name!r}, which is called {_RENAMED[name]} now ({see})"
+                f"{name} is no flag; write it into a YAML file, such as '{flags[name].name}: "
+                f"{flags[name].value}', and give that as --config FILE"
             )
-        return ConfigError(f"{unknown_name('flag', name, flags)} ({see})")
+        if _RENAMED.get(name, "").replace("--no-", "--") in flags:
+            return ConfigError(f"unknown flag {name!r}, which is called {_RENAMED[name]} now")
+        known = [*flags, *HELP, *(["--config"] if verb.settings else [])]
+        return ConfigError(f"{nearest_name('flag', name, known)} {_see(verb)}")
     before = {after: word for word, after in itertools.pairwise(words)}.get(word, "")
     if before in switches:
         return _one_too_many(before, word, switches)
     return ConfigError(
-        f"{verb.name} has no use for {word!r}; put texts with spaces in quotes, or see {see}"
+        f"{verb.name} has no use for {word!r}; put texts with spaces in quotes, or see "
+        f"'drllm {verb.name} --help'"
     )
+
+
+def _see(verb: Verb) -> str:
+    return f"('drllm {verb.name} --help-all' lists all)"
 
 
 def _one_too_many(flag: str, value: str, switches: Mapping[str, str]) -> ConfigError:

@@ -16,8 +16,8 @@ from drllm.reporting.sweeps import SWEEP_FILE
 
 RECIPES = Path(__file__).with_name("recipes")
 IN_A_FOLDER = (
-    Flag("output_dir", "folder of the run; default: runs/ and the recipe's name"),
-    Flag("data_dir", "folder with SPLIT.jsonl[.gz] files by task"),
+    Flag("output_dir", "folder of the run; default: runs/ and the recipe's name", value="DIR"),
+    Flag("data_dir", "folder with SPLIT.jsonl[.gz] files by task", value="DIR"),
 )
 RECIPE = "YAML file, or the name of a packaged recipe"
 SWEEP = (
@@ -52,7 +52,7 @@ def run(request: Request, terminal: Terminal) -> None:
     resumes=True,
 )
 def sweep(request: Request, terminal: Terminal) -> None:
-    """Train with many settings, choose one on the select split, test it once."""
+    """Train with many settings, choose one, test it once."""
     path, folder = _places(request, "sweep")
     plan = read_sweep(path, request.values["data_dir"])
     chosen = sweeps.sweep(plan, folder, listener=terminal)

@@ -59,7 +59,7 @@ Renderer = Callable[[Path, Terminal], None]
             required=True,
             positional=True,
         ),
-        Flag("question", "id of a searched question, to draw the paths tried on it"),
+        Flag("question", "id of a searched question, to draw the paths tried on it", value="ID"),
     ),
 )
 def show_place(request: Request, terminal: Terminal) -> None:

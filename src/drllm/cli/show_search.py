@@ -172,7 +172,7 @@ def show_question(
         rule = config["target"]
         target = candidates(record, rule, min_saving=config["min_saving"])
         terminal.fact("question", f"{record.id} of {record.task}, {record.num_layers} layers")
-        terminal.show(Text(record.question))
+        terminal.say(record.question)
         terminal.fact("answer", record.answer)
         terminal.fact("paths", f"{len(record.paths)} tried, reward {record.reward}")
         terminal.fact(

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     resumes=True,
 )
 def search(request: Request, terminal: Terminal) -> None:
-    """Try layer paths for each question: search.jsonl, then supervision.jsonl."""
+    """Try layer paths for each question, then choose its target path."""
     config = request.of(SearchConfig)
     folder = Path(config.output_dir).expanduser()
     questions = questions_of(None, config)
@@ -167,12 +167,14 @@ def supervise_verb(request: Request, terminal: Terminal) -> None:
             "learn from the commonsense_qa targets in data/commonsense_qa/ too",
             switch=True,
         ),
-        Flag("run_name", "write the routers to checkpoints/NAME"),
-        Flag("output", "write the routers to this folder instead"),
+        Flag("run_name", "write the routers to checkpoints/NAME", value="NAME"),
+        Flag("output", "write the routers to this folder instead", value="DIR", basic=False),
         Flag(
             "features",
             "keep the routers' inputs in this folder and use them again; default: in features/ "
             "in the routers' folder, deleted after training",
+            value="DIR",
+            basic=False,
         ),
     ),
     resumes=True,
@@ -236,8 +238,9 @@ def _routers_folder(request: Request) -> tuple[Path, str]:
             "routers: a folder or a hub id; further ones are of other seeds, to see the spread",
             many=True,
             required=True,
+            value="DIR",
         ),
-        Flag("output_dir", "folder for the results", default="eval/"),
+        Flag("output_dir", "folder for the results", default="eval/", value="DIR"),
     ),
     model_from_routers=True,
     resumes=True,
@@ -293,7 +296,7 @@ def model_of(request: Request, routers: RouterStack | None) -> ModelConfig:
             required=True,
             positional=True,
         ),
-        Flag("output", "folder or .html file; default: the one run folder"),
+        Flag("output", "folder or .html file; default: the one run folder", value="PLACE"),
     ),
 )
 def report(request: Request, terminal: Terminal) -> None:
@@ -311,11 +314,11 @@ def report(request: Request, terminal: Terminal) -> None:
     settings=(ModelConfig,),
     flags=(
         Flag("decisions", "file with decisions or a path", required=True),
-        Flag("output", "folder to make", required=True),
+        Flag("output", "folder to make", required=True, value="DIR"),
     ),
 )
 def export(request: Request, terminal: Terminal) -> None:
-    """Write a fixed path as an ordinary checkpoint, its layers listed in path order."""
+    """Write a fixed path as an ordinary checkpoint, layers in path order."""
     from drllm.models.export import check_output, export_path
 
     output = request.path("output")

@@ -1,13 +1,15 @@
 """What the user sees while a command runs: lines, tables, routes, progress, the one error line.
 
-Results go to standard output, everything else to standard error. On a terminal progress is a bar;
-elsewhere it is a plain line every tenth of the way, without control characters.
+Results go to standard output, everything else to standard error. On a terminal lines and cells
+break at words and progress is a bar; elsewhere lines are as long as they are and progress is a
+plain line every tenth of the way, without control characters.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
@@ -28,8 +31,10 @@ from drllm.listener import Listener, duration
 from drllm.paths import Decision, sketch
 from drllm.reporting.numbers import NBSP
 
-PLAIN_WIDTH = 120
-"""Columns of a table that goes to a file or a pipe."""
+NAME_WIDTH = 14
+"""Columns for the name of a fact."""
+UNBROKEN = sys.maxsize
+"""Columns of what is no terminal: lines there are as long as they are."""
 STEPS = 10
 """Lines of plain progress from start to end."""
 RESUMED_WITHIN_S = 0.5
@@ -48,13 +53,20 @@ class Terminal(Listener):
                 stream.reconfigure(errors="replace")  # a terminal without █ is no reason to fail
         self.out, self.err = _Console(stderr=False), _Console(stderr=True)
 
-    def say(self, text: str = "") -> None:
-        """Print a line of the result; nothing in it is markup, and long lines aren't broken."""
-        self.out.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    def say(self, text: str = "", indent: int = 0) -> None:
+        """Print lines of the result; what doesn't fit goes on in the next line, indented."""
+        self.out.say(text, indent)
+
+    def beside(self, name: str, text: str, width: int) -> None:
+        """Print a text in a column of its own, right of a name in a column of some width."""
+        if len(name) > width:
+            self.say(name)
+            name = ""
+        self.say(f"{name:{width}} {text}", width + 1)
 
     def fact(self, name: str, text: object) -> None:
         """Print a line of the result: a name and its value."""
-        self.say(f"{name:14} {str(text).replace(NBSP, ' ')}")
+        self.beside(name, str(text).replace(NBSP, " "), NAME_WIDTH)
 
     def show(self, what: RenderableType) -> None:
         """Print a styled text."""
@@ -68,7 +80,7 @@ class Terminal(Listener):
         numbers_from: int = 99,
         cut_off: tuple[str, int] = ("", 0),
     ) -> None:
-        """Print a table; nothing in it is markup.
+        """Print a table, row by row where its longest words don't fit side by side.
 
         Args:
             columns: Their names, with `|` in between.
@@ -78,23 +90,35 @@ class Terminal(Listener):
             cut_off: A column and the width at which its cells are cut off, so that each stays one
                 line. In all others narrow terminals break lines, and nothing is lost.
         """
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for place, column in enumerate(columns.split("|")):
-            if column == cut_off[0]:
-                table.add_column(column, no_wrap=True, max_width=cut_off[1])
-            else:
-                side = "right" if place >= numbers_from else "left"
-                table.add_column(column, justify=side, overflow="fold")  # type: ignore[arg-type]
-        for row in rows:
-            if row:
-                table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-            else:
-                table.add_section()
+        names = columns.split("|")
+        cells = [[Text(one) if isinstance(one, str) else one for one in row] for row in rows]
+        ranges = []
+        for place, name in enumerate(names):
+            texts = [name, *(row[place].plain for row in cells if place < len(row))]
+            most = max(cell_len(line) for text in texts for line in text.split("\n"))
+            least = max(cell_len(word) for text in texts for word in text.split() or [""])
+            kept = cut_off[1] if name == cut_off[0] else most
+            ranges.append((min(least, kept), min(most, kept)))
+        widths = _shared_out(self.out.width - 2 * len(names) - 1, ranges)
+        if title:
+            self.say(title)
+        if widths is None:
+            for row in filter(None, cells):
+                self.say()
+                for name, one in zip(names, row, strict=False):
+                    self.fact(" ".join(name.split()), one.plain)
+            return
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for place, (name, width) in enumerate(zip(names, widths, strict=True)):
+            right, whole = place >= numbers_from, name == cut_off[0]
+            table.add_column(name, justify="right" if right else "left", width=width, no_wrap=whole)
+        for row in cells:
+            table.add_row(*row) if row else table.add_section()
         self.show(table)
 
     def note(self, text: str) -> None:
         """Print a line that isn't part of the result."""
-        self.err.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        self.err.say(text)
 
     def fail(self, text: str) -> None:
         """Print the one line with which a failed command ends."""
@@ -220,13 +244,35 @@ def draw_route(decisions: Sequence[int]) -> Text:
     return text.append(margin).append_text(Text("  ").join(legend))
 
 
+def _shared_out(room: int, ranges: Sequence[tuple[int, int]]) -> list[int] | None:
+    """Return widths of columns within their least and most that fit; None where none do."""
+    if sum(least for least, _ in ranges) > room:
+        return None
+    widths = [most for _, most in ranges]
+    while sum(widths) > room:
+        free = [place for place, (least, _) in enumerate(ranges) if widths[place] > least]
+        widths[max(free, key=lambda place: widths[place])] -= 1
+    return widths
+
+
 class _Console(Console):
     """A console that shows the control characters of a text instead of obeying them."""
 
     def __init__(self, *, stderr: bool) -> None:
         super().__init__(stderr=stderr)
         if not self.is_terminal:
-            self.width = PLAIN_WIDTH
+            self.width = UNBROKEN
+
+    def say(self, text: str, indent: int = 0) -> None:
+        """Print lines that aren't markup; the parts of one that is too long are indented."""
+        text = printable(text)
+        if self.width < UNBROKEN:
+            indent = max(0, min(indent, self.width - max(map(len, text.split() or [""]))))
+            style: Any = {"break_long_words": False, "break_on_hyphens": False}
+            style |= {"subsequent_indent": " " * indent, "replace_whitespace": False}
+            lines = (textwrap.wrap(line, self.width, **style) for line in text.split("\n"))
+            text = "\n".join("\n".join(line) for line in lines)
+        self.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None

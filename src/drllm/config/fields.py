@@ -37,13 +37,16 @@ def setting(
     alias: str | None = None,
     idle: tuple[str, Any] | None = None,
     decisive: bool = True,
+    value: str | None = None,
+    basic: bool = False,
 ) -> Any:
     """Declare one field: its default, one line for `--help` with the unit, and what it accepts.
 
     `above` is a bound that itself isn't accepted; None is accepted beside the choices where it is
     the default; `alias` is a flag under which published commands know the setting; `idle` is
     another field of the group, and the value of it that leaves this one without effect; results
-    depend on what is `decisive`.
+    depend on what is `decisive`; `value` is how a value is written, of a setting by task an
+    example; `--help` shows what is `basic`, `--help-all` the rest.
     """
     rules = {name: value for name, value in locals().items() if name != "default"}
     return field(default=default, metadata=rules)
@@ -61,8 +64,9 @@ class Settings:
     def __post_init__(self) -> None:
         kinds = kinds_of(type(self))
         for declared in dataclasses.fields(self):
-            value = getattr(self, declared.name)
-            _check(flag_of(declared.name), value, kinds[declared.name], declared.metadata)
+            value, own = getattr(self, declared.name), kinds[declared.name]
+            shown = declared.name if is_by_task(own) else flag_of(declared.name)
+            _check(shown, value, own, declared.metadata)
 
     def check_effects(self) -> None:
         """Refuse settings that others of the group leave without effect.
@@ -104,6 +108,11 @@ def kinds_of(group: type[Settings]) -> dict[str, tuple[type, ...]]:
     return {name: typing.get_args(hint) or (hint,) for name, hint in hints.items()}
 
 
+def is_by_task(kinds: tuple[type, ...]) -> bool:
+    """Tell whether a setting has a value for each task: only YAML files say such, no flag."""
+    return typing.get_origin(kinds[0]) is dict
+
+
 def flag_of(name: str) -> str:
     """Return a setting's name as a flag."""
     return "--" + name.replace("_", "-")
@@ -116,6 +125,14 @@ def _shown(value: Any) -> str:
 
 
 def _check(flag: str, value: Any, kinds: tuple[type, ...], rules: Mapping[str, Any]) -> None:
+    if is_by_task(kinds):
+        if value is not None and not isinstance(value, dict):
+            example = f"{flag}: {rules['value']}"
+            raise ConfigError(f"{flag} is {value!r}; give values by task, as in '{example}'")
+        of_one = typing.get_args(kinds[0])[1]
+        for task, one in (value or {}).items():
+            _check(f"{flag} of {task}", one, typing.get_args(of_one) or (of_one,), rules)
+        return
     accepted = (*kinds, int) if float in kinds else kinds
     is_bool = isinstance(value, bool)  # which to Python is an int
     if (is_bool and bool not in kinds) or not isinstance(value, accepted):

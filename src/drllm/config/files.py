@@ -122,10 +122,19 @@ def canonical(group: type[Settings], values: Mapping[str, Any]) -> dict[str, Any
         if known in kinds:
             if str in kinds[known]:
                 value = as_text(value)
-            elif isinstance(value, (WrittenInt, WrittenFloat)):  # a plain one, as others expect
-                value = int(value) if isinstance(value, int) else float(value)
+            elif isinstance(value, dict):
+                value = {as_text(task): plain(one) for task, one in value.items()}
+            else:
+                value = plain(value)
         found[known] = value
     return found
+
+
+def plain(value: Any) -> Any:
+    """Return a number of the file as Python's own, as others expect; other values as they are."""
+    if isinstance(value, (WrittenInt, WrittenFloat)):
+        return int(value) if isinstance(value, int) else float(value)
+    return value
 
 
 def as_text(value: Any) -> Any:

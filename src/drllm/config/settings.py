@@ -29,7 +29,10 @@ class ModelConfig(Settings):
     """Which base model, and how it is loaded."""
 
     model: str = setting(
-        "smollm2-135m", "base model: an alias, a hub id or a local folder", alias="model_id"
+        "smollm2-135m",
+        "base model: an alias, a hub id or a local folder",
+        alias="model_id",
+        basic=True,
     )
     revision: str | None = setting(None, "branch, tag or commit of a hub model")
     dtype: str = setting(
@@ -51,19 +54,34 @@ class ModelConfig(Settings):
 class SearchConfig(Settings):
     """The tree search over layer paths; its numbers are the paper's unless said otherwise."""
 
-    dataset: str = setting("builtin_facts", "tasks (comma list), or a .jsonl file of your own")
-    output_dir: str = incidental("data/", "folder that receives search.jsonl and supervision.jsonl")
-    data_dir: str | None = incidental(None, "folder with SPLIT.jsonl[.gz] files by task")
+    dataset: str = setting(
+        "builtin_facts",
+        "tasks (comma list), or a .jsonl file of your own",
+        value="TASKS",
+        basic=True,
+    )
+    output_dir: str = incidental(
+        "data/", "folder that receives search.jsonl and supervision.jsonl", value="DIR", basic=True
+    )
+    data_dir: str | None = incidental(
+        None, "folder with SPLIT.jsonl[.gz] files by task", value="DIR"
+    )
     split: str = setting("search", "which questions", choices=SPLITS)
     limit: int | None = setting(
-        None, "at most this many questions a task, drawn with the seed", minimum=1
+        None, "at most this many questions a task, drawn with the seed", minimum=1, basic=True
     )
     reward: str | None = setting(
-        None, "graded by: of a comma list the first that fits the task; default: the task's own"
+        None,
+        "graded by: of a comma list the first that fits the task; default: the task's own",
+        basic=True,
     )
-    num_simulations: int = setting(50, "paths tried a question (paper: 50)", minimum=1)
+    num_simulations: int = setting(50, "paths tried a question (paper: 50)", minimum=1, basic=True)
     budget: float = setting(
-        2.0, "maximum executions of a path, as a factor of L (paper: 2)", minimum=1.0, maximum=2.0
+        2.0,
+        "maximum executions of a path, as a factor of L (paper: 2)",
+        minimum=1.0,
+        maximum=2.0,
+        basic=True,
     )
     strategy: str = setting(
         "tree",
@@ -94,9 +112,11 @@ class SearchConfig(Settings):
     paths_per_pass: int | None = incidental(
         None, "maximum paths in a forward pass; as many as memory allows unless given", minimum=1
     )
-    shard: str | None = setting(None, "search part i of n (i/n, from 1), to be joined by supervise")
+    shard: str | None = setting(
+        None, "search part i of n (i/n, from 1), to be joined by supervise", value="I/N"
+    )
     executor: str = incidental(
-        "local", "where to search: in this process, or on Ray", choices=EXECUTORS
+        "local", "where to search: in this process, or on Ray", choices=EXECUTORS, basic=True
     )
     num_workers: int | None = incidental(
         None,
@@ -104,7 +124,9 @@ class SearchConfig(Settings):
         minimum=1,
     )
     ray_address: str | None = incidental(
-        None, "with --executor ray: HOST:PORT of a cluster, or auto; else one starts here"
+        None,
+        "with --executor ray: HOST:PORT of a cluster, or auto; else one starts here",
+        value="HOST:PORT",
     )
     seed: int = setting(0, "seed of the search and of --limit", minimum=0)
 
@@ -124,18 +146,22 @@ class SuperviseConfig(Settings):
         "shortest",
         "rule that picks among the valid paths",
         choices=NamesIn("drllm.supervision.rules:TARGETS"),
+        basic=True,
     )
     min_saving: float | None = setting(
         None,
         "with --target least_kl: least share of the executions that a target saves (0.1)",
         above=0.0,
         maximum=1.0,
+        basic=True,
     )
     path_weights: str = setting(
         "none", "also write all valid paths for --soft-targets, weighted so", choices=PATH_WEIGHTS
     )
     quotas: str | None = setting(
-        None, "maximum targets a task, first come: arc_easy=400,dart-1=200; else no limit"
+        None,
+        "maximum targets a task, first come: arc_easy=400,dart-1=200; else no limit",
+        value="TASK=N,...",
     )
     quota_improving: float | None = setting(
         None,
@@ -149,15 +175,17 @@ class SuperviseConfig(Settings):
 class TrainConfig(Settings):
     """The routers and their training; numbers are the paper's unless said otherwise."""
 
-    num_epochs: int = setting(25, "passes over the targets (paper: 25)", minimum=1)
-    learning_rate: float = setting(1e-3, "peak of the cosine schedule (paper: 1e-3)", above=0.0)
+    num_epochs: int = setting(25, "passes over the targets (paper: 25)", minimum=1, basic=True)
+    learning_rate: float = setting(
+        1e-3, "peak of the cosine schedule (paper: 1e-3)", above=0.0, basic=True
+    )
     weight_decay: float = setting(0.01, "AdamW weight decay (paper: 0.01)", minimum=0.0)
     warmup_steps: int = setting(500, "steps of linear warm-up (paper: 500)", minimum=0)
     gradient_accumulation: int = setting(
         16, "examples an optimiser step (paper: 1 x 16)", minimum=1
     )
     num_windows: int = setting(
-        8, "windows W a router averages the prompt into (paper: 8)", minimum=1
+        8, "windows W a router averages the prompt into (paper: 8)", minimum=1, basic=True
     )
     feature_dtype: str = setting(
         "float32", "how routers' inputs are stored; bfloat16 halves them", choices=FEATURE_DTYPES
@@ -215,7 +243,10 @@ class TrainConfig(Settings):
         minimum=1,
     )
     report_to: str | None = incidental(
-        None, "trackers of accelerate (comma list), such as tensorboard,wandb; off by default"
+        None,
+        "trackers of accelerate (comma list), such as tensorboard,wandb; off by default",
+        value="NAMES",
+        basic=True,
     )
 
     @property
@@ -238,15 +269,17 @@ class TrainConfig(Settings):
 class GenerateConfig(Settings):
     """How text is generated."""
 
-    max_new_tokens: int = setting(64, "maximum tokens generated", minimum=1)
-    chat: bool = setting(True, "ask through the tokenizer's chat template, where it has one")
+    max_new_tokens: int = setting(64, "maximum tokens generated", minimum=1, basic=True)
+    chat: bool = setting(
+        True, "ask through the tokenizer's chat template, where it has one", basic=True
+    )
     batch_size: int | None = setting(
         None, "with --file: maximum prompts decoded together; 16 unless given", minimum=1
     )
     route_first: bool = setting(
         True, "with --file: route all prompts first, to decode equal plans together"
     )
-    temperature: float = setting(0.0, "sampling temperature; 0 is greedy", minimum=0.0)
+    temperature: float = setting(0.0, "sampling temperature; 0 is greedy", minimum=0.0, basic=True)
     top_p: float | None = setting(
         None,
         "sample from the likeliest tokens of this share; 1 unless given",
@@ -279,9 +312,14 @@ class DepthConfig(Settings):
         0.0, "price of an execution in logits; below 0 runs more", minimum=-1e6, maximum=1e6
     )
     target_executions: float | None = setting(
-        None, "mean executions wanted; a bias that gives them is looked for", minimum=1.0
+        None,
+        "mean executions wanted; a bias that gives them is looked for",
+        minimum=1.0,
+        basic=True,
     )
-    calibration: str | None = setting(None, "prompts (.jsonl) that --target-executions looks on")
+    calibration: str | None = setting(
+        None, "prompts (.jsonl) that --target-executions looks on", value="FILE", basic=True
+    )
     router_penalty: float | None = setting(
         None, "published knob: -1 skips all, 0.5 executes all", minimum=-1.0, maximum=1.0
     )
@@ -320,34 +358,57 @@ class DepthConfig(Settings):
 class EvaluateConfig(Settings):
     """What is evaluated, on which questions, against which baselines."""
 
-    tasks: str = setting("builtin_facts", "tasks (comma list), or a .jsonl file of your own")
-    data_dir: str | None = incidental(None, "folder with SPLIT.jsonl[.gz] files by task")
-    split: str = setting("test", "which questions", choices=SPLITS)
+    tasks: str = setting(
+        "builtin_facts",
+        "tasks (comma list), or a .jsonl file of your own",
+        value="TASKS",
+        basic=True,
+    )
+    data_dir: str | None = incidental(
+        None, "folder with SPLIT.jsonl[.gz] files by task", value="DIR"
+    )
+    split: str = setting("test", "which questions", choices=SPLITS, basic=True)
     limit: int | None = setting(
-        None, "at most this many questions a task, drawn with the seed", minimum=1
+        None, "at most this many questions a task, drawn with the seed", minimum=1, basic=True
     )
-    limits: str | None = setting(
-        None, "other limits for some tasks: TASK=COUNT with commas between, or TASK=all"
+    limits: dict[str, int | str] | None = setting(
+        None,
+        "other limits for some tasks: a number, or all",
+        minimum=1,
+        choices=("all",),
+        value="{gsm8k: 30, arc_easy: all}",
     )
-    splits: str | None = setting(
-        None, "other splits for some tasks: TASK=SPLIT with commas between"
+    splits: dict[str, str] | None = setting(
+        None, "other splits for some tasks", choices=SPLITS, value="{gsm8k: select}"
     )
-    fitted_on: str | None = setting(
-        None, "depths and baselines from another task's questions: TASK=OTHER, with commas"
+    fitted_on: dict[str, str] | None = setting(
+        None,
+        "other tasks on whose questions depths are chosen and baselines fitted",
+        value="{hellaswag: arc_easy}",
     )
     num_fewshot: int | None = setting(
         None, "worked examples before each question; each task's own unless given", minimum=0
     )
     chat: bool = setting(False, "ask through the tokenizer's chat template")
     baselines: str = setting(
-        "quick", "comma list, quick, all or none; 'drllm ls baselines' explains them"
+        "quick",
+        "comma list, quick, all or none; 'drllm ls baselines' explains them",
+        value="NAMES",
+        basic=True,
     )
-    search: str | None = setting(None, "search.jsonl, for baselines that are fitted on it")
+    search: str | None = setting(
+        None, "search.jsonl, for baselines that are fitted on it", value="FILE"
+    )
     supervision: str | None = setting(
-        None, "supervision.jsonl, for baselines that are fitted on the routers' targets"
+        None,
+        "supervision.jsonl, for baselines that are fitted on the routers' targets",
+        value="FILE",
     )
     curve: str | None = setting(
-        None, "shares of the executions to save, e.g. 0.1,0.2,0.3: routed and baselines at each"
+        None,
+        "shares of the executions to save, e.g. 0.1,0.2,0.3: routed and baselines at each",
+        value="X,X,...",
+        basic=True,
     )
     epsilon: float | None = setting(
         None,
@@ -361,7 +422,9 @@ class EvaluateConfig(Settings):
         above=0.0,
     )
     worked_answers: str | None = setting(
-        None, "with --epsilon: a task (gsm8k) on whose right answers the loss may rise no more"
+        None,
+        "with --epsilon: a task (gsm8k) on whose right answers the loss may rise no more",
+        value="TASK",
     )
     num_calibration: int | None = setting(
         None,
@@ -382,29 +445,9 @@ class EvaluateConfig(Settings):
 
     def limit_of(self, task: str) -> int | None:
         """Return how many questions of a task are asked at most; None for all."""
-        count = self.own("limits").get(task)
-        return self.limit if count is None else None if count == "all" else int(count)
+        limit = (self.limits or {}).get(task, self.limit)
+        return None if limit is None or limit == "all" else int(limit)
 
     def split_of(self, task: str) -> str:
         """Return which questions of a task are asked."""
-        return self.own("splits").get(task, self.split)
-
-    def own(self, setting: str) -> dict[str, str]:
-        """Return what `limits`, `splits` or `fitted_on` says, by task; refuse what doesn't fit."""
-        kinds = {
-            "limits": (r"all|[1-9]\d*", "TASK=COUNT, or TASK=all", "gsm8k=30,arc_easy=all"),
-            "splits": ("|".join(SPLITS), f"TASK= and {', '.join(SPLITS)}", "gsm8k=select"),
-            "fitted_on": (r"[\w./-]+", "TASK=OTHER", "hellaswag=arc_easy"),
-        }
-        pattern, form, example = kinds[setting]
-        text: str | None = getattr(self, setting)
-        found: dict[str, str] = {}
-        for part in [] if text is None else text.split(","):
-            task, _, value = (piece.strip() for piece in part.rpartition("="))
-            if not task or not re.fullmatch(pattern, value) or task in found:
-                raise ConfigError(
-                    f"{flag_of(setting)}: {part.strip()!r} doesn't fit; give {form}, each task "
-                    f"once, for example {example}"
-                )
-            found[task] = value
-        return found
+        return (self.splits or {}).get(task, self.split)

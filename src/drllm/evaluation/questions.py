@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from drllm.config import EvaluateConfig
-from drllm.config.fields import flag_of
 from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
 from drllm.evaluation.baselines.base import BASELINES, QUESTIONS
 from drllm.evaluation.baselines.registry import check, depths, named
@@ -44,17 +43,16 @@ def tasks_of(config: EvaluateConfig, given: Sequence[Task | str] | None = None) 
     worked = [] if config.worked_answers is None else [get_task(config.worked_answers).name]
     named_in = {"limits": evaluated, "splits": [*evaluated, *worked], "fitted_on": evaluated}
     for setting, known in named_in.items():
-        for name in config.own(setting):
+        for name in getattr(config, setting) or {}:
             if name not in known:
-                raise ConfigError(f"{flag_of(setting)}: " + unknown_name("task", name, known))
+                raise ConfigError(f"{setting}: " + unknown_name("task", name, known))
     for task in tasks:
         _check_examples(task, config.split_of(task.name), config.data_dir)
     sources = sources_of(tasks, config)
     limited = {*evaluated, *(s.name for s in sources.values() if config.epsilon is not None)}
-    if config.limit is not None and limited <= config.own("limits").keys():
+    if config.limit is not None and limited <= (config.limits or {}).keys():
         raise ConfigError(
-            f"--limit {config.limit} has no effect, since --limits {config.limits} names every "
-            f"task; leave it out"
+            f"--limit {config.limit} has no effect, since 'limits' names every task; leave it out"
         )
     if is_fitted(config):
         for source in sources.values():
@@ -99,15 +97,17 @@ def sources_of(tasks: Sequence[Task], config: EvaluateConfig) -> dict[str, Task]
     """Return, by the name of each task, the task whose questions all is fitted on.
 
     A task's own, unless `fitted_on` names another: where a set has only questions that are
-    reported, or to see what holds elsewhere of what was chosen here. ConfigError if that can't be
-    read, or it or `num_calibration` has no effect; TaskError if it names a task that there isn't.
+    reported, or to see what holds elsewhere of what was chosen here. ConfigError if it or
+    `num_calibration` has no effect; TaskError if it names a task that there isn't.
     """
-    others = config.own("fitted_on")
-    for setting in ("fitted_on", "num_calibration"):
-        value = getattr(config, setting)
+    others = config.fitted_on or {}
+    for setting, value in (
+        ("fitted_on", config.fitted_on),
+        ("--num-calibration", config.num_calibration),
+    ):
         if value is not None and not is_fitted(config):
             raise ConfigError(
-                f"{flag_of(setting)} {value} has no effect on the baselines {config.baselines} "
+                f"{setting} {value} has no effect on the baselines {config.baselines} "
                 f"without --curve; leave it out, or give --curve or baselines that are fitted"
             )
     by_name = {task.name: task for task in tasks}
@@ -144,7 +144,10 @@ def worked_task(config: EvaluateConfig, tasks: Sequence[Task]) -> Task | None:
             f"worked answers; leave it out"
         )
     for split in (chosen_on(task, config), config.split_of(task.name)):
-        other = f"; --splits {task.name}=select has depths chosen on fit and tested on select"
+        other = (
+            f"; 'splits: {{{task.name}: select}}' in a YAML file (--config) has depths chosen on "
+            f"fit and tested on select"
+        )
         other = other if split == "test" else ""
         try:
             found = len(task.examples(split, config.data_dir))

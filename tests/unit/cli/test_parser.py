@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from drllm.cli.parser import FOREIGN, VERBS, Request, overview, parse
+from drllm.cli.parser import FOREIGN, VERBS, Request, flags_of, parse
 from drllm.config import EvaluateConfig, GenerateConfig, ModelConfig, SearchConfig, TrainConfig
-from drllm.config.fields import flag_of
+from drllm.errors import ConfigError
 
 
 def parsed(line: str) -> Request:
@@ -24,9 +24,15 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "s.yaml"
 
 
-def test_every_verb_has_a_line_in_the_overview():
-    for name, help_line in {**{n: verb.help for n, verb in VERBS.items()}, **FOREIGN}.items():
-        assert re.search(rf"^  {name} +{re.escape(help_line)}$", overview(), re.MULTILINE)
+def test_the_overview_has_each_verb_once_with_what_it_does_and_a_command_that_works(drllm):
+    out = drllm("--help").out
+    texts = {**{name: verb.help for name, verb in VERBS.items()}, **FOREIGN}
+    assert sorted(re.findall(r"^  (\S+) +(.+)$", out, re.MULTILINE)) == sorted(texts.items())
+    order = [out.index(f"\n  {verb} ") for verb in ("search", "supervise", "train", "evaluate")]
+    assert order == sorted(order)
+    program, *words = shlex.split(out.splitlines()[-1].partition(": ")[2])
+    assert program == "drllm"
+    assert parse(words).verb == "run"
 
 
 @pytest.mark.parametrize("name", VERBS)
@@ -36,17 +42,54 @@ def test_every_verbs_example_is_understood(name: str):
     assert parse(words).verb == name
 
 
-@pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if verb.settings])
-def test_every_setting_is_a_flag_with_its_default_in_the_help(verb: str, drllm):
-    entries = re.split(r"\n(?=  -|\n)", drllm(f"{verb} --help").out)
-    for declared in [each for group in VERBS[verb].settings for each in dataclasses.fields(group)]:
-        flag = flag_of(declared.name)
-        entry = next(text for text in entries if re.match(rf"  {flag}[ ,]", text))
-        text = " ".join(entry.split())
-        assert " ".join(declared.metadata["help"].split()) in text
-        if declared.default is not None and declared.name != "model":
-            shown = str(declared.default).replace("True", "true").replace("False", "false")
-            assert text.endswith(f"(default: {shown})")
+WITH_SETTINGS = [name for name, verb in VERBS.items() if verb.settings]
+
+
+@pytest.mark.parametrize("verb", WITH_SETTINGS)
+def test_help_has_the_few_flags_that_one_needs_and_says_how_to_see_the_others(verb: str, drllm):
+    out = drllm(f"{verb} --help").out
+    shown = re.findall(r"^  (--\S+)", out, re.MULTILINE)
+    assert 3 <= len(shown) <= 13
+    more = len(list(flags_of(VERBS[verb]))) - len(re.findall(r"^  \S", out, re.MULTILINE)) + 2
+    assert re.search(rf"^  --help-all +{more} more", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("verb", WITH_SETTINGS)
+def test_help_all_has_every_setting_with_choices_and_default_and_without_types(verb: str, drllm):
+    out = drllm(f"{verb} --help_all").out
+    assert not re.search(r"TEXT|\btype\b|\bnull\b|None|True|False", out)
+    lines = {re.sub(r"[-_]|no", "", line): line for line in re.split(r"\n(?=  \S|\n)", out)}
+    for group in VERBS[verb].settings:
+        for declared in dataclasses.fields(group):
+            name = declared.name.replace("_", "").replace("no", "")
+            entry = next(lines[key] for key in lines if re.match(rf"\s+(\[\])?{name}[ ,:]", key))
+            text = " ".join(entry.split())
+            assert declared.metadata["help"].rstrip(")") in text
+            if "dict" not in str(declared.type):
+                for choice in declared.metadata["choices"] or ():
+                    assert re.search(rf"[ |]{choice}[ |]", text)
+            if declared.default not in (None, False) and declared.name != "model":
+                shown = re.search(r"default: (\S+)\)$", text)[1]
+                assert shown == "on" or type(declared.default)(shown) == declared.default
+
+
+def test_an_unknown_flag_is_answered_with_the_nearest_and_not_with_all():
+    for verb in VERBS:
+        with pytest.raises(ConfigError) as refused:
+            parse([verb, "--confg"])
+        assert len(str(refused.value)) < 160
+    with pytest.raises(ConfigError, match=r"'--num-epoch'; did you mean '--num-epochs'"):
+        parsed("train --num_epoch 3")
+
+
+@pytest.mark.parametrize("name", ["limits", "splits", "fitted-on"])
+def test_a_setting_by_task_is_no_flag_and_the_answer_says_where_it_goes(name: str, file: Path):
+    with pytest.raises(ConfigError, match=rf"^--{name} is no flag; write it into a YAML file"):
+        parsed(f"evaluate --routers r --{name} gsm8k=3")
+    value = {"limits": 30, "splits": "select", "fitted-on": "arc_easy"}[name]
+    file.write_text(f"{name}: {{gsm8k: {value}}}\n")
+    settings = parsed(f"evaluate --routers r --config {file}").of(EvaluateConfig)
+    assert getattr(settings, name.replace("-", "_")) == {"gsm8k": value}
 
 
 def test_underscores_and_dashes_are_the_same():

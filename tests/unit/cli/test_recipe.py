@@ -128,7 +128,7 @@ def test_a_setting_is_chosen_on_select_by_the_routed_model_alone_maybe_on_fewer_
             "split is select, on which the setting is chosen",
         ),
         (
-            "evaluate: {curve: '0.1', splits: builtin_facts=select}\n" + SETTINGS,
+            "evaluate: {curve: '0.1', splits: {builtin_facts: select}}\n" + SETTINGS,
             "builtin_facts's split is select, on which the setting is chosen",
         ),
     ],

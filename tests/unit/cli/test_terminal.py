@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import logging
+import re
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,3 +120,45 @@ def test_no_control_character_of_a_text_reaches_the_terminal(
         assert r"\x1b[31m" in printed
         assert r"\x9b2J" in printed
         assert not set(printed) & set("\x1b\x07\x9b\u202e")
+
+
+WORDS = "permuted-routes what-the-routed-model-does 12345.678 checkpoints/first/routers a bc def"
+
+
+def on_a_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    for name in ("stdout", "stderr"):
+        screen = io.StringIO()
+        screen.isatty = lambda: True  # type: ignore[method-assign]
+        monkeypatch.setattr(sys, name, screen)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    return Terminal()
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 200])
+def test_on_a_terminal_lines_and_tables_break_at_words(width: int, monkeypatch):
+    terminal = on_a_terminal(width, monkeypatch)
+    terminal.say(f"{WORDS} {WORDS}")
+    terminal.fact("routers", f"{WORDS} {WORDS}")
+    terminal.note(f"{WORDS} {WORDS}")
+    terminal.table("name|what\nit|is", [WORDS.split()[:3], [WORDS, WORDS, "1"]], "name " * 50)
+    shown = sys.stdout.getvalue() + sys.stderr.getvalue()
+    shown = re.sub(r"\x1b\[[\d;]*m", "", shown)
+    words = {word for word in shown.split() if set(word) != {"─"}}
+    assert words == {*WORDS.split(), *["routers", "name", "what", "it", "is", "1"]}
+    assert max(map(len, shown.splitlines())) <= width
+
+
+def test_a_table_whose_words_do_not_fit_is_printed_row_by_row(monkeypatch):
+    for width, is_table in ((60, True), (30, False)):
+        terminal = on_a_terminal(width, monkeypatch)
+        terminal.table("a|b\nc|d", [["x" * 15, "y" * 15, "z" * 15], []])
+        assert (f"b c            {'y' * 15}\n" not in sys.stdout.getvalue()) == is_table
+
+
+def test_what_goes_to_a_file_is_not_broken(capsys: pytest.CaptureFixture[str]):
+    terminal = Terminal()
+    terminal.fact("routers", WORDS * 5)
+    terminal.table("name|what", [["a", WORDS * 5]])
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert [line.split(maxsplit=1)[1] for line in (lines[0], lines[4])] == [WORDS * 5] * 2

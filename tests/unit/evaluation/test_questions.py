@@ -20,10 +20,10 @@ TASKS = get_tasks("arc_easy,hellaswag")
 
 
 def test_a_task_is_fitted_on_its_own_questions_unless_another_is_named():
-    config = EvaluateConfig(curve="0.1", fitted_on="hellaswag=arc_easy")
+    config = EvaluateConfig(curve="0.1", fitted_on={"hellaswag": "arc_easy"})
     sources = sources_of(TASKS, config)
     assert sources == {"arc_easy": TASKS[0], "hellaswag": TASKS[0]}
-    elsewhere = EvaluateConfig(curve="0.1", fitted_on="hellaswag=piqa")
+    elsewhere = EvaluateConfig(curve="0.1", fitted_on={"hellaswag": "piqa"})
     assert sources_of(TASKS, elsewhere)["hellaswag"] is get_task("piqa")
 
 
@@ -31,7 +31,7 @@ def test_depths_are_never_chosen_on_the_split_that_is_reported():
     [arc, _] = TASKS
     assert chosen_on(arc, EvaluateConfig(split="test")) == "select"
     assert chosen_on(arc, EvaluateConfig(split="select")) == "fit"
-    assert chosen_on(arc, EvaluateConfig(splits="arc_easy=select")) == "fit"
+    assert chosen_on(arc, EvaluateConfig(splits={"arc_easy": "select"})) == "fit"
 
 
 @pytest.mark.parametrize(
@@ -52,10 +52,9 @@ def test_something_is_fitted_with_a_curve_or_baselines_that_need_it(settings, fi
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"fitted_on": "hellaswag=arc_easy"}, "effect on the baselines quick without --curve"),
+        ({"fitted_on": {"hellaswag": "arc_easy"}}, "effect on the baselines quick without --curve"),
         ({"num_calibration": 9}, r"--num-calibration 9 has no effect .* without --curve"),
-        ({"curve": "0.1", "fitted_on": "hellaswag=arc_eas"}, "did you mean 'arc_easy'"),
-        ({"curve": "0.1", "fitted_on": "hellaswag"}, "--fitted-on: 'hellaswag' doesn't fit"),
+        ({"curve": "0.1", "fitted_on": {"hellaswag": "arc_eas"}}, "did you mean 'arc_easy'"),
     ],
 )
 def test_sources_that_make_no_sense_are_refused(values, message):
@@ -103,15 +102,16 @@ def test_a_split_without_a_file_is_answered_with_the_split_to_give(make_data):
     with pytest.raises(TaskError, match=r"--worked-answers gsm8k: .*test\.jsonl") as caught:
         worked(worked_answers="gsm8k", data_dir=data_dir)
     assert str(caught.value).endswith(
-        "; --splits gsm8k=select has depths chosen on fit and tested on select"
+        "; 'splits: {gsm8k: select}' in a YAML file (--config) has depths chosen on fit and tested "
+        "on select"
     )
     assert "\n" not in str(caught.value)
-    assert worked(worked_answers="gsm8k", data_dir=data_dir, splits="gsm8k=select") is not None
+    assert worked(worked_answers="gsm8k", data_dir=data_dir, splits={"gsm8k": "select"}) is not None
 
 
 def test_too_few_worked_answers_are_refused_before_anything_runs(make_data):
     with pytest.raises(TaskError, match=r"split 'fit' has \d+ questions, and a bound needs 30"):
-        worked(worked_answers="gsm8k", data_dir=make_data(60), splits="gsm8k=select")
+        worked(worked_answers="gsm8k", data_dir=make_data(60), splits={"gsm8k": "select"})
 
 
 # --- what is refused before a model is loaded --------------------------------------------------
@@ -121,8 +121,8 @@ def test_too_few_worked_answers_are_refused_before_anything_runs(make_data):
     ("values", "message"),
     [
         ({"tasks": "arc_eas"}, "did you mean 'arc_easy'"),
-        ({"limits": "arc_easy=3"}, "--limits: .*arc_easy"),
-        ({"limit": 4, "limits": "builtin_facts=3"}, "--limit 4 has no effect"),
+        ({"limits": {"arc_easy": 3}}, "limits: .*arc_easy"),
+        ({"limit": 4, "limits": {"builtin_facts": 3}}, "--limit 4 has no effect"),
         ({"curve": "0.1", "epsilon": 2.0, "num_texts": 29}, "--num-texts 29 are too few"),
         ({"data_dir": "nowhere"}, "--data-dir nowhere is not a folder"),
     ],

@@ -474,7 +474,7 @@ def test_depths_of_a_task_can_be_those_of_another(run, two_tasks, tmp_path):
     own = {"curve": "0.1", "baselines": "block-influence", "epsilon": 50.0, "limit": 12}
     own |= {"num_texts": 30, "num_calibration": 4}
     [expected] = run(tmp_path / "alone", tasks=[first], **own)
-    calls, named = [], f"{second.name}={first.name}"
+    calls, named = [], {second.name: first.name}
     one, other = run(tmp_path / "both", tasks=two_tasks, calls=calls, fitted_on=named, **own)
     assert one["choice"]["trials"] == other["choice"]["trials"] == expected["choice"]["trials"]
     assert one["choice"]["smallest"] == other["choice"]["smallest"]

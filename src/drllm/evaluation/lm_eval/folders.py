@@ -15,7 +15,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeAlias
 
 import yaml
 
-from drllm.errors import ConfigError, TaskError, unknown_name
+from drllm.errors import ConfigError, TaskError, nearest_name
 from drllm.evaluation.lm_eval.graders import entry_of
 from drllm.records import question_key, write_atomically
 from drllm.tasks.base import Example, Function, Harness, QuestionRow, Task, choose
@@ -377,7 +377,7 @@ def own_tasks(
     ours = [name for name in names if is_task_name(name)]
     others = [name for name in names if not is_task_name(name)]
     if not ours:
-        said = unlisted("task of drllm's", others[0], task_names())
+        said = nearest_name("task of drllm's", others[0], task_names())
         raise ConfigError(
             f"--data_dir and --split have no effect on the harness' own tasks: {said}; "
             f"'drllm ls tasks' lists them; leave both flags out, or name one"
@@ -413,11 +413,6 @@ def own_tasks(
     return OwnTasks(found, files, ordered)
 
 
-def unlisted(kind: str, name: str, known: Iterable[str]) -> str:
-    """Say that a name is unknown, with the nearest: the harness has thousands, too many to list."""
-    return unknown_name(kind, name, known).split(" Valid: ")[0].rstrip(".")
-
-
 def _check_others(others: Sequence[str], taken: set[str], include_path: str | None) -> None:
     """Refuse names next to ours that are unknown, or that hold a task of the same name as ours."""
     import lm_eval.tasks
@@ -432,7 +427,7 @@ def _check_others(others: Sequence[str], taken: set[str], include_path: str | No
             )
         held = _held(manager.match_tasks([name]), index)
         if not held:
-            said = unlisted("task", name, {*task_names(), *index})
+            said = nearest_name("task", name, {*task_names(), *index})
             raise TaskError(f"{said}; 'drllm ls tasks' and 'drllm lm-eval ls tasks' list all")
         if both := sorted(held & taken):
             raise TaskError(
