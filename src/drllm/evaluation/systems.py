@@ -64,6 +64,7 @@ class SystemRun(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         correct: For each question, the score of its answer by the task's metric, averaged over
             the draws.
         metrics: The same of all that the harness says of an answer, by name.
+        answers: For each question, the option chosen or the text generated, of the first draw.
         gold_logprob: For each question, the gold option's log-probability among the options, in
             nats, likewise; empty where answers are generated.
         text_loss: For each text, its mean next-token loss in nats a token, of the first draw.
@@ -77,6 +78,7 @@ class SystemRun(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     setting: str = ""
     routes: list[list[Decisions]] = []
     correct: list[float] = []
+    answers: list[int | str] = []
     metrics: dict[str, list[float]] = {}
     gold_logprob: list[float] = []
     text_loss: list[float] = []
@@ -167,6 +169,7 @@ class TaskRun:
             setting=setting,
             routes=found.routes,
             correct=metrics[self.asked.written.metric],
+            answers=[self.asked.answer(*each) for each in enumerate(found.answers[0])],
             metrics=metrics,
             seconds=found.seconds,
             notes=[first.note] if first.note else [],

@@ -246,12 +246,17 @@ class TaskRuns:
                         correct=each.correct[place],
                         gold_logprob=each.gold_logprob[place] if each.gold_logprob else None,
                         decisions=tuple(each.routes[0][place]) if len(each.routes) == 1 else None,
+                        answer=self._answer(each, place),
                     )
                     for each in self.systems
                 },
             )
             for place, own_id in enumerate(self.asked.ids)
         ]
+
+    def _answer(self, system: SystemRun, place: int) -> int | str | None:
+        """Return what base or the routed model answered; the texts of all systems are many."""
+        return system.answers[place] if system.title in (BASE, ROUTED) and system.answers else None
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -217,11 +217,15 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class Outcome(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
 ):
-    """One system's outcome on one question; `decisions` is None where draws are averaged."""
+    """One system's outcome on one question; `decisions` is None where draws are averaged.
+
+    `answer` is the option chosen, from 0, or the text generated; known of base and routed alone.
+    """
 
     correct: float
     gold_logprob: float | None
     decisions: Decisions | None = None
+    answer: int | str | None = None
 
     def __post_init__(self) -> None:
         if self.decisions is not None:
@@ -241,6 +245,12 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def __post_init__(self) -> None:
         if self.gold is not None and not 0 <= self.gold < len(self.choices):
             raise ValueError(f"`gold` is {self.gold}, the question has {len(self.choices)} choices")
+        for name, outcome in self.systems.items():
+            if isinstance(outcome.answer, int) and not 0 <= outcome.answer < len(self.choices):
+                raise ValueError(
+                    f"{name!r} answered with option {outcome.answer}, the question has "
+                    f"{len(self.choices)} choices"
+                )
 
 
 class Result(Evaluation, frozen=True, kw_only=True, forbid_unknown_fields=True):

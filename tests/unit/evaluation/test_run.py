@@ -149,7 +149,8 @@ def test_every_sample_equals_the_question_asked_alone(evaluated, base, task, sys
         behind = [row[len(context) :] for row in rows]
         sums = ListedModel(base.model, outcome["decisions"]).sums(context, behind)
         gold = sums[example.gold] - math.log(sum(math.exp(value) for value in sums))
-        assert float(sums.index(max(sums)) == example.gold) == outcome["correct"]
+        assert outcome["answer"] == sums.index(max(sums))
+        assert outcome["correct"] == float(outcome["answer"] == example.gold)
         assert gold == pytest.approx(outcome["gold_logprob"], abs=1e-4)
 
 
@@ -338,6 +339,9 @@ def test_generated_answers_are_evaluated_under_each_route(run, tmp_path):
     rows = by_name(result)
     assert list(rows) == SYSTEMS
     assert rows["routed"]["gold_logprob"] is None
+    for sample in samples_in(tmp_path):
+        answered = {name: "answer" in outcome for name, outcome in sample["systems"].items()}
+        assert answered == {name: name in ("base", "routed") for name in SYSTEMS}
     assert rows["base"]["decode_executions"] == 6
     assert rows["permuted routes"]["executions"] == pytest.approx(rows["routed"]["executions"])
 

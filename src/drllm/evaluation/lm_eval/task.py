@@ -158,6 +158,16 @@ class AskedTask:
             )
         return graded
 
+    def answer(self, place: int, answers: Sequence[Answer | str]) -> int | str:
+        """Return the option that a question was answered with, from 0, or the text generated."""
+        sums = [answer[0] for answer in answers if not isinstance(answer, str)]
+        if not sums:
+            return str(answers[0])
+        if self.written.metric == "acc_norm":  # as the harness chooses
+            choices = self._tasks[self.keys[place][0]].doc_to_choice(self.docs[place])
+            sums = [total / len(text) for total, text in zip(sums, choices, strict=True)]
+        return sums.index(max(sums))
+
     def gold_logprob(self, place: int, answers: Sequence[Answer | str]) -> float:
         """Return the gold option's log-probability among the options of a question, in nats."""
         sums = [answer[0] for answer in answers if not isinstance(answer, str)]
