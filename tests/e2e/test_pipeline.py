@@ -28,10 +28,8 @@ routers/README.md
 eval/builtin_facts.json eval/latency.json eval/samples.jsonl eval/samples.manifest.json
 eval/tasks/test/builtin_facts.yaml eval/tasks/test/rows/builtin_facts-asked.jsonl
 report.html report.md
-report_figures/01-builtin-facts-systems.png report_figures/02-builtin-facts-baselines.png
-report_figures/03-labels-and-routes.png report_figures/04-single-edits.png
-report_figures/05-target-executions.png report_figures/06-router-metrics.png
-report_figures/07-router-layers.png
+report_figures/01-builtin-facts-systems.png report_figures/02-routes-by-layer.png
+report_figures/03-router-metrics.png
 """
 FILES = set(EVERY_FILE.split())
 

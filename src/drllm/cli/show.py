@@ -40,8 +40,7 @@ from drllm.records.results import (
     schema_of,
 )
 from drllm.reporting.cost import measured_line
-from drllm.reporting.evaluated import against, difference, label
-from drllm.reporting.numbers import NONE, plain, signed
+from drllm.reporting.numbers import NONE, against, difference, label, plain, signed
 from drllm.reporting.sweeps import SWEEP_FILE, SweepResult, read_sweep_file
 from drllm.search import CHUNKS_FOLDER
 from drllm.statistics.verdicts import Differences

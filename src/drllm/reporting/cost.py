@@ -5,86 +5,40 @@ Nothing derived is called measured. `drllm show` prints `measured_line`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from drllm.cost import share_saved
-from drllm.records.results import (
-    BASE,
-    DECODE,
-    PREFILL,
-    ROUTED,
-    Evaluation,
-    Latency,
-    System,
-    Timings,
-)
-from drllm.reporting.blocks import Block, Section, Table, Text, row_of
+from drllm.records.results import BASE, DECODE, PREFILL, ROUTED, Evaluation, Latency, System
+from drllm.reporting.blocks import Block, Section, Table, Text, Tile
 from drllm.reporting.numbers import NONE, count, percent, plain
 
-MOST_ROWS = 20
-"""Rows of a table of tasks and systems from which on it is shown on request only."""
 PHASES = {PREFILL: "reading", DECODE: "decoding"}
-NOT_MEASURED = (
-    "Latency, throughput and the routers' own time were not measured: there is no latency.json, "
-    "which an evaluation writes unless it is told --latency-rounds 0."
-)
+NOT_MEASURED = "No time was measured (--latency-rounds 0)."
 
 
-def sections(evaluations: Sequence[Evaluation], measured: Latency | None) -> list[Section]:
-    """Return the sections on cost, of every task and of the machine."""
-
-    def by_system(caption: str, columns: dict[str, Callable[[Evaluation, System], str]]) -> Table:
-        rows = [
-            [each.task, system.name, *row_of(columns, each, system)]
-            for each in evaluations
-            for system in each.systems
-        ]
-        header, folded = ("task", "system", *columns), len(rows) > MOST_ROWS
-        return Table(caption=caption, header=header, rows=rows, texts=(0, 1), folded=folded)
-
-    derived = by_system(
-        "Layer executions a forward pass, counted; FLOPs of reading a prompt and bytes of K/V a "
-        "token, derived",
+def section(evaluations: Sequence[Evaluation], measured: Latency | None) -> Section:
+    """Return the section on cost, of every task and of the machine."""
+    pairs = [(each, system) for each in evaluations for system in each.systems]
+    several = len(evaluations) > 1
+    derived = Table.of(
+        "Layers run a forward pass, counted; FLOPs of reading a prompt and bytes of K/V a token, "
+        "derived from the model's shape and the routes, not measured; the evaluation's own time, "
+        "in batches and once a system, which is neither a latency nor a throughput.",
+        pairs,
         {
-            "reading the prompt": lambda _, s: plain(s.executions, 2),
-            "decoding a token": lambda _, s: plain(s.decode_executions, 2),
-            "saved": lambda e, s: percent(share_saved(s.executions, e.num_layers)),
-            "GFLOPs with weights": lambda _, s: _giga(s, "weights"),
-            "GFLOPs of attention": lambda _, s: _giga(s, "attention"),
-            "K/V bytes a token": lambda _, s: count(
-                None if s.kv_bytes_per_token is None else round(s.kv_bytes_per_token)
-            ),
+            "system": lambda p: f"{p[0].task}: {p[1].name}" if several else p[1].name,
+            "reading": lambda p: plain(p[1].executions, 2),
+            "decoding": lambda p: plain(p[1].decode_executions, 2),
+            "saved": lambda p: percent(share_saved(p[1].executions, p[0].num_layers)),
+            "GFLOPs, weights": lambda p: _giga(p[1], "weights"),
+            "GFLOPs, attention": lambda p: _giga(p[1], "attention"),
+            "K/V bytes a token": lambda p: _whole(p[1].kv_bytes_per_token),
+            "evaluated in, seconds": lambda p: plain(p[1].seconds),
         },
-    )
-    how_derived = Text(
-        "FLOPs and bytes follow from the model's shape and the routes and were not measured; "
-        "attention's share grows with the length of the prompt. Nothing is decoded where options "
-        "are scored."
-    )
-    own = by_system(
-        "The evaluation's own time, measured",
-        {
-            "seconds, one draw": lambda _, s: plain(s.seconds),
-            "seconds a question": lambda e, s: plain(
-                s.seconds / e.num_questions if e.num_questions else None, 3
-            ),
-        },
-    )
-    how_own = Text(
-        "These seconds are wall time of this evaluation: questions run in batches, options share "
-        "what they have in common, and each system was timed once. They are neither a latency nor "
-        "a throughput."
-    )
-    order = Text(
-        "What is counted and what follows from it stands first; only what a clock gave is called "
-        "measured."
+        bold=ROUTED,
     )
     timed = [Text(NOT_MEASURED)] if measured is None else _timed(measured)
-    return [
-        Section("Cost", [order]),
-        Section("Counted and derived", [derived, how_derived], level=3),
-        Section("Measured", [*timed, own, how_own], level=3),
-    ]
+    return Section("Cost", [*timed, derived], folded=True)
 
 
 def _giga(system: System, part: str) -> str:
@@ -92,52 +46,48 @@ def _giga(system: System, part: str) -> str:
     return NONE if flops is None else f"{getattr(flops, part) / 1e9:.3g}"
 
 
+def _whole(value: float | None) -> str:
+    return count(None if value is None else round(value))
+
+
 def _timed(measured: Latency) -> list[Block]:
     found = measured.measured
-    passes = "" if found.new_tokens == 1 else "es"
-    times = ("base, ms", "routed, ms", "routed / base", "lowest to highest")
-    rates = ("base, tokens/s", "routed, tokens/s", "executions, routed", "routers alone, ms")
-    return [
-        Text(f"Measured on {_machine(measured)}."),
-        Table(
-            caption=f"Time of base and routed, measured: {_how_measured(measured)}",
-            header=("what, rows of the batch", *times, *rates),
-            rows=[_ratio_row(found, phase, size) for phase in PHASES for size in found.batch_sizes],
-        ),
-        Text(
-            f"Reading is one pass over {count(found.prompt_tokens)} tokens of every prompt, "
-            f"decoding {count(found.new_tokens)} more pass{passes} of one token. All systems "
-            "had a turn in every round; what is compared is compared within a round, and the "
-            "median, the lowest and the highest are shown. Below 1 the routed model is faster. "
-            "Executions are those of the routes that were timed; rows of a batch may have "
-            "different ones. The routers' own time is that of routers which compute everything "
-            "and always execute, less that of the same model without routers: noise can make it "
-            "negative, and in decoding they don't run."
-        ),
-    ]
+    ran, threads = measured.runtime, measured.runtime.get("num_threads")
+    shown = f", {threads} thread{'s' * (threads != 1)}" if ran.get("device") == "cpu" else ""
+    timed = [(phase, size) for phase in PHASES for size in found.batch_sizes]
+    table = Table.of(
+        f"Measured on {measured.machine}; {ran.get('device')}, {ran.get('dtype')}{shown}: medians "
+        f"of {found.num_rounds} rounds on {count(measured.num_prompts)} prompts of "
+        f"{count(found.prompt_tokens)} tokens, {count(found.new_tokens)} decoded. Base and routed "
+        f"have a turn in every round, and are compared within it. The routers' own time is that of "
+        f"routers that always execute, less that of the same model without any.",
+        list(zip(timed, found.labels(), strict=True)),
+        {
+            "what, rows": lambda t: f"{PHASES[t[0][0]]}, {count(t[0][1])}",
+            "base, ms": lambda t: _ms(found.of(BASE, *t[0]).median),
+            "routed, ms": lambda t: _ms(found.of(ROUTED, *t[0]).median),
+            "routed / base": lambda t: _ratio(measured, *t[0]),
+            "routed is": lambda t: t[1],
+            "routed, tokens/s": lambda t: count(round(found.of(ROUTED, *t[0]).tokens_per_second)),
+            "layers run": lambda t: plain(found.of(ROUTED, *t[0]).executions, 2),
+            "routers alone, ms": lambda t: _routers(measured, *t[0]),
+        },
+        words=("routed is",),
+    )
+    return [table]
 
 
-def _ratio_row(found: Timings, phase: str, size: int) -> list[str]:
-    base, routed = (found.of(system, phase, size) for system in (BASE, ROUTED))
-    ratio = found.ratio(ROUTED, BASE, phase, size)
-    return [
-        f"{PHASES[phase]}, {count(size)}",
-        _ms(base.median),
-        _ms(routed.median),
-        plain(ratio.median, 3),
-        f"{plain(ratio.lowest, 3)} to {plain(ratio.highest, 3)}",
-        _rate(base.tokens_per_second),
-        _rate(routed.tokens_per_second),
-        plain(routed.executions, 2),
-        _routers(found, size) if phase == PREFILL else NONE,
-    ]
+def _ratio(measured: Latency, phase: str, size: int) -> str:
+    each = measured.measured.ratio(ROUTED, BASE, phase, size)
+    return f"{plain(each.median, 2)} ({plain(each.lowest, 2)} to {plain(each.highest, 2)})"
 
 
-def _routers(found: Timings, size: int) -> str:
-    each = found.router_seconds(size)
-    ends = f"({_ms(each.lowest)} to {_ms(each.highest)})"
+def _routers(measured: Latency, phase: str, size: int) -> str:
+    each = measured.measured.router_seconds(size)
+    if phase != PREFILL:
+        return NONE  # they don't run then
     # In some round they took less than nothing: noise.
-    return f"not told from noise {ends}" if each.lowest <= 0 else f"{_ms(each.median)} {ends}"
+    return _ms(each.median) if each.lowest > 0 else "too noisy"
 
 
 def _ms(seconds: float) -> str:
@@ -146,33 +96,34 @@ def _ms(seconds: float) -> str:
     return count(round(ms)) if ms >= 100 else plain(ms, 1 if abs(ms) >= 10 else 2)
 
 
-def _rate(per_second: float) -> str:
-    return count(round(per_second)) if per_second >= 100 else plain(per_second)
+def _shown(measured: Latency) -> dict[str, list[str]]:
+    """Return where the measured times show what: label → phase and rows, with the ratio."""
+    found, shown = measured.measured, dict[str, list[str]]()
+    timed = [(phase, size) for phase in PHASES for size in found.batch_sizes]
+    for (phase, size), label in zip(timed, found.labels(), strict=True):
+        ratio = plain(found.ratio(ROUTED, BASE, phase, size).median, 2)
+        shown.setdefault(label, []).append(f"{PHASES[phase]} {size} ({ratio})")
+    return shown
 
 
-def _machine(measured: Latency) -> str:
-    ran, threads = measured.runtime, measured.runtime.get("num_threads")
-    shown = f", {threads} thread{'s' * (threads != 1)}" if ran.get("device") == "cpu" else ""
-    return f"{measured.machine}; {ran.get('device')}, {ran.get('dtype')}{shown}"
-
-
-def _how_measured(measured: Latency) -> str:
-    rounds = measured.measured.num_rounds
-    return (
-        f"medians of {count(rounds)} interleaved round{'s' * (rounds != 1)} on "
-        f"{count(measured.num_prompts)} prompts"
-    )
+def tile(measured: Latency | None) -> Tile:
+    """Return what the measured times show, in a tile."""
+    title = "Measured time"
+    if measured is None:
+        return Tile(title, "not measured", "asked for with --latency-rounds 0")
+    shown = _shown(measured)
+    most = max(shown, key=lambda label: len(shown[label]))
+    timed = [(phase, size) for phase in PHASES for size in measured.measured.batch_sizes]
+    ratios = [measured.measured.ratio(ROUTED, BASE, *each).median for each in timed]
+    value = most if len(shown) == 1 else f"{most} in {len(shown[most])} of {len(timed)}"
+    note = f"{plain(min(ratios), 2)} to {plain(max(ratios), 2)} times base's, by phase and batch"
+    return Tile(title, value, note)
 
 
 def measured_line(measured: Latency) -> str:
     """Say in one line what the measured times show."""
     found = measured.measured
-    timed = [(phase, size) for phase in PHASES for size in found.batch_sizes]
-    ratios = [found.ratio(ROUTED, BASE, *each) for each in timed]
-    shown: dict[str, list[str]] = {}
-    for (phase, size), ratio, label in zip(timed, ratios, found.labels(), strict=True):
-        shown.setdefault(label, []).append(f"{PHASES[phase]} {size} ({plain(ratio.median, 2)})")
-    said = "; ".join(f"{label}: {', '.join(where)}" for label, where in shown.items())
+    said = "; ".join(f"{label}: {', '.join(where)}" for label, where in _shown(measured).items())
     return (
         f"Measured time, routed / base by rows of a batch, {found.num_rounds} rounds of "
         f"{found.prompt_tokens} tokens: {said}."

@@ -1,15 +1,15 @@
-"""How the drawings of a report are made: colours, style, legends, and what leaves as SVG or PNG.
+"""How the drawings of a report are made: colours, style, labels, and what leaves as SVG or PNG.
 
 Drawn by matplotlib without pyplot, so that nothing global is touched. In an `<svg>` element colours
 are CSS variables that follow the page's light or dark scheme, and texts are texts in the page's own
-font; a PNG has the light scheme's colours. The variables' values are in `style.css`.
+font; a PNG has the light scheme's colours. The variables' values are in `templates/style.css`.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,22 +19,25 @@ if TYPE_CHECKING:
 
 Colours: TypeAlias = Mapping[str, str]
 """Name of a colour → what matplotlib draws with."""
-Draw: TypeAlias = Callable[[Colours], "Figure"]
-"""Makes a figure in the colours given."""
+Draw: TypeAlias = Callable[[Colours, float], "Figure"]
+"""Makes a figure in the colours given, so many inches wide."""
 
-WIDTH = 4.2
-"""Inches. Small, so that the 8-point texts can still be read when a phone scales the figure."""
-PNG_DPI = 200
+NARROW, WIDE = 4.2, 9.0
+"""Inches of a figure that a phone shows, whose 8-point texts can still be read there, and of a
+large one."""
+ROW = 0.21
+"""Inches a line takes where each thing has a line."""
+PNG_DPI = 160
 
-NAMES = ("ink", "faint", "grid", "skip", "repeat", "s0", "s1", "s2", "s3", "s4", "s5")
-_STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+NAMES = ("ink", "faint", "grid", "skip", "repeat", "run", "s0", "s1", "s2", "s3", "s4", "s5")
+_STYLE = (Path(__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
 LIGHT: Colours = {name: re.findall(rf"--{name}: (#\w{{6}});", _STYLE)[0] for name in NAMES}
 """Name of a colour → as the page's light scheme has it, for pictures that follow nothing."""
 VARIABLES: Colours = {name: "#" + 3 * f"{number:02x}" for number, name in enumerate(NAMES, start=1)}
 """Name of a CSS variable → the placeholder that matplotlib draws with."""
 
 
-def svg(draw: Draw, name: str) -> str:
+def svg(draw: Draw, name: str, width: float = NARROW) -> str:
     """Return a drawing as an `<svg>` element that can stand in a page with others.
 
     Taken out: the file header, the metadata (foreign addresses), a style that would apply to the
@@ -45,7 +48,7 @@ def svg(draw: Draw, name: str) -> str:
 
     drawn = io.StringIO()
     with matplotlib.rc_context(_style(VARIABLES) | {"svg.hashsalt": name}):
-        _laid_out(draw(VARIABLES)).savefig(drawn, format="svg", metadata={"Date": None})
+        _laid_out(draw(VARIABLES, width)).savefig(drawn, format="svg", metadata={"Date": None})
     text = drawn.getvalue()
     text = text[text.index("<svg") :]
     foreign = r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->"
@@ -58,13 +61,13 @@ def svg(draw: Draw, name: str) -> str:
     return re.sub(r">\s+<", "><", text).strip()
 
 
-def png(draw: Draw) -> bytes:
+def png(draw: Draw, width: float = NARROW) -> bytes:
     """Return a drawing as the bytes of a PNG file, dark on white."""
     import matplotlib
 
     drawn = io.BytesIO()
     with matplotlib.rc_context(_style(LIGHT) | {"savefig.facecolor": "#ffffff"}):
-        figure = _laid_out(draw(LIGHT))
+        figure = _laid_out(draw(LIGHT, width))
         figure.savefig(drawn, format="png", dpi=PNG_DPI, metadata={"Software": None})
     return drawn.getvalue()
 
@@ -100,11 +103,13 @@ def _style(colours: Colours) -> dict[Any, Any]:
     }
 
 
-def panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    """Return a figure so many inches high, with its panels row by row."""
+def panels(
+    rows: int, columns: int, width: float, height: float, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure of so many inches, with its panels row by row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).ravel())
 
 
@@ -119,7 +124,7 @@ def legend(axes: Axes, *, columns: int) -> None:
     axes.legend(
         *zip(*entries, strict=True),
         loc="lower right",
-        bbox_to_anchor=(1, 0.97),
+        bbox_to_anchor=(1, 1.0),
         ncols=columns,
         borderaxespad=0,
         borderpad=0.2,
@@ -133,3 +138,28 @@ def whole_numbers(axes: Axes) -> None:
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=11, integer=True))
     axes.grid(visible=False, axis="x")
+
+
+def apart(places: Sequence[float], least: float) -> list[float]:
+    """Move places up and down as little as needed, so that neighbours are so far apart.
+
+    Example:
+        >>> apart([5.0, 1.0, 1.0], 2.0)
+        [5.0, 0.0, 2.0]
+    """
+    order = sorted(range(len(places)), key=places.__getitem__)
+    groups: list[list[int]] = []  # those that touch, each in order; the lowest first
+    for place in order:
+        groups.append([place])
+        while len(groups) > 1:
+            below, above = (_spread(places, each, least) for each in groups[-2:])
+            if above[0] - below[-1] >= least:
+                break
+            groups[-2:] = [groups[-2] + groups[-1]]
+    moved = [value for group in groups for value in _spread(places, group, least)]
+    return [moved[order.index(place)] for place in range(len(places))]
+
+
+def _spread(places: Sequence[float], group: Sequence[int], least: float) -> list[float]:
+    middle = sum(places[place] for place in group) / len(group)
+    return [middle + least * (number - (len(group) - 1) / 2) for number in range(len(group))]

@@ -1,6 +1,10 @@
-"""How numbers are written in a report: digits, units, and what stands where there is none."""
+"""How numbers and verdicts are written in reports and tables: digits, units, signs."""
 
 from __future__ import annotations
+
+from drllm.records.results import System
+from drllm.statistics import verdicts
+from drllm.statistics.verdicts import Verdict
 
 NONE = "–"
 """Stands for a value that wasn't measured or doesn't exist."""
@@ -24,28 +28,17 @@ def plain(value: float | None, digits: int = 1) -> str:
         >>> plain(-0.04, 1), plain(-1.25, 2)
         ('0.0', '−1.25')
     """
-    if value is None:
-        return NONE
-    text = f"{value:.{digits}f}"
-    if float(text) == 0:
-        text = text.lstrip("-")
-    return text.replace("-", "−")
+    return NONE if value is None else signed(value, digits).removeprefix("+")
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """Write a change: always with its sign, except for what rounds to zero.
+    """Write a change as verdicts do: always with its sign, except for what rounds to zero.
 
     Example:
         >>> signed(0.5, 1), signed(-0.5, 1), signed(0.0, 1)
         ('+0.5', '−0.5', '0.0')
     """
-    text = plain(value, digits)
-    return "+" + text if value is not None and value > 0 and text.strip("0.") else text
-
-
-def interval(ends: tuple[float, float]) -> str:
-    """Write an interval of shares in percent."""
-    return f"{plain(100 * ends[0])} to {plain(100 * ends[1])}{NBSP}%"
+    return NONE if value is None else verdicts.signed(value, digits)
 
 
 def p_value(p: float | None) -> str:
@@ -73,3 +66,22 @@ def of_total(number: int, total: int) -> str:
         '3 000 (75.0 %)'
     """
     return f"{count(number)} ({percent(number / total if total else None)})"
+
+
+def label(verdict: Verdict | None) -> str:
+    """Return what a comparison shows, for the cell of a table."""
+    return NONE if verdict is None else verdict.label
+
+
+def difference(verdict: Verdict | None) -> str:
+    """Write a difference with its interval: points of accuracy, or nats."""
+    if verdict is None:
+        return NONE
+    scale, digits = (100, 1) if verdict.quantity == "accuracy" else (1, 3)
+    low, high = (signed(scale * end, digits) for end in verdict.interval)
+    return f"{signed(scale * verdict.mean, digits)} ({low} to {high})"
+
+
+def against(system: System | None) -> Verdict | None:
+    """Return the verdict on the routed model's accuracy against a baseline."""
+    return system.routed_against.accuracy if system and system.routed_against else None

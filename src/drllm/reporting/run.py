@@ -102,12 +102,12 @@ class Run:
     def has(self, name: str, otherwise: str, said: msgspec.Struct | None = None) -> bool:
         """Say whether a file is there, and note it as a source, or as absent.
 
-        `otherwise` is what can't be shown without it, empty where nobody misses it; `said` is the
+        `otherwise` is what it would show, empty where nobody misses it; `said` is the
         file as read, where it says itself what a manifest says.
         """
         path = self.folder / name
         if not path.exists():
-            self.absent += [f"{name} is absent: {otherwise}."] if otherwise else []
+            self.absent += [f"{name} ({otherwise})"] if otherwise else []
             return False
         manifest = asdict(said) if said is not None else {}
         if path.suffix == ".jsonl":
@@ -126,9 +126,9 @@ def read_run(folder: Path) -> Run:
         what = "is a file" if folder.exists() else "doesn't exist"
         raise RecordError(f"{folder} {what}; give a folder that 'drllm run' has written")
     run = Run(folder=folder)
-    if run.has("search.jsonl", "the search's yield can't be shown"):
+    if run.has("search.jsonl", "what the search found"):
         run.search = list(records.read_search(folder / "search.jsonl"))
-    if run.has("supervision.jsonl", "targets and label counts can't be shown"):
+    if run.has("supervision.jsonl", "the targets"):
         run.supervision = list(records.read_supervision(folder / "supervision.jsonl"))
     _read_routers(run)
     _read_results(run)
@@ -136,7 +136,7 @@ def read_run(folder: Path) -> Run:
     if recipe.is_file():
         run.recipe = records.read_text(recipe)
     else:
-        run.absent.append("run.yaml is absent: the recipe isn't shown.")
+        run.absent.append("run.yaml (the recipe)")
     if not (run.search or run.supervision or run.router_config or run.epochs or run.evaluations):
         raise RecordError(
             f"{folder} holds no search.jsonl, supervision.jsonl, routers/ or eval/; "
@@ -150,13 +150,13 @@ def read_run(folder: Path) -> Run:
 
 def _read_routers(run: Run) -> None:
     folder = run.folder / "routers"
-    if run.has("routers/router_config.json", "the routers aren't described"):
+    if run.has("routers/router_config.json", "the routers"):
         path = folder / "router_config.json"
         run.router_config = records.read_json(path, dict[str, Any])
         if not isinstance(run.router_config.get("num_layers"), int):
             raise RecordError(f"{path}: 'num_layers' is missing, or no whole number")
         run.calibration = calibration_of(run.router_config, str(path))
-    if run.has("routers/metrics.jsonl", "router metrics can't be shown"):
+    if run.has("routers/metrics.jsonl", "their metrics"):
         path = folder / "metrics.jsonl"
         found = []
         for line, row in records.read_json_lines(path, dict[str, Any]):
@@ -164,7 +164,7 @@ def _read_routers(run: Run) -> None:
             epoch = records.encode({**named, "values": row})
             found.append(records.decode(epoch, Epoch, f"{path}, line {line}"))
         run.epochs = sorted(found, key=lambda epoch: epoch.epoch)
-    missed = "the routers aren't shown layer by layer" if run.epochs else ""
+    missed = "the routers layer by layer" if run.epochs else ""
     if run.has(f"routers/{LAYERS_FILE}", missed):
         run.layers = read_layers(folder / LAYERS_FILE)
 
@@ -176,14 +176,14 @@ def _read_results(run: Run) -> None:
     folder = run.folder / prefix
     paths = results_in(folder)
     if not paths:
-        run.absent.append("eval/ holds no TASK.json: accuracy and routes can't be shown.")
+        run.absent.append("eval/TASK.json (accuracy and routes)")
         return
     run.evaluations = read_results(folder)
     run.latency = read_latency(folder)
-    run.has(f"{prefix}{SAMPLES_FILE}", "routes and example questions can't be shown")
+    run.has(f"{prefix}{SAMPLES_FILE}", "routes and questions")
     for path, evaluation in zip(paths, run.evaluations, strict=True):
         run.has(f"{prefix}{path.name}", "", evaluation)
-    run.has(f"{prefix}{LATENCY_FILE}", "no latency or throughput can be shown", run.latency)
+    run.has(f"{prefix}{LATENCY_FILE}", "measured time", run.latency)
 
 
 def _agreed_layers(run: Run) -> int | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from drllm.errors import ConfigError, RecordError
 from drllm.listener import Listener
 from drllm.records import write_atomically
-from drllm.reporting.drawing import png
+from drllm.reporting.drawing import NARROW, WIDE, png
 from drllm.reporting.rendering import to_html, to_markdown
 from drllm.reporting.run import read_run
 from drllm.reporting.sections import document
@@ -56,7 +56,8 @@ def report(
         found = document([read_run(Path(folder)) for folder in run_folders])
         figures, text = _figures_folder(target), target.with_suffix(".md")
         contents: dict[Path, str | bytes] = {
-            figures / f"{name}.png": png(figure.draw) for figure, name in found.figures().items()
+            figures / f"{name}.png": png(figure.draw, WIDE if figure.is_large else NARROW)
+            for figure, name in found.figures().items()
         }
         contents |= {target: to_html(found), text: to_markdown(found, figures.name)}
     for path, content in contents.items():

@@ -15,7 +15,7 @@ import msgspec
 from drllm.errors import RecordError
 from drllm.records import SCHEMA_VERSION
 from drllm.records.results import ROUTED, Evaluation, read_form, read_results
-from drllm.reporting.drawing import Colours, panels
+from drllm.reporting.drawing import ROW, Colours, panels
 from drllm.statistics.verdicts import Differences
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 SCHEMA = "drllm.sweep"
 SWEEP_FILE = "sweep.json"
-ROW = 0.21
 FRAME = 0.9
 
 
@@ -121,12 +120,12 @@ def read_sweep_file(path: Path) -> SweepResult:
     return read_form(path, SweepResult, SCHEMA)
 
 
-def drawn(candidates: Sequence[Candidate], colours: Colours) -> Figure:
+def drawn(candidates: Sequence[Candidate], colours: Colours, width: float) -> Figure:
     """Draw each setting's losses in a row, depths in colours of their own, with 95 % intervals."""
     depths = list(dict.fromkeys((p.task, p.depth) for each in candidates for p in each.places))
     several = len({task for task, _ in depths}) > 1
     height = FRAME + ROW * len(candidates) * max(1, len(depths) / 2)
-    figure, (left, right) = panels(1, 2, height, sharey=True)
+    figure, (left, right) = panels(1, 2, width, height, sharey=True)
     for axes, key, scale, label in (
         (left, "accuracy", 100, "accuracy,\npoints"),
         (right, "gold_logprob", 1, "gold log-prob.,\nnats"),

@@ -35,8 +35,9 @@ ROUNDING = 1e-4
 
 
 def signed(value: float, digits: int) -> str:
-    """Write a change with its sign, as reports and tables do: with a true minus."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    """Write a change with its sign and a true minus; what rounds to zero has no sign."""
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", "−") if text.strip("+-0.") else text[1:]
 
 
 class _Words(NamedTuple):

@@ -14,8 +14,8 @@ from drllm.reporting.drawing import Colours, legend, panels, png, svg
 def test_panels_stand_where_the_last_bits_of_the_layout_do_not_count(write, is_square):
     kept: list[Axes] = []
 
-    def draw(colours: Colours) -> Figure:
-        figure, kept[:] = panels(2, 1, 3.4, height_ratios=[1.3, 2.1])
+    def draw(colours: Colours, width: float) -> Figure:
+        figure, kept[:] = panels(2, 1, width, 3.4, height_ratios=[1.3, 2.1])
         for number, axes in enumerate(kept):
             axes.plot([0, 1.7, 3], [number, 7.3, 1000], label="right", color=colours["ink"])
             axes.set_ylabel("accuracy, %")

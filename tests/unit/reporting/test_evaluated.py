@@ -1,22 +1,28 @@
-"""The tables of a test, by the values that a reader sees."""
+"""What a report says of a test: verdict, tiles, plot, and the tables that a reader sees."""
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from msgspec.structs import replace
 
-from drllm.reporting.evaluated import outstanding, over_tasks, rivals
-from drllm.reporting.sections import command
+from drllm.reporting.drawing import LIGHT, NARROW, WIDE, apart, png
+from drllm.reporting.evaluated import tiles
+from drllm.reporting.figures import accuracy_by_executions, places
+from drllm.reporting.next_steps import next_steps
+from drllm.reporting.provenance import command
 from drllm.statistics.verdicts import judge_counts
 
 
-def table(text: str, caption: str) -> list[list[str]]:
-    """Return the cells of the table of a caption, its header first."""
-    after = text.replace("\u00a0", " ").split(f"*{caption}", 1)[1].split("\n\n", 2)[1]
-    rows = [line.strip("| ").split(" | ") for line in after.splitlines()]
-    return [rows[0], *rows[2:]]
+def table(text: str, header: str) -> list[list[str]]:
+    """Return the cells of the first table whose header begins so, the header first."""
+    rows = text.replace("\u00a0", " ").split(f"\n| {header}", 1)[1].split("\n\n", 1)[0]
+    cells = [line.strip("| ").split(" | ") for line in f"{header}{rows}".splitlines()]
+    return [cells[0], *cells[2:]]
 
 
 def replace_systems(folder: Any, **fields: dict[str, Any]) -> None:
@@ -35,53 +41,75 @@ def folder(folder: Any) -> Any:
     return folder
 
 
-@pytest.mark.parametrize("corrected", [0.06, None])
-def test_corrected_p_values_stand_below_the_table(folder, text_of, corrected):
-    def correct(values: dict[str, Any]) -> None:
-        values["systems"][1]["against_base"]["accuracy"].update(p=0.02, p_corrected=corrected)
-
-    folder.change("eval/arc_easy.json", correct)
-    assert ("(Holm): routed p = 0.060." in text_of(folder.path)) == (corrected is not None)
+def test_the_verdict_stands_first_and_what_else_was_found_below_the_table(folder, text_of):
+    first, rest = text_of(folder.path).split("\n## ", 1)
+    assert "\n**Accuracy is as high; layers are saved.**\n" in first
+    assert "\n- Findings follow.\n" in rest
+    assert "Accuracy is as high" not in rest
 
 
-def test_an_interval_without_width_is_said_to_be_no_certainty(folder, text_of):
-    assert "no sign of certainty" not in text_of(folder.path)
-    replace_systems(folder, permuted_routes={"interval": [0.5, 0.5]})
-    assert "no sign of certainty" in text_of(folder.path)
+def test_four_tiles_hold_what_counts(run):
+    (evaluation,) = run.evaluations
+    saved, accuracy, loss, time = tiles(evaluation, run.latency).tiles
+    assert saved.title == "Layers saved"
+    found = evaluation.routed.against_base
+    assert accuracy.value == "−5.0 points"
+    assert accuracy.shown == found.accuracy.label
+    assert loss.value == "+0.100 nats"
+    assert loss.shown == "worse"
+    assert time.value == "too noisy to tell"
+    assert tiles(evaluation, None).tiles[-1].value == "not measured"
 
 
-def test_what_is_not_known_or_measured_of_costs_is_a_dash_and_said(folder, text_of):
+def test_routes_that_run_more_layers_save_none(run):
+    (evaluation,) = run.evaluations
+    more = replace(evaluation.routed, executions=evaluation.num_layers * 1.1)
+    systems = (evaluation.base, more, *evaluation.baselines)
+    first = tiles(replace(evaluation, systems=systems), None).tiles[0]
+    assert (first.title, first.value.replace("\u00a0", " ")) == ("More layers run", "10.0 %")
+
+
+def test_systems_are_sorted_and_each_is_compared_with_the_routed_model(folder, text_of):
+    header, *rows = table(text_of(folder.path), "system | layers run | accuracy")
+    assert header[4:6] == ["routed less it, points", "routed is"]
+    names = [row[0] for row in rows]
+    assert names == ["base", "**routed**", "permuted routes ×10", "last layers"]
+    assert rows[0][4].startswith("−20.0 (")
+    assert rows[1][4:] == ["**–**"] * 4
+    assert rows[3][5] == "better"
+
+
+def test_what_is_not_known_of_costs_is_a_dash_and_what_is_not_measured_is_said(folder, text_of):
     replace_systems(folder, base={"prompt_flops": None, "kv_bytes_per_token": None})
     text = text_of(folder.path)
-    assert table(text, "Layer executions")[1][5:8] == ["–", "–", "–"]
-    assert "own time were not measured: there is no latency.json" in text
+    assert table(text, "system | reading | saved")[1][3:6] == ["–", "–", "–"]
+    assert "No time was measured (--latency-rounds 0)." in text
 
 
 def test_generated_answers_have_decoding_and_no_log_probability(folder, text_of):
     folder.change(
         "eval/arc_easy.json", lambda v: v.update(kind="generated", metric="exact_match", chance=0.0)
     )
-    generated = {"gold_logprob": None, "decode_executions": 3.5}
     names = ("base", "routed", "permuted_routes", "last_layers")
-    replace_systems(folder, **dict.fromkeys(names, generated))
+    decoded = {name: {"gold_logprob": None, "decode_executions": n} for n, name in enumerate(names)}
+    replace_systems(folder, **decoded)
     text = text_of(folder.path)
-    assert "answers are generated, metric exact_match" in text
-    assert table(text, "arc_easy, 60 questions")[1][5] == "–"
-    assert table(text, "Layer executions a forward pass")[1][3] == "3.50"
+    assert "answers generated" in text
+    assert "gold log-probability" not in text
+    assert table(text, "system | reading | decoding")[2][2] == "**1.00**"
 
 
-def test_grades_are_named_by_their_metric_and_count_no_wins(folder, text_of):
+def test_grades_are_named_by_their_metric(folder, text_of):
     folder.grade()
-    text = text_of(folder.path)
-    assert table(text, "arc_easy, 60 questions")[0][1] == "f1"
-    assert "Answers are graded by f1, so that none is simply won or lost." in text
+    assert table(text_of(folder.path), "system | layers run")[0][2] == "f1, %"
 
 
-def test_a_run_without_baselines_has_no_comparison_with_them(folder, text_of):
+def test_a_run_without_baselines_compares_routed_and_base(folder, text_of):
     folder.change("eval/arc_easy.json", lambda v: v.update(systems=v["systems"][:2]))
-    text = text_of(folder.path)
-    assert "The routed model less each baseline" not in text
-    assert "| routed |" in text
+    assert [row[0] for row in table(text_of(folder.path), "system | layers run")[1:]] == [
+        "base",
+        "**routed**",
+    ]
 
 
 def test_a_handful_of_questions_makes_a_report(new_folder, text_of):
@@ -90,17 +118,98 @@ def test_a_handful_of_questions_makes_a_report(new_folder, text_of):
     assert "2 questions" in text_of(folder.path)
 
 
-def test_rivals_run_as_much_and_are_no_controls(run):
+# --- the plot ---
+
+
+def test_a_system_has_its_depths_and_the_one_it_was_trained_for(run):
     (evaluation,) = run.evaluations
-    base, routed, permuted, last = evaluation.systems
-    near = replace(last, name="near", executions=routed.executions + 0.1, gold_logprob=-0.5)
-    far = replace(last, name="far", executions=routed.executions + 0.2)
-    reader = replace(last, name="reader", reads_question=True)
-    found = replace(evaluation, systems=(base, routed, permuted, last, near, far, reader))
-    assert [each.name for each in rivals(found)] == ["near", "last layers"]
-    assert [each.name for each in rivals(found, read_question=True)] == ["reader"]
-    assert outstanding(found) == ["routed", "permuted routes", "near", "reader"]
-    assert rivals(replace(evaluation, systems=(base,))) == []
+    placed = places(evaluation)
+    assert list(placed) == ["base", "routed", "permuted routes", "last layers"]
+    executions = [each.executions for each in placed["routed"]]
+    assert executions == pytest.approx(sorted([9.6, 10.8, evaluation.routed.executions]))
+
+
+def crowded(evaluation: Any, number: int) -> Any:
+    """Return a result with so many baselines, all at one depth and of about equal accuracy."""
+    last = evaluation.systems[-1]
+    more = [replace(last, name=f"a baseline called {n}", accuracy=0.25) for n in range(number)]
+    return replace(evaluation, systems=(*evaluation.systems[:3], *more), curve=())
+
+
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+@pytest.mark.parametrize("number", [1, 18])
+def test_every_system_is_named_beside_its_point_and_no_names_overlap(run, width, number):
+    evaluation = crowded(run.evaluations[0], number)
+    kept: list[Any] = []
+
+    def draw(colours: Any, width: float) -> Any:
+        kept.append(accuracy_by_executions(evaluation, colours, width))
+        return kept[0]
+
+    png(draw, width)
+    FigureCanvasAgg(kept[0]).draw()
+    [axes] = kept[0].axes
+    assert axes.get_legend() is None
+    boxes = {each.get_text(): each.get_window_extent() for each in axes.texts}
+    for system in evaluation.systems:
+        assert f"{system.name}  {100 * system.accuracy:.1f} %" in boxes
+    names = [*boxes]
+    for one in names:
+        assert boxes[one].x0 >= 0
+        assert boxes[one].y0 >= 0
+        for other in names[names.index(one) + 1 :]:
+            assert not boxes[one].overlaps(boxes[other]), (one, other)
+
+
+def test_drawn_points_are_the_numbers_and_base_and_routed_have_their_intervals(run):
+    (evaluation,) = run.evaluations
+    [axes] = accuracy_by_executions(evaluation, LIGHT, WIDE).axes
+    lines = [line for line in axes.get_lines() if line.get_marker() == "o"]
+    routed = places(evaluation)["routed"]
+    assert lines[0].get_xdata() == pytest.approx([each.executions for each in routed])
+    assert lines[0].get_ydata() == pytest.approx([100 * each.accuracy for each in routed])
+    ends = [tuple(part[:, 1]) for each in axes.collections for part in each.get_segments()]
+    for placed in (*routed, evaluation.base):
+        assert tuple(100 * end for end in placed.interval) in [pytest.approx(end) for end in ends]
+
+
+def test_places_are_moved_as_little_as_needed():
+    assert apart([1.0, 5.0], 2.0) == [1.0, 5.0]
+    moved = apart([3.0, 3.0, 3.1, 9.0], 1.0)
+    assert sorted(moved)[-1] == 9.0
+    assert all(b - a >= 1 - 1e-9 for a, b in zip(sorted(moved), sorted(moved)[1:], strict=False))
+
+
+# --- depths, choice, several tasks ---
+
+
+def test_all_depths_stand_in_numbers(new_folder, text_of, whole):
+    folder = new_folder()
+    folder.evaluation(**whole)
+    text = text_of(folder.path)
+    rows = table(text.split("## All depths in numbers")[1], "system | depth")
+    assert [row[:2] for row in rows[1:3]] == [["base", "–"], ["**routed**", "**10 % saved**"]]
+    assert len(rows) == 1 + 1 + 3 * 2
+
+
+def test_the_choice_is_said_by_itself_with_every_trial(new_folder, text_of, whole):
+    folder = new_folder()
+    choice = whole["choice"]
+    findings = ["Something else.", *choice.sentences()]
+    folder.evaluation(choice=choice, changes={"findings": findings})
+    text = text_of(folder.path)
+    section = text.split("## Certified choice")[1].split("\n## ")[0]
+    assert section.startswith(f"\n\n{choice.verdict()}\n")
+    for sentence in choice.sentences():
+        assert text.count(f"- {sentence}") + text.count(f"\n{sentence}\n") == 1
+
+
+def test_a_choice_of_nothing_has_no_trials(new_folder, text_of, whole):
+    folder = new_folder()
+    nothing = replace(whole["choice"], trials=(), confirmation=None, obstacle="Too few questions")
+    folder.evaluation(choice=nothing)
+    section = text_of(folder.path).split("## Certified choice")[1].split("\n## ")[0]
+    assert section.strip() == "None is certified: too few questions."
 
 
 @pytest.fixture(scope="module")
@@ -108,70 +217,63 @@ def two(new_folder: Any, text_of: Any) -> str:
     folder = new_folder()
     folder.evaluation(accuracies=(0.7, 0.3, 0.3))
     folder.evaluation(task="guessed", questions=20, accuracies=(0.3, 0.4, 0.3))
-    folder.change("eval/guessed.json", lambda values: values["systems"].pop(3))
     text: str = text_of(folder.path)
     return text
 
 
-def test_tasks_are_counted_by_what_is_shown_on_them(run):
-    (evaluation,) = run.evaluations
-    worse = judge_counts(2, 40, 60)
-    routed = evaluation.routed
-    lost = replace(routed, against_base=replace(routed.against_base, accuracy=worse))
-    other = replace(
-        evaluation, task="other", systems=(evaluation.base, lost, *evaluation.systems[2:])
-    )
-    accuracy, loss, permuted = over_tasks([evaluation, other])
-    first = evaluation.routed.against_base.accuracy.label
-    assert accuracy == (
-        f"The routed model, by accuracy against base: {first} on 1 (arc_easy); worse on 1 (other)."
-    )
-    assert loss.endswith("worse on 2 (arc_easy, other).")
-    assert permuted.startswith("The routed model, by accuracy against its own routes permuted: ")
-    assert over_tasks([replace(evaluation, systems=(evaluation.base,))]) == []
+def test_each_task_has_its_verdict_in_front_and_its_sections_below(two):
+    first, *_ = two.split("\n## ")
+    assert re.findall(r"^\*\*(\w+): ", first, re.MULTILINE) == ["arc_easy", "guessed"]
+    headings = [line for line in two.splitlines() if line.startswith("#")]
+    parts = [
+        f"### {title}"
+        for title in (
+            "Accuracy over layers run",
+            "Systems",
+            "Routes by layer",
+            "Questions won and lost",
+            "What the systems are",
+        )
+    ]
+    assert headings[1:13] == ["## arc_easy", *parts, "## guessed", *parts]
 
 
 def test_the_tasks_stand_side_by_side_with_their_verdicts(two):
-    header, first, second = table(two, "The tasks at a glance.")
-    assert header[6:8] == ["routed against base", "against its permuted routes"]
-    assert header[8:] == ["best fixed baseline", "against it"]
-    assert first[:5] == ["arc_easy", "60", "yes (25.0 %)", "70.0 %", "30.0 %"]
+    _, _, first, _, second = table(two, "task | questions")
+    assert first[:3] == ["arc_easy", "60", "routed"]
     assert first[6] == "worse"
-    assert first[8] == "last layers, 15.0 %"
-    assert second[2] == "not shown (25.0 %)"
-    assert second[6:] == ["no verdict", "no verdict", "–", "–"]
+    assert second[:3] == ["guessed", "20", "routed"]
+    assert second[6] == "no verdict"
 
 
-@pytest.mark.parametrize(
-    ("caption", "base", "last"),
-    [
-        ("Accuracy in percent", "70.0 (57.5 to 80.1 %)", "15.0 (8.1 to 26.1 %)"),
-        ("Gold log-probability, nats a question", "−1.200", "−1.200"),
-        ("Next-token loss, nats a token", "3.800", "4.600"),
-    ],
-)
-def test_each_quantity_has_a_table_of_tasks_by_systems(two, caption, base, last):
-    header, first, second = table(two, caption)
-    assert header == ["task", "base", "routed", "permuted routes", "last layers"]
-    assert [first[1], first[4]] == [base, last]
-    assert [second[0], second[4]] == ["guessed", "–"]
+# --- what to do next ---
 
 
-def test_every_task_has_its_sections_below_it_and_its_findings_above(two):
-    headings = [line for line in two.splitlines() if line.startswith("#")]
-    first = headings.index("## arc_easy")
-    titles = ("Systems compared", "Questions that change", "Routes", "Example questions")
-    parts = [f"### {title}" for title in titles]
-    expected = ["## arc_easy", *parts, "## guessed", *parts, "## Routes by task"]
-    assert headings[first : first + 11] == expected
-    for task in ("arc_easy", "guessed"):
-        section = two.split(f"\n## {task}\n\n")[1].split("\n### ")[0]
-        assert section.startswith("**No difference between routed and base is shown.**")
-        assert f"on {task}, test split" in section
-    assert table(two, "Routes by task")[1][:2] == ["arc_easy", "60"]
-    rows = table(two, "Share of the questions whose route skips each layer")
-    assert rows[0] == ["layer", "arc_easy", "guessed"]
-    assert len(rows) == 1 + 4
+def test_too_few_questions_are_to_be_more_by_the_number_that_would_do(run):
+    (evaluation,) = run.evaluations
+    few = judge_counts(3, 6, 60)
+    against = replace(evaluation.routed.against_base, accuracy=few)
+    routed = replace(evaluation.routed, against_base=against)
+    run = clone(run, replace(evaluation, systems=(evaluation.base, routed)))
+    assert few.needed is not None
+    assert f"drllm evaluate … --limit {few.needed}" in [step.code for step in next_steps(run)]
+
+
+def test_routers_that_are_worse_need_more_or_other_targets(run):
+    codes = [step.code.split(" …")[0] for step in next_steps(run)]
+    assert codes[:2] == ["drllm search", "drllm supervise"]
+
+
+def test_one_depth_asks_for_a_curve_and_a_curve_for_a_certified_choice(run):
+    (evaluation,) = run.evaluations
+    single = next_steps(clone(run, replace(evaluation, curve=(), choice=None)))
+    assert any("--curve" in step.code and "--epsilon" not in step.code for step in single)
+    several = next_steps(clone(run, replace(evaluation, choice=None)))
+    assert any("--epsilon" in step.code for step in several)
+
+
+def clone(run: Any, evaluation: Any) -> Any:
+    return dataclasses.replace(run, evaluations=[evaluation])
 
 
 def test_settings_of_every_kind_can_stand_in_a_command():

@@ -155,14 +155,34 @@ def test_the_page_is_whole_and_fits_the_window(browser, page, width, scheme):
         "[...document.querySelectorAll('figure svg')].map(each => {"
         " const box = each.getBoundingClientRect();"
         " return [box.width, box.height, box.right, each.querySelectorAll('path').length]})"
+        ".filter(each => each[0] > 0)"
     )
-    assert len(drawn) == page.read_text(encoding="utf-8").count("<figure>")
-    assert len(drawn) == 12
+    assert len(drawn) == page.read_text(encoding="utf-8").count("<figure") == 3
     for figure_width, height, right, shapes in drawn:
         assert figure_width > 0.8 * min(width, 528)
         assert height > 100
         assert right <= width
         assert shapes > 5
+
+
+CUT = (
+    "[...document.querySelectorAll('table, pre, p, li')].filter(each => {"
+    " const box = each.getBoundingClientRect();"
+    " return box.right > window.innerWidth || each.scrollWidth > each.clientWidth + 1})"
+    ".map(each => each.tagName + ': ' + each.textContent.slice(0, 60))"
+)
+
+
+@pytest.mark.parametrize("width", SIZES)
+def test_nothing_is_cut_off_and_the_page_is_short(browser, page, width):
+    browser.open(page, width)
+    words = browser.value("document.body.innerText.split(/\\s+/).filter(Boolean).length")
+    assert 300 < words <= 2500
+    if width == 1280:
+        assert browser.value("document.documentElement.scrollHeight") <= 8000
+    for _state in ("closed", "opened"):
+        assert browser.value(CUT) == []
+        browser.value(OPEN)
 
 
 @pytest.mark.parametrize("width", SIZES)
@@ -171,10 +191,11 @@ def test_texts_of_figures_can_be_read(browser, page, width):
     browser.value(OPEN)
     heights = browser.value(
         "[...document.querySelectorAll('figure svg text')]"
+        ".filter(each => each.getBoundingClientRect().height > 0)"
         ".filter(each => !each.getAttribute('transform')?.includes('rotate(-90'))"
         ".map(each => each.getBoundingClientRect().height)"
     )
-    assert len(heights) > 100
+    assert len(heights) > 40
     assert min(heights) > 8
 
 
@@ -193,12 +214,12 @@ def test_colours_differ_between_the_schemes(browser, page):
 
 def test_the_pictures_of_the_markdown_open(browser, page, tmp_path):
     pictures = sorted((page.with_name("report_figures")).glob("*.png"))
-    assert len(pictures) == 12
+    assert len(pictures) == 3
     tags = "".join(f'<img src="{picture.as_uri()}">' for picture in pictures)
     (tmp_path / "pictures.html").write_text(tags, encoding="utf-8")
     browser.open(tmp_path / "pictures.html", 1280)
     widths = browser.value("[...document.images].map(each => each.naturalWidth)")
-    assert widths == [840] * len(pictures)
+    assert widths == [1440, 1440, 672]
 
 
 def test_a_page_with_faults_is_noticed(browser, tmp_path):

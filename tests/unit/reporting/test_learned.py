@@ -7,34 +7,24 @@ import dataclasses
 import pytest
 from msgspec.structs import replace
 
-from drllm.metrics import by_layer, hit_ratios, ratios
+from drllm.metrics import by_layer, ratios
 from drllm.paths import Decision
 from drllm.records import TriedPath
-from drllm.reporting.blocks import Columns, Figure, Table, Text
+from drllm.reporting.blocks import Figure, Table, Text
 from drllm.reporting.drawing import LIGHT, svg
 from drllm.reporting.learned import sections
-from drllm.reporting.numbers import NBSP
+from drllm.reporting.numbers import NBSP, plain
 from drllm.reporting.run import read_run
 from drllm.supervision.summary import edit_effects
 
 
-def flat(blocks):
-    for block in blocks:
-        if isinstance(block, Columns):
-            for group in block.groups:
-                yield from flat(group)
-        else:
-            yield block
-
-
-@pytest.fixture(scope="module")
-def learned(run):
-    return sections(run)
-
-
 def part(found, title):
     (section,) = [section for section in found if section.title == title]
-    return list(flat(section.blocks))
+    return list(section.blocks)
+
+
+def said(blocks):
+    return " ".join(b.text for b in blocks if isinstance(b, Text)).replace(NBSP, " ")
 
 
 def table(blocks, start):
@@ -42,93 +32,61 @@ def table(blocks, start):
     return {row[0]: [cell.replace(NBSP, " ") for cell in row[1:]] for row in found.rows}
 
 
+@pytest.fixture(scope="module")
+def learned(run):
+    return sections(run)
+
+
 def test_a_copy_of_a_question_is_told_and_counts_once(run):
     copy = replace(run.search[0], task="another", id="copy")
     copied = sections(dataclasses.replace(run, search=[*run.search, copy], sources=[]))
-    (text, *_) = part(copied, "What the search found")
-    assert text.text.startswith("40 questions and 1 copies of them were searched, ")
+    blocks = part(copied, "Search and targets")
+    assert said(blocks).startswith("40 questions and 1 copies of them were searched, ")
     right = sum(record.full.reward >= 1 for record in run.search)
-    assert f"The full path answers {right} (" in text.text
-    assert table(part(copied, "What the search found"), "Of 40 questions")
+    assert f"The full path answers {right} (" in said(blocks)
+    assert table(blocks, "Of 40 questions")
 
 
-def test_the_worst_single_skip_is_a_layer_that_matters(learned):
-    rows = table(part(learned, "What the search found"), "Skipping one layer")
-    assert list(rows)[-1] in {"0", "1", "11"}
-    assert next(iter(rows)) not in {"0", "1", "11"}
+def test_the_worst_single_skip_is_named(run, learned):
+    worst = min(edit_effects(run.search, Decision.SKIP), key=lambda e: (e.reward, -e.layer))
+    assert f", worst {worst.layer} (−" in said(part(learned, "Search and targets"))
 
 
-def figure_of(blocks, name):
-    (found,) = [block for block in blocks if isinstance(block, Figure) and block.name == name]
-    return found
-
-
-def test_every_layer_is_in_the_picture(run, learned):
+def test_routers_stand_beside_decisions_that_ignore_the_question(run, learned):
     systems = run.layers.parts["validation"]
-    figure = figure_of(part(learned, "Router metrics"), "router layers")
-    assert by_layer(systems) in figure.alt
-    labels, hits, skips = figure.draw(LIGHT).axes
-    assert len(labels.patches) == 2 * run.num_layers
-    for axes, key, scale in ((hits, "accuracy", 100), (skips, "f1_skip", 1)):
-        (dots,) = axes.lines
-        known = [hit_ratios(confusion)[key] for confusion in systems["routers"].confusion]
-        assert list(dots.get_ydata()) == [scale * value for value in known if value is not None]
-
-
-def test_the_curves_show_the_best_baseline_of_each_metric(run, learned):
-    systems = run.layers.parts["validation"]
-    scores = {name: ratios(counts) for name, counts in systems.items() if name != "routers"}
-    panels = figure_of(part(learned, "Router metrics"), "router metrics").draw(LIGHT).axes
-    assert [axes.get_ylabel() for axes in panels[:2]] == ["macro-F1", "labels hit"]
-    for axes, key in zip(panels, ("macro_f1", "accuracy"), strict=False):
-        dashed = axes.lines[-1]
-        best = max(scores, key=lambda name: scores[name][key])
-        assert dashed.get_ydata()[0] == scores[best][key]
-        assert dashed.get_label() == best.replace("_", " ")
-
-
-def said_of_reliability(blocks):
-    (said,) = [b.text for b in blocks if isinstance(b, Text) and "calibration error" in b.text]
-    return said.replace(NBSP, " ")
-
-
-def test_it_is_drawn_how_far_probabilities_can_be_believed(run, learned):
     blocks = part(learned, "Router metrics")
-    (axes,) = figure_of(blocks, "router reliability").draw(LIGHT).axes
-    _, before, after = axes.lines
-    measured = (run.calibration.reliability_before, run.calibration.reliability_after)
-    for line, points in zip((before, after), measured, strict=True):
-        drawn = [*zip(line.get_xdata(), line.get_ydata(), strict=True)]
-        assert drawn == [(each.confidence, each.hits) for each in points]
-        assert len(points) == 15
-    assert after.get_label() == "temperature 1.25"
+    assert by_layer(systems) in said(blocks)
+    rows = table(blocks, "On 12 held-out targets")
+    expected = [plain(ratios(counts)["macro_f1"], 3) for counts in systems.values()]
+    assert rows["macro-F1"] == expected
+    (drawn,) = [block for block in blocks if isinstance(block, Figure)]
+    for axes, key in zip(drawn.draw(LIGHT, 4.2).axes, ("macro_f1", "accuracy"), strict=False):
+        scores = {name: ratios(each)[key] for name, each in systems.items() if name != "routers"}
+        assert axes.lines[-1].get_ydata()[0] == max(scores.values())
 
 
 def test_routers_that_have_their_temperature_in_the_weights_say_so(run):
     config = {"training": {"settings": {"calibrate": True}}}
     cold = replace(run.calibration, temperature=0.8)
     found = sections(dataclasses.replace(run, calibration=cold, router_config=config))
-    said = said_of_reliability(part(found, "Router metrics"))
-    assert "are not sure enough" in said
-    assert said.endswith("decisions and is in the weights.")
+    text = said(part(found, "Router metrics"))
+    assert "are not sure enough" in text
+    assert text.endswith("same decisions and is in the weights.")
 
 
 def test_without_held_out_targets_the_missing_validation_is_said(folder):
     folder.routers(validation=False)
     blocks = part(sections(read_run(folder.path)), "Router metrics")
-    texts = [block.text for block in blocks if isinstance(block, Text)]
-    assert "No targets were held out, so there are no validation metrics." in texts
-    (found,) = [b for b in blocks if isinstance(b, Table) and not b.folded]
-    assert found.caption.startswith("On 40 targets trained on")
-    assert texts[0].startswith("No targets were held out, so nothing says whether")
-    assert not any("calibration error" in text for text in texts)
+    assert "No targets were held out, so there are no validation metrics." in said(blocks)
+    assert "calibration error" not in said(blocks)
+    assert table(blocks, "On 40 targets trained on")
 
 
 def test_a_single_epoch_can_be_drawn(folder):
     folder.routers(epochs=1)
     blocks = part(sections(read_run(folder.path)), "Router metrics")
-    drawn = figure_of(blocks, "router metrics").draw
-    assert svg(drawn, "metrics").startswith("<svg viewBox=")
+    (drawn,) = [block for block in blocks if isinstance(block, Figure)]
+    assert svg(drawn.draw, "metrics").startswith("<svg viewBox=")
 
 
 def searched(run, *paths):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -59,15 +60,15 @@ def test_a_full_folder_is_read_whole_and_every_source_has_its_hash(full):
 @pytest.mark.parametrize(
     ("removed", "told", "section"),
     [
-        ("search.jsonl", "search.jsonl is absent", "Skipping one layer and nothing"),
-        ("supervision.jsonl", "supervision.jsonl is absent", "## Targets"),
-        ("routers", "routers/metrics.jsonl is absent", "## Router metrics"),
-        ("routers/metrics.jsonl", "routers/metrics.jsonl is absent", "## Router metrics"),
-        ("routers/layers.json", "routers/layers.json is absent", "Figure:* By layer, on"),
-        ("eval", "eval/ holds no TASK.json", "## Systems compared"),
-        ("eval/samples.jsonl", "eval/samples.jsonl is absent", "## Example questions"),
-        ("eval/latency.json", "eval/latency.json is absent", "Time of base and routed"),
-        ("run.yaml", "run.yaml is absent", "Recipe (run.yaml)"),
+        ("search.jsonl", "search.jsonl (what the search found)", "questions were searched"),
+        ("supervision.jsonl", "supervision.jsonl (the targets)", "of them improving"),
+        ("routers", "routers/metrics.jsonl (their metrics)", "## Router metrics"),
+        ("routers/metrics.jsonl", "metrics.jsonl (their metrics)", "## Router metrics"),
+        ("routers/layers.json", "(the routers layer by layer)", "labels hit | 0."),
+        ("eval", "eval/TASK.json (accuracy and routes)", "## Systems"),
+        ("eval/samples.jsonl", "(routes and questions)", "## Questions won and lost"),
+        ("eval/latency.json", "(measured time)", "decoding, 1"),
+        ("run.yaml", "run.yaml (the recipe)", "Recipe (run.yaml)"),
     ],
 )
 def test_a_missing_part_is_left_out_and_named_once(copied, text_of, removed, told, section):
@@ -75,6 +76,7 @@ def test_a_missing_part_is_left_out_and_named_once(copied, text_of, removed, tol
     remove(copied, removed)
     text = text_of(copied.path)
     assert text.count(told) == 1
+    assert len(re.findall("^Not in this folder: ", text, re.MULTILINE)) == 1
     assert section not in text
 
 
@@ -213,10 +215,10 @@ def test_results_of_other_routers_are_refused(copied):
         read_run(copied.path)
 
 
-def test_targets_of_another_search_are_noted_in_the_first_section(copied, text_of):
+def test_targets_of_another_search_are_noted_before_the_first_section(copied, text_of):
     assert read_run(copied.path).notes == []
     copied.search(questions=10)
-    first = text_of(copied.path).split("\n## ")[1]
+    first = text_of(copied.path).split("\n## ")[0]
     assert "were made from another search.jsonl than the one in this folder" in first
 
 
@@ -227,11 +229,18 @@ def test_samples_changed_after_writing_are_refused(copied):
         read_run(copied.path)
 
 
+BARE: dict[str, Any] = {"choices": [], "gold": None}
+
+
+def without_options(row: Any) -> Any:
+    return {name: {**each, "answer": "so"} for name, each in row["systems"].items()}
+
+
 def test_samples_without_choices_can_be_reported(copied, text_of):
     rows = map(json.loads, (copied.path / SAMPLES).read_text(encoding="utf-8").splitlines())
-    bare = [json.dumps({**row, "choices": [], "gold": None}) for row in rows]
+    bare = [json.dumps({**row, **BARE, "systems": without_options(row)}) for row in rows]
     copied.text(SAMPLES, "\n".join(bare) + "\n")
-    assert "## Example questions" in text_of(copied.path)
+    assert "## Questions won and lost" in text_of(copied.path)
 
 
 def test_the_samples_of_several_tasks_are_kept_apart(folder, text_of):
@@ -243,7 +252,7 @@ def test_the_samples_of_several_tasks_are_kept_apart(folder, text_of):
     text = text_of(folder.path)
     for task in ("arc_challenge", "arc_easy"):
         assert text.count(f"\n## {task}\n") == 1
-        assert "### Systems compared" in text.split(f"\n## {task}\n")[1]
+        assert "### Systems" in text.split(f"\n## {task}\n")[1]
 
 
 def test_a_folder_of_results_alone_is_read_too(folder, tmp_path, text_of):

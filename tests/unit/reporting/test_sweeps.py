@@ -107,9 +107,9 @@ def test_each_setting_has_a_row_with_its_depths_beside_each_other():
         candidate("none"),
         candidate("b", place(-0.3)),
     ]
-    figure = drawn(candidates, LIGHT)
+    figure = drawn(candidates, LIGHT, 4.2)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "none", "b"]
     marks = {line.get_label(): line for line in figure.axes[1].get_lines()}
     assert marks["10 % saved"].get_xdata() == pytest.approx([-0.1, -0.3])
     assert marks["20 % saved"].get_xdata() == pytest.approx([-0.2])
-    assert png(lambda colours: drawn(candidates, colours))
+    assert png(lambda colours, width: drawn(candidates, colours, width))
