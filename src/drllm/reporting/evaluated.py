@@ -29,8 +29,8 @@ def first_line(evaluation: Evaluation) -> str:
 
 def tiles(evaluation: Evaluation, measured: Latency | None) -> Tiles:
     """Return the four numbers that count: layers saved, both differences, measured time."""
-    routed, found = evaluation.routed, evaluation.routed and evaluation.routed.against_base
-    if routed is None or found is None:
+    routed = evaluation.routed
+    if routed is None or (found := routed.against_base) is None:
         return Tiles([cost.tile(measured)])
     saved = share_saved(routed.executions, evaluation.num_layers)
     run = f"{plain(routed.executions, 2)} of {evaluation.num_layers} run a forward pass"

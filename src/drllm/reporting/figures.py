@@ -106,8 +106,8 @@ def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: floa
             fontweight=weight,
         )
     base = evaluation.base
-    ends_of_base = (100 * end for end in base.interval)
-    axes.vlines([base.executions], *ends_of_base, color=colours["s0"], linewidth=1.8)
+    low, high = (100 * end for end in base.interval)
+    axes.vlines([base.executions], [low], [high], color=colours["s0"], linewidth=1.8)
     axes.plot([base.executions], [100 * base.accuracy], "o", color=colours["s0"], markersize=7)
     said = f"base  {100 * base.accuracy:.1f} %"
     look = _beside(colours, "s0") | {"fontweight": "bold"}

@@ -144,7 +144,7 @@ def _judged(layers: Layers, scores: dict[str, dict[str, float | None]]) -> Table
         METRICS.items(),
         {"metric": lambda metric: metric[1]}
         | {
-            metrics.shown(name): lambda metric, own=each: plain(own.get(metric[0]), 3)  # type: ignore[misc]
+            metrics.shown(name): lambda metric, own=each: plain(own.get(metric[0]), 3)
             for name, each in scores.items()
         },
     )
