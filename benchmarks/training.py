@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from drllm.config import TrainConfig
+from drllm.config.files import PRESETS, canonical, read_yaml
 from drllm.listener import Listener, OnProgress
 from drllm.models.base.load import BaseModel
 from drllm.models.routers.stack import RouterStack
@@ -60,7 +61,8 @@ TIMES_ROUNDING = 10
 """How many times as far as rounding alone an epoch's loss may lie from ours. Training carries a
 difference of a last bit on and multiplies it, so what rounding does is measured: ours again,
 rounded in other places (`rounded_otherwise`)."""
-CONFIG = TrainConfig(validation_fraction=0.0)
+PAPER = read_yaml(PRESETS["paper"], "settings")["train"]
+CONFIG = TrainConfig(**canonical(TrainConfig, PAPER))
 """Of both ways: the paper's, and every example is learned from."""
 OTHER_BATCHES = (1, 2, 16)
 """Prompts of a pass, where what rounding does is measured."""
@@ -193,10 +195,12 @@ class Literal:
                 optimizer.zero_grad()
                 for row in rows:
                     loss = self.loss(row)
-                    (loss / len(rows)).backward()
+                    (loss if config.loss_reduction == "sum" else loss / len(rows)).backward()
                     total += float(loss.detach())
                 for group in optimizer.param_groups:
                     group["lr"] = self.rate(step, steps)
+                if config.max_grad_norm is not None:
+                    nn.utils.clip_grad_norm_(self.routers.parameters(), config.max_grad_norm)
                 optimizer.step()
                 step += 1
             with torch.no_grad():
@@ -210,7 +214,9 @@ class Literal:
         """Return the learning rate of a step: linear warm-up, then half a cosine."""
         warmup, peak = self.config.warmup_steps, self.config.learning_rate
         if warmup >= steps:
-            warmup = steps // 10  # D-14
+            warmup = 0.1  # D-14
+        if warmup < 1:
+            warmup = int(warmup * steps)
         if step < warmup:
             return peak * (step + 1) / (warmup + 1)
         return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2

@@ -361,14 +361,14 @@ def test_several_seeds_are_trained_on_soft_targets_each_in_its_own_folder(
 
 
 @pytest.fixture
-def search_again(run_copy: Path, model: list[str], drllm: Callable[..., Any]) -> Callable[[], Any]:
+def search_again(run_copy: Path, model: list[str], drllm: Callable[..., Any]) -> Callable[..., Any]:
     """A function that repeats the run's search by its own verb, and returns what it says."""
     command = "search --limit 6 --num-simulations 6 --block-size 3 --output-dir"
-    return lambda: drllm(command, run_copy, *model)
+    return lambda *more: drllm(command, run_copy, *model, *more)
 
 
-def test_the_same_search_again_leaves_itself_and_targets_of_another_rule_as_they_are(
-    run_copy: Path, search_again: Callable[[], Any], drllm: Callable[..., Any]
+def test_the_same_search_again_leaves_itself_and_targets_of_another_rule_unless_one_is_given(
+    run_copy: Path, search_again: Callable[..., Any], drllm: Callable[..., Any]
 ):
     search, output = run_copy / "search.jsonl", run_copy / "supervision.jsonl"
     drllm("supervise --target paper", "--search", search, "--output", output)
@@ -378,6 +378,28 @@ def test_the_same_search_again_leaves_itself_and_targets_of_another_rule_as_they
     assert search.stat().st_mtime_ns == before
     assert "supervision.jsonl is made from this search already" in out
     assert output.read_text() == chosen
+
+    search_again("--target", "least_kl", "--min-saving", "0.2")
+    manifest = json.loads((run_copy / "supervision.manifest.json").read_text())
+    assert (manifest["config"]["target"], manifest["config"]["min_saving"]) == ("least_kl", 0.2)
+    assert output.read_text() != chosen
+
+
+def test_how_the_questions_of_a_file_are_divided_is_told(
+    tmp_path: Path, model: list[str], drllm: Callable[..., Any]
+):
+    file = tmp_path / "mine.jsonl"
+    row = '{{"question": "How many is {0}?", "choices": ["{0}", "none"], "answer": 0}}\n'
+    file.write_text("".join(map(row.format, range(40))))
+    out = " ".join(
+        drllm("search --dry-run --num-simulations 2 --dataset", file, *model).out.split()
+    )
+    said = re.search(
+        r"has 40 questions: (\d+) in search, (\d+) in fit, (\d+) in select, (\d+)", out
+    )
+    assert said is not None
+    assert sum(map(int, said.groups())) == 40
+    assert min(map(int, said.groups())) > 0
 
 
 def test_targets_whose_manifest_a_kill_prevented_get_it_from_the_same_search_again(

@@ -8,6 +8,7 @@ timed against ours there). Ours runs the base model once.
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +38,7 @@ IN_SINGLE = 1e-5
 """float32, relative, of the loss of an epoch; less than 5e-7 was measured."""
 
 CONFIG = TrainConfig(
+    class_weights="effective_number",
     num_epochs=5,
     gradient_accumulation=4,
     num_windows=W,
@@ -84,10 +86,16 @@ def literally(benchmark: Callable[[str], ModuleType]) -> ModuleType:
     return benchmark("training")
 
 
-def literal_run(literally: ModuleType, model: Any, tokenizer: Any, stack: RouterStack) -> Any:
+def literal_run(
+    literally: ModuleType,
+    model: Any,
+    tokenizer: Any,
+    stack: RouterStack,
+    config: TrainConfig = CONFIG,
+) -> Any:
     questions = [record.question for record in RECORDS]
-    parts = hold_out(questions, CONFIG.validation_fraction, CONFIG.seed)
-    return literally.Literal(model, tokenizer, stack, RECORDS, CONFIG, *parts)
+    parts = hold_out(questions, config.validation_fraction, config.seed)
+    return literally.Literal(model, tokenizer, stack, RECORDS, config, *parts)
 
 
 @torch.no_grad()
@@ -126,13 +134,22 @@ def losses(rows: Sequence[dict[str, Any]], split: str) -> list[float]:
     return [row["routers_loss"] for row in rows if row["split"] == split]
 
 
+RELEASED = replace(CONFIG, loss_reduction="sum", max_grad_norm=1.0)
+"""With transformers' Trainer in the released code: the sum of the losses, clipped gradients."""
+
+
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, RELEASED, replace(CONFIG, max_grad_norm=0.02)],
+    ids=["paper", "released", "clipped"],
+)
 def test_in_double_precision_the_weights_are_those_of_the_literal_way(
-    literally: ModuleType, model: Any, tiny_tokenizer: Any
+    literally: ModuleType, model: Any, tiny_tokenizer: Any, config: TrainConfig
 ) -> None:
     model = model.double()
     features = literally.read_along(model, tiny_tokenizer, RECORDS, W)
-    trainer = Trainer(features, IDENTITY, CONFIG, dtype=torch.float64)
-    literal = literal_run(literally, model, tiny_tokenizer, trainer.stack)
+    trainer = Trainer(features, IDENTITY, config, dtype=torch.float64)
+    literal = literal_run(literally, model, tiny_tokenizer, trainer.stack, config)
     for trained, held_out in literal.train():
         trainer.epoch()
         assert trainer.rows[-2]["routers_loss"] == pytest.approx(trained, rel=1e-10)
@@ -153,7 +170,7 @@ def test_in_double_precision_the_weights_are_those_of_the_literal_way(
 def test_with_smollm2_in_double_precision_losses_are_those_of_the_literal_way(
     literally: ModuleType, smollm2: BaseModel, record_property: Callable[[str, object], None]
 ) -> None:
-    config = TrainConfig(num_epochs=3, gradient_accumulation=2)
+    config = TrainConfig(num_epochs=3, gradient_accumulation=2, class_weights="effective_number")
     records = literally.drawn_targets(smollm2, 6, None)
     model = copy.deepcopy(smollm2.model).double()
     features = literally.read_along(model, smollm2.tokenizer, records, config.num_windows)

@@ -27,13 +27,19 @@ GROUPS = [
 FIELDS = [(group, declared) for group in GROUPS for declared in dataclasses.fields(group)]
 
 
+def test_a_warm_up_above_one_step_is_a_whole_number_of_steps():
+    assert [TrainConfig(warmup_steps=n).warmup_steps for n in (0, 0.1, 1, 500)] == [0, 0.1, 1, 500]
+    with pytest.raises(ConfigError, match=r"--warmup-steps is 2\.5; give a whole number of steps"):
+        TrainConfig(warmup_steps=2.5)
+
+
 def test_the_settings_of_search_and_training_are_the_papers():
     search, train = SearchConfig(), TrainConfig()
     assert (search.num_simulations, search.budget) == (50, 2.0)
     assert (search.exploration_constant, search.length_penalty) == (1.8, 3.0)
     assert search.random_child_probability == 0.1
     assert (train.num_epochs, train.learning_rate, train.weight_decay) == (25, 1e-3, 0.01)
-    assert (train.warmup_steps, train.gradient_accumulation) == (500, 16)
+    assert train.gradient_accumulation == 16
     assert (train.num_windows, train.router_width) == (8, 128)
     assert (train.gamma, train.beta) == (2.0, 0.999)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from drllm.config import SuperviseConfig
+from drllm.config import SearchConfig, SuperviseConfig
 from drllm.errors import ConfigError, RecordError
 from drllm.records import (
     RejectedQuestion,
@@ -106,6 +106,7 @@ largest_margin  1111! 1110 1101-                       no path survived the re-t
 largest_margin  1111! 1110!+                           no valid path
 paper           1111 1110 1000-                        1000  the shortest one, re-tested or not
 paper           1111 1101+.1 1110+9                    1101  then the earlier simulation
+paper           1111 1110 1200                         1200  then the fewer different layers
 paper           1111! 1112 0111!                       1112  an improving path may be longer
 paper           1111                                   only the full path
 paper           1111 2111 2011 0111!                   only the full path
@@ -237,10 +238,17 @@ def test_the_summary_counts_what_the_search_found_and_what_became_of_it():
         "tasks": {
             "facts": {"questions": 6, "copies": 0, **yields, "targets": 3, "improving_targets": 1}
         },
+        "wrong_targets": 0,
         "executions": pytest.approx(10 / 3),
         "class_counts": [3, 8, 1],
         "class_counts_by_layer": [[0, 2, 1], [0, 3, 0], [1, 2, 0], [2, 1, 0]],
     }
+
+
+def test_targets_that_answer_wrong_are_counted():
+    found = questions("1111+~0 1110!~.1 1100+~.2", "1111!~0 1110+~.1", "1111+~0 1110~.1 1100!~.2")
+    config = SuperviseConfig(target="least_kl", min_saving=0.1)
+    assert targets(found, config).summary["wrong_targets"] == 1
 
 
 def test_the_summary_tells_the_tasks_apart():
@@ -308,6 +316,14 @@ def test_the_least_saving_has_no_use_but_for_kl():
     with pytest.raises(ConfigError, match=r"--min-saving 0\.2 has no effect with --target paper"):
         check_settings(SuperviseConfig(target="paper", min_saving=0.2), ["facts"])
     assert check_settings(SuperviseConfig(target="least_kl", min_saving=0.2), ["facts"]) == {}
+
+
+@pytest.mark.parametrize("by_kl", [{"target": "least_kl"}, {"path_weights": "closer"}])
+def test_targets_by_kl_are_refused_before_a_search_that_computes_none(by_kl: dict[str, str]):
+    config = SuperviseConfig(**{"target": "shortest", **by_kl})
+    check_settings(config, ["facts"], SearchConfig())
+    with pytest.raises(ConfigError, match=r"--no-kl leaves out what --\w+.* needs"):
+        check_settings(config, ["facts"], SearchConfig(kl=False))
 
 
 def test_every_question_has_a_target_or_a_reason():

@@ -11,13 +11,13 @@ import argparse
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from drllm.config.fields import Settings, check_text, flag_of, is_by_task, kinds_of
-from drllm.config.files import as_text, canonical, read_yaml
+from drllm.config.files import PRESETS, as_text, canonical, read_yaml, with_preset, with_underscores
 from drllm.errors import ConfigError, nearest_name, unknown_name
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def parse(words: Sequence[str]) -> Request:
     values: dict[str, Any] = {}
     for file in given.pop("config", []):
         check_text("--config", file)
-        values |= _read_settings(Path(file).expanduser(), verb)
+        values |= _read_settings(PRESETS.get(file) or Path(file).expanduser(), verb)
     values |= given
     own: dict[str, Any] = {}
     for flag in flags_of(verb):
@@ -250,8 +250,16 @@ def _with_dashes(words: Sequence[str]) -> list[str]:
     return [*dashed, *words[end:]]
 
 
+def _section(group: type[Settings]) -> str:
+    """Return what a group of settings is called in recipes and presets."""
+    return group.__name__.removesuffix("Config").lower()
+
+
 def _read_settings(path: Path, verb: Verb) -> dict[str, Any]:
-    values = read_yaml(path, "settings")
+    values = read_yaml(path, f"settings, or one of {', '.join(PRESETS)}")
+    sections = {_section(group) for each in VERBS.values() for group in each.settings}
+    if any(isinstance(values.get(name), dict) for name in sections):
+        values = _of_verb(path, with_preset(path, values), verb, sections)
     for group in verb.settings:
         values = canonical(group, values)
     known = [flag.name for flag in flags_of(verb) if not flag.positional]
@@ -267,6 +275,24 @@ def _read_settings(path: Path, verb: Verb) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return values
+
+
+def _of_verb(
+    path: Path, sections: Mapping[str, Any], verb: Verb, known: Iterable[str]
+) -> dict[str, Any]:
+    """Return the settings of a verb from a preset or a recipe, which has a section a group."""
+    for name, section in sections.items():
+        if name not in known:
+            raise ConfigError(f"{path}: " + unknown_name("section", name, sorted(known)))
+        if not isinstance(section, dict):
+            raise ConfigError(f"{path}: {name} is {section!r}; give settings, 'name: value'")
+    own = [sections[name] for name in map(_section, verb.settings) if name in sections]
+    if not own:
+        raise ConfigError(
+            f"{path} has no effect on {verb.name}: it has settings of {', '.join(sections)} alone; "
+            f"leave --config out"
+        )
+    return {name: value for section in own for name, value in with_underscores(section).items()}
 
 
 def _flag_value(flag: Flag, value: Any) -> Any:

@@ -292,8 +292,10 @@ def say_supervision(summary: Mapping[str, Any], terminal: Terminal) -> None:
         found = f"{summary[before]} questions, {summary[after]} after the re-test{of_paths}"
         terminal.fact(f"{name} path", found)
     mean = summary.get("executions")
-    on_average = f", {plain(mean, 2)} executions on average" if mean is not None else ""
-    terminal.fact("targets", _share(summary["targets"], summary["questions"]) + on_average)
+    more = f", {plain(mean, 2)} executions on average" if mean is not None else ""
+    if wrong := summary.get("wrong_targets"):
+        more += f"; {wrong} of them answer wrong"
+    terminal.fact("targets", _share(summary["targets"], summary["questions"]) + more)
     if len(tasks := summary.get("tasks", {})) > 1:
         names = ["questions", "base_correct", "saving_after_retest", "improving_after_retest"]
         names += ["targets", "improving_targets"]

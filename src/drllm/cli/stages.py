@@ -15,7 +15,14 @@ from drllm.cli.parser import Flag, Request, verb
 from drllm.cli.show import show, show_results
 from drllm.cli.show_search import say_written, show_search
 from drllm.cli.terminal import Terminal
-from drllm.config import EvaluateConfig, ModelConfig, SearchConfig, SuperviseConfig, TrainConfig
+from drllm.config import (
+    SPLITS,
+    EvaluateConfig,
+    ModelConfig,
+    SearchConfig,
+    SuperviseConfig,
+    TrainConfig,
+)
 from drllm.errors import CheckpointError, ConfigError
 from drllm.evaluation.questions import check_output, tasks_of
 from drllm.listener import duration
@@ -35,7 +42,9 @@ from drllm.records.path_files import read_path_file
 from drllm.records.places import check_file, check_folder
 from drllm.records.search import SearchRecords
 from drllm.search.questions import SearchQuestion, questions_of
-from drllm.supervision.select import supervise, targets, write
+from drllm.supervision.select import check_settings, supervise, targets, write
+from drllm.tasks.files import FileTask
+from drllm.tasks.registry import get_tasks
 
 if TYPE_CHECKING:
     from drllm.models.routers.stack import RouterStack
@@ -44,7 +53,7 @@ if TYPE_CHECKING:
 @verb(
     "search",
     example="drllm search --dataset builtin_facts --limit 64 --output-dir data/",
-    settings=(ModelConfig, SearchConfig),
+    settings=(ModelConfig, SearchConfig, SuperviseConfig),
     flags=(
         Flag(
             "dry_run",
@@ -56,10 +65,12 @@ if TYPE_CHECKING:
 )
 def search(request: Request, terminal: Terminal) -> None:
     """Try layer paths for each question, then choose its target path."""
-    config = request.of(SearchConfig)
+    config, targets_config = request.of(SearchConfig), request.of(SuperviseConfig)
     folder = Path(config.output_dir).expanduser()
     questions = questions_of(None, config)
+    check_settings(targets_config, {question.task for question in questions}, config)
     check_folder(folder, "--output-dir")
+    _say_splits(config.dataset, terminal)
     if request.values["dry_run"]:
         _say_forecast(questions, request, terminal)
         return
@@ -77,20 +88,35 @@ def search(request: Request, terminal: Terminal) -> None:
     supervision = folder / "supervision.jsonl"
     with only_writer(folder, "search", "--output-dir"):
         clear_half_written(supervision, manifest_path(supervision), rejected_path(supervision))
-        _supervise_by_default(found, found.file, supervision, terminal)
+        _supervise(found, found.file, targets_config, supervision, terminal)
 
 
-def _supervise_by_default(
-    searched: SearchRecords, file: Path, output: Path, terminal: Terminal
+def _say_splits(tasks: str, terminal: Terminal) -> None:
+    """Say how the questions of files are divided, which follows from their texts."""
+    for task in get_tasks(tasks):
+        if isinstance(task, FileTask):
+            parts = {split: len(task.examples(split)) for split in SPLITS}
+            shown = ", ".join(f"{number} in {split}" for split, number in parts.items())
+            terminal.say(f"{task.path} has {sum(parts.values())} questions: {shown}")
+
+
+def _supervise(
+    searched: SearchRecords,
+    file: Path,
+    config: SuperviseConfig,
+    output: Path,
+    terminal: Terminal,
 ) -> None:
-    found = targets(searched, SuperviseConfig())
+    found = targets(searched, config)
     if output.is_file():
         manifest = read_manifest(output, "supervision")
         # A kill between the file and its manifest leaves exactly what would be written now.
         if manifest is None and output.read_bytes() != to_lines(found).encode():
             terminal.note(f"drllm: {output} has no manifest, so it isn't ours; it stays as it is")
             return
-        if manifest is not None and sha256(file) in manifest.get("inputs", {}).values():
+        of_this = manifest is not None and sha256(file) in manifest.get("inputs", {}).values()
+        # Targets by a rule that `supervise` was given stay, unless another is asked for here.
+        if of_this and config.to_dict() in (manifest.get("config"), SuperviseConfig().to_dict()):
             terminal.say(f"{output} is made from this search already; it stays as it is")
             return
     if not found:
@@ -99,7 +125,7 @@ def _supervise_by_default(
             f"questions or simulations, or try 'drllm supervise' with another --target"
         )
         return
-    write(found, [searched], output, SuperviseConfig())
+    write(found, [searched], output, config)
     say_written(output, found.summary, terminal)
 
 
@@ -251,6 +277,7 @@ def evaluate_verb(request: Request, terminal: Terminal) -> None:
     tasks = tasks_of(config)
     check_folder(output, "--output-dir")
     check_output(output)
+    _say_splits(config.tasks, terminal)
     read = [read_routers(place) for place in request.paths("routers")]
     folders = [folder for folder, _ in read]
     with loaded(model_of(request, read[0][1]), terminal) as base:

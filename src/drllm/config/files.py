@@ -1,4 +1,4 @@
-"""Settings in YAML files: sections of a recipe, and what a verb reads with `--config`.
+"""Settings in YAML files: sections of a recipe, presets, and what a verb reads with `--config`.
 
 Names may have dashes or be published ones. A number is read as its text where the setting is a
 text: 1.10 may be the name of a branch.
@@ -14,7 +14,10 @@ from typing import Any
 import yaml
 
 from drllm.config.fields import Settings, kinds_of
-from drllm.errors import ConfigError
+from drllm.errors import ConfigError, unknown_name
+
+PRESETS = {path.stem: path for path in sorted(Path(__file__).with_name("presets").glob("*.yaml"))}
+"""Packaged settings by name: the paper's, the released code's. Their sections are a recipe's."""
 
 
 class WrittenInt(int):
@@ -102,6 +105,19 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
             f"'name: value'"
         )
     return with_underscores(values)
+
+
+def with_preset(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sections of a file, with those of the preset that it names as `config` beneath."""
+    found = dict(values)
+    if "config" in found:
+        name = str(found.pop("config"))
+        if name not in PRESETS:
+            raise ConfigError(f"{path}: config: " + unknown_name("preset", name, PRESETS))
+        for section, settings in read_yaml(PRESETS[name], "settings").items():
+            own = found.get(section) or {}
+            found[section] = settings | with_underscores(own) if isinstance(own, dict) else own
+    return found
 
 
 def with_underscores(values: Mapping[Any, Any]) -> dict[str, Any]:

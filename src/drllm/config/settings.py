@@ -20,6 +20,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PATH_WEIGHTS = ("none", "equal", "shorter", "closer")
 LOSSES = ("focal", "cross_entropy")
+REDUCTIONS = ("mean", "sum")
 CLASS_WEIGHTS = ("effective_number", "none")
 FEATURE_DTYPES = ("float32", "bfloat16")
 
@@ -180,9 +181,17 @@ class TrainConfig(Settings):
         1e-3, "peak of the cosine schedule (paper: 1e-3)", above=0.0, basic=True
     )
     weight_decay: float = setting(0.01, "AdamW weight decay (paper: 0.01)", minimum=0.0)
-    warmup_steps: int = setting(500, "steps of linear warm-up (paper: 500)", minimum=0)
+    warmup_steps: float = setting(
+        0.1, "linear warm-up: a share of the steps below 1, else steps (paper: 500)", minimum=0.0
+    )
     gradient_accumulation: int = setting(
         16, "examples an optimiser step (paper: 1 x 16)", minimum=1
+    )
+    loss_reduction: str = setting(
+        "mean", "what a step makes of its examples' losses (released: sum)", choices=REDUCTIONS
+    )
+    max_grad_norm: float | None = setting(
+        None, "clip a step's gradients to this norm; none unless given (released: 1)", above=0.0
     )
     num_windows: int = setting(
         8, "windows W a router averages the prompt into (paper: 8)", minimum=1, basic=True
@@ -248,6 +257,14 @@ class TrainConfig(Settings):
         value="NAMES",
         basic=True,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
+            raise ConfigError(
+                f"--warmup-steps is {self.warmup_steps:g}; give a whole number of steps, or below "
+                f"1 a share of all steps"
+            )
 
     @property
     def trackers(self) -> list[str]:

@@ -16,7 +16,7 @@ import yaml
 
 from drllm.config import EvaluateConfig, ModelConfig, SearchConfig, SuperviseConfig, TrainConfig
 from drllm.config.fields import from_dict
-from drllm.config.files import canonical, read_yaml, with_underscores
+from drllm.config.files import canonical, read_yaml, with_preset, with_underscores
 from drllm.errors import ConfigError, unknown_name
 from drllm.evaluation.questions import tasks_of
 from drllm.search.questions import SearchQuestion, questions_of
@@ -74,7 +74,7 @@ class Recipe:
         """
         searched = dict.fromkeys(question.task for question in self.questions)
         _ = self.tasks
-        check_settings(self.supervise, list(searched))
+        check_settings(self.supervise, list(searched), self.search)
         self.train.check_effects()
         check_tracking(self.train)
 
@@ -97,14 +97,15 @@ def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
 
     Args:
         path: YAML with the sections `model`, `search`, `supervise`, `train`, `evaluate`; each may
-            be left out, and so may any of its settings.
+            be left out, and so may any of its settings. Below them lie those of the preset that
+            `config` names.
         data_dir: Replaces `data_dir` of search and evaluation.
 
     Raises:
         ConfigError: No such file, not YAML, an unknown section or setting, a value that doesn't
             fit.
     """
-    return _recipe(path, read_yaml(path, "a recipe"), data_dir)
+    return _recipe(path, with_preset(path, read_yaml(path, "a recipe")), data_dir)
 
 
 def _recipe(path: Path, values: Mapping[str, Any], data_dir: str | None, **changes: Any) -> Recipe:
@@ -160,7 +161,7 @@ def read_sweep(path: Path, data_dir: str | None = None) -> SweepPlan:
     Raises:
         ConfigError: What is no sweep, or settings that don't fit; two that are the same.
     """
-    values = dict(read_yaml(path, "a sweep"))
+    values = with_preset(path, read_yaml(path, "a sweep"))
     settings = values.pop("settings", None)
     if not isinstance(settings, dict) or len(settings) < 2:
         raise ConfigError(

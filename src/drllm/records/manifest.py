@@ -44,6 +44,7 @@ class _Summary(msgspec.Struct):
     class_counts: tuple[int, int, int]
     copies: int = 0
     executions: float | None = None
+    wrong_targets: int = 0
     paths: dict[str, int] = {}
     tasks: dict[str, dict[str, int]] = {}
     class_counts_by_layer: list[tuple[int, int, int]] = []

@@ -94,9 +94,15 @@ def paper(record: SearchRecord) -> list[TriedPath] | str:
 
 @TARGETS.register("released")
 def released(record: SearchRecord) -> list[TriedPath] | str:
-    """Fewest executions among all right paths, re-tested or not: the published code's rule."""
-    valid = filter(is_valid, record.paths)
-    return sorted(valid, key=lambda path: (path.executions, path.simulation)) or NO_VALID_PATH
+    """Fewest executions among all right paths, re-tested or not: the published code's rule.
+
+    Of equally long ones that with the fewest different layers (docs/differences.md, D-35).
+    """
+
+    def order(path: TriedPath) -> tuple[float, int, int]:
+        return path.executions, sum(map(bool, path.decisions)), path.simulation
+
+    return sorted(filter(is_valid, record.paths), key=order) or NO_VALID_PATH
 
 
 @TARGETS.register("least_kl")

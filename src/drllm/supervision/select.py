@@ -14,7 +14,7 @@ from typing import Any
 
 from msgspec import UNSET
 
-from drllm.config import SuperviseConfig
+from drllm.config import SearchConfig, SuperviseConfig
 from drllm.errors import ConfigError, RecordError, unknown_name
 from drllm.records import (
     RejectedQuestion,
@@ -154,13 +154,23 @@ def write(
     write_records(output, supervision, manifest)
 
 
-def check_settings(config: SuperviseConfig, tasks: Collection[str]) -> dict[str, int]:
+def check_settings(
+    config: SuperviseConfig, tasks: Collection[str], search: SearchConfig | None = None
+) -> dict[str, int]:
     """Refuse settings that can't be followed with these tasks' questions; return the quotas.
 
     Raises:
         ConfigError: Quotas that can't be read or name another task; a least saving with a rule
-            that has no use for it.
+            that has no use for it; targets by KL after a search that computes none.
     """
+    by_kl = "--target least_kl" if config.target == "least_kl" else None
+    if config.path_weights == "closer":
+        by_kl = "--path-weights closer"
+    if search is not None and not search.kl and by_kl:
+        raise ConfigError(
+            f"--no-kl leaves out what {by_kl} needs; leave --no-kl out, or choose another, such as "
+            f"--target shortest"
+        )
     if config.min_saving is not None and not reads_min_saving(config.target):
         raise ConfigError(
             f"--min-saving {config.min_saving:g} has no effect with --target {config.target}; "

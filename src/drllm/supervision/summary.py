@@ -43,13 +43,16 @@ def summarise(
         valid too where it is right), `…_before_retest` by the search alone and `…_after_retest`
         among the paths that survived; `paths`, how many saving and improving paths there were,
         before and after (every one of them is re-tested, other right paths aren't); `tasks`, all
-        counts of questions by task, with `targets` and `improving_targets`; `executions`, the
+        counts of questions by task, with `targets` and `improving_targets`; `wrong_targets`, how
+        many targets answer wrong, as only rules that don't ask can choose; `executions`, the
         targets' mean (None without any); `class_counts`, how often the targets skip, execute and
         repeat, and `class_counts_by_layer`, `[L][3]`.
     """
     by_layer = class_counts([record.optimal_layer_config for record in kept])
     by_question: dict[str, SearchRecord] = {}
+    reached: dict[tuple[str, str, Decisions], bool] = {}  # whether a target answers right
     for record in records:
+        reached |= {(record.task, record.id, p.decisions): is_valid(p) for p in record.paths}
         by_question.setdefault(question_key(record.question), record)
     first = [(record, _path_counts(record)) for record in by_question.values()]
     copies = Counter(record.task for record in records)
@@ -79,6 +82,7 @@ def summarise(
             if not name.startswith("valid")
         },
         "tasks": {task: of_task(task) for task in tasks},
+        "wrong_targets": sum(not reached[t.task, t.id, t.optimal_layer_config] for t in kept),
         "executions": sum(record.executions for record in kept) / len(kept) if kept else None,
         "class_counts": [sum(layer[decision] for layer in by_layer) for decision in Decision],
         "class_counts_by_layer": by_layer,

@@ -16,7 +16,7 @@ LETTER_TEMPLATE = (
     "Question: {question}\n{options}\nAnswer:"
 )
 LETTER_TOKENS = 10
-"""Maximum tokens of a letter answer (Dr.LLM section 4)."""
+"""Maximum tokens of a letter answer (Dr.LLM section 4; docs/differences.md, D-34)."""
 BOXED_TOKENS = 15
 """Maximum tokens of a boxed answer; no room for a chain of thought (Dr.LLM section 4)."""
 ANSWER_TOKENS = 16

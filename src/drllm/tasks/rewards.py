@@ -121,7 +121,7 @@ class Loglikelihood(Reward):
 
 @REWARDS.register("letter")
 class Letter(Reward):
-    """The first option letter that stands alone is the right one."""
+    """The first option letter that stands alone is the right one (docs/differences.md, D-34)."""
 
     def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
         """See `Reward.verdict`."""

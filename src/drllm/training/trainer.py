@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_
 
 from drllm.config import TrainConfig
 from drllm.errors import ConfigError
@@ -98,8 +99,8 @@ class Trainer:
         self.steps = self.steps_per_epoch * config.num_epochs
         # A warm-up as long as the training would end it before the rate has reached its peak
         # (docs/differences.md, D-14).
-        fits = config.warmup_steps < self.steps
-        self.warmup = config.warmup_steps if fits else int(WARMUP_SHARE * self.steps)
+        wanted = WARMUP_SHARE if config.warmup_steps >= self.steps else config.warmup_steps
+        self.warmup = int(wanted if wanted >= 1 else wanted * self.steps)
         self.sizes = sizes(examples)
         self.scale = moments(examples, self.trained) if config.normalise_features else None
         self.gamma = config.gamma if config.loss == "focal" else 0.0
@@ -152,9 +153,9 @@ class Trainer:
     def notes(self) -> list[str]:
         """Return what a user should know of the training, one sentence each."""
         found = []
-        if self.warmup != self.config.warmup_steps:
+        if self.config.warmup_steps >= self.steps:
             found.append(
-                f"--warmup-steps is {self.config.warmup_steps}, but the run has only "
+                f"--warmup-steps is {self.config.warmup_steps:g}, but the run has only "
                 f"{self.steps} steps; warming up for {self.warmup} instead"
             )
         if len(self.once) == 1:
@@ -197,7 +198,7 @@ class Trainer:
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0: a line up, then half a cosine to 0.
 
-        No step's rate is 0.
+        No step's rate is 0 (docs/differences.md, D-14).
         """
         peak = self.config.learning_rate
         if step < self.warmup:
@@ -267,11 +268,17 @@ class Trainer:
     def _step(self, rows: list[int], rate: float, kept_units: Tensor | None) -> Counts:
         """Learn from rows, and count how they fared before.
 
-        The gradient is that of the mean loss, so it equals accumulating the rows one at a time.
+        The gradient is that of the mean loss or of the sum, so it equals accumulating the rows
+        one at a time.
+
+        Source: sum and clipping are those of transformers' Trainer in the released code
+            (docs/differences.md, D-32).
         """
         loss, counted = self._judge(rows, kept_units)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss * len(rows) if self.config.loss_reduction == "sum" else loss).backward()
+        if self.config.max_grad_norm is not None:
+            clip_grad_norm_(self.stack.parameters(), self.config.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from drllm.cli.parser import FOREIGN, VERBS, Request, flags_of, parse
-from drllm.config import EvaluateConfig, GenerateConfig, ModelConfig, SearchConfig, TrainConfig
+from drllm.config import (
+    EvaluateConfig,
+    GenerateConfig,
+    ModelConfig,
+    SearchConfig,
+    SuperviseConfig,
+    TrainConfig,
+)
 from drllm.errors import ConfigError
 
 
@@ -133,6 +140,45 @@ def test_a_file_may_name_what_a_verb_reads(file: Path):
     request = parsed(f"supervise --config {file}")
     assert request.paths("search") == [Path("a.jsonl")]
     assert request.path("output") == Path("b.jsonl")
+
+
+def test_a_preset_is_named_like_a_file_and_has_a_section_a_stage():
+    request = parsed("train --run-name n --config paper --num-epochs 3")
+    settings = request.of(TrainConfig)
+    assert (settings.num_epochs, settings.warmup_steps, settings.class_weights) == (
+        3,
+        500,
+        "effective_number",
+    )
+    assert not request.model_given
+    search = parsed("search --config released")
+    assert search.of(SearchConfig).strategy == "walk"
+    assert search.of(SuperviseConfig).target == "released"
+
+
+def test_a_verb_reads_its_sections_of_a_recipe(file: Path):
+    file.write_text(
+        "config: released\nmodel: {model_id: a/b}\ntrain: {num-epochs: 7}\nevaluate: {}\n"
+    )
+    request = parsed(f"train --run-name n --config {file}")
+    settings = request.of(TrainConfig)
+    assert request.of(ModelConfig).model == "a/b"
+    assert (settings.num_epochs, settings.max_grad_norm) == (7, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("generate: {seed: 1}", "has no effect on train: it has settings of generate alone"),
+        ("train: {}\ntrian: {}", "unknown section 'trian'"),
+        ("train: {}\nconfig: papers", "config: unknown preset 'papers'"),
+        ("model: {}\ntrain: 3", "train is 3; give settings"),
+    ],
+)
+def test_sections_that_do_not_fit_are_refused(file: Path, text: str, said: str):
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        parsed(f"train --run-name n --config {file}")
 
 
 def test_a_number_in_a_file_is_a_text_where_the_setting_is_one(file: Path):

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from drllm.cli.parser import parse
+from drllm.config import SearchConfig, SuperviseConfig, TrainConfig
+from drllm.config.files import PRESETS, read_yaml, with_preset
 from drllm.pipeline.recipes import read_recipe
 from drllm.supervision.quotas import read_quotas
 from drllm.supervision.select import check_settings
@@ -43,7 +45,6 @@ PAPER: dict[str, tuple[Any, str]] = {
     "search.length_penalty": (3.0, "search: lambda"),
     "search.random_child_probability": (0.1, "search"),
     "search.kl": (False, OURS),
-    "search.seed": (0, OURS),
     "supervise.target": ("paper", "search: the shortest correct path"),
     "supervise.quotas": (TABLE_2, "Table 2"),
     "train.num_epochs": (25, "training"),
@@ -53,13 +54,12 @@ PAPER: dict[str, tuple[Any, str]] = {
     "train.gradient_accumulation": (16, "training: batch 16, as 1 x 16"),
     "train.num_windows": (8, "router"),
     "train.router_width": (128, "router"),
+    "train.loss": ("focal", "loss"),
     "train.gamma": (2.0, "loss"),
+    "train.class_weights": ("effective_number", "loss"),
     "train.beta": (0.999, "loss"),
     "train.validation_fraction": (0.0, "Table 2: 4,000 targets to train on"),
-    "train.seed": (0, OURS),
     "evaluate.tasks": ("arc", "Table 3; DART can't be evaluated by options"),
-    "evaluate.split": ("test", OURS),
-    "evaluate.seed": (0, OURS),
 }
 
 # Here "search", "train" and "model" are data_generation.py, train.py and models/modeling_qwen3.py
@@ -74,7 +74,6 @@ RELEASED: dict[str, tuple[Any, str]] = {
     "search.num_simulations": (200, "search: default of --num_simulations"),
     "search.budget": (2.0, "search: repeats up to num_layers * 2"),
     "search.kl": (False, OURS),
-    "search.seed": (0, OURS),
     "supervise.target": ("released", "search: shortest of good_paths, the default path among them"),
     "supervise.quotas": (TABLE_2, "arXiv 2510.12773, Table 2, one --num_samples each"),
     "supervise.quota_improving": (0.3, "search: target_accuracy"),
@@ -83,15 +82,16 @@ RELEASED: dict[str, tuple[Any, str]] = {
     "train.weight_decay": (0.01, "train: default of --weight_decay"),
     "train.warmup_steps": (500, "train: default of --warmup_steps"),
     "train.gradient_accumulation": (16, "train: default of --gradient_accumulation"),
+    "train.loss_reduction": ("sum", "train: accepts_loss_kwargs is set under another name"),
+    "train.max_grad_norm": (1.0, "train: default of the Trainer"),
     "train.num_windows": (8, "model: num_windows"),
     "train.router_width": (128, "model: hidden_dim"),
+    "train.loss": ("focal", "model: focal_loss"),
     "train.gamma": (2.0, "model: gamma"),
+    "train.class_weights": ("effective_number", "model: class_w"),
     "train.beta": (0.999, "model: beta"),
     "train.validation_fraction": (70 / 4000, "train: eval_size_per_type = 10, of 7 sets"),
-    "train.seed": (0, OURS),
     "evaluate.tasks": ("arc", OURS),
-    "evaluate.split": ("test", OURS),
-    "evaluate.seed": (0, OURS),
 }
 
 BOTH = pytest.mark.parametrize(
@@ -102,7 +102,7 @@ BOTH = pytest.mark.parametrize(
 @BOTH
 def test_every_setting_is_the_sources_and_none_is_without_one(name: str, table: dict[str, Any]):
     recipe = read_recipe(RECIPES / name)
-    values = yaml.safe_load((RECIPES / name).read_text(encoding="utf-8"))
+    values = with_preset(RECIPES / name, read_yaml(RECIPES / name, "a recipe"))
     assert {f"{section}.{key}" for section, keys in values.items() for key in keys} == set(table)
     for place, (value, source) in table.items():
         section, setting = place.split(".")
@@ -110,6 +110,21 @@ def test_every_setting_is_the_sources_and_none_is_without_one(name: str, table: 
         if setting == "quotas":
             found = read_quotas(found)
         assert found == value, f"{place} ({source})"
+
+
+@pytest.mark.parametrize("verb", ["search", "supervise", "train"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_stage_with_a_preset_has_the_settings_of_the_recipe_that_names_it(preset: str, verb: str):
+    needed = {"supervise": "--search s.jsonl --output o.jsonl", "train": "--run-name r"}
+    request = parse(f"{verb} --config {preset} {needed.get(verb, '')}".split())
+    recipe, own = read_recipe(RECIPES / f"{preset}_4k.yaml"), read_yaml(PRESETS[preset], "settings")
+    groups = {"search": SearchConfig, "supervise": SuperviseConfig, "train": TrainConfig}
+    for section, settings in own.items():
+        if groups[section] in map(type, request.settings):
+            found, theirs = request.of(groups[section]), getattr(recipe, section)
+            assert {n: getattr(found, n) for n in settings} == {
+                n: getattr(theirs, n) for n in settings
+            }
 
 
 @BOTH

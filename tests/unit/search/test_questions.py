@@ -158,7 +158,6 @@ def test_shards_leave_out_the_same_copies_as_the_whole(overlapping, limit):
         ({"ray_address": "auto"}, "--ray-address auto"),
         ({"strategy": "walk", "length_penalty": 1.0}, "--length-penalty 1"),
         ({"reward": "letter,letter"}, "twice"),
-        ({"reward": "loglikelihood,boxed"}, "'boxed'"),
     ],
 )
 def test_a_setting_without_effect_is_refused(facts, settings, says):

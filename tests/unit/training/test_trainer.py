@@ -73,7 +73,7 @@ def test_a_loss_that_is_not_finite_is_refused_with_the_rate(changes):
 # --- the learning rate -------------------------------------------------------------------------
 
 
-def with_steps(steps: int, warmup: int) -> Trainer:
+def with_steps(steps: int, warmup: float) -> Trainer:
     rows = make_features(3)
     return prepared(rows, num_epochs=steps, warmup_steps=warmup, learning_rate=8.0)
 
@@ -90,8 +90,9 @@ def test_a_warm_up_as_long_as_the_run_is_shortened_to_a_tenth(steps):
     assert max(trainer.rate(step) for step in range(steps)) == 8.0
 
 
-def test_a_warm_up_that_fits_is_kept():
-    assert with_steps(250, 249).warmup == 249
+def test_a_warm_up_that_fits_is_kept_and_below_one_it_is_a_share_of_the_steps():
+    wanted = [249, 1, 0.1, 0.99, 0.0]
+    assert [with_steps(250, each).warmup for each in wanted] == [249, 1, 25, 247, 0]
 
 
 @pytest.fixture

@@ -140,7 +140,8 @@ class RouterStack(nn.Module):
     """One small router per layer: Linear(D→H), GELU, Linear(H→3), mean over windows.
 
     All L routers live in four stacked tensors, so that training evaluates them in two batched
-    products. Weights are Xavier-uniform per layer, biases zero; everything is float32.
+    products. Weights are Xavier-uniform per layer, biases zero; everything is float32
+    (docs/differences.md, D-33).
 
     Args:
         config: Shapes and the base model they belong to.
