@@ -114,9 +114,10 @@ def _supervise(
         if manifest is None and output.read_bytes() != to_lines(found).encode():
             terminal.note(f"drllm: {output} has no manifest, so it isn't ours; it stays as it is")
             return
-        of_this = manifest is not None and sha256(file) in manifest.get("inputs", {}).values()
+        made = manifest or {}
+        of_this = sha256(file) in made.get("inputs", {}).values()
         # Targets by a rule that `supervise` was given stay, unless another is asked for here.
-        if of_this and config.to_dict() in (manifest.get("config"), SuperviseConfig().to_dict()):
+        if of_this and config.to_dict() in (made.get("config"), SuperviseConfig().to_dict()):
             terminal.say(f"{output} is made from this search already; it stays as it is")
             return
     if not found:

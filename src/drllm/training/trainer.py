@@ -276,7 +276,9 @@ class Trainer:
         """
         loss, counted = self._judge(rows, kept_units)
         self.optimizer.zero_grad()
-        (loss * len(rows) if self.config.loss_reduction == "sum" else loss).backward()
+        if self.config.loss_reduction == "sum":
+            loss = loss * len(rows)
+        loss.backward()  # type: ignore[no-untyped-call]
         if self.config.max_grad_norm is not None:
             clip_grad_norm_(self.stack.parameters(), self.config.max_grad_norm)
         for group in self.optimizer.param_groups:
