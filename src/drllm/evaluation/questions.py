@@ -13,19 +13,21 @@ from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError, RecordError, TaskError, unknown_name
 from drllm.evaluation.baselines.base import BASELINES, QUESTIONS
 from drllm.evaluation.baselines.registry import check, depths, named
-from drllm.evaluation.lm_eval.graders import entry_of
+from drllm.extras import need
 from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, results_in, schema_of
 from drllm.statistics.non_inferiority import FEWEST_TEXTS
 from drllm.tasks.base import Task
 from drllm.tasks.registry import get_task, get_tasks
+from drllm.tasks.rewards import REWARDS
 
 
 def tasks_of(config: EvaluateConfig, given: Sequence[Task | str] | None = None) -> list[Task]:
     """Return the tasks that are evaluated, those given or the config's, if they can be.
 
-    ConfigError for settings that make no sense together, or too few texts for a choice; TaskError
-    for an unknown task, or no questions to be had.
+    ConfigError for settings that make no sense together, too few texts for a choice, or a package
+    that isn't installed; TaskError for an unknown task, or no questions to be had.
     """
+    need("eval", "an evaluation")
     wanted = get_tasks(config.tasks) if given is None else given
     tasks = [get_task(task) if isinstance(task, str) else task for task in wanted]
     check(config)
@@ -47,6 +49,8 @@ def tasks_of(config: EvaluateConfig, given: Sequence[Task | str] | None = None) 
             if name not in known:
                 raise ConfigError(f"{setting}: " + unknown_name("task", name, known))
     for task in tasks:
+        if task.harness is None:  # asked and graded as in a search
+            REWARDS.get(task.rewards[0]).check_installed()
         _check_examples(task, config.split_of(task.name), config.data_dir)
     sources = sources_of(tasks, config)
     limited = {*evaluated, *(s.name for s in sources.values() if config.epsilon is not None)}
@@ -132,6 +136,8 @@ def worked_task(config: EvaluateConfig, tasks: Sequence[Task]) -> Task | None:
     """
     if config.worked_answers is None:
         return None
+    from drllm.evaluation.lm_eval.graders import entry_of
+
     task, given = get_task(config.worked_answers), f"--worked-answers {config.worked_answers}"
     if not entry_of(task).generated:
         raise ConfigError(

@@ -19,6 +19,7 @@ from drllm.config.fields import from_dict
 from drllm.config.files import canonical, read_yaml, with_preset, with_underscores
 from drllm.errors import ConfigError, unknown_name
 from drllm.evaluation.questions import tasks_of
+from drllm.extras import need
 from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision.select import check_settings
 from drllm.tasks.base import Task
@@ -69,11 +70,12 @@ class Recipe:
         """Refuse settings that make no sense or have no effect, before anything is written.
 
         Raises:
-            ConfigError: Naming them.
+            ConfigError: Naming them, or a package that isn't installed.
             TaskError: An unknown task, or no questions to be had.
         """
-        searched = dict.fromkeys(question.task for question in self.questions)
+        need("report", "a report")
         _ = self.tasks
+        searched = dict.fromkeys(question.task for question in self.questions)
         check_settings(self.supervise, list(searched), self.search)
         self.train.check_effects()
         check_tracking(self.train)

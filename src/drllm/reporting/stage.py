@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from drllm.errors import ConfigError, RecordError
+from drllm.extras import need
 from drllm.listener import Listener
 from drllm.records import write_atomically
 from drllm.reporting.drawing import NARROW, WIDE, png
@@ -38,11 +39,13 @@ def report(
     Raises:
         RecordError: A folder with nothing in it, a file that can't be trusted, or an output that
             can't be written.
-        ConfigError: No run folder, several without an output, or an output of another kind.
+        ConfigError: No run folder, several without an output, an output of another kind, or no
+            matplotlib.
 
     Example:
         >>> page, text = report("results/demo")  # doctest: +SKIP
     """
+    need("report", "a report")
     if not run_folders:
         raise ConfigError("no run folder is given; give one that 'drllm run' has written")
     if output is None and len(run_folders) > 1:

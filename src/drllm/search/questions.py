@@ -19,6 +19,7 @@ from drllm.records import question_key
 from drllm.search.strategies import STRATEGIES
 from drllm.tasks.base import Example, Prompt, Task, choose
 from drllm.tasks.registry import get_task, get_tasks
+from drllm.tasks.rewards import REWARDS
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ def questions_of(
         config: Settings of the search.
 
     Raises:
-        ConfigError: A setting without effect, or a shard that makes no sense.
+        ConfigError: A setting without effect, a shard that makes no sense, or a reward whose
+            packages aren't installed.
         TaskError: An unknown task, no questions in a task or in this shard, or a reward that a
             task can't grade.
     """
@@ -81,6 +83,8 @@ def questions_of(
     shard = None if config.shard is None else parse_shard(config.shard)
     found = _examples_of(get_tasks(config.dataset) if source is None else source, config)
     rewards = [task.check_reward(config.reward) for task, _ in found]
+    for name in dict.fromkeys(rewards):
+        REWARDS.get(name).check_installed()
     wanted = [] if config.reward is None else config.reward.split(",")
     for name in wanted:
         if wanted.count(name) > 1:

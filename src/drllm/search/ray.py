@@ -20,6 +20,7 @@ import torch
 
 from drllm.config import ModelConfig, SearchConfig
 from drllm.errors import ConfigError, DrllmError, ModelError
+from drllm.extras import need
 from drllm.models.base.hub import quiet
 from drllm.models.base.load import load
 from drllm.models.routing.routed_model import RoutedModel
@@ -116,13 +117,9 @@ class RayExecutor:
     def __init__(
         self, model: ModelConfig, *, num_workers: int | None = None, address: str | None = None
     ) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise ConfigError(
-                "--executor ray needs the package ray, which isn't installed; install it with "
-                "pip install 'drllm[ray]', or leave --executor out"
-            ) from error
+        need("ray", "--executor ray")
+        import ray
+
         self.ray: Any = ray
         losses = ("RayActorError", "ObjectLostError", "OutOfMemoryError", "WorkerCrashedError")
         self._lost = tuple(getattr(ray.exceptions, name) for name in losses)

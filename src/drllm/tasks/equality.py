@@ -18,6 +18,8 @@ import sys
 import threading
 from decimal import Decimal
 
+from drllm.extras import need
+
 LIMIT_S = 5.0
 """Longest time for one comparison, in seconds; math-verify's own default."""
 
@@ -107,6 +109,7 @@ class _Comparer:
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None or self._owner != os.getpid():  # a fork's parent owns its own
+            need("math", "comparing LaTeX answers")
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _WORKER],
                 stdin=subprocess.PIPE,
@@ -119,9 +122,7 @@ class _Comparer:
             assert self._process.stdout is not None
             if self._process.stdout.readline().strip() != "ready":
                 self.end()
-                raise ImportError(
-                    f"{sys.executable} can't import math_verify; run pip install math-verify"
-                )
+                raise ImportError(f"{sys.executable} can't import math_verify")
         return self._process
 
     def end(self) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from drllm.errors import TaskError
+from drllm.extras import need
 from drllm.registry import Registry
 from drllm.tasks.base import Prompt
 from drllm.tasks.equality import same_value
@@ -31,6 +32,10 @@ class Reward:
     """
 
     scores_options: ClassVar[bool] = False
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """Refuse, by ConfigError, a reward that needs packages that aren't installed."""
 
     def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
         """Return what the function `verdict` does, for prompts of this reward."""
@@ -137,6 +142,11 @@ class Letter(Reward):
 @REWARDS.register("boxed")
 class Boxed(Reward):
     r"""The first `\boxed{...}` whose braces close holds the right value."""
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """See `Reward.check_installed`."""
+        need("math", "reward 'boxed'")
 
     def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
         """See `Reward.verdict`."""

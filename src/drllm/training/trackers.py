@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from drllm.errors import ConfigError, unknown_name
+from drllm.extras import EXTRAS, need
 from drllm.metrics import JUDGED, Counts, baselines, ratios
 from drllm.records import read_json, write_json
 from drllm.training.trainer import Trainer, count_labels
@@ -45,10 +46,11 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise ConfigError("--report-to: " + unknown_name("tracker", name, LOGGER_TYPE_TO_CLASS))
         if name not in installed:
-            package = "'drllm[trackers]'" if name in (WANDB, TENSORBOARD) else name
+            if name in EXTRAS["trackers"]:
+                need("trackers", f"--report-to {name}", name)
             raise ConfigError(
                 f"--report-to is {name}, but the package of that tracker isn't installed; "
-                f"pip install {package}, or leave it out"
+                f"pip install {name}, or leave it out"
             )
 
 

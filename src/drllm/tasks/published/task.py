@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from drllm.errors import TaskError
+from drllm.extras import need
 from drllm.records import question_key, split_of
 from drllm.records.splits import BOUNDS
 from drllm.tasks.base import (
@@ -170,6 +171,7 @@ class PublishedTask(Task):
         return _thinned[key]
 
     def _fetch(self, repository: str, file: str) -> Iterator[Row]:
+        need("eval", f"fetching task {self.name!r} from the hub", "datasets")
         import datasets
 
         try:

