@@ -17,13 +17,13 @@ EXTRAS = {
 """Extra → the packages that it brings, by the names they are imported by."""
 
 
-def need(extra: str, purpose: str, *packages: str) -> None:
+def need(extras: str, purpose: str, *packages: str) -> None:
     """Refuse, before anything runs, what needs packages that aren't installed.
 
     Args:
-        extra: Which extra brings them, a key of `EXTRAS`.
+        extras: Which extras bring them, keys of `EXTRAS` with commas between.
         purpose: What needs them, as the subject of a sentence: "a report".
-        packages: Those of the extra that are needed; all unless given.
+        packages: Those of the one extra that are needed; all unless given.
 
     Raises:
         ConfigError: Naming the missing packages, with the command that installs them.
@@ -31,12 +31,17 @@ def need(extra: str, purpose: str, *packages: str) -> None:
     Example:
         >>> need("report", "a report")  # with matplotlib installed
     """
-    missing = [each for each in packages or EXTRAS[extra] if not _is_installed(each)]
+    missing = [
+        (extra, package)
+        for extra in extras.split(",")
+        for package in packages or EXTRAS[extra]
+        if not _is_installed(package)
+    ]
     if missing:
         verb = "isn't" if len(missing) == 1 else "aren't"
         raise ConfigError(
-            f"{purpose} needs {' and '.join(missing)}, which {verb} installed; "
-            f'run: pip install "drllm[{extra}]"'
+            f"{purpose} needs {', '.join(package for _, package in missing)}, which {verb} "
+            f'installed; run: pip install "drllm[{",".join(dict(missing))}]"'
         )
 
 

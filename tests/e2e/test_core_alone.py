@@ -37,8 +37,8 @@ generate --routers checkpoints/r --max-new-tokens 4 Why?
 export --model MODEL --decisions plan.json --output exported"""
 
 REFUSED = {
-    "run RECIPE --output-dir out": "report",
-    "sweep sweeps/demo --output-dir out": "report",
+    "run RECIPE --output-dir out": "eval,report",
+    "sweep sweeps/demo --output-dir out": "eval,report",
     "report data": "report",
     "evaluate --routers checkpoints/r --tasks builtin_facts --output-dir out": "eval",
     "lm-eval ls tasks": "eval",

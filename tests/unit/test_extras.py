@@ -76,7 +76,7 @@ def test_the_oldest_versions_that_are_declared_are_those_tested():
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(extra, monkeypatch):
     for package in EXTRAS[extra]:
         monkeypatch.setitem(sys.modules, package, None)
-    packages = " and ".join(EXTRAS[extra])
+    packages = ", ".join(EXTRAS[extra])
     with pytest.raises(ConfigError) as refused:
         need(extra, "a thing")
     said = rf"a thing needs {packages}, which (is|are)n't installed; "

@@ -63,7 +63,7 @@ def _run(words: list[str], terminal: Terminal) -> int:
     elif words[0] == "--version":
         terminal.say(f"drllm {__version__}")
     elif words[0] in FOREIGN:
-        need("eval", "drllm lm-eval")
+        need("eval", "the verb lm-eval")
         from drllm.cli import harness
 
         harness.run(words[1:])

@@ -73,7 +73,7 @@ class Recipe:
             ConfigError: Naming them, or a package that isn't installed.
             TaskError: An unknown task, or no questions to be had.
         """
-        need("report", "a report")
+        need("eval,report", "a run")
         _ = self.tasks
         searched = dict.fromkeys(question.task for question in self.questions)
         check_settings(self.supervise, list(searched), self.search)
