@@ -7,7 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+)
 from transformers.utils import is_torch_flex_attn_available
 
 from drllm.errors import PathError, RoutingError
@@ -146,16 +151,67 @@ def test_routers_that_skip_everything_still_execute_one_layer(tiny_llama):
     assert routed.last_route.tolist() == [[0, 0, 0, 0, 0, 1]]
 
 
-@pytest.mark.skipif(
-    not hasattr(DynamicCache, "is_initialized"),
-    reason="a cache of this transformers has no word of it",
-)
-def test_a_routed_cache_counts_as_initialised_once_it_holds_keys(tiny_llama):
-    """Some models of transformers read that to tell a first turn from a second."""
-    model = tiny_llama()
-    cache = DynamicCache(config=model.config)
-    RoutedModel(model).model(torch.tensor([[5]]), **on(model, cache))
-    assert cache.is_initialized
+def test_a_model_that_asks_its_cache_whether_this_is_the_first_turn_is_told():
+    """PaliGemma's mask of a first turn lets a prompt see itself whole."""
+    shape = {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64}
+    torch.manual_seed(0)
+    model = PaliGemmaForConditionalGeneration(
+        PaliGemmaConfig(
+            text_config={
+                **shape,
+                "model_type": "gemma",
+                "vocab_size": 101,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+            },
+            vision_config={**shape, "model_type": "siglip_vision_model", "num_attention_heads": 4},
+            image_token_index=100,
+            projection_dim=32,
+        )
+    ).eval()
+
+    def second_turn():
+        cache = DynamicCache(config=model.config.get_text_config())
+        for ids in (IDS, LONG):
+            types = torch.zeros_like(ids)  # all of it is prompt
+            logits = model(ids, token_type_ids=types, **on(model, cache)).logits
+        return logits
+
+    with torch.no_grad():
+        expected = second_turn()
+        RoutedModel(model)
+        assert torch.equal(expected, second_turn())
+
+
+def tensors_of(cache):
+    return [part for layer in cache for part in layer if part is not None]
+
+
+def test_a_cache_whose_layers_are_executed_once_is_read_and_converted_as_any(tiny_model, family):
+    model = tiny_model(family)
+
+    def cache_of(length):
+        cache = DynamicCache(config=model.config)
+        for part in (LONG, LONG)[:length]:
+            model(part, **on(model, cache))
+        return cache
+
+    expected = [tensors_of(cache_of(length)) for length in (0, 1, 2)]
+    RoutedModel(model)
+    for length, tensors in enumerate(expected):
+        found = tensors_of(cache_of(length))
+        assert len(found) == len(tensors)
+        assert all(map(torch.equal, tensors, found))
+
+
+@pytest.mark.parametrize("plan", [[1, 0, 1, 1, 1, 1], [1, 2, 1, 1, 1, 1], MIXED])
+def test_a_cache_without_one_k_and_v_of_all_rows_says_so_when_it_is_read(routed, plan):
+    cache = DynamicCache(config=routed.model.config)
+    with routed.fixed(plan):
+        routed.model(**batch(), **on(routed.model, cache))
+    with pytest.raises(RoutingError, match="no K and V of the whole batch"):
+        list(cache)
 
 
 @pytest.mark.parametrize(
@@ -400,6 +456,13 @@ def test_a_generation_config_given_by_position_is_read_too(routed):
 def test_guidance_without_a_cache_is_refused(routed):
     with pytest.raises(RoutingError, match="guidance_scale=2"):
         routed.generate(torch.tensor([[3]]), guidance_scale=2.0, use_cache=False)
+
+
+def test_a_draft_by_the_first_layers_is_refused_before_anything_runs(routed):
+    before = routed.generate(IDS, max_new_tokens=3)
+    with pytest.raises(RoutingError, match="assistant_early_exit=2"):
+        routed.model.generate(IDS, assistant_early_exit=2, max_new_tokens=3)
+    assert torch.equal(before, routed.generate(IDS, max_new_tokens=3))
 
 
 def test_a_cache_cropped_to_nothing_takes_a_new_prompt(routed):

@@ -34,6 +34,12 @@ class GenerateHandle:
         """Generate as the model does, with decisions taken once per prompt."""
         option = options_of(self.model, kwargs, args)
         reads = reads_prompt(self.driver.current_policy)
+        early_exit = option("assistant_early_exit")
+        if early_exit is not None:
+            raise RoutingError(
+                f"assistant_early_exit={early_exit} would leave out layers behind the back of "
+                f"routing; leave it out, or give an assistant_model"
+            )
         chunk = option("prefill_chunk_size")
         if chunk is not None and reads:
             raise RoutingError(

@@ -110,8 +110,35 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """Whether decisions were pinned."""
         return self.decisions is not None
 
-    supports_early_init = is_initialized
-    """Nothing to initialise early, but counted once it holds K/V."""
+    @property
+    def keys(self) -> Any:
+        """K of a layer that every row executes once, `[B, H, T, E]`; None while it is empty.
+
+        Raises:
+            RoutingError: A row skips or repeats the layer, so there is no K of the whole batch.
+        """
+        return self._executed_once().keys
+
+    @property
+    def values(self) -> Any:
+        """V of the same, on the same terms."""
+        return self._executed_once().values
+
+    @property
+    def _sliding_window_tensor(self) -> Any:
+        # What transformers gives with K and V where somebody goes through a cache's layers.
+        return getattr(self._executed_once(), "_sliding_window_tensor", None)
+
+    def _executed_once(self) -> Any:
+        if self.decisions is None:
+            return self.pristine
+        if set(self.decisions) != {1}:
+            raise RoutingError(
+                f"a layer that rows execute {list(self.decisions)} times has no K and V of the "
+                f"whole batch, so this cache can't be converted or read layer by layer; use it as "
+                f"it is, or run the prompt with every layer executed once"
+            )
+        return self.passes[0]
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to do: each pass initialises itself at its first update."""

@@ -166,7 +166,8 @@ class RoutedModel:
         Raises:
             RoutingError: `prefill_chunk_size` with a policy that reads the prompt, since it would
                 decide on the first chunk alone; `guidance_scale` without a cache, whose second
-                prompt would be given the decisions of the first; a detached model.
+                prompt would be given the decisions of the first; `assistant_early_exit`, whose
+                drafts leave layers out by themselves; a detached model.
         """
         self._check_attached()
         return self.model.generate(*args, **inputs)
