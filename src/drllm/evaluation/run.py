@@ -27,7 +27,7 @@ from drllm.listener import Listener
 from drllm.models.base.load import BaseModel, as_base_model
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, check_routers, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.routing.routed_model import RoutedModel, detached
 from drllm.records import (
     new_manifest,
     only_writer,
@@ -95,7 +95,7 @@ def evaluate(
                     f"model and the routers"
                 )
             given, tokenizer = [model.routers], tokenizer or model.tokenizer
-            model = stack.enter_context(model.detached())
+            model = stack.enter_context(detached(model))
         return _evaluate(as_base_model(model, tokenizer), found, config, folder, given, listener)
 
 

@@ -228,13 +228,3 @@ def test_help_version_and_lists_load_no_torch():
 
 def test_the_version_is_the_packages(drllm):
     assert drllm("--version").out == f"drllm {importlib.metadata.version('drllm')}\n"
-
-
-def test_every_public_name_is_there_and_none_is_a_packages():
-    import drllm
-
-    packages = {path.parent.name for path in Path(drllm.__file__).parent.glob("*/__init__.py")}
-    assert {"search_paths", "supervise", "train", "evaluate", "report"} <= set(drllm.__all__)
-    assert not packages & set(drllm.__all__)
-    for name in drllm.__all__:
-        assert callable(getattr(drllm, name))

@@ -23,6 +23,7 @@ from drllm.config import ModelConfig
 from drllm.errors import ConfigError, ModelError, unknown_name
 from drllm.models.base import hub, smollm2
 from drllm.models.base.identity import describe
+from drllm.models.base.layers import base_of
 
 ALIASES = (smollm2.ALIAS,)
 """Names of our own for models."""
@@ -110,23 +111,47 @@ def load(config: ModelConfig) -> BaseModel:
     model.name_or_path = config.model  # not the folder that an alias stands for
     model.eval()
     model.requires_grad_(False)
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return BaseModel(model=model, tokenizer=tokenizer, name=config.model, revision=revision)
+    return BaseModel(model, _padding_left(tokenizer), name=config.model, revision=revision)
 
 
 def as_base_model(model: Any, tokenizer: Any = None) -> BaseModel:
     """Return a model of transformers that is loaded already as a base model, in evaluation mode.
 
-    A `BaseModel` is returned as it is; any other needs its tokenizer.
+    A `BaseModel` is returned as it is; the tokenizer of any other is loaded unless it is given.
     """
     if isinstance(model, BaseModel):
         return model
+    tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
     if tokenizer is None:
-        raise ConfigError("the model comes without a tokenizer; give it as tokenizer=")
+        raise ConfigError("the model comes without a tokenizer or a name; give it as tokenizer=")
     model.eval()
     return BaseModel(model, tokenizer, str(getattr(model, "name_or_path", "") or "in memory"))
+
+
+def tokenizer_of(model: Any) -> Any:
+    """Load the tokenizer of a model from where the model is from; None if it has no name.
+
+    Raises:
+        ModelError: There is none, or it can't be had.
+    """
+    base = base_of(model)
+    name, revision = getattr(base, "name_or_path", ""), getattr(base.config, "_commit_hash", None)
+    if not name:
+        return None
+    config = ModelConfig(model=name, revision=None if Path(name).is_dir() else revision)
+    with hub.quiet():
+        source, revision = _locate(config)
+        try:
+            return _padding_left(AutoTokenizer.from_pretrained(source, revision=revision))
+        except _FOREIGN as error:
+            raise _explain(error, config) from error
+
+
+def _padding_left(tokenizer: Any) -> Any:
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def resolve_device(name: str) -> torch.device:
@@ -137,7 +162,7 @@ def resolve_device(name: str) -> torch.device:
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
-    kind, _, index = name.partition(":")
+    kind, _, index = ModelConfig(device=name).device.partition(":")
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(has_mps)}[kind]
     if int(index or 0) >= count:
         have = f"this machine has {count} of that kind" if count else "this machine has none"
@@ -146,8 +171,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of the weights; `auto` is bfloat16 on a GPU that has it, else float32."""
-    if name != "auto":
+    """Return the dtype of the weights; `auto` is bfloat16 on a GPU that has it, else float32.
+
+    A name that `--dtype` doesn't take is a ConfigError.
+    """
+    if ModelConfig(dtype=name).dtype != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
     has_bfloat16 = (

@@ -106,28 +106,42 @@ class Injection:
         self.decoder, self.layers = find_layers(model)
         self.num_layers = len(self.layers)
         self.current: ThreadValue[Forward] = ThreadValue()
-        if any(isinstance(o, LayerHandle) for layer in self.layers for o in _overriding(layer)):
+        if Injection.on(model) is not None:
             raise RoutingError(
-                "this model is routed already; use that RoutedModel, or detach() it first"
+                "this model is routed already; use that RoutedModel, drllm.attach(...) to replace "
+                "it, or drllm.detach(model) first"
             )
-        self.handles = [LayerHandle(self, layer, i) for i, layer in enumerate(self.layers)]
         self.returns_tuple = probe(model, self.decoder, self.layers)
+        self.install()
+
+    @staticmethod
+    def on(model: Any) -> Injection | None:
+        """Return what is attached to a model, whoever did it."""
+        _, layers = find_layers(model)
+        overriding = [each for layer in layers for each in _overriding(layer)]
+        return next((each.injection for each in overriding if isinstance(each, LayerHandle)), None)
+
+    def install(self) -> None:
+        """Put the overrides and hooks on; after `remove`, on again."""
+        self.handles = [LayerHandle(self, layer, i) for i, layer in enumerate(self.layers)]
         for handle in self.handles:
             handle.layer.forward = handle.forward
         self._hooks = [
             self.decoder.register_forward_pre_hook(self._before, with_kwargs=True),
             self.decoder.register_forward_hook(self._after, always_call=True),
         ]
+        self.is_installed = True
 
     def remove(self) -> None:
         """Take every override and hook off, unless somebody has put an override over ours."""
-        for handle in self.handles:
+        ours = [handle for handle in self.handles if not handle.is_gone]
+        for handle in ours:
             if not handle.is_on_top:
                 raise RoutingError(
                     f"the forward of layer {handle.index} was overridden again after routing was "
                     f"attached; take that override off, then detach()"
                 )
-        for handle in self.handles:
+        for handle in ours:
             if handle.previous is None:
                 del handle.layer.forward
             else:
@@ -137,6 +151,7 @@ class Injection:
                 handle.layer._gradient_checkpointing_func = checkpoint.checkpoint
         for hook in self._hooks:
             hook.remove()
+        self.is_installed = False
 
     def driven_by(self, driver: Driver) -> AbstractContextManager[None]:
         """Let another driver run the layers of this model inside the block; `Driver()` for none."""
@@ -240,6 +255,11 @@ class LayerHandle:
         # What else a layer returns belongs to one run of all rows; who asks for it gets it only
         # where the driver lets that through.
         return (output, *(call.extras if forward.rejected else ()))
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether other code has taken our override off."""
+        return self.layer.__dict__.get("forward") == self.previous
 
     @property
     def is_on_top(self) -> bool:

@@ -5,10 +5,11 @@ Axes: B rows, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,13 +18,85 @@ from drllm.config import ModelConfig
 from drllm.errors import CheckpointError, ConfigError, RoutingError
 from drllm.models.base import load as loading
 from drllm.models.base.layers import base_of
+from drllm.models.base.load import BaseModel
 from drllm.models.routers import hub
 from drllm.models.routers.checkpoint import check_routers, described, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.driver import Bypass, RoutingDriver, identity
 from drllm.models.routing.generate import GenerateHandle
-from drllm.models.routing.injection import Injection
-from drllm.models.routing.policies import FixedPolicy, Policy, RouterPolicy
+from drllm.models.routing.injection import Driver, Injection
+from drllm.models.routing.policies import FixedPolicy, FullPolicy, Policy, RouterPolicy
+
+
+def attach(
+    model: Any,
+    routers: RouterStack | Path | str | None = None,
+    tokenizer: Any = None,
+    *,
+    policy: Policy | None = None,
+    bypass: Bypass = identity,
+) -> RoutedModel:
+    """Put routing on a model; what was attached to it before is replaced.
+
+    Args:
+        model: As for `RoutedModel`; also a `RoutedModel`, or what `drllm.load` returns.
+        routers: Trained routers, their folder, or OWNER/NAME on the hub; None for none.
+        tokenizer: As for `RoutedModel`.
+        policy: As for `RoutedModel`.
+        bypass: As for `RoutedModel`.
+
+    Raises:
+        DrllmError: What `RoutedModel` and `load_routers` refuse; then all is as it was before.
+    """
+    if isinstance(routers, (str, Path)):
+        routers = load_routers(hub.find(routers))
+    if isinstance(model, (RoutedModel, BaseModel)):
+        model, tokenizer = model.model, model.tokenizer if tokenizer is None else tokenizer
+    with ExitStack() as undo:
+        undo.callback(_take_off(model))
+        routed = RoutedModel(model, routers, policy=policy, bypass=bypass, tokenizer=tokenizer)
+        undo.pop_all()
+    return routed
+
+
+def detach(model: Any) -> Any:
+    """Take whatever routing is on a model off and return the model, exactly what it was before.
+
+    A model that isn't routed is returned as it is.
+
+    Raises:
+        RoutingError: Somebody has put another override over ours.
+    """
+    model = model.model if isinstance(model, RoutedModel) else model
+    _take_off(model)
+    return model
+
+
+@contextmanager
+def detached(model: Any) -> Iterator[Any]:
+    """Take whatever routing is on a model off inside the block, which gets the model."""
+    model = model.model if isinstance(model, RoutedModel) else model
+    put_back = _take_off(model)
+    try:
+        yield model
+    finally:
+        put_back()
+
+
+def _take_off(model: Any) -> Callable[[], None]:
+    """Take the routing off a model, and return what puts it back."""
+    injection, base = Injection.on(model), base_of(model)
+    if injection is None:
+        return lambda: None
+    injection.remove()
+    generate = base.__dict__.pop("generate", None)
+
+    def put_back() -> None:
+        injection.install()
+        if generate is not None:
+            base.generate = generate
+
+    return put_back
 
 
 class RoutedModel:
@@ -40,7 +113,10 @@ class RoutedModel:
         routers: Trained routers for exactly this model.
         policy: Any other policy; give routers or a policy, not both.
         bypass: What a skipped layer passes on; by default the hidden state as it is.
-        tokenizer: The model's tokenizer, for whatever starts from texts (`search_paths`).
+        tokenizer: The model's tokenizer, for whatever starts from texts (`search_paths`); None
+            loads the one of the model's name when it is first needed.
+
+    Whatever else is asked for (`config`, `device`, `parameters()`, ...) is the model's.
 
     Raises:
         ArchitectureError: The model's layers can't be routed exactly.
@@ -55,10 +131,14 @@ class RoutedModel:
         ...                      num_hidden_layers=3, num_attention_heads=4)
         >>> routed = RoutedModel(LlamaForCausalLM(config))
         >>> with routed.fixed([1, 0, 2]):
-        ...     output = routed.model(torch.tensor([[1, 2, 3]]))
+        ...     output = routed(torch.tensor([[1, 2, 3]]))
         >>> routed.last_route
         tensor([[1, 0, 2]])
     """
+
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
 
     def __init__(
         self,
@@ -78,15 +158,40 @@ class RoutedModel:
             policy = RouterPolicy(routers)
         self.model: Any = model
         self.routers = routers
-        self.tokenizer = tokenizer
+        if tokenizer is not None:
+            self.tokenizer = tokenizer
         self.driver = RoutingDriver(policy, bypass)
-        self._attach()
-
-    def _attach(self) -> None:
-        self.injection = Injection(self.model, self.driver)
-        base = base_of(self.model)
+        self.injection = Injection(model, self.driver)
+        base = base_of(model)
         base.generate = GenerateHandle(base, self.driver).generate
-        self._attached = True
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("_") or "model" not in self.__dict__:
+                raise AttributeError(f"'RoutedModel' object has no attribute {name!r}")
+            return getattr(self.model, name)
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        """Run the model's forward pass, routed; takes and returns what it does."""
+        self._check_attached()
+        return self.model(*args, **inputs)
+
+    def to(self, *args: Any, **kwargs: Any) -> RoutedModel:
+        """Move or convert the model, as its own `to` does; routers follow, and stay float32."""
+        self.model.to(*args, **kwargs)
+        if self.routers is not None:
+            self.routers.to(self.model.device)
+        return self
+
+    def train(self, mode: bool = True) -> RoutedModel:
+        """Set the model's training mode, and return the routed model."""
+        self.model.train(mode)
+        return self
+
+    def eval(self) -> RoutedModel:
+        """Set the model's evaluation mode, and return the routed model."""
+        return self.train(False)
 
     @classmethod
     def from_pretrained(
@@ -132,6 +237,11 @@ class RoutedModel:
             ModelConfig(model=name, revision=base_revision, dtype=dtype, device=device)
         )
         return cls(loaded.model, stack, tokenizer=loaded.tokenizer)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; None where it was made without one and has no name."""
+        return loading.tokenizer_of(self.model)
 
     @property
     def num_layers(self) -> int:
@@ -191,6 +301,12 @@ class RoutedModel:
         """
         return self.using(FixedPolicy(decisions, self.num_layers))
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run the base model inside the block; like `using` it counts for one thread."""
+        with self.using(FullPolicy()), self.injection.driven_by(Driver()):
+            yield
+
     def prompt_lengths(self, lengths: Sequence[int] | Tensor) -> AbstractContextManager[None]:
         """Say where each row's prompt ends inside the block: `[B]` lengths in real tokens, from 1.
 
@@ -205,24 +321,13 @@ class RoutedModel:
             RoutingError: It was taken off already, or somebody put another override over ours.
         """
         self._check_attached()
-        self.injection.remove()
-        del base_of(self.model).generate
-        self._attached = False
-        return self.model
-
-    @contextmanager
-    def detached(self) -> Iterator[Any]:
-        """Take the routing off inside the block, which gets the model as it was before."""
-        model = self.detach()
-        try:
-            yield model
-        finally:
-            self._attach()
+        return detach(self.model)
 
     def _check_attached(self) -> None:
-        if not self._attached:
+        if not self.injection.is_installed:
             raise RoutingError(
-                "the routing was taken off this model by detach(); make a new RoutedModel"
+                "this routing was taken off the model, by detach() or by another attach(); use "
+                "drllm.attach(model, ...) to put it on again"
             )
 
     def save_pretrained(self, folder: Path | str) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from drllm.config import ModelConfig
@@ -68,6 +69,37 @@ def test_the_tokenizer_pads_on_the_left_with_its_end_token_if_it_has_no_other(co
     assert tokenizer.pad_token == "</s>"
     mask = tokenizer(["ab", "abcd"], padding=True, return_tensors="pt").attention_mask
     assert mask.tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("given", [None, "own"])
+def test_a_model_that_transformers_loaded_has_the_tokenizer_of_its_folder(saved, given):
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    base = loading.as_base_model(model, given)
+    assert (base.model, base.name) == (model, str(saved))
+    assert base.tokenizer == "own" if given else base.tokenizer("ab").input_ids == [69, 70]
+
+
+def test_a_model_without_a_name_needs_its_tokenizer(tiny_llama):
+    assert loading.tokenizer_of(tiny_llama()) is None
+    with pytest.raises(ConfigError, match="without a tokenizer or a name; give it as tokenizer="):
+        loading.as_base_model(tiny_llama())
+
+
+def test_a_tokenizer_that_is_gone_is_said_in_one_line(copied):
+    model = AutoModelForCausalLM.from_pretrained(copied)
+    (copied / "tokenizer.json").unlink()
+    (copied / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelError, match=r"it lacks a tokenizer \(tokenizer.json\); give a folder"):
+        loading.tokenizer_of(model)
+
+
+def test_names_that_no_device_or_dtype_has_are_refused_from_python_too():
+    with pytest.raises(ConfigError, match="unknown device 'gpu'"):
+        loading.resolve_device("gpu")
+    with pytest.raises(ConfigError, match=r"unknown value 'bf16'.*'bfloat16'"):
+        loading.resolve_dtype("bf16", torch.device("cpu"))
+    with pytest.raises(ConfigError, match="unknown value 'Tensor'"):
+        loading.resolve_dtype("Tensor", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

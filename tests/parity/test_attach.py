@@ -1,0 +1,147 @@
+"""Routing put on a model and taken off again, however often and by whomever; the model's manners.
+
+What a routed model answers itself, and what it asks its model.
+"""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import drllm
+from drllm.errors import CheckpointError, RoutingError
+from drllm.models.routers.checkpoint import described
+from slow_way import tiny_routers
+
+IDS = torch.tensor([[3, 4, 5, 6, 7]])
+PLAN = [0, 1, 2, 1, 0, 2]
+
+
+def routers_of(model):
+    routers = tiny_routers()
+    routers.config = described(routers.config, model)
+    return routers
+
+
+def state_of(model):
+    """What could stay behind on a model: its own attributes, its layers' and all hooks."""
+    modules = {name: sorted(module.__dict__) for name, module in model.named_modules()}
+    hooks = [
+        (len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()
+    ]
+    return modules, hooks, list(model.state_dict())
+
+
+def test_a_notebook_cell_that_attaches_can_be_run_twice(tiny_llama):
+    model = tiny_llama()
+    before, expected = state_of(model), model(IDS).logits
+    first = drllm.attach(model, routers_of(model))
+    second = drllm.attach(model)
+    assert torch.equal(second(IDS).logits, expected)
+    with second.fixed(PLAN):
+        second(IDS)
+    assert second.last_route.tolist() == [PLAN]
+    for use in (first.detach, lambda: first(IDS), lambda: first.generate(IDS)):
+        with pytest.raises(RoutingError, match=r"taken off the model.*another attach"):
+            use()
+    assert drllm.detach(model) is model
+    assert state_of(model) == before
+
+
+def test_a_model_whose_handle_was_deleted_is_detached_and_attached_again(tiny_llama):
+    model = tiny_llama()
+    before = state_of(model)
+    routed = drllm.attach(model, routers_of(model))
+    del routed
+    assert "generate" in model.__dict__
+    assert state_of(drllm.detach(model)) == before
+    assert state_of(drllm.detach(drllm.attach(model))) == before
+    assert drllm.detach(model) is model, "one that isn't routed stays as it is"
+
+
+def test_a_copy_of_a_routed_model_is_detached_without_the_first(tiny_llama):
+    routed = drllm.attach(tiny_llama())
+    twin = copy.deepcopy(routed.model)
+    before = state_of(tiny_llama())
+    assert state_of(drllm.detach(twin)) == before
+    with routed.fixed(PLAN):
+        routed(IDS)
+    assert routed.last_route.tolist() == [PLAN]
+
+
+def test_an_attach_that_is_refused_leaves_what_was_attached(tiny_llama):
+    model = tiny_llama()
+    routed = drllm.attach(model, routers_of(model))
+    expected, state = routed(IDS).logits, state_of(model)
+    with pytest.raises(CheckpointError, match="these routers were trained for"):
+        drllm.attach(model, routers_of(tiny_llama(seed=1)))
+    assert torch.equal(routed(IDS).logits, expected)
+    assert state_of(model) == state
+
+
+def test_routing_that_other_code_took_off_in_part_is_detached(tiny_llama):
+    model = tiny_llama()
+    before = state_of(model)
+    drllm.attach(model)
+    del model.model.layers[2].forward
+    assert state_of(drllm.detach(model)) == before
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_routers_are_attached_from_a_folder(tiny_llama, tmp_path, stored):
+    model = tiny_llama()
+    routers = routers_of(model)
+    expected = drllm.attach(model, routers)(IDS).logits
+    if stored:
+        drllm.attach(model, routers).save_pretrained(tmp_path)
+    assert torch.equal(drllm.attach(model, tmp_path if stored else routers)(IDS).logits, expected)
+
+
+def test_inside_disabled_the_model_is_the_base_model(tiny_llama):
+    model = tiny_llama(attn_implementation="eager")
+    expected, options = model(IDS, use_cache=True), {"max_new_tokens": 6, "do_sample": False}
+    answer = model.generate(IDS, **options)
+    routed = drllm.attach(model, policy=drllm.FixedPolicy(PLAN, 6))
+    skipping = routed.generate(IDS, **options)
+    with routed.disabled():
+        found = routed(IDS, use_cache=True, output_attentions=True)
+        assert torch.equal(routed.generate(IDS, prefill_chunk_size=2, **options), answer)
+    assert torch.equal(found.logits, expected.logits)
+    assert len(found.attentions) == 6
+    assert {type(layer) for layer in found.past_key_values.layers} == {
+        type(layer) for layer in expected.past_key_values.layers
+    }
+    assert torch.equal(routed.generate(IDS, **options), skipping)
+    assert routed.last_route.tolist() == [PLAN]
+
+
+@pytest.mark.filterwarnings(  # transformers renames it; PEFT still asks by the old name
+    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
+)
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_a_routed_model_answers_like_the_model_it_wraps(tiny_llama, with_adapter):
+    model = tiny_llama()
+    if with_adapter:
+        model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    routed = drllm.attach(model, routers_of(model))
+    assert routed.config is model.config
+    assert (routed.device, routed.dtype) == (model.device, torch.float32)
+    assert list(routed.parameters()) == list(model.parameters())
+    assert routed.train() is routed
+    assert model.training
+    assert routed.eval() is routed
+    assert not model.training
+    assert routed.to(torch.float64) is routed
+    assert (routed.dtype, routed.routers.hidden_weight.dtype) == (torch.float64, torch.float32)
+    assert routed(IDS, labels=IDS).loss.ndim == 0
+    with pytest.raises(AttributeError, match="has no attribute 'routers_'"):
+        _ = routed.routers_
+    twin = copy.deepcopy(routed)
+    assert torch.equal(twin(IDS).logits, routed(IDS).logits)
+    assert twin.model is not routed.model
+
+
+def test_the_routers_follow_the_model_to_another_device(tiny_llama):
+    routed = drllm.attach(tiny_llama(), tiny_routers())
+    assert routed.to("meta").routers.hidden_weight.is_meta

@@ -1,0 +1,34 @@
+"""What stands under `drllm.`: everything a user needs, the same for Python and type checkers."""
+
+import ast
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+
+import drllm
+
+SOURCE = Path(drllm.__file__)
+
+
+def test_every_public_name_is_there_and_none_is_a_packages():
+    packages = {path.parent.name for path in SOURCE.parent.glob("*/__init__.py")}
+    stages = {"search_paths", "supervise", "train", "evaluate", "report"}
+    assert stages | {"attach", "detach", "RouterConfig", "DrllmError"} <= set(dir(drllm))
+    assert not packages & set(drllm.__all__)
+    for name in drllm.__all__:
+        assert getattr(drllm, name).__module__.startswith("drllm.")
+
+
+def test_type_checkers_see_the_names_that_python_resolves():
+    [block] = [each for each in ast.parse(SOURCE.read_text()).body if isinstance(each, ast.If)]
+    imports = [each for each in block.body if isinstance(each, ast.ImportFrom)]
+    assert all(each.names[0].name == each.names[0].asname for each in imports)
+    seen = {each.names[0].name: each.module for each in imports}
+    assert seen == {name: f"drllm.{module}" for name, module in drllm._PUBLIC.items()}
+
+
+def test_the_package_says_its_version_and_no_name_that_it_lacks():
+    assert drllm.__version__ == importlib.metadata.version("drllm")
+    with pytest.raises(AttributeError, match="'drllm' has no attribute 'serach'"):
+        _ = drllm.serach
