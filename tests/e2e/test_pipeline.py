@@ -24,7 +24,7 @@ run.yaml run.manifest.json
 search.jsonl search.manifest.json
 supervision.jsonl supervision.manifest.json supervision.rejected.jsonl
 routers/router_config.json routers/routers.safetensors routers/metrics.jsonl routers/layers.json
-routers/README.md
+routers/README.md routers/config.json
 eval/builtin_facts.json eval/latency.json eval/samples.jsonl eval/samples.manifest.json
 eval/tasks/test/builtin_facts.yaml eval/tasks/test/rows/builtin_facts-asked.jsonl
 report.html report.md

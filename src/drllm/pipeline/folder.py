@@ -310,7 +310,7 @@ class RunFolder:
         base, targets = self.load(), read_supervision(supervision)
         rewards = check_targets([supervision], base.identity)
         train(base, targets, config, self.routers, rewards=rewards, listener=self.listener)
-        names = [*ROUTER_FILES, "README.md", "metrics.jsonl", "layers.json"]
+        names = [*ROUTER_FILES, "README.md", "config.json", "metrics.jsonl", "layers.json"]
         files = [folder / name for folder in self.seeds for name in names]
         rejected = self.routers / REJECTED_FILE
         yield [*files, rejected] if rejected.is_file() else files

@@ -43,6 +43,7 @@ class Hub(BaseHTTPRequestHandler):
 
     repositories: dict[str, dict[str, bytes]] = {}  # noqa: RUF012
     requests: list[tuple[str, str, Any]] = []  # noqa: RUF012
+    fetched: list[tuple[str, str, Any]] = []  # noqa: RUF012
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
@@ -77,6 +78,7 @@ class Hub(BaseHTTPRequestHandler):
         return self.answer(200, {"url": address})
 
     def do_GET(self):
+        self.fetched.append((self.path, self.headers.get("Authorization", ""), None))
         where = self.path.split("?")[0].split("/")
         is_about = where[1] == "api"
         repo = "/".join(where[3:5] if is_about else where[1:3])
@@ -159,7 +161,11 @@ def load_model(name, revision=None):
 
 model.name_or_path = "org/tiny"
 note("pushed", push("someone/routers", commit_message="First routers"))
-note("again", push("someone/routers"))
+said["again"] = routed.save_pretrained(
+    "saved", push_to_hub=True, repo_id="someone/routers", token="hf_secret"
+)
+note("nowhere", lambda: routed.save_pretrained("saved", push_to_hub=True))
+note("unasked", lambda: routed.save_pretrained("saved", token="hf_secret"))
 note("branch", push("someone/routers", revision="v2"))
 note("request", push("someone/routers", revision="refs/pr/1"))
 note("hidden", push("hidden/routers", private=True))
@@ -177,6 +183,11 @@ weights = routed.routers.state_dict()
 fetched = drllm.RoutedModel.from_pretrained("someone/routers", routed.detach())
 said["fetched"] = all(torch.equal(weights[k], w) for k, w in fetched.routers.state_dict().items())
 note("fetched folder", lambda: find("someone/routers"))
+options = {"cache_dir": "own-cache", "token": "hf_reader"}
+note("fetched elsewhere", lambda: find("someone/routers", **options))
+note("local only", lambda: find("someone/local", cache_dir="own-cache", local_files_only=True))
+load_base = lambda: drllm.load("someone/absent", **options, local_files_only=True)
+note("base local only", load_base)
 note("fetched at a commit", lambda: find("someone/routers", COMMIT))
 for name in ("gated", "absent", "forbidden", "unreachable"):
     note(f"fetch {name}", lambda: find(name + "/routers"))
@@ -184,7 +195,8 @@ for name in ("gated", "absent", "forbidden", "unreachable"):
 note("fetch other revision", lambda: find("someone/routers", "v9"))
 note("fetch a base model", lambda: find("someone/model"))
 note("model other revision", load_model("someone/model", "v9"))
-note("model without a config", load_model("someone/routers"))
+note("model without a config", load_model("someone/notes"))
+note("model that is routers", load_model("someone/routers"))
 print(json.dumps(said))
 """.replace("COMMIT", repr(COMMIT))
 
@@ -192,6 +204,7 @@ print(json.dumps(said))
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     """What a process that pushes and fetches was answered."""
+    Hub.repositories["someone/notes"] = {"README.md": b"# Notes"}
     Hub.repositories["someone/model"] = {"config.json": b"{}", "README.md": b"# A model"}
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -217,18 +230,20 @@ def said(tmp_path_factory):
     yield json.loads(child.stdout)
     Hub.repositories.clear()
     Hub.requests.clear()
+    Hub.fetched.clear()
 
 
 def requests_to(path):
     return [(token, lines) for where, token, lines in Hub.requests if where == path]
 
 
-def test_a_pushed_repository_holds_the_three_files(said):
+def test_a_pushed_repository_holds_the_four_files(said):
     assert said["pushed"].endswith(f"/someone/routers/commit/{COMMIT}")
     assert said["pushed warned"] == []
     files = Hub.repositories["someone/routers"]
     assert set(files) - {".gitattributes"} == {
         "README.md",
+        "config.json",
         "router_config.json",
         "routers.safetensors",
     }
@@ -313,6 +328,20 @@ def test_fetched_routers_are_those_that_were_pushed(said):
     assert said["fetched"] is True
     assert said["fetched folder"].endswith(f"models--someone--routers/snapshots/{COMMIT}")
     assert said["fetched at a commit"] == said["fetched folder"]
+    assert "config.json" in {Path(path).name for path, _, _ in Hub.fetched}, "counts a download"
+
+
+def test_token_and_cache_are_passed_through(said):
+    assert "/own-cache/models--someone--routers/" in said["fetched elsewhere"]
+    tokens = {token for path, token, _ in Hub.fetched if "/someone/routers/" in path}
+    assert "Bearer hf_reader" in tokens
+    for name in ("local only", "base local only"):
+        assert "isn't in the local cache, and local_files_only is set; connect" in said[name]
+
+
+def test_a_push_that_says_no_place_or_is_not_asked_for_is_refused(said):
+    for name in ("nowhere", "unasked"):
+        assert said[name].startswith("ConfigError: push_to_hub=True and repo_id='OWNER/NAME' go")
 
 
 @pytest.mark.parametrize(
@@ -322,6 +351,7 @@ def test_fetched_routers_are_those_that_were_pushed(said):
         ("model absent", "isn't on the hub, or is private (then set HF_TOKEN)"),
         ("model other revision", "'someone/model' has no revision 'v9'"),
         ("model without a config", "has no config.json, so it isn't a transformers model"),
+        ("model that is routers", "'someone/routers' holds routers, not a model; give them as --r"),
         ("model unreachable", "isn't in the local cache, and the hub can't be reached; connect"),
         ("model forbidden", "if it needs a login, set HF_TOKEN"),
         ("fetch gated", "'gated/routers' is gated: accept the terms on its hub page, then set HF"),

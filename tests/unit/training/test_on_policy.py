@@ -47,7 +47,8 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 """Features are float32; prompts in other batches differ in the last bits."""
 KILLED_ONCE = replace(CONFIG, num_epochs=1, num_seeds=1, on_policy_rounds=1)
 ONE = replace(CONFIG, num_seeds=1, on_policy_rounds=1)
-FILES = ["README.md", "layers.json", "metrics.jsonl", "router_config.json", "routers.safetensors"]
+FILES = ["README.md", "config.json", "layers.json", "metrics.jsonl"]
+FILES += ["router_config.json", "routers.safetensors"]
 
 
 def new_routers(seed: int = 0) -> RouterStack:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants, errors, utils
@@ -26,20 +27,29 @@ FETCH_ERRORS = (errors.HFValidationError, errors.EntryNotFoundError, *ERRORS)
 """What `explain` explains."""
 
 
-def find_commit(name: str, revision: str | None, *, otherwise: str) -> str:
+def options_in(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those options of a `from_pretrained` that say how the hub is asked."""
+    return {
+        name: given[name] for name in ("token", "cache_dir", "local_files_only") if name in given
+    }
+
+
+def find_commit(name: str, revision: str | None, *, otherwise: str, **options: Any) -> str:
     """Return the commit that a revision of a hub model stands for.
 
     The model's config is fetched for it, the smallest file that tells whether the model is there.
     Arguments are those of `explain`, whose sentence a ModelError then is.
     """
     try:
-        file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
+        file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision, **options)
     except FETCH_ERRORS as error:
         said = explain(error, "model", name, revision, otherwise)
         is_local = isinstance(error, errors.LocalEntryNotFoundError)
         if isinstance(error, errors.EntryNotFoundError) and not is_local:
             said = f"model {name!r} has no config.json, so it isn't a transformers model"
         raise ModelError(said) from error
+    if '"drllm"' in Path(file).read_text(encoding="utf-8", errors="replace"):
+        raise ModelError(f"{name!r} holds routers, not a model; give them as --routers")
     return Path(file).parent.name  # the cache keeps a model's files under snapshots/COMMIT
 
 
@@ -65,6 +75,9 @@ def explain(error: Exception, kind: str, name: str, revision: str | None, otherw
         return f"{what} isn't on the hub, or is private (then set {TOKEN_VARIABLE}); {otherwise}"
     if isinstance(error, errors.HFValidationError):
         return f"{name!r} can't be a hub id; {otherwise}"
+    why = no_network()
+    if "local_files_only" in str(error) and not constants.HF_HUB_OFFLINE:
+        why = "local_files_only is set"
     if isinstance(error, errors.LocalEntryNotFoundError):
         # Also raised for any answer that isn't one of the above; the cause tells.
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
@@ -76,7 +89,7 @@ def explain(error: Exception, kind: str, name: str, revision: str | None, otherw
             f"{TOKEN_VARIABLE} to a valid token"
         )
     return (
-        f"{what} isn't in the local cache, and {no_network()}; connect (a gated one also needs "
+        f"{what} isn't in the local cache, and {why}; connect (a gated one also needs "
         f"{TOKEN_VARIABLE}), or {otherwise}"
     )
 

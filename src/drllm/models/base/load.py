@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import logging
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from drllm.config import ModelConfig
+from drllm.config.fields import kinds_of
 from drllm.errors import ConfigError, ModelError, unknown_name
 from drllm.models.base import hub, smollm2
 from drllm.models.base.identity import describe
@@ -78,16 +80,28 @@ class BaseModel:
         }
 
 
-def load(config: ModelConfig) -> BaseModel:
+def load(model: ModelConfig | str, **options: Any) -> BaseModel:
     """Load a base model and its tokenizer, frozen; `auto` device and dtype are resolved here.
+
+    Args:
+        model: The settings; or an alias, a hub id or a folder.
+        options: Further settings by name (`dtype` may be torch's own), and what `from_pretrained`
+            of transformers takes: `device_map`, `quantization_config`, `token`, `cache_dir`, ...
 
     Raises:
         ConfigError: A device, attention code or revision that can't be had or has no effect.
         ModelError: A model that is absent, gated, incomplete, not a decoder-only language model,
             or needs code of its own; also where the network is needed and can't be reached.
     """
+    config, options = _settings(model, options)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
+    if options.get("device_map") is not None and config.device != "auto":
+        raise ConfigError(
+            f"device={config.device!r} has no effect with device_map; leave one of the two out"
+        )
+    if options.get("quantization_config") is not None:  # such weights are placed as they are read
+        options.setdefault("device_map", {"": device})
     attention = config.attn_implementation
     if attention is not None and "/" not in attention:  # OWNER/NAME is a kernel on the hub
         known = {"eager", *(k for k in ALL_ATTENTION_FUNCTIONS.valid_keys() if "paged" not in k)}
@@ -99,10 +113,11 @@ def load(config: ModelConfig) -> BaseModel:
     if config.model in ALIASES:
         config = _check_alias(config)
     with hub.quiet():
-        source, revision = _locate(config)
-        model, tokenizer = _open(source, revision, dtype, config)
+        source, revision = _locate(config, options)
+        model, tokenizer = _open(source, revision, dtype, config, options)
     try:
-        model.to(device)
+        if options.get("device_map") is None:
+            model.to(device)
     except torch.cuda.OutOfMemoryError as error:
         raise ModelError(
             f"model {config.model!r} doesn't fit in the memory of {device}; "
@@ -112,6 +127,19 @@ def load(config: ModelConfig) -> BaseModel:
     model.eval()
     model.requires_grad_(False)
     return BaseModel(model, _padding_left(tokenizer), name=config.model, revision=revision)
+
+
+def _settings(
+    model: ModelConfig | str, options: Mapping[str, Any]
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Return our settings, and the options that are for transformers."""
+    config: dict[str, Any] = {"model": model} if isinstance(model, str) else model.to_dict()
+    others: dict[str, Any] = {}
+    for given, value in options.items():
+        name = "dtype" if given == "torch_dtype" else given  # as transformers 4 calls it
+        (config if name in kinds_of(ModelConfig) else others)[name] = value
+    config["dtype"] = str(config.get("dtype", "auto")).removeprefix("torch.")
+    return ModelConfig(**config), others
 
 
 def as_base_model(model: Any, tokenizer: Any = None) -> BaseModel:
@@ -140,7 +168,7 @@ def tokenizer_of(model: Any) -> Any:
         return None
     config = ModelConfig(model=name, revision=None if Path(name).is_dir() else revision)
     with hub.quiet():
-        source, revision = _locate(config)
+        source, revision = _locate(config, {})
         try:
             return _padding_left(AutoTokenizer.from_pretrained(source, revision=revision))
         except _FOREIGN as error:
@@ -203,7 +231,7 @@ def _check_alias(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, model=smollm2.HUB_ID)
 
 
-def _locate(config: ModelConfig) -> tuple[str, str | None]:
+def _locate(config: ModelConfig, options: Mapping[str, Any]) -> tuple[str, str | None]:
     """Return the folder or hub id to open, and the commit of a hub model."""
     name, revision = config.model, config.revision
     if name in ALIASES:
@@ -227,7 +255,7 @@ def _locate(config: ModelConfig) -> tuple[str, str | None]:
         raise ModelError(
             f"there is no folder {name!r}, and it isn't a hub id (OWNER/NAME) either; {advice}"
         )
-    return name, hub.find_commit(name, revision, otherwise=advice)
+    return name, hub.find_commit(name, revision, otherwise=advice, **hub.options_in(options))
 
 
 def _check_folder(place: Path, name: str) -> None:
@@ -247,12 +275,16 @@ def _check_folder(place: Path, name: str) -> None:
 
 
 def _open(
-    source: str, revision: str | None, dtype: torch.dtype, config: ModelConfig
+    source: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    config: ModelConfig,
+    given: Mapping[str, Any],
 ) -> tuple[Any, Any]:
     attention = config.attn_implementation
     common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    common |= {} if revision is None else {"revision": revision}
-    options = common | ({} if attention is None else {"attn_implementation": attention})
+    common |= hub.options_in(given) | ({} if revision is None else {"revision": revision})
+    options = given | common | ({} if attention is None else {"attn_implementation": attention})
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -263,7 +295,7 @@ def _open(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except _FOREIGN as error:
+    except (*_FOREIGN, TypeError) as error:  # an option that nobody takes
         raise _explain(error, config) from error
     for problem in ("missing_keys", "mismatched_keys"):
         names = sorted(str(key if isinstance(key, str) else key[0]) for key in info[problem])
@@ -293,6 +325,8 @@ def _explain(error: Exception, config: ModelConfig) -> ModelError | ConfigError:
             f"--attn-implementation {attention!r} can't be used with {name!r}: {said}; {remedy} "
             f"--attn-implementation sdpa or eager"
         )
+    if isinstance(error, TypeError):
+        return ConfigError(f"an option doesn't fit the model {name!r}: {said}")
     if is_import:
         return ModelError(f"model {name!r} needs a package that isn't installed: {said}")
     if "Unrecognized configuration class" in text:

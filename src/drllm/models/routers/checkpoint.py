@@ -33,6 +33,9 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "router_config.json"
 WEIGHTS_FILE = "routers.safetensors"
 CARD_FILE = "README.md"
+COUNTED_FILE = "config.json"
+"""The file that the hub counts downloads by; nothing else reads it."""
+COUNTED = b'{"library_name": "drllm"}\n'
 PICKLES = (b"PK\x03\x04", b"\x80")  # how torch.save and pickle begin a file
 
 
@@ -55,10 +58,15 @@ def save_routers(
 
     Raises:
         CheckpointError: Weights that aren't finite float32 of the right shapes, a folder that
-            can't be written, or a README.md in it that isn't a card of routers.
+            can't be written, or a README.md or config.json in it that isn't of routers.
     """
     folder, config = Path(folder), config or routers.config
-    card = folder / CARD_FILE
+    card, counted = folder / CARD_FILE, folder / COUNTED_FILE
+    if counted.is_file() and b'"drllm"' not in counted.read_bytes():
+        raise CheckpointError(
+            f"{folder} holds a model or something else with a {COUNTED_FILE}, which would be "
+            f"replaced; save routers to a folder of their own"
+        )
     if card.is_file() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
         raise CheckpointError(
             f"{card} isn't a card of routers and would be replaced by one; save to a folder of "
@@ -80,6 +88,7 @@ def save_routers(
         WEIGHTS_FILE: to_safetensors(tensors, notes),
         CONFIG_FILE: text.encode(),
         CARD_FILE: model_card(config, place).encode(),
+        COUNTED_FILE: COUNTED,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)

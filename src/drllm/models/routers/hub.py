@@ -22,6 +22,7 @@ from drllm.models.routers.card import HUB_ID
 from drllm.models.routers.checkpoint import (
     CARD_FILE,
     CONFIG_FILE,
+    COUNTED_FILE,
     WEIGHTS_FILE,
     described,
     save_routers,
@@ -36,7 +37,7 @@ NEW_TOKEN = (
 NAME_EXAMPLE = "give OWNER/NAME, for example your-name/routers"
 
 
-def find(place: Path | str, revision: str | None = None) -> Path:
+def find(place: Path | str, revision: str | None = None, **options: Any) -> Path:
     """Return the folder of routers that a name stands for, fetched from the hub if necessary.
 
     A folder on this machine wins over the hub. One that doesn't exist is returned too, for its
@@ -45,6 +46,7 @@ def find(place: Path | str, revision: str | None = None) -> Path:
     Args:
         place: A folder, or OWNER/NAME on the hub.
         revision: Branch, tag or commit on the hub; None for the default branch.
+        options: `token`, `cache_dir` and `local_files_only`, as the hub's library takes them.
 
     Raises:
         CheckpointError: Routers that the hub doesn't have or doesn't give, or no network.
@@ -59,7 +61,7 @@ def find(place: Path | str, revision: str | None = None) -> Path:
         return folder
     try:
         with hub.quiet():
-            folder = _fetched(name, revision)
+            folder = _fetched(name, revision, options)
     except hub.FETCH_ERRORS as error:
         otherwise = "give OWNER/NAME, or a folder that 'drllm train' has written"
         said = hub.explain(error, "routers repository", name, revision, otherwise)
@@ -72,15 +74,15 @@ def find(place: Path | str, revision: str | None = None) -> Path:
     return folder
 
 
-def _fetched(name: str, revision: str | None) -> Path:
+def _fetched(name: str, revision: str | None, options: dict[str, Any]) -> Path:
     """Return where routers lie in the cache, fetched into it unless it has the whole commit.
 
     A commit never changes, so the hub needn't be asked. Some versions of its library ask all the
     same for the list of files, where an older version put them there.
     """
-    files = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE]
+    files = [CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, COUNTED_FILE]
     fetch = partial(
-        huggingface_hub.snapshot_download, name, revision=revision, allow_patterns=files
+        huggingface_hub.snapshot_download, name, revision=revision, allow_patterns=files, **options
     )
     if revision is not None and COMMIT.fullmatch(revision):
         with suppress(LocalEntryNotFoundError):

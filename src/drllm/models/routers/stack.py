@@ -11,6 +11,7 @@ import dataclasses
 import reprlib
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -71,6 +72,13 @@ class RouterConfig:
                 ) from error
         if len(self.label_counts) not in (0, self.num_layers):
             raise ConfigError("'label_counts' isn't num_layers rows of 3 counts")
+
+    @classmethod
+    def from_pretrained(cls, routers: Path | str, **options: Any) -> RouterConfig:
+        """Read the config of routers, without their weights; see `RoutedModel.from_pretrained`."""
+        from drllm.models.routers import checkpoint, hub
+
+        return checkpoint.read_config(hub.find(routers, **options))
 
 
 @dataclass(frozen=True, slots=True)

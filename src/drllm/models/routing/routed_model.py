@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from drllm.config import ModelConfig
 from drllm.errors import CheckpointError, ConfigError, RoutingError
+from drllm.models.base import hub as base_hub
 from drllm.models.base import load as loading
 from drllm.models.base.layers import base_of
 from drllm.models.base.load import BaseModel
@@ -199,9 +199,9 @@ class RoutedModel:
         routers: Path | str,
         base: Any = None,
         *,
+        tokenizer: Any = None,
         revision: str | None = None,
-        dtype: str = "auto",
-        device: str = "auto",
+        **options: Any,
     ) -> RoutedModel:
         """Load routers and the base model they belong to.
 
@@ -209,34 +209,34 @@ class RoutedModel:
             routers: A folder that `drllm train` or `save_pretrained` has written, or OWNER/NAME on
                 the hub; a folder of that name comes first.
             base: The base model, or its id or folder; None takes it from `router_config.json`.
+            tokenizer: The base model's; None loads it.
             revision: Branch, tag or commit of the routers on the hub.
-            dtype: Of a base model that is loaded here, as `--dtype`.
-            device: Of a base model that is loaded here, as `--device`.
+            options: Of a base model that is loaded here, as for `load`: `dtype`, `device`,
+                `device_map`, `quantization_config`, `attn_implementation`, ...; `token`,
+                `cache_dir` and `local_files_only` count for the routers too.
 
         Raises:
             CheckpointError: Routers that are broken, can't be had, or belong to another model.
             ConfigError: A setting that has no effect on what is given.
             ModelError: The base model can't be had.
         """
-        stack = load_routers(hub.find(routers, revision))
+        place = hub.find(routers, revision, **base_hub.options_in(options))
+        stack = load_routers(place)
         if not (base is None or isinstance(base, (str, Path))):
-            for name, value in {"dtype": dtype, "device": device}.items():
-                if value != "auto":
-                    raise ConfigError(
-                        f"{name}={value!r} has no effect on a base model that is loaded already; "
-                        f"leave it out, or give the model's id as base"
-                    )
-            return cls(base, stack)
+            for name in options.keys() - base_hub.options_in(options).keys():
+                raise ConfigError(
+                    f"{name}={options[name]!r} has no effect on a base model that is loaded "
+                    f"already; leave it out, or give the model's id as base"
+                )
+            return attach(base, stack, tokenizer)
         name = str(base or stack.config.base_model)
         if not name:
             raise CheckpointError(
                 f"the routers in {routers} don't name their base model; give it as base=..."
             )
         base_revision = stack.config.base_revision if base is None else None
-        loaded = loading.load(
-            ModelConfig(model=name, revision=base_revision, dtype=dtype, device=device)
-        )
-        return cls(loaded.model, stack, tokenizer=loaded.tokenizer)
+        loaded = loading.load(name, revision=base_revision, **options)
+        return attach(loaded, stack, tokenizer)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -330,18 +330,38 @@ class RoutedModel:
                 "drllm.attach(model, ...) to put it on again"
             )
 
-    def save_pretrained(self, folder: Path | str) -> None:
+    def save_pretrained(
+        self,
+        folder: Path | str,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **push: Any,
+    ) -> str | None:
         """Save the routers with a model card; the base model isn't copied.
 
         Routers that are in the folder already are replaced, their card too: all files or none.
 
+        Args:
+            folder: Made if necessary.
+            push_to_hub: Push them too.
+            repo_id: OWNER/NAME to push to.
+            push: As for the method `push_to_hub`.
+
+        Returns:
+            The address of the commit, if they are pushed.
+
         Raises:
+            ConfigError: Pushing is asked for without a name, or a name without pushing.
             CheckpointError: A folder that can't be written, or holds a README.md of something
                 else; weights that are no longer finite float32.
             RoutingError: There are no routers.
         """
         routers = self._own_routers()
+        if push_to_hub != (repo_id is not None) or (push and not push_to_hub):
+            raise ConfigError("push_to_hub=True and repo_id='OWNER/NAME' go together; give both")
         save_routers(routers, folder, config=described(routers.config, self.model))
+        return None if repo_id is None else self.push_to_hub(repo_id, **push)
 
     def push_to_hub(
         self,

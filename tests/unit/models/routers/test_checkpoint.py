@@ -7,8 +7,9 @@ import accelerate
 import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from drllm.errors import CheckpointError, ConfigError, RoutingError
+from drllm.errors import CheckpointError, ConfigError, ModelError, RoutingError
 from drllm.models.base.identity import fingerprint
 from drllm.models.routers.checkpoint import check_routers, read_config, save_routers
 from drllm.models.routers.checkpoint import described as fill_in
@@ -103,13 +104,14 @@ def test_routers_fit_and_route_their_model_with_its_weights_offloaded_too(model)
     assert route(RoutedModel(model, routers)) == expected
 
 
-def test_a_saved_checkpoint_is_three_files_that_route_as_before(model, tmp_path):
+def test_a_saved_checkpoint_is_four_files_that_route_as_before(model, tmp_path):
     routed = RoutedModel(model, by_hand())
     expected = route(routed)
     assert len(set(expected[0])) > 1, "these routers would agree with any others"
     routed.save_pretrained(tmp_path / "routers")
     assert {path.name for path in (tmp_path / "routers").iterdir()} == {
         "README.md",
+        "config.json",
         "router_config.json",
         "routers.safetensors",
     }
@@ -205,6 +207,56 @@ def test_settings_without_effect_are_refused(routers_folder, model, setting, sai
         RoutedModel.from_pretrained(routers_folder, model, **setting)
 
 
+def test_a_tokenizer_that_is_given_is_kept_and_one_that_isnt_is_the_base_models(
+    routers_folder, base_folder
+):
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    assert RoutedModel.from_pretrained(routers_folder, base).tokenizer("ab").input_ids == [69, 70]
+    assert RoutedModel.from_pretrained(routers_folder, base, tokenizer="own").tokenizer == "own"
+    assert RoutedModel.from_pretrained(routers_folder, tokenizer="own").tokenizer == "own"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_the_arguments_of_transformers_reach_the_base_model(routers_folder, tmp_path, dtype):
+    parts = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb")
+    placed = {**dict.fromkeys(parts, "cpu"), "lm_head": "disk"}
+    routed = RoutedModel.from_pretrained(
+        routers_folder,
+        dtype=dtype,
+        device_map=placed,
+        offload_folder=tmp_path / "offloaded",
+        attn_implementation="eager",
+    )
+    assert (routed.dtype, routed.config._attn_implementation) == (torch.bfloat16, "eager")
+    assert routed.hf_device_map == placed
+    assert RoutedModel.from_pretrained(routers_folder, torch_dtype=dtype).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "said"),
+    [
+        ({"dtype": "bf16"}, ConfigError, "--dtype: unknown value 'bf16'; did you mean 'bfloat16'"),
+        ({"dtpye": "bfloat16"}, ConfigError, "doesn't fit the model .*argument 'dtpye'"),
+        ({"device_map": "auto", "device": "cpu"}, ConfigError, "no effect with device_map; leave"),
+        ({"device_map": "gpus"}, ModelError, "can't be opened: .*gpus"),
+        (
+            {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+            ModelError,
+            "needs a package that isn't installed: .*bitsandbytes",
+        ),
+    ],
+)
+def test_arguments_that_dont_fit_are_refused_in_one_line(routers_folder, given, kind, said):
+    with pytest.raises(kind, match=said) as caught:
+        RoutedModel.from_pretrained(routers_folder, **given)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_isnt_cached_is_refused_where_only_local_files_may_be_used(tmp_path):
+    with pytest.raises(CheckpointError, match=r"isn't in the local cache, and .* is set"):
+        RouterConfig.from_pretrained("a/b", local_files_only=True, cache_dir=tmp_path)
+
+
 @pytest.fixture
 def cached_on_hub(cached, routers_folder):
     return cached(routers_folder, "someone/routers")
@@ -213,7 +265,8 @@ def cached_on_hub(cached, routers_folder):
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])
 def test_a_hub_id_works_like_a_folder(cached_on_hub, routers_folder, model, revision):
     routed = RoutedModel.from_pretrained(cached_on_hub, model, revision=revision)
-    assert routed.routers.config == read_config(routers_folder)
+    config = RouterConfig.from_pretrained(cached_on_hub, revision=revision)
+    assert routed.routers.config == config == read_config(routers_folder)
 
 
 def test_a_folder_comes_before_the_hub(cached_on_hub, model, tmp_path, monkeypatch):

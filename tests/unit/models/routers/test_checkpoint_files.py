@@ -22,7 +22,7 @@ from drllm.models.routers.checkpoint import load_routers, read_config, save_rout
 from drllm.models.routers.stack import RouterConfig, RouterStack
 
 WEIGHTS, CONFIG_FILE, CARD = "routers.safetensors", "router_config.json", "README.md"
-FILES = (WEIGHTS, CONFIG_FILE, CARD)
+FILES = (WEIGHTS, CONFIG_FILE, CARD, "config.json")
 SIZES = {"num_layers": 3, "hidden_size": 5, "num_windows": 4, "router_width": 7}
 BASE = {"base_model": "org/tiny", "base_revision": "main", "base_class": "LlamaForCausalLM"}
 COUNTS = ((1, 2, 3), (0, 6, 0), (4, 1, 1))
@@ -76,8 +76,8 @@ class Step:
 
 
 FAILURES = [
-    *(("fsync", step) for step in (1, 2, 3)),  # the disk is full while a file is written
-    *(("replace", step) for step in range(1, 7)),  # three out of the way, three into place
+    *(("fsync", step) for step in range(1, 5)),  # the disk is full while a file is written
+    *(("replace", step) for step in range(1, 9)),  # four out of the way, four into place
 ]
 
 
@@ -128,7 +128,7 @@ from drllm.models.routers.checkpoint import load_routers, save_routers
 root = Path(sys.argv[1])
 old, new = (load_routers(root / name) for name in ("old", "new"))
 original = Path.replace
-for step in range(1, 7):
+for step in range(1, 9):
     folder = root / str(step)
     save_routers(old, folder)
     child = os.fork()
@@ -153,7 +153,7 @@ def test_a_process_killed_while_files_change_places_leaves_no_mixture(tmp_path):
     save_routers(NEW, tmp_path / "new")
     subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=True)
     whole = [contents(tmp_path / name) for name in ("old", "new")]
-    for step in range(1, 7):
+    for step in range(1, 9):
         found = contents(tmp_path / str(step))
         found = {name: data for name, data in found.items() if not name.startswith(".")}
         assert CONFIG_FILE not in found or found in whole
@@ -207,11 +207,25 @@ def test_what_could_not_be_loaded_again_is_not_saved_over_what_can(folder, spoil
     assert contents(folder) == before
 
 
-def test_a_readme_of_something_else_is_never_replaced(tmp_path):
-    (tmp_path / CARD).write_text("# My thesis\n")
-    with pytest.raises(CheckpointError, match=r"README\.md isn't a card of routers .* move it"):
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (CARD, b"# My thesis\n", r"README\.md isn't a card of routers .* move it"),
+        ("config.json", b'{"model_type": "llama"}', r"holds a model .* with a config\.json"),
+    ],
+)
+def test_a_file_of_something_else_is_never_replaced(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=said):
         save_routers(NEW, tmp_path)
-    assert contents(tmp_path) == {CARD: b"# My thesis\n"}
+    assert contents(tmp_path) == {name: content}
+
+
+def test_routers_saved_before_there_was_a_config_json_are_read_and_replaced(folder):
+    (folder / "config.json").unlink()
+    assert load_routers(folder).config == CONFIG
+    save_routers(NEW, folder)
+    assert b'"library_name": "drllm"' in contents(folder)["config.json"]
 
 
 sizes = st.integers(1, 6)
