@@ -34,7 +34,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer
 
 # What transformers raises for a model that it can't open; a defect of ours is none of these.
 _FOREIGN: tuple[type[Exception], ...]
+_OPENING: tuple[type[Exception], ...]
 _FOREIGN = (*hub.ERRORS, ImportError, KeyError, RuntimeError, SafetensorError, ValueError)
+_OPENING = (*_FOREIGN, TypeError)  # of an option that nobody takes
 
 logger = logging.getLogger(__name__)
 
@@ -114,19 +116,19 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
         config = _check_alias(config)
     with hub.quiet():
         source, revision = _locate(config, options)
-        model, tokenizer = _open(source, revision, dtype, config, options)
+        loaded, tokenizer = _open(source, revision, dtype, config, options)
     try:
         if options.get("device_map") is None:
-            model.to(device)
+            loaded.to(device)
     except torch.cuda.OutOfMemoryError as error:
         raise ModelError(
             f"model {config.model!r} doesn't fit in the memory of {device}; "
             f"use --dtype bfloat16, --device cpu or a smaller model"
         ) from error
-    model.name_or_path = config.model  # not the folder that an alias stands for
-    model.eval()
-    model.requires_grad_(False)
-    return BaseModel(model, _padding_left(tokenizer), name=config.model, revision=revision)
+    loaded.name_or_path = config.model  # not the folder that an alias stands for
+    loaded.eval()
+    loaded.requires_grad_(False)
+    return BaseModel(loaded, _padding_left(tokenizer), name=config.model, revision=revision)
 
 
 def _settings(
@@ -279,7 +281,7 @@ def _open(
     revision: str | None,
     dtype: torch.dtype,
     config: ModelConfig,
-    given: Mapping[str, Any],
+    given: dict[str, Any],
 ) -> tuple[Any, Any]:
     attention = config.attn_implementation
     common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
@@ -295,7 +297,7 @@ def _open(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
-    except (*_FOREIGN, TypeError) as error:  # an option that nobody takes
+    except _OPENING as error:
         raise _explain(error, config) from error
     for problem in ("missing_keys", "mismatched_keys"):
         names = sorted(str(key if isinstance(key, str) else key[0]) for key in info[problem])

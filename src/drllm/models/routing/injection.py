@@ -259,7 +259,7 @@ class LayerHandle:
     @property
     def is_gone(self) -> bool:
         """Whether other code has taken our override off."""
-        return self.layer.__dict__.get("forward") == self.previous
+        return bool(self.layer.__dict__.get("forward") == self.previous)
 
     @property
     def is_on_top(self) -> bool:
