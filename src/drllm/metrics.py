@@ -18,7 +18,7 @@ from operator import add
 from typing import Any, TypeAlias
 
 from drllm.paths import Decision
-from drllm.statistics.power import FEWEST_DIFFERENT
+from drllm.statistics.verdicts import judge_counts
 
 NAMES = ("skip", "execute", "repeat")
 DECISIONS = range(len(NAMES))
@@ -204,35 +204,53 @@ def verdict(parts: Mapping[str, Mapping[str, Counts]]) -> str:
     """Say in one sentence whether routers beat the best baseline on targets they haven't learned.
 
     The parts are what `with_baselines` returns, of `TRAIN` and, if it is there, of `VALIDATION`.
+    Accuracy is judged by the paired test, for which the decisions of one target, which go together,
+    count as one; macro-F1, which has no test, by its value.
     """
     if VALIDATION not in parts:
         return (
             "No targets were held out, so nothing says whether the routers beat decisions that "
             "ignore the question."
         )
-    num_examples = parts[VALIDATION][ROUTERS].examples
-    if num_examples < FEWEST_DIFFERENT:
-        return (
-            f"{num_examples} held-out targets are too few to say whether the routers "
-            f"beat decisions that ignore the question; at least {FEWEST_DIFFERENT} can."
-        )
-    scores = {name: ratios(counts) for name, counts in parts[VALIDATION].items()}
+    systems = parts[VALIDATION]
+    num, num_layers = systems[ROUTERS].examples, len(systems[ROUTERS].confusion)
+    scores = {name: ratios(counts) for name, counts in systems.items()}
+    constant = max((ALWAYS_EXECUTE, LAYER_MAJORITY), key=lambda name: scores[name]["accuracy"] or 0)
+    won, lost = (round(n / num_layers) for n in _won_lost(systems[ROUTERS], systems[constant]))
+    judged = judge_counts(won, lost, num)
     told: list[str] = []
-    won: list[str] = []
-    lost: list[str] = []
+    beaten: dict[bool, list[str]] = {True: [], False: []}
     for key, title in JUDGED:
         values = {name: score[key] or 0.0 for name, score in scores.items()}
         ours = values.pop(ROUTERS)
         best = max(values, key=lambda name: values[name])
-        (won if ours > values[best] else lost).append(title)
+        is_shown = key != "accuracy" or judged.shown == "higher"
+        beaten[ours > values[best] and is_shown].append(title)
         told.append(f"{title} {ours:.3f} against {values[best]:.3f} ({shown(best)})")
-    if not lost:
-        what = "beat the best baseline in both macro-F1 and accuracy"
-    elif won:
-        what = f"beat the best baseline in {won[0]}, but not in {lost[0]}"
-    else:
+    numbers = ", ".join(told)
+    if judged.shown == "too few":
+        return (
+            f"{num} held-out target{' is' if num == 1 else 's are'} too few to say whether the "
+            f"routers beat decisions that ignore the question; about {judged.needed} would do "
+            f"({numbers})."
+        )
+    what = "beat the best baseline in both macro-F1 and accuracy"
+    if not beaten[True]:
         what = "beat the best baseline neither in macro-F1 nor in accuracy"
-    return f"On {num_examples} held-out targets the routers {what}: {', '.join(told)}."
+    elif beaten[False]:
+        what = f"beat the best baseline in {beaten[True][0]}, but not in {beaten[False][0]}"
+    return f"On {num} held-out targets the routers {what}: {numbers}."
+
+
+def _won_lost(ours: Counts, theirs: Counts) -> tuple[float, float]:
+    """Count labels that routers hit and a constant decision a layer misses, and the reverse."""
+    won = lost = 0.0
+    for one, other in zip(ours.confusion, theirs.confusion, strict=True):
+        columns = [sum(column) for column in zip(*other, strict=True)]
+        constant = columns.index(max(columns))
+        won += sum(one[each][each] for each in DECISIONS if each != constant)
+        lost += sum(one[constant][each] for each in DECISIONS if each != constant)
+    return won, lost
 
 
 def by_layer(systems: Mapping[str, Counts]) -> str:

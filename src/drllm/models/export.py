@@ -380,6 +380,7 @@ def model_card(
         decisions=decisions,
         skipped=sorted(set(range(base["num_layers"])) - set(path)),
         repeated=sorted({layer for layer in path if path.count(layer) > 1}),
+        in_order=list(path) == sorted(path),
         dtype=dtype,
         num_repeated_bytes=num_repeated_bytes,
         version=importlib.metadata.version("drllm"),

@@ -97,8 +97,7 @@ def test_the_card_says_where_the_weights_come_from_and_which_path_it_is():
         "fingerprint `0123456789abcdef`",
         "    0 1 3 3 4\n",
         "As decisions, one per layer: 1 1 0 2 1.",
-        "Left out: 2.",
-        "Executed more than once: 3.",
+        "left out 2, executed more than once 3, in the base model's order.",
         "copies are 1,234 bytes",
         "bfloat16",
     ):
@@ -108,5 +107,6 @@ def test_the_card_says_where_the_weights_come_from_and_which_path_it_is():
 def test_a_path_without_decisions_and_a_base_model_that_is_not_from_the_hub_are_said():
     card = model_card({**IDENTITY, "id": "models/tiny", "revision": None}, (1, 0), "float32", 0)
     assert "can't express this path" in card
+    assert "executed more than once none, in another order." in card
     assert "base_model" not in yaml.safe_load(card.split("---\n")[1])
     assert "`models/tiny`: LlamaForCausalLM" in card
