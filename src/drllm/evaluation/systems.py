@@ -142,7 +142,9 @@ class TaskRun:
             scorer.score(self._requests[0], FullPolicy())
         else:
             lengths = list(map(len, asked.prompt_tokens))
-            self._blocks = blocks_of(lengths, LEAST_GENERATED, size)
+            blocks = blocks_of(lengths, LEAST_GENERATED, size)
+            prompts = asked.prompts()  # by which the answers of a block are told apart
+            self._blocks = [part for block in blocks for part in distinct(block, prompts)]
 
     def run(
         self, name: str, drawn: Sequence[Drawn], setting: str = "", keep: Keep = unkept
@@ -285,6 +287,22 @@ class TaskRun:
             -logprob / len(text.continuation)
             for text, (logprob, _) in zip(self._texts, answers, strict=True)
         ]
+
+
+def distinct(block: Block, prompts: Sequence[str]) -> list[Block]:
+    """Divide a block so that no part of it has a prompt twice.
+
+    Example:
+        >>> distinct([0, 1, 2, 3], ["a", "b", "a", "a"])
+        [[0, 1], [2], [3]]
+    """
+    parts: list[dict[str, int]] = []
+    for place in block:
+        free = next((part for part in parts if prompts[place] not in part), None)
+        if free is None:
+            parts.append(free := {})
+        free[prompts[place]] = place
+    return [list(part.values()) for part in parts]
 
 
 def joined(blocks: Sequence[Block], answered: Sequence[Answered]) -> Answered:

@@ -43,7 +43,7 @@ DESCRIPTIONS = {
     BASE: "the untouched model: every layer once",
     ROUTED: "the routers decide, reading the question alone",
 }
-FROM_TASK = ("kind", "metric", "num_fewshot", "num_questions")
+FROM_TASK = ("kind", "metric", "num_fewshot", "num_questions", "not_asked")
 MENTIONED = 0.01
 """Share of routes unchanged by the permutation above which it is said."""
 
@@ -214,7 +214,8 @@ class TaskRuns:
             said.append(self._against_permuted(rows[PERMUTED]))
         said += map(seeds_sentence, seeds)
         said += [] if self.choice is None else [self.choice.verdict()]
-        said += dict.fromkeys(self.notes)
+        notes = (note.removesuffix(".") for note in dict.fromkeys(self.notes))
+        said += (f"{note[:1].upper()}{note[1:]}." for note in notes)
         if isinstance(self.shape, str):
             said.append(f"FLOPs and K/V bytes are not derived: {self.shape}.")
         for system in self.trained:

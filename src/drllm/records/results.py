@@ -156,6 +156,7 @@ class Evaluation(Header, frozen=True, kw_only=True, forbid_unknown_fields=True):
     metric: str
     num_fewshot: int
     num_questions: int
+    not_asked: dict[str, str] = {}
     num_layers: int
     chance: float
     routers: str

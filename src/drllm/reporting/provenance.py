@@ -52,6 +52,10 @@ def section(run: Run) -> Section:
     wanted = (m for m in made_by if m.get("schema") == EVALUATION_SCHEMA and m.get("routers"))
     if commands := dict.fromkeys(map(command, wanted)):
         blocks.append(Code("Command that repeats the evaluation", "\n".join(commands)))
+    for each in run.evaluations:
+        if rows := each.not_asked:
+            listed = "; ".join(f"{row} ({why})" for row, why in rows.items())
+            blocks.append(Text(f"Rows of {each.task} that weren't asked: {listed}."))
     if run.recipe is not None:
         blocks.append(Code("Recipe (run.yaml)", run.recipe))
     return Section("Provenance", blocks, folded=True)

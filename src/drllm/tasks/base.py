@@ -170,6 +170,9 @@ class Task(ABC):
     def examples(self, split: str, data_dir: Path | str | None = None) -> list[Example]:
         """Return the questions of one split, in fixed order; no question is in two splits.
 
+        What is only reported stands there as published, copies too; what may be searched and
+        trained on has each text once.
+
         Files are those of the data folder, or the hub's without one; a task that brings its own
         questions looks at neither.
 
@@ -187,6 +190,10 @@ class Task(ABC):
         They are those of another split: what is shown is never what is reported.
         """
         return self.rows(shots_split(check_split(split)), data_dir)
+
+    def skipped(self, split: str, data_dir: Path | str | None = None) -> dict[str, str]:
+        """Return the rows that can't be asked of the file with a split's questions: id → why."""
+        return {}
 
     @property
     def rewards(self) -> tuple[str, ...]:

@@ -87,15 +87,20 @@ class FileTask(Task):
         """Return the questions of one split, in the file's order.
 
         They are half of the questions for `search`, 10 % for `fit`, 15 % for `select` and 25 %
-        for `test`.
+        for `test`; the last may have several of one text with other choices.
         """
         check_split(split)
-        return [example for example in self._examples if split_of(example.question, "own") == split]
+        found: dict[str, Example] = {}
+        for example in self._examples:
+            if split_of(example.question, "own") == split:
+                key = example.id if split == "test" else question_key(example.question)
+                found.setdefault(key, example)
+        return list(found.values())
 
     def _read(self) -> tuple[list[Example], str | None]:
         """Return the questions and the grader of all rows; None where options are scored."""
         examples: list[Example] = []
-        found: dict[str, tuple[int, Example]] = {}
+        found: dict[tuple[str, tuple[str, ...]], tuple[int, Example]] = {}
         first_kind = ""
         for line, row in read_rows(self.path):
             try:
@@ -107,11 +112,11 @@ class FileTask(Task):
                         f"put them into files of their own"
                     )
                 example = replace(_example(row), id=f"line-{line}", task=self.name)
-                first, earlier = found.setdefault(question_key(example.question), (line, example))
-                if (earlier.choices, earlier.answer) != (example.choices, example.answer):
+                key = question_key(example.question), example.choices
+                first, earlier = found.setdefault(key, (line, example))
+                if earlier.answer != example.answer:
                     raise TaskError(
-                        f"the question stands on line {first} with another answer or other "
-                        f"choices; keep one of them"
+                        f"the question stands on line {first} with another answer; keep one of them"
                     )
             except TaskError as error:
                 raise TaskError(f"{self.path}, line {line}: {error}") from error

@@ -15,6 +15,10 @@ from drllm.errors import RecordError, TaskError
 from drllm.records import decode, refuse_odd_file
 
 
+class EmptyTextError(TaskError):
+    """A text is empty, so that its row can't be asked, while the rest of a set can."""
+
+
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield `(line number, object)` for each line of a `.jsonl` or `.jsonl.gz` file.
 
@@ -50,7 +54,7 @@ def text_of(row: Mapping[str, Any], key: str) -> str:
     if not isinstance(value, str):
         raise TaskError(f"{key!r} is {value!r}; expected text")
     if not value.strip():
-        raise TaskError(f"{key!r} is empty; expected text")
+        raise EmptyTextError(f"{key!r} is empty; expected text")
     return value
 
 
@@ -60,8 +64,10 @@ def texts_of(row: Mapping[str, Any], key: str, minimum: int) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise TaskError(f"{key!r} is {value!r}; expected a list of texts")
     for entry in value:
-        if not isinstance(entry, str) or not entry.strip():
+        if not isinstance(entry, str):
             raise TaskError(f"{key!r} holds {entry!r}; expected texts")
+        if not entry.strip():
+            raise EmptyTextError(f"{key!r} holds {entry!r}; expected texts")
     if len(value) < minimum:
         raise TaskError(f"{key!r} has {len(value)} entries; expected at least {minimum}")
     return tuple(value)

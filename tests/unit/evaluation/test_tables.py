@@ -40,7 +40,7 @@ def runs(*systems, chance=0.25, seeds=(), notes=()):
     written = SimpleNamespace(
         name="a_task", chance=chance, kind="choices", metric="acc", num_fewshot=0
     )
-    written.num_questions = len(systems[0].correct)
+    written.num_questions, written.not_asked = len(systems[0].correct), {}
     return TaskRuns(
         asked=SimpleNamespace(written=written, ids=list(range(written.num_questions))),
         systems=systems,
@@ -133,7 +133,7 @@ def test_notes_of_the_task_and_of_systems_and_what_is_not_derived_are_said_once(
     systems = (run("base", RIGHT_50), run("routed", RIGHT_50, notes=["runs slowly"]))
     found = evaluation(*systems, notes=["a note", "a note"]).findings
     assert found[-3:] == (
-        "a note",
+        "A note.",
         "FLOPs and K/V bytes are not derived: it has experts.",
         "Routed: runs slowly.",
     )

@@ -100,6 +100,22 @@ def test_a_repeated_question_with_the_same_answer_counts_once(tmp_path: Path) ->
     assert len(read(path)[1]) == 1
 
 
+def test_questions_of_one_text_with_other_choices_are_all_asked_and_one_is_trained_on(
+    tmp_path: Path,
+) -> None:
+    rows = [
+        {**CHOICES, "question": f"Question {n}?", "choices": [CHOICES["choices"][0], f"other {m}"]}
+        for n in range(40)
+        for m in range(2)
+    ]
+    rows = [{**row, "answer": 0} for row in rows]
+    task = get_task(str(write(tmp_path, *rows)))
+    texts = {split: [e.question for e in task.examples(split)] for split in SPLITS}
+    assert len(texts["test"]) == 2 * len(set(texts["test"])) > 0
+    trained = [text for split in SPLITS[:3] for text in texts[split]]
+    assert len(trained) == len(set(trained)) == 40 - len(set(texts["test"]))
+
+
 def test_a_file_never_takes_the_name_of_a_built_in_task(tmp_path: Path) -> None:
     assert get_task(str(write(tmp_path, CHOICES, name="arc_easy.jsonl"))).name == "arc_easy_file"
 

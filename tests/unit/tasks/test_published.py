@@ -60,6 +60,33 @@ def test_a_split_keeps_the_files_order_and_the_first_of_equal_questions(
     assert search == expected
 
 
+def test_what_is_reported_is_asked_as_published_with_copies_under_ids_of_their_own(
+    arc: Path, write_rows: Callable[..., Path]
+) -> None:
+    others = {**ROWS[0], "choices": {"text": ["four", "five"], "label": ["2", "3"]}}
+    write_rows("arc_easy/validation", [ROWS[0], others, ROWS[0]])
+    found = ARC_EASY.examples("test", arc)
+    assert [e.choices for e in found] == [found[0].choices, ("four", "five"), found[0].choices]
+    assert [e.id for e in found] == ["q0", "validation-2", "validation-3"]
+    assert "q0" not in [e.id for split in SPLITS[:3] for e in ARC_EASY.examples(split, arc)]
+
+
+def test_rows_with_an_empty_text_are_skipped_and_named_unless_none_is_left(
+    arc: Path, write_rows: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    empty = {**ROWS[1], "choices": {"text": ["one", "", "three"], "label": ["1", "2", "3"]}}
+    path = write_rows("arc_easy/validation", [ROWS[0], empty, ROWS[2], empty])
+    with caplog.at_level(logging.WARNING, "drllm"):
+        assert [e.id for e in ARC_EASY.examples("test", arc)] == ["q0", "q2"]
+    assert list(ARC_EASY.skipped("test", arc)) == ["validation-2", "validation-4"]
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{path}, line 2: 'text' holds ''")
+    assert said.endswith("such rows are skipped: 2 of 4")
+    write_rows("arc_easy/validation", [empty, empty])
+    with pytest.raises(TaskError, match=r"line 1: 'text' holds ''.* no other row can be asked"):
+        ARC_EASY.examples("test", arc)
+
+
 def test_a_training_question_that_the_task_or_a_related_one_reports_is_left_out(
     arc: Path, write_rows: Callable[..., Path]
 ) -> None:

@@ -38,6 +38,8 @@ Line: TypeAlias = tuple[str, Columns]
 ASKED, SHOWN = "asked", "shown"
 ROWS, CACHE = "rows", "cache"
 """Places below a task folder: what is asked and shown, and what `datasets` makes of it."""
+NAMED = 5
+"""Rows that aren't asked whose ids a note lists; the results hold all."""
 SEED = 0
 """Of drawing the questions of `--limit` on the harness' command line."""
 
@@ -55,6 +57,7 @@ class HarnessTask:
         num_fewshot: Worked examples before each question.
         chance: Accuracy of guessing, the mean over the questions; None for generated answers.
         notes: What a reader of results must know.
+        not_asked: Rows of the set that aren't asked: id → why.
     """
 
     name: str
@@ -67,6 +70,7 @@ class HarnessTask:
     num_fewshot: int
     chance: float | None
     notes: tuple[str, ...]
+    not_asked: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_questions(self) -> int:
@@ -202,15 +206,20 @@ def task_folder(
             needless = f"num_fewshot is {shots}, and 0 needs no worked examples"
             raise TaskError(f"{error}; {needless}") from error
         keys = {question_key(example.question) for example, _ in shown}
-        left = [one for one in asked if question_key(one[0].question) not in keys]
+        same = [one[0].id for one in asked if question_key(one[0].question) in keys]
+        left = [one for one in asked if one[0].id not in same]
         if not left:
             raise TaskError(
                 f"task {task.name!r} has no questions in split {split!r}; give another split, or "
                 f"more questions"
             )
+        skipped = task.skipped(split, data_dir)
+        not_asked = skipped | dict.fromkeys(same, "a worked example is the same question")
         notes = list(entry.notes)
-        if number := len(asked) - len(left):
-            notes.append(f"{number} left out, since a worked example is the same question")
+        for why in dict.fromkeys(not_asked.values()):
+            rows = [row for row, reason in not_asked.items() if reason == why]
+            more = ", …" if len(rows) > NAMED else ""
+            notes.append(f"not asked: {len(rows)} ({', '.join(rows[:NAMED])}{more}), since {why}")
         lines, examples = _lines(task, entry, left), _lines(task, entry, shown)
         settings = dict(entry.settings)
         if entry.generated:
@@ -249,6 +258,7 @@ def task_folder(
                 num_fewshot=shots,
                 chance=fmean(chances) if chances else None,
                 notes=tuple(notes),
+                not_asked=not_asked,
             )
         )
     return found, files

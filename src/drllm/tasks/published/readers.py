@@ -22,7 +22,7 @@ from drllm.records import question_key
 from drllm.tasks.base import Example, Row, with_options
 from drllm.tasks.forms import LETTERS
 from drllm.tasks.rewards import normalise
-from drllm.tasks.rows import index_of, object_of, text_of, texts_of
+from drllm.tasks.rows import EmptyTextError, index_of, object_of, text_of, texts_of
 
 UNANSWERABLE = "unanswerable"
 """What SQuAD's prompts ask for where the passage holds no answer."""
@@ -87,11 +87,10 @@ def labelled(row: Row) -> Example:
     return with_options(text_of(row, "question"), choices, labels.index(key), text_of(row, "id"))
 
 
-def hellaswag(row: Row) -> Example | None:
+def hellaswag(row: Row) -> Example:
     """Read a raw row (`activity_label`, `ctx_a`, `ctx_b`, `endings`, `label`) or a clean one.
 
-    A clean row has `query`, `choices` and `label`; its texts are taken as they stand. A row of
-    which cleaning leaves nothing of an ending is no question.
+    A clean row has `query`, `choices` and `label`; its texts are taken as they stand.
     """
     if "query" in row:
         query, choices = text_of(row, "query"), texts_of(row, "choices", minimum=2)
@@ -105,7 +104,9 @@ def hellaswag(row: Row) -> Example | None:
     label = row.get("label")
     is_digit = re.fullmatch("[0-9]", str(label)) is not None
     gold = index_of(int(str(label)) if is_digit else label, len(choices), "label")
-    return with_options(query, choices, gold) if all(choices) else None
+    if not all(choices):
+        raise EmptyTextError("cleaning leaves nothing of an ending")
+    return with_options(query, choices, gold)
 
 
 def cleaned(text: str) -> str:
@@ -289,11 +290,10 @@ def aime_columns(example: Example, _row: Row) -> dict[str, Any]:
     return {"Problem": example.question, "Answer": example.answer}
 
 
-def squad(row: Row) -> Example | None:
+def squad(row: Row) -> Example:
     """Read `id`, `context`, `question` and `answers` (`text`, a list; empty without an answer).
 
-    Right is any of the answers that people gave. A question whose answers are nothing but marks
-    can't be graded and is none.
+    Right is any of the answers that people gave; answers that are nothing but marks can't be graded.
     """
     texts = texts_of(object_of(row, "answers", "text"), "text", minimum=0) or (UNANSWERABLE,)
     different: dict[str, str] = {}
@@ -301,7 +301,7 @@ def squad(row: Row) -> Example | None:
         different.setdefault(normalise(text), text.strip())
     different.pop("", None)
     if not different:
-        return None
+        raise EmptyTextError("the answers are nothing but marks")
     first, *others = different.values()
     return Example(
         id=text_of(row, "id"),

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -32,7 +32,7 @@ from drllm.tasks.base import (
 from drllm.tasks.forms import BOXED, OPTIONS, Form
 from drllm.tasks.published import readers
 from drllm.tasks.registry import TASKS, register
-from drllm.tasks.rows import read_rows
+from drllm.tasks.rows import EmptyTextError, read_rows
 
 SETS = Path(__file__).with_name("sets.yaml")
 FILES_KEPT = 8
@@ -89,14 +89,35 @@ class PublishedTask(Task):
     def rows(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
         """Return the questions of one split, each with the row that it was read from.
 
-        They stand in the file's order. Of questions with the same text the first is kept. A
-        training question that stands in a file that is reported, of this task or a related one,
-        is left out. Files are `TASK/FILE.jsonl[.gz]` of the data folder, or the hub's.
+        They stand in the file's order. A file that is only reported is asked as published; of
+        others the first question of the same text is kept, and a training question that stands in
+        a file that is reported, of this task or a related one, is left out. Files are
+        `TASK/FILE.jsonl[.gz]` of the data folder, or the hub's. Rows with an empty text, an option
+        say, are skipped, with a warning that names them.
 
         Raises:
             TaskError: A split that the set doesn't have, a missing folder or file (naming where
-                it was looked for), no network, or a line that can't be used (with its number).
+                it was looked for), no network, a line that can't be used (with its number), or no
+                line that can be asked.
         """
+        file = self._file(split)
+        origin = self.files[file]
+        taken = self._reported(data_dir) if origin == "train" else set()
+        questions: list[QuestionRow] = []
+        for example, row in self._questions(file, data_dir).questions:
+            key = question_key(example.question)
+            if key not in taken and split_of(example.question, origin) == split:
+                questions.append((example, row))
+            if origin in ("train", "own"):
+                taken.add(key)
+        return questions
+
+    def skipped(self, split: str, data_dir: Path | str | None = None) -> dict[str, str]:
+        """See `Task.skipped`; an id is the file's name with the row's number."""
+        return self._questions(self._file(split), data_dir).skipped
+
+    def _file(self, split: str) -> str:
+        """Return the name of the file that a split is taken from."""
         check_split(split)
         file = next((name for name in self.files if split in BOUNDS[self.files[name]]), None)
         if file is None:
@@ -104,20 +125,12 @@ class PublishedTask(Task):
                 f"task {self.name!r} is only evaluated and has no questions for {split!r}; "
                 f"give --split {' or '.join(self._splits())}"
             )
-        origin = self.files[file]
-        taken = self._reported(data_dir) if origin == "train" else set()
-        questions: list[QuestionRow] = []
-        for example, row in self._questions(file, data_dir):
-            key = question_key(example.question)
-            if key not in taken and split_of(example.question, origin) == split:
-                questions.append((example, row))
-            taken.add(key)
-        return questions
+        return file
 
     def shots(self, split: str, data_dir: Path | str | None = None) -> list[QuestionRow]:
         """See `Task.shots`; of a set with a `shots_file` its questions."""
         if self.shots_file:
-            return list(self._questions(self.shots_file, data_dir))
+            return list(self._questions(self.shots_file, data_dir).questions)
         return self.rows(shots_split(check_split(split), self._splits()), data_dir)
 
     def _splits(self) -> list[str]:
@@ -130,11 +143,11 @@ class PublishedTask(Task):
             assert isinstance(task, PublishedTask)
             for file, origin in task.files.items():
                 if origin == "validation" and (data_dir is None or task._find(file, data_dir)):
-                    reported = task._questions(file, data_dir)
+                    reported = task._questions(file, data_dir).questions
                     keys.update(question_key(example.question) for example, _ in reported)
         return keys
 
-    def _questions(self, file: str, data_dir: Path | str | None) -> tuple[QuestionRow, ...]:
+    def _questions(self, file: str, data_dir: Path | str | None) -> Questions:
         """Return the questions of a file; see `rows` for what is refused."""
         if data_dir is None:
             return _read(self, file, None, 0, 0)
@@ -198,26 +211,47 @@ class PublishedTask(Task):
         return find_file(self._place(data_dir), file)
 
 
+class Questions(NamedTuple):
+    """The questions of a file, and the rows that can't be asked: id → why."""
+
+    questions: tuple[QuestionRow, ...]
+    skipped: dict[str, str]
+
+
 @functools.lru_cache(maxsize=FILES_KEPT)
 def _read(
     task: PublishedTask, file: str, path: Path | None, _mtime_ns: int, _size: int
-) -> tuple[QuestionRow, ...]:
+) -> Questions:
     """Read a file of the hub (without a path) or of a data folder; a changed file is read anew."""
     if path is None:
         rows: Iterable[tuple[int, Row]] = enumerate(task._hub_rows(file), start=1)
         source = " ".join(filter(None, (task.repository, task.config, file))) + ", row"
     else:
         rows, source = read_rows(path), f"{path}, line"
-    questions: list[QuestionRow] = []
+    questions: dict[str, QuestionRow] = {}
+    skipped: dict[str, str] = {}
     for number, (line, row) in enumerate(rows, start=1):
         try:
             example = task.read(row)
+        except EmptyTextError as error:
+            skipped[f"{file}-{number}"] = str(error)
+            first = line if len(skipped) == 1 else first
+            continue
         except TaskError as error:
             raise TaskError(f"{source} {line}: {error}") from error
         if example is not None:
-            row_id = example.id or f"{file}-{number}"
-            questions.append((replace(example, id=row_id, task=task.name), row))
-    return tuple(questions)
+            own_id = example.id if example.id not in questions else ""  # a copy
+            row_id = own_id or f"{file}-{number}"
+            questions[row_id] = replace(example, id=row_id, task=task.name), row
+    if skipped:
+        why = next(iter(skipped.values()))
+        if not questions:
+            raise TaskError(f"{source} {first}: {why}, and no other row can be asked")
+        logger.warning(
+            "%s %d: %s; such rows are skipped: %d of %d",
+            *(source, first, why, len(skipped), len(skipped) + len(questions)),
+        )
+    return Questions(tuple(questions.values()), skipped)
 
 
 _thinned: dict[tuple[str, str | None, str], list[Row]] = {}

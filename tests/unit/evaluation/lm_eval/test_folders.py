@@ -275,7 +275,8 @@ def test_a_question_that_stands_among_the_worked_examples_is_not_asked_with_them
     assert write("mmlu", num_fewshot=0)[0].num_questions == len(rows)
     [task] = write("mmlu", num_fewshot=2)
     assert task.num_questions == len(rows) - 1
-    assert any(note.startswith("1 left out") for note in task.notes)
+    assert list(task.not_asked.values()) == ["a worked example is the same question"]
+    assert any(note.startswith("not asked: 1 (") for note in task.notes)
 
 
 def test_a_limit_draws_the_same_questions_each_time_and_only_their_parts_are_written(
