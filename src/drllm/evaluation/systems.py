@@ -289,7 +289,7 @@ class TaskRun:
         ]
 
 
-def distinct(block: Block, prompts: Sequence[str]) -> list[Block]:
+def distinct(block: Block, prompts: Sequence[str]) -> list[list[int]]:
     """Divide a block so that no part of it has a prompt twice.
 
     Example:

@@ -293,7 +293,7 @@ def aime_columns(example: Example, _row: Row) -> dict[str, Any]:
 def squad(row: Row) -> Example:
     """Read `id`, `context`, `question` and `answers` (`text`, a list; empty without an answer).
 
-    Right is any of the answers that people gave; answers that are nothing but marks can't be graded.
+    Right is any of the answers that people gave; nothing but marks can't be graded.
     """
     texts = texts_of(object_of(row, "answers", "text"), "text", minimum=0) or (UNANSWERABLE,)
     different: dict[str, str] = {}

@@ -230,12 +230,13 @@ def _read(
         rows, source = read_rows(path), f"{path}, line"
     questions: dict[str, QuestionRow] = {}
     skipped: dict[str, str] = {}
+    first = 0
     for number, (line, row) in enumerate(rows, start=1):
         try:
             example = task.read(row)
         except EmptyTextError as error:
+            first = first or line
             skipped[f"{file}-{number}"] = str(error)
-            first = line if len(skipped) == 1 else first
             continue
         except TaskError as error:
             raise TaskError(f"{source} {line}: {error}") from error
