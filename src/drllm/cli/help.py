@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from drllm.cli.parser import FOREIGN, VERBS, Flag, Verb, flags_of
+from drllm.cli.parser import CONFIG, FOREIGN, VERBS, Flag, Verb, flags_of
 from drllm.cli.terminal import Terminal
-from drllm.config.files import PRESETS
 
 IN_ORDER = {
     "all stages in a row": "run sweep",
@@ -49,8 +48,7 @@ def say_help(verb: Verb, terminal: Terminal, *, everything: bool = False) -> Non
         terminal.beside(f"  {_name(flag, everything)}", _text(flag, verb), WIDEST)
     terminal.say()
     if verb.settings:
-        what = f"settings in YAML, or one of {', '.join(PRESETS)}; flags win, then later files"
-        terminal.beside("  --config FILE", what, WIDEST)
+        terminal.beside(f"  {_name(CONFIG, everything)}", CONFIG.help, WIDEST)
     if more := len(flags) - len(chosen):
         terminal.beside("  --help-all", f"{more} more flags and settings too", WIDEST)
 

@@ -7,9 +7,7 @@ over the default. A mistake becomes one line that names the flag, the value and 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +30,7 @@ _WRITTEN = {
     float: re.compile(r"[+-]?(\d{1,400}(\.\d*)?|\.\d+)([eE][+-]?\d{1,5})?"),
 }
 HELP = ("-h", "--help", "--help-all")
+_FLAG = re.compile(r"-{1,2}[A-Za-z][^\s=]*(=.*)?", re.DOTALL)
 _RENAMED = {"--damage": "--kl", "--no-damage": "--no-kl", "--opponents": "--baselines"}
 
 
@@ -111,6 +110,7 @@ class Verb:
     resumes: bool = False  # the same command resumes after an interruption
 
 
+CONFIG = Flag("config", f"settings in YAML, or one of {', '.join(PRESETS)}; flags win, then later files")
 VERBS: dict[str, Verb] = {}
 """Filled when the modules that `drllm.cli` names are imported, in the order of `--help`."""
 
@@ -141,17 +141,8 @@ def parse(words: Sequence[str]) -> Request:
     Raises:
         ConfigError: An unknown verb, flag or setting, a value that doesn't fit, something missing.
     """
-    name, *rest = words
-    verb = verb_of(name)
-    rest = _with_dashes(rest)
-    switches = _check_values(verb, rest)
-    try:
-        parsed, unknown = _parser(verb).parse_known_args(rest)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{' '.join(str(error).split())}; see 'drllm {name} --help'") from error
-    if unknown:
-        raise _unknown(verb, unknown[0], rest, switches)
-    given = {key: value for key, value in vars(parsed).items() if value not in (None, [])}
+    verb = verb_of(words[0])
+    given = _said(verb, words[1:])
     values: dict[str, Any] = {}
     for file in given.pop("config", []):
         check_text("--config", file)
@@ -198,7 +189,7 @@ def flags_of(verb: Verb) -> Iterator[Flag]:
         for each in dataclasses.fields(group):
             rules, in_files = each.metadata, is_by_task(kinds[each.name])
             kind, choices = kinds[each.name][0], tuple(rules["choices"] or ())
-            value = {int: "N", float: "X"}.get(kind, "NAME")
+            value = {int: "N", float: "X"}.get(kind, "DIR" if "_dir" in each.name else "NAME")
             yield Flag(
                 each.name,
                 rules["help"],
@@ -213,41 +204,52 @@ def flags_of(verb: Verb) -> Iterator[Flag]:
             )
 
 
-def _given_as_flags(verb: Verb) -> list[Flag]:
-    return [flag for flag in flags_of(verb) if not flag.in_files]
-
-
-def _parser(verb: Verb) -> argparse.ArgumentParser:
-    """Return a verb's parser: every value is read as text, and left out where it is missing."""
-    parser = argparse.ArgumentParser(
-        prog=f"drllm {verb.name}",
-        add_help=False,
-        exit_on_error=False,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    for flag in _given_as_flags(verb):
-        options: dict[str, Any] = {}
-        if flag.switch:
-            options["action"] = "store_true"
-        elif flag.kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif flag.positional:
-            # Optional to argparse, so that we word what is missing.
-            options["nargs"] = "*" if flag.many else "?"
-        elif flag.many:
-            options["nargs"] = "+"
-        parser.add_argument(*map(str.lower, flag.names), **options)
-    if verb.settings:
-        parser.add_argument("--config", action="append")
-    return parser
-
-
-def _with_dashes(words: Sequence[str]) -> list[str]:
-    """Write flag names with dashes, since underscores are accepted too; values stay as they are."""
+def _said(verb: Verb, words: Sequence[str]) -> dict[str, Any]:
+    """Return what a command line says of each flag: its texts, or whether a switch is on."""
+    flags: dict[str, Flag] = {}
+    for flag in (*flags_of(verb), *([CONFIG] if verb.settings else [])):
+        for name in () if flag.in_files or flag.positional else flag.names:
+            flags |= dict.fromkeys((name, _opposite(name))[:1 + (flag.kind is bool)], flag)
     end = words.index("--") if "--" in words else len(words)
-    dashed = (re.sub("^--[^=]*", lambda name: name[0].replace("_", "-"), w) for w in words[:end])
-    return [*dashed, *words[end:]]
+    said: dict[str, Any] = {}
+    free: list[tuple[str, str]] = []  # words that belong to no flag, and the switch before
+    switch, todo = "", list(reversed(words[:end]))
+    while todo:
+        word = todo.pop()
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        flag = flags.get(name)
+        if not _FLAG.fullmatch(word):
+            free.append((word, switch))
+        elif flag is None:
+            raise _unknown(verb, name)
+        elif flag.switch or flag.kind is bool:
+            if equals:
+                raise _one_too_many(flag, name, value)
+            said[flag.name] = name in flag.names
+        else:
+            texts = [value] if equals else []
+            while todo and not todo[-1].startswith("--") and not equals:
+                texts.append(todo.pop())
+                if not flag.many:
+                    break
+            if not texts:
+                raise ConfigError(f"{name} has no value; give {flag.wanted}")
+            adds_up = flag.many or flag is CONFIG
+            said[flag.name] = [*said.get(flag.name, []), *texts] if adds_up else texts[0]
+        switch = name if flag is not None and isinstance(said.get(flag.name), bool) else ""
+    free += [(word, "") for word in words[end + 1 :]]
+    for place in (flag for flag in verb.flags if flag.positional and free):
+        said[place.name] = [word for word, _ in free] if place.many else free[0][0]
+        free = [] if place.many else free[1:]
+    for word, switch in free:
+        if switch:
+            raise _one_too_many(flags[switch], switch, word)
+        raise ConfigError(
+            f"{verb.name} has no use for {word!r}; put texts with spaces in quotes, or see "
+            f"'drllm {verb.name} --help'"
+        )
+    return said
 
 
 def _section(group: type[Settings]) -> str:
@@ -313,60 +315,30 @@ def _flag_value(flag: Flag, value: Any) -> Any:
 # --- what is refused ---------------------------------------------------------------------------
 
 
-def _check_values(verb: Verb, words: Sequence[str]) -> dict[str, str]:
-    """Refuse `--switch=value`, and a flag without its value; return what undoes each switch."""
-    valued: dict[str, str] = {}
-    switches: dict[str, str] = {}
-    for flag in _given_as_flags(verb):
-        for name in () if flag.positional else flag.names:
-            if flag.switch:
-                switches[name] = "leave that out"
-            elif flag.kind is bool:
-                off = name.replace("--", "--no-", 1)
-                switches |= {name: f"{off} turns it off", off: f"{name} turns it on"}
-            else:
-                valued[name] = flag.wanted
-    if verb.settings:
-        valued["--config"] = "the name of a YAML file"
-    for word, after in itertools.zip_longest(words, words[1:]):
-        name, equals, value = word.partition("=")
-        if word == "--":
-            break
-        if equals and name in switches:
-            raise _one_too_many(name, value, switches)
-        if name in valued and not equals and (after is None or after.startswith("--")):
-            raise ConfigError(f"{name} has no value; give {valued[name]}")
-    return switches
-
-
-def _unknown(
-    verb: Verb, word: str, words: Sequence[str], switches: Mapping[str, str]
-) -> ConfigError:
-    """Return what is wrong with a word that the parser can't place."""
-    name = word.partition("=")[0]
-    if word.startswith("-"):
-        flags = {flag.names[0]: flag for flag in flags_of(verb) if not flag.positional}
-        if name in flags:
-            return ConfigError(
-                f"{name} is no flag; write it into a YAML file, such as '{flags[name].name}: "
-                f"{flags[name].value}', and give that as --config FILE"
-            )
-        if _RENAMED.get(name, "").replace("--no-", "--") in flags:
-            return ConfigError(f"unknown flag {name!r}, which is called {_RENAMED[name]} now")
-        known = [*flags, *HELP, *(["--config"] if verb.settings else [])]
-        return ConfigError(f"{nearest_name('flag', name, known)} {_see(verb)}")
-    before = {after: word for word, after in itertools.pairwise(words)}.get(word, "")
-    if before in switches:
-        return _one_too_many(before, word, switches)
-    return ConfigError(
-        f"{verb.name} has no use for {word!r}; put texts with spaces in quotes, or see "
-        f"'drllm {verb.name} --help'"
-    )
+def _unknown(verb: Verb, name: str) -> ConfigError:
+    """Return what is wrong with a flag that a verb doesn't have."""
+    flags = {flag.names[0]: flag for flag in flags_of(verb) if not flag.positional}
+    if name in flags:
+        return ConfigError(
+            f"{name} is no flag; write it into a YAML file, such as '{flags[name].name}: "
+            f"{flags[name].value}', and give that as --config FILE"
+        )
+    if _RENAMED.get(name, "").replace("--no-", "--") in flags:
+        return ConfigError(f"unknown flag {name!r}, which is called {_RENAMED[name]} now")
+    known = [*flags, *HELP, *(["--config"] if verb.settings else [])]
+    return ConfigError(f"{nearest_name('flag', name, known)} {_see(verb)}")
 
 
 def _see(verb: Verb) -> str:
     return f"('drllm {verb.name} --help-all' lists all)"
 
 
-def _one_too_many(flag: str, value: str, switches: Mapping[str, str]) -> ConfigError:
-    return ConfigError(f"{flag} takes no value, but {value!r} follows it; {switches[flag]}")
+def _opposite(name: str) -> str:
+    """Return the flag that turns a switch off, or on again."""
+    return name.replace("--no-", "--", 1) if "--no-" in name else name.replace("--", "--no-", 1)
+
+
+def _one_too_many(flag: Flag, name: str, value: str) -> ConfigError:
+    turned = "off" if name in flag.names else "on"
+    undo = "leave that out" if flag.switch else f"{_opposite(name)} turns it {turned}"
+    return ConfigError(f"{name} takes no value, but {value!r} follows it; {undo}")

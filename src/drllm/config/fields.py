@@ -52,6 +52,11 @@ def setting(
     return field(default=default, metadata=rules)
 
 
+def basic(default: Any, help: str, **rules: Any) -> Any:
+    """Declare a field that `--help` shows."""
+    return setting(default, help, basic=True, **rules)
+
+
 def incidental(default: Any, help: str, **rules: Any) -> Any:
     """Declare a field that results don't depend on: places, memory, who does the work."""
     return setting(default, help, decisive=False, **rules)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from drllm.config.fields import NamesIn, Settings, flag_of, incidental, setting
+from drllm.config.fields import NamesIn, Settings, basic, flag_of, incidental, setting
 from drllm.errors import ConfigError, unknown_name
 
 STOP_RULES = ("paper", "released", "exhaust")
@@ -29,11 +29,8 @@ FEATURE_DTYPES = ("float32", "bfloat16")
 class ModelConfig(Settings):
     """Which base model, and how it is loaded."""
 
-    model: str = setting(
-        "smollm2-135m",
-        "base model: an alias, a hub id or a local folder",
-        alias="model_id",
-        basic=True,
+    model: str = basic(
+        "smollm2-135m", "base model: an alias, a hub id or a local folder", alias="model_id"
     )
     revision: str | None = setting(None, "branch, tag or commit of a hub model")
     dtype: str = setting(
@@ -55,34 +52,23 @@ class ModelConfig(Settings):
 class SearchConfig(Settings):
     """The tree search over layer paths; its numbers are the paper's unless said otherwise."""
 
-    dataset: str = setting(
-        "builtin_facts",
-        "tasks (comma list), or a .jsonl file of your own",
-        value="TASKS",
-        basic=True,
+    dataset: str = basic(
+        "builtin_facts", "tasks (comma list), or a .jsonl file of your own", value="TASKS"
     )
     output_dir: str = incidental(
-        "data/", "folder that receives search.jsonl and supervision.jsonl", value="DIR", basic=True
+        "data/", "folder that receives search.jsonl and supervision.jsonl", basic=True
     )
-    data_dir: str | None = incidental(
-        None, "folder with SPLIT.jsonl[.gz] files by task", value="DIR"
-    )
+    data_dir: str | None = incidental(None, "folder with SPLIT.jsonl[.gz] files by task")
     split: str = setting("search", "which questions", choices=SPLITS)
-    limit: int | None = setting(
-        None, "at most this many questions a task, drawn with the seed", minimum=1, basic=True
+    limit: int | None = basic(
+        None, "at most this many questions a task, drawn with the seed", minimum=1
     )
-    reward: str | None = setting(
-        None,
-        "graded by: of a comma list the first that fits the task; default: the task's own",
-        basic=True,
+    reward: str | None = basic(
+        None, "graded by: of a comma list the first that fits the task; default: the task's own"
     )
-    num_simulations: int = setting(50, "paths tried a question (paper: 50)", minimum=1, basic=True)
-    budget: float = setting(
-        2.0,
-        "maximum executions of a path, as a factor of L (paper: 2)",
-        minimum=1.0,
-        maximum=2.0,
-        basic=True,
+    num_simulations: int = basic(50, "paths tried a question (paper: 50)", minimum=1)
+    budget: float = basic(
+        2.0, "maximum executions of a path, as a factor of L (paper: 2)", minimum=1.0, maximum=2.0
     )
     strategy: str = setting(
         "tree",
@@ -143,18 +129,16 @@ class SearchConfig(Settings):
 class SuperviseConfig(Settings):
     """How one target path is chosen for each searched question."""
 
-    target: str = setting(
+    target: str = basic(
         "shortest",
         "rule that picks among the valid paths",
         choices=NamesIn("drllm.supervision.rules:TARGETS"),
-        basic=True,
     )
-    min_saving: float | None = setting(
+    min_saving: float | None = basic(
         None,
         "with --target least_kl: least share of the executions that a target saves (0.1)",
         above=0.0,
         maximum=1.0,
-        basic=True,
     )
     path_weights: str = setting(
         "none", "also write all valid paths for --soft-targets, weighted so", choices=PATH_WEIGHTS
@@ -176,10 +160,8 @@ class SuperviseConfig(Settings):
 class TrainConfig(Settings):
     """The routers and their training; numbers are the paper's unless said otherwise."""
 
-    num_epochs: int = setting(25, "passes over the targets (paper: 25)", minimum=1, basic=True)
-    learning_rate: float = setting(
-        1e-3, "peak of the cosine schedule (paper: 1e-3)", above=0.0, basic=True
-    )
+    num_epochs: int = basic(25, "passes over the targets (paper: 25)", minimum=1)
+    learning_rate: float = basic(1e-3, "peak of the cosine schedule (paper: 1e-3)", above=0.0)
     weight_decay: float = setting(0.01, "AdamW weight decay (paper: 0.01)", minimum=0.0)
     warmup_steps: float = setting(
         0.1, "linear warm-up: a share of the steps below 1, else steps (paper: 500)", minimum=0.0
@@ -193,9 +175,7 @@ class TrainConfig(Settings):
     max_grad_norm: float | None = setting(
         None, "clip a step's gradients to this norm; none unless given (released: 1)", above=0.0
     )
-    num_windows: int = setting(
-        8, "windows W a router averages the prompt into (paper: 8)", minimum=1, basic=True
-    )
+    num_windows: int = basic(8, "windows W a router averages the prompt into (paper: 8)", minimum=1)
     feature_dtype: str = setting(
         "float32", "how routers' inputs are stored; bfloat16 halves them", choices=FEATURE_DTYPES
     )
@@ -254,8 +234,8 @@ class TrainConfig(Settings):
     report_to: str | None = incidental(
         None,
         "trackers of accelerate (comma list), such as tensorboard,wandb; off by default",
-        value="NAMES",
         basic=True,
+        value="NAMES",
     )
 
     def __post_init__(self) -> None:
@@ -286,17 +266,15 @@ class TrainConfig(Settings):
 class GenerateConfig(Settings):
     """How text is generated."""
 
-    max_new_tokens: int = setting(64, "maximum tokens generated", minimum=1, basic=True)
-    chat: bool = setting(
-        True, "ask through the tokenizer's chat template, where it has one", basic=True
-    )
+    max_new_tokens: int = basic(64, "maximum tokens generated", minimum=1)
+    chat: bool = basic(True, "ask through the tokenizer's chat template, where it has one")
     batch_size: int | None = setting(
         None, "with --file: maximum prompts decoded together; 16 unless given", minimum=1
     )
     route_first: bool = setting(
         True, "with --file: route all prompts first, to decode equal plans together"
     )
-    temperature: float = setting(0.0, "sampling temperature; 0 is greedy", minimum=0.0, basic=True)
+    temperature: float = basic(0.0, "sampling temperature; 0 is greedy", minimum=0.0)
     top_p: float | None = setting(
         None,
         "sample from the likeliest tokens of this share; 1 unless given",
@@ -328,14 +306,11 @@ class DepthConfig(Settings):
     depth_bias: float = setting(
         0.0, "price of an execution in logits; below 0 runs more", minimum=-1e6, maximum=1e6
     )
-    target_executions: float | None = setting(
-        None,
-        "mean executions wanted; a bias that gives them is looked for",
-        minimum=1.0,
-        basic=True,
+    target_executions: float | None = basic(
+        None, "mean executions wanted; a bias that gives them is looked for", minimum=1.0
     )
-    calibration: str | None = setting(
-        None, "prompts (.jsonl) that --target-executions looks on", value="FILE", basic=True
+    calibration: str | None = basic(
+        None, "prompts (.jsonl) that --target-executions looks on", value="FILE"
     )
     router_penalty: float | None = setting(
         None, "published knob: -1 skips all, 0.5 executes all", minimum=-1.0, maximum=1.0
@@ -375,18 +350,13 @@ class DepthConfig(Settings):
 class EvaluateConfig(Settings):
     """What is evaluated, on which questions, against which baselines."""
 
-    tasks: str = setting(
-        "builtin_facts",
-        "tasks (comma list), or a .jsonl file of your own",
-        value="TASKS",
-        basic=True,
+    tasks: str = basic(
+        "builtin_facts", "tasks (comma list), or a .jsonl file of your own", value="TASKS"
     )
-    data_dir: str | None = incidental(
-        None, "folder with SPLIT.jsonl[.gz] files by task", value="DIR"
-    )
-    split: str = setting("test", "which questions", choices=SPLITS, basic=True)
-    limit: int | None = setting(
-        None, "at most this many questions a task, drawn with the seed", minimum=1, basic=True
+    data_dir: str | None = incidental(None, "folder with SPLIT.jsonl[.gz] files by task")
+    split: str = basic("test", "which questions", choices=SPLITS)
+    limit: int | None = basic(
+        None, "at most this many questions a task, drawn with the seed", minimum=1
     )
     limits: dict[str, int | str] | None = setting(
         None,
@@ -407,11 +377,8 @@ class EvaluateConfig(Settings):
         None, "worked examples before each question; each task's own unless given", minimum=0
     )
     chat: bool = setting(False, "ask through the tokenizer's chat template")
-    baselines: str = setting(
-        "quick",
-        "comma list, quick, all or none; 'drllm ls baselines' explains them",
-        value="NAMES",
-        basic=True,
+    baselines: str = basic(
+        "quick", "comma list, quick, all or none; 'drllm ls baselines' explains them", value="NAMES"
     )
     search: str | None = setting(
         None, "search.jsonl, for baselines that are fitted on it", value="FILE"
@@ -421,11 +388,10 @@ class EvaluateConfig(Settings):
         "supervision.jsonl, for baselines that are fitted on the routers' targets",
         value="FILE",
     )
-    curve: str | None = setting(
+    curve: str | None = basic(
         None,
         "shares of the executions to save, e.g. 0.1,0.2,0.3: routed and baselines at each",
         value="X,X,...",
-        basic=True,
     )
     epsilon: float | None = setting(
         None,
