@@ -192,7 +192,8 @@ FILE --output p.jsonl => is the file of prompts itself => p.jsonl: {"prompt": "a
 FILE --output . => --output: can't write .
 FILE --output p.jsonl/o => p.jsonl is a file => p.jsonl: {"prompt": "a"}\\n
 ls task => unknown list 'task'; did you mean 'tasks'
-ls tasks --model smollm2-135m => --model has no effect on the list of tasks
+ls tasks --model smollm2-135m => --model smollm2-135m has no effect on the list of tasks
+ls architectures --try --model x => --model x and --try are both given
 search --lim 3 => unknown flag '--lim'; did you mean '--limit'
 search --shard 1/1 => --shard 1/1 is the whole search and has no effect
 search --num-workers 2 => --num-workers 2 has no effect with --executor local
@@ -205,6 +206,8 @@ TARGETS --run-name x --early-stopping 2 --validation-fraction 0 => --early-stopp
 search --device tpu => unknown device 'tpu'
 search --dataset builtin_fact => unknown task 'builtin_fact'
 evaluate --routers run/routers --tasks builtin_facts,builtin_facts => 'builtin_facts' is named twice
+search --dataset owner/name => 'owner/name' is neither a listed task nor a .jsonl file
+EVALUATE --tasks builtin_facts,owner/name => write the questions to a .jsonl file of your own
 search --dataset builtin_arithmetic --reward letter => reward 'letter' doesn't fit task
 search --reward letter,letter => --reward names 'letter' twice
 search --strategy sweep --length-penalty 9 => --length-penalty 9 has no effect with --strategy sweep
@@ -341,6 +344,7 @@ pretrained=checkpoints/none is no folder of routers (there is no such folder)
 LM_EVAL ASKED --model_args pretrained=tiny,num_windows=8 => leave num_windows out
 LM_EVAL ASKED --model_args pretrained=checkpoints/none,base=tiny => base=tiny has no effect
 LM_EVAL ASKED => no model is named
+lm-eval run --model hf --model_args pretrained=run/routers ASKED => which --model hf can't load
 LM_EVAL --model_args pretrained=./nowhere ASKED => there is no folder './nowhere'
 HARNESS,num_window=8 ASKED => unknown model argument 'num_window'
 HARNESS,batch_size=8 ASKED => batch_size=8 is no model argument

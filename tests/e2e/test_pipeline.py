@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -505,6 +507,15 @@ def test_everything_in_a_run_folder_can_be_shown(
     finished_run: Path, place: str, shown: str, drllm: Callable[..., Any]
 ):
     assert shown in drllm("show", finished_run / place).out
+
+
+def test_a_run_folder_is_shown_without_torch(finished_run: Path):
+    script = "import sys\nfrom drllm.cli import main\nstatus = main(sys.argv[1:])\n"
+    script += "print(status, {'torch', 'transformers'} & set(sys.modules))"
+    for words in ([finished_run], [finished_run, "--question", "x"]):
+        line = [sys.executable, "-c", script, "show", *map(str, words)]
+        done = subprocess.run(line, capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == f"{2 * (len(words) - 1)} set()"
 
 
 # --- kill, interrupt, go on --------------------------------------------------------------------

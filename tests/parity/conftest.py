@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from drllm.models.check import IN_SUITE
+from drllm.models.families import IN_SUITE
 from drllm.models.routing.routed_model import RoutedModel
 from slow_way import ListedModel
 

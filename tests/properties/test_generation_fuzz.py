@@ -28,7 +28,8 @@ from transformers import DynamicCache, StaticCache
 
 from drllm.models.base.layers import find_layers
 from drllm.models.base.prompts import left_padded
-from drllm.models.check import IN_SUITE, known_to_transformers, layers_listed, make_tiny
+from drllm.models.check import known_to_transformers, layers_listed, make_tiny
+from drllm.models.families import IN_SUITE
 from drllm.models.routers.stack import RouterStack, Spans
 from drllm.models.routing.kv_cache import cache_argument, stored_rows
 from drllm.models.routing.policies import RouterPolicy

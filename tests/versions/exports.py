@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from drllm.models.base.load import BaseModel
-from drllm.models.check import COMMON, make_tiny
+from drllm.models.check import make_tiny
 from drllm.models.export import export_path
+from drllm.models.families import COMMON
 
 PATH = (0, 1, 2, 3, 1, 2, 3, 5)
 PROMPT = list(range(5, 25))

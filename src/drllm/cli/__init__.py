@@ -6,7 +6,6 @@ anything else is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -17,9 +16,6 @@ from drllm.cli.parser import FOREIGN, HELP, VERBS, parse, verb_of
 from drllm.cli.terminal import Terminal
 from drllm.errors import ConfigError, DrllmError
 from drllm.extras import need
-
-for _module in ("stages", "generation", "running", "listing", "show"):
-    importlib.import_module(f"drllm.cli.{_module}")  # each registers its verbs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

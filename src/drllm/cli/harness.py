@@ -79,6 +79,12 @@ def _evaluate(harness: HarnessCLI, args: Namespace) -> None:
             "no task is named; give --tasks NAME,NAME: 'drllm lm-eval ls tasks' lists the harness' "
             "tasks and 'drllm ls tasks' drllm's, which need --split or --data_dir"
         )
+    pretrained = str(settings.model_args.get("pretrained", ""))
+    if settings.model != "drllm" and (Path(pretrained) / "router_config.json").is_file():
+        raise ConfigError(
+            f"pretrained={pretrained} is a folder of routers, which --model {settings.model} can't "
+            f"load; give --model drllm"
+        )
     output = None
     if settings.output_path is not None:  # the harness would fail at the end only
         output = Path(settings.output_path)

@@ -44,8 +44,22 @@ def _list_baselines(terminal: Terminal) -> None:
         terminal.say(f"Not compared: {name}, {reason}.")
 
 
-def _list_architectures(terminal: Terminal, model: str | None = None) -> None:
-    from drllm.models.check import FAMILIES, check, check_model
+def _list_architectures(terminal: Terminal) -> None:
+    from drllm.models.families import FAMILIES, REFUSED
+
+    refused = {family for families in REFUSED.values() for family in families}
+    exact = [family for family in FAMILIES if family not in refused]
+    terminal.fact("exact", f"{', '.join(exact)} ({len(exact)} in all)")
+    for reason, families in REFUSED.items():
+        terminal.fact("refused", f"{', '.join(families)}: {reason}")
+    terminal.say("Named as in transformers' model_type; docs/architectures.md has the differences.")
+    terminal.say("Try yours: drllm ls architectures --model NAME; all on tiny models: --try")
+
+
+def _try_architectures(terminal: Terminal, model: str | None) -> None:
+    """Print whether a model, or a tiny one of every family, is routed exactly."""
+    from drllm.models.check import check, check_model
+    from drllm.models.families import FAMILIES
 
     findings = []
     if model is None:
@@ -70,8 +84,6 @@ def _list_architectures(terminal: Terminal, model: str | None = None) -> None:
     terminal.say(
         "Differences: greatest between logits, routed and plain, in their standard deviations."
     )
-    if model is None:
-        terminal.say("Each was tried on a tiny model. Yours: drllm ls architectures --model NAME")
 
 
 _LISTS = {
@@ -87,7 +99,8 @@ _LISTS = {
     example="drllm ls tasks",
     flags=(
         Flag("what", ", ".join([*_LISTS, *_REGISTRIES]), required=True, positional=True),
-        Flag("model", "a model whose architecture to check, in place of all known", value="NAME"),
+        Flag("model", "try whether this model is routed exactly (ls architectures)", value="NAME"),
+        Flag("try", "try it on a tiny model of each family (ls architectures)", switch=True),
     ),
 )
 def list_names(request: Request, terminal: Terminal) -> None:
@@ -96,13 +109,16 @@ def list_names(request: Request, terminal: Terminal) -> None:
     known = [*_LISTS, *_REGISTRIES]
     if what not in known:
         raise ConfigError(unknown_name("list", what, known) + "; for example: drllm ls tasks")
-    if what == "architectures" and model is not None:
-        _list_architectures(terminal, model)
-    elif model is not None:
+    tried = [f"--model {model}"] * (model is not None) + ["--try"] * request.values["try"]
+    if len(tried) > 1:
+        raise ConfigError(f"{' and '.join(tried)} are both given; leave one of them out")
+    if tried and what != "architectures":
         raise ConfigError(
-            f"--model has no effect on the list of {what}; leave it out, "
-            f"or try: drllm ls architectures --model {model}"
+            f"{tried[0]} has no effect on the list of {what}; leave it out, "
+            f"or try: drllm ls architectures {tried[0]}"
         )
+    if tried:
+        _try_architectures(terminal, model)
     elif what in _LISTS:
         _LISTS[what](terminal)
     else:

@@ -8,6 +8,7 @@ over the default. A mistake becomes one line that names the flag, the value and 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,9 +111,37 @@ class Verb:
     resumes: bool = False  # the same command resumes after an interruption
 
 
-CONFIG = Flag("config", f"settings in YAML, or one of {', '.join(PRESETS)}; flags win, then later files")
-VERBS: dict[str, Verb] = {}
-"""Filled when the modules that `drllm.cli` names are imported, in the order of `--help`."""
+CONFIG = Flag(
+    "config", f"settings in YAML, or one of {', '.join(PRESETS)}; flags win, then later files"
+)
+
+
+class _Verbs(Mapping[str, Verb]):
+    """Verbs by name; the module of one is imported when it is asked for, so that others are quick.
+
+    Args:
+        modules: Verb → the module of `drllm.cli` that registers it, in the order of `--help`.
+    """
+
+    def __init__(self, modules: Mapping[str, str]) -> None:
+        self.modules, self.registered = modules, dict[str, Verb]()
+
+    def __getitem__(self, name: str) -> Verb:
+        importlib.import_module(f"drllm.cli.{self.modules[name]}")
+        return self.registered[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+
+_OF_STAGES = "search supervise train evaluate report export"
+VERBS = _Verbs(
+    {"run": "running", "sweep": "running", **dict.fromkeys(_OF_STAGES.split(), "stages")}
+    | {"generate": "generation", "show": "show", "ls": "listing"}
+)
 
 FOREIGN = {"lm-eval": "lm-evaluation-harness' own command line, with --model drllm"}
 """Verbs whose arguments another program parses, with their help."""
@@ -123,7 +152,7 @@ def verb(name: str, **described: Any) -> Callable[[Any], Any]:
 
     def register(function: Any) -> Any:
         text = function.__doc__.split("\n")[0].rstrip(".")
-        VERBS[name] = Verb(name, text[0].lower() + text[1:], run=function, **described)
+        VERBS.registered[name] = Verb(name, text[0].lower() + text[1:], run=function, **described)
         return function
 
     return register
@@ -176,7 +205,7 @@ def verb_of(name: str) -> Verb:
     """Return the verb of a name; ConfigError for one that there isn't."""
     if name not in VERBS:
         kind = "flag" if name.startswith("-") else "verb"
-        known = {**VERBS, **FOREIGN}
+        known = [*VERBS, *FOREIGN]
         raise ConfigError(unknown_name(kind, name, known) + "; 'drllm --help' explains them")
     return VERBS[name]
 
@@ -209,7 +238,7 @@ def _said(verb: Verb, words: Sequence[str]) -> dict[str, Any]:
     flags: dict[str, Flag] = {}
     for flag in (*flags_of(verb), *([CONFIG] if verb.settings else [])):
         for name in () if flag.in_files or flag.positional else flag.names:
-            flags |= dict.fromkeys((name, _opposite(name))[:1 + (flag.kind is bool)], flag)
+            flags |= dict.fromkeys((name, _opposite(name))[: 1 + (flag.kind is bool)], flag)
     end = words.index("--") if "--" in words else len(words)
     said: dict[str, Any] = {}
     free: list[tuple[str, str]] = []  # words that belong to no flag, and the switch before

@@ -1,4 +1,4 @@
-"""Is a model routed exactly? Found out by trying it, for `drllm ls architectures`.
+"""Is a model routed exactly? Found out by trying it, for `drllm ls architectures --try`.
 
 A padded batch with a plan for each row generates with a cache, and every logit is compared with the
 plain model whose list of layers *is* the path, one unpadded row at a time and without a cache.
@@ -14,12 +14,10 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import yaml
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -29,6 +27,7 @@ from drllm.models.base.hub import quiet
 from drllm.models.base.layers import find_layers
 from drllm.models.base.prompts import left_padded
 from drllm.models.export import lists_along
+from drllm.models.families import COMMON, FAMILIES
 from drllm.models.routing.generate import end_tokens
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import to_path
@@ -72,15 +71,6 @@ class Finding:
         if self.prefill is None or self.decode is None:
             return None
         return max(self.prefill, self.decode)
-
-
-_TABLE = yaml.safe_load(Path(__file__).with_name("families.yaml").read_text(encoding="utf-8"))
-COMMON: dict[str, Any] = _TABLE["common"]
-"""What the configurations of all tiny models say."""
-FAMILIES: dict[str, dict[str, Any]] = _TABLE["families"]
-"""Family, by the `model_type` of transformers → what its configuration says besides `COMMON`."""
-IN_SUITE: list[str] = _TABLE["in_suite"]
-"""Families on which the tests try every way of generating, and export."""
 
 
 def known_to_transformers(family: str) -> bool:

@@ -61,6 +61,12 @@ def get_task(name: str) -> Task:
         return TASKS.get(name)
     if members := groups().get(name):
         raise TaskError(f"{name!r} stands for {', '.join(members)}; name one of them")
+    if "/" in name:
+        raise TaskError(
+            f"{name!r} is neither a listed task nor a .jsonl file; of other data sets, those of "
+            f"the hub too, write the questions to a .jsonl file of your own (docs/formats.md), or "
+            f"name a task of 'drllm ls tasks'"
+        )
     raise TaskError(unknown_name("task", name, task_names()) + ", or a .jsonl file")
 
 

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from drllm.models import check
+from drllm.models.families import FAMILIES
 
 
-def test_architectures_are_listed_with_class_status_and_difference(
+def test_architectures_are_tried_with_class_status_and_difference(
     drllm, monkeypatch: pytest.MonkeyPatch
 ):
-    few = {name: check.FAMILIES[name] for name in ("gpt2", "lfm2")}
-    monkeypatch.setattr(check, "FAMILIES", few)
-    said = drllm("ls architectures")
+    for family in set(FAMILIES) - {"gpt2", "lfm2"}:
+        monkeypatch.delitem(FAMILIES, family)
+    said = drllm("ls architectures --try")
     lines = said.out.splitlines()
     [gpt2] = [line.split() for line in lines if line.startswith(" gpt2")]
     assert gpt2[:3] == ["gpt2", "GPT2LMHeadModel", "exact"]
@@ -36,6 +36,14 @@ def test_a_model_of_the_users_is_checked_alone_and_refusing_it_is_no_error(
     out = drllm("ls architectures --model", tmp_path).out
     assert says in out
     assert counts in out.splitlines()
+
+
+def test_families_are_listed_as_exact_or_refused_with_the_reason(drllm):
+    lines = drllm("ls architectures").out.splitlines()
+    assert "gpt2" in next(line for line in lines if line.startswith("exact"))
+    [mamba] = [line for line in lines if line.startswith("refused") and "mamba" in line]
+    assert "gpt2" not in mamba
+    assert mamba.endswith(": some layers keep a state other than keys and values")
 
 
 def test_tasks_are_listed_with_their_rewards_or_as_only_evaluated(drllm):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from drllm.cli.listing import _LISTS, _REGISTRIES
 from drllm.cli.parser import FOREIGN, VERBS, Request, flags_of, parse
 from drllm.config import (
     EvaluateConfig,
@@ -211,7 +212,25 @@ def test_numbers_with_an_exponent_are_numbers_on_the_line():
     assert parsed(line).of(TrainConfig).learning_rate == 1e-3
 
 
-QUIET_WORDS = [["--help"], ["--version"], ["ls", "tasks"], *([verb, "--help"] for verb in VERBS)]
+QUIET_WORDS = [
+    *(["ls", name] for name in (*_LISTS, *_REGISTRIES)),
+    *([verb, "--help-all"] for verb in VERBS),
+    ["--version"],
+    ["--help"],
+]
+
+
+def test_a_verb_loads_its_own_module_alone():
+    script = (
+        "import sys\nfrom drllm.cli import main\nmain(['ls', 'models'])\n"
+        "print(sorted(name for name in sys.modules if name.startswith('drllm.cli.')))\n"
+        "from drllm.cli.parser import VERBS\nassert all(map(VERBS.get, VERBS))\n"
+        "assert VERBS.registered.keys() == VERBS.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    known = ["help", "listing", "parser", "terminal"]
+    assert done.stdout.splitlines()[-1] == str([f"drllm.cli.{name}" for name in known])
 
 
 def test_help_version_and_lists_load_no_torch():

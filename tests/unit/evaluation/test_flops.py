@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from drllm.errors import ArchitectureError, PathError
 from drllm.evaluation.flops import ModelShape, kv_bytes, prompt_flops
 from drllm.evaluation.latency import empty_cache
-from drllm.models.check import FAMILIES
+from drllm.models.families import FAMILIES
 from drllm.models.routing.kv_cache import stored_bytes
 from drllm.models.routing.routed_model import RoutedModel
 

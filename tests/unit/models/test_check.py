@@ -9,9 +9,6 @@ from transformers import LlamaForCausalLM
 from drllm.errors import ArchitectureError
 from drllm.models import check as checking
 from drllm.models.check import (
-    COMMON,
-    FAMILIES,
-    IN_SUITE,
     check,
     check_model,
     known_to_transformers,
@@ -19,6 +16,7 @@ from drllm.models.check import (
     make_tiny,
     mixed_plans,
 )
+from drllm.models.families import COMMON, FAMILIES, IN_SUITE, REFUSED
 from drllm.models.routing.injection import LayerCall
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -40,6 +38,7 @@ def test_no_family_is_routed_wrongly_and_those_of_the_suite_are_exact(findings):
 def test_what_the_page_says_is_so(findings):
     assert list(FAMILIES) == list(DOCUMENTED)
     refused = [family for family, status in DOCUMENTED.items() if status == "refused"]
+    assert sorted(refused) == sorted(family for families in REFUSED.values() for family in families)
     assert {findings[family].status for family in refused} - {"absent"} == {"refused"}
     if version("transformers") == DOCUMENTED_VERSION:
         assert {family: found.status for family, found in findings.items()} == DOCUMENTED

@@ -2,7 +2,8 @@
 
 A policy is a class with `decide`; it may look at the prompt through the `PromptView` or ignore it.
 `@POLICIES.register(...)` gives it a name, as in `examples/own_policy.py`. The driver pins the
-decisions and makes sure that every prompt runs at least one layer.
+decisions and makes sure that every prompt runs at least one layer. torch is loaded inside of
+functions only, so that `drllm ls policies` does without.
 
 Axes: B rows, T tokens, D hidden, L layers, W windows.
 """
@@ -14,16 +15,18 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from drllm.config import DepthConfig
 from drllm.errors import CheckpointError, ConfigError, RoutingError
-from drllm.models.routers.stack import RouterStack, Spans, Windows
 from drllm.paths import Decision, check_decisions
 from drllm.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from drllm.models.routers.stack import RouterStack, Spans, Windows
 
 POLICIES: Registry[type[Policy]] = Registry("policy", ["drllm.models.routing.policies"])
 """Policies by name; `drllm ls policies` lists them."""
@@ -50,6 +53,8 @@ class PromptView:
 
     def windows(self, num_windows: int) -> Windows:
         """Return the prompts averaged in W windows, in float32; computed when asked for."""
+        from drllm.models.routers.stack import Spans
+
         with full_precision(self.hidden.device):
             if num_windows not in self.spans:
                 self.spans[num_windows] = Spans(self.readable, num_windows)
@@ -108,6 +113,8 @@ class FixedPolicy(Policy):
     def __init__(
         self, decisions: Sequence[int] | Sequence[Sequence[int]] | Tensor, num_layers: int
     ) -> None:
+        import torch
+
         plan = torch.as_tensor(decisions).cpu()
         rows = plan.tolist() if plan.dim() == 2 else [plan.tolist()]
         self.plan = [check_decisions(row, num_layers) for row in rows]  # [B][L]
@@ -152,6 +159,8 @@ class RecordingPolicy(Policy):
     @property
     def means(self) -> Tensor:
         """Every router's input, `[B, L, W, D]`; L layers on several devices meet on the first."""
+        import torch
+
         device = self._means[0].device
         return torch.stack([means.to(device) for means in self._means], dim=1)
 
@@ -171,6 +180,8 @@ class RandomPolicy(Policy):
     reads_prompt = False
 
     def __init__(self, probabilities: Sequence[float], generator: torch.Generator) -> None:
+        import torch
+
         given = list(probabilities)
         are_shares = len(given) == len(Decision) and all(0 <= value <= 1 for value in given)
         if not are_shares or not math.isclose(sum(given), 1.0, abs_tol=1e-6):
@@ -201,6 +212,7 @@ class LabelFrequencyPolicy(Policy):
         CheckpointError: A layer without counts.
 
     Example:
+        >>> import torch
         >>> policy = LabelFrequencyPolicy([[0, 9, 0], [5, 0, 0]], torch.Generator())
         >>> prompts = PromptView(torch.zeros(2, 1, 4), torch.ones(2, 1, dtype=torch.bool))
         >>> [policy.decide(layer, prompts).tolist() for layer in (0, 1)]
@@ -228,6 +240,8 @@ def label_frequencies(label_counts: Sequence[Sequence[int]]) -> Tensor:
 
     Counts are those of `router_config.json`, and refused where a layer has none.
     """
+    import torch
+
     counts = torch.tensor(label_counts, dtype=torch.float64)
     if counts.numel() == 0 or bool((counts.sum(dim=1) == 0).any()):
         raise CheckpointError(
@@ -238,6 +252,8 @@ def label_frequencies(label_counts: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _draw(probabilities: Tensor, num_rows: int, generator: torch.Generator) -> Tensor:
+    import torch
+
     weights = probabilities.to(generator.device)
     return torch.multinomial(weights, num_rows, replacement=True, generator=generator)
 
@@ -268,6 +284,8 @@ class RouterPolicy(Policy):
 
     def decide(self, layer: int, prompts: PromptView) -> Tensor:
         """Return the routers' decisions."""
+        import torch
+
         windows = prompts.windows(self.routers.config.num_windows)
         device = self.routers.hidden_weight.device
         with full_precision(device), torch.no_grad():
@@ -281,6 +299,8 @@ class RouterPolicy(Policy):
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Keep autocast out of the block; nothing is switched where it is off, which is quicker."""
+    import torch
+
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
@@ -295,9 +315,12 @@ def biased(logits: Tensor, depth_bias: float) -> Tensor:
     Source: ours (D-20).
 
     Example:
+        >>> import torch
         >>> biased(torch.tensor([[0.0, 1.0, -2.0]]), 1.5).tolist()
         [[0.0, -0.5, -5.0]]
     """
+    import torch
+
     counts = torch.arange(len(Decision), dtype=logits.dtype, device=logits.device)
     return logits - depth_bias * counts
 
@@ -312,9 +335,12 @@ def penalised(logits: Tensor, router_penalty: float) -> Tensor:
     Source: Dr.LLM figure 7 and its code for Qwen2 (D-20).
 
     Example:
+        >>> import torch
         >>> penalised(torch.tensor([[0.0, 0.0, -torch.inf]]), -0.75).tolist()
         [[0.75, 0.25, 0.0]]
     """
+    import torch
+
     skip, execute, repeat = torch.eye(len(Decision), dtype=logits.dtype, device=logits.device)
     routers = logits.softmax(dim=-1)
     if router_penalty <= -0.5:

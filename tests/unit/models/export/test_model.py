@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from drllm.errors import ArchitectureError, ConfigError, ModelError, PathError, RoutingError
 from drllm.models import export
 from drllm.models.base.load import BaseModel
-from drllm.models.check import IN_SUITE
 from drllm.models.export import export_path
+from drllm.models.families import IN_SUITE
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import to_decisions
 from slow_way import LOGIT_TOLERANCE, ListedModel
