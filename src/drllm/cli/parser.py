@@ -236,9 +236,9 @@ def flags_of(verb: Verb) -> Iterator[Flag]:
 def _said(verb: Verb, words: Sequence[str]) -> dict[str, Any]:
     """Return what a command line says of each flag: its texts, or whether a switch is on."""
     flags: dict[str, Flag] = {}
-    for flag in (*flags_of(verb), *([CONFIG] if verb.settings else [])):
-        for name in () if flag.in_files or flag.positional else flag.names:
-            flags |= dict.fromkeys((name, _opposite(name))[: 1 + (flag.kind is bool)], flag)
+    for known in (*flags_of(verb), *([CONFIG] if verb.settings else [])):
+        for name in () if known.in_files or known.positional else known.names:
+            flags |= dict.fromkeys((name, _opposite(name))[: 1 + (known.kind is bool)], known)
     end = words.index("--") if "--" in words else len(words)
     said: dict[str, Any] = {}
     free: list[tuple[str, str]] = []  # words that belong to no flag, and the switch before
