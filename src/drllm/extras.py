@@ -18,33 +18,19 @@ EXTRAS = {
 
 
 def need(extras: str, purpose: str, *packages: str) -> None:
-    """Refuse, before anything runs, what needs packages that aren't installed.
+    """Refuse, before anything runs, what needs packages that aren't installed, by ConfigError.
 
     Args:
-        extras: Which extras bring them, keys of `EXTRAS` with commas between.
+        extras: Those that bring them, with commas between.
         purpose: What needs them, as the subject of a sentence: "a report".
         packages: Those of the one extra that are needed; all unless given.
-
-    Raises:
-        ConfigError: Naming the missing packages, with the command that installs them.
-
-    Example:
-        >>> need("report", "a report")  # with matplotlib installed
     """
-    missing = [
-        (extra, package)
-        for extra in extras.split(",")
-        for package in packages or EXTRAS[extra]
-        if not _is_installed(package)
-    ]
+    wanted = {each: extra for extra in extras.split(",") for each in packages or EXTRAS[extra]}
+    # A mere folder that is called like a package has no origin.
+    missing = [each for each in wanted if not getattr(find_spec(each), "origin", None)]
     if missing:
-        verb = "isn't" if len(missing) == 1 else "aren't"
+        extras = ",".join(dict.fromkeys(wanted[each] for each in missing))
         raise ConfigError(
-            f"{purpose} needs {', '.join(package for _, package in missing)}, which {verb} "
-            f'installed; run: pip install "drllm[{",".join(dict(missing))}]"'
+            f"{purpose} needs {', '.join(missing)}, not installed here; "
+            f'run: pip install "drllm[{extras}]"'
         )
-
-
-def _is_installed(package: str) -> bool:
-    found = find_spec(package)
-    return found is not None and found.origin is not None  # a mere folder of that name has none

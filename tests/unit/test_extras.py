@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import sys
 from pathlib import Path
 
@@ -79,8 +78,8 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(extra, monke
     packages = ", ".join(EXTRAS[extra])
     with pytest.raises(ConfigError) as refused:
         need(extra, "a thing")
-    said = rf"a thing needs {packages}, which (is|are)n't installed; "
-    assert re.fullmatch(rf'{said}run: pip install "drllm\[{extra}\]"', str(refused.value))
+    said = f"a thing needs {packages}, not installed here; "
+    assert str(refused.value) == f'{said}run: pip install "drllm[{extra}]"'
 
 
 def test_a_folder_that_is_called_like_a_package_is_none(tmp_path, monkeypatch):

@@ -18,14 +18,14 @@ from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, results_in, s
 from drllm.statistics.non_inferiority import FEWEST_TEXTS
 from drllm.tasks.base import Task
 from drllm.tasks.registry import get_task, get_tasks
-from drllm.tasks.rewards import REWARDS
+from drllm.tasks.rewards import check_installed
 
 
 def tasks_of(config: EvaluateConfig, given: Sequence[Task | str] | None = None) -> list[Task]:
     """Return the tasks that are evaluated, those given or the config's, if they can be.
 
-    ConfigError for settings that make no sense together, too few texts for a choice, or a package
-    that isn't installed; TaskError for an unknown task, or no questions to be had.
+    ConfigError for settings that make no sense together, too few texts for a choice, or a missing
+    package; TaskError for an unknown task, or no questions to be had.
     """
     need("eval", "an evaluation")
     wanted = get_tasks(config.tasks) if given is None else given
@@ -50,7 +50,7 @@ def tasks_of(config: EvaluateConfig, given: Sequence[Task | str] | None = None) 
                 raise ConfigError(f"{setting}: " + unknown_name("task", name, known))
     for task in tasks:
         if task.harness is None:  # asked and graded as in a search
-            REWARDS.get(task.rewards[0]).check_installed()
+            check_installed(task.rewards[0])
         _check_examples(task, config.split_of(task.name), config.data_dir)
     sources = sources_of(tasks, config)
     limited = {*evaluated, *(s.name for s in sources.values() if config.epsilon is not None)}

@@ -19,7 +19,7 @@ from drllm.records import question_key
 from drllm.search.strategies import STRATEGIES
 from drllm.tasks.base import Example, Prompt, Task, choose
 from drllm.tasks.registry import get_task, get_tasks
-from drllm.tasks.rewards import REWARDS
+from drllm.tasks.rewards import check_installed
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,7 @@ def questions_of(
         config: Settings of the search.
 
     Raises:
-        ConfigError: A setting without effect, a shard that makes no sense, or a reward whose
-            packages aren't installed.
+        ConfigError: A setting without effect, a shard that makes no sense, or a missing package.
         TaskError: An unknown task, no questions in a task or in this shard, or a reward that a
             task can't grade.
     """
@@ -83,8 +82,8 @@ def questions_of(
     shard = None if config.shard is None else parse_shard(config.shard)
     found = _examples_of(get_tasks(config.dataset) if source is None else source, config)
     rewards = [task.check_reward(config.reward) for task, _ in found]
-    for name in dict.fromkeys(rewards):
-        REWARDS.get(name).check_installed()
+    for name in rewards:
+        check_installed(name)
     wanted = [] if config.reward is None else config.reward.split(",")
     for name in wanted:
         if wanted.count(name) > 1:

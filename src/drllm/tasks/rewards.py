@@ -29,13 +29,11 @@ class Reward:
 
     Attributes:
         scores_options: The prompt's continuations are scored; else an answer is generated.
+        needs: An extra whose packages it needs; empty if it needs none.
     """
 
     scores_options: ClassVar[bool] = False
-
-    @classmethod
-    def check_installed(cls) -> None:
-        """Refuse, by ConfigError, a reward that needs packages that aren't installed."""
+    needs: ClassVar[str] = ""
 
     def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
         """Return what the function `verdict` does, for prompts of this reward."""
@@ -47,6 +45,12 @@ class Reward:
 
 
 REWARDS: Registry[type[Reward]] = Registry("reward", error=TaskError)
+
+
+def check_installed(reward: str) -> None:
+    """Refuse, by ConfigError, a reward that needs packages that aren't installed."""
+    if extra := REWARDS.get(reward).needs:
+        need(extra, f"reward {reward!r}")
 
 
 def reward_of(prompt: Prompt) -> Reward:
@@ -143,10 +147,7 @@ class Letter(Reward):
 class Boxed(Reward):
     r"""The first `\boxed{...}` whose braces close holds the right value."""
 
-    @classmethod
-    def check_installed(cls) -> None:
-        """See `Reward.check_installed`."""
-        need("math", "reward 'boxed'")
+    needs = "math"
 
     def verdict(self, prompt: Prompt, text: str, finished: bool) -> float | None:
         """See `Reward.verdict`."""

@@ -113,7 +113,7 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
                 + unknown_name("attention implementation", attention, known)
             )
     if config.model in ALIASES:
-        config = _check_alias(config)
+        config = _without_alias(config)
     with hub.quiet():
         source, revision = _locate(config, options)
         loaded, tokenizer = _open(source, revision, dtype, config, options)
@@ -214,22 +214,16 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def _check_alias(config: ModelConfig) -> ModelConfig:
-    """Return the config, with the hub's model by its own name where the packaged one isn't there.
-
-    Records and routers so name the model that they are of: its weights aren't the packaged ones.
-    """
+def _without_alias(config: ModelConfig) -> ModelConfig:
+    """Return the config, with the hub's model by its own name where the packaged isn't there."""
     name, revision = config.model, config.revision
     if revision is not None or config.trust_remote_code:
         flag = "--trust-remote-code" if revision is None else "--revision"
         raise ConfigError(f"{flag} has no effect on {name!r}, which is an alias; leave it out")
     if smollm2.folder() is not None:
         return config
-    logger.warning(
-        "%s isn't installed, so %s is %s of the hub here, whose weights differ from the "
-        "packaged ones",
-        *(smollm2.DISTRIBUTION, name, smollm2.HUB_ID),
-    )
+    said = "%s isn't installed, so %s is the hub's %s, whose weights differ from the packaged ones"
+    logger.warning(said, smollm2.DISTRIBUTION, name, smollm2.HUB_ID)
     return dataclasses.replace(config, model=smollm2.HUB_ID)
 
 

@@ -10,7 +10,6 @@ loaded when it is needed.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import os
 import shutil
@@ -23,7 +22,7 @@ from filelock import FileLock
 
 from drllm.errors import ModelError, RecordError
 from drllm.extras import need
-from drllm.records import read_json, sha256
+from drllm.records import read_json, sha256, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,13 +103,9 @@ def converted() -> Path | None:
 
 def describe() -> str:
     """Return one line on what the model is and where it is, for `drllm ls models`."""
-    if place := converted():
-        state = f"from the package {DISTRIBUTION}, converted in {place}"
-    elif _find_gguf():
-        state = f"from the package {DISTRIBUTION}, converted on first use"
-    else:
-        state = f"from the hub ({HUB_ID}), since {DISTRIBUTION} isn't installed"
-    return f"SmolLM2-135M-Instruct, 30 layers, Apache-2.0; {state}"
+    packaged = f"package {DISTRIBUTION}, converted on first use"
+    place = converted() or (packaged if _find_gguf() else f"the hub's {HUB_ID}")
+    return f"SmolLM2-135M-Instruct, 30 layers, Apache-2.0: {place}"
 
 
 def is_complete(target: Path, source_sha256: str) -> bool:
@@ -160,7 +155,7 @@ def convert_once(source: Source, target: Path) -> Path:
                 shutil.rmtree(temporary, ignore_errors=True)
     except ModelError:  # which is an OSError too
         raise
-    except (OSError, SafetensorError) as error:
+    except (OSError, RecordError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ModelError(
             f"can't convert {ALIAS} to {target}: {reason}; free about 600 MB there, "
@@ -199,16 +194,16 @@ def _convert(source: Source, target: Path) -> None:
         return reader.fields[key].contents()
 
     config = _read_config(read)
-    _write_json(target / "config.json", config)
+    write_json(target / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(target / "generation_config.json", ids)
+    write_json(target / "generation_config.json", ids)
     save_file(_read_weights(reader, config), target / WEIGHTS_FILE, metadata={"format": "pt"})
     # safetensors makes its file readable by the owner alone, whatever the umask says.
     (target / WEIGHTS_FILE).chmod((target / "config.json").stat().st_mode)
     _write_tokenizer(read, target)
     sizes = {file.name: file.stat().st_size for file in sorted(target.iterdir())}
     manifest = Manifest(FORMAT, source.sha256, sizes, source.path.name)
-    _write_json(target / MANIFEST_FILE, msgspec.structs.asdict(manifest))
+    write_json(target / MANIFEST_FILE, manifest)
     for file in (*target.iterdir(), target):
         _sync(file)
 
@@ -296,12 +291,7 @@ def _write_tokenizer(read: Callable[[str], Any], target: Path) -> None:
         "model_max_length": int(read("llama.context_length")),
         "chat_template": read("tokenizer.chat_template"),
     }
-    _write_json(target / "tokenizer_config.json", settings)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_json(target / "tokenizer_config.json", settings)
 
 
 def _sync(path: Path) -> None:
