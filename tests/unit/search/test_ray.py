@@ -236,23 +236,6 @@ def test_devices_that_are_not_there_are_refused(workers, model, device, num_work
         RayExecutor(dataclasses.replace(model, device=device), num_workers=num_workers)
 
 
-def test_without_ray_one_line_says_how_to_get_it(tmp_path):
-    """In a process of its own, in which importing ray fails."""
-    program = (
-        "import sys; sys.modules['ray'] = None\n"
-        "from drllm.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    words = ["search", "--executor", "ray", "--limit", "1", "--output-dir", str(tmp_path / "out")]
-    child = subprocess.run(
-        [sys.executable, "-c", program, *words], capture_output=True, text=True, check=False
-    )
-    assert child.returncode == 2
-    [line] = child.stderr.splitlines()
-    assert "needs the package ray, which isn't installed; install it with pip" in line
-    assert not (tmp_path / "out").exists()
-
-
 # --- reaching Ray -------------------------------------------------------------------------------
 
 NEVER_ASKED = object()
