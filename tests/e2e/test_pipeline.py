@@ -189,7 +189,7 @@ def test_a_sweep_chooses_a_setting_on_select_and_tests_it_once(
 ):
     sweep, out = tmp_path / "sweep.yaml", tmp_path / "sweep"
     text = recipe.read_text().replace("num_random_draws: 2}", "curve: '0.1', latency_rounds: 0}")
-    sweep.write_text(text + "settings: {plain: {}, two: {train: {beta: 0.9, num_seeds: 2}}}\n")
+    sweep.write_text(text + "settings: {plain: {}, two: {train: {gamma: 1.0, num_seeds: 2}}}\n")
     shown = drllm("sweep", sweep, "--output-dir", out).out
     found = json.loads((out / "sweep.json").read_text())
     assert [each["name"] for each in found["settings"]] == ["plain", "two"]
@@ -405,18 +405,18 @@ def test_how_the_questions_of_a_file_are_divided_is_told(
 
 
 def test_targets_whose_manifest_a_kill_prevented_get_it_from_the_same_search_again(
-    run_copy: Path, search_again: Callable[[], Any]
+    run_copy: Path, search_again: Callable[..., Any]
 ):
     manifest = run_copy / "supervision.manifest.json"
     before = json.loads(manifest.read_text())
     manifest.unlink()
-    search_again()
+    search_again("--target", "shortest")
     after = json.loads(manifest.read_text())
     assert {**after, "created": ""} == {**before, "created": ""}
     assert after["rewards"] == ["loglikelihood"]
 
 
-def test_targets_of_ones_own_stay_as_they_are(run_copy: Path, search_again: Callable[[], Any]):
+def test_targets_of_ones_own_stay_as_they_are(run_copy: Path, search_again: Callable[..., Any]):
     (run_copy / "supervision.manifest.json").unlink()
     output = run_copy / "supervision.jsonl"
     own = "".join(output.read_text().splitlines(keepends=True)[1:])

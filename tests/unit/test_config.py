@@ -191,8 +191,10 @@ def test_a_setting_that_another_leaves_without_effect_is_refused(group, declared
     rules = declared.metadata
     given = True if declared.default is False else 0.5 if rules["above"] == 0 else rules["minimum"]
     assert given != declared.default
-    default = next(f.default for f in dataclasses.fields(group) if f.name == other)
-    group(**{declared.name: given}, **({other: 0.5} if default == value else {})).check_effects()
+    switch = next(f for f in dataclasses.fields(group) if f.name == other)
+    options = [0.5] if switch.metadata["choices"] is None else switch.metadata["choices"]
+    on = next(option for option in options if option != value)
+    group(**{declared.name: given, other: on}).check_effects()
     group(**{other: value}).check_effects()
     with pytest.raises(ConfigError, match="has no effect with --" + other.replace("_", "-")):
         group(**{declared.name: given, other: value}).check_effects()

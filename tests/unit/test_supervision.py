@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from drllm.records import (
 )
 from drllm.supervision.rules import REASONS, candidates
 from drllm.supervision.select import check_settings, supervise, targets
+
+SHORTEST = SuperviseConfig(target="shortest")
 
 MODEL = {
     "id": "some/model",
@@ -187,8 +190,8 @@ def test_weights_by_kl_need_the_kl():
 
 
 def test_valid_paths_do_not_change_the_target():
-    [softened] = targets([record(SOFT_PATHS)], SuperviseConfig(path_weights="shorter"))
-    [plain] = targets([record(SOFT_PATHS)], SuperviseConfig())
+    [softened] = targets([record(SOFT_PATHS)], replace(SHORTEST, path_weights="shorter"))
+    [plain] = targets([record(SOFT_PATHS)], SHORTEST)
     assert softened.optimal_layer_config == plain.optimal_layer_config
 
 
@@ -203,7 +206,7 @@ def questions(*kinds: str) -> list[SearchRecord]:
 
 
 def test_a_target_carries_what_training_needs():
-    (target,) = targets(questions(SAVING), SuperviseConfig())
+    (target,) = targets(questions(SAVING), SHORTEST)
     assert target.question == "Question 0?"
     assert target.prompt == "Q: Question 0?"
     assert target.answer == "wet"
@@ -213,7 +216,7 @@ def test_a_target_carries_what_training_needs():
 
 
 def test_a_target_is_improving_where_the_full_path_failed():
-    supervision = targets(questions(SAVING, IMPROVING, FULL_ONLY), SuperviseConfig())
+    supervision = targets(questions(SAVING, IMPROVING, FULL_ONLY), SHORTEST)
     assert [target.improving for target in supervision] == [False, True, False]
 
 
@@ -227,7 +230,7 @@ def test_the_summary_counts_what_the_search_found_and_what_became_of_it():
     }
     yields = {"base_correct": 2, "valid_before_retest": 4, "valid_after_retest": 3, **paths}
 
-    assert targets(found, SuperviseConfig()).summary == {
+    assert targets(found, SHORTEST).summary == {
         "questions": 6,
         "copies": 0,
         "targets": 3,
@@ -257,7 +260,7 @@ def test_the_summary_tells_the_tasks_apart():
         record(IMPROVING, question="b?", task="two"),
         record(HOPELESS, question="c?", task="one"),
     ]
-    tasks = targets(found, SuperviseConfig()).summary["tasks"]
+    tasks = targets(found, SHORTEST).summary["tasks"]
 
     told = {
         name: (task["questions"], task["base_correct"], task["targets"], task["improving_targets"])
@@ -276,9 +279,7 @@ def test_a_copy_adds_to_no_count_but_that_of_copies():
         record(SAVING, question="What is fog?", id="again", task="second"),
         record(SAVING, question="What is fog?", id="again", task="third"),
     ]
-    alone, joined = (
-        targets(records, SuperviseConfig()).summary for records in (found, [*found, *copies])
-    )
+    alone, joined = (targets(records, SHORTEST).summary for records in (found, [*found, *copies]))
 
     assert (alone.pop("copies"), joined.pop("copies")) == (0, 3)
     assert joined["tasks"].pop("second") == {
@@ -291,7 +292,7 @@ def test_a_copy_adds_to_no_count_but_that_of_copies():
 
 def test_a_quota_takes_the_first_targets_not_the_first_questions():
     found = questions(HOPELESS, SAVING, SAVING, SAVING)
-    supervision = targets(found, SuperviseConfig(quotas="facts=2"))
+    supervision = targets(found, replace(SHORTEST, quotas="facts=2"))
     assert [target.id for target in supervision] == ["Question 1?", "Question 2?"]
     assert supervision.reasons[3] == "over the quota"
     assert supervision.summary["tasks"]["facts"]["targets"] == 2
@@ -303,13 +304,13 @@ def test_a_copy_of_a_question_takes_no_place_in_a_quota():
         record(SAVING, question="A?", id="copy", task="two"),
         record(SAVING, question="b?", task="two"),
     ]
-    supervision = targets(found, SuperviseConfig(quotas="two=1"))
+    supervision = targets(found, replace(SHORTEST, quotas="two=1"))
     assert [target.question for target in supervision] == ["a?", "b?"]
 
 
 def test_a_quota_for_a_task_that_is_not_there_names_those_that_are():
     with pytest.raises(ConfigError, match=r"unknown task 'fact'; did you mean 'facts'\? Valid"):
-        targets(questions(SAVING), SuperviseConfig(quotas="fact=2"))
+        targets(questions(SAVING), replace(SHORTEST, quotas="fact=2"))
 
 
 def test_the_least_saving_has_no_use_but_for_kl():
@@ -329,7 +330,7 @@ def test_targets_by_kl_are_refused_before_a_search_that_computes_none(by_kl: dic
 def test_every_question_has_a_target_or_a_reason():
     found = questions(SAVING, SAVING, SAVING, IMPROVING, FULL_ONLY, LUCKY, HOPELESS)
     found.append(record(SAVING, question="question 0?", task="copy"))
-    summary = targets(found, SuperviseConfig(quota_improving=0.5)).summary
+    summary = targets(found, replace(SHORTEST, quota_improving=0.5)).summary
     assert set(summary["rejected"]) == set(REASONS)
     assert summary["targets"] + sum(summary["rejected"].values()) == summary["questions"] == 7
     assert summary["questions"] + summary["copies"] == len(found)
@@ -352,7 +353,7 @@ def search_file(folder: Path, *kinds: str, name: str = "search.jsonl", **model: 
 def supervised(*sources: Path, **settings: Any) -> Path:
     """Write the targets beside the first source, and return where."""
     output = sources[0].with_name("supervision.jsonl")
-    supervise(sources, SuperviseConfig(**settings), output)
+    supervise(sources, SuperviseConfig(**{"target": "shortest", **settings}), output)
     return output
 
 
@@ -403,7 +404,7 @@ def test_every_question_without_a_target_is_written_with_its_reason(tmp_path: Pa
         record(SAVING, question="A.jsonl  0?", id="q2", task="other"),
     )
     output = tmp_path / "out" / "mine.jsonl"
-    supervise([one, two], SuperviseConfig(), output)
+    supervise([one, two], SHORTEST, output)
 
     assert rejected(output) == [
         ("a.jsonl 0?", "facts", "a.jsonl 0?", "no valid path"),
@@ -579,7 +580,7 @@ def test_a_file_is_not_both_read_and_written(tmp_path: Path, name: str):
     source = search_file(tmp_path, SAVING, LUCKY, name=name)
     before = source.read_text()
     with pytest.raises(RecordError, match=rf"{name} is both read and written"):
-        supervise([source], SuperviseConfig(), tmp_path / "." / "out.jsonl")
+        supervise([source], SHORTEST, tmp_path / "." / "out.jsonl")
     assert source.read_text() == before
 
 
@@ -593,10 +594,10 @@ def test_what_makes_no_sense_is_refused_before_files_are_read(tmp_path: Path):
     with pytest.raises(ConfigError, match="'facts' is no quota"):
         supervised(tmp_path / "gone.jsonl", quotas="facts")
     with pytest.raises(RecordError, match="no search file is given"):
-        supervise([], SuperviseConfig(), Path("supervision.jsonl"))
+        supervise([], SHORTEST, Path("supervision.jsonl"))
 
 
 def test_a_supervision_file_is_not_taken_for_a_search_file(tmp_path: Path):
     output = supervised(search_file(tmp_path, SAVING))
     with pytest.raises(RecordError, match=r"says 'drllm\.supervision'; expected 'drllm\.search'"):
-        supervise([output], SuperviseConfig(), tmp_path / "again.jsonl")
+        supervise([output], SHORTEST, tmp_path / "again.jsonl")

@@ -85,7 +85,7 @@ class Settings:
                 given = "" if value is True else f" {_shown(value)}"
                 raise ConfigError(
                     f"{flag_of(declared.name)}{given} has no effect with {flag_of(idle[0])} "
-                    f"{_shown(idle[1])}; leave one of the two out"
+                    f"{_shown(idle[1])}; leave it out, or give another {flag_of(idle[0])}"
                 )
 
     def to_dict(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ REASONS = (NO_VALID_PATH, ONLY_FULL_PATH, NOT_SURVIVED, NO_KL, SAVES_TOO_LITTLE,
 TWICE = "same question twice"
 """Why a record has no target though its question may have one: an earlier record counts."""
 
-MIN_SAVING = 0.1
+MIN_SAVING = 0.05
 """Share of the full path's executions that a target of the rule `least_kl` saves at least."""
 
 

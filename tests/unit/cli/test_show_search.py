@@ -36,6 +36,8 @@ from drllm.records import (
 from drllm.search import CHUNKS_FOLDER
 from drllm.supervision.select import supervise, targets
 
+SHORTEST = SuperviseConfig(target="shortest")
+
 KEPT = Retest(passed=3, asked=4, margin=0.5, survived=True)
 LOST = Retest(passed=1, asked=4, margin=-0.5, survived=False)
 SEARCH = Path("search.jsonl")
@@ -253,7 +255,7 @@ def line_of(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
 def test_a_questions_tree_has_all_that_was_measured(line_of):
     show_question(FOUND, "q1", SEARCH, Terminal())
     assert line_of("What is water?") == ""
-    assert line_of("target") == "#1, 3.0 executions (rule shortest)"
+    assert line_of("target") == "#1, 3.0 executions (rule least_kl)"
     assert line_of("full path") == "0 yes 0.50 4.0 0.000 + 3 of 4"
     assert line_of("├ skip 3 ") == "1 yes 0.25 3.0 0.500 + 3 of 4"
     assert line_of("├ skip 2-3") == "2 yes 0.00 2.0 0.750 − 1 of 4"
@@ -263,7 +265,7 @@ def test_a_questions_tree_has_all_that_was_measured(line_of):
 def test_what_was_not_measured_is_left_open(line_of):
     show_question([record(tried("11"), tried("10", 0.5))], "q1", SEARCH, Terminal())
     assert line_of("then skip 1") == "1 0.50 – 1.0 –"
-    assert line_of("target") == "none: no valid path"
+    assert line_of("target") == "none: no KL in the record"
 
 
 def test_generated_answers_stand_beside_their_paths(line_of):
@@ -379,7 +381,7 @@ def test_what_is_kept_of_a_search_that_is_whole_is_not_mentioned(tmp_path: Path,
 
 def test_a_supervision_is_told_with_tasks_reasons_and_layers(printed):
     hopeless = record(tried("1111"), id="q3", question="Why?")
-    say_supervision(targets([*FOUND, hopeless], SuperviseConfig()).summary, Terminal())
+    say_supervision(targets([*FOUND, hopeless], SHORTEST).summary, Terminal())
 
     out = printed()
     assert "base right 1 of 3 questions (33.3 %)" in out
@@ -399,7 +401,11 @@ def test_questions_without_a_target_are_counted_by_task_and_reason(tmp_path: Pat
         for n in range(3)
     ]
     file = search_file(tmp_path, [*FOUND, *hopeless])
-    supervise([file], SuperviseConfig(quotas="other=1,facts=1"), tmp_path / "mine.jsonl")
+    supervise(
+        [file],
+        SuperviseConfig(target="shortest", quotas="other=1,facts=1"),
+        tmp_path / "mine.jsonl",
+    )
     show(tmp_path / "mine.rejected.jsonl", Terminal())
     out = printed()
     assert "without 3 records have no target" in out
@@ -409,7 +415,7 @@ def test_questions_without_a_target_are_counted_by_task_and_reason(tmp_path: Pat
 
 def test_copies_of_questions_are_told_apart(printed):
     copies = [record(*FOUND[1].paths, task=name, question="What is water?") for name in "ab"]
-    say_supervision(targets([*FOUND, *copies], SuperviseConfig()).summary, Terminal())
+    say_supervision(targets([*FOUND, *copies], SHORTEST).summary, Terminal())
     out = printed()
     assert "base right 1 of 2 questions (50.0 %)" in out
     assert "targets 2 of 2 questions (100.0 %)" in out
@@ -417,7 +423,7 @@ def test_copies_of_questions_are_told_apart(printed):
 
 
 def test_a_summary_of_an_older_version_is_told_as_far_as_it_goes(printed):
-    summary = targets(FOUND, SuperviseConfig()).summary
+    summary = targets(FOUND, SHORTEST).summary
     for name in ("copies", "paths", "tasks", "executions", "class_counts_by_layer"):
         del summary[name]
     say_supervision(summary, Terminal())

@@ -191,7 +191,7 @@ class Folder:
         )
 
     def supervision(self) -> None:
-        chosen = targets(self.searched, SuperviseConfig())
+        chosen = targets(self.searched, SuperviseConfig(target="shortest"))
         manifest = new_manifest(
             "supervision",
             model=self.model,

@@ -36,6 +36,7 @@ def test_training_learns_labels_that_the_features_determine(tmp_path, windows):
         num_epochs=20,
         gradient_accumulation=8,
         learning_rate=0.03,
+        class_weights="effective_number",
         validation_fraction=0.3,
         num_windows=windows,
     )

@@ -172,7 +172,8 @@ def test_a_training_blind_to_the_input_learns_the_shares_of_the_decisions(soft, 
 
 
 def test_soft_targets_count_in_the_class_weights_by_their_shares(soft):
-    found = prepared(replace(FEATURES, soft=soft), soft_targets=True, validation_fraction=0.0)
+    weighted = {"class_weights": "effective_number", "validation_fraction": 0.0}
+    found = prepared(replace(FEATURES, soft=soft), soft_targets=True, **weighted)
     expected = class_weights(soft.sum(dim=(0, 1)).tolist(), 0.999)
     assert found.class_weights == pytest.approx(expected)
     assert found.label_counts == prepared(validation_fraction=0.0).label_counts
