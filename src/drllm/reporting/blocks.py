@@ -1,32 +1,25 @@
 """What a report consists of, before it is HTML or Markdown: plain values with plain text.
 
-Texts are never markup: both templates escape all of them.
+Texts are never markup: the templates escape all of them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import msgspec
 
 from drllm.reporting.drawing import Draw
 from drllm.reporting.numbers import NONE
 
-T = TypeVar("T")
-
-
-class Text(msgspec.Struct, frozen=True):
-    """A paragraph."""
-
-    text: str
-
 
 class Listing(msgspec.Struct, frozen=True):
-    """Lines that belong together, in order."""
+    """Lines in order; `codes` says what to type at each, and numbers them."""
 
     lines: Sequence[str]
+    codes: Sequence[str] = ()
 
 
 class Verdicts(msgspec.Struct, frozen=True):
@@ -50,19 +43,6 @@ class Tiles(msgspec.Struct, frozen=True):
     tiles: Sequence[Tile]
 
 
-class Step(msgspec.Struct, frozen=True):
-    """Something to do next, with what to type."""
-
-    text: str
-    code: str = ""
-
-
-class Steps(msgspec.Struct, frozen=True):
-    """What to do next, in order."""
-
-    steps: Sequence[Step]
-
-
 class Table(msgspec.Struct, frozen=True, kw_only=True):
     """A table of texts; the first cell of each row names the row.
 
@@ -78,37 +58,30 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     same: str = ""
 
     @classmethod
-    def of(
+    def made(
         cls,
         caption: str,
-        items: Iterable[T],
-        columns: Mapping[str, Callable[[T], str]],
-        words: Sequence[str] = (),
+        names: str,
+        rows: Sequence[Sequence[str]],
+        words: str = "",
         bold: str = "",
     ) -> Table:
-        """Make a row of each item; each column has a name and says what its cells hold.
+        """Make a table of rows, with the columns' names between bars; `words` are names too.
 
-        Columns that say the same of several items are said once instead, and those that say
-        nothing are left out. Besides the first, the named columns hold words.
+        Columns that say the same of several rows are said once instead, and those that say nothing
+        are left out.
         """
-        names = list(columns)
-        rows = [[cell(item) for cell in columns.values()] for item in items]
-        values = {name: {row[place] for row in rows} for place, name in enumerate(names)}
-        kept = [
-            place
-            for place, name in enumerate(names)
-            if place == 0 or (len(values[name]) > 1 if len(rows) > 1 else values[name] != {NONE})
-        ]
-        same = [
-            f"{name} {rows[0][place]}"
-            for place, name in enumerate(names)
-            if len(rows) > 1 and place not in kept and values[name] != {NONE}
-        ]
+        header, wordy = names.split("|"), words.split("|")
+        columns = [set(column) for column in zip(*rows, strict=True)] or [set[str]()] * len(header)
+        alike = [len(column) == 1 and len(rows) > 1 for column in columns]
+        told = [column != {NONE} for column in columns]
+        kept = [i for i in range(len(header)) if not i or (told[i] and not alike[i])]
+        same = [f"{header[i]} {rows[0][i]}" for i in range(1, len(header)) if alike[i] and told[i]]
         return cls(
             caption=caption,
-            header=[names[place] for place in kept],
-            rows=[[row[place] for place in kept] for row in rows],
-            words=[n for n, place in enumerate(kept) if not n or names[place] in words],
+            header=[header[i] for i in kept],
+            rows=[[row[i] for i in kept] for row in rows],
+            words=[place for place, i in enumerate(kept) if not i or header[i] in wordy],
             bold=bold,
             same="; ".join(same),
         )
@@ -127,23 +100,22 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     is_large: bool = False
 
 
-class Code(msgspec.Struct, frozen=True):
-    """A text to be shown as it is, such as a settings file."""
-
-    title: str
-    text: str
-
-
-Block: TypeAlias = Text | Listing | Verdicts | Tiles | Steps | Table | Figure | Code
+Block: TypeAlias = str | Listing | Verdicts | Tiles | Table | Figure
+"""A text is a paragraph."""
 
 
 class Section(msgspec.Struct, frozen=True):
-    """A heading with its blocks; `level` 2, 3 or 4. A folded one is shown on request."""
+    """A heading with its blocks, then what a template of that name makes of the values.
+
+    `level` is 2, 3 or 4. A folded one is shown on request.
+    """
 
     title: str
-    blocks: Sequence[Block]
+    blocks: Sequence[Block] = ()
     level: int = 2
     folded: bool = False
+    template: str = ""
+    values: Mapping[str, Any] = {}
 
 
 class Document(msgspec.Struct, frozen=True):
@@ -157,14 +129,11 @@ class Document(msgspec.Struct, frozen=True):
     def figures(self) -> dict[Figure, str]:
         """Return the drawings in their order, each with a name of its own that files can have."""
         found: dict[Figure, str] = {}
-        for figure in self._figures():
-            words = re.sub(r"[^a-z0-9]+", "-", figure.name.lower()).strip("-")
-            found[figure] = f"{len(found) + 1:02d}-{words}"
+        for figure in (block for section in self.sections for block in section.blocks):
+            if isinstance(figure, Figure):
+                words = re.sub(r"[^a-z0-9]+", "-", figure.name.lower()).strip("-")
+                found[figure] = f"{len(found) + 1:02d}-{words}"
         return found
-
-    def _figures(self) -> Iterator[Figure]:
-        for blocks in (self.first, *(section.blocks for section in self.sections)):
-            yield from (block for block in blocks if isinstance(block, Figure))
 
 
 def lowered(sections: Iterable[Section]) -> list[Section]:

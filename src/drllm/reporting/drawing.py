@@ -25,8 +25,6 @@ Draw: TypeAlias = Callable[[Colours, float], "Figure"]
 NARROW, WIDE = 4.2, 9.0
 """Inches of a figure that a phone shows, whose 8-point texts can still be read there, and of a
 large one."""
-ROW = 0.21
-"""Inches a line takes where each thing has a line."""
 PNG_DPI = 160
 
 NAMES = ("ink", "faint", "grid", "skip", "repeat", "run", "s0", "s1", "s2", "s3", "s4", "s5")
@@ -114,22 +112,11 @@ def panels(
 
 
 def legend(axes: Axes, *, columns: int) -> None:
-    """Name what was drawn above the panel's corner, in the order of drawing."""
-    entries = [*zip(*axes.get_legend_handles_labels(), strict=True)]
-    if not entries:
-        return
-    # By default lines come before bars; here the order is that of drawing.
-    containers: list[Any] = list(axes.containers)
-    entries.sort(key=lambda entry: entry[0] not in containers)
-    axes.legend(
-        *zip(*entries, strict=True),
-        loc="lower right",
-        bbox_to_anchor=(1, 1.0),
-        ncols=columns,
-        borderaxespad=0,
-        borderpad=0.2,
-        handlelength=1.4,
-    )
+    """Name what was drawn above the panel's corner."""
+    names = axes.get_legend_handles_labels()
+    if names[0]:
+        place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderpad": 0.2}
+        axes.legend(*names, ncols=columns, borderaxespad=0, handlelength=1.4, **place)
 
 
 def whole_numbers(axes: Axes) -> None:

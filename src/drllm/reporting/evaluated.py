@@ -8,17 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TypeAlias
 
 from drllm.cost import share_saved
-from drllm.records.results import BASE, PERMUTED, ROUTED, Evaluation, Latency, Point, System
+from drllm.records.results import BASE, ROUTED, Evaluation, Latency, Point, System
 from drllm.reporting import cost, figures
-from drllm.reporting.blocks import Block, Figure, Listing, Section, Table, Text, Tile, Tiles
-from drllm.reporting.numbers import NONE, against, count, difference, label, percent, plain
-from drllm.statistics.verdicts import Differences, Quantity, Verdict
-
-Named: TypeAlias = tuple[str, Evaluation, System | Point]
-"""What is shown in a row of several runs or tasks: its name, the evaluation, a system in it."""
+from drllm.reporting.blocks import Figure, Listing, Section, Tile, Tiles
+from drllm.reporting.numbers import difference, percent, plain
+from drllm.statistics.verdicts import Verdict
 
 
 def first_line(evaluation: Evaluation) -> str:
@@ -53,10 +49,12 @@ def _tile(title: str, verdict: Verdict, unit: str, note: str) -> Tile:
 def sections(evaluation: Evaluation) -> list[Section]:
     """Return the plot, the table of systems, and the certified choice, if one was asked for."""
     found = [Section("Accuracy over layers run", [_plot(evaluation)])]
-    found.append(Section("Systems", _systems(evaluation)))
+    found.append(_systems(evaluation))
     if choice := evaluation.choice:
         *sentences, verdict = choice.sentences()
-        found.append(Section("Certified choice", [Text(verdict), Listing(sentences)]))
+        found.append(
+            Section("Certified choice", [verdict, Listing(sentences)] if sentences else [verdict])
+        )
     return found
 
 
@@ -76,137 +74,30 @@ def _plot(evaluation: Evaluation) -> Figure:
     )
 
 
-def _verdict(found: Differences | None, quantity: Quantity) -> Verdict | None:
-    return getattr(found, quantity, None)
-
-
-def _systems(evaluation: Evaluation) -> list[Block]:
-    """Return the table of systems, the best first, and what the evaluation found besides.
-
-    In each row the routed model is compared with the row's system.
-    """
-    routed = evaluation.routed
-
-    def compared(system: System, quantity: Quantity) -> Verdict | None:
-        is_base = system.name == BASE and routed is not None
-        found = routed.against_base if is_base and routed else system.routed_against
-        return _verdict(found, quantity)
-
-    guessing = f", guessing gives {percent(evaluation.chance)}" if evaluation.chance else ""
-    drawn = any(system.draws > 1 for system in evaluation.systems)
-    table = Table.of(
-        f"{count(evaluation.num_questions)} questions{guessing}; the best first. On the right: "
-        "what the routed model has more than each system, with 95 % intervals, and what is shown "
-        f"of it.{' ×N: the mean over N draws.' if drawn else ''}",
-        sorted(evaluation.systems, key=lambda s: (-s.accuracy, s.executions)),
-        {
-            "system": lambda s: s.name + (f" ×{s.draws}" if s.draws > 1 else ""),
-            "layers run": lambda s: plain(s.executions, 2),
-            f"{evaluation.score}, %": lambda s: plain(100 * s.accuracy),
-            "next-token loss": lambda s: plain(s.text_loss, 3),
-            "routed less it, points": lambda s: difference(compared(s, "accuracy")),
-            "routed is": lambda s: label(compared(s, "accuracy")),
-            "loss, routed less it, nats": lambda s: difference(compared(s, "text_loss")),
-            "routed is, by loss": lambda s: label(compared(s, "text_loss")),
-        },
-        words=("routed is", "routed is, by loss"),
-        bold=ROUTED,
-    )
-    blocks: list[Block] = [table]
+def _systems(evaluation: Evaluation) -> Section:
+    """Return the table of systems, the best first, and what the evaluation found besides."""
     aside = set(evaluation.choice.sentences()) if evaluation.choice else set()
-    if also := [each for each in evaluation.findings[1:] if each not in aside]:
-        blocks.append(Listing(also))
-    return blocks
+    also = [each for each in evaluation.findings[1:] if each not in aside]
+    values = {"evaluation": evaluation, "also": also}
+    return Section("Systems", template="table.j2", values=values)
 
 
 def details(evaluation: Evaluation) -> list[Section]:
     """Return what is shown on request: what the systems are, and all depths in numbers."""
-    reads = {None: NONE, True: "yes", False: "no"}
-    blocks: list[Block] = [
-        Table.of(
-            "What each system does, and where it comes from.",
-            evaluation.systems,
-            {
-                "system": lambda s: s.name,
-                "what it does": lambda s: s.description or NONE,
-                "source": lambda s: s.source or NONE,
-                "fitted on": lambda s: s.fitted_on or NONE,
-                "reads the question": lambda s: reads[s.reads_question],
-                "gold log-probability": lambda s: plain(s.gold_logprob, 3),
-            },
-            words=("what it does", "source", "fitted on", "reads the question"),
-        )
+    parts = {"What the systems are": "systems.j2"}
+    parts |= {"All depths in numbers": "depths.j2"} if evaluation.curve else {}
+    values = {"evaluation": evaluation}
+    return [
+        Section(title, folded=True, template=template, values=values)
+        for title, template in parts.items()
     ]
-    if evaluation.not_compared:
-        missing = (f"{name}: {why}" for name, why in evaluation.not_compared.items())
-        blocks.append(Text(f"Not compared: {'; '.join(missing)}."))
-    found = [Section("What the systems are", blocks, folded=True)]
-    if evaluation.curve:
-        found.append(Section("All depths in numbers", [_depths(evaluation)], folded=True))
-    return found
 
 
-def _depths(evaluation: Evaluation) -> Table:
-    return Table.of(
-        "Every system at every depth, less base, and the routed model less it, with 95 % "
-        "intervals; each comparison by itself.",
-        evaluation.curve,
-        {
-            "system": lambda p: p.system,
-            "depth": lambda p: p.setting or NONE,
-            "layers run": lambda p: plain(p.executions, 2),
-            f"{evaluation.score}, %": lambda p: plain(100 * p.accuracy),
-            "less base's, points": lambda p: difference(_verdict(p.against_base, "accuracy")),
-            "loss less base's, nats": lambda p: difference(_verdict(p.against_base, "text_loss")),
-            "routed less it, points": lambda p: difference(_verdict(p.routed_against, "accuracy")),
-            "routed is": lambda p: label(_verdict(p.routed_against, "accuracy")),
-        },
-        words=("depth", "routed is"),
-        bold=ROUTED,
-    )
-
-
-def side_by_side(caption: str, rows: Sequence[Named]) -> Table:
-    """Return systems of several runs or tasks, each less the base model of its own evaluation."""
-
-    def less(row: Named, quantity: Quantity) -> Verdict | None:
-        return _verdict(row[2].against_base, quantity)
-
-    several = any(name != evaluation.task for name, evaluation, _ in rows)
-
-    def certified(row: Named) -> str:
-        choice = row[1].choice
-        if choice is None or row[2].name != ROUTED:
-            return NONE
-        return choice.certified.name if choice.certified else "none"
-
-    return Table.of(
-        caption,
-        rows,
-        {
-            "run" if several else "task": lambda r: r[0],
-            **({"of task": lambda r: r[1].task} if several else {}),
-            "questions": lambda r: count(r[1].num_questions),
-            "system": lambda r: r[2].name,
-            "layers run": lambda r: plain(r[2].executions, 2),
-            "accuracy, %": lambda r: plain(100 * r[2].accuracy),
-            "less base's, points": lambda r: difference(less(r, "accuracy")),
-            "it is": lambda r: label(less(r, "accuracy")),
-            "loss less base's, nats": lambda r: difference(less(r, "text_loss")),
-            "it is, by loss": lambda r: label(less(r, "text_loss")),
-            "routed, by its routes permuted, is": lambda r: (
-                label(against(r[1].system(PERMUTED))) if r[2].name == ROUTED else NONE
-            ),
-            "certified": certified,
-        },
-        words=("of task", "system", "it is", "it is, by loss", "certified"),
-    )
-
-
-def in_rows(name: str, evaluation: Evaluation, *, depths: bool) -> list[Named]:
-    """Return the rows of base and routed model for `side_by_side`, at other depths too."""
-    found: list[Named] = [
-        (name, evaluation, each) for each in evaluation.systems if each.name in (BASE, ROUTED)
-    ]
-    points = evaluation.curve if depths else ()
-    return found + [(name, evaluation, each) for each in points if each.system == ROUTED]
+def side_by_side(what: str, named: Sequence[tuple[str, Evaluation]], caption: str) -> Section:
+    """Return base and routed model, at all depths, of several runs or tasks (`what` says which)."""
+    placed: list[tuple[str, Evaluation, System | Point]] = []
+    for name, each in named:
+        placed += [(name, each, one) for one in each.systems if one.name in (BASE, ROUTED)]
+        placed += [(name, each, one) for one in each.curve if one.system == ROUTED]
+    values = {"what": what, "named": placed, "caption": caption}
+    return Section(f"{what.capitalize()}s compared", template="compared.j2", values=values)

@@ -17,7 +17,6 @@ from drllm.reporting.drawing import Colours, apart, legend, panels, whole_number
 from drllm.reporting.run import Epoch
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LETTER, LINE = 0.066, 0.15
@@ -76,12 +75,13 @@ def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: floa
         low = min([low, *(y - line for y in label_places)])
         high = max([high, *(y + line / 2 for y in label_places)])
     axes.set_ylim(low, high)
-    _level(axes, 100 * evaluation.base.accuracy, "-", "faint", colours)
+    at_level: dict[str, Any] = {"color": colours["faint"], "linewidth": 0.8, "zorder": 0}
+    axes.hlines(100 * evaluation.base.accuracy, left, right, **at_level)
+    beside: dict[str, Any] = {"textcoords": "offset points", "ha": "right"}
     if evaluation.chance > 0:
-        _level(axes, 100 * evaluation.chance, ":", "faint", colours)
-        axes.annotate(
-            "chance", (right, 100 * evaluation.chance), (0, 2), **_beside(colours, "faint")
-        )
+        axes.hlines(100 * evaluation.chance, left, right, linestyle=":", **at_level)
+        at = (right, 100 * evaluation.chance)
+        axes.annotate("chance", at, (0, 2), color=colours["faint"], **beside)
     for (name, points), place in zip(others.items(), label_places, strict=True):
         colour, marker = LOOKS.get(name, ("faint", "D"))
         stands_out = name in LOOKS
@@ -110,8 +110,8 @@ def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: floa
     axes.vlines([base.executions], [low], [high], color=colours["s0"], linewidth=1.8)
     axes.plot([base.executions], [100 * base.accuracy], "o", color=colours["s0"], markersize=7)
     said = f"base  {100 * base.accuracy:.1f} %"
-    look = _beside(colours, "s0") | {"fontweight": "bold"}
-    axes.annotate(said, (base.executions, 100 * base.accuracy), (-7, 4), **look)
+    at = (base.executions, 100 * base.accuracy)
+    axes.annotate(said, at, (-7, 4), color=colours["s0"], fontweight="bold", **beside)
     ticks = [tick for tick in axes.get_xticks() if left - 0.06 * (right - left) <= tick <= right]
     axes.set_xticks(ticks or [evaluation.num_layers])
     axes.grid(visible=False, axis="x")
@@ -120,20 +120,7 @@ def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: floa
     return figure
 
 
-def _level(axes: Axes, y: float, style: str, colour: str, colours: Colours) -> None:
-    axes.axhline(y, color=colours[colour], linewidth=0.8, linestyle=style, zorder=0)
-
-
-def _beside(colours: Colours, colour: str) -> dict[str, Any]:
-    return {"color": colours[colour], "textcoords": "offset points", "ha": "right"}
-
-
 # --- routes, search and training ---------------------------------------------------------------
-
-
-def _by_layer(axes: Axes, num_layers: int) -> None:
-    axes.set_xlim(-0.8, num_layers - 0.2)
-    whole_numbers(axes)
 
 
 def routes_by_layer(
@@ -154,8 +141,9 @@ def routes_by_layer(
         skips = [100 * layer[Decision.SKIP] for layer in targets]
         look = {"color": colours["ink"], "linewidth": 1.6, "label": "skipped by targets"}
         axes.hlines(skips, layers - 0.42, layers + 0.42, **look)
-    axes.set(xlabel="layer", ylabel="questions, %", ylim=(0, 101))
-    _by_layer(axes, len(routes))
+    ends = (-0.8, len(routes) - 0.2)
+    axes.set(xlabel="layer", ylabel="questions, %", xlim=ends, ylim=(0, 101))
+    whole_numbers(axes)
     legend(axes, columns=4 if width > 5 else 2)
     return figure
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
+from typing import TypeAlias
 
 from drllm.cost import share_saved
 from drllm.records.results import PERMUTED, Evaluation, System
-from drllm.reporting.blocks import Step
-from drllm.reporting.numbers import against, count, label
+from drllm.reporting.numbers import against, count, difference, label
 from drllm.reporting.run import Run
+
+Step: TypeAlias = tuple[str, str]
+"""Something to do, and what to type for it."""
 
 MOST = 5
 SMALL = 0.01
@@ -16,7 +20,7 @@ SMALL = 0.01
 
 
 def next_steps(run: Run) -> list[Step]:
-    """Return what is worth doing next in a run folder."""
+    """Return what is worth doing next in a run folder: what to do, and what to type for it."""
     if not run.evaluations:
         return [_before_evaluation(run)]
     found = dict.fromkeys(step for each in run.evaluations for step in _of_task(run, each))
@@ -24,91 +28,74 @@ def next_steps(run: Run) -> list[Step]:
 
 
 def _before_evaluation(run: Run) -> Step:
-    name = run.folder
+    here = run.folder
     if run.router_config or run.epochs:
         what = "Evaluate the routers against base and the baselines:"
-        return Step(what, f"drllm evaluate --routers {name}/routers --output-dir {name}/eval")
+        return what, f"drllm evaluate --routers {here}/routers --output-dir {here}/eval"
     if run.supervision:
         what = "Train routers on these targets:"
-        return Step(what, f"drllm train --supervision {name}/supervision.jsonl --output-dir {name}")
-    what = "Make a target path of each searched question:"
-    files = f"--search {name}/search.jsonl --output {name}/supervision.jsonl"
-    return Step(what, f"drllm supervise {files}")
+        return what, f"drllm train --supervision {here}/supervision.jsonl --output-dir {here}"
+    files = f"--search {here}/search.jsonl --output {here}/supervision.jsonl"
+    return "Make a target path of each searched question:", f"drllm supervise {files}"
 
 
 def _of_task(run: Run, evaluation: Evaluation) -> Iterator[Step]:
     routed, task = evaluation.routed, evaluation.task
     if routed is None or routed.against_base is None:
-        yield Step(f"Compare the routed model on {task} too:", "drllm evaluate --routers FOLDER")
+        yield f"Compare the routed model on {task} too:", "drllm evaluate --routers FOLDER"
         return
     accuracy, loss = routed.against_base.accuracy, routed.against_base.text_loss
-    saved = share_saved(routed.executions, evaluation.num_layers)
+    saves = share_saved(routed.executions, evaluation.num_layers) > 0
+    is_worse = any(each is not None and each.is_better is False for each in (accuracy, loss))
     if not evaluation.above_chance:
-        yield Step(
-            f"On {task} the base model may be guessing: evaluate on a task that it can do, or with "
-            f"worked examples:",
-            "drllm evaluate … --num-fewshot 5",
-        )
+        what = f"Take a task that the base model can do; on {task} it may be guessing. Or show it"
+        yield f"{what} worked examples:", "drllm evaluate … --num-fewshot 5"
     if accuracy.needed is not None:
-        needed = count(accuracy.needed)
-        yield Step(
-            f"Ask more questions: about {needed} would tell; {task} was asked "
-            f"{count(evaluation.num_questions)}. Where the set has no more, give a larger one:",
-            f"drllm evaluate … --limit {accuracy.needed}",
-        )
-    is_worse = accuracy.is_better is False or (loss is not None and loss.is_better is False)
-    if is_worse and saved > 0:
-        if len(run.supervision) < 500 and run.supervision:
-            yield Step(
-                f"The routers learned from {count(len(run.supervision))} targets. Search more "
-                f"questions and train again:",
-                "drllm search … --limit 1000",
-            )
-        yield Step(
-            "Take other targets, the paths that change the model's answers least:",
-            "drllm supervise … --target least_kl --min-saving 0.05",
-        )
+        what = f"Ask more than these {count(evaluation.num_questions)} questions of {task}:"
+        yield what, f"drllm evaluate … --limit {-(-accuracy.needed // 10) * 10}"
+    if is_worse and saves:
+        yield from _better_targets(run)
     if not evaluation.curve:
-        yield Step(
-            "See what is kept when fewer layers are saved, or more:",
-            "drllm evaluate … --curve 0.02,0.05,0.1",
-        )
-    elif evaluation.choice is None and saved > 0:
-        yield Step(
-            "Look for the cheapest depth that is shown to lose less than you allow:",
-            f"drllm evaluate … --curve {_config(evaluation, 'curve')} --epsilon 2",
-        )
+        what = "See what is kept where fewer or more layers are saved:"
+        yield what, "drllm evaluate … --curve 0.02,0.05,0.1"
+    elif evaluation.choice is None and saves:
+        curve = f"--curve {evaluation.config.get('curve')} --epsilon 2"
+        what = "Look for the cheapest depth that is shown to lose less than you allow:"
+        yield what, f"drllm evaluate … {curve}"
     if rival := _unbeaten(evaluation):
-        yield Step(
-            f"Against {rival.name}, which doesn't read the question, routed is: "
-            f"{label(against(rival))}. One path for all questions can be an ordinary checkpoint, "
-            f"which any engine runs without routers:",
-            "drllm export --decisions FILE --output FOLDER",
-        )
-    if not is_worse and saved > 0:
-        routers = _config(evaluation, "routers") or evaluation.routers
-        yield Step("Read a few answers yourself:", f"drllm generate --routers {routers} PROMPT")
-    if not len(evaluation.seeds):
-        yield Step(
-            "Train with other seeds, to see how much is luck:", "drllm train … --num-seeds 3"
-        )
+        what = f"The routed model less {rival.name}, one path for all questions: "
+        what += f"{difference(against(rival))} points, {label(against(rival))}. Such a path can be "
+        what += "exported as an ordinary, smaller checkpoint:"
+        yield what, "drllm export --decisions FILE --output FOLDER"
+    if not is_worse and saves:
+        routers = shlex.quote(evaluation.routers)
+        yield "Read a few answers yourself:", f"drllm generate --routers {routers} PROMPT"
+    if not evaluation.seeds:
+        yield "Train with other seeds, to see how much is luck:", "drllm train … --num-seeds 3"
 
 
-def _config(evaluation: Evaluation, name: str) -> str:
-    return str(evaluation.config.get(name) or "")
+def _better_targets(run: Run) -> Iterator[Step]:
+    if run.search:
+        searched = count(len(run.search))
+        what = f"Search more questions than these {searched}, and train again:"
+        yield what, f"drllm search … --limit {4 * len(run.search)}"
+    used = run.supervised("config")
+    if used.get("target") == "least_kl" and used.get("min_saving"):
+        what = "Take targets that save less:"
+        yield what, f"drllm supervise … --target least_kl --min-saving {used['min_saving'] / 2:g}"
+    elif run.supervision:
+        what = "Take other targets, the paths that change the model's answers least:"
+        yield what, "drllm supervise … --target least_kl --min-saving 0.05"
 
 
 def _unbeaten(evaluation: Evaluation) -> System | None:
-    """Return the best baseline that runs as many layers, ignores the question, and isn't beaten."""
-    routed = evaluation.routed
-    found = [
-        system
-        for system in evaluation.baselines
-        if routed is not None
-        and system.reads_question is False
-        and system.name != PERMUTED
-        and abs(system.executions - routed.executions) <= SMALL * evaluation.num_layers
-        and (verdict := against(system)) is not None
-        and verdict.is_better is not True
-    ]
+    """Return the best path for all questions that runs as many layers and isn't beaten."""
+    routed, found = evaluation.routed, list[System]()
+    if routed is None:
+        return None
+    for system in evaluation.baselines:
+        near = abs(system.executions - routed.executions) <= SMALL * evaluation.num_layers
+        verdict, is_path = against(system), system.reads_question is False and system.draws == 1
+        if near and is_path and system.name != PERMUTED and verdict and not verdict.is_better:
+            found.append(system)
     return max(found, key=lambda system: system.accuracy, default=None)

@@ -41,18 +41,6 @@ def signed(value: float | None, digits: int = 3) -> str:
     return NONE if value is None else verdicts.signed(value, digits)
 
 
-def p_value(p: float | None) -> str:
-    r"""Write a p value; below 0.001 only that it is.
-
-    Example:
-        >>> p_value(0.0312), p_value(0.0000001)
-        ('0.031', '<\xa00.001')
-    """
-    if p is None:
-        return NONE
-    return "<" + NBSP + "0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def count(number: int | None) -> str:
     """Write a count with thousands kept apart."""
     return NONE if number is None else f"{number:,}".replace(",", NBSP)

@@ -11,7 +11,7 @@ from functools import partial
 from drllm.paths import Decision, Decisions, num_executions
 from drllm.records.results import BASE, ROUTED, Result, Sample
 from drllm.reporting import figures
-from drllm.reporting.blocks import Block, Figure, Section, Table, Text
+from drllm.reporting.blocks import Block, Figure, Section, Table
 from drllm.reporting.numbers import NONE, count, percent, plain
 from drllm.reporting.run import Run
 from drllm.supervision.summary import class_counts
@@ -75,26 +75,24 @@ def _changed(evaluation: Result, able: Sequence[Sample]) -> list[Block]:
     )
     shown = [*won[:ROWS], *lost[:ROWS]]
     if not shown:
-        return [Text(said)]
+        return [said]
     left = len(won) + len(lost) - len(shown)
-    more = f" {count(left)} more are in eval/samples.jsonl." if left else ""
-    table = Table.of(
-        f"The first {ROWS} of each at most.{more}",
-        shown,
-        {
-            "question": lambda s: _short(s.question),
-            "with routing": lambda s: "won" if _change(s) > 0 else "lost",
-            "right answer": lambda s: NONE if s.gold is None else _short(s.choices[s.gold]),
-            "base": partial(_answer, BASE),
-            "routed": partial(_answer, ROUTED),
-            "layers run": lambda s: _length(s.systems[ROUTED].decisions),
-        },
-        words=("with routing", "right answer", "base", "routed"),
-    )
-    return [Text(said), table]
+    more = f" The others ({count(left)}) are in eval/samples.jsonl." if left else ""
+    rows = [
+        [
+            _short(sample.question),
+            "won" if _change(sample) > 0 else "lost",
+            NONE if sample.gold is None else _short(sample.choices[sample.gold]),
+            *(_answer(sample, system) for system in (BASE, ROUTED)),
+        ]
+        for sample in shown
+    ]
+    header, caption = "|right answer|base|routed", f"The first {ROWS} of each at most.{more}"
+    table = Table.made(caption, f"question|with routing{header}", rows, f"with routing{header}")
+    return [said, table]
 
 
-def _answer(system: str, sample: Sample) -> str:
+def _answer(sample: Sample, system: str) -> str:
     """Return what a system answered, and its grade where it is neither right nor wrong."""
     found = sample.systems[system]
     grade = f" (graded {plain(found.correct, 2)})" if 0 < found.correct < 1 else ""
@@ -102,10 +100,6 @@ def _answer(system: str, sample: Sample) -> str:
         return grade.strip(" ()") or ("right" if found.correct >= 1 else "wrong")
     text = found.answer if isinstance(found.answer, str) else sample.choices[found.answer]
     return (_short(text) or "nothing") + grade
-
-
-def _length(decisions: Decisions | None) -> str:
-    return str(num_executions(decisions)) if decisions else NONE
 
 
 def _short(text: str) -> str:

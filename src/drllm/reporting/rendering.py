@@ -13,9 +13,12 @@ from typing import Any
 from urllib.parse import quote
 
 import jinja2
+from markupsafe import Markup
 
+from drllm.cost import share_saved
 from drllm.errors import printable
-from drllm.reporting.blocks import Document, Section
+from drllm.reporting import numbers
+from drllm.reporting.blocks import Document, Listing, Section, Table
 from drllm.reporting.drawing import NARROW, WIDE, svg
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -53,21 +56,20 @@ def _render(template: str, document: Document, *, autoescape: bool, **values: An
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"md": escape, "line": line, "fenced": fenced}
-    environment.globals |= {"kind_of": lambda block: type(block).__name__, "anchors": anchors}
-    sizes = {"narrow": NARROW, "wide": WIDE}
+    values |= {"kind_of": lambda block: type(block).__name__, "share_saved": share_saved}
+    values |= {"narrow": NARROW, "wide": WIDE, "table": Table.made, "listing": Listing}
+    written = ("NONE", "percent", "plain", "signed", "count", "of_total", "label", "difference")
+    values |= {name: getattr(numbers, name) for name in written}
+
+    def part(section: Section, **macros: Any) -> str:
+        """Return what a section's own template makes of its values."""
+        own = environment.get_template(section.template)
+        text = own.render(**values, **section.values, **macros)
+        return Markup(text) if autoescape else text  # escaped by then
+
     return printable(
-        environment.get_template(template).render(document=document, **sizes, **values)
+        environment.get_template(template).render(document=document, part=part, **values)
     )
-
-
-def anchors(sections: list[Section]) -> list[str]:
-    """Return a name for each section that a link can lead to, no two alike."""
-    found: list[str] = []
-    for section in sections:
-        words = re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-") or "section"
-        again = sum(each == words or each.startswith(f"{words}--") for each in found)
-        found.append(f"{words}--{again + 1}" if again else words)
-    return found
 
 
 def escape(text: str) -> str:

@@ -81,12 +81,12 @@ class Run:
     @property
     def summary(self) -> Mapping[str, Any]:
         """Counts that the supervision stage left in its manifest."""
-        return self._supervised("summary")
+        return self.supervised("summary")
 
     @property
     def notes(self) -> list[str]:
         """What a reader should know before trusting the rest."""
-        read = self._supervised("inputs").get("search.jsonl")
+        read = self.supervised("inputs").get("search.jsonl")
         searched = [each.sha256 for each in self.sources if each.name == "search.jsonl"]
         if read is None or searched in ([], [read]):
             return []
@@ -95,7 +95,8 @@ class Run:
             "this folder, so what is said of the search and of the targets doesn't belong together."
         ]
 
-    def _supervised(self, key: str) -> Mapping[str, Any]:
+    def supervised(self, key: str) -> Mapping[str, Any]:
+        """Return what the supervision's manifest says of something; empty where it says nothing."""
         said = [each.manifest for each in self.sources if each.name == "supervision.jsonl"]
         return (said[0].get(key) if said else None) or {}
 

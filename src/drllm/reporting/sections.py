@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 
-from drllm.records.results import Result
 from drllm.reporting import cost, evaluated, learned, provenance, questions
-from drllm.reporting.blocks import Block, Document, Section, Steps, Text, Tiles, Verdicts, lowered
+from drllm.reporting.blocks import Block, Document, Listing, Section, Tiles, Verdicts, lowered
 from drllm.reporting.next_steps import next_steps
 from drllm.reporting.numbers import count
 from drllm.reporting.run import Run
@@ -20,19 +18,16 @@ def document(runs: Sequence[Run]) -> Document:
         return Document(_title(run), _about(run), _first(run), _sections(run))
     named = [(f"{number}: {run.name}", run) for number, run in enumerate(runs, start=1)]
     compared = evaluated.side_by_side(
+        "run",
+        [(name, each) for name, run in named for each in run.evaluations],
         "Base and routed model of every run, at every depth. Intervals of different runs say "
         "nothing about a difference between them where the questions differ.",
-        [r for name, run in named for e in run.evaluations for r in _rows(name, e)],
     )
-    sections = [Section("Runs compared", [compared])]
+    sections = [compared]
     for name, run in named:
-        said = [Text(f"{_title(run)}. {_about(run)}"), *_first(run)]
+        said = [f"{_title(run)}. {_about(run)}", *_first(run)]
         sections += [Section(f"Run {name}", said), *lowered(_sections(run))]
     return Document(f"Layer routing: {len(runs)} runs", "", [], sections)
-
-
-def _rows(name: str, evaluation: Result) -> list[evaluated.Named]:
-    return evaluated.in_rows(name, evaluation, depths=True)
 
 
 def _title(run: Run) -> str:
@@ -45,7 +40,7 @@ def _title(run: Run) -> str:
 def _about(run: Run) -> str:
     """Say when and on what: date, layers, questions."""
     dates = [str(each.manifest["created"]) for each in run.sources if "created" in each.manifest]
-    said = [_date(max(dates))] if dates else []
+    said = [max(dates)[:10]] if dates else []
     said += [f"{run.num_layers} layers"] if run.num_layers else []
     for each in run.evaluations:
         shots = f", {count(each.num_fewshot)} worked examples" if each.num_fewshot else ""
@@ -55,32 +50,23 @@ def _about(run: Run) -> str:
     return " · ".join([*said, f"folder {run.name}"])
 
 
-def _date(created: str) -> str:
-    try:
-        day = datetime.fromisoformat(created)
-    except ValueError:
-        return created
-    return f"{day.day} {day:%B %Y}"
-
-
 def _first(run: Run) -> list[Block]:
     """Return the verdict, one line a task, what a reader must know, and the tiles."""
     several = len(run.evaluations) > 1
     lines = [(e.task if several else "", evaluated.first_line(e)) for e in run.evaluations]
     first: list[Block] = [Verdicts(lines or [("", "Nothing was evaluated yet.")])]
-    first += [Text(note) for note in run.notes]
+    first += run.notes
     if several:
-        rows = [r for e in run.evaluations for r in evaluated.in_rows(e.task, e, depths=False)]
-        caption = (
-            "The tasks side by side. Verdicts on accuracy are corrected for several tasks (Holm) "
-            "where there is an exact test."
-        )
-        return [*first, Tiles([cost.tile(run.latency)]), evaluated.side_by_side(caption, rows)]
+        return [*first, Tiles([cost.tile(run.latency)])]
     return [*first, *(evaluated.tiles(e, run.latency) for e in run.evaluations)]
 
 
 def _sections(run: Run) -> list[Section]:
     sections: list[Section] = []
+    if len(run.evaluations) > 1:
+        named = [(each.task, each) for each in run.evaluations]
+        caption = "Verdicts on accuracy are corrected for several tasks (Holm)."
+        sections.append(evaluated.side_by_side("task", named, caption))
     folded: list[Section] = []
     for evaluation in run.evaluations:
         shown = [*evaluated.sections(evaluation), *questions.sections(run, evaluation)]
@@ -89,9 +75,10 @@ def _sections(run: Run) -> list[Section]:
         else:
             own = lowered([*shown, *evaluated.details(evaluation)])
             sections += [Section(evaluation.task, []), *own]
-    following: list[Block] = [Steps(next_steps(run))]
+    steps = next_steps(run)
+    following: list[Block] = [Listing([text for text, _ in steps], [code for _, code in steps])]
     if run.absent:
-        following.append(Text(f"Not in this folder: {'; '.join(run.absent)}."))
+        following.append(f"Not in this folder: {'; '.join(run.absent)}.")
     sections.append(Section("What to do next", following))
     if run.evaluations:
         folded.append(cost.section(run.evaluations, run.latency))

@@ -15,7 +15,7 @@ import msgspec
 from drllm.errors import RecordError
 from drllm.records import SCHEMA_VERSION
 from drllm.records.results import ROUTED, Evaluation, read_form, read_results
-from drllm.reporting.drawing import ROW, Colours, panels
+from drllm.reporting.drawing import Colours, panels
 from drllm.statistics.verdicts import Differences
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 SCHEMA = "drllm.sweep"
 SWEEP_FILE = "sweep.json"
-FRAME = 0.9
+ROW, FRAME = 0.21, 0.9
+"""Inches that a setting takes, and the axis with its title."""
 
 
 class Placed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -62,7 +62,7 @@ def test_the_first_of_many_are_shown_and_the_others_counted(folder, text_of):
     rewrite(folder, dict.fromkeys(range(ROWS + 2), (0, 1)))
     text = changed(text_of(folder.path))
     assert len(re.findall(r"in case \d+\?", text)) == ROWS
-    assert "2 more are in eval/samples.jsonl." in text
+    assert "The others (2) are in eval/samples.jsonl." in text
 
 
 def test_no_change_has_no_table(folder, text_of):
