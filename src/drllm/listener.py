@@ -16,8 +16,11 @@ logger = logging.getLogger("drllm")
 class OnProgress(Protocol):
     """Called with the work done so far."""
 
-    def __call__(self, done: float, total: int, note: str = "") -> None:
-        """Report units done, maybe a fraction; fewer than before mean that a new part began."""
+    def __call__(self, done: float, total: float, note: str = "") -> None:
+        """Report units done, maybe a fraction; fewer than before mean that a new part began.
+
+        The note says what is being done, the most important first, with ", " between its parts.
+        """
 
 
 class Listener:
@@ -32,11 +35,14 @@ class Listener:
         return nullcontext()
 
     def progress(self, title: str, unit: str) -> AbstractContextManager[OnProgress]:
-        """Return a block whose value takes reports of progress, counted in `unit` (a plural)."""
+        """Return a block whose value takes reports of progress, in proportion to the time it takes.
+
+        It is counted in `unit` (a plural); where that is empty, only its share is worth knowing.
+        """
         return nullcontext(_ignore)
 
 
-def _ignore(done: float, total: int, note: str = "") -> None: ...
+def _ignore(done: float, total: float, note: str = "") -> None: ...
 
 
 def duration(seconds: float) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from drllm.cli.chat import Reply
 
 TALK = [
     {"role": "user", "content": "I am Ann."},
@@ -102,6 +106,138 @@ def test_each_prompt_of_a_file_is_answered_as_by_itself(
         assert printed.out == output.read_text()
         assert re.search(r"^prompts +8 under \d plans$", printed.err, re.MULTILINE)
         assert re.search(r"^time .* tokens generated a second\)$", printed.err, re.MULTILINE)
+
+
+# --- as the routers were trained ---------------------------------------------------------------
+
+
+TRAINED = "Question: {prompt}\nAnswer:"
+
+
+@pytest.fixture
+def trained(routers: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A function that returns the routers as if they were trained on prompts of a form."""
+
+    def recorded(**training: Any) -> Path:
+        folder = Path(shutil.copytree(routers, tmp_path / "trained", dirs_exist_ok=True))
+        config = json.loads((folder / "router_config.json").read_text())
+        (folder / "router_config.json").write_text(json.dumps(config | {"training": training}))
+        return folder
+
+    return recorded
+
+
+def test_a_prompt_is_put_as_the_routers_were_trained_unless_told_otherwise(
+    generate: Callable[..., Any], trained: Callable[..., Path], tmp_path: Path
+):
+    plain = trained(prompt_form={"chat": False, "template": TRAINED})
+    asked = generate("What is ice?", "--routers", plain)
+    assert f"asked       {TRAINED!r}, without the chat template, as the routers were" in asked.err
+    put = TRAINED.replace("{prompt}", "What is ice?")
+    assert f"tokens      {len(put)} read" in asked.out, "a character is a token"
+    in_words = generate(put, "--routers", plain)
+    assert in_words.out.split("time")[0] == asked.out.split("time")[0]
+    chatting = generate("What is ice?", "--routers", plain, "--chat")
+    assert "the routers were trained on" in chatting.err
+    assert chatting.out.split("time")[0] == generate("What is ice?").out.split("time")[0]
+
+    file = write(tmp_path / "p.jsonl", [{"prompt": "What is ice?"}])
+    [row] = lines(generate("--file", file, "--routers", plain).out)
+    assert row["prompt"] == "What is ice?"
+    assert asked.out.startswith(row["answer"] + "\n\nlayer")
+    talk = write(tmp_path / "t.jsonl", [{"messages": TALK}])
+    said = generate("--file", talk, "--routers", plain, status=2).err
+    assert "t.jsonl, line 1: 'messages' need the chat template" in said
+
+
+def test_a_form_that_cannot_be_read_is_refused(
+    generate: Callable[..., Any], trained: Callable[..., Path]
+):
+    broken = trained(prompt_form={"chat": "yes"})
+    assert "'training.prompt_form'" in generate("a", "--routers", broken, status=2).err
+
+
+def test_the_prompt_may_come_by_standard_input(
+    generate: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is ice?\n"))
+    piped = generate().out
+    assert piped.split("time")[0] == generate("What is ice?").out.split("time")[0]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert "generate needs PROMPT" in generate(status=2).err
+
+
+# --- a chat ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def typing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """A function that types lines at a terminal; it returns what the model was asked."""
+
+    def script(*typed: Any) -> list[Any]:
+        left, asked = list(typed), []
+
+        def read(_prompt: str) -> str:
+            line = left.pop(0)
+            if not isinstance(line, str):
+                raise line
+            return line
+
+        put = Reply.generate
+
+        def generate(self: Reply, prompt: Any, config: Any) -> None:
+            asked.append([*prompt] if isinstance(prompt, list) else prompt)
+            put(self, prompt, config)
+
+        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+        monkeypatch.setattr(Reply, "generate", generate)
+        return asked
+
+    return script
+
+
+def test_without_a_prompt_a_terminal_gets_a_chat_with_a_route_for_each_turn(
+    generate: Callable[..., Any], typing: Callable[..., list[Any]]
+):
+    asked = typing("What is ice?", " ", "Why?", EOFError())
+    out = generate().out
+    first, second = asked
+    assert [message["role"] for message in second] == ["user", "assistant", "user"]
+    assert second[0] == first[0]
+    assert second[1]["content"] in out
+    assert len(re.findall(r"^[·█2]{4}  \d of 4 executions, \d tokens", out, re.MULTILINE)) == 2
+
+
+def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(
+    generate: Callable[..., Any],
+    typing: Callable[..., list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    whole = generate("What is ice?").out.split("\n\nlayer")[0]
+    asked = typing("What is ice?", KeyboardInterrupt(), "Why?", "/exit")
+    put = Reply.put
+
+    def interrupted(self: Reply, value: Any) -> None:
+        put(self, value)
+        if len(asked) == 1 and len(self.tokens) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Reply, "put", interrupted)
+    generate()
+    assert asked[1][1]["content"] == whole[:3].strip(), "a character is a token"
+    assert len(asked) == 2
+
+
+def test_turns_stand_alone_where_the_routers_were_trained_without_the_chat_template(
+    generate: Callable[..., Any], trained: Callable[..., Path], typing: Callable[..., list[Any]]
+):
+    asked = typing("What is ice?", "Why?", "/exit")
+    form = {"chat": False, "template": TRAINED}
+    said = generate("--routers", trained(prompt_form=form)).err
+    assert asked == [TRAINED.replace("{prompt}", text) for text in ("What is ice?", "Why?")]
+    assert "Each turn stands alone" in said
 
 
 def test_emoji_codes_and_markup_of_a_prompt_come_back_as_they_are(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -437,22 +438,30 @@ def trained_for(routers: Path, *rewards: str) -> str:
     return str(routers)
 
 
+FORM = {"chat": False, "template": "Question: {prompt}\nAnswer:"}
+
+
+def test_training_records_how_its_prompts_were_put(finished_run: Path):
+    config = json.loads((finished_run / "routers" / "router_config.json").read_text())
+    assert config["training"]["prompt_form"] == FORM
+
+
 @pytest.mark.parametrize(
-    ("flags", "rewards", "notes"),
+    ("rewards", "said"),
     [
-        ([], ["loglikelihood"], 1),
-        (["--no-chat"], ["loglikelihood"], 0),
-        ([], ["loglikelihood", "letter"], 0),
-        ([], [], 0),
+        (["loglikelihood"], "as it is, without the chat template, as the routers were trained"),
+        ([], "through the chat template; how the routers' own prompts were put isn't recorded"),
     ],
 )
-def test_generate_says_so_where_routers_read_a_chat_template_but_were_trained_without(
-    run_copy: Path, flags: list[str], rewards: list[str], notes: int, drllm: Callable[..., Any]
+def test_routers_that_do_not_record_it_are_asked_by_what_their_rewards_say(
+    run_copy: Path, rewards: list[str], said: str, drllm: Callable[..., Any]
 ):
-    routers = ["--routers", trained_for(run_copy / "routers", *rewards)]
-    said = drllm("generate ice --device cpu --max-new-tokens 2", *routers, *flags).err
-    assert len(said.splitlines()) == notes
-    assert all("with --no-chat they read as in training" in line for line in said.splitlines())
+    routers = Path(trained_for(run_copy / "routers", *rewards)) / "router_config.json"
+    config = json.loads(routers.read_text())
+    del config["training"]["prompt_form"]
+    routers.write_text(json.dumps(config))
+    words = ["--routers", routers.parent]
+    assert said in drllm("generate ice --device cpu --max-new-tokens 2", *words).err
 
 
 @pytest.mark.parametrize(
@@ -555,7 +564,8 @@ def test_a_search_that_was_stopped_goes_on_and_ends_as_an_unbroken_one(
     if stop == signal.SIGINT:
         assert process.exitcode == 130
         assert "Traceback" not in said.read_text()
-        sentence = "interrupted; finished work is kept. Run the same command to resume."
+        again = shlex.join([*words, str(stopped)])
+        sentence = f"interrupted; finished work is kept. To resume: drllm {again}"
         assert said.read_text().splitlines()[-1] == f"drllm: {sentence}"
     kept = [file for file in (stopped / CHUNKS_FOLDER).iterdir() if file.name.count(".") == 1]
     assert 1 <= num_batches_kept(stopped / CHUNKS_FOLDER) < 5  # the stop came in the middle of it

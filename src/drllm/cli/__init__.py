@@ -7,6 +7,7 @@ anything else is a defect of ours and keeps its traceback.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -37,9 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         resumes = bool(words) and words[0] in VERBS and VERBS[words[0]].resumes
-        kept = "finished work is kept" if resumes else "no file is half-written"
-        again = "to resume" if resumes else "again"
-        terminal.fail(f"interrupted; {kept}. Run the same command {again}.")
+        if resumes:
+            kept = f"finished work is kept. To resume: drllm {shlex.join(words)}"
+        else:
+            kept = "no file is half-written. Run the same command again."
+        terminal.fail(f"interrupted; {kept}")
         return 130
     except BrokenPipeError:
         # Whoever read our output has stopped (`drllm show … | head`): no error of anybody's.

@@ -1,14 +1,17 @@
-"""`drllm generate`: one prompt with its route drawn, or a file of prompts."""
+"""`drllm generate`: one prompt with its route drawn, a file of prompts, or a chat (`cli.chat`)."""
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from drllm.cli.chat import Reply, chat
 from drllm.cli.parser import VERBS, Flag, Request, verb
 from drllm.cli.stages import model_of, read_routers
 from drllm.cli.terminal import Terminal, draw_route
@@ -25,6 +28,8 @@ from drllm.tasks.base import OPTIONS_REWARD
 from drllm.tasks.rows import read_rows, text_of
 
 if TYPE_CHECKING:
+    from drllm.models.base.prompts import PromptForm
+    from drllm.models.routers.stack import RouterStack
     from drllm.models.routing.batch_generation import Answer
     from drllm.models.routing.routed_model import RoutedModel
 
@@ -45,7 +50,11 @@ class Asked(NamedTuple):
     example='drllm generate --routers checkpoints/first "Why is the sky blue?"',
     settings=(ModelConfig, GenerateConfig, DepthConfig),
     flags=(
-        Flag("prompt", "what to answer", positional=True),
+        Flag(
+            "prompt",
+            "what to answer; without it a chat on a terminal, else read from standard input",
+            positional=True,
+        ),
         Flag(
             "routers",
             "routers: a folder or a hub id; without, every layer is executed",
@@ -57,24 +66,34 @@ class Asked(NamedTuple):
     model_from_routers=True,
 )
 def generate(request: Request, terminal: Terminal) -> None:
-    """Answer a prompt, or a file of them, and show the route taken."""
+    """Answer a prompt or a file of them, with the route taken; or chat."""
     config, depth = request.of(GenerateConfig), request.of(DepthConfig)
     config.sampling()
     _check(request, config, depth)
     file, place = request.optional_path("file"), request.optional_path("routers")
-    asked = None if file is None else read_prompts(file, chat=config.chat)
+    is_chat = not request.values["prompt"] and file is None and _are_terminals(terminal)
+    prompt = request.values["prompt"] or ("" if file or is_chat else _from_standard_input())
+    asked = None if file is None else read_prompts(file, chat=config.chat is not False)
     texts: list[tuple[str, bool]] = []
     if depth.calibration is not None:
         from drllm.models.routers.depth_control import read_calibration
 
         texts = read_calibration(Path(depth.calibration).expanduser())
     routers = None if place is None else read_routers(place)[1]
+    form = _form(config, routers)
+    talks = [row.line for row in asked or () if not isinstance(row.prompt, str)]
+    if talks and not form.chat:
+        raise TaskError(
+            f"{file}, line {talks[0]}: 'messages' need the chat template, and the routers were "
+            f"trained without; give --chat, or 'prompt' instead"
+        )
     with loaded(model_of(request, routers), terminal) as base:
         from drllm.models.routers.depth_control import encode_calibration, policy_for
         from drllm.models.routing.routed_model import RoutedModel
 
         routed = RoutedModel(base.model, routers, tokenizer=base.tokenizer)
-        prompts = encode_calibration(texts, routed.tokenizer, chat=config.chat)
+        texts = [(text if as_it_is else form.put(text), as_it_is) for text, as_it_is in texts]
+        prompts = encode_calibration(texts, routed.tokenizer, chat=form.chat)
         with terminal.busy("looking for a depth bias") if prompts else nullcontext():
             policy, found = policy_for(routed, depth, prompts)
         if found is not None:
@@ -84,17 +103,65 @@ def generate(request: Request, terminal: Terminal) -> None:
                 f"give --depth-bias {found.depth_bias}"
             )
         with routed.using(policy):
-            if asked is None:
-                _answer(routed, request.values["prompt"], config, terminal)
+            if is_chat:
+                _say_form(form, routers, terminal)
+                chat(routed, form, config, terminal)
+                return
+            if asked is not None:
+                _answer_file(routed, asked, form, request, terminal)
             else:
-                _answer_file(routed, asked, request, terminal)
-        trained = routers.config.training.get("rewards") if routers else None
-        templated = config.chat and getattr(routed.tokenizer, "chat_template", None)
-        if templated and trained == [OPTIONS_REWARD]:
-            terminal.note(
-                "drllm: the routers were trained on plain prompts and read a chat template here; "
-                "with --no-chat they read as in training"
-            )
+                _answer(routed, form.put(prompt), form, config, terminal)
+            _say_form(form, routers, terminal)
+
+
+def _are_terminals(terminal: Terminal) -> bool:
+    return terminal.out.is_terminal and sys.stdin is not None and sys.stdin.isatty()
+
+
+def _from_standard_input() -> str:
+    """Return the prompt that is piped to the command; refuse none."""
+    is_piped = sys.stdin is not None and not sys.stdin.isatty()
+    text = sys.stdin.read().strip() if is_piped else ""
+    if not text:
+        raise ConfigError(
+            f"generate needs PROMPT (what to answer), here or on standard input, or --file "
+            f"(prompts to answer, .jsonl), for example: {VERBS['generate'].example}"
+        )
+    return text
+
+
+def _form(config: GenerateConfig, routers: RouterStack | None) -> PromptForm:
+    """Return how prompts are put: as the flags say, else as the routers were trained."""
+    from drllm.models.base.prompts import PromptForm
+
+    if config.chat is not None or routers is None:
+        return PromptForm(chat=config.chat is not False)
+    return trained_form(routers) or PromptForm(chat=True)
+
+
+def trained_form(routers: RouterStack) -> PromptForm | None:
+    """Return how the prompts were put that routers were trained on, None where that isn't known.
+
+    Those that were trained before it was recorded say by their rewards that prompts were plain.
+    """
+    from drllm.models.base.prompts import PromptForm
+
+    is_plain = routers.config.training.get("rewards") == [OPTIONS_REWARD]
+    return routers.config.prompt_form or (PromptForm(chat=False) if is_plain else None)
+
+
+def _say_form(form: PromptForm, routers: RouterStack | None, terminal: Terminal) -> None:
+    if routers is None:
+        return
+    trained = trained_form(routers)
+    if trained is None:
+        said = f"{form}; how the routers' own prompts were put isn't recorded"
+    elif form == trained:
+        said = f"{form}, as the routers were trained"
+    else:
+        flag = "--chat" if form.chat else "--no-chat"
+        said = f"{form}; the routers were trained on {trained}: leave {flag} out to ask so"
+    terminal.note(f"asked       {said}")
 
 
 def _check(request: Request, config: GenerateConfig, depth: DepthConfig) -> None:
@@ -104,11 +171,6 @@ def _check(request: Request, config: GenerateConfig, depth: DepthConfig) -> None
     )
     if prompt and file:
         raise ConfigError(f"PROMPT {prompt!r} and --file {file} are both given; give one of them")
-    if not prompt and not file:
-        raise ConfigError(
-            f"generate needs PROMPT (what to answer) or --file (prompts to answer, .jsonl), for "
-            f"example: {VERBS['generate'].example}"
-        )
     if file and output:
         target = request.path("output")
         check_file(target, "--output")
@@ -181,57 +243,40 @@ def _asked(row: dict[str, Any], line: int, chat: bool) -> Asked:
     return Asked(line, own_id, messages)
 
 
-def _answer(routed: RoutedModel, prompt: str, config: GenerateConfig, terminal: Terminal) -> None:
+def _answer(
+    routed: RoutedModel, prompt: str, form: PromptForm, config: GenerateConfig, terminal: Terminal
+) -> None:
+    """Answer a prompt, word by word on a terminal, and say what it took."""
     import torch
 
-    from drllm.models.routing.batch_generation import prompt_tokens
-
-    tokenizer = routed.tokenizer
-    tokens = prompt_tokens(routed, prompt, chat=config.chat, max_new_tokens=config.max_new_tokens)
-    ids = torch.tensor([tokens], device=routed.model.device)
-    clock = _Clock()
     torch.manual_seed(config.seed or 0)
-    output = routed.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=config.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=clock,
-        **config.sampling(),
-    )
-    new = output[0, len(tokens) :].tolist()
+    reply = Reply(routed, form, terminal)
+    reply.generate(prompt, config)
+    if not terminal.out.is_terminal:
+        terminal.say(reply.text)
     route = routed.last_route[0].tolist()
-    terminal.say(tokenizer.decode(new, skip_special_tokens=True).strip())
+    num_new = len(reply.tokens)
     terminal.say()
     terminal.show(draw_route(route))
     terminal.say(
-        f"executions  {_share(num_executions(route), routed, 0)}, {len(new)} forward "
-        f"pass{'es' * (len(new) > 1)}"
+        f"executions  {_share(num_executions(route), routed, 0)}, {num_new} forward "
+        f"pass{'es' * (num_new > 1)}"
     )
-    terminal.say(f"tokens      {len(tokens)} read, {len(new)} generated")
-    start, first, last = clock.times[0], clock.times[1], clock.times[-1]
+    terminal.say(f"tokens      {reply.num_read} read, {num_new} generated")
+    start, first, last = reply.times[0], reply.times[1], reply.times[-1]
     decode = ""
-    if after := len(clock.times) - 2:
+    if after := len(reply.times) - 2:
         speed = f"{after / (last - first):.1f} tokens a second"
         decode = f", decode {duration(last - first)} ({speed})"
     terminal.say(f"time        prefill {duration(first - start)}{decode}")
 
 
-class _Clock:
-    """A streamer of transformers that notes when tokens arrive: the prompt first, then each new."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        # The tokens are on the CPU already, so the device has finished.
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None: ...
-
-
 def _answer_file(
-    routed: RoutedModel, asked: Sequence[Asked], request: Request, terminal: Terminal
+    routed: RoutedModel,
+    asked: Sequence[Asked],
+    form: PromptForm,
+    request: Request,
+    terminal: Terminal,
 ) -> None:
     """Answer all prompts, write or print the answers, and say what it took."""
     import torch
@@ -239,26 +284,32 @@ def _answer_file(
     from drllm.models.routing.batch_generation import BATCH_SIZE, generate_many, prompt_tokens
 
     config = request.of(GenerateConfig)
-    shared: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "chat": config.chat}
-    num_read, row = 0, asked[0]
-    try:
-        for row in asked:
-            num_read += len(prompt_tokens(routed, row.prompt, **shared))
-    except ConfigError as error:
-        raise ConfigError(f"{request.path('file')}, line {row.line}: {error}") from error
+    shared: dict[str, Any] = {"max_new_tokens": config.max_new_tokens, "chat": form.chat}
+    prompts = [form.put(row.prompt) if isinstance(row.prompt, str) else row.prompt for row in asked]
+    num_read = 0
+    for row, prompt in zip(asked, prompts, strict=True):
+        try:
+            num_read += len(prompt_tokens(routed, prompt, **shared))
+        except ConfigError as error:  # noqa: PERF203  # it names the line
+            raise ConfigError(f"{request.path('file')}, line {row.line}: {error}") from error
     torch.manual_seed(config.seed or 0)
     started = time.perf_counter()
     with terminal.progress("answering", "prompts") as progress:
         answers = generate_many(
             routed,
-            [row.prompt for row in asked],
+            prompts,
             batch_size=config.batch_size or BATCH_SIZE,
             route_first=config.route_first,
             on_progress=progress,
             **shared,
             **config.sampling(),
+            **form.options(routed.tokenizer),
         )
     seconds = time.perf_counter() - started
+    answers = [
+        replace(given, prompt=row.prompt, text=form.answer(given.text))
+        for row, given in zip(asked, answers, strict=True)
+    ]
     text = "".join(to_line(row.id, given) + "\n" for row, given in zip(asked, answers, strict=True))
     tell: Callable[[str], None] = terminal.note
     if output := request.optional_path("output"):

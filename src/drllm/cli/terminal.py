@@ -35,8 +35,10 @@ NAME_WIDTH = 14
 """Columns for the name of a fact."""
 UNBROKEN = sys.maxsize
 """Columns of what is no terminal: lines there are as long as they are."""
-STEPS = 10
-"""Lines of plain progress from start to end."""
+STEPS, PLAIN_EVERY_S = 10, 10.0
+"""Maximum lines of plain progress from start to end, and the least time between two of them."""
+BAR = 14
+"""Columns of a bar: on a terminal of 60 there is room for the time left beside it."""
 RESUMED_WITHIN_S = 0.5
 """Work reported this soon was done by an earlier run and says nothing about the rate."""
 STYLES = {Decision.EXECUTE: "dim", Decision.SKIP: "red", Decision.REPEAT: "bold green"}
@@ -63,6 +65,10 @@ class Terminal(Listener):
             self.say(name)
             name = ""
         self.say(f"{name:{width}} {text}", width + 1)
+
+    def write(self, text: str) -> None:
+        """Print a part of a line of the result."""
+        self.out.print(text, end="", markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def fact(self, name: str, text: object) -> None:
         """Print a line of the result: a name and its value."""
@@ -163,10 +169,11 @@ def _log_ours(message: Any, category: type[Warning], filename: str, *_: Any, **_
 
 
 class Progress:
-    """Shows how far a stage is, how fast it goes and how long it will still take.
+    """Shows what a stage is at, how far it is and how long it will still take.
 
     A context manager, and inside it a callback `(done, total, note="")`. `done` may be a fraction
-    of a unit; where it falls, the next task of the stage has begun.
+    of a unit; where it falls, the next task of the stage has begun. What doesn't fit into the
+    terminal's width is cut off, the end of the note first.
     """
 
     def __init__(self, console: Console, title: str, unit: str) -> None:
@@ -176,16 +183,16 @@ class Progress:
         self._begin(0.0)
 
     def _begin(self, done: float) -> None:
-        self.started = time.monotonic()
+        self.started = self.printed_at = time.monotonic()
         self.done = self.done_before = done
-        self.printed = -1
+        self.printed = 0
 
     def __enter__(self) -> Progress:
         """Start the clock, and the bar on a terminal."""
         if self.console.is_terminal:
             texts = "{task.description}", "{task.percentage:3.0f} %", "{task.fields[state]}"
-            title, share, state = map(TextColumn, texts)
-            self.bar = Bar(title, BarColumn(bar_width=20), share, state, console=self.console)
+            title, share, state = (TextColumn(text, markup=False) for text in texts)
+            self.bar = Bar(title, BarColumn(BAR), share, state, console=self.console)
             self.bar.start()
             self.task = self.bar.add_task(self.title, total=None, state="")
         self._begin(0.0)
@@ -196,7 +203,7 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
-    def __call__(self, done: float, total: int, note: str = "") -> None:
+    def __call__(self, done: float, total: float, note: str = "") -> None:
         """Report work done, of a total, and what is being worked on."""
         now = time.monotonic()
         if done < self.done:
@@ -204,22 +211,28 @@ class Progress:
         if now - self.started < RESUMED_WITHIN_S:
             self.done_before = done
         self.done = done
-        elapsed, fresh = now - self.started, done - self.done_before
-        state = f"{int(done)} of {total} {self.unit}"
-        if fresh > 0 and elapsed > 0:
-            rate = fresh / elapsed
-            state += f", {rate:.1f} a second" if rate >= 1 else f", {60 * rate:.1f} a minute"
-            if done < total:
-                state += f", {duration((total - done) / rate)} left"
-        if note and done < total:
-            state += f" ({note})"
-        step = int(STEPS * done / total) if total else STEPS
+        elapsed, fresh, is_over = now - self.started, done - self.done_before, done >= total
+        parts = note.split(", ") if note and not is_over else []
+        if self.unit:
+            parts.insert(1, f"{int(done)}/{int(total)} {self.unit}")
+        if is_over:
+            parts.append(duration(elapsed))
+        elif fresh > 0 and elapsed > 0:
+            parts.insert(0, f"{duration((total - done) * elapsed / fresh)} left")
         if self.bar is not None:
+            room = self.console.width - len(f"{self.title} 100 %  ") - BAR - 1
+            state = ", ".join(parts)
+            state = state if len(state) <= room else state[: room - 1] + "…"
             self.bar.update(self.task, completed=done, total=total, state=state)
-        elif step > self.printed and (step > 0 or done > 0):
-            self.printed = step
-            line = f"{self.title}: {state}"
-            self.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+            return
+        step = int(STEPS * done / total) if total else STEPS
+        if step > self.printed and (is_over or now - self.printed_at >= PLAIN_EVERY_S):
+            self.printed, self.printed_at = step, now
+            share = f"{100 * done / total:.0f} %" if total else "100 %"
+            line = ", ".join([share, *parts])
+            self.console.print(
+                f"{self.title}: {line}", markup=False, emoji=False, highlight=False, soft_wrap=True
+            )
 
 
 def draw_route(decisions: Sequence[int]) -> Text:

@@ -265,7 +265,9 @@ class GenerateConfig(Settings):
     """How text is generated."""
 
     max_new_tokens: int = basic(64, "maximum tokens generated", minimum=1)
-    chat: bool = basic(True, "ask through the tokenizer's chat template, where it has one")
+    chat: bool | None = basic(
+        None, "ask through the chat template or not; without it as the routers were trained"
+    )
     batch_size: int | None = setting(
         None, "with --file: maximum prompts decoded together; 16 unless given", minimum=1
     )

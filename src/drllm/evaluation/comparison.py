@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +41,8 @@ WORKED = "worked-"
 """Beginning of the names of task folders with worked answers."""
 NUM_CALIBRATION = 64
 """Questions that depths are found and baselines fitted on, unless another number is given."""
+PROBES = 12
+"""Times that all of these are routed, about, until the depth is found."""
 NUM_RANDOM_DRAWS = 10
 """Draws of the baselines that are drawn, unless another number is given."""
 MAX_LOSS_INCREASE = 0.05
@@ -87,14 +90,7 @@ class Shared:
             },
             stage="evaluation",
         )
-        num_at_depths = sum(not BASELINES.get(name).has_own_depth for name in self.baselines)
-        num_depths = 1 + len(self.shares)
-        num = 1 + len(self.baselines) - num_at_depths + (1 + num_at_depths) * num_depths
-        num += (len(routers) - 1) * (1 + (PERMUTED in self.baselines)) * num_depths
-        num += num_depths if config.epsilon is not None else 0  # on what a depth is chosen on
-        num += num_depths + 2 if self.worked is not None else 0
-        self._num_systems = num * len(tasks) + 1  # time, at last
-        self._num_done = 0
+        self._total = self._done = 0
 
     def asked(self, task: Task, split: str, limit: int | None, use: str = "") -> AskedTask:
         """Return the questions of a task, by way of a task folder; one for each use of a split."""
@@ -114,35 +110,46 @@ class Shared:
         self.chunks.expect(questions, {"questions_sha256": asked.digest()})
         return asked
 
-    def once(self, name: str, run: Callable[[Keep], SystemRun]) -> SystemRun:
+    def plan(self, cost: int) -> None:
+        """Count on so much more work; less, if something planned isn't done after all.
+
+        Work is in token executions: tokens times the share of the layers that they pass.
+        """
+        self._total += cost
+
+    def once(self, name: str, run: Callable[[Keep], SystemRun], cost: int) -> SystemRun:
         """Run a system, or return what an earlier start of this evaluation has kept of it."""
         parts = self.chunks.within(name)
 
         def keep(key: str, share: float, ask: Callable[[], Answered]) -> Answered:
             answered = parts.once(key, Answered, ask)
-            self.tell(name, share)
+            self.tell(name, share * cost)
             return answered
 
-        self.tell(name)
-        system = self.chunks.once(name, SystemRun, lambda: run(keep))
-        self.tell_done(name)
-        return system
+        with self.doing(name, cost):
+            return self.chunks.once(name, SystemRun, lambda: run(keep))
 
-    def tell(self, name: str, share: float = 0.0) -> None:
-        """Say what is being run, and how much of it is done."""
-        self.on_progress(self._num_done + share, self._num_systems, name)
-
-    def tell_done(self, name: str) -> None:
-        """Say that all of it is done."""
-        self._num_done += 1
+    @contextmanager
+    def doing(self, name: str, cost: int) -> Iterator[None]:
+        """Say what is done in a block, and afterwards that so much work is."""
         self.tell(name)
+        yield
+        self._done += cost
+        self.tell(name)
+
+    def tell(self, name: str, more: float = 0.0) -> None:
+        """Say what is being done, and how much of it."""
+        self.on_progress(self._done + more, self._total, name)
 
     def fitted(self, source: Task) -> FittedBaselines:
         """Return the baselines that are fitted on questions of a task; fitted when first needed."""
 
         def remember(name: str, candidates: Sequence[LayerPath], measure: Measure) -> list[float]:
             key = f"{name} {json.dumps(candidates)}"
-            return self.chunks.once(key, list[float], lambda: measure(candidates))
+            cost = len(candidates) * sum(map(len, self.fitted(source).material.prompts))
+            self.plan(cost)
+            with self.doing(f"fitting on {name}", cost):
+                return self.chunks.once(key, list[float], lambda: measure(candidates))
 
         if source.name not in self._fitted:
             self._fitted[source.name] = FittedBaselines(
@@ -182,6 +189,31 @@ class Comparison:
                 f"Depths and baselines are fitted and chosen on questions of {self.source.name}, "
                 f"not of {task.name}"
             )
+        depths, num_seeds = ["", *shared.shares], len(shared.routers) - 1
+        num_fitted_on = config.num_calibration or NUM_CALIBRATION
+        a_question = self.questions.num_tokens // len(self.asked.keys)
+        self._depth_cost = PROBES * num_fitted_on * a_question
+        self._choice_cost = self._cost("") + sum(map(self._cost, depths[1:]))
+        shared.plan(self._cost("") + sum(map(self._at_depth_cost, depths)))
+        shared.plan(num_seeds * sum(self._at_depth_cost(each, (PERMUTED,)) for each in depths))
+        shared.plan(self._choice_cost if config.epsilon is not None else 0)
+
+    def _cost(self, setting: str, questions: TaskRun | None = None) -> int:
+        """Return what one run over questions costs at a depth, as `Shared.plan` counts."""
+        share = 1 - self.shared.shares.get(setting, 0.0)
+        return round((questions or self.questions).num_tokens * share)
+
+    def _baseline_cost(self, name: str, setting: str) -> int:
+        if setting and BASELINES.get(name).has_own_depth:
+            return 0
+        num_draws = self.config.num_random_draws or NUM_RANDOM_DRAWS
+        return self._cost(setting) * (num_draws if BASELINES.get(name).is_drawn else 1)
+
+    def _at_depth_cost(self, setting: str, names: Sequence[str] | None = None) -> int:
+        """Return what routers and their baselines cost at a depth, or those of them named."""
+        baselines = [each for each in self.shared.baselines if names is None or each in names]
+        cost = self._cost(setting) + sum(self._baseline_cost(each, setting) for each in baselines)
+        return cost + (self._depth_cost if setting else 0)
 
     def run(self) -> TaskRuns:
         """Run base, then at each depth the routed model, its baselines, and other seeds' routers.
@@ -197,6 +229,8 @@ class Comparison:
         for setting in self.shared.shares:
             if policy := self._at_depth(first, setting, f"Not evaluated at {setting}"):
                 policies[setting] = policy
+            else:
+                self.shared.plan(self._depth_cost - self._at_depth_cost(setting))
         systems, seeds = [base], []
         for setting, policy in policies.items():
             at = f" at {setting}" if setting else ""
@@ -208,10 +242,12 @@ class Comparison:
             ]
             for folder in other_seeds:
                 own = self._at_depth(folder, setting, f"{folder} isn't evaluated{at}")
-                if own is not None:
-                    routed.append(self._routed(f" of {folder}{at}", own, setting))
-                    if permuted:
-                        permuted.append(self._baseline(PERMUTED, f" of {folder}{at}", routed[-1]))
+                if own is None:
+                    self.shared.plan(self._depth_cost - self._at_depth_cost(setting, (PERMUTED,)))
+                    continue
+                routed.append(self._routed(f" of {folder}{at}", own, setting))
+                if permuted:
+                    permuted.append(self._baseline(PERMUTED, f" of {folder}{at}", routed[-1]))
             if other_seeds:
                 seeds.append((routed, permuted))
         choice = None
@@ -242,18 +278,24 @@ class Comparison:
             return RouterPolicy(routers)
         wanted = (1 - self.shared.shares[setting]) * lm.routed.num_layers
         prompts = self.fitted.material.prompts
-        try:
-            found = find_depth_bias(lm.routed, prompts, wanted, routers=routers)
-        except ConfigError as error:
-            self.notes.append(f"{otherwise}: {error}")
-            return None
-        return RouterPolicy(routers, depth_bias=found.depth_bias)
+        key = f"{self.task.name}: depth for {setting} of {folder}"
+
+        def find() -> float:
+            return find_depth_bias(lm.routed, prompts, wanted, routers=routers).depth_bias
+
+        with self.shared.doing(key, self._depth_cost):
+            try:
+                found = self.shared.chunks.once(key, float, find)
+            except ConfigError as error:
+                self.notes.append(f"{otherwise}: {error}")
+                return None
+        return RouterPolicy(routers, depth_bias=found)
 
     def _by_policy(
         self, key: str, questions: TaskRun, name: str, policy: Policy, setting: str = ""
     ) -> SystemRun:
-        drawn = [Drawn(policy=policy)]
-        return self.shared.once(key, lambda keep: questions.run(name, drawn, setting, keep))
+        drawn, cost = [Drawn(policy=policy)], self._cost(setting, questions)
+        return self.shared.once(key, lambda keep: questions.run(name, drawn, setting, keep), cost)
 
     def _routed(self, which: str, policy: Policy, setting: str) -> SystemRun:
         key = f"{self.task.name}: {ROUTED}{which}"
@@ -266,6 +308,7 @@ class Comparison:
                 continue  # it would be the same system again
             if obstacle := self.fitted.obstacle(name, routed.executions):
                 self.notes.append(f"{name.capitalize()} isn't compared: {obstacle}.")
+                self.shared.plan(-self._baseline_cost(name, routed.setting))
                 continue
             systems.append(self._baseline(name, which, routed))
         return systems
@@ -285,7 +328,8 @@ class Comparison:
                 system.unchanged = [share_unchanged(routes, plan) for plan in plans]
             return system
 
-        return self.shared.once(f"{self.task.name}: {name}{which}", run)
+        cost = self._baseline_cost(name, routed.setting)
+        return self.shared.once(f"{self.task.name}: {name}{which}", run, cost)
 
     # --- the certified choice; the rule is `statistics.non_inferiority`'s ---
 
@@ -304,6 +348,8 @@ class Comparison:
         split = chosen_on(source, config)
         asked = self.shared.asked(source, split, config.limit_of(source.name))
         questions = TaskRun(self.shared.lm, asked, config.num_texts)
+        actual = sum(self._cost(setting, questions) for setting in ("", *policies))
+        self.shared.plan(actual - self._choice_cost)
         found = [self._by_policy(f"{source.name}: base on {split}", questions, BASE, FullPolicy())]
         for setting, policy in policies.items():
             key = f"{source.name}: routed at {setting} on {split}"
@@ -343,11 +389,13 @@ class Comparison:
         num_texts, split = self.config.num_texts, split_of(worked)
         asked = self.shared.asked(worked, split, num_texts, WORKED)
         texts = TaskRun(self.shared.lm, asked, num_texts)
+        cost = texts.num_tokens
+        self.shared.plan((1 + len(policies)) * cost)
         where = f"on worked answers of {worked.name}, {split}"
-        read = [once(f"base {where}", partial(texts.texts, BASE, FullPolicy(), ""))]
+        read = [once(f"base {where}", partial(texts.texts, BASE, FullPolicy(), ""), cost)]
         for setting, policy in policies.items():
             key = f"{self.source.name}: routed at {setting} {where}"
-            read.append(once(key, partial(texts.texts, ROUTED, policy, setting)))
+            read.append(once(key, partial(texts.texts, ROUTED, policy, setting), cost))
         return [
             dataclasses.replace(outcome, worked_loss=each.text_loss)
             for outcome, each in zip(outcomes, read, strict=True)

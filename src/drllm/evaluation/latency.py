@@ -62,6 +62,8 @@ DESCRIPTIONS = {
     ATTACHED: "ready for routing, without routers: every layer once",
     ROUTERS_EXECUTE: "routers compute all that they do, and every layer runs once",
 }
+TIMED_TOKENS = len(DESCRIPTIONS) * sum(BATCH_SIZES) * (PROMPT_TOKENS + NEW_TOKENS)
+"""Of a round, at most."""
 
 
 def with_router_time(routers: RouterStack) -> dict[str, Policy | None]:

@@ -18,7 +18,7 @@ import msgspec
 from drllm.config import EvaluateConfig
 from drllm.errors import ConfigError
 from drllm.evaluation.comparison import TASKS_FOLDER, Comparison, Shared
-from drllm.evaluation.latency import write_latency
+from drllm.evaluation.latency import TIMED_TOKENS, write_latency
 from drllm.evaluation.lm_eval.folders import CACHE
 from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.questions import check_output, tasks_of
@@ -154,16 +154,16 @@ def _evaluate(
     with ExitStack() as attached:
         attached.callback(lm.routed.detach)
         shared = Shared(lm, routers, tasks, config, output)
-        with (
-            only_writer(output, "evaluation", "--output-dir"),
-            listener.progress("evaluating", "systems") as shared.on_progress,
-        ):
+        with only_writer(output, "evaluation", "--output-dir"):
             shared.chunks.open()
-            done = [Comparison(shared, task).run() for task in tasks]
-            attached.close()
-            shared.tell("measured time")
-            write_latency(base, first, trained, shared.prompts, config, output)
-            shared.tell_done("measured time")
+            with listener.busy("reading the questions"):
+                comparisons = [Comparison(shared, task) for task in tasks]
+            shared.plan(TIMED_TOKENS * config.latency_rounds)
+            with listener.progress("evaluating", "") as shared.on_progress:
+                done = [comparison.run() for comparison in comparisons]
+                attached.close()
+                with shared.doing("measuring time", TIMED_TOKENS * config.latency_rounds):
+                    write_latency(base, first, trained, shared.prompts, config, output)
             results = _write(done, header, output)
             shared.chunks.remove()
     return results

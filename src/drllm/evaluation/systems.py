@@ -120,7 +120,8 @@ def unkept(_key: str, _share: float, ask: Callable[[], Answered]) -> Answered:
 class TaskRun:
     """All questions of a task, under one system after another.
 
-    The text's loss is read of the first `num_texts` of them.
+    The text's loss is read of the first `num_texts` of them. `num_tokens` are those that a system
+    reads and writes at most.
     """
 
     def __init__(self, lm: RoutedLM, asked: AskedTask, num_texts: int) -> None:
@@ -145,6 +146,10 @@ class TaskRun:
             blocks = blocks_of(lengths, LEAST_GENERATED, size)
             prompts = asked.prompts()  # by which the answers of a block are told apart
             self._blocks = [part for block in blocks for part in distinct(block, prompts)]
+            new = asked.instances[0][0].args[1].get("max_gen_toks", lm.max_gen_toks)
+            lengths = [length + new for length in lengths]
+        texts = [[*text.context, *text.continuation] for text in self._texts]
+        self.num_tokens = sum(lengths) + sum(map(len, texts))
 
     def run(
         self, name: str, drawn: Sequence[Drawn], setting: str = "", keep: Keep = unkept

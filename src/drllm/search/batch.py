@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -27,7 +27,7 @@ from drllm.paths import num_executions
 from drllm.records import Chunks, FailedQuestion, SearchRecord, TriedPath
 from drllm.search.evaluator import Evaluator, Outcome, read
 from drllm.search.questions import Batch, SearchQuestion
-from drllm.search.retest import retested
+from drllm.search.retest import retested, to_retest
 from drllm.search.strategies import graded, new_search
 from drllm.tasks.base import Prompt
 
@@ -42,10 +42,11 @@ QUESTION_ERRORS = (
 )
 """What a single question can cause. Any other error ends the search."""
 
-OnShare = Callable[[Batch, float, int], None]
-"""Called within a batch with the share of it that is done, and its paths tried now."""
-OnRound = Callable[[float, int], None]
-"""Called after each round with the share of the batch that is done, and the paths tried now."""
+OnShare = Callable[[Batch, float, int, str], None]
+"""Called within a batch with the share of its work that is done, the number of paths run by this
+start of the search, and what is being done."""
+OnStep = Callable[[float, int, str], None]
+"""The same for the questions of one batch."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def search_batch(
     config: SearchConfig,
     *,
     parts: Chunks | None = None,
-    on_round: OnRound | None = None,
+    on_step: OnStep | None = None,
 ) -> Searched:
     """Search a batch, setting aside the questions that fail every time.
 
@@ -75,16 +76,19 @@ def search_batch(
         routed: The model, made with its tokenizer.
         batch: The questions.
         config: Settings of the search.
-        parts: Keeps what is done of the batch, so that an interrupted search loses one round.
-        on_round: See `OnRound`; called while the batch is searched as a whole.
+        parts: Keeps what is done of the batch, so that an interrupted search loses one round, or
+            the re-test of a few questions.
+        on_step: See `OnStep`; called after each of them.
     """
     try:
-        records = search_in_step(routed, batch.questions, config, parts=parts, on_round=on_round)
+        records = search_in_step(routed, batch.questions, config, parts=parts, on_step=on_step)
         return Searched(tuple(records))
     except QUESTION_ERRORS as error:
         logger.info("a batch of %d questions failed: %s", len(batch.questions), error)
     records, failed = [], []
-    for question in batch.questions:
+    for number, question in enumerate(batch.questions):
+        if on_step is not None:
+            on_step(number / len(batch.questions), 0, "one by one")
         reason = ""
         for _ in range(ATTEMPTS - 1):
             try:
@@ -114,7 +118,7 @@ def search_in_step(
     config: SearchConfig,
     *,
     parts: Chunks | None = None,
-    on_round: OnRound | None = None,
+    on_step: OnStep | None = None,
 ) -> list[SearchRecord]:
     """Search the paths of several questions of one task in step, each with a tree of its own.
 
@@ -131,6 +135,7 @@ def search_in_step(
     Source: Dr.LLM section 3.1.
     """
     num_new = 0  # paths that weren't kept by an earlier start
+    num_run, share = 0, 0.0
 
     def once(
         step: str, pairs: Sequence[Pair], evaluate: Callable[[], list[Outcome]]
@@ -142,11 +147,35 @@ def search_in_step(
             num_new += len(pairs)
             return evaluate()
 
+        nonlocal num_run
         if parts is None:
-            return evaluate_now()
-        what = ([question.place for question in questions], list(pairs))
-        digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
-        return parts.once(f"{step} {digest}", list[Outcome], evaluate_now)
+            outcomes = evaluate_now()
+        else:
+            what = ([question.place for question in questions], list(pairs))
+            digest = hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+            outcomes = parts.once(f"{step} {digest}", list[Outcome], evaluate_now)
+        num_run += len(pairs)
+        if not step.startswith("round"):
+            tell("margins" if step == "margins" else "re-tests")
+        return outcomes
+
+    def tell(what: str, going: Collection[int] = ()) -> None:
+        """Say how far the batch is; `going` are the questions whose search isn't over."""
+        nonlocal share
+        tried = [len(each.tried) for each in searches]
+        for place in going:
+            tried[place] = config.num_simulations + 1
+        # How many of those to come are asked again is guessed from those that are known. The full
+        # paths, which come first, are no sample of them.
+        again = [
+            len(asked_again[place])
+            for place, path in to_retest(found)
+            if not going or set(path) != {1}
+        ]
+        a_path = (1 if evaluator.scores_options else 2) + sum(again) / len(found)  # 2: margins
+        share = max(share, num_run / (sum(tried) * a_path))  # it never falls
+        if on_step is not None:
+            on_step(share, num_new, what)
 
     started = time.perf_counter()
     asked = [read(routed, question.prompt, question.text) for question in questions]
@@ -172,9 +201,7 @@ def search_in_step(
         for (place, decisions), outcome in zip(pairs, outcomes, strict=True):
             found[place, decisions] = outcome
             searches[place].tell(decisions, outcome.reward, graded(outcome.margin, outcome.kl))
-        if on_round is not None:
-            done = sum(search.num_simulations_done for search in searches)
-            on_round(done / (len(searches) * config.num_simulations), num_new)
+        tell("new paths", {place for place, _ in pairs})
     found = dict(sorted(found.items(), key=lambda item: item[0][0]))  # question by question
     if not evaluator.scores_options:
         tried, known = [*found], [*found.values()]
@@ -261,5 +288,5 @@ class LocalExecutor:
         """
         for batch in batches:
             parts = None if chunks is None else chunks.within(key_of(batch))
-            on_round = None if on_share is None else partial(on_share, batch)
-            yield batch, search_batch(self.routed, batch, config, parts=parts, on_round=on_round)
+            on_step = None if on_share is None else partial(on_share, batch)
+            yield batch, search_batch(self.routed, batch, config, parts=parts, on_step=on_step)

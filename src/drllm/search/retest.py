@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from drllm.config import SearchConfig
 from drllm.models.scoring.prefix_sharing import Pair
@@ -14,6 +16,10 @@ from drllm.search.evaluator import Evaluator, Outcome, Reading
 
 Once: TypeAlias = Callable[[str, Sequence[Pair], Callable[[], list[Outcome]]], list[Outcome]]
 """Returns what an earlier start of the search kept of a step, by its name and pairs, or does it."""
+
+
+PATHS_AT_ONCE = 64
+"""Asked again together, of whole questions: what an interruption loses at most."""
 
 
 def is_candidate(decisions: Decisions, outcome: Outcome, full: Outcome) -> bool:
@@ -27,6 +33,21 @@ def is_candidate(decisions: Decisions, outcome: Outcome, full: Outcome) -> bool:
     return full.reward < 1 or is_shorter or decisions == full_decisions(len(decisions))
 
 
+def to_retest(found: Mapping[Pair, Outcome]) -> list[Pair]:
+    """Return what is asked again of the paths found, by question: candidates, and full paths.
+
+    The full path is asked in any case: margins are compared with its own.
+    """
+    full = {place: path for place, path in found if set(path) == {1}}
+    chosen = [
+        (place, path)
+        for (place, path), outcome in found.items()
+        if is_candidate(path, outcome, found[place, full[place]])
+    ]
+    first = dict.fromkeys((place, full[place]) for place, _ in chosen)
+    return sorted({**first, **dict.fromkeys(chosen)}, key=lambda pair: pair[0])
+
+
 def retested(
     first: Evaluator,
     others: Sequence[Sequence[Reading]],
@@ -36,23 +57,19 @@ def retested(
 ) -> dict[Pair, Retest]:
     """Ask every question again in other ways, with every path that may be a target.
 
-    The full path is asked in any case: margins are compared with its own.
-
     Args:
         first: The evaluator of the first asking; its states are given up where other prompts
             need the memory.
         others: By question, the other ways of asking it.
         config: Settings of the search.
         found: The outcomes of the first asking, by question's place and decisions.
-        once: Keeps what is evaluated.
+        once: Keeps what is evaluated, a few questions at a time.
 
     Source: ours (docs/differences.md, D-05).
     """
-    full = full_decisions(first.routed.num_layers)
-    chosen = [pair for pair in found if is_candidate(pair[1], found[pair], found[pair[0], full])]
-    places = sorted({place for place, _ in chosen})
-    pairs = [*dict.fromkeys([*((place, full) for place in places), *chosen])]
+    full, pairs = full_decisions(first.routed.num_layers), to_retest(found)
     results: dict[Pair, list[Outcome]] = {pair: [] for pair in pairs}
+    places = list(dict.fromkeys(place for place, _ in pairs))
     # Questions may have different numbers of ways: one with 3 options has fewer rotations.
     ways = [
         {place: others[place][way] for place in places if way < len(others[place])}
@@ -64,36 +81,52 @@ def retested(
     ]
     # What reads as at first needs the states that are held; they can go before other states come.
     for way in sorted(range(len(ways)), key=anew.__getitem__):
-        part = [pair for pair in pairs if pair[0] in ways[way]]
-        ask = partial(_ask, first, ways[way], part, config, anew[way])
-        outcomes = once(f"retest {way}", part, ask)
-        for pair, outcome in zip(part, outcomes, strict=True):
-            results[pair].append(outcome)
+        asked = ways[way]
+        evaluator = functools.cache(partial(_evaluator, first, asked, config, anew[way]))
+        # In a new evaluator the questions that are asked are all there are.
+        rows = {place: row if anew[way] else place for row, place in enumerate(asked)}
+
+        def ask(some: Sequence[Pair], evaluator: Any = evaluator, rows: Any = rows) -> Any:
+            asking = [(rows[place], path) for place, path in some]
+            return evaluator().with_margins(asking, evaluator().evaluate(asking))
+
+        for part in _parts([pair for pair in pairs if pair[0] in asked]):
+            for pair, outcome in zip(
+                part, once(f"retest {way}", part, partial(ask, part)), strict=True
+            ):
+                results[pair].append(outcome)
     return {
         (place, path): judge(results[place, path], results[place, full], config.margin_tolerance)
-        for place, path in chosen
+        for place, path in pairs
+        if is_candidate(path, found[place, path], found[place, full])
     }
 
 
-def _ask(
-    first: Evaluator,
-    asked: Mapping[int, Reading],
-    pairs: Sequence[Pair],
-    config: SearchConfig,
-    is_new: bool,
-) -> list[Outcome]:
-    """Ask in one way; where that reads as at first, the states that are held are judged anew."""
+def _parts(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
+    """Divide pairs, which come by question, so that no question's are divided."""
+    part: list[Pair] = []
+    for _, of_question in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        part += of_question
+        if len(part) >= PATHS_AT_ONCE:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+def _evaluator(
+    first: Evaluator, asked: Mapping[int, Reading], config: SearchConfig, is_new: bool
+) -> Evaluator:
+    """Return what asks in one way; where that reads as at first, the states held serve again."""
     if is_new:
         first.forget()
-        readings, size = [*asked.values()], config.paths_per_pass
-        evaluator = Evaluator(first.routed, readings, config.state_cache_gb, paths_per_pass=size)
-        rows = {place: row for row, place in enumerate(asked)}
-        pairs = [(rows[place], decisions) for place, decisions in pairs]
-    else:
-        evaluator = first.judged_as(
-            [asked.get(place, reading).prompt for place, reading in enumerate(first.readings)]
+        size = config.paths_per_pass
+        return Evaluator(
+            first.routed, [*asked.values()], config.state_cache_gb, paths_per_pass=size
         )
-    return evaluator.with_margins(pairs, evaluator.evaluate(pairs))
+    return first.judged_as(
+        [asked.get(place, reading).prompt for place, reading in enumerate(first.readings)]
+    )
 
 
 def judge(outcomes: Sequence[Outcome], full: Sequence[Outcome], tolerance: float) -> Retest:

@@ -225,14 +225,14 @@ def _search(
 
     with listener.progress("searching", "questions") as on_progress:
 
-        def report(batch: Batch, share: float = 0.0, num_paths: int = 0) -> None:
+        def report(batch: Batch, share: float = 0.0, num_paths: int = 0, what: str = "") -> None:
             """Say how far the search is; of a batch under way, which share, with so many paths."""
-            note = batch.task
+            note = f"{what}, {batch.task}" if what else batch.task
             if new := num["paths"] - num["old paths"] + num_paths:
                 note += f", {new / max(time.monotonic() - started, 1e-9):.1f} paths a second"
             if num["done"]:
-                for what in ("valid", "improving"):
-                    note += f", {100 * (num[what] / num['done']):.0f} % {what}"
+                for found in ("valid", "improving"):
+                    note += f", {100 * (num[found] / num['done']):.0f} % {found}"
             on_progress(num["done"] + share * len(batch.questions), total, note)
 
         def add(batch: Batch, found: Searched) -> None:

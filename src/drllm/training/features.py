@@ -180,7 +180,7 @@ def collect(
         shape = (*labels.shape, num_windows, identity["hidden_size"])
         with (
             store.opened(manifest, shape, listener.note),
-            listener.progress("pooling", "targets") as progress,
+            listener.progress("feature pass", "targets") as progress,
         ):
             _check_finite(model, targets, store.filled)
             missing = [

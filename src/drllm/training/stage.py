@@ -34,6 +34,7 @@ from drllm.errors import ConfigError
 from drllm.listener import Listener
 from drllm.metrics import TRAIN, VALIDATION, Counts, against_baselines
 from drllm.models.base.load import as_base_model
+from drllm.models.base.prompts import PromptForm, form_of
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
 from drllm.records import SupervisionRecord, clear_half_written, encode, write_atomically
@@ -152,6 +153,7 @@ def train(
                 settings,
                 place,
                 rewards=rewards,
+                form=form_of(base.tokenizer, ((each.question, each.prompt) for each in targets)),
                 device=base.model.device,
                 used=used if place == folder else (),
                 listener=listener,
@@ -168,6 +170,7 @@ def train_on(
     output: Path,
     *,
     rewards: Sequence[str] = (),
+    form: PromptForm | None = None,
     device: torch.device | str = "cpu",
     used: Sequence[Store] = (),
     listener: Listener | None = None,
@@ -192,7 +195,7 @@ def train_on(
     output.mkdir(parents=True, exist_ok=True)
     checkpoint.resume(output, identity, trainer)
     with (
-        listener.progress("training", "steps") as progress,
+        listener.progress("fitting", "steps") as progress,
         tracked(config.trackers, trainer, output) as tracking,
     ):
 
@@ -213,7 +216,8 @@ def train_on(
         except DivergedError:  # resumed, it would diverge again
             checkpoint.remove(output)
             raise
-    _write_routers(trainer, parts, identity["targets_sha256"], rewards, output)
+    told = {"rewards": list(rewards), "prompt_form": form and dataclasses.asdict(form)}
+    _write_routers(trainer, parts, {"targets": identity["targets_sha256"], **told}, output)
     for store in used:
         store.remove()
     forget(output)
@@ -256,35 +260,34 @@ def _say_what_is_new(features: Features, own: Features, config: TrainConfig) -> 
 
 
 def _write_routers(
-    trainer: Trainer, parts: Mapping[str, Counts], hashed: str, rewards: Sequence[str], output: Path
+    trainer: Trainer, parts: Mapping[str, Counts], told: Mapping[str, Any], output: Path
 ) -> None:
-    """Write everything that a folder of finished routers holds."""
+    """Write everything that a folder of finished routers holds, what is told of the targets too."""
     examples, epoch, last = trainer.examples, trainer.kept_epoch, trainer.epochs_done
     _write_metrics(output, trainer.rows)
     layers = Layers(epoch=epoch, train=parts[TRAIN], validation=parts.get(VALIDATION))
     write_atomically(output / LAYERS_FILE, encode(layers) + b"\n")
-    told: dict[str, Any] = {
+    training: dict[str, Any] = {
+        **told,
         "settings": trainer.config.decisive(),
-        "targets": hashed,
         "steps": last * trainer.steps_per_epoch,
         "warmup_steps": trainer.warmup,
         "class_weights": list(trainer.class_weights),
         "num_trained": len(trainer.once),
         "num_held_out": len(each_once(examples, trainer.held_out)),
         "tasks": dict(sorted(Counter(examples.tasks[: examples.num_targets]).items())),
-        "rewards": list(rewards),
         "metrics": [row for row in trainer.rows if row["epoch"] == epoch],
         "against_baselines": against_baselines(parts),
     }
     if trainer.best is not None:
-        told |= {"best_epoch": epoch, "last_epoch": last}
+        training |= {"best_epoch": epoch, "last_epoch": last}
     stack = trainer.routers()
     confidence = temperature.measure(stack, trainer)
     if confidence is not None:
-        told["calibration"] = msgspec.to_builtins(confidence)
+        training["calibration"] = msgspec.to_builtins(confidence)
         if trainer.config.calibrate:
             temperature.fold(stack, confidence.temperature)
-    stack.config = dataclasses.replace(stack.config, training=told)
+    stack.config = dataclasses.replace(stack.config, training=training)
     save_routers(stack, output)
     clear_half_written(output / METRICS_FILE, output / LAYERS_FILE)
 

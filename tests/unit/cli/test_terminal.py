@@ -37,33 +37,52 @@ def plain(total: int, steps: list[tuple[float, float]], clock: SimpleNamespace) 
 
 def test_plain_progress_is_a_line_every_tenth_without_control_characters(clock: SimpleNamespace):
     lines = plain(200, [(float(done), done) for done in range(1, 201)], clock)
-    assert len(lines) == 11
-    assert lines[5] == "searching: 100 of 200 questions, 1.0 a second, 1 min 40 s left"
-    assert lines[-1] == "searching: 200 of 200 questions, 1.0 a second"
+    assert len(lines) == 10
+    assert lines[4] == "searching: 50 %, 1 min 40 s left, 100/200 questions"
+    assert lines[-1] == "searching: 100 %, 200/200 questions, 3 min 20 s"
     assert all(line.isprintable() for line in lines)
 
 
-def test_what_an_earlier_run_did_says_nothing_about_the_rate(clock: SimpleNamespace):
-    lines = plain(100, [(0.01, 40.0), (0.02, 50.0), (10.02, 60.0)], clock)
-    assert "a second" not in lines[0] + lines[1]
-    assert lines[2] == "searching: 60 of 100 questions, 59.9 a minute, 40.1 s left"
+def test_plain_progress_of_something_short_is_one_line(clock: SimpleNamespace):
+    lines = plain(50, [(0.1 * done, done) for done in range(1, 51)], clock)
+    assert lines == ["searching: 100 %, 50/50 questions, 5.0 s"]
+
+
+def test_what_an_earlier_run_did_says_nothing_about_the_time_left(clock: SimpleNamespace):
+    lines = plain(100, [(0.01, 40.0), (0.02, 50.0), (20.02, 60.0)], clock)
+    assert lines == ["searching: 60 %, 1 min 20 s left, 60/100 questions"]
 
 
 def test_the_next_task_of_a_stage_begins_anew(clock: SimpleNamespace):
-    lines = plain(10, [(1.0, 5.0), (2.0, 10.0), (3.0, 0.0), (4.0, 1.0)], clock)
-    assert lines[-1] == "searching: 1 of 10 questions, 1.0 a second, 9.0 s left"
+    lines = plain(10, [(10.0, 5.0), (20.0, 10.0), (30.0, 0.0), (40.0, 1.0)], clock)
+    assert lines[-1] == "searching: 10 %, 1 min 30 s left, 1/10 questions"
 
 
-def test_progress_on_a_terminal_is_a_bar_with_rate_and_time_left(clock: SimpleNamespace):
+def bar_on_a_terminal(width: int, clock: SimpleNamespace, note: str) -> str:
+    """Return what a terminal of so many columns shows of a progress that is half done."""
     file = io.StringIO()
-    console = Console(file=file, force_terminal=True, width=120)
+    console = Console(file=file, force_terminal=True, width=width, color_system=None)
     with Progress(console, "searching", "questions") as progress:
-        progress(0, 100)
-        clock.now += 10
-        progress(50, 100)
-    text = file.getvalue()
-    assert "50 of 100 questions, 5.0 a second, 10.0 s left" in text
-    assert "━" in text
+        progress(0, 640, note)
+        clock.now += 1000
+        progress(320, 640, note)
+    return max(re.split(r"\x1b\[[^a-zA-Z]*[a-zA-Z]|\n|\r", file.getvalue()), key=len)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_on_a_terminal_name_bar_share_and_time_left_are_one_line_that_fits(
+    width: int, clock: SimpleNamespace
+):
+    shown = bar_on_a_terminal(width, clock, f"re-tests, builtin_facts, {'7 % valid, ' * 20}")
+    assert re.match(r"searching ━+\S* +50 % 16 min 40 s left, re-tests", shown)
+    assert len(shown.rstrip()) <= width
+    assert shown.rstrip().endswith("…")
+
+
+def test_a_bar_says_what_is_done_before_it_counts(clock: SimpleNamespace):
+    assert "50 % 16 min 40 s left, re-tests, 320/640 questions" in bar_on_a_terminal(
+        80, clock, "re-tests"
+    )
 
 
 def test_no_bar_is_left_behind_by_an_error():

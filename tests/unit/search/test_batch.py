@@ -12,10 +12,11 @@ from drllm.errors import ConfigError, ModelError
 from drllm.models.base.prompts import render
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.paths import full_decisions
-from drllm.records import FailedQuestion
+from drllm.records import Chunks, FailedQuestion
+from drllm.search import retest
 from drllm.search.batch import ATTEMPTS, search_batch, search_in_step
 from drllm.search.evaluator import Evaluator, gold_text, read
-from drllm.search.questions import Batch, ask
+from drllm.search.questions import Batch, ask, questions_of
 from drllm.tasks.registry import get_task
 
 CONFIG = SearchConfig(num_simulations=4)
@@ -103,12 +104,44 @@ def test_paths_a_pass_change_no_record(routed, facts, assert_same_run):
     assert_same_run(as_many_as_fit, one)
 
 
-def test_progress_within_a_batch_ends_with_all_of_its_paths(routed, batch):
+@pytest.fixture
+def retested(facts):
+    """Questions of which some are asked again."""
+    return questions_of([facts], SearchConfig(limit=7))
+
+
+def test_progress_within_a_batch_counts_new_paths_and_re_tests_up_to_all_of_them(routed, retested):
     calls = []
-    search_in_step(routed, batch.questions[:2], CONFIG, on_round=lambda *call: calls.append(call))
-    assert calls == sorted(calls)
-    assert calls[0] == (0.0, 2)  # the full paths are no simulations
-    assert calls[-1] == (1.0, 10)
+    records = search_in_step(routed, retested, CONFIG, on_step=lambda *call: calls.append(call))
+    shares, num_run, steps = zip(*calls, strict=True)
+    assert list(shares) == sorted(shares)
+    assert shares[0] < shares[steps.index("re-tests") - 1] < shares[-1] == 1.0
+    assert list(dict.fromkeys(steps)) == ["new paths", "re-tests"]
+    tried = [path for record in records for path in record.paths]
+    again = [path.retest for path in tried if path.retest is not None]
+    assert again, "the sample must hold paths that are asked again"
+    assert num_run[-1] >= len(tried) + sum(retest.asked for retest in again)
+
+
+def test_an_interrupted_re_test_resumes_at_the_questions_that_it_was_at(
+    routed, retested, tmp_path, monkeypatch, assert_same_run
+):
+    monkeypatch.setattr(retest, "PATHS_AT_ONCE", 1)
+    parts = Chunks(tmp_path, {}, stage="search").within("batch 0")
+    for number in range(3):
+        steps = []
+
+        def stop(_share, num_run, step, number=number, steps=steps):
+            steps.append((step, num_run))
+            if [name for name, _ in steps].count("re-tests") > number:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            search_in_step(routed, retested, CONFIG, parts=parts, on_step=stop)
+        assert len(list(tmp_path.glob("*retest*"))) == number + 1
+        assert number == 0 or steps[-2][1] == 0, "what was kept was run again"
+    resumed = search_in_step(routed, retested, CONFIG, parts=parts)
+    assert_same_run(resumed, search_in_step(routed, retested, CONFIG))
 
 
 def length(prompt, tokenizer):

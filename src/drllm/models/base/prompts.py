@@ -5,7 +5,8 @@ Every stage encodes through here, so that routers are trained on exactly what th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeAlias
 
@@ -23,6 +24,86 @@ CLOCK = datetime(2024, 7, 26)
 date a prompt would change tomorrow, for a resumed search and for routers trained on it."""
 DIRECTIVES = ("%-d", "%-m", "%-H", "%-I", *(f"%{each}" for each in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"))
 """What a template's format of a date may hold."""
+
+PLACE = "{prompt}"
+"""Stands in a template for what is asked; other braces are text."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptForm:
+    """How prompts are put to the model.
+
+    Attributes:
+        chat: Whether they go through the tokenizer's chat template.
+        template: The text around `PLACE`.
+    """
+
+    chat: bool
+    template: str = PLACE
+
+    def put(self, text: str) -> str:
+        r"""Return a prompt in the template; one that has its form already stays as it is.
+
+        Example:
+            >>> form = PromptForm(chat=False, template="Question: {prompt}\nAnswer:")
+            >>> form.put("What is ice?") == form.put("Question: What is ice?\nAnswer:")
+            True
+        """
+        before, _, after = self.template.partition(PLACE)
+        is_put = text.startswith(before) and text.endswith(after)
+        return text if is_put else f"{before}{text}{after}"
+
+    @property
+    def next_prompt(self) -> str | None:
+        """How the next prompt would begin, after an answer; None where nothing would tell it."""
+        before = self.template.partition(PLACE)[0].strip()
+        return None if self.chat or not before else f"\n{before}"
+
+    def options(self, tokenizer: Any) -> dict[str, Any]:
+        """Return the options of `generate` with which a plain text is continued by an answer.
+
+        A model that was trained to chat may end a plain text at once, or go on with further
+        questions and answers.
+        """
+        if self.next_prompt is None:
+            return {}
+        return {"min_new_tokens": 1, "stop_strings": [self.next_prompt], "tokenizer": tokenizer}
+
+    def answer(self, text: str) -> str:
+        """Return an answer without what begins the next prompt."""
+        return text.partition(self.next_prompt)[0] if self.next_prompt else text
+
+    def __str__(self) -> str:
+        """Say it in words."""
+        shown = "as it is" if self.template == PLACE else repr(self.template)
+        return f"{shown}, {'through' if self.chat else 'without'} the chat template"
+
+
+def form_of(tokenizer: Any, asked: Iterable[tuple[str, str]]) -> PromptForm | None:
+    """Return the form in which questions were put.
+
+    Args:
+        tokenizer: The base model's tokenizer.
+        asked: Each question, and what the model read of it.
+
+    Returns:
+        With `PLACE` alone as the template where they were put in several; None where some went
+        through the chat template and others didn't, or none is given.
+    """
+    try:
+        before, _, after = render(tokenizer, PLACE, chat=True).partition(PLACE)
+    except ConfigError:  # a template that takes no plain question
+        before = after = ""
+    forms: set[PromptForm] = set()
+    for question, text in asked:
+        chat = bool(before) and text.startswith(before) and text.endswith(after)
+        inner = text[len(before) : len(text) - len(after)] if chat else text
+        first, found, rest = inner.partition(question)
+        forms.add(PromptForm(chat, f"{first}{PLACE}{rest}" if found else PLACE))
+    chats = {form.chat for form in forms}
+    if len(forms) > 1 and len(chats) == 1:
+        return PromptForm(chats.pop())
+    return forms.pop() if len(forms) == 1 else None
 
 
 def render(tokenizer: Any, prompt: Prompt, *, chat: bool) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from drllm.errors import ConfigError
+from drllm.models.base.prompts import PromptForm
 from drllm.records.codec import worded
 
 NUM_DECISIONS = 3
@@ -44,7 +45,8 @@ class RouterConfig:
         label_counts: `[L][3]`: how often each decision was the target at each layer in training;
             empty where the routers weren't trained on targets.
         training: Settings and final metrics, for the reader. Only `rewards`, the rewards that the
-            prompts trained on were made for, are interpreted, and only for a note to the user.
+            prompts trained on were made for, and `prompt_form`, how these were put, are
+            interpreted.
 
     Raises:
         ConfigError: A value of another kind, or a size below 1.
@@ -79,6 +81,17 @@ class RouterConfig:
         from drllm.models.routers import checkpoint, hub
 
         return checkpoint.read_config(hub.find(routers, **options))
+
+    @property
+    def prompt_form(self) -> PromptForm | None:
+        """How the prompts were put that the routers were trained on; None where that isn't known.
+
+        ConfigError for one that is recorded and can't be read.
+        """
+        try:
+            return msgspec.convert(self.training.get("prompt_form"), PromptForm | None)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"'training.prompt_form': {worded(error)}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from drllm.models.base.prompts import render
+from drllm.models.base.prompts import PLACE, PromptForm, form_of, render
 
 TURNS = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 LLAMA = """{%- if not date_string is defined %}
@@ -72,3 +72,39 @@ def test_but_for_the_date_a_template_is_rendered_as_transformers_renders_it(
     text, plain = reader(start + "{{ strftime_now('%d %b %Y') }}" + end + "\n" + TURNS + "\n")
     assert text == plain
     assert text.strip().startswith("26 Jul 2024")
+
+
+ASKED = ["What is ice?", "Who wrote {it}?"]
+
+
+@pytest.mark.parametrize(
+    ("chat", "template", "expected"),
+    [
+        (False, "Question: {prompt}\nAnswer:", "Question: {prompt}\nAnswer:"),
+        (True, PLACE, PLACE),
+        (True, "{prompt} Answer in \\boxed{}.", "{prompt} Answer in \\boxed{}."),
+    ],
+)
+def test_the_form_of_prompts_is_found_in_what_the_model_read(
+    tiny_tokenizer, chat, template, expected
+):
+    texts = [template.replace(PLACE, question) for question in ASKED]
+    read = [render(tiny_tokenizer, text, chat=chat) for text in texts]
+    found = form_of(tiny_tokenizer, zip(ASKED, read, strict=True))
+    assert found == PromptForm(chat=chat, template=expected)
+    again = [render(tiny_tokenizer, found.put(q), chat=found.chat) for q in ASKED]
+    assert again == read
+
+
+def test_prompts_of_several_forms_agree_on_the_chat_template_at_most(tiny_tokenizer):
+    plain = [("a", "Q: a"), ("b", "Say b.")]
+    assert form_of(tiny_tokenizer, plain) == PromptForm(chat=False)
+    chat = ("c", render(tiny_tokenizer, "c", chat=True))
+    assert form_of(tiny_tokenizer, [*plain, chat]) is None
+    assert form_of(tiny_tokenizer, []) is None
+
+
+def test_an_answer_to_a_plain_prompt_ends_where_the_next_one_would_begin():
+    form = PromptForm(chat=False, template="Question: {prompt}\nAnswer:")
+    assert form.answer(" Ice.\n\nQuestion: Why?\nAnswer: So.") == " Ice.\n"
+    assert PromptForm(chat=True).answer("a\nQuestion: b") == "a\nQuestion: b"
