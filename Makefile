@@ -26,8 +26,8 @@ EVERY_SHORT := -m "(thorough or not thorough) and not hour"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-quick test-thorough test-all test-here $(VERSIONS:%=test-%) \
-	check fmt lint types layers bench build
+.PHONY: help setup demo test test-quick test-thorough test-all test-upstream test-here \
+	$(VERSIONS:%=test-%) check fmt lint types layers bench build
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,11 @@ test-all: $(VERSION_STAMPS)  ## run all tests, the thorough ones too, on each su
 	@failed=; for place in here $(VERSIONS); do \
 	echo "== $$place"; $(MAKE) --no-print-directory test-$$place || failed="$$failed $$place"; done; \
 	if [ -n "$$failed" ]; then echo "tests failed:$$failed" >&2; exit 1; fi
+
+test-upstream: $(STAMP)  ## run transformers' own tests on routed models (TESTS=DIR; see CONTRIBUTING.md)
+	@[ -d "$(TESTS)/tests/models" ] || { \
+	echo "TESTS=$(TESTS) is no checkout of transformers: make test-upstream TESTS=DIR" >&2; exit 2; }
+	$(BIN)/python tests/upstream/run.py "$(TESTS)" $(ARGS)
 
 test-here: $(STAMP)
 	$(BIN)/python $(PYTEST) $(EVERY) $(ARGS)
