@@ -58,7 +58,7 @@ def _name(flag: Flag, everything: bool) -> str:
         return f"{flag.name}: {flag.value}"
     names = flag.names if everything else flag.names[:1]
     many = " ..." * flag.many
-    if flag.kind is bool and flag.default:
+    if flag.kind is bool and flag.default is not False:
         names = [name.replace("--", "--[no-]", 1) for name in names]
     has_value = not (flag.positional or flag.switch or flag.kind is bool)
     return ", ".join(names) + f" {flag.value}" * has_value + many

@@ -341,7 +341,7 @@ def report(request: Request, terminal: Terminal) -> None:
     example="drllm export --model smollm2-135m --decisions plan.json --output exported/",
     settings=(ModelConfig,),
     flags=(
-        Flag("decisions", "file with decisions or a path", required=True),
+        Flag("decisions", 'decisions or a path, such as {"path": [0, 1, 3]}', required=True),
         Flag("output", "folder to make", required=True, value="DIR"),
     ),
 )
