@@ -14,7 +14,6 @@ from drllm.cli.listing import _LISTS, _REGISTRIES
 from drllm.cli.parser import FOREIGN, VERBS, Request, flags_of, parse
 from drllm.config import (
     EvaluateConfig,
-    GenerateConfig,
     ModelConfig,
     SearchConfig,
     SuperviseConfig,
@@ -194,8 +193,8 @@ def test_a_number_in_a_file_is_a_text_where_the_setting_is_one(file: Path):
 
 
 def test_a_switch_can_be_turned_on_and_off():
-    assert parsed("generate hello").of(GenerateConfig).chat is True
-    assert parsed("generate --no-chat hello").of(GenerateConfig).chat is False
+    assert parsed("search").of(SearchConfig).kl is True
+    assert parsed("search --no-kl").of(SearchConfig).kl is False
     assert parsed("search --trust-remote-code").of(ModelConfig).trust_remote_code is True
 
 
