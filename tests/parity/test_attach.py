@@ -4,6 +4,7 @@ What a routed model answers itself, and what it asks its model.
 """
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -140,6 +141,22 @@ def test_a_routed_model_answers_like_the_model_it_wraps(tiny_llama, with_adapter
     twin = copy.deepcopy(routed)
     assert torch.equal(twin(IDS).logits, routed(IDS).logits)
     assert twin.model is not routed.model
+
+
+def test_a_thread_reads_the_route_of_its_own_last_prompt(tiny_llama):
+    routed = drllm.attach(tiny_llama())
+
+    def run(plan):
+        if plan:
+            with routed.fixed(plan):
+                routed(IDS)
+        return routed.last_route.tolist()
+
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        assert one.submit(run, PLAN).result() == [PLAN]
+        assert run(None) == [PLAN], "where no prompt has passed: that of any thread"
+        assert other.submit(run, PLAN[::-1]).result() == [PLAN[::-1]]
+        assert one.submit(run, None).result() == [PLAN]
 
 
 def test_the_routers_follow_the_model_to_another_device(tiny_llama):

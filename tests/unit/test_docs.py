@@ -62,6 +62,8 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_the_python_page_runs_and_prints_what_it_says(smollm2, empty_folder):
     found = blocks("python.md")
     assert len(found) >= 10
+    imported = re.findall(r"^(?:from|import) (\S+)", "".join(found), re.MULTILINE)
+    assert {name for name in imported if "drllm" in name} == {"drllm"}
     for block, printed in zip(found, run("python.md"), strict=True):
         assert printed == shown(block), block
 

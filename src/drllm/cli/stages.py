@@ -26,7 +26,7 @@ from drllm.config import (
 from drllm.errors import CheckpointError, ConfigError
 from drllm.evaluation.questions import check_output, tasks_of
 from drllm.listener import duration
-from drllm.pipeline.folder import check_targets, loaded
+from drllm.pipeline.folder import loaded
 from drllm.pipeline.recipes import check_tracking
 from drllm.records import (
     clear_half_written,
@@ -41,6 +41,7 @@ from drllm.records import (
 from drllm.records.path_files import read_path_file
 from drllm.records.places import check_file, check_folder
 from drllm.records.search import SearchRecords
+from drllm.records.supervision import check_targets
 from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision.select import check_settings, supervise, targets, write
 from drllm.tasks.files import FileTask

@@ -7,7 +7,7 @@ import importlib
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from drllm.errors import ConfigError, unknown_name
 
@@ -98,6 +98,8 @@ class Settings:
         return {name: getattr(self, name) for name in fields}
 
 
+Group = TypeVar("Group", bound=Settings)
+
 _KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -164,6 +166,12 @@ def check_text(flag: str, text: str) -> None:
     """Refuse a text that is empty or that no file could be named by, naming the flag."""
     if not text.strip() or "\0" in text:
         raise ConfigError(f"{flag} is {text!r}; give a text, or leave it out")
+
+
+def changed(kind: type[Group], config: Group | None, settings: Mapping[str, Any]) -> Group:
+    """Return a group of settings, by default that of all defaults, with some changed by name."""
+    made: Group = from_dict(kind, {**(config or kind()).to_dict(), **settings}, "settings")
+    return made
 
 
 def from_dict(kind: type[Any], values: dict[str, Any], where: str) -> Any:

@@ -21,14 +21,18 @@ from drllm.tasks.registry import get_task, get_tasks
 from drllm.tasks.rewards import check_installed
 
 
-def tasks_of(config: EvaluateConfig, given: Sequence[Task | str] | None = None) -> list[Task]:
+def tasks_of(
+    config: EvaluateConfig, given: Task | str | Sequence[Task | str] | None = None
+) -> list[Task]:
     """Return the tasks that are evaluated, those given or the config's, if they can be.
 
     ConfigError for settings that make no sense together, too few texts for a choice, or a missing
     package; TaskError for an unknown task, or no questions to be had.
     """
     need("eval", "an evaluation")
-    wanted = get_tasks(config.tasks) if given is None else given
+    if given is None or isinstance(given, str):
+        given = get_tasks(config.tasks if given is None else given)
+    wanted = [given] if isinstance(given, Task) else given
     tasks = [get_task(task) if isinstance(task, str) else task for task in wanted]
     check(config)
     if config.epsilon is not None and config.num_texts < FEWEST_TEXTS:

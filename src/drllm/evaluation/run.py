@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from drllm.config import EvaluateConfig
+from drllm.config.fields import changed
 from drllm.errors import ConfigError
 from drllm.evaluation.comparison import TASKS_FOLDER, Comparison, Shared
 from drllm.evaluation.latency import TIMED_TOKENS, write_latency
@@ -24,10 +25,10 @@ from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.questions import check_output, tasks_of
 from drllm.evaluation.tables import TaskRuns, correct
 from drllm.listener import Listener
-from drllm.models.base.load import BaseModel, as_base_model
+from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, check_routers, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
-from drllm.models.routing.routed_model import RoutedModel, detached
+from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.records import (
     new_manifest,
     only_writer,
@@ -36,7 +37,7 @@ from drllm.records import (
     write_json,
     write_records,
 )
-from drllm.records.results import SAMPLES_FILE, Evaluation, read_evaluation, results_in
+from drllm.records.results import SAMPLES_FILE, Evaluation, Results, read_evaluation, results_in
 from drllm.tasks.base import OPTIONS_REWARD, Task
 
 Routers: TypeAlias = "Path | str | RouterStack"
@@ -44,29 +45,31 @@ Routers: TypeAlias = "Path | str | RouterStack"
 
 def evaluate(
     model: Any,
-    tasks: Sequence[Task | str] | None = None,
+    tasks: Task | str | Sequence[Task | str] | None = None,
     config: EvaluateConfig | None = None,
-    output: Path | str | None = None,
+    output_dir: Path | str | None = None,
     *,
     routers: Routers | Sequence[Routers] = (),
     tokenizer: Any = None,
     listener: Listener | None = None,
-) -> tuple[Evaluation, ...]:
+    **settings: Any,
+) -> Results:
     """Evaluate base, routed model and baselines on tasks.
 
     Args:
-        model: A `RoutedModel`, whose own routers are evaluated; or the base model (`BaseModel`, or
-            one of transformers with `tokenizer`), with `routers`.
-        tasks: Tasks or their names; None for those of the config.
+        model: A `RoutedModel`, whose own routers are evaluated; or the base model (a name or a
+            `ModelConfig`, what `load` returns, or a model of transformers), with `routers`.
+        tasks: Tasks, their names or files of questions; None for those of the config.
         config: Splits, samples, baselines, depths.
-        output: Folder for `TASK.json` of each task, `samples.jsonl`, `latency.json` and the task
-            folder; an evaluation that was interrupted there is resumed. None writes nothing that
-            stays.
+        output_dir: Folder for `TASK.json` of each task, `samples.jsonl`, `latency.json` and the
+            task folder; an evaluation that was interrupted there is resumed. None writes nothing
+            that stays.
         routers: Folders of routers, or routers. Further ones are of the same training with other
             seeds: they run at every depth too, with their own routes permuted if that baseline is
             asked for, and say how far seeds lie apart. Baselines are compared with the first.
-        tokenizer: Of a model of transformers.
+        tokenizer: The model's; None loads the one of its name, unless it comes with one.
         listener: Hears how far it is.
+        settings: Settings of `EvaluateConfig` by name, in place of the config's.
 
     Returns:
         The results in the order of the tasks. They are written when all tasks are done, since
@@ -74,18 +77,18 @@ def evaluate(
 
     Raises:
         ConfigError: A baseline that lacks what it is fitted on, a depth that makes no sense, no
-            routers, or an `output` that holds another evaluation.
+            routers, or an `output_dir` that holds another evaluation.
         TaskError: An unknown task, or one without questions in the split.
         CheckpointError: Routers of another model.
-        RecordError: An `output` with other files that would be taken for results.
+        RecordError: An `output_dir` with other files that would be taken for results.
 
     Source: the comparison is ours (docs/differences.md, D-18).
     """
-    config, listener = config or EvaluateConfig(), listener or Listener()
+    config, listener = changed(EvaluateConfig, config, settings), listener or Listener()
     found = tasks_of(config, tasks)
     given = [routers] if isinstance(routers, (str, Path, RouterStack)) else list(routers)
     with ExitStack() as stack:
-        folder = Path(output or stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         check_output(folder)
         if isinstance(model, RoutedModel):
             if given or model.routers is None:
@@ -94,9 +97,11 @@ def evaluate(
                     f"a RoutedModel is evaluated with its own routers, but {what}; give its base "
                     f"model and the routers"
                 )
-            given, tokenizer = [model.routers], tokenizer or model.tokenizer
-            model = stack.enter_context(detached(model))
-        return _evaluate(as_base_model(model, tokenizer), found, config, folder, given, listener)
+            given = [model.routers]
+        base = stack.enter_context(unrouted(model, tokenizer, listener))
+        results = Results(_evaluate(base, found, config, folder, given, listener))
+    results.folder = None if output_dir is None else folder
+    return results
 
 
 def _evaluate(

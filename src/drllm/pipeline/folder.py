@@ -28,7 +28,6 @@ from drllm.pipeline.recipes import Recipe, read_recipe
 from drllm.records import (
     SCHEMA_VERSION,
     read_json,
-    read_manifest,
     read_supervision,
     rejected_path,
     sha256,
@@ -36,6 +35,7 @@ from drllm.records import (
     write_json,
 )
 from drllm.records.places import check_folder
+from drllm.records.supervision import check_targets
 from drllm.tasks.base import Example, Task, choose
 from drllm.tasks.registry import get_task
 
@@ -129,33 +129,6 @@ def loaded(config: ModelConfig, listener: Listener) -> Iterator[BaseModel]:
         base = load(config)
     with quiet():
         yield base
-
-
-def check_targets(files: Sequence[Path], identity: Mapping[str, Any]) -> list[str]:
-    """Refuse targets that were searched with another base model than the one to be trained on.
-
-    A file without a manifest says nothing about its model.
-
-    Returns:
-        The rewards that the targets' prompts were made for, where known.
-
-    Raises:
-        RecordError: Another number of layers or fingerprint; another id alone doesn't matter.
-    """
-    rewards: dict[str, None] = {}
-    for file in files:
-        manifest = read_manifest(file, "supervision") or {}
-        rewards |= dict.fromkeys(manifest.get("rewards") or ())
-        theirs = manifest.get("model", {})
-        for name in ("num_layers", "fingerprint"):
-            if name in theirs and theirs[name] != identity[name]:
-                raise RecordError(
-                    f"{file} holds targets of {theirs.get('id', 'another model')!r} ({name} "
-                    f"{theirs[name]}), the base model {identity['id']!r} has {name} "
-                    f"{identity[name]}; give the model that they were searched with, or search "
-                    f"with this one"
-                )
-    return list(rewards)
 
 
 @contextmanager

@@ -273,6 +273,13 @@ def schema_of(path: Path) -> str:
         return ""
 
 
+class Results(tuple[Evaluation, ...]):
+    """What `evaluate` returns: a result for each task, in order."""
+
+    folder: Path | None = None
+    """Where their files are; None where they were never written."""
+
+
 def read_evaluation(path: Path) -> Evaluation:
     """Read one `eval/TASK.json`; raises RecordError where it can't be trusted."""
     return read_form(path, Evaluation, EVALUATION_SCHEMA)

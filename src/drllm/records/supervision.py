@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from drllm.errors import PathError, RecordError
 from drllm.paths import Decisions, check_decisions, num_executions
-from drllm.records.manifest import read_records
+from drllm.records.manifest import read_manifest, read_records
 from drllm.records.search import Question
 from drllm.records.splits import question_key
 
@@ -148,3 +149,30 @@ def join_supervision(paths: Sequence[Path]) -> list[SupervisionRecord]:
                 )
             joined.append(record)
     return joined
+
+
+def check_targets(files: Sequence[Path], identity: Mapping[str, Any]) -> list[str]:
+    """Refuse targets that were searched with another base model than the one to be trained on.
+
+    A file without a manifest says nothing about its model.
+
+    Returns:
+        The rewards that the targets' prompts were made for, where known.
+
+    Raises:
+        RecordError: Another number of layers or fingerprint; another id alone doesn't matter.
+    """
+    rewards: dict[str, None] = {}
+    for file in files:
+        manifest = read_manifest(file, "supervision") or {}
+        rewards |= dict.fromkeys(manifest.get("rewards") or ())
+        theirs = manifest.get("model", {})
+        for name in ("num_layers", "fingerprint"):
+            if name in theirs and theirs[name] != identity[name]:
+                raise RecordError(
+                    f"{file} holds targets of {theirs.get('id', 'another model')!r} ({name} "
+                    f"{theirs[name]}), the base model {identity['id']!r} has {name} "
+                    f"{identity[name]}; give the model that they were searched with, or search "
+                    f"with this one"
+                )
+    return list(rewards)

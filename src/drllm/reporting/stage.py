@@ -9,6 +9,7 @@ from drllm.errors import ConfigError, RecordError
 from drllm.extras import need
 from drllm.listener import Listener
 from drllm.records import write_atomically
+from drllm.records.results import Results
 from drllm.reporting.drawing import NARROW, WIDE, png
 from drllm.reporting.rendering import to_html, to_markdown
 from drllm.reporting.run import read_run
@@ -19,7 +20,9 @@ FIGURE = r"\d{2,}-[a-z0-9-]+\.png"
 
 
 def report(
-    *run_folders: Path | str, output: Path | str | None = None, listener: Listener = Listener()
+    *runs: Path | str | Results,
+    output: Path | str | None = None,
+    listener: Listener = Listener(),
 ) -> tuple[Path, Path]:
     """Write `report.html`, and `report.md` with its figures, about one or more run folders.
 
@@ -27,7 +30,9 @@ def report(
     if any folder can't be trusted.
 
     Args:
-        run_folders: Folders that `drllm run` or `drllm evaluate` has written; several are compared.
+        runs: Folders that `drllm run` or `drllm evaluate` has written, or what `drllm.evaluate`
+            has returned (of its folder; of the one around it where it is called `eval`); several
+            are compared.
         output: A folder, or the `.html` file to write; the Markdown gets the same name, and its
             figures a folder: `report.html`, `report.md`, `report_figures/`. None writes into the
             run folder, if it is one.
@@ -46,6 +51,7 @@ def report(
         >>> page, text = report("results/demo")  # doctest: +SKIP
     """
     need("report", "a report")
+    run_folders = [_folder_of(run) if isinstance(run, Results) else Path(run) for run in runs]
     if not run_folders:
         raise ConfigError("no run folder is given; give one that 'drllm run' has written")
     if output is None and len(run_folders) > 1:
@@ -53,10 +59,10 @@ def report(
             f"{len(run_folders)} run folders are given and no --output; "
             f"give a folder or an .html file for their common report"
         )
-    own = Path(run_folders[0]) / "report.html"
+    own = run_folders[0] / "report.html"
     target = own if output is None else _target(Path(output))
     with listener.busy("drawing the report"):
-        found = document([read_run(Path(folder)) for folder in run_folders])
+        found = document([read_run(folder) for folder in run_folders])
         figures, text = _figures_folder(target), target.with_suffix(".md")
         contents: dict[Path, str | bytes] = {
             figures / f"{name}.png": png(figure.draw, WIDE if figure.is_large else NARROW)
@@ -75,6 +81,14 @@ def figures_of(page: Path) -> list[Path]:
     """Return the pictures that belong to a report, given its HTML file, in their order."""
     places = _figures_folder(page).glob("*.png")
     return sorted(place for place in places if re.fullmatch(FIGURE, place.name))
+
+
+def _folder_of(results: Results) -> Path:
+    if results.folder is None:
+        raise ConfigError(
+            "these results were not written; give evaluate(..., output_dir='runs/NAME/eval')"
+        )
+    return results.folder.parent if results.folder.name == "eval" else results.folder
 
 
 def _figures_folder(page: Path) -> Path:

@@ -8,18 +8,23 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from drllm.config import SearchConfig
 from drllm.config.fields import flag_of
 from drllm.errors import ConfigError, TaskError
 from drllm.records import question_key
 from drllm.search.strategies import STRATEGIES
-from drllm.tasks.base import Example, Prompt, Task, choose
+from drllm.tasks.base import Example, Prompt, Row, Task, choose
+from drllm.tasks.files import FileTask
 from drllm.tasks.registry import get_task, get_tasks
 from drllm.tasks.rewards import check_installed
+
+Source: TypeAlias = "Path | str | Sequence[Task] | Sequence[Example] | Sequence[Row]"
+"""What questions are given as."""
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +64,7 @@ class Batch:
         return self.questions[0].task
 
 
-def questions_of(
-    source: Sequence[Task] | Sequence[Example] | None, config: SearchConfig
-) -> list[SearchQuestion]:
+def questions_of(source: Source | None, config: SearchConfig) -> list[SearchQuestion]:
     """Return the questions that a search asks, each one once.
 
     The limit comes before the shard, so that the shards of one limit add up to it, and before
@@ -69,8 +72,8 @@ def questions_of(
     questions of an earlier task are left out with a warning.
 
     Args:
-        source: Tasks, whose questions of `config.split` are loaded, or examples of named tasks;
-            None for the tasks that `config.dataset` names.
+        source: Tasks or their names, whose questions of `config.split` are loaded, examples of
+            named tasks, or rows; None for the tasks that `config.dataset` names.
         config: Settings of the search.
 
     Raises:
@@ -80,7 +83,9 @@ def questions_of(
     """
     _check_settings(config)
     shard = None if config.shard is None else parse_shard(config.shard)
-    found = _examples_of(get_tasks(config.dataset) if source is None else source, config)
+    if source is None or isinstance(source, (str, Path)):
+        source = get_tasks(config.dataset if source is None else str(source))
+    found = _examples_of(source, config)
     rewards = [task.check_reward(config.reward) for task, _ in found]
     for name in rewards:
         check_installed(name)
@@ -188,7 +193,7 @@ def _check_settings(config: SearchConfig) -> None:
 
 
 def _examples_of(
-    source: Sequence[Task] | Sequence[Example], config: SearchConfig
+    source: Sequence[Task] | Sequence[Example] | Sequence[Row], config: SearchConfig
 ) -> list[tuple[Task, list[Example]]]:
     """Return the examples by task, in the order in which the tasks come first."""
     folder = None if config.data_dir is None else Path(config.data_dir)
@@ -200,6 +205,9 @@ def _examples_of(
         if isinstance(example, Example):
             given.setdefault(example.task, []).append(example)
     found += [(get_task(name), examples) for name, examples in given.items()]
+    if rows := [row for row in source if isinstance(row, Mapping)]:
+        given_task = FileTask(Path("examples"), rows=rows)
+        found.append((given_task, given_task.all))
     for task, examples in found:
         if not examples:
             raise TaskError(

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drllm.config import ModelConfig, SearchConfig
+from drllm.config.fields import changed
 from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.listener import Listener
-from drllm.models.base.hub import quiet
-from drllm.models.base.load import as_base_model, load
-from drllm.models.routing.routed_model import RoutedModel
+from drllm.models.base.load import as_base_model
+from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.records import (
     Chunks,
     FailedQuestion,
@@ -37,9 +37,8 @@ from drllm.records import (
 from drllm.records.search import SearchRecords
 from drllm.search import CHUNKS_FOLDER, FAILED_FILE, SEARCH_FILE
 from drllm.search.batch import LocalExecutor, Searched, key_of, search_in_step
-from drllm.search.questions import Batch, SearchQuestion, batches_of, questions_of
+from drllm.search.questions import Batch, SearchQuestion, Source, batches_of, questions_of
 from drllm.supervision.rules import is_improving, survived
-from drllm.tasks.base import Example, Task
 
 if TYPE_CHECKING:
     from drllm.search.ray import RayExecutor
@@ -59,12 +58,13 @@ logger = logging.getLogger(__name__)
 
 def search_paths(
     model: Any,
-    examples: Sequence[Task] | Sequence[Example] | Sequence[SearchQuestion] | None = None,
+    examples: Source | Sequence[SearchQuestion] | None = None,
     config: SearchConfig | None = None,
-    output: Path | str | None = None,
+    output_dir: Path | str | None = None,
     *,
     tokenizer: Any = None,
     listener: Listener | None = None,
+    **settings: Any,
 ) -> SearchRecords:
     """Search the paths of questions, and write `search.jsonl` with its manifest.
 
@@ -73,14 +73,16 @@ def search_paths(
     that fail every time are set aside in `search.failed.jsonl`.
 
     Args:
-        model: A `ModelConfig` (loaded here, or by the workers of Ray), a `BaseModel`, a
-            `RoutedModel` with its tokenizer, or a causal language model of transformers.
-        examples: Tasks, examples of named tasks, or what `questions_of` made of them; None for
-            the tasks that `config.dataset` names.
+        model: A name or a `ModelConfig` (loaded here, or by the workers of Ray), what `load`
+            returns, a `RoutedModel`, or a causal language model of transformers.
+        examples: A list of tasks or their examples, of rows as a file of your own has them
+            (dicts; all are searched, whatever their split), or of what `questions_of` made of
+            them; names of tasks or a file; None for those that `config.dataset` names.
         config: The settings; `config.output_dir` is the command line's and not read here.
-        output: Folder that gets the files; None writes none.
-        tokenizer: The model's, unless it comes with one.
+        output_dir: Folder that gets the files; None writes none.
+        tokenizer: The model's; None loads the one of its name, unless it comes with one.
         listener: Is told of progress, and of one prompt of each task.
+        settings: Settings of `SearchConfig` by name, in place of the config's.
 
     Returns:
         One record per question that could be searched, in the questions' order.
@@ -93,12 +95,13 @@ def search_paths(
 
     Source: Dr.LLM section 3.1.
     """
-    config, listener = config or SearchConfig(), listener or Listener()
-    questions = [one for one in examples or () if isinstance(one, SearchQuestion)]
+    config, listener = changed(SearchConfig, config, settings), listener or Listener()
+    given = () if isinstance(examples, (str, Path)) else examples or ()
+    questions = [one for one in given if isinstance(one, SearchQuestion)]
     if not questions:
         questions = questions_of(examples, config)  # type: ignore[arg-type]
     with executor_of(model, config, tokenizer=tokenizer, listener=listener) as executor:
-        folder = None if output is None else Path(output)
+        folder = None if output_dir is None else Path(output_dir)
         return run_search(executor, questions, config, folder, listener)
 
 
@@ -108,6 +111,8 @@ def executor_of(
 ) -> Iterator[Executor]:
     """Make who searches: this process with the model, or the workers of Ray."""
     if config.executor == "ray":
+        if isinstance(model, str):
+            model = ModelConfig(model=model)
         if not isinstance(model, ModelConfig):
             raise ConfigError("--executor ray loads a model for each worker; give a ModelConfig")
         with listener.busy("starting Ray"):
@@ -118,14 +123,11 @@ def executor_of(
             yield workers
         return
     with ExitStack() as stack:
-        if isinstance(model, ModelConfig):
-            stack.enter_context(quiet())
-            with listener.busy(f"loading {model.model}"):
-                model = load(model)
         if isinstance(model, RoutedModel):
-            routed, base = model, as_base_model(model.model, tokenizer or model.tokenizer)
+            tokenizer = model.tokenizer if tokenizer is None else tokenizer
+            routed, base = model, as_base_model(model.model, tokenizer)
         else:
-            base = as_base_model(model, tokenizer)
+            base = stack.enter_context(unrouted(model, tokenizer, listener))
             routed = RoutedModel(base.model, tokenizer=base.tokenizer)
             stack.callback(routed.detach)
         yield LocalExecutor(routed, base.identity, base.runtime)

@@ -15,6 +15,7 @@ from typing import Any
 from msgspec import UNSET
 
 from drllm.config import SearchConfig, SuperviseConfig
+from drllm.config.fields import changed
 from drllm.errors import ConfigError, RecordError, unknown_name
 from drllm.records import (
     RejectedQuestion,
@@ -60,6 +61,7 @@ def supervise(
     searches: SearchRecords | Path | str | Sequence[SearchRecord | SearchRecords | Path | str],
     config: SuperviseConfig | None = None,
     output: Path | str | None = None,
+    **settings: Any,
 ) -> Supervision:
     """Pick the targets of searched questions, and write them with their manifest.
 
@@ -73,6 +75,7 @@ def supervise(
             counts once.
         config: The rule and the quotas.
         output: The `supervision.jsonl` to write, replaced if it is there; None writes nothing.
+        settings: Settings of `SuperviseConfig` by name, in place of the config's.
 
     Raises:
         ConfigError: Settings that can't be followed.
@@ -80,7 +83,7 @@ def supervise(
             base models or numbers of layers; two questions with one id; a file to write that is
             one of the inputs; no target at all. Nothing is written then.
     """
-    config = config or SuperviseConfig()
+    config = changed(SuperviseConfig, config, settings)
     output = None if output is None else Path(output)
     if isinstance(searches, str | Path | SearchRecords):
         searches = [searches]

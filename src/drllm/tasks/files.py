@@ -6,7 +6,7 @@ Rows are `question`, `choices`, `answer`, or `question`, `answer`, `grader`. Loa
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,18 +67,21 @@ class FileTask(Task):
             right option's index from 0, its text, or its letter), or `question`, `answer` and
             `grader` (a reward that grades text), the same for all.
         taken: Names of other tasks; a file of such a name is called `NAME_file`.
+        rows: The rows, where they aren't in the file.
 
     Raises:
         TaskError: A missing, empty or broken file, or a row that can't be used.
     """
 
-    def __init__(self, path: Path, taken: Collection[str] = ()) -> None:
+    def __init__(
+        self, path: Path, taken: Collection[str] = (), rows: Sequence[Row] | None = None
+    ) -> None:
         self.path = path
         stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
         self.name = f"{stem}_file" if stem in taken else stem
         self.description = f"the questions of {path}"
-        self._examples, grader = self._read()
-        last = max(LETTERS.find(example.answer) for example in self._examples)
+        self.all, grader = self._read(read_rows(path) if rows is None else enumerate(rows, 1))
+        last = max(LETTERS.find(example.answer) for example in self.all)
         letters = LETTERS[: max(5, last + 1)]  # the options stand in the questions' texts
         form = FORMS.get(grader or "", FORMS["exact"])
         self.form = replace(form, rewards=(grader,), letters=letters) if grader else OPTIONS
@@ -91,18 +94,18 @@ class FileTask(Task):
         """
         check_split(split)
         found: dict[str, Example] = {}
-        for example in self._examples:
+        for example in self.all:
             if split_of(example.question, "own") == split:
                 key = example.id if split == "test" else question_key(example.question)
                 found.setdefault(key, example)
         return list(found.values())
 
-    def _read(self) -> tuple[list[Example], str | None]:
+    def _read(self, rows: Iterable[tuple[int, Row]]) -> tuple[list[Example], str | None]:
         """Return the questions and the grader of all rows; None where options are scored."""
         examples: list[Example] = []
         found: dict[tuple[str, tuple[str, ...]], tuple[int, Example]] = {}
         first_kind = ""
-        for line, row in read_rows(self.path):
+        for line, row in rows:
             try:
                 kind = _kind(row)
                 first_kind = first_kind or kind

@@ -23,6 +23,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,19 @@ import msgspec
 import torch
 
 from drllm.config import TrainConfig
+from drllm.config.fields import changed
 from drllm.errors import ConfigError
 from drllm.listener import Listener
 from drllm.metrics import TRAIN, VALIDATION, Counts, against_baselines
-from drllm.models.base.load import as_base_model
+from drllm.models.base.load import BaseModel
 from drllm.models.base.prompts import PromptForm, form_of
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, load_routers, save_routers
 from drllm.models.routers.stack import RouterStack
+from drllm.models.routing.routed_model import unrouted
 from drllm.records import SupervisionRecord, clear_half_written, encode, write_atomically
 from drllm.records.layers import LAYERS_FILE, Layers
 from drllm.records.places import check_folder
+from drllm.records.supervision import check_targets, join_supervision
 from drllm.training import checkpoint, temperature
 from drllm.training.checkpoint import SIZES_TOLERANCE, is_done
 from drllm.training.feature_store import FEATURES_FOLDER, Store
@@ -57,14 +61,15 @@ FEW = 0.1
 
 def train(
     model: Any,
-    targets: Sequence[SupervisionRecord],
+    targets: Sequence[SupervisionRecord] | Path | str,
     config: TrainConfig | None = None,
-    output: Path | str | None = None,
+    output_dir: Path | str | None = None,
     *,
     tokenizer: Any = None,
     features: Path | str | None = None,
     rewards: Sequence[str] | None = None,
     listener: Listener | None = None,
+    **settings: Any,
 ) -> RouterStack:
     """Train routers for a frozen model on target paths, and write each seed's folder.
 
@@ -72,17 +77,19 @@ def train(
     bit on the same machine with the same number of threads.
 
     Args:
-        model: A `BaseModel`, or a causal language model of transformers.
-        targets: One target path a question, from `drllm.supervise` or `read_supervision`.
+        model: A name or a `ModelConfig`, what `load` returns, a `RoutedModel`, or a causal language
+            model of transformers.
+        targets: One target path a question, from `drllm.supervise`; or a `supervision.jsonl`.
         config: The settings.
-        output: Receives the first seed's routers, those of a further seed S go to `seed_S` in it.
-            None trains in a temporary folder.
-        tokenizer: The model's, unless that is a `BaseModel`.
+        output_dir: Receives the first seed's routers, those of a further seed S go to `seed_S` in
+            it. None trains in a temporary folder.
+        tokenizer: The model's; None loads the one of its name, unless it comes with one.
         features: A folder that keeps the routers' inputs for further trainings. Without it they
             are in the output folder and deleted when the routers are trained.
         rewards: The rewards that the prompts were made for, stored with the routers; None takes
             those that `drllm.supervise` gives its targets.
         listener: Is told of progress.
+        settings: Settings of `TrainConfig` by name, in place of the config's.
 
     Returns:
         The first seed's routers.
@@ -93,17 +100,30 @@ def train(
         RecordError: Targets that this model can't be trained on; features that can't be kept.
         CheckpointError: A folder that holds another training, or can't be written any more.
     """
-    config, listener = config or TrainConfig(), listener or Listener()
-    rewards = getattr(targets, "rewards", ()) if rewards is None else rewards
-    base = as_base_model(model, tokenizer)
-    if output is None:
-        if config.num_seeds > 1:
-            raise ConfigError(f"--num-seeds {config.num_seeds} needs a folder for the routers")
-        with tempfile.TemporaryDirectory() as temporary:
-            output = Path(temporary) / "routers"
-            more: dict[str, Any] = {"features": features, "rewards": rewards, "listener": listener}
-            return train(base, targets, config, output, **more)
-    output = Path(output)
+    config, listener = changed(TrainConfig, config, settings), listener or Listener()
+    if output_dir is None and config.num_seeds > 1:
+        raise ConfigError(f"--num-seeds {config.num_seeds} needs a folder for the routers")
+    files = [Path(targets)] if isinstance(targets, (str, Path)) else []
+    records = join_supervision(files) if isinstance(targets, (str, Path)) else targets
+    with ExitStack() as stack:
+        output = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()) + "/routers")
+        base = stack.enter_context(unrouted(model, tokenizer, listener))
+        if rewards is None:
+            checked = check_targets(files, base.identity)
+            rewards = checked if files else getattr(targets, "rewards", ())
+        kept = None if features is None else Path(features)
+        return _train(base, records, config, output, kept, rewards, listener)
+
+
+def _train(
+    base: BaseModel,
+    targets: Sequence[SupervisionRecord],
+    config: TrainConfig,
+    output: Path,
+    features: Path | None,
+    rewards: Sequence[str],
+    listener: Listener,
+) -> RouterStack:
     seeds = config.by_seed(output)
     config.check_effects()
     check_trackers(config.trackers)

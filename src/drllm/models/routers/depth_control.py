@@ -102,7 +102,7 @@ def routes_of(
                 )
             routes[rows] = routed.last_route
     finally:
-        routed.driver.last_route = before
+        routed.driver.keep(before)
     return routes
 
 

@@ -9,6 +9,7 @@ Axes: B rows, T tokens, D hidden, K keys, L layers, N paths.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, TypeAlias
@@ -59,15 +60,27 @@ class RoutingDriver(Driver):
     Args:
         policy: What decides unless `using` puts another policy in its place.
         bypass: What a skipped layer passes on.
-
-    Attributes:
-        last_route: `[L][B]`, of the prompts whose pass ended last, in whichever thread.
     """
 
     def __init__(self, policy: Policy | None = None, bypass: Bypass = identity) -> None:
         self.policy: Policy = policy or FullPolicy()
         self.bypass = bypass
-        self.last_route: list[tuple[int, ...]] = []
+        self._newest: list[tuple[int, ...]] = []
+        self._by_thread: dict[int, list[tuple[int, ...]]] = {}
+        self._traced: list[tuple[int, ...]] = []
+
+    @property
+    def last_route(self) -> list[tuple[int, ...]]:
+        """`[L][B]` of this thread's last prompts; of any thread's where this one had none."""
+        return self._traced or self._by_thread.get(threading.get_ident()) or self._newest
+
+    def keep(self, route: list[tuple[int, ...]]) -> None:
+        """Make a route the last one of this thread."""
+        if torch.compiler.is_compiling():  # a graph can't tell threads apart
+            self._traced = route
+        else:
+            self._traced, self._newest = [], route
+            self._by_thread[threading.get_ident()] = route
 
     def using(self, policy: Policy) -> AbstractContextManager[None]:
         """Ask another policy inside the block."""
@@ -144,7 +157,7 @@ class RoutedPass(Driver):
     def end(self) -> None:
         """Keep the route if this pass decided one."""
         if self.route:
-            self.driver.last_route = self.route
+            self.driver.keep(self.route)
 
     def _pinned(self, entry: RoutedCacheLayer | None, layer: int) -> tuple[int, ...] | None:
         if layer < len(self.route):  # a checkpointed layer, recomputed in the backward pass

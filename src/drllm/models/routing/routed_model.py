@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from drllm.config import ModelConfig
 from drllm.errors import CheckpointError, ConfigError, RoutingError
+from drllm.listener import Listener
 from drllm.models.base import hub as base_hub
 from drllm.models.base import load as loading
 from drllm.models.base.layers import base_of
@@ -73,14 +75,23 @@ def detach(model: Any) -> Any:
 
 
 @contextmanager
-def detached(model: Any) -> Iterator[Any]:
-    """Take whatever routing is on a model off inside the block, which gets the model."""
-    model = model.model if isinstance(model, RoutedModel) else model
-    put_back = _take_off(model)
-    try:
-        yield model
-    finally:
-        put_back()
+def unrouted(model: Any, tokenizer: Any = None, listener: Listener | None = None) -> Iterator[Any]:
+    """Yield the base model of whatever a stage is given, without routing inside the block.
+
+    That is settings or a name, which are loaded here; what `load` returns; or a model of
+    transformers or a `RoutedModel`, whose routing is put back after the block.
+    """
+    with ExitStack() as stack:
+        if isinstance(model, (str, ModelConfig)):
+            stack.enter_context(base_hub.quiet())
+            name = model if isinstance(model, str) else model.model
+            with (listener or Listener()).busy(f"loading {name}"):
+                model = loading.load(model)
+        if isinstance(model, RoutedModel):
+            model, tokenizer = model.model, model.tokenizer if tokenizer is None else tokenizer
+        base = loading.as_base_model(model, tokenizer)
+        stack.callback(_take_off(base.model))
+        yield base
 
 
 def _take_off(model: Any) -> Callable[[], None]:
@@ -250,10 +261,10 @@ class RoutedModel:
 
     @property
     def last_route(self) -> Tensor:
-        """The decisions of the last prompts that passed, int `[B, L]`.
+        """The decisions of the last prompts that passed in this thread, int `[B, L]`.
 
-        `generate` lays out a row for every beam and every answer, so B counts these. Threads that
-        share this model share it too: it is the route of whichever pass ended last, in any thread.
+        `generate` lays out a row for every beam and every answer, so B counts these. In a thread in
+        which none has passed it is the last route of any thread, and of a compiled model always.
 
         Raises:
             RoutingError: No prompt has passed yet.

@@ -181,9 +181,8 @@ class ChoiceBatch:
             policy = _OncePerQuestion(policy, self._places)
         with driver.using(policy), driver.reading(self._whole.context):
             scores = self._whole_scores(self._whole_logits(), greedy=True)
-        driver.last_route = [  # one row for each question
-            tuple([layer[places[0]] for places in self._places]) for layer in driver.last_route
-        ]
+        rows = [places[0] for places in self._places]  # one for each question
+        driver.keep([tuple([layer[row] for row in rows]) for layer in driver.last_route])
         return scores, self.routed.last_route
 
     def path_logprobs(
