@@ -8,6 +8,7 @@ font; a PNG has the light scheme's colours. The variables' values are in `templa
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -128,25 +129,15 @@ def whole_numbers(axes: Axes) -> None:
 
 
 def apart(places: Sequence[float], least: float) -> list[float]:
-    """Move places up and down as little as needed, so that neighbours are so far apart.
+    """Push places up and down until neighbours are so far apart, but for a rounding error.
 
     Example:
-        >>> apart([5.0, 1.0, 1.0], 2.0)
+        >>> [round(place, 3) for place in apart([5.0, 1.0, 1.0], 2.0)]
         [5.0, 0.0, 2.0]
     """
-    order = sorted(range(len(places)), key=places.__getitem__)
-    groups: list[list[int]] = []  # those that touch, each in order; the lowest first
-    for place in order:
-        groups.append([place])
-        while len(groups) > 1:
-            below, above = (_spread(places, each, least) for each in groups[-2:])
-            if above[0] - below[-1] >= least:
-                break
-            groups[-2:] = [groups[-2] + groups[-1]]
-    moved = [value for group in groups for value in _spread(places, group, least)]
-    return [moved[order.index(place)] for place in range(len(places))]
-
-
-def _spread(places: Sequence[float], group: Sequence[int], least: float) -> list[float]:
-    middle = sum(places[place] for place in group) / len(group)
-    return [middle + least * (number - (len(group) - 1) / 2) for number in range(len(group))]
+    order, found = sorted(range(len(places)), key=places.__getitem__), list(places)
+    for _ in range(20 * len(places) ** 2):
+        for below, above in itertools.pairwise(order):
+            push = max(0.0, least - (found[above] - found[below])) / 2
+            found[below], found[above] = found[below] - push, found[above] + push
+    return found

@@ -49,7 +49,8 @@ def _tile(title: str, verdict: Verdict, unit: str, note: str) -> Tile:
 def sections(evaluation: Evaluation) -> list[Section]:
     """Return the plot, the table of systems, and the certified choice, if one was asked for."""
     found = [Section("Accuracy over layers run", [_plot(evaluation)])]
-    found.append(_systems(evaluation))
+    values = {"evaluation": evaluation}
+    found.append(Section("Systems", template="table.j2", values=values))
     if choice := evaluation.choice:
         *sentences, verdict = choice.sentences()
         found.append(
@@ -74,23 +75,13 @@ def _plot(evaluation: Evaluation) -> Figure:
     )
 
 
-def _systems(evaluation: Evaluation) -> Section:
-    """Return the table of systems, the best first, and what the evaluation found besides."""
-    aside = set(evaluation.choice.sentences()) if evaluation.choice else set()
-    also = [each for each in evaluation.findings[1:] if each not in aside]
-    values = {"evaluation": evaluation, "also": also}
-    return Section("Systems", template="table.j2", values=values)
-
-
 def details(evaluation: Evaluation) -> list[Section]:
     """Return what is shown on request: what the systems are, and all depths in numbers."""
-    parts = {"What the systems are": "systems.j2"}
-    parts |= {"All depths in numbers": "depths.j2"} if evaluation.curve else {}
     values = {"evaluation": evaluation}
-    return [
-        Section(title, folded=True, template=template, values=values)
-        for title, template in parts.items()
-    ]
+    found = [Section("What the systems are", (), 2, True, "systems.j2", values)]
+    if evaluation.curve:
+        found.append(Section("All depths in numbers", (), 2, True, "depths.j2", values))
+    return found
 
 
 def side_by_side(what: str, named: Sequence[tuple[str, Evaluation]], caption: str) -> Section:

@@ -33,9 +33,7 @@ def places(evaluation: Evaluation) -> dict[str, list[System | Point]]:
 
     The depth that the routers were trained for is one of them.
     """
-    found: dict[str, list[System | Point]] = {}
-    for system in evaluation.systems:
-        found.setdefault(system.name, []).append(system)
+    found: dict[str, list[System | Point]] = {each.name: [each] for each in evaluation.systems}
     for point in evaluation.curve:
         if point.system != BASE:
             found.setdefault(point.system, []).append(point)
@@ -61,9 +59,8 @@ def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: floa
     share = min(0.6, (LETTER * max(map(len, names.values()), default=0) + 0.3) / (width - 0.6))
     room = (right - left) * share / (1 - share)
     axes.set_xlim(left - room, right + 0.03 * (right - left + room))
-    heights = [
-        100 * value for points in found.values() for each in points for value in each.interval
-    ]
+    intervals = (each.interval for points in found.values() for each in points)
+    heights = [100 * end for interval in intervals for end in interval]
     heights += [100 * evaluation.chance] * (evaluation.chance > 0)
     low, high = min(heights), max(heights)
     space = 0.06 * (high - low) or 1.0
@@ -87,28 +84,19 @@ def accuracy_by_executions(evaluation: Evaluation, colours: Colours, width: floa
         stands_out = name in LOOKS
         xs, ys = zip(*((each.executions, 100 * each.accuracy) for each in points), strict=True)
         look: dict[str, Any] = {"color": colours[colour], "zorder": 3 if stands_out else 2}
-        if name == ROUTED:
-            lows, highs = zip(
-                *((100 * a, 100 * b) for a, b in (each.interval for each in points)), strict=True
-            )
-            axes.vlines(xs, lows, highs, linewidth=1.8, **look)
         axes.plot(xs, ys, f"{marker}-", markersize=7 if name == ROUTED else 4.5, **look)
-        weight = "bold" if name == ROUTED else "normal"
         edge = left - 0.09 * room
         axes.plot([edge, xs[0]], [place, ys[0]], color=colours["grid"], linewidth=0.8, zorder=1)
-        axes.text(
-            edge - 0.015 * room,
-            place,
-            names[name],
-            color=colours[colour if stands_out else "ink"],
-            ha="right",
-            va="center",
-            fontweight=weight,
-        )
+        look = {"fontweight": "bold" if name == ROUTED else "normal", "ha": "right"}
+        ink = colours[colour if stands_out else "ink"]
+        axes.text(edge - 0.015 * room, place, names[name], color=ink, va="center", **look)
     base = evaluation.base
-    low, high = (100 * end for end in base.interval)
-    axes.vlines([base.executions], [low], [high], color=colours["s0"], linewidth=1.8)
     axes.plot([base.executions], [100 * base.accuracy], "o", color=colours["s0"], markersize=7)
+    for name in (BASE, ROUTED):
+        for each in found.get(name, ()):
+            low, high = (100 * end for end in each.interval)
+            colour = colours[LOOKS[name][0]]
+            axes.vlines([each.executions], [low], [high], color=colour, linewidth=1.8)
     said = f"base  {100 * base.accuracy:.1f} %"
     at = (base.executions, 100 * base.accuracy)
     axes.annotate(said, at, (-7, 4), color=colours["s0"], fontweight="bold", **beside)

@@ -15,6 +15,9 @@ from drllm.reporting.numbers import plain
 from drllm.reporting.run import Run
 from drllm.supervision.summary import class_counts, edit_effects, summarise
 
+MIN_QUESTIONS = 5
+"""Single edits that were tried on fewer questions aren't named as best or worst."""
+
 
 def sections(run: Run) -> list[Section]:
     """Return the sections on search and routers, as far as there are files for them."""
@@ -27,12 +30,13 @@ def sections(run: Run) -> list[Section]:
 
 
 def _searched(run: Run) -> dict[str, Any]:
-    counts = summarise(run.search, run.supervision, {})
+    counts = summarise(run.search, (), {})
     targets = [record.optimal_layer_config for record in run.supervision]
     lengths = sorted(map(num_executions, targets))
 
     def edits(decision: Decision) -> Any:
-        effects = edit_effects(run.search, decision)
+        tried = edit_effects(run.search, decision)
+        effects = [effect for effect in tried if effect.questions >= MIN_QUESTIONS]
         return sorted(effects, key=lambda effect: (-effect.reward, effect.layer))
 
     return {

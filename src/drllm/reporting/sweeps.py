@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 SCHEMA = "drllm.sweep"
 SWEEP_FILE = "sweep.json"
-ROW, FRAME = 0.21, 0.9
-"""Inches that a setting takes, and the axis with its title."""
 
 
 class Placed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -125,7 +123,7 @@ def drawn(candidates: Sequence[Candidate], colours: Colours, width: float) -> Fi
     """Draw each setting's losses in a row, depths in colours of their own, with 95 % intervals."""
     depths = list(dict.fromkeys((p.task, p.depth) for each in candidates for p in each.places))
     several = len({task for task, _ in depths}) > 1
-    height = FRAME + ROW * len(candidates) * max(1, len(depths) / 2)
+    height = 0.9 + 0.21 * len(candidates) * max(1, len(depths) / 2)  # inches
     figure, (left, right) = panels(1, 2, width, height, sharey=True)
     for axes, key, scale, label in (
         (left, "accuracy", 100, "accuracy,\npoints"),
