@@ -158,7 +158,7 @@ class SuperviseConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
-    """The routers and their training; warm-up and class weights are what was measured best."""
+    """The routers and their training: the paper's numbers, but for warm-up and class weights."""
 
     num_epochs: int = basic(25, "passes over the targets (paper: 25)", minimum=1)
     learning_rate: float = basic(1e-3, "peak of the cosine schedule (paper: 1e-3)", above=0.0)
