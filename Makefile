@@ -19,7 +19,7 @@ VERSIONS := oldest 5.0 newest
 VERSION_ENVS := $(VERSIONS:%=.venvs/%/pyvenv.cfg)
 VERSION_STAMPS := $(VERSIONS:%=.venvs/%/.set-up)
 OLDEST_PYTHON ?= $(shell for python in python3.10 "$$HOME"/.pyenv/versions/3.10.*/bin/python \
-	python3.11 python3.12 $(PYTHON); \
+	python3.11 $(PYTHON); \
 	do "$$python" -c 'import ensurepip' 2>/dev/null && echo "$$python" && break; done)
 EVERY := -m "thorough or not thorough"
 EVERY_SHORT := -m "(thorough or not thorough) and not hour"
