@@ -112,10 +112,12 @@ def load(model: ModelConfig | str, **options: Any) -> BaseModel:
                 "--attn-implementation: "
                 + unknown_name("attention implementation", attention, known)
             )
-    if config.model in ALIASES:
-        config = _without_alias(config)
+    given, config = config.model, _without_alias(config)
     with hub.quiet():
         source, revision = _locate(config, options)
+        if config.model != given:
+            said = "%s isn't installed, so %s is the hub's %s, whose weights are others"
+            logger.warning(said, smollm2.DISTRIBUTION, given, config.model)
         loaded, tokenizer = _open(source, revision, dtype, config, options)
     try:
         if options.get("device_map") is None:
@@ -217,13 +219,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def _without_alias(config: ModelConfig) -> ModelConfig:
     """Return the config, with the hub's model by its own name where the packaged isn't there."""
     name, revision = config.model, config.revision
+    if name not in ALIASES:
+        return config
     if revision is not None or config.trust_remote_code:
         flag = "--trust-remote-code" if revision is None else "--revision"
         raise ConfigError(f"{flag} has no effect on {name!r}, which is an alias; leave it out")
     if smollm2.folder() is not None:
         return config
-    said = "%s isn't installed, so %s is the hub's %s, whose weights differ from the packaged ones"
-    logger.warning(said, smollm2.DISTRIBUTION, name, smollm2.HUB_ID)
     return dataclasses.replace(config, model=smollm2.HUB_ID)
 
 
