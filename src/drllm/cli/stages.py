@@ -44,6 +44,7 @@ from drllm.records.search import SearchRecords
 from drllm.records.supervision import check_targets
 from drllm.search.questions import SearchQuestion, questions_of
 from drllm.supervision.select import check_settings, supervise, targets, write
+from drllm.tasks.base import Task
 from drllm.tasks.files import FileTask
 from drllm.tasks.registry import get_tasks
 
@@ -71,7 +72,7 @@ def search(request: Request, terminal: Terminal) -> None:
     questions = questions_of(None, config)
     check_settings(targets_config, {question.task for question in questions}, config)
     check_folder(folder, "--output-dir")
-    _say_splits(config.dataset, terminal)
+    _say_splits(get_tasks(config.dataset), terminal)
     if request.values["dry_run"]:
         _say_forecast(questions, request, terminal)
         return
@@ -92,9 +93,9 @@ def search(request: Request, terminal: Terminal) -> None:
         _supervise(found, found.file, targets_config, supervision, terminal)
 
 
-def _say_splits(tasks: str, terminal: Terminal) -> None:
+def _say_splits(tasks: Sequence[Task], terminal: Terminal) -> None:
     """Say how the questions of files are divided, which follows from their texts."""
-    for task in get_tasks(tasks):
+    for task in tasks:
         if isinstance(task, FileTask):
             parts = {split: len(task.examples(split)) for split in SPLITS}
             shown = ", ".join(f"{number} in {split}" for split, number in parts.items())
@@ -279,7 +280,7 @@ def evaluate_verb(request: Request, terminal: Terminal) -> None:
     tasks = tasks_of(config)
     check_folder(output, "--output-dir")
     check_output(output)
-    _say_splits(config.tasks, terminal)
+    _say_splits(tasks, terminal)
     read = [read_routers(place) for place in request.paths("routers")]
     folders = [folder for folder, _ in read]
     with loaded(model_of(request, read[0][1]), terminal) as base:

@@ -351,7 +351,9 @@ class EvaluateConfig(Settings):
     """What is evaluated, on which questions, against which baselines."""
 
     tasks: str = basic(
-        "builtin_facts", "tasks (comma list), or a .jsonl file of your own", value="TASKS"
+        "builtin_facts",
+        "tasks (comma list), ours or the harness' own, or a .jsonl file of your own",
+        value="TASKS",
     )
     data_dir: str | None = incidental(None, "folder with SPLIT.jsonl[.gz] files by task")
     split: str = basic("test", "which questions", choices=SPLITS)

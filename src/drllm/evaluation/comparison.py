@@ -19,6 +19,7 @@ from drllm.evaluation.baselines.registry import depths, named
 from drllm.evaluation.flops import ModelShape
 from drllm.evaluation.lm_eval.folders import task_folder
 from drllm.evaluation.lm_eval.model import RoutedLM
+from drllm.evaluation.lm_eval.stock import StockTask
 from drllm.evaluation.lm_eval.task import AskedTask
 from drllm.evaluation.questions import chosen_on, sources_of, worked_task
 from drllm.evaluation.systems import Answered, Keep, SystemRun, TaskRun
@@ -93,7 +94,16 @@ class Shared:
         self._total = self._done = 0
 
     def asked(self, task: Task, split: str, limit: int | None, use: str = "") -> AskedTask:
-        """Return the questions of a task, by way of a task folder; one for each use of a split."""
+        """Return the questions of a task, by way of a task folder; one for each use of a split.
+
+        The harness' own tasks need no folder.
+        """
+        if isinstance(task, StockTask):
+            stock, places = task.asked(limit, self.config.seed, self.config.num_fewshot)
+            chat = self.config.chat
+            return self._expected(
+                AskedTask(stock, task.tasks, self.lm, chat=chat, places=places), split, limit
+            )
         folder = self.output / TASKS_FOLDER / f"{use}{split}"
         [written], files = task_folder(
             [task],
@@ -106,7 +116,11 @@ class Shared:
         )
         files.write(folder)
         asked = AskedTask(written, folder, self.lm, chat=self.config.chat)
-        questions = f"{task.name}, {limit or 'all'} of {split}"
+        return self._expected(asked, split, limit)
+
+    def _expected(self, asked: AskedTask, split: str, limit: int | None) -> AskedTask:
+        """Refuse to resume where other questions were asked."""
+        questions = f"{asked.written.name}, {limit or 'all'} of {split}"
         self.chunks.expect(questions, {"questions_sha256": asked.digest()})
         return asked
 

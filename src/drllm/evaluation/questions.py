@@ -6,6 +6,7 @@ model is loaded. Loads no torch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from drllm.extras import need
 from drllm.records.results import EVALUATION_SCHEMA, LATENCY_FILE, results_in, schema_of
 from drllm.statistics.non_inferiority import FEWEST_TEXTS
 from drllm.tasks.base import Task
-from drllm.tasks.registry import get_task, get_tasks
+from drllm.tasks.registry import get_task, get_tasks, is_task_name
 from drllm.tasks.rewards import check_installed
 
 
@@ -31,9 +32,9 @@ def tasks_of(
     """
     need("eval", "an evaluation")
     if given is None or isinstance(given, str):
-        given = get_tasks(config.tasks if given is None else given)
-    wanted = [given] if isinstance(given, Task) else given
-    tasks = [get_task(task) if isinstance(task, str) else task for task in wanted]
+        names = config.tasks if given is None else given
+        given = [name.strip() for name in names.split(",") if name.strip()]
+    tasks = _tasks([given] if isinstance(given, Task) else given)
     check(config)
     if config.epsilon is not None and config.num_texts < FEWEST_TEXTS:
         raise ConfigError(
@@ -53,7 +54,7 @@ def tasks_of(
             if name not in known:
                 raise ConfigError(f"{setting}: " + unknown_name("task", name, known))
     for task in tasks:
-        if task.harness is None:  # asked and graded as in a search
+        if task.harness is None and task.rewards:  # asked and graded as in a search
             check_installed(task.rewards[0])
         _check_examples(task, config.split_of(task.name), config.data_dir)
     sources = sources_of(tasks, config)
@@ -66,6 +67,24 @@ def tasks_of(
         for source in sources.values():
             _check_examples(source, chosen_on(source, config), config.data_dir)
     worked_task(config, tasks)
+    return tasks
+
+
+def _tasks(given: Sequence[Task | str]) -> list[Task]:
+    """Return tasks by name: ours, the questions of a file, else the harness' own."""
+    tasks: list[Task] = []
+    for each in given or [""]:
+        if isinstance(each, Task):
+            tasks.append(each)
+        elif is_task_name(each) or not each:
+            tasks += get_tasks(each)
+        else:
+            from drllm.evaluation.lm_eval.stock import StockTask  # which loads the harness
+
+            tasks.append(StockTask(each))
+    for name, count in Counter(task.name for task in tasks).items():
+        if count > 1:
+            raise TaskError(f"task {name!r} is named twice; name it once, or rename a file")
     return tasks
 
 

@@ -6,7 +6,6 @@ Axes: P prompts, L layers.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from drllm.config import DepthConfig, ModelConfig
 from drllm.errors import CheckpointError, ConfigError, RoutingError, unknown_name
 from drllm.evaluation.lm_eval.requests import Request, fitted, without_padding
 from drllm.evaluation.lm_eval.scoring import Answer, Counts, RequestScorer
+from drllm.listener import quiet
 from drllm.models.base.load import BaseModel, load
 from drllm.models.routers import hub
 from drllm.models.routers.checkpoint import CONFIG_FILE, load_routers
@@ -394,15 +394,3 @@ def _not_there(pretrained: str | BaseModel) -> str:
     """Say that there is no such folder, where a name looks like one: not for an alias."""
     folder = Path(pretrained) if isinstance(pretrained, str) else Path()
     return "" if folder.exists() or len(folder.parts) == 1 else " (there is no such folder)"
-
-
-@contextmanager
-def quiet(name: str) -> Iterator[None]:
-    """Keep a logger of the harness from warning of what is meant here."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -19,9 +19,11 @@ from lm_eval.tasks import TaskManager
 from drllm.errors import ModelError, TaskError
 from drllm.evaluation.baselines.fitting.measures import log_share
 from drllm.evaluation.lm_eval.folders import HarnessTask
-from drllm.evaluation.lm_eval.model import RoutedLM, quiet
+from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.lm_eval.requests import Request
 from drllm.evaluation.lm_eval.scoring import Answer
+from drllm.evaluation.lm_eval.stock import golds_of
+from drllm.listener import quiet
 
 Key: TypeAlias = tuple[str, int]
 """Which question: the harness' task, and the row's number there."""
@@ -34,10 +36,11 @@ class AskedTask:
     """The questions of one task, as the harness renders them.
 
     Args:
-        written: An entry of `task_folder`.
-        folder: The folder that it was written to.
+        written: An entry of `task_folder`, or what a `StockTask` is asked.
+        source: The folder that it was written to, or the harness' own tasks.
         lm: Whose tokenizer and chat template are used.
         chat: Ask through the chat template, worked examples as turns.
+        places: Which questions of each of the tasks are asked; None asks all.
 
     Attributes:
         keys: Of the questions, in the order of their rows.
@@ -48,7 +51,15 @@ class AskedTask:
         TaskError: Prompts that the model's context has no room for.
     """
 
-    def __init__(self, written: HarnessTask, folder: Path, lm: RoutedLM, *, chat: bool) -> None:
+    def __init__(
+        self,
+        written: HarnessTask,
+        source: Path | Mapping[str, Any],
+        lm: RoutedLM,
+        *,
+        chat: bool,
+        places: Mapping[str, list[int]] | None = None,
+    ) -> None:
         self.written = written
         self._lm = lm
         self._tasks: dict[str, Any] = {}
@@ -57,11 +68,15 @@ class AskedTask:
         self.docs: list[Mapping[str, Any]] = []
         # The harness and `datasets` tell how they read a task, in bars of their own.
         with quiet("lm_eval"), redirect_stderr(io.StringIO()):
-            manager = TaskManager(include_path=str(folder), include_defaults=False)
-            self._tasks |= manager.load([written.harness_name])["tasks"]
-            for task in self._tasks.values():
+            if isinstance(source, Path):
+                manager = TaskManager(include_path=str(source), include_defaults=False)
+                self._tasks |= manager.load([written.harness_name])["tasks"]
+            else:
+                self._tasks |= {name: source[name] for name in written.leaves}
+            for name, task in self._tasks.items():
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)
                 task.build_all_requests(
+                    samples=places[name] if places else None,
                     rank=0,
                     world_size=1,
                     apply_chat_template=chat,
@@ -83,7 +98,8 @@ class AskedTask:
     @property
     def ids(self) -> list[str]:
         """Our id of each question."""
-        return [str(doc["drllm_id"]) for doc in self.docs]
+        ours = (example.id for example in self.written.examples)
+        return [str(doc.get("drllm_id", own)) for doc, own in zip(self.docs, ours, strict=True)]
 
     def digest(self) -> str:
         """Return a hash of all that is asked and of what the answers are graded by."""
@@ -105,15 +121,14 @@ class AskedTask:
         return [self._lm.tok_encode(prompt) for prompt in self.prompts()]
 
     def gold(self, place: int) -> int:
-        """Return which option of the question at a place is right, where just one is."""
+        """Return which option of the question at a place is right, the first of several."""
+        return self._golds(place)[0]
+
+    def _golds(self, place: int) -> list[int]:
         name, _ = self.keys[place]
-        task, doc = self._tasks[name], self.docs[place]
-        gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-        if isinstance(gold, str):
-            gold = task.doc_to_choice(doc).index(gold)
-        if not isinstance(gold, int):
-            raise TaskError(f"{name} has no single right option (row {place}: {gold!r})")
-        return gold
+        if found := golds_of(self._tasks[name], self.docs[place]):
+            return found
+        raise TaskError(f"{name} has no right option in row {place}; leave the task out")
 
     def text(self, place: int) -> Request:
         """Return a question with its right answer as a text whose next-token loss can be read.
@@ -153,9 +168,13 @@ class AskedTask:
         for (name, _), doc, instances in zip(self.keys, self.docs, self.instances, strict=True):
             answered = [each.filtered_resps[self.written.filter] for each in instances]
             metrics = self._tasks[name].process_results(doc, answered)
-            graded.append(
-                {m: float(v) for m, v in metrics.items() if isinstance(v, (bool, int, float))}
-            )
+            scores = {m: float(v) for m, v in metrics.items() if isinstance(v, (bool, int, float))}
+            if not 0 <= scores.get(self.written.metric, -1.0) <= 1:
+                raise TaskError(
+                    f"task {name!r} scores an answer {metrics.get(self.written.metric)} by "
+                    f"{self.written.metric}, not from 0 to 1; 'drllm lm-eval run' takes it"
+                )
+            graded.append(scores)
         return graded
 
     def answer(self, place: int, answers: Sequence[Answer | str]) -> int | str:
@@ -171,4 +190,5 @@ class AskedTask:
     def gold_logprob(self, place: int, answers: Sequence[Answer | str]) -> float:
         """Return the gold option's log-probability among the options of a question, in nats."""
         sums = [answer[0] for answer in answers if not isinstance(answer, str)]
-        return log_share(sums, self.gold(place))
+        first, *others = (log_share(sums, gold) for gold in self._golds(place))
+        return math.log(sum(map(math.exp, (first, *others)))) if others else first

@@ -16,6 +16,7 @@ import yaml
 
 from drllm.errors import TaskError
 from drllm.extras import need
+from drllm.listener import quiet
 from drllm.records import question_key, split_of
 from drllm.records.splits import BOUNDS
 from drllm.tasks.base import (
@@ -188,9 +189,10 @@ class PublishedTask(Task):
         import datasets
 
         try:
-            rows = datasets.load_dataset(
-                repository, self.config, split=self.hub_files.get(file, file)
-            )
+            with quiet("huggingface_hub", "datasets"):  # the error says it in one line
+                rows = datasets.load_dataset(
+                    repository, self.config, split=self.hub_files.get(file, file)
+                )
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             # Offline, gated and missing sets are OSErrors; a configuration or split that the
             # repository or the cache lacks is a ValueError; files it can't read are the third.

@@ -1,0 +1,161 @@
+"""Tasks of the harness itself: asked and scored as it does, question by question."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lm_eval import simple_evaluate
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
+
+from drllm.config import EvaluateConfig
+from drllm.errors import TaskError
+from drllm.evaluation.lm_eval.model import RoutedLM
+from drllm.evaluation.lm_eval.stock import StockTask
+from drllm.evaluation.questions import tasks_of
+from drllm.evaluation.run import evaluate
+from drllm.models.base.identity import fingerprint
+from drllm.models.base.load import BaseModel
+from drllm.records.results import read_results
+from slow_way import tiny_routers
+
+ROWS = [
+    {"q": f"Is {one} larger than {other}?", "yes": int(one > other)}
+    for one in range(4)
+    for other in range(3)
+]
+METRIC = {"aggregation": "mean", "higher_is_better": True}
+OPTIONS = {
+    "task": "larger",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{q}}\nAnswer:",
+    "doc_to_target": "{{yes}}",
+    "doc_to_choice": ["no", "yes"],
+    "num_fewshot": 2,
+    "metric_list": [{"metric": name, **METRIC} for name in ("acc_norm", "acc")],
+}
+GENERATED = {
+    "task": "says",
+    "output_type": "generate_until",
+    "doc_to_text": "{{q}}",
+    "doc_to_target": "{{yes}}",
+    "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 4},
+    "metric_list": [{"metric": "exact_match", **METRIC}],
+}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama: Any, tiny_tokenizer: Any) -> BaseModel:
+    model = tiny_llama(max_position_embeddings=1024)
+    return BaseModel(model=model, tokenizer=tiny_tokenizer, name="tiny", revision=None)
+
+
+@pytest.fixture
+def task_file(tmp_path: Path) -> Any:
+    """A function that writes a task file of the harness, and returns its name."""
+
+    def write(settings: dict[str, Any], rows: list[dict[str, Any]] = ROWS, **changes: Any) -> str:
+        data, file = tmp_path / "rows.jsonl", tmp_path / f"{settings['task']}.yaml"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        kwargs = {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")}
+        source = {"dataset_path": "json", "dataset_kwargs": kwargs, "test_split": "test"}
+        file.write_text(yaml.safe_dump({**settings, **source, **changes}))
+        return str(file)
+
+    return write
+
+
+def routers_of(base: BaseModel) -> Any:
+    return tiny_routers(
+        3, router_width=128, num_windows=8, base_fingerprint=fingerprint(base.model)
+    )
+
+
+def config_of(tasks: str, **values: Any) -> EvaluateConfig:
+    few = {"latency_rounds": 0, "num_texts": 4, "baselines": "permuted-routes", **values}
+    return EvaluateConfig(tasks=tasks, **few)
+
+
+@pytest.mark.parametrize("settings", [OPTIONS, GENERATED])
+def test_base_scores_what_the_harness_scores_and_every_system_has_every_question(
+    settings: dict[str, Any], base: BaseModel, task_file: Any, tmp_path: Path
+) -> None:
+    name = task_file(settings)
+    config = config_of(name, num_random_draws=2)
+    [result] = evaluate(base, config=config, output=tmp_path / "eval", routers=routers_of(base))
+    lm, manager = RoutedLM(base, batch_size=4), TaskManager(include_defaults=False)
+    try:
+        theirs = simple_evaluate(lm, tasks=[name], task_manager=manager, bootstrap_iters=0)
+    finally:
+        lm.routed.detach()
+    assert theirs is not None
+    metric = "exact_match" if settings is GENERATED else "acc"
+    expected = theirs["results"][settings["task"]]
+    assert (result.task, result.num_questions, result.metric) == (settings["task"], 12, metric)
+    assert result.num_fewshot == settings.get("num_fewshot", 0)
+    assert result.base.metrics == {
+        each["metric"]: pytest.approx(expected[f"{each['metric']},none"])
+        for each in settings["metric_list"]
+    }
+    assert [system.name for system in result.systems] == ["base", "routed", "permuted routes"]
+    [read] = read_results(tmp_path / "eval")
+    assert len({sample.id for sample in read.samples}) == 12
+    first = read.samples[0]
+    assert first.question.startswith("Is 0 larger than 0?")
+    assert first.choices == (("no", "yes") if settings is OPTIONS else ())
+
+
+def test_a_limit_draws_questions_and_any_of_several_right_options_counts(
+    base: BaseModel, task_file: Any, tmp_path: Path
+) -> None:
+    name = task_file(OPTIONS, [{**row, "yes": "[0, 1]"} for row in ROWS])
+    config = config_of(name, limit=5, baselines="none", num_fewshot=0)
+    [result] = evaluate(base, config=config, routers=routers_of(base))
+    assert (result.num_questions, result.num_fewshot) == (5, 0)
+    assert result.base.accuracy == 1
+    assert result.base.gold_logprob == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_type": "loglikelihood_rolling"}, "asks for loglikelihood_rolling"),
+        ({"unsafe_code": True}, "runs code"),
+    ],
+)
+def test_what_an_evaluation_does_not_do_is_refused_by_name(
+    changes: dict[str, Any], message: str, task_file: Any
+) -> None:
+    with pytest.raises(TaskError, match=message):
+        StockTask(task_file(OPTIONS, **changes))
+
+
+def test_nothing_is_fitted_on_questions_that_are_reported(task_file: Any) -> None:
+    name = task_file(OPTIONS)
+    for values in ({"split": "select"}, {"curve": "0.1"}):
+        with pytest.raises(TaskError, match="has only the questions that it reports"):
+            tasks_of(config_of(name, **values))
+    fitted_on = {"larger": "builtin_facts"}
+    assert tasks_of(config_of(name, curve="0.1", fitted_on=fitted_on))[0].name == "larger"
+
+
+def test_an_unknown_name_and_a_set_that_cannot_be_reached_are_one_line_each(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(TaskError, match="unknown task 'boolqq'; did you mean 'boolq'"):
+        tasks_of(config_of("boolqq"))
+
+    def unreached(*_: Any, **__: Any) -> None:
+        logging.getLogger("huggingface_hub").warning("Retrying in 1s")
+        raise ConnectionError("Couldn't reach the Hub\n(offline)")
+
+    monkeypatch.setattr(ConfigurableTask, "download", unreached)
+    with pytest.raises(TaskError, match="'boolq' of the harness can't be had") as caught:
+        tasks_of(config_of("boolq"))
+    assert "\n" not in str(caught.value)
+    assert "Retrying" not in "".join(capfd.readouterr())
