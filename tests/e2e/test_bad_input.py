@@ -10,6 +10,7 @@ one (`NAME: OLD -> NEW`) or one of the functions below (`NAME: @FUNCTION`).
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -468,6 +469,7 @@ def test_a_mistake_is_answered_by_one_line_and_nothing_is_written(
         request.getfixturevalue("small_harness")
     folder = working(case)
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
     before = listing(folder)
 
     status = main(words)
