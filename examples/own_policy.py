@@ -14,11 +14,7 @@ import argparse
 
 import torch
 
-from drllm.config import ModelConfig
-from drllm.models.base.load import load
-from drllm.models.routing.policies import POLICIES, FullPolicy, Policy, PromptView
-from drllm.models.routing.routed_model import RoutedModel
-from drllm.paths import num_executions
+import drllm
 
 PROMPTS = (
     "Question: What is the capital of France?\nAnswer:",
@@ -27,14 +23,14 @@ PROMPTS = (
 )
 
 
-@POLICIES.register("settled")
-class SettledPolicy(Policy):
+@drllm.POLICIES.register("settled")
+class SettledPolicy(drllm.Policy):
     """Skip a layer where the one before it hardly changed the prompt's end; never two in a row."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
 
-    def decide(self, layer: int, prompts: PromptView) -> torch.Tensor:
+    def decide(self, layer: int, prompts: drllm.PromptView) -> torch.Tensor:
         """Return 0 where the prompt's end has settled, else 1."""
         end = prompts.windows(4).means[:, -1]  # [B, D]; zeros where a prompt has under 4 tokens
         if layer == 0:
@@ -56,12 +52,12 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, default=0.985, help="a cosine")
     parser.add_argument("--max-new-tokens", type=int, default=12)
     options = parser.parse_args()
-    base = load(ModelConfig(model=options.model))
-    routed = RoutedModel(base.model)
+    base = drllm.load(options.model)
+    routed = drllm.attach(base)
     for prompt in options.prompts:
         print(repr(prompt))
         inputs = base.tokenizer(prompt, return_tensors="pt").to(base.model.device)
-        for policy in (FullPolicy(), SettledPolicy(options.threshold)):
+        for policy in (drllm.FullPolicy(), SettledPolicy(options.threshold)):
             with routed.using(policy):
                 output = routed.generate(
                     **inputs,
@@ -72,7 +68,7 @@ def main() -> None:
             [route] = routed.last_route.tolist()
             answer = base.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
             skipped = [layer for layer, decision in enumerate(route) if decision == 0]
-            print(f"  {type(policy).__name__}: {num_executions(route)} layers, skipped {skipped}")
+            print(f"  {type(policy).__name__}: {sum(route)} layers, skipped {skipped}")
             print(f"    {answer!r}")
 
 

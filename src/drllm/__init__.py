@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # for type checkers and editors; the same as below
     from drllm.models.routing.policies import FixedPolicy as FixedPolicy
     from drllm.models.routing.policies import FullPolicy as FullPolicy
     from drllm.models.routing.policies import Policy as Policy
+    from drllm.models.routing.policies import PromptView as PromptView
     from drllm.models.routing.policies import RouterPolicy as RouterPolicy
     from drllm.models.routing.routed_model import RoutedModel as RoutedModel
     from drllm.models.routing.routed_model import attach as attach
@@ -61,7 +62,7 @@ _NAMES = {
     "models.routers.depth_control": "find_depth_bias",
     "models.routers.stack": "RouterConfig RouterStack",
     "models.routing.batch_generation": "generate_many",
-    "models.routing.policies": "POLICIES FixedPolicy FullPolicy Policy RouterPolicy",
+    "models.routing.policies": "POLICIES FixedPolicy FullPolicy Policy PromptView RouterPolicy",
     "models.routing.routed_model": "RoutedModel attach detach",
     "paths": "sketch to_decisions to_path",
     "reporting.stage": "report",

@@ -28,14 +28,12 @@ from drllm.pipeline.recipes import Recipe, read_recipe
 from drllm.records import (
     SCHEMA_VERSION,
     read_json,
-    read_supervision,
     rejected_path,
     sha256,
     write_atomically,
     write_json,
 )
 from drllm.records.places import check_folder
-from drllm.records.supervision import check_targets
 from drllm.tasks.base import Example, Task, choose
 from drllm.tasks.registry import get_task
 
@@ -280,9 +278,7 @@ class RunFolder:
         from drllm.training.stage import train
         from drllm.training.targets import REJECTED_FILE
 
-        base, targets = self.load(), read_supervision(supervision)
-        rewards = check_targets([supervision], base.identity)
-        train(base, targets, config, self.routers, rewards=rewards, listener=self.listener)
+        train(self.load(), supervision, config, self.routers, listener=self.listener)
         names = [*ROUTER_FILES, "README.md", "config.json", "metrics.jsonl", "layers.json"]
         files = [folder / name for folder in self.seeds for name in names]
         rejected = self.routers / REJECTED_FILE
