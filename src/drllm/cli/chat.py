@@ -135,9 +135,11 @@ def chat(routed: RoutedModel, form: PromptForm, config: GenerateConfig, terminal
             continue
         except KeyboardInterrupt:
             pass  # what was said so far counts
-        messages.append({"role": "assistant", "content": reply.text})
         if reply.tokens:
+            messages.append({"role": "assistant", "content": reply.text})
             _say_cost(reply, terminal)
+        else:
+            messages.pop()
 
 
 def _say_cost(reply: Reply, terminal: Terminal) -> None:

@@ -39,7 +39,7 @@ STEPS, PLAIN_EVERY_S = 10, 10.0
 """Maximum lines of plain progress from start to end, and the least time between two of them."""
 BAR = 14
 """Columns of a bar: on a terminal of 60 there is room for the time left beside it."""
-RESUMED_WITHIN_S = 0.5
+RESUMED_WITHIN_S = 2.0
 """Work reported this soon was done by an earlier run and says nothing about the rate."""
 STYLES = {Decision.EXECUTE: "dim", Decision.SKIP: "red", Decision.REPEAT: "bold green"}
 LAYERS_A_ROW, TICK = 60, 10

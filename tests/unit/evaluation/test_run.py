@@ -552,7 +552,10 @@ def test_time_is_measured_once_and_tests_are_corrected_for_all_tasks(
     assert len(prompts) == 12  # six of each
     assert all(prompt in asked for prompt in prompts)
     assert read_latency(tmp_path).measured.num_rounds == 2
-    assert [call[:2] for call in calls[-2:]] == [(4, 5), (5, 5)]
+    (before, total, what), (after, *_) = calls[-2:]
+    assert what == "measuring time"
+    assert total - before == latency.TIMED_TOKENS * 2
+    assert after == total, "all that was planned is done"
     found = [by_name(result)["routed"]["against_base"]["accuracy"] for result in results]
     assert [each["p_corrected"] for each in found] == holm([each["p"] for each in found])
     for result, each in zip(results, found, strict=True):
