@@ -55,7 +55,7 @@ from slow_way import ListedModel
 
 MODELS = ("llama", "qwen3", "mistral", "gpt2", "gemma3")
 PAIRS = {"full": "plain", "plan": "listed"}  # a way, and the way that it is compared with
-LEFT_OUT = ("fsdp", "tensor_parallel", "_tp_", "multi_gpu", "flash", "compile", "export")
+LEFT_OUT = ("fsdp", "tensor_parallel", "_tp_", "multi_gpu", "flash", "compil", "export")
 LEFT_OUT += ("overfit", "Vision2")  # 300 steps of training; images
 APART = {"hidden_states", "attentions", "past_key_values", "cache"}
 
