@@ -457,12 +457,7 @@ def check_answer(case: Case, status: int, err: str) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{str(case.words)[:60]}: {case.says}")
 def test_a_mistake_is_answered_by_one_line_and_nothing_is_written(
-    case: Case,
-    models: dict[str, str],
-    working: Callable[[Case], Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    request: pytest.FixtureRequest,
+    case, models, working, monkeypatch, capsys, request
 ):
     words = case.line(models)
     if "lm-eval" in words:
@@ -490,9 +485,7 @@ for folder, words in json.load(sys.stdin):
 """
 
 
-def test_these_mistakes_are_answered_without_loading_torch(
-    working: Callable[[Case], Path], models: dict[str, str]
-):
+def test_these_mistakes_are_answered_without_loading_torch(working, models):
     todo = [(str(working(case)), case.line(models)) for case in WITHOUT_TORCH]
 
     done = subprocess.run(
@@ -510,9 +503,7 @@ def test_these_mistakes_are_answered_without_loading_torch(
         check_answer(case, status, line)
 
 
-def test_a_process_ends_with_the_same_status_and_line(
-    models: dict[str, str], working: Callable[[Case], Path]
-):
+def test_a_process_ends_with_the_same_status_and_line(models, working):
     [case] = [case for case in CASES if case.words == "EVALUATE --model OTHER"]
     folder = working(case)
     before = listing(folder)

@@ -77,9 +77,7 @@ def test_all_but_evaluations_and_reports_works_without_extras(core_alone, tmp_pa
     assert (tmp_path / "exported" / "config.json").is_file()
 
 
-def test_what_needs_an_extra_says_so_in_one_line_before_it_writes_anything(
-    core_alone, tmp_path: Path
-):
+def test_what_needs_an_extra_says_so_in_one_line_before_it_writes_anything(core_alone, tmp_path):
     before = set(tmp_path.rglob("*"))
     statuses, said = core_alone(list(REFUSED))
     assert statuses == [2] * len(REFUSED), said

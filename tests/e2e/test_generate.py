@@ -59,9 +59,7 @@ def prompts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def generate(
-    model_folder: Callable[..., Path], routers: Path, drllm: Callable[..., Any]
-) -> Callable[..., Any]:
+def generate(model_folder, routers, drllm) -> Callable[..., Any]:
     """A function that generates with the routers, and returns what was printed."""
     shared = f"--routers {routers} --model {model_folder()} --device cpu --max-new-tokens 6"
     return lambda *words, status=0: drllm(f"generate {shared}", *words, status=status)
@@ -71,9 +69,7 @@ def lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_each_prompt_of_a_file_is_answered_as_by_itself(
-    generate: Callable[..., Any], prompts: Path, tmp_path: Path
-):
+def test_each_prompt_of_a_file_is_answered_as_by_itself(generate, prompts, tmp_path):
     output = tmp_path / "new" / "answers.jsonl"
     said = generate("--file", prompts, "--output", output).out
 
@@ -128,7 +124,7 @@ def trained(routers: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def test_a_prompt_is_put_as_the_routers_were_trained_unless_told_otherwise(
-    generate: Callable[..., Any], trained: Callable[..., Path], tmp_path: Path
+    generate, trained, tmp_path
 ):
     plain = trained(prompt_form={"chat": False, "template": TRAINED})
     asked = generate("What is ice?", "--routers", plain)
@@ -150,16 +146,12 @@ def test_a_prompt_is_put_as_the_routers_were_trained_unless_told_otherwise(
     assert "t.jsonl, line 1: 'messages' need the chat template" in said
 
 
-def test_a_form_that_cannot_be_read_is_refused(
-    generate: Callable[..., Any], trained: Callable[..., Path]
-):
+def test_a_form_that_cannot_be_read_is_refused(generate, trained):
     broken = trained(prompt_form={"chat": "yes"})
     assert "'training.prompt_form'" in generate("a", "--routers", broken, status=2).err
 
 
-def test_the_prompt_may_come_by_standard_input(
-    generate: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-):
+def test_the_prompt_may_come_by_standard_input(generate, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("What is ice?\n"))
     piped = generate().out
     assert piped.split("time")[0] == generate("What is ice?").out.split("time")[0]
@@ -198,9 +190,7 @@ def typing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     return script
 
 
-def test_without_a_prompt_a_terminal_gets_a_chat_with_a_route_for_each_turn(
-    generate: Callable[..., Any], typing: Callable[..., list[Any]]
-):
+def test_without_a_prompt_a_terminal_gets_a_chat_with_a_route_for_each_turn(generate, typing):
     asked = typing("What is ice?", " ", "Why?", EOFError())
     out = generate().out
     first, second = asked
@@ -210,11 +200,7 @@ def test_without_a_prompt_a_terminal_gets_a_chat_with_a_route_for_each_turn(
     assert len(re.findall(r"^[·█2]{4}  \d of 4 executions, \d tokens", out, re.MULTILINE)) == 2
 
 
-def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(
-    generate: Callable[..., Any],
-    typing: Callable[..., list[Any]],
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(generate, typing, monkeypatch):
     whole = generate("What is ice?").out.split("\n\nlayer")[0]
     asked = typing("What is ice?", KeyboardInterrupt(), "Why?", "/exit")
     put = Reply.put
@@ -231,7 +217,7 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(
 
 
 def test_turns_stand_alone_where_the_routers_were_trained_without_the_chat_template(
-    generate: Callable[..., Any], trained: Callable[..., Path], typing: Callable[..., list[Any]]
+    generate, trained, typing
 ):
     asked = typing("What is ice?", "Why?", "/exit")
     form = {"chat": False, "template": TRAINED}
@@ -240,9 +226,7 @@ def test_turns_stand_alone_where_the_routers_were_trained_without_the_chat_templ
     assert "Each turn stands alone" in said
 
 
-def test_emoji_codes_and_markup_of_a_prompt_come_back_as_they_are(
-    generate: Callable[..., Any], tmp_path: Path
-):
+def test_emoji_codes_and_markup_of_a_prompt_come_back_as_they_are(generate, tmp_path):
     text = ":fire: [bold]what?[/bold] \t\x0b\n" + "long " * 40
     [row] = lines(generate("--file", write(tmp_path / "p.jsonl", [{"prompt": text}])).out)
     assert row["prompt"] == text
@@ -271,9 +255,7 @@ def test_static_routing_executes_every_layer(generate: Callable[..., Any], promp
     assert "8 under 1 plan\n" in printed.err
 
 
-def test_the_bias_that_was_found_is_said_and_does_the_same_when_given(
-    generate: Callable[..., Any], prompts: Path, tmp_path: Path
-):
+def test_the_bias_that_was_found_is_said_and_does_the_same_when_given(generate, prompts, tmp_path):
     texts = write(tmp_path / "c.jsonl", [row for row in ROWS if "messages" not in row])
     found = generate("--file", prompts, "--target-executions", "2.5", "--calibration", texts)
     pattern = r"^depth bias  (\S+): (\S+) of 4 executions a forward pass on 7 calibration prompts"
@@ -288,14 +270,14 @@ def test_the_bias_that_was_found_is_said_and_does_the_same_when_given(
 
 @pytest.mark.parametrize(("penalty", "executions"), [("-1", 1), ("0.5", 4), ("1", 8)])
 def test_the_published_penalty_goes_from_one_execution_to_two_a_layer(
-    generate: Callable[..., Any], penalty: str, executions: int
+    generate, penalty, executions
 ):
     out = generate("What is ice?", "--router-penalty", penalty).out
     assert f"executions  {executions} of 4 a forward pass" in out
 
 
 def test_a_prompt_too_long_for_the_model_is_named_by_its_line_and_nothing_is_written(
-    generate: Callable[..., Any], tmp_path: Path
+    generate, tmp_path
 ):
     prompts = write(tmp_path / "prompts.jsonl", [*ROWS, {"prompt": "a" * 600}])
     output = tmp_path / "answers.jsonl"
@@ -306,7 +288,7 @@ def test_a_prompt_too_long_for_the_model_is_named_by_its_line_and_nothing_is_wri
 
 
 def test_a_conversation_that_the_template_refuses_is_named_by_its_line(
-    model_folder: Callable[..., Path], tmp_path: Path, drllm: Callable[..., Any]
+    model_folder, tmp_path, drllm
 ):
     model = Path(shutil.copytree(model_folder(), tmp_path / "model"))
     refusing = "{% if messages|length == 1 %}{{ raise_exception('too short') }}{% endif %}"

@@ -44,12 +44,7 @@ def to_the_end(processes: Any, words: list[str]) -> float:
     ("kills", "simulations"), [(3, 8), pytest.param(20, 50, marks=pytest.mark.thorough)]
 )
 def test_a_search_killed_at_random_moments_ends_as_an_undisturbed_one(
-    kills: int,
-    simulations: int,
-    processes: Any,
-    words: list[str],
-    tmp_path: Path,
-    assert_same_run: Callable[..., None],
+    kills, simulations, processes, words, tmp_path, assert_same_run
 ):
     words = [*words, "--num-simulations", str(simulations), "--output-dir"]
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
@@ -95,7 +90,7 @@ def outcome(folder: Path) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("kills", [3, pytest.param(15, marks=pytest.mark.thorough)])
 def test_an_evaluation_killed_at_random_questions_ends_as_an_undisturbed_one(
-    kills: int, processes: Any, finished_run: Path, tmp_path: Path
+    kills, processes, finished_run, tmp_path
 ):
     words = ["evaluate", "--routers", str(finished_run / "routers"), "--device", "cpu", *SETTINGS]
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"

@@ -93,7 +93,7 @@ def own_file(folder: Path, number: int, name: str = "mine.jsonl") -> Path:
     ["", *(pytest.param(m, marks=pytest.mark.thorough) for m in ("--num_fewshot 2", CHAT))],
 )
 def test_without_routers_every_metric_is_that_of_the_stock_class_by_the_same_command(
-    more: str, evaluate, model_folder, tmp_path: Path
+    more, evaluate, model_folder, tmp_path
 ):
     own_file(tmp_path, 40)
     words = (
@@ -114,7 +114,7 @@ def test_without_routers_every_metric_is_that_of_the_stock_class_by_the_same_com
 
 
 def test_the_stock_command_repeats_a_number_from_the_folder_beside_the_results(
-    evaluate, model_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluate, model_folder, tmp_path, monkeypatch
 ):
     from lm_eval.__main__ import cli_evaluate
 
@@ -131,7 +131,7 @@ def test_the_stock_command_repeats_a_number_from_the_folder_beside_the_results(
 
 
 def test_rolling_texts_score_as_in_the_stock_class_under_a_fixed_plan(
-    evaluate, model_folder, tmp_path: Path
+    evaluate, model_folder, tmp_path
 ):
     rolling_task(tmp_path)
     model = {"pretrained": model_folder(), "dtype": "float32"}
@@ -155,7 +155,7 @@ def rolling_task(folder: Path) -> None:
 
 @pytest.mark.parametrize("flag", ["--data_dir", "--data-dir"])
 def test_questions_come_from_a_data_folder_and_a_limit_draws_them_with_seed_0(
-    flag: str, evaluate, model_folder, tmp_path: Path
+    flag, evaluate, model_folder, tmp_path
 ):
     rows = [
         {
@@ -180,9 +180,7 @@ def test_questions_come_from_a_data_folder_and_a_limit_draws_them_with_seed_0(
     assert found != [row["id"] for row in rows[:4]]
 
 
-def test_without_a_place_for_results_nothing_is_left_behind(
-    model_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_without_a_place_for_results_nothing_is_left_behind(model_folder, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     words = f"--model drllm --model_args pretrained={model_folder()} --device cpu"
@@ -204,7 +202,7 @@ def test_a_task_of_the_users_own_can_stand_beside_ours(evaluate, model_folder, t
 
 
 def test_max_new_tokens_bounds_answers_whatever_the_task_asks_for_and_the_cache_holds(
-    evaluate, model_folder, tmp_path: Path
+    evaluate, model_folder, tmp_path
 ):
     words = "--model drllm --tasks builtin_arithmetic --split test --limit 3 --cache_requests true"
     longest = []
@@ -217,9 +215,7 @@ def test_max_new_tokens_bounds_answers_whatever_the_task_asks_for_and_the_cache_
     assert longest[1] <= 2 < longest[0] <= 9
 
 
-def test_cached_requests_are_those_of_the_same_rows_and_words(
-    evaluate, model_folder, tmp_path: Path
-):
+def test_cached_requests_are_those_of_the_same_rows_and_words(evaluate, model_folder, tmp_path):
     words = "--model drllm --tasks mine.jsonl --split test --cache_requests true"
 
     def questions() -> list[str]:
@@ -240,9 +236,7 @@ def test_cached_requests_are_those_of_the_same_rows_and_words(
 # --- what is refused only once the harness is at work --------------------------------------------
 
 
-def test_text_without_a_prompt_is_refused_under_routers(
-    finished_run: Path, tmp_path: Path, drllm: Callable[..., Any]
-):
+def test_text_without_a_prompt_is_refused_under_routers(finished_run, tmp_path, drllm):
     rolling_task(tmp_path)
     words = "lm-eval run --model drllm --device cpu --tasks some_text --include_path theirs"
     routers = f"pretrained={finished_run / 'routers'}"
@@ -252,7 +246,7 @@ def test_text_without_a_prompt_is_refused_under_routers(
 
 
 def test_answers_longer_than_the_model_holds_are_shorter_and_it_is_said(
-    evaluate, model_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    evaluate, model_folder, tmp_path, capsys
 ):
     words = "--model drllm --tasks builtin_arithmetic --split test --limit 3 --gen_kwargs"
     evaluate("out", f"{words} max_gen_toks=32768", pretrained=model_folder())
@@ -282,9 +276,7 @@ sys.exit(main(words))
 """
 
 
-def test_two_processes_give_the_numbers_of_one(
-    evaluate, finished_run: Path, tmp_path: Path, processes: Any
-):
+def test_two_processes_give_the_numbers_of_one(evaluate, finished_run, tmp_path, processes):
     words = (
         "--model drllm --tasks builtin_facts,builtin_arithmetic --split test --limit 7 "
         "--gen_kwargs max_new_tokens=4 --cache_requests true"

@@ -67,9 +67,7 @@ def quick_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def rerun(
-    recipe: Path, tmp_path: Path, run_copy: Path, drllm: Callable[..., Any]
-) -> Callable[..., str]:
+def rerun(recipe, tmp_path, run_copy, drllm) -> Callable[..., str]:
     """A function that carries out the recipe, a text in it changed, in a copy of the run.
 
     It returns what goes to standard error.
@@ -92,9 +90,7 @@ def test_a_recipe_leaves_every_file_and_nothing_else(finished_run: Path):
 
 
 @pytest.mark.thorough  # Ray, and a process that imports torch
-def test_a_recipe_may_leave_the_search_to_ray(
-    finished_run: Path, recipe: Path, tmp_path: Path, assert_same_run: Callable[..., None]
-):
+def test_a_recipe_may_leave_the_search_to_ray(finished_run, recipe, tmp_path, assert_same_run):
     pytest.importorskip("ray")
     by_ray = tmp_path / "ray.yaml"
     by_ray.write_text(
@@ -106,9 +102,7 @@ def test_a_recipe_may_leave_the_search_to_ray(
     assert_same_run(ours, theirs)
 
 
-def test_the_same_recipe_or_the_one_in_the_folder_does_nothing_anew(
-    finished_run: Path, recipe: Path, drllm: Callable[..., Any]
-):
+def test_the_same_recipe_or_the_one_in_the_folder_does_nothing_anew(finished_run, recipe, drllm):
     before = files_of(finished_run)
     for file in (recipe, finished_run / "run.yaml"):
         said = drllm("run", file, "--output-dir", finished_run)
@@ -117,9 +111,7 @@ def test_the_same_recipe_or_the_one_in_the_folder_does_nothing_anew(
         assert f"report       {finished_run / 'report.html'}" in said.out
 
 
-def test_other_training_settings_redo_the_training_and_what_follows(
-    run_copy: Path, rerun: Callable[..., str]
-):
+def test_other_training_settings_redo_the_training_and_what_follows(run_copy, rerun):
     before = files_of(run_copy)
     said = rerun("num_epochs: 2", "num_epochs: 3")
     after = files_of(run_copy)
@@ -131,9 +123,7 @@ def test_other_training_settings_redo_the_training_and_what_follows(
     assert said.count("done before") == 2
 
 
-def test_a_result_that_was_changed_by_hand_is_made_again(
-    run_copy: Path, rerun: Callable[..., str], quick_report: None
-):
+def test_a_result_that_was_changed_by_hand_is_made_again(run_copy, rerun, quick_report):
     result = run_copy / "eval" / "builtin_facts.json"
     right = json.loads(result.read_text())
     result.write_text(result.read_text().replace('"accuracy": ', '"accuracy": 1.0e-9 + '))
@@ -145,7 +135,7 @@ def test_a_result_that_was_changed_by_hand_is_made_again(
 
 
 def test_whether_time_is_measured_redoes_the_evaluation_and_how_often_does_not(
-    run_copy: Path, rerun: Callable[..., str], quick_report: None
+    run_copy, rerun, quick_report
 ):
     for rounds, redone in ((4, False), (0, True)):
         said = rerun("evaluate: {", f"evaluate: {{latency_rounds: {rounds}, ")
@@ -153,9 +143,7 @@ def test_whether_time_is_measured_redoes_the_evaluation_and_how_often_does_not(
         assert (run_copy / "eval" / "latency.json").exists() != redone
 
 
-def test_other_tasks_leave_no_result_of_the_earlier_ones(
-    run_copy: Path, rerun: Callable[..., str], tmp_path: Path, quick_report: None
-):
+def test_other_tasks_leave_no_result_of_the_earlier_ones(run_copy, rerun, tmp_path, quick_report):
     own = tmp_path / "own.jsonl"
     rows = [
         {"question": f"Which number follows {n}?", "choices": [str(n + 1), str(n)], "answer": 0}
@@ -168,7 +156,7 @@ def test_other_tasks_leave_no_result_of_the_earlier_ones(
 
 
 def test_a_moved_data_folder_with_the_same_questions_redoes_the_report_only(
-    rerun: Callable[..., str], tmp_path: Path, quick_report: None
+    rerun, tmp_path, quick_report
 ):
     (tmp_path / "data").mkdir()
     said = rerun("", "", "--data-dir", str(tmp_path / "data"))
@@ -176,9 +164,7 @@ def test_a_moved_data_folder_with_the_same_questions_redoes_the_report_only(
         assert f"{stage}: done before" in said
 
 
-def test_a_recipe_with_several_seeds_evaluates_them_all(
-    run_copy: Path, rerun: Callable[..., str], quick_report: None
-):
+def test_a_recipe_with_several_seeds_evaluates_them_all(run_copy, rerun, quick_report):
     rerun("num_epochs: 2", "num_epochs: 2, num_seeds: 2")
     assert (run_copy / "routers" / "seed_1" / "routers.safetensors").is_file()
     result = json.loads((run_copy / "eval" / "builtin_facts.json").read_text())
@@ -186,7 +172,7 @@ def test_a_recipe_with_several_seeds_evaluates_them_all(
 
 
 def test_a_sweep_chooses_a_setting_on_select_and_tests_it_once(
-    recipe: Path, tmp_path: Path, drllm: Callable[..., Any], quick_report: None
+    recipe, tmp_path, drllm, quick_report
 ):
     sweep, out = tmp_path / "sweep.yaml", tmp_path / "sweep"
     text = recipe.read_text().replace("num_random_draws: 2}", "curve: '0.1', latency_rounds: 0}")
@@ -231,12 +217,7 @@ def train(run_copy: Path, model: list[str], drllm: Callable[..., Any]) -> Callab
     return run
 
 
-def test_the_stages_one_by_one_end_in_an_evaluation(
-    tmp_path: Path,
-    model_folder: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    drllm: Callable[..., Any],
-):
+def test_the_stages_one_by_one_end_in_an_evaluation(tmp_path, model_folder, monkeypatch, drllm):
     monkeypatch.chdir(tmp_path)
     model = ["--model-id", model_folder(), "--device", "cpu"]
 
@@ -254,9 +235,7 @@ def test_the_stages_one_by_one_end_in_an_evaluation(
         assert re.search(rf"^ {system} .*\d–\d", out, re.MULTILINE)
 
 
-def test_features_that_are_kept_are_used_again_by_another_training(
-    train: Callable[..., Any], tmp_path: Path
-):
+def test_features_that_are_kept_are_used_again_by_another_training(train, tmp_path):
     kept, weights = tmp_path / "kept", {}
     for name, others in (("first", []), ("again", []), ("other", ["--seed", "1"])):
         said = train(*others, "--features", kept, "--output", tmp_path / name).err
@@ -267,9 +246,7 @@ def test_features_that_are_kept_are_used_again_by_another_training(
     assert weights["first"] == weights["again"] != weights["other"]
 
 
-def test_rounds_on_the_routers_own_routes_leave_routers_of_each_round(
-    run_copy: Path, train: Callable[..., Any], tmp_path: Path
-):
+def test_rounds_on_the_routers_own_routes_leave_routers_of_each_round(run_copy, train, tmp_path):
     few = (run_copy / "supervision.jsonl").read_text().splitlines()
     many = [
         row | {"id": str(number), "question": f"{row['question']} {number}"}
@@ -285,9 +262,7 @@ def test_rounds_on_the_routers_own_routes_leave_routers_of_each_round(
     assert not list(output.rglob("features"))
 
 
-def test_a_training_that_failed_behind_the_pass_goes_on_with_its_features(
-    train: Callable[..., Any], tmp_path: Path
-):
+def test_a_training_that_failed_behind_the_pass_goes_on_with_its_features(train, tmp_path):
     output = tmp_path / "routers"
     (output / "README.md").mkdir(parents=True)  # in the way of the card
     train("--output", output, status=2)
@@ -298,9 +273,7 @@ def test_a_training_that_failed_behind_the_pass_goes_on_with_its_features(
     assert not (output / "features").exists()
 
 
-def test_a_target_that_is_set_aside_is_said_and_listed(
-    run_copy: Path, train: Callable[..., Any], tmp_path: Path, drllm: Callable[..., Any]
-):
+def test_a_target_that_is_set_aside_is_said_and_listed(run_copy, train, tmp_path, drllm):
     (run_copy / "supervision.manifest.json").unlink()
     with (run_copy / "supervision.jsonl").open("a") as file:
         row = {"question": "long?", "prompt": "x" * 600, "answer": "", "id": "long"}
@@ -316,9 +289,7 @@ def test_a_target_that_is_set_aside_is_said_and_listed(
     assert "longer than the base model's context" in drllm("show", rejected).out
 
 
-def test_several_seeds_are_trained_and_evaluated_together(
-    train: Callable[..., Any], tmp_path: Path, drllm: Callable[..., Any]
-):
+def test_several_seeds_are_trained_and_evaluated_together(train, tmp_path, drllm):
     both, second = tmp_path / "both", tmp_path / "second"
     seeds = ["--output", both, "--num-seeds", "2"]
 
@@ -346,11 +317,7 @@ def test_several_seeds_are_trained_and_evaluated_together(
 
 
 def test_several_seeds_are_trained_on_soft_targets_each_in_its_own_folder(
-    run_copy: Path,
-    train: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    drllm: Callable[..., Any],
+    run_copy, train, tmp_path, monkeypatch, drllm
 ):
     monkeypatch.chdir(tmp_path)
     rule = "--target least_kl --path-weights closer"
@@ -371,7 +338,7 @@ def search_again(run_copy: Path, model: list[str], drllm: Callable[..., Any]) ->
 
 
 def test_the_same_search_again_leaves_itself_and_targets_of_another_rule_unless_one_is_given(
-    run_copy: Path, search_again: Callable[..., Any], drllm: Callable[..., Any]
+    run_copy, search_again, drllm
 ):
     search, output = run_copy / "search.jsonl", run_copy / "supervision.jsonl"
     drllm("supervise --target paper", "--search", search, "--output", output)
@@ -388,9 +355,7 @@ def test_the_same_search_again_leaves_itself_and_targets_of_another_rule_unless_
     assert output.read_text() != chosen
 
 
-def test_how_the_questions_of_a_file_are_divided_is_told(
-    tmp_path: Path, model: list[str], drllm: Callable[..., Any]
-):
+def test_how_the_questions_of_a_file_are_divided_is_told(tmp_path, model, drllm):
     file = tmp_path / "mine.jsonl"
     row = '{{"question": "How many is {0}?", "choices": ["{0}", "none"], "answer": 0}}\n'
     file.write_text("".join(map(row.format, range(40))))
@@ -406,7 +371,7 @@ def test_how_the_questions_of_a_file_are_divided_is_told(
 
 
 def test_targets_whose_manifest_a_kill_prevented_get_it_from_the_same_search_again(
-    run_copy: Path, search_again: Callable[..., Any]
+    run_copy, search_again
 ):
     manifest = run_copy / "supervision.manifest.json"
     before = json.loads(manifest.read_text())
@@ -454,7 +419,7 @@ def test_training_records_how_its_prompts_were_put(finished_run: Path):
     ],
 )
 def test_routers_that_do_not_record_it_are_asked_by_what_their_rewards_say(
-    run_copy: Path, rewards: list[str], said: str, drllm: Callable[..., Any]
+    run_copy, rewards, said, drllm
 ):
     routers = Path(trained_for(run_copy / "routers", *rewards)) / "router_config.json"
     config = json.loads(routers.read_text())
@@ -468,7 +433,7 @@ def test_routers_that_do_not_record_it_are_asked_by_what_their_rewards_say(
     ("rewards", "notes"), [(["letter"], 1), (["letter", "loglikelihood"], 0), ([], 0)]
 )
 def test_evaluate_says_so_where_routers_were_trained_on_other_prompts(
-    run_copy: Path, tmp_path: Path, rewards: list[str], notes: int, drllm: Callable[..., Any]
+    run_copy, tmp_path, rewards, notes, drllm
 ):
     places = [trained_for(run_copy / "routers", *rewards), "--output-dir", tmp_path / "eval"]
     command = "evaluate --device cpu --limit 2 --baselines none --latency-rounds 0 --routers"
@@ -476,9 +441,7 @@ def test_evaluate_says_so_where_routers_were_trained_on_other_prompts(
     assert said.count("were trained on prompts for letter, the") == notes
 
 
-def test_generate_without_routers_gives_the_base_models_answer(
-    model: list[str], tiny_tokenizer: Any, drllm: Callable[..., Any]
-):
+def test_generate_without_routers_gives_the_base_models_answer(model, tiny_tokenizer, drllm):
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -512,9 +475,7 @@ def test_generate_without_routers_gives_the_base_models_answer(
         ("run.manifest.json", "report.html"),
     ],
 )
-def test_everything_in_a_run_folder_can_be_shown(
-    finished_run: Path, place: str, shown: str, drllm: Callable[..., Any]
-):
+def test_everything_in_a_run_folder_can_be_shown(finished_run, place, shown, drllm):
     assert shown in drllm("show", finished_run / place).out
 
 
@@ -539,12 +500,7 @@ def test_a_run_folder_is_shown_without_torch(finished_run: Path):
     ],
 )
 def test_a_search_that_was_stopped_goes_on_and_ends_as_an_unbroken_one(
-    dataset: str,
-    stop: signal.Signals,
-    tmp_path: Path,
-    model: list[str],
-    start: Callable[..., Any],
-    assert_same_run: Callable[..., None],
+    dataset, stop, tmp_path, model, start, assert_same_run
 ):
     if dataset == "letters":  # answered by a letter; the tiny model's babble is right at times
         dataset = str(tmp_path / "letters.jsonl")

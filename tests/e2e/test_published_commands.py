@@ -111,9 +111,7 @@ def test_search_training_and_evaluation_chain(command: Callable[..., str], folde
     assert 0 < routed["executions_a_forward"] <= 8
 
 
-def test_targets_of_commonsense_are_added_by_the_command_that_the_message_names(
-    command: Callable[..., str], refused: Callable[[str], str]
-):
+def test_targets_of_commonsense_are_added_by_the_command_that_the_message_names(command, refused):
     write_targets("data/supervision.jsonl", *["arc_easy"] * 4, decisions=(1, 0, 1, 1))
     line = refused(f"{TRAIN} --device cpu --with_commonsense")
     assert "data/commonsense_qa/supervision.jsonl, which isn't there" in line
@@ -129,9 +127,7 @@ def test_targets_of_commonsense_are_added_by_the_command_that_the_message_names(
 # --- what a training reads -----------------------------------------------------------------------
 
 
-def test_without_targets_the_command_that_makes_them_is_named(
-    refused: Callable[[str], str], folder: Path
-):
+def test_without_targets_the_command_that_makes_them_is_named(refused, folder):
     before = sorted(folder.rglob("*"))
     line = refused(TRAIN)
     assert "neither data/mcts_paths/supervision.jsonl nor data/supervision.jsonl" in line
@@ -158,9 +154,7 @@ def test_two_places_to_read_from_are_not_chosen_between(refused: Callable[[str],
     ],
     ids=["none", "there already", "of other tasks"],
 )
-def test_targets_that_cannot_be_added_are_refused(
-    main_tasks: list[str], added_tasks: list[str], says: str, refused: Callable[[str], str]
-):
+def test_targets_that_cannot_be_added_are_refused(main_tasks, added_tasks, says, refused):
     write_targets("data/supervision.jsonl", "own", *main_tasks)
     if added_tasks:
         write_targets("data/squad_v2/supervision.jsonl", *added_tasks)
@@ -168,9 +162,7 @@ def test_targets_that_cannot_be_added_are_refused(
     assert not Path("checkpoints").exists()
 
 
-def test_several_files_are_joined_and_a_target_of_two_counts_once(
-    command: Callable[..., str], finished_run: Path
-):
+def test_several_files_are_joined_and_a_target_of_two_counts_once(command, finished_run):
     found = finished_run / "supervision.jsonl"  # with the manifest of the tiny model
     shutil.copytree(finished_run, "run", ignore=shutil.ignore_patterns("routers", "eval"))
     write_targets("more.jsonl", "own", "own", "own")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -72,9 +71,7 @@ def test_bare_numbers_that_can_be_both_are_refused_with_both_ways_out(tmp_path: 
         ("0 " + "9" * 5000, "at position 1 of the line"),
     ],
 )
-def test_a_file_of_another_form_is_refused_with_the_place(
-    tmp_path: Path, text: str, says: str
-) -> None:
+def test_a_file_of_another_form_is_refused_with_the_place(tmp_path, text, says):
     file = written(tmp_path, text)
     with pytest.raises((RecordError, PathError)) as caught:
         read_path_file(file)
@@ -96,9 +93,7 @@ def test_a_file_of_another_form_is_refused_with_the_place(
         (None, (0, 1, 2, 3, 7), "7 at position 4 of the path"),
     ],
 )
-def test_values_that_the_model_cannot_run_are_named(
-    kind: str | None, values: tuple[int, ...], says: str
-) -> None:
+def test_values_that_the_model_cannot_run_are_named(kind, values, says):
     with pytest.raises(PathError, match=f"^plan.json: .*{says}"):
         PathFile(Path("plan.json"), kind, values).path(5)
 
@@ -136,9 +131,7 @@ def test_the_checkpoint_is_written_and_described(export, tmp_path: Path) -> None
 
 
 @pytest.mark.thorough  # the tiny model's checkpoint is loaded again and compared bit by bit
-def test_a_real_model_exported_from_decisions_answers_as_the_routed_one(
-    smollm2: Any, tmp_path: Path, drllm
-) -> None:
+def test_a_real_model_exported_from_decisions_answers_as_the_routed_one(smollm2, tmp_path, drllm):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -62,9 +62,7 @@ def test_rows_ask_by_prompt_question_or_messages_gzipped_or_not(tmp_path: Path):
         ({"messages": [{"role": "user"}]}, "'content' is missing"),
     ],
 )
-def test_a_row_that_cannot_be_asked_is_refused_with_file_and_line(
-    tmp_path: Path, row: Any, message: str
-):
+def test_a_row_that_cannot_be_asked_is_refused_with_file_and_line(tmp_path, row, message):
     path = write(tmp_path / "p.jsonl", {"prompt": "a", "id": "first"}, row)
     with pytest.raises((TaskError, RecordError), match=message) as error:
         read_prompts(path, chat=True)

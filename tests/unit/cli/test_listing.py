@@ -1,15 +1,11 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from drllm.models.families import FAMILIES
 
 
-def test_architectures_are_tried_with_class_status_and_difference(
-    drllm, monkeypatch: pytest.MonkeyPatch
-):
+def test_architectures_are_tried_with_class_status_and_difference(drllm, monkeypatch):
     for family in set(FAMILIES) - {"gpt2", "lfm2"}:
         monkeypatch.delitem(FAMILIES, family)
     said = drllm("ls architectures --try")
@@ -29,7 +25,7 @@ def test_architectures_are_tried_with_class_status_and_difference(
     [("gpt_neox", "1 exact", "GPTNeoXForCausalLM"), ("mamba", "1 refused", "K/V")],
 )
 def test_a_model_of_the_users_is_checked_alone_and_refusing_it_is_no_error(
-    family: str, counts: str, says: str, drllm, tmp_path: Path, tiny_model, tiny_tokenizer
+    family, counts, says, drllm, tmp_path, tiny_model, tiny_tokenizer
 ):
     tiny_model(family).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)

@@ -46,9 +46,7 @@ def test_what_comes_with_the_project_is_understood(path: Path):
     assert recipe.search.split == "search"
 
 
-def test_the_driver_of_ray_loads_no_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_the_driver_of_ray_loads_no_model(tmp_path, monkeypatch, capsys):
     """A model that can't be loaded isn't missed before Ray is, which comes first."""
     monkeypatch.setitem(sys.modules, "ray", None)  # importing it fails
     path = write(tmp_path, "model: {model: no/such/folder}\nsearch: {executor: ray, limit: 2}\n")
@@ -94,9 +92,7 @@ def test_a_setting_changes_what_it_says_and_nothing_else(tmp_path: Path):
     assert sharp.evaluate == sweep.common.evaluate
 
 
-def test_a_setting_is_chosen_on_select_by_the_routed_model_alone_maybe_on_fewer_questions(
-    tmp_path: Path,
-):
+def test_a_setting_is_chosen_on_select_by_the_routed_model_alone_maybe_on_fewer_questions(tmp_path):
     text = COMMON + SETTINGS + "choose: {limit: 20, num-texts: 5}\n"
     sweep = read_sweep(write(tmp_path, text))
     config = sweep.choosing
@@ -153,9 +149,7 @@ def done(tmp_path: Path) -> RunManifest:
     return read_run(tmp_path)
 
 
-def test_a_stage_is_done_if_it_was_made_from_the_same_and_its_files_are_unchanged(
-    done: RunManifest, tmp_path: Path
-):
+def test_a_stage_is_done_if_it_was_made_from_the_same_and_its_files_are_unchanged(done, tmp_path):
     assert done.is_done("train", {"seed": 0}, tmp_path)
     assert not done.is_done("evaluate", {}, tmp_path)
     assert not done.is_done("train", {"seed": 1}, tmp_path)

@@ -182,9 +182,7 @@ def layers(tmp_path: Path) -> Path:
     return file
 
 
-def test_every_metric_of_routers_and_baselines_is_printed_on_both_parts(
-    layers: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_every_metric_of_routers_and_baselines_is_printed_on_both_parts(layers, capsys):
     show(layers, Terminal())
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines()]

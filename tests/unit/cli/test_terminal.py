@@ -70,9 +70,7 @@ def bar_on_a_terminal(width: int, clock: SimpleNamespace, note: str) -> str:
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_on_a_terminal_name_bar_share_and_time_left_are_one_line_that_fits(
-    width: int, clock: SimpleNamespace
-):
+def test_on_a_terminal_name_bar_share_and_time_left_are_one_line_that_fits(width, clock):
     shown = bar_on_a_terminal(width, clock, f"re-tests, builtin_facts, {'7 % valid, ' * 20}")
     assert re.match(r"searching ━+\S* +50 % 16 min 40 s left, re-tests", shown)
     assert len(shown.rstrip()) <= width
@@ -98,9 +96,7 @@ def test_a_failure_is_one_line_whatever_the_message_holds(capsys: pytest.Capture
     assert capsys.readouterr().err == f"drllm: first [bold] second {'x' * 300}\n"
 
 
-def test_our_warnings_are_shown_as_one_line_and_afterwards_logging_is_as_before(
-    capsys: pytest.CaptureFixture[str],
-):
+def test_our_warnings_are_shown_as_one_line_and_afterwards_logging_is_as_before(capsys):
     logger = logging.getLogger("drllm")
     before = (list(logger.handlers), logger.propagate, warnings.showwarning)
     with Terminal().warnings():
@@ -110,9 +106,7 @@ def test_our_warnings_are_shown_as_one_line_and_afterwards_logging_is_as_before(
     assert (list(logger.handlers), logger.propagate, warnings.showwarning) == before
 
 
-def test_warnings_that_code_of_ours_raises_are_shown_and_others_are_not(
-    capsys: pytest.CaptureFixture[str],
-):
+def test_warnings_that_code_of_ours_raises_are_shown_and_others_are_not(capsys):
     ours = str(Path(drllm.__file__).parent / "models" / "routed.py")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -126,9 +120,7 @@ def test_warnings_that_code_of_ours_raises_are_shown_and_others_are_not(
 HOSTILE = "a\x1b[31mb\x07\x9b2J\u202ec\td"
 
 
-def test_no_control_character_of_a_text_reaches_the_terminal(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_no_control_character_of_a_text_reaches_the_terminal(capsys):
     terminal = Terminal()
     terminal.say(HOSTILE)
     terminal.table(HOSTILE, [[HOSTILE]], title=HOSTILE)
