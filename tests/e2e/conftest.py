@@ -1,7 +1,5 @@
 """A whole run on a tiny model in a local folder, made once, for all tests of the command line."""
 
-from __future__ import annotations
-
 import functools
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence

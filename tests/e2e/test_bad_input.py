@@ -8,8 +8,6 @@ working folder, which holds a finished run as `run/`: a file with a text (`NAME:
 one (`NAME: OLD -> NEW`) or one of the functions below (`NAME: @FUNCTION`).
 """
 
-from __future__ import annotations
-
 import io
 import json
 import re

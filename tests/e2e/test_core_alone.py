@@ -1,7 +1,5 @@
 """drllm without its extras: what works, and what says which one it needs."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

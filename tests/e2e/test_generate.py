@@ -1,7 +1,5 @@
 """`drllm generate` with a file of prompts, and with depth control, on a tiny model."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

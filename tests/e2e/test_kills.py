@@ -1,7 +1,5 @@
 """A search or evaluation that is killed again and again ends as one that nothing disturbed."""
 
-from __future__ import annotations
-
 import json
 import random
 import time

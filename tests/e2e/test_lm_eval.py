@@ -1,7 +1,5 @@
 """`drllm lm-eval run`: the harness' command line with our model and our tasks, as users run it."""
 
-from __future__ import annotations
-
 import json
 import socket
 import sys

@@ -1,7 +1,5 @@
 """The whole loop on a tiny model: all stages, again, and after a kill at any moment."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -4,8 +4,6 @@ Underscores, flags and folders are those of the published README; a tiny model a
 questions in the schemas of ARC and DART-Math stand in for the real ones.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

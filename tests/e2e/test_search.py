@@ -1,7 +1,5 @@
 """`drllm search` on a tiny model: dry run, shards, questions that fail, who writes where."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

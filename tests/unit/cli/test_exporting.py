@@ -1,7 +1,5 @@
 """`drllm export`: the file that it reads, and what it says."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

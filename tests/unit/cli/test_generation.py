@@ -1,7 +1,5 @@
 """Files of prompts and of answers, and the settings of draws, of `drllm generate`."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The recipes of the paper and of its released code, number by number, each with its source."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A run folder as the stages leave it, small, seeded, and with numbers that hang together."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math

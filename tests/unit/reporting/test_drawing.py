@@ -1,7 +1,5 @@
 """Figures as files: what stands in them follows from what was drawn."""
 
-from __future__ import annotations
-
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

@@ -1,7 +1,5 @@
 """What a report says of a test: verdict, tiles, plot, and the tables that a reader sees."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -5,8 +5,6 @@ needed: messages are JSON, each ended by a zero byte, and come and go by its fil
 and 4.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """The sections on search, targets and routers show the stages' own counts."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """Questions that change, with both models' answers, and the routes taken on them."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

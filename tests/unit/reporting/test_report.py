@@ -1,7 +1,5 @@
 """`drllm.report`: what it writes, where, from what, and what it never does."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Reading a run folder: what may be missing, and what is refused with file and line."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

@@ -1,7 +1,5 @@
 """Which setting of a sweep is chosen, and how settings are drawn."""
 
-from __future__ import annotations
-
 import msgspec
 import pytest
 
