@@ -183,7 +183,7 @@ class Progress:
         self._begin(0.0)
 
     def _begin(self, done: float) -> None:
-        self.started = self.printed_at = time.monotonic()
+        self.started = self.counted_from = self.printed_at = time.monotonic()
         self.done = self.done_before = done
         self.printed = 0
 
@@ -209,7 +209,7 @@ class Progress:
         if done < self.done:
             self._begin(done)
         if now - self.started < RESUMED_WITHIN_S:
-            self.done_before = done
+            self.done_before, self.counted_from = done, now
         self.done = done
         elapsed, fresh, is_over = now - self.started, done - self.done_before, done >= total
         parts = note.split(", ") if note and not is_over else []
@@ -218,7 +218,7 @@ class Progress:
         if is_over:
             parts.append(duration(elapsed))
         elif fresh > 0 and elapsed > 0:
-            parts.insert(0, f"{duration((total - done) * elapsed / fresh)} left")
+            parts.insert(0, f"{duration((total - done) * (now - self.counted_from) / fresh)} left")
         if self.bar is not None:
             room = self.console.width - len(f"{self.title} 100 %  ") - BAR - 1
             state = ", ".join(parts)

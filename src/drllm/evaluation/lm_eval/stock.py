@@ -144,8 +144,8 @@ def _loaded(name: str) -> dict[str, Any]:
         elif name not in (manager := TaskManager()).task_index:
             raise TaskError(
                 f"{nearest_name('task', name, {*task_names(), *manager.task_index})}; 'drllm ls "
-                f"tasks' and 'drllm lm-eval ls tasks' list all; a .jsonl file of questions or a "
-                f".yaml task file is one too"
+                f"tasks' and 'drllm lm-eval ls tasks' list all; of others, write the questions "
+                f"to a .jsonl file of your own, or a .yaml task file"
             )
         unreached = (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError)
         try:

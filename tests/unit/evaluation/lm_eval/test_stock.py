@@ -87,7 +87,7 @@ def test_base_scores_what_the_harness_scores_and_every_system_has_every_question
 ) -> None:
     name = task_file(settings)
     config = config_of(name, num_random_draws=2)
-    [result] = evaluate(base, config=config, output=tmp_path / "eval", routers=routers_of(base))
+    [result] = evaluate(base, config=config, output_dir=tmp_path / "eval", routers=routers_of(base))
     lm, manager = RoutedLM(base, batch_size=4), TaskManager(include_defaults=False)
     try:
         theirs = simple_evaluate(lm, tasks=[name], task_manager=manager, bootstrap_iters=0)
