@@ -21,14 +21,8 @@ def bisect(
 ) -> tuple[float, float]:
     """Narrow a range in which a condition turns once, from false at `low` to true at `high`.
 
-    Args:
-        holds: The condition; not asked at the two ends.
-        low: Where it is false.
-        high: Where it is true; may be below `low`.
-        halvings: How often the range is halved.
-
-    Returns:
-        The last value at which it was false, and the first at which it was true.
+    It isn't asked at the two ends, and `high` may be below `low`. Returned are the last value at
+    which it was false, and the first at which it was true.
 
     Example:
         >>> bisect(lambda x: x * x >= 2, 0.0, 2.0, halvings=3)
@@ -46,14 +40,8 @@ def nearest_setting(
     """Return the setting between two ends whose mean executions are nearest to those wanted.
 
     Over N prompts the mean goes in steps of at least 1/N, so it is seldom met to the last digit;
-    what is returned says what it gives.
-
-    Args:
-        measure: Mean executions at a setting; from one end to the other it only falls or only
-            rises.
-        executions: Mean executions wanted; beyond either end that end is nearest.
-        low: One end.
-        high: The other.
+    what is returned says what it gives. From one end to the other, what is measured only falls or
+    only rises; of executions beyond either end that end is nearest.
 
     Example:
         >>> nearest_setting(lambda x: 10 - round(x), executions=6.2, low=0.0, high=8.0).executions

@@ -59,14 +59,8 @@ def decode_executions(rows: Sequence[Sequence[int]], num_new_tokens: Sequence[in
     """Return the mean executions of the forward passes that decode answers.
 
     The pass that reads the prompt gives the first new token, so n tokens take n - 1 passes more.
-    Long answers count more than short ones.
-
-    Args:
-        rows: Each prompt's decisions, which hold for its whole answer.
-        num_new_tokens: Tokens of each prompt's answer, from 1.
-
-    Returns:
-        The mean in layer equivalents; None where no answer needed such a pass.
+    Long answers count more than short ones; None is returned where no answer needed such a pass.
+    Each prompt's decisions hold for its whole answer.
     """
     passes = [num - 1 for num in num_new_tokens]
     total = sum(num_executions(row) * num for row, num in zip(rows, passes, strict=True))

@@ -132,11 +132,9 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 def baselines(labels: Labels, trained: Labels) -> dict[str, Counts]:
-    """Count how the trivial ways of deciding fare, by name.
+    """Count how the trivial ways of deciding fare on some targets' labels, by name.
 
-    Args:
-        labels: Of the targets that are judged; each layer has as many.
-        trained: Of the targets trained on, from which majority and frequencies come.
+    Majority and frequencies are those of the targets trained on.
     """
     order = (Decision.EXECUTE, Decision.SKIP, Decision.REPEAT)  # of equally common labels
     ways = {
@@ -159,11 +157,8 @@ def _only(decision: int) -> list[float]:
 def expected_counts(labels: Labels, shares: Sequence[Sequence[float]]) -> Counts:
     """Return the expected counts of decisions that are drawn without looking at the question.
 
-    Decisions that skip every layer cost 1, as everywhere.
-
-    Args:
-        labels: `[L][C]`, of the targets.
-        shares: `[L][C]`: the probability of each decision; layers are drawn one by one.
+    Decisions that skip every layer cost 1, as everywhere. The shares, `[L][C]`, are the probability
+    of each decision; layers are drawn one by one.
     """
     examples = sum(labels[0])
     mean = sum(decision * layer[decision] for layer in shares for decision in DECISIONS)
@@ -182,12 +177,8 @@ def expected_counts(labels: Labels, shares: Sequence[Sequence[float]]) -> Counts
 def against_baselines(parts: Mapping[str, Counts]) -> dict[str, Any]:
     """Return what the routers' config says of routers and baselines, for the model card.
 
-    Args:
-        parts: Counts of the targets trained on, and of those held out, if any are.
-
-    Returns:
-        `split` (held-out targets, else those trained on), `examples`, `systems` (metrics by name)
-        and `verdict` (one sentence).
+    That is `split` (held-out targets, else those trained on), `examples`, `systems` (metrics by
+    name) and `verdict` (one sentence).
     """
     trained = parts[TRAIN].labels
     compared = {split: with_baselines(counts, trained) for split, counts in parts.items()}

@@ -196,6 +196,7 @@ ls architectures --try --model x => --model x and --try are both given
 search --lim 3 => unknown flag '--lim'; did you mean '--limit'
 search --shard 1/1 => --shard 1/1 is the whole search and has no effect
 search --num-workers 2 => --num-workers 2 has no effect with --executor local
+search --ray-address auto => --ray-address auto has no effect with --executor local
 search --dry-run yes => --dry-run takes no value, but 'yes' follows it; leave that out
 search --limit all => --limit is 'all'
 search --num_simulations 2.5 => --num-simulations is '2.5'

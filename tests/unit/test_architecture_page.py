@@ -39,9 +39,6 @@ def test_every_package_and_every_module_at_the_top_is_in_the_tree():
     assert packages | modules <= tree() | {"models/architectures/"}
 
 
-# --- the walks and the table ---------------------------------------------------------------------
-
-
 def page_from(heading: str) -> str:
     """Return what stands under a heading of the second level."""
     page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")

@@ -1,7 +1,6 @@
 """The benchmarks run, and what they write says what was compared; no times are checked."""
 
-from __future__ import annotations
-
+import itertools
 import json
 import math
 import subprocess
@@ -19,11 +18,6 @@ from drllm.tasks.registry import get_task
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SCRIPTS = sorted(BENCHMARKS.glob("*.py"))
 NUM_LAYERS = 12
-
-
-@pytest.fixture(scope="module")
-def generate(benchmark):
-    return benchmark("generate")
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +87,10 @@ def test_rows_store_their_plans_byte_by_byte_and_answer_the_same_in_any_batch(wr
     assert set(written["answers_that_differ"].values()) == {0}, "grouped and mixed batches"
 
 
-def test_a_missed_bound_is_said_plainly(generate):
-    assert str(generate.Figure("a", "decode", [1.01, 1.05, 1.06], 1.03)).endswith("MISSED")
-    assert str(generate.Figure("a", "decode", [1.01, 1.03, 1.06], 1.03)).endswith("met")
-
-
-# --- what the strategies find ------------------------------------------------------------------
+def test_a_missed_bound_is_said_plainly(benchmark):
+    figure = benchmark("generate").Figure
+    assert str(figure("a", "decode", [1.01, 1.05, 1.06], 1.03)).endswith("MISSED")
+    assert str(figure("a", "decode", [1.01, 1.03, 1.06], 1.03)).endswith("met")
 
 
 @pytest.fixture(scope="module")
@@ -106,21 +98,16 @@ def found(figures_of):
     return figures_of("search_quality")
 
 
-def test_every_strategy_is_compared_with_the_first_for_nearly_the_same_executions(found):
+def test_strategies_spend_nearly_the_same_executions_and_the_re_test_only_takes_away(found):
     assert found["strategies"].keys() == {"tree", "sweep", "walk"}
     assert found["speedup"].keys() == {"tree / sweep", "tree / walk"}
     allowance = found["executions_a_question"]
-    for by_seed in found["strategies"].values():
-        for figures in by_seed:  # less than one more path of 2L executions is left over
-            assert allowance - 2 * NUM_LAYERS < figures["executions"] <= allowance
-
-
-def test_the_re_test_only_takes_away(found):
-    for by_seed in found["strategies"].values():
-        for one in by_seed:
-            for name in ("valid", "saving", "improving"):
-                assert one[f"{name} after"] <= one[name] <= found["questions"]
-            assert one["shortest"] <= one["shortest after"] <= NUM_LAYERS
+    for one in itertools.chain(*found["strategies"].values()):
+        # Less than one more path of 2L executions is left over.
+        assert allowance - 2 * NUM_LAYERS < one["executions"] <= allowance
+        for name in ("valid", "saving", "improving"):
+            assert one[f"{name} after"] <= one[name] <= found["questions"]
+        assert one["shortest"] <= one["shortest after"] <= NUM_LAYERS
 
 
 def test_the_executions_counted_are_those_that_the_evaluator_runs(quality, one_question):
@@ -189,9 +176,6 @@ def test_blocks_that_are_done_are_read_and_those_of_other_settings_are_not(
     assert quality.search_all(routed, task, examples, options) != first
 
 
-# --- how fast paths are evaluated --------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def searched(figures_of):
     """What the benchmark of the evaluator writes."""
@@ -215,9 +199,6 @@ def test_executions_lie_between_those_of_a_perfect_sharer_and_those_asked(search
         shares = result["executions_a_path"]
         assert 0 < shares["run"] <= shares["perfect_sharer"] * (1 + 1e-9)
         assert shares["perfect_sharer"] < shares["asked"]
-
-
-# --- how fast routers are trained --------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -291,9 +272,6 @@ def test_each_fit_has_its_time_and_the_memory_of_a_process_of_its_own(trained):
     for point in trained["scale"]:
         if sys.platform == "linux":
             assert 0 < point["own_gib"] < point["peak_gib"]
-
-
-# --- which layers baselines give up -------------------------------------------------------------
 
 
 def test_baselines_give_up_the_layers_that_a_peer_library_does(figures_of):

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,24 +13,14 @@ from drllm.errors import ConfigError
 from drllm.paths import to_path
 
 
-@pytest.mark.parametrize(
-    ("budget", "num_layers", "expected"),
-    [(1.0, 30, 30), (2.0, 30, 60), (1.1, 30, 33), (1.5, 5, 7), (1.1, 5, 5), (1, 1, 1)],
-)
-def test_a_budget_is_a_factor_of_the_number_of_layers(
-    budget: float, num_layers: int, expected: int
-):
-    assert max_executions(budget, num_layers) == expected
-
-
 @pytest.mark.parametrize("num_layers", range(1, 129))
-def test_a_rounding_error_never_costs_an_execution(num_layers: int):
+def test_a_rounding_error_never_costs_an_execution(num_layers):
     for tenths in range(10, 21):
         assert max_executions(tenths / 10, num_layers) == tenths * num_layers // 10
 
 
 @pytest.mark.parametrize("budget", [0.99, 0, -1, float("nan")])
-def test_a_budget_below_1_is_refused(budget: float):
+def test_a_budget_below_1_is_refused(budget):
     with pytest.raises(ConfigError, match="not even the full path fits"):
         max_executions(budget, 30)
 
@@ -60,6 +48,6 @@ def test_saved_is_the_share_of_the_full_path_and_negative_when_more_was_spent():
 @given(
     st.lists(st.lists(st.integers(0, 2), min_size=5, max_size=5).filter(any).map(tuple), max_size=8)
 )
-def test_distinct_executions_are_the_distinct_beginnings_of_the_paths(rows: list[tuple[int, ...]]):
+def test_distinct_executions_are_the_distinct_beginnings_of_the_paths(rows):
     beginnings = {to_path(row)[:end] for row in rows for end in range(1, len(to_path(row)) + 1)}
     assert distinct_executions(rows) == len(beginnings)

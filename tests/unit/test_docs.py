@@ -49,7 +49,7 @@ def run(page: str, **given: Any) -> list[str]:
 
 
 @pytest.fixture
-def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def empty_folder(tmp_path, monkeypatch):
     """Work in a folder that goes at once: pages write checkpoints."""
     monkeypatch.chdir(tmp_path)
     yield

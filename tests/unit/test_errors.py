@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import inspect
 
 import pytest
@@ -33,9 +31,7 @@ def test_every_error_is_ours_and_a_builtin_that_callers_catch():
         ("xyz", ["run", "search"], ". Valid: run, search"),
     ],
 )
-def test_an_unknown_name_comes_with_the_closest_and_all_valid_ones(
-    name: str, choices: list[str], message: str
-):
+def test_an_unknown_name_comes_with_the_closest_and_all_valid_ones(name, choices, message):
     assert unknown_name("task", name, choices).startswith(f"unknown task {name!r}{message}")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,11 @@ SCRIPTS = sorted(EXAMPLES.glob("*.py"))
 
 @pytest.fixture
 def run(
-    model_folder: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> Callable[..., str]:
+    model_folder,
+    monkeypatch,
+    capsys,
+    tmp_path,
+):
     monkeypatch.chdir(tmp_path)
 
     def run(script: Path, *arguments: str) -> str:
@@ -34,12 +33,8 @@ def run(
     return run
 
 
-def test_there_are_examples():
-    assert SCRIPTS
-
-
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
-def test_an_example_says_how_to_run_it(script: Path):
+def test_an_example_says_how_to_run_it(script):
     assert f"python examples/{script.name}" in script.read_text(encoding="utf-8")
 
 

@@ -1,7 +1,5 @@
 """One search at a time in a folder, however the one before it ended."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

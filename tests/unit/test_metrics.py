@@ -62,19 +62,19 @@ def labels_of(rows: list[tuple[int, ...]]) -> list[list[float]]:
 
 
 @given(counts, counts, counts)
-def test_counts_add_up_in_any_order_from_nothing(one: Counts, two: Counts, three: Counts) -> None:
+def test_counts_add_up_in_any_order_from_nothing(one, two, three):
     assert (one + two) + three == one + (two + three)
     assert one + two == two + one
     assert Counts() + one == one == one + Counts()
 
 
-def test_counts_of_other_depths_do_not_add_up() -> None:
+def test_counts_of_other_depths_do_not_add_up():
     with pytest.raises(ValueError, match="shorter"):
         counted([((1, 1), (1, 1))]) + counted([((1,), (1,))])
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_constant_baselines_equal_a_count_label_by_label(seed: int) -> None:
+def test_constant_baselines_equal_a_count_label_by_label(seed):
     trained, judged = some_labels(seed, rows=11), some_labels(seed + 50)
     found = baselines(labels_of(judged), labels_of(trained))
     columns = list(zip(*trained, strict=True))
@@ -84,7 +84,7 @@ def test_constant_baselines_equal_a_count_label_by_label(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_label_frequency_is_the_mean_over_all_draws_by_their_probability(seed: int) -> None:
+def test_the_label_frequency_is_the_mean_over_all_draws_by_their_probability(seed):
     trained, judged = some_labels(seed, rows=5), some_labels(seed + 50)
     shares = [[n / 5 for n in layer] for layer in labels_of(trained)]
     expected = [[[0.0] * 3 for _ in range(3)] for _ in range(3)]
@@ -102,7 +102,7 @@ def test_the_label_frequency_is_the_mean_over_all_draws_by_their_probability(see
             assert row == pytest.approx(other, rel=ROUNDING)
 
 
-def test_always_execute_scores_as_counted_by_hand() -> None:
+def test_always_execute_scores_as_counted_by_hand():
     found = ratios(baselines([[1, 3, 0], [0, 4, 0]], [[1, 0, 0], [0, 0, 1]])[ALWAYS_EXECUTE])
     assert found["accuracy"] == 7 / 8
     assert found["f1_execute"] == pytest.approx(14 / 15)
@@ -114,7 +114,7 @@ def test_always_execute_scores_as_counted_by_hand() -> None:
     assert found["avg_layers"] == 2.0
 
 
-def test_drawing_only_skips_still_costs_one_execution() -> None:
+def test_drawing_only_skips_still_costs_one_execution():
     assert expected_counts([[1, 3, 0], [0, 4, 0]], [[1.0, 0.0, 0.0]] * 2).executions == 4
 
 
@@ -141,9 +141,7 @@ def said_of(decided: list[tuple[int, ...]], times: int) -> str:
         ([(0, 1), (1, 1), (0, 1), (0, 0)], "beat the best baseline in macro-F1, but not in acc"),
     ],
 )
-def test_the_verdict_is_about_held_out_targets_and_the_best_baseline_of_each_metric(
-    decided: list[tuple[int, ...]], told: str
-) -> None:
+def test_the_verdict_is_about_held_out_targets_and_the_best_baseline_of_each_metric(decided, told):
     said = said_of(decided, 200)
     assert said.startswith(f"On 800 held-out targets the routers {told}")
     assert "0.750 (always execute)" in said
@@ -158,13 +156,13 @@ def test_too_few_held_out_targets_carry_no_verdict_but_the_number_that_would_do(
     assert "beat the best" not in said
 
 
-def test_no_held_out_targets_carry_no_verdict() -> None:
+def test_no_held_out_targets_carry_no_verdict():
     few = with_baselines(counted([(row, row) for row in JUDGED]), labels_of(TRAINED))
     said = verdict({"train": few})
     assert said.startswith("No targets were held out, so nothing says whether the routers beat")
 
 
-def test_layers_at_which_routers_hit_more_than_the_majority_are_counted() -> None:
+def test_layers_at_which_routers_hit_more_than_the_majority_are_counted():
     systems = with_baselines(counted([((0, 1), (0, 0)), ((1, 1), (1, 1))]), labels_of(TRAINED))
     assert by_layer(systems) == (
         "The routers hit more labels than the layer's majority at 1 of 2 layers, fewer at 1."

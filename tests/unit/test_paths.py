@@ -1,12 +1,10 @@
-from __future__ import annotations
-
 import pytest
 
 from drllm.errors import PathError
 from drllm.paths import Decision, check_decisions, check_path, edits, to_decisions, to_path
 
 
-def test_decisions_become_the_path_of_the_papers_example() -> None:
+def test_decisions_become_the_path_of_the_papers_example():
     assert to_path([1, 1, 0, 2, 1]) == (0, 1, 3, 3, 4)
     assert to_decisions([0, 1, 3, 3, 4], num_layers=5) == (1, 1, 0, 2, 1)
     assert to_decisions([1], num_layers=4) == (0, 1, 0, 0)  # what is never reached is skipped
@@ -21,25 +19,23 @@ def test_decisions_become_the_path_of_the_papers_example() -> None:
         ([2, 1, 0], "skips layer 2, repeats layer 0"),
     ],
 )
-def test_edits_name_the_layers_that_are_skipped_and_repeated(
-    decisions: list[int], words: str
-) -> None:
+def test_edits_name_the_layers_that_are_skipped_and_repeated(decisions, words):
     assert edits(decisions) == words
 
 
-def test_checked_decisions_are_plain_ints_in_a_tuple() -> None:
+def test_checked_decisions_are_plain_ints_in_a_tuple():
     checked = check_decisions([True, 1.0, Decision.REPEAT])  # type: ignore[list-item]
     assert checked == (1, 1, 2)
     assert [type(value) for value in checked] == [int, int, int]
 
 
-def test_another_number_of_layers_is_refused_with_both_numbers() -> None:
+def test_another_number_of_layers_is_refused_with_both_numbers():
     with pytest.raises(PathError, match=r"3 decisions .* 4 layers"):
         check_decisions([1, 1, 1], num_layers=4)
 
 
 @pytest.mark.parametrize("decisions", [[0, 0, 0], []])
-def test_decisions_that_execute_nothing_are_refused(decisions: list[int]) -> None:
+def test_decisions_that_execute_nothing_are_refused(decisions):
     for use in (check_decisions, to_path):
         with pytest.raises(PathError, match="at least one layer must be executed"):
             use(decisions)
@@ -55,7 +51,7 @@ def test_decisions_that_execute_nothing_are_refused(decisions: list[int]) -> Non
         ([], "at least one layer must be executed"),
     ],
 )
-def test_a_path_that_no_decisions_express_is_refused(path: list[int], says: str) -> None:
+def test_a_path_that_no_decisions_express_is_refused(path, says):
     with pytest.raises(PathError, match=says):
         to_decisions(path, num_layers=3)
 
@@ -64,6 +60,6 @@ def test_a_path_that_no_decisions_express_is_refused(path: list[int], says: str)
     ("path", "says"),
     [([0, 3], "3 at position 1"), ([True], "True at position 0"), ([], "the path is empty")],
 )
-def test_a_path_that_the_model_cannot_run_is_refused(path: list[int], says: str) -> None:
+def test_a_path_that_the_model_cannot_run_is_refused(path, says):
     with pytest.raises(PathError, match=says):
         check_path(path, num_layers=3)

@@ -89,7 +89,8 @@ def test_targets_in_a_file_train_the_same_routers_and_fit_one_model_only(
     expected = drllm.train(place, targets, **SHORT)
     found = drllm.train(place, file, output_dir=tmp_path / "routers", **SHORT)
     assert all(map(torch.equal, expected.state_dict().values(), found.state_dict().values()))
-    assert found.config.training["rewards"] == ["loglikelihood"]
+    for routers in (expected, found):
+        assert routers.config.training["rewards"] == ["loglikelihood"]
     other = tiny_llama(num_layers=4, seed=1)
     with pytest.raises(RecordError, match=r"holds targets of .* fingerprint"):
         drllm.train(other, str(file), tokenizer=tiny_tokenizer, **SHORT)

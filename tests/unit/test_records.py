@@ -83,9 +83,6 @@ def written(file: Path, *found: Any, schema: str = "search") -> Path:
     return file
 
 
-# --- splits ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("origin", "expected"),
     [
@@ -95,7 +92,7 @@ def written(file: Path, *found: Any, schema: str = "search") -> Path:
         ("own", {"search": 0.5, "fit": 0.1, "select": 0.15, "test": 0.25}),
     ],
 )
-def test_questions_are_divided_by_where_they_come_from(origin: str, expected: dict[str, float]):
+def test_questions_are_divided_by_where_they_come_from(origin, expected):
     found = Counter(split_of(f"Question number {number}?", origin) for number in range(4000))
     shares = {split: number / found.total() for split, number in found.items()}
     assert shares == pytest.approx(expected, abs=0.03)
@@ -117,9 +114,6 @@ def test_a_question_stays_in_the_split_it_was_in_when_this_was_written():
 def test_an_unknown_origin_is_a_defect_of_the_caller():
     with pytest.raises(ValueError, match="origin 'dev' is not train, validation, single or own"):
         split_of("What is ice?", "dev")
-
-
-# --- one line ----------------------------------------------------------------------------------
 
 
 def read_row(row: dict[str, Any], kind: type[Any] = SearchRecord) -> Any:
@@ -182,7 +176,7 @@ BROKEN_SEARCH_ROWS = {
 
 
 @pytest.mark.parametrize("what", BROKEN_SEARCH_ROWS)
-def test_a_search_line_is_refused_with(what: str):
+def test_a_search_line_is_refused_with(what):
     row, message = BROKEN_SEARCH_ROWS[what]
     with pytest.raises(RecordError, match=message):
         read_row(row)
@@ -221,7 +215,7 @@ BROKEN_TARGETS = {
 
 
 @pytest.mark.parametrize("what", BROKEN_TARGETS)
-def test_a_supervision_line_is_refused_with(what: str):
+def test_a_supervision_line_is_refused_with(what):
     values, message = BROKEN_TARGETS[what]
     with pytest.raises(RecordError, match=message):
         read_row(json.loads(encode(TARGET)) | values, SupervisionRecord)
@@ -237,10 +231,7 @@ def test_valid_paths_are_written_where_they_were_asked_for():
     assert "valid_paths" not in json.loads(encode(TARGET))
 
 
-# --- whole files -------------------------------------------------------------------------------
-
-
-def test_a_file_of_version_1_in_which_the_kl_is_called_damage_is_read(tmp_path: Path):
+def test_a_file_of_version_1_in_which_the_kl_is_called_damage_is_read(tmp_path):
     record = replace(
         RECORD,
         question='"damage"',
@@ -256,7 +247,7 @@ def test_a_file_of_version_1_in_which_the_kl_is_called_damage_is_read(tmp_path: 
     assert read_search(file) == [record]
 
 
-def test_a_supervision_file_can_be_loaded_by_the_datasets_library(tmp_path: Path):
+def test_a_supervision_file_can_be_loaded_by_the_datasets_library(tmp_path):
     datasets = pytest.importorskip("datasets")
     file = written(tmp_path / "supervision.jsonl", TARGET, schema="supervision")
     loaded = datasets.load_dataset(
@@ -267,12 +258,12 @@ def test_a_supervision_file_can_be_loaded_by_the_datasets_library(tmp_path: Path
 
 
 @pytest.fixture
-def two_lines(tmp_path: Path) -> Path:
+def two_lines(tmp_path):
     """A search file of two questions."""
     return written(tmp_path / "search.jsonl", RECORD, OTHER)
 
 
-def test_a_file_that_lost_whole_lines_is_refused_unless_it_is_ones_own(two_lines: Path):
+def test_a_file_that_lost_whole_lines_is_refused_unless_it_is_ones_own(two_lines):
     two_lines.write_bytes(encode(RECORD) + b"\n")
     with pytest.raises(RecordError, match="was changed or cut off after it was written"):
         read_search(two_lines)
@@ -280,19 +271,19 @@ def test_a_file_that_lost_whole_lines_is_refused_unless_it_is_ones_own(two_lines
     assert read_search(two_lines) == [RECORD]
 
 
-def test_a_question_that_stands_twice_is_refused_with_both_lines(tmp_path: Path):
+def test_a_question_that_stands_twice_is_refused_with_both_lines(tmp_path):
     file = written(tmp_path / "search.jsonl", RECORD, OTHER, RECORD)
     with pytest.raises(RecordError, match=r"line 3: question 'q1' .* is in line 1 already"):
         read_search(file)
 
 
-def test_one_id_in_two_tasks_is_two_questions(tmp_path: Path):
+def test_one_id_in_two_tasks_is_two_questions(tmp_path):
     records = [RECORD, replace(RECORD, task="more facts")]
     assert read_search(written(tmp_path / "search.jsonl", *records)) == records
 
 
 @pytest.mark.parametrize("question", ["What is ice?", "  what is\n ICE?"])
-def test_two_targets_of_one_question_are_refused_with_both_lines(tmp_path: Path, question: str):
+def test_two_targets_of_one_question_are_refused_with_both_lines(tmp_path, question):
     between = replace(TARGET, id="q2", question="What is steam?")
     other = replace(TARGET, id="q3", question=question, **SHORTER)
     file = written(tmp_path / "supervision.jsonl", TARGET, between, other, schema="supervision")
@@ -306,9 +297,7 @@ def test_two_targets_of_one_question_are_refused_with_both_lines(tmp_path: Path,
     "changes",
     [{"id": "q2"}, {"task": "more", **SHORTER}],
 )
-def test_one_target_twice_and_one_question_in_two_tasks_are_accepted(
-    tmp_path: Path, changes: dict[str, Any]
-):
+def test_one_target_twice_and_one_question_in_two_tasks_are_accepted(tmp_path, changes):
     other = replace(TARGET, **changes)
     file = written(tmp_path / "supervision.jsonl", TARGET, other, schema="supervision")
     assert read_supervision(file) == [TARGET, other]
@@ -333,9 +322,7 @@ def two_files(folder: Path, **changes: Any) -> list[Path]:
     ],
     ids=["a copy", "a copy with another last bit", "another question", "another task"],
 )
-def test_joined_files_have_the_targets_of_all_and_copies_once(
-    tmp_path: Path, changes: dict[str, Any], number: int
-):
+def test_joined_files_have_the_targets_of_all_and_copies_once(tmp_path, changes, number):
     files = two_files(tmp_path, **changes)
     joined = join_supervision(files)
     assert joined[0] == TARGET
@@ -358,24 +345,19 @@ def test_joined_files_have_the_targets_of_all_and_copies_once(
         ),
     ],
 )
-def test_files_that_contradict_one_another_are_not_joined(
-    tmp_path: Path, changes: dict[str, Any], says: str
-):
+def test_files_that_contradict_one_another_are_not_joined(tmp_path, changes, says):
     first, other = two_files(tmp_path, **changes)
     with pytest.raises(RecordError, match=f"{other}.*{says}"):
         join_supervision([first, other])
 
 
-def test_a_file_is_not_joined_with_itself(tmp_path: Path):
+def test_a_file_is_not_joined_with_itself(tmp_path):
     file, _ = two_files(tmp_path)
     with pytest.raises(RecordError, match="given twice"):
         join_supervision([file, file.parent / ".." / file.parent.name / file.name])
 
 
-# --- manifests ---------------------------------------------------------------------------------
-
-
-def test_a_manifest_tells_where_a_file_comes_from(tmp_path: Path):
+def test_a_manifest_tells_where_a_file_comes_from(tmp_path):
     source = tmp_path / "source.jsonl"
     source.write_text("{}\n")
     file = tmp_path / "search.jsonl"
@@ -397,7 +379,7 @@ def test_a_manifest_tells_where_a_file_comes_from(tmp_path: Path):
     assert set(stored["libraries"]) == set(manifest.LIBRARIES)
 
 
-def test_inputs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path):
+def test_inputs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     files = [tmp_path / folder / "search.jsonl" for folder in ("a", "b")]
     for number, file in enumerate(files):
         file.parent.mkdir()
@@ -422,16 +404,13 @@ def test_inputs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path):
         ),
     ],
 )
-def test_a_manifest_that_cannot_be_trusted_is_refused(two_lines: Path, text: str, message: str):
+def test_a_manifest_that_cannot_be_trusted_is_refused(two_lines, text, message):
     manifest_path(two_lines).write_text(text)
     with pytest.raises(RecordError, match=message):
         read_search(two_lines)
 
 
-# --- writing -----------------------------------------------------------------------------------
-
-
-def test_writing_makes_a_folder_with_two_files_that_who_may_read_new_files_may_read(tmp_path: Path):
+def test_writing_makes_a_folder_with_two_files_that_who_may_read_new_files_may_read(tmp_path):
     plain = tmp_path / "plain.txt"
     plain.write_text("x")
     file = written(tmp_path / "new" / "folder" / "search.jsonl", RECORD)
@@ -448,10 +427,10 @@ def test_writing_makes_a_folder_with_two_files_that_who_may_read_new_files_may_r
     ],
 )
 def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing_else(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    failure: BaseException,
-    raised: type[BaseException],
+    tmp_path,
+    monkeypatch,
+    failure,
+    raised,
 ):
     file = tmp_path / "search.jsonl"
     file.write_text("old")
@@ -469,9 +448,7 @@ def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing_else(
 
 
 @pytest.mark.parametrize("name", ["search.jsonl", "search.manifest.json"])
-def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_written(
-    tmp_path: Path, name: str
-):
+def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_written(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(RecordError, match=f"{name}: it is a folder"):
         written(tmp_path / "search.jsonl", RECORD)
@@ -494,7 +471,7 @@ def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_written(
     ],
 )
 def test_an_output_that_another_stage_has_written_or_that_is_no_file_is_refused(
-    two_lines: Path, name: str, schema: str, is_refused: bool
+    two_lines, name, schema, is_refused
 ):
     for own in ("own.manifest.json", "own.json", "own.jsonl", "run.yaml"):
         (two_lines.parent / own).write_text("{}")
@@ -505,7 +482,7 @@ def test_an_output_that_another_stage_has_written_or_that_is_no_file_is_refused(
     assert sorted(two_lines.parent.iterdir()) == before
 
 
-def test_a_new_file_never_has_an_old_manifest(two_lines: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_new_file_never_has_an_old_manifest(two_lines, monkeypatch):
     """A run killed between the two files leaves one that nobody vouches for."""
     seen = []
     write = codec.write_atomically

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +10,7 @@ from drllm.errors import TaskError
 from drllm.registry import Registry
 
 
-def test_what_is_registered_is_found_under_its_names_in_order() -> None:
+def test_what_is_registered_is_found_under_its_names_in_order():
     rules: Registry[object] = Registry("rule")
 
     @rules.register("b", "alias")
@@ -26,23 +25,21 @@ def test_what_is_registered_is_found_under_its_names_in_order() -> None:
     assert "c" not in rules
 
 
-def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+def test_an_unknown_name_is_answered_with_the_nearest():
     tasks: Registry[object] = Registry("task", error=TaskError)
     tasks.register("arc_easy")(len)
     with pytest.raises(TaskError, match=r"unknown task 'arc_esay'.* 'arc_easy'"):
         tasks.get("arc_esay")
 
 
-def test_a_name_is_given_once() -> None:
+def test_a_name_is_given_once():
     tasks: Registry[object] = Registry("task")
     tasks.register("a")(len)
     with pytest.raises(ValueError, match="'a'"):
         tasks.register("a")(max)
 
 
-def test_modules_are_imported_on_the_first_look_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_modules_are_imported_on_the_first_look_up(tmp_path, monkeypatch):
     (tmp_path / "registered_late.py").write_text("import late\nlate.things.register('x')(len)\n")
     (tmp_path / "late.py").write_text(
         "from drllm.registry import Registry\nthings = Registry('thing', ['registered_late'])\n"
@@ -54,9 +51,7 @@ def test_modules_are_imported_on_the_first_look_up(
     assert late.things.get("x") is len
 
 
-def test_every_module_of_a_package_is_found_without_being_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_module_of_a_package_is_found_without_being_named(tmp_path, monkeypatch):
     (tmp_path / "shapes").mkdir()
     (tmp_path / "shapes" / "__init__.py").write_text("")
     for name in ("square", "circle"):

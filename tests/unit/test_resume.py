@@ -33,7 +33,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in (folder / "kept").iterdir()}
 
 
-def test_a_chunk_is_made_once_and_comes_back_at_the_next_start(tmp_path: Path) -> None:
+def test_a_chunk_is_made_once_and_comes_back_at_the_next_start(tmp_path):
     made = []
 
     def make() -> dict[str, Any]:
@@ -51,7 +51,7 @@ def test_a_chunk_is_made_once_and_comes_back_at_the_next_start(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_start_without_a_chunk_leaves_nothing(tmp_path: Path) -> None:
+def test_a_start_without_a_chunk_leaves_nothing(tmp_path):
     kept = chunks(tmp_path)
     kept.open()
     kept.expect("arc", {"questions_sha256": "bb"})
@@ -69,9 +69,7 @@ def test_a_start_without_a_chunk_leaves_nothing(tmp_path: Path) -> None:
         ({"seed": 1}, "no seed, now 1"),
     ],
 )
-def test_another_run_is_refused_by_what_differs(
-    tmp_path: Path, changes: dict[str, Any], said: str
-) -> None:
+def test_another_run_is_refused_by_what_differs(tmp_path, changes, said):
     kept = chunks(tmp_path)
     kept.put("a", 1)
     other = chunks(tmp_path, **changes)
@@ -82,7 +80,7 @@ def test_another_run_is_refused_by_what_differs(
     assert kept.get("a", int) == 1
 
 
-def test_another_version_is_refused(tmp_path: Path) -> None:
+def test_another_version_is_refused(tmp_path):
     chunks(tmp_path).put("a", 1)
     marker = tmp_path / "kept" / MARKER_FILE
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"drllm_version": "0.0.1"}))
@@ -90,7 +88,7 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
         chunks(tmp_path).open()
 
 
-def test_what_becomes_known_during_a_run_is_compared_too(tmp_path: Path) -> None:
+def test_what_becomes_known_during_a_run_is_compared_too(tmp_path):
     kept = chunks(tmp_path)
     kept.open()
     kept.expect("arc", {"questions_sha256": "bb"})
@@ -106,13 +104,13 @@ def test_what_becomes_known_during_a_run_is_compared_too(tmp_path: Path) -> None
 
 @given(st.recursive(st.none() | st.integers() | st.text(), lambda v: st.dictionaries(st.text(), v)))
 @settings(max_examples=30)
-def test_an_identity_differs_from_itself_in_nothing(value: Any) -> None:
+def test_an_identity_differs_from_itself_in_nothing(value):
     identity = {"a": value}
     assert differences(identity, json.loads(json.dumps(identity))) == []
     assert differences(identity, {"a": [value]}) != []
 
 
-def test_parts_of_a_chunk_go_when_it_is_whole(tmp_path: Path) -> None:
+def test_parts_of_a_chunk_go_when_it_is_whole(tmp_path):
     kept = pickle.loads(pickle.dumps(chunks(tmp_path)))
     parts = kept.within("block 1")
     for number in range(3):
@@ -126,9 +124,7 @@ def test_parts_of_a_chunk_go_when_it_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", '"a"', "", "[1, 2", "NaN"])
-def test_a_chunk_that_cannot_be_read_is_done_again(
-    tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_chunk_that_cannot_be_read_is_done_again(tmp_path, content, caplog):
     kept = chunks(tmp_path)
     kept.put("a", 1)
     [file] = (tmp_path / "kept").glob("a-*.json")
@@ -143,7 +139,7 @@ def test_a_chunk_that_cannot_be_read_is_done_again(
 # Hostile folders.
 
 
-def test_a_folder_that_is_a_link_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_a_link_is_refused_and_left_alone(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     chunks(elsewhere).put("a", 1)
@@ -157,7 +153,7 @@ def test_a_folder_that_is_a_link_is_refused_and_left_alone(tmp_path: Path) -> No
     assert names(elsewhere) == before
 
 
-def test_foreign_files_are_refused_without_a_marker_and_kept_with_one(tmp_path: Path) -> None:
+def test_foreign_files_are_refused_without_a_marker_and_kept_with_one(tmp_path):
     (tmp_path / "kept").mkdir()
     mine = tmp_path / "kept" / "mine.json"
     mine.write_text("{}")
@@ -173,7 +169,7 @@ def test_foreign_files_are_refused_without_a_marker_and_kept_with_one(tmp_path: 
     assert names(tmp_path) == {mine.name, "a" * 12 + ".json"}
 
 
-def test_links_in_the_folder_are_not_followed(tmp_path: Path) -> None:
+def test_links_in_the_folder_are_not_followed(tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("5")
     kept = chunks(tmp_path)
@@ -187,7 +183,7 @@ def test_links_in_the_folder_are_not_followed(tmp_path: Path) -> None:
     assert not (tmp_path / "kept").exists()
 
 
-def test_a_broken_marker_and_a_file_in_place_of_the_folder_are_refused(tmp_path: Path) -> None:
+def test_a_broken_marker_and_a_file_in_place_of_the_folder_are_refused(tmp_path):
     kept = chunks(tmp_path)
     kept.put("a", 1)
     (tmp_path / "kept" / MARKER_FILE).write_text("{")
@@ -246,7 +242,7 @@ def killed_at(operation: int, work: Callable[[], None]) -> bool:
     return code == 9
 
 
-def test_no_kill_at_any_operation_changes_the_result_or_leaves_anything(tmp_path: Path) -> None:
+def test_no_kill_at_any_operation_changes_the_result_or_leaves_anything(tmp_path):
     for operation in range(1, 1000):
         folder = tmp_path / str(operation)
         folder.mkdir()

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,8 +91,6 @@ def chosen(target: str, paths: str, least: float | None = None) -> str:
     return found if isinstance(found, str) else "".join(map(str, found[0].decisions))
 
 
-# --- one question ------------------------------------------------------------------------------
-
 CASES = """
 shortest        1111+ 1110+ 1100+ 1000- 0001           1100  the fewest executions of survivors
 shortest        1111+ 1110+.5 1101+.7 1011+none        1101  then the margin in the re-test
@@ -126,7 +123,7 @@ least_kl        1111 1110                              no KL in the record
 
 
 @pytest.mark.parametrize("case", CASES.strip().splitlines())
-def test_a_rule_picks_its_target(case: str):
+def test_a_rule_picks_its_target(case):
     target, paths, expected, *_ = re.split(r"\s{2,}", case)
     assert chosen(target, paths) == expected
 
@@ -140,12 +137,9 @@ def test_a_rule_picks_its_target(case: str):
         (0.31, "no path saves enough"),
     ],
 )
-def test_a_kl_target_saves_the_least_share_or_more(least: float, expected: str):
+def test_a_kl_target_saves_the_least_share_or_more(least, expected):
     paths = " ".join(f"{'1' * (10 - n)}{'0' * n}!~0.{n}" for n in range(4))
     assert chosen("least_kl", paths, least=least) == expected
-
-
-# --- all valid paths ---------------------------------------------------------------------------
 
 
 def soft(target: str, path_weights: str, paths: str, **settings: Any) -> dict[str, float]:
@@ -168,7 +162,7 @@ SOFT_PATHS = "1111+~0 1110+~0.2 1100+~0.7 1000-~2 0001!~3"
         ("least_kl", {"1110", "1100", "1000", "0001"}),
     ],
 )
-def test_the_valid_paths_are_those_that_the_rule_picks_from(target: str, expected: set[str]):
+def test_the_valid_paths_are_those_that_the_rule_picks_from(target, expected):
     assert set(soft(target, "equal", SOFT_PATHS)) == expected
     if target == "least_kl":
         found = soft(target, "equal", SOFT_PATHS, min_saving=0.5)
@@ -195,8 +189,6 @@ def test_valid_paths_do_not_change_the_target():
     assert softened.optimal_layer_config == plain.optimal_layer_config
 
 
-# --- many questions ----------------------------------------------------------------------------
-
 SAVING, IMPROVING, FULL_ONLY = "1111+ 1100+", "1111! 2110+", "1111+"
 LUCKY, HOPELESS = "1111! 1110-", "1111! 1110!"
 
@@ -205,19 +197,15 @@ def questions(*kinds: str) -> list[SearchRecord]:
     return [record(paths, question=f"Question {n}?") for n, paths in enumerate(kinds)]
 
 
-def test_a_target_carries_what_training_needs():
-    (target,) = targets(questions(SAVING), SHORTEST)
+def test_a_target_carries_what_training_needs_and_improves_where_the_full_path_failed():
+    target, *others = targets(questions(SAVING, IMPROVING, FULL_ONLY), SHORTEST)
     assert target.question == "Question 0?"
     assert target.prompt == "Q: Question 0?"
     assert target.answer == "wet"
     assert target.optimal_layer_config == (1, 1, 0, 0)
     assert (target.id, target.task) == ("Question 0?", "facts")
     assert (target.executions, target.margin) == (2.0, -1.0)
-
-
-def test_a_target_is_improving_where_the_full_path_failed():
-    supervision = targets(questions(SAVING, IMPROVING, FULL_ONLY), SHORTEST)
-    assert [target.improving for target in supervision] == [False, True, False]
+    assert [each.improving for each in (target, *others)] == [False, True, False]
 
 
 def test_the_summary_counts_what_the_search_found_and_what_became_of_it():
@@ -320,24 +308,11 @@ def test_the_least_saving_has_no_use_but_for_kl():
 
 
 @pytest.mark.parametrize("by_kl", [{"target": "least_kl"}, {"path_weights": "closer"}])
-def test_targets_by_kl_are_refused_before_a_search_that_computes_none(by_kl: dict[str, str]):
+def test_targets_by_kl_are_refused_before_a_search_that_computes_none(by_kl):
     config = SuperviseConfig(**{"target": "shortest", **by_kl})
     check_settings(config, ["facts"], SearchConfig())
     with pytest.raises(ConfigError, match=r"--no-kl leaves out what --\w+.* needs"):
         check_settings(config, ["facts"], SearchConfig(kl=False))
-
-
-def test_every_question_has_a_target_or_a_reason():
-    found = questions(SAVING, SAVING, SAVING, IMPROVING, FULL_ONLY, LUCKY, HOPELESS)
-    found.append(record(SAVING, question="question 0?", task="copy"))
-    summary = targets(found, replace(SHORTEST, quota_improving=0.5)).summary
-    assert set(summary["rejected"]) == set(REASONS)
-    assert summary["targets"] + sum(summary["rejected"].values()) == summary["questions"] == 7
-    assert summary["questions"] + summary["copies"] == len(found)
-    assert summary["rejected"]["over the quota"] == 3
-
-
-# --- files -------------------------------------------------------------------------------------
 
 
 def written(file: Path, *found: SearchRecord, **model: Any) -> Path:
@@ -372,7 +347,7 @@ def rejected(output: Path) -> list[tuple[str, str, str, str]]:
     return [(row.id, row.task, row.question, row.reason) for row in rows]
 
 
-def test_targets_are_written_with_a_manifest_of_model_settings_inputs_and_summary(tmp_path: Path):
+def test_targets_are_written_with_a_manifest_of_model_settings_inputs_and_summary(tmp_path):
     source = search_file(tmp_path, SAVING, IMPROVING, HOPELESS)
     output = tmp_path / "new" / "supervision.jsonl"
     config = SuperviseConfig(target="largest_margin")
@@ -389,14 +364,14 @@ def test_targets_are_written_with_a_manifest_of_model_settings_inputs_and_summar
     assert told["rewards"] == ["loglikelihood"]
 
 
-def test_the_manifest_names_the_rewards_of_the_targets_only(tmp_path: Path):
+def test_the_manifest_names_the_rewards_of_the_targets_only(tmp_path):
     kinds = {"letter": SAVING, "exact": SAVING, "boxed": HOPELESS}
     found = [record(kinds[name], question=f"{name}?", reward=name) for name in kinds]
     output = supervised(written(tmp_path / "search.jsonl", *found))
     assert manifest(output)["rewards"] == ["exact", "letter"]
 
 
-def test_every_question_without_a_target_is_written_with_its_reason(tmp_path: Path):
+def test_every_question_without_a_target_is_written_with_its_reason(tmp_path):
     one = search_file(tmp_path, HOPELESS, SAVING, name="a.jsonl")
     two = written(
         tmp_path / "b.jsonl",
@@ -415,7 +390,7 @@ def test_every_question_without_a_target_is_written_with_its_reason(tmp_path: Pa
     assert names == ["mine.jsonl", "mine.manifest.json", "mine.rejected.jsonl"]
 
 
-def test_rejects_are_replaced_with_the_targets_and_go_where_all_have_one(tmp_path: Path):
+def test_rejects_are_replaced_with_the_targets_and_go_where_all_have_one(tmp_path):
     source = search_file(tmp_path, SAVING, LUCKY)
     assert len(rejected(supervised(source))) == 1
     output = supervised(source, target="paper", quotas="facts=1")
@@ -424,9 +399,7 @@ def test_rejects_are_replaced_with_the_targets_and_go_where_all_have_one(tmp_pat
     assert not rejected_path(output).exists()
 
 
-def test_targets_are_never_trusted_before_their_rejects_are_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_targets_are_never_trusted_before_their_rejects_are_written(tmp_path, monkeypatch):
     output = supervised(search_file(tmp_path, SAVING, name="a.jsonl"))
 
     def killed(*_: object) -> None:
@@ -441,46 +414,36 @@ def test_targets_are_never_trusted_before_their_rejects_are_written(
     assert ids(output) == ["a.jsonl 0?"]
 
 
-def test_the_manifest_tells_what_became_of_each_file(tmp_path: Path):
-    one = search_file(tmp_path, SAVING, HOPELESS, name="a.jsonl")
-    two = search_file(tmp_path, SAVING, SAVING, LUCKY, name="b.jsonl")
+def test_the_manifest_tells_what_became_of_each_file_and_counts_copies_once(tmp_path):
+    found = questions(SAVING, HOPELESS, SAVING, SAVING, LUCKY)
+    one = written(tmp_path / "a.jsonl", *found[:2])
+    two = written(tmp_path / "b.jsonl", found[0], *found[2:])
 
     told = {
-        name: (file["questions"], file["targets"], {r: n for r, n in file["rejected"].items() if n})
+        name: (
+            *(file[each] for each in ("questions", "copies", "targets")),
+            {reason: n for reason, n in file["rejected"].items() if n},
+        )
         for name, file in manifest(supervised(one, two, quotas="facts=2"))["files"].items()
     }
-    assert ids(tmp_path / "supervision.jsonl") == ["a.jsonl 0?", "b.jsonl 0?"]
+    assert ids(tmp_path / "supervision.jsonl") == ["Question 0?", "Question 2?"]
     assert list(told.items()) == [
-        ("a.jsonl", (2, 1, {"no valid path": 1})),
-        ("b.jsonl", (3, 1, {"no path survived the re-test": 1, "over the quota": 1})),
+        ("a.jsonl", (2, 0, 1, {"no valid path": 1})),
+        ("b.jsonl", (3, 1, 1, {"no path survived the re-test": 1, "over the quota": 1})),
     ]
 
 
-def test_a_question_of_two_shards_counts_once(tmp_path: Path):
-    found = questions(SAVING, IMPROVING)
-    one = written(tmp_path / "one.jsonl", *found)
-    two = written(tmp_path / "two.jsonl", *found[1:])
-    told = manifest(supervised(one, two))
-    assert told["summary"]["targets"] == 2
-    second = told["files"]["two.jsonl"]
-    assert (second["questions"], second["copies"], second["targets"]) == (0, 1, 0)
-    assert sum(second["rejected"].values()) == 0
-
-
-def test_the_model_is_what_the_manifests_tell_of_it(tmp_path: Path):
+def test_the_model_is_what_the_manifests_tell_of_it(tmp_path):
     first, second = (search_file(tmp_path, SAVING, name=name) for name in ("a.jsonl", "b.jsonl"))
     manifest_path(first).unlink()
     assert manifest(supervised(first))["model"] == {"num_layers": 4}
     assert manifest(supervised(first, second))["model"] == MODEL
 
 
-def test_one_set_of_weights_under_two_ids_is_one_model(tmp_path: Path):
+def test_one_set_of_weights_under_two_ids_is_one_model(tmp_path):
     first = search_file(tmp_path, SAVING, name="a.jsonl")
     second = search_file(tmp_path, SAVING, name="b.jsonl", id="local/copy", revision=None)
     assert len(ids(supervised(first, second))) == 2
-
-
-# --- what is refused ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -491,9 +454,7 @@ def test_one_set_of_weights_under_two_ids_is_one_model(tmp_path: Path):
         ({"hidden_size": 64}, "hidden_size 32 and 64"),
     ],
 )
-def test_files_of_different_base_models_are_refused_naming_both(
-    tmp_path: Path, told: dict[str, Any], says: str
-):
+def test_files_of_different_base_models_are_refused_naming_both(tmp_path, told, says):
     first = search_file(tmp_path, SAVING, name="a.jsonl")
     second = search_file(tmp_path, SAVING, name="b.jsonl", **told)
     with pytest.raises(RecordError, match=rf"a\.jsonl and .*b\.jsonl are .*{says}"):
@@ -501,7 +462,7 @@ def test_files_of_different_base_models_are_refused_naming_both(
     assert not (tmp_path / "supervision.jsonl").exists()
 
 
-def test_without_fingerprints_the_ids_must_agree(tmp_path: Path):
+def test_without_fingerprints_the_ids_must_agree(tmp_path):
     for name in ("a", "b"):
         found = [record(SAVING, question=name)]
         known = new_manifest("search", model={"id": f"{name}/model"}, config={})
@@ -510,7 +471,7 @@ def test_without_fingerprints_the_ids_must_agree(tmp_path: Path):
         supervised(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
 
 
-def test_files_of_different_depths_are_refused_even_without_manifests(tmp_path: Path):
+def test_files_of_different_depths_are_refused_even_without_manifests(tmp_path):
     first = search_file(tmp_path, SAVING, name="a.jsonl")
     second = search_file(tmp_path, "111+", name="b.jsonl")
     for file in (first, second):
@@ -526,14 +487,12 @@ def test_files_of_different_depths_are_refused_even_without_manifests(tmp_path: 
         ((SAVING,), {"num_layers": 30}, r"paths of 4 layers, but its manifest names .* of 30"),
     ],
 )
-def test_two_depths_in_one_search_are_refused(
-    tmp_path: Path, kinds: Sequence[str], told: dict[str, Any], says: str
-):
+def test_two_depths_in_one_search_are_refused(tmp_path, kinds, told, says):
     with pytest.raises(RecordError, match=says):
         supervised(search_file(tmp_path, *kinds, **told))
 
 
-def test_two_questions_under_one_id_are_refused(tmp_path: Path):
+def test_two_questions_under_one_id_are_refused(tmp_path):
     files = [
         written(tmp_path / name, record(SAVING, question=f"What is {name}?", id="q1"))
         for name in ("a.jsonl", "b.jsonl")
@@ -563,7 +522,7 @@ def test_two_questions_under_one_id_are_refused(tmp_path: Path):
     ],
 )
 def test_no_target_at_all_is_an_error_that_names_the_reasons_and_leaves_the_old_targets(
-    tmp_path: Path, kinds: Sequence[str], settings: dict[str, Any], says: str
+    tmp_path, kinds, settings, says
 ):
     source = search_file(tmp_path, *kinds)
     with pytest.raises(RecordError, match=says):
@@ -576,7 +535,7 @@ def test_no_target_at_all_is_an_error_that_names_the_reasons_and_leaves_the_old_
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.rejected.jsonl"])
-def test_a_file_is_not_both_read_and_written(tmp_path: Path, name: str):
+def test_a_file_is_not_both_read_and_written(tmp_path, name):
     source = search_file(tmp_path, SAVING, LUCKY, name=name)
     before = source.read_text()
     with pytest.raises(RecordError, match=rf"{name} is both read and written"):
@@ -584,20 +543,14 @@ def test_a_file_is_not_both_read_and_written(tmp_path: Path, name: str):
     assert source.read_text() == before
 
 
-def test_a_file_given_twice_is_refused(tmp_path: Path):
+def test_a_file_given_twice_is_refused(tmp_path):
     source = search_file(tmp_path, SAVING)
     with pytest.raises(RecordError, match="given twice"):
         supervised(source, tmp_path / "." / source.name)
 
 
-def test_what_makes_no_sense_is_refused_before_files_are_read(tmp_path: Path):
+def test_what_makes_no_sense_is_refused_before_files_are_read(tmp_path):
     with pytest.raises(ConfigError, match="'facts' is no quota"):
         supervised(tmp_path / "gone.jsonl", quotas="facts")
     with pytest.raises(RecordError, match="no search file is given"):
         supervise([], SHORTEST, Path("supervision.jsonl"))
-
-
-def test_a_supervision_file_is_not_taken_for_a_search_file(tmp_path: Path):
-    output = supervised(search_file(tmp_path, SAVING))
-    with pytest.raises(RecordError, match=r"says 'drllm\.supervision'; expected 'drllm\.search'"):
-        supervise([output], SHORTEST, tmp_path / "again.jsonl")

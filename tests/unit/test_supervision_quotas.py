@@ -9,31 +9,16 @@ from drllm.records import SupervisionRecord
 from drllm.supervision.quotas import over_quota, read_quotas
 
 
-def target(task: str, *, improving: bool) -> SupervisionRecord:
-    return SupervisionRecord(
-        question="?",
-        optimal_layer_config=(1, 1),
-        answer="!",
-        prompt="?",
-        id="id",
-        task=task,
-        executions=2.0,
-        improving=improving,
-    )
-
-
-def rows(text: str) -> list[SupervisionRecord]:
-    """Targets from letters: the letter is the task, a capital improves."""
-    return [target(letter.lower(), improving=letter.isupper()) for letter in text]
+def target(letter: str) -> SupervisionRecord:
+    """A target from a letter: it is the task, a capital improves."""
+    given = {"question": "?", "optimal_layer_config": (1, 1), "answer": "!"}
+    return SupervisionRecord(**given, task=letter.lower(), improving=letter.isupper())
 
 
 def left(text: str, quotas: dict[str, int], share: float | None = None) -> str:
-    """What stays, in order; what goes is a dot."""
-    gone = over_quota(rows(text), quotas, share)
+    """What stays of a target a letter, in order; what goes is a dot."""
+    gone = over_quota([*map(target, text)], quotas, share)
     return "".join("." if place in gone else letter for place, letter in enumerate(text))
-
-
-# --- reading -----------------------------------------------------------------------------------
 
 
 def test_quotas_are_read_with_or_without_spaces():
@@ -45,7 +30,7 @@ def test_quotas_are_read_with_or_without_spaces():
 @pytest.mark.parametrize(
     "text", ["", "arc_easy", "arc_easy=", "=3", "a=0", "a=-1", "a=1.5", "a=x", "a=1,"]
 )
-def test_what_is_no_quota_is_refused_with_the_form_that_is(text: str):
+def test_what_is_no_quota_is_refused_with_the_form_that_is(text):
     with pytest.raises(ConfigError, match=r"is no quota; give TASK=COUNT"):
         read_quotas(text)
 
@@ -53,9 +38,6 @@ def test_what_is_no_quota_is_refused_with_the_form_that_is(text: str):
 def test_a_task_named_twice_is_refused():
     with pytest.raises(ConfigError, match="names task 'a' twice"):
         read_quotas("a=1,b=2,a=3")
-
-
-# --- what stays --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -67,7 +49,7 @@ def test_a_task_named_twice_is_refused():
         ("aAb", {}, "aAb"),
     ],
 )
-def test_a_quota_keeps_the_first_targets_of_its_task(text: str, quotas: dict[str, int], stays: str):
+def test_a_quota_keeps_the_first_targets_of_its_task(text, quotas, stays):
     assert left(text, quotas) == stays
 
 
@@ -94,15 +76,13 @@ def test_a_quota_keeps_the_first_targets_of_its_task(text: str, quotas: dict[str
         ("aa", {}, 0.3, ".."),
     ],
 )
-def test_a_share_of_the_targets_improves(
-    text: str, quotas: dict[str, int], share: float, stays: str
-):
+def test_a_share_of_the_targets_improves(text, quotas, share, stays):
     assert left(text, quotas, share) == stays
 
 
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.3, 1 / 3, 0.7, 0.9])
 @pytest.mark.parametrize("improving", [1, 3, 9])
-def test_the_share_is_met_with_as_few_drops_as_possible(share: float, improving: int):
+def test_the_share_is_met_with_as_few_drops_as_possible(share, improving):
     stays = 100 + improving - left("a" * 100 + "A" * improving, {}, share).count(".")
     assert improving / stays >= share - 1e-12
     assert improving / (stays + 1) < share or stays == 100 + improving
@@ -129,9 +109,7 @@ def published(improving: list[bool], quota: int, share: float) -> set[int]:
     st.integers(1, 12),
     st.sampled_from([0.1, 0.25, 0.3, 0.5, 0.7, 1.0]),
 )
-def test_quota_and_share_keep_what_going_one_by_one_would(
-    improving: list[bool], quota: int, share: float
-):
-    kept = [target("a", improving=better) for better in improving]
+def test_quota_and_share_keep_what_going_one_by_one_would(improving, quota, share):
+    kept = [target("A" if better else "a") for better in improving]
     gone = over_quota(kept, {"a": quota}, share)
     assert set(range(len(kept))) - gone == published(improving, quota, share)

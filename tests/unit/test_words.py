@@ -58,7 +58,7 @@ def texts() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("word", RETIRED)
-def test_a_retired_word_is_not_used(word: str):
+def test_a_retired_word_is_not_used(word):
     pattern = re.compile(rf"(?<![A-Za-z]){re.escape(word)}s?(?![a-z])")
     found = [
         f"{name}:{number}: {line.strip()}"

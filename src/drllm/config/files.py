@@ -20,16 +20,11 @@ PRESETS = {path.stem: path for path in sorted(Path(__file__).with_name("presets"
 """Packaged settings by name: the paper's, the released code's. Their sections are a recipe's."""
 
 
-class WrittenInt(int):
-    """A whole number of a YAML file, with the text that stands there."""
+class Written(str):
+    """A number of a YAML file, as the text that stands there."""
 
-    text: str
-
-
-class WrittenFloat(float):
-    """Another number of a YAML file, with the text that stands there."""
-
-    text: str
+    value: int | float
+    __repr__ = str.__str__
 
 
 class _Loader(yaml.SafeLoader):
@@ -64,13 +59,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _written(loader: _Loader, node: yaml.ScalarNode) -> WrittenInt | WrittenFloat:
-    number: WrittenInt | WrittenFloat
-    if node.tag.endswith(":int"):
-        number = WrittenInt(loader.construct_yaml_int(node))
-    else:
-        number = WrittenFloat(loader.construct_yaml_float(node))
-    number.text = str(node.value)
+def _written(loader: _Loader, node: yaml.ScalarNode) -> Written:
+    number, is_int = Written(node.value), node.tag.endswith(":int")
+    number.value = loader.construct_yaml_int(node) if is_int else loader.construct_yaml_float(node)
     return number
 
 
@@ -148,11 +139,9 @@ def canonical(group: type[Settings], values: Mapping[str, Any]) -> dict[str, Any
 
 def plain(value: Any) -> Any:
     """Return a number of the file as Python's own, as others expect; other values as they are."""
-    if isinstance(value, (WrittenInt, WrittenFloat)):
-        return int(value) if isinstance(value, int) else float(value)
-    return value
+    return value.value if isinstance(value, Written) else value
 
 
 def as_text(value: Any) -> Any:
     """Return the text of a number as it stands in the file; other values as they are."""
-    return value.text if isinstance(value, (WrittenInt, WrittenFloat)) else value
+    return str(value) if isinstance(value, Written) else value

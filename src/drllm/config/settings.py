@@ -109,11 +109,13 @@ class SearchConfig(Settings):
         None,
         "with --executor ray: processes, one a device; as many as there are unless given",
         minimum=1,
+        idle=("executor", "local"),
     )
     ray_address: str | None = incidental(
         None,
         "with --executor ray: HOST:PORT of a cluster, or auto; else one starts here",
         value="HOST:PORT",
+        idle=("executor", "local"),
     )
     seed: int = setting(0, "seed of the search and of --limit", minimum=0)
 

@@ -76,11 +76,7 @@ class RunManifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def read_run(folder: Path) -> RunManifest:
-    """Read a folder's `run.manifest.json`; empty where there is none.
-
-    Raises:
-        RecordError: It is broken, another schema's or of a future version.
-    """
+    """Read a folder's `run.manifest.json`; empty where there is none."""
     path = folder / RUN_FILE
     if not path.exists():
         return RunManifest()
@@ -147,15 +143,9 @@ class StageTime(NamedTuple):
 def run(
     recipe: Recipe | Path | str, folder: Path | str, *, listener: Listener | None = None
 ) -> list[StageTime]:
-    """Carry out a recipe in a folder; what is done there already is skipped.
+    """Carry out a recipe, or the one in a YAML file, in a folder that receives everything.
 
-    Args:
-        recipe: The settings of all stages, or the YAML file that has them.
-        folder: Receives everything.
-        listener: Hears how far it is.
-
-    Returns:
-        The stages in order.
+    What is done there already is skipped. Returned are the stages in order.
 
     Raises:
         ConfigError: The recipe or the folder can't be used; nothing has been written then.

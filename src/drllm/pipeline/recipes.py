@@ -95,17 +95,12 @@ def check_tracking(config: TrainConfig) -> None:
 
 
 def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
-    """Read and check a recipe.
+    """Read and check a recipe; `data_dir` replaces that of search and evaluation.
 
-    Args:
-        path: YAML with the sections `model`, `search`, `supervise`, `train`, `evaluate`; each may
-            be left out, and so may any of its settings. Below them lie those of the preset that
-            `config` names.
-        data_dir: Replaces `data_dir` of search and evaluation.
-
-    Raises:
-        ConfigError: No such file, not YAML, an unknown section or setting, a value that doesn't
-            fit.
+    It is YAML with the sections `model`, `search`, `supervise`, `train`, `evaluate`; each may be
+    left out, and so may any of its settings. Below them lie those of the preset that `config`
+    names. No such file, not YAML, an unknown section or setting, and a value that doesn't fit are
+    a ConfigError.
     """
     return _recipe(path, with_preset(path, read_yaml(path, "a recipe")), data_dir)
 
@@ -154,14 +149,10 @@ class SweepPlan:
 def read_sweep(path: Path, data_dir: str | None = None) -> SweepPlan:
     """Read and check a sweep file: a recipe with a section `settings`, and maybe one `choose`.
 
-    Args:
-        path: YAML; `settings` has, by name, the sections `supervise` and `train` as far as they
-            differ from the file's own, `choose` what differs from `evaluate` where settings are
-            judged.
-        data_dir: Replaces `data_dir` of search and evaluation.
-
-    Raises:
-        ConfigError: What is no sweep, or settings that don't fit; two that are the same.
+    `settings` has, by name, the sections `supervise` and `train` as far as they differ from the
+    file's own, `choose` what differs from `evaluate` where settings are judged; `data_dir` is that
+    of `read_recipe`. What is no sweep, settings that don't fit, and two that are the same are a
+    ConfigError.
     """
     values = with_preset(path, read_yaml(path, "a sweep"))
     settings = values.pop("settings", None)

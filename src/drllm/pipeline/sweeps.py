@@ -23,13 +23,8 @@ from drllm.reporting.sweeps import SWEEP_FILE, SweepResult, choose, drawn, read_
 def sweep(plan: SweepPlan, folder: Path, *, listener: Listener | None = None) -> str | None:
     """Train with every setting of a sweep, choose one on `select`, and test it once.
 
-    Args:
-        plan: From `read_sweep`.
-        folder: Receives everything.
-        listener: Hears how far it is.
-
-    Returns:
-        The name of the chosen setting; None where none can be brought to any depth.
+    The folder receives everything. Returned is the name of the chosen setting; None where none can
+    be brought to any depth.
 
     Raises:
         ConfigError: The settings or the folder can't be used; nothing has been written then.

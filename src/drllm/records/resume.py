@@ -75,10 +75,8 @@ class Chunks:
     value named `*_sha256` messages say "other *".
     """
 
-    def __init__(
-        self, folder: Path, identity: Mapping[str, Any], *, stage: str, flag: str = "--output-dir"
-    ) -> None:
-        self.folder, self.stage, self.flag = folder, stage, flag
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, stage: str) -> None:
+        self.folder, self.stage = folder, stage
         self._identity = _plain(identity)
         self._later: dict[str, Any] = {}
         self._is_marked = False
@@ -98,7 +96,7 @@ class Chunks:
         elif foreign := sorted(name for name in self._names() if not _is_ours(name)):
             raise RecordError(
                 f"{self.folder} holds files that drllm didn't write ({', '.join(foreign[:3])}); "
-                f"move them, or choose another {self.flag}"
+                f"move them, or choose another --output-dir"
             )
         self._clear()
         return marker is not None
@@ -191,7 +189,7 @@ class Chunks:
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             raise RecordError(
                 f"{self.folder} is a link or a file; what a {self.stage} keeps lies in a folder of "
-                f"its own: delete it, or choose another {self.flag}"
+                f"its own: delete it, or choose another --output-dir"
             )
         if not refuse_odd_file(self.folder / MARKER_FILE, "read"):
             return None
@@ -205,7 +203,7 @@ class Chunks:
             f"what {self.folder} keeps of an interrupted {self.stage}",
             stored,
             wanted,
-            f"give the same to resume it, choose another {self.flag}, or delete {self.folder}",
+            f"give the same to resume it, choose another --output-dir, or delete {self.folder}",
         )
 
     def _names(self) -> list[str]:

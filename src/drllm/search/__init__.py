@@ -16,10 +16,6 @@ CHUNKS_FOLDER = "search.partial"
 
 
 def num_batches_kept(folder: Path) -> int:
-    """Count the finished batches that an interrupted search keeps.
-
-    Args:
-        folder: `CHUNKS_FOLDER`.
-    """
+    """Count the finished batches that an interrupted search keeps in its `CHUNKS_FOLDER`."""
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     return sum(bool(re.fullmatch(r"batch-\d+-[0-9a-f]{12}\.json", name)) for name in names)

@@ -70,15 +70,8 @@ def search_batch(
     """Search a batch, setting aside the questions that fail every time.
 
     A batch that fails as a whole is searched question by question, which gives the same records:
-    a question's tree doesn't depend on its neighbours.
-
-    Args:
-        routed: The model, made with its tokenizer.
-        batch: The questions.
-        config: Settings of the search.
-        parts: Keeps what is done of the batch, so that an interrupted search loses one round, or
-            the re-test of a few questions.
-        on_step: See `OnStep`; called after each of them.
+    a question's tree doesn't depend on its neighbours. `parts` keeps what is done of the batch, so
+    that an interrupted search loses one round, or the re-test of a few questions.
     """
     try:
         records = search_in_step(routed, batch.questions, config, parts=parts, on_step=on_step)
@@ -247,13 +240,8 @@ def key_of(batch: Batch) -> str:
 class LocalExecutor:
     """Searches in this process, one batch after the other.
 
-    Args:
-        routed: The model, made with its tokenizer.
-        identity: Which base model it is, for the manifest.
-        runtime: How it runs; another dtype, say, is another search.
-
-    Raises:
-        TaskError: A model without its tokenizer.
+    The identity says which base model it is, the runtime how it runs: another dtype, say, is
+    another search. A model without its tokenizer is a TaskError.
     """
 
     def __init__(

@@ -142,11 +142,7 @@ def batches_of(questions: Sequence[SearchQuestion], size: int) -> list[Batch]:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """Return which part of how many a `--shard` names.
-
-    Raises:
-        ConfigError: Not of the form i/n, a part that doesn't exist, or one part of one.
-    """
+    """Return which part of how many a `--shard` names; a ConfigError for what makes no sense."""
     match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
     if match is None:
         raise ConfigError(f"--shard is {text!r}; give i/n, for example 1/8 for the first of eight")
@@ -177,12 +173,7 @@ def in_shard(example: Example, part: int, parts: int) -> bool:
 
 def _check_settings(config: SearchConfig) -> None:
     """Refuse settings that have no effect with the others."""
-    for name in ("num_workers", "ray_address") if config.executor != "ray" else ():
-        if (value := getattr(config, name)) is not None:
-            raise ConfigError(
-                f"{flag_of(name)} {value} has no effect with --executor "
-                f"{config.executor}; give --executor ray, or leave it out"
-            )
+    config.check_effects()
     for strategy in STRATEGIES:
         for name in STRATEGIES.get(strategy).own_settings if strategy != config.strategy else ():
             if (value := getattr(config, name)) != getattr(SearchConfig(), name):

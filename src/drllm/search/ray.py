@@ -301,14 +301,8 @@ class Jobs:
 
     A batch that costs a worker is searched again question by question, which gives the same
     decisions and rewards; a question that costs workers when it is alone is set aside alone. What
-    is to be done again comes before batches that nobody has seen yet, so no more batches are under
-    way than jobs.
-
-    Args:
-        batches: What to search; one is taken when nothing else is left to do.
-
-    Attributes:
-        again: What is to be done again: whole batches, or one question of a batch.
+    is to be done `again`, whole batches or one question of a batch, comes before batches that
+    nobody has seen yet, so no more batches are under way than jobs.
     """
 
     def __init__(self, batches: Iterable[Batch]) -> None:
@@ -363,14 +357,8 @@ class Jobs:
 def connect(ray: Any, address: str | None, num_workers: int | None) -> None:
     """Start Ray on this machine, with cores for so many workers at least, or join a cluster.
 
-    Args:
-        ray: The package.
-        address: HOST:PORT of a cluster, or `auto` for the one that `RAY_ADDRESS` names or Ray
-            finds on this machine; None starts Ray here.
-        num_workers: None for as many as there are cores.
-
-    Raises:
-        ConfigError: An address that is none, or at which there is no cluster.
+    The address is HOST:PORT, or `auto` for the cluster that `RAY_ADDRESS` names or Ray finds on
+    this machine. One that is none, or at which there is no cluster, is a ConfigError.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     silent: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}

@@ -55,15 +55,10 @@ def retested(
     found: Mapping[Pair, Outcome],
     once: Once = lambda _, __, evaluate: evaluate(),
 ) -> dict[Pair, Retest]:
-    """Ask every question again in other ways, with every path that may be a target.
+    """Ask every question again in `others`, its other ways, with every path that may be a target.
 
-    Args:
-        first: The evaluator of the first asking; its states are given up where other prompts
-            need the memory.
-        others: By question, the other ways of asking it.
-        config: Settings of the search.
-        found: The outcomes of the first asking, by question's place and decisions.
-        once: Keeps what is evaluated, a few questions at a time.
+    The evaluator of the first asking, which found the outcomes, gives its states up where other
+    prompts need the memory. What is evaluated is kept by `once`, a few questions at a time.
 
     Source: ours (docs/differences.md, D-05).
     """

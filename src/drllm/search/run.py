@@ -314,9 +314,6 @@ def forecast(
     Nothing is written. Time, executions and disk are those of the sample by path. Later paths
     share more with earlier ones, so a search of more simulations than the sample's is quicker than
     this by path.
-
-    Raises:
-        DrllmError: A question of the sample that can't be searched.
     """
     by_task: dict[str, list[SearchQuestion]] = {}
     for batch in batches_of(questions, config.block_size):

@@ -14,11 +14,7 @@ _ROUNDING = 1e-9
 def read_quotas(text: str | None) -> dict[str, int]:
     """Read quotas as users write them: a comma list of TASK=COUNT; None for no quotas.
 
-    Returns:
-        Maximum targets by task; tasks that aren't in it have as many as there are.
-
-    Raises:
-        ConfigError: Anything else, a count below 1, or a task named twice.
+    Anything else, a count below 1, or a task named twice is a ConfigError.
 
     Example:
         >>> read_quotas("arc_easy=400, dart-1=200")
@@ -48,12 +44,8 @@ def over_quota(
     quota takes the place of the first one that doesn't; a task that runs out of improving targets
     stays below the share, as in the published code. With a share and no quota there is nothing to
     take from: the last targets that don't improve go, until the others have the share; each task
-    by itself where any task has a quota, else all of them together.
-
-    Args:
-        kept: Targets in the order of the questions.
-        quotas: Maximum targets by task.
-        share: Least share of improving targets, in (0, 1]; None for none.
+    by itself where any task has a quota, else all of them together. The targets are in the order of
+    the questions, the share is in (0, 1].
 
     Source: `data_generation.py` of Dr.LLM's published code (commit 14e8837) for quota and share
         together; the share without a quota is ours (docs/differences.md, D-11).

@@ -144,11 +144,7 @@ def candidates(
 ) -> list[TriedPath] | str:
     """Return the paths that may become one question's target, the best first, or why none can.
 
-    Args:
-        record: What the search found.
-        target: Name of a rule in `TARGETS`.
-        min_saving: Least share of the full path's executions to save, for rules that read it;
-            None for `MIN_SAVING`.
+    The rule is one of `TARGETS`; without `min_saving`, rules that read it are given `MIN_SAVING`.
     """
     given = {"min_saving": MIN_SAVING if min_saving is None else min_saving}
     return TARGETS.get(target)(record, **(given if reads_min_saving(target) else {}))
@@ -160,15 +156,10 @@ def reads_min_saving(target: str) -> bool:
 
 
 def weigh(paths: Sequence[TriedPath], path_weights: str) -> list[float]:
-    """Return what each of a question's candidates counts in its soft targets.
+    """Return what each of a question's candidates, at least one, counts in its soft targets.
 
-    Args:
-        paths: The candidates; at least one.
-        path_weights: `equal`; `shorter` (each execution more than the shortest has halves the
-            weight) or `closer` (exp(−KL), the KL in nats a token).
-
-    Raises:
-        ConfigError: `closer` for a path whose KL wasn't computed.
+    The same if `equal`; half for each execution more than the shortest has if `shorter`; if
+    `closer`, exp(−KL), the KL in nats a token: ConfigError where it wasn't computed.
 
     Source: ours.
     """

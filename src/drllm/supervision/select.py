@@ -119,11 +119,7 @@ def write(
     output: Path,
     config: SuperviseConfig,
 ) -> None:
-    """Write what `targets` made of all records of the sources, which are of one base model.
-
-    Raises:
-        RecordError: A file that can't be written.
-    """
+    """Write what `targets` made of all records of the sources, which are of one base model."""
     inputs = [source.file for source in sources if source.file is not None]
     manifest = new_manifest(
         "supervision",

@@ -27,13 +27,9 @@ def summarise(
     kept: Sequence[SupervisionRecord],
     rejected: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Count what the search found and what became of it.
+    """Count what the search found and what became of it: targets kept, others by reason.
 
-    Args:
-        records: What was searched. Of records with the same question the first one counts,
-            whatever their tasks and files.
-        kept: Their targets.
-        rejected: Questions without a target, by reason.
+    Of records with the same question the first one counts, whatever their tasks and files.
 
     Returns:
         `questions` = `targets` + the sum of `rejected` (every reason is there, zeros too);

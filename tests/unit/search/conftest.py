@@ -1,7 +1,7 @@
 """What the tests of the search share: a tiny model, questions, and when two runs are the same."""
 
-from __future__ import annotations
-
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +9,8 @@ import pytest
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.tasks.base import Task
 from drllm.tasks.registry import get_task
+
+sys.path.insert(0, str(Path(__file__).parent))  # heard.py
 
 
 @pytest.fixture(scope="module")

@@ -54,12 +54,12 @@ def test_an_edit_changes_only_the_layers_that_it_names():
         ((1,), 1, ""),
     ],
 )
-def test_edits_that_are_legal(decisions: tuple[int, ...], limit: int, edits: str):
+def test_edits_that_are_legal(decisions, limit, edits):
     assert ", ".join(map(str, legal_actions(decisions, limit))) == edits
 
 
 @pytest.mark.parametrize(("num_layers", "limit"), [(1, 1), (1, 2), (4, 4), (4, 5), (6, 6), (6, 12)])
-def test_edits_reach_every_vector_within_the_limit_and_no_other(num_layers: int, limit: int):
+def test_edits_reach_every_vector_within_the_limit_and_no_other(num_layers, limit):
     every = {
         decisions
         for decisions in itertools.product((0, 1, 2), repeat=num_layers)

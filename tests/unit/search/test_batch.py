@@ -1,7 +1,5 @@
 """Searching a batch on a tiny model: what is recorded and retried."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
@@ -43,13 +41,6 @@ def test_a_record_holds_every_simulation_with_the_outcome_of_its_path_alone(rout
             [outcome] = alone.evaluate([(0, path.decisions)])
             assert outcome.reward == path.reward
             assert outcome.margin == pytest.approx(path.margin, abs=1e-4)
-
-
-def test_neighbours_in_a_batch_do_not_change_a_question_s_tree(routed, facts, assert_same_run):
-    examples = facts.examples("search")[:4]
-    together = drllm.search_paths(routed, examples, settings())
-    alone = [drllm.search_paths(routed, [example], settings())[0] for example in examples]
-    assert_same_run(together, alone)
 
 
 def test_generated_answers_are_recorded_with_the_prompt_that_the_model_read(routed, tiny_tokenizer):
@@ -177,9 +168,6 @@ def test_a_gold_answer_that_is_longer_than_answers_may_be_must_fit_too(tiny_llam
     assert prompt.max_new_tokens < len(gold_text(prompt))
     with pytest.raises(ModelError, match="up to 68 follow"):
         read(tight, prompt)
-
-
-# --- questions that fail -----------------------------------------------------------------------
 
 
 class Failing:

@@ -1,7 +1,5 @@
 """Which jobs are done again when workers die, and what becomes of them."""
 
-from __future__ import annotations
-
 import pytest
 
 from drllm.records import FailedQuestion
@@ -74,14 +72,6 @@ def test_a_question_may_kill_fewer_workers_than_that(batches):
     finished, _ = carry_out(Jobs(batches), is_deadly)
     assert left == [0]
     assert [len(result.failed) for _, result in finished] == [0, 0, 0]
-
-
-def test_a_batch_of_one_question_is_given_up_like_any_question(batches):
-    [only] = ids_of(batches[2])
-    finished, deaths = carry_out(Jobs(batches), lambda ids: only in ids)
-    assert deaths == [[only]] * MAX_LOSSES
-    assert finished[-1][0] is batches[2]
-    assert num_of(finished[-1][1]) == (1, 1)
 
 
 def test_every_question_may_be_given_up(batches):

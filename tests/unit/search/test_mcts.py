@@ -11,7 +11,7 @@ from drllm.config import SearchConfig
 from drllm.cost import max_executions
 from drllm.paths import Decisions, num_executions
 from drllm.search.actions import Action, apply, legal_actions
-from drllm.search.strategies import PathSearch, new_search
+from drllm.search.strategies import new_search
 from drllm.search.strategies.mcts import (
     EDITS_DRAWN,
     WIDENING_EXPONENT,
@@ -23,34 +23,9 @@ Reward = Callable[[Decisions], float]
 Judge = Callable[[Decisions], tuple[float, float | None]]
 
 
-def run(search: PathSearch, reward: Reward) -> PathSearch:
-    while asked := search.ask():
-        search.tell(*asked, reward(*asked))
-    return search
-
-
-def tree(num_layers: int, reward: Reward, seed: int = 0, **settings: object) -> TreeSearch:
-    search = TreeSearch(num_layers, SearchConfig(**settings), Random(seed))
-    run(search, reward)
-    return search
-
-
 def noise(decisions: Sequence[int]) -> float:
     """A reward without order, the same for the same path."""
     return Random(str(tuple(decisions))).random()
-
-
-# --- the tree ----------------------------------------------------------------------------------
-
-
-# --- several paths in flight --------------------------------------------------------------------
-
-
-def statistics(search: TreeSearch) -> list[tuple[Decisions, int, float, list[Action]]]:
-    return [
-        (node.decisions, node.visits, node.value_sum, [*node.children])
-        for node in search.nodes.values()
-    ]
 
 
 def fly(search: TreeSearch, most: int, rounds: int, reward: Reward = noise) -> None:
@@ -159,7 +134,7 @@ UNBIASED = {"length_penalty": 0.0, "exploration_constant": 0.0}
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("scored", [True, False])
 def test_with_one_path_a_round_the_tree_is_that_of_a_sequential_search(
-    num_layers: int, simulations: int, settings: dict[str, float], seed: int, scored: bool
+    num_layers, simulations, settings, seed, scored
 ):
     def judge(decisions: Decisions) -> tuple[float, float | None]:
         reward, score = quarters(decisions)
@@ -230,18 +205,22 @@ def test_the_order_of_observing_a_round_changes_no_count():
         for decisions in reversed(asked):
             backward.tell(decisions, halves(decisions))
 
-    assert statistics(forward) == statistics(backward)
+    nodes, others = (
+        [(n.decisions, n.visits, n.value_sum, [*n.children]) for n in search.nodes.values()]
+        for search in (forward, backward)
+    )
+    assert nodes == others
     assert forward.num_simulations_done == 100
 
 
 def test_fifty_simulations_are_both_broad_and_deep():
     """A chain has one child at each node; without widening no second edit is ever made."""
-    search = tree(30, lambda decisions: float(num_executions(decisions) >= 28))
+    search = TreeSearch(30, SearchConfig(), Random(0))
+    while asked := search.ask():
+        search.tell(*asked, float(num_executions(*asked) >= 28))
     assert 30 <= len(search.root.children) <= 36
     assert search.num_simulations_done - len(search.root.children) >= 14
 
-
-# --- scores --------------------------------------------------------------------------------------
 
 HARMLESS = (3, 7, 8, 11, 12, 20)
 
@@ -260,7 +239,7 @@ def with_scores(score: Callable[[Decisions], float | None], seed: int) -> TreeSe
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_edits_that_scored_well_before_are_made_more_often(seed: int):
+def test_edits_that_scored_well_before_are_made_more_often(seed):
     """Measured: mean scores of -0.95 to -1.04 with, of -1.38 to -1.59 without."""
 
     def mean(search: TreeSearch) -> float:
@@ -268,8 +247,6 @@ def test_edits_that_scored_well_before_are_made_more_often(seed: int):
 
     assert mean(with_scores(harm, seed)) > 0.8 * mean(with_scores(lambda decisions: None, seed))
 
-
-# --- the bandit --------------------------------------------------------------------------------
 
 L = 12
 

@@ -1,14 +1,12 @@
 """Which questions are asked, in which blocks: limits, lengths, shards."""
 
-from __future__ import annotations
-
 import itertools
 import json
 
 import pytest
 
 from drllm.config import SearchConfig
-from drllm.errors import ConfigError, TaskError
+from drllm.errors import ConfigError
 from drllm.records import question_key
 from drllm.search.questions import batches_of, in_shard, questions_of
 from drllm.tasks.base import choose
@@ -76,13 +74,6 @@ def test_a_task_without_questions_in_a_shard_is_left_out_of_it(facts):
     assert apart[0][0].task != apart[1][0].task
 
 
-def test_a_shard_without_any_question_is_refused(facts):
-    [question] = questions_of([facts], SearchConfig(limit=1))
-    part = 1 if not in_shard(question.example, 1, 2) else 2
-    with pytest.raises(TaskError, match=f"--shard {part}/2 holds no questions; give fewer"):
-        questions_of([facts], SearchConfig(limit=1, shard=f"{part}/2"))
-
-
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -99,9 +90,6 @@ def test_a_shard_without_any_question_is_refused(facts):
 def test_a_shard_that_makes_no_sense_is_refused(facts, text, says):
     with pytest.raises(ConfigError, match=says):
         questions_of([facts], SearchConfig(shard=text))
-
-
-# --- questions of several tasks ----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -146,20 +134,3 @@ def test_shards_leave_out_the_same_copies_as_the_whole(overlapping, limit):
         return sorted((question.task, question.example.id) for question in questions)
 
     assert places(whole) == places([*parts[0], *parts[1]])
-
-
-# --- settings without effect -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"num_workers": 2}, "--num-workers 2"),
-        ({"ray_address": "auto"}, "--ray-address auto"),
-        ({"strategy": "walk", "length_penalty": 1.0}, "--length-penalty 1"),
-        ({"reward": "letter,letter"}, "twice"),
-    ],
-)
-def test_a_setting_without_effect_is_refused(facts, settings, says):
-    with pytest.raises((ConfigError, TaskError), match=says):
-        questions_of([facts], SearchConfig(**settings))

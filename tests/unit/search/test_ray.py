@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import logging
 import os
 import re
@@ -12,14 +11,13 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 
 import pytest
+from heard import Heard
 
 import drllm
 from drllm.config import ModelConfig, SearchConfig
 from drllm.errors import ConfigError, ModelError
-from drllm.listener import Listener
 from drllm.records import read_manifest
 from drllm.search import FAILED_FILE
 from drllm.search import ray as ray_executor
@@ -28,9 +26,6 @@ from drllm.search.ray import RayExecutor, connect
 from drllm.search.run import run_search
 from drllm.tasks.base import Prompt
 
-needs_ray = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="ray isn't installed (pip install 'drllm[ray]')"
-)
 WORKERS = 2
 
 
@@ -59,57 +54,41 @@ def workers(model, own_ray):
 CONFIG = SearchConfig(num_simulations=6, limit=16, block_size=2)
 
 
-class Heard(Listener):
-    """Notes how many questions are done, and calls back."""
-
-    def __init__(self, at_each=lambda: None):
-        self.done = []
-        self.at_each = at_each
-
-    @contextmanager
-    def progress(self, title, unit):
-        def on_progress(done, total, note=""):
-            self.done.append(done)
-            self.at_each()
-
-        yield on_progress
-
-
 @pytest.fixture(scope="module")
 def in_process(model, facts):
     """The records of one process."""
     return drllm.search_paths(model, [facts], CONFIG)
 
 
-@needs_ray
 def test_two_workers_give_the_records_of_one_process(
     workers, facts, tmp_path, in_process, assert_same_run
 ):
     heard = Heard()
     found = run_search(workers, questions_of([facts], CONFIG), CONFIG, tmp_path, heard)
     assert_same_run(in_process, found)
-    assert heard.done == [2, 4, 6, 8, 10, 12, 14, 16], "batches are handed over one by one"
+    assert [done for done, _, _ in heard.calls] == [2, 4, 6, 8, 10, 12, 14, 16], (
+        "batches are handed over one by one"
+    )
 
 
-@needs_ray
 def test_a_killed_worker_is_replaced_and_its_batches_are_searched_again(
     workers, facts, tmp_path, in_process, assert_same_run
 ):
     killed = []
 
-    def kill_one():
+    def kill_one(done):
         if not killed:
             seat = next(seat for seat in workers.seats if seat.pid and seat.jobs)
             os.kill(seat.pid, signal.SIGKILL)
             killed.append(seat.pid)
 
     questions = questions_of([facts], CONFIG)
-    assert_same_run(in_process, run_search(workers, questions, CONFIG, tmp_path, Heard(kill_one)))
+    heard = Heard(at_each=kill_one)
+    assert_same_run(in_process, run_search(workers, questions, CONFIG, tmp_path, heard))
     assert killed
     assert killed[0] not in {seat.pid for seat in workers.seats}
 
 
-@needs_ray
 def test_no_more_batches_are_out_than_the_workers_can_hold(workers, facts):
     batches = batches_of(questions_of([facts], CONFIG), CONFIG.block_size)
     taken = []
@@ -143,7 +122,6 @@ def _revived(values):
     return Deadly(**values)
 
 
-@needs_ray
 @pytest.mark.thorough  # a process that imports torch for each loss; test_jobs has the rest
 def test_a_question_that_kills_its_workers_is_set_aside_and_its_batch_is_not(
     workers, facts, tmp_path, in_process, assert_same_run, monkeypatch
@@ -161,10 +139,9 @@ def test_a_question_that_kills_its_workers_is_set_aside_and_its_batch_is_not(
     assert (failed.id, failed.attempts) == (bad.example.id, 1)
     assert failed.error == "its worker process died"
     assert (tmp_path / FAILED_FILE).is_file()
-    assert heard.done == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert [done for done, _, _ in heard.calls] == [2, 4, 6, 8, 10, 12, 14, 16]
 
 
-@needs_ray
 def test_workers_share_the_memory_of_a_machine_and_the_manifest_keeps_all_of_it(
     workers, facts, tmp_path, monkeypatch
 ):
@@ -190,7 +167,6 @@ def test_workers_share_the_memory_of_a_machine_and_the_manifest_keeps_all_of_it(
     assert parts == pytest.approx(WORKERS, rel=0.2)
 
 
-@needs_ray
 @pytest.mark.thorough  # two more processes that import torch
 def test_a_running_ray_is_joined_by_its_address_and_goes_on_afterwards(own_ray, model):
     program = (
@@ -212,7 +188,6 @@ def test_a_running_ray_is_joined_by_its_address_and_goes_on_afterwards(own_ray, 
     assert own_ray.get(own_ray.put("alive")) == "alive"
 
 
-@needs_ray
 @pytest.mark.thorough  # a third process that imports torch
 def test_a_model_that_workers_cannot_load_is_said_as_ever(workers, model):
     other = dataclasses.replace(model, model="no/such/folder")
@@ -220,7 +195,6 @@ def test_a_model_that_workers_cannot_load_is_said_as_ever(workers, model):
         RayExecutor(other, num_workers=1)
 
 
-@needs_ray
 @pytest.mark.parametrize(
     ("device", "num_workers", "says"),
     [
@@ -235,8 +209,6 @@ def test_devices_that_are_not_there_are_refused(workers, model, device, num_work
     with pytest.raises(ConfigError, match=says):
         RayExecutor(dataclasses.replace(model, device=device), num_workers=num_workers)
 
-
-# --- reaching Ray -------------------------------------------------------------------------------
 
 NEVER_ASKED = object()
 """In place of the package ray: whoever asks it for anything fails."""

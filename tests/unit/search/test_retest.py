@@ -1,7 +1,5 @@
 """The re-test: who is asked again, in which ways, and who survives."""
 
-from __future__ import annotations
-
 import pytest
 
 import drllm

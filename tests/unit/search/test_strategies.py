@@ -27,7 +27,7 @@ def run(search: PathSearch, full: float, right: int) -> list[tuple[int, ...]]:
 
 
 @each_strategy
-def test_the_settings_of_the_tree_change_the_tree_alone(strategy: str):
+def test_the_settings_of_the_tree_change_the_tree_alone(strategy):
     def tried(**settings: float) -> list[tuple[int, ...]]:
         return run(start(strategy, num_simulations=300, **settings), full=1.0, right=10)
 
@@ -37,7 +37,7 @@ def test_the_settings_of_the_tree_change_the_tree_alone(strategy: str):
 
 
 @each_strategy
-def test_the_full_path_comes_first_and_alone_and_is_no_simulation(strategy: str):
+def test_the_full_path_comes_first_and_alone_and_is_no_simulation(strategy):
     search = start(strategy)
     assert search.ask(maximum=5) == [FULL]
     assert search.ask(maximum=5) == []
@@ -48,32 +48,7 @@ def test_the_full_path_comes_first_and_alone_and_is_no_simulation(strategy: str)
 
 
 @each_strategy
-def test_a_path_in_flight_is_not_proposed_again(strategy: str):
-    search = start(strategy)
-    search.tell(*search.ask(), 1.0)
-    asked = [*search.ask(maximum=4), *search.ask(maximum=6)]
-    assert len(set(asked)) == 10
-    assert FULL not in asked
-    for decisions in asked:
-        search.tell(decisions, 0.0)
-    assert not set(search.ask(maximum=10)) & set(asked)
-
-
-@each_strategy
-def test_paths_in_flight_count_towards_the_simulations(strategy: str):
-    search = start(strategy, num_simulations=10)
-    search.tell(*search.ask(), 1.0)
-    asked = [*search.ask(maximum=6), *search.ask(maximum=6)]
-    assert len(asked) == 10
-    assert search.num_simulations_done == 0
-    for decisions in asked:
-        search.tell(decisions, 0.0)
-    assert search.num_simulations_done == 10
-    assert search.ask() == []
-
-
-@each_strategy
-def test_simulations_are_numbered_as_proposed_whatever_is_observed_first(strategy: str):
+def test_simulations_are_numbered_as_proposed_whatever_is_observed_first(strategy):
     search = start(strategy)
     search.tell(*search.ask(), 1.0)
     asked = search.ask(maximum=5)
@@ -104,17 +79,17 @@ def test_what_can_not_be_asked_or_told_is_refused():
 
 
 @each_strategy
-def test_a_score_is_no_part_of_the_reward_and_ends_nothing(strategy: str):
+def test_neither_a_partial_reward_nor_a_score_ends_the_search(strategy):
     search = start(strategy, stop_rule="paper", num_simulations=10)
     search.tell(*search.ask(), 0.0, -1.0)
     while asked := search.ask():
-        search.tell(*asked, 0.0, 5.0)
+        search.tell(*asked, 0.99, 5.0)
     assert search.num_simulations_done == 10
     assert {tried.score for tried in search.tried.values()} == {-1.0, 5.0}
 
 
 @each_strategy
-def test_exhaust_uses_all_simulations_whatever_was_found(strategy: str):
+def test_exhaust_uses_all_simulations_whatever_was_found(strategy):
     search = start(strategy, stop_rule="exhaust", num_simulations=30)
     run(search, full=0.0, right=12)
     assert search.num_simulations_done == 30
@@ -122,7 +97,7 @@ def test_exhaust_uses_all_simulations_whatever_was_found(strategy: str):
 
 @each_strategy
 @each_rule
-def test_the_first_improving_path_ends_the_search_even_if_it_is_longer(strategy: str, rule: str):
+def test_the_first_improving_path_ends_the_search_even_if_it_is_longer(strategy, rule):
     search = start(strategy, stop_rule=rule)
     tried = run(search, full=0.0, right=24)
     assert len(tried) == 2
@@ -131,9 +106,7 @@ def test_the_first_improving_path_ends_the_search_even_if_it_is_longer(strategy:
 
 @each_strategy
 @pytest.mark.parametrize(("rule", "saved"), [("paper", 1), ("released", 2)])
-def test_the_first_right_path_that_saves_one_layer_or_two_ends_the_search(
-    strategy: str, rule: str, saved: int
-):
+def test_the_first_right_path_that_saves_one_layer_or_two_ends_the_search(strategy, rule, saved):
     *others, last = run(start(strategy, stop_rule=rule), full=1.0, right=24)
     assert num_executions(last) <= 12 - saved
     assert all(num_executions(path) > 12 - saved for path in others)
@@ -141,24 +114,15 @@ def test_the_first_right_path_that_saves_one_layer_or_two_ends_the_search(
 
 @each_strategy
 @each_rule
-def test_wrong_short_paths_end_nothing(strategy: str, rule: str):
+def test_wrong_short_paths_end_nothing(strategy, rule):
     search = start(strategy, stop_rule=rule, num_simulations=25)
     run(search, full=1.0, right=0)
     assert search.num_simulations_done == 25
 
 
-def test_a_partial_reward_is_not_right_and_ends_nothing():
-    search = start("tree", stop_rule="paper", num_simulations=10)
-    while asked := search.ask():
-        search.tell(*asked, 0.99)
-    assert search.num_simulations_done == 10
-
-
 @each_strategy
 @each_rule
-def test_once_a_path_ends_the_search_those_in_flight_are_observed_and_no_others(
-    strategy: str, rule: str
-):
+def test_once_a_path_ends_the_search_those_in_flight_are_observed_and_no_others(strategy, rule):
     search = start(strategy, stop_rule=rule)
     search.tell(*search.ask(), 0.0)
     first, *others = search.ask(maximum=5)
@@ -170,3 +134,13 @@ def test_once_a_path_ends_the_search_those_in_flight_are_observed_and_no_others(
     assert search.ask(maximum=5) == []
     assert list(search.tried) == [FULL, first, *others]
     assert search.num_simulations_done == 5
+
+
+@pytest.mark.parametrize(("strategy", "order"), [("sweep", list), ("walk", reversed)])
+def test_rounds_of_several_try_the_same_paths_as_rounds_of_one(strategy, order):
+    alone, together = (start(strategy, num_simulations=200) for _ in range(2))
+    for search, maximum in ((alone, 1), (together, 7)):
+        while asked := search.ask(maximum):
+            for decisions in order(asked):
+                search.tell(decisions, float(Random(str(decisions)).random() < 0.5))
+    assert alone.tried == together.tried  # simulations too

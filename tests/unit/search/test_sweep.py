@@ -16,14 +16,12 @@ def sweep(
     reward: Callable[[Decisions], float] = lambda decisions: 0.0,
     num_layers: int = 6,
     seed: int = 0,
-    most: int = 1,
     **settings: object,
 ) -> SweepSearch:
     config = SearchConfig(strategy="sweep", **settings)
     search = SweepSearch(num_layers, config, Random(seed))
-    while asked := search.ask(most):
-        for decisions in asked:
-            search.tell(decisions, reward(decisions))
+    while asked := search.ask():
+        search.tell(*asked, reward(*asked))
     return search
 
 
@@ -101,13 +99,3 @@ def test_a_round_never_reaches_beyond_a_level_that_is_not_observed():
     assert search.ask(maximum=60) == []
     search.tell(first[-1], 1.0)
     assert len(search.ask(maximum=60)) == 60
-
-
-def test_rounds_of_several_try_the_same_paths_as_rounds_of_one():
-    def reward(decisions: Decisions) -> float:
-        return float(Random(str(decisions)).random() < 0.5)
-
-    alone = sweep(reward, num_simulations=200)
-    together = sweep(reward, num_simulations=200, most=7)
-
-    assert list(alone.tried.items()) == list(together.tried.items())

@@ -51,11 +51,3 @@ def test_a_path_met_again_counts_as_a_simulation_and_leaves_a_gap_in_their_numbe
     assert numbers == sorted(set(numbers))
     assert numbers[0] == 0
     assert len(search.tried) < numbers[-1] <= 200
-
-
-def test_in_a_round_of_several_the_walk_takes_the_same_way():
-    alone, together = walk(12), WalkSearch(12, SearchConfig(strategy="walk"), Random(0))
-    while asked := together.ask(maximum=7):
-        for decisions in reversed(asked):
-            together.tell(decisions, 0.0)
-    assert alone.tried == together.tried

@@ -112,9 +112,6 @@ def train(folder, config=CONFIG, at=lambda *_: None, records=None) -> None:
     stage.train(BASE, records or make_records(N), config, folder, listener=Watching(at))
 
 
-# --- kills -------------------------------------------------------------------------------------
-
-
 def kill(work: Callable[..., None], folder: Path, moment: int) -> None:
     """Do some work in a child on one thread, which kills itself at a moment.
 
@@ -160,9 +157,6 @@ def kills_that_changed_nothing(folder: Path, num_files: int, name: str = "*") ->
     for moment, files in found.items():
         assert files == unbroken, f"killed at {moment}"
     return len(found)
-
-
-# --- what is killed ----------------------------------------------------------------------------
 
 
 @contextmanager

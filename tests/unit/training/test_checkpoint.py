@@ -30,10 +30,6 @@ def unbroken(tmp_path_factory):
     return train_on(FEATURES, IDENTITY, SETTINGS, folder), files_of(folder)
 
 
-def test_an_interrupted_run_leaves_no_routers(interrupted):
-    assert sorted(files_of(interrupted)) == [CHECKPOINT_FILE, "metrics.jsonl"]
-
-
 @pytest.mark.parametrize("steps", [1, 3, 4, 10, 17, 18])
 def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(tmp_path, unbroken, steps):
     with pytest.raises(BrokenOffError):
@@ -63,9 +59,6 @@ def test_a_run_cut_off_after_its_last_epoch_only_writes_what_is_missing(tmp_path
 def test_a_training_killed_at_random_moments_ends_bit_for_bit_as_an_unbroken_one(tmp_path, kills):
     run_script("train_features", tmp_path, kills)
     assert kills_that_changed_nothing(tmp_path, 2 * 6) == kills
-
-
-# --- what isn't trusted ----------------------------------------------------------------------
 
 
 def changed(part: str):
@@ -144,7 +137,8 @@ def test_a_broken_checkpoint_is_refused(interrupted, spoil):
         train_on(FEATURES, IDENTITY, SETTINGS, interrupted)
 
 
-def test_a_checkpoint_is_one_file_of_plain_tensors(interrupted):
+def test_an_interrupted_run_leaves_no_routers_but_one_file_of_plain_tensors(interrupted):
+    assert sorted(files_of(interrupted)) == [CHECKPOINT_FILE, "metrics.jsonl"]
     weights = ("hidden_weight", "hidden_bias", "decision_weight", "decision_bias")
     parts = ("weights", "exp_avg", "exp_avg_sq")
     names = {f"{part}.{weight}" for part in parts for weight in weights} | {"feature_sizes"}

@@ -24,7 +24,7 @@ from killable import (
     run_script,
 )
 from safetensors import safe_open
-from small import BrokenOffError, W, files_of
+from small import BrokenOffError, W, files_of, stop_at
 
 from drllm.errors import ConfigError, DrllmError, RecordError
 from drllm.records import only_writer
@@ -39,12 +39,12 @@ ROWS = N * L * W * D
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     return tmp_path / "features"
 
 
 @pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def passes(monkeypatch):
     """How many prompts each forward pass had."""
     sizes: list[int] = []
     forward = features_module._forward
@@ -59,9 +59,6 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def bytes_of(folder: Path) -> bytes:
     return (folder / FEATURES_FILE).read_bytes()
-
-
-# --- what is stored ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -98,9 +95,6 @@ def test_nothing_else_is_left_and_removing_leaves_what_others_put_there(folder):
     pool(folder, N)
     Store(folder).remove()
     assert not folder.exists()
-
-
-# --- used again --------------------------------------------------------------------------------
 
 
 def test_whole_features_are_used_again_without_a_pass_and_without_writing(
@@ -168,11 +162,8 @@ def test_answers_and_names_do_not_matter(folder, passes):
     assert passes == []
 
 
-# --- broken off --------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     run_script("pool", folder, 10)
     return folder
@@ -188,17 +179,9 @@ def test_a_pass_killed_ten_times_ends_with_the_bytes_of_an_unbroken_one(killed):
     assert bytes_of(killed / "often" / "killed") == bytes_of(killed / "often" / "unbroken")
 
 
-def stop_after(rows: int):
-    def on_progress(done: int, total: int) -> None:
-        if done >= rows:
-            raise BrokenOffError
-
-    return on_progress
-
-
 def test_what_was_pooled_before_an_error_is_kept_and_not_pooled_again(folder, passes):
     with pytest.raises(BrokenOffError):
-        pool(folder, N, on_progress=stop_after(6))
+        pool(folder, N, on_progress=stop_at(6).on_progress)
     passes.clear()
     seen: list[int] = []
     said: list[str] = []
@@ -210,7 +193,7 @@ def test_what_was_pooled_before_an_error_is_kept_and_not_pooled_again(folder, pa
 
 def test_a_broken_off_pass_of_something_else_is_refused_but_not_a_manifest_alone(folder):
     with pytest.raises(BrokenOffError):
-        pool(folder, N, on_progress=stop_after(3))
+        pool(folder, N, on_progress=stop_at(3).on_progress)
     with pytest.raises(ConfigError, match="num_windows 4, now 2"):
         pool(folder, N, num_windows=2)
     (folder / FEATURES_FILE).unlink()
@@ -223,9 +206,6 @@ def test_a_second_training_is_kept_out_while_the_first_pools(folder):
         pytest.raises(RecordError, match=r"another training is writing to .*wait until it ends"),
     ):
         pool(folder, N)
-
-
-# --- the disk ----------------------------------------------------------------------------------
 
 
 def test_the_need_is_announced_before_the_pass(folder):
@@ -278,15 +258,6 @@ def test_a_disk_that_fills_up_during_the_pass_is_said_and_loses_nothing(folder, 
     assert passes == [3, 1]
     pool(folder.with_name("unbroken"), N)
     assert bytes_of(folder) == bytes_of(folder.with_name("unbroken"))
-
-
-def test_a_folder_below_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RecordError, match="can't write"):
-        pool(tmp_path / "file" / "features", N)
-
-
-# --- what isn't trusted ------------------------------------------------------------------------
 
 
 def rewritten(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:

@@ -1,20 +1,20 @@
 """The batched features against the slow obvious way: one prompt at a time, layer by layer."""
 
 import copy
-import dataclasses
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from killable import CONTEXT, D, L, Letters, make_model, make_record, pooled
-from small import W, Watching, assert_windows
+from small import W, Watching, assert_windows, make_features
 
-from drllm.errors import ModelError, RecordError
+from drllm.errors import ConfigError, ModelError, RecordError
 from drllm.models.base.prompts import encode
-from drllm.records import RejectedQuestion, read_json_lines
+from drllm.records import RejectedQuestion, SupervisionRecord, WeightedPath, read_json_lines
 from drllm.training.feature_store import Store
-from drllm.training.features import digest, sizes
-from drllm.training.targets import write_rejected
+from drllm.training.features import CONSTANT, digest, moments, shape, sizes
+from drllm.training.targets import check_soft_targets, soft_targets, write_rejected
 
 BASE = make_model().double()
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -121,9 +121,6 @@ def test_targets_of_which_too_many_do_not_fit_the_model_are_refused(records, mes
         features_of(records)
 
 
-# --- targets that the model can't run ---------------------------------------------------------
-
-
 def assert_same_features(found, expected) -> None:
     """The numbers of both, up to what another batch does to the last bits."""
     everything = range(len(expected.labels))
@@ -185,15 +182,107 @@ def test_rejected_targets_are_written_and_taken_away_again(overflowing, tmp_path
     assert not path.exists()
 
 
-# --- what training reads -----------------------------------------------------------------------
-
-
 def test_rows_are_copies_of_those_asked_for_in_their_order_and_at_least_in_float32():
     features = features_of()
     assert torch.equal(features.rows([4, 0]), features.means[[4, 0]])
     features.rows([0, 1]).zero_()
     assert features.means[:2].any()
-    precise = dataclasses.replace(features, means=features.means.double())
+    precise = replace(features, means=features.means.double())
     assert precise.rows([1]).dtype == torch.float64
-    halved = dataclasses.replace(features, means=features.means.bfloat16())
+    halved = replace(features, means=features.means.bfloat16())
     assert halved.rows([1]).dtype == torch.float32
+
+
+def slow_moments(features, index):
+    """Mean and deviation of every component, one layer and example at a time."""
+    mean, square = torch.zeros(2, *features.means.shape[1::2]).double()  # [L, D]
+    for row in index:
+        windows = features.means[row, :, : int(features.filled[row])].double()  # [L, filled, D]
+        mean += windows.mean(dim=1) / len(index)
+        square += windows.square().mean(dim=1) / len(index)
+    return mean, (square - mean.square()).sqrt()
+
+
+@pytest.mark.parametrize("index", [list(range(70)), [3], [69, 2, 2, 40]], ids=["all", "1", "some"])
+def test_moments_equal_the_slow_loop(index):
+    features = make_features(70)
+    mean, deviation = moments(features, index)
+    expected_mean, expected_deviation = slow_moments(features, index)
+    torch.testing.assert_close(mean, expected_mean, rtol=0, atol=1e-12)
+    varies = expected_deviation > 1e-3
+    torch.testing.assert_close(deviation[varies], expected_deviation[varies], rtol=0, atol=1e-9)
+
+
+def test_a_component_that_does_not_vary_is_not_blown_up():
+    features = make_features(20)
+    means = features.means.clone()
+    means[:, 1, :, 2] = 7.0
+    means[:, 2] = 0.0
+    whole = replace(features, means=means, filled=torch.full((20,), means.shape[2]))
+    _, deviation = moments(whole, range(20))
+    size = means[:, 1].double().square().mean().sqrt()
+    assert float(deviation[1, 2]) == pytest.approx(CONSTANT * float(size))
+    assert deviation[2].tolist() == [1.0] * means.shape[3]
+
+
+def test_the_digest_tells_targets_apart_and_not_last_bits():
+    features = make_features()
+    labels = features.labels.clone()
+    labels[0, 0] = (labels[0, 0] + 1) % 3
+    assert digest(features) != digest(replace(features, labels=labels))
+    assert digest(features) == digest(replace(features, means=features.means * 1.1))
+    soft = torch.full((12, 3, 3), 1 / 3)
+    softened = [replace(features, soft=soft), replace(features, soft=soft * 0.5)]
+    assert len({digest(each) for each in (features, *softened)}) == 3
+
+
+def test_sizes_are_of_each_target_and_layer():
+    features = make_features(40)
+    torch.testing.assert_close(sizes(features), features.means.abs().mean(dim=(2, 3)))
+    assert shape(features) == (40, *features.means.shape[1:])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_refused_by_question(value):
+    features = make_features(40)
+    means = features.means.clone()
+    means[35, 1, 0, 3] = value
+    with pytest.raises(RecordError, match="features of question 'question 35' hold NaN or infin"):
+        sizes(replace(features, means=means))
+
+
+def softened(target: str, **paths: float) -> SupervisionRecord:
+    """A target and its valid paths, by decisions behind a letter: `p102=0.5`."""
+    valid = [
+        WeightedPath(decisions=tuple(map(int, path[1:])), weight=weight)
+        for path, weight in paths.items()
+    ]
+    return SupervisionRecord(
+        question=target,
+        optimal_layer_config=tuple(map(int, target)),
+        answer="yes",
+        valid_paths=tuple(valid),
+    )
+
+
+def test_each_layer_gets_the_share_of_the_weight_of_each_decision():
+    [mix] = soft_targets([softened("102", p102=1.0, p111=2.0, p101=1.0)])
+    expected = [[0.0, 1.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.75, 0.25]]
+    assert mix.tolist() == expected
+
+
+def test_a_target_without_valid_paths_keeps_its_decisions():
+    _, hard = soft_targets([softened("10", p10=1.0, p11=1.0), softened("20")])
+    assert hard.tolist() == [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+
+
+def test_only_the_proportions_of_the_weights_count():
+    one = soft_targets([softened("10", p10=1.0, p11=3.0)])
+    other = soft_targets([softened("10", p10=1e-9, p11=3e-9)])
+    torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("records", [[softened("10")], [softened("10", p10=2.0), softened("11")]])
+def test_targets_of_which_none_is_soft_are_refused(records):
+    with pytest.raises(ConfigError, match="--soft-targets has no effect: no target has a valid"):
+        check_soft_targets(records)

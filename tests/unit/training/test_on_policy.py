@@ -68,9 +68,6 @@ def tokens(record: Any) -> list[int]:
     return Letters()(record.prompt)["input_ids"]
 
 
-# --- features along the routes that are taken --------------------------------------------------
-
-
 def heard(routers: RouterStack, prompt: list[int]) -> tuple[list[torch.Tensor], list[int]]:
     """Route one prompt alone; what each layer was given, `[T, D]`, and the route."""
     routed = RoutedModel(copy.deepcopy(MODEL), routers)
@@ -96,7 +93,7 @@ def test_features_of_routers_are_what_a_hook_hears_at_inference_and_labels_stay(
     assert routes != features.labels.tolist()
 
 
-def test_features_on_disk_are_of_certain_routers(tmp_path: Path):
+def test_features_on_disk_are_of_certain_routers(tmp_path):
     records, store = make_records(N), tmp_path / "features"
     features = pooled(records, store=Store(store), routers=new_routers())
     again = pooled(records, store=Store(store), routers=new_routers())
@@ -106,11 +103,8 @@ def test_features_on_disk_are_of_certain_routers(tmp_path: Path):
             pooled(records, store=Store(store), routers=others)
 
 
-# --- several routes as one set -----------------------------------------------------------------
-
-
 @pytest.fixture
-def parts() -> list[Any]:
+def parts():
     records = make_records(N)
     first = pooled(records)
     return [first, pooled(records, routers=new_routers()), pooled(records[3:])]
@@ -162,11 +156,8 @@ def test_what_is_too_few_to_hold_out_stays_so_with_several_routes():
     assert hold_out([*questions, *questions], 0.3, 0)[1]
 
 
-# --- the rounds --------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory):
     """Two seeds of two rounds."""
     folder = tmp_path_factory.mktemp("rounds") / "run"
     train(folder)
@@ -289,9 +280,6 @@ def test_a_round_without_a_mistake_to_learn_from_is_said(tmp_path, caplog, monke
     first, _ = hold_out([record.question for record in make_records(N)], 0.2, 0)
     said = f"along the routes of round 0 only 0 of {len(first)} targets that are trained on are"
     assert said in caplog.text
-
-
-# --- going on, and refusing --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(6, marks=pytest.mark.thorough)])

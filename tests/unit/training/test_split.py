@@ -8,9 +8,6 @@ def texts(number: int) -> list[str]:
     return [f"question {row}" for row in range(number)]
 
 
-# --- the split -------------------------------------------------------------------------------
-
-
 def test_the_parts_share_no_target_and_leave_none_out():
     trained, held_out = hold_out(texts(500), 0.1, seed=0)
     assert sorted(trained + held_out) == list(range(500))
@@ -50,9 +47,6 @@ def test_nothing_is_held_out_of_few_targets_or_at_fraction_zero(number, fraction
 
 def test_targets_that_are_all_of_one_question_are_all_trained_on():
     assert hold_out(["the same"] * 20, 0.5, seed=0) == (list(range(20)), [])
-
-
-# --- the order -------------------------------------------------------------------------------
 
 
 def test_an_epoch_visits_every_target_once():

@@ -136,11 +136,6 @@ def test_a_training_that_diverges_leaves_no_routers_and_can_be_started_again(tmp
     assert is_finished(tmp_path)
 
 
-def test_validation_lines_are_absent_when_nothing_is_held_out(tmp_path):
-    rows = trained(tmp_path, config=replace(QUICK, validation_fraction=0.0))
-    assert [row["split"] for row in rows] == ["train"] * 3
-
-
 def test_the_weights_do_not_depend_on_the_held_out_labels(tmp_path):
     features = make_features(40)
     _, held_out = hold_out(features.questions, QUICK.validation_fraction, QUICK.seed)
@@ -168,12 +163,13 @@ def test_a_single_target_and_a_single_epoch_are_enough(tmp_path, num_targets):
     assert not torch.equal(load_routers(tmp_path).hidden_weight, untrained.hidden_weight)
 
 
-def test_targets_that_only_execute_train_routers_that_only_execute(tmp_path):
+def test_targets_that_only_execute_train_routers_that_only_execute_and_are_logged(tmp_path, caplog):
     config = replace(QUICK, num_epochs=10, learning_rate=0.05)
     rows = trained(tmp_path, 30, config, labels=torch.ones(30, 3, dtype=torch.int64))
     assert (rows[-1]["avg_layers"], rows[-1]["f1_execute"]) == (3.0, 1.0)
     assert rows[-1]["f1_skip"] is rows[-1]["acc_skip"] is rows[-1]["f1_repeat"] is None
     assert "| F1 skip | – | – |" in (tmp_path / "README.md").read_text()
+    assert "every target executes every layer" in caplog.text
 
 
 def test_features_of_another_number_of_windows_are_refused(tmp_path):
@@ -194,11 +190,3 @@ def test_an_early_end_is_told_with_the_epoch_whose_weights_are_kept(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert f"## Metrics after epoch {best}, the best of {len(losses)} on the held-out" in card
     assert seen[-1][0] == seen[-1][1] > told["steps"]
-
-
-def test_what_is_unusual_about_a_run_is_logged(tmp_path, caplog):
-    labels = torch.ones(8, 3, dtype=torch.int64)
-    trained(tmp_path, 8, replace(QUICK, warmup_steps=90), labels=labels)
-    unbroken, all_full = caplog.messages
-    assert "--warmup-steps is 90" in unbroken
-    assert "every target executes every layer" in all_full

@@ -7,7 +7,6 @@ import pytest
 import torch
 from small import IDENTITY, QUICK, make_features
 
-from drllm.errors import ConfigError
 from drllm.models.routers.checkpoint import load_routers
 from drllm.training import temperature as temperature_module
 from drllm.training.split import hold_out
@@ -51,9 +50,6 @@ def drawn(number: int, sharpness: float, *, soft: bool = False):
     return logits * sharpness, targets
 
 
-# --- the temperature ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
 @pytest.mark.parametrize("sharpness", [0.3, 1.0, 4.0])
 def test_the_temperature_is_the_best_of_a_fine_grid(sharpness, soft):
@@ -87,9 +83,6 @@ def test_logits_that_say_nothing_keep_the_temperature_at_one():
     )
 
 
-# --- the calibration error ---------------------------------------------------------------------
-
-
 def error(confidence: torch.Tensor, hits: torch.Tensor) -> float:
     return calibration_error(reliability(confidence, hits))
 
@@ -117,9 +110,6 @@ def test_calibrated_probabilities_have_a_small_error_and_overconfident_ones_a_la
     hits = targets.gather(1, decided[:, None])[:, 0]
     assert error(sure, hits) < 0.02
     assert error(too_sure, hits) > 0.1
-
-
-# --- in training -------------------------------------------------------------------------------
 
 
 def told_of(folder, config=CONFIG, features=FEATURES):
@@ -183,10 +173,8 @@ def test_the_temperature_is_fitted_on_soft_targets_where_these_are_learned(tmp_p
     assert told["nll_after"] > entropy  # no distribution comes below that of the targets
 
 
-def test_without_held_out_targets_nothing_is_told_and_calibrating_is_refused(tmp_path):
+def test_without_held_out_targets_nothing_is_told(tmp_path):
     assert told_of(tmp_path, features=make_features(9))[1] is None
-    with pytest.raises(ConfigError, match=r"^--calibrate has no effect: of 9 targets none is held"):
-        told_of(tmp_path, replace(CONFIG, calibrate=True), make_features(9))
 
 
 def test_a_temperature_at_the_edge_is_said(caplog):

@@ -9,10 +9,10 @@ from small import IDENTITY, QUICK, make_features
 from torch.nn import functional as F
 
 from drllm.config import TrainConfig
-from drllm.errors import ConfigError
+from drllm.metrics import Counts, ratios
 from drllm.training.features import Aggregate, moments
 from drllm.training.losses import class_weights, focal_losses
-from drllm.training.trainer import DivergedError, Trainer
+from drllm.training.trainer import DivergedError, Trainer, count
 
 FEATURES = make_features(40)
 ONE_HOT = F.one_hot(FEATURES.labels, 3).double()
@@ -68,9 +68,6 @@ def test_rows_are_read_a_batch_at_a_time():
 def test_a_loss_that_is_not_finite_is_refused_with_the_rate(changes):
     with pytest.raises(DivergedError, match=r"loss became .* at a learning rate of up to 9e\+"):
         fitted(FEATURES, config_of(**changes)).evaluate()
-
-
-# --- the learning rate -------------------------------------------------------------------------
 
 
 def with_steps(steps: int, warmup: float) -> Trainer:
@@ -143,9 +140,6 @@ def test_a_decision_that_a_layer_lacks_does_not_stop_logit_adjustment():
     assert (said[:, 1].argmax(dim=-1) == 1).all()
 
 
-# --- soft targets ------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def soft():
     mixed = ONE_HOT.clone()
@@ -177,9 +171,6 @@ def test_soft_targets_count_in_the_class_weights_by_their_shares(soft):
     expected = class_weights(soft.sum(dim=(0, 1)).tolist(), 0.999)
     assert found.class_weights == pytest.approx(expected)
     assert found.label_counts == prepared(validation_fraction=0.0).label_counts
-
-
-# --- the routers' inputs and units -------------------------------------------------------------
 
 
 def test_dropout_leaves_out_the_share_of_units_and_scales_the_others():
@@ -234,9 +225,6 @@ def test_held_out_targets_have_no_part_in_the_scale():
     assert torch.equal(one.stack.hidden_weight, other.stack.hidden_weight)
 
 
-# --- stopping early ----------------------------------------------------------------------------
-
-
 def with_losses(monkeypatch, config, losses) -> Trainer:
     """Train with held-out losses that are given, one an epoch, until it is over."""
     trainer = Trainer(FEATURES, IDENTITY, config)
@@ -278,15 +266,6 @@ def test_training_stops_after_so_many_epochs_without_a_lower_loss_and_keeps_the_
     assert torch.equal(trainer.stack.hidden_weight, unstopped.stack.hidden_weight)
 
 
-@pytest.mark.parametrize("needs", [{"early_stopping": 3}, {"calibrate": True}])
-def test_what_needs_something_held_out_is_refused_without(needs):
-    with pytest.raises(ConfigError, match="has no effect: of 9 targets none is held out"):
-        prepared(make_features(9), **needs)
-
-
-# --- what is told ------------------------------------------------------------------------------
-
-
 def test_a_usual_run_has_nothing_to_tell():
     assert prepared(make_features(200)).notes() == []
 
@@ -310,3 +289,68 @@ def test_what_is_unusual_is_told(number, labels_of, changes, told):
     found = prepared(replace(features, labels=labels_of(features.labels)), **changes).notes()
     assert told in found[0]
     assert len(found) == 1 or number == 1
+
+
+def batch(rows: int = 20, layers: int = 5, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, layers, 3, generator=generator)
+    labels = torch.randint(3, (rows, layers), generator=generator)
+    return logits, labels
+
+
+def pairs(logits, labels) -> list[tuple[int, int]]:
+    """(label, decision) of every layer, one by one."""
+    decided = [three.index(max(three)) for three in logits.flatten(end_dim=-2).tolist()]
+    return list(zip(labels.flatten().tolist(), decided, strict=True))
+
+
+def f1_of(found: list[tuple[int, int]], wanted: int) -> float:
+    hits = sum(label == decision == wanted for label, decision in found)
+    precision = hits / sum(decision == wanted for _, decision in found)
+    recall = hits / sum(label == wanted for label, _ in found)
+    return 2 * precision * recall / (precision + recall)
+
+
+def test_each_layer_is_counted_by_itself_and_counts_of_parts_add_up():
+    logits, labels = batch()
+    counts = count(logits, labels, loss=2.0)
+    for layer, confusion in enumerate(counts.confusion):
+        found = pairs(logits[:, layer], labels[:, layer])
+        expected = [[found.count((label, decided)) for decided in range(3)] for label in range(3)]
+        assert [list(row) for row in confusion] == expected
+    parts = [(slice(15), 1.0), (slice(15, 20), 5.0)]
+    assert counts == sum((count(logits[p], labels[p], loss) for p, loss in parts), Counts())
+
+
+def test_ratios_equal_their_definitions():
+    logits, labels = batch(seed=1)
+    found = pairs(logits, labels)
+    measured = ratios(count(logits, labels, loss=0.25))
+    f1 = [f1_of(found, wanted) for wanted in range(3)]
+    skips = [decision for label, decision in found if label == 0]
+    repeats = [decision for label, decision in found if label == 2]
+    assert measured == pytest.approx(
+        {
+            "routers_loss": 0.25,
+            "accuracy": sum(label == decision for label, decision in found) / len(found),
+            "macro_f1": sum(f1) / 3,
+            "f1_skip": f1[0],
+            "f1_execute": f1[1],
+            "f1_repeat": f1[2],
+            "acc_skip": skips.count(0) / len(skips),
+            "acc_repeat": repeats.count(2) / len(repeats),
+            "avg_layers": sum(decision for _, decision in found) / len(labels),
+        }
+    )
+
+
+def test_a_class_decided_but_never_labelled_has_f1_zero():
+    logits = torch.tensor([[[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]])
+    measured = ratios(count(logits, torch.tensor([[1, 1]]), loss=0.0))
+    assert measured["f1_repeat"] == 0.0
+    assert measured["acc_repeat"] is None
+
+
+def test_skipping_everything_still_costs_one_execution():
+    logits = torch.tensor([[[1.0, 0.0, 0.0]] * 4, [[0.0, 0.0, 1.0]] * 4])
+    assert ratios(count(logits, torch.ones(2, 4, dtype=torch.long), loss=0.0))["avg_layers"] == 4.5
