@@ -15,7 +15,7 @@ import shutil
 import string
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +25,7 @@ import pytest
 
 if TYPE_CHECKING:
     from drllm.models.base.load import BaseModel
-    from drllm.records import SearchRecord
+    from drllm.records import SearchRecord, TriedPath
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -36,9 +36,8 @@ os.environ["HF_HOME"] = str(HUB_HOME)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the tests fork
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores: one thread each is quickest, and read when torch is imported.
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+# Several threads cost tiny models more than they help. Read when torch is imported.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 for inherited in ("HF_HUB_CACHE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
     os.environ.pop(inherited, None)
 
@@ -92,17 +91,6 @@ def _fixed_seed() -> None:
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread: several cost tiny models more than they help."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def drllm(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     """A function that runs a command line, in one text or more words, and returns what it says."""
     from drllm.cli import main
@@ -142,33 +130,13 @@ def smollm2() -> BaseModel:
 @pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., Any]:
     """A function that makes a LlamaForCausalLM with random weights."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from drllm.models.check import make_tiny
 
-    def make(num_layers: int = 6, seed: int = 0, **overrides: Any) -> Any:
-        """Make a model; any field of LlamaConfig can be given.
-
-        The wide `initializer_range` makes greedy answers vary; with the usual 0.02 a random model
-        says one token for ever.
-        """
-        values: dict[str, Any] = {
-            "hidden_size": 32,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 64,
-            "vocab_size": 101,
-            "max_position_embeddings": 512,
-            "initializer_range": 0.25,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "attn_implementation": "sdpa",
-            **overrides,
-        }
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=num_layers, **values))
-        return model.float().eval().requires_grad_(False)
+    def make(
+        num_layers: int = 6, seed: int = 0, attn_implementation: str = "sdpa", **fields: Any
+    ) -> Any:
+        fields["num_hidden_layers"] = num_layers
+        return make_tiny("llama", seed, attn_implementation, **fields)
 
     return make
 
@@ -249,25 +217,18 @@ def model_folder(
 def assert_same_run() -> Callable[..., None]:
     """Equal decisions and rewards, margins within 1e-4, times ignored (the design's words)."""
 
+    def exact(path: TriedPath) -> tuple[Any, ...]:
+        retest = path.retest and (path.retest.passed, path.retest.survived)
+        return path.decisions, path.simulation, path.reward, path.answer, retest
+
     def check(first: Sequence[SearchRecord], second: Sequence[SearchRecord]) -> None:
         assert len(first) == len(second)
         for a, b in zip(first, second, strict=True):
             assert (a.id, a.task, a.prompt, a.reward) == (b.id, b.task, b.prompt, b.reward)
             for p, q in zip(a.paths, b.paths, strict=True):
-                assert (p.decisions, p.simulation, p.reward, p.answer) == (
-                    q.decisions,
-                    q.simulation,
-                    q.reward,
-                    q.answer,
-                )
+                assert exact(p) == exact(q)
                 assert p.margin == pytest.approx(q.margin, abs=1e-4)
                 assert p.kl == pytest.approx(q.kl, abs=1e-4)
-                assert (p.retest is None) == (q.retest is None)
-                if p.retest is not None and q.retest is not None:
-                    assert (p.retest.passed, p.retest.survived) == (
-                        q.retest.passed,
-                        q.retest.survived,
-                    )
 
     return check
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
+from drllm.models.base.prompts import left_padded
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.paths import to_path
 
@@ -176,6 +177,14 @@ def tiny_routers(seed: int = 0, spread: float = 3.0, **options: Any) -> RouterSt
     with torch.no_grad():  # far from the zero biases, so that all three decisions turn up
         stack.decision_weight.mul_(spread)
     return stack
+
+
+def answers(model: Any, prompts: Sequence[Sequence[int]], **options: Any) -> list[list[int]]:
+    """Let a model generate for a left-padded batch; return what follows each prompt."""
+    ids, mask = left_padded(prompts, "cpu")
+    options = {"do_sample": False, **options}
+    output = model.generate(input_ids=ids, attention_mask=mask, **options)
+    return output[:, ids.shape[1] :].tolist()
 
 
 class Recorder:

@@ -2,7 +2,7 @@
 
 import functools
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,6 @@ supervise: {{target: shortest}}
 train: {{num_epochs: 2, warmup_steps: 0}}
 evaluate: {{tasks: builtin_facts, limit: 6, num_random_draws: 2}}
 """
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    """Keep torch on one thread: tiny models gain nothing from more, and the tests share cores."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

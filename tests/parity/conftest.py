@@ -2,12 +2,8 @@
 slow way, which are made once a session for each family and plan.
 """
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import pytest
 
@@ -35,7 +31,7 @@ NUM_NEW = 8
 END = 2
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+def pytest_generate_tests(metafunc):
     """Let a test that takes a family or a plan run on all of them.
 
     A module may name in TELLING_ONLY the ways that are tried on everything in `make test-all`
@@ -59,27 +55,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 class Slow:
     """The slow way's answers on the tiny models, kept for the session."""
 
-    def __init__(self, make: Callable[..., Any]) -> None:
+    def __init__(self, make):
         self._make, self._list, self._say = cache(make), cache(self._listed), cache(self._said)
 
-    def untouched(self, family: str, **options: Any) -> Any:
+    def untouched(self, family, **options):
         """Return a model of the family, a copy of its own for each caller."""
         return copy.deepcopy(self._make(family, **options))
 
-    def listed(
-        self, family: str, decisions: Sequence[int], *, cached: bool = False, **options: Any
-    ) -> ListedModel:
+    def listed(self, family, decisions, *, cached=False, **options):
         """Return the family's model with its layers listed in path order."""
         return self._list(family, tuple(decisions), cached, **options)
 
-    def greedy(
-        self,
-        family: str,
-        plan: Sequence[Sequence[int]],
-        prompts: Sequence[Sequence[int]] = PROMPTS,
-        num_new: int = NUM_NEW,
-        **options: Any,
-    ) -> list[list[int]]:
+    def greedy(self, family, plan, prompts=PROMPTS, num_new=NUM_NEW, **options):
         """Return each prompt's greedy answer under its own row of the plan."""
         return [
             self._say(family, tuple(decisions), tuple(prompt), num_new, **options)
@@ -93,22 +80,16 @@ class Slow:
         return self.listed(family, decisions, **options).greedy(prompt, num_new, never=END)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread_for_tiny_models(request: pytest.FixtureRequest) -> None:
-    if {"family", "tiny_model"} & set(request.fixturenames):
-        request.getfixturevalue("one_thread")
-
-
 @pytest.fixture(scope="session")
-def slow(tiny_model: Callable[..., Any]) -> Slow:
+def slow(tiny_model):
     return Slow(tiny_model)
 
 
 @pytest.fixture
-def routed(slow: Slow, family: str) -> RoutedModel:
+def routed(slow, family):
     return RoutedModel(slow.untouched(family))
 
 
 @pytest.fixture(scope="session")
-def prompts() -> list[list[int]]:
+def prompts():
     return PROMPTS

@@ -1,5 +1,7 @@
 """Every family of the suite, under every plan, against the slow way; greedy, in a padded batch."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -9,21 +11,9 @@ from drllm.models.routing.kv_cache import cache_argument, stored_rows
 from drllm.models.routing.policies import FixedPolicy, RecordingPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.training import features
-from slow_way import LOGIT_TOLERANCE, right_padded, tiny_routers
+from slow_way import LOGIT_TOLERANCE, answers, right_padded, tiny_routers
 
-NUM_NEW = 8
-
-
-def generate(routed, prompts):
-    ids, mask = left_padded(prompts, "cpu")
-    output = routed.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=NUM_NEW,
-        min_new_tokens=NUM_NEW,
-        do_sample=False,
-    )
-    return output[:, ids.shape[1] :].tolist()
+generate = partial(answers, max_new_tokens=8, min_new_tokens=8)
 
 
 def test_every_row_of_a_padded_batch_says_what_it_says_alone(slow, routed, prompts, family, plan):

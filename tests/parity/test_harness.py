@@ -80,10 +80,6 @@ def score(lm, requests):
     return lm.loglikelihood(requests, disable_tqdm=True)
 
 
-def check_scores(base, requests, **options):
-    assert_same(score(stock(base, **options), requests), score(RoutedLM(base, **options), requests))
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 64, "auto"])
 def test_without_routers_every_answer_is_the_harness_own(base, batch_size):
     lm = RoutedLM(base, batch_size=batch_size)
@@ -99,17 +95,17 @@ def test_a_continuation_that_the_model_would_say_itself_is_greedy_in_both(base):
     assert_same(expected, score(RoutedLM(base), instances(questions)))
 
 
-def test_options_that_stand_in_the_context_score_as_in_the_harness(base):
-    check_scores(base, options_in_the_context("Anna", "Bo"))
+REQUESTS = {
+    "options in the context": (options_in_the_context("Anna", "Bo"), {}),
+    "too long": (instances({"long " * 40: [" a", " bb cc"], "short": [" a"]}), {"max_length": 50}),
+    "no prompt": (instances({"": ["some text", "other", "<s>begun by the prefix token"]}), {}),
+}
 
 
-def test_prompts_that_are_too_long_are_cut_as_in_the_harness(base):
-    questions = {"long " * 40: [" a", " bb cc"], "short": [" a"]}
-    check_scores(base, instances(questions), max_length=50)
-
-
-def test_text_without_a_prompt_scores_as_in_the_harness_under_a_fixed_plan(base):
-    check_scores(base, instances({"": ["some text", "other", "<s>begun by the prefix token"]}))
+@pytest.mark.parametrize(("requests", "options"), REQUESTS.values(), ids=REQUESTS.keys())
+def test_requests_of_every_kind_score_as_in_the_harness(base, requests, options):
+    expected = score(stock(base, **options), requests)
+    assert_same(expected, score(RoutedLM(base, **options), requests))
 
 
 def test_rolling_texts_score_as_in_the_harness_under_a_fixed_plan(base):

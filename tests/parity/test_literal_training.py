@@ -7,11 +7,7 @@ timed against ours there). Ours runs the base model once.
 """
 
 import copy
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +15,6 @@ import torch
 from drllm.config import TrainConfig
 from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import load_routers
-from drllm.models.routers.stack import RouterStack
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.records import SupervisionRecord
 from drllm.training.feature_store import Store
@@ -50,7 +45,7 @@ CONFIG = TrainConfig(
 )
 
 
-def records() -> list[SupervisionRecord]:
+def records():
     """Prompts from 1 to 23 tokens, with skips, repeats and whole paths."""
     generator = torch.Generator().manual_seed(5)
     found = []
@@ -82,24 +77,18 @@ FRESH = [f"{first} {second}" for first in ("why", "where to", "h") for second in
 
 
 @pytest.fixture(scope="module")
-def literally(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+def literally(benchmark):
     return benchmark("training")
 
 
-def literal_run(
-    literally: ModuleType,
-    model: Any,
-    tokenizer: Any,
-    stack: RouterStack,
-    config: TrainConfig = CONFIG,
-) -> Any:
+def literal_run(literally, model, tokenizer, stack, config=CONFIG):
     questions = [record.question for record in RECORDS]
     parts = hold_out(questions, config.validation_fraction, config.seed)
     return literally.Literal(model, tokenizer, stack, RECORDS, config, *parts)
 
 
 @torch.no_grad()
-def literal_route(literally: ModuleType, literal: Any, prompt: str) -> list[int]:
+def literal_route(literally, literal, prompt):
     """Let the routers decide, each on what the decisions before it have left."""
     walk = literally.Walk(literal.model, literal.tokenizer, prompt)
     route: list[int] = []
@@ -116,21 +105,15 @@ def literal_route(literally: ModuleType, literal: Any, prompt: str) -> list[int]
 
 
 @pytest.fixture
-def model(tiny_llama: Any) -> Any:
+def model(tiny_llama):
     return tiny_llama(num_layers=L, hidden_size=D, initializer_range=0.2)
 
 
-IDENTITY = {
-    "id": "tiny",
-    "revision": None,
-    "class": "LlamaForCausalLM",
-    "num_layers": L,
-    "hidden_size": D,
-    "fingerprint": "",
-}
+def identity(model):
+    return BaseModel(model, None, "tiny").identity
 
 
-def losses(rows: Sequence[dict[str, Any]], split: str) -> list[float]:
+def losses(rows, split):
     return [row["routers_loss"] for row in rows if row["split"] == split]
 
 
@@ -144,11 +127,11 @@ RELEASED = replace(CONFIG, loss_reduction="sum", max_grad_norm=1.0)
     ids=["paper", "released", "clipped"],
 )
 def test_in_double_precision_the_weights_are_those_of_the_literal_way(
-    literally: ModuleType, model: Any, tiny_tokenizer: Any, config: TrainConfig
-) -> None:
+    literally, model, tiny_tokenizer, config
+):
     model = model.double()
     features = literally.read_along(model, tiny_tokenizer, RECORDS, W)
-    trainer = Trainer(features, IDENTITY, config, dtype=torch.float64)
+    trainer = Trainer(features, identity(model), config, dtype=torch.float64)
     literal = literal_run(literally, model, tiny_tokenizer, trainer.stack, config)
     for trained, held_out in literal.train():
         trainer.epoch()
@@ -168,8 +151,8 @@ def test_in_double_precision_the_weights_are_those_of_the_literal_way(
 
 @pytest.mark.thorough
 def test_with_smollm2_in_double_precision_losses_are_those_of_the_literal_way(
-    literally: ModuleType, smollm2: BaseModel, record_property: Callable[[str, object], None]
-) -> None:
+    literally, smollm2, record_property
+):
     config = TrainConfig(num_epochs=3, gradient_accumulation=2, class_weights="effective_number")
     records = literally.drawn_targets(smollm2, 6, None)
     model = copy.deepcopy(smollm2.model).double()
@@ -186,12 +169,12 @@ def test_with_smollm2_in_double_precision_losses_are_those_of_the_literal_way(
 
 
 def test_in_single_precision_losses_and_decisions_are_those_of_the_literal_way(
-    literally: ModuleType, model: Any, tiny_tokenizer: Any, tmp_path: Path
-) -> None:
+    literally, model, tiny_tokenizer, tmp_path
+):
     store = Store(tmp_path / "features")
     features = collect(model, tiny_tokenizer, RECORDS, num_windows=W, store=store, batch_size=5)
-    rows = train_on(features, IDENTITY, CONFIG, tmp_path)
-    untrained = Trainer(features, IDENTITY, CONFIG).stack
+    rows = train_on(features, identity(model), CONFIG, tmp_path)
+    untrained = Trainer(features, identity(model), CONFIG).stack
     literal = literal_run(literally, model, tiny_tokenizer, untrained)
     expected = list(literal.train())
     assert losses(rows, "train") == pytest.approx([pair[0] for pair in expected], rel=IN_SINGLE)

@@ -251,11 +251,6 @@ def test_an_override_over_ours_is_not_swept_away(routed):
     assert hasattr(routed.model.model.layers[0].forward, "__self__")
 
 
-def test_a_model_is_routed_once_only(routed):
-    with pytest.raises(RoutingError, match="routed already"):
-        RoutedModel(routed.model)
-
-
 def test_a_cache_filled_without_routing_is_refused(tiny_llama):
     model = tiny_llama()
     cache = DynamicCache(config=model.config)
@@ -294,16 +289,6 @@ def test_beams_without_a_cache_equal_beams_with_one(routed):
 def test_plans_that_no_model_can_run_are_refused(routed, plan):
     with pytest.raises(PathError), routed.fixed(plan):
         pass
-
-
-def test_routers_and_a_policy_together_are_refused(tiny_llama):
-    with pytest.raises(RoutingError, match="not both"):
-        RoutedModel(tiny_llama(), tiny_routers(), policy=FullPolicy())
-
-
-def test_last_route_before_any_prompt_is_an_error(tiny_llama):
-    with pytest.raises(RoutingError, match="no prompt"):
-        _ = RoutedModel(tiny_llama()).last_route
 
 
 def test_an_argument_that_cannot_be_cut_by_rows_is_refused(routed):
@@ -453,11 +438,6 @@ def test_a_generation_config_given_by_position_is_read_too(routed):
     assert routed.last_route[::3].tolist() == MIXED
 
 
-def test_guidance_without_a_cache_is_refused(routed):
-    with pytest.raises(RoutingError, match="guidance_scale=2"):
-        routed.generate(torch.tensor([[3]]), guidance_scale=2.0, use_cache=False)
-
-
 def test_a_draft_by_the_first_layers_is_refused_before_anything_runs(routed):
     before = routed.generate(IDS, max_new_tokens=3)
     with pytest.raises(RoutingError, match="assistant_early_exit=2"):
@@ -476,23 +456,24 @@ def test_a_cache_cropped_to_nothing_takes_a_new_prompt(routed):
             cache.crop(-2)
 
 
-def test_detaching_gives_the_model_its_own_generate_back(tiny_llama):
-    model = tiny_llama()
-    routed = RoutedModel(model)
-    assert "generate" in model.__dict__
-    routed.detach()
-    assert "generate" not in model.__dict__
-
-
 # --- what can't be right -----------------------------------------------------------------------
 
 
-def test_packed_sequences_are_refused(routed):
-    ids = torch.tensor([[3, 4, 5, 6, 7]])
-    with pytest.raises(RoutingError, match="packed sequences"):
-        routed.model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1]]))
-    with pytest.raises(RoutingError, match="packed sequences"):
-        routed.model(ids, cu_seq_lens_q=torch.tensor([0, 3, 5]))
+RESTARTED = torch.tensor([[0, 1, 2, 0, 1]])
+WRONG = {
+    "routed already": lambda routed: RoutedModel(routed.model),
+    "no prompt": lambda routed: routed.last_route,
+    "guidance_scale=2": lambda routed: routed.generate(IDS, guidance_scale=2.0, use_cache=False),
+    "not both": lambda routed: RoutedModel(routed.detach(), tiny_routers(), policy=FullPolicy()),
+    "packed seq": lambda routed: routed.model(IDS, position_ids=RESTARTED),
+    "packed sequences": lambda routed: routed.model(IDS, cu_seq_lens_q=torch.tensor([0, 3, 5])),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_what_cannot_be_right_is_refused(routed, said):
+    with pytest.raises(RoutingError, match=said):
+        WRONG[said](routed)
 
 
 def test_a_cache_of_a_foreign_kind_is_refused(routed):
@@ -545,14 +526,16 @@ def test_flex_attention_is_refused_where_rows_differ(routed):
         routed.model(**batch())
 
 
-def test_a_static_cache_is_not_kept_for_the_next_generate(tiny_llama):
+def test_a_static_cache_is_not_kept_for_the_next_generate_nor_ours_on_the_model(tiny_llama):
     model = tiny_llama()
     options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
     untouched = model.generate(IDS, **options)
     routed = RoutedModel(model)
+    assert "generate" in model.__dict__
     for plan in (PLANS["repeats"], PLANS["skip of layer 0"]):
         with routed.fixed(plan):
             expected = routed.generate(IDS, max_new_tokens=4, do_sample=False)
             assert torch.equal(expected, routed.generate(IDS, **options))
     routed.detach()
+    assert "generate" not in model.__dict__
     assert torch.equal(untouched, model.generate(IDS, **options))

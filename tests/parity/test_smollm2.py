@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 
-from drllm.models.base.prompts import encode, left_padded
+from drllm.models.base.prompts import encode
 from drllm.models.routing.routed_model import RoutedModel
 from drllm.search.evaluator import Evaluator
 from drllm.tasks.registry import get_task
-from slow_way import ListedModel
+from slow_way import ListedModel, answers
 
 EXACT = 1e-9
 """Nats between the two ways in float64, where next to no arithmetic noise is left."""
@@ -57,24 +57,6 @@ def various_plans(num_layers, num):
     return chosen
 
 
-def answers_in_one_batch(base, rows, chosen, num_new):
-    """Return what each prompt is answered under its own plan, all in one left-padded batch."""
-    ids, mask = left_padded(rows, "cpu")
-    routed = RoutedModel(base.model)
-    try:
-        with routed.fixed(chosen):
-            output = routed.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=num_new,
-                min_new_tokens=num_new,
-                do_sample=False,
-            )
-    finally:
-        routed.detach()
-    return output[:, ids.shape[1] :].tolist()
-
-
 def flips(base, row, plan, answer):
     """Return where the plain model of one row's path says another token, and by what margin.
 
@@ -101,8 +83,13 @@ def test_a_batch_of_different_prompts_and_plans_generates_what_each_row_does_alo
     assert len(set(texts)) == num
     assert len(set(map(len, rows))) > 1  # so that some are padded
     chosen = various_plans(30, num)
-    answers = answers_in_one_batch(smollm2, rows, chosen, num_new)
-    found = [flips(smollm2, *alone) for alone in zip(rows, chosen, answers, strict=True)]
+    routed = RoutedModel(smollm2.model)
+    try:
+        with routed.fixed(chosen):
+            said = answers(routed, rows, max_new_tokens=num_new, min_new_tokens=num_new)
+    finally:
+        routed.detach()
+    found = [flips(smollm2, *alone) for alone in zip(rows, chosen, said, strict=True)]
     flipped = {place: margins for place, margins in enumerate(found) if margins}
     record_property("rows_flipped", len(flipped))
     assert [place for place, margins in flipped.items() if max(margins.values()) > TIE] == [], (
@@ -110,7 +97,7 @@ def test_a_batch_of_different_prompts_and_plans_generates_what_each_row_does_alo
     )
     assert len(flipped) <= num // 8
     # The ruler is fine enough: another row's plan would have been told from a row's own.
-    for row, plan, answer in zip(rows[:4], chosen[1:5], answers[:4], strict=True):
+    for row, plan, answer in zip(rows[:4], chosen[1:5], said[:4], strict=True):
         assert max(flips(smollm2, row, plan, answer).values(), default=0.0) > 100 * TIE
 
 

@@ -5,11 +5,9 @@ cache. Beam search and sampling are held to transformers' own `generate` on such
 a version of transformers can't do with a plain model either is skipped, and says so.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +17,7 @@ import transformers
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
+import slow_way
 from drllm.models.base.prompts import left_padded
 from drllm.models.routing.kv_cache import cache_argument
 from drllm.models.routing.routed_model import RoutedModel
@@ -28,22 +27,16 @@ TELLING_ONLY = True  # read by conftest: the other families run in `make test-al
 NUM_NEW = 8
 END = 2
 GREEDY = {"max_new_tokens": NUM_NEW, "suppress_tokens": [END], "do_sample": False}
+"""The end token is kept from being said by the one way that every version takes with drafts too."""
 BF16_GAP = 0.15
 """Logits between the two likeliest tokens, of standard deviation about 1.4, that bfloat16 may take
 for equal."""
 
 
-def answers(model: Any, prompts: list[list[int]], **options: Any) -> list[list[int]]:
-    """Generate for a left-padded batch; return what follows the prompts, row by row.
-
-    The end token is kept from being said, by the one way that every version takes with drafts too.
-    """
-    ids, mask = left_padded(prompts, "cpu")
-    output = model.generate(input_ids=ids, attention_mask=mask, **{**GREEDY, **options})
-    return output[:, ids.shape[1] :].tolist()
+answers = partial(slow_way.answers, **GREEDY)
 
 
-def on_a_cache(make: Callable[[Any], Any]) -> Callable[..., list[list[int]]]:
+def on_a_cache(make):
     """Return the way of generating on a cache of the user's."""
     return lambda model, prompts: answers(model, prompts, **{cache_argument(model): make(model)})
 
@@ -51,18 +44,18 @@ def on_a_cache(make: Callable[[Any], Any]) -> Callable[..., list[list[int]]]:
 class Collecting(BaseStreamer):
     """Keeps the tokens that are streamed."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.tokens: list[int] = []
         self.ended = False
 
-    def put(self, value: torch.Tensor) -> None:
+    def put(self, value):
         self.tokens += value.flatten().tolist()
 
-    def end(self) -> None:
+    def end(self):
         self.ended = True
 
 
-def by_streaming(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+def by_streaming(model, prompts):
     streamed = []
     for prompt in prompts:
         streamer = Collecting()
@@ -87,9 +80,7 @@ ALONE: dict[str, Callable[..., list[list[int]]]] = {
 }
 
 
-def held_to(
-    expected: list[Any], run: Callable[[], list[Any]], plain: Callable[[], list[Any]]
-) -> None:
+def held_to(expected, run, plain):
     """Compare; where that fails, ask whether transformers fails in the same way by itself.
 
     Args:
@@ -113,7 +104,7 @@ def held_to(
         )
 
 
-def on_plain_models(slow, family, plan, answer: Callable[[Any], list[Any]]) -> list[Any]:
+def on_plain_models(slow, family, plan, answer):
     """Let plain models with the listed layers answer the whole batch; take each plan's own row."""
     answered: dict[tuple[int, ...], list[Any]] = {}
     rows = []
@@ -125,12 +116,7 @@ def on_plain_models(slow, family, plan, answer: Callable[[Any], list[Any]]) -> l
     return rows
 
 
-def one_by_one(
-    way: Callable[..., list[list[int]]],
-    model: Any,
-    prompts: list[list[int]],
-    under: Callable[[int], AbstractContextManager[None]] = lambda row: nullcontext(),
-) -> list[list[int]]:
+def one_by_one(way, model, prompts, under=lambda row: nullcontext()):
     """Run a way that takes one prompt at a time, each row under its own plan."""
     said = []
     for row, prompt in enumerate(prompts):
@@ -186,11 +172,11 @@ def test_a_routed_target_says_the_same_with_a_draft_model(slow, routed, prompts,
 class Overheard:
     """Stands before a draft model's `generate` and keeps what it was asked and what it said."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model):
         self.generate = model.generate
         self.guesses: list[tuple[list[int], list[int]]] = []
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args, **kwargs):
         given = kwargs["input_ids"][0].tolist()
         output = self.generate(*args, **kwargs)
         self.guesses.append((given, output.sequences[0, len(given) :].tolist()))
@@ -235,18 +221,18 @@ TURN = [40, 41, 42]
 class Chat:
     """A batch of conversations on one cache."""
 
-    def __init__(self, model: Any, prompts: list[list[int]]) -> None:
+    def __init__(self, model, prompts):
         self.model = model
         self.cache = DynamicCache(config=model.config)
         self.ids, self.mask = left_padded(prompts, "cpu")
 
-    def hear(self, tokens: list[int]) -> None:
+    def hear(self, tokens):
         """Let every user say something."""
         new = torch.tensor([tokens] * len(self.ids))
         self.ids = torch.cat([self.ids, new], dim=1)
         self.mask = torch.cat([self.mask, torch.ones_like(new)], dim=1)
 
-    def answer(self, num_new: int) -> list[list[int]]:
+    def answer(self, num_new):
         """Let the model answer every row."""
         before = self.ids.shape[1]
         self.ids = self.model.generate(

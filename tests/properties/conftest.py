@@ -1,7 +1,5 @@
 """How Hypothesis runs here: the same examples in each run, and no limit on a slow machine."""
 
-from __future__ import annotations
-
 from hypothesis import settings
 
 settings.register_profile("drllm", derandomize=True, deadline=None)

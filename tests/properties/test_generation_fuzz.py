@@ -36,12 +36,9 @@ from drllm.models.routing.policies import RouterPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from slow_way import FOREIGN_ERRORS, right_padded, tiny_routers
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings(  # of a model that asks itself by an old name
-        "ignore:The `sliding_window_pattern` attribute is deprecated:FutureWarning"
-    ),
-]
+pytestmark = pytest.mark.filterwarnings(  # of a model that asks itself by an old name
+    "ignore:The `sliding_window_pattern` attribute is deprecated:FutureWarning"
+)
 
 FAMILIES = (
     # Besides those of the suite, some that differ from them in what can go wrong.

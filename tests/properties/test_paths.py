@@ -1,7 +1,5 @@
 """The path algebra for any model and any path."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -22,41 +20,33 @@ decision_vectors = st.lists(st.sampled_from([0, 1, 2]), min_size=1, max_size=64)
 
 
 @given(decision_vectors)
-def test_decisions_survive_being_written_as_a_path(decisions: list[int]):
-    assert to_decisions(to_path(decisions), len(decisions)) == tuple(decisions)
-
-
-@given(decision_vectors)
-def test_a_path_is_as_long_as_its_executions(decisions: list[int]):
-    assert len(to_path(decisions)) == num_executions(decisions)
-
-
-@given(decision_vectors)
-def test_a_path_visits_layers_in_order_and_at_most_twice(decisions: list[int]):
+def test_a_path_runs_the_decided_executions_in_order_and_is_read_back(decisions):
     path = to_path(decisions)
+    assert to_decisions(path, len(decisions)) == tuple(decisions)
+    assert len(path) == num_executions(decisions)
     assert sorted(path) == list(path)
     assert all(path.count(layer) <= 2 for layer in path)
 
 
 @given(decision_vectors)
-def test_checking_changes_nothing(decisions: list[int]):
+def test_checking_changes_nothing(decisions):
     checked = check_decisions(decisions, len(decisions))
     assert checked == tuple(decisions)
     assert check_decisions(checked) == checked
 
 
 @given(decision_vectors)
-def test_a_sketch_has_one_sign_a_layer_and_can_be_read_back(decisions: list[int]):
+def test_a_sketch_has_one_sign_a_layer_and_can_be_read_back(decisions):
     assert ["·█2".index(sign) for sign in sketch(decisions)] == decisions
 
 
 @given(st.integers(1, 100))
-def test_the_full_path_runs_every_layer_once(num_layers: int):
+def test_the_full_path_runs_every_layer_once(num_layers):
     assert to_path(full_decisions(num_layers)) == tuple(range(num_layers))
 
 
 @given(st.lists(st.integers(-3, 12), max_size=20), st.integers(1, 10))
-def test_any_sequence_of_layers_is_either_refused_or_comes_back(path: list[int], num_layers: int):
+def test_any_sequence_of_layers_is_either_refused_or_comes_back(path, num_layers):
     try:
         decisions = to_decisions(path, num_layers)
     except PathError:
@@ -72,9 +62,7 @@ def test_any_sequence_of_layers_is_either_refused_or_comes_back(path: list[int],
     st.integers(0, 63),
     st.sampled_from([-1, 3, 0.5, "1", "x", None, math.nan, math.inf]),
 )
-def test_one_wrong_value_anywhere_is_refused_with_its_layer(
-    decisions: list[int], where: int, wrong: object
-):
+def test_one_wrong_value_anywhere_is_refused_with_its_layer(decisions, where, wrong):
     layer = where % len(decisions)
     spoiled = [*decisions[:layer], wrong, *decisions[layer + 1 :]]
     with pytest.raises(PathError, match=rf"at layer {layer} is not one of 0 \(skip\)"):

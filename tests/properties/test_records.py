@@ -1,11 +1,7 @@
 """Records come back as they were written, and a damaged file never reads as a whole one."""
 
-from __future__ import annotations
-
 import json
 import string
-from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -34,7 +30,7 @@ margins = st.none() | st.floats(-100, 100)
 
 
 @st.composite
-def retests(draw: st.DrawFn) -> Retest:
+def retests(draw):
     asked = draw(st.integers(0, 4))
     passed = draw(st.integers(0, asked))
     survived = passed * 2 > asked and draw(st.booleans())
@@ -42,7 +38,7 @@ def retests(draw: st.DrawFn) -> Retest:
 
 
 @st.composite
-def search_records(draw: st.DrawFn) -> SearchRecord:
+def search_records(draw):
     layers = draw(st.integers(1, 6))
     vectors = st.lists(st.sampled_from([0, 1, 2]), min_size=layers, max_size=layers)
     others = draw(st.lists(vectors.filter(any).map(tuple), max_size=4, unique=True))
@@ -74,7 +70,7 @@ def search_records(draw: st.DrawFn) -> SearchRecord:
 
 
 @st.composite
-def supervision_records(draw: st.DrawFn, layers: int = 4) -> SupervisionRecord:
+def supervision_records(draw, layers=4):
     vectors = st.lists(st.sampled_from([0, 1, 2]), min_size=layers, max_size=layers)
     decisions = tuple(draw(vectors.filter(any)))
     return SupervisionRecord(
@@ -90,24 +86,16 @@ def supervision_records(draw: st.DrawFn, layers: int = 4) -> SupervisionRecord:
     )
 
 
-def by_id(record: SearchRecord | SupervisionRecord) -> tuple[str, str]:
-    return record.task, record.id
-
-
-def by_question(record: SupervisionRecord) -> tuple[str, str]:
-    return record.task, question_key(record.question)
-
-
-one_file = st.lists(search_records(), min_size=1, max_size=3, unique_by=by_id)
-files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
-
-
-several_targets = st.lists(
-    supervision_records(), min_size=1, max_size=3, unique_by=(by_id, by_question)
+names = (
+    lambda record: (record.task, record.id),
+    lambda record: (record.task, question_key(record.question)),
 )
+one_file = st.lists(search_records(), min_size=1, max_size=3, unique_by=names[0])
+files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+several_targets = st.lists(supervision_records(), min_size=1, max_size=3, unique_by=names)
 
 
-def written(folder: Path, records: list[Any], schema: str = "search") -> Path:
+def written(folder, records, schema="search"):
     file = folder / f"{schema}.jsonl"
     write_records(file, records, new_manifest(schema, model={}, config={}))
     return file
@@ -115,18 +103,14 @@ def written(folder: Path, records: list[Any], schema: str = "search") -> Path:
 
 @given(records=one_file, targets=several_targets)
 @files
-def test_files_come_back_as_they_were_written(
-    records: list[SearchRecord], targets: list[SupervisionRecord], tmp_path: Path
-):
+def test_files_come_back_as_they_were_written(records, targets, tmp_path):
     assert read_search(written(tmp_path, records)) == records
     assert read_supervision(written(tmp_path, targets, "supervision")) == targets
 
 
 @given(records=one_file, data=st.data())
 @files
-def test_a_file_cut_off_or_changed_anywhere_is_refused(
-    records: list[SearchRecord], data: st.DataObject, tmp_path: Path
-):
+def test_a_file_cut_off_or_changed_anywhere_is_refused(records, data, tmp_path):
     file = written(tmp_path, records)
     whole = file.read_bytes()
     place = data.draw(st.integers(0, len(whole) - 1))
@@ -139,9 +123,7 @@ def test_a_file_cut_off_or_changed_anywhere_is_refused(
 
 @given(records=one_file, data=st.data())
 @files
-def test_without_a_manifest_a_file_cut_off_inside_a_line_is_refused(
-    records: list[SearchRecord], data: st.DataObject, tmp_path: Path
-):
+def test_without_a_manifest_a_file_cut_off_inside_a_line_is_refused(records, data, tmp_path):
     file = tmp_path / "own.jsonl"
     lines = [encode(record) + b"\n" for record in records]
     whole_lines = data.draw(st.integers(0, len(lines) - 1))
@@ -161,7 +143,7 @@ json_values = st.recursive(
 )
 
 
-def refused_or_understood(kind: type[Any], row: dict[str, Any]) -> bool:
+def refused_or_understood(kind, row):
     """Whether a row is refused in one line, or read into something that can be read again."""
     try:
         record = decode(json.dumps(row), kind, "x")
@@ -170,28 +152,19 @@ def refused_or_understood(kind: type[Any], row: dict[str, Any]) -> bool:
     return bool(decode(encode(record), kind, "x") == record)
 
 
-@given(search_records(), st.data())
-def test_any_foreign_value_in_a_search_line_is_refused_or_understood(
-    record: SearchRecord, data: st.DataObject
-):
-    row = json.loads(encode(record))
+@given(search_records(), supervision_records(), st.data())
+def test_any_foreign_value_in_a_line_is_refused_or_understood(record, target, data):
+    row, other = json.loads(encode(record)), json.loads(encode(target))
     first = row["paths"][0]
     at = data.draw(st.sampled_from([row, first, *([first["retest"]] if first["retest"] else [])]))
-    at[data.draw(st.sampled_from([*at]))] = data.draw(json_values)
+    for part in (at, other):
+        part[data.draw(st.sampled_from([*part]))] = data.draw(json_values)
     assert refused_or_understood(SearchRecord, row)
-
-
-@given(supervision_records(), st.data())
-def test_any_foreign_value_in_a_supervision_line_is_refused_or_understood(
-    record: SupervisionRecord, data: st.DataObject
-):
-    row = json.loads(encode(record))
-    row[data.draw(st.sampled_from([*row]))] = data.draw(json_values)
-    assert refused_or_understood(SupervisionRecord, row)
+    assert refused_or_understood(SupervisionRecord, other)
 
 
 @given(filled, st.sampled_from(["train", "validation", "single", "own"]))
-def test_a_question_is_in_one_split_however_it_is_spaced_and_cased(question: str, origin: str):
+def test_a_question_is_in_one_split_however_it_is_spaced_and_cased(question, origin):
     split = split_of(question, origin)
     assert split in {"search", "fit", "select", "test"}
     assert split_of(f"  {question}\n", origin) == split

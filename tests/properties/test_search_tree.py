@@ -1,7 +1,5 @@
 """What holds for every search, whatever the model, the budget, the rewards and the seed."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from random import Random
@@ -14,8 +12,8 @@ from drllm.config import STOP_RULES, SearchConfig
 from drllm.cost import max_executions
 from drllm.paths import Decisions, full_decisions, num_executions
 from drllm.search.actions import apply, legal_actions
-from drllm.search.strategies import STRATEGIES, PathSearch, new_search
-from drllm.search.strategies.mcts import Node, TreeSearch
+from drllm.search.strategies import STRATEGIES, new_search
+from drllm.search.strategies.mcts import TreeSearch
 
 configs = st.builds(
     SearchConfig,
@@ -33,18 +31,18 @@ scales = st.sampled_from([0, 1, 2, 5])
 mosts = st.sampled_from([1, 2, 7, 100])
 
 
-def reward_of(decisions: Decisions, seed: int, scale: int) -> float:
+def reward_of(decisions, seed, scale):
     """A reward without order: always 0, 0 or 1, or one of a few steps."""
     steps = Random(f"{seed} {decisions}").randint(0, scale)
     return steps / scale if scale else 0.0
 
 
-def score_of(decisions: Decisions, seed: int) -> float | None:
+def score_of(decisions, seed):
     """A score without order; with every other seed there is none."""
     return None if seed % 2 else Random(f"score {seed} {decisions}").gauss(0, 2)
 
 
-def observed(search: PathSearch, most: int, seed: int, scale: int) -> PathSearch:
+def observed(search, most, seed, scale):
     """Take a search to its end in rounds of at most so many paths, each observed in any order.
 
     Now and then the next paths are asked for while some are still in flight.
@@ -65,23 +63,23 @@ def observed(search: PathSearch, most: int, seed: int, scale: int) -> PathSearch
             search.tell(decisions, reward_of(decisions, seed, scale), score)
 
 
-def run(num_layers: int, config: SearchConfig, seed: int, scale: int, most: int = 1) -> PathSearch:
+def run(num_layers, config, seed, scale, most=1):
     return observed(new_search(num_layers, config, Random(seed)), most, seed, scale)
 
 
 class Watched(TreeSearch):
     """A tree that counts its steps: how often a simulation went from one node to the next."""
 
-    def __init__(self, num_layers: int, config: SearchConfig, rng: Random) -> None:
+    def __init__(self, num_layers, config, rng):
         self.steps: Counter[tuple[Decisions, Decisions]] = Counter()
         super().__init__(num_layers, config, rng)
 
-    def _add_virtual_loss(self, trail: list[Node]) -> None:
+    def _add_virtual_loss(self, trail):
         self.steps.update(itertools.pairwise(node.decisions for node in trail))
         super()._add_virtual_loss(trail)
 
 
-def run_tree(num_layers: int, config: SearchConfig, seed: int, scale: int, most: int) -> Watched:
+def run_tree(num_layers, config, seed, scale, most):
     search = Watched(num_layers, config, Random(seed))
     observed(search, most, seed, scale)
     return search

@@ -129,18 +129,14 @@ CHILD = """
 import json, sys, time, warnings
 time.sleep = lambda seconds: None  # between the hub library's retries
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 import drllm
-from drllm.config import ModelConfig
 from drllm.errors import DrllmError
 from drllm.models.base.load import load
+from drllm.models.check import make_tiny
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routers.hub import find
 
-torch.manual_seed(0)
-model = LlamaForCausalLM(LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
-    num_attention_heads=4))
+model = make_tiny("llama", num_hidden_layers=3)
 routed = drllm.RoutedModel(model, RouterStack(RouterConfig(num_layers=3, hidden_size=32)))
 said = {}
 
@@ -157,7 +153,7 @@ def push(repo, **options):
     return lambda: routed.push_to_hub(repo, **{"token": "hf_secret", **options})
 
 def load_model(name, revision=None):
-    return lambda: load(ModelConfig(model=name, revision=revision, device="cpu"))
+    return lambda: load(name, revision=revision, device="cpu")
 
 model.name_or_path = "org/tiny"
 note("pushed", push("someone/routers", commit_message="First routers"))
@@ -309,10 +305,28 @@ def test_the_name_of_a_folder_on_this_machine_is_not_pushed(said):
         ("name -someone/routers", "can't be a repository on the hub: Repo id must use alphanum"),
         ("name someone/x--y", "can't be a repository on the hub: Cannot have -- or .. in repo_id"),
         ("name ", "'' can't be a repository on the hub; give OWNER/NAME"),
+        ("nowhere", "push_to_hub=True and repo_id='OWNER/NAME' go together"),
+        ("unasked", "push_to_hub=True and repo_id='OWNER/NAME' go together"),
+        ("model gated", "is gated: accept the terms on its hub page, then set HF_TOKEN"),
+        ("model absent", "isn't on the hub, or is private (then set HF_TOKEN)"),
+        ("model other revision", "'someone/model' has no revision 'v9'"),
+        ("model without a config", "has no config.json, so it isn't a transformers model"),
+        ("model that is routers", "'someone/routers' holds routers, not a model; give them as --r"),
+        ("model unreachable", "isn't in the local cache, and the hub can't be reached; connect"),
+        ("model forbidden", "if it needs a login, set HF_TOKEN"),
+        ("fetch gated", "'gated/routers' is gated: accept the terms on its hub page, then set HF"),
+        ("fetch absent", "'absent/routers' isn't on the hub, or is private (then set HF_TOKEN)"),
+        ("fetch absent", "there is no folder 'absent/routers' either"),
+        ("fetch forbidden", "'forbidden/routers': Not from this network; if it needs a login, set"),
+        ("fetch unreachable", "'unreachable/routers' isn't in the local cache, and the hub can't"),
+        ("fetch other revision", "'someone/routers' has no revision 'v9'; give a branch, tag or c"),
+        ("fetch a base model", "'someone/model' has no router_config.json; is it a base model?"),
     ],
 )
-def test_each_refusal_of_a_push_is_one_line(said, name, expected):
-    assert said[name].startswith("CheckpointError: ")
+def test_each_refusal_is_one_line(said, name, expected):
+    kinds = {"model": "ModelError", "nowhere": "ConfigError", "unasked": "ConfigError"}
+    kind = kinds.get(name.split()[0], "CheckpointError")
+    assert said[name].startswith(f"{kind}: ")
     assert expected in said[name]
     assert "\n" not in said[name]
 
@@ -337,37 +351,6 @@ def test_token_and_cache_are_passed_through(said):
     assert "Bearer hf_reader" in tokens
     for name in ("local only", "base local only"):
         assert "isn't in the local cache, and local_files_only is set; connect" in said[name]
-
-
-def test_a_push_that_says_no_place_or_is_not_asked_for_is_refused(said):
-    for name in ("nowhere", "unasked"):
-        assert said[name].startswith("ConfigError: push_to_hub=True and repo_id='OWNER/NAME' go")
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("model gated", "is gated: accept the terms on its hub page, then set HF_TOKEN"),
-        ("model absent", "isn't on the hub, or is private (then set HF_TOKEN)"),
-        ("model other revision", "'someone/model' has no revision 'v9'"),
-        ("model without a config", "has no config.json, so it isn't a transformers model"),
-        ("model that is routers", "'someone/routers' holds routers, not a model; give them as --r"),
-        ("model unreachable", "isn't in the local cache, and the hub can't be reached; connect"),
-        ("model forbidden", "if it needs a login, set HF_TOKEN"),
-        ("fetch gated", "'gated/routers' is gated: accept the terms on its hub page, then set HF"),
-        ("fetch absent", "'absent/routers' isn't on the hub, or is private (then set HF_TOKEN)"),
-        ("fetch absent", "there is no folder 'absent/routers' either"),
-        ("fetch forbidden", "'forbidden/routers': Not from this network; if it needs a login, set"),
-        ("fetch unreachable", "'unreachable/routers' isn't in the local cache, and the hub can't"),
-        ("fetch other revision", "'someone/routers' has no revision 'v9'; give a branch, tag or c"),
-        ("fetch a base model", "'someone/model' has no router_config.json; is it a base model?"),
-    ],
-)
-def test_each_refusal_of_a_model_or_of_routers_is_one_line(said, name, expected):
-    kind = "ModelError" if name.startswith("model") else "CheckpointError"
-    assert said[name].startswith(f"{kind}: ")
-    assert expected in said[name]
-    assert "\n" not in said[name]
 
 
 def test_routers_that_arent_cached_are_refused_offline():

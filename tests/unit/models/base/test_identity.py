@@ -28,21 +28,12 @@ def test_the_fingerprint_is_the_one_that_earlier_checkpoints_carry(tiny):
     assert fingerprint(model) == "f8ac63ac6268aed0"
 
 
-def test_describe_names_class_shape_and_fingerprint(tiny):
-    shape = {"class": "LlamaForCausalLM", "num_layers": 3, "hidden_size": 32}
-    assert describe(tiny()) == {**shape, "fingerprint": fingerprint(tiny())}
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "float8_e4m3fn"])
 def test_the_fingerprint_survives_every_dtype(tiny, dtype):
     model = tiny()
     for weight in model.parameters():
         weight.data = weight.data.to(getattr(torch, dtype))
     assert fingerprint(tiny()) == fingerprint(model)
-
-
-def test_the_fingerprint_tells_other_weights_apart(tiny):
-    assert len({fingerprint(tiny(seed=seed)) for seed in range(4)}) == 4
 
 
 @pytest.mark.parametrize(

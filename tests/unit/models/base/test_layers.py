@@ -13,13 +13,6 @@ from drllm.models.routing.routed_model import RoutedModel
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 64}
 
 
-def test_the_layers_are_the_list_inside_the_decoder(tiny_llama):
-    model = tiny_llama()
-    decoder, layers = find_layers(model)
-    assert decoder is model.model
-    assert layers is model.model.layers
-
-
 def test_a_second_list_of_the_same_length_is_refused(tiny_llama):
     model = tiny_llama()
     model.model.others = nn.ModuleList([nn.Identity() for _ in range(6)])
@@ -100,10 +93,24 @@ def test_the_probe_leaves_no_trace(tiny_llama):
     assert hooks == [len(layer._forward_hooks) for layer in model.model.layers]
 
 
-def test_a_loop_that_leaves_layers_out_is_refused(tiny_llama):
+class Forgetful(nn.Module):
+    """A layer without a state."""
+
+    def forward(self, hidden, *args, **kwargs):
+        return hidden
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda model: looping_over(model, lambda layers: layers[:3]), "called 3 of its 6 layers"),
+        (lambda model: setattr(model.model.layers, "4", Forgetful()), "state other than K/V"),
+    ],
+)
+def test_a_loop_that_leaves_layers_out_or_stores_nothing_is_refused(tiny_llama, change, said):
     model = tiny_llama()
-    looping_over(model, lambda layers: layers[:3])
-    with pytest.raises(ArchitectureError, match="called 3 of its 6 layers"):
+    change(model)
+    with pytest.raises(ArchitectureError, match=said):
         probed(model)
 
 
@@ -139,17 +146,3 @@ def test_a_loop_that_uses_more_than_the_hidden_state_is_refused(tiny_llama, laye
     else:
         with pytest.raises(ArchitectureError, match="return more than a hidden state"):
             probed(model)
-
-
-class Forgetful(nn.Module):
-    """A layer without a state."""
-
-    def forward(self, hidden, *args, **kwargs):
-        return hidden
-
-
-def test_layers_that_store_nothing_are_refused(tiny_llama):
-    model = tiny_llama()
-    model.model.layers[4] = Forgetful()
-    with pytest.raises(ArchitectureError, match="state other than K/V"):
-        probed(model)

@@ -65,15 +65,6 @@ def test_layers_that_differ_in_index_and_in_what_is_done_with_them_are_the_same(
     check_layers(built(model, [3, 0, 3]), model.model.layers, [3, 0, 3])
 
 
-def test_another_class_is_named(tiny_model):
-    model = tiny_model("deepseek_v3")  # its first layer is dense, the others have experts
-    path = [0, 1, 0]
-    message = refused(built(model, path), model.model.layers, path)
-    assert "layer 0, executed as number 2 (counted from 0)" in message
-    assert "'DeepseekV3MoE' as the class of mlp instead of 'DeepseekV3MLP'" in message
-    check_layers(built(model, [0, 3, 3, 1]), model.model.layers, [0, 3, 3, 1])
-
-
 def test_another_scale_is_named(tiny_model):
     model = tiny_model("diffllama")  # a constant of its attention grows with the depth
     message = refused(built(model, [0, 2]), model.model.layers, [0, 2])

@@ -15,6 +15,41 @@ FACTORS = {"short_factor": [1.0, 1.1], "long_factor": [2.0, 2.2]}
 LONG = {"rope_type": "longrope", "original_max_position_embeddings": 64, **FACTORS}
 LINEAR = {"rope_type": "linear", "factor": 8.0}
 PARTIAL = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.25}
+OUTSIDE = {"rope_theta": 5e4, "partial_rotary_factor": 0.5}
+KINDS = {
+    "full_attention": {**LINEAR, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+CONFIGS = {
+    "plain": ({"rope_parameters": PLAIN}, {"rope_theta": 50000.0, "rope_scaling": None}),
+    "scaled": ({"rope_parameters": SCALING | OUTSIDE}, {"rope_scaling": SCALING, **OUTSIDE}),
+    "long with its length outside": (
+        {"original_max_position_embeddings": 64, "rope_parameters": LONG | {"rope_theta": 1e4}},
+        {"rope_scaling": {"type": "longrope", **FACTORS}, "rope_theta": 1e4},
+    ),
+    "long": (
+        {"rope_parameters": LONG | {"rope_theta": 1e4}},
+        {"rope_scaling": LONG, "rope_theta": 1e4},
+    ),
+    "two kinds of layers": (
+        {"rope_parameters": KINDS},
+        {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": LINEAR},
+    ),
+    "own names": (
+        {"model_type": "gpt_neox", "rope_parameters": PARTIAL},
+        {"rotary_emb_base": 5000.0, "rotary_pct": 0.25, "rope_scaling": None},
+    ),
+    "own name of experts": (
+        {"model_type": "qwen3_moe", "rope_parameters": PLAIN, "num_local_experts": 4},
+        {"num_experts": 4, "rope_theta": 50000.0, "rope_scaling": None},
+    ),
+    "kinds as runs": (
+        {"attention_layers": ["global", "local"], "attention_types": [[["global"], 5]]},
+        {"attention_types": [[["global"], 1], [["local"], 1]]},
+    ),
+    "older words": ({"rope_theta": 50000.0, "rope_scaling": {"type": "linear"}}, {}),
+    "without RoPE": ({"model_type": "gpt2", "n_layer": 2}, {}),
+}
 
 
 def said(folder, name, values):
@@ -25,54 +60,7 @@ def said(folder, name, values):
     return json.loads((folder / name).read_text())
 
 
-@pytest.mark.parametrize(
-    ("config", "added"),
-    [
-        ({"rope_parameters": PLAIN}, {"rope_theta": 50000.0, "rope_scaling": None}),
-        (
-            {"rope_parameters": {**SCALING, "rope_theta": 5e4, "partial_rotary_factor": 0.5}},
-            {"rope_scaling": SCALING, "rope_theta": 5e4, "partial_rotary_factor": 0.5},
-        ),
-        (
-            {
-                "original_max_position_embeddings": 64,
-                "rope_parameters": {**LONG, "rope_theta": 1e4},
-            },
-            {"rope_scaling": {"type": "longrope", **FACTORS}, "rope_theta": 1e4},
-        ),
-        (
-            {"rope_parameters": {**LONG, "rope_theta": 1e4}},
-            {"rope_scaling": LONG, "rope_theta": 1e4},
-        ),
-        (
-            {
-                "rope_parameters": {
-                    "full_attention": {**LINEAR, "rope_theta": 1e6},
-                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-                }
-            },
-            {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": LINEAR},
-        ),
-        (
-            {"model_type": "gpt_neox", "rope_parameters": PARTIAL},
-            {"rotary_emb_base": 5000.0, "rotary_pct": 0.25, "rope_scaling": None},
-        ),
-        (
-            {"model_type": "qwen3_moe", "rope_parameters": PLAIN, "num_local_experts": 4},
-            {"num_experts": 4, "rope_theta": 50000.0, "rope_scaling": None},
-        ),
-        (
-            {"attention_layers": ["global", "local"], "attention_types": [[["global"], 5]]},
-            {"attention_types": [[["global"], 1], [["local"], 1]]},
-        ),
-        ({"rope_theta": 50000.0, "rope_scaling": {"type": "linear"}}, {}),
-        ({"model_type": "gpt2", "n_layer": 2}, {}),
-    ],
-    ids=[
-        *("plain", "scaled", "long with its length outside", "long", "two kinds of layers"),
-        *("own names", "own name of experts", "kinds as runs", "older words", "without RoPE"),
-    ],
-)
+@pytest.mark.parametrize(("config", "added"), CONFIGS.values(), ids=CONFIGS.keys())
 def test_older_words_are_added_to_a_config_and_to_its_text_part(tmp_path, config, added):
     expected = {**config, **added}
     assert said(tmp_path, "config.json", config) == expected

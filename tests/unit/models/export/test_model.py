@@ -177,34 +177,19 @@ def test_the_base_model_stays_as_it_is(base_of, tmp_path):
     assert not any("forward" in vars(module) for module in base.model.modules())
 
 
+# Newer transformers keep the scale as an attribute, older compute it as they go.
+SCALED = {"attention": "eager", "scale_attn_by_inverse_layer_idx": True}
+DENSE_FIRST = "layer 1, executed as number 0.*the class of mlp"
+PLACES = {
+    "dense first": ("deepseek_v3", {}, [1, 2], DENSE_FIRST, [0, 2, 2, 5]),
+    "every other": ("qwen2_moe", {"decoder_sparse_step": 2}, [0, 2, 3], "of mlp", [0, 1, 4, 5]),
+    "scaled": ("gpt2", SCALED, [0, 2], "scaling|logits differ", [0, 1, 2]),
+    "not routable": ("lfm2", {}, [0, 1], "not K/V", None),
+}
+
+
 @pytest.mark.parametrize(
-    ("family", "options", "path", "said", "other"),
-    [
-        (
-            "deepseek_v3",
-            {},
-            [1, 2],
-            "layer 1, executed as number 0.*the class of mlp",
-            [0, 2, 2, 5],
-        ),
-        (
-            "qwen2_moe",
-            {"decoder_sparse_step": 2},
-            [0, 2, 3],
-            "as the class of mlp",
-            [0, 1, 4, 5],
-        ),
-        # Newer transformers keep the scale as an attribute, older compute it as they go.
-        (
-            "gpt2",
-            {"attention": "eager", "scale_attn_by_inverse_layer_idx": True},
-            [0, 2],
-            "scaling|logits differ",
-            [0, 1, 2],
-        ),
-        ("lfm2", {}, [0, 1], "not K/V", None),
-    ],
-    ids=["dense first", "every other", "scaled", "not routable"],
+    ("family", "options", "path", "said", "other"), PLACES.values(), ids=PLACES.keys()
 )
 def test_a_layer_that_another_place_would_change_is_refused_there(
     tiny_model, tiny_tokenizer, tmp_path, family, options, path, said, other

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from drllm.errors import CheckpointError, ConfigError, ModelError, RoutingError
 from drllm.models.base.identity import fingerprint
-from drllm.models.routers.checkpoint import check_routers, read_config, save_routers
+from drllm.models.routers.card import model_card
+from drllm.models.routers.checkpoint import check_routers, load_routers, read_config, save_routers
 from drllm.models.routers.checkpoint import described as fill_in
 from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.models.routing.routed_model import RoutedModel
@@ -85,15 +86,15 @@ def test_routers_that_name_another_base_are_a_warning_if_nothing_else_differs(mo
         check_routers(model, make(model))
 
 
-def adapted(model):
-    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
-
-
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-def test_routers_fit_their_model_under_an_adapter_too(model):
-    model.name_or_path = "org/tiny"
-    routers = described(model, base_model="org/tiny")
-    check_routers(adapted(model), routers)  # not even a warning
+def test_the_base_under_an_adapter_is_what_is_saved_and_what_routers_fit(model, tmp_path):
+    model.name_or_path, before = "org/tiny", fingerprint(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    RoutedModel(adapted, by_hand()).save_pretrained(tmp_path)
+    saved = load_routers(tmp_path)
+    assert (saved.config.base_class, saved.config.base_model) == ("LlamaForCausalLM", "org/tiny")
+    assert saved.config.base_fingerprint == before
+    check_routers(adapted, saved)  # not even a warning
 
 
 def test_routers_fit_and_route_their_model_with_its_weights_offloaded_too(model):
@@ -104,17 +105,11 @@ def test_routers_fit_and_route_their_model_with_its_weights_offloaded_too(model)
     assert route(RoutedModel(model, routers)) == expected
 
 
-def test_a_saved_checkpoint_is_four_files_that_route_as_before(model, tmp_path):
+def test_a_saved_checkpoint_routes_as_before(model, tmp_path):
     routed = RoutedModel(model, by_hand())
     expected = route(routed)
     assert len(set(expected[0])) > 1, "these routers would agree with any others"
     routed.save_pretrained(tmp_path / "routers")
-    assert {path.name for path in (tmp_path / "routers").iterdir()} == {
-        "README.md",
-        "config.json",
-        "router_config.json",
-        "routers.safetensors",
-    }
     again = RoutedModel.from_pretrained(tmp_path / "routers", routed.detach())
     assert route(again) == expected
 
@@ -129,31 +124,16 @@ def test_what_routers_made_by_hand_dont_say_of_their_base_is_filled_in(model, tm
     base |= {"base_model": "org/tiny", "base_revision": COMMIT}
     assert read_config(tmp_path) == dataclasses.replace(before, **base)
     assert routers.config == before
-    card = (tmp_path / "README.md").read_text()
-    assert f"`org/tiny`, revision `{COMMIT}`: LlamaForCausalLM, 3 layers, hidden size 32" in card
-    assert "There is no record of a training" in card
 
 
 def test_what_trained_routers_say_of_their_base_is_kept(model, tmp_path):
     model.config._commit_hash = COMMIT
     record = {"metrics": [{"split": "train", "routers_loss": 0.5}], "num_trained": 7}
-    routers = described(
-        model, base_model="org/tiny", label_counts=((1, 2, 3),) * 3, training=record
-    )
+    known = {"base_model": "org/tiny", "label_counts": ((1, 2, 3),) * 3, "training": record}
+    routers = described(model, **known)
     RoutedModel(model, routers).save_pretrained(tmp_path)
     assert read_config(tmp_path) == routers.config
-    card = (tmp_path / "README.md").read_text()
-    assert "Target paths trained on: 7." in card
-    assert "| loss | 0.5 |" in card
-    assert COMMIT not in card  # of the model that is there, not of the one that is named
-
-
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-def test_the_base_under_an_adapter_is_what_is_saved(model, tmp_path):
-    before = fingerprint(model)
-    RoutedModel(adapted(model), by_hand()).save_pretrained(tmp_path)
-    config = read_config(tmp_path)
-    assert (config.base_class, config.base_fingerprint) == ("LlamaForCausalLM", before)
+    assert (tmp_path / "README.md").read_text() == model_card(routers.config)
 
 
 def test_a_model_without_routers_has_nothing_to_save(model, tmp_path):
@@ -252,24 +232,16 @@ def test_arguments_that_dont_fit_are_refused_in_one_line(routers_folder, given, 
     assert "\n" not in str(caught.value)
 
 
-def test_what_isnt_cached_is_refused_where_only_local_files_may_be_used(tmp_path):
-    with pytest.raises(CheckpointError, match=r"isn't in the local cache, and .* is set"):
-        RouterConfig.from_pretrained("a/b", local_files_only=True, cache_dir=tmp_path)
-
-
-@pytest.fixture
-def cached_on_hub(cached, routers_folder):
-    return cached(routers_folder, "someone/routers")
-
-
 @pytest.mark.parametrize("revision", [None, "main", COMMIT])
-def test_a_hub_id_works_like_a_folder(cached_on_hub, routers_folder, model, revision):
-    routed = RoutedModel.from_pretrained(cached_on_hub, model, revision=revision)
-    config = RouterConfig.from_pretrained(cached_on_hub, revision=revision)
+def test_a_hub_id_works_like_a_folder(cached, routers_folder, model, revision):
+    name = cached(routers_folder, "someone/routers")
+    routed = RoutedModel.from_pretrained(name, model, revision=revision)
+    config = RouterConfig.from_pretrained(name, revision=revision)
     assert routed.routers.config == config == read_config(routers_folder)
 
 
-def test_a_folder_comes_before_the_hub(cached_on_hub, model, tmp_path, monkeypatch):
-    save_routers(by_hand(num_windows=3), tmp_path / cached_on_hub)
+def test_a_folder_comes_before_the_hub(cached, routers_folder, model, tmp_path, monkeypatch):
+    name = cached(routers_folder, "someone/routers")
+    save_routers(by_hand(num_windows=3), tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    assert RoutedModel.from_pretrained(cached_on_hub, model).routers.config.num_windows == 3
+    assert RoutedModel.from_pretrained(name, model).routers.config.num_windows == 3

@@ -1,12 +1,10 @@
 import itertools
-import json
 import math
 import random
 import re
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from drllm.config import DepthConfig
 from drllm.cost import mean_executions
@@ -51,12 +49,9 @@ def mean(routed, bias, prompts):
 
 
 @pytest.fixture
-def with_learned_positions():
+def with_learned_positions(tiny_model):
     """A model whose positions padding must not move."""
-    config = GPT2Config(
-        n_layer=L, n_embd=32, n_head=4, vocab_size=101, n_positions=64, initializer_range=0.25
-    )
-    return RoutedModel(GPT2LMHeadModel(config).eval(), new_routers())
+    return RoutedModel(tiny_model("gpt2"), new_routers())
 
 
 @pytest.mark.parametrize(
@@ -274,13 +269,7 @@ def test_a_knob_without_routers_is_refused(tiny_llama, config):
         policy_for(RoutedModel(tiny_llama()), config, some_prompts(2))
 
 
-def written(tmp_path, *rows):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def test_prompts_are_read_and_those_of_our_files_are_rendered_already(tmp_path):
+def test_prompts_are_read_and_those_of_our_files_are_rendered_already(write_rows):
     ours = {"optimal_layer_config": [1], "answer": "a"}
     rows = [
         ({"prompt": "one"}, "one", False),
@@ -290,7 +279,7 @@ def test_prompts_are_read_and_those_of_our_files_are_rendered_already(tmp_path):
         ({"question": "q", **ours}, "q", True),
         ({"question": "q", "prompt": "Question: q", "paths": []}, "Question: q", True),
     ]
-    path = written(tmp_path, *(row for row, *_ in rows))
+    path = write_rows("prompts", [row for row, *_ in rows])
     assert read_calibration(path) == [(text, rendered) for _, text, rendered in rows]
 
 
@@ -303,8 +292,8 @@ def test_prompts_are_read_and_those_of_our_files_are_rendered_already(tmp_path):
         (["x"], "line 2: expected"),
     ],
 )
-def test_a_line_without_a_prompt_is_refused_by_its_number(tmp_path, row, message):
-    path = written(tmp_path, {"prompt": "fine"}, row)
+def test_a_line_without_a_prompt_is_refused_by_its_number(write_rows, row, message):
+    path = write_rows("prompts", [{"prompt": "fine"}, row])
     with pytest.raises(RecordError, match=re.escape(f"{path}, {message}")):
         read_calibration(path)
 

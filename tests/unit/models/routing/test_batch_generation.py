@@ -1,13 +1,9 @@
 """Many prompts at once against the same prompts one by one."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -31,36 +27,35 @@ PROMPTS = [
 
 
 @pytest.fixture
-def routed(tiny_llama: Callable[..., Any], tiny_tokenizer: Any) -> RoutedModel:
+def routed(tiny_llama, tiny_tokenizer):
     routers = tiny_routers()  # that send prompts along several plans, some of which many share
     bias = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     routers.decision_bias.data.copy_(3 * bias)
     return RoutedModel(tiny_llama(), routers, tokenizer=tiny_tokenizer)
 
 
-def alone(routed: RoutedModel, prompt: str, **options: Any) -> tuple[list[list[int]], list[int]]:
+def alone(routed, prompt, **options):
     """Answer one prompt by itself; return its answers' tokens and its route."""
     ids = torch.tensor([routed.tokenizer(prompt)["input_ids"]])
-    output = routed.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=2, **options
-    )
+    options = {"do_sample": False, "pad_token_id": 2, **options}
+    output = routed.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     return output[:, ids.shape[1] :].tolist(), routed.last_route[0].tolist()
 
 
 class Counted:
     """Counts the rows of each forward pass of a model, prompts and steps apart."""
 
-    def __init__(self, routed: RoutedModel) -> None:
+    def __init__(self, routed):
         self.prompts: list[int] = []
         self.steps: list[int] = []
         routed.model.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def _count(self, _module: Any, _args: Any, kwargs: Any) -> None:
+    def _count(self, _module, _args, kwargs):
         rows, tokens = kwargs["input_ids"].shape
         (self.steps if tokens == 1 else self.prompts).append(rows)
 
 
-def test_the_prompts_of_these_tests_share_plans_across_lengths(routed: RoutedModel):
+def test_the_prompts_of_these_tests_share_plans_across_lengths(routed):
     answers = generate_many(routed, PROMPTS, max_new_tokens=1, chat=False)
     plans = Counter(answer.route for answer in answers)
     assert len(plans) >= 8
@@ -69,20 +64,14 @@ def test_the_prompts_of_these_tests_share_plans_across_lengths(routed: RoutedMod
     assert len({len(answer.prompt) for answer in answers if answer.route == most}) >= 2
 
 
-def test_every_answer_is_what_the_prompt_gives_alone(routed: RoutedModel):
-    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": ENDS}
+def test_every_answer_is_what_the_prompt_gives_alone(routed):
+    options = {"max_new_tokens": 12, "eos_token_id": ENDS}
     expected = [alone(routed, prompt, **options) for prompt in PROMPTS]
     assert len({len(tokens) for [tokens], _ in expected}) >= 6, "answers end at different times"
     decoded = [routed.tokenizer.decode(t, skip_special_tokens=True) for [t], _ in expected]
     for batch_size, route_first in ((1, True), (5, True), (5, False), (24, True)):
-        answers = generate_many(
-            routed,
-            PROMPTS,
-            batch_size=batch_size,
-            route_first=route_first,
-            chat=False,
-            **options,
-        )
+        how = {"batch_size": batch_size, "route_first": route_first, **options}
+        answers = generate_many(routed, PROMPTS, chat=False, **how)
         assert [answer.prompt for answer in answers] == PROMPTS
         assert [([list(a.tokens)], list(a.route)) for a in answers] == expected
         assert [answer.text for answer in answers] == decoded
@@ -102,26 +91,19 @@ def test_every_answer_is_what_the_prompt_gives_alone(routed: RoutedModel):
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_options_do_in_a_batch_what_they_do_for_one_prompt(
-    routed: RoutedModel, options: dict[str, Any]
-):
+def test_options_do_in_a_batch_what_they_do_for_one_prompt(routed, options):
     prompts = ["q" + prompt for prompt in PROMPTS[:7]]
     assert routed.tokenizer("q")["input_ids"] == [85]
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": ENDS, **options}
+    options = {"max_new_tokens": 8, "eos_token_id": ENDS, **options}
     with routed.fixed([1, 0, 1, 1, 2, 1]):
         answers = generate_many(routed, prompts, chat=False, **options)
         expected = [alone(routed, prompt, **options)[0][0] for prompt in prompts]
     assert [list(answer.tokens) for answer in answers] == expected
 
 
-def test_beams_give_what_they_give_alone(routed: RoutedModel):
-    options = {
-        "max_new_tokens": 8,
-        "do_sample": False,
-        "num_beams": 3,
-        "num_return_sequences": 2,
-        "eos_token_id": ENDS,
-    }
+def test_beams_give_what_they_give_alone(routed):
+    options = {"max_new_tokens": 8, "eos_token_id": ENDS}
+    options |= {"num_beams": 3, "num_return_sequences": 2}
     expected = [alone(routed, prompt, **options) for prompt in PROMPTS[:8]]
     answers = generate_many(routed, PROMPTS[:8], batch_size=4, chat=False, **options)
     assert [answer.prompt for answer in answers] == [p for p in PROMPTS[:8] for _ in range(2)]
@@ -132,8 +114,8 @@ def test_beams_give_what_they_give_alone(routed: RoutedModel):
         assert [list(answer.route) for answer in pair] == [route, route]
 
 
-def test_the_same_seed_draws_the_same_answers_and_another_seed_others(routed: RoutedModel):
-    def draw(seed: int) -> list[tuple[int, ...]]:
+def test_the_same_seed_draws_the_same_answers_and_another_seed_others(routed):
+    def draw(seed):
         torch.manual_seed(seed)
         options = {"max_new_tokens": 6, "do_sample": True, "top_k": 0}
         return [a.tokens for a in generate_many(routed, PROMPTS[:4], chat=False, **options)]
@@ -142,9 +124,7 @@ def test_the_same_seed_draws_the_same_answers_and_another_seed_others(routed: Ro
     assert draw(1) != draw(2)
 
 
-def test_all_prompts_are_routed_first_and_then_decoded_in_the_cheapest_batches(
-    routed: RoutedModel,
-):
+def test_all_prompts_are_routed_first_and_then_decoded_in_the_cheapest_batches(routed):
     routes = [a.route for a in generate_many(routed, PROMPTS, max_new_tokens=1, chat=False)]
     batches = list(_cut(sorted(range(24), key=routes.__getitem__), routes, 4))
     counted = Counted(routed)
@@ -155,16 +135,14 @@ def test_all_prompts_are_routed_first_and_then_decoded_in_the_cheapest_batches(
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 24}, {"batch_size": 5, "route_first": False}])
-def test_prompts_pass_once_where_there_is_one_batch_or_nothing_is_routed_first(
-    routed: RoutedModel, options: dict[str, Any]
-):
+def test_prompts_pass_once_where_there_is_one_batch_or_nothing_is_routed_first(routed, options):
     counted = Counted(routed)
     generate_many(routed, PROMPTS, max_new_tokens=1, chat=False, **options)
     assert sum(counted.prompts) == 24
     assert len(counted.prompts) == -(-24 // options["batch_size"])
 
 
-def cost_of(batches: Iterable[Sequence[int]], plans: Sequence[tuple[int, ...]]) -> int:
+def cost_of(batches, plans):
     """Executions of batches, each of which runs a layer as often as any row of it."""
     return sum(
         max(plans[place][layer] for place in batch)
@@ -174,7 +152,7 @@ def cost_of(batches: Iterable[Sequence[int]], plans: Sequence[tuple[int, ...]]) 
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_other_way_of_cutting_runs_fewer_executions(seed: int):
+def test_no_other_way_of_cutting_runs_fewer_executions(seed):
     rng = random.Random(seed)
     kinds = [tuple(rng.choices([0, 1, 2], k=4)) for _ in range(rng.randint(1, 5))]
     plans = sorted(rng.choices(kinds, k=rng.randint(1, 9)))
@@ -200,9 +178,7 @@ def test_prompts_of_one_plan_fill_batches_and_the_rest_shares_them():
 
 
 @pytest.mark.parametrize("policy", ["full", "one plan", "a plan each"])
-def test_plans_that_are_known_are_not_asked_for(
-    policy: str, tiny_llama: Callable[..., Any], tiny_tokenizer: Any
-):
+def test_plans_that_are_known_are_not_asked_for(policy, tiny_llama, tiny_tokenizer):
     routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
     two = [[1, 1, 0, 1, 1, 1], [1, 2, 1, 1, 0, 1]]
     plans = {"full": [1] * 6, "one plan": two[0], "a plan each": [two[0], two[1], two[0], two[1]]}
@@ -215,27 +191,27 @@ def test_plans_that_are_known_are_not_asked_for(
     assert [list(answer.route) for answer in answers] == rows
     for answer, plan in zip(answers, rows, strict=True):
         with routed.fixed(plan):
-            [tokens], _ = alone(routed, answer.prompt, max_new_tokens=4, do_sample=False)
+            [tokens], _ = alone(routed, answer.prompt, max_new_tokens=4)
         assert list(answer.tokens) == tokens
 
 
-def test_plans_for_another_number_of_prompts_are_refused(routed: RoutedModel):
+def test_plans_for_another_number_of_prompts_are_refused(routed):
     with routed.fixed([[1] * 6] * 3), pytest.raises(RoutingError, match="for 3 prompts were given"):
         generate_many(routed, PROMPTS[:4], chat=False)
 
 
-def test_random_decisions_are_drawn_once_and_reported(routed: RoutedModel):
+def test_random_decisions_are_drawn_once_and_reported(routed):
     generator = torch.Generator().manual_seed(0)
     with routed.using(RandomPolicy((0.3, 0.4, 0.3), generator)):
         answers = generate_many(routed, PROMPTS[:6], max_new_tokens=5, chat=False)
     assert len({answer.route for answer in answers}) > 1
     for answer in answers:
         with routed.fixed(answer.route):
-            [tokens], _ = alone(routed, answer.prompt, max_new_tokens=5, do_sample=False)
+            [tokens], _ = alone(routed, answer.prompt, max_new_tokens=5)
         assert list(answer.tokens) == tokens
 
 
-def test_texts_and_conversations_are_read_through_the_chat_template(routed: RoutedModel):
+def test_texts_and_conversations_are_read_through_the_chat_template(routed):
     talk = [
         {"role": "user", "content": "ab"},
         {"role": "assistant", "content": "cd"},
@@ -248,50 +224,34 @@ def test_texts_and_conversations_are_read_through_the_chat_template(routed: Rout
     assert [answer.prompt for answer in answers] == ["ab", talk]
 
 
-def test_progress_is_told_from_no_prompt_to_all(routed: RoutedModel):
-    told: list[tuple[int, int]] = []
-    generate_many(
-        routed,
-        PROMPTS,
-        max_new_tokens=1,
-        chat=False,
-        on_progress=lambda done, total: told.append((done, total)),
-    )
+def test_no_prompts_have_no_answers(routed):
+    assert generate_many(routed, []) == []
+
+
+def test_progress_is_told_from_no_prompt_to_all(routed):
+    told = []
+    options = {"max_new_tokens": 1, "chat": False}
+    generate_many(routed, PROMPTS, on_progress=lambda *counts: told.append(counts), **options)
     assert told[0] == (0, 24)
     assert told[-1] == (24, 24)
     assert [done for done, _ in told] == sorted({done for done, _ in told})
 
 
-def test_no_prompts_have_no_answers(routed: RoutedModel):
-    assert generate_many(routed, []) == []
-
-
 @pytest.mark.parametrize("option", ["stop_strings", "stopping_criteria"])
-def test_a_stop_string_ends_each_answer_for_itself(routed: RoutedModel, option: str):
+def test_a_stop_string_ends_each_answer_for_itself(routed, option):
     vowels = list("aeiou")
     criteria = StopStringCriteria(routed.tokenizer, vowels)
     given = {"stop_strings": vowels} if option == "stop_strings" else {option: [criteria]}
-    expected = [
-        routed.tokenizer.decode(
-            alone(
-                routed,
-                prompt,
-                max_new_tokens=12,
-                do_sample=False,
-                stop_strings=vowels,
-                tokenizer=routed.tokenizer,
-            )[0][0],
-            skip_special_tokens=True,
-        )
-        for prompt in PROMPTS[:8]
-    ]
+    stop = {"max_new_tokens": 12, "stop_strings": vowels, "tokenizer": routed.tokenizer}
+    said = [alone(routed, prompt, **stop)[0][0] for prompt in PROMPTS[:8]]
+    expected = [routed.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
     assert len({len(text) for text in expected}) >= 3
     answers = generate_many(routed, PROMPTS[:8], max_new_tokens=12, chat=False, **given)
     assert [answer.text for answer in answers] == expected
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_options_that_several_batches_cannot_share_are_refused(routed: RoutedModel, name: str):
+def test_options_that_several_batches_cannot_share_are_refused(routed, name):
     with pytest.raises(ConfigError, match=f"{name} can't be given for many prompts: "):
         generate_many(routed, PROMPTS[:2], **{name: object()})
 
@@ -306,14 +266,12 @@ def test_options_that_several_batches_cannot_share_are_refused(routed: RoutedMod
         ([[{"role": "user", "content": "a"}]], {"chat": False}, "chat is turned off; give a text"),
     ],
 )
-def test_prompts_that_cannot_be_answered_are_refused(
-    routed: RoutedModel, prompts: Sequence[Any], options: dict[str, Any], message: str
-):
+def test_prompts_that_cannot_be_answered_are_refused(routed, prompts, options, message):
     with pytest.raises(ConfigError, match=message):
         generate_many(routed, prompts, **options)
 
 
-def test_stop_strings_without_an_end_token_are_refused_in_batches(routed: RoutedModel):
+def test_stop_strings_without_an_end_token_are_refused_in_batches(routed):
     routed.model.generation_config.eos_token_id = None
     options = {"stop_strings": ["a"]}
     with pytest.raises(ConfigError, match="stop_strings needs an end-of-sequence token"):
@@ -322,7 +280,7 @@ def test_stop_strings_without_an_end_token_are_refused_in_batches(routed: Routed
     assert answer.text.endswith("a") or len(answer.tokens) == 64
 
 
-def test_a_conversation_that_the_template_refuses_is_refused_with_its_reason(routed: RoutedModel):
+def test_a_conversation_that_the_template_refuses_is_refused_with_its_reason(routed):
     template = "{{ raise_exception('roles must alternate') }}"
     routed.tokenizer.chat_template, before = template, routed.tokenizer.chat_template
     try:
@@ -332,6 +290,6 @@ def test_a_conversation_that_the_template_refuses_is_refused_with_its_reason(rou
         routed.tokenizer.chat_template = before
 
 
-def test_a_model_without_its_tokenizer_is_refused(tiny_llama: Callable[..., Any]):
+def test_a_model_without_its_tokenizer_is_refused(tiny_llama):
     with pytest.raises(ConfigError, match="give RoutedModel its tokenizer"):
         prompt_tokens(RoutedModel(tiny_llama()), "a", chat=False, max_new_tokens=1)
