@@ -44,26 +44,19 @@ NUM_NEW = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """What trying a model has shown.
+    """What trying a model has shown; differences are in standard deviations of the logits.
 
-    Attributes:
-        family: The `model_type` of transformers.
-        class_name: Class of the model; empty where it couldn't be made.
-        status: `exact`; `refused`; `absent` (not in the installed transformers); `broken` (the
-            plain model differs from itself, with padding and a cache from one row without);
-            `differs` (routing is wrong: a defect of ours).
-        reason: Why it isn't exact; empty where it is.
-        prefill: Largest difference between the logits that end the prompts, in standard
-            deviations of the logits; None where nothing was compared.
-        decode: The same for the logits of the tokens decoded with the cache.
+    The status is `exact`; `refused`; `absent` (not in the installed transformers); `broken` (the
+    plain model differs from itself, with padding and a cache from one row without); or `differs`
+    (routing is wrong: a defect of ours).
     """
 
-    family: str
-    class_name: str = ""
+    family: str  # the `model_type` of transformers
+    class_name: str = ""  # empty where no model could be made
     status: str
-    reason: str = ""
-    prefill: float | None = None
-    decode: float | None = None
+    reason: str = ""  # why it isn't exact
+    prefill: float | None = None  # greatest difference where prompts end; None: not compared
+    decode: float | None = None  # the same of the tokens decoded with the cache
 
     @property
     def greatest_difference(self) -> float | None:
@@ -81,11 +74,7 @@ def known_to_transformers(family: str) -> bool:
 def make_tiny(family: str, seed: int = 0, attention: str | None = None, **overrides: Any) -> Any:
     """Make a frozen model of a family in float32, 6 layers of width 32, with random weights.
 
-    Args:
-        family: A name of `FAMILIES`.
-        seed: Of the weights.
-        attention: Attention code of transformers; None takes the model's default.
-        overrides: Fields of the family's configuration, in place of those of the table.
+    `overrides` are fields of its configuration, in place of those of the table.
 
     Raises:
         ArchitectureError: A family that the table or the installed transformers doesn't have.

@@ -181,10 +181,7 @@ def _weights_along(base: Any, path: tuple[int, ...]) -> Iterator[tuple[str, Tens
 
 
 def _fill(listed: Any, base: Any, path: tuple[int, ...]) -> tuple[int, int]:
-    """Give the model on the meta device its weights, sharing memory with the base model's.
-
-    Returns the size of the weights, and of the copies among them, in bytes.
-    """
+    """Give the model on the meta device the base's weights; return their and the copies' bytes."""
     along = list(_weights_along(base, path))
     # safetensors refuses tensors that share memory, but for those that the class ties.
     weights = {name: weight.clone() if is_copy else weight for name, weight, is_copy in along}
@@ -242,11 +239,7 @@ def check_layers(ours: nn.ModuleList, theirs: nn.ModuleList, path: Sequence[int]
 
     Compared are classes, names and shapes of tensors, every plain attribute (a window, a switch
     for RoPE, a scale) except a layer's index, and the values of tensors that no checkpoint holds.
-
-    Args:
-        ours: Built from the config for the path; on the meta device no values are compared.
-        theirs: Of the base model.
-        path: Layer indices in the order executed.
+    `ours` are built from the config for the path; on the meta device no values are compared.
     """
     for place, origin in enumerate(path):
         difference = _difference(ours[place], theirs[origin], place, origin)

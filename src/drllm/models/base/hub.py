@@ -54,14 +54,9 @@ def find_commit(name: str, revision: str | None, *, otherwise: str, **options: A
 
 
 def explain(error: Exception, kind: str, name: str, revision: str | None, otherwise: str) -> str:
-    """Say in one line why something can't be fetched from the hub, and what to do.
+    """Say in one line why a `kind` of thing, such as "model", can't be fetched, and what to do.
 
-    Args:
-        error: What the hub's library raised.
-        kind: What it is, for example "model".
-        name: OWNER/NAME.
-        revision: Branch, tag or commit; None for the default branch.
-        otherwise: What to advise where it isn't there, or there is no network.
+    `otherwise` is what to advise where it isn't there, or there is no network.
     """
     what = f"{kind} {name!r}" + (f" at revision {revision!r}" if revision else "")
     if isinstance(error, errors.GatedRepoError):

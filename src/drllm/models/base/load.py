@@ -187,14 +187,11 @@ def _padding_left(tokenizer: Any) -> Any:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device that a `--device` names; `auto` is CUDA, else MPS, else the CPU.
-
-    One that this machine doesn't have is a ConfigError.
-    """
+    """Return a device, which this machine must have; `auto` is CUDA, else MPS, else the CPU."""
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
-    kind, _, index = ModelConfig(device=name).device.partition(":")
+    kind, _, index = name.partition(":")
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(has_mps)}[kind]
     if int(index or 0) >= count:
         have = f"this machine has {count} of that kind" if count else "this machine has none"
@@ -203,11 +200,8 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of the weights; `auto` is bfloat16 on a GPU that has it, else float32.
-
-    A name that `--dtype` doesn't take is a ConfigError.
-    """
-    if ModelConfig(dtype=name).dtype != "auto":
+    """Return the dtype of the weights; `auto` is bfloat16 on a GPU that has it, else float32."""
+    if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
     has_bfloat16 = (

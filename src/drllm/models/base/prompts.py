@@ -80,15 +80,10 @@ class PromptForm:
 
 
 def form_of(tokenizer: Any, asked: Iterable[tuple[str, str]]) -> PromptForm | None:
-    """Return the form in which questions were put.
+    """Return the form in which questions were put, each given with what the model read of it.
 
-    Args:
-        tokenizer: The base model's tokenizer.
-        asked: Each question, and what the model read of it.
-
-    Returns:
-        With `PLACE` alone as the template where they were put in several; None where some went
-        through the chat template and others didn't, or none is given.
+    Its template is `PLACE` alone where they were put in several; it is None where some went through
+    the chat template and others didn't, or none is given.
     """
     try:
         before, _, after = render(tokenizer, PLACE, chat=True).partition(PLACE)
@@ -109,11 +104,7 @@ def form_of(tokenizer: Any, asked: Iterable[tuple[str, str]]) -> PromptForm | No
 def render(tokenizer: Any, prompt: Prompt, *, chat: bool) -> str:
     """Return the text that the model reads of a text or a conversation, the same on every day.
 
-    Args:
-        tokenizer: The base model's tokenizer.
-        prompt: What is asked.
-        chat: Put a text into the user's turn of the tokenizer's chat template, where it has one;
-            a base model without a template reads the text as it is.
+    `chat` puts a text into the user's turn of the tokenizer's chat template, where it has one.
 
     Raises:
         ConfigError: A conversation without a template to put it into, or a prompt that the
@@ -171,8 +162,8 @@ def _at_clock(directive: str) -> str:
 
 def context_length(model: Any) -> int | None:
     """Return how many tokens a model can read, or None where its config names no limit."""
-    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return length
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

@@ -48,13 +48,8 @@ def save_routers(
 ) -> None:
     """Write config, weights and a model card; the base model is not saved.
 
-    All files are replaced or none is; what else lies in the folder stays there.
-
-    Args:
-        routers: They may have been trained, or made by hand.
-        folder: Made if necessary.
-        config: To save instead of the routers' own.
-        place: From where they will be loaded, for the card: a folder or a hub id.
+    All files are replaced or none is; what else lies in the folder stays there. `config` is saved
+    instead of the routers' own; `place` is from where they will be loaded, for the card.
 
     Raises:
         CheckpointError: Weights that aren't finite float32 of the right shapes, a folder that

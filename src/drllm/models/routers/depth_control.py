@@ -61,18 +61,10 @@ def routes_of(
 ) -> Tensor:
     """Return the route that each prompt takes under a policy; nothing is generated.
 
-    Prompts of similar length share a left-padded batch. `routed.last_route` and the model's own
-    policy stay what they are.
-
-    Args:
-        routed: The model.
-        policy: What decides; it is asked about several batches, so no plan with rows of its own.
-        prompts: Token ids of each prompt; none, one without tokens, and one longer than the
-            model's context are a ConfigError.
-        batch_size: Prompts in a forward pass.
-
-    Returns:
-        `[N, L]` on the CPU, in the order of the prompts.
+    It is `[N, L]` on the CPU, in the order of the prompts; prompts of similar length share a
+    left-padded batch, so the policy can be no plan with rows of its own. `routed.last_route` and
+    the model's own policy stay what they are. No prompts, one without tokens, and one longer than
+    the model's context are a ConfigError.
     """
     if not prompts:
         raise ConfigError("there are no prompts to route; give at least one")
@@ -212,12 +204,7 @@ def policy_for(
     """Return the policy that settings ask for, and what was found on the calibration set.
 
     Without a knob it is the policy in force. Several knobs, a knob without routers, and a target
-    that can't be reached are a ConfigError.
-
-    Args:
-        routed: The model, with routers where a knob is turned.
-        config: At most one knob turned.
-        prompts: Token ids of the calibration set, for `target_executions` alone.
+    that can't be reached are a ConfigError. Prompts are read for `target_executions` alone.
     """
     knob, routers = config.knob(), routed.routers
     if knob is None:
@@ -261,10 +248,7 @@ def read_calibration(path: Path) -> list[tuple[str, bool]]:
 def encode_calibration(
     texts: Sequence[tuple[str, bool]], tokenizer: Any, *, chat: bool
 ) -> list[list[int]]:
-    """Return the tokens of prompts from `read_calibration`.
-
-    With `chat`, those that aren't rendered yet go through the chat template.
-    """
+    """Return the tokens of prompts; `chat` renders those that aren't rendered yet."""
     return [
         encode(tokenizer, render(tokenizer, text, chat=chat and not is_rendered))
         for text, is_rendered in texts

@@ -40,13 +40,9 @@ NAME_EXAMPLE = "give OWNER/NAME, for example your-name/routers"
 def find(place: Path | str, revision: str | None = None, **options: Any) -> Path:
     """Return the folder of routers that a name stands for, fetched from the hub if necessary.
 
-    A folder on this machine wins over the hub. One that doesn't exist is returned too, for its
-    reader to refuse.
-
-    Args:
-        place: A folder, or OWNER/NAME on the hub.
-        revision: Branch, tag or commit on the hub; None for the default branch.
-        options: `token`, `cache_dir` and `local_files_only`, as the hub's library takes them.
+    A folder on this machine wins over OWNER/NAME on the hub. One that doesn't exist is returned
+    too, for its reader to refuse. Options are `token`, `cache_dir` and `local_files_only`, as the
+    hub's library takes them.
 
     Raises:
         CheckpointError: Routers that the hub doesn't have or doesn't give, or no network.

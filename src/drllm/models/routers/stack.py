@@ -96,17 +96,11 @@ class RouterConfig:
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """A prompt as a router sees it.
+    """A prompt as a router sees it."""
 
-    Attributes:
-        means: `[B, W, D]` in float32: mean hidden state of each window, zeros past `filled`.
-        filled: `[B]`: how many windows hold tokens, `min(T, W)`.
-        are_all_filled: Whether every row fills all W.
-    """
-
-    means: Tensor
-    filled: Tensor
-    are_all_filled: bool = False
+    means: Tensor  # [B, W, D] in float32: mean hidden state of each window, zeros past `filled`
+    filled: Tensor  # [B], how many windows hold tokens, min(T, W)
+    are_all_filled: bool = False  # whether every row fills all W
 
 
 class Spans:

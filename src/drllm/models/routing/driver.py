@@ -56,10 +56,6 @@ class RoutingDriver(Driver):
     A row's decisions are taken once, when its prompt passes, and hold for all that follows: they
     are pinned in the cache, or in the `generate` call where there is no cache. Rows that skip a
     layer are not computed there.
-
-    Args:
-        policy: What decides unless `using` puts another policy in its place.
-        bypass: What a skipped layer passes on.
     """
 
     def __init__(self, policy: Policy | None = None, bypass: Bypass = identity) -> None:
@@ -120,11 +116,7 @@ class RoutingDriver(Driver):
 
 
 class RoutedPass(Driver):
-    """One forward pass under a policy.
-
-    Attributes:
-        route: The decisions taken in this pass, `[L][B]` at its end; empty where they were pinned.
-    """
+    """One forward pass under a policy."""
 
     def __init__(self, driver: RoutingDriver, forward: Forward) -> None:
         self.driver = driver
@@ -132,6 +124,7 @@ class RoutedPass(Driver):
         self.policy = driver.current_policy
         self.generate = _generate.get(driver)
         self.copies = 1 if self.generate is None else self.generate.copies
+        # The decisions taken in this pass, `[L][B]` at its end; empty where they were pinned.
         self.route: list[tuple[int, ...]] = []
         self._readable: Tensor | None = None
         self._spans: dict[int, Spans] = {}
@@ -292,9 +285,6 @@ class PathsDriver(Driver):
     layers: masks and positions are those that the base model makes for its own layers. What
     neighbouring paths begin with in common is run once, so sorted paths run every distinct
     beginning once. The pass must be one without a cache, which holds one entry a layer.
-
-    Args:
-        paths: Layer indices in the order executed: in any order, each any number of times.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:

@@ -88,11 +88,8 @@ class Injection:
     """Puts a driver between a model's loop and its layers.
 
     A one-token probe at the start finds out what the layers return and what the loop makes of it;
-    every later pass is checked to call the layers in order.
-
-    Args:
-        model: A decoder-only model of transformers; its weights and keys stay as they are.
-        default: The driver that is used while no other is active.
+    every later pass is checked to call the layers in order. `default` is the driver that is used
+    while no other is active.
 
     Raises:
         ArchitectureError: No list of layers is found, the model keeps state other than K/V in
@@ -303,10 +300,7 @@ class LayerCall:
     def run(self, hidden: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
         """Execute the layer once, `[R, T, D]` to `[R, T, D]` of the same dtype.
 
-        Args:
-            hidden: The inputs of the rows that run.
-            rows: For each of the R inputs, the row of the original batch whose mask and positions
-                it uses; None where the inputs are the batch itself.
+        `rows` says of each of the R inputs which row of the original batch it is; None: itself.
         """
         args, kwargs = self._args, self._kwargs
         if rows is not None:

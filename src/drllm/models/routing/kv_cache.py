@@ -37,10 +37,8 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
     Pass k holds the K/V rows of exactly those sequences that execute the layer more than k times,
     so the rows stored equal the plan. A layer that no row runs keeps a *shadow*: an entry of the
     same class fed with a single one per token, so that lengths and masks come out of the class's
-    own arithmetic. The shadow is not counted as stored.
-
-    Args:
-        pristine: The empty entry that it replaces; every pass starts as a copy of it.
+    own arithmetic. The shadow is not counted as stored. `pristine` is the empty entry that it
+    replaces; every pass starts as a copy of it.
     """
 
     max_batch_size = 0
@@ -112,11 +110,7 @@ class RoutedCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def keys(self) -> Any:
-        """K of a layer that every row executes once, `[B, H, T, E]`; None while it is empty.
-
-        Raises:
-            RoutingError: A row skips or repeats the layer, so there is no K of the whole batch.
-        """
+        """K of a layer that every row executes once, `[B, H, T, E]`; None while it is empty."""
         return self._executed_once().keys
 
     @property
@@ -252,11 +246,7 @@ def _feed_ones(entry: CacheLayerMixin, num_tokens: int, like: Tensor) -> None:
 
 
 def entry_of(cache: Cache, index: int) -> Any:
-    """Return a layer's entry, made first where the cache makes its entries as they are needed.
-
-    Raises:
-        RoutingError: A cache with an encoder's half.
-    """
+    """Return a layer's entry, made first where the cache makes its entries as they are needed."""
     if isinstance(cache, EncoderDecoderCache):
         raise RoutingError("the cache has a half for an encoder; it can't be routed")
     if getattr(cache, "layer_class_to_replicate", None) is not None:
@@ -266,11 +256,7 @@ def entry_of(cache: Cache, index: int) -> Any:
 
 
 def routed_entry(cache: Cache, index: int) -> RoutedCacheLayer:
-    """Return the routed entry of a layer, putting it in place at the first visit.
-
-    Raises:
-        RoutingError: An entry that is not K/V, or one filled without routing.
-    """
+    """Return the routed entry of a layer, putting it in place at the first visit."""
     entry = entry_of(cache, index)
     if isinstance(entry, RoutedCacheLayer):
         return entry

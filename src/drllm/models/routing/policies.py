@@ -169,12 +169,8 @@ class RecordingPolicy(Policy):
 class RandomPolicy(Policy):
     """Draw each decision at random with the same probabilities at every layer.
 
-    Args:
-        probabilities: Of skip, execute and repeat; they add up to 1.
-        generator: Source of randomness.
-
     Raises:
-        ConfigError: Numbers that are no probabilities.
+        ConfigError: Anything but three probabilities, of skip, execute and repeat.
     """
 
     reads_prompt = False
@@ -202,11 +198,8 @@ class LabelFrequencyPolicy(Policy):
     """Draw each decision at random, as often as it was the target of its layer in training.
 
     The null hypothesis for routers: what they would do if they knew how often each layer is
-    skipped and repeated, and nothing of the prompt.
-
-    Args:
-        label_counts: `[L][3]`, as in `router_config.json`.
-        generator: Source of randomness.
+    skipped and repeated, and nothing of the prompt. Counts are `[L][3]`, as in
+    `router_config.json`.
 
     Raises:
         CheckpointError: A layer without counts.

@@ -33,35 +33,20 @@ Grader: TypeAlias = Callable[[int, str, bool], float | None]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A greedily generated answer.
+    """A greedily generated answer."""
 
-    Attributes:
-        text: As far as it was generated.
-        tokens: Its tokens, without the end-of-sequence token.
-        grade: What the grader said.
-        logprob: Mean log-probability of the tokens generated (with the end of sequence), in nats.
-        kl: Mean KL from the full path over the prompt's tokens, in nats; None where it
-            wasn't asked for, or isn't finite.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
+    text: str  # as far as it was generated
+    tokens: tuple[int, ...]  # without the end-of-sequence token
     grade: float
-    logprob: float
-    kl: float | None = None
+    logprob: float  # mean over the tokens generated (with the end of sequence), in nats
+    kl: float | None = None  # as in a `Score`
 
 
 class AnswerBatch:
-    """Prompts that are answered greedily, each pair under its own decisions.
+    """Prompts, as tokens, that are answered greedily, each pair under its own decisions.
 
-    Args:
-        tokenizer: Turns tokens into the text that is graded.
-        contexts: The prompts' tokens.
-        state_cache_gb: Maximum memory for shared states and their K/V, in GB.
-        paths_per_pass: Maximum paths in a forward pass; None picks it by memory.
-
-    Attributes:
-        rows: The prompts' rows, with the states of their paths.
+    `state_cache_gb` and `paths_per_pass` are those of a `ChoiceBatch`; `rows` are the prompts'
+    rows, with the states of their paths.
     """
 
     def __init__(
@@ -92,18 +77,12 @@ class AnswerBatch:
         *,
         kl: bool = False,
     ) -> list[Answer]:
-        """Generate until every pair is graded.
+        """Generate until every pair of a prompt's place and decisions is graded.
 
-        Args:
-            pairs: Prompt's place and decisions.
-            max_new_tokens: For each pair, the maximum tokens of its answer.
-            grader: Grades the text so far; an answer stops as soon as it isn't None.
-            kl: Measure that too, in the passes that read the prompts.
-
-        Returns:
-            One answer per pair, in order. As far as it goes, its text is what greedy `generate`
-            of the routed model gives without logits processors: a repetition penalty in a model's
-            generation settings is not applied (docs/differences.md, D-19).
+        An answer stops as soon as the grader has graded the text so far. As far as it goes, it is
+        what greedy `generate` of the routed model gives without logits processors: a repetition
+        penalty in a model's generation settings is not applied (docs/differences.md, D-19). `kl`
+        measures that too, in the passes that read the prompts.
         """
         self.states.executions_asked += sum(sum(decisions) for _, decisions in pairs)
         columns = self.rows.packed.mask.shape[-1]

@@ -83,13 +83,8 @@ class MemoryBatcher:
     ) -> list[Result]:
         """Run all items, one for each path, as many in a pass as memory allows.
 
-        Args:
-            items: What `one_pass` takes parts of.
-            size: Of the largest path.
-            one_pass: Gives the results of a part of the items, in order.
-
-        Raises:
-            ModelError: Memory runs out with a single path.
+        `size` is that of the largest path; `one_pass` gives the results of a part of the items, in
+        order. A single path that doesn't fit is a ModelError.
         """
         results: list[Result] = []
         while len(results) < len(items):
@@ -148,13 +143,8 @@ def blocks_of(lengths: Sequence[int], least: int, batch_size: int) -> list[list[
     """Return the questions of a task in blocks, the longest first.
 
     Questions of like length make a block, so that batches inside of it are padded no more than if
-    all questions were batched together; a block's size is a multiple of the batch's. The same
-    lengths always give the same blocks.
-
-    Args:
-        lengths: Of each question, in tokens.
-        least: Questions of a block, at least; the last one has what is left.
-        batch_size: Questions a batch.
+    all questions were batched together; a block's size is a multiple of the batch's and `least` or
+    more, but for the last one. The same lengths (in tokens) always give the same blocks.
 
     Source: ours.
 

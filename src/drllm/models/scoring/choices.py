@@ -32,18 +32,12 @@ from drllm.paths import Path
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How one path scores the continuations of one prompt.
+    """How one path scores the continuations of one prompt, in nats."""
 
-    Attributes:
-        logprobs: Summed log-probability of each continuation, in nats.
-        kl: Mean KL from the full path over the prompt's tokens, in nats; None where it
-            wasn't asked for, or isn't finite.
-        greedy: For each continuation, whether all of its scored tokens are the likeliest ones;
-            empty where it wasn't asked for.
-    """
-
-    logprobs: tuple[float, ...]
+    logprobs: tuple[float, ...]  # summed, of each continuation
+    # Mean KL from the full path over the prompt's tokens; None if not asked for, or not finite.
     kl: float | None = None
+    # For each continuation, whether all its scored tokens are the likeliest; empty: not asked for.
     greedy: tuple[bool, ...] = ()
 
 
@@ -136,12 +130,9 @@ class ChoiceBatch:
     def scores(
         self, pairs: Sequence[Pair], *, kl: bool = False, greedy: bool = False
     ) -> list[Score]:
-        """Return how each path scores its question's continuations.
+        """Return how each pair of a question's place and decisions scores its continuations.
 
-        Args:
-            pairs: Question's place and decisions.
-            kl: Measure that too, in the same passes.
-            greedy: Say too which continuations are the likeliest ones.
+        `kl` measures that too, in the same passes; `greedy` says which are the likeliest.
         """
         of_rows = [(row, path) for place, path in pairs for row in self._places[place]]
         self.states.executions_asked += sum(sum(decisions) for _, decisions in of_rows)
@@ -191,11 +182,8 @@ class ChoiceBatch:
         """Return, for each path, the sums of every question; decisions needn't express the paths.
 
         What paths begin with in common is run once where they share a pass; nothing is kept
-        between passes. For decisions, `logprobs` does less work.
-
-        Args:
-            paths: Layer indices in any order, each any number of times.
-            paths_per_pass: Maximum paths in a forward pass; each takes the memory of all questions.
+        between passes. For decisions, `logprobs` does less work. Each path of a pass takes the
+        memory of all questions.
         """
         found: list[list[tuple[float, ...]]] = [[] for _ in paths]
         by_beginning = sorted(range(len(paths)), key=lambda place: tuple(paths[place]))

@@ -70,12 +70,8 @@ class PackedRows:
     def run(self, pairs: Sequence[Pair], keep_last: Sequence[int]) -> Iterator[PrefixSharingDriver]:
         """Run the states that are new; inside the block all states of these pairs are held.
 
-        Args:
-            pairs: Row and decisions.
-            keep_last: For each pair, how many of its last tokens' logits are wanted.
-
-        Raises:
-            RoutingError: A bypass that changes anything: a skip would no longer keep its state.
+        `keep_last` says for each pair how many of its last tokens' logits are wanted. A bypass
+        that changes anything is a RoutingError: a skip would no longer keep its state.
         """
         if self.routed.driver.bypass is not identity:
             raise RoutingError(
