@@ -16,10 +16,8 @@ from drllm.paths import num_executions, to_path
 def max_executions(budget: float, num_layers: int) -> int:
     """Return the most executions of a path within a budget, a factor of L from 1.
 
-    A rounding error of the product never costs one.
-
-    Raises:
-        ConfigError: A budget below 1, which the full path itself would break.
+    A rounding error of the product never costs one. A budget below 1, which the full path itself
+    would break, is a ConfigError.
 
     Source: Dr.LLM section 3.1 (paths of at most 2L layers).
 

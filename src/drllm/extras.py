@@ -20,10 +20,8 @@ EXTRAS = {
 def need(extras: str, purpose: str, *packages: str) -> None:
     """Refuse, before anything runs, what needs packages that aren't installed, by ConfigError.
 
-    Args:
-        extras: Those that bring them, with commas between.
-        purpose: What needs them, as the subject of a sentence: "a report".
-        packages: Those of the one extra that are needed; all unless given.
+    The purpose is the subject of a sentence ("a report"). All packages of the extras (a comma list)
+    are needed, unless those of the one extra are given.
     """
     wanted = {each: extra for extra in extras.split(",") for each in packages or EXTRAS[extra]}
     # A mere folder that is called like a package has no origin.

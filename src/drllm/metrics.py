@@ -97,10 +97,7 @@ def ratios(counts: Counts) -> dict[str, float | None]:
 
 
 def hit_ratios(confusion: Confusion) -> dict[str, float | None]:
-    """Return the metrics of one confusion: a layer's, or that of all layers.
-
-    Args:
-        confusion: With at least one label.
+    """Return the metrics of one confusion: a layer's, or that of all layers; it has a label.
 
     Returns:
         `accuracy` (share of the labels that were hit), `macro_f1` (mean of the F1 that are

@@ -32,14 +32,9 @@ class Decision(IntEnum):
 
 
 def check_decisions(decisions: Sequence[int], num_layers: int | None = None) -> Decisions:
-    """Return the decisions as a tuple, or say why no model can run them.
+    """Return the decisions as a tuple, or say by PathError why no model can run them.
 
-    Args:
-        decisions: One value per layer.
-        num_layers: L, the expected length; None accepts any length of at least 1.
-
-    Raises:
-        PathError: A value outside 0, 1, 2; another length than `num_layers`; nothing executed.
+    None as the number of layers accepts any length of at least 1.
     """
     if num_layers is not None and len(decisions) != num_layers:
         raise PathError(
@@ -139,11 +134,7 @@ def edits(decisions: Sequence[int]) -> str:
 
 
 def check_path(path: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Return a path as a tuple of plain ints, or say why a model of L layers can't run it.
-
-    Raises:
-        PathError: An empty path, or an index that isn't a layer of the model.
-    """
+    """Return a path as a tuple of plain ints, or say by PathError why the model can't run it."""
     if not len(path):
         raise PathError("the path is empty; at least one layer must be executed")
     for place, layer in enumerate(path):

@@ -50,10 +50,8 @@ class Registry(Generic[T]):
     def register(self, *names: str) -> Callable[[Entry], Entry]:
         """Register the decorated class or function under a name, and under further aliases.
 
-        What is defined again, as by a notebook cell that is run twice, replaces the earlier one.
-
-        Raises:
-            ValueError: A name that is taken by something else.
+        What is defined again, as by a notebook cell that is run twice, replaces the earlier one; a
+        name that is taken by something else is a ValueError.
         """
 
         def add(entry: Any) -> Any:
@@ -68,11 +66,7 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """Return what is registered under a name.
-
-        Raises:
-            DrllmError: An unknown name; the message has the nearest one and all of them.
-        """
+        """Return what is registered under a name; of an unknown one, the error has the nearest."""
         entries = self._loaded()
         if name not in entries:
             raise self._error(unknown_name(self.kind, name, entries))

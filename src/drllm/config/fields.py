@@ -175,10 +175,9 @@ def changed(kind: type[Group], config: Group | None, settings: Mapping[str, Any]
 
 
 def from_dict(kind: type[Any], values: dict[str, Any], where: str) -> Any:
-    """Make a settings group from a mapping that is part of `where`.
+    """Make a settings group from a mapping that is part of `where`; ConfigError if it doesn't fit.
 
-    An unknown key (the message has the nearest valid one), a value of another type, or one out of
-    range is a ConfigError.
+    Of an unknown key, the message has the nearest valid one.
     """
     known = kinds_of(kind)
     for name in values:

@@ -69,9 +69,7 @@ class Recipe:
     def check(self) -> None:
         """Refuse settings that make no sense or have no effect, before anything is written.
 
-        Raises:
-            ConfigError: Naming them, or a package that isn't installed.
-            TaskError: An unknown task, or no questions to be had.
+        A missing package is a ConfigError too; an unknown task, or no questions, a TaskError.
         """
         need("eval,report", "a run")
         _ = self.tasks

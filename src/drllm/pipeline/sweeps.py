@@ -24,11 +24,7 @@ def sweep(plan: SweepPlan, folder: Path, *, listener: Listener | None = None) ->
     """Train with every setting of a sweep, choose one on `select`, and test it once.
 
     The folder receives everything. Returned is the name of the chosen setting; None where none can
-    be brought to any depth.
-
-    Raises:
-        ConfigError: The settings or the folder can't be used; nothing has been written then.
-        RecordError: The folder holds files that can't be trusted, or a setting has no targets.
+    be brought to any depth. Raises as `run` does, and RecordError where a setting has no targets.
     """
     listener = listener or Listener()
     recipes = {

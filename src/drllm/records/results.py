@@ -312,9 +312,7 @@ def results_in(folder: Path) -> list[Path]:
 def read_results(folder: Path) -> list[Result]:
     """Read every `TASK.json` of an `eval` folder, with its samples; none if it is missing.
 
-    Raises:
-        RecordError: A file that can't be trusted, two results of a task, or samples of another
-            evaluation.
+    Two results of a task, and samples of another evaluation, are a RecordError.
     """
     file = folder / SAMPLES_FILE
     samples: dict[str, list[Sample]] = {}
@@ -385,9 +383,7 @@ def refuse_twice(what: str, names: Sequence[str]) -> None:
 class Timing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One system reading (`prefill`) or decoding a batch, once a round.
 
-    Attributes:
-        num_tokens: Read in one timing, over all rows.
-        executions: Mean layer executions a forward pass, by the routes taken.
+    Tokens are those of one timing, over all rows; executions the mean of a forward pass.
     """
 
     system: str

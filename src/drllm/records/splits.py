@@ -18,11 +18,8 @@ def split_of(question: str, origin: str) -> str:
     """Return the split that a question belongs to: `search`, `fit`, `select` or `test`.
 
     The same text always lands in the same split, in whatever file, order or copy it turns up, so
-    a question that was trained on can't be reported on.
-
-    Args:
-        question: The question's text; surrounding white space and case don't count.
-        origin: A key of `BOUNDS`.
+    a question that was trained on can't be reported on. Surrounding white space and case don't
+    count; the origin is a key of `BOUNDS`.
 
     Source: ours.
 

@@ -154,13 +154,9 @@ def join_supervision(paths: Sequence[Path]) -> list[SupervisionRecord]:
 def check_targets(files: Sequence[Path], identity: Mapping[str, Any]) -> list[str]:
     """Refuse targets that were searched with another base model than the one to be trained on.
 
-    A file without a manifest says nothing about its model.
-
-    Returns:
-        The rewards that the targets' prompts were made for, where known.
-
-    Raises:
-        RecordError: Another number of layers or fingerprint; another id alone doesn't matter.
+    That is one of another number of layers or fingerprint; another id alone doesn't matter, and a
+    file without a manifest says nothing. Returns the rewards that the targets' prompts were made
+    for, where known.
     """
     rewards: dict[str, None] = {}
     for file in files:

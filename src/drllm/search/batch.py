@@ -117,13 +117,8 @@ def search_in_step(
 
     Every round evaluates up to `leaves_per_round` new paths of every question that isn't done, in
     one batch. A question's tree depends on its own seed and outcomes only, not on its neighbours.
-
-    The arguments are those of `search_batch`.
-
-    Raises:
-        ConfigError: A prompt that the chat template refuses.
-        ModelError: A question that is too long for the model's context in one of the ways that
-            it is asked; or log-probabilities that aren't finite.
+    What `read` refuses in one of the ways that it is asked, and log-probabilities that aren't
+    finite, are its errors.
 
     Source: Dr.LLM section 3.1.
     """

@@ -101,9 +101,10 @@ def gold_text(prompt: Prompt) -> str:
 class Evaluator:
     """Evaluates paths on a fixed batch of prompts, remembering what paths have in common.
 
+    The prompts, all of one reward, may be read already. The shared `states` count executions run
+    and asked for.
+
     Args:
-        routed: The model, with its tokenizer.
-        prompts: All of one reward; read already, or read now (see `read`).
         state_cache_gb: Maximum memory for shared states, in GB. States that a pass needs and the
             full path's distributions count too; more than this is held only while a single pass
             needs more.
@@ -111,9 +112,6 @@ class Evaluator:
             others of its prompt if it wasn't before.
         paths_per_pass: Maximum paths in a forward pass; None picks it by the memory that is free.
             Where memory runs out, half as many are tried. What comes out doesn't depend on it.
-
-    Attributes:
-        states: The shared states, with the count of executions run and asked for.
     """
 
     def __init__(
@@ -165,13 +163,8 @@ class Evaluator:
         """Return the outcome of each path on its prompt, in order.
 
         Margins of generated answers are None: they compare with what other paths answered, so
-        `with_margins` adds them when all paths are known.
-
-        Args:
-            pairs: Prompt's place in the batch, and decisions.
-
-        Raises:
-            ModelError: The full path's own log-probabilities aren't finite.
+        `with_margins` adds them when all paths are known. Log-probabilities of the full path itself
+        that aren't finite are a ModelError.
         """
         if isinstance(self._batch, ChoiceBatch):
             outcomes = []

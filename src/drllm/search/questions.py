@@ -33,14 +33,9 @@ logger = logging.getLogger(__name__)
 class SearchQuestion:
     """One question of a search, with every way of asking it.
 
-    Attributes:
-        place: Among all questions of the search in their own order, which is that of the records.
-        task: The task's name.
-        example: The question.
-        prompt: How it is asked.
-        retests: The other ways of asking that a path must survive.
-        text: The prompt as the model reads it; None until it is rendered, and where the chat
-            template refuses it.
+    Its place is among all questions of the search in their own order, which is that of the records;
+    `retests` are the other ways of asking that a path must survive, `text` is the prompt as the
+    model reads it: None until it is rendered, and where the chat template refuses it.
     """
 
     place: int
@@ -69,12 +64,9 @@ def questions_of(source: Source | None, config: SearchConfig) -> list[SearchQues
 
     The limit comes before the shard, so that the shards of one limit add up to it, and before
     copies are left out, so that what is drawn of a task doesn't depend on the others. Copies of
-    questions of an earlier task are left out with a warning.
-
-    Args:
-        source: Tasks or their names, whose questions of `config.split` are loaded, examples of
-            named tasks, or rows; None for the tasks that `config.dataset` names.
-        config: Settings of the search.
+    questions of an earlier task are left out with a warning. The source is tasks or their names,
+    whose questions of `config.split` are loaded, examples of named tasks, or rows; None for the
+    tasks that `config.dataset` names.
 
     Raises:
         ConfigError: A setting without effect, a shard that makes no sense, or a missing package.

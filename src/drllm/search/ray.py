@@ -105,9 +105,6 @@ class RayExecutor:
         address: Of a cluster; None starts Ray on this machine, and ends it afterwards. A Ray that
             this process has started already is used as it is.
 
-    Attributes:
-        seats: One per worker.
-
     Raises:
         ConfigError: Ray isn't installed or can't be reached, or has fewer devices than workers
             are asked for.

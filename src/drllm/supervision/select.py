@@ -158,9 +158,8 @@ def check_settings(
 ) -> dict[str, int]:
     """Refuse settings that can't be followed with these tasks' questions; return the quotas.
 
-    Raises:
-        ConfigError: Quotas that can't be read or name another task; a least saving with a rule
-            that has no use for it; targets by KL after a search that computes none.
+    Those are quotas that can't be read or name another task, a least saving with a rule that has no
+    use for it, and targets by KL after a search that computes none.
     """
     by_kl = "--target least_kl" if config.target == "least_kl" else None
     if config.path_weights == "closer":
@@ -187,10 +186,8 @@ def targets(records: Sequence[SearchRecord], config: SuperviseConfig) -> Supervi
 
     Questions with the same text, in whatever tasks, are one question; the first one counts, with
     or without a target. Quotas are filled in the order of the questions. No targets at all is a
-    result like any other.
-
-    Raises:
-        ConfigError: As for `check_settings`, and weights by a KL that a path lacks.
+    result like any other. What `check_settings` refuses, and weights by a KL that a path lacks, are
+    a ConfigError.
     """
     quotas = check_settings(config, {record.task for record in records})
     reasons: list[str | None] = []

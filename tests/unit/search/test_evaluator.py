@@ -168,18 +168,13 @@ def test_a_question_s_limit_of_tokens_is_its_own(tiny_llama, tiny_tokenizer):
     assert [len(outcome.tokens) for outcome in outcomes] == [3, 9]
 
 
-def with_scores(evaluator, scores):
-    """Let the model's scores be what a path that overflows gives."""
-    evaluator._batch.scores = lambda pairs, kl: [Score(scores) for _ in pairs]
-    return evaluator
-
-
 def test_a_path_that_overflows_is_wrong_but_a_base_model_that_does_is_an_error(
     tiny_llama, tiny_tokenizer
 ):
     routed = RoutedModel(tiny_llama(), tokenizer=tiny_tokenizer)
     for bad in (float("nan"), float("inf"), float("-inf")):
-        evaluator = with_scores(Evaluator(routed, CHOICES, 1.0), (-1.0, bad, -2.0))
+        evaluator, scores = Evaluator(routed, CHOICES, 1.0), Score((-1.0, bad, -2.0))
+        evaluator._batch.scores = lambda pairs, kl, scores=scores: [scores for _ in pairs]
         [outcome] = evaluator.evaluate([(0, (1, 2, 1, 1, 1, 1))])
         assert (outcome.reward, outcome.margin) == (0.0, None)
         with pytest.raises(ModelError, match="--dtype float32"):
