@@ -247,7 +247,8 @@ HARNESS --tasks builtin_facts --data_dir run => --data_dir run has no effect
 HARNESS --tasks builtin_facts --split tests => unknown split 'tests'
 HARNESS --tasks builtin_facts --split test --limit 0.5 => --limit is 0.5
 HARNESS ASKED --log_samples => --log_samples
-report nowhere => nowhere doesn't exist
+report nowhere => nowhere doesn't exist; give a folder
+report file => file is a file; give a folder => file: x
 report run run => 2 run folders are given and no --output
 show nowhere => nowhere doesn't exist
 show nowhere --question q1 => nowhere doesn't exist

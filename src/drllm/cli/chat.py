@@ -24,12 +24,8 @@ HALF = "\ufffd"
 class Reply:
     """An answer while it is generated, and a streamer of transformers that gets its tokens.
 
-    On a terminal it is shown as it comes.
-
-    Attributes:
-        num_read: Tokens of the prompt.
-        tokens: Those generated so far.
-        times: When the prompt and each new token came.
+    On a terminal it is shown as it comes. `num_read` counts the prompt's tokens, `tokens` are those
+    generated so far, and `times` are when the prompt and each new token came.
     """
 
     def __init__(self, routed: RoutedModel, form: PromptForm, terminal: Terminal) -> None:
@@ -44,8 +40,7 @@ class Reply:
     def generate(self, prompt: Prompt, config: GenerateConfig) -> None:
         """Answer a prompt that is in its form already, or a conversation.
 
-        Raises:
-            ConfigError: The context has no room for it, or the chat template refuses it.
+        One that the context has no room for, or the chat template refuses, is a ConfigError.
         """
         import torch
 

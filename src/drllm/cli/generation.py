@@ -194,15 +194,10 @@ def _check(request: Request, config: GenerateConfig, depth: DepthConfig) -> None
 
 
 def read_prompts(path: Path, *, chat: bool) -> list[Asked]:
-    """Read a file of prompts: JSON lines with `prompt`, `question` or `messages`.
+    """Read a file of prompts: JSON lines with `prompt`, `question` or `messages`, maybe gzipped.
 
-    Args:
-        path: A `.jsonl` or `.jsonl.gz` file.
-        chat: Whether the chat template is used, which alone can render messages.
-
-    Raises:
-        TaskError: A file that can't be read, is empty, or has a row that can't be used; the
-            message names file and line.
+    Messages need `chat`: the chat template alone can render them. A row that can't be used is a
+    TaskError that names file and line.
     """
     asked: list[Asked] = []
     lines: dict[str, int] = {}

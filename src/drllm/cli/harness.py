@@ -37,10 +37,7 @@ logger = logging.getLogger(__name__)
 def run(words: Sequence[str]) -> None:
     """Carry out a command line of the harness: what follows `drllm lm-eval`.
 
-    Raises:
-        DrllmError: A task that there isn't, or whose questions can't be had; an option that makes
-            no sense or has no effect; what our model refuses.
-        SystemExit: After the harness' own messages.
+    What is refused here or by our model is a DrllmError; after its own messages the harness exits.
     """
     setup_logging()
     with _replaced(sys, "argv", ["drllm lm-eval", *words]):

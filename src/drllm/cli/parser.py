@@ -119,8 +119,7 @@ CONFIG = Flag(
 class _Verbs(Mapping[str, Verb]):
     """Verbs by name; the module of one is imported when it is asked for, so that others are quick.
 
-    Args:
-        modules: Verb → the module of `drllm.cli` that registers it, in the order of `--help`.
+    `modules` names the one of `drllm.cli` that registers a verb, in the order of `--help`.
     """
 
     def __init__(self, modules: Mapping[str, str]) -> None:
@@ -162,14 +161,7 @@ def verb(name: str, **described: Any) -> Callable[[Any], Any]:
 
 
 def parse(words: Sequence[str]) -> Request:
-    """Turn a verb and its flags into checked settings.
-
-    Args:
-        words: The command line without the program's name; at least the verb.
-
-    Raises:
-        ConfigError: An unknown verb, flag or setting, a value that doesn't fit, something missing.
-    """
+    """Turn a verb and its flags into checked settings; what doesn't fit is a ConfigError."""
     verb = verb_of(words[0])
     given = _said(verb, words[1:])
     values: dict[str, Any] = {}

@@ -21,15 +21,10 @@ ADDED = {"with_squad": "squad_v2", "with_commonsense": "commonsense_qa"}
 
 
 def supervision_files(request: Request) -> list[Path]:
-    """Return the files that a training reads.
+    """Return the files that a training reads; those of `--with-…` are added to the others.
 
-    Args:
-        request: Of the verb `train`.
-
-    Raises:
-        ConfigError: No file is given and none or two lie where the published search leaves them;
-            a task to be added whose targets aren't there, or are in the other files already.
-        RecordError: A file that is needed to tell this and can't be trusted.
+    Without `--supervision` it is the one that lies where the published search leaves it: neither
+    none nor two may be there.
     """
     files = request.paths("supervision") or [_left_by_the_search(request)]
     added = [(flag_of(switch), task) for switch, task in ADDED.items() if request.values[switch]]

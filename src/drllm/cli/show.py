@@ -77,11 +77,7 @@ def show_place(request: Request, terminal: Terminal) -> None:
 
 
 def show(place: Path, terminal: Terminal) -> None:
-    """Print any file or folder that drllm wrote.
-
-    Raises:
-        RecordError: Nothing there, nothing that drllm wrote, or a file that can't be trusted.
-    """
+    """Print any file or folder that drllm wrote; a RecordError for all else and broken files."""
     if place.name == CHUNKS_FOLDER and place.is_dir():
         show_unfinished(place, terminal)
     elif place.is_dir():

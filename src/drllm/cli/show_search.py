@@ -152,8 +152,7 @@ def show_question(
 ) -> None:
     """Draw the tree of every question that has an id; ids are unique within a task only.
 
-    Raises:
-        RecordError: No question of this id; the nearest ids are named.
+    An id that no question has is a RecordError, which names the nearest.
     """
     found = [record for record in records if record.id == question]
     if not found:
@@ -211,18 +210,12 @@ def _show_tree(record: SearchRecord, terminal: Terminal) -> None:
 
 
 def draw_paths(paths: Sequence[TriedPath]) -> Iterator[tuple[Decisions, str]]:
-    """Draw tried paths as a tree of edits.
+    """Draw one question's paths, the full path first, as a tree of edits: decisions and line.
 
     A path stands below the tried path from which one edit leads to it, the one that was tried
     first where there are several; where there is none, below the one from which the fewest edits
     do. A path that is the only one below another follows it at the same depth, after "then", so
     that a long chain of edits stays narrow.
-
-    Args:
-        paths: One question's, the full path first.
-
-    Yields:
-        The decisions of a path and its line, from the top down.
     """
     below: dict[Decisions, list[Decisions]] = {path.decisions: [] for path in paths}
     for path in sorted(paths[1:], key=lambda path: path.simulation):
@@ -249,11 +242,9 @@ def _branches(
 
 
 def edits_between(before: Decisions, after: Decisions) -> list[Action] | None:
-    """Return the fewest edits that lead from one path to another.
+    """Return the fewest edits that lead from one path to another, by layer.
 
-    Returns:
-        Edits by layer, none where the two are equal; None where no edits lead there, since an edit
-        only changes layers that are executed once.
+    None where no edits lead there, since an edit only changes layers that are executed once.
 
     Example:
         >>> [str(edit) for edit in edits_between((1, 1, 1, 1, 2), (0, 0, 0, 1, 2))]

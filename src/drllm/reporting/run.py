@@ -144,8 +144,7 @@ def read_run(folder: Path) -> Run:
             f"give a folder that 'drllm run' has written"
         )
     _check_routers(run)
-    run.num_layers = _agreed_layers(run)
-    run.model = _agreed_model(run)
+    _agree(run)
     return run
 
 
@@ -187,44 +186,30 @@ def _read_results(run: Run) -> None:
     run.has(f"{prefix}{LATENCY_FILE}", "measured time", run.latency)
 
 
-def _agreed_layers(run: Run) -> int | None:
-    depths = list(dict.fromkeys(record.num_layers for record in run.search))
-    if len(depths) > 1:
-        raise RecordError(
-            f"{run.folder / 'search.jsonl'} holds questions of models with {depths[0]} and "
-            f"{depths[1]} layers; a report is about one"
-        )
-    found = {
-        "search.jsonl": depths[0] if depths else None,
-        "supervision.jsonl": next((len(s.optimal_layer_config) for s in run.supervision), None),
-        "router_config.json": run.router_config.get("num_layers"),
-        LAYERS_FILE: run.layers.num_layers if run.layers else None,
-        **{f"the evaluation of {each.task!r}": each.num_layers for each in run.evaluations},
-    }
-    said = {name: layers for name, layers in found.items() if layers is not None}
-    if len(set(said.values())) > 1:
-        shown = ", ".join(f"{name}: {layers}" for name, layers in said.items())
-        raise RecordError(
-            f"{run.folder} mixes models of different depth ({shown} layers); "
-            f"keep the files of one run in a folder"
-        )
-    return next(iter(said.values()), None)
+def _agree(run: Run) -> None:
+    """Set depth and model, on which all files must agree."""
+    depths = [("search.jsonl", n) for n in dict.fromkeys(one.num_layers for one in run.search)]
+    depths += [("supervision.jsonl", len(s.optimal_layer_config)) for s in run.supervision[:1]]
+    if run.router_config:
+        depths.append(("router_config.json", run.router_config["num_layers"]))
+    depths += [(LAYERS_FILE, run.layers.num_layers)] if run.layers else []
+    depths += [(f"the evaluation of {each.task!r}", each.num_layers) for each in run.evaluations]
+    run.num_layers = _agreed(run, "models of different depth, by layers", depths)
+    said = [(each.name, each.manifest.get("model")) for each in run.sources]
+    models = [(name, model) for name, model in said if model and isinstance(model, dict)]
+    prints = [(name, str(m["fingerprint"])) for name, m in models if m.get("fingerprint")]
+    _agreed(run, "base models with different weights, by fingerprint", prints)
+    run.model = models[0][1] if models else {}
 
 
-def _agreed_model(run: Run) -> Mapping[str, Any]:
-    models = {each.name: each.manifest.get("model") for each in run.sources}
-    known = {name: model for name, model in models.items() if model and isinstance(model, dict)}
-    fingerprints: dict[str, str] = {}
-    for name, model in known.items():
-        if model.get("fingerprint"):
-            fingerprints.setdefault(str(model["fingerprint"]), name)
-    if len(fingerprints) > 1:
-        shown = ", ".join(f"{name}: {value}" for value, name in fingerprints.items())
+def _agreed(run: Run, what: str, said: Sequence[tuple[str, Any]]) -> Any:
+    """Return what files say of the model, None if none does; a RecordError where they differ."""
+    if len({value for _, value in said}) > 1:
+        shown = ", ".join(f"{name}: {value}" for name, value in said)
         raise RecordError(
-            f"{run.folder} mixes base models with different weights (fingerprints in {shown}); "
-            f"keep the files of one run in a folder"
+            f"{run.folder} mixes {what} ({shown}); keep the files of one run in a folder"
         )
-    return next(iter(known.values()), {})
+    return said[0][1] if said else None
 
 
 def _check_routers(run: Run) -> None:

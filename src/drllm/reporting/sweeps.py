@@ -100,9 +100,7 @@ def choose(candidates: Sequence[Candidate]) -> Candidate | None:
 
     Settings that reach more depths, and with more of their seeds, come first: routers that can't
     be brought to a depth have nothing to offer there. Among them the mean merit over tasks and
-    depths decides, and where it is equal the first one given.
-
-    Source: ours.
+    depths decides, and where it is equal the first one given. Source: ours.
     """
 
     def rank(candidate: Candidate) -> tuple[int, int, float]:

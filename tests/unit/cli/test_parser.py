@@ -103,9 +103,27 @@ def test_underscores_and_dashes_are_the_same():
     assert dashes.of(SearchConfig).num_simulations == 7
 
 
-def test_values_keep_their_underscores():
-    dataset = parsed("search --dataset builtin_facts").of(SearchConfig).dataset
-    assert dataset == "builtin_facts"
+@pytest.mark.parametrize(
+    ("line", "group", "setting", "value"),
+    [
+        ("search --dataset builtin_facts", SearchConfig, "dataset", "builtin_facts"),
+        ("search", SearchConfig, "kl", True),
+        ("search --no-kl", SearchConfig, "kl", False),
+        ("search --trust-remote-code", ModelConfig, "trust_remote_code", True),
+        (
+            "train --supervision s --output o --learning-rate 1e-3",
+            TrainConfig,
+            "learning_rate",
+            1e-3,
+        ),
+    ],
+    ids=["keeps underscores", "on", "off", "on by a flag", "with an exponent"],
+)
+def test_a_value_is_read_as_its_setting_wants_it(line, group, setting, value):
+    assert getattr(parsed(line).of(group), setting) == value
+
+
+def test_behind_two_dashes_everything_is_text():
     assert parsed("generate -- --a_b").values["prompt"] == "--a_b"
 
 
@@ -190,23 +208,12 @@ def test_a_number_in_a_file_is_a_text_where_the_setting_is_one(file: Path):
     assert settings == parsed(line).of(EvaluateConfig)
 
 
-def test_a_switch_can_be_turned_on_and_off():
-    assert parsed("search").of(SearchConfig).kl is True
-    assert parsed("search --no-kl").of(SearchConfig).kl is False
-    assert parsed("search --trust-remote-code").of(ModelConfig).trust_remote_code is True
-
-
 def test_without_a_model_it_is_known_that_none_was_given():
     given = parsed("evaluate --routers r --model smollm2-135m")
     not_given = parsed("evaluate --routers r")
     assert given.model_given
     assert not not_given.model_given
     assert given.of(ModelConfig) == not_given.of(ModelConfig)
-
-
-def test_numbers_with_an_exponent_are_numbers_on_the_line():
-    line = "train --supervision s --output o --learning-rate 1e-3"
-    assert parsed(line).of(TrainConfig).learning_rate == 1e-3
 
 
 QUIET_WORDS = [

@@ -14,8 +14,7 @@ from drllm.cli.terminal import Terminal, draw_route
 from drllm.errors import RecordError
 from drllm.metrics import by_layer, ratios, verdict
 from drllm.records.layers import read_layers
-from drllm.records.results import Evaluation, Latency
-from drllm.reporting.cost import measured_line
+from drllm.records.results import Evaluation
 from drllm.reporting.numbers import plain
 
 
@@ -125,37 +124,6 @@ def test_a_narrow_terminal_loses_no_digit(capsys: pytest.CaptureFixture[str]):
     assert "…" not in narrow
     numbers = [set(re.findall(r"[\d.]+", out)) for out in (narrow, wide)]
     assert numbers[0] == numbers[1]
-
-
-def measured() -> Latency:
-    """Times of one row and 16 tokens, the same for reading and decoding."""
-    seconds = {
-        "base": [0.1, 0.2, 0.3],
-        "routed": [0.09, 0.176, 0.2793],
-        "attached": [0.1, 0.2, 0.3],
-        "routers that execute": [0.1052, 0.205, 0.306],
-    }
-    shared = {"batch_size": 1, "num_tokens": 16, "executions": 30.0}
-    timings = [
-        {"system": name, "phase": phase, "seconds": times, **shared}
-        for name, times in seconds.items()
-        for phase in ("prefill", "decode")
-    ]
-    found = {
-        "runtime": {"device": "cpu", "dtype": "float32", "num_threads": 1},
-        "machine": "Linux x86_64, 2 cores",
-        "num_prompts": 16,
-        "systems": {},
-        "measured": {"prompt_tokens": 16, "new_tokens": 2, "timings": timings},
-    }
-    return msgspec.convert(yaml.safe_load(HEADER) | found, Latency)
-
-
-def test_measured_time_is_one_line_with_what_it_shows():
-    assert measured_line(measured()) == (
-        "Measured time, routed / base by rows of a batch, 3 rounds of 16 tokens: "
-        "too noisy to tell: reading 1 (0.90), decoding 1 (0.90)."
-    )
 
 
 PARTS = {

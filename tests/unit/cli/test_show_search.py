@@ -331,11 +331,6 @@ def test_a_questions_target_follows_the_rule_of_the_supervision_next_to_it(tmp_p
     assert line_of("target") == "#2, 2.0 executions (rule least_kl)"
 
 
-def test_show_tells_the_story_of_a_search_file(tmp_path: Path, printed):
-    show(search_file(tmp_path), Terminal())
-    assert "as the search found it → after the re-test" in printed()
-
-
 def failed_file(folder: Path) -> Path:
     file = folder / "search.failed.jsonl"
     failed = [

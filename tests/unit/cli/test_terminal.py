@@ -41,19 +41,18 @@ def test_plain_progress_is_a_line_every_tenth_without_control_characters(clock: 
     assert all(line.isprintable() for line in lines)
 
 
-def test_plain_progress_of_something_short_is_one_line(clock: SimpleNamespace):
-    lines = plain(50, [(0.1 * done, done) for done in range(1, 51)], clock)
-    assert lines == ["searching: 100 %, 50/50 questions, 5.0 s"]
-
-
-def test_what_an_earlier_run_did_says_nothing_about_the_time_left(clock: SimpleNamespace):
-    lines = plain(100, [(0.01, 40.0), (0.02, 50.0), (20.02, 60.0)], clock)
-    assert lines == ["searching: 60 %, 1 min 20 s left, 60/100 questions"]
-
-
-def test_the_next_task_of_a_stage_begins_anew(clock: SimpleNamespace):
-    lines = plain(10, [(10.0, 5.0), (20.0, 10.0), (30.0, 0.0), (40.0, 1.0)], clock)
-    assert lines[-1] == "searching: 10 %, 1 min 30 s left, 1/10 questions"
+@pytest.mark.parametrize(
+    ("total", "steps", "number", "last"),
+    [
+        (50, [(0.1 * n, n) for n in range(1, 51)], 1, "100 %, 50/50 questions, 5.0 s"),
+        (100, [(0.01, 40), (0.02, 50), (20.02, 60)], 1, "60 %, 1 min 20 s left, 60/100 questions"),
+        (10, [(10, 5), (20, 10), (30, 0), (40, 1)], 3, "10 %, 1 min 30 s left, 1/10 questions"),
+    ],
+    ids=["something short", "what an earlier run did", "the next task begins anew"],
+)
+def test_plain_progress_is_right_about_the_time(total, steps, number, last, clock):
+    lines = plain(total, steps, clock)
+    assert (len(lines), lines[-1]) == (number, f"searching: {last}")
 
 
 def bar_on_a_terminal(width: int, clock: SimpleNamespace, note: str) -> str:

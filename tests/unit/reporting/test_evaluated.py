@@ -9,6 +9,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from msgspec.structs import replace
 
+from drllm.reporting.cost import measured_line
 from drllm.reporting.drawing import LIGHT, NARROW, WIDE, apart, png
 from drllm.reporting.evaluated import tiles
 from drllm.reporting.figures import accuracy_by_executions, places
@@ -58,6 +59,14 @@ def test_four_tiles_hold_what_counts(run):
     assert loss.shown == "worse"
     assert time.value == "too noisy to tell"
     assert tiles(evaluation, None).tiles[-1].value == "not measured"
+
+
+def test_measured_time_is_one_line_with_what_it_shows(run):
+    assert measured_line(run.latency) == (
+        "Measured time, routed / base by rows of a batch, 3 rounds of 16 tokens: too noisy "
+        "to tell: reading 1 (0.90), reading 4 (0.90), reading 16 (0.90), decoding 1 (0.90), "
+        "decoding 4 (0.90), decoding 16 (0.90)."
+    )
 
 
 def test_routes_that_run_more_layers_save_none(run):

@@ -93,22 +93,6 @@ def test_files_without_manifests_are_read_as_the_users_own(copied, text_of):
     assert "by reason" not in text  # only the supervision stage knows the reasons
 
 
-@pytest.mark.parametrize(
-    ("place", "message"),
-    [
-        ("nowhere", "nowhere doesn't exist; give a folder"),
-        ("file", "file is a file; give a folder"),
-        ("empty", "holds no search"),
-    ],
-)
-def test_what_is_no_run_folder_is_refused_and_left_alone(tmp_path, place, message):
-    (tmp_path / "file").write_text("x", encoding="utf-8")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(RecordError, match=message):
-        report(tmp_path / place)
-    assert list((tmp_path / "empty").iterdir()) == []
-
-
 RESULT, SAMPLES = "eval/arc_easy.json", "eval/samples.jsonl"
 TIMES, LAYERS = "eval/latency.json", "routers/layers.json"
 
