@@ -102,9 +102,6 @@ def test_each_prompt_of_a_file_is_answered_as_by_itself(generate, prompts, tmp_p
         assert re.search(r"^time .* tokens generated a second\)$", printed.err, re.MULTILINE)
 
 
-# --- as the routers were trained ---------------------------------------------------------------
-
-
 TRAINED = "Question: {prompt}\nAnswer:"
 
 
@@ -155,9 +152,6 @@ def test_the_prompt_may_come_by_standard_input(generate, monkeypatch):
     assert piped.split("time")[0] == generate("What is ice?").out.split("time")[0]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     assert "generate needs PROMPT" in generate(status=2).err
-
-
-# --- a chat ------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -67,8 +67,6 @@ def test_a_search_killed_at_random_moments_ends_as_an_undisturbed_one(
     assert names[0] == names[1], "nothing half-written is left behind"
 
 
-# --- an evaluation -----------------------------------------------------------------------------
-
 SETTINGS = (
     *("--tasks", "builtin_arithmetic", "--limit", "7", "--batch-size", "1"),
     *("--baselines", "permuted-routes", "--num-random-draws", "2", "--num-texts", "2"),

@@ -83,9 +83,6 @@ def own_file(folder: Path, number: int, name: str = "mine.jsonl") -> Path:
     return folder / name
 
 
-# --- against the stock class ---------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "more",
     ["", *(pytest.param(m, marks=pytest.mark.thorough) for m in ("--num_fewshot 2", CHAT))],
@@ -146,9 +143,6 @@ def rolling_task(folder: Path) -> None:
     rows.write_text('{"text": "some words, and a few more"}\n{"text": "others"}\n')
     text = ROLLING.replace("ROWS", str(rows)).replace("CACHE", str(folder / "theirs" / "cache"))
     (folder / "theirs" / "some_text.yaml").write_text(text)
-
-
-# --- our options ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flag", ["--data_dir", "--data-dir"])
@@ -231,9 +225,6 @@ def test_cached_requests_are_those_of_the_same_rows_and_words(evaluate, model_fo
     assert all("What" in prompt for prompt in questions())
 
 
-# --- what is refused only once the harness is at work --------------------------------------------
-
-
 def test_text_without_a_prompt_is_refused_under_routers(finished_run, tmp_path, drllm):
     rolling_task(tmp_path)
     words = "lm-eval run --model drllm --device cpu --tasks some_text --include_path theirs"
@@ -258,8 +249,6 @@ def test_answers_longer_than_the_model_holds_are_shorter_and_it_is_said(
         assert len(answer) <= most  # a token is a character
         assert each["arguments"]["gen_args_0"]["arg_1"]["max_gen_toks"] == 32768
 
-
-# --- several processes ---------------------------------------------------------------------------
 
 ONE_OF_TWO = """
 import functools, os, sys, tempfile

@@ -82,9 +82,6 @@ def refused(command: Callable[..., str]) -> Callable[[str], str]:
     return line
 
 
-# --- one after the other -------------------------------------------------------------------------
-
-
 def test_search_training_and_evaluation_chain(command: Callable[..., str], folder: Path):
     search = "--model MODEL --dataset arc,dart --output_dir data/mcts_paths --num_simulations 50"
     command(f"search {search} --budget 2 --device cpu --limit 2 --data_dir sets")
@@ -120,9 +117,6 @@ def test_targets_of_commonsense_are_added_by_the_command_that_the_message_names(
     assert added > 0
     tasks = read_config(Path("checkpoints/drllm-tiny")).training["tasks"]
     assert tasks == {"arc_easy": 4, "commonsense_qa": added}
-
-
-# --- what a training reads -----------------------------------------------------------------------
 
 
 def test_without_targets_the_command_that_makes_them_is_named(refused, folder):

@@ -20,13 +20,9 @@ from drllm.extras import need
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run one command, by default that of the process.
 
-    Args:
-        arguments: The words after the program's name; None takes those of the process.
-
-    Returns:
-        The exit status: 0, 2 for what the user can mend, 130 after an interruption.
+    The exit status is 0, 2 for what the user can mend, or 130 after an interruption.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     terminal = Terminal()

@@ -88,13 +88,10 @@ class Terminal(Listener):
     ) -> None:
         """Print a table, row by row where its longest words don't fit side by side.
 
-        Args:
-            columns: Their names, with `|` in between.
-            rows: A cell for each column; a row without cells is a line between sections.
-            title: What stands above.
-            numbers_from: The first of the columns that are aligned to the right.
-            cut_off: A column and the width at which its cells are cut off, so that each stays one
-                line. In all others narrow terminals break lines, and nothing is lost.
+        The names of columns have `|` in between, and those from `numbers_from` on are aligned to
+        the right; a row without cells is a line between sections. `cut_off` is a column and the
+        width at which its cells are cut off, so that each stays one line; in all others narrow
+        terminals break lines, and nothing is lost.
         """
         names = columns.split("|")
         cells = [[Text(one) if isinstance(one, str) else one for one in row] for row in rows]

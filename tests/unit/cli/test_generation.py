@@ -84,9 +84,6 @@ def test_an_answer_is_one_line_with_its_cost():
     assert json.loads(to_line(3, talk))["messages"] == TALK
 
 
-# --- settings ----------------------------------------------------------------------------------
-
-
 def test_without_a_temperature_the_likeliest_token_is_taken():
     assert GenerateConfig().sampling() == {"do_sample": False, "num_beams": 1}
 

@@ -24,9 +24,6 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-# --- recipes -----------------------------------------------------------------------------------
-
-
 def test_there_are_recipes_and_sweeps():
     names = {path.relative_to(RECIPES).as_posix() for path in FILES}
     assert names >= {"demo.yaml", "arc_easy_smollm2.yaml", "sweeps/arc_easy_smollm2.yaml"}
@@ -74,8 +71,6 @@ def test_a_data_folder_on_the_line_wins_over_the_recipe(tmp_path: Path):
     recipe = read_recipe(path, "there")
     assert (recipe.search.data_dir, recipe.evaluate.data_dir) == ("there", "there")
 
-
-# --- sweeps ------------------------------------------------------------------------------------
 
 COMMON = "train: {num_epochs: 3}\nevaluate: {curve: '0.1', baselines: last-layers, epsilon: 2}\n"
 SETTINGS = "settings:\n  plain: {}\n  sharp: {train: {gamma: 3.0}, supervise: {target: paper}}\n"
@@ -133,9 +128,6 @@ def test_a_sweep_that_does_not_fit_is_refused_with_its_name(tmp_path: Path, text
         read_sweep(path)
     assert says in str(refused.value)
     assert str(path) in str(refused.value)
-
-
-# --- what is done ------------------------------------------------------------------------------
 
 
 @pytest.fixture

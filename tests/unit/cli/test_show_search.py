@@ -134,7 +134,8 @@ def test_single_edits_are_told_by_layer_the_least_harmful_first():
     (repeat,) = least_harmful_first(FOUND, Decision.REPEAT)
     told = [(e.layer, e.questions, e.right, e.base_right, e.kl, e.margin) for e in skips]
     assert told == [(1, 1, 1.0, 0.0, 0.25, 1.5), (3, 2, 0.5, 0.5, 0.75, -0.75)]
-    assert (repeat.layer, repeat.questions, repeat.margin) == (0, 1, 1.0)
+    assert [edit.reward for edit in skips] == [1.0, 0.0]
+    assert (repeat.layer, repeat.questions, repeat.reward, repeat.margin) == (0, 1, 0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +152,7 @@ def test_without_kl_edits_are_ranked_by_what_is_known(outcomes: list[Any], order
     skips = least_harmful_first(found, Decision.SKIP)
     assert [edit.layer for edit in skips] == order
     assert skips[0].kl is None
+    assert (skips[0].margin is None) == ("margin" not in outcomes[0])
 
 
 def test_of_many_layers_the_best_and_the_worst_are_shown(printed):

@@ -126,9 +126,6 @@ def test_a_handful_of_questions_makes_a_report(new_folder, text_of):
     assert "2 questions" in text_of(folder.path)
 
 
-# --- the plot ---
-
-
 def test_a_system_has_its_depths_and_the_one_it_was_trained_for(run):
     (evaluation,) = run.evaluations
     placed = places(evaluation)
@@ -186,9 +183,6 @@ def test_places_are_moved_as_little_as_needed():
     moved = apart([3.0, 3.0, 3.1, 9.0], 1.0)
     assert sorted(moved)[-1] == 9.0
     assert all(b - a >= 1 - 1e-3 for a, b in zip(sorted(moved), sorted(moved)[1:], strict=False))
-
-
-# --- depths, choice, several tasks ---
 
 
 def test_all_depths_stand_in_numbers(new_folder, text_of, whole):
@@ -253,9 +247,6 @@ def test_the_tasks_stand_side_by_side_with_their_verdicts(two):
     assert first[6] == "worse"
     assert second[:3] == ["guessed", "20", "routed"]
     assert second[6] == "no verdict"
-
-
-# --- what to do next ---
 
 
 def test_too_few_questions_are_to_be_more_by_the_number_that_would_do(run):

@@ -7,7 +7,6 @@ from msgspec.structs import replace
 
 from drllm.metrics import by_layer, ratios
 from drllm.paths import Decision
-from drllm.records import TriedPath
 from drllm.reporting.blocks import Document
 from drllm.reporting.drawing import LIGHT, svg
 from drllm.reporting.learned import MIN_QUESTIONS, sections
@@ -81,38 +80,3 @@ def test_a_single_epoch_can_be_drawn(folder):
     folder.routers(epochs=1)
     drawn = curves(sections(read_run(folder.path)))
     assert svg(drawn, "metrics").startswith("<svg viewBox=")
-
-
-def searched(run, *paths):
-    return replace(
-        run.search[0],
-        num_layers=3,
-        paths=tuple(
-            TriedPath(
-                decisions=decisions,
-                simulation=0,
-                reward=reward,
-                margin=margin,
-                executions=float(sum(decisions)),
-            )
-            for decisions, reward, margin in paths
-        ),
-    )
-
-
-def test_effects_count_only_paths_with_that_single_edit(run):
-    two, other = ((0, 0, 1), 0.0, -9.0), ((2, 1, 1), 1.0, 0.75)
-    records = [
-        searched(run, ((1, 1, 1), 1.0, 0.5), ((0, 1, 1), 0.0, -0.5), two, other),
-        searched(run, ((1, 1, 1), 0.0, -0.25), ((0, 1, 1), 1.0, 0.25)),
-    ]
-    (skip,) = edit_effects(records, Decision.SKIP)
-    assert (skip.layer, skip.questions, skip.reward, skip.margin) == (0, 2, 0.0, -0.25)
-    (repeat,) = edit_effects(records, Decision.REPEAT)
-    assert (repeat.layer, repeat.questions, repeat.reward, repeat.margin) == (0, 1, 0.0, 0.25)
-
-
-def test_an_effect_without_margins_has_none(run):
-    records = [searched(run, ((1, 1, 1), 1.0, None), ((1, 0, 1), 0.0, None))]
-    (effect,) = edit_effects(records, Decision.SKIP)
-    assert (effect.reward, effect.margin) == (-1.0, None)
