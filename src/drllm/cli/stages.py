@@ -79,18 +79,18 @@ def search(request: Request, terminal: Terminal) -> None:
     from drllm.search.run import search_paths
 
     found = search_paths(request.of(ModelConfig), questions, config, folder, listener=terminal)
-    assert found.file is not None
+    file, supervision = folder / "search.jsonl", folder / "supervision.jsonl"
     if not found.is_new:
-        terminal.say(f"{found.file} is complete already; nothing was searched again")
-    terminal.fact("search", found.file)
+        terminal.say(f"{file} is complete already; nothing was searched again")
+    terminal.fact("search", file)
     show_search(found, terminal, edits=False)
-    if failed := (read_manifest(found.file, "search") or {}).get("num_failed"):
-        file = folder / "search.failed.jsonl"
-        terminal.fact("failed", f"{failed} more questions, set aside in {file}")
-    supervision = folder / "supervision.jsonl"
+    if failed := (read_manifest(file, "search") or {}).get("num_failed"):
+        terminal.fact(
+            "failed", f"{failed} more questions, set aside in {folder}/search.failed.jsonl"
+        )
     with only_writer(folder, "search", "--output-dir"):
         clear_half_written(supervision, manifest_path(supervision), rejected_path(supervision))
-        _supervise(found, found.file, targets_config, supervision, terminal)
+        _supervise(found, targets_config, supervision, terminal)
 
 
 def _say_splits(tasks: Sequence[Task], terminal: Terminal) -> None:
@@ -103,11 +103,7 @@ def _say_splits(tasks: Sequence[Task], terminal: Terminal) -> None:
 
 
 def _supervise(
-    searched: SearchRecords,
-    file: Path,
-    config: SuperviseConfig,
-    output: Path,
-    terminal: Terminal,
+    searched: SearchRecords, config: SuperviseConfig, output: Path, terminal: Terminal
 ) -> None:
     found = targets(searched, config)
     if output.is_file():
@@ -117,7 +113,7 @@ def _supervise(
             terminal.note(f"drllm: {output} has no manifest, so it isn't ours; it stays as it is")
             return
         made = manifest or {}
-        of_this = sha256(file) in made.get("inputs", {}).values()
+        of_this = sha256(output.with_name("search.jsonl")) in made.get("inputs", {}).values()
         # Targets by a rule that `supervise` was given stay, unless another is asked for here.
         if of_this and config.to_dict() in (made.get("config"), SuperviseConfig().to_dict()):
             terminal.say(f"{output} is made from this search already; it stays as it is")
