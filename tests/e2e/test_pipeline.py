@@ -80,9 +80,6 @@ def rerun(recipe, tmp_path, run_copy, drllm) -> Callable[..., str]:
     return rerun
 
 
-# --- a recipe ----------------------------------------------------------------------------------
-
-
 def test_a_recipe_leaves_every_file_and_nothing_else(finished_run: Path):
     assert set(files_of(finished_run)) == FILES
 
@@ -194,9 +191,6 @@ def test_a_sweep_chooses_a_setting_on_select_and_tests_it_once(
     after = files_of(out)
     assert {name for name in before if before[name] != after[name]} <= {"sweep.json", "sweep.png"}
     assert "settings on select" in drllm("show", out).out
-
-
-# --- single verbs ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -484,9 +478,6 @@ def test_a_run_folder_is_shown_without_torch(finished_run: Path):
         line = [sys.executable, "-c", script, "show", *map(str, words)]
         done = subprocess.run(line, capture_output=True, text=True)
         assert done.stdout.splitlines()[-1] == f"{2 * (len(words) > 1)} set()"
-
-
-# --- kill, interrupt, go on --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -78,8 +78,6 @@ def narrow() -> Terminal:
     return terminal
 
 
-# --- the story ---------------------------------------------------------------------------------
-
 FOUND = [
     record(
         tried("1111", 1.0, margin=0.5, kl=0.0, retest=KEPT),
@@ -188,9 +186,6 @@ def test_after_a_search_layers_are_not_ranked(printed):
     out = printed()
     assert "paths tried 7" in out
     assert "least harmful" not in out
-
-
-# --- one question ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -310,9 +305,6 @@ def test_an_id_of_two_tasks_draws_both(printed):
     assert "q1 of two" in out
 
 
-# --- files -------------------------------------------------------------------------------------
-
-
 def search_file(folder: Path, found: Sequence[SearchRecord] = FOUND) -> Path:
     file = folder / "search.jsonl"
     write_records(file, found, new_manifest("search", model={}, config={}))
@@ -369,9 +361,6 @@ def test_what_is_kept_of_a_search_that_is_whole_is_not_mentioned(tmp_path: Path,
     write_atomically(tmp_path / CHUNKS_FOLDER / "batch-0-0123456789ab.json", "{}\n")
     show(tmp_path, Terminal())
     assert "not finished" not in printed()
-
-
-# --- supervision -------------------------------------------------------------------------------
 
 
 def test_a_supervision_is_told_with_tasks_reasons_and_layers(printed):
