@@ -12,6 +12,7 @@ from drllm.extras import EXTRAS
 CORE_ALONE = f"""
 import json, sys
 sys.modules |= dict.fromkeys({sum(EXTRAS.values(), ())})  # importing one of these fails
+from drllm import *  # every public name is there
 from drllm.cli import main
 print(json.dumps([main(command.split()) for command in json.loads(sys.argv[1])]))
 """

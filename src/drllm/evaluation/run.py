@@ -11,19 +11,15 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
 from drllm.config import EvaluateConfig
 from drllm.config.fields import changed
 from drllm.errors import ConfigError
-from drllm.evaluation.comparison import TASKS_FOLDER, Comparison, Shared
 from drllm.evaluation.latency import TIMED_TOKENS, write_latency
-from drllm.evaluation.lm_eval.folders import CACHE
-from drllm.evaluation.lm_eval.model import RoutedLM
 from drllm.evaluation.questions import check_output, tasks_of
-from drllm.evaluation.tables import TaskRuns, correct
 from drllm.listener import Listener
 from drllm.models.base.load import BaseModel
 from drllm.models.routers.checkpoint import WEIGHTS_FILE, check_routers, load_routers, save_routers
@@ -39,6 +35,9 @@ from drllm.records import (
 )
 from drllm.records.results import SAMPLES_FILE, Evaluation, Results, read_evaluation, results_in
 from drllm.tasks.base import OPTIONS_REWARD, Task
+
+if TYPE_CHECKING:
+    from drllm.evaluation.tables import TaskRuns
 
 Routers: TypeAlias = "Path | str | RouterStack"
 
@@ -155,6 +154,10 @@ def _evaluate(
     for stack in routers.values():
         check_routers(base.model, stack)
         stack.to(base.model.device)
+    # Only here, since they load the harness, which an installation without `eval` lacks.
+    from drllm.evaluation.comparison import Comparison, Shared
+    from drllm.evaluation.lm_eval.model import RoutedLM
+
     lm = RoutedLM(base, routers=trained, batch_size=config.batch_size)
     with ExitStack() as attached:
         attached.callback(lm.routed.detach)
@@ -184,6 +187,10 @@ def _identity(header: Mapping[str, Any]) -> dict[str, Any]:
 def _write(
     done: Sequence[TaskRuns], header: Mapping[str, Any], output: Path
 ) -> tuple[Evaluation, ...]:
+    from drllm.evaluation.comparison import TASKS_FOLDER
+    from drllm.evaluation.lm_eval.folders import CACHE
+    from drllm.evaluation.tables import correct
+
     tables = correct([each.table() for each in done])
     results = tuple(
         each.evaluation(table, header) for each, table in zip(done, tables, strict=True)

@@ -42,9 +42,6 @@ def counted(call):
     return counter.get_total_flops() - sum(map(sum, angles))
 
 
-# --- FLOPs -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", DENSE)
 def test_flops_of_a_prompt_are_those_that_torch_counts(tiny_model, family):
     model = tiny_model(family, attention="eager")
@@ -85,9 +82,6 @@ def test_what_grows_with_the_length_is_told_apart():
     assert twice.attention == 4 * once.attention
 
 
-# --- K/V ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", DENSE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kv_bytes_are_those_in_the_cache(tiny_model, family, dtype):
@@ -99,9 +93,6 @@ def test_kv_bytes_are_those_in_the_cache(tiny_model, family, dtype):
             with routed.fixed(decisions), torch.no_grad():
                 model(ids(part), **cache)
             assert kv_bytes(shape, decisions, num_read) == stored_bytes(*cache.values())
-
-
-# --- what isn't derived ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

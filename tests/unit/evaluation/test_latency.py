@@ -142,9 +142,6 @@ def test_long_prompts_are_cut_and_time_without_prompts_is_refused(base):
             measure(base.model, {"base": None}, prompts, 1)
 
 
-# --- what an evaluation writes -----------------------------------------------------------------
-
-
 def test_the_file_says_what_was_timed_and_on_what_and_goes_where_nothing_is_measured(
     base, routers, tmp_path
 ):

@@ -63,9 +63,6 @@ def test_sources_that_make_no_sense_are_refused(values, message):
     sources_of(TASKS, EvaluateConfig(num_calibration=9, baselines="block-repeat"))
 
 
-# --- worked answers ----------------------------------------------------------------------------
-
-
 def worked(tasks="builtin_facts", **values):
     config = EvaluateConfig(curve="0.1", epsilon=2.0, tasks=tasks, **values)
     return worked_task(config, get_tasks(tasks))
@@ -112,9 +109,6 @@ def test_a_split_without_a_file_is_answered_with_the_split_to_give(make_data):
 def test_too_few_worked_answers_are_refused_before_anything_runs(make_data):
     with pytest.raises(TaskError, match=r"split 'fit' has \d+ questions, and a bound needs 30"):
         worked(worked_answers="gsm8k", data_dir=make_data(60), splits={"gsm8k": "select"})
-
-
-# --- what is refused before a model is loaded --------------------------------------------------
 
 
 @pytest.mark.parametrize(

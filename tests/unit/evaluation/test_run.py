@@ -356,9 +356,6 @@ def test_baselines_that_lack_what_they_are_fitted_on_are_named(run, tmp_path):
         assert any(text.startswith(start) for text in result["findings"])
 
 
-# --- depths, and the certified choice ----------------------------------------------------------
-
-
 def test_a_curve_has_every_system_at_every_depth_that_the_routers_can_be_brought_to(run, tmp_path):
     baselines = "permuted-routes,last-layers"
     [result] = run(tmp_path, curve="0.1,0.3", baselines=baselines, limit=12)
@@ -489,9 +486,6 @@ def test_depths_of_a_task_can_be_those_of_another(run, two_tasks, tmp_path):
     assert f"{second.name}: base on select" not in names
 
 
-# --- several seeds -----------------------------------------------------------------------------
-
-
 def test_routers_of_other_seeds_are_what_they_are_when_evaluated_alone(
     run, base, routers_dir, tmp_path
 ):
@@ -526,9 +520,6 @@ def test_routers_of_other_seeds_are_what_they_are_when_evaluated_alone(
     assert list(result["other_seeds"]) == [str(tmp_path / "other")]
     for row, mine in zip(alone[0]["systems"], result["systems"], strict=True):
         assert {**row, "seconds": mine["seconds"]} == mine
-
-
-# --- measured time ----------------------------------------------------------------------------
 
 
 def test_time_is_measured_once_and_tests_are_corrected_for_all_tasks(
@@ -576,9 +567,6 @@ def test_an_evaluation_that_goes_on_measures_time_anew_as_often_as_it_is_told(
     monkeypatch.setattr(systems.TaskRun, "_ask", lambda *_: pytest.fail("all was asked"))
     run(tmp_path, **few, latency_rounds=1)
     assert read_latency(tmp_path).measured.num_rounds == 1
-
-
-# --- interruptions -----------------------------------------------------------------------------
 
 
 BROKEN_OFF = {

@@ -12,8 +12,6 @@ from drllm.statistics.intervals import (
     wilson_interval,
 )
 
-# --- Wilson ----------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(
     ("correct", "n", "bounds"),

@@ -14,8 +14,6 @@ from drllm.statistics.paired import (
     won_lost,
 )
 
-# --- McNemar ---------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("won", range(8))
 @pytest.mark.parametrize("lost", range(8))
@@ -142,7 +140,7 @@ def test_a_system_that_loses_epsilon_is_called_no_worse_in_one_case_of_twenty(ep
     assert 0.02 < wrong < 0.065  # outcomes are whole questions, and the test approximates
 
 
-def rejected_by_steps(pvalues: list[float], level: float) -> set[int]:
+def rejected_by_steps(pvalues, level):
     """Holm's procedure in words: smallest first, stop at the first that isn't small enough."""
     order = sorted(range(len(pvalues)), key=lambda index: pvalues[index])
     rejected: set[int] = set()

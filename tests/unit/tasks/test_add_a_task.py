@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,7 @@ DATA = {
 
 
 @pytest.fixture(autouse=True)
-def _added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _added(tmp_path, monkeypatch):
     """Put the page's row and module in their places for one test."""
     before = {name: TASKS.get(name) for name in TASKS if name not in DATA}
     sys.modules.pop("drllm.tasks.published.headqa", None)  # whoever has added it for good
@@ -51,16 +50,14 @@ def _added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("name", "rewards"), [("swag", 1), ("headqa", 2)])
-def test_the_tasks_of_the_page_can_be_named_and_listed(name: str, rewards: int) -> None:
+def test_the_tasks_of_the_page_can_be_named_and_listed(name, rewards):
     assert [task.name for task in get_tasks(f"{name},arc")] == [name, "arc_easy", "arc_challenge"]
     [listed] = (row for row in describe_tasks() if row[0] == name)
     assert listed[1] == ", ".join(["loglikelihood", "letter"][:rewards])
 
 
 @pytest.mark.parametrize(("name", "chance"), [("swag", 0.25), ("headqa", 0.5)])
-def test_the_tasks_of_the_page_can_be_evaluated(
-    name: str, chance: float, tmp_path: Path, write_rows: Callable[..., Path]
-) -> None:
+def test_the_tasks_of_the_page_can_be_evaluated(name, chance, tmp_path, write_rows):
     write_rows(f"{name}/validation", [DATA[name]])
     [task], files = task_folder(
         get_tasks(name), split="test", limit=None, seed=0, data_dir=tmp_path
@@ -70,7 +67,7 @@ def test_the_tasks_of_the_page_can_be_evaluated(
 
 
 @pytest.mark.parametrize("text", [ROW_TEST, MODULE_TEST], ids=["swag", "headqa"])
-def test_the_tests_of_the_page_pass(text: str, request: pytest.FixtureRequest) -> None:
+def test_the_tests_of_the_page_pass(text, request):
     assert re.match(r"# tests/unit/tasks/test_(swag|headqa)\.py\n", text)
     namespace: dict[str, object] = {"__name__": "test_of_the_page"}
     exec(compile(text, "docs/add-a-task.md", "exec"), namespace)

@@ -12,13 +12,12 @@ import pytest
 
 from drllm.config import SPLITS
 from drllm.records import question_key
-from drllm.tasks.base import Example
 from drllm.tasks.builtin import problems
 from drllm.tasks.registry import get_task
 from drllm.tasks.rewards import score_choices
 
 if TYPE_CHECKING:
-    from drllm.models.base.load import BaseModel
+    pass
 
 NAMES = ("builtin_facts", "builtin_arithmetic")
 FACTS = {split: get_task("builtin_facts").examples(split) for split in SPLITS}
@@ -38,31 +37,28 @@ DIGESTS = {
 
 
 @pytest.mark.parametrize(("name", "split"), DIGESTS)
-def test_the_questions_are_those_of_every_version(name: str, split: str) -> None:
+def test_the_questions_are_those_of_every_version(name, split):
     examples = get_task(name).examples(split)
     asked = [(e.id, e.question, e.choices, e.gold, e.answer) for e in examples]
     assert hashlib.sha256(repr(asked).encode()).hexdigest()[:16] == DIGESTS[name, split]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_two_questions_have_the_same_text_or_id(name: str) -> None:
+def test_no_two_questions_have_the_same_text_or_id(name):
     examples = [example for split in SPLITS for example in get_task(name).examples(split)]
     assert max(Counter(question_key(example.question) for example in examples).values()) == 1
     assert max(Counter(example.id for example in examples).values()) == 1
     assert {example.task for example in examples} == {name}
 
 
-# --- facts ---------------------------------------------------------------------------------------
-
-
-def parts(example: Example) -> tuple[str, str, str]:
+def parts(example):
     """Take apart an id: relation, subject (which may hold dashes), direction."""
     relation, rest = example.id.split("-", 1)
     subject, direction = rest.rsplit("-", 1)
     return relation.replace("_", " "), subject, direction
 
 
-def test_no_fact_is_in_two_splits_whichever_way_round_it_is_asked() -> None:
+def test_no_fact_is_in_two_splits_whichever_way_round_it_is_asked():
     homes: dict[tuple[str, str], str] = {}
     for split, examples in FACTS.items():
         for example in examples:
@@ -70,7 +66,7 @@ def test_no_fact_is_in_two_splits_whichever_way_round_it_is_asked() -> None:
     assert len(homes) > 500
 
 
-def test_wrong_options_are_right_ones_of_other_questions_of_the_kind() -> None:
+def test_wrong_options_are_right_ones_of_other_questions_of_the_kind():
     right = defaultdict(set)
     for example in ALL_FACTS:
         relation, _, direction = parts(example)
@@ -83,7 +79,7 @@ def test_wrong_options_are_right_ones_of_other_questions_of_the_kind() -> None:
 
 
 @pytest.mark.thorough
-def test_the_demo_model_knows_some_of_the_answers_and_not_all(smollm2: BaseModel) -> None:
+def test_the_demo_model_knows_some_of_the_answers_and_not_all(smollm2):
     """Of all questions it has 62 % right, 53 to 67 by split; this looks at some of the test."""
     import torch
 
@@ -101,10 +97,7 @@ def test_the_demo_model_knows_some_of_the_answers_and_not_all(smollm2: BaseModel
     assert 0.4 <= sum(rewards) / len(rewards) <= 0.8
 
 
-# --- arithmetic ----------------------------------------------------------------------------------
-
-
-def solve(query: str) -> Fraction | None:
+def solve(query):
     """Work a problem out from its text, on another way than the one that made it."""
     numbers = [Fraction(number) for number in re.findall(r"\d+", query)]
     if match := re.fullmatch(r"(?:What is|Compute) ([-+*/() \d]+)[?.]", query):
@@ -135,13 +128,13 @@ def solve(query: str) -> Fraction | None:
     return None
 
 
-def test_every_answer_is_right() -> None:
+def test_every_answer_is_right():
     assert len(problems()) >= 300
     wrong = [each for each in problems() if solve(each.query) != int(each.gt_ans)]
     assert not wrong
 
 
-def test_every_level_is_in_every_split_and_no_problem_is_in_two_in_other_words() -> None:
+def test_every_level_is_in_every_split_and_no_problem_is_in_two_in_other_words():
     for split in SPLITS:
         assert {each.level for each in problems() if each.split == split} == {*range(1, 6)}
     seen: dict[tuple[str, ...], str] = {}

@@ -21,7 +21,7 @@ NUMBERS = st.one_of(
 )
 
 
-def by_math_verify(gold: str, given: str) -> bool:
+def by_math_verify(gold, given):
     return bool(
         math_verify.verify(
             math_verify.parse(f"\\boxed{{{gold}}}"), math_verify.parse(f"\\boxed{{{given}}}")
@@ -36,9 +36,7 @@ def by_math_verify(gold: str, given: str) -> bool:
 @example("-0.10", "-0.1")
 @example("3", "3.0001")
 @example("999999999.9999", "999999999.9998")
-def test_plain_numbers_are_compared_as_math_verify_compares_them(
-    gold: str, other: str | None
-) -> None:
+def test_plain_numbers_are_compared_as_math_verify_compares_them(gold, other):
     given_answer = gold if other is None else other
     assert plain_number(gold) is not None
     assert same_value(gold, given_answer) == by_math_verify(gold, given_answer)
@@ -58,17 +56,17 @@ def test_plain_numbers_are_compared_as_math_verify_compares_them(
         ("12", "}{", False),
     ],
 )
-def test_other_answers_are_compared_by_value(gold: str, given_answer: str, expected: bool) -> None:
+def test_other_answers_are_compared_by_value(gold, given_answer, expected):
     assert same_value(gold, given_answer) is expected
 
 
-def test_only_plainly_written_numbers_take_the_fast_way() -> None:
+def test_only_plainly_written_numbers_take_the_fast_way():
     assert plain_number(" -12.5 ") == Decimal("-12.5")
     for text in ("007", "1e3", "1,000", "+1", "12.", ".5", "12345678901", "0.33333", "", "٣"):
         assert plain_number(text) is None
 
 
-def test_another_thread_may_ask() -> None:
+def test_another_thread_may_ask():
     answers: list[bool] = []
     thread = threading.Thread(target=lambda: answers.append(same_value("7", "\\frac{14}{2}")))
     thread.start()
@@ -76,8 +74,8 @@ def test_another_thread_may_ask() -> None:
     assert answers == [True]
 
 
-def test_an_alarm_of_the_caller_goes_on_running() -> None:
-    def handler(*_: object) -> None: ...
+def test_an_alarm_of_the_caller_goes_on_running():
+    def handler(*_: object): ...
 
     before = signal.signal(signal.SIGALRM, handler)
     signal.setitimer(signal.ITIMER_REAL, 500)
@@ -90,9 +88,7 @@ def test_an_alarm_of_the_caller_goes_on_running() -> None:
         signal.signal(signal.SIGALRM, before)
 
 
-def test_an_answer_that_takes_for_ever_is_wrong_and_the_next_is_compared(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_answer_that_takes_for_ever_is_wrong_and_the_next_is_compared(monkeypatch, caplog):
     assert same_value("4", "2+2")  # the process runs, so that the limit is for comparing alone
     monkeypatch.setattr(equality, "LIMIT_S", 0.5)
     assert same_value("12", "9^{9^{9^{9}}}") is False

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from drllm.config import SPLITS
 from drllm.errors import TaskError
-from drllm.tasks.base import Example, Task
 from drllm.tasks.registry import get_task, get_tasks
 from drllm.tasks.rewards import grade
 
@@ -19,28 +17,26 @@ CHOICES = {"question": "Which is cold?", "choices": ["fire", "ice", "steam"], "a
 GRADED = {"question": "What is 3 + 4?", "answer": "7", "grader": "boxed"}
 
 
-def write(folder: Path, *rows: Any, name: str = "mine.jsonl") -> Path:
+def write(folder, *rows: Any, name="mine.jsonl"):
     path = folder / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-def read(path: Path) -> tuple[Task, list[Example]]:
+def read(path):
     """Return a file's task and its questions."""
     task = get_task(str(path))
     return task, [example for split in SPLITS for example in task.examples(split)]
 
 
 @pytest.mark.parametrize("answer", [1, "ice", "B"])
-def test_the_right_option_may_be_given_by_index_text_or_letter(
-    tmp_path: Path, answer: int | str
-) -> None:
+def test_the_right_option_may_be_given_by_index_text_or_letter(tmp_path, answer):
     task, [example] = read(write(tmp_path, {**CHOICES, "answer": answer}))
     assert (example.gold, example.answer, example.id) == (1, "ice", "line-1")
     assert task.rewards == ("loglikelihood", "letter")
 
 
-def test_a_choices_text_comes_before_a_letter(tmp_path: Path) -> None:
+def test_a_choices_text_comes_before_a_letter(tmp_path):
     path = write(tmp_path, {"question": "Second letter?", "choices": ["B", "A"], "answer": "B"})
     assert read(path)[1][0].gold == 0
 
@@ -55,9 +51,7 @@ def test_a_choices_text_comes_before_a_letter(tmp_path: Path) -> None:
         ({**GRADED, "answer": "H", "grader": "letter"}, "H", "F"),
     ],
 )
-def test_generated_answers_are_graded_as_the_row_says(
-    tmp_path: Path, row: dict[str, Any], right: str, wrong: str
-) -> None:
+def test_generated_answers_are_graded_as_the_row_says(tmp_path, row, right, wrong):
     task, [example] = read(write(tmp_path, row))
     assert task.rewards == (row["grader"],)
     prompts = [task.prompt(example, row["grader"]), *task.retests(example, row["grader"])]
@@ -68,14 +62,14 @@ def test_generated_answers_are_graded_as_the_row_says(
         assert grade(prompt, wrong) == 0.0
 
 
-def test_a_file_is_read_once_unless_it_changes(tmp_path: Path) -> None:
+def test_a_file_is_read_once_unless_it_changes(tmp_path):
     path = write(tmp_path, CHOICES)
     assert get_task(str(path)) is get_task(str(path))
     write(tmp_path, CHOICES, {**CHOICES, "question": "And warm?"})
     assert len(read(path)[1]) == 2
 
 
-def test_one_file_serves_every_stage_and_no_question_two_of_them(tmp_path: Path) -> None:
+def test_one_file_serves_every_stage_and_no_question_two_of_them(tmp_path):
     rows = [{**CHOICES, "question": f"Question {number}?"} for number in range(1000)]
     task = get_task(str(write(tmp_path, *rows)))
     splits = {split: [e.question for e in task.examples(split)] for split in SPLITS}
@@ -87,7 +81,7 @@ def test_one_file_serves_every_stage_and_no_question_two_of_them(tmp_path: Path)
         assert numbers == sorted(numbers)
 
 
-def test_gzipped_files_and_blank_lines_are_read(tmp_path: Path) -> None:
+def test_gzipped_files_and_blank_lines_are_read(tmp_path):
     path = tmp_path / "mine.jsonl.gz"
     with gzip.open(path, "wt", encoding="utf-8") as file:
         file.write("\n" + json.dumps(CHOICES) + "\n\n")
@@ -95,14 +89,12 @@ def test_gzipped_files_and_blank_lines_are_read(tmp_path: Path) -> None:
     assert (task.name, example.id) == ("mine", "line-2")
 
 
-def test_a_repeated_question_with_the_same_answer_counts_once(tmp_path: Path) -> None:
+def test_a_repeated_question_with_the_same_answer_counts_once(tmp_path):
     path = write(tmp_path, CHOICES, {**CHOICES, "question": "which is  COLD?", "answer": "ice"})
     assert len(read(path)[1]) == 1
 
 
-def test_questions_of_one_text_with_other_choices_are_all_asked_and_one_is_trained_on(
-    tmp_path: Path,
-) -> None:
+def test_questions_of_one_text_with_other_choices_are_all_asked_and_one_is_trained_on(tmp_path):
     rows = [
         {**CHOICES, "question": f"Question {n}?", "choices": [CHOICES["choices"][0], f"other {m}"]}
         for n in range(40)
@@ -116,22 +108,22 @@ def test_questions_of_one_text_with_other_choices_are_all_asked_and_one_is_train
     assert len(trained) == len(set(trained)) == 40 - len(set(texts["test"]))
 
 
-def test_a_file_never_takes_the_name_of_a_built_in_task(tmp_path: Path) -> None:
+def test_a_file_never_takes_the_name_of_a_built_in_task(tmp_path):
     assert get_task(str(write(tmp_path, CHOICES, name="arc_easy.jsonl"))).name == "arc_easy_file"
 
 
-def test_two_files_of_one_name_are_refused_together(tmp_path: Path) -> None:
+def test_two_files_of_one_name_are_refused_together(tmp_path):
     (tmp_path / "other").mkdir()
     paths = [write(folder, CHOICES) for folder in (tmp_path, tmp_path / "other")]
     with pytest.raises(TaskError, match="named 'mine'; rename a file"):
         get_tasks(",".join(map(str, paths)))
 
 
-def choices(**changes: Any) -> dict[str, Any]:
+def choices(**changes: Any):
     return {**CHOICES, **changes}
 
 
-def graded(**changes: Any) -> dict[str, Any]:
+def graded(**changes: Any):
     return {**GRADED, **changes}
 
 
@@ -161,9 +153,7 @@ BROKEN: list[tuple[list[dict[str, Any]], str]] = [
 
 
 @pytest.mark.parametrize(("rows", "message"), BROKEN, ids=[message for _, message in BROKEN])
-def test_a_row_that_cannot_be_used_is_named(
-    tmp_path: Path, rows: list[dict[str, Any]], message: str
-) -> None:
+def test_a_row_that_cannot_be_used_is_named(tmp_path, rows, message):
     path = write(tmp_path, *rows)
     with pytest.raises(TaskError) as caught:
         get_task(str(path))
@@ -183,9 +173,7 @@ def test_a_row_that_cannot_be_used_is_named(
         (b'{"question": NaN}', "line 1: NaN is no number"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_named(
-    tmp_path: Path, content: bytes | None, message: str
-) -> None:
+def test_a_file_that_cannot_be_used_is_named(tmp_path, content, message):
     path = tmp_path / "mine.jsonl"
     if content is not None:
         path.write_bytes(content)

@@ -13,11 +13,11 @@ from drllm.tasks.registry import get_task
 from drllm.tasks.rewards import grade
 
 
-def example(*choices: str, gold: int = 0) -> Example:
+def example(*choices: str, gold=0):
     return Example(question="Why?", choices=choices, gold=gold, answer=choices[gold])
 
 
-def test_what_stands_before_a_question_stands_before_it_in_every_prompt() -> None:
+def test_what_stands_before_a_question_stands_before_it_in_every_prompt():
     asked = example("ice", "fire", gold=1)
     in_context = replace(asked, context="On chemistry.")
     for reward in OPTIONS.rewards:
@@ -27,7 +27,7 @@ def test_what_stands_before_a_question_stands_before_it_in_every_prompt() -> Non
         )
 
 
-def test_loglikelihood_is_retested_in_three_other_templates_and_by_character() -> None:
+def test_loglikelihood_is_retested_in_three_other_templates_and_by_character():
     asked = example("ice", "fire", gold=1)
     prompt, *retests = OPTIONS.prompts(asked, "loglikelihood")
     assert [retest.normalised for retest in retests] == [False, False, False, True]
@@ -39,7 +39,7 @@ def test_loglikelihood_is_retested_in_three_other_templates_and_by_character() -
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
-def test_letters_are_retested_in_every_other_rotation(count: int) -> None:
+def test_letters_are_retested_in_every_other_rotation(count):
     choices = [f"choice{index}" for index in range(count)]
     asked = example(*choices, gold=1)
     prompts = OPTIONS.prompts(asked, "letter")
@@ -61,9 +61,7 @@ def test_letters_are_retested_in_every_other_rotation(count: int) -> None:
         ("squad_v2", "exact", "1200.", "twelve hundred"),
     ],
 )
-def test_generated_answers_are_asked_for_in_three_ways_and_graded(
-    name: str, reward: str, answer: str, wrong: str
-) -> None:
+def test_generated_answers_are_asked_for_in_three_ways_and_graded(name, reward, answer, wrong):
     task = get_task(name)
     asked = Example(question="How {many}?", answer="1200", context="A {passage}.")
     prompts = [task.prompt(asked, reward), *task.retests(asked, reward)]
@@ -77,7 +75,7 @@ def test_generated_answers_are_asked_for_in_three_ways_and_graded(
         assert grade(prompt, wrong) == 0.0
 
 
-def test_an_answer_has_the_tokens_that_its_longest_right_text_needs() -> None:
+def test_an_answer_has_the_tokens_that_its_longest_right_text_needs():
     unlimited = replace(BOXED, max_new_tokens=None)
     asked = Example(question="?", answer="7", other_answers=("ж" * 100,))  # two bytes each
     assert unlimited.prompts(asked, "boxed")[0].max_new_tokens == 208
@@ -88,7 +86,7 @@ def test_an_answer_has_the_tokens_that_its_longest_right_text_needs() -> None:
     ("name", "fitting"),
     [("arc_easy", "loglikelihood, letter"), ("hellaswag", "loglikelihood"), ("gsm8k", "boxed")],
 )
-def test_a_reward_that_does_not_fit_is_refused_with_those_that_do(name: str, fitting: str) -> None:
+def test_a_reward_that_does_not_fit_is_refused_with_those_that_do(name, fitting):
     task = get_task(name)
     for ask in (task.prompt, task.retests):
         with pytest.raises(TaskError, match=f"'{name}'; it takes {fitting}"):

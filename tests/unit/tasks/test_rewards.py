@@ -52,27 +52,27 @@ WRONG = {
 
 
 @pytest.mark.parametrize("reward", sorted(PROMPTS))
-def test_what_comes_first_decides_apart_from_marks_and_notation(reward: str) -> None:
+def test_what_comes_first_decides_apart_from_marks_and_notation(reward):
     for text in RIGHT[reward]:
         assert grade(PROMPTS[reward], text) == 1.0, text
     for text in WRONG[reward]:
         assert grade(PROMPTS[reward], text) == 0.0, text
 
 
-def test_a_box_ends_where_its_own_brace_closes() -> None:
+def test_a_box_ends_where_its_own_brace_closes():
     assert first_boxed(r"{a} \boxed{\{1, {2}\}} \boxed{3}") == r"\{1, {2}\}"
     assert first_boxed(r"\boxed{ \boxed{5} and") == "5"
     assert first_boxed(r"} \boxed{7}") == "7"
     assert first_boxed(r"\boxed{\}") is None
 
 
-def test_a_minus_sign_and_a_decimal_point_are_part_of_an_exact_answer() -> None:
+def test_a_minus_sign_and_a_decimal_point_are_part_of_an_exact_answer():
     assert grade(Prompt(text="?", reward="exact", answer="-5"), "5") == 0.0
     assert grade(Prompt(text="?", reward="exact", answer=".5"), "5") == 0.0
 
 
 @given(PIECES)
-def test_normalising_twice_changes_nothing(text: str) -> None:
+def test_normalising_twice_changes_nothing(text):
     assert normalise(normalise(text)) == normalise(text)
 
 
@@ -84,7 +84,7 @@ def test_normalising_twice_changes_nothing(text: str) -> None:
 @example(begun="\\boxed{1", more="2}")
 @example(begun="new york", more=" city")
 @example(begun="new york.", more=" Really")
-def test_no_continuation_changes_a_verdict(reward: str, begun: str, more: str) -> None:
+def test_no_continuation_changes_a_verdict(reward, begun, more):
     prompt = PROMPTS[reward]
     decided = verdict(prompt, begun, finished=False)
     # The replacement characters of an unfinished character give way to what it turns out to be.
@@ -97,7 +97,7 @@ def test_no_continuation_changes_a_verdict(reward: str, begun: str, more: str) -
 @pytest.mark.parametrize("reward", sorted(PROMPTS))
 @given(text=PIECES)
 @settings(max_examples=300, deadline=None)
-def test_an_open_verdict_has_continuations_either_way(reward: str, text: str) -> None:
+def test_an_open_verdict_has_continuations_either_way(reward, text):
     """The verdict comes as early as it can: while it is open, both grades can still happen."""
     prompt = PROMPTS[reward]
     if verdict(prompt, text, finished=False) is not None:
@@ -115,7 +115,7 @@ def test_an_open_verdict_has_continuations_either_way(reward: str, text: str) ->
     assert any(grade(prompt, stable + more) == 0.0 for more in (wrong, "x" + wrong))
 
 
-def test_an_answer_is_decided_long_before_it_ends() -> None:
+def test_an_answer_is_decided_long_before_it_ends():
     assert verdict(PROMPTS["letter"], "B", finished=False) is None
     assert verdict(PROMPTS["letter"], "B.", finished=False) == 1.0
     assert verdict(PROMPTS["boxed"], "\\boxed{12}", finished=False) == 1.0
@@ -125,7 +125,7 @@ def test_an_answer_is_decided_long_before_it_ends() -> None:
     assert verdict(PROMPTS["several"], "New J", finished=False) == 0.0
 
 
-def options(*texts: str, gold: int, normalised: bool = False) -> Prompt:
+def options(*texts: str, gold, normalised=False):
     return Prompt(
         text="?",
         reward="loglikelihood",
@@ -136,7 +136,7 @@ def options(*texts: str, gold: int, normalised: bool = False) -> Prompt:
     )
 
 
-def test_the_margin_is_the_gold_score_minus_the_best_other() -> None:
+def test_the_margin_is_the_gold_score_minus_the_best_other():
     assert score_choices([-4.0, -1.5, -2.0], options("a", "b", "c", gold=1)) == (1.0, 0.5)
     assert score_choices([-4.0, -1.5, -2.0], options("a", "b", "c", gold=0)) == (0.0, -2.5)
     assert score_choices([-1.0, -1.0], options("a", "b", gold=0)) == (1.0, 0.0)
@@ -151,9 +151,7 @@ def test_the_margin_is_the_gold_score_minus_the_best_other() -> None:
     ),
     st.data(),
 )
-def test_normalised_scores_pick_what_acc_norm_of_the_harness_picks(
-    choices: list[tuple[str, float]], data: st.DataObject
-) -> None:
+def test_normalised_scores_pick_what_acc_norm_of_the_harness_picks(choices, data):
     gold = data.draw(st.integers(0, len(choices) - 1))
     prompt = options(*(text for text, _ in choices), gold=gold, normalised=True)
     logprobs = [value for _, value in choices]
@@ -164,7 +162,7 @@ def test_normalised_scores_pick_what_acc_norm_of_the_harness_picks(
     )
 
 
-def test_what_cannot_be_graded_or_compared_is_refused() -> None:
+def test_what_cannot_be_graded_or_compared_is_refused():
     with pytest.raises(ValueError, match="loglikelihood"):
         grade(options("a", "b", gold=0), "a")
     for scores in ([-1.0], [-1.0, float("nan")], [-1.0, float("-inf")]):

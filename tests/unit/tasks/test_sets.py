@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +12,6 @@ import pytest
 from drllm.config import SPLITS
 from drllm.errors import TaskError
 from drllm.records import question_key
-from drllm.tasks.base import Example
 from drllm.tasks.published.readers import UNANSWERABLE
 from drllm.tasks.published.task import PublishedTask
 from drllm.tasks.registry import TASKS, get_task, get_tasks
@@ -62,24 +59,22 @@ SQUAD = {
 }
 
 
-def published(name: str) -> PublishedTask:
+def published(name):
     task = get_task(name)
     assert isinstance(task, PublishedTask)
     return task
 
 
-def read(name: str, row: dict[str, Any]) -> Example:
+def read(name, row):
     example = published(name).read(row)
     assert example is not None
     return example
 
 
-def asked(name: str, examples: list[Example]) -> list[tuple[str, str]]:
+def asked(name, examples):
     prompts = [get_task(name).prompt(example, "loglikelihood") for example in examples]
     return [(prompt.text, text) for prompt in prompts for text in prompt.continuations]
 
-
-# --- what a row means ----------------------------------------------------------------------------
 
 OF_FOLDER = {"question": "Why?", "choices": ["ice", "fire"], "answer": 1}
 
@@ -97,9 +92,7 @@ OF_FOLDER = {"question": "Why?", "choices": ["ice", "fire"], "answer": 1}
         ("winogrande", WINOGRANDE, WINOGRANDE["sentence"], ("Ann", "Eve"), 1),
     ],
 )
-def test_a_row_with_options_is_a_question(
-    name: str, row: dict[str, Any], question: str, choices: tuple[str, ...], gold: int
-) -> None:
+def test_a_row_with_options_is_a_question(name, row, question, choices, gold):
     example = read(name, row)
     assert (example.question, example.choices, example.gold) == (question, choices, gold)
     assert example.answer == choices[gold]
@@ -120,15 +113,13 @@ def test_a_row_with_options_is_a_question(
         ("squad_v2", {**SQUAD, "answers": {"text": []}}, (UNANSWERABLE,)),
     ],
 )
-def test_a_row_with_a_generated_answer_is_a_question_or_none(
-    name: str, row: dict[str, Any], answers: tuple[str, ...] | None
-) -> None:
+def test_a_row_with_a_generated_answer_is_a_question_or_none(name, row, answers):
     example = published(name).read(row)
     found = None if example is None else (example.answer, *example.other_answers)
     assert found == answers
 
 
-def test_a_question_without_an_answer_is_right_with_the_word_that_the_prompt_asks_for() -> None:
+def test_a_question_without_an_answer_is_right_with_the_word_that_the_prompt_asks_for():
     example = read("squad_v2", {**SQUAD, "answers": {"text": []}})
     task = get_task("squad_v2")
     for prompt in (task.prompt(example, "exact"), *task.retests(example, "exact")):
@@ -138,7 +129,7 @@ def test_a_question_without_an_answer_is_right_with_the_word_that_the_prompt_ask
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)])
-def test_gpqas_options_stand_in_an_order_of_the_questions_own(order: tuple[int, ...]) -> None:
+def test_gpqas_options_stand_in_an_order_of_the_questions_own(order):
     from_hub = read("gpqa_diamond", GPQA)
     texts = [GPQA["Correct Answer"], "Air", "Oil", "Cork"]
     row = {
@@ -153,7 +144,7 @@ def test_gpqas_options_stand_in_an_order_of_the_questions_own(order: tuple[int, 
     assert golds == {0, 1, 2, 3}
 
 
-def test_hellaswags_raw_row_is_cleaned_as_the_harness_cleans_it() -> None:
+def test_hellaswags_raw_row_is_cleaned_as_the_harness_cleans_it():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import datasets
@@ -164,8 +155,6 @@ def test_hellaswags_raw_row_is_cleaned_as_the_harness_cleans_it() -> None:
     assert (example.question, list(example.choices)) == (theirs["query"], theirs["choices"])
     assert example.gold == theirs["gold"] == 2
 
-
-# --- what is refused -----------------------------------------------------------------------------
 
 BROKEN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("arc_easy", LABELLED, {"answerKey": "4"}, "'answerKey' is '4'; expected one of 1, 2, 3"),
@@ -212,14 +201,7 @@ BROKEN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("name", "row", "change", "message"), BROKEN)
-def test_a_broken_row_is_named_with_file_and_line(
-    tmp_path: Path,
-    write_rows: Callable[..., Path],
-    name: str,
-    row: dict[str, Any],
-    change: dict[str, Any],
-    message: str,
-) -> None:
+def test_a_broken_row_is_named_with_file_and_line(tmp_path, write_rows, name, row, change, message):
     task = published(name)
     file, origin = list(task.files.items())[-1]
     split = "test" if origin != "train" else "search"
@@ -231,7 +213,7 @@ def test_a_broken_row_is_named_with_file_and_line(
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if get_task(name).form is None])
-def test_a_search_of_a_task_that_is_only_evaluated_is_refused_by_name(name: str) -> None:
+def test_a_search_of_a_task_that_is_only_evaluated_is_refused_by_name(name):
     task, example = get_task(name), read("winogrande", WINOGRANDE)
     assert task.description.endswith("evaluation only)")
     for reward in (None, "loglikelihood"):
@@ -241,15 +223,10 @@ def test_a_search_of_a_task_that_is_only_evaluated_is_refused_by_name(name: str)
         task.prompt(example, "loglikelihood")
 
 
-# --- where the questions come from ---------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "key", "row"), [("mmlu", "question", MMLU), ("winogrande", "sentence", WINOGRANDE)]
 )
-def test_the_file_of_a_set_that_is_only_evaluated_is_halved(
-    name: str, key: str, row: dict[str, Any], tmp_path: Path, write_rows: Callable[..., Path]
-) -> None:
+def test_the_file_of_a_set_that_is_only_evaluated_is_halved(name, key, row, tmp_path, write_rows):
     task = published(name)
     write_rows(f"{name}/validation", [{**row, key: f"{row[key]} ({n})"} for n in range(40)])
     select, test = (task.examples(split, tmp_path) for split in ("select", "test"))
@@ -268,11 +245,11 @@ PROBLEMS = 200
 POOL = ("hkust-nlp/dart-math-pool-math", None, "train")
 
 
-def problem(number: int) -> dict[str, Any]:
+def problem(number):
     return {"query": f"Divide {number} by $7$.", "gt_ans": str(number), "level": number % 5 + 1}
 
 
-def pool_row(number: int, sample: int, **metadata: Any) -> dict[str, Any]:
+def pool_row(number, sample, **metadata: Any):
     """A row as the hub has it: one sampled solution, with the level in its metadata."""
     row = problem(number)
     return {
@@ -284,7 +261,7 @@ def pool_row(number: int, sample: int, **metadata: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def pool(hub: Any) -> Any:
+def pool(hub):
     """A hub with three solutions to each problem, the problems one after the other."""
     hub.files[POOL] = [
         pool_row(number, sample) for sample in range(3) for number in range(PROBLEMS)
@@ -292,7 +269,7 @@ def pool(hub: Any) -> Any:
     return hub
 
 
-def by_level(data_dir: Path | None = None) -> dict[tuple[str, str], list[str]]:
+def by_level(data_dir=None):
     return {
         (task.name, split): [example.question for example in task.examples(split, data_dir)]
         for task in get_tasks("dart")
@@ -300,7 +277,7 @@ def by_level(data_dir: Path | None = None) -> dict[tuple[str, str], list[str]]:
     }
 
 
-def test_every_problem_of_the_pool_is_one_question_of_one_level_and_split(pool: Any) -> None:
+def test_every_problem_of_the_pool_is_one_question_of_one_level_and_split(pool):
     questions = by_level()
     everything = [question for part in questions.values() for question in part]
     assert len(everything) == len(set(everything)) == PROBLEMS
@@ -312,9 +289,7 @@ def test_every_problem_of_the_pool_is_one_question_of_one_level_and_split(pool: 
     assert pool.asked == [POOL]  # read once for all levels and splits
 
 
-def test_problems_of_the_pool_without_a_level_are_passed_over_and_counted_once(
-    pool: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_problems_of_the_pool_without_a_level_are_passed_over_and_counted_once(pool, caplog):
     for number, place, metadata in ((PROBLEMS, 0, {"level": 0}), (PROBLEMS + 1, 7, {"x": 1})):
         for sample in range(3):
             pool.files[POOL].insert(place, pool_row(number, sample, **metadata))
@@ -324,26 +299,21 @@ def test_problems_of_the_pool_without_a_level_are_passed_over_and_counted_once(
     assert record.getMessage().endswith(": 2")
 
 
-def test_a_pool_in_which_no_problem_has_a_level_is_refused(pool: Any) -> None:
+def test_a_pool_in_which_no_problem_has_a_level_is_refused(pool):
     for row in pool.files[POOL]:
         row["query_metadata"] = {"level": "Level 2"}
     with pytest.raises(TaskError, match=r"train, row 1: 'level' is 'Level 2'; expected a whole"):
         get_task("dart-2").examples("search")
 
 
-def test_a_data_folder_holds_one_file_for_all_levels_and_a_problem_once(
-    pool: Any, tmp_path: Path, write_rows: Callable[..., Path]
-) -> None:
+def test_a_data_folder_holds_one_file_for_all_levels_and_a_problem_once(pool, tmp_path, write_rows):
     write_rows("dart/train", [problem(n) for n in range(PROBLEMS) for _ in range(2)])
     assert by_level(tmp_path) == by_level()
 
 
-# --- prompts and real files ----------------------------------------------------------------------
-
-
 def test_commonsense_qa_is_asked_in_cloze_form_where_the_harness_asks_for_letters(
-    rendered_by_the_harness: Any,
-) -> None:
+    rendered_by_the_harness,
+):
     """What docs/differences.md says about it, D-21."""
     example, task = read("commonsense_qa", LABELLED), get_task("commonsense_qa")
     cloze = task.prompt(example, task.check_reward(None))
@@ -356,15 +326,15 @@ def test_commonsense_qa_is_asked_in_cloze_form_where_the_harness_asks_for_letter
     assert "\nE. e\nAnswer:" in requests[0][0]
 
 
-def real_rows(data_dir: Path, file: str) -> list[dict[str, Any]]:
+def real_rows(data_dir, file):
     with gzip.open(data_dir / f"{file}.jsonl.gz", "rt", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
 @pytest.mark.parametrize("name", ["arc_easy", "arc_challenge"])
 def test_the_prompts_of_the_real_arc_are_what_the_harness_renders(
-    name: str, data_dir: Path, rendered_by_the_harness: Any
-) -> None:
+    name, data_dir, rendered_by_the_harness
+):
     rows = real_rows(data_dir, f"{name}/validation")
     examples = get_task(name).examples("test", data_dir)
     assert asked(name, examples) == rendered_by_the_harness(rows, f"arc/{name}.yaml")
@@ -375,8 +345,8 @@ def test_the_prompts_of_the_real_arc_are_what_the_harness_renders(
 
 @pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.thorough)])
 def test_the_prompts_of_the_real_mmlu_are_what_the_harness_renders(
-    step: int, data_dir: Path, rendered_by_the_harness: Any
-) -> None:
+    step, data_dir, rendered_by_the_harness
+):
     rows = real_rows(data_dir, "mmlu/validation")
     subjects = {row["subject"] for row in rows}
     assert len(subjects) == 57
@@ -400,9 +370,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_the_real_files_are_divided_and_no_question_is_in_two_splits(
-    name: str, data_dir: Path
-) -> None:
+def test_the_real_files_are_divided_and_no_question_is_in_two_splits(name, data_dir):
     task, wanted = get_task(name), dict(SIZES[name])
     splits = [split for split in SPLITS if split in wanted or "train" in wanted]
     found = {split: task.examples(split, data_dir) for split in splits}
@@ -417,14 +385,14 @@ def test_the_real_files_are_divided_and_no_question_is_in_two_splits(
     assert len(set(ids)) == len(ids)
 
 
-def test_no_real_training_question_is_in_the_test_of_the_other_arc(data_dir: Path) -> None:
+def test_no_real_training_question_is_in_the_test_of_the_other_arc(data_dir):
     easy, challenge = get_tasks("arc")
     test = {question_key(e.question) for e in challenge.examples("test", data_dir)}
     for split in SPLITS[:3]:
         assert not test & {question_key(e.question) for e in easy.examples(split, data_dir)}
 
 
-def test_the_real_squad_has_questions_with_and_without_answers(data_dir: Path) -> None:
+def test_the_real_squad_has_questions_with_and_without_answers(data_dir):
     task = get_task("squad_v2")
     examples = task.examples("test", data_dir)
     answerable = [example for example in examples if example.answer != UNANSWERABLE]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -28,18 +27,18 @@ GOLDS = [2, 0, 1, 0]
 
 
 @pytest.fixture(scope="module")
-def model(tiny_llama: Callable[..., Any]) -> Any:
+def model(tiny_llama):
     """The model that `routed` is made of, untouched."""
     return tiny_llama(num_layers=NUM_LAYERS)
 
 
 @pytest.fixture(scope="module")
-def routed(tiny_llama: Callable[..., Any]) -> RoutedModel:
+def routed(tiny_llama):
     return RoutedModel(tiny_llama(num_layers=NUM_LAYERS))
 
 
 @pytest.fixture(scope="session")
-def some_prompts() -> Callable[[int], list[list[int]]]:
+def some_prompts():
     """A function that returns prompts of 1 to 20 tokens, always the same ones."""
 
     def make(number: int) -> list[list[int]]:
@@ -50,24 +49,24 @@ def some_prompts() -> Callable[[int], list[list[int]]]:
 
 
 @pytest.fixture(scope="session")
-def material_of() -> Callable[[RoutedModel], Material]:
+def material_of():
     """A function that returns the questions, their prompts and gold options for a model."""
     return lambda routed: Material(routed, [each.context for each in QUESTIONS], QUESTIONS, GOLDS)
 
 
 @pytest.fixture(scope="module")
-def material(routed: RoutedModel, material_of: Callable[[RoutedModel], Material]) -> Material:
+def material(routed, material_of):
     return material_of(routed)
 
 
 @pytest.fixture(scope="session")
-def without_a_model() -> Callable[[int], Any]:
+def without_a_model():
     """A function that returns what baselines are made from that only know the number of layers."""
     return lambda num_layers: SimpleNamespace(routed=SimpleNamespace(num_layers=num_layers))
 
 
 @pytest.fixture(scope="session")
-def searched() -> Callable[..., SearchRecord]:
+def searched():
     """A function that returns one question's search, from pairs of decisions and reward."""
 
     def make(number: int, tried: Sequence[tuple[tuple[int, ...], float]]) -> SearchRecord:
@@ -97,7 +96,7 @@ def searched() -> Callable[..., SearchRecord]:
 
 
 @pytest.fixture(scope="module")
-def slow_gold_logprob(model: Any) -> Callable[[Sequence[int]], float]:
+def slow_gold_logprob(model):
     """A function that measures a path: one question, one option at a time, without padding."""
 
     def measure(path: Sequence[int]) -> float:

@@ -42,21 +42,18 @@ def routed(model):
     return RoutedModel(copy.deepcopy(model))
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_influence_equals_that_of_the_hidden_states_prompt_by_prompt(
-    model, routed, some_prompts, batch_size
+@pytest.mark.parametrize(
+    ("batch_size", "decisions"), [(1, None), (4, None), (100, None), (4, [0, 2, 1, 0])]
+)
+def test_influence_is_that_of_the_base_model_s_hidden_states_whatever_batch_and_policy(
+    model, some_prompts, batch_size, decisions
 ):
     prompts = some_prompts(11)
+    policy = None if decisions is None else FixedPolicy(decisions, 4)
+    routed = RoutedModel(copy.deepcopy(model), policy=policy)
     found = block_influence(routed, prompts, batch_size=batch_size)
     assert found == pytest.approx(by_hand(model, prompts), abs=COSINE_TOLERANCE)
     assert max(found) - min(found) > 100 * COSINE_TOLERANCE
-
-
-def test_the_base_model_is_measured_whatever_the_policy(model, some_prompts):
-    routed = RoutedModel(copy.deepcopy(model), policy=FixedPolicy([0, 2, 1, 0], 4))
-    prompts = some_prompts(11)
-    found = block_influence(routed, prompts)
-    assert found == pytest.approx(by_hand(model, prompts), abs=COSINE_TOLERANCE)
 
 
 def test_a_layer_that_changes_nothing_has_no_influence_and_goes_first(tiny_llama, some_prompts):

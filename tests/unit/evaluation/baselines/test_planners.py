@@ -21,8 +21,6 @@ from drllm.models.routers.depth_control import routes_of
 from drllm.models.scoring.choices import ChoiceBatch
 from drllm.models.scoring.packing import Question
 
-# --- reading and following ---------------------------------------------------------------------
-
 
 @pytest.fixture(scope="module")
 def prompts(some_prompts):
@@ -84,8 +82,6 @@ def test_scaled_inputs_have_mean_0_and_deviation_1_but_where_nothing_varies():
     torch.testing.assert_close(others.mean(dim=0), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(others.std(dim=0, correction=0), torch.ones(4))
 
-
-# --- training ----------------------------------------------------------------------------------
 
 N, D, L = 200, 24, 10
 

@@ -43,9 +43,6 @@ def test_draws_follow_from_the_seed_and_leave_the_routes_alone(draw):
     assert torch.equal(routes, random_routes())
 
 
-# --- permuted routes -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("questions", [1, 2, 3, 30])
 def test_permuted_routes_are_the_same_routes(questions):
     routes = random_routes(questions)
@@ -72,9 +69,6 @@ def test_equal_routes_stay_equal_and_are_counted_as_unchanged():
     assert share_unchanged(routes, permuted(routes, rng())) == 0.8
 
 
-# --- random decisions with the same counts ---------------------------------------------------
-
-
 def test_every_question_keeps_its_numbers_of_skips_and_repeats():
     routes = random_routes()
     drawn = random_like(routes, rng())
@@ -89,8 +83,6 @@ def test_every_placement_of_the_decisions_is_equally_likely():
     # 12 placements, 500 each expected, standard deviation 21.
     assert all(400 < number < 600 for number in counts.values())
 
-
-# --- label frequency -------------------------------------------------------------------------
 
 LABELS = [[30, 60, 10], [1, 95, 4], [0, 5, 5], [0, 7, 0], [60, 30, 10], [10, 80, 10]]
 """Six layers; drawn as they are, 5.52 executions."""

@@ -24,6 +24,7 @@ def test_baselines_are_found_by_their_modules_in_the_order_of_tables():
     assert named("all") == NAMES == [baseline.name for baseline in ordered()]
     assert named("none") == []
     assert named("quick") == NAMES[:5]
+    assert named("block_repeat, last-layers") == ["last layers", "block repeat"]
 
 
 def test_baselines_are_listed_without_torch():
@@ -32,10 +33,6 @@ def test_baselines_are_listed_without_torch():
         "assert len(ordered()) == 13\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
-
-
-def test_names_are_taken_with_dashes_or_underscores_and_shown_in_one_order():
-    assert named("block_repeat, last-layers") == ["last layers", "block repeat"]
 
 
 def test_a_name_that_there_is_not_is_refused_with_the_nearest():

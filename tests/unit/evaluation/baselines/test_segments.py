@@ -44,9 +44,6 @@ def decisions_of(program):
     return tuple(decision for decision, length in program for _ in range(length))
 
 
-# --- segments --------------------------------------------------------------------------------
-
-
 def test_segments_are_the_fewest_that_give_the_decisions():
     programs = {}
     for program in every_program(6):
@@ -61,9 +58,6 @@ def test_segments_are_the_fewest_that_give_the_decisions():
         fewest = min(map(len, ways))
         longest_first = max([length for _, length in way] for way in ways if len(way) == fewest)
         assert [length for _, length in program] == longest_first
-
-
-# --- what is learned ---------------------------------------------------------------------------
 
 
 FULL, SHORT, LONG = (1,) * 6, (1, 0, 1, 1, 1, 1), (1, 2, 1, 1, 1, 1)
@@ -100,9 +94,6 @@ def test_of_many_valid_programs_some_are_drawn(record):
 def test_a_log_without_a_program_to_learn_is_refused(record):
     with pytest.raises(RecordError, match="no question of these search records has a valid path"):
         programs_of([record(0, [], [FULL])])
-
-
-# --- the predictor -----------------------------------------------------------------------------
 
 
 def random_logits(num_rows, num_layers, seed=0):

@@ -269,7 +269,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def sets(hub: Any) -> dict[str, PublishedSet]:
+def sets(hub):
     """The sets, all of them on the hub."""
     for published in SETS.values():
         hub.files.update(published.hub)
@@ -277,7 +277,7 @@ def sets(hub: Any) -> dict[str, PublishedSet]:
 
 
 @pytest.fixture
-def data_folder(sets: dict[str, PublishedSet], write_rows: Callable[..., Path], tmp_path: Path):
+def data_folder(sets, write_rows, tmp_path):
     """A function that writes sets as a data folder and returns it."""
 
     def write(*names: str) -> Path:
@@ -290,7 +290,7 @@ def data_folder(sets: dict[str, PublishedSet], write_rows: Callable[..., Path], 
 
 
 @pytest.fixture
-def loaded(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def loaded(tmp_path):
     """A function that loads tasks of a task folder by the harness and builds their requests."""
 
     def load(*names: str, place: str = "tasks", defaults: bool = False) -> dict[str, Any]:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from drllm.errors import ConfigError, TaskError
-from drllm.evaluation.lm_eval.folders import HarnessTask, task_folder
+from drllm.evaluation.lm_eval.folders import task_folder
 from drllm.records import question_key
-from drllm.tasks.base import OPTIONS_REWARD, Example, Task
+from drllm.tasks.base import OPTIONS_REWARD, Task
 from drllm.tasks.files import FileTask
 from drllm.tasks.published.task import PublishedTask
 from drllm.tasks.registry import get_task, get_tasks
@@ -26,10 +25,10 @@ OURS = ("builtin_facts", "builtin_arithmetic")
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[..., list[HarnessTask]]:
+def write(tmp_path):
     """A function that writes tasks, by name, into the folder `tasks` of the test."""
 
-    def to_folder(names: str | Task, place: str = "tasks", **given: Any) -> list[HarnessTask]:
+    def to_folder(names, place="tasks", **given: Any):
         settings: dict[str, Any] = {"split": "test", "limit": None, "seed": 0, "data_dir": None}
         tasks = [names] if isinstance(names, Task) else get_tasks(names)
         found, files = task_folder(tasks, **{**settings, **given})
@@ -40,34 +39,34 @@ def write(tmp_path: Path) -> Callable[..., list[HarnessTask]]:
 
 
 @pytest.fixture
-def asked(write: Any, loaded: Any) -> Callable[..., Any]:
+def asked(write, loaded):
     """A function that writes one task, and returns it with the harness' tasks by leaf."""
 
-    def ask(name: str | Task, place: str = "tasks", **given: Any) -> Any:
+    def ask(name, place="tasks", **given: Any):
         [task] = write(name, place=place, **given)
         return task, loaded(task.harness_name, place=place)
 
     return ask
 
 
-def requests_of(task: Any) -> list[Any]:
+def requests_of(task):
     return [instance.args for instance in task.instances]
 
 
-def searched(task: Task) -> list[Any]:
+def searched(task):
     """Return the requests of a search's own prompts."""
     prompts = [task.prompt(example, OPTIONS_REWARD) for example in task.examples("test")]
     return [(prompt.text, text) for prompt in prompts for text in prompt.continuations]
 
 
-def rows_of(name: str, split: str = "test") -> list[tuple[Example, Any]]:
+def rows_of(name, split="test"):
     task = get_task(name)
     assert isinstance(task, PublishedTask)
     return task.rows(split)
 
 
 @pytest.fixture
-def our_order(monkeypatch: pytest.MonkeyPatch, sets: Any) -> None:
+def our_order(monkeypatch, sets):
     """The harness shuffles GPQA's options by the global generator: let it find our order."""
     task = get_task("gpqa_diamond")
     orders = {
@@ -77,7 +76,7 @@ def our_order(monkeypatch: pytest.MonkeyPatch, sets: Any) -> None:
     }
     shuffle = random.shuffle
 
-    def in_our_order(items: Any) -> None:
+    def in_our_order(items):
         if isinstance(items, list) and frozenset(map(str, items)) in orders:
             items[:] = orders[frozenset(items)]
         else:
@@ -89,8 +88,8 @@ def our_order(monkeypatch: pytest.MonkeyPatch, sets: Any) -> None:
 @pytest.mark.parametrize("num_fewshot", [0, 3])
 @pytest.mark.usefixtures("our_order")
 def test_the_requests_are_those_of_the_harness_own_task_file(
-    set_name: str, num_fewshot: int, sets: Any, asked: Any, rendered_by_the_harness: Any
-) -> None:
+    set_name, num_fewshot, sets, asked, rendered_by_the_harness
+):
     harness = get_task(set_name).harness
     assert harness is not None
     if not sets[set_name].file or (num_fewshot and harness.only_zero_shot):
@@ -109,8 +108,8 @@ def test_the_requests_are_those_of_the_harness_own_task_file(
 
 
 def test_gsm8k_shows_five_worked_examples_unless_told_otherwise(
-    sets: Any, asked: Any, rendered_by_the_harness: Any
-) -> None:
+    sets, asked, rendered_by_the_harness
+):
     task, found = asked("gsm8k", split="select")
     rows = [row for _, row in rows_of("gsm8k", "select")]
     shown = [row for _, row in rows_of("gsm8k", "fit")]
@@ -119,9 +118,7 @@ def test_gsm8k_shows_five_worked_examples_unless_told_otherwise(
     assert requests_of(found["gsm8k"]) == theirs
 
 
-def test_the_hub_and_a_data_folder_give_the_same_requests(
-    set_name: str, data_folder: Any, asked: Any
-) -> None:
+def test_the_hub_and_a_data_folder_give_the_same_requests(set_name, data_folder, asked):
     harness = get_task(set_name).harness
     assert harness is not None
     given = {"num_fewshot": 0 if harness.only_zero_shot else 2}
@@ -131,7 +128,7 @@ def test_the_hub_and_a_data_folder_give_the_same_requests(
     assert list(map(requests_of, first.values())) == list(map(requests_of, second.values()))
 
 
-def test_squads_prompt_is_the_harness_own(sets: Any, asked: Any) -> None:
+def test_squads_prompt_is_the_harness_own(sets, asked):
     from lm_eval.tasks.squadv2.task import SQuAD2
 
     task = asked("squad_v2", num_fewshot=0)[1]["squad_v2"]
@@ -146,15 +143,15 @@ def test_squads_prompt_is_the_harness_own(sets: Any, asked: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["arc_easy", "arc_challenge", "hellaswag", "piqa", "mmlu_cloze"])
-def test_what_a_search_asks_is_what_an_evaluation_asks(name: str, sets: Any, asked: Any) -> None:
+def test_what_a_search_asks_is_what_an_evaluation_asks(name, sets, asked):
     _, found = asked(name, num_fewshot=0)
     ours = searched(get_task(name.removesuffix("_cloze")))
     assert sorted(ours) == sorted(args for task in found.values() for args in requests_of(task))
 
 
 def test_a_run_of_the_harness_reports_the_metric_that_counts_of_every_task(
-    sets: Any, hub: Any, write: Any, tmp_path: Path
-) -> None:
+    sets, hub, write, tmp_path
+):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -185,12 +182,7 @@ def test_a_run_of_the_harness_reports_the_metric_that_counts_of_every_task(
         assert result == pytest.approx(mean)
 
 
-# --- what is ours alone ------------------------------------------------------------------------
-
-
-def test_options_of_ours_are_asked_byte_for_byte_as_a_search_asks_them(
-    asked: Any, tmp_path: Path
-) -> None:
+def test_options_of_ours_are_asked_byte_for_byte_as_a_search_asks_them(asked, tmp_path):
     dates = ["2001-01-01", "1999-12-31"]
     lines = [
         {
@@ -215,9 +207,7 @@ def test_options_of_ours_are_asked_byte_for_byte_as_a_search_asks_them(
     ("name", "right", "wrong"),
     [("builtin_arithmetic", "so \\boxed{{{}}}", "\\boxed{{{}1}}"), ("dates", "{}.", "on {}")],
 )
-def test_generated_answers_of_ours_are_graded_by_our_rules(
-    name: str, right: str, wrong: str, asked: Any, tmp_path: Path
-) -> None:
+def test_generated_answers_of_ours_are_graded_by_our_rules(name, right, wrong, asked, tmp_path):
     if name == "dates":
         name = str(tmp_path / "dates.jsonl")
         rows = [
@@ -242,10 +232,7 @@ def test_generated_answers_of_ours_are_graded_by_our_rules(
     assert any("search" in note for note in written.notes)
 
 
-# --- which questions ---------------------------------------------------------------------------
-
-
-def test_no_question_that_is_asked_is_shown(set_name: str, sets: Any, asked: Any) -> None:
+def test_no_question_that_is_asked_is_shown(set_name, sets, asked):
     name, task = set_name, get_task(set_name)
     assert isinstance(task, PublishedTask)
     assert task.harness is not None
@@ -265,9 +252,7 @@ def test_no_question_that_is_asked_is_shown(set_name: str, sets: Any, asked: Any
         assert not ids["shown"] & ids["asked"]
 
 
-def test_a_question_that_stands_among_the_worked_examples_is_not_asked_with_them(
-    sets: Any, hub: Any, write: Any
-) -> None:
+def test_a_question_that_stands_among_the_worked_examples_is_not_asked_with_them(sets, hub, write):
     rows = rows_of("mmlu")
     dev = [dict(row) for row in sets["mmlu"].hub["cais/mmlu", "all", "dev"]]
     dev[0] = {**rows[0][1], "subject": "anatomy"}
@@ -279,9 +264,7 @@ def test_a_question_that_stands_among_the_worked_examples_is_not_asked_with_them
     assert any(note.startswith("not asked: 1 (") for note in task.notes)
 
 
-def test_a_limit_draws_the_same_questions_each_time_and_only_their_parts_are_written(
-    sets: Any, asked: Any
-) -> None:
+def test_a_limit_draws_the_same_questions_each_time_and_only_their_parts_are_written(sets, asked):
     both = [asked("mmlu", place=place, limit=1, seed=3) for place in ("once", "again")]
     tasks, ids = [], []
     for task, leaves in both:
@@ -293,8 +276,8 @@ def test_a_limit_draws_the_same_questions_each_time_and_only_their_parts_are_wri
     assert (tasks[0].num_questions, len(tasks[0].leaves)) == (1, 1)
 
 
-def test_the_same_questions_give_the_same_files(sets: Any, write: Any, tmp_path: Path) -> None:
-    def content() -> dict[str, tuple[bytes, int]]:
+def test_the_same_questions_give_the_same_files(sets, write, tmp_path):
+    def content():
         files = [path for path in (tmp_path / "tasks").rglob("*") if path.is_file()]
         return {str(path): path.read_bytes() for path in files}
 
@@ -307,9 +290,7 @@ def test_the_same_questions_give_the_same_files(sets: Any, write: Any, tmp_path:
         assert path.stat().st_mtime_ns == time  # what datasets has cached stays valid
 
 
-def test_other_rows_are_never_read_from_an_old_cache(
-    data_folder: Any, asked: Any, write_rows: Any
-) -> None:
+def test_other_rows_are_never_read_from_an_old_cache(data_folder, asked, write_rows):
     data_dir = data_folder("piqa")
     before = asked("piqa", data_dir=data_dir)[1]["piqa"]
     rows = [{**row, "sol1": "Wait."} for row in map(dict, before.eval_docs)]
@@ -322,9 +303,7 @@ def test_other_rows_are_never_read_from_an_old_cache(
     assert len(requests_of(after)) == len(requests_of(before))
 
 
-def test_what_datasets_keeps_is_kept_in_the_folder(
-    sets: Any, asked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_datasets_keeps_is_kept_in_the_folder(sets, asked, tmp_path, monkeypatch):
     import datasets
 
     elsewhere = tmp_path / "elsewhere"
@@ -336,8 +315,8 @@ def test_what_datasets_keeps_is_kept_in_the_folder(
 
 @pytest.mark.thorough
 def test_the_stock_harness_with_all_of_its_own_tasks_takes_ours_of_the_same_names(
-    sets: Any, write: Any, loaded: Any
-) -> None:
+    sets, write, loaded
+):
     write("arc_easy,mmlu", num_fewshot=0)
     alone = loaded("arc_easy", "mmlu")
     beside = loaded("arc_easy", "mmlu", defaults=True)
@@ -346,12 +325,7 @@ def test_the_stock_harness_with_all_of_its_own_tasks_takes_ours_of_the_same_name
     }
 
 
-# --- answers that are capped, and refusals -----------------------------------------------------
-
-
-def test_answers_are_capped_to_what_the_model_holds_and_the_reader_is_told(
-    sets: Any, asked: Any
-) -> None:
+def test_answers_are_capped_to_what_the_model_holds_and_the_reader_is_told(sets, asked):
     task, leaves = asked("aime24", max_length=2048)
     found = leaves["aime24"]
     [most] = {how["max_gen_toks"] for _, how in requests_of(found)}
@@ -375,14 +349,12 @@ def test_answers_are_capped_to_what_the_model_holds_and_the_reader_is_told(
         ("arc_easy", {"split": "tset"}, "did you mean 'test'"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(
-    names: str, given: Any, message: str, sets: Any, write: Any
-) -> None:
+def test_what_cannot_be_asked_is_refused(names, given, message, sets, write):
     with pytest.raises((ConfigError, TaskError), match=message):
         write(names, **given)
 
 
-def test_a_task_named_twice_and_an_empty_split_are_refused(write: Any, tmp_path: Path) -> None:
+def test_a_task_named_twice_and_an_empty_split_are_refused(write, tmp_path):
     twice = [get_task("builtin_facts")] * 2
     with pytest.raises(TaskError, match="'builtin_facts' is evaluated twice"):
         task_folder(twice, split="test", limit=None, seed=0, data_dir=None)
@@ -411,9 +383,7 @@ def test_a_task_named_twice_and_an_empty_split_are_refused(write: Any, tmp_path:
         ),
     ],
 )
-def test_what_a_data_folder_lacks_is_named(
-    place: str, column: str, given: Any, message: str, write: Any, write_rows: Any, sets: Any
-) -> None:
+def test_what_a_data_folder_lacks_is_named(place, column, given, message, write, write_rows, sets):
     name = place.split("/")[0]
     rows = [{k: v for k, v in row.items() if k != column} for row in sets[name].folder[place]]
     data_dir = write_rows(f"data/{place}", rows).parents[1]
@@ -421,9 +391,6 @@ def test_what_a_data_folder_lacks_is_named(
         write(name, data_dir=data_dir, **given)
     if given:
         assert write(name, data_dir=data_dir)
-
-
-# --- real files --------------------------------------------------------------------------------
 
 
 REAL = {
@@ -436,8 +403,8 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 def test_the_real_files_are_asked_as_the_harness_asks_them(
-    name: str, data_dir: Path, asked: Any, rendered_by_the_harness: Any
-) -> None:
+    name, data_dir, asked, rendered_by_the_harness
+):
     place, file = REAL[name]
     with gzip.open(data_dir / f"{place}.jsonl.gz", "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
@@ -449,7 +416,7 @@ def test_the_real_files_are_asked_as_the_harness_asks_them(
     assert requests_of(found) == rendered_by_the_harness(of_those, file)
 
 
-def test_every_real_set_can_be_evaluated(data_dir: Path, write: Any, loaded: Any) -> None:
+def test_every_real_set_can_be_evaluated(data_dir, write, loaded):
     names = "arc,commonsense_qa,commonsense_qa_cloze,hellaswag,mmlu,mmlu_cloze,squad_v2,winogrande"
     tasks = write(names, data_dir=data_dir, limit=20)
     tasks += write("gsm8k", data_dir=data_dir, limit=20, split="select")

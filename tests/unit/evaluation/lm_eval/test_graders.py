@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 
@@ -11,7 +10,7 @@ from drllm.evaluation.lm_eval.graders import graded, grading_of, shown, squad, s
 from drllm.tasks.base import Prompt
 
 
-def row(*answers: str) -> dict[str, Any]:
+def row(*answers: str):
     return {"grading": json.dumps(answers)}
 
 
@@ -29,9 +28,7 @@ def row(*answers: str) -> dict[str, Any]:
     ],
     ids=lambda value: value.reward if isinstance(value, Prompt) else "",
 )
-def test_a_row_carries_all_that_grading_needs(
-    prompt: Prompt, right: str, wrong: str, example: str
-) -> None:
+def test_a_row_carries_all_that_grading_needs(prompt, right, wrong, example):
     doc = {"grading": grading_of(prompt)}
     assert graded(doc, [right]) == {"exact_match": 1.0}
     assert graded(doc, [wrong]) == {"exact_match": 0.0}
@@ -58,13 +55,11 @@ def test_a_row_carries_all_that_grading_needs(
         (("the", "river"), "", 0.0, 0.0),
     ],
 )
-def test_squads_metrics_ignore_articles_marks_and_case(
-    answers: tuple[str, ...], text: str, exact: float, f1: float
-) -> None:
+def test_squads_metrics_ignore_articles_marks_and_case(answers, text, exact, f1):
     assert squad(row(*answers), [text]) == {"exact": exact, "f1": pytest.approx(f1)}
 
 
-def test_squads_metrics_are_those_of_transformers_where_it_has_them() -> None:
+def test_squads_metrics_are_those_of_transformers_where_it_has_them():
     theirs = pytest.importorskip("transformers.data.metrics.squad_metrics")
     golds = ("the Green River", "A river, by-and-by", "  an 'x' ", "U.S.")
     texts = ("", "green river", "by a river", "river by and by", "US", "x x", "the")
@@ -76,6 +71,6 @@ def test_squads_metrics_are_those_of_transformers_where_it_has_them() -> None:
             }
 
 
-def test_the_answer_shown_to_a_squad_question_is_the_first_or_the_word_for_none() -> None:
+def test_the_answer_shown_to_a_squad_question_is_the_first_or_the_word_for_none():
     assert squad_shown(row("by the river", "a river")) == "by the river"
     assert squad_shown(row()) == "unanswerable"

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from drllm.errors import ConfigError, TaskError
-from drllm.evaluation.lm_eval.folders import OwnTasks, own_tasks
+from drllm.evaluation.lm_eval.folders import own_tasks
 
 TASK = "task: {name}\ndataset_path: json\noutput_type: multiple_choice\n"
 
 
-def chosen(*names: str, **changes: Any) -> OwnTasks:
+def chosen(*names: str, **changes: Any):
     options: dict[str, Any] = {
         "split": "test",
         "limit": 4,
@@ -29,7 +28,7 @@ def chosen(*names: str, **changes: Any) -> OwnTasks:
 
 
 @pytest.fixture
-def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def theirs(tmp_path, monkeypatch):
     """A folder of tasks, which stands for all that the harness knows."""
     import lm_eval.tasks
 
@@ -47,7 +46,7 @@ def test_names_keep_their_order_and_groups_become_their_tasks(theirs):
     assert [task.name for task in found.tasks] == ["builtin_facts", "builtin_arithmetic"]
 
 
-def test_a_file_goes_by_the_name_that_its_folder_gives_it(tmp_path: Path):
+def test_a_file_goes_by_the_name_that_its_folder_gives_it(tmp_path):
     rows = [f'{{"question": "{n}?", "choices": ["a", "b"], "answer": 0}}\n' for n in range(30)]
     (tmp_path / "my own.jsonl").write_text("".join(rows))
     assert chosen(str(tmp_path / "my own.jsonl")).names == ["my_own"]
@@ -74,7 +73,7 @@ def test_a_limit_is_a_number_of_questions():
     ],
 )
 def test_names_beside_ours_that_are_unknown_or_could_mean_two_tasks_are_refused(
-    name: str, is_theirs_too: bool, message: str, theirs, tmp_path: Path
+    name, is_theirs_too, message, theirs, tmp_path
 ):
     if is_theirs_too:
         (tmp_path / "more.yaml").write_text(TASK.format(name="builtin_facts"))

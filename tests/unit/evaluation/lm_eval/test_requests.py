@@ -81,9 +81,6 @@ def test_every_request_is_found_again_whole_at_its_place(wanted):
         assert request.question == found.keys[place]
 
 
-# --- generated answers --------------------------------------------------------------------------
-
-
 def encode(prompt):
     return list(prompt.encode())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,16 +49,16 @@ GENERATED = {
 
 
 @pytest.fixture(scope="module")
-def base(tiny_llama: Any, tiny_tokenizer: Any) -> BaseModel:
+def base(tiny_llama, tiny_tokenizer):
     model = tiny_llama(max_position_embeddings=1024)
     return BaseModel(model=model, tokenizer=tiny_tokenizer, name="tiny", revision=None)
 
 
 @pytest.fixture
-def task_file(tmp_path: Path) -> Any:
+def task_file(tmp_path):
     """A function that writes a task file of the harness, and returns its name."""
 
-    def write(settings: dict[str, Any], rows: list[dict[str, Any]] = ROWS, **changes: Any) -> str:
+    def write(settings, rows=ROWS, **changes: Any):
         data, file = tmp_path / "rows.jsonl", tmp_path / f"{settings['task']}.yaml"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         kwargs = {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")}
@@ -70,21 +69,21 @@ def task_file(tmp_path: Path) -> Any:
     return write
 
 
-def routers_of(base: BaseModel) -> Any:
+def routers_of(base):
     return tiny_routers(
         3, router_width=128, num_windows=8, base_fingerprint=fingerprint(base.model)
     )
 
 
-def config_of(tasks: str, **values: Any) -> EvaluateConfig:
+def config_of(tasks, **values: Any):
     few = {"latency_rounds": 0, "num_texts": 4, "baselines": "permuted-routes", **values}
     return EvaluateConfig(tasks=tasks, **few)
 
 
 @pytest.mark.parametrize("settings", [OPTIONS, GENERATED])
 def test_base_scores_what_the_harness_scores_and_every_system_has_every_question(
-    settings: dict[str, Any], base: BaseModel, task_file: Any, tmp_path: Path
-) -> None:
+    settings, base, task_file, tmp_path
+):
     name = task_file(settings)
     config = config_of(name, num_random_draws=2)
     [result] = evaluate(base, config=config, output_dir=tmp_path / "eval", routers=routers_of(base))
@@ -110,9 +109,7 @@ def test_base_scores_what_the_harness_scores_and_every_system_has_every_question
     assert first.choices == (("no", "yes") if settings is OPTIONS else ())
 
 
-def test_a_limit_draws_questions_and_any_of_several_right_options_counts(
-    base: BaseModel, task_file: Any, tmp_path: Path
-) -> None:
+def test_a_limit_draws_questions_and_any_of_several_right_options_counts(base, task_file, tmp_path):
     name = task_file(OPTIONS, [{**row, "yes": "[0, 1]"} for row in ROWS])
     config = config_of(name, limit=5, baselines="none", num_fewshot=0)
     [result] = evaluate(base, config=config, routers=routers_of(base))
@@ -128,14 +125,12 @@ def test_a_limit_draws_questions_and_any_of_several_right_options_counts(
         ({"unsafe_code": True}, "runs code"),
     ],
 )
-def test_what_an_evaluation_does_not_do_is_refused_by_name(
-    changes: dict[str, Any], message: str, task_file: Any
-) -> None:
+def test_what_an_evaluation_does_not_do_is_refused_by_name(changes, message, task_file):
     with pytest.raises(TaskError, match=message):
         StockTask(task_file(OPTIONS, **changes))
 
 
-def test_nothing_is_fitted_on_questions_that_are_reported(task_file: Any) -> None:
+def test_nothing_is_fitted_on_questions_that_are_reported(task_file):
     name = task_file(OPTIONS)
     for values in ({"split": "select"}, {"curve": "0.1"}):
         with pytest.raises(TaskError, match="has only the questions that it reports"):
@@ -144,13 +139,11 @@ def test_nothing_is_fitted_on_questions_that_are_reported(task_file: Any) -> Non
     assert tasks_of(config_of(name, curve="0.1", fitted_on=fitted_on))[0].name == "larger"
 
 
-def test_an_unknown_name_and_a_set_that_cannot_be_reached_are_one_line_each(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unknown_name_and_a_set_that_cannot_be_reached_are_one_line_each(monkeypatch, capfd):
     with pytest.raises(TaskError, match="unknown task 'boolqq'; did you mean 'boolq'"):
         tasks_of(config_of("boolqq"))
 
-    def unreached(*_: Any, **__: Any) -> None:
+    def unreached(*_: Any, **__: Any):
         logging.getLogger("huggingface_hub").warning("Retrying in 1s")
         raise ConnectionError("Couldn't reach the Hub\n(offline)")
 
