@@ -28,7 +28,7 @@ from drllm.errors import ConfigError
 from drllm.statistics.intervals import accuracy_interval, upper_bound
 from drllm.statistics.paired import Outcomes, maximum_loss, won_lost
 from drllm.statistics.power import smallest_certifiable
-from drllm.statistics.verdicts import signed
+from drllm.statistics.verdicts import lower, signed
 
 FEWEST_TEXTS = 30
 """On fewer, the bound is exceeded too often where some texts lose far more than the rest: with one
@@ -147,7 +147,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         if kept := self.certified:
             return f"Certified: {kept.name} ({kept.executions:.2f} layers a forward pass)."
         if self.obstacle is not None:
-            return f"None is certified: {_lower(self.obstacle)}."
+            return f"None is certified: {lower(self.obstacle)}."
         if self.chosen is None:
             return "None is certified: the first setting tried fails already."
         how = "wasn't tested on" if self.confirmation is None else "fails on"
@@ -256,12 +256,8 @@ def confirm(
         raise ValueError(f"{choice.chosen.name!r} was chosen, not {tested.name!r}")
     trial = _try(base, tested, choice, seed)
     if guessing := _guessing(base, chance):
-        trial = replace(trial, failures=(_lower(guessing), *trial.failures))
+        trial = replace(trial, failures=(lower(guessing), *trial.failures))
     return replace(choice, confirmation=trial)
-
-
-def _lower(sentence: str) -> str:
-    return sentence[0].lower() + sentence[1:]
 
 
 def _guessing(base: Outcomes, chance: float) -> str | None:

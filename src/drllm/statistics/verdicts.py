@@ -112,7 +112,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """
         compared = f"{self._words.title} of {ours} less {theirs}"
         if self.shown == "too few":
-            return f"{_upper(self.claim)}: {_lower(compared)} {self.numbers}."
+            return f"{_upper(self.claim)}: {lower(compared)} {self.numbers}."
         return f"{compared}: {self.numbers}: {self.claim}."
 
     @property
@@ -335,7 +335,8 @@ def _upper(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _lower(text: str) -> str:
+def lower(text: str) -> str:
+    """Return a sentence as it stands within another."""
     return text[0].lower() + text[1:]
 
 

@@ -68,16 +68,8 @@ def grade(prompt: Prompt, text: str) -> float:
 def verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
     """Return the grade of a generated answer once no continuation of the text can change it.
 
-    Args:
-        prompt: What was asked; its `reward` names the rule.
-        text: What was generated so far, without special tokens.
-        finished: Nothing more will come.
-
-    Returns:
-        The grade, or None while it is open. Never None when finished.
-
-    Raises:
-        ValueError: The prompt isn't answered by generating.
+    The text is without special tokens. None while the grade is open, never when finished; a
+    ValueError if the prompt isn't answered by generating.
 
     Source: Dr.LLM section 4 grades ARC by a letter pattern and DART by a box; stopping at the
         verdict is ours.
@@ -89,19 +81,10 @@ def verdict(prompt: Prompt, text: str, finished: bool) -> float | None:
 def score_choices(logprobs: Sequence[float], prompt: Prompt) -> tuple[float, float]:
     """Return reward and margin of a multiple-choice question from its options' log-probabilities.
 
-    Args:
-        logprobs: Summed log-probability of each continuation in nats, in the prompt's order.
-        prompt: What was asked, with `continuations` and `gold`; `normalised` divides each sum by
-            the option's length in characters, without its leading space.
-
-    Returns:
-        The reward (1.0 if the gold option is the best; of equal ones the first counts as best, as
-        in lm-evaluation-harness) and the margin in nats: the gold option's score minus the best
-        other's.
-
-    Raises:
-        ValueError: Another number of scores than continuations, a score that isn't finite, or a
-            prompt without options.
+    Those are sums in nats; where the prompt is `normalised` each is divided by the option's length
+    in characters, without its leading space. The reward is 1.0 if the gold option is the best (of
+    equal ones the first is, as in lm-evaluation-harness); the margin is its score minus the best
+    other's. Scores that aren't finite or as many as the options are a ValueError.
     """
     if prompt.gold is None or len(prompt.continuations) < 2:
         raise ValueError(f"a prompt with reward {prompt.reward!r} has no options to score")

@@ -20,14 +20,10 @@ class EmptyTextError(TaskError):
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield `(line number, object)` for each line of a `.jsonl` or `.jsonl.gz` file.
+    """Yield `(line number, object)` for each line that isn't blank of a `.jsonl[.gz]` file.
 
-    Args:
-        path: The file; gzipped if its name ends in `.gz`. Blank lines are passed over.
-
-    Raises:
-        TaskError: A missing, empty or unreadable file, or a line that isn't a JSON object. The
-            message names file and line.
+    A TaskError, which names file and line, for a missing, empty or unreadable file, or a line that
+    isn't a JSON object.
     """
     empty = True
     try:

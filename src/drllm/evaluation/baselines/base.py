@@ -143,12 +143,9 @@ def register(kind: Kind) -> Kind:
 class FittedBaselines:
     """The baselines of one routed model on one task, fitted once and asked for any executions.
 
-    Args:
-        name: Of the task whose questions they are fitted on.
-        prepare: Gives what they are fitted on; asked when it is first needed.
-        routed: The model with its routers.
-        remember: Given the name of a measure, candidates and the measure itself, returns what the
-            measure gives, asking it unless that is known: by far the longest part of fitting.
+    The name is that of the task whose questions they are fitted on; `prepare` gives these when they
+    are first needed. `remember`, given the name of a measure, candidates and the measure itself,
+    returns what it gives, asking it unless that is known: by far the longest part of fitting.
     """
 
     def __init__(

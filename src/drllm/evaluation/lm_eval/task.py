@@ -33,7 +33,7 @@ FEWSHOT_SEED = 1234
 
 
 class AskedTask:
-    """The questions of one task, as the harness renders them.
+    """The questions of one task, as the harness renders them: `keys`, requests and rows of each.
 
     Args:
         written: An entry of `task_folder`, or what a `StockTask` is asked.
@@ -41,14 +41,6 @@ class AskedTask:
         lm: Whose tokenizer and chat template are used.
         chat: Ask through the chat template, worked examples as turns.
         places: Which questions of each of the tasks are asked; None asks all.
-
-    Attributes:
-        keys: Of the questions, in the order of their rows.
-        instances: For each question, its requests.
-        docs: For each question, its row.
-
-    Raises:
-        TaskError: Prompts that the model's context has no room for.
     """
 
     def __init__(

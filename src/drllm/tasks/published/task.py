@@ -270,10 +270,8 @@ def forget() -> None:
 def find_file(folder: Path, stem: str) -> Path | None:
     """Return the file of a folder that holds the rows of `stem`, or None where there is none.
 
-    It is `STEM.jsonl`, else `STEM.jsonl.gz`, else a part of the rows: `STEM_subsetN.jsonl[.gz]`.
-
-    Raises:
-        TaskError: Several parts, and no whole.
+    It is `STEM.jsonl`, else `STEM.jsonl.gz`, else a part of the rows: `STEM_subsetN.jsonl[.gz]`;
+    several parts without the whole are a TaskError.
     """
     for name in (stem, f"{stem}_subset[0-9]*"):
         found = [path for end in FILE_NAMES for path in sorted(folder.glob(name + end))]
