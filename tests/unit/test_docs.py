@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from drllm.models.routers.checkpoint import described, save_routers
-from drllm.models.routers.stack import RouterConfig, RouterStack
 from drllm.search.strategies import STRATEGIES
 from drllm.supervision.rules import TARGETS
 from drllm.tasks.registry import get_task
@@ -105,14 +103,8 @@ def test_every_page_with_python_is_run_or_said_not_to_be():
     assert pages == here | elsewhere | TOO_LONG
 
 
-def test_the_python_of_the_readme_runs(smollm2, tmp_path, capsys):
-    config = RouterConfig(num_layers=smollm2.num_layers, hidden_size=smollm2.hidden_size)
-    save_routers(RouterStack(described(config, smollm2.model)), tmp_path / "routers")
-    [code] = blocks(README)
-    where = "runs/demo/routers"
-    assert where in code
-    exec(code.replace(where, str(tmp_path / "routers")), {})
-    assert "Which gas do plants take in?" in capsys.readouterr().out
+def test_the_python_of_the_readme_runs_and_prints_what_it_says(smollm2):
+    assert run(README) == [shown(*blocks(README))]
 
 
 def test_every_module_for_a_first_reading_exists():
