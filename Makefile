@@ -21,8 +21,9 @@ VERSION_STAMPS := $(VERSIONS:%=.venvs/%/.set-up)
 OLDEST_PYTHON ?= $(shell for python in python3.10 "$$HOME"/.pyenv/versions/3.10.*/bin/python \
 	python3.11 $(PYTHON); \
 	do "$$python" -c 'import ensurepip' 2>/dev/null && echo "$$python" && break; done)
-EVERY := -m "thorough or not thorough"
 EVERY_SHORT := -m "(thorough or not thorough) and not hour"
+# They stand in one file, so tests are shared out instead of files.
+HOUR := -m "thorough and hour"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -57,7 +58,8 @@ test-upstream: $(STAMP)  ## run transformers' own tests on routed models (TESTS=
 	$(BIN)/python tests/upstream/run.py "$(TESTS)" $(ARGS)
 
 test-here: $(STAMP)
-	$(BIN)/python $(PYTEST) $(EVERY) $(ARGS)
+	$(BIN)/python $(PYTEST) $(EVERY_SHORT) $(ARGS)
+	$(BIN)/python $(PYTEST) --dist load $(HOUR) $(ARGS)
 
 $(VERSIONS:%=test-%): test-%: .venvs/%/.set-up
 	.venvs/$*/bin/python $(PYTEST) $(EVERY_SHORT) $(ARGS)
