@@ -71,12 +71,12 @@ def tasks_of(
 
 
 def _tasks(given: Sequence[Task | str]) -> list[Task]:
-    """Return tasks by name: ours, the questions of a file, else the harness' own."""
+    """Return tasks by name: ours, the questions of a file, else the harness' own (no slashes)."""
     tasks: list[Task] = []
     for each in given or [""]:
         if isinstance(each, Task):
             tasks.append(each)
-        elif is_task_name(each) or not each:
+        elif is_task_name(each) or not each or ("/" in each and not each.endswith(".yaml")):
             tasks += get_tasks(each)
         else:
             from drllm.evaluation.lm_eval.stock import StockTask  # which loads the harness
