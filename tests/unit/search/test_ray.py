@@ -13,7 +13,6 @@ import sys
 import time
 
 import pytest
-from heard import Heard
 
 import drllm
 from drllm.config import ModelConfig, SearchConfig
@@ -54,6 +53,14 @@ def workers(model, own_ray):
 CONFIG = SearchConfig(num_simulations=6, limit=16, block_size=2)
 
 
+@pytest.fixture
+def listening():
+    """The listener's class; a worker, which imports this file for `Deadly`, can't find its own."""
+    from heard import Heard
+
+    return Heard
+
+
 @pytest.fixture(scope="module")
 def in_process(model, facts):
     """The records of one process."""
@@ -61,9 +68,9 @@ def in_process(model, facts):
 
 
 def test_two_workers_give_the_records_of_one_process(
-    workers, facts, tmp_path, in_process, assert_same_run
+    workers, facts, tmp_path, in_process, assert_same_run, listening
 ):
-    heard = Heard()
+    heard = listening()
     found = run_search(workers, questions_of([facts], CONFIG), CONFIG, tmp_path, heard)
     assert_same_run(in_process, found)
     assert [done for done, _, _ in heard.calls] == [2, 4, 6, 8, 10, 12, 14, 16], (
@@ -72,7 +79,7 @@ def test_two_workers_give_the_records_of_one_process(
 
 
 def test_a_killed_worker_is_replaced_and_its_batches_are_searched_again(
-    workers, facts, tmp_path, in_process, assert_same_run
+    workers, facts, tmp_path, in_process, assert_same_run, listening
 ):
     killed = []
 
@@ -83,7 +90,7 @@ def test_a_killed_worker_is_replaced_and_its_batches_are_searched_again(
             killed.append(seat.pid)
 
     questions = questions_of([facts], CONFIG)
-    heard = Heard(at_each=kill_one)
+    heard = listening(at_each=kill_one)
     assert_same_run(in_process, run_search(workers, questions, CONFIG, tmp_path, heard))
     assert killed
     assert killed[0] not in {seat.pid for seat in workers.seats}
@@ -124,7 +131,7 @@ def _revived(values):
 
 @pytest.mark.thorough  # a process that imports torch for each loss; test_jobs has the rest
 def test_a_question_that_kills_its_workers_is_set_aside_and_its_batch_is_not(
-    workers, facts, tmp_path, in_process, assert_same_run, monkeypatch
+    workers, facts, tmp_path, in_process, assert_same_run, listening, monkeypatch
 ):
     questions = questions_of([facts], CONFIG)
     bad = batches_of(questions, 2)[3].questions[0]
@@ -132,7 +139,7 @@ def test_a_question_that_kills_its_workers_is_set_aside_and_its_batch_is_not(
     deadly = Deadly(**dataclasses.asdict(bad.prompt), driver=os.getpid())
     monkeypatch.setattr(workers, "texts", lambda prompts: [prompt.text for prompt in prompts])
     questions[bad.place] = dataclasses.replace(bad, retests=(deadly,))
-    heard = Heard()
+    heard = listening()
     found = run_search(workers, questions, CONFIG, tmp_path, heard)
     assert_same_run([record for record in in_process if record.id != bad.example.id], found)
     [failed] = found.failed
