@@ -28,13 +28,13 @@ def next_steps(run: Run) -> list[Step]:
 
 
 def _before_evaluation(run: Run) -> Step:
-    here = run.folder
+    here = shlex.quote(str(run.folder))
     if run.router_config or run.epochs:
         what = "Evaluate the routers against base and the baselines:"
         return what, f"drllm evaluate --routers {here}/routers --output-dir {here}/eval"
     if run.supervision:
         what = "Train routers on these targets:"
-        return what, f"drllm train --supervision {here}/supervision.jsonl --output-dir {here}"
+        return what, f"drllm train --supervision {here}/supervision.jsonl --output {here}/routers"
     files = f"--search {here}/search.jsonl --output {here}/supervision.jsonl"
     return "Make a target path of each searched question:", f"drllm supervise {files}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import fields
@@ -46,8 +47,12 @@ def command(manifest: Mapping[str, Any]) -> str:
         value = config.get(declared.name, declared.default)
         if value != declared.default or declared.name == "tasks":
             values[declared.name] = value
-    words = ["drllm", "evaluate"]
+    words, in_file = ["drllm", "evaluate"], dict[str, Any]()
     for name, value in values.items():
-        text = str(value).lower() if isinstance(value, bool) else str(value)
-        words += [] if value is None else [flag_of(name), text]
-    return shlex.join(words)
+        if isinstance(value, bool):
+            words.append(flag_of(name if value else f"no_{name}"))
+        elif isinstance(value, Mapping):  # by task, which YAML files alone can say
+            in_file[name] = value
+        elif value is not None:
+            words += [flag_of(name), str(value)]
+    return shlex.join(words) + (f" --config FILE  # with {json.dumps(in_file)}" if in_file else "")

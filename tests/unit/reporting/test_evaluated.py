@@ -3,18 +3,22 @@
 import dataclasses
 import math
 import re
+import shlex
 from typing import Any
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from msgspec.structs import replace
 
+from drllm.cli.parser import parse
+from drllm.config import EvaluateConfig
 from drllm.reporting.cost import measured_line
 from drllm.reporting.drawing import LIGHT, NARROW, WIDE, apart, png
 from drllm.reporting.evaluated import tiles
 from drllm.reporting.figures import accuracy_by_executions, places
 from drllm.reporting.next_steps import next_steps
 from drllm.reporting.provenance import command
+from drllm.reporting.run import Run
 from drllm.statistics.verdicts import judge_counts
 
 
@@ -281,7 +285,15 @@ def clone(run: Any, evaluation: Any) -> Any:
 
 def test_settings_of_every_kind_can_stand_in_a_command():
     config = {"tasks": "a,b", "chat": True, "epsilon": 2.0, "search": "my runs/search.jsonl"}
-    assert command({"routers": "r", "config": config}) == (
-        "drllm evaluate --routers r --tasks a,b --chat true --search 'my runs/search.jsonl' "
-        "--epsilon 2.0"
-    )
+    line = command({"routers": "r", "config": config})
+    expected = "drllm evaluate --routers r --tasks a,b --chat --search 'my runs/search.jsonl' "
+    assert line == expected + "--epsilon 2.0"
+    assert parse(shlex.split(line)[1:]).of(EvaluateConfig).chat
+    by_task = command({"routers": "r", "config": config | {"limits": {"a": 3}}})
+    assert by_task == f'{line} --config FILE  # with {{"limits": {{"a": 3}}}}'
+
+
+@pytest.mark.parametrize("there", [{}, {"supervision": "s"}, {"router_config": {"L": 1}}])
+def test_the_next_stage_of_a_run_folder_can_be_typed_as_it_is_printed(tmp_path, there):
+    [(_, line)] = next_steps(Run(folder=tmp_path / "my run", **there))
+    assert parse(shlex.split(line)[1:])
