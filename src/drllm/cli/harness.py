@@ -25,6 +25,7 @@ from lm_eval.utils import setup_logging
 
 from drllm.errors import ConfigError, TaskError, nearest_name
 from drllm.evaluation.lm_eval.folders import OwnTasks, own_tasks
+from drllm.listener import quiet
 from drllm.records.places import check_folder
 from drllm.tasks.registry import is_task_name
 
@@ -158,16 +159,11 @@ def _execute(
 
 def _settings(args: Namespace) -> EvaluatorConfig:
     """Return what the harness makes of its words and of its `--config`."""
-    log = logging.getLogger("lm_eval")
-    before = log.level
-    log.setLevel(logging.CRITICAL)  # it says all of it again when it runs
     try:
-        with redirect_stdout(io.StringIO()):
+        with quiet("lm_eval"), redirect_stdout(io.StringIO()):  # which says it again when it runs
             return EvaluatorConfig.from_cli(args)
     except (ValueError, TypeError, OSError) as error:
         raise ConfigError(str(error)) from error
-    finally:
-        log.setLevel(before)
 
 
 def _nearest(name: str, include_path: str | None) -> str:
