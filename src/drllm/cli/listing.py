@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections import Counter
 from typing import Any
 
@@ -122,8 +122,7 @@ def list_names(request: Request, terminal: Terminal) -> None:
     elif what in _LISTS:
         _LISTS[what](terminal)
     else:
-        module, name = _REGISTRIES[what].split(":")
-        registry: Registry[Any] = getattr(importlib.import_module(module), name)
+        registry: Registry[Any] = pkgutil.resolve_name(_REGISTRIES[what])
         terminal.table(f"{registry.kind}|what it is", registry.summaries().items())
         if what == "policies":
             terminal.say("Or a class of your own: docs/python.md, examples/own_policy.py.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import pkgutil
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,8 +22,7 @@ class NamesIn(Iterable[str]):
     registry: str
 
     def __iter__(self) -> Iterator[str]:
-        module, attribute = self.registry.split(":")
-        return iter(getattr(importlib.import_module(module), attribute).names())
+        return iter(pkgutil.resolve_name(self.registry).names())
 
 
 def setting(
