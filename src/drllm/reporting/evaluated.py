@@ -13,7 +13,7 @@ from drllm.cost import share_saved
 from drllm.records.results import BASE, ROUTED, Evaluation, Latency, Point, System
 from drllm.reporting import cost, figures
 from drllm.reporting.blocks import Figure, Listing, Section, Tile, Tiles
-from drllm.reporting.numbers import difference, percent, plain
+from drllm.reporting.numbers import percent, plain
 from drllm.statistics.verdicts import Verdict
 
 
@@ -41,8 +41,8 @@ def tiles(evaluation: Evaluation, measured: Latency | None) -> Tiles:
 
 
 def _tile(title: str, verdict: Verdict, unit: str, note: str) -> Tile:
-    size, _, ends = difference(verdict).partition(" ")
-    said = f"95 % interval {ends.strip('()')}; {note}"
+    low, high = map(verdict.write, verdict.interval)
+    size, said = verdict.write(verdict.mean), f"95 % interval {low} to {high}; {note}"
     return Tile(f"{title}, routed less base", f"{size} {unit}", said, verdict.label)
 
 

@@ -65,9 +65,8 @@ def difference(verdict: Verdict | None) -> str:
     """Write a difference with its interval: points of accuracy, or nats."""
     if verdict is None:
         return NONE
-    scale, digits = (100, 1) if verdict.quantity == "accuracy" else (1, 3)
-    low, high = (signed(scale * end, digits) for end in verdict.interval)
-    return f"{signed(scale * verdict.mean, digits)} ({low} to {high})"
+    low, high = map(verdict.write, verdict.interval)
+    return f"{verdict.write(verdict.mean)} ({low} to {high})"
 
 
 def against(system: System | None) -> Verdict | None:

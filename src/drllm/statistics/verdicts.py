@@ -118,11 +118,11 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     @property
     def numbers(self) -> str:
         """The size of the difference with its interval and what it was seen on."""
-        size = f"{self._write(self.mean)} {self._words.unit}"
+        size = f"{self.write(self.mean)} {self._words.unit}"
         things = f"{self.n} {self._words.things}"
         if self.interval[0] == self.interval[1]:
             return f"{size} (the same on all {things})"
-        low, high = map(self._write, self.interval)
+        low, high = map(self.write, self.interval)
         counts = "" if self.won is None else f"won {self.won}, lost {self.lost} of "
         tested = "" if self.p is None else f", p = {self.p:.2g}"
         if self.p_corrected is not None:
@@ -132,7 +132,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     @property
     def claim(self) -> str:
         """What is shown, in words."""
-        target = f"{self._write(self.target).lstrip('+')} {self._words.unit}"
+        target = f"{self.write(self.target).lstrip('+')} {self._words.unit}"
         if self.is_better is not None:
             return f"{self.shown}, which is {self.label}"
         if self.shown == "none shown":
@@ -151,7 +151,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def _words(self) -> _Words:
         return _WORDS[self.quantity]
 
-    def _write(self, value: float) -> str:
+    def write(self, value: float) -> str:
+        """Write a difference of this quantity: points of accuracy, or nats."""
         return signed(self._words.scale * value, self._words.digits)
 
 
