@@ -455,10 +455,11 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """Return how many times as long one system took as another in the same round."""
         return self._compared(operator.truediv, above, below, phase, batch_size)
 
-    def labels(self) -> list[str]:
-        """Say of each phase and batch size, in this order, whether the routed model is faster."""
+    def labels(self) -> dict[tuple[str, int], str]:
+        """Say of each phase and batch size whether the routed model is faster."""
         timed = [(phase, size) for phase in (PREFILL, DECODE) for size in self.batch_sizes]
-        return judge_times([self.ratio(ROUTED, BASE, *each).values for each in timed])
+        labels = judge_times([self.ratio(ROUTED, BASE, *each).values for each in timed])
+        return dict(zip(timed, labels, strict=True))
 
     def router_seconds(self, batch_size: int) -> Rounds:
         """Return what the routers take while a batch is read: differences within a round.

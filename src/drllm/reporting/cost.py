@@ -24,8 +24,7 @@ def section(evaluations: Sequence[Evaluation], measured: Latency | None) -> Sect
 def _timed(found: Timings) -> list[list[str]]:
     """Return a row for each phase and batch size, with what the times show."""
     rows = []
-    timed = [(phase, size) for phase in PHASES for size in found.batch_sizes]
-    for (phase, size), label in zip(timed, found.labels(), strict=True):
+    for (phase, size), label in found.labels().items():
         base, routed = (found.of(system, phase, size) for system in (BASE, ROUTED))
         ratio, own = found.ratio(ROUTED, BASE, phase, size), found.router_seconds(size)
         ratios = [plain(each, 2) for each in (ratio.median, ratio.lowest, ratio.highest)]
