@@ -55,7 +55,6 @@ class HarnessTask:
         kind: Options are scored, or answers are generated.
         examples: The questions that are asked, over all parts.
         num_fewshot: Worked examples before each question.
-        chance: Accuracy of guessing, the mean over the questions; None for generated answers.
         notes: What a reader of results must know.
         not_asked: Rows of the set that aren't asked: id → why.
     """
@@ -68,7 +67,6 @@ class HarnessTask:
     kind: Literal["choices", "generated"]
     examples: tuple[Example, ...] = field(repr=False)
     num_fewshot: int
-    chance: float | None
     notes: tuple[str, ...]
     not_asked: dict[str, str] = field(default_factory=dict)
 
@@ -76,6 +74,13 @@ class HarnessTask:
     def num_questions(self) -> int:
         """How many are asked."""
         return len(self.examples)
+
+    @property
+    def chance(self) -> float | None:
+        """Accuracy of guessing, the mean over the questions; None for generated answers."""
+        if self.kind == "generated":
+            return None
+        return fmean(1 / len(example.choices) for example in self.examples)
 
 
 @dataclass
@@ -245,7 +250,6 @@ def task_folder(
                 "aggregate_metric_list": [{"metric": entry.metric, "weight_by_size": True}],
                 "metadata": {"version": 1},
             }
-        chances = [1 / len(example.choices) for example, _ in left if not entry.generated]
         found.append(
             HarnessTask(
                 name=task.name,
@@ -256,7 +260,6 @@ def task_folder(
                 kind="generated" if entry.generated else "choices",
                 examples=tuple(example for example, _ in left),
                 num_fewshot=shots,
-                chance=fmean(chances) if chances else None,
                 notes=tuple(notes),
                 not_asked=not_asked,
             )

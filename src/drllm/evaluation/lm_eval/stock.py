@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from drllm.errors import TaskError, nearest_name
@@ -87,7 +86,6 @@ class StockTask(Task):
         for leaf in places:
             shots.append(self._shots[leaf] if num_fewshot is None else num_fewshot)
             self.tasks[leaf].set_config("num_fewshot", shots[-1])
-        counts = [len(example.choices) for *_, example in drawn if example.choices]
         [first, *_] = self.tasks.values()
         written = HarnessTask(
             name=self.name,
@@ -98,7 +96,6 @@ class StockTask(Task):
             kind=self.kind,  # type: ignore[arg-type]
             examples=tuple(example for *_, example in drawn),
             num_fewshot=max(shots),
-            chance=fmean(1 / count for count in counts) if counts else None,
             notes=("asked as lm-evaluation-harness has it, on the questions that it reports",),
         )
         return written, places
