@@ -53,7 +53,9 @@ def attach(
     if isinstance(routers, (str, Path)):
         routers = load_routers(hub.find(routers))
     if isinstance(model, (RoutedModel, BaseModel)):
-        model, tokenizer = model.model, model.tokenizer if tokenizer is None else tokenizer
+        if tokenizer is None:
+            tokenizer = vars(model).get("tokenizer")  # None: not needed yet
+        model = model.model
     with ExitStack() as undo:
         undo.callback(_take_off(model))
         routed = RoutedModel(model, routers, policy=policy, bypass=bypass, tokenizer=tokenizer)
