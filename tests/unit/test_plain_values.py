@@ -72,10 +72,10 @@ def test_a_setting_by_name_takes_the_place_of_the_configs(place):
 def test_stages_leave_a_model_routed_as_it_was(tiny_llama, tiny_tokenizer, records, targets):
     model = tiny_llama(num_layers=4)
     plan = drllm.FixedPolicy([1, 0, 1, 2], 4)
-    routed = drllm.attach(model, tokenizer=tiny_tokenizer, policy=plan)
+    routed = drllm.attach(model, policy=plan)
     expected = routed(IDS).logits
-    drllm.search_paths(model, ROWS[:1], tokenizer=tiny_tokenizer, num_simulations=2)
     for given in (routed, model):
+        drllm.search_paths(given, ROWS[:1], tokenizer=tiny_tokenizer, num_simulations=2)
         drllm.train(given, targets, tokenizer=tiny_tokenizer, **SHORT)
     assert torch.equal(model(IDS).logits, expected)
     assert routed.last_route.tolist() == [[1, 0, 1, 2]]

@@ -18,7 +18,7 @@ from drllm.config import ModelConfig, SearchConfig
 from drllm.config.fields import changed
 from drllm.errors import ConfigError, RecordError, TaskError
 from drllm.listener import Listener
-from drllm.models.base.load import as_base_model
+from drllm.models.routing.driver import identity
 from drllm.models.routing.routed_model import RoutedModel, unrouted
 from drllm.records import (
     Chunks,
@@ -123,13 +123,10 @@ def executor_of(
             yield workers
         return
     with ExitStack() as stack:
-        if isinstance(model, RoutedModel):
-            tokenizer = model.tokenizer if tokenizer is None else tokenizer
-            routed, base = model, as_base_model(model.model, tokenizer)
-        else:
-            base = stack.enter_context(unrouted(model, tokenizer, listener))
-            routed = RoutedModel(base.model, tokenizer=base.tokenizer)
-            stack.callback(routed.detach)
+        bypass = model.driver.bypass if isinstance(model, RoutedModel) else identity
+        base = stack.enter_context(unrouted(model, tokenizer, listener))
+        routed = RoutedModel(base.model, bypass=bypass, tokenizer=base.tokenizer)
+        stack.callback(routed.detach)
         yield LocalExecutor(routed, base.identity, base.runtime)
 
 
