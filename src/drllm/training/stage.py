@@ -103,16 +103,16 @@ def train(
     config, listener = changed(TrainConfig, config, settings), listener or Listener()
     if output_dir is None and config.num_seeds > 1:
         raise ConfigError(f"--num-seeds {config.num_seeds} needs a folder for the routers")
-    files = [Path(targets)] if isinstance(targets, (str, Path)) else []
-    records = join_supervision(files) if isinstance(targets, (str, Path)) else targets
+    files: list[Path] = []
+    if isinstance(targets, (str, Path)):
+        files = [Path(targets)]
+        targets = join_supervision(files)
     with ExitStack() as stack:
         output = Path(output_dir or stack.enter_context(tempfile.TemporaryDirectory()) + "/routers")
         base = stack.enter_context(unrouted(model, tokenizer, listener))
-        if rewards is None:
-            checked = check_targets(files, base.identity)
-            rewards = checked if files else getattr(targets, "rewards", ())
-        kept = None if features is None else Path(features)
-        return _train(base, records, config, output, kept, rewards, listener)
+        known = check_targets(files, base.identity) if files else getattr(targets, "rewards", ())
+        rewards = known if rewards is None else rewards
+        return _train(base, targets, config, output, features, rewards, listener)
 
 
 def _train(
@@ -120,7 +120,7 @@ def _train(
     targets: Sequence[SupervisionRecord],
     config: TrainConfig,
     output: Path,
-    features: Path | None,
+    features: Path | str | None,
     rewards: Sequence[str],
     listener: Listener,
 ) -> RouterStack:
