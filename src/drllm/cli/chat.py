@@ -34,7 +34,7 @@ class Reply:
         self.num_read = 0
         self.tokens: list[int] = []
         self.times: list[float] = []
-        self._terminal = terminal if terminal.out.is_terminal else None
+        self._terminal = terminal
         self._num_shown = 0
 
     def generate(self, prompt: Prompt, config: GenerateConfig) -> None:
@@ -61,7 +61,7 @@ class Reply:
                 **self.form.options(routed.tokenizer),
             )
         finally:
-            if self._terminal is not None:
+            if self._terminal.out.is_terminal:
                 self._show(self.text)
                 self._terminal.say()
 
@@ -71,6 +71,12 @@ class Reply:
         text = self.routed.tokenizer.decode(self.tokens, skip_special_tokens=True)
         return self.form.answer(text).strip()
 
+    @property
+    def speed(self) -> float | None:
+        """Tokens a second after the first; None where no other came."""
+        after = len(self.times) - 2
+        return after / (self.times[-1] - self.times[1]) if after > 0 else None
+
     def put(self, value: Any) -> None:
         """Take the prompt's tokens, then each new one."""
         # The tokens are on the CPU already, so the device has finished.
@@ -78,8 +84,7 @@ class Reply:
         if len(self.times) == 1:
             return
         self.tokens += value.flatten().tolist()
-        text = self.text
-        if self._terminal is not None and not text.endswith(HALF):
+        if self._terminal.out.is_terminal and not (text := self.text).endswith(HALF):
             # What may turn out to begin the next prompt isn't shown yet.
             self._show(text[: len(text) - len(self.form.next_prompt or "")])
 
@@ -87,7 +92,6 @@ class Reply:
         """Do nothing: an answer that is stopped doesn't come here."""
 
     def _show(self, text: str) -> None:
-        assert self._terminal is not None
         self._terminal.write(text[self._num_shown :])
         self._num_shown = max(self._num_shown, len(text))
 
@@ -139,9 +143,7 @@ def chat(routed: RoutedModel, form: PromptForm, config: GenerateConfig, terminal
 
 def _say_cost(reply: Reply, terminal: Terminal) -> None:
     route = reply.routed.last_route[0].tolist()
-    speed = ""
-    if after := len(reply.times) - 2:
-        speed = f", {after / (reply.times[-1] - reply.times[1]):.1f} a second"
+    speed = f", {reply.speed:.1f} a second" if reply.speed else ""
     terminal.say(
         f"{sketch(route)}  {num_executions(route)} of {len(route)} executions, "
         f"{len(reply.tokens)} tokens{speed}\n"

@@ -260,9 +260,8 @@ def _answer(
     terminal.say(f"tokens      {reply.num_read} read, {num_new} generated")
     start, first, last = reply.times[0], reply.times[1], reply.times[-1]
     decode = ""
-    if after := len(reply.times) - 2:
-        speed = f"{after / (last - first):.1f} tokens a second"
-        decode = f", decode {duration(last - first)} ({speed})"
+    if reply.speed:
+        decode = f", decode {duration(last - first)} ({reply.speed:.1f} tokens a second)"
     terminal.say(f"time        prefill {duration(first - start)}{decode}")
 
 
