@@ -75,10 +75,9 @@ def test_the_oldest_versions_that_are_declared_are_those_tested():
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(extra, monkeypatch):
     for package in EXTRAS[extra]:
         monkeypatch.setitem(sys.modules, package, None)
-    packages = ", ".join(EXTRAS[extra])
     with pytest.raises(ConfigError) as refused:
         need(extra, "a thing")
-    said = f"a thing needs {packages}, not installed here; "
+    said = f"a thing needs {', '.join(EXTRAS[extra])}, not installed here; "
     assert str(refused.value) == f'{said}run: pip install "drllm[{extra}]"'
 
 

@@ -86,7 +86,7 @@ class Reply:
         self.tokens += value.flatten().tolist()
         if self._terminal.out.is_terminal and not (text := self.text).endswith(HALF):
             # What may turn out to begin the next prompt isn't shown yet.
-            self._show(text[: len(text) - len(self.form.next_prompt or "")])
+            self._show(text[: max(0, len(text) - len(self.form.next_prompt or ""))])
 
     def end(self) -> None:
         """Do nothing: an answer that is stopped doesn't come here."""

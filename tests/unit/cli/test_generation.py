@@ -3,13 +3,17 @@
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from drllm.cli.chat import Reply
 from drllm.cli.generation import read_prompts, to_line
 from drllm.config import GenerateConfig
 from drllm.errors import RecordError, TaskError
+from drllm.models.base.prompts import PromptForm
 from drllm.models.routing.batch_generation import Answer
 
 
@@ -84,12 +88,20 @@ def test_an_answer_is_one_line_with_its_cost():
     assert json.loads(to_line(3, talk))["messages"] == TALK
 
 
-def test_without_a_temperature_the_likeliest_token_is_taken():
+def test_the_flags_say_all_about_the_draws_of_which_there_are_none_without_a_temperature():
     assert GenerateConfig().sampling() == {"do_sample": False, "num_beams": 1}
-
-
-def test_with_a_temperature_the_flags_say_all_about_the_draws():
     config = GenerateConfig(temperature=0.7, top_p=0.9, seed=3)
     expected = {"do_sample": True, "num_beams": 1, "temperature": 0.7, "top_p": 0.9, "top_k": 0}
     assert config.sampling() == expected
     assert GenerateConfig(temperature=0.7).sampling() == {**expected, "top_p": 1.0}
+
+
+def test_what_may_begin_the_next_prompt_is_held_back():
+    shown: list[str] = []
+    screen: Any = SimpleNamespace(out=SimpleNamespace(is_terminal=True), write=shown.append)
+    tokenizer = SimpleNamespace(decode=lambda tokens, **_: "".join(map(chr, tokens)))
+    routed: Any = SimpleNamespace(tokenizer=tokenizer)
+    reply = Reply(routed, PromptForm(chat=False, template="Question: {prompt}"), screen)
+    for token in ["", *"4\nQuest"]:
+        reply.put(torch.tensor([*map(ord, token)]))
+    assert "".join(shown) == ""
