@@ -189,8 +189,7 @@ def task_folder(
     """
     if num_fewshot is not None and num_fewshot < 0:
         raise ConfigError(f"num_fewshot is {num_fewshot}; expected 0 or more worked examples")
-    # Without what the harness' command line takes for something else.
-    names = [re.sub(r"[^A-Za-z0-9_.-]+", "_", task.name) for task in tasks]
+    names = [name_for_harness(task.name) for task in tasks]
     files, found = FolderFiles(), []
     for task, name in zip(tasks, names, strict=True):
         if names.count(name) > 1:
@@ -265,6 +264,11 @@ def task_folder(
             )
         )
     return found, files
+
+
+def name_for_harness(name: str) -> str:
+    """Return a name without what the harness' command line takes for something else."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
 
 
 def _lines(task: Task, entry: Harness, questions: Sequence[QuestionRow]) -> list[Line]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 from drllm.errors import TaskError, nearest_name
-from drllm.evaluation.lm_eval.folders import HarnessTask
+from drllm.evaluation.lm_eval.folders import HarnessTask, name_for_harness
 from drllm.listener import quiet
-from drllm.tasks.base import Example, Task, choose
+from drllm.tasks.base import Example, Task, choose, with_options
 from drllm.tasks.registry import task_names
 
 KINDS = {"multiple_choice": "choices", "generate_until": "generated"}
@@ -37,7 +36,7 @@ class StockTask(Task):
 
     def __init__(self, name: str) -> None:
         self.tasks = _loaded(name)
-        self.name = re.sub(r"[^A-Za-z0-9_.-]+", "_", name.removesuffix(".yaml").split("/")[-1])
+        self.name = name_for_harness(name.removesuffix(".yaml").split("/")[-1])
         self.description = f"{name} of lm-evaluation-harness"
         self._shots = {leaf: task.config.num_fewshot or 0 for leaf, task in self.tasks.items()}
         kinds = {task.OUTPUT_TYPE for task in self.tasks.values()}
@@ -104,20 +103,13 @@ class StockTask(Task):
         """Return a question as far as results show it."""
         task, own_id = self.tasks[leaf], f"{leaf}-{place}"
         text, target = task.doc_to_text(doc), task.doc_to_target(doc)
-        first = target[0] if isinstance(target, list) and target else target
         if self.kind == "generated":
+            first = target[0] if isinstance(target, list) and target else target
             return Example(id=own_id, task=self.name, question=str(text), answer=str(first))
         choices = tuple(map(str, task.doc_to_choice(doc)))
         [gold, *_] = golds_of(task, doc) or [0]
         question = str(target if task.multiple_input else text)
-        return Example(
-            id=own_id,
-            task=self.name,
-            question=question,
-            choices=choices,
-            gold=gold,
-            answer=choices[gold],
-        )
+        return with_options(question, choices, gold, own_id, self.name)
 
 
 def golds_of(task: Any, doc: Mapping[str, Any]) -> list[int]:
