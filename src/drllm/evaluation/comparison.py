@@ -204,10 +204,9 @@ class Comparison:
                 f"not of {task.name}"
             )
         depths, num_seeds = ["", *shared.shares], len(shared.routers) - 1
-        num_fitted_on = config.num_calibration or NUM_CALIBRATION
         a_question = self.questions.num_tokens // len(self.asked.keys)
-        self._depth_cost = PROBES * num_fitted_on * a_question
-        self._choice_cost = self._cost("") + sum(map(self._cost, depths[1:]))
+        self._depth_cost = PROBES * (config.num_calibration or NUM_CALIBRATION) * a_question
+        self._choice_cost = sum(map(self._cost, depths))
         shared.plan(self._cost("") + sum(map(self._at_depth_cost, depths)))
         shared.plan(num_seeds * sum(self._at_depth_cost(each, (PERMUTED,)) for each in depths))
         shared.plan(self._choice_cost if config.epsilon is not None else 0)
@@ -220,8 +219,11 @@ class Comparison:
     def _baseline_cost(self, name: str, setting: str) -> int:
         if setting and BASELINES.get(name).has_own_depth:
             return 0
-        num_draws = self.config.num_random_draws or NUM_RANDOM_DRAWS
-        return self._cost(setting) * (num_draws if BASELINES.get(name).is_drawn else 1)
+        return self._cost(setting) * self._num_draws(name)
+
+    def _num_draws(self, name: str) -> int:
+        num = self.config.num_random_draws or NUM_RANDOM_DRAWS
+        return num if BASELINES.get(name).is_drawn else 1
 
     def _at_depth_cost(self, setting: str, names: Sequence[str] | None = None) -> int:
         """Return what routers and their baselines cost at a depth, or those of them named."""
@@ -243,21 +245,16 @@ class Comparison:
         for setting in self.shared.shares:
             if policy := self._at_depth(first, setting, f"Not evaluated at {setting}"):
                 policies[setting] = policy
-            else:
-                self.shared.plan(self._depth_cost - self._at_depth_cost(setting))
         systems, seeds = [base], []
         for setting, policy in policies.items():
             at = f" at {setting}" if setting else ""
-            systems.append(self._routed(at, policy, setting))
-            routed = [systems[-1]]
-            systems += self._baselines(at, routed[0])
-            permuted = [
-                each for each in systems if (each.name, each.setting) == (PERMUTED, setting)
-            ]
+            routed = [self._routed(at, policy, setting)]
+            baselines = self._baselines(at, routed[0])
+            permuted = [each for each in baselines if each.name == PERMUTED]
+            systems += [*routed, *baselines]
             for folder in other_seeds:
-                own = self._at_depth(folder, setting, f"{folder} isn't evaluated{at}")
+                own = self._at_depth(folder, setting, f"{folder} isn't evaluated{at}", (PERMUTED,))
                 if own is None:
-                    self.shared.plan(self._depth_cost - self._at_depth_cost(setting, (PERMUTED,)))
                     continue
                 routed.append(self._routed(f" of {folder}{at}", own, setting))
                 if permuted:
@@ -285,8 +282,13 @@ class Comparison:
             seeds=seeds,
         )
 
-    def _at_depth(self, folder: Path, setting: str, otherwise: str) -> RouterPolicy | None:
-        """Return the policy under which routers save so much; where none does, it is noted."""
+    def _at_depth(
+        self, folder: Path, setting: str, otherwise: str, names: Sequence[str] | None = None
+    ) -> RouterPolicy | None:
+        """Return the policy under which routers save so much.
+
+        Where none does, it is noted, and their baselines (or those of them named) aren't run.
+        """
         routers, lm = self.shared.routers[folder], self.shared.lm
         if not setting:
             return RouterPolicy(routers)
@@ -302,6 +304,7 @@ class Comparison:
                 found = self.shared.chunks.once(key, float, find)
             except ConfigError as error:
                 self.notes.append(f"{otherwise}: {error}")
+                self.shared.plan(self._depth_cost - self._at_depth_cost(setting, names))
                 return None
         return RouterPolicy(routers, depth_bias=found)
 
@@ -333,8 +336,7 @@ class Comparison:
         def run(keep: Keep) -> SystemRun:
             routes = torch.tensor(routed.routes[0])
             generator = torch.Generator().manual_seed(self.config.seed)
-            draws = self.config.num_random_draws or NUM_RANDOM_DRAWS
-            num = draws if BASELINES.get(name).is_drawn else 1
+            num = self._num_draws(name)
             drawn = [self.fitted.at(name, routes, generator) for _ in range(num)]
             system = self.questions.run(name, drawn, routed.setting, keep)
             if name == PERMUTED:
