@@ -74,12 +74,11 @@ class Shared:
         self.baselines = named(config.baselines)
         self.shares = {f"{100 * share:g} % saved": share for share in depths(config.curve)}
         self._fitted: dict[str, FittedBaselines] = {}
-        logs = [
-            None if name is None else Path(name) for name in (config.search, config.supervision)
-        ]
-        self._search = [] if logs[0] is None else read_search(logs[0])
-        self._targets = [] if logs[1] is None else read_supervision(logs[1])
-        files = [folder / WEIGHTS_FILE for folder in routers] + list(filter(None, logs))
+        search, targets = config.search, config.supervision
+        self._search = [] if search is None else read_search(Path(search))
+        self._targets = [] if targets is None else read_supervision(Path(targets))
+        logs = [Path(name) for name in (search, targets) if name is not None]
+        files = [folder / WEIGHTS_FILE for folder in routers] + logs
         self.chunks = Chunks(
             output / PARTIAL_FOLDER,
             {
