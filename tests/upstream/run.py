@@ -48,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from drllm.errors import ArchitectureError
 from drllm.models.base.layers import find_layers
-from drllm.models.routing.injection import LayerHandle, _overriding
+from drllm.models.routing.injection import Injection
 from drllm.models.routing.policies import FixedPolicy
 from drllm.models.routing.routed_model import RoutedModel
 from slow_way import ListedModel
@@ -164,7 +164,7 @@ class Watch:
             plan = plan_of(len(layers))
             if any(parameter.is_meta for parameter in model.parameters()):
                 raise ArchitectureError("its weights are elsewhere")
-            if any(isinstance(part, LayerHandle) for each in layers for part in _overriding(each)):
+            if Injection.on(model) is not None:
                 return True
             if self.way == "full":
                 RoutedModel(model)
