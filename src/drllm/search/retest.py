@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import Any, TypeAlias
+from functools import cache, partial
+from typing import TypeAlias
 
 from drllm.config import SearchConfig
 from drllm.models.scoring.prefix_sharing import Pair
@@ -76,19 +75,10 @@ def retested(
     ]
     # What reads as at first needs the states that are held; they can go before other states come.
     for way in sorted(range(len(ways)), key=anew.__getitem__):
-        asked = ways[way]
-        evaluator = functools.cache(partial(_evaluator, first, asked, config, anew[way]))
-        # In a new evaluator the questions that are asked are all there are.
-        rows = {place: row if anew[way] else place for row, place in enumerate(asked)}
-
-        def ask(some: Sequence[Pair], evaluator: Any = evaluator, rows: Any = rows) -> Any:
-            asking = [(rows[place], path) for place, path in some]
-            return evaluator().with_margins(asking, evaluator().evaluate(asking))
-
-        for part in _parts([pair for pair in pairs if pair[0] in asked]):
-            for pair, outcome in zip(
-                part, once(f"retest {way}", part, partial(ask, part)), strict=True
-            ):
+        ask = _asking(first, ways[way], config, anew[way])
+        for part in _parts([pair for pair in pairs if pair[0] in ways[way]]):
+            outcomes = once(f"retest {way}", part, partial(ask, part))
+            for pair, outcome in zip(part, outcomes, strict=True):
                 results[pair].append(outcome)
     return {
         (place, path): judge(results[place, path], results[place, full], config.margin_tolerance)
@@ -109,19 +99,28 @@ def _parts(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
         yield part
 
 
-def _evaluator(
+def _asking(
     first: Evaluator, asked: Mapping[int, Reading], config: SearchConfig, is_new: bool
-) -> Evaluator:
+) -> Callable[[Sequence[Pair]], list[Outcome]]:
     """Return what asks in one way; where that reads as at first, the states held serve again."""
-    if is_new:
-        first.forget()
-        size = config.paths_per_pass
-        return Evaluator(
-            first.routed, [*asked.values()], config.state_cache_gb, paths_per_pass=size
+    # In a new evaluator the questions that are asked are all there are.
+    rows = {place: row if is_new else place for row, place in enumerate(asked)}
+
+    @cache
+    def evaluator() -> Evaluator:  # only made where something isn't kept already
+        if is_new:
+            first.forget()
+            size, memory = config.paths_per_pass, config.state_cache_gb
+            return Evaluator(first.routed, [*asked.values()], memory, paths_per_pass=size)
+        return first.judged_as(
+            [asked.get(place, reading).prompt for place, reading in enumerate(first.readings)]
         )
-    return first.judged_as(
-        [asked.get(place, reading).prompt for place, reading in enumerate(first.readings)]
-    )
+
+    def ask(pairs: Sequence[Pair]) -> list[Outcome]:
+        asking = [(rows[place], path) for place, path in pairs]
+        return evaluator().with_margins(asking, evaluator().evaluate(asking))
+
+    return ask
 
 
 def judge(outcomes: Sequence[Outcome], full: Sequence[Outcome], tolerance: float) -> Retest:
