@@ -150,6 +150,8 @@ def search_in_step(
     def tell(what: str, going: Collection[int] = ()) -> None:
         """Say how far the batch is; `going` are the questions whose search isn't over."""
         nonlocal share
+        if on_step is None:
+            return
         tried = [len(each.tried) for each in searches]
         for place in going:
             tried[place] = config.num_simulations + 1
@@ -162,8 +164,7 @@ def search_in_step(
         ]
         a_path = (1 if evaluator.scores_options else 2) + sum(again) / len(found)  # 2: margins
         share = max(share, num_run / (sum(tried) * a_path))  # it never falls
-        if on_step is not None:
-            on_step(share, num_new, what)
+        on_step(share, num_new, what)
 
     started = time.perf_counter()
     asked = [read(routed, question.prompt, question.text) for question in questions]
