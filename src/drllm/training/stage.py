@@ -152,6 +152,7 @@ def _train(
     identity_of = functools.partial(
         checkpoint.identity_of, base_identity=base.identity, targets=digest(along_targets)
     )
+    form = form_of(base.tokenizer, ((each.question, each.prompt) for each in targets))
     left = [folder for folder, one in seeds.items() if not is_done(folder, identity_of(one))]
     for folder in left:
         last, parts, used = seeds[folder].on_policy_rounds, [along_targets], []
@@ -173,7 +174,7 @@ def _train(
                 settings,
                 place,
                 rewards=rewards,
-                form=form_of(base.tokenizer, ((each.question, each.prompt) for each in targets)),
+                form=form,
                 device=base.model.device,
                 used=used if place == folder else (),
                 listener=listener,
