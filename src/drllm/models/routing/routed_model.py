@@ -77,7 +77,9 @@ def detach(model: Any) -> Any:
 
 
 @contextmanager
-def unrouted(model: Any, tokenizer: Any = None, listener: Listener | None = None) -> Iterator[Any]:
+def unrouted(
+    model: Any, tokenizer: Any = None, listener: Listener | None = None
+) -> Iterator[BaseModel]:
     """Yield the base model of whatever a stage is given, without routing inside the block.
 
     That is settings or a name, which are loaded here; what `load` returns; or a model of
