@@ -55,7 +55,11 @@ class Flag:
     kind: type = str
     choices: tuple[str, ...] = ()
     alias: str | None = None
-    in_files: bool = False  # a setting by task, which only YAML files have
+
+    @property
+    def in_files(self) -> bool:
+        """Whether it is a setting by task, which only YAML files have."""
+        return is_by_task((self.kind,))
 
     @property
     def names(self) -> list[str]:
@@ -208,20 +212,19 @@ def flags_of(verb: Verb) -> Iterator[Flag]:
     for group in verb.settings:
         kinds = kinds_of(group)
         for each in dataclasses.fields(group):
-            rules, in_files = each.metadata, is_by_task(kinds[each.name])
-            kind, choices = kinds[each.name][0], tuple(rules["choices"] or ())
+            rules, kind = each.metadata, kinds[each.name][0]
+            choices = tuple(rules["choices"] or ())
             value = {int: "N", float: "X"}.get(kind, "DIR" if "_dir" in each.name else "NAME")
             yield Flag(
                 each.name,
                 rules["help"],
                 each.default,
-                value=rules["value"] or (value if in_files else "|".join(choices) or value),
+                value=rules["value"] or "|".join(choices) or value,
                 basic=rules["basic"],
                 group=group,
                 kind=kind,
                 choices=choices,
                 alias=rules["alias"],
-                in_files=in_files,
             )
 
 
