@@ -169,11 +169,10 @@ def check_text(flag: str, text: str) -> None:
 
 def changed(kind: type[Group], config: Group | None, settings: Mapping[str, Any]) -> Group:
     """Return a group of settings, by default that of all defaults, with some changed by name."""
-    made: Group = from_dict(kind, {**(config or kind()).to_dict(), **settings}, "settings")
-    return made
+    return from_dict(kind, {**(config or kind()).to_dict(), **settings}, "settings")
 
 
-def from_dict(kind: type[Any], values: dict[str, Any], where: str) -> Any:
+def from_dict(kind: type[Group], values: dict[str, Any], where: str) -> Group:
     """Make a settings group from a mapping that is part of `where`; ConfigError if it doesn't fit.
 
     Of an unknown key, the message has the nearest valid one.
