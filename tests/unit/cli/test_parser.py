@@ -156,7 +156,8 @@ def test_a_preset_is_named_like_a_file_and_has_a_section_a_stage():
 
 
 def test_a_verb_reads_its_sections_of_a_recipe(file: Path):
-    file.write_text("config: released\nmodel: {model_id: a/b}\ntrain: {num-epochs: 7}\nevaluate: {}")
+    sections = ["config: released", "model: {model_id: a/b}", "train: {num-epochs: 7}", "evaluate: {}"]
+    file.write_text("\n".join(sections))
     request = parsed(f"train --run-name n --config {file}")
     settings = request.of(TrainConfig)
     assert request.of(ModelConfig).model == "a/b"
