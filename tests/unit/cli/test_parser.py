@@ -156,8 +156,8 @@ def test_a_preset_is_named_like_a_file_and_has_a_section_a_stage():
 
 
 def test_a_verb_reads_its_sections_of_a_recipe(file: Path):
-    sections = ["config: released", "model: {model_id: a/b}", "train: {num-epochs: 7}", "evaluate: {}"]
-    file.write_text("\n".join(sections))
+    model, train = "model: {model_id: a/b}", "train: {num-epochs: 7}"
+    file.write_text(f"config: released\n{model}\n{train}\nevaluate: {{}}")
     request = parsed(f"train --run-name n --config {file}")
     settings = request.of(TrainConfig)
     assert request.of(ModelConfig).model == "a/b"
