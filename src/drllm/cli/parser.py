@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from drllm.config.fields import Settings, check_text, flag_of, is_by_task, kinds_of
-from drllm.config.files import PRESETS, as_text, canonical, read_yaml, with_preset, with_underscores
+from drllm.config.fields import Settings, check_text, flag_of, from_text, is_by_task, kinds_of
+from drllm.config.files import PRESETS, canonical, read_yaml, sections_of, with_preset
 from drllm.errors import ConfigError, nearest_name, unknown_name
 
 if TYPE_CHECKING:
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
 Kind = TypeVar("Kind", bound=Settings)
 
 _WANTED = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
-_WRITTEN = {
-    int: re.compile(r"[+-]?\d{1,20}"),
-    str: re.compile(".*", re.DOTALL),
-    float: re.compile(r"[+-]?(\d{1,400}(\.\d*)?|\.\d+)([eE][+-]?\d{1,5})?"),
-}
 HELP = ("-h", "--help", "--help-all")
 _FLAG = re.compile(r"-{1,2}[A-Za-z][^\s=]*(=.*)?", re.DOTALL)
 _RENAMED = {"--damage": "--kl", "--no-damage": "--no-kl", "--opponents": "--baselines"}
@@ -185,9 +180,9 @@ def parse(words: Sequence[str]) -> Request:
                 needs = f"{verb.name} needs {name} ({flag.help})"
                 raise ConfigError(f"{needs}, for example: {verb.example}")
         elif isinstance(said, str):
-            if not _WRITTEN[flag.kind].fullmatch(said):
+            values[flag.name] = from_text(said, (flag.kind,))
+            if not isinstance(values[flag.name], flag.kind):
                 raise ConfigError(f"{name} is {said[:80]!r}; give {flag.wanted}")
-            values[flag.name] = flag.kind(said)
     groups = tuple(_made(group, values) for group in verb.settings)
     return Request(verb.name, groups, own, "model" in values)
 
@@ -283,15 +278,22 @@ def _section(group: type[Settings]) -> str:
 
 def _read_settings(path: Path, verb: Verb) -> dict[str, Any]:
     values = read_yaml(path, f"settings, or one of {', '.join(PRESETS)}")
-    sections = {_section(group) for each in VERBS.values() for group in each.settings}
-    if any(isinstance(values.get(name), dict) for name in sections):
-        values = _of_verb(path, with_preset(path, values), verb, sections)
+    known = {_section(group) for each in VERBS.values() for group in each.settings}
+    if any(isinstance(values.get(name), dict) for name in known):
+        sections = sections_of(path, with_preset(path, values), known)
+        own = [sections[name] for name in map(_section, verb.settings) if name in sections]
+        if not own:
+            raise ConfigError(
+                f"{path} has no effect on {verb.name}: it has settings of {', '.join(sections)} "
+                f"alone; leave --config out"
+            )
+        values = {name: value for section in own for name, value in section.items()}
     for group in verb.settings:
         values = canonical(group, values)
-    known = [flag.name for flag in flags_of(verb) if not flag.positional]
+    names = [flag.name for flag in flags_of(verb) if not flag.positional]
     for key in values:
-        if key not in known:
-            raise ConfigError(f"{path}: {nearest_name('setting', key, known)} {_see(verb)}")
+        if key not in names:
+            raise ConfigError(f"{path}: {nearest_name('setting', key, names)} {_see(verb)}")
     try:
         for flag in verb.flags:
             if flag.name in values:
@@ -303,31 +305,13 @@ def _read_settings(path: Path, verb: Verb) -> dict[str, Any]:
     return values
 
 
-def _of_verb(
-    path: Path, sections: Mapping[str, Any], verb: Verb, known: Iterable[str]
-) -> dict[str, Any]:
-    """Return the settings of a verb from a preset or a recipe, which has a section a group."""
-    for name, section in sections.items():
-        if name not in known:
-            raise ConfigError(f"{path}: " + unknown_name("section", name, sorted(known)))
-        if not isinstance(section, dict):
-            raise ConfigError(f"{path}: {name} is {section!r}; give settings, 'name: value'")
-    own = [sections[name] for name in map(_section, verb.settings) if name in sections]
-    if not own:
-        raise ConfigError(
-            f"{path} has no effect on {verb.name}: it has settings of {', '.join(sections)} alone; "
-            f"leave --config out"
-        )
-    return {name: value for section in own for name, value in with_underscores(section).items()}
-
-
 def _flag_value(flag: Flag, value: Any) -> Any:
     """Return what is said for a verb's own flag, checked."""
     if flag.switch:
         if not isinstance(value, bool):
             raise ConfigError(f"{flag.names[0]} is {value!r}; give true or false")
         return value
-    texts = [as_text(each) for each in (value if isinstance(value, list) else [value])]
+    texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts) or (len(texts) != 1 and not flag.many):
         wanted = "one text or a list of texts" if flag.many else "a text"
         raise ConfigError(f"{flag.names[0]} is {value!r}; give {wanted}")

@@ -39,7 +39,7 @@ from drllm.records.results import (
     results_in,
     schema_of,
 )
-from drllm.reporting.cost import measured_line
+from drllm.reporting.evaluated import measured_line
 from drllm.reporting.numbers import NONE, against, difference, label, plain, signed
 from drllm.reporting.sweeps import SWEEP_FILE, SweepResult, read_sweep_file
 from drllm.search import CHUNKS_FOLDER

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pkgutil
+import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -102,8 +103,12 @@ Group = TypeVar("Group", bound=Settings)
 _KINDS = {
     bool: "true or false",
     int: "a whole number",
-    float: "a number (in YAML 1e-3 is text; write 1.0e-3)",
+    float: "a number",
     str: "text",
+}
+_WRITTEN = {
+    int: re.compile(r"[+-]?\d{1,20}"),
+    float: re.compile(r"[+-]?(\d{1,400}(\.\d*)?|\.\d+)([eE][+-]?\d{1,5})?"),
 }
 LARGEST_INT = 2**63 - 1
 
@@ -117,6 +122,26 @@ def kinds_of(group: type[Settings]) -> dict[str, tuple[type, ...]]:
 def is_by_task(kinds: tuple[type, ...]) -> bool:
     """Tell whether a setting has a value for each task: only YAML files say such, no flag."""
     return typing.get_origin(kinds[0]) is dict
+
+
+def from_text(value: Any, kinds: tuple[type, ...]) -> Any:
+    """Return the number that a text writes, where a setting of these kinds takes one.
+
+    By task it is that of each value. All else is returned as it is.
+    """
+    if isinstance(value, dict) and is_by_task(kinds):
+        of_one = _of_one(kinds)
+        return {task: from_text(one, of_one) for task, one in value.items()}
+    for kind in kinds:
+        if isinstance(value, str) and kind in _WRITTEN and _WRITTEN[kind].fullmatch(value):
+            return kind(value)
+    return value
+
+
+def _of_one(kinds: tuple[type, ...]) -> tuple[type, ...]:
+    """Return the types that one task's value of a setting by task may have."""
+    hint = typing.get_args(kinds[0])[1]
+    return typing.get_args(hint) or (hint,)
 
 
 def flag_of(name: str) -> str:
@@ -135,9 +160,8 @@ def _check(flag: str, value: Any, kinds: tuple[type, ...], rules: Mapping[str, A
         if value is not None and not isinstance(value, dict):
             example = f"{flag}: {rules['value']}"
             raise ConfigError(f"{flag} is {value!r}; give values by task, as in '{example}'")
-        of_one = typing.get_args(kinds[0])[1]
         for task, one in (value or {}).items():
-            _check(f"{flag} of {task}", one, typing.get_args(of_one) or (of_one,), rules)
+            _check(f"{flag} of {task}", one, _of_one(kinds), rules)
         return
     accepted = (*kinds, int) if float in kinds else kinds
     is_bool = isinstance(value, bool)  # which to Python is an int

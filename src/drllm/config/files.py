@@ -1,40 +1,33 @@
 """Settings in YAML files: sections of a recipe, presets, and what a verb reads with `--config`.
 
-Names may have dashes or be published ones. A number is read as its text where the setting is a
-text: 1.10 may be the name of a branch.
+Names may have dashes or be published ones. Numbers are read as texts, and become what the setting
+is: 1.10 may be the name of a branch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from drllm.config.fields import Settings, kinds_of
+from drllm.config.fields import Settings, from_text, kinds_of
 from drllm.errors import ConfigError, unknown_name
 
 PRESETS = {path.stem: path for path in sorted(Path(__file__).with_name("presets").glob("*.yaml"))}
 """Packaged settings by name: the paper's, the released code's. Their sections are a recipe's."""
 
 
-class Written(str):
-    """A number of a YAML file, as the text that stands there."""
-
-    value: int | float
-    __repr__ = str.__str__
-
-
 class _Loader(yaml.SafeLoader):
-    """YAML's plain values, numbers with their texts; dates are texts.
+    """YAML's plain values, numbers and dates as texts.
 
     Tags and a name that is given twice are refused.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as SafeLoader has them
-        first: [(tag, form) for tag, form in forms if not tag.endswith(":timestamp")]
+        first: [(tag, form) for tag, form in forms if not tag.endswith((":int", ":float", "stamp"))]
         for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -57,16 +50,6 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
-
-
-def _written(loader: _Loader, node: yaml.ScalarNode) -> Written:
-    number, is_int = Written(node.value), node.tag.endswith(":int")
-    number.value = loader.construct_yaml_int(node) if is_int else loader.construct_yaml_float(node)
-    return number
-
-
-for tag in ("int", "float"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{tag}", _written)
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
@@ -111,37 +94,36 @@ def with_preset(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def sections_of(
+    path: Path, values: Mapping[str, Any], known: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """Return the sections of a file; one that isn't known, or holds no settings, is refused."""
+    known, found = list(known), {}
+    for name, section in values.items():
+        if name not in known:
+            raise ConfigError(f"{path}: " + unknown_name("section", name, known))
+        if not isinstance(section, dict | None):
+            raise ConfigError(
+                f"{path}: section {name!r} is {section}; give settings, written 'name: value'"
+            )
+        found[name] = with_underscores(section or {})
+    return found
+
+
 def with_underscores(values: Mapping[Any, Any]) -> dict[str, Any]:
     """Write the names of settings as the dataclasses have them."""
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
 def canonical(group: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group's settings under our names, a number as text where the setting is one.
+    """Return a group's settings under our names, numbers as such where the setting is one.
 
     Of the values from `read_yaml`, what is no setting of the group is left as it is.
     """
     ours = {declared.metadata["alias"]: declared.name for declared in dataclasses.fields(group)}
-    kinds = kinds_of(group)
-    found = {}
-    for name, value in values.items():
-        known = ours.get(name, name)
-        if known in kinds:
-            if str in kinds[known]:
-                value = as_text(value)
-            elif isinstance(value, dict):
-                value = {as_text(task): plain(one) for task, one in value.items()}
-            else:
-                value = plain(value)
-        found[known] = value
-    return found
-
-
-def plain(value: Any) -> Any:
-    """Return a number of the file as Python's own, as others expect; other values as they are."""
-    return value.value if isinstance(value, Written) else value
-
-
-def as_text(value: Any) -> Any:
-    """Return the text of a number as it stands in the file; other values as they are."""
-    return str(value) if isinstance(value, Written) else value
+    named = {ours.get(name, name): value for name, value in values.items()}
+    return named | {
+        name: from_text(named[name], kinds)
+        for name, kinds in kinds_of(group).items()
+        if name in named
+    }

@@ -16,7 +16,7 @@ import yaml
 
 from drllm.config import EvaluateConfig, ModelConfig, SearchConfig, SuperviseConfig, TrainConfig
 from drllm.config.fields import from_dict
-from drllm.config.files import canonical, read_yaml, with_preset, with_underscores
+from drllm.config.files import canonical, read_yaml, sections_of, with_preset
 from drllm.errors import ConfigError, unknown_name
 from drllm.evaluation.questions import tasks_of
 from drllm.extras import need
@@ -100,18 +100,17 @@ def read_recipe(path: Path, data_dir: str | None = None) -> Recipe:
     names. No such file, not YAML, an unknown section or setting, and a value that doesn't fit are
     a ConfigError.
     """
-    return _recipe(path, with_preset(path, read_yaml(path, "a recipe")), data_dir)
+    values = with_preset(path, read_yaml(path, "a recipe"))
+    return _recipe(path, sections_of(path, values, SECTIONS), data_dir)
 
 
-def _recipe(path: Path, values: Mapping[str, Any], data_dir: str | None, **changes: Any) -> Recipe:
-    """Make a recipe of a file's values, some sections changed."""
+def _recipe(
+    path: Path, sections: Mapping[str, dict[str, Any]], data_dir: str | None, **changes: Any
+) -> Recipe:
+    """Make a recipe of a file's sections, some of them changed."""
     groups = {}
-    for name in values:
-        if name not in SECTIONS:
-            raise ConfigError(f"{path}: " + unknown_name("section", name, SECTIONS))
     for name, kind in SECTIONS.items():
-        own = _section(path, name, values.get(name) or {})
-        section = canonical(kind, own | _section(path, name, changes.get(name, {})))
+        section = canonical(kind, sections.get(name, {}) | changes.get(name, {}))
         if name == "search" and "output_dir" in section:
             raise ConfigError(
                 f"{path}: search: 'output_dir' is {section['output_dir']!r}; leave it out, a run "
@@ -124,14 +123,6 @@ def _recipe(path: Path, values: Mapping[str, Any], data_dir: str | None, **chang
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
     return Recipe(**groups)
-
-
-def _section(path: Path, name: str, values: Any) -> dict[str, Any]:
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path}: section {name!r} is {values!r}; give settings, written 'name: value'"
-        )
-    return with_underscores(values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,14 +147,15 @@ def read_sweep(path: Path, data_dir: str | None = None) -> SweepPlan:
     settings = values.pop("settings", None)
     if not isinstance(settings, dict) or len(settings) < 2:
         raise ConfigError(
-            f"{path}: 'settings' is {settings!r}; give at least two settings to compare, by name"
+            f"{path}: 'settings' is {settings}; give at least two settings to compare, by name"
         )
-    choose = _section(path, "choose", values.pop("choose", {}))
+    sections = sections_of(path, values, [*SECTIONS, "choose"])
+    choose = sections.pop("choose", {})
     for name in choose:
         if name not in FOR_CHOICE:
             raise ConfigError(f"{path}: choose: " + unknown_name("setting", name, FOR_CHOICE))
-    common = _recipe(path, values, data_dir)
-    choosing = _recipe(path, values, data_dir, evaluate=choose).evaluate
+    common = _recipe(path, sections, data_dir)
+    choosing = _recipe(path, sections, data_dir, evaluate=choose).evaluate
     if common.evaluate.curve is None:
         raise ConfigError(
             f"{path}: evaluate: a sweep compares at equal depths; give them as curve, for example "
@@ -177,7 +169,7 @@ def read_sweep(path: Path, data_dir: str | None = None) -> SweepPlan:
             )
     recipes: dict[str, Recipe] = {}
     for name, changes in settings.items():
-        recipe = _setting(path, str(name), values, changes, data_dir)
+        recipe = _setting(path, str(name), sections, changes, data_dir)
         for other, theirs in recipes.items():
             if (theirs.supervise, theirs.train) == (recipe.supervise, recipe.train):
                 raise ConfigError(
@@ -188,7 +180,7 @@ def read_sweep(path: Path, data_dir: str | None = None) -> SweepPlan:
 
 
 def _setting(
-    path: Path, name: str, values: Mapping[str, Any], changes: Any, data_dir: str | None
+    path: Path, name: str, sections: Mapping[str, Any], changes: Any, data_dir: str | None
 ) -> Recipe:
     """Return the recipe with one setting's changes."""
     if not re.fullmatch(r"[\w.-]*\w", name):
@@ -197,15 +189,10 @@ def _setting(
         )
     if not isinstance(changes, dict):
         raise ConfigError(
-            f"{path}: setting {name!r} is {changes!r}; give sections with what differs, {{}} for "
+            f"{path}: setting {name!r} is {changes}; give sections with what differs, {{}} for "
             f"nothing"
         )
-    for section in changes:
-        if section not in SWEPT:
-            raise ConfigError(
-                f"{path}: setting {name!r}: " + unknown_name("section", str(section), SWEPT)
-            )
     try:
-        return _recipe(path, values, data_dir, **changes)
+        return _recipe(path, sections, data_dir, **sections_of(path, changes, SWEPT))
     except ConfigError as error:
         raise ConfigError(f"setting {name!r} of {error}") from error

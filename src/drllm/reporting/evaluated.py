@@ -1,7 +1,7 @@
-"""The part of a report about one task's results: tiles, plot, table of systems, depths, choice.
+"""The part of a report about results: tiles, plot, table of systems, routes, questions, cost.
 
 What is claimed are the evaluation's own findings and the labels of its verdicts; nothing is judged
-here.
+here, and nothing derived is called measured. `drllm show` prints `measured_line`. Axes: L layers.
 """
 
 from __future__ import annotations
@@ -10,11 +10,32 @@ from collections.abc import Sequence
 from functools import partial
 
 from drllm.cost import share_saved
-from drllm.records.results import BASE, ROUTED, Evaluation, Latency, Point, System
-from drllm.reporting import cost, figures
-from drllm.reporting.blocks import Figure, Listing, Section, Tile, Tiles
-from drllm.reporting.numbers import percent, plain
+from drllm.paths import Decision, Decisions, num_executions
+from drllm.records.results import (
+    BASE,
+    DECODE,
+    PREFILL,
+    ROUTED,
+    Evaluation,
+    Latency,
+    Point,
+    Result,
+    Sample,
+    System,
+    Timings,
+)
+from drllm.reporting import figures
+from drllm.reporting.blocks import Block, Figure, Listing, Section, Table, Tile, Tiles
+from drllm.reporting.numbers import NONE, count, percent, plain
+from drllm.reporting.run import Run
 from drllm.statistics.verdicts import Verdict
+from drllm.supervision.summary import class_counts
+
+PHASES = {PREFILL: "reading", DECODE: "decoding"}
+LONGEST = 120
+"""Characters of a question or an answer; the samples hold the whole."""
+ROWS = 5
+"""Questions that are shown of each kind, the first ones, so that nobody picks the pretty ones."""
 
 
 def first_line(evaluation: Evaluation) -> str:
@@ -27,7 +48,7 @@ def tiles(evaluation: Evaluation, measured: Latency | None) -> Tiles:
     """Return the four numbers that count: layers saved, both differences, measured time."""
     routed = evaluation.routed
     if routed is None or (found := routed.against_base) is None:
-        return Tiles([cost.tile(measured)])
+        return Tiles([time_tile(measured)])
     saved = share_saved(routed.executions, evaluation.num_layers)
     run = f"{plain(routed.executions, 2)} of {evaluation.num_layers} run a forward pass"
     title = "Layers saved" if saved >= 0 else "More layers run"
@@ -37,7 +58,7 @@ def tiles(evaluation: Evaluation, measured: Latency | None) -> Tiles:
     if found.text_loss is not None:
         less_is_better = "nats a token; less is better"
         each.append(_tile("Next-token loss", found.text_loss, "nats", less_is_better))
-    return Tiles([*each, cost.tile(measured)])
+    return Tiles([*each, time_tile(measured)])
 
 
 def _tile(title: str, verdict: Verdict, unit: str, note: str) -> Tile:
@@ -46,8 +67,8 @@ def _tile(title: str, verdict: Verdict, unit: str, note: str) -> Tile:
     return Tile(f"{title}, routed less base", f"{size} {unit}", said, verdict.label)
 
 
-def sections(evaluation: Evaluation) -> list[Section]:
-    """Return the plot, the table of systems, and the certified choice, if one was asked for."""
+def sections(run: Run, evaluation: Result) -> list[Section]:
+    """Return the plot, the table of systems, the certified choice, routes and changed answers."""
     found = [Section("Accuracy over layers run", [_plot(evaluation)])]
     values = {"evaluation": evaluation}
     found.append(Section("Systems", template="table.j2", values=values))
@@ -56,6 +77,11 @@ def sections(evaluation: Evaluation) -> list[Section]:
         found.append(
             Section("Certified choice", [verdict, Listing(sentences)] if sentences else [verdict])
         )
+    if routes := evaluation.routes():
+        found.append(Section("Routes by layer", [_routes(run, routes)]))
+    able = [each for each in evaluation.samples if {BASE, ROUTED} <= each.systems.keys()]
+    if able:
+        found.append(Section("Questions won and lost", _changed(evaluation, able)))
     return found
 
 
@@ -92,3 +118,147 @@ def side_by_side(what: str, named: Sequence[tuple[str, Evaluation]], caption: st
         placed += [(name, each, one) for one in each.curve if one.system == ROUTED]
     values = {"what": what, "named": placed, "caption": caption}
     return Section(f"{what.capitalize()}s compared", template="compared.j2", values=values)
+
+
+# --- routes and single questions ---
+
+
+def _shares(rows: Sequence[Decisions]) -> list[list[float]]:
+    """Return how often each layer is skipped, executed and repeated: `[L][3]`."""
+    return [[number / len(rows) for number in layer] for layer in class_counts(rows)]
+
+
+def _routes(run: Run, routes: Sequence[Decisions]) -> Figure:
+    distinct, shares = len(set(routes)), _shares(routes)
+    targets = [record.optimal_layer_config for record in run.supervision]
+    mean = plain(sum(map(num_executions, routes)) / len(routes), 2)
+    skipped = sorted(range(len(shares)), key=lambda layer: -shares[layer][Decision.SKIP])[:3]
+    told = ", ".join(f"{layer} ({percent(shares[layer][Decision.SKIP], 0)})" for layer in skipped)
+    strokes = " Strokes are what the routers were trained for." if targets else ""
+    return Figure(
+        draw=partial(figures.routes_by_layer, shares, _shares(targets) if targets else None),
+        name="routes by layer",
+        alt=f"How often each layer is skipped, executed and repeated. Skipped most: {told}.",
+        caption=f"{count(distinct)} distinct {'route' if distinct == 1 else 'routes'} on "
+        f"{count(len(routes))} questions, {mean} layers run on average.{strokes}",
+        is_large=True,
+    )
+
+
+def _change(sample: Sample) -> float:
+    """Return what routing makes of a question: above 0 it is won, below 0 lost."""
+    return sample.systems[ROUTED].correct - sample.systems[BASE].correct
+
+
+def _changed(evaluation: Result, able: Sequence[Sample]) -> list[Block]:
+    won = [sample for sample in able if _change(sample) > 0]
+    lost = [sample for sample in able if _change(sample) < 0]
+    same = [sample for sample in able if _change(sample) == 0]
+    if evaluation.is_graded:
+        kept = f"{count(len(same))} keep their grade"
+    else:
+        right = sum(sample.systems[BASE].correct >= 1 for sample in same)
+        kept = f"{count(right)} stay right, {count(len(same) - right)} stay wrong"
+    said = (
+        f"Of {count(len(able))} questions {count(len(won))} are won (better with routing) and "
+        f"{count(len(lost))} lost; {kept}."
+    )
+    shown = [*won[:ROWS], *lost[:ROWS]]
+    if not shown:
+        return [said]
+    left = len(won) + len(lost) - len(shown)
+    more = f" The others ({count(left)}) are in eval/samples.jsonl." if left else ""
+    rows = [
+        [
+            _short(sample.question),
+            "won" if _change(sample) > 0 else "lost",
+            NONE if sample.gold is None else _short(sample.choices[sample.gold]),
+            *(_answer(sample, system) for system in (BASE, ROUTED)),
+        ]
+        for sample in shown
+    ]
+    header, caption = "|right answer|base|routed", f"The first {ROWS} of each at most.{more}"
+    table = Table.made(caption, f"question|with routing{header}", rows, f"with routing{header}")
+    return [said, table]
+
+
+def _answer(sample: Sample, system: str) -> str:
+    """Return what a system answered, and its grade where it is neither right nor wrong."""
+    found = sample.systems[system]
+    grade = f" (graded {plain(found.correct, 2)})" if 0 < found.correct < 1 else ""
+    if found.answer is None:
+        return grade.strip(" ()") or ("right" if found.correct >= 1 else "wrong")
+    text = found.answer if isinstance(found.answer, str) else sample.choices[found.answer]
+    return (_short(text) or "nothing") + grade
+
+
+def _short(text: str) -> str:
+    """Write a text on one line, cut between words where it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else line[: LONGEST - 1].rsplit(" ", 1)[0] + " …"
+
+
+# --- cost ---
+
+
+def costs(evaluations: Sequence[Evaluation], measured: Latency | None) -> Section:
+    """Return the section on cost, of every task and of the machine."""
+    timed = [] if measured is None else _timed(measured.measured)
+    values = {"evaluations": evaluations, "measured": measured, "timed": timed}
+    return Section("Cost", folded=True, template="cost.j2", values=values)
+
+
+def _timed(found: Timings) -> list[list[str]]:
+    """Return a row for each phase and batch size, with what the times show."""
+    rows = []
+    for (phase, size), label in found.labels().items():
+        base, routed = (found.of(system, phase, size) for system in (BASE, ROUTED))
+        ratio, own = found.ratio(ROUTED, BASE, phase, size), found.router_seconds(size)
+        ratios = [plain(each, 2) for each in (ratio.median, ratio.lowest, ratio.highest)]
+        # In some round they took less than nothing: noise. In decoding they don't run.
+        alone = _ms(own.median) if own.lowest > 0 else "too noisy"
+        rows.append(
+            [
+                f"{PHASES[phase]}, {count(size)}",
+                _ms(base.median),
+                _ms(routed.median),
+                f"{ratios[0]} ({ratios[1]} to {ratios[2]})",
+                label,
+                count(round(routed.tokens_per_second)),
+                plain(routed.executions, 2),
+                alone if phase == PREFILL else "none",
+            ]
+        )
+    return rows
+
+
+def _ms(seconds: float) -> str:
+    """Write a time in milliseconds with three digits that say something, where it has them."""
+    ms = 1e3 * seconds
+    return count(round(ms)) if ms >= 100 else plain(ms, 1 if abs(ms) >= 10 else 2)
+
+
+def time_tile(measured: Latency | None) -> Tile:
+    """Return what the measured times show, in a tile."""
+    if measured is None:
+        return Tile("Measured time", "not measured", "--latency-rounds 0")
+    rows = _timed(measured.measured)
+    labels = [row[4] for row in rows]
+    most = max(labels, key=labels.count)
+    value = most if len({*labels}) == 1 else f"{most} in {labels.count(most)} of {len(rows)}"
+    ratios = sorted(row[3].split()[0] for row in rows)
+    note = f"{ratios[0]} to {ratios[-1]} times base's, by phase and batch"
+    return Tile("Measured time", value, note)
+
+
+def measured_line(measured: Latency) -> str:
+    """Say in one line what the measured times show."""
+    found = measured.measured
+    shown: dict[str, list[str]] = {}
+    for row in _timed(found):
+        shown.setdefault(row[4], []).append(f"{row[0].replace(',', '')} ({row[3].split()[0]})")
+    said = "; ".join(f"{label}: {', '.join(where)}" for label, where in shown.items())
+    return (
+        f"Measured time, routed / base by rows of a batch, {found.num_rounds} rounds of "
+        f"{found.prompt_tokens} tokens: {said}."
+    )

@@ -1,14 +1,44 @@
-"""A report's order: what is shown of a run comes first, what to do next, then the rest, folded."""
+"""The report's sections in their order, the verdict first; those on training and provenance.
+
+Axes: L layers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from statistics import fmean
+from typing import Any
 
-from drllm.reporting import cost, evaluated, learned, provenance, questions
-from drllm.reporting.blocks import Block, Document, Listing, Section, Tiles, Verdicts, lowered
+from drllm import metrics
+from drllm.config import EvaluateConfig
+from drllm.config.fields import flag_of
+from drllm.metrics import ROUTERS, TRAIN, VALIDATION, ratios
+from drllm.paths import Decision, num_executions
+from drllm.records.results import EVALUATION_SCHEMA
+from drllm.reporting import evaluated, figures
+from drllm.reporting.blocks import (
+    Block,
+    Document,
+    Figure,
+    Listing,
+    Section,
+    Tiles,
+    Verdicts,
+    lowered,
+)
 from drllm.reporting.next_steps import next_steps
-from drllm.reporting.numbers import count
+from drllm.reporting.numbers import count, plain
 from drllm.reporting.run import Run
+from drllm.supervision.summary import class_counts, edit_effects, summarise
+
+MIN_QUESTIONS = 5
+"""Single edits that were tried on fewer questions aren't named as best or worst."""
+RUNTIME = ("dtype", "device", "attn_implementation")
+"""How a base model ran, by the names of settings of `ModelConfig`."""
 
 
 def document(runs: Sequence[Run]) -> Document:
@@ -57,7 +87,7 @@ def _first(run: Run) -> list[Block]:
     first: list[Block] = [Verdicts(lines or [("", "Nothing was evaluated yet.")])]
     first += run.notes
     if several:
-        return [*first, Tiles([cost.tile(run.latency)])]
+        return [*first, Tiles([evaluated.time_tile(run.latency)])]
     return [*first, *(evaluated.tiles(e, run.latency) for e in run.evaluations)]
 
 
@@ -69,7 +99,7 @@ def _sections(run: Run) -> list[Section]:
         sections.append(evaluated.side_by_side("task", named, caption))
     folded: list[Section] = []
     for evaluation in run.evaluations:
-        shown = [*evaluated.sections(evaluation), *questions.sections(run, evaluation)]
+        shown = evaluated.sections(run, evaluation)
         if len(run.evaluations) == 1:
             sections, folded = shown, evaluated.details(evaluation)
         else:
@@ -81,5 +111,118 @@ def _sections(run: Run) -> list[Section]:
         following.append(f"Not in this folder: {'; '.join(run.absent)}.")
     sections.append(Section("What to do next", following))
     if run.evaluations:
-        folded.append(cost.section(run.evaluations, run.latency))
-    return [*sections, *folded, *learned.sections(run), provenance.section(run)]
+        folded.append(evaluated.costs(run.evaluations, run.latency))
+    return [*sections, *folded, *learned(run), _provenance(run)]
+
+
+# --- search and training ---
+
+
+def learned(run: Run) -> list[Section]:
+    """Return the sections on search and routers, as far as there are files for them."""
+    found = []
+    if run.search or run.supervision or run.summary:
+        found.append(Section("Search and targets", (), 2, True, "search.j2", _searched(run)))
+    if run.epochs:
+        found.append(_routers(run))
+    return found
+
+
+def _searched(run: Run) -> dict[str, Any]:
+    counts = summarise(run.search, (), {})
+    targets = [record.optimal_layer_config for record in run.supervision]
+    lengths = sorted(map(num_executions, targets))
+
+    def edits(decision: Decision) -> Any:
+        tried = edit_effects(run.search, decision)
+        effects = [effect for effect in tried if effect.questions >= MIN_QUESTIONS]
+        return sorted(effects, key=lambda effect: (-effect.reward, effect.layer))
+
+    return {
+        "searched": run.search,
+        "counts": counts,
+        # A supervision file of somebody else's has no summary; the search says all but the rejects.
+        "summary": run.summary or counts | {"rejected": {}},
+        "paths": fmean(len(record.paths) for record in run.search) if run.search else 0,
+        "seconds": sum(record.seconds for record in run.search),
+        "edits": {"Skipping": edits(Decision.SKIP), "Repeating": edits(Decision.REPEAT)},
+        "targets": targets,
+        "improving": sum(record.improving for record in run.supervision),
+        "lengths": lengths,
+        "mean": fmean(lengths) if lengths else 0,
+        "labels": [sum(of_one) for of_one in zip(*class_counts(targets), strict=True)],
+        "num_layers": run.num_layers,
+    }
+
+
+def _routers(run: Run) -> Section:
+    layers = run.layers
+    known = layers.parts[layers.judged] if layers else {}
+    scores = {name: ratios(counts) for name, counts in known.items()}
+    last = {epoch.split: epoch.values for epoch in run.epochs}
+    told = [
+        f"{split}, last epoch: macro-F1 {plain(last[split].get('macro_f1'), 3)}"
+        for split in (TRAIN, VALIDATION)
+        if split in last
+    ]
+    baselines = {name: each for name, each in scores.items() if name != ROUTERS}
+    curves = Figure(
+        draw=partial(figures.router_metrics, run.epochs, baselines),
+        name="router metrics",
+        alt=f"Macro-F1, labels hit and loss by epoch. {'; '.join(told)}.",
+        caption="By epoch. Where targets are held out, full lines are validation and dotted lines "
+        "training; the dashed line is the best of the decisions that ignore the question.",
+    )
+    settings = (run.router_config.get("training") or {}).get("settings") or {}
+    values = {
+        "layers": layers,
+        "verdict": f"{metrics.verdict(layers.parts)} {metrics.by_layer(known)}" if layers else "",
+        "scores": scores,
+        "held_out": VALIDATION in last,
+        "calibration": run.calibration,
+        "is_folded": settings.get("calibrate") is True,
+    }
+    return Section("Router metrics", [curves], 2, True, "routers.j2", values)
+
+
+# --- provenance ---
+
+
+def _provenance(run: Run) -> Section:
+    """Return the section on a run's provenance."""
+    made = (each.manifest for each in run.sources)
+    wanted = (m for m in made if m.get("schema") == EVALUATION_SCHEMA and m.get("routers"))
+    commands = list(dict.fromkeys(map(command, wanted)))
+    values = {"run": run, "runtime": _runtime, "commands": commands}
+    return Section("Provenance", folded=True, template="provenance.j2", values=values)
+
+
+def _runtime(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a file says of how the model ran; a search has it in its plan."""
+    runtime = manifest.get("runtime") or (manifest.get("plan") or {}).get("runtime")
+    return runtime if isinstance(runtime, dict) else {}
+
+
+def command(manifest: Mapping[str, Any]) -> str:
+    """Write the command that evaluates with a result's settings; those by default are left out.
+
+    Example:
+        >>> command({"routers": "r", "config": {"tasks": "arc_easy", "curve": "0.1", "seed": 0}})
+        'drllm evaluate --routers r --tasks arc_easy --curve 0.1'
+    """
+    runtime, config = _runtime(manifest), manifest.get("config") or {}
+    values: dict[str, Any] = {"model": (manifest.get("model") or {}).get("id") or None}
+    values |= {name: runtime.get(name) for name in RUNTIME} | {"routers": manifest["routers"]}
+    for declared in fields(EvaluateConfig):
+        value = config.get(declared.name, declared.default)
+        if value != declared.default or declared.name == "tasks":
+            values[declared.name] = value
+    words, in_file = ["drllm", "evaluate"], dict[str, Any]()
+    for name, value in values.items():
+        if isinstance(value, bool):
+            words.append(flag_of(name if value else f"no_{name}"))
+        elif isinstance(value, Mapping):  # by task, which YAML files alone can say
+            in_file[name] = value
+        elif value is not None:
+            words += [flag_of(name), str(value)]
+    return shlex.join(words) + (f" --config FILE  # with {json.dumps(in_file)}" if in_file else "")

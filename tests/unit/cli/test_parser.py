@@ -170,7 +170,7 @@ def test_a_verb_reads_its_sections_of_a_recipe(file: Path):
         ("generate: {seed: 1}", "has no effect on train: it has settings of generate alone"),
         ("train: {}\ntrian: {}", "unknown section 'trian'"),
         ("train: {}\nconfig: papers", "config: unknown preset 'papers'"),
-        ("model: {}\ntrain: 3", "train is 3; give settings"),
+        ("model: {}\ntrain: 3", "section 'train' is 3; give settings"),
     ],
 )
 def test_sections_that_do_not_fit_are_refused(file: Path, text: str, said: str):

@@ -12,13 +12,12 @@ from msgspec.structs import replace
 
 from drllm.cli.parser import parse
 from drllm.config import EvaluateConfig
-from drllm.reporting.cost import measured_line
 from drllm.reporting.drawing import LIGHT, NARROW, WIDE, apart, png
-from drllm.reporting.evaluated import tiles
+from drllm.reporting.evaluated import measured_line, tiles
 from drllm.reporting.figures import accuracy_by_executions, places
 from drllm.reporting.next_steps import next_steps
-from drllm.reporting.provenance import command
 from drllm.reporting.run import Run
+from drllm.reporting.sections import command
 from drllm.statistics.verdicts import judge_counts
 
 

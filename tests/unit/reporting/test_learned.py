@@ -9,10 +9,10 @@ from drllm.metrics import by_layer, ratios
 from drllm.paths import Decision
 from drllm.reporting.blocks import Document
 from drllm.reporting.drawing import LIGHT, svg
-from drllm.reporting.learned import MIN_QUESTIONS, sections
 from drllm.reporting.numbers import NBSP, plain
 from drllm.reporting.rendering import to_markdown
 from drllm.reporting.run import read_run
+from drllm.reporting.sections import MIN_QUESTIONS, learned
 from drllm.supervision.summary import edit_effects
 
 
@@ -28,13 +28,13 @@ def curves(found):
 
 
 @pytest.fixture(scope="module")
-def learned(run):
-    return sections(run)
+def found(run):
+    return learned(run)
 
 
 def test_a_copy_of_a_question_is_told_and_counts_once(run):
     copy = replace(run.search[0], task="another", id="copy")
-    copied = sections(dataclasses.replace(run, search=[*run.search, copy], sources=[]))
+    copied = learned(dataclasses.replace(run, search=[*run.search, copy], sources=[]))
     said = text(copied, "Search and targets")
     assert said.strip().startswith("40 questions and 1 copies of them were searched, ")
     right = sum(record.full.reward >= 1 for record in run.search)
@@ -42,19 +42,19 @@ def test_a_copy_of_a_question_is_told_and_counts_once(run):
     assert "*Of 40 questions, how many have such a path." in said
 
 
-def test_the_worst_single_skip_is_named(run, learned):
+def test_the_worst_single_skip_is_named(run, found):
     tried = [e for e in edit_effects(run.search, Decision.SKIP) if e.questions >= MIN_QUESTIONS]
     worst = min(tried, key=lambda e: (e.reward, -e.layer))
-    assert f", worst {worst.layer} (−" in text(learned, "Search and targets")
+    assert f", worst {worst.layer} (−" in text(found, "Search and targets")
 
 
-def test_routers_stand_beside_decisions_that_ignore_the_question(run, learned):
+def test_routers_stand_beside_decisions_that_ignore_the_question(run, found):
     systems = run.layers.parts["validation"]
-    said = text(learned, "Router metrics")
+    said = text(found, "Router metrics")
     assert by_layer(systems) in said
     cells = [plain(ratios(counts)["macro_f1"], 3) for counts in systems.values()]
     assert f"| macro-F1 | {' | '.join(cells)} |" in said.split("*On 12 held-out targets")[1]
-    for axes, key in zip(curves(learned)(LIGHT, 4.2).axes, ("macro_f1", "accuracy"), strict=False):
+    for axes, key in zip(curves(found)(LIGHT, 4.2).axes, ("macro_f1", "accuracy"), strict=False):
         scores = {name: ratios(each)[key] for name, each in systems.items() if name != "routers"}
         assert axes.lines[-1].get_ydata()[0] == max(scores.values())
 
@@ -62,7 +62,7 @@ def test_routers_stand_beside_decisions_that_ignore_the_question(run, learned):
 def test_routers_that_have_their_temperature_in_the_weights_say_so(run):
     config = {"training": {"settings": {"calibrate": True}}}
     cold = replace(run.calibration, temperature=0.8)
-    found = sections(dataclasses.replace(run, calibration=cold, router_config=config))
+    found = learned(dataclasses.replace(run, calibration=cold, router_config=config))
     said = text(found, "Router metrics").strip()
     assert "are not sure enough" in said
     assert said.endswith("same decisions and is in the weights.")
@@ -70,7 +70,7 @@ def test_routers_that_have_their_temperature_in_the_weights_say_so(run):
 
 def test_without_held_out_targets_the_missing_validation_is_said(folder):
     folder.routers(validation=False)
-    said = text(sections(read_run(folder.path)), "Router metrics")
+    said = text(learned(read_run(folder.path)), "Router metrics")
     assert "No targets were held out, so there are no validation metrics." in said
     assert "calibration error" not in said
     assert "*On 40 targets trained on" in said
@@ -78,5 +78,5 @@ def test_without_held_out_targets_the_missing_validation_is_said(folder):
 
 def test_a_single_epoch_can_be_drawn(folder):
     folder.routers(epochs=1)
-    drawn = curves(sections(read_run(folder.path)))
+    drawn = curves(learned(read_run(folder.path)))
     assert svg(drawn, "metrics").startswith("<svg viewBox=")
