@@ -48,7 +48,7 @@ def test_every_row_of_a_list_is_searched_as_the_same_rows_of_a_file(
 
 
 def test_a_row_that_cant_be_used_is_named_by_its_place(place):
-    with pytest.raises(TaskError, match="examples, line 2: 'answer' 7 is out of range"):
+    with pytest.raises(TaskError, match="examples, line 2: 'answer' is 7"):
         drllm.search_paths(place, [ROWS[0], {**ROWS[1], "answer": 7}])
 
 

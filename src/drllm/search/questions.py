@@ -110,9 +110,9 @@ def questions_of(source: Source | None, config: SearchConfig) -> list[SearchQues
 
 def ask(task: Task, example: Example, reward: str, place: int = 0) -> SearchQuestion:
     """Return a question of a task with every way of asking it."""
-    prompt, retests = task.prompt(example, reward), task.retests(example, reward)
+    prompt, *others = task.prompts(example, reward)
     return SearchQuestion(
-        place=place, task=task.name, example=example, prompt=prompt, retests=retests
+        place=place, task=task.name, example=example, prompt=prompt, retests=tuple(others)
     )
 
 

@@ -202,16 +202,13 @@ class Task(ABC):
 
     def prompt(self, example: Example, reward: str) -> Prompt:
         """Return how the question is asked; refuse a reward that doesn't fit."""
-        return self._prompts(example, reward)[0]
+        return self.prompts(example, reward)[0]
 
-    def retests(self, example: Example, reward: str) -> tuple[Prompt, ...]:
-        """Return the other ways of asking the same question that a lucky path must survive.
+    def prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
+        """Return how the question is asked, then other ways, which a lucky path must survive.
 
         Source: ours (docs/differences.md, D-05).
         """
-        return self._prompts(example, reward)[1:]
-
-    def _prompts(self, example: Example, reward: str) -> tuple[Prompt, ...]:
         self.check_reward(reward)
         assert self.form is not None
         return self.form.prompts(example, reward)

@@ -15,7 +15,7 @@ from drllm.records import question_key, split_of
 from drllm.tasks.base import Example, Row, Task, check_split, with_options
 from drllm.tasks.forms import BOXED, LETTER_TOKENS, LETTERS, OPTIONS, Form
 from drllm.tasks.rewards import REWARDS, normalise
-from drllm.tasks.rows import read_rows, text_of, texts_of
+from drllm.tasks.rows import index_of, read_rows, text_of, texts_of
 
 FORMS = {
     "letter": Form(
@@ -166,9 +166,7 @@ def _gold(row: Row, choices: tuple[str, ...]) -> int:
     last = len(choices) - 1
     answer = row.get("answer")
     if isinstance(answer, int) and not isinstance(answer, bool):
-        if not 0 <= answer <= last:
-            raise TaskError(f"'answer' {answer} is out of range; the valid indices are 0 to {last}")
-        return answer
+        return index_of(answer, len(choices), "answer")
     text = text_of(row, "answer")
     ways = (*choices, *LETTERS[: len(choices)])  # a choice's text comes before a letter
     if text not in ways:

@@ -7,7 +7,6 @@ equal is decided in `equality`. Loads no torch.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from typing import ClassVar
@@ -84,15 +83,10 @@ def score_choices(logprobs: Sequence[float], prompt: Prompt) -> tuple[float, flo
     Those are sums in nats; where the prompt is `normalised` each is divided by the option's length
     in characters, without its leading space. The reward is 1.0 if the gold option is the best (of
     equal ones the first is, as in lm-evaluation-harness); the margin is its score minus the best
-    other's. Scores that aren't finite or as many as the options are a ValueError.
+    other's.
     """
-    if prompt.gold is None or len(prompt.continuations) < 2:
-        raise ValueError(f"a prompt with reward {prompt.reward!r} has no options to score")
-    if len(logprobs) != len(prompt.continuations):
-        raise ValueError(f"{len(logprobs)} scores for {len(prompt.continuations)} options")
-    scores = [float(value) for value in logprobs]
-    if not all(map(math.isfinite, scores)):
-        raise ValueError(f"log-probabilities {scores} are not all finite")
+    assert prompt.gold is not None
+    scores = list(logprobs)
     if prompt.normalised:
         lengths = [len(text.removeprefix(" ")) for text in prompt.continuations]
         scores = [score / length for score, length in zip(scores, lengths, strict=True)]

@@ -148,7 +148,7 @@ def test_a_question_must_fit_the_context_in_every_way_of_asking_it(
     task = get_task(name)
     example, reward = task.examples("search")[0], task.rewards[0]
     first = length(task.prompt(example, reward), tiny_tokenizer)
-    longest = max(length(prompt, tiny_tokenizer) for prompt in task.retests(example, reward))
+    longest = max(length(prompt, tiny_tokenizer) for prompt in task.prompts(example, reward)[1:])
     assert longest > first, "the sample must hold a longer way"
     for context in (first - 1, longest - 1):
         tight = RoutedModel(tiny_llama(max_position_embeddings=context), tokenizer=tiny_tokenizer)

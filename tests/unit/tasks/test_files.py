@@ -54,7 +54,7 @@ def test_a_choices_text_comes_before_a_letter(tmp_path):
 def test_generated_answers_are_graded_as_the_row_says(tmp_path, row, right, wrong):
     task, [example] = read(write(tmp_path, row))
     assert task.rewards == (row["grader"],)
-    prompts = [task.prompt(example, row["grader"]), *task.retests(example, row["grader"])]
+    prompts = task.prompts(example, row["grader"])
     assert len({prompt.text for prompt in prompts}) == 3
     for prompt in prompts:
         assert row["question"] in prompt.text
@@ -128,8 +128,8 @@ def graded(**changes: Any):
 
 
 BROKEN: list[tuple[list[dict[str, Any]], str]] = [
-    ([choices(answer=3)], "line 1: 'answer' 3 is out of range; the valid indices are 0 to 2"),
-    ([choices(answer=-1)], "line 1: 'answer' -1 is out of range"),
+    ([choices(answer=3)], "line 1: 'answer' is 3; expected an index from 0 to 2"),
+    ([choices(answer=-1)], "line 1: 'answer' is -1"),
     ([choices(answer="snow")], "line 1: 'answer' 'snow' is not among the choices"),
     ([choices(answer="D")], "its letter (A to C)"),
     ([choices(answer=True)], "line 1: 'answer' is True"),

@@ -64,7 +64,7 @@ def test_letters_are_retested_in_every_other_rotation(count):
 def test_generated_answers_are_asked_for_in_three_ways_and_graded(name, reward, answer, wrong):
     task = get_task(name)
     asked = Example(question="How {many}?", answer="1200", context="A {passage}.")
-    prompts = [task.prompt(asked, reward), *task.retests(asked, reward)]
+    prompts = task.prompts(asked, reward)
     assert len({prompt.text for prompt in prompts}) == 3
     for prompt in prompts:
         assert "How {many}?" in prompt.text
@@ -88,6 +88,5 @@ def test_an_answer_has_the_tokens_that_its_longest_right_text_needs():
 )
 def test_a_reward_that_does_not_fit_is_refused_with_those_that_do(name, fitting):
     task = get_task(name)
-    for ask in (task.prompt, task.retests):
-        with pytest.raises(TaskError, match=f"'{name}'; it takes {fitting}"):
-            ask(example("a", "b"), "exact")
+    with pytest.raises(TaskError, match=f"'{name}'; it takes {fitting}"):
+        task.prompt(example("a", "b"), "exact")

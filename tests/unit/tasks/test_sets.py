@@ -122,7 +122,7 @@ def test_a_row_with_a_generated_answer_is_a_question_or_none(name, row, answers)
 def test_a_question_without_an_answer_is_right_with_the_word_that_the_prompt_asks_for():
     example = read("squad_v2", {**SQUAD, "answers": {"text": []}})
     task = get_task("squad_v2")
-    for prompt in (task.prompt(example, "exact"), *task.retests(example, "exact")):
+    for prompt in task.prompts(example, "exact"):
         assert UNANSWERABLE in prompt.text
         assert grade(prompt, "Unanswerable.") == 1.0
         assert grade(prompt, "the Green River") == 0.0

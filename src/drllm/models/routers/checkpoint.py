@@ -14,6 +14,7 @@ import os
 import uuid
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -103,33 +104,26 @@ def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
     killed in between leaves a folder that is refused, never one of two halves; the next save that
     succeeds removes what it left.
     """
-    names = sorted(files, key=lambda name: name == CONFIG_FILE)  # the config last
+    names, mark = sorted(files, key=lambda name: name == CONFIG_FILE), uuid.uuid4().hex
     for name in names:
         if (folder / name).is_dir():
             raise IsADirectoryError(0, f"{name} in it is a folder")
-    mark, placed = uuid.uuid4().hex, []
-    new = {name: folder / f".{name}.{mark}.new" for name in names}
-    old = {name: folder / f".{name}.{mark}.old" for name in names}
-    try:
+    with ExitStack() as undo:
         for name in names:
-            with new[name].open("xb") as file:
+            new = folder / f".{name}.{mark}.new"
+            undo.callback(new.unlink, missing_ok=True)
+            with new.open("xb") as file:
                 file.write(files[name])
                 file.flush()
                 os.fsync(file.fileno())
-        for name in reversed(names):
+        for name in reversed(names):  # the config first
             if (folder / name).exists():
-                (folder / name).replace(old[name])
-        for name in names:
-            new[name].replace(folder / name)
-            placed.append(name)
-    except BaseException:
-        for name in placed:
-            (folder / name).unlink()
-        for name in names:
-            new[name].unlink(missing_ok=True)
-            if old[name].exists():
-                old[name].replace(folder / name)
-        raise
+                old = (folder / name).replace(folder / f".{name}.{mark}.old")
+                undo.callback(old.replace, folder / name)
+        for name in names:  # and the config last
+            placed = (folder / f".{name}.{mark}.new").replace(folder / name)
+            undo.callback(placed.unlink)
+        undo.pop_all()
     for name in names:
         for left in folder.glob(f".{name}.*"):  # and what a save that was killed left behind
             if left.suffix in (".new", ".old"):

@@ -8,7 +8,6 @@ Axes: L layers.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from random import Random
 from typing import ClassVar, NamedTuple
@@ -64,8 +63,6 @@ class PathSearch(ABC):
         With 1, each is chosen knowing the rewards of all others. There are none when the search is
         over, or when nothing can be chosen before the reward of a path in flight is known.
         """
-        if maximum < 1:
-            raise ValueError(f"can't return {maximum} paths; ask for at least 1")
         if self._over:
             return []
         if not self.tried:
@@ -90,15 +87,10 @@ class PathSearch(ABC):
         never a part of the reward.
 
         Raises:
-            ValueError: A path that isn't in flight, a reward out of range, or a score that isn't
-                finite.
+            ValueError: A reward out of range.
         """
-        if decisions not in self._in_flight:
-            raise ValueError(f"{decisions} is not in flight; ask() returned {[*self._in_flight]}")
         if not 0 <= reward <= 1:
             raise ValueError(f"reward {reward} is not in [0, 1]")
-        if score is not None and not math.isfinite(score):
-            raise ValueError(f"score {score} is not finite; give None where there is none")
         simulation = self._in_flight.pop(decisions)
         if simulation:
             self.num_simulations_done += 1
